@@ -1,0 +1,80 @@
+"""The base of every settings section: closed, frozen, re-validated when changed."""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from llava_ray.errors import ConfigError
+
+
+class Section(BaseModel):
+    """Settings that refuse unknown keys and cannot be assigned to."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+    def replaced(self, changes: Mapping[str, Any]) -> Self:
+        """Return a copy with dotted keys changed, validated afresh, e.g. ``{"train.learning_rate": 1e-5}``.
+
+        Raises ConfigError for a key that does not exist or a value that does not fit.
+        """
+        return self.parsed(merged(self.model_dump(), nested(changes)))
+
+    @classmethod
+    def parsed(cls, values: Mapping[str, Any], source: str = "") -> Self:
+        """Validate ``values``; raise ConfigError that names each key, what was found and what was expected."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            lines = [describe(cls, detail) for detail in error.errors()]
+            where = f"{source}: " if source else ""
+            raise ConfigError(where + "; ".join(lines)) from error
+
+
+def describe(schema: type[BaseModel], detail: ErrorDetails) -> str:
+    """Put one pydantic complaint into words: the key, what was found, what to do."""
+    path = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        known = sorted(dotted_keys(schema))
+        near = difflib.get_close_matches(path, known, n=1) or [
+            key for key in known if key.rpartition(".")[2] == path.rpartition(".")[2]
+        ]
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"unknown key {path!r}; {hint}"
+    if detail["type"] == "missing":
+        return f"{path!r} is required and was not given; set it in the recipe or as --{path}"
+    message = detail["msg"].removeprefix("Value error, ")
+    return f"{path!r} = {detail['input']!r}: {message}" if path else message
+
+
+def dotted_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield every settable key of ``schema`` in dotted form."""
+    for name, field in schema.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from dotted_keys(annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn ``{"a.b": 1}`` into ``{"a": {"b": 1}}``."""
+    tree: dict[str, Any] = {}
+    for key, value in dotted.items():
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay ``changes`` over ``base``, section by section."""
+    result = dict(base)
+    for key, value in changes.items():
+        below = result.get(key)
+        result[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
+    return result

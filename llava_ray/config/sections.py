@@ -1,0 +1,240 @@
+"""The settings of a run, section by section; LLaVA's own names wherever LLaVA has one."""
+
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from llava_ray.config.schema import Section
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class ModelConfig(Section):
+    """Which parts make the model, and which of them learn."""
+
+    model_name_or_path: str
+    """The language model (hub id or folder), or a llava_ray bundle to go on from."""
+    vision_tower: str | None = None
+    """CLIP, SigLIP or DINOv2 (hub id or folder). A bundle brings its own."""
+    version: str = "v1"
+    """Conversation template by LLaVA's name, or "chat_template" for the tokenizer's own."""
+    mm_projector_type: str = "mlp2x_gelu"
+    """"linear", "mlpNx_gelu" or "identity"."""
+    mm_vision_select_layer: int = -2
+    """Index into the tower's hidden states; -2 is the output of the last block but one."""
+    mm_vision_select_feature: Literal["patch", "cls_patch"] = "patch"
+    """"patch" drops the tower's prefix tokens (class and register tokens), "cls_patch" keeps them."""
+    pretrain_mm_mlp_adapter: str | None = None
+    """Projector to start from: a bundle, or LLaVA's mm_projector.bin."""
+    tune_mm_mlp_adapter: bool = False
+    """Learn the projector only (alignment, stage 1)."""
+    freeze_backbone: bool = False
+    """Freeze the language model, its head included."""
+    freeze_mm_mlp_adapter: bool = False
+    """Freeze the projector."""
+    freeze_embeddings: bool = False
+    """Freeze the token embeddings (and the head where it is tied to them)."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
+    """Attention of the language model, by transformers' names."""
+
+    @field_validator("mm_projector_type")
+    @classmethod
+    def known_projector(cls, value: str) -> str:
+        """Refuse a projector that LLaVA does not know."""
+        if value not in ("linear", "identity") and not re.fullmatch(r"mlp[1-9]\d*x_gelu", value):
+            raise ValueError('unknown projector; expected "linear", "identity" or "mlpNx_gelu" such as "mlp2x_gelu"')
+        return value
+
+    @model_validator(mode="after")
+    def something_learns(self) -> Self:
+        """Refuse switches that leave nothing to learn or contradict each other."""
+        if self.tune_mm_mlp_adapter and self.freeze_mm_mlp_adapter:
+            raise ValueError("tune_mm_mlp_adapter and freeze_mm_mlp_adapter contradict each other: drop one")
+        if self.freeze_backbone and self.freeze_mm_mlp_adapter:
+            raise ValueError("freeze_backbone with freeze_mm_mlp_adapter leaves nothing to learn: drop one")
+        return self
+
+
+class DataConfig(Section):
+    """Which samples, and how they reach the model."""
+
+    data_path: str
+    """LLaVA JSON or JSONL, Parquet, WebDataset tars, or a folder that prepare.py wrote; local or any fsspec URL."""
+    image_folder: str | None = None
+    """Where relative image paths start."""
+    cache_dir: str = "runs/cache"
+    """Prepared shards and token lengths, keyed by content: made once, shared by all runs."""
+    image_aspect_ratio: Literal["square", "pad"] = "square"
+    """"square" is the tower's own resize and centre crop, "pad" first makes the image square."""
+    on_too_long: Literal["truncate", "split", "reject"] = "truncate"
+    """A sample over train.model_max_length: cut at the right (never inside an image), split at a turn, or rejected."""
+    max_rejected: Fraction = 0.01
+    """Share of rows that may be rejected before the run stops."""
+    max_image_pixels: PositiveInt = 178_956_970
+    """Larger images are refused from their header, before decoding (Pillow's own bomb limit)."""
+    max_samples: PositiveInt | None = None
+    """Use only the first so many records: for trying things out."""
+    samples_per_shard: PositiveInt = 2048
+    """At most so many samples in a shard."""
+    shard_size_mb: PositiveInt = 64
+    """At most so many MB of images in a shard."""
+    shuffle_window: PositiveInt = 4
+    """Shards whose samples are shuffled together; each shard is read once an epoch."""
+    vision_features: Literal["inline", "streamed"] = "inline"
+    """Run the frozen tower in the train worker, or stream its features from an actor pool."""
+    num_vision_actors: PositiveInt = 1
+    """Size of that pool; each takes a GPU where the cluster has them."""
+    num_decode_cpus: PositiveFloat = 0.5
+    """CPUs that one image decoding task reserves."""
+    lazy_preprocess: bool | None = None
+    """LLaVA's flag; not needed: nothing is preprocessed ahead."""
+
+
+class TrainConfig(Section):
+    """How the parameters move."""
+
+    num_train_epochs: PositiveInt = 1
+    """Passes over the data."""
+    max_steps: PositiveInt | None = None
+    """Stop after so many steps; the learning-rate schedule ends there too."""
+    global_batch_size: PositiveInt = 128
+    """Samples in a step over all workers (LLaVA: per-device batch x devices x accumulation)."""
+    model_max_length: PositiveInt = 2048
+    """Longest sample in tokens, image tokens included."""
+    tokens_per_micro_batch: PositiveInt | None = None
+    """Tokens in a packed row; default model_max_length."""
+    learning_rate: PositiveFloat = 2e-5
+    """Peak learning rate."""
+    mm_projector_lr: PositiveFloat | None = None
+    """Peak learning rate of the projector; default learning_rate."""
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW's, on matrices only: biases and norms never decay."""
+    adam_beta1: Fraction = 0.9
+    """Decay of AdamW's first moment."""
+    adam_beta2: Fraction = 0.999
+    """Decay of AdamW's second moment."""
+    adam_epsilon: PositiveFloat = 1e-8
+    """AdamW's epsilon."""
+    warmup_ratio: Fraction = 0.03
+    """Share of the steps with a rising learning rate."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after the warm-up."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Gradients are clipped to this norm; 0 turns clipping off."""
+    bf16: bool = True
+    """Compute in bfloat16 with fp32 master weights."""
+    tf32: bool = True
+    """Allow TensorFloat-32 on NVIDIA GPUs."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO: what is partitioned (1 optimiser, 2 + gradients, 3 + parameters)."""
+    offload_optimizer: bool = False
+    """Keep the optimiser in CPU memory (ZeRO 1-3 on GPUs)."""
+    seed: NonNegativeInt = 42
+    """Order of samples, new parameters, dropout."""
+    save_steps: PositiveInt = 500
+    """A resumable checkpoint every so many steps, and at the end."""
+    save_total_limit: PositiveInt = 1
+    """Checkpoints kept."""
+    group_by_modality_length: bool | None = None
+    """LLaVA's flag; not needed: packing leaves no padding to save."""
+
+    @property
+    def row_length(self) -> int:
+        """Tokens in a packed row."""
+        return self.tokens_per_micro_batch or self.model_max_length
+
+    @model_validator(mode="after")
+    def rows_hold_samples(self) -> Self:
+        """Refuse rows shorter than the longest sample."""
+        if self.row_length < self.model_max_length:
+            raise ValueError(
+                f"tokens_per_micro_batch = {self.row_length} is shorter than model_max_length = {self.model_max_length}: "
+                "a sample must fit into one row; raise the first or lower the second"
+            )
+        return self
+
+
+class RunConfig(Section):
+    """Where a run lives and how it survives."""
+
+    name: str | None = None
+    """Default: <recipe>-<8 hex digits of the resolved settings>. The same name goes on where it stopped."""
+    storage_path: str = "runs"
+    """Folder or URL shared by all nodes; the run's own folder lies in it."""
+    restart: bool = False
+    """Start over under a name that is already used with other settings; the old folder is set aside."""
+    max_failures: int = Field(default=3, ge=-1)
+    """Worker failures survived before the run gives up; -1 for any number."""
+
+    @field_validator("name")
+    @classmethod
+    def plain_name(cls, value: str | None) -> str | None:
+        """Refuse names that cannot be one folder."""
+        if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
+            raise ValueError("a run name is one folder: letters, digits, dot, dash and underscore")
+        return value
+
+
+class TrackingConfig(Section):
+    """Where experiments are kept."""
+
+    tracking_uri: str | None = None
+    """Any MLflow tracking URI; default: SQLite in run.storage_path."""
+    experiment_name: str = "llava_ray"
+    """MLflow experiment."""
+    log_model: bool = True
+    """Keep the final bundle as an MLflow artifact."""
+    logging_steps: PositiveInt = 1
+    """Log metrics every so many steps."""
+
+
+class ClusterConfig(Section):
+    """What the run takes of the cluster."""
+
+    address: str | None = None
+    """Ray address; default: the job's own cluster, RAY_ADDRESS, or a new local one."""
+    num_workers: PositiveInt = 2
+    """Train workers (data-parallel ranks)."""
+    use_gpu: bool | Literal["auto"] = "auto"
+    """One GPU a worker; "auto" takes them when the cluster has enough."""
+    cpus_per_worker: PositiveFloat = 1.0
+    """CPUs a worker reserves."""
+    accelerator_type: str | None = None
+    """E.g. "A100-80G"."""
+
+
+class FinetuneConfig(Section):
+    """Everything pipelines/finetune.py can be told."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig = TrainConfig()
+    run: RunConfig = RunConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def offload_needs_zero(self) -> Self:
+        """Refuse an offload that DeepSpeed would ignore."""
+        if self.train.offload_optimizer and self.train.zero_stage == 0:
+            raise ValueError("train.offload_optimizer needs train.zero_stage 1, 2 or 3")
+        return self
+
+
+class PrepareConfig(Section):
+    """Everything pipelines/prepare.py can be told."""
+
+    data: DataConfig
+    run: RunConfig = RunConfig()
+    cluster: ClusterConfig = ClusterConfig()
