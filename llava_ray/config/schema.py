@@ -37,11 +37,9 @@ def describe(schema: type[BaseModel], detail: ErrorDetails) -> str:
     """Put one pydantic complaint into words: the key, what was found, what to do."""
     path = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
-        known = sorted(dotted_keys(schema))
-        near = difflib.get_close_matches(path, known, n=1) or [
-            key for key in known if key.rpartition(".")[2] == path.rpartition(".")[2]
-        ]
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        leaves = {key.rpartition(".")[2]: key for key in dotted_keys(schema)}
+        near = difflib.get_close_matches(path.rpartition(".")[2], leaves, n=1)
+        hint = f"did you mean {leaves[near[0]]!r}?" if near else "--help lists all keys"
         return f"unknown key {path!r}; {hint}"
     if detail["type"] == "missing":
         return f"{path!r} is required and was not given; set it in the recipe or as --{path}"

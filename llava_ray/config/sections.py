@@ -159,7 +159,7 @@ class TrainConfig(Section):
         """Refuse rows shorter than the longest sample."""
         if self.row_length < self.model_max_length:
             raise ValueError(
-                f"tokens_per_micro_batch = {self.row_length} is shorter than model_max_length = {self.model_max_length}: "
+                f"tokens_per_micro_batch = {self.row_length} is below model_max_length = {self.model_max_length}: "
                 "a sample must fit into one row; raise the first or lower the second"
             )
         return self
@@ -208,8 +208,8 @@ class ClusterConfig(Section):
     """Train workers (data-parallel ranks)."""
     use_gpu: bool | Literal["auto"] = "auto"
     """One GPU a worker; "auto" takes them when the cluster has enough."""
-    cpus_per_worker: PositiveFloat = 1.0
-    """CPUs a worker reserves."""
+    cpus_per_worker: PositiveFloat | Literal["auto"] = "auto"
+    """CPUs a worker reserves; "auto" is one, or less on a cluster too small to leave the data stream any."""
     accelerator_type: str | None = None
     """E.g. "A100-80G"."""
 

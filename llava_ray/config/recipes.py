@@ -1,0 +1,131 @@
+"""Recipes: TOML written by people, flags laid over it, one validated config out.
+
+Precedence: defaults, then the recipe, then flags. A LLaVA flag given bare (``--mm_projector_lr 2e-5``) is
+accepted where its name is unique among the sections.
+"""
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+from pydantic import BaseModel, ValidationError
+
+from llava_ray.config.schema import Section, describe, dotted_keys
+from llava_ray.config.sections import FinetuneConfig, PrepareConfig
+from llava_ray.errors import ConfigError
+
+Config = TypeVar("Config", FinetuneConfig, PrepareConfig)
+
+# What says where and how a run is carried out, not what is computed: it may change between start and resume.
+NOT_HASHED = ("run", "cluster", "tracking")
+
+# LLaVA's flags that name something we do otherwise; the value is what to say.
+REPLACED_FLAGS = {
+    "per_device_train_batch_size": "use --train.global_batch_size (per-device batch x devices x accumulation)",
+    "gradient_accumulation_steps": "use --train.global_batch_size (per-device batch x devices x accumulation)",
+    "output_dir": "use --run.storage_path and --run.name",
+    "deepspeed": "use --train.zero_stage 0, 1, 2 or 3",
+    "report_to": "every run is kept in MLflow; use --tracking.tracking_uri to say where",
+    "dataloader_num_workers": "not needed: Ray Data decodes with the CPUs that are free",
+    "is_multimodal": "not needed: samples say themselves whether they have images",
+    "save_strategy": "use --train.save_steps",
+    "evaluation_strategy": "not there: evaluate a bundle after training",
+}
+
+
+def load_recipe(schema: type[Config], arguments: Sequence[str], *, ignore: Collection[str] = ()) -> Config:
+    """Read ``[RECIPE] --section.key value …`` into a validated ``schema`` whose run has a name.
+
+    ``ignore`` names sections a recipe may hold that this pipeline has no use for. Raises ConfigError for a recipe
+    that cannot be read and for unknown, missing or unfitting keys; ``--help`` prints every key and exits.
+    """
+    recipe = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    values = {key: value for key, value in read_toml(recipe).items() if key not in ignore} if recipe else {}
+    refuse_unfitting(schema, values, recipe or "flags")
+    flags = [dotted_flag(schema, argument) for argument in arguments[1 if recipe else 0 :]]
+    parsed: Config = tyro.cli(
+        schema,
+        args=flags,
+        default=with_missing(schema, values),
+        config=(tyro.conf.FlagConversionOff,),
+        use_underscores=True,
+        prog=f"{schema.__name__.removesuffix('Config').lower()}.py [RECIPE]",
+    )
+    config = schema.parsed(parsed.model_dump())
+    stem = Path(recipe).stem if recipe else schema.__name__.removesuffix("Config").lower()
+    return config if config.run.name else config.replaced({"run.name": f"{stem}-{settings_hash(config)}"})
+
+
+def settings_hash(config: Section) -> str:
+    """Return 8 hex digits of everything in ``config`` that decides what is computed."""
+    settings = config.model_dump(mode="json", exclude=set(NOT_HASHED))
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return ``key: old -> new`` for each hashed setting in which two resolved configs differ."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if (not prefix and key in NOT_HASHED) or before == after:
+            continue
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += differing_keys(before, after, f"{prefix}{key}.")
+        else:
+            lines.append(f"{prefix}{key}: {before!r} -> {after!r}")
+    return lines
+
+
+def read_toml(path: str) -> dict[str, Any]:
+    """Return a recipe's tables; raise ConfigError when there is no such file or it is not TOML."""
+    try:
+        return tomllib.loads(Path(path).read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"no recipe {path!r}; the shipped ones are pipelines/recipes/<stage>/*.toml") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read recipe {path!r}: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"recipe {path!r} is not valid TOML: {error}") from error
+
+
+def dotted_flag(schema: type[BaseModel], argument: str) -> str:
+    """Give a bare LLaVA flag its section: ``--bits`` becomes ``--lora.bits``."""
+    if not argument.startswith("--") or argument == "--help":
+        return argument
+    name, equals, value = argument[2:].partition("=")
+    if name in REPLACED_FLAGS:
+        raise ConfigError(f"--{name}: {REPLACED_FLAGS[name]}")
+    homes = [key for key in dotted_keys(schema) if key.rpartition(".")[2] == name]
+    if "." not in name and len(homes) == 1:
+        name = homes[0]
+    if name not in set(dotted_keys(schema)):
+        raise ConfigError(describe(schema, {"loc": tuple(name.split(".")), "type": "extra_forbidden"}))  # type: ignore[typeddict-item]
+    return f"--{name}{equals}{value}"
+
+
+def refuse_unfitting(schema: type[BaseModel], values: dict[str, Any], source: str) -> None:
+    """Raise ConfigError for anything wrong in ``values`` but missing keys, which flags may still bring."""
+    try:
+        schema.model_validate(values)
+    except ValidationError as error:
+        lines = [describe(schema, detail) for detail in error.errors() if detail["type"] != "missing"]
+        if lines:
+            raise ConfigError(f"{source}: " + "; ".join(lines)) from error
+
+
+def with_missing(schema: type[BaseModel], values: dict[str, Any]) -> Any:
+    """Build ``schema`` unvalidated, with tyro's mark where a required key has no value yet."""
+    fields: dict[str, Any] = {}
+    for name, field in schema.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            fields[name] = with_missing(annotation, values.get(name, {}))
+        elif name in values:
+            fields[name] = values[name]
+        else:
+            fields[name] = tyro.MISSING if field.is_required() else field.get_default()
+    return schema.model_construct(**fields)

@@ -1,0 +1,31 @@
+"""What every test shares: one small Ray cluster, and quiet, private settings for it."""
+
+import os
+from collections.abc import Iterator
+
+# Before ray is imported: no token file in the developer's home, no usage report, one thread a process.
+os.environ.update(
+    RAY_AUTH_MODE="disabled",
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
+    RAY_DATA_DISABLE_PROGRESS_BARS="1",
+    TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",
+    DS_ACCELERATOR="cpu",
+    HF_HUB_OFFLINE="1",
+    CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", ""),
+)
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A private four-CPU (logical) cluster for the whole session."""
+    import ray
+
+    ray.init(
+        address="local", num_cpus=4, object_store_memory=300 * 2**20, include_dashboard=False, log_to_driver=False
+    )
+    yield
+    ray.shutdown()
