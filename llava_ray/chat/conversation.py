@@ -1,0 +1,124 @@
+"""What was said: turns, the conversation they make, and LLaVA's JSON read into them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from llava_ray.errors import RecordError
+
+if TYPE_CHECKING:
+    from llava_ray.chat.templates import Template
+
+IMAGE_TOKEN = "<image>"  # never in the vocabulary: text is split on it
+IMAGE_TOKEN_INDEX = -200  # stands for one whole image in a list of ids
+IGNORE_INDEX = -100  # a label that is not learnt
+
+Role = Literal["human", "gpt"]
+
+# LLaVA's words, and those of OpenAI's message lists.
+ROLES: dict[str, Role] = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message. ``value`` may hold image markers."""
+
+    role: Role
+    value: str
+
+
+@dataclass(frozen=True)
+class Span:
+    """A piece of a written conversation, and whether the model learns to write it."""
+
+    text: str
+    learnt: bool
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A template and the turns so far; asking and answering return a longer conversation."""
+
+    template: Template
+    turns: tuple[Turn, ...] = ()
+
+    def ask(self, question: str) -> Conversation:
+        """Return this conversation with a question at its end."""
+        return replace(self, turns=(*self.turns, Turn("human", question)))
+
+    def answer(self, answer: str) -> Conversation:
+        """Return this conversation with an answer at its end."""
+        return replace(self, turns=(*self.turns, Turn("gpt", answer)))
+
+    @property
+    def num_images(self) -> int:
+        """Count the image markers of all turns."""
+        return sum(turn.value.count(IMAGE_TOKEN) for turn in self.turns)
+
+
+def read_turns(conversations: Sequence[Mapping[str, object]]) -> tuple[Turn, ...]:
+    """Read a record's ``conversations`` list, in LLaVA's words or OpenAI's, into alternating turns.
+
+    A leading answer is dropped, as the original did. Raises RecordError with reason ``roles`` (an unknown
+    speaker), ``malformed`` (a turn without text), ``no_turns``, ``alternation`` or ``empty_answer``.
+    """
+    if not isinstance(conversations, Sequence) or isinstance(conversations, str | bytes):
+        raise RecordError(
+            f"`conversations` is {type(conversations).__name__}; expected a list of turns, "
+            'each {"from": "human" or "gpt", "value": text}.',
+            reason="malformed",
+        )
+    turns = tuple(_read_turn(entry, number) for number, entry in enumerate(conversations, start=1))
+    if turns and turns[0].role == "gpt":
+        turns = turns[1:]
+    check_turns(turns)
+    return turns
+
+
+def check_turns(turns: Sequence[Turn]) -> None:
+    """Raise RecordError unless the turns alternate, beginning with a question, and every answer says something."""
+    if not turns:
+        raise RecordError(
+            "the conversation has no turn to begin with; expected a human turn first. Remove the record.",
+            reason="no_turns",
+        )
+    for index, turn in enumerate(turns):
+        expected: Role = "gpt" if index % 2 else "human"
+        if turn.role != expected:
+            raise RecordError(
+                f"turn {index + 1} of {len(turns)} is from {turn.role!r} (begins {turn.value[:40]!r}); "
+                f"expected {expected!r}: human and gpt must alternate, human first. "
+                "Merge or remove neighbouring turns of one speaker.",
+                reason="alternation",
+            )
+        if turn.role == "gpt" and not turn.value.strip():
+            raise RecordError(
+                f"turn {index + 1} of {len(turns)} is an empty answer ({turn.value!r}); "
+                "expected text to learn from. Remove the exchange.",
+                reason="empty_answer",
+            )
+
+
+def _read_turn(entry: Mapping[str, object], number: int) -> Turn:
+    if not isinstance(entry, Mapping):
+        raise RecordError(
+            f'turn {number} is {type(entry).__name__}; expected an object {{"from": ..., "value": ...}}.',
+            reason="malformed",
+        )
+    role_key, text_key = ("role", "content") if "role" in entry else ("from", "value")
+    role, text = entry.get(role_key), entry.get(text_key)
+    if not isinstance(role, str) or role not in ROLES:
+        raise RecordError(
+            f"turn {number}: {role_key!r} is {role!r}; expected one of {', '.join(ROLES)}. "
+            "A system prompt belongs to the template: remove such turns, or choose another template.",
+            reason="roles",
+        )
+    if not isinstance(text, str):
+        raise RecordError(
+            f"turn {number} (from {role!r}): {text_key!r} is {type(text).__name__}; expected a string, "
+            f"with {IMAGE_TOKEN} where an image stands.",
+            reason="malformed",
+        )
+    return Turn(ROLES[role], text)

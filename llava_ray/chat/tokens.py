@@ -1,0 +1,147 @@
+"""A written conversation as token ids and labels, in one pass.
+
+The text between two images is tokenised once and whole, so ids are those of the plain prompt; the tokenizer's
+offsets say which characters each token covers, and a token is learnt if its last character is. Nothing is split on
+separators and no prefix is tokenised again to count it, so no text can throw the mask off.
+
+Control tokens written out in data (``</s>``, ``<|im_end|>``) become the real tokens, as in the original: in a
+question they are context, in an answer they are learnt. Clean untrusted data before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, Span, Turn
+from llava_ray.chat.rendering import place_images, render_prompt, render_spans
+from llava_ray.errors import ConfigError, RecordError, TemplateError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from llava_ray.chat.templates import Template
+
+
+@dataclass(frozen=True)
+class TokenizedConversation:
+    """Ids with one -200 for each image, and labels of the same length with -100 where nothing is learnt."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def num_supervised(self) -> int:
+        """Count the tokens that are learnt."""
+        return len(self.labels) - self.labels.count(IGNORE_INDEX)
+
+    @property
+    def num_images(self) -> int:
+        """Count the images."""
+        return self.input_ids.count(IMAGE_TOKEN_INDEX)
+
+
+def tokenize_conversation(
+    turns: Sequence[Turn], template: Template, tokenizer: PreTrainedTokenizerBase
+) -> TokenizedConversation:
+    """Return the ids and labels that training sees for these turns. Raises RecordError or TemplateError."""
+    spans = render_spans(place_images(turns, template), template)
+    return tokenize_spans(spans, tokenizer, add_bos=template.add_bos)
+
+
+def tokenize_prompt(turns: Sequence[Turn], template: Template, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids after which the model writes its answer: the same tokens that training put before one."""
+    spans = render_spans(place_images(turns, template), template, open_turn=True)
+    return tokenize_spans(spans, tokenizer, add_bos=template.add_bos).input_ids
+
+
+def tokenize_spans(
+    spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase, *, add_bos: bool = True
+) -> TokenizedConversation:
+    """Tokenise the joined text once, and label the tokens that end inside a learnt span.
+
+    A beginning-of-sequence token comes first if the tokenizer adds one, ``add_bos`` allows it and the text has
+    none. Raises TemplateError if the tokenizer does not know which characters its tokens cover.
+    """
+    if not tokenizer.is_fast:
+        raise TemplateError(
+            f"{type(tokenizer).__name__} gives no character offsets, which the mask is made from. "
+            "Load it with AutoTokenizer.from_pretrained(..., use_fast=True), or convert it to a tokenizer.json."
+        )
+    text = "".join(span.text for span in spans)
+    learnt = b"".join((b"\1" if span.learnt else b"\0") * len(span.text) for span in spans)
+    chunks = text.split(IMAGE_TOKEN)
+    encoded = tokenizer(
+        chunks, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
+    )
+    writes_bos = tokenizer.bos_token is not None and text.startswith(str(tokenizer.bos_token))
+    input_ids = _find_bos(tokenizer) if add_bos and not writes_bos else []
+    labels = [IGNORE_INDEX] * len(input_ids)
+    start = 0
+    for chunk, ids, offsets in zip(chunks, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        if start:
+            input_ids.append(IMAGE_TOKEN_INDEX)
+            labels.append(IGNORE_INDEX)
+        input_ids += ids
+        # A piece that stands for no character (the prefix space before a chunk) belongs to the one after it.
+        labels += [
+            token if learnt[start + max(first, last - 1)] else IGNORE_INDEX
+            for token, (first, last) in zip(ids, offsets, strict=True)
+        ]
+        start += len(chunk) + len(IMAGE_TOKEN)
+    return TokenizedConversation(input_ids, labels)
+
+
+def tokenizer_image_token(
+    prompt: str,
+    tokenizer: PreTrainedTokenizerBase,
+    image_token_index: int = IMAGE_TOKEN_INDEX,
+    return_tensors: str | None = None,
+) -> list[int] | torch.Tensor:
+    """Tokenise a written prompt with one ``image_token_index`` for each marker, under LLaVA's own name.
+
+    Returns a list, or with ``return_tensors="pt"`` a 1-D int64 tensor. Raises ConfigError for any other value.
+    """
+    chunks = tokenizer(prompt.split(IMAGE_TOKEN), add_special_tokens=False, verbose=False)["input_ids"]
+    ids = _find_bos(tokenizer) + chunks[0]
+    for chunk in chunks[1:]:
+        ids += [image_token_index, *chunk]
+    if return_tensors is None:
+        return ids
+    if return_tensors != "pt":
+        raise ConfigError(f"return_tensors is {return_tensors!r}; expected 'pt' for a tensor, or None for a list.")
+    import torch
+
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def expand_images(
+    input_ids: Sequence[int], labels: Sequence[int], num_image_tokens: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """Repeat each -200 as often as its image has tokens, with labels -100.
+
+    Raises RecordError with reason ``image_count`` if markers and images differ in number.
+    """
+    num_markers = input_ids.count(IMAGE_TOKEN_INDEX)
+    if num_markers != len(num_image_tokens):
+        raise RecordError(
+            f"the conversation has {num_markers} {IMAGE_TOKEN} markers but {len(num_image_tokens)} images; "
+            "expected as many of one as of the other. Mend the record's markers or its list of images.",
+            reason="image_count",
+        )
+    counts = iter(num_image_tokens)
+    long_ids: list[int] = []
+    long_labels: list[int] = []
+    for token, label in zip(input_ids, labels, strict=True):
+        repeats = next(counts) if token == IMAGE_TOKEN_INDEX else 1
+        long_ids += [token] * repeats
+        long_labels += [IGNORE_INDEX if token == IMAGE_TOKEN_INDEX else label] * repeats
+    return long_ids, long_labels
+
+
+def _find_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    # What the tokenizer puts around nothing: its beginning-of-sequence token, if it adds one. Not an
+    # end-of-sequence token, which some add as well and which would end the text before the answer.
+    return [token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id]
