@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from typing import cast
@@ -103,11 +104,11 @@ def _render_jinja(turns: Sequence[Turn], template: JinjaTemplate, open_turn: boo
 def _find_answer_start(text: str, turns: Sequence[Turn], template: JinjaTemplate) -> int:
     prompt = _apply_jinja(turns, template, add_generation_prompt=True)
     if not text.startswith(prompt):
-        same = next((i for i, (a, b) in enumerate(zip(text, prompt, strict=False)) if a != b), min(map(len, (text, prompt))))
+        same = len(os.path.commonprefix([text, prompt]))
         raise TemplateError(
-            f"the tokenizer's chat template writes the first {len(turns)} turns differently when more turns follow: "
-            f"from character {same} on, {text[same : same + 60]!r} in the conversation but {prompt[same : same + 60]!r} "
-            "in the prompt for generation. A model trained on the one would not know the other. "
+            f"the tokenizer's chat template writes the first {len(turns)} turns in two ways: from character {same} on, "
+            f"{text[same : same + 60]!r} within the conversation but {prompt[same : same + 60]!r} as a prompt for "
+            "generation. A model trained on the one would not know the other. "
             "Choose a template from the table, such as 'chatml_direct', or mend the tokenizer's chat_template."
         )
     return len(prompt)
@@ -131,7 +132,5 @@ def _measure_answer(rest: str, turn: Turn, template: JinjaTemplate) -> int:
 def _apply_jinja(turns: Sequence[Turn], template: JinjaTemplate, *, add_generation_prompt: bool) -> str:
     words = {"human": "user", "gpt": "assistant"}
     messages = [{"role": words[turn.role], "content": turn.value} for turn in turns]
-    text = template.tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
+    text = template.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     return cast("str", text)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, Span, Turn
-from llava_ray.chat.rendering import place_images, render_prompt, render_spans
+from llava_ray.chat.rendering import place_images, render_spans
 from llava_ray.errors import ConfigError, RecordError, TemplateError
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def tokenizer_image_token(
     Returns a list, or with ``return_tensors="pt"`` a 1-D int64 tensor. Raises ConfigError for any other value.
     """
     chunks = tokenizer(prompt.split(IMAGE_TOKEN), add_special_tokens=False, verbose=False)["input_ids"]
-    ids = _find_bos(tokenizer) + chunks[0]
+    ids: list[int] = _find_bos(tokenizer) + chunks[0]
     for chunk in chunks[1:]:
         ids += [image_token_index, *chunk]
     if return_tensors is None:

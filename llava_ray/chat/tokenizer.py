@@ -1,0 +1,77 @@
+"""A tokenizer from its files, splitting text as the model was trained on it.
+
+transformers 5 builds a BPE tokenizer from a lone SentencePiece ``tokenizer.model`` (what Vicuna and LLaVA-1.5 ship)
+by ranking merges by piece id instead of by score. In Llama's and Mistral's vocabularies runs of spaces have low ids
+and the lowest scores, so two spaces before a word would come out as ``▁▁ What`` instead of ``▁ ▁What``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llava_ray.errors import ModelError
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Load a fast tokenizer from a folder or a hub name, its merges in SentencePiece's order.
+
+    Raises ModelError if there is no tokenizer at ``path``.
+    """
+    from tokenizers.models import BPE
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"no tokenizer can be loaded from {str(path)!r}: {error} "
+            "Expected a folder with tokenizer.json or tokenizer.model beside tokenizer_config.json, or a hub name."
+        ) from error
+    if not tokenizer.is_fast:
+        return tokenizer
+    model, pieces = tokenizer.backend_tokenizer.model, _find_pieces(tokenizer)
+    if isinstance(model, BPE) and pieces is not None:
+        tokenizer.backend_tokenizer.model = rank_merges(model, pieces)
+    return tokenizer
+
+
+def rank_merges(model: BPE, pieces: SentencePieceProcessor) -> BPE:
+    """Return ``model`` with the merges that SentencePiece would make of these pieces, best score first."""
+    from tokenizers.models import BPE
+
+    vocab = {pieces.IdToPiece(token): token for token in range(pieces.GetPieceSize())}
+    # Among equal scores SentencePiece takes the leftmost pair, which lengthens the left half first.
+    ranked = [
+        (-pieces.GetScore(token), -cut, piece[:cut], piece[cut:])
+        for piece, token in vocab.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in vocab and piece[cut:] in vocab
+    ]
+    merges = [(left, right) for *_, left, right in sorted(ranked)]
+    return BPE(
+        vocab=vocab,
+        merges=merges,
+        unk_token=model.unk_token,
+        fuse_unk=model.fuse_unk,
+        byte_fallback=model.byte_fallback,
+    )
+
+
+def _find_pieces(tokenizer: PreTrainedTokenizerBase) -> SentencePieceProcessor | None:
+    from sentencepiece import SentencePieceProcessor
+
+    file = Path(tokenizer.init_kwargs.get("vocab_file") or "")
+    if file.suffix != ".model" or file.with_name("tokenizer.json").exists():
+        return None  # a tokenizer.json goes before the model file, and keeps its merges in order
+    pieces = SentencePieceProcessor()
+    try:
+        pieces.Load(str(file))
+    except RuntimeError:
+        return None  # a tiktoken file under the same name (Llama 3's original release): its ranks are its merges
+    return pieces
