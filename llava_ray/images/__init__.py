@@ -1,0 +1,1 @@
+"""Images: read safely, brought to the tower's geometry, normalised."""

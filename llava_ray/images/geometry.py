@@ -1,0 +1,195 @@
+"""The way from an image of any size to the pixels a vision tower takes; no torch, so decoding tasks stay light."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import sqrt
+from typing import Any, Protocol, Self
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from llava_ray.errors import ConfigError, ModelError
+from llava_ray.images.reading import to_rgb
+
+ASPECT_RATIOS = ("square", "pad")
+
+# Beyond these an image would cost far more memory than it can tell: a strip of 1 x 100,000 pixels resized by its
+# short edge to 336, or laid on a square, holds billions of pixels.
+MAX_ELONGATION = 16
+MAX_CANVAS_PIXELS = 178_956_970
+
+
+class ImageProcessor(Protocol):
+    """What is asked of a transformers image processor: its own settings."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings that preprocessor_config.json holds."""
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """Everything a vision tower's image processor does, as values."""
+
+    shortest_edge: int | None
+    """Resize so that the shorter side has this length; otherwise to ``resize_height`` x ``resize_width``."""
+    resize_height: int | None
+    resize_width: int | None
+    crop_height: int | None
+    """Then cut this much from the centre; None leaves the resized image."""
+    crop_width: int | None
+    mean: tuple[float, float, float]
+    """Per channel, on the 0..1 scale."""
+    std: tuple[float, float, float]
+    resample: int
+    """Pillow's number of the filter, 3 for bicubic."""
+    rescale_factor: float
+    aspect_ratio: str
+    """LLaVA's image_aspect_ratio, "square" or "pad"."""
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown aspect ratio (the original treated it as "square") and an open size."""
+        if self.aspect_ratio not in ASPECT_RATIOS:
+            raise ConfigError(
+                f"image_aspect_ratio = {self.aspect_ratio!r} is unknown; expected one of {', '.join(ASPECT_RATIOS)}"
+            )
+        if not (self.crop_height and self.crop_width) and not (self.resize_height and self.resize_width):
+            raise ModelError(
+                f"the image processor resizes to {self._resize_words()} without a centre crop, so images keep "
+                "different sizes; a tower needs one size: set crop_size, or size with height and width"
+            )
+
+    @classmethod
+    def from_processor(cls, image_processor: ImageProcessor, aspect_ratio: str) -> Self:
+        """Read a transformers image processor (CLIP, SigLIP, DINOv2's BiT and their like).
+
+        Raises ModelError where its geometry is another, ConfigError for an unknown ``aspect_ratio``.
+        """
+        settings = image_processor.to_dict()
+        size = _given(settings.get("size")) if settings.get("do_resize", True) else {}
+        crop = _given(settings.get("crop_size")) if settings.get("do_center_crop") else {}
+        unknown = (set(size) | set(crop)) - {"shortest_edge", "height", "width"}
+        if unknown or settings.get("do_pad"):
+            raise ModelError(
+                f"image processor {settings.get('image_processor_type')!r} has size {size}, crop_size {crop}, "
+                f"do_pad {settings.get('do_pad')}; expected resizing to a shortest edge or to height and width, "
+                "with or without a centre crop, as CLIP, SigLIP and DINOv2 do"
+            )
+        normalises = settings.get("do_normalize", True)
+        return cls(
+            shortest_edge=size.get("shortest_edge"),
+            resize_height=size.get("height"),
+            resize_width=size.get("width"),
+            crop_height=crop.get("height"),
+            crop_width=crop.get("width"),
+            mean=_triple(settings["image_mean"]) if normalises else (0.0, 0.0, 0.0),
+            std=_triple(settings["image_std"]) if normalises else (1.0, 1.0, 1.0),
+            resample=int(settings["resample"]),
+            rescale_factor=float(settings["rescale_factor"]) if settings.get("do_rescale", True) else 1.0,
+            aspect_ratio=aspect_ratio,
+        )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Read what `to_dict` wrote, through JSON or not."""
+        return cls(**{**values, "mean": _triple(values["mean"]), "std": _triple(values["std"])})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values that JSON can hold."""
+        return asdict(self)
+
+    @property
+    def height(self) -> int:
+        """Rows of the result."""
+        return self.crop_height or self.resize_height or 0
+
+    @property
+    def width(self) -> int:
+        """Columns of the result."""
+        return self.crop_width or self.resize_width or 0
+
+    @property
+    def background(self) -> tuple[int, int, int]:
+        """Return the colour that padding takes, 0..255: the mean, rounded down as in the original."""
+        red, green, blue = (int(value * 255) for value in self.mean)
+        return red, green, blue
+
+    def _resize_words(self) -> str:
+        return f"a shortest edge of {self.shortest_edge}" if self.shortest_edge else "no size"
+
+
+def expand2square(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """Lay an image on the centre of a square of its longer side; an odd pixel goes to the right or the bottom."""
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    square = Image.new(image.mode, (side, side), background)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def crop_pixels(image: Image.Image, spec: ImageSpec) -> UInt8[np.ndarray, "3 h w"]:
+    """Pad if asked, resize and crop, in Pillow and bit for bit as transformers' Pillow processors do.
+
+    The result has spec.height x spec.width pixels, not yet rescaled or normalised: the eight bits that travel.
+    """
+    image = to_rgb(image)
+    if spec.aspect_ratio == "pad":
+        image = expand2square(_bounded(image), spec.background)
+    pixels = np.asarray(_resized(image, spec))
+    if spec.crop_height and spec.crop_width:
+        pixels = _centre(pixels, spec.crop_height, spec.crop_width)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _resized(image: Image.Image, spec: ImageSpec) -> Image.Image:
+    if spec.shortest_edge:
+        image = _shortened(image)
+        width, height = image.size
+        # Rounded down on the longer side, in the order of operations of transformers: other orders differ by a pixel.
+        if width <= height:
+            size = (spec.shortest_edge, int(spec.shortest_edge * height / width))
+        else:
+            size = (int(spec.shortest_edge * width / height), spec.shortest_edge)
+    elif spec.resize_height and spec.resize_width:
+        size = (spec.resize_width, spec.resize_height)
+    else:
+        return image
+    return image.resize(size, resample=Image.Resampling(spec.resample))
+
+
+def _centre(pixels: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> UInt8[np.ndarray, "height width 3"]:
+    """Cut out the centre; what is smaller than the cut is surrounded by black."""
+    missing = [max(0, height - pixels.shape[0]), max(0, width - pixels.shape[1])]
+    if any(missing):
+        before = [-(-gap // 2) for gap in missing]
+        pixels = np.pad(pixels, [*((b, gap - b) for b, gap in zip(before, missing, strict=True)), (0, 0)])
+    top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
+    return pixels[top : top + height, left : left + width]
+
+
+def _shortened(image: Image.Image) -> Image.Image:
+    """Cut a strip's far ends, which a centre crop would drop after resizing them."""
+    width, height = image.size
+    limit = MAX_ELONGATION * min(width, height)
+    if max(width, height) <= limit:
+        return image
+    left, top = max(0, (width - limit) // 2), max(0, (height - limit) // 2)
+    return image.crop((left, top, left + min(width, limit), top + min(height, limit)))
+
+
+def _bounded(image: Image.Image) -> Image.Image:
+    """Shrink an image whose square canvas would not fit into memory, by whole factors and no further than one pixel."""
+    width, height = image.size
+    factor = -int(-max(width, height) // sqrt(MAX_CANVAS_PIXELS))
+    return image if factor <= 1 else image.reduce((min(factor, width), min(factor, height)))
+
+
+def _given(size: Mapping[str, Any] | None) -> dict[str, int]:
+    return {key: int(value) for key, value in (size or {}).items() if value is not None}
+
+
+def _triple(values: Any) -> tuple[float, float, float]:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue
