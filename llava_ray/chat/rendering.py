@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 import re
 from collections.abc import Sequence
 from typing import cast
@@ -104,7 +104,7 @@ def _render_jinja(turns: Sequence[Turn], template: JinjaTemplate, open_turn: boo
 def _find_answer_start(text: str, turns: Sequence[Turn], template: JinjaTemplate) -> int:
     prompt = _apply_jinja(turns, template, add_generation_prompt=True)
     if not text.startswith(prompt):
-        same = len(os.path.commonprefix([text, prompt]))
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, prompt, strict=False)))
         raise TemplateError(
             f"the tokenizer's chat template writes the first {len(turns)} turns in two ways: from character {same} on, "
             f"{text[same : same + 60]!r} within the conversation but {prompt[same : same + 60]!r} as a prompt for "

@@ -38,6 +38,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     model, pieces = tokenizer.backend_tokenizer.model, _find_pieces(tokenizer)
     if isinstance(model, BPE) and pieces is not None:
         tokenizer.backend_tokenizer.model = rank_merges(model, pieces)
+    if "legacy" in vars(tokenizer):
+        # LlamaTokenizer keeps this switch to itself; without it a saved copy loads as legacy=False.
+        tokenizer.init_kwargs["legacy"] = vars(tokenizer)["legacy"]
     return tokenizer
 
 
