@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Sequence
 from typing import cast
 
@@ -118,15 +117,16 @@ def _measure_answer(rest: str, turn: Turn, template: JinjaTemplate) -> int:
     # Templates may trim the answer, and may write something before it (an empty thought, say): find it,
     # and the token of the vocabulary that ends it. Whitespace after that token is the template's, not learnt.
     answer = turn.value.strip()
-    ends = "|".join(re.escape(token) for token in template.tokenizer.get_added_vocab())
-    found = re.search(re.escape(answer) + rf"\s*({ends})", rest) if ends else None
-    if found is None or found[1] in rest[: found.start()]:
+    start, end = rest.find(answer), None
+    while start >= 0 and not (end := template.end.match(rest, start + len(answer))):
+        start = rest.find(answer, start + 1)
+    if end is None or end[1] in rest[:start]:
         raise TemplateError(
             f"the tokenizer's chat template does not write the answer {answer[:60]!r} followed by an end token where "
             f"its turn begins, but {rest[:80]!r}. Without an end token a model never learns to stop. "
             "Choose a template from the table, such as 'chatml_direct', or mend the tokenizer's chat_template."
         )
-    return found.end()
+    return end.end()
 
 
 def _apply_jinja(turns: Sequence[Turn], template: JinjaTemplate, *, add_generation_prompt: bool) -> str:

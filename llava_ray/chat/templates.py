@@ -12,6 +12,7 @@ SentencePiece makes part of the answer's first piece. ``end`` tells the model to
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -58,9 +59,13 @@ class StringTemplate(Template):
 
 @dataclass(frozen=True, kw_only=True)
 class JinjaTemplate(Template):
-    """The Jinja chat template that travels with a tokenizer. It writes its own beginning-of-sequence token."""
+    """The Jinja chat template that travels with a tokenizer. It writes its own beginning-of-sequence token.
+
+    ``end`` matches any added token of the vocabulary, one of which must end each answer, and spaces before it.
+    """
 
     tokenizer: PreTrainedTokenizerBase = field(repr=False, compare=False)
+    end: re.Pattern[str]
 
 
 def find_template(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Template:
@@ -91,7 +96,14 @@ def _tokenizer_template(tokenizer: PreTrainedTokenizerBase | None) -> JinjaTempl
             "(a base model's tokenizer rarely does). Add chat_template.jinja to its folder, or name one of: "
             f"{', '.join(sorted(TEMPLATES))}."
         )
-    return JinjaTemplate(name=CHAT_TEMPLATE, stop=str(tokenizer.eos_token or ""), add_bos=False, tokenizer=tokenizer)
+    tokens = sorted(map(re.escape, tokenizer.get_added_vocab()), key=len, reverse=True)
+    return JinjaTemplate(
+        name=CHAT_TEMPLATE,
+        stop=str(tokenizer.eos_token or ""),
+        add_bos=False,
+        tokenizer=tokenizer,
+        end=re.compile(rf"\s*({'|'.join(tokens) or '(?!)'})"),
+    )
 
 
 def _hashes(system: str) -> StringTemplate:
