@@ -1,0 +1,119 @@
+"""What a bundle says about itself: nothing is ever inferred from a folder's name."""
+
+import hashlib
+import platform
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from llava_ray.errors import BundleError
+
+MANIFEST_FILE = "llava.json"
+FORMAT_VERSION: Literal[1] = 1
+EDGE_BYTES = 2**20
+# Not our own: sent to a cluster as a working directory it has no installed version; format_version says enough.
+LIBRARIES = ("torch", "transformers", "safetensors")
+
+
+class Part(BaseModel):
+    """A model that the bundle holds (``inside``) or was made from and needs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    inside: bool
+    """Whether the weights lie in the bundle."""
+    base: str
+    """Hub id or absolute folder: where the weights are, or what they were tuned from if they are inside."""
+    fingerprint: str
+    """Of the weight files, inside or in ``base``."""
+
+
+class Manifest(BaseModel):
+    """The contents of llava.json."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    format_version: Literal[1] = FORMAT_VERSION
+    """Of this file."""
+    version: str
+    """Conversation template that the model was last trained with."""
+    mm_projector_type: str
+    """"linear", "mlpNx_gelu" or "identity"."""
+    mm_hidden_size: int
+    """Width of the tower's features."""
+    hidden_size: int
+    """Width of the language model's embeddings."""
+    mm_vision_select_layer: int
+    """Index into the tower's hidden states."""
+    mm_vision_select_feature: Literal["patch", "cls_patch"]
+    """Whether the tower's prefix tokens are dropped."""
+    image_aspect_ratio: str
+    """How images become the tower's size."""
+    model_max_length: int
+    """Longest sample in training, in tokens."""
+    language_model: Part
+    """Where the language model is."""
+    vision_tower: Part
+    """Where the vision tower is."""
+    libraries: dict[str, str] = Field(default_factory=dict)
+    """Versions that wrote the bundle."""
+    training: dict[str, Any] = {}
+    """Where the weights come from: run name, step, data hash."""
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that make a bundle."""
+    return {"python": platform.python_version()} | {name: installed_version(name) for name in LIBRARIES}
+
+
+def is_bundle(folder: Path) -> bool:
+    """Tell whether a folder is a llava_ray bundle."""
+    return (folder / MANIFEST_FILE).is_file()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check a bundle's llava.json. Raises BundleError that names the file and what is wrong in it."""
+    file = folder / MANIFEST_FILE
+    try:
+        return Manifest.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise BundleError(f"{folder} is no llava_ray bundle: {file} cannot be read ({error.strerror}).") from error
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'file'}: {fault['msg']}" for fault in error.errors())
+        raise BundleError(
+            f"{file} is not a manifest of format {FORMAT_VERSION}: {faults}. It was edited, or written by another "
+            "version of llava_ray: save the bundle again with that version, or mend the file."
+        ) from error
+
+
+def fingerprint(folder: Path) -> str:
+    """Return the sha256 over name, size and the first and last MiB of each weight file in ``folder``.
+
+    Cheap for any size, and different whenever training has changed the weights. Raises BundleError if there are none.
+    """
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise BundleError(
+            f"{folder} holds no weights; expected *.safetensors or pytorch_model*.bin. Point at the folder that does."
+        )
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            edges = hashlib.sha256(stream.read(EDGE_BYTES))
+            stream.seek(max(0, size - EDGE_BYTES))
+            edges.update(stream.read())
+        digest.update(f"{file.name} {size} {edges.hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def check_fingerprint(folder: Path, expected: str, part: str) -> None:
+    """Raise BundleError if the weights in ``folder`` are not those that the bundle was made with."""
+    found = fingerprint(folder)
+    if found != expected:
+        raise BundleError(
+            f"the {part} in {folder} is not the one that the bundle was made with (fingerprint {found[:12]}, expected "
+            f"{expected[:12]}); its projector would answer nonsense. Point at the right base."
+        )
