@@ -88,7 +88,7 @@ def root() -> Path:
 
 
 def local_cpus(cluster: ClusterConfig) -> int:
-    """Return the logical CPUs of a local cluster: all there are, and enough for workers and data to run side by side."""
+    """Return the logical CPUs of a local cluster: all there are, and enough for workers and data side by side."""
     wanted = cluster.num_workers * (1.0 if cluster.cpus_per_worker == "auto" else cluster.cpus_per_worker)
     return max(os.cpu_count() or 1, math.ceil(wanted + 2 * DATA_CPUS))
 

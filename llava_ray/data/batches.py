@@ -1,0 +1,83 @@
+"""The end of the stream inside a train worker: Arrow rows become tensors, grouped into steps."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from ray.data import DataIterator
+from torch import Tensor
+
+from llava_ray.chat.conversation import IGNORE_INDEX
+from llava_ray.data.features import feature_dtype, unpacked_pixels
+from llava_ray.data.stream import NO_STEP, StreamSettings
+
+PREFETCHED_BLOCKS = 2
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One packed row of one rank. Holds pixels or features, by where the tower runs; neither without images."""
+
+    step: int
+    rank: int
+    num_supervised: int
+    """Supervised tokens of the whole step, over all ranks: what the loss is divided by."""
+    num_micro_batches: int
+    ids: list[str]
+    num_tokens: list[int]
+    input_ids: Int[Tensor, "1 t"]
+    position_ids: Int[Tensor, "1 t"]
+    labels: Int[Tensor, "1 t"]
+    pixels: UInt8[Tensor, "n 3 h w"] | None
+    features: Float[Tensor, "n p v"] | None
+
+
+def iterate_steps(
+    shard: DataIterator, rank: int, first_step: int, settings: StreamSettings
+) -> Iterator[list[MicroBatch]]:
+    """Yield this rank's micro-batches step by step, from ``first_step`` on, checking order and place."""
+    step, pending = first_step, []
+    for table in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCHED_BLOCKS):
+        for row in table.to_pylist():
+            if row["step"] == NO_STEP:
+                continue
+            if (row["step"], row["rank"]) != (step, rank):
+                raise AssertionError(
+                    f"rank {rank} expected step {step} and was dealt step {row['step']} of rank {row['rank']}"
+                )
+            pending.append(micro_batch(row, settings))
+            if len(pending) == row["num_micro_batches"]:
+                yield pending
+                step, pending = step + 1, []
+    if pending:
+        raise AssertionError(f"the stream ended inside step {step}")
+
+
+def micro_batch(row: dict[str, Any], settings: StreamSettings) -> MicroBatch:
+    """Turn one row of the stream into tensors on the CPU."""
+    # A rank that has nothing to do in a round still takes part in it, with one token and no weight.
+    input_ids = np.asarray(row["input_ids"] or [0], np.int64)
+    labels = np.asarray(row["labels"] or [IGNORE_INDEX], np.int64)
+    position_ids = np.concatenate([np.arange(count) for count in row["num_tokens"] or [1]])
+    pixels = features = None
+    if row.get("pixels"):
+        pixels = torch.from_numpy(unpacked_pixels(row["pixels"], settings.image_spec.height, settings.image_spec.width))
+    elif row.get("features"):
+        flat = torch.frombuffer(bytearray(row["features"]), dtype=feature_dtype(bf16=settings.bf16))
+        features = flat.view(-1, settings.num_image_tokens, settings.mm_hidden_size)
+    return MicroBatch(
+        step=row["step"],
+        rank=row["rank"],
+        num_supervised=row["num_supervised"],
+        num_micro_batches=row["num_micro_batches"],
+        ids=row["ids"],
+        num_tokens=row["num_tokens"],
+        input_ids=torch.from_numpy(input_ids)[None],
+        position_ids=torch.from_numpy(position_ids)[None],
+        labels=torch.from_numpy(labels)[None],
+        pixels=pixels,
+        features=features,
+    )

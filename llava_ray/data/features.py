@@ -1,0 +1,57 @@
+"""Frozen-tower features computed ahead of training, in actors that each keep a tower."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from llava_ray.images.processing import normalise
+from llava_ray.model.bundle import load_tower
+
+if TYPE_CHECKING:
+    from llava_ray.data.stream import StreamSettings
+
+IMAGES_PER_FORWARD = 64
+
+
+class FeatureActor:
+    """Turn pixels into tower features; on a GPU where the actor was given one."""
+
+    def __init__(self, settings: "StreamSettings") -> None:
+        """Load the tower once."""
+        self.spec = settings.image_spec
+        self.device = "cuda" if settings.vision_gpus else "cpu"
+        self.tower = load_tower(settings.encoder.model, dtype=feature_dtype(bf16=settings.bf16)).to(self.device)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Replace the column "pixels" by "features": bytes of (n, p, v) in the tower's dtype."""
+        counts = []
+        tensors = []
+        for cell in table["pixels"].to_pylist():
+            pixels = torch.from_numpy(unpacked_pixels(cell, self.spec.height, self.spec.width))
+            counts.append(len(pixels))
+            tensors.append(pixels)
+        features = self.extract(torch.cat(tensors)).split(counts)
+        cells = [part.contiguous().view(torch.uint8).numpy().tobytes() if len(part) else b"" for part in features]
+        position = table.column_names.index("pixels")
+        return table.set_column(position, "features", pa.array(cells, pa.large_binary()))
+
+    @torch.inference_mode()
+    def extract(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the features (n, p, v) of uint8 pixels (n, 3, h, w), a bounded number of images at a time."""
+        if not len(pixels):
+            return torch.empty(0)
+        chunks = pixels.split(IMAGES_PER_FORWARD)
+        return torch.cat([self.tower(normalise(chunk.to(self.device), self.spec)).cpu() for chunk in chunks])
+
+
+def feature_dtype(*, bf16: bool) -> torch.dtype:
+    """Return the dtype a frozen tower computes in."""
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def unpacked_pixels(cell: bytes, height: int, width: int) -> np.ndarray:
+    """Return the (n, 3, h, w) uint8 pixels of one micro-batch's cell; n may be 0."""
+    # A copy, because a view of shared memory is read-only and torch wants none such.
+    return np.frombuffer(cell, np.uint8).reshape(-1, 3, height, width).copy()

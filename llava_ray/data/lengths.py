@@ -1,0 +1,169 @@
+"""How many tokens each example has: measured once with Ray, kept beside the shards.
+
+The file is keyed by everything that decides the lengths (shards, tokenizer, template, tokens an image takes, limit),
+so a second run with the same settings starts at once.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+from tqdm import tqdm
+
+from llava_ray.chat.conversation import Turn
+from llava_ray.config.sections import DataConfig, ModelConfig, TrainConfig
+from llava_ray.data.examples import Encoder
+from llava_ray.data.shards import PreparedData, read_rows
+from llava_ray.errors import DataError, RecordError
+from llava_ray.model.blueprint import read_blueprint
+
+FORMAT_VERSION = 1
+
+SCHEMA = pa.schema(
+    {
+        "shard": pa.int32(),
+        "row": pa.int32(),
+        "part": pa.int32(),
+        "id": pa.string(),
+        "num_tokens": pa.int32(),
+        "num_supervised": pa.int32(),
+        "num_images": pa.int32(),
+        "truncated": pa.bool_(),
+    }
+)
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """What an Encoder is made from, small enough to send to every task."""
+
+    model: ModelConfig
+    image_aspect_ratio: str
+    model_max_length: int
+    on_too_long: Any
+
+    @classmethod
+    def of(cls, model: ModelConfig, data: DataConfig, train: TrainConfig) -> "EncoderSettings":
+        """Pick them from a run's sections."""
+        return cls(model, data.image_aspect_ratio, train.model_max_length, data.on_too_long)
+
+
+@lru_cache(maxsize=2)
+def load_encoder(settings: EncoderSettings) -> Encoder:
+    """Load the tokenizer and image rule once a process."""
+    blueprint = read_blueprint(settings.model, settings.image_aspect_ratio)
+    return Encoder(
+        blueprint.tokenizer,
+        blueprint.template,
+        blueprint.num_image_tokens,
+        settings.model_max_length,
+        settings.on_too_long,
+    )
+
+
+@dataclass(frozen=True)
+class TokenLengths:
+    """One row per example (see SCHEMA), in shard order, and what could not become an example."""
+
+    table: pa.Table
+    num_rejected: int
+    path: str
+
+    def column(self, name: str) -> np.ndarray:
+        """Return one column as an array of n."""
+        return self.table.column(name).to_numpy()
+
+    @property
+    def num_truncated(self) -> int:
+        """Count the examples that were cut."""
+        return int(self.column("truncated").sum())
+
+
+def measure_lengths(prepared: PreparedData, settings: EncoderSettings, max_rejected: float) -> TokenLengths:
+    """Return the lengths of every example of ``prepared``, from the file where there is one.
+
+    Raises DataError when more than ``max_rejected`` of the rows are lost here and in preparation together.
+    """
+    folder = f"{prepared.path}/tokens-{lengths_key(prepared, settings)}"
+    files, root = fsspec.core.url_to_fs(folder)
+    path = f"{root}/lengths.parquet"
+    if not files.exists(path):
+        files.makedirs(root, exist_ok=True)
+        tables, rejected = measure_shards(prepared, settings)
+        with files.open(f"{root}/rejected.jsonl", "w") as stream:
+            stream.writelines(json.dumps(row) + "\n" for row in rejected)
+        refuse_too_many(prepared, rejected, max_rejected, f"{folder}/rejected.jsonl")
+        with files.open(f"{path}.part", "wb") as stream:
+            pq.write_table(pa.concat_tables(tables).replace_schema_metadata({"rejected": str(len(rejected))}), stream)
+        files.mv(f"{path}.part", path)
+    with files.open(path, "rb") as stream:
+        table = pq.read_table(stream)
+    return TokenLengths(table, int(table.schema.metadata[b"rejected"]), folder)
+
+
+def measure_shards(prepared: PreparedData, settings: EncoderSettings) -> tuple[list[pa.Table], list[dict[str, str]]]:
+    """Tokenise all shards, a Ray task each."""
+    task = ray.remote(measure_shard)
+    pending = [task.remote(prepared.path, shard.name, i, settings) for i, shard in enumerate(prepared.shards)]
+    results = [ray.get(ref) for ref in tqdm(pending, desc="token lengths", unit="shard", disable=len(pending) < 2)]
+    return [table for table, _ in results], [row for _, rows in results for row in rows]
+
+
+def measure_shard(path: str, name: str, index: int, settings: EncoderSettings) -> tuple[pa.Table, list[dict[str, str]]]:
+    """Return the example rows of one shard, and the rows that cannot be learnt from with their reasons."""
+    encoder = load_encoder(settings)
+    shard = read_rows(path, name, None, columns=["id", "turns", "widths", "source"]).to_pylist()
+    rows: list[tuple[Any, ...]] = []
+    rejected: list[dict[str, str]] = []
+    for number, record in enumerate(shard):
+        try:
+            examples = encoder.encode([Turn(**turn) for turn in record["turns"]], len(record["widths"]))
+        except RecordError as error:
+            message = f"record {record['id']} ({record['source']}): {error}"
+            rejected.append(
+                {"id": record["id"], "source": record["source"], "reason": error.reason, "message": message}
+            )
+            continue
+        rows += [
+            (index, number, part, record["id"], len(e.input_ids), e.num_supervised, len(e.images), e.truncated)
+            for part, e in enumerate(examples)
+        ]
+    columns = [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in SCHEMA]
+    return pa.table(columns, schema=SCHEMA), rejected
+
+
+def refuse_too_many(prepared: PreparedData, rejected: list[dict[str, str]], max_rejected: float, path: str) -> None:
+    """Raise DataError past the limit, with counts and first examples."""
+    total = prepared.num_samples + prepared.num_rejected
+    lost = len(rejected) + prepared.num_rejected
+    if lost > max_rejected * total or lost == total:
+        first = "; ".join(row["message"] for row in rejected[:3])
+        raise DataError(
+            f"{lost} of {total} rows are rejected, over data.max_rejected = {max_rejected:g}: {first}; "
+            f"all are in {path}; mend the data, or raise data.max_rejected"
+        )
+
+
+def lengths_key(prepared: PreparedData, settings: EncoderSettings) -> str:
+    """Return 12 hex digits of all that decides token lengths."""
+    encoder = load_encoder(settings)
+    tokenizer = encoder.tokenizer
+    parts = [
+        str(FORMAT_VERSION),
+        prepared.data_hash,
+        tokenizer.backend_tokenizer.to_str(),
+        str(tokenizer.chat_template),
+        str(tokenizer.bos_token),
+        repr(encoder.template),
+        str(encoder.num_image_tokens),
+        str(settings.model_max_length),
+        settings.on_too_long,
+    ]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]

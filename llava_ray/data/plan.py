@@ -1,0 +1,105 @@
+"""Which examples make up each step: a pure function of (data, seed, token lengths).
+
+A step is exactly ``global_batch_size`` examples whatever the world size; an epoch's last step holds what remains.
+Only inside a step are examples packed into rows and dealt to ranks, so losses, ledgers and resumed runs agree for
+any number of workers.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+from jaxtyping import Int, Int32
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The order of n examples through all epochs; ``shard`` says where each one lies."""
+
+    num_tokens: Int32[np.ndarray, " n"]
+    shard: Int32[np.ndarray, " n"]
+    global_batch_size: int
+    num_epochs: int
+    seed: int
+    shuffle_window: int
+    max_steps: int | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Count the steps of one pass; nothing is dropped or repeated."""
+        return -(-len(self.num_tokens) // self.global_batch_size)
+
+    @property
+    def num_steps(self) -> int:
+        """Count the steps of the run."""
+        steps = self.steps_per_epoch * self.num_epochs
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    @cached_property
+    def hash(self) -> str:
+        """Return 16 hex digits that change when any step's examples would."""
+        digest = hashlib.sha256(repr((self.global_batch_size, self.seed, self.shuffle_window)).encode())
+        digest.update(self.num_tokens.tobytes())
+        digest.update(self.shard.tobytes())
+        digest.update(self.order(0).tobytes())  # catches a numpy that draws other permutations
+        return digest.hexdigest()[:16]
+
+    def order(self, epoch: int) -> Int[np.ndarray, " n"]:
+        """Return the epoch's permutation: shards shuffled, then the examples of each window of shards.
+
+        Windows let every shard be read once an epoch.
+        """
+        draw = np.random.default_rng([self.seed, epoch])
+        shards = draw.permutation(np.unique(self.shard))
+        windows = [shards[i : i + self.shuffle_window] for i in range(0, len(shards), self.shuffle_window)]
+        members = (np.flatnonzero(np.isin(self.shard, window)) for window in windows)
+        return np.concatenate([draw.permutation(indices) for indices in members])
+
+    def step(self, number: int) -> Int[np.ndarray, " b"]:
+        """Return the examples of step ``number``, counted from 0."""
+        epoch, within = divmod(number, self.steps_per_epoch)
+        return _order(self, epoch)[within * self.global_batch_size : (within + 1) * self.global_batch_size]
+
+
+@lru_cache(maxsize=2)
+def _order(plan: Plan, epoch: int) -> Int[np.ndarray, " n"]:
+    return plan.order(epoch)
+
+
+def pack(num_tokens: Sequence[int], row_length: int) -> list[list[int]]:
+    """Pack into rows of at most ``row_length`` tokens, first fit, longest first; a row is a list of positions."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for position in sorted(range(len(num_tokens)), key=lambda i: (-num_tokens[i], i)):
+        length = num_tokens[position]
+        if length > row_length:
+            raise ValueError(f"an example of {length} tokens cannot lie in a row of {row_length}")
+        fitting = next((row for row, left in enumerate(room) if length <= left), None)
+        if fitting is None:
+            rows.append([position])
+            room.append(row_length - length)
+        else:
+            rows[fitting].append(position)
+            room[fitting] -= length
+    return rows
+
+
+def deal(num_tokens: Sequence[int], row_length: int, world_size: int) -> list[list[list[int]]]:
+    """Pack one step and deal its rows to ranks: ``result[rank][micro_batch]`` is a row, a list of positions.
+
+    Every rank gets the same number of rows, by turns the fullest to the rank with the fewest tokens; a rank that has
+    one row less than the others gets an empty one.
+    """
+    rows = sorted(pack(num_tokens, row_length), key=lambda row: -sum(num_tokens[i] for i in row))
+    count = -(-len(rows) // world_size)
+    dealt: list[list[list[int]]] = [[] for _ in range(world_size)]
+    load = [0] * world_size
+    for row in rows:
+        rank = min((r for r in range(world_size) if len(dealt[r]) < count), key=lambda r: (load[r], r))
+        dealt[rank].append(sorted(row))
+        load[rank] += sum(num_tokens[i] for i in row)
+    for rank_rows in dealt:
+        rank_rows += [[] for _ in range(count - len(rank_rows))]
+    return dealt

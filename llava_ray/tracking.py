@@ -1,0 +1,103 @@
+"""MLflow: one run per job, written from one process, the same run after any restart."""
+
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param
+from mlflow.exceptions import MlflowException
+
+from llava_ray.errors import ConfigError
+
+METRICS_PER_REQUEST = 1000  # MLflow's own limits
+PARAMS_PER_REQUEST = 100
+PARAM_LENGTH = 6000
+
+
+def default_tracking_uri(storage_path: str) -> str:
+    """Return the SQLite store beside the runs; for remote storage, one in the folder the job was started from."""
+    folder = Path("runs") if "://" in storage_path else Path(storage_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{folder.resolve()}/mlflow.db"
+
+
+class TrackedRun:
+    """One MLflow run, found again by its ``key`` tag or created."""
+
+    def __init__(self, tracking_uri: str, experiment_name: str, name: str, key: str) -> None:
+        """Attach to the run tagged ``key`` (a run folder), or create it. Raises ConfigError if MLflow refuses."""
+        self.tracking_uri = tracking_uri
+        try:
+            self.client = MlflowClient(tracking_uri)
+            experiment = self.client.get_experiment_by_name(experiment_name)
+            experiment_id = (
+                experiment.experiment_id
+                if experiment
+                else self.client.create_experiment(experiment_name, artifact_location=artifact_location(tracking_uri))
+            )
+            found = self.client.search_runs([experiment_id], f"tags.`llava_ray.run` = '{key}'", max_results=1)
+            run = found[0] if found else self.client.create_run(
+                experiment_id, tags={"llava_ray.run": key}, run_name=name
+            )
+        except MlflowException as error:
+            raise ConfigError(f"MLflow at {tracking_uri!r}: {error}; check tracking.tracking_uri") from error
+        self.run_id: str = run.info.run_id
+        self.client.update_run(self.run_id, status="RUNNING")
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Log a resolved config, flattened; values that are already there stay (MLflow's params never change)."""
+        known = self.client.get_run(self.run_id).data.params
+        fresh = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in flattened(params) if key not in known]
+        for start in range(0, len(fresh), PARAMS_PER_REQUEST):
+            self.client.log_batch(self.run_id, params=fresh[start : start + PARAMS_PER_REQUEST])
+
+    def log_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags: lineage, mostly."""
+        for key, value in tags.items():
+            self.client.set_tag(self.run_id, key, value)
+
+    def log_steps(self, steps: Mapping[int, Mapping[str, float]]) -> None:
+        """Log the metrics of several steps."""
+        now = int(time.time() * 1000)
+        metrics = [Metric(key, value, now, step) for step, row in steps.items() for key, value in row.items()]
+        for start in range(0, len(metrics), METRICS_PER_REQUEST):
+            self.client.log_batch(self.run_id, metrics=metrics[start : start + METRICS_PER_REQUEST])
+
+    def log_folder(self, folder: str, name: str) -> None:
+        """Keep a folder's files as the artifact ``name``."""
+        self.client.log_artifacts(self.run_id, folder, name)
+
+    def log_file(self, path: str) -> None:
+        """Keep one file as an artifact."""
+        self.client.log_artifact(self.run_id, path)
+
+    def end(self, status: str = "FINISHED") -> None:
+        """Close the run: FINISHED, FAILED or KILLED."""
+        self.client.set_terminated(self.run_id, status)
+
+
+def artifact_location(tracking_uri: str) -> str | None:
+    """Keep artifacts beside a SQLite store (MLflow would use the working directory); a server knows its own place."""
+    if not tracking_uri.startswith("sqlite:///"):
+        return None
+    return (Path(tracking_uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts").as_uri()
+
+
+def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys with their values."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flattened(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def write_text(path: str, text: str) -> None:
+    """Write a file whole or not at all, on any filesystem."""
+    files, inner = fsspec.core.url_to_fs(path)
+    with files.open(f"{inner}.part", "w") as stream:
+        stream.write(text)
+    files.mv(f"{inner}.part", inner)

@@ -1,0 +1,177 @@
+"""Complete, resumable checkpoints: ZeRO shards, RNG states, position; committed by Ray only when every rank reported.
+
+A checkpoint folder holds ``zero/`` (each rank's shards), ``rng_rank{r}.pt``, ``trainer_state.json`` and ``COMPLETE``.
+Frozen parameters are not in it: they come from the base, which the run's settings name.
+"""
+
+import errno
+import json
+import random
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.train import Checkpoint, CheckpointUploadMode
+from torch import nn
+
+from llava_ray.errors import CheckpointError
+from llava_ray.train.universal import load_for_other_world_size
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+    from llava_ray.train.loop import LoopSettings
+
+TAG = "zero"
+
+# Ray uploads in the background and never says "slow down": more unfinished saves than this would fill the disk.
+MAX_UNFINISHED_UPLOADS = 2
+
+
+class Checkpointer:
+    """Save and restore one rank's part of the training state."""
+
+    def __init__(self, engine: "DeepSpeedEngine", settings: "LoopSettings") -> None:
+        """Clear what a killed upload of this rank may have left on the local disk."""
+        self.engine = engine
+        self.settings = settings
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        name = settings.config.run.name
+        self.local = Path(tempfile.gettempdir()) / f"llava_ray-{name}-{settings.plan_hash}-rank{self.rank}"
+        shutil.rmtree(self.local, ignore_errors=True)
+
+    def restore(self) -> int:
+        """Load the committed checkpoint, if there is one, and return the step to go on with."""
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return 0
+        with checkpoint.as_directory() as folder:
+            state = json.loads(Path(folder, "trainer_state.json").read_text())
+            if state["plan_hash"] != self.settings.plan_hash:
+                raise CheckpointError(
+                    f"{checkpoint.path} was made with plan {state['plan_hash']}, this run's is "
+                    f"{self.settings.plan_hash}: the data or their order changed; restore them, or start over with "
+                    "--run.restart True"
+                )
+            if state["world_size"] == self.world_size or self.engine.zero_optimization_stage() == 0:
+                self.engine.load_checkpoint(folder, tag=TAG, custom_load_fn=load_trainable)
+            else:
+                load_for_other_world_size(self.engine, Path(folder), TAG)
+            self.restore_randomness(Path(folder), state)
+        if self.engine.global_steps != state["step"]:
+            raise CheckpointError(
+                f"{checkpoint.path}: the engine stands at step {self.engine.global_steps}, trainer_state.json says "
+                f"{state['step']}; delete this checkpoint to go on from the one before"
+            )
+        return int(state["step"])
+
+    def rehearse(self) -> None:
+        """Save once for nothing before the first step, so that a full or read-only disk shows now, not after hours."""
+        self.write(self.local / "rehearsal", step=0)
+        shutil.rmtree(self.local, ignore_errors=True)
+
+    def step_done(self, step: int) -> None:
+        """Save when ``step`` steps are done and a checkpoint is due."""
+        if step % self.settings.config.train.save_steps and step != self.settings.num_steps:
+            return
+        while self.local.exists() and len(list(self.local.iterdir())) >= MAX_UNFINISHED_UPLOADS:
+            time.sleep(0.2)
+        folder = self.local / f"step-{step:08d}"
+        self.write(folder, step)
+        # The ledger must hold every step up to here before the checkpoint counts.
+        ray.get(self.settings.journal.flush.remote())
+        ray.train.report(
+            {"step": step},
+            checkpoint=Checkpoint.from_directory(str(folder)),
+            checkpoint_dir_name=folder.name,
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=True,
+        )
+
+    def write(self, folder: Path, step: int) -> None:
+        """Write this rank's files of a checkpoint; raise CheckpointError when the disk does not take them."""
+        try:
+            folder.mkdir(parents=True)
+            self.engine.save_checkpoint(
+                str(folder), tag=TAG, client_state={"step": step}, exclude_frozen_parameters=True
+            )
+            torch.save(random_state(), folder / f"rng_rank{self.rank}.pt")
+            if self.rank == 0:
+                state = {
+                    "step": step,
+                    "plan_hash": self.settings.plan_hash,
+                    "data_hash": self.settings.data_hash,
+                    "world_size": self.world_size,
+                    "seed": self.settings.config.train.seed,
+                    "zero_stage": self.settings.config.train.zero_stage,
+                }
+                (folder / "trainer_state.json").write_text(json.dumps(state, indent=1))
+                (folder / "COMPLETE").touch()
+        except (OSError, RuntimeError) as error:
+            if not disk_trouble(error):
+                raise
+            free = shutil.disk_usage(self.local.anchor).free / 2**30
+            raise CheckpointError(
+                f"cannot write the checkpoint of step {step} to {folder} ({free:.1f} GiB free there): {error}; "
+                "make room or set TMPDIR, then start the run again: it goes on from the last whole checkpoint"
+            ) from error
+
+    def restore_randomness(self, folder: Path, state: dict[str, Any]) -> None:
+        """Bring back this rank's RNG states, or derive new ones where the number of ranks changed."""
+        if state["world_size"] == self.world_size:
+            set_random_state(torch.load(folder / f"rng_rank{self.rank}.pt", weights_only=False))
+        else:
+            seed_all(state["seed"], state["step"], self.rank)
+
+
+def load_trainable(source: dict[str, torch.Tensor], target: nn.Module) -> None:
+    """Load a state without its frozen parameters, and refuse one that lacks anything that learns."""
+    missing = set(target.load_state_dict(source, strict=False).missing_keys)
+    lost = missing - {name for name, parameter in target.named_parameters() if not parameter.requires_grad}
+    lost -= tied_names(target)
+    if lost:
+        raise CheckpointError(f"the checkpoint lacks {sorted(lost)[:5]} ({len(lost)} in all): it is not this model's")
+
+
+def tied_names(module: nn.Module) -> set[str]:
+    """Return the second names of tied parameters, which no checkpoint repeats."""
+    return {name for name, _ in module.named_parameters(remove_duplicate=False)} - {
+        name for name, _ in module.named_parameters()
+    }
+
+
+def disk_trouble(error: BaseException) -> bool:
+    """Tell whether an error is the disk's: torch wraps a full disk in a RuntimeError of its file writer."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+    return "PytorchStreamWriter" in str(error) or "file write failed" in str(error)
+
+
+def random_state() -> dict[str, Any]:
+    """Return the states of every random number generator a step may use."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Set what ``random_state`` returned."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def seed_all(*parts: int) -> None:
+    """Seed every generator from several numbers, e.g. (seed, step, rank)."""
+    seed = int(np.random.SeedSequence(parts).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

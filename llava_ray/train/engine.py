@@ -1,0 +1,87 @@
+"""The DeepSpeed engine around what learns; the frozen tower stays outside it."""
+
+import math
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import DeepSpeedEngine
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+from llava_ray.config.sections import FinetuneConfig, TrainConfig
+from llava_ray.model.bundle import LlavaParts, assemble
+from llava_ray.model.freezing import freeze
+from llava_ray.train.groups import parameter_groups
+from llava_ray.train.zero import zero_config
+
+
+class ShardedLoading:
+    """Let transformers partition what it loads inside this block, so that no rank ever holds the whole model."""
+
+    def __init__(self, train: TrainConfig) -> None:
+        """Take the run's ZeRO settings; below stage 3 the block does nothing."""
+        self.train = train
+        self.config: HfDeepSpeedConfig | None = None
+
+    def __enter__(self) -> None:
+        """Make transformers see the configuration: it looks for the living object."""
+        if self.train.zero_stage == 3:
+            self.config = HfDeepSpeedConfig(zero_config(self.train))
+
+    def __exit__(self, *error: object) -> None:
+        """Let go of it, or every later model would be partitioned too."""
+        self.config = None
+
+
+def load_parts(config: FinetuneConfig, device: torch.device) -> LlavaParts:
+    """Load the model, freeze what the switches say, and put the tower where it will be used."""
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
+    parts = assemble(
+        config.model,
+        config.data.image_aspect_ratio,
+        dtype=torch.bfloat16 if config.train.bf16 else torch.float32,
+        seed=config.train.seed,
+        model_max_length=config.train.model_max_length,
+        language_model_context=ShardedLoading(config.train),
+    )
+    freeze(parts.llava, parts.tower, config.model)
+    if config.data.vision_features == "inline":
+        parts.tower.to(device)
+    if config.train.gradient_checkpointing:
+        parts.llava.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    parts.llava.train()
+    return parts
+
+
+def build_engine(parts: LlavaParts, config: FinetuneConfig, num_steps: int) -> DeepSpeedEngine:
+    """Wrap projector and language model with AdamW, the schedule and the run's ZeRO stage."""
+    train = config.train
+    groups = parameter_groups(parts.llava, train)
+    settings: dict[str, Any] = {
+        "lr": train.learning_rate,
+        "betas": (train.adam_beta1, train.adam_beta2),
+        "eps": train.adam_epsilon,
+    }
+    if train.offload_optimizer:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiled at first use, so only when asked for
+
+        optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+    else:
+        optimizer = AdamW(groups, **settings)
+    engine, *_ = deepspeed.initialize(
+        model=parts.llava,
+        optimizer=optimizer,
+        lr_scheduler=lambda wrapped: schedule(wrapped, train, num_steps),
+        config=zero_config(train),
+        dist_init_required=False,
+    )
+    return engine
+
+
+def schedule(optimizer: torch.optim.Optimizer, train: TrainConfig, num_steps: int) -> LRScheduler:
+    """Return LLaVA's schedule: a linear warm-up, then the named shape down to the last step."""
+    name = "constant_with_warmup" if train.lr_scheduler_type == "constant" else train.lr_scheduler_type
+    return get_scheduler(name, optimizer, math.ceil(train.warmup_ratio * num_steps), num_steps)

@@ -1,0 +1,34 @@
+"""Parameter groups: {decays, does not} x {projector, everything else}."""
+
+from typing import Any
+
+from torch import nn
+
+from llava_ray.config.sections import TrainConfig
+from llava_ray.errors import TrainingError
+from llava_ray.model.llava import Llava
+
+
+def parameter_groups(llava: Llava, train: TrainConfig) -> list[dict[str, Any]]:
+    """Return AdamW's groups over what learns; matrices decay, biases and norms (fewer than two dimensions) do not.
+
+    Each group has a "name". Raises TrainingError when nothing learns.
+    """
+    # Under ZeRO-3 a parameter is a slice; DeepSpeed keeps its true shape in ds_shape.
+    learning = [
+        (name, p, len(getattr(p, "ds_shape", p.shape))) for name, p in llava.named_parameters() if p.requires_grad
+    ]
+    if not learning:
+        raise TrainingError("nothing learns: every parameter is frozen; check the model section's freezing switches")
+    rates = {"projector": train.mm_projector_lr or train.learning_rate, "language_model": train.learning_rate}
+    groups = []
+    for part, rate in rates.items():
+        for decays in (True, False):
+            members: list[nn.Parameter] = [
+                p for name, p, num_axes in learning if name.startswith(f"{part}.") and (num_axes >= 2) == decays
+            ]
+            if members:
+                decay = train.weight_decay if decays else 0.0
+                name = f"{part}.{'decay' if decays else 'no_decay'}"
+                groups.append({"name": name, "params": members, "lr": rate, "weight_decay": decay})
+    return groups

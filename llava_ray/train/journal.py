@@ -1,0 +1,125 @@
+"""The run's one writer: every rank tells it what each step did; it keeps metrics, ledger, MLflow and progress.
+
+``ledger.jsonl`` has a line per step with the ids of its samples, sorted, whatever the number of ranks; a run that was
+killed and went on has the same bytes as one that never was. ``metrics.jsonl`` has a line per step with its metrics.
+"""
+
+import json
+import time
+from typing import Any
+
+import fsspec
+import ray
+from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from llava_ray.config.sections import FinetuneConfig
+from llava_ray.tracking import TrackedRun, write_text
+from llava_ray.train.runs import RunFolder
+
+SECONDS_BETWEEN_LOGS = 5.0
+
+
+class Journal:
+    """Collect the ranks' records; run as a Ray actor (see ``open_journal``)."""
+
+    def __init__(self, run_folder: str, tracked: dict[str, str], params: dict[str, Any], logging_steps: int) -> None:
+        """Read what earlier starts of this run have written."""
+        self.run_folder = run_folder
+        self.tracked = TrackedRun(**tracked)
+        self.tracked.log_params(params)
+        self.logging_steps = logging_steps
+        self.ledger: dict[int, list[str]] = {
+            row["step"]: row["samples"] for row in read_rows(f"{run_folder}/ledger.jsonl")
+        }
+        self.metrics: dict[int, dict[str, float]] = {
+            row.pop("step"): row for row in read_rows(f"{run_folder}/metrics.jsonl")
+        }
+        self.partial: dict[int, dict[int, list[str]]] = {}
+        self.logged = max(self.metrics, default=-1)
+        self.log_time = time.monotonic()
+        self.world_size = 0
+        self.state = "starting"
+
+    def rewind(self, rank: int, first_step: int, world_size: int) -> None:
+        """Forget the steps that are about to be taken again; every rank says so when it starts."""
+        del rank
+        self.world_size = world_size
+        self.partial.clear()
+        for steps in (self.ledger, self.metrics):
+            for step in [step for step in steps if step >= first_step]:
+                del steps[step]
+        self.logged = min(self.logged, first_step - 1)
+        self.state = "training"
+
+    def record(self, rank: int, step: int, metrics: dict[str, float], samples: list[str]) -> None:
+        """Take one rank's account of a step; the last rank's completes it."""
+        by_rank = self.partial.setdefault(step, {})
+        by_rank[rank] = samples
+        if rank == 0:
+            self.metrics[step] = metrics
+        if len(by_rank) == self.world_size:
+            self.ledger[step] = sorted(sample for ids in self.partial.pop(step).values() for sample in ids)
+            if time.monotonic() - self.log_time > SECONDS_BETWEEN_LOGS:
+                self.log()
+
+    def log(self) -> None:
+        """Send what is new to MLflow."""
+        self.log_time = time.monotonic()
+        new = {step: row for step, row in self.metrics.items() if step > self.logged and step in self.ledger}
+        self.tracked.log_steps({step: row for step, row in new.items() if step % self.logging_steps == 0})
+        self.logged = max(new, default=self.logged)
+
+    def flush(self) -> None:
+        """Write ledger and metrics; answered only when they are on storage."""
+        write_text(
+            f"{self.run_folder}/ledger.jsonl",
+            "".join(json.dumps({"step": step, "samples": self.ledger[step]}) + "\n" for step in sorted(self.ledger)),
+        )
+        write_text(
+            f"{self.run_folder}/metrics.jsonl",
+            "".join(json.dumps({"step": step} | self.metrics[step]) + "\n" for step in sorted(self.metrics)),
+        )
+        self.log()
+
+    def progress(self) -> tuple[str, int, dict[str, float]]:
+        """Return what is going on, the steps done, and the last step's metrics."""
+        last = max(self.ledger, default=-1)
+        return self.state, last + 1, self.metrics.get(last, {})
+
+    def say(self, state: str) -> None:
+        """Say what is going on now, for the progress bar."""
+        self.state = state
+
+    def close(self, status: str, tags: dict[str, str], artifacts: dict[str, str], files: list[str]) -> str:
+        """Write everything, keep the artifacts (name → folder) and files, end the MLflow run and return its id."""
+        self.flush()
+        self.tracked.log_tags(tags)
+        for path in files:
+            self.tracked.log_file(path)
+        for name, folder in artifacts.items():
+            self.tracked.log_folder(folder, name)
+        self.tracked.end(status)
+        return self.tracked.run_id
+
+
+def open_journal(run: RunFolder, config: FinetuneConfig, tracking_uri: str) -> ActorHandle:
+    """Start the journal beside the driver; it lives and dies with the job."""
+    tracked = {
+        "tracking_uri": tracking_uri,
+        "experiment_name": config.tracking.experiment_name,
+        "name": run.name,
+        "key": run.path,
+    }
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(Journal).options(num_cpus=0, scheduling_strategy=here)
+    return actor.remote(run.path, tracked, config.model_dump(mode="json"), config.tracking.logging_steps)
+
+
+def read_rows(path: str) -> list[dict[str, Any]]:
+    """Return the rows of a JSONL file; none when there is no file."""
+    files, inner = fsspec.core.url_to_fs(path)
+    if not files.exists(inner):
+        return []
+    with files.open(inner) as stream:
+        return [json.loads(line) for line in stream]

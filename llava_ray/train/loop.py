@@ -1,0 +1,103 @@
+"""What every train worker runs: set up, then batch → forward → loss → backward → step → report → checkpoint."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.actor import ActorHandle
+from ray.train.torch import get_device
+
+from llava_ray.config.sections import FinetuneConfig
+from llava_ray.data.batches import MicroBatch, iterate_steps
+from llava_ray.data.stream import StreamSettings
+from llava_ray.errors import TrainingError
+from llava_ray.images.processing import normalise
+from llava_ray.model.tower import VisionTower
+from llava_ray.train.checkpoints import Checkpointer, seed_all
+from llava_ray.train.engine import build_engine, load_parts
+from llava_ray.train.finish import write_bundle
+from llava_ray.train.speed import Meter
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """All that a worker is told."""
+
+    config: FinetuneConfig
+    stream: StreamSettings
+    num_steps: int
+    plan_hash: str
+    data_hash: str
+    run_folder: str
+    bundle_folder: str
+    num_threads: int
+    journal: ActorHandle
+
+
+def train_loop(given: dict[str, Any]) -> None:
+    """Tune until the plan's last step, starting where the committed checkpoint stands, and write the bundle."""
+    settings: LoopSettings = given["settings"]
+    config, journal = settings.config, settings.journal
+    rank, world_size = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
+    torch.set_num_threads(settings.num_threads)
+    torch.backends.cuda.matmul.allow_tf32 = config.train.tf32
+    device = get_device()
+
+    seed_all(config.train.seed, 0, rank)
+    parts = load_parts(config, device)
+    engine = build_engine(parts, config, settings.num_steps)
+    checkpointer = Checkpointer(engine, settings)
+    first_step = checkpointer.restore()
+    journal.rewind.remote(rank, first_step, world_size)
+    if first_step == 0:
+        checkpointer.rehearse()
+    meter = Meter(parts.llava, device, world_size)
+
+    steps = iterate_steps(ray.train.get_dataset_shard("train"), rank, first_step, settings.stream)
+    for step in range(first_step, settings.num_steps):
+        with meter.waiting():
+            batches = next(steps)
+        loss = torch.zeros((), device=device)
+        for batch in batches:
+            features = find_features(batch, parts.tower, settings.stream, device)
+            losses = engine(
+                batch.input_ids.to(device), batch.position_ids.to(device), batch.labels.to(device), features
+            )
+            micro_loss = losses.sum() / batch.num_supervised
+            # DeepSpeed averages gradients over ranks; ours are already parts of one mean over the step's tokens.
+            engine.backward(micro_loss * world_size, scale_wrt_gas=False)
+            loss += micro_loss.detach()
+        engine.step()
+        dist.all_reduce(loss)
+        refuse_not_finite(loss.item(), step, batches)
+        metrics = meter.measure(loss.item(), batches, engine, config.train.row_length)
+        journal.record.remote(rank, step, metrics, [sample for batch in batches for sample in batch.ids])
+        checkpointer.step_done(step + 1)
+    write_bundle(engine, parts, settings)
+
+
+def find_features(
+    batch: MicroBatch, tower: VisionTower | None, stream: StreamSettings, device: torch.device
+) -> torch.Tensor | None:
+    """Return the batch's image features (n, p, v): streamed ones as they are, or from the frozen tower here."""
+    if batch.features is not None:
+        return batch.features.to(device)
+    if batch.pixels is None:
+        return None
+    assert tower is not None
+    with torch.no_grad():
+        return tower(normalise(batch.pixels.to(device), stream.image_spec))
+
+
+def refuse_not_finite(loss: float, step: int, batches: list[MicroBatch]) -> None:
+    """Stop at a loss that is not a number, naming the samples this rank had."""
+    if not math.isfinite(loss):
+        ids = ", ".join(sample for batch in batches for sample in batch.ids)
+        raise TrainingError(
+            f"step {step}: the loss is {loss}; this rank's samples were {ids}. Look at them with preview.py; "
+            "if they are sound, lower train.learning_rate"
+        )

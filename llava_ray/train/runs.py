@@ -1,0 +1,137 @@
+"""A run's name, folder and committed position: the same name goes on, other settings under it are refused."""
+
+import contextlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from ray.train import Checkpoint, Result, UserCallback
+
+from llava_ray.config.recipes import differing_keys
+from llava_ray.config.sections import FinetuneConfig
+from llava_ray.errors import CheckpointError, ConfigError
+from llava_ray.tracking import write_text
+
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where one run keeps everything: ``storage_path/name``."""
+
+    storage_path: str
+    name: str
+
+    @property
+    def path(self) -> str:
+        """Return the folder itself."""
+        return f"{self.storage_path}/{self.name}"
+
+    @property
+    def bundle(self) -> str:
+        """Return where the final model lies."""
+        return f"{self.path}/model"
+
+    def finished(self) -> dict[str, Any] | None:
+        """Return what was noted when the run ended, or None."""
+        files, inner = fsspec.core.url_to_fs(f"{self.path}/finished.json")
+        return json.loads(files.cat_file(inner)) if files.exists(inner) else None
+
+
+def open_run(config: FinetuneConfig) -> RunFolder:
+    """Find or make the run's folder; note the resolved settings in ``resolved.json``.
+
+    Raises ConfigError when the name is used with other settings, or the folder cannot be written.
+    """
+    assert config.run.name is not None
+    run = RunFolder(absolute(config.run.storage_path), config.run.name)
+    files, inner = fsspec.core.url_to_fs(run.path)
+    settings = config.model_dump(mode="json")
+    if files.exists(f"{inner}/resolved.json"):
+        changed = differing_keys(json.loads(files.cat_file(f"{inner}/resolved.json")), settings)
+        if changed and not config.run.restart:
+            raise ConfigError(
+                f"run {run.name!r} in {run.storage_path} was made with other settings ({'; '.join(changed)}): give "
+                "another --run.name, go back to the old settings to go on, or start over with --run.restart True"
+            )
+        if config.run.restart:
+            files.mv(inner, f"{inner}.replaced-{time.strftime('%Y%m%d-%H%M%S')}", recursive=True)
+    try:
+        files.makedirs(inner, exist_ok=True)
+        write_text(f"{run.path}/resolved.json", json.dumps(settings, indent=1))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write the run's folder {run.path}: {error}; set --run.storage_path to one that you can write"
+        ) from error
+    return run
+
+
+def absolute(path: str) -> str:
+    """Return a path that Ray's workers understand wherever they run: a URL as it is, a folder made absolute."""
+    return path if "://" in path else str(Path(path).resolve())
+
+
+def committed_step(storage_path: str, name: str) -> int:
+    """Return the step that the next start of the workers goes on with, 0 for a fresh run.
+
+    Reads the snapshot that Ray itself resumes from, never a note of ours, which could be one step off after a kill.
+    """
+    try:
+        checkpoint = Result.from_path(f"{storage_path}/{name}").checkpoint
+    except RuntimeError:  # no folder or no snapshot yet
+        return 0
+    if checkpoint is None:
+        return 0
+    with checkpoint.filesystem.open_input_stream(f"{checkpoint.path}/trainer_state.json") as stream:
+        return int(json.loads(stream.read())["step"])
+
+
+class SnapshotKeeper(UserCallback):
+    """Copy Ray's snapshot after each commit: Ray rewrites it in place, and a torn one would stop every resume."""
+
+    def __init__(self, run: RunFolder) -> None:
+        """Know where the run is."""
+        self.run = run
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
+        """Keep a copy once the snapshot names the new checkpoint."""
+        del run_context, metrics
+        if checkpoint is not None:
+            files, inner = fsspec.core.url_to_fs(self.run.path)
+            write_text(f"{self.run.path}/{SNAPSHOT}.copy", files.cat_file(f"{inner}/{SNAPSHOT}").decode())
+
+
+def mend_run(run: RunFolder) -> None:
+    """Before a start: put back a torn snapshot, and delete checkpoint folders that were never committed.
+
+    Raises CheckpointError when neither the snapshot nor its copy can be read.
+    """
+    files, inner = fsspec.core.url_to_fs(run.path)
+    if not files.exists(f"{inner}/{SNAPSHOT}"):
+        committed: set[str] = set()
+    else:
+        committed = named_checkpoints(files, f"{inner}/{SNAPSHOT}")
+        if not committed and files.exists(f"{inner}/{SNAPSHOT}.copy"):
+            committed = named_checkpoints(files, f"{inner}/{SNAPSHOT}.copy")
+            if not committed:
+                raise CheckpointError(
+                    f"{run.path}/{SNAPSHOT} and its copy are unreadable; restore one from a backup, or start over "
+                    "with --run.restart True (the old folder is kept aside)"
+                )
+            files.cp_file(f"{inner}/{SNAPSHOT}.copy", f"{inner}/{SNAPSHOT}")
+    for folder in files.glob(f"{inner}/step-*"):
+        if Path(folder).name not in committed:
+            with contextlib.suppress(FileNotFoundError):
+                files.rm(folder, recursive=True)
+
+
+def named_checkpoints(files: fsspec.AbstractFileSystem, path: str) -> set[str]:
+    """Return the checkpoint folders that a snapshot names; none when it cannot be read."""
+    try:
+        snapshot = json.loads(files.cat_file(path))
+    except ValueError:
+        return set()
+    return {result["checkpoint_dir_name"] for result in snapshot.get("checkpoint_results", [])}

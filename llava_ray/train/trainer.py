@@ -1,0 +1,231 @@
+"""One fine-tuning run on a Ray cluster, from resolved settings to a bundle."""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import ray
+from ray.actor import ActorHandle
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
+from ray.train.torch import TorchConfig, TorchTrainer
+from tqdm import tqdm
+
+from llava_ray.config.recipes import settings_hash
+from llava_ray.config.sections import FinetuneConfig
+from llava_ray.data.lengths import EncoderSettings, TokenLengths, measure_lengths
+from llava_ray.data.plan import Plan
+from llava_ray.data.shards import PreparedData
+from llava_ray.data.stream import DealToRanks, StreamSettings, TrainStream
+from llava_ray.errors import LlavaRayError, TrainingError
+from llava_ray.model.blueprint import read_blueprint
+from llava_ray.runtime import Resources
+from llava_ray.tracking import default_tracking_uri, write_text
+from llava_ray.train.journal import open_journal
+from llava_ray.train.loop import LoopSettings, train_loop
+from llava_ray.train.runs import RunFolder, SnapshotKeeper, committed_step, mend_run, open_run
+
+PROGRESS_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a run leaves behind."""
+
+    folder: RunFolder
+    num_steps: int
+    metrics: dict[str, float]
+    """Of the last step."""
+    tracking_uri: str
+    mlflow_run_id: str
+    reused: bool = False
+    """Whether it had been finished before, so that nothing was done now."""
+
+
+def finetune(config: FinetuneConfig, prepared: PreparedData, resources: Resources) -> FinishedRun:
+    """Tune, going on where a run of the same name stopped. Needs a connected Ray.
+
+    Raises ConfigError, DataError, ModelError, CheckpointError or TrainingError; whatever was committed stays.
+    """
+    run = open_run(config)
+    noted = run.finished()
+    if noted is not None:
+        return FinishedRun(run, reused=True, **noted)
+    lengths, plan = make_plan(config, prepared)
+    tracking_uri = config.tracking.tracking_uri or default_tracking_uri(config.run.storage_path)
+    journal = open_journal(run, config, tracking_uri)
+    mend_run(run)
+    settings = loop_settings(config, prepared, plan, resources, run, journal)
+    trainer = TorchTrainer(
+        train_loop,
+        train_loop_config={"settings": settings},
+        torch_config=TorchConfig(backend="nccl" if resources.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=resources.num_workers,
+            use_gpu=resources.use_gpu,
+            resources_per_worker={"CPU": resources.cpus_per_worker} | ({"GPU": 1} if resources.use_gpu else {}),
+            accelerator_type=resources.accelerator_type,
+        ),
+        run_config=RunConfig(
+            name=run.name,
+            storage_path=run.storage_path,
+            failure_config=FailureConfig(max_failures=config.run.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.train.save_total_limit),
+            callbacks=[SnapshotKeeper(run)],
+            worker_runtime_env={"env_vars": worker_environment(resources)},
+        ),
+        datasets={"train": TrainStream(partial(committed_step, run.storage_path, run.name), plan.num_steps)},
+        dataset_config=DealToRanks(plan, lengths, settings.stream),
+    )
+    with closing(journal), progress_bar(journal, plan.num_steps):
+        fit(trainer, run)
+    return note_finished(config, run, plan, prepared, journal, tracking_uri)
+
+
+def make_plan(config: FinetuneConfig, prepared: PreparedData) -> tuple[TokenLengths, Plan]:
+    """Measure the examples (or find them measured) and fix every step."""
+    encoder = EncoderSettings.of(config.model, config.data, config.train)
+    lengths = measure_lengths(prepared, encoder, config.data.max_rejected)
+    plan = Plan(
+        lengths.column("num_tokens"),
+        lengths.column("shard"),
+        global_batch_size=config.train.global_batch_size,
+        num_epochs=config.train.num_train_epochs,
+        seed=config.train.seed,
+        shuffle_window=config.data.shuffle_window,
+        max_steps=config.train.max_steps,
+    )
+    print(  # noqa: T201 - said to the person who started the run
+        f"Plan: {len(plan.num_tokens)} examples ({lengths.num_truncated} truncated, {lengths.num_rejected} rejected), "
+        f"{plan.num_steps} steps of {plan.global_batch_size} samples; lengths in {lengths.path}",
+        flush=True,
+    )
+    return lengths, plan
+
+
+def loop_settings(
+    config: FinetuneConfig,
+    prepared: PreparedData,
+    plan: Plan,
+    resources: Resources,
+    run: RunFolder,
+    journal: ActorHandle,
+) -> LoopSettings:
+    """Gather what workers and stream tasks are told."""
+    blueprint = read_blueprint(config.model, config.data.image_aspect_ratio)
+    stream = StreamSettings(
+        prepared_path=prepared.path,
+        shard_names=tuple(shard.name for shard in prepared.shards),
+        encoder=EncoderSettings.of(config.model, config.data, config.train),
+        image_spec=blueprint.image_spec,
+        num_image_tokens=blueprint.num_image_tokens,
+        mm_hidden_size=blueprint.mm_hidden_size,
+        row_length=config.train.row_length,
+        data=config.data,
+        bf16=config.train.bf16,
+        vision_gpus=1 if resources.use_gpu else 0,
+    )
+    return LoopSettings(
+        config=config,
+        stream=stream,
+        num_steps=plan.num_steps,
+        plan_hash=plan.hash,
+        data_hash=prepared.data_hash,
+        run_folder=run.path,
+        bundle_folder=run.bundle,
+        num_threads=resources.num_threads,
+        journal=journal,
+    )
+
+
+def worker_environment(resources: Resources) -> dict[str, str]:
+    """Return the environment variables of the train workers; Ray passes none of the driver's own on."""
+    variables = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(resources.num_threads)}
+    return variables if resources.use_gpu else variables | {"DS_ACCELERATOR": "cpu"}
+
+
+def fit(trainer: TorchTrainer, run: RunFolder) -> None:
+    """Run the trainer; put what failed in the workers into our own words."""
+    try:
+        trainer.fit()
+    except WorkerGroupError as error:
+        for failure in error.worker_failures.values():
+            cause = getattr(failure, "_base_exc", failure)  # Ray wraps a worker's exception with its traceback
+            if isinstance(cause, LlavaRayError):
+                raise cause from error
+        raise TrainingError(
+            f"run {run.name!r} stopped after too many worker failures: {error}; it goes on from its last checkpoint "
+            "when started again; run.max_failures says how many to survive"
+        ) from error
+    except TrainingFailedError as error:
+        raise TrainingError(f"run {run.name!r} stopped: {error}; start it again to go on") from error
+
+
+@contextmanager
+def closing(journal: ActorHandle) -> Iterator[None]:
+    """Mark the run FAILED or KILLED in MLflow when it does not end well."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        ray.get(journal.close.remote("KILLED", {}, {}, []))
+        raise
+    except LlavaRayError:
+        ray.get(journal.close.remote("FAILED", {}, {}, []))
+        raise
+
+
+@contextmanager
+def progress_bar(journal: ActorHandle, num_steps: int) -> Iterator[None]:
+    """Draw the run's progress until the block ends."""
+    ended = threading.Event()
+
+    def draw() -> None:
+        with tqdm(total=num_steps, unit="step", desc="starting", dynamic_ncols=True) as bar:
+            while not ended.wait(PROGRESS_SECONDS):
+                state, done, metrics = ray.get(journal.progress.remote())
+                bar.set_description(state, refresh=False)
+                shown = {"loss": metrics.get("loss"), "samples/s": metrics.get("samples_per_second")}
+                bar.set_postfix(
+                    {key: f"{value:.3g}" for key, value in shown.items() if value is not None}, refresh=False
+                )
+                bar.update(done - bar.n)
+                bar.refresh()
+
+    thread = threading.Thread(target=draw, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def note_finished(
+    config: FinetuneConfig, run: RunFolder, plan: Plan, prepared: PreparedData, journal: ActorHandle, tracking_uri: str
+) -> FinishedRun:
+    """Close the MLflow run with lineage and artifacts, and note in the folder that the run is over."""
+    lineage = {
+        "data_path": config.data.data_path,
+        "data_hash": prepared.data_hash,
+        "plan_hash": plan.hash,
+        "model_name_or_path": config.model.model_name_or_path,
+        "vision_tower": str(config.model.vision_tower),
+        "settings_hash": settings_hash(config),
+        "bundle": run.bundle,
+    }
+    local = "://" not in run.path  # MLflow copies from this node's own files
+    artifacts = {"model": run.bundle} if config.tracking.log_model and local else {}
+    files = [f"{run.path}/{name}" for name in ("resolved.json", "ledger.jsonl", "metrics.jsonl")] if local else []
+    tags = {f"llava_ray.{key}": value for key, value in lineage.items()}
+    run_id = ray.get(journal.close.remote("FINISHED", tags, artifacts, files))
+    _, _, metrics = ray.get(journal.progress.remote())
+    noted = {
+        "num_steps": plan.num_steps,
+        "metrics": metrics,
+        "tracking_uri": tracking_uri,
+        "mlflow_run_id": run_id,
+    }
+    write_text(f"{run.path}/finished.json", json.dumps(noted, indent=1))
+    return FinishedRun(run, **noted)

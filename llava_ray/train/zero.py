@@ -1,0 +1,32 @@
+"""DeepSpeed's configuration from ours: ZeRO stages as settings, nothing else of DeepSpeed's left to chance."""
+
+from typing import Any
+
+from llava_ray.config.sections import TrainConfig
+
+
+def zero_config(train: TrainConfig) -> dict[str, Any]:
+    """Return the DeepSpeed configuration of a run.
+
+    Accumulation is ours (``managed_gradient_accumulation`` off): a step has as many micro-batches as its packing
+    needs. The optimizer and the schedule are given to ``deepspeed.initialize`` as objects, so parameter groups and
+    the cosine survive every stage, which the original's offload configuration lost.
+    """
+    zero: dict[str, Any] = {
+        "stage": train.zero_stage,
+        "contiguous_gradients": True,
+        "overlap_comm": train.zero_stage >= 2,  # refused below stage 2 with unmanaged accumulation
+    }
+    if train.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": train.max_grad_norm,
+        "bf16": {"enabled": train.bf16},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }

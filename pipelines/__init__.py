@@ -1,0 +1,1 @@
+"""The commands: each reads like prose, and each `main(arguments)` can be called."""

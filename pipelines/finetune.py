@@ -1,0 +1,45 @@
+#!/usr/bin/env python
+"""Tune a LLaVA on a Ray cluster: alignment and instruction tuning alike, by recipe.
+
+python pipelines/finetune.py pipelines/recipes/finetune/llava_v1_5_7b.toml --data.data_path mix665k.json …
+ray job submit --working-dir . -- python pipelines/finetune.py RECIPE --train.learning_rate 1e-5
+"""
+
+import sys
+from collections.abc import Sequence
+
+from llava_ray.data.preparation import prepare_data
+
+from llava_ray.config.recipes import load_recipe
+from llava_ray.config.sections import FinetuneConfig
+from llava_ray.errors import LlavaRayError
+from llava_ray.runtime import connected
+from llava_ray.train.trainer import FinishedRun, finetune
+
+
+def main(arguments: Sequence[str]) -> FinishedRun:
+    """Prepare the data, tune, and say where the results are."""
+    config = load_recipe(FinetuneConfig, arguments)
+    print(config.model_dump_json(indent=1, exclude_defaults=True))
+    with connected(config.cluster) as resources:
+        prepared = prepare_data(config.data)
+        finished = finetune(config, prepared, resources)
+    tell(finished)
+    return finished
+
+
+def tell(finished: FinishedRun) -> None:
+    """Say what came out, and where."""
+    loss = finished.metrics.get("loss", float("nan"))
+    print(f"{'Finished before' if finished.reused else 'Finished'}: {finished.num_steps} steps, last loss {loss:.4f}")
+    print(f"  model    {finished.folder.bundle}")
+    print(f"  ledger   {finished.folder.path}/ledger.jsonl")
+    print(f"  metrics  {finished.folder.path}/metrics.jsonl")
+    print(f"  mlflow   mlflow ui --backend-store-uri {finished.tracking_uri}  (run {finished.mlflow_run_id})")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except LlavaRayError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
