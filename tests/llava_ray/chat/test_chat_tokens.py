@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Span, Turn, read_turns
 from llava_ray.chat.rendering import place_images, render_prompt, render_spans
@@ -149,6 +150,23 @@ def test_a_bos_in_the_text_is_not_doubled(llama_tokenizer):
     assert tokenize_spans([Span("Hi", learnt=False)], llama_tokenizer, add_bos=False).input_ids[0] != 1
 
 
+def test_no_end_is_written_by_a_tokenizer_that_adds_one(make_byte_tokenizer):
+    tokenizer = make_byte_tokenizer("</s>", bos="<s>")
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", bos), ("</s>", eos)]
+    )
+    ids = tokenize_prompt(CAT[:1], TEMPLATES["v1"], tokenizer)
+    assert (ids[0], ids.count(bos), ids.count(eos)) == (bos, 1, 0)
+
+
+@pytest.mark.parametrize("learnt", [False, True])
+def test_a_piece_across_a_border_belongs_where_it_ends(llama_tokenizer, learnt):
+    tokens = tokenize_spans([Span("a>", learnt=not learnt), Span("<b", learnt=learnt)], llama_tokenizer)
+    assert llama_tokenizer.convert_ids_to_tokens(tokens.input_ids) == ["<s>", "▁a", "><", "b"]
+    assert [label != IGNORE_INDEX for label in tokens.labels] == [False, not learnt, learnt, learnt]
+
+
 def test_a_tokenizer_without_offsets_is_refused():
     class SlowTokenizer:
         is_fast = False
@@ -158,7 +176,7 @@ def test_a_tokenizer_without_offsets_is_refused():
 
 
 def test_images_expand_to_their_tokens():
-    ids, labels = expand_images([1, -200, 5, -200, 6], [-100, -100, 5, -100, 6], [3, 1])
+    ids, labels = expand_images([1, -200, 5, -200, 6], [-100, 7, 5, 7, 6], [3, 1])
     assert ids == [1, -200, -200, -200, 5, -200, 6]
     assert labels == [-100, -100, -100, -100, 5, -100, 6]
 

@@ -127,3 +127,11 @@ def test_a_template_that_drops_the_end_or_the_answer_is_refused(chatml, before, 
     turns = (Turn("human", "Say A cat."), Turn("gpt", "A cat."), Turn("human", "Say A cat."), Turn("gpt", "A cat."))
     with pytest.raises(TemplateError, match=r"does not write the answer 'A cat\.' followed by an end token"):
         learnt(turns, chatml(CHATML.replace(before, after)))
+
+
+def test_an_answer_is_not_mistaken_for_the_next_question(chatml):
+    # Only the first answer is spoilt, and the question after it reads as that answer should.
+    spoilt = "(message['content'][1:] if loop.index == 2 else message['content'])"
+    turns = (Turn("human", "Say it."), Turn("gpt", "A cat."), Turn("human", "A cat."), Turn("gpt", "Yes."))
+    with pytest.raises(TemplateError, match=r"does not write the answer 'A cat\.'"):
+        learnt(turns, chatml(CHATML.replace("message['content']", spoilt)))
