@@ -1,0 +1,37 @@
+# Every target first makes or refreshes .venv from pyproject.toml and constraints.txt.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+EXTRAS := dev,quickstart,report,qlora,sweep
+
+.PHONY: help quickstart test verify lint benchmark clean
+
+help:  ## Show the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+quickstart: $(READY)  ## Train a small real LLaVA on this machine and show what it learnt
+	$(BIN)/python pipelines/quickstart.py
+
+test: $(READY) lint  ## Everything CI runs, at most 20 minutes
+	$(BIN)/python -m pytest -m "not verify and not gpu"
+
+verify: $(READY)  ## The long proofs; writes tests/benchmarks/results/*.json
+	$(BIN)/python -m pytest -m verify
+	$(BIN)/python tests/benchmarks/bench_stream.py
+	$(BIN)/python tests/benchmarks/bench_memory.py
+
+lint: $(READY)  ## Style, types and layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:  ## Remove the environment and caches, never runs/
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$(EXTRAS)]"
+	touch $(READY)

@@ -1,0 +1,1 @@
+"""Answers from a model: batched decoding, and data sets answered by actors."""

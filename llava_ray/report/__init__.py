@@ -1,0 +1,1 @@
+"""Reports: one HTML template, tables, plots and image grids. No ray, no torch."""
