@@ -49,7 +49,21 @@ def make_tokenizer(folder: Path) -> Path:
     trainer = trainers.BpeTrainer(
         vocab_size=300, special_tokens=SPECIAL_TOKENS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    words = "what is it a question assistant user yes no the image circle square red blue is there any".split()
+    words = [
+        "what",
+        "is",
+        "it",
+        "question",
+        "assistant",
+        "user",
+        "yes",
+        "no",
+        "image",
+        "circle",
+        "square",
+        "red",
+        "blue",
+    ]
     tokenizer.train_from_iterator([*words, *string.ascii_letters], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)]

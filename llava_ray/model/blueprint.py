@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -67,8 +68,7 @@ def read_blueprint(
     tokenizer = load_padding_tokenizer(root.folder)
     language_config = read_config(language.folder, "language model")
     tower_config = read_tower_config(tower.folder)
-    with loading(tower.folder, "image processor"):
-        image_processor = AutoImageProcessor.from_pretrained(tower.folder)
+    image_processor = load_image_processor(tower.folder)
     spec = ImageSpec.from_processor(image_processor, image_aspect_ratio)
     check_image_size(tower_config, spec, tower.folder)
     return Blueprint(
@@ -108,6 +108,14 @@ def part_source(part: Part, inside: Path, given: str | Path | None, *, weights: 
             "out, or start from the plain language model."
         )
     return Source(str(inside), inside, part.base)
+
+
+def load_image_processor(folder: Path) -> BaseImageProcessor:
+    """Load the image processor that lies beside a tower. Raises ModelError."""
+    processors: Any = AutoImageProcessor  # untyped in transformers
+    with loading(folder, "image processor"):
+        image_processor: BaseImageProcessor = processors.from_pretrained(folder)
+    return image_processor
 
 
 def check_settings(config: ModelConfig, manifest: Manifest, bundle: Path) -> None:

@@ -1,27 +1,24 @@
 """Models put together from their parts, and kept in one self-describing folder.
 
-llava.json              what it is (manifest.Manifest)
-projector.safetensors   under LLaVA's tensor names, without prefix
-tokenizer files         with the chat template
-language_model/         an ordinary transformers folder; may be left out and named in llava.json instead
-vision_tower/           the same, with preprocessor_config.json
+* ``llava.json``: what it is (``manifest.Manifest``)
+* ``projector.safetensors``: under LLaVA's tensor names, without prefix
+* tokenizer files, with the chat template
+* ``language_model/``: an ordinary transformers folder; may be left out and named in llava.json instead
+* ``vision_tower/``: the same, with preprocessor_config.json
 """
 
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor
 
 from llava_ray.config.sections import ModelConfig
-from llava_ray.errors import BundleError, ModelError
+from llava_ray.errors import ModelError
 from llava_ray.model.blueprint import LANGUAGE_MODEL, VISION_TOWER, Blueprint, read_blueprint
 from llava_ray.model.llava import Llava
 from llava_ray.model.manifest import (
@@ -30,15 +27,14 @@ from llava_ray.model.manifest import (
     Part,
     check_fingerprint,
     fingerprint,
-    is_bundle,
     library_versions,
     read_manifest,
 )
-from llava_ray.model.packing import check_packing
-from llava_ray.model.projector import PROJECTOR_FILE, adopt_projector, build_projector, load_projector_weights
-from llava_ray.model.sources import Source, check_loaded, loading
-from llava_ray.model.tower import VisionTower, load_vision_tower
-from llava_ray.model.weights import save_weights
+from llava_ray.model.parts import load_language_model, load_projector, load_tower_of
+from llava_ray.model.projector import PROJECTOR_FILE
+from llava_ray.model.sources import Source, find_source
+from llava_ray.model.tower import VisionTower
+from llava_ray.model.weights import replacing, save_weights
 
 
 @dataclass(frozen=True)
@@ -50,15 +46,11 @@ class LlavaParts(Blueprint):
     llava: Llava
 
 
-def read_parts(config: ModelConfig, image_aspect_ratio: str) -> Blueprint:
-    """Return tokenizer, template, image geometry and configs, without weights. Raises ModelError or ConfigError."""
-    return read_blueprint(config, image_aspect_ratio)
-
-
 def load_tower(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> VisionTower:
     """Load only the frozen vision tower of a model. Raises ModelError."""
-    # The geometry does not matter here, any aspect ratio will do.
-    return _load_tower(read_blueprint(config, "square", weights=True), dtype)
+    blueprint = read_blueprint(config, "square")  # the tower is the same for any aspect ratio
+    find_source(blueprint.tower_source.name, "vision tower")  # fetches the weights of a hub id
+    return load_tower_of(blueprint, dtype)
 
 
 def assemble(
@@ -79,13 +71,14 @@ def assemble(
     it, which must not happen to the tower). Raises ModelError where parts are missing or do not fit.
     """
     blueprint = read_blueprint(config, image_aspect_ratio, language_model=language_model, weights=True)
+    check_length(blueprint, model_max_length)
     manifest = _describe(blueprint, model_max_length)
     check_fingerprint(blueprint.language_source.folder, manifest.language_model.fingerprint, "language model")
     check_fingerprint(blueprint.tower_source.folder, manifest.vision_tower.fingerprint, "vision tower")
-    projector = _load_projector(blueprint, manifest, seed).to(dtype)
-    tower = _load_tower(blueprint, dtype)
+    projector = load_projector(blueprint, manifest, seed).to(dtype)
+    tower = load_tower_of(blueprint, dtype)
     with language_model_context or nullcontext():
-        model = _load_language_model(blueprint, dtype)
+        model = load_language_model(blueprint, dtype)
     known = {**vars(blueprint), "manifest": manifest}
     return LlavaParts(**known, tower=tower, llava=Llava(projector, model, blueprint.mm_hidden_size))
 
@@ -140,7 +133,7 @@ def save_bundle(
     cannot be written, is something else, or a tensor is missing.
     """
     tensors = parts.llava.state_dict() if tensors is None else tensors
-    with _replacing(Path(folder)) as new:
+    with replacing(Path(folder)) as new:
         save_file(_below("projector.", tensors), new / PROJECTOR_FILE)
         parts.tokenizer.save_pretrained(new)
         language, tower = parts.manifest.language_model, parts.manifest.vision_tower
@@ -159,6 +152,16 @@ def save_bundle(
             }
         )
         (new / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n")
+
+
+def check_length(blueprint: Blueprint, model_max_length: int) -> None:
+    """Raise ModelError if samples may be longer than the language model has positions for."""
+    positions = blueprint.language_config.get_text_config().to_dict().get("max_position_embeddings")
+    if positions is not None and positions < model_max_length:
+        raise ModelError(
+            f"train.model_max_length is {model_max_length}, but {blueprint.language_source.name} was trained on "
+            f"{positions} positions; set it to {positions} or less."
+        )
 
 
 def _describe(blueprint: Blueprint, model_max_length: int) -> Manifest:
@@ -188,82 +191,9 @@ def _held(source: Source, folder: Path) -> Part:
     return Part(inside=True, base=source.origin, fingerprint=fingerprint(folder))
 
 
-def _load_tower(blueprint: Blueprint, dtype: torch.dtype) -> VisionTower:
-    config = blueprint.config
-    return load_vision_tower(
-        blueprint.tower_source.folder,
-        select_layer=config.mm_vision_select_layer,
-        select_feature=config.mm_vision_select_feature,
-        dtype=dtype,
-    )
-
-
-def _load_language_model(blueprint: Blueprint, dtype: torch.dtype) -> PreTrainedModel:
-    folder, wanted = blueprint.language_source.folder, blueprint.config.attn_implementation
-    # SDPA is transformers' own default, with eager where a model has none (Gemma 2); asked for by name it is refused.
-    attention = None if wanted == "sdpa" else wanted
-    with loading(folder, "language model"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention, output_loading_info=True
-        )
-    model: PreTrainedModel = loaded[0]
-    check_loaded(loaded[1], folder, "language model")
-    check_packing(model)
-    return model
-
-
-def _load_projector(blueprint: Blueprint, manifest: Manifest, seed: int) -> nn.Module:
-    """Return the projector that the config asks for: new, the bundle's, or that of pretrain_mm_mlp_adapter."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        projector = build_projector(manifest.mm_projector_type, manifest.mm_hidden_size, manifest.hidden_size)
-    source = blueprint.config.pretrain_mm_mlp_adapter or blueprint.bundle
-    if source is not None:
-        _check_adapter(Path(source), manifest)
-        adopt_projector(projector, load_projector_weights(source), str(source))
-    return projector
-
-
-def _check_adapter(source: Path, manifest: Manifest) -> None:
-    """Raise ModelError if a bundle's projector was trained on other features than it would get here."""
-    if not is_bundle(source):
-        return
-    trained = read_manifest(source)
-    for key in ("mm_vision_select_layer", "mm_vision_select_feature"):
-        if getattr(trained, key) != getattr(manifest, key):
-            raise ModelError(
-                f"the projector in {source} was trained with {key} {getattr(trained, key)!r}, but the model is "
-                f"configured with {getattr(manifest, key)!r}; set it as it was trained."
-            )
-
-
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
         name.removeprefix(prefix): tensor.detach().contiguous()
         for name, tensor in tensors.items()
         if name.startswith(prefix)
     }
-
-
-@contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """Give a new folder that takes the place of ``folder`` when all of it is written. Raises BundleError."""
-    new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    try:
-        if folder.exists() and not is_bundle(folder) and any(folder.iterdir()):
-            raise BundleError(f"{folder} is there already and is no llava_ray bundle; choose another folder.")
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-        new.mkdir(parents=True)
-        yield new
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise BundleError(
-            f"the model cannot be written to {folder} ({error}); free space or choose a folder that can be written. "
-            "Nothing that was there has been touched."
-        ) from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)

@@ -69,8 +69,8 @@ class Llava(nn.Module):
             )
         if features is None or num_features == 0:
             # Every rank must use the same parameters in the same order, or ZeRO 2 and 3 wait for one another forever.
-            nothing = embeddings.new_zeros(1, 1, self.mm_hidden_size)
-            return embeddings + 0.0 * self.projector(nothing).sum()
+            unused: Tensor = self.projector(embeddings.new_zeros(1, 1, self.mm_hidden_size))
+            return embeddings + 0.0 * unused.sum()
         projected: Tensor = self.projector(features.to(embeddings.device, embeddings.dtype))
         return embeddings.masked_scatter(is_image.unsqueeze(-1), projected.to(embeddings.dtype))
 

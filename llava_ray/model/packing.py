@@ -27,7 +27,12 @@ def check_packing(language_model: PreTrainedModel) -> None:
             f"language models of type {model_type!r} take no {' and no '.join(sorted(lacking))}, which packed training "
             f"needs. Choose another; {', '.join(sorted(PROVEN))} are tested."
         )
-    if language_model.device.type != "meta" and not sees_borders(language_model):
+    if not next(language_model.get_input_embeddings().parameters()).numel():
+        raise ModelError(
+            f"language models of type {model_type!r} have to be tried before they are trained, which cannot be done "
+            "while ZeRO 3 has their weights partitioned. Set train.zero_stage to 2 or less."
+        )
+    if not sees_borders(language_model):
         raise ModelError(
             f"language models of type {model_type!r} let packed samples see each other, so training on them would be "
             f"wrong. Choose another; {', '.join(sorted(PROVEN))} are tested."

@@ -1,16 +1,21 @@
-"""Full tensors written as an ordinary transformers folder, wherever they were gathered from."""
+"""Folders written whole or not at all, and full tensors as ordinary transformers folders."""
 
 import copy
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from llava_ray.errors import BundleError
+from llava_ray.model.manifest import is_bundle
 
 MAX_SHARD_SIZE = "5GB"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def save_weights(folder: Path, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
@@ -52,7 +57,34 @@ def sanitize_generation_config(config: GenerationConfig) -> GenerationConfig:
     try:
         config.validate(strict=True)
     except ValueError:
-        return GenerationConfig(
-            bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
-        )
+        return GenerationConfig.from_dict({key: getattr(config, key) for key in TOKEN_IDS})
     return config
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Give a new folder that takes the place of the bundle ``folder`` once all of it is written.
+
+    Raises BundleError if it cannot be written, or if ``folder`` holds anything but a bundle.
+    """
+    new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    try:
+        if folder.exists() and not is_bundle(folder) and any(folder.iterdir()):
+            raise BundleError(f"{folder} is there already and is no llava_ray bundle; choose another folder.")
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        yield new
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise BundleError(
+            f"the model cannot be written to {folder} ({error}); free space, or choose a folder that can be written. "
+            "A bundle that was there before has not been lost."
+        ) from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
