@@ -6,7 +6,11 @@ from functools import cache
 from pathlib import Path
 
 import fsspec
+import fsspec.core
 import numpy as np
+import pyarrow
+import pyarrow.fs
+from fsspec.implementations.arrow import ArrowFSWrapper
 from PIL import Image, UnidentifiedImageError
 
 from llava_ray.errors import DataError, ImageError
@@ -34,6 +38,35 @@ DEEP_MODES = {"I", "I;16", "I;16B", "I;16L", "I;16N", "F"}
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, IndexError, KeyError, TypeError, EOFError, struct.error)
 
 
+def open_filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Return the filesystem of a local path or URL, and the path on it.
+
+    fsspec's drivers come first (s3fs, gcsfs, ...); where one is not installed, pyarrow's own S3, GCS, Azure and HDFS
+    serve. Raises DataError for a scheme that neither knows.
+    """
+    scheme, _, rest = path.partition("://")
+    if not rest:
+        return fsspec.filesystem("file"), str(Path(path).expanduser().absolute())
+    try:
+        filesystem, place = fsspec.core.url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        root, _, below = rest.partition("/")
+        filesystem, start = _arrow_filesystem(f"{scheme}://{root}", str(error))
+        return filesystem, f"{start}/{below}" if below else start
+    return filesystem, str(place)
+
+
+@cache
+def _arrow_filesystem(root: str, problem: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    try:
+        filesystem, start = pyarrow.fs.FileSystem.from_uri(root)
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, OSError) as error:
+        raise DataError(
+            f"{root}: cannot be opened: {problem}; pyarrow: {error}. Check the address, or install the package named"
+        ) from error
+    return ArrowFSWrapper(filesystem), start.rstrip("/")
+
+
 def read_bytes(path: str) -> bytes:
     """Read a file from a local path or any fsspec URL.
 
@@ -43,8 +76,8 @@ def read_bytes(path: str) -> bytes:
     try:
         if "://" not in path:
             return Path(path).read_bytes()
-        with fsspec.open(path, "rb") as file:
-            return bytes(file.read())
+        filesystem, place = open_filesystem(path)
+        return bytes(filesystem.cat_file(place))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise ImageError(
             f"image {path!r} does not exist; check data.image_folder, or fetch the file", reason="image_missing"

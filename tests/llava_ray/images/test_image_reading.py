@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from llava_ray.errors import DataError, ImageError
-from llava_ray.images.reading import check_image, open_image, read_bytes, to_rgb
+from llava_ray.images.reading import check_image, open_filesystem, open_image, read_bytes, to_rgb
 
 LIMIT = 10_000_000
 
@@ -193,3 +193,8 @@ def test_failing_storage_is_not_blamed_on_the_record() -> None:
     with pytest.raises(DataError, match="connection reset") as caught:
         read_bytes("broken://bucket/1.jpg")
     assert not isinstance(caught.value, ImageError)
+
+
+def test_unknown_scheme_is_refused() -> None:
+    with pytest.raises(DataError, match=r"nosuch://bucket.*cannot be opened"):
+        open_filesystem("nosuch://bucket/1.jpg")

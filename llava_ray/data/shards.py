@@ -1,0 +1,250 @@
+"""Prepared data: Parquet shards of checked samples, and the manifest that makes a folder complete.
+
+A shard holds encoded images, so that pixels are decoded last; its row groups are small, so that single rows can be
+read. The manifest ``prepared.json`` is written last: a folder without it is unfinished.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llava_ray.data.storage import absolute, file_size, list_sizes, read_file, write_file
+from llava_ray.data.validation import Sample
+from llava_ray.errors import DataError
+from llava_ray.images.reading import open_filesystem
+
+FORMAT_VERSION = 1
+MANIFEST = "prepared.json"
+REJECTED = "rejected.jsonl"
+ROWS_PER_GROUP = 128
+
+SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "turns": pa.list_(pa.struct({"role": pa.string(), "value": pa.string()})),
+        "images": pa.list_(pa.large_binary()),
+        "widths": pa.list_(pa.int32()),
+        "heights": pa.list_(pa.int32()),
+        "source": pa.string(),
+    }
+)
+
+# Images are compressed already; a dictionary or statistics over them would only cost.
+COMPRESSION = {
+    "id": "zstd",
+    "turns.list.element.role": "zstd",
+    "turns.list.element.value": "zstd",
+    "images.list.element": "none",
+    "widths.list.element": "zstd",
+    "heights.list.element": "zstd",
+    "source": "zstd",
+}
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One shard of a prepared folder."""
+
+    name: str
+    num_rows: int
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A complete prepared folder."""
+
+    path: str
+    shards: tuple[ShardInfo, ...]
+    data_hash: str
+    """sha256 over the shards' own: the identity of the data, wherever the folder lies."""
+    num_samples: int
+    num_rejected: int
+    rejected_reasons: dict[str, int]
+    reused: bool = field(default=False, compare=False)
+    """Whether it was there already, rather than made just now."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Add up the shards' sizes."""
+        return sum(shard.num_bytes for shard in self.shards)
+
+    @property
+    def rejected_path(self) -> str:
+        """Say where the rejected rows are listed."""
+        return f"{self.path}/{REJECTED}"
+
+
+class ShardWriter:
+    """Writes samples to shards named ``<prefix>-00.parquet``, ``-01`` ..., each bounded in rows and bytes."""
+
+    def __init__(self, folder: str, prefix: str, *, max_rows: int, max_bytes: int) -> None:
+        """Begin with no shard: none is written before there is a sample."""
+        self.folder, self.prefix, self.max_rows, self.max_bytes = folder, prefix, max_rows, max_bytes
+        self.shards: list[ShardInfo] = []
+        self._rows: list[dict[str, Any]] = []
+        self._num_bytes = 0
+
+    def append(self, sample: Sample) -> None:
+        """Add a sample, first closing the shard if it would grow too large."""
+        num_bytes = sum(len(image) for image in sample.record.images)
+        if self._rows and (len(self._rows) == self.max_rows or self._num_bytes + num_bytes > self.max_bytes):
+            self.flush()
+        self._rows.append(_row(sample))
+        self._num_bytes += num_bytes
+
+    def flush(self) -> list[ShardInfo]:
+        """Write the samples that are waiting; return all shards written so far."""
+        if self._rows:
+            name = f"{self.prefix}-{len(self.shards):02d}.parquet"
+            content = encode_shard(self._rows)
+            write_file(f"{self.folder}/{name}", content)
+            digest = hashlib.sha256(content).hexdigest()
+            self.shards.append(ShardInfo(name, len(self._rows), len(content), digest))
+            self._rows, self._num_bytes = [], 0
+        return self.shards
+
+
+def encode_shard(rows: Sequence[Mapping[str, Any]]) -> memoryview:
+    """Return one shard's Parquet file; the same rows give the same bytes."""
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(
+        sink, SCHEMA, compression=COMPRESSION, use_dictionary=False, write_statistics=False
+    ) as writer:
+        for start in range(0, len(rows), ROWS_PER_GROUP):
+            group = pa.Table.from_pylist(list(rows[start : start + ROWS_PER_GROUP]), SCHEMA)
+            writer.write_table(group, row_group_size=ROWS_PER_GROUP)
+    return memoryview(sink.getvalue())
+
+
+def _row(sample: Sample) -> dict[str, Any]:
+    record = sample.record
+    return {
+        "id": record.id,
+        "turns": [{"role": turn.role, "value": turn.value} for turn in record.turns],
+        "images": list(record.images),
+        "widths": [width for width, _ in sample.sizes],
+        "heights": [height for _, height in sample.sizes],
+        "source": record.source,
+    }
+
+
+def write_manifest(
+    path: str, shards: Sequence[ShardInfo], rejected_reasons: Mapping[str, int], settings: Mapping[str, Any]
+) -> PreparedData:
+    """Make a folder complete. ``settings`` says how it came about."""
+    ordered = tuple(sorted(shards, key=lambda shard: shard.name))
+    prepared = PreparedData(
+        path=absolute(path),
+        shards=ordered,
+        data_hash=hash_shards(ordered),
+        num_samples=sum(shard.num_rows for shard in ordered),
+        num_rejected=sum(rejected_reasons.values()),
+        rejected_reasons=dict(sorted(rejected_reasons.items())),
+    )
+    values = {
+        "format_version": FORMAT_VERSION,
+        "data_hash": prepared.data_hash,
+        "num_records": prepared.num_samples + prepared.num_rejected,
+        "num_samples": prepared.num_samples,
+        "num_rejected": prepared.num_rejected,
+        "rejected_reasons": prepared.rejected_reasons,
+        "settings": dict(settings),
+        "shards": [asdict(shard) for shard in ordered],
+    }
+    write_file(f"{prepared.path}/{MANIFEST}", json.dumps(values, indent=1).encode())
+    return prepared
+
+
+def hash_shards(shards: Sequence[ShardInfo]) -> str:
+    """Return one sha256 for all shards, in order."""
+    return hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()
+
+
+def is_prepared(path: str) -> bool:
+    """Say whether a folder has a manifest."""
+    return file_size(f"{absolute(path)}/{MANIFEST}") is not None
+
+
+def open_prepared(path: str) -> PreparedData:
+    """Read a folder's manifest and see that its shards are there, whole.
+
+    Raises DataError where the folder is not a prepared one, of another format version, or incomplete.
+    """
+    path = absolute(path)
+    values = _read_manifest(path)
+    prepared = PreparedData(
+        path=path,
+        shards=tuple(ShardInfo(**shard) for shard in values["shards"]),
+        data_hash=values["data_hash"],
+        num_samples=values["num_samples"],
+        num_rejected=values["num_rejected"],
+        rejected_reasons=values["rejected_reasons"],
+        reused=True,
+    )
+    sizes = list_sizes(path)
+    wrong = [shard.name for shard in prepared.shards if sizes.get(shard.name) != shard.num_bytes]
+    if wrong:
+        raise DataError(
+            f"{path}: {len(wrong)} of {len(prepared.shards)} shards are missing or cut off, first {wrong[0]!r} "
+            f"({sizes.get(wrong[0], 'no')} bytes found); copy the folder completely, or delete it and prepare again. "
+            "If several nodes have just made it, data.cache_dir is not on storage that they share"
+        )
+    return prepared
+
+
+def _read_manifest(path: str) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(read_file(f"{path}/{MANIFEST}"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(
+            f"{path!r} is not a prepared folder: there is no {MANIFEST} in it; give data.data_path the raw records, or "
+            "run pipelines/prepare.py to the end"
+        ) from error
+    except ValueError as error:
+        raise DataError(f"{path}/{MANIFEST} is damaged ({error}); delete the folder and prepare again") from error
+    version = values.get("format_version") if isinstance(values, dict) else None
+    if version != FORMAT_VERSION:
+        raise DataError(
+            f"{path}/{MANIFEST} has format version {version!r}, this llava_ray reads {FORMAT_VERSION}; prepare the "
+            "data again with pipelines/prepare.py"
+        )
+    return values
+
+
+def read_rows(
+    prepared_path: str, shard_name: str, rows: Sequence[int] | None, columns: Sequence[str] | None = None
+) -> pa.Table:
+    """Read rows of one shard, all of them for None, in the order asked; only the row groups that hold them are read.
+
+    Raises DataError where the shard is missing, damaged or shorter than asked.
+    """
+    path = f"{prepared_path}/{shard_name}"
+    filesystem, place = open_filesystem(path)
+    names = None if columns is None else list(columns)
+    try:
+        with pq.ParquetFile(place, filesystem=filesystem) as file:
+            return file.read(names, use_threads=False) if rows is None else _take_rows(file, rows, names)
+    except FileNotFoundError as error:
+        raise DataError(f"shard {path} is gone; copy it back, or delete the folder and prepare again") from error
+    except (pa.ArrowInvalid, IndexError, OSError) as error:
+        raise DataError(f"shard {path} cannot be read ({error}); delete the folder and prepare again") from error
+
+
+def _take_rows(file: pq.ParquetFile, rows: Sequence[int], columns: list[str] | None) -> pa.Table:
+    wanted = np.asarray(rows, np.int64)
+    counts = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+    first = np.cumsum([0, *counts])  # the first row of each group, then the number of rows
+    if wanted.size and (wanted.min() < 0 or wanted.max() >= first[-1]):
+        raise IndexError(f"rows up to {wanted.max()} asked for, it has {first[-1]}")
+    groups = np.unique(np.searchsorted(first, wanted, side="right") - 1)
+    held = np.concatenate([wanted[:0], *(np.arange(first[i], first[i + 1]) for i in groups)])
+    table = file.read_row_groups(groups.tolist(), columns, use_threads=False)
+    return table.take(np.searchsorted(held, wanted))
