@@ -1,21 +1,24 @@
-"""The DeepSpeed engine around what learns; the frozen tower stays outside it."""
+"""The DeepSpeed engine around what learns; the frozen tower stays outside it.
+
+DeepSpeed is imported inside the functions: only workers need it, and it takes seconds and speaks up when imported.
+"""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import deepspeed
 import torch
-from deepspeed import DeepSpeedEngine
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
-from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from llava_ray.config.sections import FinetuneConfig, TrainConfig
 from llava_ray.model.bundle import LlavaParts, assemble
 from llava_ray.model.freezing import freeze
 from llava_ray.train.groups import parameter_groups
 from llava_ray.train.zero import zero_config
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 
 class ShardedLoading:
@@ -24,11 +27,13 @@ class ShardedLoading:
     def __init__(self, train: TrainConfig) -> None:
         """Take the run's ZeRO settings; below stage 3 the block does nothing."""
         self.train = train
-        self.config: HfDeepSpeedConfig | None = None
+        self.config: Any = None
 
     def __enter__(self) -> None:
         """Make transformers see the configuration: it looks for the living object."""
         if self.train.zero_stage == 3:
+            from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
             self.config = HfDeepSpeedConfig(zero_config(self.train))
 
     def __exit__(self, *error: object) -> None:
@@ -38,6 +43,8 @@ class ShardedLoading:
 
 def load_parts(config: FinetuneConfig, device: torch.device) -> LlavaParts:
     """Load the model, freeze what the switches say, and put the tower where it will be used."""
+    import deepspeed
+
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
     parts = assemble(
         config.model,
@@ -56,8 +63,10 @@ def load_parts(config: FinetuneConfig, device: torch.device) -> LlavaParts:
     return parts
 
 
-def build_engine(parts: LlavaParts, config: FinetuneConfig, num_steps: int) -> DeepSpeedEngine:
+def build_engine(parts: LlavaParts, config: FinetuneConfig, num_steps: int) -> "DeepSpeedEngine":
     """Wrap projector and language model with AdamW, the schedule and the run's ZeRO stage."""
+    import deepspeed
+
     train = config.train
     groups = parameter_groups(parts.llava, train)
     settings: dict[str, Any] = {

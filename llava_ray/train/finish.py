@@ -1,12 +1,11 @@
 """The end of a run: whole tensors gathered from the engine and written as a bundle."""
 
 import tempfile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import fsspec
 import torch
 import torch.distributed as dist
-from deepspeed.zero import GatheredParameters
 
 from llava_ray.model.bundle import LlavaParts, save_bundle
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 def write_bundle(engine: "DeepSpeedEngine", parts: LlavaParts, settings: "LoopSettings") -> None:
     """Write the run's model; collective. Alignment, which learns the projector only, leaves the other parts out."""
-    include = "projector" if settings.config.model.tune_mm_mlp_adapter else "all"
+    include: Literal["all", "projector"] = "projector" if settings.config.model.tune_mm_mlp_adapter else "all"
     tensors = gather_tensors(engine, "projector." if include == "projector" else "")
     if dist.get_rank() == 0:
         training = {
@@ -39,6 +38,8 @@ def write_bundle(engine: "DeepSpeedEngine", parts: LlavaParts, settings: "LoopSe
 
 def gather_tensors(engine: "DeepSpeedEngine", prefix: str) -> dict[str, torch.Tensor]:
     """Return whole tensors on rank 0's CPU, one gathered at a time; every rank must take part, in the same order."""
+    from deepspeed.runtime.zero import GatheredParameters
+
     llava = engine.module
     partitioned = engine.zero_optimization_stage() == 3
     tensors: dict[str, torch.Tensor] = {}

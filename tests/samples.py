@@ -1,0 +1,79 @@
+"""A small data set in LLaVA's format, and the settings of small runs on it."""
+
+import io
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fakes import make_language_model, make_vision_tower
+from PIL import Image
+
+from llava_ray.config.sections import FinetuneConfig
+
+
+def write_samples(folder: Path, count: int, *, seed: int = 0) -> Path:
+    """Write ``count`` conversations, one in five of them text-only, with JPEGs; return the JSON's path."""
+    draw = random.Random(seed)
+    pixels = np.random.default_rng(seed)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    records: list[dict[str, Any]] = []
+    for index in range(count):
+        turns = []
+        for turn in range(draw.randint(1, 3)):
+            words = " ".join(draw.choices(["red", "blue", "circle", "square", "is", "there", "any"], k=draw.randint(2, 9)))
+            marker = "<image>\n" if turn == 0 and index % 5 else ""
+            turns += [{"from": "human", "value": f"{marker}{words}?"}, {"from": "gpt", "value": draw.choice(["yes", "no"])}]
+        record: dict[str, Any] = {"id": f"s{index:04d}", "conversations": turns}
+        if index % 5:
+            record["image"] = f"{index:04d}.jpg"
+            write_image(folder / "images" / record["image"], pixels)
+        records.append(record)
+    path = folder / "data.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+def write_image(path: Path, draw: np.random.Generator, size: tuple[int, int] = (48, 40)) -> None:
+    """Write a smooth random JPEG."""
+    coarse = Image.fromarray(draw.integers(0, 255, (4, 5, 3), dtype=np.uint8))
+    buffer = io.BytesIO()
+    coarse.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+    path.write_bytes(buffer.getvalue())
+
+
+def small_run(folder: Path, *, num_samples: int = 64, **changes: Any) -> FinetuneConfig:
+    """Return the config of an fp32 run of a tiny random model on ``num_samples`` samples, all written to ``folder``."""
+    if not (folder / "data.json").exists():
+        write_samples(folder, num_samples)
+        make_language_model(folder / "language_model")
+        make_vision_tower(folder / "vision_tower")
+    config = FinetuneConfig.parsed(
+        {
+            "model": {
+                "model_name_or_path": str(folder / "language_model"),
+                "vision_tower": str(folder / "vision_tower"),
+                "mm_projector_type": "mlp2x_gelu",
+            },
+            "data": {
+                "data_path": str(folder / "data.json"),
+                "image_folder": str(folder / "images"),
+                "cache_dir": str(folder / "cache"),
+                "samples_per_shard": 16,
+                "shuffle_window": 2,
+            },
+            "train": {
+                "global_batch_size": 8,
+                "model_max_length": 512,
+                "learning_rate": 1e-2,
+                "weight_decay": 0.1,
+                "bf16": False,
+                "save_steps": 3,
+                "gradient_checkpointing": False,
+            },
+            "run": {"storage_path": str(folder / "runs"), "name": "small"},
+            "cluster": {"num_workers": 2},
+        }
+    )
+    return config.replaced(changes)
