@@ -49,7 +49,7 @@ class Record:
     images: tuple[bytes | str, ...]
     """Encoded files, or paths and URLs still to be read."""
     source: str
-    """file:row, for messages."""
+    """file:row, for messages. Rows count from 0, lines of a .jsonl file from 1."""
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,9 @@ def read_record(raw: RawRecord, image_folder: str) -> Record:
         values = _parse(raw.values)
         turns = read_turns(_find_turns(values))
         _check_text(turns)
-        images = raw.images or tuple(_find_image(entry, image_folder) for entry in _list_images(values))
+        images: tuple[bytes | str, ...] = raw.images or tuple(
+            _find_image(entry, image_folder) for entry in _list_images(values)
+        )
         _check_markers(turns, len(images))
     return Record(raw.id, turns, images, raw.source)
 
@@ -50,7 +52,7 @@ def read_record(raw: RawRecord, image_folder: str) -> Record:
 def fetch_images(record: Record) -> tuple[bytes, ...]:
     """Return the encoded images, read from where their paths and URLs lead."""
     with _naming(record):
-        return tuple(_fetch(image) for image in record.images)
+        return tuple(read_bytes(image) if isinstance(image, str) else image for image in record.images)
 
 
 def check_images(record: Record, contents: Sequence[bytes], *, max_pixels: int) -> Sample:
@@ -61,10 +63,6 @@ def check_images(record: Record, contents: Sequence[bytes], *, max_pixels: int) 
             for index, content in enumerate(contents)
         )
     return Sample(replace(record, images=tuple(contents)), sizes)
-
-
-def _fetch(image: bytes | str) -> bytes:
-    return read_bytes(image) if isinstance(image, str) else image
 
 
 @contextmanager

@@ -1,0 +1,170 @@
+"""Raw records cut into chunks, one for each task of a preparation: which records, under which ids, in which order."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice, takewhile
+
+import numpy as np
+
+from llava_ray.data.records import RawRecord, parquet_layout, read_json, read_jsonl, read_parquet, read_tar
+from llava_ray.images.reading import open_filesystem
+
+TEXT_READERS = {"json": read_json, "jsonl": read_jsonl}
+
+# LLaVA's mix lies sorted by source, and training shuffles only within windows of shards: mix the records once.
+SHUFFLE_SEED = 0
+
+
+@dataclass(frozen=True)
+class TextChunk:
+    """Records of JSON files, carried as they are written there."""
+
+    ids: tuple[str, ...]
+    sources: tuple[str, ...]
+    texts: tuple[bytes, ...]
+
+    def read(self) -> Iterator[RawRecord]:
+        """Yield the records."""
+        yield from map(RawRecord, self.ids, self.sources, self.texts)
+
+
+@dataclass(frozen=True)
+class ParquetChunk:
+    """Neighbouring row groups of one Parquet file, up to ``len(ids)`` rows."""
+
+    path: str
+    name: str
+    row_groups: tuple[int, ...]
+    first_row: int
+    ids: tuple[str, ...]
+
+    def read(self) -> Iterator[RawRecord]:
+        """Yield the records, read from the file."""
+        rows = islice(read_parquet(self.path, self.row_groups), len(self.ids))
+        for row, (own_id, values) in enumerate(zip(self.ids, rows, strict=True), start=self.first_row):
+            yield RawRecord(own_id, f"{self.name}:{row}", values)
+
+
+@dataclass(frozen=True)
+class TarChunk:
+    """One WebDataset tar, up to ``num_samples`` of it. Ids are ``<tar's name>/<key>``: keys repeat from tar to tar."""
+
+    path: str
+    name: str
+    num_samples: int | None = None
+
+    def read(self) -> Iterator[RawRecord]:
+        """Yield the records, read from the tar."""
+        taken: dict[str, int] = {}
+        for key, text, images in islice(read_tar(self.path), self.num_samples):
+            yield RawRecord(unused(f"{self.name.partition('.')[0]}/{key}", taken), f"{self.name}:{key}", text, images)
+
+
+Chunk = TextChunk | ParquetChunk | TarChunk
+
+
+def make_chunks(kind: str, files: Sequence[str], chunk_size: int, max_samples: int | None) -> Iterator[Chunk]:
+    """Cut records into chunks of about ``chunk_size``: JSON exactly and in a mixed order, tables and tars as they lie.
+
+    Only the first ``max_samples`` records are taken.
+    """
+    if kind in TEXT_READERS:
+        yield from _text_chunks(kind, files, chunk_size, max_samples)
+    elif kind == "parquet":
+        yield from _parquet_chunks(files, chunk_size, max_samples)
+    else:
+        yield from _tar_chunks(files, max_samples)
+
+
+def _text_chunks(kind: str, files: Sequence[str], chunk_size: int, max_samples: int | None) -> Iterator[Chunk]:
+    rows = ((name, *row) for path, name in _named(files) for row in TEXT_READERS[kind](path))
+    taken: dict[str, int] = {}
+    ids, places, texts = [], [], []
+    for index, (name, row, text, own_id) in enumerate(islice(rows, max_samples)):
+        ids.append(unused(str(index) if own_id is None else own_id, taken))
+        places.append((name, row))
+        texts.append(text)
+    order = np.random.default_rng(SHUFFLE_SEED).permutation(len(ids))
+    for start in range(0, len(order), chunk_size):
+        chosen = order[start : start + chunk_size].tolist()
+        yield TextChunk(
+            ids=tuple(ids[i] for i in chosen),
+            sources=tuple(f"{places[i][0]}:{places[i][1]}" for i in chosen),
+            texts=tuple(texts[i] for i in chosen),
+        )
+
+
+def _parquet_chunks(files: Sequence[str], chunk_size: int, max_samples: int | None) -> Iterator[Chunk]:
+    taken: dict[str, int] = {}
+    total = 0
+    for path, name in _named(files):
+        counts, own_ids = parquet_layout(path)
+        ids = [unused(str(total + row) if own is None else own, taken) for row, own in enumerate(own_ids)]
+        ids = ids[: None if max_samples is None else max(0, max_samples - total)]
+        total += len(ids)
+        first_row = 0
+        for groups in _gather(counts, chunk_size):
+            end = first_row + sum(counts[group] for group in groups)
+            if first_row < len(ids):
+                yield ParquetChunk(path, name, tuple(groups), first_row, tuple(ids[first_row:end]))
+            first_row = end
+
+
+def _gather(counts: Sequence[int], limit: int) -> list[list[int]]:
+    """Group neighbours so that a group adds up to at most ``limit``, or is a single one."""
+    groups: list[list[int]] = []
+    size = limit + 1
+    for index, count in enumerate(counts):
+        if size + count > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(index)
+        size += count
+    return groups
+
+
+def _tar_chunks(files: Sequence[str], max_samples: int | None) -> Iterator[Chunk]:
+    left = max_samples
+    for path, name in _named(files):
+        if left is None:
+            yield TarChunk(path, name)
+            continue
+        num_samples = sum(1 for _ in islice(read_tar(path), left))
+        left -= num_samples
+        if num_samples:
+            yield TarChunk(path, name, num_samples)
+
+
+def _named(files: Sequence[str]) -> list[tuple[str, str]]:
+    """Return each path with what it is called below the folder of all: shards say nothing of where the data lay."""
+    folders = [path.split("/")[:-1] for path in files]
+    shared = takewhile(lambda names: len(set(names)) == 1, zip(*folders, strict=False))
+    depth = len(list(shared))
+    return [(path, "/".join(path.split("/")[depth:])) for path in files]
+
+
+def unused(name: str, taken: dict[str, int]) -> str:
+    """Return ``name``, or ``name#2``, ``name#3`` ... where it is taken: LLaVA's own mix repeats ids."""
+    number = taken.get(name, 0) + 1
+    while number > 1 and f"{name}#{number}" in taken:
+        number += 1
+    taken[name] = number
+    if number == 1:
+        return name
+    taken[f"{name}#{number}"] = 1
+    return f"{name}#{number}"
+
+
+def fingerprint(kind: str, files: Sequence[str]) -> str:
+    """Return a hash of what the files hold: of every byte of JSON, of name, size and time of larger kinds."""
+    digest = hashlib.sha256()
+    for path in files:
+        filesystem, place = open_filesystem(path)
+        if kind in TEXT_READERS:
+            with filesystem.open(place, "rb") as file:
+                while block := file.read(1 << 24):
+                    digest.update(block)
+        else:
+            digest.update(f"{path} {filesystem.ukey(place)}".encode())
+    return digest.hexdigest()

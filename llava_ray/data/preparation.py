@@ -1,0 +1,234 @@
+"""Raw records made into a prepared folder, once: tasks of Ray Data check, count and write, each a chunk of records.
+
+Everything has a name that follows from the content of the data: a task that runs twice overwrites its own shards, an
+interrupted preparation goes on where it stopped, and two at the same time write the same bytes.
+"""
+
+import hashlib
+import json
+import logging
+import pickle
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+
+import pyarrow as pa
+import ray.data
+from tqdm import tqdm
+
+from llava_ray.config.sections import DataConfig
+from llava_ray.data.chunks import Chunk, fingerprint, make_chunks
+from llava_ray.data.records import RawRecord, Record, find_files
+from llava_ray.data.shards import (
+    FORMAT_VERSION,
+    REJECTED,
+    PreparedData,
+    ShardInfo,
+    ShardWriter,
+    is_prepared,
+    open_prepared,
+    write_manifest,
+)
+from llava_ray.data.storage import absolute, file_size, read_file, write_file
+from llava_ray.data.validation import check_images, fetch_images, read_record
+from llava_ray.errors import ConfigError, DataError, LlavaRayError, RecordError
+
+logger = logging.getLogger(__name__)
+
+# Records whose images are fetched ahead of the one that is checked: hides the latency of remote storage.
+NUM_FETCHING = 16
+NUM_AHEAD = 64
+
+# Examples that a complaint about too many rejected rows shows.
+NUM_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a task needs to know besides its records."""
+
+    folder: str
+    image_folder: str
+    max_pixels: int
+    samples_per_shard: int
+    shard_bytes: int
+
+
+@dataclass(frozen=True)
+class ChunkResult:
+    """What became of one chunk."""
+
+    shards: tuple[ShardInfo, ...]
+    rejected: tuple[dict[str, str], ...]
+    """id, source, reason and message of each rejected record."""
+
+    def to_json(self) -> str:
+        """Return text that `from_json` reads."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "ChunkResult":
+        """Read what `to_json` wrote."""
+        values = json.loads(text)
+        return cls(tuple(ShardInfo(**shard) for shard in values["shards"]), tuple(values["rejected"]))
+
+
+def prepare_data(config: DataConfig, *, show_progress: bool = True) -> PreparedData:
+    """Return ``config.data_path`` as a prepared folder: opened if it is one, otherwise made in ``config.cache_dir``.
+
+    The folder's name is a hash of the records and of every setting that changes the shards, so it is made once.
+    Image files are not part of the hash: after replacing some, delete the folder. Needs a running Ray.
+
+    Raises DataError when more than ``config.max_rejected`` of the records are rejected (the good shards stay and are
+    reused), when nothing is left, or when data cannot be found or written.
+    """
+    if is_prepared(config.data_path):
+        prepared = open_prepared(config.data_path)
+        if config.max_samples is not None and config.max_samples < prepared.num_samples:
+            raise ConfigError(
+                f"data.max_samples = {config.max_samples} cuts raw records, but {prepared.path} is prepared already, "
+                f"with {prepared.num_samples}; point data.data_path at the raw records, or leave max_samples out"
+            )
+    else:
+        prepared = _prepare_raw(config, show_progress)
+    _refuse_lost(prepared.path, prepared.num_samples, prepared.rejected_reasons, config.max_rejected)
+    return prepared
+
+
+def _prepare_raw(config: DataConfig, show_progress: bool) -> PreparedData:
+    kind, files = find_files(absolute(config.data_path))
+    image_folder = absolute(config.image_folder or files[0].rpartition("/")[0])
+    settings = {
+        "format_version": FORMAT_VERSION,
+        "content": fingerprint(kind, files),
+        "image_folder": image_folder,
+        **config.model_dump(include={"max_image_pixels", "max_samples", "samples_per_shard", "shard_size_mb"}),
+    }
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    folder = f"{absolute(config.cache_dir)}/prepared-{key}"
+    if finished := _open_finished(folder):
+        if show_progress:
+            tqdm.write(f"Prepared data reused: {finished.num_samples:,} samples in {folder}")
+        return finished
+    rules = Rules(folder, image_folder, config.max_image_pixels, config.samples_per_shard, config.shard_size_mb * 10**6)
+    chunks = make_chunks(kind, files, config.samples_per_shard, config.max_samples)
+    results = _write_chunks(chunks, rules, show_progress)
+    rejected = sorted((row for result in results for row in result.rejected), key=_place)
+    reasons = Counter(row["reason"] for row in rejected)
+    write_file(f"{folder}/{REJECTED}", "".join(json.dumps(row) + "\n" for row in rejected).encode())
+    shards = [shard for result in results for shard in result.shards]
+    _refuse_lost(folder, sum(shard.num_rows for shard in shards), reasons, config.max_rejected)
+    write_manifest(folder, shards, reasons, {"data_path": absolute(config.data_path), **settings})
+    return replace(open_prepared(folder), reused=False)  # opened, to see that all nodes wrote to the same storage
+
+
+def _open_finished(folder: str) -> PreparedData | None:
+    if not is_prepared(folder):
+        return None
+    try:
+        return open_prepared(folder)
+    except DataError as error:
+        logger.warning("preparing again, because %s", error)
+        return None
+
+
+def _place(row: Mapping[str, str]) -> tuple[str, int, str]:
+    path, _, number = row["source"].rpartition(":")
+    return path, int(number) if number.isdigit() else 0, row["id"]
+
+
+def _refuse_lost(folder: str, num_samples: int, reasons: Mapping[str, int], max_rejected: float) -> None:
+    """Raise DataError where too many records are rejected, or none is left."""
+    lost = sum(reasons.values())
+    if num_samples and lost <= max_rejected * (num_samples + lost):
+        return
+    if not num_samples and not lost:
+        raise DataError(f"{folder}: the data holds no record; check data.data_path and data.max_samples")
+    counts = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
+    lines = read_file(f"{folder}/{REJECTED}").splitlines()[:NUM_SHOWN]
+    raise DataError(
+        f"{lost:,} of {num_samples + lost:,} records are rejected, more than data.max_rejected = {max_rejected:g} "
+        f"allows: {counts}. The first: {'; '.join(json.loads(line)['message'] for line in lines)}. All are listed in "
+        f"{folder}/{REJECTED}. Mend the data and start again (finished shards are kept), or raise data.max_rejected"
+    )
+
+
+def _write_chunks(chunks: Iterator[Chunk], rules: Rules, show_progress: bool) -> list[ChunkResult]:
+    """Let Ray Data write every chunk; return what became of each, in order."""
+    # Put away one by one: the object store may spill them, this process holds none.
+    references = [
+        ray.put(pa.table({"index": [index], "chunk": pa.array([pickle.dumps(chunk)], pa.large_binary())}))
+        for index, chunk in enumerate(chunks)
+    ]
+    if not references:
+        return []
+    written = ray.data.from_arrow_refs(references).map_batches(
+        write_chunk, batch_size=None, batch_format="pyarrow", fn_kwargs={"rules": rules}, num_cpus=1
+    )
+    written.context.enable_progress_bars = False
+    written.context.print_on_execution_start = False
+    results: dict[int, ChunkResult] = {}
+    try:
+        with tqdm(desc="preparing", unit=" samples", disable=not show_progress) as bar:
+            for row in written.iter_rows():
+                result = results[row["index"]] = ChunkResult.from_json(row["result"])
+                bar.update(sum(shard.num_rows for shard in result.shards) + len(result.rejected))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, LlavaRayError):
+            raise error.cause from None
+        raise
+    return [results[index] for index in sorted(results)]
+
+
+def write_chunk(batch: pa.Table, rules: Rules) -> pa.Table:
+    """Check one chunk's records and write the good ones; runs in a Ray task.
+
+    A chunk that was written before without a rejection is not read again; one with rejections is, in case they were
+    mended.
+    """
+    index, packed = batch["index"][0].as_py(), batch["chunk"][0].as_py()
+    note = f"{rules.folder}/chunks/{index:05d}.json"
+    result = _read_note(note, rules.folder)
+    if result is None:
+        result = _check_and_write(pickle.loads(packed), f"shard-{index:05d}", rules)
+        write_file(note, result.to_json().encode())
+    return pa.table({"index": [index], "result": pa.array([result.to_json()], pa.large_string())})
+
+
+def _read_note(path: str, folder: str) -> ChunkResult | None:
+    if file_size(path) is None:
+        return None
+    result = ChunkResult.from_json(read_file(path))
+    whole = all(file_size(f"{folder}/{shard.name}") == shard.num_bytes for shard in result.shards)
+    return result if whole and not result.rejected else None
+
+
+def _check_and_write(chunk: Chunk, prefix: str, rules: Rules) -> ChunkResult:
+    writer = ShardWriter(rules.folder, prefix, max_rows=rules.samples_per_shard, max_bytes=rules.shard_bytes)
+    rejected = []
+    for raw, pending in _fetch_ahead(chunk.read(), rules.image_folder):
+        try:
+            writer.append(check_images(*pending.result(), max_pixels=rules.max_pixels))
+        except RecordError as error:
+            rejected.append({"id": raw.id, "source": raw.source, "reason": error.reason, "message": str(error)})
+    return ChunkResult(tuple(writer.flush()), tuple(rejected))
+
+
+Fetched = Future[tuple[Record, tuple[bytes, ...]]]
+
+
+def _fetch_ahead(records: Iterator[RawRecord], image_folder: str) -> Iterator[tuple[RawRecord, Fetched]]:
+    """Yield records in order while the images of the next ones are on their way."""
+    waiting: deque[tuple[RawRecord, Fetched]] = deque()
+    with ThreadPoolExecutor(NUM_FETCHING) as pool:
+        for raw in records:
+            waiting.append((raw, pool.submit(_fetch, raw, image_folder)))
+            if len(waiting) == NUM_AHEAD:
+                yield waiting.popleft()
+        yield from waiting
+
+
+def _fetch(raw: RawRecord, image_folder: str) -> tuple[Record, tuple[bytes, ...]]:
+    record = read_record(raw, image_folder)
+    return record, fetch_images(record)

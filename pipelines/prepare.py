@@ -1,0 +1,52 @@
+#!/usr/bin/env python
+"""Check raw records and write them as Parquet shards: once, for every run that follows.
+
+python pipelines/prepare.py --data.data_path mix665k.json --data.image_folder images
+python pipelines/prepare.py RECIPE --data.cache_dir s3://bucket/llava
+"""
+
+import sys
+from collections.abc import Sequence
+
+from llava_ray.config.recipes import load_recipe
+from llava_ray.config.sections import PrepareConfig
+from llava_ray.data.preparation import prepare_data
+from llava_ray.data.shards import PreparedData
+from llava_ray.errors import LlavaRayError
+from llava_ray.runtime import connected
+
+# Sections of a recipe for finetune.py that say nothing about data.
+OTHER_SECTIONS = ("model", "train", "lora", "tracking")
+
+
+def main(arguments: Sequence[str]) -> PreparedData:
+    """Prepare, and say what came out and where it is."""
+    config = load_recipe(PrepareConfig, arguments, ignore=OTHER_SECTIONS)
+    with connected(config.cluster):
+        prepared = prepare_data(config.data)
+    tell(prepared)
+    return prepared
+
+
+def tell(prepared: PreparedData) -> None:
+    """Print counts, reasons, sizes and places."""
+    num_records = prepared.num_samples + prepared.num_rejected
+    print("Prepared before" if prepared.reused else "Prepared")
+    print(f"  samples    {prepared.num_samples:>12,}")
+    print(f"  rejected   {prepared.num_rejected:>12,}  ({prepared.num_rejected / num_records:.2%})")
+    for reason, count in sorted(prepared.rejected_reasons.items(), key=lambda item: -item[1]):
+        print(f"    {reason:<18}{count:>5,}")
+    print(f"  shards     {len(prepared.shards):>12,}")
+    print(f"  size       {prepared.num_bytes / 1e6:>12,.1f} MB")
+    print(f"  data hash  {prepared.data_hash[:12]:>12}")
+    print(f"  folder     {prepared.path}")
+    if prepared.num_rejected:
+        print(f"  why        {prepared.rejected_path}")
+    print(f"Train on it: python pipelines/finetune.py RECIPE --data.data_path {prepared.path}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except LlavaRayError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
