@@ -1,1 +1,1 @@
-"""Answers from a model: batched decoding, and data sets answered by actors."""
+"""Answers: batched decoding of one model (``decoding``), and whole data sets answered with Ray Data (``answers``)."""

@@ -97,16 +97,8 @@ def load_bundle(
     folder that is no bundle, or whose parts are not those it was made with; ModelError where parts are missing.
     """
     manifest = read_manifest(Path(path))
-    config = ModelConfig(
-        model_name_or_path=str(path),
-        vision_tower=None if vision_tower is None else str(vision_tower),
-        version=manifest.version,
-        mm_projector_type=manifest.mm_projector_type,
-        mm_vision_select_layer=manifest.mm_vision_select_layer,
-        mm_vision_select_feature=manifest.mm_vision_select_feature,
-    )
     parts = assemble(
-        config,
+        bundle_config(path, manifest, vision_tower),
         manifest.image_aspect_ratio,
         dtype=dtype,
         model_max_length=manifest.model_max_length,
@@ -115,6 +107,24 @@ def load_bundle(
     parts.tower.to(device)
     parts.llava.to(device).eval()
     return parts
+
+
+def read_bundle_blueprint(path: str | Path) -> Blueprint:
+    """Read what a bundle is without its weights. Raises BundleError or ModelError."""
+    manifest = read_manifest(Path(path))
+    return read_blueprint(bundle_config(path, manifest), manifest.image_aspect_ratio)
+
+
+def bundle_config(path: str | Path, manifest: Manifest, vision_tower: str | Path | None = None) -> ModelConfig:
+    """Return the config under which a bundle is what its manifest says."""
+    return ModelConfig(
+        model_name_or_path=str(path),
+        vision_tower=None if vision_tower is None else str(vision_tower),
+        version=manifest.version,
+        mm_projector_type=manifest.mm_projector_type,
+        mm_vision_select_layer=manifest.mm_vision_select_layer,
+        mm_vision_select_feature=manifest.mm_vision_select_feature,
+    )
 
 
 def save_bundle(

@@ -1,0 +1,171 @@
+"""Whole data sets answered with Ray Data: images decoded in tasks, answers written by a pool of model actors."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from ray.data import ActorPoolStrategy
+from torch import Tensor
+
+from llava_ray.chat.conversation import IMAGE_TOKEN, Turn
+from llava_ray.chat.tokens import tokenize_prompt
+from llava_ray.config.sections import DataConfig
+from llava_ray.errors import DataError
+from llava_ray.generate.decoding import answer_text, generate_batch
+from llava_ray.images.geometry import ImageSpec, crop_pixels
+from llava_ray.images.processing import normalise
+from llava_ray.images.reading import open_image, read_bytes
+from llava_ray.model.bundle import load_bundle, read_bundle_blueprint
+
+DECODE_CPUS = 0.5
+MAX_IMAGE_PIXELS: int = DataConfig.model_fields["max_image_pixels"].default
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked: ``image`` is an encoded image, a path or URL to one, or None.
+
+    A question with an image and without a marker gets its marker in front.
+    """
+
+    id: str
+    question: str
+    image: bytes | str | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model wrote to the question of that id."""
+
+    id: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Actors:
+    """The pool that answers: how many actors (None: one for each GPU, or one), and the CPUs of each."""
+
+    num: int | None = None
+    num_cpus: float = 1.0
+
+
+ONE_ACTOR = Actors()
+
+
+def answer_questions(
+    bundle: str | Path,
+    questions: Sequence[Question],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    batch_size: int = 16,
+    actors: Actors = ONE_ACTOR,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Answer]:
+    """Answer every question, in the order given, on a running Ray cluster.
+
+    Each actor loads the bundle once; where the cluster has GPUs it takes one and computes in bfloat16. ``on_progress``
+    hears how many of all are answered. Raises DataError for an id that occurs twice; faults of an image or the bundle
+    come out of Ray as they are.
+    """
+    ids = [question.id for question in questions]
+    if len(set(ids)) != len(ids):
+        twice = next(name for name in ids if ids.count(name) > 1)
+        raise DataError(f"two questions have the id {twice!r}; answers are told apart by it: make ids unique.")
+    if not questions:
+        return []
+    bundle = Path(bundle).resolve()  # actors have another working directory
+    num_gpus = int(ray.cluster_resources().get("GPU", 0))
+    spec = read_bundle_blueprint(bundle).image_spec
+    tables = [to_table(questions[start : start + batch_size]) for start in range(0, len(questions), batch_size)]
+    answered = (
+        ray.data.from_arrow(tables)
+        .map_batches(
+            decode_images, batch_size=None, batch_format="pyarrow", fn_kwargs={"spec": spec}, num_cpus=DECODE_CPUS
+        )
+        .map_batches(
+            AnswerActor,
+            batch_size=None,
+            batch_format="pyarrow",
+            fn_constructor_args=(str(bundle), max_new_tokens, temperature, actors.num_cpus),
+            compute=ActorPoolStrategy(size=actors.num or max(1, num_gpus)),
+            num_cpus=actors.num_cpus,
+            num_gpus=1 if num_gpus else None,
+        )
+    )
+    answers: dict[str, str] = {}
+    for batch in answered.iter_batches(batch_size=None, batch_format="pyarrow"):
+        answers.update(zip(batch["id"].to_pylist(), batch["answer"].to_pylist(), strict=True))
+        if on_progress is not None:
+            on_progress(len(answers), len(questions))
+    return [Answer(name, answers[name]) for name in ids]
+
+
+def to_table(questions: Sequence[Question]) -> pa.Table:
+    """Return one batch of questions as Arrow columns: id, question, image (encoded) and path."""
+    images = [question.image for question in questions]
+    return pa.table(
+        {
+            "id": pa.array([question.id for question in questions], pa.string()),
+            "question": pa.array([question.question for question in questions], pa.string()),
+            "image": pa.array([image if isinstance(image, bytes) else None for image in images], pa.binary()),
+            "path": pa.array([image if isinstance(image, str) else None for image in images], pa.string()),
+        }
+    )
+
+
+def decode_images(table: pa.Table, spec: ImageSpec) -> pa.Table:
+    """Replace the columns "image" and "path" by "pixels": bytes of (3, h, w), or null. Raises ImageError."""
+    cells: list[bytes | None] = []
+    for name, data, path in zip(*(table[key].to_pylist() for key in ("id", "image", "path")), strict=True):
+        encoded = read_bytes(path) if path is not None else data
+        if encoded is None:
+            cells.append(None)
+        else:
+            image = open_image(encoded, path or f"the image of question {name!r}", max_pixels=MAX_IMAGE_PIXELS)
+            cells.append(crop_pixels(image, spec).tobytes())
+    return table.drop_columns(["image", "path"]).append_column("pixels", pa.array(cells, pa.large_binary()))
+
+
+class AnswerActor:
+    """A model that answers batches; on a GPU where the actor was given one."""
+
+    def __init__(self, bundle: str, max_new_tokens: int, temperature: float, num_cpus: float) -> None:
+        """Load the bundle once."""
+        torch.set_num_threads(max(1, int(num_cpus)))
+        on_gpu = bool(ray.get_gpu_ids())
+        self.parts = load_bundle(
+            bundle, dtype=torch.bfloat16 if on_gpu else torch.float32, device="cuda" if on_gpu else "cpu"
+        )
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Return the columns id and answer."""
+        pixels = [self.pixels(cell) for cell in table["pixels"].to_pylist()]
+        prompts = [
+            tokenize_prompt(
+                [Turn("human", with_marker(question, image is not None))], self.parts.template, self.parts.tokenizer
+            )
+            for question, image in zip(table["question"].to_pylist(), pixels, strict=True)
+        ]
+        answers = generate_batch(
+            self.parts, prompts, pixels, max_new_tokens=self.max_new_tokens, temperature=self.temperature
+        )
+        return pa.table({"id": table["id"], "answer": pa.array([answer_text(self.parts, ids) for ids in answers])})
+
+    def pixels(self, cell: bytes | None) -> Tensor | None:
+        """Return the normalised pixels (1, 3, h, w) of one question's image."""
+        if cell is None:
+            return None
+        spec = self.parts.image_spec
+        return normalise(np.frombuffer(cell, np.uint8).reshape(1, 3, spec.height, spec.width).copy(), spec)
+
+
+def with_marker(question: str, has_image: bool) -> str:
+    """Put the image's marker in front of a question that has an image and no marker."""
+    return f"{IMAGE_TOKEN}\n{question}" if has_image and IMAGE_TOKEN not in question else question

@@ -1,0 +1,154 @@
+"""Batched decoding: prompts padded on the left and masked, one token for all rows at a time.
+
+Greedy answers are those of each prompt alone: padding is masked, positions count from each prompt's own first token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import DynamicCache
+
+from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava_ray.chat.tokens import expand_images
+from llava_ray.errors import ConfigError
+from llava_ray.model.bundle import LlavaParts
+
+STOP_WINDOW = 8  # tokens that are decoded to look for a stop text longer than one token
+
+
+@dataclass(frozen=True)
+class Stops:
+    """What ends an answer: any of these tokens, or this text (which some tokenizers write in several tokens)."""
+
+    ids: frozenset[int]
+    text: str = ""
+
+
+@torch.inference_mode()
+def generate_batch(
+    parts: LlavaParts,
+    prompts: Sequence[Sequence[int]],
+    pixels: Sequence[Float[Tensor, "n 3 h w"] | None],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    stops: Stops | None = None,
+    seed: int = 0,
+) -> list[list[int]]:
+    """Return the token ids that the model writes after each prompt, without the token that ended it.
+
+    A prompt has one -200 for each of its images (``chat.tokens.tokenize_prompt``), or one for each image token.
+    ``pixels`` are its preprocessed images, None for none. Temperature 0 is greedy. Raises ConfigError for a
+    negative temperature, ModelError or RecordError if a prompt's images and markers differ in number.
+    """
+    if temperature < 0:
+        raise ConfigError(f"temperature is {temperature}; expected 0 (greedy) or more.")
+    if not prompts:
+        return []
+    device = parts.llava.language_model.device
+    stops = stops or default_stops(parts)
+    expanded = [expand_prompt(parts, ids, images) for ids, images in zip(prompts, pixels, strict=True)]
+    input_ids, mask = pad_left(expanded, device)
+    images = [image for image in pixels if image is not None and len(image)]
+    features = parts.tower(torch.cat(images)) if images else None
+    embeddings = parts.llava.embed(input_ids, features)
+    generator = torch.Generator(device).manual_seed(seed)
+    rows = Rows(parts, embeddings, mask)
+    answers: list[list[int]] = [[] for _ in prompts]
+    unfinished = [True] * len(prompts)
+    for step in range(max_new_tokens):
+        tokens = pick_tokens(rows.logits, temperature, generator)
+        for index, token in zip(rows.indices, tokens.tolist(), strict=True):
+            if unfinished[index]:
+                answers[index].append(token)
+                unfinished[index] = not has_ended(parts, answers[index], stops)
+        if step + 1 == max_new_tokens or not any(unfinished):
+            break
+        rows.advance(tokens, [unfinished[index] for index in rows.indices])
+    return [answer[:-1] if answer and answer[-1] in stops.ids else answer for answer in answers]
+
+
+class Rows:
+    """The answers that are still being written: their cache, mask and next logits, one row each."""
+
+    def __init__(self, parts: LlavaParts, embeddings: Float[Tensor, "b t d"], mask: Bool[Tensor, "b t"]) -> None:
+        """Read the prompts."""
+        self.language_model = parts.llava.language_model
+        self.indices = list(range(len(mask)))
+        self.mask = mask
+        self.cache = DynamicCache(config=self.language_model.config)
+        self._run(embeddings, (mask.cumsum(1) - 1).clamp(min=0))
+
+    def advance(self, tokens: Int[Tensor, " b"], going_on: list[bool]) -> None:
+        """Feed each row its new token. Rows that have ended leave once they are half of the batch."""
+        if sum(going_on) <= len(going_on) // 2:
+            kept = torch.tensor([row for row, goes in enumerate(going_on) if goes], device=tokens.device)
+            self.indices = [self.indices[row] for row in kept.tolist()]
+            self.mask, tokens = self.mask[kept], tokens[kept]
+            self.cache.batch_select_indices(kept)
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
+        embeddings = self.language_model.get_input_embeddings()(tokens[:, None])
+        self._run(embeddings, self.mask.sum(1, keepdim=True) - 1)
+
+    def _run(self, embeddings: Float[Tensor, "b t d"], position_ids: Int[Tensor, "b t"]) -> None:
+        output = self.language_model(
+            inputs_embeds=embeddings,
+            attention_mask=self.mask,
+            position_ids=position_ids,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.logits: Tensor = output.logits[:, -1].float()
+
+
+def default_stops(parts: LlavaParts) -> Stops:
+    """Return the end tokens that tokenizer and model declare, and the text that ends an answer in the template."""
+    declared = parts.llava.language_model.generation_config.eos_token_id
+    ids = {parts.tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])}
+    stop = parts.template.stop
+    known = parts.tokenizer.get_vocab().get(stop)
+    if known is not None:
+        return Stops(frozenset({*ids, known} - {None}))
+    return Stops(frozenset(ids - {None}), stop)
+
+
+def answer_text(parts: LlavaParts, ids: Sequence[int]) -> str:
+    """Decode an answer, without special tokens and without what follows the template's stop text."""
+    text = str(parts.tokenizer.decode(list(ids), skip_special_tokens=True))
+    stop = parts.template.stop
+    return (text.partition(stop)[0] if stop else text).strip()
+
+
+def expand_prompt(parts: LlavaParts, ids: Sequence[int], pixels: Float[Tensor, "n 3 h w"] | None) -> list[int]:
+    """Repeat each -200 as often as its image has tokens, unless that is done already. Raises RecordError."""
+    num_images = 0 if pixels is None else len(pixels)
+    counts = [parts.num_image_tokens] * num_images
+    if ids.count(IMAGE_TOKEN_INDEX) == sum(counts):
+        return list(ids)
+    return expand_images(ids, [IGNORE_INDEX] * len(ids), counts)[0]
+
+
+def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Int[Tensor, "b t"], Bool[Tensor, "b t"]]:
+    """Return the prompts at the right of one tensor, and where they stand. The padding's id is never looked at."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    starts = torch.tensor([[width - len(prompt)] for prompt in prompts], device=device)
+    return torch.tensor(ids, device=device), torch.arange(width, device=device) >= starts
+
+
+def pick_tokens(logits: Float[Tensor, "b vocab"], temperature: float, generator: torch.Generator) -> Int[Tensor, " b"]:
+    """Return the likeliest token of each row, or a sampled one."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(1)
+
+
+def has_ended(parts: LlavaParts, answer: list[int], stops: Stops) -> bool:
+    """Tell whether the newest token completes an answer."""
+    if answer[-1] in stops.ids:
+        return True
+    return bool(stops.text) and stops.text in str(parts.tokenizer.decode(answer[-STOP_WINDOW:]))
