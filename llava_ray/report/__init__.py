@@ -1,1 +1,4 @@
-"""Reports: one HTML template, tables, plots and image grids. No ray, no torch."""
+"""Reports: pieces (tables, charts, image grids, token text) rendered into one self-contained HTML file.
+
+``pieces`` are the values a report is made of, ``charts`` draws plots, ``rendering`` writes the page. No ray, no torch.
+"""

@@ -1,0 +1,178 @@
+"""Line charts and histograms as SVG that takes its colours and fonts from the page around it.
+
+Each is drawn twice, for a wide and a narrow page: shrunk letters cannot be read. Matplotlib is used without pyplot,
+so nothing global changes.
+"""
+
+import hashlib
+import io
+import math
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from llava_ray.errors import ConfigError
+from llava_ray.report.pieces import Histogram, LineChart
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDTHS = {"wide": 720, "narrow": 340}  # CSS pixels
+HEIGHT = 260
+POINTS_PER_INCH = 72  # of an SVG file: one unit of the drawing is one pixel of the page
+MAX_BINS = 40
+
+# Drawn in colours that nobody uses, which are then replaced by the page's own, light or dark.
+SERIES = [f"#0{i}fe0{i}" for i in range(1, 6)]
+INK, MUTED, LINE = "#06fe06", "#07fe07", "#08fe08"
+PAGE_COLOURS = {colour: f"var(--series-{i})" for i, colour in enumerate(SERIES, start=1)} | {
+    INK: "var(--ink)",
+    MUTED: "var(--muted)",
+    LINE: "var(--line)",
+}
+
+SETTINGS: dict[str, Any] = {
+    "svg.fonttype": "none",  # letters stay letters
+    "svg.hashsalt": "llava_ray",  # the same chart gives the same bytes
+    "text.parse_math": False,  # a dollar in a name is a dollar
+    "font.size": 12,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "axes.labelpad": 8,
+    "axes.xmargin": 0.01,
+    "grid.color": LINE,
+    "grid.linewidth": 1,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "ytick.major.size": 0,
+    "ytick.minor.size": 0,
+    "lines.linewidth": 2,
+    "lines.solid_capstyle": "round",
+    "lines.solid_joinstyle": "round",
+    "path.simplify": True,
+    "path.simplify_threshold": 0.5,
+}
+
+
+def check_plotting() -> None:
+    """Raise ConfigError where charts cannot be drawn, before hours of work that end in a report."""
+    try:
+        import matplotlib  # noqa: F401  (only whether it is there)
+    except ImportError as error:
+        raise ConfigError(
+            "reports with charts need matplotlib, which is not installed; pip install 'llava_ray[report]'"
+        ) from error
+
+
+def draw_chart(chart: LineChart | Histogram, width: int) -> str:
+    """Return an SVG element ``width`` pixels wide, without a size of its own. Raises ConfigError."""
+    check_plotting()
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(SETTINGS):
+        figure = Figure(figsize=(width / POINTS_PER_INCH, HEIGHT / POINTS_PER_INCH), facecolor="none")
+        figure.set_layout_engine("tight", pad=0.2)
+        axes = figure.add_subplot(facecolor="none")
+        if isinstance(chart, LineChart):
+            _draw_lines(axes, chart)
+        else:
+            _draw_histogram(axes, chart, width)
+        axes.set_xlabel(_drawable(chart.x_label), loc="right")
+        axes.locator_params(axis="x", nbins=4 if width < WIDTHS["wide"] else 8)
+        sink = io.StringIO()
+        figure.savefig(sink, format="svg", metadata={"Date": None, "Creator": None, "Type": None, "Format": None})
+    return _inlined(sink.getvalue())
+
+
+def colour_of(index: int) -> str:
+    """Return the page's colour of a line."""
+    return PAGE_COLOURS[SERIES[index % len(SERIES)]]
+
+
+def list_lines(chart: LineChart) -> list[tuple[str, str]]:
+    """Return name and colour of each line that a legend names; a faint one belongs to the line of its colour."""
+    names = list(dict.fromkeys(series.name for series in chart.series))
+    return [(name, colour_of(index)) for index, name in enumerate(names)]
+
+
+def describe_chart(chart: LineChart | Histogram) -> str:
+    """Say in words what a chart shows, for readers who cannot see it."""
+    if isinstance(chart, LineChart):
+        lines = [_describe_line(series.name, series.y) for series in chart.series if not series.faint and len(series.y)]
+        return f"{chart.title}: {chart.y_label} by {chart.x_label}. " + " ".join(lines)
+    values = sorted(chart.values)
+    if not values:
+        return f"{chart.title}: no values."
+    middle = values[len(values) // 2]
+    limit = "" if chart.limit is None else f" {chart.limit_label or 'limit'}: {chart.limit:g}."
+    return (
+        f"{chart.title}: {len(values)} {chart.y_label} by {chart.x_label}, from {values[0]:g} to {values[-1]:g}, "
+        f"median {middle:g}.{limit}"
+    )
+
+
+def _drawable(text: str) -> str:
+    """Replace halves of surrogate pairs, for which matplotlib's fonts raise TypeError."""
+    return text.encode(errors="replace").decode()
+
+
+def _describe_line(name: str, values: Sequence[float]) -> str:
+    return f"{name}: from {values[0]:.4g} to {values[-1]:.4g}."
+
+
+def _draw_lines(axes: "Axes", chart: LineChart) -> None:
+    names = list(dict.fromkeys(series.name for series in chart.series))
+    for series in chart.series:
+        colour = SERIES[names.index(series.name) % len(SERIES)]
+        look = {"alpha": 0.28, "linewidth": 1.2, "zorder": 1} if series.faint else {"zorder": 2}
+        axes.plot(series.x, series.y, color=colour, marker="o" if len(series.y) == 1 else None, **look)
+    if chart.log_y:
+        axes.set_yscale("log")
+    axes.set_title(_drawable(chart.y_label), loc="left", color=MUTED, fontsize=12)
+
+
+def _draw_histogram(axes: "Axes", chart: Histogram, width: int) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    values = [value for value in chart.values if math.isfinite(value)]
+    num_bins = min(MAX_BINS if width >= WIDTHS["wide"] else MAX_BINS // 2, max(1, len(set(values))))
+    if values:
+        axes.hist(values, bins=num_bins, color=SERIES[0], rwidth=0.92)
+    if chart.limit is not None:
+        axes.axvline(chart.limit, color=SERIES[1], linewidth=1.5)
+        near_the_end = chart.limit > sum(axes.get_xlim()) / 2
+        axes.annotate(
+            _drawable(chart.limit_label),
+            (chart.limit, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(-6 if near_the_end else 6, -4),
+            textcoords="offset points",
+            ha="right" if near_the_end else "left",
+            va="top",
+            color=SERIES[1],
+        )
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(_drawable(chart.y_label), loc="left", color=MUTED, fontsize=12)
+
+
+def _inlined(document: str) -> str:
+    """Take the SVG element out of its file: colours of the page, names that no other chart has."""
+    svg = document[document.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'^<svg[^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 aria-hidden="true" focusable="false">', svg)
+    unique = hashlib.sha256(svg.encode()).hexdigest()[:8]
+    svg = re.sub(r'\bid="', f'id="c{unique}-', svg)
+    svg = re.sub(r'xlink:href="#', f'href="#c{unique}-', svg)
+    svg = svg.replace("url(#", f"url(#c{unique}-")
+    for drawn, shown in PAGE_COLOURS.items():
+        svg = svg.replace(drawn, shown)
+    return svg
