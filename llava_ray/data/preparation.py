@@ -32,7 +32,7 @@ from llava_ray.data.shards import (
 )
 from llava_ray.data.storage import absolute, file_size, read_file, write_file
 from llava_ray.data.validation import check_images, fetch_images, read_record
-from llava_ray.errors import ConfigError, DataError, LlavaRayError, RecordError
+from llava_ray.errors import ConfigError, DataError, RecordError
 
 logger = logging.getLogger(__name__)
 
@@ -169,15 +169,12 @@ def _write_chunks(chunks: Iterator[Chunk], rules: Rules, show_progress: bool) ->
     written.context.enable_progress_bars = False
     written.context.print_on_execution_start = False
     results: dict[int, ChunkResult] = {}
-    try:
-        with tqdm(desc="preparing", unit=" samples", disable=not show_progress) as bar:
-            for row in written.iter_rows():
-                result = results[row["index"]] = ChunkResult.from_json(row["result"])
-                bar.update(sum(shard.num_rows for shard in result.shards) + len(result.rejected))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, LlavaRayError):
-            raise error.cause from None
-        raise
+    with tqdm(desc="preparing", unit=" samples", disable=not show_progress) as bar:
+        for row in written.iter_rows():
+            if row["error"] is not None:
+                raise DataError(row["error"])
+            result = results[row["index"]] = ChunkResult.from_json(row["result"])
+            bar.update(sum(shard.num_rows for shard in result.shards) + len(result.rejected))
     return [results[index] for index in sorted(results)]
 
 
@@ -185,15 +182,20 @@ def write_chunk(batch: pa.Table, rules: Rules) -> pa.Table:
     """Check one chunk's records and write the good ones; runs in a Ray task.
 
     A chunk that was written before without a rejection is not read again; one with rejections is, in case they were
-    mended.
+    mended. A failing storage is told in the result, as Ray would wrap the exception in its own.
     """
     index, packed = batch["index"][0].as_py(), batch["chunk"][0].as_py()
     note = f"{rules.folder}/chunks/{index:05d}.json"
-    result = _read_note(note, rules.folder)
-    if result is None:
-        result = _check_and_write(pickle.loads(packed), f"shard-{index:05d}", rules)
-        write_file(note, result.to_json().encode())
-    return pa.table({"index": [index], "result": pa.array([result.to_json()], pa.large_string())})
+    result, failure = None, None
+    try:
+        result = _read_note(note, rules.folder)
+        if result is None:
+            result = _check_and_write(pickle.loads(packed), f"shard-{index:05d}", rules)
+            write_file(note, result.to_json().encode())
+    except DataError as error:
+        failure = str(error)
+    told = pa.array([result.to_json() if result else None], pa.large_string())
+    return pa.table({"index": [index], "result": told, "error": pa.array([failure], pa.string())})
 
 
 def _read_note(path: str, folder: str) -> ChunkResult | None:
