@@ -4,14 +4,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from llava_ray.chat.tokenizer import load_tokenizer
 from llava_ray.errors import ModelError
+
+# What transformers raises on folders that are incomplete or damaged.
+LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError)
 
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 
@@ -56,7 +61,7 @@ def loading(path: str | Path, part: str) -> Iterator[None]:
     """Put a failure to load into words: which part, from where, and why."""
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except LOADING_ERRORS as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"the {part} in {path} cannot be loaded: {reason} Expected a folder as transformers' save_pretrained "
