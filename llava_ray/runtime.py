@@ -62,6 +62,8 @@ def connected(cluster: ClusterConfig) -> Iterator[Resources]:
 def start(cluster: ClusterConfig) -> bool:
     """Connect this process to Ray; return whether a new local cluster had to be started."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # How often a run's controller looks at its workers: a dead one is noticed, and a finished run ends, this fast.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # a second working_dir would be refused there
     remote = cluster.address is not None or "RAY_ADDRESS" in os.environ
     runtime_env = {} if inside_job or not remote else {"working_dir": str(root()), "excludes": EXCLUDED}
@@ -71,10 +73,14 @@ def start(cluster: ClusterConfig) -> bool:
             return False
         try:
             ray.init(address="auto", log_to_driver=True)  # one that `ray start` made on this machine
+            return False
         except ConnectionError:
-            ray.init(address="local", num_cpus=local_cpus(cluster), include_dashboard=False, log_to_driver=True)
+            ray.init(
+                address="local",
+                num_cpus=local_cpus(cluster),
+                logging_config=ray.LoggingConfig(log_level="WARNING"),
+            )
             return True
-        return False
     except ConnectionError as error:
         raise ConfigError(
             f"no Ray cluster answers at {cluster.address or os.environ.get('RAY_ADDRESS', 'this job')!r}: {error}; "

@@ -82,10 +82,12 @@ class DealToRanks(TrainDataConfig):
         **kwargs: Any,
     ) -> list[dict[str, DataIterator]]:
         """Return each rank's iterator; called again with the new world size whenever the workers restart."""
-        steps = [row["step"] for row in datasets["train"].take_all()]
+        # Counting needs no execution, and the steps that remain are always the last ones.
+        steps = list(range(self.plan.num_steps - datasets["train"].count(), self.plan.num_steps))
         descriptors = describe_micro_batches(self.plan, self.lengths, steps, self.settings.row_length, world_size)
         dataset = stream(descriptors, self.settings)
         dataset.context.execution_options = ExecutionOptions(preserve_order=True)
+        dataset.context.enable_progress_bars = False  # the run has one bar of its own
         return [{"train": split} for split in dataset.streaming_split(world_size, equal=False)]
 
 

@@ -4,9 +4,11 @@ DeepSpeed is imported inside the functions: only workers need it, and it takes s
 """
 
 import math
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
@@ -45,6 +47,8 @@ def load_parts(config: FinetuneConfig, device: torch.device) -> LlavaParts:
     """Load the model, freeze what the switches say, and put the tower where it will be used."""
     import deepspeed
 
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", ".*all_gather_into_tensor", FutureWarning)  # DeepSpeed's to mend
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
     parts = assemble(
         config.model,

@@ -1,6 +1,7 @@
 """One fine-tuning run on a Ray cluster, from resolved settings to a bundle."""
 
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,15 @@ from functools import partial
 
 import ray
 from ray.actor import ActorHandle
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
+from ray.train import (
+    CheckpointConfig,
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    WorkerGroupError,
+)
 from ray.train.torch import TorchConfig, TorchTrainer
 from tqdm import tqdm
 
@@ -28,6 +37,8 @@ from llava_ray.train.loop import LoopSettings, train_loop
 from llava_ray.train.runs import RunFolder, SnapshotKeeper, committed_step, mend_run, open_run
 
 PROGRESS_SECONDS = 0.5
+LOGGED_PROGRESS_SECONDS = 10.0  # where lines go to a file, each one stays
+SHOWN_METRICS = ("loss", "samples_per_second")
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,7 @@ def finetune(config: FinetuneConfig, prepared: PreparedData, resources: Resource
             failure_config=FailureConfig(max_failures=config.run.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=config.train.save_total_limit),
             callbacks=[SnapshotKeeper(run)],
+            logging_config=LoggingConfig(log_level="WARNING"),
             worker_runtime_env={"env_vars": worker_environment(resources)},
         ),
         datasets={"train": TrainStream(partial(committed_step, run.storage_path, run.name), plan.num_steps)},
@@ -182,15 +194,15 @@ def progress_bar(journal: ActorHandle, num_steps: int) -> Iterator[None]:
     ended = threading.Event()
 
     def draw() -> None:
+        pause = PROGRESS_SECONDS if sys.stderr.isatty() else LOGGED_PROGRESS_SECONDS
+        over = False
         with tqdm(total=num_steps, unit="step", desc="starting", dynamic_ncols=True) as bar:
-            while not ended.wait(PROGRESS_SECONDS):
+            while not over:
+                over = ended.wait(pause)
                 state, done, metrics = ray.get(journal.progress.remote())
                 bar.set_description(state, refresh=False)
-                shown = {"loss": metrics.get("loss"), "samples/s": metrics.get("samples_per_second")}
-                bar.set_postfix(
-                    {key: f"{value:.3g}" for key, value in shown.items() if value is not None}, refresh=False
-                )
-                bar.update(done - bar.n)
+                bar.set_postfix({key: f"{metrics[key]:.3g}" for key in SHOWN_METRICS if key in metrics}, refresh=False)
+                bar.n = done  # may go back: a run that lost a worker repeats the steps since its checkpoint
                 bar.refresh()
 
     thread = threading.Thread(target=draw, daemon=True)
