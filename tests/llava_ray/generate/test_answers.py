@@ -1,0 +1,95 @@
+"""Data sets answered with Ray Data say what decoding without Ray says."""
+
+import io
+from pathlib import Path
+
+import fakes
+import pytest
+from PIL import Image
+
+from llava_ray.chat.conversation import Turn
+from llava_ray.chat.tokens import tokenize_prompt
+from llava_ray.config.sections import ModelConfig
+from llava_ray.errors import DataError
+from llava_ray.generate.answers import Actors, Question, answer_questions, decode_images, to_table, with_marker
+from llava_ray.generate.decoding import answer_text, generate_batch
+from llava_ray.images.geometry import crop_pixels
+from llava_ray.images.processing import normalise
+from llava_ray.model.bundle import assemble, load_bundle, save_bundle
+
+COLOURS = ["red", "green", "blue", "yellow", "white"]
+
+
+def encoded(colour: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("answers")
+    config = ModelConfig(
+        model_name_or_path=str(fakes.make_language_model(root / "language_model")),
+        vision_tower=str(fakes.make_vision_tower(root / "tower")),
+    )
+    save_bundle(root / "bundle", assemble(config, "pad"))
+    return root / "bundle"
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> list[Question]:
+    """Images as bytes and as a file, and questions without one."""
+    (tmp_path / "red.png").write_bytes(encoded("red"))
+    with_images = [Question(f"q{i}", f"What is {i}?", encoded(COLOURS[i % 5])) for i in range(9)]
+    return [*with_images, Question("file", "What is 0?", str(tmp_path / "red.png")), Question("text", "No image?")]
+
+
+def test_marker_is_put_where_there_is_none() -> None:
+    assert with_marker("What?", True) == "<image>\nWhat?"
+    assert with_marker("What <image>?", True) == "What <image>?"
+    assert with_marker("What?", False) == "What?"
+
+
+def test_images_are_decoded_from_bytes_and_files(bundle: Path, questions: list[Question]) -> None:
+    spec = load_bundle(bundle).image_spec
+    table = decode_images(to_table(questions), spec)
+    assert table.column_names == ["id", "question", "pixels"]
+    pixels = table["pixels"].to_pylist()
+    assert pixels[0] == pixels[9] == crop_pixels(Image.new("RGB", (40, 30), "red"), spec).tobytes()
+    assert pixels[10] is None
+
+
+def test_ids_tell_answers_apart(bundle: Path) -> None:
+    with pytest.raises(DataError, match="two questions have the id 'a'"):
+        answer_questions(bundle, [Question("a", "x"), Question("a", "y")])
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_answers_are_those_of_decoding_alone(bundle: Path, questions: list[Question]) -> None:
+    heard: list[tuple[int, int]] = []
+    answers = answer_questions(
+        bundle,
+        questions,
+        max_new_tokens=6,
+        batch_size=4,
+        actors=Actors(num=2, num_cpus=0.5),
+        on_progress=lambda done, total: heard.append((done, total)),
+    )
+    assert [answer.id for answer in answers] == [question.id for question in questions]
+    assert sorted(heard) == heard
+    assert heard[-1] == (11, 11)
+
+    parts = load_bundle(bundle)
+    for question, answer in zip(questions, answers, strict=True):
+        pixels = None
+        if question.image is not None:
+            image = Image.open(io.BytesIO(question.image) if isinstance(question.image, bytes) else question.image)
+            pixels = normalise(crop_pixels(image, parts.image_spec)[None], parts.image_spec)
+        turns = [Turn("human", with_marker(question.question, pixels is not None))]
+        prompt = tokenize_prompt(turns, parts.template, parts.tokenizer)
+        alone = generate_batch(parts, [prompt], [pixels], max_new_tokens=6)[0]
+        assert answer.answer == answer_text(parts, alone)
+    assert len({answer.answer for answer in answers}) > 1
+    assert answers[0].answer == answers[9].answer

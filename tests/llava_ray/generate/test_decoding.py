@@ -1,0 +1,151 @@
+"""Batched decoding says what each prompt alone would have been answered."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import fakes
+import pytest
+import torch
+
+from llava_ray.chat.templates import find_template
+from llava_ray.config.sections import ModelConfig
+from llava_ray.errors import ConfigError, RecordError
+from llava_ray.generate.decoding import Stops, answer_text, default_stops, expand_prompt, generate_batch
+from llava_ray.model.bundle import LlavaParts, assemble
+
+# Random models rarely write an end token: let a sixth of the vocabulary end an answer.
+STOPS = Stops(frozenset(range(250, 300)))
+
+
+@dataclass(frozen=True)
+class Prompts:
+    ids: list[list[int]]
+    pixels: list[torch.Tensor | None]
+
+
+@pytest.fixture(scope="module")
+def prompts() -> Prompts:
+    """Twelve prompts of all lengths with no, one and two images."""
+    generator = torch.Generator().manual_seed(0)
+    ids, pixels = [], []
+    for index in range(12):
+        num_images = index % 3
+        length = int(torch.randint(1, 12, (1,), generator=generator))
+        words = torch.randint(5, 300, (length,), generator=generator).tolist()
+        ids.append([1, *[-200] * num_images, *words])
+        size = (num_images, 3, fakes.IMAGE_SIZE, fakes.IMAGE_SIZE)
+        pixels.append(torch.randn(size, generator=generator) if num_images else None)
+    return Prompts(ids, pixels)
+
+
+def assembled(root: Path, kind: str = "llama", version: str = "v1") -> LlavaParts:
+    language_model = fakes.make_language_model(root / kind, kind)
+    tower = fakes.make_vision_tower(root / "tower")
+    config = ModelConfig(model_name_or_path=str(language_model), vision_tower=str(tower), version=version)
+    parts = assemble(config, "pad", seed=3)
+    parts.llava.eval()
+    return parts
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> LlavaParts:
+    return assembled(tmp_path_factory.mktemp("models"))
+
+
+def one_by_one(parts: LlavaParts, prompts: Prompts, max_new_tokens: int) -> list[list[int]]:
+    return [
+        generate_batch(parts, [ids], [pixels], max_new_tokens=max_new_tokens, stops=STOPS)[0]
+        for ids, pixels in zip(prompts.ids, prompts.pixels, strict=True)
+    ]
+
+
+@torch.no_grad()
+def by_transformers(parts: LlavaParts, prompts: Prompts, max_new_tokens: int) -> list[list[int]]:
+    answers = []
+    for ids, pixels in zip(prompts.ids, prompts.pixels, strict=True):
+        expanded = torch.tensor([expand_prompt(parts, ids, pixels)])
+        features = None if pixels is None else parts.tower(pixels)
+        written = parts.llava.language_model.generate(
+            inputs_embeds=parts.llava.embed(expanded, features),
+            attention_mask=torch.ones_like(expanded),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=sorted(STOPS.ids),
+            pad_token_id=0,
+        )[0].tolist()
+        answers.append(written[:-1] if written[-1] in STOPS.ids else written)
+    return answers
+
+
+@pytest.mark.parametrize("kind", fakes.LANGUAGE_MODELS)
+def test_batch_equals_one_by_one_and_transformers(kind: str, prompts: Prompts, tmp_path: Path) -> None:
+    parts = assembled(tmp_path, kind)
+    batched = generate_batch(parts, prompts.ids, prompts.pixels, max_new_tokens=12, stops=STOPS)
+    assert batched == one_by_one(parts, prompts, 12)
+    assert batched == by_transformers(parts, prompts, 12)
+    assert len({len(answer) for answer in batched}) > 1  # rows have left the batch at different times
+
+
+def test_order_of_the_batch_changes_nothing(llama: LlavaParts, prompts: Prompts) -> None:
+    forwards = generate_batch(llama, prompts.ids, prompts.pixels, max_new_tokens=12, stops=STOPS)
+    backwards = generate_batch(llama, prompts.ids[::-1], prompts.pixels[::-1], max_new_tokens=12, stops=STOPS)
+    assert backwards[::-1] == forwards
+
+
+def test_images_are_looked_at(llama: LlavaParts, prompts: Prompts) -> None:
+    chosen = Prompts([prompts.ids[1]] * 2, [prompts.pixels[1], -prompts.pixels[1]])
+    first, second = generate_batch(llama, chosen.ids, chosen.pixels, max_new_tokens=12, stops=Stops(frozenset()))
+    assert first != second
+
+
+def test_expanded_prompts_are_taken_as_they_are(llama: LlavaParts, prompts: Prompts) -> None:
+    expanded = [expand_prompt(llama, *pair) for pair in zip(prompts.ids, prompts.pixels, strict=True)]
+    assert [ids.count(-200) for ids in expanded] == [0, 16, 32] * 4
+    same = generate_batch(llama, expanded, prompts.pixels, max_new_tokens=4, stops=STOPS)
+    assert same == generate_batch(llama, prompts.ids, prompts.pixels, max_new_tokens=4, stops=STOPS)
+
+
+def test_markers_without_their_images_are_refused(llama: LlavaParts, prompts: Prompts) -> None:
+    with pytest.raises(RecordError, match="2 <image> markers but 1 images"):
+        generate_batch(llama, [[1, -200, -200, 5]], [prompts.pixels[1]], max_new_tokens=1)
+
+
+def test_max_new_tokens(llama: LlavaParts) -> None:
+    answers = generate_batch(llama, [[1, 5], [1, 6, 7]], [None, None], max_new_tokens=3, stops=Stops(frozenset()))
+    assert [len(answer) for answer in answers] == [3, 3]
+    assert generate_batch(llama, [], [], max_new_tokens=3) == []
+
+
+def test_sampling_follows_the_seed(llama: LlavaParts) -> None:
+    def sampled(seed: int, temperature: float = 5.0) -> list[list[int]]:
+        return generate_batch(
+            llama, [[1, 5]], [None], max_new_tokens=8, temperature=temperature, stops=Stops(frozenset()), seed=seed
+        )
+
+    assert sampled(1) == sampled(1)
+    assert sampled(1) != sampled(2)
+    assert sampled(1, 0.0) == sampled(2, 0.0)
+    with pytest.raises(ConfigError, match=r"temperature is -1\.0"):
+        sampled(1, -1.0)
+
+
+def test_default_stops_are_declared_ones(llama: LlavaParts) -> None:
+    assert default_stops(llama) == Stops(frozenset({fakes.EOS}))
+    llama.llava.language_model.generation_config.eos_token_id = [fakes.EOS, 7]
+    assert default_stops(llama).ids == {fakes.EOS, 7}
+    llama.llava.language_model.generation_config.eos_token_id = None
+    assert default_stops(llama).ids == {fakes.EOS}
+
+
+def test_stop_text_of_several_tokens(llama: LlavaParts) -> None:
+    """v0's ### is no token of its own; the answer ends where the text does."""
+    parts = replace(llama, template=find_template("v0"))
+    stops = default_stops(parts)
+    assert stops == Stops(frozenset({fakes.EOS}), "###")
+    free = generate_batch(parts, [[1, 5]], [None], max_new_tokens=8, stops=Stops(frozenset()))[0]
+    text = parts.tokenizer.decode(free[3:5])
+    ended = generate_batch(parts, [[1, 5]], [None], max_new_tokens=8, stops=Stops(frozenset(), text))[0]
+    assert ended == free[:5]
+    assert answer_text(parts, parts.tokenizer.encode(" a red circle ### Human", add_special_tokens=False)) == (
+        "a red circle"
+    )

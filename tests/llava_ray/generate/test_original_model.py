@@ -1,0 +1,44 @@
+"""The original's weights in our parts give the original's losses and words."""
+
+import torch
+
+from llava_ray.chat.conversation import Turn, read_turns
+from llava_ray.chat.tokens import expand_images, tokenize_conversation, tokenize_prompt
+from llava_ray.generate.decoding import Stops, expand_prompt, generate_batch
+from llava_ray.model.losses import sample_losses
+
+
+def test_losses_of_one_packed_row_are_the_originals(golden_model) -> None:
+    parts, cases = golden_model.parts, golden_model.expected["cases"]
+    input_ids: list[int] = []
+    labels: list[int] = []
+    positions: list[int] = []
+    pixels = [golden_model.pixels(case["image"]) for case in cases]
+    for case, image in zip(cases, pixels, strict=True):
+        tokens = tokenize_conversation(read_turns(case["conversations"]), parts.template, parts.tokenizer)
+        counts = [] if image is None else [parts.num_image_tokens]
+        ids, targets = expand_images(tokens.input_ids, tokens.labels, counts)
+        input_ids, labels, positions = input_ids + ids, labels + targets, positions + list(range(len(ids)))
+    with torch.no_grad():
+        losses, counts = sample_losses(
+            parts.llava,
+            torch.tensor([input_ids]),
+            torch.tensor([positions]),
+            torch.tensor([labels]),
+            parts.tower(torch.cat([image for image in pixels if image is not None])),
+        )
+    assert counts.tolist() == [case["supervised"] for case in cases]
+    expected = torch.tensor([case["loss"] for case in cases])
+    torch.testing.assert_close(losses, expected, rtol=0, atol=1e-4)
+
+
+def test_greedy_words_in_one_batch_are_the_originals(golden_model) -> None:
+    parts, generations = golden_model.parts, golden_model.expected["generations"]
+    prompts = [
+        tokenize_prompt([Turn("human", case["question"])], parts.template, parts.tokenizer) for case in generations
+    ]
+    pixels = [golden_model.pixels(case["image"]) for case in generations]
+    lengths = [len(expand_prompt(parts, ids, image)) for ids, image in zip(prompts, pixels, strict=True)]
+    assert lengths == [case["sequence_length"] for case in generations]
+    answers = generate_batch(parts, prompts, pixels, max_new_tokens=12, stops=Stops(frozenset()))
+    assert answers == [case["new_token_ids"] for case in generations]
