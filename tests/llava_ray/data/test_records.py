@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -69,7 +70,7 @@ def test_json_file_of_lines_is_read_as_well() -> None:
 
 
 @pytest.mark.usefixtures("window")
-@pytest.mark.parametrize("text", ['[{"id": 1}, {"id": 2', '[{"id": 1}, {"id": tru}]', "[", '[{"id": 1}'])
+@pytest.mark.parametrize("text", ['[{"id": 1}, {"id": 2', '[{"id": 1}, {"id": tru}]', "[", '[{"id": 1}', '{"id": 1}]'])
 def test_broken_json_is_refused_with_its_place(text: str) -> None:
     with pytest.raises(DataError, match=r"x\.json: not JSON at character \d+.*copied completely"):
         list(split_json(io.StringIO(text), "x.json"))
@@ -191,11 +192,16 @@ def test_tars_repeat_keys_without_harm(tmp_path: Path) -> None:
     assert [raw.id for raw in raw_records(str(tmp_path), max_samples=3)] == ["a/0", "a/1", "b/0"]
 
 
-def test_damaged_tar_is_refused(tmp_path: Path) -> None:
-    write_tar(tmp_path / "a.tar", {"0.json": b"{}", "0.jpg": bytes(5000)})
-    (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:3000])
-    with pytest.raises(DataError, match=r"a\.tar: the tar is damaged after '0'"):
-        raw_records(str(tmp_path / "a.tar"))
+@pytest.mark.parametrize(("suffix", "mode"), [("tar", "w"), ("tar.gz", "w:gz")])
+def test_damaged_tar_is_refused(suffix: str, mode: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{suffix}"
+    noise = np.random.default_rng(0).integers(97, 101, 50_000, np.uint8).tobytes()  # compresses, but not to nothing
+    write_tar(path, {"0.json": b"{}", "0.jpg": noise}, mode)
+    whole = path.read_bytes()
+    # A plain tar has no checksum of its contents; a compressed one cannot be unpacked beyond the damage.
+    path.write_bytes(whole[:3000] if mode == "w" else whole[:3000] + bytes(200) + whole[3200:])
+    with pytest.raises(DataError, match=r"a\.tar.*: the tar is damaged after '0'"):
+        raw_records(str(path))
 
 
 def test_urls_are_read_like_paths() -> None:

@@ -113,9 +113,17 @@ def test_exif_orientation_is_applied(orientation: int, kind: str) -> None:
     assert opened.getpixel((2 + x * (opened.width - 5), 2 + y * (opened.height - 5)))[0] < 60
 
 
-def test_broken_exif_does_not_cost_the_image() -> None:
-    data = encoded(photo(), "JPEG", exif=b"Exif\x00\x00MM\x00*\x00\x00\xff\xff")
-    assert open_image(data, "x.jpg", max_pixels=LIMIT).size == (37, 23)
+ORIENTATION_AS_TEXT = (
+    b"II*\x00\x08\x00\x00\x00\x01\x00\x12\x01\x02\x00\x08\x00\x00\x00\x1a\x00\x00\x00\x00\x00\x00\x00abcdefgh"
+)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("exif", [b"garbage", b"II*\x00", ORIENTATION_AS_TEXT])
+def test_broken_exif_does_not_cost_the_image(exif: bytes, kind: str) -> None:
+    data = encoded(photo(), kind, exif=b"Exif\x00\x00" + exif)
+    assert open_image(data, "x", max_pixels=LIMIT).size == (37, 23)
+    assert check_image(data, "x", max_pixels=LIMIT) == (37, 23)
 
 
 @pytest.mark.parametrize("function", [open_image, check_image])
