@@ -203,7 +203,7 @@ def _tar_files(path: str) -> Iterator[tuple[str, str, bytes]]:
                 if member.isfile() and (suffix == ".json" or suffix in IMAGE_SUFFIXES):
                     content = tar.extractfile(member)
                     yield key, suffix, content.read() if content else b""
-    except (tarfile.TarError, EOFError) as error:
+    except tarfile.TarError as error:
         raise DataError(f"{path}: the tar is damaged after {key!r} ({error}); fetch it again") from error
 
 

@@ -19,12 +19,14 @@ def read_file(path: str) -> bytes:
 
 
 def file_size(path: str) -> int | None:
-    """Return the size in bytes, or None where there is no such file."""
+    """Return the size in bytes, or None where there is no such file; raises DataError where nobody may know."""
     filesystem, place = open_filesystem(path)
     try:
         return int(filesystem.info(place)["size"])
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise DataError(f"cannot look for {path!r}: {error}; check the address and your credentials") from error
 
 
 def list_sizes(folder: str) -> dict[str, int]:

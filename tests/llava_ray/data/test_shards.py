@@ -171,6 +171,17 @@ class FullFileSystem(type(fsspec.filesystem("memory"))):  # type: ignore[misc]  
         raise OSError(28, "No space left on device")
 
 
+def test_storage_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.register_implementation("full", FullFileSystem, clobber=True)
+
+    def refuse(self: FullFileSystem, path: str, **options: object) -> None:
+        raise PermissionError("403 Forbidden")
+
+    monkeypatch.setattr(FullFileSystem, "info", refuse)
+    with pytest.raises(DataError, match=r"full://disk/prepared\.json': 403 Forbidden; check the address"):
+        is_prepared("full://disk")
+
+
 def test_full_disk_leaves_nothing_behind() -> None:
     fsspec.register_implementation("full", FullFileSystem, clobber=True)
     with pytest.raises(DataError, match=r"cannot write 'full://disk/shard.*No space left.*make room"):
