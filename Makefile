@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-EXTRAS := dev,quickstart,report,qlora,sweep
+EXTRAS := dev,quickstart,report
 
 .PHONY: help quickstart test verify lint benchmark clean
 
@@ -19,8 +19,9 @@ test: $(READY) lint  ## Everything CI runs, at most 20 minutes
 
 verify: $(READY)  ## The long proofs; writes tests/benchmarks/results/*.json
 	$(BIN)/python -m pytest -m verify
-	$(BIN)/python tests/benchmarks/bench_stream.py
-	$(BIN)/python tests/benchmarks/bench_memory.py
+	$(BIN)/python tests/benchmarks/bench_prepare.py --output tests/benchmarks/results/prepare.json
+	$(BIN)/python tests/benchmarks/bench_stream.py --output tests/benchmarks/results/stream.json
+	$(BIN)/python tests/benchmarks/bench_memory.py --output tests/benchmarks/results/memory.json
 
 lint: $(READY)  ## Style, types and layers
 	$(BIN)/ruff format --check .

@@ -60,32 +60,27 @@ def connected(cluster: ClusterConfig) -> Iterator[Resources]:
 
 
 def start(cluster: ClusterConfig) -> bool:
-    """Connect this process to Ray; return whether a new local cluster had to be started."""
+    """Connect this process to Ray; return whether a new local cluster had to be started.
+
+    A cluster that merely happens to run on this machine is not joined: it may be another run's own, and end with it.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # How often a run's controller looks at its workers: a dead one is noticed, and a finished run ends, this fast.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    logging = ray.LoggingConfig(log_level="WARNING")
     inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # a second working_dir would be refused there
-    remote = cluster.address is not None or "RAY_ADDRESS" in os.environ
-    runtime_env = {} if inside_job or not remote else {"working_dir": str(root()), "excludes": EXCLUDED}
+    address = cluster.address or os.environ.get("RAY_ADDRESS") or ("auto" if inside_job else None)
+    if address is None:
+        ray.init(address="local", num_cpus=local_cpus(cluster), logging_config=logging)
+        return True
+    runtime_env = {} if inside_job else {"working_dir": str(root()), "excludes": EXCLUDED}
     try:
-        if remote or inside_job:
-            ray.init(address=cluster.address or "auto", runtime_env=runtime_env, log_to_driver=True)
-            return False
-        try:
-            ray.init(address="auto", log_to_driver=True)  # one that `ray start` made on this machine
-            return False
-        except ConnectionError:
-            ray.init(
-                address="local",
-                num_cpus=local_cpus(cluster),
-                logging_config=ray.LoggingConfig(log_level="WARNING"),
-            )
-            return True
+        ray.init(address=address, runtime_env=runtime_env, logging_config=logging)
     except ConnectionError as error:
         raise ConfigError(
-            f"no Ray cluster answers at {cluster.address or os.environ.get('RAY_ADDRESS', 'this job')!r}: {error}; "
-            "check cluster.address, or leave it out to start a local one"
+            f"no Ray cluster answers at {address!r}: {error}; check cluster.address, or leave it out to start a local one"
         ) from error
+    return False
 
 
 def root() -> Path:

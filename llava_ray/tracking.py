@@ -1,5 +1,6 @@
 """MLflow: one run per job, written from one process, the same run after any restart."""
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ class TrackedRun:
     def __init__(self, tracking_uri: str, experiment_name: str, name: str, key: str) -> None:
         """Attach to the run tagged ``key`` (a run folder), or create it. Raises ConfigError if MLflow refuses."""
         self.tracking_uri = tracking_uri
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # that it made its tables is no news
         try:
             self.client = MlflowClient(tracking_uri)
             experiment = self.client.get_experiment_by_name(experiment_name)
@@ -39,8 +41,8 @@ class TrackedRun:
                 else self.client.create_experiment(experiment_name, artifact_location=artifact_location(tracking_uri))
             )
             found = self.client.search_runs([experiment_id], f"tags.`llava_ray.run` = '{key}'", max_results=1)
-            run = found[0] if found else self.client.create_run(
-                experiment_id, tags={"llava_ray.run": key}, run_name=name
+            run = (
+                found[0] if found else self.client.create_run(experiment_id, tags={"llava_ray.run": key}, run_name=name)
             )
         except MlflowException as error:
             raise ConfigError(f"MLflow at {tracking_uri!r}: {error}; check tracking.tracking_uri") from error

@@ -5,16 +5,15 @@ python pipelines/finetune.py pipelines/recipes/finetune/llava_v1_5_7b.toml --dat
 ray job submit --working-dir . -- python pipelines/finetune.py RECIPE --train.learning_rate 1e-5
 """
 
-import sys
 from collections.abc import Sequence
 
 from llava_ray.data.preparation import prepare_data
 
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import FinetuneConfig
-from llava_ray.errors import LlavaRayError
 from llava_ray.runtime import connected
 from llava_ray.train.trainer import FinishedRun, finetune
+from pipelines.command import run_command
 
 
 def main(arguments: Sequence[str]) -> FinishedRun:
@@ -39,7 +38,4 @@ def tell(finished: FinishedRun) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except LlavaRayError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    run_command(main)

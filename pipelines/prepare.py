@@ -5,15 +5,14 @@ python pipelines/prepare.py --data.data_path mix665k.json --data.image_folder im
 python pipelines/prepare.py RECIPE --data.cache_dir s3://bucket/llava
 """
 
-import sys
 from collections.abc import Sequence
 
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import PrepareConfig
 from llava_ray.data.preparation import prepare_data
 from llava_ray.data.shards import PreparedData
-from llava_ray.errors import LlavaRayError
 from llava_ray.runtime import connected
+from pipelines.command import run_command
 
 # Sections of a recipe for finetune.py that say nothing about data.
 OTHER_SECTIONS = ("model", "train", "lora", "tracking")
@@ -46,7 +45,4 @@ def tell(prepared: PreparedData) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except LlavaRayError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    run_command(main)

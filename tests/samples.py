@@ -22,9 +22,14 @@ def write_samples(folder: Path, count: int, *, seed: int = 0) -> Path:
     for index in range(count):
         turns = []
         for turn in range(draw.randint(1, 3)):
-            words = " ".join(draw.choices(["red", "blue", "circle", "square", "is", "there", "any"], k=draw.randint(2, 9)))
+            words = " ".join(
+                draw.choices(["red", "blue", "circle", "square", "is", "there", "any"], k=draw.randint(2, 9))
+            )
             marker = "<image>\n" if turn == 0 and index % 5 else ""
-            turns += [{"from": "human", "value": f"{marker}{words}?"}, {"from": "gpt", "value": draw.choice(["yes", "no"])}]
+            turns += [
+                {"from": "human", "value": f"{marker}{words}?"},
+                {"from": "gpt", "value": draw.choice(["yes", "no"])},
+            ]
         record: dict[str, Any] = {"id": f"s{index:04d}", "conversations": turns}
         if index % 5:
             record["image"] = f"{index:04d}.jpg"
@@ -77,3 +82,14 @@ def small_run(folder: Path, *, num_samples: int = 64, **changes: Any) -> Finetun
         }
     )
     return config.replaced(changes)
+
+
+def write_recipe(folder: Path, config: FinetuneConfig) -> Path:
+    """Write a config as a recipe, without its run's name."""
+    lines = []
+    for section, values in config.model_dump(mode="json").items():
+        lines.append(f"[{section}]")
+        lines += [f"{key} = {json.dumps(value)}" for key, value in values.items() if value is not None and key != "name"]
+    path = folder / "small.toml"
+    path.write_text("\n".join(lines))
+    return path

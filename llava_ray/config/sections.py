@@ -203,7 +203,7 @@ class ClusterConfig(Section):
     """What the run takes of the cluster."""
 
     address: str | None = None
-    """Ray address; default: the job's own cluster, RAY_ADDRESS, or a new local one."""
+    """Ray address, "auto" for the one on this machine; default: the job's own, RAY_ADDRESS, or a new local one."""
     num_workers: PositiveInt = 2
     """Train workers (data-parallel ranks)."""
     use_gpu: bool | Literal["auto"] = "auto"

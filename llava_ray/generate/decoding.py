@@ -31,7 +31,7 @@ class Stops:
 def generate_batch(
     parts: LlavaParts,
     prompts: Sequence[Sequence[int]],
-    pixels: Sequence[Float[Tensor, "n 3 h w"] | None],
+    pixels: Sequence[Float[Tensor, "_ 3 h w"] | None],
     *,
     max_new_tokens: int,
     temperature: float = 0.0,

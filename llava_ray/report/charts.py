@@ -144,7 +144,8 @@ def _draw_histogram(axes: "Axes", chart: Histogram, width: int) -> None:
     from matplotlib.ticker import MaxNLocator
 
     values = [value for value in chart.values if math.isfinite(value)]
-    num_bins = min(MAX_BINS if width >= WIDTHS["wide"] else MAX_BINS // 2, max(1, len(set(values))))
+    most = MAX_BINS if width >= WIDTHS["wide"] else MAX_BINS // 2
+    num_bins = min(most, len(set(values)), 1 + 2 * math.isqrt(len(values)))
     if values:
         axes.hist(values, bins=num_bins, color=SERIES[0], rwidth=0.92)
     if chart.limit is not None:

@@ -162,6 +162,8 @@ def fit(trainer: TorchTrainer, run: RunFolder) -> None:
     """Run the trainer; put what failed in the workers into our own words."""
     try:
         trainer.fit()
+    except SystemExit as stop:  # Ray's answer to Ctrl-C, once its workers are gone
+        raise KeyboardInterrupt from stop
     except WorkerGroupError as error:
         for failure in error.worker_failures.values():
             cause = getattr(failure, "_base_exc", failure)  # Ray wraps a worker's exception with its traceback
@@ -180,7 +182,7 @@ def closing(journal: ActorHandle) -> Iterator[None]:
     """Mark the run FAILED or KILLED in MLflow when it does not end well."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
+    except KeyboardInterrupt:
         ray.get(journal.close.remote("KILLED", {}, {}, []))
         raise
     except LlavaRayError:

@@ -102,6 +102,21 @@ def decode_all(paths: list[Path]) -> None:
 
 def prepare(folder: Path, paths: list[Path], cache: str) -> float:
     """Return the seconds that preparing the images takes, from records to manifest."""
+    config = DataConfig(
+        data_path=str(write_records(folder, paths, cache)),
+        image_folder=str(folder / "images"),
+        cache_dir=str(folder / cache),
+    )
+    start = time.perf_counter()
+    prepared = prepare_data(config)
+    seconds = time.perf_counter() - start
+    if prepared.num_samples != len(paths):
+        raise SystemExit(f"{prepared.num_samples} of {len(paths)} images prepared: the comparison would be unfair")
+    return seconds
+
+
+def write_records(folder: Path, paths: list[Path], name: str) -> Path:
+    """Write a record for each image, and return the JSON's path."""
     records: list[dict[str, Any]] = [
         {
             "id": str(index),
@@ -113,18 +128,8 @@ def prepare(folder: Path, paths: list[Path], cache: str) -> float:
         }
         for index, path in enumerate(paths)
     ]
-    (folder / f"{cache}.json").write_text(json.dumps(records))
-    config = DataConfig(
-        data_path=str(folder / f"{cache}.json"),
-        image_folder=str(folder / "images"),
-        cache_dir=str(folder / cache),
-    )
-    start = time.perf_counter()
-    prepared = prepare_data(config)
-    seconds = time.perf_counter() - start
-    if prepared.num_samples != len(paths):
-        raise SystemExit(f"{prepared.num_samples} of {len(paths)} images prepared: the comparison would be unfair")
-    return seconds
+    (folder / f"{name}.json").write_text(json.dumps(records))
+    return folder / f"{name}.json"
 
 
 if __name__ == "__main__":

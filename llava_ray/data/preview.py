@@ -1,0 +1,250 @@
+"""Conversations as the model will see them: rendered, tokenised, masked, cut and cropped. No Ray, no training.
+
+What training would reject is told with its reason instead.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import PurePath
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import UInt8
+
+from llava_ray.chat.conversation import IMAGE_TOKEN, Turn
+from llava_ray.chat.templates import find_template
+from llava_ray.chat.tokenizer import load_tokenizer
+from llava_ray.config.sections import DataConfig
+from llava_ray.data.chunks import TEXT_READERS, make_chunks, unused
+from llava_ray.data.examples import Encoder, Example
+from llava_ray.data.preview_tokens import collapse_images, join_tokens, split_tokens
+from llava_ray.data.records import CONVERSATION_COLUMNS, RawRecord, Record, find_files
+from llava_ray.data.shards import is_prepared, open_prepared, read_rows
+from llava_ray.data.storage import absolute
+from llava_ray.data.validation import fetch_images, read_record
+from llava_ray.errors import ConfigError, ImageError, RecordError, TemplateError
+from llava_ray.images.geometry import ImageSpec, crop_pixels
+from llava_ray.images.reading import open_image
+from llava_ray.report.pieces import Token
+
+RECORDS_PER_CHUNK = 256
+MAX_IMAGE_PIXELS: int = DataConfig.model_fields["max_image_pixels"].default
+
+
+@dataclass(frozen=True)
+class PreviewSettings:
+    """Show what a model will see of some conversations, before any training."""
+
+    data: str
+    """LLaVA JSON or JSONL, Parquet, WebDataset tars, or a folder that prepare.py wrote."""
+    tokenizer: str | None = None
+    """Folder of a tokenizer: shows ids and labels, and opens no image."""
+    model: str | None = None
+    """A llava_ray bundle, or a plain language model with --vision_tower: shows images and losses too."""
+    version: str | None = None
+    """Conversation template; a bundle brings its own."""
+    image_folder: str | None = None
+    """Where relative image paths start; default: beside the data."""
+    image_aspect_ratio: Literal["square", "pad"] | None = None
+    """Default: the bundle's, otherwise "square"."""
+    model_max_length: int | None = None
+    """Longer samples are cut as in training; default: the model's, or nothing is cut."""
+    model_base: str | None = None
+    """The language model of a bundle that only names it."""
+    vision_tower: str | None = None
+    """The tower of a plain language model, or of a bundle that only names it."""
+    max_samples: int | None = None
+    """Look at the first so many records; default: 200 for the report, all with --json."""
+    output: str = "runs/preview"
+    """Folder of report.html."""
+    json: bool = False
+    """Print one JSON line per conversation, in the order of the data, instead of a report."""
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A record that training would not take."""
+
+    id: str | int
+    source: str
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class SampleView:
+    """One conversation as the model sees it; ``input_ids`` and ``labels`` have one -200 for a whole image."""
+
+    id: str | int
+    source: str
+    turns: tuple[Turn, ...]
+    example: Example
+    input_ids: list[int]
+    labels: list[int]
+    pixels: UInt8[np.ndarray, "n 3 h w"] | None
+    """Crops as the tower takes them, before normalisation; None where no image was opened."""
+    num_cut: int
+    """Positions cut off at the end."""
+    loss: float | None = None
+    """Mean over its supervised tokens, in fp32."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Count the positions that it takes in the model."""
+        return len(self.example.input_ids)
+
+
+@dataclass(frozen=True)
+class Viewer:
+    """What turns records into views. Without ``image_spec`` no image is opened, and each counts as one token."""
+
+    encoder: Encoder
+    image_folder: str
+    image_spec: ImageSpec | None = None
+    notes: tuple[str, ...] = ()
+    """What the user should know of the model or tokenizer."""
+
+    @property
+    def is_limited(self) -> bool:
+        """Tell whether long samples are cut."""
+        return self.encoder.model_max_length < sys.maxsize
+
+    def view(self, raw: RawRecord | Record) -> SampleView | Rejection:
+        """Return what the model sees of a record, or why it sees nothing."""
+        values = _values(raw)
+        own = values.get("id")
+        name = own if isinstance(own, int) and str(own) == raw.id else raw.id  # as JSON writes it, for joins
+        try:
+            record = self._read(raw, values)
+            [example] = self.encoder.encode(record.turns, len(record.images))
+            pixels = self._crop(record, example.images) if self.image_spec else None
+        except RecordError as error:
+            return Rejection(name, raw.source, error.reason, str(error))
+        except TemplateError as error:
+            return Rejection(name, raw.source, "template", str(error))
+        ids, labels = collapse_images(example, self.encoder.num_image_tokens)
+        num_cut = self._measure(record) - len(example.input_ids) if example.truncated else 0
+        return SampleView(name, raw.source, record.turns, example, ids, labels, pixels, num_cut)
+
+    def tokens(self, view: SampleView) -> list[Token]:
+        """Return the rendered text of a view, token by token; what was cut off at the end included."""
+        pieces = split_tokens(view.turns, self.encoder)
+        counts = f" · {self.encoder.num_image_tokens} tokens" if self.image_spec else ""
+        shown = [Token(f"image{counts}", "image") if piece.kind == "image" else piece for piece in pieces]
+        kept = len(view.input_ids)
+        return join_tokens([*shown[:kept], *(Token(piece.text, "cut") for piece in shown[kept:])])
+
+    def warnings(self) -> list[str]:
+        """Return what the user should know before training."""
+        stop = self._check_stop()
+        return [*self.notes, *([stop] if stop else [])]
+
+    def _check_stop(self) -> str | None:
+        """Say so if an answer does not end with one token of its own."""
+        template, tokenizer = self.encoder.template, self.encoder.tokenizer
+        try:
+            pieces = split_tokens((Turn("human", f"{IMAGE_TOKEN}\nWho?"), Turn("gpt", "No one")), self.encoder)
+        except (RecordError, TemplateError):
+            return None  # each conversation will say what is wrong
+        last = next(piece.text for piece in reversed(pieces) if piece.kind == "learnt")
+        if last.strip(" ") == template.stop:
+            return None
+        return (
+            f"template {template.name!r} stops at {template.stop!r}, but the last token that is learnt of an answer is "
+            f"{last!r}: the stop string is not a single token of {tokenizer.name_or_path}, or the template ends "
+            "answers otherwise. The end of an answer may not be learnt cleanly, and generation may not stop there. "
+            "Choose a template made for this tokenizer, such as 'chat_template', or add the stop string to its "
+            "special tokens."
+        )
+
+    def _measure(self, record: Record) -> int:
+        return len(self.encoder.example(record.turns, range(len(record.images))).input_ids)
+
+    def _read(self, raw: RawRecord | Record, values: Mapping[str, Any]) -> Record:
+        if isinstance(raw, Record):
+            return raw
+        if self.image_spec is None and not (raw.images or values.get("image") or values.get("images")):
+            # Nothing of an image is looked at, so one that is not even named may be missing too.
+            turns: Any = next((values[name] for name in CONVERSATION_COLUMNS if values.get(name) is not None), [])
+            num_markers = json.dumps(turns, ensure_ascii=False).count(IMAGE_TOKEN)
+            raw = replace(raw, images=(b"",) * num_markers)
+        return read_record(raw, self.image_folder)
+
+    def _crop(self, record: Record, images: tuple[int, ...]) -> UInt8[np.ndarray, "n 3 h w"]:
+        assert self.image_spec is not None
+        contents = fetch_images(record)
+        pixels = np.empty((len(images), 3, self.image_spec.height, self.image_spec.width), np.uint8)
+        for place, index in enumerate(images):
+            named = record.images[index]
+            name = f"image {named!r}" if isinstance(named, str) else f"image {index + 1} of {len(record.images)}"
+            try:
+                opened = open_image(contents[index], name, max_pixels=MAX_IMAGE_PIXELS)
+            except ImageError as error:
+                message = f"record {record.id!r} ({record.source}): {error}"
+                raise ImageError(message, reason=error.reason) from error
+            pixels[place] = crop_pixels(opened, self.image_spec)
+        return pixels
+
+
+def token_viewer(settings: PreviewSettings) -> Viewer:
+    """Return a viewer that knows a tokenizer only. Raises ConfigError or ModelError."""
+    if settings.tokenizer is None or settings.version is None:
+        raise ConfigError(
+            "give --model BUNDLE, or --tokenizer DIR with --version TEMPLATE (such as vicuna_v1): "
+            f"found --tokenizer {settings.tokenizer}, --version {settings.version}, --model {settings.model}"
+        )
+    tokenizer = load_tokenizer(settings.tokenizer)
+    template = find_template(settings.version, tokenizer)
+    return Viewer(Encoder(tokenizer, template, 1, settings.model_max_length or sys.maxsize), find_images(settings))
+
+
+def find_images(settings: PreviewSettings) -> str:
+    """Return the folder where relative image paths start: by default the data's own."""
+    if settings.image_folder is not None or is_prepared(settings.data):
+        return absolute(settings.image_folder or settings.data)
+    _, files = find_files(absolute(settings.data))
+    return files[0].rpartition("/")[0]
+
+
+def read_records(data_path: str, max_samples: int | None = None) -> Iterator[RawRecord | Record]:
+    """Yield the records of any data that training takes, in the order of its files. Raises DataError."""
+    if is_prepared(data_path):
+        yield from islice(_prepared_records(data_path), max_samples)
+        return
+    kind, files = find_files(absolute(data_path))
+    if kind in TEXT_READERS:
+        yield from islice(_text_records(kind, files), max_samples)
+        return
+    for chunk in make_chunks(kind, files, RECORDS_PER_CHUNK, max_samples):
+        yield from chunk.read()
+
+
+def _text_records(kind: str, files: list[str]) -> Iterator[RawRecord]:
+    # Preparation mixes the records of text files; here they come as they are written.
+    taken: dict[str, int] = {}
+    rows = ((PurePath(path).name, *row) for path in files for row in TEXT_READERS[kind](path))
+    for index, (name, row, text, own_id) in enumerate(rows):
+        yield RawRecord(unused(str(index) if own_id is None else own_id, taken), f"{name}:{row}", text)
+
+
+def _prepared_records(path: str) -> Iterator[Record]:
+    prepared = open_prepared(path)
+    for shard in prepared.shards:
+        for row in read_rows(prepared.path, shard.name, None).to_pylist():
+            turns = tuple(Turn(**turn) for turn in row["turns"])
+            yield Record(row["id"], turns, tuple(row["images"]), row["source"])
+
+
+def _values(raw: RawRecord | Record) -> Mapping[str, Any]:
+    """Return a record's columns as far as they can be read: what is wrong with it is said elsewhere."""
+    if isinstance(raw, Record):
+        return {}
+    values: Any = raw.values
+    try:
+        values = json.loads(values) if isinstance(values, bytes) else values
+    except ValueError:
+        return {}
+    return values if isinstance(values, Mapping) else {}

@@ -1,0 +1,57 @@
+"""The text of a conversation cut into its tokens, for readers."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, Turn
+from llava_ray.chat.rendering import place_images, render_prompt
+from llava_ray.chat.tokens import tokenize_conversation
+from llava_ray.data.examples import Encoder, Example
+from llava_ray.report.pieces import Token
+
+
+def collapse_images(example: Example, num_image_tokens: int) -> tuple[list[int], list[int]]:
+    """Return ids and labels with a single -200 for each image."""
+    places = np.flatnonzero(example.input_ids == IMAGE_TOKEN_INDEX)
+    kept = np.ones(len(example.input_ids), bool)
+    kept[places] = np.arange(len(places)) % num_image_tokens == 0
+    return example.input_ids[kept].tolist(), example.labels[kept].tolist()
+
+
+def split_tokens(turns: Sequence[Turn], encoder: Encoder) -> list[Token]:
+    """Return one token for each id of the whole conversation; joined, their texts are the rendered prompt.
+
+    Tokens that share a character (the bytes of an emoji) leave it to the first of them, so a text may be empty. A
+    beginning-of-sequence token stands before the prompt.
+    """
+    tokenized = tokenize_conversation(turns, encoder.template, encoder.tokenizer)
+    text = render_prompt(place_images(turns, encoder.template), encoder.template)
+    chunks = text.split(IMAGE_TOKEN)
+    encoded = encoder.tokenizer(
+        chunks, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
+    )
+    pieces: list[str] = []
+    for number, (chunk, offsets) in enumerate(zip(chunks, encoded["offset_mapping"], strict=True)):
+        ends = np.maximum.accumulate([0, *(last for _, last in offsets)]).tolist()
+        ends[-1] = len(chunk)  # what no token stands for goes to the one before it
+        pieces += [IMAGE_TOKEN] if number else []
+        pieces += [chunk[start:end] for start, end in pairwise(ends)]
+    num_added = len(tokenized.input_ids) - len(pieces)
+    pieces = [str(encoder.tokenizer.convert_ids_to_tokens(token)) for token in tokenized.input_ids[:num_added]] + pieces
+    return [
+        Token(piece, "image" if token == IMAGE_TOKEN_INDEX else "learnt" if label != IGNORE_INDEX else "context")
+        for piece, token, label in zip(pieces, tokenized.input_ids, tokenized.labels, strict=True)
+    ]
+
+
+def join_tokens(tokens: Sequence[Token]) -> list[Token]:
+    """Join neighbours of what is not learnt; drop tokens without a text."""
+    joined: list[Token] = []
+    for token in tokens:
+        if joined and token.kind == joined[-1].kind and token.kind in ("context", "cut"):
+            joined[-1] = Token(joined[-1].text + token.text, token.kind)
+        elif token.text:
+            joined.append(token)
+    return joined

@@ -1,0 +1,19 @@
+"""How every pipeline runs as a command: faults in one line, Ctrl-C without a traceback."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from llava_ray.errors import LlavaRayError
+
+INTERRUPTED = 130  # the shell's own code for Ctrl-C
+
+
+def run_command(main: Callable[[Sequence[str]], object]) -> None:
+    """Run ``main`` on the command line's arguments; exit with 1 and one line for what a user can mend."""
+    try:
+        main(sys.argv[1:])
+    except LlavaRayError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        print("Stopped. The same command goes on from what is done.", file=sys.stderr)
+        sys.exit(INTERRUPTED)

@@ -1,0 +1,51 @@
+#!/usr/bin/env python
+"""Show what a model will see of your data, before any training: tokens, what is learnt of them, images, losses.
+
+python pipelines/preview.py --model BUNDLE --data mix.json --image_folder images
+python pipelines/preview.py --tokenizer DIR --version vicuna_v1 --data mix.json --json
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+
+from llava_ray.data.preview import PreviewSettings, Rejection, read_records, token_viewer
+from llava_ray.data.preview_losses import model_viewer
+from llava_ray.data.preview_report import Findings, describe_findings, make_line, make_report, paint_samples
+from llava_ray.errors import LlavaRayError
+from llava_ray.report.charts import check_plotting
+from llava_ray.report.rendering import write_report
+
+NUM_IN_REPORT = 200
+
+
+def main(arguments: Sequence[str]) -> Path | None:
+    """Write the report and return its path, or print the JSON lines."""
+    settings = tyro.cli(PreviewSettings, args=arguments, use_underscores=True, prog="preview.py")
+    viewer, judge = model_viewer(settings) if settings.model else (token_viewer(settings), None)
+    records = read_records(settings.data, settings.max_samples or (None if settings.json else NUM_IN_REPORT))
+    seen = (viewer.view(record) for record in records)
+    views = judge.add_losses(seen) if judge else seen
+    if settings.json:
+        num_views = num_rejected = 0
+        for view in views:
+            print(make_line(view), flush=True)
+            num_views, num_rejected = num_views + 1, num_rejected + isinstance(view, Rejection)
+        print(f"{num_views:,} conversations, {num_rejected:,} rejected", *viewer.warnings(), sep="\n", file=sys.stderr)
+        return None
+    check_plotting()
+    findings = Findings(settings, viewer, list(views))
+    path = write_report(Path(settings.output) / "report.html", make_report(findings))
+    if sys.stdout.isatty():
+        print(paint_samples(findings))
+    print(describe_findings(findings), f"Report: {path}", sep="\n")
+    return path
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except LlavaRayError as error:
+        sys.exit(f"{type(error).__name__}: {error}")

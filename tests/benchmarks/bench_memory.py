@@ -1,0 +1,92 @@
+#!/usr/bin/env python
+"""Peak memory of driver and workers while 2,000 and 20,000 images stream through: it must not grow with the data.
+
+python tests/benchmarks/bench_memory.py --output tests/benchmarks/results/memory.json
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+SIZES = (2_000, 20_000)
+TARGET = 0.15
+SAMPLE_SECONDS = 0.25
+
+
+def main() -> None:
+    """Stream each size in a process of its own, and compare the peaks."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--stream", type=int, help="(used by the benchmark itself) stream so many images")
+    options = parser.parse_args()
+    if options.stream:
+        print(json.dumps(measure(options.stream)))
+        return
+    peaks = {}
+    for size in SIZES:
+        command = [sys.executable, __file__, "--stream", str(size)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks[size] = json.loads(done.stdout.splitlines()[-1])
+        print(f"{size} images: {peaks[size]}", flush=True)
+    small, large = (peaks[size]["total_rss_mb"] for size in SIZES)
+    result = {
+        "peaks": peaks,
+        "growth": round(large / small - 1, 4),
+        "target": TARGET,
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}",
+    }
+    print(json.dumps(result, indent=1))
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def measure(num_images: int) -> dict[str, float]:
+    """Stream ``num_images`` and return peaks in MB: of all processes together, and of the largest one."""
+    import ray
+    from bench_stream import stream_config, time_stream, write_images, write_records
+
+    with tempfile.TemporaryDirectory() as folder:
+        paths = write_images(Path(folder), num_images)
+        config = stream_config(Path(folder), write_records(Path(folder), paths, "data"))
+        # Half a GB of objects for both, so that both fill it.
+        ray.init(
+            address="local", num_cpus=2, object_store_memory=500 * 2**20, include_dashboard=False, log_to_driver=False
+        )
+        peaks = {"total_rss_mb": 0.0, "largest_rss_mb": 0.0}
+        ended = threading.Event()
+        watcher = threading.Thread(target=watch, args=(peaks, ended))
+        watcher.start()
+        time_stream(config, num_images)
+        ended.set()
+        watcher.join()
+        ray.shutdown()
+    return {name: round(value) for name, value in peaks.items()}
+
+
+def watch(peaks: dict[str, float], ended: threading.Event) -> None:
+    """Note the peak resident memory of this process and Ray's workers below it."""
+    driver = psutil.Process()
+    while not ended.wait(SAMPLE_SECONDS):
+        sizes = [driver.memory_info().rss]
+        for process in driver.children(recursive=True):
+            try:
+                if "ray::" in " ".join(process.cmdline()):
+                    sizes.append(process.memory_info().rss)
+            except psutil.Error:
+                time.sleep(0)  # it has just ended
+        peaks["total_rss_mb"] = max(peaks["total_rss_mb"], sum(sizes) / 2**20)
+        peaks["largest_rss_mb"] = max(peaks["largest_rss_mb"], max(sizes) / 2**20)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""The tuning command as people start it: alone, interrupted, killed, and as a job on a real cluster."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from samples import small_run, write_recipe
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 240  # seconds until a checkpoint must have come
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run long enough to be killed in: 80 short steps, a checkpoint every five."""
+    folder = tmp_path_factory.mktemp("finetune")
+    changes = {"train.num_train_epochs": 10, "train.save_steps": 5, "tracking.log_model": False}
+    return write_recipe(folder, small_run(folder, **changes))
+
+
+@contextmanager
+def started(recipe: Path, name: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Start the command in a process group of its own; end what is left of it afterwards."""
+    command = [sys.executable, str(ROOT / "pipelines/finetune.py"), str(recipe), "--run.name", name]
+    with (recipe.parent / f"{name}.log").open("ab") as log:
+        process = subprocess.Popen(command, cwd=recipe.parent, stdout=log, stderr=log, start_new_session=True)
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def finish(recipe: Path, name: str) -> None:
+    """Run the command to its end."""
+    with started(recipe, name) as process:
+        code = process.wait(timeout=400)
+    assert code == 0, (recipe.parent / f"{name}.log").read_text()[-3000:]
+
+
+def committed(recipe: Path, name: str) -> int:
+    """Return the step of the run's committed checkpoint."""
+    try:
+        snapshot = json.loads((recipe.parent / "runs" / name / "checkpoint_manager_snapshot.json").read_text())
+        return max(int(row["checkpoint_dir_name"].removeprefix("step-")) for row in snapshot["checkpoint_results"])
+    except (OSError, ValueError):
+        return 0
+
+
+def wait_for_step(recipe: Path, name: str, step: int) -> None:
+    """Wait until a checkpoint of at least ``step`` is committed."""
+    end = time.monotonic() + PATIENCE
+    while committed(recipe, name) < step:
+        assert time.monotonic() < end, (recipe.parent / f"{name}.log").read_text()[-3000:]
+        time.sleep(0.1)
+
+
+def ledger(recipe: Path, name: str) -> bytes:
+    """Return the run's ledger."""
+    return (recipe.parent / "runs" / name / "ledger.jsonl").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe: Path) -> bytes:
+    """The ledger of a run that nobody disturbed."""
+    finish(recipe, "undisturbed")
+    return ledger(recipe, "undisturbed")
+
+
+def test_the_command_alone_trains_and_says_where_the_results_are(recipe, undisturbed):
+    log = (recipe.parent / "undisturbed.log").read_text()
+    assert "Finished: 80 steps" in log
+    for line in ("model ", "ledger ", "metrics ", "mlflow ui --backend-store-uri"):
+        assert line in log
+    assert len(undisturbed.splitlines()) == 80
+
+
+def test_ctrl_c_then_a_killed_driver_then_a_restart_leave_the_same_ledger(recipe, undisturbed):
+    with started(recipe, "stopped") as process:
+        wait_for_step(recipe, "stopped", 5)
+        os.kill(process.pid, signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+    first = committed(recipe, "stopped")
+    assert 5 <= first < 80
+    with started(recipe, "stopped") as process:
+        wait_for_step(recipe, "stopped", first + 5)
+        process.kill()
+    time.sleep(6)  # the killed driver's cluster takes a few seconds to notice and go
+    second = committed(recipe, "stopped")
+    finish(recipe, "stopped")
+    log = (recipe.parent / "stopped.log").read_text()
+    assert "Stopped. The same command goes on" in log
+    assert second > first
+    assert ledger(recipe, "stopped") == undisturbed
+
+
+def test_a_killed_worker_is_replaced_and_the_ledger_is_the_same(recipe, undisturbed, ray_cluster):
+    import ray
+
+    from llava_ray.data.preparation import prepare_data
+    from llava_ray.runtime import connected
+    from llava_ray.train.trainer import finetune
+
+    config = small_run(
+        recipe.parent,
+        **{
+            "train.num_train_epochs": 10,
+            "train.save_steps": 5,
+            "tracking.log_model": False,
+            "run.name": "wounded",
+        },
+    )
+    failures: list[BaseException] = []
+
+    def tune() -> None:
+        try:
+            with connected(config.cluster) as resources:
+                finetune(config, prepare_data(config.data), resources)
+        except BaseException as error:  # noqa: BLE001 - handed to the test's own thread
+            failures.append(error)
+
+    thread = threading.Thread(target=tune)
+    thread.start()
+    wait_for_step(recipe, "wounded", 5)
+    workers = [actor for actor in ray._private.state.actors().values() if alive_worker(actor)]
+    os.kill(workers[-1]["Pid"], signal.SIGKILL)
+    thread.join(timeout=300)
+    assert not thread.is_alive()
+    assert not failures
+    assert ledger(recipe, "wounded") == undisturbed
+    metrics = [json.loads(line) for line in (recipe.parent / "runs/wounded/metrics.jsonl").read_text().splitlines()]
+    calm = [json.loads(line) for line in (recipe.parent / "runs/undisturbed/metrics.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in metrics] == pytest.approx([row["loss"] for row in calm], rel=1e-5)
+
+
+def alive_worker(actor: dict[str, Any]) -> bool:
+    """Tell a living train worker."""
+    return actor["ActorClassName"] == "RayTrainWorker" and actor["State"] == "ALIVE"
+
+
+def test_a_job_submitted_to_a_real_cluster_trains(recipe):
+    gcs, dashboard = free_port(), free_port()
+    environment = os.environ | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+    ray = str(Path(sys.executable).parent / "ray")
+    head = [ray, "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}", "--num-cpus=3"]
+    ports = [f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}"]
+    with (recipe.parent / "head.log").open("wb") as log:
+        cluster = subprocess.Popen(
+            [*head, *ports, "--disable-usage-stats"], stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        wait_for_port(dashboard)
+        job = [
+            ray,
+            "job",
+            "submit",
+            "--working-dir",
+            ".",
+            "--runtime-env-json",
+            '{"excludes": [".git", "tests", "runs"]}',
+        ]
+        entry = [
+            "--",
+            sys.executable,
+            "pipelines/finetune.py",
+            str(recipe),
+            "--run.name",
+            "job",
+            "--train.max_steps",
+            "4",
+        ]
+        done = subprocess.run([*job, *entry], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+        assert "joined" in done.stdout
+        assert "Finished: 4 steps" in done.stdout
+        assert (recipe.parent / "runs/job/model/llava.json").exists()
+    finally:
+        os.killpg(cluster.pid, signal.SIGTERM)
+        cluster.wait(timeout=60)
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for_port(port: int) -> None:
+    """Wait until somebody listens."""
+    end = time.monotonic() + 90
+    while time.monotonic() < end:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.5)
+    raise AssertionError(f"nobody listens on port {port}")
