@@ -11,8 +11,9 @@ from pathlib import Path
 
 import tyro
 
-from llava_ray.data.preview import PreviewSettings, Rejection, read_records, token_viewer
+from llava_ray.data.preview import PreviewSettings, Rejection, token_viewer
 from llava_ray.data.preview_losses import model_viewer
+from llava_ray.data.preview_records import read_records
 from llava_ray.data.preview_report import Findings, describe_findings, make_line, make_report, paint_samples
 from llava_ray.errors import LlavaRayError
 from llava_ray.report.charts import check_plotting

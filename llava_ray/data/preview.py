@@ -5,10 +5,8 @@ What training would reject is told with its reason instead.
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
-from pathlib import PurePath
 from typing import Any, Literal
 
 import numpy as np
@@ -18,11 +16,10 @@ from llava_ray.chat.conversation import IMAGE_TOKEN, Turn
 from llava_ray.chat.templates import find_template
 from llava_ray.chat.tokenizer import load_tokenizer
 from llava_ray.config.sections import DataConfig
-from llava_ray.data.chunks import TEXT_READERS, make_chunks, unused
 from llava_ray.data.examples import Encoder, Example
 from llava_ray.data.preview_tokens import collapse_images, join_tokens, split_tokens
 from llava_ray.data.records import CONVERSATION_COLUMNS, RawRecord, Record, find_files
-from llava_ray.data.shards import is_prepared, open_prepared, read_rows
+from llava_ray.data.shards import is_prepared
 from llava_ray.data.storage import absolute
 from llava_ray.data.validation import fetch_images, read_record
 from llava_ray.errors import ConfigError, ImageError, RecordError, TemplateError
@@ -30,7 +27,6 @@ from llava_ray.images.geometry import ImageSpec, crop_pixels
 from llava_ray.images.reading import open_image
 from llava_ray.report.pieces import Token
 
-RECORDS_PER_CHUNK = 256
 MAX_IMAGE_PIXELS: int = DataConfig.model_fields["max_image_pixels"].default
 
 
@@ -62,6 +58,12 @@ class PreviewSettings:
     """Folder of report.html."""
     json: bool = False
     """Print one JSON line per conversation, in the order of the data, instead of a report."""
+
+    def __post_init__(self) -> None:
+        """Refuse limits that leave nothing."""
+        for name, value in (("max_samples", self.max_samples), ("model_max_length", self.model_max_length)):
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name} {value}: expected at least 1; leave it out for no limit of your own")
 
 
 @dataclass(frozen=True)
@@ -207,35 +209,6 @@ def find_images(settings: PreviewSettings) -> str:
         return absolute(settings.image_folder or settings.data)
     _, files = find_files(absolute(settings.data))
     return files[0].rpartition("/")[0]
-
-
-def read_records(data_path: str, max_samples: int | None = None) -> Iterator[RawRecord | Record]:
-    """Yield the records of any data that training takes, in the order of its files. Raises DataError."""
-    if is_prepared(data_path):
-        yield from islice(_prepared_records(data_path), max_samples)
-        return
-    kind, files = find_files(absolute(data_path))
-    if kind in TEXT_READERS:
-        yield from islice(_text_records(kind, files), max_samples)
-        return
-    for chunk in make_chunks(kind, files, RECORDS_PER_CHUNK, max_samples):
-        yield from chunk.read()
-
-
-def _text_records(kind: str, files: list[str]) -> Iterator[RawRecord]:
-    # Preparation mixes the records of text files; here they come as they are written.
-    taken: dict[str, int] = {}
-    rows = ((PurePath(path).name, *row) for path in files for row in TEXT_READERS[kind](path))
-    for index, (name, row, text, own_id) in enumerate(rows):
-        yield RawRecord(unused(str(index) if own_id is None else own_id, taken), f"{name}:{row}", text)
-
-
-def _prepared_records(path: str) -> Iterator[Record]:
-    prepared = open_prepared(path)
-    for shard in prepared.shards:
-        for row in read_rows(prepared.path, shard.name, None).to_pylist():
-            turns = tuple(Turn(**turn) for turn in row["turns"])
-            yield Record(row["id"], turns, tuple(row["images"]), row["source"])
 
 
 def _values(raw: RawRecord | Record) -> Mapping[str, Any]:

@@ -87,7 +87,7 @@ def everything(text="plain"):
         Links([Link(text, "https://example.org/?a=1&b=2")]),
         Card(text, [Note(text)], [picture], text, "there"),
     ]
-    return Report(text, text, [Section(text, pieces, text)] * 4, [Fact(text, text)])
+    return Report(text, text, [Section(text, pieces, text), *[Section(text, [])] * 3], [Fact(text, text)])
 
 
 def test_a_report_is_one_well_formed_page_that_asks_for_nothing_else():
@@ -120,9 +120,9 @@ def test_all_text_is_taken_literally():
 def test_headings_and_pictures_can_be_heard():
     page = Page(render(everything()))
     levels = [int(tag[1]) for tag, _, _ in page.elements if tag in ("h1", "h2", "h3")]
-    assert levels == [1] + [2, 3] * 4
+    assert levels == [1, 2, 3, 2, 2, 2]
     assert all(attrs["alt"] for attrs, _ in page.all("img"))
-    assert len(page.all("div", role="img")) == 8
+    assert len(page.all("div", role="img")) == 2
     assert {attrs["scope"] for attrs, _ in page.all("th")} == {"col", "row"}
     assert page.all("html")[0][0]["lang"] == "en"
 
@@ -206,8 +206,8 @@ def test_a_report_is_written_whole_in_a_new_folder(tmp_path):
 def test_an_unwritable_place_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"cannot be written to .*file/report.html.*choose a folder"):
-        write_report(tmp_path / "file" / "report.html", everything())
+        write_report(tmp_path / "file" / "report.html", Report("T", "S", []))
     (tmp_path / "report.html").mkdir()
     with pytest.raises(ConfigError, match="choose a folder"):
-        write_report(tmp_path / "report.html", everything())
+        write_report(tmp_path / "report.html", Report("T", "S", []))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "report.html"]
