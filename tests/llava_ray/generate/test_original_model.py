@@ -1,11 +1,17 @@
 """The original's weights in our parts give the original's losses and words."""
 
+import json
+from pathlib import Path
+
 import torch
 
 from llava_ray.chat.conversation import Turn, read_turns
 from llava_ray.chat.tokens import expand_images, tokenize_conversation, tokenize_prompt
 from llava_ray.generate.decoding import Stops, expand_prompt, generate_batch
+from llava_ray.model.bundle import load_bundle, save_bundle
 from llava_ray.model.losses import sample_losses
+
+GOLDEN = Path(__file__).parents[2] / "golden"
 
 
 def test_losses_of_one_packed_row_are_the_originals(golden_model) -> None:
@@ -42,3 +48,17 @@ def test_greedy_words_in_one_batch_are_the_originals(golden_model) -> None:
     assert lengths == [case["sequence_length"] for case in generations]
     answers = generate_batch(parts, prompts, pixels, max_new_tokens=12, stops=Stops(frozenset()))
     assert answers == [case["new_token_ids"] for case in generations]
+
+
+def test_a_bundle_of_it_splits_text_the_same_way(golden_model, tmp_path: Path) -> None:
+    """The bundle's tokenizer.json must keep the merges in SentencePiece's order."""
+    parts = golden_model.parts
+    save_bundle(tmp_path / "bundle", parts)
+    loaded = load_bundle(tmp_path / "bundle")
+    cases = json.loads((GOLDEN / "tokens.json").read_text())
+    turns = [read_turns(case["conversations"]) for case in cases if case["template"] == "v1"]
+    turns.append(read_turns([{"from": "human", "value": "Two  spaces"}, {"from": "gpt", "value": " 一 \n\n  x"}]))
+    for conversation in turns:
+        expected = tokenize_conversation(conversation, parts.template, parts.tokenizer)
+        assert tokenize_conversation(conversation, loaded.template, loaded.tokenizer) == expected
+    assert loaded.tokenizer.pad_token == "<unk>"

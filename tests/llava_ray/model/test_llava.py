@@ -151,3 +151,19 @@ def test_a_first_token_is_never_a_target(folders) -> None:
     assert predicting.tolist() == [0, 2]
     assert targets.tolist() == [5, 7]
     assert parts.llava(torch.tensor([[1, 5, 6, 7]]), positions, labels).shape == (2,)
+
+
+def test_gradient_checkpointing_changes_nothing(folders, samples, pack) -> None:
+    parts = folders.assemble()
+    row = pack(parts, samples(parts.num_image_tokens))
+    expected = parts.llava(*row.inputs)
+    expected.sum().backward()
+    gradients = {name: p.grad.clone() for name, p in parts.llava.named_parameters()}
+    parts.llava.zero_grad()
+    parts.llava.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    parts.llava.train()
+    losses = parts.llava(*row.inputs)
+    losses.sum().backward()
+    torch.testing.assert_close(losses, expected)
+    for name, parameter in parts.llava.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], msg=name)
