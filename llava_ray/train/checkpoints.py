@@ -131,11 +131,14 @@ class Checkpointer:
             seed_all(state["seed"], state["step"], self.rank)
 
 
-def load_trainable(source: dict[str, torch.Tensor], target: nn.Module) -> None:
-    """Load a state without its frozen parameters, and refuse one that lacks anything that learns."""
-    missing = set(target.load_state_dict(source, strict=False).missing_keys)
-    lost = missing - {name for name, parameter in target.named_parameters() if not parameter.requires_grad}
-    lost -= tied_names(target)
+def load_trainable(src: dict[str, torch.Tensor], dst: nn.Module) -> None:
+    """Load a state without its frozen parameters, and refuse one that lacks anything that learns.
+
+    DeepSpeed passes both by these names.
+    """
+    missing = set(dst.load_state_dict(src, strict=False).missing_keys)
+    lost = missing - {name for name, parameter in dst.named_parameters() if not parameter.requires_grad}
+    lost -= tied_names(dst)
     if lost:
         raise CheckpointError(f"the checkpoint lacks {sorted(lost)[:5]} ({len(lost)} in all): it is not this model's")
 

@@ -24,9 +24,9 @@ PATIENCE = 240  # seconds until a checkpoint must have come
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run long enough to be killed in: 80 short steps, a checkpoint every five."""
+    """A run long enough to be killed in: 48 short steps, a checkpoint every four."""
     folder = tmp_path_factory.mktemp("finetune")
-    changes = {"train.num_train_epochs": 10, "train.save_steps": 5, "tracking.log_model": False}
+    changes = {"train.num_train_epochs": 6, "train.save_steps": 4, "tracking.log_model": False}
     return write_recipe(folder, small_run(folder, **changes))
 
 
@@ -82,21 +82,21 @@ def undisturbed(recipe: Path) -> bytes:
 
 def test_the_command_alone_trains_and_says_where_the_results_are(recipe, undisturbed):
     log = (recipe.parent / "undisturbed.log").read_text()
-    assert "Finished: 80 steps" in log
+    assert "Finished: 48 steps" in log
     for line in ("model ", "ledger ", "metrics ", "mlflow ui --backend-store-uri"):
         assert line in log
-    assert len(undisturbed.splitlines()) == 80
+    assert len(undisturbed.splitlines()) == 48
 
 
 def test_ctrl_c_then_a_killed_driver_then_a_restart_leave_the_same_ledger(recipe, undisturbed):
     with started(recipe, "stopped") as process:
-        wait_for_step(recipe, "stopped", 5)
+        wait_for_step(recipe, "stopped", 4)
         os.kill(process.pid, signal.SIGINT)
         assert process.wait(timeout=60) == 130
     first = committed(recipe, "stopped")
-    assert 5 <= first < 80
+    assert 4 <= first < 48
     with started(recipe, "stopped") as process:
-        wait_for_step(recipe, "stopped", first + 5)
+        wait_for_step(recipe, "stopped", first + 4)
         process.kill()
     time.sleep(6)  # the killed driver's cluster takes a few seconds to notice and go
     second = committed(recipe, "stopped")
@@ -117,8 +117,8 @@ def test_a_killed_worker_is_replaced_and_the_ledger_is_the_same(recipe, undistur
     config = small_run(
         recipe.parent,
         **{
-            "train.num_train_epochs": 10,
-            "train.save_steps": 5,
+            "train.num_train_epochs": 6,
+            "train.save_steps": 4,
             "tracking.log_model": False,
             "run.name": "wounded",
         },
@@ -134,7 +134,7 @@ def test_a_killed_worker_is_replaced_and_the_ledger_is_the_same(recipe, undistur
 
     thread = threading.Thread(target=tune)
     thread.start()
-    wait_for_step(recipe, "wounded", 5)
+    wait_for_step(recipe, "wounded", 4)
     workers = [actor for actor in ray._private.state.actors().values() if alive_worker(actor)]
     os.kill(workers[-1]["Pid"], signal.SIGKILL)
     thread.join(timeout=300)
