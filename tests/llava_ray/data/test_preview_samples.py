@@ -9,6 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fakes import make_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, Turn
 from llava_ray.chat.rendering import place_images, render_prompt, render_spans
@@ -74,6 +76,15 @@ def test_tokens_are_the_rendered_text_cut_at_the_ids(tokenizer_folder, version):
         assert "".join(token.text for token in joined) == "".join(token.text for token in tokens)
         assert all(token.text for token in joined)
         assert not any(a.kind == b.kind == "context" for a, b in pairwise(joined))
+
+
+def test_text_that_no_token_stands_for_is_shown_all_the_same():
+    backend = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # its tokens cover no space
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    turns = [Turn("human", "<image>\nWhat  is it?"), Turn("gpt", "A cat")]
+    tokens = split_tokens(turns, Encoder(tokenizer, find_template("v1"), 1, 2048))
+    assert "".join(token.text for token in tokens) == render_prompt(turns, find_template("v1"))
 
 
 def test_each_image_collapses_to_one_id(tokenizer_folder):
@@ -199,6 +210,12 @@ def test_what_is_missing_is_named(tmp_path, tokenizer_folder, settings, error, m
     given = {key: str(tokenizer_folder) if value == "HERE" else value for key, value in given.items()}
     with pytest.raises(error, match=message):
         token_viewer(PreviewSettings(**given))
+
+
+@pytest.mark.parametrize("name", ["max_samples", "model_max_length"])
+def test_a_limit_that_leaves_nothing_is_refused(name):
+    with pytest.raises(ConfigError, match=f"--{name} 0: expected at least 1"):
+        PreviewSettings(data="data.json", **{name: 0})
 
 
 def test_labels_are_masked_with_the_images(view_all):

