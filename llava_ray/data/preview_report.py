@@ -165,8 +165,8 @@ def _bar(sample: SampleView, highest: float) -> Bar:
 
 
 def _rejection_section(findings: Findings) -> Section:
-    rows = [[str(found.id), found.source, found.reason, found.message] for found in findings.rejections]
-    return Section("Rejected", [Table(["id", "place", "reason", "message"], rows)], "Training would not take these.")
+    rows = [[str(found.id), found.reason, found.message] for found in findings.rejections]
+    return Section("Rejected", [Table(["id", "reason", "message"], rows)], "Training would not take these.")
 
 
 def _card(sample: SampleView, number: int, viewer: Viewer) -> Card:
