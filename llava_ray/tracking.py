@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import fsspec
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
@@ -95,11 +94,3 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield from flattened(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def write_text(path: str, text: str) -> None:
-    """Write a file whole or not at all, on any filesystem."""
-    files, inner = fsspec.core.url_to_fs(path)
-    with files.open(f"{inner}.part", "w") as stream:
-        stream.write(text)
-    files.mv(f"{inner}.part", inner)

@@ -7,10 +7,9 @@ ray job submit --working-dir . -- python pipelines/finetune.py RECIPE --train.le
 
 from collections.abc import Sequence
 
-from llava_ray.data.preparation import prepare_data
-
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import FinetuneConfig
+from llava_ray.data.preparation import prepare_data
 from llava_ray.runtime import connected
 from llava_ray.train.trainer import FinishedRun, finetune
 from pipelines.command import run_command

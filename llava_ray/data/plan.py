@@ -6,6 +6,7 @@ any number of workers.
 """
 
 import hashlib
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -68,11 +69,33 @@ def _order(plan: Plan, epoch: int) -> Int[np.ndarray, " n"]:
     return plan.order(epoch)
 
 
+def deal(num_tokens: Sequence[int], row_length: int, world_size: int) -> list[list[list[int]]]:
+    """Pack one step into rows and deal them to ranks: ``result[rank][micro_batch]`` is a row, a list of positions.
+
+    Every rank gets the same number of rows, and as nearly as can be the same number of tokens; where there are fewer
+    examples than ranks, some rows are empty.
+    """
+    rows = pack(num_tokens, row_length)
+    rows += [[] for _ in range(-len(rows) % world_size)]
+    even = spread(num_tokens, len(rows))
+    if all(load(num_tokens, row) <= row_length for row in even):
+        rows = even
+    rows.sort(key=lambda row: -load(num_tokens, row))
+    dealt: list[list[list[int]]] = [[] for _ in range(world_size)]
+    loads = [0] * world_size
+    for row in rows:
+        free = [rank for rank in range(world_size) if len(dealt[rank]) < len(rows) // world_size]
+        rank = min(free, key=lambda rank: (loads[rank], rank))
+        dealt[rank].append(sorted(row))
+        loads[rank] += load(num_tokens, row)
+    return dealt
+
+
 def pack(num_tokens: Sequence[int], row_length: int) -> list[list[int]]:
-    """Pack into rows of at most ``row_length`` tokens, first fit, longest first; a row is a list of positions."""
+    """Pack into few rows of at most ``row_length`` tokens, first fit, longest first; a row is a list of positions."""
     rows: list[list[int]] = []
     room: list[int] = []
-    for position in sorted(range(len(num_tokens)), key=lambda i: (-num_tokens[i], i)):
+    for position in longest_first(num_tokens):
         length = num_tokens[position]
         if length > row_length:
             raise ValueError(f"an example of {length} tokens cannot lie in a row of {row_length}")
@@ -86,20 +109,22 @@ def pack(num_tokens: Sequence[int], row_length: int) -> list[list[int]]:
     return rows
 
 
-def deal(num_tokens: Sequence[int], row_length: int, world_size: int) -> list[list[list[int]]]:
-    """Pack one step and deal its rows to ranks: ``result[rank][micro_batch]`` is a row, a list of positions.
+def spread(num_tokens: Sequence[int], num_rows: int) -> list[list[int]]:
+    """Spread over exactly ``num_rows`` rows, evenly: longest first, each to the row with the fewest tokens."""
+    rows: list[list[int]] = [[] for _ in range(num_rows)]
+    loads = [(0, row) for row in range(num_rows)]
+    for position in longest_first(num_tokens):
+        tokens, row = heapq.heappop(loads)
+        rows[row].append(position)
+        heapq.heappush(loads, (tokens + num_tokens[position], row))
+    return rows
 
-    Every rank gets the same number of rows, by turns the fullest to the rank with the fewest tokens; a rank that has
-    one row less than the others gets an empty one.
-    """
-    rows = sorted(pack(num_tokens, row_length), key=lambda row: -sum(num_tokens[i] for i in row))
-    count = -(-len(rows) // world_size)
-    dealt: list[list[list[int]]] = [[] for _ in range(world_size)]
-    load = [0] * world_size
-    for row in rows:
-        rank = min((r for r in range(world_size) if len(dealt[r]) < count), key=lambda r: (load[r], r))
-        dealt[rank].append(sorted(row))
-        load[rank] += sum(num_tokens[i] for i in row)
-    for rank_rows in dealt:
-        rank_rows += [[] for _ in range(count - len(rank_rows))]
-    return dealt
+
+def longest_first(num_tokens: Sequence[int]) -> list[int]:
+    """Return the positions by length, equal ones in order."""
+    return sorted(range(len(num_tokens)), key=lambda position: (-num_tokens[position], position))
+
+
+def load(num_tokens: Sequence[int], row: Sequence[int]) -> int:
+    """Add up a row's tokens."""
+    return sum(num_tokens[position] for position in row)

@@ -107,9 +107,9 @@ def describe_micro_batches(
         common = {"step": step, "num_supervised": int(supervised[members].sum()), "num_micro_batches": len(dealt[0])}
         for rank, rows in enumerate(dealt):
             by_rank[rank] += [common | {"rank": rank, "examples": members[row].tolist()} for row in rows]
-    for rank, rows in enumerate(by_rank):
+    for rank, micro_batches in enumerate(by_rank):
         filler = {"step": NO_STEP, "num_supervised": 0, "num_micro_batches": 0, "rank": rank, "examples": []}
-        rows += [filler] * (-len(rows) % ROWS_PER_BLOCK)
+        micro_batches += [filler] * (-len(micro_batches) % ROWS_PER_BLOCK)
     window = max(1, len(plan.num_tokens) * plan.shuffle_window // len(np.unique(plan.shard)))
     return grouped(by_rank, lengths.table, window)
 

@@ -49,6 +49,8 @@ def load_parts(config: FinetuneConfig, device: torch.device) -> LlavaParts:
 
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", ".*all_gather_into_tensor", FutureWarning)  # DeepSpeed's to mend
+    # Its new name is not there yet in the oldest transformers that we support.
+    warnings.filterwarnings("ignore", ".*gradient_checkpointing_enable", FutureWarning)
     # Its shared-memory collectives want a compiler and half a minute at first use; gloo is there already.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")

@@ -14,7 +14,8 @@ from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from llava_ray.config.sections import FinetuneConfig
-from llava_ray.tracking import TrackedRun, write_text
+from llava_ray.data.storage import write_file
+from llava_ray.tracking import TrackedRun
 from llava_ray.train.runs import RunFolder
 
 SECONDS_BETWEEN_LOGS = 5.0
@@ -72,14 +73,11 @@ class Journal:
 
     def flush(self) -> None:
         """Write ledger and metrics; answered only when they are on storage."""
-        write_text(
-            f"{self.run_folder}/ledger.jsonl",
-            "".join(json.dumps({"step": step, "samples": self.ledger[step]}) + "\n" for step in sorted(self.ledger)),
-        )
-        write_text(
-            f"{self.run_folder}/metrics.jsonl",
-            "".join(json.dumps({"step": step} | self.metrics[step]) + "\n" for step in sorted(self.metrics)),
-        )
+        ledger = [{"step": step, "samples": self.ledger[step]} for step in sorted(self.ledger)]
+        metrics = [{"step": step} | self.metrics[step] for step in sorted(self.metrics)]
+        for name, rows in (("ledger", ledger), ("metrics", metrics)):
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            write_file(f"{self.run_folder}/{name}.jsonl", text.encode())
         self.log()
 
     def progress(self) -> tuple[str, int, dict[str, float]]:

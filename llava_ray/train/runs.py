@@ -12,8 +12,8 @@ from ray.train import Checkpoint, Result, UserCallback
 
 from llava_ray.config.recipes import differing_keys
 from llava_ray.config.sections import FinetuneConfig
+from llava_ray.data.storage import absolute, write_file
 from llava_ray.errors import CheckpointError, ConfigError
-from llava_ray.tracking import write_text
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 
@@ -44,7 +44,7 @@ class RunFolder:
 def open_run(config: FinetuneConfig) -> RunFolder:
     """Find or make the run's folder; note the resolved settings in ``resolved.json``.
 
-    Raises ConfigError when the name is used with other settings, or the folder cannot be written.
+    Raises ConfigError when the name is used with other settings, DataError when the folder cannot be written.
     """
     assert config.run.name is not None
     run = RunFolder(absolute(config.run.storage_path), config.run.name)
@@ -59,19 +59,15 @@ def open_run(config: FinetuneConfig) -> RunFolder:
             )
         if config.run.restart:
             files.mv(inner, f"{inner}.replaced-{time.strftime('%Y%m%d-%H%M%S')}", recursive=True)
-    try:
-        files.makedirs(inner, exist_ok=True)
-        write_text(f"{run.path}/resolved.json", json.dumps(settings, indent=1))
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write the run's folder {run.path}: {error}; set --run.storage_path to one that you can write"
-        ) from error
+    write_file(f"{run.path}/resolved.json", json.dumps(settings, indent=1).encode())
     return run
 
 
-def absolute(path: str) -> str:
-    """Return a path that Ray's workers understand wherever they run: a URL as it is, a folder made absolute."""
-    return path if "://" in path else str(Path(path).resolve())
+def absolute_paths(config: FinetuneConfig) -> dict[str, str]:
+    """Return the changes that make the model's folders mean the same in every process; hub ids stay as they are."""
+    keys = ("model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter")
+    given = {key: getattr(config.model, key) for key in keys}
+    return {f"model.{key}": str(Path(path).resolve()) for key, path in given.items() if path and Path(path).exists()}
 
 
 def committed_step(storage_path: str, name: str) -> int:
@@ -101,7 +97,7 @@ class SnapshotKeeper(UserCallback):
         del run_context, metrics
         if checkpoint is not None:
             files, inner = fsspec.core.url_to_fs(self.run.path)
-            write_text(f"{self.run.path}/{SNAPSHOT}.copy", files.cat_file(f"{inner}/{SNAPSHOT}").decode())
+            write_file(f"{self.run.path}/{SNAPSHOT}.copy", files.cat_file(f"{inner}/{SNAPSHOT}"))
 
 
 def mend_run(run: RunFolder) -> None:

@@ -27,14 +27,15 @@ from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.lengths import EncoderSettings, TokenLengths, measure_lengths
 from llava_ray.data.plan import Plan
 from llava_ray.data.shards import PreparedData
+from llava_ray.data.storage import write_file
 from llava_ray.data.stream import DealToRanks, StreamSettings, TrainStream
 from llava_ray.errors import LlavaRayError, TrainingError
 from llava_ray.model.blueprint import read_blueprint
 from llava_ray.runtime import Resources
-from llava_ray.tracking import default_tracking_uri, write_text
+from llava_ray.tracking import default_tracking_uri
 from llava_ray.train.journal import open_journal
 from llava_ray.train.loop import LoopSettings, train_loop
-from llava_ray.train.runs import RunFolder, SnapshotKeeper, committed_step, mend_run, open_run
+from llava_ray.train.runs import RunFolder, SnapshotKeeper, absolute_paths, committed_step, mend_run, open_run
 
 PROGRESS_SECONDS = 0.5
 LOGGED_PROGRESS_SECONDS = 10.0  # where lines go to a file, each one stays
@@ -64,6 +65,7 @@ def finetune(config: FinetuneConfig, prepared: PreparedData, resources: Resource
     noted = run.finished()
     if noted is not None:
         return FinishedRun(run, reused=True, **noted)
+    config = config.replaced(absolute_paths(config))
     lengths, plan = make_plan(config, prepared)
     tracking_uri = config.tracking.tracking_uri or default_tracking_uri(config.run.storage_path)
     journal = open_journal(run, config, tracking_uri)
@@ -241,5 +243,5 @@ def note_finished(
         "tracking_uri": tracking_uri,
         "mlflow_run_id": run_id,
     }
-    write_text(f"{run.path}/finished.json", json.dumps(noted, indent=1))
+    write_file(f"{run.path}/finished.json", json.dumps(noted, indent=1).encode())
     return FinishedRun(run, **noted)

@@ -10,7 +10,9 @@ def make_plan(**changes) -> Plan:
     """Return a plan over 1,000 examples in ten shards."""
     draw = np.random.default_rng(0)
     settings = {"global_batch_size": 32, "num_epochs": 2, "seed": 7, "shuffle_window": 3} | changes
-    return Plan(draw.integers(20, 400, 1000).astype(np.int32), np.repeat(np.arange(10), 100).astype(np.int32), **settings)
+    return Plan(
+        draw.integers(20, 400, 1000).astype(np.int32), np.repeat(np.arange(10), 100).astype(np.int32), **settings
+    )
 
 
 def test_an_epoch_has_each_example_once_and_its_last_step_what_remains():
@@ -74,6 +76,16 @@ def test_deal_balances_tokens():
     lengths = make_plan().num_tokens[:128].tolist()
     loads = [sum(lengths[i] for row in rows for i in row) for rows in deal(lengths, 512, 4)]
     assert max(loads) / min(loads) < 1.2
+
+
+def test_rows_are_filled_evenly_rather_than_one_after_the_other():
+    assert sorted(sum(len(row) * 40 for row in rows) for rows in deal([40] * 30, 1000, 2)) == [600, 600]
+
+
+def test_what_only_fits_tightly_is_not_spread_beyond_the_limit():
+    lengths = [6, 6, 5, 5, 5, 3]
+    for rows in deal(lengths, 11, 1):
+        assert all(sum(lengths[i] for i in row) <= 11 for row in rows)
 
 
 def test_ranks_without_samples_get_empty_rows():
