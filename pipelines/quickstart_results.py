@@ -19,9 +19,7 @@ MAX_NEW_TOKENS = 8
 BATCH_SIZE = 50
 
 
-def answer(
-    tuned: FinishedRun, questions: Sequence[easy_vqa.Question], resources: Resources
-) -> Mapping[str, str]:
+def answer(tuned: FinishedRun, questions: Sequence[easy_vqa.Question], resources: Resources) -> Mapping[str, str]:
     """Ask the model every question, greedily and in batches, and keep the answers beside it."""
     asked = [Question(q.id, q.question, str(q.image)) for q in questions]
     actors = Actors(num=resources.num_workers, num_cpus=resources.cpus_per_worker)
@@ -61,8 +59,8 @@ def publish(
     score = easy_vqa.accuracy(answers, questions)
     blind = easy_vqa.accuracy(blind_guesses(questions), questions)
     report = {
-        "held_out_accuracy": score.accuracy,
-        "blind_accuracy": blind.accuracy,
+        "held_out_accuracy": score.total.accuracy,
+        "blind_accuracy": blind.total.accuracy,
         "num_test_questions": len(questions),
         "by_kind": {
             kind: {"model": part.accuracy, "blind": blind.by_kind[kind].accuracy, "num_questions": part.num_questions}
@@ -90,9 +88,7 @@ def make_report(
     report: Mapping[str, Any],
 ) -> Report:
     """Lay out the page."""
-    total = Accuracy(
-        "all", report["held_out_accuracy"], report["blind_accuracy"], report["num_test_questions"]
-    )
+    total = Accuracy("all", report["held_out_accuracy"], report["blind_accuracy"], report["num_test_questions"])
     kinds = [Accuracy(kind, p["model"], p["blind"], p["num_questions"]) for kind, p in report["by_kind"].items()]
     curves = [Curve(name, losses(run)) for name, run in (("alignment", aligned), ("instruction tuning", tuned))]
     shown = random.Random(0).sample(list(questions), min(NUM_PICTURES, len(questions)))
@@ -110,7 +106,7 @@ def losses(run: FinishedRun) -> list[float]:
 
 def picture(question: easy_vqa.Question, given: str) -> Picture:
     """Show a test image with what was asked, said and true."""
-    right = easy_vqa.is_right(given, question)
+    right = easy_vqa.normalise(given) == question.answer
     return Picture(
         Path(question.image).read_bytes(),
         f"test image of question {question.id}",
