@@ -1,0 +1,236 @@
+"""easy-vqa: one coloured shape an image, and questions with certain answers. Pictures and questions in a 3 MB package.
+
+4,000 images and 38,575 questions to train on, 1,000 and 9,673 to test with (https://github.com/vzhou842/easy-VQA).
+Three of four questions are answered yes or no, and mostly the way their wording lets one guess: ``blind_answers`` is
+the line that a model has to beat to show that it looks.
+"""
+
+import json
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_ray.errors import DataError
+
+YES_NO, SHAPE, COLOUR = "yes/no", "shape", "colour"
+SHAPES = ("circle", "rectangle", "triangle")
+COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+KINDS = {"yes": YES_NO, "no": YES_NO} | dict.fromkeys(SHAPES, SHAPE) | dict.fromkeys(COLOURS, COLOUR)
+NEGATIONS = ("not", "no")
+READERS = {"train": "get_train_questions", "test": "get_test_questions"}
+
+Draw = tuple[tuple[str, str], ...]  # the (wording, answer) of each question that is drawn at one go
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question; ``kind`` is YES_NO, SHAPE or COLOUR."""
+
+    id: str
+    image: Path
+    question: str
+    answer: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Count:
+    """So many right of so many."""
+
+    num_correct: int
+    num_questions: int
+
+    @property
+    def accuracy(self) -> float:
+        """Return the share that is right, 0 to 1."""
+        return self.num_correct / self.num_questions
+
+
+@dataclass(frozen=True)
+class Score:
+    """How many answers are right, in all and by kind; ``missing`` are the ids without one (they count as wrong)."""
+
+    total: Count
+    by_kind: Mapping[str, Count]
+    missing: tuple[str, ...]
+
+
+def image_folder(split: str) -> Path:
+    """Return the folder of a split's images, ``NUMBER.png``. Raises DataError."""
+    _check_split(split)
+    return Path(_package().__file__).parent / "data" / split / "images"
+
+
+def questions(split: str) -> list[Question]:
+    """Return all questions of "train" or "test", in the package's order. Raises DataError."""
+    folder = image_folder(split)
+    texts, answers, images = getattr(_package(), READERS[split])()
+    files = {image: folder / f"{image}.png" for image in images}
+    return [
+        Question(f"{split}-{index:06d}", files[image], text, answer, _kind(answer))
+        for index, (text, answer, image) in enumerate(zip(texts, answers, images, strict=True))
+    ]
+
+
+def test_questions(num: int, seed: int) -> list[Question]:
+    """Draw ``num`` questions of the test split, each kind with its share of the whole. Raises DataError."""
+    pool = questions("test")
+    _check_number(num, len(pool), "test questions")
+    rng, drawn = random.Random(seed), []
+    by_kind = {kind: [question for question in pool if question.kind == kind] for kind in (YES_NO, SHAPE, COLOUR)}
+    exact = {kind: num * len(group) / len(pool) for kind, group in by_kind.items()}
+    # Largest remainders: what rounding down leaves over goes to the kinds that lost most by it.
+    losers = sorted(exact, key=lambda kind: int(exact[kind]) - exact[kind])[: num - sum(map(int, exact.values()))]
+    for kind, group in by_kind.items():
+        drawn += rng.sample(group, int(exact[kind]) + (kind in losers))
+    return sorted(drawn, key=lambda question: question.id)
+
+
+def write_captions(folder: Path) -> Path:
+    """Write a caption of each train image, such as "a red circle", as LLaVA JSON; return the file.
+
+    A caption says what the train questions of its image tell, and no more. Images are relative to
+    ``image_folder("train")``. Raises DataError.
+    """
+    by_image: dict[str, list[Question]] = defaultdict(list)
+    for question in questions("train"):
+        by_image[question.image.name].append(question)
+    captions = {image: describe(by_image[image]) for image in sorted(by_image, key=lambda name: int(Path(name).stem))}
+    records = [_record(f"caption-{Path(image).stem}", image, "", caption) for image, caption in captions.items()]
+    return _write(folder / "captions.json", records)
+
+
+def describe(known: Iterable[Question]) -> str:
+    """Say what the questions and answers about one image tell of it: "a red circle", "a red shape", "a circle"."""
+    shape, colour = "shape", ""
+    for question in known:
+        words = question.question.rstrip("?").split()
+        # "is there not a red shape?" "no" tells as much as a plain "yes"; "what" takes for granted what it names.
+        denied = "yes" if any(word in NEGATIONS for word in words) else "no"
+        told = [] if question.answer == denied else [*words, question.answer]
+        shape = next((word for word in told if word in SHAPES), shape)
+        colour = next((word for word in told if word in COLOURS), colour)
+    return " ".join(word for word in ("a", colour, shape) if word)
+
+
+def write_conversations(folder: Path, *, num_questions: int | None, seed: int, balanced: bool = False) -> Path:
+    """Write train questions as LLaVA JSON, one a conversation, and return the file.
+
+    ``num_questions`` are drawn (None: all), as many of each image as evenness allows. With ``balanced``, each wording
+    that asks for yes or no comes as often with yes as with no, so that guessing by the wording earns nothing; an odd
+    place left at the end goes to another kind. Raises DataError where there are not that many.
+    """
+    drawn = draw_evenly(questions("train"), num_questions, random.Random(seed), balanced=balanced)
+    records = [
+        _record(question.id, question.image.name, f"\n{question.question}", question.answer) for question in drawn
+    ]
+    return _write(folder / "conversations.json", records)
+
+
+def draw_evenly(
+    pool: Sequence[Question], num: int | None, rng: random.Random, *, balanced: bool = False
+) -> list[Question]:
+    """Draw questions at random, each time of the least-used image that has the wording and answer drawn."""
+    places: dict[Path, int] = {}
+    groups: dict[tuple[str, str], list[tuple[int, Question]]] = defaultdict(list)
+    for question in rng.sample(pool, len(pool)):
+        place = places.setdefault(question.image, len(places))
+        groups[question.question, question.answer].append((place, question))
+    draws: list[Draw] = [(key,) for key, group in groups.items() for _ in group]
+    draws = _pair(draws) if balanced else draws
+    num_all = sum(map(len, draws))
+    num = num_all if num is None else num
+    _check_number(num, num_all, "balanced train questions" if balanced else "train questions")
+    rng.shuffle(draws)
+    drawn: list[Question] = []
+    uses = [0] * len(places)
+    for keys in draws:
+        if len(drawn) + len(keys) > num:
+            continue  # a pair where one place is left
+        for key in keys:
+            counts = [uses[place] for place, _ in groups[key]]
+            place, question = groups[key].pop(counts.index(min(counts)))
+            uses[place] += 1
+            drawn.append(question)
+    return drawn
+
+
+def blind_answers() -> dict[str, str]:
+    """Return the most frequent answer to each wording in the train split: what guessing without looking would say."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for question in questions("train"):
+        counts[question.question][question.answer] += 1
+    return {text: max(sorted(answers), key=lambda answer: answers[answer]) for text, answers in counts.items()}
+
+
+def accuracy(answers: Mapping[str, str], asked: Sequence[Question]) -> Score:
+    """Score answers by question id: right if equal but for case, outer space and one final period.
+
+    Answers to other questions are left aside. Raises DataError if nothing was asked.
+    """
+    if not asked:
+        raise DataError("there are no questions to score; expected at least one.")
+    right = [question for question in asked if normalise(answers.get(question.id, "")) == question.answer]
+    num_right, num_asked = (Counter(question.kind for question in some) for some in (right, asked))
+    return Score(
+        total=Count(len(right), len(asked)),
+        by_kind={kind: Count(num_right[kind], num) for kind, num in num_asked.items()},
+        missing=tuple(question.id for question in asked if question.id not in answers),
+    )
+
+
+def normalise(answer: str) -> str:
+    """Return an answer in lower case, without space around it and without one final period."""
+    return answer.strip().lower().removesuffix(".").rstrip()
+
+
+def _pair(draws: Sequence[Draw]) -> list[Draw]:
+    """Join each wording's yes to a no; what finds no partner is left out, and what is no yes or no stays alone."""
+    counts = Counter(key for keys in draws for key in keys)
+    pairs: list[Draw] = [
+        ((text, "yes"), (text, "no"))
+        for (text, answer), num_yes in counts.items()
+        if answer == "yes"
+        for _ in range(min(num_yes, counts[text, "no"]))
+    ]
+    return [*pairs, *(keys for keys in draws if KINDS[keys[0][1]] != YES_NO)]
+
+
+def _record(record_id: str, image: str, question: str, answer: str) -> dict[str, Any]:
+    turns = [{"from": "human", "value": f"<image>{question}"}, {"from": "gpt", "value": answer}]
+    return {"id": record_id, "image": image, "conversations": turns}
+
+
+def _write(file: Path, records: Sequence[Mapping[str, Any]]) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(records, indent=1), encoding="utf-8")
+    return file
+
+
+def _kind(answer: str) -> str:
+    if answer not in KINDS:
+        raise DataError(f"easy-vqa answers {answer!r}; expected one of {', '.join(KINDS)}. Install easy-vqa 1.0 again.")
+    return KINDS[answer]
+
+
+def _check_split(split: str) -> None:
+    if split not in READERS:
+        raise DataError(f"easy-vqa has no split {split!r}; expected one of {', '.join(READERS)}.")
+
+
+def _check_number(num: int, most: int, what: str) -> None:
+    if not 1 <= num <= most:
+        raise DataError(f"{num} {what} are asked for, but easy-vqa has {most}; expected 1 to {most}.")
+
+
+def _package() -> Any:
+    try:
+        import easy_vqa
+    except ImportError as error:
+        raise DataError(
+            f"the data set easy-vqa cannot be imported ({error}): pip install 'llava_ray[quickstart]'"
+        ) from error
+    return easy_vqa

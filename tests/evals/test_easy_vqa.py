@@ -1,0 +1,158 @@
+import json
+import random
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from evals import easy_vqa
+from evals.easy_vqa import COLOUR, SHAPE, YES_NO, Count, Question
+from llava_ray.errors import DataError
+
+PICTURE = Path("0.png")
+
+
+@pytest.fixture(scope="module")
+def train() -> list[Question]:
+    return easy_vqa.questions("train")
+
+
+@pytest.fixture(scope="module")
+def test() -> list[Question]:
+    return easy_vqa.questions("test")
+
+
+def ask(text: str, answer: str, image: Path = PICTURE, number: int = 0) -> Question:
+    return Question(f"train-{number:06d}", image, text, answer, easy_vqa.KINDS[answer])
+
+
+def read_turns(file: Path) -> list[tuple[str, str, str, str]]:
+    """Each record's id, image, question and answer."""
+    records = json.loads(file.read_text())
+    assert all([turn["from"] for turn in record["conversations"]] == ["human", "gpt"] for record in records)
+    return [(r["id"], r["image"], r["conversations"][0]["value"], r["conversations"][1]["value"]) for r in records]
+
+
+def test_both_splits_are_read_whole(train: list[Question], test: list[Question]) -> None:
+    assert (len(train), len({question.image for question in train})) == (38_575, 4_000)
+    assert (len(test), len({question.image for question in test})) == (9_673, 1_000)
+    assert Counter(question.kind for question in train)[YES_NO] == 28_407
+    assert {question.image.parent for question in train} == {easy_vqa.image_folder("train")}
+    assert train[0].image.is_file()
+    assert (train[0].id, train[-1].id, test[7].id) == ("train-000000", "train-038574", "test-000007")
+    assert (train[0].question, train[0].answer, train[0].kind) == ("what is the blue shape?", "rectangle", SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("asked", "caption"),
+    [
+        ([("what color is the circle?", "red")], "a red circle"),
+        ([("what is the blue shape?", "triangle")], "a blue triangle"),
+        ([("what color is the shape?", "teal")], "a teal shape"),
+        ([("what shape is present?", "circle")], "a circle"),
+        ([("is there a red shape?", "yes"), ("is a circle present?", "no")], "a red shape"),
+        ([("is there not a red shape?", "no"), ("is no circle present?", "no")], "a red circle"),
+        ([("is no red shape present?", "yes"), ("is there not a circle?", "yes")], "a shape"),
+        ([("is there a red shape?", "no")], "a shape"),
+    ],
+)
+def test_captions_say_what_is_known_and_no_more(asked: list[tuple[str, str]], caption: str) -> None:
+    assert easy_vqa.describe(ask(text, answer) for text, answer in asked) == caption
+
+
+def test_every_train_image_gets_a_caption_that_no_question_contradicts(tmp_path: Path, train: list[Question]) -> None:
+    turns = read_turns(easy_vqa.write_captions(tmp_path / "new"))
+    captions = {image: caption for _, image, text, caption in turns if text == "<image>"}
+    assert len(captions) == len(turns) == 4_000
+    assert len({identifier for identifier, *_ in turns}) == 4_000
+    assert all((easy_vqa.image_folder("train") / image).is_file() for image in captions)
+    assert sum(len(caption.split()) == 3 and "shape" not in caption for caption in captions.values()) > 3_500
+    for question in train:
+        caption = captions[question.image.name]
+        named = re.search("|".join((*easy_vqa.SHAPES, *easy_vqa.COLOURS)), question.question)
+        if question.kind == YES_NO and named:
+            is_true = (question.answer == "yes") != bool(re.search(r"\b(not|no)\b", question.question))
+            assert (named[0] in caption.split()) == is_true, (question, caption)
+        elif question.kind != YES_NO:
+            assert question.answer in caption
+
+
+def test_conversations_are_a_seeded_sample_spread_over_the_images(tmp_path: Path, train: list[Question]) -> None:
+    turns = read_turns(easy_vqa.write_conversations(tmp_path, num_questions=1_000, seed=1))
+    by_id = {question.id: question for question in train}
+    for identifier, image, text, answer in turns:
+        question = by_id[identifier]
+        assert (image, text, answer) == (question.image.name, f"<image>\n{question.question}", question.answer)
+    assert len({identifier for identifier, *_ in turns}) == len({image for _, image, *_ in turns}) == 1_000
+    assert turns == read_turns(easy_vqa.write_conversations(tmp_path, num_questions=1_000, seed=1))
+    assert turns != read_turns(easy_vqa.write_conversations(tmp_path, num_questions=1_000, seed=2))
+
+
+def test_more_questions_than_images_come_back_to_each_about_as_often(train: list[Question]) -> None:
+    drawn = easy_vqa.draw_evenly(train, 6_000, random.Random(0))
+    uses = Counter(question.image for question in drawn)
+    assert len(uses) == 4_000
+    assert max(uses.values()) <= 3
+    share = Counter(question.kind for question in drawn)[YES_NO] / 6_000
+    assert share == pytest.approx(28_407 / 38_575, abs=0.03)
+
+
+@pytest.mark.parametrize("num", [1_001, None])
+def test_balanced_questions_cannot_be_answered_by_their_wording(train: list[Question], num: int | None) -> None:
+    drawn = easy_vqa.draw_evenly(train, num, random.Random(0), balanced=True)
+    counts = Counter((question.question, question.answer) for question in drawn)
+    texts = {question.question for question in drawn if question.kind == YES_NO}
+    assert texts
+    assert all(counts[text, "yes"] == counts[text, "no"] for text in texts)
+    assert {question.kind for question in drawn} == {YES_NO, SHAPE, COLOUR}
+    assert len({question.id for question in drawn}) == len(drawn) == (num or 20_466)
+
+
+def test_too_many_questions_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"38576 train questions are asked for, but easy-vqa has 38575"):
+        easy_vqa.write_conversations(tmp_path, num_questions=38_576, seed=0)
+    with pytest.raises(DataError, match=r"0 test questions .* expected 1 to 9673"):
+        easy_vqa.test_questions(0, seed=0)
+    with pytest.raises(DataError, match="no split 'val'; expected one of train, test"):
+        easy_vqa.questions("val")
+
+
+def test_the_test_sample_keeps_the_shares_of_the_kinds(test: list[Question]) -> None:
+    sample = easy_vqa.test_questions(1_000, seed=4)
+    assert Counter(question.kind for question in sample) == {YES_NO: 738, SHAPE: 130, COLOUR: 132}
+    assert len({question.id for question in sample}) == 1_000
+    assert set(sample) <= set(test)
+    assert sample == easy_vqa.test_questions(1_000, seed=4) != easy_vqa.test_questions(1_000, seed=5)
+    assert len(easy_vqa.test_questions(2, seed=0)) == 2
+
+
+def test_answers_are_right_but_for_case_space_and_one_period() -> None:
+    asked = [ask("what color is the shape?", "red", number=number) for number in range(6)]
+    asked.append(ask("is there a circle?", "yes", number=6))
+    said = ["red", " Red.\n", "red..", "reddish", "blue"]
+    score = easy_vqa.accuracy(
+        dict(zip((question.id for question in asked), said, strict=False)) | {"other": "red"}, asked
+    )
+    assert score.total == Count(2, 7)
+    assert score.by_kind == {COLOUR: Count(2, 6), YES_NO: Count(0, 1)}
+    assert score.missing == ("train-000005", "train-000006")
+    assert score.total.accuracy == 2 / 7
+    with pytest.raises(DataError, match="no questions to score"):
+        easy_vqa.accuracy({}, [])
+
+
+def test_guessing_by_the_wording_alone_gets_two_thirds(test: list[Question]) -> None:
+    blind = easy_vqa.blind_answers()
+    assert len(blind) == 107
+    assert (blind["is there a red shape?"], blind["is there not a red shape?"]) == ("no", "yes")
+    score = easy_vqa.accuracy({question.id: blind[question.question] for question in test}, test)
+    assert score.total == Count(6_475, 9_673)
+    assert score.by_kind[YES_NO] == Count(5_890, 7_136)
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "easy_vqa", None)
+    with pytest.raises(DataError, match=r"easy-vqa cannot be imported .*llava_ray\[quickstart\]"):
+        easy_vqa.questions("train")
