@@ -182,6 +182,24 @@ def accuracy(answers: Mapping[str, str], asked: Sequence[Question]) -> Score:
     )
 
 
+def summarise(asked: Sequence[Question], answers: Mapping[str, str]) -> dict[str, Any]:
+    """Return accuracies of the model and of each question's most frequent training answer, given blind."""
+    frequent = blind_answers()
+    model = accuracy(answers, asked)
+    blind = accuracy({q.id: frequent.get(q.question, "") for q in asked}, asked)
+    kinds = {
+        kind: {"model": part.accuracy, "blind": blind.by_kind[kind].accuracy, "num_questions": part.num_questions}
+        for kind, part in model.by_kind.items()
+    }
+    return {
+        "held_out_accuracy": model.total.accuracy,
+        "blind_accuracy": blind.total.accuracy,
+        "num_test_questions": len(asked),
+        "missing_answers": len(model.missing),
+        "by_kind": kinds,
+    }
+
+
 def normalise(answer: str) -> str:
     """Return an answer in lower case, without space around it and without one final period."""
     return answer.strip().lower().removesuffix(".").rstrip()

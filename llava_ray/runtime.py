@@ -78,7 +78,8 @@ def start(cluster: ClusterConfig) -> bool:
         ray.init(address=address, runtime_env=runtime_env, logging_config=logging)
     except ConnectionError as error:
         raise ConfigError(
-            f"no Ray cluster answers at {address!r}: {error}; check cluster.address, or leave it out to start a local one"
+            f"no Ray cluster answers at {address!r}: {error}; check cluster.address, or leave it out to start "
+            "a local one"
         ) from error
     return False
 

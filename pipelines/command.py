@@ -1,7 +1,9 @@
 """How every pipeline runs as a command: faults in one line, Ctrl-C without a traceback."""
 
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from llava_ray.errors import LlavaRayError
 
@@ -17,3 +19,12 @@ def run_command(main: Callable[[Sequence[str]], object]) -> None:
     except KeyboardInterrupt:
         print("Stopped. The same command goes on from what is done.", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+@contextmanager
+def timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Say that a stage begins, and note how long it took."""
+    print(f"\n== {stage}", flush=True)
+    start = time.perf_counter()
+    yield
+    seconds[stage] = round(time.perf_counter() - start, 1)

@@ -7,27 +7,25 @@ DINOv2-small and SmolLM2-135M come from registry packages, images and questions 
 on captions, the model is tuned on questions, both with DeepSpeed under Ray Train, and the test split is asked.
 """
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from evals import easy_vqa
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.preparation import prepare_data
+from llava_ray.generate.answers import Actors
 from llava_ray.model.registry_weights import make_language_model, make_vision_tower
 from llava_ray.report.rendering import write_report
 from llava_ray.runtime import Resources, connected
 from llava_ray.train.trainer import FinishedRun, finetune
-from pipelines.command import run_command
-from pipelines.quickstart_results import answer, make_report, publish, read_answers, tell
+from pipelines.command import run_command, timed
+from pipelines.quickstart_results import answer, make_report, tell
 
-CACHE = Path("runs/cache/quickstart")
-FOLDER = Path("runs/quickstart")
-RECIPES = Path("pipelines/recipes/quickstart")
-NUM_TRAIN_QUESTIONS = 12_000
-NUM_TEST_QUESTIONS = 1_000
+CACHE, FOLDER, RECIPES = Path("runs/cache/quickstart"), Path("runs/quickstart"), Path("pipelines/recipes/quickstart")
+NUM_TRAIN_QUESTIONS, NUM_TEST_QUESTIONS = 12_000, 1_000
 
 
 def main(arguments: Sequence[str]) -> float:
@@ -38,22 +36,25 @@ def main(arguments: Sequence[str]) -> float:
             print(f"{'Reused' if weights.reused else 'Converted'}: {weights.path}")
     with timed("data", seconds):
         easy_vqa.write_captions(CACHE)
-        easy_vqa.write_conversations(CACHE, num_questions=NUM_TRAIN_QUESTIONS, seed=0)
-    align = load_recipe(FinetuneConfig, [str(RECIPES / "align.toml"), *images("train"), *arguments])
+        data = easy_vqa.write_conversations(CACHE, num_questions=NUM_TRAIN_QUESTIONS, seed=0)
+    common = ["--data.image_folder", str(easy_vqa.image_folder("train")), *arguments]
+    align = load_recipe(FinetuneConfig, [f"{RECIPES}/align.toml", *common])
     with connected(align.cluster) as resources:
         with timed("align", seconds):
             aligned = train(align, resources)
-        adapter = ("--model.pretrain_mm_mlp_adapter", aligned.folder.bundle)
-        tune = load_recipe(FinetuneConfig, [str(RECIPES / "tune.toml"), *adapter, *images("train"), *arguments])
         with timed("tune", seconds):
-            tuned = train(tune, resources)
+            adapter = ["--model.pretrain_mm_mlp_adapter", aligned.folder.bundle]
+            tuned = train(load_recipe(FinetuneConfig, [f"{RECIPES}/tune.toml", *adapter, *common]), resources)
         with timed("evaluate", seconds):
-            questions = easy_vqa.test_questions(NUM_TEST_QUESTIONS, seed=0)
-            answers = read_answers(tuned) or answer(tuned, questions, resources)
-    report = publish(FOLDER, tuned, questions, answers, seconds)
-    page = write_report(FOLDER / "report.html", make_report(FOLDER, aligned, tuned, questions, answers, report))
-    tell(FOLDER, page, report, tuned)
-    return report["held_out_accuracy"]
+            asked = easy_vqa.test_questions(NUM_TEST_QUESTIONS, seed=0)
+            said = answer(tuned, asked, Actors(resources.num_workers, resources.cpus_per_worker))
+    shutil.copytree(tuned.folder.bundle, FOLDER / "model", dirs_exist_ok=True)
+    report = easy_vqa.summarise(asked, said) | {"seconds": seconds}
+    (FOLDER / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    runs = {"alignment": aligned, "instruction tuning": tuned}
+    write_report(FOLDER / "report.html", make_report(report, runs, asked, said))
+    tell(FOLDER, report, tuned, data)
+    return float(report["held_out_accuracy"])
 
 
 def train(config: FinetuneConfig, resources: Resources) -> FinishedRun:
@@ -61,20 +62,6 @@ def train(config: FinetuneConfig, resources: Resources) -> FinishedRun:
     finished = finetune(config, prepare_data(config.data), resources)
     print(f"{'Reused' if finished.reused else 'Trained'}: {finished.folder.bundle}")
     return finished
-
-
-def images(split: str) -> tuple[str, str]:
-    """Return the flag that says where the split's images are."""
-    return "--data.image_folder", str(easy_vqa.image_folder(split))
-
-
-@contextmanager
-def timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
-    """Say that a stage begins, and note how long it took."""
-    print(f"\n== {stage}", flush=True)
-    start = time.perf_counter()
-    yield
-    seconds[stage] = round(time.perf_counter() - start, 1)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,6 @@ def ray_cluster() -> Iterator[None]:
     """A private four-CPU (logical) cluster for the whole session."""
     import ray
 
-    ray.init(
-        address="local", num_cpus=4, object_store_memory=300 * 2**20, include_dashboard=False, log_to_driver=False
-    )
+    ray.init(address="local", num_cpus=4, object_store_memory=300 * 2**20, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()

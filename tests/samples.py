@@ -89,7 +89,9 @@ def write_recipe(folder: Path, config: FinetuneConfig) -> Path:
     lines = []
     for section, values in config.model_dump(mode="json").items():
         lines.append(f"[{section}]")
-        lines += [f"{key} = {json.dumps(value)}" for key, value in values.items() if value is not None and key != "name"]
+        lines += [
+            f"{key} = {json.dumps(value)}" for key, value in values.items() if value is not None and key != "name"
+        ]
     path = folder / "small.toml"
     path.write_text("\n".join(lines))
     return path

@@ -21,14 +21,6 @@ SMOOTHING = 0.9
 
 
 @dataclass(frozen=True)
-class Curve:
-    """One stage's loss, step by step."""
-
-    stage: str
-    losses: Sequence[float]
-
-
-@dataclass(frozen=True)
 class Accuracy:
     """Held-out accuracy of the model beside the best guess without the image, for all questions or one kind."""
 
@@ -41,17 +33,13 @@ class Accuracy:
 def tuning_report(
     title: str,
     accuracies: Sequence[Accuracy],
-    curves: Sequence[Curve],
+    losses: Mapping[str, Sequence[float]],
     pictures: Sequence[Picture],
     seconds: Mapping[str, float],
     links: Links,
 ) -> Report:
-    """Lay out a tuning's report; the first accuracy is that over all questions."""
+    """Lay out a tuning's report; the first accuracy is that over all questions, ``losses`` are by stage and step."""
     total = accuracies[0]
-    summary = (
-        f"{total.model:.1%} of {total.num_questions:,} held-out questions answered right; "
-        f"the most frequent answer to each question, given without looking, gets {total.blind:.1%}."
-    )
     facts = [
         Fact("held-out accuracy", f"{total.model:.1%}", f"{total.num_questions:,} test questions"),
         Fact("blind baseline", f"{total.blind:.1%}", "most frequent answer, image unseen"),
@@ -59,15 +47,18 @@ def tuning_report(
     ]
     rows = [(f"{a.name} ({a.num_questions:,})", a.model, a.blind) for a in accuracies]
     accuracy = bar_chart("Accuracy by kind of question", ("questions", "model"), rows, legend="blind baseline")
+    no_better = [] if total.model > total.blind else [Note("The model is no better than guessing blind.", warning=True)]
     times = Table(["stage", "seconds"], [[stage, round(value, 1)] for stage, value in seconds.items()])
-    wrong = [] if total.model > total.blind else [Note("The model is no better than guessing blind.", warning=True)]
     return Report(
         title,
-        summary,
+        f"{total.model:.1%} of {total.num_questions:,} held-out questions answered right. Without the image, the most "
+        f"frequent answer to each question gets {total.blind:.1%}.",
         [
-            Section("What it learnt", [accuracy, *wrong]),
-            Section("Loss", [loss_chart(curve) for curve in curves]),
-            Section("Test images", [Gallery(pictures)], "Questions the model never saw in training, drawn at random."),
+            Section("What it learnt", [accuracy, *no_better]),
+            Section("Loss", [loss_chart(stage, values) for stage, values in losses.items()]),
+            Section(
+                "Test images", [Gallery(pictures)], "Questions about images never seen in training, drawn at random."
+            ),
             Section("Time", [times]),
             Section("Where things are", [links]),
         ],
@@ -75,11 +66,11 @@ def tuning_report(
     )
 
 
-def loss_chart(curve: Curve) -> LineChart:
+def loss_chart(stage: str, losses: Sequence[float]) -> LineChart:
     """Draw a stage's loss, the raw values faint behind a smoothed line."""
-    steps = list(range(1, len(curve.losses) + 1))
-    raw = Series("each step", steps, curve.losses, faint=True)
-    return LineChart(curve.stage, [raw, Series("smoothed", steps, smoothed(curve.losses))], "step", "loss", log_y=True)
+    steps = list(range(1, len(losses) + 1))
+    raw = Series("each step", steps, losses, faint=True)
+    return LineChart(stage, [raw, Series("smoothed", steps, smoothed(losses))], "step", "loss", log_y=True)
 
 
 def smoothed(values: Sequence[float]) -> list[float]:

@@ -27,7 +27,7 @@ from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.lengths import EncoderSettings, TokenLengths, measure_lengths
 from llava_ray.data.plan import Plan
 from llava_ray.data.shards import PreparedData
-from llava_ray.data.storage import write_file
+from llava_ray.data.storage import read_file, write_file
 from llava_ray.data.stream import DealToRanks, StreamSettings, TrainStream
 from llava_ray.errors import LlavaRayError, TrainingError
 from llava_ray.model.blueprint import read_blueprint
@@ -54,6 +54,11 @@ class FinishedRun:
     mlflow_run_id: str
     reused: bool = False
     """Whether it had been finished before, so that nothing was done now."""
+
+    def read_losses(self) -> list[float]:
+        """Return the loss of every step."""
+        rows = read_file(f"{self.folder.path}/metrics.jsonl").decode().splitlines()
+        return [json.loads(row)["loss"] for row in rows]
 
 
 def finetune(config: FinetuneConfig, prepared: PreparedData, resources: Resources) -> FinishedRun:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -31,11 +32,13 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def started(recipe: Path, name: str) -> Iterator[subprocess.Popen[bytes]]:
+def started(recipe: Path, name: str, *flags: str, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
     """Start the command in a process group of its own; end what is left of it afterwards."""
-    command = [sys.executable, str(ROOT / "pipelines/finetune.py"), str(recipe), "--run.name", name]
+    command = [sys.executable, str(ROOT / "pipelines/finetune.py"), str(recipe), "--run.name", name, *flags]
     with (recipe.parent / f"{name}.log").open("ab") as log:
-        process = subprocess.Popen(command, cwd=recipe.parent, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=recipe.parent, stdout=log, stderr=log, start_new_session=True, env=os.environ | variables
+        )
         try:
             yield process
         finally:
@@ -149,6 +152,38 @@ def test_a_killed_worker_is_replaced_and_the_ledger_is_the_same(recipe, undistur
 def alive_worker(actor: dict[str, Any]) -> bool:
     """Tell a living train worker."""
     return actor["ActorClassName"] == "RayTrainWorker" and actor["State"] == "ALIVE"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of its own that can be filled up."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a full disk needs the right to mount one: run as root")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk_stops_the_run_with_its_remedy_and_loses_nothing(recipe, undisturbed, small_disk):
+    flags = ("--run.max_failures", "0")
+    with started(recipe, "full", *flags, TMPDIR=str(small_disk)) as process:
+        wait_for_step(recipe, "full", 4)
+        with (small_disk / "filler").open("wb") as filler:
+            filler.write(b"0" * (free_bytes(small_disk) - 4096))
+        assert process.wait(timeout=120) == 1
+    log = (recipe.parent / "full.log").read_text()
+    assert "CheckpointError: cannot write the checkpoint of step" in log
+    assert "make room or set TMPDIR" in log
+    assert committed(recipe, "full") >= 4
+    finish(recipe, "full")
+    assert ledger(recipe, "full") == undisturbed
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the free bytes of a disk."""
+    return shutil.disk_usage(folder).free
 
 
 def test_a_job_submitted_to_a_real_cluster_trains(recipe):
