@@ -1,0 +1,115 @@
+"""Every shipped recipe loads; the big ones take two steps with tiny models of their classes, the small ones run."""
+
+from pathlib import Path
+
+import pytest
+from fakes import make_language_model, make_vision_tower
+from samples import write_samples
+
+from evals import easy_vqa
+from llava_ray.config.recipes import load_recipe
+from llava_ray.config.sections import FinetuneConfig
+from llava_ray.data.preparation import prepare_data
+from llava_ray.model.bundle import load_bundle
+from llava_ray.model.registry_weights import make_language_model as make_smollm2
+from llava_ray.model.registry_weights import make_vision_tower as make_dinov2
+from llava_ray.runtime import connected
+from llava_ray.train.trainer import FinishedRun, finetune
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "pipelines/recipes").glob("*/*.toml"))
+BIG = [path for path in RECIPES if path.name.startswith("llava")]
+
+
+def name(path: Path) -> str:
+    """Return stage and recipe."""
+    return f"{path.parent.name}/{path.stem}"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=name)
+def test_it_loads(recipe):
+    config = load_recipe(FinetuneConfig, [str(recipe)])
+    assert config.train.model_max_length <= config.train.row_length
+
+
+@pytest.mark.parametrize("recipe", BIG, ids=name)
+def test_the_published_hyper_parameters_are_kept(recipe):
+    config = load_recipe(FinetuneConfig, [str(recipe)])
+    pretrain = recipe.parent.name == "pretrain"
+    assert config.train.learning_rate == (1e-3 if pretrain else 2e-5)
+    assert config.train.global_batch_size == (256 if pretrain else 128)
+    assert config.train.zero_stage == (2 if pretrain else 3)
+    assert config.model.version == ("plain" if pretrain else "v1")
+    assert config.model.tune_mm_mlp_adapter is pretrain
+    assert config.data.image_aspect_ratio == ("square" if pretrain else "pad")
+    train, model = config.train, config.model
+    assert (train.num_train_epochs, train.warmup_ratio, train.weight_decay) == (1, 0.03, 0.0)
+    assert (train.lr_scheduler_type, train.model_max_length, train.bf16) == ("cosine", 2048, True)
+    assert (model.mm_projector_type, model.mm_vision_select_layer) == ("mlp2x_gelu", -2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny models of the big recipes' classes, and data for both stages."""
+    folder = tmp_path_factory.mktemp("recipes")
+    make_language_model(folder / "llama", "llama")
+    make_vision_tower(folder / "clip", "clip")
+    write_samples(folder, 64)
+    easy_vqa.write_captions(folder)
+    return folder
+
+
+def run(config: FinetuneConfig) -> FinishedRun:
+    """Prepare and tune."""
+    with connected(config.cluster) as resources:
+        return finetune(config, prepare_data(config.data), resources)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("recipe", BIG, ids=name)
+def test_a_big_recipe_is_planned_and_takes_two_steps(recipe, folder, ray_cluster):
+    pretrain = recipe.parent.name == "pretrain"
+    images = easy_vqa.image_folder("train") if pretrain else folder / "images"
+    changes = {
+        "model.model_name_or_path": str(folder / "llama"),
+        "model.vision_tower": str(folder / "clip"),
+        "model.pretrain_mm_mlp_adapter": None,
+        "data.data_path": str(folder / ("captions.json" if pretrain else "data.json")),
+        "data.image_folder": str(images),
+        "data.cache_dir": str(folder / "cache"),
+        "data.max_samples": 64,
+        "train.global_batch_size": 32,
+        "train.max_steps": 2,
+        "run.storage_path": str(folder / "runs"),
+        "tracking.log_model": False,
+        "cluster.num_workers": 2,
+        "cluster.use_gpu": False,
+    }
+    finished = run(load_recipe(FinetuneConfig, [str(recipe)]).replaced(changes))
+    assert len(finished.read_losses()) == 2
+    assert (Path(finished.folder.bundle) / "projector.safetensors").exists()
+
+
+@pytest.mark.ray
+def test_the_quickstart_recipes_run_on_64_samples_of_the_real_data(folder, ray_cluster):
+    cache = ROOT / "runs/cache/quickstart"  # downloaded and converted once, for the quickstart too
+    common = {
+        "model.vision_tower": str(make_dinov2(cache).path),
+        "model.model_name_or_path": str(make_smollm2(cache).path),
+        "data.image_folder": str(easy_vqa.image_folder("train")),
+        "data.cache_dir": str(folder / "cache"),
+        "data.max_samples": 64,
+        "train.max_steps": 2,
+        "run.storage_path": str(folder / "runs"),
+        "tracking.log_model": False,
+    }
+    align = load_recipe(FinetuneConfig, [str(ROOT / "pipelines/recipes/quickstart/align.toml")])
+    captions = {"data.data_path": str(easy_vqa.write_captions(folder))}
+    aligned = run(align.replaced(common | captions))
+    tune = load_recipe(FinetuneConfig, [str(ROOT / "pipelines/recipes/quickstart/tune.toml")])
+    questions = {"data.data_path": str(easy_vqa.write_conversations(folder, num_questions=64, seed=0))}
+    adapter = {"model.pretrain_mm_mlp_adapter": aligned.folder.bundle}
+    tuned = run(tune.replaced(common | questions | adapter))
+    assert len(tuned.read_losses()) == 2
+    parts = load_bundle(tuned.folder.bundle)
+    assert parts.manifest.version == tune.model.version
