@@ -110,6 +110,13 @@ def test_balanced_questions_cannot_be_answered_by_their_wording(train: list[Ques
     assert len({question.id for question in drawn}) == len(drawn) == (num or 20_466)
 
 
+def test_one_place_left_goes_to_a_question_that_needs_no_partner(train: list[Question]) -> None:
+    for seed in range(8):
+        drawn = easy_vqa.draw_evenly(train[:2_000], 101, random.Random(seed), balanced=True)
+        assert len(drawn) == 101
+        assert Counter(question.kind for question in drawn)[YES_NO] % 2 == 0
+
+
 def test_too_many_questions_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"38576 train questions are asked for, but easy-vqa has 38575"):
         easy_vqa.write_conversations(tmp_path, num_questions=38_576, seed=0)
@@ -125,7 +132,8 @@ def test_the_test_sample_keeps_the_shares_of_the_kinds(test: list[Question]) -> 
     assert len({question.id for question in sample}) == 1_000
     assert set(sample) <= set(test)
     assert sample == easy_vqa.test_questions(1_000, seed=4) != easy_vqa.test_questions(1_000, seed=5)
-    assert len(easy_vqa.test_questions(2, seed=0)) == 2
+    few = easy_vqa.test_questions(3, seed=0)  # 2.2, 0.39 and 0.40 of them
+    assert Counter(question.kind for question in few) == {YES_NO: 2, COLOUR: 1}
 
 
 def test_answers_are_right_but_for_case_space_and_one_period() -> None:
