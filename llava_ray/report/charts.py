@@ -130,6 +130,8 @@ def _describe_line(name: str, values: Sequence[float]) -> str:
 
 
 def _draw_lines(axes: "Axes", chart: LineChart) -> None:
+    from matplotlib.ticker import FuncFormatter
+
     names = list(dict.fromkeys(series.name for series in chart.series))
     for series in chart.series:
         colour = SERIES[names.index(series.name) % len(SERIES)]
@@ -137,6 +139,7 @@ def _draw_lines(axes: "Axes", chart: LineChart) -> None:
         axes.plot(series.x, series.y, color=colour, marker="o" if len(series.y) == 1 else None, **look)
     if chart.log_y:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))  # not as mathematical markup
     axes.set_title(_drawable(chart.y_label), loc="left", color=MUTED, fontsize=12)
 
 

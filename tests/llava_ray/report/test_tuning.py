@@ -35,3 +35,8 @@ def test_a_model_no_better_than_blind_is_said_to_be():
 def test_smoothing_starts_at_the_first_value_and_follows_slowly():
     assert smoothed([2.0, 2.0]) == pytest.approx([2.0, 2.0])
     assert smoothed([1.0, 0.0])[1] == pytest.approx(0.9 / 1.9)
+
+
+def test_a_logarithmic_axis_is_labelled_in_plain_numbers():
+    page = render(make(0.93))
+    assert "mathdefault" not in page
