@@ -130,7 +130,7 @@ def _describe_line(name: str, values: Sequence[float]) -> str:
 
 
 def _draw_lines(axes: "Axes", chart: LineChart) -> None:
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     names = list(dict.fromkeys(series.name for series in chart.series))
     for series in chart.series:
@@ -139,7 +139,10 @@ def _draw_lines(axes: "Axes", chart: LineChart) -> None:
         axes.plot(series.x, series.y, color=colour, marker="o" if len(series.y) == 1 else None, **look)
     if chart.log_y:
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))  # not as mathematical markup
+        low, high = axes.get_ylim()
+        plain = FuncFormatter(lambda value, _: f"{value:g}")  # not as mathematical markup
+        axes.yaxis.set_major_formatter(plain)
+        axes.yaxis.set_minor_formatter(plain if high < 10 * low else NullFormatter())
     axes.set_title(_drawable(chart.y_label), loc="left", color=MUTED, fontsize=12)
 
 
