@@ -87,8 +87,9 @@ class DataConfig(Section):
     """At most so many samples in a shard."""
     shard_size_mb: PositiveInt = 64
     """At most so many MB of images in a shard."""
-    shuffle_window: PositiveInt = 4
-    """Shards whose samples are shuffled together; each shard is read once an epoch."""
+    shuffle_window: NonNegativeInt = 4
+    """Shards whose samples are shuffled together; each shard is read once an epoch. 0 keeps the order of the file, for
+    a curriculum."""
     vision_features: Literal["inline", "streamed"] = "inline"
     """Run the frozen tower in the train worker, or stream its features from an actor pool."""
     num_vision_actors: PositiveInt = 1

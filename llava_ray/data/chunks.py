@@ -64,20 +64,24 @@ class TarChunk:
 Chunk = TextChunk | ParquetChunk | TarChunk
 
 
-def make_chunks(kind: str, files: Sequence[str], chunk_size: int, max_samples: int | None) -> Iterator[Chunk]:
-    """Cut records into chunks of about ``chunk_size``: JSON exactly and in a mixed order, tables and tars as they lie.
+def make_chunks(
+    kind: str, files: Sequence[str], chunk_size: int, max_samples: int | None, *, mixed: bool = True
+) -> Iterator[Chunk]:
+    """Cut records into chunks of about ``chunk_size``: JSON exactly and, if ``mixed``, shuffled; tables as they lie.
 
     Only the first ``max_samples`` records are taken.
     """
     if kind in TEXT_READERS:
-        yield from _text_chunks(kind, files, chunk_size, max_samples)
+        yield from _text_chunks(kind, files, chunk_size, max_samples, mixed=mixed)
     elif kind == "parquet":
         yield from _parquet_chunks(files, chunk_size, max_samples)
     else:
         yield from _tar_chunks(files, max_samples)
 
 
-def _text_chunks(kind: str, files: Sequence[str], chunk_size: int, max_samples: int | None) -> Iterator[Chunk]:
+def _text_chunks(
+    kind: str, files: Sequence[str], chunk_size: int, max_samples: int | None, *, mixed: bool
+) -> Iterator[Chunk]:
     rows = ((name, *row) for path, name in _named(files) for row in TEXT_READERS[kind](path))
     taken: dict[str, int] = {}
     ids, places, texts = [], [], []
@@ -85,7 +89,7 @@ def _text_chunks(kind: str, files: Sequence[str], chunk_size: int, max_samples: 
         ids.append(unused(str(index) if own_id is None else own_id, taken))
         places.append((name, row))
         texts.append(text)
-    order = np.random.default_rng(SHUFFLE_SEED).permutation(len(ids))
+    order = np.random.default_rng(SHUFFLE_SEED).permutation(len(ids)) if mixed else np.arange(len(ids))
     for start in range(0, len(order), chunk_size):
         chosen = order[start : start + chunk_size].tolist()
         yield TextChunk(

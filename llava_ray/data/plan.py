@@ -50,8 +50,10 @@ class Plan:
     def order(self, epoch: int) -> Int[np.ndarray, " n"]:
         """Return the epoch's permutation: shards shuffled, then the examples of each window of shards.
 
-        Windows let every shard be read once an epoch.
+        Windows let every shard be read once an epoch. A window of 0 is no shuffling at all: a curriculum.
         """
+        if self.shuffle_window == 0:
+            return np.arange(len(self.shard))
         draw = np.random.default_rng([self.seed, epoch])
         shards = draw.permutation(np.unique(self.shard))
         windows = [shards[i : i + self.shuffle_window] for i in range(0, len(shards), self.shuffle_window)]

@@ -102,6 +102,7 @@ def _prepare_raw(config: DataConfig, show_progress: bool) -> PreparedData:
     settings = {
         "format_version": FORMAT_VERSION,
         "content": fingerprint(kind, files),
+        "mixed": config.shuffle_window > 0,
         "image_folder": image_folder,
         **config.model_dump(include={"max_image_pixels", "max_samples", "samples_per_shard", "shard_size_mb"}),
     }
@@ -112,7 +113,7 @@ def _prepare_raw(config: DataConfig, show_progress: bool) -> PreparedData:
             tqdm.write(f"Prepared data reused: {finished.num_samples:,} samples in {folder}")
         return finished
     rules = Rules(folder, image_folder, config.max_image_pixels, config.samples_per_shard, config.shard_size_mb * 10**6)
-    chunks = make_chunks(kind, files, config.samples_per_shard, config.max_samples)
+    chunks = make_chunks(kind, files, config.samples_per_shard, config.max_samples, mixed=config.shuffle_window > 0)
     results = _write_chunks(chunks, rules, show_progress)
     rejected = sorted((row for result in results for row in result.rejected), key=_place)
     reasons = Counter(row["reason"] for row in rejected)

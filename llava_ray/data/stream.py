@@ -110,7 +110,7 @@ def describe_micro_batches(
     for rank, micro_batches in enumerate(by_rank):
         filler = {"step": NO_STEP, "num_supervised": 0, "num_micro_batches": 0, "rank": rank, "examples": []}
         micro_batches += [filler] * (-len(micro_batches) % ROWS_PER_BLOCK)
-    window = max(1, len(plan.num_tokens) * plan.shuffle_window // len(np.unique(plan.shard)))
+    window = len(plan.num_tokens) * max(1, plan.shuffle_window) // len(np.unique(plan.shard))
     return grouped(by_rank, lengths.table, window)
 
 

@@ -75,7 +75,7 @@ def test_recipe_faults_name_the_key_and_the_file(tmp_path, text, message):
 
 
 def test_a_missing_recipe_says_where_the_shipped_ones_are():
-    with pytest.raises(ConfigError, match="no recipe 'nowhere.toml'; the shipped ones are"):
+    with pytest.raises(ConfigError, match=r"no recipe 'nowhere\.toml'; the shipped ones are"):
         load_recipe(FinetuneConfig, ["nowhere.toml"])
 
 

@@ -43,6 +43,10 @@ def test_each_shard_is_met_in_one_window_only():
         assert places.max() - places.min() < 300  # three shards of a hundred
 
 
+def test_a_window_of_none_keeps_the_order_of_the_file():
+    assert list(make_plan(shuffle_window=0).order(1)) == list(range(1000))
+
+
 def test_hash_tells_data_and_settings_apart():
     plan = make_plan()
     assert plan.hash == make_plan().hash == make_plan(max_steps=3).hash
