@@ -1,0 +1,101 @@
+"""The run's folder and its journal, without a cluster: names, torn snapshots, replayed steps, one MLflow run."""
+
+import json
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from samples import small_run
+
+from llava_ray.config.sections import FinetuneConfig
+from llava_ray.errors import CheckpointError, ConfigError, DataError
+from llava_ray.train.journal import Journal
+from llava_ray.train.runs import SNAPSHOT, RunFolder, absolute_paths, committed_step, mend_run, open_run
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> FinetuneConfig:
+    return small_run(tmp_path_factory.mktemp("runs"))
+
+
+def test_a_run_notes_its_settings_and_may_be_opened_again(config, tmp_path):
+    config = config.replaced({"run.storage_path": str(tmp_path)})
+    run = open_run(config)
+    assert json.loads(Path(run.path, "resolved.json").read_text())["train"]["global_batch_size"] == 8
+    assert open_run(config.replaced({"cluster.num_workers": 5})) == run
+    assert run.finished() is None
+
+
+def test_other_settings_under_a_used_name_are_refused_or_set_the_old_run_aside(config, tmp_path):
+    config = config.replaced({"run.storage_path": str(tmp_path)})
+    open_run(config)
+    other = config.replaced({"train.seed": 1})
+    with pytest.raises(ConfigError, match=r"train.seed: 42 -> 1.*--run.restart True"):
+        open_run(other)
+    open_run(other.replaced({"run.restart": True}))
+    assert sorted(path.name.partition(".")[0] for path in tmp_path.iterdir()) == ["small", "small"]
+
+
+def test_an_unwritable_storage_path_is_named(config, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DataError, match=r"cannot write .*file/small/resolved.json.*run.storage_path"):
+        open_run(config.replaced({"run.storage_path": str(tmp_path / "file")}))
+
+
+def test_a_fresh_run_begins_at_step_0(tmp_path):
+    assert committed_step(str(tmp_path), "nothing") == 0
+
+
+def test_a_torn_snapshot_is_mended_from_its_copy_and_unnamed_checkpoints_go(tmp_path):
+    run = RunFolder(str(tmp_path), "run")
+    for name in ("step-00000004", "step-00000008"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    whole = json.dumps({"checkpoint_results": [{"checkpoint_dir_name": "step-00000004"}]})
+    (tmp_path / "run" / f"{SNAPSHOT}.copy").write_text(whole)
+    (tmp_path / "run" / SNAPSHOT).write_text(whole[:20])
+    mend_run(run)
+    assert (tmp_path / "run" / SNAPSHOT).read_text() == whole
+    assert [path.name for path in (tmp_path / "run").glob("step-*")] == ["step-00000004"]
+
+
+def test_a_torn_snapshot_without_a_good_copy_is_an_error_that_deletes_nothing(tmp_path):
+    (tmp_path / "run" / "step-00000004").mkdir(parents=True)
+    for name in (SNAPSHOT, f"{SNAPSHOT}.copy"):
+        (tmp_path / "run" / name).write_text("{")
+    with pytest.raises(CheckpointError, match="unreadable"):
+        mend_run(RunFolder(str(tmp_path), "run"))
+    assert (tmp_path / "run" / "step-00000004").exists()
+
+
+def test_folders_become_absolute_and_hub_ids_stay(config):
+    changed = absolute_paths(config.replaced({"model.vision_tower": "openai/clip-vit-large-patch14-336"}))
+    assert list(changed) == ["model.model_name_or_path"]
+
+
+def open_journal(folder: Path) -> Journal:
+    tracked = {"tracking_uri": f"sqlite:///{folder}/mlflow.db", "experiment_name": "e", "name": "n", "key": "k"}
+    return Journal(str(folder / "run"), tracked, {"train": {"seed": 1}}, 1)
+
+
+def test_replayed_steps_stand_once_and_a_second_start_goes_on_in_the_same_mlflow_run(tmp_path):
+    first = open_journal(tmp_path)
+    for rank in range(2):
+        first.rewind(rank, 0, 2)
+    for step in range(3):
+        for rank in range(2):
+            first.record(rank, step, {"loss": 1.0 / (step + 1)}, [f"{step}-{rank}"])
+    first.flush()
+    second = open_journal(tmp_path)
+    for rank in range(2):
+        second.rewind(rank, 2, 2)
+    for step in range(2, 4):
+        for rank in range(2):
+            second.record(rank, step, {"loss": 1.0 / (step + 1)}, [f"{step}-{rank}"])
+    run_id = second.close("FINISHED", {"llava_ray.bundle": "b"}, {}, [])
+    assert run_id == first.tracked.run_id
+    ledger = [json.loads(line) for line in (tmp_path / "run/ledger.jsonl").read_text().splitlines()]
+    assert ledger == [{"step": step, "samples": [f"{step}-0", f"{step}-1"]} for step in range(4)]
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    assert {metric.step for metric in client.get_metric_history(run_id, "loss")} == {0, 1, 2, 3}
+    run = client.get_run(run_id)
+    assert (run.info.status, run.data.params["train.seed"]) == ("FINISHED", "1")
