@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -16,6 +17,10 @@ from typing import Any
 
 import pytest
 from samples import small_run, write_recipe
+
+from llava_ray.data.preparation import prepare_data
+from llava_ray.runtime import connected
+from llava_ray.train.trainer import finetune
 
 pytestmark = pytest.mark.ray
 
@@ -110,22 +115,10 @@ def test_ctrl_c_then_a_killed_driver_then_a_restart_leave_the_same_ledger(recipe
     assert ledger(recipe, "stopped") == undisturbed
 
 
-def test_a_killed_worker_is_replaced_and_the_ledger_is_the_same(recipe, undisturbed, ray_cluster):
-    import ray
-
-    from llava_ray.data.preparation import prepare_data
-    from llava_ray.runtime import connected
-    from llava_ray.train.trainer import finetune
-
-    config = small_run(
-        recipe.parent,
-        **{
-            "train.num_train_epochs": 6,
-            "train.save_steps": 4,
-            "tracking.log_model": False,
-            "run.name": "wounded",
-        },
-    )
+def tune_in_thread(recipe: Path, name: str) -> tuple[threading.Thread, list[BaseException]]:
+    """Start a run on this process's own cluster; faults are handed over in the list."""
+    changes = {"train.num_train_epochs": 6, "train.save_steps": 4, "tracking.log_model": False}
+    config = small_run(recipe.parent, **changes, **{"run.name": name, "run.max_failures": -1})
     failures: list[BaseException] = []
 
     def tune() -> None:
@@ -137,16 +130,47 @@ def test_a_killed_worker_is_replaced_and_the_ledger_is_the_same(recipe, undistur
 
     thread = threading.Thread(target=tune)
     thread.start()
-    wait_for_step(recipe, "wounded", 4)
+    return thread, failures
+
+
+def kill_a_worker(choice: int) -> None:
+    """Send SIGKILL to one of the living train workers."""
+    import ray
+
     workers = [actor for actor in ray._private.state.actors().values() if alive_worker(actor)]
-    os.kill(workers[-1]["Pid"], signal.SIGKILL)
+    os.kill(workers[choice % len(workers)]["Pid"], signal.SIGKILL)
+
+
+def read_losses(recipe: Path, name: str) -> list[float]:
+    """Return a run's losses."""
+    path = recipe.parent / "runs" / name / "metrics.jsonl"
+    return [json.loads(line)["loss"] for line in path.read_text().splitlines()]
+
+
+def test_a_killed_worker_is_replaced_and_the_ledger_is_the_same(recipe, undisturbed, ray_cluster):
+    thread, failures = tune_in_thread(recipe, "wounded")
+    wait_for_step(recipe, "wounded", 4)
+    kill_a_worker(1)
     thread.join(timeout=300)
     assert not thread.is_alive()
     assert not failures
     assert ledger(recipe, "wounded") == undisturbed
-    metrics = [json.loads(line) for line in (recipe.parent / "runs/wounded/metrics.jsonl").read_text().splitlines()]
-    calm = [json.loads(line) for line in (recipe.parent / "runs/undisturbed/metrics.jsonl").read_text().splitlines()]
-    assert [row["loss"] for row in metrics] == pytest.approx([row["loss"] for row in calm], rel=1e-5)
+    assert read_losses(recipe, "wounded") == pytest.approx(read_losses(recipe, "undisturbed"), rel=1e-5)
+
+
+@pytest.mark.verify
+@pytest.mark.timeout(1800)
+def test_a_storm_of_kills_leaves_the_same_ledger(recipe, undisturbed, ray_cluster):
+    draw = random.Random(0)
+    thread, failures = tune_in_thread(recipe, "stormy")
+    for step in (4, 12, 20, 28, 36):
+        wait_for_step(recipe, "stormy", step)
+        time.sleep(draw.uniform(0, 0.5))
+        if committed(recipe, "stormy") < 48:
+            kill_a_worker(draw.randrange(2))
+    thread.join(timeout=600)
+    assert not failures
+    assert ledger(recipe, "stormy") == undisturbed
 
 
 def alive_worker(actor: dict[str, Any]) -> bool:
