@@ -12,7 +12,8 @@ from torch import Tensor
 
 from llava_ray.chat.conversation import IGNORE_INDEX
 from llava_ray.data.features import feature_dtype, unpacked_pixels
-from llava_ray.data.stream import NO_STEP, StreamSettings
+from llava_ray.data.settings import StreamSettings
+from llava_ray.data.stream import NO_STEP
 
 PREFETCHED_BLOCKS = 2
 

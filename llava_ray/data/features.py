@@ -1,16 +1,12 @@
 """Frozen-tower features computed ahead of training, in actors that each keep a tower."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import pyarrow as pa
 import torch
 
+from llava_ray.data.settings import StreamSettings
 from llava_ray.images.processing import normalise
 from llava_ray.model.bundle import load_tower
-
-if TYPE_CHECKING:
-    from llava_ray.data.stream import StreamSettings
 
 IMAGES_PER_FORWARD = 64
 
@@ -18,7 +14,7 @@ IMAGES_PER_FORWARD = 64
 class FeatureActor:
     """Turn pixels into tower features; on a GPU where the actor was given one."""
 
-    def __init__(self, settings: "StreamSettings") -> None:
+    def __init__(self, settings: StreamSettings) -> None:
         """Load the tower once."""
         self.spec = settings.image_spec
         self.device = "cuda" if settings.vision_gpus else "cpu"

@@ -16,13 +16,13 @@ from ray.data import ActorPoolStrategy, DataIterator, Dataset, ExecutionOptions
 from ray.train import DataConfig as TrainDataConfig
 
 from llava_ray.chat.conversation import Turn
-from llava_ray.config.sections import DataConfig
 from llava_ray.data.examples import Example
 from llava_ray.data.features import FeatureActor
-from llava_ray.data.lengths import EncoderSettings, TokenLengths, load_encoder
+from llava_ray.data.lengths import TokenLengths, load_encoder
 from llava_ray.data.plan import Plan, deal
+from llava_ray.data.settings import StreamSettings
 from llava_ray.data.shards import read_rows
-from llava_ray.images.geometry import ImageSpec, crop_pixels
+from llava_ray.images.geometry import crop_pixels
 from llava_ray.images.reading import open_image
 
 # Consecutive micro-batches of one rank that travel as one block. One a block reached 30 % of a bare decoding loop's
@@ -31,22 +31,6 @@ ROWS_PER_BLOCK = 16
 
 # Marks the rows that fill a rank's last block.
 NO_STEP = -1
-
-
-@dataclass(frozen=True)
-class StreamSettings:
-    """What the stages of the stream need to know; sent to every task."""
-
-    prepared_path: str
-    shard_names: tuple[str, ...]
-    encoder: EncoderSettings
-    image_spec: ImageSpec
-    num_image_tokens: int
-    mm_hidden_size: int
-    row_length: int
-    data: DataConfig
-    bf16: bool
-    vision_gpus: int
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,11 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from torch import nn
 
 from llava_ray.errors import CheckpointError
+from llava_ray.train.settings import LoopSettings
 from llava_ray.train.universal import load_for_other_world_size
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
-
-    from llava_ray.train.loop import LoopSettings
 
 TAG = "zero"
 
@@ -38,7 +37,7 @@ MAX_UNFINISHED_UPLOADS = 2
 class Checkpointer:
     """Save and restore one rank's part of the training state."""
 
-    def __init__(self, engine: "DeepSpeedEngine", settings: "LoopSettings") -> None:
+    def __init__(self, engine: "DeepSpeedEngine", settings: LoopSettings) -> None:
         """Clear what a killed upload of this rank may have left on the local disk."""
         self.engine = engine
         self.settings = settings

@@ -8,14 +8,13 @@ import torch
 import torch.distributed as dist
 
 from llava_ray.model.bundle import LlavaParts, save_bundle
+from llava_ray.train.settings import LoopSettings
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-    from llava_ray.train.loop import LoopSettings
 
-
-def write_bundle(engine: "DeepSpeedEngine", parts: LlavaParts, settings: "LoopSettings") -> None:
+def write_bundle(engine: "DeepSpeedEngine", parts: LlavaParts, settings: LoopSettings) -> None:
     """Write the run's model; collective. Alignment, which learns the projector only, leaves the other parts out."""
     include: Literal["all", "projector"] = "projector" if settings.config.model.tune_mm_mlp_adapter else "all"
     tensors = gather_tensors(engine, "projector." if include == "projector" else "")

@@ -1,41 +1,24 @@
 """What every train worker runs: set up, then batch → forward → loss → backward → step → report → checkpoint."""
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import ray
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.actor import ActorHandle
 from ray.train.torch import get_device
 
-from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.batches import MicroBatch, iterate_steps
-from llava_ray.data.stream import StreamSettings
+from llava_ray.data.settings import StreamSettings
 from llava_ray.errors import TrainingError
 from llava_ray.images.processing import normalise
 from llava_ray.model.tower import VisionTower
 from llava_ray.train.checkpoints import Checkpointer, seed_all
 from llava_ray.train.engine import build_engine, load_parts
 from llava_ray.train.finish import write_bundle
+from llava_ray.train.settings import LoopSettings
 from llava_ray.train.speed import Meter
-
-
-@dataclass(frozen=True)
-class LoopSettings:
-    """All that a worker is told."""
-
-    config: FinetuneConfig
-    stream: StreamSettings
-    num_steps: int
-    plan_hash: str
-    data_hash: str
-    run_folder: str
-    bundle_folder: str
-    num_threads: int
-    journal: ActorHandle
 
 
 def train_loop(given: dict[str, Any]) -> None:

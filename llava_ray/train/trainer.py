@@ -1,10 +1,6 @@
 """One fine-tuning run on a Ray cluster, from resolved settings to a bundle."""
 
 import json
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,26 +16,24 @@ from ray.train import (
     WorkerGroupError,
 )
 from ray.train.torch import TorchConfig, TorchTrainer
-from tqdm import tqdm
 
 from llava_ray.config.recipes import settings_hash
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.lengths import EncoderSettings, TokenLengths, measure_lengths
 from llava_ray.data.plan import Plan
+from llava_ray.data.settings import StreamSettings
 from llava_ray.data.shards import PreparedData
 from llava_ray.data.storage import read_file, write_file
-from llava_ray.data.stream import DealToRanks, StreamSettings, TrainStream
+from llava_ray.data.stream import DealToRanks, TrainStream
 from llava_ray.errors import LlavaRayError, TrainingError
 from llava_ray.model.blueprint import read_blueprint
 from llava_ray.runtime import Resources
 from llava_ray.tracking import default_tracking_uri
 from llava_ray.train.journal import open_journal
-from llava_ray.train.loop import LoopSettings, train_loop
+from llava_ray.train.loop import train_loop
+from llava_ray.train.progress import closing, progress_bar
 from llava_ray.train.runs import RunFolder, SnapshotKeeper, absolute_paths, committed_step, mend_run, open_run
-
-PROGRESS_SECONDS = 0.5
-LOGGED_PROGRESS_SECONDS = 10.0  # where lines go to a file, each one stays
-SHOWN_METRICS = ("loss", "samples_per_second")
+from llava_ray.train.settings import LoopSettings
 
 
 @dataclass(frozen=True)
@@ -182,45 +176,6 @@ def fit(trainer: TorchTrainer, run: RunFolder) -> None:
         ) from error
     except TrainingFailedError as error:
         raise TrainingError(f"run {run.name!r} stopped: {error}; start it again to go on") from error
-
-
-@contextmanager
-def closing(journal: ActorHandle) -> Iterator[None]:
-    """Mark the run FAILED or KILLED in MLflow when it does not end well."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        ray.get(journal.close.remote("KILLED", {}, {}, []))
-        raise
-    except LlavaRayError:
-        ray.get(journal.close.remote("FAILED", {}, {}, []))
-        raise
-
-
-@contextmanager
-def progress_bar(journal: ActorHandle, num_steps: int) -> Iterator[None]:
-    """Draw the run's progress until the block ends."""
-    ended = threading.Event()
-
-    def draw() -> None:
-        pause = PROGRESS_SECONDS if sys.stderr.isatty() else LOGGED_PROGRESS_SECONDS
-        over = False
-        with tqdm(total=num_steps, unit="step", desc="starting", dynamic_ncols=True) as bar:
-            while not over:
-                over = ended.wait(pause)
-                state, done, metrics = ray.get(journal.progress.remote())
-                bar.set_description(state, refresh=False)
-                bar.set_postfix({key: f"{metrics[key]:.3g}" for key in SHOWN_METRICS if key in metrics}, refresh=False)
-                bar.n = done  # may go back: a run that lost a worker repeats the steps since its checkpoint
-                bar.refresh()
-
-    thread = threading.Thread(target=draw, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def note_finished(

@@ -164,3 +164,12 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "easy_vqa", None)
     with pytest.raises(DataError, match=r"easy-vqa cannot be imported .*llava_ray\[quickstart\]"):
         easy_vqa.questions("train")
+
+
+def test_the_summary_sets_the_model_beside_the_blind_guess() -> None:
+    asked = easy_vqa.test_questions(200, seed=0)
+    summary = easy_vqa.summarise(asked, {question.id: question.answer for question in asked[:150]})
+    assert summary["held_out_accuracy"] == 150 / 200
+    assert summary["missing_answers"] == 50
+    assert 0.5 < summary["blind_accuracy"] < 0.8
+    assert sum(kind["num_questions"] for kind in summary["by_kind"].values()) == 200

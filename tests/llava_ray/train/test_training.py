@@ -38,7 +38,7 @@ def read_jsonl(path: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-ROW_LENGTH = 320
+ROW_LENGTH = 400
 TWENTY_STEPS = {"train__max_steps": 20, "train__num_train_epochs": 3, "train__lr_scheduler_type": "constant"}
 
 

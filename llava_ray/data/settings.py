@@ -1,0 +1,23 @@
+"""What the stages of the stream and the workers at its end are told."""
+
+from dataclasses import dataclass
+
+from llava_ray.config.sections import DataConfig
+from llava_ray.data.lengths import EncoderSettings
+from llava_ray.images.geometry import ImageSpec
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """What the stages of the stream need to know; sent to every task."""
+
+    prepared_path: str
+    shard_names: tuple[str, ...]
+    encoder: EncoderSettings
+    image_spec: ImageSpec
+    num_image_tokens: int
+    mm_hidden_size: int
+    row_length: int
+    data: DataConfig
+    bf16: bool
+    vision_gpus: int
