@@ -3,8 +3,9 @@
 
 python pipelines/quickstart.py
 
-DINOv2-small and SmolLM2-135M come from registry packages, images and questions from easy-vqa. A projector is aligned
-on captions, the model is tuned on questions, both with DeepSpeed under Ray Train, and the test split is asked.
+DINOv2-small and SmolLM2-135M, cut to a few layers, come from registry packages, images and questions from easy-vqa.
+The language model learns to answer about scenes in words, a projector is aligned, the whole is tuned on images, each
+with DeepSpeed under Ray Train, and the test split is asked.
 """
 
 import json
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evals import easy_vqa
+from evals.easy_vqa_words import write_words
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.preparation import prepare_data
@@ -25,7 +27,7 @@ from pipelines.command import run_command, timed
 from pipelines.quickstart_results import answer, make_report, tell
 
 CACHE, FOLDER, RECIPES = Path("runs/cache/quickstart"), Path("runs/quickstart"), Path("pipelines/recipes/quickstart")
-NUM_TRAIN_QUESTIONS, NUM_TEST_QUESTIONS = 6_400, 1_000
+NUM_TRAIN_QUESTIONS, NUM_TEST_QUESTIONS = 8_000, 1_000
 
 
 def main(arguments: Sequence[str]) -> float:
@@ -35,13 +37,16 @@ def main(arguments: Sequence[str]) -> float:
         for weights in (make_vision_tower(CACHE), make_language_model(CACHE)):
             print(f"{'Reused' if weights.reused else 'Converted'}: {weights.path}")
     with timed("data", seconds):
-        easy_vqa.write_captions(CACHE)
+        write_words(CACHE, num_first=3_200, num_natural=4_800, seed=0)
         data = easy_vqa.write_conversations(CACHE, num_questions=NUM_TRAIN_QUESTIONS, seed=0)
-    common = ["--data.image_folder", str(easy_vqa.image_folder("train")), *arguments]
-    align = load_recipe(FinetuneConfig, [f"{RECIPES}/align.toml", *common])
-    with connected(align.cluster) as resources:
+    words = load_recipe(FinetuneConfig, [f"{RECIPES}/words.toml", *arguments])
+    with connected(words.cluster) as resources:
+        with timed("words", seconds):
+            spoken = train(words, resources)
+        common = ["--model.model_name_or_path", spoken.folder.bundle]
+        common += ["--data.image_folder", str(easy_vqa.image_folder("train")), *arguments]
         with timed("align", seconds):
-            aligned = train(align, resources)
+            aligned = train(load_recipe(FinetuneConfig, [f"{RECIPES}/align.toml", *common]), resources)
         with timed("tune", seconds):
             adapter = ["--model.pretrain_mm_mlp_adapter", aligned.folder.bundle]
             tuned = train(load_recipe(FinetuneConfig, [f"{RECIPES}/tune.toml", *adapter, *common]), resources)
@@ -51,7 +56,7 @@ def main(arguments: Sequence[str]) -> float:
     shutil.copytree(tuned.folder.bundle, FOLDER / "model", dirs_exist_ok=True)
     report = easy_vqa.summarise(asked, said) | {"seconds": seconds}
     (FOLDER / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    runs = {"alignment": aligned, "instruction tuning": tuned}
+    runs = {"words": spoken, "alignment": aligned, "instruction tuning": tuned}
     write_report(FOLDER / "report.html", make_report(report, runs, asked, said))
     tell(FOLDER, report, tuned, data)
     return float(report["held_out_accuracy"])

@@ -7,6 +7,7 @@ from fakes import make_language_model, make_vision_tower
 from samples import write_samples
 
 from evals import easy_vqa
+from evals.easy_vqa_words import write_words
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.preparation import prepare_data
@@ -94,8 +95,6 @@ def test_a_big_recipe_is_planned_and_takes_two_steps(recipe, folder, ray_cluster
 def test_the_quickstart_recipes_run_on_64_samples_of_the_real_data(folder, ray_cluster):
     cache = ROOT / "runs/cache/quickstart"  # downloaded and converted once, for the quickstart too
     common = {
-        "model.vision_tower": str(make_dinov2(cache).path),
-        "model.model_name_or_path": str(make_smollm2(cache).path),
         "data.image_folder": str(easy_vqa.image_folder("train")),
         "data.cache_dir": str(folder / "cache"),
         "data.max_samples": 64,
@@ -103,13 +102,22 @@ def test_the_quickstart_recipes_run_on_64_samples_of_the_real_data(folder, ray_c
         "run.storage_path": str(folder / "runs"),
         "tracking.log_model": False,
     }
-    align = load_recipe(FinetuneConfig, [str(ROOT / "pipelines/recipes/quickstart/align.toml")])
-    captions = {"data.data_path": str(easy_vqa.write_captions(folder))}
-    aligned = run(align.replaced(common | captions))
-    tune = load_recipe(FinetuneConfig, [str(ROOT / "pipelines/recipes/quickstart/tune.toml")])
-    questions = {"data.data_path": str(easy_vqa.write_conversations(folder, num_questions=64, seed=0))}
-    adapter = {"model.pretrain_mm_mlp_adapter": aligned.folder.bundle}
-    tuned = run(tune.replaced(common | questions | adapter))
+    words, align, tune = (
+        load_recipe(FinetuneConfig, [str(ROOT / f"pipelines/recipes/quickstart/{stage}.toml")])
+        for stage in ("words", "align", "tune")
+    )
+    scenes = {"data.data_path": str(write_words(folder, num_first=32, num_natural=32, seed=0))}
+    parts = {
+        "model.vision_tower": str(make_dinov2(cache).path),
+        "model.model_name_or_path": str(make_smollm2(cache).path),
+    }
+    spoken = run(words.replaced(common | scenes | parts))
+    questions = {
+        "data.data_path": str(easy_vqa.write_conversations(folder, num_questions=64, seed=0)),
+        "model.model_name_or_path": spoken.folder.bundle,
+    }
+    aligned = run(align.replaced(common | questions))
+    tuned = run(tune.replaced(common | questions | {"model.pretrain_mm_mlp_adapter": aligned.folder.bundle}))
     assert len(tuned.read_losses()) == 2
     parts = load_bundle(tuned.folder.bundle)
     assert parts.manifest.version == tune.model.version
