@@ -25,6 +25,7 @@ from llava_ray.errors import DataError, RecordError
 from llava_ray.model.blueprint import read_blueprint
 
 FORMAT_VERSION = 1
+SAMPLES_WITHOUT_RAY = 10_000
 
 SCHEMA = pa.schema(
     {
@@ -109,10 +110,13 @@ def measure_lengths(prepared: PreparedData, settings: EncoderSettings, max_rejec
 
 
 def measure_shards(prepared: PreparedData, settings: EncoderSettings) -> tuple[list[pa.Table], list[dict[str, str]]]:
-    """Tokenise all shards, a Ray task each."""
-    task = ray.remote(measure_shard)
-    pending = [task.remote(prepared.path, shard.name, i, settings) for i, shard in enumerate(prepared.shards)]
-    results = [ray.get(ref) for ref in tqdm(pending, desc="token lengths", unit="shard", disable=len(pending) < 2)]
+    """Tokenise all shards, a Ray task each; a few thousand samples are done here before a task could start."""
+    shards = [(prepared.path, shard.name, index, settings) for index, shard in enumerate(prepared.shards)]
+    if prepared.num_samples <= SAMPLES_WITHOUT_RAY:
+        results = [measure_shard(*shard) for shard in shards]
+    else:
+        pending = [ray.remote(measure_shard).remote(*shard) for shard in shards]
+        results = [ray.get(task) for task in tqdm(pending, desc="token lengths", unit="shard")]
     return [table for table, _ in results], [row for _, rows in results for row in rows]
 
 

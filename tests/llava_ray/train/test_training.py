@@ -38,6 +38,7 @@ def read_jsonl(path: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
+LONG = pytest.mark.verify  # each is a run of its own: `make test` has one of a kind
 ROW_LENGTH = 400
 TWENTY_STEPS = {"train__max_steps": 20, "train__num_train_epochs": 3, "train__lr_scheduler_type": "constant"}
 
@@ -70,13 +71,13 @@ def test_the_reference_has_text_only_micro_batches_and_steps_of_different_counts
     assert any(num_images[row].sum() == 0 for row in rows)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=LONG), pytest.param(1, marks=LONG), 3])
 def test_every_zero_stage_has_the_same_loss_curve(reference, folder, stage):
     other = run(folder, f"zero{stage}", train__zero_stage=stage, **TWENTY_STEPS)
     assert other.read_losses() == pytest.approx(reference.read_losses(), abs=1e-3)
 
 
-@pytest.mark.parametrize(("workers", "row_length"), [(1, 2048), (2, 1024)])
+@pytest.mark.parametrize(("workers", "row_length"), [(1, 2048), pytest.param(2, 1024, marks=LONG)])
 def test_step_losses_do_not_depend_on_workers_or_packing(reference, folder, workers, row_length):
     other = run(
         folder,
