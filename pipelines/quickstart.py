@@ -27,7 +27,7 @@ from pipelines.command import run_command, timed
 from pipelines.quickstart_results import answer, make_report, tell
 
 CACHE, FOLDER, RECIPES = Path("runs/cache/quickstart"), Path("runs/quickstart"), Path("pipelines/recipes/quickstart")
-NUM_TRAIN_QUESTIONS, NUM_TEST_QUESTIONS = 9_600, 1_000
+NUM_TRAIN_QUESTIONS, NUM_TEST_QUESTIONS = 12_800, 1_000
 
 
 def main(arguments: Sequence[str]) -> float:
