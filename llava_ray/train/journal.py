@@ -85,10 +85,6 @@ class Journal:
         last = max(self.ledger, default=-1)
         return self.state, last + 1, self.metrics.get(last, {})
 
-    def say(self, state: str) -> None:
-        """Say what is going on now, for the progress bar."""
-        self.state = state
-
     def close(self, status: str, tags: dict[str, str], artifacts: dict[str, str], files: list[str]) -> str:
         """Write everything, keep the artifacts (name → folder) and files, end the MLflow run and return its id."""
         self.flush()

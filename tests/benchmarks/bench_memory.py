@@ -44,10 +44,9 @@ def main() -> None:
         "target": TARGET,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}",
     }
-    print(json.dumps(result, indent=1))
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
+    from bench_prepare import keep_result
+
+    keep_result(result, options.output)
 
 
 def measure(num_images: int) -> dict[str, float]:

@@ -52,14 +52,20 @@ def main() -> None:
         "target": TARGET,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}",
     }
+    keep_result(result, options.output)
+
+
+def keep_result(result: dict[str, Any], output: Path | None) -> None:
+    """Print a benchmark's result, and write it where it is to be kept."""
     print(json.dumps(result, indent=1))
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+def parse_options(description: str | None = __doc__) -> argparse.Namespace:
+    """Read the command line of a benchmark over images."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--num-images", type=int, default=20_000)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--folder", type=Path, help="where the images are written; default: the temporary folder")

@@ -7,8 +7,6 @@ Both decode, resize, crop and normalise every image once. The stream also shuffl
 consumers in exact order; its time counts from the first image, and its start-up is given beside it.
 """
 
-import argparse
-import json
 import os
 import platform
 import sys
@@ -20,7 +18,7 @@ os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", OMP_NUM
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import ray
-from bench_prepare import NUM_CORES, time_bare_loop, write_images, write_records
+from bench_prepare import NUM_CORES, keep_result, parse_options, time_bare_loop, write_images, write_records
 from fakes import make_language_model, make_vision_tower
 from ray.data import DataIterator
 from transformers import CLIPImageProcessorPil
@@ -56,7 +54,7 @@ class Consumer:
 
 def main() -> None:
     """Write the files, time both ways, print and keep the ratio."""
-    options = parse_options()
+    options = parse_options(__doc__)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:NUM_CORES])
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         paths = write_images(Path(folder), options.num_images)
@@ -75,19 +73,7 @@ def main() -> None:
         "target": TARGET,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}",
     }
-    print(json.dumps(result, indent=1))
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def parse_options() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--num-images", type=int, default=20_000)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--folder", type=Path, help="where the images are written; default: the temporary folder")
-    return parser.parse_args()
+    keep_result(result, options.output)
 
 
 def stream_config(folder: Path, data_path: Path) -> FinetuneConfig:
