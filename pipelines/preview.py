@@ -15,9 +15,9 @@ from llava_ray.data.preview import PreviewSettings, Rejection, token_viewer
 from llava_ray.data.preview_losses import model_viewer
 from llava_ray.data.preview_records import read_records
 from llava_ray.data.preview_report import Findings, describe_findings, make_line, make_report, paint_samples
-from llava_ray.errors import LlavaRayError
 from llava_ray.report.charts import check_plotting
 from llava_ray.report.rendering import write_report
+from pipelines.command import run_command
 
 NUM_IN_REPORT = 200
 
@@ -46,7 +46,4 @@ def main(arguments: Sequence[str]) -> Path | None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except LlavaRayError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    run_command(main, when_stopped="Stopped; nothing was written.")

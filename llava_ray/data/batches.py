@@ -1,10 +1,12 @@
 """The end of the stream inside a train worker: Arrow rows become tensors, grouped into steps."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from jaxtyping import Float, Int, UInt8
 from ray.data import DataIterator
@@ -36,12 +38,35 @@ class MicroBatch:
     features: Float[Tensor, "n p v"] | None
 
 
+def start_blocks(find_shard: Callable[[], DataIterator]) -> Iterator[pa.Table]:
+    """Set the stream going in a thread, so that its tasks start up while the model loads; yield its blocks."""
+
+    def first_block() -> tuple[pa.Table | None, Iterator[pa.Table]]:
+        batches = find_shard().iter_batches(
+            batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCHED_BLOCKS
+        )
+        blocks = iter(batches)
+        return next(blocks, None), blocks
+
+    pool = ThreadPoolExecutor(1, "stream")
+    started = pool.submit(first_block)
+    pool.shutdown(wait=False)
+
+    def blocks() -> Iterator[pa.Table]:
+        first, rest = started.result()
+        if first is not None:
+            yield first
+            yield from rest
+
+    return blocks()
+
+
 def iterate_steps(
-    shard: DataIterator, rank: int, first_step: int, settings: StreamSettings
+    blocks: Iterable[pa.Table], rank: int, first_step: int, settings: StreamSettings
 ) -> Iterator[list[MicroBatch]]:
     """Yield this rank's micro-batches step by step, from ``first_step`` on, checking order and place."""
     step, pending = first_step, []
-    for table in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCHED_BLOCKS):
+    for table in blocks:
         for row in table.to_pylist():
             if row["step"] == NO_STEP:
                 continue

@@ -5,16 +5,18 @@ Knows tokens, not pixels: how many tokens an image takes is given.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from jaxtyping import Int32
-from transformers import PreTrainedTokenizerBase
 
 from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, Turn
 from llava_ray.chat.templates import Template
 from llava_ray.chat.tokens import TokenizedConversation, expand_images, tokenize_conversation
 from llava_ray.errors import RecordError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Example:
 class Encoder:
     """How conversations become examples in one run."""
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: "PreTrainedTokenizerBase"
     template: Template
     num_image_tokens: int
     model_max_length: int

@@ -18,7 +18,7 @@ class FeatureActor:
         """Load the tower once."""
         self.spec = settings.image_spec
         self.device = "cuda" if settings.vision_gpus else "cpu"
-        self.tower = load_tower(settings.encoder.model, dtype=feature_dtype(bf16=settings.bf16)).to(self.device)
+        self.tower = load_tower(settings.model, dtype=feature_dtype(bf16=settings.bf16)).to(self.device)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Replace the column "pixels" by "features": bytes of (n, p, v) in the tower's dtype."""

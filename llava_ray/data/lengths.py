@@ -8,7 +8,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 import numpy as np
@@ -18,11 +18,14 @@ import ray
 from tqdm import tqdm
 
 from llava_ray.chat.conversation import Turn
-from llava_ray.config.sections import DataConfig, ModelConfig, TrainConfig
+from llava_ray.chat.templates import find_template
+from llava_ray.config.sections import DataConfig, TrainConfig
 from llava_ray.data.examples import Encoder
 from llava_ray.data.shards import PreparedData, read_rows
 from llava_ray.errors import DataError, RecordError
-from llava_ray.model.blueprint import read_blueprint
+
+if TYPE_CHECKING:
+    from llava_ray.model.blueprint import Blueprint
 
 FORMAT_VERSION = 1
 SAMPLES_WITHOUT_RAY = 10_000
@@ -43,27 +46,38 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """What an Encoder is made from, small enough to send to every task."""
+    """What an Encoder is made from, small enough to send to every task: the tokenizer is all that it has to load."""
 
-    model: ModelConfig
-    image_aspect_ratio: str
+    model_name_or_path: str
+    version: str
+    num_image_tokens: int
     model_max_length: int
     on_too_long: Any
 
     @classmethod
-    def of(cls, model: ModelConfig, data: DataConfig, train: TrainConfig) -> "EncoderSettings":
-        """Pick them from a run's sections."""
-        return cls(model, data.image_aspect_ratio, train.model_max_length, data.on_too_long)
+    def of(cls, blueprint: "Blueprint", data: DataConfig, train: TrainConfig) -> "EncoderSettings":
+        """Pick them from a model and a run's sections."""
+        config = blueprint.config
+        return cls(
+            config.model_name_or_path,
+            config.version,
+            blueprint.num_image_tokens,
+            train.model_max_length,
+            data.on_too_long,
+        )
 
 
 @lru_cache(maxsize=2)
 def load_encoder(settings: EncoderSettings) -> Encoder:
-    """Load the tokenizer and image rule once a process."""
-    blueprint = read_blueprint(settings.model, settings.image_aspect_ratio)
+    """Load the tokenizer once a process."""
+    from llava_ray.model.sources import find_source, load_padding_tokenizer  # torch and transformers
+
+    source = find_source(settings.model_name_or_path, "language model", weights=False)
+    tokenizer = load_padding_tokenizer(source.folder)
     return Encoder(
-        blueprint.tokenizer,
-        blueprint.template,
-        blueprint.num_image_tokens,
+        tokenizer,
+        find_template(settings.version, tokenizer),
+        settings.num_image_tokens,
         settings.model_max_length,
         settings.on_too_long,
     )

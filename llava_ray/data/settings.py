@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from llava_ray.config.sections import DataConfig
+from llava_ray.config.sections import DataConfig, ModelConfig
 from llava_ray.data.lengths import EncoderSettings
 from llava_ray.images.geometry import ImageSpec
 
@@ -14,6 +14,7 @@ class StreamSettings:
     prepared_path: str
     shard_names: tuple[str, ...]
     encoder: EncoderSettings
+    model: ModelConfig
     image_spec: ImageSpec
     num_image_tokens: int
     mm_hidden_size: int

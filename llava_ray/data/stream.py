@@ -1,5 +1,7 @@
 """The plan carried out by Ray Data: descriptors → read and tokenise → decode → (frozen tower) → train workers.
 
+Several of Ray's own processes import this module to pass it on, so it imports neither torch nor transformers.
+
 A row of the stream is one micro-batch of one rank. ``TrainStream`` is what Ray Train evaluates at every start of the
 workers: it begins at the committed step. ``DealToRanks`` then knows the world size and lays the micro-batches in
 blocks of one rank each, which ``streaming_split`` hands out by turns, so order and place are exact for any timing.
@@ -17,7 +19,6 @@ from ray.train import DataConfig as TrainDataConfig
 
 from llava_ray.chat.conversation import Turn
 from llava_ray.data.examples import Example
-from llava_ray.data.features import FeatureActor
 from llava_ray.data.lengths import TokenLengths, load_encoder
 from llava_ray.data.plan import Plan, deal
 from llava_ray.data.settings import StreamSettings
@@ -143,6 +144,8 @@ def stream(descriptors: list[pa.Table], settings: StreamSettings) -> Dataset:
         num_cpus=settings.data.num_decode_cpus,
     )
     if settings.data.vision_features == "streamed":
+        from llava_ray.data.features import FeatureActor  # torch and transformers
+
         dataset = dataset.map_batches(
             FeatureActor,
             batch_size=None,

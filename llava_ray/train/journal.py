@@ -8,13 +8,12 @@ import json
 import time
 from typing import Any
 
-import fsspec
 import ray
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from llava_ray.config.sections import FinetuneConfig
-from llava_ray.data.storage import write_file
+from llava_ray.data.storage import read_file, write_file
 from llava_ray.tracking import TrackedRun
 from llava_ray.train.runs import RunFolder
 
@@ -112,8 +111,8 @@ def open_journal(run: RunFolder, config: FinetuneConfig, tracking_uri: str) -> A
 
 def read_rows(path: str) -> list[dict[str, Any]]:
     """Return the rows of a JSONL file; none when there is no file."""
-    files, inner = fsspec.core.url_to_fs(path)
-    if not files.exists(inner):
+    try:
+        lines = read_file(path).splitlines()
+    except FileNotFoundError:
         return []
-    with files.open(inner) as stream:
-        return [json.loads(line) for line in stream]
+    return [json.loads(line) for line in lines]

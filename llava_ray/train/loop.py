@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from ray.train.torch import get_device
 
-from llava_ray.data.batches import MicroBatch, iterate_steps
+from llava_ray.data.batches import MicroBatch, iterate_steps, start_blocks
 from llava_ray.data.settings import StreamSettings
 from llava_ray.errors import TrainingError
 from llava_ray.images.processing import normalise
@@ -30,6 +30,7 @@ def train_loop(given: dict[str, Any]) -> None:
     torch.backends.cuda.matmul.allow_tf32 = config.train.tf32
     device = get_device()
 
+    blocks = start_blocks(lambda: ray.train.get_dataset_shard("train"))
     seed_all(config.train.seed, 0, rank)
     parts = load_parts(config, device)
     engine = build_engine(parts, config, settings.num_steps)
@@ -40,7 +41,7 @@ def train_loop(given: dict[str, Any]) -> None:
         checkpointer.rehearse()
     meter = Meter(parts.llava, device, world_size)
 
-    steps = iterate_steps(ray.train.get_dataset_shard("train"), rank, first_step, settings.stream)
+    steps = iterate_steps(blocks, rank, first_step, settings.stream)
     for step in range(first_step, settings.num_steps):
         with meter.waiting():
             batches = next(steps)

@@ -12,7 +12,7 @@ from ray.train import Checkpoint, Result, UserCallback
 
 from llava_ray.config.recipes import differing_keys
 from llava_ray.config.sections import FinetuneConfig
-from llava_ray.data.storage import absolute, write_file
+from llava_ray.data.storage import absolute, read_file, write_file
 from llava_ray.errors import CheckpointError, ConfigError
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -35,10 +35,18 @@ class RunFolder:
         """Return where the final model lies."""
         return f"{self.path}/model"
 
-    def finished(self) -> dict[str, Any] | None:
-        """Return what was noted when the run ended, or None."""
-        files, inner = fsspec.core.url_to_fs(f"{self.path}/finished.json")
-        return json.loads(files.cat_file(inner)) if files.exists(inner) else None
+    def finished(self, data_hash: str) -> dict[str, Any] | None:
+        """Return what was noted when the run ended, or None. Raises ConfigError if it had learnt from other data."""
+        try:
+            noted: dict[str, Any] = json.loads(read_file(f"{self.path}/finished.json"))
+        except FileNotFoundError:
+            return None
+        if noted["data_hash"] != data_hash:
+            raise ConfigError(
+                f"run {self.name!r} in {self.storage_path} is finished, but data.data_path holds other data now (hash "
+                f"{noted['data_hash']} -> {data_hash}): give another --run.name, or start over with --run.restart True"
+            )
+        return noted
 
 
 def open_run(config: FinetuneConfig) -> RunFolder:

@@ -26,7 +26,7 @@ from llava_ray.data.shards import PreparedData
 from llava_ray.data.storage import read_file, write_file
 from llava_ray.data.stream import DealToRanks, TrainStream
 from llava_ray.errors import LlavaRayError, TrainingError
-from llava_ray.model.blueprint import read_blueprint
+from llava_ray.model.blueprint import Blueprint, read_blueprint
 from llava_ray.runtime import Resources
 from llava_ray.tracking import default_tracking_uri
 from llava_ray.train.journal import open_journal
@@ -46,6 +46,7 @@ class FinishedRun:
     """Of the last step."""
     tracking_uri: str
     mlflow_run_id: str
+    data_hash: str
     reused: bool = False
     """Whether it had been finished before, so that nothing was done now."""
 
@@ -61,15 +62,26 @@ def finetune(config: FinetuneConfig, prepared: PreparedData, resources: Resource
     Raises ConfigError, DataError, ModelError, CheckpointError or TrainingError; whatever was committed stays.
     """
     run = open_run(config)
-    noted = run.finished()
+    noted = run.finished(prepared.data_hash)
     if noted is not None:
         return FinishedRun(run, reused=True, **noted)
     config = config.replaced(absolute_paths(config))
-    lengths, plan = make_plan(config, prepared)
+    blueprint = read_blueprint(config.model, config.data.image_aspect_ratio)
+    lengths, plan = make_plan(config, prepared, blueprint)
     tracking_uri = config.tracking.tracking_uri or default_tracking_uri(config.run.storage_path)
     journal = open_journal(run, config, tracking_uri)
     mend_run(run)
-    settings = loop_settings(config, prepared, plan, resources, run, journal)
+    settings = LoopSettings(
+        config=config,
+        stream=stream_settings(config, prepared, blueprint, resources),
+        num_steps=plan.num_steps,
+        plan_hash=plan.hash,
+        data_hash=prepared.data_hash,
+        run_folder=run.path,
+        bundle_folder=run.bundle,
+        num_threads=resources.num_threads,
+        journal=journal,
+    )
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={"settings": settings},
@@ -97,9 +109,9 @@ def finetune(config: FinetuneConfig, prepared: PreparedData, resources: Resource
     return note_finished(config, run, plan, prepared, journal, tracking_uri)
 
 
-def make_plan(config: FinetuneConfig, prepared: PreparedData) -> tuple[TokenLengths, Plan]:
+def make_plan(config: FinetuneConfig, prepared: PreparedData, blueprint: Blueprint) -> tuple[TokenLengths, Plan]:
     """Measure the examples (or find them measured) and fix every step."""
-    encoder = EncoderSettings.of(config.model, config.data, config.train)
+    encoder = EncoderSettings.of(blueprint, config.data, config.train)
     lengths = measure_lengths(prepared, encoder, config.data.max_rejected)
     plan = Plan(
         lengths.column("num_tokens"),
@@ -118,20 +130,15 @@ def make_plan(config: FinetuneConfig, prepared: PreparedData) -> tuple[TokenLeng
     return lengths, plan
 
 
-def loop_settings(
-    config: FinetuneConfig,
-    prepared: PreparedData,
-    plan: Plan,
-    resources: Resources,
-    run: RunFolder,
-    journal: ActorHandle,
-) -> LoopSettings:
-    """Gather what workers and stream tasks are told."""
-    blueprint = read_blueprint(config.model, config.data.image_aspect_ratio)
-    stream = StreamSettings(
+def stream_settings(
+    config: FinetuneConfig, prepared: PreparedData, blueprint: Blueprint, resources: Resources
+) -> StreamSettings:
+    """Gather what the tasks of the stream are told."""
+    return StreamSettings(
         prepared_path=prepared.path,
         shard_names=tuple(shard.name for shard in prepared.shards),
-        encoder=EncoderSettings.of(config.model, config.data, config.train),
+        encoder=EncoderSettings.of(blueprint, config.data, config.train),
+        model=config.model,
         image_spec=blueprint.image_spec,
         num_image_tokens=blueprint.num_image_tokens,
         mm_hidden_size=blueprint.mm_hidden_size,
@@ -139,17 +146,6 @@ def loop_settings(
         data=config.data,
         bf16=config.train.bf16,
         vision_gpus=1 if resources.use_gpu else 0,
-    )
-    return LoopSettings(
-        config=config,
-        stream=stream,
-        num_steps=plan.num_steps,
-        plan_hash=plan.hash,
-        data_hash=prepared.data_hash,
-        run_folder=run.path,
-        bundle_folder=run.bundle,
-        num_threads=resources.num_threads,
-        journal=journal,
     )
 
 
@@ -202,6 +198,7 @@ def note_finished(
         "metrics": metrics,
         "tracking_uri": tracking_uri,
         "mlflow_run_id": run_id,
+        "data_hash": prepared.data_hash,
     }
     write_file(f"{run.path}/finished.json", json.dumps(noted, indent=1).encode())
     return FinishedRun(run, **noted)

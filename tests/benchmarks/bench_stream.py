@@ -24,7 +24,7 @@ from ray.data import DataIterator
 from transformers import CLIPImageProcessorPil
 
 from llava_ray.config.sections import FinetuneConfig
-from llava_ray.data.batches import iterate_steps
+from llava_ray.data.batches import iterate_steps, start_blocks
 from llava_ray.data.lengths import EncoderSettings, measure_lengths
 from llava_ray.data.plan import Plan
 from llava_ray.data.preparation import prepare_data
@@ -44,7 +44,7 @@ class Consumer:
     def consume(self, shard: DataIterator, rank: int, settings: StreamSettings) -> tuple[int, float, float]:
         """Return how many images came, and when the first and the last did."""
         num_images, first = 0, 0.0
-        for batches in iterate_steps(shard, rank, 0, settings):
+        for batches in iterate_steps(start_blocks(lambda: shard), rank, 0, settings):
             for batch in batches:
                 if batch.pixels is not None:
                     first = first or time.time()
@@ -98,14 +98,15 @@ def stream_config(folder: Path, data_path: Path) -> FinetuneConfig:
 def time_stream(config: FinetuneConfig, num_images: int) -> tuple[float, float]:
     """Return the seconds until the first image came, and from then to the last."""
     prepared = prepare_data(config.data)
-    encoder = EncoderSettings.of(config.model, config.data, config.train)
+    blueprint = read_blueprint(config.model, config.data.image_aspect_ratio)
+    encoder = EncoderSettings.of(blueprint, config.data, config.train)
     lengths = measure_lengths(prepared, encoder, 0.0)
     plan = Plan(lengths.column("num_tokens"), lengths.column("shard"), config.train.global_batch_size, 1, 0, 4)
-    blueprint = read_blueprint(config.model, config.data.image_aspect_ratio)
     settings = StreamSettings(
         prepared_path=prepared.path,
         shard_names=tuple(shard.name for shard in prepared.shards),
         encoder=encoder,
+        model=config.model,
         image_spec=ImageSpec.from_processor(
             CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size=336), "square"
         ),

@@ -23,7 +23,16 @@ def test_a_run_notes_its_settings_and_may_be_opened_again(config, tmp_path):
     run = open_run(config)
     assert json.loads(Path(run.path, "resolved.json").read_text())["train"]["global_batch_size"] == 8
     assert open_run(config.replaced({"cluster.num_workers": 5})) == run
-    assert run.finished() is None
+    assert run.finished("any") is None
+
+
+def test_a_finished_run_on_data_that_changed_since_is_refused(tmp_path):
+    run = RunFolder(str(tmp_path), "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/finished.json").write_text(json.dumps({"data_hash": "old", "num_steps": 4}))
+    assert run.finished("old")["num_steps"] == 4
+    with pytest.raises(ConfigError, match=r"finished, but data.data_path holds other data.*old -> new"):
+        run.finished("new")
 
 
 def test_other_settings_under_a_used_name_are_refused_or_set_the_old_run_aside(config, tmp_path):
