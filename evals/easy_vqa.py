@@ -5,7 +5,6 @@ Three of four questions are answered yes or no, and mostly the way their wording
 the line that a model has to beat to show that it looks.
 """
 
-import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,8 +20,6 @@ COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 KINDS = {"yes": YES_NO, "no": YES_NO} | dict.fromkeys(SHAPES, SHAPE) | dict.fromkeys(COLOURS, COLOUR)
 NEGATIONS = ("not", "no")
 READERS = {"train": "get_train_questions", "test": "get_test_questions"}
-
-Draw = tuple[tuple[str, str], ...]  # the (wording, answer) of each question that is drawn at one go
 
 
 @dataclass(frozen=True)
@@ -89,20 +86,6 @@ def test_questions(num: int, seed: int) -> list[Question]:
     return sorted(drawn, key=lambda question: question.id)
 
 
-def write_captions(folder: Path) -> Path:
-    """Write a caption of each train image, such as "a red circle", as LLaVA JSON; return the file.
-
-    A caption says what the train questions of its image tell, and no more. Images are relative to
-    ``image_folder("train")``. Raises DataError.
-    """
-    by_image: dict[str, list[Question]] = defaultdict(list)
-    for question in questions("train"):
-        by_image[question.image.name].append(question)
-    captions = {image: describe(by_image[image]) for image in sorted(by_image, key=lambda name: int(Path(name).stem))}
-    records = [_record(f"caption-{Path(image).stem}", image, "", caption) for image, caption in captions.items()]
-    return _write(folder / "captions.json", records)
-
-
 def describe(known: Iterable[Question]) -> str:
     """Say what the questions and answers about one image tell of it: "a red circle", "a red shape", "a circle"."""
     shape, colour = "shape", ""
@@ -114,48 +97,6 @@ def describe(known: Iterable[Question]) -> str:
         shape = next((word for word in told if word in SHAPES), shape)
         colour = next((word for word in told if word in COLOURS), colour)
     return " ".join(word for word in ("a", colour, shape) if word)
-
-
-def write_conversations(folder: Path, *, num_questions: int | None, seed: int, balanced: bool = False) -> Path:
-    """Write train questions as LLaVA JSON, one a conversation, and return the file.
-
-    ``num_questions`` are drawn (None: all), as many of each image as evenness allows. With ``balanced``, each wording
-    that asks for yes or no comes as often with yes as with no, so that guessing by the wording earns nothing; an odd
-    place left at the end goes to another kind. Raises DataError where there are not that many.
-    """
-    drawn = draw_evenly(questions("train"), num_questions, random.Random(seed), balanced=balanced)
-    records = [
-        _record(question.id, question.image.name, f"\n{question.question}", question.answer) for question in drawn
-    ]
-    return _write(folder / "conversations.json", records)
-
-
-def draw_evenly(
-    pool: Sequence[Question], num: int | None, rng: random.Random, *, balanced: bool = False
-) -> list[Question]:
-    """Draw questions at random, each time of the least-used image that has the wording and answer drawn."""
-    places: dict[Path, int] = {}
-    groups: dict[tuple[str, str], list[tuple[int, Question]]] = defaultdict(list)
-    for question in rng.sample(pool, len(pool)):
-        place = places.setdefault(question.image, len(places))
-        groups[question.question, question.answer].append((place, question))
-    draws: list[Draw] = [(key,) for key, group in groups.items() for _ in group]
-    draws = _pair(draws) if balanced else draws
-    num_all = sum(map(len, draws))
-    num = num_all if num is None else num
-    _check_number(num, num_all, "balanced train questions" if balanced else "train questions")
-    rng.shuffle(draws)
-    drawn: list[Question] = []
-    uses = [0] * len(places)
-    for keys in draws:
-        if len(drawn) + len(keys) > num:
-            continue  # a pair where one place is left
-        for key in keys:
-            counts = [uses[place] for place, _ in groups[key]]
-            place, question = groups[key].pop(counts.index(min(counts)))
-            uses[place] += 1
-            drawn.append(question)
-    return drawn
 
 
 def blind_answers() -> dict[str, str]:
@@ -203,29 +144,6 @@ def summarise(asked: Sequence[Question], answers: Mapping[str, str]) -> dict[str
 def normalise(answer: str) -> str:
     """Return an answer in lower case, without space around it and without one final period."""
     return answer.strip().lower().removesuffix(".").rstrip()
-
-
-def _pair(draws: Sequence[Draw]) -> list[Draw]:
-    """Join each wording's yes to a no; what finds no partner is left out, and what is no yes or no stays alone."""
-    counts = Counter(key for keys in draws for key in keys)
-    pairs: list[Draw] = [
-        ((text, "yes"), (text, "no"))
-        for (text, answer), num_yes in counts.items()
-        if answer == "yes"
-        for _ in range(min(num_yes, counts[text, "no"]))
-    ]
-    return [*pairs, *(keys for keys in draws if KINDS[keys[0][1]] != YES_NO)]
-
-
-def _record(record_id: str, image: str, question: str, answer: str) -> dict[str, Any]:
-    turns = [{"from": "human", "value": f"<image>{question}"}, {"from": "gpt", "value": answer}]
-    return {"id": record_id, "image": image, "conversations": turns}
-
-
-def _write(file: Path, records: Sequence[Mapping[str, Any]]) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(records, indent=1), encoding="utf-8")
-    return file
 
 
 def _kind(answer: str) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evals import easy_vqa
-from evals.easy_vqa_words import write_words
+from evals.easy_vqa_records import write_conversations, write_words
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.preparation import prepare_data
@@ -27,7 +27,7 @@ from pipelines.command import run_command, timed
 from pipelines.quickstart_results import answer, make_report, tell
 
 CACHE, FOLDER, RECIPES = Path("runs/cache/quickstart"), Path("runs/quickstart"), Path("pipelines/recipes/quickstart")
-NUM_TRAIN_QUESTIONS, NUM_TEST_QUESTIONS = 12_800, 1_000
+NUM_TEST_QUESTIONS = 1_000
 
 
 def main(arguments: Sequence[str]) -> float:
@@ -37,8 +37,9 @@ def main(arguments: Sequence[str]) -> float:
         for weights in (make_vision_tower(CACHE), make_language_model(CACHE)):
             print(f"{'Reused' if weights.reused else 'Converted'}: {weights.path}")
     with timed("data", seconds):
-        write_words(CACHE, num_first=3_200, num_natural=9_600, seed=0)
-        data = easy_vqa.write_conversations(CACHE, num_questions=NUM_TRAIN_QUESTIONS, seed=0)
+        write_words(CACHE, num_first=3_200, num_natural=6_400, seed=0)
+        write_conversations(CACHE, num_turns=1, seed=0)
+        data = write_conversations(CACHE, num_turns=4, seed=0)
     words = load_recipe(FinetuneConfig, [f"{RECIPES}/words.toml", *arguments])
     with connected(words.cluster) as resources:
         with timed("words", seconds):

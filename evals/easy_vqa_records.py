@@ -1,0 +1,99 @@
+"""easy-vqa as LLaVA records to train on: images with their questions, and scenes told in words.
+
+Whether a word of the question fits the scene, turned round by "not", is a parity: from a mix of both a small model
+learns neither. A curriculum in words shows plain yes-or-no questions first, as often yes as no, then the natural mix.
+A scene is as long as an image, and its words come in any order: what reads it later reads an image's tokens.
+"""
+
+import json
+import random
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from evals.easy_vqa import NEGATIONS, Question, describe, questions
+
+NEGATED_SHARE = 0.1  # of the negated questions that come among the first
+WORDS_OF_A_WHOLE_CAPTION = 3
+WORDS_OF_A_SCENE = 16  # the quickstart's tower gives as many tokens an image
+
+
+def write_conversations(folder: Path, *, num_turns: int, seed: int) -> Path:
+    """Write every train question once, as LLaVA JSON, and return the file.
+
+    A conversation asks up to ``num_turns`` questions about one image; their order and that of the conversations are
+    random. Images are relative to ``image_folder("train")``. Raises DataError.
+    """
+    rng = random.Random(seed)
+    conversations: list[list[Question]] = []
+    for asked in by_image(questions("train")).values():
+        rng.shuffle(asked)
+        conversations += [asked[start : start + num_turns] for start in range(0, len(asked), num_turns)]
+    rng.shuffle(conversations)
+    records = [
+        {"id": asked[0].id, "image": asked[0].image.name, "conversations": turns("<image>", asked)}
+        for asked in conversations
+    ]
+    return write_records(folder / f"conversations-{num_turns}.json", records)
+
+
+def write_words(folder: Path, *, num_first: int, num_natural: int, seed: int) -> Path:
+    """Write ``num_first`` balanced, mostly plain yes-or-no questions, then ``num_natural`` of all kinds, as one file.
+
+    Each is asked about a scene, its colour and shape told over and over in random order. Text-only LLaVA JSON, to be
+    learnt in this order (``data.shuffle_window = 0``). Raises DataError.
+    """
+    rng = random.Random(seed)
+    captions = {image: describe(asked) for image, asked in by_image(questions("train")).items()}
+    pool = [q for q in questions("train") if len(captions[q.image].split()) == WORDS_OF_A_WHOLE_CAPTION]
+    chosen = draw_plain(pool, rng)[:num_first] + rng.sample(pool, num_natural)
+    scenes = (rng.choices(captions[question.image].split()[1:], k=WORDS_OF_A_SCENE) for question in chosen)
+    records = [
+        {"id": f"words-{number:05d}", "conversations": turns(" ".join(scene), [question])}
+        for number, (scene, question) in enumerate(zip(scenes, chosen, strict=True))
+    ]
+    return write_records(folder / "words.json", records)
+
+
+def draw_plain(pool: Sequence[Question], rng: random.Random) -> list[Question]:
+    """Draw yes-or-no questions, each wording as often yes as no, and few wordings with a negation, in random order."""
+    groups: dict[str, dict[str, list[Question]]] = defaultdict(lambda: defaultdict(list))
+    for question in pool:
+        groups[question.question][question.answer].append(question)
+    drawn: list[Question] = []
+    for wording, by_answer in groups.items():
+        num = min(len(by_answer["yes"]), len(by_answer["no"]))
+        if any(word in NEGATIONS for word in wording.rstrip("?").split()):
+            num = round(num * NEGATED_SHARE)
+        for answer in ("yes", "no"):
+            drawn += rng.sample(by_answer[answer], num)
+    rng.shuffle(drawn)
+    return drawn
+
+
+def by_image(pool: Sequence[Question]) -> dict[Path, list[Question]]:
+    """Gather the questions of each image."""
+    gathered: dict[Path, list[Question]] = defaultdict(list)
+    for question in pool:
+        gathered[question.image].append(question)
+    return gathered
+
+
+def turns(scene: str, asked: Sequence[Question]) -> list[dict[str, str]]:
+    """Return LLaVA's turns: the scene stands before the first question."""
+    return [
+        turn
+        for number, question in enumerate(asked)
+        for turn in (
+            {"from": "human", "value": question.question if number else f"{scene}\n{question.question}"},
+            {"from": "gpt", "value": question.answer},
+        )
+    ]
+
+
+def write_records(file: Path, records: Sequence[Mapping[str, Any]]) -> Path:
+    """Write LLaVA JSON and return the file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(records, indent=1), encoding="utf-8")
+    return file
