@@ -19,23 +19,15 @@ WORDS_OF_A_WHOLE_CAPTION = 3
 WORDS_OF_A_SCENE = 16  # the quickstart's tower gives as many tokens an image
 
 
-def write_conversations(folder: Path, *, num_turns: int, seed: int) -> Path:
-    """Write every train question once, as LLaVA JSON, and return the file.
+def write_conversations(folder: Path, *, seed: int) -> Path:
+    """Write every train question once, a conversation each, in random order, as LLaVA JSON; return the file.
 
-    A conversation asks up to ``num_turns`` questions about one image; their order and that of the conversations are
-    random. Images are relative to ``image_folder("train")``. Raises DataError.
+    Images are relative to ``image_folder("train")``. Raises DataError.
     """
-    rng = random.Random(seed)
-    conversations: list[list[Question]] = []
-    for asked in by_image(questions("train")).values():
-        rng.shuffle(asked)
-        conversations += [asked[start : start + num_turns] for start in range(0, len(asked), num_turns)]
-    rng.shuffle(conversations)
-    records = [
-        {"id": asked[0].id, "image": asked[0].image.name, "conversations": turns("<image>", asked)}
-        for asked in conversations
-    ]
-    return write_records(folder / f"conversations-{num_turns}.json", records)
+    asked = questions("train")
+    random.Random(seed).shuffle(asked)
+    records = [{"id": q.id, "image": q.image.name, "conversations": turns("<image>", q)} for q in asked]
+    return write_records(folder / "conversations.json", records)
 
 
 def write_words(folder: Path, *, num_first: int, num_natural: int, seed: int) -> Path:
@@ -45,12 +37,15 @@ def write_words(folder: Path, *, num_first: int, num_natural: int, seed: int) ->
     learnt in this order (``data.shuffle_window = 0``). Raises DataError.
     """
     rng = random.Random(seed)
-    captions = {image: describe(asked) for image, asked in by_image(questions("train")).items()}
+    by_image: dict[Path, list[Question]] = defaultdict(list)
+    for question in questions("train"):
+        by_image[question.image].append(question)
+    captions = {image: describe(asked) for image, asked in by_image.items()}
     pool = [q for q in questions("train") if len(captions[q.image].split()) == WORDS_OF_A_WHOLE_CAPTION]
     chosen = draw_plain(pool, rng)[:num_first] + rng.sample(pool, num_natural)
     scenes = (rng.choices(captions[question.image].split()[1:], k=WORDS_OF_A_SCENE) for question in chosen)
     records = [
-        {"id": f"words-{number:05d}", "conversations": turns(" ".join(scene), [question])}
+        {"id": f"words-{number:05d}", "conversations": turns(" ".join(scene), question)}
         for number, (scene, question) in enumerate(zip(scenes, chosen, strict=True))
     ]
     return write_records(folder / "words.json", records)
@@ -72,24 +67,9 @@ def draw_plain(pool: Sequence[Question], rng: random.Random) -> list[Question]:
     return drawn
 
 
-def by_image(pool: Sequence[Question]) -> dict[Path, list[Question]]:
-    """Gather the questions of each image."""
-    gathered: dict[Path, list[Question]] = defaultdict(list)
-    for question in pool:
-        gathered[question.image].append(question)
-    return gathered
-
-
-def turns(scene: str, asked: Sequence[Question]) -> list[dict[str, str]]:
-    """Return LLaVA's turns: the scene stands before the first question."""
-    return [
-        turn
-        for number, question in enumerate(asked)
-        for turn in (
-            {"from": "human", "value": question.question if number else f"{scene}\n{question.question}"},
-            {"from": "gpt", "value": question.answer},
-        )
-    ]
+def turns(scene: str, question: Question) -> list[dict[str, str]]:
+    """Return LLaVA's turns: the question about a scene, and its answer."""
+    return [{"from": "human", "value": f"{scene}\n{question.question}"}, {"from": "gpt", "value": question.answer}]
 
 
 def write_records(file: Path, records: Sequence[Mapping[str, Any]]) -> Path:

@@ -56,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_language_model(folder / "llama", "llama")
     make_vision_tower(folder / "clip", "clip")
     write_samples(folder, 64)
-    write_conversations(folder, num_turns=1, seed=0)
+    write_conversations(folder, seed=0)
     return folder
 
 
@@ -75,7 +75,7 @@ def test_a_big_recipe_is_planned_and_takes_two_steps(recipe, folder, ray_cluster
         "model.model_name_or_path": str(folder / "llama"),
         "model.vision_tower": str(folder / "clip"),
         "model.pretrain_mm_mlp_adapter": None,
-        "data.data_path": str(folder / ("conversations-1.json" if pretrain else "data.json")),
+        "data.data_path": str(folder / ("conversations.json" if pretrain else "data.json")),
         "data.image_folder": str(images),
         "data.cache_dir": str(folder / "cache"),
         "data.max_samples": 64,
@@ -113,7 +113,7 @@ def test_the_quickstart_recipes_run_on_64_samples_of_the_real_data(folder, ray_c
     }
     spoken = run(words.replaced(common | scenes | parts))
     questions = {
-        "data.data_path": str(write_conversations(folder, num_turns=4, seed=0)),
+        "data.data_path": str(write_conversations(folder, seed=0)),
         "model.model_name_or_path": spoken.folder.bundle,
     }
     aligned = run(align.replaced(common | questions))
