@@ -12,10 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evals.easy_vqa import NEGATIONS, Question, describe, questions
+from evals.easy_vqa import COLOURS, NEGATIONS, SHAPES, Question, describe, questions
 
 NEGATED_SHARE = 0.1  # of the negated questions that come among the first
-WORDS_OF_A_WHOLE_CAPTION = 3
 WORDS_OF_A_SCENE = 16  # the quickstart's tower gives as many tokens an image
 
 
@@ -40,10 +39,10 @@ def write_words(folder: Path, *, num_first: int, num_natural: int, seed: int) ->
     by_image: dict[Path, list[Question]] = defaultdict(list)
     for question in questions("train"):
         by_image[question.image].append(question)
-    captions = {image: describe(asked) for image, asked in by_image.items()}
-    pool = [q for q in questions("train") if len(captions[q.image].split()) == WORDS_OF_A_WHOLE_CAPTION]
+    told = {image: set(describe(asked).split()) & {*COLOURS, *SHAPES} for image, asked in by_image.items()}
+    pool = [question for question in questions("train") if len(told[question.image]) == len((COLOURS, SHAPES))]
     chosen = draw_plain(pool, rng)[:num_first] + rng.sample(pool, num_natural)
-    scenes = (rng.choices(captions[question.image].split()[1:], k=WORDS_OF_A_SCENE) for question in chosen)
+    scenes = (rng.choices(sorted(told[question.image]), k=WORDS_OF_A_SCENE) for question in chosen)
     records = [
         {"id": f"words-{number:05d}", "conversations": turns(" ".join(scene), question)}
         for number, (scene, question) in enumerate(zip(scenes, chosen, strict=True))
