@@ -1,4 +1,4 @@
-"""LoRA adapters: laid over a language model, merged into it. peft is imported inside the functions: it takes seconds."""
+"""LoRA adapters: laid over a language model, merged into it. peft is imported inside the functions: it is slow."""
 
 from dataclasses import replace
 from pathlib import Path

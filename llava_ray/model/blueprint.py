@@ -16,7 +16,8 @@ from llava_ray.chat.templates import Template, find_template
 from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import ModelError
 from llava_ray.images.geometry import ImageSpec
-from llava_ray.model.layouts import TOKENIZER_FILES, Kind, Layout, check_whole, read_layout
+from llava_ray.model.layout import TOKENIZER_FILES, Kind, Layout, check_whole
+from llava_ray.model.layouts import read_layout
 from llava_ray.model.manifest import Manifest
 from llava_ray.model.sources import (
     PartName,

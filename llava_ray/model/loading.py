@@ -1,6 +1,5 @@
 """``load_pretrained_model``: one function for every layout that a LLaVA comes in."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import ConfigError, ModelError
 from llava_ray.model.blueprint import Blueprint, find_layout, read_blueprint
 from llava_ray.model.bundle import LlavaParts, assemble
-from llava_ray.model.layouts import Kind, Layout
+from llava_ray.model.layout import Layout
+from llava_ray.model.published_settings import OUR_KEY
 
 DEFAULT_LENGTH = 2048  # the original's, where a config says nothing
 
@@ -42,9 +42,7 @@ def load_pretrained_model(
     """
     _, layout = find_layout(str(model_path), weights=True)
     config = pretrained_config(layout, model_path, model_base, vision_tower, version)
-    parts = assemble(
-        config, aspect_ratio(layout), dtype=dtype, model_max_length=find_length(layout), bits=bits
-    )
+    parts = assemble(config, aspect_ratio(layout), dtype=dtype, model_max_length=find_length(layout), bits=bits)
     parts.tower.to(device)
     parts.llava.to(device).eval()
     return parts
@@ -97,6 +95,22 @@ def find_version(layout: Layout, given: str | None) -> str:
     return str(version)
 
 
+def describe_model(blueprint: Blueprint) -> str:
+    """Say in one line what was found, and which template it is spoken to with."""
+    layout, version = blueprint.layout, blueprint.config.version
+    parts = [f"language model {blueprint.language_source.name}"] if not layout.has_language_model else []
+    parts += [f"tower {blueprint.tower_source.name}"] if not layout.has_vision_tower else []
+    parts += ["adapter"] if layout.adapter else []
+    parts += ["its projector is new and has learnt nothing"] if not layout.settings else []
+    if version != layout.settings.get("version"):
+        origin = "as given"
+    elif layout.manifest is not None or OUR_KEY in layout.config:
+        origin = "its own"
+    else:
+        origin = "that of published models like it"
+    return f"{layout.folder}: {layout.kind}, template {version!r} ({origin})" + "".join(f", {part}" for part in parts)
+
+
 def aspect_ratio(layout: Layout) -> str:
     """Return how a model's images become the tower's size; "square" where nothing says."""
     return str(layout.settings.get("image_aspect_ratio", "square"))
@@ -105,5 +119,5 @@ def aspect_ratio(layout: Layout) -> str:
 def find_length(layout: Layout) -> int:
     """Return the longest sequence that a model was trained for, at most its language model's positions."""
     positions = (layout.language_config or {}).get("max_position_embeddings")
-    length = layout.settings.get("model_max_length") or positions or DEFAULT_LENGTH
+    length = layout.settings.get("model_max_length") or DEFAULT_LENGTH
     return int(min(length, positions or length))

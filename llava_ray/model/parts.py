@@ -9,7 +9,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, BitsAndBytesConfig, PreTra
 
 from llava_ray.errors import ModelError
 from llava_ray.model.blueprint import Blueprint
-from llava_ray.model.layouts import Layout, read_layout
+from llava_ray.model.layout import Layout
+from llava_ray.model.layouts import read_layout
 from llava_ray.model.manifest import Manifest
 from llava_ray.model.packing import check_packing
 from llava_ray.model.pretrained import load_pretrained
@@ -44,7 +45,7 @@ def load_language_model(blueprint: Blueprint, dtype: torch.dtype, **options: Any
     # SDPA is transformers' own default, with eager where a model has none (Gemma 2); asked for by name it is refused.
     attention = None if wanted == "sdpa" else wanted
     model = load_pretrained(
-        MODEL_FOR_CAUSAL_LM_MAPPING[type(config)],
+        MODEL_FOR_CAUSAL_LM_MAPPING,
         config,
         blueprint.language_source,
         "language model",

@@ -16,15 +16,15 @@ GENERATION_CONFIG = "generation_config.json"
 
 
 def load_pretrained(
-    model_class: type[PreTrainedModel], config: PreTrainedConfig, source: Source, part: str, **options: Any
+    classes: Any, config: PreTrainedConfig, source: Source, part: str, **options: Any
 ) -> PreTrainedModel:
-    """Make a model of exactly the source's tensors. ``options`` are those of ``from_pretrained``.
+    """Make a model of exactly the source's tensors.
 
-    Raises ModelError that names the first tensor that is missing, unknown or of another shape.
+    ``classes`` is transformers' mapping from configs to models, ``options`` are those of ``from_pretrained``. Raises
+    ModelError that names the first tensor that is missing, unknown or of another shape.
     """
-    classes: Any = model_class  # whose from_pretrained is untyped
     with loading(source.folder, part):
-        model, info = classes.from_pretrained(
+        model, info = classes[type(config)].from_pretrained(
             None,
             config=config,
             state_dict=as_state_dict(source.tensors),
@@ -59,8 +59,7 @@ def check_loaded(info: Mapping[str, Any], source: Source, part: str) -> None:
         name, found, expected = mismatched[0]
         raise ModelError(
             f"{where}: {len(mismatched)} tensors have another shape than its config.json says, the first is {name}: "
-            f"found {list(found)}{_file_of(name, source)}, expected {list(expected)}. Config and weights are not of one "
-            "model."
+            f"found {list(found)}{_file_of(name, source)}, expected {list(expected)}. These are not one model's files."
         )
     if made_up := sorted(info["missing_keys"]):
         raise ModelError(
@@ -70,7 +69,7 @@ def check_loaded(info: Mapping[str, Any], source: Source, part: str) -> None:
     if unknown := sorted(info["unexpected_keys"]):
         raise ModelError(
             f"{where} holds {len(unknown)} tensors that a model of type {source.config.get('model_type')!r} does not "
-            f"have, the first is {unknown[0]}{_file_of(unknown[0], source)}. Config and weights are not of one model."
+            f"have, the first is {unknown[0]}{_file_of(unknown[0], source)}. These are not one model's files."
         )
     if errors := info.get("error_msgs"):
         raise ModelError(f"{where} cannot be loaded: {errors[0]}")

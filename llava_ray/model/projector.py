@@ -7,7 +7,9 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from llava_ray.errors import ModelError
-from llava_ray.model.layouts import ORIGINAL_PROJECTOR, PROJECTOR_FILE, original_name, read_layout
+from llava_ray.model.layout import ORIGINAL_PROJECTOR, PROJECTOR_FILE
+from llava_ray.model.layouts import read_layout
+from llava_ray.model.published_layouts import original_name
 from llava_ray.model.tensor_files import StoredTensor, read_tensor_file
 from llava_ray.model.tensor_reading import read_tensors
 

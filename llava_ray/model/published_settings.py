@@ -88,7 +88,9 @@ def original_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     if "mm_vision_select_layer" not in config:
         raise ModelError(f"{where} has no mm_vision_select_layer; add the layer that the projector was trained on.")
     if config.get("mm_resampler_type") is not None:
-        raise ModelError(f"{where}: mm_resampler_type is {config['mm_resampler_type']!r}; resamplers are not supported.")
+        raise ModelError(
+            f"{where}: mm_resampler_type is {config['mm_resampler_type']!r}; resamplers are not supported."
+        )
     settings = {
         "mm_projector_type": config.get("mm_projector_type", "linear"),
         "mm_vision_select_layer": config["mm_vision_select_layer"],

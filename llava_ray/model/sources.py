@@ -15,7 +15,8 @@ from transformers import __version__ as transformers_version
 
 from llava_ray.chat.tokenizer import load_tokenizer
 from llava_ray.errors import ModelError
-from llava_ray.model.layouts import CONFIG, Kind, Layout, read_layout
+from llava_ray.model.layout import CONFIG, Kind, Layout
+from llava_ray.model.layouts import read_layout
 from llava_ray.model.published_settings import (
     hub_language_config,
     is_hub,
@@ -65,9 +66,7 @@ def find_source(name: str | Path, part: str, *, weights: bool = True) -> Source:
     if folder.is_dir():
         return Source(str(folder.resolve()), folder.resolve(), str(folder.resolve()))
     try:
-        found = Path(
-            snapshot_download(str(name), allow_patterns=[*SMALL_FILES, *(WEIGHT_FILES if weights else [])])
-        )
+        found = Path(snapshot_download(str(name), allow_patterns=[*SMALL_FILES, *(WEIGHT_FILES if weights else [])]))
         if weights and not list(found.glob("*.safetensors")):
             found = Path(snapshot_download(str(name), allow_patterns=[*SMALL_FILES, "*.bin"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -153,7 +152,7 @@ def loading(path: str | Path, part: str) -> Iterator[None]:
 
 def make_config(values: Mapping[str, Any], where: str | Path, part: str) -> PreTrainedConfig:
     """Make a part's config of what its config.json holds. Raises ModelError."""
-    model_type = values.get("model_type")
+    model_type = str(values.get("model_type"))
     if model_type not in CONFIG_MAPPING:
         raise ModelError(
             f"the {part} in {where} is of an unknown architecture: model_type is {model_type!r} in its config.json, "

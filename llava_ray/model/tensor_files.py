@@ -1,22 +1,18 @@
-"""What files of weights hold, from their headers alone: names, shapes and where the bytes are. No torch.
-
-A safetensors file begins with such a header. A PyTorch file (``.bin``) is a zip archive with a pickle, which is read
-here by an unpickler that knows how tensors are written and nothing else, so nothing in it is ever run.
-"""
+"""What files of weights hold, from their headers alone: names, shapes and where the bytes are. No torch."""
 
 import json
 import math
-import pickle
-import struct
-import zipfile
-from collections import OrderedDict
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Self
 
 from llava_ray.errors import ModelError
+from llava_ray.model.pickled_tensors import read_pickle
 
+# Kept by older versions of transformers, and computed by newer ones.
+COMPUTED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 MAX_HEADER_BYTES = 100 * 2**20  # the limit of the safetensors library
 
 NO_WEIGHTS = (
@@ -37,18 +33,6 @@ DTYPES = {
     "I8": ("int8", 1),
     "U8": ("uint8", 1),
     "BOOL": ("bool", 1),
-}
-STORAGES = {
-    "DoubleStorage": "F64",
-    "FloatStorage": "F32",
-    "HalfStorage": "F16",
-    "BFloat16Storage": "BF16",
-    "LongStorage": "I64",
-    "IntStorage": "I32",
-    "ShortStorage": "I16",
-    "CharStorage": "I8",
-    "ByteStorage": "U8",
-    "BoolStorage": "BOOL",
 }
 
 
@@ -87,9 +71,13 @@ def read_tensor_file(file: Path) -> dict[str, StoredTensor]:
     Raises ModelError that names the file if it is missing, cut off, damaged, or holds more than tensors.
     """
     try:
-        return _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickled(file)
+        if file.suffix == ".safetensors":
+            return _read_safetensors(file)
+        return {name: StoredTensor(file, name, *tensor) for name, tensor in read_pickle(file).items()}
     except OSError as error:
-        raise ModelError(f"{file} cannot be read ({error.strerror}); copy it again, or mend its permissions.") from error
+        raise ModelError(
+            f"{file} cannot be read ({error.strerror}); copy it again, or mend its permissions."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -100,6 +88,27 @@ class Weights:
     names: frozenset[str]
     missing: tuple[str, ...] = ()
 
+    @classmethod
+    def of(cls, tensors: dict[str, StoredTensor]) -> Self:
+        """Take the tensors of a file for all that there should be."""
+        return cls(tensors, frozenset(tensors))
+
+    def renamed(self, rename: Callable[[str], str]) -> Self:
+        """Return the weights by other names, without what newer versions of transformers compute."""
+        tensors: dict[str, StoredTensor] = {}
+        for name, tensor in self.tensors.items():
+            if COMPUTED.search(name):
+                continue
+            if (other := tensors.get(rename(name))) is not None:
+                raise ModelError(f"{tensor.file}: {name} is the same tensor as {other.name} in {other.file.name}.")
+            tensors[rename(name)] = tensor
+        names = frozenset(rename(name) for name in self.names if not COMPUTED.search(name))
+        return replace(self, tensors=tensors, names=names)
+
+    def below(self, part: str) -> Self:
+        """Return the weights as those of a part."""
+        return self.renamed(lambda own: f"{part}.{own}")
+
 
 def read_weights(folder: Path) -> Weights:
     """Read the headers of a folder's weight files, in transformers' order of preference; there may be none.
@@ -109,8 +118,7 @@ def read_weights(folder: Path) -> Weights:
     for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
         single, index = folder / f"{stem}.{ending}", folder / f"{stem}.{ending}.index.json"
         if single.is_file():
-            tensors = read_tensor_file(single)
-            return Weights(tensors, frozenset(tensors))
+            return Weights.of(read_tensor_file(single))
         if index.is_file():
             return _read_shards(index)
     return Weights({}, frozenset(), (NO_WEIGHTS,))
@@ -181,109 +189,6 @@ def _from_header(file: Path, name: str, entry: dict[str, Any], start: int) -> St
     if begin < 0 or end - begin != math.prod(shape) * element_size:
         raise ValueError(f"{name}: {end - begin} bytes for {entry['dtype']} {list(shape)}")
     return StoredTensor(file, name, dtype, shape, _contiguous(shape), start + begin, element_size)
-
-
-def _read_pickled(file: Path) -> dict[str, StoredTensor]:
-    try:
-        with zipfile.ZipFile(file) as archive:
-            [index] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            root = index.removesuffix("data.pkl")
-            with archive.open(index) as stream:
-                values = _TensorUnpickler(stream, file, lambda key: _find_bytes(archive, f"{root}data/{key}")).load()
-    except ModelError:
-        raise
-    except (zipfile.BadZipFile, ValueError, KeyError, struct.error, pickle.UnpicklingError, EOFError) as error:
-        raise ModelError(
-            f"{file} is cut off, damaged or no PyTorch file of tensors ({error}); copy it again. (Files older than "
-            "PyTorch 1.6 have to be saved again by a newer one.)"
-        ) from error
-    if not isinstance(values, dict):
-        raise ModelError(f"{file} holds a {type(values).__name__}; expected tensors by name.")
-    return {
-        name: StoredTensor(file, name, *vars(value).values())
-        for name, value in values.items()
-        if isinstance(value, _Pickled)
-    }
-
-
-def _find_bytes(archive: zipfile.ZipFile, name: str) -> tuple[int, int]:
-    """Return where a member's bytes begin in the archive, and how many there are."""
-    member = archive.getinfo(name)
-    if member.compress_type != zipfile.ZIP_STORED or archive.fp is None:
-        raise ValueError(f"{name} is compressed")
-    archive.fp.seek(member.header_offset)
-    local = archive.fp.read(30)
-    name_length, extra_length = struct.unpack("<26x2H", local)
-    return member.header_offset + 30 + name_length + extra_length, member.file_size
-
-
-@dataclass
-class _Pickled:
-    """A tensor as its pickle describes it; the fields are StoredTensor's after its name."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-    element_size: int
-
-
-@dataclass
-class _Storage:
-    dtype: str
-    element_size: int
-    offset: int
-    num_bytes: int
-
-
-class _TensorUnpickler(pickle.Unpickler):
-    """Reads what ``torch.save`` writes of tensors in dicts; refuses every other class and function unseen."""
-
-    def __init__(self, stream: Any, file: Path, find_bytes: Callable[[str], tuple[int, int]]) -> None:
-        """Take the pickle, its file's name for messages, and what finds a storage's bytes in the file."""
-        super().__init__(stream)
-        self.file = file
-        self.find_bytes = find_bytes
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Return a stand-in for what tensors are made of. Raises ModelError for anything else."""
-        known: dict[tuple[str, str], Any] = {
-            ("collections", "OrderedDict"): OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-            ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-        }
-        if module == "torch" and name in STORAGES:
-            return name
-        if (module, name) not in known:
-            _refuse_code(self.file, f"{module}.{name}")
-        return known[module, name]
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        """Return where a storage lies."""
-        kind, storage, key, _, numel = pid
-        if kind != "storage" or storage not in STORAGES:
-            raise pickle.UnpicklingError(f"unknown storage {pid!r}")
-        dtype, element_size = DTYPES[STORAGES[storage]]
-        offset, num_bytes = self.find_bytes(str(key))
-        if num_bytes < numel * element_size:
-            raise ValueError(f"storage {key} has {num_bytes} bytes of {numel * element_size}")
-        return _Storage(dtype, element_size, offset, num_bytes)
-
-
-def _rebuild_tensor(storage: _Storage, start: int, shape: Any, stride: Any, *_: Any) -> _Pickled:
-    offset = storage.offset + start * storage.element_size
-    tensor = _Pickled(storage.dtype, tuple(shape), tuple(stride), offset, storage.element_size)
-    last = StoredTensor(Path(), "", *vars(tensor).values()).span * storage.element_size
-    if start < 0 or offset + last > storage.offset + storage.num_bytes:
-        raise ValueError(f"a tensor of shape {tensor.shape} reaches beyond its storage")
-    return tensor
-
-
-def _refuse_code(file: Path, what: str) -> NoReturn:
-    raise ModelError(
-        f"{file} holds more than tensors: it refers to {what}, which loading would run. It is refused unread. If you "
-        "trust its maker, load it where nothing can be lost and save its tensors as safetensors."
-    )
 
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -159,5 +159,5 @@ def load_vision_tower(
     if source.config.get("model_type") in WITH_TEXT_PART:
         seeing = {name: tensor for name, tensor in source.tensors.items() if name.startswith("vision_model.")}
         source = replace(source, tensors=seeing)
-    backbone = load_pretrained(MODEL_MAPPING[type(config)], config, source, "vision tower", dtype=dtype)
+    backbone = load_pretrained(MODEL_MAPPING, config, source, "vision tower", dtype=dtype)
     return VisionTower(backbone, select_layer, select_feature).freeze()

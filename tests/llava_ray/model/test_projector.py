@@ -116,6 +116,8 @@ def test_pickle_with_code_is_not_run(tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "exploded",))
 
     torch.save({"mm_projector.0.weight": Bomb()}, tmp_path / "mm_projector.bin")
-    with pytest.raises(ModelError, match=r"mm_projector\.bin holds more than tensors: it refers to __builtin__\.getattr"):
+    with pytest.raises(
+        ModelError, match=r"mm_projector\.bin holds more than tensors: it refers to __builtin__\.getattr"
+    ):
         load_projector_weights(tmp_path / "mm_projector.bin")
     assert not (tmp_path / "exploded").exists()
