@@ -130,6 +130,8 @@ def find_layout(name: str, *, weights: bool) -> tuple[Source, Layout]:
         layout = read_layout(root.folder)
     if layout.kind is Kind.VISION_TOWER:
         raise ModelError(f"{name} is a vision tower, not a language model; give it as vision_tower.")
+    if layout.folder != root.folder:  # a run's checkpoint, whose model lies below
+        root = Source(str(layout.folder), layout.folder, str(layout.folder))
     return root, layout
 
 
@@ -158,10 +160,10 @@ def find_vision_tower(config: ModelConfig, root: Source, layout: Layout, *, weig
             refuse_other(config.vision_tower, inside, VISION_TOWER, layout)
         return inside
     named = layout.vision_tower
-    if named is not None and (layout.folder / named).is_dir():
+    if named and (layout.folder / named).is_dir():
         named = str(layout.folder / named)
     tower = config.vision_tower or named
-    if tower is None:
+    if not tower:
         raise ModelError(
             f"{config.model_name_or_path} is a {layout.kind} that names no vision tower, and model.vision_tower is not "
             "set; name a CLIP, SigLIP or DINOv2 tower, or start from a llava_ray bundle, which brings its own."

@@ -53,8 +53,20 @@ def load_language_model(blueprint: Blueprint, dtype: torch.dtype, **options: Any
         attn_implementation=attention,
         **options,
     )
+    settle(model)
     check_packing(model)
     return model
+
+
+def settle(language_model: PreTrainedModel) -> None:
+    """Let 4-bit matrices compute alike wherever they run.
+
+    On CPUs with AVX-512 BF16 bitsandbytes 0.50 repacks them as soon as no gradient is asked for, and fails on layers
+    narrower than a block.
+    """
+    for module in language_model.modules():
+        if "support_avx512bf16_for_cpu" in vars(module):
+            vars(module)["support_avx512bf16_for_cpu"] = False
 
 
 def quantized(bits: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -95,8 +107,9 @@ def load_projector(blueprint: Blueprint, manifest: Manifest, seed: int) -> nn.Mo
         check_adapter(Path(adapter), manifest)
         adopt_projector(projector, load_projector_weights(adapter), adapter)
     elif blueprint.layout.settings:
-        weights = read_tensors(blueprint.layout.part("projector"))
-        adopt_projector(projector, weights, str(blueprint.layout.folder))
+        stored = blueprint.layout.part("projector")
+        file = next((tensor.file for tensor in stored.values()), blueprint.layout.folder)
+        adopt_projector(projector, read_tensors(stored), str(file))
     return projector
 
 

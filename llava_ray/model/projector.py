@@ -83,8 +83,8 @@ def adopt_projector(projector: nn.Module, weights: Mapping[str, Tensor], source:
         raise ModelError(
             f"the projector in {source} does not fit: it is {describe_projector(found)}, expected "
             f"{describe_projector(expected)} ({wrong}: found {_shape(found.get(wrong))}, expected "
-            f"{_shape(expected.get(wrong))}). Use the vision tower, language model and mm_projector_type that it was "
-            "trained with, or leave pretrain_mm_mlp_adapter out to start a new one."
+            f"{_shape(expected.get(wrong))}). Use the vision tower, language model and mm_projector_type "
+            "that it was trained with, or start a new one, without pretrain_mm_mlp_adapter, from the language model."
         )
     projector.load_state_dict(dict(weights))
 

@@ -31,7 +31,7 @@ class GoldenModel:
         return process_images([opened], self.parts.image_processor, self.parts.manifest)
 
 
-@pytest.fixture(scope="session", params=["v15_mlp_pad", "lora", "lora, merged"])
+@pytest.fixture(scope="session")
 def golden_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> GoldenModel:
     name = request.param.partition(",")[0]
     folder = copy_golden(name, tmp_path_factory.mktemp("golden") / name)
