@@ -15,19 +15,21 @@ from llava_ray.errors import ModelError
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
     from tokenizers.models import BPE
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | Path, config: PreTrainedConfig | None = None) -> PreTrainedTokenizerBase:
     """Load a fast tokenizer from a folder or a hub name, its merges in SentencePiece's order.
 
-    Raises ModelError if there is no tokenizer at ``path``.
+    ``config`` is that of the language model, where config.json at ``path`` is another. Raises ModelError if there is
+    no tokenizer at ``path``.
     """
     from tokenizers.models import BPE
     from transformers import AutoTokenizer
 
+    known = {} if config is None else {"config": config}
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path))
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path), **known)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"no tokenizer can be loaded from {str(path)!r}: {error} "

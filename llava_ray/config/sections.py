@@ -22,7 +22,9 @@ class ModelConfig(Section):
     """Which parts make the model, and which of them learn."""
 
     model_name_or_path: str
-    """The language model (hub id or folder), or a llava_ray bundle to go on from."""
+    """The language model (hub id or folder), or a LLaVA to go on from: a llava_ray bundle or any published layout."""
+    model_base: str | None = None
+    """Language model under an adapter or a projector-only folder that does not name it, or that has moved."""
     vision_tower: str | None = None
     """CLIP, SigLIP or DINOv2 (hub id or folder). A bundle brings its own."""
     version: str = "v1"

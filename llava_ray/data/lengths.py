@@ -59,7 +59,7 @@ class EncoderSettings:
         """Pick them from a model and a run's sections."""
         config = blueprint.config
         return cls(
-            config.model_name_or_path,
+            blueprint.tokenizer_source.name,
             config.version,
             blueprint.num_image_tokens,
             train.model_max_length,

@@ -39,19 +39,19 @@ class PreviewSettings:
     tokenizer: str | None = None
     """Folder of a tokenizer: shows ids and labels, and opens no image."""
     model: str | None = None
-    """A llava_ray bundle, or a plain language model with --vision_tower: shows images and losses too."""
+    """A LLaVA of any layout, or a plain language model with --vision_tower: shows images and losses too."""
     version: str | None = None
-    """Conversation template; a bundle brings its own."""
+    """Conversation template; a bundle brings its own, and most published models are known."""
     image_folder: str | None = None
     """Where relative image paths start; default: beside the data."""
     image_aspect_ratio: Literal["square", "pad"] | None = None
-    """Default: the bundle's, otherwise "square"."""
+    """Default: the model's, otherwise "square"."""
     model_max_length: int | None = None
     """Longer samples are cut as in training; default: the model's, or nothing is cut."""
     model_base: str | None = None
-    """The language model of a bundle that only names it."""
+    """The language model under an adapter or a projector, where the folder only names it or it has moved."""
     vision_tower: str | None = None
-    """The tower of a plain language model, or of a bundle that only names it."""
+    """The tower of a plain language model, or of a folder that only names it."""
     max_samples: int | None = None
     """Look at the first so many records; default: 200 for the report, all with --json."""
     output: str = "runs/preview"

@@ -2,26 +2,23 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_ray.chat.templates import find_template
-from llava_ray.config.sections import ModelConfig
 from llava_ray.data.examples import Encoder
 from llava_ray.data.preview import PreviewSettings, Rejection, SampleView, Viewer, find_images
 from llava_ray.errors import ConfigError
 from llava_ray.images.geometry import ImageSpec
 from llava_ray.images.processing import normalise
-from llava_ray.model.bundle import LlavaParts, assemble, load_bundle
+from llava_ray.model.bundle import LlavaParts
+from llava_ray.model.layout import Kind
+from llava_ray.model.loading import load_pretrained_model
 from llava_ray.model.losses import sample_losses
-from llava_ray.model.manifest import is_bundle
 
 IMAGES_PER_FORWARD = 32
-DEFAULT_LENGTH = 2048
 
 
 @dataclass(frozen=True)
@@ -82,40 +79,26 @@ def model_viewer(settings: PreviewSettings) -> tuple[Viewer, Judge]:
             f"--model {settings.model} and --tokenizer {settings.tokenizer}: give one of them; a model has its own "
             "tokenizer"
         )
-    parts = load_parts(settings, Path(settings.model))
+    parts = load_pretrained_model(
+        settings.model,
+        settings.model_base,
+        vision_tower=settings.vision_tower,
+        version=settings.version,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )
     length = settings.model_max_length or parts.manifest.model_max_length
     spec = ImageSpec.from_processor(
         parts.image_processor, settings.image_aspect_ratio or parts.manifest.image_aspect_ratio
     )
-    template = find_template(settings.version or parts.manifest.version, parts.tokenizer)
-    encoder = Encoder(parts.tokenizer, template, parts.num_image_tokens, length)
+    encoder = Encoder(parts.tokenizer, parts.template, parts.num_image_tokens, length)
     return Viewer(encoder, find_images(settings), spec, _notes(settings, parts)), Judge(parts, spec, length)
 
 
 def _notes(settings: PreviewSettings, parts: LlavaParts) -> tuple[str, ...]:
     notes = []
-    if parts.bundle is None:
+    if parts.layout.kind is Kind.LANGUAGE_MODEL:
         notes.append("the projector is new and has learnt nothing: losses of samples with images say little.")
-    if settings.version not in (None, parts.manifest.version):
-        notes.append(f"the model was trained with template {parts.manifest.version!r}, not {settings.version!r}.")
+    trained = parts.layout.settings.get("version")
+    if trained is not None and settings.version not in (None, trained):
+        notes.append(f"the model was trained with template {trained!r}, not {settings.version!r}.")
     return tuple(notes)
-
-
-def load_parts(settings: PreviewSettings, folder: Path) -> LlavaParts:
-    """Load a bundle, or a plain language model with a tower and a new projector, in fp32 for evaluation."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if is_bundle(folder):
-        return load_bundle(
-            folder, device=device, language_model=settings.model_base, vision_tower=settings.vision_tower
-        )
-    if settings.version is None or settings.vision_tower is None:
-        raise ConfigError(
-            f"--model {folder} is no llava_ray bundle (it has no llava.json), so it does not say its template or "
-            f"tower; add --version (found {settings.version}) and --vision_tower (found {settings.vision_tower})"
-        )
-    config = ModelConfig(model_name_or_path=str(folder), vision_tower=settings.vision_tower, version=settings.version)
-    ratio = settings.image_aspect_ratio or "square"
-    parts = assemble(config, ratio, model_max_length=settings.model_max_length or DEFAULT_LENGTH)
-    parts.tower.to(device)
-    parts.llava.to(device).eval()
-    return parts

@@ -19,7 +19,7 @@ from llava_ray.generate.decoding import answer_text, generate_batch
 from llava_ray.images.geometry import ImageSpec, crop_pixels
 from llava_ray.images.processing import normalise
 from llava_ray.images.reading import open_image, read_bytes
-from llava_ray.model.bundle import load_bundle, read_bundle_blueprint
+from llava_ray.model.loading import load_pretrained_model, read_pretrained_blueprint
 
 DECODE_CPUS = 0.5
 MAX_IMAGE_PIXELS: int = DataConfig.model_fields["max_image_pixels"].default
@@ -56,10 +56,23 @@ class Actors:
 ONE_ACTOR = Actors()
 
 
-def answer_questions(
-    bundle: str | Path,
+@dataclass(frozen=True)
+class ModelToLoad:
+    """What ``load_pretrained_model`` has to be told; folders are absolute."""
+
+    model_path: str
+    model_base: str | None = None
+    vision_tower: str | None = None
+    version: str | None = None
+
+
+def answer_questions(  # noqa: PLR0913 - which model, what it is asked, and by whom
+    model_path: str | Path,
     questions: Sequence[Question],
     *,
+    model_base: str | None = None,
+    vision_tower: str | None = None,
+    version: str | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     batch_size: int = 16,
@@ -68,9 +81,9 @@ def answer_questions(
 ) -> list[Answer]:
     """Answer every question, in the order given, on a running Ray cluster.
 
-    Each actor loads the bundle once; where the cluster has GPUs it takes one and computes in bfloat16. ``on_progress``
-    hears how many of all are answered. Raises DataError for an id that occurs twice; faults of an image or the bundle
-    come out of Ray as they are.
+    The model is of any layout, see ``load_pretrained_model``. Each actor loads it once; where the cluster has GPUs it
+    takes one and computes in bfloat16. ``on_progress`` hears how many of all are answered. Raises DataError for an id
+    that occurs twice, ModelError; faults of an image or of the weights come out of Ray as they are.
     """
     ids = [question.id for question in questions]
     if len(set(ids)) != len(ids):
@@ -78,9 +91,11 @@ def answer_questions(
         raise DataError(f"two questions have the id {twice!r}; answers are told apart by it: make ids unique.")
     if not questions:
         return []
-    bundle = Path(bundle).resolve()  # actors have another working directory
+    # Actors have another working directory.
+    base, tower = (absolute_path(given) if given else None for given in (model_base, vision_tower))
+    model = ModelToLoad(absolute_path(model_path), base, tower, version)
     num_gpus = int(ray.cluster_resources().get("GPU", 0))
-    spec = read_bundle_blueprint(bundle).image_spec
+    spec = read_pretrained_blueprint(**vars(model)).image_spec
     tables = [to_table(questions[start : start + batch_size]) for start in range(0, len(questions), batch_size)]
     answered = (
         ray.data.from_arrow(tables)
@@ -91,7 +106,7 @@ def answer_questions(
             AnswerActor,
             batch_size=None,
             batch_format="pyarrow",
-            fn_constructor_args=(str(bundle), max_new_tokens, temperature, actors.num_cpus),
+            fn_constructor_args=(model, max_new_tokens, temperature, actors.num_cpus),
             compute=ActorPoolStrategy(size=actors.num or max(1, num_gpus)),
             num_cpus=actors.num_cpus,
             num_gpus=1 if num_gpus else None,
@@ -134,12 +149,12 @@ def decode_images(table: pa.Table, spec: ImageSpec) -> pa.Table:
 class AnswerActor:
     """A model that answers batches; on a GPU where the actor was given one."""
 
-    def __init__(self, bundle: str, max_new_tokens: int, temperature: float, num_cpus: float) -> None:
-        """Load the bundle once."""
+    def __init__(self, model: ModelToLoad, max_new_tokens: int, temperature: float, num_cpus: float) -> None:
+        """Load the model once."""
         torch.set_num_threads(max(1, int(num_cpus)))
         on_gpu = bool(ray.get_gpu_ids())
-        self.parts = load_bundle(
-            bundle, dtype=torch.bfloat16 if on_gpu else torch.float32, device="cuda" if on_gpu else "cpu"
+        self.parts = load_pretrained_model(
+            **vars(model), dtype=torch.bfloat16 if on_gpu else torch.float32, device="cuda" if on_gpu else "cpu"
         )
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
@@ -164,6 +179,11 @@ class AnswerActor:
             return None
         spec = self.parts.image_spec
         return normalise(np.frombuffer(cell, np.uint8).reshape(1, 3, spec.height, spec.width).copy(), spec)
+
+
+def absolute_path(name: str | Path) -> str:
+    """Return a folder's absolute path, or a hub id as it is."""
+    return str(Path(name).resolve()) if Path(name).exists() else str(name)
 
 
 def with_marker(question: str, has_image: bool) -> str:

@@ -3,7 +3,7 @@
 Greedy answers are those of each prompt alone: padding is masked, positions count from each prompt's own first token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,7 @@ class Stops:
 
 
 @torch.inference_mode()
-def generate_batch(
+def generate_batch(  # noqa: PLR0913 - LLaVA's own list, and who listens
     parts: LlavaParts,
     prompts: Sequence[Sequence[int]],
     pixels: Sequence[Float[Tensor, "_ 3 h w"] | None],
@@ -37,12 +37,14 @@ def generate_batch(
     temperature: float = 0.0,
     stops: Stops | None = None,
     seed: int = 0,
+    on_tokens: Callable[[Sequence[list[int]]], None] | None = None,
 ) -> list[list[int]]:
     """Return the token ids that the model writes after each prompt, without the token that ended it.
 
     A prompt has one -200 for each of its images (``chat.tokens.tokenize_prompt``), or one for each image token.
-    ``pixels`` are its preprocessed images, None for none. Temperature 0 is greedy. Raises ConfigError for a
-    negative temperature, ModelError or RecordError if a prompt's images and markers differ in number.
+    ``pixels`` are its preprocessed images, None for none. Temperature 0 is greedy. ``on_tokens`` hears all answers so
+    far after each step. Raises ConfigError for a negative temperature, ModelError or RecordError if a prompt's images
+    and markers differ in number.
     """
     if temperature < 0:
         raise ConfigError(f"temperature is {temperature}; expected 0 (greedy) or more.")
@@ -65,6 +67,8 @@ def generate_batch(
             if unfinished[index]:
                 answers[index].append(token)
                 unfinished[index] = not has_ended(parts, answers[index], stops)
+        if on_tokens is not None:
+            on_tokens(answers)
         if step + 1 == max_new_tokens or not any(unfinished):
             break
         rows.advance(tokens, [unfinished[index] for index in rows.indices])

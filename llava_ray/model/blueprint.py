@@ -4,25 +4,56 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoImageProcessor,
+    BaseImageProcessor,
+    CLIPImageProcessorPil,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from llava_ray.chat.templates import Template, find_template
 from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import ModelError
 from llava_ray.images.geometry import ImageSpec
-from llava_ray.model.manifest import Manifest, Part, is_bundle, read_manifest
-from llava_ray.model.sources import Source, find_source, load_padding_tokenizer, loading, read_config
+from llava_ray.model.layout import TOKENIZER_FILES, Kind, Layout, check_whole
+from llava_ray.model.layouts import read_layout
+from llava_ray.model.manifest import Manifest
+from llava_ray.model.sources import (
+    PartName,
+    Source,
+    find_part,
+    find_source,
+    load_padding_tokenizer,
+    loading,
+    make_config,
+    part_of,
+)
 from llava_ray.model.tower import count_image_tokens, find_family, read_tower_config
 
-LANGUAGE_MODEL = "language_model"
-VISION_TOWER = "vision_tower"
+LANGUAGE_MODEL: PartName = "language_model"
+VISION_TOWER: PartName = "vision_tower"
+
+# LLaVA's own image processors in transformers: CLIP's with a way of making images square or tiles, which is ours here.
+LLAVA_PROCESSORS = ("LlavaImageProcessor", "LlavaNextImageProcessor")
+# What must be the same in a base's config as in the config that an adapter or projector was trained with.
+SHAPE_KEYS = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+)
 
 
 @dataclass(frozen=True)
 class Blueprint:
     """A model without its weights: all that the data path needs, cheap enough for every process.
 
-    ``bundle`` and ``manifest`` are the llava_ray bundle that the model goes on from, if it does.
+    ``layout`` is the folder that it goes on from; ``bundle`` and ``manifest`` are that folder's if it is a bundle.
     """
 
     config: ModelConfig
@@ -35,6 +66,8 @@ class Blueprint:
     tower_config: PreTrainedConfig
     language_source: Source
     tower_source: Source
+    tokenizer_source: Source
+    layout: Layout
     bundle: Path | None
     manifest: Manifest | None
 
@@ -49,28 +82,26 @@ class Blueprint:
         return int(self.tower_config.hidden_size)
 
 
-def read_blueprint(
-    config: ModelConfig, image_aspect_ratio: str, *, language_model: str | Path | None = None, weights: bool = False
-) -> Blueprint:
-    """Read configs, tokenizer, template and image geometry. ``weights`` downloads those of hub ids as well.
+def read_blueprint(config: ModelConfig, image_aspect_ratio: str, *, weights: bool = False) -> Blueprint:
+    """Read configs, tokenizer, template and image geometry of any kind of model folder.
 
-    ``language_model`` is where the base of a bundle without one lies now. Raises ModelError or ConfigError.
+    ``weights`` downloads those of hub ids as well, and refuses a folder that is not whole. Raises ModelError or
+    ConfigError.
     """
-    root = find_source(config.model_name_or_path, "language model", weights=weights)
-    bundle = root.folder if is_bundle(root.folder) else None
-    manifest = read_manifest(bundle) if bundle else None
-    if bundle and manifest:
-        check_settings(config, manifest, bundle)
-        language = part_source(manifest.language_model, bundle / LANGUAGE_MODEL, language_model, weights=weights)
-        tower = part_source(manifest.vision_tower, bundle / VISION_TOWER, config.vision_tower, weights=weights)
-    else:
-        language, tower = root, find_tower_source(config, weights=weights)
-    tokenizer = load_padding_tokenizer(root.folder)
-    language_config = read_config(language.folder, "language model")
-    tower_config = read_tower_config(tower.folder)
-    image_processor = load_image_processor(tower.folder)
+    root, layout = find_layout(config.model_name_or_path, weights=weights)
+    if weights:
+        check_whole(layout)
+    check_settings(config, layout)
+    language = find_language_model(config, root, layout, weights=weights)
+    tower = find_vision_tower(config, root, layout, weights=weights)
+    has_tokenizer = any((root.folder / name).is_file() for name in TOKENIZER_FILES)
+    tokenizer_source = root if has_tokenizer or layout.has_language_model else language
+    tokenizer = load_padding_tokenizer(tokenizer_source.folder)
+    language_config = make_config(language.config, language.folder, "language model")
+    tower_config = read_tower_config(tower)
+    image_processor = load_image_processor(tower.beside)
     spec = ImageSpec.from_processor(image_processor, image_aspect_ratio)
-    check_image_size(tower_config, spec, tower.folder)
+    check_image_size(tower_config, spec, tower.beside)
     return Blueprint(
         config=config,
         tokenizer=tokenizer,
@@ -82,32 +113,86 @@ def read_blueprint(
         tower_config=tower_config,
         language_source=language,
         tower_source=tower,
-        bundle=bundle,
-        manifest=manifest,
+        tokenizer_source=tokenizer_source,
+        layout=layout,
+        bundle=layout.folder if layout.kind is Kind.BUNDLE else None,
+        manifest=layout.manifest,
     )
 
 
-def find_tower_source(config: ModelConfig, *, weights: bool) -> Source:
-    """Find the tower of a model that does not go on from a bundle. Raises ModelError."""
-    if config.vision_tower is None:
-        raise ModelError(
-            f"{config.model_name_or_path} is a plain language model and model.vision_tower is not set; name a CLIP, "
-            "SigLIP or DINOv2 tower, or start from a llava_ray bundle, which brings its own."
-        )
-    return find_source(config.vision_tower, "vision tower", weights=weights)
+def find_layout(name: str, *, weights: bool) -> tuple[Source, Layout]:
+    """Find a model folder or hub id and what it is. Raises ModelError."""
+    root = find_source(name, "language model", weights=weights)
+    layout = read_layout(root.folder)
+    if layout.kind is Kind.ORIGINAL and not layout.tensors and root.name != str(root.folder):
+        # Without its weight files a hub's projector-only folder cannot be told from a whole model.
+        root = find_source(name, "language model")
+        layout = read_layout(root.folder)
+    if layout.kind is Kind.VISION_TOWER:
+        raise ModelError(f"{name} is a vision tower, not a language model; give it as vision_tower.")
+    if layout.folder != root.folder:  # a run's checkpoint, whose model lies below
+        root = Source(str(layout.folder), layout.folder, str(layout.folder))
+    return root, layout
 
 
-def part_source(part: Part, inside: Path, given: str | Path | None, *, weights: bool) -> Source:
-    """Find a bundle's part: in the bundle, else where ``given`` or the manifest says. Raises ModelError."""
-    name = inside.name.replace("_", " ")
-    if not part.inside:
-        return find_source(given or part.base, name, weights=weights)
-    if given is not None and str(given) != part.base and str(Path(given).resolve()) != part.base:
+def find_language_model(config: ModelConfig, root: Source, layout: Layout, *, weights: bool) -> Source:
+    """Find the language model: inside the folder, else the base that is configured or named. Raises ModelError."""
+    if layout.has_language_model:
+        inside = part_of(layout, root.name, LANGUAGE_MODEL, weights=weights)
+        refuse_other(config.model_base, inside, LANGUAGE_MODEL, layout)
+        return inside
+    base = config.model_base or layout.base
+    if base is None:
         raise ModelError(
-            f"{inside.parent} brings its own {name} (from {part.base}), but {given} is configured; leave the setting "
-            "out, or start from the plain language model."
+            f"{root.name} ({layout.kind}) holds no language model and does not name its base; give the one that it "
+            "was trained over as model_base."
         )
-    return Source(str(inside), inside, part.base)
+    source = find_part(base, LANGUAGE_MODEL, weights=weights)
+    check_base(layout, source)
+    return source
+
+
+def find_vision_tower(config: ModelConfig, root: Source, layout: Layout, *, weights: bool) -> Source:
+    """Find the tower: inside the folder, else the one that is configured or named. Raises ModelError."""
+    if layout.has_vision_tower:
+        inside = part_of(layout, root.name, VISION_TOWER, weights=weights, settings_from=config.vision_tower)
+        if inside.beside == inside.folder:
+            refuse_other(config.vision_tower, inside, VISION_TOWER, layout)
+        return inside
+    named = layout.vision_tower
+    if named and (layout.folder / named).is_dir():
+        named = str(layout.folder / named)
+    tower = config.vision_tower or named
+    if not tower:
+        raise ModelError(
+            f"{config.model_name_or_path} is a {layout.kind} that names no vision tower, and model.vision_tower is not "
+            "set; name a CLIP, SigLIP or DINOv2 tower, or start from a llava_ray bundle, which brings its own."
+        )
+    return find_part(tower, VISION_TOWER, weights=weights)
+
+
+def refuse_other(given: str | None, inside: Source, part: PartName, layout: Layout) -> None:
+    """Raise ModelError if another part is configured than the one that the folder brings."""
+    if given is not None and given != inside.origin and str(Path(given).resolve()) != inside.origin:
+        raise ModelError(
+            f"{layout.folder} brings its own {part.replace('_', ' ')} (from {inside.origin}), but {given} is "
+            "configured; leave the setting out, or start from the plain language model."
+        )
+
+
+def check_base(layout: Layout, base: Source) -> None:
+    """Raise ModelError if an adapter or projector says that it was trained over another language model."""
+    if layout.language_config is None:
+        return
+    trained = make_config(layout.language_config, layout.folder, "language model").to_dict()
+    given = make_config(base.config, base.folder, "language model").to_dict()
+    for key in SHAPE_KEYS:
+        if trained.get(key) != given.get(key):
+            raise ModelError(
+                f"{base.name} is not the base that {layout.folder} was trained over: {key} is {given.get(key)!r} in "
+                f"its config.json, expected {trained.get(key)!r}. Give the right one as model_base"
+                + (f" ({layout.base})." if layout.base else ".")
+            )
 
 
 def load_image_processor(folder: Path) -> BaseImageProcessor:
@@ -115,16 +200,23 @@ def load_image_processor(folder: Path) -> BaseImageProcessor:
     processors: Any = AutoImageProcessor  # untyped in transformers
     with loading(folder, "image processor"):
         image_processor: BaseImageProcessor = processors.from_pretrained(folder)
+    settings = image_processor.to_dict()
+    if str(settings.get("image_processor_type")).removesuffix("Pil").removesuffix("Fast") in LLAVA_PROCESSORS:
+        known = CLIPImageProcessorPil().to_dict()
+        kept = {key: value for key, value in settings.items() if key in known and key != "image_processor_type"}
+        clip: Any = CLIPImageProcessorPil
+        image_processor = clip(**kept)
     return image_processor
 
 
-def check_settings(config: ModelConfig, manifest: Manifest, bundle: Path) -> None:
-    """Raise ModelError where the config contradicts what the bundle's projector was trained with."""
-    for key in ("mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature"):
-        found, expected = getattr(config, key), getattr(manifest, key)
+def check_settings(config: ModelConfig, layout: Layout) -> None:
+    """Raise ModelError where the config contradicts what the folder's projector was trained with."""
+    for key in sorted(layout.settings.keys() & ModelConfig.model_fields.keys() - {"version"}):
+        found, expected = getattr(config, key), layout.settings[key]
         if found != expected:
             raise ModelError(
-                f"model.{key} is {found!r}, but the projector in {bundle} was trained with {expected!r}; set it so."
+                f"model.{key} is {found!r}, but the projector in {layout.folder} was trained with {expected!r}; set "
+                "it so."
             )
 
 

@@ -9,7 +9,7 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,15 @@ from torch import Tensor
 
 from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import ModelError
-from llava_ray.model.blueprint import LANGUAGE_MODEL, VISION_TOWER, Blueprint, read_blueprint
+from llava_ray.model.adapters import load_adapter
+from llava_ray.model.blueprint import (
+    LANGUAGE_MODEL,
+    VISION_TOWER,
+    Blueprint,
+    find_layout,
+    find_vision_tower,
+    read_blueprint,
+)
 from llava_ray.model.llava import Llava
 from llava_ray.model.manifest import (
     MANIFEST_FILE,
@@ -30,9 +38,9 @@ from llava_ray.model.manifest import (
     library_versions,
     read_manifest,
 )
-from llava_ray.model.parts import load_language_model, load_projector, load_tower_of
+from llava_ray.model.parts import load_language_model, load_projector, load_tower_of, quantized
 from llava_ray.model.projector import PROJECTOR_FILE
-from llava_ray.model.sources import Source, find_source
+from llava_ray.model.sources import Source
 from llava_ray.model.tower import VisionTower
 from llava_ray.model.weights import replacing, save_weights
 
@@ -49,7 +57,10 @@ class LlavaParts(Blueprint):
 def load_tower(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> VisionTower:
     """Load only the frozen vision tower of a model. Raises ModelError."""
     blueprint = read_blueprint(config, "square")  # the tower is the same for any aspect ratio
-    find_source(blueprint.tower_source.name, "vision tower")  # fetches the weights of a hub id
+    if not blueprint.tower_source.tensors:  # a hub id, of which only small files have been fetched so far
+        root, layout = find_layout(config.model_name_or_path, weights=blueprint.layout.has_vision_tower)
+        tower = find_vision_tower(config, root, layout, weights=True)
+        blueprint = replace(blueprint, tower_source=tower)
     return load_tower_of(blueprint, dtype)
 
 
@@ -60,17 +71,18 @@ def assemble(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     model_max_length: int = 2048,
-    language_model: str | Path | None = None,
     language_model_context: AbstractContextManager[Any] | None = None,
+    bits: int = 16,
 ) -> LlavaParts:
-    """Load a language model and a tower with a projector, on the CPU.
+    """Load a language model, with the adapter that lies over it, and a tower with a projector, on the CPU.
 
-    ``config.model_name_or_path`` is a plain language model or a bundle. A new projector depends on ``seed`` alone, so
-    it is the same on every rank. ``language_model`` is where the base of a bundle without one lies now;
-    ``language_model_context`` is entered only while the language model loads (ZeRO 3 partitions what is loaded inside
-    it, which must not happen to the tower). Raises ModelError where parts are missing or do not fit.
+    ``config.model_name_or_path`` is a model folder of any kind. A new projector depends on ``seed`` alone, so it is
+    the same on every rank. ``language_model_context`` is entered only while the language model loads (ZeRO 3 partitions
+    what is loaded inside it, which must not happen to the tower); ``bits`` 8 or 4 quantises the language model alone.
+    Raises ModelError where parts are missing or do not fit; nothing is loaded before all that can be told from the
+    files' headers has been checked.
     """
-    blueprint = read_blueprint(config, image_aspect_ratio, language_model=language_model, weights=True)
+    blueprint = read_blueprint(config, image_aspect_ratio, weights=True)
     check_length(blueprint, model_max_length)
     manifest = _describe(blueprint, model_max_length)
     check_fingerprint(blueprint.language_source.folder, manifest.language_model.fingerprint, "language model")
@@ -78,7 +90,9 @@ def assemble(
     projector = load_projector(blueprint, manifest, seed).to(dtype)
     tower = load_tower_of(blueprint, dtype)
     with language_model_context or nullcontext():
-        model = load_language_model(blueprint, dtype)
+        model = load_language_model(blueprint, dtype, **quantized(bits, dtype))
+        if blueprint.layout.adapter is not None:
+            load_adapter(model, blueprint.layout.adapter, base_fingerprint=manifest.language_model.fingerprint)
     known = {**vars(blueprint), "manifest": manifest}
     return LlavaParts(**known, tower=tower, llava=Llava(projector, model, blueprint.mm_hidden_size))
 
@@ -98,11 +112,10 @@ def load_bundle(
     """
     manifest = read_manifest(Path(path))
     parts = assemble(
-        bundle_config(path, manifest, vision_tower),
+        bundle_config(path, manifest, vision_tower, language_model),
         manifest.image_aspect_ratio,
         dtype=dtype,
         model_max_length=manifest.model_max_length,
-        language_model=language_model,
     )
     parts.tower.to(device)
     parts.llava.to(device).eval()
@@ -115,10 +128,16 @@ def read_bundle_blueprint(path: str | Path) -> Blueprint:
     return read_blueprint(bundle_config(path, manifest), manifest.image_aspect_ratio)
 
 
-def bundle_config(path: str | Path, manifest: Manifest, vision_tower: str | Path | None = None) -> ModelConfig:
+def bundle_config(
+    path: str | Path,
+    manifest: Manifest,
+    vision_tower: str | Path | None = None,
+    language_model: str | Path | None = None,
+) -> ModelConfig:
     """Return the config under which a bundle is what its manifest says."""
     return ModelConfig(
         model_name_or_path=str(path),
+        model_base=None if language_model is None else str(language_model),
         vision_tower=None if vision_tower is None else str(vision_tower),
         version=manifest.version,
         mm_projector_type=manifest.mm_projector_type,

@@ -1,18 +1,21 @@
-"""The three parts of a model, each loaded from where its blueprint says."""
+"""The parts of a model, each loaded from where its blueprint says."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, BitsAndBytesConfig, PreTrainedModel
 
 from llava_ray.errors import ModelError
 from llava_ray.model.blueprint import Blueprint
-from llava_ray.model.manifest import Manifest, is_bundle, read_manifest
+from llava_ray.model.layout import Layout
+from llava_ray.model.layouts import read_layout
+from llava_ray.model.manifest import Manifest
 from llava_ray.model.packing import check_packing
+from llava_ray.model.pretrained import load_pretrained
 from llava_ray.model.projector import adopt_projector, build_projector, load_projector_weights
-from llava_ray.model.sources import check_loaded, loading
+from llava_ray.model.tensor_reading import read_tensors
 from llava_ray.model.tower import VisionTower, load_vision_tower
 
 
@@ -20,51 +23,112 @@ def load_tower_of(blueprint: Blueprint, dtype: torch.dtype) -> VisionTower:
     """Load the tower that the blueprint names, frozen. Raises ModelError."""
     config = blueprint.config
     return load_vision_tower(
-        blueprint.tower_source.folder,
+        blueprint.tower_source,
         select_layer=config.mm_vision_select_layer,
         select_feature=config.mm_vision_select_feature,
         dtype=dtype,
     )
 
 
-def load_language_model(blueprint: Blueprint, dtype: torch.dtype) -> PreTrainedModel:
-    """Load the language model that the blueprint names. Raises ModelError if it cannot be trained on packed rows."""
-    folder, wanted = blueprint.language_source.folder, blueprint.config.attn_implementation
+def load_language_model(blueprint: Blueprint, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+    """Load the language model that the blueprint names, without the adapter that may lie over it.
+
+    ``options`` are those of transformers' ``from_pretrained``. Raises ModelError if it cannot be trained on packed
+    rows.
+    """
+    config, wanted = blueprint.language_config, blueprint.config.attn_implementation
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(
+            f"{blueprint.language_source.folder}/config.json: models of type {config.model_type!r} do not write text; "
+            "expected a causal language model."
+        )
     # SDPA is transformers' own default, with eager where a model has none (Gemma 2); asked for by name it is refused.
     attention = None if wanted == "sdpa" else wanted
-    with loading(folder, "language model"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention, output_loading_info=True
-        )
-    model: PreTrainedModel = loaded[0]
-    check_loaded(loaded[1], folder, "language model")
+    model = load_pretrained(
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        config,
+        blueprint.language_source,
+        "language model",
+        dtype=dtype,
+        attn_implementation=attention,
+        **options,
+    )
+    settle(model)
     check_packing(model)
     return model
 
 
+def settle(language_model: PreTrainedModel) -> None:
+    """Let 4-bit matrices compute alike wherever they run.
+
+    On CPUs with AVX-512 BF16 bitsandbytes 0.50 repacks them as soon as no gradient is asked for, and fails on layers
+    narrower than a block.
+    """
+    for module in language_model.modules():
+        if "support_avx512bf16_for_cpu" in vars(module):
+            vars(module)["support_avx512bf16_for_cpu"] = False
+
+
+def quantized(bits: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the options that load a language model in 4 or 8 bits with LLaVA's settings; none for 16.
+
+    Projector and tower are no part of it and stay as they are. Raises ModelError for another number of bits, or
+    without bitsandbytes.
+    """
+    if bits == 16:
+        return {}
+    if bits not in (4, 8):
+        raise ModelError(f"bits is {bits}; expected 16, 8 or 4.")
+    try:
+        import bitsandbytes  # noqa: F401  # type: ignore[import-not-found,unused-ignore]
+    except ImportError as error:
+        raise ModelError(f"bits {bits} needs bitsandbytes ({error}): pip install 'llava_ray[qlora]'.") from error
+    settings = BitsAndBytesConfig(
+        load_in_4bit=bits == 4,
+        load_in_8bit=bits == 8,
+        llm_int8_threshold=6.0,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_type="nf4",
+    )
+    return {"quantization_config": settings}
+
+
 def load_projector(blueprint: Blueprint, manifest: Manifest, seed: int) -> nn.Module:
-    """Return the projector that the config asks for: new, the bundle's, or that of pretrain_mm_mlp_adapter.
+    """Return the projector that the config asks for: new, the folder's, or that of pretrain_mm_mlp_adapter.
 
     A new one depends on ``seed`` alone. Raises ModelError if the weights do not fit.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         projector = build_projector(manifest.mm_projector_type, manifest.mm_hidden_size, manifest.hidden_size)
-    source = blueprint.config.pretrain_mm_mlp_adapter or blueprint.bundle
-    if source is not None:
-        check_adapter(Path(source), manifest)
-        adopt_projector(projector, load_projector_weights(source), str(source))
+    adapter = blueprint.config.pretrain_mm_mlp_adapter
+    if adapter is not None:
+        check_adapter(Path(adapter), manifest)
+        adopt_projector(projector, load_projector_weights(adapter), adapter)
+    elif blueprint.layout.settings:
+        stored = blueprint.layout.part("projector")
+        file = next((tensor.file for tensor in stored.values()), blueprint.layout.folder)
+        adopt_projector(projector, read_tensors(stored), str(file))
     return projector
 
 
 def check_adapter(source: Path, manifest: Manifest) -> None:
-    """Raise ModelError if a bundle's projector was trained on other features than it would get here."""
-    if not is_bundle(source):
+    """Raise ModelError if a folder's projector was trained on other features than it would get here."""
+    trained = describing_layout(source)
+    if trained is None:
         return
-    trained = read_manifest(source)
     for key in ("mm_vision_select_layer", "mm_vision_select_feature"):
-        if getattr(trained, key) != getattr(manifest, key):
+        if trained.settings[key] != getattr(manifest, key):
             raise ModelError(
-                f"the projector in {source} was trained with {key} {getattr(trained, key)!r}, but the model is "
+                f"the projector in {source} was trained with {key} {trained.settings[key]!r}, but the model is "
                 f"configured with {getattr(manifest, key)!r}; set it as it was trained."
             )
+
+
+def describing_layout(source: Path) -> Layout | None:
+    """Return what a folder says of its projector; None for a file or a folder that says nothing."""
+    if not any((source / name).is_file() for name in ("llava.json", "config.json")):
+        return None
+    layout = read_layout(source)
+    return layout if layout.settings else None

@@ -1,19 +1,17 @@
 """The projector between vision tower and language model, under LLaVA's type names and tensor names."""
 
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from llava_ray.errors import ModelError
-
-PROJECTOR_FILE = "projector.safetensors"
-ORIGINAL_PREFIX = "mm_projector."
+from llava_ray.model.layout import ORIGINAL_PROJECTOR, PROJECTOR_FILE
+from llava_ray.model.layouts import read_layout
+from llava_ray.model.published_layouts import original_name
+from llava_ray.model.tensor_files import StoredTensor, read_tensor_file
+from llava_ray.model.tensor_reading import read_tensors
 
 
 def build_projector(mm_projector_type: str, mm_hidden_size: int, hidden_size: int) -> nn.Module:
@@ -43,39 +41,34 @@ def build_projector(mm_projector_type: str, mm_hidden_size: int, hidden_size: in
     return nn.Sequential(*layers)
 
 
-def load_projector_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read a projector's tensors from a bundle folder, a .safetensors file or LLaVA's mm_projector.bin.
+def find_projector(path: Path) -> dict[str, StoredTensor]:
+    """Return a projector's tensors out of any model folder, a .safetensors file or LLaVA's mm_projector.bin.
 
-    Names come back without any prefix (``0.weight``). A pickle is read with ``weights_only=True``: nothing in it is
-    run. Raises ModelError for a file that is missing, unreadable or holds no projector.
+    Names come back without any prefix (``0.weight``). Raises ModelError for a file that is missing, damaged, holds
+    more than tensors, or holds no projector.
     """
-    file = find_projector_file(Path(path))
-    try:
-        if file.suffix == ".safetensors":
-            tensors = load_file(file)
-        else:
-            tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        raise ModelError(f"{file} cannot be read as projector weights ({error}); copy it again.") from error
-    marked = {
-        name.rpartition(ORIGINAL_PREFIX)[2]: tensor for name, tensor in tensors.items() if ORIGINAL_PREFIX in name
-    }
-    weights = marked or dict(tensors)
-    if not weights:
-        raise ModelError(f"{file} holds no tensors; expected a projector, with names such as mm_projector.0.weight.")
-    return weights
+    alone = [path / PROJECTOR_FILE, path / ORIGINAL_PROJECTOR] if path.is_dir() else [path]
+    files = [file for file in alone if file.is_file()]
+    if not files:
+        if not path.is_dir():
+            raise ModelError(
+                f"no projector at {path}; expected a bundle or another model folder, a .safetensors file or LLaVA's "
+                f"{ORIGINAL_PROJECTOR}. Check pretrain_mm_mlp_adapter."
+            )
+        return read_layout(path).part("projector")
+    tensors = read_tensor_file(files[0])
+    marked = {original_name(name): tensor for name, tensor in tensors.items()}
+    weights = {name.removeprefix("projector."): t for name, t in marked.items() if name.startswith("projector.")}
+    if not tensors:
+        raise ModelError(
+            f"{files[0]} holds no tensors; expected a projector, with names such as mm_projector.0.weight."
+        )
+    return weights or tensors
 
 
-def find_projector_file(path: Path) -> Path:
-    """Return the file that holds the projector: ``path`` itself, or the one in that folder. Raises ModelError."""
-    candidates = [path / PROJECTOR_FILE, path / "mm_projector.bin"] if path.is_dir() else [path]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    raise ModelError(
-        f"no projector at {path}; expected a bundle folder with {PROJECTOR_FILE}, a .safetensors file or LLaVA's "
-        "mm_projector.bin. Check pretrain_mm_mlp_adapter."
-    )
+def load_projector_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read a projector's tensors, see ``find_projector``. Raises ModelError."""
+    return read_tensors(find_projector(Path(path)))
 
 
 def adopt_projector(projector: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
@@ -86,10 +79,12 @@ def adopt_projector(projector: nn.Module, weights: Mapping[str, Tensor], source:
     expected = {name: tuple(tensor.shape) for name, tensor in projector.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if expected != found:
+        wrong = next(name for name in sorted(expected | found) if expected.get(name) != found.get(name))
         raise ModelError(
             f"the projector in {source} does not fit: it is {describe_projector(found)}, expected "
-            f"{describe_projector(expected)}. Use the vision tower, language model and mm_projector_type that it was "
-            "trained with, or leave pretrain_mm_mlp_adapter out to start a new one."
+            f"{describe_projector(expected)} ({wrong}: found {_shape(found.get(wrong))}, expected "
+            f"{_shape(expected.get(wrong))}). Use the vision tower, language model and mm_projector_type "
+            "that it was trained with, or start a new one, without pretrain_mm_mlp_adapter, from the language model."
         )
     projector.load_state_dict(dict(weights))
 
@@ -102,3 +97,7 @@ def describe_projector(shapes: Mapping[str, tuple[int, ...]]) -> str:
     kind = "linear" if "weight" in matrices else f"mlp{len(matrices)}x_gelu"
     widths = list(matrices.values())
     return f"{kind} from tower width {widths[0][1]} to language model width {widths[-1][0]}"
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "none" if shape is None else str(list(shape))

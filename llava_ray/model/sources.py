@@ -2,28 +2,41 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import __version__ as transformers_version
 
 from llava_ray.chat.tokenizer import load_tokenizer
 from llava_ray.errors import ModelError
+from llava_ray.model.layout import CONFIG, Kind, Layout
+from llava_ray.model.layouts import read_layout
+from llava_ray.model.published_settings import (
+    hub_language_config,
+    is_hub,
+    is_original,
+    original_language_config,
+)
+from llava_ray.model.tensor_files import NO_WEIGHTS, StoredTensor, read_json
+
+PartName = Literal["language_model", "vision_tower"]
 
 # What transformers raises on folders that are incomplete or damaged.
 LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError)
 
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+WEIGHT_FILES = ["*.safetensors", "mm_projector.bin", "non_lora_trainables.bin"]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a part is: its ``name`` as people write it (hub id, or absolute folder) and the ``folder`` of its files.
+    """Where a part is: its ``name`` as people write it (hub id, or absolute folder) and the ``folder`` of its weights.
 
     ``origin`` is what the part was tuned from, or ``name`` again.
     """
@@ -31,6 +44,17 @@ class Source:
     name: str
     folder: Path
     origin: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """The part's own config.json."""
+    tensors: Mapping[str, StoredTensor] = field(default_factory=dict, repr=False)
+    """Its weights by the part's own names; empty where they were not asked for."""
+    settings_folder: Path | None = None
+    """Where image processor or generation config lie, if not in ``folder``."""
+
+    @property
+    def beside(self) -> Path:
+        """Return the folder of the files that belong to the weights."""
+        return self.settings_folder or self.folder
 
 
 def find_source(name: str | Path, part: str, *, weights: bool = True) -> Source:
@@ -42,9 +66,7 @@ def find_source(name: str | Path, part: str, *, weights: bool = True) -> Source:
     if folder.is_dir():
         return Source(str(folder.resolve()), folder.resolve(), str(folder.resolve()))
     try:
-        found = Path(
-            snapshot_download(str(name), allow_patterns=[*SMALL_FILES, *(["*.safetensors"] if weights else [])])
-        )
+        found = Path(snapshot_download(str(name), allow_patterns=[*SMALL_FILES, *(WEIGHT_FILES if weights else [])]))
         if weights and not list(found.glob("*.safetensors")):
             found = Path(snapshot_download(str(name), allow_patterns=[*SMALL_FILES, "*.bin"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -56,11 +78,70 @@ def find_source(name: str | Path, part: str, *, weights: bool = True) -> Source:
     return Source(str(name), found, str(name))
 
 
+def find_part(name: str | Path, part: PartName, *, weights: bool = True) -> Source:
+    """Find a language model or vision tower: a folder of its own, or the one inside any kind of model folder.
+
+    Without ``weights`` its tensors may be left out. Raises ModelError.
+    """
+    root = find_source(name, _words(part), weights=weights)
+    return part_of(read_layout(root.folder), root.name, part, weights=weights)
+
+
+def part_of(
+    layout: Layout, name: str, part: PartName, *, weights: bool, settings_from: str | Path | None = None
+) -> Source:
+    """Return the part that lies in the folder called ``name``. Raises ModelError if there is none.
+
+    A tower inside a checkpoint of the original's takes config and image processor from the folder or hub id
+    ``settings_from``, by default the tower that the checkpoint names: it holds weights alone.
+    """
+    holds = layout.has_language_model if part == "language_model" else layout.has_vision_tower
+    is_plain = layout.kind in (Kind.LANGUAGE_MODEL, Kind.VISION_TOWER)
+    if not holds and not is_plain:
+        named = layout.base if part == "language_model" else layout.vision_tower
+        raise ModelError(
+            f"{name} ({layout.kind}) holds no {_words(part)}" + (f", it names {named!r}: give that." if named else ".")
+        )
+    tensors = layout.part(layout.kind.name.lower() if is_plain else part)
+    is_other_type = layout.kind is Kind.LANGUAGE_MODEL and part == "vision_tower"  # refused by its config
+    if weights and not is_other_type and (layout.missing or not tensors):
+        what = layout.missing[0] if layout.missing else NO_WEIGHTS
+        raise ModelError(f"the {_words(part)} in {layout.folder} ({layout.kind}) is not whole: {what}")
+    if is_plain:
+        return Source(name, layout.folder, name, layout.config, tensors)
+    if layout.manifest is not None:
+        inside = layout.folder / part
+        origin = getattr(layout.manifest, part).base
+        return Source(str(inside), inside, origin, read_json(inside / CONFIG), tensors)
+    config = layout.language_config if part == "language_model" else layout.tower_config
+    if config is not None:
+        return Source(name, layout.folder, name, config, tensors)
+    settings = find_settings(layout, settings_from)
+    return Source(name, layout.folder, name, settings.config, tensors, settings.folder)
+
+
+def find_settings(layout: Layout, given: str | Path | None) -> Source:
+    """Find the tower that tells the settings of the one inside a checkpoint. Raises ModelError."""
+    tower = given or layout.vision_tower
+    if tower is None:
+        raise ModelError(
+            f"{layout.folder} holds a vision tower without its config.json, and names none in mm_vision_tower; give "
+            "the tower that it was tuned from as vision_tower."
+        )
+    return find_part(tower, "vision_tower", weights=False)
+
+
+def _words(part: str) -> str:
+    return part.replace("_", " ")
+
+
 @contextmanager
 def loading(path: str | Path, part: str) -> Iterator[None]:
     """Put a failure to load into words: which part, from where, and why."""
     try:
         yield
+    except ModelError:
+        raise  # says so already
     except LOADING_ERRORS as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
@@ -69,20 +150,20 @@ def loading(path: str | Path, part: str) -> Iterator[None]:
         ) from error
 
 
-def check_loaded(info: Mapping[str, Any], path: str | Path, part: str) -> None:
-    """Raise ModelError if transformers made up tensors that the files do not hold."""
-    made_up = sorted(info["missing_keys"])
-    if made_up:
+def make_config(values: Mapping[str, Any], where: str | Path, part: str) -> PreTrainedConfig:
+    """Make a part's config of what its config.json holds. Raises ModelError."""
+    model_type = str(values.get("model_type"))
+    if model_type not in CONFIG_MAPPING:
         raise ModelError(
-            f"the {part} in {path} lacks {len(made_up)} tensors, the first is {made_up[0]}; they would be random. "
-            "Expected all weights of the class named in config.json; copy the folder again."
+            f"the {part} in {where} is of an unknown architecture: model_type is {model_type!r} in its config.json, "
+            f"which transformers {transformers_version} does not know. Check the file, or install a version that does."
         )
-
-
-def read_config(path: str | Path, part: str) -> PreTrainedConfig:
-    """Read a part's config.json. Raises ModelError."""
-    with loading(path, part):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(path)
+    config_class: type[PreTrainedConfig] = CONFIG_MAPPING[model_type]
+    # Written by old versions where there is none, and a deprecated word for new ones.
+    given = {key: value for key, value in values.items() if key != "rope_scaling" or value is not None}
+    with loading(where, part):
+        config = config_class.from_dict(given)
+    config.name_or_path = str(where)
     return config
 
 
@@ -92,7 +173,7 @@ def load_padding_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     Where it has no padding token its unknown token serves (as in LLaVA), else its end token: padding is always
     masked, so its id teaches nothing.
     """
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path, _language_config(Path(path)))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if tokenizer.pad_token is None:
@@ -101,3 +182,16 @@ def load_padding_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             "token (eos_token in tokenizer_config.json)."
         )
     return tokenizer
+
+
+def _language_config(folder: Path) -> PreTrainedConfig | None:
+    """Return the language model's config out of a published LLaVA's; None where config.json is its own.
+
+    transformers chooses the class of a tokenizer by the config's model type.
+    """
+    if not (folder / CONFIG).is_file():
+        return None
+    config = read_json(folder / CONFIG)
+    if is_original(config):
+        return make_config(original_language_config(config), folder, "language model")
+    return make_config(hub_language_config(config), folder, "language model") if is_hub(config) else None

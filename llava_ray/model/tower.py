@@ -1,17 +1,18 @@
 """The vision tower: a CLIP, SigLIP or DINOv2 backbone that stops at the selected layer."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from llava_ray.errors import ModelError
-from llava_ray.model.sources import check_loaded, loading, read_config
+from llava_ray.model.pretrained import load_pretrained
+from llava_ray.model.sources import Source, find_part, make_config
 
 
 @dataclass(frozen=True)
@@ -139,9 +140,9 @@ def cut(backbone: PreTrainedModel, family: Family, depth: int) -> dict[str, nn.M
     return idle
 
 
-def read_tower_config(path: str | Path) -> PreTrainedConfig:
+def read_tower_config(source: Source) -> PreTrainedConfig:
     """Read a tower's config; of a whole CLIP or SigLIP model, its vision part. Raises ModelError."""
-    config = read_config(path, "vision tower")
+    config = make_config(source.config, source.folder, "vision tower")
     if config.model_type in WITH_TEXT_PART:
         config = config.vision_config
     find_family(config)
@@ -149,13 +150,14 @@ def read_tower_config(path: str | Path) -> PreTrainedConfig:
 
 
 def load_vision_tower(
-    path: str | Path, *, select_layer: int, select_feature: str, dtype: torch.dtype = torch.float32
+    tower: Source | str | Path, *, select_layer: int, select_feature: str, dtype: torch.dtype = torch.float32
 ) -> VisionTower:
-    """Load a frozen tower from a folder. Raises ModelError for an unknown kind or an impossible layer."""
-    config = read_tower_config(path)
+    """Load a frozen tower. Raises ModelError for an unknown kind or an impossible layer."""
+    source = tower if isinstance(tower, Source) else find_part(tower, "vision_tower")
+    config = read_tower_config(source)
     find_depth(config, select_layer)
-    with loading(path, "vision tower"):
-        # The class is that of the vision part, also when the folder holds a whole CLIP or SigLIP.
-        backbone, info = AutoModel.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
-    check_loaded(info, path, "vision tower")
+    if source.config.get("model_type") in WITH_TEXT_PART:
+        seeing = {name: tensor for name, tensor in source.tensors.items() if name.startswith("vision_model.")}
+        source = replace(source, tensors=seeing)
+    backbone = load_pretrained(MODEL_MAPPING, config, source, "vision tower", dtype=dtype)
     return VisionTower(backbone, select_layer, select_feature).freeze()

@@ -228,7 +228,8 @@ def test_max_samples_are_the_first(folder, asked, capsys):
     ("arguments", "error", "message"),
     [
         (["--model", "bundle", "--tokenizer", "language_model"], ConfigError, "give one of them"),
-        (["--model", "language_model"], ConfigError, r"no llava_ray bundle.*add --version .* and --vision_tower"),
+        (["--model", "language_model"], ModelError, r"plain language model\) does not say which conversation template"),
+        (["--model", "language_model", "--version", "v1"], ModelError, "names no vision tower"),
         (["--model", "bundle", "--version", "vicuna_v2"], ConfigError, "no conversation template is called"),
         (["--model", "nowhere", "--version", "v1", "--vision_tower", "vision_tower"], ModelError, "no such language"),
         (["--model", "projector_only", "--model_base", "other"], BundleError, "not the one that the bundle was made"),

@@ -106,7 +106,7 @@ def test_no_file_names_the_path(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["broken.safetensors", "mm_projector.bin"])
 def test_damaged_file_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"not a model")
-    with pytest.raises(ModelError, match=f"{name} cannot be read"):
+    with pytest.raises(ModelError, match=rf"{name} is (no whole safetensors file|cut off, damaged)"):
         load_projector_weights(tmp_path / name)
 
 
@@ -116,6 +116,8 @@ def test_pickle_with_code_is_not_run(tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "exploded",))
 
     torch.save({"mm_projector.0.weight": Bomb()}, tmp_path / "mm_projector.bin")
-    with pytest.raises(ModelError, match="cannot be read"):
+    with pytest.raises(
+        ModelError, match=r"mm_projector\.bin holds more than tensors: it refers to __builtin__\.getattr"
+    ):
         load_projector_weights(tmp_path / "mm_projector.bin")
     assert not (tmp_path / "exploded").exists()

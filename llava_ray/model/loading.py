@@ -1,0 +1,123 @@
+"""``load_pretrained_model``: one function for every layout that a LLaVA comes in."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava_ray.chat.templates import CHAT_TEMPLATE, TEMPLATES
+from llava_ray.config.sections import ModelConfig
+from llava_ray.errors import ConfigError, ModelError
+from llava_ray.model.blueprint import Blueprint, find_layout, read_blueprint
+from llava_ray.model.bundle import LlavaParts, assemble
+from llava_ray.model.layout import Layout
+from llava_ray.model.published_settings import OUR_KEY
+
+DEFAULT_LENGTH = 2048  # the original's, where a config says nothing
+
+# Values with which a setting asks for nothing, so that not knowing it loses nothing.
+NOTHING = (None, False, "flat")
+
+
+def load_pretrained_model(
+    model_path: str | Path,
+    model_base: str | Path | None = None,
+    *,
+    vision_tower: str | Path | None = None,
+    version: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    bits: int = 16,
+) -> LlavaParts:
+    """Load a LLaVA for use, in evaluation mode on ``device``; under LLaVA's own name.
+
+    ``model_path`` is a folder or hub id: a llava_ray bundle, a published model in the original or the llava-hf layout,
+    a LoRA or projector-only folder over ``model_base``, or a plain language model (its projector is then new and has
+    learnt nothing). What it is is read from its config.json, llava.json and tensor names, never from its name.
+    ``model_base``, ``vision_tower`` and ``version`` (the template) say what a folder does not say itself, or where it
+    lies now. ``bits`` 8 or 4 quantises the language model as it is read. An adapter stays an adapter.
+
+    Raises ModelError (BundleError for a bundle whose parts are not those it was made with) that names file and key,
+    before any weights are loaded wherever the files' headers can tell.
+    """
+    _, layout = find_layout(str(model_path), weights=True)
+    config = pretrained_config(layout, model_path, model_base, vision_tower, version)
+    parts = assemble(config, aspect_ratio(layout), dtype=dtype, model_max_length=find_length(layout), bits=bits)
+    parts.tower.to(device)
+    parts.llava.to(device).eval()
+    return parts
+
+
+def read_pretrained_blueprint(
+    model_path: str | Path,
+    model_base: str | Path | None = None,
+    *,
+    vision_tower: str | Path | None = None,
+    version: str | None = None,
+) -> Blueprint:
+    """Read what ``load_pretrained_model`` would load, without its weights. Raises ModelError."""
+    _, layout = find_layout(str(model_path), weights=False)
+    config = pretrained_config(layout, model_path, model_base, vision_tower, version)
+    return read_blueprint(config, aspect_ratio(layout))
+
+
+def pretrained_config(
+    layout: Layout,
+    model_path: str | Path,
+    model_base: str | Path | None = None,
+    vision_tower: str | Path | None = None,
+    version: str | None = None,
+) -> ModelConfig:
+    """Return the config under which a model folder is what it says. Raises ModelError."""
+    given = {"model_base": model_base, "vision_tower": vision_tower}
+    values: dict[str, Any] = {key: str(value) for key, value in given.items() if value is not None}
+    values |= {"model_name_or_path": str(model_path), "version": find_version(layout, version)}
+    for key, value in layout.settings.items():
+        if key in ModelConfig.model_fields and key != "version":
+            values[key] = value
+        elif key.startswith(("mm_", "s2")) and key != "mm_hidden_size" and value not in NOTHING:
+            raise ModelError(f"{layout.folder}: {key} is {value!r}, which cannot be honoured here.")
+    try:
+        return ModelConfig.parsed(values)
+    except ConfigError as error:
+        raise ModelError(f"the config of {layout.folder} ({layout.kind}) cannot be honoured: {error}") from error
+
+
+def find_version(layout: Layout, given: str | None) -> str:
+    """Return the conversation template: given, said by the folder, or known for its kind. Raises ModelError."""
+    version = given or layout.settings.get("version")
+    if version is None:
+        raise ModelError(
+            f"{layout.folder} ({layout.kind}) does not say which conversation template it was trained with, and the "
+            "wrong one makes it answer nonsense. Give it as version: v1 for Vicuna-based LLaVA-1.5 and 1.6, "
+            f"{CHAT_TEMPLATE} for the tokenizer's own, or one of {', '.join(sorted(TEMPLATES))}."
+        )
+    return str(version)
+
+
+def describe_model(blueprint: Blueprint) -> str:
+    """Say in one line what was found, and which template it is spoken to with."""
+    layout, version = blueprint.layout, blueprint.config.version
+    parts = [f"language model {blueprint.language_source.name}"] if not layout.has_language_model else []
+    parts += [f"tower {blueprint.tower_source.name}"] if not layout.has_vision_tower else []
+    parts += ["adapter"] if layout.adapter else []
+    parts += ["its projector is new and has learnt nothing"] if not layout.settings else []
+    if version != layout.settings.get("version"):
+        origin = "as given"
+    elif layout.manifest is not None or OUR_KEY in layout.config:
+        origin = "its own"
+    else:
+        origin = "that of published models like it"
+    return f"{layout.folder}: {layout.kind}, template {version!r} ({origin})" + "".join(f", {part}" for part in parts)
+
+
+def aspect_ratio(layout: Layout) -> str:
+    """Return how a model's images become the tower's size; "square" where nothing says."""
+    return str(layout.settings.get("image_aspect_ratio", "square"))
+
+
+def find_length(layout: Layout) -> int:
+    """Return the longest sequence that a model was trained for, at most its language model's positions."""
+    positions = (layout.language_config or {}).get("max_position_embeddings")
+    length = layout.settings.get("model_max_length") or DEFAULT_LENGTH
+    return int(min(length, positions or length))

@@ -1,0 +1,67 @@
+#!/usr/bin/env python
+"""Talk with a LLaVA of any layout in the terminal, or ask it one question.
+
+python pipelines/chat.py MODEL --image photo.jpg --prompt "What is this?" --max_new_tokens 64 --temperature 0 --json
+python pipelines/chat.py llava-v1.5-7b-lora --model_base vicuna-7b-v1.5 --vision_tower clip-vit-large-patch14-336
+"""
+
+import json
+import readline  # noqa: F401 - lets input() edit and remember lines
+import sys
+from collections.abc import Sequence
+
+import tyro
+from transformers.utils import logging
+
+from llava_ray.errors import LlavaRayError
+from llava_ray.generate.chat import ChatSession, ChatSettings
+from llava_ray.model.loading import describe_model
+from pipelines.command import run_command
+
+HELP = "/image FILE shows an image with the next question, /clear begins anew; Ctrl-C stops an answer, Ctrl-D leaves."
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Load the model; answer the prompt, or whatever is typed until Ctrl-D."""
+    settings = tyro.cli(ChatSettings, args=arguments, use_underscores=True, prog="chat.py")
+    logging.disable_progress_bar()
+    session = settings.load()
+    print(describe_model(session.parts), file=sys.stderr)
+    if settings.prompt is None:
+        print(HELP)
+        converse(session)
+    else:
+        reply = session.ask(settings.prompt)
+        print(json.dumps(vars(reply)) if settings.json else reply.text)
+
+
+def converse(session: ChatSession) -> None:
+    """Answer line by line until the input ends; what cannot be done is said, and the conversation goes on."""
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        try:
+            obey(session, line)
+        except LlavaRayError as error:
+            print(error, file=sys.stderr)
+
+
+def obey(session: ChatSession, line: str) -> None:
+    """Do what a line says."""
+    command, _, rest = line.partition(" ")
+    if command == "/image" and rest:
+        session.show(rest.strip())
+    elif command == "/clear":
+        session.clear()
+    elif line.startswith("/"):
+        print(HELP)
+    elif line:
+        session.ask(line, on_text=lambda piece: print(piece, end="", flush=True))
+        print()
+
+
+if __name__ == "__main__":
+    run_command(main, when_stopped="Stopped.")
