@@ -42,9 +42,7 @@ def start_blocks(find_shard: Callable[[], DataIterator]) -> Iterator[pa.Table]:
     """Set the stream going in a thread, so that its tasks start up while the model loads; yield its blocks."""
 
     def first_block() -> tuple[pa.Table | None, Iterator[pa.Table]]:
-        batches = find_shard().iter_batches(
-            batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCHED_BLOCKS
-        )
+        batches = find_shard().iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCHED_BLOCKS)
         blocks = iter(batches)
         return next(blocks, None), blocks
 

@@ -16,6 +16,7 @@ from llava_ray.model.tower import count_image_tokens, find_family, read_tower_co
 
 LANGUAGE_MODEL = "language_model"
 VISION_TOWER = "vision_tower"
+ADAPTER = "adapter"
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from llava_ray.config.lora import Quantization
 from llava_ray.errors import ModelError
 from llava_ray.model.blueprint import Blueprint
 from llava_ray.model.manifest import Manifest, is_bundle, read_manifest
 from llava_ray.model.packing import check_packing
 from llava_ray.model.projector import adopt_projector, build_projector, load_projector_weights
+from llava_ray.model.quantization import bitsandbytes_config, settle
 from llava_ray.model.sources import check_loaded, loading
 from llava_ray.model.tower import VisionTower, load_vision_tower
 
@@ -27,17 +29,27 @@ def load_tower_of(blueprint: Blueprint, dtype: torch.dtype) -> VisionTower:
     )
 
 
-def load_language_model(blueprint: Blueprint, dtype: torch.dtype) -> PreTrainedModel:
-    """Load the language model that the blueprint names. Raises ModelError if it cannot be trained on packed rows."""
+def load_language_model(
+    blueprint: Blueprint, dtype: torch.dtype, quantization: Quantization | None = None
+) -> PreTrainedModel:
+    """Load the language model that the blueprint names, quantised as it is read.
+
+    Raises ModelError if it cannot be trained on packed rows.
+    """
     folder, wanted = blueprint.language_source.folder, blueprint.config.attn_implementation
     # SDPA is transformers' own default, with eager where a model has none (Gemma 2); asked for by name it is refused.
     attention = None if wanted == "sdpa" else wanted
     with loading(folder, "language model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention, output_loading_info=True
+            folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            quantization_config=bitsandbytes_config(quantization, dtype) if quantization else None,
+            output_loading_info=True,
         )
     model: PreTrainedModel = loaded[0]
     check_loaded(loaded[1], folder, "language model")
+    settle(model)
     check_packing(model)
     return model
 
