@@ -93,6 +93,8 @@ def adapt_other_parts(llava: Llava, lora: LoraConfig, seed: int) -> None:
                 f"lora.lora_target_modules names {name!r}, but what learns beside the language model has only "
                 f"{', '.join(sorted(linears)) or 'no Linear'}. A tower learns only where it is unfrozen."
             )
+    for part in {name.partition(".")[0] for name in named}:
+        llava.get_submodule(part).requires_grad_(False)
     if named:
         lay_over(llava, peft_settings(lora, named), seed)
 
