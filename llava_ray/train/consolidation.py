@@ -54,20 +54,25 @@ def read_state(folder: Path) -> dict[str, Any]:
         )
     try:
         state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())
-        needed = [f"rng_rank{rank}.pt" for rank in range(state["world_size"])]
+        world_size, stage = state["world_size"], state["zero_stage"]
     except (OSError, ValueError, KeyError) as error:
         raise half_written(folder, STATE_FILE) from error
-    for name in (COMPLETE, TAG, *needed):
-        if not (folder / name).exists():
-            raise half_written(folder, name)
+    needed = {COMPLETE: 1, TAG: 1, "rng_rank*.pt": world_size}
+    needed[f"{TAG}/*_model_states.pt"] = world_size if stage == 3 else 1
+    if stage:
+        needed[f"{TAG}/*_optim_states.pt"] = world_size
+    for pattern, number in needed.items():
+        if len(list(folder.glob(pattern))) != number:
+            raise half_written(folder, pattern)
     return state
 
 
 def half_written(folder: Path, name: str) -> CheckpointError:
-    """Say that a checkpoint lacks a file."""
+    """Say that a checkpoint lacks a file, or one of a rank's."""
     return CheckpointError(
-        f"{folder} is half-written: {name} is missing or torn (a run was stopped while it was saved, or not all "
-        "of it was copied); use another checkpoint of the run, or start the run again, which clears such folders away."
+        f"{folder} is half-written: {name} is missing, torn or not of every worker (a run was stopped while it was "
+        "saved, or not all of it was copied); use another checkpoint of the run, or start the run again, which clears "
+        "such folders away."
     )
 
 

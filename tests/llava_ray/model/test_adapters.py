@@ -1,4 +1,4 @@
-"""Adapters: laid over, kept, loaded, merged; refused where they are another's; never over tower or projector unasked."""
+"""Adapters: laid over, kept, loaded, merged, or refused; over the tower or the projector only where they are named."""
 
 import json
 import shutil
@@ -99,7 +99,11 @@ def test_round_trip_as_adapter_and_merged(kind: str, folders, samples, pack, tmp
     parts = adapted(folders, KINDS[kind], language_model)
     expected = losses(parts, samples, pack)
     save_bundle(tmp_path / "adapter", parts, training={"steps": 7})
-    assert {path.name for path in (tmp_path / "adapter").iterdir()} >= {"adapter", "projector.safetensors", "llava.json"}
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} >= {
+        "adapter",
+        "projector.safetensors",
+        "llava.json",
+    }
     assert not (tmp_path / "adapter" / "language_model").exists()
     loaded = load_bundle(tmp_path / "adapter")
     assert torch.equal(losses(loaded, samples, pack), expected)
@@ -282,7 +286,9 @@ def test_taking_an_adapter_off_gives_the_base_back(folders) -> None:
 
 @pytest.mark.parametrize("target", ["k_proj2", "mm_projector.0", "encoder.layers.0.mlp.fc1", "norm"])
 def test_targets_that_are_not_there_are_refused(target: str, folders) -> None:
-    with pytest.raises(ModelError, match=rf"names '{target}', which is no Linear of the language model; it has down_pr"):
+    with pytest.raises(
+        ModelError, match=rf"names '{target}', which is no Linear of the language model; it has down_pr"
+    ):
         find_targets(folders.assemble().llava.language_model, ("q_proj", target))
 
 
