@@ -126,7 +126,8 @@ def with_missing(schema: type[BaseModel], values: dict[str, Any]) -> Any:
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             fields[name] = with_missing(annotation, values.get(name, {}))
         elif name in values:
-            fields[name] = values[name]
+            value = values[name]
+            fields[name] = tuple(value) if isinstance(value, list) else value  # as the schema has it; TOML knows lists
         else:
             fields[name] = tyro.MISSING if field.is_required() else field.get_default()
     return schema.model_construct(**fields)
