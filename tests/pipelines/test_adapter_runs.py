@@ -77,8 +77,15 @@ def ask(parts: LlavaParts) -> list[str]:
     return [answer_text(parts, ids) for ids in generate_batch(parts, prompts, pixels, max_new_tokens=16)]
 
 
-@pytest.mark.parametrize("kind", ["lora", "qlora"])
-def test_stopped_at_a_checkpoint_gone_on_with_and_merged(kind: str, start: Path, tmp_path: Path) -> None:
+def read_losses(run: Path) -> list[float]:
+    """Return the loss of every step."""
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("kind", "num_workers"), [("lora", 2), ("qlora", 1)])
+def test_stopped_at_a_checkpoint_gone_on_with_and_merged(
+    kind: str, num_workers: int, start: Path, tmp_path: Path
+) -> None:
     recipe = make_recipe(start, kind)
     finish(recipe, "undisturbed")
     with started(recipe, "stopped") as process:
@@ -93,13 +100,12 @@ def test_stopped_at_a_checkpoint_gone_on_with_and_merged(kind: str, start: Path,
     assert halfway.manifest.training["steps"] == step
     assert len(ask(halfway)) == NUM_QUESTIONS
 
-    finish(recipe, "stopped")
+    with started(recipe, "stopped", "--cluster.num_workers", str(num_workers)) as process:
+        assert process.wait(timeout=400) == 0, (recipe.parent / "stopped.log").read_text()[-3000:]
     assert ledger(recipe, "stopped") == ledger(recipe, "undisturbed")
-    curves = [
-        [json.loads(line)["loss"] for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("undisturbed", "stopped")
-    ]
-    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+    curves = [read_losses(runs / name) for name in ("undisturbed", "stopped")]
+    # Another number of workers draws other dropout.
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5 if num_workers == 2 else 0.1)
 
     adapter = load_bundle(runs / "stopped" / "model")
     assert (find_quantization(adapter.llava.language_model) is not None) == (kind == "qlora")
