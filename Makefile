@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-EXTRAS := dev,quickstart,report
+EXTRAS := dev,quickstart,report,qlora
 
 .PHONY: help quickstart test verify lint benchmark clean
 

@@ -32,6 +32,7 @@ REPLACED_FLAGS = {
     "report_to": "every run is kept in MLflow; use --tracking.tracking_uri to say where",
     "dataloader_num_workers": "not needed: Ray Data decodes with the CPUs that are free",
     "is_multimodal": "not needed: samples say themselves whether they have images",
+    "lora_weight_path": "start from the adapter's bundle: --model.model_name_or_path",
     "save_strategy": "use --train.save_steps",
     "evaluation_strategy": "not there: evaluate a bundle after training",
 }
@@ -125,7 +126,8 @@ def with_missing(schema: type[BaseModel], values: dict[str, Any]) -> Any:
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             fields[name] = with_missing(annotation, values.get(name, {}))
         elif name in values:
-            fields[name] = values[name]
+            value = values[name]
+            fields[name] = tuple(value) if isinstance(value, list) else value  # as the schema has it; TOML knows lists
         else:
             fields[name] = tyro.MISSING if field.is_required() else field.get_default()
     return schema.model_construct(**fields)

@@ -13,6 +13,7 @@ from pydantic import (
     model_validator,
 )
 
+from llava_ray.config.lora import LoraConfig
 from llava_ray.config.schema import Section
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -223,6 +224,7 @@ class FinetuneConfig(Section):
     model: ModelConfig
     data: DataConfig
     train: TrainConfig = TrainConfig()
+    lora: LoraConfig = LoraConfig()
     run: RunConfig = RunConfig()
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -232,6 +234,27 @@ class FinetuneConfig(Section):
         """Refuse an offload that DeepSpeed would ignore."""
         if self.train.offload_optimizer and self.train.zero_stage == 0:
             raise ValueError("train.offload_optimizer needs train.zero_stage 1, 2 or 3")
+        return self
+
+    @model_validator(mode="after")
+    def adapter_fits(self) -> Self:
+        """Refuse an adapter where nothing of it would learn, and a quantised base that cannot be trained over."""
+        still = [key for key in ("tune_mm_mlp_adapter", "freeze_backbone") if getattr(self.model, key)]
+        if self.lora.lora_enable and still:
+            raise ValueError(
+                f"lora.lora_enable with model.{still[0]} contradict each other: drop one (with an adapter the language "
+                "model's own weights never learn)"
+            )
+        if self.lora.bits < 16 and not (self.lora.lora_enable or still):
+            raise ValueError(
+                f"lora.bits = {self.lora.bits}: quantised weights cannot learn; set lora.lora_enable = true (QLoRA) or "
+                "lora.bits = 16"
+            )
+        if self.lora.bits < 16 and self.train.zero_stage == 3:
+            raise ValueError(
+                f"lora.bits = {self.lora.bits} with train.zero_stage = 3: ZeRO 3 cannot partition quantised weights; "
+                "set train.zero_stage = 2 (each worker then holds the quantised base), or lora.bits = 16"
+            )
         return self
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import tyro
@@ -10,6 +10,7 @@ from PIL import Image
 
 from llava_ray.chat.conversation import IMAGE_TOKEN, Turn
 from llava_ray.chat.tokens import tokenize_prompt
+from llava_ray.config.lora import Bits
 from llava_ray.config.sections import DataConfig
 from llava_ray.errors import ConfigError, RecordError
 from llava_ray.generate.decoding import answer_text, expand_prompt, generate_batch
@@ -44,8 +45,8 @@ class ChatSettings:
     """Vision tower, where the folder does not bring or name it."""
     version: str | None = None
     """Conversation template, where the folder does not say it."""
-    bits: Literal[16, 8, 4] = 16
-    """Of the language model's matrices; 8 and 4 need bitsandbytes."""
+    bits: Bits | None = None
+    """Of the language model's matrices, by default as it was trained; 8 and 4 need bitsandbytes."""
 
     def __post_init__(self) -> None:
         """Refuse what would be ignored."""

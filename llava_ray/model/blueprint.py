@@ -33,6 +33,7 @@ from llava_ray.model.tower import count_image_tokens, find_family, read_tower_co
 
 LANGUAGE_MODEL: PartName = "language_model"
 VISION_TOWER: PartName = "vision_tower"
+ADAPTER = "adapter"
 
 # LLaVA's own image processors in transformers: CLIP's with a way of making images square or tiles, which is ours here.
 LLAVA_PROCESSORS = ("LlavaImageProcessor", "LlavaNextImageProcessor")

@@ -4,6 +4,7 @@
 * ``projector.safetensors``: under LLaVA's tensor names, without prefix
 * tokenizer files, with the chat template
 * ``language_model/``: an ordinary transformers folder; may be left out and named in llava.json instead
+* ``adapter/``: PEFT's files of a LoRA over a language model that is named
 * ``vision_tower/``: the same, with preprocessor_config.json
 """
 
@@ -16,11 +17,14 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from llava_ray.config.lora import Bits, Quantization
 from llava_ray.config.sections import ModelConfig
-from llava_ray.errors import ModelError
-from llava_ray.model.adapters import load_adapter
+from llava_ray.errors import BundleError, ModelError
+from llava_ray.model.adapters import has_adapter, load_adapter, save_adapter
 from llava_ray.model.blueprint import (
+    ADAPTER,
     LANGUAGE_MODEL,
     VISION_TOWER,
     Blueprint,
@@ -38,11 +42,14 @@ from llava_ray.model.manifest import (
     library_versions,
     read_manifest,
 )
-from llava_ray.model.parts import load_language_model, load_projector, load_tower_of, quantized
+from llava_ray.model.parts import load_language_model, load_projector, load_tower_of
 from llava_ray.model.projector import PROJECTOR_FILE
+from llava_ray.model.quantization import chosen, find_quantization
 from llava_ray.model.sources import Source
 from llava_ray.model.tower import VisionTower
 from llava_ray.model.weights import replacing, save_weights
+
+Contents = Literal["all", "projector", "adapter"]
 
 
 @dataclass(frozen=True)
@@ -72,13 +79,13 @@ def assemble(
     seed: int = 0,
     model_max_length: int = 2048,
     language_model_context: AbstractContextManager[Any] | None = None,
-    bits: int = 16,
+    quantization: Quantization | None = None,
 ) -> LlavaParts:
     """Load a language model, with the adapter that lies over it, and a tower with a projector, on the CPU.
 
     ``config.model_name_or_path`` is a model folder of any kind. A new projector depends on ``seed`` alone, so it is
     the same on every rank. ``language_model_context`` is entered only while the language model loads (ZeRO 3 partitions
-    what is loaded inside it, which must not happen to the tower); ``bits`` 8 or 4 quantises the language model alone.
+    what is loaded inside it, which must not happen to the tower); ``quantization`` is for the language model alone.
     Raises ModelError where parts are missing or do not fit; nothing is loaded before all that can be told from the
     files' headers has been checked.
     """
@@ -90,8 +97,10 @@ def assemble(
     projector = load_projector(blueprint, manifest, seed).to(dtype)
     tower = load_tower_of(blueprint, dtype)
     with language_model_context or nullcontext():
-        model = load_language_model(blueprint, dtype, **quantized(bits, dtype))
+        model = load_language_model(blueprint, dtype, quantization)
         if blueprint.layout.adapter is not None:
+            if blueprint.manifest and blueprint.manifest.adapter:
+                check_fingerprint(blueprint.layout.adapter, blueprint.manifest.adapter, "adapter")
             load_adapter(model, blueprint.layout.adapter, base_fingerprint=manifest.language_model.fingerprint)
     known = {**vars(blueprint), "manifest": manifest}
     return LlavaParts(**known, tower=tower, llava=Llava(projector, model, blueprint.mm_hidden_size))
@@ -104,11 +113,14 @@ def load_bundle(
     device: str | torch.device = "cpu",
     language_model: str | Path | None = None,
     vision_tower: str | Path | None = None,
+    bits: Bits | None = None,
 ) -> LlavaParts:
-    """Load a bundle for use, in evaluation mode on ``device``.
+    """Load a bundle for use, in evaluation mode on ``device``, with its adapter if it has one.
 
-    ``language_model`` and ``vision_tower`` say where parts that the bundle only names lie now. Raises BundleError for a
-    folder that is no bundle, or whose parts are not those it was made with; ModelError where parts are missing.
+    ``language_model`` and ``vision_tower`` say where parts that the bundle only names lie now. ``bits`` quantises the
+    language model as it is read (8, 4) or does not (16); by default it is kept as it was while the bundle was trained.
+    Raises BundleError for a folder that is no bundle, or whose parts are not those it was made with; ModelError where
+    parts are missing.
     """
     manifest = read_manifest(Path(path))
     parts = assemble(
@@ -116,6 +128,7 @@ def load_bundle(
         manifest.image_aspect_ratio,
         dtype=dtype,
         model_max_length=manifest.model_max_length,
+        quantization=chosen(bits, manifest.quantization),
     )
     parts.tower.to(device)
     parts.llava.to(device).eval()
@@ -151,23 +164,29 @@ def save_bundle(
     parts: LlavaParts,
     tensors: Mapping[str, Tensor] | None = None,
     *,
-    include: Literal["all", "projector"] = "all",
+    include: Contents | None = None,
     training: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a bundle, whole or not at all; one that is already there is replaced.
 
     ``tensors`` are full tensors under Llava's names (``projector.0.weight``, ``language_model.lm_head.weight``), as
     gathered from a training engine; by default those of ``parts.llava``. With ``include="projector"`` language model
-    and tower are named instead of copied. ``training`` is kept in the manifest. Raises BundleError if the folder
-    cannot be written, is something else, or a tensor is missing.
+    and tower are named instead of copied, and with "adapter" the adapter is written beside the projector; by default
+    the bundle holds all of the model, or the adapter if there is one. ``training`` is kept in the manifest. Raises
+    BundleError if the folder cannot be written, is something else, or a tensor is missing.
     """
+    model = parts.llava.language_model
+    include = include or ("adapter" if has_adapter(model) else "all")
+    check_contents(model, include)
     tensors = parts.llava.state_dict() if tensors is None else tensors
     with replacing(Path(folder)) as new:
         save_file(_below("projector.", tensors), new / PROJECTOR_FILE)
         parts.tokenizer.save_pretrained(new)
         language, tower = parts.manifest.language_model, parts.manifest.vision_tower
+        if include == "adapter":
+            save_adapter(new / ADAPTER, model, language, _below("language_model.", tensors))
         if include == "all":
-            save_weights(new / LANGUAGE_MODEL, parts.llava.language_model, _below("language_model.", tensors))
+            save_weights(new / LANGUAGE_MODEL, model, _below("language_model.", tensors))
             save_weights(new / VISION_TOWER, parts.tower.backbone, parts.tower.full_state_dict())
             parts.image_processor.save_pretrained(new / VISION_TOWER)
             language = _held(parts.language_source, new / LANGUAGE_MODEL)
@@ -176,11 +195,27 @@ def save_bundle(
             update={
                 "language_model": language,
                 "vision_tower": tower,
+                "adapter": fingerprint(new / ADAPTER) if include == "adapter" else None,
+                "quantization": find_quantization(model),
                 "libraries": library_versions(),
                 "training": dict(training or {}),
             }
         )
         (new / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n")
+
+
+def check_contents(language_model: PreTrainedModel, include: Contents) -> None:
+    """Raise BundleError if a bundle of these parts would not be the model in memory."""
+    if (include == "adapter") != has_adapter(language_model):
+        raise BundleError(
+            "the language model has an adapter, which such a bundle would lose; merge it first, or write the adapter."
+            if include != "adapter"
+            else "the language model has no adapter to write; write all of it."
+        )
+    if include == "all" and find_quantization(language_model):
+        raise BundleError(
+            "the language model is quantised, and a bundle holds weights as they are; load it with bits = 16."
+        )
 
 
 def check_length(blueprint: Blueprint, model_max_length: int) -> None:
@@ -207,6 +242,8 @@ def _describe(blueprint: Blueprint, model_max_length: int) -> Manifest:
         model_max_length=model_max_length,
         language_model=_named(blueprint.language_source, old.language_model if old else None),
         vision_tower=_named(blueprint.tower_source, old.vision_tower if old else None),
+        adapter=old.adapter if old else None,
+        quantization=old.quantization if old else None,
         libraries=library_versions(),
         training=old.training if old else {},
     )

@@ -1,11 +1,14 @@
 """What learns: switches that are declared, applied in the open and reported."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
 
 from llava_ray.config.sections import ModelConfig
+from llava_ray.model.adapters import adapter_parameters, has_adapter
 from llava_ray.model.llava import Llava
+from llava_ray.model.quantization import count_elements
 from llava_ray.model.tower import VisionTower
 
 
@@ -17,25 +20,44 @@ class Learning:
     num_trainable: int
     num_total: int
 
+    def __str__(self) -> str:
+        """Say it in words, e.g. ``projector 3,104 of 3,104``."""
+        return f"{self.part} {self.num_trainable:,} of {self.num_total:,}"
+
 
 def freeze(llava: Llava, tower: VisionTower | None, config: ModelConfig) -> list[Learning]:
     """Set which parameters learn, by the config's switches, and return what does part by part.
 
     The tower never learns. ``freeze_backbone`` includes the head, which the original left training;
-    ``freeze_embeddings`` includes it where it shares the embeddings' tensor.
+    ``freeze_embeddings`` includes it where it shares the embeddings' tensor. The weights that an adapter lies over
+    stay as they are.
     """
+    model = llava.language_model
     learns_language = not (config.tune_mm_mlp_adapter or config.freeze_backbone)
-    llava.projector.requires_grad_(not config.freeze_mm_mlp_adapter)
-    llava.language_model.requires_grad_(learns_language)
-    if learns_language and config.freeze_embeddings:
-        llava.language_model.get_input_embeddings().requires_grad_(False)
-    parts: dict[str, nn.Module] = {"projector": llava.projector, "language_model": llava.language_model}
+    if not has_adapter(llava):
+        llava.projector.requires_grad_(not config.freeze_mm_mlp_adapter)
+    if not has_adapter(model):
+        model.requires_grad_(learns_language)
+        if learns_language and config.freeze_embeddings:
+            model.get_input_embeddings().requires_grad_(False)
     if tower is not None:
-        parts["vision_tower"] = tower.freeze()
-    return [count_learning(name, part) for name, part in parts.items()]
+        tower.freeze()
+    return report_learning(llava, tower)
 
 
-def count_learning(name: str, part: nn.Module) -> Learning:
-    """Count a part's parameters; those that ZeRO 3 has partitioned count whole."""
-    sizes = [(p.requires_grad, getattr(p, "ds_numel", p.numel())) for p in part.parameters()]
+def report_learning(llava: Llava, tower: VisionTower | None) -> list[Learning]:
+    """Count what learns in each part; the adapter apart from the language model that it lies over."""
+    adapter = adapter_parameters(llava.language_model)
+    own = [p for name, p in llava.language_model.named_parameters() if name not in adapter]
+    parts: dict[str, Iterable[nn.Parameter]] = {"projector": llava.projector.parameters(), "language_model": own}
+    if adapter:
+        parts["adapter"] = adapter.values()
+    if tower is not None:
+        parts["vision_tower"] = tower.parameters()
+    return [count_learning(name, parameters) for name, parameters in parts.items()]
+
+
+def count_learning(name: str, parameters: Iterable[nn.Parameter]) -> Learning:
+    """Count a part's parameters; those that are packed in few bits or partitioned count whole."""
+    sizes = [(parameter.requires_grad, count_elements(parameter)) for parameter in parameters]
     return Learning(name, sum(size for learns, size in sizes if learns), sum(size for _, size in sizes))

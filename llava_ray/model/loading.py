@@ -6,12 +6,14 @@ from typing import Any
 import torch
 
 from llava_ray.chat.templates import CHAT_TEMPLATE, TEMPLATES
+from llava_ray.config.lora import Bits
 from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import ConfigError, ModelError
 from llava_ray.model.blueprint import Blueprint, find_layout, read_blueprint
 from llava_ray.model.bundle import LlavaParts, assemble
 from llava_ray.model.layout import Layout
 from llava_ray.model.published_settings import OUR_KEY
+from llava_ray.model.quantization import chosen
 
 DEFAULT_LENGTH = 2048  # the original's, where a config says nothing
 
@@ -27,7 +29,7 @@ def load_pretrained_model(
     version: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    bits: int = 16,
+    bits: Bits | None = None,
 ) -> LlavaParts:
     """Load a LLaVA for use, in evaluation mode on ``device``; under LLaVA's own name.
 
@@ -35,14 +37,21 @@ def load_pretrained_model(
     a LoRA or projector-only folder over ``model_base``, or a plain language model (its projector is then new and has
     learnt nothing). What it is is read from its config.json, llava.json and tensor names, never from its name.
     ``model_base``, ``vision_tower`` and ``version`` (the template) say what a folder does not say itself, or where it
-    lies now. ``bits`` 8 or 4 quantises the language model as it is read. An adapter stays an adapter.
+    lies now. ``bits`` 8 or 4 quantises the language model as it is read; by default a bundle's is kept
+    as it was trained. An adapter stays an adapter.
 
     Raises ModelError (BundleError for a bundle whose parts are not those it was made with) that names file and key,
     before any weights are loaded wherever the files' headers can tell.
     """
     _, layout = find_layout(str(model_path), weights=True)
     config = pretrained_config(layout, model_path, model_base, vision_tower, version)
-    parts = assemble(config, aspect_ratio(layout), dtype=dtype, model_max_length=find_length(layout), bits=bits)
+    parts = assemble(
+        config,
+        aspect_ratio(layout),
+        dtype=dtype,
+        model_max_length=find_length(layout),
+        quantization=chosen(bits, layout.manifest.quantization if layout.manifest else None),
+    )
     parts.tower.to(device)
     parts.llava.to(device).eval()
     return parts

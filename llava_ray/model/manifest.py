@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from llava_ray.config.lora import Quantization
 from llava_ray.errors import BundleError
 
 MANIFEST_FILE = "llava.json"
@@ -57,6 +58,10 @@ class Manifest(BaseModel):
     """Where the language model is."""
     vision_tower: Part
     """Where the vision tower is."""
+    adapter: str | None = None
+    """Fingerprint of the LoRA adapter in adapter/, which lies over the language model; None if there is none."""
+    quantization: Quantization | None = None
+    """How the language model was kept in memory while this was trained over it; None if as it is."""
     libraries: dict[str, str] = Field(default_factory=dict)
     """Versions that wrote the bundle."""
     training: dict[str, Any] = {}

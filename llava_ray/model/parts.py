@@ -1,12 +1,12 @@
 """The parts of a model, each loaded from where its blueprint says."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, BitsAndBytesConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
+from llava_ray.config.lora import Quantization
 from llava_ray.errors import ModelError
 from llava_ray.model.blueprint import Blueprint
 from llava_ray.model.layout import Layout
@@ -15,6 +15,7 @@ from llava_ray.model.manifest import Manifest
 from llava_ray.model.packing import check_packing
 from llava_ray.model.pretrained import load_pretrained
 from llava_ray.model.projector import adopt_projector, build_projector, load_projector_weights
+from llava_ray.model.quantization import bitsandbytes_config, settle
 from llava_ray.model.tensor_reading import read_tensors
 from llava_ray.model.tower import VisionTower, load_vision_tower
 
@@ -30,11 +31,12 @@ def load_tower_of(blueprint: Blueprint, dtype: torch.dtype) -> VisionTower:
     )
 
 
-def load_language_model(blueprint: Blueprint, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-    """Load the language model that the blueprint names, without the adapter that may lie over it.
+def load_language_model(
+    blueprint: Blueprint, dtype: torch.dtype, quantization: Quantization | None = None
+) -> PreTrainedModel:
+    """Load the language model that the blueprint names, quantised as it is read, without an adapter over it.
 
-    ``options`` are those of transformers' ``from_pretrained``. Raises ModelError if it cannot be trained on packed
-    rows.
+    Raises ModelError if it cannot be trained on packed rows.
     """
     config, wanted = blueprint.language_config, blueprint.config.attn_implementation
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -51,47 +53,11 @@ def load_language_model(blueprint: Blueprint, dtype: torch.dtype, **options: Any
         "language model",
         dtype=dtype,
         attn_implementation=attention,
-        **options,
+        quantization_config=bitsandbytes_config(quantization, dtype) if quantization else None,
     )
     settle(model)
     check_packing(model)
     return model
-
-
-def settle(language_model: PreTrainedModel) -> None:
-    """Let 4-bit matrices compute alike wherever they run.
-
-    On CPUs with AVX-512 BF16 bitsandbytes 0.50 repacks them as soon as no gradient is asked for, and fails on layers
-    narrower than a block.
-    """
-    for module in language_model.modules():
-        if "support_avx512bf16_for_cpu" in vars(module):
-            vars(module)["support_avx512bf16_for_cpu"] = False
-
-
-def quantized(bits: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the options that load a language model in 4 or 8 bits with LLaVA's settings; none for 16.
-
-    Projector and tower are no part of it and stay as they are. Raises ModelError for another number of bits, or
-    without bitsandbytes.
-    """
-    if bits == 16:
-        return {}
-    if bits not in (4, 8):
-        raise ModelError(f"bits is {bits}; expected 16, 8 or 4.")
-    try:
-        import bitsandbytes  # noqa: F401  # type: ignore[import-not-found,unused-ignore]
-    except ImportError as error:
-        raise ModelError(f"bits {bits} needs bitsandbytes ({error}): pip install 'llava_ray[qlora]'.") from error
-    settings = BitsAndBytesConfig(
-        load_in_4bit=bits == 4,
-        load_in_8bit=bits == 8,
-        llm_int8_threshold=6.0,
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_quant_type="nf4",
-    )
-    return {"quantization_config": settings}
 
 
 def load_projector(blueprint: Blueprint, manifest: Manifest, seed: int) -> nn.Module:

@@ -1,7 +1,9 @@
 """Complete, resumable checkpoints: ZeRO shards, RNG states, position; committed by Ray only when every rank reported.
 
 A checkpoint folder holds ``zero/`` (each rank's shards), ``rng_rank{r}.pt``, ``trainer_state.json`` and ``COMPLETE``.
-Frozen parameters are not in it: they come from the base, which the run's settings name.
+Frozen parameters are not in it: they come from the base, which ``trainer_state.json`` names with its fingerprint.
+Where little learns (an adapter, or the projector alone) ``model/`` is a bundle, so that a checkpoint can be used as it
+is; ``consolidation`` makes one of the others.
 """
 
 import errno
@@ -22,13 +24,19 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from torch import nn
 
 from llava_ray.errors import CheckpointError
+from llava_ray.model.bundle import LlavaParts, save_bundle
+from llava_ray.model.manifest import Manifest
+from llava_ray.train.finish import describe_training, find_contents, gather_tensors
 from llava_ray.train.settings import LoopSettings
 from llava_ray.train.universal import load_for_other_world_size
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-TAG = "zero"
+TAG, MODEL = "zero", "model"
+STATE_FILE, COMPLETE = "trainer_state.json", "COMPLETE"
+# Of the resolved settings, those that say which model it is.
+MODEL_SETTINGS = {"model", "data", "train", "lora"}
 
 # Ray uploads in the background and never says "slow down": more unfinished saves than this would fill the disk.
 MAX_UNFINISHED_UPLOADS = 2
@@ -37,9 +45,10 @@ MAX_UNFINISHED_UPLOADS = 2
 class Checkpointer:
     """Save and restore one rank's part of the training state."""
 
-    def __init__(self, engine: "DeepSpeedEngine", settings: LoopSettings) -> None:
+    def __init__(self, engine: "DeepSpeedEngine", parts: LlavaParts, settings: LoopSettings) -> None:
         """Clear what a killed upload of this rank may have left on the local disk."""
         self.engine = engine
+        self.parts = parts
         self.settings = settings
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         name = settings.config.run.name
@@ -52,13 +61,14 @@ class Checkpointer:
         if checkpoint is None:
             return 0
         with checkpoint.as_directory() as folder:
-            state = json.loads(Path(folder, "trainer_state.json").read_text())
+            state = json.loads(Path(folder, STATE_FILE).read_text())
             if state["plan_hash"] != self.settings.plan_hash:
                 raise CheckpointError(
                     f"{checkpoint.path} was made with plan {state['plan_hash']}, this run's is "
                     f"{self.settings.plan_hash}: the data or their order changed; restore them, or start over with "
                     "--run.restart True"
                 )
+            refuse_other_base(state, self.parts.manifest, checkpoint.path)
             if state["world_size"] == self.world_size or self.engine.zero_optimization_stage() == 0:
                 self.engine.load_checkpoint(folder, tag=TAG, custom_load_fn=load_trainable)
             else:
@@ -102,17 +112,10 @@ class Checkpointer:
                 str(folder), tag=TAG, client_state={"step": step}, exclude_frozen_parameters=True
             )
             torch.save(random_state(), folder / f"rng_rank{self.rank}.pt")
+            self.write_model(folder / MODEL, step)
             if self.rank == 0:
-                state = {
-                    "step": step,
-                    "plan_hash": self.settings.plan_hash,
-                    "data_hash": self.settings.data_hash,
-                    "world_size": self.world_size,
-                    "seed": self.settings.config.train.seed,
-                    "zero_stage": self.settings.config.train.zero_stage,
-                }
-                (folder / "trainer_state.json").write_text(json.dumps(state, indent=1))
-                (folder / "COMPLETE").touch()
+                (folder / STATE_FILE).write_text(json.dumps(self.describe(step), indent=1))
+                (folder / COMPLETE).touch()
         except (OSError, RuntimeError) as error:
             if not disk_trouble(error):
                 raise
@@ -122,12 +125,50 @@ class Checkpointer:
                 "make room or set TMPDIR, then start the run again: it goes on from the last whole checkpoint"
             ) from error
 
+    def write_model(self, folder: Path, step: int) -> None:
+        """Write the model as a bundle where little of it learns; collective."""
+        include = find_contents(self.settings.config)
+        if include != "all":
+            tensors = gather_tensors(self.engine, include)
+            if self.rank == 0:
+                save_bundle(
+                    folder, self.parts, tensors, include=include, training=describe_training(self.settings, step)
+                )
+
+    def describe(self, step: int) -> dict[str, Any]:
+        """Return the contents of trainer_state.json: the position, and which model it is with its base."""
+        config = self.settings.config
+        return {
+            "step": step,
+            "plan_hash": self.settings.plan_hash,
+            "data_hash": self.settings.data_hash,
+            "world_size": self.world_size,
+            "seed": config.train.seed,
+            "zero_stage": config.train.zero_stage,
+            "training": describe_training(self.settings, step),
+            "config": config.model_dump(mode="json", include=MODEL_SETTINGS),
+            "manifest": self.parts.manifest.model_dump(mode="json"),
+        }
+
     def restore_randomness(self, folder: Path, state: dict[str, Any]) -> None:
         """Bring back this rank's RNG states, or derive new ones where the number of ranks changed."""
         if state["world_size"] == self.world_size:
             set_random_state(torch.load(folder / f"rng_rank{self.rank}.pt", weights_only=False))
         else:
             seed_all(state["seed"], state["step"], self.rank)
+
+
+def refuse_other_base(state: dict[str, Any], found: Manifest, checkpoint: str) -> None:
+    """Raise CheckpointError if the frozen weights are not those that the checkpoint was trained with."""
+    made_with = Manifest.model_validate(state["manifest"])
+    for part in ("language_model", "vision_tower"):
+        was, now = getattr(made_with, part), getattr(found, part)
+        if was.fingerprint != now.fingerprint:
+            raise CheckpointError(
+                f"{checkpoint} was made with the {part.replace('_', ' ')} {was.base} (fingerprint "
+                f"{was.fingerprint[:12]}), but {now.base} holds other weights now ({now.fingerprint[:12]}); "
+                "put the old ones back, or start over with --run.restart True"
+            )
 
 
 def load_trainable(src: dict[str, torch.Tensor], dst: nn.Module) -> None:

@@ -8,14 +8,17 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 import transformers
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from llava_ray.config.sections import FinetuneConfig, TrainConfig
+from llava_ray.model.adaptation import adapt
 from llava_ray.model.bundle import LlavaParts, assemble
 from llava_ray.model.freezing import freeze
+from llava_ray.model.quantization import drop_quantization_state
 from llava_ray.train.groups import parameter_groups
 from llava_ray.train.zero import zero_config
 
@@ -61,8 +64,14 @@ def load_parts(config: FinetuneConfig, device: torch.device) -> LlavaParts:
         seed=config.train.seed,
         model_max_length=config.train.model_max_length,
         language_model_context=ShardedLoading(config.train),
+        quantization=config.lora.quantization,
     )
-    freeze(parts.llava, parts.tower, config.model)
+    with ShardedLoading(config.train):  # PEFT looks for it as well
+        adapt(parts, config.lora, config.train.seed)
+    learning = freeze(parts.llava, parts.tower, config.model)
+    if dist.get_rank() == 0:
+        print(f"What learns: {'; '.join(map(str, learning))}", flush=True)  # noqa: T201 - said to who started the run
+    drop_quantization_state(parts.llava.language_model)
     if config.data.vision_features == "inline":
         parts.tower.to(device)
     if config.train.gradient_checkpointing:

@@ -1,13 +1,15 @@
-"""The end of a run: whole tensors gathered from the engine and written as a bundle."""
+"""What a run leaves behind: whole tensors gathered from the engine and written as a bundle."""
 
 import tempfile
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 import torch
 import torch.distributed as dist
 
-from llava_ray.model.bundle import LlavaParts, save_bundle
+from llava_ray.config.sections import FinetuneConfig
+from llava_ray.model.adaptation import fold_other_parts
+from llava_ray.model.bundle import Contents, LlavaParts, save_bundle
 from llava_ray.train.settings import LoopSettings
 
 if TYPE_CHECKING:
@@ -15,16 +17,11 @@ if TYPE_CHECKING:
 
 
 def write_bundle(engine: "DeepSpeedEngine", parts: LlavaParts, settings: LoopSettings) -> None:
-    """Write the run's model; collective. Alignment, which learns the projector only, leaves the other parts out."""
-    include: Literal["all", "projector"] = "projector" if settings.config.model.tune_mm_mlp_adapter else "all"
-    tensors = gather_tensors(engine, "projector." if include == "projector" else "")
+    """Write the run's model; collective. What cannot have changed is named instead of copied."""
+    include = find_contents(settings.config)
+    tensors = gather_tensors(engine, include)
     if dist.get_rank() == 0:
-        training = {
-            "run": settings.config.run.name,
-            "steps": settings.num_steps,
-            "data_hash": settings.data_hash,
-            "plan_hash": settings.plan_hash,
-        }
+        training = describe_training(settings, settings.num_steps)
         files, inner = fsspec.core.url_to_fs(settings.bundle_folder)
         if "file" in files.protocol:
             save_bundle(inner, parts, tensors, include=include, training=training)
@@ -35,17 +32,42 @@ def write_bundle(engine: "DeepSpeedEngine", parts: LlavaParts, settings: LoopSet
     dist.barrier()
 
 
-def gather_tensors(engine: "DeepSpeedEngine", prefix: str) -> dict[str, torch.Tensor]:
-    """Return whole tensors on rank 0's CPU, one gathered at a time; every rank must take part, in the same order."""
+def find_contents(config: FinetuneConfig) -> Contents:
+    """Return what bundles of a run hold: an adapter, or only the projector, where the other parts stay as they are."""
+    if config.lora.lora_enable:
+        return "adapter"
+    # A quantised language model is frozen, and cannot be written as it was.
+    return "projector" if config.model.tune_mm_mlp_adapter or config.lora.bits < 16 else "all"
+
+
+def describe_training(settings: LoopSettings, steps: int) -> dict[str, Any]:
+    """Return what a bundle says of its origin."""
+    return {
+        "run": settings.config.run.name,
+        "steps": steps,
+        "data_hash": settings.data_hash,
+        "plan_hash": settings.plan_hash,
+    }
+
+
+def gather_tensors(engine: "DeepSpeedEngine", include: Contents) -> dict[str, torch.Tensor]:
+    """Return the whole tensors that such a bundle needs on rank 0's CPU, one gathered at a time.
+
+    Every rank must take part, in the same order.
+    """
     from deepspeed.runtime.zero import GatheredParameters
 
     llava = engine.module
     partitioned = engine.zero_optimization_stage() == 3
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in llava.named_parameters():
-        if name.startswith(prefix):
+        learns_beside = include == "adapter" and parameter.requires_grad
+        if include == "all" or name.startswith("projector.") or learns_beside:
             with GatheredParameters([parameter], enabled=partitioned):
                 if dist.get_rank() == 0:
                     tensors[name] = parameter.detach().cpu().clone()
-    tensors |= {name: buffer.cpu() for name, buffer in llava.named_buffers() if name in llava.state_dict()}
+    if include == "adapter":
+        return fold_other_parts(llava, tensors)
+    if include == "all":
+        tensors |= {name: buffer.cpu() for name, buffer in llava.named_buffers() if name in llava.state_dict()}
     return tensors

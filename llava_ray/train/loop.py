@@ -34,7 +34,7 @@ def train_loop(given: dict[str, Any]) -> None:
     seed_all(config.train.seed, 0, rank)
     parts = load_parts(config, device)
     engine = build_engine(parts, config, settings.num_steps)
-    checkpointer = Checkpointer(engine, settings)
+    checkpointer = Checkpointer(engine, parts, settings)
     first_step = checkpointer.restore()
     journal.rewind.remote(rank, first_step, world_size)
     if first_step == 0:

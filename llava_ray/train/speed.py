@@ -10,6 +10,7 @@ import torch
 
 from llava_ray.data.batches import MicroBatch
 from llava_ray.model.llava import Llava, find_targets
+from llava_ray.model.quantization import count_elements
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -29,7 +30,7 @@ class Meter:
 
     def __init__(self, llava: Llava, device: torch.device, world_size: int) -> None:
         """Count parameters now, while their true sizes are known."""
-        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in llava.parameters()]
+        sizes = [(count_elements(p), p.requires_grad) for p in llava.parameters()]
         # Forward 2, gradient of activations 2, gradient of weights 2 FLOPs a parameter and token.
         self.flops_per_token = sum(6 * size if learns else 4 * size for size, learns in sizes)
         self.device = device

@@ -11,7 +11,9 @@ from evals.easy_vqa_records import write_conversations, write_words
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.preparation import prepare_data
+from llava_ray.model.adapters import has_adapter
 from llava_ray.model.bundle import load_bundle
+from llava_ray.model.quantization import find_quantization
 from llava_ray.model.registry_weights import make_language_model as make_smollm2
 from llava_ray.model.registry_weights import make_vision_tower as make_dinov2
 from llava_ray.runtime import connected
@@ -20,6 +22,8 @@ from llava_ray.train.trainer import FinishedRun, finetune
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "pipelines/recipes").glob("*/*.toml"))
 BIG = [path for path in RECIPES if path.name.startswith("llava")]
+# As long as its smaller sibling's run, and no other code: left to `make verify`.
+LONG = {"llava_v1_5_13b_lora"}
 
 
 def name(path: Path) -> str:
@@ -36,10 +40,11 @@ def test_it_loads(recipe):
 @pytest.mark.parametrize("recipe", BIG, ids=name)
 def test_the_published_hyper_parameters_are_kept(recipe):
     config = load_recipe(FinetuneConfig, [str(recipe)])
-    pretrain = recipe.parent.name == "pretrain"
-    assert config.train.learning_rate == (1e-3 if pretrain else 2e-5)
+    pretrain, lora = recipe.parent.name == "pretrain", config.lora.lora_enable
+    assert lora is recipe.stem.endswith("lora")
+    assert config.train.learning_rate == (1e-3 if pretrain else 2e-4 if lora else 2e-5)
     assert config.train.global_batch_size == (256 if pretrain else 128)
-    assert config.train.zero_stage == (2 if pretrain else 3)
+    assert config.train.zero_stage == (2 if pretrain or config.lora.bits < 16 else 3)
     assert config.model.version == ("plain" if pretrain else "v1")
     assert config.model.tune_mm_mlp_adapter is pretrain
     assert config.data.image_aspect_ratio == ("square" if pretrain else "pad")
@@ -47,6 +52,10 @@ def test_the_published_hyper_parameters_are_kept(recipe):
     assert (train.num_train_epochs, train.warmup_ratio, train.weight_decay) == (1, 0.03, 0.0)
     assert (train.lr_scheduler_type, train.model_max_length, train.bf16) == ("cosine", 2048, True)
     assert (model.mm_projector_type, model.mm_vision_select_layer) == ("mlp2x_gelu", -2)
+    if lora:
+        assert (config.lora.lora_r, config.lora.lora_alpha, config.lora.lora_dropout) == (128, 256, 0.05)
+        assert train.mm_projector_lr == 2e-5
+        assert config.lora.bits == (4 if recipe.stem.endswith("qlora") else 16)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +76,11 @@ def run(config: FinetuneConfig) -> FinishedRun:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("recipe", BIG, ids=name)
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(path, marks=pytest.mark.verify if path.stem in LONG else ()) for path in BIG],
+    ids=map(name, BIG),
+)
 def test_a_big_recipe_is_planned_and_takes_two_steps(recipe, folder, ray_cluster):
     pretrain = recipe.parent.name == "pretrain"
     images = easy_vqa.image_folder("train") if pretrain else folder / "images"
@@ -86,9 +99,12 @@ def test_a_big_recipe_is_planned_and_takes_two_steps(recipe, folder, ray_cluster
         "cluster.num_workers": 2,
         "cluster.use_gpu": False,
     }
-    finished = run(load_recipe(FinetuneConfig, [str(recipe)]).replaced(changes))
+    config = load_recipe(FinetuneConfig, [str(recipe)]).replaced(changes)
+    finished = run(config)
     assert len(finished.read_losses()) == 2
-    assert (Path(finished.folder.bundle) / "projector.safetensors").exists()
+    parts = load_bundle(finished.folder.bundle)
+    assert has_adapter(parts.llava.language_model) == config.lora.lora_enable
+    assert find_quantization(parts.llava.language_model) == config.lora.quantization
 
 
 @pytest.mark.ray

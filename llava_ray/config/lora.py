@@ -1,0 +1,74 @@
+"""Adapters and quantised language models as settings, under LLaVA's names."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from llava_ray.config.schema import Section
+
+Bits = Literal[4, 8, 16]
+
+
+class Quantization(Section):
+    """How bitsandbytes keeps the matrices of a language model whose own weights do not learn."""
+
+    bits: Literal[4, 8]
+    """Per weight."""
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    """Kind of 4-bit numbers; 8 bits have one kind only."""
+    double_quant: bool = True
+    """Whether the 4-bit blocks' scales are quantised too."""
+
+
+class LoraConfig(Section):
+    """An adapter in place of a language model that learns as a whole, over a base that may be quantised."""
+
+    lora_enable: bool = False
+    """Learn a low-rank adapter (https://arxiv.org/abs/2106.09685); the language model's own weights stay."""
+    lora_r: PositiveInt = 64
+    """Rank."""
+    lora_alpha: PositiveFloat = 16
+    """The adapter's output is scaled by alpha / r."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Dropout before the adapter."""
+    lora_bias: Literal["none", "all", "lora_only"] = "none"
+    """Biases that learn as well: none, all of the language model's, or those of the layers that have an adapter."""
+    lora_target_modules: tuple[str, ...] | None = None
+    """Linear layers with an adapter, by last or whole name; default: every one of the language model but its head.
+    The projector's and the tower's only if named from there: "projector.0", "vision_tower.encoder…"."""
+    use_dora: bool = False
+    """Learn each row's magnitude apart from its direction (https://arxiv.org/abs/2402.09353)."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) instead (https://arxiv.org/abs/2312.03732)."""
+    bits: Bits = 16
+    """Bits of the base's matrices: 16 leaves them as they are, 8 or 4 (QLoRA, https://arxiv.org/abs/2305.14314) need
+    bitsandbytes. Projector, tower, embeddings and head are never quantised."""
+    double_quant: bool = True
+    """With 4 bits: quantise the blocks' scales too."""
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    """With 4 bits: which kind of numbers."""
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the base is quantised, or None."""
+        if self.bits == 16:
+            return None
+        if self.bits == 8:
+            return Quantization(bits=8)
+        return Quantization(bits=4, quant_type=self.quant_type, double_quant=self.double_quant)
+
+    @field_validator("lora_target_modules")
+    @classmethod
+    def some_target(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        """Refuse an empty list, which would leave nothing to learn."""
+        if value is not None and not value:
+            raise ValueError("an empty list leaves nothing to learn: leave it out to take every Linear but the head")
+        return value
+
+    @model_validator(mode="after")
+    def switches_have_an_adapter(self) -> Self:
+        """Refuse what would silently do nothing."""
+        for key in ("use_dora", "use_rslora", "lora_target_modules"):
+            if getattr(self, key) and not self.lora_enable:
+                raise ValueError(f"{key} does nothing without lora_enable = true")
+        return self

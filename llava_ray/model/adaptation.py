@@ -1,0 +1,127 @@
+"""The adapters that a run learns: over the language model, and over other parts where their layers are named."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava_ray.config.lora import LoraConfig
+from llava_ray.errors import ModelError
+from llava_ray.model.adapters import (
+    ADAPTER,
+    OTHER_PARTS,
+    adapter_layers,
+    adapter_tensors,
+    add_adapter,
+    find_targets,
+    has_adapter,
+    lay_over,
+    peft_config,
+    peft_settings,
+    take_off,
+)
+from llava_ray.model.bundle import LlavaParts
+from llava_ray.model.llava import Llava
+
+# Our setting → PEFT's. Dropout may change from run to run.
+SAME = {
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_bias": "bias",
+    "use_dora": "use_dora",
+    "use_rslora": "use_rslora",
+}
+
+
+def adapt(parts: LlavaParts, lora: LoraConfig, seed: int) -> None:
+    """Let adapters learn as ``lora`` says: new ones, which depend on ``seed`` alone, or the bundle's own.
+
+    Raises ModelError where the bundle's adapter is not the configured one, or a named layer is not there.
+    """
+    language_model = parts.llava.language_model
+    if not has_adapter(language_model):
+        if lora.lora_enable:
+            add_adapter(language_model, lora, seed)
+            adapt_other_parts(parts.llava, lora, seed)
+        return
+    import peft
+
+    trained = peft_config(language_model)
+    learnt = adapter_tensors(language_model, language_model.state_dict())
+    take_off(language_model)
+    check_same(parts, lora, trained)
+    add_adapter(language_model, lora, seed)
+    peft.set_peft_model_state_dict(language_model, learnt)
+    adapt_other_parts(parts.llava, lora, seed)
+
+
+def check_same(parts: LlavaParts, lora: LoraConfig, trained: Any) -> None:
+    """Raise ModelError if the bundle's adapter was ``trained`` (PEFT's words) otherwise than it is configured."""
+    if not lora.lora_enable:
+        raise ModelError(
+            f"{parts.bundle} holds an adapter over {parts.manifest.language_model.base}; set lora.lora_enable = true "
+            "to go on with it, or merge it first (pipelines/export.py)."
+        )
+    quantization = parts.manifest.quantization
+    found = {key: getattr(trained, name) for key, name in SAME.items()}
+    found |= {"bits": quantization.bits if quantization else 16, "lora_target_modules": sorted(trained.target_modules)}
+    targets = find_targets(parts.llava.language_model, lora.lora_target_modules)
+    wanted = {key: getattr(lora, key) for key in SAME} | {"bits": lora.bits, "lora_target_modules": sorted(targets)}
+    for key, value in wanted.items():
+        if value != found[key]:
+            raise ModelError(
+                f"lora.{key} is {value!r}, but the adapter in {parts.bundle} was trained with {found[key]!r}; set it "
+                "so, or merge that adapter first and start a new one."
+            )
+
+
+def adapt_other_parts(llava: Llava, lora: LoraConfig, seed: int) -> None:
+    """Lay adapters over the layers outside the language model that are named with their part: ``projector.0``.
+
+    Raises ModelError if one is not there, or does not learn with the model.
+    """
+    named = [name for name in lora.lora_target_modules or () if name.partition(".")[0] in OTHER_PARTS]
+    linears = {
+        name
+        for name, module in llava.named_modules()
+        if isinstance(module, nn.Linear) and name.partition(".")[0] in OTHER_PARTS
+    }
+    for name in named:
+        if name not in linears:
+            raise ModelError(
+                f"lora.lora_target_modules names {name!r}, but what learns beside the language model has only "
+                f"{', '.join(sorted(linears)) or 'no Linear'}. A tower learns only where it is unfrozen."
+            )
+    for part in {name.partition(".")[0] for name in named}:
+        llava.get_submodule(part).requires_grad_(False)
+    if named:
+        lay_over(llava, peft_settings(lora, named), seed)
+
+
+def fold_other_parts(llava: Llava, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return ``tensors`` (under Llava's names) with the adapters of other parts than the language model merged.
+
+    A bundle holds those parts whole anyway.
+    """
+    folded = dict(tensors)
+    for name, layer in adapter_layers(llava).items():
+        if name.partition(".")[0] not in OTHER_PARTS or f"{name}.base_layer.weight" not in folded:
+            continue
+        inside = {key.removeprefix(f"{name}."): key for key in tensors if key.startswith(f"{name}.")}
+        own = {key: folded.pop(whole) for key, whole in inside.items()}
+        folded[f"{name}.weight"] = merged_weight(own, layer.scaling[ADAPTER])
+        if "base_layer.bias" in own:
+            folded[f"{name}.bias"] = own["base_layer.bias"]
+    return folded
+
+
+def merged_weight(layer: Mapping[str, Tensor], scaling: float) -> Tensor:
+    """Merge one layer's adapter: W + scaling * B A; with DoRA its rows then get their learnt length."""
+    weight = layer["base_layer.weight"]
+    down, up = layer[f"lora_A.{ADAPTER}.weight"].float(), layer[f"lora_B.{ADAPTER}.weight"].float()
+    merged = weight.float() + scaling * (up @ down)
+    magnitude = layer.get(f"lora_magnitude_vector.{ADAPTER}.weight")
+    if magnitude is not None:
+        merged *= (magnitude.float() / torch.linalg.vector_norm(merged, dim=1))[:, None]
+    return merged.to(weight.dtype)

@@ -1,0 +1,110 @@
+"""A bundle out of a checkpoint folder: whole tensors from the shards of any ZeRO stage, frozen ones from the base."""
+
+import contextlib
+import io
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava_ray.config.sections import FinetuneConfig
+from llava_ray.errors import CheckpointError
+from llava_ray.model.bundle import LlavaParts, assemble, save_bundle
+from llava_ray.model.freezing import freeze
+from llava_ray.model.weights import replacing
+from llava_ray.train.checkpoints import COMPLETE, MODEL, STATE_FILE, TAG, refuse_other_base
+
+
+def consolidate(checkpoint_folder: str | Path, output: str | Path) -> None:
+    """Write the model of a checkpoint (``step-…`` in a run's folder) as a bundle, whole or not at all.
+
+    The folder is one of a run of one's own: DeepSpeed's files are pickles, and reading a pickle runs what is in it.
+    Raises CheckpointError for a folder that is no checkpoint, half-written, or lacks a tensor that learnt; BundleError
+    or ModelError where its base is gone or has changed, or ``output`` cannot be written.
+    """
+    folder = Path(checkpoint_folder)
+    state = read_state(folder)
+    if (folder / MODEL).is_dir():  # of an adapter or a projector: already whole
+        with replacing(Path(output)) as new:
+            shutil.copytree(folder / MODEL, new, dirs_exist_ok=True)
+        return
+    config = FinetuneConfig.parsed(state["config"], f"{folder / STATE_FILE}")
+    parts = assemble(
+        config.model,
+        config.data.image_aspect_ratio,
+        dtype=torch.bfloat16 if config.train.bf16 else torch.float32,
+        seed=config.train.seed,
+        model_max_length=config.train.model_max_length,
+    )
+    refuse_other_base(state, parts.manifest, str(folder))
+    freeze(parts.llava, parts.tower, config.model)
+    take_over(parts, read_tensors(folder, state), folder)
+    save_bundle(output, parts, training=state["training"])
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Read a whole checkpoint's trainer_state.json. Raises CheckpointError that says what is missing."""
+    if not (folder / STATE_FILE).is_file() and not (folder / TAG).is_dir():
+        raise CheckpointError(
+            f"{folder} is no checkpoint: it holds no {STATE_FILE}; expected a folder such as runs/NAME/step-00000100."
+        )
+    try:
+        state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())
+        world_size, stage = state["world_size"], state["zero_stage"]
+    except (OSError, ValueError, KeyError) as error:
+        raise half_written(folder, STATE_FILE) from error
+    needed = {COMPLETE: 1, TAG: 1, "rng_rank*.pt": world_size}
+    needed[f"{TAG}/*_model_states.pt"] = world_size if stage == 3 else 1
+    if stage:
+        needed[f"{TAG}/*_optim_states.pt"] = world_size
+    for pattern, number in needed.items():
+        if len(list(folder.glob(pattern))) != number:
+            raise half_written(folder, pattern)
+    return state
+
+
+def half_written(folder: Path, name: str) -> CheckpointError:
+    """Say that a checkpoint lacks a file, or one of a rank's."""
+    return CheckpointError(
+        f"{folder} is half-written: {name} is missing, torn or not of every worker (a run was stopped while it was "
+        "saved, or not all of it was copied); use another checkpoint of the run, or start the run again, which clears "
+        "such folders away."
+    )
+
+
+def read_tensors(folder: Path, state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Yield what learnt, whole, one tensor at a time; the files are mapped, not read. Raises CheckpointError."""
+    try:
+        if state["zero_stage"] == 3:
+            from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+            with contextlib.redirect_stdout(io.StringIO()):  # it tells of every step
+                tensors = get_fp32_state_dict_from_zero_checkpoint(str(folder), TAG, True, lazy_mode=True)
+        else:
+            # Below stage 3 rank 0 holds whole parameters; the others' files are optimiser state.
+            file = folder / TAG / "mp_rank_00_model_states.pt"
+            tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=False)["module"]
+    except (OSError, ValueError, RuntimeError, EOFError, KeyError) as error:
+        raise CheckpointError(f"{folder / TAG} cannot be read ({error}); use another checkpoint of the run.") from error
+    for name, tensor in tensors.items():
+        yield name, tensor.contiguous()
+
+
+def take_over(parts: LlavaParts, tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
+    """Copy what learnt into the assembled base. Raises CheckpointError for a tensor that is missing or unfitting."""
+    parameters = dict(parts.llava.named_parameters(remove_duplicate=False))
+    lacking = {name for name, parameter in parts.llava.named_parameters() if parameter.requires_grad}
+    for name, tensor in tensors:
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            raise CheckpointError(f"{folder} holds {name} {tuple(tensor.shape)}, which is not this model's.")
+        with torch.no_grad():
+            parameters[name].copy_(tensor)
+        lacking.discard(name)
+    if lacking:
+        raise CheckpointError(
+            f"{folder} lacks {len(lacking)} tensors that learnt, the first is {min(lacking)}; use another checkpoint."
+        )
