@@ -32,11 +32,18 @@ Parts = Annotated[Given, tyro.conf.OmitArgPrefixes]
 NOTHING = Given()
 
 
-def inspect(path: Model) -> None:
-    """Say what a folder is: its parts, sizes, template, and what is missing."""
-    from llava_ray.model.inspection import inspect as look  # type: ignore[import-untyped, unused-ignore]
+def inspect(path: Model, *, json: bool = False) -> None:
+    """Say what a folder is: its parts, sizes, template, and what is missing.
 
-    print(look(path))
+    Args:
+        path: A folder with a model in any layout.
+        json: Say it as one JSON object.
+    """
+    from llava_ray.model.inspection import inspect as look  # type: ignore[import-untyped, unused-ignore]
+    from llava_ray.model.inspection import render
+
+    found = look(path)
+    print(found.to_json() if json else render(found))
 
 
 def hub(
