@@ -25,7 +25,6 @@ from llava_ray.model.hub_processor import pixels_of
 from llava_ray.model.model_files import ModelFiles
 from llava_ray.model.part_configs import build, values_of
 from llava_ray.model.published_names import VISION_TOWER
-from llava_ray.model.sources import check_loaded
 from llava_ray.model.tower import VisionTower
 from llava_ray.model.weight_files import held
 
@@ -164,7 +163,8 @@ def siglip_tensors(backbone: PreTrainedModel, state: Mapping[str, Tensor], side:
 def load(kind: Any, config: PreTrainedConfig, state: Mapping[str, Tensor]) -> PreTrainedModel:
     """Return a backbone with these tensors, under the names of files. Raises ModelError if they do not fit."""
     loaded, info = kind.from_pretrained(None, config=config, state_dict=dict(state), output_loading_info=True)
-    check_loaded(info, config.model_type, "vision tower")
+    if lacking := sorted({*info["missing_keys"], *info["unexpected_keys"]}):
+        raise ModelError(f"vision tower: its tensors are not those of its config; the first is {lacking[0]}.")
     backbone: PreTrainedModel = loaded
     return backbone.eval()
 
