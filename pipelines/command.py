@@ -1,11 +1,13 @@
 """How every pipeline runs as a command: faults in one line, Ctrl-C without a traceback."""
 
+import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
-from llava_ray.errors import LlavaRayError
+from llava_ray.errors import ConfigError, LlavaRayError
 
 INTERRUPTED = 130  # the shell's own code for Ctrl-C
 RESUMABLE = "Stopped. The same command goes on from what is done."
@@ -23,6 +25,25 @@ def run_command(main: Callable[[Sequence[str]], object], *, when_stopped: str = 
     except KeyboardInterrupt:
         print(when_stopped, file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """Whether a run is only to be described, and into how much GPU memory it has to fit."""
+
+    dry_run: bool
+    gpu_memory_gib: float | None
+
+
+def split_dry_run(arguments: Sequence[str]) -> tuple[DryRun, list[str]]:
+    """Take ``--dry-run`` and ``--gpu_memory_gib`` out of a command line, which a recipe's settings do not know."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--dry-run", "--dry_run", action="store_true")
+    parser.add_argument("--gpu_memory_gib", type=float)
+    asked, others = parser.parse_known_args(list(arguments))
+    if asked.gpu_memory_gib is not None and not asked.dry_run:
+        raise ConfigError("--gpu_memory_gib says into what --dry-run has to fit the run: give both, or neither")
+    return DryRun(asked.dry_run, asked.gpu_memory_gib), others
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 """Tune a LLaVA on a Ray cluster: alignment and instruction tuning alike, by recipe.
 
 python pipelines/finetune.py pipelines/recipes/finetune/llava_v1_5_7b.toml --data.data_path mix665k.json …
+python pipelines/finetune.py RECIPE --dry-run [--gpu_memory_gib 40]     # parts, steps, memory; starts nothing
 ray job submit --working-dir . -- python pipelines/finetune.py RECIPE --train.learning_rate 1e-5
 """
 
@@ -11,13 +12,19 @@ from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.preparation import prepare_data
 from llava_ray.runtime import connected
+from llava_ray.train.dry_run import describe_run
 from llava_ray.train.trainer import FinishedRun, finetune
-from pipelines.command import run_command
+from pipelines.command import run_command, split_dry_run
 
 
-def main(arguments: Sequence[str]) -> FinishedRun:
-    """Prepare the data, tune, and say where the results are."""
+def main(arguments: Sequence[str]) -> FinishedRun | None:
+    """Prepare the data, tune, and say where the results are; or only say what would be done."""
+    asked, arguments = split_dry_run(arguments)
     config = load_recipe(FinetuneConfig, arguments)
+    if asked.dry_run:
+        for line in describe_run(config, asked.gpu_memory_gib):
+            print(line)
+        return None
     print(config.model_dump_json(indent=1, exclude_defaults=True))
     with connected(config.cluster) as resources:
         prepared = prepare_data(config.data)

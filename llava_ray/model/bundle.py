@@ -154,7 +154,7 @@ def bundle_config(
         vision_tower=None if vision_tower is None else str(vision_tower),
         version=manifest.version,
         mm_projector_type=manifest.mm_projector_type,
-        mm_vision_select_layer=manifest.mm_vision_select_layer,
+        mm_vision_select_layer=manifest.mm_vision_select_layer,  # type: ignore[arg-type]
         mm_vision_select_feature=manifest.mm_vision_select_feature,
     )
 

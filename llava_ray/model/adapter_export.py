@@ -1,0 +1,73 @@
+"""An adapter alone, as the original LLaVA keeps it, for a base that is found elsewhere."""
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from llava_ray.errors import ModelError
+from llava_ray.model import original_settings
+from llava_ray.model.exporting import Exported, new_folder, write_json
+from llava_ray.model.manifest import read_manifest
+from llava_ray.model.model_files import read_json, read_projector
+from llava_ray.model.part_configs import complete
+from llava_ray.model.published_names import IMAGE_NEWLINE, PEFT_PREFIX, PROJECTOR, to_original
+from llava_ray.model.sources import find_source
+
+ADAPTER_FOLDER = "adapter"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+OTHER_TRAINABLES_FILE = "non_lora_trainables.bin"
+
+
+def export_adapter(model: str | Path, output: str | Path, model_base: str | None = None) -> Exported:
+    """Write a bundle's adapter as the original's LoRA folder: PEFT's files, non_lora_trainables.bin and config.json.
+
+    The language model is not read, only its config. Raises ModelError for a bundle without an adapter.
+    """
+    folder = Path(model)
+    manifest = read_manifest(folder)
+    adapter = folder / ADAPTER_FOLDER
+    absent = [name for name in ADAPTER_FILES if not (adapter / name).is_file()]
+    if absent:
+        raise ModelError(
+            f"adapter: {adapter / absent[0]} is not there; the model was tuned as a whole, or is merged already. "
+            "Export it with hub or original."
+        )
+    base = find_source(model_base or manifest.language_model.base, "language model", weights=False).folder
+    language = complete(read_json(base / "config.json"), str(base / "config.json"))
+    kept: dict[str, object] = {}
+    if language["model_type"] in original_settings.TYPES:
+        config = original_settings.write_settings(manifest, language, kept)
+    else:
+        config = {**language, **original_settings.write_llavas(manifest, kept)}
+    trainables = {
+        PEFT_PREFIX + to_original(name if name == IMAGE_NEWLINE else PROJECTOR + name): tensor.load().clone()
+        for name, tensor in read_projector(folder).items()
+    }
+    with new_folder(output) as new:
+        for name in ADAPTER_FILES:
+            shutil.copyfile(adapter / name, new / name)
+        torch.save(trainables, new / OTHER_TRAINABLES_FILE)
+        write_json(new / "config.json", config)
+    return Exported(Path(output), (f"its base is {manifest.language_model.base}, which has to be given beside it",))
+
+
+def export_merged(
+    model: str | Path, output: str | Path, model_base: str | None = None, vision_tower: str | None = None
+) -> Exported:
+    """Merge an adapter into its language model and write the whole as a bundle.
+
+    The logits of a fixed text are compared before and after. Raises ModelError if they differ, or there is no adapter.
+    """
+    from llava_ray.model.adapters import merge  # type: ignore[import-untyped, unused-ignore]
+    from llava_ray.model.bundle import load_bundle, save_bundle
+
+    manifest = read_manifest(Path(model))
+    base = find_source(model_base or manifest.language_model.base, "language model").folder
+    config = read_json(base / "config.json")
+    dtype = getattr(torch, config.get("dtype", config.get("torch_dtype")) or "float32")
+    if Path(output).exists():
+        raise ModelError(f"{output} is there already; an export overwrites nothing. Choose another folder.")
+    parts = load_bundle(model, dtype=dtype, language_model=model_base, vision_tower=vision_tower)
+    save_bundle(output, merge(parts), training=manifest.training)
+    return Exported(Path(output), ("the logits of a fixed text are those of base and adapter",))

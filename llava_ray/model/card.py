@@ -1,0 +1,202 @@
+"""A model's card: its parts, how large they are and what of them learns, from configs alone.
+
+The parts are built without memory (on torch's meta device), so the numbers are those of the real classes, and nothing
+is downloaded: a hub id is known if its config is in the hub's cache or one that the shipped recipes name.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from llava_ray.config.sections import FinetuneConfig, ModelConfig
+from llava_ray.errors import ModelError
+from llava_ray.model import hub_settings, original_settings
+from llava_ray.model.freezing import freeze
+from llava_ray.model.hub_processor import pixels_of
+from llava_ray.model.known_models import KNOWN_CONFIGS
+from llava_ray.model.llava import Llava
+from llava_ray.model.manifest import Part, is_bundle, read_manifest
+from llava_ray.model.model_files import TOWER_FOLDER, WITH_TEXT_PART, read_json
+from llava_ray.model.part_configs import build
+from llava_ray.model.projector import build_projector
+from llava_ray.model.tower import VisionTower, find_family
+
+LANGUAGE_MODEL, VISION_TOWER = "language_model", "vision_tower"
+
+
+@dataclass(frozen=True)
+class PartCard:
+    """One part: what it is, where it is from, and its parameters."""
+
+    name: str
+    kind: str
+    origin: str
+    num_total: int
+    num_trainable: int
+
+
+@dataclass(frozen=True)
+class Card:
+    """A model of parts that have no memory. ``linears`` are (inputs, outputs) of each Linear of the language model."""
+
+    parts: tuple[PartCard, ...]
+    language_model: PreTrainedModel
+    tower: VisionTower
+    image_side: int
+    """Pixels of a view of an image."""
+    linears: dict[str, tuple[int, int]]
+
+    def part(self, name: str) -> PartCard | None:
+        """Return a part's card, or None."""
+        return next((part for part in self.parts if part.name == name), None)
+
+
+@dataclass(frozen=True)
+class FoundConfig:
+    """A part's config, where it is from, and the image processor that lies beside a tower's."""
+
+    origin: str
+    values: Mapping[str, Any]
+    preprocessor: Mapping[str, Any] | None = None
+
+    @classmethod
+    def read(cls, origin: str, folder: Path) -> "FoundConfig":
+        """Read them from a folder. Raises ModelError."""
+        beside = folder / "preprocessor_config.json"
+        return cls(origin, read_json(folder / "config.json"), read_json(beside) if beside.is_file() else None)
+
+
+def read_card(config: FinetuneConfig) -> Card:
+    """Describe the model that a run would train. Raises ModelError for a config that cannot be known from here."""
+    language, tower = find_configs(config.model)
+    with torch.device("meta"):
+        model = build_language_model(build(language.values, language.origin))
+        backbone = AutoModel.from_config(build(vision_part(tower.values), tower.origin))
+        cut = VisionTower(backbone, config.model.mm_vision_select_layer, config.model.mm_vision_select_feature)
+        width = int(model.config.get_text_config().hidden_size)
+        projector = build_projector(config.model.mm_projector_type, cut.hidden_size, width)
+        llava = Llava(projector, model, cut.hidden_size)
+    learning = {part.part: part for part in freeze(llava, cut, config.model)}
+    idle = sum(tensor.numel() for tensor in cut.full_state_dict().values()) - learning[VISION_TOWER].num_total
+    head = model.get_output_embeddings()
+    linears = {
+        name: (module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+    adapter = count_adapter(lora_settings(config), linears)
+    kinds = {
+        LANGUAGE_MODEL: (model.config.model_type, language.origin),
+        "projector": (config.model.mm_projector_type, config.model.pretrain_mm_mlp_adapter or "new"),
+        VISION_TOWER: (backbone.config.model_type, tower.origin),
+    }
+    parts = [
+        PartCard(
+            name,
+            *kinds[name],
+            learning[name].num_total + (idle if name == VISION_TOWER else 0),
+            # An adapter learns in place of the weights that it lies over.
+            0 if adapter and name == LANGUAGE_MODEL else learning[name].num_trainable,
+        )
+        for name in (LANGUAGE_MODEL, "projector", VISION_TOWER)
+    ]
+    if adapter:
+        parts.insert(1, PartCard("adapter", "LoRA", f"r {lora_settings(config)['lora_r']}", adapter, adapter))
+    side = pixels_of(tower.preprocessor)[0] if tower.preprocessor else int(backbone.config.image_size)
+    return Card(tuple(parts), model, cut, side, linears)
+
+
+def find_configs(model: ModelConfig) -> tuple[FoundConfig, FoundConfig]:
+    """Return the configs of the language model and the tower, as far as they can be known without a download."""
+    folder = Path(model.model_name_or_path).expanduser()
+    if is_bundle(folder):
+        manifest = read_manifest(folder)
+        language = _part(folder / LANGUAGE_MODEL, manifest.language_model, "language model")
+        return language, _part(folder / TOWER_FOLDER, manifest.vision_tower, "vision tower", model.vision_tower)
+    found = find_config(model.model_name_or_path, "language model")
+    if hub_settings.is_hub(found.values):
+        whole: Any = build({k: v for k, v in found.values.items() if k != hub_settings.OUR_KEY}, found.origin)
+        language = FoundConfig(found.origin, whole.text_config.to_dict())
+        return language, FoundConfig(found.origin, whole.vision_config.to_dict(), found.preprocessor)
+    named = model.vision_tower
+    if original_settings.is_original(found.values):
+        inside = folder / TOWER_FOLDER
+        named = named or (str(inside) if inside.is_dir() else found.values.get("mm_vision_tower"))
+        found = FoundConfig(found.origin, original_settings.read_language_config(folder, found.values))
+    if named is None:
+        raise ModelError(f"{found.origin} has no vision tower and model.vision_tower is not set; name one.")
+    return found, find_config(named, "vision tower")
+
+
+def find_config(name: str, part: str) -> FoundConfig:
+    """Return the config of a folder, of a hub id in the hub's cache, or of one that is known by heart.
+
+    Raises ModelError if it is none of these: a download would be needed.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return FoundConfig.read(name, folder)
+    try:
+        cached = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        cached = None
+    if isinstance(cached, str):
+        return FoundConfig.read(name, Path(cached).parent)
+    if name in KNOWN_CONFIGS:
+        return FoundConfig(name, KNOWN_CONFIGS[name])
+    raise ModelError(
+        f"the size of the {part} cannot be known: {name!r} is no folder here, its config is not in the hub's cache, "
+        f"and it is none of {', '.join(KNOWN_CONFIGS)}. A dry run downloads nothing: fetch its config.json first "
+        f"(hf download {name} config.json), or give a folder."
+    )
+
+
+def build_language_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """Make a language model without memory."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def vision_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a tower's own config; of a whole CLIP or SigLIP, that of its vision part."""
+    if config.get("model_type") not in WITH_TEXT_PART:
+        return config
+    return {"model_type": f"{config['model_type']}_vision_model", **config.get("vision_config", {})}
+
+
+def count_adapter(lora: Mapping[str, Any], linears: Mapping[str, tuple[int, int]]) -> int:
+    """Count the parameters of a LoRA: for each target r x (inputs + outputs), with DoRA a magnitude for each output."""
+    if not lora.get("lora_enable"):
+        return 0
+    targets = lora.get("lora_target_modules")
+    rank: int = lora["lora_r"]
+    return sum(
+        rank * (inputs + outputs) + (outputs if lora.get("use_dora") else 0)
+        for name, (inputs, outputs) in linears.items()
+        if targets is None or any(name == target or name.endswith(f".{target}") for target in targets)
+    )
+
+
+def lora_settings(config: FinetuneConfig) -> dict[str, Any]:
+    """Return the settings of a run's adapter, by their names; {} where there is no such section."""
+    values: dict[str, Any] = config.model_dump().get("lora", {})
+    return values
+
+
+def count_positions(tower: VisionTower, side: int) -> int:
+    """Count the tokens that a tower computes for one view of ``side`` x ``side`` pixels, prefix tokens included."""
+    patches = (side // tower.config.patch_size) ** 2
+    return patches + find_family(tower.config).num_prefix_tokens(tower.config)
+
+
+def _part(inside: Path, part: Part, name: str, given: str | None = None) -> FoundConfig:
+    if part.inside:
+        return FoundConfig.read(str(inside.parent), inside)
+    return find_config(given or part.base, name)

@@ -1,0 +1,77 @@
+"""Configs of a model's parts as plain values: complete, and readable by older programs."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from llava_ray.errors import ModelError
+from llava_ray.model.tower import find_family
+
+
+def complete(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return a part's config with what transformers would add to it. Raises ModelError that names ``where``."""
+    return overlaid(values_of(build(config, where)), config)
+
+
+def overlaid(whole: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``given`` with what ``whole`` adds to it, in the words of transformers 5."""
+    values = {**whole, **given}
+    values.pop("transformers_version", None)
+    if (dtype := values.pop("torch_dtype", None)) is not None:
+        values["dtype"] = dtype
+    if "rope_parameters" in whole:  # where the older keys have gone
+        values["rope_parameters"] = whole["rope_parameters"]
+        for key in ("rope_theta", "rope_scaling"):
+            values.pop(key, None)
+    return values
+
+
+def build(config: Mapping[str, Any], where: str) -> PreTrainedConfig:
+    """Make transformers' object of a config. Raises ModelError that names ``where`` for an unknown type."""
+    auto: Any = AutoConfig  # untyped in transformers
+    try:
+        built: PreTrainedConfig = auto.for_model(**config)
+    except (KeyError, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"{where}: a config of type {config.get('model_type')!r} cannot be read ({reason}); expected a type that "
+            "the installed transformers knows."
+        ) from error
+    return built
+
+
+def values_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return a config as its config.json would hold it."""
+    values: dict[str, Any] = json.loads(config.to_json_string())
+    values.pop("transformers_version", None)
+    return values
+
+
+def num_prefix_tokens(tower: Mapping[str, Any]) -> int:
+    """Count the tokens that a tower puts before its patches. Raises ModelError for an unknown kind."""
+    config = build(tower, "the vision tower")
+    return find_family(config).num_prefix_tokens(config)
+
+
+def older(config: Mapping[str, Any], *, keep_new: bool) -> dict[str, Any]:
+    """Return a part's config as older programs read it: transformers 4.3x with ``keep_new`` false, else 4.4x and vLLM.
+
+    Without ``rope_theta`` they would compute with 10,000 in silence. ``keep_new`` leaves ``rope_parameters`` there.
+    """
+    values = dict(config)
+    if "dtype" in values:
+        values["torch_dtype"] = values.pop("dtype")
+    rope = values.get("rope_parameters") or {}
+    if "rope_type" not in rope:  # none, or one for each type of layer, which older programs do not know
+        return values
+    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "rope_type", "type")}
+    values["rope_theta"] = rope["rope_theta"]
+    if "partial_rotary_factor" in scaling:
+        values["partial_rotary_factor"] = scaling.pop("partial_rotary_factor")
+    is_scaled = rope["rope_type"] != "default"
+    if keep_new:
+        return values | ({"rope_scaling": {"rope_type": rope["rope_type"], **scaling}} if is_scaled else {})
+    del values["rope_parameters"]
+    return values | {"rope_scaling": {"type": rope["rope_type"], **scaling} if is_scaled else None}

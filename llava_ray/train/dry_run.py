@@ -1,0 +1,136 @@
+"""What a run would be, before anything is downloaded or started: parts, data, steps, memory, and whether it fits."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from llava_ray.config.sections import FinetuneConfig
+from llava_ray.data.shards import is_prepared, open_prepared
+from llava_ray.errors import ConfigError
+from llava_ray.model.card import Card, read_card
+from llava_ray.train.fitting import find_ways
+from llava_ray.train.memory import GIB, GPU_MEMORY_GIB, Memory, estimate
+from llava_ray.train.sizing import measure_sizes, run_settings
+
+MAX_COUNTED_BYTES = 128 * 2**20  # of raw JSON that is read only to be counted
+
+WORDS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimiser state",
+    "activations": "activations",
+    "logits": "logits",
+    "vision": "vision tower at work",
+    "buffers": "DeepSpeed's buffers",
+    "reserved": "CUDA, NCCL, allocator",
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the run's workers have: a name, and GiB of memory if that is known."""
+
+    name: str
+    memory_gib: float | None
+
+
+def describe_run(config: FinetuneConfig, gpu_memory_gib: float | None = None) -> Iterator[str]:
+    """Yield the run in words, a line at a time.
+
+    ``gpu_memory_gib`` goes before what is known of cluster.accelerator_type. Raises ModelError if the model's size
+    cannot be known without a download, and at the end ConfigError if the run does not fit, with settings that would.
+    """
+    device = find_device(config, gpu_memory_gib)
+    card = read_card(config)
+    yield from tell_parts(card)
+    yield from tell_data(config)
+    memory = estimate(measure_sizes(card), run_settings(config))
+    yield from tell_memory(memory, config, device)
+    if device.memory_gib is not None and memory.total > device.memory_gib * GIB:
+        ways = [f"  {way}  ({needed / GIB:.1f} GiB)" for way, needed in find_ways(config, device.memory_gib * GIB)]
+        raise ConfigError(
+            f"the run needs {memory.total / GIB:.1f} GiB on each worker's GPU, {device.name} has "
+            f"{device.memory_gib:g} GiB. "
+            + (
+                "It would fit with any of\n" + "\n".join(ways)
+                if ways
+                else "No setting we know makes it fit: take larger GPUs."
+            )
+        )
+
+
+def find_device(config: FinetuneConfig, gpu_memory_gib: float | None) -> Device:
+    """Return the GPU that is named, by its memory or by the cluster's accelerator_type."""
+    name = config.cluster.accelerator_type
+    if gpu_memory_gib is not None:
+        return Device("the GPU", gpu_memory_gib)
+    return Device(name or "the GPU", GPU_MEMORY_GIB.get(name) if name else None)
+
+
+def tell_parts(card: Card) -> Iterator[str]:
+    """Say what the model is made of, and what learns."""
+    yield f"{'Model':<16}{'parameters':>18}{'learn':>18}"
+    for part in card.parts:
+        yield f"  {part.name:<14}{part.num_total:>18,}{part.num_trainable:>18,}  {part.kind}, {part.origin}"
+    total, learning = (sum(getattr(part, key) for part in card.parts) for key in ("num_total", "num_trainable"))
+    yield f"  {'total':<14}{total:>18,}{learning:>18,}"
+
+
+def tell_data(config: FinetuneConfig) -> Iterator[str]:
+    """Say where the data are, and how many steps they make if that can be known."""
+    data, train = config.data, config.train
+    count = count_samples(data.data_path)
+    if count is not None and data.max_samples is not None:
+        count = min(count, data.max_samples)
+    yield f"Data  {data.data_path}" + ("" if count is None else f", {count:,} samples")
+    if count is not None:
+        steps = math.ceil(count / train.global_batch_size) * train.num_train_epochs
+        steps = min(steps, train.max_steps or steps)
+        yield f"Steps {steps:,} of {train.global_batch_size} samples, if none is rejected or split"
+    elif train.max_steps:
+        yield f"Steps at most {train.max_steps:,} of {train.global_batch_size} samples (train.max_steps)"
+    else:
+        yield "Steps known when the data have been prepared (python pipelines/prepare.py)"
+
+
+def count_samples(data_path: str) -> int | None:
+    """Count the samples of a prepared folder or of a small raw file; None if that would be work or cannot be known."""
+    if "://" in data_path:
+        return None
+    path = Path(data_path).expanduser()
+    if is_prepared(data_path):
+        return open_prepared(data_path).num_samples
+    if not path.is_file() or path.stat().st_size > MAX_COUNTED_BYTES:
+        return None
+    if path.suffix == ".jsonl":
+        return sum(1 for line in path.read_text().splitlines() if line.strip())
+    if path.suffix == ".json":
+        records = json.loads(path.read_text())
+        return len(records) if isinstance(records, list) else None
+    return None
+
+
+def tell_memory(memory: Memory, config: FinetuneConfig, device: Device) -> Iterator[str]:
+    """Say what each worker needs, and what it has."""
+    train, cluster = config.train, config.cluster
+    yield (
+        f"Memory of each worker ({cluster.num_workers}): ZeRO {train.zero_stage}, a row of {train.row_length:,} "
+        f"tokens, {'bf16' if train.bf16 else 'fp32'}"
+        + (", gradient checkpointing" if train.gradient_checkpointing else "")
+        + (", optimiser offloaded" if train.offload_optimizer else "")
+    )
+    for field in fields(memory):
+        if field.name in WORDS:
+            yield f"  {WORDS[field.name]:<24}{getattr(memory, field.name) / GIB:>8.2f} GiB"
+    yield f"  {'total':<24}{memory.total / GIB:>8.2f} GiB"
+    if memory.host:
+        yield f"  {'host memory a worker':<24}{memory.host / GIB:>8.2f} GiB"
+    if device.memory_gib is not None:
+        yield f"  {device.name:<24}{device.memory_gib:>8.2f} GiB"
+    else:
+        yield (
+            f"Not compared: the memory of {device.name} is not known here. Set cluster.accelerator_type to one of "
+            f"{', '.join(GPU_MEMORY_GIB)}, or give --gpu_memory_gib."
+        )

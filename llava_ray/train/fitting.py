@@ -1,0 +1,73 @@
+"""Settings under which a run that is too large would fit."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from llava_ray.config.sections import FinetuneConfig
+from llava_ray.model.card import lora_settings
+from llava_ray.train.sizing import estimate_run
+
+FEWEST_TOKENS = 512
+MOST_WORKERS = 64
+
+
+def find_ways(config: FinetuneConfig, memory: float) -> list[tuple[str, float]]:
+    """Return changes that make a run fit into so many bytes, as flags, with what is then needed.
+
+    Each is tried alone, and of one kind only the smallest step is named; if none is enough, one is added to another
+    until they are.
+    """
+    changes = list(changes_to_try(config))
+    ways: dict[frozenset[str], tuple[str, float]] = {}
+    for change in changes:
+        needed = estimate_run(config.replaced(change)).total
+        if needed <= memory:
+            ways.setdefault(frozenset(change), (say(change), needed))
+    if ways:
+        return list(ways.values())
+    together: dict[str, Any] = {}
+    for change in changes:
+        together |= change
+        needed = estimate_run(config.replaced(together)).total
+        if needed <= memory:
+            return [(say(together), needed)]
+    return []
+
+
+def changes_to_try(config: FinetuneConfig) -> Iterator[dict[str, Any]]:
+    """Yield the settings that save memory, those first that change nothing of what is learnt."""
+    train = config.train
+    if not train.gradient_checkpointing:
+        yield {"train.gradient_checkpointing": True}
+    if config.cluster.num_workers > 1:
+        for stage in range(train.zero_stage + 1, 4):
+            yield {"train.zero_stage": stage}
+    if not train.offload_optimizer:
+        yield {"train.offload_optimizer": True, "train.zero_stage": max(train.zero_stage, 2)}
+    workers = config.cluster.num_workers * 2
+    while train.zero_stage and workers <= MOST_WORKERS:
+        yield {"cluster.num_workers": workers}
+        workers *= 2
+    length = train.row_length // 2
+    while length >= FEWEST_TOKENS:
+        longest = min(train.model_max_length, length)
+        yield {"train.tokens_per_micro_batch": length, "train.model_max_length": longest}
+        length //= 2
+    yield from adapter_changes(config)
+
+
+def adapter_changes(config: FinetuneConfig) -> Iterator[dict[str, Any]]:
+    """Yield an adapter in place of a language model that learns as a whole, then over a quantised one."""
+    lora = lora_settings(config)
+    learns = not (config.model.tune_mm_mlp_adapter or config.model.freeze_backbone)
+    if not lora or not learns:
+        return
+    if not lora["lora_enable"]:
+        yield {"lora.lora_enable": True}
+    if lora["bits"] == 16:
+        yield {"lora.lora_enable": True, "lora.bits": 4, "train.zero_stage": min(config.train.zero_stage, 2)}
+
+
+def say(change: Mapping[str, Any]) -> str:
+    """Write settings as flags."""
+    return " ".join(f"--{key} {value}" for key, value in change.items())

@@ -1,0 +1,39 @@
+#!/usr/bin/env python
+"""Bring a model into another layout, take a part of it, or look at what a folder is.
+
+python pipelines/export.py inspect runs/tune/model
+python pipelines/export.py hub runs/tune/model exported --vocabulary padded
+python pipelines/export.py original llava-1.5-7b-hf llava-v1.5-7b --version v1
+python pipelines/export.py merge runs/lora/model merged
+"""
+
+from collections.abc import Callable, Sequence
+
+import tyro
+
+from pipelines import export_commands as commands
+from pipelines.command import run_command
+
+SUBCOMMANDS: dict[str, Callable[..., None]] = {
+    "inspect": commands.inspect,
+    "hub": commands.hub,
+    "original": commands.original,
+    "bundle": commands.bundle,
+    "projector": commands.projector,
+    "adapter": commands.adapter,
+    "merge": commands.merge,
+    "consolidate": commands.consolidate,
+    "make-delta": commands.make_delta,
+    "apply-delta": commands.apply_delta,
+}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the subcommand that is named first."""
+    tyro.extras.subcommand_cli_from_dict(
+        SUBCOMMANDS, args=list(arguments), prog="export.py", description=__doc__, use_underscores=True
+    )
+
+
+if __name__ == "__main__":
+    run_command(main, when_stopped="Stopped; nothing was written.")

@@ -1,0 +1,171 @@
+"""The subcommands of export.py. Each imports what it needs: torch takes seconds, and ``inspect`` needs none."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from llava_ray.model.exporting import Exported
+    from llava_ray.model.model_files import ModelFiles
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a folder does not say of itself."""
+
+    model_base: str | None = None
+    """Where the language model lies that a bundle only names."""
+    vision_tower: str | None = None
+    """Where the vision tower lies."""
+    version: str | None = None
+    """Conversation template by LLaVA's name, for layouts that do not record it."""
+
+
+Model = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+Base = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="BASE")]
+Checkpoint = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+Delta = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DELTA")]
+Output = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")]
+Parts = Annotated[Given, tyro.conf.OmitArgPrefixes]
+NOTHING = Given()
+
+
+def inspect(path: Model, *, json: bool = False) -> None:
+    """Say what a folder is: its parts, sizes, template, and what is missing.
+
+    Args:
+        path: A folder with a model in any layout.
+        json: Say it as one JSON object.
+    """
+    from llava_ray.model.inspection import inspect as look  # type: ignore[import-untyped, unused-ignore]
+    from llava_ray.model.inspection import render
+
+    found = look(path)
+    print(found.to_json() if json else render(found))
+
+
+def hub(
+    model: Model,
+    output: Output,
+    given: Parts = NOTHING,
+    *,
+    vocabulary: Literal["auto", "kept", "padded", "truncated"] = "auto",
+    approximate: bool = False,
+    images: tuple[Path, ...] = (),
+    transformers_only: bool = False,
+) -> None:
+    """Write the layout of llava-hf, which transformers, old and new, and vLLM load.
+
+    Args:
+        model: A bundle, or a model in the original or the hub layout.
+        output: A folder that is not there yet.
+        given: What the folder does not say of itself.
+        vocabulary: Rows of the table: as they are (kept), up to a multiple of 64 with room for <image> (padded), only
+            the language model's own (truncated), or padded only where there is no room (auto).
+        approximate: Write a DINOv2 tower as a SigLIP, which vLLM takes, and measure how far its features move.
+        images: Pictures to measure that on; default: drawn ones.
+        transformers_only: Export also what vLLM does not take.
+    """
+    from llava_ray.model.hub_export import export_hub
+
+    opened = open_given(model, given)
+    if approximate:
+        from llava_ray.model.siglip_form import approximate as bring_into_form
+        from llava_ray.model.siglip_form import open_images
+
+        opened, difference = bring_into_form(opened, open_images(images))
+        print(difference)
+    tell(export_hub(opened, output, vocabulary, for_vllm=not transformers_only))
+
+
+def original(
+    model: Model, output: Output, given: Parts = NOTHING, *, vocabulary: Literal["kept", "truncated"] = "truncated"
+) -> None:
+    """Write the layout of liuhaotian/llava-v1.5, with the tower in its folder vision_tower.
+
+    Args:
+        model: A bundle, or a model in the original or the hub layout.
+        output: A folder that is not there yet.
+        given: What the folder does not say of itself.
+        vocabulary: Leave out the rows that the hub layout adds (truncated), or keep them.
+    """
+    from llava_ray.model.exporting import export_original
+
+    tell(export_original(open_given(model, given), output, vocabulary))
+
+
+def bundle(
+    model: Model, output: Output, given: Parts = NOTHING, *, vocabulary: Literal["kept", "truncated"] = "truncated"
+) -> None:
+    """Write a llava_ray bundle with all parts inside.
+
+    Args:
+        model: A bundle, or a model in the original or the hub layout.
+        output: A folder that is not there yet.
+        given: What the folder does not say of itself.
+        vocabulary: Leave out the rows that the hub layout adds (truncated), or keep them.
+    """
+    from llava_ray.model.exporting import export_bundle
+
+    tell(export_bundle(open_given(model, given), output, vocabulary))
+
+
+def projector(model: Model, output: Output, given: Parts = NOTHING) -> None:
+    """Write the projector alone: mm_projector.bin and its config.json, as LLaVA's first stage leaves them."""
+    from llava_ray.model.exporting import export_projector
+
+    tell(export_projector(open_given(model, given), output))
+
+
+def adapter(model: Model, output: Output, *, model_base: str | None = None) -> None:
+    """Write a bundle's adapter alone, as LLaVA's LoRA folder."""
+    from llava_ray.model.adapter_export import export_adapter
+
+    tell(export_adapter(model, output, model_base))
+
+
+def merge(model: Model, output: Output, *, model_base: str | None = None, vision_tower: str | None = None) -> None:
+    """Merge an adapter into its language model, compare logits before and after, and write a bundle."""
+    from llava_ray.model.adapter_export import export_merged
+
+    tell(export_merged(model, output, model_base, vision_tower))
+
+
+def consolidate(checkpoint: Checkpoint, output: Output) -> None:
+    """Write the model of a run's checkpoint (step-… in its folder) as a bundle."""
+    from llava_ray.train.consolidation import consolidate as gather  # type: ignore[import-untyped, unused-ignore]
+
+    from llava_ray.model.exporting import Exported
+
+    gather(checkpoint, output)
+    tell(Exported(output))
+
+
+def make_delta(base: Base, target: Model, output: Output) -> None:
+    """Write a model as its difference, bit for bit, to the language model that it was tuned from."""
+    from llava_ray.model.deltas import make_delta as make
+
+    tell(make(base, target, output))
+
+
+def apply_delta(base: Base, delta: Delta, output: Output) -> None:
+    """Make a model of a delta and its base, which has to be the right one."""
+    from llava_ray.model.deltas import apply_delta as apply
+
+    tell(apply(base, delta, output))
+
+
+def open_given(model: Path, given: Given) -> "ModelFiles":
+    """Open a model with what was given of it."""
+    from llava_ray.model.model_files import open_model
+
+    return open_model(model, **vars(given))
+
+
+def tell(exported: "Exported") -> None:
+    """Say where it is, and what has to be known of it."""
+    print(f"Written to {exported.folder}")
+    for note in exported.notes:
+        print(f"  {note}")

@@ -1,0 +1,137 @@
+"""Sizes known from configs alone are those of the real classes."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import fakes
+import pytest
+import torch
+import transformers
+from published import make_original
+from samples import small_run
+
+from llava_ray.config.sections import FinetuneConfig
+from llava_ray.errors import ModelError
+from llava_ray.model.bundle import save_bundle
+from llava_ray.model.card import build_language_model, count_adapter, find_config, read_card
+from llava_ray.model.exporting import export_bundle
+from llava_ray.model.freezing import freeze
+from llava_ray.model.hub_export import export_hub
+from llava_ray.model.known_models import KNOWN_CONFIGS
+from llava_ray.model.model_files import open_model
+from llava_ray.model.part_configs import build
+
+
+def run_config(folders, language_model="llama", tower="clip", **changes) -> FinetuneConfig:
+    settings = folders.config(language_model, tower).model_dump() | changes
+    return FinetuneConfig.parsed({"model": settings, "data": {"data_path": "data.json"}})
+
+
+@pytest.mark.parametrize("kind", fakes.LANGUAGE_MODELS)
+@pytest.mark.parametrize("tower", ["clip", "dinov2"])
+def test_every_part_is_as_large_as_the_real_one(kind: str, tower: str, folders) -> None:
+    card = read_card(run_config(folders, kind, tower))
+    parts = folders.assemble(kind, tower)
+    learning = {part.part: part for part in freeze(parts.llava, parts.tower, parts.config)}
+    found = {part.name: (part.num_total, part.num_trainable) for part in card.parts}
+    tower_size = sum(tensor.numel() for tensor in parts.tower.full_state_dict().values())
+    assert found == {
+        "language_model": (learning["language_model"].num_total, learning["language_model"].num_trainable),
+        "projector": (learning["projector"].num_total, learning["projector"].num_trainable),
+        "vision_tower": (tower_size, 0),
+    }
+    assert not any(parameter.numel() and not parameter.is_meta for parameter in card.language_model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "trainable"),
+    [
+        ({"tune_mm_mlp_adapter": True}, {"language_model": 0, "projector": 2624}),
+        ({"freeze_mm_mlp_adapter": True}, {"projector": 0}),
+        ({"mm_projector_type": "linear"}, {"projector": 1568}),
+    ],
+)
+def test_what_learns_follows_the_switches(changes, trainable, folders) -> None:
+    card = read_card(run_config(folders, **changes))
+    assert {name: card.part(name).num_trainable for name in trainable} == trainable
+
+
+@pytest.mark.parametrize(
+    ("name", "num_parameters"),
+    [("lmsys/vicuna-7b-v1.5", 6_738_415_616), ("lmsys/vicuna-13b-v1.5", 13_015_864_320)],
+)
+def test_the_known_language_models_have_their_published_size(name: str, num_parameters: int) -> None:
+    with torch.device("meta"):
+        model = build_language_model(build(KNOWN_CONFIGS[name], name))
+    assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters
+
+
+def test_the_known_tower_has_its_published_size() -> None:
+    with torch.device("meta"):
+        tower = transformers.CLIPVisionModel(build(KNOWN_CONFIGS["openai/clip-vit-large-patch14-336"], "clip"))
+    assert sum(parameter.numel() for parameter in tower.parameters()) == 303_507_456
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi3", "qwen3"])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_an_adapter_is_as_large_as_pefts(kind: str, use_dora: bool, folders) -> None:
+    import peft
+
+    card = read_card(run_config(folders, kind))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folders.language_model(kind))
+    targets = sorted({name.rpartition(".")[2] for name in card.linears})
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets, use_dora=use_dora))
+    expected = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    lora = {"lora_enable": True, "lora_r": 4, "use_dora": use_dora, "lora_target_modules": None}
+    assert count_adapter(lora, card.linears) == expected
+    some = lora | {"lora_target_modules": (targets[0],)}
+    assert 0 < count_adapter(some, card.linears) < expected
+    assert count_adapter(lora | {"lora_enable": False}, card.linears) == 0
+
+
+def test_any_layout_is_known(folders, tmp_path: Path) -> None:
+    original = make_original(tmp_path / "original", folders.language_model(), folders.tower())
+    model = open_model(original, version="v1", vision_tower=str(folders.tower()))
+    export_bundle(model, tmp_path / "bundle")
+    export_hub(model, tmp_path / "hub", "padded")
+    save_bundle(tmp_path / "named", folders.assemble(), include="projector")
+    expected = {part.name: part.num_total for part in read_card(run_config(folders)).parts}
+    for name in ("bundle", "named"):
+        card = read_card(run_config(folders, model_name_or_path=str(tmp_path / name), vision_tower=None))
+        assert {part.name: part.num_total for part in card.parts} == expected
+        assert card.image_side == 32
+    card = read_card(run_config(folders, model_name_or_path=str(original)))
+    assert {part.name: part.num_total for part in card.parts} == expected
+    card = read_card(run_config(folders, model_name_or_path=str(tmp_path / "hub"), vision_tower=None))
+    assert card.part("language_model").num_total == expected["language_model"] + 2 * 20 * fakes.WIDTH
+
+
+def test_a_dinov2_is_measured_at_the_size_of_its_images(folders) -> None:
+    assert read_card(run_config(folders, tower="dinov2")).image_side == 32  # its position table is for 64
+
+
+def test_what_would_need_a_download_is_said(folders) -> None:
+    message = (
+        r"the size of the language model cannot be known: 'nobody/nothing' is no folder here, .*hf download nobody"
+    )
+    with pytest.raises(ModelError, match=message):
+        read_card(run_config(folders, model_name_or_path="nobody/nothing"))
+    with pytest.raises(ModelError, match="the size of the vision tower cannot be known: 'not a name'"):
+        read_card(run_config(folders, vision_tower="not a name"))
+
+
+def test_a_config_in_the_hubs_cache_is_enough(tmp_path: Path, monkeypatch) -> None:
+    snapshot = tmp_path / "models--some--model/snapshots/abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--some--model/refs").mkdir()
+    (tmp_path / "models--some--model/refs/main").write_text("abc")
+    (snapshot / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 8}))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert find_config("some/model", "language model").values["hidden_size"] == 8
+
+
+def test_the_card_of_a_small_run(tmp_path: Path) -> None:
+    card = read_card(small_run(tmp_path, num_samples=4))
+    assert [part.name for part in card.parts] == ["language_model", "projector", "vision_tower"]
+    assert dataclasses.asdict(card.parts[1])["kind"] == "mlp2x_gelu"

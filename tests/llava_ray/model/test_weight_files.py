@@ -1,0 +1,123 @@
+"""Weight files read and written a tensor at a time."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llava_ray.errors import ModelError
+from llava_ray.model.weight_files import held, read_file, read_folder, write_file, write_folder
+
+TENSORS = {
+    "b": torch.randn(3, 5, dtype=torch.bfloat16),
+    "a": torch.randn(7),
+    "empty": torch.zeros(0, 4),
+    "scalar": torch.tensor(2.5),
+    "h": torch.randn(5).half(),
+    "i": torch.arange(3),
+    "turned": torch.randn(4, 6).T,
+}
+
+
+def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(
+        found[n].dtype == t.dtype and found[n].shape == t.shape and torch.equal(found[n], t)
+        for n, t in expected.items()
+    )
+
+
+def test_what_is_written_is_what_the_library_reads(tmp_path: Path) -> None:
+    write_file(tmp_path / "x.safetensors", {name: held(tensor) for name, tensor in TENSORS.items()}, {"k": "v"})
+    assert same(load_file(tmp_path / "x.safetensors"), TENSORS)
+    assert same({n: t.load() for n, t in read_file(tmp_path / "x.safetensors").items()}, TENSORS)
+
+
+def test_an_empty_file_can_be_written(tmp_path: Path) -> None:
+    write_file(tmp_path / "x.safetensors", {})
+    assert load_file(tmp_path / "x.safetensors") == {}
+
+
+def test_shards_and_index(tmp_path: Path) -> None:
+    tensors = {f"t{i}": torch.full((100,), float(i)) for i in range(5)}
+    files = write_folder(tmp_path, {n: held(t) for n, t in tensors.items()}, max_shard_bytes=900)
+    assert [file.name for file in files] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 2000
+    assert same({n: t.load() for n, t in read_folder(tmp_path).items()}, tensors)
+
+
+def test_torch_pickles_are_read_without_running_anything(tmp_path: Path) -> None:
+    torch.save(TENSORS, tmp_path / "pytorch_model.bin")
+    assert same({n: t.load() for n, t in read_folder(tmp_path).items()}, TENSORS)
+    mark = tmp_path / "ran"
+
+    class Code:
+        def __reduce__(self):
+            return (os.mkdir, (str(mark),))
+
+    with (tmp_path / "pytorch_model.bin").open("wb") as stream:
+        pickle.dump({"a": Code()}, stream)
+    with pytest.raises(ModelError, match=rf"{tmp_path}/pytorch_model.bin holds more than tensors, or is damaged"):
+        read_folder(tmp_path)
+    torch.save({"a": Code()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="holds more than tensors"):
+        read_folder(tmp_path)
+    assert not mark.exists()
+
+
+def test_damage_is_told_by_file(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(1000)}, tmp_path / "model.safetensors")
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    for part in (whole[: len(whole) // 2], whole[:5], b""):
+        (tmp_path / "model.safetensors").write_bytes(part)
+        with pytest.raises(ModelError, match=rf"{tmp_path}/model.safetensors cannot be read as safetensors"):
+            read_folder(tmp_path)
+    torch.save({"a": torch.ones(1000)}, tmp_path / "x.bin")
+    (tmp_path / "x.bin").write_bytes((tmp_path / "x.bin").read_bytes()[:2000])
+    with pytest.raises(ModelError, match=rf"{tmp_path}/x.bin"):
+        read_file(tmp_path / "x.bin")
+
+
+def test_a_missing_shard_is_named_with_a_tensor(tmp_path: Path) -> None:
+    write_folder(tmp_path, {f"t{i}": held(torch.ones(100)) for i in range(4)}, max_shard_bytes=900)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    message = r"model-00002-of-00002.safetensors is missing: .* says that it holds 2 tensors, the first is t2"
+    with pytest.raises(ModelError, match=message):
+        read_folder(tmp_path)
+
+
+def test_a_tensor_that_its_shard_lacks_is_named(tmp_path: Path) -> None:
+    write_folder(tmp_path, {f"t{i}": held(torch.ones(100)) for i in range(4)}, max_shard_bytes=900)
+    write_file(tmp_path / "model-00002-of-00002.safetensors", {"t2": held(torch.ones(100))})
+    with pytest.raises(ModelError, match=r"model-00002-of-00002.safetensors lacks t3 \(1 tensors"):
+        read_folder(tmp_path)
+
+
+def test_memory_is_that_of_one_tensor(tmp_path: Path) -> None:
+    """240 MB in 60 tensors pass through a process that may grow by 100 MB: torch itself and a few tensors."""
+    write_folder(tmp_path, {f"t{i}": held(torch.ones(1_000_000)) for i in range(60)}, max_shard_bytes=10**8)
+    script = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from llava_ray.model.weight_files import read_folder, write_folder\n"
+        "def anonymous():\n"
+        "    return int(next(l for l in open('/proc/self/status') if l.startswith('RssAnon')).split()[1])\n"
+        "folder = Path(sys.argv[1])\n"
+        "(folder / 'copy').mkdir()\n"
+        "before, most = anonymous(), 0\n"
+        "def watched(t):\n"
+        "    global most\n"
+        "    most = max(most, anonymous())\n"
+        "    return t + 1\n"
+        "write_folder(folder / 'copy', {n: t.mapped(watched) for n, t in read_folder(folder).items()})\n"
+        "print(most - before)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert int(ran.stdout) < 40_000  # kB; a tensor is 4 MB
+    assert torch.equal(read_folder(tmp_path / "copy")["t59"].load(), torch.full((1_000_000,), 2.0))

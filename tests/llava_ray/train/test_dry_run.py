@@ -1,0 +1,141 @@
+"""A dry run says what a run would be, starts nothing, and refuses what cannot fit with what would."""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from samples import small_run, write_recipe
+
+from llava_ray.config.recipes import load_recipe
+from llava_ray.config.sections import FinetuneConfig
+from llava_ray.errors import ConfigError
+from llava_ray.train.dry_run import describe_run
+from llava_ray.train.fitting import find_ways
+from llava_ray.train.memory import GIB
+from llava_ray.train.sizing import estimate_run
+
+ROOT = Path(__file__).parents[3]
+BIG = sorted((ROOT / "pipelines/recipes").glob("*/llava*.toml"))
+
+
+def recipe(name: str, *flags: str) -> FinetuneConfig:
+    return load_recipe(FinetuneConfig, [str(ROOT / f"pipelines/recipes/{name}.toml"), *flags])
+
+
+@pytest.mark.parametrize("path", BIG, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_the_shipped_recipes_are_described_offline(path: Path) -> None:
+    text = "\n".join(describe_run(load_recipe(FinetuneConfig, [str(path)]), 80))
+    size = "13,015,864,320" if "13b" in path.stem else "6,738,415,616"
+    assert re.search(rf"language_model +{size}", text)
+    assert "303,507,456                 0  clip_vision_model" in text
+    assert "Steps known when the data have been prepared" in text
+    assert "optimiser state" in text
+
+
+def test_what_cannot_fit_is_refused_with_what_would() -> None:
+    config = recipe("finetune/llava_v1_5_13b", "--cluster.accelerator_type", "A10G")
+    with pytest.raises(
+        ConfigError, match=r"needs 3\d\.\d GiB on each worker's GPU, A10G has 22.1 GiB. It would fit"
+    ) as error:
+        list(describe_run(config))
+    assert "--train.offload_optimizer True" in str(error.value)
+    assert "--cluster.num_workers 16 " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "gib", "way"),
+    [
+        ("pretrain/llava_v1_5_13b", [], 22, "--train.zero_stage 3"),
+        (
+            "finetune/llava_v1_5_7b",
+            ["--train.gradient_checkpointing", "False"],
+            24,
+            "--train.gradient_checkpointing True",
+        ),
+        (
+            "finetune/llava_v1_5_7b",
+            ["--train.tokens_per_micro_batch", "32768"],
+            30,
+            "--train.tokens_per_micro_batch",
+        ),
+        ("finetune/llava_v1_5_7b", ["--cluster.num_workers", "1"], 22, "--train.offload_optimizer True"),
+    ],
+)
+def test_each_way_out_is_found_and_really_fits(name, flags, gib, way) -> None:
+    config = recipe(name, *flags)
+    assert estimate_run(config).total > gib * GIB
+    ways = find_ways(config, gib * GIB)
+    assert any(said.startswith(way) for said, _ in ways)
+    for said, needed in ways:  # as flags: they can be pasted
+        assert estimate_run(recipe(name, *flags, *said.split())).total == needed <= gib * GIB
+
+
+def test_several_changes_are_joined_where_one_is_not_enough() -> None:
+    flags = ["--cluster.num_workers", "1", "--train.zero_stage", "0", "--train.gradient_checkpointing", "False"]
+    config = recipe("finetune/llava_v1_5_7b", *flags)
+    [(said, needed)] = find_ways(config, 20 * GIB)
+    assert said.startswith("--train.gradient_checkpointing True --train.offload_optimizer True")
+    assert needed <= 20 * GIB
+
+
+def test_nothing_helps_a_gpu_that_is_far_too_small() -> None:
+    config = recipe("finetune/llava_v1_5_13b")
+    with pytest.raises(ConfigError, match="No setting we know makes it fit"):
+        list(describe_run(config, 1))
+
+
+def test_a_gpu_that_is_not_known_is_not_compared() -> None:
+    text = "\n".join(describe_run(recipe("finetune/llava_v1_5_7b", "--cluster.accelerator_type", "XPU-9000")))
+    assert "Not compared: the memory of XPU-9000 is not known here. Set cluster.accelerator_type to one of T4" in text
+
+
+def test_steps_are_counted_where_that_is_no_work(tmp_path: Path) -> None:
+    config = small_run(tmp_path, num_samples=60)
+    text = "\n".join(describe_run(config))
+    assert f"Data  {tmp_path / 'data.json'}, 60 samples" in text
+    assert "Steps 8 of 8 samples" in text  # the last step holds four
+    fewer = config.replaced({"data.max_samples": 10, "train.num_train_epochs": 3})
+    assert "Steps 6 of 8 samples" in "\n".join(describe_run(fewer))
+    assert "Steps 2 of 8" in "\n".join(describe_run(fewer.replaced({"train.max_steps": 2})))
+    away = config.replaced({"data.data_path": "s3://bucket/data.json", "train.max_steps": 5})
+    assert "Steps at most 5 of 8 samples" in "\n".join(describe_run(away))
+
+
+def test_estimates_are_what_the_sum_says() -> None:
+    config = recipe("finetune/llava_v1_5_7b")
+    memory = estimate_run(config)
+    parts = [value for name, value in dataclasses.asdict(memory).items() if name != "host"]
+    assert memory.total == sum(parts)
+    assert f"{memory.total / GIB:.2f} GiB" in "\n".join(describe_run(config))
+
+
+def test_as_a_command_it_starts_nothing(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, small_run(tmp_path, num_samples=4))
+    command = [sys.executable, str(ROOT / "pipelines/finetune.py"), str(path), "--dry-run", "--gpu_memory_gib"]
+    environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1"}  # whoever connects fails
+    ran = subprocess.run([*command, "1"], capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    assert ran.returncode == 1
+    assert "Memory of each worker (2): ZeRO 2, a row of 512 tokens, fp32" in ran.stdout
+    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "cache").exists()
+    assert "ConfigError: the run needs" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_what_fits_is_said_and_nothing_returned(tmp_path: Path, capsys) -> None:
+    from pipelines.finetune import main
+
+    path = write_recipe(tmp_path, small_run(tmp_path, num_samples=4))
+    assert main([str(path), "--dry-run", "--gpu_memory_gib", "8"]) is None
+    assert "the GPU                     8.00 GiB" in capsys.readouterr().out
+
+
+def test_the_memory_alone_says_nothing() -> None:
+    from pipelines.finetune import main
+
+    with pytest.raises(ConfigError, match="--gpu_memory_gib says into what --dry-run has to fit"):
+        main([str(BIG[0]), "--gpu_memory_gib", "80"])
