@@ -2,7 +2,6 @@
 
 Whether a word of the question fits the scene, turned round by "not", is a parity: from a mix of both a small model
 learns neither. A curriculum in words shows plain yes-or-no questions first, as often yes as no, then the natural mix.
-A scene is as long as an image, and its words come in any order: what reads it later reads an image's tokens.
 """
 
 import json
@@ -15,7 +14,7 @@ from typing import Any
 from evals.easy_vqa import COLOURS, NEGATIONS, SHAPES, Question, describe, questions
 
 NEGATED_SHARE = 0.1  # of the negated questions that come among the first
-WORDS_OF_A_SCENE = 16  # the quickstart's tower gives as many tokens an image
+COLOUR_AND_SHAPE = 2
 
 
 def write_conversations(folder: Path, *, seed: int) -> Path:
@@ -32,20 +31,20 @@ def write_conversations(folder: Path, *, seed: int) -> Path:
 def write_words(folder: Path, *, num_first: int, num_natural: int, seed: int) -> Path:
     """Write ``num_first`` balanced, mostly plain yes-or-no questions, then ``num_natural`` of all kinds, as one file.
 
-    Each is asked about a scene, its colour and shape told over and over in random order. Text-only LLaVA JSON, to be
-    learnt in this order (``data.shuffle_window = 0``). Raises DataError.
+    Each is asked about a caption. Text-only LLaVA JSON, to be learnt in this order (``data.shuffle_window = 0``).
+    Raises DataError.
     """
     rng = random.Random(seed)
     by_image: dict[Path, list[Question]] = defaultdict(list)
     for question in questions("train"):
         by_image[question.image].append(question)
-    told = {image: set(describe(asked).split()) & {*COLOURS, *SHAPES} for image, asked in by_image.items()}
-    pool = [question for question in questions("train") if len(told[question.image]) == len((COLOURS, SHAPES))]
+    captions = {image: describe(asked) for image, asked in by_image.items()}
+    whole = {i for i, text in captions.items() if len({*COLOURS, *SHAPES} & {*text.split()}) == COLOUR_AND_SHAPE}
+    pool = [question for question in questions("train") if question.image in whole]
     chosen = draw_plain(pool, rng)[:num_first] + rng.sample(pool, num_natural)
-    scenes = (rng.choices(sorted(told[question.image]), k=WORDS_OF_A_SCENE) for question in chosen)
     records = [
-        {"id": f"words-{number:05d}", "conversations": turns(" ".join(scene), question)}
-        for number, (scene, question) in enumerate(zip(scenes, chosen, strict=True))
+        {"id": f"words-{number:05d}", "conversations": turns(captions[question.image], question)}
+        for number, question in enumerate(chosen)
     ]
     return write_records(folder / "words.json", records)
 
