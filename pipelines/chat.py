@@ -5,8 +5,8 @@ python pipelines/chat.py MODEL --image photo.jpg --prompt "What is this?" --max_
 python pipelines/chat.py llava-v1.5-7b-lora --model_base vicuna-7b-v1.5 --vision_tower clip-vit-large-patch14-336
 """
 
+import contextlib
 import json
-import readline  # noqa: F401 - lets input() edit and remember lines
 import sys
 from collections.abc import Sequence
 
@@ -17,6 +17,9 @@ from llava_ray.errors import LlavaRayError
 from llava_ray.generate.chat import ChatSession, ChatSettings
 from llava_ray.model.loading import describe_model
 from pipelines.command import run_command
+
+with contextlib.suppress(ImportError):  # some systems have none
+    import readline  # noqa: F401 - lets input() edit and remember lines
 
 HELP = "/image FILE shows an image with the next question, /clear begins anew; Ctrl-C stops an answer, Ctrl-D leaves."
 

@@ -159,3 +159,38 @@ def write_hub(
     parts.tokenizer.save_pretrained(folder)
     parts.image_processor.save_pretrained(folder)
     return folder
+
+
+def write_7b(folder: Path) -> Path:
+    """Write the headers of LLaVA-1.5-7B's shards; the files have their full size and take no room."""
+    folder.mkdir()
+    names: dict[str, list[int]] = {"model.embed_tokens.weight": [32000, 4096], "lm_head.weight": [32000, 4096]}
+    for layer in range(32):
+        names |= {f"model.layers.{layer}.self_attn.{x}_proj.weight": [4096, 4096] for x in "qkvo"}
+        names |= {f"model.layers.{layer}.mlp.{x}_proj.weight": [11008, 4096] for x in ("gate", "up")}
+        names |= {f"model.layers.{layer}.mlp.down_proj.weight": [4096, 11008]}
+        names |= {f"model.layers.{layer}.{x}_layernorm.weight": [4096] for x in ("input", "post_attention")}
+    names |= {"model.norm.weight": [4096], "model.mm_projector.0.weight": [4096, 1024]}
+    names |= {"model.mm_projector.0.bias": [4096], "model.mm_projector.2.weight": [4096, 4096]}
+    names |= {"model.mm_projector.2.bias": [4096]}
+    weight_map = {}
+    for shard in range(3):
+        file = f"model-{shard + 1:05d}-of-00003.safetensors"
+        header, end = {}, 0
+        for name in sorted(names)[shard::3]:
+            size = 2
+            for side in names[name]:
+                size *= side
+            header[name] = {"dtype": "F16", "shape": names[name], "data_offsets": [end, end + size]}
+            weight_map[name], end = file, end + size
+        text = json.dumps(header).encode()
+        with (folder / file).open("wb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            stream.truncate(8 + len(text) + end)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    config = {"model_type": "llava", "hidden_size": 4096, "num_hidden_layers": 32, "vocab_size": 32000}
+    config |= {"mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_projector_type": "mlp2x_gelu"}
+    config |= {"mm_vision_select_layer": -2, "image_aspect_ratio": "pad", "max_position_embeddings": 4096}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.model").touch()
+    return folder

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava_ray.model.layout import ADAPTER_FILES, Layout
+from llava_ray.model.layout import ADAPTER_FILES, Kind, Layout
 from llava_ray.model.layouts import read_layout
 from llava_ray.model.tensor_files import StoredTensor, read_tensor_file
 
@@ -108,7 +108,9 @@ def describe_part(
 
 def untold(layout: Layout) -> list[str]:
     """Return what has to be said when the model is loaded, because the folder does not."""
-    told = []
+    told: list[str] = []
+    if layout.kind is Kind.VISION_TOWER:
+        return told
     if not layout.has_language_model and layout.base is None:
         told.append("its base is not named: give it as --model_base.")
     if not layout.has_vision_tower and layout.vision_tower is None:
@@ -123,7 +125,7 @@ def render(inspection: Inspection) -> str:
     lines = [f"{inspection.folder}", f"  {'kind':<15} {inspection.kind}"]
     lines.append(f"  {'template':<15} {inspection.template or 'not known'}")
     lines += [f"  {part.name.replace('_', ' '):<15} {render_part(part)}" for part in inspection.parts]
-    lines += [f"  {key:<24} {value}" for key, value in inspection.settings.items()]
+    lines += [f"  {key:<25}{value}" for key, value in inspection.settings.items()]
     lines += [f"  missing: {what}" for what in inspection.missing] or ["  nothing is missing"]
     return "\n".join(lines)
 

@@ -3,6 +3,7 @@
 ``ORIGINAL_TYPES`` and ``TEMPLATES`` are tables of what published checkpoints are and do not say themselves.
 """
 
+import ast
 from collections.abc import Mapping
 from typing import Any
 
@@ -101,9 +102,9 @@ def original_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         "image_aspect_ratio": config.get("image_aspect_ratio") or "square",
     }
     if settings["image_aspect_ratio"] == "anyres":
-        settings["image_grid_pinpoints"] = config.get("image_grid_pinpoints")
+        settings["image_grid_pinpoints"] = listed(config.get("image_grid_pinpoints"), where)
     if config.get("s2"):
-        settings |= {"s2": True, "s2_scales": config.get("s2_scales", "336,672,1008")}
+        settings |= {"s2": True, "s2_scales": listed(config.get("s2_scales", "336,672,1008"), where)}
     if config.get("tokenizer_model_max_length"):
         settings["model_max_length"] = config["tokenizer_model_max_length"]
     return settings
@@ -112,24 +113,23 @@ def original_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 def hub_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return the settings in the config.json of transformers' LLaVA classes. Raises ModelError."""
     if noted := config.get(OUR_KEY, {}).get("manifest"):
-        return dict(noted)
+        return {key: listed(value, where) if isinstance(value, list) else value for key, value in noted.items()}
     for key, only in (("projector_hidden_act", "gelu"), ("multimodal_projector_bias", True)):
         if config.get(key, only) != only:
             raise ModelError(f"{where}: {key} is {config[key]!r}; only {only!r} is supported, LLaVA's own projector.")
-    layer = config.get("vision_feature_layer", -2)
     settings = {
         "mm_projector_type": "mlp2x_gelu",
-        "mm_vision_select_layer": tuple(layer) if isinstance(layer, list) else layer,
+        "mm_vision_select_layer": listed(config.get("vision_feature_layer", -2), where),
         "mm_vision_select_feature": _hub_feature(config, where),
         "image_aspect_ratio": "square",
     }
     if config["model_type"] == "llava_next":
         # transformers writes (height, width) where the original writes (width, height).
-        grid = [[width, height] for height, width in config.get("image_grid_pinpoints") or []]
+        grid = listed(config.get("image_grid_pinpoints") or [], where)
         settings |= {
             "image_aspect_ratio": "anyres",
             "mm_patch_merge_type": "spatial_unpad",
-            "image_grid_pinpoints": grid,
+            "image_grid_pinpoints": tuple((width, height) for height, width in grid),
         }
     return settings
 
@@ -146,6 +146,15 @@ def find_version(config: Mapping[str, Any], language_config: Mapping[str, Any]) 
     vocabulary = config.get("image_token_index") if hub else language_config.get("vocab_size")
     family = config["model_type"] if hub else "original"
     return TEMPLATES.get((family, str(language_config.get("model_type")), vocabulary or 0))
+
+
+def listed(value: Any, where: str) -> Any:
+    """Return lists as tuples, also those that a config holds as text ("[(336, 672)]", "336,672"). Raises ModelError."""
+    try:
+        value = ast.literal_eval(value) if isinstance(value, str) else value
+    except (ValueError, SyntaxError) as error:
+        raise ModelError(f"{where}: {value!r} is no list of numbers; mend it.") from error
+    return tuple(listed(item, where) for item in value) if isinstance(value, list | tuple) else value
 
 
 def _hub_feature(config: Mapping[str, Any], where: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
 from torch import Tensor
 
 from llava_ray.errors import ModelError
@@ -37,20 +38,26 @@ class LazyTensor:
 
 def read_tensor(stored: StoredTensor) -> Tensor:
     """Read one tensor into memory of its own. Raises ModelError if the file ends before it does."""
-    dtype: torch.dtype = getattr(torch, stored.dtype)
-    data = np.fromfile(stored.file, np.uint8, stored.span * stored.element_size, offset=stored.offset)
-    if data.nbytes != stored.span * stored.element_size:
+    num_bytes = stored.span * stored.element_size
+    data = np.fromfile(stored.file, np.uint8, num_bytes, offset=stored.offset)
+    if data.nbytes != num_bytes:
         raise ModelError(f"{stored.file} ends inside tensor {stored.name}; it was cut off. Copy it again.")
-    return torch.from_numpy(data).view(dtype).as_strided(stored.shape, stored.stride)
+    return as_tensor(data, stored)
 
 
 def map_tensor(stored: StoredTensor) -> Tensor:
     """Return a tensor whose bytes stay in the file until they are looked at; changes to it are never written."""
-    dtype: torch.dtype = getattr(torch, stored.dtype)
     num_bytes = stored.span * stored.element_size
     if not num_bytes:
+        return read_tensor(stored)
+    return as_tensor(np.memmap(stored.file, np.uint8, "c", stored.offset, (num_bytes,)), stored)
+
+
+def as_tensor(data: UInt8[np.ndarray, " bytes"], stored: StoredTensor) -> Tensor:
+    """Give bytes the type and shape of the tensor that they are."""
+    dtype: torch.dtype = getattr(torch, stored.dtype)
+    if not data.nbytes:
         return torch.empty(stored.shape, dtype=dtype)
-    data = np.memmap(stored.file, np.uint8, "c", stored.offset, (num_bytes,))
     return torch.from_numpy(data).view(dtype).as_strided(stored.shape, stored.stride)
 
 

@@ -18,7 +18,7 @@ from llava_ray.model.bundle import LlavaParts, assemble, save_bundle
 from llava_ray.model.layout import Kind
 from llava_ray.model.layouts import read_layout
 from llava_ray.model.loading import find_version, load_pretrained_model
-from llava_ray.model.published_settings import hub_settings, original_language_config
+from llava_ray.model.published_settings import hub_settings, original_language_config, original_settings
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_settings_of_v16(tmp_path: Path) -> None:
     assert layout.missing == ()
     assert layout.settings == {
         "image_aspect_ratio": "anyres",
-        "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]],
+        "image_grid_pinpoints": ((56, 112), (112, 56), (112, 112), (168, 56), (56, 168)),
         "mm_patch_merge_type": "spatial_unpad",
         "mm_projector_type": "mlp2x_gelu",
         "mm_use_im_patch_token": False,
@@ -127,7 +127,7 @@ def test_settings_of_llava_next(rename, parts, tmp_path: Path) -> None:
     change(folder / "config.json", model_type="llava_next", image_grid_pinpoints=[[32, 64], [96, 32]])
     layout = read_layout(folder)
     assert layout.missing == ()
-    assert layout.settings["image_grid_pinpoints"] == [[64, 32], [32, 96]]
+    assert layout.settings["image_grid_pinpoints"] == ((64, 32), (32, 96))
     assert layout.settings["image_aspect_ratio"] == "anyres"
     assert layout.settings["mm_patch_merge_type"] == "spatial_unpad"
     assert layout.companions["image_newline"].numel == 32
@@ -172,6 +172,16 @@ def test_what_an_export_of_ours_noted_counts(parts, tmp_path: Path) -> None:
     noted = {"version": "llava_v1", "image_aspect_ratio": "pad", "mm_vision_select_layer": -2, "model_max_length": 77}
     change(folder / "config.json", llava_ray={"manifest": noted})
     assert read_layout(folder).settings == noted
+
+
+@pytest.mark.parametrize("written", ["[(336, 672), (672, 336)]", [[336, 672], [672, 336]]])
+def test_lists_may_be_written_as_text(written: object) -> None:
+    config = V15 | {"image_aspect_ratio": "anyres", "image_grid_pinpoints": written, "s2": True}
+    settings = original_settings(config, "here")
+    assert settings["image_grid_pinpoints"] == ((336, 672), (672, 336))
+    assert settings["s2_scales"] == (336, 672, 1008)
+    with pytest.raises(ModelError, match="here: '336 to 1008' is no list of numbers"):
+        original_settings(config | {"s2_scales": "336 to 1008"}, "here")
 
 
 def test_names_decide_nothing(parts, tmp_path: Path) -> None:
