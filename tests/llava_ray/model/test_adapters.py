@@ -217,20 +217,23 @@ def test_damaged_adapters_are_refused_by_name(kind: str, message: str, folders, 
 
 
 class Bomb:
-    """Runs something when it is unpickled without care."""
+    """Touches a file when it is unpickled without care."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (Path.touch, (Path("/tmp/llava_ray_bomb_went_off"),))
+        return (Path.touch, (self.target,))
 
 
 def test_a_pickle_with_code_in_it_is_not_run(folders, tmp_path: Path) -> None:
     parts = adapted(folders)
     save_adapter(tmp_path / "adapter", parts.llava.language_model, parts.manifest.language_model)
     (tmp_path / "adapter/adapter_model.safetensors").unlink()
-    torch.save({"lora_A": Bomb()}, tmp_path / "adapter/adapter_model.bin")
+    torch.save({"lora_A": Bomb(tmp_path / "went off")}, tmp_path / "adapter/adapter_model.bin")
     with pytest.raises(ModelError, match=r"adapter_model.bin cannot be read"):
         load_adapter(folders.assemble().llava.language_model, tmp_path / "adapter")
-    assert not Path("/tmp/llava_ray_bomb_went_off").exists()
+    assert not (tmp_path / "went off").exists()
 
 
 def test_exchanged_adapter_in_a_bundle_is_refused(folders, tmp_path: Path) -> None:
