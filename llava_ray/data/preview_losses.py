@@ -17,10 +17,11 @@ from llava_ray.errors import ConfigError
 from llava_ray.images.geometry import ImageSpec
 from llava_ray.images.processing import normalise
 from llava_ray.model.bundle import LlavaParts, assemble, load_bundle
+from llava_ray.model.image_geometry import read_image_geometry
 from llava_ray.model.losses import sample_losses
 from llava_ray.model.manifest import is_bundle
+from llava_ray.model.vocabulary import with_image_tags
 
-IMAGES_PER_FORWARD = 32
 DEFAULT_LENGTH = 2048
 
 
@@ -60,16 +61,17 @@ class Judge:
         input_ids, position_ids, row_labels = (
             torch.from_numpy(values.astype(np.int64))[None].to(device) for values in (ids, positions, labels)
         )
-        losses, _ = sample_losses(self.parts.llava, input_ids, position_ids, row_labels, self.features(samples))
+        sizes = [size for sample in samples for size in sample.image_sizes]
+        losses, _ = sample_losses(self.parts.llava, input_ids, position_ids, row_labels, self.features(samples), sizes)
         return [float(loss) for loss in losses]
 
     def features(self, samples: Sequence[SampleView]) -> Float[Tensor, "n p v"] | None:
-        """Return the tower's features of all images of the row, in order; None without images."""
+        """Return the tower's features of all views of the row's images, in order; None without images."""
         pixels = [sample.pixels for sample in samples if sample.pixels is not None and len(sample.pixels)]
         if not pixels:
             return None
-        chunks = torch.split(torch.from_numpy(np.concatenate(pixels)), IMAGES_PER_FORWARD)
-        return torch.cat([self.parts.tower(normalise(chunk, self.image_spec)) for chunk in chunks])
+        views = torch.from_numpy(np.concatenate(pixels))
+        return self.parts.tower.extract(views, lambda some: normalise(some, self.image_spec))
 
 
 def model_viewer(settings: PreviewSettings) -> tuple[Viewer, Judge]:
@@ -84,11 +86,12 @@ def model_viewer(settings: PreviewSettings) -> tuple[Viewer, Judge]:
         )
     parts = load_parts(settings, Path(settings.model))
     length = settings.model_max_length or parts.manifest.model_max_length
-    spec = ImageSpec.from_processor(
-        parts.image_processor, settings.image_aspect_ratio or parts.manifest.image_aspect_ratio
-    )
-    template = find_template(settings.version or parts.manifest.version, parts.tokenizer)
-    encoder = Encoder(parts.tokenizer, template, parts.num_image_tokens, length)
+    ratio = settings.image_aspect_ratio or parts.manifest.image_aspect_ratio
+    spec, tokens = read_image_geometry(parts.config, ratio, parts.tower_config, parts.image_processor)
+    parts.llava.image_tokens = tokens
+    version = settings.version or parts.manifest.version
+    template = with_image_tags(find_template(version, parts.tokenizer), start_end=parts.config.mm_use_im_start_end)
+    encoder = Encoder(parts.tokenizer, template, tokens, length)
     return Viewer(encoder, find_images(settings), spec, _notes(settings, parts)), Judge(parts, spec, length)
 
 

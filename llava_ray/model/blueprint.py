@@ -10,9 +10,12 @@ from llava_ray.chat.templates import Template, find_template
 from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import ModelError
 from llava_ray.images.geometry import ImageSpec
+from llava_ray.images.tokens import ImageTokens
+from llava_ray.model.image_geometry import find_s2_scales, read_image_geometry
 from llava_ray.model.manifest import Manifest, Part, is_bundle, read_manifest
 from llava_ray.model.sources import Source, find_source, load_padding_tokenizer, loading, read_config
-from llava_ray.model.tower import count_image_tokens, find_family, read_tower_config
+from llava_ray.model.tower import feature_width, read_tower_config
+from llava_ray.model.vocabulary import add_image_tokens, image_token_ids, with_image_tags
 
 LANGUAGE_MODEL = "language_model"
 VISION_TOWER = "vision_tower"
@@ -22,15 +25,17 @@ VISION_TOWER = "vision_tower"
 class Blueprint:
     """A model without its weights: all that the data path needs, cheap enough for every process.
 
-    ``bundle`` and ``manifest`` are the llava_ray bundle that the model goes on from, if it does.
+    ``bundle`` and ``manifest`` are the llava_ray bundle that the model goes on from, if it does. ``new_token_ids`` have
+    no embeddings of their own in the language model's files.
     """
 
     config: ModelConfig
     tokenizer: PreTrainedTokenizerBase
+    new_token_ids: tuple[int, ...]
     template: Template
     image_processor: BaseImageProcessor
     image_spec: ImageSpec
-    num_image_tokens: int
+    image_tokens: ImageTokens
     language_config: PreTrainedConfig
     tower_config: PreTrainedConfig
     language_source: Source
@@ -45,8 +50,13 @@ class Blueprint:
 
     @property
     def mm_hidden_size(self) -> int:
-        """Width of the tower's features."""
-        return int(self.tower_config.hidden_size)
+        """Width of the tower's features, all layers and scales together."""
+        return feature_width(self.tower_config, self.config.mm_vision_select_layer, self.s2_scales)
+
+    @property
+    def s2_scales(self) -> tuple[int, ...]:
+        """Sides in pixels at which the tower looks at an image; () without S2."""
+        return find_s2_scales(self.config, self.image_processor)
 
 
 def read_blueprint(
@@ -60,24 +70,28 @@ def read_blueprint(
     bundle = root.folder if is_bundle(root.folder) else None
     manifest = read_manifest(bundle) if bundle else None
     if bundle and manifest:
+        config = completed(config, manifest)
         check_settings(config, manifest, bundle)
         language = part_source(manifest.language_model, bundle / LANGUAGE_MODEL, language_model, weights=weights)
         tower = part_source(manifest.vision_tower, bundle / VISION_TOWER, config.vision_tower, weights=weights)
     else:
         language, tower = root, find_tower_source(config, weights=weights)
     tokenizer = load_padding_tokenizer(root.folder)
+    new_ids = add_image_tokens(tokenizer, start_end=config.mm_use_im_start_end, patch=config.mm_use_im_patch_token)
+    if manifest and not manifest.language_model.inside:
+        new_ids = image_token_ids(tokenizer)  # the bundle's tokenizer is ahead of the language model that it names
     language_config = read_config(language.folder, "language model")
     tower_config = read_tower_config(tower.folder)
     image_processor = load_image_processor(tower.folder)
-    spec = ImageSpec.from_processor(image_processor, image_aspect_ratio)
-    check_image_size(tower_config, spec, tower.folder)
+    spec, tokens = read_image_geometry(config, image_aspect_ratio, tower_config, image_processor)
     return Blueprint(
         config=config,
         tokenizer=tokenizer,
-        template=find_template(config.version, tokenizer),
+        new_token_ids=new_ids,
+        template=with_image_tags(find_template(config.version, tokenizer), start_end=config.mm_use_im_start_end),
         image_processor=image_processor,
         image_spec=spec,
-        num_image_tokens=count_image_tokens(tower_config, config.mm_vision_select_feature, spec.height, spec.width),
+        image_tokens=tokens,
         language_config=language_config,
         tower_config=tower_config,
         language_source=language,
@@ -118,20 +132,26 @@ def load_image_processor(folder: Path) -> BaseImageProcessor:
     return image_processor
 
 
+def completed(config: ModelConfig, manifest: Manifest) -> ModelConfig:
+    """Return the config with the bundle's values for what it leaves open."""
+    changes: dict[str, Any] = {}
+    if config.image_grid_pinpoints is None and manifest.image_grid_pinpoints:
+        changes["image_grid_pinpoints"] = manifest.image_grid_pinpoints
+    if config.s2 and config.s2_scales is None and manifest.s2_scales:
+        changes["s2_scales"] = manifest.s2_scales
+    return config.replaced(changes) if changes else config
+
+
 def check_settings(config: ModelConfig, manifest: Manifest, bundle: Path) -> None:
     """Raise ModelError where the config contradicts what the bundle's projector was trained with."""
-    for key in ("mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature"):
+    keys = ["mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature", "s2"]
+    # What was trained without them may go on with them, not the other way round.
+    keys += ["s2_scales"] if manifest.s2 else []
+    keys += ["mm_patch_merge_type"] if manifest.mm_patch_merge_type != "flat" else []
+    keys += ["mm_use_im_start_end"] if manifest.mm_use_im_start_end else []
+    for key in keys:
         found, expected = getattr(config, key), getattr(manifest, key)
         if found != expected:
             raise ModelError(
                 f"model.{key} is {found!r}, but the projector in {bundle} was trained with {expected!r}; set it so."
             )
-
-
-def check_image_size(config: PreTrainedConfig, spec: ImageSpec, folder: Path) -> None:
-    """Raise ModelError if the image processor makes another size than the tower takes."""
-    if find_family(config).fixed_size and (spec.height, spec.width) != (config.image_size, config.image_size):
-        raise ModelError(
-            f"the image processor in {folder} makes {spec.height} x {spec.width} pixels, but the tower takes "
-            f"{config.image_size} x {config.image_size}; mend crop_size or size in preprocessor_config.json."
-        )

@@ -1,7 +1,8 @@
 """Models put together from their parts, and kept in one self-describing folder.
 
 * ``llava.json``: what it is (``manifest.Manifest``)
-* ``projector.safetensors``: under LLaVA's tensor names, without prefix
+* ``projector.safetensors``: under LLaVA's tensor names, without prefix; with ``image_newline`` where the model has it,
+  and the ``embed_tokens.weight`` of new tokens where the language model is left out
 * tokenizer files, with the chat template
 * ``language_model/``: an ordinary transformers folder; may be left out and named in llava.json instead
 * ``vision_tower/``: the same, with preprocessor_config.json
@@ -30,10 +31,11 @@ from llava_ray.model.manifest import (
     library_versions,
     read_manifest,
 )
-from llava_ray.model.parts import load_language_model, load_projector, load_tower_of
-from llava_ray.model.projector import PROJECTOR_FILE
+from llava_ray.model.parts import find_newline, load_language_model, load_projector, load_tower_of
+from llava_ray.model.projector import EMBED_TOKENS, IMAGE_NEWLINE, PROJECTOR_FILE, load_companions
 from llava_ray.model.sources import Source, find_source
 from llava_ray.model.tower import VisionTower
+from llava_ray.model.vocabulary import image_token_ids
 from llava_ray.model.weights import replacing, save_weights
 
 
@@ -76,11 +78,16 @@ def assemble(
     check_fingerprint(blueprint.language_source.folder, manifest.language_model.fingerprint, "language model")
     check_fingerprint(blueprint.tower_source.folder, manifest.vision_tower.fingerprint, "vision tower")
     projector = load_projector(blueprint, manifest, seed).to(dtype)
+    companions: dict[str, Tensor] = {}
+    for source in (blueprint.bundle, config.pretrain_mm_mlp_adapter):
+        companions |= load_companions(source) if source else {}
     tower = load_tower_of(blueprint, dtype)
     with language_model_context or nullcontext():
-        model = load_language_model(blueprint, dtype)
+        model = load_language_model(blueprint, dtype, companions.get(EMBED_TOKENS))
+    newline = find_newline(blueprint, companions, seed)
+    llava = Llava(projector, model, blueprint.mm_hidden_size, blueprint.image_tokens, newline.to(dtype))
     known = {**vars(blueprint), "manifest": manifest}
-    return LlavaParts(**known, tower=tower, llava=Llava(projector, model, blueprint.mm_hidden_size))
+    return LlavaParts(**known, tower=tower, llava=llava)
 
 
 def load_bundle(
@@ -124,6 +131,12 @@ def bundle_config(path: str | Path, manifest: Manifest, vision_tower: str | Path
         mm_projector_type=manifest.mm_projector_type,
         mm_vision_select_layer=manifest.mm_vision_select_layer,
         mm_vision_select_feature=manifest.mm_vision_select_feature,
+        mm_patch_merge_type=manifest.mm_patch_merge_type,
+        image_grid_pinpoints=manifest.image_grid_pinpoints or None,
+        s2=manifest.s2,
+        s2_scales=manifest.s2_scales or None,
+        mm_use_im_start_end=manifest.mm_use_im_start_end,
+        mm_use_im_patch_token=manifest.mm_use_im_patch_token,
     )
 
 
@@ -144,12 +157,14 @@ def save_bundle(
     """
     tensors = parts.llava.state_dict() if tensors is None else tensors
     with replacing(Path(folder)) as new:
-        save_file(_below("projector.", tensors), new / PROJECTOR_FILE)
+        save_file(projector_tensors(parts, tensors, embeddings=include == "projector"), new / PROJECTOR_FILE)
         parts.tokenizer.save_pretrained(new)
         language, tower = parts.manifest.language_model, parts.manifest.vision_tower
         if include == "all":
             save_weights(new / LANGUAGE_MODEL, parts.llava.language_model, _below("language_model.", tensors))
-            save_weights(new / VISION_TOWER, parts.tower.backbone, parts.tower.full_state_dict())
+            # A tower that has learnt is in ``tensors``, but for the blocks that were set aside.
+            learnt = parts.tower.full_state_dict() | _below("vision_tower.", tensors)
+            save_weights(new / VISION_TOWER, parts.tower.backbone, learnt)
             parts.image_processor.save_pretrained(new / VISION_TOWER)
             language = _held(parts.language_source, new / LANGUAGE_MODEL)
             tower = _held(parts.tower_source, new / VISION_TOWER)
@@ -162,6 +177,17 @@ def save_bundle(
             }
         )
         (new / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n")
+
+
+def projector_tensors(parts: LlavaParts, tensors: Mapping[str, Tensor], *, embeddings: bool) -> dict[str, Tensor]:
+    """Return what belongs into PROJECTOR_FILE: projector, image_newline, and if asked the new tokens' embeddings."""
+    found = _below("projector.", tensors)
+    if IMAGE_NEWLINE in tensors:
+        found[IMAGE_NEWLINE] = tensors[IMAGE_NEWLINE].detach().contiguous()
+    ids = image_token_ids(parts.tokenizer)
+    if embeddings and ids:
+        found[EMBED_TOKENS] = tensors[parts.llava.embeddings_name].detach()[list(ids)]
+    return found
 
 
 def check_length(blueprint: Blueprint, model_max_length: int) -> None:
@@ -184,7 +210,12 @@ def _describe(blueprint: Blueprint, model_max_length: int) -> Manifest:
         hidden_size=blueprint.hidden_size,
         mm_vision_select_layer=config.mm_vision_select_layer,
         mm_vision_select_feature=config.mm_vision_select_feature,
+        s2_scales=blueprint.s2_scales,
         image_aspect_ratio=blueprint.image_spec.aspect_ratio,
+        image_grid_pinpoints=blueprint.image_spec.grid_pinpoints,
+        mm_patch_merge_type=config.mm_patch_merge_type,
+        mm_use_im_start_end=config.mm_use_im_start_end,
+        mm_use_im_patch_token=config.mm_use_im_patch_token,
         model_max_length=model_max_length,
         language_model=_named(blueprint.language_source, old.language_model if old else None),
         vision_tower=_named(blueprint.tower_source, old.vision_tower if old else None),

@@ -45,12 +45,22 @@ class Manifest(BaseModel):
     """Width of the tower's features."""
     hidden_size: int
     """Width of the language model's embeddings."""
-    mm_vision_select_layer: int
-    """Index into the tower's hidden states."""
+    mm_vision_select_layer: int | tuple[int, ...]
+    """Index into the tower's hidden states, or several whose features are laid side by side."""
     mm_vision_select_feature: Literal["patch", "cls_patch"]
     """Whether the tower's prefix tokens are dropped."""
+    s2_scales: tuple[int, ...] = ()
+    """Sides in pixels at which the tower looks at each image; none without S2."""
     image_aspect_ratio: str
     """How images become the tower's size."""
+    image_grid_pinpoints: tuple[tuple[int, int], ...] = ()
+    """Canvases (width, height) of anyres."""
+    mm_patch_merge_type: Literal["flat", "spatial", "spatial_unpad"] = "flat"
+    """How the views of an anyres image are joined; "spatial_unpad" has a learned vector, image_newline."""
+    mm_use_im_start_end: bool = False
+    """Whether <im_start> and <im_end> stand around each image."""
+    mm_use_im_patch_token: bool = False
+    """Whether <im_patch> was added to the vocabulary."""
     model_max_length: int
     """Longest sample in training, in tokens."""
     language_model: Part
@@ -61,6 +71,11 @@ class Manifest(BaseModel):
     """Versions that wrote the bundle."""
     training: dict[str, Any] = {}
     """Where the weights come from: run name, step, data hash."""
+
+    @property
+    def s2(self) -> bool:
+        """Whether the tower looks at several scales."""
+        return bool(self.s2_scales)
 
 
 def library_versions() -> dict[str, str]:

@@ -14,6 +14,11 @@ from llava_ray.errors import ModelError
 
 PROJECTOR_FILE = "projector.safetensors"
 ORIGINAL_PREFIX = "mm_projector."
+# What is learnt beside a projector and kept in its file: the vector that ends a row of anyres patches, and the input
+# embeddings of new tokens.
+IMAGE_NEWLINE = "image_newline"
+EMBED_TOKENS = "embed_tokens.weight"
+COMPANIONS = (IMAGE_NEWLINE, EMBED_TOKENS)
 
 
 def build_projector(mm_projector_type: str, mm_hidden_size: int, hidden_size: int) -> nn.Module:
@@ -47,8 +52,21 @@ def load_projector_weights(path: str | Path) -> dict[str, Tensor]:
     """Read a projector's tensors from a bundle folder, a .safetensors file or LLaVA's mm_projector.bin.
 
     Names come back without any prefix (``0.weight``). A pickle is read with ``weights_only=True``: nothing in it is
-    run. Raises ModelError for a file that is missing, unreadable or holds no projector.
+    run. Raises ModelError for a file that is missing or unreadable.
     """
+    tensors = read_projector_file(path)
+    marked = {name.rpartition(ORIGINAL_PREFIX)[2]: value for name, value in tensors.items() if ORIGINAL_PREFIX in name}
+    return marked or {name: value for name, value in tensors.items() if not name.endswith(COMPANIONS)}
+
+
+def load_companions(path: str | Path) -> dict[str, Tensor]:
+    """Read what lies beside a projector in its file, by the names in COMPANIONS. Raises ModelError."""
+    tensors = read_projector_file(path)
+    return {name: value for own, value in tensors.items() for name in COMPANIONS if own.endswith(name)}
+
+
+def read_projector_file(path: str | Path) -> dict[str, Tensor]:
+    """Return all tensors of the file that holds the projector. Raises ModelError."""
     file = find_projector_file(Path(path))
     try:
         if file.suffix == ".safetensors":
@@ -57,13 +75,7 @@ def load_projector_weights(path: str | Path) -> dict[str, Tensor]:
             tensors = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         raise ModelError(f"{file} cannot be read as projector weights ({error}); copy it again.") from error
-    marked = {
-        name.rpartition(ORIGINAL_PREFIX)[2]: tensor for name, tensor in tensors.items() if ORIGINAL_PREFIX in name
-    }
-    weights = marked or dict(tensors)
-    if not weights:
-        raise ModelError(f"{file} holds no tensors; expected a projector, with names such as mm_projector.0.weight.")
-    return weights
+    return tensors
 
 
 def find_projector_file(path: Path) -> Path:

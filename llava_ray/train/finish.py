@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 
 from llava_ray.model.bundle import LlavaParts, save_bundle
+from llava_ray.model.projector import IMAGE_NEWLINE
+from llava_ray.model.vocabulary import image_token_ids
 from llava_ray.train.settings import LoopSettings
 
 if TYPE_CHECKING:
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
 def write_bundle(engine: "DeepSpeedEngine", parts: LlavaParts, settings: LoopSettings) -> None:
     """Write the run's model; collective. Alignment, which learns the projector only, leaves the other parts out."""
     include: Literal["all", "projector"] = "projector" if settings.config.model.tune_mm_mlp_adapter else "all"
-    tensors = gather_tensors(engine, "projector." if include == "projector" else "")
+    beside = ["projector.", IMAGE_NEWLINE, *([parts.llava.embeddings_name] if image_token_ids(parts.tokenizer) else [])]
+    tensors = gather_tensors(engine, tuple(beside) if include == "projector" else ("",))
     if dist.get_rank() == 0:
         training = {
             "run": settings.config.run.name,
@@ -35,7 +38,7 @@ def write_bundle(engine: "DeepSpeedEngine", parts: LlavaParts, settings: LoopSet
     dist.barrier()
 
 
-def gather_tensors(engine: "DeepSpeedEngine", prefix: str) -> dict[str, torch.Tensor]:
+def gather_tensors(engine: "DeepSpeedEngine", prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """Return whole tensors on rank 0's CPU, one gathered at a time; every rank must take part, in the same order."""
     from deepspeed.runtime.zero import GatheredParameters
 
@@ -43,7 +46,7 @@ def gather_tensors(engine: "DeepSpeedEngine", prefix: str) -> dict[str, torch.Te
     partitioned = engine.zero_optimization_stage() == 3
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in llava.named_parameters():
-        if name.startswith(prefix):
+        if name.startswith(prefixes):
             with GatheredParameters([parameter], enabled=partitioned):
                 if dist.get_rank() == 0:
                     tensors[name] = parameter.detach().cpu().clone()

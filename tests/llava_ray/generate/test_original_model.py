@@ -7,7 +7,7 @@ import torch
 
 from llava_ray.chat.conversation import Turn, read_turns
 from llava_ray.chat.tokens import expand_images, tokenize_conversation, tokenize_prompt
-from llava_ray.generate.decoding import Stops, expand_prompt, generate_batch
+from llava_ray.generate.decoding import Stops, expand_prompt, find_sizes, generate_batch
 from llava_ray.model.bundle import load_bundle, save_bundle
 from llava_ray.model.losses import sample_losses
 
@@ -22,7 +22,7 @@ def test_losses_of_one_packed_row_are_the_originals(golden_model) -> None:
     pixels = [golden_model.pixels(case["image"]) for case in cases]
     for case, image in zip(cases, pixels, strict=True):
         tokens = tokenize_conversation(read_turns(case["conversations"]), parts.template, parts.tokenizer)
-        counts = [] if image is None else [parts.num_image_tokens]
+        counts = [] if image is None else [parts.image_tokens.num_features]
         ids, targets = expand_images(tokens.input_ids, tokens.labels, counts)
         input_ids, labels, positions = input_ids + ids, labels + targets, positions + list(range(len(ids)))
     with torch.no_grad():
@@ -44,7 +44,10 @@ def test_greedy_words_in_one_batch_are_the_originals(golden_model) -> None:
         tokenize_prompt([Turn("human", case["question"])], parts.template, parts.tokenizer) for case in generations
     ]
     pixels = [golden_model.pixels(case["image"]) for case in generations]
-    lengths = [len(expand_prompt(parts, ids, image)) for ids, image in zip(prompts, pixels, strict=True)]
+    lengths = [
+        len(expand_prompt(parts, ids, find_sizes(parts, image, None)))
+        for ids, image in zip(prompts, pixels, strict=True)
+    ]
     assert lengths == [case["sequence_length"] for case in generations]
     answers = generate_batch(parts, prompts, pixels, max_new_tokens=12, stops=Stops(frozenset()))
     assert answers == [case["new_token_ids"] for case in generations]

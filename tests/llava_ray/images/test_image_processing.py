@@ -92,7 +92,7 @@ def test_no_images_give_an_empty_batch() -> None:
 
 
 def test_unknown_aspect_ratio_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"'anyrez' is unknown; expected one of square, pad"):
+    with pytest.raises(ConfigError, match=r"'anyrez' is unknown; expected one of square, pad, anyres"):
         process_images([picture(4, 4)], PROCESSORS["clip"], ModelSettings("anyrez"))
 
 

@@ -36,7 +36,6 @@ def test_patch_drops_exactly_the_prefix_tokens(kind: str, folders, pixels: torch
     assert tower.num_prefix_tokens == PREFIX_TOKENS[kind] == expected.shape[1] - NUM_PATCHES
     features = tower(pixels)
     assert features.shape == (2, NUM_PATCHES, fakes.TOWER_WIDTH)
-    assert tower.num_image_tokens(fakes.IMAGE_SIZE, fakes.IMAGE_SIZE) == NUM_PATCHES
     assert torch.equal(features, expected[:, PREFIX_TOKENS[kind] :])
 
 
@@ -45,7 +44,6 @@ def test_cls_patch_keeps_them(kind: str, folders, pixels: torch.Tensor) -> None:
     tower = load_vision_tower(folders.tower(kind), select_layer=-2, select_feature="cls_patch")
     features = tower(pixels)
     assert torch.equal(features, hidden_states(folders.tower(kind), pixels)[-2])
-    assert tower.num_image_tokens(fakes.IMAGE_SIZE, fakes.IMAGE_SIZE) == features.shape[1]
 
 
 @pytest.mark.parametrize("kind", fakes.TOWERS)
@@ -77,7 +75,9 @@ def test_layer_out_of_range_names_the_range(select_layer: int, folders) -> None:
 
 def test_unknown_kind_names_the_known(tmp_path: Path) -> None:
     transformers.ViTConfig().save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"type 'vit'; known towers are clip_vision_model, siglip_vision_model, dino"):
+    with pytest.raises(
+        ModelError, match=r"type 'vit'; known towers are clip_vision_model, siglip_vision_model, siglip2"
+    ):
         load_vision_tower(tmp_path, select_layer=-2, select_feature="patch")
 
 
