@@ -1,5 +1,6 @@
 """The settings of a run, section by section; LLaVA's own names wherever LLaVA has one."""
 
+import ast
 import re
 from typing import Annotated, Literal, Self
 
@@ -69,6 +70,15 @@ class ModelConfig(Section):
         if value not in ("linear", "identity") and not re.fullmatch(r"mlp[1-9]\d*x_gelu", value):
             raise ValueError('unknown projector; expected "linear", "identity" or "mlpNx_gelu" such as "mlp2x_gelu"')
         return value
+
+    @field_validator("image_grid_pinpoints", "s2_scales", mode="before")
+    @classmethod
+    def written_out(cls, value: object) -> object:
+        """Take the texts that some of LLaVA's configs have: "[(336, 672), (672, 336)]", "336,672,1008"."""
+        try:
+            return ast.literal_eval(value) if isinstance(value, str) else value
+        except SyntaxError as error:
+            raise ValueError(f"cannot be read ({error.msg}); expected numbers") from error
 
     @field_validator("mm_vision_select_layer")
     @classmethod

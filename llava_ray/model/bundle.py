@@ -151,22 +151,23 @@ def save_bundle(
     """Write a bundle, whole or not at all; one that is already there is replaced.
 
     ``tensors`` are full tensors under Llava's names (``projector.0.weight``, ``language_model.lm_head.weight``), as
-    gathered from a training engine; by default those of ``parts.llava``. With ``include="projector"`` language model
-    and tower are named instead of copied. ``training`` is kept in the manifest. Raises BundleError if the folder
-    cannot be written, is something else, or a tensor is missing.
+    gathered from a training engine; by default those of ``parts.llava``. With ``include="projector"`` the language
+    model is named instead of copied, and so is a tower that has not learnt. ``training`` is kept in the manifest.
+    Raises BundleError if the folder cannot be written, is something else, or a tensor is missing.
     """
     tensors = parts.llava.state_dict() if tensors is None else tensors
     with replacing(Path(folder)) as new:
-        save_file(projector_tensors(parts, tensors, embeddings=include == "projector"), new / PROJECTOR_FILE)
+        save_file(projector_tensors(parts, tensors, embeddings=include != "all"), new / PROJECTOR_FILE)
         parts.tokenizer.save_pretrained(new)
         language, tower = parts.manifest.language_model, parts.manifest.vision_tower
         if include == "all":
             save_weights(new / LANGUAGE_MODEL, parts.llava.language_model, _below("language_model.", tensors))
-            # A tower that has learnt is in ``tensors``, but for the blocks that were set aside.
-            learnt = parts.tower.full_state_dict() | _below("vision_tower.", tensors)
-            save_weights(new / VISION_TOWER, parts.tower.backbone, learnt)
-            parts.image_processor.save_pretrained(new / VISION_TOWER)
             language = _held(parts.language_source, new / LANGUAGE_MODEL)
+        learnt = _below("vision_tower.", tensors)
+        if include == "all" or learnt:
+            # What has learnt is all of the tower but the blocks that were set aside.
+            save_weights(new / VISION_TOWER, parts.tower.backbone, parts.tower.full_state_dict() | learnt)
+            parts.image_processor.save_pretrained(new / VISION_TOWER)
             tower = _held(parts.tower_source, new / VISION_TOWER)
         manifest = parts.manifest.model_copy(
             update={
@@ -177,6 +178,12 @@ def save_bundle(
             }
         )
         (new / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n")
+
+
+def names_beside(parts: LlavaParts) -> tuple[str, ...]:
+    """Return how the names begin of all tensors that a bundle needs which leaves the language model out."""
+    embeddings = (parts.llava.embeddings_name,) if image_token_ids(parts.tokenizer) else ()
+    return "projector.", IMAGE_NEWLINE, "vision_tower.", *embeddings
 
 
 def projector_tensors(parts: LlavaParts, tensors: Mapping[str, Tensor], *, embeddings: bool) -> dict[str, Tensor]:

@@ -7,9 +7,7 @@ import fsspec
 import torch
 import torch.distributed as dist
 
-from llava_ray.model.bundle import LlavaParts, save_bundle
-from llava_ray.model.projector import IMAGE_NEWLINE
-from llava_ray.model.vocabulary import image_token_ids
+from llava_ray.model.bundle import LlavaParts, names_beside, save_bundle
 from llava_ray.train.settings import LoopSettings
 
 if TYPE_CHECKING:
@@ -19,8 +17,7 @@ if TYPE_CHECKING:
 def write_bundle(engine: "DeepSpeedEngine", parts: LlavaParts, settings: LoopSettings) -> None:
     """Write the run's model; collective. Alignment, which learns the projector only, leaves the other parts out."""
     include: Literal["all", "projector"] = "projector" if settings.config.model.tune_mm_mlp_adapter else "all"
-    beside = ["projector.", IMAGE_NEWLINE, *([parts.llava.embeddings_name] if image_token_ids(parts.tokenizer) else [])]
-    tensors = gather_tensors(engine, tuple(beside) if include == "projector" else ("",))
+    tensors = gather_tensors(engine, names_beside(parts) if include == "projector" else ("",))
     if dist.get_rank() == 0:
         training = {
             "run": settings.config.run.name,

@@ -53,6 +53,36 @@ def test_greedy_words_in_one_batch_are_the_originals(golden_model) -> None:
     assert answers == [case["new_token_ids"] for case in generations]
 
 
+def test_anyres_lengths_and_greedy_words_in_one_batch_are_the_originals(golden_anyres_model) -> None:
+    parts, generations = golden_anyres_model.parts, golden_anyres_model.expected["generations"]
+    prompts = [
+        tokenize_prompt([Turn("human", case["question"])], parts.template, parts.tokenizer) for case in generations
+    ]
+    images = [golden_anyres_model.views(case["image"]) for case in generations]
+    lengths = [len(expand_prompt(parts, ids, [size])) for ids, (_, size) in zip(prompts, images, strict=True)]
+    assert lengths == [case["sequence_length"] for case in generations]
+    assert [len(views) for views, _ in images] == [case["pixel_shape"][1] for case in generations]
+    pixels, sizes = [views for views, _ in images], [[size] for _, size in images]
+    answers = generate_batch(parts, prompts, pixels, image_sizes=sizes, max_new_tokens=12, stops=Stops(frozenset()))
+    assert answers == [case["new_token_ids"] for case in generations]
+
+
+def test_an_anyres_bundle_answers_the_same(golden_anyres_model, tmp_path: Path) -> None:
+    save_bundle(tmp_path / "bundle", golden_anyres_model.parts)
+    loaded = load_bundle(tmp_path / "bundle")
+    assert (loaded.image_spec, loaded.image_tokens) == (
+        golden_anyres_model.parts.image_spec,
+        golden_anyres_model.parts.image_tokens,
+    )
+    for case in golden_anyres_model.expected["generations"][:2]:
+        prompt = tokenize_prompt([Turn("human", case["question"])], loaded.template, loaded.tokenizer)
+        views, size = golden_anyres_model.views(case["image"])
+        answer = generate_batch(
+            loaded, [prompt], [views], image_sizes=[[size]], max_new_tokens=12, stops=Stops(frozenset())
+        )
+        assert answer == [case["new_token_ids"]]
+
+
 def test_a_bundle_of_it_splits_text_the_same_way(golden_model, tmp_path: Path) -> None:
     """The bundle's tokenizer.json must keep the merges in SentencePiece's order."""
     parts = golden_model.parts
