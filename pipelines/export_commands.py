@@ -135,9 +135,8 @@ def merge(model: Model, output: Output, *, model_base: str | None = None, vision
 
 def consolidate(checkpoint: Checkpoint, output: Output) -> None:
     """Write the model of a run's checkpoint (step-… in its folder) as a bundle."""
-    from llava_ray.train.consolidation import consolidate as gather  # type: ignore[import-untyped, unused-ignore]
-
     from llava_ray.model.exporting import Exported
+    from llava_ray.train.consolidation import consolidate as gather  # type: ignore[import-untyped, unused-ignore]
 
     gather(checkpoint, output)
     tell(Exported(output))

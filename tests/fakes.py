@@ -31,6 +31,8 @@ LANGUAGE_MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 TOWERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "clip": ("CLIPVisionConfig", "CLIPVisionModel", {"image_size": IMAGE_SIZE, "intermediate_size": 64}),
     "siglip": ("SiglipVisionConfig", "SiglipVisionModel", {"image_size": IMAGE_SIZE, "intermediate_size": 64}),
+    # The kind for any aspect ratio; it has as many position embeddings as our images have patches.
+    "siglip2": ("Siglip2VisionConfig", "Siglip2VisionModel", {"num_patches": 16, "intermediate_size": 64}),
     # DINOv2 interpolates its position embeddings: its own image size is another.
     "dinov2": ("Dinov2Config", "Dinov2Model", {"image_size": 2 * IMAGE_SIZE, "mlp_ratio": 2}),
     "dinov2_with_registers": (

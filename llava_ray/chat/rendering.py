@@ -84,7 +84,8 @@ def _keep_images(turns: Sequence[Turn], template: StringTemplate) -> list[Turn]:
             "Use a conversation template such as 'v1' for this record.",
             reason="plain_turns",
         )
-    return [Turn("human", IMAGE_TOKEN * num_images), *turns[1:]]
+    before, after = template.image_tags
+    return [Turn("human", (before + IMAGE_TOKEN + after) * num_images), *turns[1:]]
 
 
 def _render_jinja(turns: Sequence[Turn], template: JinjaTemplate, open_turn: bool) -> list[Span]:

@@ -1,5 +1,6 @@
 """The settings of a run, section by section; LLaVA's own names wherever LLaVA has one."""
 
+import ast
 import re
 from typing import Annotated, Literal, Self
 
@@ -27,15 +28,31 @@ class ModelConfig(Section):
     model_base: str | None = None
     """Language model under an adapter or a projector-only folder that does not name it, or that has moved."""
     vision_tower: str | None = None
-    """CLIP, SigLIP or DINOv2 (hub id or folder). A bundle brings its own."""
+    """CLIP, SigLIP, SigLIP 2 or DINOv2 (hub id or folder). A bundle brings its own."""
     version: str = "v1"
     """Conversation template by LLaVA's name, or "chat_template" for the tokenizer's own."""
     mm_projector_type: str = "mlp2x_gelu"
     """"linear", "mlpNx_gelu" or "identity"."""
-    mm_vision_select_layer: int = -2
-    """Index into the tower's hidden states; -2 is the output of the last block but one."""
+    mm_vision_select_layer: int | tuple[int, ...] = -2
+    """Index into the tower's hidden states; -2 is the output of the last block but one. Several are laid side by side
+    (on channels), in the order given."""
     mm_vision_select_feature: Literal["patch", "cls_patch"] = "patch"
     """"patch" drops the tower's prefix tokens (class and register tokens), "cls_patch" keeps them."""
+    mm_patch_merge_type: Literal["flat", "spatial", "spatial_unpad"] = "flat"
+    """How the views of an anyres image are joined: one after the other, line by line through all of them, or the latter
+    without the padding and with a learned vector at the end of each line (LLaVA-1.6)."""
+    image_grid_pinpoints: tuple[tuple[PositiveInt, PositiveInt], ...] | None = None
+    """Canvases (width, height) of anyres, in pixels; default: the bundle's, or LLaVA-1.6's for the tower's size."""
+    s2: bool = False
+    """Look at each image at several scales with the same tower; features are laid side by side (on channels)."""
+    s2_scales: tuple[PositiveInt, ...] | None = None
+    """Sides in pixels, multiples of the smallest; default: once, twice and three times the tower's size."""
+    mm_use_im_start_end: bool = False
+    """Put <im_start> and <im_end> around each image; new tokens begin as the mean of the old ones."""
+    mm_use_im_patch_token: bool = False
+    """Add <im_patch> to the vocabulary, as LLaVA's first models did; no text uses it."""
+    unfreeze_mm_vision_tower: bool = False
+    """Let the tower learn too."""
     pretrain_mm_mlp_adapter: str | None = None
     """Projector to start from: a bundle, or LLaVA's mm_projector.bin."""
     tune_mm_mlp_adapter: bool = False
@@ -57,13 +74,52 @@ class ModelConfig(Section):
             raise ValueError('unknown projector; expected "linear", "identity" or "mlpNx_gelu" such as "mlp2x_gelu"')
         return value
 
+    @field_validator("image_grid_pinpoints", "s2_scales", mode="before")
+    @classmethod
+    def written_out(cls, value: object) -> object:
+        """Take the texts that some of LLaVA's configs have: "[(336, 672), (672, 336)]", "336,672,1008"."""
+        try:
+            return ast.literal_eval(value) if isinstance(value, str) else value
+        except SyntaxError as error:
+            raise ValueError(f"cannot be read ({error.msg}); expected numbers") from error
+
+    @field_validator("mm_vision_select_layer")
+    @classmethod
+    def some_layer(cls, value: int | tuple[int, ...]) -> int | tuple[int, ...]:
+        """Refuse no layer at all; a single one needs no list."""
+        if value == ():
+            raise ValueError("expected at least one layer, such as -2")
+        return value[0] if isinstance(value, tuple) and len(value) == 1 else value
+
     @model_validator(mode="after")
     def something_learns(self) -> Self:
         """Refuse switches that leave nothing to learn or contradict each other."""
         if self.tune_mm_mlp_adapter and self.freeze_mm_mlp_adapter:
             raise ValueError("tune_mm_mlp_adapter and freeze_mm_mlp_adapter contradict each other: drop one")
-        if self.freeze_backbone and self.freeze_mm_mlp_adapter:
+        if self.tune_mm_mlp_adapter and self.unfreeze_mm_vision_tower:
+            raise ValueError(
+                "tune_mm_mlp_adapter (the projector only) and unfreeze_mm_vision_tower contradict each other: drop "
+                "one; freeze_backbone = true learns tower and projector"
+            )
+        if self.freeze_backbone and self.freeze_mm_mlp_adapter and not self.unfreeze_mm_vision_tower:
             raise ValueError("freeze_backbone with freeze_mm_mlp_adapter leaves nothing to learn: drop one")
+        return self
+
+    @model_validator(mode="after")
+    def scales_make_a_grid(self) -> Self:
+        """Refuse scales that S2 cannot lay over one another."""
+        if not self.s2:
+            if self.s2_scales is not None:
+                raise ValueError("s2_scales have no effect without s2 = true")
+            return self
+        if self.mm_vision_select_feature != "patch":
+            raise ValueError(
+                "s2 lays patches of several scales over one another and keeps no class token: set "
+                "mm_vision_select_feature = 'patch'"
+            )
+        scales = self.s2_scales
+        if scales is not None and (not scales or any(scale % min(scales) for scale in scales)):
+            raise ValueError(f"s2_scales = {scales}: expected multiples of the smallest, such as (336, 672, 1008)")
         return self
 
 
@@ -76,10 +132,12 @@ class DataConfig(Section):
     """Where relative image paths start."""
     cache_dir: str = "runs/cache"
     """Prepared shards and token lengths, keyed by content: made once, shared by all runs."""
-    image_aspect_ratio: Literal["square", "pad"] = "square"
-    """"square" is the tower's own resize and centre crop, "pad" first makes the image square."""
+    image_aspect_ratio: Literal["square", "pad", "anyres"] = "square"
+    """"square" is the tower's own resize and centre crop, "pad" first makes the image square, "anyres" cuts it into
+    several views (model.image_grid_pinpoints, model.mm_patch_merge_type)."""
     on_too_long: Literal["truncate", "split", "reject"] = "truncate"
-    """A sample over train.model_max_length: cut at the right (never inside an image), split at a turn, or rejected."""
+    """A sample over train.model_max_length: cut at the right (never inside an image), split at a turn, or rejected. One
+    with an image that alone is longer is always rejected."""
     max_rejected: Fraction = 0.01
     """Share of rows that may be rejected before the run stops."""
     max_image_pixels: PositiveInt = 178_956_970
@@ -120,6 +178,8 @@ class TrainConfig(Section):
     """Peak learning rate."""
     mm_projector_lr: PositiveFloat | None = None
     """Peak learning rate of the projector; default learning_rate."""
+    mm_vision_tower_lr: PositiveFloat | None = None
+    """Peak learning rate of the tower (model.unfreeze_mm_vision_tower); default learning_rate."""
     weight_decay: NonNegativeFloat = 0.0
     """AdamW's, on matrices only: biases and norms never decay."""
     adam_beta1: Fraction = 0.9
@@ -255,6 +315,25 @@ class FinetuneConfig(Section):
                 f"lora.bits = {self.lora.bits} with train.zero_stage = 3: ZeRO 3 cannot partition quantised weights; "
                 "set train.zero_stage = 2 (each worker then holds the quantised base), or lora.bits = 16"
             )
+        return self
+
+    @model_validator(mode="after")
+    def tower_learns_in_the_workers(self) -> Self:
+        """Refuse a tower that learns where it cannot, and a learning rate for one that does not."""
+        if self.model.unfreeze_mm_vision_tower and self.data.vision_features != "inline":
+            raise ValueError(
+                f"data.vision_features = {self.data.vision_features!r} takes features from a frozen tower, but "
+                "model.unfreeze_mm_vision_tower lets it learn: set 'inline'"
+            )
+        if self.train.mm_vision_tower_lr is not None and not self.model.unfreeze_mm_vision_tower:
+            raise ValueError("train.mm_vision_tower_lr has no effect without model.unfreeze_mm_vision_tower = true")
+        return self
+
+    @model_validator(mode="after")
+    def canvases_are_used(self) -> Self:
+        """Refuse canvases without anyres."""
+        if self.model.image_grid_pinpoints is not None and self.data.image_aspect_ratio != "anyres":
+            raise ValueError("model.image_grid_pinpoints has no effect without data.image_aspect_ratio = 'anyres'")
         return self
 
 

@@ -16,6 +16,7 @@ from llava_ray.chat.conversation import IGNORE_INDEX
 from llava_ray.data.features import feature_dtype, unpacked_pixels
 from llava_ray.data.settings import StreamSettings
 from llava_ray.data.stream import NO_STEP
+from llava_ray.images.anyres import Size
 
 PREFETCHED_BLOCKS = 2
 
@@ -34,6 +35,8 @@ class MicroBatch:
     input_ids: Int[Tensor, "1 t"]
     position_ids: Int[Tensor, "1 t"]
     labels: Int[Tensor, "1 t"]
+    image_sizes: list[Size]
+    """(width, height) of each image before it was cut, in order; n views are theirs."""
     pixels: UInt8[Tensor, "n 3 h w"] | None
     features: Float[Tensor, "n p v"] | None
 
@@ -91,7 +94,7 @@ def micro_batch(row: dict[str, Any], settings: StreamSettings) -> MicroBatch:
         pixels = torch.from_numpy(unpacked_pixels(row["pixels"], settings.image_spec.height, settings.image_spec.width))
     elif row.get("features"):
         flat = torch.frombuffer(bytearray(row["features"]), dtype=feature_dtype(bf16=settings.bf16))
-        features = flat.view(-1, settings.num_image_tokens, settings.mm_hidden_size)
+        features = flat.view(-1, settings.image_tokens.num_features, settings.mm_hidden_size)
     return MicroBatch(
         step=row["step"],
         rank=row["rank"],
@@ -102,6 +105,7 @@ def micro_batch(row: dict[str, Any], settings: StreamSettings) -> MicroBatch:
         input_ids=torch.from_numpy(input_ids)[None],
         position_ids=torch.from_numpy(position_ids)[None],
         labels=torch.from_numpy(labels)[None],
+        image_sizes=[(width, height) for width, height in row["image_sizes"]],
         pixels=pixels,
         features=features,
     )

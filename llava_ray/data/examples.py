@@ -1,6 +1,6 @@
 """A record made ready to learn from: expanded ids, labels and the images that stayed.
 
-Knows tokens, not pixels: how many tokens an image takes is given.
+Knows tokens, not pixels: how many tokens an image takes follows from its size.
 """
 
 from collections.abc import Sequence
@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, Int64
 
 from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, Turn
 from llava_ray.chat.templates import Template
 from llava_ray.chat.tokens import TokenizedConversation, expand_images, tokenize_conversation
 from llava_ray.errors import RecordError
+from llava_ray.images.anyres import Size
+from llava_ray.images.tokens import ImageTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,6 +29,8 @@ class Example:
     labels: Int32[np.ndarray, " t"]
     images: tuple[int, ...]
     """Which of the record's images are in it, in order."""
+    image_tokens: tuple[int, ...] = ()
+    """How many positions each of them takes."""
     truncated: bool = False
 
     @property
@@ -41,22 +45,26 @@ class Encoder:
 
     tokenizer: "PreTrainedTokenizerBase"
     template: Template
-    num_image_tokens: int
+    image_tokens: ImageTokens
     model_max_length: int
     on_too_long: Literal["truncate", "split", "reject"] = "truncate"
 
-    def encode(self, turns: Sequence[Turn], num_images: int) -> list[Example]:
+    def encode(self, turns: Sequence[Turn], image_sizes: Sequence[Size]) -> list[Example]:
         """Return the record's examples: one, or several when a long one is split at its turns.
 
-        Raises RecordError: "image_count", "nothing_to_learn", or "too_long" where cutting is not allowed.
+        ``image_sizes`` are the (width, height) of its images in pixels. Raises RecordError: "image_count",
+        "image_too_long" for an image that would not fit alone, "nothing_to_learn", or "too_long" where cutting is not
+        allowed.
         """
-        whole = self.example(turns, range(num_images))
+        counts = [self.image_tokens.count(*size) for size in image_sizes]
+        self.check_images(counts, image_sizes)
+        whole = self.example(turns, range(len(counts)), counts)
         if len(whole.input_ids) <= self.model_max_length:
             examples = [whole]
         elif self.on_too_long == "truncate":
             examples = [self.truncated(whole)]
         elif self.on_too_long == "split":
-            examples = self.split(turns)
+            examples = self.split(turns, counts)
         else:
             raise self.too_long(len(whole.input_ids), 'or set data.on_too_long to "truncate" or "split"')
         if not all(example.num_supervised for example in examples):
@@ -67,23 +75,41 @@ class Encoder:
             )
         return examples
 
-    def example(self, turns: Sequence[Turn], images: Sequence[int]) -> Example:
-        """Tokenise turns that show the record's ``images``, each marker expanded to its patch tokens."""
+    def check_images(self, counts: Sequence[int], image_sizes: Sequence[Size]) -> None:
+        """Raise RecordError for an image that is longer than a whole sample may be."""
+        for number, (count, (width, height)) in enumerate(zip(counts, image_sizes, strict=True), start=1):
+            if count > self.model_max_length:
+                raise RecordError(
+                    f"image {number} of {len(counts)} ({width} x {height} pixels) alone takes {count} tokens, over "
+                    f"model_max_length = {self.model_max_length}; raise it, choose smaller image_grid_pinpoints, or "
+                    "drop the sample",
+                    reason="image_too_long",
+                )
+
+    def example(self, turns: Sequence[Turn], images: Sequence[int], counts: Sequence[int]) -> Example:
+        """Tokenise turns that show the record's ``images``, each marker expanded to its tokens (``counts``, of all)."""
         tokenized: TokenizedConversation = tokenize_conversation(turns, self.template, self.tokenizer)
-        ids, labels = expand_images(tokenized.input_ids, tokenized.labels, [self.num_image_tokens] * len(images))
-        return Example(np.asarray(ids, np.int32), np.asarray(labels, np.int32), tuple(images))
+        shown = tuple(counts[image] for image in images)
+        ids, labels = expand_images(tokenized.input_ids, tokenized.labels, shown)
+        return Example(np.asarray(ids, np.int32), np.asarray(labels, np.int32), tuple(images), shown)
 
     def truncated(self, example: Example) -> Example:
         """Cut at the right like the original, but never inside an image: an image that does not fit goes whole."""
         end = self.model_max_length
-        starts = np.flatnonzero(example.input_ids == IMAGE_TOKEN_INDEX)[:: self.num_image_tokens]
-        for start in starts:
-            if start < end < start + self.num_image_tokens:
-                end = int(start)
+        starts = image_starts(example)
+        for start, count in zip(starts.tolist(), example.image_tokens, strict=True):
+            if start < end < start + count:
+                end = start
         kept = int(np.count_nonzero(starts < end))
-        return Example(example.input_ids[:end], example.labels[:end], example.images[:kept], truncated=True)
+        return Example(
+            example.input_ids[:end],
+            example.labels[:end],
+            example.images[:kept],
+            example.image_tokens[:kept],
+            truncated=True,
+        )
 
-    def split(self, turns: Sequence[Turn]) -> list[Example]:
+    def split(self, turns: Sequence[Turn], counts: Sequence[int]) -> list[Example]:
         """Cut between exchanges into as few examples as fit; each later one shows the images seen before it again."""
         exchanges = [tuple(turns[i : i + 2]) for i in range(0, len(turns), 2)]
         examples: list[Example] = []
@@ -93,13 +119,13 @@ class Encoder:
         for exchange in exchanges:
             new = list(range(next_image, next_image + sum(turn.value.count(IMAGE_TOKEN) for turn in exchange)))
             next_image += len(new)
-            if chunk and len(self.example(chunk + exchange, seen + new).input_ids) > self.model_max_length:
-                examples.append(self.example(chunk, seen))
+            if chunk and len(self.example(chunk + exchange, seen + new, counts).input_ids) > self.model_max_length:
+                examples.append(self.example(chunk, seen, counts))
                 chunk = (Turn("human", f"{IMAGE_TOKEN}\n" * len(seen) + exchange[0].value), *exchange[1:])
             else:
                 chunk += exchange
             seen += new
-        examples.append(self.example(chunk, seen))
+        examples.append(self.example(chunk, seen, counts))
         for example in examples:
             if len(example.input_ids) > self.model_max_length:
                 raise self.too_long(len(example.input_ids), "even one question and answer does not fit")
@@ -112,3 +138,9 @@ class Encoder:
             f"raise it, drop the sample, {remedy}",
             reason="too_long",
         )
+
+
+def image_starts(example: Example) -> Int64[np.ndarray, " k"]:
+    """Return the position of each image's first token."""
+    places = np.flatnonzero(example.input_ids == IMAGE_TOKEN_INDEX)
+    return places[np.cumsum((0, *example.image_tokens))[:-1]]

@@ -8,8 +8,6 @@ from llava_ray.data.settings import StreamSettings
 from llava_ray.images.processing import normalise
 from llava_ray.model.bundle import load_tower
 
-IMAGES_PER_FORWARD = 64
-
 
 class FeatureActor:
     """Turn pixels into tower features; on a GPU where the actor was given one."""
@@ -33,13 +31,11 @@ class FeatureActor:
         position = table.column_names.index("pixels")
         return table.set_column(position, "features", pa.array(cells, pa.large_binary()))
 
-    @torch.inference_mode()
     def extract(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return the features (n, p, v) of uint8 pixels (n, 3, h, w), a bounded number of images at a time."""
+        """Return the features (n, p, v) of uint8 pixels (n, 3, h, w)."""
         if not len(pixels):
             return torch.empty(0)
-        chunks = pixels.split(IMAGES_PER_FORWARD)
-        return torch.cat([self.tower(normalise(chunk.to(self.device), self.spec)).cpu() for chunk in chunks])
+        return self.tower.extract(pixels, lambda views: normalise(views, self.spec)).cpu()
 
 
 def feature_dtype(*, bf16: bool) -> torch.dtype:

@@ -23,11 +23,12 @@ from llava_ray.config.sections import DataConfig, TrainConfig
 from llava_ray.data.examples import Encoder
 from llava_ray.data.shards import PreparedData, read_rows
 from llava_ray.errors import DataError, RecordError
+from llava_ray.images.tokens import ImageTokens
 
 if TYPE_CHECKING:
     from llava_ray.model.blueprint import Blueprint
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SAMPLES_WITHOUT_RAY = 10_000
 
 SCHEMA = pa.schema(
@@ -50,7 +51,9 @@ class EncoderSettings:
 
     model_name_or_path: str
     version: str
-    num_image_tokens: int
+    image_tokens: ImageTokens
+    mm_use_im_start_end: bool
+    mm_use_im_patch_token: bool
     model_max_length: int
     on_too_long: Any
 
@@ -61,7 +64,9 @@ class EncoderSettings:
         return cls(
             blueprint.tokenizer_source.name,
             config.version,
-            blueprint.num_image_tokens,
+            blueprint.image_tokens,
+            config.mm_use_im_start_end,
+            config.mm_use_im_patch_token,
             train.model_max_length,
             data.on_too_long,
         )
@@ -71,13 +76,15 @@ class EncoderSettings:
 def load_encoder(settings: EncoderSettings) -> Encoder:
     """Load the tokenizer once a process."""
     from llava_ray.model.sources import find_source, load_padding_tokenizer  # torch and transformers
+    from llava_ray.model.vocabulary import add_image_tokens, with_image_tags
 
     source = find_source(settings.model_name_or_path, "language model", weights=False)
     tokenizer = load_padding_tokenizer(source.folder)
+    add_image_tokens(tokenizer, start_end=settings.mm_use_im_start_end, patch=settings.mm_use_im_patch_token)
     return Encoder(
         tokenizer,
-        find_template(settings.version, tokenizer),
-        settings.num_image_tokens,
+        with_image_tags(find_template(settings.version, tokenizer), start_end=settings.mm_use_im_start_end),
+        settings.image_tokens,
         settings.model_max_length,
         settings.on_too_long,
     )
@@ -137,12 +144,13 @@ def measure_shards(prepared: PreparedData, settings: EncoderSettings) -> tuple[l
 def measure_shard(path: str, name: str, index: int, settings: EncoderSettings) -> tuple[pa.Table, list[dict[str, str]]]:
     """Return the example rows of one shard, and the rows that cannot be learnt from with their reasons."""
     encoder = load_encoder(settings)
-    shard = read_rows(path, name, None, columns=["id", "turns", "widths", "source"]).to_pylist()
+    shard = read_rows(path, name, None, columns=["id", "turns", "widths", "heights", "source"]).to_pylist()
     rows: list[tuple[Any, ...]] = []
     rejected: list[dict[str, str]] = []
     for number, record in enumerate(shard):
+        sizes = list(zip(record["widths"], record["heights"], strict=True))
         try:
-            examples = encoder.encode([Turn(**turn) for turn in record["turns"]], len(record["widths"]))
+            examples = encoder.encode([Turn(**turn) for turn in record["turns"]], sizes)
         except RecordError as error:
             message = f"record {record['id']} ({record['source']}): {error}"
             rejected.append(
@@ -180,7 +188,7 @@ def lengths_key(prepared: PreparedData, settings: EncoderSettings) -> str:
         str(tokenizer.chat_template),
         str(tokenizer.bos_token),
         repr(encoder.template),
-        str(encoder.num_image_tokens),
+        repr(encoder.image_tokens),
         str(settings.model_max_length),
         settings.on_too_long,
     ]

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image
 
 from llava_ray.chat.conversation import IMAGE_TOKEN, Turn
 from llava_ray.chat.templates import find_template
@@ -23,11 +24,14 @@ from llava_ray.data.shards import is_prepared
 from llava_ray.data.storage import absolute
 from llava_ray.data.validation import fetch_images, read_record
 from llava_ray.errors import ConfigError, ImageError, RecordError, TemplateError
-from llava_ray.images.geometry import ImageSpec, crop_pixels
+from llava_ray.images.anyres import Size
+from llava_ray.images.geometry import ImageSpec, crop_views
 from llava_ray.images.reading import open_image
+from llava_ray.images.tokens import ImageTokens
 from llava_ray.report.pieces import Token
 
 MAX_IMAGE_PIXELS: int = DataConfig.model_fields["max_image_pixels"].default
+UNKNOWN_SIZE = (1, 1)  # of an image that is not opened and counts as one token
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class PreviewSettings:
     """Conversation template; a bundle brings its own, and most published models are known."""
     image_folder: str | None = None
     """Where relative image paths start; default: beside the data."""
-    image_aspect_ratio: Literal["square", "pad"] | None = None
+    image_aspect_ratio: Literal["square", "pad", "anyres"] | None = None
     """Default: the model's, otherwise "square"."""
     model_max_length: int | None = None
     """Longer samples are cut as in training; default: the model's, or nothing is cut."""
@@ -87,7 +91,9 @@ class SampleView:
     input_ids: list[int]
     labels: list[int]
     pixels: UInt8[np.ndarray, "n 3 h w"] | None
-    """Crops as the tower takes them, before normalisation; None where no image was opened."""
+    """Views as the tower takes them, before normalisation; None where no image was opened."""
+    image_sizes: tuple[Size, ...]
+    """(width, height) of each image that is shown, where it was opened."""
     num_cut: int
     """Positions cut off at the end."""
     loss: float | None = None
@@ -121,21 +127,24 @@ class Viewer:
         name = own if isinstance(own, int) and str(own) == raw.id else raw.id  # as JSON writes it, for joins
         try:
             record = self._read(raw, values)
-            [example] = self.encoder.encode(record.turns, len(record.images))
-            pixels = self._crop(record, example.images) if self.image_spec else None
+            images = self._open(record)
+            sizes = [image.size for image in images] if self.image_spec else [UNKNOWN_SIZE] * len(record.images)
+            [example] = self.encoder.encode(record.turns, sizes)
+            shown = tuple(sizes[index] for index in example.images) if self.image_spec else ()
+            pixels = self._crop([images[index] for index in example.images]) if self.image_spec else None
         except RecordError as error:
             return Rejection(name, raw.source, error.reason, str(error))
         except TemplateError as error:
             return Rejection(name, raw.source, "template", str(error))
-        ids, labels = collapse_images(example, self.encoder.num_image_tokens)
-        num_cut = self._measure(record) - len(example.input_ids) if example.truncated else 0
-        return SampleView(name, raw.source, record.turns, example, ids, labels, pixels, num_cut)
+        ids, labels = collapse_images(example)
+        num_cut = self._measure(record, sizes) - len(example.input_ids) if example.truncated else 0
+        return SampleView(name, raw.source, record.turns, example, ids, labels, pixels, shown, num_cut)
 
     def tokens(self, view: SampleView) -> list[Token]:
         """Return the rendered text of a view, token by token; what was cut off at the end included."""
         pieces = split_tokens(view.turns, self.encoder)
-        counts = f" · {self.encoder.num_image_tokens} tokens" if self.image_spec else ""
-        shown = [Token(f"image{counts}", "image") if piece.kind == "image" else piece for piece in pieces]
+        counts = iter(f" · {count} tokens" for count in view.example.image_tokens if self.image_spec)
+        shown = [Token(f"image{next(counts, '')}", "image") if piece.kind == "image" else piece for piece in pieces]
         kept = len(view.input_ids)
         return join_tokens([*shown[:kept], *(Token(piece.text, "cut") for piece in shown[kept:])])
 
@@ -162,8 +171,9 @@ class Viewer:
             "special tokens."
         )
 
-    def _measure(self, record: Record) -> int:
-        return len(self.encoder.example(record.turns, range(len(record.images))).input_ids)
+    def _measure(self, record: Record, sizes: list[Size]) -> int:
+        counts = [self.encoder.image_tokens.count(*size) for size in sizes]
+        return len(self.encoder.example(record.turns, range(len(counts)), counts).input_ids)
 
     def _read(self, raw: RawRecord | Record, values: Mapping[str, Any]) -> Record:
         if isinstance(raw, Record):
@@ -175,20 +185,24 @@ class Viewer:
             raw = replace(raw, images=(b"",) * num_markers)
         return read_record(raw, self.image_folder)
 
-    def _crop(self, record: Record, images: tuple[int, ...]) -> UInt8[np.ndarray, "n 3 h w"]:
-        assert self.image_spec is not None
-        contents = fetch_images(record)
-        pixels = np.empty((len(images), 3, self.image_spec.height, self.image_spec.width), np.uint8)
-        for place, index in enumerate(images):
+    def _open(self, record: Record) -> list[Image.Image]:
+        if self.image_spec is None:
+            return []
+        images = []
+        for index, content in enumerate(fetch_images(record)):
             named = record.images[index]
             name = f"image {named!r}" if isinstance(named, str) else f"image {index + 1} of {len(record.images)}"
             try:
-                opened = open_image(contents[index], name, max_pixels=MAX_IMAGE_PIXELS)
+                images.append(open_image(content, name, max_pixels=MAX_IMAGE_PIXELS))
             except ImageError as error:
                 message = f"record {record.id!r} ({record.source}): {error}"
                 raise ImageError(message, reason=error.reason) from error
-            pixels[place] = crop_pixels(opened, self.image_spec)
-        return pixels
+        return images
+
+    def _crop(self, images: list[Image.Image]) -> UInt8[np.ndarray, "n 3 h w"]:
+        assert self.image_spec is not None
+        empty = np.empty((0, 3, self.image_spec.height, self.image_spec.width), np.uint8)
+        return np.concatenate([empty, *(crop_views(image, self.image_spec) for image in images)])
 
 
 def token_viewer(settings: PreviewSettings) -> Viewer:
@@ -200,7 +214,8 @@ def token_viewer(settings: PreviewSettings) -> Viewer:
         )
     tokenizer = load_tokenizer(settings.tokenizer)
     template = find_template(settings.version, tokenizer)
-    return Viewer(Encoder(tokenizer, template, 1, settings.model_max_length or sys.maxsize), find_images(settings))
+    encoder = Encoder(tokenizer, template, ImageTokens(1, 1), settings.model_max_length or sys.maxsize)
+    return Viewer(encoder, find_images(settings))
 
 
 def find_images(settings: PreviewSettings) -> str:

@@ -14,11 +14,10 @@ from llava_ray.errors import ConfigError
 from llava_ray.images.geometry import ImageSpec
 from llava_ray.images.processing import normalise
 from llava_ray.model.bundle import LlavaParts
+from llava_ray.model.image_geometry import read_image_geometry
 from llava_ray.model.layout import Kind
 from llava_ray.model.loading import load_pretrained_model
 from llava_ray.model.losses import sample_losses
-
-IMAGES_PER_FORWARD = 32
 
 
 @dataclass(frozen=True)
@@ -57,16 +56,17 @@ class Judge:
         input_ids, position_ids, row_labels = (
             torch.from_numpy(values.astype(np.int64))[None].to(device) for values in (ids, positions, labels)
         )
-        losses, _ = sample_losses(self.parts.llava, input_ids, position_ids, row_labels, self.features(samples))
+        sizes = [size for sample in samples for size in sample.image_sizes]
+        losses, _ = sample_losses(self.parts.llava, input_ids, position_ids, row_labels, self.features(samples), sizes)
         return [float(loss) for loss in losses]
 
     def features(self, samples: Sequence[SampleView]) -> Float[Tensor, "n p v"] | None:
-        """Return the tower's features of all images of the row, in order; None without images."""
+        """Return the tower's features of all views of the row's images, in order; None without images."""
         pixels = [sample.pixels for sample in samples if sample.pixels is not None and len(sample.pixels)]
         if not pixels:
             return None
-        chunks = torch.split(torch.from_numpy(np.concatenate(pixels)), IMAGES_PER_FORWARD)
-        return torch.cat([self.parts.tower(normalise(chunk, self.image_spec)) for chunk in chunks])
+        views = torch.from_numpy(np.concatenate(pixels))
+        return self.parts.tower.extract(views, lambda some: normalise(some, self.image_spec))
 
 
 def model_viewer(settings: PreviewSettings) -> tuple[Viewer, Judge]:
@@ -87,10 +87,10 @@ def model_viewer(settings: PreviewSettings) -> tuple[Viewer, Judge]:
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
     length = settings.model_max_length or parts.manifest.model_max_length
-    spec = ImageSpec.from_processor(
-        parts.image_processor, settings.image_aspect_ratio or parts.manifest.image_aspect_ratio
-    )
-    encoder = Encoder(parts.tokenizer, parts.template, parts.num_image_tokens, length)
+    ratio = settings.image_aspect_ratio or parts.manifest.image_aspect_ratio
+    spec, tokens = read_image_geometry(parts.config, ratio, parts.tower_config, parts.image_processor)
+    parts.llava.image_tokens = tokens
+    encoder = Encoder(parts.tokenizer, parts.template, tokens, length)
     return Viewer(encoder, find_images(settings), spec, _notes(settings, parts)), Judge(parts, spec, length)
 
 

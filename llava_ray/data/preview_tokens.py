@@ -8,15 +8,14 @@ import numpy as np
 from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, Turn
 from llava_ray.chat.rendering import place_images, render_prompt
 from llava_ray.chat.tokens import tokenize_conversation
-from llava_ray.data.examples import Encoder, Example
+from llava_ray.data.examples import Encoder, Example, image_starts
 from llava_ray.report.pieces import Token
 
 
-def collapse_images(example: Example, num_image_tokens: int) -> tuple[list[int], list[int]]:
+def collapse_images(example: Example) -> tuple[list[int], list[int]]:
     """Return ids and labels with a single -200 for each image."""
-    places = np.flatnonzero(example.input_ids == IMAGE_TOKEN_INDEX)
-    kept = np.ones(len(example.input_ids), bool)
-    kept[places] = np.arange(len(places)) % num_image_tokens == 0
+    kept = example.input_ids != IMAGE_TOKEN_INDEX
+    kept[image_starts(example)] = True
     return example.input_ids[kept].tolist(), example.labels[kept].tolist()
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from llava_ray.config.sections import DataConfig, ModelConfig
 from llava_ray.data.lengths import EncoderSettings
 from llava_ray.images.geometry import ImageSpec
+from llava_ray.images.tokens import ImageTokens
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class StreamSettings:
     encoder: EncoderSettings
     model: ModelConfig
     image_spec: ImageSpec
-    num_image_tokens: int
+    image_tokens: ImageTokens
     mm_hidden_size: int
     row_length: int
     data: DataConfig

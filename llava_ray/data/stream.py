@@ -7,7 +7,7 @@ workers: it begins at the committed step. ``DealToRanks`` then knows the world s
 blocks of one rank each, which ``streaming_split`` hands out by turns, so order and place are exact for any timing.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,9 @@ from llava_ray.data.lengths import TokenLengths, load_encoder
 from llava_ray.data.plan import Plan, deal
 from llava_ray.data.settings import StreamSettings
 from llava_ray.data.shards import read_rows
-from llava_ray.images.geometry import crop_pixels
+from llava_ray.errors import DataError
+from llava_ray.images.anyres import Size
+from llava_ray.images.geometry import crop_views
 from llava_ray.images.reading import open_image
 
 # Consecutive micro-batches of one rank that travel as one block. One a block reached 30 % of a bare decoding loop's
@@ -180,8 +182,12 @@ PACKED_SCHEMA = pa.schema(
         "input_ids": pa.list_(pa.int32()),
         "labels": pa.list_(pa.int32()),
         "images": pa.list_(pa.large_binary()),
+        "image_sizes": pa.list_(pa.list_(pa.int32(), 2)),  # (width, height) of each
     }
 )
+
+
+RECORD_COLUMNS = ["id", "turns", "images", "widths", "heights"]
 
 
 def fetch_records(descriptors: pa.Table, settings: StreamSettings) -> dict[tuple[int, int], dict[str, Any]]:
@@ -193,7 +199,7 @@ def fetch_records(descriptors: pa.Table, settings: StreamSettings) -> dict[tuple
     records = {}
     for shard, row_set in wanted.items():
         rows = sorted(row_set)
-        table = read_rows(settings.prepared_path, settings.shard_names[shard], rows, columns=["id", "turns", "images"])
+        table = read_rows(settings.prepared_path, settings.shard_names[shard], rows, columns=RECORD_COLUMNS)
         records.update({(shard, row): record for row, record in zip(rows, table.to_pylist(), strict=True)})
     return records
 
@@ -201,38 +207,47 @@ def fetch_records(descriptors: pa.Table, settings: StreamSettings) -> dict[tuple
 def packed(
     row: dict[str, Any],
     records: dict[tuple[int, int], dict[str, Any]],
-    encode: Callable[[list[Turn], int], list[Example]],
+    encode: Callable[[list[Turn], list[Size]], list[Example]],
 ) -> dict[str, Any]:
     """Lay one micro-batch's examples one behind the other."""
-    examples, ids, images = [], [], []
+    examples, ids, images, shown = [], [], [], []
     for shard, number, part, num_tokens in zip(row["shard"], row["row"], row["part"], row["num_tokens"], strict=True):
         record = records[shard, number]
-        example = encode([Turn(**turn) for turn in record["turns"]], len(record["images"]))[part]
+        sizes = list(zip(record["widths"], record["heights"], strict=True))
+        example = encode([Turn(**turn) for turn in record["turns"]], sizes)[part]
         if len(example.input_ids) != num_tokens:
             raise AssertionError(f"{record['id']}: {len(example.input_ids)} tokens, the plan says {num_tokens}")
         examples.append(example)
         ids.append(record["id"])
         images += [record["images"][i] for i in example.images]
+        shown += [sizes[i] for i in example.images]
     common = {name: row[name] for name in ("step", "rank", "num_supervised", "num_micro_batches", "num_tokens")}
     return common | {
         "ids": ids,
         "input_ids": np.concatenate([e.input_ids for e in examples]) if examples else [],
         "labels": np.concatenate([e.labels for e in examples]) if examples else [],
         "images": images,
+        "image_sizes": shown,
     }
 
 
 def decode_images(table: pa.Table, settings: StreamSettings) -> pa.Table:
-    """Replace each row's encoded images by pixels: bytes of uint8 (n, 3, h, w), before normalisation."""
+    """Replace each row's encoded images by pixels: bytes of uint8 (n, 3, h, w), views before normalisation."""
+    columns = (table[name].to_pylist() for name in ("ids", "images", "image_sizes"))
     pixels = [
-        b"".join(decoded(image, ", ".join(ids), settings) for image in images)
-        for ids, images in zip(table["ids"].to_pylist(), table["images"].to_pylist(), strict=True)
+        b"".join(decoded(image, size, ", ".join(ids), settings) for image, size in zip(images, sizes, strict=True))
+        for ids, images, sizes in zip(*columns, strict=True)
     ]
     position = table.column_names.index("images")
     return table.set_column(position, "pixels", pa.array(pixels, pa.large_binary()))
 
 
-def decoded(image: bytes, name: str, settings: StreamSettings) -> bytes:
-    """Return one image's pixels."""
+def decoded(image: bytes, size: Sequence[int], name: str, settings: StreamSettings) -> bytes:
+    """Return one image's pixels; its views were planned for ``size``."""
     opened = open_image(image, name, max_pixels=settings.data.max_image_pixels)
-    return crop_pixels(opened, settings.image_spec).tobytes()
+    if opened.size != tuple(size):
+        raise DataError(
+            f"{name}: an image decodes to {opened.size} pixels, but was prepared as {tuple(size)}; another version of "
+            f"Pillow wrote {settings.prepared_path}: delete the folder and prepare again"
+        )
+    return crop_views(opened, settings.image_spec).tobytes()

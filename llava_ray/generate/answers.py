@@ -16,7 +16,8 @@ from llava_ray.chat.tokens import tokenize_prompt
 from llava_ray.config.sections import DataConfig
 from llava_ray.errors import DataError
 from llava_ray.generate.decoding import answer_text, generate_batch
-from llava_ray.images.geometry import ImageSpec, crop_pixels
+from llava_ray.images.anyres import Size
+from llava_ray.images.geometry import ImageSpec, crop_views
 from llava_ray.images.processing import normalise
 from llava_ray.images.reading import open_image, read_bytes
 from llava_ray.model.loading import load_pretrained_model, read_pretrained_blueprint
@@ -27,14 +28,21 @@ MAX_IMAGE_PIXELS: int = DataConfig.model_fields["max_image_pixels"].default
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked: ``image`` is an encoded image, a path or URL to one, or None.
+    """What is asked: ``image`` is an encoded image, a path or URL to one, several of them, or None.
 
-    A question with an image and without a marker gets its marker in front.
+    A question with images and without a marker gets their markers in front.
     """
 
     id: str
     question: str
-    image: bytes | str | None = None
+    image: bytes | str | Sequence[bytes | str] | None = None
+
+    @property
+    def images(self) -> list[bytes | str]:
+        """Return its images as a list."""
+        if self.image is None:
+            return []
+        return [self.image] if isinstance(self.image, bytes | str) else list(self.image)
 
 
 @dataclass(frozen=True)
@@ -121,29 +129,43 @@ def answer_questions(  # noqa: PLR0913 - which model, what it is asked, and by w
 
 
 def to_table(questions: Sequence[Question]) -> pa.Table:
-    """Return one batch of questions as Arrow columns: id, question, image (encoded) and path."""
-    images = [question.image for question in questions]
+    """Return one batch of questions as Arrow columns: id, question, and of each image its encoded data or its path."""
+    images = [question.images for question in questions]
+    data = [[image if isinstance(image, bytes) else None for image in some] for some in images]
+    paths = [[image if isinstance(image, str) else None for image in some] for some in images]
     return pa.table(
         {
             "id": pa.array([question.id for question in questions], pa.string()),
             "question": pa.array([question.question for question in questions], pa.string()),
-            "image": pa.array([image if isinstance(image, bytes) else None for image in images], pa.binary()),
-            "path": pa.array([image if isinstance(image, str) else None for image in images], pa.string()),
+            "images": pa.array(data, pa.list_(pa.large_binary())),
+            "paths": pa.array(paths, pa.list_(pa.string())),
         }
     )
 
 
 def decode_images(table: pa.Table, spec: ImageSpec) -> pa.Table:
-    """Replace the columns "image" and "path" by "pixels": bytes of (3, h, w), or null. Raises ImageError."""
-    cells: list[bytes | None] = []
-    for name, data, path in zip(*(table[key].to_pylist() for key in ("id", "image", "path")), strict=True):
-        encoded = read_bytes(path) if path is not None else data
-        if encoded is None:
-            cells.append(None)
-        else:
-            image = open_image(encoded, path or f"the image of question {name!r}", max_pixels=MAX_IMAGE_PIXELS)
-            cells.append(crop_pixels(image, spec).tobytes())
-    return table.drop_columns(["image", "path"]).append_column("pixels", pa.array(cells, pa.large_binary()))
+    """Replace images and paths by "pixels", bytes of all their views (n, 3, h, w), and "image_sizes".
+
+    Raises ImageError.
+    """
+    pixels: list[bytes] = []
+    sizes: list[list[Size]] = []
+    for name, data, paths in zip(*(table[key].to_pylist() for key in ("id", "images", "paths")), strict=True):
+        images = [
+            open_image(
+                read_bytes(path) if path is not None else encoded,
+                path or f"image {number} of question {name!r}",
+                max_pixels=MAX_IMAGE_PIXELS,
+            )
+            for number, (encoded, path) in enumerate(zip(data, paths, strict=True), start=1)
+        ]
+        pixels.append(b"".join(crop_views(image, spec).tobytes() for image in images))
+        sizes.append([image.size for image in images])
+    return (
+        table.drop_columns(["images", "paths"])
+        .append_column("pixels", pa.array(pixels, pa.large_binary()))
+        .append_column("image_sizes", pa.array(sizes, pa.list_(pa.list_(pa.int32(), 2))))
+    )
 
 
 class AnswerActor:
@@ -162,23 +184,29 @@ class AnswerActor:
     def __call__(self, table: pa.Table) -> pa.Table:
         """Return the columns id and answer."""
         pixels = [self.pixels(cell) for cell in table["pixels"].to_pylist()]
+        sizes = [[(width, height) for width, height in some] for some in table["image_sizes"].to_pylist()]
         prompts = [
             tokenize_prompt(
-                [Turn("human", with_marker(question, image is not None))], self.parts.template, self.parts.tokenizer
+                [Turn("human", with_markers(question, len(some)))], self.parts.template, self.parts.tokenizer
             )
-            for question, image in zip(table["question"].to_pylist(), pixels, strict=True)
+            for question, some in zip(table["question"].to_pylist(), sizes, strict=True)
         ]
         answers = generate_batch(
-            self.parts, prompts, pixels, max_new_tokens=self.max_new_tokens, temperature=self.temperature
+            self.parts,
+            prompts,
+            pixels,
+            image_sizes=sizes,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
         )
         return pa.table({"id": table["id"], "answer": pa.array([answer_text(self.parts, ids) for ids in answers])})
 
-    def pixels(self, cell: bytes | None) -> Tensor | None:
-        """Return the normalised pixels (1, 3, h, w) of one question's image."""
-        if cell is None:
+    def pixels(self, cell: bytes) -> Tensor | None:
+        """Return the normalised views (n, 3, h, w) of one question's images."""
+        if not cell:
             return None
         spec = self.parts.image_spec
-        return normalise(np.frombuffer(cell, np.uint8).reshape(1, 3, spec.height, spec.width).copy(), spec)
+        return normalise(np.frombuffer(cell, np.uint8).reshape(-1, 3, spec.height, spec.width).copy(), spec)
 
 
 def absolute_path(name: str | Path) -> str:
@@ -186,6 +214,6 @@ def absolute_path(name: str | Path) -> str:
     return str(Path(name).resolve()) if Path(name).exists() else str(name)
 
 
-def with_marker(question: str, has_image: bool) -> str:
-    """Put the image's marker in front of a question that has an image and no marker."""
-    return f"{IMAGE_TOKEN}\n{question}" if has_image and IMAGE_TOKEN not in question else question
+def with_markers(question: str, num_images: int) -> str:
+    """Put the images' markers in front of a question that has images and no marker."""
+    return f"{IMAGE_TOKEN}\n" * num_images + question if IMAGE_TOKEN not in question else question

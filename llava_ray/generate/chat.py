@@ -14,7 +14,8 @@ from llava_ray.config.lora import Bits
 from llava_ray.config.sections import DataConfig
 from llava_ray.errors import ConfigError, RecordError
 from llava_ray.generate.decoding import answer_text, expand_prompt, generate_batch
-from llava_ray.images.processing import process_images
+from llava_ray.images.geometry import crop_views
+from llava_ray.images.processing import normalise
 from llava_ray.images.reading import open_image, read_bytes
 from llava_ray.model.bundle import LlavaParts
 from llava_ray.model.loading import load_pretrained_model
@@ -111,14 +112,16 @@ class ChatSession:
         images = [*self.images, *self.pending]
         turns = [*self.turns, Turn("human", with_markers(question, len(self.pending)))]
         prompt = tokenize_prompt(turns, self.parts.template, self.parts.tokenizer)
-        pixels = process_images(images, self.parts.image_processor, self.parts.manifest) if images else None
-        check_room(self.parts, len(expand_prompt(self.parts, prompt, pixels)), self.max_new_tokens)
+        spec, sizes = self.parts.image_spec, [image.size for image in images]
+        views = [normalise(crop_views(image, spec), spec) for image in images]
+        check_room(self.parts, len(expand_prompt(self.parts, prompt, sizes)), self.max_new_tokens)
         writer = Writer(self.parts, on_text)
         try:
             [ids] = generate_batch(
                 self.parts,
                 [prompt],
-                [pixels],
+                [torch.cat(views) if views else None],
+                image_sizes=[sizes],
                 max_new_tokens=self.max_new_tokens,
                 temperature=self.temperature,
                 on_tokens=lambda answers: writer.hear(answers[0]),

@@ -13,10 +13,12 @@ from transformers import DynamicCache
 
 from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_ray.chat.tokens import expand_images
-from llava_ray.errors import ConfigError
+from llava_ray.errors import ConfigError, ModelError
+from llava_ray.images.anyres import Size
 from llava_ray.model.bundle import LlavaParts
 
 STOP_WINDOW = 8  # tokens that are decoded to look for a stop text longer than one token
+ANY_SIZE = (1, 1)  # of an image whose number of tokens does not depend on it
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ def generate_batch(  # noqa: PLR0913 - LLaVA's own list, and who listens
     pixels: Sequence[Float[Tensor, "_ 3 h w"] | None],
     *,
     max_new_tokens: int,
+    image_sizes: Sequence[Sequence[Size]] | None = None,
     temperature: float = 0.0,
     stops: Stops | None = None,
     seed: int = 0,
@@ -42,9 +45,10 @@ def generate_batch(  # noqa: PLR0913 - LLaVA's own list, and who listens
     """Return the token ids that the model writes after each prompt, without the token that ended it.
 
     A prompt has one -200 for each of its images (``chat.tokens.tokenize_prompt``), or one for each image token.
-    ``pixels`` are its preprocessed images, None for none. Temperature 0 is greedy. ``on_tokens`` hears all answers so
-    far after each step. Raises ConfigError for a negative temperature, ModelError or RecordError if a prompt's images
-    and markers differ in number.
+    ``pixels`` are the preprocessed views of its images, None for none; ``image_sizes`` their images' (width, height)
+    before they were cut, which only anyres needs. Temperature 0 is greedy. ``on_tokens`` hears all answers so far after
+    each step. Raises ConfigError for a negative temperature, ModelError or RecordError if a prompt's images and markers
+    differ in number.
     """
     if temperature < 0:
         raise ConfigError(f"temperature is {temperature}; expected 0 (greedy) or more.")
@@ -52,11 +56,13 @@ def generate_batch(  # noqa: PLR0913 - LLaVA's own list, and who listens
         return []
     device = parts.llava.language_model.device
     stops = stops or default_stops(parts)
-    expanded = [expand_prompt(parts, ids, images) for ids, images in zip(prompts, pixels, strict=True)]
+    known = [None] * len(prompts) if image_sizes is None else image_sizes
+    sizes = [find_sizes(parts, views, some) for views, some in zip(pixels, known, strict=True)]
+    expanded = [expand_prompt(parts, ids, of_images) for ids, of_images in zip(prompts, sizes, strict=True)]
     input_ids, mask = pad_left(expanded, device)
-    images = [image for image in pixels if image is not None and len(image)]
-    features = parts.tower(torch.cat(images)) if images else None
-    embeddings = parts.llava.embed(input_ids, features)
+    views = [stack for stack in pixels if stack is not None and len(stack)]
+    features = parts.tower.extract(torch.cat(views)) if views else None
+    embeddings = parts.llava.embed(input_ids, features, [size for of_images in sizes for size in of_images])
     generator = torch.Generator(device).manual_seed(seed)
     rows = Rows(parts, embeddings, mask)
     answers: list[list[int]] = [[] for _ in prompts]
@@ -127,10 +133,30 @@ def answer_text(parts: LlavaParts, ids: Sequence[int]) -> str:
     return (text.partition(stop)[0] if stop else text).strip()
 
 
-def expand_prompt(parts: LlavaParts, ids: Sequence[int], pixels: Float[Tensor, "n 3 h w"] | None) -> list[int]:
+def find_sizes(
+    parts: LlavaParts, views: Float[Tensor, "_ 3 h w"] | None, image_sizes: Sequence[Size] | None
+) -> list[Size]:
+    """Return the size of each image of a prompt; one that is a single view may be of any. Raises ModelError."""
+    num_views, tokens = 0 if views is None else len(views), parts.image_tokens
+    if image_sizes is not None:
+        expected = sum(tokens.num_views(*size) for size in image_sizes)
+        if expected != num_views:
+            raise ModelError(
+                f"{num_views} views were given, but images of {list(image_sizes)} pixels are cut into {expected}; give "
+                "image_sizes as (width, height) of each image before it was cut, and all its views."
+            )
+        return list(image_sizes)
+    if num_views and tokens.grid_pinpoints:
+        raise ModelError(
+            f"{num_views} views were given without image_sizes, so their images cannot be told apart; with anyres give "
+            "the (width, height) of each image before it was cut."
+        )
+    return [ANY_SIZE] * num_views
+
+
+def expand_prompt(parts: LlavaParts, ids: Sequence[int], image_sizes: Sequence[Size]) -> list[int]:
     """Repeat each -200 as often as its image has tokens, unless that is done already. Raises RecordError."""
-    num_images = 0 if pixels is None else len(pixels)
-    counts = [parts.num_image_tokens] * num_images
+    counts = [parts.image_tokens.count(*size) for size in image_sizes]
     if ids.count(IMAGE_TOKEN_INDEX) == sum(counts):
         return list(ids)
     return expand_images(ids, [IGNORE_INDEX] * len(ids), counts)[0]

@@ -1,8 +1,8 @@
 """The way from an image of any size to the pixels a vision tower takes; no torch, so decoding tasks stay light."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import sqrt
+from math import isqrt, sqrt
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -10,9 +10,10 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from llava_ray.errors import ConfigError, ModelError
+from llava_ray.images.anyres import Size, check_grid_pinpoints, crop_anyres, default_grid_pinpoints
 from llava_ray.images.reading import to_rgb
 
-ASPECT_RATIOS = ("square", "pad")
+ASPECT_RATIOS = ("square", "pad", "anyres")
 
 # Beyond these an image would cost far more memory than it can tell: a strip of 1 x 100,000 pixels resized by its
 # short edge to 336, or laid on a square, holds billions of pixels.
@@ -45,10 +46,12 @@ class ImageSpec:
     """Pillow's number of the filter, 3 for bicubic."""
     rescale_factor: float
     aspect_ratio: str
-    """LLaVA's image_aspect_ratio, "square" or "pad"."""
+    """LLaVA's image_aspect_ratio: "square", "pad" or "anyres"."""
+    grid_pinpoints: tuple[Size, ...] = ()
+    """Canvases (width, height) of anyres, from which the best for each image is taken."""
 
     def __post_init__(self) -> None:
-        """Refuse an unknown aspect ratio (the original treated it as "square") and an open size."""
+        """Refuse an unknown aspect ratio (the original treated it as "square"), an open size and odd canvases."""
         if self.aspect_ratio not in ASPECT_RATIOS:
             raise ConfigError(
                 f"image_aspect_ratio = {self.aspect_ratio!r} is unknown; expected one of {', '.join(ASPECT_RATIOS)}"
@@ -58,16 +61,35 @@ class ImageSpec:
                 f"the image processor resizes to {self._resize_words()} without a centre crop, so images keep "
                 "different sizes; a tower needs one size: set crop_size, or size with height and width"
             )
+        if self.aspect_ratio != "anyres":
+            return
+        if self.height != self.width:
+            raise ModelError(
+                f"the tower takes {self.width} x {self.height} pixels, but anyres cuts images into squares; "
+                "set image_aspect_ratio = 'pad' or 'square', or choose a tower that takes squares"
+            )
+        check_grid_pinpoints(self.grid_pinpoints, self.height)
 
     @classmethod
-    def from_processor(cls, image_processor: ImageProcessor, aspect_ratio: str) -> Self:
-        """Read a transformers image processor (CLIP, SigLIP, DINOv2's BiT and their like).
+    def from_processor(
+        cls,
+        image_processor: ImageProcessor,
+        aspect_ratio: str,
+        *,
+        grid_pinpoints: Sequence[Size] | None = None,
+        side: int | None = None,
+    ) -> Self:
+        """Read a transformers image processor (CLIP, SigLIP, SigLIP 2, DINOv2's BiT and their like).
 
-        Raises ModelError where its geometry is another, ConfigError for an unknown ``aspect_ratio``.
+        ``grid_pinpoints`` are the canvases of anyres, by default LLaVA-1.6's; ``side`` makes another size of the
+        result than the processor's (S2 wants its largest scale). Raises ModelError where the geometry is another,
+        ConfigError for an unknown ``aspect_ratio`` or impossible canvases.
         """
         settings = image_processor.to_dict()
         size = _given(settings.get("size")) if settings.get("do_resize", True) else {}
         crop = _given(settings.get("crop_size")) if settings.get("do_center_crop") else {}
+        if settings.get("max_num_patches"):  # SigLIP 2 for any aspect ratio: here the square of as many patches
+            size = dict.fromkeys(("height", "width"), isqrt(settings["max_num_patches"]) * settings["patch_size"])
         unknown = (set(size) | set(crop)) - {"shortest_edge", "height", "width"}
         if unknown or settings.get("do_pad"):
             raise ModelError(
@@ -76,6 +98,10 @@ class ImageSpec:
                 "with or without a centre crop, as CLIP, SigLIP and DINOv2 do"
             )
         normalises = settings.get("do_normalize", True)
+        if side is not None:
+            size, crop = dict.fromkeys(size, side), dict.fromkeys(crop, side)
+        view = crop.get("height") or size.get("height") or 0
+        grid = default_grid_pinpoints(view) if grid_pinpoints is None else grid_pinpoints
         return cls(
             shortest_edge=size.get("shortest_edge"),
             resize_height=size.get("height"),
@@ -87,12 +113,14 @@ class ImageSpec:
             resample=int(settings["resample"]),
             rescale_factor=float(settings["rescale_factor"]) if settings.get("do_rescale", True) else 1.0,
             aspect_ratio=aspect_ratio,
+            grid_pinpoints=_sizes(grid) if aspect_ratio == "anyres" else (),
         )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Read what `to_dict` wrote, through JSON or not."""
-        return cls(**{**values, "mean": _triple(values["mean"]), "std": _triple(values["std"])})
+        tuples = {"mean": _triple(values["mean"]), "std": _triple(values["std"])}
+        return cls(**{**values, **tuples, "grid_pinpoints": _sizes(values["grid_pinpoints"])})
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that JSON can hold."""
@@ -129,10 +157,20 @@ def expand2square(image: Image.Image, background: tuple[int, int, int]) -> Image
     return square
 
 
-def crop_pixels(image: Image.Image, spec: ImageSpec) -> UInt8[np.ndarray, "3 h w"]:
-    """Pad if asked, resize and crop, in Pillow and bit for bit as transformers' Pillow processors do.
+def crop_views(image: Image.Image, spec: ImageSpec) -> UInt8[np.ndarray, "v 3 h w"]:
+    """Return what the tower takes of an image: one view, or with anyres several (see `anyres.crop_anyres`).
 
-    The result has spec.height x spec.width pixels, not yet rescaled or normalised: the eight bits that travel.
+    Views have spec.height x spec.width pixels, not yet rescaled or normalised: the eight bits that travel.
+    """
+    if spec.aspect_ratio != "anyres":
+        return crop_pixels(image, spec)[None]
+    return crop_anyres(to_rgb(image), spec.grid_pinpoints, spec.height, Image.Resampling(spec.resample))
+
+
+def crop_pixels(image: Image.Image, spec: ImageSpec) -> UInt8[np.ndarray, "3 h w"]:
+    """Return the one view of an image: padded if asked, resized and cropped bit for bit as transformers' processors do.
+
+    ``spec.aspect_ratio`` is "square" or "pad".
     """
     image = to_rgb(image)
     if spec.aspect_ratio == "pad":
@@ -188,6 +226,10 @@ def _bounded(image: Image.Image) -> Image.Image:
 
 def _given(size: Mapping[str, Any] | None) -> dict[str, int]:
     return {key: int(value) for key, value in (size or {}).items() if value is not None}
+
+
+def _sizes(values: Sequence[Sequence[int]]) -> tuple[Size, ...]:
+    return tuple((int(width), int(height)) for width, height in values)
 
 
 def _triple(values: Any) -> tuple[float, float, float]:

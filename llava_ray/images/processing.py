@@ -1,7 +1,7 @@
 """Preprocessed pixels as the model takes them; ``process_images`` keeps LLaVA's name."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -9,9 +9,10 @@ from jaxtyping import Float32, UInt8
 from PIL import Image
 from torch import Tensor
 
-from llava_ray.images.geometry import ImageProcessor, ImageSpec, crop_pixels, expand2square
+from llava_ray.images.anyres import read_grid_pinpoints
+from llava_ray.images.geometry import ImageProcessor, ImageSpec, crop_pixels, crop_views, expand2square
 
-__all__ = ["ImageSpec", "crop_pixels", "expand2square", "normalise", "process_images"]
+__all__ = ["ImageSpec", "crop_pixels", "crop_views", "expand2square", "normalise", "process_images"]
 
 
 class HasAspectRatio(Protocol):
@@ -19,7 +20,16 @@ class HasAspectRatio(Protocol):
 
     @property
     def image_aspect_ratio(self) -> str:
-        """Return "square" or "pad"."""
+        """Return "square", "pad" or "anyres"."""
+
+
+@runtime_checkable
+class HasGridPinpoints(HasAspectRatio, Protocol):
+    """The same of a model that knows its canvases."""
+
+    @property
+    def image_grid_pinpoints(self) -> Any:
+        """Return the canvases (width, height), or the text of such a list, as some of LLaVA's configs have it."""
 
 
 def normalise(
@@ -33,12 +43,22 @@ def normalise(
 
 def process_images(
     images: Sequence[Image.Image], image_processor: ImageProcessor, model_cfg: HasAspectRatio
-) -> Float32[Tensor, "n 3 h w"]:
+) -> Float32[Tensor, "n 3 h w"] | Float32[Tensor, "n v 3 h w"] | list[Float32[Tensor, "_ 3 h w"]]:
     """Preprocess images as the model was trained on them; n may be 0.
 
-    Raises ConfigError for an unknown ``model_cfg.image_aspect_ratio``, ModelError for an unknown processor geometry.
+    With anyres, each image is a stack of views, and images whose stacks differ in height come as a list, as in the
+    original. Raises ConfigError for an unknown ``model_cfg.image_aspect_ratio`` or impossible canvases, ModelError for
+    an unknown processor geometry.
     """
-    spec = ImageSpec.from_processor(image_processor, model_cfg.image_aspect_ratio)
+    pinpoints = model_cfg.image_grid_pinpoints if isinstance(model_cfg, HasGridPinpoints) else None
+    spec = ImageSpec.from_processor(
+        image_processor,
+        model_cfg.image_aspect_ratio,
+        grid_pinpoints=read_grid_pinpoints(pinpoints) if pinpoints else None,
+    )
+    if spec.aspect_ratio == "anyres":
+        stacks = [normalise(crop_views(image, spec), spec) for image in images]
+        return torch.stack(stacks) if len({len(stack) for stack in stacks}) == 1 else stacks
     pixels = np.empty((len(images), 3, spec.height, spec.width), np.uint8)
     for index, image in enumerate(images):
         pixels[index] = crop_pixels(image, spec)

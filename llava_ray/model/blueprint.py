@@ -16,6 +16,8 @@ from llava_ray.chat.templates import Template, find_template
 from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import ModelError
 from llava_ray.images.geometry import ImageSpec
+from llava_ray.images.tokens import ImageTokens
+from llava_ray.model.image_geometry import find_s2_scales, read_image_geometry
 from llava_ray.model.layout import TOKENIZER_FILES, Kind, Layout, check_whole
 from llava_ray.model.layouts import read_layout
 from llava_ray.model.manifest import Manifest
@@ -29,7 +31,8 @@ from llava_ray.model.sources import (
     make_config,
     part_of,
 )
-from llava_ray.model.tower import count_image_tokens, find_family, read_tower_config
+from llava_ray.model.tower import feature_width, read_tower_config
+from llava_ray.model.vocabulary import add_image_tokens, image_token_ids, with_image_tags
 
 LANGUAGE_MODEL: PartName = "language_model"
 VISION_TOWER: PartName = "vision_tower"
@@ -37,6 +40,14 @@ ADAPTER = "adapter"
 
 # LLaVA's own image processors in transformers: CLIP's with a way of making images square or tiles, which is ours here.
 LLAVA_PROCESSORS = ("LlavaImageProcessor", "LlavaNextImageProcessor")
+# Settings that may be added to a model, and what they are without.
+ADDABLE: dict[str, tuple[Any, ...]] = {
+    "mm_patch_merge_type": ("flat",),
+    "mm_use_im_start_end": (False,),
+    "mm_use_im_patch_token": (False,),
+    "s2_scales": (None, ()),
+    "image_grid_pinpoints": (None, ()),
+}
 # What must be the same in a base's config as in the config that an adapter or projector was trained with.
 SHAPE_KEYS = (
     "model_type",
@@ -55,14 +66,16 @@ class Blueprint:
     """A model without its weights: all that the data path needs, cheap enough for every process.
 
     ``layout`` is the folder that it goes on from; ``bundle`` and ``manifest`` are that folder's if it is a bundle.
+    ``new_token_ids`` have no embeddings of their own in the language model's files.
     """
 
     config: ModelConfig
     tokenizer: PreTrainedTokenizerBase
+    new_token_ids: tuple[int, ...]
     template: Template
     image_processor: BaseImageProcessor
     image_spec: ImageSpec
-    num_image_tokens: int
+    image_tokens: ImageTokens
     language_config: PreTrainedConfig
     tower_config: PreTrainedConfig
     language_source: Source
@@ -79,8 +92,13 @@ class Blueprint:
 
     @property
     def mm_hidden_size(self) -> int:
-        """Width of the tower's features."""
-        return int(self.tower_config.hidden_size)
+        """Width of the tower's features, all layers and scales together."""
+        return feature_width(self.tower_config, self.config.mm_vision_select_layer, self.s2_scales)
+
+    @property
+    def s2_scales(self) -> tuple[int, ...]:
+        """Sides in pixels at which the tower looks at an image; () without S2."""
+        return find_s2_scales(self.config, self.image_processor)
 
 
 def read_blueprint(config: ModelConfig, image_aspect_ratio: str, *, weights: bool = False) -> Blueprint:
@@ -92,24 +110,28 @@ def read_blueprint(config: ModelConfig, image_aspect_ratio: str, *, weights: boo
     root, layout = find_layout(config.model_name_or_path, weights=weights)
     if weights:
         check_whole(layout)
+    config = completed(config, layout)
     check_settings(config, layout)
     language = find_language_model(config, root, layout, weights=weights)
     tower = find_vision_tower(config, root, layout, weights=weights)
     has_tokenizer = any((root.folder / name).is_file() for name in TOKENIZER_FILES)
     tokenizer_source = root if has_tokenizer or layout.has_language_model else language
     tokenizer = load_padding_tokenizer(tokenizer_source.folder)
+    new_ids = add_image_tokens(tokenizer, start_end=config.mm_use_im_start_end, patch=config.mm_use_im_patch_token)
+    if not layout.has_language_model:
+        new_ids = image_token_ids(tokenizer)  # the folder's tokenizer is ahead of the language model that it names
     language_config = make_config(language.config, language.folder, "language model")
     tower_config = read_tower_config(tower)
     image_processor = load_image_processor(tower.beside)
-    spec = ImageSpec.from_processor(image_processor, image_aspect_ratio)
-    check_image_size(tower_config, spec, tower.beside)
+    spec, tokens = read_image_geometry(config, image_aspect_ratio, tower_config, image_processor)
     return Blueprint(
         config=config,
         tokenizer=tokenizer,
-        template=find_template(config.version, tokenizer),
+        new_token_ids=new_ids,
+        template=with_image_tags(find_template(config.version, tokenizer), start_end=config.mm_use_im_start_end),
         image_processor=image_processor,
         image_spec=spec,
-        num_image_tokens=count_image_tokens(tower_config, config.mm_vision_select_feature, spec.height, spec.width),
+        image_tokens=tokens,
         language_config=language_config,
         tower_config=tower_config,
         language_source=language,
@@ -210,21 +232,26 @@ def load_image_processor(folder: Path) -> BaseImageProcessor:
     return image_processor
 
 
+def completed(config: ModelConfig, layout: Layout) -> ModelConfig:
+    """Return the config with the folder's values for what it leaves open."""
+    open_keys = ["image_grid_pinpoints"] + (["s2_scales"] if config.s2 else [])
+    changes = {
+        key: layout.settings[key] for key in open_keys if getattr(config, key) is None and layout.settings.get(key)
+    }
+    return config.replaced(changes) if changes else config
+
+
 def check_settings(config: ModelConfig, layout: Layout) -> None:
-    """Raise ModelError where the config contradicts what the folder's projector was trained with."""
+    """Raise ModelError where the config contradicts what the folder's projector was trained with.
+
+    What was trained without one of ADDABLE may go on with it, not the other way round.
+    """
     for key in sorted(layout.settings.keys() & ModelConfig.model_fields.keys() - {"version"}):
         found, expected = getattr(config, key), layout.settings[key]
+        if key in ADDABLE and expected in ADDABLE[key]:
+            continue
         if found != expected:
             raise ModelError(
                 f"model.{key} is {found!r}, but the projector in {layout.folder} was trained with {expected!r}; set "
                 "it so."
             )
-
-
-def check_image_size(config: PreTrainedConfig, spec: ImageSpec, folder: Path) -> None:
-    """Raise ModelError if the image processor makes another size than the tower takes."""
-    if find_family(config).fixed_size and (spec.height, spec.width) != (config.image_size, config.image_size):
-        raise ModelError(
-            f"the image processor in {folder} makes {spec.height} x {spec.width} pixels, but the tower takes "
-            f"{config.image_size} x {config.image_size}; mend crop_size or size in preprocessor_config.json."
-        )

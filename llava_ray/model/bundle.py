@@ -1,7 +1,8 @@
 """Models put together from their parts, and kept in one self-describing folder.
 
 * ``llava.json``: what it is (``manifest.Manifest``)
-* ``projector.safetensors``: under LLaVA's tensor names, without prefix
+* ``projector.safetensors``: under LLaVA's tensor names, without prefix; with ``image_newline`` where the model has it,
+  and the ``embed_tokens.weight`` of new tokens where the language model is left out
 * tokenizer files, with the chat template
 * ``language_model/``: an ordinary transformers folder; may be left out and named in llava.json instead
 * ``adapter/``: PEFT's files of a LoRA over a language model that is named
@@ -42,11 +43,13 @@ from llava_ray.model.manifest import (
     library_versions,
     read_manifest,
 )
-from llava_ray.model.parts import load_language_model, load_projector, load_tower_of
-from llava_ray.model.projector import PROJECTOR_FILE
+from llava_ray.model.parts import find_newline, load_language_model, load_projector, load_tower_of
+from llava_ray.model.projector import EMBED_TOKENS, IMAGE_NEWLINE, PROJECTOR_FILE, load_companions
 from llava_ray.model.quantization import chosen, find_quantization
 from llava_ray.model.sources import Source
+from llava_ray.model.tensor_reading import read_tensors
 from llava_ray.model.tower import VisionTower
+from llava_ray.model.vocabulary import image_token_ids
 from llava_ray.model.weights import replacing, save_weights
 
 Contents = Literal["all", "projector", "adapter"]
@@ -95,15 +98,20 @@ def assemble(
     check_fingerprint(blueprint.language_source.folder, manifest.language_model.fingerprint, "language model")
     check_fingerprint(blueprint.tower_source.folder, manifest.vision_tower.fingerprint, "vision tower")
     projector = load_projector(blueprint, manifest, seed).to(dtype)
+    companions = read_tensors(blueprint.layout.companions)
+    if config.pretrain_mm_mlp_adapter:
+        companions |= load_companions(config.pretrain_mm_mlp_adapter)
     tower = load_tower_of(blueprint, dtype)
     with language_model_context or nullcontext():
-        model = load_language_model(blueprint, dtype, quantization)
+        model = load_language_model(blueprint, dtype, quantization, companions.get(EMBED_TOKENS))
         if blueprint.layout.adapter is not None:
             if blueprint.manifest and blueprint.manifest.adapter:
                 check_fingerprint(blueprint.layout.adapter, blueprint.manifest.adapter, "adapter")
             load_adapter(model, blueprint.layout.adapter, base_fingerprint=manifest.language_model.fingerprint)
+    newline = find_newline(blueprint, companions, seed)
+    llava = Llava(projector, model, blueprint.mm_hidden_size, blueprint.image_tokens, newline.to(dtype))
     known = {**vars(blueprint), "manifest": manifest}
-    return LlavaParts(**known, tower=tower, llava=Llava(projector, model, blueprint.mm_hidden_size))
+    return LlavaParts(**known, tower=tower, llava=llava)
 
 
 def load_bundle(
@@ -154,8 +162,14 @@ def bundle_config(
         vision_tower=None if vision_tower is None else str(vision_tower),
         version=manifest.version,
         mm_projector_type=manifest.mm_projector_type,
-        mm_vision_select_layer=manifest.mm_vision_select_layer,  # type: ignore[arg-type]
+        mm_vision_select_layer=manifest.mm_vision_select_layer,
         mm_vision_select_feature=manifest.mm_vision_select_feature,
+        mm_patch_merge_type=manifest.mm_patch_merge_type,
+        image_grid_pinpoints=manifest.image_grid_pinpoints or None,
+        s2=manifest.s2,
+        s2_scales=manifest.s2_scales or None,
+        mm_use_im_start_end=manifest.mm_use_im_start_end,
+        mm_use_im_patch_token=manifest.mm_use_im_patch_token,
     )
 
 
@@ -170,26 +184,29 @@ def save_bundle(
     """Write a bundle, whole or not at all; one that is already there is replaced.
 
     ``tensors`` are full tensors under Llava's names (``projector.0.weight``, ``language_model.lm_head.weight``), as
-    gathered from a training engine; by default those of ``parts.llava``. With ``include="projector"`` language model
-    and tower are named instead of copied, and with "adapter" the adapter is written beside the projector; by default
-    the bundle holds all of the model, or the adapter if there is one. ``training`` is kept in the manifest. Raises
-    BundleError if the folder cannot be written, is something else, or a tensor is missing.
+    gathered from a training engine; by default those of ``parts.llava``. With ``include="projector"`` the language
+    model is named instead of copied, and so is a tower that has not learnt; with "adapter" the adapter is written
+    beside the projector; by default the bundle holds all of the model, or the adapter if there is one. ``training`` is
+    kept in the manifest. Raises BundleError if the folder cannot be written, is something else, or a tensor is missing.
     """
     model = parts.llava.language_model
     include = include or ("adapter" if has_adapter(model) else "all")
     check_contents(model, include)
     tensors = parts.llava.state_dict() if tensors is None else tensors
     with replacing(Path(folder)) as new:
-        save_file(_below("projector.", tensors), new / PROJECTOR_FILE)
+        save_file(projector_tensors(parts, tensors, embeddings=include != "all"), new / PROJECTOR_FILE)
         parts.tokenizer.save_pretrained(new)
         language, tower = parts.manifest.language_model, parts.manifest.vision_tower
         if include == "adapter":
             save_adapter(new / ADAPTER, model, language, _below("language_model.", tensors))
         if include == "all":
             save_weights(new / LANGUAGE_MODEL, model, _below("language_model.", tensors))
-            save_weights(new / VISION_TOWER, parts.tower.backbone, parts.tower.full_state_dict())
-            parts.image_processor.save_pretrained(new / VISION_TOWER)
             language = _held(parts.language_source, new / LANGUAGE_MODEL)
+        learnt = _below("vision_tower.", tensors)
+        if include == "all" or learnt:
+            # What has learnt is all of the tower but the blocks that were set aside.
+            save_weights(new / VISION_TOWER, parts.tower.backbone, parts.tower.full_state_dict() | learnt)
+            parts.image_processor.save_pretrained(new / VISION_TOWER)
             tower = _held(parts.tower_source, new / VISION_TOWER)
         manifest = parts.manifest.model_copy(
             update={
@@ -218,6 +235,23 @@ def check_contents(language_model: PreTrainedModel, include: Contents) -> None:
         )
 
 
+def names_beside(parts: LlavaParts) -> tuple[str, ...]:
+    """Return how the names begin of all tensors that a bundle needs which leaves the language model out."""
+    embeddings = (parts.llava.embeddings_name,) if image_token_ids(parts.tokenizer) else ()
+    return "projector.", IMAGE_NEWLINE, "vision_tower.", *embeddings
+
+
+def projector_tensors(parts: LlavaParts, tensors: Mapping[str, Tensor], *, embeddings: bool) -> dict[str, Tensor]:
+    """Return what belongs into PROJECTOR_FILE: projector, image_newline, and if asked the new tokens' embeddings."""
+    found = _below("projector.", tensors)
+    if IMAGE_NEWLINE in tensors:
+        found[IMAGE_NEWLINE] = tensors[IMAGE_NEWLINE].detach().contiguous()
+    ids = image_token_ids(parts.tokenizer)
+    if embeddings and ids:
+        found[EMBED_TOKENS] = tensors[parts.llava.embeddings_name].detach()[list(ids)]
+    return found
+
+
 def check_length(blueprint: Blueprint, model_max_length: int) -> None:
     """Raise ModelError if samples may be longer than the language model has positions for."""
     positions = blueprint.language_config.get_text_config().to_dict().get("max_position_embeddings")
@@ -238,7 +272,12 @@ def _describe(blueprint: Blueprint, model_max_length: int) -> Manifest:
         hidden_size=blueprint.hidden_size,
         mm_vision_select_layer=config.mm_vision_select_layer,
         mm_vision_select_feature=config.mm_vision_select_feature,
+        s2_scales=blueprint.s2_scales,
         image_aspect_ratio=blueprint.image_spec.aspect_ratio,
+        image_grid_pinpoints=blueprint.image_spec.grid_pinpoints,
+        mm_patch_merge_type=config.mm_patch_merge_type,
+        mm_use_im_start_end=config.mm_use_im_start_end,
+        mm_use_im_patch_token=config.mm_use_im_patch_token,
         model_max_length=model_max_length,
         language_model=_named(blueprint.language_source, old.language_model if old else None),
         vision_tower=_named(blueprint.tower_source, old.vision_tower if old else None),

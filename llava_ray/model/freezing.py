@@ -1,6 +1,6 @@
 """What learns: switches that are declared, applied in the open and reported."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -25,22 +25,31 @@ class Learning:
         return f"{self.part} {self.num_trainable:,} of {self.num_total:,}"
 
 
-def freeze(llava: Llava, tower: VisionTower | None, config: ModelConfig) -> list[Learning]:
+def freeze(
+    llava: Llava, tower: VisionTower | None, config: ModelConfig, new_token_ids: Sequence[int] = ()
+) -> list[Learning]:
     """Set which parameters learn, by the config's switches, and return what does part by part.
 
-    The tower never learns. ``freeze_backbone`` includes the head, which the original left training;
-    ``freeze_embeddings`` includes it where it shares the embeddings' tensor. The weights that an adapter lies over
-    stay as they are.
+    ``freeze_backbone`` includes the head, which the original left training; ``freeze_embeddings`` includes it where it
+    shares the embeddings' tensor. The weights that an adapter lies over stay as they are. image_newline learns with the
+    projector. A tower that learns is taken into ``llava``. ``new_token_ids`` are new in the vocabulary: alignment,
+    which learns nothing else of the language model, learns their input embeddings, unless the head shares them.
     """
     model = llava.language_model
     learns_language = not (config.tune_mm_mlp_adapter or config.freeze_backbone)
     if not has_adapter(llava):
         llava.projector.requires_grad_(not config.freeze_mm_mlp_adapter)
+        if llava.image_newline is not None:
+            llava.image_newline.requires_grad_(not config.freeze_mm_mlp_adapter)
     if not has_adapter(model):
         model.requires_grad_(learns_language)
         if learns_language and config.freeze_embeddings:
             model.get_input_embeddings().requires_grad_(False)
-    if tower is not None:
+    if config.tune_mm_mlp_adapter and new_token_ids:
+        learn_new_tokens(llava, new_token_ids)
+    if tower is not None and config.unfreeze_mm_vision_tower:
+        llava.adopt_tower(tower.unfreeze())
+    elif tower is not None:
         tower.freeze()
     return report_learning(llava, tower)
 
@@ -55,6 +64,14 @@ def report_learning(llava: Llava, tower: VisionTower | None) -> list[Learning]:
     if tower is not None:
         parts["vision_tower"] = tower.parameters()
     return [count_learning(name, parameters) for name, parameters in parts.items()]
+
+
+def learn_new_tokens(llava: Llava, new_token_ids: Sequence[int]) -> None:
+    """Let the input embeddings of new tokens learn; all other rows get no gradient, so that they stay what they are."""
+    embeddings, head = llava.language_model.get_input_embeddings(), llava.language_model.get_output_embeddings()
+    if head is None or head.weight is not embeddings.weight:
+        embeddings.requires_grad_(True)
+        llava.first_learnt_token = min(new_token_ids)
 
 
 def count_learning(name: str, parameters: Iterable[nn.Parameter]) -> Learning:

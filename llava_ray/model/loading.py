@@ -82,6 +82,8 @@ def pretrained_config(
     values: dict[str, Any] = {key: str(value) for key, value in given.items() if value is not None}
     values |= {"model_name_or_path": str(model_path), "version": find_version(layout, version)}
     for key, value in layout.settings.items():
+        if value == ():  # none of them
+            continue
         if key in ModelConfig.model_fields and key != "version":
             values[key] = value
         elif key.startswith(("mm_", "s2")) and key != "mm_hidden_size" and value not in NOTHING:

@@ -1,9 +1,11 @@
 """The parts of a model, each loaded from where its blueprint says."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from llava_ray.config.lora import Quantization
@@ -14,10 +16,11 @@ from llava_ray.model.layouts import read_layout
 from llava_ray.model.manifest import Manifest
 from llava_ray.model.packing import check_packing
 from llava_ray.model.pretrained import load_pretrained
-from llava_ray.model.projector import adopt_projector, build_projector, load_projector_weights
+from llava_ray.model.projector import IMAGE_NEWLINE, adopt_projector, build_projector, load_projector_weights
 from llava_ray.model.quantization import bitsandbytes_config, settle
 from llava_ray.model.tensor_reading import read_tensors
 from llava_ray.model.tower import VisionTower, load_vision_tower
+from llava_ray.model.vocabulary import extend_embeddings
 
 
 def load_tower_of(blueprint: Blueprint, dtype: torch.dtype) -> VisionTower:
@@ -27,16 +30,21 @@ def load_tower_of(blueprint: Blueprint, dtype: torch.dtype) -> VisionTower:
         blueprint.tower_source,
         select_layer=config.mm_vision_select_layer,
         select_feature=config.mm_vision_select_feature,
+        s2_scales=blueprint.s2_scales,
         dtype=dtype,
     )
 
 
 def load_language_model(
-    blueprint: Blueprint, dtype: torch.dtype, quantization: Quantization | None = None
+    blueprint: Blueprint,
+    dtype: torch.dtype,
+    quantization: Quantization | None = None,
+    embeddings: Tensor | None = None,
 ) -> PreTrainedModel:
     """Load the language model that the blueprint names, quantised as it is read, without an adapter over it.
 
-    Raises ModelError if it cannot be trained on packed rows.
+    Its new tokens get the learnt ``embeddings``, or the mean of the others. Raises ModelError if it cannot be
+    trained on packed rows.
     """
     config, wanted = blueprint.language_config, blueprint.config.attn_implementation
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -56,6 +64,7 @@ def load_language_model(
         quantization_config=bitsandbytes_config(quantization, dtype) if quantization else None,
     )
     settle(model)
+    extend_embeddings(model, blueprint.new_token_ids, embeddings)
     check_packing(model)
     return model
 
@@ -79,15 +88,32 @@ def load_projector(blueprint: Blueprint, manifest: Manifest, seed: int) -> nn.Mo
     return projector
 
 
+def find_newline(blueprint: Blueprint, companions: Mapping[str, Tensor], seed: int) -> Float[Tensor, " d"]:
+    """Return the vector that ends a row of patches: learnt, or as it begins in the original, N(0, 1) / sqrt(d).
+
+    A new one depends on ``seed`` alone. Raises ModelError if the learnt one is of another width.
+    """
+    width = blueprint.hidden_size
+    learnt = companions.get(IMAGE_NEWLINE)
+    if learnt is None:
+        return torch.randn(width, generator=torch.Generator().manual_seed(seed)) / width**0.5
+    if learnt.shape != (width,):
+        raise ModelError(
+            f"image_newline of the projector's file has shape {tuple(learnt.shape)}, but the language model is {width} "
+            "wide; use the language model that it was trained with."
+        )
+    return learnt
+
+
 def check_adapter(source: Path, manifest: Manifest) -> None:
     """Raise ModelError if a folder's projector was trained on other features than it would get here."""
     trained = describing_layout(source)
     if trained is None:
         return
-    for key in ("mm_vision_select_layer", "mm_vision_select_feature"):
-        if trained.settings[key] != getattr(manifest, key):
+    for key in ("mm_vision_select_layer", "mm_vision_select_feature", "s2_scales"):
+        if (trained.settings.get(key) or ()) != (getattr(manifest, key) or ()):
             raise ModelError(
-                f"the projector in {source} was trained with {key} {trained.settings[key]!r}, but the model is "
+                f"the projector in {source} was trained with {key} {trained.settings.get(key)!r}, but the model is "
                 f"configured with {getattr(manifest, key)!r}; set it as it was trained."
             )
 

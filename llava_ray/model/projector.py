@@ -7,11 +7,15 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from llava_ray.errors import ModelError
-from llava_ray.model.layout import ORIGINAL_PROJECTOR, PROJECTOR_FILE
+from llava_ray.model.layout import EMBED_TOKENS, IMAGE_NEWLINE, ORIGINAL_PROJECTOR, PROJECTOR_FILE
 from llava_ray.model.layouts import read_layout
 from llava_ray.model.published_layouts import original_name
 from llava_ray.model.tensor_files import StoredTensor, read_tensor_file
 from llava_ray.model.tensor_reading import read_tensors
+
+# What is learnt beside a projector and kept in its file: the vector that ends a row of anyres patches, and the input
+# embeddings of new tokens.
+COMPANIONS = (IMAGE_NEWLINE, EMBED_TOKENS)
 
 
 def build_projector(mm_projector_type: str, mm_hidden_size: int, hidden_size: int) -> nn.Module:
@@ -47,23 +51,36 @@ def find_projector(path: Path) -> dict[str, StoredTensor]:
     Names come back without any prefix (``0.weight``). Raises ModelError for a file that is missing, damaged, holds
     more than tensors, or holds no projector.
     """
-    alone = [path / PROJECTOR_FILE, path / ORIGINAL_PROJECTOR] if path.is_dir() else [path]
-    files = [file for file in alone if file.is_file()]
-    if not files:
-        if not path.is_dir():
-            raise ModelError(
-                f"no projector at {path}; expected a bundle or another model folder, a .safetensors file or LLaVA's "
-                f"{ORIGINAL_PROJECTOR}. Check pretrain_mm_mlp_adapter."
-            )
+    file = find_projector_file(path)
+    if file is None:
         return read_layout(path).part("projector")
-    tensors = read_tensor_file(files[0])
+    tensors = read_tensor_file(file)
     marked = {original_name(name): tensor for name, tensor in tensors.items()}
     weights = {name.removeprefix("projector."): t for name, t in marked.items() if name.startswith("projector.")}
     if not tensors:
+        raise ModelError(f"{file} holds no tensors; expected a projector, with names such as mm_projector.0.weight.")
+    return weights or {name: tensor for name, tensor in tensors.items() if not name.endswith(COMPANIONS)}
+
+
+def find_projector_file(path: Path) -> Path | None:
+    """Return the file that holds a projector and what lies beside it; None for a folder without. Raises ModelError."""
+    alone = [path / PROJECTOR_FILE, path / ORIGINAL_PROJECTOR] if path.is_dir() else [path]
+    files = [file for file in alone if file.is_file()]
+    if not files and not path.is_dir():
         raise ModelError(
-            f"{files[0]} holds no tensors; expected a projector, with names such as mm_projector.0.weight."
+            f"no projector at {path}; expected a bundle or another model folder, a .safetensors file or LLaVA's "
+            f"{ORIGINAL_PROJECTOR}. Check pretrain_mm_mlp_adapter."
         )
-    return weights or tensors
+    return files[0] if files else None
+
+
+def load_companions(path: str | Path) -> dict[str, Tensor]:
+    """Read what lies beside a projector in its file, by the names in COMPANIONS. Raises ModelError."""
+    file = find_projector_file(Path(path))
+    if file is None:
+        return read_tensors(read_layout(Path(path)).companions)
+    stored = read_tensor_file(file)
+    return read_tensors({name: t for own, t in stored.items() for name in COMPANIONS if own.endswith(name)})
 
 
 def load_projector_weights(path: str | Path) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
-"""The vision tower: a CLIP, SigLIP or DINOv2 backbone that stops at the selected layer."""
+"""The vision tower: a CLIP, SigLIP or DINOv2 backbone that stops at the last selected layer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from llava_ray.errors import ModelError
+from llava_ray.model.multiscale import extract_multiscale
 from llava_ray.model.pretrained import load_pretrained
 from llava_ray.model.sources import Source, find_part, make_config
 
@@ -20,71 +21,121 @@ class Family:
     """What must be known of a kind of tower and stands nowhere in its config.
 
     ``num_prefix_tokens`` counts the tokens before the patches, ``blocks`` is where the transformer blocks are,
-    ``tail`` names what only serves the pooled output or the final norm, ``fixed_size`` is whether the tower takes
-    images of one size only.
+    ``tail`` names what only serves the pooled output or the final norm, ``unused`` parameters that have no part in any
+    image's features, ``fixed_size`` is whether the tower takes images of one size only, ``patchified`` whether it
+    wants them cut into patches already.
     """
 
     num_prefix_tokens: Callable[[Any], int]
     tail: tuple[str, ...]
     blocks: str = "encoder.layers"
+    unused: tuple[str, ...] = ()
     fixed_size: bool = True
+    patchified: bool = False
 
 
 CLIP = Family(num_prefix_tokens=lambda config: 1, tail=("post_layernorm",))
 SIGLIP = Family(num_prefix_tokens=lambda config: 0, tail=("post_layernorm", "head"))
 DINOV2 = Family(
-    num_prefix_tokens=lambda config: 1, tail=("layernorm",), blocks="encoder.layer", fixed_size=False
-)  # one class token
-DINOV2_WITH_REGISTERS = Family(
-    num_prefix_tokens=lambda config: 1 + config.num_register_tokens,
+    num_prefix_tokens=lambda config: 1,  # one class token
     tail=("layernorm",),
     blocks="encoder.layer",
+    unused=("embeddings.mask_token",),
     fixed_size=False,
 )
+DINOV2_WITH_REGISTERS = replace(DINOV2, num_prefix_tokens=lambda config: 1 + config.num_register_tokens)
+# SigLIP 2 comes in two kinds: for one size it is a SigLIP (also by its model type); this one takes any.
+SIGLIP2 = replace(SIGLIP, fixed_size=False, patchified=True)
 
 FAMILIES: dict[str, Family] = {
     "clip_vision_model": CLIP,
     "siglip_vision_model": SIGLIP,
+    "siglip2_vision_model": SIGLIP2,
     "dinov2": DINOV2,
     "dinov2_with_registers": DINOV2_WITH_REGISTERS,
 }
-WITH_TEXT_PART = ("clip", "siglip")  # configs of image-and-text models, whose vision part is the tower
+WITH_TEXT_PART = ("clip", "siglip", "siglip2")  # configs of image-and-text models, whose vision part is the tower
+
+IMAGES_PER_FORWARD = 64  # of a frozen tower: bounds the activations that live at one time
 
 
 class VisionTower(nn.Module):
-    """Patch features of the selected layer.
+    """Patch features of the selected layers, and with S2 at several scales.
 
-    Blocks after that layer never run; they are set aside (unregistered: they stay on the CPU) and come back in
-    ``full_state_dict``.
+    Blocks after the last of these layers never run; they are set aside (unregistered: they stay on the CPU) and come
+    back in ``full_state_dict``.
     """
 
-    def __init__(self, backbone: PreTrainedModel, select_layer: int, select_feature: str) -> None:
-        """Cut ``backbone`` after ``select_layer`` (an index into its hidden states). Raises ModelError."""
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        select_layer: int | Sequence[int],
+        select_feature: str,
+        s2_scales: Sequence[int] = (),
+    ) -> None:
+        """Cut ``backbone`` after the last ``select_layer`` (an index into its hidden states, or several).
+
+        ``s2_scales`` are sides in pixels, multiples of the smallest. Raises ModelError.
+        """
         super().__init__()
         config = backbone.config
-        family = find_family(config)
+        self.family = find_family(config)
         self.config = config
-        self.hidden_size: int = config.hidden_size
-        self.num_prefix_tokens = family.num_prefix_tokens(config)
+        self.num_prefix_tokens = self.family.num_prefix_tokens(config)
         self.num_skipped = 0 if select_feature == "cls_patch" else self.num_prefix_tokens
         self.select_feature = select_feature
         self.select_layer = select_layer
-        self._idle = cut(backbone, family, find_depth(config, select_layer))
+        self.s2_scales = tuple(sorted(s2_scales))
+        self.depths = find_depths(config, select_layer)
+        self.hidden_size = feature_width(config, select_layer, s2_scales)
+        self._idle = cut(backbone, self.family, max(self.depths))
         self.backbone = backbone
 
     def forward(self, pixel_values: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n p v"]:
         """Return the features of each image's patches, in the tower's dtype."""
         pixel_values = pixel_values.to(self.backbone.device, self.backbone.dtype)
-        hidden: Tensor = self.backbone(pixel_values=pixel_values).last_hidden_state
+        if self.s2_scales:
+            return extract_multiscale(self.select, pixel_values, self.s2_scales)
+        return self.select(pixel_values)
+
+    def select(self, pixel_values: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n p v"]:
+        """Return the features at one scale; those of several layers side by side."""
+        inputs = patchified(pixel_values, self.config.patch_size) if self.family.patchified else {}
+        inputs = inputs or {"pixel_values": pixel_values}
+        if len(self.depths) == 1:
+            hidden: Tensor = self.backbone(**inputs).last_hidden_state
+        else:
+            states = self.backbone(**inputs, output_hidden_states=True).hidden_states
+            hidden = torch.cat([states[depth] for depth in self.depths], dim=-1)
         return hidden[:, self.num_skipped :]
 
-    def num_image_tokens(self, height: int, width: int) -> int:
-        """Count the features of an image of that many pixels."""
-        return count_image_tokens(self.config, self.select_feature, height, width)
+    @torch.no_grad()
+    def extract(self, views: Tensor, prepare: Callable[[Tensor], Tensor] = lambda views: views) -> Tensor:
+        """Return the features (n, p, v) of any number of views without gradients, a bounded number at a time.
+
+        ``prepare`` makes of views what the tower takes, such as normalised pixels of those that travelled as bytes.
+        """
+        return torch.cat([self(prepare(some.to(self.backbone.device))) for some in views.split(IMAGES_PER_FORWARD)])
+
+    def blank_features(self) -> Float[Tensor, "1 p v"]:
+        """Return the features of one black image of the smallest size: what uses every parameter at the least cost."""
+        side = min(self.s2_scales) if self.s2_scales else self.config.patch_size
+        if self.family.fixed_size:
+            side = self.config.image_size
+        weight = next(self.backbone.parameters())
+        hidden = self.select(torch.zeros(1, 3, side, side, device=weight.device, dtype=weight.dtype))
+        return hidden.repeat(1, 1, self.hidden_size // hidden.shape[-1])
 
     def freeze(self) -> "VisionTower":
         """Let nothing of the tower learn, and switch its dropout off."""
         return self.requires_grad_(False).eval()
+
+    def unfreeze(self) -> "VisionTower":
+        """Let all of the tower learn that has a part in its features."""
+        self.requires_grad_(True)
+        for name in self.family.unused:
+            self.backbone.get_parameter(name).requires_grad_(False)
+        return self
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """Return the tensors of the whole backbone, those set aside included, under their usual names."""
@@ -116,11 +167,29 @@ def find_depth(config: PreTrainedConfig, select_layer: int) -> int:
     return depth
 
 
-def count_image_tokens(config: PreTrainedConfig, select_feature: str, height: int, width: int) -> int:
-    """Count the features that a tower with this config gives for an image of ``height`` x ``width`` pixels."""
-    prefix = find_family(config).num_prefix_tokens(config) if select_feature == "cls_patch" else 0
-    patch_size: int = config.patch_size
-    return (height // patch_size) * (width // patch_size) + prefix
+def find_depths(config: PreTrainedConfig, select_layer: int | Sequence[int]) -> tuple[int, ...]:
+    """Return the number of blocks before each selected hidden state, in the order given. Raises ModelError."""
+    layers = [select_layer] if isinstance(select_layer, int) else select_layer
+    return tuple(find_depth(config, layer) for layer in layers)
+
+
+def feature_width(config: PreTrainedConfig, select_layer: int | Sequence[int], s2_scales: Sequence[int] = ()) -> int:
+    """Return the width of the features: each layer and each scale adds the tower's own."""
+    num_layers = 1 if isinstance(select_layer, int) else len(select_layer)
+    width: int = config.hidden_size * num_layers * max(1, len(s2_scales))
+    return width
+
+
+def patchified(pixel_values: Float[Tensor, "n 3 h w"], patch_size: int) -> dict[str, Any]:
+    """Return what a SigLIP 2 for any aspect ratio takes: patches as rows of values, and their grid."""
+    num_images, channels, height, width = pixel_values.shape
+    rows, columns = height // patch_size, width // patch_size
+    squares = pixel_values.reshape(num_images, channels, rows, patch_size, columns, patch_size)
+    return {
+        "pixel_values": squares.permute(0, 2, 4, 3, 5, 1).reshape(num_images, rows * columns, -1),
+        "pixel_attention_mask": None,  # nothing is padding
+        "spatial_shapes": torch.tensor([[rows, columns]] * num_images),
+    }
 
 
 def cut(backbone: PreTrainedModel, family: Family, depth: int) -> dict[str, nn.Module]:
@@ -137,11 +206,13 @@ def cut(backbone: PreTrainedModel, family: Family, depth: int) -> dict[str, nn.M
         if tail in dict(backbone.named_children()):
             idle[tail] = backbone.get_submodule(tail)
             setattr(backbone, tail, nn.Identity())
+    if "head" in idle and family.patchified:
+        backbone.__dict__["use_head"] = False  # it is called with a mask, which Identity does not take
     return idle
 
 
 def read_tower_config(source: Source) -> PreTrainedConfig:
-    """Read a tower's config; of a whole CLIP or SigLIP model, its vision part. Raises ModelError."""
+    """Read a tower's config; of a whole image-and-text model, its vision part. Raises ModelError."""
     config = make_config(source.config, source.folder, "vision tower")
     if config.model_type in WITH_TEXT_PART:
         config = config.vision_config
@@ -150,14 +221,19 @@ def read_tower_config(source: Source) -> PreTrainedConfig:
 
 
 def load_vision_tower(
-    tower: Source | str | Path, *, select_layer: int, select_feature: str, dtype: torch.dtype = torch.float32
+    tower: Source | str | Path,
+    *,
+    select_layer: int | Sequence[int],
+    select_feature: str,
+    s2_scales: Sequence[int] = (),
+    dtype: torch.dtype = torch.float32,
 ) -> VisionTower:
     """Load a frozen tower. Raises ModelError for an unknown kind or an impossible layer."""
     source = tower if isinstance(tower, Source) else find_part(tower, "vision_tower")
     config = read_tower_config(source)
-    find_depth(config, select_layer)
+    find_depths(config, select_layer)
     if source.config.get("model_type") in WITH_TEXT_PART:
         seeing = {name: tensor for name, tensor in source.tensors.items() if name.startswith("vision_model.")}
         source = replace(source, tensors=seeing)
     backbone = load_pretrained(MODEL_MAPPING, config, source, "vision tower", dtype=dtype)
-    return VisionTower(backbone, select_layer, select_feature).freeze()
+    return VisionTower(backbone, select_layer, select_feature, s2_scales).freeze()

@@ -129,7 +129,7 @@ class Checkpointer:
         """Write the model as a bundle where little of it learns; collective."""
         include = find_contents(self.settings.config)
         if include != "all":
-            tensors = gather_tensors(self.engine, include)
+            tensors = gather_tensors(self.engine, self.parts, include)
             if self.rank == 0:
                 save_bundle(
                     folder, self.parts, tensors, include=include, training=describe_training(self.settings, step)

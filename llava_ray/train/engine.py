@@ -1,4 +1,4 @@
-"""The DeepSpeed engine around what learns; the frozen tower stays outside it.
+"""The DeepSpeed engine around what learns; a frozen tower stays outside it.
 
 DeepSpeed is imported inside the functions: only workers need it, and it takes seconds and speaks up when imported.
 """
@@ -68,7 +68,7 @@ def load_parts(config: FinetuneConfig, device: torch.device) -> LlavaParts:
     )
     with ShardedLoading(config.train):  # PEFT looks for it as well
         adapt(parts, config.lora, config.train.seed)
-    learning = freeze(parts.llava, parts.tower, config.model)
+    learning = freeze(parts.llava, parts.tower, config.model, parts.new_token_ids)
     if dist.get_rank() == 0:
         print(f"What learns: {'; '.join(map(str, learning))}", flush=True)  # noqa: T201 - said to who started the run
     drop_quantization_state(parts.llava.language_model)
@@ -76,12 +76,14 @@ def load_parts(config: FinetuneConfig, device: torch.device) -> LlavaParts:
         parts.tower.to(device)
     if config.train.gradient_checkpointing:
         parts.llava.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        if config.model.unfreeze_mm_vision_tower:
+            parts.tower.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     parts.llava.train()
     return parts
 
 
 def build_engine(parts: LlavaParts, config: FinetuneConfig, num_steps: int) -> "DeepSpeedEngine":
-    """Wrap projector and language model with AdamW, the schedule and the run's ZeRO stage."""
+    """Wrap all that learns with AdamW, the schedule and the run's ZeRO stage."""
     import deepspeed
 
     train = config.train

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.model.adaptation import fold_other_parts
-from llava_ray.model.bundle import Contents, LlavaParts, save_bundle
+from llava_ray.model.bundle import Contents, LlavaParts, names_beside, save_bundle
 from llava_ray.train.settings import LoopSettings
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def write_bundle(engine: "DeepSpeedEngine", parts: LlavaParts, settings: LoopSettings) -> None:
     """Write the run's model; collective. What cannot have changed is named instead of copied."""
     include = find_contents(settings.config)
-    tensors = gather_tensors(engine, include)
+    tensors = gather_tensors(engine, parts, include)
     if dist.get_rank() == 0:
         training = describe_training(settings, settings.num_steps)
         files, inner = fsspec.core.url_to_fs(settings.bundle_folder)
@@ -50,7 +50,7 @@ def describe_training(settings: LoopSettings, steps: int) -> dict[str, Any]:
     }
 
 
-def gather_tensors(engine: "DeepSpeedEngine", include: Contents) -> dict[str, torch.Tensor]:
+def gather_tensors(engine: "DeepSpeedEngine", parts: LlavaParts, include: Contents) -> dict[str, torch.Tensor]:
     """Return the whole tensors that such a bundle needs on rank 0's CPU, one gathered at a time.
 
     Every rank must take part, in the same order.
@@ -59,10 +59,11 @@ def gather_tensors(engine: "DeepSpeedEngine", include: Contents) -> dict[str, to
 
     llava = engine.module
     partitioned = engine.zero_optimization_stage() == 3
+    beside = names_beside(parts)
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in llava.named_parameters():
         learns_beside = include == "adapter" and parameter.requires_grad
-        if include == "all" or name.startswith("projector.") or learns_beside:
+        if include == "all" or name.startswith(beside) or learns_beside:
             with GatheredParameters([parameter], enabled=partitioned):
                 if dist.get_rank() == 0:
                     tensors[name] = parameter.detach().cpu().clone()

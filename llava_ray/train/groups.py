@@ -1,4 +1,4 @@
-"""Parameter groups: {decays, does not} x {projector, everything else}."""
+"""Parameter groups: {decays, does not} x {projector, language model, vision tower}."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ from torch import nn
 from llava_ray.config.sections import TrainConfig
 from llava_ray.errors import TrainingError
 from llava_ray.model.llava import Llava
+from llava_ray.model.projector import IMAGE_NEWLINE
 
 
 def parameter_groups(llava: Llava, train: TrainConfig) -> list[dict[str, Any]]:
@@ -20,15 +21,25 @@ def parameter_groups(llava: Llava, train: TrainConfig) -> list[dict[str, Any]]:
     ]
     if not learning:
         raise TrainingError("nothing learns: every parameter is frozen; check the model section's freezing switches")
-    rates = {"projector": train.mm_projector_lr or train.learning_rate, "language_model": train.learning_rate}
+    rates = {
+        "projector": train.mm_projector_lr or train.learning_rate,
+        "language_model": train.learning_rate,
+        "vision_tower": train.mm_vision_tower_lr or train.learning_rate,
+    }
     groups = []
     for part, rate in rates.items():
         for decays in (True, False):
             members: list[nn.Parameter] = [
-                p for name, p, num_axes in learning if name.startswith(f"{part}.") and (num_axes >= 2) == decays
+                p for name, p, num_axes in learning if find_part(name) == part and (num_axes >= 2) == decays
             ]
             if members:
                 decay = train.weight_decay if decays else 0.0
                 name = f"{part}.{'decay' if decays else 'no_decay'}"
                 groups.append({"name": name, "params": members, "lr": rate, "weight_decay": decay})
     return groups
+
+
+def find_part(name: str) -> str:
+    """Return which part's learning rate a parameter follows: image_newline is learnt with the projector."""
+    part = name.partition(".")[0]
+    return "projector" if part == IMAGE_NEWLINE else part

@@ -13,7 +13,7 @@ from llava_ray.data.batches import MicroBatch, iterate_steps, start_blocks
 from llava_ray.data.settings import StreamSettings
 from llava_ray.errors import TrainingError
 from llava_ray.images.processing import normalise
-from llava_ray.model.tower import VisionTower
+from llava_ray.model.bundle import LlavaParts
 from llava_ray.train.checkpoints import Checkpointer, seed_all
 from llava_ray.train.engine import build_engine, load_parts
 from llava_ray.train.finish import write_bundle
@@ -47,9 +47,9 @@ def train_loop(given: dict[str, Any]) -> None:
             batches = next(steps)
         loss = torch.zeros((), device=device)
         for batch in batches:
-            features = find_features(batch, parts.tower, settings.stream, device)
+            images = find_images(batch, parts, settings.stream, device)
             losses = engine(
-                batch.input_ids.to(device), batch.position_ids.to(device), batch.labels.to(device), features
+                batch.input_ids.to(device), batch.position_ids.to(device), batch.labels.to(device), **images
             )
             micro_loss = losses.sum() / batch.num_supervised
             # DeepSpeed averages gradients over ranks; ours are already parts of one mean over the step's tokens.
@@ -64,17 +64,16 @@ def train_loop(given: dict[str, Any]) -> None:
     write_bundle(engine, parts, settings)
 
 
-def find_features(
-    batch: MicroBatch, tower: VisionTower | None, stream: StreamSettings, device: torch.device
-) -> torch.Tensor | None:
-    """Return the batch's image features (n, p, v): streamed ones as they are, or from the frozen tower here."""
+def find_images(batch: MicroBatch, parts: LlavaParts, stream: StreamSettings, device: torch.device) -> dict[str, Any]:
+    """Return what Llava takes of the batch's images: streamed features, those of the frozen tower here, or pixels."""
+    sizes: dict[str, Any] = {"image_sizes": batch.image_sizes}
     if batch.features is not None:
-        return batch.features.to(device)
+        return sizes | {"features": batch.features.to(device)}
     if batch.pixels is None:
-        return None
-    assert tower is not None
-    with torch.no_grad():
-        return tower(normalise(batch.pixels.to(device), stream.image_spec))
+        return sizes
+    if stream.model.unfreeze_mm_vision_tower:
+        return sizes | {"pixels": normalise(batch.pixels.to(device), stream.image_spec)}
+    return sizes | {"features": parts.tower.extract(batch.pixels, lambda views: normalise(views, stream.image_spec))}
 
 
 def refuse_not_finite(loss: float, step: int, batches: list[MicroBatch]) -> None:

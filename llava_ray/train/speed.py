@@ -30,7 +30,9 @@ class Meter:
 
     def __init__(self, llava: Llava, device: torch.device, world_size: int) -> None:
         """Count parameters now, while their true sizes are known."""
-        sizes = [(count_elements(p), p.requires_grad) for p in llava.parameters()]
+        # A tower that learns is left out like a frozen one: it sees views, not the tokens that are counted here.
+        counted = [p for name, p in llava.named_parameters() if not name.startswith("vision_tower.")]
+        sizes = [(count_elements(p), p.requires_grad) for p in counted]
         # Forward 2, gradient of activations 2, gradient of weights 2 FLOPs a parameter and token.
         self.flops_per_token = sum(6 * size if learns else 4 * size for size, learns in sizes)
         self.device = device
@@ -67,6 +69,10 @@ class Meter:
             "step_seconds": seconds,
             "memory_gib": self.memory() / 2**30,
         }
+        if any(name.startswith("vision_tower") for name in rates):
+            metrics["mm_vision_tower_lr"] = next(
+                rate for name, rate in rates.items() if name.startswith("vision_tower")
+            )
         norm = engine.get_global_grad_norm()
         if norm is not None:  # DeepSpeed does not tell it at stage 0 in fp32
             metrics["grad_norm"] = float(norm)

@@ -140,7 +140,7 @@ def stream_settings(
         encoder=EncoderSettings.of(blueprint, config.data, config.train),
         model=config.model,
         image_spec=blueprint.image_spec,
-        num_image_tokens=blueprint.num_image_tokens,
+        image_tokens=blueprint.image_tokens,
         mm_hidden_size=blueprint.mm_hidden_size,
         row_length=config.train.row_length,
         data=config.data,

@@ -110,7 +110,7 @@ def time_stream(config: FinetuneConfig, num_images: int) -> tuple[float, float]:
         image_spec=ImageSpec.from_processor(
             CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size=336), "square"
         ),
-        num_image_tokens=blueprint.num_image_tokens,
+        image_tokens=blueprint.image_tokens,
         mm_hidden_size=blueprint.mm_hidden_size,
         row_length=config.train.row_length,
         data=config.data,

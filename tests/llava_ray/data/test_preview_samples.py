@@ -22,6 +22,7 @@ from llava_ray.data.preview import PreviewSettings, Rejection, SampleView, token
 from llava_ray.data.preview_records import read_records
 from llava_ray.data.preview_tokens import collapse_images, join_tokens, split_tokens
 from llava_ray.errors import ConfigError, DataError, ModelError
+from llava_ray.images.tokens import ImageTokens
 from llava_ray.report.pieces import Token
 
 CAT = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
@@ -55,7 +56,7 @@ def test_tokens_are_the_rendered_text_cut_at_the_ids(tokenizer_folder, version):
     draw = random.Random(version)
     tokenizer = load_tokenizer(tokenizer_folder)
     template = find_template(version)
-    encoder = Encoder(tokenizer, template, 1, 2048)
+    encoder = Encoder(tokenizer, template, ImageTokens(1, 1), 2048)
     for _ in range(30):
         turns = [
             Turn(role, start + "".join(draw.choices(WORDS, k=draw.randint(1, 8))))
@@ -83,7 +84,7 @@ def test_text_that_no_token_stands_for_is_shown_all_the_same():
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # its tokens cover no space
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
     turns = [Turn("human", "<image>\nWhat  is it?"), Turn("gpt", "A cat")]
-    tokens = split_tokens(turns, Encoder(tokenizer, find_template("v1"), 1, 2048))
+    tokens = split_tokens(turns, Encoder(tokenizer, find_template("v1"), ImageTokens(1, 1), 2048))
     assert "".join(token.text for token in tokens) == render_prompt(turns, find_template("v1"))
 
 
@@ -92,9 +93,9 @@ def test_each_image_collapses_to_one_id(tokenizer_folder):
     turns = [Turn("human", "<image><image> and <image>?"), Turn("gpt", "Yes")]
     template = find_template("v1")
     whole = tokenize_conversation(turns, template, tokenizer)
-    example = Encoder(tokenizer, template, 5, 2048).example(turns, range(3))
-    assert len(example.input_ids) == len(whole.input_ids) + 3 * 4
-    assert collapse_images(example, 5) == (whole.input_ids, whole.labels)
+    example = Encoder(tokenizer, template, ImageTokens(1, 1), 2048).example(turns, range(3), [5, 1, 3])
+    assert len(example.input_ids) == len(whole.input_ids) + 4 + 2
+    assert collapse_images(example) == (whole.input_ids, whole.labels)
 
 
 def test_a_long_sample_is_cut_and_says_how_much(view_all):

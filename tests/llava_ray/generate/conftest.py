@@ -9,7 +9,9 @@ import pytest
 import torch
 from originals import copy_golden
 
-from llava_ray.images.processing import process_images
+from llava_ray.images.anyres import Size
+from llava_ray.images.geometry import crop_views
+from llava_ray.images.processing import normalise
 from llava_ray.images.reading import open_image
 from llava_ray.model.adapters import merge
 from llava_ray.model.bundle import LlavaParts
@@ -25,10 +27,13 @@ class GoldenModel:
     expected: dict[str, Any]
 
     def pixels(self, image: str | None) -> torch.Tensor | None:
-        if image is None:
-            return None
+        """The views of an image of its folder."""
+        return None if image is None else self.views(image)[0]
+
+    def views(self, image: str) -> tuple[torch.Tensor, Size]:
+        """The same, and the image's size."""
         opened = open_image((self.folder / "images" / image).read_bytes(), image, max_pixels=10**6)
-        return process_images([opened], self.parts.image_processor, self.parts.manifest)
+        return normalise(crop_views(opened, self.parts.image_spec), self.parts.image_spec), opened.size
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from llava_ray.chat.conversation import Turn
 from llava_ray.chat.tokens import tokenize_prompt
 from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import DataError
-from llava_ray.generate.answers import Actors, Question, answer_questions, decode_images, to_table, with_marker
+from llava_ray.generate.answers import Actors, Question, answer_questions, decode_images, to_table, with_markers
 from llava_ray.generate.decoding import answer_text, generate_batch
 from llava_ray.images.geometry import crop_pixels
 from llava_ray.images.processing import normalise
@@ -46,18 +46,20 @@ def questions(tmp_path: Path) -> list[Question]:
 
 
 def test_marker_is_put_where_there_is_none() -> None:
-    assert with_marker("What?", True) == "<image>\nWhat?"
-    assert with_marker("What <image>?", True) == "What <image>?"
-    assert with_marker("What?", False) == "What?"
+    assert with_markers("What?", 1) == "<image>\nWhat?"
+    assert with_markers("Which?", 2) == "<image>\n<image>\nWhich?"
+    assert with_markers("What <image>?", 1) == "What <image>?"
+    assert with_markers("What?", 0) == "What?"
 
 
 def test_images_are_decoded_from_bytes_and_files(bundle: Path, questions: list[Question]) -> None:
     spec = load_bundle(bundle).image_spec
     table = decode_images(to_table(questions), spec)
-    assert table.column_names == ["id", "question", "pixels"]
+    assert table.column_names == ["id", "question", "pixels", "image_sizes"]
     pixels = table["pixels"].to_pylist()
     assert pixels[0] == pixels[9] == crop_pixels(Image.new("RGB", (40, 30), "red"), spec).tobytes()
-    assert pixels[10] is None
+    assert pixels[10] == b""
+    assert table["image_sizes"].to_pylist() == [[[40, 30]]] * 10 + [[]]
 
 
 def test_ids_tell_answers_apart(bundle: Path) -> None:
@@ -87,7 +89,7 @@ def test_answers_are_those_of_decoding_alone(bundle: Path, questions: list[Quest
         if question.image is not None:
             image = Image.open(io.BytesIO(question.image) if isinstance(question.image, bytes) else question.image)
             pixels = normalise(crop_pixels(image, parts.image_spec)[None], parts.image_spec)
-        turns = [Turn("human", with_marker(question.question, pixels is not None))]
+        turns = [Turn("human", with_markers(question.question, int(pixels is not None)))]
         prompt = tokenize_prompt(turns, parts.template, parts.tokenizer)
         alone = generate_batch(parts, [prompt], [pixels], max_new_tokens=6)[0]
         assert answer.answer == answer_text(parts, alone)

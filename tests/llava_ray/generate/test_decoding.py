@@ -10,7 +10,7 @@ import torch
 from llava_ray.chat.templates import find_template
 from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import ConfigError, RecordError
-from llava_ray.generate.decoding import Stops, answer_text, default_stops, expand_prompt, generate_batch
+from llava_ray.generate.decoding import Stops, answer_text, default_stops, expand_prompt, find_sizes, generate_batch
 from llava_ray.model.bundle import LlavaParts, assemble
 
 # Random models rarely write an end token: let a sixth of the vocabulary end an answer.
@@ -63,7 +63,7 @@ def one_by_one(parts: LlavaParts, prompts: Prompts, max_new_tokens: int) -> list
 def by_transformers(parts: LlavaParts, prompts: Prompts, max_new_tokens: int) -> list[list[int]]:
     answers = []
     for ids, pixels in zip(prompts.ids, prompts.pixels, strict=True):
-        expanded = torch.tensor([expand_prompt(parts, ids, pixels)])
+        expanded = torch.tensor([expand_prompt(parts, ids, find_sizes(parts, pixels, None))])
         features = None if pixels is None else parts.tower(pixels)
         written = parts.llava.language_model.generate(
             inputs_embeds=parts.llava.embed(expanded, features),
@@ -99,7 +99,10 @@ def test_images_are_looked_at(llama: LlavaParts, prompts: Prompts) -> None:
 
 
 def test_expanded_prompts_are_taken_as_they_are(llama: LlavaParts, prompts: Prompts) -> None:
-    expanded = [expand_prompt(llama, *pair) for pair in zip(prompts.ids, prompts.pixels, strict=True)]
+    expanded = [
+        expand_prompt(llama, ids, find_sizes(llama, pixels, None))
+        for ids, pixels in zip(prompts.ids, prompts.pixels, strict=True)
+    ]
     assert [ids.count(-200) for ids in expanded] == [0, 16, 32] * 3
     same = generate_batch(llama, expanded, prompts.pixels, max_new_tokens=4, stops=STOPS)
     assert same == generate_batch(llama, prompts.ids, prompts.pixels, max_new_tokens=4, stops=STOPS)

@@ -75,7 +75,7 @@ def test_losses_are_the_originals(kind: str, with_image: bool, parts_of) -> None
     for case in cases:
         pixels = read_pixels(parts, case["image"])
         tokens = tokenize_conversation(read_turns(case["conversations"]), parts.template, parts.tokenizer)
-        counts = [] if pixels is None else [parts.num_image_tokens]
+        counts = [] if pixels is None else [parts.image_tokens.num_features]
         ids, labels = expand_images(tokens.input_ids, tokens.labels, counts)
         positions = torch.arange(len(ids))[None]
         features = None if pixels is None else parts.tower(pixels)

@@ -16,6 +16,7 @@ from llava_ray.model.bundle import load_bundle, save_bundle
 from llava_ray.model.losses import sample_losses
 
 FULL = pytest.mark.parametrize("golden_model", ["v15_mlp_pad"], indirect=True)
+ANYRES = pytest.mark.parametrize("golden_model", ["v16_anyres"], indirect=True)
 LORA = pytest.mark.parametrize("golden_model", ["lora", "lora, merged"], indirect=True)
 
 
@@ -29,7 +30,7 @@ def losses_of_one_row(golden_model, cases) -> torch.Tensor:
     pixels = [golden_model.pixels(case["image"]) for case in cases]
     for case, image in zip(cases, pixels, strict=True):
         tokens = tokenize_conversation(read_turns(case["conversations"]), parts.template, parts.tokenizer)
-        counts = [] if image is None else [parts.num_image_tokens]
+        counts = [] if image is None else [parts.image_tokens.num_features]
         ids, targets = expand_images(tokens.input_ids, tokens.labels, counts)
         input_ids, labels, positions = input_ids + ids, labels + targets, positions + list(range(len(ids)))
     shown = [image for image in pixels if image is not None]
@@ -58,10 +59,40 @@ def test_greedy_words_in_one_batch_are_the_originals(golden_model) -> None:
         tokenize_prompt([Turn("human", case["question"])], parts.template, parts.tokenizer) for case in generations
     ]
     pixels = [golden_model.pixels(case["image"]) for case in generations]
-    lengths = [len(expand_prompt(parts, ids, image)) for ids, image in zip(prompts, pixels, strict=True)]
+    sizes = [[] if case["image"] is None else [golden_model.views(case["image"])[1]] for case in generations]
+    lengths = [len(expand_prompt(parts, ids, size)) for ids, size in zip(prompts, sizes, strict=True)]
     assert lengths == [case["sequence_length"] for case in generations]
     answers = generate_batch(parts, prompts, pixels, max_new_tokens=12, stops=Stops(frozenset()))
     assert answers == [case["new_token_ids"] for case in generations]
+
+
+@ANYRES
+def test_anyres_lengths_and_greedy_words_in_one_batch_are_the_originals(golden_model) -> None:
+    parts, generations = golden_model.parts, golden_model.expected["generations"]
+    prompts = [
+        tokenize_prompt([Turn("human", case["question"])], parts.template, parts.tokenizer) for case in generations
+    ]
+    images = [golden_model.views(case["image"]) for case in generations]
+    lengths = [len(expand_prompt(parts, ids, [size])) for ids, (_, size) in zip(prompts, images, strict=True)]
+    assert lengths == [case["sequence_length"] for case in generations]
+    assert [len(views) for views, _ in images] == [case["pixel_shape"][1] for case in generations]
+    pixels, sizes = [views for views, _ in images], [[size] for _, size in images]
+    answers = generate_batch(parts, prompts, pixels, image_sizes=sizes, max_new_tokens=12, stops=Stops(frozenset()))
+    assert answers == [case["new_token_ids"] for case in generations]
+
+
+@ANYRES
+def test_an_anyres_bundle_answers_the_same(golden_model, tmp_path: Path) -> None:
+    save_bundle(tmp_path / "bundle", golden_model.parts)
+    loaded = load_bundle(tmp_path / "bundle")
+    assert (loaded.image_spec, loaded.image_tokens) == (golden_model.parts.image_spec, golden_model.parts.image_tokens)
+    for case in golden_model.expected["generations"][:2]:
+        prompt = tokenize_prompt([Turn("human", case["question"])], loaded.template, loaded.tokenizer)
+        views, size = golden_model.views(case["image"])
+        answer = generate_batch(
+            loaded, [prompt], [views], image_sizes=[[size]], max_new_tokens=12, stops=Stops(frozenset())
+        )
+        assert answer == [case["new_token_ids"]]
 
 
 @FULL

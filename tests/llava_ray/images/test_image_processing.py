@@ -11,6 +11,7 @@ from PIL import Image
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil, convert_image_to_patches
 
 from llava_ray.errors import ConfigError, ModelError
 from llava_ray.images.geometry import ImageProcessor, ImageSpec
@@ -72,6 +73,23 @@ def test_pad_equals_transformers_on_the_square_canvas(name: str, size: tuple[int
     assert torch.allclose(ours, torch.as_tensor(np.stack(processor(canvas)["pixel_values"])), rtol=0, atol=1e-6)
 
 
+def test_siglip_2_for_any_aspect_ratio_gets_the_square_of_as_many_patches() -> None:
+    processor = Siglip2ImageProcessorPil(patch_size=8, max_num_patches=20)
+    image = picture(60, 60)
+    ours = process_images([image], processor, ModelSettings("square"))
+    assert ours.shape == (1, 3, 32, 32)
+    theirs = processor(image)
+    assert tuple(theirs["spatial_shapes"][0]) == (4, 4)
+    patches = convert_image_to_patches(ours[0].numpy(), 8)
+    assert np.allclose(patches, theirs["pixel_values"][0][:16], atol=1e-6)
+
+
+def test_another_side_than_the_processors() -> None:
+    for name, processor in PROCESSORS.items():
+        spec = ImageSpec.from_processor(processor, "square", side=64)
+        assert (spec.height, spec.width) == (64, 64), name
+
+
 def test_clip_background_is_the_originals() -> None:
     assert ImageSpec.from_processor(CLIPImageProcessorPil(), "pad").background == (122, 116, 104)
 
@@ -92,7 +110,7 @@ def test_no_images_give_an_empty_batch() -> None:
 
 
 def test_unknown_aspect_ratio_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"'anyrez' is unknown; expected one of square, pad"):
+    with pytest.raises(ConfigError, match=r"'anyrez' is unknown; expected one of square, pad, anyres"):
         process_images([picture(4, 4)], PROCESSORS["clip"], ModelSettings("anyrez"))
 
 

@@ -29,7 +29,7 @@ def tensor_names(folder: Path) -> set[str]:
 
 def losses(parts, samples, pack) -> torch.Tensor:
     with torch.no_grad():
-        result: torch.Tensor = parts.llava(*pack(parts, samples(parts.num_image_tokens)).inputs)
+        result: torch.Tensor = parts.llava(*pack(parts, samples(parts.image_tokens.num_features)).inputs)
     return result
 
 
@@ -313,7 +313,7 @@ def test_blueprint_needs_no_weights(folders, tmp_path: Path) -> None:
     for file in (tmp_path / "bundle").rglob("*.safetensors"):
         file.unlink()
     blueprint = read_bundle_blueprint(tmp_path / "bundle")
-    assert blueprint.num_image_tokens == 16 + 5
+    assert blueprint.image_tokens.num_features == 16 + 5
     assert (blueprint.hidden_size, blueprint.mm_hidden_size) == (fakes.WIDTH, fakes.TOWER_WIDTH)
     assert (blueprint.image_spec.height, blueprint.image_spec.aspect_ratio) == (fakes.IMAGE_SIZE, "pad")
 

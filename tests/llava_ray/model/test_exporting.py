@@ -88,8 +88,8 @@ def test_what_the_bundle_computes_is_what_the_original_did(tmp_path: Path, folde
     loaded = load_bundle(tmp_path / "bundle")
     built = folders.assemble(pretrain_mm_mlp_adapter=str(tmp_path / "projector/mm_projector.bin"))
     with torch.no_grad():
-        expected = built.llava(*pack(built, samples(built.num_image_tokens)).inputs)
-        found = loaded.llava(*pack(loaded, samples(loaded.num_image_tokens)).inputs)
+        expected = built.llava(*pack(built, samples(built.image_tokens.num_features)).inputs)
+        found = loaded.llava(*pack(loaded, samples(loaded.image_tokens.num_features)).inputs)
     assert torch.equal(found, expected)
 
 

@@ -48,7 +48,7 @@ def test_transformers_loads_all_of_it_and_gives_our_logits(language_model, tower
     assert not info["unexpected_keys"]
     loaded = load_bundle(bundle)
     pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    ours = torch.tensor([[1, 20, *[IMAGE_TOKEN_INDEX] * loaded.num_image_tokens, 21, 22, 23]])
+    ours = torch.tensor([[1, 20, *[IMAGE_TOKEN_INDEX] * loaded.image_tokens.num_features, 21, 22, 23]])
     theirs = ours.masked_fill(ours == IMAGE_TOKEN_INDEX, model.config.image_token_index)
     with torch.no_grad():
         embeddings = loaded.llava.embed(ours, loaded.tower(pixels))

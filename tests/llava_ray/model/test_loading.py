@@ -87,7 +87,7 @@ def base(parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def losses(samples, pack) -> Callable[[LlavaParts], torch.Tensor]:
     def of(parts: LlavaParts) -> torch.Tensor:
         with torch.no_grad():
-            result: torch.Tensor = parts.llava(*pack(parts, samples(parts.num_image_tokens)).inputs)
+            result: torch.Tensor = parts.llava(*pack(parts, samples(parts.image_tokens.num_features)).inputs)
         return result
 
     return of
@@ -124,7 +124,7 @@ def test_fine_tuning_may_start_from_every_layout(name: str, parts, folders, base
         {"model_name_or_path": str(write(tmp_path / "model", parts)), **needed(kind, folders, base)}
     )
     blueprint = read_blueprint(config, "pad")
-    assert (blueprint.num_image_tokens, blueprint.hidden_size, blueprint.mm_hidden_size) == (16, 32, 48)
+    assert (blueprint.image_tokens.num_features, blueprint.hidden_size, blueprint.mm_hidden_size) == (16, 32, 48)
     assert torch.equal(losses(assemble(config, "pad")), losses(parts))
     pixels = torch.randn(1, 3, fakes.IMAGE_SIZE, fakes.IMAGE_SIZE)
     assert torch.equal(load_tower(config)(pixels), parts.tower(pixels))
@@ -139,7 +139,7 @@ def test_a_blueprint_reads_no_weights(name: str, parts, folders, base, tmp_path:
             file.unlink()
     blueprint = read_pretrained_blueprint(folder, **needed(kind, folders, base))
     assert blueprint.layout.missing or kind is Kind.ORIGINAL_PROJECTOR
-    assert blueprint.num_image_tokens == 16
+    assert blueprint.image_tokens.num_features == 16
 
 
 def test_tower_inside_a_checkpoint_is_the_one_that_is_used(parts, folders, tmp_path: Path) -> None:

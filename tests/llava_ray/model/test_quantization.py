@@ -51,7 +51,7 @@ def quantised(folders, lora: LoraConfig = QLORA, **settings: object) -> LlavaPar
 
 def losses(parts: LlavaParts, samples, pack) -> torch.Tensor:
     with torch.no_grad():
-        result: torch.Tensor = parts.llava(*pack(parts, samples(parts.num_image_tokens)).inputs)
+        result: torch.Tensor = parts.llava(*pack(parts, samples(parts.image_tokens.num_features)).inputs)
     return result
 
 
@@ -88,7 +88,7 @@ def test_computing_changes_nothing_of_what_was_quantised(folders, samples, pack)
     for layer in parts.llava.language_model.modules():
         if isinstance(layer, nn.Dropout):
             layer.p = 0.0
-    row = pack(parts, samples(parts.num_image_tokens))
+    row = pack(parts, samples(parts.image_tokens.num_features))
     trained: torch.Tensor = parts.llava(*row.inputs).detach()
     parts.llava.eval()
     for _ in range(2):
@@ -153,7 +153,7 @@ def test_an_adapter_learns_over_a_quantised_base(bits: Literal[4, 8], folders, s
     parts = quantised(folders, QLORA.replaced({"bits": bits, "lora_dropout": 0.0}))
     parts.llava.train()
     parts.llava.language_model.gradient_checkpointing_enable({"use_reentrant": False})
-    row = pack(parts, samples(parts.num_image_tokens))
+    row = pack(parts, samples(parts.image_tokens.num_features))
     learning = [parameter for parameter in parts.llava.parameters() if parameter.requires_grad]
     assert len(learning) == len(adapter_parameters(parts.llava.language_model)) + 4
     optimizer = torch.optim.AdamW(learning, lr=1e-2)

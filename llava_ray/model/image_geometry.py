@@ -1,0 +1,72 @@
+"""What a model makes of an image before its tower sees it, and how many tokens: from settings and configs alone."""
+
+from transformers import PreTrainedConfig
+
+from llava_ray.config.sections import ModelConfig
+from llava_ray.errors import ModelError
+from llava_ray.images.geometry import ImageProcessor, ImageSpec
+from llava_ray.images.tokens import ImageTokens
+from llava_ray.model.tower import find_family
+
+
+def read_image_geometry(
+    config: ModelConfig,
+    image_aspect_ratio: str,
+    tower_config: PreTrainedConfig,
+    image_processor: ImageProcessor,
+) -> tuple[ImageSpec, ImageTokens]:
+    """Return how images become pixels, and how many positions they take.
+
+    Raises ModelError or ConfigError where the settings, the image processor and the tower do not fit together.
+    """
+    scales = find_s2_scales(config, image_processor)
+    spec = ImageSpec.from_processor(
+        image_processor,
+        image_aspect_ratio,
+        grid_pinpoints=config.image_grid_pinpoints,
+        side=max(scales, default=None),
+    )
+    height, width = (min(scales), min(scales)) if scales else (spec.height, spec.width)
+    check_image_size(tower_config, height, width)
+    family, patch_size = find_family(tower_config), int(tower_config.patch_size)
+    tokens = ImageTokens(
+        rows=height // patch_size,
+        columns=width // patch_size,
+        num_prefix=family.num_prefix_tokens(tower_config) if config.mm_vision_select_feature == "cls_patch" else 0,
+        merge_type=config.mm_patch_merge_type,
+        grid_pinpoints=spec.grid_pinpoints,
+        side=spec.height,
+    )
+    return spec, tokens
+
+
+def find_s2_scales(config: ModelConfig, image_processor: ImageProcessor) -> tuple[int, ...]:
+    """Return the scales that the config asks for, by default once to three times the tower's size; () without S2.
+
+    Raises ModelError if the tower takes no squares.
+    """
+    if not config.s2:
+        return ()
+    if config.s2_scales is not None:
+        return tuple(sorted(config.s2_scales))
+    own = ImageSpec.from_processor(image_processor, "square")
+    if own.height != own.width:
+        raise ModelError(
+            f"the image processor makes {own.width} x {own.height} pixels, but s2 needs squares; set model.s2_scales"
+        )
+    return own.height, 2 * own.height, 3 * own.height
+
+
+def check_image_size(config: PreTrainedConfig, height: int, width: int) -> None:
+    """Raise ModelError if the images that reach the tower have another size than it takes."""
+    family, name = find_family(config), config.name_or_path or "the vision tower"
+    if family.fixed_size and (height, width) != (config.image_size, config.image_size):
+        raise ModelError(
+            f"the image processor of {name} makes {height} x {width} pixels, but the tower takes {config.image_size} x "
+            f"{config.image_size}; mend crop_size or size in preprocessor_config.json, or model.s2_scales."
+        )
+    if family.patchified and (height % config.patch_size or width % config.patch_size):
+        raise ModelError(
+            f"the image processor of {name} makes {height} x {width} pixels, but the tower takes whole patches of "
+            f"{config.patch_size} pixels; mend size in preprocessor_config.json, or model.s2_scales."
+        )
