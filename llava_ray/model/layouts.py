@@ -9,6 +9,7 @@ from llava_ray.errors import ModelError
 from llava_ray.model.layout import (
     ADAPTER_CONFIG,
     CONFIG,
+    EMBED_TOKENS,
     IMAGE_NEWLINE,
     ORIGINAL_PROJECTOR,
     PROJECTOR_FILE,
@@ -63,13 +64,20 @@ def read_layout(folder: Path) -> Layout:
     return _read_plain(folder, config, Kind.VISION_TOWER if model_type in TOWER_TYPES else Kind.LANGUAGE_MODEL)
 
 
+def _bundle_name(own: str) -> str:
+    """Return the canonical name of a tensor in a bundle's projector file."""
+    if own == EMBED_TOKENS:
+        return f"language_model.model.{EMBED_TOKENS}"
+    return own if own == IMAGE_NEWLINE else f"projector.{own}"
+
+
 def _read_bundle(folder: Path) -> Layout:
     manifest = read_manifest(folder)
     missing: list[str] = []
     weights = Weights({}, frozenset())
     if (folder / PROJECTOR_FILE).is_file():
         beside = Weights.of(read_tensor_file(folder / PROJECTOR_FILE))
-        weights = beside.renamed(lambda own: own if own == IMAGE_NEWLINE else f"projector.{own}")
+        weights = beside.renamed(_bundle_name)
     elif manifest.mm_projector_type != "identity":
         missing.append(f"{PROJECTOR_FILE} is not there; copy the bundle again.")
     configs: dict[str, Mapping[str, Any]] = {}

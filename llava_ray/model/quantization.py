@@ -42,7 +42,12 @@ def bitsandbytes_config(quantization: Quantization, dtype: torch.dtype) -> BitsA
 
 
 def chosen(bits: Bits | None, trained: Quantization | None) -> Quantization | None:
-    """Return how to keep a language model for use: as it was ``trained`` unless ``bits`` says otherwise."""
+    """Return how to keep a language model for use: as it was ``trained`` unless ``bits`` says otherwise.
+
+    Raises ModelError for another number of bits.
+    """
+    if bits not in (None, 4, 8, 16):
+        raise ModelError(f"bits is {bits}; expected 16, 8 or 4.")
     if bits is None or (trained is not None and trained.bits == bits):
         return trained
     return None if bits == 16 else Quantization(bits=bits)

@@ -468,7 +468,7 @@ def test_adapter_of_another_language_model(parts, load, folders, tmp_path: Path)
     folder = originals.write_lora(tmp_path / "lora", parts)
     file = folder / "adapter_model.safetensors"
     save_file({name: torch.zeros(2 * t.shape[0], t.shape[1]) for name, t in load_file(file).items()}, file)
-    with pytest.raises(ModelError, match=rf"adapter in {folder} is one of another language model"):
+    with pytest.raises(ModelError, match=rf"tensors in {folder} do not fit the language model"):
         load(folder, folders.language_model())
 
 

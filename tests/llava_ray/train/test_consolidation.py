@@ -52,7 +52,7 @@ def train_and_save(rank: int, folder: Path, port: int) -> None:
         losses = [step_loss(engine, rank, step, parts.mm_hidden_size) for step in range(3)]
         checkpointer = Checkpointer(engine, parts, settings)
         checkpointer.write(folder / name / f"rank{rank}" / STEP, 3)
-        tensors = gather_tensors(engine, find_contents(config))
+        tensors = gather_tensors(engine, parts, find_contents(config))
         if rank == 0:
             save_bundle(folder / name / "memory", parts, tensors, include=find_contents(config))
             (folder / name / "losses.json").write_text(json.dumps(losses))
