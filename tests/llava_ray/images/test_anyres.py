@@ -1,4 +1,4 @@
-"""anyres: canvases, views and token counts are the original's, by its golden numbers and by a slow reading of its code."""
+"""anyres: canvases, views and counts are the original's, by its golden numbers and by a slow reading of its code."""
 
 import itertools
 import json
@@ -230,7 +230,7 @@ def test_canvases_of_broken_views_are_refused(pinpoints: list[tuple[int, int]]) 
 
 @pytest.mark.parametrize("written", ["[(336, 672", "[1, 2]", [(1, 2, 3)], "[('a', 'b')]"])
 def test_canvases_that_cannot_be_read(written: object) -> None:
-    with pytest.raises(ConfigError, match="image_grid_pinpoints = .* cannot be read"):
+    with pytest.raises(ConfigError, match=r"image_grid_pinpoints = .* cannot be read"):
         read_grid_pinpoints(written)
 
 

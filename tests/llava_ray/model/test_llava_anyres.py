@@ -52,9 +52,9 @@ def row_of(parts: LlavaParts, samples: list[AnyresSample]) -> dict[str, object]:
     """What ``sample_losses`` takes of samples packed into a row."""
     views = [stack for sample in samples for stack in sample.views]
     return {
-        "input_ids": torch.tensor([sum((sample.input_ids for sample in samples), [])]),
+        "input_ids": torch.tensor([[token for sample in samples for token in sample.input_ids]]),
         "position_ids": torch.tensor([[i for sample in samples for i in range(len(sample.input_ids))]]),
-        "labels": torch.tensor([sum((sample.labels for sample in samples), [])]),
+        "labels": torch.tensor([[label for sample in samples for label in sample.labels]]),
         "features": parts.tower(torch.cat(views)) if views else None,
         "image_sizes": [size for sample in samples for size in sample.sizes],
     }
@@ -126,7 +126,7 @@ def test_features_of_other_sizes_are_refused(folders) -> None:
     row = row_of(parts, make_samples(parts)[:1])
     with pytest.raises(ModelError, match=r"80 image features, but images of \[\(96, 20\)\] pixels have 64 with anyres"):
         parts.llava(**row | {"image_sizes": [(96, 20)]})
-    with pytest.raises(ModelError, match="80 image features, but images of .* pixels have 0"):
+    with pytest.raises(ModelError, match=r"80 image features, but images of .* pixels have 0"):
         parts.llava(**row | {"image_sizes": []})
 
 
