@@ -52,14 +52,17 @@ def extend_embeddings(model: PreTrainedModel, new_ids: Sequence[int], rows: Floa
     """
     if not new_ids:
         return
-    if max(new_ids) >= model.config.get_text_config().vocab_size:
+    num_rows: int = model.config.get_text_config().vocab_size
+    # Some tokenizers hold tokens beyond the table already: such rows are as new as ours.
+    without_meaning = [*range(num_rows, max(new_ids) + 1), *(token for token in new_ids if token < num_rows)]
+    if max(new_ids) >= num_rows:
         model.resize_token_embeddings(max(new_ids) + 1, mean_resizing=False)
     inputs = model.get_input_embeddings().get_parameter("weight")
     head = model.get_output_embeddings()
     outputs = inputs if head is None else head.get_parameter("weight")
     for table in [inputs] if outputs is inputs else [inputs, outputs]:
         with whole(table), torch.no_grad():
-            table[list(new_ids)] = table[: min(new_ids)].float().mean(0).to(table.dtype)
+            table[without_meaning] = table[: min(without_meaning)].float().mean(0).to(table.dtype)
             if rows is not None and table is inputs:
                 table[list(new_ids)] = fitting_rows(rows, len(new_ids), table.shape[1]).to(table)
 

@@ -53,7 +53,10 @@ def test_unknown_and_replaced_flags_say_what_to_use(recipe, flags, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[model]\nmodel_name = 'x'", "unknown key 'model.model_name'; did you mean 'model.model_name_or_path'"),
+        (
+            "[model]\nmodel_name_or_pth = 'x'",
+            "unknown key 'model.model_name_or_pth'; did you mean 'model.model_name_or_path'",
+        ),
         ("[model]\nmm_projector_type = 'resampler'", "'model.mm_projector_type' = 'resampler': unknown projector"),
         ("[train]\nzero_stage = 4", "'train.zero_stage' = 4"),
         ("[train]\ntokens_per_micro_batch = 5", "a sample must fit into one row"),

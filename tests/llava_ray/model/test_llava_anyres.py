@@ -52,7 +52,7 @@ def row_of(parts: LlavaParts, samples: list[AnyresSample]) -> dict[str, object]:
     """What ``sample_losses`` takes of samples packed into a row."""
     views = [stack for sample in samples for stack in sample.views]
     return {
-        "input_ids": torch.tensor([[i for sample in samples for i in sample.input_ids]]),
+        "input_ids": torch.tensor([[token for sample in samples for token in sample.input_ids]]),
         "position_ids": torch.tensor([[i for sample in samples for i in range(len(sample.input_ids))]]),
         "labels": torch.tensor([[label for sample in samples for label in sample.labels]]),
         "features": parts.tower(torch.cat(views)) if views else None,
