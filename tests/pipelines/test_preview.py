@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from fakes import make_language_model, make_tokenizer, make_vision_tower
+from originals import copy_golden
 from PIL import Image
 from samples import write_samples
 
@@ -137,6 +138,19 @@ def test_a_plain_language_model_takes_a_tower(folder, asked, capsys):
     text_only = json.loads((folder / "data.json").read_text())[0]
     expected, _ = loss_alone(load_bundle(folder / "bundle"), text_only, folder / "images", "v1", "square")
     assert lines[0]["loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_losses_of_a_published_model_are_the_originals(tmp_path, capsys):
+    """Of a folder in the original's layout, through the command."""
+    golden = copy_golden("v15_mlp_pad", tmp_path / "v15")
+    cases = json.loads((golden / "expected.json").read_text())["cases"]
+    data = [{"id": str(i), "conversations": case["conversations"]} for i, case in enumerate(cases)]
+    data = [row | ({"image": case["image"]} if case["image"] else {}) for row, case in zip(data, cases, strict=True)]
+    (tmp_path / "data.json").write_text(json.dumps(data))
+    given = ["--model", golden, "--vision_tower", golden / "tower", "--image_folder", golden / "images"]
+    lines = lines_of(capsys, *given, "--data", tmp_path / "data.json")
+    assert [line["supervised"] for line in lines] == [case["supervised"] for case in cases]
+    assert [line["loss"] for line in lines] == pytest.approx([case["loss"] for case in cases], abs=1e-4)
 
 
 def test_samples_are_cut_as_in_training(folder, asked, capsys):

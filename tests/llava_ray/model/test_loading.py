@@ -114,7 +114,7 @@ def test_every_layout_is_the_same_model(name: str, parts, folders, base, losses,
     assert loaded.tokenizer.get_vocab() == parts.tokenizer.get_vocab()
     expected_ratio = "square" if kind is Kind.HUB else "pad"
     assert (loaded.template.name, loaded.image_spec.aspect_ratio) == ("v1", expected_ratio)
-    assert describe_model(loaded).startswith(f"{loaded.layout.folder}: {kind}, template 'v1'")
+    assert describe_model(loaded).startswith(f"{folder}: {kind}, template 'v1'")
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

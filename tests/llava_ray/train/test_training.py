@@ -6,6 +6,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
+from originals import write_original
 from samples import small_run
 
 from llava_ray.data.plan import Plan, deal
@@ -103,6 +105,19 @@ def test_alignment_moves_the_projector_only_and_tuning_starts_from_it(ray_cluste
     assert "language_model" not in files
     tuned = run(folder, "tune", model__pretrain_mm_mlp_adapter=aligned.folder.bundle, train__max_steps=4)
     assert (Path(tuned.folder.bundle) / "language_model").is_dir()
+
+
+def test_a_run_starts_from_a_published_model(reference, folder):
+    """Under ZeRO 3 weights go from shards of .bin into the partitions; a run that learns nothing gives them back."""
+    parts = load_bundle(reference.folder.bundle)
+    published = write_original(folder / "published", parts, ending="bin", num_shards=2, with_tower=True)
+    changes = {"model__model_name_or_path": str(published), "train__zero_stage": 3, "train__learning_rate": 1e-12}
+    tuned = run(folder, "published", train__max_steps=1, train__weight_decay=0.0, **changes)
+    found = load_bundle(tuned.folder.bundle)
+    assert found.layout.manifest.language_model.base == str(published)
+    for name, tensor in parts.llava.state_dict().items():
+        torch.testing.assert_close(found.llava.state_dict()[name], tensor, rtol=0, atol=1e-6)
+    assert all(torch.equal(*pair) for pair in zip(found.tower.parameters(), parts.tower.parameters(), strict=True))
 
 
 def test_a_finished_run_is_not_done_again(reference, folder):
