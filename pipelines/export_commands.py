@@ -126,11 +126,17 @@ def adapter(model: Model, output: Output, *, model_base: str | None = None) -> N
     tell(export_adapter(model, output, model_base))
 
 
-def merge(model: Model, output: Output, *, model_base: str | None = None, vision_tower: str | None = None) -> None:
-    """Merge an adapter into its language model, compare logits before and after, and write a bundle."""
+def merge(model: Model, output: Output, given: Parts = NOTHING) -> None:
+    """Merge an adapter into its language model, compare logits before and after, and write a bundle.
+
+    Args:
+        model: A bundle with an adapter, or a LoRA folder of the original's.
+        output: A folder that is not there yet.
+        given: What the folder does not say of itself.
+    """
     from llava_ray.model.adapter_export import export_merged
 
-    tell(export_merged(model, output, model_base, vision_tower))
+    tell(export_merged(model, output, **vars(given)))
 
 
 def consolidate(checkpoint: Checkpoint, output: Output) -> None:

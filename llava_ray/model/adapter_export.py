@@ -7,8 +7,8 @@ import torch
 
 from llava_ray.errors import ModelError
 from llava_ray.model import original_settings
-from llava_ray.model.exporting import Exported, new_folder, write_json
-from llava_ray.model.manifest import read_manifest
+from llava_ray.model.exporting import Exported, new_folder, refuse_existing, write_json
+from llava_ray.model.manifest import is_bundle, read_manifest
 from llava_ray.model.model_files import read_json, read_projector
 from llava_ray.model.part_configs import complete
 from llava_ray.model.published_names import IMAGE_NEWLINE, PEFT_PREFIX, PROJECTOR, to_original
@@ -53,21 +53,39 @@ def export_adapter(model: str | Path, output: str | Path, model_base: str | None
 
 
 def export_merged(
-    model: str | Path, output: str | Path, model_base: str | None = None, vision_tower: str | None = None
+    model: str | Path,
+    output: str | Path,
+    *,
+    model_base: str | None = None,
+    vision_tower: str | None = None,
+    version: str | None = None,
 ) -> Exported:
-    """Merge an adapter into its language model and write the whole as a bundle.
+    """Merge an adapter into its language model, in the base's own dtype, and write the whole as a bundle.
 
-    The logits of a fixed text are compared before and after. Raises ModelError if they differ, or there is no adapter.
+    ``model`` is a bundle with an adapter or a LoRA folder of the original's. The logits of a fixed text are compared
+    before and after. Raises ModelError if they differ, or if there is no adapter.
     """
     from llava_ray.model.adapters import merge  # type: ignore[import-untyped, unused-ignore]
-    from llava_ray.model.bundle import load_bundle, save_bundle
+    from llava_ray.model.bundle import save_bundle
+    from llava_ray.model.loading import load_pretrained_model  # type: ignore[import-untyped, unused-ignore]
 
-    manifest = read_manifest(Path(model))
-    base = find_source(model_base or manifest.language_model.base, "language model").folder
-    config = read_json(base / "config.json")
-    dtype = getattr(torch, config.get("dtype", config.get("torch_dtype")) or "float32")
-    if Path(output).exists():
-        raise ModelError(f"{output} is there already; an export overwrites nothing. Choose another folder.")
-    parts = load_bundle(model, dtype=dtype, language_model=model_base, vision_tower=vision_tower)
-    save_bundle(output, merge(parts), training=manifest.training)
+    refuse_existing(output)
+    parts = load_pretrained_model(
+        model, model_base, vision_tower=vision_tower, version=version, dtype=base_dtype(Path(model), model_base)
+    )
+    save_bundle(output, merge(parts), training=parts.manifest.training)
     return Exported(Path(output), ("the logits of a fixed text are those of base and adapter",))
+
+
+def base_dtype(model: Path, model_base: str | None) -> torch.dtype:
+    """Return the dtype that the config of an adapter's base names; fp32 where it names none. Raises ModelError."""
+    named = model_base
+    if named is None and is_bundle(model):
+        named = read_manifest(model).language_model.base
+    if named is None:
+        named = read_json(model / ADAPTER_FILES[0]).get("base_model_name_or_path")
+    if not named:
+        raise ModelError(f"{model} does not name the base of its adapter; say where it is with --model_base.")
+    config = read_json(find_source(named, "language model", weights=False).folder / "config.json")
+    dtype: torch.dtype = getattr(torch, config.get("dtype", config.get("torch_dtype")) or "float32")
+    return dtype

@@ -147,12 +147,17 @@ def load_own_tokenizer(model: ModelFiles) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def new_folder(output: str | Path) -> Iterator[Path]:
-    """Give a folder that becomes ``output`` once all is written. Raises BundleError if something is there already."""
+    """Give a folder that becomes ``output`` once all is written. Raises ModelError if something is there already."""
+    refuse_existing(output)
+    with replacing(Path(output).absolute()) as new:
+        yield new
+
+
+def refuse_existing(output: str | Path) -> None:
+    """Raise ModelError if something is there already."""
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ModelError(f"{folder} is there already; an export overwrites nothing. Choose another folder.")
-    with replacing(folder.absolute()) as new:
-        yield new
 
 
 def with_dtype(config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> dict[str, Any]:

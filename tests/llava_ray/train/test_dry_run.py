@@ -139,3 +139,14 @@ def test_the_memory_alone_says_nothing() -> None:
 
     with pytest.raises(ConfigError, match="--gpu_memory_gib says into what --dry-run has to fit"):
         main([str(BIG[0]), "--gpu_memory_gib", "80"])
+
+
+@pytest.mark.skipif("lora" not in FinetuneConfig.model_fields, reason="no adapters in this version")
+def test_adapters_are_counted_and_offered() -> None:
+    with_adapter = recipe("finetune/llava_v1_5_7b", "--lora.lora_enable", "True", "--lora.lora_r", "128")
+    text = "\n".join(describe_run(with_adapter, 24))
+    assert re.search(r"adapter +319,815,680 +319,815,680  LoRA, r 128", text)  # as the original's LoRA of that rank
+    assert re.search(r"language_model +6,738,415,616 +0", text)
+    said = [said for said, _ in find_ways(recipe("finetune/llava_v1_5_7b", "--cluster.num_workers", "1"), 24 * GIB)]
+    assert "--lora.lora_enable True" in said
+    assert "--lora.lora_enable True --lora.bits 4 --train.zero_stage 2" in said
