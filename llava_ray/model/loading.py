@@ -119,7 +119,9 @@ def describe_model(blueprint: Blueprint) -> str:
         origin = "its own"
     else:
         origin = "that of published models like it"
-    return f"{blueprint.config.model_name_or_path}: {layout.kind}, template {version!r} ({origin})" + "".join(f", {part}" for part in parts)
+    return f"{blueprint.config.model_name_or_path}: {layout.kind}, template {version!r} ({origin})" + "".join(
+        f", {part}" for part in parts
+    )
 
 
 def aspect_ratio(layout: Layout) -> str:

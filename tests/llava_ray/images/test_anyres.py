@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""anyres: canvases, views and token counts are the original's, by golden numbers and a slow reading of its code."""
-=======
 """anyres: canvases, views and counts are the original's, by its golden numbers and by a slow reading of its code."""
->>>>>>> h2
 
 import itertools
 import json
