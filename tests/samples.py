@@ -40,6 +40,34 @@ def write_samples(folder: Path, count: int, *, seed: int = 0) -> Path:
     return path
 
 
+# (width, height): landscape, portrait, a strip, square, smaller than a tower's view.
+SHAPES = [(64, 48), (40, 70), (96, 20), (64, 64), (24, 16)]
+
+
+def write_mixed_samples(folder: Path, count: int, *, seed: int = 0) -> Path:
+    """Write conversations about no, one, two or three images of different shapes, between the words and turns."""
+    draw = random.Random(seed)
+    pixels = np.random.default_rng(seed)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    records: list[dict[str, Any]] = []
+    for index in range(count):
+        names = [f"{index:04d}-{number}.jpg" for number in range(index % 4)]
+        for name in names:
+            write_image(folder / "images" / name, pixels, draw.choice(SHAPES))
+        questions = ["what is it?", f"is it {draw.choice(['red', 'blue'])}?"]
+        for number in range(len(names)):
+            questions[number % 2] = f"{'<image>' if draw.random() < 0.5 else 'and <image>'} {questions[number % 2]}"
+        turns = [
+            turn
+            for question in questions
+            for turn in ({"from": "human", "value": question}, {"from": "gpt", "value": draw.choice(["yes", "no"])})
+        ]
+        records.append({"id": f"m{index:04d}", "conversations": turns} | ({"images": names} if names else {}))
+    path = folder / "data.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
 def write_image(path: Path, draw: np.random.Generator, size: tuple[int, int] = (48, 40)) -> None:
     """Write a smooth random JPEG."""
     coarse = Image.fromarray(draw.integers(0, 255, (4, 5, 3), dtype=np.uint8))
@@ -52,6 +80,7 @@ def small_run(folder: Path, *, num_samples: int = 64, **changes: Any) -> Finetun
     """Return the config of an fp32 run of a tiny random model on ``num_samples`` samples, all written to ``folder``."""
     if not (folder / "data.json").exists():
         write_samples(folder, num_samples)
+    if not (folder / "language_model").exists():
         make_language_model(folder / "language_model")
         make_vision_tower(folder / "vision_tower")
     config = FinetuneConfig.parsed(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import fakes
 import pytest
+import torch
 from PIL import Image
 
 from llava_ray.chat.conversation import Turn
@@ -13,7 +14,7 @@ from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import DataError
 from llava_ray.generate.answers import Actors, Question, answer_questions, decode_images, to_table, with_markers
 from llava_ray.generate.decoding import answer_text, generate_batch
-from llava_ray.images.geometry import crop_pixels
+from llava_ray.images.geometry import crop_views
 from llava_ray.images.processing import normalise
 from llava_ray.model.bundle import assemble, load_bundle, save_bundle
 
@@ -32,17 +33,23 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = ModelConfig(
         model_name_or_path=str(fakes.make_language_model(root / "language_model")),
         vision_tower=str(fakes.make_vision_tower(root / "tower")),
+        mm_patch_merge_type="spatial_unpad",
     )
-    save_bundle(root / "bundle", assemble(config, "pad"))
+    save_bundle(root / "bundle", assemble(config, "anyres"))
     return root / "bundle"
 
 
 @pytest.fixture
 def questions(tmp_path: Path) -> list[Question]:
-    """Images as bytes and as a file, and questions without one."""
+    """Images as bytes and as a file, several of them, and a question without one."""
     (tmp_path / "red.png").write_bytes(encoded("red"))
     with_images = [Question(f"q{i}", f"What is {i}?", encoded(COLOURS[i % 5])) for i in range(9)]
-    return [*with_images, Question("file", "What is 0?", str(tmp_path / "red.png")), Question("text", "No image?")]
+    return [
+        *with_images,
+        Question("file", "What is 0?", str(tmp_path / "red.png")),
+        Question("text", "No image?"),
+        Question("two", "Is <image> like <image>?", [encoded("green"), str(tmp_path / "red.png")]),
+    ]
 
 
 def test_marker_is_put_where_there_is_none() -> None:
@@ -57,9 +64,10 @@ def test_images_are_decoded_from_bytes_and_files(bundle: Path, questions: list[Q
     table = decode_images(to_table(questions), spec)
     assert table.column_names == ["id", "question", "pixels", "image_sizes"]
     pixels = table["pixels"].to_pylist()
-    assert pixels[0] == pixels[9] == crop_pixels(Image.new("RGB", (40, 30), "red"), spec).tobytes()
+    assert pixels[0] == pixels[9] == crop_views(Image.new("RGB", (40, 30), "red"), spec).tobytes()
     assert pixels[10] == b""
-    assert table["image_sizes"].to_pylist() == [[[40, 30]]] * 10 + [[]]
+    assert pixels[11] == crop_views(Image.new("RGB", (40, 30), "green"), spec).tobytes() + pixels[9]
+    assert table["image_sizes"].to_pylist() == [[[40, 30]]] * 10 + [[], [[40, 30]] * 2]
 
 
 def test_ids_tell_answers_apart(bundle: Path) -> None:
@@ -81,17 +89,16 @@ def test_answers_are_those_of_decoding_alone(bundle: Path, questions: list[Quest
     )
     assert [answer.id for answer in answers] == [question.id for question in questions]
     assert sorted(heard) == heard
-    assert heard[-1] == (11, 11)
+    assert heard[-1] == (12, 12)
 
     parts = load_bundle(bundle)
     for question, answer in zip(questions, answers, strict=True):
-        pixels = None
-        if question.image is not None:
-            image = Image.open(io.BytesIO(question.image) if isinstance(question.image, bytes) else question.image)
-            pixels = normalise(crop_pixels(image, parts.image_spec)[None], parts.image_spec)
-        turns = [Turn("human", with_markers(question.question, int(pixels is not None)))]
+        images = [Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) for image in question.images]
+        views = [normalise(crop_views(image, parts.image_spec), parts.image_spec) for image in images]
+        turns = [Turn("human", with_markers(question.question, len(images)))]
         prompt = tokenize_prompt(turns, parts.template, parts.tokenizer)
-        alone = generate_batch(parts, [prompt], [pixels], max_new_tokens=6)[0]
+        pixels, sizes = torch.cat(views) if views else None, [image.size for image in images]
+        alone = generate_batch(parts, [prompt], [pixels], image_sizes=[sizes], max_new_tokens=6)[0]
         assert answer.answer == answer_text(parts, alone)
     assert len({answer.answer for answer in answers}) > 1
     assert answers[0].answer == answers[9].answer

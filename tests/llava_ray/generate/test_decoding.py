@@ -9,7 +9,7 @@ import torch
 
 from llava_ray.chat.templates import find_template
 from llava_ray.config.sections import ModelConfig
-from llava_ray.errors import ConfigError, RecordError
+from llava_ray.errors import ConfigError, ModelError, RecordError
 from llava_ray.generate.decoding import Stops, answer_text, default_stops, expand_prompt, find_sizes, generate_batch
 from llava_ray.model.bundle import LlavaParts, assemble
 
@@ -152,3 +152,48 @@ def test_stop_text_of_several_tokens(llama: LlavaParts) -> None:
     assert answer_text(parts, parts.tokenizer.encode(" a red circle ### Human", add_special_tokens=False)) == (
         "a red circle"
     )
+
+
+SIZES = [(64, 48), (96, 20), (24, 16), (64, 64), (40, 70)]
+
+
+@pytest.fixture(scope="module")
+def anyres(tmp_path_factory: pytest.TempPathFactory) -> LlavaParts:
+    root = tmp_path_factory.mktemp("anyres")
+    config = ModelConfig(
+        model_name_or_path=str(fakes.make_language_model(root / "llama")),
+        vision_tower=str(fakes.make_vision_tower(root / "tower")),
+        mm_patch_merge_type="spatial_unpad",
+    )
+    parts = assemble(config, "anyres", seed=3)
+    parts.llava.eval()
+    return parts
+
+
+def test_images_of_several_views_in_a_batch_equal_one_by_one(anyres: LlavaParts) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ids, pixels, sizes = [], [], []
+    for index in range(9):
+        shown = [SIZES[(index + number) % len(SIZES)] for number in range(index % 3)]
+        num_views = sum(anyres.image_tokens.num_views(*size) for size in shown)
+        views = torch.randn(num_views, 3, fakes.IMAGE_SIZE, fakes.IMAGE_SIZE, generator=generator)
+        ids.append([1, *[token for _ in shown for token in (-200, 10 + index)], 20 + index])
+        pixels.append(views if shown else None)
+        sizes.append(shown)
+    batched = generate_batch(anyres, ids, pixels, image_sizes=sizes, max_new_tokens=8, stops=STOPS)
+    alone = [
+        generate_batch(anyres, [prompt], [views], image_sizes=[shown], max_new_tokens=8, stops=STOPS)[0]
+        for prompt, views, shown in zip(ids, pixels, sizes, strict=True)
+    ]
+    assert batched == alone
+    assert len({len(answer) for answer in batched}) > 1
+
+
+def test_views_without_the_sizes_of_their_images_are_refused(anyres: LlavaParts) -> None:
+    views = torch.zeros(5, 3, fakes.IMAGE_SIZE, fakes.IMAGE_SIZE)
+    with pytest.raises(ModelError, match="5 views were given without image_sizes"):
+        generate_batch(anyres, [[1, -200]], [views], max_new_tokens=1)
+    with pytest.raises(ModelError, match=r"5 views were given, but images of \[\(96, 20\)\] pixels are cut into 4"):
+        generate_batch(anyres, [[1, -200]], [views], image_sizes=[[(96, 20)]], max_new_tokens=1)
+    with pytest.raises(RecordError, match="2 <image> markers but 1 images"):
+        generate_batch(anyres, [[1, -200, -200]], [views], image_sizes=[[(64, 64)]], max_new_tokens=1)
