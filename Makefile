@@ -22,6 +22,7 @@ verify: $(READY)  ## The long proofs; writes tests/benchmarks/results/*.json
 	$(BIN)/python tests/benchmarks/bench_prepare.py --output tests/benchmarks/results/prepare.json
 	$(BIN)/python tests/benchmarks/bench_stream.py --output tests/benchmarks/results/stream.json
 	$(BIN)/python tests/benchmarks/bench_memory.py --output tests/benchmarks/results/memory.json
+	$(BIN)/python tests/benchmarks/bench_loading.py --output tests/benchmarks/results/loading.json
 
 lint: $(READY)  ## Style, types and layers
 	$(BIN)/ruff format --check .

@@ -1,1 +1,1 @@
-"""Answers: batched decoding of one model (``decoding``), and whole data sets answered with Ray Data (``answers``)."""
+"""Answers: batched decoding of one model (``decoding``), conversations (``chat``), whole data sets (``answers``)."""
