@@ -65,9 +65,9 @@ def export_merged(
     ``model`` is a bundle with an adapter or a LoRA folder of the original's. The logits of a fixed text are compared
     before and after. Raises ModelError if they differ, or if there is no adapter.
     """
-    from llava_ray.model.adapters import merge  # type: ignore[import-untyped, unused-ignore]
+    from llava_ray.model.adapters import merge
     from llava_ray.model.bundle import save_bundle
-    from llava_ray.model.loading import load_pretrained_model  # type: ignore[import-untyped, unused-ignore]
+    from llava_ray.model.loading import load_pretrained_model
 
     refuse_existing(output)
     parts = load_pretrained_model(

@@ -7,23 +7,21 @@ import torch
 from published import read
 from safetensors.torch import load_file
 
+from llava_ray.config.lora import LoraConfig
 from llava_ray.errors import ModelError
+from llava_ray.model.adaptation import adapt
 from llava_ray.model.adapter_export import base_dtype, export_adapter, export_merged
 from llava_ray.model.bundle import load_bundle, save_bundle
 from llava_ray.model.exporting import export_original
 from llava_ray.model.manifest import read_manifest
 from llava_ray.model.model_files import open_model
 
-adaptation = pytest.importorskip("llava_ray.model.adaptation")
-
 
 @pytest.fixture
 def bundle(folders, tmp_path: Path) -> Path:
     """A bundle with an adapter whose every number has moved."""
-    from llava_ray.config.lora import LoraConfig
-
     parts = folders.assemble()
-    adaptation.adapt(parts, LoraConfig(lora_enable=True, lora_r=4, lora_alpha=8), seed=3)
+    adapt(parts, LoraConfig(lora_enable=True, lora_r=4, lora_alpha=8), seed=3)
     torch.manual_seed(5)
     with torch.no_grad():
         for name, parameter in parts.llava.named_parameters():
@@ -34,12 +32,11 @@ def bundle(folders, tmp_path: Path) -> Path:
 
 
 def test_merged_it_computes_the_same(bundle, folders, samples, pack, tmp_path: Path) -> None:
-    pytest.importorskip("llava_ray.model.loading")
     export_merged(bundle, tmp_path / "merged")
     before, after = load_bundle(bundle), load_bundle(tmp_path / "merged")
     with torch.no_grad():
-        expected = before.llava(*pack(before, samples(before.num_image_tokens)).inputs)
-        found = after.llava(*pack(after, samples(after.num_image_tokens)).inputs)
+        expected = before.llava(*pack(before, samples(before.image_tokens.num_features)).inputs)
+        found = after.llava(*pack(after, samples(after.image_tokens.num_features)).inputs)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert read_manifest(tmp_path / "merged").language_model.inside
     assert after.manifest.training == {"run": "test"}
