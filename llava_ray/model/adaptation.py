@@ -1,17 +1,13 @@
 """The adapters that a run learns: over the language model, and over other parts where their layers are named."""
 
-from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from llava_ray.config.lora import LoraConfig
 from llava_ray.errors import ModelError
 from llava_ray.model.adapters import (
-    ADAPTER,
     OTHER_PARTS,
-    adapter_layers,
     adapter_tensors,
     add_adapter,
     find_targets,
@@ -22,7 +18,6 @@ from llava_ray.model.adapters import (
     take_off,
 )
 from llava_ray.model.bundle import LlavaParts
-from llava_ray.model.llava import Llava
 
 # Our setting → PEFT's. Dropout may change from run to run.
 SAME = {
@@ -43,7 +38,7 @@ def adapt(parts: LlavaParts, lora: LoraConfig, seed: int) -> None:
     if not has_adapter(language_model):
         if lora.lora_enable:
             add_adapter(language_model, lora, seed)
-            adapt_other_parts(parts.llava, lora, seed)
+            adapt_other_parts(parts, lora, seed)
         return
     import peft
 
@@ -53,7 +48,7 @@ def adapt(parts: LlavaParts, lora: LoraConfig, seed: int) -> None:
     check_same(parts, lora, trained)
     add_adapter(language_model, lora, seed)
     peft.set_peft_model_state_dict(language_model, learnt)
-    adapt_other_parts(parts.llava, lora, seed)
+    adapt_other_parts(parts, lora, seed)
 
 
 def check_same(parts: LlavaParts, lora: LoraConfig, trained: Any) -> None:
@@ -76,11 +71,14 @@ def check_same(parts: LlavaParts, lora: LoraConfig, trained: Any) -> None:
             )
 
 
-def adapt_other_parts(llava: Llava, lora: LoraConfig, seed: int) -> None:
+def adapt_other_parts(parts: LlavaParts, lora: LoraConfig, seed: int) -> None:
     """Lay adapters over the layers outside the language model that are named with their part: ``projector.0``.
 
-    Raises ModelError if one is not there, or does not learn with the model.
+    Those of a tower need one that learns (``unfreeze_mm_vision_tower``). Raises ModelError for one that is not there.
     """
+    llava = parts.llava
+    if parts.config.unfreeze_mm_vision_tower:
+        llava.adopt_tower(parts.tower)
     named = [name for name in lora.lora_target_modules or () if name.partition(".")[0] in OTHER_PARTS]
     linears = {
         name
@@ -90,38 +88,10 @@ def adapt_other_parts(llava: Llava, lora: LoraConfig, seed: int) -> None:
     for name in named:
         if name not in linears:
             raise ModelError(
-                f"lora.lora_target_modules names {name!r}, but what learns beside the language model has only "
-                f"{', '.join(sorted(linears)) or 'no Linear'}. A tower learns only where it is unfrozen."
+                f"lora.lora_target_modules names {name!r}, but what can learn beside the language model has only "
+                f"{', '.join(sorted(linears)) or 'no Linear'}. A tower learns with model.unfreeze_mm_vision_tower."
             )
     for part in {name.partition(".")[0] for name in named}:
         llava.get_submodule(part).requires_grad_(False)
     if named:
         lay_over(llava, peft_settings(lora, named), seed)
-
-
-def fold_other_parts(llava: Llava, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return ``tensors`` (under Llava's names) with the adapters of other parts than the language model merged.
-
-    A bundle holds those parts whole anyway.
-    """
-    folded = dict(tensors)
-    for name, layer in adapter_layers(llava).items():
-        if name.partition(".")[0] not in OTHER_PARTS or f"{name}.base_layer.weight" not in folded:
-            continue
-        inside = {key.removeprefix(f"{name}."): key for key in tensors if key.startswith(f"{name}.")}
-        own = {key: folded.pop(whole) for key, whole in inside.items()}
-        folded[f"{name}.weight"] = merged_weight(own, layer.scaling[ADAPTER])
-        if "base_layer.bias" in own:
-            folded[f"{name}.bias"] = own["base_layer.bias"]
-    return folded
-
-
-def merged_weight(layer: Mapping[str, Tensor], scaling: float) -> Tensor:
-    """Merge one layer's adapter: W + scaling * B A; with DoRA its rows then get their learnt length."""
-    weight = layer["base_layer.weight"]
-    down, up = layer[f"lora_A.{ADAPTER}.weight"].float(), layer[f"lora_B.{ADAPTER}.weight"].float()
-    merged = weight.float() + scaling * (up @ down)
-    magnitude = layer.get(f"lora_magnitude_vector.{ADAPTER}.weight")
-    if magnitude is not None:
-        merged *= (magnitude.float() / torch.linalg.vector_norm(merged, dim=1))[:, None]
-    return merged.to(weight.dtype)

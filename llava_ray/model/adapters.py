@@ -192,6 +192,11 @@ def adapter_layers(language_model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in language_model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
+def adapted_parts(llava: nn.Module) -> set[str]:
+    """Return which of Llava's parts have layers with an adapter."""
+    return {name.partition(".")[0] for name in adapter_layers(llava)}
+
+
 def take_off(language_model: PreTrainedModel) -> None:
     """Take the adapter away; the model is then as it was without."""
     for name, layer in adapter_layers(language_model).items():

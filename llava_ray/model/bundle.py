@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 from llava_ray.config.lora import Bits, Quantization
 from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import BundleError, ModelError
-from llava_ray.model.adapters import has_adapter, load_adapter, save_adapter
+from llava_ray.model.adapter_folding import fold_other_parts
+from llava_ray.model.adapters import adapter_layers, has_adapter, load_adapter, save_adapter
 from llava_ray.model.blueprint import (
     ADAPTER,
     LANGUAGE_MODEL,
@@ -192,7 +193,7 @@ def save_bundle(
     model = parts.llava.language_model
     include = include or ("adapter" if has_adapter(model) else "all")
     check_contents(model, include)
-    tensors = parts.llava.state_dict() if tensors is None else tensors
+    tensors = fold_other_parts(parts.llava, parts.llava.state_dict() if tensors is None else tensors)
     with replacing(Path(folder)) as new:
         save_file(projector_tensors(parts, tensors, embeddings=include != "all"), new / PROJECTOR_FILE)
         parts.tokenizer.save_pretrained(new)
@@ -205,7 +206,9 @@ def save_bundle(
         learnt = _below("vision_tower.", tensors)
         if include == "all" or learnt:
             # What has learnt is all of the tower but the blocks that were set aside.
-            save_weights(new / VISION_TOWER, parts.tower.backbone, parts.tower.full_state_dict() | learnt)
+            adapted = tuple(name.removeprefix("vision_tower.") + "." for name in adapter_layers(parts.llava))
+            own = {name: t for name, t in parts.tower.full_state_dict().items() if not name.startswith(adapted)}
+            save_weights(new / VISION_TOWER, parts.tower.backbone, own | learnt)
             parts.image_processor.save_pretrained(new / VISION_TOWER)
             tower = _held(parts.tower_source, new / VISION_TOWER)
         manifest = parts.manifest.model_copy(

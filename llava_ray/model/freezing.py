@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from llava_ray.config.sections import ModelConfig
-from llava_ray.model.adapters import adapter_parameters, has_adapter
+from llava_ray.model.adapters import adapted_parts, adapter_parameters, has_adapter
 from llava_ray.model.llava import Llava
 from llava_ray.model.quantization import count_elements
 from llava_ray.model.tower import VisionTower
@@ -37,10 +37,11 @@ def freeze(
     """
     model = llava.language_model
     learns_language = not (config.tune_mm_mlp_adapter or config.freeze_backbone)
-    if not has_adapter(llava):
+    adapted = adapted_parts(llava)
+    if "projector" not in adapted:
         llava.projector.requires_grad_(not config.freeze_mm_mlp_adapter)
-        if llava.image_newline is not None:
-            llava.image_newline.requires_grad_(not config.freeze_mm_mlp_adapter)
+    if llava.image_newline is not None:
+        llava.image_newline.requires_grad_(not config.freeze_mm_mlp_adapter)
     if not has_adapter(model):
         model.requires_grad_(learns_language)
         if learns_language and config.freeze_embeddings:
@@ -48,7 +49,7 @@ def freeze(
     if config.tune_mm_mlp_adapter and new_token_ids:
         learn_new_tokens(llava, new_token_ids)
     if tower is not None and config.unfreeze_mm_vision_tower:
-        llava.adopt_tower(tower.unfreeze())
+        llava.adopt_tower(tower if "vision_tower" in adapted else tower.unfreeze())
     elif tower is not None:
         tower.freeze()
     return report_learning(llava, tower)

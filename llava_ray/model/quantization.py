@@ -100,19 +100,3 @@ def count_elements(parameter: nn.Parameter) -> int:
     if state is not None:
         return int(state.shape.numel())
     return int(getattr(parameter, "ds_numel", parameter.numel()))
-
-
-def drop_quantization_state(language_model: PreTrainedModel) -> None:
-    """Keep the blocks' scales out of every later ``state_dict``: they belong to frozen weights.
-
-    (DeepSpeed leaves frozen parameters out of checkpoints by name; the scales stand beside them under other names.)
-    """
-    kept = {name for name, _ in language_model.named_parameters(remove_duplicate=False)}
-    kept |= {name for name, _ in language_model.named_buffers()}
-
-    def drop(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-        del module, metadata
-        for name in [name for name in state if name.startswith(prefix) and name.removeprefix(prefix) not in kept]:
-            del state[name]
-
-    language_model.register_state_dict_post_hook(drop)

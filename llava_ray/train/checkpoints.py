@@ -49,6 +49,7 @@ class Checkpointer:
         """Clear what a killed upload of this rank may have left on the local disk."""
         self.engine = engine
         self.parts = parts
+        slim_states(engine.module)
         self.settings = settings
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         name = settings.config.run.name
@@ -169,6 +170,23 @@ def refuse_other_base(state: dict[str, Any], found: Manifest, checkpoint: str) -
                 f"{was.fingerprint[:12]}), but {now.base} holds other weights now ({now.fingerprint[:12]}); "
                 "put the old ones back, or start over with --run.restart True"
             )
+
+
+def slim_states(module: nn.Module) -> None:
+    """Keep out of every later ``state_dict`` what no checkpoint needs.
+
+    DeepSpeed leaves frozen parameters out by name; what remains are the second names of those that are tied (a head of
+    the embeddings' size), and the scales of quantised ones, which stand beside them under names of their own.
+    """
+    kept = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
+    kept |= {name for name, parameter in module.named_parameters(remove_duplicate=False) if parameter.requires_grad}
+
+    def drop(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        del module, metadata
+        for name in [name for name in state if name.removeprefix(prefix) not in kept]:
+            del state[name]
+
+    module.register_state_dict_post_hook(drop)
 
 
 def load_trainable(src: dict[str, torch.Tensor], dst: nn.Module) -> None:

@@ -96,7 +96,7 @@ def read_tensors(folder: Path, state: Mapping[str, Any]) -> Iterator[tuple[str, 
 
 def take_over(parts: LlavaParts, tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
     """Copy what learnt into the assembled base. Raises CheckpointError for a tensor that is missing or unfitting."""
-    parameters = dict(parts.llava.named_parameters(remove_duplicate=False))
+    parameters = dict(parts.llava.named_parameters(remove_duplicate=False)) | dict(parts.llava.named_buffers())
     lacking = {name for name, parameter in parts.llava.named_parameters() if parameter.requires_grad}
     for name, tensor in tensors:
         if name not in parameters or parameters[name].shape != tensor.shape:

@@ -4,6 +4,7 @@ DeepSpeed is imported inside the functions: only workers need it, and it takes s
 """
 
 import math
+import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,6 @@ from llava_ray.config.sections import FinetuneConfig, TrainConfig
 from llava_ray.model.adaptation import adapt
 from llava_ray.model.bundle import LlavaParts, assemble
 from llava_ray.model.freezing import freeze
-from llava_ray.model.quantization import drop_quantization_state
 from llava_ray.train.groups import parameter_groups
 from llava_ray.train.zero import zero_config
 
@@ -51,6 +51,8 @@ def load_parts(config: FinetuneConfig, device: torch.device) -> LlavaParts:
     import deepspeed
 
     transformers.utils.logging.disable_progress_bar()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where quantised weights are put as they are read
     warnings.filterwarnings("ignore", ".*all_gather_into_tensor", FutureWarning)  # DeepSpeed's to mend
     # Its new name is not there yet in the oldest transformers that we support.
     warnings.filterwarnings("ignore", ".*gradient_checkpointing_enable", FutureWarning)
@@ -70,8 +72,8 @@ def load_parts(config: FinetuneConfig, device: torch.device) -> LlavaParts:
         adapt(parts, config.lora, config.train.seed)
     learning = freeze(parts.llava, parts.tower, config.model, parts.new_token_ids)
     if dist.get_rank() == 0:
-        print(f"What learns: {'; '.join(map(str, learning))}", flush=True)  # noqa: T201 - said to who started the run
-    drop_quantization_state(parts.llava.language_model)
+        # Ray says twice what a worker prints.
+        sys.stdout.write(f"What learns: {'; '.join(map(str, learning))}\n")
     if config.data.vision_features == "inline":
         parts.tower.to(device)
     if config.train.gradient_checkpointing:

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 
 from llava_ray.config.sections import FinetuneConfig
-from llava_ray.model.adaptation import fold_other_parts
 from llava_ray.model.bundle import Contents, LlavaParts, names_beside, save_bundle
 from llava_ray.train.settings import LoopSettings
 
@@ -67,8 +66,6 @@ def gather_tensors(engine: "DeepSpeedEngine", parts: LlavaParts, include: Conten
             with GatheredParameters([parameter], enabled=partitioned):
                 if dist.get_rank() == 0:
                     tensors[name] = parameter.detach().cpu().clone()
-    if include == "adapter":
-        return fold_other_parts(llava, tensors)
     if include == "all":
         tensors |= {name: buffer.cpu() for name, buffer in llava.named_buffers() if name in llava.state_dict()}
     return tensors

@@ -12,6 +12,7 @@ from samples import write_recipe
 from test_finetune import committed, finish, ledger, started, wait_for_step
 
 from evals import easy_vqa
+from evals.easy_vqa_records import write_conversations
 from llava_ray.chat.conversation import IMAGE_TOKEN, Turn
 from llava_ray.chat.tokens import tokenize_prompt
 from llava_ray.config.recipes import load_recipe
@@ -41,7 +42,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {key: str(path) for key, path in parts.items()} | {"version": "chat_template", "mm_vision_select_layer": -1}
     )
     save_bundle(folder / "tuned", assemble(config, "square", dtype=torch.bfloat16, model_max_length=512))
-    easy_vqa.write_conversations(folder, num_questions=128, seed=0)
+    write_conversations(folder, seed=0)
     return folder
 
 
@@ -53,6 +54,7 @@ def make_recipe(start: Path, kind: str) -> Path:
         "data.image_folder": str(easy_vqa.image_folder("train")),
         "data.cache_dir": str(start / "cache"),
         "data.samples_per_shard": 64,
+        "data.max_samples": 128,
         "train.global_batch_size": 16,
         "train.max_steps": 16,
         "train.num_train_epochs": 2,

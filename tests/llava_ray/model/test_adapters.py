@@ -16,7 +16,7 @@ from llava_ray.config.lora import LoraConfig
 from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import BundleError, ModelError
 from llava_ray.model import adapters
-from llava_ray.model.adaptation import adapt, fold_other_parts
+from llava_ray.model.adaptation import adapt
 from llava_ray.model.adapters import (
     adapter_parameters,
     add_adapter,
@@ -301,8 +301,7 @@ def test_the_projector_has_an_adapter_only_when_it_is_named(kind: str, folders, 
     learning = {name for name, parameter in parts.llava.projector.named_parameters() if parameter.requires_grad}
     assert learning
     assert all("lora_" in name for name in learning)
-    tensors = fold_other_parts(parts.llava, parts.llava.state_dict())
-    save_bundle(tmp_path / "bundle", parts, tensors)
+    save_bundle(tmp_path / "bundle", parts)
     assert set(load_file(tmp_path / "bundle/projector.safetensors")) == {"0.weight", "0.bias", "2.weight", "2.bias"}
     torch.testing.assert_close(
         losses(load_bundle(tmp_path / "bundle"), samples, pack), losses(parts, samples, pack), atol=1e-5, rtol=0
@@ -311,8 +310,30 @@ def test_the_projector_has_an_adapter_only_when_it_is_named(kind: str, folders, 
 
 def test_a_tower_that_does_not_learn_has_no_layers_to_adapt(folders) -> None:
     named = LORA.replaced({"lora_target_modules": ("q_proj", "vision_tower.encoder.layers.0.mlp.fc1")})
-    with pytest.raises(ModelError, match=r"names 'vision_tower.*has only projector.0, projector.2"):
+    with pytest.raises(
+        ModelError, match=r"names 'vision_tower.*has only projector.0, projector.2. A tower learns with"
+    ):
         adapt(folders.assemble(), named, seed=0)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_tower_that_learns_has_an_adapter_where_it_is_named(kind: str, folders, tmp_path: Path) -> None:
+    tower = ("vision_tower.encoder.layers.0.mlp.fc1", "vision_tower.encoder.layers.1.self_attn.q_proj")
+    lora = KINDS[kind].replaced({"lora_target_modules": ("q_proj", *tower)})
+    parts = adapted(folders, lora, unfreeze_mm_vision_tower=True)
+    learning = {name for name, parameter in parts.llava.named_parameters() if parameter.requires_grad}
+    of_tower = {name for name in learning if name.startswith("vision_tower.")}
+    assert of_tower
+    assert all("lora_" in name and name.startswith(tower) for name in of_tower)
+    assert "projector.0.weight" in learning
+    save_bundle(tmp_path / "bundle", parts)
+    loaded = load_bundle(tmp_path / "bundle")
+    assert loaded.manifest.vision_tower.fingerprint == read_manifest(tmp_path / "bundle").vision_tower.fingerprint
+    pixels = torch.randn(2, 3, fakes.IMAGE_SIZE, fakes.IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before, after, plain = (each.tower.eval()(pixels) for each in (parts, loaded, folders.assemble()))
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=0)
+    assert not torch.allclose(after, plain, atol=1e-2)
 
 
 def test_going_on_with_a_bundles_adapter(folders, samples, pack, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 import pytest
 
+from llava_ray.config.lora import LoraConfig
+from llava_ray.model.adaptation import adapt
 from llava_ray.model.freezing import freeze
 
 EVERYTHING = {"projector", "language_model.model.embed_tokens", "language_model.model.layers", "language_model.lm_head"}
@@ -55,3 +57,21 @@ def test_switching_back_thaws(folders) -> None:
     freeze(parts.llava, parts.tower, parts.config.replaced({"tune_mm_mlp_adapter": True}))
     freeze(parts.llava, parts.tower, parts.config)
     assert learning(parts) == EVERYTHING
+
+
+@pytest.mark.parametrize("switches", [{}, {"freeze_mm_mlp_adapter": True}, {"freeze_embeddings": True}])
+def test_under_an_adapter_nothing_of_the_language_model_learns(switches: dict[str, bool], folders) -> None:
+    parts = folders.assemble(**switches)
+    adapt(parts, LoraConfig(lora_enable=True, lora_r=4), seed=0)
+    for _ in range(2):
+        report = {row.part: row for row in freeze(parts.llava, parts.tower, parts.config)}
+        assert report["language_model"].num_trainable == 0 < report["language_model"].num_total
+        assert report["adapter"].num_trainable == report["adapter"].num_total == 4_096
+        assert (report["projector"].num_trainable > 0) == ("freeze_mm_mlp_adapter" not in switches)
+        assert report["vision_tower"].num_trainable == 0
+
+
+def test_the_report_says_it_in_words(folders) -> None:
+    parts = folders.assemble(tune_mm_mlp_adapter=True)
+    words = "; ".join(map(str, freeze(parts.llava, parts.tower, parts.config)))
+    assert words.startswith("projector 2,624 of 2,624; language_model 0 of ")

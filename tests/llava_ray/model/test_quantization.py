@@ -20,7 +20,6 @@ from llava_ray.model.quantization import (
     bitsandbytes_config,
     chosen,
     count_elements,
-    drop_quantization_state,
     find_quantization,
 )
 
@@ -166,14 +165,6 @@ def test_an_adapter_learns_over_a_quantised_base(bits: Literal[4, 8], folders, s
         optimizer.zero_grad()
         curve.append(loss.item())
     assert curve[-1] < 0.5 * curve[0]
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_checkpoints_hold_nothing_of_the_quantised_weights(bits: Literal[4, 8], folders) -> None:
-    parts = quantised(folders, QLORA.replaced({"bits": bits}))
-    assert any(name.endswith(("absmax", "SCB")) for name in parts.llava.state_dict())
-    drop_quantization_state(parts.llava.language_model)
-    assert set(parts.llava.state_dict()) == {name for name, _ in parts.llava.named_parameters(remove_duplicate=False)}
 
 
 def test_a_quantised_model_is_not_written_as_a_whole(folders, tmp_path: Path) -> None:

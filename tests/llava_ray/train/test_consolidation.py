@@ -28,6 +28,11 @@ CASES: dict[str, dict[str, Any]] = {
     **{f"lora-{stage}": LORA | {"train.zero_stage": stage} for stage in range(4)},
     "dora-3": LORA | {"train.zero_stage": 3, "lora.use_dora": True, "train.gradient_checkpointing": True},
     "projector-3": LORA | {"train.zero_stage": 3, "lora.lora_target_modules": ["q_proj", "projector.0"]},
+    "tower-2": LORA
+    | {
+        "model.unfreeze_mm_vision_tower": True,
+        "lora.lora_target_modules": ["q_proj", "vision_tower.encoder.layers.0.mlp.fc1"],
+    },
     "align": {"model.tune_mm_mlp_adapter": True},
 }
 STEP = "step-00000003"
@@ -49,7 +54,8 @@ def train_and_save(rank: int, folder: Path, port: int) -> None:
         settings = LoopSettings(config, None, 3, "plan", "data", "", "", 1, None)  # type: ignore[arg-type]
         parts = load_parts(config, torch.device("cpu"))
         engine = build_engine(parts, config, 3)
-        losses = [step_loss(engine, rank, step, parts.mm_hidden_size) for step in range(3)]
+        seen = (3, 32, 32) if config.model.unfreeze_mm_vision_tower else (16, parts.mm_hidden_size)
+        losses = [step_loss(engine, rank, step, seen) for step in range(3)]
         checkpointer = Checkpointer(engine, parts, settings)
         checkpointer.write(folder / name / f"rank{rank}" / STEP, 3)
         tensors = gather_tensors(engine, parts, find_contents(config))
@@ -58,14 +64,14 @@ def train_and_save(rank: int, folder: Path, port: int) -> None:
             (folder / name / "losses.json").write_text(json.dumps(losses))
 
 
-def step_loss(engine: Any, rank: int, step: int, width: int) -> float:
-    """Take one step on a random row with an image, and return its loss over both ranks."""
+def step_loss(engine: Any, rank: int, step: int, seen: tuple[int, ...]) -> float:
+    """Take one step on a random row with an image (features, or pixels), and return its loss over both ranks."""
     draw = torch.Generator().manual_seed(10 * step + rank)
     ids = torch.randint(5, 300, (1, 40), generator=draw)
     ids[0, 2:18] = -200
-    features = torch.randn(1, 16, width, generator=draw)
+    image = {"pixels" if len(seen) == 3 else "features": torch.randn(1, *seen, generator=draw)}
     labels = ids.masked_fill(ids < 0, -100)
-    loss = engine(ids, torch.arange(40)[None], labels, features).sum() / 46
+    loss = engine(ids, torch.arange(40)[None], labels, **image).sum() / 46
     engine.backward(loss * 2, scale_wrt_gas=False)
     engine.step()
     total = loss.detach().clone()
