@@ -1,0 +1,131 @@
+"""Real runs on images of several views, several images and none, with frozen and with learning towers."""
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+from samples import small_run, write_mixed_samples
+
+from llava_ray.data.plan import Plan, deal
+from llava_ray.data.preparation import prepare_data
+from llava_ray.model.bundle import load_bundle
+from llava_ray.runtime import connected
+from llava_ray.train.trainer import FinishedRun, finetune
+
+pytestmark = pytest.mark.ray
+
+ROW_LENGTH = 600
+BATCH, STEPS = 4, 10
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data, models and runs of this module."""
+    folder = tmp_path_factory.mktemp("training_images")
+    write_mixed_samples(folder, 32)
+    return folder
+
+
+def run(folder: Path, name: str, **changes: object) -> FinishedRun:
+    """Prepare and tune as pipelines/finetune.py does."""
+    fixed = {
+        "run.name": name,
+        "tracking.log_model": False,
+        "data.image_aspect_ratio": "anyres",
+        "model.mm_patch_merge_type": "spatial_unpad",
+        "train.model_max_length": ROW_LENGTH,
+        "train.global_batch_size": BATCH,
+        "train.max_steps": STEPS,
+        "train.num_train_epochs": 3,
+        "train.lr_scheduler_type": "constant",
+    }
+    config = small_run(folder, **fixed | {key.replace("__", "."): value for key, value in changes.items()})
+    with connected(config.cluster) as resources:
+        return finetune(config, prepare_data(config.data), resources)
+
+
+@pytest.fixture(scope="module")
+def anyres(ray_cluster, folder: Path) -> FinishedRun:
+    """The run that others are compared with: a frozen tower in two workers, ZeRO 2."""
+    return run(folder, "anyres")
+
+
+def tuned(folder: Path, stage: int) -> FinishedRun:
+    """A run whose tower learns."""
+    return run(
+        folder,
+        f"tower{stage}",
+        model__unfreeze_mm_vision_tower=True,
+        train__mm_vision_tower_lr=1e-3,
+        train__zero_stage=stage,
+        train__gradient_checkpointing=stage == 3,
+    )
+
+
+def test_anyres_learns_with_several_images_and_none(anyres: FinishedRun, folder: Path) -> None:
+    curve = anyres.read_losses()
+    assert len(curve) == STEPS
+    assert sum(curve[-3:]) < 0.7 * sum(curve[:3])
+    bundle = Path(anyres.folder.bundle)
+    newline = load_file(bundle / "projector.safetensors")["image_newline"]
+    parts = load_bundle(bundle)
+    assert torch.equal(parts.llava.image_newline, newline)
+    assert (parts.image_spec.aspect_ratio, parts.image_tokens.merge_type) == ("anyres", "spatial_unpad")
+    assert parts.manifest.image_grid_pinpoints == parts.image_spec.grid_pinpoints
+
+
+def test_in_a_round_one_rank_may_see_images_and_the_other_none(anyres: FinishedRun, folder: Path) -> None:
+    """Otherwise these runs would not show that ranks stay together."""
+    (path,) = (folder / "cache").glob("prepared-*/tokens-*/lengths.parquet")
+    table = pq.read_table(path)
+    num_tokens, num_images = (table.column(name).to_numpy() for name in ("num_tokens", "num_images"))
+    assert set(num_images.tolist()) == {0, 1, 2, 3}
+    plan = Plan(num_tokens, table.column("shard").to_numpy(), BATCH, 3, seed=42, shuffle_window=2, max_steps=STEPS)
+    uneven = 0
+    for step in range(STEPS):
+        members = plan.step(step)
+        dealt = deal(num_tokens[members].tolist(), ROW_LENGTH, 2)
+        for rows in zip(*dealt, strict=True):
+            uneven += len({bool(num_images[members[row]].sum()) for row in rows}) == 2
+    assert uneven
+
+
+@pytest.mark.verify
+def test_streamed_features_of_several_views_give_the_losses_of_inline_ones(anyres: FinishedRun, folder: Path) -> None:
+    other = run(folder, "streamed", data__vision_features="streamed")
+    assert other.read_losses() == pytest.approx(anyres.read_losses(), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def tuned_by_two(ray_cluster, folder: Path) -> FinishedRun:
+    """ZeRO 2 with a tower that learns."""
+    return tuned(folder, 2)
+
+
+def test_a_tower_learns_with_its_own_rate_and_is_kept(anyres: FinishedRun, tuned_by_two: FinishedRun, folder: Path):
+    assert tuned_by_two.read_losses()[0] == pytest.approx(anyres.read_losses()[0], rel=1e-5)
+    assert tuned_by_two.read_losses()[1:] != pytest.approx(anyres.read_losses()[1:], rel=1e-4)
+    assert tuned_by_two.metrics["mm_vision_tower_lr"] == pytest.approx(1e-3)
+    assert tuned_by_two.metrics["learning_rate"] == pytest.approx(1e-2)
+    before = load_file(folder / "vision_tower" / "model.safetensors")
+    after = load_file(Path(tuned_by_two.folder.bundle) / "vision_tower" / "model.safetensors")
+    assert after.keys() == before.keys()
+    changed = {name for name in before if not torch.equal(after[name], before[name])}
+    # Of the tower's three blocks the last one has no part in the features of layer -2.
+    assert not any("layers.2." in name for name in changed)
+    assert all(any(f"layers.{block}." in name for name in changed) for block in (0, 1))
+    (checkpoint,) = Path(tuned_by_two.folder.path).glob("step-*")
+    state = torch.load(checkpoint / "zero" / "mp_rank_00_model_states.pt", weights_only=False)
+    assert any(name.startswith("vision_tower.") for name in state["module"])
+
+
+def test_zero_3_trains_a_tower_to_the_same_losses(tuned_by_two: FinishedRun, folder: Path) -> None:
+    partitioned = tuned(folder, 3)
+    assert partitioned.read_losses() == pytest.approx(tuned_by_two.read_losses(), abs=1e-3)
+    files = [Path(run.folder.bundle) / "vision_tower" / "model.safetensors" for run in (tuned_by_two, partitioned)]
+    one, other = (load_file(file) for file in files)
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=5e-3, msg=name)
