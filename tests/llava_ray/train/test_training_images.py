@@ -46,12 +46,6 @@ def run(folder: Path, name: str, **changes: object) -> FinishedRun:
         return finetune(config, prepare_data(config.data), resources)
 
 
-@pytest.fixture(scope="module")
-def anyres(ray_cluster, folder: Path) -> FinishedRun:
-    """The run that others are compared with: a frozen tower in two workers, ZeRO 2."""
-    return run(folder, "anyres")
-
-
 def tuned(folder: Path, stage: int) -> FinishedRun:
     """A run whose tower learns."""
     return run(
@@ -64,11 +58,17 @@ def tuned(folder: Path, stage: int) -> FinishedRun:
     )
 
 
-def test_anyres_learns_with_several_images_and_none(anyres: FinishedRun, folder: Path) -> None:
-    curve = anyres.read_losses()
+@pytest.fixture(scope="module")
+def tuned_by_two(ray_cluster, folder: Path) -> FinishedRun:
+    """The run that others are compared with: a tower that learns in two workers, ZeRO 2."""
+    return tuned(folder, 2)
+
+
+def test_anyres_learns_with_several_images_and_none(tuned_by_two: FinishedRun, folder: Path) -> None:
+    curve = tuned_by_two.read_losses()
     assert len(curve) == STEPS
     assert sum(curve[-3:]) < 0.7 * sum(curve[:3])
-    bundle = Path(anyres.folder.bundle)
+    bundle = Path(tuned_by_two.folder.bundle)
     newline = load_file(bundle / "projector.safetensors")["image_newline"]
     parts = load_bundle(bundle)
     assert torch.equal(parts.llava.image_newline, newline)
@@ -76,7 +76,7 @@ def test_anyres_learns_with_several_images_and_none(anyres: FinishedRun, folder:
     assert parts.manifest.image_grid_pinpoints == parts.image_spec.grid_pinpoints
 
 
-def test_in_a_round_one_rank_may_see_images_and_the_other_none(anyres: FinishedRun, folder: Path) -> None:
+def test_in_a_round_one_rank_may_see_images_and_the_other_none(tuned_by_two: FinishedRun, folder: Path) -> None:
     """Otherwise these runs would not show that ranks stay together."""
     (path,) = (folder / "cache").glob("prepared-*/tokens-*/lengths.parquet")
     table = pq.read_table(path)
@@ -92,21 +92,7 @@ def test_in_a_round_one_rank_may_see_images_and_the_other_none(anyres: FinishedR
     assert uneven
 
 
-@pytest.mark.verify
-def test_streamed_features_of_several_views_give_the_losses_of_inline_ones(anyres: FinishedRun, folder: Path) -> None:
-    other = run(folder, "streamed", data__vision_features="streamed")
-    assert other.read_losses() == pytest.approx(anyres.read_losses(), rel=1e-5)
-
-
-@pytest.fixture(scope="module")
-def tuned_by_two(ray_cluster, folder: Path) -> FinishedRun:
-    """ZeRO 2 with a tower that learns."""
-    return tuned(folder, 2)
-
-
-def test_a_tower_learns_with_its_own_rate_and_is_kept(anyres: FinishedRun, tuned_by_two: FinishedRun, folder: Path):
-    assert tuned_by_two.read_losses()[0] == pytest.approx(anyres.read_losses()[0], rel=1e-5)
-    assert tuned_by_two.read_losses()[1:] != pytest.approx(anyres.read_losses()[1:], rel=1e-4)
+def test_a_tower_learns_with_its_own_rate_and_is_kept(tuned_by_two: FinishedRun, folder: Path) -> None:
     assert tuned_by_two.metrics["mm_vision_tower_lr"] == pytest.approx(1e-3)
     assert tuned_by_two.metrics["learning_rate"] == pytest.approx(1e-2)
     before = load_file(folder / "vision_tower" / "model.safetensors")
@@ -129,3 +115,13 @@ def test_zero_3_trains_a_tower_to_the_same_losses(tuned_by_two: FinishedRun, fol
     assert one.keys() == other.keys()
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=0, atol=5e-3, msg=name)
+
+
+@pytest.mark.verify
+def test_streamed_features_of_several_views_give_the_losses_of_a_frozen_tower(
+    tuned_by_two: FinishedRun, folder: Path
+) -> None:
+    inline, streamed = (run(folder, where, data__vision_features=where) for where in ("inline", "streamed"))
+    assert streamed.read_losses() == pytest.approx(inline.read_losses(), rel=1e-5)
+    assert inline.read_losses()[0] == pytest.approx(tuned_by_two.read_losses()[0], rel=1e-5)
+    assert inline.read_losses()[1:] != pytest.approx(tuned_by_two.read_losses()[1:], rel=1e-4)
