@@ -12,6 +12,7 @@ from llava_ray.data.plan import Plan, deal
 from llava_ray.data.preparation import prepare_data
 from llava_ray.model.bundle import load_bundle
 from llava_ray.runtime import connected
+from llava_ray.train.consolidation import consolidate
 from llava_ray.train.trainer import FinishedRun, finetune
 
 pytestmark = pytest.mark.ray
@@ -105,6 +106,9 @@ def test_a_tower_learns_with_its_own_rate_and_is_kept(tuned_by_two: FinishedRun,
     (checkpoint,) = Path(tuned_by_two.folder.path).glob("step-*")
     state = torch.load(checkpoint / "zero" / "mp_rank_00_model_states.pt", weights_only=False)
     assert any(name.startswith("vision_tower.") for name in state["module"])
+    consolidate(checkpoint, folder / "consolidated")
+    again = load_file(folder / "consolidated" / "vision_tower" / "model.safetensors")
+    assert all(torch.equal(again[name], after[name]) for name in after)
 
 
 def test_zero_3_trains_a_tower_to_the_same_losses(tuned_by_two: FinishedRun, folder: Path) -> None:
@@ -115,6 +119,10 @@ def test_zero_3_trains_a_tower_to_the_same_losses(tuned_by_two: FinishedRun, fol
     assert one.keys() == other.keys()
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=0, atol=5e-3, msg=name)
+    (checkpoint,) = Path(partitioned.folder.path).glob("step-*")
+    consolidate(checkpoint, folder / "consolidated3")
+    again = load_file(folder / "consolidated3" / "vision_tower" / "model.safetensors")
+    assert all(torch.equal(again[name], other[name]) for name in other)
 
 
 @pytest.mark.verify
