@@ -133,3 +133,28 @@ def test_streamed_features_of_several_views_give_the_losses_of_a_frozen_tower(
     assert streamed.read_losses() == pytest.approx(inline.read_losses(), rel=1e-5)
     assert inline.read_losses()[0] == pytest.approx(tuned_by_two.read_losses()[0], rel=1e-5)
     assert inline.read_losses()[1:] != pytest.approx(tuned_by_two.read_losses()[1:], rel=1e-4)
+
+
+@pytest.mark.verify
+def test_new_tokens_are_learnt_alike_where_the_embeddings_are_partitioned(ray_cluster, folder: Path) -> None:
+    def aligned(stage: int) -> FinishedRun:
+        return run(
+            folder,
+            f"tokens{stage}",
+            model__tune_mm_mlp_adapter=True,
+            model__mm_use_im_start_end=True,
+            train__zero_stage=stage,
+            train__weight_decay=0.0,
+            train__max_steps=4,
+        )
+
+    two, three = aligned(2), aligned(3)
+    assert three.read_losses() == pytest.approx(two.read_losses(), abs=1e-4)
+    rows = [load_file(Path(done.folder.bundle) / "projector.safetensors") for done in (two, three)]
+    assert rows[0]["embed_tokens.weight"].shape == (2, 32)
+    assert not torch.allclose(rows[0]["embed_tokens.weight"][0], rows[0]["embed_tokens.weight"][1], atol=1e-2)
+    for name in rows[0]:
+        torch.testing.assert_close(rows[0][name], rows[1][name], rtol=0, atol=1e-3, msg=name)
+    parts = load_bundle(three.folder.bundle)
+    learnt = parts.llava.language_model.get_input_embeddings().weight[list(parts.new_token_ids)]
+    assert torch.equal(learnt, rows[1]["embed_tokens.weight"])
