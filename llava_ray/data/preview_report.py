@@ -172,12 +172,20 @@ def _rejection_section(findings: Findings) -> Section:
 def _card(sample: SampleView, number: int, viewer: Viewer) -> Card:
     pixels = () if sample.pixels is None else sample.pixels
     pictures = [
-        Picture(
-            encode_pixels(crop), f"image {index} of sample {sample.id}", f"{crop.shape[2]} × {crop.shape[1]} pixels"
-        )
-        for index, crop in enumerate(pixels, start=1)
+        Picture(encode_pixels(crop), f"{name} of sample {sample.id}", f"{crop.shape[2]} × {crop.shape[1]} pixels")
+        for name, crop in zip(_view_names(sample, viewer), pixels, strict=True)
     ]
     return Card(str(sample.id), [TokenText(viewer.tokens(sample))], pictures, _counts(sample), f"sample-{number}")
+
+
+def _view_names(sample: SampleView, viewer: Viewer) -> list[str]:
+    """Say of each crop which image it shows, and which view of it where there are several."""
+    names = []
+    for number, size in enumerate(sample.image_sizes, start=1):
+        num_views = viewer.encoder.image_tokens.num_views(*size)
+        views = [f"view {view} of image {number}" for view in range(1, num_views + 1)]
+        names += views if num_views > 1 else [f"image {number}"]
+    return names
 
 
 def _counts(sample: SampleView) -> str:

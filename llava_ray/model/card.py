@@ -79,7 +79,9 @@ def read_card(config: FinetuneConfig) -> Card:
     with torch.device("meta"):
         model = build_language_model(build(language.values, language.origin))
         backbone = AutoModel.from_config(build(vision_part(tower.values), tower.origin))
-        cut = VisionTower(backbone, config.model.mm_vision_select_layer, config.model.mm_vision_select_feature)
+        # Where S2's scales follow from the image size, only their number counts here: it makes the features wider.
+        scales = (config.model.s2_scales or (1, 2, 3)) if config.model.s2 else ()
+        cut = VisionTower(backbone, config.model.mm_vision_select_layer, config.model.mm_vision_select_feature, scales)
         width = int(model.config.get_text_config().hidden_size)
         projector = build_projector(config.model.mm_projector_type, cut.hidden_size, width)
         llava = Llava(projector, model, cut.hidden_size)

@@ -41,7 +41,7 @@ def consolidate(checkpoint_folder: str | Path, output: str | Path) -> None:
         model_max_length=config.train.model_max_length,
     )
     refuse_other_base(state, parts.manifest, str(folder))
-    freeze(parts.llava, parts.tower, config.model)
+    freeze(parts.llava, parts.tower, config.model, parts.new_token_ids)
     take_over(parts, read_tensors(folder, state), folder)
     save_bundle(output, parts, training=state["training"])
 

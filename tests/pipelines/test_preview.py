@@ -15,7 +15,7 @@ import torch
 from fakes import make_language_model, make_tokenizer, make_vision_tower
 from originals import copy_golden
 from PIL import Image
-from samples import write_samples
+from samples import write_mixed_samples, write_samples
 
 from llava_ray.chat.conversation import read_turns
 from llava_ray.chat.templates import find_template
@@ -121,6 +121,30 @@ def test_losses_are_those_of_each_sample_alone(folder, asked, capsys, extra, ver
         assert line["loss"] == pytest.approx(loss, abs=1e-5)
         assert line["supervised"] == supervised
         assert line["ids"].count(-200) == ("image" in record)
+
+
+def test_anyres_samples_have_the_losses_of_each_alone(folder, capsys, tmp_path):
+    data = write_mixed_samples(tmp_path, 4)  # with no, one, two and three images
+    config = ModelConfig(
+        model_name_or_path=str(folder / "language_model"),
+        vision_tower=str(folder / "vision_tower"),
+        mm_patch_merge_type="spatial_unpad",
+    )
+    save_bundle(tmp_path / "bundle", assemble(config, "anyres", model_max_length=1024))
+    asked = ["--model", tmp_path / "bundle", "--image_folder", tmp_path / "images"]
+    together = lines_of(capsys, *asked, "--data", data)
+    assert [line["ids"].count(-200) for line in together] == [0, 1, 2, 3]
+    for record, line in zip(json.loads(data.read_text()), together, strict=True):
+        (tmp_path / "one.json").write_text(json.dumps([record]))
+        (alone,) = lines_of(capsys, *asked, "--data", tmp_path / "one.json")
+        assert alone | {"loss": pytest.approx(alone["loss"], abs=1e-5)} == line
+    main([*map(str, asked), "--data", str(data), "--output", str(tmp_path / "report")])
+    report = (tmp_path / "report" / "report.html").read_text()
+    parts = load_bundle(tmp_path / "bundle")
+    for name in ("0001-0.jpg", "0003-2.jpg"):
+        count = parts.image_tokens.count(*Image.open(tmp_path / "images" / name).size)
+        assert f"image · {count} tokens" in report
+    assert "view 4 of image 3 of sample m0003" in report
 
 
 def test_a_projector_only_bundle_takes_its_parts_from_elsewhere(folder, asked, capsys, tmp_path):

@@ -50,6 +50,8 @@ def test_every_part_is_as_large_as_the_real_one(kind: str, tower: str, folders) 
         ({"tune_mm_mlp_adapter": True}, {"language_model": 0, "projector": 2624}),
         ({"freeze_mm_mlp_adapter": True}, {"projector": 0}),
         ({"mm_projector_type": "linear"}, {"projector": 1568}),
+        ({"s2": True, "mm_projector_type": "linear"}, {"projector": 3 * 48 * 32 + 32}),
+        ({"mm_vision_select_layer": (-2, -1), "mm_projector_type": "linear"}, {"projector": 2 * 48 * 32 + 32}),
     ],
 )
 def test_what_learns_follows_the_switches(changes, trainable, folders) -> None:
