@@ -39,7 +39,7 @@ def inspect(path: Model, *, json: bool = False) -> None:
         path: A folder with a model in any layout.
         json: Say it as one JSON object.
     """
-    from llava_ray.model.inspection import inspect as look  # type: ignore[import-untyped, unused-ignore]
+    from llava_ray.model.inspection import inspect as look
     from llava_ray.model.inspection import render
 
     found = look(path)
@@ -142,7 +142,7 @@ def merge(model: Model, output: Output, given: Parts = NOTHING) -> None:
 def consolidate(checkpoint: Checkpoint, output: Output) -> None:
     """Write the model of a run's checkpoint (step-… in its folder) as a bundle."""
     from llava_ray.model.exporting import Exported
-    from llava_ray.train.consolidation import consolidate as gather  # type: ignore[import-untyped, unused-ignore]
+    from llava_ray.train.consolidation import consolidate as gather
 
     gather(checkpoint, output)
     tell(Exported(output))

@@ -1,7 +1,6 @@
 """Small models in the published layouts, and what is compared of two models that have not been loaded."""
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -11,15 +10,6 @@ from torch import nn
 
 from llava_ray.model.model_files import ModelFiles
 from llava_ray.model.projector import build_projector
-
-GOLDEN = Path(__file__).parent / "golden"
-
-
-def golden_original(name: str, folder: Path) -> Path:
-    """Copy one of the original's checkpoints, with the tokenizer file that it is stored without."""
-    shutil.copytree(GOLDEN / name, folder, ignore=shutil.ignore_patterns("images", "expected.json"))
-    shutil.copy(GOLDEN / "tokenizer.model", folder)
-    return folder
 
 
 def make_original(folder: Path, language_model: Path, tower: Path, projector_type: str = "mlp2x_gelu") -> Path:

@@ -9,10 +9,12 @@ from llava_ray.errors import ModelError
 from llava_ray.model import original_settings
 from llava_ray.model.exporting import Exported, new_folder, refuse_existing, write_json
 from llava_ray.model.manifest import is_bundle, read_manifest
-from llava_ray.model.model_files import read_json, read_projector
 from llava_ray.model.part_configs import complete
+from llava_ray.model.projector import PROJECTOR_FILE
 from llava_ray.model.published_names import IMAGE_NEWLINE, PEFT_PREFIX, PROJECTOR, to_original
 from llava_ray.model.sources import find_source
+from llava_ray.model.tensor_files import read_json
+from llava_ray.model.weight_files import read_file
 
 ADAPTER_FOLDER = "adapter"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -42,7 +44,7 @@ def export_adapter(model: str | Path, output: str | Path, model_base: str | None
         config = {**language, **original_settings.write_llavas(manifest, kept)}
     trainables = {
         PEFT_PREFIX + to_original(name if name == IMAGE_NEWLINE else PROJECTOR + name): tensor.load().clone()
-        for name, tensor in read_projector(folder).items()
+        for name, tensor in read_file(folder / PROJECTOR_FILE).items()
     }
     with new_folder(output) as new:
         for name in ADAPTER_FILES:

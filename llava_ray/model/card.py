@@ -17,16 +17,15 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreT
 
 from llava_ray.config.sections import FinetuneConfig, ModelConfig
 from llava_ray.errors import ModelError
-from llava_ray.model import hub_settings, original_settings
 from llava_ray.model.freezing import freeze
 from llava_ray.model.hub_processor import pixels_of
 from llava_ray.model.known_models import KNOWN_CONFIGS
+from llava_ray.model.layouts import read_layout
 from llava_ray.model.llava import Llava
-from llava_ray.model.manifest import Part, is_bundle, read_manifest
-from llava_ray.model.model_files import TOWER_FOLDER, WITH_TEXT_PART, read_json
 from llava_ray.model.part_configs import build
 from llava_ray.model.projector import build_projector
-from llava_ray.model.tower import VisionTower, find_family
+from llava_ray.model.tensor_files import read_json
+from llava_ray.model.tower import WITH_TEXT_PART, VisionTower, find_family
 
 LANGUAGE_MODEL, VISION_TOWER = "language_model", "vision_tower"
 
@@ -67,21 +66,22 @@ class FoundConfig:
     preprocessor: Mapping[str, Any] | None = None
 
     @classmethod
-    def read(cls, origin: str, folder: Path) -> "FoundConfig":
-        """Read them from a folder. Raises ModelError."""
+    def read(cls, origin: str, config: Mapping[str, Any], folder: Path) -> "FoundConfig":
+        """Take a config and look for an image processor in ``folder``. Raises ModelError."""
         beside = folder / "preprocessor_config.json"
-        return cls(origin, read_json(folder / "config.json"), read_json(beside) if beside.is_file() else None)
+        return cls(origin, config, read_json(beside) if beside.is_file() else None)
 
 
 def read_card(config: FinetuneConfig) -> Card:
     """Describe the model that a run would train. Raises ModelError for a config that cannot be known from here."""
     language, tower = find_configs(config.model)
+    tower_config = build(vision_part(tower.values), tower.origin)
+    side = pixels_of(tower.preprocessor)[0] if tower.preprocessor else int(tower_config.image_size)
     with torch.device("meta"):
         model = build_language_model(build(language.values, language.origin))
-        backbone = AutoModel.from_config(build(vision_part(tower.values), tower.origin))
-        # Where S2's scales follow from the image size, only their number counts here: it makes the features wider.
-        scales = (config.model.s2_scales or (1, 2, 3)) if config.model.s2 else ()
-        cut = VisionTower(backbone, config.model.mm_vision_select_layer, config.model.mm_vision_select_feature, scales)
+        backbone = AutoModel.from_config(tower_config)
+        model_config, scales = config.model, find_scales(config.model, side)
+        cut = VisionTower(backbone, model_config.mm_vision_select_layer, model_config.mm_vision_select_feature, scales)
         width = int(model.config.get_text_config().hidden_size)
         projector = build_projector(config.model.mm_projector_type, cut.hidden_size, width)
         llava = Llava(projector, model, cut.hidden_size)
@@ -111,46 +111,50 @@ def read_card(config: FinetuneConfig) -> Card:
     ]
     if adapter:
         parts.insert(1, PartCard("adapter", "LoRA", f"r {lora_settings(config)['lora_r']}", adapter, adapter))
-    side = pixels_of(tower.preprocessor)[0] if tower.preprocessor else int(backbone.config.image_size)
     return Card(tuple(parts), model, cut, side, linears)
 
 
 def find_configs(model: ModelConfig) -> tuple[FoundConfig, FoundConfig]:
     """Return the configs of the language model and the tower, as far as they can be known without a download."""
     folder = Path(model.model_name_or_path).expanduser()
-    if is_bundle(folder):
-        manifest = read_manifest(folder)
-        language = _part(folder / LANGUAGE_MODEL, manifest.language_model, "language model")
-        return language, _part(folder / TOWER_FOLDER, manifest.vision_tower, "vision tower", model.vision_tower)
-    found = find_config(model.model_name_or_path, "language model")
-    if hub_settings.is_hub(found.values):
-        whole: Any = build({k: v for k, v in found.values.items() if k != hub_settings.OUR_KEY}, found.origin)
-        language = FoundConfig(found.origin, whole.text_config.to_dict())
-        return language, FoundConfig(found.origin, whole.vision_config.to_dict(), found.preprocessor)
-    named = model.vision_tower
-    if original_settings.is_original(found.values):
-        inside = folder / TOWER_FOLDER
-        named = named or (str(inside) if inside.is_dir() else found.values.get("mm_vision_tower"))
-        found = FoundConfig(found.origin, original_settings.read_language_config(folder, found.values))
-    if named is None:
-        raise ModelError(f"{found.origin} has no vision tower and model.vision_tower is not set; name one.")
-    return found, find_config(named, "vision tower")
+    if not folder.is_dir():
+        if model.vision_tower is None:
+            raise ModelError(
+                f"{model.model_name_or_path} is no folder here and model.vision_tower is not set; name one."
+            )
+        language = find_config(model.model_name_or_path, "language model")
+        return language, find_config(model.vision_tower, "vision tower")
+    layout = read_layout(folder)
+    if layout.has_language_model and layout.language_config is not None:
+        language = FoundConfig(str(folder), layout.language_config)
+    else:
+        language = find_config(model.model_base or layout.base, "language model")
+    if layout.tower_config is not None:
+        inside = layout.folder / VISION_TOWER
+        return language, FoundConfig.read(
+            str(folder), layout.tower_config, inside if inside.is_dir() else layout.folder
+        )
+    return language, find_config(model.vision_tower or layout.vision_tower, "vision tower")
 
 
-def find_config(name: str, part: str) -> FoundConfig:
+def find_config(name: str | None, part: str) -> FoundConfig:
     """Return the config of a folder, of a hub id in the hub's cache, or of one that is known by heart.
 
     Raises ModelError if it is none of these: a download would be needed.
     """
+    if name is None:
+        raise ModelError(f"the {part} is neither inside the model's folder nor named; name it in the recipe.")
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return FoundConfig.read(name, folder)
+        layout = read_layout(folder)
+        config = layout.tower_config if part == "vision tower" else layout.language_config
+        return FoundConfig.read(name, config or layout.config, folder)
     try:
         cached = try_to_load_from_cache(name, "config.json")
     except HFValidationError:
         cached = None
     if isinstance(cached, str):
-        return FoundConfig.read(name, Path(cached).parent)
+        return FoundConfig.read(name, read_json(Path(cached)), Path(cached).parent)
     if name in KNOWN_CONFIGS:
         return FoundConfig(name, KNOWN_CONFIGS[name])
     raise ModelError(
@@ -158,6 +162,13 @@ def find_config(name: str, part: str) -> FoundConfig:
         f"and it is none of {', '.join(KNOWN_CONFIGS)}. A dry run downloads nothing: fetch its config.json first "
         f"(hf download {name} config.json), or give a folder."
     )
+
+
+def find_scales(model: ModelConfig, side: int) -> tuple[int, ...]:
+    """Return the sides at which the tower looks at an image with S2; () without."""
+    if not model.s2:
+        return ()
+    return tuple(model.s2_scales or (side, 2 * side, 3 * side))
 
 
 def build_language_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -196,9 +207,3 @@ def count_positions(tower: VisionTower, side: int) -> int:
     """Count the tokens that a tower computes for one view of ``side`` x ``side`` pixels, prefix tokens included."""
     patches = (side // tower.config.patch_size) ** 2
     return patches + find_family(tower.config).num_prefix_tokens(tower.config)
-
-
-def _part(inside: Path, part: Part, name: str, given: str | None = None) -> FoundConfig:
-    if part.inside:
-        return FoundConfig.read(str(inside.parent), inside)
-    return find_config(given or part.base, name)

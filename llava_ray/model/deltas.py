@@ -17,14 +17,16 @@ from torch import Tensor
 from llava_ray.errors import ModelError
 from llava_ray.model.exporting import Exported, new_folder, write_json
 from llava_ray.model.manifest import fingerprint, is_bundle
-from llava_ray.model.model_files import open_model, read_json
-from llava_ray.model.published_names import COMPUTED, LANGUAGE_MODEL, from_hub
-from llava_ray.model.weight_files import BIN_INDEX_FILE, INDEX_FILE, SINGLE_FILE, Stored, read_folder, write_folder
+from llava_ray.model.model_files import open_model
+from llava_ray.model.published_layouts import hub_name
+from llava_ray.model.published_names import COMPUTED, LANGUAGE_MODEL
+from llava_ray.model.tensor_files import read_json
+from llava_ray.model.weight_files import INDEX_FILE, SINGLE_FILE, Stored, read_folder, write_folder
 
 DELTA_FILE = "delta.json"
 FORMAT_VERSION = 1
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", INDEX_FILE, BIN_INDEX_FILE)
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", INDEX_FILE, "pytorch_model.bin.index.json")
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def find_common(stored: Mapping[str, Stored], base: Base) -> dict[str, str]:
     """Return which tensors are the base's, by any layout's name, with its name there; they may have more rows."""
     pairs = {}
     for name, tensor in stored.items():
-        own = from_hub(name).removeprefix(LANGUAGE_MODEL) if name not in base.tensors else name
+        own = hub_name(name).removeprefix(LANGUAGE_MODEL) if name not in base.tensors else name
         if own in base.tensors:
             old = base.tensors[own].shape
             if old[1:] == tensor.shape[1:] and len(old) and old[0] <= tensor.shape[0]:

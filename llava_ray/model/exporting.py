@@ -60,7 +60,7 @@ def export_bundle(
             write_json(language / "generation_config.json", model.generation_config)
         write_folder(language, model.part(LANGUAGE_MODEL))
         _write_tower(new / TOWER_FOLDER, model)
-        write_tokenizer(load_own_tokenizer(model), model.folder, new, num_rows=rows)
+        write_tokenizer(load_own_tokenizer(model), model.tokenizer_folder, new, num_rows=rows)
         parts = {
             key: Part(inside=True, base=getattr(manifest, key).base, fingerprint=fingerprint(new / key))
             for key in ("language_model", "vision_tower")
@@ -84,7 +84,7 @@ def export_original(
         shards = {to_original(n): t for n, t in model.tensors.items() if not n.startswith(VISION_TOWER)}
         write_folder(new, shards)
         _write_tower(new / TOWER_FOLDER, model)
-        write_tokenizer(load_own_tokenizer(model), model.folder, new, num_rows=rows)
+        write_tokenizer(load_own_tokenizer(model), model.tokenizer_folder, new, num_rows=rows)
         slow = (new / SENTENCEPIECE_FILE).is_file()
     notes = [
         f"config.json names the tower {model.manifest.vision_tower.base!r}, where the original code will look for it; "
@@ -92,8 +92,8 @@ def export_original(
     ]
     if not slow:
         notes.append(
-            f"the original code reads its tokenizer from {SENTENCEPIECE_FILE}, which {model.folder} does not have: "
-            "copy it from the language model's publisher"
+            f"the original code reads its tokenizer from {SENTENCEPIECE_FILE}, which {model.tokenizer_folder} does not "
+            "have: copy it from the language model's publisher"
         )
     return Exported(Path(output), tuple(notes))
 
@@ -139,7 +139,7 @@ def original_config(model: ModelFiles) -> dict[str, Any]:
 
 def load_own_tokenizer(model: ModelFiles) -> PreTrainedTokenizerBase:
     """Load the tokenizer with the language model's own chat template, which a hub folder has replaced by LLaVA's."""
-    tokenizer = load_padding_tokenizer(model.folder)
+    tokenizer = load_padding_tokenizer(model.tokenizer_folder)
     if model.noted_template:
         tokenizer.chat_template = model.noted_template[0]
     return tokenizer

@@ -1,7 +1,6 @@
 """The hub layout (llava-hf, llava-next-hf), which transformers, old and new, and vLLM load."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,8 @@ from llava_ray.model.hub_processor import pixels_of, write_preprocessor, write_p
 from llava_ray.model.model_files import ModelFiles
 from llava_ray.model.part_configs import num_prefix_tokens
 from llava_ray.model.published_names import IMAGE_NEWLINE, LANGUAGE_MODEL, VISION_TOWER, to_hub
+from llava_ray.model.published_settings import OUR_KEY
+from llava_ray.model.vocabulary import with_image_tags
 from llava_ray.model.vocabulary_rows import EMBEDDINGS, TABLES, Vocabulary, choose_rows, with_rows
 from llava_ray.model.weight_files import write_folder
 
@@ -77,7 +78,7 @@ def export_hub(
             tensors.pop(IMAGE_NEWLINE, None)
         write_folder(new, tensors)
         tokenizer.chat_template = jinja
-        write_tokenizer(tokenizer, model.folder, new, num_rows=rows, template_inside=True)
+        write_tokenizer(tokenizer, model.tokenizer_folder, new, num_rows=rows, template_inside=True)
         (new / "chat_template.jinja").write_text(jinja)
         write_json(new / "chat_template.json", {"chat_template": jinja})  # where older processors look
     return Exported(Path(output), tuple(notes))
@@ -92,6 +93,11 @@ def check_hub(model: ModelFiles) -> None:
         )
     if manifest.s2:
         raise _inexpressible("vision tower", f"s2 looks at several scales {manifest.s2_scales}, the layout at one")
+    if model.tower_config["model_type"] == "siglip2_vision_model":
+        raise _inexpressible(
+            "vision tower",
+            "a SigLIP 2 for any aspect ratio takes patches and their grid, the layout gives it pixels",
+        )
     strange = [name for name in model.part(LANGUAGE_MODEL) if not name.startswith(LANGUAGE_NAMES)]
     if strange:
         raise _inexpressible("language model", f"the layout expects names such as model.layers.0…, found {strange[0]}")
@@ -125,12 +131,8 @@ def check_vllm(model: ModelFiles) -> None:
 
 
 def _template(model: ModelFiles, tokenizer: PreTrainedTokenizerBase) -> Template:
-    """Return the template, with the tokens that stand around each image if the model was trained with them."""
     template = find_template(model.manifest.version, tokenizer)
-    if not model.manifest.mm_use_im_start_end:
-        return template
-    before, after = template.image_tags
-    return replace(template, image_tags=(f"{before}<im_start>", f"<im_end>{after}"))
+    return with_image_tags(template, start_end=model.manifest.mm_use_im_start_end)
 
 
 def _inexpressible(part: str, why: str) -> ModelError:
@@ -165,7 +167,7 @@ def _settings(model: ModelFiles, rows: int, image_token: int) -> dict[str, Any]:
         "kept": model.kept,
         "chat_template": load_own_tokenizer(model).chat_template,
     }
-    return dict(sorted(settings.items())) | {hub_settings.OUR_KEY: noted}
+    return dict(sorted(settings.items())) | {OUR_KEY: noted}
 
 
 def _generation_config(model: ModelFiles, template: Template, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -1,16 +1,21 @@
 """A whole model as files: what it is and where its tensors lie, whatever layout it comes in. Nothing is loaded."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import ModelError
-from llava_ray.model import hub_settings, original_settings
-from llava_ray.model.manifest import Manifest, Part, check_fingerprint, is_bundle, read_manifest
+from llava_ray.model import original_settings
+from llava_ray.model.blueprint import find_language_model, find_layout, find_vision_tower
+from llava_ray.model.hub_processor import read_preprocessor
+from llava_ray.model.layout import EMBED_TOKENS, TOKENIZER_FILES, Kind, Layout, check_whole
+from llava_ray.model.loading import find_length, find_version
+from llava_ray.model.manifest import Manifest, Part, check_fingerprint
 from llava_ray.model.part_configs import complete
-from llava_ray.model.projector import PROJECTOR_FILE
 from llava_ray.model.published_names import (
     COMPUTED,
     IMAGE_NEWLINE,
@@ -19,24 +24,16 @@ from llava_ray.model.published_names import (
     VISION_MODEL,
     VISION_TOWER,
     bare_tower_name,
-    from_hub,
-    from_original,
 )
-from llava_ray.model.sources import find_source
-from llava_ray.model.weight_files import Stored, read_file, read_folder
+from llava_ray.model.published_settings import OUR_KEY
+from llava_ray.model.sources import Source
+from llava_ray.model.tensor_files import StoredTensor, read_json
+from llava_ray.model.tower import WITH_TEXT_PART
+from llava_ray.model.weight_files import Stored, stored
 
-WITH_TEXT_PART = ("clip", "siglip")  # whole models, whose vision part is the tower
 ORIGINAL_CONFIG = "original_config"  # in a manifest's training: what of the original's config means nothing to us
 TOWER_FOLDER = "vision_tower"
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What is told of a model because its folder does not say it."""
-
-    model_base: str | None
-    vision_tower: str | None
-    version: str | None
+PREPROCESSOR = "preprocessor_config.json"
 
 
 @dataclass(frozen=True)
@@ -55,6 +52,7 @@ class ModelFiles:
     tower_config: dict[str, Any]
     preprocessor: dict[str, Any]
     generation_config: dict[str, Any]
+    tokenizer_folder: Path
     tensors: dict[str, Stored]
     num_rows: int
     kept: dict[str, Any]
@@ -75,139 +73,138 @@ def open_model(
     """Find out what a folder is and where its tensors are, from what it declares.
 
     ``model_base`` and ``vision_tower`` are where parts that it only names lie now, ``version`` is its conversation
-    template where it does not say it. Raises ModelError for a folder that is none of the known layouts, lacks a part
-    or is damaged.
+    template where it does not say it. Raises ModelError for a folder that is no LLaVA, lacks a part or is damaged.
     """
-    folder, asked = Path(path).expanduser(), Asked(model_base, vision_tower, version)
-    if is_bundle(folder):
-        return _checked(_open_bundle(folder, asked))
-    config = read_json(folder / "config.json", f"{folder} is no model that can be exported: ")
-    if (folder / "adapter_config.json").is_file():
-        raise ModelError(
-            f"{folder} holds an adapter without its base. Merge it first: export.py merge {folder} OUTPUT --model_base "
-            "BASE, then export OUTPUT."
-        )
-    if hub_settings.is_hub(config):
-        return _checked(_open_hub(folder, config, asked))
-    if original_settings.is_original(config):
-        return _checked(_open_original(folder, config, asked))
-    raise ModelError(
-        f"{folder} is none of the layouts that can be exported: its config.json is of type "
-        f"{config.get('model_type')!r}, without text_config and without LLaVA's mm_* keys, and there is no llava.json. "
-        "Point at a llava_ray bundle, or at a model in the original or the hub layout."
-    )
-
-
-def read_json(file: Path, what: str = "") -> dict[str, Any]:
-    """Read a JSON object. Raises ModelError that names the file."""
-    try:
-        values: Any = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise ModelError(
-            f"{what}{file} cannot be read ({reason}); copy the folder again or point at another."
-        ) from error
-    if not isinstance(values, dict):
-        raise ModelError(f"{what}{file} holds {type(values).__name__}; expected a JSON object.")
-    return values
-
-
-def read_tower(folder: Path) -> dict[str, Stored]:
-    """Return a tower folder's tensors under our names; of a whole CLIP or SigLIP, those of its vision part."""
-    stored = read_folder(folder)
-    if read_json(folder / "config.json").get("model_type") in WITH_TEXT_PART:
-        stored = {name: tensor for name, tensor in stored.items() if name.startswith(VISION_MODEL)}
-    return {VISION_TOWER + bare_tower_name(n): t for n, t in stored.items() if not COMPUTED.search(n)}
-
-
-def _open_bundle(folder: Path, asked: Asked) -> ModelFiles:
-    if (folder / "adapter").is_dir():
-        raise ModelError(
-            f"{folder} is a bundle with an adapter that is not merged into its language model. Merge it first: "
-            f"export.py merge {folder} OUTPUT, then export OUTPUT."
-        )
-    manifest = read_manifest(folder)
-    language = _find_part(folder / "language_model", manifest.language_model, asked.model_base, "language model")
-    tower = _find_part(folder / TOWER_FOLDER, manifest.vision_tower, asked.vision_tower, "vision tower")
-    config = complete(read_json(language / "config.json"), str(language / "config.json"))
-    named = {name if name == IMAGE_NEWLINE else PROJECTOR + name: t for name, t in read_projector(folder).items()}
-    own = {LANGUAGE_MODEL + name: t for name, t in read_folder(language).items() if not COMPUTED.search(name)}
+    given = ModelConfig(model_name_or_path=str(path), model_base=model_base, vision_tower=vision_tower)
+    root, layout = find_layout(str(path), weights=True)
+    refuse_unexportable(layout)
+    check_whole(layout)
+    language = find_language_model(given, root, layout, weights=True)
+    tower = find_vision_tower(given, root, layout, weights=True)
+    noted: Mapping[str, Any] = layout.config.get(OUR_KEY, {})
+    manifest = describe(layout, language, tower, version)
+    config = complete({**language_architecture(language), **language.config}, f"{language.folder / 'config.json'}")
+    num_rows = int(noted.get("num_rows", min(config["vocab_size"], layout.config.get("image_token_index", 2**63))))
     training = dict(manifest.training)
-    kept = training.pop(ORIGINAL_CONFIG, {})
-    version = {} if asked.version is None else {"version": asked.version}
-    return ModelFiles(
-        folder=folder,
-        manifest=manifest.model_copy(update={"training": training, **version}),
-        language_config=config,
-        generation_config=_optional_json(language / "generation_config.json"),
-        tensors={**named, **own, **read_tower(tower)},
-        num_rows=config["vocab_size"],
+    kept = dict(training.pop(ORIGINAL_CONFIG, noted.get("kept", {})))
+    if layout.kind is not Kind.HUB:
+        kept |= original_settings.read_kept(layout.config)
+    has_tokenizer = any((root.folder / name).is_file() for name in TOKENIZER_FILES)
+    model = ModelFiles(
+        folder=root.folder,
+        manifest=manifest.model_copy(update={"training": training}),
+        language_config={**config, "vocab_size": num_rows},
+        tower_config=complete(vision_part(tower), f"{tower.beside / 'config.json'}"),
+        preprocessor=find_preprocessor(layout, tower),
+        generation_config=optional_json(language.beside / "generation_config.json"),
+        tokenizer_folder=root.folder if has_tokenizer else language.folder,
+        tensors=name_tensors(layout, language, tower),
+        num_rows=num_rows,
         kept=kept,
-        **_tower_settings(tower),
+        noted_template=(noted["chat_template"],) if "chat_template" in noted else (),
     )
+    check_widths(model)
+    return model
 
 
-def read_projector(folder: Path) -> dict[str, Stored]:
-    """Return a bundle's projector, and image_newline where there is one, by the names in its file."""
-    return read_file(folder / PROJECTOR_FILE)
+def refuse_unexportable(layout: Layout) -> None:
+    """Raise ModelError for a folder that is no whole LLaVA."""
+    if layout.adapter is not None:
+        raise ModelError(
+            f"{layout.folder} ({layout.kind}) holds an adapter that is not merged into its language model. Merge it "
+            f"first: export.py merge {layout.folder} OUTPUT, then export OUTPUT."
+        )
+    if layout.kind is Kind.LANGUAGE_MODEL:
+        raise ModelError(
+            f"{layout.folder} is a {layout.kind}, without projector and tower: nothing can be exported of it. Point at "
+            "a llava_ray bundle, or at a LLaVA in the original or the hub layout."
+        )
 
 
-def _find_part(inside: Path, part: Part, given: str | None, name: str) -> Path:
-    if part.inside:
-        return inside
-    folder = find_source(given or part.base, name).folder
-    check_fingerprint(folder, part.fingerprint, name)
-    return folder
+def describe(layout: Layout, language: Source, tower: Source, version: str | None) -> Manifest:
+    """Return the manifest of a model: its own, or made of its settings. Raises ModelError."""
+    noted: Mapping[str, Any] = layout.config.get(OUR_KEY, {})
+    known = layout.manifest
+    if known is None and "manifest" in noted:
+        known = Manifest.model_validate(noted["manifest"])
+    if known is not None:
+        for key, source in (("language_model", language), ("vision_tower", tower)):
+            if layout.manifest is not None and not getattr(known, key).inside:
+                check_fingerprint(source.folder, getattr(known, key).fingerprint, key.replace("_", " "))
+        return known if version is None else known.model_copy(update={"version": version})
+    settings = {key: value for key, value in layout.settings.items() if key in Manifest.model_fields}
+    layer = settings["mm_vision_select_layer"]
+    width = int(vision_part(tower)["hidden_size"]) * (1 if isinstance(layer, int) else len(layer))
+    width *= max(1, len(settings.get("s2_scales", ())))
+    names = {"language_model": layout.config.get("_name_or_path"), "vision_tower": layout.config.get("mm_vision_tower")}
+    told = {
+        "version": find_version(layout, version),
+        "mm_hidden_size": layout.config.get("mm_hidden_size", width),
+        "hidden_size": complete(language.config, str(language.folder))["hidden_size"],
+        "model_max_length": find_length(layout),
+        "language_model": Part(inside=True, base=names["language_model"] or language.origin, fingerprint=""),
+        "vision_tower": Part(inside=True, base=names["vision_tower"] or tower.origin, fingerprint=""),
+        "training": noted.get("training", {}),
+    }
+    try:
+        return Manifest.model_validate(settings | told)
+    except ValueError as error:
+        raise ModelError(f"{layout.folder / 'config.json'} cannot be read as LLaVA's: {error}") from error
 
 
-def _open_original(folder: Path, config: dict[str, Any], asked: Asked) -> ModelFiles:
-    language = original_settings.read_language_config(folder, config)
-    manifest = original_settings.read_manifest(folder, config, asked.version)
-    stored = {from_original(n): t for n, t in read_folder(folder).items() if not COMPUTED.search(n)}
-    inside = folder / TOWER_FOLDER
-    named = asked.vision_tower or (inside if inside.is_dir() else manifest.vision_tower.base)
-    if not named:
-        raise ModelError(f"{folder / 'config.json'} names no mm_vision_tower; say where it is with --vision_tower.")
-    tower = find_source(named, "vision tower").folder
-    # A tower that learnt too lies among the shards; the one that config.json names is what it began as.
-    own_tower = {name: tensor for name, tensor in stored.items() if name.startswith(VISION_TOWER)}
-    return ModelFiles(
-        folder=folder,
-        manifest=manifest,
-        language_config=language,
-        generation_config=_optional_json(folder / "generation_config.json"),
-        tensors={**stored, **(own_tower or read_tower(tower))},
-        num_rows=language["vocab_size"],
-        kept=original_settings.read_kept(config),
-        **_tower_settings(tower),
-    )
+def name_tensors(layout: Layout, language: Source, tower: Source) -> dict[str, Stored]:
+    """Return all parts' tensors under our names, without what every model computes for itself."""
+    tensors: dict[str, StoredTensor] = {f"{PROJECTOR}{name}": t for name, t in layout.part("projector").items()}
+    if EMBED_TOKENS in layout.companions or PROJECTOR + EMBED_TOKENS in tensors:
+        raise ModelError(
+            f"language model: {layout.folder} brings {EMBED_TOKENS} for tokens that the language model does not have. "
+            "Load it and save all of it (load_pretrained_model, save_bundle with include='all'), then export."
+        )
+    if IMAGE_NEWLINE in layout.tensors:
+        tensors[IMAGE_NEWLINE] = layout.tensors[IMAGE_NEWLINE]
+    tensors |= {f"{LANGUAGE_MODEL}{name}": tensor for name, tensor in language.tensors.items()}
+    only_vision = tower.config.get("model_type") in WITH_TEXT_PART
+    tensors |= {
+        f"{VISION_TOWER}{bare_tower_name(name)}": tensor
+        for name, tensor in tower.tensors.items()
+        if not only_vision or name.startswith(VISION_MODEL)
+    }
+    return stored({name: tensor for name, tensor in tensors.items() if not COMPUTED.search(name)})
 
 
-def _open_hub(folder: Path, config: dict[str, Any], asked: Asked) -> ModelFiles:
-    settings = hub_settings.read_settings(folder, config, _hub_preprocessor(folder), asked.version)
-    return ModelFiles(
-        folder=folder,
-        manifest=settings.manifest,
-        language_config=settings.language_config,
-        tower_config=settings.tower_config,
-        preprocessor=settings.preprocessor,
-        generation_config=_optional_json(folder / "generation_config.json"),
-        tensors={from_hub(n): t for n, t in read_folder(folder).items() if not COMPUTED.search(n)},
-        num_rows=settings.num_rows,
-        kept=settings.kept,
-        noted_template=settings.noted_template,
-    )
+def vision_part(tower: Source) -> dict[str, Any]:
+    """Return a tower's config; of a whole image-and-text model, that of its vision part."""
+    kind = tower.config.get("model_type")
+    if kind not in WITH_TEXT_PART:
+        return dict(tower.config)
+    return {"model_type": f"{kind}_vision_model", **tower.config.get("vision_config", {})}
 
 
-def _checked(model: ModelFiles) -> ModelFiles:
-    """Return the model; raise ModelError if a part is not there or the projector is not the configs'."""
+def language_architecture(language: Source) -> dict[str, Any]:
+    """Return the class of a language model, which the original's config.json does not name and vLLM looks for."""
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(language.config.get("model_type")))
+    return {"architectures": [name]} if name else {}
+
+
+def find_preprocessor(layout: Layout, tower: Source) -> dict[str, Any]:
+    """Return the tower's own image processor. Raises ModelError."""
+    if layout.kind is not Kind.HUB:
+        return read_json(tower.beside / PREPROCESSOR)
+    noted: Mapping[str, Any] = layout.config.get(OUR_KEY, {})
+    if "preprocessor" in noted:
+        return dict(noted["preprocessor"])
+    if (layout.folder / PREPROCESSOR).is_file():
+        return read_preprocessor(read_json(layout.folder / PREPROCESSOR))
+    # transformers 5 keeps it among the processor's own settings.
+    inside = read_json(layout.folder / "processor_config.json").get("image_processor")
+    if not isinstance(inside, dict):
+        raise ModelError(f"{layout.folder} has no {PREPROCESSOR}; copy it from where the model was published.")
+    return read_preprocessor(inside)
+
+
+def check_widths(model: ModelFiles) -> None:
+    """Raise ModelError if the projector's shapes are not those of the model's parts."""
     manifest, projector = model.manifest, model.part(PROJECTOR)
-    for prefix in (LANGUAGE_MODEL, VISION_TOWER, *([] if manifest.mm_projector_type == "identity" else [PROJECTOR])):
-        if not model.part(prefix):
-            raise ModelError(
-                f"{model.folder} holds no tensors of the {prefix.rstrip('.').replace('_', ' ')}, though it is a model "
-                f"with one (mm_projector_type {manifest.mm_projector_type!r}); copy the folder again."
-            )
     in_order = sorted(projector, key=lambda name: (len(name), name))  # "10.weight" after "2.weight"
     matrices = [projector[name].shape for name in in_order if name.endswith("weight")]
     widths = (matrices[0][-1], matrices[-1][0]) if matrices else (manifest.mm_hidden_size, manifest.hidden_size)
@@ -216,28 +213,8 @@ def _checked(model: ModelFiles) -> ModelFiles:
             f"the projector in {model.folder} goes from width {widths[0]} to {widths[1]}, but tower and language model "
             f"have {manifest.mm_hidden_size} and {manifest.hidden_size}: these are not one model's files."
         )
-    return model
 
 
-def _tower_settings(folder: Path) -> dict[str, Any]:
-    config = read_json(folder / "config.json")
-    if config.get("model_type") in WITH_TEXT_PART:
-        config = {"model_type": f"{config['model_type']}_vision_model", **config.get("vision_config", {})}
-    return {
-        "tower_config": complete(config, str(folder / "config.json")),
-        "preprocessor": read_json(folder / "preprocessor_config.json"),
-    }
-
-
-def _hub_preprocessor(folder: Path) -> Mapping[str, Any]:
-    if (folder / "preprocessor_config.json").is_file():
-        return read_json(folder / "preprocessor_config.json")
-    # transformers 5 keeps it among the processor's own settings.
-    inside = read_json(folder / "processor_config.json").get("image_processor")
-    if not isinstance(inside, dict):
-        raise ModelError(f"{folder} has no preprocessor_config.json; copy it from where the model was published.")
-    return inside
-
-
-def _optional_json(file: Path) -> dict[str, Any]:
+def optional_json(file: Path) -> dict[str, Any]:
+    """Read a JSON file that need not be there."""
     return read_json(file) if file.is_file() else {}

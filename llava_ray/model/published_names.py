@@ -1,4 +1,4 @@
-"""Names of tensors in the published layouts: pure renames from and to ours, and back without loss.
+"""Names of tensors in the published layouts: pure renames of ours, which ``published_layouts`` turns back without loss.
 
 ========================== ====================================================== ======================================
 ours                       original (liuhaotian/llava-…)                          hub (llava-hf/…)
@@ -12,9 +12,8 @@ language_model.lm_head.…   lm_head.…                                        
 vision_tower.…             model.vision_tower.vision_tower.vision_model.…         vision_tower.vision_model.…
 ========================== ====================================================== ======================================
 
-The hub's names are those that transformers before 4.52 and vLLM know; transformers still loads them. Newer files may
-hold transformers' own names (``model.language_model.…``), which are read too. A DINOv2 tower has no ``vision_model``
-level in any layout.
+The hub's names are those that transformers before 4.52 and vLLM know; transformers still loads them. A DINOv2 tower
+has no ``vision_model`` level in any layout.
 """
 
 import re
@@ -36,23 +35,6 @@ PEFT_PREFIX = "base_model.model."
 
 HUB_PROJECTOR = "multi_modal_projector."
 HUB_LINEARS = {"linear_1.": "0.", "linear_2.": "2."}
-# transformers' names since 4.52, as the layout had them before.
-HUB_RENAMED = (
-    ("model.language_model.", "language_model.model."),
-    ("model.vision_tower.", VISION_TOWER),
-    ("model.multi_modal_projector.", HUB_PROJECTOR),
-    ("model.image_newline", IMAGE_NEWLINE),
-    ("lm_head.", "language_model.lm_head."),
-)
-
-
-def from_original(name: str) -> str:
-    """Return our name of a tensor in the original layout."""
-    if name.startswith(ORIGINAL_PROJECTOR):
-        return PROJECTOR + name.removeprefix(ORIGINAL_PROJECTOR)
-    if name.startswith(ORIGINAL_TOWER):
-        return VISION_TOWER + bare_tower_name(name.removeprefix(ORIGINAL_TOWER))
-    return IMAGE_NEWLINE if name == ORIGINAL_NEWLINE else LANGUAGE_MODEL + name
 
 
 def to_original(name: str) -> str:
@@ -62,20 +44,6 @@ def to_original(name: str) -> str:
     if name.startswith(VISION_TOWER):
         return ORIGINAL_TOWER + VISION_MODEL + name.removeprefix(VISION_TOWER)
     return ORIGINAL_NEWLINE if name == IMAGE_NEWLINE else name.removeprefix(LANGUAGE_MODEL)
-
-
-def from_hub(name: str) -> str:
-    """Return our name of a tensor in the hub layout, under transformers' old or new names."""
-    for new, old in HUB_RENAMED:
-        if name.startswith(new):
-            name = old + name.removeprefix(new)
-            break
-    if name.startswith(VISION_TOWER):
-        return VISION_TOWER + bare_tower_name(name.removeprefix(VISION_TOWER))
-    for linear, index in HUB_LINEARS.items():
-        if name.startswith(HUB_PROJECTOR + linear):
-            return PROJECTOR + index + name.removeprefix(HUB_PROJECTOR + linear)
-    return name
 
 
 def to_hub(name: str, *, vision_model: bool) -> str:

@@ -37,6 +37,9 @@ LLAVA_KEYS = frozenset(
 # Where an export of ours keeps what a layout has no key for.
 OUR_KEY = "llava_ray"
 
+# What a manifest says of where a model is from, not of what it is.
+NO_SETTINGS = ("format_version", "language_model", "vision_tower", "libraries", "training")
+
 # (layout's model type, language model's type, size of its own vocabulary) -> template it was trained with.
 # The original's first generation (no mm_projector_type in its config) came with too many templates to be listed.
 TEMPLATES = {
@@ -113,7 +116,8 @@ def original_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 def hub_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return the settings in the config.json of transformers' LLaVA classes. Raises ModelError."""
     if noted := config.get(OUR_KEY, {}).get("manifest"):
-        return {key: listed(value, where) if isinstance(value, list) else value for key, value in noted.items()}
+        settings = {key: value for key, value in noted.items() if key not in NO_SETTINGS}
+        return {key: listed(value, where) if isinstance(value, list) else value for key, value in settings.items()}
     for key, only in (("projector_hidden_act", "gelu"), ("multimodal_projector_bias", True)):
         if config.get(key, only) != only:
             raise ModelError(f"{where}: {key} is {config[key]!r}; only {only!r} is supported, LLaVA's own projector.")

@@ -47,5 +47,5 @@ def with_rows(tensors: dict[str, Stored], rows: int) -> dict[str, Stored]:
 def _resized(table: Tensor, rows: int) -> Tensor:
     if rows <= table.shape[0]:
         return table[:rows]
-    mean = table.to(torch.float32).mean(0, keepdim=True).to(table.dtype)
+    mean = table.mean(0, keepdim=True, dtype=torch.float32).to(table.dtype)
     return torch.cat([table, mean.expand(rows - table.shape[0], *table.shape[1:])])

@@ -82,7 +82,7 @@ def test_a_fault_is_one_line(folder: Path, tmp_path: Path) -> None:
     ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert ran.returncode == 1
     assert "Traceback" not in ran.stderr
-    assert f"ModelError: {folder / 'base'} is none of the layouts that can be exported" in ran.stderr
+    assert f"ModelError: {folder / 'base'} is a plain language model, without" in ran.stderr
     assert not (tmp_path / "hub").exists()
 
 

@@ -1,7 +1,7 @@
 """Fixed strings written as Jinja say what rendering says, and tokenise to what training saw."""
 
 import pytest
-from published import GOLDEN
+from originals import GOLDEN
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from llava_ray.chat.conversation import IMAGE_TOKEN_INDEX, Turn

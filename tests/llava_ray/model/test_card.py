@@ -92,6 +92,16 @@ def test_an_adapter_is_as_large_as_pefts(kind: str, use_dora: bool, folders) -> 
     assert count_adapter(lora | {"lora_enable": False}, card.linears) == 0
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"mm_vision_select_layer": (-3, -2)}, {"s2": True, "s2_scales": (32, 64)}, {"mm_projector_type": "mlp3x_gelu"}],
+)
+def test_the_projector_is_as_wide_as_the_features(changes, folders) -> None:
+    card = read_card(run_config(folders, **changes))
+    parts = folders.assemble(**changes)
+    assert card.part("projector").num_total == sum(p.numel() for p in parts.llava.projector.parameters())
+
+
 def test_any_layout_is_known(folders, tmp_path: Path) -> None:
     original = make_original(tmp_path / "original", folders.language_model(), folders.tower())
     model = open_model(original, version="v1", vision_tower=str(folders.tower()))

@@ -5,7 +5,8 @@ from pathlib import Path
 import fakes
 import pytest
 import torch
-from published import assert_same_weights, golden_original, make_original, read
+from originals import copy_golden
+from published import assert_same_weights, make_original, read
 
 from llava_ray.chat.conversation import read_turns
 from llava_ray.chat.tokens import tokenize_conversation
@@ -35,7 +36,7 @@ def assert_kept(found: dict, expected: dict) -> None:
 
 @pytest.mark.parametrize("name", ["v15_mlp_pad", "v16_anyres"])
 def test_original_to_bundle_to_hub_to_bundle_to_original(name: str, tmp_path: Path) -> None:
-    source = golden_original(name, tmp_path / "source")
+    source = copy_golden(name, tmp_path / "source")
     first = open_model(source, version="vicuna_v1", vision_tower=str(source / "tower"))
     export_bundle(first, tmp_path / "bundle")
     export_hub(open_model(tmp_path / "bundle"), tmp_path / "hub")
@@ -54,7 +55,7 @@ def test_original_to_bundle_to_hub_to_bundle_to_original(name: str, tmp_path: Pa
 
 
 def test_the_longer_table_of_the_hub_begins_with_the_language_models_own_rows(tmp_path: Path) -> None:
-    source = golden_original("v15_mlp_pad", tmp_path / "source")
+    source = copy_golden("v15_mlp_pad", tmp_path / "source")
     first = open_model(source, version="v1", vision_tower=str(source / "tower"))
     export_hub(first, tmp_path / "hub")
     hub = open_model(tmp_path / "hub")
@@ -62,7 +63,7 @@ def test_the_longer_table_of_the_hub_begins_with_the_language_models_own_rows(tm
         long, own = hub.tensors[name].load(), first.tensors[name].load()
         assert (long.shape[0], own.shape[0], hub.num_rows) == (32064, 32000, 32000)
         assert torch.equal(long[:32000], own)
-        assert torch.equal(long[32000:], own.float().mean(0).to(own.dtype).expand(64, -1))
+        assert torch.equal(long[32000:], own.mean(0, dtype=torch.float32).to(own.dtype).expand(64, -1))
     assert hub.tensors.keys() == first.tensors.keys()
 
 
@@ -105,7 +106,7 @@ def test_a_projector_alone_has_llavas_names_and_settings(folders, tmp_path: Path
 
 
 def test_a_bundle_from_the_original_splits_text_the_same_way(tmp_path: Path) -> None:
-    source = golden_original("v15_mlp_pad", tmp_path / "source")
+    source = copy_golden("v15_mlp_pad", tmp_path / "source")
     first = open_model(source, version="v1", vision_tower=str(source / "tower"))
     export_hub(first, tmp_path / "hub")
     export_bundle(open_model(tmp_path / "hub"), tmp_path / "bundle")
@@ -182,7 +183,6 @@ def test_nothing_is_overwritten_and_nothing_half_written(folders, tmp_path: Path
     [
         ({"mm_hidden_size": 64}, "the projector in .* goes from width 48 to 32, but .* have 64 and 32"),
         ({"mm_hidden_size": None}, "config.json"),
-        ({"model_type": "llava_mpt", "architectures": None}, r"model_type is 'llava_mpt'.*expected one of llava_llama"),
         ({"mm_patch_merge_type": "other"}, "mm_patch_merge_type"),
     ],
 )
@@ -197,21 +197,19 @@ def test_a_config_that_is_not_the_weights_is_refused(change, message, folders, t
 
 def test_a_layout_that_does_not_name_its_template_asks_for_it(folders, tmp_path: Path) -> None:
     source = make_original(tmp_path / "source", folders.language_model(), folders.tower())
-    with pytest.raises(ModelError, match="does not record its conversation template; name it with --version"):
+    with pytest.raises(ModelError, match="does not say which conversation template it was trained with"):
         open_model(source, vision_tower=str(folders.tower()))
 
 
 def test_other_folders_are_refused_by_name(folders, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=f"{tmp_path} is no model that can be exported: .*config.json cannot be read"):
+    with pytest.raises(ModelError, match=f"{tmp_path} is no model that is known here"):
         open_model(tmp_path)
-    with pytest.raises(
-        ModelError, match=r"is none of the layouts that can be exported: its config.json is of type 'llama'"
-    ):
+    with pytest.raises(ModelError, match=r"is a plain language model, without projector and tower"):
         open_model(folders.language_model())
 
 
 def test_a_model_without_its_projector_is_refused(folders, tmp_path: Path) -> None:
     source = make_original(tmp_path / "source", folders.language_model(), folders.tower())
     write_file(source / "model.safetensors", {"model.norm.weight": held(torch.ones(fakes.WIDTH))})
-    with pytest.raises(ModelError, match="holds no tensors of the projector"):
+    with pytest.raises(ModelError, match="no tensor of the projector is in its weight files"):
         open_model(source, version="v1", vision_tower=str(folders.tower()))
