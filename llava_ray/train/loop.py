@@ -14,6 +14,7 @@ from llava_ray.data.settings import StreamSettings
 from llava_ray.errors import TrainingError
 from llava_ray.images.processing import normalise
 from llava_ray.model.bundle import LlavaParts
+from llava_ray.train.allocation import keep_freed_memory
 from llava_ray.train.checkpoints import Checkpointer, seed_all
 from llava_ray.train.engine import build_engine, load_parts
 from llava_ray.train.finish import write_bundle
@@ -27,6 +28,7 @@ def train_loop(given: dict[str, Any]) -> None:
     config, journal = settings.config, settings.journal
     rank, world_size = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
     torch.set_num_threads(settings.num_threads)
+    keep_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = config.train.tf32
     device = get_device()
 
