@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evals.easy_vqa import COLOURS, NEGATIONS, SHAPES, Question, describe, questions
+from evals.easy_vqa import COLOURS, NEGATIONS, SHAPES, YES_NO, Question, describe, questions
 
 NEGATED_SHARE = 0.1  # of the negated questions that come among the first
 COLOUR_AND_SHAPE = 2
@@ -22,10 +22,22 @@ def write_conversations(folder: Path, *, seed: int) -> Path:
 
     Images are relative to ``image_folder("train")``. Raises DataError.
     """
-    asked = questions("train")
+    return write_images(folder / "conversations.json", questions("train"), seed)
+
+
+def write_open_questions(folder: Path, *, seed: int) -> Path:
+    """Write every train question for a colour or a shape, as ``write_conversations`` does; return the file.
+
+    What a projector is aligned on: a colour tells it three bits about an image, a yes or no less than one.
+    """
+    return write_images(folder / "open.json", [q for q in questions("train") if q.kind != YES_NO], seed)
+
+
+def write_images(file: Path, asked: list[Question], seed: int) -> Path:
+    """Write questions about images in random order."""
     random.Random(seed).shuffle(asked)
     records = [{"id": q.id, "image": q.image.name, "conversations": turns("<image>", q)} for q in asked]
-    return write_records(folder / "conversations.json", records)
+    return write_records(file, records)
 
 
 def write_words(folder: Path, *, num_first: int, num_natural: int, seed: int) -> Path:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evals import easy_vqa
-from evals.easy_vqa_records import write_conversations, write_words
+from evals.easy_vqa_records import write_conversations, write_open_questions, write_words
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.preparation import prepare_data
@@ -38,6 +38,7 @@ def main(arguments: Sequence[str]) -> float:
             print(f"{'Reused' if weights.reused else 'Converted'}: {weights.path}")
     with timed("data", seconds):
         write_words(CACHE, num_first=3_200, num_natural=5_760, seed=0)
+        write_open_questions(CACHE, seed=0)
         data = write_conversations(CACHE, seed=0)
     words = load_recipe(FinetuneConfig, [f"{RECIPES}/words.toml", *arguments])
     with connected(words.cluster) as resources:

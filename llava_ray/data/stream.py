@@ -75,6 +75,7 @@ class DealToRanks(TrainDataConfig):
         dataset = stream(descriptors, self.settings)
         dataset.context.execution_options = ExecutionOptions(preserve_order=True)
         dataset.context.enable_progress_bars = False  # the run has one bar of its own
+        dataset.context.memory_usage_poll_interval_s = None  # walks all pages of the object store each second
         return [{"train": split} for split in dataset.streaming_split(world_size, equal=False)]
 
 
@@ -128,7 +129,7 @@ def located(rows: list[dict[str, Any]], table: pa.Table) -> pa.Table:
 
 
 def stream(descriptors: list[pa.Table], settings: StreamSettings) -> Dataset:
-    """Attach the stages to the descriptors. Strict repartitions keep every block exactly one rank's rows."""
+    """Attach the stages to the descriptors. Every block that leaves a repartition is exactly one rank's rows."""
     dataset = ray.data.from_arrow(descriptors) if descriptors else ray.data.from_items([])
     dataset = dataset.map_batches(
         read_micro_batches,
@@ -157,7 +158,20 @@ def stream(descriptors: list[pa.Table], settings: StreamSettings) -> Dataset:
             num_cpus=settings.data.num_decode_cpus,
             num_gpus=settings.vision_gpus,
         )
+    if max_block_bytes(settings) <= dataset.context.target_max_block_size:
+        return dataset
+    # Ray cuts blocks that are larger. Joining them again copies all pixels once more.
     return dataset.repartition(target_num_rows_per_block=ROWS_PER_BLOCK, strict=True)
+
+
+def max_block_bytes(settings: StreamSettings) -> int:
+    """Return what a block's pixels or features may come to when all its rows are full of images."""
+    spec, tokens = settings.image_spec, settings.image_tokens
+    view = 3 * spec.height * spec.width
+    if settings.data.vision_features == "streamed":
+        view = max(view, tokens.num_features * settings.mm_hidden_size * (2 if settings.bf16 else 4))
+    views = ROWS_PER_BLOCK * settings.row_length * tokens.max_views // tokens.num_features
+    return views * view
 
 
 def read_micro_batches(descriptors: pa.Table, settings: StreamSettings) -> Iterator[pa.Table]:

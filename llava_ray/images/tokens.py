@@ -57,6 +57,11 @@ class ImageTokens:
         """Whether the model has a learned vector for the ends of rows."""
         return self.merge_type == "spatial_unpad"
 
+    @property
+    def max_views(self) -> int:
+        """Count the views of the image that is cut into most."""
+        return 1 + max((w // self.side * (h // self.side) for w, h in self.grid_pinpoints), default=0)
+
     def num_views(self, width: int, height: int) -> int:
         """Count the views of an image of that many pixels."""
         if not self.grid_pinpoints:

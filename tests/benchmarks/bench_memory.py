@@ -78,7 +78,7 @@ def measure(num_images: int) -> dict[str, float]:
 
 
 def watch(peaks: dict[str, float], ended: threading.Event) -> None:
-    """Note the peaks of this process and Ray's workers below it: own memory, shared memory once, plain resident sets."""
+    """Note the peaks of this process and Ray's workers: own memory, shared memory once, plain resident sets."""
     driver = psutil.Process()
     while not ended.wait(SAMPLE_SECONDS):
         sizes = [driver.memory_info()]

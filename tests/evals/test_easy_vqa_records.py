@@ -4,7 +4,7 @@ import json
 from collections import Counter
 
 from evals import easy_vqa
-from evals.easy_vqa_records import write_conversations, write_words
+from evals.easy_vqa_records import write_conversations, write_open_questions, write_words
 
 
 def test_plain_balanced_questions_come_first_and_then_the_natural_mix(tmp_path):
@@ -46,3 +46,10 @@ def test_conversations_ask_every_train_question_once_in_an_order_that_hangs_on_t
             f"<image>\n{question.question}",
             question.answer,
         )
+
+
+def test_open_questions_are_those_for_a_colour_or_a_shape(tmp_path):
+    records = json.loads(write_open_questions(tmp_path, seed=1).read_text())
+    answers = {record["conversations"][1]["value"] for record in records}
+    assert answers == {*easy_vqa.COLOURS, *easy_vqa.SHAPES}
+    assert len(records) == sum(question.answer not in ("yes", "no") for question in easy_vqa.questions("train"))

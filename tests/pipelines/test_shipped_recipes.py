@@ -7,7 +7,7 @@ from fakes import make_language_model, make_vision_tower
 from samples import write_samples
 
 from evals import easy_vqa
-from evals.easy_vqa_records import write_conversations, write_words
+from evals.easy_vqa_records import write_conversations, write_open_questions, write_words
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.preparation import prepare_data
@@ -132,7 +132,8 @@ def test_the_quickstart_recipes_run_on_64_samples_of_the_real_data(folder, ray_c
         "data.data_path": str(write_conversations(folder, seed=0)),
         "model.model_name_or_path": spoken.folder.bundle,
     }
-    aligned = run(align.replaced(common | questions))
+    open_questions = questions | {"data.data_path": str(write_open_questions(folder, seed=0))}
+    aligned = run(align.replaced(common | open_questions))
     tuned = run(tune.replaced(common | questions | {"model.pretrain_mm_mlp_adapter": aligned.folder.bundle}))
     assert len(tuned.read_losses()) == 2
     parts = load_bundle(tuned.folder.bundle)

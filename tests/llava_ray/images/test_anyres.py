@@ -88,7 +88,7 @@ def test_worked_token_counts(size: tuple[int, int], count: int) -> None:
 )
 def test_canvas_and_views(size: tuple[int, int], canvas: tuple[int, int], views: int) -> None:
     assert select_best_resolution(size, PINPOINTS) == canvas
-    assert UNPAD.num_views(*size) == views
+    assert UNPAD.num_views(*size) == views <= UNPAD.max_views == 5
 
 
 def chosen_slowly(size: tuple[int, int]) -> tuple[int, int]:
@@ -149,6 +149,7 @@ def test_several_images_count_their_features_on() -> None:
 def test_without_anyres_an_image_is_one_view_whatever_its_size() -> None:
     tokens = ImageTokens(4, 3, num_prefix=5, merge_type="spatial_unpad")
     assert {tokens.count(*size) for size in SIZES} == {17}
+    assert tokens.max_views == 1
     assert tokens.arrange([(3, 4), (5, 6)]).tolist() == list(range(34))
 
 
