@@ -15,6 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from llava_ray.config.lora import LoraConfig
 from llava_ray.config.sections import FinetuneConfig, ModelConfig
 from llava_ray.errors import ModelError
 from llava_ray.model.freezing import freeze
@@ -93,7 +94,7 @@ def read_card(config: FinetuneConfig) -> Card:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not head
     }
-    adapter = count_adapter(lora_settings(config), linears)
+    adapter = count_adapter(config.lora, linears)
     kinds = {
         LANGUAGE_MODEL: (model.config.model_type, language.origin),
         "projector": (config.model.mm_projector_type, config.model.pretrain_mm_mlp_adapter or "new"),
@@ -110,7 +111,7 @@ def read_card(config: FinetuneConfig) -> Card:
         for name in (LANGUAGE_MODEL, "projector", VISION_TOWER)
     ]
     if adapter:
-        parts.insert(1, PartCard("adapter", "LoRA", f"r {lora_settings(config)['lora_r']}", adapter, adapter))
+        parts.insert(1, PartCard("adapter", "LoRA", f"r {config.lora.lora_r}", adapter, adapter))
     return Card(tuple(parts), model, cut, side, linears)
 
 
@@ -184,23 +185,16 @@ def vision_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"model_type": f"{config['model_type']}_vision_model", **config.get("vision_config", {})}
 
 
-def count_adapter(lora: Mapping[str, Any], linears: Mapping[str, tuple[int, int]]) -> int:
+def count_adapter(lora: LoraConfig, linears: Mapping[str, tuple[int, int]]) -> int:
     """Count the parameters of a LoRA: for each target r x (inputs + outputs), with DoRA a magnitude for each output."""
-    if not lora.get("lora_enable"):
+    if not lora.lora_enable:
         return 0
-    targets = lora.get("lora_target_modules")
-    rank: int = lora["lora_r"]
+    targets = lora.lora_target_modules
     return sum(
-        rank * (inputs + outputs) + (outputs if lora.get("use_dora") else 0)
+        lora.lora_r * (inputs + outputs) + (outputs if lora.use_dora else 0)
         for name, (inputs, outputs) in linears.items()
         if targets is None or any(name == target or name.endswith(f".{target}") for target in targets)
     )
-
-
-def lora_settings(config: FinetuneConfig) -> dict[str, Any]:
-    """Return the settings of a run's adapter, by their names; {} where there is no such section."""
-    values: dict[str, Any] = config.model_dump().get("lora", {})
-    return values
 
 
 def count_positions(tower: VisionTower, side: int) -> int:
