@@ -20,13 +20,14 @@ from llava_ray.config.sections import FinetuneConfig, ModelConfig
 from llava_ray.errors import ModelError
 from llava_ray.model.freezing import freeze
 from llava_ray.model.hub_processor import pixels_of
+from llava_ray.model.image_geometry import choose_s2_scales
 from llava_ray.model.known_models import KNOWN_CONFIGS
 from llava_ray.model.layouts import read_layout
 from llava_ray.model.llava import Llava
-from llava_ray.model.part_configs import build
+from llava_ray.model.part_configs import build, vision_part
 from llava_ray.model.projector import build_projector
 from llava_ray.model.tensor_files import read_json
-from llava_ray.model.tower import WITH_TEXT_PART, VisionTower, find_family
+from llava_ray.model.tower import VisionTower, find_family
 
 LANGUAGE_MODEL, VISION_TOWER = "language_model", "vision_tower"
 
@@ -81,7 +82,7 @@ def read_card(config: FinetuneConfig) -> Card:
     with torch.device("meta"):
         model = build_language_model(build(language.values, language.origin))
         backbone = AutoModel.from_config(tower_config)
-        model_config, scales = config.model, find_scales(config.model, side)
+        model_config, scales = config.model, choose_s2_scales(config.model, side)
         cut = VisionTower(backbone, model_config.mm_vision_select_layer, model_config.mm_vision_select_feature, scales)
         width = int(model.config.get_text_config().hidden_size)
         projector = build_projector(config.model.mm_projector_type, cut.hidden_size, width)
@@ -165,24 +166,10 @@ def find_config(name: str | None, part: str) -> FoundConfig:
     )
 
 
-def find_scales(model: ModelConfig, side: int) -> tuple[int, ...]:
-    """Return the sides at which the tower looks at an image with S2; () without."""
-    if not model.s2:
-        return ()
-    return tuple(model.s2_scales or (side, 2 * side, 3 * side))
-
-
 def build_language_model(config: PreTrainedConfig) -> PreTrainedModel:
     """Make a language model without memory."""
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model
-
-
-def vision_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a tower's own config; of a whole CLIP or SigLIP, that of its vision part."""
-    if config.get("model_type") not in WITH_TEXT_PART:
-        return config
-    return {"model_type": f"{config['model_type']}_vision_model", **config.get("vision_config", {})}
 
 
 def count_adapter(lora: LoraConfig, linears: Mapping[str, tuple[int, int]]) -> int:

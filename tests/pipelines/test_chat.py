@@ -14,7 +14,7 @@ from fakes import make_language_model, make_vision_tower
 from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import ConfigError, ImageError, ModelError, RecordError
 from llava_ray.generate import chat
-from llava_ray.generate.chat import ChatSession, Writer, with_markers
+from llava_ray.generate.chat import ChatSession, Writer
 from llava_ray.generate.decoding import answer_text
 from llava_ray.model.bundle import LlavaParts, assemble, save_bundle
 from pipelines.chat import main
@@ -199,9 +199,3 @@ def test_nothing_said_is_nothing_asked(parts, image, monkeypatch) -> None:
     monkeypatch.setattr(chat, "generate_batch", lambda *arguments, **options: [[]])
     assert session.ask("Who?").text == ""
     assert (session.turns, session.images, len(session.pending)) == ([], [], 1)
-
-
-def test_markers() -> None:
-    assert with_markers("Who?", 0) == "Who?"
-    assert with_markers("Who?", 2) == "<image>\n<image>\nWho?"
-    assert with_markers("Who <image>?", 1) == "Who <image>?"
