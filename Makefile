@@ -15,7 +15,8 @@ quickstart: $(READY)  ## Train a small real LLaVA on this machine and show what 
 	$(BIN)/python pipelines/quickstart.py
 
 test: $(READY) lint  ## Everything CI runs, at most 20 minutes
-	$(BIN)/python -m pytest -m "not verify and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not slow and not verify and not gpu"
+	$(BIN)/python -m pytest -m "(ray or slow) and not verify and not gpu"
 
 verify: $(READY)  ## The long proofs; writes tests/benchmarks/results/*.json
 	$(BIN)/python -m pytest -m verify

@@ -5,6 +5,7 @@ Three of four questions are answered yes or no, and mostly the way their wording
 the line that a model has to beat to show that it looks.
 """
 
+import functools
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -63,13 +64,7 @@ def image_folder(split: str) -> Path:
 
 def questions(split: str) -> list[Question]:
     """Return all questions of "train" or "test", in the package's order. Raises DataError."""
-    folder = image_folder(split)
-    texts, answers, images = getattr(_package(), READERS[split])()
-    files = {image: folder / f"{image}.png" for image in images}
-    return [
-        Question(f"{split}-{index:06d}", files[image], text, answer, _kind(answer))
-        for index, (text, answer, image) in enumerate(zip(texts, answers, images, strict=True))
-    ]
+    return list(_read_questions(split, image_folder(split)))
 
 
 def test_questions(num: int, seed: int) -> list[Question]:
@@ -144,6 +139,16 @@ def summarise(asked: Sequence[Question], answers: Mapping[str, str]) -> dict[str
 def normalise(answer: str) -> str:
     """Return an answer in lower case, without space around it and without one final period."""
     return answer.strip().lower().removesuffix(".").rstrip()
+
+
+@functools.cache
+def _read_questions(split: str, folder: Path) -> tuple[Question, ...]:
+    texts, answers, images = getattr(_package(), READERS[split])()
+    files = {image: folder / f"{image}.png" for image in images}
+    return tuple(
+        Question(f"{split}-{index:06d}", files[image], text, answer, _kind(answer))
+        for index, (text, answer, image) in enumerate(zip(texts, answers, images, strict=True))
+    )
 
 
 def _kind(answer: str) -> str:

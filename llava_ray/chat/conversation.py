@@ -122,3 +122,8 @@ def _read_turn(entry: Mapping[str, object], number: int) -> Turn:
             reason="malformed",
         )
     return Turn(ROLES[role], text)
+
+
+def with_markers(question: str, num_images: int) -> str:
+    """Put a marker for each image in front of a question that has none."""
+    return question if IMAGE_TOKEN in question else f"{IMAGE_TOKEN}\n" * num_images + question

@@ -18,6 +18,7 @@ from llava_ray.config.lora import LoraConfig
 from llava_ray.config.schema import Section
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+MAX_IMAGE_PIXELS = 178_956_970  # Pillow's own bomb limit
 
 
 class ModelConfig(Section):
@@ -140,7 +141,7 @@ class DataConfig(Section):
     with an image that alone is longer is always rejected."""
     max_rejected: Fraction = 0.01
     """Share of rows that may be rejected before the run stops."""
-    max_image_pixels: PositiveInt = 178_956_970
+    max_image_pixels: PositiveInt = MAX_IMAGE_PIXELS
     """Larger images are refused from their header, before decoding (Pillow's own bomb limit)."""
     max_samples: PositiveInt | None = None
     """Use only the first so many records: for trying things out."""

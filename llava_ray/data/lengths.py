@@ -18,7 +18,6 @@ import ray
 from tqdm import tqdm
 
 from llava_ray.chat.conversation import Turn
-from llava_ray.chat.templates import find_template
 from llava_ray.config.sections import DataConfig, TrainConfig
 from llava_ray.data.examples import Encoder
 from llava_ray.data.shards import PreparedData, read_rows
@@ -75,19 +74,17 @@ class EncoderSettings:
 @lru_cache(maxsize=2)
 def load_encoder(settings: EncoderSettings) -> Encoder:
     """Load the tokenizer once a process."""
-    from llava_ray.model.sources import find_source, load_padding_tokenizer  # torch and transformers
-    from llava_ray.model.vocabulary import add_image_tokens, with_image_tags
+    from llava_ray.model.sources import find_source  # torch and transformers
+    from llava_ray.model.vocabulary import load_text_side
 
     source = find_source(settings.model_name_or_path, "language model", weights=False)
-    tokenizer = load_padding_tokenizer(source.folder)
-    add_image_tokens(tokenizer, start_end=settings.mm_use_im_start_end, patch=settings.mm_use_im_patch_token)
-    return Encoder(
-        tokenizer,
-        with_image_tags(find_template(settings.version, tokenizer), start_end=settings.mm_use_im_start_end),
-        settings.image_tokens,
-        settings.model_max_length,
-        settings.on_too_long,
+    tokenizer, _, template = load_text_side(
+        source.folder,
+        settings.version,
+        start_end=settings.mm_use_im_start_end,
+        patch=settings.mm_use_im_patch_token,
     )
+    return Encoder(tokenizer, template, settings.image_tokens, settings.model_max_length, settings.on_too_long)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from PIL import Image
 from llava_ray.chat.conversation import IMAGE_TOKEN, Turn
 from llava_ray.chat.templates import find_template
 from llava_ray.chat.tokenizer import load_tokenizer
-from llava_ray.config.sections import DataConfig
+from llava_ray.config.sections import MAX_IMAGE_PIXELS
 from llava_ray.data.examples import Encoder, Example
 from llava_ray.data.preview_tokens import collapse_images, join_tokens, split_tokens
 from llava_ray.data.records import CONVERSATION_COLUMNS, RawRecord, Record, find_files
@@ -30,7 +30,6 @@ from llava_ray.images.reading import open_image
 from llava_ray.images.tokens import ImageTokens
 from llava_ray.report.pieces import Token
 
-MAX_IMAGE_PIXELS: int = DataConfig.model_fields["max_image_pixels"].default
 UNKNOWN_SIZE = (1, 1)  # of an image that is not opened and counts as one token
 
 

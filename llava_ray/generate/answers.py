@@ -11,9 +11,9 @@ import torch
 from ray.data import ActorPoolStrategy
 from torch import Tensor
 
-from llava_ray.chat.conversation import IMAGE_TOKEN, Turn
+from llava_ray.chat.conversation import Turn, with_markers
 from llava_ray.chat.tokens import tokenize_prompt
-from llava_ray.config.sections import DataConfig
+from llava_ray.config.sections import MAX_IMAGE_PIXELS
 from llava_ray.errors import DataError
 from llava_ray.generate.decoding import answer_text, generate_batch
 from llava_ray.images.anyres import Size
@@ -23,7 +23,6 @@ from llava_ray.images.reading import open_image, read_bytes
 from llava_ray.model.loading import load_pretrained_model, read_pretrained_blueprint
 
 DECODE_CPUS = 0.5
-MAX_IMAGE_PIXELS: int = DataConfig.model_fields["max_image_pixels"].default
 
 
 @dataclass(frozen=True)
@@ -212,8 +211,3 @@ class AnswerActor:
 def absolute_path(name: str | Path) -> str:
     """Return a folder's absolute path, or a hub id as it is."""
     return str(Path(name).resolve()) if Path(name).exists() else str(name)
-
-
-def with_markers(question: str, num_images: int) -> str:
-    """Put the images' markers in front of a question that has images and no marker."""
-    return f"{IMAGE_TOKEN}\n" * num_images + question if IMAGE_TOKEN not in question else question

@@ -8,10 +8,10 @@ import torch
 import tyro
 from PIL import Image
 
-from llava_ray.chat.conversation import IMAGE_TOKEN, Turn
+from llava_ray.chat.conversation import Turn, with_markers
 from llava_ray.chat.tokens import tokenize_prompt
 from llava_ray.config.lora import Bits
-from llava_ray.config.sections import DataConfig
+from llava_ray.config.sections import MAX_IMAGE_PIXELS
 from llava_ray.errors import ConfigError, RecordError
 from llava_ray.generate.decoding import answer_text, expand_prompt, generate_batch
 from llava_ray.images.geometry import crop_views
@@ -20,7 +20,6 @@ from llava_ray.images.reading import open_image, read_bytes
 from llava_ray.model.bundle import LlavaParts
 from llava_ray.model.loading import load_pretrained_model
 
-MAX_IMAGE_PIXELS: int = DataConfig.model_fields["max_image_pixels"].default
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer decodes to in the middle of a character
 
 
@@ -158,11 +157,6 @@ class Writer:
         if text.startswith(self.written):
             self.on_text(text.removeprefix(self.written))
             self.written = text
-
-
-def with_markers(question: str, num_images: int) -> str:
-    """Put a marker for each image in front of a question that has none."""
-    return question if IMAGE_TOKEN in question else f"{IMAGE_TOKEN}\n" * num_images + question
 
 
 def check_room(parts: LlavaParts, num_tokens: int, max_new_tokens: int) -> None:

@@ -12,7 +12,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from llava_ray.chat.templates import Template, find_template
+from llava_ray.chat.templates import Template
 from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import ModelError
 from llava_ray.images.geometry import ImageSpec
@@ -26,13 +26,12 @@ from llava_ray.model.sources import (
     Source,
     find_part,
     find_source,
-    load_padding_tokenizer,
     loading,
     make_config,
     part_of,
 )
 from llava_ray.model.tower import feature_width, read_tower_config
-from llava_ray.model.vocabulary import add_image_tokens, image_token_ids, with_image_tags
+from llava_ray.model.vocabulary import image_token_ids, load_text_side
 
 LANGUAGE_MODEL: PartName = "language_model"
 VISION_TOWER: PartName = "vision_tower"
@@ -116,8 +115,12 @@ def read_blueprint(config: ModelConfig, image_aspect_ratio: str, *, weights: boo
     tower = find_vision_tower(config, root, layout, weights=weights)
     has_tokenizer = any((root.folder / name).is_file() for name in TOKENIZER_FILES)
     tokenizer_source = root if has_tokenizer or layout.has_language_model else language
-    tokenizer = load_padding_tokenizer(tokenizer_source.folder)
-    new_ids = add_image_tokens(tokenizer, start_end=config.mm_use_im_start_end, patch=config.mm_use_im_patch_token)
+    tokenizer, new_ids, template = load_text_side(
+        tokenizer_source.folder,
+        config.version,
+        start_end=config.mm_use_im_start_end,
+        patch=config.mm_use_im_patch_token,
+    )
     if not layout.has_language_model:
         new_ids = image_token_ids(tokenizer)  # the folder's tokenizer is ahead of the language model that it names
     language_config = make_config(language.config, language.folder, "language model")
@@ -128,7 +131,7 @@ def read_blueprint(config: ModelConfig, image_aspect_ratio: str, *, weights: boo
         config=config,
         tokenizer=tokenizer,
         new_token_ids=new_ids,
-        template=with_image_tags(find_template(config.version, tokenizer), start_end=config.mm_use_im_start_end),
+        template=template,
         image_processor=image_processor,
         image_spec=spec,
         image_tokens=tokens,

@@ -15,17 +15,19 @@ from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from llava_ray.config.lora import LoraConfig
 from llava_ray.config.sections import FinetuneConfig, ModelConfig
 from llava_ray.errors import ModelError
 from llava_ray.model.freezing import freeze
 from llava_ray.model.hub_processor import pixels_of
+from llava_ray.model.image_geometry import choose_s2_scales
 from llava_ray.model.known_models import KNOWN_CONFIGS
 from llava_ray.model.layouts import read_layout
 from llava_ray.model.llava import Llava
-from llava_ray.model.part_configs import build
+from llava_ray.model.part_configs import build, vision_part
 from llava_ray.model.projector import build_projector
 from llava_ray.model.tensor_files import read_json
-from llava_ray.model.tower import WITH_TEXT_PART, VisionTower, find_family
+from llava_ray.model.tower import VisionTower, find_family
 
 LANGUAGE_MODEL, VISION_TOWER = "language_model", "vision_tower"
 
@@ -80,7 +82,7 @@ def read_card(config: FinetuneConfig) -> Card:
     with torch.device("meta"):
         model = build_language_model(build(language.values, language.origin))
         backbone = AutoModel.from_config(tower_config)
-        model_config, scales = config.model, find_scales(config.model, side)
+        model_config, scales = config.model, choose_s2_scales(config.model, side)
         cut = VisionTower(backbone, model_config.mm_vision_select_layer, model_config.mm_vision_select_feature, scales)
         width = int(model.config.get_text_config().hidden_size)
         projector = build_projector(config.model.mm_projector_type, cut.hidden_size, width)
@@ -93,7 +95,7 @@ def read_card(config: FinetuneConfig) -> Card:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not head
     }
-    adapter = count_adapter(lora_settings(config), linears)
+    adapter = count_adapter(config.lora, linears)
     kinds = {
         LANGUAGE_MODEL: (model.config.model_type, language.origin),
         "projector": (config.model.mm_projector_type, config.model.pretrain_mm_mlp_adapter or "new"),
@@ -110,7 +112,7 @@ def read_card(config: FinetuneConfig) -> Card:
         for name in (LANGUAGE_MODEL, "projector", VISION_TOWER)
     ]
     if adapter:
-        parts.insert(1, PartCard("adapter", "LoRA", f"r {lora_settings(config)['lora_r']}", adapter, adapter))
+        parts.insert(1, PartCard("adapter", "LoRA", f"r {config.lora.lora_r}", adapter, adapter))
     return Card(tuple(parts), model, cut, side, linears)
 
 
@@ -164,43 +166,22 @@ def find_config(name: str | None, part: str) -> FoundConfig:
     )
 
 
-def find_scales(model: ModelConfig, side: int) -> tuple[int, ...]:
-    """Return the sides at which the tower looks at an image with S2; () without."""
-    if not model.s2:
-        return ()
-    return tuple(model.s2_scales or (side, 2 * side, 3 * side))
-
-
 def build_language_model(config: PreTrainedConfig) -> PreTrainedModel:
     """Make a language model without memory."""
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model
 
 
-def vision_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a tower's own config; of a whole CLIP or SigLIP, that of its vision part."""
-    if config.get("model_type") not in WITH_TEXT_PART:
-        return config
-    return {"model_type": f"{config['model_type']}_vision_model", **config.get("vision_config", {})}
-
-
-def count_adapter(lora: Mapping[str, Any], linears: Mapping[str, tuple[int, int]]) -> int:
+def count_adapter(lora: LoraConfig, linears: Mapping[str, tuple[int, int]]) -> int:
     """Count the parameters of a LoRA: for each target r x (inputs + outputs), with DoRA a magnitude for each output."""
-    if not lora.get("lora_enable"):
+    if not lora.lora_enable:
         return 0
-    targets = lora.get("lora_target_modules")
-    rank: int = lora["lora_r"]
+    targets = lora.lora_target_modules
     return sum(
-        rank * (inputs + outputs) + (outputs if lora.get("use_dora") else 0)
+        lora.lora_r * (inputs + outputs) + (outputs if lora.use_dora else 0)
         for name, (inputs, outputs) in linears.items()
         if targets is None or any(name == target or name.endswith(f".{target}") for target in targets)
     )
-
-
-def lora_settings(config: FinetuneConfig) -> dict[str, Any]:
-    """Return the settings of a run's adapter, by their names; {} where there is no such section."""
-    values: dict[str, Any] = config.model_dump().get("lora", {})
-    return values
 
 
 def count_positions(tower: VisionTower, side: int) -> int:

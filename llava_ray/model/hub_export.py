@@ -61,7 +61,7 @@ def export_hub(
     notes += [note] if note else []
     notes += _image_notes(model)
     with new_folder(output) as new:
-        settings = _settings(model, rows, image_token)
+        settings = _settings(model, rows, image_token, plain)
         write_json(new / "config.json", settings)
         write_json(new / "generation_config.json", _generation_config(model, template, plain))
         write_json(new / "preprocessor_config.json", write_preprocessor(model.preprocessor, model.manifest))
@@ -142,7 +142,7 @@ def _inexpressible(part: str, why: str) -> ModelError:
     )
 
 
-def _settings(model: ModelFiles, rows: int, image_token: int) -> dict[str, Any]:
+def _settings(model: ModelFiles, rows: int, image_token: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     language = with_dtype({**model.language_config, "vocab_size": rows}, model.part(LANGUAGE_MODEL))
     height, width = pixels_of(model.preprocessor)
     patch = model.tower_config["patch_size"]
@@ -165,7 +165,7 @@ def _settings(model: ModelFiles, rows: int, image_token: int) -> dict[str, Any]:
         "num_rows": model.num_rows,
         "preprocessor": model.preprocessor,
         "kept": model.kept,
-        "chat_template": load_own_tokenizer(model).chat_template,
+        "chat_template": tokenizer.chat_template,
     }
     return dict(sorted(settings.items())) | {OUR_KEY: noted}
 

@@ -45,16 +45,21 @@ def find_s2_scales(config: ModelConfig, image_processor: ImageProcessor) -> tupl
 
     Raises ModelError if the tower takes no squares.
     """
-    if not config.s2:
-        return ()
-    if config.s2_scales is not None:
-        return tuple(sorted(config.s2_scales))
+    if not config.s2 or config.s2_scales is not None:
+        return choose_s2_scales(config)
     own = ImageSpec.from_processor(image_processor, "square")
     if own.height != own.width:
         raise ModelError(
             f"the image processor makes {own.width} x {own.height} pixels, but s2 needs squares; set model.s2_scales"
         )
-    return own.height, 2 * own.height, 3 * own.height
+    return choose_s2_scales(config, own.height)
+
+
+def choose_s2_scales(config: ModelConfig, side: int = 0) -> tuple[int, ...]:
+    """Return the scales, smallest first; () without S2. ``side`` is the tower's own, where the config names none."""
+    if not config.s2:
+        return ()
+    return tuple(sorted(config.s2_scales or (side, 2 * side, 3 * side)))
 
 
 def check_image_size(config: PreTrainedConfig, height: int, width: int) -> None:

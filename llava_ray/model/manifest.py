@@ -1,5 +1,6 @@
 """What a bundle says about itself: nothing is ever inferred from a folder's name."""
 
+import functools
 import hashlib
 import platform
 from importlib.metadata import version as installed_version
@@ -85,7 +86,10 @@ class Manifest(BaseModel):
 
 def library_versions() -> dict[str, str]:
     """Return the versions of Python and of the libraries that make a bundle."""
-    return {"python": platform.python_version()} | {name: installed_version(name) for name in LIBRARIES}
+    return {"python": platform.python_version()} | {name: find_version(name) for name in LIBRARIES}
+
+
+find_version = functools.cache(installed_version)  # it parses a package's whole metadata each time
 
 
 def is_bundle(folder: Path) -> bool:

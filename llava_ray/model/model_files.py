@@ -15,7 +15,7 @@ from llava_ray.model.hub_processor import read_preprocessor
 from llava_ray.model.layout import EMBED_TOKENS, TOKENIZER_FILES, Kind, Layout, check_whole
 from llava_ray.model.loading import find_length, find_version
 from llava_ray.model.manifest import Manifest, Part, check_fingerprint
-from llava_ray.model.part_configs import complete
+from llava_ray.model.part_configs import complete, vision_part
 from llava_ray.model.published_names import (
     COMPUTED,
     IMAGE_NEWLINE,
@@ -94,7 +94,7 @@ def open_model(
         folder=root.folder,
         manifest=manifest.model_copy(update={"training": training}),
         language_config={**config, "vocab_size": num_rows},
-        tower_config=complete(vision_part(tower), f"{tower.beside / 'config.json'}"),
+        tower_config=complete(vision_part(tower.config), f"{tower.beside / 'config.json'}"),
         preprocessor=find_preprocessor(layout, tower),
         generation_config=optional_json(language.beside / "generation_config.json"),
         tokenizer_folder=root.folder if has_tokenizer else language.folder,
@@ -134,7 +134,7 @@ def describe(layout: Layout, language: Source, tower: Source, version: str | Non
         return known if version is None else known.model_copy(update={"version": version})
     settings = {key: value for key, value in layout.settings.items() if key in Manifest.model_fields}
     layer = settings["mm_vision_select_layer"]
-    width = int(vision_part(tower)["hidden_size"]) * (1 if isinstance(layer, int) else len(layer))
+    width = int(vision_part(tower.config)["hidden_size"]) * (1 if isinstance(layer, int) else len(layer))
     width *= max(1, len(settings.get("s2_scales", ())))
     names = {"language_model": layout.config.get("_name_or_path"), "vision_tower": layout.config.get("mm_vision_tower")}
     told = {
@@ -170,14 +170,6 @@ def name_tensors(layout: Layout, language: Source, tower: Source) -> dict[str, S
         if not only_vision or name.startswith(VISION_MODEL)
     }
     return stored({name: tensor for name, tensor in tensors.items() if not COMPUTED.search(name)})
-
-
-def vision_part(tower: Source) -> dict[str, Any]:
-    """Return a tower's config; of a whole image-and-text model, that of its vision part."""
-    kind = tower.config.get("model_type")
-    if kind not in WITH_TEXT_PART:
-        return dict(tower.config)
-    return {"model_type": f"{kind}_vision_model", **tower.config.get("vision_config", {})}
 
 
 def language_architecture(language: Source) -> dict[str, Any]:

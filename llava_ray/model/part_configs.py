@@ -7,12 +7,20 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from llava_ray.errors import ModelError
-from llava_ray.model.tower import find_family
+from llava_ray.model.tower import WITH_TEXT_PART, find_family
 
 
 def complete(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return a part's config with what transformers would add to it. Raises ModelError that names ``where``."""
     return overlaid(values_of(build(config, where)), config)
+
+
+def vision_part(tower: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tower's config; of a whole image-and-text model, that of its vision part."""
+    kind = tower.get("model_type")
+    if kind not in WITH_TEXT_PART:
+        return dict(tower)
+    return {"model_type": f"{kind}_vision_model", **tower.get("vision_config", {})}
 
 
 def overlaid(whole: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from llava_ray.chat.templates import Template
+from llava_ray.chat.templates import Template, find_template
 from llava_ray.errors import ModelError
+from llava_ray.model.sources import load_padding_tokenizer
 
 IM_PATCH_TOKEN = "<im_patch>"
 IM_START_TOKEN = "<im_start>"
@@ -27,6 +29,18 @@ def add_image_tokens(tokenizer: PreTrainedTokenizerBase, *, start_end: bool, pat
     if missing:
         tokenizer.add_tokens(missing, special_tokens=True)
     return tuple(tokenizer.get_added_vocab()[token] for token in missing)
+
+
+def load_text_side(
+    folder: Path, version: str, *, start_end: bool, patch: bool
+) -> tuple[PreTrainedTokenizerBase, tuple[int, ...], Template]:
+    """Load a tokenizer with the tokens that the settings ask for, the new ones' ids, and the template.
+
+    Raises ModelError or ConfigError.
+    """
+    tokenizer = load_padding_tokenizer(folder)
+    new_ids = add_image_tokens(tokenizer, start_end=start_end, patch=patch)
+    return tokenizer, new_ids, with_image_tags(find_template(version, tokenizer), start_end=start_end)
 
 
 def image_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

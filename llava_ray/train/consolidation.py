@@ -13,10 +13,11 @@ from torch import Tensor
 
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.errors import CheckpointError
-from llava_ray.model.bundle import LlavaParts, assemble, save_bundle
+from llava_ray.model.bundle import LlavaParts, save_bundle
 from llava_ray.model.freezing import freeze
 from llava_ray.model.weights import replacing
 from llava_ray.train.checkpoints import COMPLETE, MODEL, STATE_FILE, TAG, refuse_other_base
+from llava_ray.train.engine import assemble_for
 
 
 def consolidate(checkpoint_folder: str | Path, output: str | Path) -> None:
@@ -33,13 +34,7 @@ def consolidate(checkpoint_folder: str | Path, output: str | Path) -> None:
             shutil.copytree(folder / MODEL, new, dirs_exist_ok=True)
         return
     config = FinetuneConfig.parsed(state["config"], f"{folder / STATE_FILE}")
-    parts = assemble(
-        config.model,
-        config.data.image_aspect_ratio,
-        dtype=torch.bfloat16 if config.train.bf16 else torch.float32,
-        seed=config.train.seed,
-        model_max_length=config.train.model_max_length,
-    )
+    parts = assemble_for(config)
     refuse_other_base(state, parts.manifest, str(folder))
     freeze(parts.llava, parts.tower, config.model, parts.new_token_ids)
     take_over(parts, read_tensors(folder, state), folder)

@@ -6,6 +6,7 @@ DeepSpeed is imported inside the functions: only workers need it, and it takes s
 import math
 import sys
 import warnings
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
+from llava_ray.config.lora import Quantization
 from llava_ray.config.sections import FinetuneConfig, TrainConfig
 from llava_ray.model.adaptation import adapt
 from llava_ray.model.bundle import LlavaParts, assemble
@@ -46,6 +48,23 @@ class ShardedLoading:
         self.config = None
 
 
+def assemble_for(
+    config: FinetuneConfig,
+    language_model_context: AbstractContextManager[Any] | None = None,
+    quantization: Quantization | None = None,
+) -> LlavaParts:
+    """Load the model that a run starts from. Raises ModelError; see ``assemble``."""
+    return assemble(
+        config.model,
+        config.data.image_aspect_ratio,
+        dtype=torch.bfloat16 if config.train.bf16 else torch.float32,
+        seed=config.train.seed,
+        model_max_length=config.train.model_max_length,
+        language_model_context=language_model_context,
+        quantization=quantization,
+    )
+
+
 def load_parts(config: FinetuneConfig, device: torch.device) -> LlavaParts:
     """Load the model, freeze what the switches say, and put the tower where it will be used."""
     import deepspeed
@@ -59,15 +78,7 @@ def load_parts(config: FinetuneConfig, device: torch.device) -> LlavaParts:
     # Its shared-memory collectives want a compiler and half a minute at first use; gloo is there already.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
-    parts = assemble(
-        config.model,
-        config.data.image_aspect_ratio,
-        dtype=torch.bfloat16 if config.train.bf16 else torch.float32,
-        seed=config.train.seed,
-        model_max_length=config.train.model_max_length,
-        language_model_context=ShardedLoading(config.train),
-        quantization=config.lora.quantization,
-    )
+    parts = assemble_for(config, ShardedLoading(config.train), config.lora.quantization)
     with ShardedLoading(config.train):  # PEFT looks for it as well
         adapt(parts, config.lora, config.train.seed)
     learning = freeze(parts.llava, parts.tower, config.model, parts.new_token_ids)

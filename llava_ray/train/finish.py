@@ -67,5 +67,6 @@ def gather_tensors(engine: "DeepSpeedEngine", parts: LlavaParts, include: Conten
                 if dist.get_rank() == 0:
                     tensors[name] = parameter.detach().cpu().clone()
     if include == "all":
-        tensors |= {name: buffer.cpu() for name, buffer in llava.named_buffers() if name in llava.state_dict()}
+        kept = llava.state_dict().keys()
+        tensors |= {name: buffer.cpu() for name, buffer in llava.named_buffers() if name in kept}
     return tensors

@@ -1,11 +1,13 @@
 """Settings under which a run that is too large would fit."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from llava_ray.config.sections import FinetuneConfig
-from llava_ray.model.card import lora_settings
-from llava_ray.train.sizing import estimate_run
+from llava_ray.config.lora import LoraConfig
+from llava_ray.config.sections import FinetuneConfig, ModelConfig
+from llava_ray.model.card import read_card
+from llava_ray.train.memory import ModelSizes, estimate
+from llava_ray.train.sizing import measure_sizes, run_settings
 
 FEWEST_TOKENS = 512
 MOST_WORKERS = 64
@@ -17,10 +19,10 @@ def find_ways(config: FinetuneConfig, memory: float) -> list[tuple[str, float]]:
     Each is tried alone, and of one kind only the smallest step is named; if none is enough, one is added to another
     until they are.
     """
-    changes = list(changes_to_try(config))
+    changes, needs = list(changes_to_try(config)), estimator()
     ways: dict[frozenset[str], tuple[str, float]] = {}
     for change in changes:
-        needed = estimate_run(config.replaced(change)).total
+        needed = needs(config.replaced(change))
         if needed <= memory:
             ways.setdefault(frozenset(change), (say(change), needed))
     if ways:
@@ -28,10 +30,26 @@ def find_ways(config: FinetuneConfig, memory: float) -> list[tuple[str, float]]:
     together: dict[str, Any] = {}
     for change in changes:
         together |= change
-        needed = estimate_run(config.replaced(together)).total
+        needed = needs(config.replaced(together))
         if needed <= memory:
             return [(say(together), needed)]
     return []
+
+
+def estimator() -> Callable[[FinetuneConfig], float]:
+    """Return a function that says how many bytes a run needs, and measures each model once.
+
+    Building a model's card takes a second, and few of the settings that are tried change it.
+    """
+    measured: dict[tuple[ModelConfig, LoraConfig], ModelSizes] = {}
+
+    def needs(config: FinetuneConfig) -> float:
+        key = config.model, config.lora
+        if key not in measured:
+            measured[key] = measure_sizes(read_card(config))
+        return estimate(measured[key], run_settings(config)).total
+
+    return needs
 
 
 def changes_to_try(config: FinetuneConfig) -> Iterator[dict[str, Any]]:
@@ -58,13 +76,11 @@ def changes_to_try(config: FinetuneConfig) -> Iterator[dict[str, Any]]:
 
 def adapter_changes(config: FinetuneConfig) -> Iterator[dict[str, Any]]:
     """Yield an adapter in place of a language model that learns as a whole, then over a quantised one."""
-    lora = lora_settings(config)
-    learns = not (config.model.tune_mm_mlp_adapter or config.model.freeze_backbone)
-    if not lora or not learns:
+    if config.model.tune_mm_mlp_adapter or config.model.freeze_backbone:
         return
-    if not lora["lora_enable"]:
+    if not config.lora.lora_enable:
         yield {"lora.lora_enable": True}
-    if lora["bits"] == 16:
+    if config.lora.bits == 16:
         yield {"lora.lora_enable": True, "lora.bits": 4, "train.zero_stage": min(config.train.zero_stage, 2)}
 
 

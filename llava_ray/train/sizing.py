@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from llava_ray.config.sections import FinetuneConfig
-from llava_ray.model.card import Card, count_positions, lora_settings, read_card
+from llava_ray.model.card import Card, count_positions, read_card
 from llava_ray.model.tower import VisionTower
 from llava_ray.train.memory import Blocks, Memory, ModelSizes, RunSettings, estimate
 
@@ -74,7 +74,7 @@ def tower_blocks(tower: VisionTower) -> Blocks:
 
 def run_settings(config: FinetuneConfig) -> RunSettings:
     """Pick what of a run's settings its memory depends on."""
-    train, lora = config.train, lora_settings(config)
+    train, lora = config.train, config.lora
     return RunSettings(
         zero_stage=train.zero_stage,
         num_workers=config.cluster.num_workers,
@@ -84,7 +84,7 @@ def run_settings(config: FinetuneConfig) -> RunSettings:
         offload_optimizer=train.offload_optimizer,
         inline_tower=config.data.vision_features == "inline",
         eager_attention=config.model.attn_implementation == "eager",
-        bits=lora.get("bits", 16),
-        double_quant=lora.get("double_quant", True),
-        lora_dropout=bool(lora.get("lora_enable") and lora.get("lora_dropout")),
+        bits=lora.bits,
+        double_quant=lora.double_quant,
+        lora_dropout=lora.lora_enable and lora.lora_dropout > 0,
     )

@@ -14,7 +14,7 @@ from fakes import make_language_model, make_vision_tower
 from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import ConfigError, ImageError, ModelError, RecordError
 from llava_ray.generate import chat
-from llava_ray.generate.chat import ChatSession, Writer, with_markers
+from llava_ray.generate.chat import ChatSession, Writer
 from llava_ray.generate.decoding import answer_text
 from llava_ray.model.bundle import LlavaParts, assemble, save_bundle
 from pipelines.chat import main
@@ -39,6 +39,13 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> LlavaParts:
     return made
 
 
+@pytest.fixture(scope="module")
+def bundle(parts: LlavaParts, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundle") / "model"
+    save_bundle(folder, parts)
+    return folder
+
+
 @pytest.fixture
 def image(tmp_path: Path) -> str:
     from PIL import Image
@@ -47,6 +54,7 @@ def image(tmp_path: Path) -> str:
     return str(tmp_path / "red.png")
 
 
+@pytest.mark.slow
 def test_the_script_gives_the_originals_words(golden: Path) -> None:
     """As a command of its own; stdout ends with one JSON object."""
     case = json.loads((golden / "expected.json").read_text())["generations"][3]
@@ -99,8 +107,8 @@ def test_a_lora_folder_over_its_base(tmp_path: Path, capsys) -> None:
         (["MODEL", "--prompt", "x", "--version", "v7"], ConfigError, "no conversation template is called 'v7'"),
     ],
 )
-def test_what_does_not_fit_is_named(arguments, error, message: str, golden: Path) -> None:
-    places = {"MODEL": str(golden), "IMAGE": str(golden / "images" / "0.png")}
+def test_what_does_not_fit_is_named(arguments, error, message: str, bundle: Path, image: str) -> None:
+    places = {"MODEL": str(bundle), "IMAGE": image}
     with pytest.raises(error, match=message):
         main([places.get(argument, argument) for argument in arguments])
 
@@ -119,11 +127,10 @@ def test_options_that_make_no_sense(arguments, message: str, capsys) -> None:
     assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())  # in a box, wrapped
 
 
-def test_a_conversation_typed_in(parts, image, tmp_path: Path, capsys, monkeypatch) -> None:
-    save_bundle(tmp_path / "bundle", parts)
+def test_a_conversation_typed_in(parts, image, bundle: Path, capsys, monkeypatch) -> None:
     lines = ["Who?", f"/image {image}", "", "/image gone.png", "What?", "/help", "/clear", "Who?"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
-    main([str(tmp_path / "bundle"), "--max_new_tokens", "6", "--temperature", "0"])
+    main([str(bundle), "--max_new_tokens", "6", "--temperature", "0"])
     heard = capsys.readouterr()
     assert "gone.png" in heard.err
     session = ChatSession(parts, 6, 0.0)
@@ -192,9 +199,3 @@ def test_nothing_said_is_nothing_asked(parts, image, monkeypatch) -> None:
     monkeypatch.setattr(chat, "generate_batch", lambda *arguments, **options: [[]])
     assert session.ask("Who?").text == ""
     assert (session.turns, session.images, len(session.pending)) == ([], [], 1)
-
-
-def test_markers() -> None:
-    assert with_markers("Who?", 0) == "Who?"
-    assert with_markers("Who?", 2) == "<image>\n<image>\nWho?"
-    assert with_markers("Who <image>?", 1) == "Who <image>?"

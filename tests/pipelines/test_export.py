@@ -77,6 +77,7 @@ def test_a_dinov2_needs_a_word(folder: Path, tmp_path: Path, capsys) -> None:
     assert kinds == ["siglip_vision_model", "dinov2"]
 
 
+@pytest.mark.slow
 def test_a_fault_is_one_line(folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "pipelines/export.py"), "hub", str(folder / "base"), str(tmp_path / "hub")]
     ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
@@ -86,6 +87,7 @@ def test_a_fault_is_one_line(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "hub").exists()
 
 
+@pytest.mark.slow
 def test_help_is_there_without_torch() -> None:
     script = (
         "import sys, contextlib\n"

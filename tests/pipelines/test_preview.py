@@ -286,6 +286,7 @@ def test_what_does_not_fit_is_named(folder, asked, monkeypatch, arguments, error
         main([*arguments, *asked])
 
 
+@pytest.mark.slow
 def test_the_script_runs_by_itself_and_keeps_stdout_clean(tmp_path):
     make_tokenizer(tmp_path)
     turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "yes"}]

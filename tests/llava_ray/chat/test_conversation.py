@@ -1,6 +1,6 @@
 import pytest
 
-from llava_ray.chat.conversation import Conversation, Turn, check_turns, read_turns
+from llava_ray.chat.conversation import Conversation, Turn, check_turns, read_turns, with_markers
 from llava_ray.chat.templates import TEMPLATES
 from llava_ray.errors import RecordError
 
@@ -56,3 +56,10 @@ def test_a_conversation_grows_without_changing():
     assert start.turns == ()
     assert [turn.role for turn in grown.turns] == ["human", "gpt", "human"]
     assert grown.num_images == 2
+
+
+def test_marker_is_put_where_there_is_none() -> None:
+    assert with_markers("What?", 1) == "<image>\nWhat?"
+    assert with_markers("Which?", 2) == "<image>\n<image>\nWhich?"
+    assert with_markers("What <image>?", 1) == "What <image>?"
+    assert with_markers("What?", 0) == "What?"

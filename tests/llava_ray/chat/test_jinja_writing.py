@@ -2,6 +2,7 @@
 
 import pytest
 from originals import GOLDEN
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from llava_ray.chat.conversation import IMAGE_TOKEN_INDEX, Turn
@@ -62,19 +63,20 @@ def test_a_system_message_is_refused_not_dropped() -> None:
         render(write_jinja(TEMPLATES["v1"], bos=False), messages, open_turn=True)
 
 
+@pytest.fixture(scope="module")
+def with_image_token(llama_folder) -> dict[bool, tuple[PreTrainedTokenizerBase, int]]:
+    """The same tokenizers once more, with the hub's image token."""
+    tokenizers = {legacy: load_tokenizer(llama_folder(legacy)) for legacy in (True, False)}
+    return {legacy: (tokenizer, add_image_token(tokenizer)) for legacy, tokenizer in tokenizers.items()}
+
+
 @pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.parametrize(
     "name", ["v1", "llava_llama_2", "mistral_instruct", "chatml_direct", "v0", "v1_mmtag", "plain"]
 )
-def test_sentencepiece_sees_what_training_saw(name: str, legacy: bool, tmp_path) -> None:
+def test_sentencepiece_sees_what_training_saw(name: str, legacy: bool, llama_tokenizers, with_image_token) -> None:
     """The text after an image begins anew in training; one space says so where all is one text."""
-    settings = (GOLDEN / "v15_mlp_pad/tokenizer_config.json").read_text()
-    (tmp_path / "tokenizer_config.json").write_text(
-        settings.replace('"legacy": false', f'"legacy": {str(legacy).lower()}')
-    )
-    (tmp_path / "tokenizer.model").write_bytes((GOLDEN / "tokenizer.model").read_bytes())
-    plain, hub = load_tokenizer(tmp_path), load_tokenizer(tmp_path)
-    image_token = add_image_token(hub)
+    plain, (hub, image_token) = llama_tokenizers[legacy], with_image_token[legacy]
     jinja, note = write_template(TEMPLATES[name], plain, hub, image_token)
     assert note is None
     turns = [Turn("human", "<image>\nHow  many?")]

@@ -18,25 +18,25 @@ def make_text(rng):
     return "".join(rng.choice(WORDS) + " " * rng.choice(SPACES) for _ in range(rng.randint(1, 9)))
 
 
-def test_pieces_are_sentencepieces_own(llama_folder):
+def test_pieces_are_sentencepieces_own(llama_tokenizers):
     pieces = SentencePieceProcessor()
     pieces.Load(str(GOLDEN / "tokenizer.model"))
-    tokenizer = load_tokenizer(llama_folder(True))
+    tokenizer = llama_tokenizers[True]
     rng = random.Random(0)
     for _ in range(1000):
         text = make_text(rng)
         assert tokenizer(text, add_special_tokens=False)["input_ids"] == pieces.encode(text)
 
 
-def test_the_repair_is_still_needed(llama_folder):
+def test_the_repair_is_still_needed(llama_folder, llama_tokenizers):
     # When this fails, transformers ranks merges by score again and load_tokenizer can go.
     assert AutoTokenizer.from_pretrained(llama_folder(True)).tokenize("a  b") == ["▁a", "▁▁", "b"]
-    assert load_tokenizer(llama_folder(True)).tokenize("a  b") == ["▁a", "▁", "▁b"]
+    assert llama_tokenizers[True].tokenize("a  b") == ["▁a", "▁", "▁b"]
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_a_saved_tokenizer_loads_as_it_was(llama_folder, tmp_path, legacy):
-    tokenizer = load_tokenizer(llama_folder(legacy))
+def test_a_saved_tokenizer_loads_as_it_was(llama_tokenizers, tmp_path, legacy):
+    tokenizer = llama_tokenizers[legacy]
     tokenizer.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "tokenizer.json").read_text())["model"]["type"] == "BPE"
     again = load_tokenizer(tmp_path)

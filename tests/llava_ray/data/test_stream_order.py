@@ -59,6 +59,7 @@ def test_starting_later_gives_the_same_steps():
     assert wanted(late) == wanted(whole)
 
 
+@pytest.mark.slow
 def test_what_rays_own_processes_import_is_light():
     # The controller and the data manager of every run import these only to pass them on: seconds on each (re)start.
     code = (

@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from llava_ray.chat.conversation import Turn
+from llava_ray.chat.conversation import Turn, with_markers
 from llava_ray.chat.tokens import tokenize_prompt
 from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import DataError
-from llava_ray.generate.answers import Actors, Question, answer_questions, decode_images, to_table, with_markers
+from llava_ray.generate.answers import Actors, Question, answer_questions, decode_images, to_table
 from llava_ray.generate.decoding import answer_text, generate_batch
 from llava_ray.images.geometry import crop_views
 from llava_ray.images.processing import normalise
@@ -50,13 +50,6 @@ def questions(tmp_path: Path) -> list[Question]:
         Question("text", "No image?"),
         Question("two", "Is <image> like <image>?", [encoded("green"), str(tmp_path / "red.png")]),
     ]
-
-
-def test_marker_is_put_where_there_is_none() -> None:
-    assert with_markers("What?", 1) == "<image>\nWhat?"
-    assert with_markers("Which?", 2) == "<image>\n<image>\nWhich?"
-    assert with_markers("What <image>?", 1) == "What <image>?"
-    assert with_markers("What?", 0) == "What?"
 
 
 def test_images_are_decoded_from_bytes_and_files(bundle: Path, questions: list[Question]) -> None:

@@ -17,6 +17,8 @@ from llava_ray.model.hub_export import export_hub
 from llava_ray.model.loading import load_pretrained_model
 from llava_ray.model.model_files import open_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", ["v15_mlp_pad", "v16_anyres"])
 @pytest.mark.parametrize("export", [export_bundle, export_original, export_hub])

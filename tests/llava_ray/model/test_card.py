@@ -11,6 +11,7 @@ import transformers
 from published import make_original
 from samples import small_run
 
+from llava_ray.config.lora import LoraConfig
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.errors import ModelError
 from llava_ray.model.bundle import save_bundle
@@ -85,11 +86,11 @@ def test_an_adapter_is_as_large_as_pefts(kind: str, use_dora: bool, folders) -> 
     targets = sorted({name.rpartition(".")[2] for name in card.linears})
     wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets, use_dora=use_dora))
     expected = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-    lora = {"lora_enable": True, "lora_r": 4, "use_dora": use_dora, "lora_target_modules": None}
+    lora = LoraConfig(lora_enable=True, lora_r=4, use_dora=use_dora)
     assert count_adapter(lora, card.linears) == expected
-    some = lora | {"lora_target_modules": (targets[0],)}
+    some = lora.model_copy(update={"lora_target_modules": (targets[0],)})
     assert 0 < count_adapter(some, card.linears) < expected
-    assert count_adapter(lora | {"lora_enable": False}, card.linears) == 0
+    assert count_adapter(lora.model_copy(update={"lora_enable": False}), card.linears) == 0
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ def assert_kept(found: dict, expected: dict) -> None:
     assert found.get("rope_theta") == rope.get("rope_theta")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["v15_mlp_pad", "v16_anyres"])
 def test_original_to_bundle_to_hub_to_bundle_to_original(name: str, tmp_path: Path) -> None:
     source = copy_golden(name, tmp_path / "source")

@@ -60,6 +60,7 @@ def test_transformers_loads_all_of_it_and_gives_our_logits(language_model, tower
     assert (found[..., expected.shape[-1] :].amax(-1) < best).all()  # an added token is never the greedy one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("v15_mlp_pad", LlavaForConditionalGeneration), ("v16_anyres", LlavaNextForConditionalGeneration)],

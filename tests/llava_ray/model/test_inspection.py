@@ -98,6 +98,7 @@ def test_the_text_and_the_json_tell_the_same(parts, folders, tmp_path: Path) -> 
     assert inspect(folders.tower()).missing == ()
 
 
+@pytest.mark.slow
 def test_a_folder_of_7b_takes_less_than_two_seconds(tmp_path: Path) -> None:
     """Python's own start included; the files hold headers only."""
     folder = originals.write_7b(tmp_path / "7b")

@@ -63,6 +63,7 @@ def test_a_missing_shard_is_named_with_a_tensor(tmp_path: Path) -> None:
         read_folder(tmp_path)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_one_tensor(tmp_path: Path) -> None:
     """240 MB in 60 tensors pass through a process that may grow by 100 MB: torch itself and a few tensors."""
     write_folder(tmp_path, {f"t{i}": held(torch.ones(1_000_000)) for i in range(60)}, max_shard_bytes=10**8)

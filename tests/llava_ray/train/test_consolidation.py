@@ -19,8 +19,11 @@ from llava_ray.model.bundle import load_bundle
 from llava_ray.model.manifest import read_manifest
 from llava_ray.train.consolidation import consolidate
 
+pytestmark = pytest.mark.slow
+
 LORA = {"lora.lora_enable": True, "lora.lora_r": 4, "lora.lora_alpha": 8, "lora.lora_dropout": 0.0}
 FULL = {"model.freeze_embeddings": True}  # some of it stays, and comes from the base
+TOWER = {"model.unfreeze_mm_vision_tower": True, "train.mm_vision_tower_lr": 1e-3}
 CASES: dict[str, dict[str, Any]] = {
     **{f"full-{stage}": FULL | {"train.zero_stage": stage} for stage in range(4)},
     "full-0-bf16": {"train.bf16": True, "train.zero_stage": 0},
@@ -33,6 +36,8 @@ CASES: dict[str, dict[str, Any]] = {
         "model.unfreeze_mm_vision_tower": True,
         "lora.lora_target_modules": ["q_proj", "vision_tower.encoder.layers.0.mlp.fc1"],
     },
+    "full-tower-2": TOWER | {"train.zero_stage": 2},
+    "full-tower-3": TOWER | {"train.zero_stage": 3, "train.gradient_checkpointing": True},
     "align": {"model.tune_mm_mlp_adapter": True},
 }
 STEP = "step-00000003"
@@ -132,6 +137,15 @@ def test_every_zero_stage_learns_the_same_adapter(saved: Path) -> None:
     for other in tensors[1:]:
         for key, tensor in tensors[0].items():
             torch.testing.assert_close(other[key], tensor, atol=1e-4, rtol=0)
+
+
+def test_zero_3_trains_a_tower_to_the_same_weights(saved: Path) -> None:
+    curves = [json.loads((saved / f"full-tower-{stage}" / "losses.json").read_text()) for stage in (2, 3)]
+    assert curves[0] == pytest.approx(curves[1], abs=1e-4)
+    two, three = (weights(saved / f"full-tower-{stage}" / "memory") for stage in (2, 3))
+    assert any(name.startswith("vision_tower/") for name in two)
+    for name, tensor in two.items():
+        torch.testing.assert_close(three[name], tensor, atol=1e-3, rtol=0)
 
 
 def test_the_state_says_which_model_it_is(saved: Path) -> None:

@@ -113,6 +113,7 @@ def test_estimates_are_what_the_sum_says() -> None:
     assert f"{memory.total / GIB:.2f} GiB" in "\n".join(describe_run(config))
 
 
+@pytest.mark.slow
 def test_as_a_command_it_starts_nothing(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, small_run(tmp_path, num_samples=4))
     command = [sys.executable, str(ROOT / "pipelines/finetune.py"), str(path), "--dry-run", "--gpu_memory_gib"]
@@ -141,7 +142,6 @@ def test_the_memory_alone_says_nothing() -> None:
         main([str(BIG[0]), "--gpu_memory_gib", "80"])
 
 
-@pytest.mark.skipif("lora" not in FinetuneConfig.model_fields, reason="no adapters in this version")
 def test_adapters_are_counted_and_offered() -> None:
     with_adapter = recipe("finetune/llava_v1_5_7b", "--lora.lora_enable", "True", "--lora.lora_r", "128")
     text = "\n".join(describe_run(with_adapter, 24))

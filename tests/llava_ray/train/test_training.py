@@ -98,15 +98,6 @@ def test_streamed_features_give_the_losses_of_inline_ones(reference, folder):
     assert other.read_losses() == pytest.approx(reference.read_losses()[:8], rel=1e-5)
 
 
-def test_alignment_moves_the_projector_only_and_tuning_starts_from_it(ray_cluster, folder):
-    aligned = run(folder, "align", model__tune_mm_mlp_adapter=True, train__max_steps=4)
-    files = {path.name for path in Path(aligned.folder.bundle).iterdir()}
-    assert "projector.safetensors" in files
-    assert "language_model" not in files
-    tuned = run(folder, "tune", model__pretrain_mm_mlp_adapter=aligned.folder.bundle, train__max_steps=4)
-    assert (Path(tuned.folder.bundle) / "language_model").is_dir()
-
-
 def test_a_run_starts_from_a_published_model(reference, folder):
     """Under ZeRO 3 weights go from shards of .bin into the partitions; a run that learns nothing gives them back."""
     parts = load_bundle(reference.folder.bundle)

@@ -111,6 +111,7 @@ def test_a_tower_learns_with_its_own_rate_and_is_kept(tuned_by_two: FinishedRun,
     assert all(torch.equal(again[name], after[name]) for name in after)
 
 
+@pytest.mark.verify
 def test_zero_3_trains_a_tower_to_the_same_losses(tuned_by_two: FinishedRun, folder: Path) -> None:
     partitioned = tuned(folder, 3)
     assert partitioned.read_losses() == pytest.approx(tuned_by_two.read_losses(), abs=1e-3)
