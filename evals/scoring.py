@@ -139,6 +139,22 @@ def summarise(result: Result) -> dict[str, Any]:
     }
 
 
+def summarise_unscored(
+    benchmark: Benchmark,
+    questions: Sequence[Question],
+    answers: Sequence[Answer],
+    profile: Profile,
+    provenance: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the summary of answers that only a server can score: what is missing, and no number."""
+    joined = join(questions, answers)
+    nothing = Result(benchmark, profile, [], joined, Total(None), None, versions() | dict(provenance))
+    return summarise(nothing) | {
+        "withheld": "these questions come without answers: a server scores the submission file",
+        "num_questions": len(questions),
+    }
+
+
 def versions() -> dict[str, str]:
     """Return what scored: our version and Python's."""
     try:

@@ -96,8 +96,12 @@ def test_mmb_1_2_and_6() -> None:
 
 
 def test_mmb_4_the_text_of_the_option() -> None:
-    rotations = [("teddy bear", "rabbit", "cat", "dog"), ("dog", "teddy bear", "rabbit", "cat"),
-                 ("cat", "dog", "teddy bear", "rabbit"), ("rabbit", "cat", "dog", "teddy bear")]  # fmt: skip
+    rotations = [
+        ("teddy bear", "rabbit", "cat", "dog"),
+        ("dog", "teddy bear", "rabbit", "cat"),
+        ("cat", "dog", "teddy bear", "rabbit"),
+        ("rabbit", "cat", "dog", "teddy bear"),
+    ]
     for profile in ("official", "robust"):
         rows = [
             graded(q, MMBench().grade(q, "cat", profile))
