@@ -145,12 +145,13 @@ def summarise_unscored(
     answers: Sequence[Answer],
     profile: Profile,
     provenance: Mapping[str, Any],
+    reason: str,
 ) -> dict[str, Any]:
-    """Return the summary of answers that only a server can score: what is missing, and no number."""
+    """Return the summary of answers that cannot be scored here: what is missing, and why there is no number."""
     joined = join(questions, answers)
     nothing = Result(benchmark, profile, [], joined, Total(None), None, versions() | dict(provenance))
     return summarise(nothing) | {
-        "withheld": "these questions come without answers: a server scores the submission file",
+        "withheld": reason,
         "num_questions": len(questions),
     }
 

@@ -54,19 +54,35 @@ class ScoredAnswers:
     summary: dict[str, Any]
 
 
-def score_answers(request: ScoreRequest) -> ScoredAnswers:
-    """Read everything and score it. Raises ConfigError, DataError."""
+def score_answers(
+    request: ScoreRequest, max_questions: int | None = None, *, without_judge: bool = False
+) -> ScoredAnswers:
+    """Read everything and score it, or the first ``max_questions`` only. Raises ConfigError, DataError.
+
+    ``without_judge``: what needs a judge and has none comes back without a score, instead of as an error.
+    """
     benchmark = make_benchmark(request.benchmark)
     if not request.data.is_dir():
         raise DataError(f"there is no folder {request.data}; evals/README.md says what {benchmark.title} needs in it.")
-    questions, answers = benchmark.read(request.data), read_answers(request.answers)
+    questions, answers = benchmark.read(request.data)[:max_questions], read_answers(request.answers)
     judge: Judge | None = read_reviews(request.reviews) if request.reviews else None
     made = provenance(request, questions, answers)
-    if questions and not any(question.truths for question in questions):
-        summary = summarise_unscored(benchmark, questions, answers, request.profile, made)
+    if reason := why_unscored(benchmark, questions, request, without_judge=without_judge):
+        summary = summarise_unscored(benchmark, questions, answers, request.profile, made, reason)
         return ScoredAnswers(benchmark, questions, join(questions, answers).answers, None, summary)
     result = score_benchmark(benchmark, questions, answers, request.profile, judge, made)
     return ScoredAnswers(benchmark, questions, result.joined.answers, result, summarise(result))
+
+
+def why_unscored(
+    benchmark: Benchmark, questions: Sequence[Question], request: ScoreRequest, *, without_judge: bool
+) -> str | None:
+    """Say why answers cannot be scored here, if they cannot."""
+    if questions and not any(question.truths for question in questions):
+        return "these questions come without answers: a server scores the submission file"
+    if without_judge and request.profile in benchmark.needs_judge and request.reviews is None:
+        return f"{benchmark.title} needs a judge: have the answers reviewed, then score them with its reviews"
+    return None
 
 
 def provenance(request: ScoreRequest, questions: Sequence[Question], answers: Sequence[Answer]) -> dict[str, Any]:
@@ -88,10 +104,10 @@ def provenance(request: ScoreRequest, questions: Sequence[Question], answers: Se
     }
 
 
-def write_results(folder: Path, scored: Sequence[ScoredAnswers]) -> None:
-    """Write the report, and of each benchmark result, grades and submission (in a folder of its own if several)."""
+def write_results(folder: Path, scored: Sequence[ScoredAnswers], *, own_folders: bool = False) -> None:
+    """Write the report, and of each benchmark result, grades and submission, in folders of their own if several."""
     for one in scored:
-        own = folder / one.benchmark.name if len(scored) > 1 else folder
+        own = folder / one.benchmark.name if own_folders else folder
         own.mkdir(parents=True, exist_ok=True)
         if one.result is None:
             (own / "result.json").write_bytes(as_json(one.summary))
@@ -143,11 +159,17 @@ def thumbnails(question: Question) -> list[Picture]:
     return pictures
 
 
-def track(tracking_uri: str, key: str, summaries: Sequence[Mapping[str, Any]], folder: Path | None) -> str:
+def track(
+    tracking_uri: str,
+    key: str,
+    summaries: Sequence[Mapping[str, Any]],
+    folder: Path | None,
+    experiment: str = EXPERIMENT,
+) -> str:
     """Keep scores, settings and files in MLflow; the same key is the same run. Return the run's id."""
     from llava_ray.tracking import TrackedRun
 
-    run = TrackedRun(tracking_uri, EXPERIMENT, Path(key).name, key)
+    run = TrackedRun(tracking_uri, experiment, Path(key).name, key)
     for summary in summaries:
         run.log_params({summary["benchmark"]: summary["provenance"]})
         run.log_steps({0: flat_metrics(summary)})

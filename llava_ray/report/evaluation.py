@@ -112,14 +112,9 @@ def _details(one: Scored) -> list[Piece]:
     if found["figures"]:
         pieces.append(Table(["figure", "value"], [[name, value] for name, value in found["figures"].items()]))
     if one.published:
-        own: list[list[Cell]] = [["this model", found["score"]]]
-        pieces.append(
-            Table(
-                ["model", found["metric"]],
-                [*own, *([name, value] for name, value in one.published.items())],
-                "Published",
-            )
-        )
+        models: list[list[Cell]] = [["this model", found["score"]]]
+        models += [[name, value] for name, value in one.published.items()]
+        pieces.append(Table(["model", found["metric"]], models, "Published"))
     return [*pieces, *_browser(one)]
 
 
