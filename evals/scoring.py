@@ -9,7 +9,7 @@ from typing import Any
 
 from evals.answers import Answer, Joined, join
 from evals.benchmark import MISSING, Benchmark, Graded, Judge, Profile, Question, Total, graded
-from evals.statistics import Estimate, estimate_mean, jackknife
+from evals.statistics import Estimate, estimate_mean, jackknife, wilson
 from llava_ray.errors import DataError
 
 MAX_MISSING = 0.02
@@ -104,7 +104,7 @@ def summarise(result: Result) -> dict[str, Any]:
     joined, estimated = result.joined, result.estimate
     errors = category_estimates(result)
     categories = {
-        name: {"score": rounded(figure.value), "num": figure.num, **interval(errors.get(name))}
+        name: {"score": rounded(figure.value), "num": figure.num, **interval(errors.get(name), share=True)}
         for name, figure in result.total.categories.items()
     }
     num, gaps = len(result.rows), result.num("missing") + result.num("failed")
@@ -116,9 +116,9 @@ def summarise(result: Result) -> dict[str, Any]:
         "profile": result.profile,
         "metric": result.benchmark.metric,
         "score": rounded(result.score),
-        "score_missing_as_wrong": rounded(result.total.headline),
+        "computed_score": rounded(result.total.headline),
         **withheld,
-        **interval(estimated),
+        **interval(estimated, share=result.benchmark.is_mean),
         "num_questions": num,
         "num_scored": result.num_scored,
         "missing": len(joined.missing),
@@ -165,16 +165,22 @@ def versions() -> dict[str, str]:
     return {"llava_ray": ours, "python": platform.python_version()}
 
 
-def interval(estimated: Estimate | None) -> dict[str, Any]:
-    """Return the 95 % interval, if there is one."""
+def interval(estimated: Estimate | None, *, share: bool = False) -> dict[str, Any]:
+    """Return the 95 % interval, if there is one; a ``share`` stays within 0 to 100.
+
+    Where all answers are right, or all wrong, the error of a share is 0 and says nothing: Wilson's interval does.
+    """
     if estimated is None or not math.isfinite(estimated.standard_error):
-        return {
-            "confidence_interval": None,
-            "standard_error": None,
-            "num_clusters": estimated.num_clusters if estimated else 0,
-        }
+        num = estimated.num_clusters if estimated else 0
+        return {"confidence_interval": None, "standard_error": None, "num_clusters": num}
+    low, high = estimated.low, estimated.high
+    if share:
+        low, high = max(0.0, low), min(100.0, high)
+        if estimated.standard_error == 0 and estimated.value in (0, 100):
+            ends = wilson(estimated.num_clusters * (estimated.value == 100), estimated.num_clusters)
+            low, high = 100 * ends[0], 100 * ends[1]
     return {
-        "confidence_interval": [rounded(estimated.low), rounded(estimated.high)],
+        "confidence_interval": [rounded(low), rounded(high)],
         "standard_error": rounded(estimated.standard_error),
         "num_clusters": estimated.num_clusters,
     }

@@ -29,8 +29,8 @@ class SEEDBench(Benchmark):
     Obtain: https://github.com/AILab-CVC/SEED-Bench/blob/main/DATASET.md. The folder holds ``SEED-Bench.json``,
     ``SEED-Bench-image/`` and, of each video, its middle frame as ``SEED-Bench-video-image/QUESTION_ID.png``.
 
-    llava and official: the answer is exactly the letter (the authors rank likelihoods: use ``--ranking``). robust: see
-    ``evals.letters.parse_letter``.
+    llava and official: the answer is exactly the letter (the authors rank likelihoods, see ``evals.ranking``). robust:
+    see ``evals.letters.parse_letter``.
 
     Robust, answer | truth | score (options apple, pear, plum, fig)::
 

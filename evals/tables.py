@@ -40,8 +40,8 @@ def flat_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
     """Return numbers by names that MLflow takes, the profile among them; a withheld score is not there."""
     prefix = f"{summary['benchmark']}/{summary['profile']}"
     metrics = {f"{prefix}/{key}": summary[key] for key in ("score", "num_scored", "missing", "unparsed", "failed")}
-    metrics |= {f"{prefix}/{plain(name)}": value for name, value in summary["figures"].items()}
     if not summary.get("withheld"):
+        metrics |= {f"{prefix}/{plain(name)}": value for name, value in summary["figures"].items()}
         metrics |= {f"{prefix}/category/{plain(name)}": one["score"] for name, one in summary["categories"].items()}
     return {name: float(value) for name, value in metrics.items() if value is not None}
 
@@ -57,21 +57,22 @@ def row(cells: Sequence[object]) -> str:
 
 
 def _details(one: Mapping[str, Any]) -> list[str]:
-    lines = (
-        [f"**{one['withheld']}.** Counted as wrong, they give {one['score_missing_as_wrong']}.", ""]
-        if one.get("withheld")
-        else []
-    )
+    lines = [f"**{one['withheld']}.**", ""] if one.get("withheld") else _numbers(one)
+    if published := published_figures(one["benchmark"]):
+        lines += ["| published | score |", "| --- | --- |"]
+        lines += [row([name, value]) for name, value in published.items()] + [""]
+    return [*lines, "| how | |", "| --- | --- |", *(row([key, value]) for key, value in one["provenance"].items())]
+
+
+def _numbers(one: Mapping[str, Any]) -> list[str]:
+    lines = []
     if one["categories"]:
         lines += ["| category | score | questions |", "| --- | --- | --- |"]
         lines += [row([name, _number(c["score"]), c["num"]]) for name, c in one["categories"].items()] + [""]
     if one["figures"]:
         lines += ["| figure | value |", "| --- | --- |"]
         lines += [row([name, _number(value)]) for name, value in one["figures"].items()] + [""]
-    if published := published_figures(one["benchmark"]):
-        lines += ["| published | score |", "| --- | --- |"]
-        lines += [row([name, value]) for name, value in published.items()] + [""]
-    return [*lines, "| how | |", "| --- | --- |", *(row([key, value]) for key, value in one["provenance"].items())]
+    return lines
 
 
 def _number(value: float | None) -> str:

@@ -101,7 +101,9 @@ def _bars(scored: Sequence[Scored]) -> list[Piece]:
 
 def _details(one: Scored) -> list[Piece]:
     found, pieces = one.summary, list[Piece]()
-    if found["categories"]:
+    if found.get("withheld"):
+        pieces.append(Note(f"{found['withheld']}.", warning=True))
+    elif found["categories"]:
         header = ["category", "score", "95 % interval", "questions"]
         rows: list[list[Cell]] = []
         for name, category in found["categories"].items():
@@ -109,7 +111,7 @@ def _details(one: Scored) -> list[Piece]:
             bar = None if value is None else Bar(value, f"{value:.2f}", max(100.0, value))
             rows.append([name, bar, _interval(category), category["num"]])
         pieces.append(Table(header, rows, "By category"))
-    if found["figures"]:
+    if found["figures"] and not found.get("withheld"):
         pieces.append(Table(["figure", "value"], [[name, value] for name, value in found["figures"].items()]))
     if one.published:
         models: list[list[Cell]] = [["this model", found["score"]]]

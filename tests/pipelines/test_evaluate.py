@@ -154,7 +154,7 @@ def test_no_headline_past_two_per_cent_missing(tmp_path: Path, capsys: pytest.Ca
     assert "97" not in heard.out.replace("num_scored     97", "")
     assert "3 of 100 questions have no score" in heard.err
     gone = score("custom", tmp_path, answers, capsys)
-    assert (gone["score"], gone["score_missing_as_wrong"], gone["missing"]) == (None, 97, 3)
+    assert (gone["score"], gone["computed_score"], gone["missing"]) == (None, 97, 3)
     assert (gone["categories"]["odd"]["score"], gone["categories"]["odd"]["num"]) == (98, 50)
     report = (tmp_path / "out" / "report.html").read_text()
     assert "withheld" in report
