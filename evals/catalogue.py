@@ -45,9 +45,14 @@ KINDS: tuple[type[Benchmark], ...] = (
 BENCHMARKS: dict[str, type[Benchmark]] = {kind.name: kind for kind in KINDS}
 
 
+# What people call them beside their names.
+ALIASES = {"sqa": "science_qa", "seed": "seed_bench", "llavaw": "llava_bench", "llavabenchinthewild": "llava_bench"}
+
+
 def make_benchmark(name: str) -> Benchmark:
     """Return a benchmark by name; case, dashes and underscores do not matter. Raises ConfigError."""
     plain = {known.replace("_", ""): kind for known, kind in BENCHMARKS.items()}
+    plain |= {alias: BENCHMARKS[known] for alias, known in ALIASES.items()}
     kind = plain.get(name.lower().replace("-", "").replace("_", ""))
     if kind is None:
         raise ConfigError(f"there is no benchmark {name!r}; expected one of {', '.join(BENCHMARKS)}")

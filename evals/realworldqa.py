@@ -3,9 +3,10 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from evals.benchmark import UNPARSED, Benchmark, Grade, Judge, Profile, Question, right_or_wrong
-from evals.files import find_all, need, picture, read_parquet
+from evals.files import find_all, need, picture, read_lines, read_parquet
 from evals.gqa import plain_words
 from evals.letters import parse_letter
 from evals.vqa_text import NUMBERS
@@ -18,8 +19,8 @@ LABELLED = re.compile(r"\s*(?:([A-E])\.|\(([A-E])\))")
 class RealWorldQA(Benchmark):
     """Letters where the question lists options, else a word or a number.
 
-    Obtain: https://huggingface.co/datasets/xai-org/RealworldQA. The folder holds its Parquet files (also in ``data/``);
-    questions bring their own instruction.
+    Obtain: https://huggingface.co/datasets/xai-org/RealworldQA. The folder holds its Parquet files (also in ``data/``),
+    or ``annotations.jsonl`` with the images it names; questions bring their own instruction.
 
     llava and official: "X." or "(X)" in front is a letter, a final period goes, then equality, of words without case.
     robust: ``evals.letters.parse_letter`` for letters, ``evals.yes_no.parse_yes_no`` for yes and no, number words are
@@ -65,16 +66,22 @@ class RealWorldQA(Benchmark):
 
 
 def _read(folder: Path) -> Iterator[Question]:
-    number = 0
+    for number, (row, path) in enumerate(_rows(folder)):
+        text, truth = need(row, "question", path), str(need(row, "answer", path))
+        options = tuple(option.strip() for _, option in OPTION.findall(text))
+        lettered = len(truth) == 1 and truth.isupper()
+        image = row.get("image")
+        images = () if image is None else (folder / image,) if isinstance(image, str) else (picture(image, path),)
+        kind = "letter" if lettered else "word"
+        yield Question(str(number), text, images, (truth,), options if lettered else (), (kind,), str(number))
+
+
+def _rows(folder: Path) -> Iterator[tuple[dict[str, Any], Path]]:
+    for path in sorted(folder.glob("annotations.jsonl")):
+        yield from ((row, path) for row in read_lines(path))
+        return
     for path in find_all(folder, "test-*.parquet", "data/test-*.parquet", "*.parquet", "data/*.parquet"):
-        for row in read_parquet(path):
-            text, truth = need(row, "question", path), str(need(row, "answer", path))
-            options = tuple(option.strip() for _, option in OPTION.findall(text))
-            lettered = len(truth) == 1 and truth.isupper()
-            kind = "letter" if lettered else "word"
-            images = (picture(row["image"], path),) if row.get("image") is not None else ()
-            yield Question(str(number), text, images, (truth,), options if lettered else (), (kind,), str(number))
-            number += 1
+        yield from ((row, path) for row in read_parquet(path))
 
 
 def _word(text: str) -> str:

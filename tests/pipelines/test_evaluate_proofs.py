@@ -27,6 +27,7 @@ from llava_ray.model.bundle import LlavaParts, assemble, load_bundle, save_bundl
 pytestmark = pytest.mark.verify
 
 NUM_QUESTIONS = 300
+NUM_KILLED = 120  # of the run that is disturbed
 CLOSE = 1e-3  # logits
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,7 +49,7 @@ def write_questions(folder: Path) -> Path:
         (folder / f"{number}.png").write_bytes(encoded(number))
     rows = [
         {"id": f"q{i}", "image": f"{i % 4}.png", "question": f"What is {i * 7919 % 1000}{'?' * (i % 5)}", "answer": "x"}
-        for i in range(NUM_QUESTIONS)
+        for i in range(NUM_KILLED)
     ]
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -61,7 +62,7 @@ def start(bundle: Path, data: Path, store: Path) -> subprocess.Popen[str]:
         "--evaluate.benchmarks",
         f"custom={data}",
         "--evaluate.max_new_tokens",
-        "16",
+        "8",
     ]
     flags += ["--evaluate.batch_size", "4", "--actors.num_actors", "2", "--actors.cpus_per_actor", "0.5"]
     flags += ["--run.storage_path", store, "--run.name", "e"]
@@ -76,10 +77,8 @@ def start(bundle: Path, data: Path, store: Path) -> subprocess.Popen[str]:
 
 
 def wait_for(happened: Callable[[], bool], driver: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + 300
-    while not happened():
+    while not happened():  # the test's own timeout ends a wait in vain
         assert driver.poll() is None, driver.stdout and driver.stdout.read()
-        assert time.monotonic() < end
         time.sleep(0.02)
 
 
@@ -98,6 +97,7 @@ def num_lines(file: Path) -> int:
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
+@pytest.mark.timeout(1800)
 def test_killed_worker_and_killed_driver_leave_the_file_of_an_undisturbed_run(bundle: Path, tmp_path: Path) -> None:
     data = write_questions(tmp_path / "data")
     calm = start(bundle, data, tmp_path / "calm")
@@ -111,13 +111,13 @@ def test_killed_worker_and_killed_driver_leave_the_file_of_an_undisturbed_run(bu
     assert victims
     victims[0].send_signal(signal.SIGKILL)
     at_kill = num_lines(file)
-    wait_for(lambda: num_lines(file) >= at_kill + 60, driver)
+    wait_for(lambda: num_lines(file) >= at_kill + 20, driver)
     family = psutil.Process(driver.pid).children(recursive=True)
     driver.kill()
     driver.wait()
     psutil.wait_procs(family, timeout=60)
     kept = num_lines(file)
-    assert 80 <= kept < NUM_QUESTIONS
+    assert 40 <= kept < NUM_KILLED
     before = file.read_bytes()[: file.read_bytes().rfind(b"\n") + 1].splitlines()
 
     again = start(bundle, data, tmp_path / "wild")
@@ -125,7 +125,7 @@ def test_killed_worker_and_killed_driver_leave_the_file_of_an_undisturbed_run(bu
     assert again.returncode == 0, said
     assert file.read_bytes() == (tmp_path / "calm" / "e" / "custom" / "answers.jsonl").read_bytes()
     rows = file.read_bytes().splitlines()
-    assert len(rows) == len({json.loads(row)["question_id"] for row in rows}) == NUM_QUESTIONS
+    assert len(rows) == len({json.loads(row)["question_id"] for row in rows}) == NUM_KILLED
     assert set(before) <= set(rows)
 
 

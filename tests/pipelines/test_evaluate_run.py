@@ -9,10 +9,13 @@ import pytest
 from benchmark_files import WRITERS, write_benchmark
 
 from evals.catalogue import make_benchmark
-from llava_ray.config.sections import ModelConfig
+from llava_ray.config.recipes import load_recipe
+from llava_ray.config.sections import EvaluateConfig, ModelConfig
 from llava_ray.errors import ConfigError
 from llava_ray.model.bundle import assemble, save_bundle
 from pipelines.evaluate import main
+
+RECIPES = Path(__file__).resolve().parents[2] / "pipelines/recipes/evaluate"
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +114,21 @@ def test_two_runs_do_not_write_one_file(run: Run, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="another run is writing"):
             run(["gqa"])
     assert [json.loads(line)["text"] for line in lines(tmp_path / "e" / "gqa" / "answers.jsonl")] == ["a", "b"]
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_shipped_recipes_load_and_name_benchmarks_that_there_are(recipe: Path) -> None:
+    config = load_recipe(EvaluateConfig, [str(recipe), "--evaluate.model_path", "model"])
+    assert config.score.profile == "llava"
+    for entry in config.evaluate.benchmarks:
+        make_benchmark(entry.partition("=")[0])
+
+
+def test_the_rule_and_the_actors_do_not_make_another_run() -> None:
+    base = ["--evaluate.model_path", "m", "--evaluate.benchmarks", "gqa=d"]
+    names = {
+        load_recipe(EvaluateConfig, [*base, *more]).run.name
+        for more in ([], ["--score.profile", "llava"], ["--actors.num_actors", "3"], ["--cluster.num_workers", "2"])
+    }
+    assert len(names) == 1
+    assert load_recipe(EvaluateConfig, [*base, "--evaluate.temperature", "1"]).run.name not in names
