@@ -10,6 +10,7 @@ from typing import Any
 from llava_ray.errors import DataError
 
 MAX_CELL_BYTES = 2**30  # tables with images in them
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 
 
 def find(folder: Path, *patterns: str) -> Path:
@@ -94,10 +95,9 @@ def picture(cell: Any, path: Path) -> bytes:
 
 
 def hash_files(folder: Path) -> str:
-    """Return 16 hex digits that change with the name or size of a file in a folder (images are not read)."""
-    listed = sorted(
-        (str(file.relative_to(folder)), file.stat().st_size) for file in folder.rglob("*") if file.is_file()
-    )
+    """Return 16 hex digits that change with the name or size of a file in a folder; images are left aside."""
+    others = (file for file in folder.rglob("*") if file.suffix.lower() not in IMAGE_SUFFIXES and file.is_file())
+    listed = sorted((str(file.relative_to(folder)), file.stat().st_size) for file in others)
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
 
 

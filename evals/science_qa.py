@@ -30,7 +30,8 @@ class ScienceQA(Benchmark):
     """One letter; the headline is the accuracy of questions with an image, as in LLaVA's tables.
 
     Obtain: https://github.com/lupantech/ScienceQA (tools/download.sh). The folder holds ``problems.json``,
-    ``pid_splits.json`` and ``images/test/ID/image.png`` (or ``test/ID/image.png``).
+    ``pid_splits.json`` and ``images/test/ID/image.png`` (or ``test/ID/image.png``). With LLaVA's
+    ``llava_test_CQM-A.json`` in the folder, questions are asked in its words.
 
     llava: the bare letter, "X. " in front, or exactly one "The answer is X" with a character after it; all else is
     unparsed and wrong. official: the latter only, and no random letter where it fails. robust: see
@@ -64,7 +65,13 @@ class ScienceQA(Benchmark):
         path = find(folder, "problems.json")
         problems, splits = read_json(path), read_json(find(folder, "pid_splits.json"))
         base = folder / "images" if (folder / "images").exists() else folder
-        return [_question(name, need(problems, name, path), base) for name in need(splits, "test", path)]
+        worded = {
+            str(row["id"]): row["conversations"][0]["value"].replace("<image>", "").strip() + LETTER
+            for file in folder.glob("llava_test_CQM-A.json")
+            for row in read_json(file)
+        }
+        names = need(splits, "test", path)
+        return [_question(name, need(problems, name, path), base, worded.get(name)) for name in names]
 
     def grade(self, question: Question, answer: str, profile: Profile, judge: Judge | None = None) -> Grade:
         """Grade the letter."""
@@ -91,18 +98,11 @@ class ScienceQA(Benchmark):
         return {"scienceqa_results.json": as_json({"results": found, "outputs": dict(answers)})}
 
 
-def _question(name: str, row: Mapping[str, Any], base: Path) -> Question:
-    options = tuple(map(str, row["choices"]))
-    context = " ".join(part for part in (row.get("hint", "").strip(),) if part) or "N/A"
-    listed = list_options(options)
-    image = row.get("image")
-    file = base / "test" / name / str(image)
-    subject = str(row.get("subject", ""))
-    categories = (*([IMAGE] if image else ["text"]), *([subject] if subject else []))
-    prompt = (
-        f"Context: {context}\n{row['question']}{listed}{LETTER}"
-        if context != "N/A"
-        else f"{row['question']}{listed}{LETTER}"
-    )
-    truths = (LETTERS[int(row["answer"])],)
-    return Question(name, prompt, (file,) if image else (), truths, options, categories, name)
+def _question(name: str, row: Mapping[str, Any], base: Path, prompt: str | None) -> Question:
+    options, hint, image = tuple(map(str, row["choices"])), str(row.get("hint") or "").strip(), row.get("image")
+    context = f"Context: {hint}\n" if hint else ""
+    asked = prompt or context + row["question"] + list_options(options) + LETTER
+    files = (base / "test" / name / str(image),) if image else ()
+    subjects = (str(row["subject"]),) if row.get("subject") else ()
+    categories = (IMAGE if image else "text", *subjects)
+    return Question(name, asked, files, (LETTERS[int(row["answer"])],), options, categories, name)

@@ -54,8 +54,13 @@ class AnswersFile:
         self.rows.update({str(row["question_id"]): dict(row) for row in fresh})
 
     def arrange(self, ids: Sequence[str]) -> None:
-        """Put the lines into the order of the questions, so that a run that was disturbed leaves the same file."""
-        content = "".join(json.dumps(self.rows[name], ensure_ascii=False) + "\n" for name in ids if name in self.rows)
+        """Put the lines into the order of the questions, so that a run that was disturbed leaves the same file.
+
+        Answers to other questions (of a run that asked more) stay, at the end.
+        """
+        wanted = dict.fromkeys(ids)
+        order = [name for name in ids if name in self.rows] + [name for name in self.rows if name not in wanted]
+        content = "".join(json.dumps(self.rows[name], ensure_ascii=False) + "\n" for name in order)
         temporary = self.path.with_name(f".{self.path.name}.arranged")
         with temporary.open("wb") as file:
             file.write(content.encode())
