@@ -56,7 +56,8 @@ class AnswersFile:
     def arrange(self, ids: Sequence[str]) -> None:
         """Put the lines into the order of the questions, so that a run that was disturbed leaves the same file.
 
-        Answers to other questions (of a run that asked more) stay, at the end.
+        Answers to other questions (of a run that asked more) stay, at the end. The last thing to do before closing: the
+        lock is on the file that this replaces.
         """
         wanted = dict.fromkeys(ids)
         order = [name for name in ids if name in self.rows] + [name for name in self.rows if name not in wanted]

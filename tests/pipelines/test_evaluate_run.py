@@ -111,9 +111,9 @@ def test_two_runs_do_not_write_one_file(run: Run, tmp_path: Path) -> None:
     with AnswersFile(tmp_path / "e" / "gqa" / "answers.jsonl") as file:
         file.append([{"question_id": 1, "text": "a"}, {"question_id": 2, "text": "b"}])
         file.append([{"question_id": 2, "text": "other"}])
-        file.arrange(["2"])  # of a run that asked for less
         with pytest.raises(ConfigError, match="another run is writing"):
             run(["gqa"])
+        file.arrange(["2"])  # of a run that asked for less
     assert [json.loads(line)["text"] for line in lines(tmp_path / "e" / "gqa" / "answers.jsonl")] == ["b", "a"]
 
 
