@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evals.custom import exact
+from evals.files import as_lines
 from llava_ray.errors import DataError
 
 YES_NO, SHAPE, COLOUR = "yes/no", "shape", "colour"
@@ -136,9 +138,20 @@ def summarise(asked: Sequence[Question], answers: Mapping[str, str]) -> dict[str
     }
 
 
+def write_benchmark(folder: Path, asked: Sequence[Question]) -> Path:
+    """Write questions as a benchmark of your own (``evals.custom``), scored as ``accuracy`` does; return the folder."""
+    rows = [
+        {"id": q.id, "image": str(q.image), "question": q.question, "answer": q.answer, "category": q.kind}
+        for q in asked
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "questions.jsonl").write_bytes(as_lines(rows))
+    return folder
+
+
 def normalise(answer: str) -> str:
     """Return an answer in lower case, without space around it and without one final period."""
-    return answer.strip().lower().removesuffix(".").rstrip()
+    return exact(answer)
 
 
 @functools.cache

@@ -344,3 +344,66 @@ class PrepareConfig(Section):
     data: DataConfig
     run: RunConfig = RunConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+
+class AskConfig(Section):
+    """Which model is asked which questions, and how it answers."""
+
+    model_path: str
+    """A model of any layout: bundle, original, llava-hf, adapter."""
+    model_base: str | None = None
+    """Language model under an adapter that does not name it, or that has moved."""
+    vision_tower: str | None = None
+    """Where the vision tower lies, for layouts that only name it."""
+    version: str | None = None
+    """Conversation template by LLaVA's name, for layouts that do not record it."""
+    benchmarks: tuple[str, ...]
+    """Each NAME=FOLDER: a benchmark and its official files (evals/README.md). All are asked in one job."""
+    max_questions: PositiveInt | None = None
+    """Ask only the first so many of each benchmark: for trying things out."""
+    max_new_tokens: PositiveInt | None = None
+    """Longest answer in tokens; default: LLaVA's own for each benchmark (128 or 1024)."""
+    temperature: NonNegativeFloat = 0.0
+    """0 is greedy, as in all published tables."""
+    batch_size: PositiveInt = 16
+    """Questions that an actor answers at once."""
+
+    @field_validator("benchmarks")
+    @classmethod
+    def names_and_folders(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """Refuse no benchmark, one without a folder, and one that is there twice."""
+        names = [entry.partition("=")[0] for entry in value]
+        if not value or not all(name and folder for name, _, folder in (entry.partition("=") for entry in value)):
+            raise ValueError("expected NAME=FOLDER for at least one benchmark, such as gqa=data/gqa")
+        if len(set(names)) != len(names):
+            raise ValueError("a benchmark is there twice; give each one folder")
+        return value
+
+
+class ScoreConfig(Section):
+    """How answers are scored: may change between runs, the answers stay."""
+
+    profile: Literal["llava", "official", "robust"] = "robust"
+    """Whose rule: LLaVA's tables', the benchmark authors', or ours, which never guesses."""
+    reviews: tuple[str, ...] = ()
+    """Each NAME=FILE: a judge's replies, for benchmarks that need a judge; without, they are only answered."""
+
+
+class ActorsConfig(Section):
+    """Who answers."""
+
+    num_actors: PositiveInt | None = None
+    """Copies of the model; default: one a GPU of the cluster, or as many as fit its CPUs."""
+    cpus_per_actor: PositiveFloat = 1.0
+    """CPUs that each reserves and computes with."""
+
+
+class EvaluateConfig(Section):
+    """Everything pipelines/evaluate.py run can be told."""
+
+    evaluate: AskConfig
+    score: ScoreConfig = ScoreConfig()
+    actors: ActorsConfig = ActorsConfig()
+    run: RunConfig = RunConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    cluster: ClusterConfig = ClusterConfig(num_workers=1)

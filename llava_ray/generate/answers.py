@@ -1,6 +1,7 @@
 """Whole data sets answered with Ray Data: images decoded in tasks, answers written by a pool of model actors."""
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +74,15 @@ class ModelToLoad:
     version: str | None = None
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are written: at most so many new tokens, greedily at temperature 0, so many questions at once."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    batch_size: int = 16
+
+
 def answer_questions(  # noqa: PLR0913 - which model, what it is asked, and by whom
     model_path: str | Path,
     questions: Sequence[Question],
@@ -92,18 +102,39 @@ def answer_questions(  # noqa: PLR0913 - which model, what it is asked, and by w
     takes one and computes in bfloat16. ``on_progress`` hears how many of all are answered. Raises DataError for an id
     that occurs twice, ModelError; faults of an image or of the weights come out of Ray as they are.
     """
-    ids = [question.id for question in questions]
-    if len(set(ids)) != len(ids):
-        twice = next(name for name in ids if ids.count(name) > 1)
+    model = locate_model(model_path, model_base, vision_tower, version)
+    answers: dict[str, str] = {}
+    for batch in stream_answers(model, questions, Decoding(max_new_tokens, temperature, batch_size), actors):
+        answers.update({answer.id: answer.answer for answer in batch})
+        if on_progress is not None:
+            on_progress(len(answers), len(questions))
+    return [Answer(question.id, answers[question.id]) for question in questions]
+
+
+def locate_model(
+    model_path: str | Path, model_base: str | None, vision_tower: str | None, version: str | None
+) -> ModelToLoad:
+    """Return what actors have to be told of a model: they have another working directory."""
+    base, tower = (absolute_path(given) if given else None for given in (model_base, vision_tower))
+    return ModelToLoad(absolute_path(model_path), base, tower, version)
+
+
+def stream_answers(
+    model: ModelToLoad, questions: Sequence[Question], decoding: Decoding, actors: Actors = ONE_ACTOR
+) -> Iterator[list[Answer]]:
+    """Yield answers batch by batch, as they come, so that a caller can keep them at once.
+
+    A killed actor is replaced and its batch asked again. Raises as ``answer_questions``.
+    """
+    counts = Counter(question.id for question in questions)
+    if twice := next((name for name, count in counts.items() if count > 1), None):
         raise DataError(f"two questions have the id {twice!r}; answers are told apart by it: make ids unique.")
     if not questions:
-        return []
-    # Actors have another working directory.
-    base, tower = (absolute_path(given) if given else None for given in (model_base, vision_tower))
-    model = ModelToLoad(absolute_path(model_path), base, tower, version)
+        return
     num_gpus = int(ray.cluster_resources().get("GPU", 0))
     spec = read_pretrained_blueprint(**vars(model)).image_spec
-    tables = [to_table(questions[start : start + batch_size]) for start in range(0, len(questions), batch_size)]
+    size = decoding.batch_size
+    tables = [to_table(questions[start : start + size]) for start in range(0, len(questions), size)]
     answered = (
         ray.data.from_arrow(tables)
         .map_batches(
@@ -113,18 +144,14 @@ def answer_questions(  # noqa: PLR0913 - which model, what it is asked, and by w
             AnswerActor,
             batch_size=None,
             batch_format="pyarrow",
-            fn_constructor_args=(model, max_new_tokens, temperature, actors.num_cpus),
+            fn_constructor_args=(model, decoding.max_new_tokens, decoding.temperature, actors.num_cpus),
             compute=ActorPoolStrategy(size=actors.num or max(1, num_gpus)),
             num_cpus=actors.num_cpus,
             num_gpus=1 if num_gpus else None,
         )
     )
-    answers: dict[str, str] = {}
     for batch in answered.iter_batches(batch_size=None, batch_format="pyarrow"):
-        answers.update(zip(batch["id"].to_pylist(), batch["answer"].to_pylist(), strict=True))
-        if on_progress is not None:
-            on_progress(len(answers), len(questions))
-    return [Answer(name, answers[name]) for name in ids]
+        yield [Answer(*pair) for pair in zip(batch["id"].to_pylist(), batch["answer"].to_pylist(), strict=True)]
 
 
 def to_table(questions: Sequence[Question]) -> pa.Table:

@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 
 from evals import easy_vqa
+from evals.answers import Answer
+from evals.custom import Custom
 from evals.easy_vqa import COLOUR, SHAPE, YES_NO, Count, Question
+from evals.scoring import score
 from llava_ray.errors import DataError
 
 PICTURE = Path("0.png")
@@ -106,3 +109,19 @@ def test_the_summary_sets_the_model_beside_the_blind_guess() -> None:
     assert summary["missing_answers"] == 50
     assert 0.5 < summary["blind_accuracy"] < 0.8
     assert sum(kind["num_questions"] for kind in summary["by_kind"].values()) == 200
+
+
+def test_as_a_benchmark_of_your_own_it_scores_the_same_to_the_question(tmp_path: Path) -> None:
+    asked = easy_vqa.test_questions(300, seed=1)
+    forms = ("{}", " {}.\n", "{}..", "{} ", "not {}", "{}.", "")
+    said = {q.id: forms[n % 7].format(q.answer.upper() if n % 2 else q.answer) for n, q in enumerate(asked) if n % 50}
+    benchmark = Custom()
+    questions = benchmark.read(easy_vqa.write_benchmark(tmp_path, asked))
+    result = score(benchmark, questions, [Answer(name, text) for name, text in said.items()], "robust")
+    own = easy_vqa.accuracy(said, asked)
+    assert result.total.headline == pytest.approx(100 * own.total.accuracy)
+    for kind, count in own.by_kind.items():
+        assert result.total.categories[kind].value == pytest.approx(100 * count.accuracy)
+    assert sum(row.score for row in result.rows) == own.total.num_correct
+    assert result.joined.missing == own.missing
+    assert questions[0].images == (asked[0].image,)

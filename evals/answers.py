@@ -1,0 +1,139 @@
+"""Answers files, ours and LLaVA's, and their join to questions: by id, never by line."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evals.benchmark import Question
+from evals.files import read_json, read_lines
+from llava_ray.errors import DataError
+
+IDS = ("question_id", "questionId", "id", "image")
+TEXTS = ("text", "answer", "prediction")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One line of an answers file; ``prompt`` is what was asked, where the line says it."""
+
+    id: str
+    text: str
+    prompt: str = ""
+    category: str = ""
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Answers by the ids of their questions, and what did not fit."""
+
+    answers: Mapping[str, str]
+    missing: tuple[str, ...]
+    """Questions without an answer."""
+    duplicate: tuple[str, ...]
+    """Questions with several answers, once for each answer too many; the first in the file counts."""
+    conflicting: tuple[str, ...]
+    """Those of them whose answers differ."""
+    extra: tuple[str, ...]
+    """Answers to no question, or to one of several."""
+
+
+class Recorded:
+    """A judge whose replies were recorded before, by question id."""
+
+    def __init__(self, replies: Mapping[str, str]) -> None:
+        """Keep the replies."""
+        self.replies = replies
+
+    def __call__(self, question_id: str, request: str) -> str | None:
+        """Return the recorded reply, or None."""
+        return self.replies.get(question_id)
+
+
+def read_answers(path: Path) -> list[Answer]:
+    """Read JSON lines, a JSON list of such rows, or a JSON object of texts by id. Raises DataError.
+
+    A row's id is question_id (questionId, id, image), its answer text (answer, prediction).
+    """
+    if not path.exists():
+        raise DataError(f"there is no answers file {path}; make one with evaluate.py run, or give LLaVA's.")
+    content = _read(path)
+    if isinstance(content, dict):
+        return [Answer(str(name), str(text)) for name, text in content.items()]
+    return [_answer(row, path) for row in content]
+
+
+def read_reviews(path: Path) -> Recorded:
+    """Read a judge's replies: JSON lines with question_id and content, as LLaVA's review scripts write them."""
+    replies: dict[str, str] = {}
+    for row in read_lines(path):
+        if not isinstance(row, dict) or "question_id" not in row or not isinstance(row.get("content"), str):
+            raise DataError(f"{path}: a row lacks question_id or content (the judge's reply); see evals/README.md")
+        replies.setdefault(str(row["question_id"]), row["content"])
+    return Recorded(replies)
+
+
+def join(questions: Sequence[Question], answers: Sequence[Answer]) -> Joined:
+    """Give each question its answer by id or alias. Raises DataError if two questions have the same id."""
+    index = _index(questions)
+    found: dict[str, list[str]] = defaultdict(list)
+    extra = []
+    for answer in answers:
+        name = next((index[key] for key in _keys(answer) if key in index), None)
+        if name is None:
+            extra.append(answer.id)
+        else:
+            found[name].append(answer.text)
+    names = [question.id for question in questions]
+    return Joined(
+        {name: found[name][0] for name in names if name in found},
+        tuple(name for name in names if name not in found),
+        tuple(name for name in names for _ in found.get(name, [])[1:]),
+        tuple(name for name in names if len(set(found.get(name, []))) > 1),
+        tuple(extra),
+    )
+
+
+def _index(questions: Sequence[Question]) -> dict[str, str]:
+    index: dict[str, str] = {}
+    for question in questions:
+        if question.id in index:
+            raise DataError(f"two questions have the id {question.id!r}; the data folder is damaged, obtain it again.")
+        index[question.id] = question.id
+    claims: dict[str, set[str]] = defaultdict(set)
+    for question in questions:
+        for alias in question.aliases:
+            claims[alias].add(question.id)
+    # An alias that means two questions means none; an id proper goes before any alias.
+    return {alias: next(iter(ids)) for alias, ids in claims.items() if len(ids) == 1} | index
+
+
+def _keys(answer: Answer) -> list[str]:
+    lines = [line.strip().lower() for line in answer.prompt.split("\n") if line.strip()]
+    with_category = [f"{answer.category}/{answer.id}"] if answer.category else []
+    return [*with_category, answer.id, *(f"{answer.id}\n{line}" for line in [*lines, " ".join(lines)])]
+
+
+def _read(path: Path) -> Any:
+    text = path.read_text(encoding="utf-8-sig").lstrip()
+    if path.suffix == ".json" or text.startswith("["):
+        return read_json(path)
+    return read_lines(path)
+
+
+def _answer(row: Any, path: Path) -> Answer:
+    keys = row.keys() if isinstance(row, dict) else ()
+    name, text = (next((key for key in wanted if key in keys), None) for wanted in (IDS, TEXTS))
+    if name is None or text is None:
+        raise DataError(
+            f"{path}: a row has {', '.join(keys) or repr(row)}; expected question_id and text (LLaVA's and our form)"
+        )
+    said = row[text]
+    category = row.get("category")
+    return Answer(
+        str(row[name]),
+        "" if said is None else str(said),
+        str(row.get("prompt") or ""),
+        category if isinstance(category, str) else "",
+    )

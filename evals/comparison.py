@@ -1,0 +1,105 @@
+"""Two results of the same benchmark, question by question."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from evals.benchmark import Graded, Profile
+from evals.catalogue import make_benchmark
+from evals.files import as_json, as_lines, read_json, read_lines
+from evals.scoring import Result, cluster_of, interval, rounded, summarise
+from evals.statistics import Estimate, jackknife, paired_difference
+from llava_ray.errors import ConfigError, DataError
+
+RESULT, GRADES = "result.json", "grades.jsonl"
+SETTINGS = ("prompt_hash", "template", "generation", "judge", "data_hash")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A result read back: its summary and its grades."""
+
+    summary: Mapping[str, Any]
+    rows: Sequence[Graded]
+
+
+def write_result(folder: Path, result: Result) -> None:
+    """Keep a result: its summary, and a line for each question."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / GRADES).write_bytes(as_lines([asdict(row) for row in result.rows]))
+    (folder / RESULT).write_bytes(as_json(summarise(result)))
+
+
+def read_result(folder: Path) -> Kept:
+    """Read a kept result from its folder, or from a file in it. Raises DataError."""
+    folder = folder if folder.is_dir() else folder.parent
+    if not (folder / RESULT).exists() or not (folder / GRADES).exists():
+        raise DataError(f"{folder} has no {RESULT} with {GRADES}; make them with evaluate.py score --output {folder}")
+    rows = []
+    for row in read_lines(folder / GRADES):
+        try:
+            rows.append(Graded(**row | {"categories": tuple(row["categories"])}))
+        except (TypeError, KeyError) as error:
+            raise DataError(f"{folder / GRADES}: a line is no grade: {error}; score the answers again.") from error
+    return Kept(read_json(folder / RESULT), rows)
+
+
+def compare(first: Kept, second: Kept) -> dict[str, Any]:
+    """Return first - second over the questions that both have a score for, with its 95 % interval.
+
+    Raises ConfigError for results of different benchmarks or profiles, DataError for results without a common question.
+    """
+    for key in ("benchmark", "profile"):
+        if first.summary[key] != second.summary[key]:
+            raise ConfigError(
+                f"the results differ in their {key}: {first.summary[key]!r} and {second.summary[key]!r}; only like can "
+                "be compared with like"
+            )
+    theirs = {row.id: row for row in second.rows if has_score(row)}
+    pairs = [(row, theirs[row.id]) for row in first.rows if has_score(row) and row.id in theirs]
+    if not pairs:
+        raise DataError("the two results have no question in common")
+    estimated = difference(str(first.summary["benchmark"]), first.summary["profile"], pairs)
+    sure = math.isfinite(estimated.standard_error) and (estimated.low > 0 or estimated.high < 0)
+    mine, other = (kept.summary.get("provenance", {}) for kept in (first, second))
+    return {
+        "benchmark": first.summary["benchmark"],
+        "profile": first.summary["profile"],
+        "first": first.summary["score"],
+        "second": second.summary["score"],
+        "difference": rounded(estimated.value),
+        **interval(estimated),
+        "significant": sure,
+        "num_compared": len(pairs),
+        "num_only_one": len(first.rows) + len(second.rows) - 2 * len(pairs),
+        "better": sum(one.score > two.score for one, two in pairs),
+        "worse": sum(one.score < two.score for one, two in pairs),
+        "settings_that_differ": [key for key in SETTINGS if mine.get(key) != other.get(key)],
+    }
+
+
+def difference(name: str, profile: Profile, pairs: Sequence[tuple[Graded, Graded]]) -> Estimate:
+    """Return the difference of headlines, exactly for means, by leaving out groups of clusters for anything else."""
+    benchmark = make_benchmark(name)
+    clusters = [cluster_of(one) for one, _ in pairs]
+    if benchmark.is_mean:
+        scores = [[100 * pair[side].score for pair in pairs] for side in (0, 1)]
+        return paired_difference(scores[0], scores[1], clusters)
+
+    def headlines(some: Sequence[tuple[Graded, Graded]]) -> float | None:
+        if not some:
+            return None
+        one, two = (benchmark.add_up([pair[side] for pair in some], profile).headline for side in (0, 1))
+        return None if one is None or two is None else one - two
+
+    estimated = jackknife(pairs, lambda pair: cluster_of(pair[0]), headlines)
+    if estimated is None:
+        raise DataError("the questions that both results have a score for give no headline")
+    return estimated
+
+
+def has_score(row: Graded) -> bool:
+    """Tell whether an answer was there and graded."""
+    return row.state in ("scored", "unparsed")

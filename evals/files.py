@@ -1,0 +1,111 @@
+"""Reading a benchmark's official files: JSON, JSON lines, tab-separated tables, Parquet."""
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llava_ray.errors import DataError
+
+MAX_CELL_BYTES = 2**30  # tables with images in them
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
+
+
+def find(folder: Path, *patterns: str) -> Path:
+    """Return the first file that one of the patterns names. Raises DataError."""
+    for pattern in patterns:
+        for found in sorted(folder.glob(pattern)):
+            return found
+    raise DataError(f"{folder} has no {' or '.join(patterns)}; see evals/README.md for what the folder has to hold.")
+
+
+def find_all(folder: Path, *patterns: str) -> list[Path]:
+    """Return all files of the first pattern that names any. Raises DataError."""
+    for pattern in patterns:
+        if found := sorted(folder.glob(pattern)):
+            return found
+    raise DataError(f"{folder} has no {' or '.join(patterns)}; see evals/README.md for what the folder has to hold.")
+
+
+def read_json(path: Path) -> Any:
+    """Return a JSON file's value. Raises DataError."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as JSON: {error}; obtain it again.") from error
+
+
+def read_lines(path: Path) -> list[Any]:
+    """Return the values of a file of JSON lines. Raises DataError, which names the line."""
+    rows = []
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would also split at U+2028 in a text
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise DataError(f"{path}, line {number} is not JSON: {error}; repair or remove it.") from error
+    return rows
+
+
+def read_table(path: Path) -> Iterator[dict[str, str]]:
+    """Yield the rows of a tab-separated file with a header. Raises DataError."""
+    csv.field_size_limit(MAX_CELL_BYTES)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield from csv.DictReader(file, delimiter="\t")
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read as a tab-separated table: {error}") from error
+
+
+def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a Parquet file, one row group in memory at a time. Raises DataError."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            for number in range(file.num_row_groups):
+                yield from file.read_row_group(number).to_pylist()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"{path} cannot be read as Parquet: {error}; obtain it again.") from error
+
+
+def need(row: Any, key: str, path: Path) -> Any:
+    """Return a field of a row. Raises DataError, which names the file and what the row has."""
+    if not isinstance(row, dict) or key not in row:
+        found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise DataError(f"{path}: a row has no {key!r} (it has {found}); is this the official file?")
+    return row[key]
+
+
+def picture(cell: Any, path: Path) -> bytes:
+    """Return the encoded image of a Parquet cell as the hub stores it, ``{"bytes": …}``. Raises DataError."""
+    if isinstance(cell, bytes):
+        return cell
+    content = need(cell, "bytes", path)
+    if not isinstance(content, bytes):
+        raise DataError(f"{path}: an image cell holds no bytes; obtain the Parquet file with embedded images.")
+    return content
+
+
+def hash_files(folder: Path) -> str:
+    """Return 16 hex digits that change with the name or size of a file in a folder; images are left aside."""
+    others = (file for file in folder.rglob("*") if file.suffix.lower() not in IMAGE_SUFFIXES and file.is_file())
+    listed = sorted((str(file.relative_to(folder)), file.stat().st_size) for file in others)
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
+
+
+def as_json(value: Any) -> bytes:
+    """Return a value as the bytes of a JSON file."""
+    return json.dumps(value, ensure_ascii=False, indent=1).encode()
+
+
+def as_lines(rows: list[Any]) -> bytes:
+    """Return rows as the bytes of a file of JSON lines."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()

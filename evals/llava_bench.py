@@ -1,0 +1,171 @@
+"""LLaVA-Bench (in the wild): 60 questions about 24 images, reviewed against GPT-4's text-only answers."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from evals.benchmark import (
+    FAILED,
+    Benchmark,
+    Figure,
+    Grade,
+    Graded,
+    Judge,
+    Profile,
+    Question,
+    Total,
+    split_by_category,
+)
+from evals.files import find, need, read_lines
+from llava_ray.errors import DataError
+
+BEST = 10.0
+FAILURE = -1.0
+RULE = (
+    "Please judge the two answers above to the user's question about an image. The image's content is given to you as "
+    "sentences under [Context].\nRate how helpful, relevant, accurate and detailed each answer is, on a scale of 1 to "
+    "10, 10 being best.\nOn the first line write only the two scores, of Assistant 1 and of Assistant 2, with a space "
+    "between them. From the second line on, explain your ratings; stay impartial, and do not let the order of the "
+    "answers sway you."
+)
+NUMBER = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)(?:\s*/\s*10(?![\d.]))?(?![\w.]*\d)")
+NAMED = re.compile(r"Assistant\s+[12]\s*[:：]", re.IGNORECASE)
+
+
+class LLaVABench(Benchmark):
+    r"""Relative score: 100 x the mean score of the answers / the mean score of the references (the ratio of means).
+
+    Beside it the two means x 10; LLaVA's tables report the relative score of all. It depends on the judge by ten
+    points and more: the judge belongs to the number.
+
+    Obtain: https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild. The folder holds ``questions.jsonl``,
+    ``context.jsonl``, ``answers_gpt4.jsonl`` and ``images/``. Reviews are ``{"question_id", "content"}`` lines.
+
+    llava and official: the first line is exactly two numbers and a space; a failure counts as (-1, -1), as in the
+    original. robust: two numbers of 1 to 10 on the first line that has any; a failure is left out and counted.
+
+    Robust, review | scores::
+
+        '8 7' | 8, 7
+        '8, 7' | 8, 7
+        '8,7' | 8, 7
+        '8 7 ' | 8, 7
+        '8.5 9' | 8.5, 9
+        '8/10 7/10' | 8, 7
+        'Assistant 1: 8\nAssistant 2: 7' | 8, 7
+        '**8 7**' | 8, 7
+        'Scores: 8 7' | 8, 7
+        '\n8 7\nThe first …' | 8, 7
+        '8' | failed
+        '8 7 6' | failed
+        '80 70' | failed
+        'I cannot rate these.' | failed
+        '' | failed
+    """
+
+    name = "llava_bench"
+    title = "LLaVA-Bench (in the wild)"
+    metric = "relative score"
+    maximum = 120.0
+    needs_judge = ("llava", "official", "robust")
+    is_mean = False
+    max_new_tokens = 1024
+
+    def read(self, folder: Path) -> list[Question]:
+        """Read questions, image descriptions and references, joined by id and image."""
+        path = find(folder, "questions.jsonl")
+        context = {row["image"]: row["caption"] for row in read_lines(find(folder, "context.jsonl"))}
+        references = {str(row["question_id"]): row["text"] for row in read_lines(find(folder, "answers_gpt4.jsonl"))}
+        questions = []
+        for row in read_lines(path):
+            name, image = str(need(row, "question_id", path)), need(row, "image", path)
+            if image not in context or name not in references:
+                raise DataError(f"{path}: question {name!r} has no context or no reference answer; obtain them again.")
+            caption = context[image]
+            facts = {"context": caption if isinstance(caption, str) else "\n".join(caption)}
+            questions.append(
+                Question(
+                    name,
+                    row["text"],
+                    (folder / "images" / image,),
+                    (references[name],),
+                    (),
+                    (row["category"],),
+                    image,
+                    facts=facts,
+                )
+            )
+        return questions
+
+    def grade(self, question: Question, answer: str, profile: Profile, judge: Judge | None = None) -> Grade:
+        """Have the answer reviewed; ``parsed`` are the two scores, of reference and answer. Raises DataError."""
+        if judge is None:
+            raise DataError(f"{self.title} needs a judge: give its reviews with --reviews FILE")
+        reply = judge(question.id, review_request(question, answer))
+        pair = (parse_review_strictly if profile != "robust" else parse_review)(reply or "")
+        if pair is None:
+            return FAILED
+        return Grade(pair[1] / BEST, f"{pair[0]:g} {pair[1]:g}")
+
+    def add_up(self, rows: Sequence[Graded], profile: Profile) -> Total:
+        """Return relative scores, and the means x 10, of all and by category."""
+        all_pairs = _pairs(rows, profile)
+        categories = {
+            name: Figure(relative_score(_pairs(some, profile)), len(_pairs(some, profile)))
+            for name, some in split_by_category(rows).items()
+        }
+        means = _means(all_pairs)
+        figures = {"reference x 10": means[0] * 10, "answer x 10": means[1] * 10} if means else {}
+        return Total(relative_score(all_pairs), figures, categories)
+
+
+def review_request(question: Question, answer: str) -> str:
+    """Return what the judge is asked, in LLaVA's form."""
+    parts = {
+        "Context": question.facts["context"],
+        "Question": question.prompt,
+        "Assistant 1": f"{question.truths[0]}\n\n[End of Assistant 1]",
+        "Assistant 2": f"{answer}\n\n[End of Assistant 2]",
+        "System": RULE,
+    }
+    return "".join(f"[{name}]\n{text}\n\n" for name, text in parts.items())
+
+
+def parse_review_strictly(review: str) -> tuple[float, float] | None:
+    """Return the two scores if the first line is nothing but two numbers with one space between them."""
+    words = review.split("\n", maxsplit=1)[0].replace(",", " ").split(" ")
+    try:
+        return (float(words[0]), float(words[1])) if len(words) == 2 else None
+    except ValueError:
+        return None
+
+
+def parse_review(review: str) -> tuple[float, float] | None:
+    """Return the two scores of 1 to 10 on the first line that has any (on two lines, if each names its assistant)."""
+    lines = [line.replace("*", "").strip() for line in review.splitlines()]
+    lines = [line for line in lines if line]
+    if len(lines) > 1 and all(NAMED.match(line) for line in lines[:2]):
+        lines = [" ".join(lines[:2])]
+    found = [float(number) for number in NUMBER.findall(NAMED.sub(" ", lines[0]))] if lines else []
+    return (found[0], found[1]) if len(found) == 2 and all(1 <= number <= BEST for number in found) else None
+
+
+def relative_score(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Return 100 x mean(answer) / mean(reference), or None for no scores."""
+    means = _means(pairs)
+    return 100 * means[1] / means[0] if means and means[0] else None
+
+
+def _pairs(rows: Sequence[Graded], profile: Profile) -> list[tuple[float, float]]:
+    pairs = []
+    for row in rows:
+        if row.parsed is not None:
+            reference, answer = map(float, row.parsed.split())
+            pairs.append((reference, answer))
+        elif row.state == "failed" and profile != "robust":
+            pairs.append((FAILURE, FAILURE))
+    return pairs
+
+
+def _means(pairs: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
+    return (sum(a for a, _ in pairs) / len(pairs), sum(b for _, b in pairs) / len(pairs)) if pairs else None

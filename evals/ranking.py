@@ -1,0 +1,49 @@
+"""Likelihood ranking: the option that a model finds likeliest, for weak models whose letters misjudge them.
+
+evals knows no model: whoever has one gives ``log_likelihoods``, and gets an answer that is scored like any other.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from evals.benchmark import LETTERS, Question
+from llava_ray.errors import DataError
+
+Ranking = Literal["letter", "text"]
+"""Rank the letters as next words, or the options' texts."""
+
+
+@dataclass(frozen=True)
+class LogLikelihood:
+    """Sum over a candidate's tokens of their natural log-probabilities after the prompt, and how many tokens."""
+
+    total: float
+    num_tokens: int
+
+    @property
+    def mean(self) -> float:
+        """Per token, so that short candidates have no advantage."""
+        return self.total / max(1, self.num_tokens)
+
+
+class Ranker(Protocol):
+    """A model that says how likely each candidate is as the answer to a question."""
+
+    def __call__(self, question: Question, candidates: Sequence[str]) -> Sequence[LogLikelihood]:
+        """Return one for each candidate, in their order."""
+        ...
+
+
+def candidates(question: Question, ranking: Ranking) -> tuple[str, ...]:
+    """Return what is ranked. Raises DataError for a question without options."""
+    if not question.options:
+        raise DataError(f"question {question.id!r} has no options to rank; ranking is for multiple choice")
+    return tuple(LETTERS[: len(question.options)]) if ranking == "letter" else question.options
+
+
+def best_letter(question: Question, likelihoods: Sequence[LogLikelihood]) -> str:
+    """Return the letter of the likeliest option by mean log-probability; of equals, the first. Raises DataError."""
+    if len(likelihoods) != len(question.options):
+        raise DataError(f"question {question.id!r}: {len(likelihoods)} likelihoods for {len(question.options)} options")
+    return LETTERS[max(range(len(likelihoods)), key=lambda number: likelihoods[number].mean)]

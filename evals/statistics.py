@@ -1,0 +1,106 @@
+"""Uncertainty: standard errors with and without clusters, Wilson's interval, jackknife, paired differences."""
+
+import math
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+Z = 1.959963984540054  # 95 % of a normal distribution lie within so many standard errors
+MAX_GROUPS = 100
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value, its standard error, and the number of clusters that this rests on."""
+
+    value: float
+    standard_error: float
+    num_clusters: int
+
+    @property
+    def low(self) -> float:
+        """Lower end of the 95 % interval."""
+        return self.value - Z * self.standard_error
+
+    @property
+    def high(self) -> float:
+        """Upper end of the 95 % interval."""
+        return self.value + Z * self.standard_error
+
+
+def proportion_error(proportion: float, num: int) -> float:
+    """Return the standard error of a share of ``num``."""
+    return math.sqrt(proportion * (1 - proportion) / num)
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Return the standard error of a mean of independent values; not known (inf) from one."""
+    num = len(values)
+    if num < 2:
+        return math.inf
+    mean = sum(values) / num
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (num - 1) / num)
+
+
+def clustered_error(values: Sequence[float], clusters: Sequence[Hashable]) -> float:
+    """Return the standard error of a mean whose values depend on each other within clusters.
+
+    The root of the sum of squared cluster sums of residuals, over n; no small-sample factor. One cluster: inf.
+    """
+    mean = sum(values) / len(values)
+    residuals: dict[Hashable, float] = defaultdict(float)
+    for value, cluster in zip(values, clusters, strict=True):
+        residuals[cluster] += value - mean
+    if len(residuals) < 2:
+        return math.inf
+    return math.sqrt(math.fsum(total**2 for total in residuals.values())) / len(values)
+
+
+def wilson(successes: int, num: int) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of a share."""
+    share, square = successes / num, Z**2
+    middle = (share + square / (2 * num)) / (1 + square / num)
+    half = Z / (1 + square / num) * math.sqrt(share * (1 - share) / num + square / (4 * num**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def estimate_mean(values: Sequence[float], clusters: Sequence[Hashable]) -> Estimate:
+    """Return a mean with its error: clustered if any cluster has several values, else plain."""
+    num_clusters = len(set(clusters))
+    error = clustered_error(values, clusters) if num_clusters < len(values) else standard_error(values)
+    return Estimate(sum(values) / len(values), error, num_clusters)
+
+
+def jackknife(
+    rows: Sequence[Row], cluster: Callable[[Row], str], figure: Callable[[Sequence[Row]], float | None]
+) -> Estimate | None:
+    """Return any figure with the error of leaving out groups of clusters in turn; None if there is no figure.
+
+    The groups (at most 100) depend on the clusters' names alone, so the order of rows does not matter.
+    """
+    value = figure(rows)
+    if value is None:
+        return None
+    names = sorted({cluster(row) for row in rows}, key=lambda name: (zlib.crc32(name.encode()), name))
+    num_groups = min(len(names), MAX_GROUPS)
+    if num_groups < 2:
+        return Estimate(value, math.inf, len(names))
+    group_of = {name: number % num_groups for number, name in enumerate(names)}
+    parts: list[list[Row]] = [[] for _ in range(num_groups)]
+    for row in rows:
+        for number in range(num_groups):
+            if number != group_of[cluster(row)]:
+                parts[number].append(row)
+    others = [other for other in map(figure, parts) if other is not None]
+    mean = sum(others) / len(others) if others else value
+    spread = sum((other - mean) ** 2 for other in others)
+    return Estimate(value, math.sqrt((num_groups - 1) / num_groups * spread), len(names))
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float], clusters: Sequence[Hashable]) -> Estimate:
+    """Return the mean of first - second, question by question, with its error."""
+    return estimate_mean([one - other for one, other in zip(first, second, strict=True)], clusters)

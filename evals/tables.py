@@ -1,0 +1,79 @@
+"""Results as tables: Markdown for people, flat names for MLflow."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from evals.published import published_figures
+
+COUNTS = ("missing", "duplicate", "extra", "unparsed", "failed")
+HEADER = ("benchmark", "metric", "profile", "score", "95 % interval", "scored", *COUNTS)
+
+
+def markdown(summaries: Sequence[Mapping[str, Any]]) -> str:
+    """Return the headline table, categories, and what was asked how, of results as ``summarise`` gives them."""
+    lines = [
+        row(HEADER),
+        row(["---"] * len(HEADER)),
+    ]
+    for one in summaries:
+        counts = [one[key] for key in COUNTS]
+        cells = [one["benchmark"], one["metric"], one["profile"], headline(one), interval_text(one)]
+        cells += [f"{one['num_scored']} of {one['num_questions']}", *counts]
+        lines.append(row(cells))
+    for one in summaries:
+        lines += ["", f"## {one['benchmark']}", "", *_details(one)]
+    return "\n".join(lines) + "\n"
+
+
+def headline(summary: Mapping[str, Any]) -> str:
+    """Return the score in words: withheld where too much is missing."""
+    return "withheld" if summary["score"] is None else f"{summary['score']:.2f}"
+
+
+def interval_text(summary: Mapping[str, Any]) -> str:
+    """Return the interval in words; none beside a score that is withheld."""
+    ends = summary["confidence_interval"]
+    return "–" if ends is None or summary.get("withheld") else f"{ends[0]:.2f} to {ends[1]:.2f}"
+
+
+def flat_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Return numbers by names that MLflow takes, the profile among them; a withheld score is not there."""
+    prefix = f"{summary['benchmark']}/{summary['profile']}"
+    metrics = {f"{prefix}/{key}": summary[key] for key in ("score", "num_scored", "missing", "unparsed", "failed")}
+    if not summary.get("withheld"):
+        metrics |= {f"{prefix}/{plain(name)}": value for name, value in summary["figures"].items()}
+        metrics |= {f"{prefix}/category/{plain(name)}": one["score"] for name, one in summary["categories"].items()}
+    return {name: float(value) for name, value in metrics.items() if value is not None}
+
+
+def plain(name: str) -> str:
+    """Return a name with nothing in it but what MLflow allows."""
+    return "".join(char if char.isalnum() or char in "_-. /" else "_" for char in name)
+
+
+def row(cells: Sequence[object]) -> str:
+    """Return a Markdown row; bars and newlines in a cell are kept from ending it."""
+    return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def _details(one: Mapping[str, Any]) -> list[str]:
+    lines = [f"**{one['withheld']}.**", ""] if one.get("withheld") else _numbers(one)
+    if published := published_figures(one["benchmark"]):
+        lines += ["| published | score |", "| --- | --- |"]
+        lines += [row([name, value]) for name, value in published.items()] + [""]
+    return [*lines, "| how | |", "| --- | --- |", *(row([key, value]) for key, value in one["provenance"].items())]
+
+
+def _numbers(one: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if one["categories"]:
+        lines += ["| category | score | questions |", "| --- | --- | --- |"]
+        lines += [row([name, _number(c["score"]), c["num"]]) for name, c in one["categories"].items()] + [""]
+    if one["figures"]:
+        lines += ["| figure | value |", "| --- | --- |"]
+        lines += [row([name, _number(value)]) for name, value in one["figures"].items()] + [""]
+    return lines
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"

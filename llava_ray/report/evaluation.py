@@ -1,0 +1,167 @@
+"""The report of an evaluation: scores beside published ones, categories, and a look at what went wrong."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llava_ray.report.pieces import (
+    Bar,
+    Card,
+    Cell,
+    Fact,
+    Gallery,
+    Note,
+    Picture,
+    Piece,
+    Report,
+    Section,
+    Table,
+    bar_chart,
+)
+
+MAX_FACTS = 4
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """An answer that is not right: what was shown and asked, said and true."""
+
+    id: str
+    prompt: str
+    pictures: Sequence[Picture]
+    answer: str
+    truth: str
+    state: str
+    """"scored" (wrong or half right), "unparsed", "missing" or "failed"."""
+    score: float
+    categories: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A benchmark's summary (as ``evals.scoring.summarise`` writes it) with what stands beside it."""
+
+    title: str
+    summary: Mapping[str, Any]
+    maximum: float
+    published: Mapping[str, float]
+    mistakes: Sequence[Mistake]
+    num_mistakes: int
+    """How many there are in all; only some are shown."""
+
+
+def evaluation_report(title: str, scored: Sequence[Scored]) -> Report:
+    """Lay out the page."""
+    facts = [
+        Fact(one.title, _headline(one.summary), f"{one.summary['metric']}, {one.summary['profile']}")
+        for one in scored[:MAX_FACTS]
+    ]
+    counts = sum(one.summary["num_scored"] for one in scored)
+    withheld = [one for one in scored if one.summary["score"] is None]
+    return Report(
+        title,
+        f"{counts:,} answers scored on {len(scored)} benchmark{'s' if len(scored) > 1 else ''}. Intervals are 95 %, "
+        "clustered where questions share an image.",
+        [
+            Section("Scores", [*_warnings(withheld), _score_table(scored), *_bars(scored)]),
+            *(Section(one.title, _details(one)) for one in scored),
+            Section("How it was measured", [_provenance(one) for one in scored]),
+        ],
+        facts,
+    )
+
+
+def _warnings(withheld: Sequence[Scored]) -> list[Piece]:
+    return [Note(f"{one.title}: {one.summary.get('withheld', 'no score')}.", warning=True) for one in withheld]
+
+
+def _score_table(scored: Sequence[Scored]) -> Table:
+    rows: list[list[Cell]] = []
+    for one in scored:
+        found = one.summary
+        asked = f"{found['num_scored']:,} of {found['num_questions']:,}"
+        gaps: list[Cell] = [found[key] for key in ("missing", "duplicate", "extra", "unparsed", "failed")]
+        rows.append([one.title, _headline(found), _interval(found), asked, *gaps])
+    header = ["benchmark", "score", "95 % interval", "scored", "missing", "duplicate", "extra", "unparsed", "failed"]
+    return Table(header, rows)
+
+
+def _bars(scored: Sequence[Scored]) -> list[Piece]:
+    """Bars of all headlines on one scale, each as a share of what can be reached; the mark is a published model."""
+    rows = []
+    model = next((next(iter(one.published)) for one in scored if one.published), "")
+    for one in scored:
+        if one.summary["score"] is not None:
+            published = one.published.get(model)
+            rows.append((one.title, one.summary["score"] / one.maximum, published and published / one.maximum))
+    if not rows:
+        return []
+    return [bar_chart("Share of the best possible score", ("benchmark", "this model"), rows, legend=model)]
+
+
+def _details(one: Scored) -> list[Piece]:
+    found, pieces = one.summary, list[Piece]()
+    if found.get("withheld"):
+        pieces.append(Note(f"{found['withheld']}.", warning=True))
+    elif found["categories"]:
+        header = ["category", "score", "95 % interval", "questions"]
+        rows: list[list[Cell]] = []
+        for name, category in found["categories"].items():
+            value = category["score"]
+            bar = None if value is None else Bar(value, f"{value:.2f}", max(100.0, value))
+            rows.append([name, bar, _interval(category), category["num"]])
+        pieces.append(Table(header, rows, "By category"))
+    if found["figures"] and not found.get("withheld"):
+        pieces.append(Table(["figure", "value"], [[name, value] for name, value in found["figures"].items()]))
+    if one.published:
+        models: list[list[Cell]] = [["this model", found["score"]]]
+        models += [[name, value] for name, value in one.published.items()]
+        pieces.append(Table(["model", found["metric"]], models, "Published"))
+    return [*pieces, *_browser(one)]
+
+
+def _browser(one: Scored) -> list[Piece]:
+    if not one.mistakes:
+        return [Note("Every answer is right.")] if one.summary["num_scored"] else []
+    shown = f"{len(one.mistakes):,} of {one.num_mistakes:,} answers that are not fully right"
+    lone = [mistake for mistake in one.mistakes if len(mistake.pictures) == 1]
+    others = [mistake for mistake in one.mistakes if len(mistake.pictures) != 1]
+    gallery = [Gallery([_picture(mistake) for mistake in lone])] if lone else []
+    return [Note(shown), *gallery, *(_card(mistake) for mistake in others)]
+
+
+def _picture(mistake: Mistake) -> Picture:
+    return Picture(
+        mistake.pictures[0].content,
+        f"image of question {mistake.id}",
+        _label(mistake),
+        mistake.prompt,
+        mistake.answer or "(no answer)",
+        mistake.truth,
+        "wrong",
+    )
+
+
+def _card(mistake: Mistake) -> Card:
+    rows: list[list[Cell]] = [["prompt", mistake.prompt], ["answer", mistake.answer], ["truth", mistake.truth]]
+    return Card(mistake.id, [Table(["", ""], rows)], mistake.pictures, _label(mistake))
+
+
+def _label(mistake: Mistake) -> str:
+    what = f"{mistake.score:.2g} of 1" if mistake.state == "scored" and mistake.score else mistake.state
+    return ", ".join([mistake.id, *mistake.categories, *([] if what == "scored" else [what])])
+
+
+def _provenance(one: Scored) -> Table:
+    return Table(
+        ["setting", "value"], [[key, str(value)] for key, value in one.summary["provenance"].items()], one.title
+    )
+
+
+def _headline(summary: Mapping[str, Any]) -> str:
+    return "withheld" if summary["score"] is None else f"{summary['score']:.2f}"
+
+
+def _interval(summary: Mapping[str, Any]) -> str | None:
+    ends = summary["confidence_interval"]
+    return None if ends is None or summary.get("withheld") else f"{ends[0]:.2f} to {ends[1]:.2f}"

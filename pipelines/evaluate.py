@@ -1,0 +1,30 @@
+#!/usr/bin/env python
+"""Evaluate a LLaVA on benchmarks, score answers that are there already, compare two results.
+
+python pipelines/evaluate.py run RECIPE --evaluate.model_path MODEL
+python pipelines/evaluate.py run --evaluate.model_path MODEL --evaluate.benchmarks gqa=data/gqa pope=data/pope
+python pipelines/evaluate.py score --benchmark pope --profile llava --data data/pope --answers answers.jsonl --json
+python pipelines/evaluate.py compare runs/one/pope runs/two/pope
+"""
+
+from collections.abc import Callable, Sequence
+
+import tyro
+
+from pipelines import evaluate_commands as commands
+from pipelines.command import run_command
+
+TOOLS: dict[str, Callable[..., object]] = {"score": commands.score, "compare": commands.compare}
+
+
+def main(arguments: Sequence[str]) -> object:
+    """Run the subcommand that is named first: ``run`` takes a recipe, the tools plain arguments."""
+    if arguments[:1] == ["run"]:
+        return commands.run(arguments[1:])
+    return tyro.extras.subcommand_cli_from_dict(
+        TOOLS, args=list(arguments), prog="evaluate.py", description=__doc__, use_underscores=True
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

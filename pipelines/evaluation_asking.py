@@ -1,0 +1,153 @@
+"""Asking a model the questions of several benchmarks in one Ray job, each answer on the disk as soon as it is there."""
+
+import hashlib
+import json
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from evals.benchmark import Benchmark
+from evals.benchmark import Question as BenchmarkQuestion
+from evals.catalogue import make_benchmark
+from evals.files import as_json
+from llava_ray.config.sections import AskConfig, EvaluateConfig
+from llava_ray.errors import ConfigError
+from llava_ray.generate.answers import Actors, Answer, Decoding, ModelToLoad, Question, stream_answers
+from llava_ray.generate.answers_file import AnswersFile
+from llava_ray.model.loading import read_pretrained_blueprint
+from llava_ray.model.manifest import fingerprint, library_versions
+
+SEPARATOR = "\n"  # between a benchmark's name and a question's id
+SECONDS_BETWEEN_LINES = 5.0
+DATA_CPUS = 0.5  # what decoding needs beside the actors
+SAME_ANSWERS = ("model_hash", "template", "image_aspect_ratio", "generation", "max_new_tokens")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A benchmark whose questions are asked: where its data are, where its answers go."""
+
+    benchmark: Benchmark
+    data: Path
+    questions: Sequence[BenchmarkQuestion]
+    file: AnswersFile
+
+    @cached_property
+    def by_id(self) -> Mapping[str, BenchmarkQuestion]:
+        """Return the questions by id."""
+        return {question.id: question for question in self.questions}
+
+    def key(self, name: str) -> str:
+        """Return the id of a question in the one job that asks all benchmarks."""
+        return f"{self.benchmark.name}{SEPARATOR}{name}"
+
+    def unanswered(self) -> list[BenchmarkQuestion]:
+        """Return the questions without an answer in the file."""
+        return [question for question in self.questions if question.id not in self.file.rows]
+
+
+def list_benchmarks(config: AskConfig, folder: Path) -> list[Asked]:
+    """Read every benchmark's questions. Raises ConfigError, DataError."""
+    listed = []
+    for entry in config.benchmarks:
+        name, _, data = entry.partition("=")
+        benchmark = make_benchmark(name)
+        questions = benchmark.read(Path(data))[: config.max_questions]
+        listed.append(Asked(benchmark, Path(data), questions, AnswersFile(folder / benchmark.name / "answers.jsonl")))
+    return listed
+
+
+def ask(config: EvaluateConfig, model: ModelToLoad, asked: Sequence[Asked]) -> None:
+    """Ask all that is not answered yet: benchmarks with the same limit of tokens in one stream."""
+    by_limit: dict[int, list[Question]] = defaultdict(list)
+    for one in asked:
+        by_limit[token_limit(config.evaluate, one)] += [as_asked(one, question) for question in one.unanswered()]
+    spoken = time.monotonic()
+    for limit, questions in by_limit.items():
+        decoding = Decoding(limit, config.evaluate.temperature, config.evaluate.batch_size)
+        for batch in stream_answers(model, questions, decoding, pool(config)):
+            keep(batch, asked, Path(model.model_path).name)
+            if time.monotonic() - spoken > SECONDS_BETWEEN_LINES:
+                spoken = time.monotonic()
+                print(progress(asked), flush=True)
+    print(progress(asked), flush=True)
+
+
+def keep(batch: Sequence[Answer], asked: Sequence[Asked], model_id: str) -> None:
+    """Write a batch's answers, in LLaVA's form, to the files of their benchmarks."""
+    by_name = {one.benchmark.name: one for one in asked}
+    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for answer in batch:
+        name, _, number = answer.id.partition(SEPARATOR)
+        asked_as = {"question_id": number, "prompt": by_name[name].by_id[number].prompt}
+        rows[name].append(asked_as | {"text": answer.answer, "answer_id": number, "model_id": model_id, "metadata": {}})
+    for name, some in rows.items():
+        by_name[name].file.append(some)
+
+
+def as_asked(one: Asked, question: BenchmarkQuestion) -> Question:
+    """Return a benchmark's question as the actors take it."""
+    images = [image if isinstance(image, bytes) else str(image.resolve()) for image in question.images]
+    return Question(one.key(question.id), question.prompt, images or None)
+
+
+def pool(config: EvaluateConfig) -> Actors:
+    """Return who answers: an actor a GPU, or as many as leave CPUs for decoding."""
+    total, cpus = ray.cluster_resources(), config.actors.cpus_per_actor
+    fitting = int(total.get("GPU", 0)) or max(1, int((total.get("CPU", 1) - DATA_CPUS) / cpus))
+    return Actors(config.actors.num_actors or fitting, cpus)
+
+
+def progress(asked: Sequence[Asked]) -> str:
+    """Say how far each benchmark is."""
+    return "  ".join(f"{one.benchmark.name} {len(one.file.rows):,}/{len(one.questions):,}" for one in asked)
+
+
+def token_limit(config: AskConfig, one: Asked) -> int:
+    """Return the longest answer of a benchmark in tokens."""
+    return config.max_new_tokens or one.benchmark.max_new_tokens
+
+
+def describe_answers(config: AskConfig, model: ModelToLoad) -> dict[str, Any]:
+    """Say how the answers are made: model and its hash, template, generation settings, versions."""
+    blueprint = read_pretrained_blueprint(**vars(model))
+    return {
+        "model": model.model_path,
+        "model_hash": model_hash(model.model_path),
+        "template": blueprint.config.version,
+        "image_aspect_ratio": blueprint.image_spec.aspect_ratio,
+        "generation": f"temperature {config.temperature:g}, batch {config.batch_size}",
+        **library_versions(),
+    }
+
+
+def model_hash(path: str) -> str:
+    """Return 16 hex digits that change whenever training has changed a model's files; a hub id is its own hash."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return path
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    digest = hashlib.sha256("".join(f"{file.relative_to(folder)} {file.stat().st_size}\n" for file in files).encode())
+    for weights in sorted({file.parent for file in files if file.suffix == ".safetensors"}):
+        digest.update(fingerprint(weights).encode())
+    return digest.hexdigest()[:16]
+
+
+def check_settings(path: Path, made: Mapping[str, Any]) -> None:
+    """Write how answers are made, or refuse to mix them with those of another model or setting."""
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if kept is None:
+        path.write_bytes(as_json(dict(made)))
+        return
+    differing = [key for key in SAME_ANSWERS if kept.get(key) != made[key]]
+    if differing:
+        raise ConfigError(
+            f"{path.parent} has answers made with another {', '.join(differing)}: choose another --run.name, or set "
+            "them aside with --run.restart True"
+        )

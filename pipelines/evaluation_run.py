@@ -1,0 +1,72 @@
+"""evaluate.py run: benchmarks asked in one job, then scored; the same command goes on where it stopped."""
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from evals.catalogue import make_benchmark
+from evals.tables import headline, interval_text
+from llava_ray.config.recipes import load_recipe
+from llava_ray.config.sections import EvaluateConfig
+from llava_ray.errors import ConfigError
+from llava_ray.generate.answers import locate_model
+from llava_ray.runtime import connected
+from llava_ray.tracking import default_tracking_uri
+from pipelines.evaluation_asking import Asked, ask, check_settings, describe_answers, list_benchmarks, token_limit
+from pipelines.evaluation_results import PROVENANCE, ScoredAnswers, ScoreRequest, score_answers, track, write_results
+
+
+def evaluate(arguments: Sequence[str]) -> list[dict[str, Any]]:
+    """Ask what is not answered yet, score everything, write the report; return the summaries."""
+    config = load_recipe(EvaluateConfig, arguments)
+    print(config.model_dump_json(indent=1, exclude_defaults=True))
+    folder, asking = run_folder(config), config.evaluate
+    model = locate_model(asking.model_path, asking.model_base, asking.vision_tower, asking.version)
+    made = describe_answers(asking, model)
+    with ExitStack() as stack:
+        asked = list_benchmarks(asking, folder)
+        for one in asked:
+            stack.enter_context(one.file)
+            check_settings(one.file.path.parent / PROVENANCE, made | {"max_new_tokens": token_limit(asking, one)})
+        if any(one.unanswered() for one in asked):
+            with connected(config.cluster):
+                ask(config, model, asked)
+        for one in asked:
+            one.file.arrange([question.id for question in one.questions])
+    return report(config, folder, asked)
+
+
+def run_folder(config: EvaluateConfig) -> Path:
+    """Return the run's folder, with its settings in it. Raises ConfigError."""
+    if "://" in config.run.storage_path:
+        raise ConfigError("evaluate.py keeps answers in a local or mounted folder: set run.storage_path to one")
+    folder = Path(config.run.storage_path, str(config.run.name))
+    if config.run.restart and folder.exists():
+        folder.rename(folder.with_name(f"{folder.name}.{int(time.time())}"))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "resolved.json").write_text(config.model_dump_json(indent=1) + "\n")
+    return folder
+
+
+def report(config: EvaluateConfig, folder: Path, asked: Sequence[Asked]) -> list[dict[str, Any]]:
+    """Score everything, write reports and submissions, keep them in MLflow, and say where they are."""
+    reviews = {
+        make_benchmark(name).name: Path(file) for name, _, file in (r.partition("=") for r in config.score.reviews)
+    }
+    scored: list[ScoredAnswers] = []
+    for one in asked:
+        name = one.benchmark.name
+        request = ScoreRequest(name, one.data, one.file.path, config.score.profile, reviews.get(name))
+        scored.append(score_answers(request, config.evaluate.max_questions, without_judge=True))
+    write_results(folder, scored, own_folders=True)
+    summaries = [one.summary for one in scored]
+    uri = config.tracking.tracking_uri or default_tracking_uri(config.run.storage_path)
+    run_id = track(uri, str(folder.resolve()), summaries, folder, config.tracking.experiment_name)
+    for summary in summaries:
+        print(f"{summary['benchmark']:<16} {headline(summary):>9}  {interval_text(summary)}  ({summary['metric']})")
+        if "withheld" in summary:
+            print(f"  {summary['withheld']}")
+    print(f"  report   {folder}/report.html\n  mlflow   mlflow ui --backend-store-uri {uri}  (run {run_id})")
+    return summaries
