@@ -17,6 +17,12 @@ from llava_ray.errors import ModelError
 # As the original: activations beyond this stay in 16 bits (LLM.int8, https://arxiv.org/abs/2208.07339).
 INT8_THRESHOLD = 6.0
 
+# PEFT and transformers import bitsandbytes wherever it is installed, and on CPUs with AVX-512 BF16 it warns of a kernel
+# which it would have to download, in every chat and merge. ``settle`` switches that kernel off: nothing is lost.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda record: not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward")
+)
+
 
 def bitsandbytes_config(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
     """Return what ``from_pretrained`` is told; the head and whatever is tied to it stay as they are.
