@@ -8,17 +8,15 @@ import torch
 from llava_ray.errors import ModelError
 from llava_ray.model import original_settings
 from llava_ray.model.exporting import Exported, new_folder, refuse_existing, write_json
+from llava_ray.model.layout import ADAPTER_CONFIG, ADAPTER_FILE, ADAPTER_FOLDER, NON_LORA_FILE, PROJECTOR_FILE
 from llava_ray.model.manifest import is_bundle, read_manifest
 from llava_ray.model.part_configs import complete
-from llava_ray.model.projector import PROJECTOR_FILE
 from llava_ray.model.published_names import IMAGE_NEWLINE, PEFT_PREFIX, PROJECTOR, to_original
 from llava_ray.model.sources import find_source
 from llava_ray.model.tensor_files import read_json
 from llava_ray.model.weight_files import read_file
 
-ADAPTER_FOLDER = "adapter"
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-OTHER_TRAINABLES_FILE = "non_lora_trainables.bin"
+WRITTEN = (ADAPTER_CONFIG, ADAPTER_FILE)
 
 
 def export_adapter(model: str | Path, output: str | Path, model_base: str | None = None) -> Exported:
@@ -29,7 +27,7 @@ def export_adapter(model: str | Path, output: str | Path, model_base: str | None
     folder = Path(model)
     manifest = read_manifest(folder)
     adapter = folder / ADAPTER_FOLDER
-    absent = [name for name in ADAPTER_FILES if not (adapter / name).is_file()]
+    absent = [name for name in WRITTEN if not (adapter / name).is_file()]
     if absent:
         raise ModelError(
             f"adapter: {adapter / absent[0]} is not there; the model was tuned as a whole, or is merged already. "
@@ -47,9 +45,9 @@ def export_adapter(model: str | Path, output: str | Path, model_base: str | None
         for name, tensor in read_file(folder / PROJECTOR_FILE).items()
     }
     with new_folder(output) as new:
-        for name in ADAPTER_FILES:
+        for name in WRITTEN:
             shutil.copyfile(adapter / name, new / name)
-        torch.save(trainables, new / OTHER_TRAINABLES_FILE)
+        torch.save(trainables, new / NON_LORA_FILE)
         write_json(new / "config.json", config)
     return Exported(Path(output), (f"its base is {manifest.language_model.base}, which has to be given beside it",))
 
@@ -85,7 +83,7 @@ def base_dtype(model: Path, model_base: str | None) -> torch.dtype:
     if named is None and is_bundle(model):
         named = read_manifest(model).language_model.base
     if named is None:
-        named = read_json(model / ADAPTER_FILES[0]).get("base_model_name_or_path")
+        named = read_json(model / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not named:
         raise ModelError(f"{model} does not name the base of its adapter; say where it is with --model_base.")
     config = read_json(find_source(named, "language model", weights=False).folder / "config.json")

@@ -11,10 +11,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llava_ray.errors import ModelError
+from llava_ray.model.layout import ADAPTER_CONFIG, ADAPTER_FILE, OLD_ADAPTER_FILE
+from llava_ray.model.published_names import PEFT_PREFIX
 
-ADAPTER_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
-OLD_ADAPTER_FILE = "adapter_model.bin"
-PEFT_PREFIX = "base_model.model."
 # Where the original wrapped parts that are no part of the language model.
 FOREIGN_PARTS = ("model.vision_tower.", "model.mm_projector.", "model.vision_resampler.")
 
@@ -65,9 +64,9 @@ def read_adapter_config(folder: Path) -> Any:
     """Read adapter_config.json as PEFT's LoraConfig. Raises ModelError."""
     import peft
 
-    file = folder / CONFIG_FILE
+    file = folder / ADAPTER_CONFIG
     if not file.is_file():
-        raise ModelError(f"{folder} holds no adapter: {CONFIG_FILE} is not there.")
+        raise ModelError(f"{folder} holds no adapter: {ADAPTER_CONFIG} is not there.")
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, KeyError) as error:

@@ -19,8 +19,10 @@ from transformers import PreTrainedModel
 
 from llava_ray.config.lora import LoraConfig
 from llava_ray.errors import BundleError, ModelError
-from llava_ray.model.adapter_files import ADAPTER_FILE, PEFT_PREFIX, AdapterFiles, read_adapter
+from llava_ray.model.adapter_files import AdapterFiles, read_adapter
+from llava_ray.model.layout import ADAPTER_FILE
 from llava_ray.model.manifest import Part
+from llava_ray.model.published_names import PEFT_PREFIX
 from llava_ray.model.quantization import dequantize, find_dtype, find_quantization
 
 if TYPE_CHECKING:

@@ -35,7 +35,6 @@ from llava_ray.model.vocabulary import image_token_ids, load_text_side
 
 LANGUAGE_MODEL: PartName = "language_model"
 VISION_TOWER: PartName = "vision_tower"
-ADAPTER = "adapter"
 
 # LLaVA's own image processors in transformers: CLIP's with a way of making images square or tiles, which is ours here.
 LLAVA_PROCESSORS = ("LlavaImageProcessor", "LlavaNextImageProcessor")

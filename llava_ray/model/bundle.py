@@ -20,13 +20,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llava_ray.config.lora import Bits, Quantization
+from llava_ray.config.lora import Quantization
 from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import BundleError, ModelError
 from llava_ray.model.adapter_folding import fold_other_parts
 from llava_ray.model.adapters import adapter_layers, has_adapter, load_adapter, save_adapter
 from llava_ray.model.blueprint import (
-    ADAPTER,
     LANGUAGE_MODEL,
     VISION_TOWER,
     Blueprint,
@@ -34,6 +33,7 @@ from llava_ray.model.blueprint import (
     find_vision_tower,
     read_blueprint,
 )
+from llava_ray.model.layout import ADAPTER_FOLDER, EMBED_TOKENS, PROJECTOR_FILE
 from llava_ray.model.llava import Llava
 from llava_ray.model.manifest import (
     MANIFEST_FILE,
@@ -42,11 +42,11 @@ from llava_ray.model.manifest import (
     check_fingerprint,
     fingerprint,
     library_versions,
-    read_manifest,
 )
 from llava_ray.model.parts import find_newline, load_language_model, load_projector, load_tower_of
-from llava_ray.model.projector import EMBED_TOKENS, IMAGE_NEWLINE, PROJECTOR_FILE, load_companions
-from llava_ray.model.quantization import chosen, find_quantization
+from llava_ray.model.projector import load_companions
+from llava_ray.model.published_names import IMAGE_NEWLINE
+from llava_ray.model.quantization import find_quantization
 from llava_ray.model.sources import Source
 from llava_ray.model.tensor_reading import read_tensors
 from llava_ray.model.tower import VisionTower
@@ -115,65 +115,6 @@ def assemble(
     return LlavaParts(**known, tower=tower, llava=llava)
 
 
-def load_bundle(
-    path: str | Path,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    language_model: str | Path | None = None,
-    vision_tower: str | Path | None = None,
-    bits: Bits | None = None,
-) -> LlavaParts:
-    """Load a bundle for use, in evaluation mode on ``device``, with its adapter if it has one.
-
-    ``language_model`` and ``vision_tower`` say where parts that the bundle only names lie now. ``bits`` quantises the
-    language model as it is read (8, 4) or does not (16); by default it is kept as it was while the bundle was trained.
-    Raises BundleError for a folder that is no bundle, or whose parts are not those it was made with; ModelError where
-    parts are missing.
-    """
-    manifest = read_manifest(Path(path))
-    parts = assemble(
-        bundle_config(path, manifest, vision_tower, language_model),
-        manifest.image_aspect_ratio,
-        dtype=dtype,
-        model_max_length=manifest.model_max_length,
-        quantization=chosen(bits, manifest.quantization),
-    )
-    parts.tower.to(device)
-    parts.llava.to(device).eval()
-    return parts
-
-
-def read_bundle_blueprint(path: str | Path) -> Blueprint:
-    """Read what a bundle is without its weights. Raises BundleError or ModelError."""
-    manifest = read_manifest(Path(path))
-    return read_blueprint(bundle_config(path, manifest), manifest.image_aspect_ratio)
-
-
-def bundle_config(
-    path: str | Path,
-    manifest: Manifest,
-    vision_tower: str | Path | None = None,
-    language_model: str | Path | None = None,
-) -> ModelConfig:
-    """Return the config under which a bundle is what its manifest says."""
-    return ModelConfig(
-        model_name_or_path=str(path),
-        model_base=None if language_model is None else str(language_model),
-        vision_tower=None if vision_tower is None else str(vision_tower),
-        version=manifest.version,
-        mm_projector_type=manifest.mm_projector_type,
-        mm_vision_select_layer=manifest.mm_vision_select_layer,
-        mm_vision_select_feature=manifest.mm_vision_select_feature,
-        mm_patch_merge_type=manifest.mm_patch_merge_type,
-        image_grid_pinpoints=manifest.image_grid_pinpoints or None,
-        s2=manifest.s2,
-        s2_scales=manifest.s2_scales or None,
-        mm_use_im_start_end=manifest.mm_use_im_start_end,
-        mm_use_im_patch_token=manifest.mm_use_im_patch_token,
-    )
-
-
 def save_bundle(
     folder: str | Path,
     parts: LlavaParts,
@@ -199,7 +140,7 @@ def save_bundle(
         parts.tokenizer.save_pretrained(new)
         language, tower = parts.manifest.language_model, parts.manifest.vision_tower
         if include == "adapter":
-            save_adapter(new / ADAPTER, model, language, _below("language_model.", tensors))
+            save_adapter(new / ADAPTER_FOLDER, model, language, _below("language_model.", tensors))
         if include == "all":
             save_weights(new / LANGUAGE_MODEL, model, _below("language_model.", tensors))
             language = _held(parts.language_source, new / LANGUAGE_MODEL)
@@ -215,7 +156,7 @@ def save_bundle(
             update={
                 "language_model": language,
                 "vision_tower": tower,
-                "adapter": fingerprint(new / ADAPTER) if include == "adapter" else None,
+                "adapter": fingerprint(new / ADAPTER_FOLDER) if include == "adapter" else None,
                 "quantization": find_quantization(model),
                 "libraries": library_versions(),
                 "training": dict(training or {}),

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from llava_ray.errors import ModelError
 from llava_ray.model import original_settings
 from llava_ray.model.exported_tokenizer import SENTENCEPIECE_FILE, write_tokenizer
+from llava_ray.model.layout import ORIGINAL_PROJECTOR_FILE
 from llava_ray.model.manifest import MANIFEST_FILE, Part, fingerprint, library_versions
 from llava_ray.model.model_files import ORIGINAL_CONFIG, TOWER_FOLDER, ModelFiles
 from llava_ray.model.projector import PROJECTOR_FILE
@@ -34,7 +35,6 @@ from llava_ray.model.weights import replacing
 
 # Towers whose tensors transformers 4 and vLLM look for one level deeper.
 WITH_VISION_MODEL = ("clip_vision_model", "siglip_vision_model")
-ORIGINAL_PROJECTOR_FILE = "mm_projector.bin"
 
 
 @dataclass(frozen=True)

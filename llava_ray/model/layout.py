@@ -12,13 +12,16 @@ from typing import Any
 
 from llava_ray.errors import ModelError
 from llava_ray.model.manifest import Manifest
+from llava_ray.model.published_names import IMAGE_NEWLINE
 from llava_ray.model.tensor_files import StoredTensor
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
-PROJECTOR_FILE, ORIGINAL_PROJECTOR = "projector.safetensors", "mm_projector.bin"
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+PROJECTOR_FILE, ORIGINAL_PROJECTOR_FILE = "projector.safetensors", "mm_projector.bin"
+ADAPTER_FOLDER = "adapter"  # of a bundle
+ADAPTER_FILE, OLD_ADAPTER_FILE = ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+NON_LORA_FILE = "non_lora_trainables.bin"  # what an original adapter's run learnt beside it
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-IMAGE_NEWLINE, EMBED_TOKENS = "image_newline", "embed_tokens.weight"
+EMBED_TOKENS = "embed_tokens.weight"
 
 
 class Kind(StrEnum):
@@ -75,7 +78,7 @@ class Layout:
     @property
     def adapter(self) -> Path | None:
         """Folder of the LoRA adapter that lies over the base, in PEFT's format."""
-        inside = self.folder / "adapter"
+        inside = self.folder / ADAPTER_FOLDER
         if self.kind is Kind.BUNDLE and inside.is_dir():
             return inside
         return self.folder if self.kind is Kind.ORIGINAL_LORA else None

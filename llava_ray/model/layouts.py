@@ -10,8 +10,7 @@ from llava_ray.model.layout import (
     ADAPTER_CONFIG,
     CONFIG,
     EMBED_TOKENS,
-    IMAGE_NEWLINE,
-    ORIGINAL_PROJECTOR,
+    ORIGINAL_PROJECTOR_FILE,
     PROJECTOR_FILE,
     TOKENIZER_FILES,
     Kind,
@@ -20,6 +19,7 @@ from llava_ray.model.layout import (
 )
 from llava_ray.model.manifest import MANIFEST_FILE, is_bundle, read_manifest
 from llava_ray.model.published_layouts import read_hub, read_lora, read_original
+from llava_ray.model.published_names import IMAGE_NEWLINE
 from llava_ray.model.published_settings import is_hub, is_original
 from llava_ray.model.tensor_files import Weights, read_json, read_tensor_file, read_weights
 
@@ -131,10 +131,10 @@ def _read_plain(folder: Path, config: Mapping[str, Any], kind: Kind) -> Layout:
 
 
 def _unknown(folder: Path) -> str:
-    if (folder / ORIGINAL_PROJECTOR).is_file():
+    if (folder / ORIGINAL_PROJECTOR_FILE).is_file():
         return (
-            f"{folder} holds {ORIGINAL_PROJECTOR} but no {CONFIG}, which says what it was trained with. Copy that too, "
-            "or use the file as model.pretrain_mm_mlp_adapter."
+            f"{folder} holds {ORIGINAL_PROJECTOR_FILE} but no {CONFIG}, which says what it was trained with. Copy that "
+            "too, or use the file as model.pretrain_mm_mlp_adapter."
         )
     if (folder / TRAINER_STATE).is_file():
         return f"{folder} is a training state without a model; the same finetune.py command goes on from it."

@@ -16,7 +16,8 @@ from llava_ray.model.layouts import read_layout
 from llava_ray.model.manifest import Manifest
 from llava_ray.model.packing import check_packing
 from llava_ray.model.pretrained import load_pretrained
-from llava_ray.model.projector import IMAGE_NEWLINE, adopt_projector, build_projector, load_projector_weights
+from llava_ray.model.projector import adopt_projector, build_projector, load_projector_weights
+from llava_ray.model.published_names import IMAGE_NEWLINE
 from llava_ray.model.quantization import bitsandbytes_config, settle
 from llava_ray.model.tensor_reading import read_tensors
 from llava_ray.model.tower import VisionTower, load_vision_tower

@@ -7,9 +7,10 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from llava_ray.errors import ModelError
-from llava_ray.model.layout import EMBED_TOKENS, IMAGE_NEWLINE, ORIGINAL_PROJECTOR, PROJECTOR_FILE
+from llava_ray.model.layout import EMBED_TOKENS, ORIGINAL_PROJECTOR_FILE, PROJECTOR_FILE
 from llava_ray.model.layouts import read_layout
 from llava_ray.model.published_layouts import original_name
+from llava_ray.model.published_names import IMAGE_NEWLINE
 from llava_ray.model.tensor_files import StoredTensor, read_tensor_file
 from llava_ray.model.tensor_reading import read_tensors
 
@@ -64,12 +65,12 @@ def find_projector(path: Path) -> dict[str, StoredTensor]:
 
 def find_projector_file(path: Path) -> Path | None:
     """Return the file that holds a projector and what lies beside it; None for a folder without. Raises ModelError."""
-    alone = [path / PROJECTOR_FILE, path / ORIGINAL_PROJECTOR] if path.is_dir() else [path]
+    alone = [path / PROJECTOR_FILE, path / ORIGINAL_PROJECTOR_FILE] if path.is_dir() else [path]
     files = [file for file in alone if file.is_file()]
     if not files and not path.is_dir():
         raise ModelError(
             f"no projector at {path}; expected a bundle or another model folder, a .safetensors file or LLaVA's "
-            f"{ORIGINAL_PROJECTOR}. Check pretrain_mm_mlp_adapter."
+            f"{ORIGINAL_PROJECTOR_FILE}. Check pretrain_mm_mlp_adapter."
         )
     return files[0] if files else None
 

@@ -11,13 +11,14 @@ from llava_ray.model.layout import (
     ADAPTER_FILES,
     CONFIG,
     EMBED_TOKENS,
-    IMAGE_NEWLINE,
-    ORIGINAL_PROJECTOR,
+    NON_LORA_FILE,
+    ORIGINAL_PROJECTOR_FILE,
     TOKENIZER_FILES,
     Kind,
     Layout,
     expect_any,
 )
+from llava_ray.model.published_names import IMAGE_NEWLINE, PEFT_PREFIX
 from llava_ray.model.published_settings import (
     find_version,
     hub_language_config,
@@ -29,14 +30,13 @@ from llava_ray.model.published_settings import (
 )
 from llava_ray.model.tensor_files import Weights, read_json, read_tensor_file, read_weights
 
-NON_LORA = "non_lora_trainables.bin"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 WEIGHT_STEMS = ("model.safetensors", "pytorch_model.bin")
 
 
 def original_name(name: str) -> str:
     """Return the canonical name of a tensor in the original layout, with or without PEFT's prefix."""
-    own = name.removeprefix("base_model.model.")
+    own = name.removeprefix(PEFT_PREFIX)
     if projector := re.search(r"(?:^|\.)mm_projector\.(.+)", own):
         return f"projector.{projector[1]}"
     if own.startswith("model.vision_tower.vision_tower."):
@@ -59,7 +59,7 @@ def hub_name(name: str) -> str:
 def read_original(folder: Path, config: Mapping[str, Any]) -> Layout:
     """Describe a folder whose config.json is the original's: a whole model, or a projector only."""
     is_whole = any((folder / f"{stem}{end}").is_file() for stem in WEIGHT_STEMS for end in ("", ".index.json"))
-    if is_whole or not (folder / ORIGINAL_PROJECTOR).is_file():
+    if is_whole or not (folder / ORIGINAL_PROJECTOR_FILE).is_file():
         return _read_whole(folder, config)
     return _read_projector_only(folder, config)
 
@@ -76,10 +76,10 @@ def _read_whole(folder: Path, config: Mapping[str, Any]) -> Layout:
 
 
 def _read_projector_only(folder: Path, config: Mapping[str, Any]) -> Layout:
-    weights = Weights.of(read_tensor_file(folder / ORIGINAL_PROJECTOR)).renamed(original_name)
+    weights = Weights.of(read_tensor_file(folder / ORIGINAL_PROJECTOR_FILE)).renamed(original_name)
     missing: list[str] = []
     _expect_projector(weights, config, missing)
-    _refuse_others(folder / ORIGINAL_PROJECTOR, weights)
+    _refuse_others(folder / ORIGINAL_PROJECTOR_FILE, weights)
     return _original(folder, Kind.ORIGINAL_PROJECTOR, config, weights, missing)
 
 
@@ -98,13 +98,13 @@ def read_lora(folder: Path) -> Layout:
         if (folder / name).is_file():
             read_tensor_file(folder / name)  # PEFT will read it, this only refuses what is damaged or holds code
     weights = Weights({}, frozenset())
-    if (folder / NON_LORA).is_file():
-        weights = Weights.of(read_tensor_file(folder / NON_LORA)).renamed(original_name)
+    if (folder / NON_LORA_FILE).is_file():
+        weights = Weights.of(read_tensor_file(folder / NON_LORA_FILE)).renamed(original_name)
         _expect_projector(weights, config, missing)
-        _refuse_others(folder / NON_LORA, weights)
+        _refuse_others(folder / NON_LORA_FILE, weights)
     else:
         missing.append(
-            f"{NON_LORA}, which holds the projector, is not there. The original's checkpoints before the end of a "
+            f"{NON_LORA_FILE}, which holds the projector, is not there. The original's checkpoints before the end of a "
             "LoRA run lack it: use the last one."
         )
     return _original(folder, Kind.ORIGINAL_LORA, config, weights, missing, adapter.get("base_model_name_or_path"))

@@ -15,7 +15,7 @@ from transformers import __version__ as transformers_version
 
 from llava_ray.chat.tokenizer import load_tokenizer
 from llava_ray.errors import ModelError
-from llava_ray.model.layout import CONFIG, Kind, Layout
+from llava_ray.model.layout import CONFIG, NON_LORA_FILE, ORIGINAL_PROJECTOR_FILE, Kind, Layout
 from llava_ray.model.layouts import read_layout
 from llava_ray.model.published_settings import (
     hub_language_config,
@@ -31,7 +31,7 @@ PartName = Literal["language_model", "vision_tower"]
 LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError)
 
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
-WEIGHT_FILES = ["*.safetensors", "mm_projector.bin", "non_lora_trainables.bin"]
+WEIGHT_FILES = ["*.safetensors", ORIGINAL_PROJECTOR_FILE, NON_LORA_FILE]
 
 
 @dataclass(frozen=True)

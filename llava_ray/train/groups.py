@@ -7,7 +7,7 @@ from torch import nn
 from llava_ray.config.sections import TrainConfig
 from llava_ray.errors import TrainingError
 from llava_ray.model.llava import Llava
-from llava_ray.model.projector import IMAGE_NEWLINE
+from llava_ray.model.published_names import IMAGE_NEWLINE
 
 
 def parameter_groups(llava: Llava, train: TrainConfig) -> list[dict[str, Any]]:

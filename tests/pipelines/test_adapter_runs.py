@@ -22,7 +22,8 @@ from llava_ray.images.geometry import crop_pixels
 from llava_ray.images.processing import normalise
 from llava_ray.images.reading import open_image
 from llava_ray.model.adapters import has_adapter, merge
-from llava_ray.model.bundle import LlavaParts, assemble, load_bundle, save_bundle
+from llava_ray.model.bundle import LlavaParts, assemble, save_bundle
+from llava_ray.model.loading import load_pretrained_model
 from llava_ray.model.quantization import find_quantization
 from llava_ray.model.registry_weights import make_language_model, make_vision_tower
 
@@ -97,7 +98,7 @@ def test_stopped_at_a_checkpoint_gone_on_with_and_merged(
     step = committed(recipe, "stopped")
     assert 4 <= step < 16
     runs = recipe.parent / "runs"
-    halfway = load_bundle(runs / "stopped" / f"step-{step:08d}" / "model")
+    halfway = load_pretrained_model(runs / "stopped" / f"step-{step:08d}" / "model")
     assert has_adapter(halfway.llava.language_model)
     assert halfway.manifest.training["steps"] == step
     assert len(ask(halfway)) == NUM_QUESTIONS
@@ -109,11 +110,11 @@ def test_stopped_at_a_checkpoint_gone_on_with_and_merged(
     # Another number of workers draws other dropout.
     assert curves[0] == pytest.approx(curves[1], rel=1e-5 if num_workers == 2 else 0.1)
 
-    adapter = load_bundle(runs / "stopped" / "model")
+    adapter = load_pretrained_model(runs / "stopped" / "model")
     assert (find_quantization(adapter.llava.language_model) is not None) == (kind == "qlora")
     said = ask(adapter)
-    assert said != ask(load_bundle(start / "tuned"))
+    assert said != ask(load_pretrained_model(start / "tuned"))
     save_bundle(tmp_path / "merged", merge(adapter))
-    merged = load_bundle(tmp_path / "merged")
+    merged = load_pretrained_model(tmp_path / "merged")
     assert not has_adapter(merged.llava.language_model)
     assert ask(merged) == said

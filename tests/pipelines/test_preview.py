@@ -24,7 +24,8 @@ from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import BundleError, ConfigError, ModelError
 from llava_ray.images.geometry import ImageSpec
 from llava_ray.images.processing import crop_pixels, process_images
-from llava_ray.model.bundle import assemble, load_bundle, save_bundle
+from llava_ray.model.bundle import assemble, save_bundle
+from llava_ray.model.loading import load_pretrained_model
 from pipelines.preview import main
 
 ROOT = Path(__file__).parents[2]
@@ -110,7 +111,7 @@ def test_all_golden_cases_are_in_a_group():
 )
 def test_losses_are_those_of_each_sample_alone(folder, asked, capsys, extra, version, ratio):
     lines = lines_of(capsys, "--model", folder / "bundle", *asked, *extra)
-    parts = load_bundle(folder / "bundle")
+    parts = load_pretrained_model(folder / "bundle")
     records = json.loads((folder / "data.json").read_text())
     assert [line["id"] for line in lines] == [record["id"] for record in records]
     for line, record in zip(lines, records, strict=True):
@@ -140,7 +141,7 @@ def test_anyres_samples_have_the_losses_of_each_alone(folder, capsys, tmp_path):
         assert alone | {"loss": pytest.approx(alone["loss"], abs=1e-5)} == line
     main([*map(str, asked), "--data", str(data), "--output", str(tmp_path / "report")])
     report = (tmp_path / "report" / "report.html").read_text()
-    parts = load_bundle(tmp_path / "bundle")
+    parts = load_pretrained_model(tmp_path / "bundle")
     for name in ("0001-0.jpg", "0003-2.jpg"):
         count = parts.image_tokens.count(*Image.open(tmp_path / "images" / name).size)
         assert f"image · {count} tokens" in report
@@ -160,7 +161,7 @@ def test_a_plain_language_model_takes_a_tower(folder, asked, capsys):
     lines = lines_of(capsys, *parts, *asked)
     assert sum("loss" in line for line in lines) == 11
     text_only = json.loads((folder / "data.json").read_text())[0]
-    expected, _ = loss_alone(load_bundle(folder / "bundle"), text_only, folder / "images", "v1", "square")
+    expected, _ = loss_alone(load_pretrained_model(folder / "bundle"), text_only, folder / "images", "v1", "square")
     assert lines[0]["loss"] == pytest.approx(expected, abs=1e-5)
 
 
@@ -211,7 +212,7 @@ def test_the_report_shows_samples_pictures_lengths_losses_and_rejections(folder,
 
 def test_the_pictures_are_the_models_own_crops(folder, asked, tmp_path):
     page = main(["--model", str(folder / "bundle"), *asked, "--output", str(tmp_path)]).read_text()
-    spec = ImageSpec.from_processor(load_bundle(folder / "bundle").image_processor, "pad")
+    spec = ImageSpec.from_processor(load_pretrained_model(folder / "bundle").image_processor, "pad")
     crop = crop_pixels(Image.open(folder / "images" / "0001.jpg"), spec)
     sink = io.BytesIO()
     Image.fromarray(crop.transpose(1, 2, 0)).save(sink, "PNG")

@@ -12,7 +12,7 @@ from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.preparation import prepare_data
 from llava_ray.model.adapters import has_adapter
-from llava_ray.model.bundle import load_bundle
+from llava_ray.model.loading import load_pretrained_model
 from llava_ray.model.quantization import find_quantization
 from llava_ray.model.registry_weights import make_language_model as make_smollm2
 from llava_ray.model.registry_weights import make_vision_tower as make_dinov2
@@ -102,7 +102,7 @@ def test_a_big_recipe_is_planned_and_takes_two_steps(recipe, folder, ray_cluster
     config = load_recipe(FinetuneConfig, [str(recipe)]).replaced(changes)
     finished = run(config)
     assert len(finished.read_losses()) == 2
-    parts = load_bundle(finished.folder.bundle)
+    parts = load_pretrained_model(finished.folder.bundle)
     assert has_adapter(parts.llava.language_model) == config.lora.lora_enable
     assert find_quantization(parts.llava.language_model) == config.lora.quantization
 
@@ -139,5 +139,5 @@ def test_the_quickstart_recipes_run_on_64_samples_of_the_real_data(folder, ray_c
     tuned = run(tune.replaced(common | questions | {"model.pretrain_mm_mlp_adapter": aligned.folder.bundle}))
     assert len(tuned.read_losses()) == 2
     assert (Path(tuned.folder.bundle) / "language_model").is_dir()
-    parts = load_bundle(tuned.folder.bundle)
+    parts = load_pretrained_model(tuned.folder.bundle)
     assert parts.manifest.version == tune.model.version

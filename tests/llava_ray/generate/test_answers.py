@@ -16,7 +16,8 @@ from llava_ray.generate.answers import Actors, Question, answer_questions, decod
 from llava_ray.generate.decoding import answer_text, generate_batch
 from llava_ray.images.geometry import crop_views
 from llava_ray.images.processing import normalise
-from llava_ray.model.bundle import assemble, load_bundle, save_bundle
+from llava_ray.model.bundle import assemble, save_bundle
+from llava_ray.model.loading import load_pretrained_model
 
 COLOURS = ["red", "green", "blue", "yellow", "white"]
 
@@ -53,7 +54,7 @@ def questions(tmp_path: Path) -> list[Question]:
 
 
 def test_images_are_decoded_from_bytes_and_files(bundle: Path, questions: list[Question]) -> None:
-    spec = load_bundle(bundle).image_spec
+    spec = load_pretrained_model(bundle).image_spec
     table = decode_images(to_table(questions), spec)
     assert table.column_names == ["id", "question", "pixels", "image_sizes"]
     pixels = table["pixels"].to_pylist()
@@ -84,7 +85,7 @@ def test_answers_are_those_of_decoding_alone(bundle: Path, questions: list[Quest
     assert sorted(heard) == heard
     assert heard[-1] == (12, 12)
 
-    parts = load_bundle(bundle)
+    parts = load_pretrained_model(bundle)
     for question, answer in zip(questions, answers, strict=True):
         images = [Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) for image in question.images]
         views = [normalise(crop_views(image, parts.image_spec), parts.image_spec) for image in images]

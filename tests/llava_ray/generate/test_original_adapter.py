@@ -16,7 +16,8 @@ from llava_ray.images.geometry import crop_pixels
 from llava_ray.images.processing import normalise
 from llava_ray.images.reading import open_image
 from llava_ray.model.adapters import has_adapter, load_adapter, merge
-from llava_ray.model.bundle import LlavaParts, assemble, load_bundle, save_bundle
+from llava_ray.model.bundle import LlavaParts, assemble, save_bundle
+from llava_ray.model.loading import load_pretrained_model
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 SOURCE = GOLDEN / "lora"
@@ -45,8 +46,8 @@ def parts_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LlavaParts]:
     return {
         "adapter": parts[0],
         "merged": merged,
-        "adapter bundle": load_bundle(folder / "adapter"),
-        "merged bundle": load_bundle(folder / "merged"),
+        "adapter bundle": load_pretrained_model(folder / "adapter"),
+        "merged bundle": load_pretrained_model(folder / "merged"),
     }
 
 

@@ -12,7 +12,8 @@ from originals import GOLDEN
 from llava_ray.chat.conversation import Turn, read_turns
 from llava_ray.chat.tokens import expand_images, tokenize_conversation, tokenize_prompt
 from llava_ray.generate.decoding import Stops, expand_prompt, generate_batch
-from llava_ray.model.bundle import load_bundle, save_bundle
+from llava_ray.model.bundle import save_bundle
+from llava_ray.model.loading import load_pretrained_model
 from llava_ray.model.losses import sample_losses
 
 FULL = pytest.mark.parametrize("golden_model", ["v15_mlp_pad"], indirect=True)
@@ -84,7 +85,7 @@ def test_anyres_lengths_and_greedy_words_in_one_batch_are_the_originals(golden_m
 @ANYRES
 def test_an_anyres_bundle_answers_the_same(golden_model, tmp_path: Path) -> None:
     save_bundle(tmp_path / "bundle", golden_model.parts)
-    loaded = load_bundle(tmp_path / "bundle")
+    loaded = load_pretrained_model(tmp_path / "bundle")
     assert (loaded.image_spec, loaded.image_tokens) == (golden_model.parts.image_spec, golden_model.parts.image_tokens)
     for case in golden_model.expected["generations"][:2]:
         prompt = tokenize_prompt([Turn("human", case["question"])], loaded.template, loaded.tokenizer)
@@ -100,7 +101,7 @@ def test_a_bundle_of_it_splits_text_the_same_way(golden_model, tmp_path: Path) -
     """The bundle's tokenizer.json must keep the merges in SentencePiece's order."""
     parts = golden_model.parts
     save_bundle(tmp_path / "bundle", parts)
-    loaded = load_bundle(tmp_path / "bundle")
+    loaded = load_pretrained_model(tmp_path / "bundle")
     cases = json.loads((GOLDEN / "tokens.json").read_text())
     turns = [read_turns(case["conversations"]) for case in cases if case["template"] == "v1"]
     turns.append(read_turns([{"from": "human", "value": "Two  spaces"}, {"from": "gpt", "value": " 一 \n\n  x"}]))

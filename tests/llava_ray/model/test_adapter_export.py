@@ -11,8 +11,9 @@ from llava_ray.config.lora import LoraConfig
 from llava_ray.errors import ModelError
 from llava_ray.model.adaptation import adapt
 from llava_ray.model.adapter_export import base_dtype, export_adapter, export_merged
-from llava_ray.model.bundle import load_bundle, save_bundle
+from llava_ray.model.bundle import save_bundle
 from llava_ray.model.exporting import export_original
+from llava_ray.model.loading import load_pretrained_model
 from llava_ray.model.manifest import read_manifest
 from llava_ray.model.model_files import open_model
 
@@ -33,7 +34,7 @@ def bundle(folders, tmp_path: Path) -> Path:
 
 def test_merged_it_computes_the_same(bundle, folders, samples, pack, tmp_path: Path) -> None:
     export_merged(bundle, tmp_path / "merged")
-    before, after = load_bundle(bundle), load_bundle(tmp_path / "merged")
+    before, after = load_pretrained_model(bundle), load_pretrained_model(tmp_path / "merged")
     with torch.no_grad():
         expected = before.llava(*pack(before, samples(before.image_tokens.num_features)).inputs)
         found = after.llava(*pack(after, samples(after.image_tokens.num_features)).inputs)

@@ -28,8 +28,9 @@ from llava_ray.model.adapters import (
     save_adapter,
     take_off,
 )
-from llava_ray.model.bundle import LlavaParts, assemble, load_bundle, save_bundle
+from llava_ray.model.bundle import LlavaParts, assemble, save_bundle
 from llava_ray.model.freezing import freeze
+from llava_ray.model.loading import load_pretrained_model
 from llava_ray.model.manifest import read_manifest
 
 LORA = LoraConfig(lora_enable=True, lora_r=4, lora_alpha=8)
@@ -105,12 +106,12 @@ def test_round_trip_as_adapter_and_merged(kind: str, folders, samples, pack, tmp
         "llava.json",
     }
     assert not (tmp_path / "adapter" / "language_model").exists()
-    loaded = load_bundle(tmp_path / "adapter")
+    loaded = load_pretrained_model(tmp_path / "adapter")
     assert torch.equal(losses(loaded, samples, pack), expected)
     merged = merge(loaded)
     assert not has_adapter(merged.llava.language_model)
     save_bundle(tmp_path / "merged", merged)
-    whole = load_bundle(tmp_path / "merged")
+    whole = load_pretrained_model(tmp_path / "merged")
     manifest = read_manifest(tmp_path / "merged")
     assert (manifest.adapter, manifest.language_model.inside) == (None, True)
     torch.testing.assert_close(losses(whole, samples, pack), expected, atol=1e-4, rtol=0)
@@ -145,12 +146,12 @@ def test_a_wrong_base_is_refused(folders, tmp_path: Path) -> None:
     save_bundle(tmp_path / "bundle", parts)
     other = fakes.make_language_model(tmp_path / "other", seed=1)
     with pytest.raises(BundleError, match=r"language model in .*other is not the one that the bundle was made with"):
-        load_bundle(tmp_path / "bundle", language_model=other)
+        load_pretrained_model(tmp_path / "bundle", model_base=other)
     with pytest.raises(BundleError, match=r"was trained over .*base \(fingerprint \w+\), not over this language model"):
         model = AutoModelForCausalLM.from_pretrained(other)
         load_adapter(model, tmp_path / "bundle/adapter", base_fingerprint="0" * 64)
     base.rename(tmp_path / "moved")
-    assert has_adapter(load_bundle(tmp_path / "bundle", language_model=tmp_path / "moved").llava.language_model)
+    assert has_adapter(load_pretrained_model(tmp_path / "bundle", model_base=tmp_path / "moved").llava.language_model)
 
 
 def test_an_adapter_of_another_model_leaves_the_model_as_it_was(folders, tmp_path: Path) -> None:
@@ -242,7 +243,7 @@ def test_exchanged_adapter_in_a_bundle_is_refused(folders, tmp_path: Path) -> No
     shutil.rmtree(tmp_path / "one/adapter")
     shutil.copytree(tmp_path / "two/adapter", tmp_path / "one/adapter")
     with pytest.raises(BundleError, match=r"the adapter in .* is not the one that the bundle was made with"):
-        load_bundle(tmp_path / "one")
+        load_pretrained_model(tmp_path / "one")
 
 
 def test_a_merge_that_changes_the_logits_is_refused(folders, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,7 +263,7 @@ def test_an_adapter_over_a_tied_head_cannot_be_merged_unseen(folders) -> None:
 
 def test_merging_in_bfloat16_differs_by_rounding_only(folders, tmp_path: Path) -> None:
     save_bundle(tmp_path / "bundle", adapted(folders))
-    parts = load_bundle(tmp_path / "bundle", dtype=torch.bfloat16)
+    parts = load_pretrained_model(tmp_path / "bundle", dtype=torch.bfloat16)
     assert {p.dtype for p in parts.llava.parameters()} == {torch.bfloat16}
     assert not has_adapter(merge(parts).llava.language_model)
 
@@ -304,7 +305,10 @@ def test_the_projector_has_an_adapter_only_when_it_is_named(kind: str, folders, 
     save_bundle(tmp_path / "bundle", parts)
     assert set(load_file(tmp_path / "bundle/projector.safetensors")) == {"0.weight", "0.bias", "2.weight", "2.bias"}
     torch.testing.assert_close(
-        losses(load_bundle(tmp_path / "bundle"), samples, pack), losses(parts, samples, pack), atol=1e-5, rtol=0
+        losses(load_pretrained_model(tmp_path / "bundle"), samples, pack),
+        losses(parts, samples, pack),
+        atol=1e-5,
+        rtol=0,
     )
 
 
@@ -327,7 +331,7 @@ def test_a_tower_that_learns_has_an_adapter_where_it_is_named(kind: str, folders
     assert all("lora_" in name and name.startswith(tower) for name in of_tower)
     assert "projector.0.weight" in learning
     save_bundle(tmp_path / "bundle", parts)
-    loaded = load_bundle(tmp_path / "bundle")
+    loaded = load_pretrained_model(tmp_path / "bundle")
     assert loaded.manifest.vision_tower.fingerprint == read_manifest(tmp_path / "bundle").vision_tower.fingerprint
     pixels = torch.randn(2, 3, fakes.IMAGE_SIZE, fakes.IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -14,7 +14,8 @@ from safetensors import safe_open
 from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import BundleError, ModelError
 from llava_ray.model.blueprint import read_blueprint
-from llava_ray.model.bundle import assemble, load_bundle, load_tower, read_bundle_blueprint, save_bundle
+from llava_ray.model.bundle import assemble, load_tower, save_bundle
+from llava_ray.model.loading import load_pretrained_model, read_pretrained_blueprint
 from llava_ray.model.manifest import read_manifest
 from llava_ray.model.weights import replacing, sanitize_generation_config
 
@@ -46,7 +47,7 @@ def shaken(parts):
 def test_round_trip(kind: str, folders, samples, pack, tmp_path: Path) -> None:
     parts = shaken(folders.assemble(kind))
     save_bundle(tmp_path / "bundle", parts, training={"run": "test", "step": 3})
-    loaded = load_bundle(tmp_path / "bundle")
+    loaded = load_pretrained_model(tmp_path / "bundle")
     assert torch.equal(losses(loaded, samples, pack), losses(parts, samples, pack))
     assert loaded.manifest.training == {"run": "test", "step": 3}
     assert loaded.tokenizer.get_vocab() == parts.tokenizer.get_vocab()
@@ -57,7 +58,7 @@ def test_round_trip(kind: str, folders, samples, pack, tmp_path: Path) -> None:
 def test_round_trip_of_every_tower(kind: str, folders, samples, pack, tmp_path: Path) -> None:
     parts = shaken(folders.assemble(tower=kind))
     save_bundle(tmp_path / "bundle", parts)
-    assert torch.equal(losses(load_bundle(tmp_path / "bundle"), samples, pack), losses(parts, samples, pack))
+    assert torch.equal(losses(load_pretrained_model(tmp_path / "bundle"), samples, pack), losses(parts, samples, pack))
 
 
 @pytest.mark.parametrize("kind", fakes.LANGUAGE_MODELS)
@@ -89,7 +90,7 @@ def test_tied_head_is_written_once_though_gathered_apart(folders, samples, pack,
     assert "language_model.lm_head.weight" in gathered
     save_bundle(tmp_path / "bundle", parts, gathered)
     assert "lm_head.weight" not in tensor_names(tmp_path / "bundle" / "language_model")
-    assert torch.equal(losses(load_bundle(tmp_path / "bundle"), samples, pack), losses(parts, samples, pack))
+    assert torch.equal(losses(load_pretrained_model(tmp_path / "bundle"), samples, pack), losses(parts, samples, pack))
 
 
 def test_given_tensors_are_written_not_the_models(folders, samples, pack, tmp_path: Path) -> None:
@@ -100,7 +101,7 @@ def test_given_tensors_are_written_not_the_models(folders, samples, pack, tmp_pa
     for parameter in parts.llava.parameters():
         parameter.data = torch.empty(0)
     save_bundle(tmp_path / "bundle", parts, gathered)
-    assert torch.equal(losses(load_bundle(tmp_path / "bundle"), samples, pack), expected)
+    assert torch.equal(losses(load_pretrained_model(tmp_path / "bundle"), samples, pack), expected)
 
 
 def without(name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -128,7 +129,7 @@ def test_alignment_bundle_names_its_parts(folders, samples, pack, tmp_path: Path
     save_bundle(tmp_path / "bundle", parts, include="projector")
     assert not (tmp_path / "bundle" / "language_model").exists()
     assert not (tmp_path / "bundle" / "vision_tower").exists()
-    assert torch.equal(losses(load_bundle(tmp_path / "bundle"), samples, pack), losses(parts, samples, pack))
+    assert torch.equal(losses(load_pretrained_model(tmp_path / "bundle"), samples, pack), losses(parts, samples, pack))
 
 
 def test_alignment_bundle_of_a_bundle_names_that_bundles_parts(folders, samples, pack, tmp_path: Path) -> None:
@@ -136,7 +137,7 @@ def test_alignment_bundle_of_a_bundle_names_that_bundles_parts(folders, samples,
     parts = assemble(ModelConfig(model_name_or_path=str(tmp_path / "first")), "pad")
     save_bundle(tmp_path / "second", parts, include="projector")
     assert read_manifest(tmp_path / "second").language_model.base == str(tmp_path / "first" / "language_model")
-    assert torch.equal(losses(load_bundle(tmp_path / "second"), samples, pack), losses(parts, samples, pack))
+    assert torch.equal(losses(load_pretrained_model(tmp_path / "second"), samples, pack), losses(parts, samples, pack))
 
 
 def test_another_base_is_refused(folders, tmp_path: Path) -> None:
@@ -145,7 +146,7 @@ def test_another_base_is_refused(folders, tmp_path: Path) -> None:
     save_bundle(tmp_path / "bundle", assemble(config, "pad"), include="projector")
     fakes.make_language_model(base, seed=1)
     with pytest.raises(BundleError, match=r"language model in .*base is not the one that the bundle was made with"):
-        load_bundle(tmp_path / "bundle")
+        load_pretrained_model(tmp_path / "bundle")
 
 
 def test_moved_base_can_be_pointed_at(folders, samples, pack, tmp_path: Path) -> None:
@@ -156,8 +157,10 @@ def test_moved_base_can_be_pointed_at(folders, samples, pack, tmp_path: Path) ->
     base.rename(tmp_path / "moved")
     tower.rename(tmp_path / "moved_tower")
     with pytest.raises(ModelError, match=r"no such language model: .*base"):
-        load_bundle(tmp_path / "bundle")
-    loaded = load_bundle(tmp_path / "bundle", language_model=tmp_path / "moved", vision_tower=tmp_path / "moved_tower")
+        load_pretrained_model(tmp_path / "bundle")
+    loaded = load_pretrained_model(
+        tmp_path / "bundle", model_base=tmp_path / "moved", vision_tower=tmp_path / "moved_tower"
+    )
     assert torch.equal(losses(loaded, samples, pack), losses(parts, samples, pack))
 
 
@@ -165,12 +168,12 @@ def test_exchanged_weights_inside_are_refused(folders, tmp_path: Path) -> None:
     save_bundle(tmp_path / "bundle", folders.assemble())
     fakes.make_vision_tower(tmp_path / "bundle" / "vision_tower", seed=9)
     with pytest.raises(BundleError, match=r"vision tower in .* is not the one"):
-        load_bundle(tmp_path / "bundle")
+        load_pretrained_model(tmp_path / "bundle")
 
 
 def test_no_bundle_is_said_so(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"is no llava_ray bundle"):
-        load_bundle(tmp_path)
+        read_manifest(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +189,7 @@ def test_unknown_manifest_is_refused(change: dict[str, object], match: str, fold
     file = tmp_path / "bundle" / "llava.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(BundleError, match=rf"llava.json is not a manifest of format 1: .*{match}"):
-        load_bundle(tmp_path / "bundle")
+        load_pretrained_model(tmp_path / "bundle")
 
 
 def test_going_on_from_a_bundle(folders, samples, pack, tmp_path: Path) -> None:
@@ -288,7 +291,7 @@ def test_invalid_generation_config_does_not_spoil_a_save(folders, tmp_path: Path
     with pytest.raises(ValueError, match="temperature"):
         parts.llava.language_model.save_pretrained(tmp_path / "plain")
     save_bundle(tmp_path / "bundle", parts)
-    assert load_bundle(tmp_path / "bundle").llava.language_model.generation_config.eos_token_id == fakes.EOS
+    assert load_pretrained_model(tmp_path / "bundle").llava.language_model.generation_config.eos_token_id == fakes.EOS
 
 
 def test_valid_generation_config_is_kept() -> None:
@@ -301,7 +304,7 @@ def test_bfloat16_bundle(folders, tmp_path: Path) -> None:
     save_bundle(tmp_path / "bundle", parts)
     config = json.loads((tmp_path / "bundle" / "language_model" / "config.json").read_text())
     assert config["dtype"] == "bfloat16"
-    loaded = load_bundle(tmp_path / "bundle", dtype=torch.bfloat16)
+    loaded = load_pretrained_model(tmp_path / "bundle", dtype=torch.bfloat16)
     assert {p.dtype for p in [*loaded.llava.parameters(), *loaded.tower.parameters()]} == {torch.bfloat16}
     assert all(torch.equal(a, b) for a, b in zip(loaded.llava.parameters(), parts.llava.parameters(), strict=True))
 
@@ -312,7 +315,7 @@ def test_blueprint_needs_no_weights(folders, tmp_path: Path) -> None:
     )
     for file in (tmp_path / "bundle").rglob("*.safetensors"):
         file.unlink()
-    blueprint = read_bundle_blueprint(tmp_path / "bundle")
+    blueprint = read_pretrained_blueprint(tmp_path / "bundle")
     assert blueprint.image_tokens.num_features == 16 + 5
     assert (blueprint.hidden_size, blueprint.mm_hidden_size) == (fakes.WIDTH, fakes.TOWER_WIDTH)
     assert (blueprint.image_spec.height, blueprint.image_spec.aspect_ratio) == (fakes.IMAGE_SIZE, "pad")

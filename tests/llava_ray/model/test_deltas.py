@@ -10,9 +10,10 @@ from published import assert_same_weights, make_original, read
 from safetensors.torch import load_file, save_file
 
 from llava_ray.errors import ModelError
-from llava_ray.model.bundle import load_bundle, save_bundle
+from llava_ray.model.bundle import save_bundle
 from llava_ray.model.deltas import apply_delta, make_delta
 from llava_ray.model.hub_export import export_hub
+from llava_ray.model.loading import load_pretrained_model
 from llava_ray.model.model_files import open_model
 
 
@@ -61,7 +62,7 @@ def test_a_bundle_and_a_hub_folder_can_be_deltas_too(base, folders, tmp_path: Pa
         make_delta(base, tmp_path / name, tmp_path / f"{name}-delta")
         apply_delta(base, tmp_path / f"{name}-delta", tmp_path / f"{name}-result")
         assert_same_weights(open_model(tmp_path / f"{name}-result"), open_model(tmp_path / name))
-    load_bundle(tmp_path / "bundle-result")
+    load_pretrained_model(tmp_path / "bundle-result")
 
 
 def test_another_base_is_refused(base, folders, tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from published import assert_same_weights, make_original, read
 from llava_ray.chat.conversation import read_turns
 from llava_ray.chat.tokens import tokenize_conversation
 from llava_ray.errors import BundleError, ModelError
-from llava_ray.model.bundle import load_bundle
 from llava_ray.model.exporting import export_bundle, export_original, export_projector
 from llava_ray.model.hub_export import export_hub
+from llava_ray.model.loading import load_pretrained_model
 from llava_ray.model.manifest import read_manifest
 from llava_ray.model.model_files import open_model
 from llava_ray.model.projector import load_projector_weights
@@ -83,11 +83,11 @@ def test_original_to_bundle_to_original_of_every_projector(projector_type: str, 
 
 
 def test_what_the_bundle_computes_is_what_the_original_did(tmp_path: Path, folders, samples, pack) -> None:
-    """A bundle written file by file is one that ``load_bundle`` takes, with the same result as one put together."""
+    """A bundle written file by file is one that can be loaded, with the same result as one put together."""
     source = make_original(tmp_path / "source", folders.language_model(), folders.tower())
     export_projector(open_model(source, version="v1", vision_tower=str(folders.tower())), tmp_path / "projector")
     export_bundle(open_model(source, version="v1", vision_tower=str(folders.tower())), tmp_path / "bundle")
-    loaded = load_bundle(tmp_path / "bundle")
+    loaded = load_pretrained_model(tmp_path / "bundle")
     built = folders.assemble(pretrain_mm_mlp_adapter=str(tmp_path / "projector/mm_projector.bin"))
     with torch.no_grad():
         expected = built.llava(*pack(built, samples(built.image_tokens.num_features)).inputs)
@@ -112,7 +112,7 @@ def test_a_bundle_from_the_original_splits_text_the_same_way(tmp_path: Path) -> 
     export_hub(first, tmp_path / "hub")
     export_bundle(open_model(tmp_path / "hub"), tmp_path / "bundle")
     export_bundle(first, tmp_path / "direct")
-    there, direct = load_bundle(tmp_path / "bundle"), load_bundle(tmp_path / "direct")
+    there, direct = load_pretrained_model(tmp_path / "bundle"), load_pretrained_model(tmp_path / "direct")
     turns = read_turns([{"from": "human", "value": "<image>\nTwo  spaces"}, {"from": "gpt", "value": " 一 \n\n  x"}])
     expected = tokenize_conversation(turns, direct.template, direct.tokenizer)
     assert tokenize_conversation(turns, there.template, there.tokenizer) == expected

@@ -13,8 +13,9 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaNext
 
 from llava_ray.chat.conversation import IMAGE_TOKEN_INDEX
 from llava_ray.errors import ModelError
-from llava_ray.model.bundle import LlavaParts, load_bundle, save_bundle
+from llava_ray.model.bundle import LlavaParts, save_bundle
 from llava_ray.model.hub_export import export_hub
+from llava_ray.model.loading import load_pretrained_model
 from llava_ray.model.model_files import open_model
 
 MODELS = [
@@ -47,7 +48,7 @@ def test_transformers_loads_all_of_it_and_gives_our_logits(language_model, tower
     model, info = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hub", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    loaded = load_bundle(bundle)
+    loaded = load_pretrained_model(bundle)
     pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     ours = torch.tensor([[1, 20, *[IMAGE_TOKEN_INDEX] * loaded.image_tokens.num_features, 21, 22, 23]])
     theirs = ours.masked_fill(ours == IMAGE_TOKEN_INDEX, model.config.image_token_index)

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from llava_ray.errors import BundleError, ModelError
 from llava_ray.model.bundle import LlavaParts, assemble, save_bundle
 from llava_ray.model.layout import Kind
-from llava_ray.model.layouts import read_layout
+from llava_ray.model.layouts import TOWER_TYPES, read_layout
 from llava_ray.model.loading import find_version, load_pretrained_model
 from llava_ray.model.published_settings import hub_settings, original_language_config, original_settings
+from llava_ray.model.tower import FAMILIES, WITH_TEXT_PART
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,10 @@ def parts(folders) -> LlavaParts:
 def load(folders):
     """Load a folder with all that it may need but a base."""
     return lambda folder, base=None: load_pretrained_model(folder, base, vision_tower=folders.tower(), version="v1")
+
+
+def test_every_tower_that_can_be_loaded_is_recognised_without_torch() -> None:
+    assert set(TOWER_TYPES) == {*FAMILIES, *WITH_TEXT_PART}
 
 
 def change(file: Path, **values: Any) -> None:

@@ -13,8 +13,9 @@ from llava_ray.errors import BundleError, ModelError
 from llava_ray.generate.decoding import Stops, generate_batch
 from llava_ray.model.adaptation import adapt
 from llava_ray.model.adapters import adapter_parameters, has_adapter, merge
-from llava_ray.model.bundle import LlavaParts, assemble, load_bundle, save_bundle
+from llava_ray.model.bundle import LlavaParts, assemble, save_bundle
 from llava_ray.model.freezing import freeze
+from llava_ray.model.loading import load_pretrained_model
 from llava_ray.model.manifest import read_manifest
 from llava_ray.model.quantization import (
     bitsandbytes_config,
@@ -100,14 +101,14 @@ def test_round_trip_as_adapter_and_merged(kind: str, folders, samples, pack, tmp
     expected = losses(parts, samples, pack)
     save_bundle(tmp_path / "adapter", parts)
     assert read_manifest(tmp_path / "adapter").quantization == KINDS[kind].quantization
-    loaded = load_bundle(tmp_path / "adapter")
+    loaded = load_pretrained_model(tmp_path / "adapter")
     assert find_quantization(loaded.llava.language_model) == KINDS[kind].quantization
     assert torch.equal(losses(loaded, samples, pack), expected)
     merged = merge(loaded)
     assert find_quantization(merged.llava.language_model) is None
     assert {parameter.dtype for parameter in merged.llava.parameters()} == {torch.float32}
     save_bundle(tmp_path / "merged", merged)
-    whole = load_bundle(tmp_path / "merged")
+    whole = load_pretrained_model(tmp_path / "merged")
     # LLM.int8 rounds activations as well, which a merged matrix cannot.
     tolerance = 0.3 if kind == "int8" else 1e-4
     torch.testing.assert_close(losses(whole, samples, pack), expected, atol=tolerance, rtol=0)
@@ -116,12 +117,14 @@ def test_round_trip_as_adapter_and_merged(kind: str, folders, samples, pack, tmp
 def test_adapter_and_merged_model_say_the_same(folders, tmp_path: Path) -> None:
     parts = quantised(folders)
     save_bundle(tmp_path / "adapter", parts)
-    save_bundle(tmp_path / "merged", merge(load_bundle(tmp_path / "adapter")))
+    save_bundle(tmp_path / "merged", merge(load_pretrained_model(tmp_path / "adapter")))
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     prompts = [[1, -200, 20 + i, 21] for i in range(3)]
     pixels = [image[None] for image in images]
     said = [
-        generate_batch(load_bundle(tmp_path / kind), prompts, pixels, max_new_tokens=24, stops=Stops(frozenset()))
+        generate_batch(
+            load_pretrained_model(tmp_path / kind), prompts, pixels, max_new_tokens=24, stops=Stops(frozenset())
+        )
         for kind in ("adapter", "merged")
     ]
     assert said[0] == said[1]
@@ -130,12 +133,14 @@ def test_adapter_and_merged_model_say_the_same(folders, tmp_path: Path) -> None:
 def test_a_bundle_is_loaded_in_other_bits_when_asked(folders, samples, pack, tmp_path: Path) -> None:
     save_bundle(tmp_path / "qlora", quantised(folders))
     save_bundle(tmp_path / "whole", folders.assemble())
-    plain = load_bundle(tmp_path / "qlora", bits=16)
+    plain = load_pretrained_model(tmp_path / "qlora", bits=16)
     assert has_adapter(plain.llava.language_model)
     assert find_quantization(plain.llava.language_model) is None
-    exact, packed = (losses(load_bundle(tmp_path / "whole", bits=b), samples, pack) for b in (None, 4))
+    exact, packed = (losses(load_pretrained_model(tmp_path / "whole", bits=b), samples, pack) for b in (None, 4))
     assert not torch.equal(exact, packed)
-    assert find_quantization(load_bundle(tmp_path / "whole", bits=8).llava.language_model) == Quantization(bits=8)
+    assert find_quantization(load_pretrained_model(tmp_path / "whole", bits=8).llava.language_model) == Quantization(
+        bits=8
+    )
 
 
 def test_bits_as_trained_unless_they_are_given() -> None:
@@ -172,7 +177,7 @@ def test_a_quantised_model_is_not_written_as_a_whole(folders, tmp_path: Path) ->
     with pytest.raises(BundleError, match="is quantised, and a bundle holds weights as they are"):
         save_bundle(tmp_path / "bundle", parts, include="all")
     save_bundle(tmp_path / "bundle", parts, include="projector")
-    assert load_bundle(tmp_path / "bundle").manifest.quantization == Quantization(bits=4)
+    assert load_pretrained_model(tmp_path / "bundle").manifest.quantization == Quantization(bits=4)
 
 
 def test_a_missing_bitsandbytes_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,9 @@ from transformers import AutoModel
 
 from llava_ray.config.sections import FinetuneConfig, TrainConfig
 from llava_ray.errors import ConfigError
-from llava_ray.model.bundle import LlavaParts, load_bundle, save_bundle
+from llava_ray.model.bundle import LlavaParts, save_bundle
 from llava_ray.model.freezing import freeze
+from llava_ray.model.loading import load_pretrained_model
 from llava_ray.train.groups import parameter_groups
 
 
@@ -98,7 +99,7 @@ def test_a_bundle_holds_the_tower_as_it_has_become(kind: str, include, folders, 
     optimizer.step()
     # As gathered from an engine: names of Llava, and nothing of the tower's blocks that were set aside.
     save_bundle(tmp_path / "bundle", parts, dict(parts.llava.state_dict()), include=include)
-    loaded = load_bundle(tmp_path / "bundle")
+    loaded = load_pretrained_model(tmp_path / "bundle")
     assert loaded.manifest.vision_tower.base == str(tmp_path / "bundle" / "vision_tower")
     assert torch.equal(loaded.tower(sample.pixels), parts.tower(sample.pixels))
     before = folders.assemble(tower=kind).tower(sample.pixels)

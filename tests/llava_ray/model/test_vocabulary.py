@@ -10,8 +10,9 @@ from llava_ray.chat.conversation import IMAGE_TOKEN_INDEX, Turn
 from llava_ray.chat.tokens import tokenize_conversation, tokenize_prompt
 from llava_ray.errors import ModelError
 from llava_ray.generate.decoding import Stops, generate_batch
-from llava_ray.model.bundle import LlavaParts, load_bundle, save_bundle
+from llava_ray.model.bundle import LlavaParts, save_bundle
 from llava_ray.model.freezing import freeze
+from llava_ray.model.loading import load_pretrained_model
 from llava_ray.model.vocabulary import extend_embeddings
 
 TURNS = [Turn("human", "What <image> is it?"), Turn("gpt", "red")]
@@ -103,7 +104,7 @@ def test_a_bundle_that_names_its_language_model_keeps_their_embeddings(folders, 
     parts = start_end(folders, tune_mm_mlp_adapter=True)
     align(parts, samples)
     save_bundle(tmp_path / "aligned", parts, include="projector")
-    loaded = load_bundle(tmp_path / "aligned")
+    loaded = load_pretrained_model(tmp_path / "aligned")
     for before, after in zip(tables(parts), tables(loaded), strict=True):
         assert torch.equal(after, before)
     tuned = start_end(folders, pretrain_mm_mlp_adapter=str(tmp_path / "aligned"))
@@ -116,7 +117,7 @@ def test_a_whole_bundle_goes_on_with_its_own_rows(folders, tmp_path: Path) -> No
     with torch.no_grad():
         parts.llava.language_model.get_input_embeddings().weight += 0.1 * torch.randn(VOCABULARY + 2, fakes.WIDTH)
     save_bundle(tmp_path / "bundle", parts)
-    loaded = load_bundle(tmp_path / "bundle")
+    loaded = load_pretrained_model(tmp_path / "bundle")
     assert loaded.new_token_ids == ()
     assert torch.equal(tables(loaded)[0], tables(parts)[0])
     assert loaded.template == parts.template

@@ -15,7 +15,7 @@ from samples import small_run
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.errors import CheckpointError
 from llava_ray.model.adapters import has_adapter
-from llava_ray.model.bundle import load_bundle
+from llava_ray.model.loading import load_pretrained_model
 from llava_ray.model.manifest import read_manifest
 from llava_ray.train.consolidation import consolidate
 
@@ -117,12 +117,12 @@ def test_a_checkpoint_becomes_the_model_that_was_in_memory(name: str, saved: Pat
         "data_hash": "data",
         "plan_hash": "plan",
     }
-    load_bundle(tmp_path / "model")
+    load_pretrained_model(tmp_path / "model")
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("full")])
 def test_a_checkpoint_of_an_adapter_or_projector_is_a_model_as_it_is(name: str, saved: Path) -> None:
-    parts = load_bundle(saved / name / STEP / "model")
+    parts = load_pretrained_model(saved / name / STEP / "model")
     assert has_adapter(parts.llava.language_model) == (name != "align")
     assert not (saved / name / STEP / "model" / "language_model").exists()
     files = [file for file in (saved / name / STEP).rglob("*") if file.is_file()]

@@ -13,7 +13,7 @@ from samples import small_run
 from llava_ray.data.plan import Plan, deal
 from llava_ray.data.preparation import prepare_data
 from llava_ray.errors import ConfigError
-from llava_ray.model.bundle import load_bundle
+from llava_ray.model.loading import load_pretrained_model
 from llava_ray.runtime import connected
 from llava_ray.train.trainer import FinishedRun, finetune
 
@@ -58,7 +58,7 @@ def test_a_run_learns_and_leaves_a_ledger_metrics_and_a_bundle(reference, folder
     ledger = read_jsonl(f"{reference.folder.path}/ledger.jsonl")
     assert [row["step"] for row in ledger] == list(range(20))
     assert sorted(sample for row in ledger[:8] for sample in row["samples"]) == [f"s{i:04d}" for i in range(64)]
-    parts = load_bundle(reference.folder.bundle)
+    parts = load_pretrained_model(reference.folder.bundle)
     assert parts.manifest.training["steps"] == 20
 
 
@@ -100,11 +100,11 @@ def test_streamed_features_give_the_losses_of_inline_ones(reference, folder):
 
 def test_a_run_starts_from_a_published_model(reference, folder):
     """Under ZeRO 3 weights go from shards of .bin into the partitions; a run that learns nothing gives them back."""
-    parts = load_bundle(reference.folder.bundle)
+    parts = load_pretrained_model(reference.folder.bundle)
     published = write_original(folder / "published", parts, ending="bin", num_shards=2, with_tower=True)
     changes = {"model__model_name_or_path": str(published), "train__zero_stage": 3, "train__learning_rate": 1e-12}
     tuned = run(folder, "published", train__max_steps=1, train__weight_decay=0.0, **changes)
-    found = load_bundle(tuned.folder.bundle)
+    found = load_pretrained_model(tuned.folder.bundle)
     assert found.layout.manifest.language_model.base == str(published)
     for name, tensor in parts.llava.state_dict().items():
         torch.testing.assert_close(found.llava.state_dict()[name], tensor, rtol=0, atol=1e-6)

@@ -10,7 +10,7 @@ from samples import small_run, write_mixed_samples
 
 from llava_ray.data.plan import Plan, deal
 from llava_ray.data.preparation import prepare_data
-from llava_ray.model.bundle import load_bundle
+from llava_ray.model.loading import load_pretrained_model
 from llava_ray.runtime import connected
 from llava_ray.train.consolidation import consolidate
 from llava_ray.train.trainer import FinishedRun, finetune
@@ -71,7 +71,7 @@ def test_anyres_learns_with_several_images_and_none(tuned_by_two: FinishedRun, f
     assert sum(curve[-3:]) < 0.7 * sum(curve[:3])
     bundle = Path(tuned_by_two.folder.bundle)
     newline = load_file(bundle / "projector.safetensors")["image_newline"]
-    parts = load_bundle(bundle)
+    parts = load_pretrained_model(bundle)
     assert torch.equal(parts.llava.image_newline, newline)
     assert (parts.image_spec.aspect_ratio, parts.image_tokens.merge_type) == ("anyres", "spatial_unpad")
     assert parts.manifest.image_grid_pinpoints == parts.image_spec.grid_pinpoints
@@ -156,6 +156,6 @@ def test_new_tokens_are_learnt_alike_where_the_embeddings_are_partitioned(ray_cl
     assert not torch.allclose(rows[0]["embed_tokens.weight"][0], rows[0]["embed_tokens.weight"][1], atol=1e-2)
     for name in rows[0]:
         torch.testing.assert_close(rows[0][name], rows[1][name], rtol=0, atol=1e-3, msg=name)
-    parts = load_bundle(three.folder.bundle)
+    parts = load_pretrained_model(three.folder.bundle)
     learnt = parts.llava.language_model.get_input_embeddings().weight[list(parts.new_token_ids)]
     assert torch.equal(learnt, rows[1]["embed_tokens.weight"])
