@@ -14,6 +14,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from llava_ray.config.lora import LoraConfig
 from llava_ray.config.sections import FinetuneConfig, ModelConfig
@@ -79,7 +80,7 @@ def read_card(config: FinetuneConfig) -> Card:
     language, tower = find_configs(config.model)
     tower_config = build(vision_part(tower.values), tower.origin)
     side = pixels_of(tower.preprocessor)[0] if tower.preprocessor else int(tower_config.image_size)
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():  # drawing numbers takes its time even where none are kept
         model = build_language_model(build(language.values, language.origin))
         backbone = AutoModel.from_config(tower_config)
         model_config, scales = config.model, choose_s2_scales(config.model, side)
@@ -169,6 +170,7 @@ def find_config(name: str | None, part: str) -> FoundConfig:
 def build_language_model(config: PreTrainedConfig) -> PreTrainedModel:
     """Make a language model without memory."""
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()  # without first weights it is left out too
     return model
 
 

@@ -39,7 +39,7 @@ def find_ways(config: FinetuneConfig, memory: float) -> list[tuple[str, float]]:
 def estimator() -> Callable[[FinetuneConfig], float]:
     """Return a function that says how many bytes a run needs, and measures each model once.
 
-    Building a model's card takes a second, and few of the settings that are tried change it.
+    Few of the settings that are tried change its card.
     """
     measured: dict[tuple[ModelConfig, LoraConfig], ModelSizes] = {}
 
