@@ -22,7 +22,8 @@ from llava_ray.config.sections import ModelConfig
 from llava_ray.generate.decoding import generate_batch
 from llava_ray.images.geometry import crop_views
 from llava_ray.images.processing import normalise
-from llava_ray.model.bundle import LlavaParts, assemble, load_bundle, save_bundle
+from llava_ray.model.bundle import LlavaParts, assemble, save_bundle
+from llava_ray.model.loading import load_pretrained_model
 
 pytestmark = pytest.mark.verify
 
@@ -130,7 +131,7 @@ def test_killed_worker_and_killed_driver_leave_the_file_of_an_undisturbed_run(bu
 
 
 def test_batches_answer_as_each_question_alone(bundle: Path) -> None:
-    parts = load_bundle(bundle)
+    parts = load_pretrained_model(bundle)
     torch.manual_seed(0)
     asked = [f"{IMAGE_TOKEN}\nWhat is {i * 7919 % 1000}{'?' * (i % 9)}" for i in range(NUM_QUESTIONS)]
     prompts = [tokenize_prompt([Turn("human", text)], parts.template, parts.tokenizer) for text in asked]
