@@ -18,8 +18,9 @@ from evals.catalogue import make_benchmark
 from evals.files import as_json
 from llava_ray.config.sections import AskConfig, EvaluateConfig
 from llava_ray.errors import ConfigError
-from llava_ray.generate.answers import Actors, Answer, Decoding, ModelToLoad, Question, stream_answers
+from llava_ray.generate.answers import Actors, Answer, Decoding, ModelToLoad, stream_answers
 from llava_ray.generate.answers_file import AnswersFile
+from llava_ray.generate.questions import Question
 from llava_ray.model.loading import read_pretrained_blueprint
 from llava_ray.model.manifest import fingerprint, library_versions
 

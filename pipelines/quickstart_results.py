@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from evals import easy_vqa
-from llava_ray.generate.answers import Actors, Question, answer_questions
+from llava_ray.generate.answers import Actors, answer_questions
+from llava_ray.generate.questions import Question
 from llava_ray.report.pieces import Link, Links, Picture, Report, Verdict
 from llava_ray.report.tuning import Accuracy, tuning_report
 from llava_ray.train.trainer import FinishedRun

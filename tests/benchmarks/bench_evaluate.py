@@ -26,8 +26,9 @@ from PIL import Image
 from evals import easy_vqa
 from llava_ray.chat.conversation import Turn
 from llava_ray.chat.tokens import tokenize_prompt
-from llava_ray.generate.answers import Actors, Decoding, Question, locate_model, stream_answers, with_markers
+from llava_ray.generate.answers import Actors, Decoding, locate_model, stream_answers, with_markers
 from llava_ray.generate.decoding import answer_text, generate_batch
+from llava_ray.generate.questions import Question
 from llava_ray.images.geometry import crop_views
 from llava_ray.images.processing import normalise
 from llava_ray.model.bundle import LlavaParts

@@ -12,8 +12,9 @@ from llava_ray.chat.conversation import Turn, with_markers
 from llava_ray.chat.tokens import tokenize_prompt
 from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import DataError
-from llava_ray.generate.answers import Actors, Question, answer_questions, decode_images, to_table
+from llava_ray.generate.answers import Actors, answer_questions
 from llava_ray.generate.decoding import answer_text, generate_batch
+from llava_ray.generate.questions import Question, decode_images, to_table
 from llava_ray.images.geometry import crop_views
 from llava_ray.images.processing import normalise
 from llava_ray.model.bundle import assemble, save_bundle

@@ -1,0 +1,73 @@
+"""Questions on their way to a model: as Arrow batches, their images decoded.
+
+Tasks that decode import this module and no torch: on two cores that import takes longer than their work.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from llava_ray.config.sections import MAX_IMAGE_PIXELS
+from llava_ray.images.anyres import Size
+from llava_ray.images.geometry import ImageSpec, crop_views
+from llava_ray.images.reading import open_image, read_bytes
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked: ``image`` is an encoded image, a path or URL to one, several of them, or None.
+
+    A question with images and without a marker gets their markers in front.
+    """
+
+    id: str
+    question: str
+    image: bytes | str | Sequence[bytes | str] | None = None
+
+    @property
+    def images(self) -> list[bytes | str]:
+        """Return its images as a list."""
+        if self.image is None:
+            return []
+        return [self.image] if isinstance(self.image, bytes | str) else list(self.image)
+
+
+def to_table(questions: Sequence[Question]) -> pa.Table:
+    """Return one batch of questions as Arrow columns: id, question, and of each image its encoded data or its path."""
+    images = [question.images for question in questions]
+    data = [[image if isinstance(image, bytes) else None for image in some] for some in images]
+    paths = [[image if isinstance(image, str) else None for image in some] for some in images]
+    return pa.table(
+        {
+            "id": pa.array([question.id for question in questions], pa.string()),
+            "question": pa.array([question.question for question in questions], pa.string()),
+            "images": pa.array(data, pa.list_(pa.large_binary())),
+            "paths": pa.array(paths, pa.list_(pa.string())),
+        }
+    )
+
+
+def decode_images(table: pa.Table, spec: ImageSpec) -> pa.Table:
+    """Replace images and paths by "pixels", bytes of all their views (n, 3, h, w), and "image_sizes".
+
+    Raises ImageError.
+    """
+    pixels: list[bytes] = []
+    sizes: list[list[Size]] = []
+    for name, data, paths in zip(*(table[key].to_pylist() for key in ("id", "images", "paths")), strict=True):
+        images = [
+            open_image(
+                read_bytes(path) if path is not None else encoded,
+                path or f"image {number} of question {name!r}",
+                max_pixels=MAX_IMAGE_PIXELS,
+            )
+            for number, (encoded, path) in enumerate(zip(data, paths, strict=True), start=1)
+        ]
+        pixels.append(b"".join(crop_views(image, spec).tobytes() for image in images))
+        sizes.append([image.size for image in images])
+    return (
+        table.drop_columns(["images", "paths"])
+        .append_column("pixels", pa.array(pixels, pa.large_binary()))
+        .append_column("image_sizes", pa.array(sizes, pa.list_(pa.list_(pa.int32(), 2))))
+    )
