@@ -50,12 +50,14 @@ class RowModel:
     def __init__(self, language_model: PreTrainedModel) -> None:
         """Take the model over: until ``give_back`` its attention knows rows and nothing else.
 
-        Raises ModelError for a model whose attention cannot be replaced.
+        Raises ModelError for a model that cannot be batched.
         """
         self.language_model = language_model
         self.embed = language_model.get_input_embeddings()
         self.device = language_model.device
         self._attention = language_model.config._attn_implementation
+        self.cache_bytes = 0
+        """Memory of keys and values of one token."""
         try:
             language_model.set_attn_implementation(row_attention.NAME)
         except ValueError as error:
@@ -63,14 +65,19 @@ class RowModel:
                 f"{language_model.config.name_or_path}: the attention of {type(language_model).__name__} cannot be "
                 f"replaced, so its requests cannot be batched ({error}). Serve it with another engine."
             ) from error
+        try:
+            self.check()
+        except BaseException:
+            self.give_back()
+            raise
 
     def give_back(self) -> None:
         """Leave the model as it was."""
         self.language_model.set_attn_implementation(self._attention)
 
     @torch.inference_mode()
-    def check(self) -> int:
-        """Compare with the model's own attention on a fixed text; return the bytes of keys and values a token takes.
+    def check(self) -> None:
+        """Compare with the model's own attention on a fixed text, and see what keys and values a token takes.
 
         Raises ModelError for a model that keeps more of what it has read than keys and values, or attends in a way of
         its own.
@@ -89,12 +96,13 @@ class RowModel:
         wanted, logits = self.run(works)
         found = [logits[wanted.index(0)], self.run([Work(row, PROBE_LENGTH - 1, ids[-1:])])[1][0]]
         drift = float((torch.stack(found) - expected).abs().max() / expected.std())
+        layers = row.shelf.layers.values()
+        self.cache_bytes = sum(part[0, :, 0].nbytes for layer in layers for part in (layer.keys, layer.values))
         if not drift <= PROBE_TOLERANCE[find_dtype(model)]:
             raise ModelError(
                 f"{model.config.name_or_path}: {type(model).__name__} in a batch does not say what it says alone "
                 f"(logits of a fixed text differ by {drift:.2g} of their spread). Serve it with another engine."
             )
-        return sum(part[0, :, 0].nbytes for layer in row.shelf.layers.values() for part in (layer.keys, layer.values))
 
     @torch.inference_mode()
     def run(self, works: Sequence[Work]) -> tuple[list[int], Float[Tensor, "n vocab"]]:

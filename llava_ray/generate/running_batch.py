@@ -18,6 +18,7 @@ from llava_ray.generate.sampling import choose_tokens, find_logprobs
 from llava_ray.generate.scheduling import Reading, WaitingLine, share_chunk
 from llava_ray.generate.settings import EngineSettings
 from llava_ray.generate.vision_cache import VisionCache
+from llava_ray.generate.wide_linear import widen
 from llava_ray.model.bundle import LlavaParts
 from llava_ray.model.quantization import find_dtype
 
@@ -58,11 +59,16 @@ class RunningBatch:
         """Take the model over. Raises ModelError if it cannot be batched."""
         self.parts = parts
         self.images = cache
-        self.model = RowModel(parts.llava.language_model)
+        self.make_narrow = widen([parts.llava.language_model, parts.tower.backbone], settings.wide_weight_bytes)
+        try:
+            self.model = RowModel(parts.llava.language_model)
+        except BaseException:
+            self.make_narrow()
+            raise
         on_cpu = parts.llava.language_model.device.type == "cpu"
         self.chunk = settings.prefill_chunk or (CPU_CHUNK if on_cpu else GPU_CHUNK)
         self.max_running = settings.max_running
-        capacity = settings.kv_cache_tokens or settings.kv_cache_bytes // self.model.check()
+        capacity = settings.kv_cache_tokens or settings.kv_cache_bytes // self.model.cache_bytes
         self.kv = KvCache(capacity)
         self.max_model_len = find_max_model_len(parts, settings, capacity)
         self.waiting: WaitingLine[RunningRequest] = WaitingLine()
@@ -134,6 +140,7 @@ class RunningBatch:
         self.running, self.waiting = [], WaitingLine()
         self.kv.shelves.clear()
         self.model.give_back()
+        self.make_narrow()
 
     def _find_room(self, running: RunningRequest) -> bool:
         running.row = self.kv.reserve(running.num_tokens)

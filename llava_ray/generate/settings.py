@@ -21,3 +21,6 @@ class EngineSettings:
     """Memory of the embeddings of images already seen."""
     max_model_len: int | None = None
     """Tokens of one prompt and answer together; None for the language model's positions."""
+    wide_weight_bytes: int = 4 * 2**30
+    """Memory for float32 copies of half-precision matrices, on a processor that multiplies these faster; a model that
+    needs more does without."""

@@ -2,7 +2,8 @@
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from threading import Semaphore
@@ -40,7 +41,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> LlavaParts:
     return make_parts(tmp_path_factory.mktemp("models"))
 
 
-async def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 200) -> None:
     """Wait for the model's thread to have done something."""
     async with asyncio.timeout(seconds):
         while not condition():
@@ -159,7 +160,9 @@ class Gated(RunningBatch):
         await until(lambda: self.num_steps >= wanted)
 
 
-async def gated(parts: LlavaParts, **settings: Any) -> tuple[BuiltinEngine, Gated]:
+@asynccontextmanager
+async def gated(parts: LlavaParts, **settings: Any) -> AsyncIterator[tuple[BuiltinEngine, Gated]]:
+    """An engine whose steps the test lets go, and which gives the model back whatever happens."""
     made: list[Gated] = []
 
     def make(*arguments: Any) -> Gated:
@@ -168,27 +171,30 @@ async def gated(parts: LlavaParts, **settings: Any) -> tuple[BuiltinEngine, Gate
 
     engine = BuiltinEngine(lambda: parts, settings=EngineSettings(**settings), make_batch=make)
     await engine.start()
-    return engine, made[0]
+    try:
+        yield engine, made[0]
+    finally:
+        made[0].gate.release(1000)
+        await engine.stop()
 
 
 def test_others_wait_while_the_cache_is_full(llama: LlavaParts) -> None:
     async def run() -> list[Answered]:
-        engine, batch = await gated(llama, kv_cache_tokens=384, max_running=8)
-        assert engine.card.max_model_len == 384
-        answers = [asyncio.create_task(ask(engine, request(f"{n}", f"r{n}", max_tokens=3))) for n in range(5)]
-        await until(lambda: engine.stats().num_waiting == 5)
-        # The first alone is in the step that is held at the gate; each leaves with its third token.
-        for running, waiting in ((1, 4), (2, 3), (1, 3), (1, 2)):
-            await batch.let()
-            stats = engine.stats()
-            assert (stats.num_running, stats.num_waiting) == (running, waiting)
-            assert stats.kv_tokens_used == running * 192
-            assert batch.kv.num_allocated <= 384
-        batch.gate.release(1000)
-        done = await asyncio.gather(*answers)
-        assert engine.stats().kv_tokens_used == 0
-        await engine.stop()
-        return done
+        async with gated(llama, kv_cache_tokens=384, max_running=8) as (engine, batch):
+            assert engine.card.max_model_len == 384
+            answers = [asyncio.create_task(ask(engine, request(f"{n}", f"r{n}", max_tokens=3))) for n in range(5)]
+            await until(lambda: engine.stats().num_waiting == 5)
+            # The first alone is in the step that is held at the gate; each leaves with its third token.
+            for running, waiting in ((1, 4), (2, 3), (1, 3), (1, 2)):
+                await batch.let()
+                stats = engine.stats()
+                assert (stats.num_running, stats.num_waiting) == (running, waiting)
+                assert stats.kv_tokens_used == running * 192
+                assert batch.kv.num_allocated <= 384
+            batch.gate.release(1000)
+            done = await asyncio.gather(*answers)
+            assert engine.stats().kv_tokens_used == 0
+            return done
 
     crowded = asyncio.run(run())
     alone = answer_all(llama, [request(f"{n}", f"r{n}", max_tokens=3) for n in range(5)])
@@ -197,31 +203,31 @@ def test_others_wait_while_the_cache_is_full(llama: LlavaParts) -> None:
 
 def test_cancelled_requests_free_their_memory_within_a_step(llama: LlavaParts) -> None:
     async def run() -> None:
-        engine, batch = await gated(llama, prefill_chunk=100, max_running=2)
-        writing = engine.generate(request("red", "writing", max_tokens=400))
-        first = asyncio.create_task(anext(writing))
-        await until(lambda: engine.stats().num_waiting == 1)
-        await batch.let(3)
-        await first
-        reading = asyncio.create_task(ask(engine, request("is it " * 300, "reading")))
-        waiting = asyncio.create_task(ask(engine, request("no place", "waiting")))
-        await until(lambda: engine.stats().num_waiting == 2)
-        await batch.let(2)
-        assert (engine.stats().num_running, engine.stats().num_waiting) == (2, 1)
-        assert 0 < batch.running[1].num_read < len(batch.running[1].prompt.ids)
-        await engine.cancel("waiting")
-        assert (await waiting).chunks == []
-        reading.cancel()
-        await asyncio.wait([reading])
-        await batch.let(2)
-        assert (engine.stats().num_running, engine.stats().num_waiting) == (1, 0)
-        await writing.aclose()
-        batch.gate.release()
-        await until(lambda: engine.stats().num_running == 0)
-        assert engine.stats().num_cancelled == 3
-        assert engine.stats().kv_tokens_used == 0
-        await engine.cancel("nobody")
-        await engine.stop()
+        async with gated(llama, prefill_chunk=100, max_running=2) as (engine, batch):
+            writing = engine.generate(request("red", "writing", max_tokens=400))
+            first = asyncio.create_task(anext(writing))
+            await until(lambda: engine.stats().num_waiting == 1)
+            await batch.let(3)
+            await first
+            reading = asyncio.create_task(ask(engine, request("is it " * 300, "reading")))
+            await until(lambda: engine.stats().num_waiting == 1)
+            waiting = asyncio.create_task(ask(engine, request("no place", "waiting")))
+            await until(lambda: engine.stats().num_waiting == 2)
+            await batch.let(2)
+            assert (engine.stats().num_running, engine.stats().num_waiting) == (2, 1)
+            assert 0 < batch.running[1].num_read < len(batch.running[1].prompt.ids)
+            await engine.cancel("waiting")
+            assert (await waiting).chunks == []
+            reading.cancel()
+            await asyncio.wait([reading])
+            await batch.let(2)
+            assert (engine.stats().num_running, engine.stats().num_waiting) == (1, 0)
+            await writing.aclose()
+            batch.gate.release()
+            await until(lambda: engine.stats().num_running == 0)
+            assert engine.stats().num_cancelled == 3
+            assert engine.stats().kv_tokens_used == 0
+            await engine.cancel("nobody")
 
     asyncio.run(run())
 
