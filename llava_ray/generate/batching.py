@@ -16,7 +16,7 @@ from llava_ray.generate.row_attention import NextTokens, PromptChunk, Span, Step
 from llava_ray.model.quantization import find_dtype
 
 PROBE_LENGTH = 12
-PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}  # of the logits' spread
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.2}  # of the logits' spread
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class RowModel:
         works = [Work(row, 5, ids[5:-1], is_prompt=True), Work(first, 0, ids[:3], is_prompt=True)]
         wanted, logits = self.run(works)
         found = [logits[wanted.index(0)], self.run([Work(row, PROBE_LENGTH - 1, ids[-1:])])[1][0]]
-        drift = float((torch.stack(found) - expected).abs().max() / expected.std())
+        drift = float((torch.stack(found) - expected).square().mean().sqrt() / expected.std())
         layers = row.shelf.layers.values()
         self.cache_bytes = sum(part[0, :, 0].nbytes for layer in layers for part in (layer.keys, layer.values))
         if not drift <= PROBE_TOLERANCE[find_dtype(model)]:
