@@ -132,6 +132,7 @@ def _measure_answer(rest: str, turn: Turn, template: JinjaTemplate) -> int:
 
 def _apply_jinja(turns: Sequence[Turn], template: JinjaTemplate, *, add_generation_prompt: bool) -> str:
     words = {"human": "user", "gpt": "assistant"}
-    messages = [{"role": words[turn.role], "content": turn.value} for turn in turns]
+    messages = [] if template.system is None else [{"role": "system", "content": template.system}]
+    messages += [{"role": words[turn.role], "content": turn.value} for turn in turns]
     text = template.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     return cast("str", text)

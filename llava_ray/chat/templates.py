@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from llava_ray.chat import system_prompts
-from llava_ray.errors import ConfigError
+from llava_ray.errors import ConfigError, TemplateError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,6 +38,12 @@ class Template:
     image_tags: tuple[str, str] = ("", "")
     add_bos: bool = True
 
+    def with_system(self, system: str) -> Template:
+        """Return this template with another system prompt. Raises TemplateError where it has none."""
+        raise TemplateError(
+            f"template {self.name!r} has no place for a system prompt; leave it out, or put it into the first question."
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class StringTemplate(Template):
@@ -55,6 +61,14 @@ class StringTemplate(Template):
     end: str
     examples: tuple[tuple[str, str], ...] = ()
     only_images: bool = False
+    system: str = ""
+    """The system prompt within ``opening``."""
+
+    def with_system(self, system: str) -> Template:
+        """Return this template with another system prompt. Raises TemplateError where it has none."""
+        if not self.system:
+            return super().with_system(system)
+        return replace(self, opening=self.opening.replace(self.system, system, 1), system=system)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +80,12 @@ class JinjaTemplate(Template):
 
     tokenizer: PreTrainedTokenizerBase = field(repr=False, compare=False)
     end: re.Pattern[str]
+    system: str | None = None
+    """A system message in front of the conversation; None for what the Jinja text does by itself."""
+
+    def with_system(self, system: str) -> Template:
+        """Return this template with a system message, which its Jinja text may refuse when it is rendered."""
+        return replace(self, system=system)
 
 
 def find_template(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Template:
@@ -108,6 +128,7 @@ def _tokenizer_template(tokenizer: PreTrainedTokenizerBase | None) -> JinjaTempl
 
 def _hashes(system: str) -> StringTemplate:
     return StringTemplate(
+        system=system,
         opening=f"{system}###Human: ",
         question="Human: ",
         question_end="###",
@@ -120,6 +141,7 @@ def _hashes(system: str) -> StringTemplate:
 
 def _vicuna(system: str) -> StringTemplate:
     return StringTemplate(
+        system=system,
         opening=f"{system} USER: ",
         question="USER: ",
         question_end=" ",
@@ -133,6 +155,7 @@ def _vicuna(system: str) -> StringTemplate:
 def _llama_2(system: str, separator: str) -> StringTemplate:
     # The original writes a separator before every question and strips the first: the tokenizer adds that one.
     return StringTemplate(
+        system=system,
         opening=f"[INST] <<SYS>>\n{system}\n<</SYS>>\n\n" if system else "[INST] ",
         question=f"{separator}[INST] ",
         question_end=" [/INST]",
@@ -145,6 +168,7 @@ def _llama_2(system: str, separator: str) -> StringTemplate:
 
 def _chatml(system: str) -> StringTemplate:
     return StringTemplate(
+        system=system.removeprefix("<|im_start|>system\n"),
         opening=f"{system}<|im_end|><|im_start|>user\n",
         question="<|im_start|>user\n",
         question_end="<|im_end|>",

@@ -127,12 +127,15 @@ class Llava(nn.Module):
         if features is None or num_features == 0:
             blank = embeddings.new_zeros(1, 1, self.mm_hidden_size) if blank is None else blank
             return embeddings + 0.0 * self.touch(blank.to(embeddings.dtype))
-        projected: Tensor = self.projector(features.to(embeddings.device, embeddings.dtype)).to(embeddings.dtype)
-        if order is not None:
-            projected = self.laid_out(projected.flatten(0, 1), order.to(embeddings.device))
-        elif self.image_newline is not None:
+        if order is None and self.image_newline is not None:
             embeddings = embeddings + 0.0 * self.image_newline.sum()
+        projected = self.project(features.to(embeddings.device, embeddings.dtype), order).to(embeddings.dtype)
         return embeddings.masked_scatter(is_image.unsqueeze(-1), projected)
+
+    def project(self, features: Float[Tensor, "n p v"], order: Int[Tensor, " t"] | None) -> Float[Tensor, "t d"]:
+        """Return features as the language model reads them, in that order (see ``arrange``) or as they come."""
+        projected: Tensor = self.projector(features).flatten(0, 1)
+        return projected if order is None else self.laid_out(projected, order.to(projected.device))
 
     def arrange(self, num_features: int, image_sizes: Sequence[Size]) -> Int[Tensor, " t"] | None:
         """Return which feature stands at each image position; None where they stand as they come.

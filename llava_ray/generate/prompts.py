@@ -1,0 +1,143 @@
+"""Requests made ready for the model: their token ids, their images as pixels or as what is known of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import jinja2
+from jaxtyping import Float32
+from torch import Tensor
+
+from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava_ray.chat.templates import Template
+from llava_ray.chat.tokens import expand_images, tokenize_prompt, tokenizer_image_token
+from llava_ray.config.sections import DataConfig
+from llava_ray.errors import RecordError, TemplateError
+from llava_ray.generate.decoding import Stops, default_stops
+from llava_ray.generate.engine import GenerationRequest
+from llava_ray.generate.sampling import check_sampling
+from llava_ray.generate.vision_cache import VisionCache, image_key
+from llava_ray.images.anyres import Size
+from llava_ray.images.geometry import crop_views
+from llava_ray.images.processing import normalise
+from llava_ray.images.reading import open_image
+from llava_ray.model.bundle import LlavaParts
+
+MAX_IMAGE_PIXELS: int = DataConfig.model_fields["max_image_pixels"].default
+
+
+@dataclass
+class PromptImage:
+    """An image in a prompt: as preprocessed views, until the model has seen it."""
+
+    key: str
+    num_tokens: int
+    size: Size = (0, 0)
+    views: Float32[Tensor, "n 3 h w"] | None = None
+    embeddings: Tensor | None = None
+    first: int = 0
+    """Its place in the prompt."""
+
+
+@dataclass
+class Prompt:
+    """All that the model is to read for one request, and what ends its answer."""
+
+    ids: list[int]
+    images: list[PromptImage]
+    stops: Stops
+    stop_texts: tuple[str, ...]
+    num_cached_images: int = field(default=0)
+
+
+class PromptMaker:
+    """Makes prompts for one model. Safe to use from any thread."""
+
+    def __init__(self, parts: LlavaParts, cache: VisionCache, max_model_len: int) -> None:
+        """``max_model_len`` bounds prompt and answer together."""
+        self.parts = parts
+        self.cache = cache
+        self.max_model_len = max_model_len
+        self.stops = default_stops(parts)
+
+    def make(self, request: GenerationRequest) -> Prompt:
+        """Tokenise and preprocess a request.
+
+        Raises RecordError (ImageError for an image) for whatever the request got wrong.
+        """
+        sampling = request.sampling
+        check_sampling(sampling)
+        short = self.tokenize(request)
+        if not short:
+            raise RecordError("the prompt has no tokens; expected at least one.", reason="empty_prompt")
+        # Before any image is opened: a long prompt costs nothing.
+        self._check_length(len(short), sampling.max_tokens)
+        expand_images(short, [IGNORE_INDEX] * len(short), [1] * len(request.images))
+        images = [self.read_image(data, f"image {number}") for number, data in enumerate(request.images, start=1)]
+        counts = [image.num_tokens for image in images]
+        ids = expand_images(short, [IGNORE_INDEX] * len(short), counts)[0]
+        self._check_length(len(ids), sampling.max_tokens)
+        place_images(ids, images)
+        stops, texts = self.find_stops(request)
+        return Prompt(ids, images, stops, texts, sum(image.embeddings is not None for image in images))
+
+    def tokenize(self, request: GenerationRequest) -> list[int]:
+        """Return the ids with one -200 for each image. Raises RecordError."""
+        if (request.prompt is None) == (not request.turns):
+            raise RecordError("expected either turns or a prompt, and not both.", reason="turns")
+        if request.prompt is not None:
+            ids = tokenizer_image_token(request.prompt, self.parts.tokenizer)
+            assert isinstance(ids, list)
+            return ids
+        try:
+            return tokenize_prompt(request.turns, self.template(request.system), self.parts.tokenizer)
+        except (TemplateError, jinja2.TemplateError) as error:
+            raise RecordError(str(error), reason="turns") from error
+
+    def template(self, system: str | None) -> Template:
+        """Return the model's template, with another system prompt where one is given. Raises TemplateError."""
+        template = self.parts.template
+        return template if system is None else template.with_system(system)
+
+    def read_image(self, data: bytes, name: str) -> PromptImage:
+        """Return an image that is known by its content, or its pixels. Raises ImageError."""
+        key = image_key(data)
+        known = self.cache.find(key)
+        if known is not None:
+            return PromptImage(key, len(known), embeddings=known)
+        image = open_image(data, name, max_pixels=MAX_IMAGE_PIXELS)
+        spec = self.parts.image_spec
+        count = self.parts.image_tokens.count(*image.size)
+        return PromptImage(key, count, image.size, normalise(crop_views(image, spec), spec))
+
+    def find_stops(self, request: GenerationRequest) -> tuple[Stops, tuple[str, ...]]:
+        """Return the tokens and the texts that end the answer of a request.
+
+        A stop text that is a token of its own (``<|im_end|>``) is no text, for it is never decoded.
+        """
+        added = self.parts.tokenizer.get_added_vocab()
+        given = request.sampling.stop
+        ids = {added[stop] for stop in given if stop in added}
+        texts = [stop for stop in given if stop not in added]
+        stops = replace(self.stops, ids=frozenset(ids))
+        if not request.sampling.ignore_eos:
+            stops = replace(stops, ids=frozenset(ids | self.stops.ids))
+            texts += [self.stops.text] if self.stops.text and request.prompt is None else []
+        return stops, tuple(texts)
+
+    def _check_length(self, num_tokens: int, max_tokens: int) -> None:
+        if num_tokens + max_tokens > self.max_model_len:
+            raise RecordError(
+                f"the prompt has {num_tokens} tokens and max_tokens is {max_tokens}, but this engine holds "
+                f"{self.max_model_len} tokens of prompt and answer together. Shorten the conversation, or ask for "
+                "fewer new tokens.",
+                reason="too_long",
+            )
+
+
+def place_images(ids: Sequence[int], images: Sequence[PromptImage]) -> None:
+    """Tell each image where in a prompt its tokens begin."""
+    place = 0
+    for image in images:
+        place = ids.index(IMAGE_TOKEN_INDEX, place)
+        image.first = place
+        place += image.num_tokens

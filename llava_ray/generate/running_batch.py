@@ -1,0 +1,271 @@
+"""The running batch: requests join and leave between two steps, each step brings those that write one token on."""
+
+import random
+from asyncio import Queue
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from llava_ray.errors import ModelError
+from llava_ray.generate.answer_text import AnswerText
+from llava_ray.generate.batching import Placed, RowModel, Work
+from llava_ray.generate.engine import EngineStats, FinishReason, GenerationChunk, GenerationRequest, TokenLogprob
+from llava_ray.generate.kv_cache import KvCache, Row, longest_row
+from llava_ray.generate.prompts import Prompt, PromptImage
+from llava_ray.generate.sampling import choose_tokens, find_logprobs
+from llava_ray.generate.scheduling import Reading, WaitingLine, share_chunk
+from llava_ray.generate.settings import EngineSettings
+from llava_ray.generate.vision_cache import VisionCache
+from llava_ray.generate.wide_linear import widen
+from llava_ray.model.bundle import LlavaParts
+from llava_ray.model.quantization import find_dtype
+
+CPU_CHUNK, GPU_CHUNK = 256, 2048
+
+
+@dataclass(eq=False)
+class RunningRequest:
+    """A request from the moment its prompt is ready to its last token."""
+
+    request: GenerationRequest
+    prompt: Prompt
+    queue: "Queue[GenerationChunk | Exception | None]"
+    text: AnswerText
+    draws: random.Random
+    row: Row | None = None
+    num_read: int = 0
+    """Tokens of the prompt that are in the row."""
+    new_ids: list[int] = field(default_factory=list)
+    ended: bool = False
+    """Whether it has its last chunk, or nobody waits for it any more."""
+
+    @property
+    def num_unread(self) -> int:
+        """Count the tokens of the prompt that the model has still to read."""
+        return len(self.prompt.ids) - self.num_read
+
+    @property
+    def num_tokens(self) -> int:
+        """Count the tokens that it may come to."""
+        return len(self.prompt.ids) + self.request.sampling.max_tokens
+
+
+class RunningBatch:
+    """All requests of one model. Only its own thread calls ``add``, ``drop``, ``step`` and ``close``."""
+
+    def __init__(self, parts: LlavaParts, cache: VisionCache, settings: EngineSettings) -> None:
+        """Take the model over. Raises ModelError if it cannot be batched."""
+        self.parts = parts
+        self.images = cache
+        self.make_narrow = widen([parts.llava.language_model, parts.tower.backbone], settings.wide_weight_bytes)
+        try:
+            self.model = RowModel(parts.llava.language_model)
+        except BaseException:
+            self.make_narrow()
+            raise
+        on_cpu = parts.llava.language_model.device.type == "cpu"
+        self.chunk = settings.prefill_chunk or (CPU_CHUNK if on_cpu else GPU_CHUNK)
+        self.max_running = settings.max_running
+        capacity = settings.kv_cache_tokens or settings.kv_cache_bytes // self.model.cache_bytes
+        self.kv = KvCache(capacity)
+        self.max_model_len = find_max_model_len(parts, settings, capacity)
+        self.waiting: WaitingLine[RunningRequest] = WaitingLine()
+        self.running: list[RunningRequest] = []
+        self.num_prompt_tokens = self.num_new_tokens = self.num_cancelled = 0
+
+    def request(
+        self, request: GenerationRequest, prompt: Prompt, queue: "Queue[GenerationChunk | Exception | None]"
+    ) -> RunningRequest:
+        """Return a request that ``add`` takes."""
+        tokenizer = self.parts.tokenizer
+        text = AnswerText(
+            lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
+            prompt.stop_texts,
+            strip=request.prompt is None,
+        )
+        return RunningRequest(request, prompt, queue, text, random.Random(request.sampling.seed))
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self.running or self.waiting)
+
+    def add(self, joining: Sequence[RunningRequest]) -> None:
+        """Let requests wait for a place."""
+        for running in joining:
+            self.waiting.join(running)
+
+    def drop(self, leaving: Sequence[RunningRequest]) -> None:
+        """Free what cancelled requests hold."""
+        for running in leaving:
+            if running in self.running:
+                self._release(running)
+                self.num_cancelled += 1
+            elif self.waiting.leave(running):
+                self.num_cancelled += 1
+
+    def step(self) -> list[tuple[RunningRequest, GenerationChunk]]:
+        """Read a chunk of new prompts and bring every answer one token on; return what there is to tell."""
+        self.running += self.waiting.admit(self.max_running - len(self.running), self._find_room)
+        readings = share_chunk(self.running, self.chunk)
+        writing = [running for running in self.running if not running.num_unread]
+        self._look_at(readings)
+        works = [self._next_token(running) for running in writing]
+        works += [self._prompt_chunk(reading) for reading in readings]
+        wanted, logits = self.model.run(works)
+        for reading in readings:
+            reading.request.num_read += reading.num_tokens
+            self.num_prompt_tokens += reading.num_tokens
+        doing = [*writing, *(reading.request for reading in readings)]
+        return self._write([doing[place] for place in wanted], logits) if wanted else []
+
+    def stats(self, *, num_joining: int = 0) -> EngineStats:
+        """Return what is going on."""
+        return EngineStats(
+            num_running=len(self.running),
+            num_waiting=len(self.waiting) + num_joining,
+            kv_tokens_used=self.kv.num_reserved,
+            kv_tokens_capacity=self.kv.capacity,
+            prompt_tokens=self.num_prompt_tokens,
+            generation_tokens=self.num_new_tokens,
+            image_cache_hits=self.images.num_hits,
+            image_cache_queries=self.images.num_queries,
+            num_cancelled=self.num_cancelled,
+        )
+
+    def close(self) -> None:
+        """Forget everything, and leave the model as it was."""
+        self.running, self.waiting = [], WaitingLine()
+        self.kv.shelves.clear()
+        self.model.give_back()
+        self.make_narrow()
+
+    def _find_room(self, running: RunningRequest) -> bool:
+        running.row = self.kv.reserve(running.num_tokens)
+        return running.row is not None
+
+    def _release(self, running: RunningRequest) -> None:
+        assert running.row is not None
+        self.running.remove(running)
+        self.kv.release(running.row)
+        running.row = None
+
+    def _next_token(self, running: RunningRequest) -> Work:
+        assert running.row is not None
+        return Work(running.row, len(running.prompt.ids) + len(running.new_ids) - 1, running.new_ids[-1:])
+
+    def _prompt_chunk(self, reading: Reading[RunningRequest]) -> Work:
+        running = reading.request
+        assert running.row is not None
+        start, end = reading.places
+        return Work(
+            running.row,
+            start,
+            running.prompt.ids[start:end],
+            wants_next=end == len(running.prompt.ids),
+            is_prompt=True,
+            images=[visible_part(image, start, end) for image in overlapping(running.prompt.images, start, end)],
+        )
+
+    def _look_at(self, readings: Sequence[Reading[RunningRequest]]) -> None:
+        """Run the tower, once, over all images that a step begins to read and that are not known."""
+        begun = [
+            (reading.request.prompt, image)
+            for reading in readings
+            for image in overlapping(reading.request.prompt.images, *reading.places)
+            if image.embeddings is None
+        ]
+        unknown = {image.key: image for _, image in begun}
+        if not unknown:
+            return
+        for key, embeddings in zip(unknown, embed_images(self.parts, list(unknown.values())), strict=True):
+            unknown[key].embeddings = embeddings
+            self.images.keep(key, embeddings)
+        for prompt, image in begun:
+            prompt.num_cached_images += image is not unknown[image.key]  # another one has brought it
+            image.embeddings, image.views = unknown[image.key].embeddings, None
+
+    def _write(self, writing: Sequence[RunningRequest], logits: Tensor) -> list[tuple[RunningRequest, GenerationChunk]]:
+        samplings = [running.request.sampling for running in writing]
+        draws = [running.draws.random() if running.request.sampling.temperature else 0.0 for running in writing]
+        tokens = choose_tokens(logits, samplings, draws)
+        asked = [row for row, sampling in enumerate(samplings) if sampling.logprobs is not None]
+        logprobs: dict[int, TokenLogprob] = {}
+        if asked:
+            most = max(samplings[row].logprobs or 0 for row in asked)
+            found = find_logprobs(logits[asked], [tokens[row] for row in asked], most)
+            for row, (mine, best) in zip(asked, found, strict=True):
+                logprobs[row] = self._logprob(tokens[row], mine, best[: samplings[row].logprobs])
+        told = []
+        for row, (running, token) in enumerate(zip(writing, tokens, strict=True)):
+            chunk = self._append(running, token, logprobs.get(row))
+            if chunk.finish_reason is not None:
+                running.ended = True
+                self._release(running)
+            told.append((running, chunk))
+        return told
+
+    def _append(self, running: RunningRequest, token: int, logprob: TokenLogprob | None) -> GenerationChunk:
+        """Add a token to an answer, or end the answer with it."""
+        ids: tuple[int, ...] = ()
+        reason: FinishReason | None = None
+        if token in running.prompt.stops.ids:
+            text, reason = running.text.finish(), "stop"
+        else:
+            text = running.text.push(token)
+            if running.text.stopped:
+                reason = "stop"
+            else:
+                ids = (token,)
+                running.new_ids.append(token)
+                self.num_new_tokens += 1
+                if len(running.new_ids) == running.request.sampling.max_tokens:
+                    text, reason = text + running.text.finish(), "length"
+        return GenerationChunk(
+            text,
+            ids,
+            (logprob,) if ids and logprob is not None else (),
+            reason,
+            len(running.prompt.ids),
+            running.prompt.num_cached_images,
+        )
+
+    def _logprob(self, token: int, logprob: float, best: Sequence[tuple[int, float]]) -> TokenLogprob:
+        decode = self.parts.tokenizer.decode
+        top = tuple((other, str(decode([other])), value) for other, value in best)
+        return TokenLogprob(token, str(decode([token])), logprob, top)
+
+
+def overlapping(images: Sequence[PromptImage], start: int, end: int) -> list[PromptImage]:
+    """Return the images that have tokens in that part of a prompt."""
+    return [image for image in images if image.first < end and image.first + image.num_tokens > start]
+
+
+def visible_part(image: PromptImage, start: int, end: int) -> Placed:
+    """Return what of an image stands in that part of a prompt."""
+    assert image.embeddings is not None
+    first, last = max(start, image.first), min(end, image.first + image.num_tokens)
+    return Placed(first - start, last - start, image.embeddings[first - image.first : last - image.first])
+
+
+def embed_images(parts: LlavaParts, images: Sequence[PromptImage]) -> list[Tensor]:
+    """Return the images as the language model reads them, all seen by the tower together."""
+    features = parts.tower.extract(torch.cat([image.views for image in images if image.views is not None]))
+    device, dtype = parts.llava.language_model.device, find_dtype(parts.llava.language_model)
+    order = parts.llava.arrange(features.shape[0] * features.shape[1], [image.size for image in images])
+    projected = parts.llava.project(features.to(device, dtype), order).to(dtype)
+    # Copies, so that keeping one of them does not keep them all.
+    return [part.clone() for part in projected.split([image.num_tokens for image in images])]
+
+
+def find_max_model_len(parts: LlavaParts, settings: EngineSettings, capacity: int) -> int:
+    """Return how long prompt and answer may be together. Raises ModelError for more than the model's positions."""
+    positions = parts.language_config.get_text_config().to_dict().get("max_position_embeddings")
+    wanted = settings.max_model_len or positions or parts.manifest.model_max_length
+    if positions is not None and wanted > positions:
+        raise ModelError(f"max_model_len is {wanted}, but the language model has {positions} positions; set it lower.")
+    if not longest_row(capacity):
+        raise ModelError(f"the KV cache holds {capacity} tokens, which is not one row; give it more memory.")
+    return int(min(wanted, longest_row(capacity)))

@@ -1,0 +1,83 @@
+"""The next token of each row, each row under settings of its own."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llava_ray.errors import RecordError
+from llava_ray.generate.engine import Sampling
+
+MAX_SEED = 2**63 - 1
+FEW = 256  # likeliest tokens among which the border of top_p is looked for before all are sorted
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Raise RecordError for settings that no token can be chosen with."""
+    problems = {
+        "max_tokens": (sampling.max_tokens, sampling.max_tokens >= 1, "1 or more"),
+        "temperature": (sampling.temperature, 0 <= sampling.temperature < math.inf, "0 (greedy) or more"),
+        "top_p": (sampling.top_p, 0 < sampling.top_p <= 1, "more than 0, at most 1"),
+        "top_k": (sampling.top_k, sampling.top_k >= 0, "0 (all) or more"),
+        "logprobs": (sampling.logprobs, (sampling.logprobs or 0) >= 0, "0 or more"),
+        "stop": (sampling.stop, all(sampling.stop), "texts that are not empty"),
+    }
+    for name, (value, good, expected) in problems.items():
+        if not good:
+            raise RecordError(f"{name} is {value}; expected {expected}.", reason="sampling")
+
+
+def choose_tokens(logits: Float[Tensor, "n vocab"], samplings: Sequence[Sampling], draws: Sequence[float]) -> list[int]:
+    """Return a token for each row: the likeliest, or one drawn.
+
+    ``draws`` are numbers of [0, 1), one a row: a row's token depends on its logits and its number alone. The number is
+    looked up in the sum of probabilities in the vocabulary's own order, which rounding hardly moves.
+    """
+    tokens: list[int] = logits.argmax(-1).tolist()
+    drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
+    if drawn:
+        some = [samplings[row] for row in drawn]
+        temperatures = logits.new_tensor([sampling.temperature for sampling in some])
+        kept = keep_likely(logits[drawn] / temperatures.unsqueeze(1), some)
+        sums = kept.softmax(-1).double().cumsum(-1)
+        numbers = sums.new_tensor([draws[row] for row in drawn]).unsqueeze(1) * sums[:, -1:]
+        found = torch.searchsorted(sums, numbers, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+        for row, token in zip(drawn, found.tolist(), strict=True):
+            tokens[row] = token
+    return tokens
+
+
+def keep_likely(scores: Float[Tensor, "n vocab"], samplings: Sequence[Sampling]) -> Float[Tensor, "n vocab"]:
+    """Put -inf at what top_k and then top_p leave out."""
+    for row, sampling in enumerate(samplings):
+        if 0 < sampling.top_k < scores.shape[1]:
+            border = scores[row].topk(sampling.top_k).values[-1]
+            scores[row].masked_fill_(scores[row] < border, -torch.inf)
+        if sampling.top_p < 1:
+            scores[row].masked_fill_(scores[row] < find_border(scores[row], sampling.top_p), -torch.inf)
+    return scores
+
+
+def find_border(scores: Float[Tensor, " vocab"], top_p: float) -> Float[Tensor, ""]:
+    """Return the least score among the likeliest tokens whose probabilities add up to ``top_p``."""
+    total = scores.logsumexp(0)
+    for count in (min(FEW, len(scores)), len(scores)):
+        best = scores.topk(count).values
+        sums = (best - total).exp().cumsum(0)
+        needed = int((sums < top_p).sum())
+        if needed < count:
+            return best[needed]
+    return scores.min()
+
+
+def find_logprobs(
+    logits: Float[Tensor, "n vocab"], tokens: Sequence[int], num_best: int
+) -> list[tuple[float, list[tuple[int, float]]]]:
+    """Return each token's natural log-probability, and (id, log-probability) of its row's likeliest, best first."""
+    every = logits.log_softmax(-1)
+    chosen = every.gather(1, torch.tensor(tokens, device=logits.device).unsqueeze(1)).squeeze(1).tolist()
+    best = every.topk(min(num_best, every.shape[1]), dim=-1)
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [(mine, list(zip(*others, strict=True))) for mine, others in zip(chosen, pairs, strict=True)]

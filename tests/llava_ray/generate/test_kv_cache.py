@@ -1,0 +1,57 @@
+"""Rows keep what was written to them while others come and go, and never more memory than allowed."""
+
+import random
+
+import pytest
+import torch
+
+from llava_ray.generate.kv_cache import KvCache, Row, longest_row, row_length
+
+
+def test_row_lengths() -> None:
+    assert [row_length(count) for count in (1, 128, 129, 193, 257, 385, 513)] == [128, 128, 192, 256, 384, 512, 768]
+    assert [longest_row(count) for count in (100, 128, 191, 192, 8192)] == [0, 128, 128, 192, 8192]
+    assert all(row_length(count) >= count and row_length(count) < 1.51 * max(count, 128) for count in range(1, 5000))
+
+
+def write(row: Row, value: float) -> None:
+    like = torch.zeros(1, 2, 1, 4)
+    for index in range(2):
+        layer = row.shelf.layer(index, like, like)
+        layer.keys[row.index] = value
+        layer.values[row.index] = -value
+
+
+def holds(row: Row, value: float) -> bool:
+    return all(
+        bool((layer.keys[row.index] == value).all() and (layer.values[row.index] == -value).all())
+        for layer in row.shelf.layers.values()
+    )
+
+
+def test_rows_keep_their_contents() -> None:
+    draw, cache = random.Random(0), KvCache(128 * 20)
+    rows: dict[float, Row] = {}
+    refused = 0
+    for value in range(1, 400):
+        row = cache.reserve(draw.choice([5, 128, 150, 300]))
+        if row is None:
+            refused += 1
+            for leaving in draw.sample(sorted(rows), k=len(rows) // 2):
+                cache.release(rows.pop(leaving))
+        else:
+            write(row, float(value))
+            rows[value] = row
+        assert all(holds(other, number) for number, other in rows.items())
+        assert cache.num_reserved == sum(other.shelf.length for other in rows.values()) <= cache.num_allocated
+        assert cache.num_allocated <= cache.capacity
+        for shelf in cache.shelves.values():
+            assert [other.index for other in shelf.rows] == list(range(len(shelf.rows)))
+            assert all(len(layer.keys) == shelf.num_places for layer in shelf.layers.values())
+    assert refused > 5
+
+
+@pytest.mark.parametrize("capacity", [128, 127])
+def test_a_row_longer_than_the_cache(capacity: int) -> None:
+    assert KvCache(capacity).reserve(129) is None
+    assert (KvCache(capacity).reserve(128) is None) == (capacity < 128)
