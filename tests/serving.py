@@ -154,12 +154,12 @@ def asking(text: str, *images: str, **fields: object) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def served(app: FastAPI) -> Iterator[str]:
+def served(app: FastAPI, host: str = "127.0.0.1") -> Iterator[str]:
     """A real uvicorn on a free port of this machine, in a thread; yields its address."""
     config = uvicorn.Config(app, log_level="error", lifespan="on", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
+    listener.bind((host, 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     while not server.started:

@@ -4,6 +4,7 @@ import asyncio
 import ipaddress
 import socket
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 from yarl import URL
 
@@ -67,19 +68,27 @@ def matches(host: str, port: int | None, entry: str) -> bool:
     return fits and (port == int(wanted) if wanted else port in DEFAULT_PORTS)
 
 
-async def checked_address(url: URL, resolve: Resolve, *, allow_private: bool) -> str:
+@dataclass(frozen=True)
+class Network:
+    """How names become addresses, and which of those are the internet's: the system's view, or a test's own."""
+
+    resolve: Resolve = resolve_by_system
+    is_public: Callable[[str], bool] = is_public
+
+
+async def checked_address(url: URL, network: Network, *, allow_private: bool) -> str:
     """Return an address of the URL's host that may be connected to.
 
     Raises RefusalError if one of its addresses is not public: a name with two faces is not trusted with either.
     """
     host, port = url.raw_host or "", url.port or 0
     try:
-        addresses = await resolve(host, port)
+        addresses = await network.resolve(host, port)
     except (OSError, UnicodeError):
         addresses = []
     if not addresses:
         raise refuse(422, f"image host {host[:100]!r} has no address", "media_unresolved", "messages")
-    if not allow_private and not all(is_public(address) for address in addresses):
+    if not allow_private and not all(network.is_public(address) for address in addresses):
         raise refuse(
             400,
             f"image host {host[:100]!r} leads to an address that is not public; none is contacted",

@@ -8,7 +8,7 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
-from llava_ray.deployments.addresses import Resolve, check_domain, checked_address, resolve_by_system
+from llava_ray.deployments.addresses import Network, check_domain, checked_address
 from llava_ray.deployments.refusal import refuse
 
 CHUNK = 64 * 1024
@@ -53,7 +53,7 @@ class Pinned(AbstractResolver):
         """Nothing is held."""
 
 
-async def fetch(place: str, limits: FetchLimits, resolve: Resolve = resolve_by_system) -> bytes:
+async def fetch(place: str, limits: FetchLimits, network: Network) -> bytes:
     """Return what lies at ``place``. Raises RefusalError; nothing is contacted that is not allowed."""
     try:
         url = URL(place)
@@ -66,7 +66,7 @@ async def fetch(place: str, limits: FetchLimits, resolve: Resolve = resolve_by_s
     try:
         async with asyncio.timeout(limits.timeout_s):
             for _ in range(limits.max_redirects + 1):
-                found = await one_hop(url, limits, resolve)
+                found = await one_hop(url, limits, network)
                 if isinstance(found, bytes):
                     return found
                 url = found
@@ -87,10 +87,10 @@ async def fetch(place: str, limits: FetchLimits, resolve: Resolve = resolve_by_s
     raise refuse(400, f"more than {limits.max_redirects} redirects (max_redirects)", "media_redirects", "messages")
 
 
-async def one_hop(url: URL, limits: FetchLimits, resolve: Resolve) -> bytes | URL:
+async def one_hop(url: URL, limits: FetchLimits, network: Network) -> bytes | URL:
     """Check where ``url`` leads and ask there: what it holds, or where it sends us."""
     check_domain(url, limits.allowed_domains)
-    address = await checked_address(url, resolve, allow_private=limits.allow_private)
+    address = await checked_address(url, network, allow_private=limits.allow_private)
     connector = aiohttp.TCPConnector(
         resolver=Pinned(url.raw_host or "", address), use_dns_cache=False, force_close=True
     )

@@ -9,7 +9,7 @@ import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava_ray.deployments.addresses import Resolve, resolve_by_system
+from llava_ray.deployments.addresses import Network
 from llava_ray.deployments.fetching import FetchLimits, fetch, too_many_bytes
 from llava_ray.deployments.refusal import RefusalError, from_record_error, refuse
 from llava_ray.deployments.settings import ServeSettings
@@ -21,10 +21,10 @@ from llava_ray.images.reading import check_header
 class MediaReader:
     """Reads what one service's settings allow."""
 
-    def __init__(self, settings: ServeSettings, resolve: Resolve = resolve_by_system) -> None:
-        """Keep the limits; ``resolve`` turns names into addresses."""
+    def __init__(self, settings: ServeSettings, network: Network | None = None) -> None:
+        """Keep the limits; ``network`` is the system's unless a test brings its own."""
         self.settings = settings
-        self.resolve = resolve
+        self.network = network or Network()
         self.limits = FetchLimits(
             allowed_domains=settings.allowed_media_domains,
             max_bytes=settings.max_image_bytes,
@@ -50,7 +50,7 @@ class MediaReader:
         elif scheme == "file:":
             data = await asyncio.to_thread(self.read_local, place)
         else:
-            data = await fetch(place, self.limits, self.resolve)
+            data = await fetch(place, self.limits, self.network)
         await asyncio.to_thread(self.check, data, f"image {number}")
         return data
 
@@ -77,6 +77,11 @@ class MediaReader:
             check_header(data, name, max_pixels=self.settings.max_image_pixels)
             frames = count_frames(data, self.settings.max_image_frames)
         except ImageError as error:
+            if error.reason == "image_too_large":
+                limit = f"{self.settings.max_image_pixels:,} pixels (max_image_pixels)"
+                raise refuse(
+                    400, f"{name} has more than {limit}; send a smaller one", error.reason, "messages"
+                ) from None
             raise RefusalError(from_record_error(error)) from None
         if frames > self.settings.max_image_frames:
             raise refuse(

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from prometheus_client.core import Metric
 
-from llava_ray.deployments.addresses import Resolve, resolve_by_system
+from llava_ray.deployments.addresses import Network
 from llava_ray.deployments.admission import Admission
 from llava_ray.deployments.media import MediaReader
 from llava_ray.deployments.merging import MERGE_S, merged
@@ -29,13 +29,13 @@ class Replica:
     """Wraps an engine that has been started. Knows nothing of Ray, HTTP or OpenAI."""
 
     def __init__(
-        self, engine: Engine, source: ModelSource, settings: ServeSettings, resolve: Resolve = resolve_by_system
+        self, engine: Engine, source: ModelSource, settings: ServeSettings, network: Network | None = None
     ) -> None:
         """Serve ``engine`` under the names of ``source``."""
         self.engine = engine
         self.source = source
         self.admission = Admission(settings.max_num_seqs, settings.max_queued_requests, settings.retry_after_s)
-        self.media = MediaReader(settings, resolve)
+        self.media = MediaReader(settings, network)
         self.metrics = ReplicaMetrics(source.name)
 
     def card(self) -> ModelCard:

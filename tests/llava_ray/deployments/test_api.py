@@ -91,7 +91,9 @@ def test_the_engine_hears_what_was_asked(echo: Service) -> None:
         {"role": "assistant", "content": "a square"},
         *asked["messages"],
     ]
-    assert echo.http.post("/v1/chat/completions", json=asked).json()["choices"][0]["message"]["content"] == "40x30 again"
+    assert (
+        echo.http.post("/v1/chat/completions", json=asked).json()["choices"][0]["message"]["content"] == "40x30 again"
+    )
     heard = echo.engine.seen[-1]
     assert heard.system == "Be brief."
     assert [(turn.role, turn.value) for turn in heard.turns] == [
