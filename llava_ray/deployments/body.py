@@ -11,7 +11,7 @@ from llava_ray.deployments.auth import ApiKey, Guard
 from llava_ray.deployments.refusal import RefusalError, Refused
 
 # Where a key is asked for. The rest is health, or the page, whose own login asks for it.
-GUARDED = ("/v1/", "/metrics", "/openapi.json")
+GUARDED = ("/v1/", "/metrics")
 COUNTED = "/v1/"
 
 

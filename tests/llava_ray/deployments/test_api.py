@@ -12,10 +12,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from serving import EchoEngine, asking, data_uri, picture, served
 
-from llava_ray.deployments.api import Front, build_api
 from llava_ray.deployments.auth import ApiKey, digest
+from llava_ray.deployments.front import build_front
 from llava_ray.deployments.gateway import LocalGateway
 from llava_ray.deployments.replica import Replica
+from llava_ray.deployments.routes import Front
 from llava_ray.deployments.settings import ServeSettings
 
 KEY = "a key of more than sixteen characters"
@@ -45,7 +46,7 @@ def service(engine: EchoEngine | None = None, keys: tuple[ApiKey, ...] = (), **s
     made = ServeSettings.parsed({"model": "echo@somewhere", "max_num_seqs": 4, **settings})
     [source] = made.sources
     front = Front(LocalGateway({source: Replica(engine, source, made)}), made, keys)
-    with served(build_api(front)) as address:
+    with served(build_front(front)) as address:
         yield Service(address, engine)
 
 

@@ -21,10 +21,11 @@ from PIL import Image
 from serving import EchoEngine, asking, data_uri, picture, served
 
 from llava_ray.deployments.addresses import Network, is_public
-from llava_ray.deployments.api import Front, build_api
 from llava_ray.deployments.auth import ApiKey, digest
+from llava_ray.deployments.front import build_front
 from llava_ray.deployments.gateway import LocalGateway
 from llava_ray.deployments.replica import Replica
+from llava_ray.deployments.routes import Front
 from llava_ray.deployments.settings import ServeSettings
 
 KEY = "a key of more than sixteen characters"
@@ -148,7 +149,7 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
         network = Network(resolve, lambda text: text == PUBLIC or is_public(text))
         replica = Replica(engine, source, settings, network)
         front = Front(LocalGateway({source: replica}), settings, [ApiKey("tester", digest(KEY))])
-        with served(build_api(front)) as address:
+        with served(build_front(front)) as address:
             yield Attacked(address, media, folder, visits, engine)
 
 

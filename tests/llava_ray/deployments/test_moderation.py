@@ -9,9 +9,10 @@ from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
 from serving import EchoEngine, asking, data_uri, picture, served
 
-from llava_ray.deployments.api import Front, build_api
+from llava_ray.deployments.front import build_front
 from llava_ray.deployments.gateway import LocalGateway
 from llava_ray.deployments.replica import Replica
+from llava_ray.deployments.routes import Front
 from llava_ray.deployments.settings import ServeSettings
 
 
@@ -38,7 +39,7 @@ def address(heard: list[dict[str, Any]]) -> Iterator[str]:
         settings = ServeSettings.parsed({"model": "echo@x", "moderation_url": f"{moderation}/v1"})
         [source] = settings.sources
         front = Front(LocalGateway({source: Replica(EchoEngine(), source, settings)}), settings)
-        with served(build_api(front)) as service:
+        with served(build_front(front)) as service:
             yield service
 
 
@@ -63,6 +64,6 @@ def test_nothing_is_answered_while_nobody_moderates() -> None:
     [source] = settings.sources
     engine = EchoEngine()
     front = Front(LocalGateway({source: Replica(engine, source, settings)}), settings)
-    with served(build_api(front)) as service:
+    with served(build_front(front)) as service:
         assert httpx.post(f"{service}/v1/chat/completions", json=asking("a square")).status_code == 503
     assert engine.seen == []

@@ -2,18 +2,17 @@
 
 import hashlib
 import uuid
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
+from prometheus_client.core import Metric
 from starlette.exceptions import HTTPException
 
 from llava_ray.deployments.answering import Answer, EventStream, refused_response
 from llava_ray.deployments.auth import ApiKey, Guard
-from llava_ray.deployments.body import AuthMiddleware, BodyMiddleware
 from llava_ray.deployments.gateway import Gateway, find_source
 from llava_ray.deployments.messages import Task, chat_task, completion_task
 from llava_ray.deployments.metrics import IngressMetrics, render
@@ -34,6 +33,8 @@ class Front:
     settings: ServeSettings
     keys: Sequence[ApiKey] = ()
     metrics: IngressMetrics = field(default_factory=IngressMetrics)
+    collect: Callable[[], Awaitable[dict[str, list[Metric]]]] | None = None
+    """Gathers the counts of all processes; by default those of the gateway and of this one."""
 
     def __post_init__(self) -> None:
         """Make what is counted and asked here."""
@@ -117,39 +118,29 @@ class Front:
         models = await self.gateway.ready()
         return JSONResponse({"ready": all(models.values()), "models": models}, 200 if all(models.values()) else 503)
 
-    async def collect(self) -> Response:
+    async def counts(self) -> Response:
         """Write the counts of all processes."""
-        parts = await self.gateway.collect()
-        parts.setdefault("ingress", self.metrics.collect())
+        if self.collect is None:
+            parts = {**await self.gateway.collect(), "ingress": self.metrics.collect()}
+        else:
+            parts = await self.collect()
         return Response(render(parts), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def build_api(front: Front) -> FastAPI:
-    """Return the ASGI app; nothing of it knows Ray."""
-    app = FastAPI(title="llava_ray", docs_url=None, redoc_url=None)
+def add_api(app: FastAPI, front: Front) -> None:
+    """Add the routes of the API."""
     app.add_api_route("/v1/chat/completions", front.chat, methods=["POST"], response_model=None)
     app.add_api_route("/v1/completions", front.complete, methods=["POST"], response_model=None)
     app.add_api_route("/v1/models", front.models, methods=["GET"])
     app.add_api_route("/v1/models/{name:path}", front.one_model, methods=["GET"])
+    app.add_api_route("/metrics", front.counts, methods=["GET"], response_model=None)
+
+
+def add_health(app: FastAPI, front: Front) -> None:
+    """Add what is asked by load balancers, without a key."""
     app.add_api_route("/health", health, methods=["GET"])
     app.add_api_route("/ready", front.ready, methods=["GET"], response_model=None)
     app.add_api_route("/version", told_version, methods=["GET"])
-    app.add_api_route("/metrics", front.collect, methods=["GET"], response_model=None)
-    app.add_exception_handler(RefusalError, on_refusal)
-    app.add_exception_handler(HTTPException, on_http_error)
-    app.add_exception_handler(Exception, on_accident)
-    settings = front.settings
-    # The last one added stands in front of the others.
-    app.add_middleware(BodyMiddleware, settings.max_body_bytes, settings.body_timeout_s, on_refused=front.count_refused)
-    app.add_middleware(AuthMiddleware, front.guard, on_refused=front.count_refused)
-    if settings.cors_allowed_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.cors_allowed_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", SESSION_HEADER],
-        )
-    return app
 
 
 async def health() -> dict[str, str]:
