@@ -4,6 +4,7 @@ import asyncio
 import base64
 import contextlib
 import io
+import os
 import socket
 import threading
 import urllib.parse
@@ -20,6 +21,8 @@ from llava_ray.generate.engine import EngineStats, GenerationChunk, GenerationRe
 
 class EchoEngine:
     """Answers with the sizes of the images and the words of the last question, one word a token.
+
+    PID in a question is said as the process's id.
 
     Follows the Engine protocol. ``max_num_seqs`` answers run at a time, the others wait.
     """
@@ -62,7 +65,7 @@ class EchoEngine:
             raise RecordError(f"{said.count('<image>')} markers, {len(request.images)} images", reason="image_count")
         sizes = ["{}x{}".format(*Image.open(io.BytesIO(data)).size) for data in request.images]
         extra = [request.model] if request.model else []
-        words = [*extra, *sizes, *said.replace("<image>", "").split()]
+        words = [*extra, *sizes, *said.replace("<image>", "").replace("PID", str(os.getpid())).split()]
         num_prompt = len(said.split()) + 16 * len(sizes)
         finished = False
         self.waiting.add(request.request_id)

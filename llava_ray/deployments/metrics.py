@@ -103,6 +103,9 @@ class IngressMetrics:
         self.refused = Counter(
             "llava_ray:http_refused", "Requests refused by the API's front", ("code",), registry=self.registry
         )
+        self.votes = Counter(
+            "llava_ray:votes", "Votes of the page's users", ("model_name", "vote"), registry=self.registry
+        )
         self.responses = Counter(
             "llava_ray:http_responses", "Responses by route and status", ("route", "status"), registry=self.registry
         )

@@ -17,7 +17,7 @@ from llava_ray.deployments.gateway import Gateway, find_source
 from llava_ray.deployments.messages import Task, chat_task, completion_task
 from llava_ray.deployments.metrics import IngressMetrics, render
 from llava_ray.deployments.moderation import Moderator
-from llava_ray.deployments.refusal import RefusalError, Refused
+from llava_ray.deployments.refusal import RefusalError, Refused, refuse
 from llava_ray.deployments.responses import ChatForm, CompletionForm, fingerprint
 from llava_ray.deployments.schema import ChatRequest, CompletionRequest, GenerationFields, read_request
 from llava_ray.deployments.settings import ModelSource, ServeSettings
@@ -48,11 +48,16 @@ class Front:
     async def chat(self, request: Request) -> Response:
         """Answer a chat."""
         asked = read_request(ChatRequest, await request.body())
+        task = await self.checked(asked)
+        form = ChatForm(task.request_id, task.model, asked.logprobs)
+        return self.respond(asked, task, form, request)
+
+    async def checked(self, asked: ChatRequest) -> Task:
+        """Return the task of a chat that may be answered, from the API or the page. Raises RefusalError."""
         task = chat_task(asked, f"chatcmpl-{uuid.uuid4().hex}", self.settings)
         find_source(self.gateway.sources, task.model)
         await self.moderator.check([*(turn.value for turn in task.turns), task.system or ""], list(task.media))
-        form = ChatForm(task.request_id, task.model, asked.logprobs)
-        return self.respond(asked, task, form, request)
+        return task
 
     async def complete(self, request: Request) -> Response:
         """Go on with a text."""
@@ -134,6 +139,8 @@ def add_api(app: FastAPI, front: Front) -> None:
     app.add_api_route("/v1/models", front.models, methods=["GET"])
     app.add_api_route("/v1/models/{name:path}", front.one_model, methods=["GET"])
     app.add_api_route("/metrics", front.counts, methods=["GET"], response_model=None)
+    # The page, mounted at the root, would otherwise answer what the API does not know.
+    app.add_api_route("/v1/{path:path}", unknown_path, methods=["GET", "POST", "PUT", "DELETE"], response_model=None)
 
 
 def add_health(app: FastAPI, front: Front) -> None:
@@ -146,6 +153,11 @@ def add_health(app: FastAPI, front: Front) -> None:
 async def health() -> dict[str, str]:
     """Say that this process answers."""
     return {"status": "ok"}
+
+
+async def unknown_path(request: Request) -> None:
+    """Refuse in OpenAI's form."""
+    raise refuse(404, f"no {request.method} {request.url.path[:200]!r} here", "unknown_path")
 
 
 async def told_version() -> dict[str, str]:

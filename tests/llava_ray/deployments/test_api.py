@@ -159,7 +159,7 @@ def test_health_readiness_and_unknown_paths(echo: Service) -> None:
     missing = echo.http.get("/v1/nothing")
     assert (missing.status_code, error_of(missing)["code"]) == (404, "unknown_path")
     wrong = echo.http.get("/v1/chat/completions")
-    assert (wrong.status_code, error_of(wrong)["code"]) == (405, "method_not_allowed")
+    assert (wrong.status_code, error_of(wrong)["code"]) == (404, "unknown_path")
 
 
 def test_metrics_have_the_names_that_dashboards_know(echo: Service) -> None:
