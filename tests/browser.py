@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 
+PATIENCE_S = 60.0  # a busy machine draws slowly
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the W3C's name for a reference to one
 ENTER, ESCAPE, TAB, CONTROL = "\ue007", "\ue00c", "\ue004", "\ue009"
 
@@ -50,13 +51,18 @@ class Browser:
 
     def resize(self, width: int, height: int) -> None:
         """The page's own size: a window cannot be as narrow as a phone."""
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 2 if width < 600 else 1, "mobile": width < 600}
+        metrics = {
+            "width": width,
+            "height": height,
+            "deviceScaleFactor": 2 if width < 600 else 1,
+            "mobile": width < 600,
+        }
         self.call("goog/cdp/execute", cmd="Emulation.setDeviceMetricsOverride", params=metrics)
 
     def run(self, script: str, *arguments: Any) -> Any:
         return self.call("execute/sync", script=script, args=list(arguments))
 
-    def find(self, selector: str, seconds: float = 20) -> str:
+    def find(self, selector: str, seconds: float = PATIENCE_S) -> str:
         return self.until(lambda: self.call("element", using="css selector", value=selector)[ELEMENT], seconds)
 
     def click(self, selector: str) -> None:
@@ -71,12 +77,14 @@ class Browser:
         self.call("actions", actions=[{"type": "key", "id": "keys", "actions": strokes}])
 
     def text(self, selector: str) -> str:
-        return self.run("const it = document.querySelector(arguments[0]); return it ? it.innerText : ''", selector) or ""
+        return (
+            self.run("const it = document.querySelector(arguments[0]); return it ? it.innerText : ''", selector) or ""
+        )
 
     def enabled(self, selector: str) -> bool:
         return bool(self.run("const it = document.querySelector(arguments[0]); return !!it && !it.disabled", selector))
 
-    def until(self, condition: Callable[[], Any], seconds: float = 20) -> Any:
+    def until(self, condition: Callable[[], Any], seconds: float = PATIENCE_S) -> Any:
         """Wait for something true; a missing element is not yet."""
         end, problem = time.monotonic() + seconds, ""
         while time.monotonic() < end:
@@ -86,7 +94,9 @@ class Browser:
             except LookupError as error:
                 problem = str(error)
             time.sleep(0.05)
-        raise AssertionError(f"did not happen within {seconds} s; {problem}; the page says:\n{self.text('body')[:3000]}")
+        raise AssertionError(
+            f"did not happen within {seconds} s; {problem}; the page says:\n{self.text('body')[:3000]}"
+        )
 
     def screenshot(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from llava_ray.deployments.routes import Front
 
 History = list[dict[str, Any]]
 
-VOTES: dict[str, Kind] = {"👍 Upvote": "upvote", "👎 Downvote": "downvote", "⚠️ Flag": "flag"}
+VOTES: dict[str, Kind] = {"Upvote": "upvote", "Downvote": "downvote", "Flag": "flag"}
 TERMS = (
     "The model may be wrong, and may say what hurts. Do not show it what is not yours to show. "
     "Enter sends, Shift+Enter breaks the line, Esc stops."
@@ -69,16 +69,26 @@ class ChatPage:
         """Place everything, in the order in which Tab visits it."""
         with gr.Row(elem_id="top"):
             gr.Markdown(f"# {self.settings.page_title}", elem_id="title")
-            self.model = gr.Dropdown(self.names, value=self.names[0], label="Model", elem_id="model", interactive=True)
+            self.model = gr.Dropdown(
+                self.names,
+                value=self.names[0],
+                label="Model",
+                elem_id="model",
+                show_label=False,
+                container=False,
+                min_width=160,
+                interactive=True,
+            )
         self.chat = gr.Chatbot(
             elem_id="chat",
             label="Conversation",
+            show_label=False,
             placeholder="Ask something, about images or not.",
             examples=draw_examples(),
             buttons=["copy"],
             feedback_options=None,
         )
-        self.status = gr.HTML(elem_id="status")
+        self.status = gr.HTML(elem_id="status", padding=False)
         self.box = gr.MultimodalTextbox(
             elem_id="box",
             label="Your question",
@@ -91,12 +101,12 @@ class ChatPage:
             max_plain_text_length=self.settings.max_text_chars,
         )
         with gr.Row(elem_id="actions"):
-            self.stop = gr.Button("⏹️ Stop", elem_id="stop", interactive=False, variant="stop")
-            self.again = gr.Button("🔄 Regenerate", elem_id="again", interactive=False)
-            self.edit = gr.Button("✏️ Edit", elem_id="edit", interactive=False)
-            self.clear = gr.Button("🗑️ Clear", elem_id="clear")
-            self.votes = [gr.Button(label, elem_id=vote, interactive=False) for label, vote in VOTES.items()]
-            self.export = gr.Button("💾 Export", elem_id="export", interactive=False)
+            self.stop = gr.Button("Stop", elem_id="stop", interactive=False, variant="stop", size="sm")
+            self.again = gr.Button("Regenerate", elem_id="again", interactive=False, size="sm")
+            self.edit = gr.Button("Edit", elem_id="edit", interactive=False, size="sm")
+            self.clear = gr.Button("Clear", elem_id="clear", size="sm")
+            self.votes = [gr.Button(label, elem_id=vote, interactive=False, size="sm") for label, vote in VOTES.items()]
+            self.export = gr.Button("Export", elem_id="export", interactive=False, size="sm")
         self.written = gr.Textbox(visible=False)
         with gr.Accordion("Parameters", open=False, elem_id="parameters"):
             self.temperature = gr.Slider(0, 1, 0.2, step=0.1, label="Temperature", elem_id="temperature")
@@ -128,7 +138,13 @@ class ChatPage:
         self.again.click(self.take_back, self.chat, self.chat, **hidden).success(**answer)
         self.stop.click(self.end, None, None, **hidden)
         self.edit.click(self.edit_last, self.chat, [self.chat, self.box, self.status, *buttons], **hidden)
-        self.clear.click(self.start_anew, None, [self.chat, self.box, self.status, *buttons], **hidden)
+        gr.on(
+            [self.clear.click, self.chat.clear],
+            self.start_anew,
+            None,
+            [self.chat, self.box, self.status, *buttons],
+            **hidden,
+        )
         for button, vote in zip(self.votes, VOTES.values(), strict=True):
             button.click(self.voting(vote), [self.chat, *asked], [self.status, *self.votes], **hidden)
         self.export.click(self.write_down, [self.chat, *asked], self.written, **hidden).success(
@@ -243,4 +259,4 @@ def buttons_while(*, writing: bool = False, answered: bool = False, complete: bo
 
 def failure(error: RefusalError) -> str:
     """Say what failed, for the eye and for screen readers."""
-    return f'<span class="failed" role="alert">⚠️ {escape(error.refused.message)}</span>'
+    return f'<span class="failed" role="alert">{escape(error.refused.message)}</span>'

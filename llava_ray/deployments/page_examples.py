@@ -21,8 +21,8 @@ def draw_examples(folder: Path | None = None) -> list[ExampleMessage]:
     draw_shapes().save(shapes)
     draw_chart().save(chart)
     return [
-        {"text": "What shape is in this image, and what colour is it?", "files": [str(shapes)]},
-        {"text": "Which bar of this chart is the highest?", "files": [str(chart)]},
+        {"text": "What shape is in this image, and what colour is it?", "files": [str(shapes)], "icon": str(shapes)},
+        {"text": "Which bar of this chart is the highest?", "files": [str(chart)], "icon": str(chart)},
     ]
 
 
