@@ -72,13 +72,15 @@ class Ingress:
         self,
         settings: ServeSettings,
         keys: Sequence[ApiKey],
-        handles: Mapping[str, DeploymentHandle],
+        handles: Mapping[str, DeploymentHandle] | None,
         *,
         with_api: bool,
         with_page: bool,
     ) -> None:
-        """Take a handle for each model, by its name."""
+        """Take a handle for each model, by its name; without them, those of the application ``settings.api_app``."""
         self.with_api, self.with_page = with_api, with_page
+        if handles is None:
+            handles = {source.name: handle_elsewhere(source, settings) for source in settings.sources}
         self.gateway = ServeGateway({source: handles[source.name] for source in settings.sources}, settings)
         self.front = Front(self.gateway, settings, keys, collect=self.collect_all)
 
@@ -108,7 +110,7 @@ def api(args: dict[str, Any]) -> Application:
 
 
 def page(args: dict[str, Any]) -> Application:
-    """The page alone, in one replica: its queue and uploads live in one process."""
+    """The page alone, in one replica, over the models of an ``api`` application: one queue for both."""
     return application(args, with_api=False, with_page=True)
 
 
@@ -116,8 +118,9 @@ def application(args: dict[str, Any], *, with_api: bool, with_page: bool) -> App
     """Bind ingress and models. Raises ConfigError for settings, keys or paths that cannot be used."""
     settings = found(ServeSettings.parsed(args))
     keys = read_api_keys(settings.api_keys_file)
-    models = {source.name: model_deployment(source, settings) for source in settings.sources}
-    ingress = serve.deployment(Ingress, name="page" if with_page and not with_api else "api").options(
+    alone = with_page and not with_api
+    models = None if alone else {source.name: model_deployment(source, settings) for source in settings.sources}
+    ingress = serve.deployment(Ingress, name="page" if alone else "api").options(
         ray_actor_options={"num_cpus": INGRESS_CPUS},
         max_ongoing_requests=INGRESS_CALLS,
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
@@ -138,7 +141,7 @@ def model_deployment(source: ModelSource, settings: ServeSettings) -> Applicatio
     resources: dict[str, Any] = {"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus}
     if settings.accelerator_type is not None:
         resources["accelerator_type"] = settings.accelerator_type
-    deployment = serve.deployment(ModelDeployment, name=f"model-{source.name}").options(
+    deployment = serve.deployment(ModelDeployment, name=deployment_name(source)).options(
         ray_actor_options=resources,
         max_ongoing_requests=settings.max_num_seqs + settings.max_queued_requests + SPARE_CALLS,
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
@@ -149,6 +152,16 @@ def model_deployment(source: ModelSource, settings: ServeSettings) -> Applicatio
     )
     bound: Application = deployment.bind(source, settings)
     return bound
+
+
+def deployment_name(source: ModelSource) -> str:
+    """Return what Serve calls a model's deployment."""
+    return f"model-{source.name}"
+
+
+def handle_elsewhere(source: ModelSource, settings: ServeSettings) -> DeploymentHandle:
+    """Return a handle to another application's model; Serve starts this replica again until that is there."""
+    return serve.get_deployment_handle(deployment_name(source), settings.api_app)
 
 
 def scaling(settings: ServeSettings, at_least: int, at_most: int, target: float) -> dict[str, Any]:

@@ -15,6 +15,13 @@ GUARDED = ("/v1/", "/metrics")
 COUNTED = "/v1/"
 
 
+def route_path(scope: Scope) -> str:
+    """Return the path that routes are matched by: without the prefix under which Serve mounts the application."""
+    path, prefix = str(scope["path"]), str(scope.get("root_path", ""))
+    rest = path.removeprefix(prefix)
+    return rest if rest.startswith("/") or not rest else path
+
+
 async def send_refused(refused: Refused, send: Send) -> None:
     """Answer with a refusal."""
     body = json.dumps(refused.body()).encode()
@@ -42,10 +49,10 @@ class AuthMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the request through, or answer 401 or 429."""
-        if scope["type"] != "http" or not scope["path"].startswith(GUARDED) or scope["method"] == "OPTIONS":
+        if scope["type"] != "http" or not route_path(scope).startswith(GUARDED) or scope["method"] == "OPTIONS":
             await self.app(scope, receive, send)
             return
-        found = self.check(Headers(scope=scope).get("authorization", ""), counted=scope["path"].startswith(COUNTED))
+        found = self.check(Headers(scope=scope).get("authorization", ""), counted=route_path(scope).startswith(COUNTED))
         if isinstance(found, Refused):
             self.on_refused(found)
             await send_refused(found, send)
@@ -82,7 +89,7 @@ class BodyMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the request through with its body, or answer 413 (from the header alone, if it says so) or 408."""
-        if scope["type"] != "http" or not scope["path"].startswith(GUARDED):
+        if scope["type"] != "http" or not route_path(scope).startswith(GUARDED):
             await self.app(scope, receive, send)
             return
         try:

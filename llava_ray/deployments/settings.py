@@ -1,6 +1,6 @@
 """What a service is told when it starts: every key of ``serve run llava_ray.deployments:app key=value``."""
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import AliasChoices, BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import model_validator as validator_of_whole
@@ -28,8 +28,8 @@ class ServeSettings(Section):
     """LoRA folders over the first model's base, ``NAME@PATH`` or PATH: each is a model of its own in requests."""
     engine: str = "builtin"
     """"builtin", "vllm", or "module:function": called with a ModelSource and these settings, it returns an Engine."""
-    dtype: str = "auto"
-    """Precision of the weights: "float32", "bfloat16", "float16"; auto is bfloat16 on a GPU and float32 without one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the weights; auto is bfloat16 on a GPU and float32 without one."""
     max_num_seqs: PositiveInt = 32
     """Answers that a replica writes at the same time."""
     max_model_len: PositiveInt | None = None
@@ -45,6 +45,8 @@ class ServeSettings(Section):
     """Copies of the API's front that are always there (``api`` only)."""
     max_ingress_replicas: PositiveInt = 4
     """Copies of the API's front at most (``api`` only)."""
+    api_app: str = "api"
+    """Name of the application whose models the page asks (``page`` only)."""
     target_ongoing_requests: PositiveFloat = 16.0
     """Requests running and waiting that a replica should have: more of them start another, fewer stop one."""
     upscale_delay_s: NonNegativeFloat = 5.0
