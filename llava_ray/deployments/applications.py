@@ -21,6 +21,7 @@ from llava_ray.deployments.replica import Piece, Replica
 from llava_ray.deployments.routes import Front
 from llava_ray.deployments.routing import SessionRouter
 from llava_ray.deployments.settings import ModelSource, ServeSettings
+from llava_ray.deployments.tracing import traced
 from llava_ray.generate.engine import ModelCard
 
 # Serve kills a replica at the third failure in a row: after 30 s, as the original's controller forgot a worker.
@@ -81,7 +82,8 @@ class Ingress:
         self.with_api, self.with_page = with_api, with_page
         if handles is None:
             handles = {source.name: handle_elsewhere(source, settings) for source in settings.sources}
-        self.gateway = ServeGateway({source: handles[source.name] for source in settings.sources}, settings)
+        handles_of = {source: handles[source.name] for source in settings.sources}
+        self.gateway = traced(ServeGateway(handles_of, settings), settings.mlflow_tracking_uri)
         self.front = Front(self.gateway, settings, keys, collect=self.collect_all)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -5,6 +5,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import openai
@@ -18,6 +19,7 @@ from llava_ray.deployments.gateway import LocalGateway
 from llava_ray.deployments.replica import Replica
 from llava_ray.deployments.routes import Front
 from llava_ray.deployments.settings import ServeSettings
+from llava_ray.deployments.tracing import traced
 
 KEY = "a key of more than sixteen characters"
 
@@ -265,3 +267,21 @@ def test_cors_is_closed_until_an_origin_is_named(echo: Service) -> None:
     with service(cors_allowed_origins="https://page.example") as opened:
         allowed = opened.http.options("/v1/chat/completions", headers=asked).headers
         assert allowed["access-control-allow-origin"] == "https://page.example"
+
+
+def test_traces_hold_figures_and_no_texts(tmp_path: Path) -> None:
+    import mlflow
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    settings = ServeSettings.parsed({"model": "echo@somewhere"})
+    [source] = settings.sources
+    gateway = traced(LocalGateway({source: Replica(EchoEngine(), source, settings)}), uri)
+    with served(build_front(Front(gateway, settings))) as address:
+        httpx.post(f"{address}/v1/chat/completions", json=asking("a secret word", data_uri(picture())))
+        httpx.post(f"{address}/v1/chat/completions", json=asking("what?", data_uri(b"no image")))
+    mlflow.flush_trace_async_logging()
+    traces = mlflow.search_traces(return_type="list")
+    spans = sorted((trace.data.spans[0] for trace in traces), key=lambda span: span.start_time_ns)
+    assert [span.attributes["end"] for span in spans] == ["stop", "image_unreadable"]
+    assert (spans[0].attributes["generation_tokens"], spans[0].attributes["num_images"]) == (4, 1)
+    assert "secret" not in str([trace.to_json() for trace in traces])
