@@ -84,6 +84,7 @@ class Ingress:
             handles = {source.name: handle_elsewhere(source, settings) for source in settings.sources}
         handles_of = {source: handles[source.name] for source in settings.sources}
         self.gateway = traced(ServeGateway(handles_of, settings), settings.mlflow_tracking_uri)
+        self.fronts: DeploymentHandle | None = None
         self.front = Front(self.gateway, settings, keys, collect=self.collect_all)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -96,9 +97,10 @@ class Ingress:
 
     async def collect_all(self) -> dict[str, list[Metric]]:
         """Return the counts of all replicas, and of all copies of this front."""
-        here = serve.get_replica_context()
-        fronts = await gathered(serve.get_deployment_handle(here.deployment, here.app_name))
-        return {**await self.gateway.collect(), **fronts}
+        if self.fronts is None:  # a handle keeps a router: one is enough
+            here = serve.get_replica_context()
+            self.fronts = serve.get_deployment_handle(here.deployment, here.app_name)
+        return {**await self.gateway.collect(), **await gathered(self.fronts)}
 
 
 def app(args: dict[str, Any]) -> Application:

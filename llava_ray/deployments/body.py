@@ -71,7 +71,7 @@ class AuthMiddleware:
 class BodyMiddleware:
     """Reads the bodies of the API whole, within a size and a time, before the route runs.
 
-    The page's uploads have the limits that Gradio gives them.
+    What the page sends is only counted on its way: Gradio reads it in its own ways, and bounds each file.
     """
 
     def __init__(
@@ -79,18 +79,23 @@ class BodyMiddleware:
         app: ASGIApp,
         max_bytes: int,
         timeout_s: float,
+        max_page_bytes: int,
         on_refused: Callable[[Refused], None] = lambda refused: None,
     ) -> None:
         """Keep the limits."""
         self.app = app
         self.max_bytes = max_bytes
         self.timeout_s = timeout_s
+        self.max_page_bytes = max_page_bytes
         self.on_refused = on_refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the request through with its body, or answer 413 (from the header alone, if it says so) or 408."""
-        if scope["type"] != "http" or not route_path(scope).startswith(GUARDED):
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
+            return
+        if not route_path(scope).startswith(GUARDED):
+            await self.app(scope, counted(receive, self.max_page_bytes), send)
             return
         try:
             async with asyncio.timeout(self.timeout_s):
@@ -129,6 +134,19 @@ class BodyMiddleware:
         """Count and answer."""
         self.on_refused(refused)
         await send_refused(refused, send)
+
+
+def counted(receive: Receive, max_bytes: int) -> Receive:
+    """Pass a body on until it has become too long; then its client has gone, as far as the app can tell."""
+    left = max_bytes
+
+    async def receive_less() -> Message:
+        nonlocal left
+        message = await receive()
+        left -= len(message.get("body", b""))
+        return message if left >= 0 else {"type": "http.disconnect"}
+
+    return receive_less
 
 
 def replayed(body: bytes, receive: Receive) -> Receive:

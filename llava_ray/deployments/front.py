@@ -28,15 +28,20 @@ def build_front(front: Front, *, with_api: bool = True, with_page: bool = False)
     app.add_exception_handler(Exception, on_accident)
     settings = front.settings
     # The last one added stands in front of the others.
-    app.add_middleware(BodyMiddleware, settings.max_body_bytes, settings.body_timeout_s, on_refused=front.count_refused)
+    app.add_middleware(
+        BodyMiddleware,
+        settings.max_body_bytes,
+        settings.body_timeout_s,
+        max_page_bytes=settings.max_images * settings.max_image_bytes + settings.max_body_bytes,
+        on_refused=front.count_refused,
+    )
     app.add_middleware(AuthMiddleware, front.guard, on_refused=front.count_refused)
-    if settings.cors_allowed_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.cors_allowed_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", SESSION_HEADER],
-        )
+    app.add_middleware(  # without origins too: Gradio would otherwise let every one into the page
+        CORSMiddleware,
+        allow_origins=settings.cors_allowed_origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["authorization", "content-type", SESSION_HEADER],
+    )
     if with_page:
         from llava_ray.deployments.chat_page import mount_page  # Gradio takes seconds to import, and not all want it
 

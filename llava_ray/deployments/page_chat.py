@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from llava_ray.deployments.refusal import refuse
 from llava_ray.deployments.replica import Piece
 from llava_ray.deployments.responses import Choice
 from llava_ray.deployments.schema import ChatRequest, in_words
@@ -99,9 +100,13 @@ def export(history: Sequence[Shown], parameters: Parameters) -> str:
 
 
 def data_uri(path: str) -> str:
-    """Write a file as a data URI."""
+    """Write a file as a data URI. Raises RefusalError: uploads are deleted after a day."""
     kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
-    return f"data:{kind};base64,{base64.b64encode(Path(path).read_bytes()).decode()}"
+    try:
+        data = Path(path).read_bytes()
+    except OSError:
+        raise refuse(400, "an image of this chat is no longer here; attach it again", "media_local") from None
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def last_question(history: Sequence[Shown]) -> int:

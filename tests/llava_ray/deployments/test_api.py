@@ -12,6 +12,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from serving import EchoEngine, asking, data_uri, picture, served
+from starlette.types import Receive, Scope, Send
 
 from llava_ray.deployments.auth import ApiKey, digest
 from llava_ray.deployments.front import build_front
@@ -250,6 +251,30 @@ def test_keys_are_asked_for_everywhere_but_at_health() -> None:
         assert [model.id for model in guarded.openai.models.list()] == ["echo"]
 
 
+def test_keys_are_asked_for_under_a_prefix_too() -> None:
+    """Serve mounts an application under its route_prefix by telling it a root_path."""
+    settings = ServeSettings.parsed({"model": "echo@somewhere"})
+    [source] = settings.sources
+    gateway = LocalGateway({source: Replica(EchoEngine(), source, settings)})
+    front = build_front(Front(gateway, settings, (ApiKey("alice", digest(KEY)),)))
+
+    async def mounted(scope: Scope, receive: Receive, send: Send) -> None:
+        await front({**scope, "root_path": "/llava"}, receive, send)
+
+    async def statuses() -> list[int]:
+        transport = httpx.ASGITransport(mounted)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            right = {"authorization": f"Bearer {KEY}"}
+            return [
+                (await client.get("/llava/health")).status_code,
+                (await client.get("/llava/v1/models")).status_code,
+                (await client.get("/llava/v1/models", headers=right)).status_code,
+                (await client.get("/llava/metrics")).status_code,
+            ]
+
+    assert asyncio.run(statuses()) == [200, 401, 200, 401]
+
+
 def test_each_key_has_a_rate_of_its_own() -> None:
     keys = (ApiKey("alice", digest(KEY), requests_per_minute=4), ApiKey("bob", digest(KEY + "b")))
     with service(keys=keys) as guarded:
@@ -264,6 +289,7 @@ def test_each_key_has_a_rate_of_its_own() -> None:
 def test_cors_is_closed_until_an_origin_is_named(echo: Service) -> None:
     asked = {"origin": "https://page.example", "access-control-request-method": "POST"}
     assert "access-control-allow-origin" not in echo.http.options("/v1/chat/completions", headers=asked).headers
+    assert "access-control-allow-origin" not in echo.http.get("/v1/models", headers=asked).headers
     with service(cors_allowed_origins="https://page.example") as opened:
         allowed = opened.http.options("/v1/chat/completions", headers=asked).headers
         assert allowed["access-control-allow-origin"] == "https://page.example"

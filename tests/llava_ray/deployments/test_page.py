@@ -58,6 +58,7 @@ class Page:
         path = self.folder / f"{colour}.png"
         path.write_bytes(picture(*size, colour=colour))
         before = self.browser.run("return document.querySelectorAll('#box img').length")
+        self.browser.run("document.querySelector('#box input[type=file]').value = ''")  # the driver would add to it
         self.browser.type("#box input[type=file]", str(path))
         self.browser.until(lambda: self.browser.run("return document.querySelectorAll('#box img').length") > before)
 

@@ -58,6 +58,11 @@ def test_a_question_that_the_api_would_refuse_is_refused_in_the_same_words() -> 
         chat_request(questions({"text": "what?"}), Parameters("llava", 3.0))
 
 
+def test_an_image_that_was_deleted_is_asked_for_again(tmp_path: Path) -> None:
+    with pytest.raises(RefusalError, match="attach it again"):
+        chat_request(questions({"text": "what?", "files": [str(tmp_path / "gone.png")]}), PARAMETERS)
+
+
 def test_an_export_is_a_request_that_can_be_sent(red: str) -> None:
     history = questions({"text": "what?", "files": [red]})
     assert ChatRequest.model_validate_json(export(history, PARAMETERS)) == chat_request(history, PARAMETERS).model_copy(
