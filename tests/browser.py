@@ -15,7 +15,7 @@ import httpx
 
 PATIENCE_S = 60.0  # a busy machine draws slowly
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the W3C's name for a reference to one
-ENTER, ESCAPE, TAB, CONTROL = "\ue007", "\ue00c", "\ue004", "\ue009"
+ENTER, ESCAPE, DOWN = "\ue007", "\ue00c", "\ue015"
 
 FLAGS = [
     "--headless",

@@ -61,8 +61,9 @@ class EchoEngine:
         if self.broken is not None:
             raise ModelError(self.broken)
         said = request.turns[-1].value if request.turns else request.prompt or ""
-        if said.count("<image>") != len(request.images):
-            raise RecordError(f"{said.count('<image>')} markers, {len(request.images)} images", reason="image_count")
+        markers = sum(turn.value.count("<image>") for turn in request.turns)
+        if markers != len(request.images):
+            raise RecordError(f"{markers} markers, {len(request.images)} images", reason="image_count")
         sizes = ["{}x{}".format(*Image.open(io.BytesIO(data)).size) for data in request.images]
         extra = [request.model] if request.model else []
         words = [*extra, *sizes, *said.replace("<image>", "").replace("PID", str(os.getpid())).split()]

@@ -20,7 +20,7 @@ button:focus-visible, input:focus-visible, textarea:focus-visible, [role=button]
 }
 /* Gradio scopes what stands in a media query to the inside of its own containers. */
 @media (max-width: 40rem) {
-  #chat { height: calc(100dvh - 20rem) !important; }
+  #chat { height: calc(100dvh - 22.5rem) !important; }
   #actions button { flex: 1 1 22%; min-width: 4.4rem; padding: .3rem .1rem; font-size: .78rem; }
 }
 """

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import ENTER, ESCAPE, Browser, chromium
+from browser import DOWN, ENTER, ESCAPE, Browser, chromium
 from serving import EchoEngine, picture, served
 
 from llava_ray.deployments.auth import ApiKey, digest
@@ -22,11 +22,6 @@ pytestmark = pytest.mark.browser
 LAST_ANSWER = """
 const all = document.querySelectorAll('#chat .bot.message');
 return all.length ? all[all.length - 1].innerText.trim() : '';
-"""
-CHOOSE = """
-const it = [...document.querySelectorAll('[role=option]')].find(e => e.innerText.includes(arguments[0]));
-if (it) it.dispatchEvent(new MouseEvent('mousedown', {bubbles: true}));
-return !!it;
 """
 CATCH_DOWNLOAD = """
 window.saved = null;
@@ -194,7 +189,7 @@ def test_votes_and_flags_are_kept_only_with_consent(fresh: Page) -> None:
 
 def test_another_model_answers(fresh: Page) -> None:
     fresh.browser.click("#model input")
-    fresh.browser.until(lambda: fresh.browser.run(CHOOSE, "parrot"))
+    fresh.browser.press(DOWN, ENTER)
     fresh.browser.until(lambda: fresh.browser.run("return document.querySelector('#model input').value") == "parrot")
     fresh.ask("who are you?")
     fresh.is_done("who are you?")
