@@ -6,13 +6,16 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 EXTRAS := dev,quickstart,report,qlora
 
-.PHONY: help quickstart test verify lint benchmark clean
+.PHONY: help quickstart serve test verify lint benchmark clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 quickstart: $(READY)  ## Train a small real LLaVA on this machine and show what it learnt
 	$(BIN)/python pipelines/quickstart.py
+
+serve: $(READY)  ## Serve the quickstart's model: API and page on http://127.0.0.1:8000
+	$(BIN)/serve run llava_ray.deployments:app model=runs/quickstart/model
 
 test: $(READY) lint  ## Everything CI runs, at most 20 minutes
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not slow and not verify and not gpu"

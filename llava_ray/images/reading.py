@@ -128,6 +128,14 @@ def check_image(data: bytes, name: str, *, max_pixels: int) -> tuple[int, int]:
     return (height, width) if _orientation(image) in SIDEWAYS else (width, height)
 
 
+def check_header(data: bytes, name: str, *, max_pixels: int) -> tuple[int, int]:
+    """Return (width, height) as the file's header has them; nothing is decoded.
+
+    Raises ImageError: ``image_too_large``, ``image_truncated`` or ``image_unreadable``.
+    """
+    return _open(data, name, max_pixels).size
+
+
 def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
     """Bring a decoded image of any mode to RGB; transparent pixels are laid on white.
 

@@ -1,0 +1,5 @@
+"""The service. ``app`` is API and page in one ingress, ``api`` and ``page`` are separate ones for clusters."""
+
+from llava_ray.deployments.applications import api, app, page
+
+__all__ = ["api", "app", "page"]

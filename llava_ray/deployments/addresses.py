@@ -1,0 +1,98 @@
+"""Which addresses may be connected to: names are resolved here, once, and what was checked is what is dialled."""
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from yarl import URL
+
+from llava_ray.deployments.refusal import refuse
+
+# Names to addresses, as text: the system's, or a test's own.
+Resolve = Callable[[str, int], Awaitable[list[str]]]
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+# What Python's is_global still counts as global, and leads elsewhere: IPv4 inside IPv6 (6to4, Teredo, NAT64).
+TRANSLATED = tuple(ipaddress.ip_network(text) for text in ("2002::/16", "2001::/32", "64:ff9b::/96", "64:ff9b:1::/48"))
+
+DEFAULT_PORTS = (80, 443)
+
+
+async def resolve_by_system(host: str, port: int) -> list[str]:
+    """Ask the system's resolver, off the event loop. Raises OSError."""
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [str(address[0]) for *_, address in found]
+
+
+def is_public(text: str) -> bool:
+    """Whether an address belongs to the internet, not to this machine, its network or a protocol's own range."""
+    address: Address = ipaddress.ip_address(text.partition("%")[0])
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped is not None:
+            return is_public(str(address.ipv4_mapped))
+        if any(address in network for network in TRANSLATED):
+            return False
+    return address.is_global and not address.is_multicast and not address.is_reserved
+
+
+def check_domain(url: URL, allowed: tuple[str, ...]) -> None:
+    """Raise RefusalError unless the URL's host (and port, other than 80 and 443) is among the allowed ones."""
+    if url.scheme not in ("http", "https") or not url.host:
+        raise refuse(
+            400,
+            f"image address of scheme {url.scheme[:20]!r}: expected data:, http: or https:",
+            "media_scheme",
+            "messages",
+        )
+    if url.user is not None or url.password is not None:
+        raise refuse(400, "image address with a user name or password: leave it out", "media_credentials", "messages")
+    host = (url.raw_host or "").lower().rstrip(".")
+    if not any(matches(host, url.port, entry.lower()) for entry in allowed):
+        raise refuse(
+            400,
+            f"images from {host[:100]!r} (port {url.port}) are not fetched here; send a data: URI, or have the service "
+            "started with the host in allowed_media_domains",
+            "media_domain",
+            "messages",
+        )
+
+
+def matches(host: str, port: int | None, entry: str) -> bool:
+    """Whether ``entry`` (``host``, ``.domain`` or either with ``:port``) lets this host and port in."""
+    name, _, wanted = entry.rpartition(":") if entry.rpartition(":")[2].isdigit() else (entry, "", "")
+    fits = host.endswith(name) and len(host) > len(name) if name.startswith(".") else host == name.strip("[]")
+    return fits and (port == int(wanted) if wanted else port in DEFAULT_PORTS)
+
+
+@dataclass(frozen=True)
+class Network:
+    """How names become addresses, and which of those are the internet's: the system's view, or a test's own."""
+
+    resolve: Resolve = resolve_by_system
+    is_public: Callable[[str], bool] = is_public
+
+
+async def checked_address(url: URL, network: Network, *, allow_private: bool) -> str:
+    """Return an address of the URL's host that may be connected to.
+
+    Raises RefusalError if one of its addresses is not public: a name with two faces is not trusted with either.
+    """
+    host, port = url.raw_host or "", url.port or 0
+    try:
+        addresses = await network.resolve(host, port)
+    except (OSError, UnicodeError):
+        addresses = []
+    if not addresses:
+        raise refuse(422, f"image host {host[:100]!r} has no address", "media_unresolved", "messages")
+    if not allow_private and not all(network.is_public(address) for address in addresses):
+        raise refuse(
+            400,
+            f"image host {host[:100]!r} leads to an address that is not public; none is contacted",
+            "media_address",
+            "messages",
+        )
+    return addresses[0]

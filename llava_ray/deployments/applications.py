@@ -1,0 +1,201 @@
+"""The applications of Ray Serve: one deployment a model, and an ingress in front of them all."""
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from prometheus_client.core import Metric
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
+
+from llava_ray.deployments.auth import ApiKey, read_api_keys
+from llava_ray.deployments.engines import make_engine
+from llava_ray.deployments.front import build_front
+from llava_ray.deployments.handles import ServeGateway, gathered
+from llava_ray.deployments.messages import Task
+from llava_ray.deployments.refusal import Refused
+from llava_ray.deployments.replica import Piece, Replica
+from llava_ray.deployments.routes import Front
+from llava_ray.deployments.routing import SessionRouter
+from llava_ray.deployments.settings import ModelSource, ServeSettings
+from llava_ray.deployments.tracing import traced
+from llava_ray.generate.engine import ModelCard
+
+# Serve kills a replica at the third failure in a row: after 30 s, as the original's controller forgot a worker.
+HEALTH = {"health_check_period_s": 5, "health_check_timeout_s": 10}
+
+# Calls beyond a replica's own bound that Serve lets through to it, to be refused there and at once.
+SPARE_CALLS = 256
+INGRESS_CALLS = 2000
+CALLS_PER_INGRESS = 100.0
+INGRESS_CPUS = 0.1
+
+
+class ModelDeployment:
+    """A replica of a model on a Ray worker."""
+
+    async def __init__(self, source: ModelSource, settings: ServeSettings) -> None:  # type: ignore[misc]
+        """Load the model; Serve awaits this in the replica's own loop. Raises ModelError, ConfigError."""
+        self.engine = make_engine(source, settings)
+        await self.engine.start()
+        self.replica = Replica(self.engine, source, settings)
+
+    async def run(self, task: Task) -> AsyncGenerator[Refused | list[Piece], None]:
+        """Stream an answer."""
+        async for item in self.replica.run(task):
+            yield item
+
+    async def card(self) -> ModelCard:
+        """Return what the model is able to do."""
+        return self.replica.card()
+
+    async def collect(self) -> tuple[str, list[Metric]]:
+        """Return this replica's name and counts."""
+        return serve.get_replica_context().replica_id.unique_id, self.replica.collect()
+
+    async def check_health(self) -> None:
+        """Raise ModelError if the engine can no longer answer."""
+        self.replica.check_health()
+
+    async def __del__(self) -> None:
+        """Free the model."""
+        await self.engine.stop()
+
+
+@serve.ingress()
+class Ingress:
+    """The front: HTTP API, page, or both, over handles to the models."""
+
+    def __init__(
+        self,
+        settings: ServeSettings,
+        keys: Sequence[ApiKey],
+        handles: Mapping[str, DeploymentHandle] | None,
+        *,
+        with_api: bool,
+        with_page: bool,
+    ) -> None:
+        """Take a handle for each model, by its name; without them, those of the application ``settings.api_app``."""
+        self.with_api, self.with_page = with_api, with_page
+        if handles is None:
+            handles = {source.name: handle_elsewhere(source, settings) for source in settings.sources}
+        handles_of = {source: handles[source.name] for source in settings.sources}
+        self.gateway = traced(ServeGateway(handles_of, settings), settings.mlflow_tracking_uri)
+        self.fronts: DeploymentHandle | None = None
+        self.front = Front(self.gateway, settings, keys, collect=self.collect_all)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Return what answers HTTP."""
+        return build_front(self.front, with_api=self.with_api, with_page=self.with_page)
+
+    async def collect(self) -> tuple[str, list[Metric]]:
+        """Return this process's name and counts."""
+        return serve.get_replica_context().replica_id.unique_id, self.front.metrics.collect()
+
+    async def collect_all(self) -> dict[str, list[Metric]]:
+        """Return the counts of all replicas, and of all copies of this front."""
+        if self.fronts is None:  # a handle keeps a router: one is enough
+            here = serve.get_replica_context()
+            self.fronts = serve.get_deployment_handle(here.deployment, here.app_name)
+        return {**await self.gateway.collect(), **await gathered(self.fronts)}
+
+
+def app(args: dict[str, Any]) -> Application:
+    """API and page in one ingress of one replica: ``serve run llava_ray.deployments:app model=PATH``."""
+    return application(args, with_api=True, with_page=True)
+
+
+def api(args: dict[str, Any]) -> Application:
+    """The API alone, in ingresses that scale."""
+    return application(args, with_api=True, with_page=False)
+
+
+def page(args: dict[str, Any]) -> Application:
+    """The page alone, in one replica, over the models of an ``api`` application: one queue for both."""
+    return application(args, with_api=False, with_page=True)
+
+
+def application(args: dict[str, Any], *, with_api: bool, with_page: bool) -> Application:
+    """Bind ingress and models. Raises ConfigError for settings, keys or paths that cannot be used."""
+    settings = found(ServeSettings.parsed(args))
+    keys = read_api_keys(settings.api_keys_file)
+    alone = with_page and not with_api
+    models = None if alone else {source.name: model_deployment(source, settings) for source in settings.sources}
+    ingress = serve.deployment(Ingress, name="page" if alone else "api").options(
+        ray_actor_options={"num_cpus": INGRESS_CPUS},
+        max_ongoing_requests=INGRESS_CALLS,
+        graceful_shutdown_timeout_s=settings.drain_timeout_s,
+        graceful_shutdown_wait_loop_s=0.5,
+        **HEALTH,
+        **(
+            {"num_replicas": 1}  # the page's queue and sessions live in one process
+            if with_page
+            else scaling(settings, settings.min_ingress_replicas, settings.max_ingress_replicas, CALLS_PER_INGRESS)
+        ),
+    )
+    bound: Application = ingress.bind(settings, keys, models, with_api=with_api, with_page=with_page)
+    return bound
+
+
+def model_deployment(source: ModelSource, settings: ServeSettings) -> Application:
+    """Bind one model."""
+    resources: dict[str, Any] = {"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus}
+    if settings.accelerator_type is not None:
+        resources["accelerator_type"] = settings.accelerator_type
+    deployment = serve.deployment(ModelDeployment, name=deployment_name(source)).options(
+        ray_actor_options=resources,
+        max_ongoing_requests=settings.max_num_seqs + settings.max_queued_requests + SPARE_CALLS,
+        graceful_shutdown_timeout_s=settings.drain_timeout_s,
+        graceful_shutdown_wait_loop_s=0.5,
+        request_router_config=RequestRouterConfig(request_router_class=SessionRouter),
+        **HEALTH,
+        **scaling(settings, settings.min_replicas, settings.max_replicas, settings.target_ongoing_requests),
+    )
+    bound: Application = deployment.bind(source, settings)
+    return bound
+
+
+def deployment_name(source: ModelSource) -> str:
+    """Return what Serve calls a model's deployment."""
+    return f"model-{source.name}"
+
+
+def handle_elsewhere(source: ModelSource, settings: ServeSettings) -> DeploymentHandle:
+    """Return a handle to another application's model; Serve starts this replica again until that is there."""
+    return serve.get_deployment_handle(deployment_name(source), settings.api_app)
+
+
+def scaling(settings: ServeSettings, at_least: int, at_most: int, target: float) -> dict[str, Any]:
+    """Return how many replicas there are: a number, or bounds and what to aim at between them."""
+    if at_least == at_most:
+        return {"num_replicas": at_least}
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=at_least,
+            initial_replicas=max(1, at_least),
+            max_replicas=at_most,
+            target_ongoing_requests=target,
+            upscale_delay_s=settings.upscale_delay_s,
+            downscale_delay_s=settings.downscale_delay_s,
+            look_back_period_s=max(1.0, settings.upscale_delay_s),
+        )
+    }
+
+
+def found(settings: ServeSettings) -> ServeSettings:
+    """Write relative paths out where they exist here: replicas work in folders of their own."""
+
+    def absolute(text: str) -> str:
+        name, at, path = text.rpartition("@")
+        plain = path.partition("?")[0]
+        return f"{name}{at}{Path(path).resolve()}" if plain and Path(plain).exists() else text
+
+    return settings.replaced(
+        {
+            "model": tuple(map(absolute, settings.model)),
+            "adapters": tuple(map(absolute, settings.adapters)),
+        }
+    )

@@ -1,0 +1,34 @@
+"""The built-in engine as a replica runs it: which device, which precision, how many threads."""
+
+import functools
+import os
+
+import torch
+
+from llava_ray.deployments.settings import ModelSource, ServeSettings
+from llava_ray.errors import ConfigError
+from llava_ray.generate.builtin_engine import BuiltinEngine
+from llava_ray.generate.settings import EngineSettings
+from llava_ray.model.bundle import LlavaParts
+from llava_ray.model.loading import load_pretrained_model
+
+
+def make_engine(source: ModelSource, settings: ServeSettings) -> BuiltinEngine:
+    """Return an engine that is not started yet. Raises ConfigError for what it cannot do."""
+    if source.adapters:
+        raise ConfigError(
+            "the built-in engine serves one set of weights: put adapter folders into model=, where each is a model of "
+            "its own over its own copy of the base, or choose engine=vllm"
+        )
+    bounds = EngineSettings(max_running=settings.max_num_seqs, max_model_len=settings.max_model_len)
+    return BuiltinEngine(functools.partial(load, source.path, settings), name=source.name, settings=bounds)
+
+
+def load(path: str, settings: ServeSettings) -> LlavaParts:
+    """Load any layout of a LLaVA, on the replica's GPU if it has one. Raises ModelError."""
+    on_gpu = settings.num_gpus > 0 and torch.cuda.is_available()
+    if not on_gpu:  # Ray lets a worker have as many threads as logical CPUs; a laptop's one replica may have them all
+        share = (os.cpu_count() or 1) // (settings.max_replicas * len(settings.model))
+        torch.set_num_threads(max(1, int(settings.num_cpus), share))
+    dtype = getattr(torch, settings.dtype) if settings.dtype != "auto" else torch.bfloat16 if on_gpu else torch.float32
+    return load_pretrained_model(path, dtype=dtype, device="cuda" if on_gpu else "cpu")

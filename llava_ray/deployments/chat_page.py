@@ -1,0 +1,262 @@
+"""The page: a chat about images, in Gradio, over the same models and queue as the API."""
+
+from collections.abc import AsyncGenerator
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from fastapi import FastAPI
+
+from llava_ray.deployments.page_answers import Answers
+from llava_ray.deployments.page_chat import Parameters, export, last_question, pieces_of, questions
+from llava_ray.deployments.page_examples import draw_examples
+from llava_ray.deployments.page_log import ConversationLog, Kind
+from llava_ray.deployments.page_style import CSS, DOWNLOAD, HEAD
+from llava_ray.deployments.refusal import RefusalError
+from llava_ray.deployments.routes import Front
+
+History = list[dict[str, Any]]
+
+VOTES: dict[str, Kind] = {"Upvote": "upvote", "Downvote": "downvote", "Flag": "flag"}
+TERMS = (
+    "The model may be wrong, and may say what hurts. Do not show it what is not yours to show. "
+    "Enter sends, Shift+Enter breaks the line, Esc stops."
+)
+
+
+def mount_page(app: FastAPI, front: Front) -> None:
+    """Mount the page at the root of ``app``. With API keys, a key's name and the key are its login."""
+    page = ChatPage(front)
+    gr.mount_gradio_app(
+        app,
+        page.build(),
+        path="/",
+        auth=page.answers.log_in if front.guard.keys else None,
+        auth_message="Log in with the name of your API key, and the key.",
+        max_file_size=front.settings.max_image_bytes,
+        theme=gr.themes.Soft(
+            font=["ui-sans-serif", "system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+        ),
+        css=CSS,
+        head=HEAD,
+        footer_links=[],
+        run_history=False,  # conversations are not kept in the browser either
+        show_error=True,
+    )
+
+
+class ChatPage:
+    """Lays the page out and says what its buttons do."""
+
+    def __init__(self, front: Front) -> None:
+        """Show the models of ``front``."""
+        self.front = front
+        self.settings = front.settings
+        self.answers = Answers(front)
+        self.names = [name for source in front.gateway.sources for name in source.names]
+        folder = front.settings.page_log_dir
+        self.log = ConversationLog(Path(folder), front.settings.page_log_days) if folder else None
+
+    def build(self) -> gr.Blocks:
+        """Return the page."""
+        with gr.Blocks(title=self.settings.page_title, analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
+            self.lay_out()
+            self.connect(blocks)
+        return blocks.queue(api_open=False, default_concurrency_limit=None)
+
+    def lay_out(self) -> None:
+        """Place everything, in the order in which Tab visits it."""
+        with gr.Row(elem_id="top"):
+            gr.Markdown(f"# {self.settings.page_title}", elem_id="title")
+            self.model = gr.Dropdown(
+                self.names,
+                value=self.names[0],
+                label="Model",
+                elem_id="model",
+                show_label=False,
+                container=False,
+                min_width=160,
+                interactive=True,
+            )
+        self.chat = gr.Chatbot(
+            elem_id="chat",
+            label="Conversation",
+            show_label=False,
+            placeholder="Ask something, about images or not.",
+            examples=draw_examples(),
+            buttons=["copy"],
+            feedback_options=None,
+        )
+        self.status = gr.HTML(elem_id="status", padding=False)
+        self.box = gr.MultimodalTextbox(
+            elem_id="box",
+            label="Your question",
+            show_label=False,
+            placeholder="Ask about images: drop, paste or attach them",
+            file_types=["image"],
+            file_count="multiple",
+            sources=["upload"],
+            autofocus=True,
+            max_plain_text_length=self.settings.max_text_chars,
+        )
+        with gr.Row(elem_id="actions"):
+            self.stop = gr.Button("Stop", elem_id="stop", interactive=False, variant="stop", size="sm")
+            self.again = gr.Button("Regenerate", elem_id="again", interactive=False, size="sm")
+            self.edit = gr.Button("Edit", elem_id="edit", interactive=False, size="sm")
+            self.clear = gr.Button("Clear", elem_id="clear", size="sm")
+            self.votes = [gr.Button(label, elem_id=vote, interactive=False, size="sm") for label, vote in VOTES.items()]
+            self.export = gr.Button("Export", elem_id="export", interactive=False, size="sm")
+        self.written = gr.Textbox(visible=False)
+        with gr.Accordion("Parameters", open=False, elem_id="parameters"):
+            self.temperature = gr.Slider(0, 1, 0.2, step=0.1, label="Temperature", elem_id="temperature")
+            self.top_p = gr.Slider(0.05, 1, 0.7, step=0.05, label="Top P", elem_id="top_p")
+            self.max_tokens = gr.Slider(1, 1024, 512, step=1, label="Max output tokens", elem_id="max_tokens")
+        self.agreed = gr.Checkbox(
+            False,
+            label=f"Keep this conversation and its images for {self.settings.page_log_days} days: it helps the model",
+            elem_id="agreed",
+            visible=self.log is not None,
+        )
+        gr.Markdown(TERMS)
+
+    def connect(self, blocks: gr.Blocks) -> None:
+        """Say what happens when."""
+        hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        asked = [self.model, self.temperature, self.top_p, self.max_tokens, self.agreed]
+        buttons = [self.stop, self.again, self.edit, self.export, *self.votes]
+        answer: dict[str, Any] = {
+            "fn": self.answer,
+            "inputs": [self.chat, *asked],
+            "outputs": [self.chat, self.status, *buttons],
+            "concurrency_limit": None,  # the replicas' queue is the only one
+            **hidden,
+        }
+        blocks.load(self.choose, None, self.model, **hidden)
+        self.box.submit(self.ask, [self.box, self.chat], [self.box, self.chat], **hidden).success(**answer)
+        self.chat.example_select(self.ask_example, self.chat, self.chat, **hidden).success(**answer)
+        self.again.click(self.take_back, self.chat, self.chat, **hidden).success(**answer)
+        self.stop.click(self.end, None, None, **hidden)
+        self.edit.click(self.edit_last, self.chat, [self.chat, self.box, self.status, *buttons], **hidden)
+        gr.on(
+            [self.clear.click, self.chat.clear],
+            self.start_anew,
+            None,
+            [self.chat, self.box, self.status, *buttons],
+            **hidden,
+        )
+        for button, vote in zip(self.votes, VOTES.values(), strict=True):
+            button.click(self.voting(vote), [self.chat, *asked], [self.status, *self.votes], **hidden)
+        self.export.click(self.write_down, [self.chat, *asked], self.written, **hidden).success(
+            None, self.written, None, js=DOWNLOAD, **hidden
+        )
+
+    async def choose(self, request: gr.Request) -> Any:
+        """Choose the model that a link asks for: ``?model=NAME``."""
+        wanted = request.query_params.get("model", self.names[0])
+        if wanted not in self.names:
+            gr.Warning(f"No model is called {wanted[:100]!r}; there are: {', '.join(self.names)}")
+            wanted = self.names[0]
+        return gr.Dropdown(value=wanted)
+
+    async def ask(self, box: dict[str, Any], history: History) -> tuple[Any, History]:
+        """Move the question from the box to the chat."""
+        asked = questions(box)
+        if not asked:
+            raise gr.Error("Type a question or attach an image first.", print_exception=False)
+        return {"text": "", "files": []}, [*history, *asked]
+
+    async def ask_example(self, history: History, example: gr.SelectData) -> History:
+        """Ask one of the examples."""
+        files = [file["path"] if isinstance(file, dict) else file for file in example.value.get("files", ())]
+        return [*history, *questions({"text": example.value["text"], "files": files})]
+
+    async def take_back(self, history: History) -> History:
+        """Take the last answer back."""
+        while history and history[-1]["role"] == "assistant":
+            history = history[:-1]
+        return history
+
+    async def answer(
+        self,
+        history: History,
+        model: str,
+        temperature: float,
+        top_p: float,
+        max_tokens: float,
+        agreed: bool,
+        request: gr.Request,
+    ) -> AsyncGenerator[tuple[Any, ...], None]:
+        """Write the answer; what fails is said under the chat, and the question can be asked again."""
+        parameters = Parameters(model, temperature, top_p, int(max_tokens))
+        shown, said = history, ""
+        yield (history, "…", *buttons_while(writing=True))
+        try:
+            session = str(request.session_hash)
+            async for shown, figures in self.answers.write(history, parameters, session, request.username):
+                said = str(figures)
+                yield (shown, escape(said), *[gr.skip()] * (4 + len(VOTES)))
+        except RefusalError as error:
+            yield (shown, failure(error), *buttons_while(answered=bool(history)))
+            return
+        self.keep("chat", agreed, shown, parameters, said)
+        yield (shown, escape(said), *buttons_while(answered=True, complete=len(shown) > len(history)))
+
+    async def end(self, request: gr.Request) -> None:
+        """Stop what is being written."""
+        self.answers.stop(str(request.session_hash))
+
+    async def edit_last(self, history: History) -> tuple[Any, ...]:
+        """Put the last question back into the box, its images too, and take it out of the chat."""
+        begin = last_question(history)
+        pieces = [piece for message in history[begin:] if message["role"] == "user" for piece in pieces_of(message)]
+        box = {
+            "text": "\n".join(piece for piece in pieces if isinstance(piece, str)),
+            "files": [piece["path"] for piece in pieces if not isinstance(piece, str)],
+        }
+        return (history[:begin], box, "", *buttons_while(answered=begin > 0, complete=begin > 0))
+
+    async def start_anew(self, request: gr.Request) -> tuple[Any, ...]:
+        """Stop, and forget the chat."""
+        self.answers.stop(str(request.session_hash))
+        return ([], {"text": "", "files": []}, "", *buttons_while())
+
+    def voting(self, vote: Kind) -> Any:
+        """Return what a vote's button does."""
+
+        async def count(
+            history: History, model: str, temperature: float, top_p: float, max_tokens: float, agreed: bool
+        ) -> tuple[Any, ...]:
+            self.front.metrics.votes.labels(model, vote).inc()
+            self.keep(vote, agreed, history, Parameters(model, temperature, top_p, int(max_tokens)))
+            kept = " with the conversation" if agreed and self.log else ""
+            return (f"Thank you: your {vote} is counted{kept}.", *[gr.Button(interactive=False)] * len(VOTES))
+
+        return count
+
+    async def write_down(
+        self, history: History, model: str, temperature: float, top_p: float, max_tokens: float, agreed: bool
+    ) -> str:
+        """Return the chat as a file's text."""
+        del agreed
+        return export(history, Parameters(model, temperature, top_p, int(max_tokens)))
+
+    def keep(self, kind: Kind, agreed: bool, history: History, parameters: Parameters, figures: str = "") -> None:
+        """Log, if there is a log and the user agreed."""
+        if self.log is None or not agreed:
+            return
+        try:
+            self.log.write(kind, history, parameters, figures)
+        except OSError as error:
+            gr.Warning(f"The conversation could not be kept: {error.strerror}")
+
+
+def buttons_while(*, writing: bool = False, answered: bool = False, complete: bool = False) -> list[Any]:
+    """Return which of stop, regenerate, edit, export and the votes can be pressed now."""
+    can = [writing, answered, answered, answered, *[complete] * len(VOTES)]
+    return [gr.Button(interactive=one) for one in can]
+
+
+def failure(error: RefusalError) -> str:
+    """Say what failed, for the eye and for screen readers."""
+    return f'<span class="failed" role="alert">{escape(error.refused.message)}</span>'

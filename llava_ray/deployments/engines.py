@@ -1,0 +1,31 @@
+"""Which engine a service runs, by its name in the settings."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from llava_ray.deployments.settings import ModelSource, ServeSettings
+from llava_ray.errors import ConfigError
+from llava_ray.generate.engine import Engine
+
+# Functions of a ModelSource and ServeSettings, named and not imported: each needs libraries that the others do not.
+ENGINES = {
+    "builtin": "llava_ray.deployments.builtin:make_engine",
+    "vllm": "llava_ray.deployments.vllm:make_engine",
+}
+
+
+def make_engine(source: ModelSource, settings: ServeSettings) -> Engine:
+    """Return the engine of one replica, not started. Raises ConfigError for a name that leads to none."""
+    place = ENGINES.get(settings.engine, settings.engine)
+    module, colon, function = place.partition(":")
+    if not colon:
+        raise ConfigError(
+            f"engine {settings.engine!r}: expected one of {', '.join(map(repr, ENGINES))}, or 'module:function'"
+        )
+    try:
+        make: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"engine {settings.engine!r}: {error}; install it, or choose another engine") from error
+    engine: Engine = make(source, settings)
+    return engine

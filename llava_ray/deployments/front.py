@@ -1,0 +1,49 @@
+"""One ASGI app of an ingress: the API's routes, the page, and what stands in front of both."""
+
+from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+from starlette.exceptions import HTTPException
+
+from llava_ray.deployments.body import AuthMiddleware, BodyMiddleware
+from llava_ray.deployments.refusal import RefusalError
+from llava_ray.deployments.routes import (
+    SESSION_HEADER,
+    Front,
+    add_api,
+    add_health,
+    on_accident,
+    on_http_error,
+    on_refusal,
+)
+
+
+def build_front(front: Front, *, with_api: bool = True, with_page: bool = False) -> FastAPI:
+    """Return the app. Nothing of it knows Ray."""
+    app = FastAPI(title="llava_ray", docs_url=None, redoc_url=None, openapi_url=None)
+    add_health(app, front)
+    if with_api:
+        add_api(app, front)
+    app.add_exception_handler(RefusalError, on_refusal)
+    app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(Exception, on_accident)
+    settings = front.settings
+    # The last one added stands in front of the others.
+    app.add_middleware(
+        BodyMiddleware,
+        settings.max_body_bytes,
+        settings.body_timeout_s,
+        max_page_bytes=settings.max_images * settings.max_image_bytes + settings.max_body_bytes,
+        on_refused=front.count_refused,
+    )
+    app.add_middleware(AuthMiddleware, front.guard, on_refused=front.count_refused)
+    app.add_middleware(  # without origins too: Gradio would otherwise let every one into the page
+        CORSMiddleware,
+        allow_origins=settings.cors_allowed_origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["authorization", "content-type", SESSION_HEADER],
+    )
+    if with_page:
+        from llava_ray.deployments.chat_page import mount_page  # Gradio takes seconds to import, and not all want it
+
+        mount_page(app, front)
+    return app

@@ -1,0 +1,92 @@
+"""From a front to the replicas of a model: what API and page call, whether the models run here or on a cluster."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from typing import Protocol
+
+from prometheus_client.core import Metric
+
+from llava_ray.deployments.messages import Task
+from llava_ray.deployments.refusal import RefusalError, Refused, refuse
+from llava_ray.deployments.replica import Piece, Replica
+from llava_ray.deployments.settings import ModelSource
+from llava_ray.generate.engine import ModelCard
+
+
+class Gateway(Protocol):
+    """The models of one application."""
+
+    @property
+    def sources(self) -> tuple[ModelSource, ...]:
+        """Return the models, in the order in which they are offered."""
+        ...
+
+    def run(self, task: Task, session: str) -> AsyncGenerator[list[Piece], None]:
+        """Stream an answer; tasks of one session go to one replica while it has room.
+
+        Leaving the iterator early cancels the task. Raises RefusalError, also in the middle.
+        """
+        ...
+
+    async def card(self, source: ModelSource) -> ModelCard:
+        """Return what a model is able to do. Raises RefusalError (503) if it is not there in time."""
+        ...
+
+    async def ready(self) -> dict[str, bool]:
+        """Return for each model whether it can take a request now."""
+        ...
+
+    async def collect(self) -> dict[str, list[Metric]]:
+        """Return the counts of each process that is there."""
+        ...
+
+
+class LocalGateway:
+    """Replicas in this process: for tests, notebooks and an app without Serve."""
+
+    def __init__(self, replicas: Mapping[ModelSource, Replica]) -> None:
+        """One replica a model."""
+        self.replicas = dict(replicas)
+
+    @property
+    def sources(self) -> tuple[ModelSource, ...]:
+        """Return the models."""
+        return tuple(self.replicas)
+
+    async def run(self, task: Task, session: str) -> AsyncGenerator[list[Piece], None]:
+        """Stream an answer. Raises RefusalError."""
+        del session
+        source = find_source(self.sources, task.model)
+        async with aclosing(self.replicas[source].run(task)) as items:
+            async for item in items:
+                yield unwrapped(item)
+
+    async def card(self, source: ModelSource) -> ModelCard:
+        """Return what a model is able to do."""
+        return self.replicas[source].card()
+
+    async def ready(self) -> dict[str, bool]:
+        """Return for each model whether its engine lives."""
+        await asyncio.sleep(0)
+        return {source.name: True for source in self.sources}
+
+    async def collect(self) -> dict[str, list[Metric]]:
+        """Return the counts of each replica."""
+        return {source.name: replica.collect() for source, replica in self.replicas.items()}
+
+
+def find_source(sources: tuple[ModelSource, ...], name: str) -> ModelSource:
+    """Return the model that answers to this name. Raises RefusalError (404)."""
+    for source in sources:
+        if name in source.names:
+            return source
+    offered = ", ".join(name for source in sources for name in source.names)
+    raise refuse(404, f"no model is called {name[:100]!r}; there are: {offered}", "model_not_found", "model")
+
+
+def unwrapped(item: Refused | list[Piece]) -> list[Piece]:
+    """Return the pieces. Raises RefusalError for a refusal."""
+    if isinstance(item, Refused):
+        raise RefusalError(item)
+    return item

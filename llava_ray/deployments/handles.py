@@ -1,0 +1,123 @@
+"""The gateway over Ray Serve: a handle to each model's deployment."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
+
+from prometheus_client.core import Metric
+from ray.exceptions import RayActorError, RayError, TaskCancelledError
+from ray.serve.exceptions import DeploymentUnavailableError, RequestCancelledError
+from ray.serve.handle import DeploymentHandle
+
+from llava_ray.deployments.gateway import find_source, unwrapped
+from llava_ray.deployments.messages import Task
+from llava_ray.deployments.refusal import RefusalError, Refused, refuse
+from llava_ray.deployments.replica import Piece
+from llava_ray.deployments.settings import ModelSource, ServeSettings
+from llava_ray.generate.engine import ModelCard
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 3  # replicas that a task is tried on, as long as nothing of its answer has been passed on
+CARD_TIMEOUT_S = 10.0
+PING_TIMEOUT_S = 3.0
+
+LOST = Refused(503, "the replica that wrote this answer was lost; ask again", "replica_lost", retry_after_s=1)
+
+
+class ServeGateway:
+    """Lives in an ingress replica."""
+
+    def __init__(self, handles: Mapping[ModelSource, DeploymentHandle], settings: ServeSettings) -> None:
+        """One handle a model."""
+        self.handles = dict(handles)
+        self.settings = settings
+        self.cards: dict[ModelSource, ModelCard] = {}
+
+    @property
+    def sources(self) -> tuple[ModelSource, ...]:
+        """Return the models."""
+        return tuple(self.handles)
+
+    async def run(self, task: Task, session: str) -> AsyncGenerator[list[Piece], None]:
+        """Stream an answer, from another replica if the first is full or dies before it has said anything.
+
+        Raises RefusalError.
+        """
+        handle = self.handles[find_source(self.sources, task.model)]
+        for attempt in range(ATTEMPTS):
+            last = attempt == ATTEMPTS - 1
+            started = False
+            try:
+                # Full or dead, the session's own replica is not asked twice.
+                async for pieces in called(handle.options(stream=True, session_id="" if attempt else session), task):
+                    started = True
+                    yield pieces
+            except RefusalError as error:
+                elsewhere = error.refused.code == "queue_full" and self.settings.max_replicas > 1
+                if started or last or not elsewhere:
+                    raise
+            except RayActorError as error:
+                log.warning("request %s lost its replica: %s", task.request_id, type(error).__name__)
+                if started or last:
+                    raise RefusalError(LOST) from error
+            else:
+                return
+
+    async def card(self, source: ModelSource) -> ModelCard:
+        """Return what a model is able to do; it is asked once. Raises RefusalError."""
+        if source not in self.cards:
+            try:
+                async with asyncio.timeout(CARD_TIMEOUT_S):
+                    self.cards[source] = await self.handles[source].card.remote()
+            except (TimeoutError, RayError, DeploymentUnavailableError):
+                raise refuse(503, f"model {source.name!r} is not there yet; try again", "model_unavailable") from None
+        return self.cards[source]
+
+    async def ready(self) -> dict[str, bool]:
+        """Ask one replica of each model; one that may sleep is not woken."""
+        answers = await asyncio.gather(*(self.answers(source) for source in self.sources))
+        return {source.name: answer for source, answer in zip(self.sources, answers, strict=True)}
+
+    async def answers(self, source: ModelSource) -> bool:
+        """Whether a model has a replica that answers."""
+        if self.settings.min_replicas == 0 and source in self.cards:
+            return True
+        try:
+            async with asyncio.timeout(PING_TIMEOUT_S):
+                await self.handles[source].card.remote()
+        except (TimeoutError, RayError, DeploymentUnavailableError):
+            return False
+        return True
+
+    async def collect(self) -> dict[str, list[Metric]]:
+        """Ask every replica of every model."""
+        answers = await asyncio.gather(*(gathered(handle) for handle in self.handles.values()))
+        return {name: metrics for answer in answers for name, metrics in answer.items()}
+
+
+async def called(handle: DeploymentHandle, task: Task) -> AsyncGenerator[list[Piece], None]:
+    """Call a replica's ``run``; leaving early cancels it there. Raises RefusalError and what Ray raises."""
+    response = handle.run.remote(task)
+    ended = False
+    try:
+        async for item in response:
+            yield unwrapped(item)
+        ended = True
+    except (DeploymentUnavailableError, RequestCancelledError, TaskCancelledError) as error:
+        ended = True
+        raise RefusalError(LOST) from error
+    finally:
+        if not ended:
+            response.cancel()
+
+
+async def gathered(handle: DeploymentHandle) -> dict[str, list[Metric]]:
+    """Return the counts of each replica of a deployment by its id; those that do not answer are left out."""
+    try:
+        async with asyncio.timeout(PING_TIMEOUT_S):
+            answers: list[Any] = await handle.broadcast("collect").results_async(return_exceptions=True)
+    except (TimeoutError, RayError, DeploymentUnavailableError):
+        return {}
+    return dict(answer for answer in answers if not isinstance(answer, BaseException))

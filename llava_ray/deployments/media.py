@@ -1,0 +1,117 @@
+"""From addresses in a request to encoded images that are safe to decode."""
+
+import asyncio
+import base64
+import binascii
+import os
+import stat
+import urllib.parse
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava_ray.deployments.addresses import Network
+from llava_ray.deployments.fetching import FetchLimits, fetch, too_many_bytes
+from llava_ray.deployments.refusal import RefusalError, from_record_error, refuse
+from llava_ray.deployments.settings import ServeSettings
+from llava_ray.errors import ImageError
+from llava_ray.images.frames import count_frames
+from llava_ray.images.reading import check_header
+
+
+class MediaReader:
+    """Reads what one service's settings allow."""
+
+    def __init__(self, settings: ServeSettings, network: Network | None = None) -> None:
+        """Keep the limits; ``network`` is the system's unless a test brings its own."""
+        self.settings = settings
+        self.network = network or Network()
+        self.limits = FetchLimits(
+            allowed_domains=settings.allowed_media_domains,
+            max_bytes=settings.max_image_bytes,
+            timeout_s=settings.media_timeout_s,
+            max_redirects=settings.max_redirects,
+            allow_private=settings.allow_private_media_addresses,
+        )
+
+    async def read_all(self, places: Sequence[str]) -> tuple[bytes, ...]:
+        """Read the images of one request, side by side. Raises RefusalError for the first that is refused."""
+        tasks = [asyncio.ensure_future(self.read(place, number)) for number, place in enumerate(places, start=1)]
+        try:
+            return tuple(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def read(self, place: str, number: int = 1) -> bytes:
+        """Return an encoded image whose size, format and frames are within the limits. Raises RefusalError."""
+        scheme = place[:5].lower()
+        if scheme == "data:":
+            data = await asyncio.to_thread(decode_data_uri, place, self.settings.max_image_bytes)
+        elif scheme == "file:":
+            data = await asyncio.to_thread(self.read_local, place)
+        else:
+            data = await fetch(place, self.limits, self.network)
+        await asyncio.to_thread(self.check, data, f"image {number}")
+        return data
+
+    def read_local(self, place: str) -> bytes:
+        """Read a file under the allowed folder, wherever its links lead. Raises RefusalError."""
+        folder = self.settings.allowed_local_media_path
+        if folder is None:
+            raise refuse(400, "file: addresses are not read here (allowed_local_media_path)", "media_local", "messages")
+        url = urllib.parse.urlsplit(place)
+        outside = refuse(400, "no such image under the allowed folder", "media_local", "messages")
+        if url.netloc not in ("", "localhost"):
+            raise outside
+        try:
+            path = Path(urllib.parse.unquote(url.path)).resolve(strict=True)
+            if not path.is_relative_to(Path(folder).resolve()):
+                raise outside
+            return read_regular(path, self.settings.max_image_bytes)
+        except (OSError, ValueError):  # ValueError: a null byte
+            raise outside from None
+
+    def check(self, data: bytes, name: str) -> None:
+        """Look at the header only. Raises RefusalError."""
+        try:
+            check_header(data, name, max_pixels=self.settings.max_image_pixels)
+            frames = count_frames(data, self.settings.max_image_frames)
+        except ImageError as error:
+            if error.reason == "image_too_large":
+                limit = f"{self.settings.max_image_pixels:,} pixels (max_image_pixels)"
+                raise refuse(
+                    400, f"{name} has more than {limit}; send a smaller one", error.reason, "messages"
+                ) from None
+            raise RefusalError(from_record_error(error)) from None
+        if frames > self.settings.max_image_frames:
+            raise refuse(
+                400,
+                f"{name} has more than {self.settings.max_image_frames} frames (max_image_frames); send one of them",
+                "image_too_many_frames",
+                "messages",
+            )
+
+
+def decode_data_uri(place: str, max_bytes: int) -> bytes:
+    """Return the bytes of ``data:…;base64,…``. Raises RefusalError, for what is too long before decoding it."""
+    head, comma, payload = place.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise refuse(400, "a data: URI without base64; expected data:image/png;base64,…", "media_data_uri", "messages")
+    if len(payload) // 4 * 3 > max_bytes + 3:
+        raise too_many_bytes(len(payload) // 4 * 3, max_bytes)
+    try:
+        return base64.b64decode(payload, validate=True)
+    except (binascii.Error, ValueError):
+        raise refuse(400, "a data: URI whose base64 is damaged", "media_data_uri", "messages") from None
+
+
+def read_regular(path: Path, max_bytes: int) -> bytes:
+    """Read a regular file that is not too long; never wait for a pipe or a device. Raises OSError, RefusalError."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with os.fdopen(handle, "rb") as file:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(f"{path} is not a file")
+        if found.st_size > max_bytes:
+            raise too_many_bytes(found.st_size, max_bytes)
+        return file.read(max_bytes)

@@ -1,0 +1,149 @@
+"""From a checked request to what engines take: turns with markers, images by address, one Sampling."""
+
+from dataclasses import dataclass, field
+
+from llava_ray.chat.conversation import IMAGE_TOKEN, Turn
+from llava_ray.deployments.refusal import refuse
+from llava_ray.deployments.schema import ChatRequest, CompletionRequest, GenerationFields, ImagePart, Message, TextPart
+from llava_ray.deployments.settings import ServeSettings
+from llava_ray.generate.engine import Sampling
+
+ROLES = {"user": "human", "assistant": "gpt"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a replica is asked to do: a request whose images are still addresses."""
+
+    request_id: str
+    model: str
+    """A name of the replica's ModelSource: its own, or one of its adapters'."""
+    turns: tuple[Turn, ...] = ()
+    prompt: str | None = None
+    system: str | None = None
+    media: tuple[str, ...] = ()
+    """Data URIs and addresses, in the order of their markers."""
+    sampling: Sampling = field(default_factory=Sampling)
+    num_choices: int = 1
+    stream: bool = True
+    """Whether pieces are wanted as they come, or all at the end."""
+
+
+def chat_task(request: ChatRequest, request_id: str, settings: ServeSettings) -> Task:
+    """Turn a chat into a task. Raises RefusalError for too many images or characters, or turns out of order."""
+    system = "\n".join(text_of(message) for message in request.messages if message.role in ("system", "developer"))
+    spoken = [message for message in request.messages if message.role in ROLES]
+    check_order(spoken)
+    media = tuple(part.image_url.url for message in spoken for part in message.parts if isinstance(part, ImagePart))
+    turns = tuple(as_turn(message) for message in spoken)
+    if len(media) > settings.max_images:
+        raise refuse(
+            400,
+            f"{len(media)} images; at most {settings.max_images} a request (max_images)",
+            "too_many_images",
+            "messages",
+        )
+    check_length(sum(len(turn.value) for turn in turns) + len(system), settings, "messages")
+    wanted = request.max_completion_tokens or request.max_tokens
+    top = (request.top_logprobs or 0) if request.logprobs else None
+    return Task(
+        request_id=request_id,
+        model=request.model,
+        turns=turns,
+        system=system or None,
+        media=media,
+        sampling=sampling(request, wanted, top, settings),
+        num_choices=check_choices(request, settings),
+        stream=request.stream,
+    )
+
+
+def completion_task(request: CompletionRequest, request_id: str, settings: ServeSettings) -> Task:
+    """Turn a completion into a task. Raises RefusalError for too many characters or image markers."""
+    check_length(len(request.prompt), settings, "prompt")
+    if IMAGE_TOKEN in request.prompt:
+        raise refuse(
+            400, f"{IMAGE_TOKEN} in a prompt: images are asked about in /v1/chat/completions", "image_marker", "prompt"
+        )
+    return Task(
+        request_id=request_id,
+        model=request.model,
+        prompt=request.prompt,
+        sampling=sampling(request, request.max_tokens, request.logprobs, settings),
+        num_choices=check_choices(request, settings),
+        stream=request.stream,
+    )
+
+
+def sampling(request: GenerationFields, wanted: int | None, logprobs: int | None, settings: ServeSettings) -> Sampling:
+    """Take over what says how tokens are chosen."""
+    return Sampling(
+        max_tokens=wanted or settings.max_tokens,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        top_k=max(0, request.top_k),
+        stop=request.stop,
+        seed=request.seed,
+        logprobs=logprobs,
+        ignore_eos=request.ignore_eos,
+    )
+
+
+def as_turn(message: Message) -> Turn:
+    """Write a message as LLaVA does: a marker and a line break for each image, where it stands.
+
+    A marker that somebody wrote into a text would stand for an image that is not there: it is taken apart.
+    """
+    if message.role == "assistant" and any(isinstance(part, ImagePart) for part in message.parts):
+        raise refuse(400, "an assistant's message holds an image; only a user's may", "image_role", "messages")
+    text = ""
+    for part in message.parts:
+        if isinstance(part, TextPart):
+            text += part.text.replace(IMAGE_TOKEN, "< image >")
+        else:
+            text += ("" if not text or text.endswith("\n") else "\n") + f"{IMAGE_TOKEN}\n"
+    return Turn(
+        "human" if message.role == "user" else "gpt",
+        text.removesuffix("\n") if text.endswith(f"{IMAGE_TOKEN}\n") else text,
+    )
+
+
+def text_of(message: Message) -> str:
+    """Return a system message's text; images have no place in it."""
+    if any(isinstance(part, ImagePart) for part in message.parts):
+        raise refuse(400, f"a {message.role} message holds an image; only a user's may", "image_role", "messages")
+    return "".join(part.text for part in message.parts if isinstance(part, TextPart))
+
+
+def check_order(spoken: list[Message]) -> None:
+    """Raise RefusalError unless user and assistant alternate, the user first and last."""
+    for index, message in enumerate(spoken):
+        expected = "assistant" if index % 2 else "user"
+        if message.role != expected:
+            raise refuse(
+                400,
+                f"message {index + 1} that is not a system message is the {message.role}'s, expected the {expected}'s: "
+                "they alternate, the user first; join neighbouring messages of one role",
+                "message_order",
+                "messages",
+            )
+    if len(spoken) % 2 == 0:
+        raise refuse(400, "the last message must be the user's: it is what is answered", "message_order", "messages")
+
+
+def check_length(num_chars: int, settings: ServeSettings, param: str) -> None:
+    """Raise RefusalError before a tokenizer sees what no context can hold."""
+    if num_chars > settings.max_text_chars:
+        raise refuse(
+            400,
+            f"{num_chars:,} characters; at most {settings.max_text_chars:,} (max_text_chars)",
+            "text_too_long",
+            param,
+        )
+
+
+def check_choices(request: GenerationFields, settings: ServeSettings) -> int:
+    """Return n. Raises RefusalError over the service's limit."""
+    if request.n > settings.max_choices:
+        raise refuse(400, f"n = {request.n}; at most {settings.max_choices} (max_choices)", "too_many_choices", "n")
+    return request.n

@@ -1,0 +1,140 @@
+"""What is counted, under vLLM's names and units, so that its dashboards read ours; gathered from all replicas."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from llava_ray.generate.engine import EngineStats
+
+# Seconds; vLLM's own buckets.
+FIRST_TOKEN = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+    160,
+    640,
+)
+BETWEEN_TOKENS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+WHOLE = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+
+LABELS = ("model_name",)
+
+
+class ReplicaMetrics:
+    """The counts of one replica of a model."""
+
+    def __init__(self, model: str) -> None:
+        """Begin at zero."""
+        self.model = model
+        self.registry = CollectorRegistry()
+        self.first_token = self.histogram(
+            "vllm:time_to_first_token_seconds", "From arrival to the first token", FIRST_TOKEN
+        )
+        self.between_tokens = self.histogram("vllm:inter_token_latency_seconds", "Between two tokens", BETWEEN_TOKENS)
+        self.whole = self.histogram("vllm:e2e_request_latency_seconds", "From arrival to the last token", WHOLE)
+        self.prompt_tokens = self.histogram("vllm:request_prompt_tokens", "Tokens of a prompt, images included", TOKENS)
+        self.new_tokens = self.histogram("vllm:request_generation_tokens", "Tokens of an answer", TOKENS)
+        self.media = self.histogram(
+            "llava_ray:media_read_seconds", "To fetch and check a request's images", FIRST_TOKEN
+        )
+        labels = (*LABELS, "finished_reason")
+        self.success = Counter("vllm:request_success", "Complete answers", labels, registry=self.registry)
+        labels = (*LABELS, "code")
+        self.refused = Counter("llava_ray:requests_refused", "Requests not answered", labels, registry=self.registry)
+
+    def histogram(self, name: str, meaning: str, buckets: Sequence[float]) -> Histogram:
+        """Make one that knows its model."""
+        return Histogram(name, meaning, LABELS, buckets=buckets, registry=self.registry).labels(self.model)
+
+    def collect(self, stats: EngineStats) -> list[Metric]:
+        """Return all counts as they are now, those of the engine included."""
+        return [*self.registry.collect(), *engine_metrics(stats, self.model)]
+
+
+def engine_metrics(stats: EngineStats, model: str) -> list[Metric]:
+    """Put an engine's own counts under vLLM's names."""
+    share = stats.kv_tokens_used / stats.kv_tokens_capacity if stats.kv_tokens_capacity else 0.0
+    gauges: Mapping[str, tuple[str, float]] = {
+        "vllm:num_requests_running": ("Answers being written", stats.num_running),
+        "vllm:num_requests_waiting": ("Requests that the engine has not begun", stats.num_waiting),
+        "vllm:kv_cache_usage_perc": ("Share of the KV memory in use, 0 to 1", share),
+    }
+    counters: Mapping[str, tuple[str, float]] = {
+        "vllm:prompt_tokens": ("Tokens read", stats.prompt_tokens),
+        "vllm:generation_tokens": ("Tokens written", stats.generation_tokens),
+        "vllm:mm_cache_queries": ("Images asked about", stats.image_cache_queries),
+        "vllm:mm_cache_hits": ("Images whose features were still known", stats.image_cache_hits),
+        "llava_ray:requests_cancelled": ("Requests whose client left", stats.num_cancelled),
+    }
+    families: list[Metric] = []
+    for kind, table in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
+        for name, (meaning, value) in table.items():
+            family = kind(name, meaning, labels=LABELS)
+            family.add_metric([model], value)
+            families.append(family)
+    return families
+
+
+class IngressMetrics:
+    """The counts of one process of the API's front."""
+
+    def __init__(self) -> None:
+        """Begin at zero."""
+        self.registry = CollectorRegistry()
+        self.refused = Counter(
+            "llava_ray:http_refused", "Requests refused by the API's front", ("code",), registry=self.registry
+        )
+        self.votes = Counter(
+            "llava_ray:votes", "Votes of the page's users", ("model_name", "vote"), registry=self.registry
+        )
+        self.responses = Counter(
+            "llava_ray:http_responses", "Responses by route and status", ("route", "status"), registry=self.registry
+        )
+
+    def collect(self) -> list[Metric]:
+        """Return all counts as they are now."""
+        return list(self.registry.collect())
+
+
+class Gathered(Collector):
+    """The counts of several processes under one heading each, told apart by the label ``engine``."""
+
+    def __init__(self, parts: Mapping[str, Iterable[Metric]]) -> None:
+        """Take the families of each process by its name."""
+        self.parts = parts
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield each family once."""
+        families: dict[str, Metric] = {}
+        for process, metrics in self.parts.items():
+            for metric in metrics:
+                family = families.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type))
+                for sample in metric.samples:
+                    family.add_sample(sample.name, {**sample.labels, "engine": process}, sample.value)
+        return families.values()
+
+
+def render(parts: Mapping[str, Iterable[Metric]]) -> bytes:
+    """Write Prometheus' text format."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(Gathered(parts))
+    return generate_latest(registry)

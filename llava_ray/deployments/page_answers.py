@@ -1,0 +1,95 @@
+"""Answers for the page: the same models, queue, checks and counts as the API's, and a way to stop."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from llava_ray.deployments.auth import ANYBODY, ApiKey
+from llava_ray.deployments.page_chat import CURSOR, Figures, Parameters, Shown, chat_request
+from llava_ray.deployments.refusal import RefusalError
+from llava_ray.deployments.routes import Front
+
+T = TypeVar("T")
+
+SHOW_S = 0.1  # the browser is sent no more than ten states a second
+
+
+class Answers:
+    """What is being written, session by session."""
+
+    def __init__(self, front: Front) -> None:
+        """Ask through ``front``."""
+        self.front = front
+        self.stops: dict[str, asyncio.Event] = {}
+
+    async def write(
+        self, history: Sequence[Shown], parameters: Parameters, session: str, user: str | None
+    ) -> AsyncGenerator[tuple[list[Any], Figures], None]:
+        """Yield the chat with its answer as it grows, and its figures. Raises RefusalError."""
+        self.admit(user)
+        stop = self.stops[session] = asyncio.Event()
+        figures, shown = Figures(), 0.0
+        task = await self.front.checked(chat_request(history, parameters))
+        try:
+            async with aclosing(until(self.front.gateway.run(task, session), stop)) as pieces:
+                async for batch in pieces:
+                    figures.add(batch)
+                    if time.monotonic() - shown >= SHOW_S:
+                        shown = time.monotonic()
+                        yield with_answer(history, figures.answer.text + CURSOR), figures
+            yield with_answer(history, figures.answer.text), figures
+        except RefusalError:
+            if figures.answer.text:  # what came before the failure stays
+                yield with_answer(history, figures.answer.text), figures
+            raise
+        finally:
+            if self.stops.get(session) is stop:
+                del self.stops[session]
+
+    def stop(self, session: str) -> None:
+        """End what is being written for a session; what there is of it stays."""
+        if session in self.stops:
+            self.stops[session].set()
+
+    def admit(self, user: str | None) -> None:
+        """Count a question against its user's rate. Raises RefusalError (429)."""
+        who = next((key for key in self.front.guard.keys if key.name == user), ANYBODY)
+        refused = self.front.guard.admit(who)
+        if refused is not None:
+            self.front.count_refused(refused)
+            raise RefusalError(refused)
+
+    def log_in(self, name: str, key: str) -> bool:
+        """Whether this is a key and its name."""
+        found: ApiKey | None = self.front.guard.find(key)
+        return found is not None and found.name == name
+
+
+def with_answer(history: Sequence[Shown], text: str) -> list[Any]:
+    """Return the chat with an answer at its end."""
+    return [*history, {"role": "assistant", "content": text}]
+
+
+async def until(stream: AsyncGenerator[T, None], stop: asyncio.Event) -> AsyncGenerator[T, None]:
+    """Pass a stream on until the event is set; leaving it, either way, closes it."""
+    stopping = asyncio.ensure_future(stop.wait())
+    following: asyncio.Future[T] | None = None
+    async with aclosing(stream):
+        try:
+            while True:
+                following = asyncio.ensure_future(anext(stream))
+                await asyncio.wait((following, stopping), return_when=asyncio.FIRST_COMPLETED)
+                if not following.done():
+                    return
+                try:
+                    item = following.result()
+                except StopAsyncIteration:
+                    return
+                yield item
+        finally:
+            stopping.cancel()
+            if following is not None and not following.done():
+                following.cancel()
+                await asyncio.gather(following, return_exceptions=True)

@@ -1,0 +1,123 @@
+"""One copy of a model: takes tasks within its bound, reads their images, streams the engine's answers, counts."""
+
+import logging
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
+
+from prometheus_client.core import Metric
+
+from llava_ray.deployments.addresses import Network
+from llava_ray.deployments.admission import Admission
+from llava_ray.deployments.media import MediaReader
+from llava_ray.deployments.merging import MERGE_S, merged
+from llava_ray.deployments.messages import Task
+from llava_ray.deployments.metrics import ReplicaMetrics
+from llava_ray.deployments.refusal import RefusalError, Refused, from_record_error
+from llava_ray.deployments.settings import ModelSource, ServeSettings
+from llava_ray.errors import LlavaRayError, RecordError
+from llava_ray.generate.engine import Engine, GenerationChunk, GenerationRequest, ModelCard
+
+log = logging.getLogger(__name__)
+
+# A choice of the answer, by its index, and the next piece of it.
+Piece = tuple[int, GenerationChunk]
+
+
+class Replica:
+    """Wraps an engine that has been started. Knows nothing of Ray, HTTP or OpenAI."""
+
+    def __init__(
+        self, engine: Engine, source: ModelSource, settings: ServeSettings, network: Network | None = None
+    ) -> None:
+        """Serve ``engine`` under the names of ``source``."""
+        self.engine = engine
+        self.source = source
+        self.admission = Admission(settings.max_num_seqs, settings.max_queued_requests, settings.retry_after_s)
+        self.media = MediaReader(settings, network)
+        self.metrics = ReplicaMetrics(source.name)
+
+    def card(self) -> ModelCard:
+        """Return what the model is able to do."""
+        return self.engine.card
+
+    def check_health(self) -> None:
+        """Raise ModelError if the engine can no longer answer."""
+        self.engine.check_health()
+
+    def collect(self) -> list[Metric]:
+        """Return all counts as they are now."""
+        return self.metrics.collect(self.engine.stats())
+
+    async def run(self, task: Task) -> AsyncGenerator[Refused | list[Piece], None]:
+        """Yield the answer's pieces, or, once and last, why there are none (any more).
+
+        Refusals are values: they cross to other processes unchanged, and what is raised is an accident.
+        """
+        try:
+            with self.admission.admitted(task.num_choices):
+                async with aclosing(self.answer(task)) as pieces:
+                    async for piece in pieces:
+                        yield piece
+        except RefusalError as error:
+            self.metrics.refused.labels(self.source.name, error.refused.code).inc()
+            yield error.refused
+        except RecordError as error:
+            self.metrics.refused.labels(self.source.name, error.reason).inc()
+            yield from_record_error(error)
+        except LlavaRayError as error:
+            log.exception("request %s failed", task.request_id)
+            self.metrics.refused.labels(self.source.name, "engine_failed").inc()
+            yield Refused(500, f"the engine failed: {error}", "engine_failed")
+
+    async def answer(self, task: Task) -> AsyncGenerator[list[Piece], None]:
+        """Read the images and let the engine write each choice. Raises RefusalError, RecordError, ModelError."""
+        arrived = time.monotonic()
+        images = await self.media.read_all(task.media) if task.media else ()
+        if images:
+            self.metrics.media.observe(time.monotonic() - arrived)
+        streams = [
+            self.timed(generation_request(task, index, images, self.source), arrived)
+            for index in range(task.num_choices)
+        ]
+        async with aclosing(merged(streams, MERGE_S if task.stream else None)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def timed(self, request: GenerationRequest, arrived: float) -> AsyncGenerator[GenerationChunk, None]:
+        """Pass on one choice, and observe when its tokens come; leaving it cancels the request in the engine."""
+        metrics, num_prompt, num_new = self.metrics, 0, 0
+        last: float | None = None
+        async with aclosing(self.engine.generate(request)) as chunks:  # type: ignore[type-var]  # a generator
+            async for chunk in chunks:
+                now = time.monotonic()
+                if last is None:
+                    metrics.first_token.observe(now - arrived)
+                else:
+                    for _ in chunk.token_ids:
+                        metrics.between_tokens.observe((now - last) / len(chunk.token_ids))
+                last = now
+                num_prompt, num_new = max(num_prompt, chunk.num_prompt_tokens), num_new + len(chunk.token_ids)
+                if chunk.finish_reason is not None:
+                    metrics.success.labels(self.source.name, chunk.finish_reason).inc()
+                    metrics.whole.observe(now - arrived)
+                    metrics.prompt_tokens.observe(num_prompt)
+                    metrics.new_tokens.observe(num_new)
+                yield chunk
+
+
+def generation_request(task: Task, index: int, images: tuple[bytes, ...], source: ModelSource) -> GenerationRequest:
+    """Return what the engine takes for one choice; a given seed gives each choice its own."""
+    sampling = task.sampling
+    if sampling.seed is not None and index:
+        sampling = replace(sampling, seed=sampling.seed + index)
+    return GenerationRequest(
+        request_id=f"{task.request_id}-{index}",
+        turns=task.turns,
+        prompt=task.prompt,
+        images=images,
+        system=task.system,
+        model=None if task.model == source.name else task.model,
+        sampling=sampling,
+    )

@@ -1,0 +1,194 @@
+"""The HTTP API, OpenAI's: chats, completions, models; and health, readiness and metrics."""
+
+import hashlib
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from prometheus_client.core import Metric
+from starlette.exceptions import HTTPException
+
+from llava_ray.deployments.answering import Answer, EventStream, refused_response
+from llava_ray.deployments.auth import ApiKey, Guard
+from llava_ray.deployments.gateway import Gateway, find_source
+from llava_ray.deployments.messages import Task, chat_task, completion_task
+from llava_ray.deployments.metrics import IngressMetrics, render
+from llava_ray.deployments.moderation import Moderator
+from llava_ray.deployments.refusal import RefusalError, Refused, refuse
+from llava_ray.deployments.responses import ChatForm, CompletionForm, fingerprint
+from llava_ray.deployments.schema import ChatRequest, CompletionRequest, GenerationFields, read_request
+from llava_ray.deployments.settings import ModelSource, ServeSettings
+
+SESSION_HEADER = "x-session-id"
+
+
+@dataclass
+class Front:
+    """What the routes of one ingress process share."""
+
+    gateway: Gateway
+    settings: ServeSettings
+    keys: Sequence[ApiKey] = ()
+    metrics: IngressMetrics = field(default_factory=IngressMetrics)
+    collect: Callable[[], Awaitable[dict[str, list[Metric]]]] | None = None
+    """Gathers the counts of all processes; by default those of the gateway and of this one."""
+
+    def __post_init__(self) -> None:
+        """Make what is counted and asked here."""
+        self.guard = Guard(self.keys, self.settings.requests_per_minute)
+        self.moderator = Moderator(self.settings)
+
+    def count_refused(self, refused: Refused) -> None:
+        """Count a refusal."""
+        self.metrics.refused.labels(refused.code).inc()
+
+    async def chat(self, request: Request) -> Response:
+        """Answer a chat."""
+        asked = read_request(ChatRequest, await request.body())
+        task = await self.checked(asked)
+        form = ChatForm(task.request_id, task.model, asked.logprobs)
+        return self.respond(asked, task, form, request)
+
+    async def checked(self, asked: ChatRequest) -> Task:
+        """Return the task of a chat that may be answered, from the API or the page. Raises RefusalError."""
+        task = chat_task(asked, f"chatcmpl-{uuid.uuid4().hex}", self.settings)
+        find_source(self.gateway.sources, task.model)
+        await self.moderator.check([*(turn.value for turn in task.turns), task.system or ""], list(task.media))
+        return task
+
+    async def complete(self, request: Request) -> Response:
+        """Go on with a text."""
+        asked = read_request(CompletionRequest, await request.body())
+        task = completion_task(asked, f"cmpl-{uuid.uuid4().hex}", self.settings)
+        find_source(self.gateway.sources, task.model)
+        await self.moderator.check([asked.prompt], [])
+        form = CompletionForm(task.request_id, task.model, asked.logprobs is not None)
+        return self.respond(asked, task, form, request)
+
+    def respond(self, asked: GenerationFields, task: Task, form: ChatForm, request: Request) -> Response:
+        """Run the task, whole or as a stream."""
+        route = request.url.path
+
+        def count(status: int) -> None:
+            self.metrics.responses.labels(route, str(status)).inc()
+
+        pieces = self.gateway.run(task, request.headers.get(SESSION_HEADER) or session_of(task))
+        if asked.stream:
+            return EventStream(pieces, form, task.num_choices, count, with_usage=asked.include_usage)
+        return Answer(pieces, form, task.num_choices, count)
+
+    async def models(self) -> dict[str, Any]:
+        """List the models and adapters with what they are able to do."""
+        return {
+            "object": "list",
+            "data": [one for source in self.gateway.sources for one in await self.describe(source)],
+        }
+
+    async def one_model(self, name: str) -> dict[str, Any]:
+        """Describe one model."""
+        source = find_source(self.gateway.sources, name)
+        return next(one for one in await self.describe(source) if one["id"] == name)
+
+    async def describe(self, source: ModelSource) -> list[dict[str, Any]]:
+        """Describe a model and its adapters. Raises RefusalError (503) if it has not been loaded yet."""
+        card = await self.gateway.card(source)
+        return [
+            {
+                "id": name,
+                "object": "model",
+                "created": 0,
+                "owned_by": "llava_ray",
+                "root": source.name,
+                "parent": None if name == source.name else source.name,
+                "max_model_len": card.max_model_len,
+                "capabilities": {
+                    "vision": card.vision,
+                    "max_images": self.settings.max_images if card.vision else 0,
+                    "chat": True,
+                    "completions": True,
+                    "streaming": True,
+                    "logprobs": True,
+                    "tools": False,
+                },
+                "template": card.template,
+            }
+            for name in source.names
+        ]
+
+    async def ready(self) -> Response:
+        """Say whether each model can take a request."""
+        models = await self.gateway.ready()
+        return JSONResponse({"ready": all(models.values()), "models": models}, 200 if all(models.values()) else 503)
+
+    async def counts(self) -> Response:
+        """Write the counts of all processes."""
+        if self.collect is None:
+            parts = {**await self.gateway.collect(), "ingress": self.metrics.collect()}
+        else:
+            parts = await self.collect()
+        return Response(render(parts), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def add_api(app: FastAPI, front: Front) -> None:
+    """Add the routes of the API."""
+    app.add_api_route("/v1/chat/completions", front.chat, methods=["POST"], response_model=None)
+    app.add_api_route("/v1/completions", front.complete, methods=["POST"], response_model=None)
+    app.add_api_route("/v1/models", front.models, methods=["GET"])
+    app.add_api_route("/v1/models/{name:path}", front.one_model, methods=["GET"])
+    app.add_api_route("/metrics", front.counts, methods=["GET"], response_model=None)
+    # The page, mounted at the root, would otherwise answer what the API does not know.
+    app.add_api_route("/v1/{path:path}", unknown_path, methods=["GET", "POST", "PUT", "DELETE"], response_model=None)
+
+
+def add_health(app: FastAPI, front: Front) -> None:
+    """Add what is asked by load balancers, without a key."""
+    app.add_api_route("/health", health, methods=["GET"])
+    app.add_api_route("/ready", front.ready, methods=["GET"], response_model=None)
+    app.add_api_route("/version", told_version, methods=["GET"])
+
+
+async def health() -> dict[str, str]:
+    """Say that this process answers."""
+    return {"status": "ok"}
+
+
+async def unknown_path(request: Request) -> None:
+    """Refuse in OpenAI's form."""
+    raise refuse(404, f"no {request.method} {request.url.path[:200]!r} here", "unknown_path")
+
+
+async def told_version() -> dict[str, str]:
+    """Say which version this is."""
+    return {"version": fingerprint()}
+
+
+async def on_refusal(request: Request, error: Exception) -> Response:
+    """Answer with the refusal."""
+    assert isinstance(error, RefusalError)
+    del request
+    return refused_response(error.refused)
+
+
+async def on_http_error(request: Request, error: Exception) -> Response:
+    """Put the framework's own errors (no such path, wrong method) into OpenAI's form."""
+    assert isinstance(error, HTTPException)
+    code = {404: "unknown_path", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+    return refused_response(
+        Refused(error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}", code)
+    )
+
+
+async def on_accident(request: Request, error: Exception) -> Response:
+    """Say that it is our fault; the log says what it was."""
+    del request, error
+    return refused_response(Refused(500, "an error of the service; its log says which", "internal_error"))
+
+
+def session_of(task: Task) -> str:
+    """Name a chat by what stays the same from turn to turn: model, system prompt, first question, first image."""
+    first = task.turns[0].value if task.turns else task.prompt or ""
+    start = "\0".join((task.model, task.system or "", first, *task.media[:1]))
+    return hashlib.sha256(start.encode("utf-8", "surrogatepass")).hexdigest()

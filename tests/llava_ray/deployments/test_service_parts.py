@@ -1,0 +1,207 @@
+"""Settings, keys, rates, merging and frames, each alone."""
+
+import asyncio
+import io
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from pydantic import ValidationError
+
+from llava_ray.deployments.addresses import is_public, matches
+from llava_ray.deployments.admission import Admission
+from llava_ray.deployments.auth import ENVIRONMENT, Guard, digest, read_api_keys
+from llava_ray.deployments.merging import merged
+from llava_ray.deployments.messages import as_turn
+from llava_ray.deployments.refusal import RefusalError, Refused
+from llava_ray.deployments.schema import Message
+from llava_ray.deployments.settings import ServeSettings
+from llava_ray.errors import ConfigError
+from llava_ray.images.frames import count_frames
+
+KEY = "a key of more than sixteen characters"
+
+
+def test_settings_are_read_as_serve_gives_them() -> None:
+    """A dictionary of texts, lists with commas."""
+    settings = ServeSettings.parsed(
+        {
+            "model": "runs/one/model, two@runs/other",
+            "adapters": "runs/lora",
+            "max_replicas": "3",
+            "media_timeout_s": "2.5",
+        }
+    )
+    assert [source.names for source in settings.sources] == [("model", "lora"), ("two",)]
+    assert (settings.max_replicas, settings.media_timeout_s) == (3, 2.5)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"model": ""}, "expected model=PATH"),
+        ({"max_queue": 3}, "max_queued_requests"),
+        ({"min_replicas": 3}, "min_replicas 3 > max_replicas 1"),
+        ({"model": "a/model,b/model"}, "called the same"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(changed: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ServeSettings.parsed({"model": "a"} | changed)
+    with pytest.raises(ValidationError):
+        ServeSettings.model_validate({"model": "a"} | changed)
+
+
+def test_keys_come_from_a_file_and_the_environment_and_are_forgotten(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(
+        f'[keys.alice]\nkey = "{KEY}"\nrequests_per_minute = 4\n[keys.bob]\nsha256 = "{digest("b" * 20)}"\n'
+    )
+    keys = read_api_keys(str(file), {ENVIRONMENT: f"carol={'c' * 20}"})
+    assert [key.name for key in keys] == ["alice", "bob", "carol"]
+    assert KEY not in repr(keys)
+    guard = Guard(keys)
+    for key, name in [(KEY, "alice"), ("b" * 20, "bob"), ("c" * 20, "carol")]:
+        found = guard.identify(f"Bearer {key}")
+        assert not isinstance(found, Refused)
+        assert found.name == name
+
+
+@pytest.mark.parametrize("text", ['[keys.x]\nkey = "short"', "[keys.x]", "x", '[keys.x]\nkey="' + KEY + '"\nrate=3'])
+def test_a_bad_key_file_says_what_it_should_be_but_no_key(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        read_api_keys(str(file), {})
+    assert KEY not in str(error.value)
+    assert "short" not in str(error.value)
+
+
+def test_a_rate_lets_a_few_through_at_once_and_then_one_at_a_time() -> None:
+    now = [0.0]
+    guard = Guard(read_api_keys(None, {ENVIRONMENT: f"a={KEY},b={KEY}b"}), 60, clock=lambda: now[0])
+    alice, bob = guard.keys
+    assert [guard.admit(alice) for _ in range(15)] == [None] * 15
+    refused = guard.admit(alice)
+    assert refused is not None
+    assert (refused.status, refused.retry_after_s) == (429, 2)
+    assert guard.admit(bob) is None
+    now[0] = 1.0
+    assert guard.admit(alice) is None
+    assert guard.admit(alice) is not None
+
+
+def test_admission_counts_answers_and_lets_go() -> None:
+    admission = Admission(max_running=1, max_queued=2, retry_after_s=5)
+    with admission.admitted(2), admission.admitted():
+        with pytest.raises(RefusalError) as refused, admission.admitted():
+            pass
+        assert refused.value.refused.headers() == {"retry-after": "5"}
+    assert admission.held == 0
+
+
+async def counting(count: int, pause_s: float, closed: list[int]) -> AsyncGenerator[int, None]:
+    try:
+        for number in range(count):
+            yield number
+            await asyncio.sleep(pause_s)
+    finally:
+        closed.append(count)
+
+
+def test_merging_keeps_each_streams_order_and_joins_what_is_near() -> None:
+    async def run() -> list[list[tuple[int, int]]]:
+        return [batch async for batch in merged([counting(100, 0.001, []), counting(50, 0.001, [])])]
+
+    batches = asyncio.run(run())
+    for index, count in ((0, 100), (1, 50)):
+        assert [number for batch in batches for place, number in batch if place == index] == list(range(count))
+    assert len(batches) < 40
+
+
+def test_merging_without_pauses_gives_all_at_the_end() -> None:
+    async def run() -> list[list[tuple[int, int]]]:
+        return [batch async for batch in merged([counting(3, 0.0, []), counting(2, 0.01, [])], None)]
+
+    [batch] = asyncio.run(run())
+    assert sorted(batch) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+
+
+def test_leaving_a_merged_stream_closes_all_of_them() -> None:
+    closed: list[int] = []
+
+    async def run() -> None:
+        stream = merged([counting(1000, 0.001, closed), counting(2000, 0.001, closed)])
+        await anext(stream)
+        await stream.aclose()
+
+    asyncio.run(run())
+    assert sorted(closed) == [1000, 2000]
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("93.184.216.34", True),
+        ("2606:2800:220:1:248:1893:25c8:1946", True),
+        ("127.0.0.1", False),
+        ("10.1.2.3", False),
+        ("100.64.0.1", False),
+        ("169.254.169.254", False),
+        ("0.0.0.0", False),
+        ("224.0.0.1", False),
+        ("255.255.255.255", False),
+        ("::1", False),
+        ("::", False),
+        ("fe80::1%eth0", False),
+        ("fd00::1", False),
+        ("ff02::1", False),
+        ("::ffff:127.0.0.1", False),
+        ("::ffff:93.184.216.34", True),
+        ("2002:7f00:1::", False),
+        ("64:ff9b::7f00:1", False),
+        ("2001:0:7f00:1::", False),
+    ],
+)
+def test_which_addresses_are_the_internets(address: str, public: bool) -> None:
+    assert is_public(address) is public
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "entry", "fits"),
+    [
+        ("a.org", 443, "a.org", True),
+        ("a.org", 8080, "a.org", False),
+        ("a.org", 8080, "a.org:8080", True),
+        ("b.a.org", 443, ".a.org", True),
+        ("a.org", 443, ".a.org", False),
+        ("xa.org", 443, "a.org", False),
+        ("::1", 443, "[::1]", True),
+    ],
+)
+def test_which_hosts_an_entry_lets_in(host: str, port: int, entry: str, fits: bool) -> None:
+    assert matches(host, port, entry) is fits
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("count", [1, 3, 9])
+def test_frames_are_counted_up_to_a_bound(kind: str, count: int) -> None:
+    frames = [Image.new("RGB", (4, 4), (20 * index, 0, 0)) for index in range(count)]
+    file = io.BytesIO()
+    frames[0].save(file, kind, save_all=True, append_images=frames[1:])
+    assert count_frames(file.getvalue(), 5) == min(count, 6)
+    assert count_frames(picture_bytes(), 5) == 1
+
+
+def picture_bytes() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def test_images_stand_where_they_were_sent_and_markers_in_texts_are_none() -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:,"}}
+    text = {"type": "text", "text": "is <image> like"}
+    message = Message.model_validate({"role": "user", "content": [image, text, image]})
+    assert as_turn(message).value == "<image>\nis < image > like\n<image>"
