@@ -65,11 +65,11 @@ def pids(address: str, count: int) -> list[int]:
 
 def test_two_hundred_clients_for_a_minute(ray_cluster: None) -> None:
     """One replica that writes 32 answers at a time, 64 waiting."""
-    model = "echo@echo?token_s=0.02"
+    model = "echo@echo?token_s=0.2"
     with service(model=model, max_num_seqs="32", max_queued_requests="64") as address:
-        asyncio.run(crowd(address, 50, 5, 40, Ends()))  # everything is imported and grown
+        asyncio.run(crowd(address, 50, 5, 20, Ends()))  # everything is imported and grown
         before = memory_of(serve_pids())
-        ends = asyncio.run(crowd(address, 200, 60, 40, Ends()))
+        ends = asyncio.run(crowd(address, 200, 60, 20, Ends()))
         after = memory_of(serve_pids())
         alone = asyncio.run(crowd(address, 1, 1, 5, Ends()))
         record(
@@ -84,13 +84,13 @@ def test_two_hundred_clients_for_a_minute(ray_cluster: None) -> None:
 
 def lost_replica(stop: signal.Signals, seconds: float) -> dict[str, Any]:
     """Take one of two replicas away under load; return how it went."""
-    settings = {"model": "echo@echo?token_s=0.05", "min_replicas": "2", "max_replicas": "2", "max_num_seqs": "8"}
+    settings = {"model": "echo@echo?token_s=0.2", "min_replicas": "2", "max_replicas": "2", "max_num_seqs": "8"}
     with service(**settings, max_queued_requests="32") as address:
         victim, survivor = pids(address, 2)
         ends = Ends()
 
         async def run() -> tuple[float, float]:
-            load = asyncio.create_task(crowd(address, 20, seconds, 60, ends))
+            load = asyncio.create_task(crowd(address, 24, seconds, 20, ends))
             await asyncio.sleep(3)
             os.kill(victim, stop)
             killed = time.monotonic()
@@ -135,7 +135,7 @@ def test_a_stopped_replica_is_replaced(ray_cluster: None) -> None:
 
 def test_replicas_follow_a_ramp_and_no_stream_is_cut(ray_cluster: None) -> None:
     settings = {
-        "model": "echo@echo?token_s=0.05",
+        "model": "echo@echo?token_s=0.2",
         "min_replicas": "1",
         "max_replicas": "3",
         "target_ongoing_requests": "6",
@@ -159,7 +159,7 @@ def test_replicas_follow_a_ramp_and_no_stream_is_cut(ray_cluster: None) -> None:
             watching = asyncio.create_task(watch(clients))
             for count, seconds in stages:
                 clients[0] = count
-                await crowd(address, count, seconds, 60, ends)
+                await crowd(address, count, seconds, 20, ends)
             watching.cancel()
 
         asyncio.run(run())
