@@ -13,12 +13,12 @@ from llava_ray.generate.answer_text import AnswerText
 from llava_ray.generate.batching import Placed, RowModel, Work
 from llava_ray.generate.engine import EngineStats, FinishReason, GenerationChunk, GenerationRequest, TokenLogprob
 from llava_ray.generate.kv_cache import KvCache, Row, longest_row
+from llava_ray.generate.packed_linear import pack_linears
 from llava_ray.generate.prompts import Prompt, PromptImage
 from llava_ray.generate.sampling import choose_tokens, find_logprobs
 from llava_ray.generate.scheduling import Reading, WaitingLine, share_chunk
 from llava_ray.generate.settings import EngineSettings
 from llava_ray.generate.vision_cache import VisionCache
-from llava_ray.generate.wide_linear import widen
 from llava_ray.model.bundle import LlavaParts
 from llava_ray.model.quantization import find_dtype
 
@@ -59,11 +59,11 @@ class RunningBatch:
         """Take the model over. Raises ModelError if it cannot be batched."""
         self.parts = parts
         self.images = cache
-        self.make_narrow = widen([parts.llava.language_model, parts.tower.backbone], settings.wide_weight_bytes)
+        self.unpack = pack_linears([parts.llava.language_model, parts.tower.backbone], settings.packed_weight_bytes)
         try:
             self.model = RowModel(parts.llava.language_model)
         except BaseException:
-            self.make_narrow()
+            self.unpack()
             raise
         on_cpu = parts.llava.language_model.device.type == "cpu"
         self.chunk = settings.prefill_chunk or (CPU_CHUNK if on_cpu else GPU_CHUNK)
@@ -140,7 +140,7 @@ class RunningBatch:
         self.running, self.waiting = [], WaitingLine()
         self.kv.shelves.clear()
         self.model.give_back()
-        self.make_narrow()
+        self.unpack()
 
     def _find_room(self, running: RunningRequest) -> bool:
         running.row = self.kv.reserve(running.num_tokens)

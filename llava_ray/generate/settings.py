@@ -21,6 +21,6 @@ class EngineSettings:
     """Memory of the embeddings of images already seen."""
     max_model_len: int | None = None
     """Tokens of one prompt and answer together; None for the language model's positions."""
-    wide_weight_bytes: int = 4 * 2**30
-    """Memory for float32 copies of half-precision matrices, on a processor that multiplies these faster; a model that
-    needs more does without."""
+    packed_weight_bytes: int = 4 * 2**30
+    """On a CPU, memory for copies of a bfloat16 model's matrices that are faster to multiply; a model that needs more
+    does without."""
