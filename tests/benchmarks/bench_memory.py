@@ -17,6 +17,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -56,25 +58,40 @@ def main() -> None:
 
 def measure(num_images: int) -> dict[str, float]:
     """Stream ``num_images`` and return peaks in MB: of all processes together, and of the largest one."""
-    import ray
-    from bench_stream import stream_config, time_stream, write_images, write_records
+    from bench_stream import measure_lengths_of, stream_config, time_stream, write_images, write_records
 
     with tempfile.TemporaryDirectory() as folder:
         paths = write_images(Path(folder), num_images)
         config = stream_config(Path(folder), write_records(Path(folder), paths, "data"))
-        # Half a GB of objects for both, so that both fill it.
-        ray.init(
-            address="local", num_cpus=2, object_store_memory=500 * 2**20, include_dashboard=False, log_to_driver=False
-        )
-        peaks = dict.fromkeys(("total_mb", "largest_own_mb", "sum_of_rss_mb", "largest_rss_mb"), 0.0)
-        ended = threading.Event()
-        watcher = threading.Thread(target=watch, args=(peaks, ended))
-        watcher.start()
-        time_stream(config, num_images)
-        ended.set()
-        watcher.join()
-        ray.shutdown()
+        # Preparation has workers of its own; they are not to stand beside the stream's.
+        with started_ray():
+            measure_lengths_of(config)
+        with started_ray():
+            peaks = watched(lambda: time_stream(config, num_images))
     return {name: round(value) for name, value in peaks.items()}
+
+
+@contextmanager
+def started_ray() -> Iterator[None]:
+    """Run a local Ray with so few objects that 2,000 images fill its store too."""
+    import ray
+
+    ray.init(address="local", num_cpus=2, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def watched(work: Callable[[], object]) -> dict[str, float]:
+    """Do the work and return the peaks meanwhile, in MB."""
+    names = ("total_mb", "largest_own_mb", "driver_own_mb", "sum_of_rss_mb", "largest_rss_mb")
+    peaks = dict.fromkeys(names, 0.0)
+    ended = threading.Event()
+    watcher = threading.Thread(target=watch, args=(peaks, ended))
+    watcher.start()
+    work()
+    ended.set()
+    watcher.join()
+    return peaks
 
 
 def watch(peaks: dict[str, float], ended: threading.Event) -> None:
@@ -91,7 +108,8 @@ def watch(peaks: dict[str, float], ended: threading.Event) -> None:
         own = [size.rss - size.shared for size in sizes]
         now = {
             "total_mb": sum(own) + max(size.shared for size in sizes),
-            "largest_own_mb": max(own),
+            "largest_own_mb": max(own[1:], default=0),
+            "driver_own_mb": own[0],
             "sum_of_rss_mb": sum(size.rss for size in sizes),
             "largest_rss_mb": max(size.rss for size in sizes),
         }

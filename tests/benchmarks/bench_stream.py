@@ -25,13 +25,14 @@ from transformers import CLIPImageProcessorPil
 
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.batches import iterate_steps, start_blocks
-from llava_ray.data.lengths import EncoderSettings, measure_lengths
+from llava_ray.data.lengths import EncoderSettings, TokenLengths, measure_lengths
 from llava_ray.data.plan import Plan
 from llava_ray.data.preparation import prepare_data
+from llava_ray.data.shards import PreparedData
 from llava_ray.data.stream import DealToRanks, StreamSettings, TrainStream
 from llava_ray.images.geometry import ImageSpec
 from llava_ray.images.processing import normalise
-from llava_ray.model.blueprint import read_blueprint
+from llava_ray.model.blueprint import Blueprint, read_blueprint
 
 WORLD_SIZE = 2
 TARGET = 0.7
@@ -95,12 +96,17 @@ def stream_config(folder: Path, data_path: Path) -> FinetuneConfig:
     )
 
 
-def time_stream(config: FinetuneConfig, num_images: int) -> tuple[float, float]:
-    """Return the seconds until the first image came, and from then to the last."""
+def measure_lengths_of(config: FinetuneConfig) -> tuple[PreparedData, Blueprint, EncoderSettings, TokenLengths]:
+    """Prepare the data and count tokens, or find that done."""
     prepared = prepare_data(config.data)
     blueprint = read_blueprint(config.model, config.data.image_aspect_ratio)
     encoder = EncoderSettings.of(blueprint, config.data, config.train)
-    lengths = measure_lengths(prepared, encoder, 0.0)
+    return prepared, blueprint, encoder, measure_lengths(prepared, encoder, 0.0)
+
+
+def time_stream(config: FinetuneConfig, num_images: int) -> tuple[float, float]:
+    """Return the seconds until the first image came, and from then to the last."""
+    prepared, blueprint, encoder, lengths = measure_lengths_of(config)
     plan = Plan(lengths.column("num_tokens"), lengths.column("shard"), config.train.global_batch_size, 1, 0, 4)
     settings = StreamSettings(
         prepared_path=prepared.path,

@@ -191,7 +191,8 @@ def test_others_wait_while_the_cache_is_full(llama: LlavaParts) -> None:
                 stats = engine.stats()
                 seen.add((stats.num_running, stats.kv_tokens_used))
                 assert batch.kv.num_allocated <= 384
-            assert seen - {(0, 0)} == {(1, 192), (2, 384)}
+            assert (2, 384) in seen  # two of 192 fill it; which other moments are seen is a matter of timing
+            assert max(seen) == (2, 384)
             done = await asyncio.gather(*answers)
             assert engine.stats().kv_tokens_used == 0
             return done

@@ -19,7 +19,7 @@ from llava_ray.train.memory import GIB
 from llava_ray.train.sizing import estimate_run
 
 ROOT = Path(__file__).parents[3]
-BIG = sorted((ROOT / "pipelines/recipes").glob("*/llava*.toml"))
+BIG = sorted(path for path in (ROOT / "pipelines/recipes").glob("*/llava*.toml") if path.parent.name != "evaluate")
 
 
 def recipe(name: str, *flags: str) -> FinetuneConfig:
