@@ -27,6 +27,9 @@ verify: $(READY)  ## The long proofs; writes tests/benchmarks/results/*.json
 	$(BIN)/python tests/benchmarks/bench_stream.py --output tests/benchmarks/results/stream.json
 	$(BIN)/python tests/benchmarks/bench_memory.py --output tests/benchmarks/results/memory.json
 	$(BIN)/python tests/benchmarks/bench_loading.py --output tests/benchmarks/results/loading.json
+	$(BIN)/python tests/benchmarks/bench_engine.py --output tests/benchmarks/results/engine.json
+	$(BIN)/python tests/benchmarks/bench_serve.py --model runs/quickstart/model --output tests/benchmarks/results/serve.json
+	$(BIN)/python tests/benchmarks/bench_evaluate.py --model runs/quickstart/model --output tests/benchmarks/results/evaluate.json
 
 lint: $(READY)  ## Style, types and layers
 	$(BIN)/ruff format --check .
