@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before ray is imported: no token file in the developer's home, no usage report, one thread a process.
 os.environ.update(
@@ -17,6 +18,9 @@ os.environ.update(
 )
 
 import pytest
+
+# What tests share is found here by Ray's workers too, which do not read pytest's pythonpath.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 
 
 @pytest.fixture(scope="session")
