@@ -6,7 +6,7 @@ grades up. Whoever runs it brings the answers; two benchmarks also need a judge,
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -138,6 +138,14 @@ def percentage(rows: Sequence[Graded]) -> Figure:
     """Return 100 x the mean score of what was judged."""
     judged = [row.score for row in rows if row.state != "failed"]
     return Figure(100 * sum(judged) / len(judged) if judged else None, len(judged))
+
+
+def split_by(rows: Sequence[Graded], key: Callable[[Graded], str]) -> dict[str, list[Graded]]:
+    """Return the rows of each key, in the order in which keys appear."""
+    groups: dict[str, list[Graded]] = defaultdict(list)
+    for row in rows:
+        groups[key(row)].append(row)
+    return dict(groups)
 
 
 def split_by_category(rows: Sequence[Graded]) -> dict[str, list[Graded]]:

@@ -1,6 +1,5 @@
 """HallusionBench: yes-or-no questions that fool language priors and eyes, in sets over several figures."""
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from evals.benchmark import (
     Total,
     by_category,
     percentage,
+    split_by,
 )
 from evals.files import as_json, find, need, read_json
 from evals.yes_no import parse_yes_no
@@ -118,7 +118,5 @@ def grade_verdict(reply: str, *, no_figure: bool) -> Grade:
 
 def all_right(rows: Sequence[Graded], key: Callable[[Graded], str]) -> float | None:
     """Return the share of groups in which every answer is right, in per cent."""
-    groups: dict[str, list[float]] = defaultdict(list)
-    for row in rows:
-        groups[key(row)].append(row.score)
-    return 100 * sum(min(scores) == 1 for scores in groups.values()) / len(groups) if groups else None
+    groups = split_by(rows, key).values()
+    return 100 * sum(all(row.score == 1 for row in some) for some in groups) / len(groups) if groups else None

@@ -2,7 +2,6 @@
 
 import base64
 import binascii
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -21,6 +20,7 @@ from evals.benchmark import (
     Total,
     list_options,
     right_or_wrong,
+    split_by,
     split_by_category,
 )
 from evals.files import find, need, read_table
@@ -155,10 +155,7 @@ def circular(rows: Sequence[Graded]) -> Figure:
 
 
 def _rotations(rows: Sequence[Graded]) -> dict[str, list[Graded]]:
-    groups: dict[str, list[Graded]] = defaultdict(list)
-    for row in rows:
-        groups[row.group].append(row)
-    return groups
+    return split_by(rows, lambda row: row.group)
 
 
 def _incomplete(rows: Sequence[Graded]) -> bool:

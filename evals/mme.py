@@ -15,6 +15,7 @@ from evals.benchmark import (
     Question,
     Total,
     right_or_wrong,
+    split_by,
     split_by_category,
 )
 from evals.files import find_all
@@ -99,11 +100,9 @@ class MME(Benchmark):
 
 def ability_score(rows: Sequence[Graded]) -> float:
     """Return the share of questions plus the share of images with all questions right, in per cent."""
-    images: dict[str, list[float]] = defaultdict(list)
-    for row in rows:
-        images[row.group].append(row.score)
+    images = split_by(rows, lambda row: row.group).values()
     questions = sum(row.score for row in rows) / len(rows)
-    return 100 * (questions + sum(min(scores) for scores in images.values()) / len(images))
+    return 100 * (questions + sum(min(row.score for row in pair) for pair in images) / len(images))
 
 
 def _read_pair(text: Path, root: Path) -> list[Question]:

@@ -8,7 +8,6 @@ from evals.benchmark import (
     LETTER,
     LETTERS,
     Benchmark,
-    Figure,
     Grade,
     Graded,
     Judge,
@@ -88,7 +87,7 @@ class ScienceQA(Benchmark):
         return Total(
             categories.get(IMAGE, total).value,
             {"all": total.value},
-            categories | {"all": Figure(*vars(total).values())},
+            categories | {"all": total},
         )
 
     def submit(self, questions: Sequence[Question], answers: Mapping[str, str]) -> dict[str, bytes]:

@@ -19,6 +19,7 @@ from evals.published import published_figures
 from evals.scoring import Result, summarise, summarise_unscored
 from evals.scoring import score as score_benchmark
 from evals.tables import flat_metrics, markdown
+from llava_ray.config.sections import MAX_IMAGE_PIXELS
 from llava_ray.errors import DataError, ImageError
 from llava_ray.images.reading import open_image
 from llava_ray.report.evaluation import Mistake, Scored, evaluation_report
@@ -28,7 +29,6 @@ from llava_ray.report.rendering import write_report
 PROVENANCE = "provenance.json"
 MAX_MISTAKES = 60
 THUMBNAIL = (320, 320)
-MAX_IMAGE_PIXELS = 178_956_970
 EXPERIMENT = "llava_ray evaluation"
 
 

@@ -13,14 +13,13 @@ from llava_ray.chat.tokens import tokenize_prompt
 from llava_ray.config.lora import Bits
 from llava_ray.config.sections import MAX_IMAGE_PIXELS
 from llava_ray.errors import ConfigError, RecordError
+from llava_ray.generate.answer_text import UNFINISHED
 from llava_ray.generate.decoding import answer_text, expand_prompt, generate_batch
 from llava_ray.images.geometry import crop_views
 from llava_ray.images.processing import normalise
 from llava_ray.images.reading import open_image, read_bytes
 from llava_ray.model.bundle import LlavaParts
 from llava_ray.model.loading import load_pretrained_model
-
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer decodes to in the middle of a character
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_ray.chat.templates import Template
 from llava_ray.chat.tokens import expand_images, tokenize_prompt, tokenizer_image_token
-from llava_ray.config.sections import DataConfig
+from llava_ray.config.sections import MAX_IMAGE_PIXELS
 from llava_ray.errors import RecordError, TemplateError
 from llava_ray.generate.decoding import Stops, default_stops
 from llava_ray.generate.engine import GenerationRequest
@@ -21,8 +21,6 @@ from llava_ray.images.geometry import crop_views
 from llava_ray.images.processing import normalise
 from llava_ray.images.reading import open_image
 from llava_ray.model.bundle import LlavaParts
-
-MAX_IMAGE_PIXELS: int = DataConfig.model_fields["max_image_pixels"].default
 
 
 @dataclass
