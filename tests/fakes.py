@@ -101,21 +101,31 @@ def make_language_model(folder: Path, kind: str = "llama", *, seed: int = 0, voc
     return make_tokenizer(folder)
 
 
-def make_vision_tower(folder: Path, kind: str = "clip", *, seed: int = 1, hidden_size: int = TOWER_WIDTH) -> Path:
+def make_vision_tower(
+    folder: Path,
+    kind: str = "clip",
+    *,
+    seed: int = 1,
+    hidden_size: int = TOWER_WIDTH,
+    image_size: int = IMAGE_SIZE,
+    patch_size: int = PATCH,
+) -> Path:
     """Write a three-block vision tower of that kind (a key of TOWERS) with its image processor."""
     config_class, model_class, extra = TOWERS[kind]
+    if image_size != IMAGE_SIZE:
+        extra = extra | {"image_size": image_size}
     config = getattr(transformers, config_class)(
         hidden_size=hidden_size,
         num_hidden_layers=3,
         num_attention_heads=4,
-        patch_size=PATCH,
+        patch_size=patch_size,
         initializer_range=0.2,
         **extra,
     )
     torch.manual_seed(seed)
     getattr(transformers, model_class)(config).save_pretrained(folder)
     processor = transformers.CLIPImageProcessorPil(
-        size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+        size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
     )
     processor.save_pretrained(folder)
     return folder

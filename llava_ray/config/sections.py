@@ -157,7 +157,9 @@ class DataConfig(Section):
     num_vision_actors: PositiveInt = 1
     """Size of that pool; each takes a GPU where the cluster has them."""
     num_decode_cpus: PositiveFloat = 0.5
-    """CPUs that one image decoding task reserves."""
+    """CPUs that one image decoder reserves."""
+    num_decoders: PositiveInt | None = None
+    """At most so many decoders; they start as they are needed. Default: as many as half of the cluster's CPUs hold."""
     lazy_preprocess: bool | None = None
     """LLaVA's flag; not needed: nothing is preprocessed ahead."""
 

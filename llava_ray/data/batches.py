@@ -13,6 +13,7 @@ from ray.data import DataIterator
 from torch import Tensor
 
 from llava_ray.chat.conversation import IGNORE_INDEX
+from llava_ray.data.blocks import rows_of
 from llava_ray.data.features import feature_dtype, unpacked_pixels
 from llava_ray.data.settings import StreamSettings
 from llava_ray.data.stream import NO_STEP
@@ -67,8 +68,8 @@ def iterate_steps(
 ) -> Iterator[list[MicroBatch]]:
     """Yield this rank's micro-batches step by step, from ``first_step`` on, checking order and place."""
     step, pending = first_step, []
-    for table in blocks:
-        for row in table.to_pylist():
+    for block in blocks:
+        for row in rows_of(block).to_pylist():
             if row["step"] == NO_STEP:
                 continue
             if (row["step"], row["rank"]) != (step, rank):

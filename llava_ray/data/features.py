@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from llava_ray.data.blocks import as_one_row, rows_of
 from llava_ray.data.settings import StreamSettings
 from llava_ray.images.processing import normalise
 from llava_ray.model.bundle import load_tower
@@ -18,7 +19,11 @@ class FeatureActor:
         self.device = "cuda" if settings.vision_gpus else "cpu"
         self.tower = load_tower(settings.model, dtype=feature_dtype(bf16=settings.bf16)).to(self.device)
 
-    def __call__(self, table: pa.Table) -> pa.Table:
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Replace the pixels of a block's micro-batches by features."""
+        return as_one_row(self.replace_pixels(rows_of(block)))
+
+    def replace_pixels(self, table: pa.Table) -> pa.Table:
         """Replace the column "pixels" by "features": bytes of (n, p, v) in the tower's dtype."""
         counts = []
         tensors = []

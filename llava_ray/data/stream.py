@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray
 import ray.data
-from ray.data import ActorPoolStrategy, DataIterator, Dataset, ExecutionOptions
+from ray.data import ActorPoolStrategy, DataIterator, Dataset, ExecutionOptions, TaskPoolStrategy
 from ray.train import DataConfig as TrainDataConfig
 
 from llava_ray.chat.conversation import Turn
+from llava_ray.data.blocks import as_one_row, rows_of
 from llava_ray.data.examples import Example
 from llava_ray.data.lengths import TokenLengths, load_encoder
 from llava_ray.data.plan import Plan, deal
@@ -31,6 +33,8 @@ from llava_ray.images.reading import open_image
 # Consecutive micro-batches of one rank that travel as one block. One a block reached 30 % of a bare decoding loop's
 # images/s, sixteen 74 %; more would only delay the first step.
 ROWS_PER_BLOCK = 16
+
+CPUS_PER_READER = 8
 
 # Marks the rows that fill a rank's last block.
 NO_STEP = -1
@@ -129,22 +133,27 @@ def located(rows: list[dict[str, Any]], table: pa.Table) -> pa.Table:
 
 
 def stream(descriptors: list[pa.Table], settings: StreamSettings) -> Dataset:
-    """Attach the stages to the descriptors. Every block that leaves a repartition is exactly one rank's rows."""
+    """Attach the stages to the descriptors. Every block is one row, of ROWS_PER_BLOCK micro-batches of one rank."""
     dataset = ray.data.from_arrow(descriptors) if descriptors else ray.data.from_items([])
+    cpus, total = settings.data.num_decode_cpus, ray.cluster_resources().get("CPU", 1)
     dataset = dataset.map_batches(
-        read_micro_batches,
+        read_blocks,
         batch_size=None,
         batch_format="pyarrow",
         fn_kwargs={"settings": settings},
-        num_cpus=settings.data.num_decode_cpus,
+        # Reading is a small part of decoding. Ray would start as many as there is room for, and let them run far ahead.
+        compute=TaskPoolStrategy(size=max(1, int(total) // CPUS_PER_READER)),
+        num_cpus=cpus / 2,
     )
-    dataset = dataset.repartition(target_num_rows_per_block=ROWS_PER_BLOCK, strict=True)
+    # Actors, because tasks of less than a CPU cost more than they do: Ray ends every process beyond the number of CPUs
+    # that has nothing to do for a second, and starts another for the next task.
     dataset = dataset.map_batches(
-        decode_images,
+        ImageDecoder,
         batch_size=None,
         batch_format="pyarrow",
-        fn_kwargs={"settings": settings},
-        num_cpus=settings.data.num_decode_cpus,
+        fn_constructor_kwargs={"settings": settings},
+        compute=ActorPoolStrategy(min_size=1, max_size=settings.data.num_decoders or max(1, int(total / 2 / cpus))),
+        num_cpus=cpus,
     )
     if settings.data.vision_features == "streamed":
         from llava_ray.data.features import FeatureActor  # torch and transformers
@@ -155,23 +164,30 @@ def stream(descriptors: list[pa.Table], settings: StreamSettings) -> Dataset:
             batch_format="pyarrow",
             fn_constructor_kwargs={"settings": settings},
             compute=ActorPoolStrategy(size=settings.data.num_vision_actors),
-            num_cpus=settings.data.num_decode_cpus,
+            num_cpus=cpus,
             num_gpus=settings.vision_gpus,
         )
-    if max_block_bytes(settings) <= dataset.context.target_max_block_size:
-        return dataset
-    # Ray cuts blocks that are larger. Joining them again copies all pixels once more.
-    return dataset.repartition(target_num_rows_per_block=ROWS_PER_BLOCK, strict=True)
+    # A block ends after each row. A repartition would do it too, in a stage of its own whose tasks wait for whole CPUs:
+    # on two cores it kept the first of 20,000 images for 80 s.
+    dataset.context.target_max_block_size = 1
+    return dataset
 
 
-def max_block_bytes(settings: StreamSettings) -> int:
-    """Return what a block's pixels or features may come to when all its rows are full of images."""
-    spec, tokens = settings.image_spec, settings.image_tokens
-    view = 3 * spec.height * spec.width
-    if settings.data.vision_features == "streamed":
-        view = max(view, tokens.num_features * settings.mm_hidden_size * (2 if settings.bf16 else 4))
-    views = ROWS_PER_BLOCK * settings.row_length * tokens.max_views // tokens.num_features
-    return views * view
+def read_blocks(descriptors: pa.Table, settings: StreamSettings) -> Iterator[pa.Table]:
+    """Yield the micro-batches of one window, a block at a time."""
+    yield from map(as_one_row, read_micro_batches(descriptors, settings))
+
+
+class ImageDecoder:
+    """Turn the encoded images of a block into pixels."""
+
+    def __init__(self, settings: StreamSettings) -> None:
+        """Keep what tells the size."""
+        self.settings = settings
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Decode."""
+        return as_one_row(decode_images(rows_of(block), self.settings))
 
 
 def read_micro_batches(descriptors: pa.Table, settings: StreamSettings) -> Iterator[pa.Table]:

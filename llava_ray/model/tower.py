@@ -109,13 +109,19 @@ class VisionTower(nn.Module):
             hidden = torch.cat([states[depth] for depth in self.depths], dim=-1)
         return hidden[:, self.num_skipped :]
 
+    @property
+    def passes_per_view(self) -> int:
+        """Images that the backbone sees for one view: with S2 one for each square of each scale."""
+        return sum((scale // self.s2_scales[0]) ** 2 for scale in self.s2_scales) or 1
+
     @torch.no_grad()
     def extract(self, views: Tensor, prepare: Callable[[Tensor], Tensor] = lambda views: views) -> Tensor:
         """Return the features (n, p, v) of any number of views without gradients, a bounded number at a time.
 
         ``prepare`` makes of views what the tower takes, such as normalised pixels of those that travelled as bytes.
         """
-        return torch.cat([self(prepare(some.to(self.backbone.device))) for some in views.split(IMAGES_PER_FORWARD)])
+        chunks = views.split(max(1, IMAGES_PER_FORWARD // self.passes_per_view))
+        return torch.cat([self(prepare(some.to(self.backbone.device))) for some in chunks])
 
     def blank_features(self) -> Float[Tensor, "1 p v"]:
         """Return the features of one black image of the smallest size: what uses every parameter at the least cost."""

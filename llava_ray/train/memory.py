@@ -82,6 +82,8 @@ class ModelSizes:
     """Positions that the tower computes for one view of an image, class token included."""
     image_side: int
     """Pixels."""
+    passes_per_view: int = 1
+    """Forwards of the tower for one view: with S2 one for each square of each scale."""
     tower_learns: bool = False
 
 
@@ -99,6 +101,8 @@ class RunSettings:
     eager_attention: bool = False
     bits: Literal[4, 8, 16] = 16
     double_quant: bool = True
+    anyres: bool = False
+    """Whether images are cut into views, whose padding takes no tokens."""
     lora_dropout: bool = False
     """Whether adapters see a dropped-out copy of their input, which has to be kept."""
 
@@ -241,11 +245,13 @@ def vision_bytes(sizes: ModelSizes, run: RunSettings) -> float:
     if not run.inline_tower and not sizes.tower_learns:
         return 0.0
     blocks = sizes.tower_blocks
-    num_views = -(-run.row_length // sizes.tokens_per_view)
+    # A canvas's padding goes with its tokens: usual photographs keep more than half of them.
+    num_views = -(-run.row_length // (sizes.tokens_per_view // (2 if run.anyres else 1)))
     pixels = num_views * 3 * sizes.image_side**2 * (4 + run.width)
-    positions = num_views * sizes.tokens_per_view
+    positions = num_views * sizes.passes_per_view * sizes.tokens_per_view
     if not sizes.tower_learns:
-        positions = min(num_views, IMAGES_PER_FORWARD) * sizes.tokens_per_view
+        passes = min(num_views * sizes.passes_per_view, max(IMAGES_PER_FORWARD, sizes.passes_per_view))
+        positions = passes * sizes.tokens_per_view
         return pixels + positions * run.width * (6 * blocks.hidden_size + 2 * blocks.intermediate_size)
     plain = RunSettings(run.zero_stage, run.num_workers, sizes.tokens_per_view, bf16=run.bf16)
     layer = layer_bytes(blocks, plain)

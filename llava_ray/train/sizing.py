@@ -23,6 +23,7 @@ def measure_sizes(card: Card) -> ModelSizes:
     totals = {part.name: part for part in card.parts}
     tables = [p.numel() for name, p in language.named_parameters() if ".layers." not in name and p.dim() == 2]
     blocks = [sum(p.numel() for p in block.parameters()) for block in find_blocks(language)]
+    scales = card.tower.s2_scales or (card.image_side,)
     return ModelSizes(
         language_model=totals["language_model"].num_total,
         language_linears=sum(inputs * outputs for inputs, outputs in card.linears.values()),
@@ -36,8 +37,9 @@ def measure_sizes(card: Card) -> ModelSizes:
         vocab_size=int(text.vocab_size),
         tower_blocks=tower_blocks(card.tower),
         mm_hidden_size=card.tower.hidden_size,
-        tokens_per_view=count_positions(card.tower, card.image_side),
-        image_side=card.image_side,
+        tokens_per_view=count_positions(card.tower, min(scales)),
+        image_side=max(scales),
+        passes_per_view=card.tower.passes_per_view,
         tower_learns=totals["vision_tower"].num_trainable > 0,
     )
 
@@ -83,6 +85,7 @@ def run_settings(config: FinetuneConfig) -> RunSettings:
         gradient_checkpointing=train.gradient_checkpointing,
         offload_optimizer=train.offload_optimizer,
         inline_tower=config.data.vision_features == "inline",
+        anyres=config.data.image_aspect_ratio == "anyres",
         eager_attention=config.model.attn_implementation == "eager",
         bits=lora.bits,
         double_quant=lora.double_quant,

@@ -47,10 +47,13 @@ def test_the_published_hyper_parameters_are_kept(recipe):
     assert config.train.zero_stage == (2 if pretrain or config.lora.bits < 16 else 3)
     assert config.model.version == ("plain" if pretrain else "v1")
     assert config.model.tune_mm_mlp_adapter is pretrain
-    assert config.data.image_aspect_ratio == ("square" if pretrain else "pad")
+    next_one = "v1_6" in recipe.stem
+    assert config.data.image_aspect_ratio == ("square" if pretrain else "anyres" if next_one else "pad")
     train, model = config.train, config.model
     assert (train.num_train_epochs, train.warmup_ratio, train.weight_decay) == (1, 0.03, 0.0)
-    assert (train.lr_scheduler_type, train.model_max_length, train.bf16) == ("cosine", 2048, True)
+    assert (train.lr_scheduler_type, train.model_max_length, train.bf16) == ("cosine", 4096 if next_one else 2048, True)
+    assert (model.unfreeze_mm_vision_tower, train.mm_vision_tower_lr) == ((True, 2e-6) if next_one else (False, None))
+    assert model.mm_patch_merge_type == ("spatial_unpad" if next_one else "flat")
     assert (model.mm_projector_type, model.mm_vision_select_layer) == ("mlp2x_gelu", -2)
     if lora:
         assert (config.lora.lora_r, config.lora.lora_alpha, config.lora.lora_dropout) == (128, 256, 0.05)

@@ -125,7 +125,7 @@ def test_streamed_features_are_those_of_the_worker(changes: dict[str, object], t
     streamed = stream_here(tmp_path, **changes)
     decoded = decode_images(streamed.table, streamed.settings)
     actor = FeatureActor(streamed.settings)
-    ahead = actor(decoded)
+    ahead = actor.replace_pixels(decoded)
     assert "pixels" not in ahead.column_names
     num_with_images = 0
     for inline, batch in zip(streamed.batches(decoded), streamed.batches(ahead), strict=True):
@@ -143,7 +143,7 @@ def test_packed_rows_have_the_losses_of_each_sample_alone(streamed: Streamed) ->
     decoded = decode_images(streamed.table, streamed.settings)
     actor = FeatureActor(streamed.settings)
     num_packed = 0
-    for batch in streamed.batches(actor(decoded)):
+    for batch in streamed.batches(actor.replace_pixels(decoded)):
         together = losses(streamed.parts, batch, batch.features)
         start = first_image = first_view = 0
         for number, length in enumerate(batch.num_tokens):

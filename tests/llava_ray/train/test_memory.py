@@ -113,6 +113,17 @@ def test_a_tower_that_learns_is_partitioned_and_keeps_its_activations() -> None:
     assert vision_bytes(learning, RUN) > 2 * vision_bytes(SIZES, RUN)
 
 
+def test_views_and_scales_make_the_tower_see_more() -> None:
+    pixels = 3 * 336**2 * (4 + 2)
+    assert vision_bytes(SIZES, dataclasses.replace(RUN, anyres=True)) > 1.5 * vision_bytes(SIZES, RUN)
+    s2 = dataclasses.replace(SIZES, image_side=3 * 336, passes_per_view=1 + 4 + 9)
+    block = 577 * 2 * (6 * 1024 + 2 * 4096)
+    assert vision_bytes(SIZES, RUN) == 4 * (pixels + block)
+    assert vision_bytes(s2, RUN) == 4 * (9 * pixels + 14 * block)
+    longer = dataclasses.replace(RUN, row_length=16 * 577)
+    assert vision_bytes(s2, longer) == 16 * 9 * pixels + 64 * block  # the frozen tower takes so many squares at a time
+
+
 def kept_bytes(num_layers: int, *, checkpointing: bool) -> int:
     """Bytes of activations that torch keeps for the backward pass of a Llama in bf16, each storage once."""
     config = transformers.LlamaConfig(
