@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_ray.chat.tokens import expand_images
@@ -126,9 +126,14 @@ def default_stops(parts: LlavaParts) -> Stops:
     return Stops(frozenset(ids - {None}), stop)
 
 
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Return the text of tokens, without special ones."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
 def answer_text(parts: LlavaParts, ids: Sequence[int]) -> str:
     """Decode an answer, without special tokens and without what follows the template's stop text."""
-    text = str(parts.tokenizer.decode(list(ids), skip_special_tokens=True))
+    text = decode(parts.tokenizer, ids)
     stop = parts.template.stop
     return (text.partition(stop)[0] if stop else text).strip()
 

@@ -21,6 +21,7 @@ from llava_ray.images.geometry import crop_views
 from llava_ray.images.processing import normalise
 from llava_ray.images.reading import open_image
 from llava_ray.model.bundle import LlavaParts
+from llava_ray.model.llava import Llava
 
 
 @dataclass
@@ -28,7 +29,10 @@ class PromptImage:
     """An image in a prompt: as preprocessed views, until the model has seen it."""
 
     key: str
+    """Of its content and the projector that it is seen through."""
     num_tokens: int
+    llava: Llava
+    """Whose projector that is."""
     size: Size = (0, 0)
     views: Float32[Tensor, "n 3 h w"] | None = None
     embeddings: Tensor | None = None
@@ -48,12 +52,13 @@ class Prompt:
 
 
 class PromptMaker:
-    """Makes prompts for one model. Safe to use from any thread."""
+    """Makes prompts for one model, or one adapter. Safe to use from any thread."""
 
-    def __init__(self, parts: LlavaParts, cache: VisionCache, max_model_len: int) -> None:
-        """``max_model_len`` bounds prompt and answer together."""
+    def __init__(self, parts: LlavaParts, cache: VisionCache, max_model_len: int, projector: str = "") -> None:
+        """``max_model_len`` bounds prompt and answer together; ``projector`` tells several in one cache apart."""
         self.parts = parts
         self.cache = cache
+        self.projector = projector
         self.max_model_len = max_model_len
         self.stops = default_stops(parts)
 
@@ -98,14 +103,14 @@ class PromptMaker:
 
     def read_image(self, data: bytes, name: str) -> PromptImage:
         """Return an image that is known by its content, or its pixels. Raises ImageError."""
-        key = image_key(data)
+        key, llava = f"{image_key(data)}{self.projector}", self.parts.llava
         known = self.cache.find(key)
         if known is not None:
-            return PromptImage(key, len(known), embeddings=known)
+            return PromptImage(key, len(known), llava, embeddings=known)
         image = open_image(data, name, max_pixels=MAX_IMAGE_PIXELS)
         spec = self.parts.image_spec
         count = self.parts.image_tokens.count(*image.size)
-        return PromptImage(key, count, image.size, normalise(crop_views(image, spec), spec))
+        return PromptImage(key, count, llava, image.size, normalise(crop_views(image, spec), spec))
 
     def find_stops(self, request: GenerationRequest) -> tuple[Stops, tuple[str, ...]]:
         """Return the tokens and the texts that end the answer of a request.
