@@ -20,6 +20,7 @@ from llava_ray.images.anyres import Size
 from llava_ray.images.geometry import crop_views
 from llava_ray.images.processing import normalise
 from llava_ray.images.reading import open_image
+from llava_ray.model.blueprint import Blueprint
 from llava_ray.model.bundle import LlavaParts
 from llava_ray.model.llava import Llava
 
@@ -51,55 +52,93 @@ class Prompt:
     num_cached_images: int = field(default=0)
 
 
-class PromptMaker:
-    """Makes prompts for one model, or one adapter. Safe to use from any thread."""
+class PromptText:
+    """The text side of requests to one model or adapter, whose weights it does not know. Safe in any thread."""
 
-    def __init__(self, parts: LlavaParts, cache: VisionCache, max_model_len: int, projector: str = "") -> None:
-        """``max_model_len`` bounds prompt and answer together; ``projector`` tells several in one cache apart."""
-        self.parts = parts
-        self.cache = cache
-        self.projector = projector
+    def __init__(self, model: Blueprint, stops: Stops, max_model_len: int) -> None:
+        """``stops`` are the model's own; ``max_model_len`` bounds prompt and answer together."""
+        self.model = model
         self.max_model_len = max_model_len
-        self.stops = default_stops(parts)
+        self.stops = stops
 
-    def make(self, request: GenerationRequest) -> Prompt:
-        """Tokenise and preprocess a request.
-
-        Raises RecordError (ImageError for an image) for whatever the request got wrong.
-        """
-        sampling = request.sampling
-        check_sampling(sampling)
+    def read(self, request: GenerationRequest) -> list[int]:
+        """Return a request's ids with one -200 for each image. Raises RecordError for what it got wrong."""
+        check_sampling(request.sampling)
         short = self.tokenize(request)
         if not short:
             raise RecordError("the prompt has no tokens; expected at least one.", reason="empty_prompt")
         # Before any image is opened: a long prompt costs nothing.
-        self._check_length(len(short), sampling.max_tokens)
+        self.check_length(len(short), request.sampling.max_tokens)
         expand_images(short, [IGNORE_INDEX] * len(short), [1] * len(request.images))
-        images = [self.read_image(data, f"image {number}") for number, data in enumerate(request.images, start=1)]
-        counts = [image.num_tokens for image in images]
-        ids = expand_images(short, [IGNORE_INDEX] * len(short), counts)[0]
-        self._check_length(len(ids), sampling.max_tokens)
-        place_images(ids, images)
-        stops, texts = self.find_stops(request)
-        return Prompt(ids, images, stops, texts, sum(image.embeddings is not None for image in images))
+        return short
 
     def tokenize(self, request: GenerationRequest) -> list[int]:
         """Return the ids with one -200 for each image. Raises RecordError."""
         if (request.prompt is None) == (not request.turns):
             raise RecordError("expected either turns or a prompt, and not both.", reason="turns")
         if request.prompt is not None:
-            ids = tokenizer_image_token(request.prompt, self.parts.tokenizer)
+            ids = tokenizer_image_token(request.prompt, self.model.tokenizer)
             assert isinstance(ids, list)
             return ids
         try:
-            return tokenize_prompt(request.turns, self.template(request.system), self.parts.tokenizer)
+            return tokenize_prompt(request.turns, self.template(request.system), self.model.tokenizer)
         except (TemplateError, jinja2.TemplateError) as error:
             raise RecordError(str(error), reason="turns") from error
 
     def template(self, system: str | None) -> Template:
         """Return the model's template, with another system prompt where one is given. Raises TemplateError."""
-        template = self.parts.template
+        template = self.model.template
         return template if system is None else template.with_system(system)
+
+    def find_stops(self, request: GenerationRequest) -> tuple[Stops, tuple[str, ...]]:
+        """Return the tokens and the texts that end the answer of a request.
+
+        A stop text that is a token of its own (``<|im_end|>``) is no text, for it is never decoded.
+        """
+        added = self.model.tokenizer.get_added_vocab()
+        given = request.sampling.stop
+        ids = {added[stop] for stop in given if stop in added}
+        texts = [stop for stop in given if stop not in added]
+        stops = replace(self.stops, ids=frozenset(ids))
+        if not request.sampling.ignore_eos:
+            stops = replace(stops, ids=frozenset(ids | self.stops.ids))
+            texts += [self.stops.text] if self.stops.text and request.prompt is None else []
+        return stops, tuple(texts)
+
+    def check_length(self, num_tokens: int, max_tokens: int) -> None:
+        """Raise RecordError if prompt and answer may be longer than the engine holds."""
+        if num_tokens + max_tokens > self.max_model_len:
+            raise RecordError(
+                f"the prompt has {num_tokens} tokens and max_tokens is {max_tokens}, but this engine holds "
+                f"{self.max_model_len} tokens of prompt and answer together. Shorten the conversation, or ask for "
+                "fewer new tokens.",
+                reason="too_long",
+            )
+
+
+class PromptMaker(PromptText):
+    """Makes prompts for one model, or one adapter, in memory."""
+
+    def __init__(self, parts: LlavaParts, cache: VisionCache, max_model_len: int, projector: str = "") -> None:
+        """``projector`` tells several in one cache apart."""
+        super().__init__(parts, default_stops(parts), max_model_len)
+        self.parts = parts
+        self.cache = cache
+        self.projector = projector
+
+    def make(self, request: GenerationRequest) -> Prompt:
+        """Tokenise and preprocess a request.
+
+        Raises RecordError (ImageError for an image) for whatever the request got wrong.
+        """
+        short = self.read(request)
+        images = [self.read_image(data, f"image {number}") for number, data in enumerate(request.images, start=1)]
+        counts = [image.num_tokens for image in images]
+        ids = expand_images(short, [IGNORE_INDEX] * len(short), counts)[0]
+        self.check_length(len(ids), request.sampling.max_tokens)
+        place_images(ids, images)
+        stops, texts = self.find_stops(request)
+        return Prompt(ids, images, stops, texts, sum(image.embeddings is not None for image in images))
 
     def read_image(self, data: bytes, name: str) -> PromptImage:
         """Return an image that is known by its content, or its pixels. Raises ImageError."""
@@ -111,30 +150,6 @@ class PromptMaker:
         spec = self.parts.image_spec
         count = self.parts.image_tokens.count(*image.size)
         return PromptImage(key, count, llava, image.size, normalise(crop_views(image, spec), spec))
-
-    def find_stops(self, request: GenerationRequest) -> tuple[Stops, tuple[str, ...]]:
-        """Return the tokens and the texts that end the answer of a request.
-
-        A stop text that is a token of its own (``<|im_end|>``) is no text, for it is never decoded.
-        """
-        added = self.parts.tokenizer.get_added_vocab()
-        given = request.sampling.stop
-        ids = {added[stop] for stop in given if stop in added}
-        texts = [stop for stop in given if stop not in added]
-        stops = replace(self.stops, ids=frozenset(ids))
-        if not request.sampling.ignore_eos:
-            stops = replace(stops, ids=frozenset(ids | self.stops.ids))
-            texts += [self.stops.text] if self.stops.text and request.prompt is None else []
-        return stops, tuple(texts)
-
-    def _check_length(self, num_tokens: int, max_tokens: int) -> None:
-        if num_tokens + max_tokens > self.max_model_len:
-            raise RecordError(
-                f"the prompt has {num_tokens} tokens and max_tokens is {max_tokens}, but this engine holds "
-                f"{self.max_model_len} tokens of prompt and answer together. Shorten the conversation, or ask for "
-                "fewer new tokens.",
-                reason="too_long",
-            )
 
 
 def place_images(ids: Sequence[int], images: Sequence[PromptImage]) -> None:

@@ -82,10 +82,23 @@ def load_adapters(base: LlavaParts, folders: Mapping[str, str | Path]) -> Served
 
 def load_beside(base: LlavaParts, name: str, folder: str | Path) -> ServedAdapter:
     """Load one adapter. Raises ModelError."""
+    layout, is_pefts = find_adapter(name, folder)
+    parts = base if is_pefts else parts_beside(base, name, layout)
+    assert layout.adapter is not None
+    model, fingerprint = base.llava.language_model, base.manifest.language_model.fingerprint
+    terms, said = load_terms(model, layout.adapter, base_fingerprint=fingerprint)
+    check_terms(model, terms, said, layout.adapter)
+    return ServedAdapter(name, terms, parts)
+
+
+def find_adapter(name: str, folder: str | Path) -> tuple[Layout, bool]:
+    """Return an adapter's folder, described, and whether it is peft's alone, without anything of LLaVA's.
+
+    Raises ModelError for any other folder.
+    """
     _, layout = find_layout(str(folder), weights=True)
-    is_pefts = layout.kind is Kind.ORIGINAL_LORA and not any(
-        (layout.folder / file).is_file() for file in (CONFIG, NON_LORA_FILE)
-    )
+    beside = [file for file in (CONFIG, NON_LORA_FILE) if (layout.folder / file).is_file()]
+    is_pefts = layout.kind is Kind.ORIGINAL_LORA and not beside
     if not is_pefts:
         check_whole(layout)
     if layout.adapter is None:
@@ -93,16 +106,11 @@ def load_beside(base: LlavaParts, name: str, folder: str | Path) -> ServedAdapte
             f"adapter {name!r}: {layout.folder} ({layout.kind}) is no adapter over a base; expected a bundle with an "
             "adapter, LLaVA's LoRA folder or peft's. A whole model goes into model=."
         )
-    parts = base if is_pefts else parts_beside(base, name, layout)
-    model = base.llava.language_model
-    fingerprint = base.manifest.language_model.fingerprint
-    terms, said = load_terms(model, layout.adapter, base_fingerprint=fingerprint)
-    check_terms(model, terms, said, layout.adapter)
-    return ServedAdapter(name, terms, parts)
+    return layout, is_pefts
 
 
-def parts_beside(base: LlavaParts, name: str, layout: Layout) -> LlavaParts:
-    """Return the base with what is an adapter's own; raises ModelError if it changes what requests share."""
+def read_beside(base: Blueprint, name: str, layout: Layout) -> Blueprint:
+    """Read what an adapter says of its model, which has to be the base's. Raises ModelError."""
     config = pretrained_config(
         layout,
         layout.folder,
@@ -111,8 +119,14 @@ def parts_beside(base: LlavaParts, name: str, layout: Layout) -> LlavaParts:
         version=layout.settings.get("version") or base.config.version,
     )
     own = read_blueprint(config, aspect_ratio(layout), weights=True)
-    companions = read_tensors(layout.companions)
-    check_shared(base, own, name, companions.get(EMBED_TOKENS))
+    check_shared(base, own, name)
+    return own
+
+
+def parts_beside(base: LlavaParts, name: str, layout: Layout) -> LlavaParts:
+    """Return the base with what is an adapter's own; raises ModelError if it changes what requests share."""
+    own, companions = read_beside(base, name, layout), read_tensors(layout.companions)
+    check_embeddings(base, companions.get(EMBED_TOKENS), name)
     manifest = base.manifest.model_copy(update={"mm_projector_type": own.config.mm_projector_type})
     model = base.llava.language_model
     place = {"device": model.device, "dtype": find_dtype(model)}
@@ -121,7 +135,7 @@ def parts_beside(base: LlavaParts, name: str, layout: Layout) -> LlavaParts:
     return replace(base, llava=base.llava if is_same(llava, base.llava) else llava.eval(), template=own.template)
 
 
-def check_shared(base: LlavaParts, own: Blueprint, name: str, embeddings: Tensor | None) -> None:
+def check_shared(base: Blueprint, own: Blueprint, name: str) -> None:
     """Raise ModelError if an adapter was trained with another tower, tokenizer or way of cutting images."""
     found = {
         "mm_vision_select_layer": (own.config.mm_vision_select_layer, base.config.mm_vision_select_layer),
@@ -133,14 +147,9 @@ def check_shared(base: LlavaParts, own: Blueprint, name: str, embeddings: Tensor
         "image_grid_pinpoints": (own.image_spec.grid_pinpoints, base.image_spec.grid_pinpoints),
         "mm_patch_merge_type": (own.image_tokens.merge_type, base.image_tokens.merge_type),
     }
-    if own.manifest is not None:
+    if own.manifest is not None and base.manifest is not None:
         towers = own.manifest.vision_tower.fingerprint[:12], base.manifest.vision_tower.fingerprint[:12]
         found["vision_tower (fingerprint)"] = towers
-    if embeddings is not None:
-        ids = list(image_token_ids(base.tokenizer))
-        rows = base.llava.language_model.get_input_embeddings().get_parameter("weight")[ids]
-        same = len(ids) <= len(embeddings) and torch.equal(rows, embeddings[-len(ids) :].to(rows))
-        found["embeddings of new tokens"] = ("of its own", "of its own" if same else "others")
     for key, (mine, shared) in found.items():
         if mine != shared:
             raise ModelError(
@@ -148,6 +157,19 @@ def check_shared(base: LlavaParts, own: Blueprint, name: str, embeddings: Tensor
                 f"{base.config.model_name_or_path} has {shared!r}, which all requests share. Serve it as a model of "
                 "its own: put it into model=."
             )
+
+
+def check_embeddings(base: LlavaParts, embeddings: Tensor | None, name: str) -> None:
+    """Raise ModelError if the tokens around images have other embeddings with an adapter than with its base."""
+    if embeddings is None:
+        return
+    ids = list(image_token_ids(base.tokenizer))
+    rows = base.llava.language_model.get_input_embeddings().get_parameter("weight")[ids]
+    if len(embeddings) < len(ids) or not torch.equal(rows, embeddings[-len(ids) :].to(rows)):
+        raise ModelError(
+            f"adapter {name!r} brings embeddings of its own for the tokens around images, which all requests share. "
+            "Serve it as a model of its own: put it into model=."
+        )
 
 
 def is_same(one: Llava, other: Llava) -> bool:

@@ -3,7 +3,7 @@
 import asyncio
 import io
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from llava_ray.chat.conversation import Turn
 from llava_ray.config.lora import LoraConfig
 from llava_ray.config.sections import ModelConfig
 from llava_ray.generate.builtin_engine import BuiltinEngine
-from llava_ray.generate.engine import GenerationChunk, GenerationRequest, Sampling
+from llava_ray.generate.engine import Engine, GenerationChunk, GenerationRequest, Sampling
 from llava_ray.generate.prompts import PromptMaker
 from llava_ray.generate.settings import EngineSettings
 from llava_ray.generate.vision_cache import VisionCache
@@ -29,11 +29,22 @@ SMALL_GAP = 1e-3  # between the two likeliest tokens' logits: rounding may decid
 NEVER = Sampling(max_tokens=8, ignore_eos=True)
 
 
-def make_parts(root: Path, kind: str = "llama", *, anyres: bool = False, version: str = "v1") -> LlavaParts:
+def make_parts(
+    root: Path,
+    kind: str = "llama",
+    *,
+    anyres: bool = False,
+    version: str = "v1",
+    **language: object,
+) -> LlavaParts:
     """A random model of which a third of the tokens ends an answer, so that answers end at all lengths."""
+    if not (root / kind).exists():  # parts that were read before may still be reading
+        fakes.make_language_model(root / kind, kind, **language)  # type: ignore[arg-type]
+    if not (root / "tower").exists():
+        fakes.make_vision_tower(root / "tower")
     config = ModelConfig(
-        model_name_or_path=str(fakes.make_language_model(root / kind, kind)),
-        vision_tower=str(fakes.make_vision_tower(root / "tower")),
+        model_name_or_path=str(root / kind),
+        vision_tower=str(root / "tower"),
         version=version,
         **({"mm_patch_merge_type": "spatial_unpad"} if anyres else {}),
     )
@@ -48,28 +59,18 @@ def with_ends(parts: LlavaParts) -> LlavaParts:
     return parts
 
 
-def write_adapter(
-    root: Path,
-    name: str,
-    *,
-    seed: int,
-    kind: str = "llama",
-    own_projector: bool = False,
-    change: Callable[[LlavaParts], LlavaParts] = lambda parts: parts,
-    **lora: object,
-) -> Path:
-    """Write a bundle with an adapter, as after training, over the model of ``make_parts(root, kind)``."""
-    parts = make_parts(root, kind)
+def write_adapter(folder: Path, parts: LlavaParts, *, seed: int, own_projector: bool = False, **lora: object) -> Path:
+    """Write a bundle with an adapter, as after training, over a model that is of no more use afterwards."""
     settings = {"lora_enable": True, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
     add_adapter(parts.llava.language_model, LoraConfig.parsed(settings | lora), seed=seed)
     generator = torch.Generator().manual_seed(seed)
-    learns = [p for n, p in parts.llava.language_model.named_parameters() if p.requires_grad or n.endswith("magnitude")]
+    learns = [parameter for parameter in parts.llava.language_model.parameters() if parameter.requires_grad]
     learns += parts.llava.projector.parameters() if own_projector else []
     with torch.no_grad():
         for parameter in learns:
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    save_bundle(root / name, change(parts))
-    return root / name
+    save_bundle(folder, parts)
+    return folder
 
 
 def merged(folder: Path) -> LlavaParts:
@@ -127,7 +128,7 @@ class Answered:
         return self.chunks[-1].finish_reason if self.chunks else None
 
 
-async def ask(engine: BuiltinEngine, asked: GenerationRequest, delay: float = 0.0) -> Answered:
+async def ask(engine: Engine, asked: GenerationRequest, delay: float = 0.0) -> Answered:
     await asyncio.sleep(delay)
     answered = Answered()
     async for chunk in engine.generate(asked):

@@ -51,7 +51,7 @@ def base(root: Path) -> LlavaParts:
 
 @pytest.fixture(scope="module")
 def folders(root: Path, base: LlavaParts) -> dict[str, Path]:
-    return {name: write_adapter(root, name, **settings) for name, settings in ADAPTERS.items()}  # type: ignore[arg-type]
+    return {name: write_adapter(root / name, make_parts(root), **settings) for name, settings in ADAPTERS.items()}  # type: ignore[arg-type]
 
 
 def named(asked: list[GenerationRequest], names: list[str | None]) -> list[GenerationRequest]:
@@ -83,9 +83,15 @@ def test_requests_of_all_adapters_in_one_batch_equal_the_merged_models(
 def test_biases_that_learnt_are_the_adapters_alone(tmp_path: Path) -> None:
     base = make_parts(tmp_path, "qwen2")
     folders = {
-        "all": write_adapter(tmp_path, "all", seed=5, kind="qwen2", lora_bias="all", lora_target_modules=("o_proj",)),
+        "all": write_adapter(
+            tmp_path / "all", make_parts(tmp_path, "qwen2"), seed=5, lora_bias="all", lora_target_modules=("o_proj",)
+        ),
         "own": write_adapter(
-            tmp_path, "own", seed=6, kind="qwen2", lora_bias="lora_only", lora_target_modules=("q_proj",)
+            tmp_path / "own",
+            make_parts(tmp_path, "qwen2"),
+            seed=6,
+            lora_bias="lora_only",
+            lora_target_modules=("q_proj",),
         ),
     }
     before = {name: tensor.clone() for name, tensor in base.llava.state_dict().items()}
@@ -140,7 +146,7 @@ def test_the_model_is_given_back(base: LlavaParts, folders: dict[str, Path]) -> 
 
 
 def test_an_adapter_may_bring_its_own_template(root: Path, base: LlavaParts) -> None:
-    folder = write_adapter(root, "spoken", seed=9)
+    folder = write_adapter(root / "spoken", make_parts(root), seed=9)
     manifest = json.loads((folder / "llava.json").read_text())
     (folder / "llava.json").write_text(json.dumps(manifest | {"version": "v0"}))
     asked = replace(request(), model="spoken")
@@ -175,7 +181,7 @@ def test_adapters_of_other_models_and_whole_models_are_refused(
     tmp_path: Path, base: LlavaParts, folders: dict[str, Path]
 ) -> None:
     modules = dict(base.llava.named_modules())
-    other = write_adapter(tmp_path, "other", seed=1, kind="mistral")
+    other = write_adapter(tmp_path / "other", make_parts(tmp_path, "mistral"), seed=1)
     with pytest.raises((ModelError, BundleError), match="base"):
         load_beside(base, "other", other)
     with pytest.raises(ModelError, match="no adapter over a base"):
