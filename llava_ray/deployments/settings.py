@@ -112,6 +112,9 @@ class ServeSettings(Section):
 
     page_title: str = "LLaVA"
     """Heading of the page."""
+    page_root_path: str = ""
+    """Path under which a proxy shows the page and which it takes off, such as "/llava". Serve's own route_prefix needs
+    no word of it."""
     page_log_dir: str | None = None
     """Folder for conversation logs of users who agree to it; without it nobody is asked and nothing is kept."""
     page_log_days: PositiveInt = 30

@@ -49,10 +49,6 @@ class ServedAdapters:
     adapters: tuple[ServedAdapter, ...] = ()
     put_back: Callable[[], None] = lambda: None
 
-    def of(self, name: Name) -> ServedAdapter | None:
-        """Return the adapter of this name; None if there is none."""
-        return next((adapter for adapter in self.adapters if adapter.name == name), None)
-
     @property
     def names(self) -> tuple[str, ...]:
         """Return what requests may name."""
@@ -73,10 +69,13 @@ def load_adapters(base: LlavaParts, folders: Mapping[str, str | Path]) -> Served
     model, adapters, put_back = base.llava.language_model, [], lambda: None
     if has_adapter(model):
         terms, said, put_back = lift_terms(model, base.layout.folder)
-        adapters.append(ServedAdapter(None, terms, base))
         check_terms(model, terms, said, base.layout.folder)
-    for name, folder in folders.items():
-        adapters.append(load_beside(base, name, folder))
+        adapters.append(ServedAdapter(None, terms, base))
+    try:
+        adapters += [load_beside(base, name, folder) for name, folder in folders.items()]
+    except BaseException:
+        put_back()
+        raise
     return ServedAdapters(tuple(adapters), put_back)
 
 
