@@ -115,7 +115,7 @@ def test_a_base_with_an_adapter_of_its_own(root: Path, folders: dict[str, Path])
     assert dict(base.llava.named_modules()) == modules
 
 
-def test_a_bare_peft_folder_and_half_precision(base: LlavaParts, folders: dict[str, Path], root: Path) -> None:
+def test_a_bare_peft_folder(base: LlavaParts, folders: dict[str, Path], root: Path) -> None:
     bare = root / "dora" / ADAPTER_FOLDER
     asked = [request("is it?", f"{number}", make_image(number)) for number in range(3)]
     answers = answer_all(base, [replace(one, model="bare") for one in asked], adapters={"bare": bare})
