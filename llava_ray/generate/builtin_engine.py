@@ -16,7 +16,7 @@ import torch
 
 from llava_ray.errors import ModelError, RecordError
 from llava_ray.generate.engine import EngineStats, GenerationChunk, GenerationRequest, ModelCard
-from llava_ray.generate.prompts import Prompt, PromptMaker
+from llava_ray.generate.prompts import Prompt, PromptMaker, prompts_of
 from llava_ray.generate.row_adapters import Name
 from llava_ray.generate.running_batch import RunningBatch, RunningRequest
 from llava_ray.generate.served_adapters import ServedAdapters, load_adapters
@@ -102,7 +102,7 @@ class BuiltinEngine:
                 f"a request with the id {request.request_id!r} is being answered; expected another id.",
                 reason="request_id",
             )
-        prompts = find_prompts(loaded.prompts, request.model)
+        prompts = prompts_of(loaded.prompts, request.model)
         stream = self._streams[request.request_id] = Stream()
         try:
             prompt = await self._loop.run_in_executor(self._preparing, prompts.make, request)
@@ -227,11 +227,3 @@ class BuiltinEngine:
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(functools.partial(function, *arguments))
-
-
-def find_prompts(prompts: Mapping[Name, PromptMaker], name: Name) -> PromptMaker:
-    """Return who makes an adapter's prompts, the base's for None. Raises RecordError."""
-    if name not in prompts:
-        known = ", ".join(repr(other) for other in prompts if other is not None) or "its base only"
-        raise RecordError(f"there is no adapter {name!r} here; this engine serves {known}.", reason="model")
-    return prompts[name]

@@ -1,7 +1,8 @@
 """Requests made ready for the model: their token ids, their images as pixels or as what is known of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import jinja2
 from jaxtyping import Float32
@@ -23,6 +24,8 @@ from llava_ray.images.reading import open_image
 from llava_ray.model.blueprint import Blueprint
 from llava_ray.model.bundle import LlavaParts
 from llava_ray.model.llava import Llava
+
+P = TypeVar("P", bound="PromptText")
 
 
 @dataclass
@@ -159,3 +162,11 @@ def place_images(ids: Sequence[int], images: Sequence[PromptImage]) -> None:
         place = ids.index(IMAGE_TOKEN_INDEX, place)
         image.first = place
         place += image.num_tokens
+
+
+def prompts_of(prompts: Mapping[str | None, P], name: str | None) -> P:
+    """Return who makes an adapter's prompts, the base's for None. Raises RecordError."""
+    if name not in prompts:
+        known = ", ".join(repr(other) for other in prompts if other is not None) or "its base only"
+        raise RecordError(f"there is no adapter {name!r} here; this engine serves {known}.", reason="model")
+    return prompts[name]

@@ -6,6 +6,7 @@ adapters its requests name; a mask leaves each token its own.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -43,9 +44,7 @@ class Choice:
 class AdaptedLinear(nn.Module):
     """A linear layer, plain or packed, and what adapters add to it."""
 
-    def __init__(
-        self, plain: nn.Module, terms: Sequence[LayerTerm | None], ranks: Sequence[int], choice: Choice
-    ) -> None:
+    def __init__(self, plain: Any, terms: Sequence[LayerTerm | None], ranks: Sequence[int], choice: Choice) -> None:
         """Lay the terms out in tables, each padded to its adapter's rank; ``choice`` is shared by all layers."""
         super().__init__()
         self.plain = plain
@@ -53,13 +52,12 @@ class AdaptedLinear(nn.Module):
         self.choice = choice
         self.is_head = False
         some = next(term for term in terms if term is not None)
-        self.down = torch.cat(
-            [_padded(term and term.down, rank, some.down) for term, rank in zip(terms, ranks, strict=True)]
-        )
-        self.up = torch.cat([_padded(term and term.up, rank, some.up) for term, rank in zip(terms, ranks, strict=True)])
+        known = [term or LayerTerm(some.down[:0], some.up[:0]) for term in terms]
+        self.down = torch.cat([_padded(term.down, rank) for term, rank in zip(known, ranks, strict=True)])
+        self.up = torch.cat([_padded(term.up, rank) for term, rank in zip(known, ranks, strict=True)])
         # The last row is nobody's.
-        self.gains = _table([term and term.gain for term in terms], 1.0)
-        self.shifts = _table([term and term.shift for term in terms], 0.0)
+        self.gains = _table([term.gain for term in known], 1.0)
+        self.shifts = _table([term.shift for term in known], 0.0)
 
     def forward(self, inputs: Float[Tensor, "1 t i"]) -> Float[Tensor, "1 t o"]:
         """Multiply, and add to each token what its adapter says."""
@@ -120,11 +118,8 @@ class RowAdapters:
             self.language_model.set_submodule(name, plain)
 
 
-def _padded(rows: Float[Tensor, "r x"] | None, rank: int, like: Tensor) -> Tensor:
-    padded = like.new_zeros(rank, like.shape[1])
-    if rows is not None:
-        padded[: len(rows)] = rows
-    return padded
+def _padded(rows: Float[Tensor, "r x"], rank: int) -> Float[Tensor, "rank x"]:
+    return torch.cat([rows, rows.new_zeros(rank - len(rows), rows.shape[1])])
 
 
 def _table(rows: Sequence[Float[Tensor, " o"] | None], otherwise: float) -> Float[Tensor, "k o"] | None:

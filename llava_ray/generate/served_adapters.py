@@ -66,7 +66,8 @@ def load_adapters(base: LlavaParts, folders: Mapping[str, str | Path]) -> Served
     """
     if not folders:
         return NO_ADAPTERS
-    model, adapters, put_back = base.llava.language_model, [], lambda: None
+    model, adapters = base.llava.language_model, list[ServedAdapter]()
+    put_back = NO_ADAPTERS.put_back
     if has_adapter(model):
         terms, said, put_back = lift_terms(model, base.layout.folder)
         check_terms(model, terms, said, base.layout.folder)
@@ -128,9 +129,10 @@ def parts_beside(base: LlavaParts, name: str, layout: Layout) -> LlavaParts:
     check_embeddings(base, companions.get(EMBED_TOKENS), name)
     manifest = base.manifest.model_copy(update={"mm_projector_type": own.config.mm_projector_type})
     model = base.llava.language_model
-    place = {"device": model.device, "dtype": find_dtype(model)}
-    projector, newline = load_projector(own, manifest, seed=0), find_newline(own, companions, seed=0)
-    llava = Llava(projector.to(**place), model, base.mm_hidden_size, base.image_tokens, newline.to(**place))
+    device, dtype = model.device, find_dtype(model)
+    projector = load_projector(own, manifest, seed=0).to(device, dtype)
+    newline = find_newline(own, companions, seed=0).to(device, dtype)
+    llava = Llava(projector, model, base.mm_hidden_size, base.image_tokens, newline)
     return replace(base, llava=base.llava if is_same(llava, base.llava) else llava.eval(), template=own.template)
 
 

@@ -6,7 +6,7 @@ text here too, so that stop texts and half characters are what they are with the
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from typing import Any
 
 from llava_ray.errors import ModelError, RecordError
 from llava_ray.generate.engine import EngineStats, GenerationChunk, GenerationRequest, ModelCard
+from llava_ray.generate.prompts import prompts_of
 from llava_ray.generate.settings import VllmSettings
 from llava_ray.generate.vllm_answer import VllmAnswer
 from llava_ray.generate.vllm_model import VllmModel, prepare_model
@@ -123,7 +124,7 @@ class VllmEngine:
                 f"a request with the id {request.request_id!r} is being answered; expected another id.",
                 reason="request_id",
             )
-        prompts = find_adapters_own(loaded.prompts, request.model)
+        prompts = prompts_of(loaded.prompts, request.model)
         stream, ended = Stream(), False
         self._streams[request.request_id] = stream
         try:
@@ -185,7 +186,7 @@ class VllmEngine:
 
     async def _outputs(
         self, loaded: Loaded, stream: Stream, request: GenerationRequest, prompt: VllmPrompt
-    ) -> AsyncIterator[Any]:
+    ) -> AsyncGenerator[Any, None]:
         """Pass on what vLLM says until it has finished or the request is cancelled. Raises RecordError, ModelError."""
         from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -277,11 +278,3 @@ def engine_arguments(model: VllmModel, settings: VllmSettings) -> dict[str, Any]
         **{key: value for key, value in bounds.items() if value is not None},
         **(lora if ranks else {}),
     }
-
-
-def find_adapters_own(prompts: Mapping[str | None, VllmPrompts], name: str | None) -> VllmPrompts:
-    """Return who makes an adapter's prompts, the base's for None. Raises RecordError."""
-    if name not in prompts:
-        known = ", ".join(repr(other) for other in prompts if other is not None) or "its base only"
-        raise RecordError(f"there is no adapter {name!r} here; this engine serves {known}.", reason="model")
-    return prompts[name]
