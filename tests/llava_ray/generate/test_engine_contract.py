@@ -216,7 +216,7 @@ def test_a_system_prompt_takes_the_place_of_the_templates(running: Running, mode
         (request("<image>", "r"), RecordError, "1 <image> markers but 0 images"),
         (request("what?", "r", b"no image"), ImageError, "image 1"),
         (request(max_tokens=4000), RecordError, f"max_tokens is 4000, but this engine holds {MAX_MODEL_LEN}"),
-        (request("<image> " * 63, "r", *[make_image(1)] * 63, max_tokens=400), RecordError, "this engine holds"),
+        (request("what?", "r", *[make_image(1)] * 63, max_tokens=400), RecordError, "this engine holds"),
         (request(temperature=float("nan")), RecordError, "temperature is nan"),
         (request(stop=("",)), RecordError, "stop is"),
         (GenerationRequest("r"), RecordError, "either turns or a prompt"),
@@ -244,7 +244,7 @@ def test_two_requests_of_one_id(running: Running) -> None:
 
 
 def test_cancelled_requests_end_and_free_their_memory(running: Running) -> None:
-    long = {"max_tokens": 900}
+    long = {"max_tokens": 700}
 
     async def run() -> None:
         engine, before = running.engine, running.engine.stats().num_cancelled
@@ -256,7 +256,7 @@ def test_cancelled_requests_end_and_free_their_memory(running: Running) -> None:
         assert engine.stats().kv_tokens_used > 0
         await left.aclose()  # type: ignore[attr-defined]
         await engine.cancel("told")
-        assert 0 <= len((await told).ids) < 900
+        assert 0 <= len((await told).ids) < 700
         gone.cancel()
         await asyncio.wait([gone])
         await until(lambda: engine.stats().num_running == 0, 5)
