@@ -5,7 +5,7 @@ adapters its requests name; a mask leaves each token its own.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class Owners:
 class Choice:
     """What all adapted layers look at in this step; written before it, by the thread that takes it."""
 
-    columns: slice = slice(0, 0)
+    columns: slice = field(default_factory=lambda: slice(0, 0))
     """Ranks of the adapters that the step's tokens have."""
     every: Owners | None = None
     """Of all tokens in line; None if none of them has an adapter."""

@@ -20,6 +20,7 @@ from llava_ray.generate.settings import VllmSettings
 from llava_ray.generate.vllm_answer import VllmAnswer
 from llava_ray.generate.vllm_model import VllmModel, prepare_model
 from llava_ray.generate.vllm_prompts import VllmPrompt, VllmPrompts
+from llava_ray.model.blueprint import Blueprint
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for
 
@@ -239,7 +240,8 @@ class VllmEngine:
             template=model.blueprint.config.version,
             adapters=tuple(self.adapters),
         )
-        blueprints = {None: model.blueprint, **{adapter.name: adapter.blueprint for adapter in model.adapters}}
+        blueprints: dict[str | None, Blueprint] = {adapter.name: adapter.blueprint for adapter in model.adapters}
+        blueprints[None] = model.blueprint
         return Loaded(
             llm,
             {name: VllmPrompts(own, model, max_model_len) for name, own in blueprints.items()},

@@ -67,7 +67,7 @@ def prepare_model(path: str | Path, cache_dir: str | Path, adapters: Mapping[str
         folder,
         blueprint,
         find_stops(blueprint, generation.get("eos_token_id")),
-        int(config.get("image_token_index", config.get("image_token_id"))),
+        int(config["image_token_index"] if "image_token_index" in config else config["image_token_id"]),
         tuple(prepare_adapter(blueprint, name, place, cache) for name, place in adapters.items()),
     )
 

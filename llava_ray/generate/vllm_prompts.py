@@ -12,8 +12,8 @@ from llava_ray.generate.engine import GenerationRequest, Sampling
 from llava_ray.generate.prompts import PromptText
 from llava_ray.generate.vision_cache import image_key
 from llava_ray.generate.vllm_model import VllmModel
-from llava_ray.images.geometry import crop_views, to_rgb
-from llava_ray.images.reading import open_image
+from llava_ray.images.geometry import crop_views
+from llava_ray.images.reading import open_image, to_rgb
 from llava_ray.model.blueprint import Blueprint
 
 

@@ -98,8 +98,8 @@ def read_terms(language_model: PreTrainedModel, shifts: Mapping[str, Tensor], fo
                 f"the adapter in {folder} has learnt {name}, which is no bias of a linear layer and so cannot differ "
                 "from request to request. Merge it (export.py merged) and serve the whole model."
             )
-        nothing = [left[name].new_zeros(0, width) for width in (layer.in_features, layer.out_features)]
-        terms[name.removesuffix(".bias")] = LayerTerm(*nothing, shift=left.pop(name))
+        down, up = (left[name].new_zeros(0, width) for width in (layer.in_features, layer.out_features))
+        terms[name.removesuffix(".bias")] = LayerTerm(down, up, shift=left.pop(name))
     return terms
 
 
