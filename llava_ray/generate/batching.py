@@ -89,6 +89,8 @@ class RowModel:
         model, device = self.language_model, self.device
         ids = torch.linspace(0, model.config.get_text_config().vocab_size - 1, PROBE_LENGTH).long().tolist()
         model.set_attn_implementation(self._attention)
+        if self.adapters is not None:  # the base may have one of its own
+            self.adapters.choose_one(None, PROBE_LENGTH)
         expected = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, -2:].float()
         model.set_attn_implementation(row_attention.NAME)
         cache = KvCache(2 * SHORTEST)

@@ -129,6 +129,8 @@ class RunningBatch:
         self._look_at(readings)
         works = [self._next_token(running) for running in writing]
         works += [self._prompt_chunk(reading) for reading in readings]
+        if not works:  # the last request has just been cancelled
+            return []
         wanted, logits = self.model.run(works)
         for reading in readings:
             reading.request.num_read += reading.num_tokens

@@ -79,7 +79,7 @@ def test_adapters_that_vllm_cannot_serve_are_refused(
 
 
 def test_an_adapter_of_another_base_is_refused(root: Path, tmp_path: Path) -> None:
-    folder = write_adapter(tmp_path / "other", make_parts(tmp_path, "mistral"), seed=3)
+    folder = write_adapter(tmp_path / "other", make_parts(tmp_path, seed=5), seed=3)
     with pytest.raises((BundleError, ModelError), match="base"):
         prepare_model(root / "model", tmp_path / "cache", {"other": folder})
 
