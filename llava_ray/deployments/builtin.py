@@ -6,7 +6,6 @@ import os
 import torch
 
 from llava_ray.deployments.settings import ModelSource, ServeSettings
-from llava_ray.errors import ConfigError
 from llava_ray.generate.builtin_engine import BuiltinEngine
 from llava_ray.generate.settings import EngineSettings
 from llava_ray.model.bundle import LlavaParts
@@ -14,14 +13,10 @@ from llava_ray.model.loading import load_pretrained_model
 
 
 def make_engine(source: ModelSource, settings: ServeSettings) -> BuiltinEngine:
-    """Return an engine that is not started yet. Raises ConfigError for what it cannot do."""
-    if source.adapters:
-        raise ConfigError(
-            "the built-in engine serves one set of weights: put adapter folders into model=, where each is a model of "
-            "its own over its own copy of the base, or choose engine=vllm"
-        )
+    """Return an engine that is not started yet."""
     bounds = EngineSettings(max_running=settings.max_num_seqs, max_model_len=settings.max_model_len)
-    return BuiltinEngine(functools.partial(load, source.path, settings), name=source.name, settings=bounds)
+    loading = functools.partial(load, source.path, settings)
+    return BuiltinEngine(loading, name=source.name, settings=bounds, adapters=dict(source.adapters))
 
 
 def load(path: str, settings: ServeSettings) -> LlavaParts:

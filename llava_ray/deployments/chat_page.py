@@ -32,6 +32,7 @@ def mount_page(app: FastAPI, front: Front) -> None:
         app,
         page.build(),
         path="/",
+        root_path=front.settings.page_root_path or None,
         auth=page.answers.log_in if front.guard.keys else None,
         auth_message="Log in with the name of your API key, and the key.",
         max_file_size=front.settings.max_image_bytes,

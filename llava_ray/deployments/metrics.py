@@ -51,6 +51,9 @@ class ReplicaMetrics:
         )
         self.between_tokens = self.histogram("vllm:inter_token_latency_seconds", "Between two tokens", BETWEEN_TOKENS)
         self.whole = self.histogram("vllm:e2e_request_latency_seconds", "From arrival to the last token", WHOLE)
+        self.queue = self.histogram(
+            "vllm:request_queue_time_seconds", "Waiting for a place in the running batch", WHOLE
+        )
         self.prompt_tokens = self.histogram("vllm:request_prompt_tokens", "Tokens of a prompt, images included", TOKENS)
         self.new_tokens = self.histogram("vllm:request_generation_tokens", "Tokens of an answer", TOKENS)
         self.media = self.histogram(

@@ -94,6 +94,7 @@ class Replica:
                 now = time.monotonic()
                 if last is None:
                     metrics.first_token.observe(now - arrived)
+                    metrics.queue.observe(chunk.queued_s)
                 else:
                     for _ in chunk.token_ids:
                         metrics.between_tokens.observe((now - last) / len(chunk.token_ids))

@@ -30,6 +30,8 @@ class ServeSettings(Section):
     """"builtin", "vllm", or "module:function": called with a ModelSource and these settings, it returns an Engine."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the weights; auto is bfloat16 on a GPU and float32 without one."""
+    export_dir: str = "~/.cache/llava_ray/vllm"
+    """Where engine=vllm keeps models that are not in the hub layout in its form; a machine's replicas share it."""
     max_num_seqs: PositiveInt = 32
     """Answers that a replica writes at the same time."""
     max_model_len: PositiveInt | None = None
@@ -110,6 +112,9 @@ class ServeSettings(Section):
 
     page_title: str = "LLaVA"
     """Heading of the page."""
+    page_root_path: str = ""
+    """Path under which a proxy shows the page and which it takes off, such as "/llava". Serve's own route_prefix needs
+    no word of it."""
     page_log_dir: str | None = None
     """Folder for conversation logs of users who agree to it; without it nobody is asked and nothing is kept."""
     page_log_days: PositiveInt = 30

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from llava_ray.errors import ModelError
 from llava_ray.generate import row_attention
 from llava_ray.generate.kv_cache import SHORTEST, KvCache, Row
+from llava_ray.generate.row_adapters import Name, RowAdapters
 from llava_ray.generate.row_attention import NextTokens, PromptChunk, Span, Step
 from llava_ray.model.quantization import find_dtype
 
@@ -42,17 +43,20 @@ class Work:
     """Whether a token is to follow; not within a prompt."""
     is_prompt: bool = False
     images: Sequence[Placed] = field(default=())
+    adapter: Name = None
+    """Whose adapter these tokens go through."""
 
 
 class RowModel:
     """A language model that reads lines of tokens of many requests, each over its own row of the cache."""
 
-    def __init__(self, language_model: PreTrainedModel) -> None:
+    def __init__(self, language_model: PreTrainedModel, adapters: RowAdapters | None = None) -> None:
         """Take the model over: until ``give_back`` its attention knows rows and nothing else.
 
-        Raises ModelError for a model that cannot be batched.
+        ``adapters`` are those that lie over it. Raises ModelError for a model that cannot be batched.
         """
         self.language_model = language_model
+        self.adapters = adapters
         self.embed = language_model.get_input_embeddings()
         self.device = language_model.device
         self._attention = language_model.config._attn_implementation
@@ -85,6 +89,8 @@ class RowModel:
         model, device = self.language_model, self.device
         ids = torch.linspace(0, model.config.get_text_config().vocab_size - 1, PROBE_LENGTH).long().tolist()
         model.set_attn_implementation(self._attention)
+        if self.adapters is not None:  # the base may have one of its own
+            self.adapters.choose_one(None, PROBE_LENGTH)
         expected = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, -2:].float()
         model.set_attn_implementation(row_attention.NAME)
         cache = KvCache(2 * SHORTEST)
@@ -117,6 +123,8 @@ class RowModel:
             for image in work.images:
                 embedded[0, first + image.first : first + image.last] = image.embeddings
             first += len(work.ids)
+        if self.adapters is not None:
+            self.adapters.choose([work.adapter for work in line], [len(work.ids) for work in line], step.last)
         output = self.language_model(
             inputs_embeds=embedded,
             position_ids=step.positions,

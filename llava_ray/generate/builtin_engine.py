@@ -6,17 +6,20 @@ another, step after step, and looks for new and cancelled requests between two s
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Condition, Thread
 
 import torch
 
 from llava_ray.errors import ModelError, RecordError
 from llava_ray.generate.engine import EngineStats, GenerationChunk, GenerationRequest, ModelCard
-from llava_ray.generate.prompts import Prompt, PromptMaker
+from llava_ray.generate.prompts import Prompt, PromptMaker, prompts_of
+from llava_ray.generate.row_adapters import Name
 from llava_ray.generate.running_batch import RunningBatch, RunningRequest
+from llava_ray.generate.served_adapters import ServedAdapters, load_adapters
 from llava_ray.generate.settings import EngineSettings
 from llava_ray.generate.vision_cache import VisionCache
 from llava_ray.model.bundle import LlavaParts
@@ -37,7 +40,8 @@ class Loaded:
     """What there is between start and stop."""
 
     parts: LlavaParts
-    prompts: PromptMaker
+    prompts: Mapping[Name, PromptMaker]
+    """Of each adapter; of the base under None."""
     batch: RunningBatch
     card: ModelCard
 
@@ -54,13 +58,18 @@ class BuiltinEngine:
         *,
         name: str = "llava",
         settings: EngineSettings | None = None,
-        make_batch: Callable[[LlavaParts, VisionCache, EngineSettings], RunningBatch] = RunningBatch,
+        adapters: Mapping[str, str | Path] | None = None,
+        make_batch: Callable[[LlavaParts, VisionCache, EngineSettings, ServedAdapters], RunningBatch] = RunningBatch,
     ) -> None:
-        """``load`` is called once, in a thread; ``name`` is the model's on its card."""
+        """``load`` is called once, in a thread; ``name`` is the model's on its card.
+
+        ``adapters`` are folders of LoRA adapters over that model, by the names that requests call them.
+        """
         self.load = load
         self.make_batch = make_batch
         self.name = name
         self.settings = settings or EngineSettings()
+        self.adapters = dict(adapters or {})
         self._loaded: Loaded | None = None
         self._streams: dict[str, Stream] = {}
         self._failure: BaseException | None = None
@@ -93,9 +102,10 @@ class BuiltinEngine:
                 f"a request with the id {request.request_id!r} is being answered; expected another id.",
                 reason="request_id",
             )
+        prompts = prompts_of(loaded.prompts, request.model)
         stream = self._streams[request.request_id] = Stream()
         try:
-            prompt = await self._loop.run_in_executor(self._preparing, loaded.prompts.make, request)
+            prompt = await self._loop.run_in_executor(self._preparing, prompts.make, request)
             if stream.cancelled:
                 return
             self._join(loaded.batch, stream, request, prompt)
@@ -151,20 +161,23 @@ class BuiltinEngine:
     def _load(self) -> Loaded:
         parts = self.load()
         cache = VisionCache(self.settings.image_cache_bytes)
-        batch = self.make_batch(parts, cache, self.settings)
+        served = load_adapters(parts, self.adapters)
+        batch = self.make_batch(parts, cache, self.settings, served)
         card = ModelCard(
-            name=self.name, max_model_len=batch.max_model_len, vision=True, template=parts.config.version, adapters=()
+            name=self.name,
+            max_model_len=batch.max_model_len,
+            vision=True,
+            template=parts.config.version,
+            adapters=served.names,
         )
-        return Loaded(parts, PromptMaker(parts, cache, batch.max_model_len), batch, card)
+        makers: dict[Name, PromptMaker] = {None: PromptMaker(parts, cache, batch.max_model_len)}
+        for adapter in served.adapters:
+            own = f" by {adapter.name}" if adapter.has_own_projector(parts) else ""
+            makers[adapter.name] = PromptMaker(adapter.parts, cache, batch.max_model_len, own)
+        return Loaded(parts, makers, batch, card)
 
     def _join(self, batch: RunningBatch, stream: Stream, request: GenerationRequest, prompt: Prompt) -> None:
         self.check_health()
-        if request.model is not None:
-            raise RecordError(
-                f"there is no adapter {request.model!r} here; this engine serves its base only: leave the model's name "
-                "out.",
-                reason="model",
-            )
         stream.running = batch.request(request, prompt, stream.queue)
         with self._changed:
             self._joining.append(stream.running)

@@ -1,20 +1,25 @@
 """A conversation with a model: several turns, several images, answers heard while they are written."""
 
+import functools
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Annotated
 
 import torch
 import tyro
+from jaxtyping import Float32
 from PIL import Image
+from torch import Tensor
 
 from llava_ray.chat.conversation import Turn, with_markers
 from llava_ray.chat.tokens import tokenize_prompt
 from llava_ray.config.lora import Bits
 from llava_ray.config.sections import MAX_IMAGE_PIXELS
 from llava_ray.errors import ConfigError, RecordError
-from llava_ray.generate.answer_text import UNFINISHED
-from llava_ray.generate.decoding import answer_text, expand_prompt, generate_batch
+from llava_ray.generate.answer_text import AnswerText
+from llava_ray.generate.decoding import decode, default_stops, expand_prompt, generate_batch
+from llava_ray.images.anyres import Size
 from llava_ray.images.geometry import crop_views
 from llava_ray.images.processing import normalise
 from llava_ray.images.reading import open_image, read_bytes
@@ -113,49 +118,47 @@ class ChatSession:
         spec, sizes = self.parts.image_spec, [image.size for image in images]
         views = [normalise(crop_views(image, spec), spec) for image in images]
         check_room(self.parts, len(expand_prompt(self.parts, prompt, sizes)), self.max_new_tokens)
-        writer = Writer(self.parts, on_text)
-        try:
-            [ids] = generate_batch(
-                self.parts,
-                [prompt],
-                [torch.cat(views) if views else None],
-                image_sizes=[sizes],
-                max_new_tokens=self.max_new_tokens,
-                temperature=self.temperature,
-                on_tokens=lambda answers: writer.hear(answers[0]),
-            )
-        except KeyboardInterrupt:
-            ids = writer.ids
-        reply = Reply(ids, answer_text(self.parts, ids))
-        writer.finish(reply.text)
+        reply = self.write(prompt, torch.cat(views) if views else None, sizes, on_text)
         if reply.text:  # no template takes an empty answer: where nothing was said, nothing was asked
             self.turns, self.images, self.pending = [*turns, Turn("gpt", reply.text)], images, []
         return reply
 
+    def write(
+        self,
+        prompt: Sequence[int],
+        pixels: Float32[Tensor, "n 3 h w"] | None,
+        sizes: Sequence[Size],
+        on_text: Callable[[str], None],
+    ) -> Reply:
+        """Let the model answer; KeyboardInterrupt ends it at what it has come to."""
+        stops = default_stops(self.parts)
+        text = AnswerText(functools.partial(decode, self.parts.tokenizer), (stops.text,) if stops.text else ())
+        ids: list[int] = []
+        said: list[str] = []
 
-class Writer:
-    """Turns growing lists of tokens into pieces of text, never half a character."""
+        def hear(answers: Sequence[list[int]]) -> None:
+            token = answers[0][-1]
+            if token not in stops.ids:
+                ids.append(token)
+                say(text.push(token))
 
-    def __init__(self, parts: LlavaParts, on_text: Callable[[str], None]) -> None:
-        """Tell ``on_text`` each piece once."""
-        self.parts = parts
-        self.on_text = on_text
-        self.ids: list[int] = []
-        self.written = ""
+        def say(piece: str) -> None:
+            said.append(piece)
+            on_text(piece)
 
-    def hear(self, ids: Sequence[int]) -> None:
-        """Write what the newest token adds, unless it may still change."""
-        self.ids = list(ids)
-        text = answer_text(self.parts, self.ids)
-        stop = self.parts.template.stop
-        if not text.endswith(UNFINISHED) and not any(text.endswith(stop[:end]) for end in range(1, len(stop))):
-            self.finish(text)
-
-    def finish(self, text: str) -> None:
-        """Write what is left of the whole text."""
-        if text.startswith(self.written):
-            self.on_text(text.removeprefix(self.written))
-            self.written = text
+        with suppress(KeyboardInterrupt):
+            generate_batch(
+                self.parts,
+                [prompt],
+                [pixels],
+                image_sizes=[sizes],
+                max_new_tokens=self.max_new_tokens,
+                temperature=self.temperature,
+                stops=stops,
+                on_tokens=hear,
+            )
+        say(text.finish())
+        return Reply(ids, "".join(said))
 
 
 def check_room(parts: LlavaParts, num_tokens: int, max_new_tokens: int) -> None:

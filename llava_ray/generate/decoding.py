@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_ray.chat.tokens import expand_images
 from llava_ray.errors import ConfigError, ModelError
 from llava_ray.images.anyres import Size
+from llava_ray.model.blueprint import Blueprint
 from llava_ray.model.bundle import LlavaParts
 
 STOP_WINDOW = 8  # tokens that are decoded to look for a stop text longer than one token
@@ -117,18 +118,27 @@ class Rows:
 
 def default_stops(parts: LlavaParts) -> Stops:
     """Return the end tokens that tokenizer and model declare, and the text that ends an answer in the template."""
-    declared = parts.llava.language_model.generation_config.eos_token_id
-    ids = {parts.tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])}
-    stop = parts.template.stop
-    known = parts.tokenizer.get_vocab().get(stop)
+    return find_stops(parts, parts.llava.language_model.generation_config.eos_token_id)
+
+
+def find_stops(model: Blueprint, declared: int | Sequence[int] | None) -> Stops:
+    """Return the same where the model's end tokens are known, and its weights are not."""
+    ids = {model.tokenizer.eos_token_id, *([declared] if declared is None or isinstance(declared, int) else declared)}
+    stop = model.template.stop
+    known = model.tokenizer.get_vocab().get(stop)
     if known is not None:
         return Stops(frozenset({*ids, known} - {None}))
     return Stops(frozenset(ids - {None}), stop)
 
 
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Return the text of tokens, without special ones."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
 def answer_text(parts: LlavaParts, ids: Sequence[int]) -> str:
     """Decode an answer, without special tokens and without what follows the template's stop text."""
-    text = str(parts.tokenizer.decode(list(ids), skip_special_tokens=True))
+    text = decode(parts.tokenizer, ids)
     stop = parts.template.stop
     return (text.partition(stop)[0] if stop else text).strip()
 

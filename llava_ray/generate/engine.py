@@ -79,6 +79,8 @@ class GenerationChunk:
     """Tokens of the prompt, those of images included."""
     num_cached_images: int = 0
     """Images whose features the engine still knew."""
+    queued_s: float = 0.0
+    """Seconds that the request waited for its place in the running batch."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Requests made ready for the model: their token ids, their images as pixels or as what is known of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import jinja2
 from jaxtyping import Float32
@@ -20,7 +21,11 @@ from llava_ray.images.anyres import Size
 from llava_ray.images.geometry import crop_views
 from llava_ray.images.processing import normalise
 from llava_ray.images.reading import open_image
+from llava_ray.model.blueprint import Blueprint
 from llava_ray.model.bundle import LlavaParts
+from llava_ray.model.llava import Llava
+
+P = TypeVar("P", bound="PromptText")
 
 
 @dataclass
@@ -28,7 +33,10 @@ class PromptImage:
     """An image in a prompt: as preprocessed views, until the model has seen it."""
 
     key: str
+    """Of its content and the projector that it is seen through."""
     num_tokens: int
+    llava: Llava
+    """Whose projector that is."""
     size: Size = (0, 0)
     views: Float32[Tensor, "n 3 h w"] | None = None
     embeddings: Tensor | None = None
@@ -47,72 +55,50 @@ class Prompt:
     num_cached_images: int = field(default=0)
 
 
-class PromptMaker:
-    """Makes prompts for one model. Safe to use from any thread."""
+class PromptText:
+    """The text side of requests to one model or adapter, whose weights it does not know. Safe in any thread."""
 
-    def __init__(self, parts: LlavaParts, cache: VisionCache, max_model_len: int) -> None:
-        """``max_model_len`` bounds prompt and answer together."""
-        self.parts = parts
-        self.cache = cache
+    def __init__(self, model: Blueprint, stops: Stops, max_model_len: int) -> None:
+        """``stops`` are the model's own; ``max_model_len`` bounds prompt and answer together."""
+        self.model = model
         self.max_model_len = max_model_len
-        self.stops = default_stops(parts)
+        self.stops = stops
 
-    def make(self, request: GenerationRequest) -> Prompt:
-        """Tokenise and preprocess a request.
-
-        Raises RecordError (ImageError for an image) for whatever the request got wrong.
-        """
-        sampling = request.sampling
-        check_sampling(sampling)
+    def read(self, request: GenerationRequest) -> list[int]:
+        """Return a request's ids with one -200 for each image. Raises RecordError for what it got wrong."""
+        check_sampling(request.sampling)
         short = self.tokenize(request)
         if not short:
             raise RecordError("the prompt has no tokens; expected at least one.", reason="empty_prompt")
         # Before any image is opened: a long prompt costs nothing.
-        self._check_length(len(short), sampling.max_tokens)
+        self.check_length(len(short), request.sampling.max_tokens)
         expand_images(short, [IGNORE_INDEX] * len(short), [1] * len(request.images))
-        images = [self.read_image(data, f"image {number}") for number, data in enumerate(request.images, start=1)]
-        counts = [image.num_tokens for image in images]
-        ids = expand_images(short, [IGNORE_INDEX] * len(short), counts)[0]
-        self._check_length(len(ids), sampling.max_tokens)
-        place_images(ids, images)
-        stops, texts = self.find_stops(request)
-        return Prompt(ids, images, stops, texts, sum(image.embeddings is not None for image in images))
+        return short
 
     def tokenize(self, request: GenerationRequest) -> list[int]:
         """Return the ids with one -200 for each image. Raises RecordError."""
         if (request.prompt is None) == (not request.turns):
             raise RecordError("expected either turns or a prompt, and not both.", reason="turns")
         if request.prompt is not None:
-            ids = tokenizer_image_token(request.prompt, self.parts.tokenizer)
+            ids = tokenizer_image_token(request.prompt, self.model.tokenizer)
             assert isinstance(ids, list)
             return ids
         try:
-            return tokenize_prompt(request.turns, self.template(request.system), self.parts.tokenizer)
+            return tokenize_prompt(request.turns, self.template(request.system), self.model.tokenizer)
         except (TemplateError, jinja2.TemplateError) as error:
             raise RecordError(str(error), reason="turns") from error
 
     def template(self, system: str | None) -> Template:
         """Return the model's template, with another system prompt where one is given. Raises TemplateError."""
-        template = self.parts.template
+        template = self.model.template
         return template if system is None else template.with_system(system)
-
-    def read_image(self, data: bytes, name: str) -> PromptImage:
-        """Return an image that is known by its content, or its pixels. Raises ImageError."""
-        key = image_key(data)
-        known = self.cache.find(key)
-        if known is not None:
-            return PromptImage(key, len(known), embeddings=known)
-        image = open_image(data, name, max_pixels=MAX_IMAGE_PIXELS)
-        spec = self.parts.image_spec
-        count = self.parts.image_tokens.count(*image.size)
-        return PromptImage(key, count, image.size, normalise(crop_views(image, spec), spec))
 
     def find_stops(self, request: GenerationRequest) -> tuple[Stops, tuple[str, ...]]:
         """Return the tokens and the texts that end the answer of a request.
 
         A stop text that is a token of its own (``<|im_end|>``) is no text, for it is never decoded.
         """
-        added = self.parts.tokenizer.get_added_vocab()
+        added = self.model.tokenizer.get_added_vocab()
         given = request.sampling.stop
         ids = {added[stop] for stop in given if stop in added}
         texts = [stop for stop in given if stop not in added]
@@ -122,7 +108,8 @@ class PromptMaker:
             texts += [self.stops.text] if self.stops.text and request.prompt is None else []
         return stops, tuple(texts)
 
-    def _check_length(self, num_tokens: int, max_tokens: int) -> None:
+    def check_length(self, num_tokens: int, max_tokens: int) -> None:
+        """Raise RecordError if prompt and answer may be longer than the engine holds."""
         if num_tokens + max_tokens > self.max_model_len:
             raise RecordError(
                 f"the prompt has {num_tokens} tokens and max_tokens is {max_tokens}, but this engine holds "
@@ -132,6 +119,42 @@ class PromptMaker:
             )
 
 
+class PromptMaker(PromptText):
+    """Makes prompts for one model, or one adapter, in memory."""
+
+    def __init__(self, parts: LlavaParts, cache: VisionCache, max_model_len: int, projector: str = "") -> None:
+        """``projector`` tells several in one cache apart."""
+        super().__init__(parts, default_stops(parts), max_model_len)
+        self.parts = parts
+        self.cache = cache
+        self.projector = projector
+
+    def make(self, request: GenerationRequest) -> Prompt:
+        """Tokenise and preprocess a request.
+
+        Raises RecordError (ImageError for an image) for whatever the request got wrong.
+        """
+        short = self.read(request)
+        images = [self.read_image(data, f"image {number}") for number, data in enumerate(request.images, start=1)]
+        counts = [image.num_tokens for image in images]
+        ids = expand_images(short, [IGNORE_INDEX] * len(short), counts)[0]
+        self.check_length(len(ids), request.sampling.max_tokens)
+        place_images(ids, images)
+        stops, texts = self.find_stops(request)
+        return Prompt(ids, images, stops, texts, sum(image.embeddings is not None for image in images))
+
+    def read_image(self, data: bytes, name: str) -> PromptImage:
+        """Return an image that is known by its content, or its pixels. Raises ImageError."""
+        key, llava = f"{image_key(data)}{self.projector}", self.parts.llava
+        known = self.cache.find(key)
+        if known is not None:
+            return PromptImage(key, len(known), llava, embeddings=known)
+        image = open_image(data, name, max_pixels=MAX_IMAGE_PIXELS)
+        spec = self.parts.image_spec
+        count = self.parts.image_tokens.count(*image.size)
+        return PromptImage(key, count, llava, image.size, normalise(crop_views(image, spec), spec))
+
+
 def place_images(ids: Sequence[int], images: Sequence[PromptImage]) -> None:
     """Tell each image where in a prompt its tokens begin."""
     place = 0
@@ -139,3 +162,11 @@ def place_images(ids: Sequence[int], images: Sequence[PromptImage]) -> None:
         place = ids.index(IMAGE_TOKEN_INDEX, place)
         image.first = place
         place += image.num_tokens
+
+
+def prompts_of(prompts: Mapping[str | None, P], name: str | None) -> P:
+    """Return who makes an adapter's prompts, the base's for None. Raises RecordError."""
+    if name not in prompts:
+        known = ", ".join(repr(other) for other in prompts if other is not None) or "its base only"
+        raise RecordError(f"there is no adapter {name!r} here; this engine serves {known}.", reason="model")
+    return prompts[name]

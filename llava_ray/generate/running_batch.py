@@ -1,26 +1,30 @@
 """The running batch: requests join and leave between two steps, each step brings those that write one token on."""
 
+import functools
 import random
+import time
 from asyncio import Queue
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from llava_ray.errors import ModelError
 from llava_ray.generate.answer_text import AnswerText
-from llava_ray.generate.batching import Placed, RowModel, Work
+from llava_ray.generate.batching import RowModel, Work
+from llava_ray.generate.decoding import decode
 from llava_ray.generate.engine import EngineStats, FinishReason, GenerationChunk, GenerationRequest, TokenLogprob
 from llava_ray.generate.kv_cache import KvCache, Row, longest_row
 from llava_ray.generate.packed_linear import pack_linears
-from llava_ray.generate.prompts import Prompt, PromptImage
+from llava_ray.generate.prompt_images import embed_images, overlapping, visible_part
+from llava_ray.generate.prompts import Prompt
+from llava_ray.generate.row_adapters import RowAdapters
 from llava_ray.generate.sampling import choose_tokens, find_logprobs
 from llava_ray.generate.scheduling import Reading, WaitingLine, share_chunk
+from llava_ray.generate.served_adapters import NO_ADAPTERS, ServedAdapters
 from llava_ray.generate.settings import EngineSettings
 from llava_ray.generate.vision_cache import VisionCache
 from llava_ray.model.bundle import LlavaParts
-from llava_ray.model.quantization import find_dtype
 
 CPU_CHUNK, GPU_CHUNK = 256, 2048
 
@@ -38,6 +42,10 @@ class RunningRequest:
     num_read: int = 0
     """Tokens of the prompt that are in the row."""
     new_ids: list[int] = field(default_factory=list)
+    joined: float = field(default_factory=time.monotonic)
+    """When it began to wait for a place."""
+    queued_s: float = 0.0
+    """How long it waited, once it has one."""
     ended: bool = False
     """Whether it has its last chunk, or nobody waits for it any more."""
 
@@ -55,17 +63,28 @@ class RunningRequest:
 class RunningBatch:
     """All requests of one model. Only its own thread calls ``add``, ``drop``, ``step`` and ``close``."""
 
-    def __init__(self, parts: LlavaParts, cache: VisionCache, settings: EngineSettings) -> None:
-        """Take the model over. Raises ModelError if it cannot be batched."""
+    def __init__(
+        self,
+        parts: LlavaParts,
+        cache: VisionCache,
+        settings: EngineSettings,
+        served: ServedAdapters = NO_ADAPTERS,
+    ) -> None:
+        """Take the model over, with the adapters beside it. Raises ModelError if it cannot be batched."""
         self.parts = parts
         self.images = cache
-        self.unpack = pack_linears([parts.llava.language_model, parts.tower.backbone], settings.packed_weight_bytes)
+        model = parts.llava.language_model
+        self._undo: list[Callable[[], object]] = [served.put_back]
         try:
-            self.model = RowModel(parts.llava.language_model)
+            self._undo.append(pack_linears([model, parts.tower.backbone], settings.packed_weight_bytes))
+            adapters = RowAdapters(model, {adapter.name: adapter.terms for adapter in served.adapters})
+            self._undo.append(adapters.take_off)
+            self.model = RowModel(model, adapters)
+            self._undo.append(self.model.give_back)
         except BaseException:
-            self.unpack()
+            self._give_back()
             raise
-        on_cpu = parts.llava.language_model.device.type == "cpu"
+        on_cpu = model.device.type == "cpu"
         self.chunk = settings.prefill_chunk or (CPU_CHUNK if on_cpu else GPU_CHUNK)
         self.max_running = settings.max_running
         capacity = settings.kv_cache_tokens or settings.kv_cache_bytes // self.model.cache_bytes
@@ -79,12 +98,8 @@ class RunningBatch:
         self, request: GenerationRequest, prompt: Prompt, queue: "Queue[GenerationChunk | Exception | None]"
     ) -> RunningRequest:
         """Return a request that ``add`` takes."""
-        tokenizer = self.parts.tokenizer
-        text = AnswerText(
-            lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
-            prompt.stop_texts,
-            strip=request.prompt is None,
-        )
+        decoder = functools.partial(decode, self.parts.tokenizer)
+        text = AnswerText(decoder, prompt.stop_texts, strip=request.prompt is None)
         return RunningRequest(request, prompt, queue, text, random.Random(request.sampling.seed))
 
     @property
@@ -108,12 +123,14 @@ class RunningBatch:
 
     def step(self) -> list[tuple[RunningRequest, GenerationChunk]]:
         """Read a chunk of new prompts and bring every answer one token on; return what there is to tell."""
-        self.running += self.waiting.admit(self.max_running - len(self.running), self._find_room)
+        self._admit()
         readings = share_chunk(self.running, self.chunk)
         writing = [running for running in self.running if not running.num_unread]
         self._look_at(readings)
         works = [self._next_token(running) for running in writing]
         works += [self._prompt_chunk(reading) for reading in readings]
+        if not works:  # the last request has just been cancelled
+            return []
         wanted, logits = self.model.run(works)
         for reading in readings:
             reading.request.num_read += reading.num_tokens
@@ -139,8 +156,17 @@ class RunningBatch:
         """Forget everything, and leave the model as it was."""
         self.running, self.waiting = [], WaitingLine()
         self.kv.shelves.clear()
-        self.model.give_back()
-        self.unpack()
+        self._give_back()
+
+    def _give_back(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    def _admit(self) -> None:
+        admitted = self.waiting.admit(self.max_running - len(self.running), self._find_room)
+        for running in admitted:
+            running.queued_s = time.monotonic() - running.joined
+        self.running += admitted
 
     def _find_room(self, running: RunningRequest) -> bool:
         running.row = self.kv.reserve(running.num_tokens)
@@ -154,7 +180,8 @@ class RunningBatch:
 
     def _next_token(self, running: RunningRequest) -> Work:
         assert running.row is not None
-        return Work(running.row, len(running.prompt.ids) + len(running.new_ids) - 1, running.new_ids[-1:])
+        place = len(running.prompt.ids) + len(running.new_ids) - 1
+        return Work(running.row, place, running.new_ids[-1:], adapter=running.request.model)
 
     def _prompt_chunk(self, reading: Reading[RunningRequest]) -> Work:
         running = reading.request
@@ -167,6 +194,7 @@ class RunningBatch:
             wants_next=end == len(running.prompt.ids),
             is_prompt=True,
             images=[visible_part(image, start, end) for image in overlapping(running.prompt.images, start, end)],
+            adapter=running.request.model,
         )
 
     def _look_at(self, readings: Sequence[Reading[RunningRequest]]) -> None:
@@ -180,7 +208,7 @@ class RunningBatch:
         unknown = {image.key: image for _, image in begun}
         if not unknown:
             return
-        for key, embeddings in zip(unknown, embed_images(self.parts, list(unknown.values())), strict=True):
+        for key, embeddings in zip(unknown, embed_images(self.parts.tower, list(unknown.values())), strict=True):
             unknown[key].embeddings = embeddings
             self.images.keep(key, embeddings)
         for prompt, image in begun:
@@ -230,34 +258,13 @@ class RunningBatch:
             reason,
             len(running.prompt.ids),
             running.prompt.num_cached_images,
+            running.queued_s,
         )
 
     def _logprob(self, token: int, logprob: float, best: Sequence[tuple[int, float]]) -> TokenLogprob:
         decode = self.parts.tokenizer.decode
         top = tuple((other, str(decode([other])), value) for other, value in best)
         return TokenLogprob(token, str(decode([token])), logprob, top)
-
-
-def overlapping(images: Sequence[PromptImage], start: int, end: int) -> list[PromptImage]:
-    """Return the images that have tokens in that part of a prompt."""
-    return [image for image in images if image.first < end and image.first + image.num_tokens > start]
-
-
-def visible_part(image: PromptImage, start: int, end: int) -> Placed:
-    """Return what of an image stands in that part of a prompt."""
-    assert image.embeddings is not None
-    first, last = max(start, image.first), min(end, image.first + image.num_tokens)
-    return Placed(first - start, last - start, image.embeddings[first - image.first : last - image.first])
-
-
-def embed_images(parts: LlavaParts, images: Sequence[PromptImage]) -> list[Tensor]:
-    """Return the images as the language model reads them, all seen by the tower together."""
-    features = parts.tower.extract(torch.cat([image.views for image in images if image.views is not None]))
-    device, dtype = parts.llava.language_model.device, find_dtype(parts.llava.language_model)
-    order = parts.llava.arrange(features.shape[0] * features.shape[1], [image.size for image in images])
-    projected = parts.llava.project(features.to(device, dtype), order).to(dtype)
-    # Copies, so that keeping one of them does not keep them all.
-    return [part.clone() for part in projected.split([image.num_tokens for image in images])]
 
 
 def find_max_model_len(parts: LlavaParts, settings: EngineSettings, capacity: int) -> int:

@@ -24,3 +24,23 @@ class EngineSettings:
     packed_weight_bytes: int = 4 * 2**30
     """On a CPU, memory for copies of a bfloat16 model's matrices that are faster to multiply; a model that needs more
     does without."""
+
+
+@dataclass(frozen=True)
+class VllmSettings:
+    """Bounds of the vLLM engine; what is None here vLLM decides."""
+
+    max_running: int | None = None
+    """Requests in one batch; others wait."""
+    max_model_len: int | None = None
+    """Tokens of one prompt and answer together."""
+    dtype: str = "auto"
+    """Of the weights; auto is the files' own."""
+    num_gpus: int = 0
+    """GPUs that the model is spread over; 0 for the CPU build."""
+    kv_cache_bytes: int | None = None
+    """Memory of keys and values; None for what is left of a GPU."""
+    max_images: int = 8
+    """Images of one request."""
+    cache_dir: str = "~/.cache/llava_ray/vllm"
+    """Where models are exported to that are not in the hub layout."""

@@ -229,6 +229,8 @@ def test_cancelled_requests_free_their_memory_within_a_step(llama: LlavaParts) -
             assert engine.stats().num_cancelled == 3
             assert engine.stats().kv_tokens_used == 0
             await engine.cancel("nobody")
+            batch.gate.release(8)
+            assert len((await ask(engine, request("again", max_tokens=1))).ids) == 1  # it lives
 
     asyncio.run(run())
 

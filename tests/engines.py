@@ -3,7 +3,7 @@
 import asyncio
 import io
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,31 +13,69 @@ import torch
 from PIL import Image
 
 from llava_ray.chat.conversation import Turn
+from llava_ray.config.lora import LoraConfig
 from llava_ray.config.sections import ModelConfig
 from llava_ray.generate.builtin_engine import BuiltinEngine
-from llava_ray.generate.engine import GenerationChunk, GenerationRequest, Sampling
+from llava_ray.generate.engine import Engine, GenerationChunk, GenerationRequest, Sampling
 from llava_ray.generate.prompts import PromptMaker
 from llava_ray.generate.settings import EngineSettings
 from llava_ray.generate.vision_cache import VisionCache
-from llava_ray.model.bundle import LlavaParts, assemble
+from llava_ray.model.adapters import add_adapter, merge
+from llava_ray.model.bundle import LlavaParts, assemble, save_bundle
+from llava_ray.model.loading import load_pretrained_model
 
 SHAPES = [(64, 48), (40, 70), (96, 20), (32, 32)]
 SMALL_GAP = 1e-3  # between the two likeliest tokens' logits: rounding may decide
 NEVER = Sampling(max_tokens=8, ignore_eos=True)
 
 
-def make_parts(root: Path, kind: str = "llama", *, anyres: bool = False, version: str = "v1") -> LlavaParts:
+def make_parts(
+    root: Path,
+    kind: str = "llama",
+    *,
+    anyres: bool = False,
+    version: str = "v1",
+    **language: object,
+) -> LlavaParts:
     """A random model of which a third of the tokens ends an answer, so that answers end at all lengths."""
+    if not (root / kind).exists():  # parts that were read before may still be reading
+        fakes.make_language_model(root / kind, kind, **language)  # type: ignore[arg-type]
+    if not (root / "tower").exists():
+        fakes.make_vision_tower(root / "tower")
     config = ModelConfig(
-        model_name_or_path=str(fakes.make_language_model(root / kind, kind)),
-        vision_tower=str(fakes.make_vision_tower(root / "tower")),
+        model_name_or_path=str(root / kind),
+        vision_tower=str(root / "tower"),
         version=version,
         **({"mm_patch_merge_type": "spatial_unpad"} if anyres else {}),
     )
     parts = assemble(config, "anyres" if anyres else "pad", seed=3)
     parts.llava.eval()
+    return with_ends(parts)
+
+
+def with_ends(parts: LlavaParts) -> LlavaParts:
+    """Let more tokens than one end an answer."""
     parts.llava.language_model.generation_config.eos_token_id = [fakes.EOS, *range(285, 300)]
     return parts
+
+
+def write_adapter(folder: Path, parts: LlavaParts, *, seed: int, own_projector: bool = False, **lora: object) -> Path:
+    """Write a bundle with an adapter, as after training, over a model that is of no more use afterwards."""
+    settings = {"lora_enable": True, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
+    add_adapter(parts.llava.language_model, LoraConfig.parsed(settings | lora), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    learns = [parameter for parameter in parts.llava.language_model.parameters() if parameter.requires_grad]
+    learns += parts.llava.projector.parameters() if own_projector else []
+    with torch.no_grad():
+        for parameter in learns:
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    save_bundle(folder, parts)
+    return folder
+
+
+def merged(folder: Path) -> LlavaParts:
+    """The whole model of an adapter, for transformers alone."""
+    return with_ends(merge(load_pretrained_model(folder)))
 
 
 def make_image(seed: int) -> bytes:
@@ -90,7 +128,7 @@ class Answered:
         return self.chunks[-1].finish_reason if self.chunks else None
 
 
-async def ask(engine: BuiltinEngine, asked: GenerationRequest, delay: float = 0.0) -> Answered:
+async def ask(engine: Engine, asked: GenerationRequest, delay: float = 0.0) -> Answered:
     await asyncio.sleep(delay)
     answered = Answered()
     async for chunk in engine.generate(asked):
@@ -98,19 +136,24 @@ async def ask(engine: BuiltinEngine, asked: GenerationRequest, delay: float = 0.
     return answered
 
 
-async def started(parts: LlavaParts, **settings: object) -> BuiltinEngine:
-    engine = BuiltinEngine(lambda: parts, name="tiny", settings=EngineSettings(**settings))  # type: ignore[arg-type]
+async def started(parts: LlavaParts, adapters: Mapping[str, Path] | None = None, **settings: object) -> BuiltinEngine:
+    bounds = EngineSettings(**settings)  # type: ignore[arg-type]
+    engine = BuiltinEngine(lambda: parts, name="tiny", settings=bounds, adapters=adapters)
     await engine.start()
     return engine
 
 
 def answer_all(
-    parts: LlavaParts, asked: Sequence[GenerationRequest], delays: Sequence[float] | None = None, **settings: object
+    parts: LlavaParts,
+    asked: Sequence[GenerationRequest],
+    delays: Sequence[float] | None = None,
+    adapters: Mapping[str, Path] | None = None,
+    **settings: object,
 ) -> list[Answered]:
     """What an engine answers to requests that arrive after these delays; the model is given back."""
 
     async def run() -> list[Answered]:
-        engine = await started(parts, **settings)
+        engine = await started(parts, adapters, **settings)
         try:
             waits = delays or [0.0] * len(asked)
             return await asyncio.gather(*(ask(engine, one, wait) for one, wait in zip(asked, waits, strict=True)))

@@ -1,0 +1,21 @@
+"""The vLLM engine as a replica runs it. Imports no vLLM before the engine starts."""
+
+from llava_ray.deployments.settings import ModelSource, ServeSettings
+from llava_ray.generate.settings import EngineSettings, VllmSettings
+from llava_ray.generate.vllm_engine import VllmEngine
+
+
+def make_engine(source: ModelSource, settings: ServeSettings) -> VllmEngine:
+    """Return an engine that is not started yet: on all GPUs of the replica, or on vLLM's CPU build without any."""
+    num_gpus = int(settings.num_gpus)
+    dtype = "float32" if settings.dtype == "auto" and not settings.num_gpus else settings.dtype
+    bounds = VllmSettings(
+        max_running=settings.max_num_seqs,
+        max_model_len=settings.max_model_len,
+        dtype="bfloat16" if dtype == "auto" else dtype,
+        num_gpus=max(1, num_gpus) if settings.num_gpus else 0,
+        kv_cache_bytes=None if settings.num_gpus else EngineSettings.kv_cache_bytes,
+        max_images=settings.max_images,
+        cache_dir=settings.export_dir,
+    )
+    return VllmEngine(source.path, name=source.name, settings=bounds, adapters=dict(source.adapters))

@@ -1,0 +1,130 @@
+"""Several LoRA adapters over one language model: each token of a step gets the low-rank terms of its own, or none.
+
+The adapters' matrices of a layer lie under one another, so that a step takes two small products a layer, however many
+adapters its requests name; a mask leaves each token its own.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llava_ray.model.adapter_terms import LayerTerm, Terms
+from llava_ray.model.quantization import find_dtype
+
+# An adapter's name; None for what the model says where a request names no adapter.
+Name = str | None
+
+
+@dataclass(frozen=True)
+class Owners:
+    """Whose the tokens are that a layer sees: places in the tables of adapters, the last for nobody's."""
+
+    places: Int[Tensor, " t"]
+    mask: Float[Tensor, "t r"]
+    """1 where a token's own adapter has its rank, of the columns that are looked at."""
+
+
+@dataclass
+class Choice:
+    """What all adapted layers look at in this step; written before it, by the thread that takes it."""
+
+    columns: slice = field(default_factory=lambda: slice(0, 0))
+    """Ranks of the adapters that the step's tokens have."""
+    every: Owners | None = None
+    """Of all tokens in line; None if none of them has an adapter."""
+    last: Owners | None = None
+    """Of the tokens that the head sees."""
+
+
+class AdaptedLinear(nn.Module):
+    """A linear layer, plain or packed, and what adapters add to it."""
+
+    def __init__(self, plain: Any, terms: Sequence[LayerTerm | None], ranks: Sequence[int], choice: Choice) -> None:
+        """Lay the terms out in tables, each padded to its adapter's rank; ``choice`` is shared by all layers."""
+        super().__init__()
+        self.plain = plain
+        self.weight, self.bias = plain.weight, plain.bias  # whoever looks for them
+        self.choice = choice
+        self.is_head = False
+        some = next(term for term in terms if term is not None)
+        known = [term or LayerTerm(some.down[:0], some.up[:0]) for term in terms]
+        self.down = torch.cat([_padded(term.down, rank) for term, rank in zip(known, ranks, strict=True)])
+        self.up = torch.cat([_padded(term.up, rank) for term, rank in zip(known, ranks, strict=True)])
+        # The last row is nobody's.
+        self.gains = _table([term.gain for term in known], 1.0)
+        self.shifts = _table([term.shift for term in known], 0.0)
+
+    def forward(self, inputs: Float[Tensor, "1 t i"]) -> Float[Tensor, "1 t o"]:
+        """Multiply, and add to each token what its adapter says."""
+        outputs: Tensor = self.plain(inputs)
+        owners = self.choice.last if self.is_head else self.choice.every
+        if owners is None:
+            return outputs
+        if self.gains is not None:
+            own = outputs if self.bias is None else outputs - self.bias
+            outputs = outputs + own * (self.gains[owners.places] - 1)
+        low = torch.nn.functional.linear(inputs[0], self.down[self.choice.columns]) * owners.mask
+        outputs = torch.addmm(outputs[0], low, self.up[self.choice.columns]).unsqueeze(0)
+        return outputs if self.shifts is None else outputs + self.shifts[owners.places]
+
+
+class RowAdapters:
+    """The adapters over one language model, from when they are laid over it until ``take_off``."""
+
+    def __init__(self, language_model: PreTrainedModel, adapters: Mapping[Name, Terms]) -> None:
+        """Put adapted layers into the model, around what is there."""
+        self.language_model = language_model
+        self.choice = Choice()
+        self.places = {name: place for place, name in enumerate(adapters)}
+        self.ranks = [max((len(term.down) for term in terms.values()), default=0) for terms in adapters.values()]
+        self.starts = [sum(self.ranks[:place]) for place in range(len(self.ranks))]
+        masks = torch.zeros(len(self.ranks) + 1, sum(self.ranks), dtype=find_dtype(language_model))
+        for place, (start, rank) in enumerate(zip(self.starts, self.ranks, strict=True)):
+            masks[place, start : start + rank] = 1
+        self.masks = masks.to(language_model.device)
+        self.plain: dict[str, nn.Module] = {}
+        head = language_model.get_output_embeddings()
+        for name in sorted({name for terms in adapters.values() for name in terms}):
+            plain = self.plain[name] = language_model.get_submodule(name)
+            layer = AdaptedLinear(plain, [terms.get(name) for terms in adapters.values()], self.ranks, self.choice)
+            layer.is_head = plain is head
+            language_model.set_submodule(name, layer)
+
+    def choose(self, names: Sequence[Name], counts: Sequence[int], last: Int[Tensor, " n"]) -> None:
+        """Say whose the next step's tokens are: ``counts`` of each name in line; the head sees those at ``last``."""
+        places = [self.places.get(name, len(self.ranks)) for name in names]
+        present = sorted({place for place in places if place < len(self.ranks)})
+        if not present:
+            self.choice.every = self.choice.last = None
+            return
+        self.choice.columns = slice(self.starts[present[0]], self.starts[present[-1]] + self.ranks[present[-1]])
+        of_tokens = [place for place, count in zip(places, counts, strict=True) for _ in range(count)]
+        indices = torch.tensor(of_tokens, device=self.masks.device)
+        self.choice.every = Owners(indices, self.masks[indices, self.choice.columns])
+        self.choice.last = Owners(indices[last], self.choice.every.mask[last])
+
+    def choose_one(self, name: Name, num_tokens: int) -> None:
+        """Let a whole text be one adapter's, the head seeing all of it."""
+        self.choose([name], [num_tokens], torch.arange(num_tokens, device=self.masks.device))
+
+    def take_off(self) -> None:
+        """Leave the model as it was."""
+        for name, plain in self.plain.items():
+            self.language_model.set_submodule(name, plain)
+
+
+def _padded(rows: Float[Tensor, "r x"], rank: int) -> Float[Tensor, "rank x"]:
+    return torch.cat([rows, rows.new_zeros(rank - len(rows), rows.shape[1])])
+
+
+def _table(rows: Sequence[Float[Tensor, " o"] | None], otherwise: float) -> Float[Tensor, "k o"] | None:
+    """Return one row for each adapter and a last one for nobody; None where no adapter has one."""
+    some = next((row for row in rows if row is not None), None)
+    if some is None:
+        return None
+    return torch.stack([torch.full_like(some, otherwise) if row is None else row for row in (*rows, None)])

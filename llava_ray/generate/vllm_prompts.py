@@ -1,0 +1,78 @@
+"""Requests made ready for vLLM: our token ids with its image token, images, and its words for how to sample."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from llava_ray.chat.conversation import IMAGE_TOKEN_INDEX
+from llava_ray.config.sections import MAX_IMAGE_PIXELS
+from llava_ray.generate.decoding import Stops, find_stops
+from llava_ray.generate.engine import GenerationRequest, Sampling
+from llava_ray.generate.prompts import PromptText
+from llava_ray.generate.vision_cache import image_key
+from llava_ray.generate.vllm_model import VllmModel
+from llava_ray.images.geometry import crop_views
+from llava_ray.images.reading import open_image, to_rgb
+from llava_ray.model.blueprint import Blueprint
+
+
+@dataclass(frozen=True)
+class VllmPrompt:
+    """What ``AsyncLLM.generate`` takes, and what ends the answer."""
+
+    inputs: dict[str, Any]
+    params: Any
+    stops: Stops
+    stop_texts: tuple[str, ...]
+
+
+class VllmPrompts(PromptText):
+    """Makes prompts for a model, or one adapter over it."""
+
+    def __init__(self, blueprint: Blueprint, model: VllmModel, max_model_len: int) -> None:
+        """``blueprint`` is the base's or the adapter's."""
+        super().__init__(blueprint, find_stops(blueprint, sorted(model.stops.ids)), max_model_len)
+        self.image_token = model.image_token
+
+    def make(self, request: GenerationRequest) -> VllmPrompt:
+        """Tokenise a request and open its images. Raises RecordError (ImageError for an image)."""
+        short = self.read(request)
+        ids = [self.image_token if token == IMAGE_TOKEN_INDEX else token for token in short]
+        images = [
+            open_image(data, f"image {number}", max_pixels=MAX_IMAGE_PIXELS)
+            for number, data in enumerate(request.images, start=1)
+        ]
+        num_image_tokens = sum(self.model.image_tokens.count(*image.size) for image in images)
+        self.check_length(len(ids) - len(images) + num_image_tokens, request.sampling.max_tokens)
+        inputs: dict[str, Any] = {"prompt_token_ids": ids}
+        if images:
+            inputs["multi_modal_data"] = {"image": [self.view(image) for image in images]}
+            inputs["multi_modal_uuids"] = {"image": [image_key(data) for data in request.images]}
+        stops, texts = self.find_stops(request)
+        return VllmPrompt(inputs, sampling_params(request.sampling, stops), stops, texts)
+
+    def view(self, image: Image.Image) -> Image.Image:
+        """Return an image as we cut it, which vLLM's processor then leaves as it is; whole where it makes tiles."""
+        if self.model.image_spec.aspect_ratio == "anyres":
+            return to_rgb(image)
+        return Image.fromarray(crop_views(image, self.model.image_spec)[0].transpose(1, 2, 0).copy())
+
+
+def sampling_params(sampling: Sampling, stops: Stops) -> Any:
+    """Return vLLM's SamplingParams; text, and what ends it, is ours (``vllm_answer``)."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        seed=sampling.seed,
+        logprobs=sampling.logprobs,
+        ignore_eos=True,  # the tokens that end an answer are those that we give
+        stop_token_ids=sorted(stops.ids),
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )

@@ -1,0 +1,95 @@
+"""The page below a path, in a real Chromium: behind a proxy that takes the path off, and mounted there."""
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from browser import ENTER, Browser, chromium
+from fastapi import FastAPI
+from serving import EchoEngine, picture, served
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+from starlette.routing import Mount, Route
+
+from llava_ray.deployments.front import build_front
+from llava_ray.deployments.gateway import LocalGateway
+from llava_ray.deployments.replica import Replica
+from llava_ray.deployments.routes import Front
+from llava_ray.deployments.settings import ServeSettings
+
+pytestmark = pytest.mark.browser
+
+PREFIX = "/tools/llava"
+LAST_ANSWER = """
+const all = document.querySelectorAll('#chat .bot.message');
+return all.length ? all[all.length - 1].innerText.trim() : '';
+"""
+
+
+def make_app(**told: object) -> FastAPI:
+    settings = ServeSettings.parsed({"model": "echo@x,parrot@y", **told})
+    front = Front(
+        LocalGateway({source: Replica(EchoEngine(), source, settings) for source in settings.sources}), settings
+    )
+    return build_front(front, with_page=True)
+
+
+def proxy(target: str) -> Starlette:
+    """What nginx does with ``location /tools/llava/ { proxy_pass http://target/; }``."""
+    client = httpx.AsyncClient(base_url=target, timeout=60)
+
+    async def forward(request: Request) -> StreamingResponse:
+        path = request.url.path.removeprefix(PREFIX)
+        headers = [pair for pair in request.headers.items() if pair[0] not in ("host", "content-length")]
+        headers += [("x-forwarded-host", request.headers["host"]), ("x-forwarded-proto", "http")]
+        asked = client.build_request(
+            request.method, path, params=request.query_params, headers=headers, content=await request.body()
+        )
+        response = await client.send(asked, stream=True)
+
+        async def body() -> AsyncIterator[bytes]:
+            async for piece in response.aiter_raw():
+                yield piece
+            await response.aclose()
+
+        kept = {key: value for key, value in response.headers.items() if key != "transfer-encoding"}
+        return StreamingResponse(body(), response.status_code, kept)
+
+    methods = ["GET", "POST", "HEAD"]
+    return Starlette(routes=[Route(PREFIX + "/{path:path}", forward, methods=methods)])
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as started:
+        started.resize(1200, 900)
+        yield started
+
+
+@pytest.fixture(params=["proxied", "mounted"])
+def address(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "proxied":
+        with served(make_app(page_root_path=PREFIX)) as inner, served(proxy(inner)) as outer:
+            yield outer + PREFIX
+    else:
+        with served(Starlette(routes=[Mount(PREFIX, make_app())])) as outer:
+            yield outer + PREFIX
+
+
+def test_a_question_about_an_image(address: str, browser: Browser, tmp_path: Path) -> None:
+    browser.open(f"{address}/?model=parrot")
+    browser.find("#box textarea")
+    (tmp_path / "red.png").write_bytes(picture(40, 30))
+    browser.type("#box input[type=file]", str(tmp_path / "red.png"))
+    browser.until(lambda: browser.run("return document.querySelectorAll('#box img').length") == 1)
+    browser.type("#box textarea", "what is it?")
+    browser.press(ENTER)
+    browser.until(lambda: browser.run(LAST_ANSWER) == "40x30 what is it?")
+    assert browser.run("return document.querySelector('#model input').value") == "parrot"
+    outside = (
+        "return performance.getEntriesByType('resource').map(e => e.name).filter(n => !n.startsWith(arguments[0]))"
+    )
+    assert [name for name in browser.run(outside.replace("arguments[0]", repr(address))) if "blob:" not in name] == []
+    assert httpx.get(f"{address}/v1/models").json()["data"][0]["id"] == "echo"

@@ -1,0 +1,154 @@
+"""What vLLM is given and what is made of its answers, without vLLM: exports, refusals, settings, chunks."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import fakes
+import pytest
+from engines import make_parts, request, write_adapter
+from safetensors import safe_open
+
+from llava_ray.config.sections import ModelConfig
+from llava_ray.deployments.settings import ServeSettings
+from llava_ray.deployments.vllm import make_engine
+from llava_ray.errors import BundleError, ModelError
+from llava_ray.generate.decoding import Stops, default_stops
+from llava_ray.generate.settings import VllmSettings
+from llava_ray.generate.vllm_answer import VllmAnswer
+from llava_ray.generate.vllm_engine import engine_arguments
+from llava_ray.generate.vllm_model import prepare_model
+from llava_ray.generate.vllm_prompts import VllmPrompt
+from llava_ray.model.bundle import LlavaParts, assemble, save_bundle
+from llava_ray.model.loading import load_pretrained_model
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("vllm")
+    save_bundle(root / "model", make_parts(root), include="all")
+    return root
+
+
+@pytest.fixture(scope="module")
+def parts(root: Path) -> LlavaParts:
+    return load_pretrained_model(root / "model")
+
+
+def test_a_bundle_is_exported_once(root: Path, parts: LlavaParts, tmp_path: Path) -> None:
+    model = prepare_model(root / "model", tmp_path, {})
+    config = json.loads((model.folder / "config.json").read_text())
+    assert model.folder.parent == tmp_path
+    assert (config["model_type"], config["image_token_index"]) == ("llava", model.image_token)
+    assert model.stops == default_stops(parts)
+    written = (model.folder / "config.json").stat().st_mtime_ns
+    assert prepare_model(root / "model", tmp_path, {}).folder == model.folder
+    assert (model.folder / "config.json").stat().st_mtime_ns == written
+    again = prepare_model(model.folder, tmp_path, {})  # the hub layout as it is
+    assert (again.folder, again.image_token, again.stops) == (model.folder, model.image_token, model.stops)
+
+
+def test_an_adapter_gets_the_names_of_a_language_model_inside_a_llava(root: Path, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "plain", load_pretrained_model(root / "model"), seed=1, lora_r=6)
+    model = prepare_model(root / "model", tmp_path / "cache", {"it": folder})
+    [adapter] = model.adapters
+    assert (adapter.name, adapter.rank) == ("it", 6)
+    with safe_open(adapter.folder / "adapter_model.safetensors", "pt") as file:
+        names = list(file.keys())
+    assert all(name.startswith("base_model.model.model.language_model.layers.") for name in names)
+    arguments = engine_arguments(model, VllmSettings(max_running=4, kv_cache_bytes=100))
+    assert (arguments["enable_lora"], arguments["max_loras"], arguments["max_lora_rank"]) == (True, 1, 8)
+    assert (arguments["max_num_seqs"], arguments["kv_cache_memory_bytes"]) == (4, 100)
+    assert "max_model_len" not in arguments
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_dora": True}, "use_dora = True; vLLM expects False"),
+        ({"lora_bias": "all"}, "bias = 'all'"),
+        ({"own_projector": True}, "has a projector of its own, and vLLM knows one for all"),
+    ],
+)
+def test_adapters_that_vllm_cannot_serve_are_refused(
+    root: Path, tmp_path: Path, settings: dict[str, object], message: str
+) -> None:
+    folder = write_adapter(tmp_path / "odd", load_pretrained_model(root / "model"), seed=2, **settings)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match=message):
+        prepare_model(root / "model", tmp_path / "cache", {"odd": folder})
+
+
+def test_an_adapter_of_another_base_is_refused(root: Path, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "other", make_parts(tmp_path, seed=5), seed=3)
+    with pytest.raises((BundleError, ModelError), match="base"):
+        prepare_model(root / "model", tmp_path / "cache", {"other": folder})
+
+
+def test_a_tower_that_vllm_does_not_take_is_named(tmp_path: Path) -> None:
+    config = ModelConfig(
+        model_name_or_path=str(fakes.make_language_model(tmp_path / "language")),
+        vision_tower=str(fakes.make_vision_tower(tmp_path / "tower", "dinov2")),
+    )
+    save_bundle(tmp_path / "model", assemble(config, "pad"), include="all")
+    with pytest.raises(ModelError, match="vision tower: vLLM takes CLIP and SigLIP towers, this one is 'dinov2'"):
+        prepare_model(tmp_path / "model", tmp_path / "cache", {})
+
+
+def test_a_replica_is_told_by_the_services_settings() -> None:
+    told = {"model": "m@path", "adapters": "a@folder", "engine": "vllm", "export_dir": "/exports", "max_num_seqs": "7"}
+    settings = ServeSettings.parsed(told)
+    engine = make_engine(settings.sources[0], settings)
+    assert (engine.name, engine.path, engine.adapters) == ("m", "path", {"a": "folder"})
+    assert (engine.settings.dtype, engine.settings.num_gpus, engine.settings.max_running) == ("float32", 0, 7)
+    assert engine.settings.cache_dir == "/exports"
+    on_gpus = settings.replaced({"num_gpus": 2.0})
+    assert make_engine(on_gpus.sources[0], on_gpus).settings.num_gpus == 2
+    with pytest.raises(ModelError, match="not running"):
+        engine.check_health()
+
+
+def output(ids: list[int], reason: str | None = None, logprobs: list[dict[int, object]] | None = None) -> object:
+    """What vLLM hands out: new tokens, and of the request how many tokens its prompt has and when it was begun."""
+    new = SimpleNamespace(token_ids=ids, finish_reason=reason, logprobs=logprobs)
+    stats = SimpleNamespace(queued_ts=1.0, scheduled_ts=1.5)
+    return SimpleNamespace(outputs=[new], prompt_token_ids=[1] * 9, metrics=stats)
+
+
+def answer(parts: LlavaParts, stop_texts: tuple[str, ...] = (), **sampling: object) -> VllmAnswer:
+    prompt = VllmPrompt({}, None, Stops(frozenset({fakes.EOS})), stop_texts)
+    return VllmAnswer(prompt, parts.tokenizer, request(**sampling))  # type: ignore[arg-type]
+
+
+def test_the_token_that_ends_an_answer_is_no_part_of_it(parts: LlavaParts) -> None:
+    ids = parts.tokenizer.encode(" red circle", add_special_tokens=False)
+    writing = answer(parts)
+    first, last = writing.take(output(ids[:2])), writing.take(output([*ids[2:], fakes.EOS], "stop"))
+    assert first.text + last.text == "red circle"
+    assert (first.finish_reason, last.finish_reason, last.token_ids) == (None, "stop", tuple(ids[2:]))
+    assert (first.num_prompt_tokens, first.queued_s) == (9, 0.5)
+
+
+def test_a_stop_text_ends_it_in_the_middle_of_an_output(parts: LlavaParts) -> None:
+    ids = parts.tokenizer.encode("red circle blue", add_special_tokens=False)
+    chunk = answer(parts, (" cir",)).take(output(ids))
+    assert (chunk.text, chunk.finish_reason) == ("red", "stop")
+    assert len(chunk.token_ids) < len(ids)
+
+
+def test_half_a_character_is_left_out_at_the_end(parts: LlavaParts) -> None:
+    ids = parts.tokenizer.encode("é", add_special_tokens=False)
+    chunk = answer(parts).take(output(ids[:1], "length"))
+    assert (chunk.text, chunk.token_ids, chunk.finish_reason) == ("", tuple(ids[:1]), "length")
+
+
+def test_logprobs_are_the_likeliest_best_first(parts: LlavaParts) -> None:
+    row = {7: SimpleNamespace(logprob=-3.0, rank=3), 5: SimpleNamespace(logprob=-0.1, rank=1)}
+    row[6] = SimpleNamespace(logprob=-2.0, rank=2)
+    [told] = answer(parts, logprobs=2).take(output([7], None, [row])).logprobs
+    assert (told.token_id, told.logprob) == (7, -3.0)
+    assert [(token, value) for token, _, value in told.top] == [(5, -0.1), (6, -2.0)]
+
+
+def test_what_vllm_could_not_write_is_an_error(parts: LlavaParts) -> None:
+    with pytest.raises(ModelError, match="ended the answer with 'error'"):
+        answer(parts).take(output([], "error"))
