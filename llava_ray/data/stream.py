@@ -27,6 +27,7 @@ from llava_ray.errors import DataError
 from llava_ray.images.anyres import Size
 from llava_ray.images.geometry import crop_views
 from llava_ray.images.reading import open_image
+from llava_ray.placement import in_pool
 
 # Consecutive micro-batches of one rank that travel as one block. One a block reached 30 % of a bare decoding loop's
 # images/s, sixteen 74 %; more would only delay the first step.
@@ -131,12 +132,14 @@ def located(rows: list[dict[str, Any]], table: pa.Table) -> pa.Table:
 def stream(descriptors: list[pa.Table], settings: StreamSettings) -> Dataset:
     """Attach the stages to the descriptors. Every block that leaves a repartition is exactly one rank's rows."""
     dataset = ray.data.from_arrow(descriptors) if descriptors else ray.data.from_items([])
+    decoding = in_pool("decode")
     dataset = dataset.map_batches(
         read_micro_batches,
         batch_size=None,
         batch_format="pyarrow",
         fn_kwargs={"settings": settings},
         num_cpus=settings.data.num_decode_cpus,
+        **decoding,
     )
     dataset = dataset.repartition(target_num_rows_per_block=ROWS_PER_BLOCK, strict=True)
     dataset = dataset.map_batches(
@@ -145,6 +148,7 @@ def stream(descriptors: list[pa.Table], settings: StreamSettings) -> Dataset:
         batch_format="pyarrow",
         fn_kwargs={"settings": settings},
         num_cpus=settings.data.num_decode_cpus,
+        **decoding,
     )
     if settings.data.vision_features == "streamed":
         from llava_ray.data.features import FeatureActor  # torch and transformers
@@ -157,6 +161,7 @@ def stream(descriptors: list[pa.Table], settings: StreamSettings) -> Dataset:
             compute=ActorPoolStrategy(size=settings.data.num_vision_actors),
             num_cpus=settings.data.num_decode_cpus,
             num_gpus=settings.vision_gpus,
+            **in_pool("vision"),
         )
     if max_block_bytes(settings) <= dataset.context.target_max_block_size:
         return dataset
