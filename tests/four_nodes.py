@@ -16,15 +16,18 @@ from typing import Any
 import ray
 from PIL import Image
 from ray.cluster_utils import Cluster
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.state import list_actors, list_tasks
 from samples import small_run
 
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.sections import ClusterConfig, FinetuneConfig
 from llava_ray.data.preparation import prepare_data
-from llava_ray.runtime import connected
-from llava_ray.shared_storage import Places
+from llava_ray.errors import ConfigError
+from llava_ray.placement import in_pool
+from llava_ray.runtime import Resources, connected, fitted
+from llava_ray.shared_storage import Places, check_shared
 from llava_ray.train.runs import committed_step
-from llava_ray.train.trainer import finetune
+from llava_ray.train.trainer import finetune, scaling
 
 NUM_SAMPLES = 64
 # What a task or actor does, by a part of its name.
@@ -49,6 +52,55 @@ def start_nodes() -> tuple[Cluster, dict[str, Any]]:
     }
     ray.init(address=cluster.address, log_to_driver=False)
     return cluster, nodes
+
+
+def here(batch: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Say in which pool this process is, and how many GPUs it was given."""
+    del batch
+    labels = ray.get_runtime_context().get_node_labels()
+    return {"pool": [labels.get("pool", "none")], "gpus": [len(ray.get_gpu_ids())]}
+
+
+class Here:
+    """The same as an actor."""
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return here(batch)
+
+
+def places_with_gpus(folder: Path) -> dict[str, list[Any]]:
+    """Where work that takes GPUs lands: workers as finetune() asks for them, actors as the stream does."""
+
+    def loop() -> None:
+        rank = ray.train.get_context().get_world_rank()
+        (folder / f"rank{rank}.json").write_text(json.dumps(here()))
+
+    DataParallelTrainer(
+        loop,
+        scaling_config=scaling(Resources(2, 1.0, use_gpu=True, accelerator_type=None)),
+        run_config=ray.train.RunConfig(name="gpus", storage_path=str(folder)),
+    ).fit()
+    trained = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    seen = ray.data.range(4).map_batches(
+        Here, batch_size=4, compute=ray.data.ActorPoolStrategy(size=1), num_gpus=1, num_cpus=0.5, **in_pool("vision")
+    )
+    vision = seen.take_all()[0]
+    return {"train": [[said["pool"][0], said["gpus"][0]] for said in trained], "vision": list(vision.values())}
+
+
+def refusals() -> list[str]:
+    """What is said of a run that is too big for its pool, and of folders that the nodes do not share."""
+    said = []
+    for attempt in (
+        lambda: fitted(ClusterConfig(num_workers=3, use_gpu=True)),
+        lambda: check_shared(Places(written=("memory://runs",))),  # every process has its own
+        lambda: check_shared(Places(read=("/not/there",))),
+    ):
+        try:
+            attempt()
+        except ConfigError as error:
+            said.append(str(error))
+    return said
 
 
 def settings(folder: Path) -> FinetuneConfig:
@@ -103,6 +155,7 @@ def remove_mid_run(cluster: Cluster, node: Any, config: FinetuneConfig, name: st
 def main(folder: Path) -> None:
     """Tune twice, and print."""
     cluster, nodes = start_nodes()
+    told = {"gpus": places_with_gpus(folder), "refusals": refusals()}
     config = settings(folder)
     began = time.time() * 1000
     undisturbed = tune(config, "undisturbed")
@@ -114,7 +167,7 @@ def main(folder: Path) -> None:
     removing.start()
     disturbed = tune(config, "disturbed")
     removing.join(60)
-    told = {
+    told |= {
         "placements": first,
         "steps": len(undisturbed),
         "removed_after_step": noted["step"],
