@@ -5,6 +5,8 @@ pools on its head node, with the label ``pools`` ("decode.vision.train"). A clus
 and everything runs anywhere.
 """
 
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, Literal, get_args
 
 import ray
@@ -17,45 +19,53 @@ POOLS_LABEL = "pools"  # a label's value may hold dots, but no commas
 
 def find_pools() -> frozenset[Pool]:
     """Return the pools that the connected cluster has, or can make nodes for."""
-    alive = [node["Labels"] for node in ray.nodes() if node["Alive"]]
-    named = {labels.get(POOL_LABEL) for labels in alive} | announced(alive)
-    return frozenset(pool for pool in get_args(Pool) if pool in named)
-
-
-def announced(labels: list[dict[str, str]]) -> set[str]:
-    """Return the pools that nodes name for nodes that need not be there yet."""
-    return {name for some in labels for name in some.get(POOLS_LABEL, "").split(".") if name}
+    return pools_among([node["Labels"] for node in alive_nodes()])
 
 
 def can_grow() -> bool:
-    """Return whether the cluster makes nodes when they are wanted."""
-    return bool(announced([node["Labels"] for node in ray.nodes() if node["Alive"]]))
-
-
-def pool_selector(pool: Pool) -> dict[str, str] | None:
-    """Return the label selector of a pool's nodes, None where the cluster has no such pool."""
-    return {POOL_LABEL: pool} if pool in find_pools() else None
+    """Return whether the connected cluster makes nodes when they are wanted."""
+    return any(node["Labels"].get(POOLS_LABEL) for node in alive_nodes())
 
 
 def in_pool(pool: Pool) -> dict[str, Any]:
     """Return the options of a task or actor that belongs to a pool, and goes on elsewhere once no node of it is left.
 
-    None at all where the cluster has no such pool.
+    None at all where the connected cluster has no such pool.
     """
-    pools = find_pools()
-    if pool not in pools:
-        return {}
-    others = sorted(pools - {pool})
-    elsewhere = [{"label_selector": {POOL_LABEL: f"in({','.join(others)})"}}] if others else []
-    return {"label_selector": {POOL_LABEL: pool}, "fallback_strategy": [*elsewhere, ANYWHERE]}
+    return pool_options(pool, find_pools())
 
 
-ANYWHERE: dict[str, Any] = {"label_selector": {POOL_LABEL: "!in(nowhere)"}}
+def pool_selector(pool: Pool) -> dict[str, str] | None:
+    """Return the labels of a pool's nodes, None where the connected cluster has no such pool."""
+    return {POOL_LABEL: pool} if pool in find_pools() else None
 
 
 def pool_resources(pool: Pool) -> dict[str, float]:
-    """Return the CPUs and GPUs of the nodes that a pool's work may use now: its own, or all where there is no pool."""
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+    """Return the CPUs and GPUs that are there for a pool's work: those of its nodes, or all where there is no pool."""
+    nodes = alive_nodes()
     if pool in find_pools():
         nodes = [node for node in nodes if node["Labels"].get(POOL_LABEL) == pool]
     return {name: sum(node["Resources"].get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
+
+
+def pools_among(labels: Sequence[Mapping[str, str]]) -> frozenset[Pool]:
+    """Return the pools that nodes with these labels belong to or announce; other values of theirs are not ours."""
+    named = {some.get(POOL_LABEL) for some in labels}
+    named |= {name for some in labels for name in some.get(POOLS_LABEL, "").split(".")}
+    return frozenset(pool for pool in get_args(Pool) if pool in named)
+
+
+def pool_options(pool: Pool, pools: AbstractSet[Pool]) -> dict[str, Any]:
+    """Return the options of a task or actor that belongs to ``pool``, among the ``pools`` that there are."""
+    if pool not in pools:
+        return {}
+    return {
+        "label_selector": {POOL_LABEL: pool},
+        # A node without the label matches too: nobody is called that.
+        "fallback_strategy": [{"label_selector": {POOL_LABEL: f"!in({pool})"}}],
+    }
+
+
+def alive_nodes() -> list[dict[str, Any]]:
+    """Return the connected cluster's nodes."""
+    return [node for node in ray.nodes() if node["Alive"]]
