@@ -48,20 +48,26 @@ def connected(cluster: ClusterConfig, shared: Places = NOTHING_SHARED) -> Iterat
         return
     started_here = start(cluster)
     try:
+        if can_grow():  # a node that is made first takes longer than the minute after which Ray Train asks again
+            os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")
         resources = fitted(cluster)
         check_shared(shared)
-        total = ray.cluster_resources()
-        print(  # noqa: T201 - said to the person who started the run
-            f"Ray: {'started here' if started_here else 'joined'}, {len(ray.nodes())} node(s), "
-            f"{total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs; "
-            f"{resources.num_workers} worker(s) x {resources.cpus_per_worker:g} CPU"
-            + (" + 1 GPU" if resources.use_gpu else "")
-            + (f"; pools: {', '.join(sorted(find_pools()))}" if find_pools() else ""),
-            flush=True,
-        )
+        tell(resources, "started here" if started_here else "joined")
         yield resources
     finally:
         ray.shutdown()
+
+
+def tell(resources: Resources, how: str) -> None:
+    """Say to the person who started the run what was found, and what it takes."""
+    total, pools = ray.cluster_resources(), sorted(find_pools())
+    print(  # noqa: T201
+        f"Ray: {how}, {len(ray.nodes())} node(s), {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs; "
+        f"{resources.num_workers} worker(s) x {resources.cpus_per_worker:g} CPU"
+        + (" + 1 GPU" if resources.use_gpu else "")
+        + (f"; pools: {', '.join(pools)}" if pools else ""),
+        flush=True,
+    )
 
 
 def start(cluster: ClusterConfig) -> bool:

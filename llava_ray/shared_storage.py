@@ -12,7 +12,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from llava_ray.errors import ConfigError
-from llava_ray.placement import POOL_LABEL
+from llava_ray.placement import POOL_LABEL, alive_nodes
 
 DRIVER = "driver"
 PATIENCE_S = 60.0
@@ -43,7 +43,7 @@ def check_shared(places: Places) -> None:
 
     Raises ConfigError that names each node, each place and what is wrong with it.
     """
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+    nodes = alive_nodes()
     if len(nodes) < 2 or not (places.written or places.read):
         return
     token = uuid.uuid4().hex
@@ -52,7 +52,7 @@ def check_shared(places: Places) -> None:
         faults = faults or ask_nodes(nodes, places, token)
     finally:
         for place in places.written:
-            remove_marks(place, token)
+            attempt(remove_marks, place, token, DRIVER)
     if faults:
         raise ConfigError("storage is not shared by all nodes: " + "; ".join(faults) + f". Remedy: {REMEDY}")
 
@@ -137,8 +137,9 @@ def mark(token: str, name: str) -> str:
     return f".shared-{token}-{uuid.uuid5(uuid.NAMESPACE_URL, name).hex}"
 
 
-def remove_marks(place: str, token: str) -> None:
-    """Leave nothing behind, wherever this node can."""
+def remove_marks(place: str, token: str, name: str) -> None:
+    """Leave nothing behind."""
+    del name
     files, inner = fsspec.core.url_to_fs(place)
     files.invalidate_cache()
     for left in files.glob(f"{inner}/.shared-{token}-*"):
