@@ -28,11 +28,11 @@ def can_grow() -> bool:
 
 
 def in_pool(pool: Pool) -> dict[str, Any]:
-    """Return the options of a task or actor that belongs to a pool, and goes on elsewhere once no node of it is left.
+    """Return the options of a task or actor that belongs to a pool; none where the connected cluster has no such pool.
 
-    None at all where the connected cluster has no such pool.
+    A cluster that grows brings the pool another node when it loses its last. On any other, the work goes on elsewhere.
     """
-    return pool_options(pool, find_pools())
+    return pool_options(pool, find_pools(), elsewhere=not can_grow())
 
 
 def pool_selector(pool: Pool) -> dict[str, str] | None:
@@ -55,15 +55,16 @@ def pools_among(labels: Sequence[Mapping[str, str]]) -> frozenset[Pool]:
     return frozenset(pool for pool in get_args(Pool) if pool in named)
 
 
-def pool_options(pool: Pool, pools: AbstractSet[Pool]) -> dict[str, Any]:
-    """Return the options of a task or actor that belongs to ``pool``, among the ``pools`` that there are."""
+def pool_options(pool: Pool, pools: AbstractSet[Pool], *, elsewhere: bool) -> dict[str, Any]:
+    """Return the options of what belongs to ``pool``, among the ``pools`` that there are; it may run ``elsewhere`` too.
+
+    On a cluster that grows it must not: Ray makes nodes only for work that nothing else takes.
+    """
     if pool not in pools:
         return {}
-    return {
-        "label_selector": {POOL_LABEL: pool},
-        # A node without the label matches too: nobody is called that.
-        "fallback_strategy": [{"label_selector": {POOL_LABEL: f"!in({pool})"}}],
-    }
+    options: dict[str, Any] = {"label_selector": {POOL_LABEL: pool}}
+    # Nodes without the label match too.
+    return options | ({"fallback_strategy": [{"label_selector": {POOL_LABEL: f"!in({pool})"}}]} if elsewhere else {})
 
 
 def alive_nodes() -> list[dict[str, Any]]:

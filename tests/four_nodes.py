@@ -1,15 +1,21 @@
-"""Four Ray nodes on one machine, told apart by labels; tunes on them twice, prints what ran where, as JSON.
+"""Four Ray nodes on one machine, told apart by labels: tunes on them, takes a node away, prints what ran where.
 
-A program of its own, because a process joins one cluster only: python tests/four_nodes.py FOLDER
-The second run has the same settings; a node of it goes away in its midst. GPUs are only Ray's accounting here.
+A program of its own, because a process joins one cluster only:
+
+python tests/four_nodes.py fixed FOLDER      # a cluster that stays as it is: the node for decoding goes for good
+python tests/four_nodes.py growing FOLDER    # one that makes nodes: the node for training goes, another one comes
+
+GPUs are only Ray's accounting here.
 """
 
+import hashlib
 import json
 import socket
 import sys
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,29 +35,58 @@ from llava_ray.shared_storage import Places, check_shared
 from llava_ray.train.runs import committed_step
 from llava_ray.train.trainer import finetune, scaling
 
-NUM_SAMPLES = 64
+SMALL = {"object_store_memory": 150 * 2**20}
 # What a task or actor does, by a part of its name.
 DOING = {"read_micro_batches": "decode", "decode_images": "decode", "FeatureActor": "vision", "RayTrainWorker": "train"}
 MOST = 10_000  # rows of the state API
+SECONDS_UNTIL_ANOTHER = 3.0
 
 
-def start_nodes() -> tuple[Cluster, dict[str, Any]]:
+def start_nodes(decode_cpus: int, **head: Any) -> tuple[Cluster, dict[str, Any]]:
     """Start a head without CPUs and a node for each pool; connect this process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    small = {"object_store_memory": 150 * 2**20}
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 0, "include_dashboard": True, "dashboard_port": port, **small},
-    )
+    options = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": port, **SMALL, **head}
+    cluster = Cluster(initialize_head=True, head_node_args=options)
     nodes = {
-        "decode": cluster.add_node(num_cpus=1, labels={"pool": "decode"}, **small),
-        "vision": cluster.add_node(num_cpus=1, num_gpus=1, labels={"pool": "vision"}, **small),
-        "train": cluster.add_node(num_cpus=4, num_gpus=2, labels={"pool": "train"}, **small),
+        "decode": cluster.add_node(num_cpus=decode_cpus, labels={"pool": "decode"}, **SMALL),
+        "vision": cluster.add_node(num_cpus=1, num_gpus=1, labels={"pool": "vision"}, **SMALL),
+        "train": add_train_node(cluster),
     }
     ray.init(address=cluster.address, log_to_driver=False)
     return cluster, nodes
+
+
+def add_train_node(cluster: Cluster) -> Any:
+    """Start a node for training."""
+    return cluster.add_node(num_cpus=4, num_gpus=2, labels={"pool": "train"}, **SMALL)
+
+
+def fixed(folder: Path) -> dict[str, Any]:
+    """Tune undisturbed, then lose the only node for decoding, which has room for all its tasks at once."""
+    cluster, nodes = start_nodes(decode_cpus=32)
+    told: dict[str, Any] = {"gpus": places_with_gpus(folder), "refusals": refusals()}
+    config, began = settings(folder), now()
+    told["undisturbed"] = tune(config, "undisturbed") | {"placements": placements(began)}
+    remove = lambda: cluster.remove_node(nodes["decode"], allow_graceful=False)  # noqa: E731
+    with_loss = tune(config, "disturbed", remove)
+    return told | {"disturbed": with_loss | {"placements": placements(with_loss["removed_ms"])}}
+
+
+def growing(folder: Path) -> dict[str, Any]:
+    """Tune with one CPU for decoding, and lose the node for training; another one comes, as an autoscaler makes it."""
+    cluster, nodes = start_nodes(decode_cpus=1, labels={"pools": "decode.vision.train"})
+    fits = fitted(ClusterConfig(num_workers=64, use_gpu=True))  # not there yet, so not refused
+
+    def replace() -> None:
+        cluster.remove_node(nodes["train"], allow_graceful=False)
+        time.sleep(SECONDS_UNTIL_ANOTHER)
+        add_train_node(cluster)
+
+    began = now()
+    disturbed = tune(settings(folder), "disturbed", replace)
+    return {"waits_for": fits.num_workers, "disturbed": disturbed | {"placements": placements(began)}}
 
 
 def here(batch: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -84,8 +119,10 @@ def places_with_gpus(folder: Path) -> dict[str, list[Any]]:
     seen = ray.data.range(4).map_batches(
         Here, batch_size=4, compute=ray.data.ActorPoolStrategy(size=1), num_gpus=1, num_cpus=0.5, **in_pool("vision")
     )
-    vision = seen.take_all()[0]
-    return {"train": [[said["pool"][0], said["gpus"][0]] for said in trained], "vision": list(vision.values())}
+    return {
+        "train": [[said["pool"][0], said["gpus"][0]] for said in trained],
+        "vision": list(seen.take_all()[0].values()),
+    }
 
 
 def refusals() -> list[str]:
@@ -113,7 +150,7 @@ def settings(folder: Path) -> FinetuneConfig:
         "tracking.log_model": False,
         "cluster.use_gpu": False,
     }
-    config = small_run(folder, num_samples=NUM_SAMPLES, **changes)
+    config = small_run(folder, num_samples=64, **changes)
     for path in (folder / "images").iterdir():
         with Image.open(path) as image:
             large = image.resize((1600, 1200))
@@ -121,17 +158,30 @@ def settings(folder: Path) -> FinetuneConfig:
     return config
 
 
-def tune(config: FinetuneConfig, name: str) -> list[dict[str, Any]]:
-    """Run to the end; return the ledger."""
-    config = config.replaced({"run.name": name})
+def tune(config: FinetuneConfig, name: str, disturb: Callable[[], None] | None = None) -> dict[str, Any]:
+    """Run to the end, disturbed once a checkpoint is committed; return what the ledger says, and when that was."""
+    config, noted = config.replaced({"run.name": name}), dict[str, Any]()
+
+    def wait_and_disturb() -> None:
+        while (step := committed_step(config.run.storage_path, name)) == 0:
+            time.sleep(0.1)
+        if disturb is not None:
+            disturb()
+        noted.update(removed_after_step=step, removed_ms=now())
+
+    disturbing = threading.Thread(target=wait_and_disturb, daemon=True)
+    disturbing.start()
     with connected(config.cluster, Places.of([config.run.storage_path, config.data.cache_dir], [])) as resources:
         finished = finetune(config, prepare_data(config.data, show_progress=False), resources)
-    return [json.loads(line) for line in Path(finished.folder.path, "ledger.jsonl").read_text().splitlines()]
+    disturbing.join(60)
+    ledger = Path(finished.folder.path, "ledger.jsonl").read_bytes()
+    alive = sum(node["Alive"] for node in ray.nodes())
+    return noted | {"steps": finished.num_steps, "ledger": hashlib.sha256(ledger).hexdigest(), "nodes": alive}
 
 
 def placements(since_ms: float) -> dict[str, dict[str, int]]:
     """Count, for everything that began since then, which pool it ran in: {"decode": {"decode": 31}, …}."""
-    pools = {node["NodeID"]: node["Labels"].get("pool", "none") for node in ray.nodes()}
+    pools = {node["NodeID"]: node.get("Labels", {}).get("pool", "none") for node in ray.nodes()}
     found: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for task in list_tasks(limit=MOST, detail=True, raise_on_missing_output=False):
         doing = next((what for part, what in DOING.items() if part in task.name), None)
@@ -144,41 +194,10 @@ def placements(since_ms: float) -> dict[str, dict[str, int]]:
     return {doing: dict(counts) for doing, counts in found.items()}
 
 
-def remove_mid_run(cluster: Cluster, node: Any, config: FinetuneConfig, name: str, noted: dict[str, Any]) -> None:
-    """Take a node away once the run has committed a checkpoint; note when, and after which step."""
-    while (step := committed_step(config.run.storage_path, name)) == 0:
-        time.sleep(0.1)
-    noted.update(step=step, time_ms=time.time() * 1000)
-    cluster.remove_node(node, allow_graceful=False)
-
-
-def main(folder: Path) -> None:
-    """Tune twice, and print."""
-    cluster, nodes = start_nodes()
-    told = {"gpus": places_with_gpus(folder), "refusals": refusals()}
-    config = settings(folder)
-    began = time.time() * 1000
-    undisturbed = tune(config, "undisturbed")
-    first = placements(began)
-    noted: dict[str, Any] = {}
-    removing = threading.Thread(
-        target=remove_mid_run, args=(cluster, nodes["decode"], config, "disturbed", noted), daemon=True
-    )
-    removing.start()
-    disturbed = tune(config, "disturbed")
-    removing.join(60)
-    told |= {
-        "placements": first,
-        "steps": len(undisturbed),
-        "removed_after_step": noted["step"],
-        "same_ledger": undisturbed == disturbed,
-        "after_removal": placements(noted["time_ms"]).get("decode", {}),
-        "nodes_left": sum(node["Alive"] for node in ray.nodes()),
-    }
-    print(json.dumps(told))
-    ray.shutdown()
-    cluster.shutdown()
+def now() -> float:
+    """The time as the state API has it."""
+    return time.time() * 1000
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    print(json.dumps({"fixed": fixed, "growing": growing}[sys.argv[1]](Path(sys.argv[2]))))

@@ -18,12 +18,11 @@ def test_pools_are_those_of_nodes_and_those_announced() -> None:
     assert pools_among([{"pools": "decode.vision.train"}, {}]) == {"train", "decode", "vision"}
 
 
-def test_a_task_of_a_pool_may_go_elsewhere_and_one_without_a_pool_has_no_options() -> None:
-    assert pool_options("decode", {"train"}) == {}
-    assert pool_options("decode", {"train", "decode"}) == {
-        "label_selector": {"pool": "decode"},
-        "fallback_strategy": [{"label_selector": {"pool": "!in(decode)"}}],
-    }
+def test_what_belongs_to_a_pool_runs_elsewhere_only_where_the_pool_gets_no_new_nodes() -> None:
+    fixed, growing = (pool_options("decode", {"train", "decode"}, elsewhere=elsewhere) for elsewhere in (True, False))
+    assert growing == {"label_selector": {"pool": "decode"}}
+    assert fixed == growing | {"fallback_strategy": [{"label_selector": {"pool": "!in(decode)"}}]}
+    assert pool_options("decode", {"train"}, elsewhere=True) == {}
 
 
 @pytest.mark.ray
