@@ -10,6 +10,7 @@ GPUs are only Ray's accounting here.
 
 import hashlib
 import json
+import os
 import socket
 import sys
 import threading
@@ -19,7 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray starts no node that counts more GPUs than it would see
+
 import ray
+import ray.data
+import ray.train
 from PIL import Image
 from ray.cluster_utils import Cluster
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
