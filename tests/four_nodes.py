@@ -76,7 +76,9 @@ def fixed(folder: Path) -> dict[str, Any]:
     told["undisturbed"] = tune(config, "undisturbed") | {"placements": placements(began)}
     remove = lambda: cluster.remove_node(nodes["decode"], allow_graceful=False)  # noqa: E731
     with_loss = tune(config, "disturbed", remove)
-    return told | {"disturbed": with_loss | {"placements": placements(with_loss["removed_ms"])}}
+    told["disturbed"] = with_loss | {"placements": placements(with_loss["removed_ms"])}
+    stop(cluster)
+    return told
 
 
 def growing(folder: Path) -> dict[str, Any]:
@@ -90,8 +92,15 @@ def growing(folder: Path) -> dict[str, Any]:
         add_train_node(cluster)
 
     began = now()
-    disturbed = tune(settings(folder), "disturbed", replace)
-    return {"waits_for": fits.num_workers, "disturbed": disturbed | {"placements": placements(began)}}
+    disturbed = tune(settings(folder), "disturbed", replace) | {"placements": placements(began)}
+    stop(cluster)
+    return {"waits_for": fits.num_workers, "disturbed": disturbed}
+
+
+def stop(cluster: Cluster) -> None:
+    """Leave no process behind."""
+    ray.shutdown()
+    cluster.shutdown()
 
 
 def here(batch: dict[str, Any] | None = None) -> dict[str, Any]:
