@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -57,15 +58,10 @@ def start_nodes(decode_cpus: int, **head: Any) -> tuple[Cluster, dict[str, Any]]
     nodes = {
         "decode": cluster.add_node(num_cpus=decode_cpus, labels={"pool": "decode"}, **SMALL),
         "vision": cluster.add_node(num_cpus=1, num_gpus=1, labels={"pool": "vision"}, **SMALL),
-        "train": add_train_node(cluster),
+        "train": cluster.add_node(num_cpus=4, num_gpus=2, labels={"pool": "train"}, **SMALL),
     }
     ray.init(address=cluster.address, log_to_driver=False)
     return cluster, nodes
-
-
-def add_train_node(cluster: Cluster) -> Any:
-    """Start a node for training."""
-    return cluster.add_node(num_cpus=4, num_gpus=2, labels={"pool": "train"}, **SMALL)
 
 
 def fixed(folder: Path) -> dict[str, Any]:
@@ -85,16 +81,31 @@ def growing(folder: Path) -> dict[str, Any]:
     """Tune with one CPU for decoding, and lose the node for training; another one comes, as an autoscaler makes it."""
     cluster, nodes = start_nodes(decode_cpus=1, labels={"pools": "decode.vision.train"})
     fits = fitted(ClusterConfig(num_workers=64, use_gpu=True))  # not there yet, so not refused
+    another: list[subprocess.Popen[bytes]] = []
 
     def replace() -> None:
         cluster.remove_node(nodes["train"], allow_graceful=False)
         time.sleep(SECONDS_UNTIL_ANOTHER)
-        add_train_node(cluster)
+        another.append(join_train_node(cluster.address))
 
     began = now()
-    disturbed = tune(settings(folder), "disturbed", replace) | {"placements": placements(began)}
+    try:
+        disturbed = tune(settings(folder), "disturbed", replace) | {"placements": placements(began)}
+    finally:
+        for process in another:
+            process.terminate()
+            process.wait()
     stop(cluster)
     return {"waits_for": fits.num_workers, "disturbed": disturbed}
+
+
+def join_train_node(address: str) -> subprocess.Popen[bytes]:
+    """Start a node for training as an autoscaler does, by command: a thread cannot start one in this process."""
+    ray_command = str(Path(sys.executable).parent / "ray")
+    options = ["--num-cpus=4", "--num-gpus=2", "--labels=pool=train", f"--object-store-memory={150 * 2**20}"]
+    return subprocess.Popen(
+        [ray_command, "start", "--block", f"--address={address}", *options], stdout=subprocess.DEVNULL
+    )
 
 
 def stop(cluster: Cluster) -> None:
