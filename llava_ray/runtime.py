@@ -11,12 +11,13 @@ import ray
 
 from llava_ray.config.sections import ClusterConfig
 from llava_ray.errors import ConfigError
-
-# What a working directory sent to a remote cluster leaves out: results, tests' data, caches.
-EXCLUDED = [".git", ".venv", "runs", "tests", "*.safetensors", "__pycache__", ".mypy_cache", ".ruff_cache"]
+from llava_ray.placement import can_grow, find_pools, pool_resources
+from llava_ray.shared_storage import Places, check_shared
 
 # CPUs kept for reading and decoding beside the train workers.
 DATA_CPUS = 1.0
+
+NOTHING_SHARED = Places()
 
 
 @dataclass(frozen=True)
@@ -35,28 +36,38 @@ class Resources:
 
 
 @contextmanager
-def connected(cluster: ClusterConfig) -> Iterator[Resources]:
+def connected(cluster: ClusterConfig, shared: Places = NOTHING_SHARED) -> Iterator[Resources]:
     """Join the cluster that ``cluster.address``, the job or the machine names, or start a local one; leave it after.
 
-    Yields what the run may take. Raises ConfigError when the cluster cannot be reached or is too small.
+    Yields what the run may take. Raises ConfigError when the cluster cannot be reached, is too small, or its nodes do
+    not all see what is ``shared``.
     """
     if ray.is_initialized():  # a notebook or a test that has its own
+        check_shared(shared)
         yield fitted(cluster)
         return
     started_here = start(cluster)
     try:
+        if can_grow():  # a node that is made first takes longer than the minute after which Ray Train asks again
+            os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")
         resources = fitted(cluster)
-        total = ray.cluster_resources()
-        print(  # noqa: T201 - said to the person who started the run
-            f"Ray: {'started here' if started_here else 'joined'}, {len(ray.nodes())} node(s), "
-            f"{total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs; "
-            f"{resources.num_workers} worker(s) x {resources.cpus_per_worker:g} CPU"
-            + (" + 1 GPU" if resources.use_gpu else ""),
-            flush=True,
-        )
+        check_shared(shared)
+        tell(resources, "started here" if started_here else "joined")
         yield resources
     finally:
         ray.shutdown()
+
+
+def tell(resources: Resources, how: str) -> None:
+    """Say to the person who started the run what was found, and what it takes."""
+    total, pools = ray.cluster_resources(), sorted(find_pools())
+    print(  # noqa: T201
+        f"Ray: {how}, {len(ray.nodes())} node(s), {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs; "
+        f"{resources.num_workers} worker(s) x {resources.cpus_per_worker:g} CPU"
+        + (" + 1 GPU" if resources.use_gpu else "")
+        + (f"; pools: {', '.join(pools)}" if pools else ""),
+        flush=True,
+    )
 
 
 def start(cluster: ClusterConfig) -> bool:
@@ -73,7 +84,8 @@ def start(cluster: ClusterConfig) -> bool:
     if address is None:
         ray.init(address="local", num_cpus=local_cpus(cluster), logging_config=logging)
         return True
-    runtime_env = {} if inside_job else {"working_dir": str(root()), "excludes": EXCLUDED}
+    # What a working directory leaves out is in .rayignore. Where llava_ray was installed, it is on the nodes already.
+    runtime_env = {} if inside_job or not (root() / ".rayignore").exists() else {"working_dir": str(root())}
     try:
         ray.init(address=address, runtime_env=runtime_env, logging_config=logging)
     except ConnectionError as error:
@@ -96,21 +108,28 @@ def local_cpus(cluster: ClusterConfig) -> int:
 
 
 def fitted(cluster: ClusterConfig) -> Resources:
-    """Resolve "auto" settings against the cluster; raise ConfigError when it is too small even when idle."""
-    total = ray.cluster_resources()
-    cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
+    """Resolve "auto" settings against the cluster; raise ConfigError when it is too small even when idle.
+
+    Where the cluster has a pool for training, only that counts. One that makes nodes when they are wanted is never too
+    small: the run waits for them.
+    """
+    total, growing, pools = pool_resources("train"), can_grow(), find_pools()
+    cpus, gpus = total["CPU"], total["GPU"]
+    where = "the pool 'train'" if "train" in pools else "the cluster"
     use_gpu = gpus >= cluster.num_workers if cluster.use_gpu == "auto" else cluster.use_gpu
-    if use_gpu and gpus < cluster.num_workers:
+    if use_gpu and gpus < cluster.num_workers and not growing:
         raise ConfigError(
-            f"{cluster.num_workers} workers want a GPU each, the cluster has {gpus:g}; "
+            f"{cluster.num_workers} workers want a GPU each, {where} has {gpus:g}; "
             "lower cluster.num_workers or set cluster.use_gpu = false"
         )
-    room = cpus - DATA_CPUS
-    share = min(1.0, math.floor(10 * room / cluster.num_workers) / 10)
+    data_cpus = 0.0 if "decode" in pools else DATA_CPUS
+    room = cpus - data_cpus
+    share = 1.0 if growing else min(1.0, math.floor(10 * room / cluster.num_workers) / 10)
     cpus_per_worker = share if cluster.cpus_per_worker == "auto" else cluster.cpus_per_worker
-    if cpus_per_worker <= 0 or cpus_per_worker * cluster.num_workers > room:
+    if not growing and (cpus_per_worker <= 0 or cpus_per_worker * cluster.num_workers > room):
         raise ConfigError(
-            f"{cluster.num_workers} workers x {cluster.cpus_per_worker} CPU and {DATA_CPUS:g} for data do not fit into "
-            f"{cpus:g} CPUs: the run would wait for ever; lower cluster.num_workers or cluster.cpus_per_worker"
+            f"{cluster.num_workers} workers x {cluster.cpus_per_worker} CPU and {data_cpus:g} for data do not fit into "
+            f"the {cpus:g} CPUs of {where}: the run would wait for ever; lower cluster.num_workers or "
+            "cluster.cpus_per_worker"
         )
     return Resources(cluster.num_workers, cpus_per_worker, use_gpu, cluster.accelerator_type)

@@ -29,21 +29,24 @@ def run_command(main: Callable[[Sequence[str]], object], *, when_stopped: str = 
 
 @dataclass(frozen=True)
 class DryRun:
-    """Whether a run is only to be described, and into how much GPU memory it has to fit."""
+    """Whether a run is only to be described, and what it has to fit: so much GPU memory, a cluster file."""
 
     dry_run: bool
     gpu_memory_gib: float | None
+    cluster_file: str | None
 
 
 def split_dry_run(arguments: Sequence[str]) -> tuple[DryRun, list[str]]:
-    """Take ``--dry-run`` and ``--gpu_memory_gib`` out of a command line, which a recipe's settings do not know."""
+    """Take ``--dry-run`` and what belongs to it out of a command line: a recipe's settings do not know them."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--dry-run", "--dry_run", action="store_true")
     parser.add_argument("--gpu_memory_gib", type=float)
+    parser.add_argument("--cluster_file")
     asked, others = parser.parse_known_args(list(arguments))
-    if asked.gpu_memory_gib is not None and not asked.dry_run:
-        raise ConfigError("--gpu_memory_gib says into what --dry-run has to fit the run: give both, or neither")
-    return DryRun(asked.dry_run, asked.gpu_memory_gib), others
+    for name in ("gpu_memory_gib", "cluster_file"):
+        if getattr(asked, name) is not None and not asked.dry_run:
+            raise ConfigError(f"--{name} says into what --dry-run has to fit the run: give both, or neither")
+    return DryRun(asked.dry_run, asked.gpu_memory_gib, asked.cluster_file), others
 
 
 @contextmanager

@@ -10,8 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from evals.benchmark import Benchmark
 from evals.benchmark import Question as BenchmarkQuestion
 from evals.catalogue import make_benchmark
@@ -23,6 +21,7 @@ from llava_ray.generate.answers_file import AnswersFile
 from llava_ray.generate.questions import Question
 from llava_ray.model.loading import read_pretrained_blueprint
 from llava_ray.model.manifest import fingerprint, library_versions
+from llava_ray.placement import pool_resources
 
 SEPARATOR = "\n"  # between a benchmark's name and a question's id
 SECONDS_BETWEEN_LINES = 5.0
@@ -100,8 +99,8 @@ def as_asked(one: Asked, question: BenchmarkQuestion) -> Question:
 
 def pool(config: EvaluateConfig) -> Actors:
     """Return who answers: an actor a GPU, or as many as leave CPUs for decoding."""
-    total, cpus = ray.cluster_resources(), config.actors.cpus_per_actor
-    fitting = int(total.get("GPU", 0)) or max(1, int((total.get("CPU", 1) - DATA_CPUS) / cpus))
+    total, cpus = pool_resources("train"), config.actors.cpus_per_actor
+    fitting = int(total["GPU"]) or max(1, int((total["CPU"] - DATA_CPUS) / cpus))
     return Actors(config.actors.num_actors or fitting, cpus)
 
 

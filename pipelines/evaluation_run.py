@@ -13,6 +13,7 @@ from llava_ray.config.sections import EvaluateConfig
 from llava_ray.errors import ConfigError
 from llava_ray.generate.answers import locate_model
 from llava_ray.runtime import connected
+from llava_ray.shared_storage import Places
 from llava_ray.tracking import default_tracking_uri
 from pipelines.evaluation_asking import Asked, ask, check_settings, describe_answers, list_benchmarks, token_limit
 from pipelines.evaluation_results import PROVENANCE, ScoredAnswers, ScoreRequest, score_answers, track, write_results
@@ -31,11 +32,18 @@ def evaluate(arguments: Sequence[str]) -> list[dict[str, Any]]:
             stack.enter_context(one.file)
             check_settings(one.file.path.parent / PROVENANCE, made | {"max_new_tokens": token_limit(asking, one)})
         if any(one.unanswered() for one in asked):
-            with connected(config.cluster):
+            with connected(config.cluster, shared_places(config)):
                 ask(config, model, asked)
         for one in asked:
             one.file.arrange([question.id for question in one.questions])
     return report(config, folder, asked)
+
+
+def shared_places(config: EvaluateConfig) -> Places:
+    """Return what all nodes have to see: model and images. Answers are written here alone."""
+    asking = config.evaluate
+    folders = [folder for _, _, folder in (entry.partition("=") for entry in asking.benchmarks)]
+    return Places.of([], [asking.model_path, asking.model_base, asking.vision_tower, *folders])
 
 
 def run_folder(config: EvaluateConfig) -> Path:

@@ -3,6 +3,7 @@
 
 python pipelines/finetune.py pipelines/recipes/finetune/llava_v1_5_7b.toml --data.data_path mix665k.json …
 python pipelines/finetune.py RECIPE --dry-run [--gpu_memory_gib 40]     # parts, steps, memory; starts nothing
+python pipelines/finetune.py RECIPE --dry-run --cluster_file clusters/a100.yaml     # … and whether it fits there
 ray job submit --working-dir . -- python pipelines/finetune.py RECIPE --train.learning_rate 1e-5
 """
 
@@ -12,6 +13,7 @@ from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.preparation import prepare_data
 from llava_ray.runtime import connected
+from llava_ray.shared_storage import Places
 from llava_ray.train.dry_run import describe_run
 from llava_ray.train.trainer import FinishedRun, finetune
 from pipelines.command import run_command, split_dry_run
@@ -22,15 +24,22 @@ def main(arguments: Sequence[str]) -> FinishedRun | None:
     asked, arguments = split_dry_run(arguments)
     config = load_recipe(FinetuneConfig, arguments)
     if asked.dry_run:
-        for line in describe_run(config, asked.gpu_memory_gib):
+        for line in describe_run(config, asked.gpu_memory_gib, asked.cluster_file):
             print(line)
         return None
     print(config.model_dump_json(indent=1, exclude_defaults=True))
-    with connected(config.cluster) as resources:
+    with connected(config.cluster, shared_places(config)) as resources:
         prepared = prepare_data(config.data)
         finished = finetune(config, prepared, resources)
     tell(finished)
     return finished
+
+
+def shared_places(config: FinetuneConfig) -> Places:
+    """Return what all nodes have to see."""
+    model, data = config.model, config.data
+    parts = [model.model_name_or_path, model.model_base, model.vision_tower, model.pretrain_mm_mlp_adapter]
+    return Places.of([config.run.storage_path, data.cache_dir], [data.data_path, data.image_folder, *parts])
 
 
 def tell(finished: FinishedRun) -> None:

@@ -12,6 +12,7 @@ from llava_ray.config.sections import PrepareConfig
 from llava_ray.data.preparation import prepare_data
 from llava_ray.data.shards import PreparedData
 from llava_ray.runtime import connected
+from llava_ray.shared_storage import Places
 from pipelines.command import run_command
 
 # Sections of a recipe for finetune.py that say nothing about data.
@@ -21,7 +22,8 @@ OTHER_SECTIONS = ("model", "train", "lora", "tracking")
 def main(arguments: Sequence[str]) -> PreparedData:
     """Prepare, and say what came out and where it is."""
     config = load_recipe(PrepareConfig, arguments, ignore=OTHER_SECTIONS)
-    with connected(config.cluster):
+    shared = Places.of([config.data.cache_dir], [config.data.data_path, config.data.image_folder])
+    with connected(config.cluster, shared):
         prepared = prepare_data(config.data)
     tell(prepared)
     return prepared

@@ -23,6 +23,7 @@ from llava_ray.data.examples import Encoder
 from llava_ray.data.shards import PreparedData, read_rows
 from llava_ray.errors import DataError, RecordError
 from llava_ray.images.tokens import ImageTokens
+from llava_ray.placement import in_pool
 
 if TYPE_CHECKING:
     from llava_ray.model.blueprint import Blueprint
@@ -133,7 +134,8 @@ def measure_shards(prepared: PreparedData, settings: EncoderSettings) -> tuple[l
     if prepared.num_samples <= SAMPLES_WITHOUT_RAY:
         results = [measure_shard(*shard) for shard in shards]
     else:
-        pending = [ray.remote(measure_shard).remote(*shard) for shard in shards]
+        measure = ray.remote(measure_shard).options(**in_pool("decode"))
+        pending = [measure.remote(*shard) for shard in shards]
         results = [ray.get(task) for task in tqdm(pending, desc="token lengths", unit="shard")]
     return [table for table, _ in results], [row for _, rows in results for row in rows]
 

@@ -33,6 +33,7 @@ from llava_ray.data.shards import (
 from llava_ray.data.storage import absolute, file_size, read_file, write_file
 from llava_ray.data.validation import check_images, fetch_images, read_record
 from llava_ray.errors import ConfigError, DataError, RecordError
+from llava_ray.placement import in_pool
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +166,12 @@ def _write_chunks(chunks: Iterator[Chunk], rules: Rules, show_progress: bool) ->
     if not references:
         return []
     written = ray.data.from_arrow_refs(references).map_batches(
-        write_chunk, batch_size=None, batch_format="pyarrow", fn_kwargs={"rules": rules}, num_cpus=1
+        write_chunk,
+        batch_size=None,
+        batch_format="pyarrow",
+        fn_kwargs={"rules": rules},
+        num_cpus=1,
+        **in_pool("decode"),
     )
     written.context.enable_progress_bars = False
     written.context.print_on_execution_start = False

@@ -29,6 +29,7 @@ from llava_ray.errors import DataError
 from llava_ray.images.anyres import Size
 from llava_ray.images.geometry import crop_views
 from llava_ray.images.reading import open_image
+from llava_ray.placement import in_pool
 
 # Consecutive micro-batches of one rank that travel as one block. One a block reached 30 % of a bare decoding loop's
 # images/s, sixteen 74 %; more would only delay the first step.
@@ -136,6 +137,7 @@ def stream(descriptors: list[pa.Table], settings: StreamSettings) -> Dataset:
     """Attach the stages to the descriptors. Every block is one row, of ROWS_PER_BLOCK micro-batches of one rank."""
     dataset = ray.data.from_arrow(descriptors) if descriptors else ray.data.from_items([])
     cpus, total = settings.data.num_decode_cpus, ray.cluster_resources().get("CPU", 1)
+    decoding = in_pool("decode")
     dataset = dataset.map_batches(
         read_blocks,
         batch_size=None,
@@ -144,6 +146,7 @@ def stream(descriptors: list[pa.Table], settings: StreamSettings) -> Dataset:
         # Reading is a small part of decoding. Ray would start as many as there is room for, and let them run far ahead.
         compute=TaskPoolStrategy(size=max(1, int(total) // CPUS_PER_READER)),
         num_cpus=cpus / 2,
+        **decoding,
     )
     # Actors, because tasks of less than a CPU cost more than they do: Ray ends every process beyond the number of CPUs
     # that has nothing to do for a second, and starts another for the next task.
@@ -154,6 +157,7 @@ def stream(descriptors: list[pa.Table], settings: StreamSettings) -> Dataset:
         fn_constructor_kwargs={"settings": settings},
         compute=ActorPoolStrategy(min_size=1, max_size=settings.data.num_decoders or max(1, int(total / 2 / cpus))),
         num_cpus=cpus,
+        **decoding,
     )
     if settings.data.vision_features == "streamed":
         from llava_ray.data.features import FeatureActor  # torch and transformers
@@ -166,6 +170,7 @@ def stream(descriptors: list[pa.Table], settings: StreamSettings) -> Dataset:
             compute=ActorPoolStrategy(size=settings.data.num_vision_actors),
             num_cpus=cpus,
             num_gpus=settings.vision_gpus,
+            **in_pool("vision"),
         )
     # A block ends after each row. A repartition would do it too, in a stage of its own whose tasks wait for whole CPUs:
     # on two cores it kept the first of 20,000 images for 80 s.

@@ -19,6 +19,7 @@ from llava_ray.generate.decoding import answer_text, generate_batch
 from llava_ray.generate.questions import Question, decode_images, to_table
 from llava_ray.images.processing import normalise
 from llava_ray.model.loading import load_pretrained_model, read_pretrained_blueprint
+from llava_ray.placement import in_pool, pool_resources
 
 DECODE_CPUS = 0.5
 
@@ -109,14 +110,19 @@ def stream_answers(
         raise DataError(f"two questions have the id {twice!r}; answers are told apart by it: make ids unique.")
     if not questions:
         return
-    num_gpus = int(ray.cluster_resources().get("GPU", 0))
+    num_gpus = int(pool_resources("train")["GPU"])  # a model answers on the GPUs that could train it
     spec = read_pretrained_blueprint(**vars(model)).image_spec
     size = decoding.batch_size
     tables = [to_table(questions[start : start + size]) for start in range(0, len(questions), size)]
     answered = (
         ray.data.from_arrow(tables)
         .map_batches(
-            decode_images, batch_size=None, batch_format="pyarrow", fn_kwargs={"spec": spec}, num_cpus=DECODE_CPUS
+            decode_images,
+            batch_size=None,
+            batch_format="pyarrow",
+            fn_kwargs={"spec": spec},
+            num_cpus=DECODE_CPUS,
+            **in_pool("decode"),
         )
         .map_batches(
             AnswerActor,
@@ -126,6 +132,7 @@ def stream_answers(
             compute=ActorPoolStrategy(size=actors.num or max(1, num_gpus)),
             num_cpus=actors.num_cpus,
             num_gpus=1 if num_gpus else None,
+            **in_pool("train"),
         )
     )
     for batch in answered.iter_batches(batch_size=None, batch_format="pyarrow"):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from llava_ray.config.cluster_files import ClusterFile, find_misfits, read_cluster_file
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.shards import is_prepared, open_prepared
 from llava_ray.errors import ConfigError
@@ -36,13 +37,19 @@ class Device:
     memory_gib: float | None
 
 
-def describe_run(config: FinetuneConfig, gpu_memory_gib: float | None = None) -> Iterator[str]:
+def describe_run(
+    config: FinetuneConfig, gpu_memory_gib: float | None = None, cluster_file: str | None = None
+) -> Iterator[str]:
     """Yield the run in words, a line at a time.
 
-    ``gpu_memory_gib`` goes before what is known of cluster.accelerator_type. Raises ModelError if the model's size
-    cannot be known without a download, and at the end ConfigError if the run does not fit, with settings that would.
+    ``gpu_memory_gib`` goes before what is known of the GPUs of the cluster file or of cluster.accelerator_type. Raises
+    ModelError if the model's size cannot be known without a download, and ConfigError if the run does not fit into the
+    cluster or, at the end, into the GPUs' memory, with settings that would.
     """
-    device = find_device(config, gpu_memory_gib)
+    cluster = read_cluster_file(cluster_file) if cluster_file else None
+    if cluster is not None:
+        yield from tell_cluster(cluster, config)
+    device = find_device(config, gpu_memory_gib, cluster)
     card = read_card(config)
     yield from tell_parts(card)
     yield from tell_data(config)
@@ -61,12 +68,30 @@ def describe_run(config: FinetuneConfig, gpu_memory_gib: float | None = None) ->
         )
 
 
-def find_device(config: FinetuneConfig, gpu_memory_gib: float | None) -> Device:
-    """Return the GPU that is named, by its memory or by the cluster's accelerator_type."""
-    name = config.cluster.accelerator_type
+def tell_cluster(cluster: ClusterFile, config: FinetuneConfig) -> Iterator[str]:
+    """Say where the run would be; raise ConfigError with every reason why it does not fit."""
+    if misfits := find_misfits(cluster, config):
+        raise ConfigError(f"the run does not fit {cluster.path}. " + ". ".join(misfits))
+    pools = ", ".join(sorted({one.pool for one in cluster.node_types if one.pool}))
+    yield f"Fits  {cluster.path}" + (f" (pools: {pools})" if pools else "")
+
+
+def find_device(config: FinetuneConfig, gpu_memory_gib: float | None, cluster: ClusterFile | None = None) -> Device:
+    """Return the GPU that is named, by its memory, by cluster.accelerator_type or as the smallest of a cluster file."""
     if gpu_memory_gib is not None:
         return Device("the GPU", gpu_memory_gib)
-    return Device(name or "the GPU", GPU_MEMORY_GIB.get(name) if name else None)
+    name = config.cluster.accelerator_type
+    named = {name} if name else set(gpu_names(cluster) if cluster else ())
+    known = {one: GPU_MEMORY_GIB[one] for one in named if one in GPU_MEMORY_GIB}
+    name = min(known, key=lambda one: known[one], default=name)
+    return Device(name or "the GPU", known.get(name) if name else None)
+
+
+def gpu_names(cluster: ClusterFile) -> Iterator[str]:
+    """Yield the most exact name ("A100-80G" before "A100") of each kind of GPU that trains."""
+    for node in cluster.nodes("train"):
+        if node.accelerators:
+            yield max(node.accelerators, key=len)
 
 
 def tell_parts(card: Card) -> Iterator[str]:

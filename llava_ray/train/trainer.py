@@ -27,6 +27,7 @@ from llava_ray.data.storage import read_file, write_file
 from llava_ray.data.stream import DealToRanks, TrainStream
 from llava_ray.errors import LlavaRayError, TrainingError
 from llava_ray.model.blueprint import Blueprint, read_blueprint
+from llava_ray.placement import pool_selector
 from llava_ray.runtime import Resources
 from llava_ray.tracking import default_tracking_uri
 from llava_ray.train.journal import open_journal
@@ -86,12 +87,7 @@ def finetune(config: FinetuneConfig, prepared: PreparedData, resources: Resource
         train_loop,
         train_loop_config={"settings": settings},
         torch_config=TorchConfig(backend="nccl" if resources.use_gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=resources.num_workers,
-            use_gpu=resources.use_gpu,
-            resources_per_worker={"CPU": resources.cpus_per_worker} | ({"GPU": 1} if resources.use_gpu else {}),
-            accelerator_type=resources.accelerator_type,
-        ),
+        scaling_config=scaling(resources),
         run_config=RunConfig(
             name=run.name,
             storage_path=run.storage_path,
@@ -146,6 +142,17 @@ def stream_settings(
         data=config.data,
         bf16=config.train.bf16,
         vision_gpus=1 if resources.use_gpu else 0,
+    )
+
+
+def scaling(resources: Resources) -> ScalingConfig:
+    """Return what the workers take, and where they run."""
+    return ScalingConfig(
+        num_workers=resources.num_workers,
+        use_gpu=resources.use_gpu,
+        resources_per_worker={"CPU": resources.cpus_per_worker} | ({"GPU": 1} if resources.use_gpu else {}),
+        accelerator_type=resources.accelerator_type,
+        label_selector=pool_selector("train"),
     )
 
 

@@ -224,15 +224,7 @@ def test_a_job_submitted_to_a_real_cluster_trains(recipe):
         )
     try:
         wait_for_port(dashboard)
-        job = [
-            ray,
-            "job",
-            "submit",
-            "--working-dir",
-            ".",
-            "--runtime-env-json",
-            '{"excludes": [".git", "tests", "runs"]}',
-        ]
+        job = [ray, "job", "submit", "--working-dir", "."]
         entry = [
             "--",
             sys.executable,

@@ -17,6 +17,7 @@ from llava_ray.train.dry_run import describe_run
 from llava_ray.train.fitting import find_ways
 from llava_ray.train.memory import GIB
 from llava_ray.train.sizing import estimate_run
+from pipelines.command import split_dry_run
 
 ROOT = Path(__file__).parents[3]
 BIG = sorted(path for path in (ROOT / "pipelines/recipes").glob("*/llava*.toml") if path.parent.name != "evaluate")
@@ -150,3 +151,27 @@ def test_adapters_are_counted_and_offered() -> None:
     said = [said for said, _ in find_ways(recipe("finetune/llava_v1_5_7b", "--cluster.num_workers", "1"), 24 * GIB)]
     assert "--lora.lora_enable True" in said
     assert "--lora.lora_enable True --lora.bits 4 --train.zero_stage 2" in said
+
+
+@pytest.mark.parametrize("path", BIG, ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize("cluster", ["a100", "h100", "gcp_a100", "kuberay/rayjob_finetune"])
+def test_a_cluster_file_brings_room_and_memory(path: Path, cluster: str) -> None:
+    file = str(ROOT / "clusters" / f"{cluster}.yaml")
+    text = "\n".join(describe_run(load_recipe(FinetuneConfig, [str(path)]), cluster_file=file))
+    assert text.startswith(f"Fits  {file} (pools: decode, train, vision)")
+    assert re.search(r"H100 +79.10 GiB" if cluster == "h100" else r"A100-80G +79.20 GiB", text)
+
+
+def test_a_cluster_file_without_room_is_refused_before_anything_else() -> None:
+    file = str(ROOT / "clusters/laptop.yaml")
+    with pytest.raises(ConfigError, match=r"fit \S+laptop.yaml. 8 workers x 1 CPU \+ 1 GPU: there is room for 0"):
+        list(describe_run(recipe("finetune/llava_v1_5_7b"), cluster_file=file))
+
+
+def test_a_cluster_file_belongs_to_a_dry_run() -> None:
+    flags = ["--dry-run", "--cluster_file", "clusters/a100.yaml", "--train.bf16", "True"]
+    asked, others = split_dry_run(["RECIPE", *flags])
+    assert (asked.dry_run, asked.cluster_file) == (True, "clusters/a100.yaml")
+    assert others == ["RECIPE", "--train.bf16", "True"]
+    with pytest.raises(ConfigError, match="--cluster_file says into what --dry-run has to fit"):
+        split_dry_run(["RECIPE", "--cluster_file", "clusters/a100.yaml"])

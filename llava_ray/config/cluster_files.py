@@ -1,0 +1,195 @@
+"""What a cluster file offers, and whether a recipe fits it. Reads Ray's own files and KubeRay's; needs neither Ray.
+
+A file's node types have Ray's labels: ``pool`` says what a node is for (see ``llava_ray.placement``). Types of the same
+pool stand in for each other, such as spot and on-demand.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llava_ray.config.sections import ClusterConfig, FinetuneConfig
+from llava_ray.errors import ConfigError
+
+KUBERAY_SPECS = {"RayCluster": (), "RayJob": ("rayClusterSpec",), "RayService": ("rayClusterConfig",)}
+ACCELERATOR = "accelerator_type:"  # Ray's prefix of the resource that names a GPU
+DECODE_CPUS = 1.0  # at least, beside workers where there is no pool for decoding
+
+
+@dataclass(frozen=True)
+class NodeType:
+    """One kind of node: what it has, what it is for, and how many of it there may be."""
+
+    name: str
+    cpus: float
+    gpus: float
+    accelerators: frozenset[str]
+    """Ray's names of its GPU, such as "A100" and "A100-80G"."""
+    pool: str | None
+    max_nodes: int
+
+
+@dataclass(frozen=True)
+class ClusterFile:
+    """The node types of a file, and how many nodes there may be at the same time, the head included."""
+
+    path: str
+    node_types: tuple[NodeType, ...]
+    max_nodes: int
+
+    def nodes(self, pool: str) -> list[NodeType]:
+        """Return the node types that a pool's work may use: its own, or all where the file has no such pool."""
+        return [one for one in self.node_types if one.pool == pool] or list(self.node_types)
+
+    def has_pool(self, pool: str) -> bool:
+        """Return whether nodes of that pool may come."""
+        return any(one.pool == pool and one.max_nodes for one in self.node_types)
+
+    def places(self, pool: str, cpus: float, gpus: float, accelerator: str | None = None) -> int:
+        """Count the processes of that size which a pool's nodes hold together."""
+        total, nodes_left = 0, self.max_nodes
+        suited = [one for one in self.nodes(pool) if accelerator is None or accelerator in one.accelerators]
+        for one in sorted(suited, key=lambda one: -capacity(one, cpus, gpus)):
+            count = min(one.max_nodes, nodes_left)
+            total += count * capacity(one, cpus, gpus)
+            nodes_left -= count
+        return total
+
+
+def capacity(node: NodeType, cpus: float, gpus: float) -> int:
+    """Count the processes of that size which one node holds."""
+    rooms = [int(have / want) for have, want in ((node.cpus, cpus), (node.gpus, gpus)) if want > 0]
+    return min(rooms) if rooms else 0
+
+
+def find_misfits(cluster: ClusterFile, config: FinetuneConfig) -> list[str]:
+    """Return why a run does not fit, in sentences with a remedy; nothing where it does."""
+    wanted, data = config.cluster, config.data
+    gpu = 1.0 if takes_gpus(cluster, wanted) else 0.0
+    cpus = cpu_share(cluster, wanted.num_workers, gpu) if wanted.cpus_per_worker == "auto" else wanted.cpus_per_worker
+    room = cluster.places("train", cpus, gpu, wanted.accelerator_type)
+    misfits = []
+    if room < wanted.num_workers:
+        size = f"{cpus:g} CPU" + (f" + 1 {wanted.accelerator_type or 'GPU'}" if gpu else "")
+        misfits.append(
+            f"{wanted.num_workers} workers x {size}: there is room for {room} ({listed(cluster.nodes('train'))}); "
+            "lower cluster.num_workers, or raise max_workers"
+        )
+    if spare_cpus(cluster) - wanted.num_workers * cpus < 0:
+        misfits.append(
+            "decoding images: no CPU is left beside the workers; lower cluster.cpus_per_worker, or add nodes"
+        )
+    if data.vision_features == "streamed":
+        beside = 0 if cluster.has_pool("vision") or not gpu else wanted.num_workers
+        found = max(0, cluster.places("vision", data.num_decode_cpus, gpu) - beside)
+        if found < data.num_vision_actors:
+            misfits.append(
+                f"{data.num_vision_actors} actors for vision features: there is room for {found} "
+                f"({listed(cluster.nodes('vision'))}); lower data.num_vision_actors, or add nodes of pool vision"
+            )
+    return misfits
+
+
+def takes_gpus(cluster: ClusterFile, wanted: ClusterConfig) -> bool:
+    """Return whether workers compute on GPUs; "auto" does where each finds one."""
+    if wanted.use_gpu == "auto":
+        return cluster.places("train", 0.0, 1.0, wanted.accelerator_type) >= wanted.num_workers
+    return wanted.use_gpu
+
+
+def cpu_share(cluster: ClusterFile, num_workers: int, gpu: float) -> float:
+    """Return the CPUs that "auto" gives each worker: one, or less where they have to leave some for decoding."""
+    return 1.0 if gpu else max(0.1, min(1.0, int(10 * spare_cpus(cluster) / num_workers) / 10))
+
+
+def spare_cpus(cluster: ClusterFile) -> float:
+    """Return the CPUs of the nodes that train, without what decoding takes of them."""
+    cpus = sum(one.cpus * one.max_nodes for one in cluster.nodes("train"))
+    return cpus - (0.0 if cluster.has_pool("decode") else DECODE_CPUS)
+
+
+def listed(nodes: list[NodeType]) -> str:
+    """Name node types with what they have."""
+    return ", ".join(f"{one.max_nodes} x {one.name}: {one.cpus:g} CPU, {one.gpus:g} GPU" for one in nodes)
+
+
+def read_cluster_file(path: str | Path) -> ClusterFile:
+    """Read a file of Ray's cluster launcher or of KubeRay.
+
+    Raises ConfigError where there is none, it is neither, or does not say what its nodes have.
+    """
+    try:
+        documents = [some for some in yaml.safe_load_all(Path(path).read_text()) if isinstance(some, dict)]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read cluster file {str(path)!r}: {error}") from error
+    for document in documents:
+        if document.get("kind") in KUBERAY_SPECS:
+            return read_kuberay(str(path), document)
+        if "provider" in document:
+            return read_launcher(str(path), document)
+    raise ConfigError(
+        f"{str(path)!r} is no cluster file: expected Ray's (cluster_name, provider, …) or KubeRay's (kind: "
+        f"{', '.join(KUBERAY_SPECS)}); the shipped ones are in clusters/"
+    )
+
+
+def read_launcher(path: str, document: Mapping[str, Any]) -> ClusterFile:
+    """Read a file for ``ray up``."""
+    if document["provider"].get("type") == "local":
+        workers = len(document["provider"].get("worker_ips", []))
+        resources = document.get("metadata", {}).get("node_resources")
+        if not resources:
+            raise ConfigError(
+                f"{path!r} names machines, but not what they have: add what the smallest of them has, such as "
+                "metadata: {node_resources: {CPU: 8, GPU: 1}}"
+            )
+        return ClusterFile(path, (node_type("machine", resources, {}, 1 + workers),), 1 + workers)
+    most = int(document.get("max_workers", 2))
+    types = tuple(
+        node_type(
+            name,
+            kind["resources"],
+            kind.get("labels", {}),
+            1 if name == document.get("head_node_type") else min(most, kind.get("max_workers", most)),
+        )
+        for name, kind in document["available_node_types"].items()
+    )
+    return ClusterFile(path, types, most + 1)
+
+
+def read_kuberay(path: str, document: Mapping[str, Any]) -> ClusterFile:
+    """Read a RayCluster, or the one inside a RayJob or RayService."""
+    spec = document["spec"]
+    for key in KUBERAY_SPECS[document["kind"]]:
+        spec = spec[key]
+    types = tuple(
+        node_type(
+            group.get("groupName", "head"), group_resources(group), group.get("labels", {}), group.get("maxReplicas", 1)
+        )
+        for group in (spec["headGroupSpec"], *spec.get("workerGroupSpecs", ()))
+    )
+    return ClusterFile(path, types, sum(one.max_nodes for one in types))
+
+
+def group_resources(group: Mapping[str, Any]) -> dict[str, float]:
+    """Return what a KubeRay group's nodes have: its own resources go before those of the container."""
+    container = group["template"]["spec"]["containers"][0].get("resources", {})
+    limits = {**container.get("requests", {}), **container.get("limits", {})}
+    found = {"CPU": quantity(limits.get("cpu", 0)), "GPU": quantity(limits.get("nvidia.com/gpu", 0))}
+    return found | {name: quantity(value) for name, value in group.get("resources", {}).items()}
+
+
+def quantity(value: object) -> float:
+    """Read Kubernetes' numbers of CPUs and GPUs: "8", 8, "500m"."""
+    text = str(value)
+    return float(text.removesuffix("m")) / 1000 if text.endswith("m") else float(text)
+
+
+def node_type(name: str, resources: Mapping[str, float], labels: Mapping[str, str], max_nodes: int) -> NodeType:
+    """Make a NodeType of what the file says."""
+    accelerators = frozenset(key.removeprefix(ACCELERATOR) for key in resources if key.startswith(ACCELERATOR))
+    cpus, gpus = (float(resources.get(key, 0)) for key in ("CPU", "GPU"))
+    return NodeType(name, cpus, gpus, accelerators, labels.get("pool"), max_nodes)
