@@ -5,6 +5,7 @@ that was answered is lost.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from llava_ray.review.ledger_file import LedgerFile, Standing
@@ -94,8 +96,22 @@ class Ledger:
             self.syncing = None
 
 
+def close_ledger(ledger: ActorHandle) -> None:
+    """Let others write the file, and end the actor."""
+    with contextlib.suppress(RayActorError):
+        ray.get(ledger.close.remote())
+    ray.kill(ledger)
+
+
 def open_ledger(path: Path, session: str) -> ActorHandle:
     """Start the ledger beside the driver. Raises ConfigError if another job is writing it."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     kind = ray.remote(Ledger).options(num_cpus=0, max_restarts=-1, max_task_retries=0, scheduling_strategy=here)
-    return kind.remote(str(path.resolve()), session)
+    ledger = kind.remote(str(path.resolve()), session)
+    try:
+        ray.get(ledger.account.remote())
+    except RayActorError:
+        # A constructor's error is not told as such: look for ourselves.
+        LedgerFile(path.resolve(), session).close()
+        raise
+    return ledger

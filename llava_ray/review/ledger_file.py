@@ -20,6 +20,7 @@ from llava_ray.errors import ConfigError, DataError
 
 State = Literal["new", "claimed", "sent", "done", "failed"]
 FINAL = ("done", "failed")
+COUNTED = (*FINAL, "refused", "uncertain", "wasted")
 LOCK_RETRY_S = 0.1
 MAX_RECENT = 100_000
 
@@ -222,23 +223,35 @@ class LedgerFile:
         if state == "claimed":
             entry.by, entry.state = row["by"], "claimed" if row["by"] else "new"
             return
-        account = self.account
+        add_to_account(self.account, row)
         if state == "sent":
             entry.state, entry.lease, entry.dollars = "sent", row["lease"], row["dollars"]
             self.recent.append(Sent(row["lease"], row["judge"], row["time"], row["tokens"], row["dollars"]))
-            account.sent += 1
-            return
-        account.spent += row.get("dollars", 0.0)
-        if state == "returned":
-            entry.state = "claimed"
-            setattr(account, row["outcome"], getattr(account, row["outcome"]) + 1)
         else:
-            entry.state = state
-            setattr(account, state, getattr(account, state) + 1)
-        usage = row.get("usage") or {}
-        account.prompt_tokens += usage.get("prompt", 0)
-        account.cached_tokens += usage.get("cached", 0)
-        account.output_tokens += usage.get("output", 0)
+            entry.state = "claimed" if state == "returned" else state
+
+
+def add_to_account(account: Account, row: Mapping[str, Any]) -> None:
+    """Count a line in."""
+    if row["state"] == "sent":
+        account.sent += 1
+    name = row.get("outcome") if row["state"] == "returned" else row["state"]
+    if name not in COUNTED:
+        return
+    setattr(account, name, getattr(account, name) + 1)
+    account.spent += row.get("dollars", 0.0)
+    usage = row.get("usage") or {}
+    account.prompt_tokens += usage.get("prompt", 0)
+    account.cached_tokens += usage.get("cached", 0)
+    account.output_tokens += usage.get("output", 0)
+
+
+def read_account(path: Path) -> Account:
+    """Return the sums over a ledger's lines. Raises DataError."""
+    account = Account()
+    for row in read_rows(path):
+        add_to_account(account, row)
+    return account
 
 
 def read_final_rows(path: Path) -> Iterator[dict[str, Any]]:

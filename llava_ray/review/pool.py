@@ -96,9 +96,13 @@ class Pool:
                 self._look(progress)
                 yield progress
         self._look(progress)
-        for reviewer in self.reviewers.values():
-            ray.kill(reviewer)
         yield progress
+
+    def close(self) -> None:
+        """End reviewers and limiter."""
+        for actor in (*self.reviewers.values(), self.limiter):
+            ray.kill(actor)
+        self.reviewers.clear()
 
     def _start(self) -> None:
         name = f"reviewer-{uuid.uuid4().hex[:8]}"

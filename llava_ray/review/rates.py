@@ -66,7 +66,8 @@ class Window:
             before = amount
             self.used += amount
         self.used += amount - before
-        self.level = min(self.capacity, self.level + before - amount)
+        # Beyond the capacity, too: what was set aside for longer answers than came is still to be used.
+        self.level += before - amount
         fresh = next(self.numbers)
         self.amounts[fresh] = amount
         heapq.heappush(self.ends, (until, fresh))
@@ -91,6 +92,7 @@ class Window:
         """Take over what the endpoint says: a lower limit than ours, and what others have used."""
         if quota.limit is not None:
             self.limit = min(self._in_window(self.configured), self._in_window(quota.limit))
+            self.level = min(self.level, self.capacity)
         if quota.remaining is None or not math.isfinite(self.limit):
             return
         self._advance(now)
@@ -108,7 +110,7 @@ class Window:
         while self.ends and self.ends[0][0] <= now:
             self.used -= self.amounts.pop(heapq.heappop(self.ends)[1], 0.0)
         if math.isfinite(self.limit):
-            self.level = min(self.capacity, self.level + (now - self.refilled) * self.rate)
+            self.level = max(self.level, min(self.capacity, self.level + (now - self.refilled) * self.rate))
         self.refilled = now
 
 
