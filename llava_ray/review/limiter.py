@@ -31,8 +31,14 @@ class Wish:
     """A request that wants to go: an estimate of its tokens, and the most it can cost."""
 
     lease: str
+    """Its owner's name, a slash, a number."""
     tokens: float
     dollars: float
+
+    @property
+    def owner(self) -> str:
+        """Who asks."""
+        return self.lease.partition("/")[0]
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,7 @@ class Limiter:
         self.opening = asyncio.Lock()
         self.open = False
         self.halted = ""
+        self.gone: set[str] = set()
 
     async def acquire(self, judge: str, wishes: Sequence[Wish]) -> list[Granted | Refused]:
         """Answer as many wishes as can be answered now, at least the first; in the order in which callers came."""
@@ -125,6 +132,7 @@ class Limiter:
     async def forget(self, owner: str, lost: Mapping[str, float]) -> None:
         """End all leases of a reviewer that is gone: those in ``lost`` may have been paid, the others were not."""
         await self._open()
+        self.gone.add(owner)  # what it asked for before it died is still in the queue
         now = self.clock()
         for gate in self.gates.values():
             for lease in [lease for lease in gate.flights if lease.startswith(f"{owner}/")]:
@@ -150,8 +158,8 @@ class Limiter:
         return self.gates[judge]
 
     def _answer(self, judge: str, wish: Wish) -> Granted | Refused | None:
-        if self.halted:
-            return Refused("halted", self.halted)
+        if self.halted or wish.owner in self.gone:
+            return Refused("halted", self.halted or "its reviewer is gone")
         gate, now = self.gate(judge), self.clock()
         self._expire(now)
         if reason := gate.refusal(wish.tokens):

@@ -143,9 +143,7 @@ def test_a_reply_without_scores_is_asked_again_once_and_then_unparsed(review: Re
 
 
 def test_an_outage_is_no_result(review: Review, capsys: pytest.CaptureFixture[str]) -> None:
-    outcome = review(
-        "--judge.base_url", NOT_CONNECTED, "--judge.max_attempts", "2", "--limits.give_up_after", "5"
-    )
+    outcome = review("--judge.base_url", NOT_CONNECTED, "--judge.max_attempts", "2", "--limits.give_up_after", "5")
     (found,) = outcome.report["results"]
     assert not outcome.complete
     assert (found["score"], found["computed_score"]) == (None, None)
@@ -206,8 +204,7 @@ def test_a_storm_of_refusals_passes(review: Review, judge: Remote) -> None:
     assert judge.stats()["outcomes"]["429"] <= 4 * 8
 
 
-def test_two_jobs_on_one_ledger(review: Review, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_RUNTIME_ENV_HOOK", "")
+def test_two_jobs_on_one_ledger(review: Review, tmp_path: Path) -> None:
     ledger = LedgerFile(tmp_path / "out" / "ledger.jsonl", "another job")
     with pytest.raises(ConfigError, match="another review is writing"):
         review()
@@ -262,20 +259,22 @@ def test_benchmarks_are_scored_with_the_reviews(judge: Remote, tmp_path: Path) -
         data = write_benchmark(name, tmp_path / name)
         ids = [f"v1_{n}" for n in range(2)] if name == "mm_vet" else range(3)
         answers = write_lines(tmp_path / f"{name}.jsonl", [{"question_id": n, "text": f"It is {n}."} for n in ids])
-        place = ("--benchmark", name, "--data", str(data), "--answers", str(answers), "--output", str(tmp_path / f"{name}-out"))
+        about = ("--benchmark", name, "--data", str(data), "--answers", str(answers))
         whose = ("--judge.model", "scripted", "--judge.base_url", judge.base_url)
-        outcome = main([*place, *whose])
+        outcome = main([*about, *whose, "--output", str(tmp_path / f"{name}-out")])
         assert isinstance(outcome, Outcome)
         (found,) = outcome.report["results"]
         assert category in found["categories"]
         (reviews,) = (tmp_path / f"{name}-out").glob("review_*.jsonl")
-        score = ["score", "--benchmark", name, "--data", str(data), "--answers", str(answers), "--json"]
-        evaluate([*score, "--reviews", str(reviews), "--profile", "llava", "--output", str(tmp_path / f"{name}-scored")])
+        place = ("--output", str(tmp_path / f"{name}-scored"))
+        evaluate(["score", *about, "--reviews", str(reviews), "--profile", "llava", *place])
         result = json.loads((tmp_path / f"{name}-scored" / "result.json").read_text())
         assert result["score"] == pytest.approx(found["score"], abs=1e-3)
 
 
-def test_a_dry_run_sends_nothing(files: Path, judge: Remote, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_sends_nothing(
+    files: Path, judge: Remote, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     judge.play()
     assert main([*flags(files, judge.base_url, tmp_path / "out", *PRICE), "--dry-run"]) is None
     said = capsys.readouterr().out
@@ -295,8 +294,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_asked(files: Path, judg
     ):
         with pytest.raises(ConfigError, match=told):
             main([*base, *more])
-    (files / "model.jsonl").write_text('{"question_id": 99, "text": "x"}
-')
+    (files / "model.jsonl").write_text('{"question_id": 99, "text": "x"}\n')
     with pytest.raises(DataError, match="no question has answers to review"):
         main(base)
 

@@ -81,6 +81,8 @@ def test_a_lease_of_the_dead_ends_and_counts_as_spent() -> None:
         await gate.acquire("j", [Wish("p/0", 1, 0.3)])
         await gate.forget("p", {"p/0": 0.3})
         assert gate.purse.spent == 1.0
+        (late,) = await gate.acquire("j", [Wish("p/1", 1, 0)])
+        assert isinstance(late, Refused)
 
     soon(scene())
 

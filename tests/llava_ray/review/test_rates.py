@@ -35,7 +35,7 @@ def run_gate(
 def fullest(arrivals: list[tuple[float, float]], window: float, amount=lambda one: 1.0) -> float:
     """The most that any window held."""
     most = held = start = 0
-    for end, one in enumerate(arrivals):
+    for one in arrivals:
         held += amount(one)
         while arrivals[start][0] <= one[0] - window:
             held -= amount(arrivals[start])
