@@ -31,7 +31,7 @@ from llava_ray.review.calls import Call, CallPlan, Item
 from llava_ray.review.ledger_file import read_final_rows
 from llava_ray.review.rubric import Kind
 from llava_ray.review.verdict import Verdict, as_text
-from pipelines.review_inputs import Inputs
+from pipelines.review_inputs import REFERENCE, Inputs
 
 UNFIT = re.compile(r"[^A-Za-z0-9_\-. :]+")  # MLflow's names of metrics
 FIGURES: dict[Kind, tuple[str, Figured]] = {
@@ -100,7 +100,7 @@ def _figures(
         "judge": judge,
         "match": judged[0].call.pair,
         "model": model,
-        "metric": metric_name(config, judge, name, [one.row for one in judged]),
+        "metric": metric_name(config, judge, name, judged),
         **found,
         "missing_answers": len(missing),
         "samples": sample_figures(given, figure),
@@ -122,13 +122,14 @@ def _figures(
     return told
 
 
-def metric_name(config: ReviewConfig, judge: str, figure: str, rows: Sequence[Mapping[str, Any] | None]) -> str:
+def metric_name(config: ReviewConfig, judge: str, figure: str, judged: Sequence[Judged]) -> str:
     """Return a figure's name with what it depends on: the judge's own id and the day of its last review."""
-    done = [row for row in rows if row is not None and row["state"] == "done"]
+    done = [one.row for one in judged if one.row is not None and one.row["state"] == "done"]
     said = sorted({str(row["model"]) for row in done if row["model"]})
     day = datetime.fromtimestamp(max((row["time"] for row in done), default=0.0), UTC).date().isoformat()
     what = config.review.benchmark or Path(str(config.review.questions)).stem
-    parts = (what, figure, "+".join(said) or judge, day if done else "never")
+    names = [name for name in judged[0].item.names if name != REFERENCE]
+    parts = (what, " vs ".join(names), figure, "+".join(said) or judge, day if done else "never")
     return "/".join(UNFIT.sub("_", part) for part in parts)
 
 

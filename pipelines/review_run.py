@@ -10,9 +10,12 @@ from typing import Any
 from llava_ray.config.recipes import load_settings
 from llava_ray.config.review import ReviewConfig
 from llava_ray.errors import ConfigError
+from llava_ray.review.batches import Batches, batch_client
 from llava_ray.review.calls import Call, CallPlan, list_judges
-from llava_ray.review.ledger_file import read_final_rows
+from llava_ray.review.ledger import close_ledger, open_ledger
+from llava_ray.review.ledger_file import LedgerFile, read_final_rows
 from llava_ray.review.pool import Pool, Progress
+from llava_ray.review.rates import Purse
 from llava_ray.runtime import connected
 from pipelines.review_inputs import Inputs, choose_rubric, read_inputs
 from pipelines.review_report import write_review
@@ -101,7 +104,9 @@ def review(arguments: Sequence[str]) -> Outcome:
     started, waiting = time.monotonic(), job.waiting()
     progress = Progress(len(job.plan), len(job.plan) - len(waiting))
     print(f"{len(job.plan):,} reviews, {progress.cached:,} of them in the ledger already", flush=True)
-    if waiting:
+    if waiting and job.config.judge.delivery == "batch":
+        work_in_batches(job, waiting, progress)
+    elif waiting:
         with connected(job.config.cluster):
             work(job, waiting, progress)
     report = write_review(job.config, job.plan, job.inputs, job.output, job.ledger, progress)
@@ -111,8 +116,6 @@ def review(arguments: Sequence[str]) -> Outcome:
 
 def work(job: Job, waiting: Sequence[int], progress: Progress) -> None:
     """Open the ledger and have the calls made. Raises ConfigError if another review is writing the ledger."""
-    from llava_ray.review.ledger import close_ledger, open_ledger
-
     ledger = open_ledger(job.ledger, session=uuid.uuid4().hex[:12])
     pool = Pool(job.plan, job.config.limits, job.config.budget, ledger)
     spoken = -SECONDS_BETWEEN_LINES
@@ -125,6 +128,20 @@ def work(job: Job, waiting: Sequence[int], progress: Progress) -> None:
         pool.close()
         close_ledger(ledger)
     print(line(progress), flush=True)
+
+
+def work_in_batches(job: Job, waiting: Sequence[int], progress: Progress) -> None:
+    """Send calls over the Batch API and wait for them. Raises ConfigError, JudgeError."""
+    ledger = LedgerFile(job.ledger, uuid.uuid4().hex[:12])
+    purse = Purse(job.config.budget.dollars)
+    try:
+        for name, spec in job.plan.judges.items():
+            indices = [index for index in waiting if job.plan.slots[index][1] == name]
+            batches = Batches(job.plan, spec, ledger, batch_client(spec), purse, job.config.judge.batch_poll_s)
+            for seen in batches.run(indices, progress):
+                print(line(seen), flush=True)
+    finally:
+        ledger.close()
 
 
 def line(progress: Progress) -> str:

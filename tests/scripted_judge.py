@@ -8,7 +8,9 @@ A script's keys: ``requests_per_minute``, ``tokens_per_minute``, ``window_s`` (e
 ``announce`` (send x-ratelimit headers), ``latency_s``, ``faults`` (name to share: 429, 500, 502, hang, malformed, slow,
 drop, unparsed), ``retry_after`` (of refusals), ``storm`` ([from, to] in seconds, all 429), ``quota`` (paid requests
 until insufficient_quota), ``drift`` ([seconds, requests_per_minute]), ``status`` (say nothing but this), ``keep``
-(request texts kept), ``seed``.
+(request texts kept), ``seed``, ``likes_first`` (points for the answer that is shown first).
+
+Batches: ``batch_s`` (until they are over), ``batch_faults`` (share of lines that fail), ``expire`` (share left undone).
 """
 
 import argparse
@@ -48,6 +50,8 @@ class ScriptedJudge:
         self.outcomes: Counter[str] = Counter()
         self.texts: list[Any] = []
         self.in_flight = self.most_in_flight = 0
+        self.files: dict[str, bytes] = {}
+        self.batches: dict[str, dict[str, Any]] = {}
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         body = json.loads(await request.read())
@@ -179,11 +183,75 @@ class ScriptedJudge:
         grade = not scores
         if grade:
             scores = [round((score_of(text) - 1) / 9, 1)]
+        if len(scores) > 1 and self.script.get("likes_first"):
+            scores[0] = min(10, scores[0] + self.script["likes_first"])
         why = "Because of the words."
         if "response_format" in body:
             names = ["correctness"] if grade else ["score_1", "score_2"] if len(scores) > 1 else ["score"]
             return json.dumps({"explanation": why, **dict(zip(names, scores, strict=True))})
         return f"{' '.join(f'{score:g}' for score in scores)}" + ("" if grade else f"\n{why}")
+
+    async def upload(self, request: web.Request) -> web.Response:
+        form = await request.post()
+        name = f"file-{len(self.files)}"
+        self.files[name] = form["file"].file.read()  # type: ignore[union-attr]
+        return web.json_response({"id": name, "object": "file", "purpose": form["purpose"]})
+
+    async def download(self, request: web.Request) -> web.Response:
+        return web.Response(body=self.files[request.match_info["name"]])
+
+    async def create_batch(self, request: web.Request) -> web.Response:
+        asked = await request.json()
+        name = f"batch_{len(self.batches)}"
+        self.batches[name] = asked | {"id": name, "object": "batch", "status": "in_progress", "made": time.monotonic()}
+        if self.script.get("lose_create"):
+            assert request.transport is not None
+            request.transport.abort()
+        return web.json_response(self.shown(self.batches[name]))
+
+    async def list_batches(self, request: web.Request) -> web.Response:
+        del request
+        return web.json_response(
+            {"object": "list", "data": [self.shown(batch) for batch in self.batches.values()], "has_more": False}
+        )
+
+    async def get_batch(self, request: web.Request) -> web.Response:
+        batch = self.batches[request.match_info["name"]]
+        if batch["status"] == "in_progress" and time.monotonic() - batch["made"] > self.script.get("batch_s", 0):
+            self.carry_out(batch)
+        return web.json_response(self.shown(batch))
+
+    def carry_out(self, batch: dict[str, Any]) -> None:
+        done, failed = [], []
+        lines = [json.loads(line) for line in self.files[batch["input_file_id"]].splitlines()]
+        for row in lines:
+            name = hashlib.sha256(json.dumps(row["body"], sort_keys=True).encode()).hexdigest()[:16]
+            self.seen[name] += 1
+            draw = int(hashlib.sha256(f"{name}{self.seen[name]}".encode()).hexdigest()[:8], 16) / 16**8
+            answer: dict[str, Any] = {"custom_id": row["custom_id"], "response": None, "error": None}
+            if draw < self.script.get("expire", 0):
+                failed.append(answer | {"error": {"code": "batch_expired", "message": "too late"}})
+                continue
+            if draw < self.script.get("expire", 0) + self.script.get("batch_faults", 0):
+                failed.append(answer | {"response": {"status_code": 500, "body": {"error": {"message": "scripted"}}}})
+                continue
+            self.paid[name] += 1
+            text = row["body"]["messages"][-1]["content"]
+            reply = {"role": "assistant", "content": self.verdict(text, row["body"])}
+            usage = {"prompt_tokens": len(text) // 4, "completion_tokens": 5}
+            body = {
+                "model": row["body"]["model"],
+                "choices": [{"message": reply, "finish_reason": "stop"}],
+                "usage": usage,
+            }
+            done.append(answer | {"response": {"status_code": 200, "body": body}})
+        for kind, rows in (("output", done), ("error", failed)):
+            batch[f"{kind}_file_id"] = f"file-{len(self.files)}" if rows else None
+            self.files[f"file-{len(self.files)}"] = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        batch["status"] = "expired" if self.script.get("expire") else "completed"
+
+    def shown(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {"created_at": 0, "output_file_id": None, "error_file_id": None} | batch
 
     async def stats(self, request: web.Request) -> web.Response:
         del request
@@ -195,6 +263,7 @@ class ScriptedJudge:
                 "outcomes": self.outcomes,
                 "texts": self.texts,
                 "most_in_flight": self.most_in_flight,
+                "batches": len(self.batches),
             }
         )
 
@@ -202,6 +271,7 @@ class ScriptedJudge:
         self.script = await request.json()
         self.started = time.monotonic()
         self.arrivals, self.texts, self.window, self.window_tokens = [], [], deque(), 0
+        self.files, self.batches = {}, {}
         for counter in (self.paid, self.seen, self.outcomes):
             counter.clear()
         return web.json_response({})
@@ -248,6 +318,11 @@ async def serve(script: dict[str, Any]) -> None:
     judge = ScriptedJudge(script)
     app = web.Application(client_max_size=2**26)
     app.router.add_post("/v1/chat/completions", judge.answer)
+    app.router.add_post("/v1/files", judge.upload)
+    app.router.add_get("/v1/files/{name}/content", judge.download)
+    app.router.add_post("/v1/batches", judge.create_batch)
+    app.router.add_get("/v1/batches", judge.list_batches)
+    app.router.add_get("/v1/batches/{name}", judge.get_batch)
     app.router.add_get("/stats", judge.stats)
     app.router.add_post("/script", judge.change)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.5)

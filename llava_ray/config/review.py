@@ -124,6 +124,8 @@ class JudgeConfig(Section):
     """Price of a million output tokens; default: the built-in table."""
     delivery: Literal["sync", "batch"] = "sync"
     """"batch": OpenAI's Batch API, at half the price, within a day."""
+    batch_poll_s: PositiveFloat = 30.0
+    """How often a batch is asked for."""
 
     @field_validator("base_url")
     @classmethod

@@ -22,6 +22,8 @@ State = Literal["new", "claimed", "sent", "done", "failed"]
 FINAL = ("done", "failed")
 COUNTED = (*FINAL, "refused", "uncertain", "wasted")
 LOCK_RETRY_S = 0.1
+BATCH = "batch/"
+"""How the name of whoever sends in batches begins: its calls outlive the job, and are asked for by the next one."""
 MAX_RECENT = 100_000
 
 
@@ -86,6 +88,8 @@ class LedgerFile:
     entries: dict[str, Entry] = field(default_factory=dict)
     account: Account = field(default_factory=Account)
     epoch: str = ""
+    batches: dict[str, str] = field(default_factory=dict)
+    """Ids of batches at the endpoint, by who sent them."""
     recent: deque[Sent] = field(default_factory=lambda: deque(maxlen=MAX_RECENT))
     """The last attempts, in the order in which they were sent."""
 
@@ -139,6 +143,12 @@ class LedgerFile:
         if entry is not None and entry.state == "sent" and entry.lease == row["lease"]:
             self._write({"state": "returned", **row})
 
+    def release(self, keys: Sequence[str]) -> None:
+        """Let calls that are claimed be claimed by others."""
+        for key in keys:
+            if self.entries[key].state == "claimed":
+                self._write({"state": "claimed", "key": key, "by": ""})
+
     def finish(self, row: Mapping[str, Any]) -> None:
         """Note a call's end, once: state "done" (with reply, verdict, dollars, usage) or "failed" (with reason)."""
         entry = self.entries.get(row["key"])
@@ -155,6 +165,19 @@ class LedgerFile:
                     self.give_back(_uncertain(key, entry, reason))
                 self._write({"state": "claimed", "key": key, "by": ""})
         return lost
+
+    def name_batch(self, by: str, batch: str) -> None:
+        """Note the endpoint's id of a batch."""
+        self._write({"state": "batch", "by": by, "id": batch})
+        self.sync()
+
+    def in_batches(self) -> dict[str, list[str]]:
+        """Return the calls that are out in batches, by who sent them."""
+        found: dict[str, list[str]] = {}
+        for key, entry in self.entries.items():
+            if entry.state == "sent" and entry.by.startswith(BATCH):
+                found.setdefault(entry.by, []).append(key)
+        return found
 
     def adopt(self, epoch: str, window_s: float) -> Standing:
         """Take orders from a limiter that starts anew, and from no other."""
@@ -202,6 +225,8 @@ class LedgerFile:
     def _take_over(self) -> None:
         self._write({"state": "session", "session": self.session, "time": round(time.time(), 3)})
         for key, entry in self.entries.items():
+            if entry.state == "sent" and entry.by.startswith(BATCH):
+                continue
             if entry.state == "sent":
                 self.give_back(_uncertain(key, entry, "the job that sent it was stopped"))
             if entry.state == "claimed":
@@ -217,7 +242,9 @@ class LedgerFile:
         state = row["state"]
         if state == "limiter":
             self.epoch = row["epoch"]
-        if state in ("limiter", "session"):
+        if state == "batch":
+            self.batches[row["by"]] = row["id"]
+        if "key" not in row:
             return
         entry = self.entries.setdefault(row["key"], Entry())
         if state == "claimed":

@@ -66,7 +66,7 @@ def test_a_review_from_files_to_report(review: Review, judge: Remote, files: Pat
     assert found["consistency"] == 1.0
     assert found["orders"]["given"] == found["orders"]["swapped"] == found["orders"]["both"]
     assert set(found["categories"]) == {"conv", "detail", "complex"}
-    assert found["metric"].startswith("questions/relative_score/scripted/20")
+    assert found["metric"].startswith("questions/model/relative_score/scripted/20")
     assert outcome.report["provenance"]["temperature"] == 0.2
     output = tmp_path / "out"
     written = rows(output / "reviews.jsonl")

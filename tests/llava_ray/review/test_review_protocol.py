@@ -19,7 +19,6 @@ from llava_ray.review.limiter import Limiter
 from llava_ray.review.reviewer import Reviewer, Summary
 from llava_ray.review.rubric import our_rubric
 
-
 NUM_KILLS = 100
 VICTIMS = 4 * ["reviewer"] + 3 * ["limiter"] + 3 * ["ledger"] + ["job", "none"]
 
