@@ -60,6 +60,10 @@ class RequestError(JudgeError):
         self.reason = reason[:MAX_REASON]
         self.reported = reported or Reported()
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Survive pickling between Ray processes."""
+        return type(self), (self.kind, self.outcome, self.reason, self.reported)
+
 
 class Judge(Protocol):
     """Whoever answers a chat completion."""

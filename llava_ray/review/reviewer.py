@@ -292,5 +292,6 @@ def start_reviewer(
     name: str, judges: Mapping[str, JudgeSpec], limits: LimitsConfig, limiter: ActorHandle, ledger: ActorHandle
 ) -> ActorHandle:
     """Start a reviewer anywhere in the cluster. Killed, it does not come back by itself: the pool starts another."""
-    kind = ray.remote(Reviewer).options(num_cpus=0.1, max_restarts=0, max_task_retries=0)
+    # It waits, mostly: it reserves no CPU, so that no cluster is too busy for it.
+    kind = ray.remote(Reviewer).options(num_cpus=0, max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD")
     return kind.remote(name, judges, limits, limiter, ledger)
