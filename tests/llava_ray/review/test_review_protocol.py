@@ -219,3 +219,20 @@ async def end(review: asyncio.Task[Summary], reviewer: Reviewer) -> None:
         with contextlib.suppress(asyncio.CancelledError):
             await task
     await close([reviewer])
+
+
+@pytest.mark.verify
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("limit", "num"),
+    [({"requests_per_minute": 300}, 540), ({"tokens_per_minute": 60_000}, 860)],
+    ids=["requests", "tokens"],
+)
+def test_whole_minutes(judge: Remote, tmp_path: Path, limit: dict[str, int], num: int) -> None:
+    """Sixteen reviewers over minutes of sixty seconds, with a judge that takes a third of a second."""
+    judge.play(**limit, latency_s=0.3, announce=True)
+    scene = Scene(judge, tmp_path, num, **limit)
+    asyncio.run(scene.run(16))
+    scene.end()
+    (most,) = limit.values()
+    check_windows(judge.stats(), 60.0, most, 1 if "tokens_per_minute" in limit else None)
