@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,11 @@ def read_inputs(review: ReviewSection) -> Inputs:
     """Read and join everything by question id. Raises DataError."""
     questions = _benchmark_questions(review) if review.benchmark else _question_files(review)
     questions = questions[: review.max_items]
+    if is_graded(review) and review.references:
+        truths = _answers(Path(review.references), questions).texts
+        questions = [
+            replace(question, truths=(truths[question.id],)) for question in questions if question.id in truths
+        ]
     models = [_answers(Path(path), questions) for path in review.answers]
     models = _named_apart(models)
     if review.mode == "pairwise":
@@ -141,7 +146,7 @@ def _named_apart(models: Sequence[Answered]) -> list[Answered]:
 
 def _item(question: Question, match: Sequence[Answered], review: ReviewSection) -> Item:
     texts = tuple(side.texts[question.id] for side in match)
-    graded = is_graded(review)
+    own_words = is_graded(review) and review.rubric is None
     return Item(
         id=question.id,
         question=question.prompt,
@@ -151,7 +156,7 @@ def _item(question: Question, match: Sequence[Answered], review: ReviewSection) 
         context=question.facts.get("row") or _told(question),
         image=_image(question),
         cluster=question.cluster,
-        request=grading_request(question, texts[0]) if graded else None,
+        request=grading_request(question, texts[0]) if own_words else None,
         answer_ids=tuple(side.ids.get(question.id, question.id) for side in match),
         categories=question.categories,
     )

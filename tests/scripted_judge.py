@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -330,7 +331,9 @@ async def serve(script: dict[str, Any]) -> None:
     site = web.TCPSite(runner, "127.0.0.1", 0, backlog=1024)
     await site.start()
     print(runner.addresses[0][1], flush=True)
-    await asyncio.Event().wait()
+    parent = os.getppid()
+    while os.getppid() == parent:  # a test that was killed leaves nobody behind
+        await asyncio.sleep(1)
 
 
 if __name__ == "__main__":

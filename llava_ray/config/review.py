@@ -74,6 +74,10 @@ class ReviewSection(Section):
             raise ValueError("review.rules and review.rubric contradict each other: drop one")
         if self.mode == "pairwise" and len(self.answers) < 2:
             raise ValueError("review.mode = 'pairwise' compares models: give two answers files or more")
+        if self.mode == "grade" and not (self.benchmark or self.references or self.rubric):
+            raise ValueError(
+                "review.mode = 'grade' needs the truth: give --references FILE, or a rubric that needs none"
+            )
         if self.mode == "reference" and not (self.benchmark or self.references):
             raise ValueError("review.mode = 'reference' needs --references FILE")
         if self.rules and self.mode in ("single", "grade"):

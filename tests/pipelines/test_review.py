@@ -288,8 +288,6 @@ def test_what_does_not_fit_is_refused_before_anything_is_asked(files: Path, judg
     base = flags(files, judge.base_url, tmp_path / "out")
     for more, told in (
         (["--budget.dollars", "1"], "budget.dollars needs the price of scripted"),
-        (["--rules", "a", "--rubric", "b"], "contradict each other"),
-        (["--mode", "pairwise"], "give two answers files"),
         (["--judge.tempo", "1"], "did you mean 'judge.temperature'"),
     ):
         with pytest.raises(ConfigError, match=told):

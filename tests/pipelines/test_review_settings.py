@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llava_ray.config.recipes import load_settings
-from llava_ray.config.review import JudgeConfig, LimitsConfig, ReviewConfig
+from llava_ray.config.review import JudgeConfig, LimitsConfig, ReviewConfig, ReviewSection
 from llava_ray.errors import ConfigError
 from llava_ray.review.calls import CallPlan, Item, list_judges
 from llava_ray.review.headers import Quota, Reported
@@ -37,8 +37,28 @@ def test_llavas_own_settings_are_the_defaults() -> None:
 def test_a_bare_flag_finds_its_section() -> None:
     config = load_settings(ReviewConfig, [*INPUTS, "--model", "m", "--output", "o", "--requests_per_minute", "5"])
     assert (config.judge.model, config.review.output, config.limits.requests_per_minute) == ("m", "o", 5)
-    with pytest.raises(ConfigError, match="did you mean 'limits.tokens_per_minute'"):
+    with pytest.raises(ConfigError, match=r"did you mean 'limits\.tokens_per_minute'"):
         load_settings(ReviewConfig, [*INPUTS, "--judge.model", "m", "--limits.tokens_per_minut", "5"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"rules": "a", "rubric": "b"}, "contradict each other"),
+        ({"mode": "pairwise"}, "give two answers files"),
+        ({"references": None}, "needs --references FILE"),
+        ({"questions": None}, "give --questions FILE, or --benchmark NAME"),
+        ({"benchmark": "mm_vet"}, "needs review.data"),
+        ({"mode": "single", "rules": "a"}, "drop review.rules"),
+        ({"mode": "grade", "references": None}, "needs the truth"),
+        ({"answers": ["a", "a"]}, "each once"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(settings: dict[str, object], told: str) -> None:
+    fitting = {"questions": "q", "references": "r", "answers": ["a"]}
+    ReviewSection.parsed(fitting)
+    with pytest.raises(ConfigError, match=told):
+        ReviewSection.parsed(fitting | settings)
 
 
 def test_what_travels_survives_it() -> None:
