@@ -88,6 +88,8 @@ class LedgerFile:
     entries: dict[str, Entry] = field(default_factory=dict)
     account: Account = field(default_factory=Account)
     epoch: str = ""
+    costs: dict[str, float] = field(default_factory=dict)
+    """What the last attempts cost, by lease."""
     batches: dict[str, str] = field(default_factory=dict)
     """Ids of batches at the endpoint, by who sent them."""
     recent: deque[Sent] = field(default_factory=lambda: deque(maxlen=MAX_RECENT))
@@ -156,8 +158,11 @@ class LedgerFile:
             self._write(dict(row))
 
     def abandon(self, by: str, reason: str) -> dict[str, float]:
-        """Take everything from a reviewer that is gone; return the leases that may have been paid, with their cost."""
-        lost: dict[str, float] = {}
+        """Take everything from a reviewer that is gone; return what its leases cost, those that are uncertain the most.
+
+        Whoever was killed between its last word here and its last word to the limiter has left a lease there.
+        """
+        lost = {lease: dollars for lease, dollars in self.costs.items() if lease.startswith(f"{by}/")}
         for key, entry in self.entries.items():
             if entry.by == by and entry.state in ("claimed", "sent"):
                 if entry.state == "sent":
@@ -254,8 +259,12 @@ class LedgerFile:
         if state == "sent":
             entry.state, entry.lease, entry.dollars = "sent", row["lease"], row["dollars"]
             self.recent.append(Sent(row["lease"], row["judge"], row["time"], row["tokens"], row["dollars"]))
-        else:
-            entry.state = "claimed" if state == "returned" else state
+            return
+        entry.state = "claimed" if state == "returned" else state
+        if "lease" in row:
+            self.costs[row["lease"]] = row.get("dollars", 0.0)
+            if len(self.costs) > MAX_RECENT:
+                del self.costs[next(iter(self.costs))]
 
 
 def add_to_account(account: Account, row: Mapping[str, Any]) -> None:

@@ -130,7 +130,7 @@ class Limiter:
         return [None] * len(settlements)
 
     async def forget(self, owner: str, lost: Mapping[str, float]) -> None:
-        """End all leases of a reviewer that is gone: those in ``lost`` may have been paid, the others were not."""
+        """End all leases of a reviewer that is gone: ``lost`` says what they cost, the others were never sent."""
         await self._open()
         self.gone.add(owner)  # what it asked for before it died is still in the queue
         now = self.clock()

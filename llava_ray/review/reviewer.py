@@ -33,6 +33,7 @@ MOODS: dict[FaultKind, Mood] = {
     "fatal": "halt",
     "unparsed": "fine",
 }
+LATE = "not sent: the ledger took too long to note it; is its disk slow? raise limits.arrival_s"
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
 
 
@@ -160,15 +161,18 @@ class Reviewer:
                 raise NotSentError(answer.why)
             granted = time.monotonic()
             refusal = await self.sends(sent_row(call, lease, self.name, answer.epoch))
+            # Later, it might arrive later than the windows were computed for.
+            late = time.monotonic() - granted > self.limits.arrival_s / 2
+            if not refusal and not late:
+                return lease
+            fault = RequestError("trouble", "refused", LATE)
             if not refusal:
-                if time.monotonic() - granted < self.limits.arrival_s / 2:
-                    return lease
-                # Too late to be sure that it arrives in time: the windows were computed for an earlier arrival.
-                late = RequestError("trouble", "refused", "not sent: the lease had waited too long")
-                await self.returns(returned_row(call, lease, late, 0.0, None))
+                await self.returns(returned_row(call, lease, fault, 0.0, None))
             await self._settle(call, lease, "unused", 0, 0.0, time.monotonic())
             if refusal == "not yours":
                 raise NotSentError("others")
+            if refusal != "stale":  # then another limiter has to be asked, and nothing else is wrong
+                raise fault
 
     def _body(self, call: Call) -> dict[str, Any]:
         return with_image(call.body, call.image_content) if call.image_content else call.body

@@ -66,8 +66,10 @@ def test_a_dead_reviewers_calls_are_free_again_and_the_paid_ones_known(path: Pat
     ledger.send(sent("a"))
     ledger.send(sent("b", "r1/2"))
     ledger.finish(done("b"))
-    assert ledger.abandon("r1", "it died") == {"r1/1": 0.5}
-    assert ledger.abandon("r1", "it died") == {}
+    assert ledger.abandon("r1", "it died") == {"r1/1": 0.5, "r1/2": 0.1}
+    assert ledger.account.uncertain == 1
+    ledger.abandon("r1", "it died")
+    assert ledger.account.uncertain == 1
     assert ledger.send(sent("c", "r1/3")) == "not yours"  # a call of the dead that arrives late
     assert ledger.claim(["a", "b", "c"], "r2") == ["a", "c"]
     ledger.finish(done("a"))  # so does a reply: it is kept

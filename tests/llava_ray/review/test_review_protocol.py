@@ -19,7 +19,7 @@ from llava_ray.review.limiter import Limiter
 from llava_ray.review.reviewer import Reviewer, Summary
 from llava_ray.review.rubric import our_rubric
 
-NUM_KILLS = 100
+NUM_KILLS = 50
 VICTIMS = 4 * ["reviewer"] + 3 * ["limiter"] + 3 * ["ledger"] + ["job", "none"]
 
 
@@ -154,14 +154,15 @@ def check_money(path: Path, cap: float) -> None:
 def test_killed_at_any_point_nothing_is_lost_and_nothing_paid_twice(judge: Remote, tmp_path: Path) -> None:
     """Reviewers, limiter, ledger and the whole job, killed again and again: the results are those of a quiet run."""
     judge.play(latency_s=0.005)
-    quiet = Scene(judge, tmp_path / "quiet", 150)
+    quiet = Scene(judge, tmp_path / "quiet", 200)
     asyncio.run(quiet.run(3))
     quiet.end()
     expected = {row["key"]: row["scores"] for row in read_final_rows(quiet.path)}
     judge.play(latency_s=0.04, requests_per_minute=60_000, window_s=1.0)
     cap = 0.5
-    stormy = Scene(judge, tmp_path / "stormy", 150, cap=cap, requests_per_minute=60_000, window_s=1.0)
+    stormy = Scene(judge, tmp_path / "stormy", 200, cap=cap, requests_per_minute=60_000, window_s=1.0)
     num_kills = asyncio.run(storm(stormy, random.Random(5)))
+    purse = stormy.limiter.instance.purse
     stormy.end()
     assert num_kills == NUM_KILLS
     assert {row["key"]: row["scores"] for row in read_final_rows(stormy.path)} == expected
@@ -170,6 +171,8 @@ def test_killed_at_any_point_nothing_is_lost_and_nothing_paid_twice(judge: Remot
     assert sum(stats["paid"].values()) <= len(expected) + account.uncertain
     assert len(stats["arrivals"]) <= len(expected) + account.uncertain + account.refused
     check_money(stormy.path, cap)
+    # The limiter's books, put together anew after each kill, are the ledger's.
+    assert (purse.spent, purse.leased) == (pytest.approx(account.spent), 0)
 
 
 async def storm(scene: Scene, draw: random.Random) -> int:
