@@ -81,37 +81,28 @@ def _categories(results: Sequence[Mapping[str, Any]]) -> list[Piece]:
 
 
 def _bias(results: Sequence[Mapping[str, Any]]) -> list[Piece]:
-    rows: list[list[Cell]] = []
-    for one in results:
-        if "orders" in one:
-            orders = one["orders"]
-            rows.append(
-                [
-                    f"{one['match']}, {one['judge']}",
-                    *(orders[name] for name in ("given", "swapped", "both")),
-                    *(one[name] for name in ("consistency", "first_wins", "first_advantage")),
-                    *(one[name] for name in ("length_ratio", "length_correlation", "longer_wins")),
-                ]
-            )
-    if not rows:
+    compared = [one for one in results if "orders" in one]
+    if not compared:
         return [Note("One answer at a time: there is no order.")]
-    header = [
-        "match, judge",
-        "as given",
-        "swapped",
-        "both orders",
-        "consistency",
-        "first wins",
-        "first place's points",
-        "length ratio",
-        "length correlation",
-        "longer wins",
-    ]
+    orders: list[list[Cell]] = []
+    lengths: list[list[Cell]] = []
+    for one in compared:
+        who = f"{one['match']}, {one['judge']}"
+        scores = [one["orders"][name] for name in ("given", "swapped", "both")]
+        orders.append([who, *scores, *(one[name] for name in ("consistency", "first_wins", "first_advantage"))])
+        lengths.append([who, *(one[name] for name in ("length_ratio", "length_correlation", "longer_wins"))])
+    of_orders = ["match, judge", "as given", "swapped", "both", "consistency", "first wins", "first's points"]
+    of_lengths = ["match, judge", "length ratio", "correlation", "longer wins"]
     return [
-        Table(header, rows),
+        Table(of_orders, orders),
         Note(
             "Consistency: share of questions with the same winner in both orders. First wins: share of decided reviews "
-            "won by the answer shown first; 0.5 is fair. Length ratio: second answers to first ones, in characters."
+            "won by the answer shown first; 0.5 is fair. First's points: what the first place is worth."
+        ),
+        Table(of_lengths, lengths),
+        Note(
+            "Length ratio: second answers to first ones, in characters. Correlation: of an answer's share of the "
+            "length with its lead. Longer wins: share of decided reviews won by the longer answer."
         ),
     ]
 
