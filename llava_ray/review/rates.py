@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from llava_ray.config.review import LimitsConfig
 from llava_ray.review.headers import Quota, Reported
 
-PACE = 1.1
+PACE = 1.25
 """How much faster than the limit requests may go, to make up for time in which nobody asked; the windows still hold."""
 FIRST_CONCURRENCY = 8.0
 CUT, CUT_COOLDOWN_S = 0.7, 2.0
