@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, Self
 
-import httpx
 import openai
 from openai import AsyncOpenAI
 
@@ -24,7 +23,8 @@ NO_KEY = "none"
 FATAL_CODES = ("insufficient_quota", "billing_hard_limit_reached", "account_deactivated")
 FATAL_STATUSES = (401, 403, 404)
 GATEWAY_STATUSES = (408, 409, 502, 504)  # said by something in between: the judge may have answered
-NOT_CONNECTED = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+# By name: the client's versions bring different HTTP libraries, httpx or httpx2, which call these errors the same.
+NOT_CONNECTED = ("ConnectError", "ConnectTimeout", "PoolTimeout")
 MAX_REASON = 300
 
 
@@ -86,16 +86,14 @@ class OpenAIJudge:
         self.timeout_s = timeout_s
 
     @classmethod
-    def connect(cls, spec: JudgeSpec, max_connections: int) -> Self:
+    def connect(cls, spec: JudgeSpec) -> Self:
         """Make a client that sends a request once: who may send again is decided elsewhere."""
-        limits = httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections)
         return cls(
             AsyncOpenAI(
                 base_url=spec.base_url,
                 api_key=os.environ.get(spec.config.api_key_env) or NO_KEY,
                 max_retries=0,
                 timeout=spec.config.timeout_s,
-                http_client=openai.DefaultAsyncHttpxClient(limits=limits),
             ),
             spec.config.timeout_s,
         )
@@ -170,6 +168,6 @@ def connection_fault(error: openai.APIConnectionError) -> RequestError:
     """Say whether a request without a reply can have arrived."""
     cause = error.__cause__
     reason = f"{type(cause or error).__name__}: {cause or error}"
-    if isinstance(cause, NOT_CONNECTED):
+    if type(cause).__name__ in NOT_CONNECTED:
         return RequestError("trouble", "refused", f"not connected: {reason}")
     return RequestError("trouble", "uncertain", f"connection lost: {reason}")

@@ -83,9 +83,7 @@ class Reviewer:
         self.specs = judges
         self.limits = limits
         self.limiter, self.ledger = limiter, ledger
-        self.judges: dict[str, Judge] = {
-            key: OpenAIJudge.connect(spec, limits.max_concurrency) for key, spec in judges.items()
-        }
+        self.judges: dict[str, Judge] = {key: OpenAIJudge.connect(spec) for key, spec in judges.items()}
         self.acquires = {key: self._acquirer(key) for key in judges}
         self.sends: Gatherer[dict[str, Any], str] = Gatherer(lambda rows: say(ledger, "send", rows))
         self.returns: Gatherer[dict[str, Any], None] = Gatherer(lambda rows: say(ledger, "give_back", rows))

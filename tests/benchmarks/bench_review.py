@@ -72,7 +72,7 @@ def main() -> None:
 async def bare_rate(job: Job) -> float:
     """Return the requests a second of a loop that does nothing else."""
     (spec,) = job.plan.judges.values()
-    client = OpenAIJudge.connect(spec, IN_FLIGHT)
+    client = OpenAIJudge.connect(spec)
     bodies = [job.plan[index].body for index in range(min(NUM_BARE, len(job.plan)))]
     waiting = iter(bodies)
 

@@ -159,7 +159,7 @@ def test_no_more_credit_stops_at_once(review: Review, judge: Remote) -> None:
     assert not outcome.complete
     assert "insufficient_quota" in outcome.report["partial_because"]
     assert sum(judge.stats()["paid"].values()) == 7
-    assert judge.stats()["outcomes"]["quota"] <= 8  # those that were in flight
+    assert judge.stats()["outcomes"]["quota"] <= 16  # those that were in flight
     judge.play()
     assert review().complete
     assert sum(judge.stats()["paid"].values()) == 33
@@ -288,7 +288,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_asked(files: Path, judg
     base = flags(files, judge.base_url, tmp_path / "out")
     for more, told in (
         (["--budget.dollars", "1"], "budget.dollars needs the price of scripted"),
-        (["--judge.tempo", "1"], "did you mean 'judge.temperature'"),
+        (["--judge.temperatur", "1"], r"did you mean 'judge\.temperature'"),
     ):
         with pytest.raises(ConfigError, match=told):
             main([*base, *more])
