@@ -136,7 +136,7 @@ def length_figures(reviews: Sequence[Review]) -> dict[str, Any]:
     ``length_ratio``: characters of the second answers / of the first ones. ``length_correlation``: of an answer's share
     of both lengths with its lead in points. ``longer_wins``: share of decided reviews that the longer answer won.
     """
-    scored = [r for r in reviews if r.scores is not None and len(r.lengths) == 2 and sum(r.lengths)]
+    scored = [r for r in reviews if r.scores is not None and len(r.lengths) == 2 and any(r.lengths)]
     shares = [review.lengths[1] / sum(review.lengths) for review in scored]
     leads = [review.scores[1] - review.scores[0] for review in scored if review.scores is not None]
     firsts = sum(review.lengths[0] for review in scored)

@@ -62,8 +62,8 @@ def read_inputs(review: ReviewSection) -> Inputs:
         questions = [
             replace(question, truths=(truths[question.id],)) for question in questions if question.id in truths
         ]
-    models = [_answers(Path(path), questions) for path in review.answers]
-    models = _named_apart(models)
+    models = _named_apart([_answers(Path(path), questions) for path in review.answers])
+    matches: Sequence[tuple[Answered, ...]]
     if review.mode == "pairwise":
         matches = list(itertools.combinations(models, 2))
     elif is_graded(review) or review.mode == "single":

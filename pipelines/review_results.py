@@ -15,6 +15,7 @@ from evals.ratings import Match, rate
 from evals.reviews import (
     Figured,
     Review,
+    State,
     both_orders,
     headline,
     length_figures,
@@ -56,13 +57,15 @@ class Judged:
         scores = None if row is None or row["state"] == "failed" or row["scores"] is None else tuple(row["scores"])
         if scores is not None and self.call.order == "swapped":
             scores = scores[::-1]
-        done = "unparsed" if scores is None else "done"
+        state: State = "done" if scores is not None else "unparsed"
+        if row is None or row["state"] == "failed":
+            state = "open" if row is None else "failed"
         return Review(
             item.id,
             item.names,
             self.call.order,
             self.call.sample,
-            "open" if row is None else "failed" if row["state"] == "failed" else done,
+            state,
             scores,
             tuple(len(answer) for answer in item.answers),
             item.categories or (item.category,),
@@ -154,7 +157,8 @@ def comparisons(judged: Sequence[Judged], models: Sequence[str]) -> dict[str, An
 def _match(review: Review) -> Match:
     assert review.scores is not None
     lead = review.scores[0] - review.scores[1]
-    return Match(*review.names, 0.5 + 0.5 * ((lead > 0) - (lead < 0)), review.cluster or review.item)
+    first, second = review.names
+    return Match(first, second, 0.5 + 0.5 * ((lead > 0) - (lead < 0)), review.cluster or review.item)
 
 
 def write_rows(path: Path, judged: Sequence[Judged]) -> None:

@@ -117,8 +117,11 @@ def _models(comparisons: Mapping[str, Any]) -> list[Section]:
             ]
             pieces.append(Table(["model", "rating", "95 % interval", "matches"], rows, f"Bradley-Terry, by {judge}"))
         rates: list[list[Cell]] = [
-            [f"{one['first']} over {one['second']}", Bar(one["win_rate"], f"{one['win_rate']:.1%}", 1.0, 0.5)]
-            + [one[name] for name in ("won", "tied", "lost")]
+            [
+                f"{one['first']} over {one['second']}",
+                Bar(one["win_rate"], f"{one['win_rate']:.1%}", 1.0, 0.5),
+                *(one[name] for name in ("won", "tied", "lost")),
+            ]
             for one in found["win_rates"]
         ]
         pieces.append(Table(["match", "win rate", "won", "tied", "lost"], rates, f"Win rates, by {judge}"))
@@ -132,7 +135,8 @@ def _browsed(disagreements: Sequence[Disagreement], num: int) -> Note:
 
 
 def _card(one: Disagreement) -> Card:
-    answers: list[list[Cell]] = [["question", one.question], *([name, text] for name, text in one.answers.items())]
+    answers: list[list[Cell]] = [["question", one.question]]
+    answers += [[name, text] for name, text in one.answers.items()]
     verdicts: list[list[Cell]] = [list(row) for row in one.verdicts]
     tables = [Table(["", ""], answers), Table(["judge and order", "scores", "why"], verdicts)]
     return Card(one.title, tables, one.pictures)

@@ -176,7 +176,7 @@ class Batches:
             return
         usage = reply.usage or Usage(call.tokens - self.spec.config.max_tokens, 0, self.spec.config.max_tokens)
         dollars = self.spec.price.cost(usage.prompt, usage.output, usage.cached) if self.spec.price else 0.0
-        verdict = read_verdict(reply.content, call.kind, as_json=self.spec.as_json)  # type: ignore[arg-type]
+        verdict = read_verdict(reply.content, call.kind, as_json=self.spec.as_json)
         self.ledger.finish(done_row(call, lease, reply, verdict, usage, dollars))
         self.purse.settle(key, dollars)
         progress.done += 1

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from llava_ray.config.review import JudgeConfig
 from llava_ray.errors import DataError
 from llava_ray.review.prices import Price, find_price
-from llava_ray.review.rubric import AS_JSON, Rubric, compose
+from llava_ray.review.rubric import AS_JSON, Kind, Rubric, compose
 from llava_ray.review.verdict import schema
 
 Order = Literal["given", "swapped"]
@@ -73,7 +73,7 @@ class Call:
     """Who is judged: the names of the item's answers."""
     order: Order
     sample: int
-    kind: str
+    kind: Kind
     body: dict[str, Any]
     tokens: int
     """Estimate of prompt and output, for the rate."""

@@ -20,10 +20,10 @@ from llava_ray.config.review import LimitsConfig
 from llava_ray.review.actors import say
 from llava_ray.review.calls import Call, JudgeSpec, with_image
 from llava_ray.review.gathering import Gatherer
+from llava_ray.review.headers import Reported
 from llava_ray.review.judge import Judge, OpenAIJudge, Reply, RequestError, Usage
 from llava_ray.review.judge import Kind as FaultKind
 from llava_ray.review.limiter import Granted, Mood, Refused, Settlement, Wish
-from llava_ray.review.rubric import Kind
 from llava_ray.review.verdict import Verdict, read_verdict
 
 MOODS: dict[FaultKind, Mood] = {
@@ -109,7 +109,7 @@ class Reviewer:
             reraise=True,
         )
         try:
-            parsed = await policy(self._attempt, call, attempts)
+            parsed: bool = await policy(self._attempt, call, attempts)
             summary.done += 1
             summary.unparsed += not parsed
             summary.failed_in_row = 0
@@ -137,12 +137,11 @@ class Reviewer:
         dollars = call.dollars  # where the endpoint does not say what it took
         if reply.usage and spec.price:
             dollars = spec.price.cost(usage.prompt, usage.output, usage.cached)
-        kind: Kind = call.kind  # type: ignore[assignment] - travels as text
-        verdict = read_verdict(reply.content, kind, as_json=spec.as_json)
+        verdict = read_verdict(reply.content, call.kind, as_json=spec.as_json)
         if verdict is None and attempts.reasks < spec.config.reasks:
-            fault = RequestError("unparsed", "wasted", f"no scores in {reply.content[:80]!r}", reply.reported)
-            await self._returned(call, lease, fault, came, dollars, usage)
-            raise fault
+            empty = RequestError("unparsed", "wasted", f"no scores in {reply.content[:80]!r}", reply.reported)
+            await self._returned(call, lease, empty, came, dollars, usage)
+            raise empty
         await self.finishes(done_row(call, lease, reply, verdict, usage, dollars))
         await self._settle(call, lease, "fine", usage.prompt + usage.output, dollars, came, reply)
         return verdict is not None
@@ -206,8 +205,8 @@ class Reviewer:
         self, call: Call, lease: str, mood: Mood, tokens: float, dollars: float, came: float, reply: Reply | None = None
     ) -> None:
         age = time.monotonic() - came
-        reported = {"reported": reply.reported} if reply else {}
-        await self.settles(Settlement(lease, call.judge, mood, tokens, dollars, age, **reported))
+        reported = reply.reported if reply else Reported()
+        await self.settles(Settlement(lease, call.judge, mood, tokens, dollars, age, reported))
 
     async def _fail(self, call: Call, reason: str) -> None:
         await self.finishes({"state": "failed", **described(call), "reason": reason})
