@@ -65,7 +65,7 @@ def test_a_dead_reviewers_calls_are_free_again_and_the_paid_ones_known(path: Pat
     ledger.claim(["a", "b", "c"], "r1")
     ledger.send(sent("a"))
     ledger.send(sent("b", "r1/2"))
-    ledger.finish(done("b"))
+    ledger.finish(done("b") | {"lease": "r1/2"})
     assert ledger.abandon("r1", "it died") == {"r1/1": 0.5, "r1/2": 0.1}
     assert ledger.account.uncertain == 1
     ledger.abandon("r1", "it died")
