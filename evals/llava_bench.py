@@ -1,6 +1,5 @@
 """LLaVA-Bench (in the wild): 60 questions about 24 images, reviewed against GPT-4's text-only answers."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,8 +17,8 @@ from evals.benchmark import (
 )
 from evals.files import find, need, read_lines
 from llava_ray.errors import DataError
+from llava_ray.replies import BEST, parse_pair, parse_pair_strictly
 
-BEST = 10.0
 FAILURE = -1.0
 RULE = (
     "Please judge the two answers above to the user's question about an image. The image's content is given to you as "
@@ -28,8 +27,6 @@ RULE = (
     "between them. From the second line on, explain your ratings; stay impartial, and do not let the order of the "
     "answers sway you."
 )
-NUMBER = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)(?:\s*/\s*10(?![\d.]))?(?![\w.]*\d)")
-NAMED = re.compile(r"Assistant\s+[12]\s*[:：]", re.IGNORECASE)
 
 
 class LLaVABench(Benchmark):
@@ -102,7 +99,7 @@ class LLaVABench(Benchmark):
         if judge is None:
             raise DataError(f"{self.title} needs a judge: give its reviews with --reviews FILE")
         reply = judge(question.id, review_request(question, answer))
-        pair = (parse_review_strictly if profile != "robust" else parse_review)(reply or "")
+        pair = (parse_pair_strictly if profile != "robust" else parse_pair)(reply or "")
         if pair is None:
             return FAILED
         return Grade(pair[1] / BEST, f"{pair[0]:g} {pair[1]:g}")
@@ -129,25 +126,6 @@ def review_request(question: Question, answer: str) -> str:
         "System": RULE,
     }
     return "".join(f"[{name}]\n{text}\n\n" for name, text in parts.items())
-
-
-def parse_review_strictly(review: str) -> tuple[float, float] | None:
-    """Return the two scores if the first line is nothing but two numbers with one space between them."""
-    words = review.split("\n", maxsplit=1)[0].replace(",", " ").split(" ")
-    try:
-        return (float(words[0]), float(words[1])) if len(words) == 2 else None
-    except ValueError:
-        return None
-
-
-def parse_review(review: str) -> tuple[float, float] | None:
-    """Return the two scores of 1 to 10 on the first line that has any (on two lines, if each names its assistant)."""
-    lines = [line.replace("*", "").strip() for line in review.splitlines()]
-    lines = [line for line in lines if line]
-    if len(lines) > 1 and all(NAMED.match(line) for line in lines[:2]):
-        lines = [" ".join(lines[:2])]
-    found = [float(number) for number in NUMBER.findall(NAMED.sub(" ", lines[0]))] if lines else []
-    return (found[0], found[1]) if len(found) == 2 and all(1 <= number <= BEST for number in found) else None
 
 
 def relative_score(pairs: Sequence[tuple[float, float]]) -> float | None:

@@ -1,12 +1,12 @@
 """MM-Vet: 218 questions that need several abilities together; a judge grades in tenths."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from evals.benchmark import FAILED, Benchmark, Grade, Graded, Judge, Profile, Question, Total, by_category, percentage
 from evals.files import as_json, find, need, read_json
 from llava_ray.errors import DataError
+from llava_ray.replies import parse_first_word, parse_grade
 
 INSTRUCTION = (
     "Grade a prediction against the ground truth. <AND> in the ground truth: totally right only if all elements "
@@ -20,7 +20,6 @@ EXAMPLES = (
     ("What is x in the equation?", "-1 <AND> -5", "x = -5 or 5", "0.5"),
     ("What is x in the equation?", "-1 <AND> -5", "x = -1 or x = -5", "1.0"),
 )
-NUMBER = re.compile(r"(?<![\w.-])(\d(?:\.\d+)?|\.\d+)(?![\w]|\.\d)")
 
 
 class MMVet(Benchmark):
@@ -97,18 +96,3 @@ def grading_request(question: Question, answer: str) -> str:
     """Return what the judge is asked."""
     rows = [" | ".join(row) for row in EXAMPLES]
     return INSTRUCTION + "\n".join([*rows, f"{question.prompt} | {question.truths[0]} | {answer} | "])
-
-
-def parse_first_word(reply: str) -> float | None:
-    """Return the number that is the reply's first word, if it is from 0 to 1."""
-    try:
-        score = float(reply.split()[0])
-    except (ValueError, IndexError):
-        return None
-    return score if 0 <= score <= 1 else None
-
-
-def parse_grade(reply: str) -> float | None:
-    """Return the only number in the reply, if it is from 0 to 1."""
-    found = NUMBER.findall(reply)
-    return float(found[0]) if len(found) == 1 and float(found[0]) <= 1 else None

@@ -136,13 +136,6 @@ def make_engine(source: ModelSource, settings: ServeSettings) -> EchoEngine:
     return EchoEngine(source.name, max_num_seqs=settings.max_num_seqs, adapters=adapters, **speeds)
 
 
-def picture(width: int = 40, height: int = 30, colour: str = "red", kind: str = "PNG") -> bytes:
-    """An encoded image."""
-    file = io.BytesIO()
-    Image.new("RGB", (width, height), colour).save(file, kind)
-    return file.getvalue()
-
-
 def data_uri(data: bytes, kind: str = "image/png") -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 

@@ -19,6 +19,7 @@ from llava_ray.config.sections import EvaluateConfig, FinetuneConfig, PrepareCon
 from llava_ray.errors import ConfigError
 
 Config = TypeVar("Config", FinetuneConfig, PrepareConfig, EvaluateConfig)
+Settings = TypeVar("Settings", bound=Section)
 
 # What says where and how a run is carried out, not what is computed: it may change between start and resume.
 NOT_HASHED = ("run", "cluster", "tracking", "score", "actors")
@@ -44,11 +45,19 @@ def load_recipe(schema: type[Config], arguments: Sequence[str], *, ignore: Colle
     ``ignore`` names sections a recipe may hold that this pipeline has no use for. Raises ConfigError for a recipe
     that cannot be read and for unknown, missing or unfitting keys; ``--help`` prints every key and exits.
     """
-    recipe = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    config = load_settings(schema, arguments, ignore=ignore)
+    recipe = recipe_of(arguments)
+    stem = Path(recipe).stem if recipe else schema.__name__.removesuffix("Config").lower()
+    return config if config.run.name else config.replaced({"run.name": f"{stem}-{settings_hash(config)}"})
+
+
+def load_settings(schema: type[Settings], arguments: Sequence[str], *, ignore: Collection[str] = ()) -> Settings:
+    """Read ``[RECIPE] --section.key value …`` into a validated ``schema``; as ``load_recipe``, without a run's name."""
+    recipe = recipe_of(arguments)
     values = {key: value for key, value in read_toml(recipe).items() if key not in ignore} if recipe else {}
     refuse_unfitting(schema, values, recipe or "flags")
     flags = [dotted_flag(schema, argument) for argument in arguments[1 if recipe else 0 :]]
-    parsed: Config = tyro.cli(
+    parsed: Settings = tyro.cli(
         schema,
         args=flags,
         default=with_missing(schema, values),
@@ -56,9 +65,12 @@ def load_recipe(schema: type[Config], arguments: Sequence[str], *, ignore: Colle
         use_underscores=True,
         prog=f"{schema.__name__.removesuffix('Config').lower()}.py [RECIPE]",
     )
-    config = schema.parsed(parsed.model_dump())
-    stem = Path(recipe).stem if recipe else schema.__name__.removesuffix("Config").lower()
-    return config if config.run.name else config.replaced({"run.name": f"{stem}-{settings_hash(config)}"})
+    return schema.parsed(parsed.model_dump())
+
+
+def recipe_of(arguments: Sequence[str]) -> str | None:
+    """Return the recipe that a command line begins with, if it does."""
+    return arguments[0] if arguments and not arguments[0].startswith("-") else None
 
 
 def settings_hash(config: Section) -> str:

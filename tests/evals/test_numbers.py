@@ -4,11 +4,12 @@ import pytest
 
 from evals.benchmark import FAILED, Grade, Graded, Question, graded
 from evals.docvqa import DocVQA
-from evals.llava_bench import LLaVABench, parse_review, parse_review_strictly
-from evals.mm_vet import MMVet, parse_first_word, parse_grade
+from evals.llava_bench import LLaVABench
+from evals.mm_vet import MMVet
 from evals.mmbench import MMBench
 from evals.numbers import anls, edit_distance, relaxed_accuracy
 from evals.open_answers import open_answer_is_right
+from llava_ray.replies import parse_first_word, parse_grade, parse_pair, parse_pair_strictly
 
 
 @pytest.mark.parametrize(
@@ -150,8 +151,8 @@ def test_lbw_1_3_and_4() -> None:
 def test_first_lines_of_reviews(
     review: str, strict: tuple[float, float] | None, robust: tuple[float, float] | None
 ) -> None:
-    assert parse_review_strictly(review) == strict
-    assert parse_review(review) == robust
+    assert parse_pair_strictly(review) == strict
+    assert parse_pair(review) == robust
 
 
 def test_mmv_1() -> None:

@@ -1,0 +1,4 @@
+"""Reviews by a judge behind an API: rubric, verdicts, limiter, ledger, reviewers. It knows no benchmark, no torch.
+
+rubric, verdict, calls, prices, headers, rates and ledger_file are pure; limiter, ledger, reviewer and pool are Ray's.
+"""

@@ -1,0 +1,35 @@
+"""Calls to actors that may be killed and come back: said again until they are heard, for a while.
+
+Only what may be said twice is called so. What spends money never is.
+"""
+
+import asyncio
+import time
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
+from tenacity import AsyncRetrying, Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
+
+PATIENCE_S = 120.0
+POLICY: dict[str, Any] = {
+    "retry": retry_if_exception_type(RayActorError),
+    "stop": stop_after_delay(PATIENCE_S),
+    "wait": wait_random_exponential(multiplier=0.05, max=2.0),
+    "reraise": True,
+}
+
+
+async def say(actor: ActorHandle, method: str, *arguments: Any) -> Any:
+    """Call an actor from another one. Raises RayActorError if it does not come back."""
+    return await AsyncRetrying(sleep=asyncio.sleep, **POLICY)(_called, actor, method, *arguments)
+
+
+def tell(actor: ActorHandle, method: str, *arguments: Any) -> Any:
+    """Call an actor from the driver. Raises RayActorError if it does not come back."""
+    return Retrying(sleep=time.sleep, **POLICY)(lambda: ray.get(getattr(actor, method).remote(*arguments)))
+
+
+async def _called(actor: ActorHandle, method: str, *arguments: Any) -> Any:
+    return await getattr(actor, method).remote(*arguments)

@@ -1,0 +1,328 @@
+"""The ledger: what was asked and what came of it, line by line, on the disk before it counts.
+
+A call (a key) is claimed → sent → done or failed. An attempt that brought nothing is ``returned``: "refused" (it cost
+nothing), "uncertain" (it may have been paid) or "wasted" (paid, and no scores in it). A line is whole or is not there;
+one process writes at a time. ``done`` lines are a cache for every later run.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from llava_ray.errors import ConfigError, DataError
+
+State = Literal["new", "claimed", "sent", "done", "failed"]
+FINAL = ("done", "failed")
+COUNTED = (*FINAL, "refused", "uncertain", "wasted")
+LOCK_RETRY_S = 0.1
+BATCH = "batch/"
+"""How the name of whoever sends in batches begins: its calls outlive the job, and are asked for by the next one."""
+MAX_RECENT = 100_000
+
+
+@dataclass
+class Entry:
+    """Where a call stands."""
+
+    state: State = "new"
+    by: str = ""
+    lease: str = ""
+    """The attempt that was sent last."""
+    dollars: float = 0.0
+    """The most that it can cost."""
+
+
+@dataclass
+class Account:
+    """What the calls in a ledger have cost and how often it took more than one."""
+
+    spent: float = 0.0
+    sent: int = 0
+    done: int = 0
+    failed: int = 0
+    refused: int = 0
+    uncertain: int = 0
+    wasted: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Sent:
+    """An attempt, as a limiter that starts anew has to know it."""
+
+    lease: str
+    judge: str
+    time: float
+    """When, in seconds since 1970."""
+    tokens: float
+    dollars: float
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a limiter that starts anew takes over."""
+
+    spent: float
+    recent: list[Sent]
+    """What was sent within the window, back or not."""
+    under_way: list[Sent]
+    """What is not back."""
+
+
+@dataclass
+class LedgerFile:
+    """One ledger, open for writing. What a job of another ``session`` has sent and not got back is uncertain."""
+
+    path: Path
+    session: str
+    lock_wait_s: float = 0.0
+    entries: dict[str, Entry] = field(default_factory=dict)
+    account: Account = field(default_factory=Account)
+    epoch: str = ""
+    costs: dict[str, float] = field(default_factory=dict)
+    """What the last attempts cost, by lease."""
+    batches: dict[str, str] = field(default_factory=dict)
+    """Ids of batches at the endpoint, by who sent them."""
+    recent: deque[Sent] = field(default_factory=lambda: deque(maxlen=MAX_RECENT))
+    """The last attempts, in the order in which they were sent."""
+
+    def __post_init__(self) -> None:
+        """Open, lock, cut a line that was not finished, and read the others. Raises ConfigError, DataError."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = self.path.open("a+b")
+        try:
+            self._lock()
+            last_session = self._replay()
+        except BaseException:
+            self.file.close()
+            raise
+        if last_session != self.session:
+            self._take_over()
+
+    def close(self) -> None:
+        """Let others write."""
+        self.file.close()
+
+    def claim(self, keys: Sequence[str], by: str) -> list[str]:
+        """Give calls to a reviewer; return those that it got: not those that are done or another's."""
+        got = []
+        for key in keys:
+            entry = self.entries.get(key)
+            if entry is None or entry.state in ("new", "failed") or (entry.by == by and entry.state == "claimed"):
+                got.append(key)
+                self._write({"state": "claimed", "key": key, "by": by})
+        return got
+
+    def send(self, row: Mapping[str, Any]) -> str:
+        """Note that a call is about to be sent; return why it must not be, or "".
+
+        ``row``: key, by, epoch (of the limiter that let it go), lease, judge, tokens, dollars. Said twice, it is one.
+        """
+        entry = self.entries.get(row["key"])
+        if entry is None or entry.by != row["by"]:
+            return "not yours"
+        if entry.state == "sent" and entry.lease == row["lease"]:
+            return ""
+        if row["epoch"] != self.epoch:
+            return "stale"
+        if entry.state != "claimed":
+            return "not yours"
+        self._write({"state": "sent", "time": round(time.time(), 3), **row})
+        return ""
+
+    def give_back(self, row: Mapping[str, Any]) -> None:
+        """Note that an attempt brought nothing: key, lease, outcome, reason, dollars."""
+        entry = self.entries.get(row["key"])
+        if entry is not None and entry.state == "sent" and entry.lease == row["lease"]:
+            self._write({"state": "returned", **row})
+
+    def release(self, keys: Sequence[str]) -> None:
+        """Let calls that are claimed be claimed by others."""
+        for key in keys:
+            if self.entries[key].state == "claimed":
+                self._write({"state": "claimed", "key": key, "by": ""})
+
+    def finish(self, row: Mapping[str, Any]) -> None:
+        """Note a call's end, once: state "done" (with reply, verdict, dollars, usage) or "failed" (with reason)."""
+        entry = self.entries.get(row["key"])
+        if entry is None or entry.state not in FINAL:
+            self._write(dict(row))
+
+    def abandon(self, by: str, reason: str) -> dict[str, float]:
+        """Take everything from a reviewer that is gone; return what its leases cost, those that are uncertain the most.
+
+        Whoever was killed between its last word here and its last word to the limiter has left a lease there.
+        """
+        lost = {lease: dollars for lease, dollars in self.costs.items() if lease.startswith(f"{by}/")}
+        for key, entry in self.entries.items():
+            if entry.by == by and entry.state in ("claimed", "sent"):
+                if entry.state == "sent":
+                    lost[entry.lease] = entry.dollars
+                    self.give_back(_uncertain(key, entry, reason))
+                self._write({"state": "claimed", "key": key, "by": ""})
+        return lost
+
+    def name_batch(self, by: str, batch: str) -> None:
+        """Note the endpoint's id of a batch."""
+        self._write({"state": "batch", "by": by, "id": batch})
+        self.sync()
+
+    def in_batches(self) -> dict[str, list[str]]:
+        """Return the calls that are out in batches, by who sent them."""
+        found: dict[str, list[str]] = {}
+        for key, entry in self.entries.items():
+            if entry.state == "sent" and entry.by.startswith(BATCH):
+                found.setdefault(entry.by, []).append(key)
+        return found
+
+    def adopt(self, epoch: str, window_s: float) -> Standing:
+        """Take orders from a limiter that starts anew, and from no other."""
+        self._write({"state": "limiter", "epoch": epoch})
+        since = time.time() - window_s
+        open_leases = {entry.lease: entry.dollars for entry in self.entries.values() if entry.state == "sent"}
+        return Standing(
+            self.account.spent,
+            [sent for sent in self.recent if sent.time >= since],
+            [sent for sent in self.recent if sent.lease in open_leases],
+        )
+
+    def sync(self) -> None:
+        """Wait until everything is on the disk."""
+        os.fsync(self.file.fileno())
+
+    def _lock(self) -> None:
+        end = time.monotonic() + self.lock_wait_s
+        while True:
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if time.monotonic() > end:
+                    raise ConfigError(
+                        f"another review is writing {self.path}: wait for it (it then costs nothing again), or choose "
+                        "another --output or --ledger"
+                    ) from error
+                time.sleep(LOCK_RETRY_S)
+            else:
+                return
+
+    def _replay(self) -> str:
+        self.file.seek(0)
+        session, end = "", 0
+        for line in self.file:
+            if not line.endswith(b"\n"):
+                break
+            end += len(line)
+            row = parse_line(line, self.path)
+            session = row["session"] if row["state"] == "session" else session
+            self._apply(row)
+        self.file.truncate(end)
+        return session
+
+    def _take_over(self) -> None:
+        self._write({"state": "session", "session": self.session, "time": round(time.time(), 3)})
+        for key, entry in self.entries.items():
+            if entry.state == "sent" and entry.by.startswith(BATCH):
+                continue
+            if entry.state == "sent":
+                self.give_back(_uncertain(key, entry, "the job that sent it was stopped"))
+            if entry.state == "claimed":
+                self._write({"state": "claimed", "key": key, "by": ""})
+        self.sync()
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        self.file.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
+        self.file.flush()
+        self._apply(row)
+
+    def _apply(self, row: Mapping[str, Any]) -> None:
+        state = row["state"]
+        if state == "limiter":
+            self.epoch = row["epoch"]
+        if state == "batch":
+            self.batches[row["by"]] = row["id"]
+        if "key" not in row:
+            return
+        entry = self.entries.setdefault(row["key"], Entry())
+        if state == "claimed":
+            entry.by, entry.state = row["by"], "claimed" if row["by"] else "new"
+            return
+        add_to_account(self.account, row)
+        if state == "sent":
+            entry.state, entry.lease, entry.dollars = "sent", row["lease"], row["dollars"]
+            self.recent.append(Sent(row["lease"], row["judge"], row["time"], row["tokens"], row["dollars"]))
+            return
+        entry.state = "claimed" if state == "returned" else state
+        if "lease" in row:
+            self.costs[row["lease"]] = row.get("dollars", 0.0)
+            if len(self.costs) > MAX_RECENT:
+                del self.costs[next(iter(self.costs))]
+
+
+def add_to_account(account: Account, row: Mapping[str, Any]) -> None:
+    """Count a line in."""
+    if row["state"] == "sent":
+        account.sent += 1
+    name = row.get("outcome") if row["state"] == "returned" else row["state"]
+    if name not in COUNTED:
+        return
+    setattr(account, name, getattr(account, name) + 1)
+    account.spent += row.get("dollars", 0.0)
+    usage = row.get("usage") or {}
+    account.prompt_tokens += usage.get("prompt", 0)
+    account.cached_tokens += usage.get("cached", 0)
+    account.output_tokens += usage.get("output", 0)
+
+
+def read_account(path: Path) -> Account:
+    """Return the sums over a ledger's lines. Raises DataError."""
+    account = Account()
+    for row in read_rows(path):
+        add_to_account(account, row)
+    return account
+
+
+def read_final_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Go through the done and failed lines of a ledger that may be in use. Raises DataError."""
+    for row in read_rows(path):
+        if row["state"] in FINAL:
+            yield row
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Go through a ledger's whole lines; none where there is no file. Raises DataError."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield parse_line(line, path)
+
+
+def parse_line(line: bytes, path: Path) -> dict[str, Any]:
+    """Return a line's row. Raises DataError."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(
+            f"{path} is damaged: {error} in {line[:60]!r}; remove that line, its call is paid again"
+        ) from error
+    if not isinstance(row, dict) or "state" not in row:
+        raise DataError(f"{path} is no ledger: it has a line {line[:60]!r}; choose another --ledger")
+    return row
+
+
+def _uncertain(key: str, entry: Entry, reason: str) -> dict[str, Any]:
+    return {
+        "key": key,
+        "lease": entry.lease,
+        "outcome": "uncertain",
+        "reason": reason,
+        "dollars": entry.dollars,
+    }

@@ -1,0 +1,178 @@
+"""The pool: keeps reviewers busy, starts others for those that die, and stops when nothing can succeed any more."""
+
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
+
+from llava_ray.config.review import BudgetConfig, LimitsConfig
+from llava_ray.review.actors import tell
+from llava_ray.review.calls import CallPlan
+from llava_ray.review.limiter import start_limiter
+from llava_ray.review.reviewer import Summary, start_reviewer
+
+BATCHES_AHEAD = 3  # of a reviewer, so that a slow call in one does not keep it idle
+MAX_BATCH = 32
+MAX_DEATHS_WITHOUT_WORK = 5
+LOOK_EVERY_S = 1.0
+LEASE_MARGIN_S = 60.0  # beyond a request's timeout: what ledger and limiter may take to hear of it
+
+
+@dataclass
+class Progress:
+    """How far a job is."""
+
+    total: int
+    cached: int
+    done: int = 0
+    unparsed: int = 0
+    failed: int = 0
+    broke: int = 0
+    halted: int = 0
+    num_deaths: int = 0
+    spent: float = 0.0
+    leased: float = 0.0
+    stopped: str = ""
+    reasons: Counter[str] = field(default_factory=Counter)
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def rate(self) -> float:
+        """Calls that came to an end, a second."""
+        return (self.done + self.failed) / max(time.monotonic() - self.started, 1e-9)
+
+    @property
+    def remaining_s(self) -> float | None:
+        """Seconds left at this rate; None before the first call is done."""
+        left = self.total - self.cached - self.done - self.failed
+        return left / self.rate if self.rate else None
+
+
+@dataclass
+class Batch:
+    """Calls, by number in the plan, that a reviewer has."""
+
+    reviewer: str
+    indices: list[int]
+    keys: list[str]
+
+
+class Pool:
+    """The reviewers of a job, with their limiter."""
+
+    def __init__(self, plan: CallPlan, limits: LimitsConfig, budget: BudgetConfig, ledger: ActorHandle) -> None:
+        """Start the limiter; reviewers are started when there is work."""
+        self.plan, self.limits, self.ledger = plan, limits, ledger
+        longest = max(judge.config.timeout_s for judge in plan.judges.values())
+        self.limiter = start_limiter(limits, budget.dollars, longest + LEASE_MARGIN_S, ledger)
+        self.reviewers: dict[str, ActorHandle] = {}
+        self.batches: dict[ray.ObjectRef, Batch] = {}
+        self.again: list[int] = []
+        self.deaths_without_work = 0
+        self.failed_in_row = 0
+
+    def run(self, indices: Sequence[int], num_reviewers: int, progress: Progress) -> Iterator[Progress]:
+        """Make calls until all came to an end or the job stops; yield the progress now and then.
+
+        Raises RayActorError if reviewers die as soon as they start, or limiter or ledger do not come back.
+        """
+        size = max(1, min(MAX_BATCH, self.limits.max_concurrency // (num_reviewers * (BATCHES_AHEAD - 1))))
+        fresh = iter(indices)
+        for _ in range(min(num_reviewers, -(-len(indices) // size))):
+            self._start()
+        looked = time.monotonic()
+        while self._feed(fresh, size, progress):
+            ready, _ = ray.wait(list(self.batches), num_returns=1, timeout=LOOK_EVERY_S)
+            for ref in ready:
+                self._collect(ref, progress)
+            self._stop_if_hopeless(progress)
+            if time.monotonic() - looked > LOOK_EVERY_S:
+                looked = time.monotonic()
+                self._look(progress)
+                yield progress
+        self._look(progress)
+        yield progress
+
+    def close(self) -> None:
+        """End reviewers and limiter."""
+        for actor in (*self.reviewers.values(), self.limiter):
+            ray.kill(actor)
+        self.reviewers.clear()
+
+    def _start(self) -> None:
+        name = f"reviewer-{uuid.uuid4().hex[:8]}"
+        self.reviewers[name] = start_reviewer(name, self.plan.judges, self.limits, self.limiter, self.ledger)
+
+    def _feed(self, fresh: Iterator[int], size: int, progress: Progress) -> bool:
+        """Give every reviewer as many batches as it should have; return whether any has one."""
+        held = Counter(batch.reviewer for batch in self.batches.values())
+        for _ in range(0 if progress.stopped else BATCHES_AHEAD):
+            for name, reviewer in self.reviewers.items():
+                if held[name] < BATCHES_AHEAD and (indices := self._next(fresh, size)):
+                    calls = [self.plan[index].loaded() for index in indices]
+                    held[name] += 1
+                    keys = [call.key for call in calls]
+                    self.batches[reviewer.review.remote(calls)] = Batch(name, indices, keys)
+        return bool(self.batches)
+
+    def _next(self, fresh: Iterator[int], size: int) -> list[int]:
+        """Take the next calls, first those that dead reviewers have dropped."""
+        indices, self.again = self.again[:size], self.again[size:]
+        for index in fresh if len(indices) < size else ():
+            indices.append(index)
+            if len(indices) == size:
+                break
+        return indices
+
+    def _collect(self, ref: ray.ObjectRef, progress: Progress) -> None:
+        batch = self.batches.pop(ref)
+        try:
+            summary: Summary = ray.get(ref)
+        except RayActorError as error:
+            self._replace(batch, error, progress)
+            return
+        self.deaths_without_work = 0
+        for name in ("done", "unparsed", "failed", "broke", "halted"):
+            setattr(progress, name, getattr(progress, name) + getattr(summary, name))
+        progress.reasons += summary.reasons
+        if summary.halted:
+            self._look(progress)
+        self.failed_in_row = summary.failed_in_row + (0 if summary.done else self.failed_in_row)
+
+    def _replace(self, batch: Batch, error: RayActorError, progress: Progress) -> None:
+        """Take a dead reviewer's calls back, note what it may have paid, and start another."""
+        others = [ref for ref, other in self.batches.items() if other.reviewer == batch.reviewer]
+        lost = [batch, *(self.batches.pop(ref) for ref in others)]
+        ray.kill(self.reviewers.pop(batch.reviewer))  # it may only have lost the ledger or the limiter
+        progress.num_deaths += 1
+        self.deaths_without_work += 1
+        uncertain = tell(self.ledger, "abandon", batch.reviewer, "its reviewer died")
+        tell(self.limiter, "forget", batch.reviewer, uncertain)
+        for one in lost:
+            states = tell(self.ledger, "states", one.keys)
+            for index, state in zip(one.indices, states, strict=True):
+                if state == "done":
+                    progress.done += 1
+                elif state == "failed":
+                    progress.failed += 1
+                else:
+                    self.again.append(index)
+        if self.deaths_without_work >= MAX_DEATHS_WITHOUT_WORK:
+            raise error
+        self._start()
+
+    def _stop_if_hopeless(self, progress: Progress) -> None:
+        if not progress.stopped and self.failed_in_row >= self.limits.give_up_after:
+            reason, _ = progress.reasons.most_common(1)[0]
+            progress.stopped = f"{self.failed_in_row} items failed in a row, the most with: {reason}"
+            tell(self.limiter, "halt", progress.stopped)
+
+    def _look(self, progress: Progress) -> None:
+        seen = tell(self.limiter, "look")
+        progress.spent, progress.leased = seen["spent"], seen["leased"]
+        progress.stopped = progress.stopped or seen["halted"]

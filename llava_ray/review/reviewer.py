@@ -1,0 +1,298 @@
+"""A reviewer: sends calls, many at a time, each only with a lease and after the ledger knows of it.
+
+For each attempt: lease from the limiter → ``sent`` in the ledger, on the disk → the request → ``done``, ``failed`` or
+``returned`` in the ledger, on the disk → the lease settled. Whoever is killed in between, the ledger tells what may
+have been paid.
+"""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_random_exponential
+
+from llava_ray.config.review import LimitsConfig
+from llava_ray.review.actors import say
+from llava_ray.review.calls import Call, JudgeSpec, with_image
+from llava_ray.review.gathering import Gatherer
+from llava_ray.review.headers import Reported
+from llava_ray.review.judge import Judge, OpenAIJudge, Reply, RequestError, Usage
+from llava_ray.review.judge import Kind as FaultKind
+from llava_ray.review.limiter import Granted, Mood, Refused, Settlement, Wish
+from llava_ray.review.verdict import Verdict, read_verdict
+
+MOODS: dict[FaultKind, Mood] = {
+    "throttled": "throttled",
+    "trouble": "trouble",
+    "rejected": "fine",
+    "fatal": "halt",
+    "unparsed": "fine",
+}
+LATE = "not sent: the ledger took too long to note it; is its disk slow? raise limits.arrival_s"
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
+
+
+@dataclass
+class Summary:
+    """What became of some calls, counted."""
+
+    done: int = 0
+    unparsed: int = 0
+    failed: int = 0
+    broke: int = 0
+    """Did not fit into the budget."""
+    halted: int = 0
+    """Were not sent, or not again, because the job stops."""
+    others: int = 0
+    """Were done already, or are another reviewer's."""
+    failed_in_row: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass
+class Attempts:
+    """How often one call was tried."""
+
+    troubles: int = 0
+    reasks: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+
+class NotSentError(Exception):
+    """A call that ends without an attempt: "broke", "halted" or "others" (see Summary)."""
+
+
+class Reviewer:
+    """Sends calls to judges; run as a Ray actor (see ``start_reviewer``). It has no state that would be missed."""
+
+    def __init__(
+        self,
+        name: str,
+        judges: Mapping[str, JudgeSpec],
+        limits: LimitsConfig,
+        limiter: ActorHandle,
+        ledger: ActorHandle,
+    ) -> None:
+        """Make a client for each judge."""
+        self.name = name
+        self.specs = judges
+        self.limits = limits
+        self.limiter, self.ledger = limiter, ledger
+        self.judges: dict[str, Judge] = {key: OpenAIJudge.connect(spec) for key, spec in judges.items()}
+        self.acquires = {key: self._acquirer(key) for key in judges}
+        self.sends: Gatherer[dict[str, Any], str] = Gatherer(lambda rows: say(ledger, "send", rows))
+        self.returns: Gatherer[dict[str, Any], None] = Gatherer(lambda rows: say(ledger, "give_back", rows))
+        self.finishes: Gatherer[dict[str, Any], None] = Gatherer(lambda rows: say(ledger, "finish", rows))
+        self.settles: Gatherer[Settlement, None] = Gatherer(lambda some: say(limiter, "settle", some))
+        self.num_leases = 0
+
+    async def review(self, calls: Sequence[Call]) -> Summary:
+        """Make calls, all at once as far as the limiter lets them go; count what became of them."""
+        got = set(await say(self.ledger, "claim", [call.key for call in calls], self.name))
+        summary = Summary(others=len(calls) - len(got))
+        await asyncio.gather(*(self._review(call, summary) for call in calls if call.key in got))
+        return summary
+
+    async def _review(self, call: Call, summary: Summary) -> None:
+        attempts, spec = Attempts(), self.specs[call.judge]
+        policy = AsyncRetrying(
+            sleep=asyncio.sleep,
+            retry=retry_if_exception(
+                lambda error: isinstance(error, RequestError) and _may_retry(error, attempts, spec)
+            ),
+            wait=_wait,
+            reraise=True,
+        )
+        try:
+            parsed: bool = await policy(self._attempt, call, attempts)
+            summary.done += 1
+            summary.unparsed += not parsed
+            summary.failed_in_row = 0
+        except NotSentError as error:
+            setattr(summary, str(error), getattr(summary, str(error)) + 1)
+        except RequestError as fault:
+            if fault.kind == "fatal":
+                summary.halted += 1
+                return
+            await self._fail(call, fault.reason)
+            summary.failed += 1
+            summary.failed_in_row += 1
+            summary.reasons[fault.reason] += 1
+
+    async def _attempt(self, call: Call, attempts: Attempts) -> bool:
+        """Send a call once; return whether its reply holds scores. Raises RequestError, NotSentError."""
+        lease = await self._lease(call)
+        try:
+            reply = await self.judges[call.judge].ask(self._body(call))
+        except RequestError as fault:
+            await self._returned(call, lease, fault, time.monotonic())
+            raise
+        came, spec = time.monotonic(), self.specs[call.judge]
+        usage = reply.usage or Usage(call.tokens - spec.config.max_tokens, 0, spec.config.max_tokens)
+        dollars = call.dollars  # where the endpoint does not say what it took
+        if reply.usage and spec.price:
+            dollars = spec.price.cost(usage.prompt, usage.output, usage.cached)
+        verdict = read_verdict(reply.content, call.kind, as_json=spec.as_json)
+        if verdict is None and attempts.reasks < spec.config.reasks:
+            empty = RequestError("unparsed", "wasted", f"no scores in {reply.content[:80]!r}", reply.reported)
+            await self._returned(call, lease, empty, came, dollars, usage)
+            raise empty
+        await self.finishes(done_row(call, lease, reply, verdict, usage, dollars))
+        await self._settle(call, lease, "fine", usage.prompt + usage.output, dollars, came, reply)
+        return verdict is not None
+
+    async def _lease(self, call: Call) -> str:
+        """Wait until a call may go and the ledger knows it; return the lease. Raises NotSentError, RequestError."""
+        while True:
+            self.num_leases += 1
+            lease = f"{self.name}/{self.num_leases}"
+            answer = await self.acquires[call.judge](Wish(lease, call.tokens, call.dollars))
+            if isinstance(answer, Refused):
+                if answer.why == "too large":
+                    raise RequestError("rejected", "refused", answer.reason)
+                raise NotSentError(answer.why)
+            granted = time.monotonic()
+            refusal = await self.sends(sent_row(call, lease, self.name, answer.epoch))
+            # Later, it might arrive later than the windows were computed for.
+            late = time.monotonic() - granted > self.limits.arrival_s / 2
+            if not refusal and not late:
+                return lease
+            fault = RequestError("trouble", "refused", LATE)
+            if not refusal:
+                await self.returns(returned_row(call, lease, fault, 0.0, None))
+            await self._settle(call, lease, "unused", 0, 0.0, time.monotonic())
+            if refusal == "not yours":
+                raise NotSentError("others")
+            if refusal != "stale":  # then another limiter has to be asked, and nothing else is wrong
+                raise fault
+
+    def _body(self, call: Call) -> dict[str, Any]:
+        return with_image(call.body, call.image_content) if call.image_content else call.body
+
+    async def _returned(
+        self,
+        call: Call,
+        lease: str,
+        fault: RequestError,
+        came: float,
+        dollars: float = 0.0,
+        usage: Usage | None = None,
+    ) -> None:
+        """Note an attempt that brought nothing; one that may have been paid counts with all that it can have cost."""
+        cost = call.dollars if fault.outcome == "uncertain" else dollars
+        await self.returns(returned_row(call, lease, fault, cost, usage))
+        tokens = 0.0 if fault.outcome == "refused" else call.tokens
+        if usage is not None:
+            tokens = usage.prompt + usage.output
+        settlement = Settlement(
+            lease,
+            call.judge,
+            MOODS[fault.kind],
+            tokens,
+            cost,
+            time.monotonic() - came,
+            fault.reported,
+            fault.reason,
+        )
+        await self.settles(settlement)
+
+    async def _settle(
+        self, call: Call, lease: str, mood: Mood, tokens: float, dollars: float, came: float, reply: Reply | None = None
+    ) -> None:
+        age = time.monotonic() - came
+        reported = reply.reported if reply else Reported()
+        await self.settles(Settlement(lease, call.judge, mood, tokens, dollars, age, reported))
+
+    async def _fail(self, call: Call, reason: str) -> None:
+        await self.finishes({"state": "failed", **described(call), "reason": reason})
+
+    def _acquirer(self, judge: str) -> Gatherer[Wish, Granted | Refused]:
+        return Gatherer(lambda wishes: say(self.limiter, "acquire", judge, wishes))
+
+
+def _may_retry(fault: RequestError, attempts: Attempts, spec: JudgeSpec) -> bool:
+    """Count a fault, and say whether the call may be made again."""
+    if fault.kind in ("rejected", "fatal") or time.monotonic() - attempts.started > spec.config.patience_s:
+        return False
+    if fault.kind == "unparsed":
+        attempts.reasks += 1
+        return True
+    attempts.troubles += fault.kind == "trouble"
+    return attempts.troubles < spec.config.max_attempts
+
+
+def _wait(state: RetryCallState) -> float:
+    """Wait before the next attempt: full jitter, ever longer, never less than was asked for.
+
+    After a 429 the limiter lets nothing go for long enough, so that the call itself need not wait.
+    """
+    fault = state.outcome.exception() if state.outcome else None
+    if not isinstance(fault, RequestError) or fault.kind in ("throttled", "unparsed"):
+        return 0.0
+    asked = fault.reported.retry_after_s or 0.0
+    return max(asked, wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S)(state))
+
+
+def described(call: Call) -> dict[str, Any]:
+    """Return what every row tells of its call."""
+    return {
+        "key": call.key,
+        "judge": call.judge,
+        "item": call.item_id,
+        "pair": call.pair,
+        "order": call.order,
+        "sample": call.sample,
+    }
+
+
+def sent_row(call: Call, lease: str, by: str, epoch: str) -> dict[str, Any]:
+    """Return the ledger's row of a call that is about to be sent."""
+    return {
+        "key": call.key,
+        "by": by,
+        "epoch": epoch,
+        "lease": lease,
+        "judge": call.judge,
+        "tokens": call.tokens,
+        "dollars": call.dollars,
+    }
+
+
+def returned_row(call: Call, lease: str, fault: RequestError, dollars: float, usage: Usage | None) -> dict[str, Any]:
+    """Return the ledger's row of an attempt that brought nothing."""
+    row = {"key": call.key, "lease": lease, "outcome": fault.outcome, "reason": fault.reason, "dollars": dollars}
+    return row | ({"usage": asdict(usage)} if usage else {})
+
+
+def done_row(
+    call: Call, lease: str, reply: Reply, verdict: Verdict | None, usage: Usage, dollars: float
+) -> dict[str, Any]:
+    """Return the ledger's row of a call that was answered."""
+    return {
+        "state": "done",
+        **described(call),
+        "lease": lease,
+        "content": reply.content,
+        "scores": verdict.scores if verdict else None,
+        "explanation": verdict.explanation if verdict else "",
+        "model": reply.model,
+        "fingerprint": reply.fingerprint,
+        "finish_reason": reply.finish_reason,
+        "usage": asdict(usage),
+        "dollars": dollars,
+        "time": round(time.time(), 3),
+    }
+
+
+def start_reviewer(
+    name: str, judges: Mapping[str, JudgeSpec], limits: LimitsConfig, limiter: ActorHandle, ledger: ActorHandle
+) -> ActorHandle:
+    """Start a reviewer anywhere in the cluster. Killed, it does not come back by itself: the pool starts another."""
+    # It waits, mostly: it reserves no CPU, so that no cluster is too busy for it.
+    kind = ray.remote(Reviewer).options(num_cpus=0, max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD")
+    return kind.remote(name, judges, limits, limiter, ledger)

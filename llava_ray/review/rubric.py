@@ -1,0 +1,180 @@
+"""What a judge is asked, per category, as data: our own words, a rule file in LLaVA's format, or your own rubric."""
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from llava_ray.errors import ConfigError, DataError
+
+Kind = Literal["pair", "single", "grade"]
+"""Two answers with a score of 1 to 10 each; one answer with a score of 1 to 10; one with a grade of 0 to 1."""
+
+SYSTEM = (
+    "You are a helpful and precise assistant for checking the quality of the answer."  # LLaVA's, also of our rubric
+)
+ROLE = "Assistant"
+
+_PAIR = (
+    "Rate how helpful, relevant, accurate and detailed each of the two answers above is, on a scale of 1 to 10, 10 "
+    "being best.{told}{wanted}\nOn the first line write only the two scores, of {role} 1 and of {role} 2, with a space "
+    "between them. From the second line on, explain your ratings; stay impartial, and do not let the order of the "
+    "answers sway you."
+)
+_SINGLE = (
+    "Rate how helpful, relevant, accurate and detailed the answer above is, on a scale of 1 to 10, 10 being best."
+    "{told}{wanted}\nOn the first line write only the score. From the second line on, explain it."
+)
+_TOLD = {
+    "text": "",
+    "boxes": " The question is about an image, given to you under [Context] as sentences and as boxes of its objects: "
+    "(x1, y1, x2, y2) from 0 to 1, left, top, right, bottom.",
+    "sentences": " The question is about an image, given to you under [Context] as sentences.",
+}
+_CONV = " It belongs to a conversation: what was asked should be answered directly and rightly."
+_DETAIL = " It asks for a description: what is there should be there, and nothing else."
+_COMPLEX = " It asks for reasoning: the conclusion should follow from what the image shows."
+# category: how the image is told, what a good answer is
+_OURS = {
+    "conv": ("boxes", _CONV),
+    "detail": ("boxes", _DETAIL),
+    "complex": ("boxes", _COMPLEX),
+    "llava_bench_conv": ("sentences", _CONV),
+    "llava_bench_detail": ("sentences", _DETAIL),
+    "llava_bench_complex": ("sentences", _COMPLEX),
+    "text": ("text", ""),
+    "default": ("text", ""),
+}
+AS_JSON = (
+    "\n\nInstead of lines, reply with one JSON object of the given schema: the scores in its numbers, your explanation "
+    'in "explanation".'
+)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is asked about one category."""
+
+    prompt: str
+    role: str = ROLE
+
+
+@dataclass(frozen=True)
+class Rubric:
+    """Rules by category. ``literal``: LLaVA's own requests, byte by byte, also where the original slips."""
+
+    name: str
+    kind: Kind
+    rules: Mapping[str, Rule]
+    system: str = SYSTEM
+    literal: bool = False
+
+    @property
+    def version(self) -> str:
+        """Name and 8 hex digits of everything that is asked."""
+        told = [
+            self.kind,
+            self.system,
+            self.literal,
+            {key: [r.prompt, r.role] for key, r in sorted(self.rules.items())},
+        ]
+        return f"{self.name}-{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]}"
+
+    def rule(self, category: str) -> Rule:
+        """Return a category's rule, or the default one, which literal rubrics do not have. Raises DataError."""
+        found = self.rules.get(category) or (None if self.literal else self.rules.get("default"))
+        if found is None:
+            known = ", ".join(sorted(self.rules))
+            raise DataError(f"the rubric {self.name!r} has no rule for category {category!r}; it has {known}")
+        return found
+
+
+def our_rubric(kind: Kind) -> Rubric:
+    """Return the rubric in our own words."""
+    template = _SINGLE if kind == "single" else _PAIR
+    rules = {
+        name: Rule(template.format(told=_TOLD[told], wanted=wanted, role=ROLE))
+        for name, (told, wanted) in _OURS.items()
+    }
+    return Rubric("llava_ray", kind, rules)
+
+
+def read_rules(path: Path) -> Rubric:
+    """Read a rule file in LLaVA's format, ``{category: {"role", "prompt"}}``. Raises ConfigError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        rules = {name: Rule(rule["prompt"], rule["role"]) for name, rule in content.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} is no rule file: {error!r}; expected JSON of categories, each with a role and a prompt"
+        ) from error
+    return Rubric(path.stem, "pair", rules, literal=True)
+
+
+def read_rubric(path: Path, kind: Kind) -> Rubric:
+    """Read a rubric of one's own. Raises ConfigError.
+
+    TOML: optional ``name`` and ``system``; a table ``[prompts]`` with a text for each category or for ``default``.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the rubric {path} cannot be read: {error}") from error
+    prompts = content.get("prompts")
+    unknown = sorted(content.keys() - {"name", "system", "role", "prompts"})
+    if unknown or not isinstance(prompts, dict) or not prompts or not all(isinstance(p, str) for p in prompts.values()):
+        raise ConfigError(
+            f"the rubric {path} has {', '.join(unknown) or 'no usable [prompts]'}; expected name, system, role and a "
+            "table [prompts] of texts by category"
+        )
+    role = str(content.get("role", ROLE))
+    rules = {name: Rule(text, role) for name, text in prompts.items()}
+    return Rubric(str(content.get("name", path.stem)), kind, rules, str(content.get("system", SYSTEM)))
+
+
+def compose(
+    rubric: Rubric, category: str, context: Any, question: str, answers: Sequence[str], *, as_json: bool
+) -> str:
+    """Return the text of a request in LLaVA's form; ``context`` is a row of a context file, or None."""
+    rule = rubric.rule(category)
+    told = _tell_literally(context) if rubric.literal else tell(context)
+    blocks = [f"[Context]\n{told}"] if told or rubric.literal else []
+    blocks.append(f"[Question]\n{question}")
+    for number, answer in enumerate(answers, start=1):
+        name = f"{rule.role} {number}" if len(answers) > 1 else rule.role
+        blocks.append(f"[{name}]\n{answer}\n\n[End of {name}]")
+    blocks.append(f"[System]\n{rule.prompt}{AS_JSON if as_json else ''}")
+    return "".join(f"{block}\n\n" for block in blocks)
+
+
+def tell(context: Any) -> str:
+    """Return what a context row says of an image: its captions, then its boxes."""
+    if context is None:
+        return ""
+    return "\n\n".join(part for part in (_lines(_captions(context)), boxes(context)) if part)
+
+
+def boxes(context: Mapping[str, Any]) -> str:
+    """Return a context's boxes, a line each."""
+    return "\n".join(f"{box['category']}: {box['bbox']}" for box in context.get("instances", ()))
+
+
+def _captions(context: Mapping[str, Any]) -> Any:
+    if "captions" in context:
+        return context["captions"]
+    return context.get("caption", "")
+
+
+def _lines(captions: Any) -> str:
+    return captions if isinstance(captions, str) else "\n".join(captions)
+
+
+def _tell_literally(context: Any) -> str:
+    """Say it as the original does, which takes a caption that is one text apart into letters, one a line."""
+    if context is None:
+        return ""
+    told = "\n".join(_captions(context))
+    return f"{told}\n\n{boxes(context)}" if "instances" in context else told

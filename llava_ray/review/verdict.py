@@ -1,0 +1,67 @@
+"""From the judge's reply to scores, or to None: a failure is never a number."""
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from llava_ray.replies import BEST, parse_grade, parse_pair, parse_pair_strictly, parse_score
+from llava_ray.review.rubric import Kind
+
+# Fields of the strict schema, in the order of the answers as the judge sees them.
+SCORES: dict[Kind, tuple[str, ...]] = {
+    "pair": ("score_1", "score_2"),
+    "single": ("score",),
+    "grade": ("correctness",),
+}
+LOWEST: dict[Kind, float] = {"pair": 1.0, "single": 1.0, "grade": 0.0}
+HIGHEST: dict[Kind, float] = {"pair": BEST, "single": BEST, "grade": 1.0}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The scores of the answers in the order in which the judge saw them, and why."""
+
+    scores: tuple[float, ...]
+    explanation: str = ""
+
+
+def schema(kind: Kind) -> dict[str, Any]:
+    """Return ``response_format`` for strict schemas; the explanation comes first, so that the scores follow from it."""
+    fields = {"explanation": {"type": "string"}} | {name: {"type": "number"} for name in SCORES[kind]}
+    body = {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
+    return {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": body}}
+
+
+def read_verdict(reply: str, kind: Kind, *, as_json: bool, strictly: bool = False) -> Verdict | None:
+    """Return a reply's verdict, or None if it holds none. ``strictly``: a pair by LLaVA's rule alone."""
+    if as_json:
+        return read_json_verdict(reply, kind)
+    explanation = reply.partition("\n")[2].strip()
+    if kind == "pair":
+        pair = (parse_pair_strictly if strictly else parse_pair)(reply)
+        return Verdict(pair, explanation) if pair else None
+    number = parse_score(reply) if kind == "single" else parse_grade(reply)
+    return None if number is None else Verdict((number,), explanation)
+
+
+def read_json_verdict(reply: str, kind: Kind) -> Verdict | None:
+    """Return the verdict of a reply that is exactly one object of the schema, every number within its range."""
+    try:
+        content = json.loads(reply)
+    except ValueError:
+        return None
+    if not isinstance(content, dict) or content.keys() != {"explanation", *SCORES[kind]}:
+        return None
+    numbers = [content[name] for name in SCORES[kind]]
+    if not all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers):
+        return None
+    if not all(LOWEST[kind] <= number <= HIGHEST[kind] for number in numbers):
+        return None
+    return Verdict(tuple(float(number) for number in numbers), str(content["explanation"]))
+
+
+def as_text(verdict: Verdict) -> str:
+    """Return a verdict as LLaVA's scripts read it: the scores on the first line, then why."""
+    scores = " ".join(f"{score:g}" for score in verdict.scores)
+    return f"{scores}\n{verdict.explanation}" if verdict.explanation else scores

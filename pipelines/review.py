@@ -1,0 +1,41 @@
+#!/usr/bin/env python
+"""Have answers reviewed by GPT-4 or any OpenAI-compatible judge: rate-limited, each call paid once, within a budget.
+
+python pipelines/review.py RECIPE --questions F --references F --answers F --context F --judge.model M --output DIR
+python pipelines/review.py RECIPE --benchmark mm_vet --data data/mm_vet --answers F --budget.dollars 5 --dry-run
+python pipelines/review.py summarize REVIEWS.jsonl …
+
+Exit code 0: every review came to an end. 3: partial; the same command goes on, and pays nothing twice.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from pipelines.command import run_command, split_dry_run
+from pipelines.review_run import Outcome, describe, review
+from pipelines.review_summary import summarize
+
+PARTIAL = 3
+
+
+def main(arguments: Sequence[str]) -> Outcome | None:
+    """Review, say what a review would cost, or summarize review files."""
+    if arguments[:1] == ["summarize"]:
+        summarize(arguments[1:])
+        return None
+    asked, others = split_dry_run(arguments)
+    if asked.dry_run:
+        describe(others)
+        return None
+    return review(others)
+
+
+def command(arguments: Sequence[str]) -> None:
+    """Run, and exit with 3 where the review is partial."""
+    outcome = main(arguments)
+    if outcome is not None and not outcome.complete:
+        sys.exit(PARTIAL)
+
+
+if __name__ == "__main__":
+    run_command(command)

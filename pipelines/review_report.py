@@ -1,0 +1,197 @@
+"""The end of a review: report.json, reviews.jsonl, LLaVA's review files, report.html, MLflow."""
+
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from evals.benchmark import Question
+from evals.scoring import versions
+from llava_ray.config.review import ReviewConfig
+from llava_ray.report.rendering import write_report
+from llava_ray.report.review import Disagreement, review_report
+from llava_ray.review.calls import CallPlan
+from llava_ray.review.ledger_file import Account, read_account
+from llava_ray.review.pool import Progress
+from llava_ray.review.prices import ALIASES, AS_OF
+from pipelines.evaluation_results import thumbnails
+from pipelines.review_inputs import Inputs
+from pipelines.review_results import (
+    Judged,
+    collect,
+    comparisons,
+    question_rows,
+    summarise,
+    write_json,
+    write_llava_reviews,
+    write_rows,
+)
+
+MAX_DISAGREEMENTS, MAX_LISTED, MAX_WHY = 40, 200, 400
+EXPERIMENT = "llava_ray review"
+
+
+def write_review(
+    config: ReviewConfig, plan: CallPlan, inputs: Inputs, output: Path, ledger: Path, progress: Progress
+) -> dict[str, Any]:
+    """Write everything a review leaves behind and return report.json's content."""
+    judged = collect(plan, ledger)
+    results = summarise(config, plan, inputs, judged)
+    report = {
+        **completeness(judged, progress),
+        "results": results,
+        "comparisons": comparisons(judged, inputs.models),
+        **accounts(config, plan, judged, read_account(ledger)),
+        "missing_answers": {name: list(ids[:MAX_LISTED]) for name, ids in inputs.missing.items()},
+        "without_scores": listed(judged),
+        "warnings": warnings(config, plan),
+        "provenance": provenance(config, plan),
+    }
+    write_rows(output / "reviews.jsonl", judged)
+    write_llava_reviews(output, judged)
+    write_json(output / "report.json", report)
+    shown, num = disagreements(judged, inputs.questions)
+    title = f"Review: {config.review.benchmark or Path(str(config.review.questions)).stem}"
+    write_report(output / "report.html", review_report(title, report, shown, num))
+    track(config, output, report)
+    for one in results:
+        score = "no result" if one["score"] is None else f"{one['score']:.2f}"
+        print(f"{one['metric']}: {score}  ({one['match']})")
+        if "withheld" in one:
+            print(f"  {one['withheld']}")
+    if not report["complete"]:
+        print(f"  partial: {report['partial_because']}")
+    return report
+
+
+def completeness(judged: Sequence[Judged], progress: Progress) -> dict[str, Any]:
+    """Say whether every review came to an end (done, or failed and listed), and why not."""
+    num_open = sum(one.row is None for one in judged)
+    if not num_open:
+        return {"complete": not progress.stopped, "partial_because": progress.stopped}
+    spent = f"${progress.spent:.4f} of the budget are spent and the next call might not fit" if progress.broke else ""
+    why = progress.stopped or spent or "it was interrupted"
+    return {"complete": False, "partial_because": f"{num_open} of {len(judged)} reviews are open: {why}"}
+
+
+def accounts(config: ReviewConfig, plan: CallPlan, judged: Sequence[Judged], account: Account) -> dict[str, Any]:
+    """Return calls and cost of everything in the ledger."""
+    priced = all(judge.price for judge in plan.judges.values())
+    done = sum(one.row is not None and one.row["state"] == "done" for one in judged)
+    dollars = round(account.spent, 6) if priced else None
+    return {
+        "calls": {
+            "reviews": len(judged),
+            "sent": account.sent,
+            "refused": account.refused,
+            "uncertain": account.uncertain,
+            "paid_without_scores": account.wasted,
+        },
+        "cost": {
+            "dollars": dollars,
+            "dollars_per_100_reviews": round(100 * account.spent / done, 6) if priced and done else None,
+            "budget": config.budget.dollars,
+            "prompt_tokens": account.prompt_tokens,
+            "cached_prompt_tokens": account.cached_tokens,
+            "output_tokens": account.output_tokens,
+            "prices_as_of": "given" if config.judge.input_dollars is not None else AS_OF if priced else None,
+        },
+    }
+
+
+def listed(judged: Sequence[Judged]) -> list[dict[str, Any]]:
+    """Return the reviews that have no scores, each with its reason."""
+    found = []
+    for one in judged:
+        review = one.review
+        if review.state in ("failed", "unparsed"):
+            row = one.row or {}
+            reason = row.get("reason") or f"no scores in {str(row.get('content'))[:120]!r}"
+            told = {"judge": one.call.judge, "match": one.call.pair, "order": one.call.order, "sample": one.call.sample}
+            found.append({"question_id": one.item.id, **told, "state": review.state, "reason": reason})
+    return found[:MAX_LISTED]
+
+
+def warnings(config: ReviewConfig, plan: CallPlan) -> list[str]:
+    """Return what a reader should know of the judges."""
+    aliases = [judge.model for judge in plan.judges.values() if judge.model in ALIASES]
+    return [
+        f"{name} is an alias that will mean another model one day; {ALIASES[name]} would not" for name in aliases
+    ] + (
+        ["judge.sees_images is set and no question has an image: the judge saw descriptions only"]
+        if config.judge.sees_images and not any(item.image for item in plan.items)
+        else []
+    )
+
+
+def provenance(config: ReviewConfig, plan: CallPlan) -> dict[str, Any]:
+    """Say who judged what by which rubric."""
+    judge = config.judge
+    return {
+        "judges": ", ".join(plan.judges),
+        "rubric": plan.rubric.version,
+        "mode": config.review.mode,
+        "both_orders": config.review.both_orders,
+        "samples": config.review.samples,
+        "temperature": judge.temperature,
+        "max_tokens": judge.max_tokens,
+        "seed": judge.seed,
+        "response_format": judge.response_format,
+        "sees_images": judge.sees_images,
+        "questions": config.review.questions or f"{config.review.benchmark} in {config.review.data}",
+        "answers": ", ".join(config.review.answers),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        **versions(),
+        "machine": platform.machine(),
+    }
+
+
+def disagreements(judged: Sequence[Judged], questions: Sequence[Question]) -> tuple[list[Disagreement], int]:
+    """Return the questions with different winners, the widest apart first, and how many there are."""
+    by_id = {question.id: question for question in questions}
+    found: list[tuple[float, Mapping[str, Any]]] = []
+    for row in question_rows(judged):
+        leads: dict[tuple[str, ...], list[float]] = {}
+        for review in row["reviews"]:
+            if review["scores"] and len(review["scores"]) == 2:
+                leads.setdefault(tuple(review["names"]), []).append(review["scores"][0] - review["scores"][1])
+        spread = max((max(some) - min(some) for some in leads.values() if len({_sign(x) for x in some}) > 1), default=0)
+        if spread:
+            found.append((spread, row))
+    found.sort(key=lambda pair: -pair[0])
+    return [_shown(row, by_id[row["question_id"]]) for _, row in found[:MAX_DISAGREEMENTS]], len(found)
+
+
+def _shown(row: Mapping[str, Any], question: Question) -> Disagreement:
+    verdicts = [
+        (
+            f"{review['judge']}, {' | '.join(review['names'])}, {review['order']}",
+            " ".join(f"{score:g}" for score in review["scores"] or ()) or review["state"],
+            str(review["content"] or review["reason"] or "")[:MAX_WHY],
+        )
+        for review in row["reviews"]
+    ]
+    title = f"{row['question_id']}, {row['category']}"
+    return Disagreement(title, row["question"], row["answers"], verdicts, thumbnails(question))
+
+
+def _sign(lead: float) -> int:
+    return (lead > 0) - (lead < 0)
+
+
+def track(config: ReviewConfig, output: Path, report: Mapping[str, Any]) -> None:
+    """Keep figures, settings and files in MLflow; the same folder is the same run."""
+    from llava_ray.tracking import TrackedRun, default_tracking_uri
+
+    uri = config.tracking.tracking_uri or default_tracking_uri(str(output.parent))
+    run = TrackedRun(uri, config.tracking.experiment_name, output.name, str(output.resolve()))
+    run.log_params({"review": report["provenance"]})
+    figures = {one["metric"]: one["score"] for one in report["results"] if one["score"] is not None}
+    cost = report["cost"]["dollars"]
+    run.log_steps({0: {**figures, **({} if cost is None else {"review/dollars": cost})}})
+    for name in ("report.json", "report.html", "reviews.jsonl", "resolved.json"):
+        run.log_file(str(output / name))
+    run.log_tags({"llava_ray.complete": str(report["complete"])})
+    run.end()
+    print(f"  mlflow   mlflow ui --backend-store-uri {uri}  (run {run.run_id})")

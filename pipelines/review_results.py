@@ -1,0 +1,242 @@
+"""What a review leaves behind: a row per question, figures, LLaVA's own review files, a report, MLflow."""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from evals.files import as_json
+from evals.ratings import Match, rate
+from evals.reviews import (
+    Figured,
+    Review,
+    State,
+    both_orders,
+    headline,
+    length_figures,
+    mean_grade,
+    mean_score,
+    order_figures,
+    relative,
+    sample_figures,
+    win_rates,
+)
+from evals.scoring import rounded
+from llava_ray.config.review import ReviewConfig
+from llava_ray.review.calls import Call, CallPlan, Item
+from llava_ray.review.ledger_file import read_final_rows
+from llava_ray.review.rubric import Kind
+from llava_ray.review.verdict import Verdict, as_text
+from pipelines.review_inputs import REFERENCE, Inputs
+
+UNFIT = re.compile(r"[^A-Za-z0-9_\-. :]+")  # MLflow's names of metrics
+FIGURES: dict[Kind, tuple[str, Figured]] = {
+    "pair": ("relative_score", relative),
+    "single": ("mean_score", mean_score),
+    "grade": ("score", mean_grade),
+}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A call, and its last line in the ledger (None: it has no end yet)."""
+
+    call: Call
+    item: Item
+    row: Mapping[str, Any] | None
+
+    @property
+    def review(self) -> Review:
+        """Return it as figures take it: scores in the order of the item's answers."""
+        row, item = self.row, self.item
+        scores = None if row is None or row["state"] == "failed" or row["scores"] is None else tuple(row["scores"])
+        if scores is not None and self.call.order == "swapped":
+            scores = scores[::-1]
+        state: State = "done" if scores is not None else "unparsed"
+        if row is None or row["state"] == "failed":
+            state = "open" if row is None else "failed"
+        return Review(
+            item.id,
+            item.names,
+            self.call.order,
+            self.call.sample,
+            state,
+            scores,
+            tuple(len(answer) for answer in item.answers),
+            item.categories or (item.category,),
+            item.cluster,
+        )
+
+
+def collect(plan: CallPlan, ledger: Path) -> list[Judged]:
+    """Return every call of a plan with its last line in the ledger."""
+    rows = {row["key"]: row for row in read_final_rows(ledger)}
+    return [Judged(call, plan.items[slot[0]], rows.get(call.key)) for slot, call in zip(plan.slots, plan, strict=True)]
+
+
+def summarise(config: ReviewConfig, plan: CallPlan, inputs: Inputs, judged: Sequence[Judged]) -> list[dict[str, Any]]:
+    """Return the figures of each judge and each match (a model, or two)."""
+    groups: dict[tuple[str, str], list[Judged]] = defaultdict(list)
+    for one in judged:
+        groups[one.call.judge, one.call.pair].append(one)
+    return [_figures(config, plan, inputs, judge, some) for (judge, _), some in groups.items()]
+
+
+def _figures(
+    config: ReviewConfig, plan: CallPlan, inputs: Inputs, judge: str, judged: Sequence[Judged]
+) -> dict[str, Any]:
+    kind = plan.rubric.kind
+    name, figure = FIGURES[kind]
+    reviews = [one.review for one in judged]
+    model = judged[0].item.names[-1]
+    missing = inputs.missing.get(model, ())
+    gaps = [Review(item, judged[0].item.names, "given", 0, "open") for item in missing]
+    given = [review for review in reviews if review.order == "given"]
+    # The published figure is of the given order; a missing answer is a review that is not there.
+    found = headline([*given, *gaps], figure, config.review.max_failed)
+    told: dict[str, Any] = {
+        "judge": judge,
+        "match": judged[0].call.pair,
+        "model": model,
+        "metric": metric_name(config, judge, name, judged),
+        **found,
+        "missing_answers": len(missing),
+        "samples": sample_figures(given, figure),
+    }
+    if kind == "pair":
+        swapped = [review for review in reviews if review.order == "swapped"]
+        means = mean_score(given, 0), mean_score(given, 1)
+        told |= {
+            "first_x10": None if means[0] is None else rounded(10 * means[0]),
+            "second_x10": None if means[1] is None else rounded(10 * means[1]),
+            "orders": {
+                "given": rounded(relative(given)),
+                "swapped": rounded(relative(swapped)),
+                "both": rounded(relative([review for pair in both_orders(reviews) for review in pair])),
+            },
+            **order_figures(reviews),
+            **length_figures(given),
+        }
+    return told
+
+
+def metric_name(config: ReviewConfig, judge: str, figure: str, judged: Sequence[Judged]) -> str:
+    """Return a figure's name with what it depends on: the judge's own id and the day of its last review."""
+    done = [one.row for one in judged if one.row is not None and one.row["state"] == "done"]
+    said = sorted({str(row["model"]) for row in done if row["model"]})
+    day = datetime.fromtimestamp(max((row["time"] for row in done), default=0.0), UTC).date().isoformat()
+    what = config.review.benchmark or Path(str(config.review.questions)).stem
+    names = [name for name in judged[0].item.names if name != REFERENCE]
+    parts = (what, " vs ".join(names), figure, "+".join(said) or judge, day if done else "never")
+    return "/".join(UNFIT.sub("_", part) for part in parts)
+
+
+def comparisons(judged: Sequence[Judged], models: Sequence[str]) -> dict[str, Any]:
+    """Return win rates and ratings of all models, by judge, where pairs were judged."""
+    found: dict[str, Any] = {}
+    by_judge: dict[str, list[Review]] = defaultdict(list)
+    for one in judged:
+        if len(one.item.names) == 2:
+            by_judge[one.call.judge].append(one.review)
+    for judge, reviews in by_judge.items():
+        scored = [review for review in reviews if review.scores is not None]
+        if not scored:
+            continue
+        ratings = rate([_match(review) for review in scored]) if len(models) > 1 else {}
+        rates = [{"first": a, "second": b, **rates} for (a, b), rates in win_rates(scored).items()]
+        rated = {name: {key: rounded(value) for key, value in asdict(one).items()} for name, one in ratings.items()}
+        found[judge] = {"win_rates": rates, "ratings": rated}
+    return found
+
+
+def _match(review: Review) -> Match:
+    assert review.scores is not None
+    lead = review.scores[0] - review.scores[1]
+    first, second = review.names
+    return Match(first, second, 0.5 + 0.5 * ((lead > 0) - (lead < 0)), review.cluster or review.item)
+
+
+def write_rows(path: Path, judged: Sequence[Judged]) -> None:
+    """Write a row for each question, match and judge, with both orders inside."""
+    with path.open("w", encoding="utf-8") as file:
+        for row in question_rows(judged):
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def question_rows(judged: Sequence[Judged]) -> Iterator[dict[str, Any]]:
+    """Yield a row for each question, with the reviews of all judges, matches, samples and orders inside."""
+    for name, group in groupby(judged, key=lambda one: one.item.id):
+        some = list(group)
+        first = some[0].item
+        yield {
+            "question_id": name,
+            "category": first.category,
+            "question": first.question,
+            "answers": {n: text for one in some for n, text in zip(one.item.names, one.item.answers, strict=True)},
+            "reviews": [_review_row(one) for one in some],
+        }
+
+
+def _review_row(one: Judged) -> dict[str, Any]:
+    review, row = one.review, one.row or {}
+    return {
+        "judge": one.call.judge,
+        "names": list(one.item.names),
+        "order": one.call.order,
+        "sample": one.call.sample,
+        "state": review.state,
+        "scores": None if review.scores is None else list(review.scores),
+        "content": row.get("content"),
+        "reason": row.get("reason"),
+        "model": row.get("model"),
+        "fingerprint": row.get("fingerprint"),
+        "key": one.call.key,
+    }
+
+
+def write_llava_reviews(folder: Path, judged: Sequence[Judged]) -> list[Path]:
+    """Write what LLaVA's scripts and ``evaluate.py score --reviews`` read: a file for each judge and match.
+
+    Of the given order and the first sample, done ones only: a failure is no row, and no (-1, -1).
+    """
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for one in judged:
+        row = one.row
+        if one.call.order == "given" and one.call.sample == 0 and row and row["state"] == "done" and row["scores"]:
+            rows[one.call.judge, one.call.pair].append(_llava_row(one, row))
+    paths = []
+    for (judge, pair), some in rows.items():
+        path = folder / f"review_{_file_name(judge)}_{_file_name(pair.split(' | ')[-1])}.jsonl"
+        numbered = [{"id": number, **row} for number, row in enumerate(some, start=1)]
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in numbered), encoding="utf-8")
+        paths.append(path)
+    return paths
+
+
+def _llava_row(one: Judged, row: Mapping[str, Any]) -> dict[str, Any]:
+    item = one.item
+    ids = item.answer_ids or (item.id,) * len(item.names)
+    verdict = Verdict(tuple(row["scores"]), row["explanation"])
+    content = as_text(verdict) if row["content"].lstrip().startswith("{") else row["content"]
+    told = {f"answer{number}_id": name for number, name in enumerate(ids, start=1)}
+    return {
+        "question_id": item.id,
+        **told,
+        "category": item.category,
+        "content": content,
+        "tuple": list(row["scores"]),
+    }
+
+
+def _file_name(text: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-." else "-" for letter in text)
+
+
+def write_json(path: Path, report: Mapping[str, Any]) -> None:
+    """Write the report for machines."""
+    path.write_bytes(as_json(dict(report)))

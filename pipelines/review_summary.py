@@ -1,0 +1,82 @@
+"""review.py summarize: review files, ours or LLaVA's, as LLaVA's script sums them up, failures left out and counted."""
+
+import json as json_format
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from evals.files import need, read_lines
+from evals.llava_bench import relative_score
+from evals.scoring import rounded
+from llava_ray.errors import DataError
+
+Files = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+MAX_FAILED = 0.02
+
+
+def summarize(arguments: Sequence[str]) -> list[dict[str, Any]]:
+    """Print relative scores by category of each file; return them."""
+    return tyro.cli(_summarize, args=list(arguments), prog="review.py summarize", use_underscores=True)
+
+
+def _summarize(files: Files, ignore: tuple[str, ...] = (), *, json: bool = False) -> list[dict[str, Any]]:
+    """Sum review files up: 100 x mean(second) / mean(first), of all and by category.
+
+    Args:
+        files: JSON lines with question_id, tuple and, mostly, category, as LLaVA's review scripts and review.py write.
+        ignore: Ids of questions to leave out.
+        json: Print one JSON object a file and nothing else.
+    """
+    if not files:
+        raise DataError("name at least one review file")
+    found = [summarize_file(path, set(ignore)) for path in files]
+    for one in found:
+        print(json_format.dumps(one, ensure_ascii=False) if json else _text(one))
+    return found
+
+
+def summarize_file(path: Path, ignore: set[str]) -> dict[str, Any]:
+    """Return a file's relative scores; a failure, (-1, -1) in LLaVA's files, is in no mean. Raises DataError."""
+    pairs: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    failed = num = 0
+    for row in read_lines(path):
+        if str(need(row, "question_id", path)) in ignore:
+            continue
+        num += 1
+        scores = row["tuple"] if "tuple" in row else need(row, "score", path)
+        if not isinstance(scores, list) or len(scores) != 2:
+            raise DataError(f"{path}: the scores of question {row['question_id']} are {scores!r}; expected two numbers")
+        if min(scores) < 0:
+            failed += 1
+            continue
+        for name in dict.fromkeys(("all", str(row.get("category", "all")))):
+            pairs[name].append((float(scores[0]), float(scores[1])))
+    result: dict[str, Any] = {"file": str(path), "num_reviews": num, "failed": failed}
+    if failed > MAX_FAILED * num or not pairs:
+        result["withheld"] = f"{failed} of {num} reviews failed; at most 2 % may"
+    figures = {name: _figures(some) for name, some in sorted(pairs.items())}
+    return result | {"categories": figures}
+
+
+def _figures(pairs: Sequence[tuple[float, float]]) -> dict[str, float | int | None]:
+    first, second = (sum(pair[side] for pair in pairs) / len(pairs) for side in (0, 1))
+    return {
+        "relative": rounded(relative_score(pairs)),
+        "first_x10": rounded(10 * first),
+        "second_x10": rounded(10 * second),
+        "num": len(pairs),
+    }
+
+
+def _text(one: dict[str, Any]) -> str:
+    lines = [str(one["file"])]
+    if "withheld" in one:
+        lines.append(f"  no result: {one['withheld']}")
+    else:
+        for name, found in one["categories"].items():
+            figures = f"{found['relative']:.1f} {found['first_x10']:.1f} {found['second_x10']:.1f}"
+            lines.append(f"  {name} {figures}  ({found['num']} reviews)")
+    return "\n".join([*lines, f"  failed {one['failed']} of {one['num_reviews']}"])

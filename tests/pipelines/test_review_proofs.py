@@ -1,0 +1,194 @@
+"""The long proofs of a review: limits over whole minutes, kills of real processes, our own service as judge."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from review_files import flags, write_review_files
+from scripted_judge import scripted_judge
+
+from llava_ray.review.ledger_file import read_account, read_final_rows, read_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+PRICE = ("--judge.input_dollars", "1", "--judge.output_dollars", "2")
+ACTORS = ("ray::Reviewer", "ray::Limiter", "ray::Ledger")
+
+pytestmark = pytest.mark.ray
+
+
+class Driver:
+    """review.py in a process group of its own, with a Ray of its own."""
+
+    def __init__(self, arguments: list[str], log: Path) -> None:
+        self.log = log.open("a")
+        command = [sys.executable, str(ROOT / "pipelines/review.py"), *arguments]
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        self.process = subprocess.Popen(
+            command, stdout=self.log, stderr=self.log, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}
+        )
+
+    def below(self) -> list[psutil.Process]:
+        try:
+            return psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.Error:
+            return []
+
+    def actors(self) -> list[psutil.Process]:
+        found = []
+        for process in self.below():
+            try:
+                if process.cmdline() and process.cmdline()[0].startswith(ACTORS):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def kill_actor(self, draw: random.Random) -> bool:
+        actors = self.actors()
+        if not actors:
+            return False
+        try:
+            draw.choice(actors).send_signal(signal.SIGKILL)
+        except psutil.Error:
+            return False
+        return True
+
+    def kill(self) -> None:
+        """SIGKILL the driver; what Ray started for it has to end by itself."""
+        below = self.below()
+        self.process.kill()
+        self.process.wait()
+        _, alive = psutil.wait_procs(below, timeout=30)
+        for process in alive:
+            process.kill()
+        psutil.wait_procs(alive, timeout=10)
+
+    def wait(self) -> int:
+        code = self.process.wait(timeout=400)
+        self.log.close()
+        return code
+
+
+def scores(ledger: Path) -> dict[str, Any]:
+    return {row["key"]: (row["state"], row.get("scores")) for row in read_final_rows(ledger)}
+
+
+def check_kills(tmp_path: Path, num_items: int, num_kills: int, num_driver_kills: int, seed: int) -> None:
+    """Kill real processes at random; the results are those of the judge's own rule, and no call is paid twice."""
+    draw = random.Random(seed)
+    files, output = write_review_files(tmp_path / "files", num_items), tmp_path / "out"
+    cap = 1.0
+    with scripted_judge(latency_s=0.1) as judge:
+        arguments = flags(
+            files, judge.base_url, output, *PRICE, "--budget.dollars", str(cap), "--judge.max_tokens", "64"
+        )
+        arguments += ["--limits.requests_per_minute", "1200", "--limits.window_s", "3"]
+        kills = driver_kills = 0
+        driver = Driver(arguments, tmp_path / "log")
+        while driver.process.poll() is None and kills < num_kills:
+            time.sleep(draw.uniform(0.2, 2.5))
+            if (
+                driver.actors()
+                and driver_kills < num_driver_kills
+                and kills >= (driver_kills + 1) * num_kills / (num_driver_kills + 1)
+            ):
+                driver.kill()
+                driver_kills += 1
+                kills += 1
+                driver = Driver(arguments, tmp_path / "log")
+            else:
+                kills += driver.kill_actor(draw)
+        code = driver.wait()
+        if code == 3:  # killed on its last call, say
+            code = Driver(arguments, tmp_path / "log").wait()
+        assert code == 0, (tmp_path / "log").read_text()[-3000:]
+        stats = judge.stats()
+    assert kills >= num_kills, f"only {kills} kills: make the job longer"
+    found, account = scores(output / "ledger.jsonl"), read_account(output / "ledger.jsonl")
+    assert len(found) == 2 * num_items
+    assert sum(stats["paid"].values()) <= 2 * num_items + account.uncertain
+    assert len(stats["arrivals"]) <= 2 * num_items + account.uncertain + account.refused
+    check_money(output / "ledger.jsonl", cap)
+    # An undisturbed run, with a ledger of its own, says the same.
+    with scripted_judge() as judge:
+        quiet = flags(files, judge.base_url, tmp_path / "quiet", *PRICE, "--judge.max_tokens", "64")
+        assert Driver(quiet, tmp_path / "log").wait() == 0
+    rows = [
+        [json.loads(line) for line in (tmp_path / name / "reviews.jsonl").read_text().splitlines()]
+        for name in ("out", "quiet")
+    ]
+    for stormy, calm in zip(*rows, strict=True):
+        assert stormy["question_id"] == calm["question_id"]
+        assert [one["scores"] for one in stormy["reviews"]] == [one["scores"] for one in calm["reviews"]]
+
+
+def check_money(ledger: Path, cap: float) -> None:
+    spent, under_way = 0.0, {}
+    for row in read_rows(ledger):
+        if row["state"] == "sent":
+            under_way[row["lease"]] = row["dollars"]
+        elif row.get("lease") in under_way:
+            del under_way[row["lease"]]
+            spent += row["dollars"]
+        assert spent + sum(under_way.values()) <= cap + 1e-12
+
+
+def test_killed_actors_and_a_killed_driver(tmp_path: Path) -> None:
+    check_kills(tmp_path, 150, 5, 1, seed=1)
+
+
+@pytest.mark.verify
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", [2, 3])
+def test_thirty_kills(tmp_path: Path, seed: int) -> None:
+    check_kills(tmp_path, 600, 20, 2, seed)
+
+
+@pytest.mark.verify
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("binding", ["requests", "tokens"])
+def test_sixteen_reviewers_use_the_limit_of_a_minute_and_never_exceed_it(tmp_path: Path, binding: str) -> None:
+    requests, tokens = (300, 10**6) if binding == "requests" else (10**5, 60_000)
+    files = write_review_files(tmp_path / "files", 525 if binding == "requests" else 450)
+    script = {"requests_per_minute": requests, "tokens_per_minute": tokens, "latency_s": 0.3, "announce": True}
+    with scripted_judge(**script) as judge:
+        limits = ("--limits.requests_per_minute", str(requests), "--limits.tokens_per_minute", str(tokens))
+        more = ("--num_reviewers", "16", "--judge.max_tokens", "64")
+        assert (
+            Driver(flags(files, judge.base_url, tmp_path / "out", *PRICE, *limits, *more), tmp_path / "log").wait() == 0
+        )
+        stats = judge.stats()
+    assert set(stats["outcomes"]) == {"fine"}  # the server, which counts sliding windows, refused nothing
+    start, end = stats["arrivals"][0][0], stats["arrivals"][-1][0]
+    shares = []
+    for minute in range(1, int((end - start) // 60)):
+        some = [one for one in stats["arrivals"] if minute * 60 <= one[0] - start < (minute + 1) * 60]
+        shares.append(len(some) / requests if binding == "requests" else sum(one[1] for one in some) / tokens)
+    print(f"{binding}: used {[round(share, 3) for share in shares]} of the limit in the minutes after the first")
+    assert len(shares) >= 2
+    assert all(0.95 <= share <= 1 for share in shares), shares
+
+
+@pytest.mark.verify
+@pytest.mark.timeout(900)
+def test_a_fifth_of_all_requests_goes_wrong(tmp_path: Path) -> None:
+    faults = {"429": 0.05, "500": 0.04, "502": 0.03, "hang": 0.02, "malformed": 0.02, "slow": 0.02, "drop": 0.02}
+    files = write_review_files(tmp_path / "files", 400)
+    with scripted_judge(faults=faults, retry_after=0.5, latency_s=0.05, storm=[10, 14]) as judge:
+        more = ("--judge.timeout_s", "3", "--num_reviewers", "4")
+        assert Driver(flags(files, judge.base_url, tmp_path / "out", *PRICE, *more), tmp_path / "log").wait() == 0
+        stats = judge.stats()
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    (found,) = report["results"]
+    assert sum(found[state] for state in ("done", "failed", "unparsed")) == 400
+    assert len(scores(tmp_path / "out" / "ledger.jsonl")) == 800
+    assert sum(times - 1 for times in stats["paid"].values()) <= report["calls"]["uncertain"]
+    assert len(stats["outcomes"]) == 8
