@@ -27,6 +27,7 @@ class Resources:
     cpus_per_worker: float
     use_gpu: bool
     accelerator_type: str | None
+    gpus_per_worker: float = 1.0
 
     @property
     def num_threads(self) -> int:
@@ -99,10 +100,11 @@ def fitted(cluster: ClusterConfig) -> Resources:
     """Resolve "auto" settings against the cluster; raise ConfigError when it is too small even when idle."""
     total = ray.cluster_resources()
     cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
-    use_gpu = gpus >= cluster.num_workers if cluster.use_gpu == "auto" else cluster.use_gpu
-    if use_gpu and gpus < cluster.num_workers:
+    wanted = cluster.num_workers * cluster.gpus_per_worker
+    use_gpu = gpus >= wanted if cluster.use_gpu == "auto" else cluster.use_gpu
+    if use_gpu and gpus < wanted:
         raise ConfigError(
-            f"{cluster.num_workers} workers want a GPU each, the cluster has {gpus:g}; "
+            f"{cluster.num_workers} workers want {cluster.gpus_per_worker:g} GPU each, the cluster has {gpus:g}; "
             "lower cluster.num_workers or set cluster.use_gpu = false"
         )
     room = cpus - DATA_CPUS
@@ -113,4 +115,4 @@ def fitted(cluster: ClusterConfig) -> Resources:
             f"{cluster.num_workers} workers x {cluster.cpus_per_worker} CPU and {DATA_CPUS:g} for data do not fit into "
             f"{cpus:g} CPUs: the run would wait for ever; lower cluster.num_workers or cluster.cpus_per_worker"
         )
-    return Resources(cluster.num_workers, cpus_per_worker, use_gpu, cluster.accelerator_type)
+    return Resources(cluster.num_workers, cpus_per_worker, use_gpu, cluster.accelerator_type, cluster.gpus_per_worker)

@@ -19,6 +19,7 @@ from ray.train import DataConfig as TrainDataConfig
 
 from llava_ray.chat.conversation import Turn
 from llava_ray.data.examples import Example
+from llava_ray.data.feature_cache import fetch_features, place_of
 from llava_ray.data.lengths import TokenLengths, load_encoder
 from llava_ray.data.plan import Plan, deal
 from llava_ray.data.settings import StreamSettings
@@ -140,7 +141,7 @@ def stream(descriptors: list[pa.Table], settings: StreamSettings) -> Dataset:
     )
     dataset = dataset.repartition(target_num_rows_per_block=ROWS_PER_BLOCK, strict=True)
     dataset = dataset.map_batches(
-        decode_images,
+        load_features if settings.features else decode_images,
         batch_size=None,
         batch_format="pyarrow",
         fn_kwargs={"settings": settings},
@@ -168,7 +169,7 @@ def max_block_bytes(settings: StreamSettings) -> int:
     """Return what a block's pixels or features may come to when all its rows are full of images."""
     spec, tokens = settings.image_spec, settings.image_tokens
     view = 3 * spec.height * spec.width
-    if settings.data.vision_features == "streamed":
+    if settings.data.vision_features != "inline":
         view = max(view, tokens.num_features * settings.mm_hidden_size * (2 if settings.bf16 else 4))
     views = ROWS_PER_BLOCK * settings.row_length * tokens.max_views // tokens.num_features
     return views * view
@@ -197,6 +198,7 @@ PACKED_SCHEMA = pa.schema(
         "labels": pa.list_(pa.int32()),
         "images": pa.list_(pa.large_binary()),
         "image_sizes": pa.list_(pa.list_(pa.int32(), 2)),  # (width, height) of each
+        "places": pa.list_(pa.int64()),  # of each in the feature cache
     }
 )
 
@@ -211,9 +213,10 @@ def fetch_records(descriptors: pa.Table, settings: StreamSettings) -> dict[tuple
         for shard, row in zip(shards, rows, strict=True):
             wanted.setdefault(shard, set()).add(row)
     records = {}
+    columns = [name for name in RECORD_COLUMNS if name != "images" or not settings.features]
     for shard, row_set in wanted.items():
         rows = sorted(row_set)
-        table = read_rows(settings.prepared_path, settings.shard_names[shard], rows, columns=RECORD_COLUMNS)
+        table = read_rows(settings.prepared_path, settings.shard_names[shard], rows, columns=columns)
         records.update({(shard, row): record for row, record in zip(rows, table.to_pylist(), strict=True)})
     return records
 
@@ -224,7 +227,7 @@ def packed(
     encode: Callable[[list[Turn], list[Size]], list[Example]],
 ) -> dict[str, Any]:
     """Lay one micro-batch's examples one behind the other."""
-    examples, ids, images, shown = [], [], [], []
+    examples, ids, images, shown, places = [], [], [], [], []
     for shard, number, part, num_tokens in zip(row["shard"], row["row"], row["part"], row["num_tokens"], strict=True):
         record = records[shard, number]
         sizes = list(zip(record["widths"], record["heights"], strict=True))
@@ -233,8 +236,9 @@ def packed(
             raise AssertionError(f"{record['id']}: {len(example.input_ids)} tokens, the plan says {num_tokens}")
         examples.append(example)
         ids.append(record["id"])
-        images += [record["images"][i] for i in example.images]
+        images += [record["images"][i] for i in example.images if "images" in record]
         shown += [sizes[i] for i in example.images]
+        places += [place_of(shard, number, i) for i in example.images]
     common = {name: row[name] for name in ("step", "rank", "num_supervised", "num_micro_batches", "num_tokens")}
     return common | {
         "ids": ids,
@@ -242,7 +246,18 @@ def packed(
         "labels": np.concatenate([e.labels for e in examples]) if examples else [],
         "images": images,
         "image_sizes": shown,
+        "places": places,
     }
+
+
+def load_features(table: pa.Table, settings: StreamSettings) -> pa.Table:
+    """Replace each row's images by their features from the cache: bytes of (n, p, v) in the tower's dtype."""
+    assert settings.features is not None
+    places = table["places"].to_pylist()
+    parts = iter(fetch_features(settings.features, [place for row in places for place in row]))
+    cells = [b"".join(next(parts) for _ in row) for row in places]
+    position = table.column_names.index("images")
+    return table.set_column(position, "features", pa.array(cells, pa.large_binary()))
 
 
 def decode_images(table: pa.Table, settings: StreamSettings) -> pa.Table:
