@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,15 +36,16 @@ class Resources:
 
 
 @contextmanager
-def connected(cluster: ClusterConfig) -> Iterator[Resources]:
+def connected(cluster: ClusterConfig, *, runs: int = 1, quiet: bool = False) -> Iterator[Resources]:
     """Join the cluster that ``cluster.address``, the job or the machine names, or start a local one; leave it after.
 
-    Yields what the run may take. Raises ConfigError when the cluster cannot be reached or is too small.
+    A local one has room for ``runs`` at a time; ``quiet`` keeps what workers print out of this terminal. Yields what
+    the run may take. Raises ConfigError when the cluster cannot be reached or is too small.
     """
     if ray.is_initialized():  # a notebook or a test that has its own
         yield fitted(cluster)
         return
-    started_here = start(cluster)
+    started_here = start(cluster, runs=runs, quiet=quiet)
     try:
         resources = fitted(cluster)
         total = ray.cluster_resources()
@@ -60,7 +61,7 @@ def connected(cluster: ClusterConfig) -> Iterator[Resources]:
         ray.shutdown()
 
 
-def start(cluster: ClusterConfig) -> bool:
+def start(cluster: ClusterConfig, *, runs: int = 1, quiet: bool = False) -> bool:
     """Connect this process to Ray; return whether a new local cluster had to be started.
 
     A cluster that merely happens to run on this machine is not joined: it may be another run's own, and end with it.
@@ -72,11 +73,11 @@ def start(cluster: ClusterConfig) -> bool:
     inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # a second working_dir would be refused there
     address = cluster.address or os.environ.get("RAY_ADDRESS") or ("auto" if inside_job else None)
     if address is None:
-        ray.init(address="local", num_cpus=local_cpus(cluster), logging_config=logging)
+        ray.init(address="local", num_cpus=local_cpus(cluster, runs), logging_config=logging, log_to_driver=not quiet)
         return True
     runtime_env = {} if inside_job else {"working_dir": str(root()), "excludes": EXCLUDED}
     try:
-        ray.init(address=address, runtime_env=runtime_env, logging_config=logging)
+        ray.init(address=address, runtime_env=runtime_env, logging_config=logging, log_to_driver=not quiet)
     except ConnectionError as error:
         raise ConfigError(
             f"no Ray cluster answers at {address!r}: {error}; check cluster.address, or leave it out to start "
@@ -90,10 +91,27 @@ def root() -> Path:
     return Path(__file__).resolve().parent.parent
 
 
-def local_cpus(cluster: ClusterConfig) -> int:
+def local_cpus(cluster: ClusterConfig, runs: int = 1) -> int:
     """Return the logical CPUs of a local cluster: all there are, and enough for workers and data side by side."""
-    wanted = cluster.num_workers * (1.0 if cluster.cpus_per_worker == "auto" else cluster.cpus_per_worker)
-    return max(os.cpu_count() or 1, math.ceil(wanted + 2 * DATA_CPUS))
+    return max(os.cpu_count() or 1, math.ceil(runs * (worker_cpus(cluster) + DATA_CPUS) + DATA_CPUS))
+
+
+def worker_cpus(cluster: ClusterConfig) -> float:
+    """Return the CPUs that all workers of a run would like to have."""
+    return cluster.num_workers * (1.0 if cluster.cpus_per_worker == "auto" else cluster.cpus_per_worker)
+
+
+def local_runs(cluster: ClusterConfig) -> int:
+    """Return how many runs at a time this machine's cores can carry."""
+    return max(1, int((os.cpu_count() or 1) / worker_cpus(cluster)))
+
+
+def runs_at_once(total: Mapping[str, float], resources: Resources) -> int:
+    """Return how many runs a cluster with these resources has room for; at least the one that fits."""
+    fitting = (total.get("CPU", 0.0)) / (resources.num_workers * resources.cpus_per_worker + DATA_CPUS)
+    if resources.use_gpu:
+        fitting = min(fitting, total.get("GPU", 0.0) / (resources.num_workers * resources.gpus_per_worker))
+    return max(1, int(fitting))
 
 
 def fitted(cluster: ClusterConfig) -> Resources:

@@ -16,9 +16,17 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from llava_ray.config.schema import Section, dotted_keys
 from llava_ray.config.sections import FinetuneConfig
 
-# Sections that a trial may not change: where it runs, and what all trials are judged by.
-FIXED_SECTIONS = ("run", "tracking", "cluster", "held_out", "sweep")
-FIXED_KEYS = ("train.seed", "train.save_steps")
+# What a trial may not change: where it runs, what all are judged by, and what a step is, at which they are compared.
+FIXED_SECTIONS = ("run", "tracking", "cluster", "held_out")
+FIXED_KEYS = (
+    "data.data_path",
+    "data.max_samples",
+    "train.global_batch_size",
+    "train.max_steps",
+    "train.num_train_epochs",
+    "train.save_steps",
+    "train.seed",
+)
 
 
 class Dimension(Section):

@@ -71,6 +71,6 @@ def tell_apart(standings: Sequence[Standing], search: SearchConfig, num_answers:
     if not near:
         return []
     return [
-        f"{len(near)} other setting(s) are within chance of the best ({STANDARD_ERRORS * error:.1%} for {asked} answers): "
-        "raise held_out.num_answers or sweep.num_seeds to tell them apart, or take the cheapest."
+        f"{len(near)} other setting(s) are within chance of the best ({STANDARD_ERRORS * error:.1%} for {asked} "
+        "answers): raise held_out.num_answers or sweep.num_seeds to tell them apart, or take the cheapest."
     ]

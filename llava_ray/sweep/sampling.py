@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -109,12 +110,16 @@ def drawn_value(dimension: Dimension, share: float) -> Any:
     return rounded(low + share * (high - low))
 
 
-def suggest(space: Space) -> Callable[[OptunaTrial], Settings]:
-    """Return the function by which Optuna asks for settings ("define by run", so that conditions hold)."""
+@dataclass(frozen=True)
+class Suggest:
+    """The function by which Optuna asks for settings ("define by run", so that conditions hold); can be pickled."""
 
-    def ask(trial: OptunaTrial) -> Settings:
+    space: Space
+
+    def __call__(self, trial: OptunaTrial) -> Settings:
+        """Ask for each dimension that matters."""
         settings: Settings = {}
-        for key, dimension in space.dimensions.items():
+        for key, dimension in self.space.dimensions.items():
             if not dimension.matters(settings):
                 continue
             if dimension.choice is not None:
@@ -126,8 +131,6 @@ def suggest(space: Space) -> Callable[[OptunaTrial], Settings]:
                 value = trial.suggest_float(key, low, high, log=bool(dimension.log_uniform))
                 settings[key] = min(max(rounded(value), low), high)
         return settings
-
-    return ask
 
 
 def rounded(value: float) -> float:

@@ -22,6 +22,10 @@ class Look:
         """Return one of the two."""
         return self.held_out_loss if metric == LOSS else self.held_out_accuracy
 
+    def as_report(self) -> dict[str, Any]:
+        """Return what a run reports to Tune, without what was not looked at."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
 
 @dataclass
 class Trial:

@@ -100,7 +100,7 @@ class Checkpointer:
         # The ledger must hold every step up to here before the checkpoint counts.
         ray.get(self.settings.journal.flush.remote())
         ray.train.report(
-            {"step": step} | judged,
+            {"step": step, "num_steps": self.settings.num_steps} | judged,
             checkpoint=Checkpoint.from_directory(str(folder)),
             checkpoint_dir_name=folder.name,
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
