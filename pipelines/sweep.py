@@ -19,7 +19,7 @@ from llava_ray.sweep.search import search
 from llava_ray.sweep.shared import absolute_space, common_config, share
 from llava_ray.sweep.trial import tune_trial
 from pipelines.command import run_command
-from pipelines.sweep_results import Sweep, keep, tell, track
+from pipelines.sweep_results import Sweep, closing, keep, tell, track
 
 
 def main(arguments: Sequence[str]) -> Sweep:
@@ -31,8 +31,9 @@ def main(arguments: Sequence[str]) -> Sweep:
     print(json.dumps({"space": space.model_dump(exclude_defaults=True)["dimensions"]}, indent=1), flush=True)
     folder = open_sweep(config, space)
     start = time.perf_counter()
-    with connected(config.cluster, runs=local_runs(config.cluster), quiet=True) as resources:
-        tracked = track(config, folder)
+    tracked = track(config, folder)
+    cluster = connected(config.cluster, runs=local_runs(config.cluster), quiet=True)
+    with closing(tracked), cluster as resources:
         common = common_config(config, folder, tracked.tracking_uri, tracked.run_id)
         num_steps = share(common.base, space, resources)
         where = {"tracking_uri": tracked.tracking_uri, "experiment_name": config.tracking.experiment_name}

@@ -1,11 +1,14 @@
 """What a sweep leaves behind: the best model and its recipe, the report, MLflow's parent run, and what to say."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from llava_ray.config.space import Space, SweepConfig
 from llava_ray.data.storage import read_file, write_file
+from llava_ray.errors import LlavaRayError
 from llava_ray.report.rendering import render
 from llava_ray.sweep.page import make_page
 from llava_ray.sweep.results import Results, summarise
@@ -34,6 +37,19 @@ def track(config: SweepConfig, folder: str) -> TrackedRun:
     tracked = TrackedRun(uri, config.tracking.experiment_name, str(config.run.name), folder)
     tracked.log_params(config.model_dump(mode="json"))
     return tracked
+
+
+@contextmanager
+def closing(tracked: TrackedRun) -> Iterator[None]:
+    """Mark the sweep's run FAILED or KILLED in MLflow when it does not end well."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        tracked.end("KILLED")
+        raise
+    except LlavaRayError:
+        tracked.end("FAILED")
+        raise
 
 
 def keep(

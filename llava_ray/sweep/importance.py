@@ -1,5 +1,6 @@
 """How much of the differences between trials each setting explains by itself. Pure."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,8 @@ def importance(trials: Sequence[Trial], space: Space, metric: str = LOSS) -> dic
     """
     step = common_step(trials)
     looks = [(trial, trial.look(step)) for trial in trials if step is not None]
-    known = [(trial.settings, value) for trial, look in looks if look and (value := look.value(metric)) is not None]
+    values = [(trial.settings, look.value(metric)) for trial, look in looks if look]
+    known = [(settings, value) for settings, value in values if value is not None and math.isfinite(value)]
     if len(known) < FEWEST_TRIALS:
         return {}
     ranks = ranked(np.asarray([value for _, value in known]))
@@ -40,17 +42,26 @@ def ranked(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
 
 
 def explained(values: Sequence[Any], dimension: Dimension, target: Float[np.ndarray, " n"]) -> float:
-    """Return the share of the target's variance that a curve through a number, or the means of groups, explain."""
-    total = float(np.square(target - target.mean()).sum())
-    if not total:
-        return 0.0
-    numbers = as_numbers(values, dimension)
+    """Return the share of the target's variance that the means of groups, or a curve through numbers, explain.
+
+    Adjusted for the number of groups or coefficients: with eight trials, four groups would explain 43 % of pure chance.
+    """
     distinct = len({repr(value) for value in values})
+    fits = [(group_means(values, target), distinct)]
+    numbers = as_numbers(values, dimension)
     if numbers is not None and distinct > CURVE_DEGREE + 1:
-        fitted = np.polyval(np.polyfit(numbers, target, CURVE_DEGREE), numbers)
-    else:
-        fitted = group_means(values, target)
-    return max(0.0, 1 - float(np.square(target - fitted).sum()) / total)
+        curve = np.polyval(np.polyfit(numbers, target, CURVE_DEGREE), numbers)
+        fits.append((curve, CURVE_DEGREE + 1))
+    return max(0.0, *(adjusted(target, fitted, count) for fitted, count in fits))
+
+
+def adjusted(target: Float[np.ndarray, " n"], fitted: Float[np.ndarray, " n"], num_parameters: int) -> float:
+    """Return the adjusted coefficient of determination; 0 where nothing is left to estimate it from."""
+    num_free = len(target) - num_parameters
+    total = float(np.square(target - target.mean()).sum())
+    if num_free <= 0 or not total:
+        return 0.0
+    return 1 - float(np.square(target - fitted).sum()) / num_free / (total / (len(target) - 1))
 
 
 def as_numbers(values: Sequence[Any], dimension: Dimension) -> Float[np.ndarray, " n"] | None:

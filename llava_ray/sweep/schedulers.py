@@ -51,7 +51,14 @@ def hyperband(goal: dict[str, Any], search: SearchConfig, num_steps: int, grace_
 def median(goal: dict[str, Any], search: SearchConfig, num_steps: int, grace_steps: int) -> TrialScheduler:
     """Return the rule that stops what is worse than the others' mean so far, at the median."""
     del search, num_steps
-    return MedianStoppingRule(STEP, **goal, grace_period=grace_steps, min_samples_required=2)
+    # Left alone it pauses trials so that waiting ones can catch up: a run would be torn down and started again.
+    return MedianStoppingRule(
+        STEP,
+        **goal,
+        grace_period=grace_steps,
+        min_samples_required=2,
+        min_time_slice=math.inf,  # type: ignore[arg-type]
+    )
 
 
 def first_come(goal: dict[str, Any], search: SearchConfig, num_steps: int, grace_steps: int) -> TrialScheduler:
