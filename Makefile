@@ -34,6 +34,7 @@ verify: $(READY)  ## The long proofs; writes tests/benchmarks/results/*.json
 	$(BIN)/python tests/benchmarks/bench_serve.py --model runs/quickstart/model --output tests/benchmarks/results/serve.json
 	$(BIN)/python tests/benchmarks/bench_evaluate.py --model runs/quickstart/model --output tests/benchmarks/results/evaluate.json
 	$(BIN)/python tests/benchmarks/bench_sweep.py --output tests/benchmarks/results/sweep.json
+	$(BIN)/python tests/benchmarks/bench_sweep_overhead.py --output tests/benchmarks/results/sweep_overhead.json
 
 lint: $(READY)  ## Style, types and layers
 	$(BIN)/ruff format --check .
