@@ -54,6 +54,17 @@ def default_settings(space: Space, base: FinetuneConfig) -> Settings:
     return {key: own[key] for key, dimension in space.dimensions.items() if dimension.matters(own)}
 
 
+def lies_inside(space: Space, settings: Settings) -> bool:
+    """Tell whether a search of the space could come to these settings."""
+    for key, value in settings.items():
+        dimension = space.dimensions[key]
+        if dimension.choice is not None and value not in dimension.choice:
+            return False
+        if dimension.bounds is not None and not dimension.bounds[0] <= value <= dimension.bounds[1]:
+            return False
+    return True
+
+
 def identity(settings: Settings) -> str:
     """Return a text that is the same for equal settings: 1 and 1.0, list and tuple."""
     return repr(sorted((key, float(v) if type(v) in (int, float) else _plain(v)) for key, v in settings.items()))

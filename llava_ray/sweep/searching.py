@@ -9,7 +9,7 @@ from ray.tune.search.optuna import OptunaSearch  # imports without optuna
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.config.space import SearchConfig, Space
 from llava_ray.errors import ConfigError
-from llava_ray.sweep.sampling import Suggest, default_settings, list_settings
+from llava_ray.sweep.sampling import Suggest, default_settings, lies_inside, list_settings
 from llava_ray.sweep.trial import GIVEN
 from llava_ray.sweep.trials import LOWER_IS_BETTER
 
@@ -55,7 +55,7 @@ def make_optuna(space: Space, search: SearchConfig, base: FinetuneConfig) -> Sea
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
     mode = "min" if LOWER_IS_BETTER[search.metric] else "max"
-    own = [enqueued(space, base)] if search.include_default else None
+    own = enqueued(space, base) if search.include_default else None
     return PatientOptuna(
         Suggest(space),
         metric=[search.metric, SECONDS] if search.weigh_cost else search.metric,
@@ -65,7 +65,9 @@ def make_optuna(space: Space, search: SearchConfig, base: FinetuneConfig) -> Sea
     )
 
 
-def enqueued(space: Space, base: FinetuneConfig) -> dict[str, Any]:
-    """Return the recipe's own settings as Optuna calls them, so that it tries these first."""
+def enqueued(space: Space, base: FinetuneConfig) -> list[dict[str, Any]] | None:
+    """Return the recipe's own settings as Optuna calls them, so that it tries these first; None outside the space."""
     own = default_settings(space, base)
-    return {key: repr(value) if space.dimensions[key].choice is not None else value for key, value in own.items()}
+    if not lies_inside(space, own):
+        return None
+    return [{key: repr(value) if space.dimensions[key].choice is not None else value for key, value in own.items()}]

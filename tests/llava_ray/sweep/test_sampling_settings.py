@@ -9,7 +9,16 @@ import pytest
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.config.space import SearchConfig, Space
 from llava_ray.errors import ConfigError
-from llava_ray.sweep.sampling import Suggest, default_settings, draws, grid, identity, list_settings, points
+from llava_ray.sweep.sampling import (
+    Suggest,
+    default_settings,
+    draws,
+    grid,
+    identity,
+    lies_inside,
+    list_settings,
+    points,
+)
 
 BASE = FinetuneConfig.parsed({"model": {"model_name_or_path": "m"}, "data": {"data_path": "d"}})
 SPACE = Space.parsed(
@@ -54,6 +63,8 @@ def test_the_recipes_own_settings_come_first_and_once():
     assert len(list_settings(SPACE, SearchConfig(method="grid"), inside)) == 18
     assert len(list_settings(SPACE, SearchConfig(method="random", num_trials=7), BASE)) == 7
     without = SearchConfig(method="random", num_trials=7, include_default=False)
+    assert not lies_inside(SPACE, own)
+    assert lies_inside(SPACE, default_settings(SPACE, inside))
     assert identity(own) not in map(identity, list_settings(SPACE, without, BASE))
 
 
