@@ -1,6 +1,7 @@
 """Which trial is the best, what it beats, what mattered, what to try next: all on invented trials."""
 
 import math
+import random
 
 import pytest
 
@@ -109,6 +110,16 @@ def test_a_setting_that_decides_explains_all_and_one_that_does_not_nothing():
     by_kind = [trial(t.number, t.settings[KIND], t.settings[RATE], [1.0 if t.number % 2 else 0.5]) for t in trials]
     assert importance(by_kind, SPACE)[KIND] == pytest.approx(1)
     assert importance(trials[:3], SPACE) == {}
+
+
+def test_chance_explains_nothing():
+    draw = random.Random(0)
+    shares = [
+        importance([trial(i, "linear", 10.0 ** -(i % 4), [draw.random()]) for i in range(8)], SPACE)[RATE]
+        for _ in range(200)
+    ]
+    # Never below zero, so a little on average; without the adjustment it would be 0.43.
+    assert sum(shares) / len(shares) < 0.3
 
 
 def test_advice_names_the_end_of_the_space_the_diverged_and_the_idle():

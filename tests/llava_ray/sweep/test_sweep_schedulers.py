@@ -29,8 +29,10 @@ def report(step: int, loss: float) -> dict[str, float]:
     return {"step": step, "num_steps": NUM_STEPS, "held_out_loss": loss}
 
 
-def sweep(scheduler: TrialScheduler, losses: dict[str, float], ledger: Ledger | None = None) -> dict[str, int]:
-    """Run trials one after the other; return the step at which each ended."""
+def sweep(
+    scheduler: TrialScheduler, losses: dict[str, float], ledger: Ledger | None = None
+) -> dict[str, tuple[int, bool]]:
+    """Run trials one after the other; return the step at which each ended, and whether it was stopped."""
     ended = {}
     for name, loss in losses.items():
         trial = StubTrial(name)
@@ -38,12 +40,13 @@ def sweep(scheduler: TrialScheduler, losses: dict[str, float], ledger: Ledger | 
         if ledger:
             ledger.start(name, {}, 0)
         for step in STEPS:
-            ended[name] = step
             if ledger:
                 ledger.see(name, Look(step, loss))
-            if scheduler.on_trial_result(None, trial, report(step, loss)) == TrialScheduler.STOP:
+            stopped = scheduler.on_trial_result(None, trial, report(step, loss)) == TrialScheduler.STOP
+            ended[name] = (step, stopped)
+            if stopped:
                 break
-        scheduler.on_trial_complete(None, trial, report(ended[name], loss))
+        scheduler.on_trial_complete(None, trial, report(ended[name][0], loss))
     return ended
 
 
@@ -54,8 +57,9 @@ LOSSES = {f"t{i}": loss for i, loss in enumerate([0.5, 0.9, 0.8, 0.4, 0.7, 0.6, 
 def test_the_best_always_reaches_its_end_and_is_left_to_finish(name, tmp_path):
     scheduler = make_scheduler(SearchConfig(scheduler=name), NUM_STEPS, 10, str(tmp_path))
     ended = sweep(scheduler, LOSSES)
-    assert ended["t6"] == NUM_STEPS
-    total = sum(ended.values())
+    assert ended["t6"] == (NUM_STEPS, False)
+    assert not any(stopped for step, stopped in ended.values() if step == NUM_STEPS)
+    total = sum(step for step, _ in ended.values())
     if name == "none":
         assert total == NUM_STEPS * len(LOSSES)
     if name == "asha":
