@@ -144,7 +144,8 @@ def _draw_lines(axes: "Axes", chart: LineChart) -> None:
     for series in chart.series:
         colour = SERIES[names.index(series.name) % len(SERIES)]
         look = {"alpha": 0.28, "linewidth": 1.2, "zorder": 1} if series.faint else {"zorder": 2}
-        axes.plot(series.x, series.y, color=colour, marker="o" if len(series.y) == 1 else None, **look)
+        dot = len(series.y) == 1 and not series.ends_early
+        axes.plot(series.x, series.y, color=colour, marker="o" if dot else None, **look)
         if series.ends_early:
             axes.plot(series.x[-1:], series.y[-1:], color=colour, marker="x", markersize=7, markeredgewidth=2)
     if chart.log_y:
@@ -170,10 +171,10 @@ def _draw_parallel(axes: "Axes", chart: ParallelChart, width: int) -> None:
             axes.annotate(
                 _drawable(label),
                 (x, height),
-                xytext=(-6 if last else 6, 0),
+                xytext=(-5 if last else 5, -3 if height == 1 else 3),
                 textcoords="offset points",
                 ha="right" if last else "left",
-                va="center",
+                va="top" if height == 1 else "bottom",
                 color=MUTED,
                 fontsize=size - 1,
                 zorder=3,

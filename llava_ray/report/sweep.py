@@ -78,7 +78,7 @@ def sweep_report(summary: SweepSummary, rows: Sequence[TrialRow], links: Links) 
     seen = [row for row in rows if row.steps]
     sections = [
         Section("Trials", [*verdict, trial_table(rows, summary.num_steps)], summary.best),
-        Section("Settings and results", [parallel_chart(seen)] if len(seen) > 1 else []),
+        Section("How settings compare", [parallel_chart(seen)] if len(seen) > 1 else []),
         Section("How they went", curves(seen), "A cross marks a trial that was stopped early."),
         Section("What mattered", importance_of(summary.importance)),
         Section("Cost", [cost_chart(rows), *unbeaten_table(summary.unbeaten)]),
@@ -95,7 +95,7 @@ def count_kinds(rows: Sequence[TrialRow]) -> list[str]:
 
 
 def trial_table(rows: Sequence[TrialRow], num_steps: int) -> Table:
-    """Return all trials, the best first, then by their last accuracy or loss within each kind."""
+    """Return all trials with what held-out samples said last, the best first, then by it within each kind."""
     keys = list(dict.fromkeys(key for row in rows for key in row.settings))
     order = [BEST, WHOLE, EARLY, BAD]
 
@@ -108,7 +108,7 @@ def trial_table(rows: Sequence[TrialRow], num_steps: int) -> Table:
             f"{row.number}" + (" ★" if row.kind == BEST else ""),
             *(written(row.settings[key]) if key in row.settings else None for key in keys),
             str(row.seed),
-            f"{row.steps[-1] if row.steps else 0} of {num_steps}",
+            f"{row.steps[-1] if row.steps else 0}/{num_steps}",
             row.losses[-1] if row.losses else None,
             f"{row.accuracies[-1]:.1%}" if row.accuracies else None,
             round(row.seconds),
@@ -116,7 +116,7 @@ def trial_table(rows: Sequence[TrialRow], num_steps: int) -> Table:
         ]
         for row in sorted(rows, key=place)
     ]
-    header = ["trial", *keys, "seed", "steps", "held-out loss", "accuracy", "seconds", "how it ended"]
+    header = ["trial", *keys, "seed", "steps", "loss", "accuracy", "seconds", "how it ended"]
     return Table(header, cells)
 
 

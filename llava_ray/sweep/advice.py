@@ -33,7 +33,7 @@ def advise(
         advice.append(f"{len(failed)} trials failed: read their reasons in the table before trusting the rest.")
     idle = [key for key, share in shares.items() if share < UNIMPORTANT]
     if idle and len(idle) < len(shares):
-        advice.append(f"{', '.join(idle)} made hardly any difference: leave them at the recipe's own and save trials.")
+        advice.append(f"{', '.join(idle)} made hardly any difference: leave it at the recipe's own, and save trials.")
     return advice or ["Nothing stands out: the best lies inside the space, and its lead is larger than chance."]
 
 
