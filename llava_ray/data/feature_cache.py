@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 MANIFEST, INDEX, USED = "features.json", "index.parquet", "used"
-SECONDS_IN_USE = 3600.0  # what was used within the hour may be in use still, and never makes room
+SECONDS_IN_USE = 86400.0  # a run that started within a day may be reading still: what it reads never makes room
 NUM_FETCHING = 16
 
 INDEX_SCHEMA = pa.schema({"place": pa.int64(), "file": pa.int32(), "offset": pa.int64(), "length": pa.int64()})
@@ -121,7 +121,8 @@ def make_room(root: str, name: str, needed: int, budget: int) -> list[str]:
         if len(dropped) == len(old):
             raise ConfigError(
                 f"the features would take up to {in_gb(needed)}, and {root} holds {in_gb(sum(sizes.values()))} that "
-                f"may be in use, over data.feature_cache_gb = {budget / 1e9:g}: raise it, or try again in an hour"
+                f"runs of the last day may be reading, over data.feature_cache_gb = {budget / 1e9:g}: raise it, or "
+                "delete the entries that no run needs any more"
             )
         dropped.append(old[len(dropped)])
         sizes.pop(dropped[-1])
