@@ -237,11 +237,11 @@ class TrainConfig(Section):
 class HeldOutConfig(Section):
     """What a run looks at whenever it saves, and never learns from."""
 
-    data_path: str | None = None
+    path: str | None = None
     """Held-out samples, in any form that data.data_path takes; None looks at nothing."""
-    image_folder: str | None = None
+    images: str | None = None
     """Where their relative image paths start; default: data.image_folder."""
-    max_samples: PositiveInt = 512
+    num_samples: PositiveInt = 512
     """Use only the first so many records for the loss."""
     num_answers: NonNegativeInt = 128
     """Let the model answer the first so many of them; an answer counts if it is the record's own but for case."""
@@ -327,7 +327,7 @@ class FinetuneConfig(Section):
     @model_validator(mode="after")
     def answers_need_whole_weights(self) -> Self:
         """Refuse answers from a model of which no worker has all."""
-        if self.held_out.data_path and self.held_out.num_answers and self.train.zero_stage == 3:
+        if self.held_out.path and self.held_out.num_answers and self.train.zero_stage == 3:
             raise ValueError(
                 "held_out.num_answers needs the whole model in each worker, which train.zero_stage = 3 takes apart: "
                 "set held_out.num_answers = 0 (the held-out loss stays), or train.zero_stage = 2"

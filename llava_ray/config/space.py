@@ -102,8 +102,8 @@ class SearchConfig(Section):
     """Settings to try; a grid has its own number."""
     num_seeds: PositiveInt = 1
     """Runs of each setting with different seeds."""
-    seed: int = 0
-    """Of the search itself."""
+    search_seed: int = 0
+    """Of the search itself; trials have train.seed."""
     metric: Literal["held_out_accuracy", "held_out_loss"] = "held_out_accuracy"
     """What makes a trial the best; the other of the two decides between equals."""
     weigh_cost: bool = False
@@ -147,8 +147,8 @@ class SweepConfig(FinetuneConfig):
     @model_validator(mode="after")
     def trials_are_judged(self) -> Self:
         """Refuse a sweep that could not tell its trials apart."""
-        if not self.held_out.data_path:
-            raise ValueError("a sweep judges its trials by held-out data: set held_out.data_path")
+        if not self.held_out.path:
+            raise ValueError("a sweep judges its trials by held-out data: set held_out.path")
         asked = {self.sweep.metric, self.sweep.stop_metric}
         if "held_out_accuracy" in asked and not self.held_out.num_answers:
             raise ValueError("held_out_accuracy needs answers: set held_out.num_answers, or judge by held_out_loss")

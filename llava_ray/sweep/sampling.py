@@ -34,7 +34,7 @@ def list_settings(space: Space, search: SearchConfig, base: FinetuneConfig) -> l
     """
     own = [default_settings(space, base)] if search.include_default else []
     found = {identity(settings): settings for settings in own}
-    drawn = grid(space) if search.method == "grid" else draws(space, search.seed)
+    drawn = grid(space) if search.method == "grid" else draws(space, search.search_seed)
     wanted = math.inf if search.method == "grid" else search.num_trials
     for settings in itertools.islice(drawn, None if search.method == "grid" else 100 * search.num_trials):
         if len(found) == wanted:

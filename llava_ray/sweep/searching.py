@@ -61,7 +61,7 @@ def make_optuna(space: Space, search: SearchConfig, base: FinetuneConfig) -> Sea
         metric=[search.metric, SECONDS] if search.weigh_cost else search.metric,
         mode=[mode, "min"] if search.weigh_cost else mode,
         points_to_evaluate=own,
-        seed=search.seed,
+        seed=search.search_seed,
     )
 
 

@@ -33,10 +33,10 @@ def common_config(config: SweepConfig, folder: str, tracking_uri: str, parent_ru
     paths = {"data.cache_dir": absolute(config.data.cache_dir), "data.data_path": absolute(config.data.data_path)}
     if config.data.image_folder:
         paths["data.image_folder"] = absolute(config.data.image_folder)
-    if config.held_out.data_path:
-        paths["held_out.data_path"] = absolute(config.held_out.data_path)
-    if config.held_out.image_folder:
-        paths["held_out.image_folder"] = absolute(config.held_out.image_folder)
+    if config.held_out.path:
+        paths["held_out.path"] = absolute(config.held_out.path)
+    if config.held_out.images:
+        paths["held_out.images"] = absolute(config.held_out.images)
     trials = {
         "run.storage_path": f"{folder}/trials",
         "run.max_failures": config.sweep.max_retries,

@@ -172,10 +172,10 @@ def stream_settings(
 def held_out_samples(config: FinetuneConfig, blueprint: Blueprint, resources: Resources) -> HeldOut | None:
     """Prepare what the run looks at beside its own data, or None."""
     asked = config.held_out
-    if asked.data_path is None:
+    if asked.path is None:
         return None
-    folder = asked.image_folder or config.data.image_folder
-    changes = {"data_path": asked.data_path, "image_folder": folder, "max_samples": asked.max_samples}
+    folder = asked.images or config.data.image_folder
+    changes = {"data_path": asked.path, "image_folder": folder, "max_samples": asked.num_samples}
     config = config.replaced({f"data.{key}": value for key, value in changes.items()} | {"data.shuffle_window": 0})
     prepared = prepare_data(config.data, show_progress=False)
     settings = stream_settings(config, prepared, blueprint, resources)

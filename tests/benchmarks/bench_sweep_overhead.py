@@ -58,7 +58,7 @@ def main() -> None:
             {
                 "model": {"model_name_or_path": "none"},
                 "data": {"data_path": "none"},
-                "held_out": {"data_path": "none"},
+                "held_out": {"path": "none"},
                 "sweep": {"num_trials": options.num_trials, "max_concurrent_trials": 4, "scheduler": "asha"},
                 "run": {"name": "stub", "storage_path": folder},
                 "train": {"save_steps": 10},

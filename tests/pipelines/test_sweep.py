@@ -39,8 +39,8 @@ def make_recipe(folder: Path, **changes: Any) -> Path:
     held_out = write_samples(folder / "held_out", 24, seed=5)
     base = {
         "data.vision_features": "cached",
-        "held_out.data_path": str(held_out),
-        "held_out.image_folder": str(folder / "held_out/images"),
+        "held_out.path": str(held_out),
+        "held_out.images": str(folder / "held_out/images"),
         "held_out.num_answers": 6,
         "held_out.max_new_tokens": 3,
         "train.num_train_epochs": 2,

@@ -21,7 +21,7 @@ model_name_or_path = "m"
 [data]
 data_path = "d.json"
 [held_out]
-data_path = "h.json"
+path = "h.json"
 """
 
 
@@ -66,7 +66,7 @@ def test_the_name_follows_from_the_space_too(tmp_path):
         ("log_uniform = [1e-4, 1e-2]", "loguniform = [1e-4, 1e-2]", "unknown key.*loguniform"),
         ('when = { "lora.lora_enable"', 'when = { "lora.lora_alpha"', "not named before it"),
         ('["linear", "mlp2x_gelu"]', '["linear", "mlp0x"]', "settings that no run can have.*unknown projector"),
-        ('[held_out]\ndata_path = "h.json"', "", "set held_out.data_path"),
+        ('[held_out]\npath = "h.json"', "", "set held_out.path"),
     ],
 )
 def test_what_cannot_be_searched_is_refused_before_anything_starts(tmp_path, old, new, said):

@@ -23,7 +23,7 @@ def config_of(**search: object) -> SweepConfig:
         {
             "model": {"model_name_or_path": "m"},
             "data": {"data_path": "d"},
-            "held_out": {"data_path": "h"},
+            "held_out": {"path": "h"},
             "sweep": {"method": "optuna", **search},
         }
     )
