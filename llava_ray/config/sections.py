@@ -242,7 +242,7 @@ class HeldOutConfig(Section):
     images: str | None = None
     """Where their relative image paths start; default: data.image_folder."""
     num_samples: PositiveInt = 512
-    """Use only the first so many records for the loss."""
+    """Use only the first so many records for the loss; of a folder that prepare.py wrote, all."""
     num_answers: NonNegativeInt = 128
     """Let the model answer the first so many of them; an answer counts if it is the record's own but for case."""
     max_new_tokens: PositiveInt = 16

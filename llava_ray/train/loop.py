@@ -69,8 +69,8 @@ def train_loop(given: dict[str, Any]) -> None:
             continue
         with meter.aside():
             judged = examiner.examine(engine, device)
-            journal.record.remote(rank, step, metrics | judged, samples)
-            checkpointer.save(step + 1, judged)
+        journal.record.remote(rank, step, metrics | judged, samples)
+        checkpointer.save(step + 1, judged)
     write_bundle(engine, parts, settings)
 
 

@@ -27,7 +27,7 @@ from llava_ray.data.lengths import EncoderSettings, TokenLengths, measure_length
 from llava_ray.data.plan import Plan
 from llava_ray.data.preparation import prepare_data
 from llava_ray.data.settings import StreamSettings
-from llava_ray.data.shards import PreparedData
+from llava_ray.data.shards import PreparedData, is_prepared
 from llava_ray.data.storage import read_file, write_file
 from llava_ray.data.stream import DealToRanks, TrainStream
 from llava_ray.errors import LlavaRayError, TrainingError
@@ -175,7 +175,8 @@ def held_out_samples(config: FinetuneConfig, blueprint: Blueprint, resources: Re
     if asked.path is None:
         return None
     folder = asked.images or config.data.image_folder
-    changes = {"data_path": asked.path, "image_folder": folder, "max_samples": asked.num_samples}
+    most = None if is_prepared(asked.path) else asked.num_samples
+    changes = {"data_path": asked.path, "image_folder": folder, "max_samples": most}
     config = config.replaced({f"data.{key}": value for key, value in changes.items()} | {"data.shuffle_window": 0})
     prepared = prepare_data(config.data, show_progress=False)
     settings = stream_settings(config, prepared, blueprint, resources)
