@@ -1,4 +1,4 @@
-"""What a sweep leaves behind, made of invented trials: the best's model and recipe, the page, the folder's own checks."""
+"""What a sweep leaves behind, made of invented trials: the best's model and recipe, the page, the folder."""
 
 import json
 from pathlib import Path
