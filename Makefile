@@ -4,16 +4,19 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-EXTRAS := dev,quickstart,report,qlora
+EXTRAS := dev,quickstart,report,qlora,sweep
 VLLM := .venv-vllm
 
-.PHONY: help quickstart serve test test-vllm verify lint benchmark clean
+.PHONY: help quickstart sweep serve test test-vllm verify lint benchmark clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 quickstart: $(READY)  ## Train a small real LLaVA on this machine and show what it learnt
 	$(BIN)/python pipelines/quickstart.py
+
+sweep: $(READY)  ## Search projector and learning rate for the quickstart's alignment
+	$(BIN)/python pipelines/quickstart_sweep.py
 
 serve: $(READY)  ## Serve the quickstart's model: API and page on http://127.0.0.1:8000
 	$(BIN)/serve run llava_ray.deployments:app model=runs/quickstart/model
@@ -37,6 +40,8 @@ verify: $(READY)  ## The long proofs; writes tests/benchmarks/results/*.json
 	$(BIN)/python tests/benchmarks/bench_serve.py --model runs/quickstart/model --output tests/benchmarks/results/serve.json
 	$(BIN)/python tests/benchmarks/bench_review.py --output tests/benchmarks/results/review.json
 	$(BIN)/python tests/benchmarks/bench_evaluate.py --model runs/quickstart/model --output tests/benchmarks/results/evaluate.json
+	$(BIN)/python tests/benchmarks/bench_sweep.py --output tests/benchmarks/results/sweep.json
+	$(BIN)/python tests/benchmarks/bench_sweep_overhead.py --output tests/benchmarks/results/sweep_overhead.json
 
 lint: $(READY)  ## Style, types and layers
 	$(BIN)/ruff format --check .

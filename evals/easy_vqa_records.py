@@ -33,6 +33,21 @@ def write_open_questions(folder: Path, *, seed: int) -> Path:
     return write_images(folder / "open.json", [q for q in questions("train") if q.kind != YES_NO], seed)
 
 
+def write_open_split(folder: Path, *, num_held_out_images: int, seed: int) -> tuple[Path, Path]:
+    """Write the questions for a colour or a shape as two files that share no image; return both.
+
+    What a sweep learns from, and what it judges by: the test split stays for what is chosen in the end.
+    """
+    asked = [question for question in questions("train") if question.kind != YES_NO]
+    images = sorted({question.image for question in asked})
+    held_out = set(random.Random(seed).sample(images, num_held_out_images))
+    learnt = [question for question in asked if question.image not in held_out]
+    judged = [question for question in asked if question.image in held_out]
+    return write_images(folder / "open_train.json", learnt, seed), write_images(
+        folder / "open_held_out.json", judged, seed
+    )
+
+
 def write_images(file: Path, asked: list[Question], seed: int) -> Path:
     """Write questions about images in random order."""
     random.Random(seed).shuffle(asked)

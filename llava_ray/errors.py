@@ -9,7 +9,8 @@
     ├── ModelError         parts of a model that are missing or do not fit
     │   └── BundleError    a model folder that is not what its manifest says
     ├── CheckpointError    a training state that cannot be written or resumed
-    ├── TrainingError      a step that cannot be taken (nothing to learn, loss not finite)
+    ├── TrainingError      a step that cannot be taken (nothing to learn)
+    │   └── DivergedError  a loss that is not finite; the same settings would come to it again
     └── JudgeError         a request to a judge that brought no review
 
 Each message says what was found, where, and what to do. Every class is a ``ValueError`` or ``RuntimeError``
@@ -64,6 +65,10 @@ class CheckpointError(LlavaRayError, RuntimeError):
 
 class TrainingError(LlavaRayError, RuntimeError):
     """A step that cannot be taken: nothing to learn from, or a loss that is not finite."""
+
+
+class DivergedError(TrainingError):
+    """A loss that is not finite: starting again with the same settings would end there too."""
 
 
 class JudgeError(LlavaRayError, RuntimeError):

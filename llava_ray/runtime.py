@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ class Resources:
     cpus_per_worker: float
     use_gpu: bool
     accelerator_type: str | None
+    gpus_per_worker: float = 1.0
 
     @property
     def num_threads(self) -> int:
@@ -36,17 +37,20 @@ class Resources:
 
 
 @contextmanager
-def connected(cluster: ClusterConfig, shared: Places = NOTHING_SHARED) -> Iterator[Resources]:
+def connected(
+    cluster: ClusterConfig, shared: Places = NOTHING_SHARED, *, runs: int = 1, quiet: bool = False
+) -> Iterator[Resources]:
     """Join the cluster that ``cluster.address``, the job or the machine names, or start a local one; leave it after.
 
-    Yields what the run may take. Raises ConfigError when the cluster cannot be reached, is too small, or its nodes do
-    not all see what is ``shared``.
+    A local one has room for ``runs`` at a time; ``quiet`` keeps what workers print out of this terminal. Yields what
+    the run may take. Raises ConfigError when the cluster cannot be reached, is too small, or its nodes do not all see
+    what is ``shared``.
     """
     if ray.is_initialized():  # a notebook or a test that has its own
         check_shared(shared)
         yield fitted(cluster)
         return
-    started_here = start(cluster)
+    started_here = start(cluster, runs=runs, quiet=quiet)
     try:
         if can_grow():  # a node that is made first takes longer than the minute after which Ray Train asks again
             os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")
@@ -70,7 +74,7 @@ def tell(resources: Resources, how: str) -> None:
     )
 
 
-def start(cluster: ClusterConfig) -> bool:
+def start(cluster: ClusterConfig, *, runs: int = 1, quiet: bool = False) -> bool:
     """Connect this process to Ray; return whether a new local cluster had to be started.
 
     A cluster that merely happens to run on this machine is not joined: it may be another run's own, and end with it.
@@ -82,12 +86,12 @@ def start(cluster: ClusterConfig) -> bool:
     inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # a second working_dir would be refused there
     address = cluster.address or os.environ.get("RAY_ADDRESS") or ("auto" if inside_job else None)
     if address is None:
-        ray.init(address="local", num_cpus=local_cpus(cluster), logging_config=logging)
+        ray.init(address="local", num_cpus=local_cpus(cluster, runs), logging_config=logging, log_to_driver=not quiet)
         return True
     # What a working directory leaves out is in .rayignore. Where llava_ray was installed, it is on the nodes already.
     runtime_env = {} if inside_job or not (root() / ".rayignore").exists() else {"working_dir": str(root())}
     try:
-        ray.init(address=address, runtime_env=runtime_env, logging_config=logging)
+        ray.init(address=address, runtime_env=runtime_env, logging_config=logging, log_to_driver=not quiet)
     except ConnectionError as error:
         raise ConfigError(
             f"no Ray cluster answers at {address!r}: {error}; check cluster.address, or leave it out to start "
@@ -101,10 +105,27 @@ def root() -> Path:
     return Path(__file__).resolve().parent.parent
 
 
-def local_cpus(cluster: ClusterConfig) -> int:
+def local_cpus(cluster: ClusterConfig, runs: int = 1) -> int:
     """Return the logical CPUs of a local cluster: all there are, and enough for workers and data side by side."""
-    wanted = cluster.num_workers * (1.0 if cluster.cpus_per_worker == "auto" else cluster.cpus_per_worker)
-    return max(os.cpu_count() or 1, math.ceil(wanted + 2 * DATA_CPUS))
+    return max(os.cpu_count() or 1, math.ceil(runs * (worker_cpus(cluster) + DATA_CPUS) + DATA_CPUS))
+
+
+def worker_cpus(cluster: ClusterConfig) -> float:
+    """Return the CPUs that all workers of a run would like to have."""
+    return cluster.num_workers * (1.0 if cluster.cpus_per_worker == "auto" else cluster.cpus_per_worker)
+
+
+def local_runs(cluster: ClusterConfig) -> int:
+    """Return how many runs at a time this machine's cores can carry."""
+    return max(1, int((os.cpu_count() or 1) / worker_cpus(cluster)))
+
+
+def runs_at_once(total: Mapping[str, float], resources: Resources) -> int:
+    """Return how many runs a cluster with these resources has room for; at least the one that fits."""
+    fitting = (total.get("CPU", 0.0)) / (resources.num_workers * resources.cpus_per_worker + DATA_CPUS)
+    if resources.use_gpu:
+        fitting = min(fitting, total.get("GPU", 0.0) / (resources.num_workers * resources.gpus_per_worker))
+    return max(1, int(fitting))
 
 
 def fitted(cluster: ClusterConfig) -> Resources:
@@ -116,10 +137,11 @@ def fitted(cluster: ClusterConfig) -> Resources:
     total, growing, pools = pool_resources("train"), can_grow(), find_pools()
     cpus, gpus = total["CPU"], total["GPU"]
     where = "the pool 'train'" if "train" in pools else "the cluster"
-    use_gpu = gpus >= cluster.num_workers if cluster.use_gpu == "auto" else cluster.use_gpu
-    if use_gpu and gpus < cluster.num_workers and not growing:
+    wanted = cluster.num_workers * cluster.gpus_per_worker
+    use_gpu = gpus >= wanted if cluster.use_gpu == "auto" else cluster.use_gpu
+    if use_gpu and gpus < wanted and not growing:
         raise ConfigError(
-            f"{cluster.num_workers} workers want a GPU each, {where} has {gpus:g}; "
+            f"{cluster.num_workers} workers want {cluster.gpus_per_worker:g} GPU each, {where} has {gpus:g}; "
             "lower cluster.num_workers or set cluster.use_gpu = false"
         )
     data_cpus = 0.0 if "decode" in pools else DATA_CPUS
@@ -132,4 +154,4 @@ def fitted(cluster: ClusterConfig) -> Resources:
             f"the {cpus:g} CPUs of {where}: the run would wait for ever; lower cluster.num_workers or "
             "cluster.cpus_per_worker"
         )
-    return Resources(cluster.num_workers, cpus_per_worker, use_gpu, cluster.accelerator_type)
+    return Resources(cluster.num_workers, cpus_per_worker, use_gpu, cluster.accelerator_type, cluster.gpus_per_worker)

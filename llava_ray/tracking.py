@@ -9,6 +9,7 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from llava_ray.errors import ConfigError
 
@@ -27,8 +28,13 @@ def default_tracking_uri(storage_path: str) -> str:
 class TrackedRun:
     """One MLflow run, found again by its ``key`` tag or created."""
 
-    def __init__(self, tracking_uri: str, experiment_name: str, name: str, key: str) -> None:
-        """Attach to the run tagged ``key`` (a run folder), or create it. Raises ConfigError if MLflow refuses."""
+    def __init__(
+        self, tracking_uri: str, experiment_name: str, name: str, key: str, parent_run_id: str | None = None
+    ) -> None:
+        """Attach to the run tagged ``key`` (a run folder), or create it, below a parent if it has one.
+
+        Raises ConfigError if MLflow refuses.
+        """
         self.tracking_uri = tracking_uri
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # that it made its tables is no news
         try:
@@ -40,9 +46,8 @@ class TrackedRun:
                 else self.client.create_experiment(experiment_name, artifact_location=artifact_location(tracking_uri))
             )
             found = self.client.search_runs([experiment_id], f"tags.`llava_ray.run` = '{key}'", max_results=1)
-            run = (
-                found[0] if found else self.client.create_run(experiment_id, tags={"llava_ray.run": key}, run_name=name)
-            )
+            tags = {"llava_ray.run": key} | ({MLFLOW_PARENT_RUN_ID: parent_run_id} if parent_run_id else {})
+            run = found[0] if found else self.client.create_run(experiment_id, tags=tags, run_name=name)
         except MlflowException as error:
             raise ConfigError(f"MLflow at {tracking_uri!r}: {error}; check tracking.tracking_uri") from error
         self.run_id: str = run.info.run_id

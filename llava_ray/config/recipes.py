@@ -16,13 +16,14 @@ from pydantic import BaseModel, ValidationError
 
 from llava_ray.config.schema import Section, describe, dotted_keys
 from llava_ray.config.sections import EvaluateConfig, FinetuneConfig, PrepareConfig
+from llava_ray.config.space import SweepConfig
 from llava_ray.errors import ConfigError
 
-Config = TypeVar("Config", FinetuneConfig, PrepareConfig, EvaluateConfig)
+Config = TypeVar("Config", FinetuneConfig, PrepareConfig, EvaluateConfig, SweepConfig)
 Settings = TypeVar("Settings", bound=Section)
 
 # What says where and how a run is carried out, not what is computed: it may change between start and resume.
-NOT_HASHED = ("run", "cluster", "tracking", "score", "actors")
+NOT_HASHED = ("run", "cluster", "tracking", "held_out", "score", "actors")
 
 # LLaVA's flags that name something we do otherwise; the value is what to say.
 REPLACED_FLAGS = {

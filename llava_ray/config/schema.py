@@ -76,3 +76,14 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
         below = result.get(key)
         result[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
     return result
+
+
+def flat_settings(config: BaseModel) -> dict[str, Any]:
+    """Return every setting of ``config`` by its dotted key."""
+    values: dict[str, Any] = {}
+    for key in dotted_keys(type(config)):
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        values[key] = value
+    return values

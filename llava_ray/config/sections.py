@@ -152,10 +152,14 @@ class DataConfig(Section):
     shuffle_window: NonNegativeInt = 4
     """Shards whose samples are shuffled together; each shard is read once an epoch. 0 keeps the order of the file, for
     a curriculum."""
-    vision_features: Literal["inline", "streamed"] = "inline"
-    """Run the frozen tower in the train worker, or stream its features from an actor pool."""
+    vision_features: Literal["inline", "streamed", "cached"] = "inline"
+    """Run the frozen tower in the train worker, stream its features from an actor pool, or compute them once and keep
+    them in data.cache_dir for every run with the same data and tower."""
     num_vision_actors: PositiveInt = 1
     """Size of that pool; each takes a GPU where the cluster has them."""
+    feature_cache_gb: PositiveFloat = 100.0
+    """GB that all cached features may take together: more is refused before anything is written, and what was used
+    longest ago makes room."""
     num_decode_cpus: PositiveFloat = 0.5
     """CPUs that one image decoder reserves."""
     num_decoders: PositiveInt | None = None
@@ -232,6 +236,21 @@ class TrainConfig(Section):
         return self
 
 
+class HeldOutConfig(Section):
+    """What a run looks at whenever it saves, and never learns from."""
+
+    path: str | None = None
+    """Held-out samples, in any form that data.data_path takes; None looks at nothing."""
+    images: str | None = None
+    """Where their relative image paths start; default: data.image_folder."""
+    num_samples: PositiveInt = 512
+    """Use only the first so many records for the loss; of a folder that prepare.py wrote, all."""
+    num_answers: NonNegativeInt = 128
+    """Let the model answer the first so many of them; an answer counts if it is the record's own but for case."""
+    max_new_tokens: PositiveInt = 16
+    """Longest answer in tokens."""
+
+
 class RunConfig(Section):
     """Where a run lives and how it survives."""
 
@@ -264,6 +283,8 @@ class TrackingConfig(Section):
     """Keep the final bundle as an MLflow artifact."""
     logging_steps: PositiveInt = 1
     """Log metrics every so many steps."""
+    parent_run_id: str | None = None
+    """MLflow run under which this one is shown, such as a sweep's."""
 
 
 class ClusterConfig(Section):
@@ -277,8 +298,20 @@ class ClusterConfig(Section):
     """One GPU a worker; "auto" takes them when the cluster has enough."""
     cpus_per_worker: PositiveFloat | Literal["auto"] = "auto"
     """CPUs a worker reserves; "auto" is one, or less on a cluster too small to leave the data stream any."""
+    gpus_per_worker: PositiveFloat = 1.0
+    """GPUs a worker reserves; less than one lets the single workers of several runs share a GPU."""
     accelerator_type: str | None = None
     """E.g. "A100-80G"."""
+
+    @model_validator(mode="after")
+    def shares_are_of_one_worker(self) -> Self:
+        """Refuse what NCCL cannot do: two ranks of one run on one GPU; and a worker that drives several."""
+        if self.gpus_per_worker > 1 or (self.gpus_per_worker < 1 and self.num_workers > 1):
+            raise ValueError(
+                f"gpus_per_worker = {self.gpus_per_worker:g} with num_workers = {self.num_workers}: a worker drives "
+                "one GPU, and only a run of one worker can share it; set gpus_per_worker = 1 or num_workers = 1"
+            )
+        return self
 
 
 class FinetuneConfig(Section):
@@ -288,9 +321,20 @@ class FinetuneConfig(Section):
     data: DataConfig
     train: TrainConfig = TrainConfig()
     lora: LoraConfig = LoraConfig()
+    held_out: HeldOutConfig = HeldOutConfig()
     run: RunConfig = RunConfig()
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def answers_need_whole_weights(self) -> Self:
+        """Refuse answers from a model of which no worker has all."""
+        if self.held_out.path and self.held_out.num_answers and self.train.zero_stage == 3:
+            raise ValueError(
+                "held_out.num_answers needs the whole model in each worker, which train.zero_stage = 3 takes apart: "
+                "set held_out.num_answers = 0 (the held-out loss stays), or train.zero_stage = 2"
+            )
+        return self
 
     @model_validator(mode="after")
     def offload_needs_zero(self) -> Self:

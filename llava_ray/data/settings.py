@@ -23,3 +23,5 @@ class StreamSettings:
     data: DataConfig
     bf16: bool
     vision_gpus: int
+    features: str | None = None
+    """Entry of the feature cache to read instead of images; see ``feature_cache``."""

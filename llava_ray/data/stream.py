@@ -21,6 +21,7 @@ from ray.train import DataConfig as TrainDataConfig
 from llava_ray.chat.conversation import Turn
 from llava_ray.data.blocks import as_one_row, rows_of
 from llava_ray.data.examples import Example
+from llava_ray.data.feature_cache import fetch_features, place_of
 from llava_ray.data.lengths import TokenLengths, load_encoder
 from llava_ray.data.plan import Plan, deal
 from llava_ray.data.settings import StreamSettings
@@ -184,15 +185,16 @@ def read_blocks(descriptors: pa.Table, settings: StreamSettings) -> Iterator[pa.
 
 
 class ImageDecoder:
-    """Turn the encoded images of a block into pixels."""
+    """Turn the encoded images of a block into pixels, or into the features that a cache has of them."""
 
     def __init__(self, settings: StreamSettings) -> None:
         """Keep what tells the size."""
         self.settings = settings
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Decode."""
-        return as_one_row(decode_images(rows_of(block), self.settings))
+        """Decode, or look up."""
+        find = load_features if self.settings.features else decode_images
+        return as_one_row(find(rows_of(block), self.settings))
 
 
 def read_micro_batches(descriptors: pa.Table, settings: StreamSettings) -> Iterator[pa.Table]:
@@ -218,6 +220,7 @@ PACKED_SCHEMA = pa.schema(
         "labels": pa.list_(pa.int32()),
         "images": pa.list_(pa.large_binary()),
         "image_sizes": pa.list_(pa.list_(pa.int32(), 2)),  # (width, height) of each
+        "places": pa.list_(pa.int64()),  # of each in the feature cache
     }
 )
 
@@ -232,9 +235,10 @@ def fetch_records(descriptors: pa.Table, settings: StreamSettings) -> dict[tuple
         for shard, row in zip(shards, rows, strict=True):
             wanted.setdefault(shard, set()).add(row)
     records = {}
+    columns = [name for name in RECORD_COLUMNS if name != "images" or not settings.features]
     for shard, row_set in wanted.items():
         rows = sorted(row_set)
-        table = read_rows(settings.prepared_path, settings.shard_names[shard], rows, columns=RECORD_COLUMNS)
+        table = read_rows(settings.prepared_path, settings.shard_names[shard], rows, columns=columns)
         records.update({(shard, row): record for row, record in zip(rows, table.to_pylist(), strict=True)})
     return records
 
@@ -245,7 +249,7 @@ def packed(
     encode: Callable[[list[Turn], list[Size]], list[Example]],
 ) -> dict[str, Any]:
     """Lay one micro-batch's examples one behind the other."""
-    examples, ids, images, shown = [], [], [], []
+    examples, ids, images, shown, places = [], [], [], [], []
     for shard, number, part, num_tokens in zip(row["shard"], row["row"], row["part"], row["num_tokens"], strict=True):
         record = records[shard, number]
         sizes = list(zip(record["widths"], record["heights"], strict=True))
@@ -254,8 +258,9 @@ def packed(
             raise AssertionError(f"{record['id']}: {len(example.input_ids)} tokens, the plan says {num_tokens}")
         examples.append(example)
         ids.append(record["id"])
-        images += [record["images"][i] for i in example.images]
+        images += [record["images"][i] for i in example.images if "images" in record]
         shown += [sizes[i] for i in example.images]
+        places += [place_of(shard, number, i) for i in example.images]
     common = {name: row[name] for name in ("step", "rank", "num_supervised", "num_micro_batches", "num_tokens")}
     return common | {
         "ids": ids,
@@ -263,7 +268,18 @@ def packed(
         "labels": np.concatenate([e.labels for e in examples]) if examples else [],
         "images": images,
         "image_sizes": shown,
+        "places": places,
     }
+
+
+def load_features(table: pa.Table, settings: StreamSettings) -> pa.Table:
+    """Replace each row's images by their features from the cache: bytes of (n, p, v) in the tower's dtype."""
+    assert settings.features is not None
+    places = table["places"].to_pylist()
+    parts = iter(fetch_features(settings.features, [place for row in places for place in row]))
+    cells = [b"".join(next(parts) for _ in row) for row in places]
+    position = table.column_names.index("images")
+    return table.set_column(position, "features", pa.array(cells, pa.large_binary()))
 
 
 def decode_images(table: pa.Table, settings: StreamSettings) -> pa.Table:

@@ -42,13 +42,15 @@ def generate_batch(  # noqa: PLR0913 - LLaVA's own list, and who listens
     stops: Stops | None = None,
     seed: int = 0,
     on_tokens: Callable[[Sequence[list[int]]], None] | None = None,
+    extract: Callable[[Tensor], Tensor] | None = None,
 ) -> list[list[int]]:
     """Return the token ids that the model writes after each prompt, without the token that ended it.
 
     A prompt has one -200 for each of its images (``chat.tokens.tokenize_prompt``), or one for each image token.
     ``pixels`` are the preprocessed views of its images, None for none; ``image_sizes`` their images' (width, height)
     before they were cut, which only anyres needs. Temperature 0 is greedy. ``on_tokens`` hears all answers so far after
-    each step. Raises ConfigError for a negative temperature, ModelError or RecordError if a prompt's images and markers
+    each step. ``extract`` makes features of all views together, for ``pixels`` that are something else; default: the
+    tower. Raises ConfigError for a negative temperature, ModelError or RecordError if a prompt's images and markers
     differ in number.
     """
     if temperature < 0:
@@ -62,7 +64,7 @@ def generate_batch(  # noqa: PLR0913 - LLaVA's own list, and who listens
     expanded = [expand_prompt(parts, ids, of_images) for ids, of_images in zip(prompts, sizes, strict=True)]
     input_ids, mask = pad_left(expanded, device)
     views = [stack for stack in pixels if stack is not None and len(stack)]
-    features = parts.tower.extract(torch.cat(views)) if views else None
+    features = (extract or parts.tower.extract)(torch.cat(views)) if views else None
     embeddings = parts.llava.embed(input_ids, features, [size for of_images in sizes for size in of_images])
     generator = torch.Generator(device).manual_seed(seed)
     rows = Rows(parts, embeddings, mask)

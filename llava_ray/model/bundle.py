@@ -67,12 +67,17 @@ class LlavaParts(Blueprint):
 
 def load_tower(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> VisionTower:
     """Load only the frozen vision tower of a model. Raises ModelError."""
+    return load_tower_of(find_tower(config), dtype)
+
+
+def find_tower(config: ModelConfig) -> Blueprint:
+    """Return a model's blueprint with the weights of its tower at hand. Raises ModelError."""
     blueprint = read_blueprint(config, "square")  # the tower is the same for any aspect ratio
     if not blueprint.tower_source.tensors:  # a hub id, of which only small files have been fetched so far
         root, layout = find_layout(config.model_name_or_path, weights=blueprint.layout.has_vision_tower)
         tower = find_vision_tower(config, root, layout, weights=True)
         blueprint = replace(blueprint, tower_source=tower)
-    return load_tower_of(blueprint, dtype)
+    return blueprint
 
 
 def assemble(

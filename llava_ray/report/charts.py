@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from llava_ray.errors import ConfigError
-from llava_ray.report.pieces import Histogram, LineChart
+from llava_ray.report.pieces import Histogram, LineChart, ParallelChart
+
+Chart = LineChart | ParallelChart | Histogram
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,7 +74,7 @@ def check_plotting() -> None:
         ) from error
 
 
-def draw_chart(chart: LineChart | Histogram, width: int) -> str:
+def draw_chart(chart: Chart, width: int) -> str:
     """Return an SVG element ``width`` pixels wide, without a size of its own. Raises ConfigError."""
     check_plotting()
     import matplotlib
@@ -82,12 +84,15 @@ def draw_chart(chart: LineChart | Histogram, width: int) -> str:
         figure = Figure(figsize=(width / POINTS_PER_INCH, HEIGHT / POINTS_PER_INCH), facecolor="none")
         figure.set_layout_engine("tight", pad=0.2)
         axes = figure.add_subplot(facecolor="none")
-        if isinstance(chart, LineChart):
-            _draw_lines(axes, chart)
+        if isinstance(chart, ParallelChart):
+            _draw_parallel(axes, chart, width)
         else:
-            _draw_histogram(axes, chart, width)
-        axes.set_xlabel(_drawable(chart.x_label), loc="right")
-        axes.locator_params(axis="x", nbins=4 if width < WIDTHS["wide"] else 8)
+            if isinstance(chart, LineChart):
+                _draw_lines(axes, chart)
+            else:
+                _draw_histogram(axes, chart, width)
+            axes.set_xlabel(_drawable(chart.x_label), loc="right")
+            axes.locator_params(axis="x", nbins=4 if width < WIDTHS["wide"] else 8)
         sink = io.StringIO()
         figure.savefig(sink, format="svg", metadata={"Date": None, "Creator": None, "Type": None, "Format": None})
     return _inlined(sink.getvalue())
@@ -98,14 +103,17 @@ def colour_of(index: int) -> str:
     return PAGE_COLOURS[SERIES[index % len(SERIES)]]
 
 
-def list_lines(chart: LineChart) -> list[tuple[str, str]]:
+def list_lines(chart: LineChart | ParallelChart) -> list[tuple[str, str]]:
     """Return name and colour of each line that a legend names; a faint one belongs to the line of its colour."""
-    names = list(dict.fromkeys(series.name for series in chart.series))
+    lines = chart.paths if isinstance(chart, ParallelChart) else chart.series
+    names = list(dict.fromkeys(line.name for line in lines))
     return [(name, colour_of(index)) for index, name in enumerate(names)]
 
 
-def describe_chart(chart: LineChart | Histogram) -> str:
+def describe_chart(chart: Chart) -> str:
     """Say in words what a chart shows, for readers who cannot see it."""
+    if isinstance(chart, ParallelChart):
+        return f"{chart.title}: {', '.join(axis.name for axis in chart.axes)}. {chart.summary}"
     if isinstance(chart, LineChart):
         lines = [_describe_line(series.name, series.y) for series in chart.series if not series.faint and len(series.y)]
         return f"{chart.title}: {chart.y_label} by {chart.x_label}. " + " ".join(lines)
@@ -136,7 +144,10 @@ def _draw_lines(axes: "Axes", chart: LineChart) -> None:
     for series in chart.series:
         colour = SERIES[names.index(series.name) % len(SERIES)]
         look = {"alpha": 0.28, "linewidth": 1.2, "zorder": 1} if series.faint else {"zorder": 2}
-        axes.plot(series.x, series.y, color=colour, marker="o" if len(series.y) == 1 else None, **look)
+        dot = len(series.y) == 1 and not series.ends_early
+        axes.plot(series.x, series.y, color=colour, marker="o" if dot else None, **look)
+        if series.ends_early:
+            axes.plot(series.x[-1:], series.y[-1:], color=colour, marker="x", markersize=7, markeredgewidth=2)
     if chart.log_y:
         axes.set_yscale("log")
         low, high = axes.get_ylim()
@@ -144,6 +155,39 @@ def _draw_lines(axes: "Axes", chart: LineChart) -> None:
         axes.yaxis.set_major_formatter(plain)
         axes.yaxis.set_minor_formatter(plain if high < 10 * low else NullFormatter())
     axes.set_title(_drawable(chart.y_label), loc="left", color=MUTED, fontsize=12)
+
+
+def _draw_parallel(axes: "Axes", chart: ParallelChart, width: int) -> None:
+    names = list(dict.fromkeys(path.name for path in chart.paths))
+    for path in chart.paths:
+        look = {"alpha": 0.35, "linewidth": 1.2, "zorder": 1} if path.faint else {"zorder": 2}
+        known = [(x, height) for x, height in enumerate(path.heights) if height is not None]
+        axes.plot(*zip(*known, strict=True), color=SERIES[names.index(path.name) % len(SERIES)], **look)
+    size = 12 if width >= WIDTHS["wide"] else 10
+    for x, axis in enumerate(chart.axes):
+        axes.axvline(x, color=LINE, linewidth=1, zorder=0)
+        last = x == len(chart.axes) - 1
+        for height, label in axis.ticks:
+            axes.annotate(
+                _drawable(label),
+                (x, height),
+                xytext=(-5 if last else 5, -3 if height == 1 else 3),
+                textcoords="offset points",
+                ha="right" if last else "left",
+                va="top" if height == 1 else "bottom",
+                color=MUTED,
+                fontsize=size - 1,
+                zorder=3,
+            )
+        place = "left" if x == 0 else "right" if last else "center"
+        # On a narrow page neighbouring names would run into one another on one line.
+        above = 1.06 if width >= WIDTHS["wide"] or x % 2 == 0 else 1.14
+        axes.text(x, above, _drawable(axis.name), ha=place, va="bottom", color=INK, fontsize=size)
+    axes.set_xlim(-0.02, len(chart.axes) - 1 + 0.02)
+    axes.set_ylim(-0.05, 1.05)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines["bottom"].set_visible(False)
 
 
 def _draw_histogram(axes: "Axes", chart: Histogram, width: int) -> None:

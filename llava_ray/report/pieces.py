@@ -90,12 +90,16 @@ class Table:
 
 @dataclass(frozen=True)
 class Series:
-    """A line through n points; a ``faint`` one stands behind the others (raw values behind a smoothed line)."""
+    """A line through n points; a ``faint`` one stands behind the others (raw values behind a smoothed line).
+
+    ``ends_early`` marks its last point with a cross: it would have gone on.
+    """
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
     faint: bool = False
+    ends_early: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,35 @@ class LineChart:
     x_label: str
     y_label: str
     log_y: bool = False
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An upright axis: its name, and where (0 at the bottom to 1 at the top) which values are written."""
+
+    name: str
+    ticks: Sequence[tuple[float, str]]
+
+
+@dataclass(frozen=True)
+class Path:
+    """A line from axis to axis, at a height (0 to 1) on each, None where it has no value; ``name`` is its colour's."""
+
+    name: str
+    heights: Sequence[float | None]
+    faint: bool = False
+
+
+@dataclass(frozen=True)
+class ParallelChart:
+    """Parallel coordinates: how things with several properties compare in each."""
+
+    kind: ClassVar[str] = "chart"
+    title: str
+    axes: Sequence[Axis]
+    paths: Sequence[Path]
+    summary: str
+    """What there is to see, in words."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +214,7 @@ class Card:
     anchor: str = ""
 
 
-Piece = Note | Facts | Table | LineChart | Histogram | Gallery | TokenText | Links | Card
+Piece = Note | Facts | Table | LineChart | ParallelChart | Histogram | Gallery | TokenText | Links | Card
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from llava_ray.errors import ConfigError
-from llava_ray.report.charts import WIDTHS, describe_chart, draw_chart, list_lines
-from llava_ray.report.pieces import Bar, Histogram, LineChart, Link, Report
+from llava_ray.report.charts import WIDTHS, Chart, describe_chart, draw_chart, list_lines
+from llava_ray.report.pieces import Bar, LineChart, Link, ParallelChart, Report
 
 # The first bytes of the formats that browsers draw.
 MEDIA_TYPES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp", b"GIF8": "image/gif"}
@@ -63,7 +63,7 @@ def _template() -> Template:
 
 
 def _is_line_chart(piece: object) -> bool:
-    return isinstance(piece, LineChart)
+    return isinstance(piece, LineChart | ParallelChart)
 
 
 def _is_link(cell: object) -> bool:
@@ -87,7 +87,7 @@ def _data_uri(content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _drawings(chart: LineChart | Histogram) -> list[tuple[str, Markup]]:
+def _drawings(chart: Chart) -> list[tuple[str, Markup]]:
     # Markup: matplotlib has escaped what is text in it.
     return [(name, Markup(draw_chart(chart, width))) for name, width in WIDTHS.items()]
 

@@ -87,10 +87,12 @@ class Checkpointer:
         self.write(self.local / "rehearsal", step=0)
         shutil.rmtree(self.local, ignore_errors=True)
 
-    def step_done(self, step: int) -> None:
-        """Save when ``step`` steps are done and a checkpoint is due."""
-        if step % self.settings.config.train.save_steps and step != self.settings.num_steps:
-            return
+    def is_due(self, step: int) -> bool:
+        """Tell whether a checkpoint is due when ``step`` steps are done."""
+        return step % self.settings.config.train.save_steps == 0 or step == self.settings.num_steps
+
+    def save(self, step: int, judged: dict[str, float]) -> None:
+        """Save when ``step`` steps are done; ``judged`` is what held-out samples said of the model."""
         while self.local.exists() and len(list(self.local.iterdir())) >= MAX_UNFINISHED_UPLOADS:
             time.sleep(0.2)
         folder = self.local / f"step-{step:08d}"
@@ -98,7 +100,7 @@ class Checkpointer:
         # The ledger must hold every step up to here before the checkpoint counts.
         ray.get(self.settings.journal.flush.remote())
         ray.train.report(
-            {"step": step},
+            {"step": step, "num_steps": self.settings.num_steps} | judged,
             checkpoint=Checkpoint.from_directory(str(folder)),
             checkpoint_dir_name=folder.name,
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,

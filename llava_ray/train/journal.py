@@ -23,7 +23,7 @@ SECONDS_BETWEEN_LOGS = 5.0
 class Journal:
     """Collect the ranks' records; run as a Ray actor (see ``open_journal``)."""
 
-    def __init__(self, run_folder: str, tracked: dict[str, str], params: dict[str, Any], logging_steps: int) -> None:
+    def __init__(self, run_folder: str, tracked: dict[str, Any], params: dict[str, Any], logging_steps: int) -> None:
         """Read what earlier starts of this run have written."""
         self.run_folder = run_folder
         self.tracked = TrackedRun(**tracked)
@@ -103,6 +103,7 @@ def open_journal(run: RunFolder, config: FinetuneConfig, tracking_uri: str) -> A
         "experiment_name": config.tracking.experiment_name,
         "name": run.name,
         "key": run.path,
+        "parent_run_id": config.tracking.parent_run_id,
     }
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(Journal).options(num_cpus=0, scheduling_strategy=here)

@@ -11,13 +11,14 @@ from ray.train.torch import get_device
 
 from llava_ray.data.batches import MicroBatch, iterate_steps, start_blocks
 from llava_ray.data.settings import StreamSettings
-from llava_ray.errors import TrainingError
+from llava_ray.errors import DivergedError
 from llava_ray.images.processing import normalise
 from llava_ray.model.bundle import LlavaParts
 from llava_ray.train.allocation import keep_freed_memory
 from llava_ray.train.checkpoints import Checkpointer, seed_all
 from llava_ray.train.engine import build_engine, load_parts
 from llava_ray.train.finish import write_bundle
+from llava_ray.train.held_out import Examiner
 from llava_ray.train.settings import LoopSettings
 from llava_ray.train.speed import Meter
 
@@ -41,6 +42,7 @@ def train_loop(given: dict[str, Any]) -> None:
     journal.rewind.remote(rank, first_step, world_size)
     if first_step == 0:
         checkpointer.rehearse()
+    examiner = Examiner(settings.held_out, parts, rank, world_size)
     meter = Meter(parts.llava, device, world_size)
 
     steps = iterate_steps(blocks, rank, first_step, settings.stream)
@@ -61,8 +63,14 @@ def train_loop(given: dict[str, Any]) -> None:
         dist.all_reduce(loss)
         refuse_not_finite(loss.item(), step, batches)
         metrics = meter.measure(loss.item(), batches, engine, config.train.row_length)
-        journal.record.remote(rank, step, metrics, [sample for batch in batches for sample in batch.ids])
-        checkpointer.step_done(step + 1)
+        samples = [sample for batch in batches for sample in batch.ids]
+        if not checkpointer.is_due(step + 1):
+            journal.record.remote(rank, step, metrics, samples)
+            continue
+        with meter.aside():
+            judged = examiner.examine(engine, device)
+        journal.record.remote(rank, step, metrics | judged, samples)
+        checkpointer.save(step + 1, judged)
     write_bundle(engine, parts, settings)
 
 
@@ -82,7 +90,7 @@ def refuse_not_finite(loss: float, step: int, batches: list[MicroBatch]) -> None
     """Stop at a loss that is not a number, naming the samples this rank had."""
     if not math.isfinite(loss):
         ids = ", ".join(sample for batch in batches for sample in batch.ids)
-        raise TrainingError(
+        raise DivergedError(
             f"step {step}: the loss is {loss}; this rank's samples were {ids}. Look at them with preview.py; "
             "if they are sound, lower train.learning_rate"
         )

@@ -6,6 +6,7 @@ from ray.actor import ActorHandle
 
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.settings import StreamSettings
+from llava_ray.train.held_out import HeldOut
 
 
 @dataclass(frozen=True)
@@ -21,3 +22,4 @@ class LoopSettings:
     bundle_folder: str
     num_threads: int
     journal: ActorHandle
+    held_out: HeldOut | None = None

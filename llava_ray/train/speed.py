@@ -48,6 +48,13 @@ class Meter:
         yield
         self.waited = time.perf_counter() - start
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leave what happens inside out of the next step's time."""
+        start = time.perf_counter()
+        yield
+        self.last += time.perf_counter() - start
+
     def measure(
         self, loss: float, batches: list[MicroBatch], engine: "DeepSpeedEngine", row_length: int
     ) -> dict[str, float]:

@@ -1,7 +1,9 @@
 """One fine-tuning run on a Ray cluster, from resolved settings to a bundle."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 
 import ray
@@ -13,16 +15,19 @@ from ray.train import (
     RunConfig,
     ScalingConfig,
     TrainingFailedError,
+    UserCallback,
     WorkerGroupError,
 )
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from llava_ray.config.recipes import settings_hash
 from llava_ray.config.sections import FinetuneConfig
+from llava_ray.data.feature_writing import cache_features
 from llava_ray.data.lengths import EncoderSettings, TokenLengths, measure_lengths
 from llava_ray.data.plan import Plan
+from llava_ray.data.preparation import prepare_data
 from llava_ray.data.settings import StreamSettings
-from llava_ray.data.shards import PreparedData
+from llava_ray.data.shards import PreparedData, is_prepared
 from llava_ray.data.storage import read_file, write_file
 from llava_ray.data.stream import DealToRanks, TrainStream
 from llava_ray.errors import LlavaRayError, TrainingError
@@ -30,11 +35,14 @@ from llava_ray.model.blueprint import Blueprint, read_blueprint
 from llava_ray.placement import pool_selector
 from llava_ray.runtime import Resources
 from llava_ray.tracking import default_tracking_uri
+from llava_ray.train.held_out import HeldOut
 from llava_ray.train.journal import open_journal
 from llava_ray.train.loop import train_loop
 from llava_ray.train.progress import closing, progress_bar
 from llava_ray.train.runs import RunFolder, SnapshotKeeper, absolute_paths, committed_step, mend_run, open_run
 from llava_ray.train.settings import LoopSettings
+
+HELD_OUT_BATCH = 64  # held-out samples that are packed together
 
 
 @dataclass(frozen=True)
@@ -57,10 +65,18 @@ class FinishedRun:
         return [json.loads(row)["loss"] for row in rows]
 
 
-def finetune(config: FinetuneConfig, prepared: PreparedData, resources: Resources) -> FinishedRun:
+def finetune(
+    config: FinetuneConfig,
+    prepared: PreparedData,
+    resources: Resources,
+    *,
+    callbacks: Sequence[UserCallback] = (),
+    show_progress: bool = True,
+) -> FinishedRun:
     """Tune, going on where a run of the same name stopped. Needs a connected Ray.
 
-    Raises ConfigError, DataError, ModelError, CheckpointError or TrainingError; whatever was committed stays.
+    ``callbacks`` are Ray Train's, and hear of every checkpoint with what held-out samples said of it. Raises
+    ConfigError, DataError, ModelError, CheckpointError or TrainingError; whatever was committed stays.
     """
     run = open_run(config)
     noted = run.finished(prepared.data_hash)
@@ -75,6 +91,7 @@ def finetune(config: FinetuneConfig, prepared: PreparedData, resources: Resource
     settings = LoopSettings(
         config=config,
         stream=stream_settings(config, prepared, blueprint, resources),
+        held_out=held_out_samples(config, blueprint, resources),
         num_steps=plan.num_steps,
         plan_hash=plan.hash,
         data_hash=prepared.data_hash,
@@ -93,14 +110,14 @@ def finetune(config: FinetuneConfig, prepared: PreparedData, resources: Resource
             storage_path=run.storage_path,
             failure_config=FailureConfig(max_failures=config.run.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=config.train.save_total_limit),
-            callbacks=[SnapshotKeeper(run)],
+            callbacks=[SnapshotKeeper(run), *callbacks],
             logging_config=LoggingConfig(log_level="WARNING"),
             worker_runtime_env={"env_vars": worker_environment(resources)},
         ),
         datasets={"train": TrainStream(partial(committed_step, run.storage_path, run.name), plan.num_steps)},
         dataset_config=DealToRanks(plan, lengths, settings.stream),
     )
-    with closing(journal), progress_bar(journal, plan.num_steps):
+    with closing(journal), progress_bar(journal, plan.num_steps) if show_progress else nullcontext():
         fit(trainer, run)
     return note_finished(config, run, plan, prepared, journal, tracking_uri)
 
@@ -129,8 +146,8 @@ def make_plan(config: FinetuneConfig, prepared: PreparedData, blueprint: Bluepri
 def stream_settings(
     config: FinetuneConfig, prepared: PreparedData, blueprint: Blueprint, resources: Resources
 ) -> StreamSettings:
-    """Gather what the tasks of the stream are told."""
-    return StreamSettings(
+    """Gather what the tasks of the stream are told; features that are to be cached are computed here."""
+    settings = StreamSettings(
         prepared_path=prepared.path,
         shard_names=tuple(shard.name for shard in prepared.shards),
         encoder=EncoderSettings.of(blueprint, config.data, config.train),
@@ -143,6 +160,37 @@ def stream_settings(
         bf16=config.train.bf16,
         vision_gpus=1 if resources.use_gpu else 0,
     )
+    if config.data.vision_features != "cached":
+        return settings
+    return replace(settings, features=cache_features(prepared, blueprint, settings))
+
+
+def held_out_samples(config: FinetuneConfig, blueprint: Blueprint, resources: Resources) -> HeldOut | None:
+    """Prepare what the run looks at beside its own data, or None."""
+    asked = config.held_out
+    if asked.path is None:
+        return None
+    folder = asked.images or config.data.image_folder
+    most = None if is_prepared(asked.path) else asked.num_samples
+    changes = {"data_path": asked.path, "image_folder": folder, "max_samples": most}
+    config = config.replaced({f"data.{key}": value for key, value in changes.items()} | {"data.shuffle_window": 0})
+    prepared = prepare_data(config.data, show_progress=False)
+    settings = stream_settings(config, prepared, blueprint, resources)
+    lengths = measure_lengths(prepared, settings.encoder, config.data.max_rejected)
+    plan = Plan(
+        lengths.column("num_tokens"),
+        lengths.column("shard"),
+        global_batch_size=HELD_OUT_BATCH,
+        num_epochs=1,
+        seed=0,
+        shuffle_window=0,
+    )
+    return HeldOut(settings, plan, lengths, asked.num_answers, asked.max_new_tokens)
+
+
+def gpus_of(resources: Resources) -> dict[str, float]:
+    """Return what a worker asks Ray for beside its CPUs."""
+    return {"GPU": resources.gpus_per_worker} if resources.use_gpu else {}
 
 
 def scaling(resources: Resources) -> ScalingConfig:
@@ -150,7 +198,7 @@ def scaling(resources: Resources) -> ScalingConfig:
     return ScalingConfig(
         num_workers=resources.num_workers,
         use_gpu=resources.use_gpu,
-        resources_per_worker={"CPU": resources.cpus_per_worker} | ({"GPU": 1} if resources.use_gpu else {}),
+        resources_per_worker={"CPU": resources.cpus_per_worker} | gpus_of(resources),
         accelerator_type=resources.accelerator_type,
         label_selector=pool_selector("train"),
     )

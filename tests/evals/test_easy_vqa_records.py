@@ -4,7 +4,7 @@ import json
 from collections import Counter
 
 from evals import easy_vqa
-from evals.easy_vqa_records import write_conversations, write_open_questions, write_words
+from evals.easy_vqa_records import write_conversations, write_open_questions, write_open_split, write_words
 
 
 def test_plain_balanced_questions_come_first_and_then_the_natural_mix(tmp_path):
@@ -53,3 +53,16 @@ def test_open_questions_are_those_for_a_colour_or_a_shape(tmp_path):
     answers = {record["conversations"][1]["value"] for record in records}
     assert answers == {*easy_vqa.COLOURS, *easy_vqa.SHAPES}
     assert len(records) == sum(question.answer not in ("yes", "no") for question in easy_vqa.questions("train"))
+
+
+def test_held_out_images_are_in_no_question_that_is_learnt(tmp_path):
+    learnt, judged = (
+        json.loads(path.read_text()) for path in write_open_split(tmp_path, num_held_out_images=500, seed=0)
+    )
+    images = [{record["image"] for record in records} for records in (learnt, judged)]
+    assert not images[0] & images[1]
+    assert len(images[1]) == 500
+    assert len(learnt) + len(judged) == len(json.loads(write_open_questions(tmp_path, seed=0).read_text()))
+    assert len(learnt) > 3840  # what the sweep's recipe takes
+    answers = [Counter(record["conversations"][1]["value"] for record in records) for records in (learnt, judged)]
+    assert answers[0].keys() == answers[1].keys()

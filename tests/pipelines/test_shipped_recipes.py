@@ -10,6 +10,7 @@ from evals import easy_vqa
 from evals.easy_vqa_records import write_conversations, write_open_questions, write_words
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.sweep_recipes import load_sweep
 from llava_ray.data.preparation import prepare_data
 from llava_ray.model.adapters import has_adapter
 from llava_ray.model.loading import load_pretrained_model
@@ -20,9 +21,9 @@ from llava_ray.runtime import connected
 from llava_ray.train.trainer import FinishedRun, finetune
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted(
-    path for path in (ROOT / "pipelines/recipes").glob("*/*.toml") if path.parent.name not in ("evaluate", "review")
-)
+OTHERS = ("evaluate", "review", "sweep")  # stages whose recipes are not runs
+RECIPES = sorted(path for path in (ROOT / "pipelines/recipes").glob("*/*.toml") if path.parent.name not in OTHERS)
+SWEEPS = sorted((ROOT / "pipelines/recipes/sweep").glob("*.toml"))
 BIG = [path for path in RECIPES if path.name.startswith("llava")]
 # As long as the smaller siblings' runs with the same classes, and no other code: left to `make verify`.
 LONG = [path for path in BIG if "13b" in path.stem]
@@ -37,6 +38,14 @@ def name(path: Path) -> str:
 def test_it_loads(recipe):
     config = load_recipe(FinetuneConfig, [str(recipe)])
     assert config.train.model_max_length <= config.train.row_length
+
+
+@pytest.mark.parametrize("recipe", SWEEPS, ids=name)
+def test_a_sweep_loads_and_its_features_are_shared(recipe):
+    config, space = load_sweep([str(recipe)])
+    assert config.data.vision_features == "cached"
+    assert config.sweep.scheduler == "asha"
+    assert len(space.dimensions) >= 2
 
 
 @pytest.mark.parametrize("recipe", BIG, ids=name)

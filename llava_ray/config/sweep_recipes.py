@@ -1,0 +1,53 @@
+"""Recipes of sweeps: a run's sections, ``[sweep]`` and ``[space]``; and the recipe that a sweep writes."""
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from llava_ray.config.recipes import load_recipe, read_toml, settings_hash
+from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.space import Space, SweepConfig
+from llava_ray.errors import ConfigError
+
+
+def load_sweep(arguments: Sequence[str]) -> tuple[SweepConfig, Space]:
+    """Read a sweep's recipe and flags; every corner of its space is a run that is allowed.
+
+    Raises ConfigError as ``load_recipe`` does.
+    """
+    if not arguments or arguments[0].startswith("-"):
+        if "--help" in arguments:
+            load_recipe(SweepConfig, arguments)
+        raise ConfigError("sweep.py needs a recipe with a [space]; pipelines/recipes/sweep/ has some")
+    space = Space.parsed({"dimensions": read_toml(arguments[0]).get("space", {})}, arguments[0])
+    config = load_recipe(SweepConfig, arguments, ignore=("space",))
+    if config.run.name == f"{Path(arguments[0]).stem}-{settings_hash(config)}":  # given by nobody: the space counts too
+        key = settings_hash(space)
+        config = config.replaced({"run.name": f"{config.run.name}-{key[:4]}"})
+    for settings in corners(space):
+        try:
+            config.base.replaced(settings)
+        except ConfigError as error:
+            raise ConfigError(f"{arguments[0]}: the space holds settings that no run can have: {error}") from error
+    return config, space
+
+
+def corners(space: Space) -> Iterator[dict[str, Any]]:
+    """Yield settings that together have every corner of every dimension, beside the first values of the others."""
+    first = {key: dimension.corners[0] for key, dimension in space.dimensions.items()}
+    for key, dimension in space.dimensions.items():
+        conditions = [[(other, value) for value in values] for other, values in dimension.when.items()]
+        for value, *chosen in itertools.product(dimension.corners, *conditions):
+            wanted = first | dict(chosen) | {key: value}
+            yield {name: wanted[name] for name, part in space.dimensions.items() if part.matters(wanted)}
+
+
+def as_toml(config: FinetuneConfig, comment: str) -> str:
+    """Return a recipe that gives ``config`` again, without what is the default anyway."""
+    lines = [f"# {line}" for line in comment.splitlines()]
+    for section, values in config.model_dump(mode="json", exclude_defaults=True).items():
+        # Texts, numbers, lists and booleans are written the same way in JSON and TOML.
+        lines += ["", f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
+    return "\n".join(lines) + "\n"

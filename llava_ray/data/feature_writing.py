@@ -1,0 +1,147 @@
+"""An entry of the feature cache computed with Ray Data: read and decode in tasks, the tower in actors, which write."""
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+from ray.data import ActorPoolStrategy
+
+from llava_ray.data.feature_cache import (
+    MANIFEST,
+    block_name,
+    cache_root,
+    estimate_bytes,
+    feature_key,
+    in_gb,
+    is_complete,
+    make_room,
+    place_of,
+    touch,
+    write_index,
+)
+from llava_ray.data.features import FeatureActor
+from llava_ray.data.settings import StreamSettings
+from llava_ray.data.shards import ROWS_PER_GROUP, PreparedData, read_rows
+from llava_ray.data.storage import list_sizes, write_file
+from llava_ray.data.stream import decoded
+from llava_ray.model.bundle import find_tower
+from llava_ray.model.manifest import fingerprint
+
+if TYPE_CHECKING:
+    from llava_ray.model.blueprint import Blueprint
+
+
+def cache_features(prepared: PreparedData, blueprint: "Blueprint", settings: StreamSettings) -> str:
+    """Return the entry with the features of all of ``prepared``, computing it where it is not there yet.
+
+    An interrupted one goes on with the blocks that are missing. Needs a connected Ray. Raises ConfigError for more
+    than the budget, DataError, ModelError.
+    """
+    tower = fingerprint(find_tower(settings.model).tower_source.folder)
+    key = feature_key(prepared, blueprint, tower=tower, bf16=settings.bf16)
+    root = cache_root(settings.data)
+    entry = f"{root}/{key.name}"
+    if is_complete(entry):
+        touch(entry)
+        return entry
+    width = settings.mm_hidden_size * (2 if settings.bf16 else 4)
+    needed = estimate_bytes(prepared, settings.image_tokens, width)
+    dropped = make_room(root, key.name, needed, int(settings.data.feature_cache_gb * 1e9))
+    print(  # noqa: T201 - said to the person who started the run
+        f"Features: up to {in_gb(needed)} into {entry}" + (f", after dropping {', '.join(dropped)}" if dropped else ""),
+        flush=True,
+    )
+    touch(entry)
+    blocks = [
+        (block_name(number, first), number, first)
+        for number, shard in enumerate(prepared.shards)
+        for first in range(0, shard.num_rows, ROWS_PER_GROUP)
+    ]
+    there = list_sizes(entry)
+    write_blocks([block for block in blocks if f"{block[0]}.json" not in there], entry, settings)
+    num_images = write_index(entry, [name for name, _, _ in blocks])
+    noted = vars(key) | {"num_images": num_images, "num_bytes": sum(list_sizes(entry).values())}
+    write_file(f"{entry}/{MANIFEST}", json.dumps(noted, indent=1).encode())
+    return entry
+
+
+def write_blocks(blocks: list[tuple[str, int, int]], entry: str, settings: StreamSettings) -> None:
+    """Compute and write the blocks (name, shard, first row)."""
+    if not blocks:
+        return
+    dataset = ray.data.from_arrow([pa.table({"shard": [shard], "first": [first]}) for _, shard, first in blocks])
+    dataset.context.target_max_block_size = None  # a block is a file: never cut one
+    dataset.context.enable_progress_bars = False
+    dataset = dataset.map_batches(
+        decode_block,
+        batch_size=None,
+        batch_format="pyarrow",
+        fn_kwargs={"settings": settings},
+        num_cpus=settings.data.num_decode_cpus,
+    ).map_batches(
+        FeatureWriter,
+        batch_size=None,
+        batch_format="pyarrow",
+        fn_constructor_kwargs={"settings": settings, "entry": entry},
+        compute=ActorPoolStrategy(size=min(len(blocks), settings.data.num_vision_actors)),
+        num_cpus=settings.data.num_decode_cpus,
+        num_gpus=settings.vision_gpus,
+    )
+    for _ in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        pass
+
+
+def decode_block(table: pa.Table, settings: StreamSettings) -> pa.Table:
+    """Return one row: the block's name, the pixels of its different images, and whose they are."""
+    shard, first = table["shard"][0].as_py(), table["first"][0].as_py()
+    name = settings.shard_names[shard]
+    total = read_rows(settings.prepared_path, name, None, columns=["widths"]).num_rows
+    rows = list(range(first, min(first + ROWS_PER_GROUP, total)))
+    columns = ["id", "images", "widths", "heights"]
+    pixels: dict[bytes, bytes] = {}
+    users: list[tuple[int, bytes]] = []
+    for row, record in zip(rows, read_rows(settings.prepared_path, name, rows, columns).to_pylist(), strict=True):
+        sizes = zip(record["widths"], record["heights"], strict=True)
+        for number, (image, size) in enumerate(zip(record["images"], sizes, strict=True)):
+            digest = hashlib.sha256(image).digest()
+            if digest not in pixels:
+                pixels[digest] = decoded(image, size, record["id"], settings)
+            users.append((place_of(shard, row, number), digest))
+    order = {digest: position for position, digest in enumerate(pixels)}
+    view = 3 * settings.image_spec.height * settings.image_spec.width
+    return pa.table(
+        {
+            "block": [block_name(shard, first)],
+            "places": pa.array([[place for place, _ in users]], pa.list_(pa.int64())),
+            "image": pa.array([[order[digest] for _, digest in users]], pa.list_(pa.int32())),
+            "views": pa.array([[len(cell) // view for cell in pixels.values()]], pa.list_(pa.int32())),
+            "pixels": pa.array([b"".join(pixels.values())], pa.large_binary()),
+        }
+    )
+
+
+class FeatureWriter(FeatureActor):
+    """Turn a block's pixels into features and write them."""
+
+    def __init__(self, settings: StreamSettings, entry: str) -> None:
+        """Load the tower once."""
+        super().__init__(settings)
+        self.entry = entry
+        self.view_bytes = settings.image_tokens.num_features * settings.mm_hidden_size * (2 if settings.bf16 else 4)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Write the features, then where each image's lie, which makes the block complete; return its name."""
+        for row in super().__call__(table).to_pylist():
+            lengths = np.asarray(row["views"], np.int64) * self.view_bytes
+            offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+            assert int(offsets[-1]) == len(row["features"])
+            where: list[list[Any]] = [
+                [place, int(offsets[image]), int(lengths[image])]
+                for place, image in zip(row["places"], row["image"], strict=True)
+            ]
+            write_file(f"{self.entry}/{row['block']}.bin", row["features"])
+            write_file(f"{self.entry}/{row['block']}.json", json.dumps(where).encode())
+        return table.select(["block"])

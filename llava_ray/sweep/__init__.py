@@ -1,0 +1,1 @@
+"""Sweeps: many fine-tuning runs over a space of settings, stopped early, judged on held-out data."""

@@ -1,0 +1,76 @@
+"""What to try after a sweep, said in sentences. Pure."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from llava_ray.config.space import SearchConfig, Space
+from llava_ray.sweep.judgement import Standing
+from llava_ray.sweep.trials import ACCURACY, Trial
+
+UNIMPORTANT = 0.05
+STANDARD_ERRORS = 2.0
+
+
+def advise(
+    trials: Sequence[Trial],
+    standings: Sequence[Standing],
+    space: Space,
+    search: SearchConfig,
+    shares: Mapping[str, float],
+    num_answers: int,
+) -> list[str]:
+    """Return sentences, the most useful first."""
+    advice = []
+    if standings:
+        advice += look_further(standings[0], space)
+        advice += tell_apart(standings, search, num_answers)
+    diverged = [trial for trial in trials if trial.state == "diverged"]
+    if diverged:
+        numbers = ", ".join(str(trial.number) for trial in diverged)
+        advice.append(f"Trials {numbers} diverged: lower the upper end of the learning rates, or lengthen the warm-up.")
+    failed = [trial for trial in trials if trial.state == "failed"]
+    if failed:
+        advice.append(f"{len(failed)} trials failed: read their reasons in the table before trusting the rest.")
+    idle = [key for key, share in shares.items() if share < UNIMPORTANT]
+    if idle and len(idle) < len(shares):
+        advice.append(f"{', '.join(idle)} made hardly any difference: leave it at the recipe's own, and save trials.")
+    return advice or ["Nothing stands out: the best lies inside the space, and its lead is larger than chance."]
+
+
+def look_further(best: Standing, space: Space) -> list[str]:
+    """Say where the best lies at an end of what was tried."""
+    sentences = []
+    for key, dimension in space.dimensions.items():
+        value, ends = best.settings.get(key), number_ends(dimension.corners)
+        if ends is None or value is None or ends[0] == ends[1]:
+            continue
+        # A tenth of the range, on the scale on which it is drawn, is still the end.
+        log = dimension.log_uniform is not None or (ends[0] > 0 and ends[1] >= 10 * ends[0])
+        low, high, own = (math.log(x) if log else x for x in (*ends, float(value)))
+        share = (own - low) / (high - low)
+        if share <= 0.1 or share >= 0.9:
+            end, way = ("lower", "below") if share <= 0.1 else ("upper", "above")
+            sentences.append(f"The best {key}, {value:g}, is at the {end} end of the space: try values {way} it.")
+    return sentences
+
+
+def number_ends(corners: Sequence[object]) -> tuple[float, float] | None:
+    """Return the least and the greatest of numbers, None if they are none."""
+    numbers = [float(value) for value in corners if isinstance(value, int | float) and not isinstance(value, bool)]
+    return (min(numbers), max(numbers)) if numbers and len(numbers) == len(corners) else None
+
+
+def tell_apart(standings: Sequence[Standing], search: SearchConfig, num_answers: int) -> list[str]:
+    """Say whether the lead of the best may be chance."""
+    first = standings[0].accuracy
+    if len(standings) < 2 or search.metric != ACCURACY or first is None or not num_answers:
+        return []
+    asked = num_answers * len(standings[0].trials)
+    error = math.sqrt(max(first * (1 - first), 1 / asked) / asked) * math.sqrt(2)
+    near = [one for one in standings[1:] if one.accuracy is not None and first - one.accuracy < STANDARD_ERRORS * error]
+    if not near:
+        return []
+    return [
+        f"{len(near)} other setting(s) are within chance of the best ({STANDARD_ERRORS * error:.1%} for {asked} "
+        "answers): raise held_out.num_answers or sweep.num_seeds to tell them apart, or take the cheapest."
+    ]

@@ -1,0 +1,75 @@
+"""A sweep's trials on storage: ``trials.json``, rewritten whole after every event by the one process that drives."""
+
+import json
+import time
+
+from llava_ray.data.storage import read_file, write_file
+from llava_ray.errors import CheckpointError
+from llava_ray.sweep.sampling import Settings
+from llava_ray.sweep.trials import ENDED, Look, State, Trial
+
+LEDGER = "trials.json"
+
+
+class Ledger:
+    """All trials that were ever started, by id, in the order of their first start."""
+
+    def __init__(self, folder: str) -> None:
+        """Read what earlier starts of this sweep have written. Raises CheckpointError where it cannot be read."""
+        self.path = f"{folder}/{LEDGER}"
+        self.trials = {trial.id: trial for trial in read_ledger(folder)}
+        self._started: dict[str, float] = {}
+
+    def start(self, name: str, settings: Settings, seed: int) -> Trial:
+        """Note that a trial's processes start, for the first time or again."""
+        trial = self.trials.setdefault(name, Trial(name, len(self.trials) + 1, settings, seed))
+        trial.state, trial.reason = "running", ""
+        trial.attempts += 1
+        self._started[name] = time.monotonic()
+        self.write()
+        return trial
+
+    def see(self, name: str, look: Look) -> Trial:
+        """Note what held-out samples said."""
+        trial = self.trials[name]
+        trial.see(look)
+        self.count_time(trial)
+        self.write()
+        return trial
+
+    def end(self, name: str, state: State, reason: str = "") -> Trial:
+        """Note how a trial ended."""
+        trial = self.trials[name]
+        trial.state, trial.reason = state, reason
+        self.count_time(trial)
+        self._started.pop(name, None)
+        self.write()
+        return trial
+
+    def count_time(self, trial: Trial) -> None:
+        """Add the seconds since the last event to a running trial's time."""
+        now = time.monotonic()
+        trial.seconds = round(trial.seconds + now - self._started.get(trial.id, now), 1)
+        self._started[trial.id] = now
+
+    def write(self) -> None:
+        """Write everything."""
+        write_file(self.path, json.dumps([trial.as_dict() for trial in self.trials.values()], indent=1).encode())
+
+
+def read_ledger(folder: str) -> list[Trial]:
+    """Return the trials that are noted in a sweep's folder. Raises CheckpointError where that cannot be read."""
+    try:
+        return [Trial.read(values) for values in json.loads(read_file(f"{folder}/{LEDGER}"))]
+    except FileNotFoundError:
+        return []
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder}/{LEDGER} cannot be read ({error}): restore it from a backup, or start over with "
+            "--run.restart True (the old folder is kept aside)"
+        ) from error
+
+
+def unfinished(trials: list[Trial]) -> list[Trial]:
+    """Return the trials that have not ended."""
+    return [trial for trial in trials if trial.state not in ENDED]

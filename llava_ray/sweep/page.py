@@ -1,0 +1,78 @@
+"""The sweep's page made of its results."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from llava_ray.report.pieces import Link, Links, Report
+from llava_ray.report.sweep import BAD, BEST, EARLY, WHOLE, SweepSummary, TrialRow, sweep_report
+from llava_ray.sweep.results import Results
+from llava_ray.sweep.table import describe, short_key, state_of
+from llava_ray.sweep.trials import Trial
+
+Kind = Literal["the best", "to the end", "stopped early", "diverged or failed"]
+
+
+def make_page(name: str, results: Results, seconds: float) -> Report:
+    """Lay out the report of a sweep."""
+    best = results.standings[0] if results.standings else None
+    winner = best.trials[0] if best else None
+    states = [f"{sum(t.state == state for t in results.trials)} {state}" for state in _states(results.trials)]
+    summary = SweepSummary(
+        title=f"Sweep {name}",
+        summary=f"{len(results.trials)} trials: {', '.join(states)}. {results.default.text if results.default else ''}",
+        best=f"The best is trial {winner.number}: {describe(winner.settings)}."
+        if winner
+        else "No trial came to its end.",
+        beats_default=results.default.better if results.default else None,
+        default=results.default.text if results.default else "",
+        saved=results.saved,
+        num_steps=results.num_steps,
+        seconds=seconds,
+        importance={short_key(key): share for key, share in results.importance.items()},
+        advice=results.advice,
+        unbeaten=[
+            [
+                f"trial {one.trials[0].number}",
+                one.loss,
+                None if one.accuracy is None else f"{one.accuracy:.1%}",
+                round(one.seconds),
+            ]
+            for one in results.unbeaten
+        ],
+    )
+    links = [Link("report.json", "report.json"), Link("all trials, as they were noted", "trials.json")]
+    if winner is not None:
+        links += [Link("the best, a bundle", "best/model/llava.json"), Link("its recipe", "best.toml")]
+    return sweep_report(summary, [row(trial, winner) for trial in results.trials], Links(links))
+
+
+def row(trial: Trial, winner: Trial | None) -> TrialRow:
+    """Return a trial as the page shows it."""
+    said = [look.held_out_accuracy for look in trial.curve if look.held_out_accuracy is not None]
+    return TrialRow(
+        number=trial.number,
+        settings={short_key(key): shown(value) for key, value in trial.settings.items()},
+        seed=trial.seed,
+        kind=kind_of(trial, winner),
+        state=state_of(trial),
+        steps=[look.step for look in trial.curve],
+        losses=[look.held_out_loss for look in trial.curve],
+        accuracies=said if len(said) == len(trial.curve) else [],
+        seconds=trial.seconds,
+    )
+
+
+def kind_of(trial: Trial, winner: Trial | None) -> Kind:
+    """Return what a trial is to the page."""
+    if winner is not None and trial.id == winner.id:
+        return BEST
+    return {"finished": WHOLE, "stopped": EARLY}.get(trial.state, BAD)  # type: ignore[return-value]
+
+
+def shown(value: object) -> str | float:
+    """Return a setting as a number or a text."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+
+
+def _states(trials: Sequence[Trial]) -> list[str]:
+    return list(dict.fromkeys(trial.state for trial in trials))

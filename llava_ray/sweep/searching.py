@@ -1,0 +1,73 @@
+"""Where Tune's settings come from: our own list, or Optuna."""
+
+from typing import Any
+
+from ray import tune
+from ray.tune.search import Repeater, Searcher
+from ray.tune.search.optuna import OptunaSearch  # imports without optuna
+
+from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.space import SearchConfig, Space
+from llava_ray.errors import ConfigError
+from llava_ray.sweep.sampling import Suggest, default_settings, lies_inside, list_settings
+from llava_ray.sweep.trial import GIVEN
+from llava_ray.sweep.trials import LOWER_IS_BETTER
+
+SECONDS = "time_total_s"  # Tune's own; what a trial costs
+
+
+class PatientOptuna(OptunaSearch):
+    """Takes reports without a metric: those that say how a trial ended."""
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Pass on what can be judged."""
+        if isinstance(self.metric, list) or self.metric in result:
+            super().on_trial_result(trial_id, result)
+
+
+def list_given(space: Space, search: SearchConfig, base: FinetuneConfig) -> list[dict[str, Any]]:
+    """Return what each trial of a grid or of random draws is given, all seeds of a setting together."""
+    return [
+        {"settings": settings, "seed": base.train.seed + offset}
+        for settings in list_settings(space, search, base)
+        for offset in range(search.num_seeds)
+    ]
+
+
+def make_search(space: Space, search: SearchConfig, base: FinetuneConfig) -> dict[str, Any]:
+    """Return the arguments of ``Tuner`` and ``TuneConfig`` that decide which settings are tried."""
+    if search.method != "optuna":
+        return {"param_space": {GIVEN: tune.grid_search(list_given(space, search, base))}, "num_samples": 1}
+    searcher = make_optuna(space, search, base)
+    if search.num_seeds > 1:
+        searcher = Repeater(searcher, repeat=search.num_seeds)
+    return {"param_space": {}, "search_alg": searcher, "num_samples": search.num_trials * search.num_seeds}
+
+
+def make_optuna(space: Space, search: SearchConfig, base: FinetuneConfig) -> Searcher:
+    """Return Optuna's TPE over the space. Raises ConfigError where it is not installed."""
+    try:
+        import optuna
+    except ImportError as error:
+        raise ConfigError(
+            "sweep.method = 'optuna' needs optuna, which is not installed; pip install 'llava_ray[sweep]'"
+        ) from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+    mode = "min" if LOWER_IS_BETTER[search.metric] else "max"
+    own = enqueued(space, base) if search.include_default else None
+    return PatientOptuna(
+        Suggest(space),
+        metric=[search.metric, SECONDS] if search.weigh_cost else search.metric,
+        mode=[mode, "min"] if search.weigh_cost else mode,
+        points_to_evaluate=own,
+        seed=search.search_seed,
+    )
+
+
+def enqueued(space: Space, base: FinetuneConfig) -> list[dict[str, Any]] | None:
+    """Return the recipe's own settings as Optuna calls them, so that it tries these first; None outside the space."""
+    own = default_settings(space, base)
+    if not lies_inside(space, own):
+        return None
+    return [{key: repr(value) if space.dimensions[key].choice is not None else value for key, value in own.items()}]

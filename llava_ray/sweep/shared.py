@@ -1,0 +1,83 @@
+"""What all trials of a sweep share, made before the first one starts: paths, data, features, the number of steps."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.space import Space, SweepConfig
+from llava_ray.data.preparation import prepare_data
+from llava_ray.data.storage import absolute
+from llava_ray.model.blueprint import read_blueprint
+from llava_ray.runtime import Resources
+from llava_ray.sweep.sampling import Settings
+from llava_ray.train.runs import absolute_paths
+from llava_ray.train.trainer import held_out_samples, make_plan, stream_settings
+
+MODEL_PATHS = ("model.model_name_or_path", "model.model_base", "model.vision_tower", "model.pretrain_mm_mlp_adapter")
+# Settings of which the frozen tower's features depend.
+FEATURE_KEYS = (
+    "model.vision_tower",
+    "model.mm_vision_select_layer",
+    "model.mm_vision_select_feature",
+    "model.s2",
+    "model.s2_scales",
+    "model.image_grid_pinpoints",
+    "data.image_aspect_ratio",
+    "train.bf16",
+)
+
+
+def common_config(config: SweepConfig, folder: str, tracking_uri: str, parent_run_id: str) -> SweepConfig:
+    """Return the sweep's config as every trial starts from: paths that hold anywhere, its folder, its MLflow run."""
+    paths = {"data.cache_dir": absolute(config.data.cache_dir), "data.data_path": absolute(config.data.data_path)}
+    if config.data.image_folder:
+        paths["data.image_folder"] = absolute(config.data.image_folder)
+    if config.held_out.path:
+        paths["held_out.path"] = absolute(config.held_out.path)
+    if config.held_out.images:
+        paths["held_out.images"] = absolute(config.held_out.images)
+    trials = {
+        "run.storage_path": f"{folder}/trials",
+        "run.max_failures": config.sweep.max_retries,
+        "run.restart": False,
+        "tracking.tracking_uri": tracking_uri,
+        "tracking.parent_run_id": parent_run_id,
+        "tracking.log_model": False,  # the sweep keeps the best one
+    }
+    return config.replaced(paths | absolute_paths(config) | trials)
+
+
+def absolute_space(space: Space) -> Space:
+    """Return the space with folders of models that mean the same in every process."""
+    dimensions = space.model_dump()["dimensions"]
+    for key in MODEL_PATHS:
+        for value in (dimensions.get(key) or {}).get("choice") or ():
+            if isinstance(value, str) and Path(value).exists():
+                choice = dimensions[key]["choice"]
+                dimensions[key]["choice"] = tuple(str(Path(v).resolve()) if v == value else v for v in choice)
+    return Space.parsed({"dimensions": dimensions})
+
+
+def share(config: FinetuneConfig, space: Space, resources: Resources) -> int:
+    """Prepare data, lengths and features that trials will find ready; return the steps of a whole run."""
+    prepared = prepare_data(config.data)
+    for settings in feature_variants(space):
+        variant = config.replaced(settings)
+        blueprint = read_blueprint(variant.model, variant.data.image_aspect_ratio)
+        held_out_samples(variant, blueprint, resources)
+        stream_settings(variant, prepared, blueprint, resources)
+    _, plan = make_plan(config, prepared, read_blueprint(config.model, config.data.image_aspect_ratio))
+    return plan.num_steps
+
+
+def feature_variants(space: Space) -> Iterator[Settings]:
+    """Yield the settings under which features differ, each combination that the space has."""
+    dimensions = {key: part for key, part in space.dimensions.items() if key in FEATURE_KEYS}
+    seen: list[Settings] = []
+    for values in itertools.product(*(part.choice or () for part in dimensions.values())):
+        wanted = dict(zip(dimensions, values, strict=True))
+        settings = {key: value for key, value in wanted.items() if dimensions[key].matters(wanted)}
+        if settings not in seen:
+            seen.append(settings)
+            yield settings

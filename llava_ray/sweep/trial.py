@@ -1,0 +1,97 @@
+"""What Tune runs for each trial: an ordinary fine-tuning run of its own name, which reports at every checkpoint."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from llava_ray.config.sections import FinetuneConfig
+from llava_ray.data.storage import read_file
+from llava_ray.errors import ConfigError, DataError, DivergedError, LlavaRayError, ModelError
+from llava_ray.runtime import Resources
+from llava_ray.sweep.sampling import Settings
+from llava_ray.sweep.trials import ACCURACY, LOSS, Look, State
+
+# A key of a report that ends a trial: how it ended. Tune itself knows only "terminated" and "error".
+ENDED, REASON = "ended", "reason"
+GIVEN = "trial"
+REPEATER_INDEX = "__trial_index__"  # of Ray's Repeater, which runs a setting several times
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every trial of a sweep is told."""
+
+    base: FinetuneConfig
+    """The recipe, with the sweep's storage and MLflow run, and names that mean the same everywhere."""
+    resources: Resources
+    objective: Callable[[FinetuneConfig, Resources], None]
+    """What carries out a trial's run and reports to Tune; the tests of scheduling alone have another."""
+
+
+def make_trainable(job: Job) -> Callable[[dict[str, Any]], None]:
+    """Return the function that Tune runs in a process of its own for each trial."""
+
+    def trial(given: dict[str, Any]) -> None:
+        run_trial(given, job)
+
+    return trial
+
+
+def run_trial(given: dict[str, Any], job: Job) -> None:
+    """Carry out one trial; what a new start cannot mend ends it with a reason, all else is left to Tune to retry."""
+    try:
+        job.objective(trial_config(job.base, given, tune.get_context().get_trial_id()), job.resources)
+    except DivergedError as error:
+        end("diverged", str(error))
+    except (ConfigError, DataError, ModelError) as error:
+        end("failed", f"{type(error).__name__}: {error}")
+    except LlavaRayError as error:  # Ray Train has retried within the run
+        end("failed", str(error))
+
+
+def end(state: State, reason: str) -> None:
+    """Tell the driver how the trial ended."""
+    tune.report({ENDED: state, REASON: reason})
+
+
+def trial_config(base: FinetuneConfig, given: dict[str, Any], name: str) -> FinetuneConfig:
+    """Return the run that a trial is. Raises ConfigError."""
+    settings, seed = read_given(given, base.train.seed)
+    return base.replaced({**settings, "train.seed": seed, "run.name": name})
+
+
+def read_given(given: dict[str, Any], base_seed: int) -> tuple[Settings, int]:
+    """Take apart what Tune gives a trial: a row of our own list, or Optuna's suggestion."""
+    if GIVEN in given:
+        return dict(given[GIVEN]["settings"]), int(given[GIVEN]["seed"])
+    settings = {key: value for key, value in given.items() if key != REPEATER_INDEX}
+    return settings, base_seed + int(given.get(REPEATER_INDEX, 0))
+
+
+def tune_trial(config: FinetuneConfig, resources: Resources) -> None:
+    """Tune, and report every look at the held-out samples; first those that an earlier start has taken already."""
+    from llava_ray.data.preparation import prepare_data  # torch and transformers, which only trials need
+    from llava_ray.train.runs import committed_step
+    from llava_ray.train.trainer import finetune
+
+    for look in read_looks(config, committed_step(config.run.storage_path, str(config.run.name))):
+        tune.report(look.as_report())
+    prepared = prepare_data(config.data, show_progress=False)
+    finished = finetune(config, prepared, resources, callbacks=[TuneReportCallback()], show_progress=False)
+    last = read_looks(config, finished.num_steps)[-1]
+    tune.report({ENDED: "finished", REASON: "", "num_steps": finished.num_steps} | last.as_report())
+
+
+def read_looks(config: FinetuneConfig, last_step: int) -> list[Look]:
+    """Return what the run's own metrics say of held-out samples, up to a step."""
+    try:
+        lines = read_file(f"{config.run.storage_path}/{config.run.name}/metrics.jsonl").splitlines()
+    except FileNotFoundError:
+        return []
+    rows = (json.loads(line) for line in lines)
+    looks = [Look(row["step"] + 1, row[LOSS], row.get(ACCURACY)) for row in rows if LOSS in row]
+    return [look for look in looks if look.step <= last_step]

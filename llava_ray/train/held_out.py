@@ -1,0 +1,183 @@
+"""Held-out samples, looked at whenever a run saves: their loss, and the share of answers that are right.
+
+Each rank keeps its part in memory, images as what the frozen tower makes of them (as pixels where the tower learns).
+Nothing is learnt from them, and no random number is drawn: a run's own curve is the same with and without.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llava_ray.chat.conversation import Turn
+from llava_ray.chat.tokens import tokenize_prompt
+from llava_ray.data.batches import MicroBatch, micro_batch
+from llava_ray.data.feature_cache import fetch_features, place_of
+from llava_ray.data.features import feature_dtype, unpacked_pixels
+from llava_ray.data.lengths import TokenLengths
+from llava_ray.data.plan import Plan
+from llava_ray.data.settings import StreamSettings
+from llava_ray.data.shards import read_rows
+from llava_ray.data.stream import (
+    NO_STEP,
+    decode_images,
+    decoded,
+    describe_micro_batches,
+    load_features,
+    read_micro_batches,
+)
+from llava_ray.generate.decoding import answer_text, generate_batch
+from llava_ray.images.anyres import Size
+from llava_ray.images.processing import normalise
+from llava_ray.model.bundle import LlavaParts
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+ANSWERS_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What is looked at, with everything that a worker needs to read it."""
+
+    stream: StreamSettings
+    plan: Plan
+    lengths: TokenLengths
+    num_answers: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question for the model, the views of its images as pixels or features (n, ...), and the record's answer."""
+
+    prompt: list[int]
+    images: Tensor | None
+    sizes: list[Size]
+    answer: str
+
+
+class Examiner:
+    """One rank's part of the held-out samples."""
+
+    def __init__(self, held_out: HeldOut | None, parts: LlavaParts, rank: int, world_size: int) -> None:
+        """Read the samples, and run a frozen tower over their images, once; None looks at nothing."""
+        self.held_out = held_out
+        self.parts = parts
+        self.batches: list[tuple[MicroBatch, Tensor | None]] = []
+        self.asked: list[Asked] = []
+        if held_out is None:
+            return
+        self.tower_learns = held_out.stream.model.unfreeze_mm_vision_tower
+        for batch in read_batches(held_out, rank, world_size):
+            self.batches.append((batch, self.kept(batch.features if batch.pixels is None else batch.pixels)))
+        for asked in read_questions(held_out, parts, rank, world_size):
+            self.asked.append(Asked(asked.prompt, self.kept(asked.images), asked.sizes, asked.answer))
+
+    def examine(self, engine: "DeepSpeedEngine", device: torch.device) -> dict[str, float]:
+        """Return ``held_out_loss`` and ``held_out_accuracy`` over all ranks; collective."""
+        if self.held_out is None:
+            return {}
+        engine.eval()
+        try:
+            with torch.no_grad():
+                counts = torch.tensor([*self.losses(engine, device), *self.answers(device)], device=device)
+        finally:
+            engine.train()
+        dist.all_reduce(counts)
+        loss, tokens, right, asked = counts.tolist()
+        return {"held_out_loss": loss / tokens} | ({"held_out_accuracy": right / asked} if asked else {})
+
+    def losses(self, engine: "DeepSpeedEngine", device: torch.device) -> tuple[float, float]:
+        """Return the sum of the losses of this rank's supervised tokens, and their number."""
+        total, tokens = 0.0, 0
+        for batch, images in self.batches:
+            features = None if images is None else self.features(images).to(device)
+            losses = engine(
+                batch.input_ids.to(device),
+                batch.position_ids.to(device),
+                batch.labels.to(device),
+                features=features,
+                image_sizes=batch.image_sizes,
+            )
+            total += float(losses.sum())
+            tokens += len(losses)
+        return total, tokens
+
+    def answers(self, device: torch.device) -> tuple[float, float]:
+        """Return how many of this rank's answers are right, and how many were asked for."""
+        assert self.held_out is not None
+        right = 0
+        for start in range(0, len(self.asked), ANSWERS_AT_ONCE):
+            some = self.asked[start : start + ANSWERS_AT_ONCE]
+            written = generate_batch(
+                self.parts,
+                [asked.prompt for asked in some],
+                [asked.images for asked in some],
+                image_sizes=[asked.sizes for asked in some],
+                max_new_tokens=self.held_out.max_new_tokens,
+                extract=lambda images: self.features(images).to(device),
+            )
+            said = [answer_text(self.parts, ids) for ids in written]
+            right += sum(same(text, asked.answer) for text, asked in zip(said, some, strict=True))
+        return right, len(self.asked)
+
+    def kept(self, images: Tensor | None) -> Tensor | None:
+        """Return what is kept of some views: features, unless the tower still changes."""
+        return images if images is None or self.tower_learns else self.features(images).cpu()
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return the features of views that are pixels (uint8), others as they are."""
+        if images.dtype != torch.uint8:
+            return images
+        assert self.held_out is not None
+        spec = self.held_out.stream.image_spec
+        return self.parts.tower.extract(images, lambda views: normalise(views, spec))
+
+
+def read_batches(held_out: HeldOut, rank: int, world_size: int) -> Iterator[MicroBatch]:
+    """Yield this rank's packed rows, as many as every other rank's."""
+    settings, plan = held_out.stream, held_out.plan
+    steps = list(range(plan.num_steps))
+    for window in describe_micro_batches(plan, held_out.lengths, steps, settings.row_length, world_size):
+        mine = [row == rank for row in window["rank"].to_pylist()]
+        for table in read_micro_batches(window.filter(pa.array(mine)), settings):
+            whole = load_features(table, settings) if settings.features else decode_images(table, settings)
+            yield from (micro_batch(row, settings) for row in whole.to_pylist() if row["step"] != NO_STEP)
+
+
+def read_questions(held_out: HeldOut, parts: LlavaParts, rank: int, world_size: int) -> Iterator[Asked]:
+    """Yield this rank's questions: the first turns of every ``world_size``-th of the records that are asked."""
+    places = zip(*(held_out.lengths.table[name].to_pylist() for name in ("shard", "row", "part")), strict=True)
+    records = [(shard, row) for shard, row, part in places if part == 0][: held_out.num_answers]
+    for shard, row in records[rank::world_size]:
+        yield read_question(held_out.stream, parts, shard, row)
+
+
+def read_question(settings: StreamSettings, parts: LlavaParts, shard: int, row: int) -> Asked:
+    """Read a record's first question with the images that belong to it, and its first answer."""
+    columns = ["id", "turns", "widths", "heights", *([] if settings.features else ["images"])]
+    table = read_rows(settings.prepared_path, settings.shard_names[shard], [row], columns=columns)
+    record = table.to_pylist()[0]
+    question, answer = (Turn(**turn) for turn in record["turns"][:2])
+    sizes = list(zip(record["widths"], record["heights"], strict=True))[: question.value.count("<image>")]
+    if settings.features:
+        cells = fetch_features(settings.features, [place_of(shard, row, number) for number in range(len(sizes))])
+        flat = torch.frombuffer(bytearray(b"".join(cells)) or bytearray(8), dtype=feature_dtype(bf16=settings.bf16))
+        images = flat.view(-1, settings.image_tokens.num_features, settings.mm_hidden_size) if sizes else None
+    else:
+        shown = zip(record["images"], sizes, strict=False)
+        cell = b"".join(decoded(image, size, record["id"], settings) for image, size in shown)
+        spec = settings.image_spec
+        images = torch.from_numpy(unpacked_pixels(cell, spec.height, spec.width)) if sizes else None
+    return Asked(tokenize_prompt([question], parts.template, parts.tokenizer), images, sizes, answer.value)
+
+
+def same(said: str, answer: str) -> bool:
+    """Tell whether an answer is the record's own but for case, white space and one final period."""
+    return said.strip().lower().removesuffix(".") == answer.strip().lower().removesuffix(".")

@@ -1,0 +1,47 @@
+#!/usr/bin/env python
+"""Search a space of settings: many fine-tuning runs, stopped early, judged on held-out samples.
+
+python pipelines/sweep.py pipelines/recipes/sweep/llava_v1_5_7b.toml --data.data_path blip_558k.json …
+ray job submit --working-dir . -- python pipelines/sweep.py RECIPE --sweep.num_trials 32
+
+The same command goes on where a sweep was interrupted. The best run's model and recipe are in the sweep's folder.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+
+from llava_ray.config.sweep_recipes import load_sweep
+from llava_ray.report.charts import check_plotting
+from llava_ray.runtime import connected, local_runs
+from llava_ray.sweep.folder import open_sweep
+from llava_ray.sweep.search import search
+from llava_ray.sweep.shared import absolute_space, common_config, share
+from llava_ray.sweep.trial import tune_trial
+from pipelines.command import run_command
+from pipelines.sweep_results import Sweep, closing, keep, tell, track
+
+
+def main(arguments: Sequence[str]) -> Sweep:
+    """Make what trials share, run them, write the best one and the report, and say where they are."""
+    check_plotting()
+    config, space = load_sweep(arguments)
+    space = absolute_space(space)
+    print(config.model_dump_json(indent=1, exclude_defaults=True))
+    print(json.dumps({"space": space.model_dump(exclude_defaults=True)["dimensions"]}, indent=1), flush=True)
+    folder = open_sweep(config, space)
+    start = time.perf_counter()
+    tracked = track(config, folder)
+    cluster = connected(config.cluster, runs=local_runs(config.cluster), quiet=True)
+    with closing(tracked), cluster as resources:
+        common = common_config(config, folder, tracked.tracking_uri, tracked.run_id)
+        num_steps = share(common.base, space, resources)
+        where = {"tracking_uri": tracked.tracking_uri, "experiment_name": config.tracking.experiment_name}
+        searched = search(common, space, folder, resources, tune_trial, num_steps, where)
+    finished = keep(config, common, space, searched, time.perf_counter() - start, tracked)
+    tell(finished)
+    return finished
+
+
+if __name__ == "__main__":
+    run_command(main)

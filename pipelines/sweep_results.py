@@ -1,0 +1,118 @@
+"""What a sweep leaves behind: the best model and its recipe, the report, MLflow's parent run, and what to say."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from llava_ray.config.space import Space, SweepConfig
+from llava_ray.data.storage import read_file, write_file
+from llava_ray.errors import LlavaRayError
+from llava_ray.report.rendering import render
+from llava_ray.sweep.page import make_page
+from llava_ray.sweep.results import Results, summarise
+from llava_ray.sweep.search import Searched
+from llava_ray.sweep.table import describe, draw_table
+from llava_ray.sweep.winner import export_best
+from llava_ray.tracking import TrackedRun, default_tracking_uri
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep that is over."""
+
+    folder: str
+    results: Results
+    seconds: float
+    """Over all starts of the sweep."""
+    left: list[str]
+    """What its trials did not give back to the cluster."""
+    tracking_uri: str
+
+
+def track(config: SweepConfig, folder: str) -> TrackedRun:
+    """Open the MLflow run that those of the trials are below."""
+    uri = config.tracking.tracking_uri or default_tracking_uri(config.run.storage_path)
+    tracked = TrackedRun(uri, config.tracking.experiment_name, str(config.run.name), folder)
+    tracked.log_params(config.model_dump(mode="json"))
+    return tracked
+
+
+@contextmanager
+def closing(tracked: TrackedRun) -> Iterator[None]:
+    """Mark the sweep's run FAILED or KILLED in MLflow when it does not end well."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        tracked.end("KILLED")
+        raise
+    except LlavaRayError:
+        tracked.end("FAILED")
+        raise
+
+
+def keep(
+    config: SweepConfig, common: SweepConfig, space: Space, searched: Searched, seconds: float, tracked: TrackedRun
+) -> Sweep:
+    """Write everything that a sweep leaves behind; the time of earlier starts is added."""
+    folder = searched.folder
+    results = summarise(common, space, searched.trials, searched.num_steps)
+    seconds += read_seconds(folder)
+    best = results.standings[0] if results.standings else None
+    if best is not None:
+        export_best(config, common.base, best, folder)
+    report: dict[str, Any] = results.as_dict() | {
+        "seconds": round(seconds, 1),
+        "concurrent_trials": searched.concurrent,
+        "clean": not searched.left,
+        "left": searched.left,
+    }
+    write_file(f"{folder}/report.json", json.dumps(report, indent=1).encode())
+    write_file(f"{folder}/report.html", render(make_page(str(config.run.name), results, seconds)).encode())
+    if best is not None:
+        metrics = {"held_out_loss": best.loss, "steps_saved": results.saved}
+        tracked.log_steps({results.num_steps: metrics | accuracy_of(best.accuracy)})
+        tracked.log_tags({"llava_ray.best": best.trials[0].id})
+    if "://" not in folder:  # MLflow copies from this node's own files
+        for name in ("report.html", "report.json", "trials.json", *(["best.toml"] if best else [])):
+            tracked.log_file(f"{folder}/{name}")
+        if best is not None and config.tracking.log_model:
+            tracked.log_folder(f"{folder}/best/model", "model")
+    tracked.end()
+    return Sweep(folder, results, seconds, searched.left, tracked.tracking_uri)
+
+
+def read_seconds(folder: str) -> float:
+    """Return the seconds that a report of this sweep has counted already, 0 without one."""
+    try:
+        return float(json.loads(read_file(f"{folder}/report.json"))["seconds"])
+    except FileNotFoundError:
+        return 0.0
+
+
+def accuracy_of(value: float | None) -> dict[str, float]:
+    """Return the metric, if there is one."""
+    return {} if value is None else {"held_out_accuracy": value}
+
+
+def tell(sweep: Sweep) -> None:
+    """Say what came out, and where."""
+    results, folder = sweep.results, sweep.folder
+    print("\n" + "\n".join(draw_table(results.trials, results.num_steps)))
+    if results.standings:
+        best = results.standings[0]
+        print(f"\nBest: trial {best.trials[0].number} ({describe(best.settings)}), held-out loss {best.loss:.4f}")
+    else:
+        print("\nNo trial came to its end; the table says why.")
+    if results.default:
+        print(results.default.text)
+    print(f"Steps saved by stopping early: {results.saved:.0%}; {sweep.seconds:.0f} s in all")
+    for sentence in results.advice:
+        print(f"Next: {sentence}")
+    if sweep.left:
+        print(f"Attention: the trials have not given back {', '.join(sweep.left)}")
+    print(f"  report   {folder}/report.html\n  numbers  {folder}/report.json")
+    if results.standings:
+        print(f"  model    {folder}/best/model\n  recipe   python pipelines/finetune.py {folder}/best.toml")
+    print(f"  mlflow   mlflow ui --backend-store-uri {sweep.tracking_uri}")

@@ -1,0 +1,140 @@
+#!/usr/bin/env python
+"""A sweep beside the same trials run one by one to their ends, through finetune.py with inline vision.
+
+python tests/benchmarks/bench_sweep.py --output tests/benchmarks/results/sweep.json
+
+Both start with prepared data and nothing else; the sweep computes the features, runs two trials at a time and stops
+early, each single run uses both cores. The single runs tell which settings are the best in truth, and whether the
+sweep has kept them. Takes about 20 minutes.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
+
+from evals import easy_vqa
+from llava_ray.config.sweep_recipes import load_sweep
+from llava_ray.sweep.sampling import Settings, identity
+from llava_ray.sweep.searching import list_given
+
+ROOT = Path(__file__).parents[2]
+RECIPE = "pipelines/recipes/sweep/quickstart.toml"
+NUM_CORES = 2
+TARGET_SPEED, TARGET_SAVED = 2.0, 0.5
+# What the single runs have otherwise than the trials.
+ALONE = {"data.vision_features": "inline", "cluster.num_workers": NUM_CORES, "cluster.cpus_per_worker": "auto"}
+
+
+def main() -> None:
+    """Time both ways; print and keep the figures."""
+    options = parse_options()
+    os.chdir(ROOT)
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:NUM_CORES])
+    options.folder.mkdir(parents=True, exist_ok=True)
+    start_from = options.words or next(Path("runs/quickstart").glob("words-*/model"))
+    given = ["--model.model_name_or_path", str(start_from), "--data.image_folder", str(easy_vqa.image_folder("train"))]
+    given += ["--data.cache_dir", str(options.folder / "cache"), "--run.storage_path", str(options.folder / "runs")]
+    given += options.flags
+    config, space = load_sweep([RECIPE, *given])
+    warm_up(given, options.folder)
+    swept, swept_busy = timed(["pipelines/sweep.py", RECIPE, *given, "--run.name", "bench", "--run.restart", "True"])
+    report = json.loads((options.folder / "runs/bench/report.json").read_text())
+    ends: list[dict[str, Any]] = []
+    alone, busy = 0.0, []
+    for number, trial in enumerate(list_given(space, config.sweep, config.base)):
+        seconds, share, end = run_alone(trial, given, options.folder, f"alone-{number}")
+        alone += seconds
+        busy.append(share * seconds)
+        ends.append({"settings": trial["settings"], "seconds": round(seconds, 1)} | end)
+    best = min(ends, key=lambda row: (-row["held_out_accuracy"], row["held_out_loss"]))
+    kept = next(row for row in ends if identity(row["settings"]) == identity(report["best"]["settings"]))
+    result = {
+        "num_trials": len(ends),
+        "sweep_seconds": round(swept, 1),
+        "one_by_one_seconds": round(alone, 1),
+        "ratio": round(alone / swept, 2),
+        "target": TARGET_SPEED,
+        "steps_saved": report["steps_saved"],
+        "target_steps_saved": TARGET_SAVED,
+        "busy_cores_sweep": round(swept_busy, 2),
+        "busy_cores_one_by_one": round(sum(busy) / alone, 2),
+        "best_in_truth": best,
+        "best_of_sweep_in_truth": kept,
+        "true_best_kept": identity(best["settings"]) == identity(kept["settings"]),
+        "one_by_one": ends,
+        "states": report["states"],
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}",
+    }
+    print(json.dumps(result, indent=1))
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("runs/bench_sweep"), help="made, and left for a look")
+    parser.add_argument("--words", type=Path, help="language model to start from; default: the quickstart's")
+    parser.add_argument("--output", type=Path)
+    options, options.flags = parser.parse_known_args()
+    return options
+
+
+def warm_up(given: list[str], folder: Path) -> None:
+    """Prepare the data and drop what an earlier run has left: neither way pays for the first, or gains by the other."""
+    for name in ("runs", "cache/features"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    data = ["--data.data_path", "--data.max_samples", "--data.samples_per_shard"]
+    config, _ = load_sweep([RECIPE, *given])
+    values = [config.data.data_path, str(config.data.max_samples), str(config.data.samples_per_shard)]
+    flags = [word for pair in zip(data, values, strict=True) for word in pair]
+    folders = ["--data.cache_dir", config.data.cache_dir, "--data.image_folder", str(config.data.image_folder)]
+    run(["pipelines/prepare.py", *flags, *folders])
+
+
+def run_alone(
+    trial: dict[str, Any], given: list[str], folder: Path, name: str
+) -> tuple[float, float, dict[str, float]]:
+    """Run one trial to its end; return seconds, busy cores and what held-out samples said last."""
+    recipe = folder / f"{name}.toml"
+    text = (ROOT / RECIPE).read_text()
+    recipe.write_text("[model]" + text.partition("[model]")[2])  # a run knows neither space nor sweep
+    changes: Settings = {**ALONE, **trial["settings"], "train.seed": trial["seed"], "run.name": name}
+    flags = [word for key, value in changes.items() for word in (f"--{key}", str(value))]
+    seconds, busy = timed(["pipelines/finetune.py", str(recipe), *given, *flags])
+    rows = [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+    last = next(row for row in reversed(rows) if "held_out_loss" in row)
+    return seconds, busy, {key: last[key] for key in ("held_out_loss", "held_out_accuracy")}
+
+
+def timed(command: list[str]) -> tuple[float, float]:
+    """Run a command; return its seconds and how many cores this machine had busy meanwhile."""
+    start, before = time.perf_counter(), busy_seconds()
+    run(command)
+    seconds = time.perf_counter() - start
+    return seconds, (busy_seconds() - before) / seconds
+
+
+def run(command: list[str]) -> None:
+    """Run a pipeline, and stop if it fails."""
+    subprocess.run([sys.executable, *command], check=True, stdin=subprocess.DEVNULL)
+
+
+def busy_seconds() -> float:
+    """Return the seconds that this machine's cores have not been idle, in all."""
+    names = ("user", "nice", "system", "idle", "iowait")
+    values = dict(zip(names, map(int, Path("/proc/stat").read_text().split()[1:6]), strict=True))
+    return (values["user"] + values["nice"] + values["system"]) / os.sysconf("SC_CLK_TCK")
+
+
+if __name__ == "__main__":
+    main()

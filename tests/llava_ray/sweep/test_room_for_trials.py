@@ -1,0 +1,37 @@
+"""How many trials a cluster has room for, and settings of shares of a GPU."""
+
+import pytest
+
+from llava_ray.config.sections import ClusterConfig
+from llava_ray.errors import ConfigError
+from llava_ray.runtime import Resources, local_cpus, local_runs, runs_at_once
+
+
+@pytest.mark.parametrize(
+    ("total", "resources", "expected"),
+    [
+        ({"CPU": 5}, Resources(1, 1.0, False, None), 2),
+        ({"CPU": 96, "GPU": 8}, Resources(1, 1.0, True, None), 8),
+        ({"CPU": 96, "GPU": 8}, Resources(4, 1.0, True, None), 2),
+        ({"CPU": 96, "GPU": 8}, Resources(1, 1.0, True, None, 0.25), 32),
+        ({"CPU": 12, "GPU": 8}, Resources(1, 1.0, True, None), 6),
+        ({"CPU": 1}, Resources(1, 0.5, False, None), 1),
+    ],
+)
+def test_as_many_trials_as_fit_with_their_data_tasks(total, resources, expected):
+    assert runs_at_once(total, resources) == expected
+
+
+def test_a_local_cluster_has_room_for_the_trials_that_its_cores_carry(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    cluster = ClusterConfig(num_workers=2, cpus_per_worker=1.0)
+    assert local_runs(cluster) == 4
+    resources = Resources(2, 1.0, False, None)
+    assert runs_at_once({"CPU": local_cpus(cluster, 4)}, resources) == 4
+    assert local_cpus(ClusterConfig(num_workers=2), 1) == 8
+
+
+def test_what_nccl_cannot_do_is_refused():
+    for values in ({"num_workers": 2, "gpus_per_worker": 0.5}, {"num_workers": 1, "gpus_per_worker": 2.0}):
+        with pytest.raises(ConfigError, match="a worker drives one GPU"):
+            ClusterConfig.parsed(values)

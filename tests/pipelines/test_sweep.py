@@ -1,0 +1,256 @@
+"""Sweeps as people start them, with real tiny trials: good, stopped, diverged, failed, killed, interrupted."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from samples import small_run, write_recipe, write_samples
+
+from llava_ray.errors import ConfigError
+from llava_ray.sweep.ledger import read_ledger
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 400
+
+SPACE = """
+[space]
+"train.learning_rate" = { choice = [1e-2, 1e-3, 1e-5, 1e30] }
+"model.mm_projector_type" = { choice = ["linear", "mlp2x_gelu"], when = { "train.learning_rate" = [1e-3] } }
+"train.model_max_length" = { choice = [512, 12], when = { "train.learning_rate" = [1e-2] } }
+[sweep]
+method = "grid"
+include_default = false
+"""
+
+
+def make_recipe(folder: Path, **changes: Any) -> Path:
+    """A space of six trials over a tiny model, of which one diverges and one finds no data that fits."""
+    held_out = write_samples(folder / "held_out", 24, seed=5)
+    base = {
+        "data.vision_features": "cached",
+        "held_out.path": str(held_out),
+        "held_out.images": str(folder / "held_out/images"),
+        "held_out.num_answers": 6,
+        "held_out.max_new_tokens": 3,
+        "train.num_train_epochs": 2,
+        "train.save_steps": 4,
+        "train.tokens_per_micro_batch": 512,
+        "cluster.num_workers": 1,
+        "cluster.cpus_per_worker": 1.0,
+        "tracking.log_model": False,
+    }
+    recipe = write_recipe(folder, small_run(folder, **{**base, **changes}))
+    recipe.write_text(SPACE + recipe.read_text())
+    return recipe
+
+
+@contextmanager
+def started(recipe: Path, pipeline: str, *flags: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a pipeline in a process group of its own; end what is left of it afterwards."""
+    command = [sys.executable, str(ROOT / f"pipelines/{pipeline}.py"), str(recipe), *flags]
+    with (recipe.parent / f"{pipeline}.log").open("ab") as log:
+        process = subprocess.Popen(command, cwd=recipe.parent, stdout=log, stderr=log, start_new_session=True)
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def finish(recipe: Path, pipeline: str, *flags: str) -> str:
+    """Run a pipeline to its end and return what it said."""
+    with started(recipe, pipeline, *flags) as process:
+        code = process.wait(timeout=PATIENCE)
+    said = (recipe.parent / f"{pipeline}.log").read_text()
+    assert code == 0, said[-5000:]
+    return said
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+    """A sweep that nobody disturbed: its recipe, report and words."""
+    recipe = make_recipe(tmp_path_factory.mktemp("sweep"))
+    said = finish(recipe, "sweep", "--run.name", "swept")
+    return recipe, json.loads((recipe.parent / "runs/swept/report.json").read_text()), said
+
+
+def by_settings(trials: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {json.dumps(trial["settings"], sort_keys=True): trial for trial in trials}
+
+
+def find(report: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    wanted = {key.replace("__", "."): value for key, value in settings.items()}
+    return next(trial for trial in report["trials"] if wanted.items() <= trial["settings"].items())
+
+
+def test_each_trial_is_shown_as_what_it_is_and_everything_is_given_back(swept):
+    _, report, said = swept
+    assert report["num_trials"] == 6
+    assert report["clean"] is True
+    diverged = find(report, train__learning_rate=1e30)
+    assert diverged["state"] == "diverged"
+    assert "the loss is" in diverged["reason"]
+    failed = find(report, train__model_max_length=12)
+    assert failed["state"] == "failed"
+    assert "DataError" in failed["reason"]
+    assert failed["attempts"] == 1
+    good = [trial for trial in report["trials"] if trial["state"] == "finished"]
+    assert good
+    assert {trial["state"] for trial in report["trials"]} <= {"finished", "stopped", "diverged", "failed"}
+    assert all(look["held_out_accuracy"] is not None for trial in good for look in trial["curve"])
+    assert "Best: trial" in said
+    page = (swept[0].parent / "runs/swept/report.html").read_text()
+    assert "diverged: step" in page
+
+
+def test_trials_are_mlflow_children_of_the_sweep(swept):
+    recipe, report, _ = swept
+    client = MlflowClient(f"sqlite:///{recipe.parent}/runs/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("llava_ray").experiment_id])
+    parent = next(run for run in runs if run.info.run_name == "swept")
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert {run.info.run_name for run in children} <= {trial["id"] for trial in report["trials"]}
+    assert len(children) >= 5  # the one without data ended before it had a run
+    assert all(run.info.status != "RUNNING" for run in [parent, *children])
+    assert parent.data.metrics["held_out_loss"] == pytest.approx(report["best"]["held_out_loss"])
+
+
+def test_features_were_computed_once_for_all(swept):
+    recipe, _, _ = swept
+    entries = list((recipe.parent / "cache/features").iterdir())
+    assert len(entries) == 2  # what is learnt from, what is held out
+    assert all((entry / "features.json").exists() for entry in entries)
+
+
+def test_the_same_command_finds_a_sweep_done(swept):
+    recipe, report, _ = swept
+    finish(recipe, "sweep", "--run.name", "swept")
+    again = json.loads((recipe.parent / "runs/swept/report.json").read_text())
+    assert again["trials"] == report["trials"]
+    assert again["best"] == report["best"]
+
+
+def test_the_best_recipe_by_hand_gives_the_trials_curve(swept):
+    recipe, report, _ = swept
+    best = recipe.parent / "runs/swept/best.toml"
+    assert (recipe.parent / "runs/swept/best/model/llava.json").exists()
+    log = recipe.parent / "finetune.log"
+    with started(
+        best, "finetune", "--run.name", "by-hand", "--run.storage_path", str(recipe.parent / "hand")
+    ) as process:
+        assert process.wait(timeout=PATIENCE) == 0, log.read_text()[-3000:] if log.exists() else ""
+
+    def losses(folder: Path) -> list[float]:
+        return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+    trial = losses(recipe.parent / "runs/swept/trials" / report["best"]["id"])
+    assert losses(recipe.parent / "hand/by-hand") == pytest.approx(trial, rel=1e-4)
+
+
+def test_other_settings_under_the_same_name_are_refused(swept):
+    recipe, _, _ = swept
+    with started(recipe, "sweep", "--run.name", "swept", "--train.weight_decay", "0.2") as process:
+        assert process.wait(timeout=100) == 1
+    assert "train.weight_decay: 0.1 -> 0.2" in (recipe.parent / "sweep.log").read_text()
+
+
+def test_a_cluster_without_a_dashboard_is_refused(ray_cluster):
+    from llava_ray.sweep.cleanliness import check_state_api
+
+    with pytest.raises(ConfigError, match="dashboard does not answer"):
+        check_state_api()
+
+
+def final(folder: Path) -> dict[str, Any]:
+    """What a sweep's table says, but for times and random names."""
+    trials = json.loads((folder / "report.json").read_text())["trials"]
+    return {
+        key: {name: value for name, value in trial.items() if name in ("state", "seed", "curve", "settings")}
+        for key, trial in by_settings(trials).items()
+    }
+
+
+def wait_for(condition: Any, seconds: float = PATIENCE) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+@pytest.mark.verify
+def test_a_driver_killed_in_the_middle_repeats_nothing_and_ends_with_the_same_table(tmp_path):
+    recipe = make_recipe(tmp_path)
+    # Without early stopping the table does not depend on which trial was faster.
+    flags = ("--sweep.scheduler", "none")
+    finish(recipe, "sweep", "--run.name", "whole", *flags)
+    folder = tmp_path / "runs/killed"
+    with started(recipe, "sweep", "--run.name", "killed", *flags) as process:
+        # One has ended, and another has been seen once and is in the middle.
+        wait_for(lambda: any(t.state == "finished" for t in ledger_of(folder)))
+        wait_for(lambda: any(t.state == "running" and 4 <= t.steps < 16 for t in ledger_of(folder)))
+        process.kill()
+    done = {t.id: t.attempts for t in ledger_of(folder) if t.state == "finished"}
+    half = {t.id: t.steps for t in ledger_of(folder) if t.state == "running" and t.steps}
+    time.sleep(8)  # the killed driver's cluster takes a few seconds to notice and go
+    finish(recipe, "sweep", "--run.name", "killed", *flags)
+    after = {trial.id: trial for trial in ledger_of(folder)}
+    assert all(after[name].attempts == attempts for name, attempts in done.items())
+    for name, steps in half.items():
+        assert after[name].attempts == 2
+        ledger = [
+            json.loads(line)["step"] for line in (folder / "trials" / name / "ledger.jsonl").read_text().splitlines()
+        ]
+        assert ledger == list(range(16))
+        assert steps > 0
+    left, right = final(folder), final(tmp_path / "runs/whole")
+    assert left.keys() == right.keys()
+    for key, trial in left.items():
+        assert (trial["state"], trial["seed"]) == (right[key]["state"], right[key]["seed"])
+        for mine, theirs in zip(trial["curve"], right[key]["curve"], strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-4)
+
+
+def ledger_of(folder: Path) -> list[Any]:
+    return read_ledger(str(folder)) if folder.exists() else []
+
+
+@pytest.mark.verify
+def test_a_trial_whose_processes_are_killed_goes_on_and_the_sweep_ends(tmp_path):
+    recipe = make_recipe(tmp_path)
+    folder = tmp_path / "runs/wounded"
+    with started(recipe, "sweep", "--run.name", "wounded", "--sweep.scheduler", "none") as process:
+        wait_for(lambda: any(t.state == "running" and t.steps >= 4 for t in ledger_of(folder)))
+        killed = kill_one("ray::trial", process.pid) or kill_one("ray::ImplicitFunc", process.pid)
+        assert killed
+        assert process.wait(timeout=PATIENCE) == 0, (tmp_path / "sweep.log").read_text()[-3000:]
+    trials = ledger_of(folder)
+    assert [t for t in trials if t.attempts == 2]
+    assert all(t.state == "finished" for t in trials if t.attempts == 2)
+
+
+def kill_one(title: str, group: int) -> bool:
+    """Send SIGKILL to one process of the sweep's own cluster whose title begins so."""
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            own = int((entry / "stat").read_text().rpartition(")")[2].split()[3]) == group  # the session
+        except (OSError, ValueError):
+            continue
+        if own and words.startswith(title):
+            os.kill(int(entry.name), signal.SIGKILL)
+            return True
+    return False
