@@ -22,7 +22,11 @@ from llava_ray.report.pieces import (
 )
 
 Value = str | float
-BEST, WHOLE, EARLY, BAD = "the best", "to the end", "stopped early", "diverged or failed"
+Kind = Literal["the best", "to the end", "stopped early", "diverged or failed"]
+BEST: Kind = "the best"
+WHOLE: Kind = "to the end"
+EARLY: Kind = "stopped early"
+BAD: Kind = "diverged or failed"
 NUM_TICKS = 5
 
 
@@ -33,7 +37,7 @@ class TrialRow:
     number: int
     settings: Mapping[str, Value]
     seed: int
-    kind: Literal["the best", "to the end", "stopped early", "diverged or failed"]
+    kind: Kind
     state: str
     """How it ended, with the reason."""
     steps: Sequence[int]
