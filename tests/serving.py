@@ -11,8 +11,8 @@ import urllib.parse
 from collections.abc import AsyncGenerator, Iterator
 
 import uvicorn
-from fastapi import FastAPI
 from PIL import Image
+from starlette.types import ASGIApp
 
 from llava_ray.deployments.settings import ModelSource, ServeSettings
 from llava_ray.errors import ModelError, RecordError
@@ -151,7 +151,7 @@ def asking(text: str, *images: str, **fields: object) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def served(app: FastAPI, host: str = "127.0.0.1") -> Iterator[str]:
+def served(app: ASGIApp, host: str = "127.0.0.1") -> Iterator[str]:
     """A real uvicorn on a free port of this machine, in a thread; yields its address."""
     config = uvicorn.Config(app, log_level="error", lifespan="on", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
