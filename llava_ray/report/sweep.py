@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from llava_ray.report.pieces import (
     Axis,
@@ -22,7 +22,11 @@ from llava_ray.report.pieces import (
 )
 
 Value = str | float
-BEST, WHOLE, EARLY, BAD = "the best", "to the end", "stopped early", "diverged or failed"
+Kind = Literal["the best", "to the end", "stopped early", "diverged or failed"]
+BEST: Final = "the best"
+WHOLE: Final = "to the end"
+EARLY: Final = "stopped early"
+BAD: Final = "diverged or failed"
 NUM_TICKS = 5
 
 
@@ -33,7 +37,7 @@ class TrialRow:
     number: int
     settings: Mapping[str, Value]
     seed: int
-    kind: Literal["the best", "to the end", "stopped early", "diverged or failed"]
+    kind: Kind
     state: str
     """How it ended, with the reason."""
     steps: Sequence[int]

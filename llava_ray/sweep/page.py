@@ -1,15 +1,11 @@
 """The sweep's page made of its results."""
 
 from collections.abc import Sequence
-from typing import Literal
-
 from llava_ray.report.pieces import Link, Links, Report
-from llava_ray.report.sweep import BAD, BEST, EARLY, WHOLE, SweepSummary, TrialRow, sweep_report
+from llava_ray.report.sweep import BAD, BEST, EARLY, WHOLE, Kind, SweepSummary, TrialRow, sweep_report
 from llava_ray.sweep.results import Results
 from llava_ray.sweep.table import describe, short_key, state_of
 from llava_ray.sweep.trials import Trial
-
-Kind = Literal["the best", "to the end", "stopped early", "diverged or failed"]
 
 
 def make_page(name: str, results: Results, seconds: float) -> Report:
@@ -66,7 +62,9 @@ def kind_of(trial: Trial, winner: Trial | None) -> Kind:
     """Return what a trial is to the page."""
     if winner is not None and trial.id == winner.id:
         return BEST
-    return {"finished": WHOLE, "stopped": EARLY}.get(trial.state, BAD)  # type: ignore[return-value]
+    if trial.state == "finished":
+        return WHOLE
+    return EARLY if trial.state == "stopped" else BAD
 
 
 def shown(value: object) -> str | float:

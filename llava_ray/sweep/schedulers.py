@@ -57,7 +57,7 @@ def median(goal: dict[str, Any], search: SearchConfig, num_steps: int, grace_ste
         **goal,
         grace_period=grace_steps,
         min_samples_required=2,
-        min_time_slice=math.inf,  # type: ignore[arg-type]
+        min_time_slice=math.inf,
     )
 
 
