@@ -1,6 +1,7 @@
 """The sweep's page made of its results."""
 
 from collections.abc import Sequence
+
 from llava_ray.report.pieces import Link, Links, Report
 from llava_ray.report.sweep import BAD, BEST, EARLY, WHOLE, Kind, SweepSummary, TrialRow, sweep_report
 from llava_ray.sweep.results import Results
