@@ -43,7 +43,7 @@ from llava_ray.train.trainer import finetune, scaling
 
 SMALL = {"object_store_memory": 150 * 2**20}
 # What a task or actor does, by a part of its name.
-DOING = {"read_micro_batches": "decode", "decode_images": "decode", "FeatureActor": "vision", "RayTrainWorker": "train"}
+DOING = {"read_blocks": "decode", "ImageDecoder": "decode", "FeatureActor": "vision", "RayTrainWorker": "train"}
 MOST = 10_000  # rows of the state API
 SECONDS_UNTIL_ANOTHER = 3.0
 
@@ -66,7 +66,7 @@ def start_nodes(decode_cpus: int, **head: Any) -> tuple[Cluster, dict[str, Any]]
 
 def fixed(folder: Path) -> dict[str, Any]:
     """Tune undisturbed, then lose the only node for decoding, which has room for all its tasks at once."""
-    cluster, nodes = start_nodes(decode_cpus=32)
+    cluster, nodes = start_nodes(decode_cpus=4)
     told: dict[str, Any] = {"gpus": places_with_gpus(folder), "refusals": refusals()}
     config, began = settings(folder), now()
     told["undisturbed"] = tune(config, "undisturbed") | {"placements": placements(began)}
@@ -78,8 +78,8 @@ def fixed(folder: Path) -> dict[str, Any]:
 
 
 def growing(folder: Path) -> dict[str, Any]:
-    """Tune with one CPU for decoding, and lose the node for training; another one comes, as an autoscaler makes it."""
-    cluster, nodes = start_nodes(decode_cpus=1, labels={"pools": "decode.vision.train"})
+    """Tune, and lose the node for training; another one comes, as an autoscaler makes it."""
+    cluster, nodes = start_nodes(decode_cpus=8, labels={"pools": "decode.vision.train"})
     fits = fitted(ClusterConfig(num_workers=64, use_gpu=True))  # not there yet, so not refused
     another: list[subprocess.Popen[bytes]] = []
 
@@ -214,7 +214,7 @@ def placements(since_ms: float) -> dict[str, dict[str, int]]:
             found[doing][pools[task.node_id]] += 1
     for actor in list_actors(limit=MOST, detail=True, raise_on_missing_output=False):
         doing = next((what for part, what in DOING.items() if part in actor.class_name), None)
-        if doing and actor.node_id:
+        if doing in ("vision", "train") and actor.node_id:
             found[doing][pools[actor.node_id]] += 1
     return {doing: dict(counts) for doing, counts in found.items()}
 

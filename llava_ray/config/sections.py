@@ -163,7 +163,8 @@ class DataConfig(Section):
     num_decode_cpus: PositiveFloat = 0.5
     """CPUs that one image decoder reserves."""
     num_decoders: PositiveInt | None = None
-    """At most so many decoders; they start as they are needed. Default: as many as half of the cluster's CPUs hold."""
+    """At most so many decoders; they start as they are needed. Default: as many as half of the CPUs hold that are there
+    for decoding when the run starts."""
     lazy_preprocess: bool | None = None
     """LLaVA's flag; not needed: nothing is preprocessed ahead."""
 

@@ -80,7 +80,8 @@ class Space(Section):
         """Refuse unknown and fixed keys, and conditions on what is not drawn before."""
         if not self.dimensions:
             raise ValueError('the space is empty; name at least one setting, such as "train.learning_rate"')
-        known, seen = set(dotted_keys(FinetuneConfig)), set[str]()
+        known = set(dotted_keys(FinetuneConfig))
+        seen: set[str] = set()
         for key, dimension in self.dimensions.items():
             if key not in known:
                 raise ValueError(f"{key!r} is no setting of a run; finetune.py --help lists them")

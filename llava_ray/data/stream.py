@@ -30,13 +30,17 @@ from llava_ray.errors import DataError
 from llava_ray.images.anyres import Size
 from llava_ray.images.geometry import crop_views
 from llava_ray.images.reading import open_image
-from llava_ray.placement import in_pool
+from llava_ray.placement import can_grow, in_pool, pool_resources
 
 # Consecutive micro-batches of one rank that travel as one block. One a block reached 30 % of a bare decoding loop's
 # images/s, sixteen 74 %; more would only delay the first step.
 ROWS_PER_BLOCK = 16
 
 CPUS_PER_READER = 8
+
+# Of a pool that has no node yet; the smallest node that ours are made of has more. Decoders must not fill it: readers,
+# which nothing else may run, would have no place.
+GROWING_CPUS = 8.0
 
 # Marks the rows that fill a rank's last block.
 NO_STEP = -1
@@ -137,7 +141,7 @@ def located(rows: list[dict[str, Any]], table: pa.Table) -> pa.Table:
 def stream(descriptors: list[pa.Table], settings: StreamSettings) -> Dataset:
     """Attach the stages to the descriptors. Every block is one row, of ROWS_PER_BLOCK micro-batches of one rank."""
     dataset = ray.data.from_arrow(descriptors) if descriptors else ray.data.from_items([])
-    cpus, total = settings.data.num_decode_cpus, ray.cluster_resources().get("CPU", 1)
+    cpus, total = settings.data.num_decode_cpus, decoding_cpus()
     decoding = in_pool("decode")
     dataset = dataset.map_batches(
         read_blocks,
@@ -177,6 +181,11 @@ def stream(descriptors: list[pa.Table], settings: StreamSettings) -> Dataset:
     # on two cores it kept the first of 20,000 images for 80 s.
     dataset.context.target_max_block_size = 1
     return dataset
+
+
+def decoding_cpus() -> float:
+    """Return the CPUs that reading and decoding may count on: those of their pool, or of all nodes without one."""
+    return max(pool_resources("decode")["CPU"], GROWING_CPUS if can_grow() else 1.0)
 
 
 def read_blocks(descriptors: pa.Table, settings: StreamSettings) -> Iterator[pa.Table]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Literal
 
 from llava_ray.report.pieces import (
     Axis,
@@ -23,10 +23,10 @@ from llava_ray.report.pieces import (
 
 Value = str | float
 Kind = Literal["the best", "to the end", "stopped early", "diverged or failed"]
-BEST: Final = "the best"
-WHOLE: Final = "to the end"
-EARLY: Final = "stopped early"
-BAD: Final = "diverged or failed"
+BEST: Kind = "the best"
+WHOLE: Kind = "to the end"
+EARLY: Kind = "stopped early"
+BAD: Kind = "diverged or failed"
 NUM_TICKS = 5
 
 

@@ -22,8 +22,9 @@ os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", TOKENIZ
 
 import openai
 import ray
+from pictures import picture
 from ray import serve
-from serving import data_uri, picture
+from serving import data_uri
 
 from llava_ray.chat.conversation import Turn
 from llava_ray.deployments import api

@@ -10,8 +10,9 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from pictures import picture
 from prometheus_client.parser import text_string_to_metric_families
-from serving import EchoEngine, asking, data_uri, picture, served
+from serving import EchoEngine, asking, data_uri, served
 from starlette.types import Receive, Scope, Send
 
 from llava_ray.deployments.auth import ApiKey, digest

@@ -17,8 +17,9 @@ import httpx
 import pytest
 from fastapi import FastAPI, Response
 from fastapi.responses import StreamingResponse
+from pictures import picture
 from PIL import Image
-from serving import EchoEngine, asking, data_uri, picture, served
+from serving import EchoEngine, asking, data_uri, served
 
 from llava_ray.deployments.addresses import Network, is_public
 from llava_ray.deployments.auth import ApiKey, digest

@@ -7,7 +7,8 @@ import httpx
 import pytest
 from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
-from serving import EchoEngine, asking, data_uri, picture, served
+from pictures import picture
+from serving import EchoEngine, asking, data_uri, served
 
 from llava_ray.deployments.front import build_front
 from llava_ray.deployments.gateway import LocalGateway

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from browser import DOWN, ENTER, ESCAPE, Browser, chromium
-from serving import EchoEngine, picture, served
+from pictures import picture
+from serving import EchoEngine, served
 
 from llava_ray.deployments.auth import ApiKey, digest
 from llava_ray.deployments.front import build_front

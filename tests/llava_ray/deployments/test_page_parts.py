@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import pytest
-from serving import picture
+from pictures import picture
 
 from llava_ray.deployments.page_answers import until
 from llava_ray.deployments.page_chat import (

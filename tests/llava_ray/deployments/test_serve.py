@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 import httpx
 import openai
 import pytest
-from serving import asking, data_uri, picture
+from pictures import picture
+from serving import asking, data_uri
 
 pytestmark = pytest.mark.ray
 

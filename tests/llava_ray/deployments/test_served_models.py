@@ -7,8 +7,9 @@ import httpx
 import openai
 import pytest
 from engines import by_transformers, make_parts, merged, with_ends, write_adapter
+from pictures import picture
 from prometheus_client.parser import text_string_to_metric_families
-from serving import asking, data_uri, picture
+from serving import asking, data_uri
 
 from llava_ray.chat.conversation import Turn
 from llava_ray.deployments.builtin import make_engine
