@@ -2,6 +2,7 @@
 
 import math
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from llava_ray.shared_storage import Places, check_shared
 
 # CPUs kept for reading and decoding beside the train workers.
 DATA_CPUS = 1.0
+
+DASHBOARD_VARIABLE = "RAY_API_SERVER_ADDRESS"  # where Ray's State API looks first
 
 NOTHING_SHARED = Places()
 
@@ -60,6 +63,8 @@ def connected(
         yield resources
     finally:
         ray.shutdown()
+        if started_here:
+            os.environ.pop(DASHBOARD_VARIABLE, None)
 
 
 def tell(resources: Resources, how: str) -> None:
@@ -86,7 +91,13 @@ def start(cluster: ClusterConfig, *, runs: int = 1, quiet: bool = False) -> bool
     inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # a second working_dir would be refused there
     address = cluster.address or os.environ.get("RAY_ADDRESS") or ("auto" if inside_job else None)
     if address is None:
-        ray.init(address="local", num_cpus=local_cpus(cluster, runs), logging_config=logging, log_to_driver=not quiet)
+        ray.init(
+            address="local",
+            num_cpus=local_cpus(cluster, runs),
+            dashboard_port=announced_port(),
+            logging_config=logging,
+            log_to_driver=not quiet,
+        )
         return True
     # What a working directory leaves out is in .rayignore. Where llava_ray was installed, it is on the nodes already.
     runtime_env = {} if inside_job or not (root() / ".rayignore").exists() else {"working_dir": str(root())}
@@ -98,6 +109,19 @@ def start(cluster: ClusterConfig, *, runs: int = 1, quiet: bool = False) -> bool
             "a local one"
         ) from error
     return False
+
+
+def announced_port() -> int:
+    """Return a free port for the dashboard of a local cluster, and tell its processes by their environment.
+
+    Ray's own watch over a run asks a dashboard whether the run's controller lives, and without an address the one of
+    any cluster on this machine: that knows no such controller, and the run would lose its reserved resources.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    os.environ[DASHBOARD_VARIABLE] = f"http://127.0.0.1:{port}"
+    return port
 
 
 def root() -> Path:

@@ -134,7 +134,7 @@ class FeatureWriter(FeatureActor):
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Write the features, then where each image's lie, which makes the block complete; return its name."""
-        for row in super().__call__(table).to_pylist():
+        for row in self.replace_pixels(table).to_pylist():
             lengths = np.asarray(row["views"], np.int64) * self.view_bytes
             offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
             assert int(offsets[-1]) == len(row["features"])

@@ -28,9 +28,12 @@ def check_state_api() -> None:
     Ray gives back the reserved resources of a stopped trial by asking whether its controller lives. Without an answer
     it never does, and the sweep would wait for them for ever.
     """
+    where = ray._private.worker.get_dashboard_url()  # not among the public calls
     try:
-        list_actors(limit=1)
-    except (RayStateApiException, ConnectionError) as error:
+        if not where:
+            raise ConnectionError("there is none")
+        list_actors(address=f"http://{where}", limit=1)
+    except (RayStateApiException, OSError) as error:
         raise ConfigError(
             f"the cluster's dashboard does not answer ({error}), and a sweep needs it to free what stopped trials have "
             "reserved: start Ray with include_dashboard=True, or leave cluster.address out"
