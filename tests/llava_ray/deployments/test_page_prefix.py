@@ -24,7 +24,7 @@ from llava_ray.deployments.settings import ServeSettings
 pytestmark = pytest.mark.browser
 
 PREFIX = "/tools/llava"
-ICONS = ("/manifest.json", "/favicon.ico")
+ICONS = ("/manifest.json", "/favicon.ico", "logo_nosize.svg")
 LAST_ANSWER = """
 const all = document.querySelectorAll('#chat .bot.message');
 return all.length ? all[all.length - 1].innerText.trim() : '';
