@@ -29,6 +29,7 @@ from llava_ray.data.storage import list_sizes, write_file
 from llava_ray.data.stream import decoded
 from llava_ray.model.bundle import find_tower
 from llava_ray.model.manifest import fingerprint
+from llava_ray.placement import in_pool
 
 if TYPE_CHECKING:
     from llava_ray.model.blueprint import Blueprint
@@ -81,6 +82,7 @@ def write_blocks(blocks: list[tuple[str, int, int]], entry: str, settings: Strea
         batch_format="pyarrow",
         fn_kwargs={"settings": settings},
         num_cpus=settings.data.num_decode_cpus,
+        **in_pool("decode"),
     ).map_batches(
         FeatureWriter,
         batch_size=None,
@@ -89,6 +91,7 @@ def write_blocks(blocks: list[tuple[str, int, int]], entry: str, settings: Strea
         compute=ActorPoolStrategy(size=min(len(blocks), settings.data.num_vision_actors)),
         num_cpus=settings.data.num_decode_cpus,
         num_gpus=settings.vision_gpus,
+        **in_pool("vision"),
     )
     for _ in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         pass
