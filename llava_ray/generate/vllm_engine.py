@@ -259,8 +259,10 @@ def engine_arguments(model: VllmModel, settings: VllmSettings) -> dict[str, Any]
     ranks = [adapter.rank for adapter in model.adapters]
     lora = {
         "enable_lora": True,
-        "max_loras": len(ranks),
-        "max_cpu_loras": len(ranks),
+        # One place more than adapters: on a CPU vLLM 0.32 looks up requests without one at index -1, which is the last
+        # place, and has to be empty.
+        "max_loras": len(ranks) + 1,
+        "max_cpu_loras": len(ranks) + 1,
         "max_lora_rank": next(rank for rank in LORA_RANKS if rank >= max(ranks)),
     }
     bounds = {

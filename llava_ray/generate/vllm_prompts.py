@@ -7,6 +7,7 @@ from PIL import Image
 
 from llava_ray.chat.conversation import IMAGE_TOKEN_INDEX
 from llava_ray.config.sections import MAX_IMAGE_PIXELS
+from llava_ray.errors import RecordError
 from llava_ray.generate.decoding import Stops, find_stops
 from llava_ray.generate.engine import GenerationRequest, Sampling
 from llava_ray.generate.prompts import PromptText
@@ -60,19 +61,23 @@ class VllmPrompts(PromptText):
 
 
 def sampling_params(sampling: Sampling, stops: Stops) -> Any:
-    """Return vLLM's SamplingParams; text, and what ends it, is ours (``vllm_answer``)."""
+    """Return vLLM's SamplingParams; text, and what ends it, is ours (``vllm_answer``). Raises RecordError."""
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMClientError
     from vllm.sampling_params import RequestOutputKind
 
-    return SamplingParams(
-        max_tokens=sampling.max_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        seed=sampling.seed,
-        logprobs=sampling.logprobs,
-        ignore_eos=True,  # the tokens that end an answer are those that we give
-        stop_token_ids=sorted(stops.ids),
-        detokenize=False,
-        output_kind=RequestOutputKind.DELTA,
-    )
+    try:
+        return SamplingParams(
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            seed=sampling.seed,
+            logprobs=sampling.logprobs,
+            ignore_eos=True,  # the tokens that end an answer are those that we give
+            stop_token_ids=sorted(stops.ids),
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+    except VLLMClientError as error:  # it has bounds of its own, such as temperatures up to 2
+        raise RecordError(f"vLLM refuses the request: {error}", reason="sampling") from error

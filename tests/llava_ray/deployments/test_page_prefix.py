@@ -7,8 +7,7 @@ import httpx
 import pytest
 from browser import ENTER, Browser, chromium
 from fastapi import FastAPI
-from pictures import picture
-from serving import EchoEngine, served
+from serving import EchoEngine, picture, served
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
@@ -24,7 +23,7 @@ from llava_ray.deployments.settings import ServeSettings
 pytestmark = pytest.mark.browser
 
 PREFIX = "/tools/llava"
-ICONS = ("/manifest.json", "/favicon.ico", "logo_nosize.svg")
+ICONS = ("/manifest.json", "/favicon.ico", "/static/img/logo_nosize.svg")
 LAST_ANSWER = """
 const all = document.querySelectorAll('#chat .bot.message');
 return all.length ? all[all.length - 1].innerText.trim() : '';
@@ -101,7 +100,7 @@ def test_a_question_about_an_image(address: str, browser: Browser, tmp_path: Pat
     browser.until(lambda: browser.run(LAST_ANSWER) == "40x30 what is it?")
     assert browser.run("return document.querySelector('#model input').value") == "parrot"
     loaded = browser.run("return performance.getEntriesByType('resource').map(entry => entry.name)")
-    # Gradio asks for its icon and manifest at the root, and does without them.
+    # Gradio asks for its icons and manifest at the root, and does without them.
     mine = [name for name in loaded if not name.startswith("blob:") and not name.endswith(ICONS)]
     assert len(mine) > 10
     assert [name for name in mine if not name.startswith(address)] == []

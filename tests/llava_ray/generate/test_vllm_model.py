@@ -57,7 +57,7 @@ def test_an_adapter_gets_the_names_of_a_language_model_inside_a_llava(root: Path
         names = list(file.keys())
     assert all(name.startswith("base_model.model.model.language_model.layers.") for name in names)
     arguments = engine_arguments(model, VllmSettings(max_running=4, kv_cache_bytes=100))
-    assert (arguments["enable_lora"], arguments["max_loras"], arguments["max_lora_rank"]) == (True, 1, 8)
+    assert (arguments["enable_lora"], arguments["max_loras"], arguments["max_lora_rank"]) == (True, 2, 8)
     assert (arguments["max_num_seqs"], arguments["kv_cache_memory_bytes"]) == (4, 100)
     assert "max_model_len" not in arguments
 
