@@ -34,6 +34,11 @@ class Resources:
     gpus_per_worker: float = 1.0
 
     @property
+    def bundle(self) -> dict[str, float]:
+        """Return what each worker reserves."""
+        return {"CPU": self.cpus_per_worker} | ({"GPU": self.gpus_per_worker} if self.use_gpu else {})
+
+    @property
     def num_threads(self) -> int:
         """Threads a worker may compute with."""
         return max(1, int(self.cpus_per_worker))

@@ -1,16 +1,23 @@
-"""Whether a sweep can clean up after itself, and whether it has."""
+"""Whether a sweep can clean up after itself, that it does, and whether it has."""
 
+import threading
 import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
-from ray.util.placement_group import placement_group_table
-from ray.util.state import list_actors
+from ray import PlacementGroupID
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+from ray.util.state import list_actors, list_placement_groups
 from ray.util.state.exception import RayStateApiException
 
 from llava_ray.errors import ConfigError
 
 PATIENCE_S = 60.0
+SECONDS_BETWEEN_ROUNDS = 5.0
+ORPHANED_ROUNDS = 3  # seen without anybody in it so many times: the start of a run's workers is quicker
+MOST_ACTORS = 10_000  # that Ray lists
 
 
 @dataclass(frozen=True)
@@ -28,16 +35,85 @@ def check_state_api() -> None:
     Ray gives back the reserved resources of a stopped trial by asking whether its controller lives. Without an answer
     it never does, and the sweep would wait for them for ever.
     """
-    where = ray._private.worker.get_dashboard_url()  # not among the public calls
+    where = dashboard_address()
     try:
-        if not where:
+        if where is None:
             raise ConnectionError("there is none")
-        list_actors(address=f"http://{where}", limit=1)
+        list_actors(address=where, limit=1)
     except (RayStateApiException, OSError) as error:
         raise ConfigError(
             f"the cluster's dashboard does not answer ({error}), and a sweep needs it to free what stopped trials have "
             "reserved: start Ray with include_dashboard=True, or leave cluster.address out"
         ) from error
+
+
+def dashboard_address() -> str | None:
+    """Return the address of the connected cluster's dashboard, None where there is none."""
+    where = ray._private.worker.get_dashboard_url()  # not among the public calls
+    return f"http://{where}" if where else None
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group of reserved resources, as far as one must know it to tell whose it is."""
+
+    id: str
+    job: str
+    bundles: Sequence[Mapping[str, float]]
+
+
+@contextmanager
+def clearing(bundle: Mapping[str, float]) -> Iterator[None]:
+    """Give back what runs of this job leave reserved when they are stopped, until the block ends.
+
+    Ray's own cleaner misses what a run's controller reserves while it is being ended: it sees its workers die, and
+    starts new ones at once. ``bundle`` is what a worker reserves.
+    """
+    over = threading.Event()
+    job = ray.get_runtime_context().get_job_id()
+
+    def clear() -> None:
+        seen: dict[str, int] = {}
+        while not over.wait(SECONDS_BETWEEN_ROUNDS):
+            try:
+                orphans = find_orphans(*list_reserved(), job, bundle)
+            except (RayStateApiException, OSError):  # a busy dashboard; the next round asks again
+                continue
+            seen = {name: seen.get(name, 0) + 1 for name in orphans}
+            for name in [name for name, rounds in seen.items() if rounds >= ORPHANED_ROUNDS]:
+                remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
+
+    thread = threading.Thread(target=clear, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def list_reserved() -> tuple[list[Group], set[str]]:
+    """Return the groups that hold resources, and the ids of those that an actor lives in or is about to."""
+    where = dashboard_address()
+    groups = [
+        Group(row.placement_group_id, row.creator_job_id, [bundle["unit_resources"] for bundle in row.bundles])
+        for row in list_placement_groups(address=where, filters=[("state", "=", "CREATED")], detail=True)
+    ]
+    actors = list_actors(address=where, filters=[("state", "!=", "DEAD")], detail=True, limit=MOST_ACTORS)
+    return groups, {actor.placement_group_id for actor in actors if actor.placement_group_id}
+
+
+def find_orphans(
+    groups: Sequence[Group], inhabited: Collection[str], job: str, bundle: Mapping[str, float]
+) -> list[str]:
+    """Return the groups for workers of this job's runs in which nobody is."""
+    return [
+        group.id
+        for group in groups
+        if group.job == job
+        and group.id not in inhabited
+        and all(bundle.items() <= own.items() for own in group.bundles)
+    ]
 
 
 def take_stock() -> Belongings:

@@ -1,5 +1,6 @@
 """A sweep on a Ray cluster, from its settings to trials that have all ended: Tune around ordinary runs."""
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from llava_ray.config.sections import FinetuneConfig
 from llava_ray.config.space import Space, SweepConfig
 from llava_ray.data.storage import file_size
 from llava_ray.runtime import Resources, runs_at_once
-from llava_ray.sweep.cleanliness import check_state_api, take_stock, wait_until_clean
+from llava_ray.sweep.cleanliness import check_state_api, clearing, take_stock, wait_until_clean
 from llava_ray.sweep.ledger import Ledger, read_ledger, unfinished
 from llava_ray.sweep.schedulers import make_scheduler
 from llava_ray.sweep.searching import list_given, make_search
@@ -26,6 +27,7 @@ TUNE_SETTINGS = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that diverged reports how it ended, and no number
     "TUNE_GLOBAL_CHECKPOINT_S": "1",  # a killed driver forgets at most this much
     "TUNE_FORCE_TRIAL_CLEANUP_S": "10",  # a stopped trial waits for its run, which will not end by itself
+    "RAY_AIR_NEW_OUTPUT": "0",  # there is a table of ours
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 OVER = (TuneTrial.TERMINATED, TuneTrial.ERROR)
@@ -61,13 +63,16 @@ def search(
     """
     check_state_api()
     os.environ.update(TUNE_SETTINGS)
+    # That there are no files of the loggers that are switched off above.
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     concurrent = config.sweep.max_concurrent_trials or runs_at_once(ray.cluster_resources(), resources)
     before = take_stock()
     if not ended(config, space, folder):
         job = Job(config.base, resources, objective)
         tuner = make_tuner(config, space, folder, job, num_steps, concurrent, tracked)
-        results = tuner.fit()
-        left = wait_until_clean(before)
+        with clearing(resources.bundle):
+            results = tuner.fit()
+            left = wait_until_clean(before)
         if any(trial.status not in OVER for trial in results._experiment_analysis.trials):
             raise KeyboardInterrupt  # Tune has swallowed it
         reconcile(folder)

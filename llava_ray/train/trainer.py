@@ -188,17 +188,12 @@ def held_out_samples(config: FinetuneConfig, blueprint: Blueprint, resources: Re
     return HeldOut(settings, plan, lengths, asked.num_answers, asked.max_new_tokens)
 
 
-def gpus_of(resources: Resources) -> dict[str, float]:
-    """Return what a worker asks Ray for beside its CPUs."""
-    return {"GPU": resources.gpus_per_worker} if resources.use_gpu else {}
-
-
 def scaling(resources: Resources) -> ScalingConfig:
     """Return what the workers take, and where they run."""
     return ScalingConfig(
         num_workers=resources.num_workers,
         use_gpu=resources.use_gpu,
-        resources_per_worker={"CPU": resources.cpus_per_worker} | gpus_of(resources),
+        resources_per_worker=resources.bundle,
         accelerator_type=resources.accelerator_type,
         label_selector=pool_selector("train"),
     )

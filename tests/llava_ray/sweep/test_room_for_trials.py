@@ -5,6 +5,7 @@ import pytest
 from llava_ray.config.sections import ClusterConfig
 from llava_ray.errors import ConfigError
 from llava_ray.runtime import Resources, local_cpus, local_runs, runs_at_once
+from llava_ray.sweep.cleanliness import Group, find_orphans
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,20 @@ def test_a_local_cluster_has_room_for_the_trials_that_its_cores_carry(monkeypatc
     resources = Resources(2, 1.0, False, None)
     assert runs_at_once({"CPU": local_cpus(cluster, 4)}, resources) == 4
     assert local_cpus(ClusterConfig(num_workers=2), 1) == 8
+
+
+def test_what_is_reserved_for_workers_and_stands_empty_is_nobodys():
+    bundle = Resources(1, 1.0, False, None).bundle
+    groups = [
+        Group("running", "job", [{"CPU": 1.0}]),
+        Group("left", "job", [{"CPU": 1.0, "accelerator_type:A100": 0.001}]),
+        Group("tune's own", "job", [{"CPU": 0.01}]),
+        Group("somebody else's", "other", [{"CPU": 1.0}]),
+    ]
+    assert find_orphans(groups, {"running"}, "job", bundle) == ["left"]
+    shared = Resources(1, 1.0, True, None, 0.25).bundle
+    assert shared == {"CPU": 1.0, "GPU": 0.25}
+    assert find_orphans(groups, {"running"}, "job", shared) == []
 
 
 def test_what_nccl_cannot_do_is_refused():
