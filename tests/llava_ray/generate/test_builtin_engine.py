@@ -156,7 +156,8 @@ class Gated(RunningBatch):
 
     async def let(self, count: int = 1) -> None:
         wanted = self.num_steps + count
-        self.gate.release(count)
+        for _ in range(count):
+            self.gate.release()
         await until(lambda: self.num_steps >= wanted)
 
 
