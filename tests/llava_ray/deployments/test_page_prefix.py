@@ -7,7 +7,8 @@ import httpx
 import pytest
 from browser import ENTER, Browser, chromium
 from fastapi import FastAPI
-from serving import EchoEngine, picture, served
+from pictures import picture
+from serving import EchoEngine, served
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
