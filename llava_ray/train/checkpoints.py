@@ -38,6 +38,9 @@ STATE_FILE, COMPLETE = "trainer_state.json", "COMPLETE"
 # Of the resolved settings, those that say which model it is.
 MODEL_SETTINGS = {"model", "data", "train", "lora"}
 
+# What torch's file writer says of a disk that takes no more, by where in the file it notices.
+FAILED_WRITES = ("PytorchStreamWriter", "file write failed", "iostream error", "inline_container.cc")
+
 # Ray uploads in the background and never says "slow down": more unfinished saves than this would fill the disk.
 MAX_UNFINISHED_UPLOADS = 2
 
@@ -214,7 +217,7 @@ def disk_trouble(error: BaseException) -> bool:
     """Tell whether an error is the disk's: torch wraps a full disk in a RuntimeError of its file writer."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-    return "PytorchStreamWriter" in str(error) or "file write failed" in str(error)
+    return any(words in str(error) for words in FAILED_WRITES)
 
 
 def random_state() -> dict[str, Any]:
