@@ -6,7 +6,9 @@ python pipelines/quickstart_sweep.py
 The parts and the language model that has learnt the words are those of quickstart.py; what of them is missing is made.
 """
 
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 from evals import easy_vqa
 from evals.easy_vqa_records import write_open_split, write_words
@@ -31,9 +33,18 @@ def main(arguments: Sequence[str]) -> Sweep:
     words = load_recipe(FinetuneConfig, [f"{RECIPES}/words.toml"])
     with connected(words.cluster) as resources:
         spoken = train(words, resources)
-    given = ["--model.model_name_or_path", spoken.folder.bundle]
+    language_model = take_out(Path(spoken.folder.bundle), CACHE / "words-language-model")
+    given = ["--model.model_name_or_path", str(language_model)]
     given += ["--data.image_folder", str(easy_vqa.image_folder("train"))]
     return sweep([RECIPE, *given, *arguments])
+
+
+def take_out(bundle: Path, folder: Path) -> Path:
+    """Copy a bundle's language model with its tokenizer: beside a projector it would take no other kind of one."""
+    shutil.copytree(bundle / "language_model", folder, dirs_exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(bundle / name, folder)
+    return folder
 
 
 if __name__ == "__main__":

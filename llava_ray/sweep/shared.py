@@ -6,6 +6,7 @@ from pathlib import Path
 
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.config.space import Space, SweepConfig
+from llava_ray.config.sweep_recipes import corners
 from llava_ray.data.preparation import prepare_data
 from llava_ray.data.storage import absolute
 from llava_ray.model.blueprint import read_blueprint
@@ -60,7 +61,13 @@ def absolute_space(space: Space) -> Space:
 
 
 def share(config: FinetuneConfig, space: Space, resources: Resources) -> int:
-    """Prepare data, lengths and features that trials will find ready; return the steps of a whole run."""
+    """Prepare data, lengths and features that trials will find ready; return the steps of a whole run.
+
+    Raises ModelError for a corner of the space whose parts do not fit.
+    """
+    for settings in corners(space):
+        variant = config.replaced(settings)
+        read_blueprint(variant.model, variant.data.image_aspect_ratio)
     prepared = prepare_data(config.data)
     for settings in feature_variants(space):
         variant = config.replaced(settings)

@@ -22,9 +22,13 @@ from typing import Any
 os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
 
 from evals import easy_vqa
+from evals.easy_vqa_records import write_open_split
 from llava_ray.config.sweep_recipes import load_sweep
+from llava_ray.model.registry_weights import make_vision_tower
 from llava_ray.sweep.sampling import Settings, identity
 from llava_ray.sweep.searching import list_given
+from pipelines.quickstart import CACHE
+from pipelines.quickstart_sweep import take_out
 
 ROOT = Path(__file__).parents[2]
 RECIPE = "pipelines/recipes/sweep/quickstart.toml"
@@ -40,8 +44,11 @@ def main() -> None:
     os.chdir(ROOT)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:NUM_CORES])
     options.folder.mkdir(parents=True, exist_ok=True)
-    start_from = options.words or next(Path("runs/quickstart").glob("words-*/model"))
-    given = ["--model.model_name_or_path", str(start_from), "--data.image_folder", str(easy_vqa.image_folder("train"))]
+    words = options.words or next(Path("runs/quickstart").glob("words-*/model"))
+    start_from = take_out(words, options.folder / "language_model")
+    write_open_split(CACHE, num_held_out_images=500, seed=0)
+    given = ["--model.model_name_or_path", str(start_from), "--model.vision_tower", str(make_vision_tower(CACHE).path)]
+    given += ["--data.image_folder", str(easy_vqa.image_folder("train"))]
     given += ["--data.cache_dir", str(options.folder / "cache"), "--run.storage_path", str(options.folder / "runs")]
     given += options.flags
     config, space = load_sweep([RECIPE, *given])
@@ -83,7 +90,7 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("runs/bench_sweep"), help="made, and left for a look")
-    parser.add_argument("--words", type=Path, help="language model to start from; default: the quickstart's")
+    parser.add_argument("--words", type=Path, help="bundle of the words stage; default: the quickstart's")
     parser.add_argument("--output", type=Path)
     options, options.flags = parser.parse_known_args()
     return options
