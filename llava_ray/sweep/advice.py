@@ -8,6 +8,7 @@ from llava_ray.sweep.judgement import Standing
 from llava_ray.sweep.trials import ACCURACY, Trial
 
 UNIMPORTANT = 0.05
+ENOUGH_TRIALS = 12
 STANDARD_ERRORS = 2.0
 
 
@@ -31,7 +32,9 @@ def advise(
     failed = [trial for trial in trials if trial.state == "failed"]
     if failed:
         advice.append(f"{len(failed)} trials failed: read their reasons in the table before trusting the rest.")
-    idle = [key for key, share in shares.items() if share < UNIMPORTANT]
+    seen = sum(bool(trial.curve) for trial in trials)
+    # Few trials do not show that a setting does nothing: its best value may differ with another setting.
+    idle = [key for key, share in shares.items() if share < UNIMPORTANT and seen >= ENOUGH_TRIALS]
     if idle and len(idle) < len(shares):
         advice.append(f"{', '.join(idle)} made hardly any difference: leave it at the recipe's own, and save trials.")
     return advice or ["Nothing stands out: the best lies inside the space, and its lead is larger than chance."]

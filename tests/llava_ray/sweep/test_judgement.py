@@ -130,6 +130,9 @@ def test_advice_names_the_end_of_the_space_the_diverged_and_the_idle():
         trial(4, "mlp2x_gelu", 1e-3, [], state="failed", reason="DataError: no"),
     ]
     shares = {KIND: 0.01, RATE: 0.9}
+    few = " ".join(advise(trials, rank(trials, ACCURACY), SPACE, SearchConfig(), shares, 1000))
+    assert "hardly any difference" not in few
+    trials += [trial(number, "linear", 1e-3, [0.6]) for number in range(5, 15)]
     said = " ".join(advise(trials, rank(trials, ACCURACY), SPACE, SearchConfig(), shares, 1000))
     assert "learning_rate, 0.0001, is at the lower end" in said
     assert "Trials 3 diverged" in said
