@@ -15,6 +15,7 @@ from PIL import Image
 from llava_ray.chat.conversation import Turn
 from llava_ray.config.lora import LoraConfig
 from llava_ray.config.sections import ModelConfig
+from llava_ray.errors import ImageError, RecordError
 from llava_ray.generate.builtin_engine import BuiltinEngine
 from llava_ray.generate.engine import Engine, GenerationChunk, GenerationRequest, Sampling
 from llava_ray.generate.prompts import PromptMaker
@@ -106,6 +107,17 @@ def request(text: str = "is it red?", name: str = "r", *images: bytes, **samplin
     """One question."""
     asked = (Turn("human", "<image>\n" * len(images) + text),)
     return GenerationRequest(name, asked, images=images, sampling=replace(NEVER, **sampling))  # type: ignore[arg-type]
+
+
+# What every engine refuses, with which error and in which words.
+WRONG: list[tuple[GenerationRequest, type[Exception], str]] = [
+    (request("<image>", "r"), RecordError, "1 <image> markers but 0 images"),
+    (request("what?", "r", b"no image"), ImageError, "image 1"),
+    (request(temperature=float("nan")), RecordError, "temperature is nan"),
+    (request(stop=("",)), RecordError, "stop is"),
+    (GenerationRequest("r"), RecordError, "either turns or a prompt"),
+    (GenerationRequest("r", (Turn("human", "a"), Turn("gpt", "b"))), RecordError, "human turn last"),
+]
 
 
 @dataclass

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from llava_ray.chat.conversation import IGNORE_INDEX
 from llava_ray.data.blocks import rows_of
-from llava_ray.data.features import feature_dtype, unpacked_pixels
+from llava_ray.data.descriptors import NO_STEP
+from llava_ray.data.features import unpacked_features, unpacked_pixels
 from llava_ray.data.settings import StreamSettings
-from llava_ray.data.stream import NO_STEP
 from llava_ray.images.anyres import Size
 
 PREFETCHED_BLOCKS = 2
@@ -94,8 +94,7 @@ def micro_batch(row: dict[str, Any], settings: StreamSettings) -> MicroBatch:
     if row.get("pixels"):
         pixels = torch.from_numpy(unpacked_pixels(row["pixels"], settings.image_spec.height, settings.image_spec.width))
     elif row.get("features"):
-        flat = torch.frombuffer(bytearray(row["features"]), dtype=feature_dtype(bf16=settings.bf16))
-        features = flat.view(-1, settings.image_tokens.num_features, settings.mm_hidden_size)
+        features = unpacked_features(row["features"], settings)
     return MicroBatch(
         step=row["step"],
         rank=row["rank"],

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from llava_ray.model.blueprint import Blueprint
 
 
+BLOCK = ("block", "shard", "first", "end")  # name; shard, its first row, and the one after the last
+
+
 def cache_features(prepared: PreparedData, blueprint: "Blueprint", settings: StreamSettings) -> str:
     """Return the entry with the features of all of ``prepared``, computing it where it is not there yet.
 
@@ -57,23 +60,23 @@ def cache_features(prepared: PreparedData, blueprint: "Blueprint", settings: Str
     )
     touch(entry)
     blocks = [
-        (block_name(number, first), number, first)
+        (block_name(number, first), number, first, min(first + ROWS_PER_GROUP, shard.num_rows))
         for number, shard in enumerate(prepared.shards)
         for first in range(0, shard.num_rows, ROWS_PER_GROUP)
     ]
     there = list_sizes(entry)
     write_blocks([block for block in blocks if f"{block[0]}.json" not in there], entry, settings)
-    num_images = write_index(entry, [name for name, _, _ in blocks])
+    num_images = write_index(entry, [name for name, *_ in blocks])
     noted = vars(key) | {"num_images": num_images, "num_bytes": sum(list_sizes(entry).values())}
     write_file(f"{entry}/{MANIFEST}", json.dumps(noted, indent=1).encode())
     return entry
 
 
-def write_blocks(blocks: list[tuple[str, int, int]], entry: str, settings: StreamSettings) -> None:
-    """Compute and write the blocks (name, shard, first row)."""
+def write_blocks(blocks: list[tuple[str, int, int, int]], entry: str, settings: StreamSettings) -> None:
+    """Compute and write the blocks, each as in BLOCK."""
     if not blocks:
         return
-    dataset = ray.data.from_arrow([pa.table({"shard": [shard], "first": [first]}) for _, shard, first in blocks])
+    dataset = ray.data.from_arrow([pa.Table.from_pylist([dict(zip(BLOCK, block, strict=True))]) for block in blocks])
     dataset.context.target_max_block_size = None  # a block is a file: never cut one
     dataset.context.enable_progress_bars = False
     dataset = dataset.map_batches(
@@ -99,10 +102,8 @@ def write_blocks(blocks: list[tuple[str, int, int]], entry: str, settings: Strea
 
 def decode_block(table: pa.Table, settings: StreamSettings) -> pa.Table:
     """Return one row: the block's name, the pixels of its different images, and whose they are."""
-    shard, first = table["shard"][0].as_py(), table["first"][0].as_py()
-    name = settings.shard_names[shard]
-    total = read_rows(settings.prepared_path, name, None, columns=["widths"]).num_rows
-    rows = list(range(first, min(first + ROWS_PER_GROUP, total)))
+    block, shard, first, end = (table[key][0].as_py() for key in BLOCK)
+    name, rows = settings.shard_names[shard], list(range(first, end))
     columns = ["id", "images", "widths", "heights"]
     pixels: dict[bytes, bytes] = {}
     users: list[tuple[int, bytes]] = []
@@ -117,7 +118,7 @@ def decode_block(table: pa.Table, settings: StreamSettings) -> pa.Table:
     view = 3 * settings.image_spec.height * settings.image_spec.width
     return pa.table(
         {
-            "block": [block_name(shard, first)],
+            "block": [block],
             "places": pa.array([[place for place, _ in users]], pa.list_(pa.int64())),
             "image": pa.array([[order[digest] for _, digest in users]], pa.list_(pa.int32())),
             "views": pa.array([[len(cell) // view for cell in pixels.values()]], pa.list_(pa.int32())),

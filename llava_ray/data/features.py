@@ -48,6 +48,12 @@ def feature_dtype(*, bf16: bool) -> torch.dtype:
     return torch.bfloat16 if bf16 else torch.float32
 
 
+def unpacked_features(cell: bytes, settings: StreamSettings) -> torch.Tensor:
+    """Return the (n, p, v) features of one cell, which has some."""
+    flat = torch.frombuffer(bytearray(cell), dtype=feature_dtype(bf16=settings.bf16))
+    return flat.view(-1, settings.image_tokens.num_features, settings.mm_hidden_size)
+
+
 def unpacked_pixels(cell: bytes, height: int, width: int) -> np.ndarray:
     """Return the (n, 3, h, w) uint8 pixels of one micro-batch's cell; n may be 0."""
     # A copy, because a view of shared memory is read-only and torch wants none such.

@@ -2,9 +2,9 @@
 
 Several of Ray's own processes import this module to pass it on, so it imports neither torch nor transformers.
 
-A row of the stream is one micro-batch of one rank. ``TrainStream`` is what Ray Train evaluates at every start of the
-workers: it begins at the committed step. ``DealToRanks`` then knows the world size and lays the micro-batches in
-blocks of one rank each, which ``streaming_split`` hands out by turns, so order and place are exact for any timing.
+A block of the stream is a few micro-batches of one rank (see ``descriptors``). ``TrainStream`` is what Ray Train
+evaluates at every start of the workers: it begins at the committed step. ``DealToRanks`` then knows the world size and
+lays out the blocks, which ``streaming_split`` hands out by turns, so order and place are exact for any timing.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,10 +20,11 @@ from ray.train import DataConfig as TrainDataConfig
 
 from llava_ray.chat.conversation import Turn
 from llava_ray.data.blocks import as_one_row, rows_of
+from llava_ray.data.descriptors import ROWS_PER_BLOCK, describe_micro_batches
 from llava_ray.data.examples import Example
 from llava_ray.data.feature_cache import fetch_features, place_of
 from llava_ray.data.lengths import TokenLengths, load_encoder
-from llava_ray.data.plan import Plan, deal
+from llava_ray.data.plan import Plan
 from llava_ray.data.settings import StreamSettings
 from llava_ray.data.shards import read_rows
 from llava_ray.errors import DataError
@@ -32,18 +33,11 @@ from llava_ray.images.geometry import crop_views
 from llava_ray.images.reading import open_image
 from llava_ray.placement import can_grow, in_pool, pool_resources
 
-# Consecutive micro-batches of one rank that travel as one block. One a block reached 30 % of a bare decoding loop's
-# images/s, sixteen 74 %; more would only delay the first step.
-ROWS_PER_BLOCK = 16
-
 CPUS_PER_READER = 8
 
 # Of a pool that has no node yet; the smallest node that ours are made of has more. Decoders must not fill it: readers,
 # which nothing else may run, would have no place.
 GROWING_CPUS = 8.0
-
-# Marks the rows that fill a rank's last block.
-NO_STEP = -1
 
 
 @dataclass(frozen=True)
@@ -87,55 +81,6 @@ class DealToRanks(TrainDataConfig):
         dataset.context.enable_progress_bars = False  # the run has one bar of its own
         dataset.context.memory_usage_poll_interval_s = None  # walks all pages of the object store each second
         return [{"train": split} for split in dataset.streaming_split(world_size, equal=False)]
-
-
-def describe_micro_batches(
-    plan: Plan, lengths: TokenLengths, steps: list[int], row_length: int, world_size: int
-) -> list[pa.Table]:
-    """Return the micro-batches of ``steps`` in stream order, a table for each read task.
-
-    Within the stream, blocks of ROWS_PER_BLOCK rows go to rank 0, 1, …, 0, 1, … A task's blocks together hold about
-    one shuffle window, so that it reads each of its shards once.
-    """
-    by_rank: list[list[dict[str, Any]]] = [[] for _ in range(world_size)]
-    supervised = lengths.column("num_supervised")
-    for step in steps:
-        members = plan.step(step)
-        dealt = deal(plan.num_tokens[members].tolist(), row_length, world_size)
-        common = {"step": step, "num_supervised": int(supervised[members].sum()), "num_micro_batches": len(dealt[0])}
-        for rank, rows in enumerate(dealt):
-            by_rank[rank] += [common | {"rank": rank, "examples": members[row].tolist()} for row in rows]
-    for rank, micro_batches in enumerate(by_rank):
-        filler = {"step": NO_STEP, "num_supervised": 0, "num_micro_batches": 0, "rank": rank, "examples": []}
-        micro_batches += [filler] * (-len(micro_batches) % ROWS_PER_BLOCK)
-    window = len(plan.num_tokens) * max(1, plan.shuffle_window) // len(np.unique(plan.shard))
-    return grouped(by_rank, lengths.table, window)
-
-
-def grouped(by_rank: list[list[dict[str, Any]]], table: pa.Table, window: int) -> list[pa.Table]:
-    """Cut the ranks' rows into tables of whole block rounds holding about ``window`` examples each."""
-    tables, rows, num_examples = [], [], 0
-    for start in range(0, len(by_rank[0]), ROWS_PER_BLOCK):
-        round_rows = [row for rank_rows in by_rank for row in rank_rows[start : start + ROWS_PER_BLOCK]]
-        rows += round_rows
-        num_examples += sum(len(row["examples"]) for row in round_rows)
-        if num_examples >= window or start + ROWS_PER_BLOCK >= len(by_rank[0]):
-            tables.append(located(rows, table))
-            rows, num_examples = [], 0
-    return tables
-
-
-def located(rows: list[dict[str, Any]], table: pa.Table) -> pa.Table:
-    """Replace example numbers by where their records lie: (shard, row, part)."""
-    flat = np.asarray([i for row in rows for i in row["examples"]], np.int64)
-    ends = np.cumsum([0] + [len(row["examples"]) for row in rows])
-    places = table.select(["shard", "row", "part", "num_tokens"]).take(flat).combine_chunks()
-    nested = {
-        name: pa.ListArray.from_arrays(pa.array(ends, pa.int32()), places.column(name).combine_chunks())
-        for name in places.column_names
-    }
-    scalars = ("step", "rank", "num_supervised", "num_micro_batches")
-    return pa.table({name: pa.array([row[name] for row in rows], pa.int32()) for name in scalars} | nested)
 
 
 def stream(descriptors: list[pa.Table], settings: StreamSettings) -> Dataset:
@@ -202,8 +147,7 @@ class ImageDecoder:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Decode, or look up."""
-        find = load_features if self.settings.features else decode_images
-        return as_one_row(find(rows_of(block), self.settings))
+        return as_one_row(find_images(rows_of(block), self.settings))
 
 
 def read_micro_batches(descriptors: pa.Table, settings: StreamSettings) -> Iterator[pa.Table]:
@@ -279,6 +223,11 @@ def packed(
         "image_sizes": shown,
         "places": places,
     }
+
+
+def find_images(table: pa.Table, settings: StreamSettings) -> pa.Table:
+    """Replace each row's images by what the model takes of them: pixels, or features from a cache."""
+    return load_features(table, settings) if settings.features else decode_images(table, settings)
 
 
 def load_features(table: pa.Table, settings: StreamSettings) -> pa.Table:

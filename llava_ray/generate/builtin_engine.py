@@ -14,8 +14,8 @@ from threading import Condition, Thread
 
 import torch
 
-from llava_ray.errors import ModelError, RecordError
-from llava_ray.generate.engine import EngineStats, GenerationChunk, GenerationRequest, ModelCard
+from llava_ray.errors import ModelError
+from llava_ray.generate.engine import EngineStats, GenerationChunk, GenerationRequest, ModelCard, refuse_twin
 from llava_ray.generate.prompts import Prompt, PromptMaker, prompts_of
 from llava_ray.generate.row_adapters import Name
 from llava_ray.generate.running_batch import RunningBatch, RunningRequest
@@ -97,11 +97,7 @@ class BuiltinEngine:
     async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationChunk]:
         """Stream the answer; see ``engine.Engine.generate``. The stream of a cancelled request just ends."""
         loaded = self._ready()
-        if request.request_id in self._streams:
-            raise RecordError(
-                f"a request with the id {request.request_id!r} is being answered; expected another id.",
-                reason="request_id",
-            )
+        refuse_twin(request.request_id, self._streams)
         prompts = prompts_of(loaded.prompts, request.model)
         stream = self._streams[request.request_id] = Stream()
         try:

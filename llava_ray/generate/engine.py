@@ -4,11 +4,12 @@ One engine serves one model, in one process, on its caller's event loop; the hea
 process of its own), so that a health check never waits for a prefill.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from llava_ray.chat.conversation import Turn
+from llava_ray.errors import RecordError
 
 FinishReason = Literal["stop", "length"]
 
@@ -109,6 +110,14 @@ class ModelCard:
     vision: bool
     template: str
     adapters: Sequence[str] = ()
+
+
+def refuse_twin(request_id: str, answered: Collection[str]) -> None:
+    """Raise RecordError if a request of this id is being answered."""
+    if request_id in answered:
+        raise RecordError(
+            f"a request with the id {request_id!r} is being answered; expected another id.", reason="request_id"
+        )
 
 
 class Engine(Protocol):

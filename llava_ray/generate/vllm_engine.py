@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_ray.errors import ModelError, RecordError
-from llava_ray.generate.engine import EngineStats, GenerationChunk, GenerationRequest, ModelCard
+from llava_ray.generate.engine import EngineStats, GenerationChunk, GenerationRequest, ModelCard, refuse_twin
 from llava_ray.generate.prompts import prompts_of
 from llava_ray.generate.settings import VllmSettings
 from llava_ray.generate.vllm_answer import VllmAnswer
@@ -120,11 +120,7 @@ class VllmEngine:
     async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationChunk]:
         """Stream the answer; see ``engine.Engine.generate``. The stream of a cancelled request just ends."""
         loaded = self._ready()
-        if request.request_id in self._streams:
-            raise RecordError(
-                f"a request with the id {request.request_id!r} is being answered; expected another id.",
-                reason="request_id",
-            )
+        refuse_twin(request.request_id, self._streams)
         prompts = prompts_of(loaded.prompts, request.model)
         stream, ended = Stream(), False
         self._streams[request.request_id] = stream

@@ -4,9 +4,9 @@ Each rank keeps its part in memory, images as what the frozen tower makes of the
 Nothing is learnt from them, and no random number is drawn: a run's own curve is the same with and without.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
@@ -16,20 +16,13 @@ from torch import Tensor
 from llava_ray.chat.conversation import Turn
 from llava_ray.chat.tokens import tokenize_prompt
 from llava_ray.data.batches import MicroBatch, micro_batch
+from llava_ray.data.descriptors import NO_STEP, describe_micro_batches
 from llava_ray.data.feature_cache import fetch_features, place_of
-from llava_ray.data.features import feature_dtype, unpacked_pixels
+from llava_ray.data.features import unpacked_features, unpacked_pixels
 from llava_ray.data.lengths import TokenLengths
 from llava_ray.data.plan import Plan
 from llava_ray.data.settings import StreamSettings
-from llava_ray.data.shards import read_rows
-from llava_ray.data.stream import (
-    NO_STEP,
-    decode_images,
-    decoded,
-    describe_micro_batches,
-    load_features,
-    read_micro_batches,
-)
+from llava_ray.data.stream import decoded, fetch_records, find_images, read_micro_batches
 from llava_ray.generate.decoding import answer_text, generate_batch
 from llava_ray.images.anyres import Size
 from llava_ray.images.processing import normalise
@@ -147,29 +140,30 @@ def read_batches(held_out: HeldOut, rank: int, world_size: int) -> Iterator[Micr
     for window in describe_micro_batches(plan, held_out.lengths, steps, settings.row_length, world_size):
         mine = [row == rank for row in window["rank"].to_pylist()]
         for table in read_micro_batches(window.filter(pa.array(mine)), settings):
-            whole = load_features(table, settings) if settings.features else decode_images(table, settings)
-            yield from (micro_batch(row, settings) for row in whole.to_pylist() if row["step"] != NO_STEP)
+            rows = find_images(table, settings).to_pylist()
+            yield from (micro_batch(row, settings) for row in rows if row["step"] != NO_STEP)
 
 
 def read_questions(held_out: HeldOut, parts: LlavaParts, rank: int, world_size: int) -> Iterator[Asked]:
     """Yield this rank's questions: the first turns of every ``world_size``-th of the records that are asked."""
     places = zip(*(held_out.lengths.table[name].to_pylist() for name in ("shard", "row", "part")), strict=True)
     records = [(shard, row) for shard, row, part in places if part == 0][: held_out.num_answers]
-    for shard, row in records[rank::world_size]:
-        yield read_question(held_out.stream, parts, shard, row)
+    mine = records[rank::world_size]
+    shards, rows = [shard for shard, _ in mine], [row for _, row in mine]
+    found = fetch_records(pa.table({"shard": [shards], "row": [rows]}), held_out.stream)
+    for place in mine:
+        yield make_question(held_out.stream, parts, place, found[place])
 
 
-def read_question(settings: StreamSettings, parts: LlavaParts, shard: int, row: int) -> Asked:
-    """Read a record's first question with the images that belong to it, and its first answer."""
-    columns = ["id", "turns", "widths", "heights", *([] if settings.features else ["images"])]
-    table = read_rows(settings.prepared_path, settings.shard_names[shard], [row], columns=columns)
-    record = table.to_pylist()[0]
+def make_question(
+    settings: StreamSettings, parts: LlavaParts, place: tuple[int, int], record: Mapping[str, Any]
+) -> Asked:
+    """Return a record's first question with the images that belong to it, and its first answer."""
     question, answer = (Turn(**turn) for turn in record["turns"][:2])
     sizes = list(zip(record["widths"], record["heights"], strict=True))[: question.value.count("<image>")]
     if settings.features:
-        cells = fetch_features(settings.features, [place_of(shard, row, number) for number in range(len(sizes))])
-        flat = torch.frombuffer(bytearray(b"".join(cells)) or bytearray(8), dtype=feature_dtype(bf16=settings.bf16))
-        images = flat.view(-1, settings.image_tokens.num_features, settings.mm_hidden_size) if sizes else None
+        cells = fetch_features(settings.features, [place_of(*place, number) for number in range(len(sizes))])
+        images = unpacked_features(b"".join(cells), settings) if sizes else None
     else:
         shown = zip(record["images"], sizes, strict=False)
         cell = b"".join(decoded(image, size, record["id"], settings) for image, size in shown)

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from bench_engine import IMAGE_SIZE, NEW_TOKENS, NUM_CORES, Numbers, hear
-from bench_prepare import keep_result
+from outcome import keep_result
 
 from llava_ray.config.lora import LoraConfig
 from llava_ray.generate.builtin_engine import BuiltinEngine

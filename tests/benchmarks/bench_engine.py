@@ -24,7 +24,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 import numpy as np
 import torch
-from bench_prepare import keep_result
+from outcome import keep_result
 from PIL import Image
 
 from llava_ray.chat.conversation import Turn

@@ -9,7 +9,6 @@ few and for ten times as many questions.
 """
 
 import argparse
-import json
 import os
 import platform
 import time
@@ -21,6 +20,7 @@ os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", OMP_NUM
 import psutil
 import ray
 import torch
+from outcome import keep_result
 from PIL import Image
 
 from evals import easy_vqa
@@ -68,10 +68,7 @@ def main() -> None:
         "many": {"questions": len(asked), "seconds": round(seconds_many, 1), "peak_mb": round(memory_many)},
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}",
     }
-    print(json.dumps(result, indent=1))
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
+    keep_result(result, options.output)
 
 
 def parse_options() -> argparse.Namespace:

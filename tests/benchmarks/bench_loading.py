@@ -59,7 +59,7 @@ def main() -> None:
         "target_seconds": TARGET_SECONDS,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}",
     }
-    from bench_prepare import keep_result
+    from outcome import keep_result
 
     keep_result(result, options.output)
 

@@ -51,7 +51,7 @@ def main() -> None:
         "target": TARGET,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}",
     }
-    from bench_prepare import keep_result
+    from outcome import keep_result
 
     keep_result(result, options.output)
 

@@ -18,6 +18,7 @@ os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", OMP_NUM
 
 import numpy as np
 import ray
+from outcome import keep_result
 from PIL import Image
 
 from llava_ray.config.sections import DataConfig
@@ -53,14 +54,6 @@ def main() -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}",
     }
     keep_result(result, options.output)
-
-
-def keep_result(result: dict[str, Any], output: Path | None) -> None:
-    """Print a benchmark's result, and write it where it is to be kept."""
-    print(json.dumps(result, indent=1))
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def parse_options(description: str | None = __doc__) -> argparse.Namespace:

@@ -24,7 +24,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [sys.path[0], os.environ
 
 import psutil
 import ray
-from bench_prepare import NUM_CORES, keep_result
+from bench_prepare import NUM_CORES
+from outcome import keep_result
 from review_files import flags, write_review_files
 from scripted_judge import Remote, scripted_judge
 

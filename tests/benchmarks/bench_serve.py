@@ -7,7 +7,6 @@ Each client asks one question after the other, without a pause, and reads its an
 
 import argparse
 import asyncio
-import json
 import os
 import socket
 import statistics
@@ -22,6 +21,7 @@ os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", TOKENIZ
 
 import openai
 import ray
+from outcome import keep_result
 from pictures import picture
 from ray import serve
 from serving import data_uri
@@ -142,11 +142,7 @@ def main() -> None:
         clients: round(1 - figures["http"][clients]["tokens_per_s"] / alone["tokens_per_s"], 3)
         for clients, alone in figures["bare"].items()
     }
-    text = json.dumps(figures, indent=1)
-    print(text)
-    if asked.output:
-        asked.output.parent.mkdir(parents=True, exist_ok=True)
-        asked.output.write_text(text + "\n")
+    keep_result(figures, asked.output)
 
 
 if __name__ == "__main__":

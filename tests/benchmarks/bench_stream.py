@@ -18,8 +18,9 @@ os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", OMP_NUM
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import ray
-from bench_prepare import NUM_CORES, keep_result, parse_options, time_bare_loop, write_images, write_records
+from bench_prepare import NUM_CORES, parse_options, time_bare_loop, write_images, write_records
 from fakes import make_language_model, make_vision_tower
+from outcome import keep_result
 from ray.data import DataIterator
 
 from llava_ray.config.sections import FinetuneConfig

@@ -21,6 +21,8 @@ from typing import Any
 
 os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
 
+from outcome import keep_result
+
 from evals import easy_vqa
 from evals.easy_vqa_records import write_open_split
 from llava_ray.config.sweep_recipes import load_sweep
@@ -81,10 +83,7 @@ def main() -> None:
         "states": report["states"],
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}",
     }
-    print(json.dumps(result, indent=1))
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
+    keep_result(result, options.output)
 
 
 def parse_options() -> argparse.Namespace:

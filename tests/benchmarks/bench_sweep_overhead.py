@@ -5,7 +5,6 @@ python tests/benchmarks/bench_sweep_overhead.py --output tests/benchmarks/result
 """
 
 import argparse
-import json
 import os
 import platform
 import tempfile
@@ -18,6 +17,7 @@ os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", OMP_NUM
 
 import psutil
 import ray
+from outcome import keep_result
 from ray import tune
 
 from llava_ray.config.sections import FinetuneConfig
@@ -90,10 +90,7 @@ def main() -> None:
         "clean": not searched.left,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}",
     }
-    print(json.dumps(result, indent=1))
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
+    keep_result(result, options.output)
     if options.plot:
         write_report(options.plot, page(result, samples))
 

@@ -12,11 +12,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import running
 from samples import small_run, write_recipe
 
 from llava_ray.data.preparation import prepare_data
@@ -37,20 +38,10 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_recipe(folder, small_run(folder, **changes))
 
 
-@contextmanager
-def started(recipe: Path, name: str, *flags: str, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Start the command in a process group of its own; end what is left of it afterwards."""
+def started(recipe: Path, name: str, *flags: str, **variables: str) -> AbstractContextManager[subprocess.Popen[bytes]]:
+    """Start the command as a run of that name."""
     command = [sys.executable, str(ROOT / "pipelines/finetune.py"), str(recipe), "--run.name", name, *flags]
-    with (recipe.parent / f"{name}.log").open("ab") as log:
-        process = subprocess.Popen(
-            command, cwd=recipe.parent, stdout=log, stderr=log, start_new_session=True, env=os.environ | variables
-        )
-        try:
-            yield process
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    return running(command, recipe.parent / f"{name}.log", **variables)
 
 
 def finish(recipe: Path, name: str) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 
 import psutil
 import pytest
-from review_files import flags, write_review_files
+from review_files import check_money, flags, write_review_files
 from scripted_judge import scripted_judge
 
-from llava_ray.review.ledger_file import read_account, read_final_rows, read_rows
+from llava_ray.review.ledger_file import read_account, read_final_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 PRICE = ("--judge.input_dollars", "1", "--judge.output_dollars", "2")
@@ -128,17 +128,6 @@ def check_kills(tmp_path: Path, num_items: int, num_kills: int, num_driver_kills
     for stormy, calm in zip(*rows, strict=True):
         assert stormy["question_id"] == calm["question_id"]
         assert [one["scores"] for one in stormy["reviews"]] == [one["scores"] for one in calm["reviews"]]
-
-
-def check_money(ledger: Path, cap: float) -> None:
-    spent, under_way = 0.0, {}
-    for row in read_rows(ledger):
-        if row["state"] == "sent":
-            under_way[row["lease"]] = row["dollars"]
-        elif row.get("lease") in under_way:
-            del under_way[row["lease"]]
-            spent += row["dollars"]
-        assert spent + sum(under_way.values()) <= cap + 1e-12
 
 
 def test_killed_actors_and_a_killed_driver(tmp_path: Path) -> None:

@@ -6,12 +6,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import running
 from mlflow import MlflowClient
 from samples import small_run, write_recipe, write_samples
 
@@ -55,18 +55,10 @@ def make_recipe(folder: Path, **changes: Any) -> Path:
     return recipe
 
 
-@contextmanager
-def started(recipe: Path, pipeline: str, *flags: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a pipeline in a process group of its own; end what is left of it afterwards."""
+def started(recipe: Path, pipeline: str, *flags: str) -> AbstractContextManager[subprocess.Popen[bytes]]:
+    """Start a pipeline."""
     command = [sys.executable, str(ROOT / f"pipelines/{pipeline}.py"), str(recipe), *flags]
-    with (recipe.parent / f"{pipeline}.log").open("ab") as log:
-        process = subprocess.Popen(command, cwd=recipe.parent, stdout=log, stderr=log, start_new_session=True)
-        try:
-            yield process
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    return running(command, recipe.parent / f"{pipeline}.log")
 
 
 def finish(recipe: Path, pipeline: str, *flags: str) -> str:

@@ -12,13 +12,14 @@ from samples import SHAPES, small_run, write_mixed_samples
 
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.batches import MicroBatch, micro_batch
+from llava_ray.data.descriptors import NO_STEP, describe_micro_batches
 from llava_ray.data.features import FeatureActor
 from llava_ray.data.lengths import EncoderSettings, TokenLengths, measure_lengths
 from llava_ray.data.plan import Plan
 from llava_ray.data.records import RawRecord
 from llava_ray.data.settings import StreamSettings
 from llava_ray.data.shards import PreparedData, ShardWriter, write_manifest
-from llava_ray.data.stream import NO_STEP, decode_images, describe_micro_batches, read_micro_batches
+from llava_ray.data.stream import decode_images, read_micro_batches
 from llava_ray.data.validation import validate
 from llava_ray.errors import DataError
 from llava_ray.images.geometry import crop_views

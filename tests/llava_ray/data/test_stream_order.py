@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from llava_ray.data.descriptors import NO_STEP, ROWS_PER_BLOCK, describe_micro_batches
 from llava_ray.data.lengths import SCHEMA, TokenLengths
 from llava_ray.data.plan import Plan
-from llava_ray.data.stream import NO_STEP, ROWS_PER_BLOCK, describe_micro_batches
 
 
 def make(num_samples: int = 200) -> tuple[Plan, TokenLengths]:

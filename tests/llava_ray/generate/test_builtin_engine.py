@@ -13,6 +13,7 @@ import fakes
 import pytest
 import torch
 from engines import (
+    WRONG,
     Answered,
     answer_all,
     ask,
@@ -25,9 +26,8 @@ from engines import (
     started,
 )
 
-from llava_ray.chat.conversation import Turn
 from llava_ray.chat.templates import find_template
-from llava_ray.errors import ImageError, ModelError, RecordError
+from llava_ray.errors import ModelError, RecordError
 from llava_ray.generate.builtin_engine import BuiltinEngine
 from llava_ray.generate.decoding import answer_text
 from llava_ray.generate.engine import GenerationRequest, Sampling
@@ -239,13 +239,8 @@ def test_cancelled_requests_free_their_memory_within_a_step(llama: LlavaParts) -
 @pytest.mark.parametrize(
     ("asked", "error", "message"),
     [
-        (request("<image>", "r"), RecordError, "1 <image> markers but 0 images"),
-        (request("what?", "r", b"no image"), ImageError, "image 1"),
+        *WRONG,
         (request(max_tokens=4000), RecordError, "max_tokens is 4000, but this engine holds 2048"),
-        (request(temperature=float("nan")), RecordError, "temperature is nan"),
-        (request(stop=("",)), RecordError, "stop is"),
-        (GenerationRequest("r"), RecordError, "either turns or a prompt"),
-        (GenerationRequest("r", (Turn("human", "a"), Turn("gpt", "b"))), RecordError, "human turn last"),
         (replace(request(), model="adapter"), RecordError, "no adapter 'adapter'"),
     ],
 )

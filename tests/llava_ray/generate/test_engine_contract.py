@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import pytest
 from engines import (
+    WRONG,
     Answered,
     Expected,
     ask,
@@ -23,8 +24,7 @@ from engines import (
     write_adapter,
 )
 
-from llava_ray.chat.conversation import Turn
-from llava_ray.errors import ImageError, ModelError, RecordError
+from llava_ray.errors import ModelError, RecordError
 from llava_ray.generate.builtin_engine import BuiltinEngine
 from llava_ray.generate.decoding import answer_text
 from llava_ray.generate.engine import Engine, GenerationRequest, Sampling
@@ -214,14 +214,9 @@ def test_a_system_prompt_takes_the_place_of_the_templates(running: Running, mode
 @pytest.mark.parametrize(
     ("asked", "error", "message"),
     [
-        (request("<image>", "r"), RecordError, "1 <image> markers but 0 images"),
-        (request("what?", "r", b"no image"), ImageError, "image 1"),
+        *WRONG,
         (request(max_tokens=4000), RecordError, f"max_tokens is 4000, but this engine holds {MAX_MODEL_LEN}"),
         (request("what?", "r", *[make_image(1)] * 63, max_tokens=400), RecordError, "this engine holds"),
-        (request(temperature=float("nan")), RecordError, "temperature is nan"),
-        (request(stop=("",)), RecordError, "stop is"),
-        (GenerationRequest("r"), RecordError, "either turns or a prompt"),
-        (GenerationRequest("r", (Turn("human", "a"), Turn("gpt", "b"))), RecordError, "human turn last"),
         (replace(request(), model="pirate"), RecordError, "no adapter 'pirate' here; this engine serves 'first'"),
     ],
 )

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 from local_actors import LocalActor
+from review_files import check_money
 from scripted_judge import Remote, scripted_judge
 
 from llava_ray.config.review import JudgeConfig, LimitsConfig
 from llava_ray.review.calls import Call, CallPlan, Item, list_judges
 from llava_ray.review.ledger import Ledger
-from llava_ray.review.ledger_file import read_account, read_final_rows, read_rows
+from llava_ray.review.ledger_file import read_account, read_final_rows
 from llava_ray.review.limiter import Limiter
 from llava_ray.review.reviewer import Reviewer, Summary
 from llava_ray.review.rubric import our_rubric
@@ -140,17 +141,6 @@ def test_the_cap_holds_at_every_moment(judge: Remote, tmp_path: Path) -> None:
     check_money(scene.path, cap)
     assert sum(summary.broke for summary in summaries) > 0
     assert cap - read_account(scene.path).spent < max(call.dollars for call in scene.plan)
-
-
-def check_money(path: Path, cap: float) -> None:
-    spent, under_way = 0.0, {}
-    for row in read_rows(path):
-        if row["state"] == "sent":
-            under_way[row["lease"]] = row["dollars"]
-        elif row.get("lease") in under_way:
-            del under_way[row["lease"]]
-            spent += row["dollars"]
-        assert spent + sum(under_way.values()) <= cap + 1e-12
 
 
 def test_killed_at_any_point_nothing_is_lost_and_nothing_paid_twice(judge: Remote, tmp_path: Path) -> None:
