@@ -180,7 +180,8 @@ def scaling(settings: ServeSettings, at_least: int, at_most: int, target: float)
             target_ongoing_requests=target,
             upscale_delay_s=settings.upscale_delay_s,
             downscale_delay_s=settings.downscale_delay_s,
-            look_back_period_s=max(1.0, settings.upscale_delay_s),
+            # Serve's replicas tell their figures every 10 s, and it wants to look further back than that.
+            look_back_period_s=max(11.0, settings.upscale_delay_s),
         )
     }
 

@@ -6,6 +6,7 @@ DeepSpeed is imported inside the functions: only workers need it, and it takes s
 import math
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_scheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from llava_ray.config.lora import Quantization
 from llava_ray.config.sections import FinetuneConfig, TrainConfig
@@ -26,6 +26,13 @@ from llava_ray.train.zero import zero_config
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
+
+# The share of the learning rate that is left after a share of the steps.
+SHAPES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "linear": lambda done: 1 - done,
+    "constant": lambda done: 1.0,
+}
 
 
 class ShardedLoading:
@@ -123,6 +130,17 @@ def build_engine(parts: LlavaParts, config: FinetuneConfig, num_steps: int) -> "
 
 
 def schedule(optimizer: torch.optim.Optimizer, train: TrainConfig, num_steps: int) -> LRScheduler:
-    """Return LLaVA's schedule: a linear warm-up, then the named shape down to the last step."""
-    name = "constant_with_warmup" if train.lr_scheduler_type == "constant" else train.lr_scheduler_type
-    return get_scheduler(name, optimizer, math.ceil(train.warmup_ratio * num_steps), num_steps)
+    """Return LLaVA's schedule: a linear warm-up, then the named shape down to the last step.
+
+    These are the formulas of transformers' ``get_scheduler``, whose import brings PEFT, bitsandbytes and torch's
+    compiler along: three seconds of every worker's start.
+    """
+    num_warmup = math.ceil(train.warmup_ratio * num_steps)
+    shape = SHAPES[train.lr_scheduler_type]
+
+    def factor(step: int) -> float:
+        if step < num_warmup:
+            return step / num_warmup
+        return shape(min(1.0, (step - num_warmup) / max(1, num_steps - num_warmup)))
+
+    return LambdaLR(optimizer, factor)

@@ -76,7 +76,7 @@ def test_the_published_hyper_parameters_are_kept(recipe):
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny models of the big recipes' classes, and data for both stages."""
     folder = tmp_path_factory.mktemp("recipes")
-    make_language_model(folder / "llama", "llama")
+    make_language_model(folder / "llama", "llama", max_position_embeddings=4096)  # as many as Vicuna 1.5
     make_vision_tower(folder / "clip", "clip")
     write_samples(folder, 64)
     write_conversations(folder, seed=0)
