@@ -96,6 +96,8 @@ def start(cluster: ClusterConfig, *, runs: int = 1, quiet: bool = False) -> bool
     inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # a second working_dir would be refused there
     address = cluster.address or os.environ.get("RAY_ADDRESS") or ("auto" if inside_job else None)
     if address is None:
+        # Nobody takes this machine away with a warning: no process need watch for one.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         ray.init(
             address="local",
             num_cpus=local_cpus(cluster, runs),

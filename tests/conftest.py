@@ -9,6 +9,7 @@ os.environ.update(
     RAY_AUTH_MODE="disabled",
     RAY_USAGE_STATS_ENABLED="0",
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
+    RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",
     RAY_DATA_DISABLE_PROGRESS_BARS="1",
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS="1",
@@ -28,6 +29,16 @@ def ray_cluster() -> Iterator[None]:
     """A private four-CPU (logical) cluster for the whole session."""
     import ray
 
-    ray.init(address="local", num_cpus=4, object_store_memory=300 * 2**20, include_dashboard=False, log_to_driver=False)
+    from llava_ray.runtime import announced_port
+
+    # Without a dashboard each run would end ten seconds later: Ray's watch over it waits for an answer.
+    ray.init(
+        address="local",
+        num_cpus=4,
+        object_store_memory=300 * 2**20,
+        include_dashboard=True,
+        dashboard_port=announced_port(),
+        log_to_driver=False,
+    )
     yield
     ray.shutdown()

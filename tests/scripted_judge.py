@@ -8,7 +8,8 @@ A script's keys: ``requests_per_minute``, ``tokens_per_minute``, ``window_s`` (e
 ``announce`` (send x-ratelimit headers), ``latency_s``, ``faults`` (name to share: 429, 500, 502, hang, malformed, slow,
 drop, unparsed), ``retry_after`` (of refusals), ``storm`` ([from, to] in seconds, all 429), ``quota`` (paid requests
 until insufficient_quota), ``drift`` ([seconds, requests_per_minute]), ``status`` (say nothing but this), ``keep``
-(request texts kept), ``seed``, ``likes_first`` (points for the answer that is shown first).
+(request texts kept), ``seed``, ``likes_first`` (points for the answer that is shown first). Seconds count from the
+first request.
 
 Batches: ``batch_s`` (until they are over), ``batch_faults`` (share of lines that fail), ``expire`` (share left undone).
 """
@@ -56,6 +57,8 @@ class ScriptedJudge:
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         body = json.loads(await request.read())
+        if not self.seen:  # how long a client takes to start is its own affair
+            self.started = time.monotonic()
         now = time.monotonic() - self.started
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)

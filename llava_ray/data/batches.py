@@ -1,7 +1,6 @@
 """The end of the stream inside a train worker: Arrow rows become tensors, grouped into steps."""
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from jaxtyping import Float, Int, UInt8
-from ray.data import DataIterator
 from torch import Tensor
 
 from llava_ray.chat.conversation import IGNORE_INDEX
@@ -18,8 +16,6 @@ from llava_ray.data.descriptors import NO_STEP
 from llava_ray.data.features import unpacked_features, unpacked_pixels
 from llava_ray.data.settings import StreamSettings
 from llava_ray.images.anyres import Size
-
-PREFETCHED_BLOCKS = 2
 
 
 @dataclass(frozen=True)
@@ -40,27 +36,6 @@ class MicroBatch:
     """(width, height) of each image before it was cut, in order; n views are theirs."""
     pixels: UInt8[Tensor, "n 3 h w"] | None
     features: Float[Tensor, "n p v"] | None
-
-
-def start_blocks(find_shard: Callable[[], DataIterator]) -> Iterator[pa.Table]:
-    """Set the stream going in a thread, so that its tasks start up while the model loads; yield its blocks."""
-
-    def first_block() -> tuple[pa.Table | None, Iterator[pa.Table]]:
-        batches = find_shard().iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCHED_BLOCKS)
-        blocks = iter(batches)
-        return next(blocks, None), blocks
-
-    pool = ThreadPoolExecutor(1, "stream")
-    started = pool.submit(first_block)
-    pool.shutdown(wait=False)
-
-    def blocks() -> Iterator[pa.Table]:
-        first, rest = started.result()
-        if first is not None:
-            yield first
-            yield from rest
-
-    return blocks()
 
 
 def iterate_steps(

@@ -4,9 +4,14 @@ Ray Data cuts and joins blocks between their rows as it sees fit. What must arri
 one row; nothing is copied to make one or to read it.
 """
 
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
 import pyarrow as pa
+from ray.data import DataIterator
 
 COLUMN = "rows"
+PREFETCHED_BLOCKS = 2
 
 
 def as_one_row(table: pa.Table) -> pa.Table:
@@ -18,3 +23,24 @@ def as_one_row(table: pa.Table) -> pa.Table:
 def rows_of(block: pa.Table) -> pa.Table:
     """Return the rows that ``as_one_row`` laid together, of all of the block's rows."""
     return pa.Table.from_batches([pa.RecordBatch.from_struct_array(cell.flatten()) for cell in block[COLUMN].chunks])
+
+
+def start_blocks(find_shard: Callable[[], DataIterator]) -> Iterator[pa.Table]:
+    """Set the stream going in a thread, so that its tasks start up while the model loads; yield its blocks."""
+
+    def first_block() -> tuple[pa.Table | None, Iterator[pa.Table]]:
+        batches = find_shard().iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCHED_BLOCKS)
+        blocks = iter(batches)
+        return next(blocks, None), blocks
+
+    pool = ThreadPoolExecutor(1, "stream")
+    started = pool.submit(first_block)
+    pool.shutdown(wait=False)
+
+    def blocks() -> Iterator[pa.Table]:
+        first, rest = started.result()
+        if first is not None:
+            yield first
+            yield from rest
+
+    return blocks()

@@ -11,6 +11,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from llava_ray.config.lora import Quantization
 from llava_ray.errors import ModelError
 from llava_ray.model.blueprint import Blueprint
+from llava_ray.model.embeddings import extend_embeddings
 from llava_ray.model.layout import Layout
 from llava_ray.model.layouts import read_layout
 from llava_ray.model.manifest import Manifest
@@ -21,7 +22,6 @@ from llava_ray.model.published_names import IMAGE_NEWLINE
 from llava_ray.model.quantization import bitsandbytes_config, settle
 from llava_ray.model.tensor_reading import read_tensors
 from llava_ray.model.tower import VisionTower, load_vision_tower
-from llava_ray.model.vocabulary import extend_embeddings
 
 
 def load_tower_of(blueprint: Blueprint, dtype: torch.dtype) -> VisionTower:

@@ -19,30 +19,18 @@ from llava_ray.data.batches import MicroBatch, micro_batch
 from llava_ray.data.descriptors import NO_STEP, describe_micro_batches
 from llava_ray.data.feature_cache import fetch_features, place_of
 from llava_ray.data.features import unpacked_features, unpacked_pixels
-from llava_ray.data.lengths import TokenLengths
-from llava_ray.data.plan import Plan
 from llava_ray.data.settings import StreamSettings
 from llava_ray.data.stream import decoded, fetch_records, find_images, read_micro_batches
 from llava_ray.generate.decoding import answer_text, generate_batch
 from llava_ray.images.anyres import Size
 from llava_ray.images.processing import normalise
 from llava_ray.model.bundle import LlavaParts
+from llava_ray.train.settings import HeldOut
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 ANSWERS_AT_ONCE = 32
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """What is looked at, with everything that a worker needs to read it."""
-
-    stream: StreamSettings
-    plan: Plan
-    lengths: TokenLengths
-    num_answers: int
-    max_new_tokens: int
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.storage import read_file, write_file
-from llava_ray.tracking import TrackedRun
 from llava_ray.train.runs import RunFolder
 
 SECONDS_BETWEEN_LOGS = 5.0
@@ -25,6 +24,8 @@ class Journal:
 
     def __init__(self, run_folder: str, tracked: dict[str, Any], params: dict[str, Any], logging_steps: int) -> None:
         """Read what earlier starts of this run have written."""
+        from llava_ray.tracking import TrackedRun  # MLflow; whoever holds this actor's handle imports this module
+
         self.run_folder = run_folder
         self.tracked = TrackedRun(**tracked)
         self.tracked.log_params(params)

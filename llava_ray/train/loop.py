@@ -1,15 +1,16 @@
 """What every train worker runs: set up, then batch → forward → loss → backward → step → report → checkpoint."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
-import ray
+import pyarrow as pa
 import ray.train
 import torch
 import torch.distributed as dist
 from ray.train.torch import get_device
 
-from llava_ray.data.batches import MicroBatch, iterate_steps, start_blocks
+from llava_ray.data.batches import MicroBatch, iterate_steps
 from llava_ray.data.settings import StreamSettings
 from llava_ray.errors import DivergedError
 from llava_ray.images.processing import normalise
@@ -23,9 +24,8 @@ from llava_ray.train.settings import LoopSettings
 from llava_ray.train.speed import Meter
 
 
-def train_loop(given: dict[str, Any]) -> None:
+def train_loop(settings: LoopSettings, blocks: Iterator[pa.Table]) -> None:
     """Tune until the plan's last step, starting where the committed checkpoint stands, and write the bundle."""
-    settings: LoopSettings = given["settings"]
     config, journal = settings.config, settings.journal
     rank, world_size = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
     torch.set_num_threads(settings.num_threads)
@@ -33,7 +33,6 @@ def train_loop(given: dict[str, Any]) -> None:
     torch.backends.cuda.matmul.allow_tf32 = config.train.tf32
     device = get_device()
 
-    blocks = start_blocks(lambda: ray.train.get_dataset_shard("train"))
     seed_all(config.train.seed, 0, rank)
     parts = load_parts(config, device)
     engine = build_engine(parts, config, settings.num_steps)

@@ -1,12 +1,27 @@
-"""What every train worker is told."""
+"""What every train worker is told.
+
+Ray's own processes pass it on and unpack it: nothing here imports torch, transformers or MLflow.
+"""
 
 from dataclasses import dataclass
 
 from ray.actor import ActorHandle
 
 from llava_ray.config.sections import FinetuneConfig
+from llava_ray.data.lengths import TokenLengths
+from llava_ray.data.plan import Plan
 from llava_ray.data.settings import StreamSettings
-from llava_ray.train.held_out import HeldOut
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The samples that are looked at beside a run's own, with everything that a worker needs to read it."""
+
+    stream: StreamSettings
+    plan: Plan
+    lengths: TokenLengths
+    num_answers: int
+    max_new_tokens: int
 
 
 @dataclass(frozen=True)

@@ -35,12 +35,11 @@ from llava_ray.model.blueprint import Blueprint, read_blueprint
 from llava_ray.placement import pool_selector
 from llava_ray.runtime import Resources
 from llava_ray.tracking import default_tracking_uri
-from llava_ray.train.held_out import HeldOut
 from llava_ray.train.journal import open_journal
-from llava_ray.train.loop import train_loop
 from llava_ray.train.progress import closing, progress_bar
 from llava_ray.train.runs import RunFolder, SnapshotKeeper, absolute_paths, committed_step, mend_run, open_run
-from llava_ray.train.settings import LoopSettings
+from llava_ray.train.settings import HeldOut, LoopSettings
+from llava_ray.train.worker import run_worker
 
 HELD_OUT_BATCH = 64  # held-out samples that are packed together
 
@@ -101,7 +100,7 @@ def finetune(
         journal=journal,
     )
     trainer = TorchTrainer(
-        train_loop,
+        run_worker,
         train_loop_config={"settings": settings},
         torch_config=TorchConfig(backend="nccl" if resources.use_gpu else "gloo"),
         scaling_config=scaling(resources),
@@ -112,7 +111,7 @@ def finetune(
             checkpoint_config=CheckpointConfig(num_to_keep=config.train.save_total_limit),
             callbacks=[SnapshotKeeper(run), *callbacks],
             logging_config=LoggingConfig(log_level="WARNING"),
-            worker_runtime_env={"env_vars": worker_environment(resources)},
+            worker_runtime_env={"env_vars": worker_environment(config, resources)},
         ),
         datasets={"train": TrainStream(partial(committed_step, run.storage_path, run.name), plan.num_steps)},
         dataset_config=DealToRanks(plan, lengths, settings.stream),
@@ -199,10 +198,16 @@ def scaling(resources: Resources) -> ScalingConfig:
     )
 
 
-def worker_environment(resources: Resources) -> dict[str, str]:
+def worker_environment(config: FinetuneConfig, resources: Resources) -> dict[str, str]:
     """Return the environment variables of the train workers; Ray passes none of the driver's own on."""
     variables = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(resources.num_threads)}
-    return variables if resources.use_gpu else variables | {"DS_ACCELERATOR": "cpu"}
+    if not resources.use_gpu:
+        variables["DS_ACCELERATOR"] = "cpu"
+    if config.lora.quantization is None:
+        # We compile nothing, but DeepSpeed decorates an optimizer that we do not use: importing the compiler for it
+        # takes seconds of every start. bitsandbytes does compile.
+        variables["TORCHDYNAMO_DISABLE"] = "1"
+    return variables
 
 
 def fit(trainer: TorchTrainer, run: RunFolder) -> None:

@@ -64,6 +64,7 @@ def test_what_rays_own_processes_import_is_light():
     # The controller and the data manager of a run only pass these on, decoding needs no more: seconds on each start.
     code = (
         "import sys, llava_ray.data.stream, llava_ray.generate.questions, llava_ray.train.runs; "
+        "import llava_ray.train.settings, llava_ray.train.journal, llava_ray.train.worker; "
         "print(*{'torch', 'transformers', 'mlflow'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -79,7 +79,8 @@ def test_every_zero_stage_has_the_same_loss_curve(reference, folder, stage):
     assert other.read_losses() == pytest.approx(reference.read_losses(), abs=1e-3)
 
 
-@pytest.mark.parametrize(("workers", "row_length"), [(1, 2048), pytest.param(2, 1024, marks=LONG)])
+@LONG
+@pytest.mark.parametrize(("workers", "row_length"), [(1, 2048), (2, 1024)])
 def test_step_losses_do_not_depend_on_workers_or_packing(reference, folder, workers, row_length):
     other = run(
         folder,
@@ -93,6 +94,7 @@ def test_step_losses_do_not_depend_on_workers_or_packing(reference, folder, work
     assert read_jsonl(f"{other.folder.path}/ledger.jsonl") == ledger[:8]
 
 
+@LONG
 def test_streamed_features_give_the_losses_of_inline_ones(reference, folder):
     other = run(folder, "streamed", data__vision_features="streamed", **TWENTY_STEPS | {"train__max_steps": 8})
     assert other.read_losses() == pytest.approx(reference.read_losses()[:8], rel=1e-5)
