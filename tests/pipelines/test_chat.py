@@ -19,6 +19,8 @@ from llava_ray.generate.decoding import answer_text
 from llava_ray.model.bundle import LlavaParts, assemble, save_bundle
 from pipelines.chat import main
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -54,7 +56,6 @@ def image(tmp_path: Path) -> str:
     return str(tmp_path / "red.png")
 
 
-@pytest.mark.slow
 def test_the_script_gives_the_originals_words(golden: Path) -> None:
     """As a command of its own; stdout ends with one JSON object."""
     case = json.loads((golden / "expected.json").read_text())["generations"][3]

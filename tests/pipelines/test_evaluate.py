@@ -16,6 +16,8 @@ from evals.catalogue import BENCHMARKS, make_benchmark
 from llava_ray.errors import ConfigError, DataError
 from pipelines.evaluate import main
 
+pytestmark = pytest.mark.slow
+
 PERFECT = {"mme": 600.0, "llava_bench": 100 * 9 / 8}
 SUBMISSIONS = {
     "vqav2": "vqav2_upload.json",

@@ -28,6 +28,8 @@ from llava_ray.model.bundle import assemble, save_bundle
 from llava_ray.model.loading import load_pretrained_model
 from pipelines.preview import main
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 CASES = json.loads((GOLDEN / "tokens.json").read_text())
@@ -287,7 +289,6 @@ def test_what_does_not_fit_is_named(folder, asked, monkeypatch, arguments, error
         main([*arguments, *asked])
 
 
-@pytest.mark.slow
 def test_the_script_runs_by_itself_and_keeps_stdout_clean(tmp_path):
     make_tokenizer(tmp_path)
     turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "yes"}]

@@ -130,6 +130,7 @@ def check_kills(tmp_path: Path, num_items: int, num_kills: int, num_driver_kills
         assert [one["scores"] for one in stormy["reviews"]] == [one["scores"] for one in calm["reviews"]]
 
 
+@pytest.mark.verify
 def test_killed_actors_and_a_killed_driver(tmp_path: Path) -> None:
     check_kills(tmp_path, 150, 5, 1, seed=1)
 

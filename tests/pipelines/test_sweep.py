@@ -25,17 +25,22 @@ PATIENCE = 400
 
 SPACE = """
 [space]
-"train.learning_rate" = { choice = [1e-2, 1e-3, 1e-5, 1e30] }
-"model.mm_projector_type" = { choice = ["linear", "mlp2x_gelu"], when = { "train.learning_rate" = [1e-3] } }
+"train.learning_rate" = { choice = [1e-2, 1e-5, 1e30] }
 "train.model_max_length" = { choice = [512, 12], when = { "train.learning_rate" = [1e-2] } }
 [sweep]
 method = "grid"
 include_default = false
 """
+# More than run at a time, so that one has ended while another is in the middle.
+LARGER_SPACE = SPACE.replace("1e-5,", "1e-3, 1e-5,").replace(
+    "[sweep]",
+    """"model.mm_projector_type" = { choice = ["linear", "mlp2x_gelu"], when = { "train.learning_rate" = [1e-3] } }
+[sweep]""",
+)
 
 
-def make_recipe(folder: Path, **changes: Any) -> Path:
-    """A space of six trials over a tiny model, of which one diverges and one finds no data that fits."""
+def make_recipe(folder: Path, space: str = SPACE) -> Path:
+    """A space of trials over a tiny model, of which one diverges and one finds no data that fits."""
     held_out = write_samples(folder / "held_out", 24, seed=5)
     base = {
         "data.vision_features": "cached",
@@ -50,8 +55,8 @@ def make_recipe(folder: Path, **changes: Any) -> Path:
         "cluster.cpus_per_worker": 1.0,
         "tracking.log_model": False,
     }
-    recipe = write_recipe(folder, small_run(folder, **{**base, **changes}))
-    recipe.write_text(SPACE + recipe.read_text())
+    recipe = write_recipe(folder, small_run(folder, **base))
+    recipe.write_text(space + recipe.read_text())
     return recipe
 
 
@@ -89,7 +94,7 @@ def find(report: dict[str, Any], **settings: Any) -> dict[str, Any]:
 
 def test_each_trial_is_shown_as_what_it_is_and_everything_is_given_back(swept):
     _, report, said = swept
-    assert report["num_trials"] == 6
+    assert report["num_trials"] == 4
     assert report["clean"] is True
     diverged = find(report, train__learning_rate=1e30)
     assert diverged["state"] == "diverged"
@@ -114,7 +119,7 @@ def test_trials_are_mlflow_children_of_the_sweep(swept):
     parent = next(run for run in runs if run.info.run_name == "swept")
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert {run.info.run_name for run in children} <= {trial["id"] for trial in report["trials"]}
-    assert len(children) >= 5  # the one without data ended before it had a run
+    assert len(children) >= 3  # the one without data ended before it had a run
     assert all(run.info.status != "RUNNING" for run in [parent, *children])
     assert parent.data.metrics["held_out_loss"] == pytest.approx(report["best"]["held_out_loss"])
 
@@ -134,6 +139,7 @@ def test_the_same_command_finds_a_sweep_done(swept):
     assert again["best"] == report["best"]
 
 
+@pytest.mark.verify
 def test_the_best_recipe_by_hand_gives_the_trials_curve(swept):
     recipe, report, _ = swept
     best = recipe.parent / "runs/swept/best.toml"
@@ -183,7 +189,7 @@ def wait_for(condition: Any, seconds: float = PATIENCE) -> None:
 
 @pytest.mark.verify
 def test_a_driver_killed_in_the_middle_repeats_nothing_and_ends_with_the_same_table(tmp_path):
-    recipe = make_recipe(tmp_path)
+    recipe = make_recipe(tmp_path, LARGER_SPACE)
     # Without early stopping the table does not depend on which trial was faster.
     flags = ("--sweep.scheduler", "none")
     finish(recipe, "sweep", "--run.name", "whole", *flags)
@@ -220,7 +226,7 @@ def ledger_of(folder: Path) -> list[Any]:
 
 @pytest.mark.verify
 def test_a_trial_whose_processes_are_killed_goes_on_and_the_sweep_ends(tmp_path):
-    recipe = make_recipe(tmp_path)
+    recipe = make_recipe(tmp_path, LARGER_SPACE)
     folder = tmp_path / "runs/wounded"
     with started(recipe, "sweep", "--run.name", "wounded", "--sweep.scheduler", "none") as process:
         wait_for(lambda: any(t.state == "running" and t.steps >= 4 for t in ledger_of(folder)))

@@ -23,6 +23,8 @@ from llava_ray.deployments.routes import Front
 from llava_ray.deployments.settings import ServeSettings
 from llava_ray.deployments.tracing import traced
 
+pytestmark = pytest.mark.slow
+
 KEY = "a key of more than sixteen characters"
 
 

@@ -29,6 +29,8 @@ from llava_ray.deployments.replica import Replica
 from llava_ray.deployments.routes import Front
 from llava_ray.deployments.settings import ServeSettings
 
+pytestmark = pytest.mark.slow
+
 KEY = "a key of more than sixteen characters"
 
 # The address of this machine that stands for a public one; the media host listens on all of 127.0.0.0/8.

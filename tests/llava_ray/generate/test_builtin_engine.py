@@ -35,6 +35,8 @@ from llava_ray.generate.running_batch import RunningBatch
 from llava_ray.generate.settings import EngineSettings
 from llava_ray.model.bundle import LlavaParts
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> LlavaParts:

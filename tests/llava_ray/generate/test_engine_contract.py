@@ -35,6 +35,8 @@ from llava_ray.generate.vllm_engine import VllmEngine
 from llava_ray.model.bundle import LlavaParts, save_bundle
 from llava_ray.model.loading import load_pretrained_model
 
+pytestmark = pytest.mark.slow
+
 T = TypeVar("T")
 
 MAX_MODEL_LEN = 1024

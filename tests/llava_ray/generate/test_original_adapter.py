@@ -19,6 +19,8 @@ from llava_ray.model.adapters import has_adapter, load_adapter, merge
 from llava_ray.model.bundle import LlavaParts, assemble, save_bundle
 from llava_ray.model.loading import load_pretrained_model
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).parents[2] / "golden"
 SOURCE = GOLDEN / "lora"
 EXPECTED: dict[str, Any] = json.loads((SOURCE / "expected.json").read_text())

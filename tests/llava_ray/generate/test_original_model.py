@@ -16,6 +16,8 @@ from llava_ray.model.bundle import save_bundle
 from llava_ray.model.loading import load_pretrained_model
 from llava_ray.model.losses import sample_losses
 
+pytestmark = pytest.mark.slow
+
 FULL = pytest.mark.parametrize("golden_model", ["v15_mlp_pad"], indirect=True)
 ANYRES = pytest.mark.parametrize("golden_model", ["v16_anyres"], indirect=True)
 LORA = pytest.mark.parametrize("golden_model", ["lora", "lora, merged"], indirect=True)

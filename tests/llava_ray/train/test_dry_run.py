@@ -19,6 +19,8 @@ from llava_ray.train.memory import GIB
 from llava_ray.train.sizing import estimate_run
 from pipelines.command import split_dry_run
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 RUNS = ("pretrain", "finetune")
 BIG = sorted(path for stage in RUNS for path in (ROOT / "pipelines/recipes" / stage).glob("llava*.toml"))
@@ -116,7 +118,6 @@ def test_estimates_are_what_the_sum_says() -> None:
     assert f"{memory.total / GIB:.2f} GiB" in "\n".join(describe_run(config))
 
 
-@pytest.mark.slow
 def test_as_a_command_it_starts_nothing(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, small_run(tmp_path, num_samples=4))
     command = [sys.executable, str(ROOT / "pipelines/finetune.py"), str(path), "--dry-run", "--gpu_memory_gib"]

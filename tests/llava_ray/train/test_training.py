@@ -100,6 +100,7 @@ def test_streamed_features_give_the_losses_of_inline_ones(reference, folder):
     assert other.read_losses() == pytest.approx(reference.read_losses()[:8], rel=1e-5)
 
 
+@LONG
 def test_a_run_starts_from_a_published_model(reference, folder):
     """Under ZeRO 3 weights go from shards of .bin into the partitions; a run that learns nothing gives them back."""
     parts = load_pretrained_model(reference.folder.bundle)
