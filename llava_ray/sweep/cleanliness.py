@@ -29,13 +29,12 @@ class Belongings:
     groups: frozenset[str]
 
 
-def check_state_api() -> None:
-    """Raise ConfigError where nobody answers questions about actors.
+def check_state_api(where: str | None) -> None:
+    """Raise ConfigError where nobody answers questions about actors; ``where`` is the dashboard's address.
 
     Ray gives back the reserved resources of a stopped trial by asking whether its controller lives. Without an answer
     it never does, and the sweep would wait for them for ever.
     """
-    where = dashboard_address()
     try:
         if where is None:
             raise ConnectionError("there is none")

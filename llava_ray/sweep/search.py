@@ -13,7 +13,7 @@ from llava_ray.config.sections import FinetuneConfig
 from llava_ray.config.space import Space, SweepConfig
 from llava_ray.data.storage import file_size
 from llava_ray.runtime import Resources, runs_at_once
-from llava_ray.sweep.cleanliness import check_state_api, clearing, take_stock, wait_until_clean
+from llava_ray.sweep.cleanliness import check_state_api, clearing, dashboard_address, take_stock, wait_until_clean
 from llava_ray.sweep.ledger import Ledger, read_ledger, unfinished
 from llava_ray.sweep.schedulers import make_scheduler
 from llava_ray.sweep.searching import list_given, make_search
@@ -61,7 +61,7 @@ def search(
     ``num_steps`` are those of a whole run; ``tracked`` says how the MLflow runs of trials are found. Raises
     KeyboardInterrupt when stopped by Ctrl-C: the same call goes on.
     """
-    check_state_api()
+    check_state_api(dashboard_address())
     os.environ.update(TUNE_SETTINGS)
     # That there are no files of the loggers that are switched off above.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)

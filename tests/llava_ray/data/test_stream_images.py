@@ -28,6 +28,8 @@ from llava_ray.images.reading import open_image
 from llava_ray.model.bundle import LlavaParts, assemble
 from llava_ray.model.losses import sample_losses
 
+pytestmark = pytest.mark.slow
+
 ANYRES = {"data.image_aspect_ratio": "anyres", "model.mm_patch_merge_type": "spatial_unpad"}
 NUM_SAMPLES = 16
 

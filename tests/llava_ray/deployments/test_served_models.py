@@ -24,6 +24,8 @@ from llava_ray.generate.engine import Engine, GenerationRequest, Sampling
 from llava_ray.model.bundle import save_bundle
 from llava_ray.model.loading import load_pretrained_model
 
+pytestmark = pytest.mark.slow
+
 NAMES = ["base", "first", "seeing"]
 QUESTION = "what is it?"
 

@@ -13,6 +13,8 @@ from llava_ray.errors import ConfigError, ModelError, RecordError
 from llava_ray.generate.decoding import Stops, answer_text, default_stops, expand_prompt, find_sizes, generate_batch
 from llava_ray.model.bundle import LlavaParts, assemble
 
+pytestmark = pytest.mark.slow
+
 # Random models rarely write an end token: let a sixth of the vocabulary end an answer.
 STOPS = Stops(frozenset(range(250, 300)))
 

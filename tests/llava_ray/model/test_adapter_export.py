@@ -17,6 +17,8 @@ from llava_ray.model.loading import load_pretrained_model
 from llava_ray.model.manifest import read_manifest
 from llava_ray.model.model_files import open_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def bundle(folders, tmp_path: Path) -> Path:

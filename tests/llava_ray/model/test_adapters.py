@@ -33,6 +33,8 @@ from llava_ray.model.freezing import freeze
 from llava_ray.model.loading import load_pretrained_model
 from llava_ray.model.manifest import read_manifest
 
+pytestmark = pytest.mark.slow
+
 LORA = LoraConfig(lora_enable=True, lora_r=4, lora_alpha=8)
 KINDS = {
     "lora": LORA,

@@ -19,6 +19,8 @@ from llava_ray.model.loading import load_pretrained_model, read_pretrained_bluep
 from llava_ray.model.manifest import read_manifest
 from llava_ray.model.weights import replacing, sanitize_generation_config
 
+pytestmark = pytest.mark.slow
+
 
 def tensor_names(folder: Path) -> set[str]:
     names: set[str] = set()

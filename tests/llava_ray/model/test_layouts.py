@@ -21,6 +21,8 @@ from llava_ray.model.loading import find_version, load_pretrained_model
 from llava_ray.model.published_settings import hub_settings, original_language_config, original_settings
 from llava_ray.model.tower import FAMILIES, WITH_TEXT_PART
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def parts(folders) -> LlavaParts:

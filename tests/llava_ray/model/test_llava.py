@@ -10,6 +10,8 @@ from llava_ray.errors import ModelError
 from llava_ray.model.llava import LOGITS_CHUNK, find_targets, token_losses
 from llava_ray.model.losses import sample_losses
 
+pytestmark = pytest.mark.slow
+
 
 def both_ways(parts, samples, pack) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Per-sample losses from one packed row, from separate rows, and the packed counts."""

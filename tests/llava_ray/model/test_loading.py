@@ -21,6 +21,8 @@ from llava_ray.model.layout import Kind
 from llava_ray.model.loading import describe_model, load_pretrained_model, read_pretrained_blueprint
 from llava_ray.model.manifest import read_manifest
 
+pytestmark = pytest.mark.slow
+
 Writer = Callable[[Path, LlavaParts], Path]
 
 

@@ -24,6 +24,8 @@ from llava_ray.model.quantization import (
     find_quantization,
 )
 
+pytestmark = pytest.mark.slow
+
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
 QLORA = LoraConfig(lora_enable=True, lora_r=4, lora_alpha=8, bits=4)

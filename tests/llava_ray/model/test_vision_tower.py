@@ -11,6 +11,8 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import convert_ima
 from llava_ray.errors import ModelError
 from llava_ray.model.tower import load_vision_tower
 
+pytestmark = pytest.mark.slow
+
 PREFIX_TOKENS = {"clip": 1, "siglip": 0, "siglip2": 0, "dinov2": 1, "dinov2_with_registers": 5}
 NUM_PATCHES = (fakes.IMAGE_SIZE // fakes.PATCH) ** 2
 NUM_BLOCKS = 3

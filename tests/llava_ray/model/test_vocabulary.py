@@ -15,6 +15,8 @@ from llava_ray.model.embeddings import extend_embeddings
 from llava_ray.model.freezing import freeze
 from llava_ray.model.loading import load_pretrained_model
 
+pytestmark = pytest.mark.slow
+
 TURNS = [Turn("human", "What <image> is it?"), Turn("gpt", "red")]
 VOCABULARY = 300
 

@@ -5,7 +5,7 @@ import pytest
 from llava_ray.config.sections import ClusterConfig
 from llava_ray.errors import ConfigError
 from llava_ray.runtime import Resources, local_cpus, local_runs, runs_at_once
-from llava_ray.sweep.cleanliness import Group, find_orphans
+from llava_ray.sweep.cleanliness import Group, check_state_api, find_orphans
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,9 @@ def test_what_nccl_cannot_do_is_refused():
     for values in ({"num_workers": 2, "gpus_per_worker": 0.5}, {"num_workers": 1, "gpus_per_worker": 2.0}):
         with pytest.raises(ConfigError, match="a worker drives one GPU"):
             ClusterConfig.parsed(values)
+
+
+@pytest.mark.parametrize("where", [None, "http://127.0.0.1:9"])
+def test_a_cluster_without_a_dashboard_is_refused(where):
+    with pytest.raises(ConfigError, match="dashboard does not answer"):
+        check_state_api(where)

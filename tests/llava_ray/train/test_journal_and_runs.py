@@ -12,6 +12,8 @@ from llava_ray.errors import CheckpointError, ConfigError, DataError
 from llava_ray.train.journal import Journal
 from llava_ray.train.runs import SNAPSHOT, RunFolder, absolute_paths, committed_step, mend_run, open_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> FinetuneConfig:
