@@ -29,7 +29,7 @@ def ray_cluster() -> Iterator[None]:
     """A private four-CPU (logical) cluster for the whole session."""
     import ray
 
-    from llava_ray.runtime import announced_port
+    from llava_ray.runtime import DASHBOARD_VARIABLE, announced_port
 
     # Without a dashboard each run would end ten seconds later: Ray's watch over it waits for an answer.
     ray.init(
@@ -40,5 +40,6 @@ def ray_cluster() -> Iterator[None]:
         dashboard_port=announced_port(),
         log_to_driver=False,
     )
+    del os.environ[DASHBOARD_VARIABLE]  # this cluster's processes have it; commands that tests start have their own
     yield
     ray.shutdown()
