@@ -17,10 +17,10 @@ from samples import small_run, write_recipe, write_samples
 
 from llava_ray.sweep.ledger import read_ledger
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 400
+PATIENCE = 800
 
 SPACE = """
 [space]
