@@ -1,4 +1,4 @@
-"""Blocks that stay whole: a table's rows as one row with one cell.
+"""The stream's blocks: kept whole, as one row with one cell each, and set going early.
 
 Ray Data cuts and joins blocks between their rows as it sees fit. What must arrive together and at one place travels as
 one row; nothing is copied to make one or to read it.

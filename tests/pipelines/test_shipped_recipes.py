@@ -26,7 +26,7 @@ RECIPES = sorted(path for path in (ROOT / "pipelines/recipes").glob("*/*.toml") 
 SWEEPS = sorted((ROOT / "pipelines/recipes/sweep").glob("*.toml"))
 BIG = [path for path in RECIPES if path.name.startswith("llava")]
 # Between them these have all that the others have (ZeRO 2 and 3, a tower that learns, tiles, an adapter, four bits);
-# the others' runs, half a minute each, are left to `make verify`.
+# the others' runs are left to `make verify`.
 SHORT = ("pretrain/llava_v1_5_7b", "finetune/llava_v1_6_vicuna_7b", "finetune/llava_v1_5_7b_qlora")
 
 

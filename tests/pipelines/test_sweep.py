@@ -22,20 +22,25 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).parents[2]
 PATIENCE = 800
 
-SPACE = """
-[space]
-"train.learning_rate" = { choice = [1e-2, 1e-5, 1e30] }
-"train.model_max_length" = { choice = [512, 12], when = { "train.learning_rate" = [1e-2] } }
+GRID = """
 [sweep]
 method = "grid"
 include_default = false
+[space]
+"""
+LENGTHS = """
+"train.model_max_length" = { choice = [512, 12], when = { "train.learning_rate" = [1e-2] } }
+"""
+SPACE = f"""{GRID}
+"train.learning_rate" = {{ choice = [1e-2, 1e-5, 1e30] }}
+{LENGTHS}
 """
 # More than run at a time, so that one has ended while another is in the middle.
-LARGER_SPACE = SPACE.replace("1e-5,", "1e-3, 1e-5,").replace(
-    "[sweep]",
-    """"model.mm_projector_type" = { choice = ["linear", "mlp2x_gelu"], when = { "train.learning_rate" = [1e-3] } }
-[sweep]""",
-)
+LARGER_SPACE = f"""{GRID}
+"train.learning_rate" = {{ choice = [1e-2, 1e-3, 1e-5, 1e30] }}
+"model.mm_projector_type" = {{ choice = ["linear", "mlp2x_gelu"], when = {{ "train.learning_rate" = [1e-3] }} }}
+{LENGTHS}
+"""
 
 
 def make_recipe(folder: Path, space: str = SPACE) -> Path:
