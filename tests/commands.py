@@ -21,3 +21,19 @@ def running(command: Sequence[str], log: Path, **variables: str) -> Iterator[sub
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def kill_one(title: str, session: int) -> bool:
+    """Send SIGKILL to one process of the session whose title begins so; return whether there was one."""
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            own = int((entry / "stat").read_text().rpartition(")")[2].split()[3]) == session
+        except (OSError, ValueError):
+            continue
+        if own and words.startswith(title):
+            os.kill(int(entry.name), signal.SIGKILL)
+            return True
+    return False

@@ -114,28 +114,31 @@ def mend_run(run: RunFolder) -> None:
     Raises CheckpointError when neither the snapshot nor its copy can be read.
     """
     files, inner = fsspec.core.url_to_fs(run.path)
-    if not files.exists(f"{inner}/{SNAPSHOT}"):
-        committed: set[str] = set()
-    else:
-        committed = named_checkpoints(files, f"{inner}/{SNAPSHOT}")
-        if not committed and files.exists(f"{inner}/{SNAPSHOT}.copy"):
-            committed = named_checkpoints(files, f"{inner}/{SNAPSHOT}.copy")
-            if not committed:
-                raise CheckpointError(
-                    f"{run.path}/{SNAPSHOT} and its copy are unreadable; restore one from a backup, or start over "
-                    "with --run.restart True (the old folder is kept aside)"
-                )
-            files.cp_file(f"{inner}/{SNAPSHOT}.copy", f"{inner}/{SNAPSHOT}")
+    snapshot, copy = f"{inner}/{SNAPSHOT}", f"{inner}/{SNAPSHOT}.copy"
+    committed = named_checkpoints(files, snapshot)
+    if committed is None:
+        committed = named_checkpoints(files, copy)
+        if committed is None:
+            raise CheckpointError(
+                f"{run.path}/{SNAPSHOT} and its copy are unreadable; restore one from a backup, or start over "
+                "with --run.restart True (the old folder is kept aside)"
+            )
+        if files.exists(copy):
+            files.cp_file(copy, snapshot)
+        else:  # the first one was torn: nothing had been committed before it
+            files.rm(snapshot)
     for folder in files.glob(f"{inner}/step-*"):
         if Path(folder).name not in committed:
             with contextlib.suppress(FileNotFoundError):
                 files.rm(folder, recursive=True)
 
 
-def named_checkpoints(files: fsspec.AbstractFileSystem, path: str) -> set[str]:
-    """Return the checkpoint folders that a snapshot names; none when it cannot be read."""
+def named_checkpoints(files: fsspec.AbstractFileSystem, path: str) -> set[str] | None:
+    """Return the checkpoint folders that a snapshot names: none without a snapshot, None when it is torn."""
     try:
         snapshot = json.loads(files.cat_file(path))
-    except ValueError:
+    except FileNotFoundError:
         return set()
+    except ValueError:
+        return None
     return {result["checkpoint_dir_name"] for result in snapshot.get("checkpoint_results", [])}

@@ -153,11 +153,17 @@ def test_an_outage_is_no_result(review: Review, capsys: pytest.CaptureFixture[st
     assert "no result" in capsys.readouterr().out
 
 
-def test_no_more_credit_stops_at_once(review: Review, judge: Remote) -> None:
+def test_no_more_credit_stops_at_once_and_the_exit_code_says_partial(
+    review: Review, judge: Remote, files: Path, tmp_path: Path
+) -> None:
     judge.play(quota=7)
-    outcome = review()
-    assert not outcome.complete
-    assert "insufficient_quota" in outcome.report["partial_because"]
+    output = tmp_path / "out"
+    with pytest.raises(SystemExit) as left:
+        command(flags(files, judge.base_url, output, *PRICE))
+    assert left.value.code == 3  # partial
+    report = json.loads((output / "report.json").read_text())
+    assert not report["complete"]
+    assert "insufficient_quota" in report["partial_because"]
     assert sum(judge.stats()["paid"].values()) == 7
     assert judge.stats()["outcomes"]["quota"] <= 16  # those that were in flight
     judge.play()
@@ -185,16 +191,6 @@ def test_the_budget_holds_to_the_last_call(review: Review, judge: Remote, tmp_pa
     assert outcome.report["cost"]["dollars"] == pytest.approx(spent, abs=1e-6)
 
 
-def test_the_exit_code_says_partial(judge: Remote, files: Path, tmp_path: Path) -> None:
-    judge.play(quota=3)
-    arguments = flags(files, judge.base_url, tmp_path / "out", "--max_items", "4")
-    with pytest.raises(SystemExit) as left:
-        command(arguments)
-    assert left.value.code == 3
-    judge.play()
-    command(arguments)
-
-
 def test_a_storm_of_refusals_passes(review: Review, judge: Remote) -> None:
     judge.play(storm=[0.0, 3.0], retry_after=1)
     outcome = review("--judge.max_attempts", "2")
@@ -204,6 +200,7 @@ def test_a_storm_of_refusals_passes(review: Review, judge: Remote) -> None:
     assert judge.stats()["outcomes"]["429"] <= 4 * 8
 
 
+@pytest.mark.verify  # waits for a lock as long as a dying job may hold it
 def test_two_jobs_on_one_ledger(review: Review, tmp_path: Path) -> None:
     ledger = LedgerFile(tmp_path / "out" / "ledger.jsonl", "another job")
     with pytest.raises(ConfigError, match="another review is writing"):

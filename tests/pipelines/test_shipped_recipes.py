@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from fakes import make_language_model, make_vision_tower
-from samples import write_samples
+from samples import write_mixed_samples, write_samples
 
 from evals import easy_vqa
 from evals.easy_vqa_records import write_conversations, write_open_questions, write_words
@@ -25,9 +25,9 @@ OTHERS = ("evaluate", "review", "sweep")  # stages whose recipes are not runs
 RECIPES = sorted(path for path in (ROOT / "pipelines/recipes").glob("*/*.toml") if path.parent.name not in OTHERS)
 SWEEPS = sorted((ROOT / "pipelines/recipes/sweep").glob("*.toml"))
 BIG = [path for path in RECIPES if path.name.startswith("llava")]
-# Between them these have all that the others have (ZeRO 2 and 3, a tower that learns, tiles, an adapter, four bits);
-# the others' runs are left to `make verify`.
-SHORT = ("pretrain/llava_v1_5_7b", "finetune/llava_v1_6_vicuna_7b", "finetune/llava_v1_5_7b_qlora")
+# Between them and the quickstart's, these have all that the others have (ZeRO 2 and 3, a projector alone, a tower that
+# learns, tiles, an adapter, four bits); the others' runs are left to `make verify`.
+SHORT = ("finetune/llava_v1_6_vicuna_7b", "finetune/llava_v1_5_7b_qlora")
 
 
 def name(path: Path) -> str:
@@ -80,6 +80,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_language_model(folder / "llama", "llama", max_position_embeddings=4096)  # as many as Vicuna 1.5
     make_vision_tower(folder / "clip", "clip")
     write_samples(folder, 64)
+    write_mixed_samples(folder / "mixed", 64)
     write_conversations(folder, seed=0)
     return folder
 
@@ -97,13 +98,16 @@ def run(config: FinetuneConfig) -> FinishedRun:
     ids=map(name, BIG),
 )
 def test_a_big_recipe_is_planned_and_takes_two_steps(recipe, folder, ray_cluster):
-    pretrain = recipe.parent.name == "pretrain"
-    images = easy_vqa.image_folder("train") if pretrain else folder / "images"
+    data, images = folder / "data.json", folder / "images"
+    if recipe.parent.name == "pretrain":
+        data, images = folder / "conversations.json", easy_vqa.image_folder("train")
+    elif "v1_6" in recipe.stem:  # several images or none
+        data, images = folder / "mixed/data.json", folder / "mixed/images"
     changes = {
         "model.model_name_or_path": str(folder / "llama"),
         "model.vision_tower": str(folder / "clip"),
         "model.pretrain_mm_mlp_adapter": None,
-        "data.data_path": str(folder / ("conversations.json" if pretrain else "data.json")),
+        "data.data_path": str(data),
         "data.image_folder": str(images),
         "data.cache_dir": str(folder / "cache"),
         "data.max_samples": 64,

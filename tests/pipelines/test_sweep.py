@@ -1,8 +1,6 @@
 """Sweeps as people start them, with real tiny trials: good, stopped, diverged, failed, killed, interrupted."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -11,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import running
+from commands import kill_one, running
 from mlflow import MlflowClient
 from samples import small_run, write_recipe, write_samples
 
@@ -32,7 +30,7 @@ LENGTHS = """
 "train.model_max_length" = { choice = [512, 12], when = { "train.learning_rate" = [1e-2] } }
 """
 SPACE = f"""{GRID}
-"train.learning_rate" = {{ choice = [1e-2, 1e-5, 1e30] }}
+"train.learning_rate" = {{ choice = [1e-2, 1e30] }}
 {LENGTHS}
 """
 # More than run at a time, so that one has ended while another is in the middle.
@@ -98,7 +96,7 @@ def find(report: dict[str, Any], **settings: Any) -> dict[str, Any]:
 
 def test_each_trial_is_shown_as_what_it_is_and_everything_is_given_back(swept):
     _, report, said = swept
-    assert report["num_trials"] == 4
+    assert report["num_trials"] == 3
     assert report["clean"] is True
     diverged = find(report, train__learning_rate=1e30)
     assert diverged["state"] == "diverged"
@@ -123,7 +121,7 @@ def test_trials_are_mlflow_children_of_the_sweep(swept):
     parent = next(run for run in runs if run.info.run_name == "swept")
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert {run.info.run_name for run in children} <= {trial["id"] for trial in report["trials"]}
-    assert len(children) >= 3  # the one without data ended before it had a run
+    assert len(children) >= 2  # the one without data ended before it had a run
     assert all(run.info.status != "RUNNING" for run in [parent, *children])
     assert parent.data.metrics["held_out_loss"] == pytest.approx(report["best"]["held_out_loss"])
 
@@ -233,19 +231,3 @@ def test_a_trial_whose_processes_are_killed_goes_on_and_the_sweep_ends(tmp_path)
     trials = ledger_of(folder)
     assert [t for t in trials if t.attempts == 2]
     assert all(t.state == "finished" for t in trials if t.attempts == 2)
-
-
-def kill_one(title: str, group: int) -> bool:
-    """Send SIGKILL to one process of the sweep's own cluster whose title begins so."""
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            own = int((entry / "stat").read_text().rpartition(")")[2].split()[3]) == group  # the session
-        except (OSError, ValueError):
-            continue
-        if own and words.startswith(title):
-            os.kill(int(entry.name), signal.SIGKILL)
-            return True
-    return False

@@ -29,6 +29,8 @@ def test_an_answer_counts_if_it_is_the_records_own_but_for_case_and_a_period():
 
 
 @pytest.mark.ray
+@pytest.mark.verify
+@pytest.mark.timeout(900)
 def test_held_out_samples_are_looked_at_whenever_a_run_saves_and_change_nothing(tmp_path, ray_cluster):
     held_out = write_samples(tmp_path / "held_out", 24, seed=5)
     asked = {

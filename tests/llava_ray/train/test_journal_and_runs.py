@@ -69,6 +69,14 @@ def test_a_torn_snapshot_is_mended_from_its_copy_and_unnamed_checkpoints_go(tmp_
     assert [path.name for path in (tmp_path / "run").glob("step-*")] == ["step-00000004"]
 
 
+def test_a_torn_first_snapshot_means_that_nothing_was_committed(tmp_path):
+    (tmp_path / "run" / "step-00000004").mkdir(parents=True)
+    (tmp_path / "run" / SNAPSHOT).write_text("{")
+    mend_run(RunFolder(str(tmp_path), "run"))
+    assert not list((tmp_path / "run").iterdir())
+    assert committed_step(str(tmp_path), "run") == 0
+
+
 def test_a_torn_snapshot_without_a_good_copy_is_an_error_that_deletes_nothing(tmp_path):
     (tmp_path / "run" / "step-00000004").mkdir(parents=True)
     for name in (SNAPSHOT, f"{SNAPSHOT}.copy"):

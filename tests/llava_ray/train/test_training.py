@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from originals import write_original
-from samples import small_run
+from samples import small_run, write_samples
 
 from llava_ray.data.plan import Plan, deal
 from llava_ray.data.preparation import prepare_data
@@ -47,8 +47,16 @@ TWENTY_STEPS = {"train__max_steps": 20, "train__num_train_epochs": 3, "train__lr
 
 @pytest.fixture(scope="module")
 def reference(ray_cluster, folder: Path) -> FinishedRun:
-    """The run that others are compared with: ZeRO 2, two workers, two epochs and a half."""
-    return run(folder, "reference", **TWENTY_STEPS)
+    """The run that others are compared with: ZeRO 2, two workers, a look at held-out samples."""
+    write_samples(folder / "held_out", 24, seed=5)
+    return run(folder, "reference", **held_out(folder))
+
+
+def held_out(folder: Path) -> dict[str, Any]:
+    """Return the settings of the reference."""
+    asked = {"path": folder / "held_out/data.json", "images": folder / "held_out/images"}
+    looks = {f"held_out__{key}": str(value) for key, value in asked.items()}
+    return TWENTY_STEPS | looks | {"held_out__num_answers": 6, "held_out__max_new_tokens": 3}
 
 
 def test_a_run_learns_and_leaves_a_ledger_metrics_and_a_bundle(reference, folder):
@@ -62,9 +70,17 @@ def test_a_run_learns_and_leaves_a_ledger_metrics_and_a_bundle(reference, folder
     assert parts.manifest.training["steps"] == 20
 
 
+def test_held_out_samples_are_looked_at_whenever_the_run_saves(reference):
+    rows = read_jsonl(f"{reference.folder.path}/metrics.jsonl")
+    looks = {row["step"] + 1: row for row in rows if "held_out_loss" in row}
+    assert list(looks) == [3, 6, 9, 12, 15, 18, 20]
+    assert looks[20]["held_out_loss"] < looks[3]["held_out_loss"]
+    assert all(0 <= row["held_out_accuracy"] <= 1 for row in looks.values())
+
+
 def test_the_reference_has_text_only_micro_batches_and_steps_of_different_counts(reference, folder):
-    (path,) = (folder / "cache").glob("prepared-*/tokens-*/lengths.parquet")
-    table = pq.read_table(path)
+    paths = (folder / "cache").glob("prepared-*/tokens-*/lengths.parquet")
+    table = max(map(pq.read_table, paths), key=len)  # the other is of what is held out
     num_tokens, num_images = (table.column(name).to_numpy() for name in ("num_tokens", "num_images"))
     plan = Plan(num_tokens, table.column("shard").to_numpy(), 8, 3, seed=42, shuffle_window=2, max_steps=20)
     dealt = {step: deal(num_tokens[plan.step(step)].tolist(), ROW_LENGTH, 2) for step in range(20)}
@@ -115,11 +131,11 @@ def test_a_run_starts_from_a_published_model(reference, folder):
 
 
 def test_a_finished_run_is_not_done_again(reference, folder):
-    again = run(folder, "reference", **TWENTY_STEPS)
+    again = run(folder, "reference", **held_out(folder))
     assert again.reused
     assert again.metrics == reference.metrics
 
 
 def test_a_used_name_with_other_settings_is_refused(reference, folder):
     with pytest.raises(ConfigError, match=r"other settings \(train.learning_rate: 0.01 -> 0.1\).*--run.restart"):
-        run(folder, "reference", train__learning_rate=0.1, **TWENTY_STEPS)
+        run(folder, "reference", train__learning_rate=0.1, **held_out(folder))

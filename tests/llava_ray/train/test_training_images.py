@@ -15,7 +15,8 @@ from llava_ray.runtime import connected
 from llava_ray.train.consolidation import consolidate
 from llava_ray.train.trainer import FinishedRun, finetune
 
-pytestmark = pytest.mark.ray
+# `make test` runs LLaVA-1.6's recipe: tiles, several images, and a tower that learns.
+pytestmark = [pytest.mark.ray, pytest.mark.verify]
 
 ROW_LENGTH = 600
 BATCH, STEPS = 4, 10
@@ -111,7 +112,6 @@ def test_a_tower_learns_with_its_own_rate_and_is_kept(tuned_by_two: FinishedRun,
     assert all(torch.equal(again[name], after[name]) for name in after)
 
 
-@pytest.mark.verify
 def test_zero_3_trains_a_tower_to_the_same_losses(tuned_by_two: FinishedRun, folder: Path) -> None:
     partitioned = tuned(folder, 3)
     assert partitioned.read_losses() == pytest.approx(tuned_by_two.read_losses(), abs=1e-3)
@@ -126,7 +126,6 @@ def test_zero_3_trains_a_tower_to_the_same_losses(tuned_by_two: FinishedRun, fol
     assert all(torch.equal(again[name], other[name]) for name in other)
 
 
-@pytest.mark.verify
 def test_streamed_features_of_several_views_give_the_losses_of_a_frozen_tower(
     tuned_by_two: FinishedRun, folder: Path
 ) -> None:
@@ -136,7 +135,6 @@ def test_streamed_features_of_several_views_give_the_losses_of_a_frozen_tower(
     assert inline.read_losses()[1:] != pytest.approx(tuned_by_two.read_losses()[1:], rel=1e-4)
 
 
-@pytest.mark.verify
 def test_new_tokens_are_learnt_alike_where_the_embeddings_are_partitioned(ray_cluster, folder: Path) -> None:
     def aligned(stage: int) -> FinishedRun:
         return run(
