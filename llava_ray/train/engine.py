@@ -3,10 +3,8 @@
 DeepSpeed is imported inside the functions: only workers need it, and it takes seconds and speaks up when imported.
 """
 
-import math
 import sys
 import warnings
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +12,6 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from llava_ray.config.lora import Quantization
 from llava_ray.config.sections import FinetuneConfig, TrainConfig
@@ -22,17 +19,11 @@ from llava_ray.model.adaptation import adapt
 from llava_ray.model.bundle import LlavaParts, assemble
 from llava_ray.model.freezing import freeze
 from llava_ray.train.groups import parameter_groups
+from llava_ray.train.schedule import schedule
 from llava_ray.train.zero import zero_config
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
-
-# The share of the learning rate that is left after a share of the steps.
-SHAPES: dict[str, Callable[[float], float]] = {
-    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
-    "linear": lambda done: 1 - done,
-    "constant": lambda done: 1.0,
-}
 
 
 class ShardedLoading:
@@ -127,20 +118,3 @@ def build_engine(parts: LlavaParts, config: FinetuneConfig, num_steps: int) -> "
         dist_init_required=False,
     )
     return engine
-
-
-def schedule(optimizer: torch.optim.Optimizer, train: TrainConfig, num_steps: int) -> LRScheduler:
-    """Return LLaVA's schedule: a linear warm-up, then the named shape down to the last step.
-
-    These are the formulas of transformers' ``get_scheduler``, whose import brings PEFT, bitsandbytes and torch's
-    compiler along: three seconds of every worker's start.
-    """
-    num_warmup = math.ceil(train.warmup_ratio * num_steps)
-    shape = SHAPES[train.lr_scheduler_type]
-
-    def factor(step: int) -> float:
-        if step < num_warmup:
-            return step / num_warmup
-        return shape(min(1.0, (step - num_warmup) / max(1, num_steps - num_warmup)))
-
-    return LambdaLR(optimizer, factor)

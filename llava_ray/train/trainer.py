@@ -13,7 +13,6 @@ from ray.train import (
     FailureConfig,
     LoggingConfig,
     RunConfig,
-    ScalingConfig,
     TrainingFailedError,
     UserCallback,
     WorkerGroupError,
@@ -32,7 +31,6 @@ from llava_ray.data.storage import read_file, write_file
 from llava_ray.data.stream import DealToRanks, TrainStream
 from llava_ray.errors import LlavaRayError, TrainingError
 from llava_ray.model.blueprint import Blueprint, read_blueprint
-from llava_ray.placement import pool_selector
 from llava_ray.runtime import Resources
 from llava_ray.tracking import default_tracking_uri
 from llava_ray.train.journal import open_journal
@@ -40,6 +38,7 @@ from llava_ray.train.progress import closing, progress_bar
 from llava_ray.train.runs import RunFolder, SnapshotKeeper, absolute_paths, committed_step, mend_run, open_run
 from llava_ray.train.settings import HeldOut, LoopSettings
 from llava_ray.train.worker import run_worker
+from llava_ray.train.scaling import scaling, worker_environment
 
 HELD_OUT_BATCH = 64  # held-out samples that are packed together
 
@@ -185,29 +184,6 @@ def held_out_samples(config: FinetuneConfig, blueprint: Blueprint, resources: Re
         shuffle_window=0,
     )
     return HeldOut(settings, plan, lengths, asked.num_answers, asked.max_new_tokens)
-
-
-def scaling(resources: Resources) -> ScalingConfig:
-    """Return what the workers take, and where they run."""
-    return ScalingConfig(
-        num_workers=resources.num_workers,
-        use_gpu=resources.use_gpu,
-        resources_per_worker=resources.bundle,
-        accelerator_type=resources.accelerator_type,
-        label_selector=pool_selector("train"),
-    )
-
-
-def worker_environment(config: FinetuneConfig, resources: Resources) -> dict[str, str]:
-    """Return the environment variables of the train workers; Ray passes none of the driver's own on."""
-    variables = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(resources.num_threads)}
-    if not resources.use_gpu:
-        variables["DS_ACCELERATOR"] = "cpu"
-    if config.lora.quantization is None:
-        # We compile nothing, but DeepSpeed decorates an optimizer that we do not use: importing the compiler for it
-        # takes seconds of every start. bitsandbytes does compile.
-        variables["TORCHDYNAMO_DISABLE"] = "1"
-    return variables
 
 
 def fit(trainer: TorchTrainer, run: RunFolder) -> None:

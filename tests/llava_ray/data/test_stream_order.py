@@ -1,11 +1,9 @@
 """The stream's layout: blocks of one rank, every example once, each at the place its rank expects."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pyarrow as pa
 import pytest
+from commands import imported
 
 from llava_ray.data.descriptors import NO_STEP, ROWS_PER_BLOCK, describe_micro_batches
 from llava_ray.data.lengths import SCHEMA, TokenLengths
@@ -62,10 +60,6 @@ def test_starting_later_gives_the_same_steps():
 @pytest.mark.slow
 def test_what_rays_own_processes_import_is_light():
     # The controller and the data manager of a run only pass these on, decoding needs no more: seconds on each start.
-    code = (
-        "import sys, llava_ray.data.stream, llava_ray.generate.questions, llava_ray.train.runs; "
-        "import llava_ray.train.settings, llava_ray.train.journal, llava_ray.train.worker; "
-        "print(*{'torch', 'transformers', 'mlflow'} & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [], done.stderr
+    modules = ("data.stream", "generate.questions", "train.runs", "train.settings", "train.journal", "train.worker")
+    found = imported(*(f"llava_ray.{module}" for module in modules))
+    assert not {"torch", "transformers", "mlflow"} & found
