@@ -36,9 +36,9 @@ from llava_ray.tracking import default_tracking_uri
 from llava_ray.train.journal import open_journal
 from llava_ray.train.progress import closing, progress_bar
 from llava_ray.train.runs import RunFolder, SnapshotKeeper, absolute_paths, committed_step, mend_run, open_run
+from llava_ray.train.scaling import scaling, worker_environment
 from llava_ray.train.settings import HeldOut, LoopSettings
 from llava_ray.train.worker import run_worker
-from llava_ray.train.scaling import scaling, worker_environment
 
 HELD_OUT_BATCH = 64  # held-out samples that are packed together
 
