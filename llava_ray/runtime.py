@@ -1,5 +1,6 @@
 """Join a Ray cluster or start one, and say what was found."""
 
+import logging
 import math
 import os
 import socket
@@ -92,7 +93,10 @@ def start(cluster: ClusterConfig, *, runs: int = 1, quiet: bool = False) -> bool
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # How often a run's controller looks at its workers: a dead one is noticed, and a finished run ends, this fast.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    logging = ray.LoggingConfig(log_level="WARNING")
+    warnings_only = ray.LoggingConfig(log_level="WARNING")
+    # Ray Data sets levels of its own: each execution would be told of twice, across the run's one progress bar.
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # a second working_dir would be refused there
     address = cluster.address or os.environ.get("RAY_ADDRESS") or ("auto" if inside_job else None)
     if address is None:
@@ -102,14 +106,14 @@ def start(cluster: ClusterConfig, *, runs: int = 1, quiet: bool = False) -> bool
             address="local",
             num_cpus=local_cpus(cluster, runs),
             dashboard_port=announced_port(),
-            logging_config=logging,
+            logging_config=warnings_only,
             log_to_driver=not quiet,
         )
         return True
     # What a working directory leaves out is in .rayignore. Where llava_ray was installed, it is on the nodes already.
     runtime_env = {} if inside_job or not (root() / ".rayignore").exists() else {"working_dir": str(root())}
     try:
-        ray.init(address=address, runtime_env=runtime_env, logging_config=logging, log_to_driver=not quiet)
+        ray.init(address=address, runtime_env=runtime_env, logging_config=warnings_only, log_to_driver=not quiet)
     except ConnectionError as error:
         raise ConfigError(
             f"no Ray cluster answers at {address!r}: {error}; check cluster.address, or leave it out to start "
