@@ -21,7 +21,7 @@ sweep: $(READY)  ## Search projector and learning rate for the quickstart's alig
 serve: $(READY)  ## Serve the quickstart's model: API and page on http://127.0.0.1:8000
 	$(BIN)/serve run llava_ray.deployments:app model=runs/quickstart/model
 
-test: $(READY) lint  ## Everything CI runs, at most 20 minutes
+test: $(READY) lint  ## Everything CI runs; half an hour on two slow cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not slow and not browser and not verify and not gpu"
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "(slow or browser) and not ray and not verify and not gpu"
 	$(BIN)/python -m pytest -m "ray and not verify and not gpu"
