@@ -16,6 +16,7 @@ from llava_ray.data.storage import absolute, read_file, write_file
 from llava_ray.errors import CheckpointError, ConfigError
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
+SNAPSHOT_COPY = f"{SNAPSHOT}.copy"
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class SnapshotKeeper(UserCallback):
         del run_context, metrics
         if checkpoint is not None:
             files, inner = fsspec.core.url_to_fs(self.run.path)
-            write_file(f"{self.run.path}/{SNAPSHOT}.copy", files.cat_file(f"{inner}/{SNAPSHOT}"))
+            write_file(f"{self.run.path}/{SNAPSHOT_COPY}", files.cat_file(f"{inner}/{SNAPSHOT}"))
 
 
 def mend_run(run: RunFolder) -> None:
@@ -114,31 +115,28 @@ def mend_run(run: RunFolder) -> None:
     Raises CheckpointError when neither the snapshot nor its copy can be read.
     """
     files, inner = fsspec.core.url_to_fs(run.path)
-    snapshot, copy = f"{inner}/{SNAPSHOT}", f"{inner}/{SNAPSHOT}.copy"
+    snapshot, copy = f"{inner}/{SNAPSHOT}", f"{inner}/{SNAPSHOT_COPY}"
     committed = named_checkpoints(files, snapshot)
-    if committed is None:
+    if not committed and files.exists(copy):
         committed = named_checkpoints(files, copy)
-        if committed is None:
+        if not committed:
             raise CheckpointError(
                 f"{run.path}/{SNAPSHOT} and its copy are unreadable; restore one from a backup, or start over "
                 "with --run.restart True (the old folder is kept aside)"
             )
-        if files.exists(copy):
-            files.cp_file(copy, snapshot)
-        else:  # the first one was torn: nothing had been committed before it
-            files.rm(snapshot)
+        files.cp_file(copy, snapshot)
+    elif not committed and files.exists(snapshot):  # the first one was torn: nothing had been committed before it
+        files.rm(snapshot)
     for folder in files.glob(f"{inner}/step-*"):
         if Path(folder).name not in committed:
             with contextlib.suppress(FileNotFoundError):
                 files.rm(folder, recursive=True)
 
 
-def named_checkpoints(files: fsspec.AbstractFileSystem, path: str) -> set[str] | None:
-    """Return the checkpoint folders that a snapshot names: none without a snapshot, None when it is torn."""
+def named_checkpoints(files: fsspec.AbstractFileSystem, path: str) -> set[str]:
+    """Return the checkpoint folders that a snapshot names; none when it is not there or torn."""
     try:
         snapshot = json.loads(files.cat_file(path))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return set()
-    except ValueError:
-        return None
     return {result["checkpoint_dir_name"] for result in snapshot.get("checkpoint_results", [])}

@@ -10,7 +10,7 @@ from samples import small_run
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.errors import CheckpointError, ConfigError, DataError
 from llava_ray.train.journal import Journal
-from llava_ray.train.runs import SNAPSHOT, RunFolder, absolute_paths, committed_step, mend_run, open_run
+from llava_ray.train.runs import SNAPSHOT, SNAPSHOT_COPY, RunFolder, absolute_paths, committed_step, mend_run, open_run
 
 pytestmark = pytest.mark.slow
 
@@ -57,13 +57,15 @@ def test_a_fresh_run_begins_at_step_0(tmp_path):
     assert committed_step(str(tmp_path), "nothing") == 0
 
 
-def test_a_torn_snapshot_is_mended_from_its_copy_and_unnamed_checkpoints_go(tmp_path):
+@pytest.mark.parametrize("left", ['{"checkpoint_res', "", '{"checkpoint_results": []}', None])
+def test_a_torn_snapshot_is_mended_from_its_copy_and_unnamed_checkpoints_go(tmp_path, left):
     run = RunFolder(str(tmp_path), "run")
     for name in ("step-00000004", "step-00000008"):
         (tmp_path / "run" / name).mkdir(parents=True)
     whole = json.dumps({"checkpoint_results": [{"checkpoint_dir_name": "step-00000004"}]})
-    (tmp_path / "run" / f"{SNAPSHOT}.copy").write_text(whole)
-    (tmp_path / "run" / SNAPSHOT).write_text(whole[:20])
+    (tmp_path / "run" / SNAPSHOT_COPY).write_text(whole)
+    if left is not None:
+        (tmp_path / "run" / SNAPSHOT).write_text(left)
     mend_run(run)
     assert (tmp_path / "run" / SNAPSHOT).read_text() == whole
     assert [path.name for path in (tmp_path / "run").glob("step-*")] == ["step-00000004"]
@@ -79,7 +81,7 @@ def test_a_torn_first_snapshot_means_that_nothing_was_committed(tmp_path):
 
 def test_a_torn_snapshot_without_a_good_copy_is_an_error_that_deletes_nothing(tmp_path):
     (tmp_path / "run" / "step-00000004").mkdir(parents=True)
-    for name in (SNAPSHOT, f"{SNAPSHOT}.copy"):
+    for name in (SNAPSHOT, SNAPSHOT_COPY):
         (tmp_path / "run" / name).write_text("{")
     with pytest.raises(CheckpointError, match="unreadable"):
         mend_run(RunFolder(str(tmp_path), "run"))
