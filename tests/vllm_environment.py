@@ -9,9 +9,9 @@ import sysconfig
 from pathlib import Path
 
 DECLARED = """\
-import torch  # added by tests/vllm_environment.py
+from torch import library  # added by tests/vllm_environment.py
 
-_schemas = torch.library.Library("torchvision", "DEF")
+_schemas = library.Library("torchvision", "DEF")
 _schemas.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 _schemas.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 """
