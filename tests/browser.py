@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from commands import free_port
 
 PATIENCE_S = 60.0  # a busy machine draws slowly
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the W3C's name for a reference to one
@@ -112,9 +112,7 @@ def chromium() -> Iterator[Browser]:
     program = shutil.which("chromedriver")
     if program is None:
         raise FileNotFoundError("chromedriver: install the packages chromium and chromium-driver")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         process = subprocess.Popen([program, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -30,8 +31,16 @@ def imported(*modules: str) -> set[str]:
     return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
 
 
-def kill_one(title: str, session: int) -> bool:
-    """Send SIGKILL to one process of the session whose title begins so; return whether there was one."""
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def kill_one(title: str, session: int, choice: int = 0) -> bool:
+    """Send SIGKILL to one of the session's processes whose titles begin so; return whether there was one."""
+    found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
@@ -41,6 +50,7 @@ def kill_one(title: str, session: int) -> bool:
         except (OSError, ValueError):
             continue
         if own and words.startswith(title):
-            os.kill(int(entry.name), signal.SIGKILL)
-            return True
-    return False
+            found.append(int(entry.name))
+    if found:
+        os.kill(sorted(found)[choice % len(found)], signal.SIGKILL)
+    return bool(found)

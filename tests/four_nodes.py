@@ -11,7 +11,6 @@ GPUs are only Ray's accounting here.
 import hashlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +25,7 @@ os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray starts no node that counts m
 import ray
 import ray.data
 import ray.train
+from commands import free_port
 from PIL import Image
 from ray.cluster_utils import Cluster
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -39,7 +39,8 @@ from llava_ray.placement import in_pool
 from llava_ray.runtime import Resources, connected, fitted
 from llava_ray.shared_storage import Places, check_shared
 from llava_ray.train.runs import committed_step
-from llava_ray.train.trainer import finetune, scaling
+from llava_ray.train.scaling import scaling
+from llava_ray.train.trainer import finetune
 
 SMALL = {"object_store_memory": 150 * 2**20}
 # What a task or actor does, by a part of its name.
@@ -50,9 +51,7 @@ SECONDS_UNTIL_ANOTHER = 3.0
 
 def start_nodes(decode_cpus: int, **head: Any) -> tuple[Cluster, dict[str, Any]]:
     """Start a head without CPUs and a node for each pool; connect this process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     options = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": port, **SMALL, **head}
     cluster = Cluster(initialize_head=True, head_node_args=options)
     nodes = {

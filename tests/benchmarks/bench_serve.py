@@ -8,7 +8,6 @@ Each client asks one question after the other, without a pause, and reads its an
 import argparse
 import asyncio
 import os
-import socket
 import statistics
 import sys
 import time
@@ -21,6 +20,7 @@ os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", TOKENIZ
 
 import openai
 import ray
+from commands import free_port
 from outcome import keep_result
 from pictures import picture
 from ray import serve
@@ -129,9 +129,7 @@ def main() -> None:
     settings = ServeSettings.parsed(values)
     rounds = [(clients, clients * asked.requests) for clients in asked.clients]
     figures: dict[str, Any] = {"cpus": os.cpu_count(), **values, "bare": asyncio.run(bare(settings, rounds))}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     ray.init(address="local", num_cpus=(os.cpu_count() or 1) + 1, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(api(values), name="api", route_prefix="/")

@@ -9,21 +9,16 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import pytest
-from commands import kill_one, running
+from commands import free_port, kill_one, running
 from samples import small_run, write_recipe
 
-from llava_ray.data.preparation import prepare_data
-from llava_ray.runtime import connected
-from llava_ray.train.runs import SNAPSHOT
-from llava_ray.train.trainer import finetune
+from llava_ray.train.runs import SNAPSHOT, SNAPSHOT_COPY
 
 pytestmark = pytest.mark.ray
 
@@ -54,9 +49,12 @@ def finish(recipe: Path, name: str) -> None:
 
 def committed(recipe: Path, name: str) -> int:
     """Return the step of the run's committed checkpoint."""
-    for ending in ("", ".copy"):  # Ray rewrites its file in place: a kill, or looking just then, finds it torn
+    for file in (
+        SNAPSHOT,
+        SNAPSHOT_COPY,
+    ):  # Ray rewrites its file in place: a kill, or looking just then, finds it torn
         try:
-            snapshot = json.loads((recipe.parent / "runs" / name / f"{SNAPSHOT}{ending}").read_text())
+            snapshot = json.loads((recipe.parent / "runs" / name / file).read_text())
             return max(int(row["checkpoint_dir_name"].removeprefix("step-")) for row in snapshot["checkpoint_results"])
         except (OSError, ValueError):
             continue
@@ -87,10 +85,14 @@ def submitted(recipe: Path) -> str:
     job = [ray, "job", "submit", "--working-dir", ".", "--"]
     entry = [sys.executable, "pipelines/finetune.py", str(recipe), "--run.name", "undisturbed"]
     with running([*head, *ports, "--disable-usage-stats"], recipe.parent / "head.log") as cluster:
-        wait_for_port(dashboard)
-        done = subprocess.run([*job, *entry], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
-        os.killpg(cluster.pid, signal.SIGTERM)
-        cluster.wait(timeout=60)
+        try:
+            wait_for_port(dashboard)
+            done = subprocess.run(
+                [*job, *entry], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
+            )
+        finally:  # in this order, so that Ray ends its own processes
+            os.killpg(cluster.pid, signal.SIGTERM)
+            cluster.wait(timeout=60)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     return done.stdout
 
@@ -132,32 +134,6 @@ def test_ctrl_c_and_kills_of_a_worker_and_of_the_driver_leave_the_same_ledger(re
     assert read_losses(recipe, "stopped") == pytest.approx(read_losses(recipe, "undisturbed"), rel=1e-5)
 
 
-def tune_in_thread(recipe: Path, name: str) -> tuple[threading.Thread, list[BaseException]]:
-    """Start a run on this process's own cluster; faults are handed over in the list."""
-    changes = {"train.num_train_epochs": 6, "train.save_steps": 4, "tracking.log_model": False}
-    config = small_run(recipe.parent, **changes, **{"run.name": name, "run.max_failures": -1})
-    failures: list[BaseException] = []
-
-    def tune() -> None:
-        try:
-            with connected(config.cluster) as resources:
-                finetune(config, prepare_data(config.data), resources)
-        except BaseException as error:  # noqa: BLE001 - handed to the test's own thread
-            failures.append(error)
-
-    thread = threading.Thread(target=tune)
-    thread.start()
-    return thread, failures
-
-
-def kill_a_worker(choice: int) -> None:
-    """Send SIGKILL to one of the living train workers."""
-    import ray
-
-    workers = [actor for actor in ray._private.state.actors().values() if alive_worker(actor)]
-    os.kill(workers[choice % len(workers)]["Pid"], signal.SIGKILL)
-
-
 def read_losses(recipe: Path, name: str) -> list[float]:
     """Return a run's losses."""
     path = recipe.parent / "runs" / name / "metrics.jsonl"
@@ -166,22 +142,16 @@ def read_losses(recipe: Path, name: str) -> list[float]:
 
 @pytest.mark.verify
 @pytest.mark.timeout(1800)
-def test_a_storm_of_kills_leaves_the_same_ledger(recipe, undisturbed, ray_cluster):
+def test_a_storm_of_kills_leaves_the_same_ledger(recipe, undisturbed):
     draw = random.Random(0)
-    thread, failures = tune_in_thread(recipe, "stormy")
-    for step in (4, 12, 20, 28, 36):
-        wait_for_step(recipe, "stormy", step)
-        time.sleep(draw.uniform(0, 0.5))
-        if committed(recipe, "stormy") < 48:
-            kill_a_worker(draw.randrange(2))
-    thread.join(timeout=600)
-    assert not failures
+    with started(recipe, "stormy", "--run.max_failures", "-1") as process:
+        for step in (4, 12, 20, 28, 36):
+            wait_for_step(recipe, "stormy", step)
+            time.sleep(draw.uniform(0, 0.5))
+            if committed(recipe, "stormy") < 48:
+                assert kill_one("ray::RayTrainWorker", process.pid, draw.randrange(2))
+        assert process.wait(timeout=600) == 0, (recipe.parent / "stormy.log").read_text()[-3000:]
     assert ledger(recipe, "stormy") == undisturbed
-
-
-def alive_worker(actor: dict[str, Any]) -> bool:
-    """Tell a living train worker."""
-    return actor["ActorClassName"] == "RayTrainWorker" and actor["State"] == "ALIVE"
 
 
 @pytest.fixture
@@ -219,13 +189,6 @@ def test_a_full_disk_stops_the_run_with_its_remedy_and_loses_nothing(recipe, und
 def free_bytes(folder: Path) -> int:
     """Return the free bytes of a disk."""
     return shutil.disk_usage(folder).free
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_for_port(port: int) -> None:

@@ -1,6 +1,5 @@
 """Our own service as judge, through the OpenAI API: an engine that echoes, and real models."""
 
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import fakes
 import openai
 import pytest
+from commands import free_port
 from pictures import picture
 from review_files import write_lines
 from serving import asking, data_uri
@@ -30,9 +30,7 @@ def service(settings: dict[str, str]) -> Iterator[str]:
 
     from llava_ray.deployments import api
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(api({"num_cpus": "0.1", "max_ingress_replicas": "1", **settings}), name="judges", route_prefix="/")
     try:

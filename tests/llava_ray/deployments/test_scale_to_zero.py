@@ -1,6 +1,5 @@
 """clusters/serve/scale_to_zero.yaml for real: no replica, an answer, and no replica again."""
 
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import openai
 import pytest
 import yaml
+from commands import free_port
 from serving import asking
 
 pytestmark = [pytest.mark.verify, pytest.mark.ray, pytest.mark.timeout(600)]
@@ -33,9 +33,7 @@ def address(ray_cluster: None, tmp_path: Path) -> Iterator[str]:
 
     (tmp_path / "keys.toml").write_text(f'[keys.operator]\nkey = "{KEY}"\n')
     (application,) = yaml.safe_load(FILE.read_text())["applications"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     args = application["args"] | HERE | {"api_keys_file": str(tmp_path / "keys.toml")}
     serve.run(api(args), name=application["name"], route_prefix=application["route_prefix"])

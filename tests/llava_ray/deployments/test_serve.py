@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import httpx
 import openai
 import pytest
+from commands import free_port
 from pictures import picture
 from serving import asking, data_uri
 
@@ -35,9 +36,7 @@ def address(ray_cluster: None) -> Iterator[str]:
 
     from llava_ray.deployments import api
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(api(SETTINGS | {"max_ingress_replicas": "1"}), name="api", route_prefix="/")
     yield f"http://127.0.0.1:{port}"

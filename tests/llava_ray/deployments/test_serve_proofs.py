@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from commands import free_port
 from serve_load import Ends, crowd, memory_of, serve_pids
 from serving import asking
 
@@ -29,9 +29,7 @@ def service(**settings: str) -> Iterator[str]:
 
     from llava_ray.deployments import api
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     try:
         serve.run(api(FAKE | settings), name="api", route_prefix="/")
