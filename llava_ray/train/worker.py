@@ -10,7 +10,8 @@ from llava_ray.data.blocks import start_blocks
 
 def run_worker(given: dict[str, Any]) -> None:
     """Tune as ``given["settings"]`` (LoopSettings) say."""
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # or it tells of every checkpoint, across the progress bar
+    # Ray Train sets the root to INFO, and tells there of every checkpoint (its logger has a file's name, not its own).
+    logging.getLogger().setLevel(logging.WARNING)
     blocks = start_blocks(lambda: ray.train.get_dataset_shard("train"))
     from llava_ray.train.loop import train_loop  # torch, transformers and DeepSpeed
 
