@@ -38,7 +38,7 @@ verify: $(READY)  ## The long proofs; writes tests/benchmarks/results/*.json
 	$(BIN)/python tests/benchmarks/bench_loading.py --output tests/benchmarks/results/loading.json
 	$(BIN)/python tests/benchmarks/bench_engine.py --output tests/benchmarks/results/engine.json
 	$(BIN)/python tests/benchmarks/bench_adapters.py --output tests/benchmarks/results/adapters.json
-	$(BIN)/python tests/benchmarks/bench_serve.py --model runs/quickstart/model --output tests/benchmarks/results/serve.json
+	$(BIN)/python tests/benchmarks/bench_serve.py --output tests/benchmarks/results/serve.json
 	$(BIN)/python tests/benchmarks/bench_review.py --output tests/benchmarks/results/review.json
 	$(BIN)/python tests/benchmarks/bench_evaluate.py --model runs/quickstart/model --output tests/benchmarks/results/evaluate.json
 	$(BIN)/python tests/benchmarks/bench_sweep.py --output tests/benchmarks/results/sweep.json

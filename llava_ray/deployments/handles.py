@@ -51,7 +51,9 @@ class ServeGateway:
             started = False
             try:
                 # Full or dead, the session's own replica is not asked twice.
-                async for pieces in called(handle.options(stream=True, session_id="" if attempt else session), task):
+                async for pieces in called(
+                    handle.options(stream=True, session_id="" if attempt else session, _by_reference=False), task
+                ):
                     started = True
                     yield pieces
             except RefusalError as error:

@@ -1,5 +1,6 @@
 """OpenAI's response objects, written from an engine's pieces."""
 
+import functools
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from llava_ray.deployments.replica import Piece
 from llava_ray.generate.engine import GenerationChunk, TokenLogprob
 
 
+@functools.cache
 def fingerprint() -> str:
     """Return which version wrote an answer."""
     try:

@@ -17,30 +17,21 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from bench_engine import IMAGE_SIZE, NEW_TOKENS, NUM_CORES, Numbers, hear
+from bench_engine import NEW_TOKENS, NUM_CORES, Numbers, hear, load_whole
 from outcome import keep_result
 
 from llava_ray.config.lora import LoraConfig
 from llava_ray.generate.builtin_engine import BuiltinEngine
 from llava_ray.model.adapters import add_adapter
-from llava_ray.model.bundle import LlavaParts, save_bundle
-from llava_ray.model.loading import load_pretrained_model
-from llava_ray.model.registry_weights import make_language_model, make_vision_tower
+from llava_ray.model.bundle import save_bundle
 
 CLIENTS, NUM_ADAPTERS, RANK = 32, 4, 16
 TARGETS = {"mixed_over_base": 0.8, "idle_over_without": 0.97}
 
 
-def load(weights: Path) -> LlavaParts:
-    """Load the base; its projector is new."""
-    language_model = make_language_model(weights, num_layers=30).path
-    tower = make_vision_tower(weights, image_size=IMAGE_SIZE).path
-    return load_pretrained_model(language_model, vision_tower=tower, version="chat_template", dtype=torch.bfloat16)
-
-
 def write_adapter(weights: Path, folder: Path, seed: int) -> Path:
     """Write an adapter over every matrix of the language model, as after training."""
-    parts = load(weights)
+    parts = load_whole(weights)
     add_adapter(parts.llava.language_model, LoraConfig(lora_enable=True, lora_r=RANK), seed=seed)
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -67,8 +58,8 @@ async def measure(weights: Path, folders: dict[str, Path]) -> dict[str, list[flo
     """Return the rates, each twice, the second time in the opposite order: the machine is not always as fast."""
     rates: dict[str, list[float]] = {"without": [], "idle": [], "one": [], "mixed": []}
     numbers = Numbers()
-    plain = BuiltinEngine(lambda: load(weights))
-    adapted = BuiltinEngine(lambda: load(weights), adapters=folders)
+    plain = BuiltinEngine(lambda: load_whole(weights))
+    adapted = BuiltinEngine(lambda: load_whole(weights), adapters=folders)
     for engine in (plain, adapted):
         await engine.start()
         await hear(engine, numbers.request())

@@ -77,11 +77,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=NUM_CORES)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    language_model = make_language_model(options.weights, num_layers=30).path
-    tower = make_vision_tower(options.weights, image_size=IMAGE_SIZE).path
-    parts = load_pretrained_model(
-        language_model, vision_tower=tower, version="chat_template", dtype=torch.bfloat16
-    )  # its projector is new
+    parts = load_whole(options.weights)
     asked = [make_request(f"alone{index}", index) for index in range(options.num_alone)]
     before = time_generate(parts, asked)
     result = asyncio.run(measure(parts, asked, before.ids, options.num_poisson))
@@ -101,6 +97,13 @@ def main() -> None:
         },
         options.output,
     )
+
+
+def load_whole(weights: Path) -> LlavaParts:
+    """Load the small language model with all its layers and a tower of 64 image tokens; the projector is new."""
+    language_model = make_language_model(weights, num_layers=30).path
+    tower = make_vision_tower(weights, image_size=IMAGE_SIZE).path
+    return load_pretrained_model(language_model, vision_tower=tower, version="chat_template", dtype=torch.bfloat16)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,14 @@
 """What Serve and HTTP cost: tokens a second of the bare engine, and of the service in front of it, in one run.
 
-    python tests/benchmarks/bench_serve.py --model runs/quickstart/model --output tests/benchmarks/results/serve.json
+    python tests/benchmarks/bench_serve.py --output tests/benchmarks/results/serve.json
 
-Each client asks one question after the other, without a pause, and reads its answer as a stream of 64 tokens.
+Each client asks one question after the other, without a pause, and reads its answer as a stream of 64 tokens. The bare
+engine is measured before and after. Without ``--model`` it is that of bench_engine.py: all layers of the small one.
 """
 
 import argparse
 import asyncio
+import json
 import os
 import statistics
 import sys
@@ -18,8 +20,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", TOKENIZERS_PARALLELISM="false")
 
-import openai
+import aiohttp
 import ray
+from bench_engine import load_whole
 from commands import free_port
 from outcome import keep_result
 from pictures import picture
@@ -31,8 +34,10 @@ from llava_ray.deployments import api
 from llava_ray.deployments.engines import make_engine
 from llava_ray.deployments.settings import ServeSettings
 from llava_ray.generate.engine import GenerationRequest, Sampling
+from llava_ray.model.bundle import save_bundle
 
 NUM_TOKENS = 64
+TARGET = 0.15
 COLOURS = ("red", "green", "blue", "yellow", "black", "white", "orange", "purple")
 
 # Asks question number so-and-so, and returns the moments at which its tokens came.
@@ -87,60 +92,83 @@ async def bare(settings: ServeSettings, rounds: list[tuple[int, int]]) -> dict[s
 
 
 async def through_http(address: str, model: str, rounds: list[tuple[int, int]]) -> dict[str, Any]:
-    """Measure what clients of the API see."""
+    """Measure what clients of the API see. They read lines: a client library's objects would cost what they measure."""
     images = [data_uri(picture(112, 112, colour)) for colour in COLOURS]
-    async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=600) as client:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(600)) as session:
 
         async def ask(number: int) -> list[float]:
             image = {"type": "image_url", "image_url": {"url": images[number % 8]}}
             text = {"type": "text", "text": f"Question {number}: what is this?"}
-            stream = await client.chat.completions.create(
-                model=model,
-                messages=[{"role": "user", "content": [image, text]}],
-                max_tokens=NUM_TOKENS,
-                temperature=0,
-                stream=True,
-                stream_options={"include_usage": True},
-                extra_body={"ignore_eos": True},
-            )
+            body = {
+                "model": model,
+                "messages": [{"role": "user", "content": [image, text]}],
+                "max_tokens": NUM_TOKENS,
+                "temperature": 0,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+                "ignore_eos": True,
+            }
             moments: list[float] = []
-            async for chunk in stream:
-                if chunk.usage is not None:  # events may hold several tokens, or none that can be read yet
-                    moments += [time.perf_counter()] * (chunk.usage.completion_tokens - len(moments))
-                elif chunk.choices[0].delta.content:
-                    moments.append(time.perf_counter())
-            return moments
+            usage = b""
+            async with session.post(f"{address}/v1/chat/completions", json=body) as response:
+                response.raise_for_status()
+                async for line in response.content:
+                    if b'"content":' in line:
+                        moments.append(time.perf_counter())
+                    if b'"completion_tokens":' in line:
+                        usage = line
+            # Events may hold several tokens, or none that can be read yet.
+            num_tokens = json.loads(usage.removeprefix(b"data: "))["usage"]["completion_tokens"]
+            return moments + [time.perf_counter()] * (num_tokens - len(moments))
 
         await measure(ask, 4, 8)
         return {str(clients): await measure(ask, clients, requests) for clients, requests in rounds}
 
 
+def whole(weights: Path) -> str:
+    """Return a bundle of the model that bench_engine.py measures."""
+    bundle = weights / "bundle"
+    if not bundle.exists():
+        save_bundle(bundle, load_whole(weights))
+    return str(bundle)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="runs/quickstart/model")
+    parser.add_argument("--model", help="any LLaVA")
+    parser.add_argument("--weights", type=Path, default=Path("runs/cache/engine"), help="where models are kept")
     parser.add_argument("--engine", default="builtin")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--requests", type=int, default=3, help="a client")
+    parser.add_argument("--requests", type=int, default=2, help="a client")
     parser.add_argument("--output", type=Path)
     asked = parser.parse_args()
-    values = {"model": asked.model, "engine": asked.engine, "dtype": asked.dtype, "max_num_seqs": max(asked.clients)}
+    values = {
+        "model": asked.model or whole(asked.weights),
+        "engine": asked.engine,
+        "dtype": asked.dtype,
+        "max_num_seqs": max(asked.clients),
+    }
     values |= {"max_ingress_replicas": 1, "num_cpus": os.cpu_count() or 1, "max_queued_requests": 64}
     settings = ServeSettings.parsed(values)
     rounds = [(clients, clients * asked.requests) for clients in asked.clients]
-    figures: dict[str, Any] = {"cpus": os.cpu_count(), **values, "bare": asyncio.run(bare(settings, rounds))}
+    before = asyncio.run(bare(settings, rounds))
     port = free_port()
     ray.init(address="local", num_cpus=(os.cpu_count() or 1) + 1, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(api(values), name="api", route_prefix="/")
-    figures["http"] = asyncio.run(through_http(f"http://127.0.0.1:{port}", settings.sources[0].name, rounds))
+    http = asyncio.run(through_http(f"http://127.0.0.1:{port}", settings.sources[0].name, rounds))
     serve.shutdown()
     ray.shutdown()
-    figures["overhead"] = {
-        clients: round(1 - figures["http"][clients]["tokens_per_s"] / alone["tokens_per_s"], 3)
-        for clients, alone in figures["bare"].items()
+    after = asyncio.run(bare(settings, rounds))
+    overhead = {
+        clients: round(
+            1 - 2 * http[clients]["tokens_per_s"] / (before[clients]["tokens_per_s"] + alone["tokens_per_s"]), 3
+        )
+        for clients, alone in after.items()
     }
-    keep_result(figures, asked.output)
+    figures = {"cpus": os.cpu_count(), **values, "bare": before, "http": http, "bare_again": after}
+    keep_result({**figures, "overhead": overhead, "target_overhead_32": TARGET}, asked.output)
 
 
 if __name__ == "__main__":
