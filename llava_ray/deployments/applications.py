@@ -1,6 +1,7 @@
 """The applications of Ray Serve: one deployment a model, and an ingress in front of them all."""
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from llava_ray.deployments.auth import ApiKey, read_api_keys
 from llava_ray.deployments.engines import make_engine
 from llava_ray.deployments.front import build_front
 from llava_ray.deployments.handles import ServeGateway, gathered
+from llava_ray.deployments.merging import with_beats
 from llava_ray.deployments.messages import Task
 from llava_ray.deployments.refusal import Refused
 from llava_ray.deployments.replica import Piece, Replica
@@ -49,10 +51,11 @@ class ModelDeployment:
         await self.engine.start()
         self.replica = Replica(self.engine, source, settings)
 
-    async def run(self, task: Task) -> AsyncGenerator[Refused | list[Piece], None]:
-        """Stream an answer."""
-        async for item in self.replica.run(task):
-            yield item
+    async def run(self, task: Task) -> AsyncGenerator[Refused | list[Piece] | None, None]:
+        """Stream an answer, with signs of life: nobody else notices that a process has been stopped."""
+        async with aclosing(with_beats(self.replica.run(task))) as items:
+            async for item in items:
+                yield item
 
     async def card(self) -> ModelCard:
         """Return what the model is able to do."""

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 ATTEMPTS = 3  # replicas that a task is tried on, as long as nothing of its answer has been passed on
 CARD_TIMEOUT_S = 10.0
 PING_TIMEOUT_S = 3.0
+SILENCE_S = 20.0  # without a piece or a sign of life; these come every merging.BEAT_S
 
 LOST = Refused(503, "the replica that wrote this answer was lost; ask again", "replica_lost", retry_after_s=1)
 
@@ -46,21 +47,22 @@ class ServeGateway:
         Raises RefusalError.
         """
         handle = self.handles[find_source(self.sources, task.model)]
+        # A model that sleeps is waited for: it may take minutes to load.
+        patience = SILENCE_S if self.settings.min_replicas else None
         for attempt in range(ATTEMPTS):
             last = attempt == ATTEMPTS - 1
             started = False
             try:
-                # Full or dead, the session's own replica is not asked twice.
-                async for pieces in called(
-                    handle.options(stream=True, session_id="" if attempt else session, _by_reference=False), task
-                ):
+                # Full or dead, the session's own replica is not asked twice. By value: over gRPC, not as Ray's objects.
+                asked = handle.options(stream=True, session_id="" if attempt else session, _by_reference=False)
+                async for pieces in called(asked, task, patience):
                     started = True
                     yield pieces
             except RefusalError as error:
                 elsewhere = error.refused.code == "queue_full" and self.settings.max_replicas > 1
                 if started or last or not elsewhere:
                     raise
-            except RayActorError as error:
+            except (RayActorError, TimeoutError) as error:
                 log.warning("request %s lost its replica: %s", task.request_id, type(error).__name__)
                 if started or last:
                     raise RefusalError(LOST) from error
@@ -99,13 +101,23 @@ class ServeGateway:
         return {name: metrics for answer in answers for name, metrics in answer.items()}
 
 
-async def called(handle: DeploymentHandle, task: Task) -> AsyncGenerator[list[Piece], None]:
-    """Call a replica's ``run``; leaving early cancels it there. Raises RefusalError and what Ray raises."""
+async def called(handle: DeploymentHandle, task: Task, patience: float | None) -> AsyncGenerator[list[Piece], None]:
+    """Call a replica's ``run``; leaving early cancels it there.
+
+    Raises RefusalError, TimeoutError for a replica that has fallen silent (from the start, if it has not said anything
+    for ``patience`` seconds), and what Ray raises.
+    """
     response = handle.run.remote(task)
+    items = aiter(response)
     ended = False
     try:
-        async for item in response:
-            yield unwrapped(item)
+        while True:
+            async with asyncio.timeout(patience):
+                item: Refused | list[Piece] | None = await anext(items)
+            patience = SILENCE_S
+            if item is not None:
+                yield unwrapped(item)
+    except StopAsyncIteration:
         ended = True
     except (DeploymentUnavailableError, RequestCancelledError, TaskCancelledError) as error:
         ended = True

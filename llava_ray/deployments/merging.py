@@ -1,4 +1,4 @@
-"""Several streams into one, and fewer, larger pieces where tokens come faster than anybody reads."""
+"""Several streams into one, fewer and larger pieces where tokens come fast, signs of life where none come."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
@@ -8,6 +8,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 MERGE_S = 0.02  # at most so long is a piece held back for the next to go with it
+BEAT_S = 5.0  # a stream that has nothing to say says so this often
 
 END = None
 
@@ -58,3 +59,27 @@ async def pump(
         queue.put_nowait(END)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is raised where the streams are read
         queue.put_nowait(error)
+
+
+async def with_beats(stream: AsyncGenerator[T, None], beat_s: float = BEAT_S) -> AsyncGenerator[T | None, None]:
+    """Yield what a stream gives, and None whenever nothing has come for ``beat_s``; leaving it closes the stream."""
+    coming: asyncio.Task[T] | None = None
+    async with aclosing(stream):
+        try:
+            while True:
+                coming = coming or asyncio.create_task(anext(stream))
+                await asyncio.wait((coming,), timeout=beat_s)
+                if not coming.done():
+                    yield None
+                    continue
+                try:
+                    item = coming.result()
+                except StopAsyncIteration:
+                    return
+                finally:
+                    coming = None
+                yield item
+        finally:
+            if coming is not None:
+                coming.cancel()
+                await asyncio.gather(coming, return_exceptions=True)

@@ -3,6 +3,7 @@
 import asyncio
 import io
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from pydantic import ValidationError
 from llava_ray.deployments.addresses import is_public, matches
 from llava_ray.deployments.admission import Admission
 from llava_ray.deployments.auth import ENVIRONMENT, Guard, digest, read_api_keys
-from llava_ray.deployments.merging import merged
+from llava_ray.deployments.merging import merged, with_beats
 from llava_ray.deployments.messages import as_turn
 from llava_ray.deployments.refusal import RefusalError, Refused
 from llava_ray.deployments.schema import Message
@@ -126,6 +127,30 @@ def test_merging_without_pauses_gives_all_at_the_end() -> None:
 
     [batch] = asyncio.run(run())
     assert sorted(batch) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+
+
+def test_a_stream_that_has_nothing_to_say_gives_signs_of_life() -> None:
+    closed: list[int] = []
+
+    async def run() -> list[int | None]:
+        return [item async for item in with_beats(counting(3, 0.05, closed), 0.02)]
+
+    items = asyncio.run(run())
+    assert [item for item in items if item is not None] == [0, 1, 2]
+    assert items.count(None) >= 3
+    assert closed
+
+
+def test_leaving_a_stream_with_signs_of_life_closes_it() -> None:
+    closed: list[int] = []
+
+    async def run() -> None:
+        async with aclosing(with_beats(counting(1000, 0.05, closed), 0.02)) as items:
+            async for _ in items:
+                break
+
+    asyncio.run(run())
+    assert closed
 
 
 def test_leaving_a_merged_stream_closes_all_of_them() -> None:
