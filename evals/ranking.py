@@ -1,13 +1,14 @@
 """Likelihood ranking: the option that a model finds likeliest, for weak models whose letters misjudge them.
 
-evals knows no model: whoever has one gives ``log_likelihoods``, and gets an answer that is scored like any other.
+evals knows no model: whoever has one says how likely each candidate is, and gets an answer that is scored like any
+other (``pipelines/evaluate.py run --evaluate.ranking text``).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
-from evals.benchmark import LETTERS, Question
+from evals.benchmark import LETTER, LETTER_CN, LETTERS, Question
 from llava_ray.errors import DataError
 
 Ranking = Literal["letter", "text"]
@@ -27,19 +28,16 @@ class LogLikelihood:
         return self.total / max(1, self.num_tokens)
 
 
-class Ranker(Protocol):
-    """A model that says how likely each candidate is as the answer to a question."""
-
-    def __call__(self, question: Question, candidates: Sequence[str]) -> Sequence[LogLikelihood]:
-        """Return one for each candidate, in their order."""
-        ...
-
-
 def candidates(question: Question, ranking: Ranking) -> tuple[str, ...]:
     """Return what is ranked. Raises DataError for a question without options."""
     if not question.options:
         raise DataError(f"question {question.id!r} has no options to rank; ranking is for multiple choice")
     return tuple(LETTERS[: len(question.options)]) if ranking == "letter" else question.options
+
+
+def shown_to_rank(question: Question, ranking: Ranking) -> str:
+    """Return the prompt: where texts are ranked, without the instruction to answer with a letter."""
+    return question.prompt if ranking == "letter" else question.prompt.removesuffix(LETTER).removesuffix(LETTER_CN)
 
 
 def best_letter(question: Question, likelihoods: Sequence[LogLikelihood]) -> str:

@@ -14,6 +14,7 @@ from evals.benchmark import Benchmark
 from evals.benchmark import Question as BenchmarkQuestion
 from evals.catalogue import make_benchmark
 from evals.files import as_json
+from evals.ranking import LogLikelihood, Ranking, best_letter, candidates, shown_to_rank
 from llava_ray.config.sections import AskConfig, EvaluateConfig
 from llava_ray.errors import ConfigError
 from llava_ray.generate.answers import Actors, Answer, Decoding, ModelToLoad, stream_answers
@@ -64,12 +65,15 @@ def list_benchmarks(config: AskConfig, folder: Path) -> list[Asked]:
 
 
 def ask(config: EvaluateConfig, model: ModelToLoad, asked: Sequence[Asked]) -> None:
-    """Ask all that is not answered yet: benchmarks with the same limit of tokens in one stream."""
-    by_limit: dict[int, list[Question]] = defaultdict(list)
+    """Ask all that is not answered yet: in one stream what is ranked, or written with the same limit of tokens."""
+    streams: dict[tuple[int, bool], list[Question]] = defaultdict(list)
     for one in asked:
-        by_limit[token_limit(config.evaluate, one)] += [as_asked(one, question) for question in one.unanswered()]
+        limit = token_limit(config.evaluate, one)
+        for question in one.unanswered():
+            made = as_asked(one, question, config.evaluate.ranking)
+            streams[limit, bool(made.candidates)].append(made)
     spoken = time.monotonic()
-    for limit, questions in by_limit.items():
+    for (limit, _), questions in streams.items():
         decoding = Decoding(limit, config.evaluate.temperature, config.evaluate.batch_size)
         for batch in stream_answers(model, questions, decoding, pool(config)):
             keep(batch, asked, Path(model.model_path).name)
@@ -85,16 +89,25 @@ def keep(batch: Sequence[Answer], asked: Sequence[Asked], model_id: str) -> None
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for answer in batch:
         name, _, number = answer.id.partition(SEPARATOR)
-        asked_as = {"question_id": number, "prompt": by_name[name].by_id[number].prompt}
-        rows[name].append(asked_as | {"text": answer.answer, "answer_id": number, "model_id": model_id, "metadata": {}})
+        question = by_name[name].by_id[number]
+        asked_as = {"question_id": number, "prompt": question.prompt}
+        text, metadata = answer.answer, {}
+        if answer.likelihoods:
+            weighed = [LogLikelihood(*pair) for pair in answer.likelihoods]
+            text = best_letter(question, weighed)
+            metadata = {"mean_log_likelihoods": [round(one.mean, 6) for one in weighed]}
+        rows[name].append(asked_as | {"text": text, "answer_id": number, "model_id": model_id, "metadata": metadata})
     for name, some in rows.items():
         by_name[name].file.append(some)
 
 
-def as_asked(one: Asked, question: BenchmarkQuestion) -> Question:
+def as_asked(one: Asked, question: BenchmarkQuestion, ranking: Ranking | None = None) -> Question:
     """Return a benchmark's question as the actors take it."""
     images = [image if isinstance(image, bytes) else str(image.resolve()) for image in question.images]
-    return Question(one.key(question.id), question.prompt, images or None)
+    if ranking is None or not question.options:
+        return Question(one.key(question.id), question.prompt, images or None)
+    shown = shown_to_rank(question, ranking)
+    return Question(one.key(question.id), shown, images or None, candidates(question, ranking))
 
 
 def pool(config: EvaluateConfig) -> Actors:
@@ -114,15 +127,23 @@ def token_limit(config: AskConfig, one: Asked) -> int:
     return config.max_new_tokens or one.benchmark.max_new_tokens
 
 
+def check_ranking(config: AskConfig, asked: Sequence[Asked]) -> None:
+    """Raise ConfigError if options are to be ranked and no benchmark has any."""
+    if config.ranking and not any(question.options for one in asked for question in one.questions):
+        names = ", ".join(one.benchmark.name for one in asked)
+        raise ConfigError(f"evaluate.ranking needs questions with options, and {names} has none: leave it out")
+
+
 def describe_answers(config: AskConfig, model: ModelToLoad) -> dict[str, Any]:
     """Say how the answers are made: model and its hash, template, generation settings, versions."""
+    ranked = f", likeliest {config.ranking}" if config.ranking else ""
     blueprint = read_pretrained_blueprint(**vars(model))
     return {
         "model": model.model_path,
         "model_hash": model_hash(model.model_path),
         "template": blueprint.config.version,
         "image_aspect_ratio": blueprint.image_spec.aspect_ratio,
-        "generation": f"temperature {config.temperature:g}, batch {config.batch_size}",
+        "generation": f"temperature {config.temperature:g}, batch {config.batch_size}{ranked}",
         **library_versions(),
     }
 

@@ -15,7 +15,15 @@ from llava_ray.generate.answers import locate_model
 from llava_ray.runtime import connected
 from llava_ray.shared_storage import Places
 from llava_ray.tracking import default_tracking_uri
-from pipelines.evaluation_asking import Asked, ask, check_settings, describe_answers, list_benchmarks, token_limit
+from pipelines.evaluation_asking import (
+    Asked,
+    ask,
+    check_ranking,
+    check_settings,
+    describe_answers,
+    list_benchmarks,
+    token_limit,
+)
 from pipelines.evaluation_results import PROVENANCE, ScoredAnswers, ScoreRequest, score_answers, track, write_results
 
 
@@ -28,6 +36,7 @@ def evaluate(arguments: Sequence[str]) -> list[dict[str, Any]]:
     made = describe_answers(asking, model)
     with ExitStack() as stack:
         asked = list_benchmarks(asking, folder)
+        check_ranking(asking, asked)
         for one in asked:
             stack.enter_context(one.file)
             check_settings(one.file.path.parent / PROVENANCE, made | {"max_new_tokens": token_limit(asking, one)})

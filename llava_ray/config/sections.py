@@ -414,6 +414,9 @@ class AskConfig(Section):
     """0 is greedy, as in all published tables."""
     batch_size: PositiveInt = 16
     """Questions that an actor answers at once."""
+    ranking: Literal["letter", "text"] | None = None
+    """Instead of writing, take the option whose letter or text is likeliest (the mean over its tokens, its end
+    included): letters alone misjudge weak models. Questions without options are asked as always."""
 
     @field_validator("benchmarks")
     @classmethod

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,10 +14,12 @@ from ray.data import ActorPoolStrategy
 from torch import Tensor
 
 from llava_ray.chat.conversation import Turn, with_markers
-from llava_ray.chat.tokens import tokenize_prompt
+from llava_ray.chat.tokens import tokenize_conversation, tokenize_prompt
 from llava_ray.errors import DataError
 from llava_ray.generate.decoding import answer_text, generate_batch
+from llava_ray.generate.likelihoods import find_log_likelihoods
 from llava_ray.generate.questions import Question, decode_images, to_table
+from llava_ray.images.anyres import Size
 from llava_ray.images.processing import normalise
 from llava_ray.model.loading import load_pretrained_model, read_pretrained_blueprint
 from llava_ray.placement import in_pool, pool_resources
@@ -26,10 +29,12 @@ DECODE_CPUS = 0.5
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model wrote to the question of that id."""
+    """What the model wrote to the question of that id; or what it thinks of the candidates, where there are some."""
 
     id: str
     answer: str
+    likelihoods: tuple[tuple[float, int], ...] = ()
+    """Of each candidate the natural log-likelihood as the whole answer, and its number of tokens."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,8 @@ def stream_answers(
 ) -> Iterator[list[Answer]]:
     """Yield answers batch by batch, as they come, so that a caller can keep them at once.
 
-    A killed actor is replaced and its batch asked again. Raises as ``answer_questions``.
+    A killed actor is replaced and its batch asked again. All questions have candidates, or none. Raises as
+    ``answer_questions``.
     """
     counts = Counter(question.id for question in questions)
     if twice := next((name for name, count in counts.items() if count > 1), None):
@@ -136,7 +142,11 @@ def stream_answers(
         )
     )
     for batch in answered.iter_batches(batch_size=None, batch_format="pyarrow"):
-        yield [Answer(*pair) for pair in zip(batch["id"].to_pylist(), batch["answer"].to_pylist(), strict=True)]
+        columns = (batch[key].to_pylist() for key in ("id", "answer", "likelihoods", "num_tokens"))
+        yield [
+            Answer(name, answer, tuple(zip(likelihoods, counts, strict=True)))
+            for name, answer, likelihoods, counts in zip(*columns, strict=True)
+        ]
 
 
 class AnswerActor:
@@ -153,24 +163,51 @@ class AnswerActor:
         self.temperature = temperature
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Return the columns id and answer."""
+        """Return the columns id and answer; of candidates likelihoods and num_tokens."""
         pixels = [self.pixels(cell) for cell in table["pixels"].to_pylist()]
         sizes = [[(width, height) for width, height in some] for some in table["image_sizes"].to_pylist()]
-        prompts = [
-            tokenize_prompt(
-                [Turn("human", with_markers(question, len(some)))], self.parts.template, self.parts.tokenizer
-            )
+        asked = [
+            Turn("human", with_markers(question, len(some)))
             for question, some in zip(table["question"].to_pylist(), sizes, strict=True)
         ]
+        candidates = table["candidates"].to_pylist()
+        nothing: list[list[Any]] = [[] for _ in asked]
+        answers, weighed = [""] * len(asked), nothing
+        if any(candidates):
+            weighed = self.weigh(asked, candidates, pixels, sizes)
+        else:
+            answers = self.write(asked, pixels, sizes)
+        return pa.table(
+            {
+                "id": table["id"],
+                "answer": pa.array(answers, pa.string()),
+                "likelihoods": pa.array([[one for one, _ in some] for some in weighed], pa.list_(pa.float64())),
+                "num_tokens": pa.array([[count for _, count in some] for some in weighed], pa.list_(pa.int64())),
+            }
+        )
+
+    def write(self, asked: list[Turn], pixels: list[Tensor | None], sizes: list[list[Size]]) -> list[str]:
+        """Return what the model writes."""
         answers = generate_batch(
             self.parts,
-            prompts,
+            [tokenize_prompt([turn], self.parts.template, self.parts.tokenizer) for turn in asked],
             pixels,
             image_sizes=sizes,
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
         )
-        return pa.table({"id": table["id"], "answer": pa.array([answer_text(self.parts, ids) for ids in answers])})
+        return [answer_text(self.parts, ids) for ids in answers]
+
+    def weigh(
+        self, asked: list[Turn], candidates: list[list[str]], pixels: list[Tensor | None], sizes: list[list[Size]]
+    ) -> list[list[tuple[float, int]]]:
+        """Return how likely the model finds each candidate."""
+        template, tokenizer = self.parts.template, self.parts.tokenizer
+        answered = [
+            [tokenize_conversation([turn, Turn("gpt", answer)], template, tokenizer) for answer in some]
+            for turn, some in zip(asked, candidates, strict=True)
+        ]
+        return find_log_likelihoods(self.parts, answered, pixels, sizes)
 
     def pixels(self, cell: bytes) -> Tensor | None:
         """Return the normalised views (n, 3, h, w) of one question's images."""

@@ -57,17 +57,9 @@ def generate_batch(  # noqa: PLR0913 - LLaVA's own list, and who listens
         raise ConfigError(f"temperature is {temperature}; expected 0 (greedy) or more.")
     if not prompts:
         return []
-    device = parts.llava.language_model.device
     stops = stops or default_stops(parts)
-    known = [None] * len(prompts) if image_sizes is None else image_sizes
-    sizes = [find_sizes(parts, views, some) for views, some in zip(pixels, known, strict=True)]
-    expanded = [expand_prompt(parts, ids, of_images) for ids, of_images in zip(prompts, sizes, strict=True)]
-    input_ids, mask = pad_left(expanded, device)
-    views = [stack for stack in pixels if stack is not None and len(stack)]
-    features = (extract or parts.tower.extract)(torch.cat(views)) if views else None
-    embeddings = parts.llava.embed(input_ids, features, [size for of_images in sizes for size in of_images])
-    generator = torch.Generator(device).manual_seed(seed)
-    rows = Rows(parts, embeddings, mask)
+    rows = read_prompts(parts, prompts, pixels, image_sizes, extract)
+    generator = torch.Generator(rows.logits.device).manual_seed(seed)
     answers: list[list[int]] = [[] for _ in prompts]
     unfinished = [True] * len(prompts)
     for step in range(max_new_tokens):
@@ -82,6 +74,24 @@ def generate_batch(  # noqa: PLR0913 - LLaVA's own list, and who listens
             break
         rows.advance(tokens, [unfinished[index] for index in rows.indices])
     return [answer[:-1] if answer and answer[-1] in stops.ids else answer for answer in answers]
+
+
+def read_prompts(
+    parts: LlavaParts,
+    prompts: Sequence[Sequence[int]],
+    pixels: Sequence[Float[Tensor, "_ 3 h w"] | None],
+    image_sizes: Sequence[Sequence[Size]] | None = None,
+    extract: Callable[[Tensor], Tensor] | None = None,
+) -> "Rows":
+    """Let the model read prompts, as ``generate_batch`` takes them. Raises ModelError or RecordError as it does."""
+    known = [None] * len(prompts) if image_sizes is None else image_sizes
+    sizes = [find_sizes(parts, views, some) for views, some in zip(pixels, known, strict=True)]
+    expanded = [expand_prompt(parts, ids, of_images) for ids, of_images in zip(prompts, sizes, strict=True)]
+    input_ids, mask = pad_left(expanded, parts.llava.language_model.device)
+    views = [stack for stack in pixels if stack is not None and len(stack)]
+    features = (extract or parts.tower.extract)(torch.cat(views)) if views else None
+    embeddings = parts.llava.embed(input_ids, features, [size for of_images in sizes for size in of_images])
+    return Rows(parts, embeddings, mask)
 
 
 class Rows:

@@ -18,12 +18,14 @@ from llava_ray.images.reading import open_image, read_bytes
 class Question:
     """What is asked: ``image`` is an encoded image, a path or URL to one, several of them, or None.
 
-    A question with images and without a marker gets their markers in front.
+    A question with images and without a marker gets their markers in front. Where there are ``candidates`` no answer is
+    written, but each of them is weighed.
     """
 
     id: str
     question: str
     image: bytes | str | Sequence[bytes | str] | None = None
+    candidates: Sequence[str] = ()
 
     @property
     def images(self) -> list[bytes | str]:
@@ -34,7 +36,7 @@ class Question:
 
 
 def to_table(questions: Sequence[Question]) -> pa.Table:
-    """Return one batch of questions as Arrow columns: id, question, and of each image its encoded data or its path."""
+    """Return a batch of questions as Arrow columns: id, question, candidates, and of each image its data or path."""
     images = [question.images for question in questions]
     data = [[image if isinstance(image, bytes) else None for image in some] for some in images]
     paths = [[image if isinstance(image, str) else None for image in some] for some in images]
@@ -42,6 +44,7 @@ def to_table(questions: Sequence[Question]) -> pa.Table:
         {
             "id": pa.array([question.id for question in questions], pa.string()),
             "question": pa.array([question.question for question in questions], pa.string()),
+            "candidates": pa.array([list(question.candidates) for question in questions], pa.list_(pa.string())),
             "images": pa.array(data, pa.list_(pa.large_binary())),
             "paths": pa.array(paths, pa.list_(pa.string())),
         }

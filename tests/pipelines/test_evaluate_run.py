@@ -91,6 +91,28 @@ def test_all_benchmarks_in_one_job(run: Run, data: Path, tmp_path: Path, capsys:
     assert (other[0]["profile"], other[0]["num_scored"]) == ("llava", 4)
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_options_are_ranked_and_other_questions_asked(run: Run, data: Path, tmp_path: Path) -> None:
+    summaries = run(["ai2d", "gqa"], "--evaluate.ranking", "text")
+    questions = make_benchmark("ai2d").read(data / "ai2d")
+    rows = [json.loads(line) for line in lines(tmp_path / "e" / "ai2d" / "answers.jsonl")]
+    for question, row in zip(questions, rows, strict=True):
+        weights = row["metadata"]["mean_log_likelihoods"]
+        assert len(weights) == len(question.options)
+        assert all(weight < 0 for weight in weights)
+        assert row["text"] == "ABCDEFGH"[weights.index(max(weights))]
+    assert summaries[0]["unparsed"] == 0
+    assert "likeliest text" in str(summaries[0]["provenance"])
+    written = [json.loads(line) for line in lines(tmp_path / "e" / "gqa" / "answers.jsonl")]
+    assert all(row["metadata"] == {} for row in written)
+
+
+def test_ranking_without_options_is_refused(run: Run) -> None:
+    with pytest.raises(ConfigError, match=r"evaluate\.ranking needs questions with options, and gqa has none"):
+        run(["gqa"], "--evaluate.ranking", "letter")
+
+
 def test_answers_of_other_settings_are_not_mixed(run: Run, tmp_path: Path, data: Path) -> None:
     folder = tmp_path / "e" / "gqa"
     folder.mkdir(parents=True)

@@ -1,0 +1,73 @@
+"""How likely whole answers are: for ranking the options of a multiple-choice question instead of writing a letter.
+
+The answers are tokens and labels as training sees them, so what counts is all that the model was taught to write: the
+answer's words and the token that ends it.
+"""
+
+from collections.abc import Sequence
+from itertools import takewhile
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from llava_ray.chat.conversation import IGNORE_INDEX
+from llava_ray.chat.tokens import TokenizedConversation
+from llava_ray.generate.decoding import read_prompts
+from llava_ray.images.anyres import Size
+from llava_ray.model.bundle import LlavaParts
+
+
+@torch.inference_mode()
+def find_log_likelihoods(
+    parts: LlavaParts,
+    answered: Sequence[Sequence[TokenizedConversation]],
+    pixels: Sequence[Float[Tensor, "_ 3 h w"] | None],
+    image_sizes: Sequence[Sequence[Size]] | None = None,
+) -> list[list[tuple[float, int]]]:
+    """Return of each question's conversations the answer's natural log-likelihood, and how many tokens it has.
+
+    The conversations of a question differ in its last answer alone. What they share is read once, with its images
+    (``pixels`` and ``image_sizes`` as ``decoding.generate_batch`` takes them). Raises ModelError, RecordError.
+    """
+    prompts = [shared_prompt(some) for some in answered]
+    rows = read_prompts(parts, prompts, pixels, image_sizes)
+    device = rows.logits.device
+    owners = torch.tensor([number for number, some in enumerate(answered) for _ in some], device=device)
+    starts = [len(prompt) for prompt, some in zip(prompts, answered, strict=True) for _ in some]
+    whole = [one for some in answered for one in some]
+    ids = padded([one.input_ids[start:] for one, start in zip(whole, starts, strict=True)], IGNORE_INDEX, device)
+    labels = padded([one.labels[start:] for one, start in zip(whole, starts, strict=True)], IGNORE_INDEX, device)
+    is_there, tokens = ids != IGNORE_INDEX, ids.clamp(min=0)
+    rows.cache.batch_select_indices(owners)
+    read = rows.mask[owners]
+    after = parts.llava.language_model(
+        inputs_embeds=parts.llava.language_model.get_input_embeddings()(tokens),
+        attention_mask=torch.cat([read, is_there], dim=1),
+        position_ids=read.sum(1, keepdim=True) + torch.arange(ids.shape[1], device=device),
+        past_key_values=rows.cache,
+        use_cache=True,
+    ).logits[:, :-1]
+    said = torch.cat([rows.logits[owners, None], after.float()], dim=1).log_softmax(-1)
+    counted = labels != IGNORE_INDEX
+    likelihoods = said.gather(-1, tokens[..., None])[..., 0].masked_fill(~counted, 0.0).double().sum(1)
+    pairs = zip(likelihoods.tolist(), counted.sum(1).tolist(), strict=True)
+    return [[next(pairs) for _ in some] for some in answered]
+
+
+def shared_prompt(conversations: Sequence[TokenizedConversation]) -> list[int]:
+    """Return the ids with which all begin, as far as none of them is learnt."""
+    columns = zip(*(one.input_ids[: first_learnt(one)] for one in conversations), strict=False)
+    return [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, columns)]
+
+
+def first_learnt(conversation: TokenizedConversation) -> int:
+    """Return where the answer begins."""
+    return next(place for place, label in enumerate(conversation.labels) if label != IGNORE_INDEX)
+
+
+def padded(rows: Sequence[Sequence[int]], value: int, device: torch.device) -> Tensor:
+    """Return rows (n, longest), filled up at the right."""
+    stacked = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+    return stacked.to(device)
