@@ -16,6 +16,7 @@ import torch
 from benchmark_files import encoded
 from PIL import Image
 
+from evals import easy_vqa
 from llava_ray.chat.conversation import IMAGE_TOKEN, Turn
 from llava_ray.chat.tokens import tokenize_prompt
 from llava_ray.config.sections import ModelConfig
@@ -24,6 +25,7 @@ from llava_ray.images.geometry import crop_views
 from llava_ray.images.processing import normalise
 from llava_ray.model.bundle import LlavaParts, assemble, save_bundle
 from llava_ray.model.loading import load_pretrained_model
+from pipelines.evaluate import main
 
 pytestmark = pytest.mark.verify
 
@@ -31,6 +33,7 @@ NUM_QUESTIONS = 300
 NUM_KILLED = 120  # of the run that is disturbed
 CLOSE = 1e-3  # logits
 ROOT = Path(__file__).resolve().parents[2]
+QUICKSTART = ROOT / "runs/quickstart"
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +131,26 @@ def test_killed_worker_and_killed_driver_leave_the_file_of_an_undisturbed_run(bu
     rows = file.read_bytes().splitlines()
     assert len(rows) == len({json.loads(row)["question_id"] for row in rows}) == NUM_KILLED
     assert set(before) <= set(rows)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.skipif(not QUICKSTART.exists(), reason="make quickstart first")
+def test_the_quickstarts_model_scores_to_the_question_what_the_quickstart_said(tmp_path: Path) -> None:
+    report = json.loads((QUICKSTART / "report.json").read_text())
+    asked = easy_vqa.test_questions(report["num_test_questions"], seed=0)
+    data = easy_vqa.write_benchmark(tmp_path / "easy_vqa", asked)
+    flags = ["--evaluate.model_path", QUICKSTART / "model", "--evaluate.benchmarks", f"custom={data}"]
+    place = ["--run.storage_path", tmp_path / "runs", "--run.name", "easy-vqa", "--evaluate.batch_size", "50"]
+    found = main(["run", *map(str, [*flags, *place])])
+    assert isinstance(found, list)
+    [summary] = found
+    print(f"evaluate.py {summary['score']}, quickstart {100 * report['held_out_accuracy']}")
+    assert summary["num_scored"] == len(asked)
+    assert summary["score"] == pytest.approx(100 * report["held_out_accuracy"], abs=1e-9)
+    for kind, row in report["by_kind"].items():
+        assert summary["categories"][kind]["score"] == pytest.approx(100 * row["model"], abs=1e-9)
 
 
 def test_batches_answer_as_each_question_alone(bundle: Path) -> None:
