@@ -150,7 +150,7 @@ def test_the_quickstarts_model_scores_to_the_question_what_the_quickstart_said(t
     assert summary["num_scored"] == len(asked)
     assert summary["score"] == pytest.approx(100 * report["held_out_accuracy"], abs=1e-9)
     for kind, row in report["by_kind"].items():
-        assert summary["categories"][kind]["score"] == pytest.approx(100 * row["model"], abs=1e-9)
+        assert summary["categories"][kind]["score"] == pytest.approx(100 * row["model"], abs=1e-4)
 
 
 def test_batches_answer_as_each_question_alone(bundle: Path) -> None:

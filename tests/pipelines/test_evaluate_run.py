@@ -10,10 +10,12 @@ from benchmark_files import WRITERS, write_benchmark
 
 from evals.catalogue import make_benchmark
 from llava_ray.config.recipes import load_recipe
-from llava_ray.config.sections import EvaluateConfig, ModelConfig
+from llava_ray.config.sections import AskConfig, EvaluateConfig, ModelConfig
 from llava_ray.errors import ConfigError
+from llava_ray.generate.answers import Answer
 from llava_ray.model.bundle import assemble, save_bundle
 from pipelines.evaluate import main
+from pipelines.evaluation_asking import as_asked, keep, list_benchmarks
 
 RECIPES = Path(__file__).resolve().parents[2] / "pipelines/recipes/evaluate"
 
@@ -92,6 +94,7 @@ def test_all_benchmarks_in_one_job(run: Run, data: Path, tmp_path: Path, capsys:
 
 
 @pytest.mark.ray
+@pytest.mark.verify
 @pytest.mark.usefixtures("ray_cluster")
 def test_options_are_ranked_and_other_questions_asked(run: Run, data: Path, tmp_path: Path) -> None:
     summaries = run(["ai2d", "gqa"], "--evaluate.ranking", "text")
@@ -106,6 +109,21 @@ def test_options_are_ranked_and_other_questions_asked(run: Run, data: Path, tmp_
     assert "likeliest text" in str(summaries[0]["provenance"])
     written = [json.loads(line) for line in lines(tmp_path / "e" / "gqa" / "answers.jsonl")]
     assert all(row["metadata"] == {} for row in written)
+
+
+def test_what_is_likeliest_is_kept_as_a_letter(data: Path, tmp_path: Path) -> None:
+    config = AskConfig(model_path="m", benchmarks=(f"ai2d={data / 'ai2d'}",), ranking="text")
+    [asked] = list_benchmarks(config, tmp_path)
+    question = asked.questions[0]
+    assert list(as_asked(asked, question, "text").candidates) == list(question.options)
+    assert list(as_asked(asked, question, "letter").candidates) == ["A", "B", "C", "D"][: len(question.options)]
+    assert not as_asked(asked, question).candidates
+    likelihoods = tuple((-9.0 + place, 2) for place in range(len(question.options)))
+    with asked.file:
+        keep([Answer(asked.key(question.id), "", likelihoods)], [asked], "m")
+        row = asked.file.rows[question.id]
+    assert row["text"] == "ABCDEFGH"[len(question.options) - 1]
+    assert row["metadata"]["mean_log_likelihoods"][0] == -4.5
 
 
 def test_ranking_without_options_is_refused(run: Run) -> None:
