@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""A sweep beside the same trials run one by one to their ends, through finetune.py with inline vision.
+"""``make sweep`` beside the same trials run one by one to their ends, through finetune.py with inline vision.
 
 python tests/benchmarks/bench_sweep.py --output tests/benchmarks/results/sweep.json
 
-Both start with prepared data and nothing else; the sweep computes the features, runs two trials at a time and stops
-early, each single run uses both cores. The single runs tell which settings are the best in truth, and whether the
-sweep has kept them. Takes about 20 minutes.
+Both start with the quickstart's words stage and prepared data; the sweep computes the features, runs two trials at a
+time and stops early, each single run uses both cores. The single runs tell which settings are the best in truth, and
+whether the sweep has kept them. Takes half an hour on two slow cores; ``make quickstart`` comes first.
 """
 
 import argparse
@@ -25,12 +25,11 @@ from outcome import keep_result
 
 from evals import easy_vqa
 from evals.easy_vqa_records import write_open_split
+from llava_ray.config.space import SweepConfig
 from llava_ray.config.sweep_recipes import load_sweep
-from llava_ray.model.registry_weights import make_vision_tower
 from llava_ray.sweep.sampling import Settings, identity
 from llava_ray.sweep.searching import list_given
 from pipelines.quickstart import CACHE
-from pipelines.quickstart_sweep import take_out
 
 ROOT = Path(__file__).parents[2]
 RECIPE = "pipelines/recipes/sweep/quickstart.toml"
@@ -45,18 +44,11 @@ def main() -> None:
     options = parse_options()
     os.chdir(ROOT)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:NUM_CORES])
-    options.folder.mkdir(parents=True, exist_ok=True)
-    words = options.words or next(Path("runs/quickstart").glob("words-*/model"))
-    start_from = take_out(words, options.folder / "language_model")
-    write_open_split(CACHE, num_held_out_images=500, seed=0)
-    given = ["--model.model_name_or_path", str(start_from), "--model.vision_tower", str(make_vision_tower(CACHE).path)]
-    given += ["--data.image_folder", str(easy_vqa.image_folder("train"))]
-    given += ["--data.cache_dir", str(options.folder / "cache"), "--run.storage_path", str(options.folder / "runs")]
-    given += options.flags
+    given = ["--data.image_folder", str(easy_vqa.image_folder("train")), *options.flags]
     config, space = load_sweep([RECIPE, *given])
-    warm_up(given, options.folder)
-    swept, swept_busy = timed(["pipelines/sweep.py", RECIPE, *given, "--run.name", "bench", "--run.restart", "True"])
-    report = json.loads((options.folder / "runs/bench/report.json").read_text())
+    warm_up(config, given)
+    swept, swept_busy = timed(["pipelines/quickstart_sweep.py", "--run.restart", "True", *options.flags])
+    report = json.loads(Path(config.run.storage_path, "sweep/report.json").read_text())
     ends: list[dict[str, Any]] = []
     alone, busy = 0.0, []
     for number, trial in enumerate(list_given(space, config.sweep, config.base)):
@@ -89,35 +81,35 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("runs/bench_sweep"), help="made, and left for a look")
-    parser.add_argument("--words", type=Path, help="bundle of the words stage; default: the quickstart's")
     parser.add_argument("--output", type=Path)
     options, options.flags = parser.parse_known_args()
     return options
 
 
-def warm_up(given: list[str], folder: Path) -> None:
-    """Prepare the data and drop what an earlier run has left: neither way pays for the first, or gains by the other."""
-    for name in ("runs", "cache/features"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    data = ["--data.data_path", "--data.max_samples", "--data.samples_per_shard"]
-    config, _ = load_sweep([RECIPE, *given])
-    values = [config.data.data_path, str(config.data.max_samples), str(config.data.samples_per_shard)]
-    flags = [word for pair in zip(data, values, strict=True) for word in pair]
-    folders = ["--data.cache_dir", config.data.cache_dir, "--data.image_folder", str(config.data.image_folder)]
-    run(["pipelines/prepare.py", *flags, *folders])
+def warm_up(config: SweepConfig, given: list[str]) -> None:
+    """Prepare the data and drop features: neither way pays for the first, or gains by an earlier run's."""
+    write_open_split(CACHE, num_held_out_images=500, seed=0)
+    shutil.rmtree(Path(config.data.cache_dir, "features"), ignore_errors=True)
+    data = ["--data.data_path", "--data.max_samples", "--data.samples_per_shard", "--data.cache_dir"]
+    values = [config.data.data_path, config.data.max_samples, config.data.samples_per_shard, config.data.cache_dir]
+    flags = [word for key, value in zip(data, values, strict=True) for word in (key, str(value))]
+    run(["pipelines/prepare.py", *flags, *given])
 
 
 def run_alone(
     trial: dict[str, Any], given: list[str], folder: Path, name: str
 ) -> tuple[float, float, dict[str, float]]:
     """Run one trial to its end; return seconds, busy cores and what held-out samples said last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / name, ignore_errors=True)
     recipe = folder / f"{name}.toml"
     text = (ROOT / RECIPE).read_text()
     recipe.write_text("[model]" + text.partition("[model]")[2])  # a run knows neither space nor sweep
     changes: Settings = {**ALONE, **trial["settings"], "train.seed": trial["seed"], "run.name": name}
+    changes["run.storage_path"] = str(folder)
     flags = [word for key, value in changes.items() for word in (f"--{key}", str(value))]
     seconds, busy = timed(["pipelines/finetune.py", str(recipe), *given, *flags])
-    rows = [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
     last = next(row for row in reversed(rows) if "held_out_loss" in row)
     return seconds, busy, {key: last[key] for key in ("held_out_loss", "held_out_accuracy")}
 
