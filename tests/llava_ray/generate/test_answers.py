@@ -57,7 +57,7 @@ def questions(tmp_path: Path) -> list[Question]:
 def test_images_are_decoded_from_bytes_and_files(bundle: Path, questions: list[Question]) -> None:
     spec = load_pretrained_model(bundle).image_spec
     table = decode_images(to_table(questions), spec)
-    assert table.column_names == ["id", "question", "pixels", "image_sizes"]
+    assert table.column_names == ["id", "question", "candidates", "pixels", "image_sizes"]
     pixels = table["pixels"].to_pylist()
     assert pixels[0] == pixels[9] == crop_views(Image.new("RGB", (40, 30), "red"), spec).tobytes()
     assert pixels[10] == b""
