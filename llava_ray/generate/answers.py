@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -171,8 +170,8 @@ class AnswerActor:
             for question, some in zip(table["question"].to_pylist(), sizes, strict=True)
         ]
         candidates = table["candidates"].to_pylist()
-        nothing: list[list[Any]] = [[] for _ in asked]
-        answers, weighed = [""] * len(asked), nothing
+        answers = [""] * len(asked)
+        weighed: list[list[tuple[float, int]]] = [[] for _ in asked]
         if any(candidates):
             weighed = self.weigh(asked, candidates, pixels, sizes)
         else:

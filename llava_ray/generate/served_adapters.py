@@ -13,10 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llava_ray.errors import ModelError
-from llava_ray.generate.batching import PROBE_TOLERANCE
 from llava_ray.generate.row_adapters import Name, RowAdapters
 from llava_ray.model.adapter_terms import Terms, lift_terms, load_terms
-from llava_ray.model.adapters import has_adapter, probe
+from llava_ray.model.adapters import MERGE_TOLERANCE, has_adapter, probe
 from llava_ray.model.blueprint import Blueprint, find_layout, read_blueprint
 from llava_ray.model.bundle import LlavaParts
 from llava_ray.model.layout import CONFIG, EMBED_TOKENS, NON_LORA_FILE, Kind, Layout, check_whole
@@ -192,7 +191,7 @@ def check_terms(model: PreTrainedModel, terms: Terms, expected: Tensor, folder: 
         drift = float((probe(model) - expected).square().mean().sqrt() / expected.std())
     finally:
         rows.take_off()
-    if not drift <= PROBE_TOLERANCE[find_dtype(model)]:
+    if not drift <= MERGE_TOLERANCE[find_dtype(model)]:
         raise ModelError(
             f"the adapter in {folder} does more than low-rank terms can say (logits of a fixed text differ by "
             f"{drift:.2g} of their spread). Merge it (export.py merged) and serve the whole model."

@@ -22,8 +22,7 @@ class EngineSettings:
     max_model_len: int | None = None
     """Tokens of one prompt and answer together; None for the language model's positions."""
     packed_weight_bytes: int = 4 * 2**30
-    """On a CPU, memory for copies of the matrices that are faster to multiply; a model that needs more
-    does without."""
+    """On a CPU, memory for copies of the matrices that are faster to multiply; a model that needs more does without."""
 
 
 @dataclass(frozen=True)

@@ -49,10 +49,7 @@ def finish(recipe: Path, name: str) -> None:
 
 def committed(recipe: Path, name: str) -> int:
     """Return the step of the run's committed checkpoint."""
-    for file in (
-        SNAPSHOT,
-        SNAPSHOT_COPY,
-    ):  # Ray rewrites its file in place: a kill, or looking just then, finds it torn
+    for file in (SNAPSHOT, SNAPSHOT_COPY):  # Ray rewrites its own in place: a kill, or a look just then, finds it torn
         try:
             snapshot = json.loads((recipe.parent / "runs" / name / file).read_text())
             return max(int(row["checkpoint_dir_name"].removeprefix("step-")) for row in snapshot["checkpoint_results"])
