@@ -109,15 +109,16 @@ class SearchConfig(Section):
     """What makes a trial the best; the other of the two decides between equals."""
     weigh_cost: bool = False
     """Let Optuna look for accurate and cheap trials at the same time; the report shows which are not beaten in both."""
-    scheduler: Literal["asha", "hyperband", "median", "none"] = "asha"
+    scheduler: Literal["asha", "hyperband", "median", "halving", "none"] = "asha"
     """Which trials end early: ASHA's rungs, several brackets of them (asynchronous HyperBand), those below the median
-    of the others, or none."""
+    of the others, none; or halving in rounds, in which all are compared before the best go on: it saves the most
+    where few run at a time."""
     stop_metric: Literal["held_out_loss", "held_out_accuracy"] = "held_out_loss"
     """What the scheduler looks at; a loss tells trials apart earlier than an accuracy."""
     grace_steps: PositiveInt | None = None
     """Steps that every trial may take; default: train.save_steps."""
     reduction_factor: Annotated[float, Field(gt=1)] = 2.0
-    """One trial in so many goes on after a rung, and each rung is so many times further."""
+    """One trial in so many goes on after a rung (or round), and each is so many times further."""
     max_concurrent_trials: PositiveInt | None = None
     """Trials at a time; default: as many as the cluster has room for."""
     max_retries: Annotated[int, Field(ge=0)] = 1

@@ -42,25 +42,24 @@ GROWING_CPUS = 8.0
 
 @dataclass(frozen=True)
 class TrainStream:
-    """The ``datasets={"train": …}`` callable: the steps from the committed one on, for any world size."""
+    """The ``datasets={"train": …}`` callable: the steps from the committed one to ``until``, for any world size."""
 
     committed_step: Callable[[], int]
-    num_steps: int
+    until: int
 
     def __call__(self) -> Dataset:
         """Return one row per step still to be taken."""
-        return ray.data.from_arrow(
-            pa.table({"step": pa.array(range(self.committed_step(), self.num_steps), pa.int32())})
-        )
+        return ray.data.from_arrow(pa.table({"step": pa.array(range(self.committed_step(), self.until), pa.int32())}))
 
 
 class DealToRanks(TrainDataConfig):
     """Turn steps into each rank's micro-batches, once the world size is known."""
 
-    def __init__(self, plan: Plan, lengths: TokenLengths, settings: StreamSettings) -> None:
+    def __init__(self, plan: Plan, until: int, lengths: TokenLengths, settings: StreamSettings) -> None:
         """Keep what is needed to deal; Ray Train sends this to its data manager."""
         super().__init__(enable_shard_locality=False)
         self.plan = plan
+        self.until = until
         self.lengths = lengths
         self.settings = settings
 
@@ -74,7 +73,7 @@ class DealToRanks(TrainDataConfig):
     ) -> list[dict[str, DataIterator]]:
         """Return each rank's iterator; called again with the new world size whenever the workers restart."""
         # Counting needs no execution, and the steps that remain are always the last ones.
-        steps = list(range(self.plan.num_steps - datasets["train"].count(), self.plan.num_steps))
+        steps = list(range(self.until - datasets["train"].count(), self.until))
         descriptors = describe_micro_batches(self.plan, self.lengths, steps, self.settings.row_length, world_size)
         dataset = stream(descriptors, self.settings)
         dataset.context.execution_options = ExecutionOptions(preserve_order=True)

@@ -71,6 +71,7 @@ SCHEDULERS: dict[str, Callable[[dict[str, Any], SearchConfig, int, int], TrialSc
     "asha": asha,
     "hyperband": hyperband,
     "median": median,
+    "halving": first_come,  # within a round; see rounds.py
     "none": first_come,
 }
 

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray import tune
@@ -15,11 +16,12 @@ from llava_ray.data.storage import file_size
 from llava_ray.runtime import Resources, runs_at_once
 from llava_ray.sweep.cleanliness import check_state_api, clearing, dashboard_address, take_stock, wait_until_clean
 from llava_ray.sweep.ledger import Ledger, read_ledger, unfinished
+from llava_ray.sweep.rounds import is_over, losers, plan_rounds
 from llava_ray.sweep.schedulers import make_scheduler
-from llava_ray.sweep.searching import list_given, make_search
+from llava_ray.sweep.searching import list_given, make_search, search_again
 from llava_ray.sweep.trial import Job, make_trainable
 from llava_ray.sweep.trials import Trial
-from llava_ray.sweep.watching import Watcher
+from llava_ray.sweep.watching import Watcher, close_run, name_of
 
 # Tune's own settings, which it takes from the environment only.
 TUNE_SETTINGS = {
@@ -52,7 +54,7 @@ def search(
     space: Space,
     folder: str,
     resources: Resources,
-    objective: Callable[[FinetuneConfig, Resources], None],
+    objective: Callable[[FinetuneConfig, Resources, int], None],
     num_steps: int,
     tracked: dict[str, str] | None = None,
 ) -> Searched:
@@ -66,33 +68,40 @@ def search(
     # That there are no files of the loggers that are switched off above.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     concurrent = config.sweep.max_concurrent_trials or runs_at_once(ray.cluster_resources(), resources)
-    before = take_stock()
-    if not ended(config, space, folder):
-        job = Job(config.base, resources, objective)
-        tuner = make_tuner(config, space, folder, job, num_steps, concurrent, tracked)
-        with clearing(resources.bundle):
-            results = tuner.fit()
-            left = wait_until_clean(before)
-        if any(trial.status not in OVER for trial in results._experiment_analysis.trials):
-            raise KeyboardInterrupt  # Tune has swallowed it
-        reconcile(folder)
-    else:
-        left = []
+    before, left = take_stock(), list[str]()
+    num_trials = count_trials(config, space)
+    where = make_search(space, config.sweep, config.base)
+    for this in plan_rounds(config.sweep, num_steps, grace_steps(config)):
+        if not is_over(read_ledger(folder), this.until, num_trials):
+            job = Job(config.base, resources, objective, this.until)
+            tuner = make_tuner(config, where, folder, job, num_steps, concurrent, tracked)
+            with clearing(resources.bundle):
+                results = tuner.fit()
+                left = wait_until_clean(before)
+            if any(trial.status not in OVER for trial in results._experiment_analysis.trials):
+                raise KeyboardInterrupt  # Tune has swallowed it
+            reconcile(folder, this.until)
+        ledger = Ledger(folder)
+        for trial in losers(list(ledger.trials.values()), this, config.sweep.stop_metric):
+            close_run(folder, trial.id, tracked)
+            ledger.end(trial.id, "stopped")
+        where = search_again(unfinished(list(ledger.trials.values())))
     return Searched(folder, read_ledger(folder), num_steps, concurrent, left)
 
 
-def reconcile(folder: str) -> None:
+def grace_steps(config: SweepConfig) -> int:
+    """Return the steps that every trial may take."""
+    return config.sweep.grace_steps or config.train.save_steps
+
+
+def reconcile(folder: str, until: int) -> None:
     """End the trials that Tune knows to be over and the ledger does not: the driver was killed in between."""
     ledger = Ledger(folder)
-    for trial in unfinished(list(ledger.trials.values())):
-        done = file_size(f"{folder}/trials/{trial.id}/finished.json") is not None
-        ledger.end(trial.id, "finished" if done else "stopped")
-
-
-def ended(config: SweepConfig, space: Space, folder: str) -> bool:
-    """Tell whether every trial of the sweep has been started and has ended."""
-    trials = read_ledger(folder)
-    return len(trials) >= count_trials(config, space) and not unfinished(trials)
+    for trial in [trial for trial in ledger.trials.values() if trial.state == "running"]:
+        if file_size(f"{folder}/trials/{trial.id}/finished.json") is not None:
+            ledger.end(trial.id, "finished")
+        else:
+            ledger.end(trial.id, "waiting" if trial.steps == until else "stopped")
 
 
 def count_trials(config: SweepConfig, space: Space) -> int:
@@ -104,31 +113,30 @@ def count_trials(config: SweepConfig, space: Space) -> int:
 
 def make_tuner(
     config: SweepConfig,
-    space: Space,
+    where: dict[str, Any],
     folder: str,
     job: Job,
     num_steps: int,
     concurrent: int,
     tracked: dict[str, str] | None,
 ) -> tune.Tuner:
-    """Return a new Tuner, or the one that an interrupted sweep has left."""
+    """Return a new Tuner for a round, or the one that an interrupted sweep has left."""
     trainable = tune.with_resources(make_trainable(job), {"CPU": TRIAL_CPUS})
-    if tune.Tuner.can_restore(f"{folder}/tune"):
-        return tune.Tuner.restore(f"{folder}/tune", trainable=trainable, resume_unfinished=True)
-    where = make_search(space, config.sweep, config.base)
-    grace = config.sweep.grace_steps or config.train.save_steps
+    name = f"tune-{job.until}"
+    if tune.Tuner.can_restore(f"{folder}/{name}"):
+        return tune.Tuner.restore(f"{folder}/{name}", trainable=trainable, resume_unfinished=True)
     return tune.Tuner(
         trainable,
         param_space=where["param_space"],
         tune_config=tune.TuneConfig(
             num_samples=where["num_samples"],
             search_alg=where.get("search_alg"),
-            scheduler=make_scheduler(config.sweep, num_steps, grace, folder),
+            scheduler=make_scheduler(config.sweep, num_steps, grace_steps(config), folder),
             max_concurrent_trials=concurrent,
             trial_dirname_creator=name_folder,
         ),
         run_config=tune.RunConfig(
-            name="tune",
+            name=name,
             storage_path=folder,
             callbacks=[Watcher(folder, config.train.seed, num_steps, tracked)],
             failure_config=tune.FailureConfig(max_failures=config.sweep.max_retries),
@@ -139,4 +147,4 @@ def make_tuner(
 
 def name_folder(trial: TuneTrial) -> str:
     """Name Tune's own folder of a trial as its run is named."""
-    return str(trial.trial_id)
+    return name_of(trial)

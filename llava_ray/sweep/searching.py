@@ -1,5 +1,6 @@
 """Where Tune's settings come from: our own list, or Optuna."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from ray import tune
@@ -11,7 +12,7 @@ from llava_ray.config.space import SearchConfig, Space
 from llava_ray.errors import ConfigError
 from llava_ray.sweep.sampling import Suggest, default_settings, lies_inside, list_settings
 from llava_ray.sweep.trial import GIVEN
-from llava_ray.sweep.trials import LOWER_IS_BETTER
+from llava_ray.sweep.trials import LOWER_IS_BETTER, Trial
 
 SECONDS = "time_total_s"  # Tune's own; what a trial costs
 
@@ -42,6 +43,12 @@ def make_search(space: Space, search: SearchConfig, base: FinetuneConfig) -> dic
     if search.num_seeds > 1:
         searcher = Repeater(searcher, repeat=search.num_seeds)
     return {"param_space": {}, "search_alg": searcher, "num_samples": search.num_trials * search.num_seeds}
+
+
+def search_again(trials: Sequence[Trial]) -> dict[str, Any]:
+    """Return the same for a further round of trials."""
+    given = [{"settings": trial.settings, "seed": trial.seed, "id": trial.id} for trial in trials]
+    return {"param_space": {GIVEN: tune.grid_search(given)}, "num_samples": 1}
 
 
 def make_optuna(space: Space, search: SearchConfig, base: FinetuneConfig) -> Searcher:

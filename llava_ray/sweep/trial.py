@@ -28,8 +28,10 @@ class Job:
     base: FinetuneConfig
     """The recipe, with the sweep's storage and MLflow run, and names that mean the same everywhere."""
     resources: Resources
-    objective: Callable[[FinetuneConfig, Resources], None]
-    """What carries out a trial's run and reports to Tune; the tests of scheduling alone have another."""
+    objective: Callable[[FinetuneConfig, Resources, int], None]
+    """What carries out a trial's run up to a step and reports to Tune; the tests of scheduling alone have another."""
+    until: int
+    """The step that trials go to."""
 
 
 def make_trainable(job: Job) -> Callable[[dict[str, Any]], None]:
@@ -44,7 +46,8 @@ def make_trainable(job: Job) -> Callable[[dict[str, Any]], None]:
 def run_trial(given: dict[str, Any], job: Job) -> None:
     """Carry out one trial; what a new start cannot mend ends it with a reason, all else is left to Tune to retry."""
     try:
-        job.objective(trial_config(job.base, given, tune.get_context().get_trial_id()), job.resources)
+        name = run_name(given, tune.get_context().get_trial_id())
+        job.objective(trial_config(job.base, given, name), job.resources, job.until)
     except DivergedError as error:
         end("diverged", str(error))
     except (ConfigError, DataError, ModelError) as error:
@@ -64,6 +67,11 @@ def trial_config(base: FinetuneConfig, given: dict[str, Any], name: str) -> Fine
     return base.replaced({**settings, "train.seed": seed, "run.name": name})
 
 
+def run_name(given: dict[str, Any], trial_id: str | None) -> str:
+    """Return the name of a trial's run: Tune's id of it, that of its first round if there are several."""
+    return str(given.get(GIVEN, {}).get("id", trial_id))
+
+
 def read_given(given: dict[str, Any], base_seed: int) -> tuple[Settings, int]:
     """Take apart what Tune gives a trial: a row of our own list, or Optuna's suggestion."""
     if GIVEN in given:
@@ -72,18 +80,18 @@ def read_given(given: dict[str, Any], base_seed: int) -> tuple[Settings, int]:
     return settings, base_seed + int(given.get(REPEATER_INDEX, 0))
 
 
-def tune_trial(config: FinetuneConfig, resources: Resources) -> None:
+def tune_trial(config: FinetuneConfig, resources: Resources, until: int) -> None:
     """Tune, and report every look at the held-out samples; first those that an earlier start has taken already."""
     from llava_ray.data.preparation import prepare_data  # torch and transformers, which only trials need
     from llava_ray.train.runs import committed_step
-    from llava_ray.train.trainer import finetune
+    from llava_ray.train.trainer import advance
 
     for look in read_looks(config, committed_step(config.run.storage_path, str(config.run.name))):
         tune.report(look.as_report())
     prepared = prepare_data(config.data, show_progress=False)
-    finished = finetune(config, prepared, resources, callbacks=[TuneReportCallback()], show_progress=False)
-    last = read_looks(config, finished.num_steps)[-1]
-    tune.report({ENDED: "finished", REASON: "", "num_steps": finished.num_steps} | last.as_report())
+    finished = advance(config, prepared, resources, until=until, callbacks=[TuneReportCallback()], show_progress=False)
+    ended = {ENDED: "finished", "num_steps": finished.num_steps} if finished else {ENDED: "waiting"}
+    tune.report({REASON: ""} | ended | read_looks(config, until)[-1].as_report())
 
 
 def read_looks(config: FinetuneConfig, last_step: int) -> list[Look]:

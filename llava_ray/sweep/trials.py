@@ -40,7 +40,7 @@ class Trial:
     reason: str = ""
     """Why it failed or diverged, in the words of the error."""
     attempts: int = 0
-    """Starts, those after a failure or an interrupted sweep included."""
+    """Starts, those after a failure or an interrupted sweep and of further rounds included."""
     seconds: float = 0.0
     """That its processes have run, over all attempts."""
     curve: list[Look] = field(default_factory=list)

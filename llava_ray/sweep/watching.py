@@ -10,7 +10,7 @@ from ray.tune.experiment import Trial as TuneTrial
 
 from llava_ray.sweep.ledger import Ledger
 from llava_ray.sweep.table import describe, draw_table, state_of
-from llava_ray.sweep.trial import ENDED, REASON, read_given
+from llava_ray.sweep.trial import ENDED, REASON, read_given, run_name
 from llava_ray.sweep.trials import ACCURACY, LOSS, Look, Trial
 from llava_ray.tracking import TrackedRun
 
@@ -43,7 +43,7 @@ class Watcher(Callback):
         del iteration, trials, info
         settings, seed = read_given(trial.config, self.base_seed)
         assert self.ledger is not None
-        self.show(self.ledger.start(trial.trial_id, settings, seed))
+        self.show(self.ledger.start(name_of(trial), settings, seed))
 
     def on_trial_result(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: dict[str, Any], **info: Any
@@ -53,17 +53,18 @@ class Watcher(Callback):
         assert self.ledger is not None
         if LOSS in result:
             look = Look(result["step"], result[LOSS], result.get(ACCURACY))
-            self.show(self.ledger.see(trial.trial_id, look))
+            self.show(self.ledger.see(name_of(trial), look))
         if ENDED in result:
-            self.show(self.ledger.end(trial.trial_id, result[ENDED], result[REASON]))
+            self.show(self.ledger.end(name_of(trial), result[ENDED], result[REASON]))
 
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         """Note a trial that did not end by itself: the scheduler has stopped it."""
         del iteration, trials, info
         assert self.ledger is not None
-        if self.ledger.trials[trial.trial_id].state == "running":
-            self.close_run(trial.trial_id)
-            self.show(self.ledger.end(trial.trial_id, "stopped"))
+        name = name_of(trial)
+        if self.ledger.trials[name].state == "running":
+            close_run(self.folder, name, self.tracked)
+            self.show(self.ledger.end(name, "stopped"))
 
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         """Note a trial that failed once more than it may."""
@@ -71,14 +72,8 @@ class Watcher(Callback):
         assert self.ledger is not None
         error = trial.get_error()
         cause = getattr(error, "cause", None) or error
-        self.close_run(trial.trial_id)
-        self.show(self.ledger.end(trial.trial_id, "failed", f"{type(cause).__name__}: {first_line(str(cause))}"))
-
-    def close_run(self, name: str) -> None:
-        """End the MLflow run of a trial whose processes can no longer do it."""
-        if self.tracked is not None:
-            key = f"{self.folder}/trials/{name}"
-            TrackedRun(**self.tracked, name=name, key=key).end("KILLED")
+        close_run(self.folder, name_of(trial), self.tracked)
+        self.show(self.ledger.end(name_of(trial), "failed", f"{type(cause).__name__}: {first_line(str(cause))}"))
 
     def show(self, trial: Trial) -> None:
         """Draw all trials, or say what this one does."""
@@ -111,6 +106,17 @@ class Screen:
         sys.stdout.write(up + "".join(f"\x1b[2K{line}\n" for line in lines))
         sys.stdout.flush()
         self.num_lines, self.drawn = len(lines), time.monotonic()
+
+
+def name_of(trial: TuneTrial) -> str:
+    """Return the name of a trial's run."""
+    return run_name(trial.config, trial.trial_id)
+
+
+def close_run(folder: str, name: str, tracked: dict[str, str] | None) -> None:
+    """End the MLflow run of a trial whose processes can no longer do it."""
+    if tracked is not None:
+        TrackedRun(**tracked, name=name, key=f"{folder}/trials/{name}").end("KILLED")
 
 
 def first_line(text: str) -> str:

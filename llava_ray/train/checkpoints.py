@@ -92,7 +92,7 @@ class Checkpointer:
 
     def is_due(self, step: int) -> bool:
         """Tell whether a checkpoint is due when ``step`` steps are done."""
-        return step % self.settings.config.train.save_steps == 0 or step == self.settings.num_steps
+        return step % self.settings.config.train.save_steps == 0 or step == self.settings.until
 
     def save(self, step: int, judged: dict[str, float]) -> None:
         """Save when ``step`` steps are done; ``judged`` is what held-out samples said of the model."""

@@ -25,7 +25,7 @@ from llava_ray.train.speed import Meter
 
 
 def train_loop(settings: LoopSettings, blocks: Iterator[pa.Table]) -> None:
-    """Tune until the plan's last step, starting where the committed checkpoint stands, and write the bundle."""
+    """Tune from where the committed checkpoint stands; write the bundle after the plan's last step."""
     config, journal = settings.config, settings.journal
     rank, world_size = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
     torch.set_num_threads(settings.num_threads)
@@ -45,7 +45,7 @@ def train_loop(settings: LoopSettings, blocks: Iterator[pa.Table]) -> None:
     meter = Meter(parts.llava, device, world_size)
 
     steps = iterate_steps(blocks, rank, first_step, settings.stream)
-    for step in range(first_step, settings.num_steps):
+    for step in range(first_step, settings.until):
         with meter.waiting():
             batches = next(steps)
         loss = torch.zeros((), device=device)
@@ -70,7 +70,8 @@ def train_loop(settings: LoopSettings, blocks: Iterator[pa.Table]) -> None:
             judged = examiner.examine(engine, device)
         journal.record.remote(rank, step, metrics | judged, samples)
         checkpointer.save(step + 1, judged)
-    write_bundle(engine, parts, settings)
+    if settings.until == settings.num_steps:
+        write_bundle(engine, parts, settings)
 
 
 def find_images(batch: MicroBatch, parts: LlavaParts, stream: StreamSettings, device: torch.device) -> dict[str, Any]:

@@ -31,6 +31,9 @@ class LoopSettings:
     config: FinetuneConfig
     stream: StreamSettings
     num_steps: int
+    """Of the whole run."""
+    until: int
+    """The step that this start goes to: ``num_steps``, or less where a sweep compares runs on their way."""
     plan_hash: str
     data_hash: str
     run_folder: str

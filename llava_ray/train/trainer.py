@@ -64,17 +64,31 @@ class FinishedRun:
 
 
 def finetune(
+    config: FinetuneConfig, prepared: PreparedData, resources: Resources, *, show_progress: bool = True
+) -> FinishedRun:
+    """Tune to the end, going on where a run of the same name stopped. Needs a connected Ray.
+
+    Raises ConfigError, DataError, ModelError, CheckpointError or TrainingError; whatever was committed stays.
+    """
+    finished = advance(config, prepared, resources, show_progress=show_progress)
+    assert finished is not None  # only a run with ``until`` stops before its end
+    return finished
+
+
+def advance(
     config: FinetuneConfig,
     prepared: PreparedData,
     resources: Resources,
     *,
+    until: int | None = None,
     callbacks: Sequence[UserCallback] = (),
     show_progress: bool = True,
-) -> FinishedRun:
-    """Tune, going on where a run of the same name stopped. Needs a connected Ray.
+) -> FinishedRun | None:
+    """Tune up to the step ``until`` (default: the last), with a checkpoint there; return None short of the end.
 
-    ``callbacks`` are Ray Train's, and hear of every checkpoint with what held-out samples said of it. Raises
-    ConfigError, DataError, ModelError, CheckpointError or TrainingError; whatever was committed stays.
+    Everything but the place where it stops is as in the whole run, and the next call goes on from there.
+    ``callbacks`` are Ray Train's, and hear of every checkpoint with what held-out samples said of it. Raises as
+    ``finetune`` does.
     """
     run = open_run(config)
     noted = run.finished(prepared.data_hash)
@@ -83,6 +97,7 @@ def finetune(
     config = config.replaced(absolute_paths(config))
     blueprint = read_blueprint(config.model, config.data.image_aspect_ratio)
     lengths, plan = make_plan(config, prepared, blueprint)
+    until = min(until or plan.num_steps, plan.num_steps)
     tracking_uri = config.tracking.tracking_uri or default_tracking_uri(config.run.storage_path)
     journal = open_journal(run, config, tracking_uri)
     mend_run(run)
@@ -91,6 +106,7 @@ def finetune(
         stream=stream_settings(config, prepared, blueprint, resources),
         held_out=held_out_samples(config, blueprint, resources),
         num_steps=plan.num_steps,
+        until=until,
         plan_hash=plan.hash,
         data_hash=prepared.data_hash,
         run_folder=run.path,
@@ -112,11 +128,14 @@ def finetune(
             logging_config=LoggingConfig(log_level="WARNING"),
             worker_runtime_env={"env_vars": worker_environment(config, resources)},
         ),
-        datasets={"train": TrainStream(partial(committed_step, run.storage_path, run.name), plan.num_steps)},
-        dataset_config=DealToRanks(plan, lengths, settings.stream),
+        datasets={"train": TrainStream(partial(committed_step, run.storage_path, run.name), until)},
+        dataset_config=DealToRanks(plan, until, lengths, settings.stream),
     )
     with closing(journal), progress_bar(journal, plan.num_steps) if show_progress else nullcontext():
         fit(trainer, run)
+    if until < plan.num_steps:
+        ray.get(journal.flush.remote())
+        return None
     return note_finished(config, run, plan, prepared, journal, tracking_uri)
 
 

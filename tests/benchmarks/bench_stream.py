@@ -124,7 +124,7 @@ def time_stream(config: FinetuneConfig, num_images: int) -> tuple[float, float]:
     )
     start = time.time()
     steps = TrainStream(lambda: 0, plan.num_steps)()
-    shards = DealToRanks(plan, lengths, settings).configure({"train": steps}, WORLD_SIZE, None, None)
+    shards = DealToRanks(plan, plan.num_steps, lengths, settings).configure({"train": steps}, WORLD_SIZE, None, None)
     consumers = [Consumer.remote() for _ in shards]
     counts = ray.get(
         [

@@ -33,9 +33,9 @@ LOOKS = (10, 20, 30, 40)
 MAX_GROWTH_MB = 100.0
 
 
-def stub(config: FinetuneConfig, resources: Resources) -> None:
+def stub(config: FinetuneConfig, resources: Resources, until: int) -> None:
     """Report a curve that depends on the learning rate, and train nothing."""
-    del resources
+    del resources, until
     for step in LOOKS:
         loss = abs(config.train.learning_rate - 3e-3) + 1 / step
         tune.report({"step": step, "num_steps": NUM_STEPS, "held_out_loss": loss, "held_out_accuracy": 1 - loss})

@@ -56,7 +56,7 @@ def train_and_save(rank: int, folder: Path, port: int) -> None:
 
     for name, changes in CASES.items():
         config = small_run(folder, **changes, **{"run.name": name})
-        settings = LoopSettings(config, None, 3, "plan", "data", "", "", 1, None)  # type: ignore[arg-type]
+        settings = LoopSettings(config, None, 3, 3, "plan", "data", "", "", 1, None)  # type: ignore[arg-type]
         parts = load_parts(config, torch.device("cpu"))
         engine = build_engine(parts, config, 3)
         seen = (3, 32, 32) if config.model.unfreeze_mm_vision_tower else (16, parts.mm_hidden_size)
