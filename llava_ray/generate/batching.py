@@ -14,6 +14,7 @@ from llava_ray.generate import row_attention
 from llava_ray.generate.kv_cache import SHORTEST, KvCache, Row
 from llava_ray.generate.row_adapters import Name, RowAdapters
 from llava_ray.generate.row_attention import NextTokens, PromptChunk, Span, Step
+from llava_ray.model.adapters import measure_drift
 from llava_ray.model.quantization import find_dtype
 
 PROBE_LENGTH = 12
@@ -101,7 +102,7 @@ class RowModel:
         works = [Work(row, 5, ids[5:-1], is_prompt=True), Work(first, 0, ids[:3], is_prompt=True)]
         wanted, logits = self.run(works)
         found = [logits[wanted.index(0)], self.run([Work(row, PROBE_LENGTH - 1, ids[-1:])])[1][0]]
-        drift = float((torch.stack(found) - expected).square().mean().sqrt() / expected.std())
+        drift = measure_drift(torch.stack(found), expected)
         layers = row.shelf.layers.values()
         self.cache_bytes = sum(part[0, :, 0].nbytes for layer in layers for part in (layer.keys, layer.values))
         if not drift <= PROBE_TOLERANCE[find_dtype(model)]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from llava_ray.errors import ModelError
 from llava_ray.generate.row_adapters import Name, RowAdapters
 from llava_ray.model.adapter_terms import Terms, lift_terms, load_terms
-from llava_ray.model.adapters import MERGE_TOLERANCE, has_adapter, probe
+from llava_ray.model.adapters import MERGE_TOLERANCE, has_adapter, measure_drift, probe
 from llava_ray.model.blueprint import Blueprint, find_layout, read_blueprint
 from llava_ray.model.bundle import LlavaParts
 from llava_ray.model.layout import CONFIG, EMBED_TOKENS, NON_LORA_FILE, Kind, Layout, check_whole
@@ -188,7 +188,7 @@ def check_terms(model: PreTrainedModel, terms: Terms, expected: Tensor, folder: 
     rows = RowAdapters(model, {"it": terms})
     try:
         rows.choose_one("it", len(expected))
-        drift = float((probe(model) - expected).square().mean().sqrt() / expected.std())
+        drift = measure_drift(probe(model), expected)
     finally:
         rows.take_off()
     if not drift <= MERGE_TOLERANCE[find_dtype(model)]:

@@ -5,7 +5,6 @@ calls it goes on as before. peft is imported inside the functions: it takes seco
 """
 
 import copy
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -247,10 +246,15 @@ def probe(language_model: PreTrainedModel) -> Float32[Tensor, "t vocab"]:
     return logits.float()
 
 
+def measure_drift(found: Float32[Tensor, "t vocab"], expected: Float32[Tensor, "t vocab"]) -> float:
+    """Return how far logits are from the expected ones, as a share of the expected ones' spread; NaN for NaNs."""
+    return float((found - expected).square().mean().sqrt() / expected.std())
+
+
 def check_merged(before: Float32[Tensor, "t vocab"], after: Float32[Tensor, "t vocab"], tolerance: float) -> None:
     """Raise ModelError if a merge changed the logits by more than ``tolerance`` of their spread."""
-    drift = float((after - before).square().mean().sqrt() / before.std())
-    if not math.isfinite(drift) or drift > tolerance:
+    drift = measure_drift(after, before)
+    if not drift <= tolerance:
         raise ModelError(
             f"merging changed the logits of a fixed text by {drift:.2g} of their spread, expected at most "
             f"{tolerance:.2g}: nothing was written. Load the model in float32 to merge it; if that fails too, the "
