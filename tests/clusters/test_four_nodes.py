@@ -64,7 +64,7 @@ def test_a_run_goes_on_without_a_node_that_went_away(fixed: dict[str, Any]) -> N
 
 def test_what_does_not_fit_or_is_not_shared_is_refused_in_words(fixed: dict[str, Any]) -> None:
     too_many, apart, missing = fixed["refusals"]
-    assert "3 workers want a GPU each, the pool 'train' has 2" in too_many
+    assert "3 workers want 1 GPU each, the pool 'train' has 2" in too_many
     assert apart.count("memory://runs") >= 4
     assert "(pool vision)" in apart
     assert "s3://bucket/runs" in apart
