@@ -133,6 +133,7 @@ def make_tuner(
             search_alg=where.get("search_alg"),
             scheduler=make_scheduler(config.sweep, num_steps, grace_steps(config), folder),
             max_concurrent_trials=concurrent,
+            reuse_actors=True,  # starting a process and importing torch and transformers takes it long
             trial_dirname_creator=name_folder,
         ),
         run_config=tune.RunConfig(
