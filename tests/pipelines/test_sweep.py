@@ -21,9 +21,12 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).parents[2]
 PATIENCE = 800
 
+# Two rounds, to step 4 and to the end.
 GRID = """
 [sweep]
 method = "grid"
+scheduler = "halving"
+reduction_factor = 4.0
 include_default = false
 [space]
 """
@@ -107,7 +110,7 @@ def test_each_trial_is_shown_as_what_it_is_and_everything_is_given_back(swept):
     assert "DataError" in failed["reason"]
     assert failed["attempts"] == 1
     good = [trial for trial in report["trials"] if trial["state"] == "finished"]
-    assert good
+    assert [trial["attempts"] for trial in good] == [2]  # one for each round
     assert {trial["state"] for trial in report["trials"]} <= {"finished", "stopped", "diverged", "failed"}
     assert all(look["held_out_accuracy"] is not None for trial in good for look in trial["curve"])
     assert "Best: trial" in said
