@@ -39,13 +39,11 @@ def plan_rounds(search: SearchConfig, num_steps: int, grace_steps: int) -> list[
 
 def is_over(trials: Sequence[Trial], until: int, num_trials: int) -> bool:
     """Tell whether all of a sweep's trials have been started and have ended, or come to ``until`` and beyond."""
-    there = [trial.state in ENDED or trial.steps > until or is_waiting(trial, until) for trial in trials]
+    there = [
+        trial.state in ENDED or trial.steps > until or (trial.state == "waiting" and trial.steps == until)
+        for trial in trials
+    ]
     return len(trials) >= num_trials and all(there)
-
-
-def is_waiting(trial: Trial, until: int) -> bool:
-    """Tell whether a trial has come to the end of its round."""
-    return trial.state == "waiting" and trial.steps == until
 
 
 def losers(trials: Sequence[Trial], this: Round, metric: str) -> list[Trial]:
