@@ -161,6 +161,7 @@ def served(app: ASGIApp, host: str = "127.0.0.1") -> Iterator[str]:
     thread.start()
     while not server.started:
         thread.join(0.01)
+        assert thread.is_alive(), "the app did not start; the log above says why"
     yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     server.should_exit = True
     thread.join(10)

@@ -1,22 +1,30 @@
 """The page: a chat about images, in Gradio, over the same models and queue as the API."""
 
-from collections.abc import AsyncGenerator
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
+from starlette.routing import Mount
 
 from llava_ray.deployments.page_answers import Answers
 from llava_ray.deployments.page_chat import Parameters, export, last_question, pieces_of, questions
+from llava_ray.deployments.page_events import PageEvents
 from llava_ray.deployments.page_examples import draw_examples
+from llava_ray.deployments.page_guard import PageMiddleware
 from llava_ray.deployments.page_log import ConversationLog, Kind
 from llava_ray.deployments.page_style import CSS, DOWNLOAD, HEAD
+from llava_ray.deployments.page_uploads import Uploads
 from llava_ray.deployments.refusal import RefusalError
 from llava_ray.deployments.routes import Front
 
 History = list[dict[str, Any]]
+
+MAX_SESSIONS = 256  # Gradio keeps the last chat of each
+MAX_QUEUED_EVENTS = 512
 
 VOTES: dict[str, Kind] = {"Upvote": "upvote", "Downvote": "downvote", "Flag": "flag"}
 TERMS = (
@@ -28,9 +36,10 @@ TERMS = (
 def mount_page(app: FastAPI, front: Front) -> None:
     """Mount the page at the root of ``app``. With API keys, a key's name and the key are its login."""
     page = ChatPage(front)
+    blocks = page.build()
     gr.mount_gradio_app(
         app,
-        page.build(),
+        blocks,
         path="/",
         root_path=front.settings.page_root_path or None,
         auth=page.answers.log_in if front.guard.keys else None,
@@ -45,6 +54,17 @@ def mount_page(app: FastAPI, front: Front) -> None:
         run_history=False,  # conversations are not kept in the browser either
         show_error=True,
     )
+    gradio_app = next(route.app for route in app.routes if isinstance(route, Mount))
+    assert isinstance(gradio_app, gr.routes.App)
+    inputs = {number: [block.get_block_name() for block in fn.inputs] for number, fn in blocks.fns.items()}
+
+    def find_user(cookies: Mapping[str, str]) -> str | None:
+        """Return who has logged in with one of Gradio's two cookies, as it looks itself."""
+        names = (f"access-token-{gradio_app.cookie_id}", f"access-token-unsecure-{gradio_app.cookie_id}")
+        token = next((cookies[name] for name in names if cookies.get(name)), "")
+        return gradio_app.tokens.get(token)
+
+    app.add_middleware(PageMiddleware, front, find_user, PageEvents(inputs, page.uploads))
 
 
 class ChatPage:
@@ -54,7 +74,11 @@ class ChatPage:
         """Show the models of ``front``."""
         self.front = front
         self.settings = front.settings
-        self.answers = Answers(front)
+        self.uploads = Uploads(
+            Path(gr.utils.get_upload_folder()), front.settings.max_images, front.settings.max_body_bytes
+        )
+        self.answers = Answers(front, self.uploads)
+        self.examples = draw_examples()
         self.names = [name for source in front.gateway.sources for name in source.names]
         folder = front.settings.page_log_dir
         self.log = ConversationLog(Path(folder), front.settings.page_log_days) if folder else None
@@ -64,7 +88,10 @@ class ChatPage:
         with gr.Blocks(title=self.settings.page_title, analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
             self.lay_out()
             self.connect(blocks)
-        return blocks.queue(api_open=False, default_concurrency_limit=None)
+        # Gradio checks where files lie only for an app that its own server has started.
+        blocks.has_launched = True
+        blocks.state_session_capacity = MAX_SESSIONS
+        return blocks.queue(api_open=False, default_concurrency_limit=None, max_size=MAX_QUEUED_EVENTS)
 
     def lay_out(self) -> None:
         """Place everything, in the order in which Tab visits it."""
@@ -85,7 +112,7 @@ class ChatPage:
             label="Conversation",
             show_label=False,
             placeholder="Ask something, about images or not.",
-            examples=draw_examples(),
+            examples=self.examples,
             buttons=["copy"],
             feedback_options=None,
         )
@@ -169,8 +196,12 @@ class ChatPage:
 
     async def ask_example(self, history: History, example: gr.SelectData) -> History:
         """Ask one of the examples."""
-        files = [file["path"] if isinstance(file, dict) else file for file in example.value.get("files", ())]
-        return [*history, *questions({"text": example.value["text"], "files": files})]
+        if not 0 <= example.index < len(self.examples):
+            raise gr.Error("There is no such example.", print_exception=False)
+        chosen = self.examples[example.index]
+        # The chatbot has put Gradio's file objects, in the upload folder, in place of the paths that were given to it.
+        files = [file["path"] if isinstance(file, dict) else file for file in chosen.get("files", ())]
+        return [*history, *questions({"text": chosen["text"], "files": files})]
 
     async def take_back(self, history: History) -> History:
         """Take the last answer back."""
@@ -200,7 +231,7 @@ class ChatPage:
         except RefusalError as error:
             yield (shown, failure(error), *buttons_while(answered=bool(history)))
             return
-        self.keep("chat", agreed, shown, parameters, said)
+        await self.keep("chat", agreed, shown, parameters, said)
         yield (shown, escape(said), *buttons_while(answered=True, complete=len(shown) > len(history)))
 
     async def end(self, request: gr.Request) -> None:
@@ -226,30 +257,55 @@ class ChatPage:
         """Return what a vote's button does."""
 
         async def count(
-            history: History, model: str, temperature: float, top_p: float, max_tokens: float, agreed: bool
+            history: History,
+            model: str,
+            temperature: float,
+            top_p: float,
+            max_tokens: float,
+            agreed: bool,
+            request: gr.Request,
         ) -> tuple[Any, ...]:
+            try:
+                self.answers.admit(request.username)
+            except RefusalError as error:
+                return (failure(error), *[gr.skip()] * len(VOTES))
             self.front.metrics.votes.labels(model, vote).inc()
-            self.keep(vote, agreed, history, Parameters(model, temperature, top_p, int(max_tokens)))
+            await self.keep(vote, agreed, history, Parameters(model, temperature, top_p, int(max_tokens)))
             kept = " with the conversation" if agreed and self.log else ""
             return (f"Thank you: your {vote} is counted{kept}.", *[gr.Button(interactive=False)] * len(VOTES))
 
         return count
 
     async def write_down(
-        self, history: History, model: str, temperature: float, top_p: float, max_tokens: float, agreed: bool
+        self,
+        history: History,
+        model: str,
+        temperature: float,
+        top_p: float,
+        max_tokens: float,
+        agreed: bool,
+        request: gr.Request,
     ) -> str:
-        """Return the chat as a file's text."""
+        """Return the chat as a file's text; what no request could hold is refused."""
         del agreed
-        return export(history, Parameters(model, temperature, top_p, int(max_tokens)))
+        parameters = Parameters(model, temperature, top_p, int(max_tokens))
+        try:
+            self.answers.admit(request.username)
+            with self.answers.holding(history, request.username):
+                return await asyncio.to_thread(export, history, parameters, self.uploads)
+        except RefusalError as error:
+            raise gr.Error(error.refused.message, print_exception=False) from None
 
-    def keep(self, kind: Kind, agreed: bool, history: History, parameters: Parameters, figures: str = "") -> None:
+    async def keep(self, kind: Kind, agreed: bool, history: History, parameters: Parameters, figures: str = "") -> None:
         """Log, if there is a log and the user agreed."""
         if self.log is None or not agreed:
             return
         try:
-            self.log.write(kind, history, parameters, figures)
+            await asyncio.to_thread(self.log.write, kind, history, parameters, self.uploads, figures)
         except OSError as error:
             gr.Warning(f"The conversation could not be kept: {error.strerror}")
+        except RefusalError as error:
+            gr.Warning(f"The conversation could not be kept: {error.refused.message}")
 
 
 def buttons_while(*, writing: bool = False, answered: bool = False, complete: bool = False) -> list[Any]:

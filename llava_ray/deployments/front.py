@@ -4,7 +4,7 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 
-from llava_ray.deployments.body import AuthMiddleware, BodyMiddleware
+from llava_ray.deployments.middleware import AuthMiddleware, BodyMiddleware, OpenRequestsMiddleware
 from llava_ray.deployments.refusal import RefusalError
 from llava_ray.deployments.routes import (
     SESSION_HEADER,
@@ -26,24 +26,21 @@ def build_front(front: Front, *, with_api: bool = True, with_page: bool = False)
     app.add_exception_handler(RefusalError, on_refusal)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(Exception, on_accident)
-    settings = front.settings
+    settings, on_refused = front.settings, front.count_refused
     # The last one added stands in front of the others.
     app.add_middleware(
-        BodyMiddleware,
-        settings.max_body_bytes,
-        settings.body_timeout_s,
-        max_page_bytes=settings.max_images * settings.max_image_bytes + settings.max_body_bytes,
-        on_refused=front.count_refused,
+        BodyMiddleware, settings.max_body_bytes, settings.body_timeout_s, front.bytes_in_flight, on_refused
     )
-    app.add_middleware(AuthMiddleware, front.guard, on_refused=front.count_refused)
+    app.add_middleware(AuthMiddleware, front.guard, on_refused)
+    if with_page:
+        from llava_ray.deployments.chat_page import mount_page  # Gradio takes seconds to import, and not all want it
+
+        mount_page(app, front)
+    app.add_middleware(OpenRequestsMiddleware, front.open_requests, settings.trusted_proxies, on_refused)
     app.add_middleware(  # without origins too: Gradio would otherwise let every one into the page
         CORSMiddleware,
         allow_origins=settings.cors_allowed_origins,
         allow_methods=["GET", "POST"],
         allow_headers=["authorization", "content-type", SESSION_HEADER],
     )
-    if with_page:
-        from llava_ray.deployments.chat_page import mount_page  # Gradio takes seconds to import, and not all want it
-
-        mount_page(app, front)
     return app

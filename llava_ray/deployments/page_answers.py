@@ -2,12 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from typing import Any, TypeVar
 
 from llava_ray.deployments.auth import ANYBODY, ApiKey
-from llava_ray.deployments.page_chat import CURSOR, Figures, Parameters, Shown, chat_request
+from llava_ray.deployments.middleware import too_many_bytes_in_flight
+from llava_ray.deployments.page_chat import CURSOR, Figures, Parameters, Shown, chat_request, paths_of
+from llava_ray.deployments.page_uploads import Uploads
 from llava_ray.deployments.refusal import RefusalError
 from llava_ray.deployments.routes import Front
 
@@ -19,9 +21,10 @@ SHOW_S = 0.1  # the browser is sent no more than ten states a second
 class Answers:
     """What is being written, session by session."""
 
-    def __init__(self, front: Front) -> None:
-        """Ask through ``front``."""
+    def __init__(self, front: Front, uploads: Uploads) -> None:
+        """Ask through ``front`` about images in ``uploads``."""
         self.front = front
+        self.uploads = uploads
         self.stops: dict[str, asyncio.Event] = {}
 
     async def write(
@@ -29,9 +32,19 @@ class Answers:
     ) -> AsyncGenerator[tuple[list[Any], Figures], None]:
         """Yield the chat with its answer as it grows, and its figures. Raises RefusalError."""
         self.admit(user)
+        with self.holding(history, user):
+            async with aclosing(self.write_admitted(history, parameters, session)) as states:
+                async for state in states:
+                    yield state
+
+    async def write_admitted(
+        self, history: Sequence[Shown], parameters: Parameters, session: str
+    ) -> AsyncGenerator[tuple[list[Any], Figures], None]:
+        """Yield the chat with its answer as it grows, and its figures. Raises RefusalError."""
         stop = self.stops[session] = asyncio.Event()
         figures, shown = Figures(), 0.0
-        task = await self.front.checked(chat_request(history, parameters))
+        asked = await asyncio.to_thread(chat_request, history, parameters, self.uploads)
+        task = await self.front.checked(asked)
         try:
             async with aclosing(until(self.front.gateway.run(task, session), stop)) as pieces:
                 async for batch in pieces:
@@ -53,8 +66,16 @@ class Answers:
         if session in self.stops:
             self.stops[session].set()
 
+    @contextmanager
+    def holding(self, history: Sequence[Shown], user: str | None) -> Iterator[None]:
+        """Hold a chat's images against the bytes of all while the block runs. Raises RefusalError."""
+        limits = self.front.bytes_in_flight
+        num_bytes = self.uploads.check(paths_of(history))
+        with limits.hold(f"page {user}", num_bytes, too_many_bytes_in_flight(limits)):
+            yield
+
     def admit(self, user: str | None) -> None:
-        """Count a question against its user's rate. Raises RefusalError (429)."""
+        """Count a question, a vote or an export against its user's rate. Raises RefusalError (429)."""
         who = next((key for key in self.front.guard.keys if key.name == user), ANYBODY)
         refused = self.front.guard.admit(who)
         if refused is not None:

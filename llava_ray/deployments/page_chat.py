@@ -6,12 +6,11 @@ import mimetypes
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from llava_ray.deployments.refusal import refuse
+from llava_ray.deployments.page_uploads import Uploads
 from llava_ray.deployments.replica import Piece
 from llava_ray.deployments.responses import Choice
 from llava_ray.deployments.schema import ChatRequest, in_words
@@ -53,8 +52,17 @@ def pieces_of(message: Shown) -> list[Any]:
     return found
 
 
-def openai_messages(history: Sequence[Shown]) -> list[dict[str, Any]]:
-    """Join neighbouring messages of one role, and put images into them as data URIs."""
+def paths_of(history: Sequence[Shown]) -> list[str]:
+    """Return the paths of a chat's images, in order."""
+    return [piece["path"] for message in history for piece in pieces_of(message) if not isinstance(piece, str)]
+
+
+def openai_messages(history: Sequence[Shown], uploads: Uploads) -> list[dict[str, Any]]:
+    """Join neighbouring messages of one role, and put images into them as data URIs.
+
+    Raises RefusalError for more images or bytes than a request may have, before any is read.
+    """
+    files = uploads.read_all(paths_of(history))
     joined: list[dict[str, Any]] = []
     for message in history:
         if not joined or joined[-1]["role"] != message["role"]:
@@ -63,17 +71,18 @@ def openai_messages(history: Sequence[Shown]) -> list[dict[str, Any]]:
             if isinstance(piece, str):
                 joined[-1]["content"].append({"type": "text", "text": piece})
             else:
-                joined[-1]["content"].append({"type": "image_url", "image_url": {"url": data_uri(piece["path"])}})
+                url = data_uri(piece["path"], files[piece["path"]])
+                joined[-1]["content"].append({"type": "image_url", "image_url": {"url": url}})
     return joined
 
 
-def chat_request(history: Sequence[Shown], parameters: Parameters) -> ChatRequest:
+def chat_request(history: Sequence[Shown], parameters: Parameters, uploads: Uploads) -> ChatRequest:
     """Return the request that the API would get for this chat. Raises RefusalError for what it would refuse."""
     try:
         return ChatRequest.model_validate(
             {
                 "model": parameters.model,
-                "messages": openai_messages(history),
+                "messages": openai_messages(history, uploads),
                 "temperature": parameters.temperature,
                 "top_p": parameters.top_p,
                 "max_tokens": int(parameters.max_tokens),
@@ -84,28 +93,24 @@ def chat_request(history: Sequence[Shown], parameters: Parameters) -> ChatReques
         raise in_words(error) from None
 
 
-def export(history: Sequence[Shown], parameters: Parameters) -> str:
-    """Write a chat as the body of an API request: it can be read, kept, and asked again."""
+def export(history: Sequence[Shown], parameters: Parameters, uploads: Uploads) -> str:
+    """Write a chat as the body of an API request: it can be read, kept, and asked again. Raises RefusalError."""
     return json.dumps(
         {
             "model": parameters.model,
             "temperature": parameters.temperature,
             "top_p": parameters.top_p,
             "max_tokens": int(parameters.max_tokens),
-            "messages": openai_messages(history),
+            "messages": openai_messages(history, uploads),
         },
         indent=1,
         ensure_ascii=False,
     )
 
 
-def data_uri(path: str) -> str:
-    """Write a file as a data URI. Raises RefusalError: uploads are deleted after a day."""
+def data_uri(path: str, data: bytes) -> str:
+    """Write a file's content as a data URI."""
     kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
-    try:
-        data = Path(path).read_bytes()
-    except OSError:
-        raise refuse(400, "an image of this chat is no longer here; attach it again", "media_local") from None
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 

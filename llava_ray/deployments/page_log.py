@@ -3,12 +3,13 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-from llava_ray.deployments.page_chat import Parameters, Shown, pieces_of
+from llava_ray.deployments.page_chat import Parameters, Shown, paths_of, pieces_of
+from llava_ray.deployments.page_uploads import Uploads
 
 Kind = Literal["chat", "upvote", "downvote", "flag"]
 
@@ -24,8 +25,11 @@ class ConversationLog:
         self.now = now
         self.purged = ""
 
-    def write(self, kind: Kind, history: Sequence[Shown], parameters: Parameters, figures: str = "") -> None:
-        """Append one line. Raises OSError if the folder cannot be written to."""
+    def write(
+        self, kind: Kind, history: Sequence[Shown], parameters: Parameters, uploads: Uploads, figures: str = ""
+    ) -> None:
+        """Append one line. Raises OSError if the folder cannot be written to, RefusalError for images not uploaded."""
+        files = uploads.read_all(paths_of(history))
         moment = self.now()
         today = datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%d")
         self.images.mkdir(parents=True, exist_ok=True)
@@ -42,22 +46,22 @@ class ConversationLog:
                 "max_tokens": int(parameters.max_tokens),
             },
             "figures": figures,
-            "messages": [self.message(shown) for shown in history],
+            "messages": [self.message(shown, files) for shown in history],
         }
         with (self.folder / f"{today}-conv.jsonl").open("a") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
-    def message(self, shown: Shown) -> dict[str, Any]:
+    def message(self, shown: Shown, files: Mapping[str, bytes]) -> dict[str, Any]:
         """Write a message; images are named by their hash."""
         content = [
-            piece if isinstance(piece, str) else {"image": self.keep(Path(piece["path"]))} for piece in pieces_of(shown)
+            piece if isinstance(piece, str) else {"image": self.keep(piece["path"], files[piece["path"]])}
+            for piece in pieces_of(shown)
         ]
         return {"role": shown["role"], "content": content}
 
-    def keep(self, path: Path) -> str:
-        """Copy an image unless it is there already; return its name."""
-        data = path.read_bytes()
-        name = hashlib.sha256(data).hexdigest() + path.suffix.lower()
+    def keep(self, path: str, data: bytes) -> str:
+        """Write an image unless it is there already; return its name."""
+        name = hashlib.sha256(data).hexdigest() + Path(path).suffix.lower()
         place = self.images / name
         if not place.exists():
             partial = place.with_suffix(".partial")

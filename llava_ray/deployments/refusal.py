@@ -47,7 +47,9 @@ class Refused:
         headers = {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
-        if self.status in (408, 413):  # the rest of the body would otherwise be read as the next request
+        if (
+            self.status in (408, 413) or self.code == "too_many_bytes_in_flight"
+        ):  # the rest of the body would otherwise be read as the next request
             headers["connection"] = "close"
         return headers
 

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from llava_ray.deployments.answering import Answer, EventStream, refused_response
 from llava_ray.deployments.auth import ApiKey, Guard
 from llava_ray.deployments.gateway import Gateway, find_source
+from llava_ray.deployments.limits import HeldAmounts
 from llava_ray.deployments.messages import Task, chat_task, completion_task
 from llava_ray.deployments.metrics import IngressMetrics, render
 from llava_ray.deployments.moderation import Moderator
@@ -38,7 +39,11 @@ class Front:
 
     def __post_init__(self) -> None:
         """Make what is counted and asked here."""
-        self.guard = Guard(self.keys, self.settings.requests_per_minute)
+        settings = self.settings
+        self.guard = Guard(self.keys, settings.requests_per_minute)
+        self.open_requests = HeldAmounts(settings.max_open_requests, settings.max_open_requests_per_address)
+        self.page_streams = HeldAmounts(settings.max_page_streams, settings.max_page_streams_per_address)
+        self.bytes_in_flight = HeldAmounts(settings.max_bytes_in_flight, settings.max_bytes_in_flight_per_key)
         self.moderator = Moderator(self.settings)
 
     def count_refused(self, refused: Refused) -> None:

@@ -1,5 +1,6 @@
 """What a service is told when it starts: every key of ``serve run llava_ray.deployments:app key=value``."""
 
+import ipaddress
 from typing import Annotated, Literal, Self
 
 from pydantic import AliasChoices, BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -84,6 +85,20 @@ class ServeSettings(Section):
     """Frames of an animation; only the first is looked at."""
     max_images: PositiveInt = 8
     """Images of one request."""
+    max_open_requests: PositiveInt = 1500
+    """Requests that one ingress holds at once, streams included; health is always answered."""
+    max_open_requests_per_address: PositiveInt = 1000
+    """The same from one address."""
+    max_page_streams: PositiveInt = 512
+    """Open pages' event streams that one ingress holds at once; a page that is open has one or two."""
+    max_page_streams_per_address: PositiveInt = 64
+    """The same from one address."""
+    max_bytes_in_flight: PositiveInt = 512 * MIB
+    """Bodies, and images of the page's chats, that one ingress holds at once; the next is refused with 429."""
+    max_bytes_in_flight_per_key: PositiveInt = 256 * MIB
+    """The same with one key; from one address where there are no keys."""
+    trusted_proxies: Texts = ()
+    """Addresses and networks (10.0.0.0/8) of proxies whose X-Forwarded-For is believed; none by default."""
     max_choices: PositiveInt = 8
     """``n`` of one request."""
     max_text_chars: PositiveInt = 400_000
@@ -100,6 +115,8 @@ class ServeSettings(Section):
     everybody who reaches the port may ask."""
     requests_per_minute: PositiveInt | None = None
     """Of each key that has no limit of its own (of everybody together where there are no keys); default: no limit."""
+    logins_per_minute: PositiveInt = 20
+    """Attempts to log in to the page from one address, a quarter of them at once."""
     cors_allowed_origins: Texts = ()
     """Origins whose pages may call the API from a browser; none by default."""
     moderation_url: str | None = None
@@ -133,6 +150,16 @@ class ServeSettings(Section):
             raise ValueError(
                 f"min_ingress_replicas {self.min_ingress_replicas} > max_ingress_replicas {self.max_ingress_replicas}"
             )
+        if self.max_body_bytes > min(self.max_bytes_in_flight, self.max_bytes_in_flight_per_key):
+            raise ValueError(
+                f"max_body_bytes {self.max_body_bytes:,} > max_bytes_in_flight {self.max_bytes_in_flight:,} or "
+                f"max_bytes_in_flight_per_key {self.max_bytes_in_flight_per_key:,}: no such body would be taken"
+            )
+        for entry in self.trusted_proxies:
+            try:
+                ipaddress.ip_network(entry, strict=False)
+            except ValueError:
+                raise ValueError(f"trusted_proxies: {entry!r} is no address or network such as 10.0.0.0/8") from None
         names = [name for source in self.sources for name in source.names]
         if len(set(names)) < len(names):
             raise ValueError(f"two models are called the same: {', '.join(names)}; name them, NAME@PATH")
