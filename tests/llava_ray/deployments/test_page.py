@@ -266,3 +266,15 @@ def test_with_keys_the_page_asks_for_one(page: Page) -> None:
         browser.open(address)
         browser.until(lambda: "Log in with the name of your API key" in browser.text("body"))
         assert browser.run("return document.querySelector('#box')") is None
+        browser.type("input:not([type=password])", "alice")
+        browser.type("input[type=password]", KEY)
+        browser.press(ENTER)
+        browser.find("#box textarea")
+        path = page.folder / "green.png"
+        path.write_bytes(picture(30, 20, colour="green"))
+        browser.type("#box input[type=file]", str(path))
+        browser.find("#box img")
+        browser.type("#box textarea", "who am I?")
+        browser.press(ENTER)
+        browser.until(lambda: str(browser.run(LAST_ANSWER)) == "30x20 who am I?")
+        page.screenshot("logged_in")

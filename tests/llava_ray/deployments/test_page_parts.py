@@ -19,6 +19,7 @@ from llava_ray.deployments.page_chat import (
     questions,
 )
 from llava_ray.deployments.page_log import ConversationLog
+from llava_ray.deployments.page_uploads import Uploads
 from llava_ray.deployments.refusal import RefusalError
 from llava_ray.deployments.schema import ChatRequest
 from llava_ray.generate.engine import GenerationChunk
@@ -28,46 +29,51 @@ DAY = 86_400
 
 
 @pytest.fixture
+def uploads(tmp_path: Path) -> Uploads:
+    return Uploads(tmp_path, max_files=4, max_bytes=100_000)
+
+
+@pytest.fixture
 def red(tmp_path: Path) -> str:
     (tmp_path / "red.png").write_bytes(picture())
     return str(tmp_path / "red.png")
 
 
-def test_a_box_with_images_becomes_one_question(red: str) -> None:
+def test_a_box_with_images_becomes_one_question(red: str, uploads: Uploads) -> None:
     history = [*questions({"text": " what? ", "files": [red, red]}), {"role": "assistant", "content": "a square"}]
     history += questions({"text": "sure?", "files": []})
-    asked, answered, again = openai_messages(history)
+    asked, answered, again = openai_messages(history, uploads)
     assert [part["type"] for part in asked["content"]] == ["image_url", "image_url", "text"]
     assert answered == {"role": "assistant", "content": [{"type": "text", "text": "a square"}]}
-    request = chat_request(history, PARAMETERS)
+    request = chat_request(history, PARAMETERS, uploads)
     assert (request.model, request.max_tokens, request.stream, len(request.messages)) == ("llava", 64, True, 3)
     assert again["content"][0]["text"] == "sure?"
 
 
-def test_what_gradio_normalised_reads_the_same(red: str) -> None:
+def test_what_gradio_normalised_reads_the_same(red: str, uploads: Uploads) -> None:
     plain = questions({"text": "what?", "files": [red]})
     normal = [
         {"role": "user", "content": [{"type": "file", "file": {"path": red}}]},
         {"role": "user", "content": [{"type": "text", "text": "what?"}]},
     ]
-    assert openai_messages(plain) == openai_messages(normal)
+    assert openai_messages(plain, uploads) == openai_messages(normal, uploads)
 
 
-def test_a_question_that_the_api_would_refuse_is_refused_in_the_same_words() -> None:
+def test_a_question_that_the_api_would_refuse_is_refused_in_the_same_words(uploads: Uploads) -> None:
     with pytest.raises(RefusalError, match="temperature: Input should be less than or equal to 2"):
-        chat_request(questions({"text": "what?"}), Parameters("llava", 3.0))
+        chat_request(questions({"text": "what?"}), Parameters("llava", 3.0), uploads)
 
 
-def test_an_image_that_was_deleted_is_asked_for_again(tmp_path: Path) -> None:
+def test_an_image_that_was_deleted_is_asked_for_again(tmp_path: Path, uploads: Uploads) -> None:
     with pytest.raises(RefusalError, match="attach it again"):
-        chat_request(questions({"text": "what?", "files": [str(tmp_path / "gone.png")]}), PARAMETERS)
+        chat_request(questions({"text": "what?", "files": [str(tmp_path / "gone.png")]}), PARAMETERS, uploads)
 
 
-def test_an_export_is_a_request_that_can_be_sent(red: str) -> None:
+def test_an_export_is_a_request_that_can_be_sent(red: str, uploads: Uploads) -> None:
     history = questions({"text": "what?", "files": [red]})
-    assert ChatRequest.model_validate_json(export(history, PARAMETERS)) == chat_request(history, PARAMETERS).model_copy(
-        update={"stream": False}
-    )
+    assert ChatRequest.model_validate_json(export(history, PARAMETERS, uploads)) == chat_request(
+        history, PARAMETERS, uploads
+    ).model_copy(update={"stream": False})
 
 
 @pytest.mark.parametrize(
@@ -91,11 +97,11 @@ def test_figures_are_said_in_one_line() -> None:
     assert str(figures) == "20 tokens read, 3 written (max tokens reached) · first after 0.50 s, 2 tokens/s"
 
 
-def test_a_log_names_images_by_hash_and_keeps_each_once(tmp_path: Path, red: str) -> None:
+def test_a_log_names_images_by_hash_and_keeps_each_once(tmp_path: Path, red: str, uploads: Uploads) -> None:
     log = ConversationLog(tmp_path / "log", days=30, now=lambda: 0.0)
     history = [*questions({"text": "what?", "files": [red]}), {"role": "assistant", "content": "a square"}]
-    log.write("chat", history, PARAMETERS, "3 tokens")
-    log.write("upvote", history, PARAMETERS)
+    log.write("chat", history, PARAMETERS, uploads, "3 tokens")
+    log.write("upvote", history, PARAMETERS, uploads)
     lines = (tmp_path / "log" / "1970-01-01-conv.jsonl").read_text().splitlines()
     chat, vote = map(json.loads, lines)
     assert (chat["type"], vote["type"], chat["figures"]) == ("chat", "upvote", "3 tokens")
@@ -104,16 +110,16 @@ def test_a_log_names_images_by_hash_and_keeps_each_once(tmp_path: Path, red: str
     assert image.read_bytes() == picture()
 
 
-def test_old_logs_go_and_their_images_with_them(tmp_path: Path, red: str) -> None:
+def test_old_logs_go_and_their_images_with_them(tmp_path: Path, red: str, uploads: Uploads) -> None:
     now = [0.0]
     log = ConversationLog(tmp_path / "log", days=2, now=lambda: now[0])
-    log.write("chat", questions({"text": "old", "files": [red]}), PARAMETERS)
+    log.write("chat", questions({"text": "old", "files": [red]}), PARAMETERS, uploads)
     (tmp_path / "blue.png").write_bytes(picture(colour="blue"))
     now[0] = 2.0 * DAY
-    log.write("chat", questions({"text": "new", "files": [str(tmp_path / "blue.png")]}), PARAMETERS)
+    log.write("chat", questions({"text": "new", "files": [str(tmp_path / "blue.png")]}), PARAMETERS, uploads)
     assert len(list((tmp_path / "log").glob("*.jsonl"))) == 2
     now[0] = 3.0 * DAY
-    log.write("chat", questions({"text": "newer"}), PARAMETERS)
+    log.write("chat", questions({"text": "newer"}), PARAMETERS, uploads)
     assert sorted(path.name for path in (tmp_path / "log").glob("*.jsonl")) == [
         "1970-01-03-conv.jsonl",
         "1970-01-04-conv.jsonl",
