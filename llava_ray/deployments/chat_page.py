@@ -64,7 +64,16 @@ def mount_page(app: FastAPI, front: Front) -> None:
         token = next((cookies[name] for name in names if cookies.get(name)), "")
         return gradio_app.tokens.get(token)
 
-    app.add_middleware(PageMiddleware, front, find_user, PageEvents(inputs, page.uploads))
+    def drop_session(name: str) -> None:
+        """Make Gradio end a session's events and forget what they came to; it waits for a reader for ever."""
+        queue = blocks._queue
+        queue.pending_messages_per_session.pop(name, None)
+        queue.pending_event_ids_session.pop(name, None)
+        endings.add(ending := asyncio.ensure_future(queue.clean_events(session_hash=name)))
+        ending.add_done_callback(endings.discard)
+
+    endings: set[asyncio.Future[None]] = set()
+    app.add_middleware(PageMiddleware, front, find_user, drop_session, PageEvents(inputs, page.uploads))
 
 
 class ChatPage:

@@ -1,5 +1,6 @@
 """The page's routes: the few of Gradio's that the page uses, behind its login, each within its bounds; no others."""
 
+import asyncio
 import json
 import re
 import time
@@ -25,11 +26,12 @@ from llava_ray.deployments.middleware import (
     send_refused,
 )
 from llava_ray.deployments.page_events import PageEvents
+from llava_ray.deployments.page_sessions import UnreadEvents
 from llava_ray.deployments.refusal import RefusalError, Refused, refuse
 from llava_ray.deployments.routes import Front
 
 SMALL_BODY = 16 * 1024
-EVENT_OVERHEAD = 1 << 20  # of an event beside its texts: paths, names, JSON's quotes
+EVENT_BYTES = 1 << 20  # a chat without its images; Gradio keeps the last one of each session
 UPLOAD_TIMEOUT_S = 120.0
 
 Kind = Literal["plain", "login", "small", "event", "upload", "file", "stream"]
@@ -83,14 +85,20 @@ class PageMiddleware:
     """Stands in front of Gradio: what is not in the table of routes does not reach it."""
 
     def __init__(
-        self, app: ASGIApp, front: Front, find_user: Callable[[Mapping[str, str]], str | None], events: PageEvents
+        self,
+        app: ASGIApp,
+        front: Front,
+        find_user: Callable[[Mapping[str, str]], str | None],
+        drop_session: Callable[[str], None],
+        events: PageEvents,
     ) -> None:
-        """``find_user`` returns who is logged in by these cookies."""
+        """``find_user`` returns who is logged in by these cookies; ``drop_session`` ends what a session has begun."""
         self.app = app
         self.front = front
         self.settings = front.settings
         self.find_user = find_user
         self.events = events
+        self.unread = UnreadEvents(front.bytes_in_flight, drop_session)
         self.logins = AddressRates(front.settings.logins_per_minute, time.monotonic)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -129,13 +137,15 @@ class PageMiddleware:
             case "upload":
                 self.admit(self.front.guard.admit(scope["api_key"]))
                 limit = self.settings.max_images * self.settings.max_image_bytes + self.settings.max_body_bytes
+                await self.check_room(limit)
                 await self.app(scope, counted(receive, limit, UPLOAD_TIMEOUT_S), send)
-            case "login" | "small":
-                if route.kind == "login":
-                    self.admit(self.logins.admit(address, "logins"))
+            case "login":
+                self.admit(self.logins.admit(address, "logins"))
+                await self.pass_body(SMALL_BODY, scope, receive, send)
+            case "small":
                 await self.pass_body(SMALL_BODY, scope, receive, send)
             case "event":
-                await self.pass_body(4 * self.settings.max_text_chars + EVENT_OVERHEAD, scope, receive, send)
+                await self.pass_body(EVENT_BYTES, scope, receive, send)
 
     def admit(self, refused: Refused | None) -> None:
         """Raise RefusalError if there is a refusal."""
@@ -149,6 +159,13 @@ class PageMiddleware:
         except RefusalError:
             raise RefusalError(NO_SUCH_PAGE) from None
 
+    async def check_room(self, num_bytes: int) -> None:
+        """Raise RefusalError (507) if the upload folder could become larger than it may."""
+        limit = self.settings.max_upload_bytes
+        if await asyncio.to_thread(self.events.uploads.total_bytes) + num_bytes > limit:
+            message = f"the page keeps at most {limit:,} bytes of uploads (max_upload_bytes); they go after a day"
+            raise refuse(507, message, "uploads_full")
+
     async def pass_stream(self, address: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a stream through while it has a place. Raises RefusalError (429)."""
         query = parse_qs(scope.get("query_string", b"").decode("latin-1"))
@@ -159,7 +176,9 @@ class PageMiddleware:
             f"too many pages are open: at most {streams.per_holder:,} streams from one address "
             f"(max_page_streams_per_address) and {streams.total:,} in all (max_page_streams); close some"
         )
-        with streams.hold(address, 1, Refused(429, message, "too_many_page_streams", retry_after_s=5)):
+        session = query.get("session_hash", [""])[0] if route_path(scope).endswith("/queue/data") else ""
+        refused = Refused(429, message, "too_many_page_streams", retry_after_s=5)
+        with streams.hold(address, 1, refused), self.unread.reading(session):
             await self.app(scope, replayed(b"", receive), send)
 
     async def pass_body(self, max_bytes: int, scope: Scope, receive: Receive, send: Send) -> None:
@@ -170,7 +189,9 @@ class PageMiddleware:
             if body is None:
                 return
             if route_path(scope).endswith("/queue/join"):
-                body = json.dumps(self.events.read(body)).encode()
+                event = self.events.read(body)
+                body = json.dumps(event).encode()
+                self.unread.add(event["session_hash"], holder_of(scope), len(body))
                 scope["headers"] = with_json_headers(scope["headers"], len(body))
             await self.app(scope, replayed(body, receive), send)
         finally:

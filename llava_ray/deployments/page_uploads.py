@@ -1,5 +1,7 @@
 """The page's uploaded files: every path that a browser names is resolved here; nothing outside the folder is read."""
 
+import contextlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +61,15 @@ class Uploads:
                 "files",
             )
         return num_bytes
+
+    def total_bytes(self) -> int:
+        """Return how much lies in the folder."""
+        total = 0
+        for folder, _, names in os.walk(self.folder):
+            for name in names:
+                with contextlib.suppress(OSError):  # deleted meanwhile
+                    total += os.lstat(os.path.join(folder, name)).st_size  # noqa: PTH118 - thousands of them
+        return total
 
     def encoded_size(self, place: Path) -> int:
         """Return how long a file is in base64. Raises RefusalError if it is no longer there."""

@@ -97,6 +97,8 @@ class ServeSettings(Section):
     """Bodies, and images of the page's chats, that one ingress holds at once; the next is refused with 429."""
     max_bytes_in_flight_per_key: PositiveInt = 256 * MIB
     """The same with one key; from one address where there are no keys."""
+    max_upload_bytes: PositiveInt = 4096 * MIB
+    """Uploads that the page keeps on its disk; each is deleted after a day."""
     trusted_proxies: Texts = ()
     """Addresses and networks (10.0.0.0/8) of proxies whose X-Forwarded-For is believed; none by default."""
     max_choices: PositiveInt = 8

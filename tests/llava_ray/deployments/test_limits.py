@@ -13,6 +13,8 @@ from llava_ray.deployments.auth import ApiKey, digest
 from llava_ray.deployments.front import build_front
 from llava_ray.deployments.gateway import LocalGateway
 from llava_ray.deployments.limits import FORWARDED, AddressRates, HeldAmounts, client_address
+from llava_ray.deployments.page_sessions import UnreadEvents
+from llava_ray.deployments.refusal import RefusalError
 from llava_ray.deployments.replica import Replica
 from llava_ray.deployments.routes import Front
 from llava_ray.deployments.settings import ServeSettings
@@ -147,3 +149,21 @@ def test_bodies_that_arrive_without_a_length_are_counted_as_they_come() -> None:
         response = httpx.post(f"{address}/v1/chat/completions", content=chunks)
         assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
         assert front.bytes_in_flight.held == 0
+
+
+def test_events_that_nobody_reads_are_counted_and_dropped() -> None:
+    now, dropped = [0.0], list[str]()
+    held = HeldAmounts(total=10_000, per_holder=7_000)
+    unread = UnreadEvents(held, dropped.append, lambda: now[0])
+    unread.add("one", "alice", 2000)
+    with pytest.raises(RefusalError, match="hold too many bytes"):
+        unread.add("one", "alice", 2000)
+    unread.add("two", "bob", 1000)
+    with unread.reading("one"):
+        now[0] = 100.0
+        unread.drop_old()
+        assert dropped == ["two"]  # one is being read, however long that takes
+        unread.add("one", "mallory", 300)
+    assert (held.held, unread.sessions) == (0, {})
+    with unread.reading("unknown"):
+        pass

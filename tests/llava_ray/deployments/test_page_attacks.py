@@ -393,3 +393,22 @@ def test_events_and_logins_have_a_size(client: PageClient) -> None:
     response = client.join(client.number_of("take_back"), [[{"role": "user", "content": "x" * 3_000_000}]])
     assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
     assert client.http.post("/login", content=b"x" * 20_000).status_code == 413
+
+
+def test_events_without_a_reader_are_bounded(folder: Path) -> None:
+    app, front = build_page(max_body_bytes=1 << 20, max_bytes_in_flight=4 << 20, max_bytes_in_flight_per_key=4 << 20)
+    with served(app) as address:
+        client = PageClient(address)
+        number, text = client.number_of("take_back"), [{"role": "user", "content": "x" * 500_000}]
+        statuses = [client.join(number, [text]).status_code for _ in range(5)]
+        assert statuses == [200, 200, 429, 429, 429]
+        assert client.outcome()["data"][0][0]["content"][0]["text"] == "x" * 500_000
+        client.outcome()
+        assert front.bytes_in_flight.held == 0
+
+
+def test_uploads_have_a_bound_in_total(folder: Path) -> None:
+    app, _ = build_page(max_upload_bytes=1 << 20)
+    with served(app) as address:
+        response = PageClient(address).http.post("/gradio_api/upload", files={"files": ("x.png", picture())})
+        assert (response.status_code, response.json()["error"]["code"]) == (507, "uploads_full")

@@ -1,0 +1,79 @@
+"""What Gradio keeps for sessions that nobody reads: counted as bytes in flight, and dropped after a while."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from llava_ray.deployments.limits import HeldAmounts
+from llava_ray.deployments.middleware import too_many_bytes_in_flight
+from llava_ray.deployments.refusal import RefusalError
+
+UNREAD_S = 60.0  # the page opens its stream right after an event
+COPIES = 3  # of a chat while an event runs: as it came, as the first state of its outcome and as the last
+
+
+@dataclass
+class Session:
+    """The events of one session whose outcome has not been read to its end."""
+
+    holder: str
+    num_bytes: int = 0
+    num_streams: int = 0
+    last: float = 0.0
+
+
+class UnreadEvents:
+    """Gradio queues the outcomes of events until a stream of their session takes them, however long that is."""
+
+    def __init__(
+        self,
+        bytes_in_flight: HeldAmounts,
+        drop: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Count in ``bytes_in_flight``; ``drop`` makes Gradio end a session's events, and forget their outcomes."""
+        self.bytes_in_flight = bytes_in_flight
+        self.drop = drop
+        self.clock = clock
+        self.sessions: dict[str, Session] = {}
+
+    def add(self, name: str, holder: str, num_bytes: int) -> None:
+        """Count an event that is let through. Raises RefusalError (429) if too much is in flight."""
+        self.drop_old()
+        # Another address may use a session's name; whoever was first holds all of it.
+        session = self.sessions.get(name) or Session(holder)
+        if not self.bytes_in_flight.take(session.holder, COPIES * num_bytes):
+            raise RefusalError(too_many_bytes_in_flight(self.bytes_in_flight))
+        self.sessions[name] = session
+        session.num_bytes += COPIES * num_bytes
+        session.last = self.clock()
+
+    @contextmanager
+    def reading(self, name: str) -> Iterator[None]:
+        """Keep a session while one of its streams is open; what it held is free once the last one has ended."""
+        session = self.sessions.get(name)
+        if session is None:
+            yield
+            return
+        session.num_streams += 1
+        try:
+            yield
+        finally:
+            session.num_streams -= 1
+            if not session.num_streams:
+                self.release(name, session)
+
+    def drop_old(self) -> None:
+        """Drop the sessions that nobody has come to read."""
+        border = self.clock() - UNREAD_S
+        for name, session in list(self.sessions.items()):
+            if not session.num_streams and session.last < border:
+                self.release(name, session)
+                self.drop(name)
+
+    def release(self, name: str, session: Session) -> None:
+        """Give back what a session held."""
+        if self.sessions.get(name) is session:
+            del self.sessions[name]
+            self.bytes_in_flight.release(session.holder, session.num_bytes)
