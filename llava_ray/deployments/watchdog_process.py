@@ -25,6 +25,7 @@ def main(parent: int, period_s: float, periods: int) -> None:
             return  # the parent has ended
     if os.getppid() == parent:
         os.kill(parent, signal.SIGKILL)
+        print(f"replica process {parent} stood still for {period_s * periods:g} s: killed", file=sys.stderr)  # noqa: T201
 
 
 if __name__ == "__main__":

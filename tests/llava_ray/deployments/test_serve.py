@@ -166,8 +166,7 @@ def noise(num_bytes: int) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(("count", "stream"), [(1, False), (1, True), (3, True)])
 def test_images_and_bodies_at_the_documented_limits_are_answered(address: str, count: int, stream: bool) -> None:
     """One image of almost max_image_bytes, and several that together make a body of almost max_body_bytes."""
     limits = ServeSettings(model=("echo",))
@@ -186,6 +185,14 @@ def test_images_and_bodies_at_the_documented_limits_are_answered(address: str, c
         assert (said, response.text[-14:]) == (expected, "data: [DONE]\n\n")
     else:
         assert response.json()["choices"][0]["message"]["content"] == expected
+
+
+def test_a_long_answer_with_everything_asked_for_arrives_whole(address: str) -> None:
+    """As many choices as one replica takes, with log-probabilities: from replica to front one message of 5 MB."""
+    asked = asking("word " * 8000, n=5, logprobs=True, top_logprobs=2, max_tokens=8000) | {"model": "other"}
+    response = httpx.post(f"{address}/v1/chat/completions", json=asked, timeout=60)
+    assert response.status_code == 200, response.text[:300]
+    assert [len(choice["logprobs"]["content"]) for choice in response.json()["choices"]] == [8000] * 5
 
 
 def test_a_killed_replica_ends_its_streams_with_an_error_and_others_take_the_rest(

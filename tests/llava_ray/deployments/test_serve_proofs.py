@@ -24,6 +24,7 @@ from llava_ray.deployments.applications import INGRESS_CPUS
 pytestmark = [pytest.mark.verify, pytest.mark.ray, pytest.mark.timeout(900)]
 
 RESULTS = Path(__file__).parents[3] / "tests" / "benchmarks" / "results"
+FRONT = "ray::ServeReplica:api:api"
 FAKE = {"engine": "serving:make_engine", "num_cpus": "0.1", "max_ingress_replicas": "1"}
 
 
@@ -138,6 +139,26 @@ def test_a_stopped_replica_is_replaced(ray_cluster: None) -> None:
     assert figures["back_after_s"] < 75
     assert figures["last_lost_after_s"] < 25
     assert 1 <= figures["lost"] <= 8
+
+
+def test_a_stopped_front_is_replaced(ray_cluster: None) -> None:
+    """The only ingress; nobody else could tell its clients anything."""
+    num_cpus = ray.cluster_resources()["CPU"] - INGRESS_CPUS
+    with service(model="echo@echo", num_cpus=str(num_cpus)) as address:
+        (front,) = (pid for pid in serve_pids() if psutil.Process(pid).cmdline()[0].startswith(FRONT))
+        os.kill(front, signal.SIGSTOP)
+        stopped = time.monotonic()
+        while psutil.pid_exists(front) or not answers(address):
+            assert time.monotonic() - stopped < 75
+            time.sleep(0.5)
+        record("sigstop_front", {"back_after_s": round(time.monotonic() - stopped, 1)})
+        assert set(asyncio.run(crowd(address, 8, 2, 5, Ends())).counts) == {"answered"}
+
+
+def answers(address: str) -> bool:
+    with contextlib.suppress(httpx.HTTPError):
+        return httpx.get(f"{address}/health", timeout=2).status_code == 200
+    return False
 
 
 def test_replicas_follow_a_ramp_and_no_stream_is_cut(ray_cluster: None) -> None:

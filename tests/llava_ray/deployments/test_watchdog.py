@@ -33,7 +33,8 @@ asyncio.run(main())
 @pytest.fixture
 def process() -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-c", CODE]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "here\n"
         yield process
@@ -78,6 +79,8 @@ def test_a_process_that_stands_still_is_killed(
     assert process.returncode == -signal.SIGKILL
     assert seconds > PERIOD_S * (PERIODS - 2)
     until(lambda: ended(child), 2)
+    assert process.stderr is not None
+    assert process.stderr.read() == f"replica process {process.pid} stood still for 1 s: killed\n"
 
 
 def test_one_that_turns_or_pauses_is_not(process: subprocess.Popen[str]) -> None:
