@@ -4,7 +4,6 @@ import asyncio
 import io
 import json
 import os
-import random
 import signal
 import socket
 import time
@@ -14,7 +13,7 @@ import httpx
 import openai
 import pytest
 from commands import free_port
-from pictures import picture
+from pictures import noise, picture
 from PIL import Image
 from serving import asking, data_uri
 
@@ -154,16 +153,6 @@ def test_bodies_are_bounded_through_serves_proxy_too(address: str) -> None:
             answer = connection.recv(4096)
         assert status in answer.splitlines()[0]
         assert time.monotonic() - start < seconds
-
-
-def noise(num_bytes: int) -> bytes:
-    """An image of about so many bytes, and no more, that nothing makes smaller."""
-    side = int((num_bytes / 3 - 1000) ** 0.5)
-    buffer = io.BytesIO()
-    Image.frombytes("RGB", (side, side), random.Random(side).randbytes(side * side * 3)).save(
-        buffer, "PNG", compress_level=0
-    )
-    return buffer.getvalue()
 
 
 @pytest.mark.parametrize(("count", "stream"), [(1, False), (1, True), (3, True)])

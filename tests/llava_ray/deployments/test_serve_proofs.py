@@ -16,8 +16,9 @@ import psutil
 import pytest
 import ray
 from commands import free_port
+from pictures import noise
 from serve_load import Ends, crowd, memory_of, serve_pids
-from serving import asking
+from serving import asking, data_uri
 
 from llava_ray.deployments.applications import INGRESS_CPUS
 
@@ -159,6 +160,17 @@ def answers(address: str) -> bool:
     with contextlib.suppress(httpx.HTTPError):
         return httpx.get(f"{address}/health", timeout=2).status_code == 200
     return False
+
+
+def test_a_body_of_128_mib_where_settings_allow_it(ray_cluster: None) -> None:
+    mib = 2**20
+    settings = {"max_body_bytes": str(128 * mib), "max_image_bytes": str(96 * mib), "max_image_pixels": "50000000"}
+    with service(model="echo@echo", **settings) as address:
+        for images in ([noise(95 * mib)], [noise(23 * mib)] * 4):
+            asked = asking("what is this?", *map(data_uri, images))
+            response = httpx.post(f"{address}/v1/chat/completions", json=asked, timeout=120)
+            assert response.status_code == 200, response.text[:300]
+            assert response.json()["choices"][0]["message"]["content"].endswith(" what is this?")
 
 
 def test_replicas_follow_a_ramp_and_no_stream_is_cut(ray_cluster: None) -> None:
