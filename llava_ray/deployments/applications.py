@@ -12,6 +12,7 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
+from llava_ray.deployments import message_sizes
 from llava_ray.deployments.auth import ApiKey, read_api_keys
 from llava_ray.deployments.engines import make_engine
 from llava_ray.deployments.front import build_front
@@ -24,15 +25,22 @@ from llava_ray.deployments.routes import Front
 from llava_ray.deployments.routing import SessionRouter
 from llava_ray.deployments.settings import ModelSource, ServeSettings
 from llava_ray.deployments.tracing import traced
+from llava_ray.deployments.watchdog import start_watchdog
 from llava_ray.generate.engine import ModelCard
 
-# Serve kills a replica at the third failure in a row: after 30 s, as the original's controller forgot a worker.
+# Serve gives a replica up at the third failure in a row: after 30 s, as the original's controller forgot a worker.
 HEALTH = {"health_check_period_s": 5, "health_check_timeout_s": 10}
 
-# Nothing here holds an event loop up, the model steps in a thread of its own: a second loop for Serve's own work would
-# only cost each token two more changes of thread.
-ONE_LOOP = {
-    "env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
+# What Serve reads in the processes of ingresses and replicas, on whichever cluster they start.
+RUNTIME_ENV = {
+    "env_vars": {
+        # Nothing here holds an event loop up, the model steps in a thread of its own: a second loop for Serve's own
+        # work would only cost each token two more changes of thread.
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+        # A request and its images cross as one message; without this 4 MiB are the most.
+        message_sizes.VARIABLE: str(message_sizes.MAX_MESSAGE_BYTES),
+    }
 }
 
 # Calls beyond a replica's own bound that Serve lets through to it, to be refused there and at once.
@@ -47,9 +55,11 @@ class ModelDeployment:
 
     async def __init__(self, source: ModelSource, settings: ServeSettings) -> None:  # type: ignore[misc]
         """Load the model; Serve awaits this in the replica's own loop. Raises ModelError, ConfigError."""
+        message_sizes.check_environment(deployment_name(source))
         self.engine = make_engine(source, settings)
         await self.engine.start()
         self.replica = Replica(self.engine, source, settings)
+        self.watchdog = start_watchdog()
 
     async def run(self, task: Task) -> AsyncGenerator[Refused | list[Piece] | None, None]:
         """Stream an answer, with signs of life: nobody else notices that a process has been stopped."""
@@ -88,6 +98,7 @@ class Ingress:
         with_page: bool,
     ) -> None:
         """Take a handle for each model, by its name; without them, those of the application ``settings.api_app``."""
+        message_sizes.check_environment("api" if with_api else "page")
         self.with_api, self.with_page = with_api, with_page
         if handles is None:
             handles = {source.name: handle_elsewhere(source, settings) for source in settings.sources}
@@ -95,6 +106,7 @@ class Ingress:
         self.gateway = traced(ServeGateway(handles_of, settings), settings.mlflow_tracking_uri)
         self.fronts: DeploymentHandle | None = None
         self.front = Front(self.gateway, settings, keys, collect=self.collect_all)
+        self.watchdog = start_watchdog()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return what answers HTTP."""
@@ -130,11 +142,12 @@ def page(args: dict[str, Any]) -> Application:
 def application(args: dict[str, Any], *, with_api: bool, with_page: bool) -> Application:
     """Bind ingress and models. Raises ConfigError for settings, keys or paths that cannot be used."""
     settings = found(ServeSettings.parsed(args))
+    message_sizes.check_sizes(settings, with_page=with_page)
     keys = read_api_keys(settings.api_keys_file)
     alone = with_page and not with_api
     models = None if alone else {source.name: model_deployment(source, settings) for source in settings.sources}
     ingress = serve.deployment(Ingress, name="page" if alone else "api").options(
-        ray_actor_options={"num_cpus": INGRESS_CPUS, "runtime_env": ONE_LOOP},
+        ray_actor_options={"num_cpus": INGRESS_CPUS, "runtime_env": RUNTIME_ENV},
         max_ongoing_requests=INGRESS_CALLS,
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
         graceful_shutdown_wait_loop_s=0.5,
@@ -151,7 +164,11 @@ def application(args: dict[str, Any], *, with_api: bool, with_page: bool) -> App
 
 def model_deployment(source: ModelSource, settings: ServeSettings) -> Application:
     """Bind one model."""
-    resources: dict[str, Any] = {"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus, "runtime_env": ONE_LOOP}
+    resources: dict[str, Any] = {
+        "num_cpus": settings.num_cpus,
+        "num_gpus": settings.num_gpus,
+        "runtime_env": RUNTIME_ENV,
+    }
     if settings.accelerator_type is not None:
         resources["accelerator_type"] = settings.accelerator_type
     deployment = serve.deployment(ModelDeployment, name=deployment_name(source)).options(

@@ -1,6 +1,7 @@
 """The application on Ray Serve itself, started once: clients, disconnects, a full queue, a replica that is killed."""
 
 import asyncio
+import io
 import json
 import os
 import signal
@@ -12,8 +13,11 @@ import httpx
 import openai
 import pytest
 from commands import free_port
-from pictures import picture
+from pictures import noise, picture
+from PIL import Image
 from serving import asking, data_uri
+
+from llava_ray.deployments.settings import ServeSettings
 
 pytestmark = pytest.mark.ray
 
@@ -141,13 +145,43 @@ def test_more_than_fit_are_told_when_to_come_back(address: str) -> None:
 def test_bodies_are_bounded_through_serves_proxy_too(address: str) -> None:
     host, port = address.removeprefix("http://").split(":")
     head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {host}\r\ncontent-length: "
-    for length, status, seconds in ((50_000_000, b" 413 ", 1.0), (1000, b" 408 ", 3.5)):
+    over = ServeSettings(model=("echo",)).max_body_bytes + 1
+    for length, status, seconds in ((over, b" 413 ", 1.0), (1000, b" 408 ", 3.5)):
         start = time.monotonic()
         with socket.create_connection((host, int(port)), timeout=5) as connection:
             connection.sendall(f"{head}{length}\r\n\r\nx".encode())
             answer = connection.recv(4096)
         assert status in answer.splitlines()[0]
         assert time.monotonic() - start < seconds
+
+
+@pytest.mark.parametrize(("count", "stream"), [(1, False), (1, True), (3, True)])
+def test_images_and_bodies_at_the_documented_limits_are_answered(address: str, count: int, stream: bool) -> None:
+    """One image of almost max_image_bytes, and several that together make a body of almost max_body_bytes."""
+    limits = ServeSettings(model=("echo",))
+    image = noise(limits.max_image_bytes if count == 1 else limits.max_body_bytes * 3 // 4 // count - 1000)
+    body = json.dumps(asking("what is this?", *[data_uri(image)] * count, stream=stream)).encode()
+    assert 0 < limits.max_image_bytes - len(image) < 30_000 or limits.max_body_bytes - len(body) < 300_000
+    assert len(body) <= limits.max_body_bytes
+    headers = {"content-type": "application/json"}
+    response = httpx.post(f"{address}/v1/chat/completions", content=body, headers=headers, timeout=60)
+    assert response.status_code == 200, response.text[:300]
+    size = "{}x{}".format(*Image.open(io.BytesIO(image)).size)
+    expected = f"{size} " * count + "what is this?"
+    if stream:
+        events = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
+        said = "".join(choice["delta"].get("content", "") for event in events for choice in event["choices"])
+        assert (said, response.text[-14:]) == (expected, "data: [DONE]\n\n")
+    else:
+        assert response.json()["choices"][0]["message"]["content"] == expected
+
+
+def test_a_long_answer_with_everything_asked_for_arrives_whole(address: str) -> None:
+    """As many choices as one replica takes, with log-probabilities: from replica to front one message of 5 MB."""
+    asked = asking("word " * 8000, n=5, logprobs=True, top_logprobs=2, max_tokens=8000) | {"model": "other"}
+    response = httpx.post(f"{address}/v1/chat/completions", json=asked, timeout=60)
+    assert response.status_code == 200, response.text[:300]
+    assert [len(choice["logprobs"]["content"]) for choice in response.json()["choices"]] == [8000] * 5
 
 
 def test_a_killed_replica_ends_its_streams_with_an_error_and_others_take_the_rest(

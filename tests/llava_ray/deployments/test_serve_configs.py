@@ -1,10 +1,15 @@
 """The shipped Serve files: each is valid for Serve, and each of its applications can be built."""
 
+import contextlib
 import importlib
 from pathlib import Path
 
 import pytest
 import yaml
+
+from llava_ray.deployments import message_sizes
+from llava_ray.deployments.settings import ServeSettings
+from llava_ray.errors import ConfigError
 
 FILES = sorted((Path(__file__).parents[3] / "clusters" / "serve").glob("*.yaml"))
 KEYS = '[keys.operator]\nkey = "a key of more than sixteen characters"\n'
@@ -24,7 +29,43 @@ def test_a_serve_file_builds(file: Path, tmp_path: Path) -> None:
         options = bound._bound_deployment
         assert options.name == ("page" if name == "page" else "api")
         assert options.max_ongoing_requests > 1000
+        # Both ends of each call, in whichever application, are told how large a message may be.
+        models = [one for one in bound._bound_deployment.init_args if isinstance(one, dict)]
+        for deployment in (options, *(model._bound_deployment for found in models for model in found.values())):
+            variables = deployment.ray_actor_options["runtime_env"]["env_vars"]
+            assert variables[message_sizes.VARIABLE] == str(message_sizes.MAX_MESSAGE_BYTES)
 
 
 def test_there_are_files() -> None:
     assert [file.stem for file in FILES] == ["autoscaled", "laptop", "scale_to_zero"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "with_page", "error"),
+    [
+        ({"max_body_bytes": 128 * 2**20}, True, None),
+        ({"max_body_bytes": 2**30}, False, None),
+        (
+            {"max_body_bytes": 2**30 + 1},
+            False,
+            "max_body_bytes = 1,073,741,825: .* 1,073,741,824 .*lower max_body_bytes",
+        ),
+        ({"max_images": 80}, False, None),
+        ({"max_images": 80}, True, "max_images = 80, max_image_bytes = 16,777,216: .* lower one of them"),
+    ],
+)
+def test_limits_that_no_message_can_hold_are_refused_at_start(
+    settings: dict[str, int], with_page: bool, error: str | None
+) -> None:
+    args = {"model": ("echo",)} | settings
+    with pytest.raises(ConfigError, match=error) if error else contextlib.nullcontext():
+        message_sizes.check_sizes(ServeSettings.parsed(args), with_page=with_page)
+
+
+def test_a_process_without_our_limit_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Serve file's ray_actor_options replace the application's own."""
+    monkeypatch.setenv(message_sizes.VARIABLE, str(message_sizes.MAX_MESSAGE_BYTES))
+    message_sizes.check_environment("model-echo")
+    monkeypatch.delenv(message_sizes.VARIABLE)
+    with pytest.raises(ConfigError, match=r"'model-echo': RAY_SERVE_\w+ is None .* give num_cpus, num_gpus"):
+        message_sizes.check_environment("model-echo")

@@ -1,0 +1,40 @@
+"""How large a task may be: a request crosses to its replica as one gRPC message, with its images in it."""
+
+import os
+
+from llava_ray.deployments.settings import ServeSettings
+from llava_ray.errors import ConfigError
+
+# What Serve takes the limit from, in the processes of both ends when they start. Its default is gRPC's, 4 MiB.
+VARIABLE = "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"
+MAX_MESSAGE_BYTES = 2**31 - 1  # gRPC counts in 32 bits
+
+# Of what was received; a task repeats it, images in base64 and markers with a few more characters than before.
+MAX_REQUEST_BYTES = 2**30
+
+
+def check_sizes(settings: ServeSettings, *, with_page: bool) -> None:
+    """Raise ConfigError for limits that let in more than one message can hold."""
+    images = settings.max_images * settings.max_image_bytes
+    if settings.max_body_bytes > MAX_REQUEST_BYTES:
+        raise ConfigError(f"max_body_bytes = {settings.max_body_bytes:,}: {too_much('max_body_bytes')}")
+    if with_page and images > MAX_REQUEST_BYTES:  # they come one by one, and go on together
+        found = f"max_images = {settings.max_images:,}, max_image_bytes = {settings.max_image_bytes:,}"
+        raise ConfigError(f"{found}: {too_much('one of them')}")
+
+
+def too_much(remedy: str) -> str:
+    """Say what cannot be, and what to lower."""
+    return f"a request goes to its replica whole, {MAX_REQUEST_BYTES:,} bytes are the most; lower {remedy}"
+
+
+def check_environment(name: str) -> None:
+    """Raise ConfigError in a process of deployment ``name`` that was started without our limit."""
+    if os.environ.get(VARIABLE) == str(MAX_MESSAGE_BYTES):
+        return
+    raise ConfigError(
+        f"deployment {name!r}: {VARIABLE} is {os.environ.get(VARIABLE)!r} in its process, expected "
+        f"{MAX_MESSAGE_BYTES}: images over 4 MiB would not reach a model. A Serve file's own ray_actor_options or "
+        "runtime_env of a deployment replace those of the application; give num_cpus, num_gpus and accelerator_type "
+        "as args instead, or repeat the variable there"
+    )
