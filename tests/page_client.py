@@ -51,11 +51,18 @@ class PageClient:
 
     def outcome(self) -> dict[str, Any]:
         """What the last event came to: its output, or its error."""
+        return self.outcomes(1)[0]
+
+    def outcomes(self, count: int) -> list[dict[str, Any]]:
+        """What the events that have not been read came to; leaving the stream makes Gradio forget the others."""
+        found = []
         with self.http.stream("GET", "/gradio_api/queue/data", params={"session_hash": self.session}) as response:
             for line in response.iter_lines():
                 if '"process_completed"' in line:
-                    return dict(json.loads(line[5:])["output"])
-        raise AssertionError("the event did not end")
+                    found.append(dict(json.loads(line[5:])["output"]))
+                if len(found) == count:
+                    return found
+        raise AssertionError(f"{len(found)} of {count} events ended")
 
     def number_of(self, name: str) -> int:
         return next(int(one["id"]) for one in self.dependencies() if one["api_name"] == name)
