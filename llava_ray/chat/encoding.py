@@ -29,15 +29,21 @@ class Chunk:
 def without_forged(chunk: Chunk, said: bytes, controls: Controls) -> Chunk:
     """Return a chunk in which no control token covers what a message says; ``said`` is not 0 there.
 
-    Most hold none, and are returned as they are. The others are encoded again, the template's control tokens under
-    names that no message can hold. Raises TemplateError for a tokenizer that does not find these.
+    Most hold none, and are returned as they are. Raises TemplateError for a tokenizer that cannot tell them apart.
     """
     found = controls.find(chunk.ids, chunk.offsets, chunk.text)
-    if not any(any(said[start:stop]) for _, start, stop in found):
-        return chunk
-    own = _find_own(chunk, said, controls, found)
+    if any(any(said[start:stop]) for _, start, stop in found):
+        return encode_apart(chunk, _find_own(chunk, said, controls, found), controls)
+    return chunk
+
+
+def encode_apart(chunk: Chunk, own: Sequence[tuple[int, int, int]], controls: Controls) -> Chunk:
+    """Encode a chunk again with no control tokens but ``own`` (id, start and stop), which get names for this.
+
+    Raises TemplateError for a tokenizer that does not find these.
+    """
     written, pieces, place = 0, [], 0
-    starts, origins = [0], [0]  # of the pieces, in the new text and in the chunk's
+    starts, origins = [0], [0]  # of the pieces, in the new text and in the chunk's: every second is a name
     for token, start, stop in own:
         for piece, origin in ((chunk.text[place:start], start), (controls.names[token], stop)):
             pieces.append(piece)
@@ -62,7 +68,9 @@ def without_forged(chunk: Chunk, said: bytes, controls: Controls) -> Chunk:
         piece = bisect_right(starts, place) - 1
         return origins[piece] if piece % 2 else origins[piece] + place - starts[piece]
 
-    return Chunk(chunk.start, chunk.text, encoded.ids, [(origin(start), origin(stop)) for start, stop in encoded.offsets])
+    return Chunk(
+        chunk.start, chunk.text, encoded.ids, [(origin(start), origin(stop)) for start, stop in encoded.offsets]
+    )
 
 
 def _find_own(
