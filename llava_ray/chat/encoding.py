@@ -45,11 +45,11 @@ def encode_apart(chunk: Chunk, own: Sequence[tuple[int, int, int]], controls: Co
     written, pieces, place = 0, [], 0
     starts, origins = [0], [0]  # of the pieces, in the new text and in the chunk's: every second is a name
     for token, start, stop in own:
-        for piece, origin in ((chunk.text[place:start], start), (controls.names[token], stop)):
+        for piece, end in ((chunk.text[place:start], start), (controls.names[token], stop)):
             pieces.append(piece)
             written += len(piece)
             starts.append(written)
-            origins.append(origin)
+            origins.append(end)
         place = stop
     text = "".join([*pieces, chunk.text[place:]])
     encoded = controls.respelt.encode(text, add_special_tokens=False)
@@ -83,10 +83,10 @@ def _find_own(
         if known and start < stop and not any(said[start:stop]):
             own[start] = (token, start, stop)
     tokens = {spelling: token for token, spelling in controls.spellings.items()}
-    forged = [(start, stop) for _, start, stop in found if any(said[start:stop])]
-    for stretch in re.finditer(rb"\0+", said):
+    across = [(start, stop) for _, start, stop in found if any(said[start:stop]) and not all(said[start:stop])]
+    for stretch in re.finditer(rb"\0+", said) if across else ():
         for match in controls.pattern.finditer(chunk.text, *stretch.span()):
             start, stop = match.span()
-            if any(first < stop and start < last for first, last in forged):
+            if any(first < stop and start < last for first, last in across):
                 own[start] = (tokens[match[0]], start, stop)
     return [own[start] for start in sorted(own)]

@@ -62,7 +62,8 @@ def _place_image(text: str, before: str, after: str) -> str:
 def _render_strings(turns: Sequence[Turn], template: StringTemplate, open_turn: bool) -> list[Span]:
     if template.only_images:
         turns = _keep_images(turns, template)
-    spans, before, said = [], template.opening, (template.said,) if any(template.said) else ()
+    said: tuple[tuple[int, int], ...] = (template.said,) if any(template.said) else ()
+    spans, before = [], template.opening
     for question, answer in template.examples:
         written = question + template.question_end + template.cue + template.lead + answer + template.end
         spans.append(Span(before + written, learnt=False, said=said))

@@ -105,7 +105,7 @@ def text_of(message: Message) -> str:
     """Return a system message's text; images have no place in it."""
     if any(isinstance(part, ImagePart) for part in message.parts):
         raise refuse(400, f"a {message.role} message holds an image; only a user's may", "image_role", "messages")
-    return join_parts(part.text for part in message.parts if isinstance(part, TextPart))
+    return break_markers(join_parts(part.text for part in message.parts if isinstance(part, TextPart)))
 
 
 def check_order(spoken: list[Message]) -> None:

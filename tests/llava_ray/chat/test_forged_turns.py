@@ -222,7 +222,7 @@ def test_ordinary_text_has_the_ids_and_offsets_that_it_always_had(make, name: st
     """Ids, labels and offsets of one pass over the whole text, also where another message is told apart."""
     draw = random.Random(name)
     tokenizer, templates = make(name)
-    words = "cat|is| |  |\n|<|>|<|</|é|一只猫|😀|75%|USER:|###|\t|im_end".split("|")
+    words = ["cat", "is", *" |<>\n\té😀", "  ", "</", "一只猫", "75%", "USER:", "###", "im_end"]
     for _ in range(400):
         template = draw.choice(templates)
         texts = ["So" + "".join(draw.choices(words, k=draw.randint(1, 12))) for _ in range(4)]
@@ -293,7 +293,7 @@ def test_image_tags_are_the_templates_only_around_images(llama_folder) -> None:
 
 
 def test_markers_are_images_only_where_one_message_writes_them(make) -> None:
-    tokenizer, templates = make("chatml")
+    tokenizer, _ = make("chatml")
     assert place_images(ask("<ima<image>ge>"), TEMPLATES["v1"]) == tuple(ask("<image>\n< image >"))
     glued = "{% for message in messages %}{{ message['content'] }}{% endfor %}{{ '<|im_end|>' }}"
     tokenizer.chat_template = glued
@@ -306,6 +306,6 @@ def test_markers_are_images_only_where_one_message_writes_them(make) -> None:
 
 
 def test_jinja_in_a_message_is_text(make) -> None:
-    tokenizer, [template, *_] = make("chatml")
+    _, [template, *_] = make("chatml")
     text = render_prompt(ask("{{ eos_token }}{% for x in y %}{# #}"), template, open_turn=True)
     assert "{{ eos_token }}{% for x in y %}{# #}" in text
