@@ -59,8 +59,8 @@ class Controls:
 
     def find(self, ids: Sequence[int], offsets: Sequence[Range], text: str) -> list[tuple[int, int, int]]:
         """Return id, start and stop of each control token of an encoded text, without white space that it took in."""
-        found = []
-        for index in [index for index, token in enumerate(ids) if token in self.spellings]:
+        found, known = [], self.spellings
+        for index in [index for index, token in enumerate(ids) if token in known]:
             start, stop = offsets[index]
             covered = text[start:stop]
             start += len(covered) - len(covered.lstrip())

@@ -12,7 +12,6 @@ or ``<|im_end|>`` in Llama's vocabulary) are text wherever they stand, and canno
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -85,9 +84,10 @@ def tokenize_spans(
             input_ids = _find_bos(tokenizer)
             labels = [IGNORE_INDEX] * len(input_ids)
         input_ids += chunk.ids
+        start = chunk.start
         # A piece that stands for no character (the prefix space before a chunk) belongs to the one after it.
         labels += [
-            token if learnt[chunk.start + max(first, last - 1)] else IGNORE_INDEX
+            token if learnt[start + (last - 1 if last > first else first)] else IGNORE_INDEX
             for token, (first, last) in zip(chunk.ids, chunk.offsets, strict=True)
         ]
     return TokenizedConversation(input_ids, labels)
@@ -134,11 +134,13 @@ def _find_said(spans: Sequence[Span]) -> bytes:
 def _split_images(text: str, said: bytes) -> tuple[list[int], list[str]]:
     """Split on image markers. One that a message and something beside it make together is none."""
     starts, texts, place = [0], [], 0
-    for found in re.finditer(re.escape(IMAGE_TOKEN), text):
-        if len(set(said[found.start() : found.end()])) == 1:
-            texts.append(text[place : found.start()])
-            place = found.end()
-            starts.append(place)
+    found = text.find(IMAGE_TOKEN)
+    while found >= 0:
+        end = found + len(IMAGE_TOKEN)
+        if len(set(said[found:end])) == 1:
+            texts.append(text[place:found])
+            starts.append(place := end)
+        found = text.find(IMAGE_TOKEN, end)
     return starts, [*texts, text[place:]]
 
 
