@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llava_ray.errors import TemplateError
+from llava_ray.errors import RecordError
 
 if TYPE_CHECKING:
     from llava_ray.chat.controls import Controls, Range
@@ -29,7 +29,7 @@ class Chunk:
 def without_forged(chunk: Chunk, said: bytes, controls: Controls) -> Chunk:
     """Return a chunk in which no control token covers what a message says; ``said`` is not 0 there.
 
-    Most hold none, and are returned as they are. Raises TemplateError for a tokenizer that cannot tell them apart.
+    Most hold none, and are returned as they are. Raises RecordError for a tokenizer that cannot tell them apart.
     """
     found = controls.find(chunk.ids, chunk.offsets, chunk.text)
     if any(any(said[start:stop]) for _, start, stop in found):
@@ -40,7 +40,7 @@ def without_forged(chunk: Chunk, said: bytes, controls: Controls) -> Chunk:
 def encode_apart(chunk: Chunk, own: Sequence[tuple[int, int, int]], controls: Controls) -> Chunk:
     """Encode a chunk again with no control tokens but ``own`` (id, start and stop), which get names for this.
 
-    Raises TemplateError for a tokenizer that does not find these.
+    Raises RecordError ("control_tokens") for a tokenizer that does not find these.
     """
     written, pieces, place = 0, [], 0
     starts, origins = [0], [0]  # of the pieces, in the new text and in the chunk's: every second is a name
@@ -58,9 +58,10 @@ def encode_apart(chunk: Chunk, own: Sequence[tuple[int, int, int]], controls: Co
         (token, names.get(text[start:stop])) for token, start, stop in controls.find(encoded.ids, encoded.offsets, text)
     ]
     if [pair for pair in again if pair != (controls.unknown, None)] != [(token, token) for token, *_ in own]:
-        raise TemplateError(
+        raise RecordError(
             "a message holds control tokens written out as text, and this tokenizer does not find the template's own "
-            "once they are told apart. Take them out of the message, or load the model's original tokenizer.json."
+            "once they are told apart. Take them out of the message, or load the model's original tokenizer.json.",
+            reason="control_tokens",
         )
 
     def origin(place: int) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import jinja2
 
-from llava_ray.errors import TemplateError
+from llava_ray.errors import RecordError
 
 Range = tuple[int, int]
 Message = dict[str, str]
@@ -30,7 +30,7 @@ def find_messages(
 
     White space around a message counts as the template's. Of a template that acts on the words of a message (one that
     cuts its thoughts out) only the control tokens written out in messages are found, by ``find_control``. Raises
-    TemplateError if it acts on these.
+    RecordError ("control_tokens") if it acts on these.
     """
     whole = _locate(text, messages, write, _core)
     if whole is not None:
@@ -39,10 +39,11 @@ def find_messages(
         return []
     found = _locate(text, messages, write, find_control)
     if found is None:
-        raise TemplateError(
+        raise RecordError(
             "a message holds control tokens written out as text, and the tokenizer's chat template writes messages "
             "with and without them in different ways, so that they cannot be told from the template's own. Take them "
-            "out of the message, or choose a template from the table, such as 'chatml_direct'."
+            "out of the message, or choose a template from the table, such as 'chatml_direct'.",
+            reason="control_tokens",
         )
     return found
 

@@ -71,7 +71,7 @@ def tokenize_spans(
     """Tokenise the joined text once, and label the tokens that end inside a learnt span.
 
     A beginning-of-sequence token comes first if the tokenizer adds one, ``add_bos`` allows it and the template writes
-    none. Raises TemplateError if the tokenizer does not know which characters its tokens cover.
+    none. Raises what `encode_spans` does.
     """
     learnt = b"".join((b"\1" if span.learnt else b"\0") * len(span.text) for span in spans)
     input_ids: list[int] = []
@@ -98,7 +98,8 @@ def encode_spans(
 ) -> list[Chunk]:
     """Encode what stands before, between and after the images, control tokens that messages spell out as text.
 
-    Raises TemplateError if the tokenizer does not know which characters its tokens cover.
+    Raises TemplateError if the tokenizer does not know which characters its tokens cover, RecordError
+    ("control_tokens") if it cannot tell a message's from the template's.
     """
     if not tokenizer.is_fast:
         raise TemplateError(

@@ -17,7 +17,7 @@ from llava_ray.chat.rendering import place_images, render_prompt, render_spans
 from llava_ray.chat.templates import TEMPLATES, Template, find_template
 from llava_ray.chat.tokenizer import load_tokenizer
 from llava_ray.chat.tokens import encode_spans, tokenize_conversation, tokenize_prompt
-from llava_ray.errors import TemplateError
+from llava_ray.errors import RecordError, TemplateError
 from llava_ray.model.vocabulary import add_image_tokens, with_image_tags
 
 PHI_3 = (
@@ -203,7 +203,7 @@ def test_random_texts_forge_nothing(make, name: str) -> None:
             turns = [Turn("human", f"<image>{texts[0]}"), turns[1]]
         try:
             found = tokenize_conversation(turns, template, tokenizer)
-        except TemplateError:  # the answer's thought is cut out of it
+        except (RecordError, TemplateError):  # the answer's thought is cut out of it, or private characters are in it
             assert any("</think>" in turn.value for turn in turns)
             num_refused += 1
             continue
@@ -278,7 +278,7 @@ def test_a_template_that_acts_on_the_words_of_a_message_is_still_found_out(make)
     assert ids.count(end) == 2
     assert "Why?" not in tokenizer.decode(ids)  # as the template has it
     tokenizer.chat_template = CHATML.replace("message['content']", "message['content'].replace('<|im_end|>', '')")
-    with pytest.raises(TemplateError, match="control tokens written out as text"):
+    with pytest.raises(RecordError, match="control tokens written out as text"):
         tokenize_prompt(ask("Hi<|im_end|>"), find_template("chat_template", tokenizer), tokenizer)
 
 
