@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from llava_ray.errors import RecordError
@@ -35,6 +35,8 @@ class Span:
 
     text: str
     learnt: bool
+    said: tuple[tuple[int, int], ...] = field(default=(), compare=False)
+    """Which characters are a message's (start and stop); all others are the template's."""
 
 
 @dataclass(frozen=True)
@@ -127,3 +129,13 @@ def _read_turn(entry: Mapping[str, object], number: int) -> Turn:
 def with_markers(question: str, num_images: int) -> str:
     """Put a marker for each image in front of a question that has none."""
     return question if IMAGE_TOKEN in question else f"{IMAGE_TOKEN}\n" * num_images + question
+
+
+def join_parts(parts: Iterable[str | None]) -> str:
+    """Join the texts and images (None) of one message, each on a line of its own: in training as in serving."""
+    return "\n".join(IMAGE_TOKEN if part is None else part for part in parts)
+
+
+def break_markers(text: str) -> str:
+    """Take image markers apart where none may stand: each would wait for an image that is not there."""
+    return text.replace(IMAGE_TOKEN, "< image >")

@@ -1,4 +1,8 @@
-"""A template of fixed strings as a Jinja chat template, for programs that know only those (transformers, vLLM)."""
+"""A template of fixed strings as a Jinja chat template, for programs that know only those (transformers, vLLM).
+
+They tokenise what it writes as one text, so a message that spells out control tokens writes them there: only our own
+rendering keeps the two apart (`tokens`).
+"""
 
 from __future__ import annotations
 

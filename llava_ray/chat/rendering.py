@@ -6,7 +6,11 @@ import itertools
 from collections.abc import Sequence
 from typing import cast
 
-from llava_ray.chat.conversation import IMAGE_TOKEN, Span, Turn, check_turns
+import jinja2
+
+from llava_ray.chat.controls import find_control
+from llava_ray.chat.conversation import IMAGE_TOKEN, Span, Turn, break_markers, check_turns
+from llava_ray.chat.messages import find_messages
 from llava_ray.chat.templates import JinjaTemplate, StringTemplate, Template
 from llava_ray.errors import RecordError, TemplateError
 
@@ -50,28 +54,42 @@ def place_images(turns: Sequence[Turn], template: Template) -> tuple[Turn, ...]:
 def _place_image(text: str, before: str, after: str) -> str:
     text = text.replace(before + IMAGE_TOKEN + after, IMAGE_TOKEN)
     if text.count(IMAGE_TOKEN) == 1:
-        text = f"{IMAGE_TOKEN}\n{text.replace(IMAGE_TOKEN, '').strip()}".strip()
+        rest = break_markers(text.replace(IMAGE_TOKEN, "").strip())  # its ends may have become one
+        text = f"{IMAGE_TOKEN}\n{rest}".strip()
     return text.replace(IMAGE_TOKEN, before + IMAGE_TOKEN + after)
 
 
 def _render_strings(turns: Sequence[Turn], template: StringTemplate, open_turn: bool) -> list[Span]:
     if template.only_images:
         turns = _keep_images(turns, template)
+    said: tuple[tuple[int, int], ...] = (template.said,) if any(template.said) else ()
     spans, before = [], template.opening
     for question, answer in template.examples:
         written = question + template.question_end + template.cue + template.lead + answer + template.end
-        spans.append(Span(before + written, learnt=False))
-        before = template.question
+        spans.append(Span(before + written, learnt=False, said=said))
+        before, said = template.question, ()
     for turn in turns:
         if turn.role == "human":
-            spans.append(Span(before + turn.value + template.question_end, learnt=False))
-            before = template.question
+            said += _said(turn.value, len(before), template)
+            spans.append(Span(before + turn.value + template.question_end, learnt=False, said=said))
+            before, said = template.question, ()
         else:
+            answered = _said(turn.value, len(template.lead), template)
             spans.append(Span(template.cue, learnt=False))
-            spans.append(Span(template.lead + turn.value + template.end, learnt=True))
+            spans.append(Span(template.lead + turn.value + template.end, learnt=True, said=answered))
     if open_turn:
         spans.append(Span(template.cue, learnt=False))
     return [span for span in spans if span.text]
+
+
+def _said(message: str, start: int, template: Template) -> tuple[tuple[int, int], ...]:
+    """Return which characters are a message's own: all but the template's tags around images."""
+    before, after = template.image_tags
+    ranges = []
+    for part in message.split(before + IMAGE_TOKEN + after) if before or after else [message]:
+        ranges.append((start, start + len(part)))
+        start += len(part) + len(before + IMAGE_TOKEN + after)
+    return tuple((first, last) for first, last in ranges if first < last)
 
 
 def _keep_images(turns: Sequence[Turn], template: StringTemplate) -> list[Turn]:
@@ -89,20 +107,58 @@ def _keep_images(turns: Sequence[Turn], template: StringTemplate) -> list[Turn]:
 
 
 def _render_jinja(turns: Sequence[Turn], template: JinjaTemplate, open_turn: bool) -> list[Span]:
-    text = _apply_jinja(turns, template, add_generation_prompt=open_turn)
-    spans, written = [], 0
+    messages = _messages(turns, template)
+    text = _apply_jinja(messages, template, add_generation_prompt=open_turn)
+    said = find_messages(
+        text,
+        messages,
+        write=lambda marked: _apply_jinja(marked, template, add_generation_prompt=open_turn),
+        find_control=lambda content: find_control(content, template.tokenizer, template),
+    )
+    if any(template.image_tags):
+        said = [own for start, stop in said for own in _said(text[start:stop], start, template)]
+    borders, written = [], 0
     for index, turn in enumerate(turns):
         if turn.role == "human":
             continue
         start = _find_answer_start(text, turns[:index], template)
         stop = start + _measure_answer(text[start:], turn, template)
-        spans += [Span(text[written:start], learnt=False), Span(text[start:stop], learnt=True)]
+        borders += [(written, start, False), (start, stop, True)]
         written = stop
-    return [span for span in [*spans, Span(text[written:], learnt=False)] if span.text]
+    borders.append((written, len(text), False))
+    return [
+        Span(text[start:stop], learnt=learnt, said=_within(said, start, stop))
+        for start, stop, learnt in borders
+        if start < stop
+    ]
+
+
+def _within(said: Sequence[tuple[int, int]], start: int, stop: int) -> tuple[tuple[int, int], ...]:
+    clipped = ((max(first, start) - start, min(last, stop) - start) for first, last in said)
+    return tuple((first, last) for first, last in clipped if first < last)
+
+
+def find_frame(template: JinjaTemplate) -> tuple[str, ...]:
+    """Return what a Jinja template writes around questions and answers, a thought before an answer left out.
+
+    A template that cannot write them says nothing of itself but its own source.
+    """
+    try:
+        spans = render_spans((Turn("human", "Q"), Turn("gpt", "A"), Turn("human", "Q")), template, open_turn=True)
+    except (TemplateError, jinja2.TemplateError, TypeError, ValueError, LookupError):
+        return (str(template.tokenizer.chat_template),)
+    texts = []
+    for span in spans:
+        place = span.said[-1][1] if span.learnt and span.said else 0
+        for first, last in () if span.learnt else span.said:
+            texts.append(span.text[place:first])
+            place = last
+        texts.append(span.text[place:])
+    return tuple(texts)
 
 
 def _find_answer_start(text: str, turns: Sequence[Turn], template: JinjaTemplate) -> int:
-    prompt = _apply_jinja(turns, template, add_generation_prompt=True)
+    prompt = _apply_jinja(_messages(turns, template), template, add_generation_prompt=True)
     if not text.startswith(prompt):
         same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, prompt, strict=False)))
         raise TemplateError(
@@ -130,9 +186,12 @@ def _measure_answer(rest: str, turn: Turn, template: JinjaTemplate) -> int:
     return end.end()
 
 
-def _apply_jinja(turns: Sequence[Turn], template: JinjaTemplate, *, add_generation_prompt: bool) -> str:
+def _messages(turns: Sequence[Turn], template: JinjaTemplate) -> list[dict[str, str]]:
     words = {"human": "user", "gpt": "assistant"}
     messages = [] if template.system is None else [{"role": "system", "content": template.system}]
-    messages += [{"role": words[turn.role], "content": turn.value} for turn in turns]
+    return [*messages, *({"role": words[turn.role], "content": turn.value} for turn in turns)]
+
+
+def _apply_jinja(messages: list[dict[str, str]], template: JinjaTemplate, *, add_generation_prompt: bool) -> str:
     text = template.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     return cast("str", text)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from llava_ray.chat import system_prompts
+from llava_ray.chat.conversation import break_markers
 from llava_ray.errors import ConfigError, TemplateError
 
 if TYPE_CHECKING:
@@ -38,8 +39,16 @@ class Template:
     image_tags: tuple[str, str] = ("", "")
     add_bos: bool = True
 
+    @property
+    def frame(self) -> tuple[str, ...]:
+        """Return what it writes itself around messages."""
+        return self.image_tags
+
     def with_system(self, system: str) -> Template:
-        """Return this template with another system prompt. Raises TemplateError where it has none."""
+        """Return this template with another system prompt, in which no image can stand.
+
+        Raises TemplateError where it has none.
+        """
         raise TemplateError(
             f"template {self.name!r} has no place for a system prompt; leave it out, or put it into the first question."
         )
@@ -63,12 +72,24 @@ class StringTemplate(Template):
     only_images: bool = False
     system: str = ""
     """The system prompt within ``opening``."""
+    said: tuple[int, int] = (0, 0)
+    """Where in ``opening`` a system prompt stands that is not the table's own."""
+
+    @property
+    def frame(self) -> tuple[str, ...]:
+        """Return what it writes itself around messages."""
+        start, stop = self.said
+        opening = (self.opening[:start], self.opening[stop:])
+        return (*opening, self.question, self.question_end, self.cue, self.end, *self.image_tags)
 
     def with_system(self, system: str) -> Template:
         """Return this template with another system prompt. Raises TemplateError where it has none."""
         if not self.system:
             return super().with_system(system)
-        return replace(self, opening=self.opening.replace(self.system, system, 1), system=system)
+        start = self.said[0] if any(self.said) else self.opening.index(self.system)
+        before, after = self.opening[:start], self.opening[start + len(self.system) :]
+        system = break_markers(system)
+        return replace(self, opening=before + system + after, system=system, said=(start, start + len(system)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +103,17 @@ class JinjaTemplate(Template):
     end: re.Pattern[str]
     system: str | None = None
     """A system message in front of the conversation; None for what the Jinja text does by itself."""
+    around: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    """What the Jinja text writes around questions and answers."""
+
+    @property
+    def frame(self) -> tuple[str, ...]:
+        """Return what it writes itself around messages."""
+        return (*self.around, *self.image_tags)
 
     def with_system(self, system: str) -> Template:
         """Return this template with a system message, which its Jinja text may refuse when it is rendered."""
-        return replace(self, system=system)
+        return replace(self, system=break_markers(system))
 
 
 def find_template(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Template:
@@ -116,14 +144,17 @@ def _tokenizer_template(tokenizer: PreTrainedTokenizerBase | None) -> JinjaTempl
             "(a base model's tokenizer rarely does). Add chat_template.jinja to its folder, or name one of: "
             f"{', '.join(sorted(TEMPLATES))}."
         )
+    from llava_ray.chat.rendering import find_frame  # which knows templates
+
     tokens = sorted(map(re.escape, tokenizer.get_added_vocab()), key=len, reverse=True)
-    return JinjaTemplate(
+    template = JinjaTemplate(
         name=CHAT_TEMPLATE,
         stop=str(tokenizer.eos_token or ""),
         add_bos=False,
         tokenizer=tokenizer,
         end=re.compile(rf"\s*({'|'.join(tokens) or '(?!)'})"),
     )
+    return replace(template, around=find_frame(template))
 
 
 def _hashes(system: str) -> StringTemplate:

@@ -4,8 +4,10 @@ The text between two images is tokenised once and whole, so ids are those of the
 offsets say which characters each token covers, and a token is learnt if its last character is. Nothing is split on
 separators and no prefix is tokenised again to count it, so no text can throw the mask off.
 
-Control tokens written out in data (``</s>``, ``<|im_end|>``) become the real tokens, as in the original: in a
-question they are context, in an answer they are learnt. Clean untrusted data before.
+Text never becomes control: what a message spells out (``</s>``, ``<|im_end|>``) is encoded as ordinary text, in
+questions, answers and system prompts, so no message can end its turn and begin another. The template's own tokens are
+the only control ones (`controls` says which these are). Words that a tokenizer has no token for (``USER:``, ``###``,
+or ``<|im_end|>`` in Llama's vocabulary) are text wherever they stand, and cannot be told apart.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from llava_ray.chat.controls import find_controls
 from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, Span, Turn
+from llava_ray.chat.encoding import Chunk, without_forged
 from llava_ray.chat.rendering import place_images, render_spans
 from llava_ray.errors import ConfigError, RecordError, TemplateError
 
@@ -48,22 +52,54 @@ def tokenize_conversation(
 ) -> TokenizedConversation:
     """Return the ids and labels that training sees for these turns. Raises RecordError or TemplateError."""
     spans = render_spans(place_images(turns, template), template)
-    return tokenize_spans(spans, tokenizer, add_bos=template.add_bos)
+    return tokenize_spans(spans, tokenizer, add_bos=template.add_bos, template=template)
 
 
 def tokenize_prompt(turns: Sequence[Turn], template: Template, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the ids after which the model writes its answer: the same tokens that training put before one."""
     spans = render_spans(place_images(turns, template), template, open_turn=True)
-    return tokenize_spans(spans, tokenizer, add_bos=template.add_bos).input_ids
+    return tokenize_spans(spans, tokenizer, add_bos=template.add_bos, template=template).input_ids
 
 
 def tokenize_spans(
-    spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase, *, add_bos: bool = True
+    spans: Sequence[Span],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    add_bos: bool = True,
+    template: Template | None = None,
 ) -> TokenizedConversation:
     """Tokenise the joined text once, and label the tokens that end inside a learnt span.
 
-    A beginning-of-sequence token comes first if the tokenizer adds one, ``add_bos`` allows it and the text has
-    none. Raises TemplateError if the tokenizer does not know which characters its tokens cover.
+    A beginning-of-sequence token comes first if the tokenizer adds one, ``add_bos`` allows it and the template writes
+    none. Raises what `encode_spans` does.
+    """
+    learnt = b"".join((b"\1" if span.learnt else b"\0") * len(span.text) for span in spans)
+    input_ids: list[int] = []
+    labels: list[int] = []
+    for chunk in encode_spans(spans, tokenizer, template):
+        if chunk.start:
+            input_ids.append(IMAGE_TOKEN_INDEX)
+            labels.append(IGNORE_INDEX)
+        elif add_bos and not _writes_bos(spans, tokenizer):
+            input_ids = _find_bos(tokenizer)
+            labels = [IGNORE_INDEX] * len(input_ids)
+        input_ids += chunk.ids
+        start = chunk.start
+        # A piece that stands for no character (the prefix space before a chunk) belongs to the one after it.
+        labels += [
+            token if learnt[start + (last - 1 if last > first else first)] else IGNORE_INDEX
+            for token, (first, last) in zip(chunk.ids, chunk.offsets, strict=True)
+        ]
+    return TokenizedConversation(input_ids, labels)
+
+
+def encode_spans(
+    spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase, template: Template | None = None
+) -> list[Chunk]:
+    """Encode what stands before, between and after the images, control tokens that messages spell out as text.
+
+    Raises TemplateError if the tokenizer does not know which characters its tokens cover, RecordError
+    ("control_tokens") if it cannot tell a message's from the template's.
     """
     if not tokenizer.is_fast:
         raise TemplateError(
@@ -71,27 +107,51 @@ def tokenize_spans(
             "Load it with AutoTokenizer.from_pretrained(..., use_fast=True), or convert it to a tokenizer.json."
         )
     text = "".join(span.text for span in spans)
-    learnt = b"".join((b"\1" if span.learnt else b"\0") * len(span.text) for span in spans)
-    chunks = text.split(IMAGE_TOKEN)
+    said = _find_said(spans)
+    starts, texts = _split_images(text, said)
     encoded = tokenizer(
-        chunks, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
+        texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
     )
-    writes_bos = tokenizer.bos_token is not None and text.startswith(str(tokenizer.bos_token))
-    input_ids = _find_bos(tokenizer) if add_bos and not writes_bos else []
-    labels = [IGNORE_INDEX] * len(input_ids)
-    start = 0
-    for chunk, ids, offsets in zip(chunks, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        if start:
-            input_ids.append(IMAGE_TOKEN_INDEX)
-            labels.append(IGNORE_INDEX)
-        input_ids += ids
-        # A piece that stands for no character (the prefix space before a chunk) belongs to the one after it.
-        labels += [
-            token if learnt[start + max(first, last - 1)] else IGNORE_INDEX
-            for token, (first, last) in zip(ids, offsets, strict=True)
-        ]
-        start += len(chunk) + len(IMAGE_TOKEN)
-    return TokenizedConversation(input_ids, labels)
+    chunks = list(map(Chunk, starts, texts, encoded["input_ids"], encoded["offset_mapping"]))
+    if not any(said):
+        return chunks
+    controls = find_controls(tokenizer, template)
+    return [without_forged(chunk, said[chunk.start : chunk.start + len(chunk.text)], controls) for chunk in chunks]
+
+
+def _find_said(spans: Sequence[Span]) -> bytes:
+    """Return a 0 for each of the template's characters, and for those of messages 1 and 2 in turn."""
+    pieces: list[bytes] = []
+    number = 0
+    for span in spans:
+        place = 0
+        for start, stop in span.said:
+            pieces += [b"\0" * (start - place), (b"\1", b"\2")[number % 2] * (stop - start)]
+            place, number = stop, number + 1
+        pieces.append(b"\0" * (len(span.text) - place))
+    return b"".join(pieces)
+
+
+def _split_images(text: str, said: bytes) -> tuple[list[int], list[str]]:
+    """Split on image markers. One that a message and something beside it make together is none."""
+    starts, texts, place = [0], [], 0
+    found = text.find(IMAGE_TOKEN)
+    while found >= 0:
+        end = found + len(IMAGE_TOKEN)
+        if len(set(said[found:end])) == 1:
+            texts.append(text[place:found])
+            starts.append(place := end)
+        found = text.find(IMAGE_TOKEN, end)
+    return starts, [*texts, text[place:]]
+
+
+def _writes_bos(spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Tell whether the template itself begins with a beginning-of-sequence token."""
+    bos = tokenizer.bos_token
+    if bos is None or not spans:
+        return False
+    start = spans[0].said[0][0] if spans[0].said else len(spans[0].text)
+    return spans[0].text[:start].startswith(str(bos))
 
 
 def tokenizer_image_token(
@@ -101,6 +161,8 @@ def tokenizer_image_token(
     return_tensors: str | None = None,
 ) -> list[int] | torch.Tensor:
     """Tokenise a written prompt with one ``image_token_index`` for each marker, under LLaVA's own name.
+
+    The prompt is its writer's own, template and all: control tokens that it spells out are control tokens.
 
     Returns a list, or with ``return_tensors="pt"`` a 1-D int64 tensor. Raises ConfigError for any other value.
     """

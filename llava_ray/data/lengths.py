@@ -28,7 +28,7 @@ from llava_ray.placement import in_pool
 if TYPE_CHECKING:
     from llava_ray.model.blueprint import Blueprint
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3  # 3: control tokens that messages spell out are text
 SAMPLES_WITHOUT_RAY = 10_000
 
 SCHEMA = pa.schema(

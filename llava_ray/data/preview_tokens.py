@@ -6,8 +6,8 @@ from itertools import pairwise
 import numpy as np
 
 from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, Turn
-from llava_ray.chat.rendering import place_images, render_prompt
-from llava_ray.chat.tokens import tokenize_conversation
+from llava_ray.chat.rendering import place_images, render_spans
+from llava_ray.chat.tokens import encode_spans, tokenize_conversation
 from llava_ray.data.examples import Encoder, Example, image_starts
 from llava_ray.report.pieces import Token
 
@@ -25,20 +25,16 @@ def split_tokens(turns: Sequence[Turn], encoder: Encoder) -> list[Token]:
     Tokens that share a character (the bytes of an emoji) leave it to the first of them, so a text may be empty. A
     beginning-of-sequence token stands before the prompt.
     """
-    tokenized = tokenize_conversation(turns, encoder.template, encoder.tokenizer)
-    text = render_prompt(place_images(turns, encoder.template), encoder.template)
-    chunks = text.split(IMAGE_TOKEN)
-    encoded = encoder.tokenizer(
-        chunks, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
-    )
+    template, tokenizer = encoder.template, encoder.tokenizer
+    tokenized = tokenize_conversation(turns, template, tokenizer)
     pieces: list[str] = []
-    for number, (chunk, offsets) in enumerate(zip(chunks, encoded["offset_mapping"], strict=True)):
-        ends = np.maximum.accumulate([0, *(last for _, last in offsets)]).tolist()
-        ends[-1] = len(chunk)  # what no token stands for goes to the one before it
-        pieces += [IMAGE_TOKEN] if number else []
-        pieces += [chunk[start:end] for start, end in pairwise(ends)]
+    for chunk in encode_spans(render_spans(place_images(turns, template), template), tokenizer, template):
+        ends = np.maximum.accumulate([0, *(last for _, last in chunk.offsets)]).tolist()
+        ends[-1] = len(chunk.text)  # what no token stands for goes to the one before it
+        pieces += [IMAGE_TOKEN] if chunk.start else []
+        pieces += [chunk.text[start:end] for start, end in pairwise(ends)]
     num_added = len(tokenized.input_ids) - len(pieces)
-    pieces = [str(encoder.tokenizer.convert_ids_to_tokens(token)) for token in tokenized.input_ids[:num_added]] + pieces
+    pieces = [str(tokenizer.convert_ids_to_tokens(token)) for token in tokenized.input_ids[:num_added]] + pieces
     return [
         Token(piece, "image" if token == IMAGE_TOKEN_INDEX else "learnt" if label != IGNORE_INDEX else "context")
         for piece, token, label in zip(pieces, tokenized.input_ids, tokenized.labels, strict=True)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llava_ray.chat.conversation import IMAGE_TOKEN, Turn, read_turns
+from llava_ray.chat.conversation import IMAGE_TOKEN, Turn, join_parts, read_turns
 from llava_ray.data.records import CONVERSATION_COLUMNS, RawRecord, Record
 from llava_ray.errors import RecordError
 from llava_ray.images.reading import check_image, read_bytes
@@ -120,8 +120,8 @@ def _join_parts(turn: Any) -> Any:
     parts = turn.get("content") if isinstance(turn, Mapping) else None
     if not isinstance(parts, list):
         return turn
-    texts = [IMAGE_TOKEN if part.get("type") in IMAGE_PARTS else part.get("text") or "" for part in parts]
-    return {**turn, "content": "\n".join(texts)}
+    texts = (None if part.get("type") in IMAGE_PARTS else part.get("text") or "" for part in parts)
+    return {**turn, "content": join_parts(texts)}
 
 
 def _list_images(values: Mapping[str, Any]) -> list[Any]:

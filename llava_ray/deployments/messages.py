@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from llava_ray.chat.conversation import IMAGE_TOKEN, Turn
+from llava_ray.chat.conversation import IMAGE_TOKEN, Turn, break_markers, join_parts
 from llava_ray.deployments.refusal import refuse
 from llava_ray.deployments.schema import ChatRequest, CompletionRequest, GenerationFields, ImagePart, Message, TextPart
 from llava_ray.deployments.settings import ServeSettings
@@ -90,29 +90,22 @@ def sampling(request: GenerationFields, wanted: int | None, logprobs: int | None
 
 
 def as_turn(message: Message) -> Turn:
-    """Write a message as LLaVA does: a marker and a line break for each image, where it stands.
+    """Write a message as training writes its content parts: each on a line of its own, a marker for each image.
 
-    A marker that somebody wrote into a text would stand for an image that is not there: it is taken apart.
+    A marker that somebody wrote into a text would stand for an image that is not there: it is taken apart. No two parts
+    make one together, for a line break stands between them.
     """
     if message.role == "assistant" and any(isinstance(part, ImagePart) for part in message.parts):
         raise refuse(400, "an assistant's message holds an image; only a user's may", "image_role", "messages")
-    text = ""
-    for part in message.parts:
-        if isinstance(part, TextPart):
-            text += part.text.replace(IMAGE_TOKEN, "< image >")
-        else:
-            text += ("" if not text or text.endswith("\n") else "\n") + f"{IMAGE_TOKEN}\n"
-    return Turn(
-        "human" if message.role == "user" else "gpt",
-        text.removesuffix("\n") if text.endswith(f"{IMAGE_TOKEN}\n") else text,
-    )
+    texts = (break_markers(part.text) if isinstance(part, TextPart) else None for part in message.parts)
+    return Turn("human" if message.role == "user" else "gpt", join_parts(texts))
 
 
 def text_of(message: Message) -> str:
     """Return a system message's text; images have no place in it."""
     if any(isinstance(part, ImagePart) for part in message.parts):
         raise refuse(400, f"a {message.role} message holds an image; only a user's may", "image_role", "messages")
-    return "".join(part.text for part in message.parts if isinstance(part, TextPart))
+    return break_markers(join_parts(part.text for part in message.parts if isinstance(part, TextPart)))
 
 
 def check_order(spoken: list[Message]) -> None:

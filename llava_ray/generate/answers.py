@@ -12,7 +12,7 @@ import torch
 from ray.data import ActorPoolStrategy
 from torch import Tensor
 
-from llava_ray.chat.conversation import Turn, with_markers
+from llava_ray.chat.conversation import Turn, break_markers, with_markers
 from llava_ray.chat.tokens import tokenize_conversation, tokenize_prompt
 from llava_ray.errors import DataError
 from llava_ray.generate.decoding import answer_text, generate_batch
@@ -203,7 +203,7 @@ class AnswerActor:
         """Return how likely the model finds each candidate."""
         template, tokenizer = self.parts.template, self.parts.tokenizer
         answered = [
-            [tokenize_conversation([turn, Turn("gpt", answer)], template, tokenizer) for answer in some]
+            [tokenize_conversation([turn, Turn("gpt", break_markers(answer))], template, tokenizer) for answer in some]
             for turn, some in zip(asked, candidates, strict=True)
         ]
         return find_log_likelihoods(self.parts, answered, pixels, sizes)

@@ -12,7 +12,7 @@ from jaxtyping import Float32
 from PIL import Image
 from torch import Tensor
 
-from llava_ray.chat.conversation import Turn, with_markers
+from llava_ray.chat.conversation import Turn, break_markers, with_markers
 from llava_ray.chat.tokens import tokenize_prompt
 from llava_ray.config.lora import Bits
 from llava_ray.config.sections import MAX_IMAGE_PIXELS
@@ -120,7 +120,7 @@ class ChatSession:
         check_room(self.parts, len(expand_prompt(self.parts, prompt, sizes)), self.max_new_tokens)
         reply = self.write(prompt, torch.cat(views) if views else None, sizes, on_text)
         if reply.text:  # no template takes an empty answer: where nothing was said, nothing was asked
-            self.turns, self.images, self.pending = [*turns, Turn("gpt", reply.text)], images, []
+            self.turns, self.images, self.pending = [*turns, Turn("gpt", break_markers(reply.text))], images, []
         return reply
 
     def write(

@@ -149,10 +149,13 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 def answer_text(parts: LlavaParts, ids: Sequence[int]) -> str:
-    """Decode an answer, without special tokens and without what follows the template's stop text."""
+    """Decode an answer, without special tokens and without what follows the template's stop text.
+
+    Where the stop is an added token, an answer that spells it out in others is quoting it.
+    """
     text = decode(parts.tokenizer, ids)
     stop = parts.template.stop
-    return (text.partition(stop)[0] if stop else text).strip()
+    return (text.partition(stop)[0] if stop and stop not in parts.tokenizer.get_added_vocab() else text).strip()
 
 
 def find_sizes(

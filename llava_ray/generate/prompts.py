@@ -80,6 +80,7 @@ class PromptText:
         if (request.prompt is None) == (not request.turns):
             raise RecordError("expected either turns or a prompt, and not both.", reason="turns")
         if request.prompt is not None:
+            # No template is laid around it, so it may write control tokens: the prompt is the sender's own, as in vLLM.
             ids = tokenizer_image_token(request.prompt, self.model.tokenizer)
             assert isinstance(ids, list)
             return ids
@@ -96,12 +97,12 @@ class PromptText:
     def find_stops(self, request: GenerationRequest) -> tuple[Stops, tuple[str, ...]]:
         """Return the tokens and the texts that end the answer of a request.
 
-        A stop text that is a token of its own (``<|im_end|>``) is no text, for it is never decoded.
+        A stop text that is a token of its own (``<|im_end|>``) is never decoded as that; a model may spell it out in
+        several others all the same.
         """
         added = self.model.tokenizer.get_added_vocab()
-        given = request.sampling.stop
-        ids = {added[stop] for stop in given if stop in added}
-        texts = [stop for stop in given if stop not in added]
+        texts = list(request.sampling.stop)
+        ids = {added[stop] for stop in texts if stop in added}
         stops = replace(self.stops, ids=frozenset(ids))
         if not request.sampling.ignore_eos:
             stops = replace(stops, ids=frozenset(ids | self.stops.ids))

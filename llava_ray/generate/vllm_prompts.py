@@ -39,6 +39,10 @@ class VllmPrompts(PromptText):
     def make(self, request: GenerationRequest) -> VllmPrompt:
         """Tokenise a request and open its images. Raises RecordError (ImageError for an image)."""
         short = self.read(request)
+        if self.image_token in short:
+            raise RecordError(
+                "the prompt writes the image token itself; expected an image there.", reason="image_count"
+            )
         ids = [self.image_token if token == IMAGE_TOKEN_INDEX else token for token in short]
         images = [
             open_image(data, f"image {number}", max_pixels=MAX_IMAGE_PIXELS)

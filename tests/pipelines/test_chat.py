@@ -14,7 +14,7 @@ from fakes import make_language_model, make_vision_tower
 from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import ConfigError, ImageError, ModelError, RecordError
 from llava_ray.generate import chat
-from llava_ray.generate.chat import ChatSession
+from llava_ray.generate.chat import ChatSession, Reply
 from llava_ray.generate.decoding import answer_text
 from llava_ray.model.bundle import LlavaParts, assemble, save_bundle
 from pipelines.chat import main
@@ -155,6 +155,14 @@ def test_turns_and_images_add_up(parts, image) -> None:
     assert len(session.images) == 3
     session.clear()
     assert (session.turns, session.images) == ([], [])
+
+
+def test_an_answer_that_writes_a_marker_asks_for_no_image(parts, monkeypatch) -> None:
+    session = ChatSession(parts, 4, 0.0)
+    monkeypatch.setattr(session, "write", lambda *_: Reply([], "It is <image>.</s>"))
+    session.ask("Who?")
+    session.ask("Who?")
+    assert [turn.value.count("<image>") for turn in session.turns] == [0] * 4
 
 
 def test_what_is_heard_is_the_answer(parts) -> None:

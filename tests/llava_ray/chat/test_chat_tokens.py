@@ -97,14 +97,15 @@ def test_v0_masks_do_not_drift_from_turn_to_turn(llama_tokenizer):
     assert pieces == ["▁A", "▁cat", ".", "###"] * 5
 
 
-def test_end_tokens_written_in_data_become_real_ones(llama_tokenizer):
-    # As in the original. In a question they are context; in an answer they would be learnt as an early end.
+def test_end_tokens_written_in_data_are_text(llama_tokenizer):
+    # The original makes real ones of them: in an answer they are learnt as an early end.
     eos = llama_tokenizer.eos_token_id
     asked = tokenize_conversation(exchange("What is </s>?", "An end."), TEMPLATES["v1"], llama_tokenizer)
-    assert asked.input_ids.count(eos) == 2
-    assert asked.labels.count(eos) == 1
+    assert (asked.input_ids.count(eos), asked.labels.count(eos)) == (1, 1)
     answered = tokenize_conversation(exchange("Quote it.", "It is </s>."), TEMPLATES["v1"], llama_tokenizer)
-    assert answered.labels.count(eos) == 2
+    assert answered.labels.count(eos) == 1
+    pieces = learnt_pieces(exchange("Quote it.", "It is </s>."), "v1", llama_tokenizer)
+    assert pieces == ["▁It", "▁is", "▁</", "s", ">.", "</s>"]
 
 
 def test_control_tokens_outside_the_vocabulary_are_plain_text(llama_tokenizer):
@@ -214,7 +215,8 @@ def test_learnt_tokens_are_the_answers_and_nothing_else(llama_tokenizers, make_b
         for tokenizer in tokenizers:
             tokens = tokenize_spans(spans, tokenizer)
             text = "".join(span.text for span in spans)
-            assert tokens.input_ids == tokenizer_image_token(text, tokenizer)
+            if not any("s>" in turn.value for turn in turns):
+                assert tokens.input_ids == tokenizer_image_token(text, tokenizer)
             runs, run = [], []
             for label in [*tokens.labels, IGNORE_INDEX]:
                 if label != IGNORE_INDEX:

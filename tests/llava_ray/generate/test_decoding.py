@@ -11,6 +11,9 @@ from llava_ray.chat.templates import find_template
 from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import ConfigError, ModelError, RecordError
 from llava_ray.generate.decoding import Stops, answer_text, default_stops, expand_prompt, find_sizes, generate_batch
+from llava_ray.generate.engine import GenerationRequest, Sampling
+from llava_ray.generate.prompts import PromptMaker
+from llava_ray.generate.vision_cache import VisionCache
 from llava_ray.model.bundle import LlavaParts, assemble
 
 pytestmark = pytest.mark.slow
@@ -154,6 +157,18 @@ def test_stop_text_of_several_tokens(llama: LlavaParts) -> None:
     assert answer_text(parts, parts.tokenizer.encode(" a red circle ### Human", add_special_tokens=False)) == (
         "a red circle"
     )
+
+
+def test_a_stop_token_spelt_out_in_an_answer_is_quoted(llama: LlavaParts) -> None:
+    """Only a control token that the model writes as such ends an answer; a caller's stop text ends it both ways."""
+    parts, end = replace(llama, template=find_template("v1")), "</s>"
+    apart = [token for char in end for token in parts.tokenizer.encode(char, add_special_tokens=False)]
+    quoted = parts.tokenizer.decode(apart)
+    assert fakes.EOS not in apart
+    assert answer_text(parts, [*apart, *apart]) == (quoted * 2).strip()
+    asked = GenerationRequest("r", prompt="Hi", sampling=Sampling(stop=(end, "END")))
+    stops, texts = PromptMaker(parts, VisionCache(0), 64).find_stops(asked)
+    assert (parts.tokenizer.convert_tokens_to_ids(end) in stops.ids, texts) == (True, (end, "END"))
 
 
 SIZES = [(64, 48), (96, 20), (24, 16), (64, 64), (40, 70)]

@@ -1,0 +1,88 @@
+"""Which characters of what a Jinja chat template wrote are a message's, and which are the template's.
+
+A template is a program: it may trim a message, cut a thought out of it, or leave it out. So it is run once more, with
+private characters in the place of each message: where the two texts differ, and only there, stand messages.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+import jinja2
+
+from llava_ray.errors import RecordError
+
+Range = tuple[int, int]
+Message = dict[str, str]
+
+FIRST_MARK, NUM_MARKS = 0xF0000, 0xFFFE  # a plane of private characters
+MARKED = re.compile(f"([{chr(FIRST_MARK)}-{chr(FIRST_MARK + NUM_MARKS - 1)}])\\1*")
+
+
+def find_messages(
+    text: str,
+    messages: Sequence[Message],
+    write: Callable[[list[Message]], str],
+    find_control: Callable[[str], list[Range]],
+) -> list[Range]:
+    """Return which characters of ``text``, which is what ``write`` makes of ``messages``, are theirs.
+
+    White space around a message counts as the template's. Of a template that acts on the words of a message (one that
+    cuts its thoughts out) only the control tokens written out in messages are found, by ``find_control``. Raises
+    RecordError ("control_tokens") if it acts on these.
+    """
+    whole = _locate(text, messages, write, _core)
+    if whole is not None:
+        return whole
+    if not any(find_control(message["content"]) for message in messages):
+        return []
+    found = _locate(text, messages, write, find_control)
+    if found is None:
+        raise RecordError(
+            "a message holds control tokens written out as text, and the tokenizer's chat template writes messages "
+            "with and without them in different ways, so that they cannot be told from the template's own. Take them "
+            "out of the message, or choose a template from the table, such as 'chatml_direct'.",
+            reason="control_tokens",
+        )
+    return found
+
+
+def _core(content: str) -> list[Range]:
+    """Return the whole of a message but the white space around it, which templates look at."""
+    start = len(content) - len(content.lstrip())
+    return [(start, len(content.rstrip()))] if start < len(content) else []
+
+
+def _locate(
+    text: str,
+    messages: Sequence[Message],
+    write: Callable[[list[Message]], str],
+    choose: Callable[[str], Iterable[Range]],
+) -> list[Range] | None:
+    """Return where in ``text`` the chosen characters stand; None if it is not the same text without them."""
+    pieces: list[str] = []
+    marked: list[Message] = []
+    for message in messages:
+        content, written, place = message["content"], "", 0
+        for start, stop in choose(content):
+            written += content[place:start] + chr(FIRST_MARK + len(pieces) % NUM_MARKS) * (stop - start)
+            pieces.append(content[start:stop])
+            place = stop
+        marked.append({**message, "content": written + content[place:]})
+    try:
+        other = write(marked)
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError):
+        return None
+    if len(other) != len(text):
+        return None
+    ranges: list[Range] = []
+    place = 0
+    for run in MARKED.finditer(other):
+        start, stop = run.span()
+        candidates = pieces[ord(run[1]) - FIRST_MARK :: NUM_MARKS]
+        if other[place:start] != text[place:start] or text[start:stop] not in candidates:
+            return None
+        ranges.append((start, stop))
+        place = stop
+    return ranges if other[place:] == text[place:] else None
