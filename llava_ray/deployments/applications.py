@@ -71,6 +71,7 @@ class ModelDeployment:
 
     async def __del__(self) -> None:
         """Free the model."""
+        self.replica.decoder.close()
         await self.engine.stop()
 
 
