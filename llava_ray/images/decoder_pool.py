@@ -43,7 +43,7 @@ class DecodeLimits:
     """Images at a time, of those that are quick."""
     num_slow: int = 8
     """Images beside them that have given their place away."""
-    patience_s: float = 0.5
+    patience_s: float = 0.25
     """After which an image gives its place away."""
 
 

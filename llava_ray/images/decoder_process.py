@@ -18,16 +18,18 @@ import numpy as np
 from PIL import Image
 
 from llava_ray.errors import ImageError
+from llava_ray.images.containers import identify
+from llava_ray.images.containers.webp import canvas_size
 from llava_ray.images.geometry import ImageSpec
 from llava_ray.images.opening import decode_image, measure_image, open_header
 from llava_ray.images.views import cut_views
 
 LENGTHS = struct.Struct(">II")
 
-# What decoding may take beyond the file: openjpeg, the hungriest, takes 28 bytes a pixel.
+# What decoding may take beyond the file: openjpeg and libwebp, the hungriest, take some 20 bytes a pixel.
 SPARE_BYTES = 96 * 2**20
 BYTES_PER_FILE_BYTE = 4
-BYTES_PER_PIXEL = 40
+BYTES_PER_PIXEL = 32
 
 
 def write_message(stream: io.BufferedWriter, head: Mapping[str, Any], payload: bytes | memoryview = b"") -> None:
@@ -93,7 +95,8 @@ def answered(head: Mapping[str, Any], data: bytes, base_bytes: int) -> tuple[dic
 def decoded(head: Mapping[str, Any], data: bytes, base_bytes: int) -> tuple[dict[str, Any], bytes | memoryview]:
     """Do what a request asks. Raises ImageError, MemoryError."""
     name, base = head["name"], base_bytes + SPARE_BYTES + (1 + BYTES_PER_FILE_BYTE) * len(data)
-    allow_bytes(base)
+    width, height = canvas_size(data) if identify(data) == "WEBP" else (1, 1)
+    allow_bytes(base + BYTES_PER_PIXEL * min(width * height, head["max_pixels"]))
     image = open_header(data, name, max_pixels=head["max_pixels"], max_frames=head.get("max_frames"))
     allow_bytes(base + BYTES_PER_PIXEL * image.width * image.height)
     if head["task"] == "header":

@@ -6,6 +6,7 @@ from llava_ray.images.containers.budget import Budget
 from llava_ray.images.containers.tiff import walk_exif
 
 MAX_CHUNKS = 4096
+MASK = 2**14 - 1  # a side's bits in a frame's own header
 
 
 def walk_webp(data: bytes, budget: Budget, max_frames: int) -> int:
@@ -22,7 +23,13 @@ def walk_webp(data: bytes, budget: Budget, max_frames: int) -> int:
 
 
 def canvas_size(data: bytes) -> tuple[int, int]:
-    """Return the (width, height) that the extended header announces; (1, 1) where there is none."""
-    if data[12:16] != b"VP8X" or len(data) < 30:
-        return 1, 1  # a plain picture has at most 16,383 pixels a side, and its frame is all there is
-    return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+    """Return the (width, height) that the first chunk announces; (1, 1) where it is none that libwebp begins with."""
+    kind, start = data[12:16], data[20:30].ljust(10, b"\0")
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(start[4:7], "little"), 1 + int.from_bytes(start[7:10], "little")
+    if kind == b"VP8 ":
+        return max(1, int.from_bytes(start[6:8], "little") & MASK), max(1, int.from_bytes(start[8:], "little") & MASK)
+    if kind == b"VP8L":
+        bits = int.from_bytes(start[1:5], "little")
+        return 1 + (bits & MASK), 1 + (bits >> 14 & MASK)
+    return 1, 1
