@@ -62,6 +62,7 @@ def main() -> None:
     Image.init()
     base_bytes = address_space()
     write_message(sink, {"ready": os.getpid()})
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff complains of each damaged file; no client fills our log
     while True:
         try:
             head, data = read_message(source)

@@ -141,7 +141,11 @@ def _open_header(kind: str, data: bytes, name: str, max_pixels: int) -> Image.Im
     try:
         return Image.open(io.BytesIO(data), formats=(kind,))
     except UnidentifiedImageError as error:
-        raise _unidentified(data, name) from error
+        raise ImageError(
+            f"{name}: the file begins as a {kind}, but its header is damaged, or of a kind that Pillow does not read; save "
+            "it anew as a plain PNG or JPEG",
+            reason="image_unreadable",
+        ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(name, str(error), max_pixels) from error
 

@@ -89,21 +89,19 @@ def walk_directories(layout: Layout, place: int, budget: Budget) -> None:
 def walk_directory(layout: Layout, place: int, budget: Budget) -> list[int]:
     """Count one directory's tags and what they reference; return where its pointers lead."""
     [count] = layout.unpack("H", "Q", place)
-    budget.take("tags", MAX_TAGS, count)
     entry, width = place + (8 if layout.big else 2), 20 if layout.big else 12
+    count = min(count, (len(layout.data) - entry) // width)  # what is beyond the file's end costs nothing
+    budget.take("tags", MAX_TAGS, count)
     pointers, sides = [], dict[int, int]()
     for number in range(count):
         here = entry + number * width
-        try:
-            tag, kind, length = layout.unpack("HHL", "HHQ", here)
-            [value] = layout.unpack("L", "Q", here + (12 if layout.big else 8))
-        except struct.error:  # the rest is cut off; what came before counts
-            break
-        take_values(tag, kind, length, budget)
-        size = UNIT_BYTES.get(kind, 0) * length
-        if size > (8 if layout.big else 4):
-            there = max(0, len(layout.data) - value)
-            budget.take("bytes that tags reference", 2 * len(layout.data) + SPARE_BYTES, min(size, there))
+        tag, kind, length = layout.unpack("HHL", "HHQ", here)
+        [value] = layout.unpack("L", "Q", here + (12 if layout.big else 8))
+        unit = UNIT_BYTES.get(kind, 0)
+        if unit * length > (8 if layout.big else 4):
+            size = min(unit * length, max(0, len(layout.data) - value))
+            budget.take("bytes that tags reference", 2 * len(layout.data) + SPARE_BYTES, size)
+            take_values(tag, kind, size // unit, budget)
         if tag in POINTER_TAGS:
             pointers.append(value)
         if tag in (WIDTH, HEIGHT, TILE_WIDTH, TILE_HEIGHT):
@@ -115,12 +113,10 @@ def walk_directory(layout: Layout, place: int, budget: Budget) -> list[int]:
 def take_values(tag: int, kind: int, length: int, budget: Budget) -> None:
     """Count the numbers of one tag: as strips, as fractions or as any."""
     if tag in STRIP_TAGS:
-        budget.take("strips or tiles", MAX_STRIPS * len(STRIP_TAGS), length)
-        if length > MAX_STRIPS:
-            budget.take("strips or tiles", 0)
+        budget.take(f"numbers in tag {tag} (strips or tiles)", MAX_STRIPS, length)
     elif kind in FRACTION_TYPES:
         budget.take("fractions in tags", MAX_FRACTIONS, length)
-    elif kind not in PLAIN_TYPES and kind in UNIT_BYTES:
+    elif kind not in PLAIN_TYPES:
         budget.take("numbers in tags", MAX_VALUES, length)
 
 
