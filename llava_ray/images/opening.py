@@ -142,8 +142,8 @@ def _open_header(kind: str, data: bytes, name: str, max_pixels: int) -> Image.Im
         return Image.open(io.BytesIO(data), formats=(kind,))
     except UnidentifiedImageError as error:
         raise ImageError(
-            f"{name}: the file begins as a {kind}, but its header is damaged, or of a kind that Pillow does not read; save "
-            "it anew as a plain PNG or JPEG",
+            f"{name}: the file begins as a {kind}, but its header is damaged, or of a kind that Pillow does not "
+            "read; save it anew as a plain PNG or JPEG",
             reason="image_unreadable",
         ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
