@@ -5,32 +5,20 @@ low priority, so that a few slow images never hold up the others.
 """
 
 import asyncio
-import io
-import os
-import signal
-import subprocess
-import sys
-import weakref
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llava_ray.errors import ImageError, LlavaRayError
+from llava_ray.errors import ImageError
 from llava_ray.images.anyres import Size
-from llava_ray.images.decoder_process import read_message, write_message
+from llava_ray.images.decoder_starter import Answer, DecoderProcess, DecoderStarter
 from llava_ray.images.geometry import ImageSpec
 from llava_ray.images.views import OpenedImage
 
-PROJECT = Path(__file__).parents[2]
-ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
 WALL_PER_CPU = 3.0  # a busy machine may take so much longer
-LOW_PRIORITY = 15
-
-Answer = tuple[dict[str, Any], bytearray]
 
 
 @dataclass(frozen=True)
@@ -47,47 +35,6 @@ class DecodeLimits:
     """After which an image gives its place away."""
 
 
-class DecoderProcess:
-    """The other end of a `decoder_process`. Everything blocks, but ``kill``, which any thread may call."""
-
-    def __init__(self) -> None:
-        """Start it. Raises LlavaRayError where it cannot start."""
-        path = os.pathsep.join([str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "llava_ray.images.decoder_process"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, **ONE_THREAD, "PYTHONPATH": path},
-        )
-        weakref.finalize(self, _end, self.process)
-        assert isinstance(self.process.stdin, io.BufferedWriter)
-        assert isinstance(self.process.stdout, io.BufferedReader)
-        self._requests, self._answers = self.process.stdin, self.process.stdout
-        try:
-            read_message(self._answers)
-        except EOFError as error:
-            self.kill()
-            raise LlavaRayError(
-                f"a process that decodes images did not start (exit code {self.process.wait()}); its log says why"
-            ) from error
-
-    def ask(self, head: Mapping[str, Any], data: bytes) -> Answer:
-        """Send a request and wait for the answer. Raises EOFError, OSError when the process ends before it."""
-        write_message(self._requests, head, data)
-        return read_message(self._answers)
-
-    def lower_priority(self) -> None:
-        """Let others go first."""
-        try:
-            os.setpriority(os.PRIO_PROCESS, self.process.pid, LOW_PRIORITY)
-        except OSError:  # it has just ended
-            return
-
-    def kill(self) -> None:
-        """End it at once."""
-        self.process.kill()
-
-
 class DecoderPool:
     """A bounded number of decoder processes, started as they are needed. Follows ``views.ImageDecoder``."""
 
@@ -98,6 +45,7 @@ class DecoderPool:
         self._places = asyncio.Semaphore(self.limits.num_places)
         self._num_slow = 0
         self._threads = ThreadPoolExecutor(most, thread_name_prefix="image-decoders")
+        self._starter = DecoderStarter()
         self._idle: list[DecoderProcess] = []
         self._shared: dict[tuple[int, ImageSpec | None], Shared] = {}
         self._closed = False
@@ -133,6 +81,7 @@ class DecoderPool:
         self._closed = True
         while self._idle:
             self._idle.pop().kill()
+        self._starter.close()
         self._threads.shutdown(wait=False)
 
     async def _run(self, head: Mapping[str, Any], data: bytes) -> Answer:
@@ -162,9 +111,8 @@ class DecoderPool:
                 raise _too_long(head["name"])
             answer = job.result()
             finished = True
-        except (EOFError, OSError) as error:
-            assert process is not None
-            raise _ended(head["name"], process) from error
+        except (EOFError, OSError) as error:  # ended by its own bounds, by the system's lack of memory, by a fault
+            raise _too_long(head["name"]) from error
         finally:
             if slow:
                 self._num_slow -= 1
@@ -180,9 +128,9 @@ class DecoderPool:
         """Return one that is idle, or a new one."""
         while self._idle:
             process = self._idle.pop()
-            if process.process.poll() is None:
+            if process.is_alive():
                 return process
-        return await asyncio.get_running_loop().run_in_executor(self._threads, DecoderProcess)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._starter.start)
 
 
 @dataclass
@@ -200,28 +148,12 @@ def _size(answer: Mapping[str, Any]) -> Size:
 
 def _too_long(name: str) -> ImageError:
     return ImageError(
-        f"{name}: decoding it took more time (image_decode_s) or memory than is allowed; send it smaller, or saved "
-        "anew as a plain PNG or JPEG",
+        f"{name}: decoding it took more time (image_decode_s) or memory than is allowed, or broke the decoder; send it "
+        "smaller, or saved anew as a plain PNG or JPEG",
         reason="image_too_costly",
-    )
-
-
-def _ended(name: str, process: DecoderProcess) -> ImageError:
-    """Say why a process ended while it decoded: by the bounds it was given, or by a fault in a decoder."""
-    code = process.process.wait()
-    if -code in (signal.SIGPROF, signal.SIGALRM, signal.SIGKILL, signal.SIGABRT):
-        return _too_long(name)
-    return ImageError(
-        f"{name}: its decoder crashed (exit code {code}); save it anew as a plain PNG or JPEG",
-        reason="image_unreadable",
     )
 
 
 def _forget(job: "asyncio.Future[Answer]") -> None:
     if not job.cancelled():
         job.exception()
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    process.kill()
-    process.wait()

@@ -1,15 +1,19 @@
-"""A process that decodes one image after the other, within bounds of memory and time that the system enforces.
+"""Processes that decode one image after the other, within bounds of memory and time that the system enforces.
 
-Started by `decoder_pool`; it reads requests from its standard input and ends with it. Messages are two lengths, a
-JSON object and raw bytes, so that neither side has to trust what the other unpacks.
+One process, which has loaded all that decoding needs, is told by `decoder_pool` to fork them, so that each starts in
+milliseconds. A decoder reads requests from a pipe and ends with it. Messages are two lengths, a JSON object and raw
+bytes, so that neither side has to trust what the other unpacks.
 """
 
+import gc
 import io
 import json
 import os
 import resource
 import signal
+import socket
 import struct
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,7 @@ from llava_ray.images.opening import decode_image, measure_image, open_header
 from llava_ray.images.views import cut_views
 
 LENGTHS = struct.Struct(">II")
+READY = b"r"
 
 # What decoding may take beyond the file: openjpeg and libwebp, the hungriest, take some 20 bytes a pixel.
 SPARE_BYTES = 96 * 2**20
@@ -56,13 +61,32 @@ def read_exactly(stream: io.BufferedReader, length: int) -> bytearray:
 
 
 def main() -> None:
-    """Answer requests until the input ends."""
-    source, sink = os.fdopen(0, "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints does not get between the messages
+    """Fork a decoder for each pair of pipes that comes through a socket, until it is closed."""
+    control = socket.socket(fileno=int(sys.argv[1]))
     Image.init()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for decoders that have ended
+    gc.freeze()  # so that forks share what has been loaded
+    control.sendall(READY)
+    # libtiff complains of each damaged file, and no client fills our log.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    while True:
+        told, pipes, _, _ = socket.recv_fds(control, 1, 2)
+        if not told:
+            return
+        if os.fork() == 0:
+            control.close()
+            try:
+                decode_all(os.fdopen(pipes[0], "rb"), os.fdopen(pipes[1], "wb"))
+            finally:
+                os._exit(0)
+        for pipe in pipes:
+            os.close(pipe)
+
+
+def decode_all(source: io.BufferedReader, sink: io.BufferedWriter) -> None:
+    """Answer requests until there are no more."""
     base_bytes = address_space()
     write_message(sink, {"ready": os.getpid()})
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff complains of each damaged file; no client fills our log
     while True:
         try:
             head, data = read_message(source)
