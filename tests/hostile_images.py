@@ -160,6 +160,12 @@ def progressive_scans(num_scans: int = 2000) -> bytes:
     return data[:-2] + scan * num_scans + data[-2:]
 
 
+def run_lengths(width: int, height: int) -> bytes:
+    """A bitmap that skips 255 rows."""
+    head = struct.pack("<LllHHLLLLLL", 40, width, height, 1, 8, 1, 0, 0, 0, 0, 0)
+    return b"BM" + struct.pack("<LHHL", 54 + 1024 + 8, 0, 0, 54 + 1024) + head + bytes(1024) + b"\0\2\0\xff\0\2\0\xff"
+
+
 # By what is too much of them.
 BOMBS: dict[str, Callable[[], bytes]] = {
     "tiff one payload": tiff_one_payload,
@@ -180,6 +186,9 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "jpeg stray bytes": lambda: (data := plain("JPEG"))[:20] + bytes(2**20) + data[20:],
     "jpeg padding": lambda: (data := plain("JPEG"))[:20] + b"\xff" * 2**20 + data[20:],
     "jpeg scans": progressive_scans,
+    "jpeg frame headers": lambda: jpeg_with(*[(0xC0, b"\x08\0\x10\0\x10\3" + b"\1\x11\0" * 20_000)] * 20),
+    "wide bitmap of run lengths": lambda: run_lengths(2**24, 1),
+    "large bitmap of run lengths": lambda: run_lengths(6000, 6000),
     "mpf index": lambda: jpeg_with((0xE2, b"MPF\0" + tiff_one_payload(2000, 30_000)[:60_000])),
     "exif in png": lambda: png_with(chunk(b"eXIf", tiff_one_payload())),
     "exif in png text": lambda: png_with(

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llava_ray.images.containers.avif import walk_avif
+from llava_ray.images.containers.bmp import walk_bmp
 from llava_ray.images.containers.budget import Budget
 from llava_ray.images.containers.gif import walk_gif
 from llava_ray.images.containers.jpeg import walk_jpeg
@@ -65,14 +66,13 @@ def walk_container(kind: str, data: bytes, name: str, max_frames: int) -> Contai
         "JPEG": walk_jpeg,
         "PNG": walk_png,
         "GIF": walk_gif,
+        "BMP": walk_bmp,
         "TIFF": walk_tiff,
         "WEBP": walk_webp,
         "JPEG2000": walk_jpeg2000,
         "AVIF": walk_avif,
         "PPM": walk_netpbm,
     }
-    if kind not in walks:
-        return Container(kind, 1)  # BMP: a header of fixed length, and rows
     try:
         return Container(kind, walks[kind](data, Budget(name), max_frames))
     except (struct.error, IndexError):  # cut off: nothing is left to be walked

@@ -1,13 +1,13 @@
 """JPEG's segments: those before the picture, whose metadata Pillow joins and reads, and its scans."""
 
 import re
-import struct
 
 from llava_ray.images.containers.budget import Budget
 from llava_ray.images.containers.tiff import EXIF_HEADER, walk_embedded, walk_exif
 
 MAX_SEGMENTS = 4096
 MAX_EXIF_SEGMENTS = 128  # joined one by one, each time into new bytes
+MAX_FRAME_HEADERS = 8  # each may name thousands of components, all of which Pillow keeps
 MAX_SCANS = 128  # each passes over the whole picture
 MAX_STRAY_BYTES = 2**16  # between segments, read one by one
 
@@ -15,6 +15,7 @@ MAX_STRAY_BYTES = 2**16  # between segments, read one by one
 WITHOUT_LENGTH = {*range(0xD0, 0xDA), 0xC8, *range(0xF0, 0xFE)}
 END, SCAN, APP1, APP2 = 0xD9, 0xDA, 0xE1, 0xE2
 FIRST_MARKER = 0xC0
+FRAME_HEADERS = {*range(0xC0, 0xD0), 0xDE} - {0xC4, 0xC8, 0xCC}
 NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # behind a scan's bytes, which may hold restarts
 
 
@@ -40,18 +41,26 @@ def walk_jpeg(data: bytes, budget: Budget, max_frames: int) -> int:
             budget.take("JPEG scans", MAX_SCANS)
             found = NEXT_MARKER.search(data, place)
             place = found.start() if found else len(data)
-        elif marker == APP1 and body.startswith(EXIF_HEADER):
-            budget.take("Exif segments", MAX_EXIF_SEGMENTS)
-            exif.append(body[len(EXIF_HEADER) :])
-        elif marker == APP2 and body.startswith(b"MPF\0"):
-            walk_embedded(body[4:], budget)
+        else:
+            take_segment(marker, body, exif, budget)
     walk_exif(b"".join(exif), budget)
     return 1
 
 
+def take_segment(marker: int, body: bytes, exif: list[bytes], budget: Budget) -> None:
+    """Count a segment that Pillow keeps something of; parts of the Exif block are added to ``exif``."""
+    if marker in FRAME_HEADERS:
+        budget.take("JPEG frame headers", MAX_FRAME_HEADERS)
+    elif marker == APP1 and body.startswith(EXIF_HEADER):
+        budget.take("Exif segments", MAX_EXIF_SEGMENTS)
+        exif.append(body[len(EXIF_HEADER) :])
+    elif marker == APP2 and body.startswith(b"MPF\0"):
+        walk_embedded(body[4:], budget)
+
+
 def segment(data: bytes, place: int) -> tuple[bytes, int]:
     """Return a segment's body, and where the next one begins."""
-    length = max(2, struct.unpack_from(">H", data.ljust(place + 2, b"\0") if place + 2 > len(data) else data, place)[0])
+    length = max(2, int.from_bytes(data[place : place + 2], "big"))
     return data[place + 2 : place + length], place + length
 
 

@@ -96,6 +96,7 @@ OPTIONS: list[tuple[str, dict[str, object]]] = [
     ("PNG", {"bits": 4}),
     ("WEBP", {"lossless": True}),
     ("GIF", {"interlace": 1}),
+    ("BMP", {}),
     ("TIFF", {"compression": "tiff_lzw"}),
     ("TIFF", {"compression": "tiff_adobe_deflate"}),
     ("TIFF", {"compression": "jpeg"}),
