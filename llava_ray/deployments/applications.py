@@ -81,6 +81,7 @@ class ModelDeployment:
 
     async def __del__(self) -> None:
         """Free the model."""
+        self.replica.decoder.close()
         await self.engine.stop()
 
 

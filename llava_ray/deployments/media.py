@@ -14,16 +14,28 @@ from llava_ray.deployments.fetching import FetchLimits, fetch, too_many_bytes
 from llava_ray.deployments.refusal import RefusalError, from_record_error, refuse
 from llava_ray.deployments.settings import ServeSettings
 from llava_ray.errors import ImageError
-from llava_ray.images.frames import count_frames
-from llava_ray.images.reading import check_header
+from llava_ray.images.decoder_pool import DecodeLimits, DecoderPool
 
 
 class MediaReader:
     """Reads what one service's settings allow."""
 
-    def __init__(self, settings: ServeSettings, network: Network | None = None) -> None:
-        """Keep the limits; ``network`` is the system's unless a test brings its own."""
+    def __init__(
+        self,
+        settings: ServeSettings,
+        network: Network | None = None,
+        decoder: DecoderPool | None = None,
+        *,
+        decode_whole: bool = True,
+    ) -> None:
+        """Keep the limits; ``network`` is the system's unless a test brings its own.
+
+        Images are looked at by ``decoder``: all of each, or, where whoever comes next decodes it there anyway, its
+        header only.
+        """
         self.settings = settings
+        self.decoder = decoder or make_decoder(settings)
+        self.decode_whole = decode_whole
         self.network = network or Network()
         self.limits = FetchLimits(
             allowed_domains=settings.allowed_media_domains,
@@ -51,7 +63,7 @@ class MediaReader:
             data = await asyncio.to_thread(self.read_local, place)
         else:
             data = await fetch(place, self.limits, self.network)
-        await asyncio.to_thread(self.check, data, f"image {number}")
+        await self.check(data, f"image {number}")
         return data
 
     def read_local(self, place: str) -> bytes:
@@ -71,25 +83,29 @@ class MediaReader:
         except (OSError, ValueError):  # ValueError: a null byte
             raise outside from None
 
-    def check(self, data: bytes, name: str) -> None:
-        """Look at the header only. Raises RefusalError."""
+    async def check(self, data: bytes, name: str) -> None:
+        """Refuse what is no image, or too large or costly a one. Raises RefusalError."""
+        settings = self.settings
         try:
-            check_header(data, name, max_pixels=self.settings.max_image_pixels)
-            frames = count_frames(data, self.settings.max_image_frames)
+            await self.decoder.check(
+                data,
+                name,
+                max_pixels=settings.max_image_pixels,
+                max_frames=settings.max_image_frames,
+                whole=self.decode_whole,
+            )
         except ImageError as error:
             if error.reason == "image_too_large":
-                limit = f"{self.settings.max_image_pixels:,} pixels (max_image_pixels)"
+                limit = f"{settings.max_image_pixels:,} pixels (max_image_pixels)"
                 raise refuse(
                     400, f"{name} has more than {limit}; send a smaller one", error.reason, "messages"
                 ) from None
             raise RefusalError(from_record_error(error)) from None
-        if frames > self.settings.max_image_frames:
-            raise refuse(
-                400,
-                f"{name} has more than {self.settings.max_image_frames} frames (max_image_frames); send one of them",
-                "image_too_many_frames",
-                "messages",
-            )
+
+
+def make_decoder(settings: ServeSettings) -> DecoderPool:
+    """Return the processes in which one replica decodes images, none of them started."""
+    return DecoderPool(DecodeLimits(cpu_s=settings.image_decode_s))
 
 
 def decode_data_uri(place: str, max_bytes: int) -> bytes:

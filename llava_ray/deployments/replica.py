@@ -10,14 +10,14 @@ from prometheus_client.core import Metric
 
 from llava_ray.deployments.addresses import Network
 from llava_ray.deployments.admission import Admission
-from llava_ray.deployments.media import MediaReader
+from llava_ray.deployments.media import MediaReader, make_decoder
 from llava_ray.deployments.merging import MERGE_S, merged
 from llava_ray.deployments.messages import Task
 from llava_ray.deployments.metrics import ReplicaMetrics
 from llava_ray.deployments.refusal import RefusalError, Refused, from_record_error
 from llava_ray.deployments.settings import ModelSource, ServeSettings
 from llava_ray.errors import LlavaRayError, RecordError
-from llava_ray.generate.engine import Engine, GenerationChunk, GenerationRequest, ModelCard
+from llava_ray.generate.engine import DecodesElsewhere, Engine, GenerationChunk, GenerationRequest, ModelCard
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,12 @@ class Replica:
         self.engine = engine
         self.source = source
         self.admission = Admission(settings.max_num_seqs, settings.max_queued_requests, settings.retry_after_s)
-        self.media = MediaReader(settings, network)
+        self.decoder = make_decoder(settings)
+        decodes_elsewhere = isinstance(engine, DecodesElsewhere)
+        if isinstance(engine, DecodesElsewhere):
+            engine.use_decoder(self.decoder)
+        # Another engine decodes where it likes: all of an image is seen to be harmless before.
+        self.media = MediaReader(settings, network, self.decoder, decode_whole=not decodes_elsewhere)
         self.metrics = ReplicaMetrics(source.name)
 
     def card(self) -> ModelCard:

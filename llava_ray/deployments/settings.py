@@ -83,6 +83,8 @@ class ServeSettings(Section):
     """Width times height, read from the header before anything is decoded."""
     max_image_frames: PositiveInt = 64
     """Frames of an animation; only the first is looked at."""
+    image_decode_s: PositiveFloat = 10.0
+    """Processor time for decoding one image, in a process of its own that is killed beyond it."""
     max_images: PositiveInt = 8
     """Images of one request."""
     max_open_requests: PositiveInt = 1500

@@ -1,7 +1,8 @@
 """The built-in engine: continuous batching over a transformers model, on CPU or GPU.
 
-The caller's event loop only takes requests and hands out chunks. Images are decoded in one thread; the model runs in
-another, step after step, and looks for new and cancelled requests between two steps.
+The caller's event loop only takes requests and hands out chunks. Requests are prepared in one thread, where their
+images are decoded too unless a decoder is given; the model runs in another, step after step, and looks for new and
+cancelled requests between two steps.
 """
 
 import asyncio
@@ -14,6 +15,7 @@ from threading import Condition, Thread
 
 import torch
 
+from llava_ray.config.sections import MAX_IMAGE_PIXELS
 from llava_ray.errors import ModelError
 from llava_ray.generate.engine import EngineStats, GenerationChunk, GenerationRequest, ModelCard, refuse_twin
 from llava_ray.generate.prompts import Prompt, PromptMaker, prompts_of
@@ -22,6 +24,7 @@ from llava_ray.generate.running_batch import RunningBatch, RunningRequest
 from llava_ray.generate.served_adapters import ServedAdapters, load_adapters
 from llava_ray.generate.settings import EngineSettings
 from llava_ray.generate.vision_cache import VisionCache
+from llava_ray.images.views import ImageDecoder
 from llava_ray.model.bundle import LlavaParts
 
 
@@ -78,6 +81,7 @@ class BuiltinEngine:
         self._leaving: list[RunningRequest] = []
         self._stopping = False
         self._thread: Thread | None = None
+        self.decoder: ImageDecoder | None = None
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare-requests")
 
     @property
@@ -101,7 +105,7 @@ class BuiltinEngine:
         prompts = prompts_of(loaded.prompts, request.model)
         stream = self._streams[request.request_id] = Stream()
         try:
-            prompt = await self._loop.run_in_executor(self._preparing, prompts.make, request)
+            prompt = await self._prepare(prompts, request)
             if stream.cancelled:
                 return
             self._join(loaded.batch, stream, request, prompt)
@@ -148,6 +152,24 @@ class BuiltinEngine:
             await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
         self._preparing.shutdown(wait=False)
         self._loaded = None
+
+    def use_decoder(self, decoder: ImageDecoder) -> None:
+        """Have the images of all later requests decoded by ``decoder``."""
+        self.decoder = decoder
+
+    async def _prepare(self, prompts: PromptMaker, request: GenerationRequest) -> Prompt:
+        """Make a prompt; its images are decoded one after the other, so that no request takes every place there is."""
+        prepare = functools.partial(self._loop.run_in_executor, self._preparing)
+        if self.decoder is None or not request.images:
+            return await prepare(prompts.make, request)
+        begun = await prepare(prompts.begin, request)
+        opened = [
+            await self.decoder.open_views(
+                request.images[index], f"image {index + 1}", max_pixels=MAX_IMAGE_PIXELS, spec=prompts.view_spec
+            )
+            for index in begun.unknown
+        ]
+        return await prepare(prompts.finish, request, begun, opened)
 
     def _ready(self) -> Loaded:
         if self._loaded is None:

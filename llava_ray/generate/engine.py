@@ -6,10 +6,11 @@ process of its own), so that a health check never waits for a prefill.
 
 from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from llava_ray.chat.conversation import Turn
 from llava_ray.errors import RecordError
+from llava_ray.images.views import ImageDecoder
 
 FinishReason = Literal["stop", "length"]
 
@@ -154,4 +155,13 @@ class Engine(Protocol):
 
     async def stop(self) -> None:
         """Cancel what is running and free the model."""
+        ...
+
+
+@runtime_checkable
+class DecodesElsewhere(Protocol):
+    """An engine that has its images decoded by whom it is told to, so that they can do it no harm."""
+
+    def use_decoder(self, decoder: ImageDecoder) -> None:
+        """Have the images of all later requests decoded by ``decoder``."""
         ...

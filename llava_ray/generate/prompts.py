@@ -18,9 +18,9 @@ from llava_ray.generate.engine import GenerationRequest
 from llava_ray.generate.sampling import check_sampling
 from llava_ray.generate.vision_cache import VisionCache, image_key
 from llava_ray.images.anyres import Size
-from llava_ray.images.geometry import crop_views
+from llava_ray.images.geometry import ImageSpec
 from llava_ray.images.processing import normalise
-from llava_ray.images.reading import open_image
+from llava_ray.images.views import OpenedImage, open_views
 from llava_ray.model.blueprint import Blueprint
 from llava_ray.model.bundle import LlavaParts
 from llava_ray.model.llava import Llava
@@ -53,6 +53,22 @@ class Prompt:
     stops: Stops
     stop_texts: tuple[str, ...]
     num_cached_images: int = field(default=0)
+
+
+@dataclass(frozen=True)
+class BegunPrompt:
+    """A request before its images are decoded."""
+
+    short: list[int]
+    """Its ids, with one -200 for each image."""
+    keys: list[str]
+    known: list[Float32[Tensor, "_ d"] | None]
+    """The embeddings of images that the model has seen before."""
+
+    @property
+    def unknown(self) -> list[int]:
+        """Return the places of the others."""
+        return [index for index, known in enumerate(self.known) if known is None]
 
 
 class PromptText:
@@ -130,30 +146,50 @@ class PromptMaker(PromptText):
         self.cache = cache
         self.projector = projector
 
+    @property
+    def view_spec(self) -> ImageSpec:
+        """Return how a decoder cuts images for `finish`."""
+        return self.parts.image_spec
+
     def make(self, request: GenerationRequest) -> Prompt:
-        """Tokenise and preprocess a request.
+        """Tokenise and preprocess a request, and decode its images here.
 
         Raises RecordError (ImageError for an image) for whatever the request got wrong.
         """
+        begun = self.begin(request)
+        opened = [
+            open_views(request.images[index], f"image {index + 1}", max_pixels=MAX_IMAGE_PIXELS, spec=self.view_spec)
+            for index in begun.unknown
+        ]
+        return self.finish(request, begun, opened)
+
+    def begin(self, request: GenerationRequest) -> BegunPrompt:
+        """Tokenise a request, and look up its images. Raises RecordError."""
         short = self.read(request)
-        images = [self.read_image(data, f"image {number}") for number, data in enumerate(request.images, start=1)]
+        keys = [f"{image_key(data)}{self.projector}" for data in request.images]
+        return BegunPrompt(short, keys, [self.cache.find(key) for key in keys])
+
+    def finish(self, request: GenerationRequest, begun: BegunPrompt, opened: Sequence[OpenedImage]) -> Prompt:
+        """Make the prompt; ``opened`` are those of its images that are not known. Raises RecordError."""
+        new = iter(opened)
+        images = [
+            PromptImage(key, len(known), self.parts.llava, embeddings=known)
+            if known is not None
+            else self.prepare(key, next(new))
+            for key, known in zip(begun.keys, begun.known, strict=True)
+        ]
         counts = [image.num_tokens for image in images]
-        ids = expand_images(short, [IGNORE_INDEX] * len(short), counts)[0]
+        ids = expand_images(begun.short, [IGNORE_INDEX] * len(begun.short), counts)[0]
         self.check_length(len(ids), request.sampling.max_tokens)
         place_images(ids, images)
         stops, texts = self.find_stops(request)
         return Prompt(ids, images, stops, texts, sum(image.embeddings is not None for image in images))
 
-    def read_image(self, data: bytes, name: str) -> PromptImage:
-        """Return an image that is known by its content, or its pixels. Raises ImageError."""
-        key, llava = f"{image_key(data)}{self.projector}", self.parts.llava
-        known = self.cache.find(key)
-        if known is not None:
-            return PromptImage(key, len(known), llava, embeddings=known)
-        image = open_image(data, name, max_pixels=MAX_IMAGE_PIXELS)
-        spec = self.parts.image_spec
-        count = self.parts.image_tokens.count(*image.size)
-        return PromptImage(key, count, llava, image.size, normalise(crop_views(image, spec), spec))
+    def prepare(self, key: str, opened: OpenedImage) -> PromptImage:
+        """Return an image that the model has not seen yet."""
+        count = self.parts.image_tokens.count(*opened.size)
+        views = normalise(opened.pixels, self.parts.image_spec)
+        return PromptImage(key, count, self.parts.llava, opened.size, views)
 
 
 def place_images(ids: Sequence[int], images: Sequence[PromptImage]) -> None:

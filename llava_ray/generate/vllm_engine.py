@@ -5,6 +5,7 @@ text here too, so that stop texts and half characters are what they are with the
 """
 
 import asyncio
+import functools
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llava_ray.config.sections import MAX_IMAGE_PIXELS
 from llava_ray.errors import ModelError, RecordError
 from llava_ray.generate.engine import EngineStats, GenerationChunk, GenerationRequest, ModelCard, refuse_twin
 from llava_ray.generate.prompts import prompts_of
@@ -20,6 +22,7 @@ from llava_ray.generate.settings import VllmSettings
 from llava_ray.generate.vllm_answer import VllmAnswer
 from llava_ray.generate.vllm_model import VllmModel, prepare_model
 from llava_ray.generate.vllm_prompts import VllmPrompt, VllmPrompts
+from llava_ray.images.views import ImageDecoder
 from llava_ray.model.blueprint import Blueprint
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for
@@ -104,6 +107,7 @@ class VllmEngine:
         self.totals = Totals()
         self._loaded: Loaded | None = None
         self._streams: dict[str, Stream] = {}
+        self.decoder: ImageDecoder | None = None
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare-requests")
 
     @property
@@ -125,7 +129,7 @@ class VllmEngine:
         stream, ended = Stream(), False
         self._streams[request.request_id] = stream
         try:
-            prompt = await asyncio.get_running_loop().run_in_executor(self._preparing, prompts.make, request)
+            prompt = await self._prepare(prompts, request)
             answer = VllmAnswer(prompt, prompts.model.tokenizer, request)
             async with aclosing(self._outputs(loaded, stream, request, prompt)) as outputs:
                 async for output in outputs:
@@ -175,6 +179,22 @@ class VllmEngine:
         if loaded is not None:
             await asyncio.get_running_loop().run_in_executor(None, loaded.llm.shutdown)
         self._preparing.shutdown(wait=False)
+
+    def use_decoder(self, decoder: ImageDecoder) -> None:
+        """Have the images of all later requests decoded by ``decoder``."""
+        self.decoder = decoder
+
+    async def _prepare(self, prompts: VllmPrompts, request: GenerationRequest) -> VllmPrompt:
+        """Make a prompt; its images are decoded one after the other, so that no request takes every place there is."""
+        prepare = functools.partial(asyncio.get_running_loop().run_in_executor, self._preparing)
+        if self.decoder is None or not request.images:
+            return await prepare(prompts.make, request)
+        short = await prepare(prompts.read, request)
+        opened = [
+            await self.decoder.open_views(data, f"image {number}", max_pixels=MAX_IMAGE_PIXELS, spec=prompts.view_spec)
+            for number, data in enumerate(request.images, start=1)
+        ]
+        return await prepare(prompts.finish, request, short, opened)
 
     def _ready(self) -> Loaded:
         if self._loaded is None:

@@ -1,5 +1,6 @@
 """Requests made ready for vLLM: our token ids with its image token, images, and its words for how to sample."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,8 @@ from llava_ray.generate.engine import GenerationRequest, Sampling
 from llava_ray.generate.prompts import PromptText
 from llava_ray.generate.vision_cache import image_key
 from llava_ray.generate.vllm_model import VllmModel
-from llava_ray.images.geometry import crop_views
-from llava_ray.images.reading import open_image, to_rgb
+from llava_ray.images.geometry import ImageSpec
+from llava_ray.images.views import OpenedImage, open_views
 from llava_ray.model.blueprint import Blueprint
 
 
@@ -36,32 +37,42 @@ class VllmPrompts(PromptText):
         super().__init__(blueprint, find_stops(blueprint, sorted(model.stops.ids)), max_model_len)
         self.image_token = model.image_token
 
+    @property
+    def view_spec(self) -> ImageSpec | None:
+        """Return how images are cut: as we do, which vLLM's processor then leaves; not at all where it makes tiles."""
+        spec = self.model.image_spec
+        return None if spec.aspect_ratio == "anyres" else spec
+
     def make(self, request: GenerationRequest) -> VllmPrompt:
-        """Tokenise a request and open its images. Raises RecordError (ImageError for an image)."""
+        """Tokenise a request and open its images here. Raises RecordError (ImageError for an image)."""
         short = self.read(request)
+        opened = [
+            open_views(data, f"image {number}", max_pixels=MAX_IMAGE_PIXELS, spec=self.view_spec)
+            for number, data in enumerate(request.images, start=1)
+        ]
+        return self.finish(request, short, opened)
+
+    def finish(self, request: GenerationRequest, short: Sequence[int], opened: Sequence[OpenedImage]) -> VllmPrompt:
+        """Make the prompt of a request whose ids and images have been read. Raises RecordError."""
         if self.image_token in short:
             raise RecordError(
                 "the prompt writes the image token itself; expected an image there.", reason="image_count"
             )
         ids = [self.image_token if token == IMAGE_TOKEN_INDEX else token for token in short]
-        images = [
-            open_image(data, f"image {number}", max_pixels=MAX_IMAGE_PIXELS)
-            for number, data in enumerate(request.images, start=1)
-        ]
-        num_image_tokens = sum(self.model.image_tokens.count(*image.size) for image in images)
-        self.check_length(len(ids) - len(images) + num_image_tokens, request.sampling.max_tokens)
+        num_image_tokens = sum(self.model.image_tokens.count(*image.size) for image in opened)
+        self.check_length(len(ids) - len(opened) + num_image_tokens, request.sampling.max_tokens)
         inputs: dict[str, Any] = {"prompt_token_ids": ids}
-        if images:
-            inputs["multi_modal_data"] = {"image": [self.view(image) for image in images]}
+        if opened:
+            inputs["multi_modal_data"] = {"image": [as_image(image) for image in opened]}
             inputs["multi_modal_uuids"] = {"image": [image_key(data) for data in request.images]}
         stops, texts = self.find_stops(request)
         return VllmPrompt(inputs, sampling_params(request.sampling, stops), stops, texts)
 
-    def view(self, image: Image.Image) -> Image.Image:
-        """Return an image as we cut it, which vLLM's processor then leaves as it is; whole where it makes tiles."""
-        if self.model.image_spec.aspect_ratio == "anyres":
-            return to_rgb(image)
-        return Image.fromarray(crop_views(image, self.model.image_spec)[0].transpose(1, 2, 0).copy())
+
+def as_image(opened: OpenedImage) -> Image.Image:
+    """Return the one view of an image, or all of it, as vLLM takes it."""
+    pixels = opened.pixels
+    return Image.fromarray(pixels if pixels.ndim == 3 else pixels[0].transpose(1, 2, 0).copy())
 
 
 def sampling_params(sampling: Sampling, stops: Stops) -> Any:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from llava_ray.errors import ConfigError, ModelError
 from llava_ray.images.anyres import Size, check_grid_pinpoints, crop_anyres, default_grid_pinpoints
-from llava_ray.images.reading import to_rgb
+from llava_ray.images.opening import to_rgb
 
 ASPECT_RATIOS = ("square", "pad", "anyres")
 

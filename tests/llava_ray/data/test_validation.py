@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hostile_images import gif_comment
 from PIL import Image
 
 from llava_ray.chat.conversation import Turn
@@ -108,6 +109,7 @@ FAULTS = {
     "page": ("image_unreadable", {"image": "page.jpg", "conversations": [ASK, SAY]}, "page.jpg.*<html>.*JPEG"),
     "large": ("image_too_large", {"image": "large.jpg", "conversations": [ASK, SAY]}, "200 x 200.*10,000.*Scale"),
     "cut bytes": ("image_truncated", {"image": jpeg()[:500], "conversations": [ASK, SAY]}, "image 1 of 1"),
+    "costly": ("image_too_costly", {"image": gif_comment(), "conversations": [ASK, SAY]}, "image 1 of 1: more than"),
     "no image": ("image_count", {"conversations": [ASK, SAY]}, "1 <image> marker.* 0 image.*Add or remove"),
     "no marker": ("image_count", {"image": "cat.jpg", "conversations": [TEXT, SAY]}, "0 <image> marker.* 1 image"),
     "two for one": ("image_count", {"image": ["cat.jpg", "cat.jpg"], "conversations": [ASK, SAY]}, "1 .* 2 image"),

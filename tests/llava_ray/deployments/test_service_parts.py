@@ -1,13 +1,11 @@
-"""Settings, keys, rates, merging and frames, each alone."""
+"""Settings, keys, rates, merging, each alone."""
 
 import asyncio
-import io
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from pydantic import ValidationError
 
 from llava_ray.deployments.addresses import is_public, matches
@@ -19,7 +17,6 @@ from llava_ray.deployments.refusal import RefusalError, Refused
 from llava_ray.deployments.schema import Message
 from llava_ray.deployments.settings import ServeSettings
 from llava_ray.errors import ConfigError
-from llava_ray.images.frames import count_frames
 
 KEY = "a key of more than sixteen characters"
 
@@ -207,22 +204,6 @@ def test_which_addresses_are_the_internets(address: str, public: bool) -> None:
 )
 def test_which_hosts_an_entry_lets_in(host: str, port: int, entry: str, fits: bool) -> None:
     assert matches(host, port, entry) is fits
-
-
-@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
-@pytest.mark.parametrize("count", [1, 3, 9])
-def test_frames_are_counted_up_to_a_bound(kind: str, count: int) -> None:
-    frames = [Image.new("RGB", (4, 4), (20 * index, 0, 0)) for index in range(count)]
-    file = io.BytesIO()
-    frames[0].save(file, kind, save_all=True, append_images=frames[1:])
-    assert count_frames(file.getvalue(), 5) == min(count, 6)
-    assert count_frames(picture_bytes(), 5) == 1
-
-
-def picture_bytes() -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (4, 4)).save(file, "JPEG")
-    return file.getvalue()
 
 
 def test_images_stand_where_they_were_sent_and_markers_in_texts_are_none() -> None:

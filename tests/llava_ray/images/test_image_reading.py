@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from llava_ray.errors import DataError, ImageError
-from llava_ray.images.reading import check_image, open_filesystem, open_image, read_bytes, to_rgb
+from llava_ray.images.reading import check_header, check_image, open_filesystem, open_image, read_bytes, to_rgb
 
 LIMIT = 10_000_000
 
@@ -95,6 +95,19 @@ def test_animation_gives_its_first_frame() -> None:
     first, second = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
     data = encoded(first, "GIF", save_all=True, append_images=[second])
     assert open_image(data, "x.gif", max_pixels=LIMIT).getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF", "AVIF"])
+@pytest.mark.parametrize("count", [1, 3, 5, 6, 9])
+def test_frames_are_counted_up_to_a_bound(kind: str, count: int) -> None:
+    frames = [Image.new("RGB", (4, 4), (20 * index, 0, 0)) for index in range(count)]
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+    if count <= 5:
+        assert check_header(data, "x", max_pixels=LIMIT, max_frames=5) == (4, 4)
+    else:
+        with pytest.raises(ImageError, match="more than 5 frames") as caught:
+            check_header(data, "x", max_pixels=LIMIT, max_frames=5)
+        assert caught.value.reason == "image_too_many_frames"
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

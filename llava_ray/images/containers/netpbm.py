@@ -1,0 +1,28 @@
+"""PPM's header, whose comments have no end of their own, and its plain bitmaps, which are joined in Python."""
+
+import re
+
+from llava_ray.images.containers.budget import Budget
+
+MAX_HEADER_BYTES = 2**16
+MAX_BITMAP_BYTES = 2**24  # a plain bitmap's pixels are joined block by block, each time into new bytes
+PLAIN_BITMAP = b"P1"
+# A word as Pillow reads it: behind gaps and comments, comments inside it left out, up to one white space.
+WORD = re.compile(
+    rb"(?:[ \t\n\x0b\x0c\r]|#[^\r\n]*[\r\n]?)*(?:[^ \t\n\x0b\x0c\r#]|#[^\r\n]*[\r\n]?)*[ \t\n\x0b\x0c\r]?"
+)
+NUM_WORDS = {b"P1": 3, b"P4": 3}  # kind, width, height; then the largest value, which bitmaps have not
+
+
+def walk_netpbm(data: bytes, budget: Budget, max_frames: int) -> int:
+    """Find the header's end, and bound the length of a plain bitmap."""
+    del max_frames
+    if data.startswith(PLAIN_BITMAP):
+        budget.take("bytes in a plain bitmap", MAX_BITMAP_BYTES, len(data))
+    place = 0
+    head = data[: 2 * MAX_HEADER_BYTES]
+    for _ in range(NUM_WORDS.get(data[:2], 4)):
+        word = WORD.match(head, place)
+        place = word.end() if word else place
+    budget.take("bytes in a PPM header", MAX_HEADER_BYTES, place)
+    return 1

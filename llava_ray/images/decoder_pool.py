@@ -1,0 +1,159 @@
+"""Images decoded in processes of their own, which are killed when one takes too long or its client has left.
+
+A few places are for everybody. An image that takes longer than most gives its place to the next one and goes on at a
+low priority, so that a few slow images never hold up the others.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llava_ray.errors import ImageError
+from llava_ray.images.anyres import Size
+from llava_ray.images.decoder_starter import Answer, DecoderProcess, DecoderStarter
+from llava_ray.images.geometry import ImageSpec
+from llava_ray.images.views import OpenedImage
+
+WALL_PER_CPU = 3.0  # a busy machine may take so much longer
+
+
+@dataclass(frozen=True)
+class DecodeLimits:
+    """How many images are decoded at a time, and for how long."""
+
+    cpu_s: float = 10.0
+    """Of processor time for one image."""
+    num_places: int = 4
+    """Images at a time, of those that are quick."""
+    num_slow: int = 8
+    """Images beside them that have given their place away."""
+    patience_s: float = 0.25
+    """After which an image gives its place away."""
+
+
+class DecoderPool:
+    """A bounded number of decoder processes, started as they are needed. Follows ``views.ImageDecoder``."""
+
+    def __init__(self, limits: DecodeLimits | None = None) -> None:
+        """Start nothing yet."""
+        self.limits = limits or DecodeLimits()
+        most = self.limits.num_places + self.limits.num_slow
+        self._places = asyncio.Semaphore(self.limits.num_places)
+        self._num_slow = 0
+        self._threads = ThreadPoolExecutor(most, thread_name_prefix="image-decoders")
+        self._starter = DecoderStarter()
+        self._idle: list[DecoderProcess] = []
+        self._shared: dict[tuple[int, ImageSpec | None], Shared] = {}
+        self._closed = False
+
+    async def check(self, data: bytes, name: str, *, max_pixels: int, max_frames: int, whole: bool) -> Size:
+        """Return an image's size after reading its header, or decoding all of it. Raises ImageError."""
+        head = {"task": "check" if whole else "header", "max_pixels": max_pixels, "max_frames": max_frames}
+        answer, _ = await self._run({**head, "name": name}, data)
+        return _size(answer)
+
+    async def open_views(self, data: bytes, name: str, *, max_pixels: int, spec: ImageSpec | None) -> OpenedImage:
+        """Decode an image and cut it into ``spec``'s views; leave it whole for None. Raises ImageError.
+
+        Those who ask for the same at the same time (the choices of one request) get one result.
+        """
+        key = (id(data), spec)
+        shared = self._shared.get(key)
+        if shared is None:
+            head = {"task": "views", "name": name, "max_pixels": max_pixels, "spec": spec and spec.to_dict()}
+            shared = self._shared[key] = Shared(asyncio.ensure_future(self._run(head, data)))
+        shared.num_waiting += 1
+        try:
+            answer, payload = await asyncio.shield(shared.task)
+        finally:
+            shared.num_waiting -= 1
+            if not shared.num_waiting:
+                shared.task.cancel()
+                self._shared.pop(key, None)
+        return OpenedImage(_size(answer), np.frombuffer(payload, np.uint8).reshape(answer["shape"]))
+
+    def close(self) -> None:
+        """End the idle processes; those at work end with their images."""
+        self._closed = True
+        while self._idle:
+            self._idle.pop().kill()
+        self._starter.close()
+        self._threads.shutdown(wait=False)
+
+    async def _run(self, head: Mapping[str, Any], data: bytes) -> Answer:
+        limits = self.limits
+        bounds = {"cpu_s": limits.cpu_s, "wall_s": (1 + WALL_PER_CPU) * limits.cpu_s}
+        answer = await self._ask({**head, **bounds}, data)
+        if "error" in answer[0]:
+            raise ImageError(answer[0]["error"], reason=answer[0]["reason"])
+        return answer
+
+    async def _ask(self, head: Mapping[str, Any], data: bytes) -> Answer:
+        """Let one process answer; it is only used again if it did, and in time."""
+        await self._places.acquire()
+        process, slow, finished = None, False, False
+        try:
+            process = await self._process()
+            job = asyncio.get_running_loop().run_in_executor(self._threads, process.ask, head, data)
+            job.add_done_callback(_forget)
+            await asyncio.wait({job}, timeout=self.limits.patience_s)
+            if not job.done() and self._num_slow < self.limits.num_slow:
+                slow = True
+                self._num_slow += 1
+                self._places.release()
+                process.lower_priority()
+            await asyncio.wait({job}, timeout=WALL_PER_CPU * self.limits.cpu_s)
+            if not job.done():
+                raise _too_long(head["name"])
+            answer = job.result()
+            finished = True
+        except (EOFError, OSError) as error:  # ended by its own bounds, by the system's lack of memory, by a fault
+            raise _too_long(head["name"]) from error
+        finally:
+            if slow:
+                self._num_slow -= 1
+            else:
+                self._places.release()
+            if process is not None and finished and not slow and not self._closed:
+                self._idle.append(process)
+            elif process is not None:
+                process.kill()
+        return answer
+
+    async def _process(self) -> DecoderProcess:
+        """Return one that is idle, or a new one."""
+        while self._idle:
+            process = self._idle.pop()
+            if process.is_alive():
+                return process
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._starter.start)
+
+
+@dataclass
+class Shared:
+    """A decoding that several wait for."""
+
+    task: "asyncio.Task[Answer]"
+    num_waiting: int = 0
+
+
+def _size(answer: Mapping[str, Any]) -> Size:
+    width, height = answer["size"]
+    return int(width), int(height)
+
+
+def _too_long(name: str) -> ImageError:
+    return ImageError(
+        f"{name}: decoding it took more time (image_decode_s) or memory than is allowed, or broke the decoder; send it "
+        "smaller, or saved anew as a plain PNG or JPEG",
+        reason="image_too_costly",
+    )
+
+
+def _forget(job: "asyncio.Future[Answer]") -> None:
+    if not job.cancelled():
+        job.exception()

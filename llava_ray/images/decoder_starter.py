@@ -1,0 +1,135 @@
+"""Decoder processes as the service sees them: started in milliseconds, asked, and killed."""
+
+import io
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llava_ray.errors import LlavaRayError
+from llava_ray.images.decoder_process import READY, read_message, write_message
+
+PROJECT = Path(__file__).parents[2]
+ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+LOW_PRIORITY = 15
+START_S = 60.0
+
+Answer = tuple[dict[str, Any], bytearray]
+
+
+class DecoderProcess:
+    """One decoder. Everything may be called by any thread; ``ask`` blocks."""
+
+    def __init__(self, requests: io.BufferedWriter, answers: io.BufferedReader) -> None:
+        """Wait until the process at the other ends is ready. Raises EOFError, OSError."""
+        self._requests, self._answers = requests, answers
+        self.pid = int(read_message(answers)[0]["ready"])
+        self._handle = os.pidfd_open(self.pid)  # stays this process's, though its number be given to another
+        self.kill = weakref.finalize(self, _end, self._handle)
+        """End it at once."""
+
+    def ask(self, head: Mapping[str, Any], data: bytes) -> Answer:
+        """Send a request and wait for the answer. Raises EOFError, OSError when the process ends before it."""
+        write_message(self._requests, head, data)
+        return read_message(self._answers)
+
+    def is_alive(self) -> bool:
+        """Say whether the process has not ended."""
+        return not select.select([self._handle], [], [], 0)[0]
+
+    def lower_priority(self) -> None:
+        """Let others go first."""
+        try:
+            os.setpriority(os.PRIO_PROCESS, self.pid, LOW_PRIORITY)
+        except OSError:  # it has just ended
+            return
+
+
+class DecoderStarter:
+    """Has decoders forked by a process that has loaded what they need, and starts that process once."""
+
+    def __init__(self) -> None:
+        """Start nothing yet."""
+        self._lock = threading.Lock()
+        self._template: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+
+    def start(self) -> DecoderProcess:
+        """Return a new decoder. Raises LlavaRayError where none can start."""
+        with self._lock:
+            try:
+                return self._fork()
+            except (EOFError, OSError):  # the template has died; another one
+                self._stop()
+            try:
+                return self._fork()
+            except (EOFError, OSError) as error:
+                raise LlavaRayError(f"no process that decodes images can be started ({error!r})") from error
+
+    def close(self) -> None:
+        """End the template; decoders go on until they are killed."""
+        with self._lock:
+            self._stop()
+
+    def _fork(self) -> DecoderProcess:
+        control = self._connected()
+        request_end, requests = os.pipe()
+        answers, answer_end = os.pipe()
+        writer, reader = os.fdopen(requests, "wb"), os.fdopen(answers, "rb")
+        try:
+            socket.send_fds(control, [b"f"], [request_end, answer_end])
+        finally:
+            os.close(request_end)
+            os.close(answer_end)
+        return DecoderProcess(writer, reader)
+
+    def _connected(self) -> socket.socket:
+        if self._control is not None:
+            return self._control
+        ours, theirs = socket.socketpair()
+        ours.settimeout(START_S)
+        path = os.pathsep.join([str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        with theirs:
+            self._template = subprocess.Popen(
+                [sys.executable, "-P", "-m", "llava_ray.images.decoder_process", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, **ONE_THREAD, "PYTHONPATH": path},
+            )
+        weakref.finalize(self, _stop_template, self._template)
+        if ours.recv(1) != READY:
+            code = self._template.wait()
+            raise LlavaRayError(
+                f"the process that decodes images did not start (exit code {code}); the log of this process says why"
+            )
+        self._control = ours
+        return ours
+
+    def _stop(self) -> None:
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        if self._template is not None:
+            _stop_template(self._template)
+
+
+def _stop_template(template: "subprocess.Popen[bytes]") -> None:
+    template.kill()
+    template.wait()
+
+
+def _end(handle: int) -> None:
+    try:
+        signal.pidfd_send_signal(handle, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    finally:
+        os.close(handle)
