@@ -23,6 +23,7 @@ from engines import (
     make_parts,
     make_requests,
     request,
+    spoil,
     started,
 )
 
@@ -317,12 +318,7 @@ BAD = "~"  # the character whose embedding is spoiled
 
 @pytest.fixture
 def spoiled(tmp_path: Path) -> LlavaParts:
-    """A model to which one character is infinite: what reads it has no finite logits, all else is as before."""
-    parts = make_parts(tmp_path)
-    [token] = parts.tokenizer(BAD, add_special_tokens=False)["input_ids"]
-    with torch.no_grad():
-        parts.llava.language_model.get_input_embeddings().weight[token] = torch.inf
-    return parts
+    return spoil(make_parts(tmp_path), BAD)
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 1}, {"temperature": 0.3, "top_k": 3, "seed": 1}])
@@ -339,8 +335,10 @@ def test_logits_that_are_not_finite_end_that_request_and_no_other(
             mixed = [one for pair in zip(good, bad, strict=True) for one in pair]
             asked = [ask(engine, one, 0.002 * index) for index, one in enumerate(mixed)]
             answers = await asyncio.gather(*asked, return_exceptions=True)
-            # Rows that spoiled requests have left are taken by others, and read beyond their own tokens.
-            later = await asyncio.gather(*(ask(engine, one) for one in good))
+            # Rows that spoiled requests have left are taken by others; beside a long one the short ones' are read
+            # (and masked) beyond their own tokens.
+            long = ask(engine, request("red " * 40, "long", max_tokens=24))
+            later = (await asyncio.gather(long, *(ask(engine, one) for one in good)))[1:]
             engine.check_health()
             return [alone, *answers, *later]
         finally:
