@@ -314,6 +314,7 @@ class _Recurrent(torch.nn.Module):
 
 
 BAD = "~"  # the character whose embedding is spoiled
+LONGER = " red" * 12  # a prompt in a row of the same length
 
 
 @pytest.fixture
@@ -326,7 +327,7 @@ def test_logits_that_are_not_finite_end_that_request_and_no_other(
     spoiled: LlavaParts, sampling: dict[str, Any]
 ) -> None:
     good = [request("is it red?", f"good{index}", logprobs=1, **sampling) for index in range(6)]
-    bad = [request(f"is {BAD} red?", f"bad{index}", logprobs=index % 2 or None, **sampling) for index in range(6)]
+    bad = [request(f"is {BAD} red?{LONGER}", f"bad{index}", logprobs=index % 2 or None, **sampling) for index in range(6)]
 
     async def run() -> list[Answered | BaseException]:
         engine = await started(spoiled, prefill_chunk=9)
@@ -337,8 +338,8 @@ def test_logits_that_are_not_finite_end_that_request_and_no_other(
             answers = await asyncio.gather(*asked, return_exceptions=True)
             # Rows that spoiled requests have left are taken by others; beside a long one the short ones' are read
             # (and masked) beyond their own tokens.
-            long = ask(engine, request("red " * 40, "long", max_tokens=24))
-            later = (await asyncio.gather(long, *(ask(engine, one) for one in good)))[1:]
+            long = ask(engine, request(f"is it red?{LONGER}", "long", max_tokens=12))
+            later = (await asyncio.gather(*(ask(engine, one) for one in good), long))[:-1]
             engine.check_health()
             return [alone, *answers, *later]
         finally:
