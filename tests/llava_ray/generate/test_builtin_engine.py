@@ -336,6 +336,7 @@ def test_logits_that_are_not_finite_end_that_request_and_no_other(
             mixed = [one for pair in zip(good, bad, strict=True) for one in pair]
             asked = [ask(engine, one, 0.002 * index) for index, one in enumerate(mixed)]
             answers = await asyncio.gather(*asked, return_exceptions=True)
+            await asyncio.gather(*(ask(engine, one) for one in bad), return_exceptions=True)
             # Rows that spoiled requests have left are taken by others; beside a long one the short ones' are read
             # (and masked) beyond their own tokens.
             long = ask(engine, request(f"is it red?{LONGER}", "long", max_tokens=12))
