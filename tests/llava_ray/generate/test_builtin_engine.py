@@ -330,7 +330,7 @@ def test_logits_that_are_not_finite_end_that_request_and_no_other(
     bad = [request(f"is {BAD} red?{LONGER}", f"bad{index}", logprobs=index % 2 or None, **sampling) for index in range(6)]
 
     async def run() -> list[Answered | BaseException]:
-        engine = await started(spoiled, prefill_chunk=9)
+        engine = await started(spoiled, prefill_chunk=2000)
         try:
             alone = await ask(engine, good[0])
             mixed = [one for pair in zip(good, bad, strict=True) for one in pair]
