@@ -22,7 +22,7 @@ def render_spans(turns: Sequence[Turn], template: Template, *, open_turn: bool =
     Learnt are the answers with the space before them and the text that ends them. Raises RecordError for turns
     that no template can write (see `check_turns`), TemplateError for turns that this template cannot.
     """
-    check_turns(turns)
+    check_turns(turns, learnt=not open_turn)
     if open_turn and turns[-1].role != "human":
         raise TemplateError(
             f"an open turn was asked for after an answer ({turns[-1].value[:40]!r}); expected a human turn last. "
@@ -90,6 +90,8 @@ def _keep_images(turns: Sequence[Turn], template: StringTemplate) -> list[Turn]:
 
 def _render_jinja(turns: Sequence[Turn], template: JinjaTemplate, open_turn: bool) -> list[Span]:
     text = _apply_jinja(turns, template, add_generation_prompt=open_turn)
+    if open_turn:  # nothing is learnt of it
+        return [Span(text, learnt=False)]
     spans, written = [], 0
     for index, turn in enumerate(turns):
         if turn.role == "human":

@@ -31,7 +31,7 @@ class Answers:
         self.admit(user)
         stop = self.stops[session] = asyncio.Event()
         figures, shown = Figures(), 0.0
-        task = await self.front.checked(chat_request(history, parameters))
+        task = self.front.checked(chat_request(history, parameters))
         try:
             async with aclosing(until(self.front.gateway.run(task, session), stop)) as pieces:
                 async for batch in pieces:
