@@ -174,7 +174,9 @@ def _loss_section(findings: Findings) -> Section:
     if findings.losses:
         parts.insert(0, Histogram("Losses", findings.losses, "mean loss of a sample", "samples"))
     if num_without:
-        text = f"{num_without:,} of {len(findings.samples):,} samples have no finite loss: training would diverge there."
+        text = (
+            f"{num_without:,} of {len(findings.samples):,} samples have no finite loss: training would diverge there."
+        )
         parts.insert(0, Note(text, warning=True))
     return Section("Losses", parts, "What surprises the model most: rare, hard, or wrong.")
 

@@ -72,7 +72,9 @@ def read_url(place: str) -> URL:
 
 def not_a_url(what: str) -> RefusalError:
     """Return the refusal."""
-    return refuse(400, f"an image address {what}; send a data:image/png;base64,… or https: one", "media_url", "messages")
+    return refuse(
+        400, f"an image address {what}; send a data:image/png;base64,… or https: one", "media_url", "messages"
+    )
 
 
 def host_of(url: URL) -> str:

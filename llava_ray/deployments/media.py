@@ -16,7 +16,6 @@ from llava_ray.errors import ImageError
 from llava_ray.images.frames import count_frames
 from llava_ray.images.reading import check_header
 
-
 SCHEME_CHARS = 100  # in which an address, spaces in front of it included, says what it is
 
 

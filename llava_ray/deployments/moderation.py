@@ -80,5 +80,7 @@ def moderation_body(model: str, texts: Sequence[str], images: Sequence[bytes]) -
 
 def data_uri(data: bytes) -> str:
     """Write an encoded image as a data URI."""
-    kind = next((kind for beginning, kind in BEGINNINGS.items() if data.startswith(beginning)), "application/octet-stream")
+    kind = next(
+        (kind for beginning, kind in BEGINNINGS.items() if data.startswith(beginning)), "application/octet-stream"
+    )
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"

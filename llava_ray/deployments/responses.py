@@ -10,7 +10,6 @@ from typing import Any
 from llava_ray.deployments.replica import Piece
 from llava_ray.generate.engine import GenerationChunk, TokenLogprob
 
-
 LEAST_LOGPROB = -9999.0
 
 

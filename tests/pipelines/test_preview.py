@@ -311,7 +311,9 @@ def test_the_script_runs_by_itself_and_keeps_stdout_clean(tmp_path):
 def test_samples_without_a_finite_loss_are_named(folder, tmp_path, capsys, monkeypatch):
     """Two of eight, in rows that are packed with others: valid JSON, counted on the screen, first in the report."""
     load = preview_losses.load_pretrained_model
-    monkeypatch.setattr(preview_losses, "load_pretrained_model", lambda *some, **named: spoil(load(*some, **named), "~"))
+    monkeypatch.setattr(
+        preview_losses, "load_pretrained_model", lambda *some, **named: spoil(load(*some, **named), "~")
+    )
     texts = ["red", "a ~ b", "blue", "what is it", "~", "yes", "no", "circle"]
     turns = [[{"from": "human", "value": text}, {"from": "gpt", "value": "it is red"}] for text in texts]
     data = tmp_path / "data.json"

@@ -327,7 +327,9 @@ def test_logits_that_are_not_finite_end_that_request_and_no_other(
     spoiled: LlavaParts, sampling: dict[str, Any]
 ) -> None:
     good = [request("is it red?", f"good{index}", logprobs=1, **sampling) for index in range(6)]
-    bad = [request(f"is {BAD} red?{LONGER}", f"bad{index}", logprobs=index % 2 or None, **sampling) for index in range(6)]
+    bad = [
+        request(f"is {BAD} red?{LONGER}", f"bad{index}", logprobs=index % 2 or None, **sampling) for index in range(6)
+    ]
 
     async def run() -> list[Answered | BaseException]:
         engine = await started(spoiled, prefill_chunk=2000)

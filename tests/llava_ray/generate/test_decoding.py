@@ -202,9 +202,7 @@ def test_views_without_the_sizes_of_their_images_are_refused(anyres: LlavaParts)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_not_finite_are_an_error_that_names_the_prompt(
-    tmp_path: Path, temperature: float
-) -> None:
+def test_logits_that_are_not_finite_are_an_error_that_names_the_prompt(tmp_path: Path, temperature: float) -> None:
     parts = assembled(tmp_path)
     with torch.no_grad():
         parts.llava.language_model.get_input_embeddings().weight[7] = torch.nan
