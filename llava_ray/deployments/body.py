@@ -14,6 +14,8 @@ from llava_ray.deployments.refusal import RefusalError, Refused
 GUARDED = ("/v1/", "/metrics")
 COUNTED = "/v1/"
 
+MAX_DIGITS = 20  # of a declared length that are looked at
+
 
 def route_path(scope: Scope) -> str:
     """Return the path that routes are matched by: without the prefix under which Serve mounts the application."""
@@ -113,7 +115,8 @@ class BodyMiddleware:
     async def read(self, headers: Headers, receive: Receive) -> bytes | None:
         """Return the body; None if the client has gone. Raises RefusalError."""
         declared = headers.get("content-length", "0")
-        self.check(int(declared) if declared.isdigit() else 0)
+        # "²" is a digit to Python, and thousands of digits are no number to it.
+        self.check(int(declared[:MAX_DIGITS]) if declared.isascii() and declared.isdigit() else 0)
         body = bytearray()
         while True:
             message = await receive()
