@@ -10,7 +10,8 @@ from typing import Any
 
 from engines import make_parts
 from pictures import picture
-from request_mutations import SECRET, Asked, make_request
+from request_mutations import Asked, make_request
+from request_oddities import SECRET
 from starlette.types import ASGIApp, Message
 
 from llava_ray.deployments.addresses import Network

@@ -97,8 +97,8 @@ def check_domain(url: URL, allowed: tuple[str, ...]) -> None:
     if not any(matches(host, url.port, entry.lower()) for entry in allowed):
         raise refuse(
             400,
-            f"images from {host_of(url)!r} (port {url.port}) are not fetched here; send a data: URI, or have the service "
-            "started with the host in allowed_media_domains",
+            f"images from {host_of(url)!r} (port {url.port}) are not fetched here; send a data: URI, or have the "
+            "service started with the host in allowed_media_domains",
             "media_domain",
             "messages",
         )
