@@ -6,12 +6,13 @@ python pipelines/preview.py --tokenizer DIR --version vicuna_v1 --data mix.json 
 """
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
 
-from llava_ray.data.preview import PreviewSettings, Rejection, token_viewer
+from llava_ray.data.preview import PreviewSettings, Rejection, SampleView, token_viewer
 from llava_ray.data.preview_losses import model_viewer
 from llava_ray.data.preview_records import read_records
 from llava_ray.data.preview_report import Findings, describe_findings, make_line, make_report, paint_samples
@@ -30,11 +31,15 @@ def main(arguments: Sequence[str]) -> Path | None:
     seen = (viewer.view(record) for record in records)
     views = judge.add_losses(seen) if judge else seen
     if settings.json:
-        num_views = num_rejected = 0
+        counts: Counter[str] = Counter()
         for view in views:
             print(make_line(view), flush=True)
-            num_views, num_rejected = num_views + 1, num_rejected + isinstance(view, Rejection)
-        print(f"{num_views:,} conversations, {num_rejected:,} rejected", *viewer.warnings(), sep="\n", file=sys.stderr)
+            counts["all"] += 1
+            counts["rejected"] += isinstance(view, Rejection)
+            counts["without"] += isinstance(view, SampleView) and bool(view.no_loss)
+        without = f", {counts['without']:,} without a finite loss" if counts["without"] else ""
+        print(f"{counts['all']:,} conversations, {counts['rejected']:,} rejected{without}", file=sys.stderr)
+        print(*viewer.warnings(), sep="\n", end="\n" * bool(viewer.warnings()), file=sys.stderr)
         return None
     check_plotting()
     findings = Findings(settings, viewer, list(views))

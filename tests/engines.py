@@ -60,6 +60,14 @@ def with_ends(parts: LlavaParts) -> LlavaParts:
     return parts
 
 
+def spoil(parts: LlavaParts, character: str) -> LlavaParts:
+    """Make one character infinite to a model: what reads it has no finite logits, all else is as before."""
+    [token] = parts.tokenizer(character, add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        parts.llava.language_model.get_input_embeddings().weight[token] = torch.inf
+    return parts
+
+
 def write_adapter(folder: Path, parts: LlavaParts, *, seed: int, own_projector: bool = False, **lora: object) -> Path:
     """Write a bundle with an adapter, as after training, over a model that is of no more use afterwards."""
     settings = {"lora_enable": True, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0}

@@ -79,8 +79,11 @@ def read_turns(conversations: Sequence[Mapping[str, object]]) -> tuple[Turn, ...
     return turns
 
 
-def check_turns(turns: Sequence[Turn]) -> None:
-    """Raise RecordError unless the turns alternate, beginning with a question, and every answer says something."""
+def check_turns(turns: Sequence[Turn], *, learnt: bool = True) -> None:
+    """Raise RecordError unless the turns alternate, beginning with a question, and every answer says something.
+
+    One that is not ``learnt``, but was given before, may be empty.
+    """
     if not turns:
         raise RecordError(
             "the conversation has no turn to begin with; expected a human turn first. Remove the record.",
@@ -95,7 +98,7 @@ def check_turns(turns: Sequence[Turn]) -> None:
                 "Merge or remove neighbouring turns of one speaker.",
                 reason="alternation",
             )
-        if turn.role == "gpt" and not turn.value.strip():
+        if learnt and turn.role == "gpt" and not turn.value.strip():
             raise RecordError(
                 f"turn {index + 1} of {len(turns)} is an empty answer ({turn.value!r}); "
                 "expected text to learn from. Remove the exchange.",

@@ -26,7 +26,7 @@ def render_spans(turns: Sequence[Turn], template: Template, *, open_turn: bool =
     Learnt are the answers with the space before them and the text that ends them. Raises RecordError for turns
     that no template can write (see `check_turns`), TemplateError for turns that this template cannot.
     """
-    check_turns(turns)
+    check_turns(turns, learnt=not open_turn)
     if open_turn and turns[-1].role != "human":
         raise TemplateError(
             f"an open turn was asked for after an answer ({turns[-1].value[:40]!r}); expected a human turn last. "
@@ -119,7 +119,7 @@ def _render_jinja(turns: Sequence[Turn], template: JinjaTemplate, open_turn: boo
         said = [own for start, stop in said for own in _said(text[start:stop], start, template)]
     borders, written = [], 0
     for index, turn in enumerate(turns):
-        if turn.role == "human":
+        if turn.role == "human" or open_turn:  # of an open turn nothing is learnt
             continue
         start = _find_answer_start(text, turns[:index], template)
         stop = start + _measure_answer(text[start:], turn, template)

@@ -96,7 +96,9 @@ class SampleView:
     num_cut: int
     """Positions cut off at the end."""
     loss: float | None = None
-    """Mean over its supervised tokens, in fp32."""
+    """Mean over its supervised tokens, in fp32; None without a model, and where there is no such number."""
+    no_loss: str = ""
+    """Why a model finds no finite loss."""
 
     @property
     def num_tokens(self) -> int:

@@ -1,5 +1,6 @@
 """What a model makes of each sample: losses in fp32, several samples packed into a row."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -44,11 +45,21 @@ class Judge:
     def _scored(self, row: Sequence[SampleView | Rejection]) -> list[SampleView | Rejection]:
         samples = [view for view in row if isinstance(view, SampleView)]
         losses = iter(self.losses(samples) if samples else [])
-        return [replace(view, loss=next(losses)) if isinstance(view, SampleView) else view for view in row]
+        return [with_loss(view, next(losses)) if isinstance(view, SampleView) else view for view in row]
+
+    def losses(self, samples: Sequence[SampleView]) -> list[float]:
+        """Return the mean loss of each sample over its supervised tokens.
+
+        All of them in one packed row; where one is not finite, each alone: attention may spread a NaN over its row.
+        """
+        losses = self.losses_of_row(samples)
+        if len(samples) == 1 or all(map(math.isfinite, losses)):
+            return losses
+        return [loss for sample in samples for loss in self.losses_of_row([sample])]
 
     @torch.inference_mode()
-    def losses(self, samples: Sequence[SampleView]) -> list[float]:
-        """Return the mean loss of each sample over its supervised tokens, all of them in one packed row."""
+    def losses_of_row(self, samples: Sequence[SampleView]) -> list[float]:
+        """Return the same of one packed row."""
         device = next(self.parts.llava.parameters()).device
         ids = np.concatenate([sample.example.input_ids for sample in samples])
         labels = np.concatenate([sample.example.labels for sample in samples])
@@ -67,6 +78,11 @@ class Judge:
             return None
         views = torch.from_numpy(np.concatenate(pixels))
         return self.parts.tower.extract(views, lambda some: normalise(some, self.image_spec))
+
+
+def with_loss(sample: SampleView, loss: float) -> SampleView:
+    """Return a sample with its loss, or with the word that it has none."""
+    return replace(sample, loss=loss) if math.isfinite(loss) else replace(sample, no_loss="not finite")
 
 
 def model_viewer(settings: PreviewSettings) -> tuple[Viewer, Judge]:

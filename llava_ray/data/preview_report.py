@@ -30,6 +30,8 @@ from llava_ray.report.pieces import (
 
 NUM_WORST = 12
 NUM_IN_TERMINAL = 3
+NUM_NAMED = 5  # samples without a finite loss, beside their number
+SHOWN_CHARS = 40  # of an id
 LOSSLESS_UP_TO = 128  # pixels; larger crops become JPEG, to keep the page light
 
 PLAIN = "\x1b[0m"
@@ -46,9 +48,12 @@ class Findings:
 
     @cached_property
     def samples(self) -> list[SampleView]:
-        """Return the samples: with a model those it knows least first, otherwise in the order of the data."""
+        """Return the samples: with a model those without a finite loss and then those it knows least first.
+
+        Otherwise in the order of the data.
+        """
         samples = [view for view in self.views if isinstance(view, SampleView)]
-        return sorted(samples, key=lambda sample: -(sample.loss or 0.0))
+        return sorted(samples, key=lambda sample: (not sample.no_loss, -(sample.loss or 0.0)))
 
     @cached_property
     def rejections(self) -> list[Rejection]:
@@ -59,6 +64,11 @@ class Findings:
     def losses(self) -> list[float]:
         """Return the losses, highest first; none without a model."""
         return [sample.loss for sample in self.samples if sample.loss is not None]
+
+    @cached_property
+    def without_loss(self) -> list[SampleView]:
+        """Return the samples of which a model finds no finite loss."""
+        return [sample for sample in self.samples if sample.no_loss]
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -80,6 +90,8 @@ class Findings:
         ]
         if num_cut:
             facts.append(Fact("cut off", f"{num_cut:,}", f"over {self.viewer.encoder.model_max_length:,} tokens"))
+        if self.without_loss:
+            facts.append(Fact("no finite loss", f"{len(self.without_loss):,}", named(self.without_loss)))
         if self.losses:
             facts.append(Fact("loss, median", f"{np.median(self.losses):.3f}", f"highest {self.losses[0]:.3f}"))
         return facts
@@ -94,13 +106,13 @@ def make_report(findings: Findings) -> Report:
     )
     sections = [
         Section("Lengths", [*(Note(text, warning=True) for text in findings.viewer.warnings()), histogram]),
-        *([_loss_section(findings)] if findings.losses else []),
+        *([_loss_section(findings)] if findings.losses or findings.without_loss else []),
         *([_rejection_section(findings)] if findings.rejections else []),
         Section(
             "Samples",
             [_card(sample, number, findings.viewer) for number, sample in enumerate(findings.samples)],
             "What the model learns to write is marked, token by token; all else it only reads."
-            + (" Those with the highest loss come first." if findings.losses else ""),
+            + (" Those with the highest loss, or none that is finite, come first." if findings.losses else ""),
         ),
     ]
     template = findings.viewer.encoder.template.name
@@ -115,8 +127,10 @@ def make_line(view: SampleView | Rejection) -> str:
     if isinstance(view, Rejection):
         return json.dumps({"id": view.id, "error": {"reason": view.reason, "message": view.message}})
     values: dict[str, Any] = {"id": view.id, "ids": view.input_ids, "labels": view.labels}
-    if view.loss is not None:
+    if view.loss is not None or view.no_loss:
         values |= {"loss": view.loss, "supervised": view.example.num_supervised}
+    if view.no_loss:
+        values["no_loss"] = view.no_loss
     return json.dumps(values | ({"truncated": True} if view.example.truncated else {}))
 
 
@@ -143,25 +157,34 @@ def _printable(text: str) -> str:
     return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
+def named(samples: Sequence[SampleView]) -> str:
+    """Return the ids of the first few samples."""
+    ids = ", ".join(str(sample.id)[:SHOWN_CHARS] for sample in samples[:NUM_NAMED])
+    return f"{ids}, …" if len(samples) > NUM_NAMED else ids
+
+
 def _loss_section(findings: Findings) -> Section:
-    worst = findings.samples[:NUM_WORST]
+    num_without = len(findings.without_loss)
+    shown = findings.samples[: num_without + NUM_WORST]
     rows: list[list[Cell]] = [
-        [Link(str(sample.id), f"#sample-{number}"), _bar(sample, findings.losses[0]), sample.example.num_supervised]
-        for number, sample in enumerate(worst)
+        [Link(str(sample.id), f"#sample-{number}"), _loss(sample, findings), sample.example.num_supervised]
+        for number, sample in enumerate(shown)
     ]
-    return Section(
-        "Losses",
-        [
-            Histogram("Losses", findings.losses, "mean loss of a sample", "samples"),
-            Table(["id", "loss", "learnt tokens"], rows, "Highest losses"),
-        ],
-        "What surprises the model most: rare, hard, or wrong.",
-    )
+    parts: list[Note | Histogram | Table] = [Table(["id", "loss", "learnt tokens"], rows, "Highest losses")]
+    if findings.losses:
+        parts.insert(0, Histogram("Losses", findings.losses, "mean loss of a sample", "samples"))
+    if num_without:
+        text = (
+            f"{num_without:,} of {len(findings.samples):,} samples have no finite loss: training would diverge there."
+        )
+        parts.insert(0, Note(text, warning=True))
+    return Section("Losses", parts, "What surprises the model most: rare, hard, or wrong.")
 
 
-def _bar(sample: SampleView, highest: float) -> Bar:
-    loss = sample.loss or 0.0
-    return Bar(loss, f"{loss:.3f}", highest)
+def _loss(sample: SampleView, findings: Findings) -> Bar | str:
+    if sample.loss is None:
+        return sample.no_loss
+    return Bar(sample.loss, f"{sample.loss:.3f}", findings.losses[0])
 
 
 def _rejection_section(findings: Findings) -> Section:
@@ -194,6 +217,8 @@ def _counts(sample: SampleView) -> str:
         counts.append(f"{sample.num_cut:,} cut off")
     if sample.loss is not None:
         counts.append(f"loss {sample.loss:.3f}")
+    if sample.no_loss:
+        counts.append(f"loss {sample.no_loss}")
     return ", ".join(counts)
 
 

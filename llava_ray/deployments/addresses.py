@@ -2,13 +2,14 @@
 
 import asyncio
 import ipaddress
+import re
 import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from yarl import URL
 
-from llava_ray.deployments.refusal import refuse
+from llava_ray.deployments.refusal import RefusalError, refuse
 
 # Names to addresses, as text: the system's, or a test's own.
 Resolve = Callable[[str, int], Awaitable[list[str]]]
@@ -19,6 +20,12 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 TRANSLATED = tuple(ipaddress.ip_network(text) for text in ("2002::/16", "2001::/32", "64:ff9b::/96", "64:ff9b:1::/48"))
 
 DEFAULT_PORTS = (80, 443)
+
+MAX_URL_CHARS = 8192
+MAX_HOST_CHARS, MAX_LABEL_CHARS = 253, 63  # RFC 1035
+SHOWN_HOST_CHARS = 100
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+NOT_IN_HOSTS = re.compile(r"[^0-9A-Za-z._:%-]")
 
 
 async def resolve_by_system(host: str, port: int) -> list[str]:
@@ -39,6 +46,42 @@ def is_public(text: str) -> bool:
     return address.is_global and not address.is_multicast and not address.is_reserved
 
 
+def read_url(place: str) -> URL:
+    """Return an address that is a URL, of a host that may be a name. Raises RefusalError for all others.
+
+    yarl notices a part of what is wrong when it reads a URL, and the rest when it is asked for that part.
+    """
+    if len(place) > MAX_URL_CHARS:
+        raise not_a_url(f"has {len(place):,} characters, at most {MAX_URL_CHARS:,} are read; is it base64?")
+    if CONTROL.search(place.strip()):
+        raise not_a_url("holds control characters")
+    try:
+        url = URL(place.strip())
+        host, name, _ = url.raw_host or "", url.host, url.port
+        bytes(url)
+    except ValueError as error:
+        raise not_a_url(f"is not a URL ({type(error).__name__})") from None
+    del name
+    labels = host.removesuffix(".").split(".") if host else []
+    if len(host) > MAX_HOST_CHARS or not all(0 < len(label) <= MAX_LABEL_CHARS for label in labels):
+        raise not_a_url(f"names a host of {len(host):,} characters that cannot be a name")
+    if NOT_IN_HOSTS.search(host):
+        raise not_a_url("names a host with spaces or characters that no name has")
+    return url
+
+
+def not_a_url(what: str) -> RefusalError:
+    """Return the refusal."""
+    return refuse(
+        400, f"an image address {what}; send a data:image/png;base64,… or https: one", "media_url", "messages"
+    )
+
+
+def host_of(url: URL) -> str:
+    """Return a host's name for a message."""
+    return (url.raw_host or "")[:SHOWN_HOST_CHARS]
+
+
 def check_domain(url: URL, allowed: tuple[str, ...]) -> None:
     """Raise RefusalError unless the URL's host (and port, other than 80 and 443) is among the allowed ones."""
     if url.scheme not in ("http", "https") or not url.host:
@@ -54,8 +97,8 @@ def check_domain(url: URL, allowed: tuple[str, ...]) -> None:
     if not any(matches(host, url.port, entry.lower()) for entry in allowed):
         raise refuse(
             400,
-            f"images from {host[:100]!r} (port {url.port}) are not fetched here; send a data: URI, or have the service "
-            "started with the host in allowed_media_domains",
+            f"images from {host_of(url)!r} (port {url.port}) are not fetched here; send a data: URI, or have the "
+            "service started with the host in allowed_media_domains",
             "media_domain",
             "messages",
         )

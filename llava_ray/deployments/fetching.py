@@ -8,7 +8,7 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
-from llava_ray.deployments.addresses import Network, check_domain, checked_address
+from llava_ray.deployments.addresses import Network, check_domain, checked_address, host_of, read_url
 from llava_ray.deployments.refusal import refuse
 
 CHUNK = 64 * 1024
@@ -55,14 +55,7 @@ class Pinned(AbstractResolver):
 
 async def fetch(place: str, limits: FetchLimits, network: Network) -> bytes:
     """Return what lies at ``place``. Raises RefusalError; nothing is contacted that is not allowed."""
-    try:
-        url = URL(place)
-        port = url.port  # where yarl notices a port that is no number
-    except ValueError:
-        raise refuse(
-            400, "an image address is not a URL; send a data: or https: one", "media_url", "messages"
-        ) from None
-    del port
+    url = read_url(place)
     try:
         async with asyncio.timeout(limits.timeout_s):
             for _ in range(limits.max_redirects + 1):
@@ -73,14 +66,14 @@ async def fetch(place: str, limits: FetchLimits, network: Network) -> bytes:
     except TimeoutError:
         raise refuse(
             504,
-            f"image host {url.host!r} did not answer within {limits.timeout_s:g} s (media_timeout_s)",
+            f"image host {host_of(url)!r} did not answer within {limits.timeout_s:g} s (media_timeout_s)",
             "media_timeout",
             "messages",
         ) from None
     except (aiohttp.ClientError, OSError, ValueError) as error:
         raise refuse(
             422,
-            f"image host {url.host!r} could not be read from ({type(error).__name__})",
+            f"image host {host_of(url)!r} could not be read from ({type(error).__name__})",
             "media_unreachable",
             "messages",
         ) from None
@@ -104,11 +97,19 @@ async def one_hop(url: URL, limits: FetchLimits, network: Network) -> bytes | UR
         ) as response,
     ):
         if response.status in REDIRECTS:
-            return url.join(URL(response.headers.get("location", "")))
+            return redirected(url, response.headers.get("location", ""))
         if response.status >= 400:
             status = 503 if response.status >= 500 or response.status in TRY_AGAIN else 422
-            raise refuse(status, f"image host {url.host!r} answered {response.status}", "media_status", "messages")
+            raise refuse(status, f"image host {host_of(url)!r} answered {response.status}", "media_status", "messages")
         return await read_within(response, limits.max_bytes)
+
+
+def redirected(url: URL, location: str) -> URL:
+    """Return where an answer sends us. Raises RefusalError; which address it was is the host's fault."""
+    try:
+        return read_url(str(url.join(URL(location))))
+    except ValueError:
+        raise refuse(422, f"image host {host_of(url)!r} redirects to no URL", "media_redirects", "messages") from None
 
 
 async def read_within(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:

@@ -19,7 +19,8 @@ from llava_ray.deployments.routes import (
 
 def build_front(front: Front, *, with_api: bool = True, with_page: bool = False) -> FastAPI:
     """Return the app. Nothing of it knows Ray."""
-    app = FastAPI(title="llava_ray", docs_url=None, redoc_url=None, openapi_url=None)
+    # No redirects from and to a slash: their address would be made of the Host header.
+    app = FastAPI(title="llava_ray", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     add_health(app, front)
     if with_api:
         add_api(app, front)

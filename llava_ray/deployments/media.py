@@ -1,8 +1,6 @@
 """From addresses in a request to encoded images that are safe to decode."""
 
 import asyncio
-import base64
-import binascii
 import os
 import stat
 import urllib.parse
@@ -10,11 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_ray.deployments.addresses import Network
+from llava_ray.deployments.data_uris import decode_data_uri
 from llava_ray.deployments.fetching import FetchLimits, fetch, too_many_bytes
 from llava_ray.deployments.refusal import RefusalError, from_record_error, refuse
 from llava_ray.deployments.settings import ServeSettings
 from llava_ray.errors import ImageError
 from llava_ray.images.decoder_pool import DecodeLimits, DecoderPool
+
+SCHEME_CHARS = 100  # in which an address, spaces in front of it included, says what it is
 
 
 class MediaReader:
@@ -56,7 +57,7 @@ class MediaReader:
 
     async def read(self, place: str, number: int = 1) -> bytes:
         """Return an encoded image whose size, format and frames are within the limits. Raises RefusalError."""
-        scheme = place[:5].lower()
+        scheme = place[:SCHEME_CHARS].lstrip()[:5].lower()
         if scheme == "data:":
             data = await asyncio.to_thread(decode_data_uri, place, self.settings.max_image_bytes)
         elif scheme == "file:":
@@ -71,16 +72,16 @@ class MediaReader:
         folder = self.settings.allowed_local_media_path
         if folder is None:
             raise refuse(400, "file: addresses are not read here (allowed_local_media_path)", "media_local", "messages")
-        url = urllib.parse.urlsplit(place)
         outside = refuse(400, "no such image under the allowed folder", "media_local", "messages")
-        if url.netloc not in ("", "localhost"):
-            raise outside
         try:
+            url = urllib.parse.urlsplit(place)
+            if url.netloc not in ("", "localhost"):
+                raise outside
             path = Path(urllib.parse.unquote(url.path)).resolve(strict=True)
             if not path.is_relative_to(Path(folder).resolve()):
                 raise outside
             return read_regular(path, self.settings.max_image_bytes)
-        except (OSError, ValueError):  # ValueError: a null byte
+        except (OSError, ValueError):  # ValueError: a null byte, brackets that do not close
             raise outside from None
 
     async def check(self, data: bytes, name: str) -> None:
@@ -106,19 +107,6 @@ class MediaReader:
 def make_decoder(settings: ServeSettings) -> DecoderPool:
     """Return the processes in which one replica decodes images, none of them started."""
     return DecoderPool(DecodeLimits(cpu_s=settings.image_decode_s))
-
-
-def decode_data_uri(place: str, max_bytes: int) -> bytes:
-    """Return the bytes of ``data:…;base64,…``. Raises RefusalError, for what is too long before decoding it."""
-    head, comma, payload = place.partition(",")
-    if not comma or not head.lower().endswith(";base64"):
-        raise refuse(400, "a data: URI without base64; expected data:image/png;base64,…", "media_data_uri", "messages")
-    if len(payload) // 4 * 3 > max_bytes + 3:
-        raise too_many_bytes(len(payload) // 4 * 3, max_bytes)
-    try:
-        return base64.b64decode(payload, validate=True)
-    except (binascii.Error, ValueError):
-        raise refuse(400, "a data: URI whose base64 is damaged", "media_data_uri", "messages") from None
 
 
 def read_regular(path: Path, max_bytes: int) -> bytes:

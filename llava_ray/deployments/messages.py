@@ -28,6 +28,11 @@ class Task:
     stream: bool = True
     """Whether pieces are wanted as they come, or all at the end."""
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Return all that it says."""
+        return (*(turn.value for turn in self.turns), self.system or "", self.prompt or "")
+
 
 def chat_task(request: ChatRequest, request_id: str, settings: ServeSettings) -> Task:
     """Turn a chat into a task. Raises RefusalError for too many images or characters, or turns out of order."""

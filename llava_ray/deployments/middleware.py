@@ -19,6 +19,8 @@ COUNTED = "/v1/"
 # Answered whatever else is open: who asks these decides whether this process lives on.
 UNCOUNTED = ("/health", "/ready")
 
+MAX_DIGITS = 20  # of a declared length that are looked at
+
 OnRefused = Callable[[Refused], None]
 
 
@@ -184,8 +186,8 @@ class BodyReading:
     async def read_chunks(self, headers: Headers, receive: Receive) -> bytes | None:
         """Read until the end or the first byte too many."""
         declared = headers.get("content-length", "0")
-        # Only ASCII digits are a number there; a length of a thousand digits is none that anybody sends.
-        self.hold(int(declared) if declared.isascii() and declared.isdigit() and len(declared) < 20 else 0)
+        # "²" is a digit to Python, and thousands of digits are no number to it.
+        self.hold(int(declared[:MAX_DIGITS]) if declared.isascii() and declared.isdigit() else 0)
         chunks, num_bytes = [], 0
         while True:
             message = await receive()

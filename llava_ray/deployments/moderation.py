@@ -1,7 +1,10 @@
 """Asks an OpenAI-compatible endpoint whether a request may be answered; without a verdict it may not."""
 
+import asyncio
+import base64
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import aiohttp
@@ -10,6 +13,17 @@ from llava_ray.deployments.refusal import refuse
 from llava_ray.deployments.settings import ServeSettings
 
 ENVIRONMENT = "LLAVA_RAY_MODERATION_KEY"
+
+# How encoded images begin. A moderator that wants another format's name reads it from the bytes.
+BEGINNINGS = {
+    b"\xff\xd8\xff": "image/jpeg",
+    b"\x89PNG": "image/png",
+    b"GIF8": "image/gif",
+    b"RIFF": "image/webp",
+    b"BM": "image/bmp",
+    b"II*\0": "image/tiff",
+    b"MM\0*": "image/tiff",
+}
 
 
 class Moderator:
@@ -22,16 +36,13 @@ class Moderator:
         self.timeout = aiohttp.ClientTimeout(total=settings.moderation_timeout_s)
         self.key = environment.get(ENVIRONMENT)
 
-    async def check(self, texts: list[str], images: list[str]) -> None:
+    async def check(self, texts: Sequence[str], images: Sequence[bytes]) -> None:
         """Pass, or raise RefusalError: 400 for what is flagged, 503 where there is no verdict."""
-        if self.url is None:
-            return
-        entries: list[dict[str, Any]] = [{"type": "text", "text": text} for text in texts if text.strip()]
-        entries += [{"type": "image_url", "image_url": {"url": image}} for image in images]
-        if not entries:
+        if self.url is None or not (images or any(text.strip() for text in texts)):
             return
         try:
-            flagged = await self.ask({"model": self.model, "input": entries})
+            body = await asyncio.to_thread(moderation_body, self.model, texts, images)
+            flagged = await self.ask(body)
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError, TypeError):
             raise refuse(
                 503,
@@ -41,13 +52,15 @@ class Moderator:
         if flagged:
             raise refuse(400, "refused by moderation; ask something else", "content_policy_violation", "messages")
 
-    async def ask(self, body: dict[str, Any]) -> bool:
+    async def ask(self, body: bytes) -> bool:
         """Return whether any result is flagged. Raises whatever keeps it from being known."""
-        headers = {"authorization": f"Bearer {self.key}"} if self.key else {}
+        headers = {"content-type": "application/json"}
+        if self.key:
+            headers["authorization"] = f"Bearer {self.key}"
         address = f"{(self.url or '').rstrip('/')}/moderations"
         async with (
             aiohttp.ClientSession(timeout=self.timeout) as session,
-            session.post(address, json=body, headers=headers, allow_redirects=False) as response,
+            session.post(address, data=body, headers=headers, allow_redirects=False) as response,
         ):
             if response.status != 200:
                 raise ValueError(f"moderation answered {response.status}")
@@ -56,3 +69,18 @@ class Moderator:
             if not verdicts or not all(isinstance(verdict, bool) for verdict in verdicts):
                 raise ValueError("moderation gave no verdict")
             return any(verdicts)
+
+
+def moderation_body(model: str, texts: Sequence[str], images: Sequence[bytes]) -> bytes:
+    """Write the request: every text that says something, and every image as a data URI of the very bytes."""
+    entries: list[dict[str, Any]] = [{"type": "text", "text": text} for text in texts if text.strip()]
+    entries += [{"type": "image_url", "image_url": {"url": data_uri(data)}} for data in images]
+    return json.dumps({"model": model, "input": entries}).encode()
+
+
+def data_uri(data: bytes) -> str:
+    """Write an encoded image as a data URI."""
+    kind = next(
+        (kind for beginning, kind in BEGINNINGS.items() if data.startswith(beginning)), "application/octet-stream"
+    )
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

@@ -44,7 +44,7 @@ class Answers:
         stop = self.stops[session] = asyncio.Event()
         figures, shown = Figures(), 0.0
         asked = await asyncio.to_thread(chat_request, history, parameters, self.uploads)
-        task = await self.front.checked(asked)
+        task = self.front.checked(asked)
         try:
             async with aclosing(until(self.front.gateway.run(task, session), stop)) as pieces:
                 async for batch in pieces:

@@ -1,5 +1,6 @@
 """What a request is answered with when it is not answered: a status and OpenAI's error object."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,27 @@ TYPES = {
 }
 
 
+MAX_CHARS = 1000  # of a message
+
+# Reasons of RecordErrors whose words are about the request itself.
+TOLD_AS_THEY_ARE = frozenset({"sampling", "empty_prompt", "too_long", "system_prompt", "turns", "model", "engine"})
+
+# What a client is told for the others; ``{name}`` is "image 2", say.
+SAID = {
+    "image_count": "the images of the messages and their places in the text do not agree; "
+    'send each as a part {{"type": "image_url", …}} and leave markers out of the text',
+    "image_too_large": "{name} has too many pixels; send a smaller one",
+    "image_too_many_frames": "{name} has too many frames; send one of them",
+    "image_truncated": "{name} is cut off or damaged; send it whole",
+    "image_unreadable": "{name} is not an image that can be read; "
+    "send JPEG, PNG, WebP, GIF, BMP, TIFF, JPEG 2000, AVIF or PPM, of 8 or 16 bits a channel",
+    "plain_turns": "this model takes one question that holds an image, and no conversation: it only captions",
+    "alternation": "user and assistant must alternate, the user first and last",
+    "no_turns": "there is no message to answer; send one of the user's",
+    "template": "this model's chat template cannot write these messages; send plainer or fewer ones",
+}
+
+
 @dataclass(frozen=True)
 class Refused:
     """Why there is no answer. A value, not an exception, where it crosses from one process to another."""
@@ -40,7 +62,8 @@ class Refused:
     def body(self) -> dict[str, Any]:
         """Return OpenAI's error object."""
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        param = None if self.param is None else speakable(self.param)
+        return {"error": {"message": speakable(self.message), "type": kind, "param": param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
         """Return what goes beside it."""
@@ -70,6 +93,19 @@ def refuse(status: int, message: str, code: str, param: str | None = None) -> Re
     return RefusalError(Refused(status, message, code, param))
 
 
+def speakable(text: str) -> str:
+    """Return a text that is valid UTF-8 and not endless, whatever a path or a library's message held."""
+    return text[:MAX_CHARS].encode("utf-8", "replace").decode()
+
+
 def from_record_error(error: RecordError, param: str = "messages") -> Refused:
-    """Say what a request got wrong, under the reason that the error already counts by."""
-    return Refused(400, str(error), error.reason, param)
+    """Say what a request got wrong, under the reason that the error already counts by.
+
+    The errors' own words are for those who have data or a model in their hands; a client has neither.
+    """
+    if error.reason in TOLD_AS_THEY_ARE:
+        return Refused(400, str(error), error.reason, param)
+    image = re.match(r"image \d+", str(error))
+    name = image[0] if image else "the conversation"
+    words = SAID.get(error.reason, f"{name} cannot be used ({error.reason}); send another")
+    return Refused(400, words.format(name=name), error.reason, param)

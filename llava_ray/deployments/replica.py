@@ -1,4 +1,4 @@
-"""One copy of a model: takes tasks within its bound, reads their images, streams the engine's answers, counts."""
+"""One copy of a model: takes tasks within its bound, reads their images, has both moderated, streams the answers."""
 
 import logging
 import time
@@ -14,6 +14,7 @@ from llava_ray.deployments.media import MediaReader, make_decoder
 from llava_ray.deployments.merging import MERGE_S, merged
 from llava_ray.deployments.messages import Task
 from llava_ray.deployments.metrics import ReplicaMetrics
+from llava_ray.deployments.moderation import Moderator
 from llava_ray.deployments.refusal import RefusalError, Refused, from_record_error
 from llava_ray.deployments.settings import ModelSource, ServeSettings
 from llava_ray.errors import LlavaRayError, RecordError
@@ -41,6 +42,7 @@ class Replica:
             engine.use_decoder(self.decoder)
         # Another engine decodes where it likes: all of an image is seen to be harmless before.
         self.media = MediaReader(settings, network, self.decoder, decode_whole=not decodes_elsewhere)
+        self.moderator = Moderator(settings)
         self.metrics = ReplicaMetrics(source.name)
 
     def card(self) -> ModelCard:
@@ -77,11 +79,15 @@ class Replica:
             yield Refused(500, f"the engine failed: {error}", "engine_failed")
 
     async def answer(self, task: Task) -> AsyncGenerator[list[Piece], None]:
-        """Read the images and let the engine write each choice. Raises RefusalError, RecordError, ModelError."""
+        """Read the images and let the engine write each choice. Raises RefusalError, RecordError, ModelError.
+
+        What is moderated is what the model will see: the images' bytes, and not an address that may show another one.
+        """
         arrived = time.monotonic()
         images = await self.media.read_all(task.media) if task.media else ()
         if images:
             self.metrics.media.observe(time.monotonic() - arrived)
+        await self.moderator.check(task.texts, images)
         streams = [
             self.timed(generation_request(task, index, images, self.source), arrived)
             for index in range(task.num_choices)

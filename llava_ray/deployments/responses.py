@@ -10,6 +10,8 @@ from typing import Any
 from llava_ray.deployments.replica import Piece
 from llava_ray.generate.engine import GenerationChunk, TokenLogprob
 
+LEAST_LOGPROB = -9999.0
+
 
 @functools.cache
 def fingerprint() -> str:
@@ -126,7 +128,12 @@ class ChatForm:
 
 def chat_token(text: str, logprob: float) -> dict[str, Any]:
     """Write one token of a chat."""
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+    return {"token": text, "logprob": as_number(logprob), "bytes": list(text.encode())}
+
+
+def as_number(logprob: float) -> float:
+    """Return a log-probability that JSON can write: OpenAI's least one for what has none."""
+    return max(logprob, LEAST_LOGPROB)
 
 
 @dataclass(frozen=True)
@@ -172,7 +179,7 @@ class CompletionForm(ChatForm):
             offset += len(token.text)
         return {
             "tokens": [token.text for token in tokens],
-            "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [{text: logprob for _, text, logprob in token.top} for token in tokens],
+            "token_logprobs": [as_number(token.logprob) for token in tokens],
+            "top_logprobs": [{text: as_number(logprob) for _, text, logprob in token.top} for token in tokens],
             "text_offset": offsets,
         }

@@ -18,7 +18,6 @@ from llava_ray.deployments.gateway import Gateway, find_source
 from llava_ray.deployments.limits import HeldAmounts
 from llava_ray.deployments.messages import Task, chat_task, completion_task
 from llava_ray.deployments.metrics import IngressMetrics, render
-from llava_ray.deployments.moderation import Moderator
 from llava_ray.deployments.refusal import RefusalError, Refused, refuse
 from llava_ray.deployments.responses import ChatForm, CompletionForm, fingerprint
 from llava_ray.deployments.schema import ChatRequest, CompletionRequest, GenerationFields, read_request
@@ -42,13 +41,12 @@ class Front:
     """Gathers the counts of all processes; by default those of the gateway and of this one."""
 
     def __post_init__(self) -> None:
-        """Make what is counted and asked here."""
+        """Make what is counted here."""
         settings = self.settings
         self.guard = Guard(self.keys, settings.requests_per_minute)
         self.open_requests = HeldAmounts(settings.max_open_requests, settings.max_open_requests_per_address)
         self.page_streams = HeldAmounts(settings.max_page_streams, settings.max_page_streams_per_address)
         self.bytes_in_flight = HeldAmounts(settings.max_bytes_in_flight, settings.max_bytes_in_flight_per_key)
-        self.moderator = Moderator(self.settings)
 
     def count_refused(self, refused: Refused) -> None:
         """Count a refusal."""
@@ -57,15 +55,14 @@ class Front:
     async def chat(self, request: Request) -> Response:
         """Answer a chat."""
         asked = await read_off_loop(ChatRequest, await request.body())
-        task = await self.checked(asked)
+        task = self.checked(asked)
         form = ChatForm(task.request_id, task.model, asked.logprobs)
         return self.respond(asked, task, form, request)
 
-    async def checked(self, asked: ChatRequest) -> Task:
+    def checked(self, asked: ChatRequest) -> Task:
         """Return the task of a chat that may be answered, from the API or the page. Raises RefusalError."""
         task = chat_task(asked, f"chatcmpl-{uuid.uuid4().hex}", self.settings)
         find_source(self.gateway.sources, task.model)
-        await self.moderator.check([*(turn.value for turn in task.turns), task.system or ""], list(task.media))
         return task
 
     async def complete(self, request: Request) -> Response:
@@ -73,18 +70,18 @@ class Front:
         asked = await read_off_loop(CompletionRequest, await request.body())
         task = completion_task(asked, f"cmpl-{uuid.uuid4().hex}", self.settings)
         find_source(self.gateway.sources, task.model)
-        await self.moderator.check([asked.prompt], [])
         form = CompletionForm(task.request_id, task.model, asked.logprobs is not None)
         return self.respond(asked, task, form, request)
 
     def respond(self, asked: GenerationFields, task: Task, form: ChatForm, request: Request) -> Response:
         """Run the task, whole or as a stream."""
-        route = request.url.path
+        route = str(request.scope["path"])  # its URL is made of the Host header, which may be anything
 
         def count(status: int) -> None:
             self.metrics.responses.labels(route, str(status)).inc()
 
-        pieces = self.gateway.run(task, request.headers.get(SESSION_HEADER) or session_of(task))
+        named = request.headers.get(SESSION_HEADER)
+        pieces = self.gateway.run(task, hashed(named) if named else session_of(task))
         if asked.stream:
             return EventStream(pieces, form, task.num_choices, count, with_usage=asked.include_usage)
         return Answer(pieces, form, task.num_choices, count)
@@ -166,7 +163,12 @@ async def health() -> dict[str, str]:
 
 async def unknown_path(request: Request) -> None:
     """Refuse in OpenAI's form."""
-    raise refuse(404, f"no {request.method} {request.url.path[:200]!r} here", "unknown_path")
+    raise refuse(404, f"no {place_of(request)} here", "unknown_path")
+
+
+def place_of(request: Request) -> str:
+    """Return what was asked for, in so few and such characters that it can be repeated."""
+    return f"{request.method[:20]} {str(request.scope['path'])[:200]!r}"
 
 
 async def told_version() -> dict[str, str]:
@@ -185,9 +187,9 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     """Put the framework's own errors (no such path, wrong method) into OpenAI's form."""
     assert isinstance(error, HTTPException)
     code = {404: "unknown_path", 405: "method_not_allowed"}.get(error.status_code, "http_error")
-    return refused_response(
-        Refused(error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}", code)
-    )
+    response = refused_response(Refused(error.status_code, f"{place_of(request)}: {error.detail}", code))
+    response.headers.update(error.headers or {})
+    return response
 
 
 async def on_accident(request: Request, error: Exception) -> Response:
@@ -208,4 +210,9 @@ def session_of(task: Task) -> str:
     first = task.turns[0].value if task.turns else task.prompt or ""
     image = task.media[0] if task.media else ""
     start = "\0".join((task.model, task.system or "", first[:LONG_BODY], str(len(image)), image[-LONG_BODY:]))
-    return hashlib.sha256(start.encode("utf-8", "surrogatepass")).hexdigest()
+    return hashed(start)
+
+
+def hashed(name: str) -> str:
+    """Return a session's name: short, and of plain characters."""
+    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,10 +1,33 @@
 """What clients send, in OpenAI's form: closed models, so that nothing asked for is silently left out."""
 
-from typing import Annotated, Any, Literal, Self, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
-from llava_ray.deployments.refusal import RefusalError, refuse
+from llava_ray.deployments.complaints import in_words, wrong_field
+from llava_ray.deployments.message_fields import IMAGE, TEXT, as_content, as_image_url, as_message, as_part, part_kind
+from llava_ray.deployments.neutral_fields import (
+    IGNORED,
+    NEUTRAL,
+    OF_CHATS,
+    OF_COMPLETIONS,
+    OF_PARTS,
+    OF_STREAMS,
+    Neutral,
+    is_neutral,
+)
+
+__all__ = ["ChatRequest", "CompletionRequest", "in_words", "read_request"]
 
 MAX_STOPS = 4
 MAX_STOP_CHARS = 256
@@ -12,23 +35,20 @@ MAX_TOP_LOGPROBS = 20
 MAX_MESSAGES = 1000
 MAX_PARTS = 256
 SEEDS = 2**63
-SHOWN_CHARS = 60  # of a value in an error message
 
-# Accepted and of no effect here; OpenAI's clients and the programs built on them send these.
-IGNORED = {
-    "user",
-    "store",
-    "metadata",
-    "service_tier",
-    "safety_identifier",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-    "parallel_tool_calls",
-}
+
+def as_texts(value: Any) -> Any:
+    """Take one text for a list of one."""
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, list | tuple):
+        raise ValueError("expected a text, or a list of texts")  # noqa: TRY004 - pydantic counts only ValueError
+    return value
+
 
 Stops = Annotated[
     tuple[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)], ...],
-    BeforeValidator(lambda value: (value,) if isinstance(value, str) else () if value is None else value),
+    BeforeValidator(as_texts),
     Field(max_length=MAX_STOPS),
 ]
 
@@ -38,9 +58,33 @@ class Closed(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
 
+    ignored: ClassVar[frozenset[str]] = frozenset()
+    """Fields that have no effect."""
+    neutral: ClassVar[Neutral] = {}
+    """Fields, and the values with which they ask for nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def only_what_is_asked(cls, values: Any) -> Any:
+        """Leave out what asks for nothing; a null is the same as no field."""
+        if isinstance(values, cls):
+            return values
+        if not isinstance(values, dict):
+            raise ValueError("expected a JSON object")  # noqa: TRY004 - pydantic counts only ValueError as a refusal
+        values = {name: value for name, value in values.items() if value is not None and name not in cls.ignored}
+        values = {name: value for name, value in values.items() if not is_neutral(cls.neutral, name, value)}
+        return cls.prepared(values)
+
+    @classmethod
+    def prepared(cls, values: dict[str, Any]) -> Mapping[str, Any]:
+        """Bring what several forms say to one of them."""
+        return values
+
 
 class ImageUrl(Closed):
     """Where an image is, or the image itself as a data URI."""
+
+    ignored = OF_PARTS
 
     url: str
     detail: Literal["auto", "low", "high"] = "auto"
@@ -50,6 +94,8 @@ class ImageUrl(Closed):
 class TextPart(Closed):
     """A piece of text."""
 
+    ignored = OF_PARTS
+
     type: Literal["text"]
     text: str
 
@@ -57,28 +103,42 @@ class TextPart(Closed):
 class ImagePart(Closed):
     """An image, at this place in the message."""
 
+    ignored = OF_PARTS
+
     type: Literal["image_url"]
-    image_url: Annotated[ImageUrl, BeforeValidator(lambda value: {"url": value} if isinstance(value, str) else value)]
+    image_url: Annotated[ImageUrl, BeforeValidator(as_image_url)]
 
 
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+Part = Annotated[
+    Annotated[Annotated[TextPart, Tag(TEXT)] | Annotated[ImagePart, Tag(IMAGE)], Discriminator(part_kind)],
+    BeforeValidator(as_part),
+]
 
 
 class Message(Closed):
     """One message of a chat."""
 
+    ignored = frozenset({"cache_control"})
+
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[tuple[Part, ...], Field(max_length=MAX_PARTS)]
+    content: Annotated[tuple[Part, ...], BeforeValidator(as_content), Field(max_length=MAX_PARTS)]
     name: str | None = None
+
+    @classmethod
+    def prepared(cls, values: dict[str, Any]) -> Mapping[str, Any]:
+        """Read an answer as servers write it."""
+        return as_message(values)
 
     @property
     def parts(self) -> tuple[TextPart | ImagePart, ...]:
         """Return the content as parts, whichever form it came in."""
-        return (TextPart(type="text", text=self.content),) if isinstance(self.content, str) else self.content
+        return self.content
 
 
 class StreamOptions(Closed):
     """What a stream says beside the answer."""
+
+    neutral = OF_STREAMS
 
     include_usage: bool = False
     include_obfuscation: bool = False
@@ -87,6 +147,8 @@ class StreamOptions(Closed):
 
 class GenerationFields(Closed):
     """What chats and completions have in common."""
+
+    ignored = IGNORED
 
     model: str = Field(min_length=1, max_length=512)
     temperature: float = Field(default=1.0, ge=0, le=2)
@@ -101,39 +163,12 @@ class GenerationFields(Closed):
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
     """As in vLLM, for benchmarks."""
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: dict[str, float] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def known(cls, values: Any) -> Any:
-        """Leave out what has no effect; a null is the same as nothing."""
-        if not isinstance(values, dict):
-            raise ValueError("expected a JSON object")  # noqa: TRY004 - pydantic counts only ValueError as a refusal
-        return {key: value for key, value in values.items() if value is not None and key not in IGNORED}
-
-    @field_validator("presence_penalty", "frequency_penalty")
-    @classmethod
-    def no_penalty(cls, value: float) -> float:
-        """Refuse what would be ignored."""
-        if value:
-            raise ValueError("penalties are not supported; leave it out or send 0")
-        return value
-
-    @field_validator("logit_bias")
-    @classmethod
-    def no_bias(cls, value: dict[str, float] | None) -> dict[str, float] | None:
-        """Refuse what would be ignored."""
-        if value:
-            raise ValueError("is not supported; leave it out")
-        return value
 
     @model_validator(mode="after")
     def options_of_streams(self) -> Self:
         """Refuse stream_options without stream, as OpenAI does."""
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options: only allowed with stream = true")
+            raise wrong_field("stream_options", "only allowed with stream = true")
         return self
 
     @property
@@ -142,50 +177,41 @@ class GenerationFields(Closed):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class ResponseFormat(Closed):
-    """Only plain text is written."""
-
-    type: Literal["text"]
-
-
 class ChatRequest(GenerationFields):
     """``POST /v1/chat/completions``."""
+
+    neutral = {**NEUTRAL, **OF_CHATS}
 
     messages: tuple[Message, ...] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=1_000_000)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
-    response_format: ResponseFormat | None = None
 
     @model_validator(mode="after")
     def top_needs_logprobs(self) -> Self:
         """Refuse top_logprobs alone, as OpenAI does."""
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs: only allowed with logprobs = true")
+        if self.top_logprobs and not self.logprobs:
+            raise wrong_field("top_logprobs", "only allowed with logprobs = true")
         return self
 
 
 class CompletionRequest(GenerationFields):
     """``POST /v1/completions``: text to go on with, no template around it."""
 
+    neutral = {**NEUTRAL, **OF_COMPLETIONS}
+
     prompt: str = Field(min_length=1)
     logprobs: int | None = Field(default=None, ge=0, le=5)
-    echo: bool = False
 
-    @model_validator(mode="before")
     @classmethod
-    def one_prompt(cls, values: Any) -> Any:
+    def prepared(cls, values: dict[str, Any]) -> Mapping[str, Any]:
         """Take a list of one prompt, as some clients send it."""
-        prompt = values.get("prompt") if isinstance(values, dict) else None
-        return {**values, "prompt": prompt[0]} if isinstance(prompt, list) and len(prompt) == 1 else values
-
-    @field_validator("echo")
-    @classmethod
-    def no_echo(cls, value: bool) -> bool:
-        """Refuse what would be ignored."""
-        if value:
-            raise ValueError("is not supported; put the prompt in front of the answer yourself")
-        return value
+        prompt = values.get("prompt")
+        if not isinstance(prompt, list):
+            return values
+        if len(prompt) != 1 or not isinstance(prompt[0], str):
+            raise wrong_field("prompt", "expected a text, or a list of one text; send several in several requests")
+        return {**values, "prompt": prompt[0]}
 
 
 Request = TypeVar("Request", bound=GenerationFields)
@@ -196,26 +222,4 @@ def read_request(kind: type[Request], body: bytes) -> Request:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        raise in_words(error) from None  # its context would hold the whole payload
-
-
-def in_words(error: ValidationError) -> RefusalError:
-    """Put pydantic's first complaint into OpenAI's form."""
-    detail = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    message = detail["msg"].removeprefix("Value error, ")
-    # A union's member and a discriminator's value stand in the path, but not in the request.
-    path = ".".join(
-        str(part) for part in detail["loc"] if part not in ("str", "text", "image_url") or detail["loc"][-1] == part
-    )
-    if detail["type"] == "json_invalid":
-        return refuse(400, f"the body is not JSON: {message}", "invalid_json")
-    if detail["type"] == "extra_forbidden":
-        name = str(detail["loc"][-1])[:SHOWN_CHARS]
-        known = (
-            "tools and functions are not supported" if name in ("tools", "tool_choice", "functions") else "leave it out"
-        )
-        return refuse(400, f"unknown field {path[:SHOWN_CHARS]!r}: {known}", "unknown_field", name)
-    if not path:
-        path, _, rest = message.partition(": ")
-        return refuse(400, message, "invalid_value", path if rest else None)
-    return refuse(400, f"{path}: {message}", "invalid_value", path)
+        raise in_words(error, kind.neutral) from None  # its context would hold the whole payload

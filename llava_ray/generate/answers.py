@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llava_ray.chat.conversation import Turn, break_markers, with_markers
 from llava_ray.chat.tokens import tokenize_conversation, tokenize_prompt
-from llava_ray.errors import DataError
+from llava_ray.errors import DataError, ModelError
 from llava_ray.generate.decoding import answer_text, generate_batch
 from llava_ray.generate.likelihoods import find_log_likelihoods
 from llava_ray.generate.questions import Question, decode_images, to_table
@@ -141,6 +141,8 @@ def stream_answers(
         )
     )
     for batch in answered.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for failure in filter(None, batch["failure"].to_pylist()):
+            raise ModelError(failure)
         columns = (batch[key].to_pylist() for key in ("id", "answer", "likelihoods", "num_tokens"))
         yield [
             Answer(name, answer, tuple(zip(likelihoods, counts, strict=True)))
@@ -162,7 +164,7 @@ class AnswerActor:
         self.temperature = temperature
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Return the columns id and answer; of candidates likelihoods and num_tokens."""
+        """Return the columns id and answer, of candidates likelihoods and num_tokens, and a failure of the model."""
         pixels = [self.pixels(cell) for cell in table["pixels"].to_pylist()]
         sizes = [[(width, height) for width, height in some] for some in table["image_sizes"].to_pylist()]
         asked = [
@@ -170,18 +172,23 @@ class AnswerActor:
             for question, some in zip(table["question"].to_pylist(), sizes, strict=True)
         ]
         candidates = table["candidates"].to_pylist()
-        answers = [""] * len(asked)
+        answers, failure = [""] * len(asked), None
         weighed: list[list[tuple[float, int]]] = [[] for _ in asked]
-        if any(candidates):
-            weighed = self.weigh(asked, candidates, pixels, sizes)
-        else:
-            answers = self.write(asked, pixels, sizes)
+        try:
+            if any(candidates):
+                weighed = self.weigh(asked, candidates, pixels, sizes)
+            else:
+                answers = self.write(asked, pixels, sizes)
+        except ModelError as error:  # as a value: what is raised comes out of Ray Data as the text of a traceback
+            ids = table["id"].to_pylist()
+            failure = f"{error} (In the batch of questions {ids[0]!r} to {ids[-1]!r}.)"
         return pa.table(
             {
                 "id": table["id"],
                 "answer": pa.array(answers, pa.string()),
                 "likelihoods": pa.array([[one for one, _ in some] for some in weighed], pa.list_(pa.float64())),
                 "num_tokens": pa.array([[count for _, count in some] for some in weighed], pa.list_(pa.int64())),
+                "failure": pa.array([failure] * len(asked), pa.string()),
             }
         )
 

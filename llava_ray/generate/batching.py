@@ -14,6 +14,7 @@ from llava_ray.generate import row_attention
 from llava_ray.generate.kv_cache import SHORTEST, KvCache, Row
 from llava_ray.generate.row_adapters import Name, RowAdapters
 from llava_ray.generate.row_attention import NextTokens, PromptChunk, Span, Step
+from llava_ray.generate.sampling import not_finite
 from llava_ray.model.adapters import measure_drift
 from llava_ray.model.quantization import find_dtype
 
@@ -93,6 +94,8 @@ class RowModel:
         if self.adapters is not None:  # the base may have one of its own
             self.adapters.choose_one(None, PROBE_LENGTH)
         expected = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, -2:].float()
+        if not bool(expected.isfinite().all()):
+            raise not_finite(f"what {model.config.name_or_path} makes of a fixed text")
         model.set_attn_implementation(row_attention.NAME)
         cache = KvCache(2 * SHORTEST)
         first, row = cache.reserve(1), cache.reserve(PROBE_LENGTH)

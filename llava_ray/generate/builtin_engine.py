@@ -20,7 +20,7 @@ from llava_ray.errors import ModelError
 from llava_ray.generate.engine import EngineStats, GenerationChunk, GenerationRequest, ModelCard, refuse_twin
 from llava_ray.generate.prompts import Prompt, PromptMaker, prompts_of
 from llava_ray.generate.row_adapters import Name
-from llava_ray.generate.running_batch import RunningBatch, RunningRequest
+from llava_ray.generate.running_batch import RunningBatch, RunningRequest, Told
 from llava_ray.generate.served_adapters import ServedAdapters, load_adapters
 from llava_ray.generate.settings import EngineSettings
 from llava_ray.generate.vision_cache import VisionCache
@@ -230,13 +230,13 @@ class BuiltinEngine:
             batch.close()
             torch.cuda.empty_cache()
 
-    def _tell(self, told: list[tuple[RunningRequest, GenerationChunk]]) -> None:
+    def _tell(self, told: Told) -> None:
         if told:
             self._call(self._hand_out, told)
 
-    def _hand_out(self, told: list[tuple[RunningRequest, GenerationChunk]]) -> None:
-        for running, chunk in told:
-            running.queue.put_nowait(chunk)
+    def _hand_out(self, told: Told) -> None:
+        for running, said in told:
+            running.queue.put_nowait(said)
 
     def _fail_all(self, error: BaseException) -> None:
         for stream in self._streams.values():

@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_ray.chat.tokens import expand_images
 from llava_ray.errors import ConfigError, ModelError
+from llava_ray.generate.sampling import COLDEST, find_finite_rows, not_finite
 from llava_ray.images.anyres import Size
 from llava_ray.model.blueprint import Blueprint
 from llava_ray.model.bundle import LlavaParts
@@ -51,7 +52,7 @@ def generate_batch(  # noqa: PLR0913 - LLaVA's own list, and who listens
     before they were cut, which only anyres needs. Temperature 0 is greedy. ``on_tokens`` hears all answers so far after
     each step. ``extract`` makes features of all views together, for ``pixels`` that are something else; default: the
     tower. Raises ConfigError for a negative temperature, ModelError or RecordError if a prompt's images and markers
-    differ in number.
+    differ in number, ModelError for logits that are not finite.
     """
     if temperature < 0:
         raise ConfigError(f"temperature is {temperature}; expected 0 (greedy) or more.")
@@ -63,6 +64,7 @@ def generate_batch(  # noqa: PLR0913 - LLaVA's own list, and who listens
     answers: list[list[int]] = [[] for _ in prompts]
     unfinished = [True] * len(prompts)
     for step in range(max_new_tokens):
+        check_logits(rows, unfinished, step)
         tokens = pick_tokens(rows.logits, temperature, generator)
         for index, token in zip(rows.indices, tokens.tolist(), strict=True):
             if unfinished[index]:
@@ -195,9 +197,16 @@ def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[In
     return torch.tensor(ids, device=device), torch.arange(width, device=device) >= starts
 
 
+def check_logits(rows: Rows, unfinished: Sequence[bool], step: int) -> None:
+    """Raise ModelError if a prompt that is still being answered has logits that are not finite."""
+    for index, finite in zip(rows.indices, find_finite_rows(rows.logits), strict=True):
+        if unfinished[index] and not finite:
+            raise not_finite(f"token {step + 1} of the answer to prompt {index + 1} of {len(unfinished)}")
+
+
 def pick_tokens(logits: Float[Tensor, "b vocab"], temperature: float, generator: torch.Generator) -> Int[Tensor, " b"]:
     """Return the likeliest token of each row, or a sampled one."""
-    if temperature == 0:
+    if temperature < COLDEST:
         return logits.argmax(-1)
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(1)
 

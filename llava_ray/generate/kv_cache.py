@@ -77,6 +77,12 @@ class Shelf:
             layer.keys = _resized(layer.keys, num_places, len(self.rows))
             layer.values = _resized(layer.values, num_places, len(self.rows))
 
+    def clear(self, index: int) -> None:
+        """Write zeros over a row that nobody uses: attention multiplies it by 0, which leaves a NaN as it is."""
+        for layer in self.layers.values():
+            layer.keys[index] = 0
+            layer.values[index] = 0
+
     def move(self, source: int, target: int) -> None:
         """Copy one row over another."""
         for layer in self.layers.values():
@@ -117,10 +123,12 @@ class KvCache:
         shelf = row.shelf
         self.num_reserved -= shelf.length
         last = shelf.rows.pop()
+        freed = last.index
         if last is not row:
             shelf.move(last.index, row.index)
             last.index = row.index
             shelf.rows[last.index] = last
+        shelf.clear(freed)
 
     def _grow(self, shelf: Shelf) -> None:
         """Double a full shelf, or as far as the capacity allows, taking unused places from the others."""

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from llava_ray.chat.conversation import IGNORE_INDEX
 from llava_ray.chat.tokens import TokenizedConversation
 from llava_ray.generate.decoding import read_prompts
+from llava_ray.generate.sampling import not_finite
 from llava_ray.images.anyres import Size
 from llava_ray.model.bundle import LlavaParts
 
@@ -29,7 +30,8 @@ def find_log_likelihoods(
     """Return of each question's conversations the answer's natural log-likelihood, and how many tokens it has.
 
     The conversations of a question differ in its last answer alone. What they share is read once, with its images
-    (``pixels`` and ``image_sizes`` as ``decoding.generate_batch`` takes them). Raises ModelError, RecordError.
+    (``pixels`` and ``image_sizes`` as ``decoding.generate_batch`` takes them). Raises RecordError, and ModelError for
+    logits that are not finite too.
     """
     prompts = [shared_prompt(some) for some in answered]
     rows = read_prompts(parts, prompts, pixels, image_sizes)
@@ -52,6 +54,9 @@ def find_log_likelihoods(
     said = torch.cat([rows.logits[owners, None], after.float()], dim=1).log_softmax(-1)
     counted = labels != IGNORE_INDEX
     likelihoods = said.gather(-1, tokens[..., None])[..., 0].masked_fill(~counted, 0.0).double().sum(1)
+    for answer, (owner, finite) in enumerate(zip(owners.tolist(), likelihoods.isfinite().tolist(), strict=True)):
+        if not finite:
+            raise not_finite(f"answer {answer + 1} of {len(whole)}, to question {owner + 1} of {len(answered)},")
     pairs = zip(likelihoods.tolist(), counted.sum(1).tolist(), strict=True)
     return [[next(pairs) for _ in some] for some in answered]
 

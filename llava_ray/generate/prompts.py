@@ -101,9 +101,15 @@ class PromptText:
             assert isinstance(ids, list)
             return ids
         try:
-            return tokenize_prompt(request.turns, self.template(request.system), self.model.tokenizer)
-        except (TemplateError, jinja2.TemplateError) as error:
-            raise RecordError(str(error), reason="turns") from error
+            template = self.template(request.system)
+        except TemplateError as error:
+            raise RecordError(str(error), reason="system_prompt") from error
+        try:
+            return tokenize_prompt(request.turns, template, self.model.tokenizer)
+        except jinja2.TemplateError as error:  # a template's own words for those who ask
+            raise RecordError(f"the model's chat template refuses the messages: {error}", reason="turns") from error
+        except TemplateError as error:
+            raise RecordError(str(error), reason="template") from error
 
     def template(self, system: str | None) -> Template:
         """Return the model's template, with another system prompt where one is given. Raises TemplateError."""

@@ -19,7 +19,7 @@ from llava_ray.generate.packed_linear import pack_linears
 from llava_ray.generate.prompt_images import embed_images, overlapping, visible_part
 from llava_ray.generate.prompts import Prompt
 from llava_ray.generate.row_adapters import RowAdapters
-from llava_ray.generate.sampling import choose_tokens, find_logprobs
+from llava_ray.generate.sampling import choose_tokens, find_finite_rows, find_logprobs, not_finite
 from llava_ray.generate.scheduling import Reading, WaitingLine, share_chunk
 from llava_ray.generate.served_adapters import NO_ADAPTERS, ServedAdapters
 from llava_ray.generate.settings import EngineSettings
@@ -27,6 +27,9 @@ from llava_ray.generate.vision_cache import VisionCache
 from llava_ray.model.bundle import LlavaParts
 
 CPU_CHUNK, GPU_CHUNK = 256, 2048
+
+# What a step has for those who wait: the next piece of an answer, or why there is none.
+Told = list[tuple["RunningRequest", GenerationChunk | ModelError]]
 
 
 @dataclass(eq=False)
@@ -121,7 +124,7 @@ class RunningBatch:
             elif self.waiting.leave(running):
                 self.num_cancelled += 1
 
-    def step(self) -> list[tuple[RunningRequest, GenerationChunk]]:
+    def step(self) -> Told:
         """Read a chunk of new prompts and bring every answer one token on; return what there is to tell."""
         self._admit()
         readings = share_chunk(self.running, self.chunk)
@@ -215,7 +218,22 @@ class RunningBatch:
             prompt.num_cached_images += image is not unknown[image.key]  # another one has brought it
             image.embeddings, image.views = unknown[image.key].embeddings, None
 
-    def _write(self, writing: Sequence[RunningRequest], logits: Tensor) -> list[tuple[RunningRequest, GenerationChunk]]:
+    def _write(self, writing: Sequence[RunningRequest], logits: Tensor) -> Told:
+        finite = find_finite_rows(logits)
+        told: Told = []
+        if not all(finite):
+            told += [(running, self._fail(running)) for running, good in zip(writing, finite, strict=True) if not good]
+            kept = [row for row, good in enumerate(finite) if good]
+            writing, logits = [writing[row] for row in kept], logits[kept]
+        return told + self._choose(writing, logits) if writing else told
+
+    def _fail(self, running: RunningRequest) -> ModelError:
+        """End a request whose logits say nothing; the others go on."""
+        running.ended = True
+        self._release(running)
+        return not_finite(f"token {len(running.new_ids) + 1} of this answer")
+
+    def _choose(self, writing: Sequence[RunningRequest], logits: Tensor) -> Told:
         samplings = [running.request.sampling for running in writing]
         draws = [running.draws.random() if running.request.sampling.temperature else 0.0 for running in writing]
         tokens = choose_tokens(logits, samplings, draws)
@@ -226,7 +244,7 @@ class RunningBatch:
             found = find_logprobs(logits[asked], [tokens[row] for row in asked], most)
             for row, (mine, best) in zip(asked, found, strict=True):
                 logprobs[row] = self._logprob(tokens[row], mine, best[: samplings[row].logprobs])
-        told = []
+        told: Told = []
         for row, (running, token) in enumerate(zip(writing, tokens, strict=True)):
             chunk = self._append(running, token, logprobs.get(row))
             if chunk.finish_reason is not None:

@@ -7,11 +7,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_ray.errors import RecordError
+from llava_ray.errors import ModelError, RecordError
 from llava_ray.generate.engine import Sampling
 
 MAX_SEED = 2**63 - 1
 FEW = 256  # likeliest tokens among which the border of top_p is looked for before all are sorted
+COLDEST = 1e-5  # temperatures below it, as in vLLM, are 0: logits divided by less leave fp32
 
 
 def check_sampling(sampling: Sampling) -> None:
@@ -29,6 +30,20 @@ def check_sampling(sampling: Sampling) -> None:
             raise RecordError(f"{name} is {value}; expected {expected}.", reason="sampling")
 
 
+def find_finite_rows(logits: Float[Tensor, "n vocab"]) -> list[bool]:
+    """Return for each row whether all its logits are finite, before anything is masked with -inf."""
+    finite: list[bool] = logits.sum(-1).isfinite().tolist()  # ten times faster than looking at each
+    return finite if all(finite) else logits.isfinite().all(-1).tolist()  # huge ones may add up to infinity
+
+
+def not_finite(where: str) -> ModelError:
+    """Return the error of logits that no token can be chosen by; ``where`` says which."""
+    return ModelError(
+        f"the model's logits are not finite ({where} holds NaN or infinity): its weights are damaged, or this "
+        "precision is too narrow for it. Use a checkpoint that has not diverged, or a wider dtype."
+    )
+
+
 def choose_tokens(logits: Float[Tensor, "n vocab"], samplings: Sequence[Sampling], draws: Sequence[float]) -> list[int]:
     """Return a token for each row: the likeliest, or one drawn.
 
@@ -36,7 +51,7 @@ def choose_tokens(logits: Float[Tensor, "n vocab"], samplings: Sequence[Sampling
     looked up in the sum of probabilities in the vocabulary's own order, which rounding hardly moves.
     """
     tokens: list[int] = logits.argmax(-1).tolist()
-    drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
+    drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature >= COLDEST]
     if drawn:
         some = [samplings[row] for row in drawn]
         temperatures = logits.new_tensor([sampling.temperature for sampling in some])

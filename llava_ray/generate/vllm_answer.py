@@ -1,6 +1,7 @@
 """vLLM's outputs turned into chunks of an answer. Knows its classes by their fields only."""
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from llava_ray.errors import ModelError
 from llava_ray.generate.answer_text import AnswerText
 from llava_ray.generate.decoding import decode
 from llava_ray.generate.engine import FinishReason, GenerationChunk, GenerationRequest, TokenLogprob
+from llava_ray.generate.sampling import not_finite
 from llava_ray.generate.vllm_prompts import VllmPrompt
 
 
@@ -49,7 +51,9 @@ class VllmAnswer:
         return GenerationChunk(text, tuple(ids), logprobs, reason, len(output.prompt_token_ids), queued_s=queued_s)
 
     def logprob(self, token: int, row: Mapping[int, Any]) -> TokenLogprob:
-        """Return a token's log-probability and those of the likeliest, best first."""
+        """Return a token's log-probability and those of the likeliest, best first. Raises ModelError for NaN."""
+        if not math.isfinite(row[token].logprob):
+            raise not_finite("a token of this answer")
         best = sorted(row.items(), key=lambda pair: pair[1].rank)[: self.num_logprobs]
         top = tuple((other, self.written(other), value.logprob) for other, value in best)
         return TokenLogprob(token, self.written(token), row[token].logprob, top)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import originals
 import pytest
+from engines import spoil
 from fakes import make_language_model, make_vision_tower
 
 from llava_ray.config.sections import ModelConfig
@@ -18,6 +19,7 @@ from llava_ray.generate.chat import ChatSession, Reply
 from llava_ray.generate.decoding import answer_text
 from llava_ray.model.bundle import LlavaParts, assemble, save_bundle
 from pipelines.chat import main
+from pipelines.command import run_command
 
 pytestmark = pytest.mark.slow
 
@@ -212,3 +214,17 @@ def test_nothing_said_is_nothing_asked(parts, image, monkeypatch) -> None:
     monkeypatch.setattr(chat, "generate_batch", lambda *arguments, **options: [[]])
     assert session.ask("Who?").text == ""
     assert (session.turns, session.images, len(session.pending)) == ([], [], 1)
+
+
+@pytest.mark.parametrize("temperature", ["0", "1"])
+def test_logits_that_are_not_finite_are_one_line_and_exit_code_1(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, temperature: str
+) -> None:
+    load = chat.load_pretrained_model
+    monkeypatch.setattr(chat, "load_pretrained_model", lambda *given, **named: spoil(load(*given, **named), "~"))
+    arguments = [str(bundle), "--prompt", "What ~ is this?", "--temperature", temperature, "--json"]
+    monkeypatch.setattr(sys, "argv", ["chat.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        run_command(main)
+    assert str(ended.value.code).startswith("ModelError: the model's logits are not finite (token 1 of the answer")
+    assert "\n" not in str(ended.value.code)

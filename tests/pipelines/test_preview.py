@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from engines import spoil
 from fakes import make_language_model, make_tokenizer, make_vision_tower
 from originals import copy_golden
 from PIL import Image
@@ -21,6 +22,7 @@ from llava_ray.chat.conversation import read_turns
 from llava_ray.chat.templates import find_template
 from llava_ray.chat.tokens import expand_images, tokenize_conversation
 from llava_ray.config.sections import ModelConfig
+from llava_ray.data import preview_losses
 from llava_ray.errors import BundleError, ConfigError, ModelError
 from llava_ray.images.geometry import ImageSpec
 from llava_ray.images.processing import crop_pixels, process_images
@@ -304,3 +306,28 @@ def test_the_script_runs_by_itself_and_keeps_stdout_clean(tmp_path):
     assert [set(line) for line in lines] == [{"id", "ids", "labels"}, {"id", "error"}]
     assert lines[1]["error"]["reason"] == "alternation"
     assert "2 conversations, 1 rejected" in done.stderr
+
+
+def test_samples_without_a_finite_loss_are_named(folder, tmp_path, capsys, monkeypatch):
+    """Two of eight, in rows that are packed with others: valid JSON, counted on the screen, first in the report."""
+    load = preview_losses.load_pretrained_model
+    monkeypatch.setattr(
+        preview_losses, "load_pretrained_model", lambda *some, **named: spoil(load(*some, **named), "~")
+    )
+    texts = ["red", "a ~ b", "blue", "what is it", "~", "yes", "no", "circle"]
+    turns = [[{"from": "human", "value": text}, {"from": "gpt", "value": "it is red"}] for text in texts]
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([{"id": f"s{index}", "conversations": some} for index, some in enumerate(turns)]))
+    asked = ["--model", str(folder / "bundle"), "--data", str(data)]
+    main([*asked, "--json"])
+    printed = capsys.readouterr()
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in printed.out.splitlines()]
+    without = [line["id"] for line in lines if line["loss"] is None]
+    assert without == ["s1", "s4"] == [line["id"] for line in lines if line.get("no_loss") == "not finite"]
+    assert all(0 < line["loss"] < 100 for line in lines if line["id"] not in without)
+    assert "8 conversations, 0 rejected, 2 without a finite loss" in printed.err
+    main([*asked, "--output", str(tmp_path / "report")])
+    assert "no finite loss  2  (s1, s4)" in capsys.readouterr().out
+    report = (tmp_path / "report" / "report.html").read_text()
+    assert "2 of 8 samples have no finite loss" in report
+    assert "nan" not in report.casefold().replace("nano", "")

@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -22,6 +23,8 @@ from llava_ray.deployments.replica import Replica
 from llava_ray.deployments.routes import Front
 from llava_ray.deployments.settings import ServeSettings
 from llava_ray.deployments.tracing import traced
+from llava_ray.generate.engine import GenerationChunk
+from llava_ray.generate.sampling import not_finite
 
 pytestmark = pytest.mark.slow
 
@@ -314,3 +317,22 @@ def test_traces_hold_figures_and_no_texts(tmp_path: Path) -> None:
     assert [span.attributes["end"] for span in spans] == ["stop", "image_unreadable"]
     assert (spans[0].attributes["generation_tokens"], spans[0].attributes["num_images"]) == (4, 1)
     assert "secret" not in str([trace.to_json() for trace in traces])
+
+
+class Spoiled(EchoEngine):
+    """Says its first word, and then that its logits are not finite."""
+
+    async def words(self, *arguments: Any) -> AsyncGenerator[GenerationChunk, None]:
+        yield await anext(super().words(*arguments))
+        raise not_finite("token 2 of this answer")
+
+
+def test_logits_that_are_not_finite_are_a_500_that_says_so() -> None:
+    with service(Spoiled()) as spoiled:
+        whole = spoiled.http.post("/v1/chat/completions", json=asking("one two", logprobs=True))
+        assert whole.status_code == 500
+        assert "logits are not finite (token 2 of this answer" in str(error_of(whole)["message"])
+        stream = spoiled.http.post("/v1/chat/completions", json=asking("one two", stream=True))
+        last = json.loads(stream.text.strip().splitlines()[-1].removeprefix("data: "))
+        assert "logits are not finite" in last["error"]["message"]
+        assert "[DONE]" not in stream.text

@@ -11,7 +11,7 @@ from PIL import Image
 from llava_ray.chat.conversation import Turn, with_markers
 from llava_ray.chat.tokens import tokenize_prompt
 from llava_ray.config.sections import ModelConfig
-from llava_ray.errors import DataError
+from llava_ray.errors import DataError, ModelError
 from llava_ray.generate.answers import Actors, answer_questions
 from llava_ray.generate.decoding import answer_text, generate_batch
 from llava_ray.generate.questions import Question, decode_images, to_table
@@ -97,3 +97,19 @@ def test_answers_are_those_of_decoding_alone(bundle: Path, questions: list[Quest
         assert answer.answer == answer_text(parts, alone)
     assert len({answer.answer for answer in answers}) > 1
     assert answers[0].answer == answers[9].answer
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("candidates", [(), ("yes", "no")])
+def test_logits_that_are_not_finite_end_it_in_our_words(
+    bundle: Path, tmp_path: Path, candidates: tuple[str, ...]
+) -> None:
+    """Weights that are finite, and too large for what is computed with them."""
+    parts = load_pretrained_model(bundle)
+    with torch.no_grad():
+        parts.llava.language_model.get_output_embeddings().weight[7] = 3e38
+    save_bundle(tmp_path / "wide", parts)
+    asked = [Question(f"q{index}", "What?", candidates=candidates) for index in range(3)]
+    with pytest.raises(ModelError, match=r"logits are not finite .*batch of questions 'q0' to 'q2'"):
+        answer_questions(tmp_path / "wide", asked)

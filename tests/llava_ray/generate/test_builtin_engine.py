@@ -23,6 +23,7 @@ from engines import (
     make_parts,
     make_requests,
     request,
+    spoil,
     started,
 )
 
@@ -310,3 +311,56 @@ class _Recurrent(torch.nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, **_: object) -> tuple[torch.Tensor, None]:
         return hidden_states.cumsum(1), None
+
+
+BAD = "~"  # the character whose embedding is spoiled
+LONGER = " red" * 12  # a prompt in a row of the same length
+
+
+@pytest.fixture
+def spoiled(tmp_path: Path) -> LlavaParts:
+    return spoil(make_parts(tmp_path), BAD)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 1}, {"temperature": 0.3, "top_k": 3, "seed": 1}])
+def test_logits_that_are_not_finite_end_that_request_and_no_other(
+    spoiled: LlavaParts, sampling: dict[str, Any]
+) -> None:
+    good = [request("is it red?", f"good{index}", logprobs=1, **sampling) for index in range(6)]
+    bad = [
+        request(f"is {BAD} red?{LONGER}", f"bad{index}", logprobs=index % 2 or None, **sampling) for index in range(6)
+    ]
+
+    async def run() -> list[Answered | BaseException]:
+        engine = await started(spoiled, prefill_chunk=2000)
+        try:
+            alone = await ask(engine, good[0])
+            mixed = [one for pair in zip(good, bad, strict=True) for one in pair]
+            asked = [ask(engine, one, 0.002 * index) for index, one in enumerate(mixed)]
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+            await asyncio.gather(*(ask(engine, one) for one in bad), return_exceptions=True)
+            # Rows that spoiled requests have left are taken by others; beside a long one the short ones' are read
+            # (and masked) beyond their own tokens.
+            long = ask(engine, request(f"is it red?{LONGER}", "long", max_tokens=12))
+            later = (await asyncio.gather(*(ask(engine, one) for one in good), long))[:-1]
+            engine.check_health()
+            return [alone, *answers, *later]
+        finally:
+            await engine.stop()
+
+    alone, *answers = asyncio.run(run())
+    assert isinstance(alone, Answered)
+    for place, answer in enumerate(answers):
+        if place < 12 and place % 2:
+            assert isinstance(answer, ModelError)
+            assert "logits are not finite (token 1 of this answer" in str(answer)
+        else:
+            assert isinstance(answer, Answered)
+            assert answer.ids == alone.ids
+
+
+def test_a_model_that_says_nothing_finite_is_not_served(spoiled: LlavaParts) -> None:
+    with torch.no_grad():
+        spoiled.llava.language_model.get_output_embeddings().weight[7, 0] = torch.nan
+    with pytest.raises(ModelError, match="logits are not finite"):
+        asyncio.run(started(spoiled))

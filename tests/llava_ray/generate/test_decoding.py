@@ -214,3 +214,14 @@ def test_views_without_the_sizes_of_their_images_are_refused(anyres: LlavaParts)
         generate_batch(anyres, [[1, -200]], [views], image_sizes=[[(96, 20)]], max_new_tokens=1)
     with pytest.raises(RecordError, match="2 <image> markers but 1 images"):
         generate_batch(anyres, [[1, -200, -200]], [views], image_sizes=[[(64, 64)]], max_new_tokens=1)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_an_error_that_names_the_prompt(tmp_path: Path, temperature: float) -> None:
+    parts = assembled(tmp_path)
+    with torch.no_grad():
+        parts.llava.language_model.get_input_embeddings().weight[7] = torch.nan
+    asked = [[1, 20, 30], [1, 7, 9], [1, 40]]
+    with pytest.raises(ModelError, match=r"logits are not finite \(token 1 of the answer to prompt 2 of 3"):
+        generate_batch(parts, asked, [None] * 3, max_new_tokens=3, temperature=temperature)
+    generate_batch(parts, [asked[0], asked[2]], [None] * 2, max_new_tokens=1, temperature=temperature)

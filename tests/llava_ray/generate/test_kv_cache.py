@@ -55,3 +55,19 @@ def test_rows_keep_their_contents() -> None:
 def test_a_row_longer_than_the_cache(capacity: int) -> None:
     assert KvCache(capacity).reserve(129) is None
     assert (KvCache(capacity).reserve(128) is None) == (capacity < 128)
+
+
+def test_nothing_that_a_row_held_is_read_by_the_next() -> None:
+    """Attention multiplies what it masks by 0, which would leave a NaN as it is."""
+    cache = KvCache(128 * 8)
+    rows = [cache.reserve(128) for _ in range(3)]
+    for row in rows:
+        assert row is not None
+        write(row, float("nan"))
+    for row in rows:
+        assert row is not None
+        cache.release(row)
+    for _ in range(3):
+        row = cache.reserve(128)
+        assert row is not None
+        assert holds(row, 0.0)

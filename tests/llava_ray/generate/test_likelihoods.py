@@ -5,10 +5,12 @@ from pathlib import Path
 import fakes
 import pytest
 import torch
+from engines import spoil
 
 from llava_ray.chat.conversation import IMAGE_TOKEN, Turn
 from llava_ray.chat.tokens import TokenizedConversation, tokenize_conversation
 from llava_ray.config.sections import ModelConfig
+from llava_ray.errors import ModelError
 from llava_ray.generate.decoding import expand_prompt, find_sizes
 from llava_ray.generate.likelihoods import find_log_likelihoods, shared_prompt
 from llava_ray.model.bundle import LlavaParts, assemble
@@ -74,3 +76,19 @@ def test_what_answers_share_is_the_whole_prompt(parts: LlavaParts) -> None:
         assert all(one.input_ids[: len(shared)] == shared for one in some)
         assert all(set(one.labels[: len(shared)]) == {-100} for one in some)
         assert min(one.labels[len(shared)] for one in some) != -100
+
+
+def test_an_answer_of_no_finite_likelihood_is_named(tmp_path: Path) -> None:
+    language_model, tower = fakes.make_language_model(tmp_path / "llama"), fakes.make_vision_tower(tmp_path / "tower")
+    config = ModelConfig(model_name_or_path=str(language_model), vision_tower=str(tower), version="v1")
+    parts = spoil(assemble(config, "pad", seed=3), "~")
+    conversations = [
+        [
+            tokenize_conversation([Turn("human", "Which?"), Turn("gpt", answer)], parts.template, parts.tokenizer)
+            for answer in answers
+        ]
+        for answers in (("cat", "dog"), ("cat", "a ~ b"))
+    ]
+    assert all(total < 0 for total, _ in find_log_likelihoods(parts, conversations[:1], [None])[0])
+    with pytest.raises(ModelError, match=r"logits are not finite \(answer 4 of 4, to question 2 of 2"):
+        find_log_likelihoods(parts, conversations, [None, None])

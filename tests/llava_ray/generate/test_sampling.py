@@ -7,7 +7,13 @@ import torch
 
 from llava_ray.errors import RecordError
 from llava_ray.generate.engine import Sampling
-from llava_ray.generate.sampling import check_sampling, choose_tokens, find_border, find_logprobs
+from llava_ray.generate.sampling import (
+    check_sampling,
+    choose_tokens,
+    find_border,
+    find_finite_rows,
+    find_logprobs,
+)
 
 LOGITS = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
 
@@ -72,3 +78,18 @@ def test_logprobs() -> None:
 def test_impossible_settings(wrong: dict[str, object]) -> None:
     with pytest.raises(RecordError, match=next(iter(wrong))):
         check_sampling(Sampling(**wrong))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 2, 3])
+def test_rows_with_a_logit_that_is_not_finite_are_found(bad: float, place: int) -> None:
+    logits = LOGITS.repeat(3, 1)
+    logits[1, place] = bad
+    assert find_finite_rows(logits) == [True, False, True]
+    assert find_finite_rows(torch.full((2, 4), bad)) == [False, False]
+
+
+def test_huge_logits_are_finite_and_a_temperature_next_to_nothing_takes_the_likeliest() -> None:
+    assert find_finite_rows(LOGITS * 1e38) == [True]
+    for temperature in (1e-5, 1e-9, 1e-45, 1e-320):
+        assert shares(Sampling(temperature=temperature), 10) == [1, 0, 0, 0]

@@ -1,0 +1,26 @@
+"""Whatever comes over HTTP is answered, or refused with an error object: mutated requests through the whole front."""
+
+from pathlib import Path
+
+import pytest
+from fuzzing import NUM_INPUTS, NUM_PROOF_INPUTS, fuzz
+from request_fuzzing import make_target
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+@pytest.mark.slow
+def test_mutated_requests() -> None:
+    report = fuzz("requests", make_target, NUM_INPUTS)
+    assert not report.faults
+    assert report.num_inputs == NUM_INPUTS
+    assert sum(count for word, count in report.outcomes.items() if word.startswith("200")) > NUM_INPUTS / 10
+
+
+@pytest.mark.verify
+@pytest.mark.timeout(7200)
+def test_many_mutated_requests() -> None:
+    report = fuzz("requests", make_target, NUM_PROOF_INPUTS)
+    report.save(RESULTS / "fuzz_requests.json")
+    assert not report.faults
+    assert report.num_inputs == NUM_PROOF_INPUTS
