@@ -104,11 +104,11 @@ def assemble(
     manifest = _describe(blueprint, model_max_length)
     check_fingerprint(blueprint.language_source.folder, manifest.language_model.fingerprint, "language model")
     check_fingerprint(blueprint.tower_source.folder, manifest.vision_tower.fingerprint, "vision tower")
+    tower = load_tower_of(blueprint, dtype)
     projector = load_projector(blueprint, manifest, seed).to(dtype)
     companions = read_tensors(blueprint.layout.companions)
     if config.pretrain_mm_mlp_adapter:
         companions |= load_companions(config.pretrain_mm_mlp_adapter)
-    tower = load_tower_of(blueprint, dtype)
     with language_model_context or nullcontext():
         model = load_language_model(blueprint, dtype, quantization, companions.get(EMBED_TOKENS))
         if blueprint.layout.adapter is not None:

@@ -3,9 +3,11 @@
 import math
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from llava_ray.errors import ModelError
+from llava_ray.model.tensor_files import read_json
 from llava_ray.reading import MAX_SHOWN, shown
 
 MAX_COUNT = 1024  # of layers, labels, …: things that are made one by one
@@ -35,6 +37,13 @@ POSITIVE = frozenset(
 )
 TEXTS = frozenset({"model_type", "hidden_act", "dtype", "torch_dtype", "_name_or_path", "mm_vision_tower"})
 TABLES = frozenset({"text_config", "vision_config", "rope_parameters", "rope_scaling", "quantization_config"})
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """Read a config.json. Raises ModelError that names it, and the key of a size that no model has."""
+    config = read_json(file)
+    check_declared(config, str(file))
+    return config
 
 
 def check_declared(config: Mapping[str, Any], where: str) -> None:

@@ -21,11 +21,11 @@ from llava_ray.model.model_files import open_model
 from llava_ray.model.published_layouts import hub_name
 from llava_ray.model.published_names import COMPUTED, LANGUAGE_MODEL
 from llava_ray.model.tensor_files import read_json
+from llava_ray.model.tensor_reading import BITS, check_finite
 from llava_ray.model.weight_files import INDEX_FILE, SINGLE_FILE, Stored, read_folder, write_folder
 
 DELTA_FILE = "delta.json"
 FORMAT_VERSION = 1
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", INDEX_FILE, "pytorch_model.bin.index.json")
 
 
@@ -169,7 +169,7 @@ def _sum(delta: Stored, base: Stored, dtype: torch.dtype) -> Stored:
     def add(bits: Tensor) -> Tensor:
         bits = bits.clone()
         bits[: base.shape[0]] += as_bits(base.load().to(dtype))
-        return bits.view(dtype)
+        return check_finite(bits.view(dtype), base.file, delta.file)
 
     return Stored(delta.shape, dtype, lambda: add(delta.load()), delta.file)
 

@@ -81,10 +81,11 @@ def load_projector(blueprint: Blueprint, manifest: Manifest, seed: int) -> nn.Mo
 
     A new one depends on ``seed`` alone. Raises ModelError if the weights do not fit.
     """
-    with torch.random.fork_rng(devices=[]):
+    adapter = blueprint.config.pretrain_mm_mlp_adapter
+    learnt = adapter is not None or blueprint.layout.settings
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if learnt else "cpu"):
         torch.default_generator.manual_seed(seed)
         projector = build_projector(manifest.mm_projector_type, manifest.mm_hidden_size, manifest.hidden_size)
-    adapter = blueprint.config.pretrain_mm_mlp_adapter
     if adapter is not None:
         check_adapter(Path(adapter), manifest)
         adopt_projector(projector, load_projector_weights(adapter), adapter)

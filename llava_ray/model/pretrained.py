@@ -58,8 +58,7 @@ def check_amount(classes: Any, config: PreTrainedConfig, source: Source, part: s
     layers, stored = config.get_text_config().num_hidden_layers, sum(t.numel for t in source.tensors.values())
     if layers > len(source.tensors):
         raise ModelError(f"{where} says num_hidden_layers is {layers:,}, but there are {len(source.tensors)} tensors.")
-    with loading(source.folder, part), torch.device("meta"), no_init_weights():
-        skeleton = classes[type(config)](copy.deepcopy(config))
+    skeleton = make_skeleton(classes, config, source, part)
     described = sum(t.numel() for t in (*skeleton.parameters(), *skeleton.buffers()))
     if described > MAX_EXCESS * stored + MARGIN:
         sides = {side for tensor in source.tensors.values() for side in tensor.shape}
@@ -69,6 +68,28 @@ def check_amount(classes: Any, config: PreTrainedConfig, source: Source, part: s
             f"{where} describes a model of {described:,} numbers, but its weight files hold {stored:,}. These are not "
             f"one model's files (no stored tensor has a side of {', '.join(odd) or 'these sizes'}): copy it again."
         )
+
+
+def check_shapes(classes: Any, config: PreTrainedConfig, source: Source, part: str) -> None:
+    """Raise ModelError if tensors have other shapes than a config says, as far as their names tell; none is read."""
+    check_amount(classes, config, source, part)
+    skeleton = make_skeleton(classes, config, source, part)
+    base = f"{skeleton.base_model_prefix}."
+    expected = {name.removeprefix(base): tensor.shape for name, tensor in skeleton.state_dict().items()}
+    for name, tensor in source.tensors.items():
+        wanted = expected.get(name.removeprefix(base))
+        if wanted is not None and tuple(wanted) != tensor.shape:
+            raise ModelError(
+                f"the {part} in {source.folder}: {name} in {tensor.file.name} is {list(tensor.shape)}, expected "
+                f"{list(wanted)} of its config.json. These are not one model's files."
+            )
+
+
+def make_skeleton(classes: Any, config: PreTrainedConfig, source: Source, part: str) -> PreTrainedModel:
+    """Make a model without memory. Raises ModelError for a config that no model can be made of."""
+    with loading(source.folder, part), torch.device("meta"), no_init_weights():
+        skeleton: PreTrainedModel = classes[type(config)](copy.deepcopy(config))
+    return skeleton
 
 
 def _is_odd(value: object, sides: set[int]) -> bool:

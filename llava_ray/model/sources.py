@@ -13,7 +13,7 @@ from transformers import __version__ as transformers_version
 
 from llava_ray.chat.tokenizer import load_tokenizer
 from llava_ray.errors import ModelError
-from llava_ray.model.declared_sizes import check_declared
+from llava_ray.model.declared_sizes import check_declared, read_config
 from llava_ray.model.layout import CONFIG, NON_LORA_FILE, ORIGINAL_PROJECTOR_FILE, Kind, Layout
 from llava_ray.model.layouts import read_layout
 from llava_ray.model.published_settings import (
@@ -22,7 +22,7 @@ from llava_ray.model.published_settings import (
     is_original,
     original_language_config,
 )
-from llava_ray.model.tensor_files import NO_WEIGHTS, StoredTensor, read_json
+from llava_ray.model.tensor_files import NO_WEIGHTS, StoredTensor
 from llava_ray.reading import in_words, is_file, is_folder, shown
 
 PartName = Literal["language_model", "vision_tower"]
@@ -112,7 +112,7 @@ def part_of(
     if layout.manifest is not None:
         inside = layout.folder / part
         origin = getattr(layout.manifest, part).base
-        return Source(str(inside), inside, origin, read_json(inside / CONFIG), tensors)
+        return Source(str(inside), inside, origin, read_config(inside / CONFIG), tensors)
     config = layout.language_config if part == "language_model" else layout.tower_config
     if config is not None:
         return Source(name, layout.folder, name, config, tensors)
@@ -183,7 +183,7 @@ def _language_config(folder: Path) -> PreTrainedConfig | None:
     """
     if not is_file(folder / CONFIG):
         return None
-    config = read_json(folder / CONFIG)
+    config = read_config(folder / CONFIG)
     if is_original(config):
         return make_config(original_language_config(config), folder, "language model")
     return make_config(hub_language_config(config), folder, "language model") if is_hub(config) else None

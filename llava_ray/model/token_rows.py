@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llava_ray.chat.conversation import IMAGE_TOKEN
 from llava_ray.chat.tokenizer import MAX_TOKENIZER_BYTES
 from llava_ray.errors import ModelError
 from llava_ray.model.layout import EMBED_TOKENS, Layout
@@ -49,11 +50,38 @@ def check_layout_rows(layout: Layout) -> None:
     rows = find_rows(layout.part("language_model"), layout.language_config or {})
     if rows is None:
         return
+    check_table(layout.part("language_model"), layout.language_config or {}, str(layout.folder))
     padding = find_padding(layout.folder)
     listed = (token for token in listed_tokens(layout.folder) if token.text != padding)
     beyond = {token.number: token for token in listed if token.number >= rows}
     if beyond:
         refuse_beyond(beyond[min(beyond)], len(beyond), rows, str(layout.folder))
+
+
+def check_table(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any], where: str) -> None:
+    """Raise ModelError if a language model's config names another vocabulary than its embeddings have rows for."""
+    rows, size = find_rows(tensors, {}), config.get("vocab_size")
+    if rows is not None and type(size) is int and rows != size:
+        raise ModelError(
+            f"{where}: vocab_size is {size:,} in its config.json, but its embeddings have {rows:,} rows. These are not "
+            "one model's files; if the weights are right, set vocab_size to that."
+        )
+
+
+def image_token_note(config: Mapping[str, Any], token: int | None) -> str | None:
+    """Say that a hub folder's config.json takes another token for images than its tokenizer; ours does not matter."""
+    index = config.get("image_token_index", config.get("image_token_id"))
+    if index is None or token is None or index == token:
+        return None
+    return (
+        f"image_token_index is {shown(index)} in its config.json, but its tokenizer's {IMAGE_TOKEN} is {token}, which "
+        "is used here; other programs will find no place for images"
+    )
+
+
+def find_image_token(folder: Path) -> int | None:
+    """Return the id of ``<image>`` in a folder's tokenizer files; None where they have none."""
+    return next((token.number for token in listed_tokens(folder) if token.text == IMAGE_TOKEN), None)
 
 
 def refuse_beyond(first: Token, number: int, rows: int, model: str) -> None:
