@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llava_ray.errors import ConfigError, LlavaRayError, ModelError
+from llava_ray.errors import CheckpointError, ConfigError, LlavaRayError, ModelError
 
 MAX_DEPTH = 64  # of lists and tables in each other
 INT_BITS = 63
@@ -43,7 +43,7 @@ def reason(error: BaseException) -> str:
 
 @contextmanager
 def in_words(
-    what: str, remedy: str, kind: type[ModelError] | type[ConfigError] = ModelError, says: str = "cannot be read"
+    what: str, remedy: str, kind: type[ModelError | ConfigError | CheckpointError] = ModelError, says: str = "cannot be read"
 ) -> Iterator[None]:
     """Turn whatever fails inside into ``kind``, saying what was read, why that failed, and the ``remedy``.
 
@@ -73,7 +73,7 @@ def is_folder(path: Path) -> bool:
         return False
 
 
-def read_bounded(path: Path, limit: int, kind: type[ModelError] | type[ConfigError] = ModelError) -> bytes:
+def read_bounded(path: Path, limit: int, kind: type[ModelError | ConfigError] = ModelError) -> bytes:
     """Return a file's bytes. Raises ``kind`` for one with more than ``limit``, OSError where it cannot be read."""
     with path.open("rb") as stream:
         content = stream.read(limit + 1)
@@ -82,7 +82,7 @@ def read_bounded(path: Path, limit: int, kind: type[ModelError] | type[ConfigErr
     return content
 
 
-def check_plain(value: Any, where: str, kind: type[ModelError] | type[ConfigError] = ModelError) -> None:
+def check_plain(value: Any, where: str, kind: type[ModelError | ConfigError] = ModelError) -> None:
     """Raise ``kind``, naming the key, for values in too many of each other and for numbers beyond 64 bits."""
     stack: list[tuple[Any, str, int]] = [(value, "", 0)]
     while stack:

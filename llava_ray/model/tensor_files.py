@@ -209,6 +209,14 @@ def _read_safetensors(file: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def read_metadata(file: Path) -> dict[str, str]:
+    """Return what a .safetensors file, whose header has been read, says beside its tensors. Raises ModelError."""
+    with in_words(f"{file}", "Copy it again.", says="has a damaged safetensors header"), file.open("rb") as stream:
+        length = min(int.from_bytes(stream.read(8), "little"), MAX_HEADER_BYTES)
+        noted = json.loads(stream.read(length)).get("__metadata__") or {}
+        return {key: value for key, value in noted.items() if isinstance(value, str)}
+
+
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
