@@ -23,6 +23,7 @@ class _Shortened(reprlib.Repr):
 
 _shortened = _Shortened()
 _shortened.maxstring = _shortened.maxother = MAX_SHOWN
+_shortened.maxlist = _shortened.maxtuple = _shortened.maxdict = _shortened.maxset = 20
 
 
 def shown(value: object) -> str:
@@ -54,7 +55,7 @@ def in_words(
     except (LlavaRayError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
-        raise kind(f"{what} {says} ({reason(error)}). {remedy}") from error
+        raise kind(f"{f'{what} {says}'.strip()} ({reason(error)}). {remedy}") from error
 
 
 def is_file(path: Path) -> bool:

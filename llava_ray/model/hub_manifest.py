@@ -51,21 +51,22 @@ def read_noted_manifest(noted: Mapping[str, Any], where: str) -> Manifest | None
 
 
 def reconciled(
-    manifest: Manifest, own: Mapping[str, Any], config: Mapping[str, Any], *, same_features: bool
+    noted: Mapping[str, Any], own: Mapping[str, Any], config: Mapping[str, Any], *, same_features: bool
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return the settings of a model that we exported, as its config.json says them now, and what has been changed.
+    """Return the settings that an export noted, as the config.json says them now, and what has been changed since.
 
     ``own`` are the settings that the file has by itself; ``same_features`` says that the tower has no class token, so
     that both words for its features mean one thing.
     """
-    settings, notes = manifest.model_dump(exclude=NO_SETTINGS), []
-    if (own["image_aspect_ratio"] == "anyres") != (manifest.image_aspect_ratio == "anyres"):
-        notes.append(changed("model_type", config["model_type"], manifest.image_aspect_ratio))
+    settings, notes = {key: value for key, value in noted.items() if key not in NO_SETTINGS}, []
+    was = settings.get("image_aspect_ratio")
+    if was is not None and (own["image_aspect_ratio"] == "anyres") != (was == "anyres"):
+        notes.append(changed("model_type", config["model_type"], was))
         settings |= {key: own.get(key, value) for key, value in OF_TYPE.items()}
     for key, told in MIRRORED.items():
-        if told not in config or key not in own or (key == "mm_vision_select_feature" and same_features):
+        if told not in config or not {key} <= own.keys() & settings.keys():
             continue
-        if own[key] != settings[key]:
+        if own[key] != settings[key] and not (key == "mm_vision_select_feature" and same_features):
             notes.append(changed(told, config[told], settings[key]))
             settings[key] = own[key]
     return settings, tuple(notes)

@@ -13,8 +13,8 @@ from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import ConfigError, ModelError
 from llava_ray.model.blueprint import Blueprint, find_layout, read_blueprint
 from llava_ray.model.bundle import LlavaParts, assemble
-from llava_ray.model.layout import Kind, Layout
 from llava_ray.model.hub_manifest import OUR_KEY
+from llava_ray.model.layout import Kind, Layout
 from llava_ray.model.quantization import chosen
 from llava_ray.model.token_rows import image_token_note
 from llava_ray.reading import shown
@@ -147,5 +147,8 @@ def aspect_ratio(layout: Layout) -> str:
 def find_length(layout: Layout) -> int:
     """Return the longest sequence that a model was trained for, at most its language model's positions."""
     positions = (layout.language_config or {}).get("max_position_embeddings")
+    positions = positions if type(positions) is int else None
     length = layout.settings.get("model_max_length") or DEFAULT_LENGTH
+    if type(length) is not int or length < 0:
+        raise ModelError(f"{layout.folder}: model_max_length is {shown(length)}, expected a number of tokens; mend it.")
     return int(min(length, positions or length))

@@ -155,7 +155,7 @@ def describe(layout: Layout, language: Source, tower: Source, version: str | Non
     noted = find_noted(layout.config, where)
     known = layout.manifest
     if known is None and (was := read_noted_manifest(noted, where)) is not None:
-        own = {key: layout.settings[key] for key in (*MIRRORED, *OF_TYPE)}
+        own = {key: layout.settings[key] for key in (*MIRRORED, *OF_TYPE) if key in layout.settings}
         known = was.model_copy(update=own)  # as the file says it now
     if known is not None:
         for key, source in (("language_model", language), ("vision_tower", tower)):
@@ -252,12 +252,6 @@ def check_parts(model: ModelFiles, language: Source, tower: Source, config: Mapp
 def check_widths(model: ModelFiles) -> None:
     """Raise ModelError if the projector's shapes are not those of the model's parts."""
     manifest, projector = model.manifest, model.part(PROJECTOR)
-    parts = (feature_width_of(manifest, model.tower_config), model.language_config["hidden_size"])
-    if parts != (manifest.mm_hidden_size, manifest.hidden_size):
-        raise ModelError(
-            f"{model.folder}: its manifest says widths {manifest.mm_hidden_size} and {manifest.hidden_size}, but its "
-            f"tower and language model have {parts[0]} and {parts[1]}: these are not one model's files."
-        )
     in_order = sorted(projector, key=lambda name: (len(name), name))  # "10.weight" after "2.weight"
     matrices = [projector[name].shape for name in in_order if name.endswith("weight")]
     if any(len(shape) != 2 for shape in matrices):
@@ -267,6 +261,12 @@ def check_widths(model: ModelFiles) -> None:
         raise ModelError(
             f"the projector in {model.folder} goes from width {widths[0]} to {widths[1]}, but tower and language model "
             f"have {manifest.mm_hidden_size} and {manifest.hidden_size}: these are not one model's files."
+        )
+    parts = (feature_width_of(manifest, model.tower_config), model.language_config["hidden_size"])
+    if parts != (manifest.mm_hidden_size, manifest.hidden_size):
+        raise ModelError(
+            f"{model.folder}: its manifest says widths {manifest.mm_hidden_size} and {manifest.hidden_size}, but its "
+            f"tower and language model have {parts[0]} and {parts[1]}: these are not one model's files."
         )
 
 

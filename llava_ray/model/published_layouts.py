@@ -7,6 +7,7 @@ from typing import Any
 
 from llava_ray.errors import ModelError
 from llava_ray.model.declared_sizes import read_config
+from llava_ray.model.hub_manifest import OUR_KEY, changed
 from llava_ray.model.layout import (
     ADAPTER_CONFIG,
     ADAPTER_FILES,
@@ -19,14 +20,13 @@ from llava_ray.model.layout import (
     Layout,
     expect_any,
 )
-from llava_ray.model.hub_manifest import OUR_KEY, changed
 from llava_ray.model.published_names import IMAGE_NEWLINE, PEFT_PREFIX
 from llava_ray.model.published_settings import (
     find_version,
     hub_language_config,
-    hub_settings,
     hub_tower_config,
     is_original,
+    noted_hub_settings,
     original_language_config,
     original_settings,
 )
@@ -150,9 +150,9 @@ def read_hub(folder: Path, config: Mapping[str, Any]) -> Layout:
     expect_any(folder, TOKENIZER_FILES, "tokenizer", missing)
     expect_any(folder, PROCESSOR_FILES, "image processor", missing)
     language_config = hub_language_config(config)
-    settings, notes = hub_settings(config, str(folder / CONFIG))
+    settings, notes = noted_hub_settings(config, str(folder / CONFIG))
     shapes = {False: "square", True: "pad"}
-    if settings["image_aspect_ratio"] in shapes.values() and (found := shapes.get(_pads(folder))):  # type: ignore[arg-type]
+    if settings.get("image_aspect_ratio") in ("square", "pad") and (found := shapes.get(_pads(folder))):  # type: ignore[arg-type]
         if OUR_KEY in config and settings["image_aspect_ratio"] != found:
             notes += (changed("do_pad of the image processor", found == "pad", settings["image_aspect_ratio"]),)
         settings["image_aspect_ratio"] = found
@@ -182,10 +182,11 @@ def _refuse_others(file: Path, weights: Weights) -> None:
 
 
 def _pads(folder: Path) -> bool | None:
-    """Tell whether the image processor makes images square before it resizes them; None where there is none."""
+    """Tell whether the image processor makes images square before it resizes them; None where it does not say."""
     files = [read_json(folder / name) for name in PROCESSOR_FILES if is_file(folder / name)]
     settings = [found.get("image_processor", found) for found in files]
-    return any(found.get("do_pad") for found in settings if isinstance(found, dict)) if settings else None
+    told = [found["do_pad"] for found in settings if isinstance(found, dict) and found.get("do_pad") is not None]
+    return any(told) if told else None
 
 
 def _expect_part(weights: Weights, part: str, missing: list[str]) -> None:

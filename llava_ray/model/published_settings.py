@@ -8,7 +8,7 @@ from typing import Any
 
 from llava_ray.config.literals import read_literal
 from llava_ray.errors import ModelError
-from llava_ray.model.hub_manifest import OUR_KEY, find_noted, read_noted_manifest, reconciled
+from llava_ray.model.hub_manifest import find_noted, reconciled
 from llava_ray.reading import in_words, shown
 
 # The original's model types whose language model is not the rest of the name (``llava_mistral`` is Mistral's).
@@ -111,17 +111,22 @@ def original_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     return settings
 
 
-def hub_settings(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return the settings in the config.json of transformers' LLaVA classes, and what has to be said of them.
+def hub_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the settings in the config.json of transformers' LLaVA classes. Raises ModelError."""
+    return noted_hub_settings(config, where)[0]
+
+
+def noted_hub_settings(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the same settings, and what has to be said of them.
 
     What an export of ours noted counts where the file itself says nothing else. Raises ModelError.
     """
     own = own_hub_settings(config, where)
-    manifest = read_noted_manifest(find_noted(config, where), where)
-    if manifest is None:
+    if not (noted := find_noted(config, where).get("manifest")):
         return own, ()
+    noted = {key: listed(value, where) if isinstance(value, list) else value for key, value in noted.items()}
     tower = config["vision_config"].get("model_type", "clip_vision_model")
-    return reconciled(manifest, own, config, same_features=tower in WITHOUT_CLASS_TOKEN)
+    return reconciled(noted, own, config, same_features=tower in WITHOUT_CLASS_TOKEN)
 
 
 def own_hub_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
