@@ -44,7 +44,10 @@ def reason(error: BaseException) -> str:
 
 @contextmanager
 def in_words(
-    what: str, remedy: str, kind: type[ModelError | ConfigError | CheckpointError] = ModelError, says: str = "cannot be read"
+    what: str,
+    remedy: str,
+    kind: type[ModelError | ConfigError | CheckpointError] = ModelError,
+    says: str = "cannot be read",
 ) -> Iterator[None]:
     """Turn whatever fails inside into ``kind``, saying what was read, why that failed, and the ``remedy``.
 

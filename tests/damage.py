@@ -12,16 +12,16 @@ from typing import Any
 
 NUMBERS: list[Any] = [0, 1, -1, -2, 3, 7, 255, 4096, 10**6, 2**31, 2**63 - 1, 2**63, 2**64, 10**9, 10**40, -(10**12)]
 NUMBERS += [0.0, 0.5, -1.5, 1e-300, 1e308, 1e999, -1e999, float("nan")]
-TEXTS: list[Any] = ["", "a", "0", "llama", "clip", "gelu", "../..", "/etc/passwd", "~nobody/x", "\0", "\ud800", "x" * 5000]
-TEXTS += ["<image>", "cuda:0", "float16", "torch.float99", "1,2", "((((((((((", "[" * 2000, "https://127.0.0.1:1/x", "é" * 300]
+TEXTS: list[Any] = ["", "a", "0", "llama", "clip", "gelu", "../..", "/etc/passwd", "~nobody/x", "\0", "\ud800"]
+TEXTS += ["<image>", "cuda:0", "float16", "torch.float99", "1,2", "((((((((((", "[" * 2000, "x" * 5000, "é" * 300]
 OTHERS: list[Any] = [None, True, False, [], {}, [[]], [1], [1, [2]], ["a", 1], {"a": 1}, {"": {}}, [0] * 10_000]
-OPCODES = b"()012.0FIJKLMNRSTUVX]abcdeghijlqrst}\x80\x81\x82\x85\x86\x87\x88\x89\x8a\x8b\x8c\x8d\x8e\x90\x91\x92\x93\x94\x95"
+OPCODES = b"()012.0FIJKLMNRSTUVX]abcdeghijlqrst}" + bytes([*range(0x80, 0x96)])
 
 
 def odd_value(random: random.Random, old: Any = None) -> Any:
     """Return a value that may stand in the place of another: of its kind and near it, or not at all."""
     if isinstance(old, int | float) and not isinstance(old, bool) and random.random() < 0.4:
-        return random.choice([old + 1, old - 1, old * 2, -old, old // 2, old * 1000, float(old), str(old), [old], old**7])
+        return random.choice([old + 1, old - 1, old * 2, -old, old // 2, old * 1000, float(old), str(old), [old]])
     if isinstance(old, str) and random.random() < 0.3:
         return random.choice([old[:-1], old + "x", old.upper(), [old], old * 3, old.encode().hex()])
     if isinstance(old, list) and old and random.random() < 0.5:
@@ -77,9 +77,8 @@ def damage_json(random: random.Random, content: bytes) -> bytes:
         if action < 0.12:
             del holder[key]
         elif action < 0.2 and isinstance(holder, dict):
-            holder[random.choice(["hidden_size", "auto_map", "quantization_config", "num_labels", "llava_ray", "x"])] = (
-                odd_value(random)
-            )
+            added = random.choice(["hidden_size", "auto_map", "quantization_config", "num_labels", "llava_ray", "x"])
+            holder[added] = odd_value(random)
         elif action < 0.25:
             holder[key] = {"a": holder[key]}
         else:
@@ -129,12 +128,13 @@ def damage_safetensors(random: random.Random, content: bytes) -> bytes:
     header, body = content[8 : 8 + length], content[8 + length :]
     action = random.random()
     if action < 0.1:
-        return random.choice([0, 1, 2, length - 1, length + 8, 2**24, 2**60, 2**64 - 1]).to_bytes(8, "little") + content[8:]
+        length = random.choice([0, 1, 2, length - 1, length + 8, 2**24, 2**60, 2**64 - 1])
+        return length.to_bytes(8, "little") + content[8:]
     if action < 0.2:
         return damage_bytes(random, content)
     if action < 0.3:  # numbers that are NaN or infinite somewhere
-        place = random.randrange(max(1, len(body) // 4)) * 4
-        return content[: 8 + length] + body[:place] + random.choice([b"\0\0\xc0\x7f", b"\0\0\x80\xff"]) + body[place + 4 :]
+        place = 8 + length + random.randrange(max(1, len(body) // 4)) * 4
+        return content[:place] + random.choice([b"\0\0\xc0\x7f", b"\0\0\x80\xff"]) + content[place + 4 :]
     if action < 0.5:
         header = damage_bytes(random, header)
     elif action < 0.8:

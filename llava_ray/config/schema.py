@@ -16,7 +16,9 @@ MAX_FAULTS = 10
 class Section(BaseModel):
     """Settings that refuse unknown keys and cannot be assigned to."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
     @field_validator("*", mode="before")
     @classmethod

@@ -56,9 +56,7 @@ def read_adapter(folder: Path) -> AdapterFiles:
     config = read_adapter_config(folder)
     file = next((folder / name for name in ADAPTER_FILES if is_file(folder / name)), None)
     if file is None:
-        raise ModelError(
-            f"{folder} holds no adapter: neither {ADAPTER_FILE} nor {OLD_ADAPTER_FILE} is there."
-        )
+        raise ModelError(f"{folder} holds no adapter: neither {ADAPTER_FILE} nor {OLD_ADAPTER_FILE} is there.")
     stored = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in read_tensor_file(file).items()}
     check_ranks(config, stored, file)
     metadata = read_metadata(file) if file.suffix == ".safetensors" else {}
@@ -101,6 +99,18 @@ def check_settings(values: Mapping[str, Any], where: str) -> None:
                 f"{where}: {key} is {shown(values[key])}, which is not read here; merge it with the library that "
                 "wrote it."
             )
+    check_scales(values, where)
+    for key in ("target_modules", "exclude_modules"):
+        named = values.get(key)
+        if isinstance(named, list) and not all(isinstance(name, str) for name in named):
+            raise _unfit(where, key, named, "names of layers")
+    base = values.get("base_model_name_or_path")
+    if base is not None and not isinstance(base, str):
+        raise _unfit(where, "base_model_name_or_path", base, "a hub id or folder")
+
+
+def check_scales(values: Mapping[str, Any], where: str) -> None:
+    """Raise ModelError that names the key for ranks and scales that no adapter has."""
     rank, alpha = values.get("r", 8), values.get("lora_alpha", 8)
     if type(rank) is not int or not 0 < rank <= MAX_RANK:
         raise _unfit(where, "r", rank, f"a rank from 1 to {MAX_RANK:,}")
@@ -111,13 +121,6 @@ def check_settings(values: Mapping[str, Any], where: str) -> None:
         plain = isinstance(pattern, dict) and all(PLAIN_NAME.fullmatch(name) for name in pattern)
         if not plain or not all(type(value) in (int, float) and 0 < value <= MAX_RANK for value in pattern.values()):
             raise _unfit(where, key, pattern, f"names of layers with numbers up to {MAX_RANK:,}")
-    for key in ("target_modules", "exclude_modules"):
-        named = values.get(key)
-        if isinstance(named, list) and not all(isinstance(name, str) for name in named):
-            raise _unfit(where, key, named, "names of layers")
-    base = values.get("base_model_name_or_path")
-    if base is not None and not isinstance(base, str):
-        raise _unfit(where, "base_model_name_or_path", base, "a hub id or folder")
 
 
 def check_ranks(config: Any, stored: Mapping[str, StoredTensor], file: Path) -> None:
@@ -126,8 +129,8 @@ def check_ranks(config: Any, stored: Mapping[str, StoredTensor], file: Path) -> 
     asked = max(config.r, *(config.rank_pattern or {}).values(), 0)
     if asked > largest:
         raise ModelError(
-            f"{file}: its largest rank is {largest}, but {ADAPTER_CONFIG} says r = {asked}. These are not one adapter's "
-            "files: copy both again."
+            f"{file}: its largest rank is {largest}, but {ADAPTER_CONFIG} says r = {asked}. These are not one "
+            "adapter's files: copy both again."
         )
 
 

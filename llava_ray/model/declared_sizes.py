@@ -75,9 +75,9 @@ def _check_number(own: str, key: str, value: int, where: str) -> None:
 
 
 def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    """Yield what is no table with its key; of a list of sizes each one. (``read_json`` has bounded the depth.)"""
+    """Yield values with their keys, of tables and of lists of sizes each one. ``read_json`` has bounded the depth."""
     own = key.rpartition(".")[2]
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and own not in TEXTS | POSITIVE:
         for name, item in value.items():
             yield from _leaves(item, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list) and value and (own in POSITIVE or COUNTS.search(own)):

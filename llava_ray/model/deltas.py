@@ -161,8 +161,8 @@ def check_note(noted: DeltaNote, source: Path, base: Base) -> None:
             tensor, old, dtype = stored.get(name), base.tensors.get(own), DTYPES.get(note.dtypes.get(name, ""))
             if tensor is None or old is None or dtype is None or tensor.dtype != BITS[dtype.itemsize]:
                 raise ModelError(
-                    f"{source / DELTA_FILE}: places.{place} says that {shown(name)} is {shown(own)} of {base.folder} and "
-                    "a difference; one of them is not there, or of another dtype. Copy the delta again."
+                    f"{source / DELTA_FILE}: places.{place} says that {shown(name)} is {shown(own)} of {base.folder} "
+                    "and a difference; one of them is not there, or of another dtype. Copy the delta again."
                 )
             if not old.shape or old.shape[1:] != tensor.shape[1:] or old.shape[0] > tensor.shape[0]:
                 raise ModelError(f"{tensor.file}: {name} is {tensor.shape}, which is no difference to {old.shape}.")

@@ -24,7 +24,7 @@ OF_TYPE: dict[str, Any] = {"image_aspect_ratio": "square", "mm_patch_merge_type"
 
 
 def find_noted(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """Return what stands under our key in a config.json; {} where nothing does. Raises ModelError that names the key."""
+    """Return what stands under our key in a config.json; {} for nothing. Raises ModelError that names the key."""
     noted = config.get(OUR_KEY, {})
     if not isinstance(noted, Mapping):
         raise _unfit(where, OUR_KEY, noted, "a table")

@@ -64,9 +64,9 @@ def _read_layout(folder: Path) -> Layout:
     model_type = config.get("model_type")
     if model_type is None or str(model_type).startswith("llava"):
         raise ModelError(
-            f"{folder / CONFIG}: model_type {shown(model_type)} is of no known layout. Known are the original's (llava, "
-            "llava_llama, llava_mistral, with mm_vision_tower beside), transformers' llava and llava_next (with "
-            "text_config and vision_config), llava_ray bundles and plain language models."
+            f"{folder / CONFIG}: model_type {shown(model_type)} is of no known layout. Known are the original's "
+            "(llava, llava_llama, llava_mistral, with mm_vision_tower beside), transformers' llava and llava_next "
+            "(with text_config and vision_config), llava_ray bundles and plain language models."
         )
     return _read_plain(folder, config, Kind.VISION_TOWER if model_type in TOWER_TYPES else Kind.LANGUAGE_MODEL)
 

@@ -34,7 +34,7 @@ from llava_ray.model.published_names import (
 )
 from llava_ray.model.sources import Source
 from llava_ray.model.tensor_files import StoredTensor, read_json
-from llava_ray.model.token_rows import check_table, find_image_token
+from llava_ray.model.token_rows import check_layout_rows, check_table, find_image_token
 from llava_ray.model.tower import WITH_TEXT_PART
 from llava_ray.model.weight_files import Stored, stored
 from llava_ray.reading import in_words, is_file
@@ -88,6 +88,7 @@ def open_model(
     root, layout = find_layout(str(path), weights=True)
     refuse_unexportable(layout)
     check_whole(layout)
+    check_layout_rows(layout)
     language = find_language_model(given, root, layout, weights=True)
     tower = find_vision_tower(given, root, layout, weights=True)
     noted = find_noted(layout.config, str(layout.folder / CONFIG))
@@ -215,6 +216,7 @@ def find_preprocessor(
     file = layout.folder / PREPROCESSOR
     if layout.kind is not Kind.HUB:
         return checked_preprocessor(read_json(tower.beside / PREPROCESSOR), tower.beside / PREPROCESSOR), ()
+    values: Any
     if is_file(file):
         values = read_json(file)
     else:  # transformers 5 keeps it among the processor's own settings.

@@ -129,4 +129,3 @@ def _check_amount(tensors: dict[str, PickledTensor], size: int) -> None:
     total = sum(tensor.num_bytes for tensor in tensors.values())
     if total > MAX_SHARING * size:
         raise ValueError(f"its tensors would take {total:,} bytes, {total / size:,.0f} times those of the file")
-

@@ -1,7 +1,7 @@
 """Settings of image processors, checked before anything of the declared size is made. No torch."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from llava_ray.errors import ModelError
@@ -26,21 +26,14 @@ def check_preprocessor(values: Mapping[str, Any], where: str) -> None:
         # On a processor of transformers' LLaVA it may be a table, which nothing reads.
         if value is not None and not isinstance(value, Mapping) and not _is_count(value, most):
             raise _unfit(where, key, value, f"a number from 1 to {most:,}")
-    for key in ("image_mean", "image_std"):
-        triple = values.get(key)
-        if triple is not None and not (isinstance(triple, list | tuple) and len(triple) == 3 and all(map(_is_finite, triple))):
-            raise _unfit(where, key, triple, "three numbers")
-    if 0 in (values.get("image_std") or ()):
-        raise _unfit(where, "image_std", values["image_std"], "numbers above 0")
-    factor = values.get("rescale_factor")
-    if factor is not None and not (_is_finite(factor) and factor > 0):
-        raise _unfit(where, "rescale_factor", factor, "a number above 0")
-    resample = values.get("resample")
-    if resample is not None and resample not in RESAMPLE:
-        raise _unfit(where, "resample", resample, "one of Pillow's filters, 0 to 5")
-    for key in SWITCHES:
-        if values.get(key) not in (None, True, False):
-            raise _unfit(where, key, values[key], "true or false")
+    for key, expected, fits in CHECKS:
+        value = values.get(key)
+        if value is not None and not fits(value):
+            raise _unfit(where, key, value, expected)
+
+
+def _is_triple(value: object) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 3 and all(map(_is_finite, value))
 
 
 def _is_count(value: object, most: int) -> bool:
@@ -53,3 +46,12 @@ def _is_finite(value: object) -> bool:
 
 def _unfit(where: str, key: str, value: object, expected: str) -> ModelError:
     return ModelError(f"{where}: {key} is {shown(value)}, expected {expected}; mend it, or copy the file again.")
+
+
+CHECKS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("image_mean", "three numbers", _is_triple),
+    ("image_std", "three numbers above 0", lambda value: _is_triple(value) and min(value) > 0),
+    ("rescale_factor", "a number above 0", lambda value: _is_finite(value) and value > 0),
+    ("resample", "one of Pillow's filters, 0 to 5", lambda value: isinstance(value, int) and value in RESAMPLE),
+    *((key, "true or false", lambda value: isinstance(value, bool)) for key in SWITCHES),
+)

@@ -76,8 +76,16 @@ def check_shapes(classes: Any, config: PreTrainedConfig, source: Source, part: s
     skeleton = make_skeleton(classes, config, source, part)
     base = f"{skeleton.base_model_prefix}."
     expected = {name.removeprefix(base): tensor.shape for name, tensor in skeleton.state_dict().items()}
-    for name, tensor in source.tensors.items():
-        wanted = expected.get(name.removeprefix(base))
+    found = {name.removeprefix(base): tensor for name, tensor in source.tensors.items()}
+    tied = {name.removeprefix(base) for name in skeleton.all_tied_weights_keys}
+    lost = sorted(expected.keys() - found.keys() - tied)
+    if lost and found.keys() <= expected.keys():  # else they may have been renamed since
+        raise ModelError(
+            f"the {part} in {source.folder} lacks {len(lost)} tensors, the first is {lost[0]}. Expected all weights of "
+            "the class named in config.json; copy the folder again."
+        )
+    for name, tensor in found.items():
+        wanted = expected.get(name)
         if wanted is not None and tuple(wanted) != tensor.shape:
             raise ModelError(
                 f"the {part} in {source.folder}: {name} in {tensor.file.name} is {list(tensor.shape)}, expected "

@@ -176,7 +176,7 @@ def listed(value: Any, where: str) -> Any:
 def _flipped(grid: Any, where: str) -> tuple[tuple[Any, Any], ...]:
     """Return (width, height) of each (height, width). Raises ModelError for what are no pairs."""
     if not isinstance(grid, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in grid):
-        raise ModelError(f"{where}: image_grid_pinpoints is {shown(grid)}, expected pairs of height and width; mend it.")
+        raise ModelError(f"{where}: image_grid_pinpoints is {shown(grid)}, expected pairs of numbers; mend it.")
     return tuple((width, height) for height, width in grid)
 
 
@@ -186,7 +186,7 @@ def _hub_feature(config: Mapping[str, Any], where: str) -> str:
     table = FEATURES_WITHOUT_CLASS_TOKEN if tower in WITHOUT_CLASS_TOKEN else FEATURES
     if not isinstance(strategy, str) or strategy not in table or (tower in WITH_REGISTERS and strategy == "default"):
         raise ModelError(
-            f"{where}: vision_feature_select_strategy {shown(strategy)} with a tower of type {tower!r} drops a patch or "
-            "keeps a register, which no setting of LLaVA's does; expected 'full'."
+            f"{where}: vision_feature_select_strategy {shown(strategy)} with a tower of type {tower!r} drops a patch "
+            "or keeps a register, which no setting of LLaVA's does; expected 'full'."
         )
     return table[strategy]

@@ -23,7 +23,7 @@ from llava_ray.model.published_settings import (
     original_language_config,
 )
 from llava_ray.model.tensor_files import NO_WEIGHTS, StoredTensor
-from llava_ray.reading import in_words, is_file, is_folder, shown
+from llava_ray.reading import MAX_SHOWN, in_words, is_file, is_folder, shown
 
 PartName = Literal["language_model", "vision_tower"]
 
@@ -71,9 +71,9 @@ def find_source(name: str | Path, part: str, *, weights: bool = True) -> Source:
             found = Path(snapshot_download(str(name), allow_patterns=[*SMALL_FILES, "*.bin"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ModelError(
-            f"no such {part}: {shown(str(name))} is neither a folder here ({shown(str(folder.absolute()))[1:-1]}) nor a model that the hub "
-            f"gave us ({type(error).__name__}). Check the spelling; without network, download it elsewhere and give "
-            "the folder, which every node must see."
+            f"no such {part}: {shown(str(name))} is neither a folder here ({str(folder.absolute())[:MAX_SHOWN]}) nor a "
+            f"model that the hub gave us ({type(error).__name__}). "
+            "Check the spelling; without network, download it elsewhere and give the folder, which every node must see."
         ) from error
     return Source(str(name), found, str(name))
 

@@ -130,7 +130,7 @@ def read_weights(folder: Path) -> Weights:
 
 
 def read_json(file: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """Read a JSON file that holds an object. Raises ModelError that names it, and the key where a value is the fault."""
+    """Read a JSON file that holds an object. Raises ModelError that names it, and the key of a value at fault."""
     try:
         values = json.loads(read_bounded(file, limit), parse_constant=_parse_constant)
     except OSError as error:
@@ -235,7 +235,8 @@ def _from_header(file: Path, name: str, entry: Any, start: int) -> StoredTensor:
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str) or entry["dtype"] not in DTYPES:
         raise ValueError(f"{label}: the dtype in {shown(entry)} is none of {', '.join(DTYPES)}")
     dtype, element_size = DTYPES[entry["dtype"]]
-    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise ValueError(f"{label}: shape {shown(shape)} and data_offsets {shown(offsets)} are not lists of sizes")
     begin, end = offsets

@@ -33,7 +33,7 @@ LITERALS = {
     "LONG", "LONG1", "LONG4", "SHORT_BINBYTES", "SHORT_BINSTRING", "SHORT_BINUNICODE", "STRING", "UNICODE",
 }  # fmt: skip
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-PUTS, GETS = ("BINPUT", "LONG_BINPUT", "PUT"), ("BINGET", "LONG_BINGET", "GET")
+MEMO = {"BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE", "BINGET", "LONG_BINGET", "GET"}
 MARK = object()
 
 
@@ -80,23 +80,25 @@ def read_tensor_pickle(data: bytes, find_bytes: Callable[[str], tuple[int, int]]
     memo: dict[int, Any] = {}
     for opcode, argument, _ in pickletools.genops(data):
         name = opcode.name
-        if name in ("PROTO", "FRAME"):
-            continue
         if name == "STOP":
             if len(stack) != 1:
                 raise ValueError(f"the pickle ends with {len(stack)} values")
             return stack[0]
-        if name in PUTS:
-            memo[int(argument)] = stack[-1]
-        elif name == "MEMOIZE":
-            memo[len(memo)] = stack[-1]
-        elif name in GETS:
-            stack.append(memo[int(argument)])
-        elif name == "BINPERSID":
+        if name == "BINPERSID":
             stack.append(_find_storage(stack.pop(), find_bytes))
-        else:
+        elif name in MEMO:
+            _remember(name, argument, stack, memo)
+        elif name not in ("PROTO", "FRAME"):
             _apply(name, argument, stack)
     raise ValueError("the pickle has no end")
+
+
+def _remember(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> None:
+    """Note a value for later, or take one that was noted."""
+    if name.endswith("GET"):
+        stack.append(memo[int(argument)])
+    else:
+        memo[len(memo) if name == "MEMOIZE" else int(argument)] = stack[-1]
 
 
 def _apply(name: str, argument: Any, stack: list[Any]) -> None:
@@ -107,34 +109,32 @@ def _apply(name: str, argument: Any, stack: list[Any]) -> None:
         stack.append(CONSTANTS[name])
     elif name in EMPTY:
         stack.append(EMPTY[name]())
-    elif name == "MARK":
-        stack.append(MARK)
     elif name in TUPLES:
         stack[-TUPLES[name] :] = [tuple(_last(stack, TUPLES[name]))]
-    elif name == "TUPLE":
-        stack.append(tuple(_to_mark(stack)))
+    elif name in OPERATIONS:
+        OPERATIONS[name](stack)
     elif name == "GLOBAL":
         stack.append(_known(argument))
-    elif name == "STACK_GLOBAL":
-        module, own = stack.pop(-2), stack.pop()
-        stack.append(_known(f"{module} {own}" if isinstance(module, str) and isinstance(own, str) else "?"))
-    elif name == "REDUCE":
-        arguments, function = stack.pop(), stack.pop()
-        stack.append(_call(function, arguments))
-    elif name == "BUILD":
-        stack.pop()  # a state dict's metadata
-    elif name in ("SETITEM", "SETITEMS"):
-        pairs = _to_mark(stack) if name == "SETITEMS" else [stack.pop(-2), stack.pop()]
-        _set(stack[-1], pairs)
-    elif name in ("APPEND", "APPENDS"):
-        values = _to_mark(stack) if name == "APPENDS" else [stack.pop()]
-        if type(stack[-1]) is not list:
-            raise TypeError("values are appended to what is no list")
-        stack[-1].extend(values)
     elif name in ("INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"):
         raise Code(str(argument or name).replace(" ", "."))
     else:
         raise ValueError(f"{name} has no part in a pickle of tensors")
+
+
+def _stack_global(stack: list[Any]) -> None:
+    own, module = stack.pop(), stack.pop()
+    stack.append(_known(f"{module} {own}" if isinstance(module, str) and isinstance(own, str) else "?"))
+
+
+def _reduce(stack: list[Any]) -> None:
+    arguments, function = stack.pop(), stack.pop()
+    stack.append(_call(function, arguments))
+
+
+def _append(stack: list[Any], values: list[Any]) -> None:
+    if type(stack[-1]) is not list:
+        raise TypeError("values are appended to what is no list")
+    stack[-1].extend(values)
 
 
 def _last(stack: list[Any], number: int) -> list[Any]:
@@ -150,7 +150,8 @@ def _to_mark(stack: list[Any]) -> list[Any]:
     return values[::-1]
 
 
-def _set(target: Any, pairs: list[Any]) -> None:
+def _set(stack: list[Any], pairs: list[Any]) -> None:
+    target = stack[-1]
     if type(target) is not dict or len(pairs) % 2:
         raise TypeError("a value is set in what is no dict")
     for key, value in zip(pairs[::2], pairs[1::2], strict=True):
@@ -211,3 +212,16 @@ def _is_size(value: Any) -> bool:
 
 def _are_sizes(values: Any) -> bool:
     return type(values) is tuple and len(values) <= MAX_AXES and all(_is_size(value) for value in values)
+
+
+OPERATIONS: dict[str, Callable[[list[Any]], None]] = {
+    "MARK": lambda stack: stack.append(MARK),
+    "TUPLE": lambda stack: stack.append(tuple(_to_mark(stack))),
+    "STACK_GLOBAL": _stack_global,
+    "REDUCE": _reduce,
+    "BUILD": lambda stack: stack.__delitem__(-1),  # a state dict's metadata
+    "SETITEM": lambda stack: _set(stack, [stack.pop(-2), stack.pop()]),
+    "SETITEMS": lambda stack: _set(stack, _to_mark(stack)),
+    "APPEND": lambda stack: _append(stack, [stack.pop()]),
+    "APPENDS": lambda stack: _append(stack, _to_mark(stack)),
+}

@@ -27,9 +27,7 @@ class Token(NamedTuple):
     file: str
 
 
-def check_rows(
-    tokenizer: "PreTrainedTokenizerBase", new_ids: Sequence[int], language: "Source", folder: Path
-) -> None:
+def check_rows(tokenizer: "PreTrainedTokenizerBase", new_ids: Sequence[int], language: "Source", folder: Path) -> None:
     """Raise ModelError if a tokenizer has tokens, beside ``new_ids``, beyond the language model's embeddings.
 
     The padding token may be one, as in many published tokenizers: padding is masked and never looked up.
@@ -134,7 +132,8 @@ def _of_tokenizer_json(file: Path) -> Iterator[Token]:
     if isinstance(vocab, dict):
         yield from _of_pairs(vocab, file)
     elif isinstance(vocab, list):  # Unigram: pieces with their scores, numbered in order
-        yield from (Token(number, str(piece[:1]), str(file)) for number, piece in enumerate(vocab) if isinstance(piece, list))
+        pieces = (str(piece[0]) if isinstance(piece, list) and piece else "" for piece in vocab)
+        yield from (Token(number, piece, str(file)) for number, piece in enumerate(pieces))
     for token in added if isinstance(added, list) else ():
         if isinstance(token, dict) and type(token.get("id")) is int:
             yield Token(token["id"], str(token.get("content")), str(file))

@@ -110,7 +110,7 @@ def make_reader() -> Callable[[int], str]:
     def read(seed: int) -> str:
         name, folder, _ = damaged(seed, kinds)
         outcomes, given = [], arguments_of(name, root)
-        for verb in (inspect, read_pretrained_blueprint, load_pretrained_model):
+        for verb in (inspect, (read_pretrained_blueprint, load_pretrained_model)[seed % 2]):
             try:
                 verb(folder, **({} if verb is inspect else given))
                 outcomes.append("read")
@@ -172,10 +172,15 @@ def make_exporter() -> Callable[[int], str]:
 
 def as_checkpoint(model: Path) -> Path:
     """Put a model where a run's checkpoint has it."""
+    from llava_ray.train.checkpoints import COMPLETE, MODEL, STATE_FILE, TAG
+
     folder = model.with_name("checkpoint")
     shutil.rmtree(folder, ignore_errors=True)
-    (folder / "state").mkdir(parents=True)
-    model.rename(folder / "model")
+    (folder / TAG).mkdir(parents=True)
+    for name in (COMPLETE, "rng_rank0.pt", f"{TAG}/mp_rank_00_model_states.pt"):
+        (folder / name).touch()
+    (folder / STATE_FILE).write_text('{"world_size": 1, "zero_stage": 0, "config": {}}')
+    model.rename(folder / MODEL)
     return folder
 
 
