@@ -144,7 +144,7 @@ def read_cluster_file(path: str | Path) -> ClusterFile:
     )
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc] - untyped
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """Bounds what mappings take over of others (``<<: *name``): a few lines can stand for more than memory holds."""
 
     num_pairs = 0

@@ -75,9 +75,9 @@ def test_a_recipe_that_is_none(path: str, tmp_path: Path) -> None:
     ("flags", "says"),
     [
         (["--train.seed", "9" * 5000], "flags: "),
-        (["--train.seed", "9" * 30], "'train.seed' = "),
-        (["--learning_rate", "nan"], "'train.learning_rate' = nan"),
-        (["--learning_rate", "inf"], "'train.learning_rate' = inf"),
+        (["--train.seed", "9" * 30], "flags: .*seed .*at most 64 bits"),
+        (["--learning_rate", "nan"], "flags: .*learning_rate .*a finite number"),
+        (["--learning_rate", "inf"], "flags: .*learning_rate .*a finite number"),
         (["--train.seed", "x"], r"flags: .*train\.seed"),
         (["--train.seed"], r"flags: .*train\.seed"),
         (["--" + "x" * 5000, "1"], "unknown key"),
