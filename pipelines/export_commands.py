@@ -166,7 +166,10 @@ def open_given(model: Path, given: Given) -> "ModelFiles":
     """Open a model with what was given of it."""
     from llava_ray.model.model_files import open_model
 
-    return open_model(model, **vars(given))
+    opened = open_model(model, **vars(given))
+    for note in opened.notes:
+        print(f"Note: {note}")
+    return opened
 
 
 def tell(exported: "Exported") -> None:

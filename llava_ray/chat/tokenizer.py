@@ -7,10 +7,26 @@ and the lowest scores, so two spaces before a word would come out as ``▁▁ Wh
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_ray.errors import ModelError
+from llava_ray.reading import check_plain, in_words, is_file, read_bounded, shown
+
+MAX_TOKENIZER_BYTES = 40 * 2**20  # the largest published are of 33 MB; parsed it takes 25 times as much memory
+FILES = {
+    "tokenizer.json": MAX_TOKENIZER_BYTES,
+    "tokenizer.model": MAX_TOKENIZER_BYTES,
+    "vocab.json": MAX_TOKENIZER_BYTES // 2,
+    "merges.txt": MAX_TOKENIZER_BYTES // 2,
+    "tokenizer_config.json": 16 * 2**20,
+    "added_tokens.json": 16 * 2**20,
+    "special_tokens_map.json": 2**20,
+    "chat_template.jinja": 2**20,
+    "chat_template.json": 2**20,
+}
+REMEDY = "Expected a folder with tokenizer.json or tokenizer.model beside tokenizer_config.json, or a hub name."
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -24,17 +40,20 @@ def load_tokenizer(path: str | Path, config: PreTrainedConfig | None = None) -> 
     ``config`` is that of the language model, where config.json at ``path`` is another. Raises ModelError if there is
     no tokenizer at ``path``.
     """
-    from tokenizers.models import BPE
     from transformers import AutoTokenizer
 
     known = {} if config is None else {"config": config}
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path), **known)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"no tokenizer can be loaded from {str(path)!r}: {error} "
-            "Expected a folder with tokenizer.json or tokenizer.model beside tokenizer_config.json, or a hub name."
-        ) from error
+    check_files(Path(path))
+    with in_words("no tokenizer", REMEDY, says=f"can be loaded from {shown(str(path))}"):
+        # A folder may name code of its own: refused here at once, asked for at the terminal otherwise.
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, **known)
+        return in_order(tokenizer)
+
+
+def in_order(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return a tokenizer whose merges are in SentencePiece's order, where it was made of SentencePiece's file."""
+    from tokenizers.models import BPE
+
     if not tokenizer.is_fast:
         return tokenizer
     model, pieces = tokenizer.backend_tokenizer.model, _find_pieces(tokenizer)
@@ -44,6 +63,22 @@ def load_tokenizer(path: str | Path, config: PreTrainedConfig | None = None) -> 
         # LlamaTokenizer keeps this switch to itself; without it a saved copy loads as legacy=False.
         tokenizer.init_kwargs["legacy"] = vars(tokenizer)["legacy"]
     return tokenizer
+
+
+def check_files(folder: Path) -> None:
+    """Raise ModelError for files of a tokenizer that are too large to be any, or lead out of their folder."""
+    for name, limit in FILES.items():
+        file = folder / name
+        if not is_file(file):
+            continue
+        with in_words("no tokenizer", REMEDY, says=f"can be loaded from {file}"):
+            content = read_bounded(file, limit)
+            values = json.loads(content) if file.suffix == ".json" else {}
+        check_plain(values, str(file))
+        for key in ("tokenizer_file", "vocab_file", "merges_file") if name == "tokenizer_config.json" else ():
+            named = values.get(key) if isinstance(values, dict) else None
+            if named is not None:  # transformers would read that instead of the folder's own
+                raise ModelError(f"{file}: {key} is {shown(named)}, a file of another folder; take the key out.")
 
 
 def rank_merges(model: BPE, pieces: SentencePieceProcessor) -> BPE:

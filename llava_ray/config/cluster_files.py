@@ -13,9 +13,13 @@ import yaml
 
 from llava_ray.config.sections import ClusterConfig, FinetuneConfig
 from llava_ray.errors import ConfigError
+from llava_ray.reading import in_words, read_bounded, shown
 
 KUBERAY_SPECS = {"RayCluster": (), "RayJob": ("rayClusterSpec",), "RayService": ("rayClusterConfig",)}
 ACCELERATOR = "accelerator_type:"  # Ray's prefix of the resource that names a GPU
+MAX_BYTES = 2**17
+MAX_NODES = 10**6
+MAX_PAIRS = 10_000
 DECODE_CPUS = 1.0  # at least, beside workers where there is no pool for decoding
 
 
@@ -121,19 +125,36 @@ def read_cluster_file(path: str | Path) -> ClusterFile:
 
     Raises ConfigError where there is none, it is neither, or does not say what its nodes have.
     """
+    file, what = Path(path), f"cluster file {str(path)!r}"
     try:
-        documents = [some for some in yaml.safe_load_all(Path(path).read_text()) if isinstance(some, dict)]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read cluster file {str(path)!r}: {error}") from error
+        content = read_bounded(file, MAX_BYTES, ConfigError)
+    except OSError as error:
+        raise ConfigError(f"cannot read {what}: {error}") from error
+    with in_words(f"cannot read {what}", "Mend it; the shipped ones are in clusters/.", ConfigError, ""):
+        documents = [some for some in yaml.load_all(content, _Loader) if isinstance(some, dict)]
     for document in documents:
-        if document.get("kind") in KUBERAY_SPECS:
-            return read_kuberay(str(path), document)
-        if "provider" in document:
-            return read_launcher(str(path), document)
+        with in_words(what, "The shipped ones in clusters/ show what belongs there.", ConfigError, "lacks a key"):
+            if str(document.get("kind")) in KUBERAY_SPECS:
+                return read_kuberay(str(path), document)
+            if "provider" in document:
+                return read_launcher(str(path), document)
     raise ConfigError(
         f"{str(path)!r} is no cluster file: expected Ray's (cluster_name, provider, …) or KubeRay's (kind: "
         f"{', '.join(KUBERAY_SPECS)}); the shipped ones are in clusters/"
     )
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """Bounds what mappings take over of others (``<<: *name``): a few lines can stand for more than memory holds."""
+
+    num_pairs = 0
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Put what a mapping takes over into it."""
+        super().flatten_mapping(node)
+        self.num_pairs += len(node.value)
+        if self.num_pairs > MAX_PAIRS:
+            raise yaml.constructor.ConstructorError(None, None, "too much is taken over", node.start_mark)
 
 
 def read_launcher(path: str, document: Mapping[str, Any]) -> ClusterFile:
@@ -190,6 +211,10 @@ def quantity(value: object) -> float:
 
 def node_type(name: str, resources: Mapping[str, float], labels: Mapping[str, str], max_nodes: int) -> NodeType:
     """Make a NodeType of what the file says."""
+    for key, value in {**{key: resources.get(key, 0) for key in ("CPU", "GPU")}, "nodes": max_nodes}.items():
+        number = float(value)
+        if not 0 <= number <= MAX_NODES or (key == "nodes" and number != int(number)):
+            raise ConfigError(f"{shown(name)} has {shown(value)} {key}, expected a number from 0 to {MAX_NODES:,}")
     accelerators = frozenset(key.removeprefix(ACCELERATOR) for key in resources if key.startswith(ACCELERATOR))
     cpus, gpus = (float(resources.get(key, 0)) for key in ("CPU", "GPU"))
-    return NodeType(name, cpus, gpus, accelerators, labels.get("pool"), max_nodes)
+    return NodeType(str(name), cpus, gpus, accelerators, labels.get("pool"), int(max_nodes))

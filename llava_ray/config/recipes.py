@@ -4,9 +4,11 @@ Precedence: defaults, then the recipe, then flags. A LLaVA flag given bare (``--
 accepted where its name is unique among the sections.
 """
 
+import contextlib
 import hashlib
+import io
 import json
-import tomllib
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,16 +16,20 @@ from typing import Any, TypeVar
 import tyro
 from pydantic import BaseModel, ValidationError
 
-from llava_ray.config.schema import Section, describe, dotted_keys
+from llava_ray.config.schema import Section, describe, describe_all, dotted_keys
 from llava_ray.config.sections import EvaluateConfig, FinetuneConfig, PrepareConfig
 from llava_ray.config.space import SweepConfig
+from llava_ray.config.toml_files import read_toml_file
 from llava_ray.errors import ConfigError
+from llava_ray.reading import in_words, is_file, is_folder
 
 Config = TypeVar("Config", FinetuneConfig, PrepareConfig, EvaluateConfig, SweepConfig)
 Settings = TypeVar("Settings", bound=Section)
 
 # What says where and how a run is carried out, not what is computed: it may change between start and resume.
 NOT_HASHED = ("run", "cluster", "tracking", "held_out", "score", "actors")
+
+MAX_SAID = 500  # characters of what is wrong with flags
 
 # LLaVA's flags that name something we do otherwise; the value is what to say.
 REPLACED_FLAGS = {
@@ -58,15 +64,31 @@ def load_settings(schema: type[Settings], arguments: Sequence[str], *, ignore: C
     values = {key: value for key, value in read_toml(recipe).items() if key not in ignore} if recipe else {}
     refuse_unfitting(schema, values, recipe or "flags")
     flags = [dotted_flag(schema, argument) for argument in arguments[1 if recipe else 0 :]]
-    parsed: Settings = tyro.cli(
-        schema,
-        args=flags,
-        default=with_missing(schema, values),
-        config=(tyro.conf.FlagConversionOff,),
-        use_underscores=True,
-        prog=f"{schema.__name__.removesuffix('Config').lower()}.py [RECIPE]",
-    )
-    return schema.parsed(parsed.model_dump())
+    parsed = read_flags(schema, flags, with_missing(schema, values))
+    with in_words(recipe or "flags", "Mend them.", ConfigError):
+        given = parsed.model_dump()
+    return schema.parsed(given)
+
+
+def read_flags(schema: type[Settings], flags: Sequence[str], default: Any) -> Settings:
+    """Lay flags over settings that are not validated yet. Raises ConfigError for a flag whose value does not fit."""
+    said = io.StringIO()
+    try:
+        with in_words("flags", "--help lists them all.", ConfigError), contextlib.redirect_stderr(said):
+            parsed: Settings = tyro.cli(
+                schema,
+                args=flags,
+                default=default,
+                config=(tyro.conf.FlagConversionOff,),
+                use_underscores=True,
+                prog=f"{schema.__name__.removesuffix('Config').lower()}.py [RECIPE]",
+            )
+    except SystemExit as left:
+        if not left.code:
+            raise  # --help
+        words = " ".join(re.sub(r"\x1b\[[\d;]*m|[─-╿]", " ", said.getvalue()).split())
+        raise ConfigError(f"flags: {words[:MAX_SAID]}") from left
+    return parsed
 
 
 def recipe_of(arguments: Sequence[str]) -> str | None:
@@ -96,14 +118,10 @@ def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -
 
 def read_toml(path: str) -> dict[str, Any]:
     """Return a recipe's tables; raise ConfigError when there is no such file or it is not TOML."""
-    try:
-        return tomllib.loads(Path(path).read_text())
-    except FileNotFoundError as error:
-        raise ConfigError(f"no recipe {path!r}; the shipped ones are pipelines/recipes/<stage>/*.toml") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read recipe {path!r}: {error}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"recipe {path!r} is not valid TOML: {error}") from error
+    file = Path(path)
+    if not is_file(file) and not is_folder(file):
+        raise ConfigError(f"no recipe {path!r}; the shipped ones are pipelines/recipes/<stage>/*.toml")
+    return read_toml_file(file, "recipe")
 
 
 def dotted_flag(schema: type[BaseModel], argument: str) -> str:
@@ -126,9 +144,9 @@ def refuse_unfitting(schema: type[BaseModel], values: dict[str, Any], source: st
     try:
         schema.model_validate(values)
     except ValidationError as error:
-        lines = [describe(schema, detail) for detail in error.errors() if detail["type"] != "missing"]
-        if lines:
-            raise ConfigError(f"{source}: " + "; ".join(lines)) from error
+        details = [detail for detail in error.errors() if detail["type"] != "missing"]
+        if details:
+            raise ConfigError(f"{source}: {describe_all(schema, details)}") from error
 
 
 def with_missing(schema: type[BaseModel], values: dict[str, Any]) -> Any:

@@ -1,19 +1,32 @@
 """The base of every settings section: closed, frozen, re-validated when changed."""
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
 from llava_ray.errors import ConfigError
+from llava_ray.reading import INT_BITS, MAX_SHOWN, shown
+
+MAX_FAULTS = 10
 
 
 class Section(BaseModel):
     """Settings that refuse unknown keys and cannot be assigned to."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def fits_in_64_bits(cls, value: Any) -> Any:
+        """Refuse numbers that no computer counts to: they would be taken, and fail far from here."""
+        if isinstance(value, int) and value.bit_length() > INT_BITS:
+            raise ValueError("expected a number of at most 64 bits")
+        return value
 
     def replaced(self, changes: Mapping[str, Any]) -> Self:
         """Return a copy with dotted keys changed, validated afresh, e.g. ``{"train.learning_rate": 1e-5}``.
@@ -28,14 +41,19 @@ class Section(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            lines = [describe(cls, detail) for detail in error.errors()]
             where = f"{source}: " if source else ""
-            raise ConfigError(where + "; ".join(lines)) from error
+            raise ConfigError(where + describe_all(cls, error.errors())) from error
+
+
+def describe_all(schema: type[BaseModel], details: Sequence[ErrorDetails]) -> str:
+    """Put pydantic's complaints into words; the first few of many."""
+    lines = [describe(schema, detail) for detail in details[:MAX_FAULTS]]
+    return "; ".join(lines) + (f"; and {len(details) - MAX_FAULTS} more" if len(details) > MAX_FAULTS else "")
 
 
 def describe(schema: type[BaseModel], detail: ErrorDetails) -> str:
     """Put one pydantic complaint into words: the key, what was found, what to do."""
-    path = ".".join(str(part) for part in detail["loc"])
+    path = ".".join(str(part) for part in detail["loc"])[:MAX_SHOWN]
     if detail["type"] == "extra_forbidden":
         leaves = {key.rpartition(".")[2]: key for key in dotted_keys(schema)}
         near = difflib.get_close_matches(path.rpartition(".")[2], leaves, n=1)
@@ -44,7 +62,7 @@ def describe(schema: type[BaseModel], detail: ErrorDetails) -> str:
     if detail["type"] == "missing":
         return f"{path!r} is required and was not given; set it in the recipe or as --{path}"
     message = detail["msg"].removeprefix("Value error, ")
-    return f"{path!r} = {detail['input']!r}: {message}" if path else message
+    return f"{path!r} = {shown(detail['input'])}: {message[:MAX_SHOWN]}" if path else message
 
 
 def dotted_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:

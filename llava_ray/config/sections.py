@@ -1,6 +1,5 @@
 """The settings of a run, section by section; LLaVA's own names wherever LLaVA has one."""
 
-import ast
 import re
 from typing import Annotated, Literal, Self
 
@@ -14,9 +13,12 @@ from pydantic import (
     model_validator,
 )
 
+from llava_ray.config.literals import read_literal
 from llava_ray.config.lora import LoraConfig
 from llava_ray.config.schema import Section
 
+PROJECTOR = "mlp([1-9][0-9]?)x_gelu"
+Pixels = Annotated[int, Field(gt=0, le=2**15)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 MAX_IMAGE_PIXELS = 178_956_970  # Pillow's own bomb limit
 
@@ -42,11 +44,11 @@ class ModelConfig(Section):
     mm_patch_merge_type: Literal["flat", "spatial", "spatial_unpad"] = "flat"
     """How the views of an anyres image are joined: one after the other, line by line through all of them, or the latter
     without the padding and with a learned vector at the end of each line (LLaVA-1.6)."""
-    image_grid_pinpoints: tuple[tuple[PositiveInt, PositiveInt], ...] | None = None
+    image_grid_pinpoints: tuple[tuple[Pixels, Pixels], ...] | None = None
     """Canvases (width, height) of anyres, in pixels; default: the bundle's, or LLaVA-1.6's for the tower's size."""
     s2: bool = False
     """Look at each image at several scales with the same tower; features are laid side by side (on channels)."""
-    s2_scales: tuple[PositiveInt, ...] | None = None
+    s2_scales: tuple[Pixels, ...] | None = None
     """Sides in pixels, multiples of the smallest; default: once, twice and three times the tower's size."""
     mm_use_im_start_end: bool = False
     """Put <im_start> and <im_end> around each image; new tokens begin as the mean of the old ones."""
@@ -71,7 +73,7 @@ class ModelConfig(Section):
     @classmethod
     def known_projector(cls, value: str) -> str:
         """Refuse a projector that LLaVA does not know."""
-        if value not in ("linear", "identity") and not re.fullmatch(r"mlp[1-9]\d*x_gelu", value):
+        if value not in ("linear", "identity") and not re.fullmatch(PROJECTOR, value):
             raise ValueError('unknown projector; expected "linear", "identity" or "mlpNx_gelu" such as "mlp2x_gelu"')
         return value
 
@@ -79,10 +81,7 @@ class ModelConfig(Section):
     @classmethod
     def written_out(cls, value: object) -> object:
         """Take the texts that some of LLaVA's configs have: "[(336, 672), (672, 336)]", "336,672,1008"."""
-        try:
-            return ast.literal_eval(value) if isinstance(value, str) else value
-        except SyntaxError as error:
-            raise ValueError(f"cannot be read ({error.msg}); expected numbers") from error
+        return read_literal(value) if isinstance(value, str) else value
 
     @field_validator("mm_vision_select_layer")
     @classmethod

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ from llava_ray.config.recipes import load_recipe, read_toml, settings_hash
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.config.space import Space, SweepConfig
 from llava_ray.errors import ConfigError
+from llava_ray.reading import MAX_SHOWN
+
+MAX_CORNERS = 10_000
 
 
 def load_sweep(arguments: Sequence[str]) -> tuple[SweepConfig, Space]:
@@ -26,12 +30,24 @@ def load_sweep(arguments: Sequence[str]) -> tuple[SweepConfig, Space]:
     if config.run.name == f"{Path(arguments[0]).stem}-{settings_hash(config)}":  # given by nobody: the space counts too
         key = settings_hash(space)
         config = config.replaced({"run.name": f"{config.run.name}-{key[:4]}"})
+    check_corners(space, arguments[0])
     for settings in corners(space):
         try:
             config.base.replaced(settings)
         except ConfigError as error:
             raise ConfigError(f"{arguments[0]}: the space holds settings that no run can have: {error}") from error
     return config, space
+
+
+def check_corners(space: Space, recipe: str) -> None:
+    """Raise ConfigError for a space whose conditions combine to more settings than can be looked at."""
+    for key, dimension in space.dimensions.items():
+        number = len(dimension.corners) * math.prod(len(values) for values in dimension.when.values())
+        if number > MAX_CORNERS:
+            raise ConfigError(
+                f"{recipe}: space.{key[:MAX_SHOWN]} has {number:,} combinations of its values and conditions, expected "
+                f"at most {MAX_CORNERS:,}; name fewer of them in when."
+            )
 
 
 def corners(space: Space) -> Iterator[dict[str, Any]]:

@@ -4,14 +4,15 @@ import hashlib
 import hmac
 import os
 import time
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llava_ray.config.toml_files import read_toml_file
 from llava_ray.deployments.refusal import Refused
 from llava_ray.errors import ConfigError
+from llava_ray.reading import MAX_SHOWN
 
 ENVIRONMENT = "LLAVA_RAY_API_KEYS"
 MIN_KEY_CHARS = 16
@@ -56,24 +57,28 @@ def read_api_keys(file: str | None, environment: Mapping[str, str] = os.environ)
 
 def keys_of_file(path: Path) -> list[ApiKey]:
     """Read ``[keys.NAME]`` tables. Raises ConfigError."""
-    try:
-        tables = tomllib.loads(path.read_text())["keys"]
-        return [key_of_table(name, table) for name, table in tables.items()]
-    except OSError as error:
-        raise ConfigError(f"api_keys_file {path}: {error.strerror}; check the path") from None
-    except (tomllib.TOMLDecodeError, KeyError, AttributeError, TypeError):
-        raise ConfigError(f"api_keys_file {path}: {EXPECTED}") from None
+    tables = read_toml_file(path, "api_keys_file").get("keys")
+    if not isinstance(tables, dict):
+        raise ConfigError(f"api_keys_file {path}: {EXPECTED}")
+    return [key_of_table(name, table) for name, table in tables.items()]
 
 
-def key_of_table(name: str, table: Mapping[str, Any]) -> ApiKey:
+def key_of_table(name: str, table: Any) -> ApiKey:
     """Read one table. Raises ConfigError."""
-    rate = table.get("requests_per_minute")
-    known = {"key", "sha256", "requests_per_minute"}
-    if set(table) - known or ("key" in table) == ("sha256" in table) or (rate is not None and not positive(rate)):
-        raise ConfigError(f"api_keys_file: keys.{name} is not right; {EXPECTED}")
-    sha256 = table["sha256"].lower() if "sha256" in table else digest(long_enough(table["key"], name))
+    label = name[:MAX_SHOWN]
+    if not isinstance(table, dict) or table.keys() - {"key", "sha256", "requests_per_minute"}:
+        raise ConfigError(f"api_keys_file: keys.{label} is not right; {EXPECTED}")
+    rate, given = table.get("requests_per_minute"), table.get("key", table.get("sha256"))
+    one = ("key" in table) != ("sha256" in table)
+    if not one or not isinstance(given, str) or (rate is not None and not positive(rate)):
+        raise ConfigError(f"api_keys_file: keys.{label} is not right; {EXPECTED}")
+    if "key" in table:
+        return ApiKey(name, digest(long_enough(given, label)), rate)
+    sha256 = given.lower()
     if len(sha256) != DIGEST_CHARS:
-        raise ConfigError(f"api_keys_file: keys.{name}.sha256 has {len(sha256)} characters, expected {DIGEST_CHARS}")
+        raise ConfigError(f"api_keys_file: keys.{label}.sha256 has {len(sha256)} characters, expected {DIGEST_CHARS}")
+    if not set(sha256) <= set("0123456789abcdef"):
+        raise ConfigError(f"api_keys_file: keys.{label}.sha256 has other characters than hexadecimal digits")
     return ApiKey(name, sha256, rate)
 
 

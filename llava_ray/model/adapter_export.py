@@ -7,6 +7,8 @@ import torch
 
 from llava_ray.errors import ModelError
 from llava_ray.model import original_settings
+from llava_ray.model.adapter_files import read_adapter
+from llava_ray.model.declared_sizes import read_config
 from llava_ray.model.exporting import Exported, new_folder, refuse_existing, write_json
 from llava_ray.model.layout import ADAPTER_CONFIG, ADAPTER_FILE, ADAPTER_FOLDER, NON_LORA_FILE, PROJECTOR_FILE
 from llava_ray.model.manifest import is_bundle, read_manifest
@@ -15,6 +17,7 @@ from llava_ray.model.published_names import IMAGE_NEWLINE, PEFT_PREFIX, PROJECTO
 from llava_ray.model.sources import find_source
 from llava_ray.model.tensor_files import read_json
 from llava_ray.model.weight_files import read_file
+from llava_ray.reading import is_file, shown
 
 WRITTEN = (ADAPTER_CONFIG, ADAPTER_FILE)
 
@@ -27,14 +30,15 @@ def export_adapter(model: str | Path, output: str | Path, model_base: str | None
     folder = Path(model)
     manifest = read_manifest(folder)
     adapter = folder / ADAPTER_FOLDER
-    absent = [name for name in WRITTEN if not (adapter / name).is_file()]
+    absent = [name for name in WRITTEN if not is_file(adapter / name)]
     if absent:
         raise ModelError(
             f"adapter: {adapter / absent[0]} is not there; the model was tuned as a whole, or is merged already. "
             "Export it with hub or original."
         )
     base = find_source(model_base or manifest.language_model.base, "language model", weights=False).folder
-    language = complete(read_json(base / "config.json"), str(base / "config.json"))
+    read_adapter(adapter)  # refused where it is damaged or holds NaN
+    language = complete(read_config(base / "config.json"), str(base / "config.json"))
     kept: dict[str, object] = {}
     if language["model_type"] in original_settings.TYPES:
         config = original_settings.write_settings(manifest, language, kept)
@@ -86,6 +90,10 @@ def base_dtype(model: Path, model_base: str | None) -> torch.dtype:
         named = read_json(model / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not named:
         raise ModelError(f"{model} does not name the base of its adapter; say where it is with --model_base.")
-    config = read_json(find_source(named, "language model", weights=False).folder / "config.json")
-    dtype: torch.dtype = getattr(torch, config.get("dtype", config.get("torch_dtype")) or "float32")
+    file = find_source(named, "language model", weights=False).folder / "config.json"
+    config = read_config(file)
+    name = config.get("dtype", config.get("torch_dtype")) or "float32"
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ModelError(f"{file}: dtype is {shown(name)}, expected one such as bfloat16; mend it.")
     return dtype

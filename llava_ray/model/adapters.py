@@ -23,6 +23,7 @@ from llava_ray.model.layout import ADAPTER_FILE
 from llava_ray.model.manifest import Part
 from llava_ray.model.published_names import PEFT_PREFIX
 from llava_ray.model.quantization import dequantize, find_dtype, find_quantization
+from llava_ray.reading import in_words
 
 if TYPE_CHECKING:
     from llava_ray.model.bundle import LlavaParts
@@ -114,10 +115,9 @@ def load_adapter(
     files = read_adapter(Path(folder))
     check_base(files, base_fingerprint)
     files.config.inference_mode = not learns
-    try:
+    remedy = f"It was trained over {files.base or 'another model'}; point at that one, or copy the adapter again."
+    with in_words(f"{files.folder}", remedy, says="is an adapter of another language model"):
         lay_over(language_model, files.config, seed=0)
-    except ValueError as error:  # PEFT's answer to targets that are not there
-        raise ModelError(f"{files.folder} is an adapter of another language model: {error}") from error
     expected = {n: tuple(t.shape) for n, t in adapter_tensors(language_model, language_model.state_dict()).items()}
     found = {name: tuple(tensor.shape) for name, tensor in files.tensors.items()}
     if expected != found:

@@ -21,6 +21,8 @@ from llava_ray.model.image_geometry import find_s2_scales, read_image_geometry
 from llava_ray.model.layout import TOKENIZER_FILES, Kind, Layout, check_whole
 from llava_ray.model.layouts import read_layout
 from llava_ray.model.manifest import Manifest
+from llava_ray.model.preprocessor import check_preprocessor
+from llava_ray.model.published_layouts import PROCESSOR_FILES
 from llava_ray.model.sources import (
     PartName,
     Source,
@@ -30,8 +32,11 @@ from llava_ray.model.sources import (
     make_config,
     part_of,
 )
+from llava_ray.model.tensor_files import read_json
+from llava_ray.model.token_rows import check_rows
 from llava_ray.model.tower import feature_width, read_tower_config
 from llava_ray.model.vocabulary import image_token_ids, load_text_side
+from llava_ray.reading import is_file, is_folder
 
 LANGUAGE_MODEL: PartName = "language_model"
 VISION_TOWER: PartName = "vision_tower"
@@ -112,7 +117,7 @@ def read_blueprint(config: ModelConfig, image_aspect_ratio: str, *, weights: boo
     check_settings(config, layout)
     language = find_language_model(config, root, layout, weights=weights)
     tower = find_vision_tower(config, root, layout, weights=weights)
-    has_tokenizer = any((root.folder / name).is_file() for name in TOKENIZER_FILES)
+    has_tokenizer = any(is_file(root.folder / name) for name in TOKENIZER_FILES)
     tokenizer_source = root if has_tokenizer or layout.has_language_model else language
     tokenizer, new_ids, template = load_text_side(
         tokenizer_source.folder,
@@ -125,7 +130,9 @@ def read_blueprint(config: ModelConfig, image_aspect_ratio: str, *, weights: boo
     language_config = make_config(language.config, language.folder, "language model")
     tower_config = read_tower_config(tower)
     image_processor = load_image_processor(tower.beside)
-    spec, tokens = read_image_geometry(config, image_aspect_ratio, tower_config, image_processor)
+    with loading(tower.beside, "image geometry"):
+        spec, tokens = read_image_geometry(config, image_aspect_ratio, tower_config, image_processor)
+    check_rows(tokenizer, new_ids, language, tokenizer_source.folder)
     return Blueprint(
         config=config,
         tokenizer=tokenizer,
@@ -185,7 +192,7 @@ def find_vision_tower(config: ModelConfig, root: Source, layout: Layout, *, weig
             refuse_other(config.vision_tower, inside, VISION_TOWER, layout)
         return inside
     named = layout.vision_tower
-    if named and (layout.folder / named).is_dir():
+    if named and is_folder(layout.folder / named):
         named = str(layout.folder / named)
     tower = config.vision_tower or named
     if not tower:
@@ -223,14 +230,20 @@ def check_base(layout: Layout, base: Source) -> None:
 def load_image_processor(folder: Path) -> BaseImageProcessor:
     """Load the image processor that lies beside a tower. Raises ModelError."""
     processors: Any = AutoImageProcessor  # untyped in transformers
+    for name in PROCESSOR_FILES:
+        if is_file(folder / name):
+            read_json(folder / name)  # transformers reads it without bounds
     with loading(folder, "image processor"):
-        image_processor: BaseImageProcessor = processors.from_pretrained(folder)
-    settings = image_processor.to_dict()
-    if str(settings.get("image_processor_type")).removesuffix("Pil").removesuffix("Fast") in LLAVA_PROCESSORS:
-        known = CLIPImageProcessorPil().to_dict()
-        kept = {key: value for key, value in settings.items() if key in known and key != "image_processor_type"}
-        clip: Any = CLIPImageProcessorPil
-        image_processor = clip(**kept)
+        # A folder may name code of its own: refused here at once, asked for at the terminal otherwise.
+        image_processor: BaseImageProcessor = processors.from_pretrained(folder, trust_remote_code=False)
+        settings = image_processor.to_dict()
+        if str(settings.get("image_processor_type")).removesuffix("Pil").removesuffix("Fast") in LLAVA_PROCESSORS:
+            known = CLIPImageProcessorPil().to_dict()
+            kept = {key: value for key, value in settings.items() if key in known and key != "image_processor_type"}
+            clip: Any = CLIPImageProcessorPil
+            image_processor = clip(**kept)
+            settings = image_processor.to_dict()
+    check_preprocessor(settings, f"{folder}, the image processor")
     return image_processor
 
 

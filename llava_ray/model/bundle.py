@@ -43,7 +43,7 @@ from llava_ray.model.manifest import (
     fingerprint,
     library_versions,
 )
-from llava_ray.model.parts import find_newline, load_language_model, load_projector, load_tower_of
+from llava_ray.model.parts import check_language_model, find_newline, load_language_model, load_projector, load_tower_of
 from llava_ray.model.projector import load_companions
 from llava_ray.model.published_names import IMAGE_NEWLINE
 from llava_ray.model.quantization import find_quantization
@@ -100,14 +100,15 @@ def assemble(
     """
     blueprint = read_blueprint(config, image_aspect_ratio, weights=True)
     check_length(blueprint, model_max_length)
+    check_language_model(blueprint)
     manifest = _describe(blueprint, model_max_length)
     check_fingerprint(blueprint.language_source.folder, manifest.language_model.fingerprint, "language model")
     check_fingerprint(blueprint.tower_source.folder, manifest.vision_tower.fingerprint, "vision tower")
+    tower = load_tower_of(blueprint, dtype)
     projector = load_projector(blueprint, manifest, seed).to(dtype)
     companions = read_tensors(blueprint.layout.companions)
     if config.pretrain_mm_mlp_adapter:
         companions |= load_companions(config.pretrain_mm_mlp_adapter)
-    tower = load_tower_of(blueprint, dtype)
     with language_model_context or nullcontext():
         model = load_language_model(blueprint, dtype, quantization, companions.get(EMBED_TOKENS))
         if blueprint.layout.adapter is not None:

@@ -12,21 +12,44 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from llava_ray.errors import ModelError
 from llava_ray.model.exporting import Exported, new_folder, write_json
-from llava_ray.model.manifest import fingerprint, is_bundle
+from llava_ray.model.manifest import faults_of, fingerprint, is_bundle
 from llava_ray.model.model_files import open_model
 from llava_ray.model.published_layouts import hub_name
 from llava_ray.model.published_names import COMPUTED, LANGUAGE_MODEL
 from llava_ray.model.tensor_files import read_json
-from llava_ray.model.weight_files import INDEX_FILE, SINGLE_FILE, Stored, read_folder, write_folder
+from llava_ray.model.tensor_reading import BITS, check_finite
+from llava_ray.model.weight_files import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE, Stored, read_folder, write_folder
+from llava_ray.reading import in_words, shown
 
 DELTA_FILE = "delta.json"
 FORMAT_VERSION = 1
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPE_NAMES}
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", INDEX_FILE, "pytorch_model.bin.index.json")
+
+
+class Place(BaseModel):
+    """What delta.json says of a folder with weights: which tensors are differences, and what comes out of each."""
+
+    model_config = ConfigDict(strict=True)
+
+    tensors: dict[str, str]
+    dtypes: dict[str, str]
+    sha256: dict[str, str]
+
+
+class DeltaNote(BaseModel):
+    """The contents of delta.json."""
+
+    model_config = ConfigDict(strict=True)
+
+    base: str
+    base_fingerprint: str
+    places: dict[str, Place]
 
 
 @dataclass(frozen=True)
@@ -91,30 +114,58 @@ def apply_delta(base: str | Path, delta: str | Path, output: str | Path) -> Expo
     source = Path(delta)
     if not (source / DELTA_FILE).is_file():
         return _apply_original(read_base(base), source, output)
-    noted = read_json(source / DELTA_FILE)
-    if noted.get("format_version") != FORMAT_VERSION:
-        raise ModelError(
-            f"{source / DELTA_FILE} is of format {noted.get('format_version')}, expected {FORMAT_VERSION}."
-        )
+    noted = read_note(source / DELTA_FILE)
     known = read_base(base)
-    if known.fingerprint != noted["base_fingerprint"]:
+    if known.fingerprint != noted.base_fingerprint:
         raise ModelError(
             f"{base} is not the base of {delta}: its fingerprint is {known.fingerprint[:12]}, expected "
-            f"{noted['base_fingerprint'][:12]}, that of {noted['base']}. Give that model."
+            f"{noted.base_fingerprint[:12]}, that of {shown(noted.base)[1:-1]}. Give that model."
         )
+    check_note(noted, source, known)
     with new_folder(output) as new:
         copy_others(source, new)
-        for place, note in noted["places"].items():
+        for place, note in noted.places.items():
             stored = read_folder(source / place)
             whole = {}
             for name, tensor in stored.items():
-                if name in note["tensors"]:
-                    dtype = getattr(torch, note["dtypes"][name])
-                    tensor = _sum(tensor, known.tensors[note["tensors"][name]], dtype)
-                whole[name] = _checked(tensor, name, note["sha256"][name])
+                if name in note.tensors:
+                    dtype = DTYPES[note.dtypes[name]]
+                    tensor = _sum(tensor, known.tensors[note.tensors[name]], dtype, name)
+                whole[name] = _checked(tensor, name, note.sha256[name])
             (new / place).mkdir(exist_ok=True)
             write_folder(new / place, whole)
     return Exported(Path(output), ("every tensor is, bit for bit, that of the model which the delta was made from",))
+
+
+def read_note(file: Path) -> DeltaNote:
+    """Read delta.json. Raises ModelError that names the key."""
+    values = read_json(file)
+    if values.get("format_version") != FORMAT_VERSION:
+        raise ModelError(f"{file} is of format {shown(values.get('format_version'))}, expected {FORMAT_VERSION}.")
+    try:
+        return DeltaNote.model_validate(values)
+    except ValidationError as error:
+        raise ModelError(f"{file} is no delta's: {faults_of(error)}. Copy it again.") from error
+
+
+def check_note(noted: DeltaNote, source: Path, base: Base) -> None:
+    """Raise ModelError if delta.json speaks of other tensors than the delta and the base hold. Nothing is read."""
+    places = set(weight_places(source))
+    for place, note in noted.places.items():
+        if place not in places:
+            raise ModelError(f"{source / DELTA_FILE}: places has {shown(place)}, no folder with weights in {source}.")
+        stored = read_folder(source / place)
+        for name in sorted(stored.keys() - note.sha256.keys()):
+            raise ModelError(f"{source / DELTA_FILE}: places.{place}.sha256 lacks {shown(name)}; copy it again.")
+        for name, own in note.tensors.items():
+            tensor, old, dtype = stored.get(name), base.tensors.get(own), DTYPES.get(note.dtypes.get(name, ""))
+            if tensor is None or old is None or dtype is None or tensor.dtype != BITS[dtype.itemsize]:
+                raise ModelError(
+                    f"{source / DELTA_FILE}: places.{place} says that {shown(name)} is {shown(own)} of {base.folder} "
+                    "and a difference; one of them is not there, or of another dtype. Copy the delta again."
+                )
+            if not old.shape or old.shape[1:] != tensor.shape[1:] or old.shape[0] > tensor.shape[0]:
+                raise ModelError(f"{tensor.file}: {name} is {tensor.shape}, which is no difference to {old.shape}.")
 
 
 def read_base(base: str | Path) -> Base:
@@ -140,7 +191,16 @@ def weight_places(folder: Path) -> list[str]:
 
 def copy_others(source: Path, new: Path) -> None:
     """Copy all that is no weight file of a part."""
-    shutil.copytree(source, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*WEIGHTS, DELTA_FILE))
+    ignored = shutil.ignore_patterns(*WEIGHTS, DELTA_FILE)
+
+    def ignore(folder: str, names: list[str]) -> set[str]:
+        for path in (Path(folder, name) for name in names):
+            if path.is_symlink() and path.is_dir():  # it may lead anywhere, also back to this folder
+                raise ModelError(f"{path} is a link to another folder; put what belongs to the model there itself.")
+        return ignored(folder, names)
+
+    with in_words(f"{source}", "Copy the folder again.", says="cannot be copied"):
+        shutil.copytree(source, new, dirs_exist_ok=True, ignore=ignore)
 
 
 def find_common(stored: Mapping[str, Stored], base: Base) -> dict[str, str]:
@@ -165,11 +225,11 @@ def _difference(target: Stored, base: Stored, name: str, digests: dict[str, str]
     return Stored(target.shape, BITS[target.dtype.itemsize], lambda: subtract(target.load()), target.file)
 
 
-def _sum(delta: Stored, base: Stored, dtype: torch.dtype) -> Stored:
+def _sum(delta: Stored, base: Stored, dtype: torch.dtype, name: str) -> Stored:
     def add(bits: Tensor) -> Tensor:
         bits = bits.clone()
         bits[: base.shape[0]] += as_bits(base.load().to(dtype))
-        return bits.view(dtype)
+        return check_finite(bits.view(dtype), name, delta.file)
 
     return Stored(delta.shape, dtype, lambda: add(delta.load()), delta.file)
 
@@ -213,17 +273,17 @@ def _apply_original(base: Base, source: Path, output: str | Path) -> Exported:
             f"its shape there ({len(absent)} such tensors). Give the language model that the delta was published for."
         )
 
-    def added(tensor: Stored, old: Stored) -> Stored:
+    def added(name: str, tensor: Stored, old: Stored) -> Stored:
         def add(delta: Tensor) -> Tensor:
             whole = delta.clone()
             whole[: old.shape[0]] += old.load().to(delta.dtype)
-            return whole
+            return check_finite(whole, name, tensor.file)
 
         return tensor.mapped(add)
 
     with new_folder(output) as new:
         copy_others(source, new)
-        write_folder(new, {n: added(t, base.tensors[pairs[n]]) if n in pairs else t for n, t in stored.items()})
+        write_folder(new, {n: added(n, t, base.tensors[pairs[n]]) if n in pairs else t for n, t in stored.items()})
     return Exported(
         Path(output), (f"{source} does not say which base it was made from: that it is {base.folder} was not checked",)
     )

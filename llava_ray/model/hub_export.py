@@ -25,11 +25,11 @@ from llava_ray.model.exporting import (
     with_dtype,
     write_json,
 )
+from llava_ray.model.hub_manifest import OUR_KEY
 from llava_ray.model.hub_processor import pixels_of, write_preprocessor, write_processor
 from llava_ray.model.model_files import ModelFiles
 from llava_ray.model.part_configs import num_prefix_tokens
 from llava_ray.model.published_names import IMAGE_NEWLINE, LANGUAGE_MODEL, VISION_TOWER, to_hub
-from llava_ray.model.published_settings import OUR_KEY
 from llava_ray.model.vocabulary import with_image_tags
 from llava_ray.model.vocabulary_rows import EMBEDDINGS, TABLES, Vocabulary, choose_rows, with_rows
 from llava_ray.model.weight_files import write_folder

@@ -10,6 +10,7 @@ from typing import Any
 from llava_ray.model.layout import ADAPTER_FILES, Kind, Layout
 from llava_ray.model.layouts import read_layout
 from llava_ray.model.tensor_files import StoredTensor, read_tensor_file
+from llava_ray.model.token_rows import check_layout_rows, find_image_token, image_token_note
 
 PARTS = ("language_model", "vision_tower", "projector")
 # Settings that are told, in this order, where a folder has them.
@@ -54,6 +55,8 @@ class Inspection:
     parts: tuple[InspectedPart, ...]
     settings: dict[str, Any] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What a user should know of it."""
 
     def to_json(self) -> str:
         """Return it as one JSON object."""
@@ -63,6 +66,7 @@ class Inspection:
 def inspect(path: Path) -> Inspection:
     """Look at a model folder of any layout. Raises ModelError for one that is no model, or whose files are damaged."""
     layout = read_layout(path)
+    check_layout_rows(layout)
     parts = [inspect_part(layout, name) for name in PARTS]
     if newline := layout.tensors.get("image_newline"):
         parts.append(describe_part("image_newline", [newline]))
@@ -77,7 +81,14 @@ def inspect(path: Path) -> Inspection:
         parts=tuple(part for part in parts if part.num_tensors or part.named),
         settings={key: layout.settings[key] for key in TOLD if layout.settings.get(key) not in (None, False)},
         missing=(*layout.missing, *untold(layout)),
+        notes=notes_of(layout),
     )
+
+
+def notes_of(layout: Layout) -> tuple[str, ...]:
+    """Return what a user should know of a folder."""
+    note = image_token_note(layout.config, find_image_token(layout.folder)) if layout.kind is Kind.HUB else None
+    return (*layout.notes, note) if note else layout.notes
 
 
 def inspect_part(layout: Layout, name: str) -> InspectedPart:
@@ -126,6 +137,7 @@ def render(inspection: Inspection) -> str:
     lines.append(f"  {'template':<15} {inspection.template or 'not known'}")
     lines += [f"  {part.name.replace('_', ' '):<15} {render_part(part)}" for part in inspection.parts]
     lines += [f"  {key:<25}{value}" for key, value in inspection.settings.items()]
+    lines += [f"  note: {note}" for note in inspection.notes]
     lines += [f"  missing: {what}" for what in inspection.missing] or ["  nothing is missing"]
     return "\n".join(lines)
 

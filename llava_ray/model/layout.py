@@ -61,6 +61,8 @@ class Layout:
     manifest: Manifest | None = None
     missing: tuple[str, ...] = ()
     """What it should hold and does not, a sentence each."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of it, a sentence each."""
 
     @property
     def has_language_model(self) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_ray.errors import ModelError
+from llava_ray.model.declared_sizes import read_config
 from llava_ray.model.layout import (
     ADAPTER_CONFIG,
     CONFIG,
@@ -21,7 +22,8 @@ from llava_ray.model.manifest import MANIFEST_FILE, is_bundle, read_manifest
 from llava_ray.model.published_layouts import read_hub, read_lora, read_original
 from llava_ray.model.published_names import IMAGE_NEWLINE
 from llava_ray.model.published_settings import is_hub, is_original
-from llava_ray.model.tensor_files import Weights, read_json, read_tensor_file, read_weights
+from llava_ray.model.tensor_files import Weights, read_tensor_file, read_weights
+from llava_ray.reading import in_words, shown
 
 TRAINER_STATE, COMPLETE = "trainer_state.json", "COMPLETE"
 TOWER_TYPES = (
@@ -41,6 +43,11 @@ def read_layout(folder: Path) -> Layout:
 
     What is merely not there (weights that were not downloaded, say) is listed in ``missing``: see ``check_whole``.
     """
+    with in_words(f"{folder}", "Copy the folder again.", says="cannot be read as a model"):
+        return _read_layout(folder)
+
+
+def _read_layout(folder: Path) -> Layout:
     if is_bundle(folder):
         return _read_bundle(folder)
     if (folder / TRAINER_STATE).is_file() and is_bundle(folder / "model"):
@@ -49,7 +56,7 @@ def read_layout(folder: Path) -> Layout:
         return read_lora(folder)
     if not (folder / CONFIG).is_file():
         raise ModelError(_unknown(folder))
-    config = read_json(folder / CONFIG)
+    config = read_config(folder / CONFIG)
     if is_hub(config):
         return read_hub(folder, config)
     if is_original(config):
@@ -57,9 +64,9 @@ def read_layout(folder: Path) -> Layout:
     model_type = config.get("model_type")
     if model_type is None or str(model_type).startswith("llava"):
         raise ModelError(
-            f"{folder / CONFIG}: model_type {model_type!r} is of no known layout. Known are the original's (llava, "
-            "llava_llama, llava_mistral, with mm_vision_tower beside), transformers' llava and llava_next (with "
-            "text_config and vision_config), llava_ray bundles and plain language models."
+            f"{folder / CONFIG}: model_type {shown(model_type)} is of no known layout. Known are the original's "
+            "(llava, llava_llama, llava_mistral, with mm_vision_tower beside), transformers' llava and llava_next "
+            "(with text_config and vision_config), llava_ray bundles and plain language models."
         )
     return _read_plain(folder, config, Kind.VISION_TOWER if model_type in TOWER_TYPES else Kind.LANGUAGE_MODEL)
 
@@ -86,7 +93,7 @@ def _read_bundle(folder: Path) -> Layout:
         inside = read_weights(folder / name).below(name)
         weights = Weights(weights.tensors | inside.tensors, weights.names | inside.names)
         if (folder / name / CONFIG).is_file():
-            configs[name] = read_json(folder / name / CONFIG)
+            configs[name] = read_config(folder / name / CONFIG)
         else:
             missing.append(f"{name}/{CONFIG} is not there; copy the bundle again.")
         missing += [f"{name}/: {what}" for what in inside.missing]

@@ -1,19 +1,25 @@
 """``load_pretrained_model``: one function for every layout that a LLaVA comes in."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from llava_ray.chat.conversation import IMAGE_TOKEN
 from llava_ray.chat.templates import CHAT_TEMPLATE, TEMPLATES
 from llava_ray.config.lora import Bits
 from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import ConfigError, ModelError
 from llava_ray.model.blueprint import Blueprint, find_layout, read_blueprint
 from llava_ray.model.bundle import LlavaParts, assemble
-from llava_ray.model.layout import Layout
-from llava_ray.model.published_settings import OUR_KEY
+from llava_ray.model.hub_manifest import OUR_KEY
+from llava_ray.model.layout import Kind, Layout
 from llava_ray.model.quantization import chosen
+from llava_ray.model.token_rows import image_token_note
+from llava_ray.reading import shown
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_LENGTH = 2048  # the original's, where a config says nothing
 
@@ -52,6 +58,8 @@ def load_pretrained_model(
         model_max_length=find_length(layout),
         quantization=chosen(bits, layout.manifest.quantization if layout.manifest else None),
     )
+    for note in notes_of(parts):
+        logger.warning(note)
     parts.tower.to(device)
     parts.llava.to(device).eval()
     return parts
@@ -87,7 +95,7 @@ def pretrained_config(
         if key in ModelConfig.model_fields and key != "version":
             values[key] = value
         elif key.startswith(("mm_", "s2")) and key != "mm_hidden_size" and value not in NOTHING:
-            raise ModelError(f"{layout.folder}: {key} is {value!r}, which cannot be honoured here.")
+            raise ModelError(f"{layout.folder}: {key} is {shown(value)}, which cannot be honoured here.")
     try:
         return ModelConfig.parsed(values)
     except ConfigError as error:
@@ -119,9 +127,16 @@ def describe_model(blueprint: Blueprint) -> str:
         origin = "its own"
     else:
         origin = "that of published models like it"
-    return f"{blueprint.config.model_name_or_path}: {layout.kind}, template {version!r} ({origin})" + "".join(
-        f", {part}" for part in parts
-    )
+    told = [f"{blueprint.config.model_name_or_path}: {layout.kind}, template {version!r} ({origin})", *parts]
+    return "; ".join([", ".join(told), *notes_of(blueprint)])
+
+
+def notes_of(blueprint: Blueprint) -> tuple[str, ...]:
+    """Return what a user should know of a model, a sentence each."""
+    layout = blueprint.layout
+    token = blueprint.tokenizer.get_added_vocab().get(IMAGE_TOKEN)
+    note = image_token_note(layout.config, token) if layout.kind is Kind.HUB else None
+    return (*layout.notes, note) if note else layout.notes
 
 
 def aspect_ratio(layout: Layout) -> str:
@@ -132,5 +147,8 @@ def aspect_ratio(layout: Layout) -> str:
 def find_length(layout: Layout) -> int:
     """Return the longest sequence that a model was trained for, at most its language model's positions."""
     positions = (layout.language_config or {}).get("max_position_embeddings")
+    positions = positions if type(positions) is int else None
     length = layout.settings.get("model_max_length") or DEFAULT_LENGTH
+    if type(length) is not int or length < 0:
+        raise ModelError(f"{layout.folder}: model_max_length is {shown(length)}, expected a number of tokens; mend it.")
     return int(min(length, positions or length))

@@ -5,16 +5,22 @@ import hashlib
 import platform
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llava_ray.config.lora import Quantization
 from llava_ray.errors import BundleError
+from llava_ray.reading import MAX_SHOWN, is_file, read_bounded
 
 MANIFEST_FILE = "llava.json"
 FORMAT_VERSION: Literal[1] = 1
 EDGE_BYTES = 2**20
+MAX_FAULTS = 10
+MAX_BYTES = 16 * 2**20
+Count = Annotated[int, Field(gt=0, le=2**24)]
+Side = Annotated[int, Field(gt=0, le=2**15)]
+Layer = Annotated[int, Field(ge=-1025, le=1024)]
 # Not our own: sent to a cluster as a working directory it has no installed version; format_version says enough.
 LIBRARIES = ("torch", "transformers", "safetensors")
 
@@ -43,19 +49,19 @@ class Manifest(BaseModel):
     """Conversation template that the model was last trained with."""
     mm_projector_type: str
     """"linear", "mlpNx_gelu" or "identity"."""
-    mm_hidden_size: int
+    mm_hidden_size: Count
     """Width of the tower's features."""
-    hidden_size: int
+    hidden_size: Count
     """Width of the language model's embeddings."""
-    mm_vision_select_layer: int | tuple[int, ...]
+    mm_vision_select_layer: Layer | tuple[Layer, ...]
     """Index into the tower's hidden states, or several whose features are laid side by side."""
     mm_vision_select_feature: Literal["patch", "cls_patch"]
     """Whether the tower's prefix tokens are dropped."""
-    s2_scales: tuple[int, ...] = ()
+    s2_scales: tuple[Side, ...] = ()
     """Sides in pixels at which the tower looks at each image; none without S2."""
     image_aspect_ratio: str
     """How images become the tower's size."""
-    image_grid_pinpoints: tuple[tuple[int, int], ...] = ()
+    image_grid_pinpoints: tuple[tuple[Side, Side], ...] = ()
     """Canvases (width, height) of anyres."""
     mm_patch_merge_type: Literal["flat", "spatial", "spatial_unpad"] = "flat"
     """How the views of an anyres image are joined; "spatial_unpad" has a learned vector, image_newline."""
@@ -63,7 +69,7 @@ class Manifest(BaseModel):
     """Whether <im_start> and <im_end> stand around each image."""
     mm_use_im_patch_token: bool = False
     """Whether <im_patch> was added to the vocabulary."""
-    model_max_length: int
+    model_max_length: Count
     """Longest sample in training, in tokens."""
     language_model: Part
     """Where the language model is."""
@@ -94,22 +100,28 @@ find_version = functools.cache(installed_version)  # it parses a package's whole
 
 def is_bundle(folder: Path) -> bool:
     """Tell whether a folder is a llava_ray bundle."""
-    return (folder / MANIFEST_FILE).is_file()
+    return is_file(folder / MANIFEST_FILE)
 
 
 def read_manifest(folder: Path) -> Manifest:
     """Read and check a bundle's llava.json. Raises BundleError that names the file and what is wrong in it."""
     file = folder / MANIFEST_FILE
     try:
-        return Manifest.model_validate_json(file.read_bytes())
+        return Manifest.model_validate_json(read_bounded(file, MAX_BYTES, BundleError))
     except OSError as error:
         raise BundleError(f"{folder} is no llava_ray bundle: {file} cannot be read ({error.strerror}).") from error
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'file'}: {fault['msg']}" for fault in error.errors())
         raise BundleError(
-            f"{file} is not a manifest of format {FORMAT_VERSION}: {faults}. It was edited, or written by another "
-            "version of llava_ray: save the bundle again with that version, or mend the file."
+            f"{file} is not a manifest of format {FORMAT_VERSION}: {faults_of(error)}. It was edited, or written by "
+            "another version of llava_ray: save the bundle again with that version, or mend the file."
         ) from error
+
+
+def faults_of(error: ValidationError) -> str:
+    """Say what is wrong in a manifest, key by key; the first few of many."""
+    faults = [f"{'.'.join(map(str, fault['loc'])) or 'file'}: {fault['msg']}" for fault in error.errors()[:MAX_FAULTS]]
+    more = f"; and {error.error_count() - MAX_FAULTS} more" if error.error_count() > MAX_FAULTS else ""
+    return "; ".join(fault if len(fault) <= MAX_SHOWN else f"{fault[:MAX_SHOWN]}…" for fault in faults) + more
 
 
 def fingerprint(folder: Path) -> str:

@@ -1,21 +1,28 @@
 """A whole model as files: what it is and where its tensors lie, whatever layout it comes in. Nothing is loaded."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import ModelError
 from llava_ray.model import original_settings
 from llava_ray.model.blueprint import find_language_model, find_layout, find_vision_tower
-from llava_ray.model.hub_processor import read_preprocessor
-from llava_ray.model.layout import EMBED_TOKENS, TOKENIZER_FILES, Kind, Layout, check_whole
+from llava_ray.model.declared_sizes import read_config
+from llava_ray.model.hub_manifest import MIRRORED, OF_TYPE, OUR_KEY, changed, find_noted, read_noted_manifest
+from llava_ray.model.hub_processor import read_preprocessor, write_preprocessor
+from llava_ray.model.inspection import notes_of
+from llava_ray.model.layout import CONFIG, EMBED_TOKENS, TOKENIZER_FILES, Kind, Layout, check_whole
 from llava_ray.model.loading import find_length, find_version
-from llava_ray.model.manifest import Manifest, Part, check_fingerprint
-from llava_ray.model.part_configs import complete, vision_part
+from llava_ray.model.manifest import Manifest, Part, check_fingerprint, faults_of
+from llava_ray.model.part_configs import build, complete, vision_part
+from llava_ray.model.preprocessor import check_preprocessor
+from llava_ray.model.pretrained import check_shapes
 from llava_ray.model.published_names import (
     COMPUTED,
     IMAGE_NEWLINE,
@@ -25,11 +32,12 @@ from llava_ray.model.published_names import (
     VISION_TOWER,
     bare_tower_name,
 )
-from llava_ray.model.published_settings import OUR_KEY
 from llava_ray.model.sources import Source
 from llava_ray.model.tensor_files import StoredTensor, read_json
+from llava_ray.model.token_rows import check_layout_rows, check_table, find_image_token
 from llava_ray.model.tower import WITH_TEXT_PART
 from llava_ray.model.weight_files import Stored, stored
+from llava_ray.reading import in_words, is_file
 
 ORIGINAL_CONFIG = "original_config"  # in a manifest's training: what of the original's config means nothing to us
 TOWER_FOLDER = "vision_tower"
@@ -57,6 +65,7 @@ class ModelFiles:
     num_rows: int
     kept: dict[str, Any]
     noted_template: tuple[str | None, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def part(self, prefix: str) -> dict[str, Stored]:
         """Return one part's tensors, without its prefix."""
@@ -79,32 +88,52 @@ def open_model(
     root, layout = find_layout(str(path), weights=True)
     refuse_unexportable(layout)
     check_whole(layout)
+    check_layout_rows(layout)
     language = find_language_model(given, root, layout, weights=True)
     tower = find_vision_tower(given, root, layout, weights=True)
-    noted: Mapping[str, Any] = layout.config.get(OUR_KEY, {})
-    manifest = describe(layout, language, tower, version)
-    config = complete({**language_architecture(language), **language.config}, f"{language.folder / 'config.json'}")
-    num_rows = int(noted.get("num_rows", min(config["vocab_size"], layout.config.get("image_token_index", 2**63))))
+    noted = find_noted(layout.config, str(layout.folder / CONFIG))
+    with in_words(f"{layout.folder} ({layout.kind})", "Copy the folder again.", says="cannot be described"):
+        manifest = describe(layout, language, tower, version)
+    config = complete({**language_architecture(language), **language.config}, f"{language.folder / CONFIG}")
+    num_rows = find_own_rows(layout, noted, config)
     training = dict(manifest.training)
-    kept = dict(training.pop(ORIGINAL_CONFIG, noted.get("kept", {})))
+    kept = training.pop(ORIGINAL_CONFIG, noted.get("kept", {}))
+    kept = dict(kept) if isinstance(kept, Mapping) else {}
     if layout.kind is not Kind.HUB:
         kept |= original_settings.read_kept(layout.config)
-    has_tokenizer = any((root.folder / name).is_file() for name in TOKENIZER_FILES)
+    has_tokenizer = any(is_file(root.folder / name) for name in TOKENIZER_FILES)
+    preprocessor, notes = find_preprocessor(layout, tower, noted, manifest)
     model = ModelFiles(
         folder=root.folder,
         manifest=manifest.model_copy(update={"training": training}),
         language_config={**config, "vocab_size": num_rows},
-        tower_config=complete(vision_part(tower.config), f"{tower.beside / 'config.json'}"),
-        preprocessor=find_preprocessor(layout, tower),
+        tower_config=complete(vision_part(tower.config), f"{tower.beside / CONFIG}"),
+        preprocessor=preprocessor,
         generation_config=optional_json(language.beside / "generation_config.json"),
         tokenizer_folder=root.folder if has_tokenizer else language.folder,
         tensors=name_tensors(layout, language, tower),
         num_rows=num_rows,
         kept=kept,
         noted_template=(noted["chat_template"],) if "chat_template" in noted else (),
+        notes=(*notes_of(layout), *notes),
     )
-    check_widths(model)
+    check_parts(model, language, tower, config)
     return model
+
+
+def find_own_rows(layout: Layout, noted: Mapping[str, Any], config: Mapping[str, Any]) -> int:
+    """Return how many rows of the vocabulary are the language model's own. Raises ModelError."""
+    size = int(config["vocab_size"])
+    image_token = None
+    if layout.kind is Kind.HUB:
+        image_token = find_image_token(layout.folder)
+        image_token = layout.config.get("image_token_index") if image_token is None else image_token
+    rows = noted.get("num_rows", image_token if type(image_token) is int and 0 < image_token < size else size)
+    if rows > size:
+        raise ModelError(
+            f"{layout.folder / CONFIG}: {OUR_KEY}.num_rows is {rows:,}, but the vocabulary has {size:,} rows; mend it."
+        )
+    return int(rows)
 
 
 def refuse_unexportable(layout: Layout) -> None:
@@ -123,10 +152,12 @@ def refuse_unexportable(layout: Layout) -> None:
 
 def describe(layout: Layout, language: Source, tower: Source, version: str | None) -> Manifest:
     """Return the manifest of a model: its own, or made of its settings. Raises ModelError."""
-    noted: Mapping[str, Any] = layout.config.get(OUR_KEY, {})
+    where = str(layout.folder / CONFIG)
+    noted = find_noted(layout.config, where)
     known = layout.manifest
-    if known is None and "manifest" in noted:
-        known = Manifest.model_validate(noted["manifest"])
+    if known is None and (was := read_noted_manifest(noted, where)) is not None:
+        own = {key: layout.settings[key] for key in (*MIRRORED, *OF_TYPE) if key in layout.settings}
+        known = was.model_copy(update=own)  # as the file says it now
     if known is not None:
         for key, source in (("language_model", language), ("vision_tower", tower)):
             if layout.manifest is not None and not getattr(known, key).inside:
@@ -148,8 +179,8 @@ def describe(layout: Layout, language: Source, tower: Source, version: str | Non
     }
     try:
         return Manifest.model_validate(settings | told)
-    except ValueError as error:
-        raise ModelError(f"{layout.folder / 'config.json'} cannot be read as LLaVA's: {error}") from error
+    except ValidationError as error:
+        raise ModelError(f"{layout.folder / CONFIG} cannot be read as LLaVA's: {faults_of(error)}; mend it.") from error
 
 
 def name_tensors(layout: Layout, language: Source, tower: Source) -> dict[str, Stored]:
@@ -178,20 +209,46 @@ def language_architecture(language: Source) -> dict[str, Any]:
     return {"architectures": [name]} if name else {}
 
 
-def find_preprocessor(layout: Layout, tower: Source) -> dict[str, Any]:
-    """Return the tower's own image processor. Raises ModelError."""
+def find_preprocessor(
+    layout: Layout, tower: Source, noted: Mapping[str, Any], manifest: Manifest
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the tower's own image processor, and what has to be said of it. Raises ModelError."""
+    file = layout.folder / PREPROCESSOR
     if layout.kind is not Kind.HUB:
-        return read_json(tower.beside / PREPROCESSOR)
-    noted: Mapping[str, Any] = layout.config.get(OUR_KEY, {})
-    if "preprocessor" in noted:
-        return dict(noted["preprocessor"])
-    if (layout.folder / PREPROCESSOR).is_file():
-        return read_preprocessor(read_json(layout.folder / PREPROCESSOR))
-    # transformers 5 keeps it among the processor's own settings.
-    inside = read_json(layout.folder / "processor_config.json").get("image_processor")
-    if not isinstance(inside, dict):
+        return checked_preprocessor(read_json(tower.beside / PREPROCESSOR), tower.beside / PREPROCESSOR), ()
+    values: Any
+    if is_file(file):
+        values = read_json(file)
+    else:  # transformers 5 keeps it among the processor's own settings.
+        file = layout.folder / "processor_config.json"
+        values = read_json(file).get("image_processor")
+    if not isinstance(values, dict):
         raise ModelError(f"{layout.folder} has no {PREPROCESSOR}; copy it from where the model was published.")
-    return read_preprocessor(inside)
+    if "preprocessor" not in noted:
+        return checked_preprocessor(read_preprocessor(values), file), ()
+    exported = checked_preprocessor(noted["preprocessor"], layout.folder / CONFIG)
+    written = write_preprocessor(exported, manifest)
+    odd = [key for key in sorted(values.keys() & exported.keys()) if values[key] != written[key]]
+    mended = checked_preprocessor({**exported, **{key: values[key] for key in odd}}, file)
+    return mended, tuple(f"{file}: {changed(key, values[key], written[key])}" for key in odd)
+
+
+def checked_preprocessor(values: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """Return an image processor's settings. Raises ModelError for what cannot be any."""
+    check_preprocessor(values, str(file))
+    return dict(values)
+
+
+def check_parts(model: ModelFiles, language: Source, tower: Source, config: Mapping[str, Any]) -> None:
+    """Raise ModelError if the weights are not of the sizes that the parts' configs say, or the projector fits none."""
+    check_table(language.tensors, config, str(language.folder))
+    check_shapes(MODEL_FOR_CAUSAL_LM_MAPPING, build(config, f"{language.folder / CONFIG}"), language, "language model")
+    vision = model.tower_config
+    seeing = {name: t for name, t in tower.tensors.items() if not name.startswith(("text_model.", "logit_"))}
+    check_shapes(
+        MODEL_MAPPING, build(vision, f"{tower.beside / CONFIG}"), replace(tower, tensors=seeing), "vision tower"
+    )
+    check_widths(model)
 
 
 def check_widths(model: ModelFiles) -> None:
@@ -199,14 +256,29 @@ def check_widths(model: ModelFiles) -> None:
     manifest, projector = model.manifest, model.part(PROJECTOR)
     in_order = sorted(projector, key=lambda name: (len(name), name))  # "10.weight" after "2.weight"
     matrices = [projector[name].shape for name in in_order if name.endswith("weight")]
+    if any(len(shape) != 2 for shape in matrices):
+        raise ModelError(f"the projector in {model.folder} has a weight that is no matrix; copy the file again.")
     widths = (matrices[0][-1], matrices[-1][0]) if matrices else (manifest.mm_hidden_size, manifest.hidden_size)
     if widths != (manifest.mm_hidden_size, manifest.hidden_size):
         raise ModelError(
             f"the projector in {model.folder} goes from width {widths[0]} to {widths[1]}, but tower and language model "
             f"have {manifest.mm_hidden_size} and {manifest.hidden_size}: these are not one model's files."
         )
+    parts = (feature_width_of(manifest, model.tower_config), model.language_config["hidden_size"])
+    if parts != (manifest.mm_hidden_size, manifest.hidden_size):
+        raise ModelError(
+            f"{model.folder}: its manifest says widths {manifest.mm_hidden_size} and {manifest.hidden_size}, but its "
+            f"tower and language model have {parts[0]} and {parts[1]}: these are not one model's files."
+        )
+
+
+def feature_width_of(manifest: Manifest, tower: Mapping[str, Any]) -> int:
+    """Return the width of the features of a tower with that config: each layer and each scale adds its own."""
+    layer = manifest.mm_vision_select_layer
+    num_layers = 1 if isinstance(layer, int) else len(layer)
+    return int(tower["hidden_size"]) * num_layers * max(1, len(manifest.s2_scales))
 
 
 def optional_json(file: Path) -> dict[str, Any]:
     """Read a JSON file that need not be there."""
-    return read_json(file) if file.is_file() else {}
+    return read_config(file) if is_file(file) else {}

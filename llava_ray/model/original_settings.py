@@ -8,9 +8,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from llava_ray.model.hub_manifest import OUR_KEY
 from llava_ray.model.manifest import Manifest
 from llava_ray.model.part_configs import older
-from llava_ray.model.published_settings import OUR_KEY
 
 # Which of the keys are LLaVA's; the rest are the language model's.
 LLAVAS = re.compile(r"(mm_|use_mm_|tune_mm_|freeze_mm_|unfreeze_mm_|image_|tokenizer_|s2$|s2_|llava_ray$)")

@@ -6,8 +6,9 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from llava_ray.errors import ModelError
+from llava_ray.model.declared_sizes import check_declared
 from llava_ray.model.tower import WITH_TEXT_PART, find_family
+from llava_ray.reading import in_words, shown
 
 
 def complete(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -38,15 +39,12 @@ def overlaid(whole: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, An
 
 def build(config: Mapping[str, Any], where: str) -> PreTrainedConfig:
     """Make transformers' object of a config. Raises ModelError that names ``where`` for an unknown type."""
+    check_declared(config, where)
     auto: Any = AutoConfig  # untyped in transformers
-    try:
+    kind = shown(config.get("model_type"))
+    remedy = f"Expected a config (this one is of type {kind}) that the installed transformers knows; copy it again."
+    with in_words(where, remedy):
         built: PreTrainedConfig = auto.for_model(**config)
-    except (KeyError, ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(
-            f"{where}: a config of type {config.get('model_type')!r} cannot be read ({reason}); expected a type that "
-            "the installed transformers knows."
-        ) from error
     return built
 
 

@@ -16,7 +16,7 @@ from llava_ray.model.layout import Layout
 from llava_ray.model.layouts import read_layout
 from llava_ray.model.manifest import Manifest
 from llava_ray.model.packing import check_packing
-from llava_ray.model.pretrained import load_pretrained
+from llava_ray.model.pretrained import check_amount, load_pretrained
 from llava_ray.model.projector import adopt_projector, build_projector, load_projector_weights
 from llava_ray.model.published_names import IMAGE_NEWLINE
 from llava_ray.model.quantization import bitsandbytes_config, settle
@@ -36,6 +36,17 @@ def load_tower_of(blueprint: Blueprint, dtype: torch.dtype) -> VisionTower:
     )
 
 
+def check_language_model(blueprint: Blueprint) -> None:
+    """Raise ModelError if the language model is none, or if its config describes another size than its weights'."""
+    config = blueprint.language_config
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(
+            f"{blueprint.language_source.folder}/config.json: models of type {config.model_type!r} do not write text; "
+            "expected a causal language model."
+        )
+    check_amount(MODEL_FOR_CAUSAL_LM_MAPPING, config, blueprint.language_source, "language model")
+
+
 def load_language_model(
     blueprint: Blueprint,
     dtype: torch.dtype,
@@ -48,11 +59,6 @@ def load_language_model(
     trained on packed rows.
     """
     config, wanted = blueprint.language_config, blueprint.config.attn_implementation
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelError(
-            f"{blueprint.language_source.folder}/config.json: models of type {config.model_type!r} do not write text; "
-            "expected a causal language model."
-        )
     # SDPA is transformers' own default, with eager where a model has none (Gemma 2); asked for by name it is refused.
     attention = None if wanted == "sdpa" else wanted
     model = load_pretrained(
@@ -75,10 +81,11 @@ def load_projector(blueprint: Blueprint, manifest: Manifest, seed: int) -> nn.Mo
 
     A new one depends on ``seed`` alone. Raises ModelError if the weights do not fit.
     """
-    with torch.random.fork_rng(devices=[]):
+    adapter = blueprint.config.pretrain_mm_mlp_adapter
+    learnt = adapter is not None or blueprint.layout.settings
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if learnt else "cpu"):
         torch.default_generator.manual_seed(seed)
         projector = build_projector(manifest.mm_projector_type, manifest.mm_hidden_size, manifest.hidden_size)
-    adapter = blueprint.config.pretrain_mm_mlp_adapter
     if adapter is not None:
         check_adapter(Path(adapter), manifest)
         adopt_projector(projector, load_projector_weights(adapter), adapter)

@@ -1,62 +1,28 @@
 """Tensors in PyTorch's own files (``.bin``), without torch and without running anything.
 
-Such a file is a zip archive of plain bytes with a pickle that describes them. It is read here by an unpickler that
-knows how tensors are written and nothing else.
+Such a file is a zip archive of plain bytes with a pickle that describes them. The pickle is read by ``tensor_pickle``,
+which knows how tensors are written and nothing else.
 """
 
-import pickle
 import struct
 import zipfile
-from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import IO, NamedTuple
 
 from llava_ray.errors import ModelError
+from llava_ray.model.tensor_pickle import Code, PickledTensor, read_tensor_pickle
+from llava_ray.reading import MAX_SHOWN, in_words, shown
 
-# Classes of typed storages: torch's name of the dtype, and bytes of one element.
-STORAGES = {
-    "DoubleStorage": ("float64", 8),
-    "FloatStorage": ("float32", 4),
-    "HalfStorage": ("float16", 2),
-    "BFloat16Storage": ("bfloat16", 2),
-    "LongStorage": ("int64", 8),
-    "IntStorage": ("int32", 4),
-    "ShortStorage": ("int16", 2),
-    "CharStorage": ("int8", 1),
-    "ByteStorage": ("uint8", 1),
-    "BoolStorage": ("bool", 1),
-}
+MAX_PICKLE_BYTES = 16 * 2**20
+MAX_DIRECTORY_BYTES = 16 * 2**20  # of an archive; read, it takes up to 15 times as much memory
+MAX_SHARING = 4  # tensors may be views of each other's bytes (tied heads), but no bomb of a few bytes
+END_OF_DIRECTORY, ZIP64_LOCATOR, ZIP64_END = b"PK\5\6", b"PK\6\7", b"PK\6\6"
+END_SIZE, LOCATOR_SIZE, MAX_COMMENT = 22, 20, 2**16
 
 
-# What comes of reading a file that is cut off, or is no such file at all.
-DAMAGED = (
-    zipfile.BadZipFile,
-    pickle.UnpicklingError,
-    struct.error,
-    EOFError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-)
+class Member(NamedTuple):
+    """Where a member's bytes are in the archive."""
 
-
-class PickledTensor(NamedTuple):
-    """A tensor as its pickle describes it: ``stride`` in elements, ``offset`` in bytes from the file's beginning."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-    element_size: int
-
-
-class Storage(NamedTuple):
-    """A run of bytes in the file that tensors are views of."""
-
-    dtype: str
-    element_size: int
     offset: int
     num_bytes: int
 
@@ -66,79 +32,100 @@ def read_pickle(file: Path) -> dict[str, PickledTensor]:
 
     Raises ModelError if it is damaged or refers to anything but tensors, OSError if it cannot be read.
     """
-    try:
-        with zipfile.ZipFile(file) as archive:
-            [index] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            root = index.removesuffix("data.pkl")
-            with archive.open(index) as stream:
-                values = _TensorUnpickler(stream, file, lambda key: _find_bytes(archive, f"{root}data/{key}")).load()
-    except ModelError:
-        raise
-    except DAMAGED as error:
-        raise ModelError(
-            f"{file} is cut off, damaged or no PyTorch file of tensors ({error}); copy it again. (Files older than "
-            "PyTorch 1.6 have to be saved again by a newer one.)"
-        ) from error
+    remedy = "Copy it again. (Files older than PyTorch 1.6 have to be saved again by a newer one.)"
+    with (
+        file.open("rb") as stream,
+        in_words(f"{file}", remedy, says="is cut off, damaged or no PyTorch file of tensors"),
+    ):
+        check_directory(stream)
+        with zipfile.ZipFile(stream) as archive:
+            members = _find_members(archive, stream)
+        [index] = [name for name in members if name.endswith("/data.pkl")]
+        root = index.removesuffix("data.pkl")
+        _check_byte_order(members, root, stream)
+        if members[index].num_bytes > MAX_PICKLE_BYTES:
+            raise ValueError(f"{index} has {members[index].num_bytes:,} bytes")
+        try:
+            values = read_tensor_pickle(_read(stream, members[index]), lambda key: members[f"{root}data/{key}"])
+        except Code as code:
+            raise _refused(file, str(code)) from code
+        tensors = _tensors_of(values, file)
+        _check_amount(tensors, file.stat().st_size)
+    return tensors
+
+
+def _refused(file: Path, what: str) -> ModelError:
+    return ModelError(
+        f"{file} holds more than tensors: it refers to {what[:MAX_SHOWN]}, which loading would run. It is refused "
+        "unread. If you trust its maker, load it where nothing can be lost and save its tensors as safetensors."
+    )
+
+
+def check_directory(stream: IO[bytes]) -> None:
+    """Raise ValueError for an archive whose directory, which is read as a whole, is larger than any model's."""
+    size = stream.seek(0, 2)
+    begin = stream.seek(max(0, size - END_SIZE - MAX_COMMENT - LOCATOR_SIZE))
+    tail = stream.read()
+    place = tail.rfind(END_OF_DIRECTORY)
+    if place < 0 or len(tail) - place < END_SIZE:
+        raise ValueError("it has no directory of a zip archive")
+    (directory,) = struct.unpack_from("<I", tail, place + 12)
+    locator = place - LOCATOR_SIZE
+    if locator >= 0 and tail[locator : locator + 4] == ZIP64_LOCATOR:
+        (offset,) = struct.unpack_from("<Q", tail, locator + 8)
+        for start in (offset, begin + locator - 56):  # zipfile reads the one before the locator
+            stream.seek(min(start, size))
+            record = stream.read(56)
+            if record[:4] == ZIP64_END and len(record) == 56:
+                directory = max(directory if directory != 2**32 - 1 else 0, struct.unpack_from("<Q", record, 40)[0])
+    if directory > min(size, MAX_DIRECTORY_BYTES):
+        raise ValueError(f"its directory of {directory:,} bytes cannot be that of a file of {size:,}")
+    stream.seek(0)
+
+
+def _find_members(archive: zipfile.ZipFile, stream: IO[bytes]) -> dict[str, Member]:
+    """Return where the members' bytes are. Raises ValueError for members that are compressed, shared or outside."""
+    members: dict[str, Member] = {}
+    for info in archive.infolist():
+        if info.filename in members:
+            raise ValueError(f"{shown(info.filename)} is in it twice")
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+            raise ValueError(f"{shown(info.filename)} is compressed or encrypted, which PyTorch's never are")
+        stream.seek(info.header_offset)
+        local = stream.read(30)
+        if local[:4] != b"PK\3\4" or len(local) < 30:
+            raise ValueError(f"{shown(info.filename)} is not where the directory says")
+        name_length, extra_length = struct.unpack("<26x2H", local)
+        members[info.filename] = Member(info.header_offset + 30 + name_length + extra_length, info.file_size)
+    end = 0
+    for name, member in sorted(members.items(), key=lambda item: item[1]):
+        if member.num_bytes and member.offset < end:
+            raise ValueError(f"{shown(name)} overlaps the member before it")
+        end = max(end, member.offset + member.num_bytes)
+    if end > archive.start_dir:
+        raise ValueError("a member reaches beyond the members' part of the file")
+    return members
+
+
+def _read(stream: IO[bytes], member: Member) -> bytes:
+    stream.seek(member.offset)
+    return stream.read(member.num_bytes)
+
+
+def _check_byte_order(members: dict[str, Member], root: str, stream: IO[bytes]) -> None:
+    told = members.get(f"{root}byteorder")
+    if told is not None and _read(stream, told._replace(num_bytes=min(told.num_bytes, 100))).strip() != b"little":
+        raise ValueError("its numbers are not in little-endian byte order: save it again on another machine")
+
+
+def _tensors_of(values: object, file: Path) -> dict[str, PickledTensor]:
     if not isinstance(values, dict):
         raise ModelError(f"{file} holds a {type(values).__name__}; expected tensors by name.")
-    return {name: tensor for name, tensor in values.items() if isinstance(tensor, PickledTensor)}
+    return {name: t for name, t in values.items() if isinstance(t, PickledTensor) and isinstance(name, str)}
 
 
-def _find_bytes(archive: zipfile.ZipFile, name: str) -> tuple[int, int]:
-    """Return where a member's bytes begin in the archive, and how many there are."""
-    member = archive.getinfo(name)
-    if member.compress_type != zipfile.ZIP_STORED or archive.fp is None:
-        raise ValueError(f"{name} is compressed")
-    archive.fp.seek(member.header_offset)
-    local = archive.fp.read(30)
-    name_length, extra_length = struct.unpack("<26x2H", local)
-    return member.header_offset + 30 + name_length + extra_length, member.file_size
-
-
-class _TensorUnpickler(pickle.Unpickler):
-    """Reads what ``torch.save`` writes of tensors in dicts; refuses every other class and function unseen."""
-
-    def __init__(self, stream: Any, file: Path, find_bytes: Callable[[str], tuple[int, int]]) -> None:
-        """Take the pickle, its file's name for messages, and what finds a storage's bytes in the file."""
-        super().__init__(stream)
-        self.file = file
-        self.find_bytes = find_bytes
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Return a stand-in for what tensors are made of. Raises ModelError for anything else."""
-        known: dict[tuple[str, str], Any] = {
-            ("collections", "OrderedDict"): OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-            ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-        }
-        if module == "torch" and name in STORAGES:
-            return name
-        if (module, name) not in known:
-            _refuse_code(self.file, f"{module}.{name}")
-        return known[module, name]
-
-    def persistent_load(self, pid: Any) -> Storage:
-        """Return where a storage lies."""
-        kind, storage, key, _, numel = pid
-        if kind != "storage" or storage not in STORAGES:
-            raise pickle.UnpicklingError(f"unknown storage {pid!r}")
-        dtype, element_size = STORAGES[storage]
-        offset, num_bytes = self.find_bytes(str(key))
-        if num_bytes < numel * element_size:
-            raise ValueError(f"storage {key} has {num_bytes} bytes of {numel * element_size}")
-        return Storage(dtype, element_size, offset, num_bytes)
-
-
-def _rebuild_tensor(storage: Storage, start: int, shape: Any, stride: Any, *_: Any) -> PickledTensor:
-    last = start + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if 0 not in shape else start
-    if start < 0 or (0 not in shape and (last + 1) * storage.element_size > storage.num_bytes):
-        raise ValueError(f"a tensor of shape {tuple(shape)} reaches beyond its storage")
-    offset = storage.offset + start * storage.element_size
-    return PickledTensor(storage.dtype, tuple(shape), tuple(stride), offset, storage.element_size)
-
-
-def _refuse_code(file: Path, what: str) -> NoReturn:
-    raise ModelError(
-        f"{file} holds more than tensors: it refers to {what}, which loading would run. It is refused unread. If you "
-        "trust its maker, load it where nothing can be lost and save its tensors as safetensors."
-    )
+def _check_amount(tensors: dict[str, PickledTensor], size: int) -> None:
+    """Raise ValueError for tensors that would take many times the memory of the file: views of the same few bytes."""
+    total = sum(tensor.num_bytes for tensor in tensors.values())
+    if total > MAX_SHARING * size:
+        raise ValueError(f"its tensors would take {total:,} bytes, {total / size:,.0f} times those of the file")

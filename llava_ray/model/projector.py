@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from llava_ray.config.sections import PROJECTOR
 from llava_ray.errors import ModelError
 from llava_ray.model.layout import EMBED_TOKENS, ORIGINAL_PROJECTOR_FILE, PROJECTOR_FILE
 from llava_ray.model.layouts import read_layout
@@ -34,7 +35,7 @@ def build_projector(mm_projector_type: str, mm_hidden_size: int, hidden_size: in
                 f"{hidden_size}; choose mm_projector_type 'linear' or 'mlp2x_gelu'."
             )
         return nn.Identity()
-    depth = re.fullmatch(r"mlp([1-9]\d*)x_gelu", mm_projector_type)
+    depth = re.fullmatch(PROJECTOR, mm_projector_type)
     if depth is None:
         raise ModelError(
             f"unknown mm_projector_type {mm_projector_type!r}; expected 'linear', 'identity' or 'mlpNx_gelu' "
@@ -104,7 +105,7 @@ def adopt_projector(projector: nn.Module, weights: Mapping[str, Tensor], source:
             f"{_shape(expected.get(wrong))}). Use the vision tower, language model and mm_projector_type "
             "that it was trained with, or start a new one, without pretrain_mm_mlp_adapter, from the language model."
         )
-    projector.load_state_dict(dict(weights))
+    projector.to_empty(device="cpu").load_state_dict(dict(weights))
 
 
 def describe_projector(shapes: Mapping[str, tuple[int, ...]]) -> str:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_ray.errors import ModelError
+from llava_ray.model.declared_sizes import read_config
+from llava_ray.model.hub_manifest import OUR_KEY, changed
 from llava_ray.model.layout import (
     ADAPTER_CONFIG,
     ADAPTER_FILES,
@@ -22,13 +24,14 @@ from llava_ray.model.published_names import IMAGE_NEWLINE, PEFT_PREFIX
 from llava_ray.model.published_settings import (
     find_version,
     hub_language_config,
-    hub_settings,
     hub_tower_config,
     is_original,
+    noted_hub_settings,
     original_language_config,
     original_settings,
 )
 from llava_ray.model.tensor_files import Weights, read_json, read_tensor_file, read_weights
+from llava_ray.reading import is_file, is_folder
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 WEIGHT_STEMS = ("model.safetensors", "pytorch_model.bin")
@@ -58,8 +61,8 @@ def hub_name(name: str) -> str:
 
 def read_original(folder: Path, config: Mapping[str, Any]) -> Layout:
     """Describe a folder whose config.json is the original's: a whole model, or a projector only."""
-    is_whole = any((folder / f"{stem}{end}").is_file() for stem in WEIGHT_STEMS for end in ("", ".index.json"))
-    if is_whole or not (folder / ORIGINAL_PROJECTOR_FILE).is_file():
+    is_whole = any(is_file(folder / f"{stem}{end}") for stem in WEIGHT_STEMS for end in ("", ".index.json"))
+    if is_whole or not is_file(folder / ORIGINAL_PROJECTOR_FILE):
         return _read_whole(folder, config)
     return _read_projector_only(folder, config)
 
@@ -87,18 +90,18 @@ def read_lora(folder: Path) -> Layout:
     """Describe the original's LoRA folder."""
     missing: list[str] = []
     adapter, config = read_json(folder / ADAPTER_CONFIG), {}
-    if (folder / CONFIG).is_file():
-        config = read_json(folder / CONFIG)
+    if is_file(folder / CONFIG):
+        config = read_config(folder / CONFIG)
     else:
         missing.append(f"{CONFIG} is not there, which says what it was trained with.")
     if config and not is_original(config):
         raise ModelError(f"{folder / CONFIG} lies beside {ADAPTER_CONFIG} but has no mm_vision_tower: not a LLaVA's.")
     expect_any(folder, ADAPTER_FILES, "adapter", missing)
     for name in ADAPTER_FILES:
-        if (folder / name).is_file():
+        if is_file(folder / name):
             read_tensor_file(folder / name)  # PEFT will read it, this only refuses what is damaged or holds code
     weights = Weights({}, frozenset())
-    if (folder / NON_LORA_FILE).is_file():
+    if is_file(folder / NON_LORA_FILE):
         weights = Weights.of(read_tensor_file(folder / NON_LORA_FILE)).renamed(original_name)
         _expect_projector(weights, config, missing)
         _refuse_others(folder / NON_LORA_FILE, weights)
@@ -130,7 +133,7 @@ def _original(
         weights.names,
         language_config,
         base=base or None,
-        vision_tower=str(tower_folder) if tower_folder.is_dir() else config.get("mm_vision_tower"),
+        vision_tower=str(tower_folder) if is_folder(tower_folder) else config.get("mm_vision_tower"),
         missing=tuple(missing),
     )
 
@@ -147,9 +150,12 @@ def read_hub(folder: Path, config: Mapping[str, Any]) -> Layout:
     expect_any(folder, TOKENIZER_FILES, "tokenizer", missing)
     expect_any(folder, PROCESSOR_FILES, "image processor", missing)
     language_config = hub_language_config(config)
-    settings = hub_settings(config, str(folder / CONFIG))
-    if settings["image_aspect_ratio"] == "square" and _pads(folder):
-        settings["image_aspect_ratio"] = "pad"
+    settings, notes = noted_hub_settings(config, str(folder / CONFIG))
+    shapes = {False: "square", True: "pad"}
+    if settings.get("image_aspect_ratio") in ("square", "pad") and (found := shapes.get(_pads(folder))):  # type: ignore[arg-type]
+        if OUR_KEY in config and settings["image_aspect_ratio"] != found:
+            notes += (changed("do_pad of the image processor", found == "pad", settings["image_aspect_ratio"]),)
+        settings["image_aspect_ratio"] = found
     return Layout(
         folder,
         Kind.HUB,
@@ -160,6 +166,7 @@ def read_hub(folder: Path, config: Mapping[str, Any]) -> Layout:
         language_config,
         hub_tower_config(config),
         missing=tuple(missing),
+        notes=tuple(f"{folder / CONFIG}: {note}" for note in notes),
     )
 
 
@@ -174,10 +181,12 @@ def _refuse_others(file: Path, weights: Weights) -> None:
             )
 
 
-def _pads(folder: Path) -> bool:
-    """Tell whether the image processor makes images square before it resizes them."""
-    settings = [read_json(folder / name) for name in PROCESSOR_FILES if (folder / name).is_file()]
-    return any(found.get("image_processor", found).get("do_pad") for found in settings)
+def _pads(folder: Path) -> bool | None:
+    """Tell whether the image processor makes images square before it resizes them; None where it does not say."""
+    files = [read_json(folder / name) for name in PROCESSOR_FILES if is_file(folder / name)]
+    settings = [found.get("image_processor", found) for found in files]
+    told = [found["do_pad"] for found in settings if isinstance(found, dict) and found.get("do_pad") is not None]
+    return any(told) if told else None
 
 
 def _expect_part(weights: Weights, part: str, missing: list[str]) -> None:

@@ -3,11 +3,13 @@
 ``ORIGINAL_TYPES`` and ``TEMPLATES`` are tables of what published checkpoints are and do not say themselves.
 """
 
-import ast
 from collections.abc import Mapping
 from typing import Any
 
+from llava_ray.config.literals import read_literal
 from llava_ray.errors import ModelError
+from llava_ray.model.hub_manifest import find_noted, reconciled
+from llava_ray.reading import in_words, shown
 
 # The original's model types whose language model is not the rest of the name (``llava_mistral`` is Mistral's).
 ORIGINAL_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_qwen": "qwen2"}
@@ -33,12 +35,6 @@ LLAVA_KEYS = frozenset(
         "use_mm_proj",
     }
 )
-
-# Where an export of ours keeps what a layout has no key for.
-OUR_KEY = "llava_ray"
-
-# What a manifest says of where a model is from, not of what it is.
-NO_SETTINGS = ("format_version", "language_model", "vision_tower", "libraries", "training")
 
 # (layout's model type, language model's type, size of its own vocabulary) -> template it was trained with.
 # The original's first generation (no mm_projector_type in its config) came with too many templates to be listed.
@@ -108,16 +104,33 @@ def original_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         settings["image_grid_pinpoints"] = listed(config.get("image_grid_pinpoints"), where)
     if config.get("s2"):
         settings |= {"s2": True, "s2_scales": listed(config.get("s2_scales", "336,672,1008"), where)}
-    if config.get("tokenizer_model_max_length"):
-        settings["model_max_length"] = config["tokenizer_model_max_length"]
+    if length := config.get("tokenizer_model_max_length"):
+        if type(length) is not int or not 0 < length <= 2**24:
+            raise ModelError(f"{where}: tokenizer_model_max_length is {shown(length)}, expected a number of tokens.")
+        settings["model_max_length"] = length
     return settings
 
 
 def hub_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return the settings in the config.json of transformers' LLaVA classes. Raises ModelError."""
-    if noted := config.get(OUR_KEY, {}).get("manifest"):
-        settings = {key: value for key, value in noted.items() if key not in NO_SETTINGS}
-        return {key: listed(value, where) if isinstance(value, list) else value for key, value in settings.items()}
+    return noted_hub_settings(config, where)[0]
+
+
+def noted_hub_settings(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the same settings, and what has to be said of them.
+
+    What an export of ours noted counts where the file itself says nothing else. Raises ModelError.
+    """
+    own = own_hub_settings(config, where)
+    if not (noted := find_noted(config, where).get("manifest")):
+        return own, ()
+    noted = {key: listed(value, where) if isinstance(value, list) else value for key, value in noted.items()}
+    tower = config["vision_config"].get("model_type", "clip_vision_model")
+    return reconciled(noted, own, config, same_features=tower in WITHOUT_CLASS_TOKEN)
+
+
+def own_hub_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the settings that the file has by itself. Raises ModelError."""
     for key, only in (("projector_hidden_act", "gelu"), ("multimodal_projector_bias", True)):
         if config.get(key, only) != only:
             raise ModelError(f"{where}: {key} is {config[key]!r}; only {only!r} is supported, LLaVA's own projector.")
@@ -133,14 +146,14 @@ def hub_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         settings |= {
             "image_aspect_ratio": "anyres",
             "mm_patch_merge_type": "spatial_unpad",
-            "image_grid_pinpoints": tuple((width, height) for height, width in grid),
+            "image_grid_pinpoints": _flipped(grid, where),
         }
     return settings
 
 
 def find_version(config: Mapping[str, Any], language_config: Mapping[str, Any]) -> str | None:
     """Return the template that a published checkpoint says or is known to be trained with; None if neither."""
-    noted = config.get(OUR_KEY, {})
+    noted = find_noted(config, "config.json")
     if version := noted.get("version") or noted.get("manifest", {}).get("version"):
         return str(version)
     hub = is_hub(config)
@@ -154,20 +167,26 @@ def find_version(config: Mapping[str, Any], language_config: Mapping[str, Any]) 
 
 def listed(value: Any, where: str) -> Any:
     """Return lists as tuples, also those that a config holds as text ("[(336, 672)]", "336,672"). Raises ModelError."""
-    try:
-        value = ast.literal_eval(value) if isinstance(value, str) else value
-    except (ValueError, SyntaxError) as error:
-        raise ModelError(f"{where}: {value!r} is no list of numbers; mend it.") from error
+    if isinstance(value, str):
+        with in_words(f"{where}: {shown(value)}", "Mend it.", says="is no list of numbers"):
+            value = read_literal(value)
     return tuple(listed(item, where) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _flipped(grid: Any, where: str) -> tuple[tuple[Any, Any], ...]:
+    """Return (width, height) of each (height, width). Raises ModelError for what are no pairs."""
+    if not isinstance(grid, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in grid):
+        raise ModelError(f"{where}: image_grid_pinpoints is {shown(grid)}, expected pairs of numbers; mend it.")
+    return tuple((width, height) for height, width in grid)
 
 
 def _hub_feature(config: Mapping[str, Any], where: str) -> str:
     tower = config["vision_config"].get("model_type", "clip_vision_model")
     strategy = config.get("vision_feature_select_strategy", "default")
     table = FEATURES_WITHOUT_CLASS_TOKEN if tower in WITHOUT_CLASS_TOKEN else FEATURES
-    if strategy not in table or (tower in WITH_REGISTERS and strategy == "default"):
+    if not isinstance(strategy, str) or strategy not in table or (tower in WITH_REGISTERS and strategy == "default"):
         raise ModelError(
-            f"{where}: vision_feature_select_strategy {strategy!r} with a tower of type {tower!r} drops a patch or "
-            "keeps a register, which no setting of LLaVA's does; expected 'full'."
+            f"{where}: vision_feature_select_strategy {shown(strategy)} with a tower of type {tower!r} drops a patch "
+            "or keeps a register, which no setting of LLaVA's does; expected 'full'."
         )
     return table[strategy]

@@ -1,20 +1,19 @@
 """Where a part's files are: a folder as it is, or a hub id through the hub's own cache."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers import __version__ as transformers_version
 
 from llava_ray.chat.tokenizer import load_tokenizer
 from llava_ray.errors import ModelError
+from llava_ray.model.declared_sizes import check_declared, read_config
 from llava_ray.model.layout import CONFIG, NON_LORA_FILE, ORIGINAL_PROJECTOR_FILE, Kind, Layout
 from llava_ray.model.layouts import read_layout
 from llava_ray.model.published_settings import (
@@ -23,12 +22,10 @@ from llava_ray.model.published_settings import (
     is_original,
     original_language_config,
 )
-from llava_ray.model.tensor_files import NO_WEIGHTS, StoredTensor, read_json
+from llava_ray.model.tensor_files import NO_WEIGHTS, StoredTensor
+from llava_ray.reading import MAX_SHOWN, in_words, is_file, is_folder, shown
 
 PartName = Literal["language_model", "vision_tower"]
-
-# What transformers raises on folders that are incomplete or damaged.
-LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError)
 
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 WEIGHT_FILES = ["*.safetensors", ORIGINAL_PROJECTOR_FILE, NON_LORA_FILE]
@@ -62,18 +59,21 @@ def find_source(name: str | Path, part: str, *, weights: bool = True) -> Source:
 
     Raises ModelError that names the path and the remedy when there is nothing to be found.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(name).expanduser()
+    except (TypeError, RuntimeError) as error:  # no text, or the home of a user who is not there
+        raise ModelError(f"no such {part}: {shown(name)} is neither a folder nor a hub id.") from error
+    if is_folder(folder):
         return Source(str(folder.resolve()), folder.resolve(), str(folder.resolve()))
     try:
         found = Path(snapshot_download(str(name), allow_patterns=[*SMALL_FILES, *(WEIGHT_FILES if weights else [])]))
         if weights and not list(found.glob("*.safetensors")):
             found = Path(snapshot_download(str(name), allow_patterns=[*SMALL_FILES, "*.bin"]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ModelError(
-            f"no such {part}: {str(name)!r} is neither a folder here ({folder.absolute()}) nor a model that the hub "
-            f"gave us ({type(error).__name__}). Check the spelling; without network, download it elsewhere and give "
-            "the folder, which every node must see."
+            f"no such {part}: {shown(str(name))} is neither a folder here ({str(folder.absolute())[:MAX_SHOWN]}) nor a "
+            f"model that the hub gave us ({type(error).__name__}). "
+            "Check the spelling; without network, download it elsewhere and give the folder, which every node must see."
         ) from error
     return Source(str(name), found, str(name))
 
@@ -112,7 +112,7 @@ def part_of(
     if layout.manifest is not None:
         inside = layout.folder / part
         origin = getattr(layout.manifest, part).base
-        return Source(str(inside), inside, origin, read_json(inside / CONFIG), tensors)
+        return Source(str(inside), inside, origin, read_config(inside / CONFIG), tensors)
     config = layout.language_config if part == "language_model" else layout.tower_config
     if config is not None:
         return Source(name, layout.folder, name, config, tensors)
@@ -135,23 +135,15 @@ def _words(part: str) -> str:
     return part.replace("_", " ")
 
 
-@contextmanager
-def loading(path: str | Path, part: str) -> Iterator[None]:
+def loading(path: str | Path, part: str) -> AbstractContextManager[None]:
     """Put a failure to load into words: which part, from where, and why."""
-    try:
-        yield
-    except ModelError:
-        raise  # says so already
-    except LOADING_ERRORS as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"the {part} in {path} cannot be loaded: {reason} Expected a folder as transformers' save_pretrained "
-            "writes it; copy it again, or point at another."
-        ) from error
+    remedy = "Expected a folder as transformers' save_pretrained writes it; copy it again, or point at another."
+    return in_words(f"the {part} in {path}", remedy, says="cannot be loaded")
 
 
 def make_config(values: Mapping[str, Any], where: str | Path, part: str) -> PreTrainedConfig:
     """Make a part's config of what its config.json holds. Raises ModelError."""
+    check_declared(values, f"the {part} in {where}, config.json")
     model_type = str(values.get("model_type"))
     if model_type not in CONFIG_MAPPING:
         raise ModelError(
@@ -189,9 +181,9 @@ def _language_config(folder: Path) -> PreTrainedConfig | None:
 
     transformers chooses the class of a tokenizer by the config's model type.
     """
-    if not (folder / CONFIG).is_file():
+    if not is_file(folder / CONFIG):
         return None
-    config = read_json(folder / CONFIG)
+    config = read_config(folder / CONFIG)
     if is_original(config):
         return make_config(original_language_config(config), folder, "language model")
     return make_config(hub_language_config(config), folder, "language model") if is_hub(config) else None

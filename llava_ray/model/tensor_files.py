@@ -10,10 +10,14 @@ from typing import Any, Self
 
 from llava_ray.errors import ModelError
 from llava_ray.model.pickled_tensors import read_pickle
+from llava_ray.reading import MAX_SHOWN, check_plain, in_words, is_file, read_bounded, shown
 
 # Kept by older versions of transformers, and computed by newer ones.
 COMPUTED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
-MAX_HEADER_BYTES = 100 * 2**20  # the limit of the safetensors library
+# Of a header, and of every JSON file beside weights: parsed it takes up to 25 times as much memory.
+MAX_HEADER_BYTES = MAX_JSON_BYTES = 16 * 2**20
+MAX_SIDE = 2**48  # of a tensor, in elements
+MAX_AXES = 8
 
 NO_WEIGHTS = (
     "it holds no weights; expected model.safetensors or pytorch_model.bin, or shards of one with their index file."
@@ -74,10 +78,11 @@ def read_tensor_file(file: Path) -> dict[str, StoredTensor]:
         if file.suffix == ".safetensors":
             return _read_safetensors(file)
         return {name: StoredTensor(file, name, *tensor) for name, tensor in read_pickle(file).items()}
-    except OSError as error:
-        raise ModelError(
-            f"{file} cannot be read ({error.strerror}); copy it again, or mend its permissions."
-        ) from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, ModelError):
+            raise
+        why = getattr(error, "strerror", None) or error
+        raise ModelError(f"{file} cannot be read ({why}); copy it again, or mend its permissions.") from error
 
 
 @dataclass(frozen=True)
@@ -117,44 +122,62 @@ def read_weights(folder: Path) -> Weights:
     """
     for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
         single, index = folder / f"{stem}.{ending}", folder / f"{stem}.{ending}.index.json"
-        if single.is_file():
+        if is_file(single):
             return Weights.of(read_tensor_file(single))
-        if index.is_file():
+        if is_file(index):
             return _read_shards(index)
     return Weights({}, frozenset(), (NO_WEIGHTS,))
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object. Raises ModelError that names it."""
+def read_json(file: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Read a JSON file that holds an object. Raises ModelError that names it, and the key of a value at fault."""
     try:
-        values = json.loads(file.read_bytes())
+        values = json.loads(read_bounded(file, limit), parse_constant=_parse_constant)
     except OSError as error:
         raise ModelError(f"{file} cannot be read ({error.strerror}).") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ModelError):
+            raise
         raise ModelError(f"{file} is not JSON ({error}): it was cut off or edited. Copy it again.") from error
     if not isinstance(values, dict):
         raise ModelError(f"{file} holds a {type(values).__name__}; expected a JSON object. Copy it again.")
+    check_plain(values, str(file))
     return values
+
+
+def _parse_constant(word: str) -> float:
+    if word == "NaN":  # no JSON, and no setting of any model; that some have an Infinity is
+        raise ValueError("NaN is no value")
+    return float(word)
 
 
 def _read_shards(index: Path) -> Weights:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index} has no weight_map that says which shard holds which tensor; copy it again.")
+    expected: dict[str, list[str]] = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", "..") or "\0" in shard:
+            raise ModelError(
+                f"{index}: weight_map says that {shown(name)} is in {shown(shard)}, which names no file of this "
+                "folder; copy it again."
+            )
+        expected.setdefault(shard, []).append(name)
     tensors: dict[str, StoredTensor] = {}
     missing = []
-    for shard in sorted(set(weight_map.values())):
-        expected = [name for name, file in weight_map.items() if file == shard]
-        if not index.with_name(shard).is_file():
+    for shard, names in sorted(expected.items()):
+        if not is_file(index.with_name(shard)):
             missing.append(
-                f"shard {shard} is not there, which {index.name} says holds {len(expected)} tensors, the first is "
-                f"{expected[0]}; copy it."
+                f"shard {shard[:200]} is not there, which {index.name} says holds {len(names)} tensors, the first is "
+                f"{names[0]}; copy it."
             )
             continue
         found = read_tensor_file(index.with_name(shard))
-        lost = [name for name in expected if name not in found]
+        lost = [name for name in names if name not in found]
         if lost:
             missing.append(f"{lost[0]} is not in {shard}, though {index.name} says so ({len(lost)} such tensors).")
+        if twice := tensors.keys() & found.keys():
+            raise ModelError(f"{index.with_name(shard)}: {min(twice)} is in another shard as well; copy them again.")
         tensors |= found
     return Weights(tensors, frozenset(weight_map), tuple(missing))
 
@@ -163,18 +186,22 @@ def _read_safetensors(file: Path) -> dict[str, StoredTensor]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+        if size < 8 or not 2 <= length <= size - 8:
             raise ModelError(
                 f"{file} is no whole safetensors file: it has {size:,} bytes and announces a header of {length:,}. "
                 "Copy it again."
             )
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            tensors = {name: _from_header(file, name, entry, 8 + length) for name, entry in header.items()}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ModelError(f"{file} has a damaged safetensors header ({error!r}); copy it again.") from error
-    end = max((tensor.offset + tensor.num_bytes for tensor in tensors.values()), default=8 + length)
+        if length > MAX_HEADER_BYTES:
+            raise ModelError(
+                f"{file} announces a header of {length:,} bytes, expected at most {MAX_HEADER_BYTES:,}. Save its "
+                "tensors in several files."
+            )
+        text = stream.read(length)
+    with in_words(f"{file}", "Copy it again.", says="has a damaged safetensors header"):
+        header = json.loads(text.decode(), object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
+        header.pop("__metadata__", None)
+        tensors = {name: _from_header(file, name, entry, 8 + length) for name, entry in header.items()}
+    end = _find_end(file, tensors, 8 + length)
     if end != size:
         raise ModelError(
             f"{file} is cut off or damaged: its header describes {end:,} bytes, the file has {size:,}. Copy it again."
@@ -182,13 +209,59 @@ def _read_safetensors(file: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _from_header(file: Path, name: str, entry: dict[str, Any], start: int) -> StoredTensor:
+def read_metadata(file: Path) -> dict[str, str]:
+    """Return what a .safetensors file, whose header has been read, says beside its tensors. Raises ModelError."""
+    with in_words(f"{file}", "Copy it again.", says="has a damaged safetensors header"), file.open("rb") as stream:
+        length = min(int.from_bytes(stream.read(8), "little"), MAX_HEADER_BYTES)
+        noted = json.loads(stream.read(length)).get("__metadata__") or {}
+        return {key: value for key, value in noted.items() if isinstance(value, str)}
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"{shown(twice)} stands there twice")
+    return values
+
+
+def _refuse_constant(word: str) -> float:
+    raise ValueError(f"{word} is no JSON")
+
+
+def _from_header(file: Path, name: str, entry: Any, start: int) -> StoredTensor:
+    label = name[:MAX_SHOWN]
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str) or entry["dtype"] not in DTYPES:
+        raise ValueError(f"{label}: the dtype in {shown(entry)} is none of {', '.join(DTYPES)}")
     dtype, element_size = DTYPES[entry["dtype"]]
-    shape = tuple(int(size) for size in entry["shape"])
-    begin, end = entry["data_offsets"]
-    if begin < 0 or end - begin != math.prod(shape) * element_size:
-        raise ValueError(f"{name}: {end - begin} bytes for {entry['dtype']} {list(shape)}")
-    return StoredTensor(file, name, dtype, shape, _contiguous(shape), start + begin, element_size)
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"{label}: shape {shown(shape)} and data_offsets {shown(offsets)} are not lists of sizes")
+    begin, end = offsets
+    if min(begin, 0, *shape) < 0 or end - begin != math.prod(shape) * element_size:
+        raise ValueError(f"{label}: {end - begin} bytes for {entry['dtype']} {shown(shape)}")
+    return StoredTensor(file, name, dtype, tuple(shape), _contiguous(tuple(shape)), start + begin, element_size)
+
+
+def _are_sizes(values: Any) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) <= MAX_AXES
+        and all(type(value) is int and abs(value) <= MAX_SIDE for value in values)
+    )
+
+
+def _find_end(file: Path, tensors: dict[str, StoredTensor], start: int) -> int:
+    """Return where the tensors end. Raises ModelError where bytes are two tensors' or none's."""
+    end = start
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.num_bytes)):
+        if tensor.offset != end:
+            fault = "overlaps the tensor before it" if tensor.offset < end else "leaves a gap before it"
+            raise ModelError(f"{file} is damaged: {shown(tensor.name)} {fault}. Copy it again.")
+        end = tensor.offset + tensor.num_bytes
+    return end
 
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:

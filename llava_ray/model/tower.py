@@ -12,7 +12,7 @@ from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from llava_ray.errors import ModelError
 from llava_ray.model.multiscale import extract_multiscale
-from llava_ray.model.pretrained import load_pretrained
+from llava_ray.model.pretrained import check_amount, load_pretrained
 from llava_ray.model.sources import Source, find_part, make_config
 
 
@@ -241,5 +241,6 @@ def load_vision_tower(
     if source.config.get("model_type") in WITH_TEXT_PART:
         seeing = {name: tensor for name, tensor in source.tensors.items() if name.startswith("vision_model.")}
         source = replace(source, tensors=seeing)
+    check_amount(MODEL_MAPPING, config, source, "vision tower")
     backbone = load_pretrained(MODEL_MAPPING, config, source, "vision tower", dtype=dtype)
     return VisionTower(backbone, select_layer, select_feature, s2_scales).freeze()

@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from llava_ray.config.toml_files import read_toml_file
 from llava_ray.errors import ConfigError, DataError
 
 Kind = Literal["pair", "single", "grade"]
@@ -119,10 +119,7 @@ def read_rubric(path: Path, kind: Kind) -> Rubric:
 
     TOML: optional ``name`` and ``system``; a table ``[prompts]`` with a text for each category or for ``default``.
     """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the rubric {path} cannot be read: {error}") from error
+    content = read_toml_file(path, "the rubric")
     prompts = content.get("prompts")
     unknown = sorted(content.keys() - {"name", "system", "role", "prompts"})
     if unknown or not isinstance(prompts, dict) or not prompts or not all(isinstance(p, str) for p in prompts.values()):

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,10 +11,14 @@ import torch
 from torch import Tensor
 
 from llava_ray.config.sections import FinetuneConfig
-from llava_ray.errors import CheckpointError
+from llava_ray.errors import CheckpointError, ModelError
 from llava_ray.model.bundle import LlavaParts, save_bundle
 from llava_ray.model.freezing import freeze
+from llava_ray.model.layout import check_whole
+from llava_ray.model.layouts import read_layout
+from llava_ray.model.tensor_files import read_json
 from llava_ray.model.weights import replacing
+from llava_ray.reading import shown
 from llava_ray.train.checkpoints import COMPLETE, MODEL, STATE_FILE, TAG, refuse_other_base
 from llava_ray.train.engine import assemble_for
 
@@ -30,6 +33,7 @@ def consolidate(checkpoint_folder: str | Path, output: str | Path) -> None:
     folder = Path(checkpoint_folder)
     state = read_state(folder)
     if (folder / MODEL).is_dir():  # of an adapter or a projector: already whole
+        check_whole(read_layout(folder / MODEL))
         with replacing(Path(output)) as new:
             shutil.copytree(folder / MODEL, new, dirs_exist_ok=True)
         return
@@ -38,7 +42,7 @@ def consolidate(checkpoint_folder: str | Path, output: str | Path) -> None:
     refuse_other_base(state, parts.manifest, str(folder))
     freeze(parts.llava, parts.tower, config.model, parts.new_token_ids)
     take_over(parts, read_tensors(folder, state), folder)
-    save_bundle(output, parts, training=state["training"])
+    save_bundle(output, parts, training=state.get("training") or {})
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -48,10 +52,15 @@ def read_state(folder: Path) -> dict[str, Any]:
             f"{folder} is no checkpoint: it holds no {STATE_FILE}; expected a folder such as runs/NAME/step-00000100."
         )
     try:
-        state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())
+        state: dict[str, Any] = read_json(folder / STATE_FILE)
         world_size, stage = state["world_size"], state["zero_stage"]
-    except (OSError, ValueError, KeyError) as error:
+    except (ModelError, KeyError) as error:
         raise half_written(folder, STATE_FILE) from error
+    if type(world_size) is not int or stage not in (0, 1, 2, 3) or not isinstance(state.get("config"), dict):
+        raise CheckpointError(
+            f"{folder / STATE_FILE} does not say how its run was set up (world_size {shown(world_size)}, zero_stage "
+            f"{shown(stage)}, config); it was edited or damaged: use another checkpoint of the run."
+        )
     needed = {COMPLETE: 1, TAG: 1, "rng_rank*.pt": world_size}
     needed[f"{TAG}/*_model_states.pt"] = world_size if stage == 3 else 1
     if stage:
@@ -83,7 +92,7 @@ def read_tensors(folder: Path, state: Mapping[str, Any]) -> Iterator[tuple[str, 
             # Below stage 3 rank 0 holds whole parameters; the others' files are optimiser state.
             file = folder / TAG / "mp_rank_00_model_states.pt"
             tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=False)["module"]
-    except (OSError, ValueError, RuntimeError, EOFError, KeyError) as error:
+    except Exception as error:
         raise CheckpointError(f"{folder / TAG} cannot be read ({error}); use another checkpoint of the run.") from error
     for name, tensor in tensors.items():
         yield name, tensor.contiguous()

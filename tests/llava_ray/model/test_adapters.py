@@ -202,11 +202,11 @@ def damage(folder: Path, kind: str) -> None:
     [
         ("no settings", r"adapter_config.json is not there"),
         ("no weights", r"neither adapter_model.safetensors nor adapter_model.bin is there"),
-        ("truncated", r"adapter_model.safetensors cannot be read as an adapter's weights"),
+        ("truncated", r"adapter_model.safetensors is (cut off|no whole safetensors)"),
         ("a tensor missing", r"1 tensors in .* do not fit .*, the first is model\..*: found none"),
         ("whole modules", r"adapter_config.json trains whole modules .*\['embed_tokens'\]"),
         ("prompts", r"adapter_config.json describes an adapter of type .*PROMPT_TUNING; expected LORA"),
-        ("no json", r"adapter_config.json cannot be read as an adapter's settings"),
+        ("no json", r"adapter_config.json is not JSON"),
     ],
 )
 def test_damaged_adapters_are_refused_by_name(kind: str, message: str, folders, tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_a_pickle_with_code_in_it_is_not_run(folders, tmp_path: Path) -> None:
     save_adapter(tmp_path / "adapter", parts.llava.language_model, parts.manifest.language_model)
     (tmp_path / "adapter/adapter_model.safetensors").unlink()
     torch.save({"lora_A": Bomb(tmp_path / "went off")}, tmp_path / "adapter/adapter_model.bin")
-    with pytest.raises(ModelError, match=r"adapter_model.bin cannot be read"):
+    with pytest.raises(ModelError, match=r"adapter_model.bin holds more than tensors"):
         load_adapter(folders.assemble().llava.language_model, tmp_path / "adapter")
     assert not (tmp_path / "went off").exists()
 
