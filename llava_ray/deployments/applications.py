@@ -143,7 +143,7 @@ def page(args: dict[str, Any]) -> Application:
 def application(args: dict[str, Any], *, with_api: bool, with_page: bool) -> Application:
     """Bind ingress and models. Raises ConfigError for settings, keys or paths that cannot be used."""
     settings = found(ServeSettings.parsed(args))
-    message_sizes.check_sizes(settings, with_page=with_page)
+    message_sizes.check_sizes(settings)
     keys = read_api_keys(settings.api_keys_file)
     alone = with_page and not with_api
     models = None if alone else {source.name: model_deployment(source, settings) for source in settings.sources}

@@ -13,19 +13,13 @@ MAX_MESSAGE_BYTES = 2**31 - 1  # gRPC counts in 32 bits
 MAX_REQUEST_BYTES = 2**30
 
 
-def check_sizes(settings: ServeSettings, *, with_page: bool) -> None:
-    """Raise ConfigError for limits that let in more than one message can hold."""
-    images = settings.max_images * settings.max_image_bytes
+def check_sizes(settings: ServeSettings) -> None:
+    """Raise ConfigError for a body, from the API or a chat of the page, that is more than one message can hold."""
     if settings.max_body_bytes > MAX_REQUEST_BYTES:
-        raise ConfigError(f"max_body_bytes = {settings.max_body_bytes:,}: {too_much('max_body_bytes')}")
-    if with_page and images > MAX_REQUEST_BYTES:  # they come one by one, and go on together
-        found = f"max_images = {settings.max_images:,}, max_image_bytes = {settings.max_image_bytes:,}"
-        raise ConfigError(f"{found}: {too_much('one of them')}")
-
-
-def too_much(remedy: str) -> str:
-    """Say what cannot be, and what to lower."""
-    return f"a request goes to its replica whole, {MAX_REQUEST_BYTES:,} bytes are the most; lower {remedy}"
+        raise ConfigError(
+            f"max_body_bytes = {settings.max_body_bytes:,}: a request goes to its replica whole, {MAX_REQUEST_BYTES:,} "
+            "bytes are the most; lower max_body_bytes"
+        )
 
 
 def check_environment(name: str) -> None:

@@ -46,7 +46,10 @@ class Front:
         self.guard = Guard(self.keys, settings.requests_per_minute)
         self.open_requests = HeldAmounts(settings.max_open_requests, settings.max_open_requests_per_address)
         self.page_streams = HeldAmounts(settings.max_page_streams, settings.max_page_streams_per_address)
-        self.bytes_in_flight = HeldAmounts(settings.max_bytes_in_flight, settings.max_bytes_in_flight_per_key)
+        self.bytes_in_flight = HeldAmounts(
+            max(settings.max_bytes_in_flight, settings.max_body_bytes),
+            max(settings.max_bytes_in_flight_per_key, settings.max_body_bytes),
+        )
 
     def count_refused(self, refused: Refused) -> None:
         """Count a refusal."""

@@ -96,7 +96,8 @@ class ServeSettings(Section):
     max_page_streams_per_address: PositiveInt = 64
     """The same from one address."""
     max_bytes_in_flight: PositiveInt = 512 * MIB
-    """Bodies, and images of the page's chats, that one ingress holds at once; the next is refused with 429."""
+    """Bodies, and images of the page's chats, that one ingress holds at once; the next is refused with 429. One body of
+    max_body_bytes always fits."""
     max_bytes_in_flight_per_key: PositiveInt = 256 * MIB
     """The same with one key; from one address where there are no keys."""
     max_upload_bytes: PositiveInt = 4096 * MIB
@@ -153,11 +154,6 @@ class ServeSettings(Section):
         if self.min_ingress_replicas > self.max_ingress_replicas:
             raise ValueError(
                 f"min_ingress_replicas {self.min_ingress_replicas} > max_ingress_replicas {self.max_ingress_replicas}"
-            )
-        if self.max_body_bytes > min(self.max_bytes_in_flight, self.max_bytes_in_flight_per_key):
-            raise ValueError(
-                f"max_body_bytes {self.max_body_bytes:,} > max_bytes_in_flight {self.max_bytes_in_flight:,} or "
-                f"max_bytes_in_flight_per_key {self.max_bytes_in_flight_per_key:,}: no such body would be taken"
             )
         for entry in self.trusted_proxies:
             try:
