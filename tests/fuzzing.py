@@ -54,7 +54,8 @@ class FuzzReport:
 
     def save(self, path: Path) -> None:
         """Write the report as JSON, with the command that made it."""
-        path.write_text(json.dumps({"command": " ".join(sys.argv), **asdict(self)}, indent=1) + "\n")
+        command = " ".join(["pytest", *sys.argv[1:]])
+        path.write_text(json.dumps({"command": command, **asdict(self)}, indent=1) + "\n")
 
 
 def fuzz(name: str, make_target: Callable[[], Target], num_inputs: int, first_seed: int = 0) -> FuzzReport:

@@ -120,7 +120,7 @@ def data_uri(draw: random.Random) -> str:
             urllib.parse.quote(text, safe=""),
             "".join(f"%{ord(char):02x}" for char in text),
             text + "=" * draw.randrange(4),
-            text[: draw.randrange(len(text))],
+            text[: draw.randrange(len(text) or 1)],
             text.replace("A", draw.choice(["%", "%4", "é", "\0", "=", " ", "\ud7ff", "%zz"]), 1),
         ]
     )

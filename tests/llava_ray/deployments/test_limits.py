@@ -137,6 +137,8 @@ def test_bytes_in_flight_are_bounded_by_key_and_in_total() -> None:
         while front.bytes_in_flight.held:
             pass
         assert httpx.post(chat, json=asking("x" * 100), headers=bearer).status_code == 200
+        while front.bytes_in_flight.held:  # given back once the answer has gone
+            pass
         assert front.bytes_in_flight.amounts == {}
 
 

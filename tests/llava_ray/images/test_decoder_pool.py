@@ -33,10 +33,22 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(coroutine)
 
 
+OTHERS: set[int] = set()
+
+
+@pytest.fixture(autouse=True)
+def _others() -> None:
+    """Decoders of pools that tests of other files have left to this process are not this test's."""
+    OTHERS.clear()
+    OTHERS.update(child.pid for child in psutil.Process().children(recursive=True))
+
+
 def children() -> list[psutil.Process]:
-    """The decoder processes of this one that are alive."""
+    """The decoder processes of this test that are alive."""
     found = []
     for child in psutil.Process().children(recursive=True):
+        if child.pid in OTHERS:
+            continue
         try:
             if (
                 child.ppid() != os.getpid()
