@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from llava_ray.config.toml_files import read_toml_file
 from llava_ray.errors import ConfigError, DataError
-from llava_ray.reading import reason, shown
+from llava_ray.reading import reason
 
 Kind = Literal["pair", "single", "grade"]
 """Two answers with a score of 1 to 10 each; one answer with a score of 1 to 10; one with a grade of 0 to 1."""
@@ -124,9 +124,9 @@ def read_rubric(path: Path, kind: Kind) -> Rubric:
     prompts = content.get("prompts")
     unknown = sorted(content.keys() - {"name", "system", "role", "prompts"})
     if unknown or not isinstance(prompts, dict) or not prompts or not all(isinstance(p, str) for p in prompts.values()):
+        found = ", ".join(name[:40] for name in unknown[:10]) or "no usable [prompts]"
         raise ConfigError(
-            f"the rubric {path} has {shown(unknown) if unknown else 'no usable [prompts]'}; expected name, system, role and a "
-            "table [prompts] of texts by category"
+            f"the rubric {path} has {found}; expected name, system, role and a table [prompts] of texts by category"
         )
     role = str(content.get("role", ROLE))
     rules = {name: Rule(text, role) for name, text in prompts.items()}
