@@ -36,6 +36,7 @@ POSITIVE = frozenset(
     }
 )
 TEXTS = frozenset({"model_type", "hidden_act", "dtype", "torch_dtype", "_name_or_path", "mm_vision_tower"})
+LENGTHS = frozenset({"model_max_length"})  # 10 ** 30 where there is none
 TABLES = frozenset({"text_config", "vision_config", "rope_parameters", "rope_scaling", "quantization_config"})
 
 
@@ -70,7 +71,7 @@ def _check_number(own: str, key: str, value: int, where: str) -> None:
     most = MAX_COUNT if COUNTS.search(own) else MAX_PIXELS_A_SIDE if own in SIDES else MAX_SIZE
     if (own in POSITIVE or most != MAX_SIZE) and value > most:
         raise _unfit(where, key, value, f"at most {most:,}")
-    if abs(value) > 2**53:
+    if abs(value) > 2**53 and own not in LENGTHS:
         raise _unfit(where, key, value, "a number that every program can hold")
 
 

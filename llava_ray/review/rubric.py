@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from llava_ray.config.toml_files import read_toml_file
 from llava_ray.errors import ConfigError, DataError
+from llava_ray.reading import shown
 
 Kind = Literal["pair", "single", "grade"]
 """Two answers with a score of 1 to 10 each; one answer with a score of 1 to 10; one with a grade of 0 to 1."""
@@ -124,7 +125,7 @@ def read_rubric(path: Path, kind: Kind) -> Rubric:
     unknown = sorted(content.keys() - {"name", "system", "role", "prompts"})
     if unknown or not isinstance(prompts, dict) or not prompts or not all(isinstance(p, str) for p in prompts.values()):
         raise ConfigError(
-            f"the rubric {path} has {', '.join(unknown) or 'no usable [prompts]'}; expected name, system, role and a "
+            f"the rubric {path} has {shown(unknown) if unknown else 'no usable [prompts]'}; expected name, system, role and a "
             "table [prompts] of texts by category"
         )
     role = str(content.get("role", ROLE))

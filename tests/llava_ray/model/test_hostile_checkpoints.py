@@ -169,7 +169,7 @@ def test_a_hostile_header_is_refused(header: str, body: bytes, says: str, tmp_pa
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ('{"a": {"b": [1, %s]}}' % ("9" * 30), r"a\.b\.1 is 9{30}, beyond 64 bits"),
+        ('{"a": {"b": [1, %s]}}' % ("9" * 50), r"a\.b\.1 is 9{50}, beyond 101 bits"),
         ('{"a": NaN}', "NaN is no value"),
         (f'{{"a": {deep(70)}}}', "more than 64 lists or tables"),
         (str(deep(100_000)), "is not JSON"),
@@ -319,6 +319,14 @@ def test_padding_needs_no_row(tmp_path: Path, folders) -> None:
     (model / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": "<pad>"}))
     assert not inspect(model).notes
     assert load_pretrained_model(model, vision_tower=folders.tower(), version="v1").tokenizer.pad_token_id == 300
+
+
+def test_a_tokenizer_may_be_for_no_length(bundle: Path, tmp_path: Path) -> None:
+    """Many published ones have the number that transformers writes where none is known."""
+    model = shutil.copytree(bundle, tmp_path / "model")
+    change(model, "tokenizer_config.json", model_max_length=int(1e30))
+    assert not inspect(model).missing
+    assert read_pretrained_blueprint(model).tokenizer.model_max_length == int(1e30)
 
 
 def change(folder: Path, name: str, **values: object) -> None:
