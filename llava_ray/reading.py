@@ -10,7 +10,7 @@ from llava_ray.errors import CheckpointError, ConfigError, LlavaRayError, ModelE
 
 MAX_DEPTH = 64  # of lists and tables in each other
 INT_BITS = 63
-NO_LIMIT = int(1e30)  # what transformers writes as a tokenizer's model_max_length where there is none
+LARGE_INT_BITS = 100  # tokenizers that were trained for no length say 10 ** 30
 MAX_SHOWN = 200  # characters of a value or reason in a message
 
 
@@ -87,8 +87,10 @@ def read_bounded(path: Path, limit: int, kind: type[ModelError | ConfigError] = 
     return content
 
 
-def check_plain(value: Any, where: str, kind: type[ModelError | ConfigError] = ModelError) -> None:
-    """Raise ``kind``, naming the key, for values in too many of each other and for numbers beyond 64 bits."""
+def check_plain(
+    value: Any, where: str, kind: type[ModelError | ConfigError] = ModelError, bits: int = INT_BITS
+) -> None:
+    """Raise ``kind``, naming the key, for values in too many of each other and for numbers of more than ``bits``."""
     stack: list[tuple[Any, str, int]] = [(value, "", 0)]
     while stack:
         value, key, depth = stack.pop()
@@ -97,5 +99,5 @@ def check_plain(value: Any, where: str, kind: type[ModelError | ConfigError] = M
                 raise kind(f"{where}: {shown(key)} has more than {MAX_DEPTH} lists or tables in each other; mend it.")
             inside = value.items() if isinstance(value, dict) else enumerate(value)
             stack += [(item, f"{key}.{name}" if key else str(name), depth + 1) for name, item in inside if item]
-        elif isinstance(value, int) and value.bit_length() > INT_BITS and value != NO_LIMIT:
-            raise kind(f"{where}: {key[:MAX_SHOWN]} is {shown(value)}, beyond 64 bits; mend it.")
+        elif isinstance(value, int) and value.bit_length() > bits:
+            raise kind(f"{where}: {key[:MAX_SHOWN]} is {shown(value)}, beyond {bits + 1} bits; mend it.")

@@ -23,7 +23,7 @@ def odd_value(random: random.Random, old: Any = None) -> Any:
     if isinstance(old, int | float) and not isinstance(old, bool) and random.random() < 0.4:
         return random.choice([old + 1, old - 1, old * 2, -old, old // 2, old * 1000, float(old), str(old), [old]])
     if isinstance(old, str) and random.random() < 0.3:
-        return random.choice([old[:-1], old + "x", old.upper(), [old], old * 3, old.encode().hex()])
+        return random.choice([old[:-1], old + "x", old.upper(), [old], old * 3, old.encode("utf-8", "replace").hex()])
     if isinstance(old, list) and old and random.random() < 0.5:
         return random.choice([old[:-1], old + old, old[::-1], [old], old[0], old * 50, [*old, None]])
     if random.random() < 0.03:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_ray.errors import ModelError
-from llava_ray.reading import check_plain, in_words, is_file, read_bounded, shown
+from llava_ray.reading import LARGE_INT_BITS, check_plain, in_words, is_file, read_bounded, shown
 
 MAX_TOKENIZER_BYTES = 40 * 2**20  # the largest published are of 33 MB; parsed it takes 25 times as much memory
 FILES = {
@@ -74,7 +74,7 @@ def check_files(folder: Path) -> None:
         with in_words("no tokenizer", REMEDY, says=f"can be loaded from {file}"):
             content = read_bounded(file, limit)
             values = json.loads(content) if file.suffix == ".json" else {}
-        check_plain(values, str(file))
+        check_plain(values, str(file), bits=LARGE_INT_BITS)
         for key in ("tokenizer_file", "vocab_file", "merges_file") if name == "tokenizer_config.json" else ():
             named = values.get(key) if isinstance(values, dict) else None
             if named is not None:  # transformers would read that instead of the folder's own

@@ -20,6 +20,7 @@ ACCELERATOR = "accelerator_type:"  # Ray's prefix of the resource that names a G
 MAX_BYTES = 2**17
 MAX_NODES = 10**6
 MAX_PAIRS = 10_000
+MAX_BRACKETS = 1000  # the time to read those that are never closed grows with their square
 DECODE_CPUS = 1.0  # at least, beside workers where there is no pool for decoding
 
 
@@ -130,6 +131,8 @@ def read_cluster_file(path: str | Path) -> ClusterFile:
         content = read_bounded(file, MAX_BYTES, ConfigError)
     except OSError as error:
         raise ConfigError(f"cannot read {what}: {error}") from error
+    if content.count(b"[") + content.count(b"{") > MAX_BRACKETS:
+        raise ConfigError(f"cannot read {what}: it has more than {MAX_BRACKETS:,} opening brackets. Mend it.")
     with in_words(f"cannot read {what}", "Mend it; the shipped ones are in clusters/.", ConfigError, ""):
         documents = [some for some in yaml.load_all(content, _Loader) if isinstance(some, dict)]
     for document in documents:

@@ -13,12 +13,11 @@ from llava_ray.reading import MAX_SHOWN, shown
 MAX_COUNT = 1024  # of layers, labels, …: things that are made one by one
 MAX_SIZE = 2**24
 MAX_PIXELS_A_SIDE = 2**13
-COUNTS = re.compile(r"(?:^|_)(?:layers?|labels|experts|depths?)$")
+COUNTS = re.compile(r"(?:^|_)(?:layers?|labels|depths?)$")
 SIDES = frozenset({"image_size", "patch_size"})
 # What no model can do without; that others may be 0 is theirs to say.
 POSITIVE = frozenset(
     {
-        "head_dim",
         "hidden_size",
         "image_size",
         "intermediate_size",
@@ -35,7 +34,9 @@ POSITIVE = frozenset(
         "vocab_size",
     }
 )
+SIZES = frozenset({"head_dim", "num_experts", "num_local_experts", "n_routed_experts"})  # 0 in some models
 TEXTS = frozenset({"model_type", "hidden_act", "dtype", "torch_dtype", "_name_or_path", "mm_vision_tower"})
+LENGTHS = frozenset({"model_max_length"})  # 10 ** 30 where there is none
 TABLES = frozenset({"text_config", "vision_config", "rope_parameters", "rope_scaling", "quantization_config"})
 
 
@@ -68,9 +69,9 @@ def _check_number(own: str, key: str, value: int, where: str) -> None:
     if own in POSITIVE and value <= 0:
         raise _unfit(where, key, value, "a number above 0")
     most = MAX_COUNT if COUNTS.search(own) else MAX_PIXELS_A_SIDE if own in SIDES else MAX_SIZE
-    if (own in POSITIVE or most != MAX_SIZE) and value > most:
+    if (own in POSITIVE | SIZES or most != MAX_SIZE) and value > most:
         raise _unfit(where, key, value, f"at most {most:,}")
-    if abs(value) > 2**53:
+    if abs(value) > 2**53 and own not in LENGTHS:
         raise _unfit(where, key, value, "a number that every program can hold")
 
 

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from llava_ray.errors import ModelError
 from llava_ray.model.pickled_tensors import read_pickle
-from llava_ray.reading import MAX_SHOWN, check_plain, in_words, is_file, read_bounded, shown
+from llava_ray.reading import LARGE_INT_BITS, MAX_SHOWN, check_plain, in_words, is_file, read_bounded, shown
 
 # Kept by older versions of transformers, and computed by newer ones.
 COMPUTED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
@@ -141,7 +141,7 @@ def read_json(file: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
         raise ModelError(f"{file} is not JSON ({error}): it was cut off or edited. Copy it again.") from error
     if not isinstance(values, dict):
         raise ModelError(f"{file} holds a {type(values).__name__}; expected a JSON object. Copy it again.")
-    check_plain(values, str(file))
+    check_plain(values, str(file), bits=LARGE_INT_BITS)
     return values
 
 

@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 from llava_ray.config.toml_files import read_toml_file
 from llava_ray.errors import ConfigError, DataError
-from llava_ray.reading import reason
+from llava_ray.reading import MAX_SHOWN, in_words, read_bounded
+
+MAX_RULE_BYTES = 2**20
 
 Kind = Literal["pair", "single", "grade"]
 """Two answers with a score of 1 to 10 each; one answer with a score of 1 to 10; one with a grade of 0 to 1."""
@@ -105,13 +107,13 @@ def our_rubric(kind: Kind) -> Rubric:
 
 def read_rules(path: Path) -> Rubric:
     """Read a rule file in LLaVA's format, ``{category: {"role", "prompt"}}``. Raises ConfigError."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    with in_words(
+        f"{path}", "Expected JSON of categories, each with a role and a prompt.", ConfigError, "is no rule file"
+    ):
+        content = json.loads(read_bounded(path, MAX_RULE_BYTES, ConfigError).decode("utf-8-sig"))
         rules = {name: Rule(rule["prompt"], rule["role"]) for name, rule in content.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError(
-            f"{path} is no rule file: {reason(error)}; expected JSON of categories, each with a role and a prompt"
-        ) from error
+        if not all(isinstance(text, str) for rule in rules.values() for text in (rule.prompt, rule.role)):
+            raise TypeError("a role or prompt is no text")
     return Rubric(path.stem, "pair", rules, literal=True)
 
 
@@ -124,9 +126,9 @@ def read_rubric(path: Path, kind: Kind) -> Rubric:
     prompts = content.get("prompts")
     unknown = sorted(content.keys() - {"name", "system", "role", "prompts"})
     if unknown or not isinstance(prompts, dict) or not prompts or not all(isinstance(p, str) for p in prompts.values()):
-        found = ", ".join(name[:40] for name in unknown[:10]) or "no usable [prompts]"
         raise ConfigError(
-            f"the rubric {path} has {found}; expected name, system, role and a table [prompts] of texts by category"
+            f"the rubric {path} has {', '.join(unknown)[:MAX_SHOWN] or 'no usable [prompts]'}; expected name, system, "
+            "role and a table [prompts] of texts by category"
         )
     role = str(content.get("role", ROLE))
     rules = {name: Rule(text, role) for name, text in prompts.items()}

@@ -13,12 +13,14 @@ from pathlib import Path
 import fakes
 import pytest
 import torch
+import transformers
 from damage import deep
 from originals import copy_golden
 from safetensors.torch import load_file, save_file
 
 from llava_ray.errors import ModelError
 from llava_ray.model.bundle import save_bundle
+from llava_ray.model.declared_sizes import check_declared
 from llava_ray.model.exporting import export_bundle
 from llava_ray.model.hub_export import export_hub
 from llava_ray.model.inspection import inspect
@@ -169,7 +171,7 @@ def test_a_hostile_header_is_refused(header: str, body: bytes, says: str, tmp_pa
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ('{"a": {"b": [1, %s]}}' % ("9" * 30), r"a\.b\.1 is 9{30}, beyond 64 bits"),
+        ('{"a": {"b": [1, %s]}}' % ("9" * 50), r"a\.b\.1 is 9{50}, beyond 101 bits"),
         ('{"a": NaN}', "NaN is no value"),
         (f'{{"a": {deep(70)}}}', "more than 64 lists or tables"),
         (str(deep(100_000)), "is not JSON"),
@@ -227,6 +229,26 @@ def test_sizes_are_checked_before_anything_is_made(part: str, key: str, value: o
     with pytest.raises(ModelError, match=str(model)):
         export_bundle(open_model(model), tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
+
+
+@pytest.mark.slow
+def test_every_language_models_own_sizes_are_taken() -> None:
+    """Whatever transformers' defaults are for a language model or a tower of ours, is no fault."""
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    from llava_ray.model.layouts import TOWER_TYPES
+
+    transformers.logging.set_verbosity_error()
+    checked = 0
+    for kind in (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *TOWER_TYPES):
+        try:
+            config = json.loads(CONFIG_MAPPING[kind]().to_json_string())
+        except Exception:  # noqa: BLE001 - some have no defaults
+            continue
+        check_declared(config, kind)
+        checked += 1
+    assert checked > 100
 
 
 def test_an_image_processor_is_checked(bundle: Path, tmp_path: Path) -> None:
@@ -319,6 +341,14 @@ def test_padding_needs_no_row(tmp_path: Path, folders) -> None:
     (model / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": "<pad>"}))
     assert not inspect(model).notes
     assert load_pretrained_model(model, vision_tower=folders.tower(), version="v1").tokenizer.pad_token_id == 300
+
+
+def test_a_tokenizer_may_be_for_no_length(bundle: Path, tmp_path: Path) -> None:
+    """Many published ones have the number that transformers writes where none is known."""
+    model = shutil.copytree(bundle, tmp_path / "model")
+    change(model, "tokenizer_config.json", model_max_length=int(1e30))
+    assert not inspect(model).missing
+    assert read_pretrained_blueprint(model).tokenizer.model_max_length == int(1e30)
 
 
 def change(folder: Path, name: str, **values: object) -> None:
