@@ -8,57 +8,30 @@ A delta is the model's folder as it was, with ``delta.json`` and with the tensor
 import hashlib
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from llava_ray.errors import ModelError
+from llava_ray.model.delta_notes import (
+    DELTA_FILE,
+    DTYPES,
+    FORMAT_VERSION,
+    WEIGHTS,
+    Base,
+    check_note,
+    read_note,
+    weight_places,
+)
 from llava_ray.model.exporting import Exported, new_folder, write_json
-from llava_ray.model.manifest import faults_of, fingerprint, is_bundle
+from llava_ray.model.manifest import fingerprint, is_bundle
 from llava_ray.model.model_files import open_model
 from llava_ray.model.published_layouts import hub_name
 from llava_ray.model.published_names import COMPUTED, LANGUAGE_MODEL
-from llava_ray.model.tensor_files import read_json
 from llava_ray.model.tensor_reading import BITS, check_finite
-from llava_ray.model.weight_files import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE, Stored, read_folder, write_folder
+from llava_ray.model.weight_files import Stored, read_folder, write_folder
 from llava_ray.reading import in_words, shown
-
-DELTA_FILE = "delta.json"
-FORMAT_VERSION = 1
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPE_NAMES}
-WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", INDEX_FILE, "pytorch_model.bin.index.json")
-
-
-class Place(BaseModel):
-    """What delta.json says of a folder with weights: which tensors are differences, and what comes out of each."""
-
-    model_config = ConfigDict(strict=True)
-
-    tensors: dict[str, str]
-    dtypes: dict[str, str]
-    sha256: dict[str, str]
-
-
-class DeltaNote(BaseModel):
-    """The contents of delta.json."""
-
-    model_config = ConfigDict(strict=True)
-
-    base: str
-    base_fingerprint: str
-    places: dict[str, Place]
-
-
-@dataclass(frozen=True)
-class Base:
-    """The language model that a delta is taken from."""
-
-    folder: Path
-    tensors: Mapping[str, Stored]
-    fingerprint: str
 
 
 def make_delta(base: str | Path, target: str | Path, output: str | Path) -> Exported:
@@ -137,37 +110,6 @@ def apply_delta(base: str | Path, delta: str | Path, output: str | Path) -> Expo
     return Exported(Path(output), ("every tensor is, bit for bit, that of the model which the delta was made from",))
 
 
-def read_note(file: Path) -> DeltaNote:
-    """Read delta.json. Raises ModelError that names the key."""
-    values = read_json(file)
-    if values.get("format_version") != FORMAT_VERSION:
-        raise ModelError(f"{file} is of format {shown(values.get('format_version'))}, expected {FORMAT_VERSION}.")
-    try:
-        return DeltaNote.model_validate(values)
-    except ValidationError as error:
-        raise ModelError(f"{file} is no delta's: {faults_of(error)}. Copy it again.") from error
-
-
-def check_note(noted: DeltaNote, source: Path, base: Base) -> None:
-    """Raise ModelError if delta.json speaks of other tensors than the delta and the base hold. Nothing is read."""
-    places = set(weight_places(source))
-    for place, note in noted.places.items():
-        if place not in places:
-            raise ModelError(f"{source / DELTA_FILE}: places has {shown(place)}, no folder with weights in {source}.")
-        stored = read_folder(source / place)
-        for name in sorted(stored.keys() - note.sha256.keys()):
-            raise ModelError(f"{source / DELTA_FILE}: places.{place}.sha256 lacks {shown(name)}; copy it again.")
-        for name, own in note.tensors.items():
-            tensor, old, dtype = stored.get(name), base.tensors.get(own), DTYPES.get(note.dtypes.get(name, ""))
-            if tensor is None or old is None or dtype is None or tensor.dtype != BITS[dtype.itemsize]:
-                raise ModelError(
-                    f"{source / DELTA_FILE}: places.{place} says that {shown(name)} is {shown(own)} of {base.folder} "
-                    "and a difference; one of them is not there, or of another dtype. Copy the delta again."
-                )
-            if not old.shape or old.shape[1:] != tensor.shape[1:] or old.shape[0] > tensor.shape[0]:
-                raise ModelError(f"{tensor.file}: {name} is {tensor.shape}, which is no difference to {old.shape}.")
-
-
 def read_base(base: str | Path) -> Base:
     """Find a language model's tensors, in a folder of its own or inside a model. Raises ModelError."""
     folder = Path(base)
@@ -175,18 +117,6 @@ def read_base(base: str | Path) -> Base:
         return Base(folder, open_model(folder).part(LANGUAGE_MODEL), fingerprint(folder / "language_model"))
     stored = {name: tensor for name, tensor in read_folder(folder).items() if not COMPUTED.search(name)}
     return Base(folder, stored, fingerprint(folder))
-
-
-def weight_places(folder: Path) -> list[str]:
-    """Return the folders below ``folder`` that hold weight files, as relative paths. Raises ModelError for none."""
-    places = [
-        path.relative_to(folder).as_posix()
-        for path in [folder, *sorted(path for path in folder.glob("*") if path.is_dir())]
-        if any(next(path.glob(pattern), None) for pattern in WEIGHTS)
-    ]
-    if not places:
-        raise ModelError(f"{folder} holds no weights ({SINGLE_FILE} or shards); point at the folder of a model.")
-    return places
 
 
 def copy_others(source: Path, new: Path) -> None:

@@ -1,12 +1,11 @@
 """A whole model as files: what it is and where its tensors lie, whatever layout it comes in. Nothing is loaded."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llava_ray.config.sections import ModelConfig
@@ -14,15 +13,13 @@ from llava_ray.errors import ModelError
 from llava_ray.model import original_settings
 from llava_ray.model.blueprint import find_language_model, find_layout, find_vision_tower
 from llava_ray.model.declared_sizes import read_config
-from llava_ray.model.hub_manifest import MIRRORED, OF_TYPE, OUR_KEY, changed, find_noted, read_noted_manifest
-from llava_ray.model.hub_processor import read_preprocessor, write_preprocessor
+from llava_ray.model.hub_manifest import MIRRORED, OF_TYPE, OUR_KEY, find_noted, read_noted_manifest
 from llava_ray.model.inspection import notes_of
 from llava_ray.model.layout import CONFIG, EMBED_TOKENS, TOKENIZER_FILES, Kind, Layout, check_whole
 from llava_ray.model.loading import find_length, find_version
 from llava_ray.model.manifest import Manifest, Part, check_fingerprint, faults_of
-from llava_ray.model.part_configs import build, complete, vision_part
-from llava_ray.model.preprocessor import check_preprocessor
-from llava_ray.model.pretrained import check_shapes
+from llava_ray.model.model_checks import check_parts, find_preprocessor
+from llava_ray.model.part_configs import complete, vision_part
 from llava_ray.model.published_names import (
     COMPUTED,
     IMAGE_NEWLINE,
@@ -33,15 +30,14 @@ from llava_ray.model.published_names import (
     bare_tower_name,
 )
 from llava_ray.model.sources import Source
-from llava_ray.model.tensor_files import StoredTensor, read_json
-from llava_ray.model.token_rows import check_layout_rows, check_table, find_image_token
+from llava_ray.model.tensor_files import StoredTensor
+from llava_ray.model.token_rows import check_layout_rows, find_image_token
 from llava_ray.model.tower import WITH_TEXT_PART
 from llava_ray.model.weight_files import Stored, stored
 from llava_ray.reading import in_words, is_file
 
 ORIGINAL_CONFIG = "original_config"  # in a manifest's training: what of the original's config means nothing to us
 TOWER_FOLDER = "vision_tower"
-PREPROCESSOR = "preprocessor_config.json"
 
 
 @dataclass(frozen=True)
@@ -207,76 +203,6 @@ def language_architecture(language: Source) -> dict[str, Any]:
     """Return the class of a language model, which the original's config.json does not name and vLLM looks for."""
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(language.config.get("model_type")))
     return {"architectures": [name]} if name else {}
-
-
-def find_preprocessor(
-    layout: Layout, tower: Source, noted: Mapping[str, Any], manifest: Manifest
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return the tower's own image processor, and what has to be said of it. Raises ModelError."""
-    file = layout.folder / PREPROCESSOR
-    if layout.kind is not Kind.HUB:
-        return checked_preprocessor(read_json(tower.beside / PREPROCESSOR), tower.beside / PREPROCESSOR), ()
-    values: Any
-    if is_file(file):
-        values = read_json(file)
-    else:  # transformers 5 keeps it among the processor's own settings.
-        file = layout.folder / "processor_config.json"
-        values = read_json(file).get("image_processor")
-    if not isinstance(values, dict):
-        raise ModelError(f"{layout.folder} has no {PREPROCESSOR}; copy it from where the model was published.")
-    if "preprocessor" not in noted:
-        return checked_preprocessor(read_preprocessor(values), file), ()
-    exported = checked_preprocessor(noted["preprocessor"], layout.folder / CONFIG)
-    written = write_preprocessor(exported, manifest)
-    odd = [key for key in sorted(values.keys() & exported.keys()) if values[key] != written[key]]
-    mended = checked_preprocessor({**exported, **{key: values[key] for key in odd}}, file)
-    return mended, tuple(f"{file}: {changed(key, values[key], written[key])}" for key in odd)
-
-
-def checked_preprocessor(values: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """Return an image processor's settings. Raises ModelError for what cannot be any."""
-    check_preprocessor(values, str(file))
-    return dict(values)
-
-
-def check_parts(model: ModelFiles, language: Source, tower: Source, config: Mapping[str, Any]) -> None:
-    """Raise ModelError if the weights are not of the sizes that the parts' configs say, or the projector fits none."""
-    check_table(language.tensors, config, str(language.folder))
-    check_shapes(MODEL_FOR_CAUSAL_LM_MAPPING, build(config, f"{language.folder / CONFIG}"), language, "language model")
-    vision = model.tower_config
-    seeing = {name: t for name, t in tower.tensors.items() if not name.startswith(("text_model.", "logit_"))}
-    check_shapes(
-        MODEL_MAPPING, build(vision, f"{tower.beside / CONFIG}"), replace(tower, tensors=seeing), "vision tower"
-    )
-    check_widths(model)
-
-
-def check_widths(model: ModelFiles) -> None:
-    """Raise ModelError if the projector's shapes are not those of the model's parts."""
-    manifest, projector = model.manifest, model.part(PROJECTOR)
-    in_order = sorted(projector, key=lambda name: (len(name), name))  # "10.weight" after "2.weight"
-    matrices = [projector[name].shape for name in in_order if name.endswith("weight")]
-    if any(len(shape) != 2 for shape in matrices):
-        raise ModelError(f"the projector in {model.folder} has a weight that is no matrix; copy the file again.")
-    widths = (matrices[0][-1], matrices[-1][0]) if matrices else (manifest.mm_hidden_size, manifest.hidden_size)
-    if widths != (manifest.mm_hidden_size, manifest.hidden_size):
-        raise ModelError(
-            f"the projector in {model.folder} goes from width {widths[0]} to {widths[1]}, but tower and language model "
-            f"have {manifest.mm_hidden_size} and {manifest.hidden_size}: these are not one model's files."
-        )
-    parts = (feature_width_of(manifest, model.tower_config), model.language_config["hidden_size"])
-    if parts != (manifest.mm_hidden_size, manifest.hidden_size):
-        raise ModelError(
-            f"{model.folder}: its manifest says widths {manifest.mm_hidden_size} and {manifest.hidden_size}, but its "
-            f"tower and language model have {parts[0]} and {parts[1]}: these are not one model's files."
-        )
-
-
-def feature_width_of(manifest: Manifest, tower: Mapping[str, Any]) -> int:
-    """Return the width of the features of a tower with that config: each layer and each scale adds its own."""
-    layer = manifest.mm_vision_select_layer
-    num_layers = 1 if isinstance(layer, int) else len(layer)
-    return int(tower["hidden_size"]) * num_layers * max(1, len(manifest.s2_scales))
 
 
 def optional_json(file: Path) -> dict[str, Any]:

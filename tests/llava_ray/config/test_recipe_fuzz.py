@@ -144,6 +144,7 @@ def test_damaged_recipes_are_read_or_refused() -> None:
 
 
 @pytest.mark.verify
+@pytest.mark.timeout(7200)
 def test_damaged_recipes_are_read_or_refused_at_length() -> None:
     report = fuzz("recipes", make_target, NUM_PROOF_INPUTS)
     report.save(RESULTS / "fuzz_recipes.json")

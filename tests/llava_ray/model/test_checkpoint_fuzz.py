@@ -192,6 +192,7 @@ def test_damaged_models_are_read_or_refused() -> None:
 
 
 @pytest.mark.verify
+@pytest.mark.timeout(7200)
 def test_damaged_models_are_read_or_refused_at_length() -> None:
     report = fuzz("checkpoints", make_reader, NUM_PROOF_INPUTS)
     report.save(RESULTS / "fuzz_checkpoints.json")
@@ -199,6 +200,7 @@ def test_damaged_models_are_read_or_refused_at_length() -> None:
 
 
 @pytest.mark.verify
+@pytest.mark.timeout(7200)
 def test_damaged_models_are_exported_or_refused() -> None:
     report = fuzz("checkpoint_exports", make_exporter, NUM_EXPORTS)
     report.save(RESULTS / "fuzz_checkpoint_exports.json")
