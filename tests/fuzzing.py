@@ -94,13 +94,13 @@ def _run_child(
                 else:
                     seconds = now - since
                     report.slowest_s = round(max(report.slowest_s, seconds), 3)
+                    num_growths = len(report.growths)
                     _count(kind, value, seed, baseline, report, outcomes)
                     seed += 1
+                    # A peak is never forgotten: the next inputs get a child of their own.
+                    if len(report.growths) > num_growths or len(report.faults) >= MAX_FAULTS:
+                        return seed
                 since = now
-                if report.growths and report.growths[-1].startswith(f"seed {seed - 1}:"):
-                    return seed  # a peak is never forgotten: the next inputs get a child of their own
-                if len(report.faults) >= MAX_FAULTS:
-                    return seed
                 continue
             if not baseline:
                 if time.monotonic() - since > SETUP_S:
