@@ -125,7 +125,7 @@ class ServeSettings(Section):
     cors_allowed_origins: Texts = ()
     """Origins whose pages may call the API from a browser; none by default."""
     moderation_url: str | None = None
-    """Base address of an OpenAI-compatible API whose /moderations is asked before each answer; its key comes from
+    """Base address of an OpenAI-compatible API whose /moderations replicas ask before each answer; its key comes from
     LLAVA_RAY_MODERATION_KEY. What it does not pass, and anything while it does not answer, is refused."""
     moderation_model: str = "omni-moderation-latest"
     """Model that moderates."""
