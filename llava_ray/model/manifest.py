@@ -136,11 +136,13 @@ def fingerprint(folder: Path) -> str:
         )
     digest = hashlib.sha256()
     for file in files:
+        if not is_file(file):  # a link to a device would be read for ever
+            raise BundleError(f"{file} is not an ordinary file; expected weights. Copy the folder anew.")
         size = file.stat().st_size
         with file.open("rb") as stream:
             edges = hashlib.sha256(stream.read(EDGE_BYTES))
             stream.seek(max(0, size - EDGE_BYTES))
-            edges.update(stream.read())
+            edges.update(stream.read(EDGE_BYTES))
         digest.update(f"{file.name} {size} {edges.hexdigest()}\n".encode())
     return digest.hexdigest()
 
