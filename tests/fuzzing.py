@@ -28,6 +28,7 @@ HANG_S = 10.0
 GROWTH_BYTES = 2**30
 POLL_S = 0.05
 SETUP_S = 120.0
+RESULTS = Path(__file__).parent / "benchmarks" / "results"
 MAX_FAULTS = 20  # a fuzzer that fails this often has said enough
 
 Target = Callable[[int], str]
@@ -67,6 +68,13 @@ def fuzz(name: str, make_target: Callable[[], Target], num_inputs: int, first_se
     report.num_inputs = seed - first_seed
     report.outcomes = dict(outcomes.most_common())
     report.seconds = round(time.monotonic() - started, 1)
+    return report
+
+
+def fuzz_at_length(name: str, make_target: Callable[[], Target], num_inputs: int = NUM_PROOF_INPUTS) -> FuzzReport:
+    """Run the inputs of a proof, and keep what came of them with the benchmarks' results."""
+    report = fuzz(name, make_target, num_inputs)
+    report.save(RESULTS / f"fuzz_{name}.json")
     return report
 
 

@@ -81,8 +81,8 @@ class ModelDeployment:
 
     async def __del__(self) -> None:
         """Free the model."""
-        self.replica.decoder.close()
         await self.engine.stop()
+        self.replica.decoder.close()  # last: a model that could not be loaded has no replica
 
 
 @serve.ingress()

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-from llava_ray.deployments.auth import Bucket
+from llava_ray.deployments.auth import ApiKey, Bucket
 from llava_ray.deployments.refusal import RefusalError, Refused
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -55,6 +55,21 @@ class HeldAmounts:
             yield
         finally:
             self.release(holder, amount)
+
+
+def too_many_bytes_in_flight(limits: HeldAmounts) -> Refused:
+    """Return the refusal of a request whose bytes are too many together with those of others."""
+    message = (
+        f"the requests that are being answered hold too many bytes: at most {limits.per_holder:,} with one key or from "
+        f"one address (max_bytes_in_flight_per_key) and {limits.total:,} in all (max_bytes_in_flight); try again"
+    )
+    return Refused(429, message, "too_many_bytes_in_flight", retry_after_s=2)
+
+
+def holder_of(scope: Scope) -> str:
+    """Return who holds a request's bytes: its key's name, or where it comes from."""
+    key: ApiKey | None = scope.get("api_key")
+    return f"key {key.name}" if key is not None and key.sha256 else f"address {scope['client'][0]}"
 
 
 class AddressRates:

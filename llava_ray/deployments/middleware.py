@@ -1,16 +1,16 @@
 """What stands in front of every route: who asks, how much is sent, how long it takes; refused as early as can be."""
 
-import asyncio
 import ipaddress
 import json
 from collections.abc import Callable, Sequence
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llava_ray.deployments.auth import ApiKey, Guard
-from llava_ray.deployments.limits import HeldAmounts, client_address
-from llava_ray.deployments.refusal import RefusalError, Refused
+from llava_ray.deployments.bodies import BodyReading, RefusedBodyError, replayed
+from llava_ray.deployments.limits import HeldAmounts, client_address, holder_of
+from llava_ray.deployments.refusal import Refused
 
 # Where a key is asked for. The rest is health, or the page, whose own login asks for it.
 GUARDED = ("/v1/", "/metrics", "/version")
@@ -18,8 +18,6 @@ COUNTED = "/v1/"
 
 # Answered whatever else is open: who asks these decides whether this process lives on.
 UNCOUNTED = ("/health", "/ready")
-
-MAX_DIGITS = 20  # of a declared length that are looked at
 
 OnRefused = Callable[[Refused], None]
 
@@ -157,112 +155,3 @@ class BodyMiddleware:
             await send_refused(error.refused, send)
         finally:
             reading.release()
-
-
-class RefusedBodyError(RefusalError):
-    """A body that is refused before any route has seen it."""
-
-
-class BodyReading:
-    """Reads one body, and holds its bytes against the limits of all until it is released."""
-
-    def __init__(self, max_bytes: int, setting: str, bytes_in_flight: HeldAmounts, holder: str) -> None:
-        """Read at most ``max_bytes``, which ``setting`` says; ``holder`` is a key's name or an address."""
-        self.max_bytes = max_bytes
-        self.setting = setting
-        self.bytes_in_flight = bytes_in_flight
-        self.holder = holder
-        self.held = 0
-
-    async def read(self, headers: Headers, receive: Receive, timeout_s: float) -> bytes | None:
-        """Return the body; None if the client has gone. Raises RefusedBodyError."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await self.read_chunks(headers, receive)
-        except TimeoutError:
-            message = f"the body did not arrive within {timeout_s:g} s (body_timeout_s)"
-            raise RefusedBodyError(Refused(408, message, "body_timeout")) from None
-
-    async def read_chunks(self, headers: Headers, receive: Receive) -> bytes | None:
-        """Read until the end or the first byte too many."""
-        declared = headers.get("content-length", "0")
-        # "²" is a digit to Python, and thousands of digits are no number to it.
-        self.hold(int(declared[:MAX_DIGITS]) if declared.isascii() and declared.isdigit() else 0)
-        chunks, num_bytes = [], 0
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            chunk = message.get("body", b"")
-            chunks.append(chunk)
-            num_bytes += len(chunk)
-            self.hold(num_bytes)
-            if not message.get("more_body", False):
-                return b"".join(chunks)
-
-    def hold(self, num_bytes: int) -> None:
-        """Hold so many bytes in all. Raises RefusedBodyError for too many."""
-        if num_bytes > self.max_bytes:
-            message = f"a body of {num_bytes:,} bytes; at most {self.max_bytes:,} ({self.setting})"
-            raise RefusedBodyError(Refused(413, message, "body_too_large"))
-        more = num_bytes - self.held
-        if more <= 0:
-            return
-        if not self.bytes_in_flight.take(self.holder, more):
-            raise RefusedBodyError(too_many_bytes_in_flight(self.bytes_in_flight))
-        self.held = num_bytes
-
-    def release(self) -> None:
-        """Give the bytes back."""
-        if self.held:
-            self.bytes_in_flight.release(self.holder, self.held)
-            self.held = 0
-
-
-def too_many_bytes_in_flight(limits: HeldAmounts) -> Refused:
-    """Return the refusal of a request whose bytes are too many together with those of others."""
-    message = (
-        f"the requests that are being answered hold too many bytes: at most {limits.per_holder:,} with one key or from "
-        f"one address (max_bytes_in_flight_per_key) and {limits.total:,} in all (max_bytes_in_flight); try again"
-    )
-    return Refused(429, message, "too_many_bytes_in_flight", retry_after_s=2)
-
-
-def holder_of(scope: Scope) -> str:
-    """Return who holds a request's bytes: its key's name, or where it comes from."""
-    key: ApiKey | None = scope.get("api_key")
-    return f"key {key.name}" if key is not None and key.sha256 else f"address {scope['client'][0]}"
-
-
-def counted(receive: Receive, max_bytes: int, timeout_s: float) -> Receive:
-    """Pass a body on until it is too long or too slow; then its client has gone, as far as the app can tell."""
-    left = max_bytes
-    deadline: float | None = asyncio.get_running_loop().time() + timeout_s  # None once the body is whole
-
-    async def receive_less() -> Message:
-        nonlocal left, deadline
-        try:
-            async with asyncio.timeout_at(deadline):
-                message = await receive()
-        except TimeoutError:
-            return {"type": "http.disconnect"}
-        left -= len(message.get("body", b""))
-        if not message.get("more_body", False):
-            deadline = None
-        return message if left >= 0 else {"type": "http.disconnect"}
-
-    return receive_less
-
-
-def replayed(body: bytes, receive: Receive) -> Receive:
-    """Give the body once, then whatever else comes: a client that leaves."""
-    pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def receive_again() -> Message:
-        while not pending:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return message
-        return pending.pop()
-
-    return receive_again

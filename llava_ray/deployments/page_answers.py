@@ -7,7 +7,7 @@ from contextlib import aclosing, contextmanager
 from typing import Any, TypeVar
 
 from llava_ray.deployments.auth import ANYBODY, ApiKey
-from llava_ray.deployments.middleware import too_many_bytes_in_flight
+from llava_ray.deployments.limits import too_many_bytes_in_flight
 from llava_ray.deployments.page_chat import CURSOR, Figures, Parameters, Shown, chat_request, paths_of
 from llava_ray.deployments.page_uploads import Uploads
 from llava_ray.deployments.refusal import RefusalError

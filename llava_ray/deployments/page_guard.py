@@ -14,17 +14,9 @@ from starlette.requests import cookie_parser
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llava_ray.deployments.auth import ANYBODY, ApiKey
-from llava_ray.deployments.limits import AddressRates
-from llava_ray.deployments.middleware import (
-    GUARDED,
-    UNCOUNTED,
-    BodyReading,
-    counted,
-    holder_of,
-    replayed,
-    route_path,
-    send_refused,
-)
+from llava_ray.deployments.bodies import BodyReading, counted, replayed
+from llava_ray.deployments.limits import AddressRates, holder_of
+from llava_ray.deployments.middleware import GUARDED, UNCOUNTED, route_path, send_refused
 from llava_ray.deployments.page_events import PageEvents
 from llava_ray.deployments.page_sessions import UnreadEvents
 from llava_ray.deployments.refusal import RefusalError, Refused, refuse
@@ -128,9 +120,10 @@ class PageMiddleware:
         """Check what a route of this kind is sent, and let it through. Raises RefusalError."""
         address = scope["client"][0]
         match route.kind:
-            case "plain" | "file":
-                if route.kind == "file":
-                    self.check_file(scope)
+            case "plain":
+                await self.app(scope, replayed(b"", receive), send)
+            case "file":
+                self.check_file(scope)
                 await self.app(scope, replayed(b"", receive), send)
             case "stream":
                 await self.pass_stream(address, scope, receive, send)
@@ -145,7 +138,7 @@ class PageMiddleware:
             case "small":
                 await self.pass_body(SMALL_BODY, scope, receive, send)
             case "event":
-                await self.pass_body(EVENT_BYTES, scope, receive, send)
+                await self.pass_body(EVENT_BYTES, scope, receive, send, as_event=True)
 
     def admit(self, refused: Refused | None) -> None:
         """Raise RefusalError if there is a refusal."""
@@ -181,14 +174,16 @@ class PageMiddleware:
         with streams.hold(address, 1, refused), self.unread.reading(session):
             await self.app(scope, replayed(b"", receive), send)
 
-    async def pass_body(self, max_bytes: int, scope: Scope, receive: Receive, send: Send) -> None:
+    async def pass_body(
+        self, max_bytes: int, scope: Scope, receive: Receive, send: Send, *, as_event: bool = False
+    ) -> None:
         """Read a body whole, and let it through as it was; an event only as it was understood. Raises RefusalError."""
         reading = BodyReading(max_bytes, "of the page", self.front.bytes_in_flight, holder_of(scope))
         try:
             body = await reading.read(Headers(scope=scope), receive, self.settings.body_timeout_s)
             if body is None:
                 return
-            if route_path(scope).endswith("/queue/join"):
+            if as_event:
                 event = self.events.read(body)
                 body = json.dumps(event).encode()
                 self.unread.add(event["session_hash"], holder_of(scope), len(body))

@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from llava_ray.deployments.limits import HeldAmounts
-from llava_ray.deployments.middleware import too_many_bytes_in_flight
+from llava_ray.deployments.limits import HeldAmounts, too_many_bytes_in_flight
 from llava_ray.deployments.refusal import RefusalError
 
 UNREAD_S = 60.0  # the page opens its stream right after an event

@@ -6,12 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fuzzing import NUM_INPUTS, NUM_PROOF_INPUTS, fuzz
+from fuzzing import NUM_INPUTS, fuzz, fuzz_at_length
 
 from llava_ray.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
-RESULTS = ROOT / "tests" / "benchmarks" / "results"
 KEYS = (
     '[keys.alice]\nkey = "0123456789abcdef0123"\nrequests_per_minute = 60\n[keys.bob]\nsha256 = "' + "0a" * 32 + '"\n'
 )
@@ -146,6 +145,5 @@ def test_damaged_recipes_are_read_or_refused() -> None:
 @pytest.mark.verify
 @pytest.mark.timeout(7200)
 def test_damaged_recipes_are_read_or_refused_at_length() -> None:
-    report = fuzz("recipes", make_target, NUM_PROOF_INPUTS)
-    report.save(RESULTS / "fuzz_recipes.json")
+    report = fuzz_at_length("recipes", make_target)
     assert not report.faults

@@ -1,12 +1,8 @@
 """Whatever comes over HTTP is answered, or refused with an error object: mutated requests through the whole front."""
 
-from pathlib import Path
-
 import pytest
-from fuzzing import NUM_INPUTS, NUM_PROOF_INPUTS, fuzz
+from fuzzing import NUM_INPUTS, NUM_PROOF_INPUTS, fuzz, fuzz_at_length
 from request_fuzzing import make_target
-
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 @pytest.mark.slow
@@ -20,7 +16,6 @@ def test_mutated_requests() -> None:
 @pytest.mark.verify
 @pytest.mark.timeout(7200)
 def test_many_mutated_requests() -> None:
-    report = fuzz("requests", make_target, NUM_PROOF_INPUTS)
-    report.save(RESULTS / "fuzz_requests.json")
+    report = fuzz_at_length("requests", make_target)
     assert not report.faults
     assert report.num_inputs == NUM_PROOF_INPUTS

@@ -1,15 +1,12 @@
 """Images made from numbers go through what the service and the training reader call."""
 
-from pathlib import Path
-
 import pytest
-from fuzzing import NUM_INPUTS, NUM_PROOF_INPUTS, Target, fuzz
+from fuzzing import NUM_INPUTS, Target, fuzz, fuzz_at_length
 from image_mutations import make_image, originals
 
 from llava_ray.errors import ImageError
 from llava_ray.images.reading import check_header, check_image, open_image
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 MAX_PIXELS = 50_000_000
 MAX_FRAMES = 64
 
@@ -49,6 +46,5 @@ def test_mutated_images_are_read_or_refused() -> None:
 @pytest.mark.verify
 @pytest.mark.timeout(7200)
 def test_twenty_thousand_mutated_images_are_read_or_refused() -> None:
-    report = fuzz("images", make_target, NUM_PROOF_INPUTS)
-    report.save(RESULTS / "fuzz_images.json")
+    report = fuzz_at_length("images", make_target)
     assert not report.faults

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 from damage import damage
-from fuzzing import NUM_INPUTS, NUM_PROOF_INPUTS, fuzz
+from fuzzing import NUM_INPUTS, fuzz, fuzz_at_length
 
 from llava_ray.errors import LlavaRayError
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 NUM_EXPORTS = 1000
 
 
@@ -194,14 +193,12 @@ def test_damaged_models_are_read_or_refused() -> None:
 @pytest.mark.verify
 @pytest.mark.timeout(7200)
 def test_damaged_models_are_read_or_refused_at_length() -> None:
-    report = fuzz("checkpoints", make_reader, NUM_PROOF_INPUTS)
-    report.save(RESULTS / "fuzz_checkpoints.json")
+    report = fuzz_at_length("checkpoints", make_reader)
     assert not report.faults
 
 
 @pytest.mark.verify
 @pytest.mark.timeout(7200)
 def test_damaged_models_are_exported_or_refused() -> None:
-    report = fuzz("checkpoint_exports", make_exporter, NUM_EXPORTS)
-    report.save(RESULTS / "fuzz_checkpoint_exports.json")
+    report = fuzz_at_length("checkpoint_exports", make_exporter, NUM_EXPORTS)
     assert not report.faults

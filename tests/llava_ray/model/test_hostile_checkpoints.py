@@ -25,6 +25,7 @@ from llava_ray.model.exporting import export_bundle
 from llava_ray.model.hub_export import export_hub
 from llava_ray.model.inspection import inspect
 from llava_ray.model.loading import describe_model, load_pretrained_model, read_pretrained_blueprint
+from llava_ray.model.manifest import fingerprint
 from llava_ray.model.model_files import open_model
 from llava_ray.model.tensor_files import read_json, read_tensor_file
 from llava_ray.model.tensor_reading import check_finite, read_tensor
@@ -303,8 +304,6 @@ def test_a_model_with_nan_is_neither_loaded_nor_exported(part: str, bundle: Path
     save_file(tensors, file, {"format": "pt"})
     manifest = json.loads((model / "llava.json").read_text())
     for inside in ("language_model", "vision_tower"):  # as if it had been saved so
-        from llava_ray.model.manifest import fingerprint
-
         manifest[inside]["fingerprint"] = fingerprint(model / inside)
     (model / "llava.json").write_text(json.dumps(manifest))
     with pytest.raises(ModelError, match=rf"{file}: tensor .* holds 1 of"):
@@ -432,3 +431,9 @@ def test_pipes_and_links_are_no_models_files(bundle: Path, tmp_path: Path) -> No
     (model / "llava.json").symlink_to("/dev/zero")
     with pytest.raises(ModelError, match="is no model"):
         load_pretrained_model(model)
+
+
+def test_weights_that_link_to_a_device_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").symlink_to("/dev/zero")
+    with pytest.raises(ModelError, match=r"model\.safetensors is not an ordinary file"):
+        fingerprint(tmp_path)
