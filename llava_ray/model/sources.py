@@ -148,7 +148,8 @@ def make_config(values: Mapping[str, Any], where: str | Path, part: str) -> PreT
     if model_type not in CONFIG_MAPPING:
         raise ModelError(
             f"the {part} in {where} is of an unknown architecture: model_type is {shown(model_type)} in its "
-            f"config.json, which transformers {transformers_version} does not know. Check the file, or install a version that does."
+            f"config.json, which transformers {transformers_version} does not know. Check the "
+            "file, or install a version that does."
         )
     config_class: type[PreTrainedConfig] = CONFIG_MAPPING[model_type]
     # Written by old versions where there is none, and a deprecated word for new ones.
