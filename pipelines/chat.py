@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
+from llava_ray.config.booleans import bare_switches, switches_of
 from llava_ray.config.chat import ChatSettings
 from llava_ray.errors import LlavaRayError
 from pipelines.command import run_command
@@ -28,7 +29,7 @@ HELP = "/image FILE shows an image with the next question, /clear begins anew; C
 
 def main(arguments: Sequence[str]) -> None:
     """Load the model; answer the prompt, or whatever is typed until Ctrl-D."""
-    settings = tyro.cli(ChatSettings, args=arguments, use_underscores=True, prog="chat.py")
+    settings = tyro.cli(ChatSettings, args=bare_switches(arguments, switches_of(ChatSettings)), use_underscores=True, prog="chat.py")
     from transformers.utils import logging
 
     from llava_ray.generate.chat import load_session

@@ -1,6 +1,7 @@
 """How every pipeline runs as a command: faults in one line, Ctrl-C without a traceback."""
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,8 @@ def run_command(main: Callable[[Sequence[str]], object], *, when_stopped: str = 
         main(sys.argv[1:])
     except LlavaRayError as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    except BrokenPipeError:  # whoever reads the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print(when_stopped, file=sys.stderr)
         sys.exit(INTERRUPTED)

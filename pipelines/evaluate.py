@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import tyro
 
+from llava_ray.config.booleans import bare_switches, switches_of
 from pipelines import evaluate_commands as commands
 from pipelines.command import run_command
 
@@ -21,8 +22,9 @@ def main(arguments: Sequence[str]) -> object:
     """Run the subcommand that is named first: ``run`` takes a recipe, the tools plain arguments."""
     if arguments[:1] == ["run"]:
         return commands.run(arguments[1:])
+    spelt = bare_switches(arguments, switches_of(*TOOLS.values()))
     return tyro.extras.subcommand_cli_from_dict(
-        TOOLS, args=list(arguments), prog="evaluate.py", description=__doc__, use_underscores=True
+        TOOLS, args=spelt, prog="evaluate.py", description=__doc__, use_underscores=True
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import tyro
 
+from llava_ray.config.booleans import bare_switches, switches_of
 from llava_ray.config.preview import PreviewSettings
 from pipelines.command import run_command
 
@@ -20,7 +21,7 @@ NUM_IN_REPORT = 200
 
 def main(arguments: Sequence[str]) -> Path | None:
     """Write the report and return its path, or print the JSON lines."""
-    settings = tyro.cli(PreviewSettings, args=arguments, use_underscores=True, prog="preview.py")
+    settings = tyro.cli(PreviewSettings, args=bare_switches(arguments, switches_of(PreviewSettings)), use_underscores=True, prog="preview.py")
     from llava_ray.data.preview import Rejection, SampleView, token_viewer
     from llava_ray.data.preview_losses import model_viewer
     from llava_ray.data.preview_records import read_records

@@ -11,6 +11,7 @@ import tyro
 from evals.files import need, read_lines
 from evals.llava_bench import relative_score
 from evals.scoring import rounded
+from llava_ray.config.booleans import bare_switches
 from llava_ray.errors import DataError
 
 Files = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
@@ -19,7 +20,7 @@ MAX_FAILED = 0.02
 
 def summarize(arguments: Sequence[str]) -> list[dict[str, Any]]:
     """Print relative scores by category of each file; return them."""
-    return tyro.cli(_summarize, args=list(arguments), prog="review.py summarize", use_underscores=True)
+    return tyro.cli(_summarize, args=bare_switches(arguments, {"json"}), prog="review.py summarize", use_underscores=True)
 
 
 def _summarize(files: Files, ignore: tuple[str, ...] = (), *, json: bool = False) -> list[dict[str, Any]]:
