@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ray
@@ -33,6 +33,10 @@ class Resources:
     use_gpu: bool
     accelerator_type: str | None
     gpus_per_worker: float = 1.0
+    threads: int | None = None
+    """Threads a worker computes with where that is more than the CPUs that it reserves."""
+    cores: int = 1
+    """Cores that are this job's alone, for what runs while no worker does."""
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -42,7 +46,7 @@ class Resources:
     @property
     def num_threads(self) -> int:
         """Threads a worker may compute with."""
-        return max(1, int(self.cpus_per_worker))
+        return self.threads or max(1, int(self.cpus_per_worker))
 
 
 @contextmanager
@@ -64,6 +68,8 @@ def connected(
         if can_grow():  # a node that is made first takes longer than the minute after which Ray Train asks again
             os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")
         resources = fitted(cluster)
+        if started_here and not resources.use_gpu:
+            resources = sharing_cores(resources, runs, given=cluster.cpus_per_worker != "auto")
         check_shared(shared)
         tell(resources, "started here" if started_here else "joined")
         yield resources
@@ -78,7 +84,7 @@ def tell(resources: Resources, how: str) -> None:
     total, pools = ray.cluster_resources(), sorted(find_pools())
     print(  # noqa: T201
         f"Ray: {how}, {len(ray.nodes())} node(s), {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs; "
-        f"{resources.num_workers} worker(s) x {resources.cpus_per_worker:g} CPU"
+        f"{resources.num_workers} worker(s) x {resources.threads or resources.cpus_per_worker:g} CPU"
         + (" + 1 GPU" if resources.use_gpu else "")
         + (f"; pools: {', '.join(pools)}" if pools else ""),
         flush=True,
@@ -142,7 +148,7 @@ def root() -> Path:
 
 def local_cpus(cluster: ClusterConfig, runs: int = 1) -> int:
     """Return the logical CPUs of a local cluster: all there are, and enough for workers and data side by side."""
-    return max(os.cpu_count() or 1, math.ceil(runs * (worker_cpus(cluster) + DATA_CPUS) + DATA_CPUS))
+    return max(num_cores(), math.ceil(runs * (worker_cpus(cluster) + DATA_CPUS) + DATA_CPUS))
 
 
 def worker_cpus(cluster: ClusterConfig) -> float:
@@ -152,7 +158,27 @@ def worker_cpus(cluster: ClusterConfig) -> float:
 
 def local_runs(cluster: ClusterConfig) -> int:
     """Return how many runs at a time this machine's cores can carry."""
-    return max(1, int((os.cpu_count() or 1) / worker_cpus(cluster)))
+    return max(1, int(num_cores() / worker_cpus(cluster)))
+
+
+def sharing_cores(resources: Resources, runs: int, *, given: bool) -> Resources:
+    """Share this machine's cores out to the workers of ``runs`` runs at a time: each computes with its part of them.
+
+    What workers reserve stays as it is, so that the stream of data finds its CPUs; where that was ``given``, they
+    compute with as many.
+    """
+    threads = None if given else max(1, num_cores() // (runs * resources.num_workers))
+    return replace(resources, threads=threads, cores=num_cores())
+
+
+def num_cores() -> int:
+    """Return the cores that this process may use: a container's quota and affinity count."""
+    cores = min(os.cpu_count() or 1, len(os.sched_getaffinity(0)))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # no such file, or "max"
+        return cores
 
 
 def runs_at_once(total: Mapping[str, float], resources: Resources) -> int:

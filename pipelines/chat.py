@@ -29,7 +29,9 @@ HELP = "/image FILE shows an image with the next question, /clear begins anew; C
 
 def main(arguments: Sequence[str]) -> None:
     """Load the model; answer the prompt, or whatever is typed until Ctrl-D."""
-    settings = tyro.cli(ChatSettings, args=bare_switches(arguments, switches_of(ChatSettings)), use_underscores=True, prog="chat.py")
+    settings = tyro.cli(
+        ChatSettings, args=bare_switches(arguments, switches_of(ChatSettings)), use_underscores=True, prog="chat.py"
+    )
     from transformers.utils import logging
 
     from llava_ray.generate.chat import load_session

@@ -21,7 +21,12 @@ NUM_IN_REPORT = 200
 
 def main(arguments: Sequence[str]) -> Path | None:
     """Write the report and return its path, or print the JSON lines."""
-    settings = tyro.cli(PreviewSettings, args=bare_switches(arguments, switches_of(PreviewSettings)), use_underscores=True, prog="preview.py")
+    settings = tyro.cli(
+        PreviewSettings,
+        args=bare_switches(arguments, switches_of(PreviewSettings)),
+        use_underscores=True,
+        prog="preview.py",
+    )
     from llava_ray.data.preview import Rejection, SampleView, token_viewer
     from llava_ray.data.preview_losses import model_viewer
     from llava_ray.data.preview_records import read_records

@@ -20,7 +20,9 @@ MAX_FAILED = 0.02
 
 def summarize(arguments: Sequence[str]) -> list[dict[str, Any]]:
     """Print relative scores by category of each file; return them."""
-    return tyro.cli(_summarize, args=bare_switches(arguments, {"json"}), prog="review.py summarize", use_underscores=True)
+    return tyro.cli(
+        _summarize, args=bare_switches(arguments, {"json"}), prog="review.py summarize", use_underscores=True
+    )
 
 
 def _summarize(files: Files, ignore: tuple[str, ...] = (), *, json: bool = False) -> list[dict[str, Any]]:

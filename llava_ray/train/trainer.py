@@ -176,6 +176,7 @@ def stream_settings(
         data=config.data,
         bf16=config.train.bf16,
         vision_gpus=1 if resources.use_gpu else 0,
+        vision_threads=max(1, resources.cores // config.data.num_vision_actors),
     )
     if config.data.vision_features != "cached":
         return settings
