@@ -445,7 +445,7 @@ class ActorsConfig(Section):
     num_actors: PositiveInt | None = None
     """Copies of the model; default: one a GPU of the cluster, or as many as fit its CPUs."""
     cpus_per_actor: PositiveFloat | Literal["auto"] = "auto"
-    """CPUs that each reserves and computes with; "auto" is one, or on one machine its share where num_actors is given."""
+    """CPUs that each reserves and computes with; "auto" is one, or on one machine its share if num_actors is given."""
 
 
 class EvaluateConfig(Section):
