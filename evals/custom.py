@@ -77,7 +77,7 @@ def exact(text: str) -> str:
 
 def _by_text(normalise: Callable[[str], str]) -> Callable[[Question, str], Grade]:
     def grade(question: Question, answer: str) -> Grade:
-        return right_or_wrong(normalise(answer), [normalise(truth) for truth in question.truths])
+        return right_or_wrong(normalise(answer) or None, [normalise(truth) for truth in question.truths])
 
     return grade
 

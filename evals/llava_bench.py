@@ -64,6 +64,7 @@ class LLaVABench(Benchmark):
     title = "LLaVA-Bench (in the wild)"
     metric = "relative score"
     maximum = 120.0
+    category_maximum = 120.0
     needs_judge = ("llava", "official", "robust")
     is_mean = False
     max_new_tokens = 1024

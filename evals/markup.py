@@ -38,6 +38,7 @@ EMPHASIS = tuple(
         r"~~([^~\n]+)~~",
     )
 )
+STRAY = re.compile(r"\*\*+|(?<![A-Za-z0-9])__+|__+(?![A-Za-z0-9])")
 # A heading, a quotation, a bullet; not "- 5" and "> 5", which may mean less than nothing and more than five.
 LINE_MARK = re.compile(r"^[ \t]*(?:#{1,6}[ \t]+|[*•][ \t]+|[>-][ \t]+(?=[^\W\d]|[\"'(\[*_]))", re.MULTILINE)
 
@@ -62,7 +63,7 @@ def without_markup(text: str) -> str:
     text = LINE_MARK.sub("", text)
     for pattern in EMPHASIS:
         text = pattern.sub(r"\1", text)
-    return text.replace("**", "")
+    return STRAY.sub("", text)
 
 
 def _without_latex(text: str) -> str:

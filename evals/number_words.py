@@ -4,17 +4,18 @@ import re
 
 _ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
 ONES = {word: number for number, word in enumerate(f"{_ONES} seventeen eighteen nineteen".split())}
-TENS = {
-    word: 10 * number
-    for number, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), start=2)
-}
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+TENS = {word: 10 * number for number, word in enumerate(_TENS.split(), start=2)}
 LARGE = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth"
 ORDINALS = {word: number for number, word in enumerate(_ORDINALS.split(), start=1)}
 ENDINGS = {1: "st", 2: "nd", 3: "rd"}
 
 _WORD = "|".join(sorted([*ONES, *TENS, *LARGE], key=len, reverse=True))
-TOLD = re.compile(rf"\b(?:an? (?=hundred\b|thousand\b|million\b|billion\b|dozen\b))?(?:{_WORD})(?:(?:[ -]| and )(?:{_WORD}))*\b(?!-\w)", re.IGNORECASE)
+TOLD = re.compile(
+    rf"\b(?:an? (?=(?:hundred|thousand|million|billion|dozen)\b))?(?:{_WORD})(?:(?:[ -]| and )(?:{_WORD}))*\b(?!-\w)",
+    re.IGNORECASE,
+)
 ORDINAL = re.compile(rf"\b(?:{'|'.join(ORDINALS)})\b", re.IGNORECASE)
 
 

@@ -8,7 +8,9 @@ from evals.option_texts import STAND_IN, equal_options, letter_of, named_options
 from evals.plain_text import plain, without_lead_in
 
 # One letter as the whole answer, by itself or after "option".
-WHOLE = re.compile(r"(?:(?:option|choice|选项?)\s*)?[(\[{<\"']{0,4}([A-Za-z])[)\]}>\"']{0,4}\s*[.:,;!。、]?", re.IGNORECASE)
+WHOLE = re.compile(
+    r"(?:(?:option|choice|选项?)\s*)?[(\[{<\"']{0,4}([A-Za-z])[)\]}>\"']{0,4}\s*[.:,;!。、]?", re.IGNORECASE
+)
 # A letter that is no part of a word, an abbreviation ("U.S."), a unit ("25 °C") or a name ("C++", "C-shaped").
 ALONE = (
     r"(?<![A-Za-z0-9'°])(?<![A-Za-z0-9]-)(?<![A-Za-z]\.)(?<!\d )(?<!° )([A-Z])"
@@ -23,10 +25,13 @@ DECLARED = re.compile(
     rf"|(?i:\b(?:answer|option|choice){IS}(?:(?:option|choice)\s+)?){OPEN}([a-z]){CLOSE}(?=[.,;!]?\s*(?:\n|$))"
 )
 ALSO = re.compile(
-    rf"{CLOSE}\s*(?:[,/&]|\bor\b|\band\b|\bnor\b)\s*(?:maybe |possibly |perhaps |option |also |even |either )*{OPEN}{ALONE}"
+    rf"{CLOSE}\s*(?:[,/&]|\b(?:or|and|nor)\b)\s*(?:(?:maybe|possibly|perhaps|option|also|even|either) )*{OPEN}{ALONE}"
 )
+TEXT_FOLLOWS = re.compile(rf"{CLOSE} ({STAND_IN})")
 DENIED = re.compile(r"\s*(?:is|are|was)?(?: not\b|n't\b| (?:wrong|incorrect|false)\b)")
-LABEL = re.compile(rf"{OPEN}([A-Z])(?:{CLOSE}\s*[.:,、)]|{CLOSE} - |[)\]}}]|\s*\n|(?=\s+(?:because|since|as)\b))\s*(?=\S)")
+LABEL = re.compile(
+    rf"{OPEN}([A-Z])(?:{CLOSE}\s*[.:,、)]|{CLOSE} - |[)\]}}]|\s*\n|(?=\s+(?:because|since|as)\b))\s*(?=\S)"
+)
 LOWER_LABEL = re.compile(r"^[(\[]?[a-z](?:[)\]][.:]?|[.:])(?=\s)")
 OWN_TEXT = re.compile(rf"(?<!\w){OPEN}([A-Z]){CLOSE}\s*[.:,、)-]*\s*(?i:(?:an?|the)\s+)?({STAND_IN})")
 # "A cat" is a cat, "I think" is somebody; "A is right" is the option.
@@ -34,8 +39,8 @@ ARTICLE = re.compile(rf"(?<![A-Za-z0-9'])A (?=[a-z]|{STAND_IN})(?!(?:is|was|beca
 PRONOUN = re.compile(r"(?<![A-Za-z0-9'])I (?=[a-z])(?!(?:is|because|or)\b)")
 NOT_THIS = re.compile(rf"[,;]?\s+(?:and |but )?not (?:an? |the |option )?(?:[A-Z]|{STAND_IN})(?=\s*(?:[.,;:!?)\n]|$))")
 NEGATION = re.compile(
-    r"\b(?:not|no(?! doubt)|never|neither|nor|none|cannot|except|excluding|anything but|incorrect|wrong|false|rather than"
-    r"|instead of|unlike|other than)\b|n't\b|不|非|除了",
+    r"\b(?:not|no(?! doubt)|never|neither|nor|none|cannot|except|excluding|anything but|incorrect|wrong|false"
+    r"|rather than|instead of|unlike|other than)\b|n't\b|不|非|除了",
     re.IGNORECASE,
 )
 CLAUSE = re.compile(r"[.;:,!?\n]|\b(?:because|since|so|though|although|while)\b")
@@ -98,8 +103,12 @@ class OptionReading:
         found = set()
         for match in DECLARED.finditer(self.named):
             letter = (match[1] or match[2] or match[3]).upper()
-            other = ALSO.match(self.named, match.end())
-            if NEGATION.search(_clause(self.named, match.start())) or DENIED.match(self.named, match.end()):
+            if not AFTER.match(self.named, match.end()):
+                continue
+            other, text = ALSO.match(self.named, match.end()), TEXT_FOLLOWS.match(self.named, match.end())
+            if text and letter_of(text[1]) != letter:
+                found |= {letter, letter_of(text[1])}
+            elif NEGATION.search(_clause(self.named, match.start())) or DENIED.match(self.named, match.end()):
                 found |= {"not", letter}
             elif letter in self.letters:
                 found |= {letter, other[1]} if other and other[1] in self.letters else {letter}

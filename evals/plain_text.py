@@ -63,10 +63,10 @@ def without_lead_in(text: str) -> str:
 
 
 def _one_form(text: str) -> str:
-    text = RAISED.sub(lambda match: "^" + unicodedata.normalize("NFKC", match[0]), text.translate(BEFORE))
+    text = VARIATION.sub("", text).translate(BEFORE)
+    text = RAISED.sub(lambda match: "^" + unicodedata.normalize("NFKC", match[0]), text)
     text = unicodedata.normalize("NFKC", HALF.sub(" ", text)).translate(SIGNS)
-    text = "".join(str(unicodedata.digit(char)) if char.isdecimal() else char for char in text)
-    return VARIATION.sub("", text)
+    return "".join(str(unicodedata.digit(char)) if char.isdecimal() else char for char in text)
 
 
 def _unquoted(text: str) -> str:

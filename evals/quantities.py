@@ -76,8 +76,8 @@ NUMBER = re.compile(
     r"(?P<body>\d{1,3} \d{1,3}/\d{1,3}|\d{1,3}(?:,\d{2,3})*,\d{3}(?:\.\d+)?|\d{1,3}(?:[ ']\d{3})+(?:\.\d+)?"
     r"|\d+/\d+|\d+(?:\.\d+)?|\.\d+)"
     r"(?P<power>[eE][+-]?\d+| ?[×x*] ?10\^[+-]?\d+|\^[+-]?\d+)?"
-    r"(?:(?P<close>[kKMB])(?![A-Za-z\d])|(?: ?(?P<scale>hundred|thousand|million|mn|billion|bn|trillion|lakh|crore|dozen)"
-    r"s?(?![A-Za-z])))?"
+    r"(?:(?P<close>[kKMB])(?![A-Za-z\d])"
+    r"|(?: ?(?P<scale>hundred|thousand|million|mn|billion|bn|trillion|lakh|crore|dozen)s?(?![A-Za-z])))?"
     r"(?: ?(?P<percent>%|percent(?![A-Za-z])|per cent(?![A-Za-z])|pct(?![A-Za-z])))?"
     rf"(?:(?P<unit>{ATTACHED})(?![A-Za-z])| (?P<apart>[A-Za-z°$€£¥/]+))?(?:(?<=m)\^?[23])?"
     r"(?![A-Za-z_\d^]|[.,:/]\d|-\d|['/])"
@@ -88,7 +88,9 @@ NOT_THIS = re.compile(
     r"|[<>≥≤±/:]|(?<!\w)-) *(?:about |around |roughly |approximately )?$",
     re.IGNORECASE,
 )
-OPEN_ENDED = re.compile(r" ?(?:\+|±|:\d|or (?:so|more|less|fewer|higher|lower|above|below)\b|and (?:more|above|over|up)\b)")
+OPEN_ENDED = re.compile(
+    r" ?(?:\+|±|:\d|or (?:so|more|less|fewer|higher|lower|above|below)\b|and (?:more|above|over|up)\b)"
+)
 NEGATED = re.compile(r"\b(?:not|never|neither|nor|cannot)\b|n't\b", re.IGNORECASE)
 MONTH = re.compile(
     r"\b(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?"

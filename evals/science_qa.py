@@ -90,6 +90,10 @@ class ScienceQA(Benchmark):
             categories | {"all": total},
         )
 
+    def averaged(self, rows: Sequence[Graded], category: str | None = None) -> Sequence[Graded]:
+        """Return the rows with an image for the headline, or all where none has one."""
+        return rows if category else [row for row in rows if IMAGE in row.categories] or rows
+
     def submit(self, questions: Sequence[Question], answers: Mapping[str, str]) -> dict[str, bytes]:
         """Return results in the form of the authors' script: indices of options, -1 where there is none."""
         letters = {q.id: parse_letter(answers.get(q.id, ""), q.options) for q in questions}

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
-from evals.plain_text import plain
+from evals.plain_text import plain, without_lead_in
 
 YesNo = Literal["yes", "no"]
 
@@ -20,8 +20,11 @@ IS_NOT_THERE = re.compile(
 NEGATED = re.compile(r"\b(?:not|cannot|never|neither)\b|n't\b")
 IN_DOUBT = re.compile(r"\b(?:if|whether|when|unless|i doubt|doubtful|unclear|unsure)\b")
 CLAUSE = re.compile(r"[.,;:!?\n]")
-CLAUSE_FOLLOWS = re.compile(r" *(?:$|[^\w\s]|\n| (?:it|there|he|she|they|we|i|you|this|that|these|those|the|both|all)\b)")
+CLAUSE_FOLLOWS = re.compile(
+    r" *(?:$|[^\w\s]|\n| (?:it|there|he|she|they|we|i|you|this|that|these|those|the|both|all)\b)"
+)
 NEAR = 60  # characters in front of a word that tell what it is
+
 
 def parse_pope(answer: str) -> YesNo:
     """Return "no" if "No", "not" or "no" is a word of the text before the first period, "yes" for all else."""
@@ -46,7 +49,7 @@ def parse_yes_no(answer: str) -> YesNo | None:
     said as answers neither counts; beside a "yes" in front, a later "no" or "not" of the other kind does not matter
     ("Yes, it is not red").
     """
-    text = plain(answer).lower()
+    text = without_lead_in(plain(answer)).lower()
     if SIDE_BY_SIDE.search(text):
         return None
     said = [match for match in WORD.finditer(text) if not SAYS_NOTHING.match(text, match.end())]

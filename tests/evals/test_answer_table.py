@@ -1,6 +1,8 @@
 """Answers and what each means, written by hand: every robust rule reads them so, or not at all where told."""
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 from evals.benchmark import Grade, Question
 from evals.catalogue import make_benchmark
 from evals.letters import parse_letter
+from evals.plain_text import plain
 from evals.yes_no import parse_yes_no
 
 ROWS = [json.loads(line) for line in (Path(__file__).parent / "answer_table.jsonl").read_text("utf-8").splitlines()]
@@ -63,3 +66,31 @@ def test_answers_mean_what_a_person_says_they_mean(rule: str) -> None:
 def same(found: Any, expected: Any) -> bool:
     numbers = isinstance(found, float) and isinstance(expected, int | float)
     return abs(found - expected) < 1e-4 if numbers else bool(found == expected)
+
+
+CHANGES: dict[str, Callable[[str], str]] = {
+    "space": lambda text: f" \n{text}\t ",
+    "full stop": lambda text: f"{text}.",
+    "bold": lambda text: f"**{text}**",
+    "underscores": lambda text: f"__{text.strip()}__",
+    "quotes": lambda text: f'"{text}"',
+    "curly quotes": lambda text: f"“{text}”",
+    "answer": lambda text: f"Answer: {text}",
+    "bold answer": lambda text: f"**Answer:** {text}",
+    "full width": lambda text: "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text),
+    "zero width": lambda text: "\u200b".join(text),
+    "byte order mark": lambda text: f"\ufeff{text}",
+    "tag": lambda text: f"<answer>{text}</answer>",
+    "thought": lambda text: f"<think>Yes, no, A, 7, left.</think>\n{text}",
+    "bold quotes and a full stop": lambda text: f"**“{text}.”**",
+}
+MARKED = re.compile(r"""[.,;:!?"'“”‘’«»「」*_`~<>{}\\$#。！…]""")
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_how_an_answer_is_set_does_not_change_its_value(change: str) -> None:
+    """Of the rows without marks of their own: what stands around or between their characters means nothing."""
+    rows = [row for row in ROWS if plain(row["reply"]) and not MARKED.search(row["reply"])]
+    changed = [(row, value(row, CHANGES[change](row["reply"]))) for row in rows]
+    assert len(rows) > 400
+    assert [(row, found) for row, found in changed if not same(found, row["expected"])] == []
