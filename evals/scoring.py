@@ -9,6 +9,7 @@ from typing import Any
 
 from evals.answers import Answer, Joined, join
 from evals.benchmark import MISSING, Benchmark, Figure, Graded, Judge, Profile, Question, Total, graded
+from evals.files import check_complete
 from evals.statistics import Estimate, estimate_mean, jackknife, wilson
 from llava_ray.errors import DataError
 
@@ -67,6 +68,7 @@ def score(
             f"these questions of {benchmark.title} come without answers: only its server scores them; write the "
             "submission with --output FOLDER, or point to a split with answers"
         )
+    check_truths(benchmark, questions)
     joined = join(questions, answers)
     known = joined.answers
     rows = [graded(q, benchmark.grade(q, known[q.id], profile, judge) if q.id in known else MISSING) for q in questions]
@@ -74,6 +76,13 @@ def score(
     return Result(
         benchmark, profile, rows, joined, total, estimate(benchmark, rows, profile), versions() | dict(provenance or {})
     )
+
+
+def check_truths(benchmark: Benchmark, questions: Sequence[Question]) -> None:
+    """Raise DataError if some questions have answers to score by and others have none."""
+    without = [question.id for question in questions if not question.truths]
+    if len(without) < len(questions):
+        check_complete(without, len(questions), f"the data of {benchmark.title} have no right answer", "the question")
 
 
 def estimate(
