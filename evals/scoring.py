@@ -10,6 +10,7 @@ from typing import Any
 from evals.answers import Answer, Joined, join
 from evals.benchmark import MISSING, Benchmark, Figure, Graded, Judge, Profile, Question, Total, graded
 from evals.files import check_complete
+from evals.published import whole_set
 from evals.statistics import Estimate, estimate_mean, jackknife, wilson
 from llava_ray.errors import DataError
 
@@ -144,6 +145,7 @@ def summarise(result: Result) -> dict[str, Any]:
         **withheld,
         **interval(estimated, share=is_share, maximum=result.benchmark.maximum),
         "num_questions": num,
+        "whole_set": whole_set(result.benchmark.name, num),
         "num_scored": result.num_scored,
         "missing": len(joined.missing),
         "duplicate": len(joined.duplicate),
@@ -177,6 +179,7 @@ def summarise_unscored(
     return summarise(nothing) | {
         "withheld": reason,
         "num_questions": len(questions),
+        "whole_set": whole_set(benchmark.name, len(questions)),
     }
 
 

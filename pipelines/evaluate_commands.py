@@ -11,6 +11,7 @@ import tyro
 from evals.benchmark import Profile
 from evals.comparison import compare as compare_results
 from evals.comparison import read_result
+from evals.published import asked_of
 from evals.tables import headline, interval_text
 from pipelines.evaluation_results import ScoreRequest, score_answers, track, write_results
 
@@ -53,7 +54,8 @@ def score(  # noqa: PLR0913 - flags
         return
     print(f"{summary['benchmark']} ({summary['profile']}): {summary['metric']} {headline(summary)}")
     print(f"  95 % interval  {interval_text(summary)}")
-    for key in ("num_questions", "num_scored", "missing", "duplicate", "extra", "unparsed", "failed"):
+    print(f"  {'questions':<14} {asked_of(summary['benchmark'], summary['num_questions'], summary['num_questions'])}")
+    for key in ("num_scored", "missing", "duplicate", "extra", "unparsed", "failed"):
         print(f"  {key:<14} {summary[key]:,}")
     if "withheld" in summary:
         print(f"  No headline: {summary['withheld']}.", file=sys.stderr)
@@ -76,7 +78,8 @@ def compare(first: First, second: Second, *, json: bool = False) -> None:
     ends = found["confidence_interval"]
     span = f"{ends[0]:+.2f} to {ends[1]:+.2f}" if ends else "not known from one cluster"
     print(f"{found['benchmark']} ({found['profile']}): A - B = {found['difference']:+.2f}, 95 % interval {span}")
-    print(f"  {found['num_compared']:,} questions: A better in {found['better']:,}, B in {found['worse']:,}")
+    asked = asked_of(found["benchmark"], found["num_compared"], found["num_compared"])
+    print(f"  {asked} questions: A better in {found['better']:,}, B in {found['worse']:,}")
     print(f"  The difference is {'' if found['significant'] else 'not '}significant.")
     for line in found["settings_that_differ"]:
         print(f"  Attention: the two were made with a different {line}.", file=sys.stderr)
