@@ -3,12 +3,13 @@
 import csv
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from llava_ray.errors import DataError
 
+MAX_NAMED = 10
 MAX_CELL_BYTES = 2**30  # tables with images in them
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 
@@ -82,6 +83,15 @@ def need(row: Any, key: str, path: Path) -> Any:
         found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise DataError(f"{path}: a row has no {key!r} (it has {found}); is this the official file?")
     return row[key]
+
+
+def check_complete(missing: Sequence[str], num: int, lacking: str, instead: str) -> None:
+    """Raise DataError with the ids that a joined file does not have; what is left over would be another benchmark."""
+    if missing:
+        named = ", ".join(missing[:MAX_NAMED]) + (", …" if len(missing) > MAX_NAMED else "")
+        raise DataError(
+            f"{lacking} for {len(missing):,} of {num:,} questions: {named}; add it, or leave {instead} out."
+        )
 
 
 def picture(cell: Any, path: Path) -> bytes:

@@ -9,7 +9,7 @@ from typing import Any
 from evals.answers import join, read_answers
 from evals.benchmark import Question
 from evals.catalogue import make_benchmark
-from evals.files import need, read_lines
+from evals.files import check_complete, need, read_lines
 from evals.mm_vet import grading_request
 from llava_ray.config.review import ReviewSection
 from llava_ray.errors import DataError
@@ -58,10 +58,8 @@ def read_inputs(review: ReviewSection) -> Inputs:
     questions = _benchmark_questions(review) if review.benchmark else _question_files(review)
     questions = questions[: review.max_items]
     if is_graded(review) and review.references:
-        truths = _answers(Path(review.references), questions).texts
-        questions = [
-            replace(question, truths=(truths[question.id],)) for question in questions if question.id in truths
-        ]
+        truths = _references(review, questions).texts
+        questions = [replace(question, truths=(truths[question.id],)) for question in questions]
     models = _named_apart([_answers(Path(path), questions) for path in review.answers])
     matches: Sequence[tuple[Answered, ...]]
     if review.mode == "pairwise":
@@ -128,6 +126,7 @@ def _answers(path: Path, questions: Sequence[Question]) -> Answered:
 def _references(review: ReviewSection, questions: Sequence[Question]) -> Answered:
     if review.references:
         found = _answers(Path(review.references), questions)
+        check_complete(found.missing, len(questions), f"{review.references} has no reference", "its question")
         return Answered(REFERENCE, found.texts, found.ids)
     return Answered(REFERENCE, {question.id: question.truths[0] for question in questions})
 

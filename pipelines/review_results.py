@@ -94,7 +94,8 @@ def _figures(
     name, figure = FIGURES[kind]
     reviews = [one.review for one in judged]
     model = judged[0].item.names[-1]
-    missing = inputs.missing.get(model, ())
+    # A question without the answer of either model has no review.
+    missing = tuple(dict.fromkeys(item for name in judged[0].item.names for item in inputs.missing.get(name, ())))
     gaps = [Review(item, judged[0].item.names, "given", 0, "open") for item in missing]
     given = [review for review in reviews if review.order == "given"]
     # The published figure is of the given order; a missing answer is a review that is not there.
