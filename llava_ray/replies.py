@@ -15,9 +15,7 @@ MAX_READ = 100_000  # characters of a reply; no verdict is so long
 
 _NAMES = r"(?:think(?:ing)?|thoughts?|reason(?:ing)?|analysis|reflection|scratchpad|seed:think)"
 _OPEN = re.compile(rf"[<\[◁]\s*{_NAMES}\s*[>\]▷]|<\|begin_of_thought\|>|<\|channel\|>\s*analysis\s*<\|message\|>", re.I)
-_CLOSE = re.compile(
-    rf"[<\[◁]\s*/\s*{_NAMES}\s*[>\]▷]|<\|end_of_thought\|>|<\|channel\|>\s*final\s*<\|message\|>", re.I
-)
+_CLOSE = re.compile(rf"[<\[◁]\s*/\s*{_NAMES}\s*[>\]▷]|<\|end_of_thought\|>|<\|channel\|>\s*final\s*<\|message\|>", re.I)
 _WRAPPING = re.compile(r"</?\s*(?:final_?)?(?:answer|output|scores?|ratings?|verdict|result|final)\s*>|<\|\w+\|>", re.I)
 _FENCE = re.compile(r"^\s*(?:```|~~~)\s*[\w-]*\s*$", re.M)
 _BOXED = re.compile(r"\\(?:boxed|text|mathbf)\s*\{([^{}]*)\}")
@@ -49,11 +47,44 @@ _TOKEN = re.compile(
     r"|(?P<mark>\S)",
     re.I,
 )
-_KEYS = {*"score scores rating ratings grade grades mark marks verdict evaluation evaluations correctness".split()}
-_FILLERS = {*"the final overall total my two both are is here as follows for of respectively".split()}
+_KEYS = {
+    *[
+        "score",
+        "scores",
+        "rating",
+        "ratings",
+        "grade",
+        "grades",
+        "mark",
+        "marks",
+        "verdict",
+        "evaluation",
+        "evaluations",
+        "correctness",
+    ]
+}
+_FILLERS = {
+    *[
+        "the",
+        "final",
+        "overall",
+        "total",
+        "my",
+        "two",
+        "both",
+        "are",
+        "is",
+        "here",
+        "as",
+        "follows",
+        "for",
+        "of",
+        "respectively",
+    ]
+}
 _WORDS = dict.fromkeys(_KEYS, "k") | dict.fromkeys(_FILLERS, "w") | dict.fromkeys(("and", "vs", "versus"), ",")
 _WORDS |= dict.fromkeys(("because", "since"), "-")  # where the reasons begin
-_WORDS |= dict.fromkeys("reverse reversed swapped opposite descending ascending".split(), "r")
+_WORDS |= dict.fromkeys(["reverse", "reversed", "swapped", "opposite", "descending", "ascending"], "r")
 _CODES = dict.fromkeys(",;&", ",") | dict.fromkeys(":=", ":") | dict.fromkeys("([{", "(") | dict.fromkeys(")]}", ")")
 _CODES |= {"|": "|", "-": "-"} | dict.fromkeys(".!", ".")
 

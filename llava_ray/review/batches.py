@@ -131,6 +131,9 @@ class Batches:
             self._return([call.key for call in batch], f"HTTP {error.status_code}: {error.message}")
             reason = status_fault(error, self.spec).reason
             raise JudgeError(f"{self.spec.name} takes no batch: {reason}; use judge.delivery = 'sync'") from error
+        if isinstance(sent, str):  # what is no JSON is handed over as it came
+            self._return([call.key for call in batch], NOT_SENT)
+            raise JudgeError(content_fault(sent.encode(), self.spec, Reported(), "it is a text").reason)
         self.ledger.name_batch(by, sent.id)
 
     def _await(self, by: str, keys: Sequence[str], by_key: Mapping[str, int], progress: Progress) -> Iterator[Progress]:

@@ -1,4 +1,4 @@
-"""Why a request to a judge brought nothing: whether it may have been paid, whether any other can succeed, the remedy."""
+"""Why a request to a judge brought nothing: whether it may be paid, whether any other can succeed, and the remedy."""
 
 import os
 import re
@@ -88,24 +88,20 @@ def told_fault(
     remedy = find_remedy(status, f"{words} {told_codes}", body, spec)
     if remedy:
         reason += f"; {remedy}"
-    if set(codes) & set(NO_CREDIT) or status in FATAL_STATUSES:
+    of_the_item = OF_THE_ITEM.search(f"{words} {told_codes}") is not None
+    ours = not of_the_item and (bool(remedy) or bool(set(codes) & set(OUR_MISTAKES)))
+    if set(codes) & set(NO_CREDIT) or status in FATAL_STATUSES or (status < 429 and ours):
         return RequestError("fatal", "refused", reason, reported)
-    if status == 429:
-        return RequestError("throttled", "refused", reason, reported)
     if status in GATEWAY_STATUSES:
         return RequestError("trouble", "uncertain", reason, reported)
-    if status >= 500:
-        return RequestError("trouble", "refused", reason, reported)
-    if OF_THE_ITEM.search(f"{words} {told_codes}"):
-        return RequestError("rejected", "refused", reason, reported)
-    if remedy or set(codes) & set(OUR_MISTAKES):
-        return RequestError("fatal", "refused", reason, reported)
-    return RequestError("rejected", "refused", reason, reported, systematic=True)
+    if status == 429 or status >= 500:
+        return RequestError("throttled" if status == 429 else "trouble", "refused", reason, reported)
+    return RequestError("rejected", "refused", reason, reported, systematic=not of_the_item)
 
 
 def find_remedy(status: int, words: str, body: Mapping[str, Any], spec: JudgeSpec) -> str:
     """Say which setting is to be changed, or ""."""
-    config, name = spec.config, spec.config.api_key_env
+    name = spec.config.api_key_env
     if set(map(str, body.values())) & set(NO_CREDIT) or status == 402:
         return f"the account of the key in {name} has no credit: add some, and the same command goes on"
     if status in (401, 403) or (status == 400 and OF_THE_KEY.search(words)):
@@ -113,14 +109,22 @@ def find_remedy(status: int, words: str, body: Mapping[str, Any], spec: JudgeSpe
         return f"see the environment variable {name} (judge.api_key_env): {state}"
     if status == 404 or str(body.get("code")) in ("model_not_found", "invalid_model"):
         return f"is judge.model = {spec.model!r} right, and {address(spec)}?"
-    if status not in (400, 422) or OF_THE_ITEM.search(words):
+    return (
+        _parameter_remedy(words, str(body.get("param") or ""), spec.config.max_tokens) if status in (400, 422) else ""
+    )
+
+
+def _parameter_remedy(words: str, param: str, max_tokens: int) -> str:
+    """Say which setting makes the parameter that was refused, or ""."""
+    if OF_THE_ITEM.search(words):
         return ""
-    param, supported = str(body.get("param") or ""), re.search(r"use .?(max_\w+)", words, re.IGNORECASE)
-    if supported and supported[1] in ("max_tokens", "max_completion_tokens"):
+    supported = re.search(r"use .?(max_tokens|max_completion_tokens)\b", words, re.IGNORECASE)
+    if supported:
         return f'set judge.token_limit_name = "{supported[1]}"'
     for setting, (pattern, remedy) in PARAMETERS.items():
         if param == setting or (not param and re.search(pattern, words, re.IGNORECASE)):
-            return remedy.format(max_tokens=config.max_tokens, other=_other_limit(setting))
+            other = "max_completion_tokens" if setting == "max_tokens" else "max_tokens"
+            return remedy.format(max_tokens=max_tokens, other=other)
     return ""
 
 
@@ -138,10 +142,6 @@ PARAMETERS = {
     "seed": (r"\bseed\b", "leave judge.seed out"),
     "response_format": (r"response_format|json_schema", 'set judge.response_format = "text"'),
 }
-
-
-def _other_limit(setting: str) -> str:
-    return "max_completion_tokens" if setting == "max_tokens" else "max_tokens"
 
 
 def content_fault(content: bytes, spec: JudgeSpec | None, reported: Reported, why: str) -> RequestError:

@@ -158,6 +158,11 @@ class Limiter:
         await self._open()
         return {"spent": self.purse.spent, "leased": self.purse.leased, "halted": self.halted}
 
+    async def under_way(self) -> int:
+        """Return how many calls were let go and are not settled."""
+        await self._open()
+        return len(self.purse.leases)
+
     def gate(self, judge: str) -> Gate:
         """Return a judge's gate."""
         if judge not in self.gates:
