@@ -47,42 +47,10 @@ _TOKEN = re.compile(
     r"|(?P<mark>\S)",
     re.I,
 )
-_KEYS = {
-    *[
-        "score",
-        "scores",
-        "rating",
-        "ratings",
-        "grade",
-        "grades",
-        "mark",
-        "marks",
-        "verdict",
-        "evaluation",
-        "evaluations",
-        "correctness",
-    ]
-}
-_FILLERS = {
-    *[
-        "the",
-        "final",
-        "overall",
-        "total",
-        "my",
-        "two",
-        "both",
-        "are",
-        "is",
-        "here",
-        "as",
-        "follows",
-        "for",
-        "of",
-        "respectively",
-    ]
-}
-_WORDS = dict.fromkeys(_KEYS, "k") | dict.fromkeys(_FILLERS, "w") | dict.fromkeys(("and", "vs", "versus"), ",")
+_KEYS = ("score", "scores", "rating", "ratings", "grade", "grades", "mark", "marks", "verdict", "correctness")
+_FILLERS = ("the", "final", "overall", "total", "my", "two", "both", "are", "is", "here", "as", "follows", "for", "of")
+_WORDS = dict.fromkeys(_KEYS, "k") | dict.fromkeys((*_FILLERS, "respectively"), "w")
+_WORDS |= dict.fromkeys(("and", "vs", "versus"), ",")
 _WORDS |= dict.fromkeys(("because", "since"), "-")  # where the reasons begin
 _WORDS |= dict.fromkeys(["reverse", "reversed", "swapped", "opposite", "descending", "ascending"], "r")
 _CODES = dict.fromkeys(",;&", ",") | dict.fromkeys(":=", ":") | dict.fromkeys("([{", "(") | dict.fromkeys(")]}", ")")

@@ -132,8 +132,8 @@ def read_usage(usage: Any) -> Usage | None:
         return None
     details = usage.get("prompt_tokens_details")
     cached = details.get("cached_tokens") if isinstance(details, dict) else None
-    numbers = (usage.get("prompt_tokens"), cached or 0, usage.get("completion_tokens") or 0)
+    numbers: tuple[Any, ...] = (usage.get("prompt_tokens"), cached or 0, usage.get("completion_tokens") or 0)
     if not all(type(number) is int and 0 <= number <= MAX_TOKENS for number in numbers):
         return None
-    prompt, cached, output = map(int, numbers)
+    prompt, cached, output = numbers
     return Usage(prompt, min(prompt, cached), output)
