@@ -58,7 +58,7 @@ def read_answers(path: Path) -> list[Answer]:
     """
     if not path.exists():
         raise DataError(f"there is no answers file {path}; make one with evaluate.py run, or give LLaVA's.")
-    content = _read(path)
+    content = read_content(path)
     if isinstance(content, dict):
         return [Answer(str(name), _said(text, name, path)) for name, text in content.items()]
     if not isinstance(content, list):
@@ -117,7 +117,8 @@ def _keys(answer: Answer) -> list[str]:
     return [*with_category, answer.id, *(f"{answer.id}\n{line}" for line in [*lines, " ".join(lines)])]
 
 
-def _read(path: Path) -> Any:
+def read_content(path: Path) -> Any:
+    """Return an answers file's rows, or its texts by id. Raises DataError."""
     text = read_text(path).lstrip()
     if path.suffix == ".json" or text.startswith("["):
         return read_json(path, "repair it")

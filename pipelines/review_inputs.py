@@ -6,9 +6,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from evals.answers import read_content
 from evals.benchmark import Question
 from evals.catalogue import make_benchmark
-from evals.files import need, read_lines
+from evals.files import need
 from evals.mm_vet import grading_request
 from llava_ray.config.review import ReviewSection
 from llava_ray.errors import DataError
@@ -118,7 +119,7 @@ def _contexts(review: ReviewSection) -> dict[str, Any] | None:
 
 def _answers(path: Path, questions: Sequence[Question]) -> Answered:
     joined = join_answers(questions, path)
-    rows = [row for row in read_lines(path) if isinstance(row, dict)] if path.suffix == ".jsonl" else []
+    rows = [row for row in read_content(path) if isinstance(row, dict)] if path.suffix == ".jsonl" else []
     ids = {
         str(row["question_id"]): str(row["answer_id"]) for row in rows if "question_id" in row and "answer_id" in row
     }
