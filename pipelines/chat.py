@@ -9,14 +9,16 @@ import contextlib
 import json
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import tyro
-from transformers.utils import logging
 
+from llava_ray.config.chat import ChatSettings
 from llava_ray.errors import LlavaRayError
-from llava_ray.generate.chat import ChatSession, ChatSettings
-from llava_ray.model.loading import describe_model
 from pipelines.command import run_command
+
+if TYPE_CHECKING:
+    from llava_ray.generate.chat import ChatSession
 
 with contextlib.suppress(ImportError):  # some systems have none
     import readline  # noqa: F401 - lets input() edit and remember lines
@@ -27,8 +29,13 @@ HELP = "/image FILE shows an image with the next question, /clear begins anew; C
 def main(arguments: Sequence[str]) -> None:
     """Load the model; answer the prompt, or whatever is typed until Ctrl-D."""
     settings = tyro.cli(ChatSettings, args=arguments, use_underscores=True, prog="chat.py")
+    from transformers.utils import logging
+
+    from llava_ray.generate.chat import load_session
+    from llava_ray.model.loading import describe_model
+
     logging.disable_progress_bar()
-    session = settings.load()
+    session = load_session(settings)
     print(describe_model(session.parts), file=sys.stderr)
     if settings.prompt is None:
         print(HELP)
@@ -38,7 +45,7 @@ def main(arguments: Sequence[str]) -> None:
         print(json.dumps(vars(reply)) if settings.json else reply.text)
 
 
-def converse(session: ChatSession) -> None:
+def converse(session: "ChatSession") -> None:
     """Answer line by line until the input ends; what cannot be done is said, and the conversation goes on."""
     while True:
         try:
@@ -52,7 +59,7 @@ def converse(session: ChatSession) -> None:
             print(error, file=sys.stderr)
 
 
-def obey(session: ChatSession, line: str) -> None:
+def obey(session: "ChatSession", line: str) -> None:
     """Do what a line says."""
     command, _, rest = line.partition(" ")
     if command == "/image" and rest:

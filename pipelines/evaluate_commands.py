@@ -9,10 +9,6 @@ from typing import Annotated
 import tyro
 
 from evals.benchmark import Profile
-from evals.comparison import compare as compare_results
-from evals.comparison import read_result
-from evals.tables import headline, interval_text
-from pipelines.evaluation_results import ScoreRequest, score_answers, track, write_results
 
 First = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
 Second = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="B")]
@@ -42,6 +38,9 @@ def score(  # noqa: PLR0913 - flags
         tracking_uri: Keep it in this MLflow too.
         json: Print one JSON object and nothing else.
     """
+    from evals.tables import headline, interval_text
+    from pipelines.evaluation_results import ScoreRequest, score_answers, track, write_results
+
     scored = score_answers(ScoreRequest(benchmark, data, answers, profile, reviews))
     summary = scored.summary
     if output is not None:
@@ -69,6 +68,9 @@ def compare(first: First, second: Second, *, json: bool = False) -> None:
         second: Folder of another result of the same benchmark and profile.
         json: Print one JSON object and nothing else.
     """
+    from evals.comparison import compare as compare_results
+    from evals.comparison import read_result
+
     found = compare_results(read_result(first), read_result(second))
     if json:
         print(json_format.dumps(found, ensure_ascii=False))

@@ -4,32 +4,34 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evals.catalogue import make_benchmark
 from evals.tables import headline, interval_text
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import EvaluateConfig
 from llava_ray.errors import ConfigError
-from llava_ray.generate.answers import locate_model
-from llava_ray.runtime import connected
-from llava_ray.shared_storage import Places
-from llava_ray.tracking import default_tracking_uri
-from pipelines.evaluation_asking import (
-    Asked,
-    ask,
-    check_ranking,
-    check_settings,
-    describe_answers,
-    list_benchmarks,
-    token_limit,
-)
 from pipelines.evaluation_results import PROVENANCE, ScoredAnswers, ScoreRequest, score_answers, track, write_results
+
+if TYPE_CHECKING:
+    from llava_ray.shared_storage import Places
+    from pipelines.evaluation_asking import Asked
 
 
 def evaluate(arguments: Sequence[str]) -> list[dict[str, Any]]:
     """Ask what is not answered yet, score everything, write the report; return the summaries."""
     config = load_recipe(EvaluateConfig, arguments)
+    from llava_ray.generate.answers import locate_model
+    from llava_ray.runtime import connected
+    from pipelines.evaluation_asking import (
+        ask,
+        check_ranking,
+        check_settings,
+        describe_answers,
+        list_benchmarks,
+        token_limit,
+    )
+
     print(config.model_dump_json(indent=1, exclude_defaults=True))
     folder, asking = run_folder(config), config.evaluate
     model = locate_model(asking.model_path, asking.model_base, asking.vision_tower, asking.version)
@@ -48,8 +50,10 @@ def evaluate(arguments: Sequence[str]) -> list[dict[str, Any]]:
     return report(config, folder, asked)
 
 
-def shared_places(config: EvaluateConfig) -> Places:
+def shared_places(config: EvaluateConfig) -> "Places":
     """Return what all nodes have to see: model and images. Answers are written here alone."""
+    from llava_ray.shared_storage import Places
+
     asking = config.evaluate
     folders = [folder for _, _, folder in (entry.partition("=") for entry in asking.benchmarks)]
     return Places.of([], [asking.model_path, asking.model_base, asking.vision_tower, *folders])
@@ -67,8 +71,10 @@ def run_folder(config: EvaluateConfig) -> Path:
     return folder
 
 
-def report(config: EvaluateConfig, folder: Path, asked: Sequence[Asked]) -> list[dict[str, Any]]:
+def report(config: EvaluateConfig, folder: Path, asked: "Sequence[Asked]") -> list[dict[str, Any]]:
     """Score everything, write reports and submissions, keep them in MLflow, and say where they are."""
+    from llava_ray.tracking import default_tracking_uri
+
     reviews = {
         make_benchmark(name).name: Path(file) for name, _, file in (r.partition("=") for r in config.score.reviews)
     }

@@ -8,25 +8,31 @@ ray job submit --working-dir . -- python pipelines/finetune.py RECIPE --train.le
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import FinetuneConfig
-from llava_ray.data.preparation import prepare_data
-from llava_ray.runtime import connected
-from llava_ray.shared_storage import Places
-from llava_ray.train.dry_run import describe_run
-from llava_ray.train.trainer import FinishedRun, finetune
 from pipelines.command import run_command, split_dry_run
 
+if TYPE_CHECKING:
+    from llava_ray.shared_storage import Places
+    from llava_ray.train.trainer import FinishedRun
 
-def main(arguments: Sequence[str]) -> FinishedRun | None:
+
+def main(arguments: Sequence[str]) -> "FinishedRun | None":
     """Prepare the data, tune, and say where the results are; or only say what would be done."""
     asked, arguments = split_dry_run(arguments)
     config = load_recipe(FinetuneConfig, arguments)
     if asked.dry_run:
+        from llava_ray.train.dry_run import describe_run
+
         for line in describe_run(config, asked.gpu_memory_gib, asked.cluster_file):
             print(line)
         return None
+    from llava_ray.data.preparation import prepare_data
+    from llava_ray.runtime import connected
+    from llava_ray.train.trainer import finetune
+
     print(config.model_dump_json(indent=1, exclude_defaults=True))
     with connected(config.cluster, shared_places(config)) as resources:
         prepared = prepare_data(config.data)
@@ -35,14 +41,16 @@ def main(arguments: Sequence[str]) -> FinishedRun | None:
     return finished
 
 
-def shared_places(config: FinetuneConfig) -> Places:
+def shared_places(config: FinetuneConfig) -> "Places":
     """Return what all nodes have to see."""
+    from llava_ray.shared_storage import Places
+
     model, data = config.model, config.data
     parts = [model.model_name_or_path, model.model_base, model.vision_tower, model.pretrain_mm_mlp_adapter]
     return Places.of([config.run.storage_path, data.cache_dir], [data.data_path, data.image_folder, *parts])
 
 
-def tell(finished: FinishedRun) -> None:
+def tell(finished: "FinishedRun") -> None:
     """Say what came out, and where."""
     loss = finished.metrics.get("loss", float("nan"))
     print(f"{'Finished before' if finished.reused else 'Finished'}: {finished.num_steps} steps, last loss {loss:.4f}")

@@ -6,22 +6,26 @@ python pipelines/prepare.py RECIPE --data.cache_dir s3://bucket/llava
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import PrepareConfig
-from llava_ray.data.preparation import prepare_data
-from llava_ray.data.shards import PreparedData
-from llava_ray.runtime import connected
-from llava_ray.shared_storage import Places
 from pipelines.command import run_command
+
+if TYPE_CHECKING:
+    from llava_ray.data.shards import PreparedData
 
 # Sections of a recipe for finetune.py that say nothing about data.
 OTHER_SECTIONS = ("model", "train", "lora", "tracking")
 
 
-def main(arguments: Sequence[str]) -> PreparedData:
+def main(arguments: Sequence[str]) -> "PreparedData":
     """Prepare, and say what came out and where it is."""
     config = load_recipe(PrepareConfig, arguments, ignore=OTHER_SECTIONS)
+    from llava_ray.data.preparation import prepare_data
+    from llava_ray.runtime import connected
+    from llava_ray.shared_storage import Places
+
     shared = Places.of([config.data.cache_dir], [config.data.data_path, config.data.image_folder])
     with connected(config.cluster, shared):
         prepared = prepare_data(config.data)
@@ -29,7 +33,7 @@ def main(arguments: Sequence[str]) -> PreparedData:
     return prepared
 
 
-def tell(prepared: PreparedData) -> None:
+def tell(prepared: "PreparedData") -> None:
     """Print counts, reasons, sizes and places."""
     num_records = prepared.num_samples + prepared.num_rejected
     print("Prepared before" if prepared.reused else "Prepared")

@@ -12,12 +12,7 @@ from pathlib import Path
 
 import tyro
 
-from llava_ray.data.preview import PreviewSettings, Rejection, SampleView, token_viewer
-from llava_ray.data.preview_losses import model_viewer
-from llava_ray.data.preview_records import read_records
-from llava_ray.data.preview_report import Findings, describe_findings, make_line, make_report, paint_samples
-from llava_ray.report.charts import check_plotting
-from llava_ray.report.rendering import write_report
+from llava_ray.config.preview import PreviewSettings
 from pipelines.command import run_command
 
 NUM_IN_REPORT = 200
@@ -26,6 +21,13 @@ NUM_IN_REPORT = 200
 def main(arguments: Sequence[str]) -> Path | None:
     """Write the report and return its path, or print the JSON lines."""
     settings = tyro.cli(PreviewSettings, args=arguments, use_underscores=True, prog="preview.py")
+    from llava_ray.data.preview import Rejection, SampleView, token_viewer
+    from llava_ray.data.preview_losses import model_viewer
+    from llava_ray.data.preview_records import read_records
+    from llava_ray.data.preview_report import Findings, describe_findings, make_line, make_report, paint_samples
+    from llava_ray.report.charts import check_plotting
+    from llava_ray.report.rendering import write_report
+
     viewer, judge = model_viewer(settings) if settings.model else (token_viewer(settings), None)
     records = read_records(settings.data, settings.max_samples or (None if settings.json else NUM_IN_REPORT))
     seen = (viewer.view(record) for record in records)

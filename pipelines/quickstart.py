@@ -12,19 +12,15 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from evals import easy_vqa
-from evals.easy_vqa_records import write_conversations, write_open_questions, write_words
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import FinetuneConfig
-from llava_ray.data.preparation import prepare_data
-from llava_ray.generate.answers import Actors
-from llava_ray.model.registry_weights import make_language_model, make_vision_tower
-from llava_ray.report.rendering import write_report
-from llava_ray.runtime import Resources, connected
-from llava_ray.train.trainer import FinishedRun, finetune
 from pipelines.command import run_command, timed
-from pipelines.quickstart_results import answer, make_report, tell
+
+if TYPE_CHECKING:
+    from llava_ray.runtime import Resources
+    from llava_ray.train.trainer import FinishedRun
 
 CACHE, FOLDER, RECIPES = Path("runs/cache/quickstart"), Path("runs/quickstart"), Path("pipelines/recipes/quickstart")
 NUM_TEST_QUESTIONS = 1_000
@@ -32,6 +28,15 @@ NUM_TEST_QUESTIONS = 1_000
 
 def main(arguments: Sequence[str]) -> float:
     """Do every stage that is not done yet, write the report, return the held-out accuracy."""
+    words = load_recipe(FinetuneConfig, [f"{RECIPES}/words.toml", *arguments])
+    from evals import easy_vqa
+    from evals.easy_vqa_records import write_conversations, write_open_questions, write_words
+    from llava_ray.generate.answers import Actors
+    from llava_ray.model.registry_weights import make_language_model, make_vision_tower
+    from llava_ray.report.rendering import write_report
+    from llava_ray.runtime import connected
+    from pipelines.quickstart_results import answer, make_report, tell
+
     seconds: dict[str, float] = {}
     with timed("weights", seconds):
         for weights in (make_vision_tower(CACHE), make_language_model(CACHE)):
@@ -40,7 +45,6 @@ def main(arguments: Sequence[str]) -> float:
         write_words(CACHE, num_first=3_200, num_natural=5_760, seed=0)
         write_open_questions(CACHE, seed=0)
         data = write_conversations(CACHE, seed=0)
-    words = load_recipe(FinetuneConfig, [f"{RECIPES}/words.toml", *arguments])
     with connected(words.cluster) as resources:
         with timed("words", seconds):
             spoken = train(words, resources)
@@ -65,8 +69,11 @@ def main(arguments: Sequence[str]) -> float:
     return float(report["held_out_accuracy"])
 
 
-def train(config: FinetuneConfig, resources: Resources) -> FinishedRun:
+def train(config: FinetuneConfig, resources: "Resources") -> "FinishedRun":
     """Prepare and tune one stage, or find it done."""
+    from llava_ray.data.preparation import prepare_data
+    from llava_ray.train.trainer import finetune
+
     finished = finetune(config, prepare_data(config.data), resources)
     print(f"{'Reused' if finished.reused else 'Trained'}: {finished.folder.bundle}")
     return finished

@@ -9,23 +9,29 @@ The parts and the language model that has learnt the words are those of quicksta
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from evals import easy_vqa
-from evals.easy_vqa_records import write_open_split, write_words
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import FinetuneConfig
-from llava_ray.model.registry_weights import make_language_model, make_vision_tower
-from llava_ray.runtime import connected
+from llava_ray.config.sweep_recipes import load_sweep
 from pipelines.command import run_command
 from pipelines.quickstart import CACHE, RECIPES, train
 from pipelines.sweep import main as sweep
-from pipelines.sweep_results import Sweep
+
+if TYPE_CHECKING:
+    from pipelines.sweep_results import Sweep
 
 RECIPE = "pipelines/recipes/sweep/quickstart.toml"
 
 
-def main(arguments: Sequence[str]) -> Sweep:
+def main(arguments: Sequence[str]) -> "Sweep":
     """Make what the sweep starts from, then sweep."""
+    load_sweep([RECIPE, *arguments])
+    from evals import easy_vqa
+    from evals.easy_vqa_records import write_open_split, write_words
+    from llava_ray.model.registry_weights import make_language_model, make_vision_tower
+    from llava_ray.runtime import connected
+
     for weights in (make_vision_tower(CACHE), make_language_model(CACHE)):
         print(f"{'Reused' if weights.reused else 'Converted'}: {weights.path}")
     write_words(CACHE, num_first=3_200, num_natural=5_760, seed=0)

@@ -10,20 +10,29 @@ Exit code 0: every review came to an end. 3: partial; the same command goes on, 
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from llava_ray.config.recipes import load_settings
+from llava_ray.config.review import ReviewConfig
 from pipelines.command import run_command, split_dry_run
-from pipelines.review_run import Outcome, describe, review
-from pipelines.review_summary import summarize
+
+if TYPE_CHECKING:
+    from pipelines.review_run import Outcome
 
 PARTIAL = 3
 
 
-def main(arguments: Sequence[str]) -> Outcome | None:
+def main(arguments: Sequence[str]) -> "Outcome | None":
     """Review, say what a review would cost, or summarize review files."""
     if arguments[:1] == ["summarize"]:
+        from pipelines.review_summary import summarize
+
         summarize(arguments[1:])
         return None
     asked, others = split_dry_run(arguments)
+    load_settings(ReviewConfig, others)  # --help and a typo answer before the imports, which take seconds
+    from pipelines.review_run import describe, review
+
     if asked.dry_run:
         describe(others)
         return None

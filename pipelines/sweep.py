@@ -10,22 +10,27 @@ The same command goes on where a sweep was interrupted. The best run's model and
 import json
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from llava_ray.config.sweep_recipes import load_sweep
-from llava_ray.report.charts import check_plotting
-from llava_ray.runtime import connected, local_runs
-from llava_ray.sweep.folder import open_sweep
-from llava_ray.sweep.search import search
-from llava_ray.sweep.shared import absolute_space, common_config, share
-from llava_ray.sweep.trial import tune_trial
 from pipelines.command import run_command
-from pipelines.sweep_results import Sweep, closing, keep, tell, track
+
+if TYPE_CHECKING:
+    from pipelines.sweep_results import Sweep
 
 
-def main(arguments: Sequence[str]) -> Sweep:
+def main(arguments: Sequence[str]) -> "Sweep":
     """Make what trials share, run them, write the best one and the report, and say where they are."""
-    check_plotting()
     config, space = load_sweep(arguments)
+    from llava_ray.report.charts import check_plotting
+    from llava_ray.runtime import connected, local_runs
+    from llava_ray.sweep.folder import open_sweep
+    from llava_ray.sweep.search import search
+    from llava_ray.sweep.shared import absolute_space, common_config, share
+    from llava_ray.sweep.trial import tune_trial
+    from pipelines.sweep_results import closing, keep, tell, track
+
+    check_plotting()
     space = absolute_space(space)
     print(config.model_dump_json(indent=1, exclude_defaults=True))
     print(json.dumps({"space": space.model_dump(exclude_defaults=True)["dimensions"]}, indent=1), flush=True)

@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from llava_ray.config.preview import PreviewSettings
 from llava_ray.data.examples import Encoder
-from llava_ray.data.preview import PreviewSettings, Rejection, SampleView, Viewer, find_images
+from llava_ray.data.preview import Rejection, SampleView, Viewer, find_images
 from llava_ray.errors import ConfigError
 from llava_ray.images.geometry import ImageSpec
 from llava_ray.images.processing import normalise

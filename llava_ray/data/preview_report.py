@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from llava_ray.data.preview import PreviewSettings, Rejection, SampleView, Viewer
+from llava_ray.config.preview import PreviewSettings
+from llava_ray.data.preview import Rejection, SampleView, Viewer
 from llava_ray.report.pieces import (
     Bar,
     Card,

@@ -4,19 +4,17 @@ import functools
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Annotated
 
 import torch
-import tyro
 from jaxtyping import Float32
 from PIL import Image
 from torch import Tensor
 
 from llava_ray.chat.conversation import Turn, break_markers, with_markers
 from llava_ray.chat.tokens import tokenize_prompt
-from llava_ray.config.lora import Bits
+from llava_ray.config.chat import ChatSettings
 from llava_ray.config.sections import MAX_IMAGE_PIXELS
-from llava_ray.errors import ConfigError, RecordError
+from llava_ray.errors import RecordError
 from llava_ray.generate.answer_text import AnswerText
 from llava_ray.generate.decoding import decode, default_stops, expand_prompt, generate_batch
 from llava_ray.images.anyres import Size
@@ -25,56 +23,6 @@ from llava_ray.images.processing import normalise
 from llava_ray.images.reading import open_image, read_bytes
 from llava_ray.model.bundle import LlavaParts
 from llava_ray.model.loading import load_pretrained_model
-
-
-@dataclass(frozen=True)
-class ChatSettings:
-    """Talk with a LLaVA, or ask it one question with --prompt."""
-
-    model: Annotated[str, tyro.conf.Positional]
-    """Folder or hub id: a llava_ray bundle, LLaVA's original layout (LoRA and projector-only too), or llava-hf's."""
-    image: tuple[str, ...] = ()
-    """Images of the first question: files or URLs."""
-    prompt: str | None = None
-    """Ask only this. <image> says where an image stands; without it they stand in front."""
-    max_new_tokens: int = 512
-    """At most so many tokens an answer."""
-    temperature: float = 0.2
-    """0 takes the likeliest token each time."""
-    json: bool = False
-    """With --prompt: the last line is one JSON object with ids, the new tokens, and text."""
-    model_base: str | None = None
-    """Language model under an adapter or a projector, where the folder does not name it."""
-    vision_tower: str | None = None
-    """Vision tower, where the folder does not bring or name it."""
-    version: str | None = None
-    """Conversation template, where the folder does not say it."""
-    bits: Bits | None = None
-    """Of the language model's matrices, by default as it was trained; 8 and 4 need bitsandbytes."""
-
-    def __post_init__(self) -> None:
-        """Refuse what would be ignored."""
-        if self.json and self.prompt is None:
-            raise ConfigError("--json writes one answer: give the question with --prompt")
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"--max_new_tokens {self.max_new_tokens}: expected at least 1")
-
-    def load(self) -> "ChatSession":
-        """Load the model, on the GPU in bfloat16 if there is one, and show it the images. Raises ModelError."""
-        on_gpu = torch.cuda.is_available()
-        parts = load_pretrained_model(
-            self.model,
-            self.model_base,
-            vision_tower=self.vision_tower,
-            version=self.version,
-            bits=self.bits,
-            dtype=torch.bfloat16 if on_gpu else torch.float32,
-            device="cuda" if on_gpu else "cpu",
-        )
-        session = ChatSession(parts, self.max_new_tokens, self.temperature)
-        for place in self.image:
-            session.show(place)
-        return session
 
 
 @dataclass(frozen=True)
@@ -159,6 +107,24 @@ class ChatSession:
             )
         say(text.finish())
         return Reply(ids, "".join(said))
+
+
+def load_session(settings: ChatSettings) -> ChatSession:
+    """Load the model, on the GPU in bfloat16 if there is one, and show it the images. Raises ModelError."""
+    on_gpu = torch.cuda.is_available()
+    parts = load_pretrained_model(
+        settings.model,
+        settings.model_base,
+        vision_tower=settings.vision_tower,
+        version=settings.version,
+        bits=settings.bits,
+        dtype=torch.bfloat16 if on_gpu else torch.float32,
+        device="cuda" if on_gpu else "cpu",
+    )
+    session = ChatSession(parts, settings.max_new_tokens, settings.temperature)
+    for place in settings.image:
+        session.show(place)
+    return session
 
 
 def check_room(parts: LlavaParts, num_tokens: int, max_new_tokens: int) -> None:

@@ -17,8 +17,9 @@ from llava_ray.chat.rendering import place_images, render_prompt, render_spans
 from llava_ray.chat.templates import find_template
 from llava_ray.chat.tokenizer import load_tokenizer
 from llava_ray.chat.tokens import tokenize_conversation
+from llava_ray.config.preview import PreviewSettings
 from llava_ray.data.examples import Encoder
-from llava_ray.data.preview import PreviewSettings, Rejection, SampleView, token_viewer
+from llava_ray.data.preview import Rejection, SampleView, token_viewer
 from llava_ray.data.preview_records import read_records
 from llava_ray.data.preview_tokens import collapse_images, join_tokens, split_tokens
 from llava_ray.errors import ConfigError, DataError, ModelError
