@@ -173,13 +173,17 @@ def fingerprint(folder: Path) -> str:
     for file in files:
         if not is_file(file):  # a link to a device would be read for ever
             raise BundleError(f"{file} is not an ordinary file; expected weights. Copy the folder anew.")
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            edges = hashlib.sha256(stream.read(EDGE_BYTES))
-            stream.seek(max(0, size - EDGE_BYTES))
-            edges.update(stream.read(EDGE_BYTES))
-        digest.update(f"{file.name} {size} {edges.hexdigest()}\n".encode())
+        digest.update(f"{file.name} {file.stat().st_size} {edges_of(file)}\n".encode())
     return digest.hexdigest()
+
+
+def edges_of(file: Path) -> str:
+    """Return the sha256 of a file's first and last MiB."""
+    with file.open("rb") as stream:
+        edges = hashlib.sha256(stream.read(EDGE_BYTES))
+        stream.seek(max(0, file.stat().st_size - EDGE_BYTES))
+        edges.update(stream.read(EDGE_BYTES))
+    return edges.hexdigest()
 
 
 def check_fingerprint(folder: Path, expected: str, part: str) -> None:

@@ -157,7 +157,9 @@ def test_a_project_that_is_copied_finds_its_own_parts(folders, samples, pack, tm
     there = tmp_path / "there"
     assert read_manifest(there / "runs/aligned").language_model.base == str(there / "whole/language_model")
     assert read_manifest(there / "whole").vision_tower.base == str(there / "parts/tower")
-    assert torch.equal(losses(load_pretrained_model(there / "runs/aligned"), samples, pack), losses(parts, samples, pack))
+    assert torch.equal(
+        losses(load_pretrained_model(there / "runs/aligned"), samples, pack), losses(parts, samples, pack)
+    )
 
 
 @pytest.mark.parametrize(
