@@ -132,7 +132,10 @@ def test_relative_paths_hold_for_workers_too_and_in_a_copied_project(
     assert str(project) not in Path(first.path, "prepared.json").read_text()
     copied = shutil.copytree(project, tmp_path / "copied")
     monkeypatch.chdir(copied)
-    for moved in (relative, config.replaced({"image_folder": str(copied / "images"), "cache_dir": str(copied / "cache")})):
+    for moved in (
+        relative,
+        config.replaced({"image_folder": str(copied / "images"), "cache_dir": str(copied / "cache")}),
+    ):
         again = prepare_data(moved, show_progress=False)
         assert again.reused
         assert again.path == first.path.replace(str(project), str(copied))
