@@ -17,6 +17,7 @@ from llava_ray.model.card import Card, read_card
 from llava_ray.train.fitting import find_ways
 from llava_ray.train.memory import GIB, GPU_MEMORY_GIB, Memory, estimate
 from llava_ray.train.sizing import measure_sizes, run_settings
+from llava_ray.uploads import MB, check_upload
 
 MAX_COUNTED_BYTES = 128 * 2**20  # of raw JSON that is read only to be counted
 
@@ -54,6 +55,7 @@ def describe_run(
     cluster = read_cluster_file(cluster_file) if cluster_file else None
     if cluster is not None:
         yield from tell_cluster(cluster, config)
+        yield f"Upload {check_upload(Path.cwd()) / MB:.1f} MB with ray job submit --working-dir ."
     device = find_device(config, gpu_memory_gib, cluster)
     card = read_card(config)
     yield from tell_parts(card)
