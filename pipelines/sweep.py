@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from llava_ray.config.sweep_recipes import load_sweep
 from pipelines.command import run_command
+from pipelines.prerequisites import missing_models, refuse_missing
 
 if TYPE_CHECKING:
     from pipelines.sweep_results import Sweep
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str]) -> "Sweep":
     """Make what trials share, run them, write the best one and the report, and say where they are."""
     config, space = load_sweep(arguments)
+    refuse_missing(config, missing_models(config))
     from llava_ray.report.charts import check_plotting
     from llava_ray.runtime import connected, local_runs
     from llava_ray.sweep.folder import open_sweep

@@ -30,7 +30,7 @@ from llava_ray.data.shards import (
     open_prepared,
     write_manifest,
 )
-from llava_ray.data.storage import absolute, file_size, read_file, write_file
+from llava_ray.data.storage import absolute, file_size, read_file, way_from, write_file
 from llava_ray.data.validation import check_images, fetch_images, read_record
 from llava_ray.errors import ConfigError, DataError, RecordError
 from llava_ray.placement import in_pool
@@ -104,7 +104,7 @@ def _prepare_raw(config: DataConfig, show_progress: bool) -> PreparedData:
         "format_version": FORMAT_VERSION,
         "content": fingerprint(kind, files),
         "mixed": config.shuffle_window > 0,
-        "image_folder": image_folder,
+        "image_folder": way_from(absolute(config.cache_dir), image_folder),
         **config.model_dump(include={"max_image_pixels", "max_samples", "samples_per_shard", "shard_size_mb"}),
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
@@ -121,7 +121,7 @@ def _prepare_raw(config: DataConfig, show_progress: bool) -> PreparedData:
     write_file(f"{folder}/{REJECTED}", "".join(json.dumps(row) + "\n" for row in rejected).encode())
     shards = [shard for result in results for shard in result.shards]
     _refuse_lost(folder, sum(shard.num_rows for shard in shards), reasons, config.max_rejected)
-    write_manifest(folder, shards, reasons, {"data_path": absolute(config.data_path), **settings})
+    write_manifest(folder, shards, reasons, {"data_path": way_from(folder, absolute(config.data_path)), **settings})
     return replace(open_prepared(folder), reused=False)  # opened, to see that all nodes wrote to the same storage
 
 
