@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import PrepareConfig
 from llava_ray.data.preparation import prepare_data
+from llava_ray.data.record_keys import describe_ignored
 from llava_ray.data.shards import PreparedData
 from llava_ray.runtime import connected
 from llava_ray.shared_storage import Places
@@ -37,6 +38,8 @@ def tell(prepared: PreparedData) -> None:
     print(f"  rejected   {prepared.num_rejected:>12,}  ({prepared.num_rejected / num_records:.2%})")
     for reason, count in sorted(prepared.rejected_reasons.items(), key=lambda item: -item[1]):
         print(f"    {reason:<18}{count:>5,}")
+    if prepared.ignored_keys:
+        print(f"  {describe_ignored(prepared.ignored_keys)}")
     print(f"  shards     {len(prepared.shards):>12,}")
     print(f"  size       {prepared.num_bytes / 1e6:>12,.1f} MB")
     print(f"  data hash  {prepared.data_hash[:12]:>12}")
