@@ -135,8 +135,8 @@ def check_turns(turns: Sequence[Turn], *, learnt: bool = True) -> None:
         expected: Role = "gpt" if index % 2 else "human"
         if turn.role == "system":
             raise RecordError(
-                f"turn {index + 1} of {len(turns)} is the system's (begins {turn.value[:40]!r}); expected it before all "
-                "others. Move it to the front, or remove it.",
+                f"turn {index + 1} of {len(turns)} is the system's (begins {turn.value[:40]!r}); expected it before "
+                "all others. Move it to the front, or remove it.",
                 reason="roles",
             )
         if turn.role != expected:

@@ -51,11 +51,11 @@ def find_image(entry: Any, image_folder: str) -> bytes | str:
     """Return the bytes of an entry, or the path or URL that leads to them. Raises RecordError."""
     told = entry
     if isinstance(entry, Mapping):  # how Hugging Face's Image columns lie in Parquet
+        given = entry.get("bytes")
+        if isinstance(given, str) and not is_absent(given):
+            is_uri = given[:20].lstrip()[:5].lower() == "data:"
+            return decode_data_uri(given) if is_uri else decode_base64("".join(given.split()))
         told = next((entry[name] for name in ("bytes", "path", "url") if not is_absent(entry.get(name))), None)
-        if isinstance(told, str) and told is entry.get("bytes"):
-            return (
-                decode_data_uri(told) if told.lstrip()[:5].lower() == "data:" else decode_base64("".join(told.split()))
-            )
     if isinstance(told, bytes) and told:
         return told
     if not isinstance(told, str) or not told:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import PurePosixPath
+from typing import Any
 
 from llava_ray.data.records import IMAGE_SUFFIXES, Fault
 from llava_ray.errors import DataError
@@ -14,6 +15,7 @@ from llava_ray.reading import reason
 # Media beside a record that cannot be learnt from; any other file is read past.
 OTHER_MEDIA = {".mp4", ".mkv", ".webm", ".avi", ".mov", ".wav", ".mp3", ".flac", ".ogg", ".m4a", ".pdf", ".npy", ".npz"}
 MAX_MEMBER = 1 << 30  # bytes
+ERRORS: Any = tarfile  # its kinds of damage have no types in the stubs
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class CheckedTar(tarfile.TarFile):
     """A tar that counts what it skips: `tarfile` takes a damaged header for the end, and says nothing."""
 
     num_damaged = 0
+    has_end = False
 
 
 class CheckedHeader(tarfile.TarInfo):
@@ -47,20 +50,26 @@ class CheckedHeader(tarfile.TarInfo):
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> "CheckedHeader":
         """Read the next header."""
+        assert isinstance(tar, CheckedTar)
+        assert tar.fileobj is not None
         try:
             header = super().fromtarfile(tar)
             if header.size >= 0:
                 return header
-        except (tarfile.EOFHeaderError, tarfile.EmptyHeaderError):
+        except ERRORS.EOFHeaderError:
+            tar.has_end = True
             raise
-        except tarfile.TruncatedHeaderError as error:
+        except ERRORS.EmptyHeaderError:
+            raise
+        except ERRORS.TruncatedHeaderError as error:
+            if tar.has_end:
+                raise ERRORS.EmptyHeaderError("a few bytes behind the end") from error
             raise tarfile.ReadError("unexpected end of data") from error
         except (tarfile.HeaderError, ValueError, LookupError, TypeError, AttributeError, OverflowError):
             pass
-        assert isinstance(tar, CheckedTar) and tar.fileobj is not None
         tar.num_damaged += 1
         tar.offset = tar.fileobj.tell() - tarfile.BLOCKSIZE  # from where the next block is tried
-        raise tarfile.InvalidHeaderError("damaged")
+        raise ERRORS.InvalidHeaderError("damaged")
 
 
 def read_tar(path: str) -> Iterator[TarSample]:
@@ -108,16 +117,12 @@ def _members(path: str) -> Iterator[Member]:
                 yield Member(key, suffix, _content(tar, header, suffix))
             if tar.num_damaged > num_damaged:
                 yield _damage(key, tar.num_damaged - num_damaged)
-            if not key:
-                raise tarfile.ReadError("no file is in it")
-    except Exception as error:  # of tarfile's readers, which raise anything on damaged files
-        if isinstance(error, DataError):
-            raise
+    except Exception as error:
         raise DataError(f"{path}: the tar is damaged after {key!r} ({reason(error)}); fetch it again") from error
 
 
 def _damage(key: str, num_blocks: int) -> Member:
-    what = f"{num_blocks} damaged block(s) of the tar, after {key!r}, are no file; what stood there is lost: fetch it again"
+    what = f"{num_blocks} damaged block(s) after {key!r} are no file; what stood there is lost: fetch the tar again"
     return Member(f"{key}+damaged", "", Fault(what))
 
 

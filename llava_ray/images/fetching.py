@@ -131,7 +131,7 @@ def _check_status(status: int, headers: Any, url: str) -> None:
         raise _Busy(f"the host answered {status}{phrase}", _asked_pause(headers.get("retry-after")))
     if status in GONE:
         raise ImageError(
-            f"image {shown(url)} does not exist: the host answered {status}{phrase}; mend the link, or remove the record",
+            f"image {shown(url)} does not exist: the host answered {status}{phrase}; mend the link, or drop it",
             reason="image_missing",
         )
     raise _unreadable(url, f"the host answered {status}{phrase}")

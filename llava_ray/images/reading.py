@@ -67,37 +67,37 @@ def read_bytes(path: str) -> bytes:
             return fetch_image(fsspec.filesystem("http"), path)
         filesystem, place = _open_place(path)
         return bytes(filesystem.cat_file(place))
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise ImageError(
-            f"image {shown(path)} does not exist; check data.image_folder, or fetch the file", reason="image_missing"
-        ) from error
-    except PermissionError as error:
-        raise ImageError(
-            f"image {shown(path)} may not be read ({reason(error)}); give this user read permission",
-            reason="image_unreadable",
-        ) from error
-    except OSError as error:
-        if error.errno in OF_ONE_NAME:
-            raise ImageError(
-                f"image {shown(path)} is no name that a file can have ({reason(error)}); check the record",
-                reason="image_missing",
-            ) from error
-        raise DataError(
-            f"reading image {shown(path)} failed ({reason(error)}): the storage did not answer; start again when it "
-            "does, finished shards are kept"
-        ) from error
     except LlavaRayError:
         raise
-    except (ValueError, RuntimeError) as error:  # a NUL or half a surrogate pair in a name; a home of nobody
-        raise ImageError(
-            f"image {shown(path)} is no name that a file can have ({reason(error)}); check the record",
-            reason="image_missing",
-        ) from error
-    except Exception as error:  # of other people's storage drivers
-        raise DataError(
-            f"reading image {shown(path)} failed ({reason(error)}): check the address and your credentials, and start "
-            "again; finished shards are kept"
-        ) from error
+    except Exception as error:
+        raise _said_of(path, error) from error
+
+
+def _said_of(path: str, error: Exception) -> DataError:
+    """Return what a failure says: of one image, or of the storage."""
+    name = shown(path)
+    if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
+        return ImageError(
+            f"image {name} does not exist; check data.image_folder, or fetch the file", reason="image_missing"
+        )
+    if isinstance(error, PermissionError):
+        return ImageError(
+            f"image {name} may not be read ({reason(error)}); give this user read permission", reason="image_unreadable"
+        )
+    # A NUL or half a surrogate pair in a name, a home of nobody: no OSError.
+    if isinstance(error, ValueError | RuntimeError) or (isinstance(error, OSError) and error.errno in OF_ONE_NAME):
+        return ImageError(
+            f"image {name} is no name that a file can have ({reason(error)}); check the record", reason="image_missing"
+        )
+    if isinstance(error, OSError):
+        return DataError(
+            f"reading image {name} failed ({reason(error)}): the storage did not answer; start again when it does, "
+            "finished shards are kept"
+        )
+    return DataError(
+        f"reading image {name} failed ({reason(error)}): check the address and your credentials, and start again; "
+        "finished shards are kept"
+    )
 
 
 def _read_local(path: str) -> bytes:
