@@ -25,7 +25,8 @@ def render_spans(turns: Sequence[Turn], template: Template, *, open_turn: bool =
     """Write the turns down as spans; joined, they are the prompt.
 
     Learnt are the answers (but those that are only read) with the space before them and the text that ends them.
-    Raises RecordError for turns that no template can write (see `check_turns`), TemplateError for turns that this template cannot.
+    Raises RecordError for turns that no template can write (see `check_turns`), TemplateError for turns that this one
+    cannot.
     """
     check_turns(turns, learnt=not open_turn)
     if open_turn and turns[-1].role != "human":
