@@ -13,6 +13,7 @@ from evals.comparison import compare as compare_results
 from evals.comparison import read_result
 from evals.published import asked_of
 from evals.tables import headline, interval_text
+from pipelines.command import split_dry_run
 from pipelines.evaluation_results import ScoreRequest, score_answers, track, write_results
 
 First = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
@@ -86,7 +87,17 @@ def compare(first: First, second: Second, *, json: bool = False) -> None:
 
 
 def run(arguments: Sequence[str]) -> list[dict[str, object]]:
-    """Ask a model the questions of several benchmarks and score its answers; the same command goes on."""
+    """Ask a model the questions of several benchmarks and score its answers; the same command goes on.
+
+    With ``--dry-run`` only say what would be asked.
+    """
+    asked, arguments = split_dry_run(arguments)
+    if asked.dry_run:
+        from pipelines.evaluation_dry_run import describe
+
+        for line in describe(arguments, asked.gpu_memory_gib):
+            print(line)
+        return []
     from pipelines.evaluation_run import evaluate
 
     return evaluate(arguments)

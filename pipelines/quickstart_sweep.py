@@ -24,7 +24,7 @@ from pipelines.sweep_results import Sweep
 RECIPE = "pipelines/recipes/sweep/quickstart.toml"
 
 
-def main(arguments: Sequence[str]) -> Sweep:
+def main(arguments: Sequence[str]) -> Sweep | None:
     """Make what the sweep starts from, then sweep."""
     for weights in (make_vision_tower(CACHE), make_language_model(CACHE)):
         print(f"{'Reused' if weights.reused else 'Converted'}: {weights.path}")

@@ -2,6 +2,7 @@
 """Search a space of settings: many fine-tuning runs, stopped early, judged on held-out samples.
 
 python pipelines/sweep.py pipelines/recipes/sweep/llava_v1_5_7b.toml --data.data_path blip_558k.json …
+python pipelines/sweep.py RECIPE --dry-run [--gpu_memory_gib 40]     # trials, steps, memory, time; starts nothing
 ray job submit --working-dir . -- python pipelines/sweep.py RECIPE --sweep.num_trials 32
 
 The same command goes on where a sweep was interrupted. The best run's model and recipe are in the sweep's folder.
@@ -18,14 +19,24 @@ from llava_ray.sweep.folder import open_sweep
 from llava_ray.sweep.search import search
 from llava_ray.sweep.shared import absolute_space, common_config, share
 from llava_ray.sweep.trial import tune_trial
-from pipelines.command import run_command
+from pipelines.command import run_command, split_dry_run
 from pipelines.sweep_results import Sweep, closing, keep, tell, track
 
 
-def main(arguments: Sequence[str]) -> Sweep:
-    """Make what trials share, run them, write the best one and the report, and say where they are."""
-    check_plotting()
+def main(arguments: Sequence[str]) -> Sweep | None:
+    """Make what trials share, run them, write the best one and the report, and say where they are.
+
+    With ``--dry-run`` only say what would be done.
+    """
+    asked, arguments = split_dry_run(arguments)
     config, space = load_sweep(arguments)
+    if asked.dry_run:
+        from llava_ray.sweep.dry_run import describe_sweep
+
+        for line in describe_sweep(config, space, asked.gpu_memory_gib):
+            print(line)
+        return None
+    check_plotting()
     space = absolute_space(space)
     print(config.model_dump_json(indent=1, exclude_defaults=True))
     print(json.dumps({"space": space.model_dump(exclude_defaults=True)["dimensions"]}, indent=1), flush=True)
