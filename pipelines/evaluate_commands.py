@@ -10,6 +10,7 @@ import tyro
 
 from evals.benchmark import Profile
 from evals.published import asked_of
+from pipelines.command import split_dry_run
 
 First = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
 Second = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="B")]
@@ -88,7 +89,17 @@ def compare(first: First, second: Second, *, json: bool = False) -> None:
 
 
 def run(arguments: Sequence[str]) -> list[dict[str, object]]:
-    """Ask a model the questions of several benchmarks and score its answers; the same command goes on."""
+    """Ask a model the questions of several benchmarks and score its answers; the same command goes on.
+
+    With ``--dry-run`` only say what would be asked.
+    """
+    asked, arguments = split_dry_run(arguments)
+    if asked.dry_run:
+        from pipelines.evaluation_dry_run import describe
+
+        for line in describe(arguments, asked.gpu_memory_gib):
+            print(line)
+        return []
     from pipelines.evaluation_run import evaluate
 
     return evaluate(arguments)

@@ -89,8 +89,8 @@ def report(config: EvaluateConfig, folder: Path, asked: "Sequence[Asked]") -> li
     uri = config.tracking.tracking_uri or default_tracking_uri(config.run.storage_path)
     run_id = track(uri, str(folder.resolve()), summaries, folder, config.tracking.experiment_name)
     for summary in summaries:
-        asked = asked_of(summary["benchmark"], summary["num_questions"], summary["num_questions"])
-        figures = f"{headline(summary):>9}  {interval_text(summary)}  ({summary['metric']}, {asked} questions)"
+        num = asked_of(summary["benchmark"], summary["num_questions"], summary["num_questions"])
+        figures = f"{headline(summary):>9}  {interval_text(summary)}  ({summary['metric']}, {num} questions)"
         print(f"{summary['benchmark']:<16} {figures}")
         if "withheld" in summary:
             print(f"  {summary['withheld']}")

@@ -26,7 +26,9 @@ def test_a_dry_run_names_the_questions_without_a_reference(tmp_path: Path, more:
     files = write_review_files(tmp_path, 20)
     keep_only(files / "gpt4.jsonl", 10)
     num = "2 of 12" if "12" in more else "10 of 20"
-    with pytest.raises(DataError, match=rf"gpt4.jsonl has no reference for {num} questions: 10, 11.*; add it, or leave"):
+    with pytest.raises(
+        DataError, match=rf"gpt4.jsonl has no reference for {num} questions: 10, 11.*; add it, or leave"
+    ):
         main([*flags(files, "http://127.0.0.1:9/v1", tmp_path / "out", *more), "--dry-run"])
 
 
@@ -54,5 +56,5 @@ def test_a_wording_that_not_all_questions_have_is_no_wording(tmp_path: Path) -> 
     assert ScienceQA().read(folder)
     said = [{"id": "0", "conversations": [{"value": "<image>\nWhat?"}]}]
     (folder / "llava_test_CQM-A.json").write_text(json.dumps(said))
-    with pytest.raises(DataError, match="llava_test_CQM-A.json has no wording for .* questions"):
+    with pytest.raises(DataError, match=r"llava_test_CQM-A.json has no wording for .* questions"):
         ScienceQA().read(folder)
