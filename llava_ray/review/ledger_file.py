@@ -314,7 +314,7 @@ def read_final_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Go through a ledger's whole lines; none where there is no file. Raises DataError."""
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), path.open("rb") as file:
         for line in file:
             if line.endswith(b"\n"):
                 yield parse_line(line, path)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from review_files import flags, write_review_files
 
+import pipelines.review_report
 import pipelines.review_run
 from llava_ray.config.review import JudgeConfig
 from llava_ray.errors import ConfigError
@@ -26,6 +27,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         raise AssertionError("Ray was started")
 
     monkeypatch.setattr(pipelines.review_run, "connected", started)
+    monkeypatch.setattr(pipelines.review_report, "track", lambda *others: None)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     return write_review_files(tmp_path / "files", 8)
 
@@ -105,7 +107,7 @@ def test_a_budget_that_is_spent_is_told_without_ray(files: Path, tmp_path: Path)
         "model": "m",
     }
     (tmp_path / "out").mkdir()
-    told = row | {"time": 1.0, "dollars": 2.0, "finish_reason": "stop"}
+    told = row | {"model": "m", "time": 1.0, "dollars": 2.0, "finish_reason": "stop"}
     (tmp_path / "out/ledger.jsonl").write_text(json.dumps(told) + "\n")
     outcome = main([*base, "--budget.dollars", "2"])
     assert outcome is not None
@@ -124,7 +126,7 @@ def test_a_recipes_budget_asks_for_no_price(files: Path, tmp_path: Path, capsys:
     assert "$0" not in said
     assert "dollars, " not in said
     assert "the recipe's budget of $10 does not hold" in said
-    with pytest.raises(ConfigError, match="budget.dollars needs the price of scripted"):
+    with pytest.raises(ConfigError, match=r"budget\.dollars needs the price of scripted"):
         main([*base, "--budget.dollars", "1", "--dry-run"])
     main([*base, *PRICE, "--dry-run"])
     assert "dollars, at most" in capsys.readouterr().out
