@@ -181,3 +181,11 @@ def test_a_full_disk_leaves_whole_lines_and_says_what_to_do(tmp_path: Path, room
     ledger.claim(["b"], "r")
     ledger.close()
     assert [row.get("key") for row in read_rows(tmp_path / "ledger.jsonl")] == [None, "a", "b"]
+
+
+def test_a_device_or_folder_is_no_ledger(tmp_path: Path) -> None:
+    for place in (Path("/dev/full"), Path("/dev/zero"), tmp_path):
+        with pytest.raises(ConfigError, match="no ordinary file"):
+            LedgerFile(place, "one")
+        with pytest.raises(ConfigError, match="no ordinary file"):
+            read_account(place)
