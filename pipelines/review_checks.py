@@ -96,7 +96,7 @@ def check_output(output: Path, plan: CallPlan, keys: Collection[str]) -> None:
         lines = path.read_text(encoding="utf-8").splitlines()
         rows = [review for line in lines for review in json.loads(line)["reviews"]]
         scored = {review["key"]: str(review["judge"]) for review in rows if review["scores"] is not None}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is not a review's: choose another --output, or move it away") from error

@@ -146,8 +146,8 @@ def review(arguments: Sequence[str]) -> Outcome:
     check_output(job.output, job.plan, set(job.keys))
     if waiting:
         check_key(job.config.judge, job.plan)
-        check_room(job.output, job.ledger, len(waiting), min(job.config.judge.max_tokens, TYPICAL_OUTPUT))
         note_budget(job, waiting, progress)
+        check_room(job.output, job.ledger, len(waiting), min(job.config.judge.max_tokens, TYPICAL_OUTPUT))
     with replaced(job.output / "resolved.json") as path:
         path.write_text(job.config.model_dump_json(indent=1) + "\n", encoding="utf-8")
     print(f"{len(job.plan):,} reviews, {progress.cached:,} of them in the ledger already", flush=True)

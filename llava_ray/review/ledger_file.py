@@ -103,6 +103,7 @@ class LedgerFile:
         """Open, lock, cut a line that was not finished, and read the others. Raises ConfigError, DataError."""
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            check_ordinary(self.path)
             self.file = self.path.open("a+b", buffering=0)
         try:
             self._lock()
@@ -253,7 +254,8 @@ class LedgerFile:
                 while rest:
                     rest = rest[self.file.write(rest) :]
             except OSError:
-                self.file.truncate(self.end)  # a line is whole or is not there
+                with contextlib.suppress(OSError):
+                    self.file.truncate(self.end)  # a line is whole or is not there
                 raise
         self.end += len(line)
         self._apply(row)
@@ -313,11 +315,18 @@ def read_final_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Go through a ledger's whole lines; none where there is no file. Raises DataError."""
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+    """Go through a ledger's whole lines; none where there is no file. Raises ConfigError, DataError."""
+    check_ordinary(path)
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), path.open("rb") as file:
         for line in file:
             if line.endswith(b"\n"):
                 yield parse_line(line, path)
+
+
+def check_ordinary(path: Path) -> None:
+    """Raise ConfigError for a folder or a device in a ledger's place."""
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} is no ordinary file, and no ledger can be kept in it: choose another --ledger")
 
 
 def parse_line(line: bytes, path: Path) -> dict[str, Any]:
