@@ -97,18 +97,14 @@ def tell_part(part: Part, config: EvaluateConfig) -> Iterator[str]:
         how = f"{part.num_ranked:,} with options to rank by their {config.evaluate.ranking}, others {how}"
     told = f", {answered:,} of them answered already" if answered else ""
     yield f"{name:<16}{asked_of(name, num, num)} questions{told}; {how}"
-    absent = [file for question in part.waiting for file in question.images if not is_there(file)]
+    files = [file for question in part.waiting for file in question.images if isinstance(file, Path)]
+    absent = [file for file in files if not file.is_file()]
     if absent:
         yield f"{'':<16}{len(absent):,} images are not there, the first: {absent[0]}"
     if not any(question.truths for question in part.questions):
         yield f"{'':<16}without right answers here: a server scores the submission file"
     elif config.score.profile in part.benchmark.needs_judge and not named_review(config, name):
         yield f"{'':<16}needs a judge's reviews to be scored (score.reviews)"
-
-
-def is_there(image: Path | bytes) -> bool:
-    """Tell whether an image can be read from here."""
-    return isinstance(image, bytes) or image.is_file()
 
 
 def named_review(config: EvaluateConfig, name: str) -> bool:
@@ -203,7 +199,7 @@ def tell_time(
     share = f"{actors:,} actors" if actors > 1 else "one actor"
     return (
         f"Time      about {low} ({high} if every answer takes all its tokens), {share} at {pace.name}; starting and "
-        "loading come on top. Take it for right within a factor of three."
+        "loading come on top. It counts operations: small models take longer."
     )
 
 

@@ -158,7 +158,7 @@ def tell_time(config: SweepConfig, card: Card, fewest: int | None, most: int | N
     trials = f"{at_once:,} trials" if at_once > 1 else "one trial"
     yield (
         f"Time    about {span} at {pace.name}, {trials} at a time, {in_words(step)} a step of {tokens:,.0f} tokens a "
-        "sample; starting trials and judging them come on top. Take it for right within a factor of three."
+        "sample; starting trials and judging them come on top. It counts operations: small models take longer."
     )
 
 
