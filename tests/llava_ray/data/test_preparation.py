@@ -184,6 +184,7 @@ def test_limit_is_judged_again_when_reused(tmp_path: Path) -> None:
         prepare_data(config.replaced({"data_path": lenient.path}), show_progress=False)
 
 
+ASK = {"from": "human", "value": "a"}
 ODD = {
     "dead link": ({"image": "{base}/status/403"}, "image_unreadable", "answered 403"),
     "gone": ({"image": "{base}/status/410"}, "image_missing", "answered 410"),
@@ -193,9 +194,9 @@ ODD = {
     "NUL": ({"image": "a\0.jpg"}, "image_missing", "no name"),
     "video": ({"video": "a.mp4"}, "unsupported", "`video`"),
     "tools": ({"tools": [{"type": "function"}]}, "unsupported", "`tools`"),
-    "string part": ({"conversations": None, "messages": [{"role": "user", "content": ["?"]}]}, "malformed", "part 1 is str"),
-    "tool turn": ({"conversations": [{"from": "human", "value": "a"}, {"from": "tool", "value": "b"}]}, "roles", "'tool'"),
-    "half a pair": ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "\ud800"}]}, "malformed", "surrogate"),
+    "part": ({"conversations": None, "messages": [{"role": "user", "content": ["?"]}]}, "malformed", "part 1 is str"),
+    "tool turn": ({"conversations": [ASK, {"from": "tool", "value": "b"}]}, "roles", "'tool'"),
+    "half a pair": ({"conversations": [ASK, {"from": "gpt", "value": "\ud800"}]}, "malformed", "surrogate"),
 }  # fmt: skip
 ODD_TEXTS = {
     "bytes": (b'{"id": "\xe9"}', "malformed", "not UTF-8"),

@@ -1,6 +1,7 @@
 """What a record may say: obeyed, read past and counted, or refused by name; never left out in silence."""
 
 import base64
+import copy
 import io
 import json
 import re
@@ -53,7 +54,8 @@ REFUSED = {
     "audios": ["a.wav"], "speech": "a.wav", "tools": [{"type": "function"}],
     "functions": [{"name": "f"}],
     "tool_calls": [{"id": 1}],
-    "function_call": {"name": "f"}, "reasoning": "because", "reasoning_content": "because", "thinking": "hm", "cot": "hm",
+    "function_call": {"name": "f"}, "reasoning": "because",
+    "reasoning_content": "because", "thinking": "hm", "cot": "hm",
     "chosen": ASSISTANT, "rejected": ASSISTANT, "rejected_response": "no", "prompt": "Hi", "completion": "x",
     "instruction": "Be", "history": [["a", "b"]], 
     "mask": [0, 1], "loss_mask": [0, 0], "weight": 0.5, "loss": 0,
@@ -303,6 +305,21 @@ def test_an_answer_of_no_weight_is_read_and_not_learnt(tokenizer, mark, version)
     half = all_learnt.index(True) + sum(all_learnt) // 2
     assert sum(learnt) * 2 == sum(all_learnt)
     assert not any(learnt[:half])
+
+
+def test_a_tokenizers_own_template_obeys_both(tokenizer) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    template = find_template("chat_template", tokenizer)
+    turns = read({"system": "Be brief.", "conversations": [ASK, {**SAY, "weight": 0}, ASK, SAY]}).turns
+    [example] = Encoder(tokenizer, template, ImageTokens(1, 1), 1000).encode(turns, [])
+    served = tokenize_prompt(turns[1:4], template.with_system("Be brief."), tokenizer)
+    assert example.input_ids.tolist()[: len(served)] == served
+    assert set(example.labels[: len(served)].tolist()) == {-100}
+    assert example.num_supervised == len([label for label in example.labels[len(served) :] if label != -100]) > 0
 
 
 @pytest.mark.parametrize(
