@@ -178,7 +178,7 @@ def _quantity(match: re.Match[str]) -> Quantity | None:
     if match["sign"].startswith(("-", "m", "n", "M", "N")) != (match["inner"] == "-"):
         value = -value
     unit = match["money"] or UNITS.get((match["unit"] or match["apart"] or "").lower(), "")
-    return Quantity(value + 0.0, match["percent"] is not None, unit, float(above) if below else None)
+    return Quantity(value + 0.0, match["percent"] is not None, unit, float(above) if below and not whole else None)
 
 
 def _power(power: str, base: float) -> float:
