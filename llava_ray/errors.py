@@ -14,8 +14,8 @@
     └── JudgeError         a request to a judge that brought no review
 
 Each message says what was found, where, and what to do. Every class is a ``ValueError`` or ``RuntimeError``
-as well, so callers that know nothing of llava_ray still catch the right family. ``Stopped`` is none of them: a run that was
-asked to stop has not failed.
+as well, so callers that know nothing of llava_ray still catch the right family. ``Stopped`` is none of them: a run
+that was asked to stop has not failed.
 """
 
 import signal

@@ -3,7 +3,9 @@
 import logging
 import math
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +15,7 @@ import ray
 
 from llava_ray.config.sections import ClusterConfig
 from llava_ray.errors import ConfigError
+from llava_ray.library_log import LibraryLog
 from llava_ray.placement import can_grow, find_pools, pool_resources
 from llava_ray.shared_storage import Places, check_shared
 from llava_ray.uploads import check_upload
@@ -54,32 +57,58 @@ class Resources:
 
 @contextmanager
 def connected(
-    cluster: ClusterConfig, shared: Places = NOTHING_SHARED, *, runs: int = 1, quiet: bool = False
+    cluster: ClusterConfig,
+    shared: Places = NOTHING_SHARED,
+    *,
+    runs: int = 1,
+    quiet: bool = False,
+    storage_path: str | None = None,
 ) -> Iterator[Resources]:
     """Join the cluster that ``cluster.address``, the job or the machine names, or start a local one; leave it after.
 
-    A local one has room for ``runs`` at a time; ``quiet`` keeps what workers print out of this terminal. Yields what
-    the run may take. Raises ConfigError when the cluster cannot be reached, is too small, or its nodes do not all see
-    what is ``shared``.
+    A local one has room for ``runs`` at a time. What libraries and workers say goes to a file in ``storage_path``;
+    with ``quiet`` the workers' lines stay in Ray's own files. Yields what the run may take. Raises ConfigError when the
+    cluster cannot be reached, is too small, or its nodes do not all see what is ``shared``.
     """
     if ray.is_initialized():  # a notebook or a test that has its own
         check_shared(shared)
         yield fitted(cluster)
         return
-    started_here = start(cluster, runs=runs, quiet=quiet)
+    log = LibraryLog(storage_path)
+    print(f"Starting Ray; the libraries' own lines go to {log.path}", flush=True)  # noqa: T201
+    with log.taking_over():
+        with keeping_sigterm():
+            started_here = start(cluster, runs=runs, quiet=quiet)
+        log.take_workers_lines()
+        with leaving(started_here):
+            if can_grow():  # a node that is made first takes longer than the minute after which Ray Train asks again
+                os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")
+            resources = fitted(cluster)
+            if started_here and not resources.use_gpu:
+                resources = sharing_cores(resources, runs, given=cluster.cpus_per_worker != "auto")
+            check_shared(shared)
+            tell(resources, "started here" if started_here else "joined")
+            yield resources
+
+
+@contextmanager
+def leaving(started_here: bool) -> Iterator[None]:
+    """Leave Ray at the end of the block."""
     try:
-        if can_grow():  # a node that is made first takes longer than the minute after which Ray Train asks again
-            os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")
-        resources = fitted(cluster)
-        if started_here and not resources.use_gpu:
-            resources = sharing_cores(resources, runs, given=cluster.cpus_per_worker != "auto")
-        check_shared(shared)
-        tell(resources, "started here" if started_here else "joined")
-        yield resources
+        yield
     finally:
         ray.shutdown()
         if started_here:
             os.environ.pop(DASHBOARD_VARIABLE, None)
+
+
+@contextmanager
+def keeping_sigterm() -> Iterator[None]:
+    """Give SIGTERM back to whom it belonged: Ray takes it, and its libraries print a stack where it comes."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def tell(resources: Resources, how: str) -> None:

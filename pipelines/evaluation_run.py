@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 def evaluate(arguments: Sequence[str]) -> list[dict[str, Any]]:
     """Ask what is not answered yet, score everything, write the report; return the summaries."""
     config = load_recipe(EvaluateConfig, arguments)
+    print(config.model_dump_json(indent=1, exclude_defaults=True), flush=True)
     from llava_ray.generate.answers import locate_model
     from llava_ray.runtime import connected
     from pipelines.evaluation_asking import (
@@ -33,7 +34,6 @@ def evaluate(arguments: Sequence[str]) -> list[dict[str, Any]]:
         token_limit,
     )
 
-    print(config.model_dump_json(indent=1, exclude_defaults=True))
     folder, asking = run_folder(config), config.evaluate
     model = locate_model(asking.model_path, asking.model_base, asking.vision_tower, asking.version)
     made = describe_answers(asking, model)
@@ -44,7 +44,7 @@ def evaluate(arguments: Sequence[str]) -> list[dict[str, Any]]:
             stack.enter_context(one.file)
             check_settings(one.file.path.parent / PROVENANCE, made | {"max_new_tokens": token_limit(asking, one)})
         if any(one.unanswered() for one in asked):
-            with connected(config.cluster, shared_places(config)):
+            with connected(config.cluster, shared_places(config), storage_path=config.run.storage_path):
                 ask(config, model, asked)
         for one in asked:
             one.file.arrange([question.id for question in one.questions])
@@ -74,7 +74,7 @@ def run_folder(config: EvaluateConfig) -> Path:
 
 def report(config: EvaluateConfig, folder: Path, asked: "Sequence[Asked]") -> list[dict[str, Any]]:
     """Score everything, write reports and submissions, keep them in MLflow, and say where they are."""
-    from llava_ray.tracking import default_tracking_uri
+    from llava_ray.tracking import default_tracking_uri, describe_page
 
     reviews = {
         make_benchmark(name).name: Path(file) for name, _, file in (r.partition("=") for r in config.score.reviews)
@@ -94,5 +94,5 @@ def report(config: EvaluateConfig, folder: Path, asked: "Sequence[Asked]") -> li
         print(f"{summary['benchmark']:<16} {figures}")
         if "withheld" in summary:
             print(f"  {summary['withheld']}")
-    print(f"  report   {folder}/report.html\n  mlflow   mlflow ui --backend-store-uri {uri}  (run {run_id})")
+    print(f"  report   {folder}/report.html\n  mlflow   {describe_page(uri, run_id)}")
     return summaries

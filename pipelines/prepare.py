@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> "PreparedData":
     from llava_ray.shared_storage import Places
 
     shared = Places.of([config.data.cache_dir], [config.data.data_path, config.data.image_folder])
-    with connected(config.cluster, shared):
+    with connected(config.cluster, shared, storage_path=config.run.storage_path):
         prepared = prepare_data(config.data)
     tell(prepared)
     return prepared

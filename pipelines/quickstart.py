@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> float:
         write_words(CACHE, num_first=3_200, num_natural=5_760, seed=0)
         write_open_questions(CACHE, seed=0)
         data = write_conversations(CACHE, seed=0)
-    with connected(words.cluster) as resources:
+    with connected(words.cluster, storage_path=words.run.storage_path) as resources:
         with timed("words", seconds):
             spoken = train(words, resources)
         common = ["--model.model_name_or_path", spoken.folder.bundle]

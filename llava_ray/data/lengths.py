@@ -23,6 +23,7 @@ from llava_ray.data.examples import Encoder, encode_record
 from llava_ray.data.shards import PreparedData, read_rows
 from llava_ray.errors import DataError, RecordError
 from llava_ray.images.tokens import ImageTokens
+from llava_ray.library_log import terminal
 from llava_ray.placement import in_pool
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def measure_shards(prepared: PreparedData, settings: EncoderSettings) -> tuple[l
     else:
         measure = ray.remote(measure_shard).options(**in_pool("decode"))
         pending = [measure.remote(*shard) for shard in shards]
-        results = [ray.get(task) for task in tqdm(pending, desc="token lengths", unit="shard")]
+        results = [ray.get(task) for task in tqdm(pending, desc="token lengths", unit="shard", file=terminal())]
     return [table for table, _ in results], [row for _, rows in results for row in rows]
 
 

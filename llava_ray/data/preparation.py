@@ -34,6 +34,7 @@ from llava_ray.data.shards import (
 from llava_ray.data.storage import absolute, file_size, read_file, way_from, write_file
 from llava_ray.data.validation import check_images, fetch_images, read_record
 from llava_ray.errors import ConfigError, DataError, RecordError
+from llava_ray.library_log import terminal
 from llava_ray.placement import in_pool
 
 # Counted up with each change of what a record means, so that data prepared before is read again.
@@ -193,7 +194,7 @@ def _write_chunks(chunks: Iterator[Chunk], rules: Rules, show_progress: bool) ->
     written.context.enable_progress_bars = False
     written.context.print_on_execution_start = False
     results: dict[int, ChunkResult] = {}
-    with tqdm(desc="preparing", unit=" samples", disable=not show_progress) as bar:
+    with tqdm(desc="preparing", unit=" samples", disable=not show_progress, file=terminal()) as bar:
         for row in written.iter_rows():
             if row["error"] is not None:
                 raise DataError(row["error"])

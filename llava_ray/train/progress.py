@@ -1,7 +1,6 @@
 """What the driver does beside the run: draw its progress, and close its MLflow run if it does not end well."""
 
 import contextlib
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from tqdm import tqdm
 
+from llava_ray.library_log import terminal
 from llava_ray.train.journal import Standing
 
 PROGRESS_SECONDS = 0.5
@@ -55,14 +55,13 @@ class StepBar(tqdm):
 @contextmanager
 def progress_bar(journal: ActorHandle, num_steps: int, first_step: int) -> Iterator[None]:
     """Draw the run's progress, from the step that it goes on with, until the block ends."""
-    ended = threading.Event()
+    ended, screen = threading.Event(), terminal()
 
     def draw() -> None:
-        pause = PROGRESS_SECONDS if sys.stderr.isatty() else LOGGED_PROGRESS_SECONDS
+        pause = PROGRESS_SECONDS if screen.isatty() else LOGGED_PROGRESS_SECONDS
         over, said = False, 0
-        with StepBar(
-            total=num_steps, initial=first_step, unit="step", desc="starting workers", dynamic_ncols=True
-        ) as bar:
+        look = {"unit": "step", "desc": "starting workers", "dynamic_ncols": True, "file": screen}
+        with StepBar(total=num_steps, initial=first_step, **look) as bar:
             while not over:
                 over = ended.wait(pause)
                 standing: Standing = ray.get(journal.progress.remote())

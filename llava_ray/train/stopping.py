@@ -14,6 +14,7 @@ from ray.train import TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchTrainer
 
 from llava_ray.errors import CheckpointError, LlavaRayError, Stopped, TrainingError
+from llava_ray.library_log import terminal
 from llava_ray.train.journal import TRAINING, Standing
 from llava_ray.train.runs import RunFolder, committed_step, mend_run
 
@@ -38,7 +39,7 @@ class Stopping:
             self.heard.append(number)
             if len(self.heard) == 1 and self.is_training():
                 self.journal.stop.remote()
-                print(f"\n{SAVING}", file=sys.stderr, flush=True)  # noqa: T201 - said to the person who stops it
+                print(f"\n{SAVING}", file=terminal(), flush=True)
             elif len(self.heard) <= 2:
                 with contextlib.suppress(RayActorError):  # it ends itself
                     ray.get(controller.abort.remote())
