@@ -161,6 +161,13 @@ def test_a_damaged_first_line_is_one_record(folder: Path) -> None:
     assert outcomes_of(folder / "a.jsonl") == ["malformed", "read"]
 
 
+@pytest.mark.parametrize("half", ["\ud800", "\udc80"])
+def test_half_a_pair_in_utf_16_is_one_record(half: str, folder: Path) -> None:
+    text = f'[{LINE}, {{"id": "{half}"}}, {LINE}]'
+    (folder / "a.json").write_bytes(text.encode("utf-16", "surrogatepass"))
+    assert outcomes_of(folder / "a.json") == ["read", "malformed", "read"]
+
+
 def test_a_record_that_never_ends_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_files, "JSON_WINDOW", 64)
     monkeypatch.setattr(json_files, "MAX_RECORD", 5000)
