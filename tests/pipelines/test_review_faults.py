@@ -186,7 +186,7 @@ def test_ctrl_c_waits_for_what_is_under_way(
 def interrupt(judge: Remote, answered: int) -> None:
     """Send Ctrl-C when all calls that may be under way are; let them be answered a while later."""
     until = time.monotonic() + 60
-    while judge.stats()["in_flight"] < 16 and time.monotonic() < until:
+    while judge.stats()["held"] < 16 and time.monotonic() < until:
         time.sleep(0.1)
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(3)

@@ -204,7 +204,7 @@ def test_stopped_with_64_calls_under_way(tmp_path: Path, how: str) -> None:
     with scripted_judge(hold_after=100) as judge:
         arguments = flags(files, judge.base_url, output, *PRICE)
         driver = Driver(arguments, log)
-        wait_for(lambda: judge.stats()["in_flight"] == NUM_UNDER_WAY, driver)
+        wait_for(lambda: judge.stats()["held"] == NUM_UNDER_WAY, driver)
         if how == "SIGTERM":
             driver.process.terminate()
         else:
@@ -249,7 +249,7 @@ def test_a_disk_that_is_full_is_one_line_and_the_same_command_goes_on(tmp_path: 
         with scripted_judge(hold_after=100) as judge:
             arguments = flags(files, judge.base_url, disk / "out", *PRICE)
             driver = Driver(arguments, log)
-            wait_for(lambda: judge.stats()["in_flight"] == NUM_UNDER_WAY, driver)
+            wait_for(lambda: judge.stats()["held"] == NUM_UNDER_WAY, driver)
             fill(disk / "ballast")
             judge.call("/release", {})
             code, told = driver.wait(), log.read_text()
