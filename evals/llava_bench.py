@@ -15,7 +15,7 @@ from evals.benchmark import (
     Total,
     split_by_category,
 )
-from evals.files import find, need, read_lines
+from evals.files import check_complete, find, need, read_lines
 from llava_ray.errors import DataError
 from llava_ray.replies import BEST, parse_pair, parse_pair_strictly
 
@@ -64,6 +64,7 @@ class LLaVABench(Benchmark):
     title = "LLaVA-Bench (in the wild)"
     metric = "relative score"
     maximum = 120.0
+    category_maximum = 120.0
     needs_judge = ("llava", "official", "robust")
     is_mean = False
     max_new_tokens = 1024
@@ -73,11 +74,13 @@ class LLaVABench(Benchmark):
         path = find(folder, "questions.jsonl")
         context = {row["image"]: row["caption"] for row in read_lines(find(folder, "context.jsonl"))}
         references = {str(row["question_id"]): row["text"] for row in read_lines(find(folder, "answers_gpt4.jsonl"))}
+        rows = [(str(need(row, "question_id", path)), need(row, "image", path), row) for row in read_lines(path)]
+        unanswered = [name for name, _, _ in rows if name not in references]
+        undescribed = [name for name, image, _ in rows if image not in context]
+        check_complete(unanswered, len(rows), f"{folder}/answers_gpt4.jsonl has no reference", "the question")
+        check_complete(undescribed, len(rows), f"{folder}/context.jsonl has no image description", "the question")
         questions = []
-        for row in read_lines(path):
-            name, image = str(need(row, "question_id", path)), need(row, "image", path)
-            if image not in context or name not in references:
-                raise DataError(f"{path}: question {name!r} has no context or no reference answer; obtain them again.")
+        for name, image, row in rows:
             caption = context[image]
             facts = {"context": caption if isinstance(caption, str) else "\n".join(caption)}
             questions.append(

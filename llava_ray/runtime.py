@@ -18,9 +18,12 @@ from llava_ray.errors import ConfigError
 from llava_ray.library_log import LibraryLog
 from llava_ray.placement import can_grow, find_pools, pool_resources
 from llava_ray.shared_storage import Places, check_shared
+from llava_ray.uploads import check_upload
 
 # CPUs kept for reading and decoding beside the train workers.
 DATA_CPUS = 1.0
+
+RUN_LIMIT = 512 * 10**6  # bytes of a working directory that Ray takes when a run joins a cluster
 
 DASHBOARD_VARIABLE = "RAY_API_SERVER_ADDRESS"  # where Ray's State API looks first
 
@@ -147,6 +150,8 @@ def start(cluster: ClusterConfig, *, runs: int = 1, quiet: bool = False) -> bool
         return True
     # What a working directory leaves out is in .rayignore. Where llava_ray was installed, it is on the nodes already.
     runtime_env = {} if inside_job or not (root() / ".rayignore").exists() else {"working_dir": str(root())}
+    if runtime_env:
+        check_upload(root(), RUN_LIMIT)
     try:
         ray.init(address=address, runtime_env=runtime_env, logging_config=warnings_only, log_to_driver=not quiet)
     except ConnectionError as error:

@@ -27,15 +27,31 @@ def default_tracking_uri(storage_path: str) -> str:
     return f"sqlite:///{folder.resolve()}/mlflow.db"
 
 
+def moved_tracking_uri(noted: str, storage_path: str) -> str:
+    """Return where a finished run is kept: the SQLite store that lies beside it if it, too, was copied or moved."""
+    if noted.startswith("sqlite:///") and noted.endswith("/mlflow.db"):
+        beside = default_tracking_uri(storage_path)
+        if Path(beside.removeprefix("sqlite:///")).exists():
+            return beside
+    return noted
+
+
 class TrackedRun:
     """One MLflow run, found again by its ``key`` tag or created."""
 
     def __init__(
-        self, tracking_uri: str, experiment_name: str, name: str, key: str, parent_run_id: str | None = None
+        self,
+        tracking_uri: str,
+        experiment_name: str,
+        name: str,
+        key: str,
+        parent_run_id: str | None = None,
+        settings: str | None = None,
     ) -> None:
         """Attach to the run tagged ``key`` (a run folder), or create it, below a parent if it has one.
 
-        Raises ConfigError if MLflow refuses.
+        One that was started with other ``settings`` (a hash) is left as it is: params never change in MLflow, and a
+        failed or replaced start's would stand beside this one's curves. Raises ConfigError if MLflow refuses.
         """
         self.tracking_uri = tracking_uri
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # that it made its tables is no news
@@ -48,7 +64,11 @@ class TrackedRun:
                 else self.client.create_experiment(experiment_name, artifact_location=artifact_location(tracking_uri))
             )
             found = self.client.search_runs([experiment_id], f"tags.`llava_ray.run` = '{key}'", max_results=1)
+            if found and settings and found[0].data.tags.get("llava_ray.settings", settings) != settings:
+                self.client.set_tag(found[0].info.run_id, "llava_ray.run", f"{key} (replaced)")
+                found = []
             tags = {"llava_ray.run": key} | ({MLFLOW_PARENT_RUN_ID: parent_run_id} if parent_run_id else {})
+            tags |= {"llava_ray.settings": settings} if settings else {}
             run = found[0] if found else self.client.create_run(experiment_id, tags=tags, run_name=name)
         except MlflowException as error:
             raise ConfigError(f"MLflow at {tracking_uri!r}: {error}; check tracking.tracking_uri") from error

@@ -3,6 +3,7 @@
 
 python pipelines/evaluate.py run RECIPE --evaluate.model_path MODEL
 python pipelines/evaluate.py run --evaluate.model_path MODEL --evaluate.benchmarks gqa=data/gqa pope=data/pope
+python pipelines/evaluate.py run … --dry-run     # questions, batches, memory, time; starts nothing
 python pipelines/evaluate.py score --benchmark pope --profile llava --data data/pope --answers answers.jsonl --json
 python pipelines/evaluate.py compare runs/one/pope runs/two/pope
 """

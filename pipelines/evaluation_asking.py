@@ -68,10 +68,9 @@ def ask(config: EvaluateConfig, model: ModelToLoad, asked: Sequence[Asked]) -> N
     """Ask all that is not answered yet: in one stream what is ranked, or written with the same limit of tokens."""
     streams: dict[tuple[int, bool], list[Question]] = defaultdict(list)
     for one in asked:
-        limit = token_limit(config.evaluate, one)
         for question in one.unanswered():
             made = as_asked(one, question, config.evaluate.ranking)
-            streams[limit, bool(made.candidates)].append(made)
+            streams[token_limit(config.evaluate, one), bool(made.candidates)].append(made)
     spoken = time.monotonic()
     for (limit, _), questions in streams.items():
         decoding = Decoding(limit, config.evaluate.temperature, config.evaluate.batch_size)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evals.catalogue import make_benchmark
+from evals.published import asked_of
 from evals.tables import headline, interval_text
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import EvaluateConfig
@@ -88,7 +89,9 @@ def report(config: EvaluateConfig, folder: Path, asked: "Sequence[Asked]") -> li
     uri = config.tracking.tracking_uri or default_tracking_uri(config.run.storage_path)
     run_id = track(uri, str(folder.resolve()), summaries, folder, config.tracking.experiment_name)
     for summary in summaries:
-        print(f"{summary['benchmark']:<16} {headline(summary):>9}  {interval_text(summary)}  ({summary['metric']})")
+        num = asked_of(summary["benchmark"], summary["num_questions"], summary["num_questions"])
+        figures = f"{headline(summary):>9}  {interval_text(summary)}  ({summary['metric']}, {num} questions)"
+        print(f"{summary['benchmark']:<16} {figures}")
         if "withheld" in summary:
             print(f"  {summary['withheld']}")
     print(f"  report   {folder}/report.html\n  mlflow   {describe_page(uri, run_id)}")

@@ -13,22 +13,32 @@ from typing import TYPE_CHECKING
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import FinetuneConfig
 from pipelines.command import run_command, split_dry_run
+from pipelines.prerequisites import missing_models, refuse_missing
 
 if TYPE_CHECKING:
     from llava_ray.shared_storage import Places
     from llava_ray.train.trainer import FinishedRun
 
 
+PROJECTOR = "model.pretrain_mm_mlp_adapter"
+
+
 def main(arguments: Sequence[str]) -> "FinishedRun | None":
     """Prepare the data, tune, and say where the results are; or only say what would be done."""
     asked, arguments = split_dry_run(arguments)
     config = load_recipe(FinetuneConfig, arguments)
+    missing = missing_models(config)
     if asked.dry_run:
+        # A projector's size is known without its file, that of a whole model of our own making is not.
+        refuse_missing(config, {key: command for key, command in missing.items() if key != PROJECTOR})
         from llava_ray.train.dry_run import describe_run
 
         for line in describe_run(config, asked.gpu_memory_gib, asked.cluster_file):
             print(line)
+        if PROJECTOR in missing:
+            print(f"First {missing[PROJECTOR]}, which makes {config.model.pretrain_mm_mlp_adapter}")
         return None
+    refuse_missing(config, missing)
     print(config.model_dump_json(indent=1, exclude_defaults=True), flush=True)
     from llava_ray.data.preparation import prepare_data
     from llava_ray.runtime import connected

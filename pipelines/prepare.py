@@ -35,12 +35,16 @@ def main(arguments: Sequence[str]) -> "PreparedData":
 
 def tell(prepared: "PreparedData") -> None:
     """Print counts, reasons, sizes and places."""
+    from llava_ray.data.record_keys import describe_ignored
+
     num_records = prepared.num_samples + prepared.num_rejected
     print("Prepared before" if prepared.reused else "Prepared")
     print(f"  samples    {prepared.num_samples:>12,}")
     print(f"  rejected   {prepared.num_rejected:>12,}  ({prepared.num_rejected / num_records:.2%})")
     for reason, count in sorted(prepared.rejected_reasons.items(), key=lambda item: -item[1]):
         print(f"    {reason:<18}{count:>5,}")
+    if prepared.ignored_keys:
+        print(f"  {describe_ignored(prepared.ignored_keys)}")
     print(f"  shards     {len(prepared.shards):>12,}")
     print(f"  size       {prepared.num_bytes / 1e6:>12,.1f} MB")
     print(f"  data hash  {prepared.data_hash[:12]:>12}")

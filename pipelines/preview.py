@@ -31,6 +31,7 @@ def main(arguments: Sequence[str]) -> Path | None:
     from llava_ray.data.preview_losses import model_viewer
     from llava_ray.data.preview_records import read_records
     from llava_ray.data.preview_report import Findings, describe_findings, make_line, make_report, paint_samples
+    from llava_ray.data.record_keys import describe_ignored
     from llava_ray.report.charts import check_plotting
     from llava_ray.report.rendering import write_report
 
@@ -39,14 +40,17 @@ def main(arguments: Sequence[str]) -> Path | None:
     seen = (viewer.view(record) for record in records)
     views = judge.add_losses(seen) if judge else seen
     if settings.json:
-        counts: Counter[str] = Counter()
+        counts, ignored = Counter[str](), Counter[str]()
         for view in views:
             print(make_line(view), flush=True)
             counts["all"] += 1
+            ignored.update(view.ignored if isinstance(view, SampleView) else ())
             counts["rejected"] += isinstance(view, Rejection)
             counts["without"] += isinstance(view, SampleView) and bool(view.no_loss)
         without = f", {counts['without']:,} without a finite loss" if counts["without"] else ""
         print(f"{counts['all']:,} conversations, {counts['rejected']:,} rejected{without}", file=sys.stderr)
+        if ignored:
+            print(describe_ignored(ignored), file=sys.stderr)
         print(*viewer.warnings(), sep="\n", end="\n" * bool(viewer.warnings()), file=sys.stderr)
         return None
     check_plotting()

@@ -32,6 +32,7 @@ def main(arguments: Sequence[str]) -> float:
     from evals import easy_vqa
     from evals.easy_vqa_records import write_conversations, write_open_questions, write_words
     from llava_ray.generate.answers import Actors
+    from llava_ray.model.manifest import read_manifest, write_manifest
     from llava_ray.model.registry_weights import make_language_model, make_vision_tower
     from llava_ray.report.rendering import write_report
     from llava_ray.runtime import connected
@@ -59,6 +60,8 @@ def main(arguments: Sequence[str]) -> float:
             asked = easy_vqa.test_questions(NUM_TEST_QUESTIONS, seed=0)
             said = answer(tuned, asked, Actors(resources.num_workers, resources.cpus_per_worker))
     shutil.copytree(tuned.folder.bundle, FOLDER / "model", dirs_exist_ok=True)
+    write_manifest(FOLDER / "model", read_manifest(Path(tuned.folder.bundle)), FOLDER / "model")
+    link_stage(spoken, "words")
     if tuned.reused and (FOLDER / "report.json").exists():  # the times of the run that did the work
         seconds = json.loads((FOLDER / "report.json").read_text())["seconds"]
     report = easy_vqa.summarise(asked, said) | {"seconds": seconds}
@@ -67,6 +70,15 @@ def main(arguments: Sequence[str]) -> float:
     write_report(FOLDER / "report.html", make_report(report, runs, asked, said))
     tell(FOLDER, report, tuned, data)
     return float(report["held_out_accuracy"])
+
+
+def link_stage(finished: "FinishedRun", name: str) -> None:
+    """Let a stage be found under a name that the recipes know, beside the one that ends in a hash."""
+    link = FOLDER / name
+    if link.is_symlink():
+        link.unlink()
+    if not link.exists():
+        link.symlink_to(finished.folder.name)
 
 
 def train(config: FinetuneConfig, resources: "Resources") -> "FinishedRun":

@@ -19,8 +19,12 @@ What next
   curves and artifacts    .venv/bin/mlflow ui --backend-store-uri {tracking_uri}
   what the model saw      .venv/bin/python pipelines/preview.py --model {folder}/model \\
                             --data {data} --image_folder {images}
-  your own data           copy pipelines/recipes/quickstart/tune.toml, set data_path and image_folder
-  LLaVA-1.5, on 8 GPUs    .venv/bin/python pipelines/finetune.py pipelines/recipes/finetune/llava_v1_5_7b.toml"""
+  your own data           .venv/bin/python pipelines/finetune.py pipelines/recipes/quickstart/yours.toml \\
+                            --data.data_path {data} --data.image_folder {images}
+                          (with your file and folder in place of these)
+  LLaVA-1.5, on 8 GPUs    .venv/bin/python pipelines/finetune.py \\
+                            pipelines/recipes/pretrain/llava_v1_5_7b.toml --dry-run
+"""
 
 
 def answer(tuned: FinishedRun, asked: Sequence[easy_vqa.Question], actors: Actors) -> dict[str, str]:

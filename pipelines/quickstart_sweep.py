@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 RECIPE = "pipelines/recipes/sweep/quickstart.toml"
 
 
-def main(arguments: Sequence[str]) -> "Sweep":
+def main(arguments: Sequence[str]) -> "Sweep | None":
     """Make what the sweep starts from, then sweep."""
     load_sweep([RECIPE, *arguments])
     from evals import easy_vqa

@@ -2,6 +2,7 @@
 """Search a space of settings: many fine-tuning runs, stopped early, judged on held-out samples.
 
 python pipelines/sweep.py pipelines/recipes/sweep/llava_v1_5_7b.toml --data.data_path blip_558k.json …
+python pipelines/sweep.py RECIPE --dry-run [--gpu_memory_gib 40]     # trials, steps, memory, time; starts nothing
 ray job submit --working-dir . -- python pipelines/sweep.py RECIPE --sweep.num_trials 32
 
 The same command goes on where a sweep was interrupted. The best run's model and recipe are in the sweep's folder.
@@ -13,15 +14,27 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llava_ray.config.sweep_recipes import load_sweep
-from pipelines.command import run_command
+from pipelines.command import run_command, split_dry_run
+from pipelines.prerequisites import missing_models, refuse_missing
 
 if TYPE_CHECKING:
     from pipelines.sweep_results import Sweep
 
 
-def main(arguments: Sequence[str]) -> "Sweep":
-    """Make what trials share, run them, write the best one and the report, and say where they are."""
+def main(arguments: Sequence[str]) -> "Sweep | None":
+    """Make what trials share, run them, write the best one and the report, and say where they are.
+
+    With ``--dry-run`` only say what would be done.
+    """
+    asked, arguments = split_dry_run(arguments)
     config, space = load_sweep(arguments)
+    refuse_missing(config, missing_models(config))
+    if asked.dry_run:
+        from llava_ray.sweep.dry_run import describe_sweep
+
+        for line in describe_sweep(config, space, asked.gpu_memory_gib):
+            print(line)
+        return None
     from llava_ray.report.charts import check_plotting
     from llava_ray.runtime import connected, local_runs
     from llava_ray.sweep.folder import open_sweep

@@ -8,6 +8,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from llava_ray.model.manifest import Manifest
+
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 UNK, BOS, EOS = 0, 1, 2
 
@@ -132,3 +134,16 @@ def make_vision_tower(
     )
     processor.save_pretrained(folder)
     return folder
+
+
+def make_manifest(base: Path, **changes: Any) -> Manifest:
+    """Describe a bundle whose parts lie in ``base``, without any weights."""
+    parts = {
+        "language_model": {"inside": False, "base": str(base), "fingerprint": "a" * 64},
+        "vision_tower": {"inside": False, "base": "openai/clip-vit-large-patch14-336", "fingerprint": "b" * 64},
+    }
+    sizes = {"mm_hidden_size": TOWER_WIDTH, "hidden_size": WIDTH, "model_max_length": 512}
+    settings = {"mm_projector_type": "linear", "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch"}
+    return Manifest.model_validate(
+        {"version": "v1", "image_aspect_ratio": "square"} | parts | sizes | settings | changes
+    )

@@ -68,6 +68,8 @@ class PreparedData:
     num_samples: int
     num_rejected: int
     rejected_reasons: dict[str, int]
+    ignored_keys: dict[str, int] = field(default_factory=dict)
+    """Keys of records, turns and parts that were read past, with the number of samples that have them."""
     reused: bool = field(default=False, compare=False)
     """Whether it was there already, rather than made just now."""
 
@@ -128,7 +130,7 @@ def _row(sample: Sample) -> dict[str, Any]:
     record = sample.record
     return {
         "id": record.id,
-        "turns": [{"role": turn.role, "value": turn.value} for turn in record.turns],
+        "turns": [turn.to_row() for turn in record.turns],
         "images": list(record.images),
         "widths": [width for width, _ in sample.sizes],
         "heights": [height for _, height in sample.sizes],
@@ -137,7 +139,11 @@ def _row(sample: Sample) -> dict[str, Any]:
 
 
 def write_manifest(
-    path: str, shards: Sequence[ShardInfo], rejected_reasons: Mapping[str, int], settings: Mapping[str, Any]
+    path: str,
+    shards: Sequence[ShardInfo],
+    rejected_reasons: Mapping[str, int],
+    settings: Mapping[str, Any],
+    ignored_keys: Mapping[str, int] | None = None,
 ) -> PreparedData:
     """Make a folder complete. ``settings`` says how it came about."""
     ordered = tuple(sorted(shards, key=lambda shard: shard.name))
@@ -148,6 +154,7 @@ def write_manifest(
         num_samples=sum(shard.num_rows for shard in ordered),
         num_rejected=sum(rejected_reasons.values()),
         rejected_reasons=dict(sorted(rejected_reasons.items())),
+        ignored_keys=dict(ignored_keys or {}),
     )
     values = {
         "format_version": FORMAT_VERSION,
@@ -156,6 +163,7 @@ def write_manifest(
         "num_samples": prepared.num_samples,
         "num_rejected": prepared.num_rejected,
         "rejected_reasons": prepared.rejected_reasons,
+        "ignored_keys": prepared.ignored_keys,
         "settings": dict(settings),
         "shards": [asdict(shard) for shard in ordered],
     }
@@ -187,6 +195,7 @@ def open_prepared(path: str) -> PreparedData:
         num_samples=values["num_samples"],
         num_rejected=values["num_rejected"],
         rejected_reasons=values["rejected_reasons"],
+        ignored_keys=values.get("ignored_keys", {}),
         reused=True,
     )
     sizes = list_sizes(path)

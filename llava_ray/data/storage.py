@@ -1,5 +1,6 @@
 """Files on any filesystem: named once for all nodes, and written so that nobody ever sees half of one."""
 
+import os
 import uuid
 from pathlib import Path
 
@@ -10,6 +11,16 @@ from llava_ray.images.reading import open_filesystem
 def absolute(path: str) -> str:
     """Return a URL as it is and a local path from the root: workers may run in another folder."""
     return path.rstrip("/") if "://" in path else str(Path(path).expanduser().absolute())
+
+
+def way_from(folder: str, path: str) -> str:
+    """Return a local path below the current folder as the way to it from another one; any other path as it is.
+
+    What lies in one project keeps its way when all of it is moved or copied; what lies elsewhere stays.
+    """
+    if "://" in folder or "://" in path or not Path(path).is_relative_to(Path.cwd()):
+        return path
+    return os.path.relpath(path, folder)
 
 
 def read_file(path: str) -> bytes:

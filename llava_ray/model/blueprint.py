@@ -1,5 +1,6 @@
 """Everything that is known of a model before its weights are read."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,8 @@ def find_language_model(config: ModelConfig, root: Source, layout: Layout, *, we
             f"{root.name} ({layout.kind}) holds no language model and does not name its base; give the one that it "
             "was trained over as model_base."
         )
+    if config.model_base is None:
+        check_there(base, LANGUAGE_MODEL, root, "model_base")
     source = find_part(base, LANGUAGE_MODEL, weights=weights)
     check_base(layout, source)
     return source
@@ -200,7 +203,18 @@ def find_vision_tower(config: ModelConfig, root: Source, layout: Layout, *, weig
             f"{config.model_name_or_path} is a {layout.kind} that names no vision tower, and model.vision_tower is not "
             "set; name a CLIP, SigLIP or DINOv2 tower, or start from a llava_ray bundle, which brings its own."
         )
+    if config.vision_tower is None:
+        check_there(tower, VISION_TOWER, root, "vision_tower")
     return find_part(tower, VISION_TOWER, weights=weights)
+
+
+def check_there(named: str, part: PartName, root: Source, setting: str) -> None:
+    """Raise ModelError if the folder of a part that a model names is not there."""
+    if os.path.isabs(named) and not is_folder(Path(named)):
+        raise ModelError(
+            f"no such {part.replace('_', ' ')}: {root.name} names the folder {named}, which is not there. Copy both so "
+            f"that they lie to each other as before, or say where it is with {setting}."
+        )
 
 
 def refuse_other(given: str | None, inside: Source, part: PartName, layout: Layout) -> None:

@@ -36,12 +36,12 @@ from llava_ray.model.blueprint import (
 from llava_ray.model.layout import ADAPTER_FOLDER, EMBED_TOKENS, PROJECTOR_FILE
 from llava_ray.model.llava import Llava
 from llava_ray.model.manifest import (
-    MANIFEST_FILE,
     Manifest,
     Part,
     check_fingerprint,
     fingerprint,
     library_versions,
+    write_manifest,
 )
 from llava_ray.model.parts import check_language_model, find_newline, load_language_model, load_projector, load_tower_of
 from llava_ray.model.projector import load_companions
@@ -128,6 +128,7 @@ def save_bundle(
     *,
     include: Contents | None = None,
     training: Mapping[str, Any] | None = None,
+    place: str | Path | None = None,
 ) -> None:
     """Write a bundle, whole or not at all; one that is already there is replaced.
 
@@ -135,7 +136,7 @@ def save_bundle(
     gathered from a training engine; by default those of ``parts.llava``. With ``include="projector"`` the language
     model is named instead of copied, and so is a tower that has not learnt; with "adapter" the adapter is written
     beside the projector; by default the bundle holds all of the model, or the adapter if there is one. ``training`` is
-    kept in the manifest. Raises BundleError if the folder cannot be written, is something else, or a tensor is missing.
+    kept in the manifest; ``place`` says where the bundle will lie, if not in ``folder``. Raises BundleError if the folder cannot be written, is something else, or a tensor is missing.
     """
     model = parts.llava.language_model
     include = include or ("adapter" if has_adapter(model) else "all")
@@ -168,7 +169,7 @@ def save_bundle(
                 "training": dict(training or {}),
             }
         )
-        (new / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n")
+        write_manifest(new, manifest, place or folder)
 
 
 def check_contents(language_model: PreTrainedModel, include: Contents) -> None:

@@ -17,8 +17,9 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreT
 from transformers.initialization import no_init_weights
 
 from llava_ray.config.lora import LoraConfig
-from llava_ray.config.sections import FinetuneConfig, ModelConfig
+from llava_ray.config.sections import FinetuneConfig
 from llava_ray.errors import ModelError
+from llava_ray.model.blueprint import check_settings, completed
 from llava_ray.model.freezing import freeze
 from llava_ray.model.hub_processor import pixels_of
 from llava_ray.model.image_geometry import choose_s2_scales
@@ -77,7 +78,7 @@ class FoundConfig:
 
 def read_card(config: FinetuneConfig) -> Card:
     """Describe the model that a run would train. Raises ModelError for a config that cannot be known from here."""
-    language, tower = find_configs(config.model)
+    language, tower, projector_origin = find_configs(config)
     tower_config = build(vision_part(tower.values), tower.origin)
     side = pixels_of(tower.preprocessor)[0] if tower.preprocessor else int(tower_config.image_size)
     with torch.device("meta"), no_init_weights():  # drawing numbers takes its time even where none are kept
@@ -99,7 +100,7 @@ def read_card(config: FinetuneConfig) -> Card:
     adapter = count_adapter(config.lora, linears)
     kinds = {
         LANGUAGE_MODEL: (model.config.model_type, language.origin),
-        "projector": (config.model.mm_projector_type, config.model.pretrain_mm_mlp_adapter or "new"),
+        "projector": (config.model.mm_projector_type, projector_origin),
         VISION_TOWER: (backbone.config.model_type, tower.origin),
     }
     parts = [
@@ -117,8 +118,14 @@ def read_card(config: FinetuneConfig) -> Card:
     return Card(tuple(parts), model, cut, side, linears)
 
 
-def find_configs(model: ModelConfig) -> tuple[FoundConfig, FoundConfig]:
-    """Return the configs of the language model and the tower, as far as they can be known without a download."""
+def find_configs(config: FinetuneConfig) -> tuple[FoundConfig, FoundConfig, str]:
+    """Return the configs of the language model and the tower, as far as they can be known without a download.
+
+    And where the projector is from. Raises ModelError as a start would for settings that are not those of a projector
+    which the folder brings.
+    """
+    model = config.model
+    projector = model.pretrain_mm_mlp_adapter or "new"
     folder = Path(model.model_name_or_path).expanduser()
     if not folder.is_dir():
         if model.vision_tower is None:
@@ -126,18 +133,20 @@ def find_configs(model: ModelConfig) -> tuple[FoundConfig, FoundConfig]:
                 f"{model.model_name_or_path} is no folder here and model.vision_tower is not set; name one."
             )
         language = find_config(model.model_name_or_path, "language model")
-        return language, find_config(model.vision_tower, "vision tower")
+        return language, find_config(model.vision_tower, "vision tower"), projector
     layout = read_layout(folder)
+    check_settings(completed(model, layout), layout)
+    if model.pretrain_mm_mlp_adapter is None and "mm_projector_type" in layout.settings:
+        projector = str(folder)
     if layout.has_language_model and layout.language_config is not None:
         language = FoundConfig(str(folder), layout.language_config)
     else:
         language = find_config(model.model_base or layout.base, "language model")
     if layout.tower_config is not None:
         inside = layout.folder / VISION_TOWER
-        return language, FoundConfig.read(
-            str(folder), layout.tower_config, inside if inside.is_dir() else layout.folder
-        )
-    return language, find_config(model.vision_tower or layout.vision_tower, "vision tower")
+        found = FoundConfig.read(str(folder), layout.tower_config, inside if inside.is_dir() else layout.folder)
+        return language, found, projector
+    return language, find_config(model.vision_tower or layout.vision_tower, "vision tower"), projector
 
 
 def find_config(name: str | None, part: str) -> FoundConfig:

@@ -17,7 +17,7 @@ from llava_ray.errors import ModelError
 from llava_ray.model import original_settings
 from llava_ray.model.exported_tokenizer import SENTENCEPIECE_FILE, write_tokenizer
 from llava_ray.model.layout import ORIGINAL_PROJECTOR_FILE
-from llava_ray.model.manifest import MANIFEST_FILE, Part, fingerprint, library_versions
+from llava_ray.model.manifest import Part, fingerprint, library_versions, write_manifest
 from llava_ray.model.model_files import ORIGINAL_CONFIG, TOWER_FOLDER, ModelFiles
 from llava_ray.model.projector import PROJECTOR_FILE
 from llava_ray.model.published_names import (
@@ -67,7 +67,7 @@ def export_bundle(
         }
         training = {**manifest.training, **({ORIGINAL_CONFIG: model.kept} if model.kept else {})}
         written = manifest.model_copy(update={**parts, "libraries": library_versions(), "training": training})
-        (new / MANIFEST_FILE).write_text(written.model_dump_json(indent=2) + "\n")
+        write_manifest(new, written, output)
     return Exported(Path(output))
 
 

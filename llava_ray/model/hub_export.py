@@ -27,6 +27,7 @@ from llava_ray.model.exporting import (
 )
 from llava_ray.model.hub_manifest import OUR_KEY
 from llava_ray.model.hub_processor import pixels_of, write_preprocessor, write_processor
+from llava_ray.model.manifest import relative_base, with_bases
 from llava_ray.model.model_files import ModelFiles
 from llava_ray.model.part_configs import num_prefix_tokens
 from llava_ray.model.published_names import IMAGE_NEWLINE, LANGUAGE_MODEL, VISION_TOWER, to_hub
@@ -61,7 +62,7 @@ def export_hub(
     notes += [note] if note else []
     notes += _image_notes(model)
     with new_folder(output) as new:
-        settings = _settings(model, rows, image_token, plain)
+        settings = _settings(model, rows, image_token, plain, output)
         write_json(new / "config.json", settings)
         write_json(new / "generation_config.json", _generation_config(model, template, plain))
         write_json(new / "preprocessor_config.json", write_preprocessor(model.preprocessor, model.manifest))
@@ -142,7 +143,9 @@ def _inexpressible(part: str, why: str) -> ModelError:
     )
 
 
-def _settings(model: ModelFiles, rows: int, image_token: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _settings(
+    model: ModelFiles, rows: int, image_token: int, tokenizer: PreTrainedTokenizerBase, place: str | Path
+) -> dict[str, Any]:
     language = with_dtype({**model.language_config, "vocab_size": rows}, model.part(LANGUAGE_MODEL))
     height, width = pixels_of(model.preprocessor)
     patch = model.tower_config["patch_size"]
@@ -160,8 +163,9 @@ def _settings(model: ModelFiles, rows: int, image_token: int, tokenizer: PreTrai
         key: getattr(model.manifest, key).model_copy(update={"inside": True})
         for key in ("language_model", "vision_tower")
     }
+    manifest = with_bases(model.manifest.model_copy(update=parts), lambda base: relative_base(base, place))
     noted = {
-        "manifest": model.manifest.model_copy(update=parts).model_dump(mode="json"),
+        "manifest": manifest.model_dump(mode="json"),
         "num_rows": model.num_rows,
         "preprocessor": model.preprocessor,
         "kept": model.kept,

@@ -1,12 +1,13 @@
 """What an export of ours noted in the hub layout's config.json, beside what the file says itself now. No torch."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from llava_ray.errors import ModelError
-from llava_ray.model.manifest import Manifest, faults_of
+from llava_ray.model.manifest import Manifest, absolute_base, faults_of, with_bases
 from llava_ray.reading import shown
 
 # Where an export of ours keeps what a layout has no key for.
@@ -45,7 +46,8 @@ def read_noted_manifest(noted: Mapping[str, Any], where: str) -> Manifest | None
     if not noted.get("manifest"):
         return None
     try:
-        return Manifest.model_validate(noted["manifest"])
+        manifest = Manifest.model_validate(noted["manifest"])
+        return with_bases(manifest, lambda base: absolute_base(base, Path(where).parent))
     except ValidationError as error:
         raise ModelError(f"{where}: {OUR_KEY}.manifest is no manifest of ours: {faults_of(error)}; mend it.") from error
 

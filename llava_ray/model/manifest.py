@@ -2,7 +2,9 @@
 
 import functools
 import hashlib
+import os
 import platform
+from collections.abc import Callable
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,7 +35,8 @@ class Part(BaseModel):
     inside: bool
     """Whether the weights lie in the bundle."""
     base: str
-    """Hub id or absolute folder: where the weights are, or what they were tuned from if they are inside."""
+    """Hub id or folder: where the weights are, or what they were tuned from if they are inside. Absolute in memory; in
+    the file the way from the bundle's own folder, so that a project that is copied or moved finds its own."""
     fingerprint: str
     """Of the weight files, inside or in ``base``."""
 
@@ -107,7 +110,8 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and check a bundle's llava.json. Raises BundleError that names the file and what is wrong in it."""
     file = folder / MANIFEST_FILE
     try:
-        return Manifest.model_validate_json(read_bounded(file, MAX_BYTES, BundleError))
+        manifest = Manifest.model_validate_json(read_bounded(file, MAX_BYTES, BundleError))
+        return with_bases(manifest, lambda base: absolute_base(base, folder))
     except OSError as error:
         raise BundleError(f"{folder} is no llava_ray bundle: {file} cannot be read ({error.strerror}).") from error
     except ValidationError as error:
@@ -115,6 +119,37 @@ def read_manifest(folder: Path) -> Manifest:
             f"{file} is not a manifest of format {FORMAT_VERSION}: {faults_of(error)}. It was edited, or written by "
             "another version of llava_ray: save the bundle again with that version, or mend the file."
         ) from error
+
+
+def write_manifest(new: Path, manifest: Manifest, place: str | Path) -> None:
+    """Write llava.json into the folder ``new``, which will lie at ``place``: no path in it is absolute.
+
+    Only from a ``place`` that is a URL there is no way to a local folder, which is then named as it is.
+    """
+    written = with_bases(manifest, lambda base: relative_base(base, place))
+    (new / MANIFEST_FILE).write_text(written.model_dump_json(indent=2) + "\n")
+
+
+def with_bases(manifest: Manifest, change: Callable[[str], str]) -> Manifest:
+    """Return a manifest with the base of each part changed."""
+    parts = {"language_model": manifest.language_model, "vision_tower": manifest.vision_tower}
+    changed = {key: part.model_copy(update={"base": change(part.base)}) for key, part in parts.items()}
+    return manifest.model_copy(update=changed)
+
+
+def relative_base(base: str, place: str | Path) -> str:
+    """Return an absolute folder as the way to it from ``place``, beginning with a dot; hub ids as they are."""
+    if not os.path.isabs(base) or "://" in str(place):
+        return base
+    way = os.path.relpath(base, Path(place).resolve())
+    return way if way.startswith("..") else f"./{way}"
+
+
+def absolute_base(base: str, place: Path) -> str:
+    """Return the folder to which the way leads from ``place``; hub ids and absolute folders as they are."""
+    if not base.startswith(("./", "../")):
+        return base
+    return os.path.normpath(place.resolve() / base)
 
 
 def faults_of(error: ValidationError) -> str:
@@ -138,13 +173,17 @@ def fingerprint(folder: Path) -> str:
     for file in files:
         if not is_file(file):  # a link to a device would be read for ever
             raise BundleError(f"{file} is not an ordinary file; expected weights. Copy the folder anew.")
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            edges = hashlib.sha256(stream.read(EDGE_BYTES))
-            stream.seek(max(0, size - EDGE_BYTES))
-            edges.update(stream.read(EDGE_BYTES))
-        digest.update(f"{file.name} {size} {edges.hexdigest()}\n".encode())
+        digest.update(f"{file.name} {file.stat().st_size} {edges_of(file)}\n".encode())
     return digest.hexdigest()
+
+
+def edges_of(file: Path) -> str:
+    """Return the sha256 of a file's first and last MiB."""
+    with file.open("rb") as stream:
+        edges = hashlib.sha256(stream.read(EDGE_BYTES))
+        stream.seek(max(0, file.stat().st_size - EDGE_BYTES))
+        edges.update(stream.read(EDGE_BYTES))
+    return edges.hexdigest()
 
 
 def check_fingerprint(folder: Path, expected: str, part: str) -> None:

@@ -1,10 +1,13 @@
 """The best of a sweep, ready to be used: its bundle, and a recipe that finetune.py takes."""
 
+from pathlib import Path
+
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.config.space import SweepConfig
 from llava_ray.config.sweep_recipes import as_toml
 from llava_ray.data.storage import write_file
 from llava_ray.images.reading import open_filesystem
+from llava_ray.model.manifest import read_manifest, write_manifest
 from llava_ray.sweep.judgement import Standing
 from llava_ray.sweep.table import describe
 from llava_ray.sweep.trial import trial_config
@@ -19,6 +22,9 @@ def export_best(config: SweepConfig, common: FinetuneConfig, best: Standing, fol
         filesystem.rm(f"{place}/best", recursive=True)
     filesystem.makedirs(f"{place}/best")
     filesystem.copy(f"{place}/trials/{trial.id}/model", f"{place}/best/model", recursive=True)
+    if "://" not in folder:  # a local bundle says where its parts are as the way from its own folder
+        best_model = Path(place, "best/model")
+        write_manifest(best_model, read_manifest(Path(place, "trials", trial.id, "model")), best_model)
     write_file(f"{folder}/best.toml", winning_recipe(config, common, trial).encode())
 
 

@@ -137,9 +137,9 @@ class Checkpointer:
         if include != "all":
             tensors = gather_tensors(self.engine, self.parts, include)
             if self.rank == 0:
-                save_bundle(
-                    folder, self.parts, tensors, include=include, training=describe_training(self.settings, step)
-                )
+                place = f"{self.settings.run_folder}/{folder.parent.name}/{folder.name}"
+                training = describe_training(self.settings, step)
+                save_bundle(folder, self.parts, tensors, include=include, training=training, place=place)
 
     def describe(self, step: int) -> dict[str, Any]:
         """Return the contents of trainer_state.json: the position, and which model it is with its base."""

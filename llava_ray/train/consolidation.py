@@ -16,6 +16,7 @@ from llava_ray.model.bundle import LlavaParts, save_bundle
 from llava_ray.model.freezing import freeze
 from llava_ray.model.layout import check_whole
 from llava_ray.model.layouts import read_layout
+from llava_ray.model.manifest import read_manifest, write_manifest
 from llava_ray.model.tensor_files import read_json
 from llava_ray.model.weights import replacing
 from llava_ray.reading import shown
@@ -36,6 +37,7 @@ def consolidate(checkpoint_folder: str | Path, output: str | Path) -> None:
         check_whole(read_layout(folder / MODEL))
         with replacing(Path(output)) as new:
             shutil.copytree(folder / MODEL, new, dirs_exist_ok=True)
+            write_manifest(new, read_manifest(folder / MODEL), output)
         return
     config = FinetuneConfig.parsed(state["config"], f"{folder / STATE_FILE}")
     parts = assemble_for(config)

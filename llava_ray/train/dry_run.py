@@ -2,9 +2,12 @@
 
 import json
 import math
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+
+import torch
 
 from llava_ray.config.cluster_files import ClusterFile, find_misfits, read_cluster_file
 from llava_ray.config.sections import FinetuneConfig
@@ -14,6 +17,7 @@ from llava_ray.model.card import Card, read_card
 from llava_ray.train.fitting import find_ways
 from llava_ray.train.memory import GIB, GPU_MEMORY_GIB, Memory, estimate
 from llava_ray.train.sizing import measure_sizes, run_settings
+from llava_ray.uploads import MB, check_upload
 
 MAX_COUNTED_BYTES = 128 * 2**20  # of raw JSON that is read only to be counted
 
@@ -27,14 +31,16 @@ WORDS = {
     "buffers": "DeepSpeed's buffers",
     "reserved": "CUDA, NCCL, allocator",
 }
+GPU_ONLY = ("reserved",)
 
 
 @dataclass(frozen=True)
 class Device:
-    """What the run's workers have: a name, and GiB of memory if that is known."""
+    """What the run's workers compute on: a name, GiB of memory if that is known, and whether it is a GPU."""
 
     name: str
     memory_gib: float | None
+    is_gpu: bool = True
 
 
 def describe_run(
@@ -49,13 +55,16 @@ def describe_run(
     cluster = read_cluster_file(cluster_file) if cluster_file else None
     if cluster is not None:
         yield from tell_cluster(cluster, config)
+        yield f"Upload {check_upload(Path.cwd()) / MB:.1f} MB with ray job submit --working-dir ."
     device = find_device(config, gpu_memory_gib, cluster)
     card = read_card(config)
     yield from tell_parts(card)
     yield from tell_data(config)
     memory = estimate(measure_sizes(card), run_settings(config))
+    if not device.is_gpu:
+        memory = replace(memory, reserved=0.0)
     yield from tell_memory(memory, config, device)
-    if device.memory_gib is not None and memory.total > device.memory_gib * GIB:
+    if device.is_gpu and device.memory_gib is not None and memory.total > device.memory_gib * GIB:
         ways = [f"  {way}  ({needed / GIB:.1f} GiB)" for way, needed in find_ways(config, device.memory_gib * GIB)]
         raise ConfigError(
             f"the run needs {memory.total / GIB:.1f} GiB on each worker's GPU, {device.name} has "
@@ -77,7 +86,13 @@ def tell_cluster(cluster: ClusterFile, config: FinetuneConfig) -> Iterator[str]:
 
 
 def find_device(config: FinetuneConfig, gpu_memory_gib: float | None, cluster: ClusterFile | None = None) -> Device:
-    """Return the GPU that is named, by its memory, by cluster.accelerator_type or as the smallest of a cluster file."""
+    """Return the GPU that is named, by its memory, by cluster.accelerator_type or as the smallest of a cluster file.
+
+    Without any, and where the run would start on this machine, it is the machine.
+    """
+    if not uses_gpu(config, gpu_memory_gib, cluster):
+        here = None if cluster else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+        return Device("this machine, for all", here, is_gpu=False)
     if gpu_memory_gib is not None:
         return Device("the GPU", gpu_memory_gib)
     name = config.cluster.accelerator_type
@@ -85,6 +100,18 @@ def find_device(config: FinetuneConfig, gpu_memory_gib: float | None, cluster: C
     known = {one: GPU_MEMORY_GIB[one] for one in named if one in GPU_MEMORY_GIB}
     name = min(known, key=lambda one: known[one], default=name)
     return Device(name or "the GPU", known.get(name) if name else None)
+
+
+def uses_gpu(config: FinetuneConfig, gpu_memory_gib: float | None, cluster: ClusterFile | None) -> bool:
+    """Tell whether a run's workers would have GPUs; of a cluster that is not asked it is taken to have some."""
+    chosen = config.cluster
+    if chosen.use_gpu != "auto":
+        return chosen.use_gpu
+    if gpu_memory_gib is not None or chosen.accelerator_type:
+        return True
+    if cluster is not None:
+        return any(node.gpus for node in cluster.nodes("train"))
+    return bool(chosen.address or os.environ.get("RAY_ADDRESS")) or torch.cuda.device_count() > 0
 
 
 def gpu_names(cluster: ClusterFile) -> Iterator[str]:
@@ -147,14 +174,14 @@ def tell_memory(memory: Memory, config: FinetuneConfig, device: Device) -> Itera
         + (", optimiser offloaded" if train.offload_optimizer else "")
     )
     for field in fields(memory):
-        if field.name in WORDS:
+        if field.name in WORDS and (device.is_gpu or field.name not in GPU_ONLY):
             yield f"  {WORDS[field.name]:<24}{getattr(memory, field.name) / GIB:>8.2f} GiB"
     yield f"  {'total':<24}{memory.total / GIB:>8.2f} GiB"
     if memory.host:
         yield f"  {'host memory a worker':<24}{memory.host / GIB:>8.2f} GiB"
     if device.memory_gib is not None:
         yield f"  {device.name:<24}{device.memory_gib:>8.2f} GiB"
-    else:
+    elif device.is_gpu:
         yield (
             f"Not compared: the memory of {device.name} is not known here. Set cluster.accelerator_type to one of "
             f"{', '.join(GPU_MEMORY_GIB)}, or give --gpu_memory_gib."

@@ -26,8 +26,9 @@ def write_bundle(engine: "DeepSpeedEngine", parts: LlavaParts, settings: LoopSet
             save_bundle(inner, parts, tensors, include=include, training=training)
         else:
             with tempfile.TemporaryDirectory() as folder:
-                save_bundle(f"{folder}/model", parts, tensors, include=include, training=training)
-                files.put(f"{folder}/model", inner, recursive=True)
+                new = f"{folder}/model"
+                save_bundle(new, parts, tensors, include=include, training=training, place=settings.bundle_folder)
+                files.put(new, inner, recursive=True)
     dist.barrier()
 
 

@@ -146,14 +146,15 @@ class Journal:
         return self.tracked.run_id
 
 
-def open_journal(run: RunFolder, config: FinetuneConfig, tracking_uri: str) -> ActorHandle:
-    """Start the journal beside the driver; it lives and dies with the job."""
+def open_journal(run: RunFolder, config: FinetuneConfig, tracking_uri: str, settings: str) -> ActorHandle:
+    """Start the journal beside the driver; it lives and dies with the job. ``settings`` is a hash of theirs."""
     tracked = {
         "tracking_uri": tracking_uri,
         "experiment_name": config.tracking.experiment_name,
         "name": run.name,
         "key": run.path,
         "parent_run_id": config.tracking.parent_run_id,
+        "settings": settings,
     }
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(Journal).options(num_cpus=0, scheduling_strategy=here)

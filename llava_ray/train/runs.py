@@ -14,6 +14,7 @@ from llava_ray.config.recipes import differing_keys
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.storage import absolute, read_file, write_file
 from llava_ray.errors import CheckpointError, ConfigError
+from llava_ray.train.identity import NUM_DIGITS, Identity, comparable, identity_hash, recipe_of_name
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 SNAPSHOT_COPY = f"{SNAPSHOT}.copy"
@@ -36,6 +37,28 @@ class RunFolder:
         """Return where the final model lies."""
         return f"{self.path}/model"
 
+    @property
+    def is_claimed(self) -> bool:
+        """Tell whether there is anything that a start with other settings would lose: a commit, or the end."""
+        files, inner = fsspec.core.url_to_fs(self.path)
+        kept = (f"{inner}/finished.json", f"{inner}/{SNAPSHOT_COPY}")
+        return any(map(files.exists, kept)) or bool(named_checkpoints(files, f"{inner}/{SNAPSHOT}"))
+
+    def noted_settings(self) -> dict[str, Any] | None:
+        """Return the settings that the run was started with, None where none are noted. Raises ConfigError."""
+        try:
+            noted = json.loads(read_file(f"{self.path}/resolved.json"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            noted = error
+        if not isinstance(noted, dict):
+            raise ConfigError(
+                f"{self.path}/resolved.json holds no settings; give another --run.name, or start over with "
+                "--run.restart True"
+            )
+        return noted
+
     def finished(self, data_hash: str) -> dict[str, Any] | None:
         """Return what was noted when the run ended, or None. Raises ConfigError if it had learnt from other data."""
         try:
@@ -50,26 +73,56 @@ class RunFolder:
         return noted
 
 
-def open_run(config: FinetuneConfig) -> RunFolder:
-    """Find or make the run's folder; note the resolved settings in ``resolved.json``.
+def find_run(config: FinetuneConfig, identity: Identity) -> RunFolder:
+    """Return the folder of a run, which may be there already; nothing is written.
 
-    Raises ConfigError when the name is used with other settings, DataError when the folder cannot be written.
+    A name that nobody gave ends in a hash of what decides the result; one made under the older rule, with a hash of
+    the settings as they are written, goes on. Raises ConfigError when the name is used with other settings.
     """
     assert config.run.name is not None
     run = RunFolder(absolute(config.run.storage_path), config.run.name)
-    files, inner = fsspec.core.url_to_fs(run.path)
-    settings = config.model_dump(mode="json")
-    if files.exists(f"{inner}/resolved.json"):
-        changed = differing_keys(json.loads(files.cat_file(f"{inner}/resolved.json")), settings)
-        if changed and not config.run.restart:
+    recipe = recipe_of_name(config)
+    if recipe is not None:
+        new = RunFolder(run.storage_path, f"{recipe}-{identity_hash(config, identity)}")
+        run = new if new.is_claimed else find_older(run, recipe, config, identity) or new
+    noted = run.noted_settings() if run.is_claimed else None
+    if noted is not None and not config.run.restart:
+        changed = differing_keys(*comparable(noted, config, identity))
+        if changed:
             raise ConfigError(
                 f"run {run.name!r} in {run.storage_path} was made with other settings ({'; '.join(changed)}): give "
                 "another --run.name, go back to the old settings to go on, or start over with --run.restart True"
             )
-        if config.run.restart:
-            files.mv(inner, f"{inner}.replaced-{time.strftime('%Y%m%d-%H%M%S')}", recursive=True)
-    write_file(f"{run.path}/resolved.json", json.dumps(settings, indent=1).encode())
     return run
+
+
+def find_older(written: RunFolder, recipe: str, config: FinetuneConfig, identity: Identity) -> RunFolder | None:
+    """Return the run that these settings had before names were made of fingerprints; None if there is none.
+
+    It is found by its settings too: those that have come since have changed the hash in its name.
+    """
+    if written.is_claimed:
+        return written
+    files, inner = fsspec.core.url_to_fs(written.storage_path)
+    for place in sorted(files.glob(f"{inner}/{recipe}-{'[0-9a-f]' * NUM_DIGITS}/resolved.json")):
+        run = RunFolder(written.storage_path, str(place).split("/")[-2])
+        noted = run.noted_settings()
+        is_older = noted is not None and "identity" not in noted and run.is_claimed
+        if is_older and noted and not differing_keys(*comparable(noted, config, identity)):
+            return run
+    return None
+
+
+def claim_run(run: RunFolder, config: FinetuneConfig, identity: Identity) -> None:
+    """Note a run's settings in ``resolved.json`` as it starts; with run.restart an older folder is set aside first.
+
+    The name is taken only once a checkpoint is committed. Raises DataError when the folder cannot be written.
+    """
+    files, inner = fsspec.core.url_to_fs(run.path)
+    if config.run.restart and files.exists(f"{inner}/resolved.json"):
+        files.mv(inner, f"{inner}.replaced-{time.strftime('%Y%m%d-%H%M%S')}", recursive=True)
+    noted = config.model_dump(mode="json") | {"identity": dict(identity)}
+    write_file(f"{run.path}/resolved.json", json.dumps(noted, indent=1).encode())
 
 
 def absolute_paths(config: FinetuneConfig) -> dict[str, str]:
@@ -137,6 +190,6 @@ def named_checkpoints(files: fsspec.AbstractFileSystem, path: str) -> set[str]:
     """Return the checkpoint folders that a snapshot names; none when it is not there or torn."""
     try:
         snapshot = json.loads(files.cat_file(path))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return set()
     return {result["checkpoint_dir_name"] for result in snapshot.get("checkpoint_results", [])}

@@ -23,10 +23,19 @@ from llava_ray.data.storage import read_file, write_file
 from llava_ray.data.stream import DealToRanks, TrainStream
 from llava_ray.model.blueprint import Blueprint, read_blueprint
 from llava_ray.runtime import Resources
-from llava_ray.tracking import default_tracking_uri
+from llava_ray.tracking import default_tracking_uri, moved_tracking_uri
+from llava_ray.train.identity import identify, identity_hash
 from llava_ray.train.journal import open_journal
 from llava_ray.train.progress import closing, progress_bar
-from llava_ray.train.runs import RunFolder, SnapshotKeeper, absolute_paths, committed_step, mend_run, open_run
+from llava_ray.train.runs import (
+    RunFolder,
+    SnapshotKeeper,
+    absolute_paths,
+    claim_run,
+    committed_step,
+    find_run,
+    mend_run,
+)
 from llava_ray.train.scaling import scaling, worker_environment
 from llava_ray.train.settings import HeldOut, LoopSettings
 from llava_ray.train.stopping import StoppableTrainer, fit
@@ -82,19 +91,22 @@ def advance(
     ``callbacks`` are Ray Train's, and hear of every checkpoint with what held-out samples said of it. Raises as
     ``finetune`` does.
     """
-    run = open_run(config)
-    noted = run.finished(prepared.data_hash)
+    identity = identify(config, prepared.data_hash)
+    run = find_run(config, identity)
+    noted = None if config.run.restart else run.finished(prepared.data_hash)
     if noted is not None:
-        return FinishedRun(run, reused=True, **noted)
-    config = config.replaced(absolute_paths(config))
+        uri = config.tracking.tracking_uri or moved_tracking_uri(noted["tracking_uri"], config.run.storage_path)
+        return FinishedRun(run, reused=True, **noted | {"tracking_uri": uri})
+    config = config.replaced(absolute_paths(config) | {"run.name": run.name})
     blueprint = read_blueprint(config.model, config.data.image_aspect_ratio)
     lengths, plan = make_plan(config, prepared, blueprint)
     until = min(until or plan.num_steps, plan.num_steps)
-    tracking_uri = config.tracking.tracking_uri or default_tracking_uri(config.run.storage_path)
     stream = stream_settings(config, prepared, blueprint, resources)
     held_out = held_out_samples(config, blueprint, resources)
+    tracking_uri = config.tracking.tracking_uri or default_tracking_uri(config.run.storage_path)
+    claim_run(run, config, identity)
     mend_run(run)
-    journal = open_journal(run, config, tracking_uri)
+    journal = open_journal(run, config, tracking_uri, identity_hash(config, identity))
     settings = LoopSettings(
         config=config,
         stream=stream,

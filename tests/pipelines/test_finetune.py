@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -80,7 +81,13 @@ def submitted(recipe: Path) -> str:
     head = [ray, "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}", "--num-cpus=3"]
     ports = [f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}"]
     job = [ray, "job", "submit", "--working-dir", ".", "--"]
-    entry = [sys.executable, "pipelines/finetune.py", str(recipe), "--run.name", "undisturbed"]
+    script = recipe.parent / "job.sh"
+    imported = "import llava_ray.data.chunks as chunks; print('imported', chunks.__file__)"
+    script.write_text(
+        f'PYTHONPATH=. {sys.executable} -c "{imported}"\n'
+        f"exec {sys.executable} pipelines/finetune.py {recipe} --run.name undisturbed\n"
+    )
+    entry = ["sh", str(script)]
     with running([*head, *ports, "--disable-usage-stats"], recipe.parent / "head.log") as cluster:
         try:
             wait_for_port(dashboard)
@@ -103,6 +110,7 @@ def undisturbed(recipe: Path, submitted: str) -> bytes:
 def test_a_job_submitted_to_a_real_cluster_trains_and_says_where_the_results_are(recipe, submitted, undisturbed):
     for line in ("joined", "Finished: 48 steps", "model ", "ledger ", "metrics ", "mlflow ui --backend-store-uri"):
         assert line in submitted
+    assert re.search(r"imported \S+/_ray_pkg_\w+/llava_ray/data/chunks.py", submitted)  # not what is installed here
     assert (recipe.parent / "runs/undisturbed/model/llava.json").exists()
     assert len(undisturbed.splitlines()) == 48
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import tarfile
 import threading
@@ -120,10 +121,26 @@ def test_parquet_and_tars_give_the_same_samples(tmp_path: Path) -> None:
         assert images == [(f"It is {index}.", [jpeg(index)]) for index in range(10)]
 
 
-def test_relative_paths_hold_for_workers_too(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(Path(config.data_path).parent)
+def test_relative_paths_hold_for_workers_too_and_in_a_copied_project(
+    config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = Path(config.data_path).parent
+    monkeypatch.chdir(project)
     relative = config.replaced({"data_path": "data.json", "image_folder": "images", "cache_dir": "cache"})
-    assert prepare_data(relative, show_progress=False).path.startswith(f"{Path.cwd()}/cache/prepared-")
+    first = prepare_data(relative, show_progress=False)
+    assert first.path.startswith(f"{project}/cache/prepared-")
+    assert str(project) not in Path(first.path, "prepared.json").read_text()
+    copied = shutil.copytree(project, tmp_path / "copied")
+    monkeypatch.chdir(copied)
+    for moved in (
+        relative,
+        config.replaced({"image_folder": str(copied / "images"), "cache_dir": str(copied / "cache")}),
+    ):
+        again = prepare_data(moved, show_progress=False)
+        assert again.reused
+        assert again.path == first.path.replace(str(project), str(copied))
+    shutil.copytree(project / "images", copied / "other")
+    assert not prepare_data(relative.replaced({"image_folder": "other"}), show_progress=False).reused
 
 
 def test_images_lie_beside_the_records_by_default(config: DataConfig) -> None:

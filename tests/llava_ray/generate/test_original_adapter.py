@@ -63,13 +63,8 @@ def read_pixels(parts: LlavaParts, image: str | None) -> torch.Tensor | None:
 KINDS = pytest.mark.parametrize("kind", ["adapter", "merged", "adapter bundle", "merged bundle"])
 
 
-# Text goes through base and adapter alone. With an image the golden values are not those of the stored files: our
-# features are, bit for bit, those of transformers' CLIP and the stored projector, and the losses are 0.01 off.
-UNEXPLAINED = pytest.mark.xfail(strict=True, reason="the golden image cases do not follow from the stored tower")
-
-
 @KINDS
-@pytest.mark.parametrize("with_image", [False, pytest.param(True, marks=UNEXPLAINED)])
+@pytest.mark.parametrize("with_image", [False, True])
 def test_losses_are_the_originals(kind: str, with_image: bool, parts_of) -> None:
     parts = parts_of[kind]
     assert has_adapter(parts.llava.language_model) == kind.startswith("adapter")
@@ -89,7 +84,6 @@ def test_losses_are_the_originals(kind: str, with_image: bool, parts_of) -> None
 
 
 @KINDS
-@UNEXPLAINED
 def test_greedy_words_are_the_originals(kind: str, parts_of) -> None:
     parts, generations = parts_of[kind], EXPECTED["generations"]
     prompts = [

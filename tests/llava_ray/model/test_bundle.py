@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from llava_ray.errors import BundleError, ModelError
 from llava_ray.model.blueprint import read_blueprint
 from llava_ray.model.bundle import assemble, load_tower, save_bundle
 from llava_ray.model.loading import load_pretrained_model, read_pretrained_blueprint
-from llava_ray.model.manifest import read_manifest
+from llava_ray.model.manifest import absolute_base, read_manifest, relative_base
 from llava_ray.model.weights import replacing, sanitize_generation_config
 
 pytestmark = pytest.mark.slow
@@ -140,6 +141,43 @@ def test_alignment_bundle_of_a_bundle_names_that_bundles_parts(folders, samples,
     save_bundle(tmp_path / "second", parts, include="projector")
     assert read_manifest(tmp_path / "second").language_model.base == str(tmp_path / "first" / "language_model")
     assert torch.equal(losses(load_pretrained_model(tmp_path / "second"), samples, pack), losses(parts, samples, pack))
+
+
+def test_a_project_that_is_copied_finds_its_own_parts(folders, samples, pack, tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    tower = fakes.make_vision_tower(here / "parts/tower")
+    base = fakes.make_language_model(here / "parts/base")
+    save_bundle(here / "whole", assemble(ModelConfig(model_name_or_path=str(base), vision_tower=str(tower)), "pad"))
+    parts = assemble(ModelConfig(model_name_or_path=str(here / "whole")), "pad")
+    save_bundle(here / "runs/aligned", parts, include="projector")
+    for bundle in (here / "whole", here / "runs/aligned"):
+        assert str(tmp_path) not in (bundle / "llava.json").read_text()
+    shutil.copytree(here, tmp_path / "there")
+    here.rename(tmp_path / "gone")
+    there = tmp_path / "there"
+    assert read_manifest(there / "runs/aligned").language_model.base == str(there / "whole/language_model")
+    assert read_manifest(there / "whole").vision_tower.base == str(there / "parts/tower")
+    assert torch.equal(
+        losses(load_pretrained_model(there / "runs/aligned"), samples, pack), losses(parts, samples, pack)
+    )
+
+
+@pytest.mark.parametrize(
+    ("base", "written"),
+    [
+        ("/project/parts/base", "../../parts/base"),
+        ("/project/runs/run/inside", "./inside"),
+        ("/elsewhere/base", "../../../elsewhere/base"),
+        ("lmsys/vicuna-7b-v1.5", "lmsys/vicuna-7b-v1.5"),
+        ("...", "..."),
+    ],
+)
+def test_a_manifest_names_a_folder_as_the_way_from_its_own(base: str, written: str) -> None:
+    place = Path("/project/runs/run")
+    assert relative_base(base, place) == written
+    assert absolute_base(written, place) == base
+    assert absolute_base(base, place) == base  # as manifests of earlier versions have it
+    assert relative_base(base, "s3://bucket/run") == base
 
 
 def test_another_base_is_refused(folders, tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 import json
 from pathlib import Path
 
+import fakes
 import pytest
 
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.config.space import Space, SweepConfig
 from llava_ray.errors import ConfigError
+from llava_ray.model.manifest import read_manifest, write_manifest
 from llava_ray.report.rendering import render
 from llava_ray.sweep.folder import open_sweep
 from llava_ray.sweep.page import make_page
@@ -44,7 +46,9 @@ TRIALS = [
 def test_the_best_is_exported_as_a_bundle_and_a_recipe_that_gives_the_same_run(tmp_path):
     folder = tmp_path / "s"
     (folder / "trials/b/model").mkdir(parents=True)
-    (folder / "trials/b/model/llava.json").write_text("{}")
+    base = tmp_path / "parts/language_model"
+    manifest = fakes.make_manifest(base)
+    write_manifest(folder / "trials/b/model", manifest, folder / "trials/b/model")
     (folder / "best/model").mkdir(parents=True)
     (folder / "best/model/old.txt").write_text("of an earlier start")
     config = config_of(tmp_path)
@@ -52,6 +56,8 @@ def test_the_best_is_exported_as_a_bundle_and_a_recipe_that_gives_the_same_run(t
     results = summarise(config, SPACE, TRIALS, 8)
     export_best(config, common.base, results.standings[0], str(folder))
     assert [path.name for path in (folder / "best/model").iterdir()] == ["llava.json"]
+    assert read_manifest(folder / "best/model").language_model.base == str(base)
+    assert str(tmp_path) not in (folder / "best/model/llava.json").read_text()
     recipe = folder / "best.toml"
     assert "Trial 2 of the sweep s: learning_rate 0.001, seed 42" in recipe.read_text()
     again = load_recipe(FinetuneConfig, [str(recipe)])

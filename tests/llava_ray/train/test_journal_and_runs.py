@@ -9,8 +9,19 @@ from samples import small_run
 
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.errors import CheckpointError, ConfigError, DataError
+from llava_ray.tracking import TrackedRun, moved_tracking_uri
+from llava_ray.train.identity import identify
 from llava_ray.train.journal import Journal
-from llava_ray.train.runs import SNAPSHOT, SNAPSHOT_COPY, RunFolder, absolute_paths, committed_step, mend_run, open_run
+from llava_ray.train.runs import (
+    SNAPSHOT,
+    SNAPSHOT_COPY,
+    RunFolder,
+    absolute_paths,
+    claim_run,
+    committed_step,
+    find_run,
+    mend_run,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -20,12 +31,36 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> FinetuneConfig:
     return small_run(tmp_path_factory.mktemp("runs"))
 
 
+def start_run(config: FinetuneConfig, data_hash: str = "data") -> RunFolder:
+    """Find a run's folder and note its settings, as a start does that got as far as its workers."""
+    identity = identify(config, data_hash)
+    run = find_run(config, identity)
+    claim_run(run, config, identity)
+    return run
+
+
+def commit(run: RunFolder) -> RunFolder:
+    """Leave what Ray's first commit leaves."""
+    Path(run.path).mkdir(parents=True, exist_ok=True)
+    snapshot = json.dumps({"checkpoint_results": [{"checkpoint_dir_name": "step-00000004"}]})
+    Path(run.path, SNAPSHOT).write_text(snapshot)
+    return run
+
+
 def test_a_run_notes_its_settings_and_may_be_opened_again(config, tmp_path):
     config = config.replaced({"run.storage_path": str(tmp_path)})
-    run = open_run(config)
+    run = commit(start_run(config))
     assert json.loads(Path(run.path, "resolved.json").read_text())["train"]["global_batch_size"] == 8
-    assert open_run(config.replaced({"cluster.num_workers": 5})) == run
+    assert start_run(config.replaced({"cluster.num_workers": 5})) == run
     assert run.finished("any") is None
+
+
+def test_a_start_that_commits_nothing_claims_no_name(config, tmp_path):
+    config = config.replaced({"run.storage_path": str(tmp_path)})
+    start_run(config)
+    run = commit(start_run(config.replaced({"train.seed": 1})))
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+    assert json.loads(Path(run.path, "resolved.json").read_text())["train"]["seed"] == 1
 
 
 def test_a_finished_run_on_data_that_changed_since_is_refused(tmp_path):
@@ -39,18 +74,18 @@ def test_a_finished_run_on_data_that_changed_since_is_refused(tmp_path):
 
 def test_other_settings_under_a_used_name_are_refused_or_set_the_old_run_aside(config, tmp_path):
     config = config.replaced({"run.storage_path": str(tmp_path)})
-    open_run(config)
+    commit(start_run(config))
     other = config.replaced({"train.seed": 1})
     with pytest.raises(ConfigError, match=r"train.seed: 42 -> 1.*--run.restart True"):
-        open_run(other)
-    open_run(other.replaced({"run.restart": True}))
+        start_run(other)
+    start_run(other.replaced({"run.restart": True}))
     assert sorted(path.name.partition(".")[0] for path in tmp_path.iterdir()) == ["small", "small"]
 
 
 def test_an_unwritable_storage_path_is_named(config, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DataError, match=r"cannot write .*file/small/resolved.json.*run.storage_path"):
-        open_run(config.replaced({"run.storage_path": str(tmp_path / "file")}))
+        start_run(config.replaced({"run.storage_path": str(tmp_path / "file")}))
 
 
 def test_a_fresh_run_begins_at_step_0(tmp_path):
@@ -120,3 +155,21 @@ def test_replayed_steps_stand_once_and_a_second_start_goes_on_in_the_same_mlflow
     assert {metric.step for metric in client.get_metric_history(run_id, "loss")} == {0, 1, 2, 3}
     run = client.get_run(run_id)
     assert (run.info.status, run.data.params["train.seed"]) == ("FINISHED", "1")
+
+
+def test_a_start_with_other_settings_gets_an_mlflow_run_of_its_own(tmp_path):
+    told = {"tracking_uri": f"sqlite:///{tmp_path}/mlflow.db", "experiment_name": "e", "name": "n", "key": "k"}
+    failed = TrackedRun(**told, settings="one")
+    failed.log_params({"seed": 1})
+    other = TrackedRun(**told, settings="two")
+    other.log_params({"seed": 2})
+    assert TrackedRun(**told, settings="two").run_id == other.run_id != failed.run_id
+    assert other.client.get_run(other.run_id).data.params == {"seed": "2"}
+
+
+def test_a_finished_run_that_moved_with_its_mlflow_store_names_that_one(tmp_path):
+    noted = "sqlite:////elsewhere/runs/mlflow.db"
+    assert moved_tracking_uri(noted, str(tmp_path)) == noted
+    (tmp_path / "mlflow.db").touch()
+    assert moved_tracking_uri(noted, str(tmp_path)) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert moved_tracking_uri("http://tracking", str(tmp_path)) == "http://tracking"

@@ -1,0 +1,50 @@
+"""How large the working directory is that a job or a run sends to a cluster, and which folders make it so."""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+from llava_ray.errors import ConfigError
+
+MB = 10**6
+JOB_LIMIT = 100 * 2**20  # bytes that Ray's dashboard takes of `ray job submit`; more is a bare "413"
+MAX_FILES = 100_000  # that are looked at: nobody's code has more
+NUM_SHOWN = 4
+
+
+def measure_upload(root: Path) -> Counter[str]:
+    """Return the bytes below each folder (or file) of ``root`` that Ray would send, by .gitignore and .rayignore.
+
+    Stops after MAX_FILES files. Ray compresses them, which makes code smaller, and images and weights not.
+    """
+    from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
+
+    sizes: Counter[str] = Counter()
+    waiting, num_files = [(root.absolute(), list(get_excludes_from_ignore_files(root.absolute(), True)))], 0
+    while waiting and num_files < MAX_FILES:
+        folder, excludes = waiting.pop()
+        for entry in os.scandir(folder):
+            path = Path(entry.path)
+            if any(excluded(path) for excluded in excludes):
+                continue
+            if entry.is_dir():
+                waiting.append((path, excludes + get_excludes_from_ignore_files(path, True)))
+            else:
+                num_files += 1
+                sizes[path.relative_to(root.absolute()).parts[0]] += entry.stat().st_size
+    return sizes
+
+
+def check_upload(root: Path, limit: int = JOB_LIMIT) -> int:
+    """Return the bytes that would be sent; raise ConfigError, naming the largest folders, for more than ``limit``."""
+    sizes = measure_upload(root)
+    total = sizes.total()
+    if total > limit:
+        largest = sizes.most_common(NUM_SHOWN)
+        named = ", ".join(f"{name} {size / MB:,.0f} MB" for name, size in largest if size >= MB)
+        raise ConfigError(
+            f"{root} would be sent to the cluster with {total / MB:,.0f} MB, Ray takes {limit / MB:,.0f}: {named}. Write "
+            f"/{largest[0][0]}/ into .rayignore, with the slash in front, and put what is in it on storage that the "
+            "nodes share"
+        )
+    return total

@@ -1,0 +1,48 @@
+"""What has to be run before a recipe: which of the shipped ones makes a model that is not there yet."""
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+
+from llava_ray.config.sections import FinetuneConfig
+from llava_ray.errors import ConfigError
+
+RECIPES = Path(__file__).parent / "recipes"
+# What is made by a command that is no recipe: the beginning of the path, and the command.
+MADE_BY = {
+    "runs/cache/quickstart/words-language-model": "python pipelines/quickstart_sweep.py",
+    "runs/cache/quickstart": "python pipelines/quickstart.py",
+    "runs/quickstart": "python pipelines/quickstart.py",
+}
+
+
+def missing_models(config: FinetuneConfig) -> dict[str, str]:
+    """Return for each model that is not there and that a command of ours makes, by its key, that command."""
+    model = config.model
+    named = {
+        "model.model_name_or_path": model.model_name_or_path,
+        "model.model_base": model.model_base,
+        "model.vision_tower": model.vision_tower,
+        "model.pretrain_mm_mlp_adapter": model.pretrain_mm_mlp_adapter,
+    }
+    found = {key: find_maker(path) for key, path in named.items() if path and not Path(path).exists()}
+    return {key: command for key, command in found.items() if command}
+
+
+def refuse_missing(config: FinetuneConfig, missing: Mapping[str, str]) -> None:
+    """Raise ConfigError that says what to run first."""
+    for key, command in missing.items():
+        path = getattr(config.model, key.partition(".")[2])
+        raise ConfigError(f"{key} = {path!r} is not there yet: run {command} first, which makes it")
+
+
+def find_maker(path: str) -> str | None:
+    """Return the command that makes a folder; None if none of ours does."""
+    for start, command in MADE_BY.items():
+        if Path(path).is_relative_to(start):
+            return command
+    for recipe in sorted(RECIPES.glob("*/*.toml")):
+        run = tomllib.loads(recipe.read_text(encoding="utf-8")).get("run", {})
+        if run.get("name") and Path(path) == Path(run.get("storage_path", "runs"), run["name"], "model"):
+            return f"python pipelines/finetune.py pipelines/recipes/{recipe.relative_to(RECIPES)}"
+    return None
