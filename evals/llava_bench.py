@@ -39,7 +39,9 @@ class LLaVABench(Benchmark):
     ``context.jsonl``, ``answers_gpt4.jsonl`` and ``images/``. Reviews are ``{"question_id", "content"}`` lines.
 
     llava and official: the first line is exactly two numbers and a space; a failure counts as (-1, -1), as in the
-    original. robust: two numbers of 1 to 10 on the first line that has any; a failure is left out and counted.
+    original. robust: a line of nothing but two scores of 1 to 10, or scores with the labels of their answers in any
+    order, thoughts left out; two verdicts that differ, ranges, and numbers in prose are none. A failure is left out and
+    counted.
 
     Robust, review | scores::
 
@@ -53,6 +55,13 @@ class LLaVABench(Benchmark):
         '**8 7**' | 8, 7
         'Scores: 8 7' | 8, 7
         '\n8 7\nThe first …' | 8, 7
+        'Assistant 2: 7, Assistant 1: 8' | 8, 7
+        'On a scale of 1 to 10:\n8 7' | 8, 7
+        '<think>3 or 4</think>\n8 7' | 8, 7
+        '<think>3 or 4' | failed
+        '-1 7' | failed
+        '7-8 9' | failed
+        '8 and 7 dogs' | failed
         '8' | failed
         '8 7 6' | failed
         '80 70' | failed

@@ -41,6 +41,8 @@ def _digits(match: re.Match[str]) -> str:
     previous = ""
     for word in words:
         if word in LARGE:
+            if previous in LARGE and not (previous == "hundred" and LARGE[word] > LARGE["hundred"]):
+                return match[0]  # "thousand million" has its own arithmetic
             if LARGE[word] > LARGE["hundred"]:
                 total, part = total + (part or 1) * LARGE[word], 0
             else:

@@ -22,7 +22,7 @@ OPEN, CLOSE = r"[(\[{<\"']{0,4}", r"[)\]}>\"']{0,4}"
 DECLARED = re.compile(
     rf"(?i:\banswer(?:{IS}|\s+)|\b(?:option|choice){IS})(?i:(?:option|choice)\s+)?{OPEN}{ALONE}"
     rf"|(?:答案|应该|正确的)(?:选项)?[是为选]?\s*:?\s*{OPEN}{ALONE}"
-    rf"|(?i:\b(?:answer|option|choice){IS}(?:(?:option|choice)\s+)?){OPEN}([a-z]){CLOSE}(?=[.,;!]?\s*(?:\n|$))"
+    rf"|(?i:\b(?:answer|option|choice){IS}(?:(?:option|choice)\s+)?){OPEN}([a-z])(?={CLOSE}[.,;!]?\s*(?:\n|$)|[)\].:]\s)"
 )
 ALSO = re.compile(
     rf"{CLOSE}\s*(?:[,/&]|\b(?:or|and|nor)\b)\s*(?:(?:maybe|possibly|perhaps|option|also|even|either) )*{OPEN}{ALONE}"
@@ -53,7 +53,7 @@ BEFORE = re.compile(
 )
 # What may follow a letter that is an answer; "B cells" are no option.
 AFTER = re.compile(
-    rf"{CLOSE}\s*(?:$|[^\w\s]|{STAND_IN}|[^\x00-\x7f]|(?:because|since|as|is|was|are|has|looks?|seems?|appears?|would|should"
+    rf"\s*(?:$|[^\w\s]|{STAND_IN}|[^\x00-\x7f]|(?:because|since|as|is|was|are|has|looks?|seems?|appears?|would|should"
     r"|must|might|may|could|can|fits?|shows?|matches|and|or|but|not|by|for|due|which|it|the|an?|there|this|that|in|on|with"
     r"|then|here)\b)|\s*\n",
     re.IGNORECASE,

@@ -6,7 +6,7 @@ A range, a bound, an ordinal, a date, a time, or two numbers to choose from are 
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from evals.number_words import digits_for_words
 
@@ -88,8 +88,11 @@ NOT_THIS = re.compile(
     r"|[<>≥≤±/:]|(?<!\w)-) *(?:about |around |roughly |approximately )?$",
     re.IGNORECASE,
 )
+# "one third" is not one, and "two and a half" not two.
+OF_ONE = r"(?:hal(?:f|ves)|thirds?|quarters?|fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|tenths?|hundredths?)\b"
 OPEN_ENDED = re.compile(
-    r" ?(?:\+|±|:\d|or (?:so|more|less|fewer|higher|lower|above|below)\b|and (?:more|above|over|up)\b)"
+    r" ?(?:\+|±|‰|:\d|or (?:so|more|less|fewer|higher|lower|above|below)\b|and (?:more|above|over|up)\b"
+    rf"|(?:and )?(?:(?:a|one|1)[ -])?{OF_ONE}|-{OF_ONE})"
 )
 NEGATED = re.compile(r"\b(?:not|never|neither|nor|cannot)\b|n't\b", re.IGNORECASE)
 MONTH = re.compile(
@@ -110,7 +113,7 @@ class Quantity:
     value: float
     percent: bool = False
     unit: str = ""
-    numerator: float | None = None
+    numerator: float | None = field(default=None, compare=False)
     """What stands above the line, where it is written as a fraction."""
 
 
@@ -125,8 +128,9 @@ def stated_quantity(text: str) -> Quantity | None:
     values = {one for one in found if one is not None}
     if len(values) == 1 and None not in found:
         return values.pop()
-    tail = TAIL.split(text)[-1]  # "60 + 40 = 100" says 100
-    return stated_quantity(tail) if tail != text else None
+    # "60 + 40 = 100" says 100; so does "100", an empty line, and why.
+    tail, first = TAIL.split(text)[-1], text.split("\n\n")[0]
+    return stated_quantity(tail) if tail != text else whole_quantity(first) if first != text else None
 
 
 def whole_quantity(text: str) -> Quantity | None:
@@ -174,7 +178,7 @@ def _quantity(match: re.Match[str]) -> Quantity | None:
     if match["sign"].startswith(("-", "m", "n", "M", "N")) != (match["inner"] == "-"):
         value = -value
     unit = match["money"] or UNITS.get((match["unit"] or match["apart"] or "").lower(), "")
-    return Quantity(value + 0.0, match["percent"] is not None, unit, float(above) if below else None)
+    return Quantity(value + 0.0, match["percent"] is not None, unit, float(above) if below and not whole else None)
 
 
 def _power(power: str, base: float) -> float:

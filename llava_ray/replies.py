@@ -14,8 +14,12 @@ BEST = 10.0
 MAX_READ = 100_000  # characters of a reply; no verdict is so long
 
 _NAMES = r"(?:think(?:ing)?|thoughts?|reason(?:ing)?|analysis|reflection|scratchpad|seed:think)"
-_OPEN = re.compile(rf"[<\[◁]\s*{_NAMES}\s*[>\]▷]|<\|begin_of_thought\|>|<\|channel\|>\s*analysis\s*<\|message\|>", re.I)
-_CLOSE = re.compile(rf"[<\[◁]\s*/\s*{_NAMES}\s*[>\]▷]|<\|end_of_thought\|>|<\|channel\|>\s*final\s*<\|message\|>", re.I)
+_OPEN = re.compile(
+    rf"<\s*{_NAMES}\s*>|\[think\]|◁think▷|<\|begin_of_thought\|>|<\|channel\|>\s*analysis\s*<\|message\|>", re.I
+)
+_CLOSE = re.compile(
+    rf"<\s*/\s*{_NAMES}\s*>|\[/think\]|◁/think▷|<\|end_of_thought\|>|<\|channel\|>\s*final\s*<\|message\|>", re.I
+)
 _WRAPPING = re.compile(r"</?\s*(?:final_?)?(?:answer|output|scores?|ratings?|verdict|result|final)\s*>|<\|\w+\|>", re.I)
 _FENCE = re.compile(r"^\s*(?:```|~~~)\s*[\w-]*\s*$", re.M)
 _BOXED = re.compile(r"\\(?:boxed|text|mathbf)\s*\{([^{}]*)\}")

@@ -25,8 +25,8 @@ from pipelines.review_results import (
     comparisons,
     question_rows,
     reason_of,
-    reasons,
     summarise,
+    top_reason,
     write_json,
     write_llava_reviews,
     write_rows,
@@ -74,10 +74,9 @@ def write_review(
 
 def tell_reasons(judged: Sequence[Judged], max_tokens: int) -> None:
     """Say how many reviews have no scores, and why most of them have none."""
-    found = reasons(judged, max_tokens)
-    if found:
-        why, num = found.most_common(1)[0]
-        print(f"  {found.total():,} of {len(judged):,} reviews have no scores, {num:,} of them because: {why}")
+    num, most, why = top_reason(judged, max_tokens)
+    if num:
+        print(f"  {num:,} of {len(judged):,} reviews have no scores, {most:,} of them because: {why}")
 
 
 def completeness(judged: Sequence[Judged], progress: Progress) -> dict[str, Any]:

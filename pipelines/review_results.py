@@ -3,7 +3,7 @@
 import json
 import re
 import uuid
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -34,7 +34,7 @@ from llava_ray.replies import parse_first_word, parse_pair_strictly, parse_score
 from llava_ray.review.calls import Call, CallPlan, Item
 from llava_ray.review.ledger_file import read_final_rows, writing
 from llava_ray.review.rubric import Kind
-from llava_ray.review.verdict import Verdict, as_text, no_scores, read_verdict
+from llava_ray.review.verdict import NO_SCORES, Verdict, as_text, no_scores, read_verdict
 from pipelines.review_inputs import REFERENCE, Inputs
 
 UNFIT = re.compile(r"[^A-Za-z0-9_\-. :]+")  # MLflow's names of metrics
@@ -258,9 +258,18 @@ def _read_by_llava(said: str, kind: Kind) -> tuple[float, ...] | None:
     return None if number is None else (number,)
 
 
-def reasons(judged: Sequence[Judged], max_tokens: int) -> Counter[str]:
-    """Count why reviews have no scores."""
-    return Counter(reason_of(one, max_tokens) for one in judged if one.review.state in ("failed", "unparsed"))
+def top_reason(judged: Sequence[Judged], max_tokens: int) -> tuple[int, int, str]:
+    """Return how many reviews have no scores, how many of them for the commonest reason, and that reason.
+
+    What judges said instead of scores is one reason, with the first of it as an example.
+    """
+    found: dict[str, list[str]] = defaultdict(list)
+    for one in judged:
+        if one.review.state in ("failed", "unparsed"):
+            why = reason_of(one, max_tokens)
+            found["" if why.startswith(NO_SCORES) else why].append(why)
+    most = max(found.values(), key=len, default=[""])
+    return sum(map(len, found.values())), len(most), most[0]
 
 
 def reason_of(one: Judged, max_tokens: int) -> str:

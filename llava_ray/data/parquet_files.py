@@ -31,7 +31,7 @@ def parquet_layout(path: str) -> tuple[list[int], list[str | None]]:
         if not set(CONVERSATION_KEYS) & set(names):
             raise DataError(
                 f"{path}: no column {' or '.join(map(repr, CONVERSATION_KEYS))}; found {', '.join(names)[:500]}. "
-                "Rename the column that holds the turns"
+                'Write the turns into one of them, as a list of {"role": …, "content": …}'
             )
         groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
         if min(groups, default=0) < 0 or sum(groups) > max(FREE_ROWS, ROWS_PER_BYTE * num_bytes):

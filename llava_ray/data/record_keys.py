@@ -70,6 +70,7 @@ MEDIA_ENDINGS = (
 )  # fmt: skip
 MEDIA_URIS = ("data:image/", "data:video/", "data:audio/")
 MAX_NAME_CHARS = 8000
+DIGEST_BYTES = 64  # the longest that are a hash, and no medium
 # Keys that say where a sample comes from, whatever their value looks like.
 ORIGINS = {"source", "dataset", "data_source", "origin", "license", "metadata", "meta"}
 
@@ -165,6 +166,10 @@ def _why_of_value(name: str, value: Any, has_images: bool) -> str | None:
 
 
 def _names_medium(value: Any) -> bool:
+    if isinstance(value, bytes):
+        return len(value) > DIGEST_BYTES
+    if isinstance(value, Mapping):  # how Hugging Face's media lie in Parquet
+        return any(_names_medium(value.get(name)) for name in ("bytes", "path", "url"))
     if not isinstance(value, str):
         return False
     place = value[:MAX_NAME_CHARS].partition("?")[0].lower()

@@ -99,7 +99,7 @@ class ShardWriter:
         num_bytes = sum(len(image) for image in sample.record.images)
         if self._rows and (len(self._rows) == self.max_rows or self._num_bytes + num_bytes > self.max_bytes):
             self.flush()
-        self._rows.append(_row(sample))
+        self._rows.append(as_row(sample))
         self._num_bytes += num_bytes
 
     def flush(self) -> list[ShardInfo]:
@@ -126,7 +126,8 @@ def encode_shard(rows: Sequence[Mapping[str, Any]]) -> memoryview:
     return memoryview(sink.getvalue())
 
 
-def _row(sample: Sample) -> dict[str, Any]:
+def as_row(sample: Sample) -> dict[str, Any]:
+    """Return a sample as SCHEMA has it."""
     record = sample.record
     return {
         "id": record.id,

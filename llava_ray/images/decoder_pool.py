@@ -19,6 +19,7 @@ from llava_ray.images.geometry import ImageSpec
 from llava_ray.images.views import OpenedImage
 
 WALL_PER_CPU = 3.0  # a busy machine may take so much longer
+MORE_MOMENTS = 3
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class DecoderPool:
         held: asyncio.Semaphore | None = self._places
         try:
             process, job = await self._begin(head, data)
-            await asyncio.wait({job}, timeout=limits.patience_s)
+            await self._wait_a_moment(process, job)
             if not job.done():
                 self._places.release()
                 held = None
@@ -128,6 +129,16 @@ class DecoderPool:
             if process is not None:
                 self._put_away(process, again=finished and held is self._places)
         return answer
+
+    async def _wait_a_moment(self, process: DecoderProcess, job: "asyncio.Future[Answer]") -> None:
+        """Wait for a quick image; where another place would have to be waited for, by its processor's clock too."""
+        patience_s = self.limits.patience_s
+        await asyncio.wait({job}, timeout=patience_s)
+        border = process.processor_s() + patience_s
+        for _ in range(MORE_MOMENTS):
+            if job.done() or not self._slow.locked() or process.processor_s() >= border:
+                return
+            await asyncio.wait({job}, timeout=patience_s)
 
     def _put_away(self, process: DecoderProcess, *, again: bool) -> None:
         """Keep a process to be used again, or end it."""

@@ -73,7 +73,7 @@ def body_fault(data: Mapping[str, Any], spec: JudgeSpec, reported: Reported) -> 
     error = data.get("error") or data
     body = error if isinstance(error, dict) else {"message": str(error)}
     code = body.get("code")
-    status = code if isinstance(code, int) and not isinstance(code, bool) else 400
+    status = code if isinstance(code, int) and 400 <= code < 600 else 400
     return told_fault(status, str(body.get("message") or body), body, spec, reported, "an error with HTTP 200: ")
 
 
@@ -92,6 +92,9 @@ def told_fault(
     ours = not of_the_item and (bool(remedy) or bool(set(codes) & set(OUR_MISTAKES)))
     if set(codes) & set(NO_CREDIT) or status in FATAL_STATUSES or (status < 429 and ours):
         return RequestError("fatal", "refused", reason, reported)
+    if (reported.retry_after_s or 0.0) > spec.config.patience_s:
+        asked = f"{reason}; it asks to wait {reported.retry_after_s:,.0f} s, longer than judge.patience_s"
+        return RequestError("fatal", "refused", asked, reported)
     if status in GATEWAY_STATUSES:
         return RequestError("trouble", "uncertain", reason, reported)
     if status == 429 or status >= 500:

@@ -17,6 +17,7 @@ SCORES: dict[Kind, tuple[str, ...]] = {
 LOWEST: dict[Kind, float] = {"pair": 1.0, "single": 1.0, "grade": 0.0}
 HIGHEST: dict[Kind, float] = {"pair": BEST, "single": BEST, "grade": 1.0}
 FENCED = re.compile(r"```(?:json)?\s*(\{.*\})\s*```", re.DOTALL | re.IGNORECASE)
+NO_SCORES = "no scores in"
 MAX_JSON = 100_000  # characters
 
 
@@ -81,7 +82,7 @@ def no_scores(content: str, finish_reason: str, max_tokens: int) -> str:
     if not spoken(content):
         said = "nothing but thoughts" if content.strip() else "an empty reply"
         return f"{said}{cut or f' (finish_reason {finish_reason!r})'}"
-    return f"no scores in {content[:80]!r}{cut}"
+    return f"{NO_SCORES} {content[:80]!r}{cut}"
 
 
 def as_text(verdict: Verdict) -> str:

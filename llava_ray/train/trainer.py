@@ -231,7 +231,7 @@ def note_finished(
     files = [f"{run.path}/{name}" for name in ("resolved.json", "ledger.jsonl", "metrics.jsonl")] if local else []
     tags = {f"llava_ray.{key}": value for key, value in lineage.items()}
     run_id = ray.get(journal.close.remote("FINISHED", tags, artifacts, files))
-    _, _, metrics = ray.get(journal.progress.remote())
+    metrics = ray.get(journal.progress.remote()).metrics
     noted = {
         "num_steps": plan.num_steps,
         "metrics": metrics,

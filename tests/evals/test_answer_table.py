@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,3 +95,47 @@ def test_how_an_answer_is_set_does_not_change_its_value(change: str) -> None:
     changed = [(row, value(row, CHANGES[change](row["reply"]))) for row in rows]
     assert len(rows) > 400
     assert [(row, found) for row, found in changed if not same(found, row["expected"])] == []
+
+
+HOSTILE = (
+    "*",
+    "_",
+    "$a",
+    "'a",
+    "{",
+    "\\boxed{",
+    "\\frac{",
+    "1",
+    "1,000",
+    "- 1 ",
+    "no ",
+    "yes, ",
+    "A ",
+    " not A",
+    "answer is A, ",
+)
+HOSTILE += (
+    "<think>",
+    "<b>",
+    "<answer>",
+    "twenty ",
+    "one and ",
+    "hundred ",
+    "½",
+    "²",
+    "= ",
+    "so the my ",
+    "1 000 ",
+    "\ud800",
+)
+
+
+@pytest.mark.parametrize("piece", HOSTILE, ids=ascii)
+def test_long_answers_of_one_piece_take_no_time_and_raise_nothing(piece: str) -> None:
+    text = piece * (8_000 // len(piece))
+    start = time.perf_counter()
+    for row in ({"rule": "letter", "options": ["cat", "10", "A dog"]}, {"rule": "yes_no"}):
+        value(row, text)
+    for rule in RULES:
+        value({"rule": rule, "truth": "5" if rule != "words" else "left"}, text)
+    assert time.perf_counter() - start < 20  # milliseconds where nothing else runs

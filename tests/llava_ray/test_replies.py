@@ -134,6 +134,7 @@ PAIRS: dict[str, tuple[float, float] | None] = {
     "<think>perhaps 3 against 4": None,
     "<think>\n3 4\n": None,
     "8 9\n<think>or rather 7": None,
+    "[Reasoning]\nBoth are good.\nScores: 8 9": (8, 9),
     "<think>3 4</think>": None,
     # numbers that are no scores of ours
     "-1 9\nThe first answer is missing.": None,

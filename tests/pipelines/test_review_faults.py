@@ -94,7 +94,7 @@ JUDGES: dict[str, tuple[dict[str, Any], int, int, bool, tuple[str, ...]]] = {
     ),
     "thoughts first": ({"content": "<think>3 against 4.</think>\n8 9\nGood."}, 0, 2 * NUM, True, ("112.50",)),
     "labels in another order": ({"content": "Assistant 2: 9\nAssistant 1: 8\nGood."}, 0, 2 * NUM, True, ("112.50",)),
-    "prose": ({"content": "I give 8 of 9."}, 1, 4 * NUM, True, ("no scores in 'I give 8 of 9.'", "nothing was scored")),
+    "prose": ({"content": "I give 8 of 9."}, 1, 4 * NUM, True, ("40 of them because: no scores in 'I give 8 of 9.'",)),
 }
 
 
@@ -104,9 +104,20 @@ def judge() -> Iterator[Remote]:
         yield remote
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all: MLflow makes its tables once."""
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="module")
+def files(folder: Path) -> Path:
+    return write_review_files(folder / "files", NUM)
+
+
 @pytest.fixture
-def files(tmp_path: Path) -> Path:
-    return write_review_files(tmp_path / "files", NUM)
+def output(folder: Path, request: pytest.FixtureRequest) -> Path:
+    return folder / "".join(letter if letter.isalnum() else "_" for letter in request.node.name)
 
 
 def exit_code(arguments: list[str]) -> int:
@@ -119,13 +130,13 @@ def exit_code(arguments: list[str]) -> int:
 
 @pytest.mark.parametrize("what", JUDGES)
 def test_a_judge_that_does_not_answer_as_asked(
-    what: str, judge: Remote, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    what: str, judge: Remote, files: Path, output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script, code, most, booked, words = JUDGES[what]
     judge.play(**script)
-    assert exit_code(flags(files, judge.base_url, tmp_path / "out", *PRICE)) == code
+    assert exit_code(flags(files, judge.base_url, output, *PRICE)) == code
     said, seen = capsys.readouterr().out, len(judge.stats()["arrivals"])
-    account = read_account(tmp_path / "out/ledger.jsonl")
+    account = read_account(output / "ledger.jsonl")
     for word in words:
         assert word.replace("BASE_URL", judge.base_url) in said
     assert seen <= most
@@ -136,9 +147,7 @@ def test_a_judge_that_does_not_answer_as_asked(
             table.write(f"{what} | {seen} | {code} | ${account.spent:.4f} | {told}\n")
     if code:
         assert "nothing was scored" in said
-        assert not any(
-            row["state"] == "done" and row["scores"] for row in read_final_rows(tmp_path / "out/ledger.jsonl")
-        )
+        assert not any(row["state"] == "done" and row["scores"] for row in read_final_rows(output / "ledger.jsonl"))
     else:
         pair = judge.call("/stats")["paid"]
         assert set(pair.values()) == {1}
@@ -148,24 +157,24 @@ def exit_code_shown(code: int) -> str:
     return str(code)
 
 
-def test_a_page_between_good_replies_is_asked_again(judge: Remote, files: Path, tmp_path: Path) -> None:
+def test_a_page_between_good_replies_is_asked_again(judge: Remote, files: Path, output: Path) -> None:
     """Only a judge that has never answered is given up so soon."""
     judge.play(faults={"malformed": 0.3}, seed=2)
-    assert exit_code(flags(files, judge.base_url, tmp_path / "out", *PRICE, "--judge.max_attempts", "20")) == 0
+    assert exit_code(flags(files, judge.base_url, output, *PRICE, "--judge.max_attempts", "20")) == 0
 
 
 def test_ctrl_c_waits_for_what_is_under_way(
-    judge: Remote, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    judge: Remote, files: Path, output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     judge.play(hold_after=10)
     stop = threading.Thread(target=interrupt, args=(judge, 10))
     before = signal.getsignal(signal.SIGINT)
     stop.start()
-    arguments = flags(files, judge.base_url, tmp_path / "out", *PRICE, "--limits.max_concurrency", "16")
+    arguments = flags(files, judge.base_url, output, *PRICE, "--limits.max_concurrency", "16")
     assert exit_code(arguments) == 130
     stop.join()
     told = capsys.readouterr()
-    stats, account = judge.stats(), read_account(tmp_path / "out/ledger.jsonl")
+    stats, account = judge.stats(), read_account(output / "ledger.jsonl")
     assert "waiting for 16 calls under way" in told.err
     assert "it was stopped by Ctrl-C" in told.out
     assert account.done == sum(stats["paid"].values()) == 10 + 16
@@ -185,13 +194,13 @@ def interrupt(judge: Remote, answered: int) -> None:
     judge.call("/release", {})
 
 
-def test_another_review_is_not_overwritten(judge: Remote, files: Path, tmp_path: Path) -> None:
+def test_another_review_is_not_overwritten(judge: Remote, files: Path, output: Path) -> None:
     judge.play()
-    base = flags(files, judge.base_url, tmp_path / "out", *PRICE)
+    base = flags(files, judge.base_url, output, *PRICE)
     assert exit_code([*base, "--max_items", "4"]) == 0
     assert exit_code(base) == 0  # the same review, and more of it
-    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
+    before = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
     for other in (("--judge.model", "second"), ("--judge.temperature", "1"), ("--max_items", "3")):
         with pytest.raises(ConfigError, match=r"holds another review, with .* scores by scripted"):
             main([*base, *other])
-    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
+    assert before == {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
