@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 RAYS_PRINTER = "ray_print_logs"  # Ray's name for what prints the lines of workers in the driver
 TQDM_MARK = "__ray_tqdm_magic_token__"  # before the state of a bar, which is no line
+EVENT_MARK = ":event_summary:"
 DEFAULT_FOLDER = "runs"
 
 _terminals: list[TextIO] = []
@@ -63,8 +64,10 @@ class LibraryLog:
     def write_lines(self, batch: dict[str, Any]) -> None:
         """Write what a process has printed, as Ray hands it on."""
         who = batch.get("actor_name") or batch.get("task_name") or ""
+        # Ray's autoscaler reports every five seconds, also of a cluster that cannot grow; of that, only what happened.
+        needed = EVENT_MARK if batch.get("pid") == "autoscaler" else ""
         for line in batch.get("lines", []):
-            if TQDM_MARK not in line:
+            if TQDM_MARK not in line and needed in line:
                 self.file.write(f"({who} pid={batch.get('pid')}, ip={batch.get('ip')}) {line}\n")
 
 

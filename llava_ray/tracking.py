@@ -107,6 +107,16 @@ class TrackedRun:
         self.client.set_terminated(self.run_id, status)
 
 
+def check_store(tracking_uri: str | None) -> None:
+    """Raise ConfigError for a tracking URI that MLflow does not know; whether a server answers is not asked."""
+    if tracking_uri is None or tracking_uri.startswith("http"):
+        return
+    try:
+        MlflowClient(tracking_uri).search_experiments(max_results=1)
+    except (MlflowException, ImportError, OSError) as error:
+        raise ConfigError(f"MLflow at {tracking_uri!r}: {error}; check tracking.tracking_uri") from error
+
+
 def describe_page(tracking_uri: str, run_id: str) -> str:
     """Say how to see a run's experiment in MLflow: the command that serves a store of one's own, and the address."""
     experiment = MlflowClient(tracking_uri).get_run(run_id).info.experiment_id

@@ -17,6 +17,7 @@ from llava_ray.config.booleans import bare_switches, switches_of
 from llava_ray.config.chat import ChatSettings
 from llava_ray.errors import LlavaRayError
 from pipelines.command import run_command
+from pipelines.places import check_files, check_models
 
 if TYPE_CHECKING:
     from llava_ray.generate.chat import ChatSession
@@ -32,6 +33,9 @@ def main(arguments: Sequence[str]) -> None:
     settings = tyro.cli(
         ChatSettings, args=bare_switches(arguments, switches_of(ChatSettings)), use_underscores=True, prog="chat.py"
     )
+    check_models({key: getattr(settings, key) for key in ("model", "model_base", "vision_tower")})
+    for place in settings.image:
+        check_files({"image": place})
     from transformers.utils import logging
 
     from llava_ray.generate.chat import load_session

@@ -13,6 +13,7 @@ from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import EvaluateConfig
 from llava_ray.errors import ConfigError
 from pipelines.evaluation_results import PROVENANCE, ScoredAnswers, ScoreRequest, score_answers, track, write_results
+from pipelines.places import check_files, check_models
 
 if TYPE_CHECKING:
     from llava_ray.shared_storage import Places
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 def evaluate(arguments: Sequence[str]) -> list[dict[str, Any]]:
     """Ask what is not answered yet, score everything, write the report; return the summaries."""
     config = load_recipe(EvaluateConfig, arguments)
+    check_places(config)
     print(config.model_dump_json(indent=1, exclude_defaults=True), flush=True)
     from llava_ray.generate.answers import locate_model
     from llava_ray.runtime import connected
@@ -34,9 +36,10 @@ def evaluate(arguments: Sequence[str]) -> list[dict[str, Any]]:
         token_limit,
     )
 
-    folder, asking = run_folder(config), config.evaluate
+    asking = config.evaluate
     model = locate_model(asking.model_path, asking.model_base, asking.vision_tower, asking.version)
     made = describe_answers(asking, model)
+    folder = run_folder(config)
     with ExitStack() as stack:
         asked = list_benchmarks(asking, folder)
         check_ranking(asking, asked)
@@ -49,6 +52,16 @@ def evaluate(arguments: Sequence[str]) -> list[dict[str, Any]]:
         for one in asked:
             one.file.arrange([question.id for question in one.questions])
     return report(config, folder, asked)
+
+
+def check_places(config: EvaluateConfig) -> None:
+    """Look for the model and the benchmarks' files. Raises ConfigError."""
+    asking = config.evaluate
+    check_models({f"evaluate.{key}": getattr(asking, key) for key in ("model_path", "model_base", "vision_tower")})
+    for name, _, folder in (entry.partition("=") for entry in asking.benchmarks):
+        check_files({f"evaluate.benchmarks, {name}": folder})
+    for name, _, file in (entry.partition("=") for entry in config.score.reviews):
+        check_files({f"score.reviews, {name}": file})
 
 
 def shared_places(config: EvaluateConfig) -> "Places":

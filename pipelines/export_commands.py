@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from pipelines.places import check_export
+
 if TYPE_CHECKING:
     from llava_ray.model.exporting import Exported
     from llava_ray.model.model_files import ModelFiles
@@ -68,6 +70,7 @@ def hub(
         images: Pictures to measure that on; default: drawn ones.
         transformers_only: Export also what vLLM does not take.
     """
+    check_export(model, output)
     from llava_ray.model.hub_export import export_hub
 
     opened = open_given(model, given)
@@ -91,6 +94,7 @@ def original(
         given: What the folder does not say of itself.
         vocabulary: Leave out the rows that the hub layout adds (truncated), or keep them.
     """
+    check_export(model, output)
     from llava_ray.model.exporting import export_original
 
     tell(export_original(open_given(model, given), output, vocabulary))
@@ -107,6 +111,7 @@ def bundle(
         given: What the folder does not say of itself.
         vocabulary: Leave out the rows that the hub layout adds (truncated), or keep them.
     """
+    check_export(model, output)
     from llava_ray.model.exporting import export_bundle
 
     tell(export_bundle(open_given(model, given), output, vocabulary))
@@ -114,6 +119,7 @@ def bundle(
 
 def projector(model: Model, output: Output, given: Parts = NOTHING) -> None:
     """Write the projector alone: mm_projector.bin and its config.json, as LLaVA's first stage leaves them."""
+    check_export(model, output)
     from llava_ray.model.exporting import export_projector
 
     tell(export_projector(open_given(model, given), output))
@@ -121,6 +127,7 @@ def projector(model: Model, output: Output, given: Parts = NOTHING) -> None:
 
 def adapter(model: Model, output: Output, *, model_base: str | None = None) -> None:
     """Write a bundle's adapter alone, as LLaVA's LoRA folder."""
+    check_export(model, output)
     from llava_ray.model.adapter_export import export_adapter
 
     tell(export_adapter(model, output, model_base))
@@ -134,6 +141,7 @@ def merge(model: Model, output: Output, given: Parts = NOTHING) -> None:
         output: A folder that is not there yet.
         given: What the folder does not say of itself.
     """
+    check_export(model, output)
     from llava_ray.model.adapter_export import export_merged
 
     tell(export_merged(model, output, **vars(given)))
@@ -141,6 +149,7 @@ def merge(model: Model, output: Output, given: Parts = NOTHING) -> None:
 
 def consolidate(checkpoint: Checkpoint, output: Output) -> None:
     """Write the model of a run's checkpoint (step-… in its folder) as a bundle."""
+    check_export(checkpoint, output)
     from llava_ray.model.exporting import Exported
     from llava_ray.train.consolidation import consolidate as gather
 

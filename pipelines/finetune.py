@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import FinetuneConfig
 from pipelines.command import run_command, split_dry_run
+from pipelines.places import check_run_places
 from pipelines.prerequisites import missing_models, refuse_missing
 
 if TYPE_CHECKING:
@@ -39,11 +40,14 @@ def main(arguments: Sequence[str]) -> "FinishedRun | None":
             print(f"First {missing[PROJECTOR]}, which makes {config.model.pretrain_mm_mlp_adapter}")
         return None
     refuse_missing(config, missing)
+    check_run_places(config)
     print(config.model_dump_json(indent=1, exclude_defaults=True), flush=True)
     from llava_ray.data.preparation import prepare_data
     from llava_ray.runtime import connected
+    from llava_ray.train.preflight import check_run
     from llava_ray.train.trainer import finetune
 
+    check_run(config)
     with connected(config.cluster, shared_places(config), storage_path=config.run.storage_path) as resources:
         prepared = prepare_data(config.data)
         finished = finetune(config, prepared, resources)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import PrepareConfig
 from pipelines.command import run_command
+from pipelines.places import check_data_places
 
 if TYPE_CHECKING:
     from llava_ray.data.shards import PreparedData
@@ -22,10 +23,12 @@ OTHER_SECTIONS = ("model", "train", "lora", "tracking")
 def main(arguments: Sequence[str]) -> "PreparedData":
     """Prepare, and say what came out and where it is."""
     config = load_recipe(PrepareConfig, arguments, ignore=OTHER_SECTIONS)
-    from llava_ray.data.preparation import prepare_data
+    check_data_places(config.data)
+    from llava_ray.data.preparation import check_source, prepare_data
     from llava_ray.runtime import connected
     from llava_ray.shared_storage import Places
 
+    check_source(config.data.data_path)
     shared = Places.of([config.data.cache_dir], [config.data.data_path, config.data.image_folder])
     with connected(config.cluster, shared, storage_path=config.run.storage_path):
         prepared = prepare_data(config.data)

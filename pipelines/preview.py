@@ -15,6 +15,7 @@ import tyro
 from llava_ray.config.booleans import bare_switches, switches_of
 from llava_ray.config.preview import PreviewSettings
 from pipelines.command import run_command
+from pipelines.places import check_files, check_models
 
 NUM_IN_REPORT = 200
 
@@ -27,6 +28,8 @@ def main(arguments: Sequence[str]) -> Path | None:
         use_underscores=True,
         prog="preview.py",
     )
+    check_models({key: getattr(settings, key) for key in ("model", "tokenizer", "model_base", "vision_tower")})
+    check_files({key: getattr(settings, key) for key in ("data", "image_folder")})
     from llava_ray.data.preview import Rejection, SampleView, token_viewer
     from llava_ray.data.preview_losses import model_viewer
     from llava_ray.data.preview_records import read_records

@@ -29,6 +29,9 @@ NUM_TEST_QUESTIONS = 1_000
 def main(arguments: Sequence[str]) -> float:
     """Do every stage that is not done yet, write the report, return the held-out accuracy."""
     words = load_recipe(FinetuneConfig, [f"{RECIPES}/words.toml", *arguments])
+    from llava_ray.report.charts import check_plotting
+
+    check_plotting()
     from evals import easy_vqa
     from evals.easy_vqa_records import write_conversations, write_open_questions, write_words
     from llava_ray.generate.answers import Actors

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from llava_ray.config.sweep_recipes import load_sweep
 from pipelines.command import run_command, split_dry_run
+from pipelines.places import check_run_places
 from pipelines.prerequisites import missing_models, refuse_missing
 
 if TYPE_CHECKING:
@@ -35,22 +36,26 @@ def main(arguments: Sequence[str]) -> "Sweep | None":
         for line in describe_sweep(config, space, asked.gpu_memory_gib):
             print(line)
         return None
+    check_run_places(config, space)
     from llava_ray.report.charts import check_plotting
     from llava_ray.runtime import connected, local_runs
     from llava_ray.sweep.folder import open_sweep
     from llava_ray.sweep.search import search
-    from llava_ray.sweep.shared import absolute_space, common_config, share
+    from llava_ray.sweep.shared import absolute_space, check_sweep, common_config, share
     from llava_ray.sweep.trial import tune_trial
     from pipelines.sweep_results import closing, keep, tell, track
 
     check_plotting()
+    check_sweep(config, space)
     space = absolute_space(space)
     print(config.model_dump_json(indent=1, exclude_defaults=True))
     print(json.dumps({"space": space.model_dump(exclude_defaults=True)["dimensions"]}, indent=1), flush=True)
     folder = open_sweep(config, space)
     start = time.perf_counter()
     tracked = track(config, folder)
-    cluster = connected(config.cluster, runs=local_runs(config.cluster), quiet=True)
+    cluster = connected(
+        config.cluster, runs=local_runs(config.cluster), quiet=True, storage_path=config.run.storage_path
+    )
     with closing(tracked), cluster as resources:
         common = common_config(config, folder, tracked.tracking_uri, tracked.run_id)
         num_steps = share(common.base, space, resources)

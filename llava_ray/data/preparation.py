@@ -105,6 +105,14 @@ def prepare_data(config: DataConfig, *, show_progress: bool = True) -> PreparedD
     return prepared
 
 
+def check_source(data_path: str) -> None:
+    """Raise DataError where nothing is there that could be prepared, or what was prepared is not whole."""
+    if is_prepared(data_path):
+        open_prepared(data_path)
+    else:
+        find_files(absolute(data_path))
+
+
 def _prepare_raw(config: DataConfig, show_progress: bool) -> PreparedData:
     kind, files = find_files(absolute(config.data_path))
     image_folder = absolute(config.image_folder or files[0].rpartition("/")[0])
