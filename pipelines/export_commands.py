@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from llava_ray.errors import ConfigError
+
 if TYPE_CHECKING:
     from llava_ray.model.exporting import Exported
     from llava_ray.model.model_files import ModelFiles
@@ -28,6 +30,8 @@ Base = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="BASE")]
 Checkpoint = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
 Delta = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DELTA")]
 Output = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")]
+BaseOrOutput = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="[BASE] OUTPUT")]
+OptionalOutput = Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="")]
 Parts = Annotated[Given, tyro.conf.OmitArgPrefixes]
 NOTHING = Given()
 
@@ -52,9 +56,13 @@ def hub(
     given: Parts = NOTHING,
     *,
     vocabulary: Literal["auto", "kept", "padded", "truncated"] = "auto",
+    transformers_only: bool = False,
     approximate: bool = False,
     images: tuple[Path, ...] = (),
-    transformers_only: bool = False,
+    samples: str | None = None,
+    image_folder: str | None = None,
+    max_samples: int = 200,
+    accept_difference: float | None = None,
 ) -> None:
     """Write the layout of llava-hf, which transformers, old and new, and vLLM load.
 
@@ -64,20 +72,47 @@ def hub(
         given: What the folder does not say of itself.
         vocabulary: Rows of the table: as they are (kept), up to a multiple of 64 with room for <image> (padded), only
             the language model's own (truncated), or padded only where there is no room (auto).
+        transformers_only: Export also what vLLM does not take, as it is: the way without loss.
         approximate: Write a DINOv2 tower as a SigLIP, which vLLM takes, and measure how far its features move.
         images: Pictures to measure that on; default: drawn ones.
-        transformers_only: Export also what vLLM does not take.
+        samples: Records with answers, in any form that data.data_path takes: says what accuracy is lost on them.
+        image_folder: Where their image paths start; default: beside them.
+        max_samples: Ask only the first so many of them.
+        accept_difference: With a mean cosine below 0.95, how far the features may be: one minus the cosine.
     """
     from llava_ray.model.hub_export import export_hub
 
     opened = open_given(model, given)
+    if not approximate and (images or samples or accept_difference is not None):
+        raise ConfigError("--images, --samples and --accept_difference belong to --approximate: give it, or none")
     if approximate:
-        from llava_ray.model.siglip_form import approximate as bring_into_form
-        from llava_ray.model.siglip_form import open_images
-
-        opened, difference = bring_into_form(opened, open_images(images))
-        print(difference)
+        opened = bring_near(model, given, opened, images, accept_difference, samples, image_folder, max_samples)
     tell(export_hub(opened, output, vocabulary, for_vllm=not transformers_only))
+
+
+def bring_near(  # noqa: PLR0913 - as the command line has them
+    model: Path,
+    given: Given,
+    opened: "ModelFiles",
+    images: tuple[Path, ...],
+    accepted: float | None,
+    samples: str | None,
+    image_folder: str | None,
+    max_samples: int,
+) -> "ModelFiles":
+    """Return a model with its DINOv2 tower as a SigLIP, and say what that costs. Raises ConfigError if too much."""
+    from llava_ray.model.siglip_form import approximate, open_images
+    from pipelines.approximation import Samples, check_difference, measure_loss
+
+    near, difference = approximate(opened, open_images(images))
+    print(difference)
+    if samples is not None:
+        from llava_ray.model.loading import load_pretrained_model
+
+        parts = load_pretrained_model(model, **vars(given))
+        print(measure_loss(parts, near, Samples(samples, image_folder, max_samples)))
+    check_difference(difference, accepted)
+    return near
 
 
 def original(
@@ -148,11 +183,33 @@ def consolidate(checkpoint: Checkpoint, output: Output) -> None:
     tell(Exported(output))
 
 
-def make_delta(base: Base, target: Model, output: Output) -> None:
-    """Write a model as its difference, bit for bit, to the language model that it was tuned from."""
-    from llava_ray.model.deltas import make_delta as make
+def make_delta(
+    model: Model, base_or_output: BaseOrOutput, output: OptionalOutput = None, *, model_base: Path | None = None
+) -> None:
+    """Write a model as its difference, bit for bit, to the language model that it was tuned from.
 
-    tell(make(base, target, output))
+    MODEL OUTPUT --model_base BASE, as the other subcommands take them, or MODEL BASE OUTPUT.
+
+    Args:
+        model: A bundle, or a model in the original or the hub layout.
+        base_or_output: A folder that is not there yet; or the base, if OUTPUT follows.
+        output: A folder that is not there yet.
+        model_base: The language model that it was tuned from.
+    """
+    from llava_ray.model.deltas import make_delta as make
+    from llava_ray.model.layout import Kind
+    from llava_ray.model.layouts import read_layout
+
+    base, written = (model_base, base_or_output) if output is None else (base_or_output, output)
+    if base is None or (output is not None and model_base is not None):
+        raise ConfigError("make-delta takes MODEL OUTPUT --model_base BASE, or MODEL BASE OUTPUT")
+    kinds = [read_layout(folder).kind for folder in (model, base)]
+    if kinds[0] is Kind.LANGUAGE_MODEL != kinds[1]:
+        raise ConfigError(
+            f"{model} is a plain language model and {base} is not: make-delta takes the model before its base, "
+            f"make-delta {base} {model} {written}"
+        )
+    tell(make(base, model, written))
 
 
 def apply_delta(base: Base, delta: Delta, output: Output) -> None:
