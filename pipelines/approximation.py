@@ -51,7 +51,7 @@ class Loss:
 def check_difference(difference: "FeatureDifference", accepted: float | None) -> None:
     """Raise ConfigError unless a tower's features stay near enough, or are accepted as they are."""
     found = 1 - difference.mean_cosine
-    if accepted is not None and not 0 <= accepted <= 2:  # noqa: PLR2004 - of two opposite features
+    if accepted is not None and not 0 <= accepted <= 2:
         raise ConfigError(f"--accept_difference {accepted:g}: expected one minus a cosine, from 0 to 2")
     if found <= max(1 - ENOUGH_COSINE, accepted or 0.0) + ROUNDING:
         return

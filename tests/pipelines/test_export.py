@@ -97,9 +97,12 @@ def test_an_approximation_that_is_far_off_is_refused_with_its_cost(folder: Path,
 
     tower = fakes.make_vision_tower(tmp_path / "dinov2", "dinov2", seed=4)
     weights = load_file(tower / "model.safetensors")
-    for name in weights:  # patches that live by what the class token, which a SigLIP lacks, tells them
-        if name.endswith(("layer_scale1.lambda1", "cls_token")):
-            weights[name] *= 30.0
+    # Patches that live by what the class token tells them, which a SigLIP lacks.
+    scales = {"layer_scale1.lambda1": 30.0, "cls_token": 1e4, "query.weight": 8.0, "key.weight": 8.0}
+    weights = {
+        name: tensor * next((scale for end, scale in scales.items() if name.endswith(end)), 1.0)
+        for name, tensor in weights.items()
+    }
     save_file(weights, tower / "model.safetensors", metadata={"format": "pt"})
     config = ModelConfig(model_name_or_path=str(folder / "base"), vision_tower=str(tower))
     save_bundle(tmp_path / "bundle", assemble(config, "square"))

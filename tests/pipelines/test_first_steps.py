@@ -8,13 +8,15 @@ import pytest
 from fakes import make_language_model, make_vision_tower
 from samples import write_samples
 
+from evals import easy_vqa
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import FinetuneConfig, ModelConfig
+from llava_ray.deployments.page_examples import read_examples
 from llava_ray.errors import ConfigError
 from llava_ray.model.bundle import assemble, save_bundle
 from pipelines import finetune, preview, sweep
 from pipelines.prerequisites import find_maker, missing_models, refuse_missing
-from pipelines.quickstart_results import NEXT_STEPS
+from pipelines.quickstart_results import NEXT_STEPS, write_examples
 
 pytestmark = pytest.mark.slow
 
@@ -114,3 +116,14 @@ def test_the_next_steps_that_the_quickstart_prints_can_be_typed(ready, monkeypat
     said = capsys.readouterr().out
     assert f"Data  {data}, 8 samples" in said
     assert "Model " in said
+
+
+def test_the_questions_that_the_page_begins_with_are_the_quickstarts_own(tmp_path):
+    asked = easy_vqa.test_questions(100, seed=0)
+    write_examples(tmp_path, asked)
+    shown = read_examples(str(tmp_path / "examples.json"))
+    assert len(shown) == len({question.kind for question in asked})
+    assert {row["text"] for row in shown} <= {question.question for question in asked}
+    assert all(Path(file).exists() for row in shown for file in row["files"])
+    served = re.search(r"^serve:.*\n\t(.*)$", (ROOT / "Makefile").read_text(), re.M)
+    assert served[1].endswith("model=runs/quickstart/model page_examples=runs/quickstart/examples.json")
