@@ -1,7 +1,7 @@
 """export.py hub --approximate: what a tower in another form costs, measured before anything is written."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,17 +18,36 @@ if TYPE_CHECKING:
 
 ENOUGH_COSINE = 0.95  # below it the model sees something else than it was trained on
 ROUNDING = 1e-6
+FURTHEST = 2.0  # one minus the cosine of opposite features
 AT_ONCE = 16
 MAX_NEW_TOKENS = 64
 
 
 @dataclass(frozen=True)
-class Samples:
-    """Records whose answers are known: where they are, and at most how many are asked."""
+class Approximation:
+    """Whether a tower may be written in another form, and how far its features may move."""
 
-    path: str
+    approximate: bool = False
+    """Write a DINOv2 tower as a SigLIP, which vLLM takes, and measure how far its features move."""
+    images: tuple[Path, ...] = ()
+    """Pictures to measure that on; default: drawn ones."""
+    samples: str | None = None
+    """Records with answers, in any form that data.data_path takes: says what accuracy is lost on them."""
     image_folder: str | None = None
+    """Where their image paths start; default: beside them."""
     max_samples: int = 200
+    """Ask only the first so many of them."""
+    accept_difference: float | None = None
+    """With a mean cosine below 0.95, how far the features may be: one minus the cosine."""
+
+    def __post_init__(self) -> None:
+        """Refuse what would be ignored, and numbers that cannot be meant."""
+        if not self.approximate and (self.images or self.samples or self.accept_difference is not None):
+            raise ConfigError("--images, --samples and --accept_difference belong to --approximate: give it, or none")
+        if self.max_samples < 1:
+            raise ConfigError(f"--max_samples {self.max_samples}: expected at least 1")
+        if self.accept_difference is not None and not 0 <= self.accept_difference <= FURTHEST:
+            raise ConfigError(f"--accept_difference {self.accept_difference:g}: expected one minus a cosine, 0 to 2")
 
 
 @dataclass(frozen=True)
@@ -51,8 +70,6 @@ class Loss:
 def check_difference(difference: "FeatureDifference", accepted: float | None) -> None:
     """Raise ConfigError unless a tower's features stay near enough, or are accepted as they are."""
     found = 1 - difference.mean_cosine
-    if accepted is not None and not 0 <= accepted <= 2:
-        raise ConfigError(f"--accept_difference {accepted:g}: expected one minus a cosine, from 0 to 2")
     if found <= max(1 - ENOUGH_COSINE, accepted or 0.0) + ROUNDING:
         return
     rounded = f"{math.ceil(100 * (found - ROUNDING)) / 100:.2f}"
@@ -64,27 +81,41 @@ def check_difference(difference: "FeatureDifference", accepted: float | None) ->
     )
 
 
-def measure_loss(parts: "LlavaParts", approximated: "ModelFiles", samples: Samples) -> Loss:
+def bring_near(load: Callable[[], "LlavaParts"], opened: "ModelFiles", asked: Approximation) -> "ModelFiles":
+    """Return a model with its DINOv2 tower as a SigLIP, and say what that costs.
+
+    ``load`` gives the model with its weights, for samples. Raises ConfigError if it costs more than is accepted.
+    """
+    from llava_ray.model.siglip_form import approximate, open_images
+
+    near, difference = approximate(opened, open_images(asked.images))
+    print(difference)
+    if asked.samples is not None:
+        print(measure_loss(load(), near, list(read_samples(asked.samples, asked.image_folder, asked.max_samples))))
+    check_difference(difference, asked.accept_difference)
+    return near
+
+
+def measure_loss(parts: "LlavaParts", approximated: "ModelFiles", records: Sequence["Record"]) -> Loss:
     """Ask a model the first question of each sample with its own tower and with the approximate one.
 
     Raises DataError, ImageError.
     """
-    records = list(read_samples(samples))
     if not records:
-        raise DataError(f"{samples.path} holds no record to ask; give --samples records with answers")
+        raise DataError("--samples holds no record to ask; give records with answers")
     own = count_right(parts, records)
     other = count_right(replace(parts, tower=approximate_tower(parts, approximated)), records)
     return Loss(len(records), own, other)
 
 
-def read_samples(samples: Samples) -> Iterator["Record"]:
-    """Yield the records that can be read. Raises DataError."""
+def read_samples(path: str, image_folder: str | None, most: int) -> Iterator["Record"]:
+    """Yield the first records of some data. Raises DataError, and RecordError for one that cannot be read."""
     from llava_ray.data.preview_records import read_records
     from llava_ray.data.records import RawRecord
     from llava_ray.data.validation import read_record
 
-    folder = samples.image_folder or str(Path(samples.path).parent)
-    for record in read_records(samples.path, samples.max_samples):
+    folder = image_folder or str(Path(path).parent)
+    for record in read_records(path, most):
         yield read_record(record, folder) if isinstance(record, RawRecord) else record
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from llava_ray.errors import ConfigError
+from pipelines.approximation import Approximation, bring_near
 
 if TYPE_CHECKING:
     from llava_ray.model.exporting import Exported
@@ -34,6 +35,8 @@ BaseOrOutput = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="[BAS
 OptionalOutput = Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="")]
 Parts = Annotated[Given, tyro.conf.OmitArgPrefixes]
 NOTHING = Given()
+Near = Annotated[Approximation, tyro.conf.OmitArgPrefixes]
+AS_IT_IS = Approximation()
 
 
 def inspect(path: Model, *, json: bool = False) -> None:
@@ -57,12 +60,7 @@ def hub(
     *,
     vocabulary: Literal["auto", "kept", "padded", "truncated"] = "auto",
     transformers_only: bool = False,
-    approximate: bool = False,
-    images: tuple[Path, ...] = (),
-    samples: str | None = None,
-    image_folder: str | None = None,
-    max_samples: int = 200,
-    accept_difference: float | None = None,
+    near: Near = AS_IT_IS,
 ) -> None:
     """Write the layout of llava-hf, which transformers, old and new, and vLLM load.
 
@@ -73,46 +71,16 @@ def hub(
         vocabulary: Rows of the table: as they are (kept), up to a multiple of 64 with room for <image> (padded), only
             the language model's own (truncated), or padded only where there is no room (auto).
         transformers_only: Export also what vLLM does not take, as it is: the way without loss.
-        approximate: Write a DINOv2 tower as a SigLIP, which vLLM takes, and measure how far its features move.
-        images: Pictures to measure that on; default: drawn ones.
-        samples: Records with answers, in any form that data.data_path takes: says what accuracy is lost on them.
-        image_folder: Where their image paths start; default: beside them.
-        max_samples: Ask only the first so many of them.
-        accept_difference: With a mean cosine below 0.95, how far the features may be: one minus the cosine.
+        near: Whether a tower may be written in another form.
     """
     from llava_ray.model.hub_export import export_hub
 
     opened = open_given(model, given)
-    if not approximate and (images or samples or accept_difference is not None):
-        raise ConfigError("--images, --samples and --accept_difference belong to --approximate: give it, or none")
-    if approximate:
-        opened = bring_near(model, given, opened, images, accept_difference, samples, image_folder, max_samples)
-    tell(export_hub(opened, output, vocabulary, for_vllm=not transformers_only))
-
-
-def bring_near(  # noqa: PLR0913 - as the command line has them
-    model: Path,
-    given: Given,
-    opened: "ModelFiles",
-    images: tuple[Path, ...],
-    accepted: float | None,
-    samples: str | None,
-    image_folder: str | None,
-    max_samples: int,
-) -> "ModelFiles":
-    """Return a model with its DINOv2 tower as a SigLIP, and say what that costs. Raises ConfigError if too much."""
-    from llava_ray.model.siglip_form import approximate, open_images
-    from pipelines.approximation import Samples, check_difference, measure_loss
-
-    near, difference = approximate(opened, open_images(images))
-    print(difference)
-    if samples is not None:
+    if near.approximate:
         from llava_ray.model.loading import load_pretrained_model
 
-        parts = load_pretrained_model(model, **vars(given))
-        print(measure_loss(parts, near, Samples(samples, image_folder, max_samples)))
-    check_difference(difference, accepted)
-    return near
+        opened = bring_near(lambda: load_pretrained_model(model, **vars(given)), opened, near)
+    tell(export_hub(opened, output, vocabulary, for_vllm=not transformers_only))
 
 
 def original(

@@ -28,8 +28,8 @@ MAX_QUEUED_EVENTS = 512
 
 VOTES: dict[str, Kind] = {"Upvote": "upvote", "Downvote": "downvote", "Flag": "flag"}
 TERMS = (
-    "The model makes mistakes, and its answers may be offensive or harmful: check what it says. Upload only images that "
-    "you are allowed to share. Enter sends, Shift+Enter starts a new line, Esc stops the answer."
+    "The model makes mistakes, and its answers may be offensive or harmful: check what it says. Upload only images "
+    "that you are allowed to share. Enter sends, Shift+Enter starts a new line, Esc stops the answer."
 )
 
 

@@ -17,7 +17,7 @@ from llava_ray.errors import ConfigError, ModelError
 from llava_ray.model.manifest import read_manifest
 from llava_ray.model.model_files import open_model
 from llava_ray.model.siglip_form import FeatureDifference, approximate, draw_images
-from pipelines.approximation import Loss, Samples, check_difference, measure_loss, read_samples
+from pipelines.approximation import Loss, check_difference, measure_loss, read_samples
 from pipelines.export import SUBCOMMANDS, main
 
 ROOT = Path(__file__).parents[2]
@@ -121,6 +121,8 @@ def test_an_approximation_that_is_far_off_is_refused_with_its_cost(folder: Path,
     main([*ask, *str(error.value).rpartition("accept_difference)")[2].split()[-2:]])  # as it is proposed
     with pytest.raises(ConfigError, match="belong to --approximate"):
         main(["hub", str(tmp_path / "bundle"), str(tmp_path / "other"), "--accept_difference", "1"])
+    with pytest.raises(ConfigError, match="--accept_difference 42: expected one minus a cosine"):
+        main([*ask, "--accept_difference", "42"])
 
 
 @pytest.mark.parametrize(
@@ -143,8 +145,8 @@ def test_right_answers_are_counted_with_both_towers(folder: Path, tmp_path: Path
     save_bundle(tmp_path / "bundle", parts)
     write_samples(tmp_path, 4)
     near, _ = approximate(open_model(tmp_path / "bundle"), draw_images())
-    asked = Samples(str(tmp_path / "data.json"), str(tmp_path / "images"))
-    answers = [record.turns[1].value for record in read_samples(asked)]
+    records = list(read_samples(str(tmp_path / "data.json"), str(tmp_path / "images"), 9))
+    answers = [record.turns[1].value for record in records]
     written = iter([answers, [answers[0].upper() + ".", "", "other", answers[3]]])
     monkeypatch.setattr("llava_ray.generate.decoding.generate_batch", lambda *_, **__: [[0]] * 4)
     this: list[str] = []
@@ -155,7 +157,7 @@ def test_right_answers_are_counted_with_both_towers(folder: Path, tmp_path: Path
         return this.pop(0)
 
     monkeypatch.setattr("llava_ray.generate.decoding.answer_text", answer_text)
-    assert measure_loss(parts, near, asked) == Loss(4, 4, 2)
+    assert measure_loss(parts, near, records) == Loss(4, 4, 2)
 
 
 @pytest.mark.slow
