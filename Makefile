@@ -19,7 +19,7 @@ sweep: $(READY)  ## Search projector and learning rate for the quickstart's alig
 	$(BIN)/python pipelines/quickstart_sweep.py
 
 serve: $(READY)  ## Serve the quickstart's model: API and page on http://127.0.0.1:8000
-	$(BIN)/serve run llava_ray.deployments:app model=runs/quickstart/model
+	$(BIN)/serve run llava_ray.deployments:app model=runs/quickstart/model page_examples=runs/quickstart/examples.json
 
 test: $(READY) lint  ## Everything CI runs; half an hour on two slow cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not slow and not browser and not verify and not gpu"

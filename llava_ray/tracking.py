@@ -63,7 +63,7 @@ class TrackedRun:
                 if experiment
                 else self.client.create_experiment(experiment_name, artifact_location=artifact_location(tracking_uri))
             )
-            found = self.client.search_runs([experiment_id], f"tags.`llava_ray.run` = '{key}'", max_results=1)
+            found = list(self.client.search_runs([experiment_id], f"tags.`llava_ray.run` = '{key}'", max_results=1))
             if found and settings and found[0].data.tags.get("llava_ray.settings", settings) != settings:
                 self.client.set_tag(found[0].info.run_id, "llava_ray.run", f"{key} (replaced)")
                 found = []

@@ -43,8 +43,8 @@ def check_upload(root: Path, limit: int = JOB_LIMIT) -> int:
         largest = sizes.most_common(NUM_SHOWN)
         named = ", ".join(f"{name} {size / MB:,.0f} MB" for name, size in largest if size >= MB)
         raise ConfigError(
-            f"{root} would be sent to the cluster with {total / MB:,.0f} MB, Ray takes {limit / MB:,.0f}: {named}. Write "
-            f"/{largest[0][0]}/ into .rayignore, with the slash in front, and put what is in it on storage that the "
-            "nodes share"
+            f"{root} would be sent to the cluster with {total / MB:,.0f} MB, Ray takes {limit / MB:,.0f}: {named}. "
+            f"Write /{largest[0][0]}/ into .rayignore, with the slash in front, and put what is in it on storage "
+            "that the nodes share"
         )
     return total

@@ -3,6 +3,8 @@
 
 python pipelines/export.py inspect runs/tune/model
 python pipelines/export.py hub runs/tune/model exported --vocabulary padded
+python pipelines/export.py hub runs/quickstart/model exported --transformers_only     # a DINOv2 tower, as it is
+python pipelines/export.py make-delta runs/tune/model delta --model_base vicuna-7b-v1.5
 python pipelines/export.py original llava-1.5-7b-hf llava-v1.5-7b --version v1
 python pipelines/export.py merge runs/lora/model merged
 """

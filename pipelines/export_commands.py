@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from llava_ray.errors import ConfigError
+from pipelines.approximation import Approximation, bring_near
 from pipelines.places import check_export
 
 if TYPE_CHECKING:
@@ -30,8 +32,12 @@ Base = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="BASE")]
 Checkpoint = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
 Delta = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DELTA")]
 Output = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")]
+BaseOrOutput = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="[BASE] OUTPUT")]
+OptionalOutput = Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="")]
 Parts = Annotated[Given, tyro.conf.OmitArgPrefixes]
 NOTHING = Given()
+Near = Annotated[Approximation, tyro.conf.OmitArgPrefixes]
+AS_IT_IS = Approximation()
 
 
 def inspect(path: Model, *, json: bool = False) -> None:
@@ -54,9 +60,8 @@ def hub(
     given: Parts = NOTHING,
     *,
     vocabulary: Literal["auto", "kept", "padded", "truncated"] = "auto",
-    approximate: bool = False,
-    images: tuple[Path, ...] = (),
     transformers_only: bool = False,
+    near: Near = AS_IT_IS,
 ) -> None:
     """Write the layout of llava-hf, which transformers, old and new, and vLLM load.
 
@@ -66,20 +71,17 @@ def hub(
         given: What the folder does not say of itself.
         vocabulary: Rows of the table: as they are (kept), up to a multiple of 64 with room for <image> (padded), only
             the language model's own (truncated), or padded only where there is no room (auto).
-        approximate: Write a DINOv2 tower as a SigLIP, which vLLM takes, and measure how far its features move.
-        images: Pictures to measure that on; default: drawn ones.
-        transformers_only: Export also what vLLM does not take.
+        transformers_only: Export also what vLLM does not take, as it is: the way without loss.
+        near: Whether a tower may be written in another form.
     """
     check_export(model, output)
     from llava_ray.model.hub_export import export_hub
 
     opened = open_given(model, given)
-    if approximate:
-        from llava_ray.model.siglip_form import approximate as bring_into_form
-        from llava_ray.model.siglip_form import open_images
+    if near.approximate:
+        from llava_ray.model.loading import load_pretrained_model
 
-        opened, difference = bring_into_form(opened, open_images(images))
-        print(difference)
+        opened = bring_near(lambda: load_pretrained_model(model, **vars(given)), opened, near)
     tell(export_hub(opened, output, vocabulary, for_vllm=not transformers_only))
 
 
@@ -157,11 +159,33 @@ def consolidate(checkpoint: Checkpoint, output: Output) -> None:
     tell(Exported(output))
 
 
-def make_delta(base: Base, target: Model, output: Output) -> None:
-    """Write a model as its difference, bit for bit, to the language model that it was tuned from."""
-    from llava_ray.model.deltas import make_delta as make
+def make_delta(
+    model: Model, base_or_output: BaseOrOutput, output: OptionalOutput = None, *, model_base: Path | None = None
+) -> None:
+    """Write a model as its difference, bit for bit, to the language model that it was tuned from.
 
-    tell(make(base, target, output))
+    MODEL OUTPUT --model_base BASE, as the other subcommands take them, or MODEL BASE OUTPUT.
+
+    Args:
+        model: A bundle, or a model in the original or the hub layout.
+        base_or_output: A folder that is not there yet; or the base, if OUTPUT follows.
+        output: A folder that is not there yet.
+        model_base: The language model that it was tuned from.
+    """
+    from llava_ray.model.deltas import make_delta as make
+    from llava_ray.model.layout import Kind
+    from llava_ray.model.layouts import read_layout
+
+    base, written = (model_base, base_or_output) if output is None else (base_or_output, output)
+    if base is None or (output is not None and model_base is not None):
+        raise ConfigError("make-delta takes MODEL OUTPUT --model_base BASE, or MODEL BASE OUTPUT")
+    kinds = [read_layout(folder).kind for folder in (model, base)]
+    if kinds[0] is Kind.LANGUAGE_MODEL != kinds[1]:
+        raise ConfigError(
+            f"{model} is a plain language model and {base} is not: make-delta takes the model before its base, "
+            f"make-delta {base} {model} {written}"
+        )
+    tell(make(base, model, written))
 
 
 def apply_delta(base: Base, delta: Delta, output: Output) -> None:

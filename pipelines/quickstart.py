@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> float:
     from llava_ray.model.registry_weights import make_language_model, make_vision_tower
     from llava_ray.report.rendering import write_report
     from llava_ray.runtime import connected
-    from pipelines.quickstart_results import answer, make_report, tell
+    from pipelines.quickstart_results import answer, make_report, tell, write_examples
 
     seconds: dict[str, float] = {}
     with timed("weights", seconds):
@@ -71,6 +71,7 @@ def main(arguments: Sequence[str]) -> float:
     (FOLDER / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     runs = {"words": spoken, "alignment": aligned, "instruction tuning": tuned}
     write_report(FOLDER / "report.html", make_report(report, runs, asked, said))
+    write_examples(FOLDER, asked)
     tell(FOLDER, report, tuned, data)
     return float(report["held_out_accuracy"])
 

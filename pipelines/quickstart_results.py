@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,19 @@ def picture(asked: easy_vqa.Question, said: str) -> Picture:
     verdict: Verdict = "right" if easy_vqa.normalise(said) == asked.answer else "wrong"
     content = Path(asked.image).read_bytes()
     return Picture(content, f"test image {asked.id}", "", asked.question, said, asked.answer, verdict)
+
+
+def write_examples(folder: Path, asked: Sequence[easy_vqa.Question]) -> None:
+    """Write questions about test images for the service's page: of the kinds that the model has learnt."""
+    drawn: dict[str, easy_vqa.Question] = {}
+    for question in asked:
+        drawn.setdefault(question.kind, question)
+    (folder / "examples").mkdir(exist_ok=True)
+    rows = []
+    for question in drawn.values():
+        image = shutil.copy(question.image, folder / "examples")
+        rows.append({"text": question.question, "image": f"examples/{Path(image).name}"})
+    (folder / "examples.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def tell(folder: Path, report: Mapping[str, Any], tuned: FinishedRun, data: Path) -> None:

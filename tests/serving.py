@@ -4,13 +4,16 @@ import asyncio
 import base64
 import contextlib
 import io
+import json
 import os
 import socket
 import threading
 import urllib.parse
 from collections.abc import AsyncGenerator, Iterator
+from pathlib import Path
 
 import uvicorn
+from pictures import picture
 from PIL import Image
 from starlette.types import ASGIApp
 
@@ -166,3 +169,11 @@ def served(app: ASGIApp, host: str = "127.0.0.1") -> Iterator[str]:
     server.should_exit = True
     thread.join(10)
     listener.close()
+
+
+def write_examples(folder: Path) -> str:
+    """Write two questions to begin with, the first about an image of 384 x 384 pixels; return their file."""
+    (folder / "shape.png").write_bytes(picture(384, 384, colour="blue"))
+    rows = [{"text": "What shape is in this image?", "image": "shape.png"}, {"text": "What is it for?"}]
+    (folder / "examples.json").write_text(json.dumps(rows))
+    return str(folder / "examples.json")

@@ -225,5 +225,6 @@ def found(settings: ServeSettings) -> ServeSettings:
         {
             "model": tuple(map(absolute, settings.model)),
             "adapters": tuple(map(absolute, settings.adapters)),
+            "page_examples": settings.page_examples and absolute(settings.page_examples),
         }
     )

@@ -14,7 +14,7 @@ from starlette.types import Scope
 from llava_ray.deployments.page_answers import Answers
 from llava_ray.deployments.page_chat import Parameters, export, last_question, pieces_of, questions
 from llava_ray.deployments.page_events import PageEvents
-from llava_ray.deployments.page_examples import draw_examples
+from llava_ray.deployments.page_examples import read_examples
 from llava_ray.deployments.page_guard import PageMiddleware
 from llava_ray.deployments.page_log import ConversationLog, Kind
 from llava_ray.deployments.page_style import CSS, DOWNLOAD, HEAD
@@ -29,8 +29,8 @@ MAX_QUEUED_EVENTS = 512
 
 VOTES: dict[str, Kind] = {"Upvote": "upvote", "Downvote": "downvote", "Flag": "flag"}
 TERMS = (
-    "The model may be wrong, and may say what hurts. Do not show it what is not yours to show. "
-    "Enter sends, Shift+Enter breaks the line, Esc stops."
+    "The model makes mistakes, and its answers may be offensive or harmful: check what it says. Upload only images "
+    "that you are allowed to share. Enter sends, Shift+Enter starts a new line, Esc stops the answer."
 )
 
 
@@ -88,7 +88,7 @@ class ChatPage:
             Path(gr.utils.get_upload_folder()), front.settings.max_images, front.settings.max_body_bytes
         )
         self.answers = Answers(front, self.uploads)
-        self.examples = draw_examples()
+        self.examples = read_examples(front.settings.page_examples)
         self.names = [name for source in front.gateway.sources for name in source.names]
         folder = front.settings.page_log_dir
         self.log = ConversationLog(Path(folder), front.settings.page_log_days) if folder else None
@@ -122,7 +122,7 @@ class ChatPage:
             label="Conversation",
             show_label=False,
             placeholder="Ask something, about images or not.",
-            examples=self.examples,
+            examples=self.examples or None,
             buttons=["copy"],
             feedback_options=None,
         )

@@ -1,44 +1,56 @@
-"""Two questions to begin with, and their pictures, drawn here: nobody's property, and small."""
+"""Questions to begin with: those of a file that somebody wrote for the model; without one there are none."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageDraw
+from llava_ray.config.sections import MAX_IMAGE_PIXELS
+from llava_ray.errors import ConfigError, ImageError
+from llava_ray.images.reading import open_image
+from llava_ray.reading import in_words, is_file, read_bounded, shown
 
 if TYPE_CHECKING:
     from gradio.components.chatbot import ExampleMessage
 
-SIDE = 384
+MAX_BYTES = 2**20
+MAX_EXAMPLES = 8
+KEYS = {"text", "image"}
 
 
-def draw_examples(folder: Path | None = None) -> list[ExampleMessage]:
-    """Write the pictures to ``folder`` and return the questions as the chatbot takes them."""
-    place = folder or Path(mkdtemp(prefix="llava_ray_examples_"))
-    shapes, chart = place / "shapes.png", place / "chart.png"
-    draw_shapes().save(shapes)
-    draw_chart().save(chart)
-    return [
-        {"text": "What shape is in this image, and what colour is it?", "files": [str(shapes)], "icon": str(shapes)},
-        {"text": "Which bar of this chart is the highest?", "files": [str(chart)], "icon": str(chart)},
-    ]
+def read_examples(file: str | None) -> list[ExampleMessage]:
+    """Read the examples of a page, ``[{"text": …, "image": path beside the file}, …]``, as the chatbot takes them.
+
+    Their images are copied to where the page may show files from. Raises ConfigError that names file and entry.
+    """
+    if file is None:
+        return []
+    path = Path(file).expanduser()
+    with in_words(f"page_examples {file}", "Give a JSON file with a list of texts and images.", ConfigError):
+        rows = json.loads(read_bounded(path, MAX_BYTES, ConfigError))
+    if not isinstance(rows, list) or len(rows) > MAX_EXAMPLES:
+        raise ConfigError(f"page_examples {file}: expected a list of at most {MAX_EXAMPLES} examples, mend it")
+    place = Path(mkdtemp(prefix="llava_ray_examples_"))
+    return [read_example(row, f"page_examples {file}, entry {index}", path, place) for index, row in enumerate(rows)]
 
 
-def draw_shapes() -> Image.Image:
-    """A blue circle on a light ground."""
-    image = Image.new("RGB", (SIDE, SIDE), (236, 229, 216))
-    ImageDraw.Draw(image).ellipse((110, 90, 280, 260), fill=(38, 84, 188))
-    return image
-
-
-def draw_chart() -> Image.Image:
-    """Four bars."""
-    image = Image.new("RGB", (SIDE, SIDE), "white")
-    draw = ImageDraw.Draw(image)
-    for index, (height, colour) in enumerate(((120, "#4477aa"), (250, "#ee6677"), (180, "#228833"), (90, "#ccbb44"))):
-        left = 50 + 78 * index
-        draw.rectangle((left, 330 - height, left + 52, 330), fill=colour)
-    draw.line((36, 330, 350, 330), fill="black", width=3)
-    return image
+def read_example(row: Any, where: str, file: Path, place: Path) -> ExampleMessage:
+    """Return one example, its image copied to ``place``. Raises ConfigError."""
+    if not isinstance(row, dict) or row.keys() - KEYS or not all(isinstance(value, str) for value in row.values()):
+        raise ConfigError(f'{where} is {shown(row)}; expected {{"text": "…", "image": "…"}}, the image if there is one')
+    if not row.get("text"):
+        raise ConfigError(f"{where} has no text; write the question that is asked")
+    if "image" not in row:
+        return {"text": row["text"]}
+    image = file.parent / row["image"]
+    if not is_file(image):
+        raise ConfigError(f"{where}: no image {image}; its path begins at the folder of the file")
+    try:
+        open_image(image.read_bytes(), str(image), max_pixels=MAX_IMAGE_PIXELS)
+    except ImageError as error:
+        raise ConfigError(f"{where}: {error}; give another image") from error
+    copied = str(shutil.copy(image, place / f"{len(list(place.iterdir()))}{image.suffix}"))
+    return {"text": row["text"], "files": [copied], "icon": copied}

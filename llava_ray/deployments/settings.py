@@ -9,6 +9,7 @@ from pydantic import model_validator as validator_of_whole
 from llava_ray.config.schema import Section
 
 MIB = 2**20
+RUN_MODEL = "model"  # what the bundle in every run's folder is called: it says nothing
 
 
 def split(value: object) -> object:
@@ -24,7 +25,7 @@ class ServeSettings(Section):
 
     model: Texts = Field(validation_alias=AliasChoices("model", "models"))
     """Bundles, or any folder or hub id that a LLaVA comes in; several with commas. ``NAME@PATH`` names one, otherwise
-    its folder's name does."""
+    its folder's name does; of ``…/NAME/model``, as a run leaves it, NAME."""
     adapters: Texts = ()
     """LoRA folders over the first model's base, ``NAME@PATH`` or PATH: each is a model of its own in requests."""
     engine: str = "builtin"
@@ -134,6 +135,9 @@ class ServeSettings(Section):
 
     page_title: str = "LLaVA"
     """Heading of the page."""
+    page_examples: str | None = None
+    """JSON file of questions to begin with that fit the model, ``[{"text": …, "image": path beside the file}, …]``;
+    without it the page shows none."""
     page_root_path: str = ""
     """Path under which a proxy shows the page and which it takes off, such as "/llava". Serve's own route_prefix needs
     no word of it."""
@@ -192,6 +196,11 @@ class ModelSource(Section):
 
 
 def named(text: str) -> tuple[str, str]:
-    """Split ``NAME@PATH``; a bare path is called like its last part."""
+    """Split ``NAME@PATH``; a bare path is called like its last part, or the one before if that is only "model"."""
     name, at, path = text.partition("@")
-    return (name, path) if at else (text.rstrip("/").rpartition("/")[2], text)
+    if at:
+        return name, path
+    parts = [part for part in text.split("/") if part not in ("", ".")]
+    if len(parts) > 1 and parts[-1] == RUN_MODEL:
+        parts.pop()
+    return (parts[-1] if parts else text), text

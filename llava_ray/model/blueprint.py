@@ -1,6 +1,5 @@
 """Everything that is known of a model before its weights are read."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,7 +209,7 @@ def find_vision_tower(config: ModelConfig, root: Source, layout: Layout, *, weig
 
 def check_there(named: str, part: PartName, root: Source, setting: str) -> None:
     """Raise ModelError if the folder of a part that a model names is not there."""
-    if os.path.isabs(named) and not is_folder(Path(named)):
+    if Path(named).is_absolute() and not is_folder(Path(named)):
         raise ModelError(
             f"no such {part.replace('_', ' ')}: {root.name} names the folder {named}, which is not there. Copy both so "
             f"that they lie to each other as before, or say where it is with {setting}."

@@ -136,7 +136,8 @@ def save_bundle(
     gathered from a training engine; by default those of ``parts.llava``. With ``include="projector"`` the language
     model is named instead of copied, and so is a tower that has not learnt; with "adapter" the adapter is written
     beside the projector; by default the bundle holds all of the model, or the adapter if there is one. ``training`` is
-    kept in the manifest; ``place`` says where the bundle will lie, if not in ``folder``. Raises BundleError if the folder cannot be written, is something else, or a tensor is missing.
+    kept in the manifest; ``place`` says where the bundle will lie, if not in ``folder``. Raises
+    BundleError if the folder cannot be written, is something else, or a tensor is missing.
     """
     model = parts.llava.language_model
     include = include or ("adapter" if has_adapter(model) else "all")

@@ -139,7 +139,7 @@ def with_bases(manifest: Manifest, change: Callable[[str], str]) -> Manifest:
 
 def relative_base(base: str, place: str | Path) -> str:
     """Return an absolute folder as the way to it from ``place``, beginning with a dot; hub ids as they are."""
-    if not os.path.isabs(base) or "://" in str(place):
+    if not Path(base).is_absolute() or "://" in str(place):
         return base
     way = os.path.relpath(base, Path(place).resolve())
     return way if way.startswith("..") else f"./{way}"

@@ -8,13 +8,15 @@ import pytest
 from fakes import make_language_model, make_vision_tower
 from samples import write_samples
 
+from evals import easy_vqa
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import FinetuneConfig, ModelConfig
-from llava_ray.errors import ConfigError
+from llava_ray.deployments.page_examples import read_examples
+from llava_ray.errors import ConfigError, ModelError
 from llava_ray.model.bundle import assemble, save_bundle
 from pipelines import finetune, preview, sweep
 from pipelines.prerequisites import find_maker, missing_models, refuse_missing
-from pipelines.quickstart_results import NEXT_STEPS
+from pipelines.quickstart_results import NEXT_STEPS, write_examples
 
 pytestmark = pytest.mark.slow
 
@@ -58,7 +60,7 @@ def test_on_a_fresh_clone(recipe, tmp_path, monkeypatch, capsys):
     if first:
         made = load_recipe(FinetuneConfig, [str(ROOT / first[1])]).run
         assert f"{made.storage_path}/{made.name}/model" == first[2]
-        with pytest.raises(ConfigError, match="run python pipelines/finetune.py pipelines/recipes/pretrain/"):
+        with pytest.raises(ConfigError, match=r"run python \S+/finetune.py \S+/recipes/pretrain/"):
             finetune.main([str(recipe)])
 
 
@@ -77,7 +79,7 @@ def test_after_the_quickstart_on_cpus(recipe, ready, monkeypatch, capsys):
 
 def test_other_settings_than_the_bundles_are_refused_as_a_start_does(ready, monkeypatch):
     monkeypatch.chdir(ready)
-    with pytest.raises(Exception, match="model.mm_projector_type is 'linear', but the projector in .* 'mlp2x_gelu'"):
+    with pytest.raises(ModelError, match=r"mm_projector_type is 'linear', but the projector in .* 'mlp2x_gelu'"):
         finetune.main([str(FOLDER / "quickstart/lora.toml"), "--dry-run", "--model.mm_projector_type", "linear"])
 
 
@@ -114,3 +116,14 @@ def test_the_next_steps_that_the_quickstart_prints_can_be_typed(ready, monkeypat
     said = capsys.readouterr().out
     assert f"Data  {data}, 8 samples" in said
     assert "Model " in said
+
+
+def test_the_questions_that_the_page_begins_with_are_the_quickstarts_own(tmp_path):
+    asked = easy_vqa.test_questions(100, seed=0)
+    write_examples(tmp_path, asked)
+    shown = read_examples(str(tmp_path / "examples.json"))
+    assert len(shown) == len({question.kind for question in asked})
+    assert {row["text"] for row in shown} <= {question.question for question in asked}
+    assert all(Path(file).exists() for row in shown for file in row["files"])
+    served = re.search(r"^serve:.*\n\t(.*)$", (ROOT / "Makefile").read_text(), re.M)
+    assert served[1].endswith("model=runs/quickstart/model page_examples=runs/quickstart/examples.json")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from browser import DOWN, ENTER, ESCAPE, Browser, chromium
 from pictures import picture
-from serving import EchoEngine, served
+from serving import EchoEngine, served, write_examples
 
 from llava_ray.deployments.auth import ApiKey, digest
 from llava_ray.deployments.front import build_front
@@ -88,6 +88,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
         {
             "model": "echo@x,parrot@y",
             "page_log_dir": str(folder / "log"),
+            "page_examples": write_examples(folder),
             "max_images": 2,
             "max_queued_requests": 0,
             "max_num_seqs": 1,

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from page_client import KEY, PageClient, build_page, chat_with, file_object, image_part
 from pictures import picture
-from serving import served
+from serving import served, write_examples
 from starlette.routing import Mount, Route
 
 from llava_ray.deployments.page_guard import ROUTES
@@ -101,7 +101,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def client(folder: Path) -> Iterator[PageClient]:
-    app, _ = build_page(max_images=2, max_body_bytes=1 << 20, max_text_chars=100_000)
+    examples = write_examples(folder.parent)
+    app, _ = build_page(max_images=2, max_body_bytes=1 << 20, max_text_chars=100_000, page_examples=examples)
     with served(app) as address:
         yield PageClient(address)
 

@@ -1,18 +1,22 @@
 """Settings, keys, rates, merging, each alone."""
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from serving import write_examples
 
 from llava_ray.deployments.addresses import is_public, matches
 from llava_ray.deployments.admission import Admission
+from llava_ray.deployments.applications import found
 from llava_ray.deployments.auth import ENVIRONMENT, Guard, digest, read_api_keys
 from llava_ray.deployments.merging import merged, with_beats
 from llava_ray.deployments.messages import as_turn
+from llava_ray.deployments.page_examples import read_examples
 from llava_ray.deployments.refusal import RefusalError, Refused
 from llava_ray.deployments.schema import Message
 from llava_ray.deployments.settings import ServeSettings
@@ -31,8 +35,60 @@ def test_settings_are_read_as_serve_gives_them() -> None:
             "media_timeout_s": "2.5",
         }
     )
-    assert [source.names for source in settings.sources] == [("model", "lora"), ("two",)]
+    assert [source.names for source in settings.sources] == [("one", "lora"), ("two",)]
     assert (settings.max_replicas, settings.media_timeout_s) == (3, 2.5)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("runs/quickstart/model", "quickstart"),
+        ("runs/tune-01234567/model/", "tune-01234567"),
+        ("/models/llava-v1.5-7b", "llava-v1.5-7b"),
+        ("llava-hf/llava-1.5-7b-hf", "llava-1.5-7b-hf"),
+        ("mine@runs/quickstart/model", "mine"),
+        ("model@runs/quickstart/model", "model"),
+        ("model", "model"),
+        ("./model", "model"),
+    ],
+)
+def test_a_model_is_called_by_its_folder_or_as_one_says(path: str, name: str) -> None:
+    assert [source.name for source in ServeSettings.parsed({"model": path}).sources] == [name]
+
+
+def test_a_models_folder_is_known_by_its_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine/model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "mine")
+    assert found(ServeSettings.parsed({"model": "model"})).sources[0].name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        (None, r"page_examples \S+ cannot be read \(FileNotFoundError"),
+        ("[", "cannot be read"),
+        ({"text": "x"}, "expected a list of at most 8 examples"),
+        ([{"text": "x"}] * 9, "expected a list of at most 8 examples"),
+        ([{"text": "x"}, "y"], "entry 1 is 'y'; expected"),
+        ([{"txt": "x"}], r"entry 0 is {'txt': 'x'}; expected"),
+        ([{"image": "a.png"}], "entry 0 has no text"),
+        ([{"text": "x", "image": "gone.png"}], "entry 0: no image .*gone.png"),
+        ([{"text": "x", "image": "examples.json"}], "entry 0: .*give another image"),
+    ],
+)
+def test_examples_that_cannot_be_shown_are_named(written: object, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "examples.json"
+    if written is not None:
+        file.write_text(written if isinstance(written, str) else json.dumps(written))
+    with pytest.raises(ConfigError, match=message):
+        read_examples(str(file))
+
+
+def test_examples_are_those_of_a_file_or_none(tmp_path: Path) -> None:
+    assert read_examples(None) == []
+    [shape, text] = read_examples(write_examples(tmp_path))
+    assert Path(shape["files"][0]).read_bytes() == (tmp_path / "shape.png").read_bytes()  # type: ignore[arg-type]
+    assert text == {"text": "What is it for?"}
 
 
 @pytest.mark.parametrize(
@@ -41,7 +97,7 @@ def test_settings_are_read_as_serve_gives_them() -> None:
         ({"model": ""}, "expected model=PATH"),
         ({"max_queue": 3}, "max_queued_requests"),
         ({"min_replicas": 3}, "min_replicas 3 > max_replicas 1"),
-        ({"model": "a/model,b/model"}, "called the same"),
+        ({"model": "a/llava,b/llava"}, "called the same"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(changed: dict[str, object], message: str) -> None:

@@ -1,0 +1,176 @@
+"""export.py hub --approximate: what a tower in another form costs, measured before anything is written."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava_ray.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llava_ray.data.records import Record
+    from llava_ray.model.bundle import LlavaParts
+    from llava_ray.model.model_files import ModelFiles
+    from llava_ray.model.siglip_form import FeatureDifference
+
+ENOUGH_COSINE = 0.95  # below it the model sees something else than it was trained on
+ROUNDING = 1e-6
+FURTHEST = 2.0  # one minus the cosine of opposite features
+AT_ONCE = 16
+MAX_NEW_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Approximation:
+    """Whether a tower may be written in another form, and how far its features may move."""
+
+    approximate: bool = False
+    """Write a DINOv2 tower as a SigLIP, which vLLM takes, and measure how far its features move."""
+    images: tuple[Path, ...] = ()
+    """Pictures to measure that on; default: drawn ones."""
+    samples: str | None = None
+    """Records with answers, in any form that data.data_path takes: says what accuracy is lost on them."""
+    image_folder: str | None = None
+    """Where their image paths start; default: beside them."""
+    max_samples: int = 200
+    """Ask only the first so many of them."""
+    accept_difference: float | None = None
+    """With a mean cosine below 0.95, how far the features may be: one minus the cosine."""
+
+    def __post_init__(self) -> None:
+        """Refuse what would be ignored, and numbers that cannot be meant."""
+        if not self.approximate and (self.images or self.samples or self.accept_difference is not None):
+            raise ConfigError("--images, --samples and --accept_difference belong to --approximate: give it, or none")
+        if self.max_samples < 1:
+            raise ConfigError(f"--max_samples {self.max_samples}: expected at least 1")
+        if self.accept_difference is not None and not 0 <= self.accept_difference <= FURTHEST:
+            raise ConfigError(f"--accept_difference {self.accept_difference:g}: expected one minus a cosine, 0 to 2")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """How many first questions of some records were answered as the record has it, before and after."""
+
+    num_samples: int
+    before: int
+    after: int
+
+    def __str__(self) -> str:
+        """Put it into words."""
+        was, now = self.before / self.num_samples, self.after / self.num_samples
+        return (
+            f"answers on {self.num_samples} samples: {was:.1%} right with the model's own tower, {now:.1%} with the "
+            f"approximate one ({100 * (now - was):+.1f} points)"
+        )
+
+
+def check_difference(difference: "FeatureDifference", accepted: float | None) -> None:
+    """Raise ConfigError unless a tower's features stay near enough, or are accepted as they are."""
+    found = 1 - difference.mean_cosine
+    if found <= max(1 - ENOUGH_COSINE, accepted or 0.0) + ROUNDING:
+        return
+    rounded = f"{math.ceil(100 * (found - ROUNDING)) / 100:.2f}"
+    raise ConfigError(
+        f"the approximate tower is not this model's any more: {difference}. Nothing is written. Without loss: "
+        "--transformers_only writes the tower as it is, for transformers, and the built-in engine serves the model as "
+        "it is. To write the approximation all the same, see with --samples what accuracy it loses, and accept the "
+        f"difference (one minus the cosine): --accept_difference {rounded}"
+    )
+
+
+def bring_near(load: Callable[[], "LlavaParts"], opened: "ModelFiles", asked: Approximation) -> "ModelFiles":
+    """Return a model with its DINOv2 tower as a SigLIP, and say what that costs.
+
+    ``load`` gives the model with its weights, for samples. Raises ConfigError if it costs more than is accepted.
+    """
+    from llava_ray.model.siglip_form import approximate, open_images
+
+    near, difference = approximate(opened, open_images(asked.images))
+    print(difference)
+    if asked.samples is not None:
+        print(measure_loss(load(), near, list(read_samples(asked.samples, asked.image_folder, asked.max_samples))))
+    check_difference(difference, asked.accept_difference)
+    return near
+
+
+def measure_loss(parts: "LlavaParts", approximated: "ModelFiles", records: Sequence["Record"]) -> Loss:
+    """Ask a model the first question of each sample with its own tower and with the approximate one.
+
+    Raises DataError, ImageError.
+    """
+    if not records:
+        raise DataError("--samples holds no record to ask; give records with answers")
+    own = count_right(parts, records)
+    other = count_right(replace(parts, tower=approximate_tower(parts, approximated)), records)
+    return Loss(len(records), own, other)
+
+
+def read_samples(path: str, image_folder: str | None, most: int) -> Iterator["Record"]:
+    """Yield the first records of some data. Raises DataError, and RecordError for one that cannot be read."""
+    from llava_ray.data.preview_records import read_records
+    from llava_ray.data.records import RawRecord
+    from llava_ray.data.validation import read_record
+
+    folder = image_folder or str(Path(path).parent)
+    for record in read_records(path, most):
+        yield read_record(record, folder) if isinstance(record, RawRecord) else record
+
+
+def approximate_tower(parts: "LlavaParts", approximated: "ModelFiles") -> Any:
+    """Return the tower that an approximated model has, taking the same layer."""
+    from transformers import SiglipVisionModel
+
+    from llava_ray.model.part_configs import build
+    from llava_ray.model.published_names import VISION_TOWER
+    from llava_ray.model.siglip_form import load
+    from llava_ray.model.tower import VisionTower
+
+    state = {name: tensor.load().float() for name, tensor in approximated.part(VISION_TOWER).items()}
+    backbone = load(SiglipVisionModel, build(approximated.tower_config, "the vision tower"), state)
+    return VisionTower(backbone, parts.manifest.mm_vision_select_layer, "patch", parts.s2_scales)
+
+
+def count_right(parts: "LlavaParts", records: Sequence["Record"]) -> int:
+    """Count the first questions that are answered, greedily, as the record has it."""
+    from llava_ray.chat.tokens import tokenize_prompt
+    from llava_ray.generate.decoding import answer_text, generate_batch
+    from llava_ray.train.held_out import same
+
+    right = 0
+    for start in range(0, len(records), AT_ONCE):
+        some = records[start : start + AT_ONCE]
+        shown = [open_first_images(parts, record) for record in some]
+        written = generate_batch(
+            parts,
+            [tokenize_prompt([record.turns[0]], parts.template, parts.tokenizer) for record in some],
+            [pixels for pixels, _ in shown],
+            image_sizes=[sizes for _, sizes in shown],
+            max_new_tokens=MAX_NEW_TOKENS,
+        )
+        said = [answer_text(parts, ids) for ids in written]
+        right += sum(same(text, record.turns[1].value) for text, record in zip(said, some, strict=True))
+    return right
+
+
+def open_first_images(parts: "LlavaParts", record: "Record") -> tuple["Tensor | None", list[tuple[int, int]]]:
+    """Return the normalised views of the images in a record's first question, and their sizes. Raises ImageError."""
+    import numpy as np
+
+    from llava_ray.config.sections import MAX_IMAGE_PIXELS
+    from llava_ray.data.validation import fetch_images
+    from llava_ray.images.geometry import crop_views
+    from llava_ray.images.processing import normalise
+    from llava_ray.images.reading import open_image
+
+    count = record.turns[0].value.count("<image>")
+    images = [
+        open_image(data, f"an image of record {record.id}", max_pixels=MAX_IMAGE_PIXELS)
+        for data in fetch_images(record)[:count]
+    ]
+    if not images:
+        return None, []
+    views = np.concatenate([crop_views(image, parts.image_spec) for image in images])
+    return normalise(views, parts.image_spec), [image.size for image in images]
