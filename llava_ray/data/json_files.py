@@ -85,8 +85,9 @@ def starts_value(text: str) -> bool:
     """Tell whether a text begins with an object or list of several lines."""
     try:
         value, end = find_value(text, 0)
-    except json.JSONDecodeError:
-        return False
+    except json.JSONDecodeError as error:
+        # So many lines that belong together are no line that is damaged.
+        return text.count("\n") + 1 >= LINES_AHEAD and error.pos >= text.rstrip().rfind("\n")
     return isinstance(value, dict | list) and "\n" in text[:end]
 
 

@@ -75,6 +75,7 @@ def test_files_of_other_encodings_are_read(name: str, folder: Path) -> None:
 
 REFUSED = {
     "pretty.jsonl": (json.dumps(RECORD, indent=2).encode(), "written over several lines.*Name the file .json"),
+    "long.jsonl": (json.dumps({**RECORD, "note": list(range(500))}, indent=2).encode(), "over several lines"),
     "list.jsonl": (f"[{LINE}]".encode(), "begins with a JSON list"),
     "array.jsonl": (f"[\n{LINE},\n{LINE}\n]\n".encode(), "begins with a JSON list"),
     "concat.json": (f"[{LINE}][{LINE}]".encode(), "more follows the end of its list"),
