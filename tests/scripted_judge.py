@@ -54,6 +54,7 @@ class ScriptedJudge:
         self.texts: list[Any] = []
         self.in_flight = self.most_in_flight = 0
         self.released = asyncio.Event()
+        self.num_held = 0
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict[str, Any]] = {}
 

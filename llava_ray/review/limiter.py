@@ -169,7 +169,7 @@ class Limiter:
         return self.gates[judge]
 
     def _note_systematic(self, one: Settlement) -> None:
-        """Stop where a judge has given nothing but such faults to as many as go at first: all others would be the same."""
+        """Stop where a judge has met the calls that go at first with nothing but such faults."""
         if one.systematic:
             self.systematic[one.judge] += 1
             enough = max(MIN_SYSTEMATIC, min(FIRST_CONCURRENCY, self.limits.max_concurrency))

@@ -191,7 +191,7 @@ def test_a_fifth_of_all_requests_goes_wrong(tmp_path: Path) -> None:
     assert len(stats["outcomes"]) == 8
 
 
-NUM_UNDER_WAY = 64
+NUM_ANSWERED, NUM_UNDER_WAY = 96, 64
 STOPS = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM, "Ctrl-C twice": signal.SIGINT}
 
 
@@ -201,7 +201,7 @@ STOPS = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM, "Ctrl-C twice": sig
 def test_stopped_with_64_calls_under_way(tmp_path: Path, how: str) -> None:
     """The first signal waits for them: none is paid twice. The second leaves: they are booked, and paid once more."""
     files, output, log = write_review_files(tmp_path / "files", 150), tmp_path / "out", tmp_path / "log"
-    with scripted_judge(hold_after=100) as judge:
+    with scripted_judge(hold_after=NUM_ANSWERED) as judge:
         arguments = flags(files, judge.base_url, output, *PRICE)
         driver = Driver(arguments, log)
         wait_for(lambda: judge.stats()["held"] == NUM_UNDER_WAY, driver)
@@ -211,7 +211,7 @@ def test_stopped_with_64_calls_under_way(tmp_path: Path, how: str) -> None:
             os.killpg(driver.process.pid, signal.SIGINT)
         wait_for(lambda: f"waiting for {NUM_UNDER_WAY} calls under way" in log.read_text(), driver)
         time.sleep(3)
-        assert len(judge.stats()["arrivals"]) == 100 + NUM_UNDER_WAY  # nothing new went
+        assert len(judge.stats()["arrivals"]) == NUM_ANSWERED + NUM_UNDER_WAY  # nothing new went
         if how == "Ctrl-C twice":
             os.killpg(driver.process.pid, signal.SIGINT)
         else:
@@ -229,10 +229,10 @@ def test_stopped_with_64_calls_under_way(tmp_path: Path, how: str) -> None:
     assert (code, again) == (143 if how == "SIGTERM" else 130, 0)
     assert (after.done, len(paid)) == (300, 300)
     if how == "Ctrl-C twice":
-        assert (account.done, account.sent) == (100, 100 + NUM_UNDER_WAY)
+        assert (account.done, account.sent) == (NUM_ANSWERED, NUM_ANSWERED + NUM_UNDER_WAY)
         assert twice == after.uncertain == NUM_UNDER_WAY
     else:
-        assert account.done == account.sent == 100 + NUM_UNDER_WAY
+        assert account.done == account.sent == NUM_ANSWERED + NUM_UNDER_WAY
         assert twice == after.uncertain == 0
 
 
@@ -246,7 +246,7 @@ def test_a_disk_that_is_full_is_one_line_and_the_same_command_goes_on(tmp_path: 
     if mounted.returncode:
         pytest.skip("a disk of its own needs the right to mount one")
     try:
-        with scripted_judge(hold_after=100) as judge:
+        with scripted_judge(hold_after=NUM_ANSWERED) as judge:
             arguments = flags(files, judge.base_url, disk / "out", *PRICE)
             driver = Driver(arguments, log)
             wait_for(lambda: judge.stats()["held"] == NUM_UNDER_WAY, driver)
