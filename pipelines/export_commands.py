@@ -75,6 +75,7 @@ def hub(
     """
     from llava_ray.model.hub_export import export_hub
 
+    near.check()
     opened = open_given(model, given)
     if near.approximate:
         from llava_ray.model.loading import load_pretrained_model
