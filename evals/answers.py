@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.benchmark import Question
-from evals.files import read_json, read_lines
+from evals.files import read_json, read_lines, read_text
 from llava_ray.errors import DataError
 
 IDS = ("question_id", "questionId", "id", "image")
@@ -58,9 +58,11 @@ def read_answers(path: Path) -> list[Answer]:
     """
     if not path.exists():
         raise DataError(f"there is no answers file {path}; make one with evaluate.py run, or give LLaVA's.")
-    content = _read(path)
+    content = read_content(path)
     if isinstance(content, dict):
-        return [Answer(str(name), str(text)) for name, text in content.items()]
+        return [Answer(str(name), _said(text, name, path)) for name, text in content.items()]
+    if not isinstance(content, list):
+        raise DataError(f"{path} holds {content!r:.80}; expected rows with question_id and text.")
     return [_answer(row, path) for row in content]
 
 
@@ -99,7 +101,7 @@ def _index(questions: Sequence[Question]) -> dict[str, str]:
     index: dict[str, str] = {}
     for question in questions:
         if question.id in index:
-            raise DataError(f"two questions have the id {question.id!r}; the data folder is damaged, obtain it again.")
+            raise DataError(f"two questions have the id {question.id!r}: leave one of them in the questions' file.")
         index[question.id] = question.id
     claims: dict[str, set[str]] = defaultdict(set)
     for question in questions:
@@ -115,10 +117,11 @@ def _keys(answer: Answer) -> list[str]:
     return [*with_category, answer.id, *(f"{answer.id}\n{line}" for line in [*lines, " ".join(lines)])]
 
 
-def _read(path: Path) -> Any:
-    text = path.read_text(encoding="utf-8-sig").lstrip()
+def read_content(path: Path) -> Any:
+    """Return an answers file's rows, or its texts by id. Raises DataError."""
+    text = read_text(path).lstrip()
     if path.suffix == ".json" or text.startswith("["):
-        return read_json(path)
+        return read_json(path, "repair it")
     return read_lines(path)
 
 
@@ -129,11 +132,17 @@ def _answer(row: Any, path: Path) -> Answer:
         raise DataError(
             f"{path}: a row has {', '.join(keys) or repr(row)}; expected question_id and text (LLaVA's and our form)"
         )
-    said = row[text]
     category = row.get("category")
     return Answer(
         str(row[name]),
-        "" if said is None else str(said),
+        _said(row[text], row[name], path),
         str(row.get("prompt") or ""),
         category if isinstance(category, str) else "",
     )
+
+
+def _said(value: Any, name: Any, path: Path) -> str:
+    """Return an answer's text; what has parts is none."""
+    if isinstance(value, list | dict):
+        raise DataError(f"{path}: the answer to {name!r} is no text but {value!r:.80}.")
+    return "" if value is None else str(value)

@@ -110,6 +110,7 @@ class Benchmark(ABC):
     title: ClassVar[str]
     metric: ClassVar[str] = "accuracy"
     maximum: ClassVar[float] = 100.0
+    category_maximum: ClassVar[float] = 100.0
     needs_judge: ClassVar[tuple[Profile, ...]] = ()
     """Profiles under which a judge has to grade."""
     is_mean: ClassVar[bool] = True
@@ -128,6 +129,10 @@ class Benchmark(ABC):
     def add_up(self, rows: Sequence[Graded], profile: Profile) -> Total:
         """Return 100 x the mean, of all and by category; a missing answer scores 0, a failed judge call is out."""
         return Total(percentage(rows).value, {}, by_category(rows))
+
+    def averaged(self, rows: Sequence[Graded], category: str | None = None) -> Sequence[Graded] | None:
+        """Return the rows whose mean x 100 is the headline, or the figure of a category; None where it is no mean."""
+        return rows if self.is_mean else None
 
     def submit(self, questions: Sequence[Question], answers: Mapping[str, str]) -> dict[str, bytes]:
         """Return the files that the benchmark's server takes, by name; none if it has none. Missing answers are ''."""

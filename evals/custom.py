@@ -20,7 +20,8 @@ from evals.benchmark import (
 from evals.files import find, need, read_lines
 from evals.gqa import plain_words
 from evals.letters import parse_letter
-from evals.numbers import anls_robust, robust_relaxed_accuracy
+from evals.numbers import anls_robust, grade_numbers
+from evals.plain_text import plain, without_label
 from evals.vqa_text import robust_accuracy
 from evals.yes_no import parse_yes_no
 from llava_ray.errors import DataError
@@ -37,7 +38,7 @@ class Custom(Benchmark):
     number, anls. ``instruction``: none (default), short, or letter (default with options). The answer to a question
     with options is a letter or an option's text.
 
-    All profiles are the same here. exact is equality but for case, outer space and one final period.
+    All profiles are the same here. exact is equality of plain texts but for case and one final period.
 
     Robust, answer | truth | score (rule exact)::
 
@@ -64,19 +65,19 @@ class Custom(Benchmark):
 
     def grade(self, question: Question, answer: str, profile: Profile, judge: Judge | None = None) -> Grade:
         """Grade by the question's rule."""
-        if not answer.strip():
+        if not plain(answer):
             return UNPARSED
         return RULES[question.facts["rule"]](question, answer)
 
 
 def exact(text: str) -> str:
-    """Return a text in lower case, without space around it and without one final period."""
-    return text.strip().lower().removesuffix(".").rstrip()
+    """Return a plain text in lower case, without one final period."""
+    return without_label(plain(text)).lower().removesuffix(".").rstrip()
 
 
 def _by_text(normalise: Callable[[str], str]) -> Callable[[Question, str], Grade]:
     def grade(question: Question, answer: str) -> Grade:
-        return right_or_wrong(normalise(answer), [normalise(truth) for truth in question.truths])
+        return right_or_wrong(normalise(answer) or None, [normalise(truth) for truth in question.truths])
 
     return grade
 
@@ -85,8 +86,8 @@ def _by_score(score: Callable[[str, Sequence[str]], float]) -> Callable[[Questio
     return lambda question, answer: Grade(score(answer, question.truths), answer.strip())
 
 
-def _number(answer: str, truths: Sequence[str]) -> float:
-    return float(any(robust_relaxed_accuracy(answer, truth) for truth in truths))
+def _number(question: Question, answer: str) -> Grade:
+    return grade_numbers(answer, question.truths)
 
 
 def _letter(question: Question, answer: str) -> Grade:
@@ -103,7 +104,7 @@ RULES: Mapping[str, Callable[[Question, str], Grade]] = {
     "vqa": _by_score(robust_accuracy),
     "letter": _letter,
     "yes_no": _yes_no,
-    "number": _by_score(_number),
+    "number": _number,
     "anls": _by_score(anls_robust),
 }
 

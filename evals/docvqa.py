@@ -6,6 +6,7 @@ from pathlib import Path
 from evals.benchmark import SHORT, UNPARSED, Benchmark, Grade, Judge, Profile, Question
 from evals.files import as_json, find, need, read_json
 from evals.numbers import anls, anls_robust, anls_st_vqa
+from evals.plain_text import plain
 
 
 class DocVQA(Benchmark):
@@ -15,7 +16,7 @@ class DocVQA(Benchmark):
     (or ``test_v1.0.json``, for a submission) and ``documents/``.
 
     llava: its ST-VQA rule, where inner spaces count. official: single spaces in the distance, raw lengths. robust:
-    single spaces in both.
+    single spaces in both, over plain texts.
 
     Robust, answer | truth | score::
 
@@ -49,7 +50,7 @@ class DocVQA(Benchmark):
 
     def grade(self, question: Question, answer: str, profile: Profile, judge: Judge | None = None) -> Grade:
         """Score 0, or 0.5 to 1."""
-        if profile == "robust" and not answer.strip():
+        if profile == "robust" and not plain(answer):
             return UNPARSED
         rule = {"llava": anls_st_vqa, "official": anls, "robust": anls_robust}[profile]
         return Grade(rule(answer, question.truths), answer.strip())

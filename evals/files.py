@@ -3,13 +3,21 @@
 import csv
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from llava_ray.errors import DataError
 
+MAX_NAMED = 10
 MAX_CELL_BYTES = 2**30  # tables with images in them
+OTHER_STARTS = {
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+    b"\x1f\x8b": "gzip",
+    b"PK": "a zip archive",
+    b"PAR1": "Parquet",
+}
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 
 
@@ -29,28 +37,54 @@ def find_all(folder: Path, *patterns: str) -> list[Path]:
     raise DataError(f"{folder} has no {' or '.join(patterns)}; see evals/README.md for what the folder has to hold.")
 
 
-def read_json(path: Path) -> Any:
+def read_text(path: Path) -> str:
+    """Return a text file's content. Raises DataError, which says what it is instead of UTF-8."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    try:
+        text = content.decode("utf-8-sig")
+        if "\0" not in text[:1000]:
+            return text
+    except UnicodeDecodeError:
+        text = ""
+    looks = next((name for start, name in OTHER_STARTS.items() if content.startswith(start)), None)
+    looks = looks or ("UTF-16" if b"\0" in content[:1000] else "an older encoding such as Latin-1")
+    raise DataError(f"{path} is not UTF-8 (it looks like {looks}): save it as UTF-8.")
+
+
+def read_json(path: Path, remedy: str = "obtain it again") -> Any:
     """Return a JSON file's value. Raises DataError."""
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as JSON: {error}; obtain it again.") from error
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} cannot be read as JSON: {error}; {remedy}.") from error
 
 
 def read_lines(path: Path) -> list[Any]:
     """Return the values of a file of JSON lines. Raises DataError, which names the line."""
     rows = []
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+    text = read_text(path)
     for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would also split at U+2028 in a text
         if line.strip():
             try:
                 rows.append(json.loads(line))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
+                if not rows and _is_json(text):
+                    raise DataError(f"{path} is one JSON value over many lines: write one object a line.") from error
                 raise DataError(f"{path}, line {number} is not JSON: {error}; repair or remove it.") from error
     return rows
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def read_table(path: Path) -> Iterator[dict[str, str]]:
@@ -82,6 +116,15 @@ def need(row: Any, key: str, path: Path) -> Any:
         found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise DataError(f"{path}: a row has no {key!r} (it has {found}); is this the official file?")
     return row[key]
+
+
+def check_complete(missing: Sequence[str], num: int, lacking: str, instead: str) -> None:
+    """Raise DataError with the ids that a joined file does not have; what is left over would be another benchmark."""
+    if missing:
+        named = ", ".join(missing[:MAX_NAMED]) + (", …" if len(missing) > MAX_NAMED else "")
+        raise DataError(
+            f"{lacking} for {len(missing):,} of {num:,} questions: {named}; add it, or leave {instead} out."
+        )
 
 
 def picture(cell: Any, path: Path) -> bytes:

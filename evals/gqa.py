@@ -5,6 +5,8 @@ from pathlib import Path
 
 from evals.benchmark import SHORT, UNPARSED, Benchmark, Grade, Judge, Profile, Question, right_or_wrong
 from evals.files import as_json, find, need, read_json
+from evals.plain_text import plain, without_lead_in
+from evals.yes_no import parse_yes_no
 
 
 class GQA(Benchmark):
@@ -15,7 +17,7 @@ class GQA(Benchmark):
 
     llava: its converter strips final periods and lowers case, then equality. official: equality as it is (accuracy
     only; consistency, validity and the like need scene graphs). robust: case, outer space and final marks do not
-    matter, runs of space are one.
+    matter, runs of space are one; yes and no are read as ``evals.yes_no.parse_yes_no`` does.
 
     Robust, answer | truth | score::
 
@@ -56,8 +58,11 @@ class GQA(Benchmark):
             return right_or_wrong(answer.rstrip(".").lower(), question.truths)
         if profile == "official":
             return right_or_wrong(answer, question.truths)
+        truths = [plain_words(truth) for truth in question.truths]
+        if set(truths) <= {"yes", "no"}:
+            return right_or_wrong(parse_yes_no(answer), truths)
         said = plain_words(answer)
-        return right_or_wrong(said, [plain_words(truth) for truth in question.truths]) if said else UNPARSED
+        return right_or_wrong(said, truths) if said else UNPARSED
 
     def submit(self, questions: Sequence[Question], answers: Mapping[str, str]) -> dict[str, bytes]:
         """Return what the official eval.py and the server take."""
@@ -66,5 +71,5 @@ class GQA(Benchmark):
 
 
 def plain_words(text: str) -> str:
-    """Return a text in lower case, with single spaces, without marks around it."""
-    return " ".join(text.lower().split()).strip(" .,;:!?\"'`*")
+    """Return a plain text in lower case, with single spaces, without marks around it or "The answer is" in front."""
+    return " ".join(without_lead_in(plain(text)).lower().split()).strip(" .,;:!?\"'`*。、…")

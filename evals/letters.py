@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 
 from evals.benchmark import LETTERS
+from evals.option_reading import OptionReading
 
 MARKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 LAST_TOKENS = 4
@@ -16,8 +17,6 @@ DECLARED = re.compile(
     r"[(\[\"'*]*" + ALONE + r"|(?:答案|应该|正确的)(?:选项)?[是为选]?\s*[:：]?\s*[(（]?" + ALONE,
     re.IGNORECASE,
 )
-WHOLE = re.compile(r"[(\[（]?([A-Za-z])[)\]）]?[.:,。：]?")
-LABEL = re.compile(r"[(\[（]?([A-Z])(?:[)\]）][.:]?|[.:：、])\s*(?=\S)")
 # "A cat" is a cat; "A is right" is the option.
 ARTICLE = re.compile(r"(?<![A-Za-z0-9'’])A (?=[a-z])(?!(?:is|was|because|and|or|seems|since|as|not)\b)")
 
@@ -74,39 +73,14 @@ def parse_mmmu(answer: str, options: Sequence[str]) -> str | None:
 
 
 def parse_letter(answer: str, options: Sequence[str]) -> str | None:
-    """Return the letter that is found at one unambiguous place, or None.
+    """Return the option that an answer names, by its letter or its text, at one unambiguous place; None in doubt.
 
-    In this order, and the first that finds exactly one letter decides: the whole answer; "the answer is X"; a label in
-    front that no other letter contradicts; a letter alone; the text of one option. An "A" before a lower-case word is
-    an article.
+    The text of exactly one option, or a letter alone, is that option. Else the first of these that finds something
+    decides: "the answer is X"; a label with its own option's text; a label in front that no other letter contradicts; a
+    letter alone that no option's text contradicts; the text of one option. A letter within an option's text, an article
+    ("A cat"), a name ("vitamin C") is no label, and what is spoken against ("not B") is no answer.
     """
-    text = answer.replace("**", "").replace("`", "").strip().strip("\"'“”")
-    letters = LETTERS[: len(options)]
-    whole = WHOLE.fullmatch(text)
-    if whole:
-        return whole[1].upper() if whole[1].upper() in letters else None
-    alone = {letter for letter in re.findall(ALONE, ARTICLE.sub(" ", text)) if letter in letters}
-    label = LABEL.match(text)
-    labels = {label[1]} & set(letters) if label else set()
-    if label and label[1] == "I" and "I" not in letters:
-        labels = set()
-    declared = {letter for letter in _declared(text) if letter in letters}
-    for found in (declared, labels if alone <= labels else set(), alone):
-        if len(found) == 1:
-            return found.pop()
-    return None if declared or alone else _only_option_named(text, options)
-
-
-def _only_option_named(text: str, options: Sequence[str]) -> str | None:
-    lowered = text.lower()
-    named = {
-        letter: option.strip().lower()
-        for letter, option in zip(LETTERS, options, strict=False)
-        if option.strip() and re.search(rf"(?<!\w){re.escape(option.strip().lower())}(?!\w)", lowered)
-    }
-    # "red car" names "car" as well: an option inside another one that is named does not count.
-    outer = [one for one, words in named.items() if not any(words != w and words in w for w in named.values())]
-    return outer[0] if len(outer) == 1 else None
+    return OptionReading(answer, options).letter()
 
 
 def _declared(text: str) -> list[str]:

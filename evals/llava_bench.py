@@ -15,7 +15,7 @@ from evals.benchmark import (
     Total,
     split_by_category,
 )
-from evals.files import find, need, read_lines
+from evals.files import check_complete, find, need, read_lines
 from llava_ray.errors import DataError
 from llava_ray.replies import BEST, parse_pair, parse_pair_strictly
 
@@ -39,7 +39,9 @@ class LLaVABench(Benchmark):
     ``context.jsonl``, ``answers_gpt4.jsonl`` and ``images/``. Reviews are ``{"question_id", "content"}`` lines.
 
     llava and official: the first line is exactly two numbers and a space; a failure counts as (-1, -1), as in the
-    original. robust: two numbers of 1 to 10 on the first line that has any; a failure is left out and counted.
+    original. robust: a line of nothing but two scores of 1 to 10, or scores with the labels of their answers in any
+    order, thoughts left out; two verdicts that differ, ranges, and numbers in prose are none. A failure is left out and
+    counted.
 
     Robust, review | scores::
 
@@ -53,6 +55,13 @@ class LLaVABench(Benchmark):
         '**8 7**' | 8, 7
         'Scores: 8 7' | 8, 7
         '\n8 7\nThe first …' | 8, 7
+        'Assistant 2: 7, Assistant 1: 8' | 8, 7
+        'On a scale of 1 to 10:\n8 7' | 8, 7
+        '<think>3 or 4</think>\n8 7' | 8, 7
+        '<think>3 or 4' | failed
+        '-1 7' | failed
+        '7-8 9' | failed
+        '8 and 7 dogs' | failed
         '8' | failed
         '8 7 6' | failed
         '80 70' | failed
@@ -64,6 +73,7 @@ class LLaVABench(Benchmark):
     title = "LLaVA-Bench (in the wild)"
     metric = "relative score"
     maximum = 120.0
+    category_maximum = 120.0
     needs_judge = ("llava", "official", "robust")
     is_mean = False
     max_new_tokens = 1024
@@ -73,11 +83,13 @@ class LLaVABench(Benchmark):
         path = find(folder, "questions.jsonl")
         context = {row["image"]: row["caption"] for row in read_lines(find(folder, "context.jsonl"))}
         references = {str(row["question_id"]): row["text"] for row in read_lines(find(folder, "answers_gpt4.jsonl"))}
+        rows = [(str(need(row, "question_id", path)), need(row, "image", path), row) for row in read_lines(path)]
+        unanswered = [name for name, _, _ in rows if name not in references]
+        undescribed = [name for name, image, _ in rows if image not in context]
+        check_complete(unanswered, len(rows), f"{folder}/answers_gpt4.jsonl has no reference", "the question")
+        check_complete(undescribed, len(rows), f"{folder}/context.jsonl has no image description", "the question")
         questions = []
-        for row in read_lines(path):
-            name, image = str(need(row, "question_id", path)), need(row, "image", path)
-            if image not in context or name not in references:
-                raise DataError(f"{path}: question {name!r} has no context or no reference answer; obtain them again.")
+        for name, image, row in rows:
             caption = context[image]
             facts = {"context": caption if isinstance(caption, str) else "\n".join(caption)}
             questions.append(

@@ -29,8 +29,9 @@ class MMVet(Benchmark):
     Reviews are ``{"question_id", "content"}`` lines, the content being the judge's reply. Several runs of the judge are
     several results: compare them for its variance.
 
-    llava and official: the reply's first word is the number. robust: the reply has exactly one number from 0 to 1; a
-    failure is left out and counted, never 0.
+    llava and official: the reply's first word is the number. robust: the reply says exactly one grade from 0 to 1,
+    alone on its line, before its reasons or after a word such as "Correctness:"; a failure is left out and counted,
+    never 0.
 
     Robust, review | score::
 
@@ -43,7 +44,10 @@ class MMVet(Benchmark):
         'Correctness: 0.7' | .7
         '0.3 because it names one.' | .3
         '| 0.4 |' | .4
+        '<think>0.1</think>0.4' | .4
         '0.5 or 0.6' | failed
+        '1/10' | failed
+        '1 element is missing' | failed
         '5' | failed
         '10' | failed
         'totally right' | failed

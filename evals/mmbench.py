@@ -3,6 +3,7 @@
 import base64
 import binascii
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -94,6 +95,14 @@ class MMBench(Benchmark):
             "incomplete": float(sum(_incomplete(some) for some in _rotations(rows).values())),
         }
         return Total(circular(rows).value, figures, categories)
+
+    def averaged(self, rows: Sequence[Graded], category: str | None = None) -> Sequence[Graded]:
+        """Return a row for each complete question: right if all its rotations are."""
+        return [
+            replace(some[0], id=name, score=float(all(row.score == 1 for row in some)), cluster=name)
+            for name, some in _rotations(rows).items()
+            if not _incomplete(some)
+        ]
 
     def submit(self, questions: Sequence[Question], answers: Mapping[str, str]) -> dict[str, bytes]:
         """Return the server's table: LLaVA's columns, the prediction at the seventh place (or last)."""

@@ -63,6 +63,7 @@ class MME(Benchmark):
     title = "MME"
     metric = "perception score"
     maximum = 2000.0
+    category_maximum = 200.0
     is_mean = False
 
     def read(self, folder: Path) -> list[Question]:

@@ -36,7 +36,7 @@ class MMMU(Benchmark):
 
     llava and official: the authors' parsers; where theirs draws a letter at random, the answer is unparsed (expect 1/4
     of those less). robust: ``evals.letters.parse_letter``; an open answer counts if what is said last, after "is", "="
-    or the like, is one number equal at two decimals, or holds the gold words.
+    or the like, is one number equal at two decimals, or holds the gold words and no "not" or "or".
 
     Robust, answer | truth | score (options teddy bear, rabbit, cat, dog; a truth of other form is an open question)::
 
@@ -74,7 +74,8 @@ class MMMU(Benchmark):
             return right_or_wrong(parse(answer, question.options), question.truths)
         if profile == "robust":
             parsed = parse_open_answer(answer)
-            return UNPARSED if parsed is None else Grade(float(parsed.fits(question.truths)), parsed.text)
+            fits = parsed.fits(question.truths) if parsed else None
+            return UNPARSED if parsed is None or fits is None else Grade(float(fits), parsed.text)
         return Grade(float(open_answer_is_right(answer, question.truths)), answer.strip())
 
     def submit(self, questions: Sequence[Question], answers: Mapping[str, str]) -> dict[str, bytes]:

@@ -4,14 +4,17 @@ import math
 import re
 from collections.abc import Sequence
 
+from evals.benchmark import UNPARSED, Grade
+from evals.number_words import digits_for_ordinals
+from evals.plain_text import plain, without_label, without_lead_in
+from evals.quantities import MONEY, Quantity, stated_quantity, whole_quantity
+from evals.yes_no import parse_yes_no
+
 TOLERANCE = 0.05
 ANLS_THRESHOLD = 0.5
-SCALES = {"thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
-NUMBER = re.compile(
-    r"[$€£¥]?\s*(-?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:e[+-]?\d+)?)\.?\s*(%|percent|thousand|million|billion|trillion)?\.?",
-    re.IGNORECASE,
-)
+PERCENT = 0.01
 YEARS = range(1500, 2101)
+ORDINAL_NUMBER = re.compile(r"\b\d+(?:st|nd|rd|th)\b")
 
 
 def relaxed_accuracy(answer: str, truth: str) -> bool:
@@ -26,28 +29,66 @@ def relaxed_accuracy(answer: str, truth: str) -> bool:
 
 
 def robust_relaxed_accuracy(answer: str, truth: str) -> bool:
-    """Tell the same, reading "$1,234.", "5 million" and "14 %" as numbers; years have to be exact, and 0 is 0.
+    """Tell whether an answer is right by the robust rule; one that it cannot read is not."""
+    return grade_number(answer, truth) is True
 
-    A percentage may be said without its sign ("14" for "14%", and as before "0.14").
+
+def grade_number(answer: str, truth: str) -> bool | None:
+    """Tell whether the one number that is said is within 5 % of the truth; None if there is none to be read.
+
+    "$1,234.", "5 million", "1/2" and "about 14 %" are numbers, years have to be exact, and 0 is 0. A percentage may be
+    said without its sign, and a number with one ("14" for "14%" and as before "0.14", "2%" for "2"). Beside a truth
+    that is no number, texts are compared but for case and marks; yes and no are read as such.
     """
-    said, right = read_number(answer), read_number(truth)
-    if said is None or right is None:
-        return _plain(answer) == _plain(truth)
-    (value, percent), (goal, goal_percent) = said, right
-    if goal == int(goal) and int(goal) in YEARS and not goal_percent and "," not in truth:
-        return value == goal and not percent
-    ways = {value * (0.01 if percent else 1.0), value} if goal_percent and not percent else {_scaled(said)}
-    goals = {_scaled(right), goal} if goal_percent and not percent else {_scaled(right)}
+    text, goal_text = without_lead_in(plain(answer)), plain(truth)
+    goal = whole_quantity(goal_text)
+    if goal is None:
+        return _same_text(text, goal_text)
+    said = stated_quantity(text)
+    if said is None or _other_unit(said, goal):
+        return None
+    if _is_same(said, goal, is_year="," not in truth):
+        return True
+    # "5/10" may mean five of ten: as a half it is not 5, yet not plainly wrong either.
+    doubtful = said.numerator is not None and _near(said.numerator, goal.value)
+    return None if doubtful else False
+
+
+def grade_numbers(answer: str, truths: Sequence[str]) -> Grade:
+    """Grade an answer by ``grade_number`` beside several truths; unparsed where it cannot be read beside any."""
+    found = [grade_number(answer, truth) for truth in truths]
+    if not plain(answer) or all(one is None for one in found):
+        return UNPARSED
+    return Grade(float(True in found), plain(answer))
+
+
+def _is_same(said: Quantity, goal: Quantity, *, is_year: bool) -> bool:
+    if said.unit in MONEY and goal.unit in MONEY and said.unit != goal.unit:
+        return False
+    is_year = is_year and goal.value in YEARS and not goal.percent and not goal.unit
+    if is_year:
+        return said.value == goal.value and not said.percent
+    ways, goals = {said.value}, {goal.value}
+    if said.percent != goal.percent:
+        ways |= {said.value * PERCENT} if said.percent else set()
+        goals |= {goal.value * PERCENT} if goal.percent else set()
     return any(_near(one, other) for one in ways for other in goals)
 
 
-def read_number(text: str) -> tuple[float, bool] | None:
-    """Return a number and whether it is a percentage, or None for a text that is not one number."""
-    match = NUMBER.fullmatch(text.strip())
-    if not match or not any(char.isdigit() for char in match[1]):
+def _other_unit(said: Quantity, goal: Quantity) -> bool:
+    """Tell whether both have units, and different ones: 3 cm beside 3 m, which nothing here converts."""
+    units = {said.unit, goal.unit} - {""}
+    return len(units) > 1 and not units <= set(MONEY)
+
+
+def _same_text(text: str, truth: str) -> bool | None:
+    if truth.strip(" .").lower() in ("yes", "no"):
+        said = parse_yes_no(text)
+        return None if said is None else said == truth.strip(" .").lower()
+    one, other = (digits_for_ordinals(_plain(words)) for words in (text, truth))
+    if ORDINAL_NUMBER.fullmatch(other) and not ORDINAL_NUMBER.search(one):
         return None
-    unit = (match[2] or "").lower()
-    return float(match[1].replace(",", "")) * SCALES.get(unit, 1.0), unit in ("%", "percent")
+    return one == other if one else None
 
 
 def anls(answer: str, truths: Sequence[str]) -> float:
@@ -61,8 +102,9 @@ def anls_st_vqa(answer: str, truths: Sequence[str]) -> float:
 
 
 def anls_robust(answer: str, truths: Sequence[str]) -> float:
-    """Return the score with distances and lengths both over texts with single spaces."""
-    return _best(answer, truths, squeeze=True, raw_lengths=False)
+    """Return the score over plain texts with single spaces, without "Answer:" in front or one final period."""
+    texts = [without_label(plain(text)).removesuffix(".").rstrip() for text in (answer, *truths)]
+    return _best(texts[0], texts[1:], squeeze=True, raw_lengths=False)
 
 
 def edit_distance(left: str, right: str) -> int:
@@ -94,10 +136,6 @@ def _as_float(text: str) -> float | None:
         return None
 
 
-def _scaled(number: tuple[float, bool]) -> float:
-    return number[0] / 100 if number[1] else number[0]
-
-
 def _near(value: float, goal: float) -> bool:
     if math.isnan(value) or math.isnan(goal):
         return False
@@ -105,4 +143,5 @@ def _near(value: float, goal: float) -> bool:
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.lower().split()).rstrip(".").rstrip()
+    """Return a text without case, marks around it, and space beside its commas and dashes."""
+    return re.sub(r" ?([,-]) ?", r"\1", " ".join(text.lower().split()).strip(" .!?\"'[]()"))

@@ -4,42 +4,54 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from evals.plain_text import plain, without_lead_in
+from evals.quantities import Quantity, stated_quantity, whole_quantity
+
 GROUPED = re.compile(r"-?\b\d{1,3}(?:,\d{3})+\b")
 SCIENTIFIC = re.compile(r"-?\d+(?:\.\d+)?[eE][+-]?\d+")
 SIMPLE = re.compile(r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])")
 INDICATORS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
 TRIVIAL = (":", ",", ".", "!", "?", ";", "'")
 DECIMALS = 2
-WRITTEN = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][+-]?\d+)?")
+SAID_LAST = re.compile(r"(?:\bis|\bare|\bbe|=|:)\s+", re.IGNORECASE)
+IN_DOUBT = re.compile(r"\b(?:not|never|or|neither|nor|unlike|except)\b|n't\b")
 
 
 @dataclass(frozen=True)
 class OpenAnswer:
-    """What is said last in an answer, in lower case, and its only number, if it has one."""
+    """What is said last in an answer, in lower case, and the one number in it, if it has one."""
 
     text: str
-    number: float | None
+    number: Quantity | None
 
-    def fits(self, truths: Sequence[str]) -> bool:
-        """Tell whether it is one of the truths: the same number at two decimals, or the truth's words in it."""
-        for truth in truths:
-            goal = _number(truth)
-            if goal is not None:
-                if self.number is not None and round(self.number, DECIMALS) == round(goal, DECIMALS):
-                    return True
-            elif re.search(rf"(?<!\w){re.escape(truth.strip().lower())}(?!\w)", self.text):
-                return True
-        return False
+    def fits(self, truths: Sequence[str]) -> bool | None:
+        """Tell whether it is one of the truths: the same number at two decimals, or the truth's words in it.
+
+        None where that cannot be read: no one number beside truths that are numbers, words with "not" or "or".
+        """
+        found = [self._fits(truth) for truth in truths]
+        return True if True in found else False if False in found else None
+
+    def _fits(self, truth: str) -> bool | None:
+        goal = whole_quantity(plain(truth))
+        if goal is not None:
+            return None if self.number is None else _same_number(self.number, goal)
+        words = plain(truth).lower().strip(" .")
+        if not re.search(rf"(?<!\w){re.escape(words)}(?!\w)", self.text):
+            return False
+        return None if IN_DOUBT.search(self.text.replace(words, " ")) else True
 
 
 def parse_open_answer(answer: str) -> OpenAnswer | None:
-    """Return what is said last; None for nothing, or for two numbers to choose from ("5 or 6")."""
-    text = answer.strip().rstrip(".").lower()
-    tail = re.split(r"(?:\bis|\bare|\bbe|=|:)\s+", text)[-1].strip()
-    numbers = {value for found in WRITTEN.findall(tail) if (value := _number(found)) is not None}
-    if not tail or (len(numbers) > 1 and re.search(r"\bor\b|/|\bto\b", tail)):
-        return None
-    return OpenAnswer(tail, numbers.pop() if len(numbers) == 1 else None)
+    """Return what is said last, and its number; None for nothing."""
+    tail = SAID_LAST.split(without_lead_in(plain(answer)).rstrip("."))[-1].strip()
+    return OpenAnswer(tail.lower(), stated_quantity(tail)) if tail else None
+
+
+def _same_number(said: Quantity, goal: Quantity) -> bool:
+    ways = {said.value, said.value / 100} if said.percent and not goal.percent else {said.value}
+    goals = {goal.value, goal.value / 100} if goal.percent and not said.percent else {goal.value}
+    return any(round(one, DECIMALS) == round(other, DECIMALS) for one in ways for other in goals)
 
 
 def open_answer_is_right(answer: str, truths: Sequence[str]) -> bool:

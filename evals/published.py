@@ -1,4 +1,7 @@
-"""LLaVA's published figures (its model zoo), by benchmark: what a result of a model of that size stands beside."""
+"""LLaVA's published figures (its model zoo) by benchmark, and how many questions a whole set has.
+
+A figure of a part of the questions, or of another split, does not stand beside a published one.
+"""
 
 from collections.abc import Mapping
 
@@ -20,7 +23,54 @@ _TABLE: Mapping[str, tuple[float, ...]] = {
     "mm_vet": (31.1, 36.1, 30.2, 43.9),
 }
 
+# Rows of the set that is scored here; two where it was released with another number (POPE's first random split had
+# 2,910).
+WHOLE_SETS: Mapping[str, tuple[int, ...]] = {
+    "vqav2": (214_354,),
+    "gqa": (12_578,),
+    "vizwiz": (4_319,),
+    "science_qa": (4_241,),
+    "textvqa": (5_000,),
+    "pope": (9_000, 8_910),
+    "mme": (2_374,),
+    "mmbench": (4_377,),
+    "mmbench_cn": (4_329,),
+    "seed_bench": (19_242,),
+    "llava_bench": (60,),
+    "mm_vet": (218,),
+    "mmmu": (900,),
+    "chartqa": (2_500,),
+    "docvqa": (5_349,),
+    "ai2d": (3_088,),
+    "realworldqa": (765,),
+}
+ELSEWHERE: Mapping[str, str] = {"vqav2": "test-dev2015", "vizwiz": "the test split"}
+"""Where figures were published that only a server can compute: none of ours is of that set."""
 
-def published_figures(benchmark: str) -> dict[str, float]:
-    """Return the figures of a benchmark by model; empty where none were published."""
+
+def published_figures(benchmark: str, num_questions: int) -> dict[str, float]:
+    """Return the figures of a benchmark by model; empty where none were published for these very questions."""
+    if benchmark in ELSEWHERE or num_questions not in WHOLE_SETS.get(benchmark, ()):
+        return {}
     return dict(zip(MODELS, _TABLE.get(benchmark, ()), strict=False))
+
+
+def whole_set(benchmark: str, num_questions: int) -> int | None:
+    """Return how many questions the whole set has, None if that is not known."""
+    sizes = WHOLE_SETS.get(benchmark, ())
+    return num_questions if num_questions in sizes else max(sizes, default=None)
+
+
+def asked_of(benchmark: str, num: int, num_questions: int) -> str:
+    """Say how many questions there were of how many: "12 of 12,578"."""
+    return f"{num:,} of {whole_set(benchmark, num_questions) or num_questions:,}"
+
+
+def comparison_note(benchmark: str, num_questions: int) -> str | None:
+    """Say why no published figures stand beside a result, where there are some."""
+    if benchmark not in _TABLE or published_figures(benchmark, num_questions):
+        return None
+    if num_questions not in WHOLE_SETS[benchmark]:
+        asked = asked_of(benchmark, num_questions, num_questions)
+        return f"{asked} questions: LLaVA's figures are of the whole set and do not stand beside this one"
+    return f"LLaVA's figures are of {ELSEWHERE[benchmark]}, which only its server scores"

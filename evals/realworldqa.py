@@ -9,7 +9,8 @@ from evals.benchmark import UNPARSED, Benchmark, Grade, Judge, Profile, Question
 from evals.files import find_all, need, picture, read_lines, read_parquet
 from evals.gqa import plain_words
 from evals.letters import parse_letter
-from evals.vqa_text import NUMBERS
+from evals.plain_text import plain, without_lead_in
+from evals.quantities import stated_quantity, whole_quantity
 from evals.yes_no import parse_yes_no
 
 OPTION = re.compile(r"^([A-E])\.\s*(.+)$", re.MULTILINE)
@@ -23,8 +24,8 @@ class RealWorldQA(Benchmark):
     or ``annotations.jsonl`` with the images it names; questions bring their own instruction.
 
     llava and official: "X." or "(X)" in front is a letter, a final period goes, then equality, of words without case.
-    robust: ``evals.letters.parse_letter`` for letters, ``evals.yes_no.parse_yes_no`` for yes and no, number words are
-    numbers.
+    robust: ``evals.letters.parse_letter`` for letters, ``evals.yes_no.parse_yes_no`` for yes and no; beside a number,
+    the one number that is said, in digits or words.
 
     Robust, answer | truth | score (options Left, Right, Straight where the truth is a letter)::
 
@@ -61,8 +62,11 @@ class RealWorldQA(Benchmark):
             return right_or_wrong(parse_letter(answer, question.options), question.truths)
         if truth.lower() in ("yes", "no"):
             return right_or_wrong(parse_yes_no(answer), [truth.lower()])
-        said = plain_words(answer)
-        return Grade(float(_word(said) == _word(plain_words(truth))), said) if said else UNPARSED
+        said, goal = plain_words(answer), whole_quantity(plain(truth))
+        if goal is not None:
+            number = stated_quantity(without_lead_in(plain(answer)))
+            return UNPARSED if number is None else Grade(float(number.value == goal.value), said)
+        return Grade(float(said == plain_words(truth)), said) if said else UNPARSED
 
 
 def _read(folder: Path) -> Iterator[Question]:
@@ -82,7 +86,3 @@ def _rows(folder: Path) -> Iterator[tuple[dict[str, Any], Path]]:
         return
     for path in find_all(folder, "test-*.parquet", "data/test-*.parquet", "*.parquet", "data/*.parquet"):
         yield from ((row, path) for row in read_parquet(path))
-
-
-def _word(text: str) -> str:
-    return NUMBERS.get(text, text)

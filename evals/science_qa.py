@@ -19,7 +19,7 @@ from evals.benchmark import (
     percentage,
     right_or_wrong,
 )
-from evals.files import as_json, find, need, read_json
+from evals.files import as_json, check_complete, find, need, read_json
 from evals.letters import parse_letter, parse_science_qa, parse_the_answer_is
 
 IMAGE = "IMG"
@@ -70,6 +70,8 @@ class ScienceQA(Benchmark):
             for row in read_json(file)
         }
         names = need(splits, "test", path)
+        unworded = [name for name in names if name not in worded] if worded else []
+        check_complete(unworded, len(names), f"{folder}/llava_test_CQM-A.json has no wording", "the file")
         return [_question(name, need(problems, name, path), base, worded.get(name)) for name in names]
 
     def grade(self, question: Question, answer: str, profile: Profile, judge: Judge | None = None) -> Grade:
@@ -89,6 +91,10 @@ class ScienceQA(Benchmark):
             {"all": total.value},
             categories | {"all": total},
         )
+
+    def averaged(self, rows: Sequence[Graded], category: str | None = None) -> Sequence[Graded]:
+        """Return the rows with an image for the headline, or all where none has one."""
+        return rows if category else [row for row in rows if IMAGE in row.categories] or rows
 
     def submit(self, questions: Sequence[Question], answers: Mapping[str, str]) -> dict[str, bytes]:
         """Return results in the form of the authors' script: indices of options, -1 where there is none."""

@@ -8,13 +8,17 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from evals.answers import Answer, Joined, join
-from evals.benchmark import MISSING, Benchmark, Graded, Judge, Profile, Question, Total, graded
+from evals.benchmark import MISSING, Benchmark, Figure, Graded, Judge, Profile, Question, Total, graded
+from evals.files import check_complete
+from evals.published import whole_set
 from evals.statistics import Estimate, estimate_mean, jackknife, wilson
 from llava_ray.errors import DataError
 
 MAX_MISSING = 0.02
 """Share of questions without a score beyond which there is no headline."""
 MAX_LISTED = 100
+NO_ERROR = 1e-9
+"""A standard error below it is none but for rounding."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ def score(
             f"these questions of {benchmark.title} come without answers: only its server scores them; write the "
             "submission with --output FOLDER, or point to a split with answers"
         )
+    check_truths(benchmark, questions)
     joined = join(questions, answers)
     known = joined.answers
     rows = [graded(q, benchmark.grade(q, known[q.id], profile, judge) if q.id in known else MISSING) for q in questions]
@@ -74,12 +79,31 @@ def score(
     )
 
 
-def estimate(benchmark: Benchmark, rows: Sequence[Graded], profile: Profile) -> Estimate | None:
-    """Return the headline with its error: of a mean exactly, of anything else by leaving out groups of clusters."""
-    if not benchmark.is_mean:
-        return jackknife(rows, cluster_of, lambda some: benchmark.add_up(some, profile).headline if some else None)
-    judged = [row for row in rows if row.state != "failed"]
-    return estimate_mean([100 * row.score for row in judged], [cluster_of(row) for row in judged]) if judged else None
+def check_truths(benchmark: Benchmark, questions: Sequence[Question]) -> None:
+    """Raise DataError if some questions have answers to score by and others have none."""
+    without = [question.id for question in questions if not question.truths]
+    if len(without) < len(questions):
+        check_complete(without, len(questions), f"the data of {benchmark.title} have no right answer", "the question")
+
+
+def estimate(
+    benchmark: Benchmark, rows: Sequence[Graded], profile: Profile, category: str | None = None
+) -> Estimate | None:
+    """Return the headline, or the figure of a category's rows, with its error; None if there is no figure.
+
+    Of a mean it is exact, of anything else it comes from leaving out groups of clusters.
+    """
+    averaged = benchmark.averaged(rows, category)
+    if averaged is not None:
+        judged = [row for row in averaged if row.state != "failed"]
+        scores = [100 * row.score for row in judged]
+        return estimate_mean(scores, [cluster_of(row) for row in judged]) if judged else None
+
+    def figure(some: Sequence[Graded]) -> float | None:
+        total = benchmark.add_up(some, profile) if some else Total(None)
+        return total.headline if category is None else total.categories.get(category, Figure(None, 0)).value
+
+    return jackknife(rows, cluster_of, figure)
 
 
 def cluster_of(row: Graded) -> str:
@@ -87,26 +111,27 @@ def cluster_of(row: Graded) -> str:
     return row.cluster or row.id
 
 
-def category_estimates(result: Result) -> dict[str, Estimate]:
-    """Return errors of the categories that are plain means."""
-    if not result.benchmark.is_mean:
-        return {}
-    found = {}
+def category_intervals(result: Result) -> dict[str, dict[str, Any]]:
+    """Return the intervals of the categories' figures."""
+    benchmark, found = result.benchmark, {}
     for name in result.total.categories:
-        rows = [row for row in result.rows if name in row.categories and row.state != "failed"]
-        if rows:
-            found[name] = estimate_mean([100 * row.score for row in rows], [cluster_of(row) for row in rows])
+        # A category that no row is in is that of all (ScienceQA's "all").
+        rows = [row for row in result.rows if name in row.categories] or result.rows
+        share = benchmark.averaged(rows, name) is not None
+        estimated = estimate(benchmark, rows, result.profile, name)
+        found[name] = interval(estimated, share=share, maximum=benchmark.category_maximum)
     return found
 
 
 def summarise(result: Result) -> dict[str, Any]:
     """Return a result as one JSON object; without a headline, ``score`` is null and ``withheld`` says why."""
     joined, estimated = result.joined, result.estimate
-    errors = category_estimates(result)
+    intervals = category_intervals(result)
     categories = {
-        name: {"score": rounded(figure.value), "num": figure.num, **interval(errors.get(name), share=True)}
+        name: {"score": rounded(figure.value), "num": figure.num, **intervals[name]}
         for name, figure in result.total.categories.items()
     }
+    is_share = result.benchmark.averaged(result.rows) is not None
     num, gaps = len(result.rows), result.num("missing") + result.num("failed")
     withheld = (
         {} if result.complete else {"withheld": f"{gaps} of {num} questions have no score; at most 2 % may lack one"}
@@ -118,8 +143,9 @@ def summarise(result: Result) -> dict[str, Any]:
         "score": rounded(result.score),
         "computed_score": rounded(result.total.headline),
         **withheld,
-        **interval(estimated, share=result.benchmark.is_mean),
+        **interval(estimated, share=is_share, maximum=result.benchmark.maximum),
         "num_questions": num,
+        "whole_set": whole_set(result.benchmark.name, num),
         "num_scored": result.num_scored,
         "missing": len(joined.missing),
         "duplicate": len(joined.duplicate),
@@ -153,6 +179,7 @@ def summarise_unscored(
     return summarise(nothing) | {
         "withheld": reason,
         "num_questions": len(questions),
+        "whole_set": whole_set(benchmark.name, len(questions)),
     }
 
 
@@ -165,25 +192,34 @@ def versions() -> dict[str, str]:
     return {"llava_ray": ours, "python": platform.python_version()}
 
 
-def interval(estimated: Estimate | None, *, share: bool = False) -> dict[str, Any]:
-    """Return the 95 % interval, if there is one; a ``share`` stays within 0 to 100.
+def interval(estimated: Estimate | None, *, share: bool = False, maximum: float | None = None) -> dict[str, Any]:
+    """Return the 95 % interval, if there is one; with a ``maximum`` it stays within 0 and that (or a value beyond it).
 
-    Where all answers are right, or all wrong, the error of a share is 0 and says nothing: Wilson's interval does.
+    Where nothing differs, the error is 0 and says nothing: of a ``share`` of 0 or 100 % Wilson's interval does, of any
+    other figure with a maximum there is no interval.
     """
     if estimated is None or not math.isfinite(estimated.standard_error):
         num = estimated.num_clusters if estimated else 0
         return {"confidence_interval": None, "standard_error": None, "num_clusters": num}
     low, high = estimated.low, estimated.high
-    if share:
-        low, high = max(0.0, low), min(100.0, high)
-        if estimated.standard_error == 0 and estimated.value in (0, 100):
-            ends = wilson(estimated.num_clusters * (estimated.value == 100), estimated.num_clusters)
-            low, high = 100 * ends[0], 100 * ends[1]
+    ends: list[float | None] | None = [rounded(low), rounded(high)]
+    if maximum is not None:
+        ends = [rounded(max(0.0, low)), rounded(min(max(maximum, estimated.value), high))]
+        if estimated.standard_error < NO_ERROR:
+            ends = _wilson_ends(estimated) if share else None
     return {
-        "confidence_interval": [rounded(low), rounded(high)],
+        "confidence_interval": ends,
         "standard_error": rounded(estimated.standard_error),
         "num_clusters": estimated.num_clusters,
     }
+
+
+def _wilson_ends(estimated: Estimate) -> list[float | None] | None:
+    num = estimated.num_clusters
+    for value, right in ((0.0, 0), (100.0, num)):
+        if num and math.isclose(estimated.value, value, abs_tol=NO_ERROR):
+            return [rounded(100 * end) for end in wilson(right, num)]
+    return None
 
 
 def rounded(value: float | None) -> float | None:

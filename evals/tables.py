@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evals.published import published_figures
+from evals.published import asked_of, comparison_note, published_figures
 
 COUNTS = ("missing", "duplicate", "extra", "unparsed", "failed")
 HEADER = ("benchmark", "metric", "profile", "score", "95 % interval", "scored", *COUNTS)
@@ -18,7 +18,7 @@ def markdown(summaries: Sequence[Mapping[str, Any]]) -> str:
     for one in summaries:
         counts = [one[key] for key in COUNTS]
         cells = [one["benchmark"], one["metric"], one["profile"], headline(one), interval_text(one)]
-        cells += [f"{one['num_scored']} of {one['num_questions']}", *counts]
+        cells += [asked_of(one["benchmark"], one["num_scored"], one["num_questions"]), *counts]
         lines.append(row(cells))
     for one in summaries:
         lines += ["", f"## {one['benchmark']}", "", *_details(one)]
@@ -58,7 +58,9 @@ def row(cells: Sequence[object]) -> str:
 
 def _details(one: Mapping[str, Any]) -> list[str]:
     lines = [f"**{one['withheld']}.**", ""] if one.get("withheld") else _numbers(one)
-    if published := published_figures(one["benchmark"]):
+    if note := comparison_note(one["benchmark"], one["num_questions"]):
+        lines += [f"{note}.", ""]
+    if published := published_figures(one["benchmark"], one["num_questions"]):
         lines += ["| published | score |", "| --- | --- |"]
         lines += [row([name, value]) for name, value in published.items()] + [""]
     return [*lines, "| how | |", "| --- | --- |", *(row([key, value]) for key, value in one["provenance"].items())]

@@ -7,6 +7,8 @@ empty ("a"), and at most 32 periods go.
 import re
 from collections.abc import Callable, Sequence
 
+from evals.plain_text import plain, without_label
+
 WORDS = re.compile(r"\S+")
 NUMBERS = {
     word: str(number)
@@ -17,6 +19,7 @@ ARTICLES = ("a", "an", "the")
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 DIGIT_COMMA_DIGIT = re.compile(r"\d,+\d")
 PERIOD = re.compile(r"\.(?!\d)")
+MINUS = re.compile(r"(?<![\w)])-(?=\.?\d)")
 MAX_PERIODS = 32  # the originals pass re.UNICODE, which is 32, where the number of replacements belongs
 
 # Words in full; the table maps each without one of its apostrophes (or without both) to the word.
@@ -52,7 +55,8 @@ def normalise_official(text: str) -> str:
 
 
 def normalise_robust(text: str) -> str:
-    """Return the official normal form, but never the empty text for an answer that has letters ("a")."""
+    """Return the official normal form of a plain text; "a" does not become empty, nor -5 what 5 is."""
+    text = MINUS.sub("minus ", without_label(plain(text)).strip("'"))
     return normalise_official(text) or " ".join(_punctuation(text).lower().split())
 
 

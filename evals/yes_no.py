@@ -1,14 +1,29 @@
 """Yes or no in an answer: POPE's rule, MME's rule, and ours, which never guesses."""
 
 import re
+from collections.abc import Sequence
 from typing import Literal
+
+from evals.plain_text import plain, without_lead_in
 
 YesNo = Literal["yes", "no"]
 
-LEADING = re.compile(r"[\W_]*(yes|no)\b(?!-)(\W*)")
-SENTENCES = re.compile(r"[.!?\n。！？]+")
-SAID = re.compile(r"\b(yes|no)\b(?!-| idea\b| doubt\b)")
-NEGATED = re.compile(r"\bnot\b|n['’]t\b")
+SIDE_BY_SIDE = re.compile(r"\byes\b[^\w\n]*(?:\b(?:or|and|nor)\b|[/&|])[^\w\n]*no\b(?! doubt\b)")
+WORD = re.compile(r"(?<![\w-])(yes|no)\b(?!-|\.? ?\d)")
+SAYS_NOTHING = re.compile(r" (?:doubt|idea|clue|way|one|information|question|problem|matter|longer|reason|need)\b")
+ENDS = re.compile(r" *(?:$|[^\w\s]|\n)")
+OPENS = re.compile(r"(?:^|[.!?\n。;:])[^\w,]*$")
+IS_NOT_THERE = re.compile(
+    r"(?:\bthere(?: is| are| was| were|'s|'re)|\b(?:i|we|you)(?: can| could)? (?:see|find|observe|spot|detect)"
+    r"|\b(?:the|this) (?:image|picture|photo|photograph|scene) (?:shows|has|contains|depicts|includes)) $"
+)
+NEGATED = re.compile(r"\b(?:not|cannot|never|neither)\b|n't\b")
+IN_DOUBT = re.compile(r"\b(?:if|whether|when|unless|i doubt|doubtful|unclear|unsure)\b")
+CLAUSE = re.compile(r"[.,;:!?\n]")
+CLAUSE_FOLLOWS = re.compile(
+    r" *(?:$|[^\w\s]|\n| (?:it|there|he|she|they|we|i|you|this|that|these|those|the|both|all)\b)"
+)
+NEAR = 60  # characters in front of a word that tell what it is
 
 
 def parse_pope(answer: str) -> YesNo:
@@ -27,21 +42,36 @@ def parse_mme(answer: str) -> YesNo | None:
 
 
 def parse_yes_no(answer: str) -> YesNo | None:
-    """Return yes or no where one is said as a word and nothing speaks against it; None for anything in doubt.
+    """Return yes or no where one is said as the answer and nothing speaks against it; None for anything in doubt.
 
-    Where "yes" stands beside "no" or "not", the first word decides if a mark follows it ("Yes, it is not red") and no
-    other sentence begins with the contrary ("Yes. no").
+    A "no" is an answer where a mark or the end follows it ("I would say no."), where it opens a sentence ("No dog is
+    there") or follows "there is": elsewhere it belongs to what comes after it ("a dog with no collar"). Where both are
+    said as answers neither counts; beside a "yes" in front, a later "no" or "not" of the other kind does not matter
+    ("Yes, it is not red").
     """
-    text = answer.lower().replace("*", "").strip()
-    said = {_yes_no(word) for word in SAID.findall(text)}
-    if said == {"no"} or (said == {"yes"} and not NEGATED.search(text)):
-        return said.pop()
-    lead = LEADING.match(text)
-    if not said or lead is None or not lead[2].strip():
+    text = without_lead_in(plain(answer)).lower()
+    if SIDE_BY_SIDE.search(text):
         return None
-    openings = {opening[1] for opening in map(LEADING.match, SENTENCES.split(text)) if opening}
-    return _yes_no(lead[1]) if len(openings) == 1 else None
+    said = [match for match in WORD.finditer(text) if not SAYS_NOTHING.match(text, match.end())]
+    yes = [match for match in said if match[1] == "yes"]
+    no = [match for match in said if match[1] == "no"]
+    if yes:
+        return None if any(ENDS.match(text, one.end()) for one in no) else _plain_yes(text, yes[0], no)
+    return "no" if any(_is_answer(text, one) for one in no) else None
 
 
-def _yes_no(word: str) -> YesNo:
-    return "yes" if word == "yes" else "no"
+def _plain_yes(text: str, first: re.Match[str], no: Sequence[re.Match[str]]) -> YesNo | None:
+    negated = bool(no) or NEGATED.search(text) is not None
+    if not any(char.isalnum() for char in text[: first.start()]):  # it comes first
+        return "yes" if not negated or CLAUSE_FOLLOWS.match(text, first.end()) else None
+    return None if negated or IN_DOUBT.search(text[: first.start()]) else "yes"
+
+
+def _is_answer(text: str, no: re.Match[str]) -> bool:
+    before = text[max(0, no.start() - NEAR) : no.start()]
+    if OPENS.search(before):
+        return True
+    clause = CLAUSE.split(before)[-1]
+    if NEGATED.search(clause) or IN_DOUBT.search(clause):
+        return False
+    return ENDS.match(text, no.end()) is not None or IS_NOT_THERE.search(before) is not None

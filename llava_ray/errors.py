@@ -14,8 +14,11 @@
     └── JudgeError         a request to a judge that brought no review
 
 Each message says what was found, where, and what to do. Every class is a ``ValueError`` or ``RuntimeError``
-as well, so callers that know nothing of llava_ray still catch the right family.
+as well, so callers that know nothing of llava_ray still catch the right family. ``Stopped`` is none of them: a run
+that was asked to stop has not failed.
 """
+
+import signal
 
 
 class LlavaRayError(Exception):
@@ -73,6 +76,15 @@ class DivergedError(TrainingError):
 
 class JudgeError(LlavaRayError, RuntimeError):
     """A request to a judge that brought no review."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A run that was asked to stop, by Ctrl-C or SIGTERM, and did; the message says what is kept."""
+
+    def __init__(self, message: str = "", signal_number: int = signal.SIGINT) -> None:
+        """Keep which signal asked: a shell expects an exit code that says so."""
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
 
 
 def _rebuild(kind: type[RecordError], message: str, reason: str) -> RecordError:

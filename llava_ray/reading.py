@@ -56,7 +56,7 @@ def in_words(
     """
     try:
         yield
-    except (LlavaRayError, KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (LlavaRayError, KeyboardInterrupt, SystemExit, GeneratorExit, BrokenPipeError):
         raise
     except BaseException as error:
         raise kind(f"{f'{what} {says}'.strip()} ({reason(error)}). {remedy}") from error

@@ -1,36 +1,145 @@
-"""What a judge's free text says: two scores of 1 to 10, or one grade of 0 to 1. Nothing is guessed."""
+"""What a judge's free text says: two scores of 1 to 10, one score, or one grade of 0 to 1. Nothing is guessed.
 
+Read is what has the form of a verdict: a line of nothing but scores, scores after a word such as "Scores:", or scores
+with the labels of their answers, in any order. Numbers inside prose, ranges, other scales, negative numbers, and two
+verdicts that differ are no verdict. Thoughts (``<think>``) are left out first.
+"""
+
+import math
 import re
+import unicodedata
+from dataclasses import dataclass, field
 
 BEST = 10.0
-SCORE = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)(?:\s*/\s*10(?![\d.]))?(?![\w.]*\d)")
-NAMED = re.compile(r"Assistant\s+[12]\s*[:：]", re.IGNORECASE)
-GRADE = re.compile(r"(?<![\w.-])(\d(?:\.\d+)?|\.\d+)(?![\w]|\.\d)")
+MAX_READ = 100_000  # characters of a reply; no verdict is so long
+
+_NAMES = r"(?:think(?:ing)?|thoughts?|reason(?:ing)?|analysis|reflection|scratchpad|seed:think)"
+_OPEN = re.compile(
+    rf"<\s*{_NAMES}\s*>|\[think\]|◁think▷|<\|begin_of_thought\|>|<\|channel\|>\s*analysis\s*<\|message\|>", re.I
+)
+_CLOSE = re.compile(
+    rf"<\s*/\s*{_NAMES}\s*>|\[/think\]|◁/think▷|<\|end_of_thought\|>|<\|channel\|>\s*final\s*<\|message\|>", re.I
+)
+_WRAPPING = re.compile(r"</?\s*(?:final_?)?(?:answer|output|scores?|ratings?|verdict|result|final)\s*>|<\|\w+\|>", re.I)
+_FENCE = re.compile(r"^\s*(?:```|~~~)\s*[\w-]*\s*$", re.M)
+_BOXED = re.compile(r"\\(?:boxed|text|mathbf)\s*\{([^{}]*)\}")
+_DASHES = str.maketrans(dict.fromkeys("‐‑‒–—―−﹘﹣", "-"))
+_MARKS = str.maketrans(dict.fromkeys("*`\"'“”„‘’«»$", None))
+_BULLET = re.compile(r"^(?:[>#•·▪◦+\s]+|-(?=\s+\D)|\d{1,2}[.)](?=\s+[^\W\d]))+\s*")
+# How long the scale is: no score. Only the scale to 10 is ours.
+_SCALE = re.compile(
+    r"(?:\b(?:on|in|from|using|with)\s+)?(?:\b(?:a|the|an)\s+)?(?:\bscale\s*)?(?:\b(?:of|from|is|between)\s+)?"
+    r"(?<![\d.])[01]\s*(?:-|to|through|\.\.\.?|(?<=between [01] )and)\s*10(?![\d.]*\d)(?:\s*(?:points?\s+)?scale\b)?"
+    r"|\b10(?:\s*[- ]\s*points?)\s+scale\b"
+    r"|,?\s*(?:\bwith\s+|\bwhere\s+)?\b10\s*(?:being|is|=|means?)\s+(?:the\s+)?(?:best|highest|perfect|top)\b",
+    re.I,
+)
+_UNIT_SCALE = re.compile(
+    r"(?:\bon\s+)?(?:\ba\s+)?(?:\bscale\s*)?(?:\b(?:of|from)\s+)?(?<![\d.])0(?:\.0)?\s*(?:-|to)\s*1(?:\.0)?(?![\d.]*\d)",
+    re.I,
+)
+_OF_TEN = re.compile(r"\(? ?(?<!\d )(?<!\d)(?:out of|/) ?10 ?\)?(?![\d.]*\d)", re.I)
+_WHO = r"(?:assistant|answer|response|reply|model|candidate)"
+_TOKEN = re.compile(
+    rf"(?P<a>\b(?:the\s+)?(?:first|1st)(?:\s+{_WHO})?(?:s\b)?|\b(?:{_WHO}|score|rating)\s*[#_-]?\s*(?:1|one)(?:s\b)?"
+    rf"(?!\.?\w|\s*/)|\b{_WHO}\s+a\b|\ba(?=\s*[:=]))"
+    rf"|(?P<b>\b(?:the\s+)?(?:second|2nd)(?:\s+{_WHO})?(?:s\b)?|\b(?:{_WHO}|score|rating)\s*[#_-]?\s*(?:2|two)(?:s\b)?"
+    rf"(?!\.?\w|\s*/)|\b{_WHO}\s+b\b|\bb(?=\s*[:=]))"
+    r"|(?P<number>(?:(?<![\w.)])[-+])?(?:\d+(?:\.\d+)*|(?<![\w.])\.\d+)"
+    r"(?:\s*(?:/|out\s+of)\s*(?P<most>\d+(?:\.\d+)?)|(?P<percent>\s*%))?(?P<more>[\w%°]*))"
+    r"|(?P<word>[^\W\d_][\w]*(?:-\w+)*)"
+    r"|(?P<mark>\S)",
+    re.I,
+)
+_KEYS = ("score", "scores", "rating", "ratings", "grade", "grades", "mark", "marks", "verdict", "correctness")
+_FILLERS = ("the", "final", "overall", "total", "my", "two", "both", "are", "is", "here", "as", "follows", "for", "of")
+_WORDS = dict.fromkeys(_KEYS, "k") | dict.fromkeys((*_FILLERS, "respectively"), "w")
+_WORDS |= dict.fromkeys(("and", "vs", "versus"), ",")
+_WORDS |= dict.fromkeys(("because", "since"), "-")  # where the reasons begin
+_WORDS |= dict.fromkeys(["reverse", "reversed", "swapped", "opposite", "descending", "ascending"], "r")
+_CODES = dict.fromkeys(",;&", ",") | dict.fromkeys(":=", ":") | dict.fromkeys("([{", "(") | dict.fromkeys(")]}", ")")
+_CODES |= {"|": "|", "-": "-"} | dict.fromkeys(".!", ".")
+
+# A line as a string of signs: S a score, N any other number, a and b the labels of the first and second answer, k a
+# word for scores, w a word that says nothing, r one that turns the order round, x any other; , : ( ) | - . as they are.
+_REST = r"(?:[.,:\-(|;)]+[^SNab]*)?$"
+_LEAD = r"[w(|]*(?:k[kw(|]*(?:\(?a,?b\)?[kw(|]*)?|\(?a,?b\)?[kw(|]*)?[:\-]*"
+_PAIR = re.compile(rf"^[|(]*(?:(?P<led>(?=[^S]*[kab]){_LEAD}))?(?:\(*S[,|]*S\)*|\(S\),?\(S\))w?{_REST}")
+_HALF = r"[kw(|]*%s[kw|]*[:\-|]*\(*S\)*"
+_IN_ORDER = re.compile(rf"^[|(]*{_HALF % 'a'}[.,|)]*{_HALF % 'b'}{_REST}")
+_IN_REVERSE = re.compile(rf"^[|(]*{_HALF % 'b'}[.,|)]*{_HALF % 'a'}{_REST}")
+_FIRST, _SECOND = (re.compile(rf"^[|(]*{_HALF % label}{_REST}") for label in "ab")
+_SINGLE = re.compile(rf"^[|(]*(?P<led>[w(|]*(?:k[kw(|]*a?[kw(|]*[:\-]*|a[:\-]+))?\(*S\)*{_REST}")
+_INSIDE = re.compile(r"(?:^|[.):,(|])k:\(*S\)*(?=$|[.,)\-|(])")
+_BAD_LABEL = re.compile(r"[ab][kw|]*[:\-|]+\(*N\)*[.,|)]*(?:$|[ab])")
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One line: its signs, and the scores in it."""
+
+    signs: str
+    scores: tuple[float, ...]
+
+    @property
+    def is_numeric(self) -> bool:
+        """Whether it has numbers and no words."""
+        return bool(set(self.signs) & set("SN")) and not set(self.signs) & set("abkwxr")
+
+
+@dataclass
+class _Said:
+    """All the verdicts that a reply gives."""
+
+    pairs: list[tuple[float, ...]] = field(default_factory=list)
+    first: set[float] = field(default_factory=set)
+    second: set[float] = field(default_factory=set)
+
+
+def spoken(reply: str) -> str | None:
+    """Return a reply without its thoughts and their marks; None where the thoughts do not end."""
+    text = reply[:MAX_READ]
+    while (close := _CLOSE.search(text)) is not None:
+        text = text[close.end() :]
+    return None if _OPEN.search(text) or len(reply) > MAX_READ else text.strip()
 
 
 def parse_pair_strictly(review: str) -> tuple[float, float] | None:
     """Return the two scores if the first line is nothing but two numbers with one space between them (LLaVA's rule)."""
     words = review.split("\n", maxsplit=1)[0].replace(",", " ").split(" ")
     try:
-        return (float(words[0]), float(words[1])) if len(words) == 2 else None
+        pair = (float(words[0]), float(words[1])) if len(words) == 2 else None
     except ValueError:
         return None
+    return pair if pair and all(map(math.isfinite, pair)) else None
 
 
 def parse_pair(review: str) -> tuple[float, float] | None:
-    """Return the two scores of 1 to 10 on the first line that has any (on two lines, if each names its assistant)."""
-    lines = _spoken_lines(review)
-    if len(lines) > 1 and all(NAMED.match(line) for line in lines[:2]):
-        lines = [" ".join(lines[:2])]
-    found = _scores(lines[0]) if lines else []
-    return (found[0], found[1]) if len(found) == 2 else None
+    """Return the two scores of 1 to 10, of the first and of the second answer, if the reply says exactly these."""
+    lines = _read(review, 1.0, BEST)
+    said = _Said()
+    if lines is None or any(_BAD_LABEL.search(line.signs) or _is_reversed(line) for line in lines):
+        return None
+    quiet = True
+    for line in lines:
+        found = _PAIR.match(line.signs)
+        if found and len(line.scores) == 2 and (found["led"] or quiet):
+            said.pairs.append(line.scores)
+        elif line.is_numeric and not said.pairs:
+            return None
+        elif found and len(line.scores) == 2 and line.is_numeric:
+            said.pairs.append(line.scores)
+        _note_labelled(line, said)
+        quiet = quiet and _is_quiet(line)
+    if len(said.first) == len(said.second) == 1:
+        said.pairs.append((*said.first, *said.second))
+    different = set(said.pairs)
+    return (said.pairs[0][0], said.pairs[0][1]) if len(different) == 1 else None
 
 
 def parse_score(review: str) -> float | None:
-    """Return the only score of 1 to 10 on the first line that is not empty."""
-    lines = _spoken_lines(review)
-    found = _scores(lines[0]) if lines else []
-    return found[0] if len(found) == 1 else None
+    """Return the score of 1 to 10, if the reply says exactly one."""
+    return _only(_read(review, 1.0, BEST))
 
 
 def parse_first_word(reply: str) -> float | None:
@@ -43,17 +152,92 @@ def parse_first_word(reply: str) -> float | None:
 
 
 def parse_grade(reply: str) -> float | None:
-    """Return the only number in the reply, if it is from 0 to 1."""
-    found = GRADE.findall(reply)
-    return float(found[0]) if len(found) == 1 and float(found[0]) <= 1 else None
+    """Return the grade of 0 to 1, if the reply says exactly one."""
+    return _only(_read(reply, 0.0, 1.0))
 
 
-def _spoken_lines(review: str) -> list[str]:
-    lines = [line.replace("*", "").strip() for line in review.splitlines()]
-    return [line for line in lines if line]
+def _only(lines: list[_Line] | None) -> float | None:
+    """Return the only score of lines that give one answer's."""
+    said: set[float] = set()
+    quiet = True
+    for line in lines or ():
+        found = _SINGLE.match(line.signs)
+        if found and len(line.scores) == 1 and (found["led"] or quiet):
+            said.add(line.scores[0])
+        elif line.is_numeric and not said:
+            return None
+        elif len(_INSIDE.findall(line.signs)) == 1 == len(line.scores) and "N" not in line.signs:
+            said.add(line.scores[0])
+        quiet = quiet and _is_quiet(line)
+    return said.pop() if len(said) == 1 else None
 
 
-def _scores(line: str) -> list[float]:
-    """Return a line's numbers, or none if one of them is not from 1 to 10."""
-    found = [float(number) for number in SCORE.findall(NAMED.sub(" ", line))]
-    return found if all(1 <= number <= BEST for number in found) else []
+def _read(reply: str, least: float, most: float) -> list[_Line] | None:
+    """Return a reply's lines that say anything; None where its thoughts do not end."""
+    text = spoken(reply)
+    if text is None:
+        return None
+    text = unicodedata.normalize("NFKC", text).translate(_DASHES)
+    text = "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
+    text = re.sub(r"\bvs\.", "vs", text, flags=re.I)
+    text = _BOXED.sub(r" \1 ", _FENCE.sub("", _WRAPPING.sub("\n", text)))
+    lines = (_line(raw, least, most) for raw in text.splitlines())
+    return [line for line in lines if re.search(r"[^.,:()|\-]", line.signs)]
+
+
+def _line(raw: str, least: float, most: float) -> _Line:
+    text = re.sub(r"(?<!\w)_+|_+(?!\w)", "", raw.translate(_MARKS))
+    text = _BULLET.sub("", " ".join(text.split()))
+    text = " ".join((_SCALE if most == BEST else _UNIT_SCALE).sub(" ", text).split())
+    if most == BEST:
+        text = _OF_TEN.sub(" ", text)
+    signs, scores = [], []
+    for token in _TOKEN.finditer(text):
+        sign = _sign(token, least, most)
+        signs.append(sign)
+        if sign == "S":
+            scores.append(float(re.match(r"[\d.]+", token["number"])[0]))  # type: ignore[index]
+    return _Line("".join(signs).replace("()", ""), tuple(scores))
+
+
+def _sign(token: re.Match[str], least: float, most: float) -> str:
+    if token["number"]:
+        return "S" if _is_score(token, least, most) else "N"
+    if token["word"]:
+        return _WORDS.get(token["word"].casefold(), "x")
+    return token.lastgroup or "x" if token["a"] or token["b"] else _CODES.get(token["mark"], "x")
+
+
+def _is_score(token: re.Match[str], least: float, most: float) -> bool:
+    """Tell whether a number is a score of our scale, as it is or of the scale's end."""
+    try:
+        value = float(re.match(r"[-+\d.]+", token["number"])[0])  # type: ignore[index]
+    except ValueError:  # 8.5.1
+        return False
+    plain = token["number"][0] not in "+-" and not token["more"] and not token["percent"]
+    return plain and least <= value <= most and (token["most"] is None or float(token["most"]) == most)
+
+
+def _is_quiet(line: _Line) -> bool:
+    """Tell whether a line before a verdict only leads to it: no numbers, no answer named out of order."""
+    labels = [sign for sign in line.signs if sign in "ab"]
+    return not set(line.signs) & set("SNr") and labels[:1] != ["b"]
+
+
+def _is_reversed(line: _Line) -> bool:
+    """Tell whether a line is a legend that names the second answer first."""
+    return bool(re.fullmatch(r"[kw,|():.]*b[kw,|()\-]*a[kw,|():.]*", line.signs))
+
+
+def _note_labelled(line: _Line, said: _Said) -> None:
+    """Note the scores of a line that says whose they are."""
+    if _IN_ORDER.match(line.signs):
+        said.first.add(line.scores[0])
+        said.second.add(line.scores[1])
+    elif _IN_REVERSE.match(line.signs):
+        said.second.add(line.scores[0])
+        said.first.add(line.scores[1])
+    elif _FIRST.match(line.signs):
+        said.first.add(line.scores[0])
+    elif _SECOND.match(line.signs):
+        said.second.add(line.scores[0])

@@ -3,16 +3,19 @@
 import logging
 import math
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ray
 
 from llava_ray.config.sections import ClusterConfig
 from llava_ray.errors import ConfigError
+from llava_ray.library_log import LibraryLog
 from llava_ray.placement import can_grow, find_pools, pool_resources
 from llava_ray.shared_storage import Places, check_shared
 from llava_ray.uploads import check_upload
@@ -36,6 +39,10 @@ class Resources:
     use_gpu: bool
     accelerator_type: str | None
     gpus_per_worker: float = 1.0
+    threads: int | None = None
+    """Threads a worker computes with where that is more than the CPUs that it reserves."""
+    cores: int = 1
+    """Cores that are this job's alone, for what runs while no worker does."""
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -45,35 +52,63 @@ class Resources:
     @property
     def num_threads(self) -> int:
         """Threads a worker may compute with."""
-        return max(1, int(self.cpus_per_worker))
+        return self.threads or max(1, int(self.cpus_per_worker))
 
 
 @contextmanager
 def connected(
-    cluster: ClusterConfig, shared: Places = NOTHING_SHARED, *, runs: int = 1, quiet: bool = False
+    cluster: ClusterConfig,
+    shared: Places = NOTHING_SHARED,
+    *,
+    runs: int = 1,
+    quiet: bool = False,
+    storage_path: str | None = None,
 ) -> Iterator[Resources]:
     """Join the cluster that ``cluster.address``, the job or the machine names, or start a local one; leave it after.
 
-    A local one has room for ``runs`` at a time; ``quiet`` keeps what workers print out of this terminal. Yields what
-    the run may take. Raises ConfigError when the cluster cannot be reached, is too small, or its nodes do not all see
-    what is ``shared``.
+    A local one has room for ``runs`` at a time. What libraries and workers say goes to a file in ``storage_path``;
+    with ``quiet`` the workers' lines stay in Ray's own files. Yields what the run may take. Raises ConfigError when the
+    cluster cannot be reached, is too small, or its nodes do not all see what is ``shared``.
     """
     if ray.is_initialized():  # a notebook or a test that has its own
         check_shared(shared)
         yield fitted(cluster)
         return
-    started_here = start(cluster, runs=runs, quiet=quiet)
+    log = LibraryLog(storage_path)
+    print(f"Starting Ray; the libraries' own lines go to {log.path}", flush=True)  # noqa: T201
+    with log.taking_over():
+        with keeping_sigterm():
+            started_here = start(cluster, runs=runs, quiet=quiet)
+        log.take_workers_lines()
+        with leaving(started_here):
+            if can_grow():  # a node that is made first takes longer than the minute after which Ray Train asks again
+                os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")
+            resources = fitted(cluster)
+            if started_here and not resources.use_gpu:
+                resources = sharing_cores(resources, runs, given=cluster.cpus_per_worker != "auto")
+            check_shared(shared)
+            tell(resources, "started here" if started_here else "joined")
+            yield resources
+
+
+@contextmanager
+def leaving(started_here: bool) -> Iterator[None]:
+    """Leave Ray at the end of the block."""
     try:
-        if can_grow():  # a node that is made first takes longer than the minute after which Ray Train asks again
-            os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")
-        resources = fitted(cluster)
-        check_shared(shared)
-        tell(resources, "started here" if started_here else "joined")
-        yield resources
+        yield
     finally:
         ray.shutdown()
         if started_here:
             os.environ.pop(DASHBOARD_VARIABLE, None)
+
+
+@contextmanager
+def keeping_sigterm() -> Iterator[None]:
+    """Give SIGTERM back to whom it belonged: Ray takes it, and its libraries print a stack where it comes."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def tell(resources: Resources, how: str) -> None:
@@ -81,7 +116,7 @@ def tell(resources: Resources, how: str) -> None:
     total, pools = ray.cluster_resources(), sorted(find_pools())
     print(  # noqa: T201
         f"Ray: {how}, {len(ray.nodes())} node(s), {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs; "
-        f"{resources.num_workers} worker(s) x {resources.cpus_per_worker:g} CPU"
+        f"{resources.num_workers} worker(s) x {resources.threads or resources.cpus_per_worker:g} CPU"
         + (" + 1 GPU" if resources.use_gpu else "")
         + (f"; pools: {', '.join(pools)}" if pools else ""),
         flush=True,
@@ -147,7 +182,7 @@ def root() -> Path:
 
 def local_cpus(cluster: ClusterConfig, runs: int = 1) -> int:
     """Return the logical CPUs of a local cluster: all there are, and enough for workers and data side by side."""
-    return max(os.cpu_count() or 1, math.ceil(runs * (worker_cpus(cluster) + DATA_CPUS) + DATA_CPUS))
+    return max(num_cores(), math.ceil(runs * (worker_cpus(cluster) + DATA_CPUS) + DATA_CPUS))
 
 
 def worker_cpus(cluster: ClusterConfig) -> float:
@@ -157,7 +192,27 @@ def worker_cpus(cluster: ClusterConfig) -> float:
 
 def local_runs(cluster: ClusterConfig) -> int:
     """Return how many runs at a time this machine's cores can carry."""
-    return max(1, int((os.cpu_count() or 1) / worker_cpus(cluster)))
+    return max(1, int(num_cores() / worker_cpus(cluster)))
+
+
+def sharing_cores(resources: Resources, runs: int, *, given: bool) -> Resources:
+    """Share this machine's cores out to the workers of ``runs`` runs at a time: each computes with its part of them.
+
+    What workers reserve stays as it is, so that the stream of data finds its CPUs; where that was ``given``, they
+    compute with as many.
+    """
+    threads = None if given else max(1, num_cores() // (runs * resources.num_workers))
+    return replace(resources, threads=threads, cores=num_cores())
+
+
+def num_cores() -> int:
+    """Return the cores that this process may use: a container's quota and affinity count."""
+    cores = min(os.cpu_count() or 1, len(os.sched_getaffinity(0)))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # no such file, or "max"
+        return cores
 
 
 def runs_at_once(total: Mapping[str, float], resources: Resources) -> int:

@@ -17,6 +17,8 @@ METRICS_PER_REQUEST = 1000  # MLflow's own limits
 PARAMS_PER_REQUEST = 100
 PARAM_LENGTH = 6000
 
+PAGE = "http://127.0.0.1:5000"  # of `mlflow ui`
+
 
 def default_tracking_uri(storage_path: str) -> str:
     """Return the SQLite store beside the runs; for remote storage, one in the folder the job was started from."""
@@ -103,6 +105,25 @@ class TrackedRun:
     def end(self, status: str = "FINISHED") -> None:
         """Close the run: FINISHED, FAILED or KILLED."""
         self.client.set_terminated(self.run_id, status)
+
+
+def check_store(tracking_uri: str | None) -> None:
+    """Raise ConfigError for a tracking URI that MLflow does not know; whether a server answers is not asked."""
+    if tracking_uri is None or tracking_uri.startswith("http"):
+        return
+    try:
+        MlflowClient(tracking_uri).search_experiments(max_results=1)
+    except (MlflowException, ImportError, OSError) as error:
+        raise ConfigError(f"MLflow at {tracking_uri!r}: {error}; check tracking.tracking_uri") from error
+
+
+def describe_page(tracking_uri: str, run_id: str) -> str:
+    """Say how to see a run's experiment in MLflow: the command that serves a store of one's own, and the address."""
+    experiment = MlflowClient(tracking_uri).get_run(run_id).info.experiment_id
+    page = f"/#/experiments/{experiment}/runs"  # without the last word, MLflow opens its page of traces
+    if tracking_uri.startswith("http"):
+        return f"{tracking_uri.rstrip('/')}{page}/{run_id}"
+    return f"mlflow ui --backend-store-uri {tracking_uri}  then  {PAGE}{page}  (run {run_id})"
 
 
 def artifact_location(tracking_uri: str) -> str | None:

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 
 import tyro
 
+from llava_ray.config.booleans import bare_switches, switches_of
 from llava_ray.config.chat import ChatSettings
 from llava_ray.errors import LlavaRayError
 from pipelines.command import run_command
+from pipelines.places import check_files, check_models
 
 if TYPE_CHECKING:
     from llava_ray.generate.chat import ChatSession
@@ -28,7 +30,12 @@ HELP = "/image FILE shows an image with the next question, /clear begins anew; C
 
 def main(arguments: Sequence[str]) -> None:
     """Load the model; answer the prompt, or whatever is typed until Ctrl-D."""
-    settings = tyro.cli(ChatSettings, args=arguments, use_underscores=True, prog="chat.py")
+    settings = tyro.cli(
+        ChatSettings, args=bare_switches(arguments, switches_of(ChatSettings)), use_underscores=True, prog="chat.py"
+    )
+    check_models({key: getattr(settings, key) for key in ("model", "model_base", "vision_tower")})
+    for place in settings.image:
+        check_files({"image": place})
     from transformers.utils import logging
 
     from llava_ray.generate.chat import load_session

@@ -1,13 +1,16 @@
 """How every pipeline runs as a command: faults in one line, Ctrl-C without a traceback."""
 
 import argparse
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 
-from llava_ray.errors import ConfigError, LlavaRayError
+from llava_ray.errors import ConfigError, LlavaRayError, Stopped
 
 INTERRUPTED = 130  # the shell's own code for Ctrl-C
 RESUMABLE = "Stopped. The same command goes on from what is done."
@@ -16,15 +19,24 @@ RESUMABLE = "Stopped. The same command goes on from what is done."
 def run_command(main: Callable[[Sequence[str]], object], *, when_stopped: str = RESUMABLE) -> None:
     """Run ``main`` on the command line's arguments; exit with 1 and one line for what a user can mend.
 
-    ``when_stopped`` is said after Ctrl-C.
+    ``when_stopped`` is said after Ctrl-C and SIGTERM, where ``main`` says nothing better.
     """
+    signal.signal(signal.SIGTERM, stop)
     try:
         main(sys.argv[1:])
     except LlavaRayError as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt:
-        print(when_stopped, file=sys.stderr)
-        sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # whoever reads the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or when_stopped, file=sys.stderr)
+        sys.exit(interrupt.exit_code if isinstance(interrupt, Stopped) else INTERRUPTED)
+
+
+def stop(number: int, frame: FrameType | None) -> None:
+    """Take SIGTERM as Ctrl-C is taken."""
+    del frame
+    raise Stopped(signal_number=number)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 
 python pipelines/evaluate.py run RECIPE --evaluate.model_path MODEL
 python pipelines/evaluate.py run --evaluate.model_path MODEL --evaluate.benchmarks gqa=data/gqa pope=data/pope
+python pipelines/evaluate.py run … --dry-run     # questions, batches, memory, time; starts nothing
 python pipelines/evaluate.py score --benchmark pope --profile llava --data data/pope --answers answers.jsonl --json
 python pipelines/evaluate.py compare runs/one/pope runs/two/pope
 """
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import tyro
 
+from llava_ray.config.booleans import bare_switches, switches_of
 from pipelines import evaluate_commands as commands
 from pipelines.command import run_command
 
@@ -21,8 +23,9 @@ def main(arguments: Sequence[str]) -> object:
     """Run the subcommand that is named first: ``run`` takes a recipe, the tools plain arguments."""
     if arguments[:1] == ["run"]:
         return commands.run(arguments[1:])
+    spelt = bare_switches(arguments, switches_of(*TOOLS.values()))
     return tyro.extras.subcommand_cli_from_dict(
-        TOOLS, args=list(arguments), prog="evaluate.py", description=__doc__, use_underscores=True
+        TOOLS, args=spelt, prog="evaluate.py", description=__doc__, use_underscores=True
     )
 
 

@@ -9,6 +9,8 @@ from typing import Annotated
 import tyro
 
 from evals.benchmark import Profile
+from evals.published import asked_of
+from pipelines.command import split_dry_run
 
 First = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
 Second = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="B")]
@@ -52,7 +54,8 @@ def score(  # noqa: PLR0913 - flags
         return
     print(f"{summary['benchmark']} ({summary['profile']}): {summary['metric']} {headline(summary)}")
     print(f"  95 % interval  {interval_text(summary)}")
-    for key in ("num_questions", "num_scored", "missing", "duplicate", "extra", "unparsed", "failed"):
+    print(f"  {'questions':<14} {asked_of(summary['benchmark'], summary['num_questions'], summary['num_questions'])}")
+    for key in ("num_scored", "missing", "duplicate", "extra", "unparsed", "failed"):
         print(f"  {key:<14} {summary[key]:,}")
     if "withheld" in summary:
         print(f"  No headline: {summary['withheld']}.", file=sys.stderr)
@@ -78,14 +81,25 @@ def compare(first: First, second: Second, *, json: bool = False) -> None:
     ends = found["confidence_interval"]
     span = f"{ends[0]:+.2f} to {ends[1]:+.2f}" if ends else "not known from one cluster"
     print(f"{found['benchmark']} ({found['profile']}): A - B = {found['difference']:+.2f}, 95 % interval {span}")
-    print(f"  {found['num_compared']:,} questions: A better in {found['better']:,}, B in {found['worse']:,}")
+    asked = asked_of(found["benchmark"], found["num_compared"], found["num_compared"])
+    print(f"  {asked} questions: A better in {found['better']:,}, B in {found['worse']:,}")
     print(f"  The difference is {'' if found['significant'] else 'not '}significant.")
     for line in found["settings_that_differ"]:
         print(f"  Attention: the two were made with a different {line}.", file=sys.stderr)
 
 
 def run(arguments: Sequence[str]) -> list[dict[str, object]]:
-    """Ask a model the questions of several benchmarks and score its answers; the same command goes on."""
+    """Ask a model the questions of several benchmarks and score its answers; the same command goes on.
+
+    With ``--dry-run`` only say what would be asked.
+    """
+    asked, arguments = split_dry_run(arguments)
+    if asked.dry_run:
+        from pipelines.evaluation_dry_run import describe
+
+        for line in describe(arguments, asked.gpu_memory_gib):
+            print(line)
+        return []
     from pipelines.evaluation_run import evaluate
 
     return evaluate(arguments)

@@ -22,7 +22,7 @@ from llava_ray.generate.answers_file import AnswersFile
 from llava_ray.generate.questions import Question
 from llava_ray.model.loading import read_pretrained_blueprint
 from llava_ray.model.manifest import fingerprint, library_versions
-from llava_ray.placement import pool_resources
+from llava_ray.placement import alive_nodes, pool_resources
 
 SEPARATOR = "\n"  # between a benchmark's name and a question's id
 SECONDS_BETWEEN_LINES = 5.0
@@ -68,10 +68,9 @@ def ask(config: EvaluateConfig, model: ModelToLoad, asked: Sequence[Asked]) -> N
     """Ask all that is not answered yet: in one stream what is ranked, or written with the same limit of tokens."""
     streams: dict[tuple[int, bool], list[Question]] = defaultdict(list)
     for one in asked:
-        limit = token_limit(config.evaluate, one)
         for question in one.unanswered():
             made = as_asked(one, question, config.evaluate.ranking)
-            streams[limit, bool(made.candidates)].append(made)
+            streams[token_limit(config.evaluate, one), bool(made.candidates)].append(made)
     spoken = time.monotonic()
     for (limit, _), questions in streams.items():
         decoding = Decoding(limit, config.evaluate.temperature, config.evaluate.batch_size)
@@ -112,9 +111,13 @@ def as_asked(one: Asked, question: BenchmarkQuestion, ranking: Ranking | None = 
 
 def pool(config: EvaluateConfig) -> Actors:
     """Return who answers: an actor a GPU, or as many as leave CPUs for decoding."""
-    total, cpus = pool_resources("train"), config.actors.cpus_per_actor
-    fitting = int(total["GPU"]) or max(1, int((total["CPU"] - DATA_CPUS) / cpus))
-    return Actors(config.actors.num_actors or fitting, cpus)
+    total, given = pool_resources("train"), config.actors
+    room = total["CPU"] - DATA_CPUS
+    alone = given.num_actors and not total["GPU"] and len(alive_nodes()) == 1
+    shared = max(1.0, room // given.num_actors) if given.num_actors and alone else 1.0
+    cpus = shared if given.cpus_per_actor == "auto" else given.cpus_per_actor
+    fitting = int(total["GPU"]) or max(1, int(room / cpus))
+    return Actors(given.num_actors or fitting, cpus)
 
 
 def progress(asked: Sequence[Asked]) -> str:

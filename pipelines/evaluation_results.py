@@ -15,7 +15,7 @@ from evals.benchmark import Benchmark, Judge, Profile, Question
 from evals.catalogue import make_benchmark
 from evals.comparison import write_result
 from evals.files import as_json, hash_files
-from evals.published import published_figures
+from evals.published import comparison_note, published_figures
 from evals.scoring import Result, summarise, summarise_unscored
 from evals.scoring import score as score_benchmark
 from evals.tables import flat_metrics, markdown
@@ -139,8 +139,9 @@ def shown(one: ScoredAnswers) -> Scored:
         )
         for row in rows[:MAX_MISTAKES]
     ]
-    kind = one.benchmark
-    return Scored(kind.title, one.summary, kind.maximum, published_figures(kind.name), mistakes, len(rows))
+    kind, num = one.benchmark, len(one.questions)
+    published, note = published_figures(kind.name, num), comparison_note(kind.name, num)
+    return Scored(kind.title, one.summary, kind.maximum, published, mistakes, len(rows), note)
 
 
 def thumbnails(question: Question) -> list[Picture]:

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evals.catalogue import make_benchmark
+from evals.published import asked_of
 from evals.tables import headline, interval_text
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import EvaluateConfig
 from llava_ray.errors import ConfigError
 from pipelines.evaluation_results import PROVENANCE, ScoredAnswers, ScoreRequest, score_answers, track, write_results
+from pipelines.places import check_files, check_models
 
 if TYPE_CHECKING:
     from llava_ray.shared_storage import Places
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 def evaluate(arguments: Sequence[str]) -> list[dict[str, Any]]:
     """Ask what is not answered yet, score everything, write the report; return the summaries."""
     config = load_recipe(EvaluateConfig, arguments)
+    check_places(config)
+    print(config.model_dump_json(indent=1, exclude_defaults=True), flush=True)
     from llava_ray.generate.answers import locate_model
     from llava_ray.runtime import connected
     from pipelines.evaluation_asking import (
@@ -32,10 +36,10 @@ def evaluate(arguments: Sequence[str]) -> list[dict[str, Any]]:
         token_limit,
     )
 
-    print(config.model_dump_json(indent=1, exclude_defaults=True))
-    folder, asking = run_folder(config), config.evaluate
+    asking = config.evaluate
     model = locate_model(asking.model_path, asking.model_base, asking.vision_tower, asking.version)
     made = describe_answers(asking, model)
+    folder = run_folder(config)
     with ExitStack() as stack:
         asked = list_benchmarks(asking, folder)
         check_ranking(asking, asked)
@@ -43,11 +47,21 @@ def evaluate(arguments: Sequence[str]) -> list[dict[str, Any]]:
             stack.enter_context(one.file)
             check_settings(one.file.path.parent / PROVENANCE, made | {"max_new_tokens": token_limit(asking, one)})
         if any(one.unanswered() for one in asked):
-            with connected(config.cluster, shared_places(config)):
+            with connected(config.cluster, shared_places(config), storage_path=config.run.storage_path):
                 ask(config, model, asked)
         for one in asked:
             one.file.arrange([question.id for question in one.questions])
     return report(config, folder, asked)
+
+
+def check_places(config: EvaluateConfig) -> None:
+    """Look for the model and the benchmarks' files. Raises ConfigError."""
+    asking = config.evaluate
+    check_models({f"evaluate.{key}": getattr(asking, key) for key in ("model_path", "model_base", "vision_tower")})
+    for name, _, folder in (entry.partition("=") for entry in asking.benchmarks):
+        check_files({f"evaluate.benchmarks, {name}": folder})
+    for name, _, file in (entry.partition("=") for entry in config.score.reviews):
+        check_files({f"score.reviews, {name}": file})
 
 
 def shared_places(config: EvaluateConfig) -> "Places":
@@ -73,7 +87,7 @@ def run_folder(config: EvaluateConfig) -> Path:
 
 def report(config: EvaluateConfig, folder: Path, asked: "Sequence[Asked]") -> list[dict[str, Any]]:
     """Score everything, write reports and submissions, keep them in MLflow, and say where they are."""
-    from llava_ray.tracking import default_tracking_uri
+    from llava_ray.tracking import default_tracking_uri, describe_page
 
     reviews = {
         make_benchmark(name).name: Path(file) for name, _, file in (r.partition("=") for r in config.score.reviews)
@@ -88,8 +102,10 @@ def report(config: EvaluateConfig, folder: Path, asked: "Sequence[Asked]") -> li
     uri = config.tracking.tracking_uri or default_tracking_uri(config.run.storage_path)
     run_id = track(uri, str(folder.resolve()), summaries, folder, config.tracking.experiment_name)
     for summary in summaries:
-        print(f"{summary['benchmark']:<16} {headline(summary):>9}  {interval_text(summary)}  ({summary['metric']})")
+        num = asked_of(summary["benchmark"], summary["num_questions"], summary["num_questions"])
+        figures = f"{headline(summary):>9}  {interval_text(summary)}  ({summary['metric']}, {num} questions)"
+        print(f"{summary['benchmark']:<16} {figures}")
         if "withheld" in summary:
             print(f"  {summary['withheld']}")
-    print(f"  report   {folder}/report.html\n  mlflow   mlflow ui --backend-store-uri {uri}  (run {run_id})")
+    print(f"  report   {folder}/report.html\n  mlflow   {describe_page(uri, run_id)}")
     return summaries

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import tyro
 
+from llava_ray.config.booleans import bare_switches, switches_of
 from pipelines import export_commands as commands
 from pipelines.command import run_command
 
@@ -32,8 +33,9 @@ SUBCOMMANDS: dict[str, Callable[..., None]] = {
 
 def main(arguments: Sequence[str]) -> None:
     """Run the subcommand that is named first."""
+    spelt = bare_switches(arguments, switches_of(*SUBCOMMANDS.values()))
     tyro.extras.subcommand_cli_from_dict(
-        SUBCOMMANDS, args=list(arguments), prog="export.py", description=__doc__, use_underscores=True
+        SUBCOMMANDS, args=spelt, prog="export.py", description=__doc__, use_underscores=True
     )
 
 

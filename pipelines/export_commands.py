@@ -8,6 +8,7 @@ import tyro
 
 from llava_ray.errors import ConfigError
 from pipelines.approximation import Approximation, bring_near
+from pipelines.places import check_export
 
 if TYPE_CHECKING:
     from llava_ray.model.exporting import Exported
@@ -73,9 +74,10 @@ def hub(
         transformers_only: Export also what vLLM does not take, as it is: the way without loss.
         near: Whether a tower may be written in another form.
     """
+    near.check()
+    check_export(model, output)
     from llava_ray.model.hub_export import export_hub
 
-    near.check()
     opened = open_given(model, given)
     if near.approximate:
         from llava_ray.model.loading import load_pretrained_model
@@ -95,6 +97,7 @@ def original(
         given: What the folder does not say of itself.
         vocabulary: Leave out the rows that the hub layout adds (truncated), or keep them.
     """
+    check_export(model, output)
     from llava_ray.model.exporting import export_original
 
     tell(export_original(open_given(model, given), output, vocabulary))
@@ -111,6 +114,7 @@ def bundle(
         given: What the folder does not say of itself.
         vocabulary: Leave out the rows that the hub layout adds (truncated), or keep them.
     """
+    check_export(model, output)
     from llava_ray.model.exporting import export_bundle
 
     tell(export_bundle(open_given(model, given), output, vocabulary))
@@ -118,6 +122,7 @@ def bundle(
 
 def projector(model: Model, output: Output, given: Parts = NOTHING) -> None:
     """Write the projector alone: mm_projector.bin and its config.json, as LLaVA's first stage leaves them."""
+    check_export(model, output)
     from llava_ray.model.exporting import export_projector
 
     tell(export_projector(open_given(model, given), output))
@@ -125,6 +130,7 @@ def projector(model: Model, output: Output, given: Parts = NOTHING) -> None:
 
 def adapter(model: Model, output: Output, *, model_base: str | None = None) -> None:
     """Write a bundle's adapter alone, as LLaVA's LoRA folder."""
+    check_export(model, output)
     from llava_ray.model.adapter_export import export_adapter
 
     tell(export_adapter(model, output, model_base))
@@ -138,6 +144,7 @@ def merge(model: Model, output: Output, given: Parts = NOTHING) -> None:
         output: A folder that is not there yet.
         given: What the folder does not say of itself.
     """
+    check_export(model, output)
     from llava_ray.model.adapter_export import export_merged
 
     tell(export_merged(model, output, **vars(given)))
@@ -145,6 +152,7 @@ def merge(model: Model, output: Output, given: Parts = NOTHING) -> None:
 
 def consolidate(checkpoint: Checkpoint, output: Output) -> None:
     """Write the model of a run's checkpoint (step-… in its folder) as a bundle."""
+    check_export(checkpoint, output)
     from llava_ray.model.exporting import Exported
     from llava_ray.train.consolidation import consolidate as gather
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import FinetuneConfig
 from pipelines.command import run_command, split_dry_run
+from pipelines.places import check_run_places
 from pipelines.prerequisites import missing_models, refuse_missing
 
 if TYPE_CHECKING:
@@ -39,12 +40,15 @@ def main(arguments: Sequence[str]) -> "FinishedRun | None":
             print(f"First {missing[PROJECTOR]}, which makes {config.model.pretrain_mm_mlp_adapter}")
         return None
     refuse_missing(config, missing)
+    check_run_places(config)
+    print(config.model_dump_json(indent=1, exclude_defaults=True), flush=True)
     from llava_ray.data.preparation import prepare_data
     from llava_ray.runtime import connected
+    from llava_ray.train.preflight import check_run
     from llava_ray.train.trainer import finetune
 
-    print(config.model_dump_json(indent=1, exclude_defaults=True))
-    with connected(config.cluster, shared_places(config)) as resources:
+    check_run(config)
+    with connected(config.cluster, shared_places(config), storage_path=config.run.storage_path) as resources:
         prepared = prepare_data(config.data)
         finished = finetune(config, prepared, resources)
     tell(finished)
@@ -62,12 +66,14 @@ def shared_places(config: FinetuneConfig) -> "Places":
 
 def tell(finished: "FinishedRun") -> None:
     """Say what came out, and where."""
+    from llava_ray.tracking import describe_page
+
     loss = finished.metrics.get("loss", float("nan"))
     print(f"{'Finished before' if finished.reused else 'Finished'}: {finished.num_steps} steps, last loss {loss:.4f}")
     print(f"  model    {finished.folder.bundle}")
     print(f"  ledger   {finished.folder.path}/ledger.jsonl")
     print(f"  metrics  {finished.folder.path}/metrics.jsonl")
-    print(f"  mlflow   mlflow ui --backend-store-uri {finished.tracking_uri}  (run {finished.mlflow_run_id})")
+    print(f"  mlflow   {describe_page(finished.tracking_uri, finished.mlflow_run_id)}")
 
 
 if __name__ == "__main__":

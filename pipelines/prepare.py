@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import PrepareConfig
 from pipelines.command import run_command
+from pipelines.places import check_data_places
 
 if TYPE_CHECKING:
     from llava_ray.data.shards import PreparedData
@@ -22,12 +23,14 @@ OTHER_SECTIONS = ("model", "train", "lora", "tracking")
 def main(arguments: Sequence[str]) -> "PreparedData":
     """Prepare, and say what came out and where it is."""
     config = load_recipe(PrepareConfig, arguments, ignore=OTHER_SECTIONS)
-    from llava_ray.data.preparation import prepare_data
+    check_data_places(config.data)
+    from llava_ray.data.preparation import check_source, prepare_data
     from llava_ray.runtime import connected
     from llava_ray.shared_storage import Places
 
+    check_source(config.data.data_path)
     shared = Places.of([config.data.cache_dir], [config.data.data_path, config.data.image_folder])
-    with connected(config.cluster, shared):
+    with connected(config.cluster, shared, storage_path=config.run.storage_path):
         prepared = prepare_data(config.data)
     tell(prepared)
     return prepared
@@ -35,12 +38,16 @@ def main(arguments: Sequence[str]) -> "PreparedData":
 
 def tell(prepared: "PreparedData") -> None:
     """Print counts, reasons, sizes and places."""
+    from llava_ray.data.record_keys import describe_ignored
+
     num_records = prepared.num_samples + prepared.num_rejected
     print("Prepared before" if prepared.reused else "Prepared")
     print(f"  samples    {prepared.num_samples:>12,}")
     print(f"  rejected   {prepared.num_rejected:>12,}  ({prepared.num_rejected / num_records:.2%})")
     for reason, count in sorted(prepared.rejected_reasons.items(), key=lambda item: -item[1]):
         print(f"    {reason:<18}{count:>5,}")
+    if prepared.ignored_keys:
+        print(f"  {describe_ignored(prepared.ignored_keys)}")
     print(f"  shards     {len(prepared.shards):>12,}")
     print(f"  size       {prepared.num_bytes / 1e6:>12,.1f} MB")
     print(f"  data hash  {prepared.data_hash[:12]:>12}")

@@ -12,19 +12,29 @@ from pathlib import Path
 
 import tyro
 
+from llava_ray.config.booleans import bare_switches, switches_of
 from llava_ray.config.preview import PreviewSettings
 from pipelines.command import run_command
+from pipelines.places import check_files, check_models
 
 NUM_IN_REPORT = 200
 
 
 def main(arguments: Sequence[str]) -> Path | None:
     """Write the report and return its path, or print the JSON lines."""
-    settings = tyro.cli(PreviewSettings, args=arguments, use_underscores=True, prog="preview.py")
+    settings = tyro.cli(
+        PreviewSettings,
+        args=bare_switches(arguments, switches_of(PreviewSettings)),
+        use_underscores=True,
+        prog="preview.py",
+    )
+    check_models({key: getattr(settings, key) for key in ("model", "tokenizer", "model_base", "vision_tower")})
+    check_files({key: getattr(settings, key) for key in ("data", "image_folder")})
     from llava_ray.data.preview import Rejection, SampleView, token_viewer
     from llava_ray.data.preview_losses import model_viewer
     from llava_ray.data.preview_records import read_records
     from llava_ray.data.preview_report import Findings, describe_findings, make_line, make_report, paint_samples
+    from llava_ray.data.record_keys import describe_ignored
     from llava_ray.report.charts import check_plotting
     from llava_ray.report.rendering import write_report
 
@@ -33,14 +43,17 @@ def main(arguments: Sequence[str]) -> Path | None:
     seen = (viewer.view(record) for record in records)
     views = judge.add_losses(seen) if judge else seen
     if settings.json:
-        counts: Counter[str] = Counter()
+        counts, ignored = Counter[str](), Counter[str]()
         for view in views:
             print(make_line(view), flush=True)
             counts["all"] += 1
+            ignored.update(view.ignored if isinstance(view, SampleView) else ())
             counts["rejected"] += isinstance(view, Rejection)
             counts["without"] += isinstance(view, SampleView) and bool(view.no_loss)
         without = f", {counts['without']:,} without a finite loss" if counts["without"] else ""
         print(f"{counts['all']:,} conversations, {counts['rejected']:,} rejected{without}", file=sys.stderr)
+        if ignored:
+            print(describe_ignored(ignored), file=sys.stderr)
         print(*viewer.warnings(), sep="\n", end="\n" * bool(viewer.warnings()), file=sys.stderr)
         return None
     check_plotting()

@@ -29,6 +29,9 @@ NUM_TEST_QUESTIONS = 1_000
 def main(arguments: Sequence[str]) -> float:
     """Do every stage that is not done yet, write the report, return the held-out accuracy."""
     words = load_recipe(FinetuneConfig, [f"{RECIPES}/words.toml", *arguments])
+    from llava_ray.report.charts import check_plotting
+
+    check_plotting()
     from evals import easy_vqa
     from evals.easy_vqa_records import write_conversations, write_open_questions, write_words
     from llava_ray.generate.answers import Actors
@@ -46,7 +49,7 @@ def main(arguments: Sequence[str]) -> float:
         write_words(CACHE, num_first=3_200, num_natural=5_760, seed=0)
         write_open_questions(CACHE, seed=0)
         data = write_conversations(CACHE, seed=0)
-    with connected(words.cluster) as resources:
+    with connected(words.cluster, storage_path=words.run.storage_path) as resources:
         with timed("words", seconds):
             spoken = train(words, resources)
         common = ["--model.model_name_or_path", spoken.folder.bundle]

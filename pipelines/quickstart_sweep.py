@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 RECIPE = "pipelines/recipes/sweep/quickstart.toml"
 
 
-def main(arguments: Sequence[str]) -> "Sweep":
+def main(arguments: Sequence[str]) -> "Sweep | None":
     """Make what the sweep starts from, then sweep."""
     load_sweep([RECIPE, *arguments])
     from evals import easy_vqa
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> "Sweep":
     write_words(CACHE, num_first=3_200, num_natural=5_760, seed=0)
     write_open_split(CACHE, num_held_out_images=500, seed=0)
     words = load_recipe(FinetuneConfig, [f"{RECIPES}/words.toml"])
-    with connected(words.cluster) as resources:
+    with connected(words.cluster, storage_path=words.run.storage_path) as resources:
         spoken = train(words, resources)
     language_model = take_out(Path(spoken.folder.bundle), CACHE / "words-language-model")
     given = ["--model.model_name_or_path", str(language_model)]

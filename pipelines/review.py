@@ -5,7 +5,8 @@ python pipelines/review.py RECIPE --questions F --references F --answers F --con
 python pipelines/review.py RECIPE --benchmark mm_vet --data data/mm_vet --answers F --budget.dollars 5 --dry-run
 python pipelines/review.py summarize REVIEWS.jsonl …
 
-Exit code 0: every review came to an end. 3: partial; the same command goes on, and pays nothing twice.
+Exit code 0: every review came to an end. 3: partial; the same command goes on, and pays nothing twice. 1: nothing was
+scored. 130, 143: stopped by Ctrl-C or SIGTERM; the same command goes on.
 """
 
 import sys
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from pipelines.review_run import Outcome
 
 PARTIAL = 3
+NOTHING = 1
+OF_SIGNALS = 128  # and the signal's number: the shell's own code
 
 
 def main(arguments: Sequence[str]) -> "Outcome | None":
@@ -40,9 +43,15 @@ def main(arguments: Sequence[str]) -> "Outcome | None":
 
 
 def command(arguments: Sequence[str]) -> None:
-    """Run, and exit with 3 where the review is partial."""
+    """Run, and exit with a code that says how far the review came."""
     outcome = main(arguments)
-    if outcome is not None and not outcome.complete:
+    if outcome is None:
+        return
+    if outcome.signal and not outcome.complete:
+        sys.exit(OF_SIGNALS + outcome.signal)
+    if not outcome.scored:
+        sys.exit(NOTHING)
+    if not outcome.complete:
         sys.exit(PARTIAL)
 
 

@@ -6,15 +6,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from evals.answers import join, read_answers
+from evals.answers import read_content
 from evals.benchmark import Question
 from evals.catalogue import make_benchmark
-from evals.files import need, read_lines
+from evals.files import check_complete, need
 from evals.mm_vet import grading_request
 from llava_ray.config.review import ReviewSection
 from llava_ray.errors import DataError
 from llava_ray.review.calls import Item
 from llava_ray.review.rubric import Kind, Rubric, our_rubric, read_rubric, read_rules
+from pipelines.review_files import check_unique, join_answers, need_text, read_contexts, read_rows
 
 REFERENCE = "reference"
 
@@ -58,10 +59,8 @@ def read_inputs(review: ReviewSection) -> Inputs:
     questions = _benchmark_questions(review) if review.benchmark else _question_files(review)
     questions = questions[: review.max_items]
     if is_graded(review) and review.references:
-        truths = _answers(Path(review.references), questions).texts
-        questions = [
-            replace(question, truths=(truths[question.id],)) for question in questions if question.id in truths
-        ]
+        truths = _references(review, questions).texts
+        questions = [replace(question, truths=(truths[question.id],)) for question in questions]
     models = _named_apart([_answers(Path(path), questions) for path in review.answers])
     matches: Sequence[tuple[Answered, ...]]
     if review.mode == "pairwise":
@@ -95,15 +94,17 @@ def _question_files(review: ReviewSection) -> list[Question]:
     contexts = _contexts(review)
     folder = Path(review.image_folder) if review.image_folder else None
     questions = []
-    for row in read_lines(path):
-        name, image = str(need(row, "question_id", path)), str(row.get("image") or "")
+    rows = read_rows(path, "questions (question_id, text)")
+    check_unique([str(need(row, "question_id", path)) for row in rows], path, "question")
+    for row in rows:
+        name, image = str(row["question_id"]), str(row.get("image") or "")
         if contexts is not None and image not in contexts:
             raise DataError(f"{path}: question {name!r} is about {image!r}, which {review.context} does not describe.")
         facts = {"row": contexts[image]} if contexts is not None else {}
         images = (folder / image,) if folder and image else ()
         categories = (str(row.get("category") or "default"),)
         questions.append(
-            Question(name, str(need(row, "text", path)), images, categories=categories, cluster=image, facts=facts)
+            Question(name, need_text(row, "text", path), images, categories=categories, cluster=image, facts=facts)
         )
     return questions
 
@@ -111,13 +112,12 @@ def _question_files(review: ReviewSection) -> list[Question]:
 def _contexts(review: ReviewSection) -> dict[str, Any] | None:
     if review.context is None:
         return None
-    path = Path(review.context)
-    return {str(need(row, "image", path)): row for row in read_lines(path)}
+    return read_contexts(Path(review.context))
 
 
 def _answers(path: Path, questions: Sequence[Question]) -> Answered:
-    joined = join(questions, read_answers(path))
-    rows = [row for row in read_lines(path) if isinstance(row, dict)] if path.suffix == ".jsonl" else []
+    joined = join_answers(questions, path)
+    rows = [row for row in read_content(path) if isinstance(row, dict)] if path.suffix == ".jsonl" else []
     ids = {
         str(row["question_id"]): str(row["answer_id"]) for row in rows if "question_id" in row and "answer_id" in row
     }
@@ -128,6 +128,7 @@ def _answers(path: Path, questions: Sequence[Question]) -> Answered:
 def _references(review: ReviewSection, questions: Sequence[Question]) -> Answered:
     if review.references:
         found = _answers(Path(review.references), questions)
+        check_complete(found.missing, len(questions), f"{review.references} has no reference", "its question")
         return Answered(REFERENCE, found.texts, found.ids)
     return Answered(REFERENCE, {question.id: question.truths[0] for question in questions})
 

@@ -9,6 +9,8 @@ from typing import Any
 from evals.benchmark import Question
 from evals.scoring import versions
 from llava_ray.config.review import ReviewConfig
+from llava_ray.errors import ConfigError
+from llava_ray.reading import reason
 from llava_ray.report.rendering import write_report
 from llava_ray.report.review import Disagreement, review_report
 from llava_ray.review.calls import CallPlan
@@ -22,7 +24,9 @@ from pipelines.review_results import (
     collect,
     comparisons,
     question_rows,
+    reason_of,
     summarise,
+    top_reason,
     write_json,
     write_llava_reviews,
     write_rows,
@@ -44,7 +48,7 @@ def write_review(
         "comparisons": comparisons(judged, inputs.models),
         **accounts(config, plan, judged, read_account(ledger)),
         "missing_answers": {name: list(ids[:MAX_LISTED]) for name, ids in inputs.missing.items()},
-        "without_scores": listed(judged),
+        "without_scores": listed(judged, config.judge.max_tokens),
         "warnings": warnings(config, plan),
         "provenance": provenance(config, plan),
     }
@@ -54,22 +58,33 @@ def write_review(
     shown, num = disagreements(judged, inputs.questions)
     title = f"Review: {config.review.benchmark or Path(str(config.review.questions)).stem}"
     write_report(output / "report.html", review_report(title, report, shown, num))
-    track(config, output, report)
+    keep(config, output, report)
     for one in results:
         score = "no result" if one["score"] is None else f"{one['score']:.2f}"
         print(f"{one['metric']}: {score}  ({one['match']})")
         if "withheld" in one:
             print(f"  {one['withheld']}")
+    tell_reasons(judged, config.judge.max_tokens)
     if not report["complete"]:
         print(f"  partial: {report['partial_because']}")
+    if not any(one["done"] for one in results):
+        print("  nothing was scored")
     return report
+
+
+def tell_reasons(judged: Sequence[Judged], max_tokens: int) -> None:
+    """Say how many reviews have no scores, and why most of them have none."""
+    num, most, why = top_reason(judged, max_tokens)
+    if num:
+        print(f"  {num:,} of {len(judged):,} reviews have no scores, {most:,} of them because: {why}")
 
 
 def completeness(judged: Sequence[Judged], progress: Progress) -> dict[str, Any]:
     """Say whether every review came to an end (done, or failed and listed), and why not."""
     num_open = sum(one.row is None for one in judged)
     if not num_open:
-        return {"complete": not progress.stopped, "partial_because": progress.stopped}
+        stopped = "" if progress.signal else progress.stopped  # what was under way was the rest
+        return {"complete": not stopped, "partial_because": stopped}
     spent = f"${progress.spent:.4f} of the budget are spent and the next call might not fit" if progress.broke else ""
     why = progress.stopped or spent or "it was interrupted"
     return {"complete": False, "partial_because": f"{num_open} of {len(judged)} reviews are open: {why}"}
@@ -91,7 +106,7 @@ def accounts(config: ReviewConfig, plan: CallPlan, judged: Sequence[Judged], acc
         "cost": {
             "dollars": dollars,
             "dollars_per_100_reviews": round(100 * account.spent / done, 6) if priced and done else None,
-            "budget": config.budget.dollars,
+            "budget": config.budget.dollars if priced else None,
             "prompt_tokens": account.prompt_tokens,
             "cached_prompt_tokens": account.cached_tokens,
             "output_tokens": account.output_tokens,
@@ -100,16 +115,16 @@ def accounts(config: ReviewConfig, plan: CallPlan, judged: Sequence[Judged], acc
     }
 
 
-def listed(judged: Sequence[Judged]) -> list[dict[str, Any]]:
+def listed(judged: Sequence[Judged], max_tokens: int) -> list[dict[str, Any]]:
     """Return the reviews that have no scores, each with its reason."""
     found = []
     for one in judged:
         review = one.review
         if review.state in ("failed", "unparsed"):
-            row = one.row or {}
-            reason = row.get("reason") or f"no scores in {str(row.get('content'))[:120]!r}"
             told = {"judge": one.call.judge, "match": one.call.pair, "order": one.call.order, "sample": one.call.sample}
-            found.append({"question_id": one.item.id, **told, "state": review.state, "reason": reason})
+            found.append(
+                {"question_id": one.item.id, **told, "state": review.state, "reason": reason_of(one, max_tokens)}
+            )
     return found[:MAX_LISTED]
 
 
@@ -178,6 +193,16 @@ def _shown(row: Mapping[str, Any], question: Question) -> Disagreement:
 
 def _sign(lead: float) -> int:
     return (lead > 0) - (lead < 0)
+
+
+def keep(config: ReviewConfig, output: Path, report: Mapping[str, Any]) -> None:
+    """Keep a review in MLflow; where that fails, its files are written nevertheless."""
+    try:
+        track(config, output, report)
+    except ConfigError:
+        raise
+    except Exception as error:  # noqa: BLE001 - of its store, its files, its server
+        print(f"  mlflow   not kept there: {reason(error)}")
 
 
 def track(config: ReviewConfig, output: Path, report: Mapping[str, Any]) -> None:

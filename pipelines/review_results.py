@@ -2,8 +2,10 @@
 
 import json
 import re
+import uuid
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import groupby
@@ -28,10 +30,11 @@ from evals.reviews import (
 )
 from evals.scoring import rounded
 from llava_ray.config.review import ReviewConfig
+from llava_ray.replies import parse_first_word, parse_pair_strictly, parse_score
 from llava_ray.review.calls import Call, CallPlan, Item
-from llava_ray.review.ledger_file import read_final_rows
+from llava_ray.review.ledger_file import read_final_rows, writing
 from llava_ray.review.rubric import Kind
-from llava_ray.review.verdict import Verdict, as_text
+from llava_ray.review.verdict import NO_SCORES, Verdict, as_text, no_scores, read_verdict
 from pipelines.review_inputs import REFERENCE, Inputs
 
 UNFIT = re.compile(r"[^A-Za-z0-9_\-. :]+")  # MLflow's names of metrics
@@ -94,7 +97,8 @@ def _figures(
     name, figure = FIGURES[kind]
     reviews = [one.review for one in judged]
     model = judged[0].item.names[-1]
-    missing = inputs.missing.get(model, ())
+    # A question without the answer of either model has no review.
+    missing = tuple(dict.fromkeys(item for name in judged[0].item.names for item in inputs.missing.get(name, ())))
     gaps = [Review(item, judged[0].item.names, "given", 0, "open") for item in missing]
     given = [review for review in reviews if review.order == "given"]
     # The published figure is of the given order; a missing answer is a review that is not there.
@@ -163,7 +167,7 @@ def _match(review: Review) -> Match:
 
 def write_rows(path: Path, judged: Sequence[Judged]) -> None:
     """Write a row for each question, match and judge, with both orders inside."""
-    with path.open("w", encoding="utf-8") as file:
+    with replaced(path) as fresh, fresh.open("w", encoding="utf-8") as file:
         for row in question_rows(judged):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
@@ -213,7 +217,8 @@ def write_llava_reviews(folder: Path, judged: Sequence[Judged]) -> list[Path]:
     for (judge, pair), some in rows.items():
         path = folder / f"review_{_file_name(judge)}_{_file_name(pair.split(' | ')[-1])}.jsonl"
         numbered = [{"id": number, **row} for number, row in enumerate(some, start=1)]
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in numbered), encoding="utf-8")
+        with replaced(path) as fresh:
+            fresh.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in numbered), encoding="utf-8")
         paths.append(path)
     return paths
 
@@ -221,8 +226,7 @@ def write_llava_reviews(folder: Path, judged: Sequence[Judged]) -> list[Path]:
 def _llava_row(one: Judged, row: Mapping[str, Any]) -> dict[str, Any]:
     item = one.item
     ids = item.answer_ids or (item.id,) * len(item.names)
-    verdict = Verdict(tuple(row["scores"]), row["explanation"])
-    content = as_text(verdict) if row["content"].lstrip().startswith("{") else row["content"]
+    content = llavas_content(row, one.call.kind)
     told = {f"answer{number}_id": name for number, name in enumerate(ids, start=1)}
     return {
         "question_id": item.id,
@@ -237,6 +241,59 @@ def _file_name(text: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "-." else "-" for letter in text)
 
 
+def llavas_content(row: Mapping[str, Any], kind: Kind) -> str:
+    """Return a reply as it is where LLaVA's rule reads the scores in it, and else with them on a line before."""
+    scores, said = tuple(row["scores"]), str(row["content"])
+    if _read_by_llava(said, kind) == scores:
+        return said
+    written = as_text(Verdict(scores, row["explanation"]))
+    again = read_verdict(written, kind, as_json=False)
+    return written if again and again.scores == scores else as_text(Verdict(scores))
+
+
+def _read_by_llava(said: str, kind: Kind) -> tuple[float, ...] | None:
+    if kind == "pair":
+        return parse_pair_strictly(said)
+    number = parse_first_word(said) if kind == "grade" else parse_score(said)
+    return None if number is None else (number,)
+
+
+def top_reason(judged: Sequence[Judged], max_tokens: int) -> tuple[int, int, str]:
+    """Return how many reviews have no scores, how many of them for the commonest reason, and that reason.
+
+    What judges said instead of scores is one reason, with the first of it as an example.
+    """
+    found: dict[str, list[str]] = defaultdict(list)
+    for one in judged:
+        if one.review.state in ("failed", "unparsed"):
+            why = reason_of(one, max_tokens)
+            found["" if why.startswith(NO_SCORES) else why].append(why)
+    most = max(found.values(), key=len, default=[""])
+    return sum(map(len, found.values())), len(most), most[0]
+
+
+def reason_of(one: Judged, max_tokens: int) -> str:
+    """Return why a review has no scores."""
+    row = one.row or {}
+    if row.get("reason"):
+        return str(row["reason"])
+    return no_scores(str(row.get("content")), str(row.get("finish_reason") or ""), max_tokens)
+
+
 def write_json(path: Path, report: Mapping[str, Any]) -> None:
     """Write the report for machines."""
-    path.write_bytes(as_json(dict(report)))
+    with replaced(path) as fresh:
+        fresh.write_bytes(as_json(dict(report)))
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Yield a place to write a file to, which then takes its place, whole or not at all. Raises ConfigError."""
+    fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield fresh
+            fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)

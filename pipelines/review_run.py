@@ -1,24 +1,30 @@
 """review.py: items → calls → reviewers → ledger → figures; the same command goes on where it stopped."""
 
+import os
+import sys
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from llava_ray.config.recipes import load_settings
-from llava_ray.config.review import ReviewConfig
+from llava_ray.config.review import BudgetConfig, ReviewConfig
 from llava_ray.errors import ConfigError
 from llava_ray.review.batches import Batches, batch_client
 from llava_ray.review.calls import Call, CallPlan, list_judges
 from llava_ray.review.ledger import close_ledger, open_ledger
-from llava_ray.review.ledger_file import LedgerFile, read_final_rows
+from llava_ray.review.ledger_file import LedgerFile, read_account, read_final_rows
 from llava_ray.review.pool import Pool, Progress
 from llava_ray.review.rates import Purse
 from llava_ray.runtime import connected
+from pipelines.review_checks import budget_of, check_key, check_output, check_room, too_dear, unheld_budget
 from pipelines.review_inputs import Inputs, choose_rubric, read_inputs
 from pipelines.review_report import write_review
+from pipelines.review_results import replaced
+from pipelines.review_stop import stopping
 
 SECONDS_BETWEEN_LINES = 5.0
 TYPICAL_OUTPUT = 250  # tokens of a review
@@ -30,6 +36,13 @@ class Outcome:
 
     complete: bool
     report: Mapping[str, Any]
+    signal: int = 0
+    """The signal that stopped it."""
+
+    @property
+    def scored(self) -> bool:
+        """Whether any review has scores."""
+        return any(one["done"] for one in self.report["results"])
 
 
 @dataclass(frozen=True)
@@ -41,11 +54,23 @@ class Job:
     plan: CallPlan
     output: Path
     ledger: Path
+    budget: float | None
+    """What all calls in the ledger may cost; None where the judge's price is not known."""
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """The calls' keys, by number."""
+        return [call.key for call in self.plan]
+
+    @property
+    def priced(self) -> bool:
+        """Whether it is known what the judges cost."""
+        return all(judge.price for judge in self.plan.judges.values())
 
     def waiting(self) -> list[int]:
         """Return the calls that have no reply in the ledger, by number."""
         done = {row["key"] for row in read_final_rows(self.ledger) if row["state"] == "done"}
-        return [index for index, call in enumerate(self.plan) if call.key not in done]
+        return [index for index, key in enumerate(self.keys) if key not in done]
 
     def likely_dollars(self, call: Call) -> float:
         """Return what a call costs if its review is as long as most."""
@@ -57,17 +82,12 @@ def prepare(arguments: Sequence[str]) -> Job:
     """Read settings and inputs, and word every call once. Raises ConfigError, DataError."""
     config = load_settings(ReviewConfig, arguments)
     judges = list_judges(config.judge)
-    unpriced = [judge.model for judge in judges if judge.price is None]
-    if config.budget.dollars is not None and unpriced:
-        raise ConfigError(
-            f"budget.dollars needs the price of {', '.join(unpriced)}: give --judge.input_dollars and "
-            "--judge.output_dollars (dollars for a million tokens; 0 for a judge of your own)"
-        )
     review = config.review
     inputs = read_inputs(review)
     plan = CallPlan(inputs.items, choose_rubric(review), judges, both_orders=review.both_orders, samples=review.samples)
     output = Path(review.output)
-    return Job(config, inputs, plan, output, Path(review.ledger) if review.ledger else output / "ledger.jsonl")
+    ledger = Path(review.ledger) if review.ledger else output / "ledger.jsonl"
+    return Job(config, inputs, plan, output, ledger, budget_of(config, plan, arguments))
 
 
 def describe(arguments: Sequence[str]) -> dict[str, Any]:
@@ -75,7 +95,6 @@ def describe(arguments: Sequence[str]) -> dict[str, Any]:
     job = prepare(arguments)
     waiting = job.waiting()
     calls = [job.plan[index] for index in waiting]
-    priced = all(judge.price for judge in job.plan.judges.values())
     tokens, requests = sum(call.tokens for call in calls), len(calls)
     limits = job.config.limits
     minutes = max(requests / (limits.requests_per_minute or 1e9), tokens / (limits.tokens_per_minute or 1e9))
@@ -87,70 +106,129 @@ def describe(arguments: Sequence[str]) -> dict[str, Any]:
         "in the ledger already": len(job.plan) - requests,
         "to send": requests,
         "tokens, about": tokens,
-        "dollars, about": round(sum(map(job.likely_dollars, calls)), 4) if priced else "price not known",
-        "dollars, at most": round(sum(call.dollars for call in calls), 4) if priced else "price not known",
+        **(told_dollars(job, calls) if job.priced else told_tokens(job, calls)),
         "minutes, at least": round(minutes, 1),
     }
     for name, value in told.items():
         print(f"  {name:<22} {value:,}" if isinstance(value, int | float) else f"  {name:<22} {value}")
+    if not os.environ.get(job.config.judge.api_key_env):
+        print(f"  the environment variable {job.config.judge.api_key_env} (judge.api_key_env) is not set")
+    for note in (too_dear(job.budget, read_account(job.ledger).spent, calls), unheld_budget(job.config, job.budget)):
+        if note:
+            print(f"  {note}")
     return told
+
+
+def told_dollars(job: Job, calls: Sequence[Call]) -> dict[str, Any]:
+    """Return what calls are likely to cost, and may cost."""
+    return {
+        "dollars, about": round(sum(map(job.likely_dollars, calls)), 4),
+        "dollars, at most": round(sum(call.dollars for call in calls), 4),
+        "one call, at most": f"${max((call.dollars for call in calls), default=0.0):.4f}",
+    }
+
+
+def told_tokens(job: Job, calls: Sequence[Call]) -> dict[str, Any]:
+    """Return the tokens of calls whose price is not known."""
+    longest = job.config.judge.max_tokens
+    return {
+        "prompt tokens, about": sum(call.tokens - longest for call in calls),
+        "output tokens, at most": longest * len(calls),
+        "price": "not known; --judge.input_dollars and --judge.output_dollars give it",
+    }
 
 
 def review(arguments: Sequence[str]) -> Outcome:
     """Review what is not reviewed yet, write reports, and say whether everything came to an end."""
     job = prepare(arguments)
-    job.output.mkdir(parents=True, exist_ok=True)
-    (job.output / "resolved.json").write_text(job.config.model_dump_json(indent=1) + "\n")
     started, waiting = time.monotonic(), job.waiting()
     progress = Progress(len(job.plan), len(job.plan) - len(waiting))
+    check_output(job.output, job.plan, set(job.keys))
+    if waiting:
+        check_key(job.config.judge, job.plan)
+        note_budget(job, waiting, progress)
+        check_room(job.output, job.ledger, len(waiting), min(job.config.judge.max_tokens, TYPICAL_OUTPUT))
+    with replaced(job.output / "resolved.json") as path:
+        path.write_text(job.config.model_dump_json(indent=1) + "\n", encoding="utf-8")
     print(f"{len(job.plan):,} reviews, {progress.cached:,} of them in the ledger already", flush=True)
-    if waiting and job.config.judge.delivery == "batch":
-        work_in_batches(job, waiting, progress)
-    elif waiting:
-        with connected(job.config.cluster):
-            work(job, waiting, progress)
+    if note := unheld_budget(job.config, job.budget):
+        print(f"  {note}")
+    if waiting and not progress.broke:
+        if job.config.judge.delivery == "batch":
+            work_in_batches(job, waiting, progress)
+        else:
+            with connected(job.config.cluster):
+                work(job, waiting, progress)
     report = write_review(job.config, job.plan, job.inputs, job.output, job.ledger, progress)
     print(f"  report   {job.output}/report.html   ({time.monotonic() - started:.0f} s)")
-    return Outcome(report["complete"], report)
+    return Outcome(report["complete"], report, progress.signal)
+
+
+def note_budget(job: Job, waiting: Sequence[int], progress: Progress) -> None:
+    """See whether there is money for any call. Raises ConfigError where there never was."""
+    spent = read_account(job.ledger).spent
+    why = too_dear(job.budget, spent, [job.plan[index] for index in waiting] if job.budget is not None else ())
+    if why and not progress.cached:
+        raise ConfigError(why)
+    if why:
+        progress.broke, progress.spent, progress.stopped = len(waiting), spent, why
 
 
 def work(job: Job, waiting: Sequence[int], progress: Progress) -> None:
     """Open the ledger and have the calls made. Raises ConfigError if another review is writing the ledger."""
     ledger = open_ledger(job.ledger, session=uuid.uuid4().hex[:12])
-    pool = Pool(job.plan, job.config.limits, job.config.budget, ledger)
-    spoken = -SECONDS_BETWEEN_LINES
+    pool = Pool(job.plan, job.config.limits, BudgetConfig(dollars=job.budget), ledger)
+    spoken, told = -SECONDS_BETWEEN_LINES, False
     try:
-        for seen in pool.run(waiting, job.config.review.num_reviewers, progress):
-            if time.monotonic() - spoken > SECONDS_BETWEEN_LINES:
-                spoken = time.monotonic()
-                print(line(seen), flush=True)
+        with stopping(progress):
+            for seen in pool.run(waiting, job.config.review.num_reviewers, progress):
+                if seen.signal and not told:
+                    told = True
+                    print(stop_line(job, seen), file=sys.stderr, flush=True)
+                if time.monotonic() - spoken > SECONDS_BETWEEN_LINES:
+                    spoken = time.monotonic()
+                    print(line(seen, priced=job.priced), flush=True)
+    except KeyboardInterrupt:
+        print(
+            f"Left at once: {progress.under_way} calls were under way; they count as paid, and are asked again.",
+            file=sys.stderr,
+        )
+        raise
     finally:
         pool.close()
         close_ledger(ledger)
-    print(line(progress), flush=True)
+    print(line(progress, priced=job.priced), flush=True)
+
+
+def stop_line(job: Job, progress: Progress) -> str:
+    """Say what the first signal does."""
+    return (
+        f"Stopping: nothing new is sent; waiting for {progress.under_way} calls under way, "
+        f"{job.config.judge.timeout_s:g} s at most (they are paid). Once more leaves at once."
+    )
 
 
 def work_in_batches(job: Job, waiting: Sequence[int], progress: Progress) -> None:
     """Send calls over the Batch API and wait for them. Raises ConfigError, JudgeError."""
     ledger = LedgerFile(job.ledger, uuid.uuid4().hex[:12])
-    purse = Purse(job.config.budget.dollars)
+    purse = Purse(job.budget)
     try:
         for name, spec in job.plan.judges.items():
             indices = [index for index in waiting if job.plan.slots[index][1] == name]
             batches = Batches(job.plan, spec, ledger, batch_client(spec), purse, job.config.judge.batch_poll_s)
             for seen in batches.run(indices, progress):
-                print(line(seen), flush=True)
+                print(line(seen, priced=job.priced), flush=True)
     finally:
         ledger.close()
 
 
-def line(progress: Progress) -> str:
+def line(progress: Progress, *, priced: bool) -> str:
     """Say how far the job is."""
     left = progress.remaining_s
     parts = [
         f"{progress.cached + progress.done + progress.failed:,}/{progress.total:,} reviewed",
         f"{progress.rate:.1f}/s",
-        f"${progress.spent:.4f} spent",
+        *([f"${progress.spent:.4f} spent"] if priced else []),
         *([f"{left:.0f} s left"] if left else []),
         *(f"{getattr(progress, name):,} {name}" for name in ("unparsed", "failed", "broke") if getattr(progress, name)),
         *([f"{progress.num_deaths} reviewers replaced"] if progress.num_deaths else []),

@@ -8,18 +8,23 @@ from typing import Annotated, Any
 
 import tyro
 
-from evals.files import need, read_lines
+from evals.files import need
 from evals.llava_bench import relative_score
 from evals.scoring import rounded
+from llava_ray.config.booleans import bare_switches
 from llava_ray.errors import DataError
+from pipelines.review_files import read_rows
 
 Files = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
 MAX_FAILED = 0.02
+MOST = 1e6  # beyond, or not finite, a number is no score
 
 
 def summarize(arguments: Sequence[str]) -> list[dict[str, Any]]:
     """Print relative scores by category of each file; return them."""
-    return tyro.cli(_summarize, args=list(arguments), prog="review.py summarize", use_underscores=True)
+    return tyro.cli(
+        _summarize, args=bare_switches(arguments, {"json"}), prog="review.py summarize", use_underscores=True
+    )
 
 
 def _summarize(files: Files, ignore: tuple[str, ...] = (), *, json: bool = False) -> list[dict[str, Any]]:
@@ -42,12 +47,12 @@ def summarize_file(path: Path, ignore: set[str]) -> dict[str, Any]:
     """Return a file's relative scores; a failure, (-1, -1) in LLaVA's files, is in no mean. Raises DataError."""
     pairs: dict[str, list[tuple[float, float]]] = defaultdict(list)
     failed = num = 0
-    for row in read_lines(path):
+    for row in read_rows(path, "reviews (question_id, tuple)"):
         if str(need(row, "question_id", path)) in ignore:
             continue
         num += 1
         scores = row["tuple"] if "tuple" in row else need(row, "score", path)
-        if not isinstance(scores, list) or len(scores) != 2:
+        if not isinstance(scores, list) or len(scores) != 2 or not all(map(_is_number, scores)):
             raise DataError(f"{path}: the scores of question {row['question_id']} are {scores!r}; expected two numbers")
         if min(scores) < 0:
             failed += 1
@@ -59,6 +64,10 @@ def summarize_file(path: Path, ignore: set[str]) -> dict[str, Any]:
         result["withheld"] = f"{failed} of {num} reviews failed; at most 2 % may"
     figures = {name: _figures(some) for name, some in sorted(pairs.items())}
     return result | {"categories": figures}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1 <= value <= MOST
 
 
 def _figures(pairs: Sequence[tuple[float, float]]) -> dict[str, float | int | None]:

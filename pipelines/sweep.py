@@ -2,6 +2,7 @@
 """Search a space of settings: many fine-tuning runs, stopped early, judged on held-out samples.
 
 python pipelines/sweep.py pipelines/recipes/sweep/llava_v1_5_7b.toml --data.data_path blip_558k.json …
+python pipelines/sweep.py RECIPE --dry-run [--gpu_memory_gib 40]     # trials, steps, memory, time; starts nothing
 ray job submit --working-dir . -- python pipelines/sweep.py RECIPE --sweep.num_trials 32
 
 The same command goes on where a sweep was interrupted. The best run's model and recipe are in the sweep's folder.
@@ -13,33 +14,48 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llava_ray.config.sweep_recipes import load_sweep
-from pipelines.command import run_command
+from pipelines.command import run_command, split_dry_run
+from pipelines.places import check_run_places
 from pipelines.prerequisites import missing_models, refuse_missing
 
 if TYPE_CHECKING:
     from pipelines.sweep_results import Sweep
 
 
-def main(arguments: Sequence[str]) -> "Sweep":
-    """Make what trials share, run them, write the best one and the report, and say where they are."""
+def main(arguments: Sequence[str]) -> "Sweep | None":
+    """Make what trials share, run them, write the best one and the report, and say where they are.
+
+    With ``--dry-run`` only say what would be done.
+    """
+    asked, arguments = split_dry_run(arguments)
     config, space = load_sweep(arguments)
     refuse_missing(config, missing_models(config))
+    if asked.dry_run:
+        from llava_ray.sweep.dry_run import describe_sweep
+
+        for line in describe_sweep(config, space, asked.gpu_memory_gib):
+            print(line)
+        return None
+    check_run_places(config, space)
     from llava_ray.report.charts import check_plotting
     from llava_ray.runtime import connected, local_runs
     from llava_ray.sweep.folder import open_sweep
     from llava_ray.sweep.search import search
-    from llava_ray.sweep.shared import absolute_space, common_config, share
+    from llava_ray.sweep.shared import absolute_space, check_sweep, common_config, share
     from llava_ray.sweep.trial import tune_trial
     from pipelines.sweep_results import closing, keep, tell, track
 
     check_plotting()
+    check_sweep(config, space)
     space = absolute_space(space)
     print(config.model_dump_json(indent=1, exclude_defaults=True))
     print(json.dumps({"space": space.model_dump(exclude_defaults=True)["dimensions"]}, indent=1), flush=True)
     folder = open_sweep(config, space)
     start = time.perf_counter()
     tracked = track(config, folder)
-    cluster = connected(config.cluster, runs=local_runs(config.cluster), quiet=True)
+    cluster = connected(
+        config.cluster, runs=local_runs(config.cluster), quiet=True, storage_path=config.run.storage_path
+    )
     with closing(tracked), cluster as resources:
         common = common_config(config, folder, tracked.tracking_uri, tracked.run_id)
         num_steps = share(common.base, space, resources)

@@ -15,7 +15,7 @@ from llava_ray.sweep.results import Results, summarise
 from llava_ray.sweep.search import Searched
 from llava_ray.sweep.table import describe, draw_table
 from llava_ray.sweep.winner import export_best
-from llava_ray.tracking import TrackedRun, default_tracking_uri
+from llava_ray.tracking import TrackedRun, default_tracking_uri, describe_page
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Sweep:
     left: list[str]
     """What its trials did not give back to the cluster."""
     tracking_uri: str
+    mlflow_run_id: str
 
 
 def track(config: SweepConfig, folder: str) -> TrackedRun:
@@ -80,7 +81,7 @@ def keep(
         if best is not None and config.tracking.log_model:
             tracked.log_folder(f"{folder}/best/model", "model")
     tracked.end()
-    return Sweep(folder, results, seconds, searched.left, tracked.tracking_uri)
+    return Sweep(folder, results, seconds, searched.left, tracked.tracking_uri, tracked.run_id)
 
 
 def read_seconds(folder: str) -> float:
@@ -115,4 +116,4 @@ def tell(sweep: Sweep) -> None:
     print(f"  report   {folder}/report.html\n  numbers  {folder}/report.json")
     if results.standings:
         print(f"  model    {folder}/best/model\n  recipe   python pipelines/finetune.py {folder}/best.toml")
-    print(f"  mlflow   mlflow ui --backend-store-uri {sweep.tracking_uri}")
+    print(f"  mlflow   {describe_page(sweep.tracking_uri, sweep.mlflow_run_id)}")

@@ -15,14 +15,16 @@ from llava_ray.deployments.routes import Front
 from llava_ray.deployments.settings import ServeSettings
 
 KEY = "a key of more than sixteen characters"
+KEY_OF_BOB = "another key of more than sixteen characters"
 
 
 def build_page(*, keys: bool = False, **settings: object) -> tuple[Any, Front]:
-    """An app with API and page over an engine that echoes; ``keys`` lets only alice in."""
+    """An app with API and page over an engine that echoes; ``keys`` lets only alice and bob in."""
     told = ServeSettings.parsed({"model": "echo@x", **settings})
     [source] = told.sources
     gateway = LocalGateway({source: Replica(EchoEngine(), source, told)})
-    front = Front(gateway, told, [ApiKey("alice", digest(KEY))] if keys else [])
+    known = [ApiKey("alice", digest(KEY)), ApiKey("bob", digest(KEY_OF_BOB))]
+    front = Front(gateway, told, known if keys else [])
     return build_front(front, with_page=True), front
 
 

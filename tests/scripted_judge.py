@@ -9,7 +9,8 @@ A script's keys: ``requests_per_minute``, ``tokens_per_minute``, ``window_s`` (e
 drop, unparsed), ``retry_after`` (of refusals), ``storm`` ([from, to] in seconds, all 429), ``quota`` (paid requests
 until insufficient_quota), ``drift`` ([seconds, requests_per_minute]), ``status`` (say nothing but this), ``keep``
 (request texts kept), ``seed``, ``likes_first`` (points for the answer that is shown first). Seconds count from the
-first request.
+first request. ``raw`` (a body, its ``type`` and ``code``, instead of any reply), ``content`` (what every reply says,
+with its ``finish_reason``), ``hold_after`` (requests that are answered; the others wait for ``POST /release``).
 
 Batches: ``batch_s`` (until they are over), ``batch_faults`` (share of lines that fail), ``expire`` (share left undone).
 """
@@ -52,6 +53,7 @@ class ScriptedJudge:
         self.outcomes: Counter[str] = Counter()
         self.texts: list[Any] = []
         self.in_flight = self.most_in_flight = 0
+        self.released = asyncio.Event()
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict[str, Any]] = {}
 
@@ -74,8 +76,15 @@ class ScriptedJudge:
             self.texts.append(body)
         name = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
         self.seen[name] += 1
+        if "raw" in self.script:
+            self.outcomes["raw"] += 1
+            self.arrivals.append((now, 0, "raw"))
+            script = self.script
+            return web.Response(
+                text=script["raw"], status=script.get("code", 200), content_type=script.get("type", "application/json")
+            )
         fault = self.fault(name, now)
-        reply = "I cannot say." if fault == "unparsed" else self.verdict(text, body)
+        reply = "I cannot say." if fault == "unparsed" else self.script.get("content", self.verdict(text, body))
         usage = {"prompt_tokens": len(text) // 4, "completion_tokens": max(1, len(reply) // 4)}
         tokens = sum(usage.values())
         fault = self.refusal(now, tokens) or fault
@@ -89,18 +98,21 @@ class ScriptedJudge:
         if unpaid or fault == "502":
             return self.refuse(fault, now)
         await asyncio.sleep(self.script.get("latency_s", 0))
+        if len(self.arrivals) > self.script.get("hold_after", float("inf")):
+            await self.released.wait()
         if fault == "hang":
             await asyncio.sleep(HANG_S)
         if fault == "drop":
             assert request.transport is not None
             request.transport.abort()
+        ended = self.script.get("finish_reason", "stop")
         payload = {
             "id": name,
             "object": "chat.completion",
             "created": 0,
             "model": body["model"],
             "system_fingerprint": "scripted",
-            "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply}}],
+            "choices": [{"index": 0, "finish_reason": ended, "message": {"role": "assistant", "content": reply}}],
             "usage": usage | {"total_tokens": tokens},
         }
         content = json.dumps(payload).encode()
@@ -267,12 +279,20 @@ class ScriptedJudge:
                 "outcomes": self.outcomes,
                 "texts": self.texts,
                 "most_in_flight": self.most_in_flight,
+                "in_flight": self.in_flight,
                 "batches": len(self.batches),
             }
         )
 
+    async def release(self, request: web.Request) -> web.Response:
+        del request
+        self.script.pop("hold_after", None)
+        self.released.set()
+        return web.json_response({})
+
     async def change(self, request: web.Request) -> web.Response:
         self.script = await request.json()
+        self.released = asyncio.Event()
         self.started = time.monotonic()
         self.arrivals, self.texts, self.window, self.window_tokens = [], [], deque(), 0
         self.files, self.batches = {}, {}
@@ -329,6 +349,7 @@ async def serve(script: dict[str, Any]) -> None:
     app.router.add_get("/v1/batches/{name}", judge.get_batch)
     app.router.add_get("/stats", judge.stats)
     app.router.add_post("/script", judge.change)
+    app.router.add_post("/release", judge.release)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.5)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0, backlog=1024)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from itertools import takewhile
+from typing import TYPE_CHECKING, Literal, cast
 
 from llava_ray.errors import RecordError
+from llava_ray.reading import shown
 
 if TYPE_CHECKING:
     from llava_ray.chat.templates import Template
@@ -15,18 +17,47 @@ IMAGE_TOKEN = "<image>"  # never in the vocabulary: text is split on it
 IMAGE_TOKEN_INDEX = -200  # stands for one whole image in a list of ids
 IGNORE_INDEX = -100  # a label that is not learnt
 
-Role = Literal["human", "gpt"]
+Role = Literal["human", "gpt", "system"]
 
-# LLaVA's words, and those of OpenAI's message lists.
-ROLES: dict[str, Role] = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+# LLaVA's words, those of OpenAI's message lists, and who else answers in ShareGPT's dumps; in any case.
+ROLES: dict[str, Role] = {
+    "human": "human",
+    "user": "human",
+    "gpt": "gpt",
+    "assistant": "gpt",
+    "model": "gpt",
+    "chatgpt": "gpt",
+    "bing": "gpt",
+    "bard": "gpt",
+    "system": "system",
+    "developer": "system",
+}
+TOOL_ROLES = {"tool", "function", "function_call", "function_response", "tool_call", "tool_response", "observation"}
+
+UNLEARNT = "_unlearnt"  # behind the role of an answer that is not learnt, where turns are stored
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One message. ``value`` may hold image markers."""
+    """One message. ``value`` may hold image markers.
+
+    A conversation may begin with one of the system: its text takes the place of the template's.
+    """
 
     role: Role
     value: str
+    learnt: bool = True
+    """Whether an answer is learnt; a question never is."""
+
+    def to_row(self) -> dict[str, str]:
+        """Return what is stored of it."""
+        return {"role": self.role + ("" if self.learnt else UNLEARNT), "value": self.value}
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, str]) -> Turn:
+        """Read what `to_row` returned."""
+        role = row["role"].removesuffix(UNLEARNT)
+        return cls(cast("Role", role), row["value"], learnt=role == row["role"])
 
 
 @dataclass(frozen=True)
@@ -63,8 +94,9 @@ class Conversation:
 def read_turns(conversations: Sequence[Mapping[str, object]]) -> tuple[Turn, ...]:
     """Read a record's ``conversations`` list, in LLaVA's words or OpenAI's, into alternating turns.
 
-    A leading answer is dropped, as the original did. Raises RecordError with reason ``roles`` (an unknown
-    speaker), ``malformed`` (a turn without text), ``no_turns``, ``alternation`` or ``empty_answer``.
+    Leading turns of the system become one, as in serving. A leading answer is dropped, as the original did. Raises
+    RecordError with reason ``roles`` (an unknown speaker), ``malformed`` (a turn without text), ``no_turns``,
+    ``alternation`` or ``empty_answer``.
     """
     if not isinstance(conversations, Sequence) or isinstance(conversations, str | bytes):
         raise RecordError(
@@ -72,11 +104,21 @@ def read_turns(conversations: Sequence[Mapping[str, object]]) -> tuple[Turn, ...
             'each {"from": "human" or "gpt", "value": text}.',
             reason="malformed",
         )
-    turns = tuple(_read_turn(entry, number) for number, entry in enumerate(conversations, start=1))
+    turns = [_read_turn(entry, number) for number, entry in enumerate(conversations, start=1)]
+    told = list(takewhile(lambda turn: turn.role == "system", turns))
+    turns = turns[len(told) :]
     if turns and turns[0].role == "gpt":
         turns = turns[1:]
     check_turns(turns)
-    return turns
+    system = "\n".join(turn.value for turn in told)
+    return (Turn("system", system), *turns) if system else tuple(turns)
+
+
+def split_system(turns: Sequence[Turn]) -> tuple[str | None, Sequence[Turn]]:
+    """Return the system's text, None where it says nothing, and the turns that follow it."""
+    if turns and turns[0].role == "system":
+        return turns[0].value, turns[1:]
+    return None, turns
 
 
 def check_turns(turns: Sequence[Turn], *, learnt: bool = True) -> None:
@@ -91,6 +133,12 @@ def check_turns(turns: Sequence[Turn], *, learnt: bool = True) -> None:
         )
     for index, turn in enumerate(turns):
         expected: Role = "gpt" if index % 2 else "human"
+        if turn.role == "system":
+            raise RecordError(
+                f"turn {index + 1} of {len(turns)} is the system's (begins {turn.value[:40]!r}); expected it before "
+                "all others. Move it to the front, or remove it.",
+                reason="roles",
+            )
         if turn.role != expected:
             raise RecordError(
                 f"turn {index + 1} of {len(turns)} is from {turn.role!r} (begins {turn.value[:40]!r}); "
@@ -98,7 +146,7 @@ def check_turns(turns: Sequence[Turn], *, learnt: bool = True) -> None:
                 "Merge or remove neighbouring turns of one speaker.",
                 reason="alternation",
             )
-        if learnt and turn.role == "gpt" and not turn.value.strip():
+        if learnt and turn.learnt and turn.role == "gpt" and not turn.value.strip():
             raise RecordError(
                 f"turn {index + 1} of {len(turns)} is an empty answer ({turn.value!r}); "
                 "expected text to learn from. Remove the exchange.",
@@ -112,12 +160,17 @@ def _read_turn(entry: Mapping[str, object], number: int) -> Turn:
             f'turn {number} is {type(entry).__name__}; expected an object {{"from": ..., "value": ...}}.',
             reason="malformed",
         )
-    role_key, text_key = ("role", "content") if "role" in entry else ("from", "value")
+    role_key = "role" if entry.get("role") is not None else "from"
+    text_key = "content" if entry.get("content") is not None else "value"
+    if role_key == "role" and entry.get("value") is None:
+        text_key = "content"
     role, text = entry.get(role_key), entry.get(text_key)
-    if not isinstance(role, str) or role not in ROLES:
+    known = ROLES.get(role.strip().lower()) if isinstance(role, str) else None
+    if known is None:
+        tools = isinstance(role, str) and role.strip().lower() in TOOL_ROLES
         raise RecordError(
-            f"turn {number}: {role_key!r} is {role!r}; expected one of {', '.join(ROLES)}. "
-            "A system prompt belongs to the template: remove such turns, or choose another template.",
+            f"turn {number}: {role_key!r} is {shown(role)}; expected one of {', '.join(ROLES)}. "
+            + ("Turns of tools cannot be learnt from: remove the record." if tools else "Mend or remove the turn."),
             reason="roles",
         )
     if not isinstance(text, str):
@@ -126,7 +179,7 @@ def _read_turn(entry: Mapping[str, object], number: int) -> Turn:
             f"with {IMAGE_TOKEN} where an image stands.",
             reason="malformed",
         )
-    return Turn(ROLES[role], text)
+    return Turn(known, text, learnt=entry.get("learnt") is not False)
 
 
 def with_markers(question: str, num_images: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import jinja2
@@ -23,8 +24,9 @@ def render_prompt(turns: Sequence[Turn], template: Template, *, open_turn: bool 
 def render_spans(turns: Sequence[Turn], template: Template, *, open_turn: bool = False) -> list[Span]:
     """Write the turns down as spans; joined, they are the prompt.
 
-    Learnt are the answers with the space before them and the text that ends them. Raises RecordError for turns
-    that no template can write (see `check_turns`), TemplateError for turns that this template cannot.
+    Learnt are the answers (but those that are only read) with the space before them and the text that ends them.
+    Raises RecordError for turns that no template can write (see `check_turns`), TemplateError for turns that this one
+    cannot.
     """
     check_turns(turns, learnt=not open_turn)
     if open_turn and turns[-1].role != "human":
@@ -46,7 +48,7 @@ def place_images(turns: Sequence[Turn], template: Template) -> tuple[Turn, ...]:
     (the original merged them into one). Placing twice changes nothing.
     """
     return tuple(
-        Turn(turn.role, _place_image(turn.value, *template.image_tags)) if IMAGE_TOKEN in turn.value else turn
+        replace(turn, value=_place_image(turn.value, *template.image_tags)) if IMAGE_TOKEN in turn.value else turn
         for turn in turns
     )
 
@@ -76,7 +78,7 @@ def _render_strings(turns: Sequence[Turn], template: StringTemplate, open_turn: 
         else:
             answered = _said(turn.value, len(template.lead), template)
             spans.append(Span(template.cue, learnt=False))
-            spans.append(Span(template.lead + turn.value + template.end, learnt=True, said=answered))
+            spans.append(Span(template.lead + turn.value + template.end, learnt=turn.learnt, said=answered))
     if open_turn:
         spans.append(Span(template.cue, learnt=False))
     return [span for span in spans if span.text]
@@ -123,7 +125,7 @@ def _render_jinja(turns: Sequence[Turn], template: JinjaTemplate, open_turn: boo
             continue
         start = _find_answer_start(text, turns[:index], template)
         stop = start + _measure_answer(text[start:], turn, template)
-        borders += [(written, start, False), (start, stop, True)]
+        borders += [(written, start, False), (start, stop, turn.learnt)]
         written = stop
     borders.append((written, len(text), False))
     return [

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import tyro
 from pydantic import BaseModel, ValidationError
 
+from llava_ray.config.booleans import as_switch, spell_out
 from llava_ray.config.schema import Section, describe, describe_all, dotted_keys
 from llava_ray.config.sections import EvaluateConfig, FinetuneConfig, PrepareConfig
 from llava_ray.config.space import SweepConfig
@@ -64,7 +65,7 @@ def load_settings(schema: type[Settings], arguments: Sequence[str], *, ignore: C
     values = {key: value for key, value in read_toml(recipe).items() if key not in ignore} if recipe else {}
     refuse_unfitting(schema, values, recipe or "flags")
     flags = [dotted_flag(schema, argument) for argument in arguments[1 if recipe else 0 :]]
-    parsed = read_flags(schema, flags, with_missing(schema, values))
+    parsed = read_flags(schema, spell_out(schema, flags), with_missing(schema, values))
     with in_words(recipe or "flags", "Mend them.", ConfigError):
         given = parsed.model_dump()
     return schema.parsed(given)
@@ -157,7 +158,7 @@ def with_missing(schema: type[BaseModel], values: dict[str, Any]) -> Any:
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             fields[name] = with_missing(annotation, values.get(name, {}))
         elif name in values:
-            value = values[name]
+            value = as_switch(values[name], annotation)
             fields[name] = tuple(value) if isinstance(value, list) else value  # as the schema has it; TOML knows lists
         else:
             fields[name] = tyro.MISSING if field.is_required() else field.get_default()

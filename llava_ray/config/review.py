@@ -102,8 +102,9 @@ class JudgeConfig(Section):
     """LLaVA's; 0 is steadier."""
     max_tokens: PositiveInt = 1024
     """Longest review in tokens; LLaVA's."""
-    token_limit_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    """How the endpoint calls it; newer OpenAI models know only the second."""
+    token_limit_name: Literal["auto", "max_tokens", "max_completion_tokens"] = "auto"
+    """How the endpoint calls it. "auto": the second for OpenAI's reasoning models (o1, o3, gpt-5 …), which know no
+    other; the first for all others."""
     seed: NonNegativeInt | None = None
     """Sent where it is given (plus the number of the sample)."""
     response_format: Literal["json_schema", "text"] = "text"

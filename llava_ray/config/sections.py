@@ -297,7 +297,8 @@ class ClusterConfig(Section):
     use_gpu: bool | Literal["auto"] = "auto"
     """One GPU a worker; "auto" takes them when the cluster has enough."""
     cpus_per_worker: PositiveFloat | Literal["auto"] = "auto"
-    """CPUs a worker reserves; "auto" is one, or less on a cluster too small to leave the data stream any."""
+    """CPUs a worker reserves and computes with; "auto" is one, or less on a cluster too small to leave the data stream
+    any. On a cluster that the run starts itself, workers without a GPU then compute with all cores, shared out."""
     gpus_per_worker: PositiveFloat = 1.0
     """GPUs a worker reserves; less than one lets the single workers of several runs share a GPU."""
     accelerator_type: str | None = None
@@ -443,8 +444,8 @@ class ActorsConfig(Section):
 
     num_actors: PositiveInt | None = None
     """Copies of the model; default: one a GPU of the cluster, or as many as fit its CPUs."""
-    cpus_per_actor: PositiveFloat = 1.0
-    """CPUs that each reserves and computes with."""
+    cpus_per_actor: PositiveFloat | Literal["auto"] = "auto"
+    """CPUs that each reserves and computes with; "auto" is one, or on one machine its share if num_actors is given."""
 
 
 class EvaluateConfig(Section):

@@ -7,7 +7,10 @@ from itertools import islice, takewhile
 
 import numpy as np
 
-from llava_ray.data.records import RawRecord, parquet_layout, read_json, read_jsonl, read_parquet, read_tar
+from llava_ray.data.json_files import clean_id, read_json, read_jsonl
+from llava_ray.data.parquet_files import parquet_layout, read_parquet
+from llava_ray.data.records import RawRecord
+from llava_ray.data.tar_files import read_tar
 from llava_ray.images.reading import open_filesystem
 
 TEXT_READERS = {"json": read_json, "jsonl": read_jsonl}
@@ -42,8 +45,8 @@ class ParquetChunk:
     def read(self) -> Iterator[RawRecord]:
         """Yield the records, read from the file."""
         rows = islice(read_parquet(self.path, self.row_groups), len(self.ids))
-        for row, (own_id, values) in enumerate(zip(self.ids, rows, strict=True), start=self.first_row):
-            yield RawRecord(own_id, f"{self.name}:{row}", values)
+        for row, (own_id, (values, unread)) in enumerate(zip(self.ids, rows, strict=True), start=self.first_row):
+            yield RawRecord(own_id, f"{self.name}:{row}", values, ignored=unread)
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,10 @@ class TarChunk:
     def read(self) -> Iterator[RawRecord]:
         """Yield the records, read from the tar."""
         taken: dict[str, int] = {}
-        for key, text, images in islice(read_tar(self.path), self.num_samples):
-            yield RawRecord(unused(f"{self.name.partition('.')[0]}/{key}", taken), f"{self.name}:{key}", text, images)
+        for sample in islice(read_tar(self.path), self.num_samples):
+            key = clean_id(sample.key)
+            name = unused(f"{self.name.partition('.')[0]}/{key}", taken)
+            yield RawRecord(name, f"{self.name}:{key}", sample.text, sample.images, sample.ignored)
 
 
 Chunk = TextChunk | ParquetChunk | TarChunk

@@ -4,18 +4,20 @@ Knows tokens, not pixels: how many tokens an image takes follows from its size.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+import jinja2
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, Turn
+from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, Turn, split_system
 from llava_ray.chat.templates import Template
 from llava_ray.chat.tokens import TokenizedConversation, expand_images, tokenize_conversation
-from llava_ray.errors import RecordError
+from llava_ray.errors import RecordError, TemplateError
 from llava_ray.images.anyres import Size
 from llava_ray.images.tokens import ImageTokens
+from llava_ray.reading import reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,18 +55,37 @@ class Encoder:
         """Return the record's examples: one, or several when a long one is split at its turns.
 
         ``image_sizes`` are the (width, height) of its images in pixels. Raises RecordError: "image_count",
-        "image_too_long" for an image that would not fit alone, "nothing_to_learn", or "too_long" where cutting is not
-        allowed.
+        "image_too_long" for an image that would not fit alone, "nothing_to_learn", "system_prompt" where the template
+        has no place for the record's, or "too_long" where cutting is not allowed.
         """
+        encoder, spoken = self.for_record(turns)
+        return encoder.encode_spoken(spoken, image_sizes)
+
+    def for_record(self, turns: Sequence[Turn]) -> tuple["Encoder", Sequence[Turn]]:
+        """Return the encoder with the system's text that the turns begin with in its template, and the other turns."""
+        system, spoken = split_system(turns)
+        if system is None:
+            return self, spoken
+        try:
+            return replace(self, template=self.template.with_system(system)), spoken
+        except TemplateError as error:
+            raise RecordError(str(error), reason="system_prompt") from error
+
+    def encode_spoken(self, turns: Sequence[Turn], image_sizes: Sequence[Size]) -> list[Example]:
+        """Return the examples of turns of which none is the system's."""
         counts = [self.image_tokens.count(*size) for size in image_sizes]
         self.check_images(counts, image_sizes)
         whole = self.example(turns, range(len(counts)), counts)
+        if not whole.num_supervised:
+            raise nothing_to_learn(turns)
         if len(whole.input_ids) <= self.model_max_length:
             examples = [whole]
         elif self.on_too_long == "truncate":
             examples = [self.truncated(whole)]
         elif self.on_too_long == "split":
             examples = self.split(turns, counts)
+            if not all(turn.learnt for turn in turns):  # a part may hold none of those that are
+                examples = [example for example in examples if example.num_supervised]
         else:
             raise self.too_long(len(whole.input_ids), 'or set data.on_too_long to "truncate" or "split"')
         if not all(example.num_supervised for example in examples):
@@ -138,6 +159,28 @@ class Encoder:
             f"raise it, drop the sample, {remedy}",
             reason="too_long",
         )
+
+
+def encode_record(encoder: Encoder, turns: Sequence[Turn], sizes: Sequence[Size]) -> list[Example]:
+    """Return a record's examples. Raises RecordError, also for what a template cannot write of this record."""
+    try:
+        return encoder.encode(turns, sizes)
+    except TemplateError as error:
+        raise RecordError(str(error), reason="template") from error
+    except jinja2.TemplateError as error:  # a chat template's own words
+        message = f"the model's chat template refuses the messages: {reason(error)}"
+        raise RecordError(message, reason="template") from error
+
+
+def nothing_to_learn(turns: Sequence[Turn]) -> RecordError:
+    """Say that no turn of a record is learnt from, whatever its length."""
+    num_answers = sum(turn.role == "gpt" for turn in turns)
+    what = (
+        f"none of its {num_answers} answer(s) is to be learnt (weight, loss or train is 0 or false)"
+        if num_answers
+        else "the record has no answer, only a question: expected a turn of gpt after it"
+    )
+    return RecordError(f"nothing to learn: {what}. Mend or remove the record", reason="nothing_to_learn")
 
 
 def image_starts(example: Example) -> Int64[np.ndarray, " k"]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import ray.data
+import torch
 from ray.data import ActorPoolStrategy
 
 from llava_ray.data.feature_cache import (
@@ -132,6 +133,7 @@ class FeatureWriter(FeatureActor):
 
     def __init__(self, settings: StreamSettings, entry: str) -> None:
         """Load the tower once."""
+        torch.set_num_threads(settings.vision_threads)
         super().__init__(settings)
         self.entry = entry
         self.view_bytes = settings.image_tokens.num_features * settings.mm_hidden_size * (2 if settings.bf16 else 4)

@@ -19,10 +19,11 @@ from tqdm import tqdm
 
 from llava_ray.chat.conversation import Turn
 from llava_ray.config.sections import DataConfig, TrainConfig
-from llava_ray.data.examples import Encoder
+from llava_ray.data.examples import Encoder, encode_record
 from llava_ray.data.shards import PreparedData, read_rows
 from llava_ray.errors import DataError, RecordError
 from llava_ray.images.tokens import ImageTokens
+from llava_ray.library_log import terminal
 from llava_ray.placement import in_pool
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def measure_shards(prepared: PreparedData, settings: EncoderSettings) -> tuple[l
     else:
         measure = ray.remote(measure_shard).options(**in_pool("decode"))
         pending = [measure.remote(*shard) for shard in shards]
-        results = [ray.get(task) for task in tqdm(pending, desc="token lengths", unit="shard")]
+        results = [ray.get(task) for task in tqdm(pending, desc="token lengths", unit="shard", file=terminal())]
     return [table for table, _ in results], [row for _, rows in results for row in rows]
 
 
@@ -149,7 +150,7 @@ def measure_shard(path: str, name: str, index: int, settings: EncoderSettings) -
     for number, record in enumerate(shard):
         sizes = list(zip(record["widths"], record["heights"], strict=True))
         try:
-            examples = encoder.encode([Turn(**turn) for turn in record["turns"]], sizes)
+            examples = encode_record(encoder, [Turn.from_row(turn) for turn in record["turns"]], sizes)
         except RecordError as error:
             message = f"record {record['id']} ({record['source']}): {error}"
             rejected.append(

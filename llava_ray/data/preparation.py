@@ -11,7 +11,7 @@ import pickle
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import pyarrow as pa
 import ray.data
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from llava_ray.config.sections import DataConfig
 from llava_ray.data.chunks import Chunk, fingerprint, make_chunks
+from llava_ray.data.record_keys import describe_ignored
 from llava_ray.data.records import RawRecord, Record, find_files
 from llava_ray.data.shards import (
     FORMAT_VERSION,
@@ -33,7 +34,12 @@ from llava_ray.data.shards import (
 from llava_ray.data.storage import absolute, file_size, read_file, way_from, write_file
 from llava_ray.data.validation import check_images, fetch_images, read_record
 from llava_ray.errors import ConfigError, DataError, RecordError
+from llava_ray.library_log import terminal
 from llava_ray.placement import in_pool
+
+# Counted up with each change of what a record means, so that data prepared before is read again.
+READER_VERSION = 2  # 2: media, tools, weights and system texts are obeyed or refused
+MAX_KEYS = 1000  # ignored ones that are counted by name
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +69,7 @@ class ChunkResult:
     shards: tuple[ShardInfo, ...]
     rejected: tuple[dict[str, str], ...]
     """id, source, reason and message of each rejected record."""
+    ignored_keys: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return text that `from_json` reads."""
@@ -72,7 +79,8 @@ class ChunkResult:
     def from_json(cls, text: str | bytes) -> "ChunkResult":
         """Read what `to_json` wrote."""
         values = json.loads(text)
-        return cls(tuple(ShardInfo(**shard) for shard in values["shards"]), tuple(values["rejected"]))
+        shards = tuple(ShardInfo(**shard) for shard in values["shards"])
+        return cls(shards, tuple(values["rejected"]), values["ignored_keys"])
 
 
 def prepare_data(config: DataConfig, *, show_progress: bool = True) -> PreparedData:
@@ -97,11 +105,20 @@ def prepare_data(config: DataConfig, *, show_progress: bool = True) -> PreparedD
     return prepared
 
 
+def check_source(data_path: str) -> None:
+    """Raise DataError where nothing is there that could be prepared, or what was prepared is not whole."""
+    if is_prepared(data_path):
+        open_prepared(data_path)
+    else:
+        find_files(absolute(data_path))
+
+
 def _prepare_raw(config: DataConfig, show_progress: bool) -> PreparedData:
     kind, files = find_files(absolute(config.data_path))
     image_folder = absolute(config.image_folder or files[0].rpartition("/")[0])
     settings = {
         "format_version": FORMAT_VERSION,
+        "reader_version": READER_VERSION,
         "content": fingerprint(kind, files),
         "mixed": config.shuffle_window > 0,
         "image_folder": way_from(absolute(config.cache_dir), image_folder),
@@ -121,7 +138,16 @@ def _prepare_raw(config: DataConfig, show_progress: bool) -> PreparedData:
     write_file(f"{folder}/{REJECTED}", "".join(json.dumps(row) + "\n" for row in rejected).encode())
     shards = [shard for result in results for shard in result.shards]
     _refuse_lost(folder, sum(shard.num_rows for shard in shards), reasons, config.max_rejected)
-    write_manifest(folder, shards, reasons, {"data_path": way_from(folder, absolute(config.data_path)), **settings})
+    ignored = sum((Counter(result.ignored_keys) for result in results), Counter[str]())
+    if ignored and show_progress:
+        tqdm.write(describe_ignored(ignored))
+    write_manifest(
+        folder,
+        shards,
+        reasons,
+        {"data_path": way_from(folder, absolute(config.data_path)), **settings},
+        dict(ignored.most_common(MAX_KEYS)),
+    )
     return replace(open_prepared(folder), reused=False)  # opened, to see that all nodes wrote to the same storage
 
 
@@ -176,7 +202,7 @@ def _write_chunks(chunks: Iterator[Chunk], rules: Rules, show_progress: bool) ->
     written.context.enable_progress_bars = False
     written.context.print_on_execution_start = False
     results: dict[int, ChunkResult] = {}
-    with tqdm(desc="preparing", unit=" samples", disable=not show_progress) as bar:
+    with tqdm(desc="preparing", unit=" samples", disable=not show_progress, file=terminal()) as bar:
         for row in written.iter_rows():
             if row["error"] is not None:
                 raise DataError(row["error"])
@@ -215,13 +241,15 @@ def _read_note(path: str, folder: str) -> ChunkResult | None:
 
 def _check_and_write(chunk: Chunk, prefix: str, rules: Rules) -> ChunkResult:
     writer = ShardWriter(rules.folder, prefix, max_rows=rules.samples_per_shard, max_bytes=rules.shard_bytes)
-    rejected = []
+    rejected, ignored = [], Counter[str]()
     for raw, pending in _fetch_ahead(chunk.read(), rules.image_folder):
         try:
-            writer.append(check_images(*pending.result(), max_pixels=rules.max_pixels))
+            sample = check_images(*pending.result(), max_pixels=rules.max_pixels)
+            writer.append(sample)
+            ignored.update(sample.record.ignored)
         except RecordError as error:
             rejected.append({"id": raw.id, "source": raw.source, "reason": error.reason, "message": str(error)})
-    return ChunkResult(tuple(writer.flush()), tuple(rejected))
+    return ChunkResult(tuple(writer.flush()), tuple(rejected), dict(ignored.most_common(MAX_KEYS)))
 
 
 Fetched = Future[tuple[Record, tuple[bytes, ...]]]

@@ -3,11 +3,8 @@
 What training would reject is told with its reason instead.
 """
 
-import json
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import UInt8
@@ -18,17 +15,19 @@ from llava_ray.chat.templates import find_template
 from llava_ray.chat.tokenizer import load_tokenizer
 from llava_ray.config.preview import PreviewSettings
 from llava_ray.config.sections import MAX_IMAGE_PIXELS
-from llava_ray.data.examples import Encoder, Example
+from llava_ray.data.examples import Encoder, Example, encode_record
+from llava_ray.data.json_files import clean_id
 from llava_ray.data.preview_tokens import collapse_images, join_tokens, split_tokens
-from llava_ray.data.records import CONVERSATION_COLUMNS, RawRecord, Record, find_files
+from llava_ray.data.records import RawRecord, Record, find_files
 from llava_ray.data.shards import is_prepared
 from llava_ray.data.storage import absolute
-from llava_ray.data.validation import fetch_images, read_record
+from llava_ray.data.validation import fetch_images, parse_values, read_record
 from llava_ray.errors import ConfigError, ImageError, RecordError, TemplateError
 from llava_ray.images.anyres import Size
 from llava_ray.images.geometry import ImageSpec, crop_views
 from llava_ray.images.reading import open_image
 from llava_ray.images.tokens import ImageTokens
+from llava_ray.reading import shown as excerpt
 from llava_ray.report.pieces import Token
 
 UNKNOWN_SIZE = (1, 1)  # of an image that is not opened and counts as one token
@@ -64,6 +63,8 @@ class SampleView:
     """Mean over its supervised tokens, in fp32; None without a model, and where there is no such number."""
     no_loss: str = ""
     """Why a model finds no finite loss."""
+    ignored: tuple[str, ...] = ()
+    """Keys of the record that were read past."""
 
     @property
     def num_tokens(self) -> int:
@@ -88,23 +89,21 @@ class Viewer:
 
     def view(self, raw: RawRecord | Record) -> SampleView | Rejection:
         """Return what the model sees of a record, or why it sees nothing."""
-        values = _values(raw)
-        own = values.get("id")
-        name = own if isinstance(own, int) and str(own) == raw.id else raw.id  # as JSON writes it, for joins
+        name = _name_of(raw)
         try:
-            record = self._read(raw, values)
+            record = raw if isinstance(raw, Record) else self._read(raw)
             images = self._open(record)
             sizes = [image.size for image in images] if self.image_spec else [UNKNOWN_SIZE] * len(record.images)
-            [example] = self.encoder.encode(record.turns, sizes)
+            [example] = encode_record(self.encoder, record.turns, sizes)
             shown = tuple(sizes[index] for index in example.images) if self.image_spec else ()
             pixels = self._crop([images[index] for index in example.images]) if self.image_spec else None
         except RecordError as error:
             return Rejection(name, raw.source, error.reason, str(error))
-        except TemplateError as error:
-            return Rejection(name, raw.source, "template", str(error))
         ids, labels = collapse_images(example)
         num_cut = self._measure(record, sizes) - len(example.input_ids) if example.truncated else 0
-        return SampleView(name, raw.source, record.turns, example, ids, labels, pixels, shown, num_cut)
+        return SampleView(
+            name, raw.source, record.turns, example, ids, labels, pixels, shown, num_cut, ignored=record.ignored
+        )
 
     def tokens(self, view: SampleView) -> list[Token]:
         """Return the rendered text of a view, token by token; what was cut off at the end included."""
@@ -139,17 +138,12 @@ class Viewer:
 
     def _measure(self, record: Record, sizes: list[Size]) -> int:
         counts = [self.encoder.image_tokens.count(*size) for size in sizes]
-        return len(self.encoder.example(record.turns, range(len(counts)), counts).input_ids)
+        encoder, turns = self.encoder.for_record(record.turns)
+        return len(encoder.example(turns, range(len(counts)), counts).input_ids)
 
-    def _read(self, raw: RawRecord | Record, values: Mapping[str, Any]) -> Record:
-        if isinstance(raw, Record):
-            return raw
-        if self.image_spec is None and not (raw.images or values.get("image") or values.get("images")):
-            # Nothing of an image is looked at, so one that is not even named may be missing too.
-            turns: Any = next((values[name] for name in CONVERSATION_COLUMNS if values.get(name) is not None), [])
-            num_markers = json.dumps(turns, ensure_ascii=False).count(IMAGE_TOKEN)
-            raw = replace(raw, images=(b"",) * num_markers)
-        return read_record(raw, self.image_folder)
+    def _read(self, raw: RawRecord) -> Record:
+        # Where nothing of an image is looked at, one that is not even named may be missing too.
+        return read_record(raw, self.image_folder, unnamed_images=self.image_spec is None)
 
     def _open(self, record: Record) -> list[Image.Image]:
         if self.image_spec is None:
@@ -157,7 +151,7 @@ class Viewer:
         images = []
         for index, content in enumerate(fetch_images(record)):
             named = record.images[index]
-            name = f"image {named!r}" if isinstance(named, str) else f"image {index + 1} of {len(record.images)}"
+            name = f"image {excerpt(named)}" if isinstance(named, str) else f"image {index + 1} of {len(record.images)}"
             try:
                 images.append(open_image(content, name, max_pixels=MAX_IMAGE_PIXELS))
             except ImageError as error:
@@ -192,13 +186,12 @@ def find_images(settings: PreviewSettings) -> str:
     return files[0].rpartition("/")[0]
 
 
-def _values(raw: RawRecord | Record) -> Mapping[str, Any]:
-    """Return a record's columns as far as they can be read: what is wrong with it is said elsewhere."""
+def _name_of(raw: RawRecord | Record) -> str | int:
+    """Return a record's id as JSON writes it, for joins."""
     if isinstance(raw, Record):
-        return {}
-    values: Any = raw.values
+        return raw.id
     try:
-        values = json.loads(values) if isinstance(values, bytes) else values
-    except ValueError:
-        return {}
-    return values if isinstance(values, Mapping) else {}
+        own = parse_values(raw).get("id")
+    except RecordError:  # what is wrong with it is said elsewhere
+        return raw.id
+    return own if isinstance(own, int) and not isinstance(own, bool) and clean_id(own) == raw.id else raw.id

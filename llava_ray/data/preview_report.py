@@ -14,6 +14,7 @@ from PIL import Image
 
 from llava_ray.config.preview import PreviewSettings
 from llava_ray.data.preview import Rejection, SampleView, Viewer
+from llava_ray.data.record_keys import describe_ignored
 from llava_ray.report.pieces import (
     Bar,
     Card,
@@ -76,6 +77,12 @@ class Findings:
         """Return the samples' lengths as they would be without a limit, in tokens."""
         return [sample.num_tokens + sample.num_cut for sample in self.samples]
 
+    @cached_property
+    def notes(self) -> list[str]:
+        """Return what the user should know: of the model, and which keys of the data were read past."""
+        ignored = Counter(key for sample in self.samples for key in sample.ignored)
+        return [*self.viewer.warnings(), *([describe_ignored(ignored) + "."] if ignored else [])]
+
     def facts(self) -> list[Fact]:
         """Return the numbers that matter most."""
         num_tokens = sum(sample.num_tokens for sample in self.samples)
@@ -106,7 +113,7 @@ def make_report(findings: Findings) -> Report:
         "Sample lengths", findings.lengths, "tokens", "samples", limit, f"model_max_length {limit:,}" if limit else ""
     )
     sections = [
-        Section("Lengths", [*(Note(text, warning=True) for text in findings.viewer.warnings()), histogram]),
+        Section("Lengths", [*(Note(text, warning=True) for text in findings.notes), histogram]),
         *([_loss_section(findings)] if findings.losses or findings.without_loss else []),
         *([_rejection_section(findings)] if findings.rejections else []),
         Section(
@@ -140,7 +147,7 @@ def describe_findings(findings: Findings) -> str:
     lines = [
         f"{fact.label:>15}  {fact.value}{f'  ({fact.detail})' if fact.detail else ''}" for fact in findings.facts()
     ]
-    return "\n".join([*lines, *(f"Attention: {text}" for text in findings.viewer.warnings())])
+    return "\n".join([*lines, *(f"Attention: {text}" for text in findings.notes)])
 
 
 def paint_samples(findings: Findings) -> str:

@@ -25,6 +25,7 @@ def split_tokens(turns: Sequence[Turn], encoder: Encoder) -> list[Token]:
     Tokens that share a character (the bytes of an emoji) leave it to the first of them, so a text may be empty. A
     beginning-of-sequence token stands before the prompt.
     """
+    encoder, turns = encoder.for_record(turns)
     template, tokenizer = encoder.template, encoder.tokenizer
     tokenized = tokenize_conversation(turns, template, tokenizer)
     pieces: list[str] = []

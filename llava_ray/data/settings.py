@@ -23,5 +23,7 @@ class StreamSettings:
     data: DataConfig
     bf16: bool
     vision_gpus: int
+    vision_threads: int = 1
+    """Threads that a tower computes with whose features are kept before anything learns."""
     features: str | None = None
     """Entry of the feature cache to read instead of images; see ``feature_cache``."""

@@ -68,6 +68,8 @@ class PreparedData:
     num_samples: int
     num_rejected: int
     rejected_reasons: dict[str, int]
+    ignored_keys: dict[str, int] = field(default_factory=dict)
+    """Keys of records, turns and parts that were read past, with the number of samples that have them."""
     reused: bool = field(default=False, compare=False)
     """Whether it was there already, rather than made just now."""
 
@@ -97,7 +99,7 @@ class ShardWriter:
         num_bytes = sum(len(image) for image in sample.record.images)
         if self._rows and (len(self._rows) == self.max_rows or self._num_bytes + num_bytes > self.max_bytes):
             self.flush()
-        self._rows.append(_row(sample))
+        self._rows.append(as_row(sample))
         self._num_bytes += num_bytes
 
     def flush(self) -> list[ShardInfo]:
@@ -124,11 +126,12 @@ def encode_shard(rows: Sequence[Mapping[str, Any]]) -> memoryview:
     return memoryview(sink.getvalue())
 
 
-def _row(sample: Sample) -> dict[str, Any]:
+def as_row(sample: Sample) -> dict[str, Any]:
+    """Return a sample as SCHEMA has it."""
     record = sample.record
     return {
         "id": record.id,
-        "turns": [{"role": turn.role, "value": turn.value} for turn in record.turns],
+        "turns": [turn.to_row() for turn in record.turns],
         "images": list(record.images),
         "widths": [width for width, _ in sample.sizes],
         "heights": [height for _, height in sample.sizes],
@@ -137,7 +140,11 @@ def _row(sample: Sample) -> dict[str, Any]:
 
 
 def write_manifest(
-    path: str, shards: Sequence[ShardInfo], rejected_reasons: Mapping[str, int], settings: Mapping[str, Any]
+    path: str,
+    shards: Sequence[ShardInfo],
+    rejected_reasons: Mapping[str, int],
+    settings: Mapping[str, Any],
+    ignored_keys: Mapping[str, int] | None = None,
 ) -> PreparedData:
     """Make a folder complete. ``settings`` says how it came about."""
     ordered = tuple(sorted(shards, key=lambda shard: shard.name))
@@ -148,6 +155,7 @@ def write_manifest(
         num_samples=sum(shard.num_rows for shard in ordered),
         num_rejected=sum(rejected_reasons.values()),
         rejected_reasons=dict(sorted(rejected_reasons.items())),
+        ignored_keys=dict(ignored_keys or {}),
     )
     values = {
         "format_version": FORMAT_VERSION,
@@ -156,6 +164,7 @@ def write_manifest(
         "num_samples": prepared.num_samples,
         "num_rejected": prepared.num_rejected,
         "rejected_reasons": prepared.rejected_reasons,
+        "ignored_keys": prepared.ignored_keys,
         "settings": dict(settings),
         "shards": [asdict(shard) for shard in ordered],
     }
@@ -187,6 +196,7 @@ def open_prepared(path: str) -> PreparedData:
         num_samples=values["num_samples"],
         num_rejected=values["num_rejected"],
         rejected_reasons=values["rejected_reasons"],
+        ignored_keys=values.get("ignored_keys", {}),
         reused=True,
     )
     sizes = list_sizes(path)

@@ -205,7 +205,7 @@ def packed(
     for shard, number, part, num_tokens in zip(row["shard"], row["row"], row["part"], row["num_tokens"], strict=True):
         record = records[shard, number]
         sizes = list(zip(record["widths"], record["heights"], strict=True))
-        example = encode([Turn(**turn) for turn in record["turns"]], sizes)[part]
+        example = encode([Turn.from_row(turn) for turn in record["turns"]], sizes)[part]
         if len(example.input_ids) != num_tokens:
             raise AssertionError(f"{record['id']}: {len(example.input_ids)} tokens, the plan says {num_tokens}")
         examples.append(example)

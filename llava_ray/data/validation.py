@@ -1,22 +1,26 @@
 """Raw records checked one by one: what can be learnt from becomes a Sample, the rest a RecordError with its reason.
 
-Reasons: ``malformed``, ``no_turns``, ``roles``, ``alternation``, ``empty_answer``, ``image_count``, ``image_missing``,
-``image_truncated``, ``image_too_large``, ``image_unreadable``.
+Reasons: ``malformed``, ``unreadable`` (damaged where it lies), ``unsupported`` (a key or part that would be lost),
+``no_turns``, ``roles``, ``alternation``, ``empty_answer``, ``image_count``, ``image_missing``, ``image_truncated``,
+``image_too_large``, ``image_too_costly``, ``image_unreadable``.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llava_ray.chat.conversation import IMAGE_TOKEN, Turn, join_parts, read_turns
-from llava_ray.data.records import CONVERSATION_COLUMNS, RawRecord, Record
+from llava_ray.chat.conversation import IMAGE_TOKEN, Turn
+from llava_ray.data.json_text import parse_json
+from llava_ray.data.record_images import find_images
+from llava_ray.data.record_keys import check_keys
+from llava_ray.data.record_turns import count_markers, read_record_turns
+from llava_ray.data.records import Fault, RawRecord, Record
 from llava_ray.errors import RecordError
 from llava_ray.images.reading import check_image, read_bytes
+from llava_ray.reading import shown
 
-# The types of OpenAI's content parts that stand for an image.
-IMAGE_PARTS = ("image", "image_url")
+MAX_MESSAGE = 2000  # characters
 
 
 @dataclass(frozen=True)
@@ -36,17 +40,22 @@ def validate(raw: RawRecord, image_folder: str, *, max_pixels: int) -> Sample:
     return check_images(record, fetch_images(record), max_pixels=max_pixels)
 
 
-def read_record(raw: RawRecord, image_folder: str) -> Record:
-    """Read the turns and the places of the images, opening none of them."""
+def read_record(raw: RawRecord, image_folder: str, *, unnamed_images: bool = False) -> Record:
+    """Read the turns and the places of the images, opening none of them.
+
+    With ``unnamed_images`` a record may have markers for images that it does not name; each is empty then.
+    """
     with _naming(raw):
-        values = _parse(raw.values)
-        turns = read_turns(_find_turns(values))
-        _check_text(turns)
-        images: tuple[bytes | str, ...] = raw.images or tuple(
-            _find_image(entry, image_folder) for entry in _list_images(values)
-        )
-        _check_markers(turns, len(images))
-    return Record(raw.id, turns, images, raw.source)
+        values = parse_values(raw)
+        read = read_record_turns(values)
+        _check_text(read.turns)
+        images = raw.images or find_images(values, read.images, image_folder)
+        num_markers = count_markers(read.turns)
+        ignored = check_keys(values, has_images=bool(images))
+        if unnamed_images and not images:
+            images = (b"",) * num_markers
+        _check_markers(num_markers, len(images))
+    return Record(raw.id, read.turns, images, raw.source, tuple(dict.fromkeys([*raw.ignored, *ignored, *read.ignored])))
 
 
 def fetch_images(record: Record) -> tuple[bytes, ...]:
@@ -67,86 +76,37 @@ def check_images(record: Record, contents: Sequence[bytes], *, max_pixels: int) 
 
 @contextmanager
 def _naming(record: RawRecord | Record) -> Iterator[None]:
-    """Put the record's id and place before the message of a RecordError."""
+    """Put the record's id and place before the message of a RecordError, in characters that can be written anywhere."""
     try:
         yield
     except RecordError as error:
-        raise type(error)(f"record {record.id!r} ({record.source}): {error}", reason=error.reason) from error
+        message = f"record {record.id!r} ({record.source}): {error}".encode("utf-8", "backslashreplace").decode()
+        message = message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + "…"
+        raise type(error)(message, reason=error.reason) from error
+    except RecursionError as error:
+        message = f"record {record.id!r} ({record.source}): too many lists or objects in each other; mend it"
+        raise RecordError(message, reason="malformed") from error
 
 
 def _image_name(record: Record, index: int) -> str:
     image = record.images[index]
-    return f"image {image!r}" if isinstance(image, str) else f"image {index + 1} of {len(record.images)}"
+    return f"image {shown(image)}" if isinstance(image, str) else f"image {index + 1} of {len(record.images)}"
 
 
-def _parse(values: bytes | Mapping[str, Any]) -> Mapping[str, Any]:
+def parse_values(raw: RawRecord) -> Mapping[str, Any]:
+    """Return a record's keys and values. Raises RecordError."""
+    values = raw.values
+    if isinstance(values, Fault):
+        raise RecordError(values.message, reason=values.reason)
     if not isinstance(values, bytes):
         return values
-    try:
-        parsed = json.loads(values)
-    except ValueError as error:
-        raise RecordError(
-            f"not JSON ({error}; begins {values[:40]!r}); expected one object", reason="malformed"
-        ) from error
+    parsed = parse_json(values)
     if not isinstance(parsed, dict):
         raise RecordError(f"found {type(parsed).__name__}; expected an object with `conversations`", reason="malformed")
     return parsed
 
 
-def _find_turns(values: Mapping[str, Any]) -> list[Any]:
-    """Return the list of turns; OpenAI's content parts become text with image markers."""
-    turns = next((values[name] for name in CONVERSATION_COLUMNS if values.get(name) is not None), None)
-    if isinstance(turns, str):  # Parquet tables often hold them as JSON text
-        turns = _parse_turns(turns)
-    if not isinstance(turns, list):
-        raise RecordError(
-            f"no list of turns: `conversations` is {type(turns).__name__}, keys are {', '.join(map(str, values))}; "
-            'expected "conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]',
-            reason="no_turns" if turns is None else "malformed",
-        )
-    return [_join_parts(turn) for turn in turns]
-
-
-def _parse_turns(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise RecordError(
-            f"`conversations` is text that is not JSON ({error}); expected a list of turns", reason="malformed"
-        ) from error
-
-
-def _join_parts(turn: Any) -> Any:
-    parts = turn.get("content") if isinstance(turn, Mapping) else None
-    if not isinstance(parts, list):
-        return turn
-    texts = (None if part.get("type") in IMAGE_PARTS else part.get("text") or "" for part in parts)
-    return {**turn, "content": join_parts(texts)}
-
-
-def _list_images(values: Mapping[str, Any]) -> list[Any]:
-    """Return ``image`` or ``images`` as a list, empty for a record of text only."""
-    found: Any = next((values[name] for name in ("images", "image") if values.get(name)), [])
-    return found if isinstance(found, list) else [found]
-
-
-def _find_image(entry: Any, image_folder: str) -> bytes | str:
-    """Return the bytes of an entry, or the path or URL that leads to them."""
-    if isinstance(entry, Mapping):  # how Hugging Face's Image columns lie in Parquet
-        entry = entry.get("bytes") or entry.get("path")
-    if isinstance(entry, bytes):
-        return entry
-    if not isinstance(entry, str) or not entry:
-        raise RecordError(
-            f"an image is given as {type(entry).__name__} ({str(entry)[:40]!r}); "
-            "expected a path, bytes, or an object with bytes or path",
-            reason="malformed",
-        )
-    return entry if "://" in entry or entry.startswith("/") else f"{image_folder.rstrip('/')}/{entry}"
-
-
-def _check_markers(turns: Sequence[Turn], num_images: int) -> None:
-    num_markers = sum(turn.value.count(IMAGE_TOKEN) for turn in turns)
+def _check_markers(num_markers: int, num_images: int) -> None:
     if num_markers != num_images:
         raise RecordError(
             f"{num_markers} {IMAGE_TOKEN} marker(s) in the turns but {num_images} image(s); expected one marker for "

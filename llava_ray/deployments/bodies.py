@@ -15,6 +15,18 @@ class RefusedBodyError(RefusalError):
     """A body that is refused before any route has seen it."""
 
 
+def declared_bytes(headers: Headers) -> int:
+    """Return how long a body is by its header; 0 if that says no number."""
+    declared = headers.get("content-length", "0")
+    # "²" is a digit to Python, and thousands of digits are no number to it.
+    return int(declared[:MAX_DIGITS]) if declared.isascii() and declared.isdigit() else 0
+
+
+def too_slow(timeout_s: float) -> Refused:
+    """Return the refusal of a body that does not arrive."""
+    return Refused(408, f"the body did not arrive within {timeout_s:g} s (body_timeout_s)", "body_timeout")
+
+
 class BodyReading:
     """Reads one body, and holds its bytes against the limits of all until it is released."""
 
@@ -25,6 +37,7 @@ class BodyReading:
         self.bytes_in_flight = bytes_in_flight
         self.holder = holder
         self.held = 0
+        self.refused: Refused | None = None
 
     async def read(self, headers: Headers, receive: Receive, timeout_s: float) -> bytes | None:
         """Return the body; None if the client has gone. Raises RefusedBodyError."""
@@ -32,14 +45,11 @@ class BodyReading:
             async with asyncio.timeout(timeout_s):
                 return await self.read_chunks(headers, receive)
         except TimeoutError:
-            message = f"the body did not arrive within {timeout_s:g} s (body_timeout_s)"
-            raise RefusedBodyError(Refused(408, message, "body_timeout")) from None
+            raise RefusedBodyError(too_slow(timeout_s)) from None
 
     async def read_chunks(self, headers: Headers, receive: Receive) -> bytes | None:
         """Read until the end or the first byte too many."""
-        declared = headers.get("content-length", "0")
-        # "²" is a digit to Python, and thousands of digits are no number to it.
-        self.hold(int(declared[:MAX_DIGITS]) if declared.isascii() and declared.isdigit() else 0)
+        self.hold(declared_bytes(headers))
         chunks, num_bytes = [], 0
         while True:
             message = await receive()
@@ -71,24 +81,34 @@ class BodyReading:
             self.held = 0
 
 
-def counted(receive: Receive, max_bytes: int, timeout_s: float) -> Receive:
-    """Pass a body on until it is too long or too slow; then its client has gone, as far as the app can tell."""
-    left = max_bytes
-    deadline: float | None = asyncio.get_running_loop().time() + timeout_s  # None once the body is whole
+def passed_on(reading: BodyReading, headers: Headers, receive: Receive, timeout_s: float) -> Receive:
+    """Pass a body on as it comes, until it is too long or too slow; then, for the app, its client has gone.
 
-    async def receive_less() -> Message:
-        nonlocal left, deadline
+    ``reading`` holds what has come, and says in ``refused`` what was wrong. Raises RefusedBodyError for what the
+    header announces.
+    """
+    reading.hold(declared_bytes(headers))
+    deadline: float | None = asyncio.get_running_loop().time() + timeout_s  # None once the body is whole
+    num_bytes = 0
+
+    async def receive_held() -> Message:
+        nonlocal num_bytes, deadline
         try:
             async with asyncio.timeout_at(deadline):
                 message = await receive()
+            num_bytes += len(message.get("body", b""))
+            reading.hold(num_bytes)
         except TimeoutError:
+            reading.refused = too_slow(timeout_s)
+        except RefusedBodyError as error:
+            reading.refused = error.refused
+        if reading.refused is not None:
             return {"type": "http.disconnect"}
-        left -= len(message.get("body", b""))
         if not message.get("more_body", False):
             deadline = None
-        return message if left >= 0 else {"type": "http.disconnect"}
+        return message
 
-    return receive_less
+    return receive_held
 
 
 def replayed(body: bytes, receive: Receive) -> Receive:

@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 from fastapi import FastAPI
 from starlette.routing import Mount
+from starlette.types import Scope
 
 from llava_ray.deployments.page_answers import Answers
 from llava_ray.deployments.page_chat import Parameters, export, last_question, pieces_of, questions
@@ -234,7 +235,7 @@ class ChatPage:
         yield (history, "…", *buttons_while(writing=True))
         try:
             session = str(request.session_hash)
-            async for shown, figures in self.answers.write(history, parameters, session, request.username):
+            async for shown, figures in self.answers.write(history, parameters, session, scope_of(request)):
                 said = str(figures)
                 yield (shown, escape(said), *[gr.skip()] * (4 + len(VOTES)))
         except RefusalError as error:
@@ -275,7 +276,7 @@ class ChatPage:
             request: gr.Request,
         ) -> tuple[Any, ...]:
             try:
-                self.answers.admit(request.username)
+                self.answers.admit(scope_of(request))
             except RefusalError as error:
                 return (failure(error), *[gr.skip()] * len(VOTES))
             self.front.metrics.votes.labels(model, vote).inc()
@@ -299,8 +300,8 @@ class ChatPage:
         del agreed
         parameters = Parameters(model, temperature, top_p, int(max_tokens))
         try:
-            self.answers.admit(request.username)
-            with self.answers.holding(history, request.username):
+            self.answers.admit(scope_of(request))
+            with self.answers.holding(history, scope_of(request)):
                 return await asyncio.to_thread(export, history, parameters, self.uploads)
         except RefusalError as error:
             raise gr.Error(error.refused.message, print_exception=False) from None
@@ -315,6 +316,12 @@ class ChatPage:
             gr.Warning(f"The conversation could not be kept: {error.strerror}")
         except RefusalError as error:
             gr.Warning(f"The conversation could not be kept: {error.refused.message}")
+
+
+def scope_of(request: gr.Request) -> Scope:
+    """Return the scope of an event's HTTP request, in which stands who sent it."""
+    assert request.request is not None
+    return request.request.scope
 
 
 def buttons_while(*, writing: bool = False, answered: bool = False, complete: bool = False) -> list[Any]:

@@ -6,8 +6,10 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Any, TypeVar
 
-from llava_ray.deployments.auth import ANYBODY, ApiKey
-from llava_ray.deployments.limits import too_many_bytes_in_flight
+from starlette.types import Scope
+
+from llava_ray.deployments.auth import ApiKey
+from llava_ray.deployments.limits import holder_of, too_many_bytes_in_flight
 from llava_ray.deployments.page_chat import CURSOR, Figures, Parameters, Shown, chat_request, paths_of
 from llava_ray.deployments.page_uploads import Uploads
 from llava_ray.deployments.refusal import RefusalError
@@ -28,11 +30,11 @@ class Answers:
         self.stops: dict[str, asyncio.Event] = {}
 
     async def write(
-        self, history: Sequence[Shown], parameters: Parameters, session: str, user: str | None
+        self, history: Sequence[Shown], parameters: Parameters, session: str, scope: Scope
     ) -> AsyncGenerator[tuple[list[Any], Figures], None]:
         """Yield the chat with its answer as it grows, and its figures. Raises RefusalError."""
-        self.admit(user)
-        with self.holding(history, user):
+        self.admit(scope)
+        with self.holding(history, scope):
             async with aclosing(self.write_admitted(history, parameters, session)) as states:
                 async for state in states:
                     yield state
@@ -67,17 +69,16 @@ class Answers:
             self.stops[session].set()
 
     @contextmanager
-    def holding(self, history: Sequence[Shown], user: str | None) -> Iterator[None]:
-        """Hold a chat's images against the bytes of all while the block runs. Raises RefusalError."""
+    def holding(self, history: Sequence[Shown], scope: Scope) -> Iterator[None]:
+        """Hold a chat's images against the bytes of all, and of its user, while the block runs. Raises RefusalError."""
         limits = self.front.bytes_in_flight
         num_bytes = self.uploads.check(paths_of(history))
-        with limits.hold(f"page {user}", num_bytes, too_many_bytes_in_flight(limits)):
+        with limits.hold(holder_of(scope), num_bytes, too_many_bytes_in_flight(limits)):
             yield
 
-    def admit(self, user: str | None) -> None:
+    def admit(self, scope: Scope) -> None:
         """Count a question, a vote or an export against its user's rate. Raises RefusalError (429)."""
-        who = next((key for key in self.front.guard.keys if key.name == user), ANYBODY)
-        refused = self.front.guard.admit(who)
+        refused = self.front.guard.admit(scope["api_key"])
         if refused is not None:
             self.front.count_refused(refused)
             raise RefusalError(refused)

@@ -18,6 +18,7 @@ SESSION_CHARS = 64
 NAME_CHARS = 512
 
 ShortText = Annotated[str, Field(max_length=NAME_CHARS)]
+SessionName = Annotated[str, Field(min_length=1, max_length=SESSION_CHARS, pattern=r"^[A-Za-z0-9_-]+$")]
 
 
 class Closed(BaseModel):
@@ -109,7 +110,7 @@ FORMS: dict[str, TypeAdapter[Any]] = {
     "multimodaltextbox": TypeAdapter(Box),
     "dropdown": TypeAdapter(ShortText | None),
     "textbox": TypeAdapter(str | None),
-    "slider": TypeAdapter(float),
+    "slider": TypeAdapter(Annotated[float, Field(allow_inf_nan=False)]),
     "checkbox": TypeAdapter(bool),
 }
 
@@ -118,10 +119,18 @@ class Event(Closed):
     """The body of ``/gradio_api/queue/join``."""
 
     fn_index: int
-    session_hash: Annotated[str, Field(min_length=1, max_length=SESSION_CHARS, pattern=r"^[A-Za-z0-9_-]+$")]
+    session_hash: SessionName
     data: list[Any]
     trigger_id: int | None = None
     event_data: Any = None
+
+
+class Cancel(Closed):
+    """The body of ``/gradio_api/cancel``."""
+
+    fn_index: int
+    session_hash: SessionName
+    event_id: ShortText
 
 
 class PageEvents:
@@ -140,6 +149,10 @@ class PageEvents:
             raise not_an_event("fn_index")
         data = [self.value(kind, value) for kind, value in zip(kinds, event.data, strict=True)]
         return {**event.model_dump(), "event_data": selected(event.event_data), "data": data}
+
+    def read_cancel(self, body: bytes) -> dict[str, Any]:
+        """Return which event is to end, as it may go on to Gradio. Raises RefusalError (400)."""
+        return parsed(TypeAdapter(Cancel), body).model_dump()
 
     def value(self, kind: str, value: Any) -> Any:
         """Return one input as it may go on. Raises RefusalError."""

@@ -11,14 +11,14 @@ from urllib.parse import parse_qs
 
 from starlette.datastructures import Headers
 from starlette.requests import cookie_parser
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llava_ray.deployments.auth import ANYBODY, ApiKey
-from llava_ray.deployments.bodies import BodyReading, counted, replayed
+from llava_ray.deployments.bodies import BodyReading, passed_on, replayed
 from llava_ray.deployments.limits import AddressRates, holder_of
 from llava_ray.deployments.middleware import GUARDED, UNCOUNTED, route_path, send_refused
-from llava_ray.deployments.page_events import PageEvents
-from llava_ray.deployments.page_sessions import UnreadEvents
+from llava_ray.deployments.page_events import SESSION_CHARS, PageEvents
+from llava_ray.deployments.page_sessions import SessionOwners, UnreadEvents
 from llava_ray.deployments.refusal import RefusalError, Refused, refuse
 from llava_ray.deployments.routes import Front
 
@@ -26,7 +26,7 @@ SMALL_BODY = 16 * 1024
 EVENT_BYTES = 1 << 20  # a chat without its images; Gradio keeps the last one of each session
 UPLOAD_TIMEOUT_S = 120.0
 
-Kind = Literal["plain", "login", "small", "event", "upload", "file", "stream"]
+Kind = Literal["plain", "login", "small", "event", "cancel", "upload", "file", "stream"]
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,17 @@ ROUTES = (
     PageRoute(("GET",), "/gradio_api/upload_progress", "stream"),
     PageRoute(("POST",), "/gradio_api/upload", "upload"),
     PageRoute(GET, f"{FILE}.+", "file"),
-    PageRoute(("POST",), "/gradio_api/(cancel|reset)/?", "small"),
+    PageRoute(("POST",), "/gradio_api/cancel", "cancel"),
+    PageRoute(("POST",), "/gradio_api/reset/?", "small"),
 )
 NO_SUCH_PAGE = Refused(404, "no such page here", "unknown_path")
+NOT_AN_UPLOAD = Refused(400, "not an upload as a browser sends it; attach the images again", "page_upload")
 NOT_LOGGED_IN = Refused(401, "log in first, with the name of an API key and the key", "not_logged_in")
+
+
+def query_of(scope: Scope) -> dict[str, list[str]]:
+    """Return what stands behind the question mark of an address, its escapes read."""
+    return parse_qs(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True)
 
 
 def find_route(scope: Scope) -> PageRoute:
@@ -67,7 +74,7 @@ def find_route(scope: Scope) -> PageRoute:
     path = route_path(scope) or "/"
     for route in ROUTES:
         if scope["method"] in route.methods and re.fullmatch(route.path, path, re.DOTALL):
-            if b"deep_link" in scope.get("query_string", b""):
+            if "deep_link" in query_of(scope):
                 break  # Gradio would read a state from a file of that name
             return route
     raise RefusalError(NO_SUCH_PAGE)
@@ -91,6 +98,7 @@ class PageMiddleware:
         self.find_user = find_user
         self.events = events
         self.unread = UnreadEvents(front.bytes_in_flight, drop_session)
+        self.owners = SessionOwners()
         self.logins = AddressRates(front.settings.logins_per_minute, time.monotonic)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -118,27 +126,20 @@ class PageMiddleware:
 
     async def pass_on(self, route: PageRoute, scope: Scope, receive: Receive, send: Send) -> None:
         """Check what a route of this kind is sent, and let it through. Raises RefusalError."""
-        address = scope["client"][0]
         match route.kind:
             case "plain":
                 await self.app(scope, replayed(b"", receive), send)
             case "file":
                 self.check_file(scope)
+                # Whole: they are small, and Gradio's own reading of ranges fails on all but the simplest.
+                scope["headers"] = [pair for pair in scope["headers"] if pair[0] != b"range"]
                 await self.app(scope, replayed(b"", receive), send)
             case "stream":
-                await self.pass_stream(address, scope, receive, send)
+                await self.pass_stream(scope, receive, send)
             case "upload":
-                self.admit(self.front.guard.admit(scope["api_key"]))
-                limit = self.settings.max_images * self.settings.max_image_bytes + self.settings.max_body_bytes
-                await self.check_room(limit)
-                await self.app(scope, counted(receive, limit, UPLOAD_TIMEOUT_S), send)
-            case "login":
-                self.admit(self.logins.admit(address, "logins"))
-                await self.pass_body(SMALL_BODY, scope, receive, send)
-            case "small":
-                await self.pass_body(SMALL_BODY, scope, receive, send)
-            case "event":
-                await self.pass_body(EVENT_BYTES, scope, receive, send, as_event=True)
+                await self.pass_upload(scope, receive, send)
+            case _:
+                await self.pass_body(route.kind, scope, receive, send)
 
     def admit(self, refused: Refused | None) -> None:
         """Raise RefusalError if there is a refusal."""
@@ -155,38 +156,86 @@ class PageMiddleware:
     async def check_room(self, num_bytes: int) -> None:
         """Raise RefusalError (507) if the upload folder could become larger than it may."""
         limit = self.settings.max_upload_bytes
+        await asyncio.to_thread(self.events.uploads.delete_partial)
         if await asyncio.to_thread(self.events.uploads.total_bytes) + num_bytes > limit:
             message = f"the page keeps at most {limit:,} bytes of uploads (max_upload_bytes); they go after a day"
             raise refuse(507, message, "uploads_full")
 
-    async def pass_stream(self, address: str, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a stream through while it has a place. Raises RefusalError (429)."""
-        query = parse_qs(scope.get("query_string", b"").decode("latin-1"))
-        if any(len(value) > 64 for values in query.values() for value in values):
+    def check_query(self, scope: Scope) -> None:
+        """Raise RefusalError for names that are longer than any of the page's: Gradio keeps them."""
+        if any(len(value) > SESSION_CHARS for values in query_of(scope).values() for value in values):
             raise refuse(400, "not a session of this page; load it again", "page_event")
+
+    async def pass_upload(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let an upload through while its bytes are held; what Gradio fails on is refused. Raises RefusalError."""
+        self.check_query(scope)
+        self.admit(self.front.guard.admit(scope["api_key"]))
+        held, settings = self.front.bytes_in_flight, self.settings
+        limit = min(settings.max_images * settings.max_image_bytes + settings.max_body_bytes, held.per_holder)
+        await self.check_room(limit)
+        reading, failed = BodyReading(limit, "of one upload to the page", held, holder_of(scope)), False
+
+        async def send_if_read(message: Message) -> None:
+            nonlocal failed
+            failed = failed or reading.refused is not None or message.get("status", 200) >= 500
+            if not failed:
+                await send(message)
+
+        try:
+            body = passed_on(reading, Headers(scope=scope), receive, UPLOAD_TIMEOUT_S)
+            await self.app(scope, body, send_if_read)
+        except RefusalError:
+            raise
+        except Exception:
+            if not failed:
+                raise
+        finally:
+            reading.release()
+        if failed:
+            raise RefusalError(reading.refused or NOT_AN_UPLOAD)
+
+    async def pass_stream(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a stream through while it has a place. Raises RefusalError: 429, or 404 for another user's."""
+        self.check_query(scope)
+        place, _, name = route_path(scope).rpartition("/")
+        session = query_of(scope).get("session_hash", [""])[-1] if name == "data" else ""
+        self.owners.claim(name if place.endswith("/heartbeat") else session, scope["api_key"])
         streams = self.front.page_streams
         message = (
             f"too many pages are open: at most {streams.per_holder:,} streams from one address "
             f"(max_page_streams_per_address) and {streams.total:,} in all (max_page_streams); close some"
         )
-        session = query.get("session_hash", [""])[0] if route_path(scope).endswith("/queue/data") else ""
         refused = Refused(429, message, "too_many_page_streams", retry_after_s=5)
-        with streams.hold(address, 1, refused), self.unread.reading(session):
+        with streams.hold(scope["client"][0], 1, refused), self.unread.reading(session):
             await self.app(scope, replayed(b"", receive), send)
 
-    async def pass_body(
-        self, max_bytes: int, scope: Scope, receive: Receive, send: Send, *, as_event: bool = False
-    ) -> None:
-        """Read a body whole, and let it through as it was; an event only as it was understood. Raises RefusalError."""
+    def checked_event(self, scope: Scope, body: bytes) -> bytes:
+        """Return an event as it was understood, and count it. Raises RefusalError."""
+        event = self.events.read(body)
+        self.owners.claim(event["session_hash"], scope["api_key"])
+        written = json.dumps(event).encode()
+        self.unread.add(event["session_hash"], holder_of(scope), len(written))
+        return written
+
+    def checked_cancel(self, scope: Scope, body: bytes) -> bytes:
+        """Return which event its own user wants to end. Raises RefusalError."""
+        cancel = self.events.read_cancel(body)
+        self.owners.claim(cancel["session_hash"], scope["api_key"])
+        return json.dumps(cancel).encode()
+
+    async def pass_body(self, kind: Kind, scope: Scope, receive: Receive, send: Send) -> None:
+        """Read a body whole, and let it through; an event only as it was understood. Raises RefusalError."""
+        if kind == "login":
+            self.admit(self.logins.admit(scope["client"][0], "logins"))
+        checked = {"event": self.checked_event, "cancel": self.checked_cancel}.get(kind)
+        max_bytes = EVENT_BYTES if kind == "event" else SMALL_BODY
         reading = BodyReading(max_bytes, "of the page", self.front.bytes_in_flight, holder_of(scope))
         try:
             body = await reading.read(Headers(scope=scope), receive, self.settings.body_timeout_s)
             if body is None:
                 return
-            if as_event:
-                event = self.events.read(body)
-                body = json.dumps(event).encode()
-                self.unread.add(event["session_hash"], holder_of(scope), len(body))
+            if checked is not None:
+                body = checked(scope, body)
                 scope["headers"] = with_json_headers(scope["headers"], len(body))
             await self.app(scope, replayed(body, receive), send)
         finally:

@@ -1,15 +1,37 @@
-"""What Gradio keeps for sessions that nobody reads: counted as bytes in flight, and dropped after a while."""
+"""The page's sessions: whose each is, and what Gradio keeps for those that nobody reads, which is bounded here."""
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from llava_ray.deployments.auth import ApiKey
 from llava_ray.deployments.limits import HeldAmounts, too_many_bytes_in_flight
-from llava_ray.deployments.refusal import RefusalError
+from llava_ray.deployments.refusal import RefusalError, refuse
 
 UNREAD_S = 60.0  # the page opens its stream right after an event
 COPIES = 3  # of a chat while an event runs: as it came, as the first state of its outcome and as the last
+
+MAX_OWNERS = 10_000  # sessions whose user is remembered
+
+
+class SessionOwners:
+    """Whose each session is where users log in: Gradio gives what one holds to everybody who knows its name."""
+
+    def __init__(self) -> None:
+        """Know none."""
+        self.owners: dict[str, str] = {}
+
+    def claim(self, name: str, who: ApiKey) -> None:
+        """Take a session for whoever uses it first. Raises RefusalError (404) for the session of another user."""
+        if not who.sha256:  # without keys there are no users
+            return
+        owner = self.owners.pop(name, who.name)
+        self.owners[name] = owner  # at the end: the first are those that have been quiet for longest
+        if len(self.owners) > MAX_OWNERS:
+            del self.owners[next(iter(self.owners))]
+        if owner != who.name:
+            raise refuse(404, "no session of yours; load the page again", "page_session")
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 from llava_ray.deployments.refusal import RefusalError, refuse
 
 MAX_PATH_CHARS = 4096
+LEAST_FILE_BYTES = 64 * 1024  # what a file counts at least: a disk has an end of files too
+PARTIAL_S = 600.0  # after which an upload has ended, one way or the other
 
 
 @dataclass(frozen=True)
@@ -63,13 +66,23 @@ class Uploads:
         return num_bytes
 
     def total_bytes(self) -> int:
-        """Return how much lies in the folder."""
+        """Return how much lies in the folder, small files counted as larger ones."""
         total = 0
         for folder, _, names in os.walk(self.folder):
             for name in names:
                 with contextlib.suppress(OSError):  # deleted meanwhile
-                    total += os.lstat(os.path.join(folder, name)).st_size  # noqa: PTH118 - thousands of them
+                    size = os.lstat(os.path.join(folder, name)).st_size  # noqa: PTH118 - thousands of them
+                    total += max(size, LEAST_FILE_BYTES)
         return total
+
+    def delete_partial(self) -> None:
+        """Delete what came of uploads that broke off: whole ones lie in folders of their own."""
+        border = time.time() - PARTIAL_S
+        with contextlib.suppress(FileNotFoundError):  # no upload yet
+            for place in self.folder.iterdir():
+                with contextlib.suppress(OSError):  # deleted meanwhile
+                    if place.is_file() and not place.is_symlink() and place.stat().st_mtime < border:
+                        place.unlink()
 
     def encoded_size(self, place: Path) -> int:
         """Return how long a file is in base64. Raises RefusalError if it is no longer there."""

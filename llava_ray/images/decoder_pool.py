@@ -1,7 +1,7 @@
 """Images decoded in processes of their own, which are killed when one takes too long or its client has left.
 
 A few places are for everybody. An image that takes longer than most gives its place to the next one and goes on at a
-low priority, so that a few slow images never hold up the others.
+low priority, or waits until fewer such images are at work, so that slow images never hold up the others.
 """
 
 import asyncio
@@ -19,6 +19,7 @@ from llava_ray.images.geometry import ImageSpec
 from llava_ray.images.views import OpenedImage
 
 WALL_PER_CPU = 3.0  # a busy machine may take so much longer
+MORE_MOMENTS = 3
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class DecoderPool:
         self.limits = limits or DecodeLimits()
         most = self.limits.num_places + self.limits.num_slow
         self._places = asyncio.Semaphore(self.limits.num_places)
-        self._num_slow = 0
+        self._slow = asyncio.Semaphore(self.limits.num_slow)
         self._threads = ThreadPoolExecutor(most, thread_name_prefix="image-decoders")
         self._starter = DecoderStarter()
         self._idle: list[DecoderProcess] = []
@@ -93,20 +94,29 @@ class DecoderPool:
         return answer
 
     async def _ask(self, head: Mapping[str, Any], data: bytes) -> Answer:
-        """Let one process answer; it is only used again if it did, and in time."""
+        """Let one process answer; it is only used again if it did, and in time.
+
+        An image that is not quick never keeps its place. Where too many of them are at work already it is given up, and
+        begun anew when one has ended: however many there are, the quick ones go on.
+        """
+        limits, process, finished = self.limits, None, False
         await self._places.acquire()
-        process, slow, finished = None, False, False
+        held: asyncio.Semaphore | None = self._places
         try:
-            process = await self._process()
-            job = asyncio.get_running_loop().run_in_executor(self._threads, process.ask, head, data)
-            job.add_done_callback(_forget)
-            await asyncio.wait({job}, timeout=self.limits.patience_s)
-            if not job.done() and self._num_slow < self.limits.num_slow:
-                slow = True
-                self._num_slow += 1
+            process, job = await self._begin(head, data)
+            await self._wait_a_moment(process, job)
+            if not job.done():
                 self._places.release()
+                held = None
+                if self._slow.locked():
+                    process.kill()
+                    process = None
+                await self._slow.acquire()
+                held = self._slow
+                if process is None:
+                    process, job = await self._begin(head, data)
                 process.lower_priority()
-            await asyncio.wait({job}, timeout=WALL_PER_CPU * self.limits.cpu_s)
+                await asyncio.wait({job}, timeout=WALL_PER_CPU * limits.cpu_s)
             if not job.done():
                 raise _too_long(head["name"])
             answer = job.result()
@@ -114,15 +124,35 @@ class DecoderPool:
         except (EOFError, OSError) as error:  # ended by its own bounds, by the system's lack of memory, by a fault
             raise _too_long(head["name"]) from error
         finally:
-            if slow:
-                self._num_slow -= 1
-            else:
-                self._places.release()
-            if process is not None and finished and not slow and not self._closed:
-                self._idle.append(process)
-            elif process is not None:
-                process.kill()
+            if held is not None:
+                held.release()
+            if process is not None:
+                self._put_away(process, again=finished and held is self._places)
         return answer
+
+    async def _wait_a_moment(self, process: DecoderProcess, job: "asyncio.Future[Answer]") -> None:
+        """Wait for a quick image; where another place would have to be waited for, by its processor's clock too."""
+        patience_s = self.limits.patience_s
+        await asyncio.wait({job}, timeout=patience_s)
+        border = process.processor_s() + patience_s
+        for _ in range(MORE_MOMENTS):
+            if job.done() or not self._slow.locked() or process.processor_s() >= border:
+                return
+            await asyncio.wait({job}, timeout=patience_s)
+
+    def _put_away(self, process: DecoderProcess, *, again: bool) -> None:
+        """Keep a process to be used again, or end it."""
+        if again and not self._closed:
+            self._idle.append(process)
+        else:
+            process.kill()
+
+    async def _begin(self, head: Mapping[str, Any], data: bytes) -> "tuple[DecoderProcess, asyncio.Future[Answer]]":
+        """Let a process begin with an image."""
+        process = await self._process()
+        job = asyncio.get_running_loop().run_in_executor(self._threads, process.ask, head, data)
+        job.add_done_callback(_forget)
+        return process, job
 
     async def _process(self) -> DecoderProcess:
         """Return one that is idle, or a new one."""

@@ -44,6 +44,14 @@ class DecoderProcess:
         """Say whether the process has not ended."""
         return not select.select([self._handle], [], [], 0)[0]
 
+    def processor_s(self) -> float:
+        """Return how long it has computed; 0 if it has ended."""
+        try:
+            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def lower_priority(self) -> None:
         """Let others go first."""
         try:

@@ -1,5 +1,8 @@
 """Image files read from wherever they lie; what opens them is handed on from `opening`."""
 
+import errno
+import os
+import stat
 from functools import cache
 from pathlib import Path
 
@@ -9,8 +12,10 @@ import pyarrow
 import pyarrow.fs
 from fsspec.implementations.arrow import ArrowFSWrapper
 
-from llava_ray.errors import DataError, ImageError
+from llava_ray.errors import DataError, ImageError, LlavaRayError
+from llava_ray.images.fetching import fetch_image
 from llava_ray.images.opening import check_header, check_image, open_image, to_rgb
+from llava_ray.reading import reason, shown
 
 __all__ = ["check_header", "check_image", "open_filesystem", "open_image", "read_bytes", "to_rgb"]
 
@@ -44,27 +49,67 @@ def _arrow_filesystem(root: str, problem: str) -> tuple[fsspec.AbstractFileSyste
     return ArrowFSWrapper(filesystem), start.rstrip("/")
 
 
+# Of the system, about one name and not about the storage: too long, of no file, a loop of links, no such device.
+OF_ONE_NAME = {errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EILSEQ}
+
+
 def read_bytes(path: str) -> bytes:
     """Read a file from a local path or any fsspec URL.
 
     Raises ImageError with reason ``image_missing`` where there is no such file and ``image_unreadable`` where it may
-    not be read; DataError where the storage itself fails, which is no fault of the record.
+    not be read, is behind an address that nobody knows, or a web server does not give it; DataError where the storage
+    itself fails, which is no fault of the record.
     """
     try:
         if "://" not in path:
-            return Path(path).read_bytes()
-        filesystem, place = open_filesystem(path)
+            return _read_local(path)
+        if path.lower().startswith(("http://", "https://")):
+            return fetch_image(fsspec.filesystem("http"), path)
+        filesystem, place = _open_place(path)
         return bytes(filesystem.cat_file(place))
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise ImageError(
-            f"image {path!r} does not exist; check data.image_folder, or fetch the file", reason="image_missing"
-        ) from error
-    except PermissionError as error:
-        raise ImageError(
-            f"image {path!r} may not be read ({error}); give this user read permission", reason="image_unreadable"
-        ) from error
-    except OSError as error:
-        raise DataError(
-            f"reading image {path!r} failed ({error}): the storage did not answer; start again when it does, "
+    except LlavaRayError:
+        raise
+    except Exception as error:
+        raise _said_of(path, error) from error
+
+
+def _said_of(path: str, error: Exception) -> DataError:
+    """Return what a failure says: of one image, or of the storage."""
+    name = shown(path)
+    if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
+        return ImageError(
+            f"image {name} does not exist; check data.image_folder, or fetch the file", reason="image_missing"
+        )
+    if isinstance(error, PermissionError):
+        return ImageError(
+            f"image {name} may not be read ({reason(error)}); give this user read permission", reason="image_unreadable"
+        )
+    # A NUL or half a surrogate pair in a name, a home of nobody: no OSError.
+    if isinstance(error, ValueError | RuntimeError) or (isinstance(error, OSError) and error.errno in OF_ONE_NAME):
+        return ImageError(
+            f"image {name} is no name that a file can have ({reason(error)}); check the record", reason="image_missing"
+        )
+    if isinstance(error, OSError):
+        return DataError(
+            f"reading image {name} failed ({reason(error)}): the storage did not answer; start again when it does, "
             "finished shards are kept"
-        ) from error
+        )
+    return DataError(
+        f"reading image {name} failed ({reason(error)}): check the address and your credentials, and start again; "
+        "finished shards are kept"
+    )
+
+
+def _read_local(path: str) -> bytes:
+    with Path(path).open("rb") as stream:
+        kind = os.fstat(stream.fileno()).st_mode
+        if stat.S_ISCHR(kind) or stat.S_ISBLK(kind):
+            raise OSError(errno.ENODEV, "a device, and no file")
+        return stream.read()
+
+
+def _open_place(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    try:
+        return open_filesystem(path)
+    except DataError as error:  # one record's address, which says nothing of the others
+        raise ImageError(f"image {shown(path)}: {error}", reason="image_unreadable") from error

@@ -48,6 +48,8 @@ class Scored:
     mistakes: Sequence[Mistake]
     num_mistakes: int
     """How many there are in all; only some are shown."""
+    note: str | None = None
+    """Why no published figures stand beside it."""
 
 
 def evaluation_report(title: str, scored: Sequence[Scored]) -> Report:
@@ -79,7 +81,7 @@ def _score_table(scored: Sequence[Scored]) -> Table:
     rows: list[list[Cell]] = []
     for one in scored:
         found = one.summary
-        asked = f"{found['num_scored']:,} of {found['num_questions']:,}"
+        asked = f"{found['num_scored']:,} of {found.get('whole_set') or found['num_questions']:,}"
         gaps: list[Cell] = [found[key] for key in ("missing", "duplicate", "extra", "unparsed", "failed")]
         rows.append([one.title, _headline(found), _interval(found), asked, *gaps])
     header = ["benchmark", "score", "95 % interval", "scored", "missing", "duplicate", "extra", "unparsed", "failed"]
@@ -113,6 +115,8 @@ def _details(one: Scored) -> list[Piece]:
         pieces.append(Table(header, rows, "By category"))
     if found["figures"] and not found.get("withheld"):
         pieces.append(Table(["figure", "value"], [[name, value] for name, value in found["figures"].items()]))
+    if one.note:
+        pieces.append(Note(f"{one.note}."))
     if one.published:
         models: list[list[Cell]] = [["this model", found["score"]]]
         models += [[name, value] for name, value in one.published.items()]

@@ -1,4 +1,5 @@
 """Reviews by a judge behind an API: rubric, verdicts, limiter, ledger, reviewers. It knows no benchmark, no torch.
 
-rubric, verdict, calls, prices, headers, rates and ledger_file are pure; limiter, ledger, reviewer and pool are Ray's.
+rubric, verdict, calls, prices, headers, faults, rates and ledger_file are pure; limiter, ledger, reviewer and pool are
+Ray's.
 """

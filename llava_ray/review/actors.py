@@ -9,8 +9,10 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from tenacity import AsyncRetrying, Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
+
+from llava_ray.errors import LlavaRayError
 
 PATIENCE_S = 120.0
 POLICY: dict[str, Any] = {
@@ -27,8 +29,21 @@ async def say(actor: ActorHandle, method: str, *arguments: Any) -> Any:
 
 
 def tell(actor: ActorHandle, method: str, *arguments: Any) -> Any:
-    """Call an actor from the driver. Raises RayActorError if it does not come back."""
-    return Retrying(sleep=time.sleep, **POLICY)(lambda: ray.get(getattr(actor, method).remote(*arguments)))
+    """Call an actor from the driver. Raises RayActorError if it does not come back, and our own errors as they are."""
+    return Retrying(sleep=time.sleep, **POLICY)(lambda: heard(getattr(actor, method).remote(*arguments)))
+
+
+def heard(answer: ray.ObjectRef) -> Any:
+    """Return an actor's answer. Raises our own errors as they were raised there, through however many actors."""
+    try:
+        return ray.get(answer)
+    except RayTaskError as error:
+        cause: BaseException | None = error
+        while isinstance(cause, RayTaskError):
+            cause = cause.cause
+        if isinstance(cause, LlavaRayError):
+            raise cause from error
+        raise
 
 
 async def _called(actor: ActorHandle, method: str, *arguments: Any) -> Any:

@@ -19,8 +19,9 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_rand
 
 from llava_ray.errors import JudgeError
 from llava_ray.review.calls import Call, CallPlan, JudgeSpec, with_image
+from llava_ray.review.faults import RequestError, content_fault, plain, status_fault
 from llava_ray.review.headers import Reported
-from llava_ray.review.judge import NO_KEY, Reply, RequestError, Usage, read_reply
+from llava_ray.review.judge import NO_KEY, Reply, Usage, read_reply
 from llava_ray.review.ledger_file import BATCH, LedgerFile
 from llava_ray.review.pool import Progress
 from llava_ray.review.rates import Purse
@@ -128,9 +129,11 @@ class Batches:
             return  # whether it was made is found out when it is asked for
         except openai.APIStatusError as error:
             self._return([call.key for call in batch], f"HTTP {error.status_code}: {error.message}")
-            raise JudgeError(
-                f"{self.spec.name} takes no batch: {error.message}; use judge.delivery = 'sync'"
-            ) from error
+            reason = status_fault(error, self.spec).reason
+            raise JudgeError(f"{self.spec.name} takes no batch: {reason}; use judge.delivery = 'sync'") from error
+        if isinstance(sent, str):  # what is no JSON is handed over as it came
+            self._return([call.key for call in batch], NOT_SENT)
+            raise JudgeError(content_fault(sent.encode(), self.spec, Reported(), "it is a text").reason)
         self.ledger.name_batch(by, sent.id)
 
     def _await(self, by: str, keys: Sequence[str], by_key: Mapping[str, int], progress: Progress) -> Iterator[Progress]:
@@ -210,9 +213,17 @@ class Batches:
             reraise=True,
         )
         try:
-            return policy(question)
+            answer = policy(question)
+        except openai.APIStatusError as error:
+            reason = status_fault(error, self.spec).reason
+            raise JudgeError(f"{self.spec.name}: {reason}; the same command goes on with its batches") from error
         except openai.APIError as error:
-            raise JudgeError(f"{self.spec.name}: {error.message}; the same command goes on with its batches") from error
+            reason = plain(error.message)
+            raise JudgeError(f"{self.spec.name}: {reason}; the same command goes on with its batches") from error
+        if isinstance(answer, str):  # what is no JSON is handed over as it came
+            reason = content_fault(answer.encode(), self.spec, Reported(), "it is a text").reason
+            raise JudgeError(f"{self.spec.name}: {reason}")
+        return answer
 
 
 def _reply(row: Mapping[str, Any]) -> Reply:

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from llava_ray.review.verdict import schema
 Order = Literal["given", "swapped"]
 TOKENS_PER_MESSAGE = 16  # roles, separators, the schema's own; generous
 BYTES_PER_TOKEN = 3  # of English text about 4.5
+REASONING = re.compile(r"(?:.*/)?(?:o[1-9]|gpt-[5-9])(?![\w])", re.IGNORECASE)
 MEDIA_TYPES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp", b"GIF8": "image/gif"}
 
 
@@ -174,13 +176,20 @@ def request_body(judge: JudgeSpec, rubric: Rubric, text: str, sample: int) -> di
         "model": judge.model,
         "messages": [*messages, {"role": "user", "content": text}],
         "temperature": config.temperature,
-        config.token_limit_name: config.max_tokens,
+        token_limit_name(config, judge.model): config.max_tokens,
     }
     if config.seed is not None:
         body["seed"] = config.seed + sample
     if judge.as_json:
         body["response_format"] = schema(rubric.kind)
     return body
+
+
+def token_limit_name(config: JudgeConfig, model: str) -> str:
+    """Return how the endpoint calls the limit of a reply: OpenAI's reasoning models refuse the older name."""
+    if config.token_limit_name != "auto":
+        return config.token_limit_name
+    return "max_completion_tokens" if REASONING.match(model) else "max_tokens"
 
 
 def with_image(body: Mapping[str, Any], content: bytes) -> dict[str, Any]:

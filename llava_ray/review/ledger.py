@@ -16,6 +16,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from llava_ray.review.actors import heard
 from llava_ray.review.ledger_file import LedgerFile, Standing
 
 LOCK_WAIT_S = 15.0  # an actor of a killed job may live on for a moment
@@ -75,8 +76,10 @@ class Ledger:
 
     async def close(self) -> None:
         """Write everything and let others write."""
-        await self._durable()
-        self.file.close()
+        try:
+            await self._durable()
+        finally:
+            self.file.close()
 
     async def _durable(self) -> None:
         """Wait for the disk; whoever comes while it is busy waits for the next time, together."""
@@ -97,10 +100,12 @@ class Ledger:
 
 
 def close_ledger(ledger: ActorHandle) -> None:
-    """Let others write the file, and end the actor."""
-    with contextlib.suppress(RayActorError):
-        ray.get(ledger.close.remote())
-    ray.kill(ledger)
+    """Let others write the file, and end the actor. Raises ConfigError where the file cannot be written."""
+    try:
+        with contextlib.suppress(RayActorError):
+            heard(ledger.close.remote())
+    finally:
+        ray.kill(ledger)
 
 
 def open_ledger(path: Path, session: str) -> ActorHandle:

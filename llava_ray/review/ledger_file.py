@@ -6,6 +6,7 @@ one process writes at a time. ``done`` lines are a cache for every later run.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -25,6 +26,7 @@ LOCK_RETRY_S = 0.1
 BATCH = "batch/"
 """How the name of whoever sends in batches begins: its calls outlive the job, and are asked for by the next one."""
 MAX_RECENT = 100_000
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass
@@ -94,11 +96,15 @@ class LedgerFile:
     """Ids of batches at the endpoint, by who sent them."""
     recent: deque[Sent] = field(default_factory=lambda: deque(maxlen=MAX_RECENT))
     """The last attempts, in the order in which they were sent."""
+    end: int = 0
+    """How many bytes of whole lines there are."""
 
     def __post_init__(self) -> None:
         """Open, lock, cut a line that was not finished, and read the others. Raises ConfigError, DataError."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = self.path.open("a+b")
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            check_ordinary(self.path)
+            self.file = self.path.open("a+b", buffering=0)
         try:
             self._lock()
             last_session = self._replay()
@@ -196,8 +202,9 @@ class LedgerFile:
         )
 
     def sync(self) -> None:
-        """Wait until everything is on the disk."""
-        os.fsync(self.file.fileno())
+        """Wait until everything is on the disk. Raises ConfigError."""
+        with writing(self.path):
+            os.fsync(self.file.fileno())
 
     def _lock(self) -> None:
         end = time.monotonic() + self.lock_wait_s
@@ -215,16 +222,17 @@ class LedgerFile:
                 return
 
     def _replay(self) -> str:
-        self.file.seek(0)
-        session, end = "", 0
-        for line in self.file:
-            if not line.endswith(b"\n"):
-                break
-            end += len(line)
-            row = parse_line(line, self.path)
-            session = row["session"] if row["state"] == "session" else session
-            self._apply(row)
-        self.file.truncate(end)
+        session, self.end = "", 0
+        with self.path.open("rb") as lines:
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    break
+                self.end += len(line)
+                row = parse_line(line, self.path)
+                session = row["session"] if row["state"] == "session" else session
+                self._apply(row)
+        with writing(self.path):
+            self.file.truncate(self.end)
         return session
 
     def _take_over(self) -> None:
@@ -239,8 +247,17 @@ class LedgerFile:
         self.sync()
 
     def _write(self, row: Mapping[str, Any]) -> None:
-        self.file.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
-        self.file.flush()
+        line = json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+        with writing(self.path):
+            try:
+                rest = memoryview(line)
+                while rest:
+                    rest = rest[self.file.write(rest) :]
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self.file.truncate(self.end)  # a line is whole or is not there
+                raise
+        self.end += len(line)
         self._apply(row)
 
     def _apply(self, row: Mapping[str, Any]) -> None:
@@ -298,11 +315,18 @@ def read_final_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Go through a ledger's whole lines; none where there is no file. Raises DataError."""
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+    """Go through a ledger's whole lines; none where there is no file. Raises ConfigError, DataError."""
+    check_ordinary(path)
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), path.open("rb") as file:
         for line in file:
             if line.endswith(b"\n"):
                 yield parse_line(line, path)
+
+
+def check_ordinary(path: Path) -> None:
+    """Raise ConfigError for a folder or a device in a ledger's place."""
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} is no ordinary file, and no ledger can be kept in it: choose another --ledger")
 
 
 def parse_line(line: bytes, path: Path) -> dict[str, Any]:
@@ -316,6 +340,19 @@ def parse_line(line: bytes, path: Path) -> dict[str, Any]:
     if not isinstance(row, dict) or "state" not in row:
         raise DataError(f"{path} is no ledger: it has a line {line[:60]!r}; choose another --ledger")
     return row
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failure to write a file into ConfigError, which names it and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        told = error.strerror or str(error)
+        remedy = "make room there" if error.errno in NO_ROOM else "see to it"
+        raise ConfigError(
+            f"cannot write {path}: {told}; {remedy}, or choose another --output, and the same command goes on"
+        ) from error
 
 
 def _uncertain(key: str, entry: Entry, reason: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -23,6 +23,8 @@ from llava_ray.review.headers import Reported
 from llava_ray.review.rates import Gate, Purse
 
 LONGEST_WAIT_S = 1.0
+MAX_SYSTEMATIC = 3
+"""So many faults of that kind, from a judge that has never answered, end the job: the next ones would be the same."""
 Mood = Literal["fine", "throttled", "trouble", "unused", "halt"]
 
 
@@ -68,6 +70,8 @@ class Settlement:
     age_s: float
     reported: Reported = field(default_factory=Reported)
     reason: str = ""
+    systematic: bool = False
+    """The fault lies with the settings, most likely."""
 
 
 class Limiter:
@@ -95,6 +99,8 @@ class Limiter:
         self.open = False
         self.halted = ""
         self.gone: set[str] = set()
+        self.answered: set[str] = set()
+        self.systematic: Counter[str] = Counter()
 
     async def acquire(self, judge: str, wishes: Sequence[Wish]) -> list[Granted | Refused]:
         """Answer as many wishes as can be answered now, at least the first; in the order in which callers came."""
@@ -118,6 +124,7 @@ class Limiter:
             self.purse.settle(one.lease, one.dollars)
             gate.settle(one.lease, one.tokens, now - one.age_s, unused=one.mood == "unused")
             gate.observe(one.reported, now)
+            self._note_systematic(one)
             if one.mood == "fine":
                 gate.succeed()
             elif one.mood == "throttled":
@@ -151,11 +158,25 @@ class Limiter:
         await self._open()
         return {"spent": self.purse.spent, "leased": self.purse.leased, "halted": self.halted}
 
+    async def under_way(self) -> int:
+        """Return how many calls were let go and are not settled."""
+        await self._open()
+        return len(self.purse.leases)
+
     def gate(self, judge: str) -> Gate:
         """Return a judge's gate."""
         if judge not in self.gates:
             self.gates[judge] = Gate(self.limits, self.clock())
         return self.gates[judge]
+
+    def _note_systematic(self, one: Settlement) -> None:
+        """Stop where a judge has answered nothing but what it will answer to all."""
+        if one.systematic:
+            self.systematic[one.judge] += 1
+            if one.judge not in self.answered and self.systematic[one.judge] >= MAX_SYSTEMATIC:
+                self.halted = self.halted or one.reason
+        elif one.mood == "fine":
+            self.answered.add(one.judge)
 
     def _answer(self, judge: str, wish: Wish) -> Granted | Refused | None:
         if self.halted or wish.owner in self.gone:

@@ -11,7 +11,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
 from llava_ray.config.review import BudgetConfig, LimitsConfig
-from llava_ray.review.actors import tell
+from llava_ray.review.actors import heard, tell
 from llava_ray.review.calls import CallPlan
 from llava_ray.review.limiter import start_limiter
 from llava_ray.review.reviewer import Summary, start_reviewer
@@ -38,6 +38,11 @@ class Progress:
     spent: float = 0.0
     leased: float = 0.0
     stopped: str = ""
+    """Why nothing goes any more; whoever wants it so sets it."""
+    signal: int = 0
+    """Which signal wants it so."""
+    under_way: int = 0
+    """Calls that are waited for although the job stops."""
     reasons: Counter[str] = field(default_factory=Counter)
     started: float = field(default_factory=time.monotonic)
 
@@ -85,7 +90,7 @@ class Pool:
         fresh = iter(indices)
         for _ in range(min(num_reviewers, -(-len(indices) // size))):
             self._start()
-        looked = time.monotonic()
+        looked, num_idle = time.monotonic(), 0
         while self._feed(fresh, size, progress):
             ready, _ = ray.wait(list(self.batches), num_returns=1, timeout=LOOK_EVERY_S)
             for ref in ready:
@@ -95,6 +100,10 @@ class Pool:
                 looked = time.monotonic()
                 self._look(progress)
                 yield progress
+                # What only waits to be sent again is not waited for: whatever came back is in the ledger.
+                num_idle = num_idle + 1 if progress.stopped and not progress.under_way else 0
+                if num_idle > 1:
+                    break
         self._look(progress)
         yield progress
 
@@ -132,7 +141,7 @@ class Pool:
     def _collect(self, ref: ray.ObjectRef, progress: Progress) -> None:
         batch = self.batches.pop(ref)
         try:
-            summary: Summary = ray.get(ref)
+            summary: Summary = heard(ref)
         except RayActorError as error:
             self._replace(batch, error, progress)
             return
@@ -170,9 +179,11 @@ class Pool:
         if not progress.stopped and self.failed_in_row >= self.limits.give_up_after:
             reason, _ = progress.reasons.most_common(1)[0]
             progress.stopped = f"{self.failed_in_row} items failed in a row, the most with: {reason}"
-            tell(self.limiter, "halt", progress.stopped)
 
     def _look(self, progress: Progress) -> None:
+        if progress.stopped:
+            tell(self.limiter, "halt", progress.stopped)  # each time: one that was killed and came back does not know
         seen = tell(self.limiter, "look")
         progress.spent, progress.leased = seen["spent"], seen["leased"]
         progress.stopped = progress.stopped or seen["halted"]
+        progress.under_way = tell(self.limiter, "under_way") if progress.stopped else 0

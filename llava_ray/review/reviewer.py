@@ -17,14 +17,16 @@ from ray.actor import ActorHandle
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_random_exponential
 
 from llava_ray.config.review import LimitsConfig
+from llava_ray.replies import spoken
 from llava_ray.review.actors import say
 from llava_ray.review.calls import Call, JudgeSpec, with_image
+from llava_ray.review.faults import Kind as FaultKind
+from llava_ray.review.faults import RequestError
 from llava_ray.review.gathering import Gatherer
 from llava_ray.review.headers import Reported
-from llava_ray.review.judge import Judge, OpenAIJudge, Reply, RequestError, Usage
-from llava_ray.review.judge import Kind as FaultKind
+from llava_ray.review.judge import Judge, OpenAIJudge, Reply, Usage
 from llava_ray.review.limiter import Granted, Mood, Refused, Settlement, Wish
-from llava_ray.review.verdict import Verdict, read_verdict
+from llava_ray.review.verdict import Verdict, no_scores, read_verdict
 
 MOODS: dict[FaultKind, Mood] = {
     "throttled": "throttled",
@@ -138,8 +140,10 @@ class Reviewer:
         if reply.usage and spec.price:
             dollars = spec.price.cost(usage.prompt, usage.output, usage.cached)
         verdict = read_verdict(reply.content, call.kind, as_json=spec.as_json)
-        if verdict is None and attempts.reasks < spec.config.reasks:
-            empty = RequestError("unparsed", "wasted", f"no scores in {reply.content[:80]!r}", reply.reported)
+        says_nothing = not spoken(reply.content)
+        if says_nothing or (verdict is None and attempts.reasks < spec.config.reasks):
+            reason = no_scores(reply.content, reply.finish_reason, spec.config.max_tokens)
+            empty = RequestError("unparsed", "wasted", reason, reply.reported, says_nothing)
             await self._returned(call, lease, empty, came, dollars, usage)
             raise empty
         await self.finishes(done_row(call, lease, reply, verdict, usage, dollars))
@@ -197,7 +201,8 @@ class Reviewer:
             cost,
             time.monotonic() - came,
             fault.reported,
-            fault.reason,
+            f"{call.judge}: {fault.reason}" if len(self.specs) > 1 else fault.reason,
+            fault.systematic,
         )
         await self.settles(settlement)
 
@@ -221,7 +226,7 @@ def _may_retry(fault: RequestError, attempts: Attempts, spec: JudgeSpec) -> bool
         return False
     if fault.kind == "unparsed":
         attempts.reasks += 1
-        return True
+        return attempts.reasks <= spec.config.reasks
     attempts.troubles += fault.kind == "trouble"
     return attempts.troubles < spec.config.max_attempts
 

@@ -1,11 +1,11 @@
 """From the judge's reply to scores, or to None: a failure is never a number."""
 
 import json
-import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
-from llava_ray.replies import BEST, parse_grade, parse_pair, parse_pair_strictly, parse_score
+from llava_ray.replies import BEST, parse_grade, parse_pair, parse_pair_strictly, parse_score, spoken
 from llava_ray.review.rubric import Kind
 
 # Fields of the strict schema, in the order of the answers as the judge sees them.
@@ -16,6 +16,9 @@ SCORES: dict[Kind, tuple[str, ...]] = {
 }
 LOWEST: dict[Kind, float] = {"pair": 1.0, "single": 1.0, "grade": 0.0}
 HIGHEST: dict[Kind, float] = {"pair": BEST, "single": BEST, "grade": 1.0}
+FENCED = re.compile(r"```(?:json)?\s*(\{.*\})\s*```", re.DOTALL | re.IGNORECASE)
+NO_SCORES = "no scores in"
+MAX_JSON = 100_000  # characters
 
 
 @dataclass(frozen=True)
@@ -35,30 +38,51 @@ def schema(kind: Kind) -> dict[str, Any]:
 
 def read_verdict(reply: str, kind: Kind, *, as_json: bool, strictly: bool = False) -> Verdict | None:
     """Return a reply's verdict, or None if it holds none. ``strictly``: a pair by LLaVA's rule alone."""
-    if as_json:
-        return read_json_verdict(reply, kind)
-    explanation = reply.partition("\n")[2].strip()
+    text = (spoken(reply) or "") if not strictly else reply
+    if as_json or (not strictly and text.startswith("{") and read_json_verdict(text, kind)):
+        return read_json_verdict(text, kind)
+    explanation = text.partition("\n")[2].strip()
     if kind == "pair":
-        pair = (parse_pair_strictly if strictly else parse_pair)(reply)
+        pair = (parse_pair_strictly if strictly else parse_pair)(text)
         return Verdict(pair, explanation) if pair else None
-    number = parse_score(reply) if kind == "single" else parse_grade(reply)
+    number = parse_score(text) if kind == "single" else parse_grade(text)
     return None if number is None else Verdict((number,), explanation)
 
 
 def read_json_verdict(reply: str, kind: Kind) -> Verdict | None:
     """Return the verdict of a reply that is exactly one object of the schema, every number within its range."""
+    if len(reply) > MAX_JSON:
+        return None
+    fenced = FENCED.fullmatch(reply.strip())
     try:
-        content = json.loads(reply)
-    except ValueError:
+        content = json.loads(fenced[1] if fenced else reply, object_pairs_hook=_without_repeats)
+    except (ValueError, RecursionError):
         return None
     if not isinstance(content, dict) or content.keys() != {"explanation", *SCORES[kind]}:
         return None
     numbers = [content[name] for name in SCORES[kind]]
-    if not all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers):
+    if not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers):
         return None
     if not all(LOWEST[kind] <= number <= HIGHEST[kind] for number in numbers):
         return None
     return Verdict(tuple(float(number) for number in numbers), str(content["explanation"]))
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of its members. Raises ValueError where one is there twice: which one counts is not said."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a member is there twice")
+    return found
+
+
+def no_scores(content: str, finish_reason: str, max_tokens: int) -> str:
+    """Say why a reply holds no scores."""
+    cut = f", cut off after judge.max_tokens = {max_tokens}: raise it" if finish_reason == "length" else ""
+    if not spoken(content):
+        said = "nothing but thoughts" if content.strip() else "an empty reply"
+        return f"{said}{cut or f' (finish_reason {finish_reason!r})'}"
+    return f"{NO_SCORES} {content[:80]!r}{cut}"
 
 
 def as_text(verdict: Verdict) -> str:

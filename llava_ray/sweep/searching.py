@@ -51,14 +51,21 @@ def search_again(trials: Sequence[Trial]) -> dict[str, Any]:
     return {"param_space": {GIVEN: tune.grid_search(given)}, "num_samples": 1}
 
 
-def make_optuna(space: Space, search: SearchConfig, base: FinetuneConfig) -> Searcher:
-    """Return Optuna's TPE over the space. Raises ConfigError where it is not installed."""
+def check_optuna() -> None:
+    """Raise ConfigError where Optuna is not installed."""
     try:
-        import optuna
+        import optuna  # noqa: F401  (only whether it is there)
     except ImportError as error:
         raise ConfigError(
             "sweep.method = 'optuna' needs optuna, which is not installed; pip install 'llava_ray[sweep]'"
         ) from error
+
+
+def make_optuna(space: Space, search: SearchConfig, base: FinetuneConfig) -> Searcher:
+    """Return Optuna's TPE over the space. Raises ConfigError where it is not installed."""
+    check_optuna()
+    import optuna
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
     mode = "min" if LOWER_IS_BETTER[search.metric] else "max"

@@ -7,11 +7,13 @@ from pathlib import Path
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.config.space import Space, SweepConfig
 from llava_ray.config.sweep_recipes import corners
-from llava_ray.data.preparation import prepare_data
+from llava_ray.data.preparation import check_source, prepare_data
 from llava_ray.data.storage import absolute
 from llava_ray.model.blueprint import read_blueprint
 from llava_ray.runtime import Resources
 from llava_ray.sweep.sampling import Settings
+from llava_ray.sweep.searching import check_optuna
+from llava_ray.tracking import check_store
 from llava_ray.train.runs import absolute_paths
 from llava_ray.train.trainer import held_out_samples, make_plan, stream_settings
 
@@ -60,14 +62,25 @@ def absolute_space(space: Space) -> Space:
     return Space.parsed({"dimensions": dimensions})
 
 
-def share(config: FinetuneConfig, space: Space, resources: Resources) -> int:
-    """Prepare data, lengths and features that trials will find ready; return the steps of a whole run.
+def check_sweep(config: SweepConfig, space: Space) -> None:
+    """Raise what the sweep would raise after its start; needs no Ray.
 
-    Raises ModelError for a corner of the space whose parts do not fit.
+    Raises ConfigError, DataError, or ModelError for a corner of the space whose parts do not fit.
     """
+    if config.sweep.method == "optuna":
+        check_optuna()
+    check_source(config.data.data_path)
+    if config.held_out.path:
+        check_source(config.held_out.path)
+    base = config.base
     for settings in corners(space):
-        variant = config.replaced(settings)
+        variant = base.replaced(settings)
         read_blueprint(variant.model, variant.data.image_aspect_ratio)
+    check_store(config.tracking.tracking_uri)
+
+
+def share(config: FinetuneConfig, space: Space, resources: Resources) -> int:
+    """Prepare data, lengths and features that trials will find ready; return the steps of a whole run."""
     prepared = prepare_data(config.data)
     for settings in feature_variants(space):
         variant = config.replaced(settings)

@@ -3,13 +3,12 @@
 DeepSpeed is imported inside the functions: only workers need it, and it takes seconds and speaks up when imported.
 """
 
-import sys
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 import transformers
 from torch.optim import AdamW
 
@@ -63,8 +62,10 @@ def assemble_for(
     )
 
 
-def load_parts(config: FinetuneConfig, device: torch.device) -> LlavaParts:
-    """Load the model, freeze what the switches say, and put the tower where it will be used."""
+def load_parts(
+    config: FinetuneConfig, device: torch.device, say: Callable[[str], object] = lambda line: None
+) -> LlavaParts:
+    """Load the model, freeze what the switches say, and put the tower where it will be used; ``say`` what learns."""
     import deepspeed
 
     transformers.utils.logging.disable_progress_bar()
@@ -80,9 +81,7 @@ def load_parts(config: FinetuneConfig, device: torch.device) -> LlavaParts:
     with ShardedLoading(config.train):  # PEFT looks for it as well
         adapt(parts, config.lora, config.train.seed)
     learning = freeze(parts.llava, parts.tower, config.model, parts.new_token_ids)
-    if dist.get_rank() == 0:
-        # Ray says twice what a worker prints.
-        sys.stdout.write(f"What learns: {'; '.join(map(str, learning))}\n")
+    say(f"What learns: {'; '.join(map(str, learning))}")
     if config.data.vision_features == "inline":
         parts.tower.to(device)
     if config.train.gradient_checkpointing:

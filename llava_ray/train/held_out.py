@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llava_ray.chat.conversation import Turn
+from llava_ray.chat.conversation import Turn, split_system
 from llava_ray.chat.tokens import tokenize_prompt
 from llava_ray.data.batches import MicroBatch, micro_batch
 from llava_ray.data.descriptors import NO_STEP, describe_micro_batches
@@ -146,9 +146,12 @@ def read_questions(held_out: HeldOut, parts: LlavaParts, rank: int, world_size: 
 def make_question(
     settings: StreamSettings, parts: LlavaParts, place: tuple[int, int], record: Mapping[str, Any]
 ) -> Asked:
-    """Return a record's first question with the images that belong to it, and its first answer."""
-    question, answer = (Turn(**turn) for turn in record["turns"][:2])
-    sizes = list(zip(record["widths"], record["heights"], strict=True))[: question.value.count("<image>")]
+    """Return a record's turns up to its first learnt answer, with the images that belong to them, and that answer."""
+    system, turns = split_system([Turn.from_row(turn) for turn in record["turns"]])
+    place_of_answer = next(index for index, turn in enumerate(turns) if turn.role == "gpt" and turn.learnt)
+    asked, answer = turns[:place_of_answer], turns[place_of_answer]
+    num_images = sum(turn.value.count("<image>") for turn in asked)
+    sizes = list(zip(record["widths"], record["heights"], strict=True))[:num_images]
     if settings.features:
         cells = fetch_features(settings.features, [place_of(*place, number) for number in range(len(sizes))])
         images = unpacked_features(b"".join(cells), settings) if sizes else None
@@ -157,7 +160,8 @@ def make_question(
         cell = b"".join(decoded(image, size, record["id"], settings) for image, size in shown)
         spec = settings.image_spec
         images = torch.from_numpy(unpacked_pixels(cell, spec.height, spec.width)) if sizes else None
-    return Asked(tokenize_prompt([question], parts.template, parts.tokenizer), images, sizes, answer.value)
+    template = parts.template if system is None else parts.template.with_system(system)
+    return Asked(tokenize_prompt(asked, template, parts.tokenizer), images, sizes, answer.value)
 
 
 def same(said: str, answer: str) -> bool:

@@ -6,6 +6,8 @@ killed and went on has the same bytes as one that never was. ``metrics.jsonl`` h
 
 import json
 import time
+from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -17,6 +19,27 @@ from llava_ray.data.storage import read_file, write_file
 from llava_ray.train.runs import RunFolder
 
 SECONDS_BETWEEN_LOGS = 5.0
+STEPS_OF_A_RATE = 50  # the last so many tell how fast a run is
+
+TRAINING = "training"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a run is."""
+
+    state: str
+    """``TRAINING``, or what is done before and after."""
+    first: int | None
+    """The step that these workers began with; None until they are that far."""
+    done: int
+    """Steps that are done, those of earlier starts included."""
+    metrics: dict[str, float]
+    """Of the last step."""
+    steps_per_second: float | None
+    """Over the last steps; None before there are two."""
+    said: list[str]
+    """Lines for the person who started the run, all so far."""
 
 
 class Journal:
@@ -40,7 +63,25 @@ class Journal:
         self.logged = max(self.metrics, default=-1)
         self.log_time = time.monotonic()
         self.world_size = 0
-        self.state = "starting"
+        self.state = "starting workers"
+        self.first: int | None = None
+        self.ended: deque[tuple[int, float]] = deque(maxlen=STEPS_OF_A_RATE)
+        self.said: list[str] = []
+        self.stopping = False
+
+    def enter(self, state: str) -> None:
+        """Take note of what the workers do now."""
+        self.state = state
+
+    def say(self, line: str) -> None:
+        """Pass a line on to the person who started the run."""
+        if line not in self.said:  # workers that start again say it again
+            self.said.append(line)
+
+    def stop(self) -> None:
+        """Ask the workers to stop after the step that they are in; they hear of it with their next record."""
+        self.stopping = True
+        self.tracked.end("KILLED")  # at once: who asked may not wait
 
     def rewind(self, rank: int, first_step: int, world_size: int) -> None:
         """Forget the steps that are about to be taken again; every rank says so when it starts."""
@@ -51,18 +92,22 @@ class Journal:
             for step in [step for step in steps if step >= first_step]:
                 del steps[step]
         self.logged = min(self.logged, first_step - 1)
-        self.state = "training"
+        self.first = first_step
+        self.ended.clear()
 
-    def record(self, rank: int, step: int, metrics: dict[str, float], samples: list[str]) -> None:
-        """Take one rank's account of a step; the last rank's completes it."""
+    def record(self, rank: int, step: int, metrics: dict[str, float], samples: list[str]) -> bool:
+        """Take one rank's account of a step; the last rank's completes it. Return whether the run is to stop."""
         by_rank = self.partial.setdefault(step, {})
         by_rank[rank] = samples
         if rank == 0:
             self.metrics[step] = metrics
         if len(by_rank) == self.world_size:
             self.ledger[step] = sorted(sample for ids in self.partial.pop(step).values() for sample in ids)
+            self.ended.append((step, time.monotonic()))
+            self.state = TRAINING
             if time.monotonic() - self.log_time > SECONDS_BETWEEN_LOGS:
                 self.log()
+        return self.stopping
 
     def log(self) -> None:
         """Send what is new to MLflow."""
@@ -80,10 +125,14 @@ class Journal:
             write_file(f"{self.run_folder}/{name}.jsonl", text.encode())
         self.log()
 
-    def progress(self) -> tuple[str, int, dict[str, float]]:
-        """Return what is going on, the steps done, and the last step's metrics."""
+    def progress(self) -> Standing:
+        """Return how far the run is."""
         last = max(self.ledger, default=-1)
-        return self.state, last + 1, self.metrics.get(last, {})
+        rate = None
+        if len(self.ended) > 1:
+            (first, start), (end, now) = self.ended[0], self.ended[-1]
+            rate = (end - first) / max(now - start, 1e-9)
+        return Standing(self.state, self.first, last + 1, self.metrics.get(last, {}), rate, list(self.said))
 
     def close(self, status: str, tags: dict[str, str], artifacts: dict[str, str], files: list[str]) -> str:
         """Write everything, keep the artifacts (name → folder) and files, end the MLflow run and return its id."""

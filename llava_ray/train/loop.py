@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
+import ray
 import ray.train
 import torch
 import torch.distributed as dist
@@ -34,16 +35,22 @@ def train_loop(settings: LoopSettings, blocks: Iterator[pa.Table]) -> None:
     device = get_device()
 
     seed_all(config.train.seed, 0, rank)
-    parts = load_parts(config, device)
+    journal.enter.remote("loading the model")
+    parts = load_parts(config, device, say=journal.say.remote)
+    journal.enter.remote("starting DeepSpeed")
     engine = build_engine(parts, config, settings.num_steps)
     checkpointer = Checkpointer(engine, parts, settings)
+    journal.enter.remote("looking for a checkpoint")
     first_step = checkpointer.restore()
     journal.rewind.remote(rank, first_step, world_size)
     if first_step == 0:
+        journal.enter.remote("trying to write a checkpoint")
         checkpointer.rehearse()
+    journal.enter.remote("first batch")
     examiner = Examiner(settings.held_out, parts, rank, world_size)
     meter = Meter(parts.llava, device, world_size)
 
+    told: ray.ObjectRef | None = None
     steps = iterate_steps(blocks, rank, first_step, settings.stream)
     for step in range(first_step, settings.until):
         with meter.waiting():
@@ -60,18 +67,33 @@ def train_loop(settings: LoopSettings, blocks: Iterator[pa.Table]) -> None:
             loss += micro_loss.detach()
         engine.step()
         dist.all_reduce(loss)
+        stopping = agree_to_stop(told, device)
         refuse_not_finite(loss.item(), step, batches)
         metrics = meter.measure(loss.item(), batches, engine, config.train.row_length)
         samples = [sample for batch in batches for sample in batch.ids]
-        if not checkpointer.is_due(step + 1):
-            journal.record.remote(rank, step, metrics, samples)
-            continue
-        with meter.aside():
-            judged = examiner.examine(engine, device)
-        journal.record.remote(rank, step, metrics | judged, samples)
-        checkpointer.save(step + 1, judged)
+        judged: dict[str, float] = {}
+        if checkpointer.is_due(step + 1):
+            with meter.aside():
+                judged = examiner.examine(engine, device)
+        told = journal.record.remote(rank, step, metrics | judged, samples)
+        if stopping or checkpointer.is_due(step + 1):
+            checkpointer.save(step + 1, judged)
+        if stopping and step + 1 < settings.until:
+            return
     if settings.until == settings.num_steps:
+        journal.enter.remote("writing the model")
         write_bundle(engine, parts, settings)
+
+
+def agree_to_stop(told: ray.ObjectRef | None, device: torch.device) -> bool:
+    """Tell whether any rank has heard, from what the journal ``told`` of an earlier step, that the run is to stop.
+
+    All ranks have to leave the loop after the same step. Collective.
+    """
+    heard = told is not None and bool(ray.wait([told], timeout=0)[0]) and ray.get(told)
+    stop = torch.tensor(int(heard), device=device)
+    dist.all_reduce(stop, dist.ReduceOp.MAX)
+    return bool(stop.item())
 
 
 def find_images(batch: MicroBatch, parts: LlavaParts, stream: StreamSettings, device: torch.device) -> dict[str, Any]:

@@ -8,16 +8,8 @@ from functools import partial
 
 import ray
 from ray.actor import ActorHandle
-from ray.train import (
-    CheckpointConfig,
-    FailureConfig,
-    LoggingConfig,
-    RunConfig,
-    TrainingFailedError,
-    UserCallback,
-    WorkerGroupError,
-)
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, UserCallback
+from ray.train.torch import TorchConfig
 
 from llava_ray.config.recipes import settings_hash
 from llava_ray.config.sections import FinetuneConfig
@@ -29,7 +21,6 @@ from llava_ray.data.settings import StreamSettings
 from llava_ray.data.shards import PreparedData, is_prepared
 from llava_ray.data.storage import read_file, write_file
 from llava_ray.data.stream import DealToRanks, TrainStream
-from llava_ray.errors import LlavaRayError, TrainingError
 from llava_ray.model.blueprint import Blueprint, read_blueprint
 from llava_ray.runtime import Resources
 from llava_ray.tracking import default_tracking_uri, moved_tracking_uri
@@ -47,6 +38,7 @@ from llava_ray.train.runs import (
 )
 from llava_ray.train.scaling import scaling, worker_environment
 from llava_ray.train.settings import HeldOut, LoopSettings
+from llava_ray.train.stopping import StoppableTrainer, fit
 from llava_ray.train.worker import run_worker
 
 HELD_OUT_BATCH = 64  # held-out samples that are packed together
@@ -113,8 +105,8 @@ def advance(
     held_out = held_out_samples(config, blueprint, resources)
     tracking_uri = config.tracking.tracking_uri or default_tracking_uri(config.run.storage_path)
     claim_run(run, config, identity)
-    journal = open_journal(run, config, tracking_uri, identity_hash(config, identity))
     mend_run(run)
+    journal = open_journal(run, config, tracking_uri, identity_hash(config, identity))
     settings = LoopSettings(
         config=config,
         stream=stream,
@@ -128,7 +120,7 @@ def advance(
         num_threads=resources.num_threads,
         journal=journal,
     )
-    trainer = TorchTrainer(
+    trainer = StoppableTrainer(
         run_worker,
         train_loop_config={"settings": settings},
         torch_config=TorchConfig(backend="nccl" if resources.use_gpu else "gloo"),
@@ -145,8 +137,9 @@ def advance(
         datasets={"train": TrainStream(partial(committed_step, run.storage_path, run.name), until)},
         dataset_config=DealToRanks(plan, until, lengths, settings.stream),
     )
-    with closing(journal), progress_bar(journal, plan.num_steps) if show_progress else nullcontext():
-        fit(trainer, run)
+    first_step = committed_step(run.storage_path, run.name)
+    with closing(journal), progress_bar(journal, plan.num_steps, first_step) if show_progress else nullcontext():
+        fit(trainer, run, journal, until)
     if until < plan.num_steps:
         ray.get(journal.flush.remote())
         return None
@@ -190,6 +183,7 @@ def stream_settings(
         data=config.data,
         bf16=config.train.bf16,
         vision_gpus=1 if resources.use_gpu else 0,
+        vision_threads=max(1, resources.cores // config.data.num_vision_actors),
     )
     if config.data.vision_features != "cached":
         return settings
@@ -219,25 +213,6 @@ def held_out_samples(config: FinetuneConfig, blueprint: Blueprint, resources: Re
     return HeldOut(settings, plan, lengths, asked.num_answers, asked.max_new_tokens)
 
 
-def fit(trainer: TorchTrainer, run: RunFolder) -> None:
-    """Run the trainer; put what failed in the workers into our own words."""
-    try:
-        trainer.fit()
-    except SystemExit as stop:  # Ray's answer to Ctrl-C, once its workers are gone
-        raise KeyboardInterrupt from stop
-    except WorkerGroupError as error:
-        for failure in error.worker_failures.values():
-            cause = getattr(failure, "_base_exc", failure)  # Ray wraps a worker's exception with its traceback
-            if isinstance(cause, LlavaRayError):
-                raise cause from error
-        raise TrainingError(
-            f"run {run.name!r} stopped after too many worker failures: {error}; it goes on from its last checkpoint "
-            "when started again; run.max_failures says how many to survive"
-        ) from error
-    except TrainingFailedError as error:
-        raise TrainingError(f"run {run.name!r} stopped: {error}; start it again to go on") from error
-
-
 def note_finished(
     config: FinetuneConfig, run: RunFolder, plan: Plan, prepared: PreparedData, journal: ActorHandle, tracking_uri: str
 ) -> FinishedRun:
@@ -256,7 +231,7 @@ def note_finished(
     files = [f"{run.path}/{name}" for name in ("resolved.json", "ledger.jsonl", "metrics.jsonl")] if local else []
     tags = {f"llava_ray.{key}": value for key, value in lineage.items()}
     run_id = ray.get(journal.close.remote("FINISHED", tags, artifacts, files))
-    _, _, metrics = ray.get(journal.progress.remote())
+    metrics = ray.get(journal.progress.remote()).metrics
     noted = {
         "num_steps": plan.num_steps,
         "metrics": metrics,

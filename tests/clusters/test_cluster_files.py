@@ -202,7 +202,8 @@ def test_a_recipe_fits_a_cluster_file(path: Path) -> None:
     offers = [read_cluster_file(file) for file in (*LAUNCHER, *KUBERAY)]
     if path.parent.name == "evaluate":
         asked = load_recipe(EvaluateConfig, [str(path), "--evaluate.model_path", "model"])
-        fitting = [offer for offer in offers if offer.places("train", asked.actors.cpus_per_actor, 1)]
+        assert asked.actors.cpus_per_actor == "auto"  # one on a GPU
+        fitting = [offer for offer in offers if offer.places("train", 1.0, 1)]
     else:
         sweep = path.parent.name == "sweep"
         config = load_sweep([str(path)])[0].base if sweep else load_recipe(FinetuneConfig, [str(path)])

@@ -1,5 +1,6 @@
 """The long proofs of a review: limits over whole minutes, kills of real processes, our own service as judge."""
 
+import contextlib
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,12 @@ class Driver:
         command = [sys.executable, str(ROOT / "pipelines/review.py"), *arguments]
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         self.process = subprocess.Popen(
-            command, stdout=self.log, stderr=self.log, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}
+            command,
+            stdout=self.log,
+            stderr=self.log,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": path},
+            process_group=0,  # as a terminal's: Ctrl-C goes to all of it
         )
 
     def below(self) -> list[psutil.Process]:
@@ -182,3 +189,98 @@ def test_a_fifth_of_all_requests_goes_wrong(tmp_path: Path) -> None:
     assert len(scores(tmp_path / "out" / "ledger.jsonl")) == 800
     assert sum(times - 1 for times in stats["paid"].values()) <= report["calls"]["uncertain"]
     assert len(stats["outcomes"]) == 8
+
+
+NUM_UNDER_WAY = 64
+STOPS = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM, "Ctrl-C twice": signal.SIGINT}
+
+
+@pytest.mark.verify
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("how", STOPS)
+def test_stopped_with_64_calls_under_way(tmp_path: Path, how: str) -> None:
+    """The first signal waits for them: none is paid twice. The second leaves: they are booked, and paid once more."""
+    files, output, log = write_review_files(tmp_path / "files", 150), tmp_path / "out", tmp_path / "log"
+    with scripted_judge(hold_after=100) as judge:
+        arguments = flags(files, judge.base_url, output, *PRICE)
+        driver = Driver(arguments, log)
+        wait_for(lambda: judge.stats()["in_flight"] == NUM_UNDER_WAY, driver)
+        if how == "SIGTERM":
+            driver.process.terminate()
+        else:
+            os.killpg(driver.process.pid, signal.SIGINT)
+        wait_for(lambda: f"waiting for {NUM_UNDER_WAY} calls under way" in log.read_text(), driver)
+        time.sleep(3)
+        assert len(judge.stats()["arrivals"]) == 100 + NUM_UNDER_WAY  # nothing new went
+        if how == "Ctrl-C twice":
+            os.killpg(driver.process.pid, signal.SIGINT)
+        else:
+            judge.call("/release", {})
+        code = driver.wait()
+        account = read_account(output / "ledger.jsonl")
+        judge.call("/release", {})
+        again = Driver(arguments, log).wait()
+        paid, after = judge.stats()["paid"], read_account(output / "ledger.jsonl")
+    twice = sum(times - 1 for times in paid.values())
+    print(
+        f"{how}: exit {code}, {account.done} done of {account.sent} sent; resumed: exit {again}, {after.done} done, "
+        f"{len(paid)} requests, {twice} paid twice, {after.uncertain} booked as uncertain, ${after.spent:.6f}"
+    )
+    assert (code, again) == (143 if how == "SIGTERM" else 130, 0)
+    assert (after.done, len(paid)) == (300, 300)
+    if how == "Ctrl-C twice":
+        assert (account.done, account.sent) == (100, 100 + NUM_UNDER_WAY)
+        assert twice == after.uncertain == NUM_UNDER_WAY
+    else:
+        assert account.done == account.sent == 100 + NUM_UNDER_WAY
+        assert twice == after.uncertain == 0
+
+
+@pytest.mark.verify
+@pytest.mark.timeout(900)
+def test_a_disk_that_is_full_is_one_line_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    """A disk of its own that somebody else fills in the middle of the job."""
+    files, log, disk = write_review_files(tmp_path / "files", 150), tmp_path / "log", tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)], check=False)
+    if mounted.returncode:
+        pytest.skip("a disk of its own needs the right to mount one")
+    try:
+        with scripted_judge(hold_after=100) as judge:
+            arguments = flags(files, judge.base_url, disk / "out", *PRICE)
+            driver = Driver(arguments, log)
+            wait_for(lambda: judge.stats()["in_flight"] == NUM_UNDER_WAY, driver)
+            fill(disk / "ballast")
+            judge.call("/release", {})
+            code, told = driver.wait(), log.read_text()
+            last = told.strip().splitlines()[-1]
+            before = read_account(disk / "out/ledger.jsonl")
+            print(f"full: exit {code}: {last}")
+            assert code == 1
+            assert last.startswith(f"ConfigError: cannot write {disk}/out/ledger.jsonl: No space left on device; make")
+            assert "Traceback" not in told
+            (disk / "ballast").unlink()
+            assert Driver(arguments, log).wait() == 0
+            account, paid = read_account(disk / "out/ledger.jsonl"), judge.stats()["paid"]
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=False)
+    twice = sum(times - 1 for times in paid.values())
+    print(f"{before.done} done before; then {account.done} done, {twice} paid twice, {account.uncertain} uncertain")
+    assert account.done == 300
+    # What was answered and could not be noted is booked as it may have been paid.
+    assert twice <= account.uncertain <= NUM_UNDER_WAY
+
+
+def fill(path: Path) -> None:
+    """Write a file until there is no room left."""
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+
+
+def wait_for(arrived: Callable[[], bool], driver: Driver) -> None:
+    until = time.monotonic() + 300
+    while not arrived():
+        assert driver.process.poll() is None, driver.log.name
+        assert time.monotonic() < until
+        time.sleep(0.2)

@@ -62,9 +62,9 @@ def write_questions(folder: Path, answer: Callable[[str], str]) -> list[str]:
 
 
 def test_an_echo_judges(tmp_path: Path) -> None:
-    """It says the request's own words; the only number in them is the rubric's."""
+    """It says the request's own words; the only score in them is the rubric's."""
     rubric = tmp_path / "rubric.toml"
-    rubric.write_text('[prompts]\ndefault = "Say 7 of all answers."\n')
+    rubric.write_text('[prompts]\ndefault = "Score: 7"\n')
     files = write_questions(tmp_path, lambda colour: f"It is {colour}.")
     with service({"model": "judge@echo", "engine": "serving:make_engine"}) as address:
         whose = ["--judge.model", "judge", "--judge.base_url", address, "--mode", "single", "--rubric", str(rubric)]

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,81 @@ def test_limit_is_judged_again_when_reused(tmp_path: Path) -> None:
         prepare_data(config, show_progress=False)
     with pytest.raises(DataError, match="1 of 2 records"):
         prepare_data(config.replaced({"data_path": lenient.path}), show_progress=False)
+
+
+ASK = {"from": "human", "value": "a"}
+ODD = {
+    "dead link": ({"image": "{base}/status/403"}, "image_unreadable", "answered 403"),
+    "gone": ({"image": "{base}/status/410"}, "image_missing", "answered 410"),
+    "page": ({"image": "{base}/page"}, "image_unreadable", "<html>"),
+    "missing": ({"image": "gone.jpg"}, "image_missing", "gone.jpg"),
+    "base64": ({"image": "iVBORw0KGgo" + "A" * 5000}, "image_unreadable", "base64"),
+    "NUL": ({"image": "a\0.jpg"}, "image_missing", "no name"),
+    "video": ({"video": "a.mp4"}, "unsupported", "`video`"),
+    "tools": ({"tools": [{"type": "function"}]}, "unsupported", "`tools`"),
+    "part": ({"conversations": None, "messages": [{"role": "user", "content": ["?"]}]}, "malformed", "part 1 is str"),
+    "tool turn": ({"conversations": [ASK, {"from": "tool", "value": "b"}]}, "roles", "'tool'"),
+    "half a pair": ({"conversations": [ASK, {"from": "gpt", "value": "\ud800"}]}, "malformed", "surrogate"),
+}  # fmt: skip
+ODD_TEXTS = {
+    "bytes": (b'{"id": "\xe9"}', "malformed", "not UTF-8"),
+    "deep": (b'{"id": ' + b"[" * 3000 + b"]" * 3000 + b"}", "malformed", "too many lists"),
+    "digits": (b'{"id": ' + b"9" * 5000 + b"}", "malformed", "5,000 digits"),
+}
+
+
+class Links(BaseHTTPRequestHandler):
+    """/status/N answers N, /page a page, anything else image 0."""
+
+    def do_GET(self) -> None:
+        status = int(self.path.split("/")[2]) if self.path.startswith("/status/") else 200
+        body = b"<html>no</html>" if self.path == "/page" or status >= 400 else jpeg(0)
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+def test_each_fault_costs_one_record_of_a_thousand(tmp_path: Path) -> None:
+    config = write_json(tmp_path, [record(0)]).replaced({"max_rejected": 0.05, "samples_per_shard": 500})
+    with ThreadingHTTPServer(("127.0.0.1", 0), Links) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        base = f"http://127.0.0.1:{server.server_address[1]}"
+        texts = [json.dumps({"id": name, **record_of(changes, base)}).encode() for name, (changes, *_) in ODD.items()]
+        texts += [text for text, *_ in ODD_TEXTS.values()]
+        good = [json.dumps(record(0, id=f"r{number}", image="0.jpg")).encode() for number in range(1000 - len(texts))]
+        good[7] = json.dumps(record(0, id="r7", image=f"{base}/image", source="web", foo=1)).encode()
+        for place, text in enumerate(texts):
+            good.insert(50 * place, text)
+        Path(config.data_path).write_bytes(b"[" + b",\n".join(good) + b"]")
+        prepared = prepare_data(config, show_progress=False)
+        server.shutdown()
+    expected = {**ODD, **ODD_TEXTS}
+    assert (prepared.num_samples, prepared.num_rejected) == (1000 - len(expected), len(expected))
+    assert prepared.ignored_keys == {"source": 1, "foo": 1}
+    rows = rejected_of(prepared)
+    assert [row["source"] for row in rows] == [f"data.json:{50 * place}" for place in range(len(expected))]
+    for row, (_, reason, words) in zip(rows, expected.values(), strict=True):
+        assert row["reason"] == reason
+        assert words in row["message"]
+        assert len(row["message"]) < 600
+    assert {row["id"] for row in rows_of(prepared)} == {f"r{number}" for number in range(1000 - len(expected))}
+
+
+def record_of(changes: dict[str, Any], base: str) -> dict[str, Any]:
+    """Return a record with its faults."""
+    values = {**record(0), **changes}
+    if not isinstance(changes.get("image"), str):
+        values.pop("image")
+        values["conversations"] = changes.get(
+            "conversations", [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+        )
+    else:
+        values["image"] = values["image"].replace("{base}", base)
+    return {name: value for name, value in values.items() if name != "id"}
 
 
 def test_prepared_folder_is_opened_as_it_is(config: DataConfig) -> None:

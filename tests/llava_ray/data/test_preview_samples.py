@@ -125,7 +125,7 @@ def test_what_training_rejects_is_told_with_its_reason(view_all):
         "fine": CAT,
         "twice": [human, human, gpt],
         "silent": [human, {"from": "gpt", "value": " "}],
-        "stranger": [{"from": "system", "value": "Hi"}],
+        "stranger": [{"from": "bob", "value": "Hi"}],
         "nobody": [],
         "unanswered": [human],
     }

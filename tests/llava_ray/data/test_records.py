@@ -1,6 +1,5 @@
 """Records read from every layout people keep them in, and files that are not what they should be."""
 
-import gzip
 import io
 import json
 import tarfile
@@ -14,9 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llava_ray.data import records
+from llava_ray.data import json_files
 from llava_ray.data.chunks import ParquetChunk, TarChunk, TextChunk, fingerprint, make_chunks, unused
-from llava_ray.data.records import RawRecord, find_files, read_json, read_jsonl, split_json
+from llava_ray.data.json_files import read_json, read_jsonl, split_json
+from llava_ray.data.records import RawRecord, find_files
 from llava_ray.errors import DataError
 
 TURNS = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
@@ -46,7 +46,7 @@ def raw_records(data_path: str, chunk_size: int = 100, max_samples: int | None =
 @pytest.fixture(params=[7, 50, 1 << 24])
 def window(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """Window sizes that cut records anywhere, and one that holds all."""
-    monkeypatch.setattr(records, "JSON_WINDOW", request.param)
+    monkeypatch.setattr(json_files, "JSON_WINDOW", request.param)
     return request.param
 
 
@@ -90,7 +90,7 @@ def test_empty_lists_and_files_hold_nothing() -> None:
 
 
 def test_json_that_is_no_text_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_bytes(gzip.compress(b"[]"))
+    (tmp_path / "a.json").write_bytes(b"\x80\x02}q\x00.")
     with pytest.raises(DataError, match=r"a\.json: not UTF-8"):
         list(read_json(str(tmp_path / "a.json")))
 
@@ -181,7 +181,7 @@ def test_tar_files_with_one_base_name_are_one_sample(suffix: str, tmp_path: Path
     write_tar(tmp_path / f"a.{suffix}", files, "w" if suffix == "tar" else "w:gz")
     assert raw_records(str(tmp_path / f"a.{suffix}")) == [
         RawRecord("a/d/00", f"a.{suffix}:d/00", text, (b"one", b"two")),
-        RawRecord("a/d/01", f"a.{suffix}:d/01", text, ()),
+        RawRecord("a/d/01", f"a.{suffix}:d/01", text, (), ("*.txt",)),
     ]
 
 

@@ -141,7 +141,7 @@ def test_what_takes_too_much_memory_is_refused() -> None:
     tiles = jp2_of(codestream(128, 64, tile=1, components=16), 128, 64)
 
     async def overrun() -> None:
-        pool = DecoderPool()
+        pool = DecoderPool(DecodeLimits(patience_s=10.0))
         error = await refusal(pool, tiles)
         assert error.reason in ("image_too_costly", "image_truncated")  # openjpeg says only that it failed
         assert max(child.memory_info().rss for child in children()) < 200 * 2**20
@@ -193,6 +193,36 @@ def test_eight_slow_images_do_not_hold_up_the_others() -> None:
         pool.close()
 
     run(attack())
+
+
+def test_more_slow_images_than_may_be_at_work_do_not_hold_up_the_others() -> None:
+    async def attack() -> None:
+        pool = DecoderPool(DecodeLimits(cpu_s=20.0, num_places=1, num_slow=1, patience_s=0.05))
+        await views(pool, picture())
+        slow = slow_netpbm()
+        hostile = [asyncio.create_task(views(pool, bytes(bytearray(slow)))) for _ in range(5)]
+        await asyncio.sleep(0.2)
+        start = time.monotonic()
+        assert (await views(pool, picture())).size == (40, 30)
+        assert time.monotonic() - start < 5
+        assert len(children()) <= 3  # the slow one, the quick one, and one that has been killed just now
+        for task in hostile:
+            task.cancel()
+        await asyncio.gather(*hostile, return_exceptions=True)
+        pool.close()
+
+    run(attack())
+
+
+def test_a_slow_image_that_waits_for_others_is_decoded_in_the_end() -> None:
+    async def wait() -> None:
+        pool = DecoderPool(DecodeLimits(num_places=1, num_slow=1, patience_s=0.0))
+        images = [picture(200, 100 + number) for number in range(4)]
+        opened = await asyncio.gather(*(views(pool, image, None) for image in images))
+        assert [one.size for one in opened] == [(200, 100 + number) for number in range(4)]
+        pool.close()
+
+    run(wait())
 
 
 def test_those_who_ask_for_the_same_at_once_share_one_decoding() -> None:

@@ -1,6 +1,8 @@
 """The ledger's file: nothing is paid twice, whatever line was the last to reach the disk."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +148,44 @@ def test_damage_is_told(path: Path) -> None:
     path.write_bytes(b'{"text": "an answers file"}\n')
     with pytest.raises(DataError, match="is no ledger"):
         LedgerFile(path, "s")
+
+
+class FullDisk:
+    """A file whose disk has room for so many bytes more."""
+
+    def __init__(self, file: Any, room: int) -> None:
+        self.file, self.room = file, room
+
+    def write(self, content: memoryview) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        num = self.file.write(content[: self.room])
+        self.room -= num
+        return num
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+@pytest.mark.parametrize("room", [0, 1, 30])
+def test_a_full_disk_leaves_whole_lines_and_says_what_to_do(tmp_path: Path, room: int) -> None:
+    ledger = LedgerFile(tmp_path / "ledger.jsonl", "one")
+    ledger.claim(["a"], "r")
+    before = ledger.path.read_bytes()
+    ledger.file = FullDisk(ledger.file, room)  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match=r"cannot write .*ledger\.jsonl: No space left on device; make room there"):
+        ledger.claim(["b"], "r")
+    assert ledger.path.read_bytes() == before
+    assert "b" not in ledger.entries
+    ledger.file.room = 1000  # type: ignore[attr-defined]
+    ledger.claim(["b"], "r")
+    ledger.close()
+    assert [row.get("key") for row in read_rows(tmp_path / "ledger.jsonl")] == [None, "a", "b"]
+
+
+def test_a_device_or_folder_is_no_ledger(tmp_path: Path) -> None:
+    for place in (Path("/dev/full"), Path("/dev/zero"), tmp_path):
+        with pytest.raises(ConfigError, match="no ordinary file"):
+            LedgerFile(place, "one")
+        with pytest.raises(ConfigError, match="no ordinary file"):
+            read_account(place)

@@ -121,3 +121,18 @@ def test_a_schema_is_kept_to_the_letter() -> None:
 def test_a_verdict_is_written_as_llavas_scripts_read_it() -> None:
     assert as_text(Verdict((8, 7.5), "Because.")) == "8 7.5\nBecause."
     assert as_text(Verdict((0.5,))) == "0.5"
+
+
+def test_json_is_read_behind_thoughts_and_in_a_fence_and_nothing_else() -> None:
+    good = '{"explanation": "why", "score_1": 8, "score_2": 7}'
+    for reply in (good, f"<think>3 4</think>\n{good}", f"```json\n{good}\n```", f"```\n{good}\n```\n"):
+        assert read_verdict(reply, "pair", as_json=True) == Verdict((8, 7), "why")
+    assert read_verdict(good, "pair", as_json=False) == Verdict((8, 7), "why")  # though it was asked for lines
+    twice = '{"explanation": "", "score_1": 8, "score_1": 3, "score_2": 7}'
+    huge = '{"explanation": "", "score_1": 8, "score_2": 1' + "0" * 400 + "}"
+    for reply in (f"<think>{good}", f"{good}\n{good}", f"So: {good}", twice, huge, "[" * 50_000, "1" * 5000):
+        assert read_verdict(reply, "pair", as_json=True) is None
+
+
+def test_thoughts_are_no_part_of_the_explanation() -> None:
+    assert read_verdict("<think>a\nb</think>\n8 7\nGood.", "pair", as_json=False) == Verdict((8, 7), "Good.")

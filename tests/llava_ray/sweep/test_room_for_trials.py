@@ -2,9 +2,10 @@
 
 import pytest
 
+from llava_ray import runtime
 from llava_ray.config.sections import ClusterConfig
 from llava_ray.errors import ConfigError
-from llava_ray.runtime import Resources, local_cpus, local_runs, runs_at_once
+from llava_ray.runtime import Resources, local_cpus, local_runs, runs_at_once, sharing_cores
 from llava_ray.sweep.cleanliness import Group, check_state_api, find_orphans
 
 
@@ -24,12 +25,32 @@ def test_as_many_trials_as_fit_with_their_data_tasks(total, resources, expected)
 
 
 def test_a_local_cluster_has_room_for_the_trials_that_its_cores_carry(monkeypatch):
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr(runtime, "num_cores", lambda: 8)
     cluster = ClusterConfig(num_workers=2, cpus_per_worker=1.0)
     assert local_runs(cluster) == 4
     resources = Resources(2, 1.0, False, None)
     assert runs_at_once({"CPU": local_cpus(cluster, 4)}, resources) == 4
     assert local_cpus(ClusterConfig(num_workers=2), 1) == 8
+
+
+@pytest.mark.parametrize(
+    ("cores", "workers", "runs", "threads"), [(2, 1, 1, 2), (2, 2, 1, 1), (8, 3, 1, 2), (8, 1, 8, 1), (2, 4, 1, 1)]
+)
+def test_cores_are_shared_out_to_the_workers_that_there_are(monkeypatch, cores, workers, runs, threads):
+    monkeypatch.setattr(runtime, "num_cores", lambda: cores)
+    shared = sharing_cores(Resources(workers, 1.0, False, None), runs, given=False)
+    assert shared.num_threads == threads
+    assert shared.cores == cores
+    assert shared.bundle == {"CPU": 1.0}  # reserved is what it was: the stream of data finds its CPUs
+    assert sharing_cores(Resources(workers, 3.5, False, None), runs, given=True).num_threads == 3
+
+
+def test_a_quota_of_cores_counts(monkeypatch):
+    monkeypatch.setattr(runtime.os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(runtime.os, "sched_getaffinity", lambda _: set(range(64)))
+    for said, expected in (("200000 100000", 2), ("150000 100000", 2), ("max 100000", 64), ("5000 100000", 1)):
+        monkeypatch.setattr(runtime.Path, "read_text", lambda self, said=said: said)
+        assert runtime.num_cores() == expected
 
 
 def test_what_is_reserved_for_workers_and_stands_empty_is_nobodys():

@@ -9,7 +9,7 @@ from samples import small_run
 
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.errors import CheckpointError, ConfigError, DataError
-from llava_ray.tracking import TrackedRun, moved_tracking_uri
+from llava_ray.tracking import TrackedRun, describe_page, moved_tracking_uri
 from llava_ray.train.identity import identify
 from llava_ray.train.journal import Journal
 from llava_ray.train.runs import (
@@ -173,3 +173,27 @@ def test_a_finished_run_that_moved_with_its_mlflow_store_names_that_one(tmp_path
     (tmp_path / "mlflow.db").touch()
     assert moved_tracking_uri(noted, str(tmp_path)) == f"sqlite:///{tmp_path}/mlflow.db"
     assert moved_tracking_uri("http://tracking", str(tmp_path)) == "http://tracking"
+
+
+def test_the_rate_is_that_of_the_last_steps_and_a_stop_is_heard_with_the_next_record(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("llava_ray.train.journal.time.monotonic", lambda: now[0])
+    journal = open_journal(tmp_path)
+    now[0] = 100.0  # loading the model
+    journal.rewind(0, 40, 1)
+    assert (journal.progress().first, journal.progress().steps_per_second) == (40, None)
+    for step in range(40, 44):
+        now[0] += 2
+        assert journal.record(0, step, {"loss": 1.0}, ["a"]) is False
+    standing = journal.progress()
+    assert (standing.state, standing.done, standing.steps_per_second) == ("training", 44, 0.5)
+    journal.say("What learns: all")
+    journal.say("What learns: all")
+    assert journal.progress().said == ["What learns: all"]
+    journal.stop()
+    assert journal.record(0, 44, {"loss": 1.0}, ["a"]) is True
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    assert client.get_run(journal.tracked.run_id).info.status == "KILLED"
+    experiment = client.get_run(journal.tracked.run_id).info.experiment_id
+    page = describe_page(f"sqlite:///{tmp_path}/mlflow.db", journal.tracked.run_id)
+    assert f"http://127.0.0.1:5000/#/experiments/{experiment}/runs" in page

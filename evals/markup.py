@@ -1,0 +1,89 @@
+"""Markdown, HTML and LaTeX around an answer: what is said stays, how it is set goes."""
+
+import re
+
+BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+SET_AS = re.compile(r"\\(?:text|text(?:bf|it|rm)|math(?:rm|bf|it|sf)|operatorname|emph|underline)\s*\{([^{}]*)\}")
+FRACTION = re.compile(r"(\d)?\\[dt]?frac\s*(?:\{([^{}]*)\}\s*\{([^{}]*)\}|(\d)(\d))")
+MATH = re.compile(r"(\$\$?)(?=[^\s$])([^$]*[^\s$])\1(?!\d)")
+RAISED = re.compile(r"\^\{([^{}]*)\}")
+COMMANDS = tuple(
+    (re.compile(pattern), plain)
+    for pattern, plain in (
+        (r"\^\{?\\circ\}?|\\degree\b", "°"),
+        (r"\{,\}", ","),
+        (r"\\(?:times|cdot)\b", "×"),
+        (r"\\(?:approx|sim)\b", "≈"),
+        (r"\\pm\b", "±"),
+        (r"\\geq?\b", "≥"),
+        (r"\\leq?\b", "≤"),
+        (r"\\(?:left|right)\b|\\!", ""),
+        (r"\\[,;: ]|\\q?quad\b|\\[()\[\]]", " "),
+        (r"\\([%$#&_{}])", r"\1"),
+    )
+)
+TAG = re.compile(r"</?(?:b|strong|i|em|u|p|span|code|mark|q|div|center|font)(?:\s[^<>]{0,200})?>", re.IGNORECASE)
+CONTROL = re.compile(r"</?s>|<\|[a-z_]+\|>|<(?:eos|pad|bos)>")
+BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
+TOLD = re.compile(r"<answer>(.*?)</answer>", re.IGNORECASE | re.DOTALL)
+OBJECT = re.compile(r"""\{\s*["'](?:final_)?answer["']\s*:\s*["']?([^"'{}]*)["']?\s*\}""", re.IGNORECASE)
+FENCE = re.compile(r"^[ \t]*```[\w-]*[ \t]*$", re.MULTILINE)
+EMPHASIS = tuple(
+    re.compile(pattern)
+    for pattern in (
+        r"\*\*\*([^*\n]+)\*\*\*",
+        r"\*\*([^*\n]+)\*\*",
+        r"(?<![\w*])\*(?=\S)([^*\n]*[^*\s])\*(?![\w*])",
+        r"(?<!\w)_{1,3}(?=[^\s_])([^_\n]*[^_\s])_{1,3}(?!\w)",
+        r"~~([^~\n]+)~~",
+    )
+)
+STRAY = re.compile(r"\*\*+|(?<![A-Za-z0-9])__+|__+(?![A-Za-z0-9])")
+# A heading, a quotation, a bullet; not "- 5" and "> 5", which may mean less than nothing and more than five.
+LINE_MARK = re.compile(r"^[ \t]*(?:#{1,6}[ \t]+|[*•][ \t]+|[>-][ \t]+(?=[^\W\d]|[\"'(\[*_]))", re.MULTILINE)
+
+
+def without_thought(text: str) -> str:
+    """Return what comes after a model's thinking; nothing if it never stopped to think."""
+    lowered = text.lower()
+    if "</think>" in lowered:
+        return text[lowered.rindex("</think>") + len("</think>") :]
+    return text[: lowered.index("<think>")] if "<think>" in lowered else text
+
+
+def without_markup(text: str) -> str:
+    """Return a text without its markup; where one answer is boxed or tagged, that answer."""
+    text = _only_of(TOLD, text) if "</answer>" in text.lower() else text
+    if "\\" in text or "$" in text or "{" in text:
+        text = _without_latex(text)
+    if "<" in text:
+        text = BREAK.sub("\n", CONTROL.sub("", text))
+        text = TAG.sub("", text) if "</" in text else text
+    text = FENCE.sub("", text).replace("`", "")
+    text = LINE_MARK.sub("", text)
+    for pattern in EMPHASIS:
+        text = pattern.sub(r"\1", text)
+    return STRAY.sub("", text)
+
+
+def _without_latex(text: str) -> str:
+    whole = OBJECT.fullmatch(text.strip())
+    if whole:
+        return whole[1]
+    text = SET_AS.sub(r"\1", text)
+    text = _only_of(BOXED, text)
+    text = FRACTION.sub(_slash, SET_AS.sub(r"\1", text))
+    for pattern, plain in COMMANDS:
+        text = pattern.sub(plain, text)
+    return MATH.sub(r"\2", RAISED.sub(r"^\1", text))
+
+
+def _slash(match: re.Match[str]) -> str:
+    above, below = (match[2], match[3]) if match[2] is not None else (match[4], match[5])
+    return f"{match[1]} {above}/{below}" if match[1] else f"{above}/{below}"
+
+
+def _only_of(pattern: re.Pattern[str], text: str) -> str:
+    """Return the one thing that a pattern marks, or the text with all that it marks kept."""
+    found = {match.strip() for match in pattern.findall(text)}
+    return found.pop() if len(found) == 1 else pattern.sub(r" \1 ", text)

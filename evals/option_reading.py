@@ -1,0 +1,158 @@
+"""Which option an answer names: letters and the options' own texts, weighed against each other."""
+
+import re
+from collections.abc import Sequence
+
+from evals.benchmark import LETTERS
+from evals.option_texts import STAND_IN, equal_options, letter_of, named_options, with_stand_ins
+from evals.plain_text import plain, without_lead_in
+
+# One letter as the whole answer, by itself or after "option".
+WHOLE = re.compile(
+    r"(?:(?:option|choice|选项?)\s*)?[(\[{<\"']{0,4}([A-Za-z])[)\]}>\"']{0,4}\s*[.:,;!。、]?", re.IGNORECASE
+)
+# A letter that is no part of a word, an abbreviation ("U.S."), a unit ("25 °C") or a name ("C++", "C-shaped").
+ALONE = (
+    r"(?<![A-Za-z0-9'°])(?<![A-Za-z0-9]-)(?<![A-Za-z]\.)(?<!\d )(?<!° )([A-Z])"
+    r"(?![A-Za-z0-9'#*])(?!\+)(?!-\w)(?!\.[A-Z](?![a-z]))"
+)
+ASIDE = r"(?:to (?:the|this) question |here )?"
+IS = rf"\s*{ASIDE}(?:is|would be|should be|must be|=|:)[:=]?\s*"
+OPEN, CLOSE = r"[(\[{<\"']{0,4}", r"[)\]}>\"']{0,4}"
+DECLARED = re.compile(
+    rf"(?i:\banswer(?:{IS}|\s+)|\b(?:option|choice){IS})(?i:(?:option|choice)\s+)?{OPEN}{ALONE}"
+    rf"|(?:答案|应该|正确的)(?:选项)?[是为选]?\s*:?\s*{OPEN}{ALONE}"
+    rf"|(?i:\b(?:answer|option|choice){IS}(?:(?:option|choice)\s+)?){OPEN}([a-z])(?={CLOSE}[.,;!]?\s*(?:\n|$)|[)\].:]\s)"
+)
+ALSO = re.compile(
+    rf"{CLOSE}\s*(?:[,/&]|\b(?:or|and|nor)\b)\s*(?:(?:maybe|possibly|perhaps|option|also|even|either) )*{OPEN}{ALONE}"
+)
+TEXT_FOLLOWS = re.compile(rf"{CLOSE} ({STAND_IN})")
+DENIED = re.compile(r"\s*(?:is|are|was)?(?: not\b|n't\b| (?:wrong|incorrect|false)\b)")
+LABEL = re.compile(
+    rf"{OPEN}([A-Z])(?:{CLOSE}\s*[.:,、)]|{CLOSE} - |[)\]}}]|\s*\n|(?=\s+(?:because|since|as)\b))\s*(?=\S)"
+)
+LOWER_LABEL = re.compile(r"^[(\[]?[a-z](?:[)\]][.:]?|[.:])(?=\s)")
+OWN_TEXT = re.compile(rf"(?<!\w){OPEN}([A-Z]){CLOSE}\s*[.:,、)-]*\s*(?i:(?:an?|the)\s+)?({STAND_IN})")
+# "A cat" is a cat, "I think" is somebody; "A is right" is the option.
+ARTICLE = re.compile(rf"(?<![A-Za-z0-9'])A (?=[a-z]|{STAND_IN})(?!(?:is|was|because|and|or|seems|since|as|not|but)\b)")
+PRONOUN = re.compile(r"(?<![A-Za-z0-9'])I (?=[a-z])(?!(?:is|because|or)\b)")
+NOT_THIS = re.compile(rf"[,;]?\s+(?:and |but )?not (?:an? |the |option )?(?:[A-Z]|{STAND_IN})(?=\s*(?:[.,;:!?)\n]|$))")
+NEGATION = re.compile(
+    r"\b(?:not|no(?! doubt)|never|neither|nor|none|cannot|except|excluding|anything but|incorrect|wrong|false"
+    r"|rather than|instead of|unlike|other than)\b|n't\b|不|非|除了",
+    re.IGNORECASE,
+)
+CLAUSE = re.compile(r"[.;:,!?\n]|\b(?:because|since|so|though|although|while)\b")
+# What may stand directly before a letter that is an answer; after any other word it is a name ("vitamin C").
+BEFORE = re.compile(
+    r"(?:^|[^\w\s'][\s\"'(\[]*|\n\s*|\b(?:option|choice|answer|letter|is|be|are|was|choose|chose|pick|select|with|say|think"
+    r"|guess|mean|means|as|to|for|by|so|hence|thus|therefore|maybe|perhaps|prefer|and|or|both|either|neither|nor|not|than"
+    r"|correct|right|of|the|that|but|\w+ly|\w*'s|[^\W\dA-Za-z_]+)[\s\"'(\[]*)$",
+    re.IGNORECASE,
+)
+# What may follow a letter that is an answer; "B cells" are no option.
+AFTER = re.compile(
+    rf"\s*(?:$|[^\w\s]|{STAND_IN}|[^\x00-\x7f]|(?:because|since|as|is|was|are|has|looks?|seems?|appears?|would|should"
+    r"|must|might|may|could|can|fits?|shows?|matches|and|or|but|not|by|for|due|which|it|the|an?|there|this|that|in|on|with"
+    r"|then|here)\b)|\s*\n",
+    re.IGNORECASE,
+)
+NEAR = 40
+
+
+class OptionReading:
+    """An answer beside its options."""
+
+    def __init__(self, answer: str, options: Sequence[str]) -> None:
+        """Prepare the text: an option's text is one character, "A" before a word an article."""
+        self.options = options
+        self.letters = LETTERS[: len(options)]
+        self.text = plain(answer)
+        named = LOWER_LABEL.sub(lambda match: match[0].upper(), with_stand_ins(self.text, options), count=1)
+        self.named = _without_denied(PRONOUN.sub("i ", ARTICLE.sub("a ", named)))
+
+    def letter(self) -> str | None:
+        """Return the letter, or None."""
+        said = without_lead_in(self.text)
+        whole, equal = WHOLE.fullmatch(said), equal_options(said, self.options)
+        label = {whole[1].upper()} & set(self.letters) if whole else set()
+        if label or equal:
+            # Where "A" is the text of another option than A, nobody knows which is meant.
+            return next(iter(label | equal)) if len(label | equal) == 1 else None
+        return self._within()
+
+    def _within(self) -> str | None:
+        declared = self._declared()
+        if declared:
+            return declared.pop() if len(declared) == 1 else None
+        own = [(match[1], letter_of(match[2])) for match in OWN_TEXT.finditer(self.named)]
+        agreeing = {one for one, other in own if one == other}
+        if len(agreeing) == 1 and LABEL.match(self.named) and own[0][0] in agreeing:
+            return agreeing.pop()
+        alone, in_doubt = self._alone()
+        front = LABEL.match(self.named)
+        if front and front[1] in self.letters and set(alone) <= {front[1]}:
+            return front[1]
+        if alone:
+            return self._single(alone)
+        return None if in_doubt else self._only_named()
+
+    def _declared(self) -> set[str]:
+        """Return the letters after "the answer is"; two, or none of the options, where they are in doubt."""
+        found = set()
+        for match in DECLARED.finditer(self.named):
+            letter = (match[1] or match[2] or match[3]).upper()
+            if not AFTER.match(self.named, match.end()):
+                continue
+            other, text = ALSO.match(self.named, match.end()), TEXT_FOLLOWS.match(self.named, match.end())
+            if text and letter_of(text[1]) != letter:
+                found |= {letter, letter_of(text[1])}
+            elif NEGATION.search(_clause(self.named, match.start())) or DENIED.match(self.named, match.end()):
+                found |= {"not", letter}
+            elif letter in self.letters:
+                found |= {letter, other[1]} if other and other[1] in self.letters else {letter}
+        return found
+
+    def _alone(self) -> tuple[dict[str, int], bool]:
+        """Return letters that may be answers with their places, and whether others are in the text ("vitamin C")."""
+        found: dict[str, int] = {}
+        in_doubt = False
+        for match in re.finditer(ALONE, self.named):
+            if match[1] not in self.letters:
+                continue
+            before = self.named[max(0, match.start() - NEAR) : match.start()]
+            if BEFORE.search(before) and AFTER.match(self.named, match.end()):
+                found.setdefault(match[1], match.start())
+            else:
+                in_doubt = True
+        return found, in_doubt
+
+    def _single(self, alone: dict[str, int]) -> str | None:
+        """Return the only letter, if nothing is said against it and no other option is named."""
+        (letter, place), *others = alone.items()
+        clause = _clause(self.named, place) + CLAUSE.split(self.named[place + 1 :])[0]
+        named = named_options(self.named)
+        if others or NEGATION.search(clause) or not named <= {letter}:
+            return None
+        return letter
+
+    def _only_named(self) -> str | None:
+        """Return the only option whose text is there, if nothing is said against it."""
+        letters = named_options(self.named)
+        places = [match.start() for match in re.finditer(STAND_IN, self.named)]
+        if len(letters) != 1 or any(NEGATION.search(_clause(self.named, place)) for place in places):
+            return None
+        return letters.pop()
+
+
+def _without_denied(text: str) -> str:
+    """Return a text without ", not C", where something else is said before it."""
+    match = NOT_THIS.search(text)
+    if match and re.search(rf"{ALONE}|{STAND_IN}", text[: match.start()]):
+        return text[: match.start()] + text[match.end() :]
+    return text
+
+
+def _clause(text: str, place: int) -> str:
+    return CLAUSE.split(text[:place])[-1]

@@ -1,0 +1,190 @@
+"""The one number that a plain text states: with its sign, its per cent and its unit, or none at all.
+
+A range, a bound, an ordinal, a date, a time, or two numbers to choose from are not one number.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from evals.number_words import digits_for_words
+
+SCALES = {"k": 1e3, "m": 1e6, "b": 1e9, "hundred": 1e2, "thousand": 1e3, "million": 1e6, "mn": 1e6, "billion": 1e9}
+SCALES |= {"bn": 1e9, "trillion": 1e12, "lakh": 1e5, "crore": 1e7, "dozen": 12.0}
+UNITS = {
+    unit: words[0]
+    for words in map(
+        str.split,
+        (
+            "mm millimeter millimeters millimetres",
+            "cm centimeter centimeters centimetres",
+            "m meter meters metre metres",
+            "km kilometer kilometers kilometres",
+            "in inch inches",
+            "ft foot feet",
+            "yd yard yards",
+            "mi mile miles",
+            "mg milligram milligrams",
+            "g gram grams",
+            "kg kilogram kilograms",
+            "lb lbs pound pounds",
+            "oz ounce ounces",
+            "t ton tons tonne tonnes",
+            "ml milliliter milliliters",
+            "l liter liters litre litres",
+            "ms millisecond milliseconds",
+            "s sec secs second seconds",
+            "min mins minute minutes",
+            "h hr hrs hour hours",
+            "day days",
+            "week weeks",
+            "month months",
+            "year years yrs yr",
+            "°c",
+            "°f",
+            "hz",
+            "khz",
+            "mhz",
+            "ghz",
+            "v",
+            "w",
+            "kw",
+            "mw",
+            "j",
+            "kj",
+            "n",
+            "pa",
+            "kpa",
+            "mol",
+            "km/h",
+            "m/s",
+            "mph",
+            "$ dollar dollars usd",
+            "€ euro euros eur",
+            "£ gbp",
+            "¥ yen yuan",
+        ),
+    )
+    for unit in words
+}
+MONEY = ("$", "€", "£", "¥")
+ATTACHED = "|".join(sorted((re.escape(unit) for unit in UNITS if unit not in ("s", "n")), key=len, reverse=True))
+NUMBER = re.compile(
+    r"(?<![A-Za-z_\d.,:/^°\\])(?<![A-Za-z\d]-)(?P<sign>(?:(?<![\w)])[-+]|\b(?:minus|negative) )?)"
+    r"(?:(?:US|us)?(?P<money>[$€£¥₹]) ?)?(?P<inner>-?)"
+    r"(?P<body>\d{1,3} \d{1,3}/\d{1,3}|\d{1,3}(?:,\d{2,3})*,\d{3}(?:\.\d+)?|\d{1,3}(?:[ ']\d{3})+(?:\.\d+)?"
+    r"|\d+/\d+|\d+(?:\.\d+)?|\.\d+)"
+    r"(?P<power>[eE][+-]?\d+| ?[×x*] ?10\^[+-]?\d+|\^[+-]?\d+)?"
+    r"(?:(?P<close>[kKMB])(?![A-Za-z\d])"
+    r"|(?: ?(?P<scale>hundred|thousand|million|mn|billion|bn|trillion|lakh|crore|dozen)s?(?![A-Za-z])))?"
+    r"(?: ?(?P<percent>%|percent(?![A-Za-z])|per cent(?![A-Za-z])|pct(?![A-Za-z])))?"
+    rf"(?:(?P<unit>{ATTACHED})(?![A-Za-z])| (?P<apart>[A-Za-z°$€£¥/]+))?(?:(?<=m)\^?[23])?"
+    r"(?![A-Za-z_\d^]|[.,:/]\d|-\d|['/])"
+)
+NOT_THIS = re.compile(
+    r"(?:\b(?:more|less|fewer|greater|higher|lower|larger|smaller|rather|other) than|\b(?:over|under|above|below|beyond"
+    r"|at least|at most|up to|almost|nearly|exceed\w*|minimum of|maximum of|between|except|after|before|within)"
+    r"|[<>≥≤±/:]|(?<!\w)-) *(?:about |around |roughly |approximately )?$",
+    re.IGNORECASE,
+)
+# "one third" is not one, and "two and a half" not two.
+OF_ONE = r"(?:hal(?:f|ves)|thirds?|quarters?|fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|tenths?|hundredths?)\b"
+OPEN_ENDED = re.compile(
+    r" ?(?:\+|±|‰|:\d|or (?:so|more|less|fewer|higher|lower|above|below)\b|and (?:more|above|over|up)\b"
+    rf"|(?:and )?(?:(?:a|one|1)[ -])?{OF_ONE}|-{OF_ONE})"
+)
+NEGATED = re.compile(r"\b(?:not|never|neither|nor|cannot)\b|n't\b", re.IGNORECASE)
+MONTH = re.compile(
+    r"\b(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?"
+    r"|nov(?:ember)?|dec(?:ember)?)\b",
+    re.IGNORECASE,
+)
+DAYS = range(1, 32)
+TAIL = re.compile(r"(?:\banswer is|=|≈)\s*", re.IGNORECASE)
+WORDS_AFTER = re.compile(r"(?:[^\W\d]|[%°/$€£¥'^. -])*")
+MAX_WORDS_AFTER = 2
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One number; ``unit`` is "" where none is known."""
+
+    value: float
+    percent: bool = False
+    unit: str = ""
+    numerator: float | None = field(default=None, compare=False)
+    """What stands above the line, where it is written as a fraction."""
+
+
+def stated_quantity(text: str) -> Quantity | None:
+    """Return the only number that a plain text states, or None."""
+    text = digits_for_words(text.strip().rstrip(".!,;").strip())
+    if text.lower().lstrip("+-") in ("nan", "inf", "infinity", "none"):
+        return Quantity(0.0 if text.lower() == "none" else float(text))
+    found = list(_mentions(text))
+    if not found and TAIL.search(text) is None:
+        return None
+    values = {one for one in found if one is not None}
+    if len(values) == 1 and None not in found:
+        return values.pop()
+    # "60 + 40 = 100" says 100; so does "100", an empty line, and why.
+    tail, first = TAIL.split(text)[-1], text.split("\n\n")[0]
+    return stated_quantity(tail) if tail != text else whole_quantity(first) if first != text else None
+
+
+def whole_quantity(text: str) -> Quantity | None:
+    """Return the number that a text is, with no more than a unit after it ("12 cm", not "Top 10")."""
+    found = stated_quantity(text)
+    plain = digits_for_words(text.strip())
+    match = NUMBER.match(plain)
+    if found is None or (match is None and found.value and math.isfinite(found.value)):
+        return None
+    rest = plain[match.end("body") :] if match else ""
+    return found if len(rest.split()) <= MAX_WORDS_AFTER else None
+
+
+def _mentions(text: str) -> Iterator[Quantity | None]:
+    """Yield each number, None for digits that are no number of their own or that are spoken against."""
+    end = 0
+    for match in NUMBER.finditer(text):
+        if any(char.isdigit() for char in text[end : match.start()]):
+            yield None
+        before = text[end : match.start()]
+        end = match.end()
+        yield None if _spoken_against(before, text[match.end("body") :], match) else _quantity(match)
+    if any(char.isdigit() for char in text[end:]):
+        yield None
+
+
+def _spoken_against(before: str, after: str, match: re.Match[str]) -> bool:
+    clause = re.split(r"[.;,:!?\n]", before)[-1]
+    if NOT_THIS.search(before[-40:]) or NEGATED.search(clause) or OPEN_ENDED.match(after):
+        return True
+    day = match["body"].isdigit() and len(match["body"]) <= 2 and int(match["body"]) in DAYS
+    return day and (MONTH.match(after.strip()) is not None or MONTH.search(before[-10:]) is not None)
+
+
+def _quantity(match: re.Match[str]) -> Quantity | None:
+    body = re.sub(r"(?<=\d)[ ',](?=\d{2,3}(?:\D|$))", "", match["body"]) if "/" not in match["body"] else match["body"]
+    whole, _, fraction = body.rpartition(" ")
+    try:
+        above, _, below = fraction.partition("/")
+        value = float(above) / float(below or 1) + float(whole or 0)
+        value *= _power(match["power"] or "", value)
+    except (ArithmeticError, ValueError):
+        return None
+    value *= SCALES.get((match["scale"] or match["close"] or "").lower(), 1.0)
+    if match["sign"].startswith(("-", "m", "n", "M", "N")) != (match["inner"] == "-"):
+        value = -value
+    unit = match["money"] or UNITS.get((match["unit"] or match["apart"] or "").lower(), "")
+    return Quantity(value + 0.0, match["percent"] is not None, unit, float(above) if below and not whole else None)
+
+
+def _power(power: str, base: float) -> float:
+    """Return what a number is multiplied by for "e3", " × 10^3" or "^2"."""
+    if not power:
+        return 1.0
+    if power.startswith("^"):
+        return float(base ** (int(power[1:]) - 1))
+    return float(f"1e{int(power.rpartition('^')[2]) if '^' in power else int(power[1:])}")

@@ -1,0 +1,120 @@
+"""Yes and no as people write them on a command line: true, yes, on, 1 and their opposites, in any case."""
+
+import inspect
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+
+from llava_ray.errors import ConfigError
+from llava_ray.reading import shown
+
+WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+NOTHING = ("none", "null")
+EXPECTED = "true or false (yes, no, on, off, 1 and 0 are understood)"
+
+
+def spell_out(schema: type[BaseModel], flags: Sequence[str]) -> list[str]:
+    """Return dotted flags with True or False, as tyro takes them, for each that is a switch of ``schema``.
+
+    A switch without a value is on. Raises ConfigError for a value that is neither.
+    """
+    spelt: list[str] = []
+    for flag, values in grouped(flags):
+        key, equals, value = flag.removeprefix("--").partition("=")
+        annotation = annotation_of(schema, key)
+        if bool not in alternatives(annotation):
+            spelt += [flag, *values]
+        elif equals:
+            spelt += [f"--{key}={word_for(key, value, annotation)}", *values]
+        else:
+            first, *rest = values or ["true"]
+            spelt += [f"--{key}", word_for(key, first, annotation), *rest]
+    return spelt
+
+
+def grouped(flags: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield each flag with the values that follow it; what stands in front of all flags is one by itself."""
+    group: list[str] = []
+    for argument in flags:
+        if argument.startswith("--") and group:
+            yield group[0], group[1:]
+            group = []
+        group.append(argument)
+    if group:
+        yield group[0], group[1:]
+
+
+def annotation_of(schema: type[BaseModel], key: str) -> Any:
+    """Return the type of a dotted key, None where there is no such key."""
+    annotation: Any = schema
+    for part in key.split("."):
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return None
+        field = annotation.model_fields.get(part)
+        annotation = field.annotation if field else None
+    return annotation
+
+
+def alternatives(annotation: Any) -> list[Any]:
+    """Return the types of a union and the values of a literal, one by one."""
+    if annotation is None:
+        return []
+    parts = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return list(parts)
+    if parts and not isinstance(annotation, type):
+        return [one for part in parts for one in alternatives(part)] + [None] * (type(None) in parts)
+    return [annotation]
+
+
+def as_switch(value: Any, annotation: Any) -> Any:
+    """Return what a recipe says of a switch, as true or false where it is a word or number for one."""
+    if not isinstance(value, str | int) or bool not in alternatives(annotation):
+        return value
+    return WORDS.get(str(value).lower(), value)
+
+
+def word_for(key: str, value: str, annotation: Any) -> str:
+    """Return a switch's value as tyro takes it. Raises ConfigError."""
+    word, others = value.strip().lower(), alternatives(annotation)
+    if word in WORDS:
+        return str(WORDS[word])
+    if None in others and word in NOTHING:
+        return "None"
+    named = [other for other in others if isinstance(other, str)]
+    if word in named:
+        return word
+    raise ConfigError(f"{key!r} = {shown(value)}: expected {', '.join([*map(repr, named), EXPECTED])}")
+
+
+def bare_switches(arguments: Sequence[str], names: Collection[str]) -> list[str]:
+    """Return a command line in which each of the named switches stands alone, or as its ``--no-`` form.
+
+    For commands whose switches take no value: ``--json yes`` is ``--json``, and ``--json=0`` is ``--no-json``.
+    """
+    bare: list[str] = []
+    known = {name.replace("-", "_") for name in names}
+    waiting = list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or name.replace("-", "_") not in known:
+            bare.append(argument)
+            continue
+        if not equals:
+            value = waiting.pop(0) if waiting and waiting[0].lower() in WORDS else "true"
+        if value.lower() not in WORDS:
+            raise ConfigError(f"--{name} = {shown(value)}: expected {EXPECTED}")
+        bare.append(f"--{name}" if WORDS[value.lower()] else f"--no-{name}")
+    return bare
+
+
+def switches_of(*callables: Callable[..., Any]) -> set[str]:
+    """Return the names of the parameters that are switches."""
+    return {
+        name
+        for one in callables
+        for name, parameter in inspect.signature(one).parameters.items()
+        if parameter.annotation is bool
+    }

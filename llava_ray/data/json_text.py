@@ -1,0 +1,82 @@
+"""JSON of which anybody may have written a piece: parsed within bounds, its records found even where they cannot be."""
+
+import json
+import re
+from typing import Any
+
+from llava_ray.errors import RecordError
+from llava_ray.reading import reason
+
+MAX_DIGITS = 4000  # Python itself refuses to read longer numbers
+STRUCTURE = re.compile(r'"(?:[^"\\]|\\.)*+"|"|[\[\]{}]', re.DOTALL)  # whole strings, one that is cut off, brackets
+
+
+def _bounded_int(digits: str) -> Any:
+    return int(digits) if len(digits) <= MAX_DIGITS else digits
+
+
+def _refused_int(digits: str) -> Any:
+    if len(digits) > MAX_DIGITS:
+        raise RecordError(f"a number of {len(digits):,} digits; mend it", reason="malformed")
+    return int(digits)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RecordError(f"the key {twice[:60]!r} stands there twice; expected it once", reason="malformed")
+    return values
+
+
+SPLITTER = json.JSONDecoder(parse_int=_bounded_int)
+PARSER = json.JSONDecoder(parse_int=_refused_int, object_pairs_hook=_unique)
+
+
+def find_value(text: str, position: int) -> tuple[Any, int]:
+    """Return the value that begins at ``position`` and where it ends; None for one that is nested too deeply.
+
+    Raises json.JSONDecodeError for what is no JSON, or not all of it.
+    """
+    try:
+        return SPLITTER.raw_decode(text, position)
+    except RecursionError:
+        return None, _end_of(text, position)
+
+
+def _end_of(text: str, position: int) -> int:
+    depth, place = 0, position
+    for match in STRUCTURE.finditer(text, position):
+        if match[0] in "[{":
+            depth += 1
+        elif match[0] in "]}":
+            depth -= 1
+        elif match[0] == '"':
+            break
+        place = match.end()
+        if depth == 0:
+            return place
+    raise json.JSONDecodeError("Expecting the end of a value", text, min(place, len(text)))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return what one record's text says. Raises RecordError ("malformed")."""
+    try:
+        decoded = text.decode() if isinstance(text, bytes) else text
+    except UnicodeDecodeError as error:
+        raise RecordError(
+            f"not UTF-8 (byte {error.object[error.start]:#04x} at {error.start:,}); save it as UTF-8",
+            reason="malformed",
+        ) from error
+    try:
+        return PARSER.decode(decoded)
+    except RecursionError as error:
+        raise RecordError("too many lists or objects in each other; mend it", reason="malformed") from error
+    except ValueError as error:
+        if isinstance(error, RecordError):
+            raise
+        raise RecordError(
+            f"not JSON ({reason(error).partition(': ')[2]}; begins {text[:40]!r}); expected one object",
+            reason="malformed",
+        ) from error

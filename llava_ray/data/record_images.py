@@ -1,0 +1,70 @@
+"""The images of a record: bytes, base64, paths and URLs, from wherever it names them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llava_ray.data.record_keys import IMAGE_KEYS, is_absent
+from llava_ray.errors import RecordError
+from llava_ray.images.base64_text import decode_base64, decode_data_uri, decode_image_text
+from llava_ray.reading import shown
+
+MAX_IMAGES = 65_535  # of one record; more cannot be numbered
+
+
+def find_images(values: Mapping[str, Any], of_parts: Sequence[Any], image_folder: str) -> tuple[bytes | str, ...]:
+    """Return the images that a record names, in the order of their markers. Raises RecordError."""
+    listed = _list_images(values)
+    named = [part for part in of_parts if part is not None]
+    if named and len(named) < len(of_parts):
+        raise RecordError(
+            f"{len(named)} of {len(of_parts)} image parts name their image; expected all of them, or none and `images`",
+            reason="malformed",
+        )
+    if named and listed and named != listed:
+        raise RecordError(
+            "images are named in parts of the content and in the record's own list, and other ones; expected one of "
+            "them",
+            reason="malformed",
+        )
+    entries = named or listed
+    if len(entries) > MAX_IMAGES:
+        raise RecordError(f"{len(entries):,} images; expected at most {MAX_IMAGES:,}", reason="image_count")
+    return tuple(find_image(entry, image_folder) for entry in entries)
+
+
+def _list_images(values: Mapping[str, Any]) -> list[Any]:
+    """Return ``image`` or ``images`` as a list, empty for a record of text only."""
+    found = [values[name] for name in IMAGE_KEYS if not _is_nothing(values.get(name))]
+    lists = [entry if isinstance(entry, list) else [entry] for entry in found]
+    if len(lists) > 1 and lists[0] != lists[1]:
+        raise RecordError(
+            "both `image` and `images` name images, and other ones; expected one of them", reason="malformed"
+        )
+    return lists[0] if lists else []
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is None or value is False or (isinstance(value, str | list | bytes) and not value)
+
+
+def find_image(entry: Any, image_folder: str) -> bytes | str:
+    """Return the bytes of an entry, or the path or URL that leads to them. Raises RecordError."""
+    told = entry
+    if isinstance(entry, Mapping):  # how Hugging Face's Image columns lie in Parquet
+        given = entry.get("bytes")
+        if isinstance(given, str) and not is_absent(given):
+            is_uri = given[:20].lstrip()[:5].lower() == "data:"
+            return decode_data_uri(given) if is_uri else decode_base64("".join(given.split()))
+        told = next((entry[name] for name in ("bytes", "path", "url") if not is_absent(entry.get(name))), None)
+    if isinstance(told, bytes) and told:
+        return told
+    if not isinstance(told, str) or not told:
+        raise RecordError(
+            f"an image is given as {type(told).__name__} ({shown(told)[:60]}); "
+            "expected a path, bytes, or an object with bytes or path",
+            reason="malformed",
+        )
+    data = decode_image_text(told)
+    if data is not None:
+        return data
+    return told if "://" in told or told.startswith("/") else f"{image_folder.rstrip('/')}/{told}"

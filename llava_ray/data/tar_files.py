@@ -1,0 +1,139 @@
+"""WebDataset tars read sample by sample; damaged members are told as such, the others are read."""
+
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import PurePosixPath
+from typing import Any
+
+from llava_ray.data.records import IMAGE_SUFFIXES, Fault
+from llava_ray.errors import DataError
+from llava_ray.images.reading import open_filesystem
+from llava_ray.reading import reason
+
+# Media beside a record that cannot be learnt from; any other file is read past.
+OTHER_MEDIA = {".mp4", ".mkv", ".webm", ".avi", ".mov", ".wav", ".mp3", ".flac", ".ogg", ".m4a", ".pdf", ".npy", ".npz"}
+MAX_MEMBER = 1 << 30  # bytes
+ERRORS: Any = tarfile  # its kinds of damage have no types in the stubs
+
+
+@dataclass(frozen=True)
+class Member:
+    """One file of a tar: what is in it, or why that cannot be known."""
+
+    key: str
+    suffix: str
+    content: bytes | Fault
+
+
+@dataclass(frozen=True)
+class TarSample:
+    """Neighbouring files with one base name."""
+
+    key: str
+    text: bytes | Fault
+    images: tuple[bytes, ...] = ()
+    ignored: tuple[str, ...] = ()
+
+
+class CheckedTar(tarfile.TarFile):
+    """A tar that counts what it skips: `tarfile` takes a damaged header for the end, and says nothing."""
+
+    num_damaged = 0
+    has_end = False
+
+
+class CheckedHeader(tarfile.TarInfo):
+    """A header that is told apart from damage; blocks are skipped until the next one that is whole."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> "CheckedHeader":
+        """Read the next header."""
+        assert isinstance(tar, CheckedTar)
+        assert tar.fileobj is not None
+        try:
+            header = super().fromtarfile(tar)
+            if header.size >= 0:
+                return header
+        except ERRORS.EOFHeaderError:
+            tar.has_end = True
+            raise
+        except ERRORS.EmptyHeaderError:
+            raise
+        except ERRORS.TruncatedHeaderError as error:
+            if tar.has_end:
+                raise ERRORS.EmptyHeaderError("a few bytes behind the end") from error
+            raise tarfile.ReadError("unexpected end of data") from error
+        except (tarfile.HeaderError, ValueError, LookupError, TypeError, AttributeError, OverflowError):
+            pass
+        tar.num_damaged += 1
+        tar.offset = tar.fileobj.tell() - tarfile.BLOCKSIZE  # from where the next block is tried
+        raise ERRORS.InvalidHeaderError("damaged")
+
+
+def read_tar(path: str) -> Iterator[TarSample]:
+    """Yield the samples of a tar. Images come in the order of the tar. Raises DataError for one that is cut off."""
+    for key, members in groupby(_members(path), key=lambda member: member.key):
+        sample = _sample_of(key, list(members))
+        if sample is not None:
+            yield sample
+
+
+def _sample_of(key: str, members: list[Member]) -> TarSample | None:
+    """Put a sample together; None for files of which none is a record or medium."""
+    texts = [member.content for member in members if member.suffix == ".json"]
+    images = [member.content for member in members if member.suffix in IMAGE_SUFFIXES]
+    faults = [member.content for member in members if isinstance(member.content, Fault)]
+    if faults:
+        return TarSample(key, faults[0])
+    if not texts and not images:
+        return None
+    if len(texts) != 1:
+        return TarSample(
+            key, Fault(f"{len(texts)} .json files of this name beside {len(images)} image(s); expected one")
+        )
+    others = {f"*{member.suffix}" for member in members} - {"*.json", *(f"*{suffix}" for suffix in IMAGE_SUFFIXES)}
+    return TarSample(key, texts[0], tuple(image for image in images if isinstance(image, bytes)), tuple(sorted(others)))
+
+
+def _members(path: str) -> Iterator[Member]:
+    """Yield a tar's files; of those that are neither records nor images only the names."""
+    filesystem, place = open_filesystem(path)
+    key, num_damaged = "", 0
+    try:
+        with (
+            filesystem.open(place, "rb") as raw,
+            CheckedTar.open(fileobj=raw, mode="r|*", tarinfo=CheckedHeader, ignore_zeros=True) as tar,
+        ):
+            for header in tar:
+                if tar.num_damaged > num_damaged:
+                    yield _damage(key, tar.num_damaged - num_damaged)
+                    num_damaged = tar.num_damaged
+                if header.isdir():
+                    continue
+                name = PurePosixPath(header.name)
+                key, suffix = str(name.parent / name.name.partition(".")[0]), name.suffix.lower()
+                yield Member(key, suffix, _content(tar, header, suffix))
+            if tar.num_damaged > num_damaged:
+                yield _damage(key, tar.num_damaged - num_damaged)
+    except Exception as error:
+        raise DataError(f"{path}: the tar is damaged after {key!r} ({reason(error)}); fetch it again") from error
+
+
+def _damage(key: str, num_blocks: int) -> Member:
+    what = f"{num_blocks} damaged block(s) after {key!r} are no file; what stood there is lost: fetch the tar again"
+    return Member(f"{key}+damaged", "", Fault(what))
+
+
+def _content(tar: tarfile.TarFile, header: tarfile.TarInfo, suffix: str) -> bytes | Fault:
+    if suffix in OTHER_MEDIA:
+        return Fault(f"{suffix} beside the record cannot be learnt from: remove it, or the sample", "unsupported")
+    if suffix != ".json" and suffix not in IMAGE_SUFFIXES:
+        return b""
+    if not header.isreg() or header.issparse():
+        return Fault(f"{header.name!r} is a link, or not a whole file; expected the file itself")
+    if header.size > MAX_MEMBER:
+        return Fault(f"{header.name!r} has {header.size:,} bytes; expected at most {MAX_MEMBER:,}")
+    content = tar.extractfile(header)
+    return content.read() if content else b""

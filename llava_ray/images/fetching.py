@@ -1,0 +1,157 @@
+"""Image files fetched over http(s): tried again while a host is busy, within bounds of time and bytes.
+
+A host of which nothing has come for many files in a row is left alone for a while, so that a dead one costs seconds
+and not days.
+"""
+
+import asyncio
+import random
+import threading
+import time
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from http import HTTPStatus
+from typing import Any
+from urllib.parse import urlsplit
+
+import fsspec.asyn
+
+from llava_ray.errors import ImageError
+from llava_ray.reading import reason, shown
+
+MAX_BYTES = 1 << 28
+CHUNK = 1 << 16
+ONE_TRY_S = 30.0
+TOTAL_S = 60.0  # of all tries and the pauses between them
+PAUSES_S = (0.5, 1.5, 4.5)
+LONGEST_PAUSE_S = 30.0  # that a host may ask for
+BUSY = {408, 425, 429}  # and all from 500 on
+GONE = {404, 410}
+
+# Files in a row that nothing came of: then each is tried once, and then the host is asked only now and then.
+ONE_TRY_AFTER, LEAVE_AFTER, ASK_EVERY_S = 8, 32, 20.0
+
+
+class _Busy(Exception):  # noqa: N818 - says what the host is
+    """Trying again may help."""
+
+    def __init__(self, what: str, pause_s: float = 0.0) -> None:
+        super().__init__(what)
+        self.pause_s = pause_s
+
+
+@dataclass
+class _Host:
+    """What is known of a host in this process."""
+
+    num_failed: int = 0
+    ask_at: float = 0.0
+    said: str = ""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+_HOSTS: dict[str, _Host] = {}
+
+
+def fetch_image(filesystem: Any, url: str) -> bytes:
+    """Return the file at a URL, read with the session of fsspec's ``filesystem``.
+
+    Raises ImageError: ``image_missing`` where the host says that there is none, otherwise ``image_unreadable``.
+    """
+    host = _HOSTS.setdefault(urlsplit(url).netloc, _Host())
+    _check_asked(host, url)
+    pauses = PAUSES_S if host.num_failed < ONE_TRY_AFTER else ()
+    end = time.monotonic() + TOTAL_S
+    for pause in (*pauses, None):
+        try:
+            data = _try(filesystem, url)
+        except _Busy as error:
+            wait = max(error.pause_s, (pause or 0.0) * random.uniform(0.8, 1.2))  # not all at once
+            if pause is not None and time.monotonic() + wait < end:
+                time.sleep(wait)
+                continue
+            with host.lock:
+                host.num_failed, host.said = host.num_failed + 1, str(error)
+                host.ask_at = time.monotonic() + ASK_EVERY_S
+            raise _unreadable(url, f"{error}, {len(pauses) + 1} tries") from error
+        except ImageError:
+            host.num_failed = 0  # it answers
+            raise
+        host.num_failed = 0
+        return data
+    raise AssertionError
+
+
+def _check_asked(host: _Host, url: str) -> None:
+    """Raise ImageError while a host is left alone."""
+    with host.lock:
+        if host.num_failed < LEAVE_AFTER:
+            return
+        if time.monotonic() >= host.ask_at:
+            host.ask_at = time.monotonic() + ASK_EVERY_S
+            return
+    raise _unreadable(url, f"not asked for: the last {host.num_failed:,} files of this host failed, with {host.said}")
+
+
+def _try(filesystem: Any, url: str) -> bytes:
+    """Ask once. Raises ImageError, or _Busy where asking again may help."""
+    try:
+        return bytes(fsspec.asyn.sync(filesystem.loop, _get, filesystem, url, timeout=ONE_TRY_S + 5))
+    except (ImageError, _Busy):
+        raise
+    except TimeoutError as error:  # fsspec's and asyncio's own are of this kind
+        raise _Busy(f"no whole answer within {ONE_TRY_S:g} s") from error
+    except ValueError as error:  # aiohttp's word for what is no URL
+        raise _unreadable(url, f"no URL that can be asked for ({reason(error)})") from error
+    except Exception as error:  # aiohttp's many ways to lose a connection
+        if getattr(error, "status", None):  # too many redirects, an answer that is no HTTP
+            raise _unreadable(url, reason(error)) from error
+        raise _Busy(reason(error)) from error
+
+
+async def _get(filesystem: Any, url: str) -> bytes:
+    session = await filesystem.set_session()
+    async with asyncio.timeout(ONE_TRY_S), session.get(filesystem.encode_url(url), **filesystem.kwargs) as response:
+        _check_status(response.status, response.headers, url)
+        if (response.content_length or 0) > MAX_BYTES:
+            raise _unreadable(url, f"{response.content_length:,} bytes; expected at most {MAX_BYTES:,}")
+        data = bytearray()
+        async for chunk in response.content.iter_chunked(CHUNK):
+            data += chunk
+            if len(data) > MAX_BYTES:
+                raise _unreadable(url, f"more than {MAX_BYTES:,} bytes")
+        return bytes(data)
+
+
+def _check_status(status: int, headers: Any, url: str) -> None:
+    if status < 400:
+        return
+    phrase = next((f" ({known.phrase})" for known in HTTPStatus if known == status), "")
+    if status in BUSY or status >= 500:
+        raise _Busy(f"the host answered {status}{phrase}", _asked_pause(headers.get("retry-after")))
+    if status in GONE:
+        raise ImageError(
+            f"image {shown(url)} does not exist: the host answered {status}{phrase}; mend the link, or drop it",
+            reason="image_missing",
+        )
+    raise _unreadable(url, f"the host answered {status}{phrase}")
+
+
+def _asked_pause(header: str | None) -> float:
+    """Return the seconds that a host asks to wait, as a number or a date, up to a bound."""
+    if not header:
+        return 0.0
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(header).timestamp() - time.time()
+        except (ValueError, OverflowError):
+            return 0.0
+    return min(max(0.0, seconds), LONGEST_PAUSE_S) if seconds == seconds else 0.0  # noqa: PLR0124 - NaN
+
+
+def _unreadable(url: str, what: str) -> ImageError:
+    return ImageError(
+        f"image {shown(url)} cannot be fetched: {what}; mend the link, or remove the record", reason="image_unreadable"
+    )

@@ -1,0 +1,221 @@
+"""evaluate.py run --dry-run: questions, batches, memory and about how long, before anything is started."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evals.benchmark import LETTER, LETTER_CN, SHORT, Benchmark, Question
+from evals.catalogue import make_benchmark
+from evals.published import asked_of, whole_set
+from evals.scoring import check_truths
+from llava_ray.config.recipes import load_recipe
+from llava_ray.config.sections import DataConfig, EvaluateConfig, FinetuneConfig, ModelConfig
+from llava_ray.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from llava_ray.model.card import Card
+    from llava_ray.train.pace import Pace
+
+CHARACTERS_PER_TOKEN = 4
+FEW_TOKENS, MANY_TOKENS = 4, 150  # of an answer of a word or a letter, and of one in sentences
+PROCESS_GIB = 0.8  # Python, torch and Ray in an actor
+GPU_GIB = 1.5  # CUDA's context and what its allocator cannot use
+
+
+@dataclass(frozen=True)
+class Part:
+    """The questions of a benchmark that are still to be asked."""
+
+    benchmark: Benchmark
+    questions: Sequence[Question]
+    waiting: Sequence[Question]
+    limit: int
+    """New tokens, at most."""
+
+    @property
+    def num_ranked(self) -> int:
+        """Return how many have options to rank."""
+        return sum(bool(question.options) for question in self.waiting)
+
+
+def describe(arguments: Sequence[str], gpu_memory_gib: float | None = None) -> Iterator[str]:
+    """Yield the evaluation in words, a line at a time.
+
+    Raises DataError for data that are not there or not whole, ModelError for a model whose size cannot be known from
+    here, ConfigError if it does not fit into the GPU's memory.
+    """
+    config = load_recipe(EvaluateConfig, arguments)
+    parts = read_parts(config)
+    for part in parts:
+        yield from tell_part(part, config)
+    num_batches = count_batches(parts, config)
+    waiting = sum(len(part.waiting) for part in parts)
+    yield f"In all    {waiting:,} questions to ask, batches: {num_batches:,} of up to {config.evaluate.batch_size}"
+    if any(len(part.questions) < (whole_set(part.benchmark.name, len(part.questions)) or 0) for part in parts):
+        yield "          Where not the whole set is asked, no published figure stands beside the score."
+    yield from tell_model(config, parts, num_batches, gpu_memory_gib)
+
+
+def read_parts(config: EvaluateConfig) -> list[Part]:
+    """Read the questions, and which of them are answered already. Raises DataError."""
+    asking, parts = config.evaluate, []
+    folder = Path(config.run.storage_path, str(config.run.name))
+    for entry in asking.benchmarks:
+        name, _, data = entry.partition("=")
+        benchmark = make_benchmark(name)
+        if not Path(data).is_dir():
+            raise DataError(f"there is no folder {data}; evals/README.md says what {benchmark.title} needs in it.")
+        questions = benchmark.read(Path(data))[: asking.max_questions]
+        check_truths(benchmark, questions)
+        answered = set() if config.run.restart else read_ids(folder / benchmark.name / "answers.jsonl")
+        waiting = [question for question in questions if question.id not in answered]
+        parts.append(Part(benchmark, questions, waiting, asking.max_new_tokens or benchmark.max_new_tokens))
+    for entry in config.score.reviews:
+        if not Path(entry.partition("=")[2]).is_file():
+            raise DataError(f"score.reviews: there is no file {entry.partition('=')[2]}")
+    return parts
+
+
+def read_ids(path: Path) -> set[str]:
+    """Return the ids of the questions that an answers file has; a line that was not finished does not count."""
+    if not path.exists():
+        return set()
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return {str(json.loads(line)["question_id"]) for line in lines if line.strip()}
+
+
+def tell_part(part: Part, config: EvaluateConfig) -> Iterator[str]:
+    """Say what is asked of a benchmark, and what its figure will be worth."""
+    num, name = len(part.questions), part.benchmark.name
+    answered = num - len(part.waiting)
+    how = f"at most {part.limit:,} new tokens each"
+    if config.evaluate.ranking and part.num_ranked:
+        how = f"{part.num_ranked:,} with options to rank by their {config.evaluate.ranking}, others {how}"
+    told = f", {answered:,} of them answered already" if answered else ""
+    yield f"{name:<16}{asked_of(name, num, num)} questions{told}; {how}"
+    files = [file for question in part.waiting for file in question.images if isinstance(file, Path)]
+    absent = [file for file in files if not file.is_file()]
+    if absent:
+        yield f"{'':<16}{len(absent):,} images are not there, the first: {absent[0]}"
+    if not any(question.truths for question in part.questions):
+        yield f"{'':<16}without right answers here: a server scores the submission file"
+    elif config.score.profile in part.benchmark.needs_judge and not named_review(config, name):
+        yield f"{'':<16}needs a judge's reviews to be scored (score.reviews)"
+
+
+def named_review(config: EvaluateConfig, name: str) -> bool:
+    """Tell whether a benchmark's reviews are named."""
+    return any(make_benchmark(entry.partition("=")[0]).name == name for entry in config.score.reviews)
+
+
+def count_batches(parts: Sequence[Part], config: EvaluateConfig) -> int:
+    """Return the batches: what has the same limit of tokens is asked in one stream, what is ranked in another."""
+    streams: Counter[tuple[int, bool]] = Counter()
+    for part in parts:
+        ranked = part.num_ranked if config.evaluate.ranking else 0
+        streams[part.limit, True] += ranked
+        streams[part.limit, False] += len(part.waiting) - ranked
+    return sum(math.ceil(num / config.evaluate.batch_size) for num in streams.values())
+
+
+def tell_model(
+    config: EvaluateConfig, parts: Sequence[Part], num_batches: int, gpu_memory_gib: float | None
+) -> Iterator[str]:
+    """Say how large the model is, what an actor needs, and about how long it takes. Raises ModelError, ConfigError."""
+    from llava_ray.model.card import read_card
+    from llava_ray.train.dry_run import find_device
+    from llava_ray.train.pace import find_pace
+
+    asking = config.evaluate
+    model = ModelConfig(
+        model_name_or_path=asking.model_path, model_base=asking.model_base, vision_tower=asking.vision_tower
+    )
+    run = FinetuneConfig(model=model, data=DataConfig(data_path="-"), cluster=config.cluster)
+    card = read_card(run)
+    pace, device = find_pace(config.cluster), find_device(run, gpu_memory_gib)
+    on_cpu = pace is not None and config.cluster.accelerator_type is None and gpu_memory_gib is None
+    width = 4 if on_cpu else 2
+    needed = memory(card, config, parts, width) | ({"process": PROCESS_GIB} if on_cpu else {"CUDA, allocator": GPU_GIB})
+    num_actors = config.actors.num_actors
+    actors = f"{num_actors:,} actors" if num_actors else "an actor for as many CPUs" if on_cpu else "an actor a GPU"
+    yield f"Model     {asking.model_path}, {sum(part.num_total for part in card.parts):,} parameters"
+    yield f"Memory of each actor ({actors}, {'fp32 on the CPU' if on_cpu else 'bf16 on a GPU'}):"
+    yield from (f"  {name:<28}{value:>8.2f} GiB" for name, value in needed.items())
+    total = sum(needed.values())
+    yield f"  {'total, about':<28}{total:>8.2f} GiB"
+    if device.memory_gib is not None and not on_cpu:
+        yield f"  {device.name:<28}{device.memory_gib:>8.2f} GiB"
+    yield tell_time(card, config, parts, num_batches, pace if gpu_memory_gib is None or not on_cpu else None, width)
+    if device.memory_gib is not None and not on_cpu and total > device.memory_gib:
+        raise ConfigError(
+            f"the model needs about {total:.1f} GiB on a GPU, {device.name} has {device.memory_gib:g} GiB: lower "
+            "evaluate.batch_size, or take a larger one"
+        )
+
+
+def memory(card: "Card", config: EvaluateConfig, parts: Sequence[Part], width: int) -> dict[str, float]:
+    """Return what an actor needs in GiB: weights, keys and values of the longest batch, its activations."""
+    text: Any = card.language_model.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_width = text.to_dict().get("head_dim") or text.hidden_size // text.num_attention_heads
+    prompt = max((prompt_tokens(q, card) for part in parts for q in part.waiting), default=0.0)
+    longest = prompt + max((part.limit for part in parts), default=0)
+    batch = config.evaluate.batch_size
+    cache = batch * longest * 2 * text.num_hidden_layers * heads * head_width * width
+    activations = batch * prompt * (4 * text.hidden_size + 2 * text.intermediate_size) * width
+    activations += batch * text.vocab_size * 4
+    weights = sum(part.num_total for part in card.parts) * width
+    gib = {"weights": weights, "keys and values": cache, "activations of a batch": activations}
+    return {name: value / 2**30 for name, value in gib.items()}
+
+
+def tell_time(
+    card: "Card", config: EvaluateConfig, parts: Sequence[Part], num_batches: int, pace: "Pace | None", width: int
+) -> str:
+    """Say about how long the questions take."""
+    from llava_ray.train.pace import in_words
+
+    if pace is None:
+        return "Time      not known: which GPU answers is not known here (cluster.accelerator_type)"
+    language = sum(part.num_total for part in card.parts if part.name != "vision_tower")
+    tower = sum(part.num_total for part in card.parts if part.name == "vision_tower")
+    reading = sum(
+        2 * language * prompt_tokens(q, card) + 2 * tower * image_tokens(card) * len(q.images)
+        for part in parts
+        for q in part.waiting
+    )
+    batch = config.evaluate.batch_size
+    token = pace.seconds(2 * language * batch, language * width)  # of a whole batch
+    few, most = (
+        sum(math.ceil(len(part.waiting) / batch) * expected_tokens(part, longest=longest) for part in parts)
+        for longest in (False, True)
+    )
+    actors = config.actors.num_actors or 1
+    low, high = (in_words((pace.seconds(reading) + token * num) / actors) for num in (few, most))
+    share = f"{actors:,} actors" if actors > 1 else "one actor"
+    return (
+        f"Time      about {low} ({high} if every answer takes all its tokens), {share} at {pace.name}; starting and "
+        "loading come on top. It counts operations: small models take longer."
+    )
+
+
+def expected_tokens(part: Part, *, longest: bool) -> int:
+    """Return how many tokens the answers of a batch take: of words or letters few, in sentences many."""
+    short = all(question.prompt.endswith((SHORT, LETTER, LETTER_CN)) for question in part.waiting[:100])
+    return part.limit if longest else min(part.limit, FEW_TOKENS if short else MANY_TOKENS)
+
+
+def prompt_tokens(question: Question, card: "Card") -> float:
+    """Return about how many tokens a question and its images have."""
+    return len(question.prompt) / CHARACTERS_PER_TOKEN + image_tokens(card) * len(question.images)
+
+
+def image_tokens(card: "Card") -> int:
+    """Return the tokens of an image in one view."""
+    from llava_ray.model.card import count_positions
+
+    return count_positions(card.tower, card.image_side)

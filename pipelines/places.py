@@ -1,0 +1,80 @@
+"""Paths that a command is given: whether anything is there, before what takes seconds is imported or started."""
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from llava_ray.config.sections import DataConfig, FinetuneConfig
+from llava_ray.config.space import Space
+from llava_ray.errors import ConfigError
+from llava_ray.reading import shown
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # owner/name, or a name alone
+MODEL_KEYS = ("model_name_or_path", "model_base", "vision_tower", "pretrain_mm_mlp_adapter")
+
+
+def check_run_places(config: FinetuneConfig, space: Space | None = None) -> None:
+    """Look for the models and data that a run names, and those that a sweep tries. Raises ConfigError."""
+    check_models({f"model.{key}": getattr(config.model, key) for key in MODEL_KEYS})
+    for key, dimension in (space.dimensions if space else {}).items():
+        if key.removeprefix("model.") in MODEL_KEYS:
+            for value in dimension.choice or ():
+                check_models({f"space.{key}": str(value) if value else None})
+    check_data_places(config.data)
+    check_files({"held_out.path": config.held_out.path, "held_out.images": config.held_out.images})
+
+
+def check_data_places(data: DataConfig) -> None:
+    """Look for the data that a run names. Raises ConfigError."""
+    check_files({"data.data_path": data.data_path, "data.image_folder": data.image_folder})
+
+
+def check_models(named: Mapping[str, str | None]) -> None:
+    """Raise ConfigError for a model, by its key, that is no folder or file here and can be no hub id either."""
+    for key, name in named.items():
+        if name is None or exists(name):
+            continue
+        if "://" in name:
+            raise ConfigError(
+                f"{key} = {shown(name)}: models are read from folders that every node sees, or by hub id; copy it to "
+                "one and give its path"
+            )
+        if not HUB_ID.fullmatch(name) or ("/" in name and exists(name.partition("/")[0])):
+            raise ConfigError(f"{key} = {shown(name)}: nothing is there{near(name)}")
+
+
+def check_files(named: Mapping[str, str | None]) -> None:
+    """Raise ConfigError for a file or folder of this machine, by its key, that is not there."""
+    for key, name in named.items():
+        if name is not None and "://" not in name and "*" not in name and not exists(name):
+            raise ConfigError(f"{key} = {shown(name)}: nothing is there{near(name)}")
+
+
+def check_export(model: Path, output: Path) -> None:
+    """Look for the model, and that nothing is where the export will be. Raises ConfigError."""
+    check_models({"the model": str(model)})
+    if exists(str(output)) and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"{output} is there already; an export overwrites nothing. Choose another folder.")
+
+
+def exists(name: str) -> bool:
+    """Tell whether there is a file or folder, also for names that none can have."""
+    try:
+        return Path(name).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # too long, a null byte, the home of nobody
+        return False
+
+
+def near(name: str) -> str:
+    """Say what is there instead: a name that looks like it, or how far the path leads."""
+    try:
+        path = Path(name).expanduser().absolute()
+        there = next(parent for parent in path.parents if parent.is_dir())
+        wanted = path.relative_to(there).parts[0]
+        alike = difflib.get_close_matches(wanted, [entry.name for entry in there.iterdir()], n=1)
+    except (OSError, ValueError, RuntimeError):
+        return "; check the spelling"
+    if alike and alike[0] != wanted:
+        return f"; did you mean {str(there / alike[0])!r}?"
+    return f"; {str(there)!r} holds no {shown(wanted)}"

@@ -1,0 +1,123 @@
+"""What can be known before a review begins: its key, its money, its folder. Nothing is sent before all of it holds."""
+
+import ipaddress
+import json
+import os
+import shutil
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from llava_ray.config.review import JudgeConfig, ReviewConfig
+from llava_ray.errors import ConfigError
+from llava_ray.review.calls import Call, CallPlan
+from llava_ray.review.ledger_file import writing
+
+BUDGET_FLAGS = ("--budget.dollars", "--dollars")
+USUAL_KEY = JudgeConfig.model_fields["api_key_env"].default
+BYTES_PER_CALL = 4_000  # of a ledger's lines and a report's rows, the judge's words left aside
+BYTES_PER_TOKEN = 4
+COPIES = 3  # of a judge's words: ledger, reviews.jsonl, LLaVA's review file
+LOCAL_ENDS = (".local", ".internal", ".lan", ".localdomain", ".svc")
+
+
+def check_key(config: JudgeConfig, plan: CallPlan) -> None:
+    """Raise ConfigError where a judge wants a key and there is none, or the key is none that can be sent."""
+    name = config.api_key_env
+    key = os.environ.get(name, "")
+    public = [judge.base_url for judge in plan.judges.values() if is_public(judge.base_url)]
+    if not key and (public or name != USUAL_KEY):
+        whom = public[0] if public else config.base_url
+        raise ConfigError(
+            f"the environment variable {name} (judge.api_key_env) is not set, and {whom} wants a key: export it (any "
+            "word where the judge takes all)"
+        )
+    if not all(" " < letter <= "~" for letter in key):
+        raise ConfigError(
+            f"the environment variable {name} (judge.api_key_env) holds spaces, line ends or letters that no key has: "
+            "set it again"
+        )
+
+
+def is_public(base_url: str) -> bool:
+    """Tell whether an address is one of the internet's, whose judges want keys."""
+    place = urlsplit(base_url)
+    host = place.hostname or ""
+    try:
+        return place.scheme == "https" and ipaddress.ip_address(host).is_global
+    except ValueError:
+        return place.scheme == "https" and "." in host and not host.endswith(LOCAL_ENDS)
+
+
+def budget_of(config: ReviewConfig, plan: CallPlan, arguments: Sequence[str]) -> float | None:
+    """Return the budget that holds: none where a judge's price is not known. Raises ConfigError if a flag asked for it.
+
+    A recipe's budget is of the recipe's judge; who names another one need not know its price.
+    """
+    unpriced = [judge.model for judge in plan.judges.values() if judge.price is None]
+    if config.budget.dollars is None or not unpriced:
+        return config.budget.dollars
+    if any(argument.partition("=")[0] in BUDGET_FLAGS for argument in arguments):
+        raise ConfigError(
+            f"budget.dollars needs the price of {', '.join(unpriced)}: give --judge.input_dollars and "
+            "--judge.output_dollars (dollars for a million tokens; 0 for a judge of your own)"
+        )
+    return None
+
+
+def unheld_budget(config: ReviewConfig, budget: float | None) -> str:
+    """Say that a recipe's budget does not hold, or ""."""
+    if config.budget.dollars is None or budget is not None:
+        return ""
+    return (
+        f"the recipe's budget of ${config.budget.dollars:g} does not hold: the judge's price is not known (give "
+        "--judge.input_dollars and --judge.output_dollars)"
+    )
+
+
+def too_dear(budget: float | None, spent: float, waiting: Collection[Call]) -> str:
+    """Say that not even the cheapest call that is waiting fits into what is left of the budget, or ""."""
+    if budget is None or not waiting:
+        return ""
+    price = min(call.dollars for call in waiting)
+    if spent + price <= budget:
+        return ""
+    used = f", and ${spent:.4f} of it are spent" if spent else ""
+    return (
+        f"budget.dollars = {budget:g} is below the price of one call: it can cost up to ${price:.4f}{used}; raise "
+        "--budget.dollars, or lower --judge.max_tokens"
+    )
+
+
+def check_output(output: Path, plan: CallPlan, keys: Collection[str]) -> None:
+    """Raise ConfigError where the folder holds the report of another review, which would be overwritten."""
+    path = output / "reviews.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        rows = [review for line in lines for review in json.loads(line)["reviews"]]
+        scored = {review["key"]: str(review["judge"]) for review in rows if review["scores"] is not None}
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is not a review's: choose another --output, or move it away") from error
+    lost = [judge for key, judge in scored.items() if key not in keys]
+    if lost:
+        raise ConfigError(
+            f"{output} holds another review, with {len(lost):,} scores by {lost[0]} that this one, by "
+            f"{', '.join(plan.judges)}, would overwrite: choose another --output (with --ledger {output}/ledger.jsonl "
+            "nothing is paid again that both have)"
+        )
+
+
+def check_room(output: Path, ledger: Path, num_waiting: int, tokens: int) -> None:
+    """Raise ConfigError where a folder cannot be written to, or its disk has too little room for what will come."""
+    need = num_waiting * (BYTES_PER_CALL + COPIES * BYTES_PER_TOKEN * tokens)
+    for folder in {output, ledger.parent}:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            disk = shutil.disk_usage(folder)
+        if disk.total and disk.free < need:
+            raise ConfigError(
+                f"{folder} has room for {disk.free / 2**20:,.1f} MB, and {num_waiting:,} reviews may take "
+                f"{need / 2**20:,.1f} MB: make room there, or choose another --output; nothing was sent"
+            )

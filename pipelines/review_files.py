@@ -1,0 +1,96 @@
+"""The files that a review joins: read whole, each fault named with its file, and no id that means two things."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from evals.answers import Joined, join, read_answers
+from evals.benchmark import Question
+from evals.files import need, read_lines
+from llava_ray.errors import DataError
+
+MAX_NAMED = 10
+
+
+def read_rows(path: Path, what: str) -> list[dict[str, Any]]:
+    """Return the rows of a file of JSON lines. Raises DataError for none, and for what no judge can be sent."""
+    rows = read_lines(path)
+    if not rows:
+        raise DataError(f"{path} is empty: it should hold {what}, one JSON object a line.")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: row {number} is no JSON object; {what} are expected, one a line.")
+        check_whole(row, f"{path}: row {number}")
+    return rows
+
+
+def check_whole(row: Any, where: str) -> None:
+    """Raise DataError for halves of characters, which no file and no request can hold."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except ValueError as error:
+        raise DataError(f"{where} holds half a character (a lone surrogate such as \\ud800); repair it.") from error
+
+
+def need_text(row: Mapping[str, Any], key: str, path: Path) -> str:
+    """Return a field of a row that is a text. Raises DataError."""
+    value = need(row, key, path)
+    if not isinstance(value, str):
+        raise DataError(f"{path}: {key!r} of question {row.get('question_id')!r} is no text but {value!r:.80}.")
+    return value
+
+
+def check_unique(ids: Sequence[str], path: Path, what: str) -> None:
+    """Raise DataError where two rows have the same id: which one is meant is not said."""
+    seen: set[str] = set()
+    twice = list(dict.fromkeys(name for name in ids if name in seen or seen.add(name)))  # type: ignore[func-returns-value]
+    if twice:
+        raise DataError(f"{path}: {what} {named(twice)} is there more than once; leave one of each in it.")
+
+
+def read_contexts(path: Path) -> dict[str, Any]:
+    """Read what the judge is told of the images, by image. Raises DataError for two descriptions of one image."""
+    found: dict[str, Any] = {}
+    for row in read_rows(path, "descriptions of images (image, caption)"):
+        image = str(need(row, "image", path))
+        if found.setdefault(image, row) != row:
+            raise DataError(f"{path}: image {image!r} has two different descriptions; leave one in it.")
+        check_description(row, f"{path}: the description of {image!r}")
+    return found
+
+
+def check_description(row: Mapping[str, Any], where: str) -> None:
+    """Raise DataError for captions that are no texts and boxes that are none."""
+    captions = row.get("captions", row.get("caption", ""))
+    if not isinstance(captions, str) and not (
+        isinstance(captions, list) and all(isinstance(text, str) for text in captions)
+    ):
+        raise DataError(f"{where} has a caption that is neither a text nor a list of texts: {captions!r:.80}")
+    boxes = row.get("instances", [])
+    if not isinstance(boxes, list) or not all(
+        isinstance(box, dict) and {"category", "bbox"} <= set(box) for box in boxes
+    ):
+        raise DataError(f"{where} has instances that are no boxes; each is {{'category': …, 'bbox': [x1, y1, x2, y2]}}")
+
+
+def join_answers(questions: Sequence[Question], path: Path) -> Joined:
+    """Read answers and join them to their questions. Raises DataError for two different ones to a question."""
+    answers = read_answers(path)
+    if not answers:
+        raise DataError(f"{path} is empty: it should hold answers, one JSON object with question_id and text a line.")
+    for answer in answers:
+        check_whole(answer.text, f"{path}: the answer to question {answer.id!r}")
+    joined = join(questions, answers)
+    if joined.conflicting:
+        raise DataError(
+            f"{path} has different answers to the same question {named(joined.conflicting)}; leave one of each in it."
+        )
+    return joined
+
+
+def named(names: Sequence[str]) -> str:
+    """List the first ids."""
+    return ", ".join(map(repr, names[:MAX_NAMED])) + (
+        f" and {len(names) - MAX_NAMED:,} more" * (len(names) > MAX_NAMED)
+    )

@@ -1,0 +1,38 @@
+"""How long computing takes: known GPUs, this CPU, and durations in words."""
+
+import pytest
+
+from llava_ray.config.sections import ClusterConfig
+from llava_ray.train.memory import GPU_MEMORY_GIB
+from llava_ray.train.pace import PEAKS, Pace, find_pace, in_words, known_pace, measure_cpu
+
+
+def test_every_gpu_whose_memory_is_known_has_a_pace() -> None:
+    assert set(PEAKS) == set(GPU_MEMORY_GIB)
+
+
+def test_the_slower_of_computing_and_reading_decides() -> None:
+    pace = Pace("x", 1e12, 1e9)
+    assert pace.seconds(2e12, 1e9) == 2
+    assert pace.seconds(2e12, 5e9) == 5
+
+
+def test_only_what_is_known_has_a_pace() -> None:
+    assert find_pace(ClusterConfig(accelerator_type="A100-80G")) == known_pace("A100-80G")
+    assert find_pace(ClusterConfig(accelerator_type="TPU")) is None
+    assert find_pace(ClusterConfig(address="ray://elsewhere:10001")) is None
+    assert find_pace(ClusterConfig(use_gpu=True)) is None
+
+
+def test_a_cpu_is_measured() -> None:
+    pace = measure_cpu()
+    assert 1e8 < pace.flops < 1e14
+    assert 1e7 < pace.bandwidth < 1e13
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.01, "1 s"), (40, "40 s"), (150, "2 min"), (7_200, "2.0 h"), (40_000, "11 h"), (400_000, "4.6 d")],
+)
+def test_durations_in_words(seconds: float, words: str) -> None:
+    assert in_words(seconds) == words
