@@ -40,8 +40,8 @@ class Approximation:
     accept_difference: float | None = None
     """With a mean cosine below 0.95, how far the features may be: one minus the cosine."""
 
-    def __post_init__(self) -> None:
-        """Refuse what would be ignored, and numbers that cannot be meant."""
+    def check(self) -> None:
+        """Raise ConfigError for what would be ignored, and for numbers that cannot be meant."""
         if not self.approximate and (self.images or self.samples or self.accept_difference is not None):
             raise ConfigError("--images, --samples and --accept_difference belong to --approximate: give it, or none")
         if self.max_samples < 1:

@@ -74,6 +74,7 @@ def hub(
         transformers_only: Export also what vLLM does not take, as it is: the way without loss.
         near: Whether a tower may be written in another form.
     """
+    near.check()
     check_export(model, output)
     from llava_ray.model.hub_export import export_hub
 

@@ -255,7 +255,8 @@ class RunConfig(Section):
     """Where a run lives and how it survives."""
 
     name: str | None = None
-    """Default: <recipe>-<8 hex digits of the resolved settings>. The same name goes on where it stopped."""
+    """Default: <recipe>-<8 hex digits of the settings, the models' fingerprints and the data>. The same name goes on
+    where it stopped."""
     storage_path: str = "runs"
     """Folder or URL shared by all nodes; the run's own folder lies in it."""
     restart: bool = False

@@ -1,6 +1,7 @@
 """What a sweep leaves behind, made of invented trials: the best's model and recipe, the page, the folder."""
 
 import json
+import shutil
 from pathlib import Path
 
 import fakes
@@ -101,7 +102,9 @@ def test_looks_are_read_from_the_runs_own_metrics(tmp_path):
 
 
 def test_a_sweeps_name_belongs_to_its_settings(tmp_path):
+    open_sweep(config_of(tmp_path, **{"train.weight_decay": 0.5}), SPACE)  # no trial has started: nothing is lost
     folder = open_sweep(config_of(tmp_path), SPACE)
+    Path(folder, "trials.json").write_text("[]")
     assert open_sweep(config_of(tmp_path, **{"sweep.max_concurrent_trials": 3}), SPACE) == folder
     with pytest.raises(ConfigError, match=r"train\.weight_decay: 0\.0 -> 0\.1"):
         open_sweep(config_of(tmp_path, **{"train.weight_decay": 0.1}), SPACE)
@@ -114,6 +117,22 @@ def test_a_sweeps_name_belongs_to_its_settings(tmp_path):
     open_sweep(config_of(tmp_path, **{"run.restart": True}), other)
     assert not Path(folder, "trials.json").exists()
     assert len(list(tmp_path.glob("s.replaced-*"))) == 1
+
+
+def test_a_sweep_goes_on_in_a_copied_project(tmp_path, monkeypatch):
+    first, second = tmp_path / "first", tmp_path / "work/second"
+    first.mkdir()
+
+    def there(project: Path, **changes: object) -> SweepConfig:
+        monkeypatch.chdir(project)
+        paths = {"data.data_path": str(project / "d.json"), "data.image_folder": str(project / "images")}
+        return config_of(project, **paths | changes)
+
+    Path(open_sweep(there(first), SPACE), "trials.json").write_text("[]")
+    shutil.copytree(first, second)
+    assert open_sweep(there(second), SPACE) == str(second / "s")
+    with pytest.raises(ConfigError, match=r"\(data.image_folder: '.*images' -> '.*other'\)"):
+        open_sweep(there(second, **{"data.image_folder": "other"}), SPACE)
 
 
 def test_a_terminal_shows_the_table_over_the_last_one_and_a_file_a_line_an_event(monkeypatch, capsys):
