@@ -201,7 +201,7 @@ STOPS = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM, "Ctrl-C twice": sig
 def test_stopped_with_64_calls_under_way(tmp_path: Path, how: str) -> None:
     """The first signal waits for them: none is paid twice. The second leaves: they are booked, and paid once more."""
     files, output, log = write_review_files(tmp_path / "files", 150), tmp_path / "out", tmp_path / "log"
-    with scripted_judge(hold_after=NUM_ANSWERED) as judge:
+    with scripted_judge(hold_after=NUM_ANSWERED, latency_s=1.0) as judge:
         arguments = flags(files, judge.base_url, output, *PRICE)
         driver = Driver(arguments, log)
         wait_for(lambda: judge.stats()["held"] == NUM_UNDER_WAY, driver)
@@ -246,7 +246,7 @@ def test_a_disk_that_is_full_is_one_line_and_the_same_command_goes_on(tmp_path: 
     if mounted.returncode:
         pytest.skip("a disk of its own needs the right to mount one")
     try:
-        with scripted_judge(hold_after=NUM_ANSWERED) as judge:
+        with scripted_judge(hold_after=NUM_ANSWERED, latency_s=1.0) as judge:
             arguments = flags(files, judge.base_url, disk / "out", *PRICE)
             driver = Driver(arguments, log)
             wait_for(lambda: judge.stats()["held"] == NUM_UNDER_WAY, driver)
@@ -281,6 +281,7 @@ def fill(path: Path) -> None:
 def wait_for(arrived: Callable[[], bool], driver: Driver) -> None:
     until = time.monotonic() + 300
     while not arrived():
-        assert driver.process.poll() is None, driver.log.name
-        assert time.monotonic() < until
+        if driver.process.poll() is not None or time.monotonic() > until:
+            driver.kill()
+            pytest.fail(Path(driver.log.name).read_text()[-2000:])
         time.sleep(0.2)
