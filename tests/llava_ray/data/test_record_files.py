@@ -259,6 +259,9 @@ def test_a_damaged_header_is_told_and_the_rest_is_read(damage: bytes, folder: Pa
     assert outcomes[0] == outcomes[-1] == "read"
     assert outcomes.count("read") == 2
     assert "unreadable" in outcomes
+    assert any(
+        "damaged block(s) after '0'" in raw.values.message for raw in raws_of(path) if isinstance(raw.values, Fault)
+    )
 
 
 def test_a_tar_behind_another_is_read_too(folder: Path) -> None:
