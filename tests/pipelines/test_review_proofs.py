@@ -191,7 +191,7 @@ def test_a_fifth_of_all_requests_goes_wrong(tmp_path: Path) -> None:
     assert len(stats["outcomes"]) == 8
 
 
-NUM_ANSWERED, NUM_UNDER_WAY = 96, 64
+NUM_ANSWERED, NUM_UNDER_WAY = 144, 64
 STOPS = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM, "Ctrl-C twice": signal.SIGINT}
 
 
