@@ -191,7 +191,7 @@ def test_a_fifth_of_all_requests_goes_wrong(tmp_path: Path) -> None:
     assert len(stats["outcomes"]) == 8
 
 
-NUM_ANSWERED, NUM_UNDER_WAY = 96, 64
+NUM_ANSWERED, NUM_UNDER_WAY = 320, 64
 STOPS = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM, "Ctrl-C twice": signal.SIGINT}
 
 
@@ -200,9 +200,9 @@ STOPS = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM, "Ctrl-C twice": sig
 @pytest.mark.parametrize("how", STOPS)
 def test_stopped_with_64_calls_under_way(tmp_path: Path, how: str) -> None:
     """The first signal waits for them: none is paid twice. The second leaves: they are booked, and paid once more."""
-    files, output, log = write_review_files(tmp_path / "files", 150), tmp_path / "out", tmp_path / "log"
-    with scripted_judge(hold_after=NUM_ANSWERED, latency_s=1.0) as judge:
-        arguments = flags(files, judge.base_url, output, *PRICE)
+    files, output, log = write_review_files(tmp_path / "files", 250), tmp_path / "out", tmp_path / "log"
+    with scripted_judge(hold_after=NUM_ANSWERED, latency_s=0.5) as judge:
+        arguments = flags(files, judge.base_url, output, *PRICE, "--judge.timeout_s", "600")
         driver = Driver(arguments, log)
         wait_for(lambda: judge.stats()["held"] == NUM_UNDER_WAY, driver)
         if how == "SIGTERM":
@@ -227,7 +227,7 @@ def test_stopped_with_64_calls_under_way(tmp_path: Path, how: str) -> None:
         f"{len(paid)} requests, {twice} paid twice, {after.uncertain} booked as uncertain, ${after.spent:.6f}"
     )
     assert (code, again) == (143 if how == "SIGTERM" else 130, 0)
-    assert (after.done, len(paid)) == (300, 300)
+    assert (after.done, len(paid)) == (500, 500)
     if how == "Ctrl-C twice":
         assert (account.done, account.sent) == (NUM_ANSWERED, NUM_ANSWERED + NUM_UNDER_WAY)
         assert twice == after.uncertain == NUM_UNDER_WAY
@@ -240,14 +240,14 @@ def test_stopped_with_64_calls_under_way(tmp_path: Path, how: str) -> None:
 @pytest.mark.timeout(900)
 def test_a_disk_that_is_full_is_one_line_and_the_same_command_goes_on(tmp_path: Path) -> None:
     """A disk of its own that somebody else fills in the middle of the job."""
-    files, log, disk = write_review_files(tmp_path / "files", 150), tmp_path / "log", tmp_path / "disk"
+    files, log, disk = write_review_files(tmp_path / "files", 250), tmp_path / "log", tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)], check=False)
     if mounted.returncode:
         pytest.skip("a disk of its own needs the right to mount one")
     try:
-        with scripted_judge(hold_after=NUM_ANSWERED, latency_s=1.0) as judge:
-            arguments = flags(files, judge.base_url, disk / "out", *PRICE)
+        with scripted_judge(hold_after=NUM_ANSWERED, latency_s=0.5) as judge:
+            arguments = flags(files, judge.base_url, disk / "out", *PRICE, "--judge.timeout_s", "600")
             driver = Driver(arguments, log)
             wait_for(lambda: judge.stats()["held"] == NUM_UNDER_WAY, driver)
             fill(disk / "ballast")
@@ -266,7 +266,7 @@ def test_a_disk_that_is_full_is_one_line_and_the_same_command_goes_on(tmp_path: 
         subprocess.run(["umount", "-l", str(disk)], check=False)
     twice = sum(times - 1 for times in paid.values())
     print(f"{before.done} done before; then {account.done} done, {twice} paid twice, {account.uncertain} uncertain")
-    assert account.done == 300
+    assert account.done == 500
     # What was answered and could not be noted is booked as it may have been paid.
     assert twice <= account.uncertain <= NUM_UNDER_WAY
 
