@@ -1,6 +1,7 @@
 """Real runs: Ray Train, Ray Data and DeepSpeed on CPU workers, through the same functions as the pipeline."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -130,10 +131,27 @@ def test_a_run_starts_from_a_published_model(reference, folder):
     assert all(torch.equal(*pair) for pair in zip(found.tower.parameters(), parts.tower.parameters(), strict=True))
 
 
-def test_a_finished_run_is_not_done_again(reference, folder):
-    again = run(folder, "reference", **held_out(folder))
-    assert again.reused
-    assert again.metrics == reference.metrics
+def test_a_finished_run_is_not_done_again_here_or_in_a_copied_project(reference, folder, tmp_path, monkeypatch):
+    copied = Path(shutil.copytree(folder, tmp_path / "copied"))
+    for project in (folder, copied):
+        monkeypatch.chdir(project)  # as commands are typed
+        again = run(project, "reference", **held_out(project))
+        assert again.reused
+        assert again.folder.path == str(project / "runs/reference")
+        assert again.metrics == reference.metrics
+
+
+@LONG
+def test_a_run_that_was_stopped_goes_on_in_a_copied_project(reference, folder, tmp_path, monkeypatch):
+    copied = Path(shutil.copytree(folder, tmp_path / "copied"))
+    (copied / "runs/reference/finished.json").unlink()  # as if it had been killed after its last commit
+    shutil.rmtree(copied / "runs/reference/model")
+    monkeypatch.chdir(copied)
+    again = run(copied, "reference", **held_out(copied))
+    assert not again.reused
+    assert again.read_losses() == reference.read_losses()
+    now, before = (load_pretrained_model(one.folder.bundle).llava.state_dict() for one in (again, reference))
+    assert all(torch.equal(now[name], tensor) for name, tensor in before.items())
 
 
 def test_a_used_name_with_other_settings_is_refused(reference, folder):
