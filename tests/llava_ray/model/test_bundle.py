@@ -162,6 +162,15 @@ def test_a_project_that_is_copied_finds_its_own_parts(folders, samples, pack, tm
     )
 
 
+def test_a_bundle_that_is_copied_alone_within_its_project_finds_its_base(folders, tmp_path: Path) -> None:
+    save_bundle(tmp_path / "runs/first/model", folders.assemble())
+    parts = assemble(ModelConfig(model_name_or_path=str(tmp_path / "runs/first/model")), "pad")
+    save_bundle(tmp_path / "runs/second/model", parts, include="projector")
+    shutil.copytree(tmp_path / "runs/second/model", tmp_path / "runs/best")
+    found = read_manifest(tmp_path / "runs/best").language_model.base
+    assert found == str(tmp_path / "runs/first/model/language_model")
+
+
 @pytest.mark.parametrize(
     ("base", "written"),
     [
