@@ -53,6 +53,10 @@ def mean_grade(reviews: Sequence[Review]) -> float | None:
     return None if mean is None else 100 * mean
 
 
+MAXIMA: dict[Figured, float] = {mean_score: 10.0, mean_grade: 100.0}
+"""Of the figures that have one; a relative score may pass 100."""
+
+
 def estimate(reviews: Sequence[Review], figure: Figured) -> Estimate | None:
     """Return a figure with its error: the jackknife over clusters."""
     scored = [review for review in reviews if review.scores is not None]
@@ -87,14 +91,15 @@ def headline(reviews: Sequence[Review], figure: Figured, max_failed: float) -> d
             categories[name].append(review)
     why = withheld(reviews, max_failed)
     value = figure(reviews)
+    maximum = MAXIMA.get(figure, math.inf)
     return {
         "score": None if why else rounded(value),
         "computed_score": rounded(value),
         **({"withheld": why} if why else {}),
-        **interval(estimate(reviews, figure)),
+        **interval(estimate(reviews, figure), maximum=maximum),
         **counts(reviews),
         "categories": {
-            name: {"score": rounded(figure(some)), **interval(estimate(some, figure)), **counts(some)}
+            name: {"score": rounded(figure(some)), **interval(estimate(some, figure), maximum=maximum), **counts(some)}
             for name, some in sorted(categories.items())
         },
     }

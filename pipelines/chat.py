@@ -17,7 +17,7 @@ from llava_ray.config.booleans import bare_switches, switches_of
 from llava_ray.config.chat import ChatSettings
 from llava_ray.errors import LlavaRayError
 from pipelines.command import run_command
-from pipelines.places import check_files, check_models
+from pipelines.places import check_models
 
 if TYPE_CHECKING:
     from llava_ray.generate.chat import ChatSession
@@ -33,9 +33,12 @@ def main(arguments: Sequence[str]) -> None:
     settings = tyro.cli(
         ChatSettings, args=bare_switches(arguments, switches_of(ChatSettings)), use_underscores=True, prog="chat.py"
     )
+    from llava_ray.images.reading import read_bytes
+
     check_models({key: getattr(settings, key) for key in ("model", "model_base", "vision_tower")})
     for place in settings.image:
-        check_files({"image": place})
+        if "://" not in place:
+            read_bytes(place)
     from transformers.utils import logging
 
     from llava_ray.generate.chat import load_session

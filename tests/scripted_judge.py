@@ -54,6 +54,7 @@ class ScriptedJudge:
         self.texts: list[Any] = []
         self.in_flight = self.most_in_flight = 0
         self.released = asyncio.Event()
+        self.num_held = 0
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict[str, Any]] = {}
 
@@ -90,6 +91,7 @@ class ScriptedJudge:
         fault = self.refusal(now, tokens) or fault
         self.outcomes[fault or "fine"] += 1
         self.arrivals.append((now, tokens, fault))
+        number = len(self.arrivals)
         unpaid = fault == "quota" or (fault.isdigit() and fault != "502")
         if not unpaid:  # behind a bad gateway, the judge may well have done its work
             self.window.append((now, tokens))
@@ -98,8 +100,10 @@ class ScriptedJudge:
         if unpaid or fault == "502":
             return self.refuse(fault, now)
         await asyncio.sleep(self.script.get("latency_s", 0))
-        if len(self.arrivals) > self.script.get("hold_after", float("inf")):
+        if number > self.script.get("hold_after", number):
+            self.num_held += 1
             await self.released.wait()
+            self.num_held -= 1
         if fault == "hang":
             await asyncio.sleep(HANG_S)
         if fault == "drop":
@@ -279,15 +283,14 @@ class ScriptedJudge:
                 "outcomes": self.outcomes,
                 "texts": self.texts,
                 "most_in_flight": self.most_in_flight,
-                "in_flight": self.in_flight,
+                "held": self.num_held,
                 "batches": len(self.batches),
             }
         )
 
     async def release(self, request: web.Request) -> web.Response:
         del request
-        self.script.pop("hold_after", None)
-        self.released.set()
+        self.released.set()  # those that come later go through, too
         return web.json_response({})
 
     async def change(self, request: web.Request) -> web.Response:

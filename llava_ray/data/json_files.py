@@ -85,8 +85,9 @@ def starts_value(text: str) -> bool:
     """Tell whether a text begins with an object or list of several lines."""
     try:
         value, end = find_value(text, 0)
-    except json.JSONDecodeError:
-        return False
+    except json.JSONDecodeError as error:
+        # So many lines that belong together are no line that is damaged.
+        return text.count("\n") + 1 >= LINES_AHEAD and error.pos >= text.rstrip().rfind("\n")
     return isinstance(value, dict | list) and "\n" in text[:end]
 
 
@@ -158,7 +159,8 @@ def open_text(path: str) -> Iterator[TextIO]:
             stream: Any = gzip.GzipFile(fileobj=buffered) if buffered.peek(2)[:2] == GZIP else buffered
             head = stream.peek(4)[:4]
             encoding = next((name for mark, name in MARKS.items() if head.startswith(mark)), "utf-8-sig")
-            yield io.TextIOWrapper(stream, encoding=encoding, errors="surrogateescape")
+            errors = "surrogateescape" if encoding == "utf-8-sig" else "surrogatepass"
+            yield io.TextIOWrapper(stream, encoding=encoding, errors=errors)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: the gzip file is damaged ({reason(error)}); fetch it again") from error
     except UnicodeError as error:
@@ -170,8 +172,11 @@ def open_text(path: str) -> Iterator[TextIO]:
 
 
 def as_bytes(text: str) -> bytes:
-    """Return the bytes that a text was read from, as far as it was text, in UTF-8."""
-    return text.encode("utf-8", "surrogateescape")
+    """Return the bytes that a text was read from; from UTF-16 those in UTF-8, half surrogate pairs as what is none."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogatepass")
 
 
 def after_gap(window: str, position: int) -> int:

@@ -20,11 +20,10 @@ from ray.actor import ActorHandle
 from llava_ray.config.review import LimitsConfig
 from llava_ray.review.actors import say
 from llava_ray.review.headers import Reported
-from llava_ray.review.rates import Gate, Purse
+from llava_ray.review.rates import FIRST_CONCURRENCY, Gate, Purse
 
 LONGEST_WAIT_S = 1.0
-MAX_SYSTEMATIC = 3
-"""So many faults of that kind, from a judge that has never answered, end the job: the next ones would be the same."""
+MIN_SYSTEMATIC = 3
 Mood = Literal["fine", "throttled", "trouble", "unused", "halt"]
 
 
@@ -170,10 +169,11 @@ class Limiter:
         return self.gates[judge]
 
     def _note_systematic(self, one: Settlement) -> None:
-        """Stop where a judge has answered nothing but what it will answer to all."""
+        """Stop where a judge has met the calls that go at first with nothing but such faults."""
         if one.systematic:
             self.systematic[one.judge] += 1
-            if one.judge not in self.answered and self.systematic[one.judge] >= MAX_SYSTEMATIC:
+            enough = max(MIN_SYSTEMATIC, min(FIRST_CONCURRENCY, self.limits.max_concurrency))
+            if one.judge not in self.answered and self.systematic[one.judge] >= enough:
                 self.halted = self.halted or one.reason
         elif one.mood == "fine":
             self.answered.add(one.judge)

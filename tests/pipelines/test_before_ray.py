@@ -62,7 +62,6 @@ def folder(tmp_path, monkeypatch):
             "evaluate.benchmarks, gqa = .*nothing is there",
         ),
         (chat, ["{0}/model", "--prompt", "x"], "model = .*nothing is there"),
-        (chat, ["{0}/language_model", "--prompt", "x", "--image", "{0}/a.jpg"], "image = .*nothing is there"),
         (
             preview,
             ["--tokenizer", "{0}/language_model", "--version", "v1", "--data", "{0}/d"],

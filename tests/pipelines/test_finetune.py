@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -24,6 +25,8 @@ from llava_ray.train.runs import SNAPSHOT, SNAPSHOT_COPY
 pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).parents[2]
+# What Ray, DeepSpeed and transformers say of themselves.
+NOISE = re.compile(r".*(?:WARNING|INFO|\(\w* ?pid=|real_accelerator|core_worker|DeprecationWarning|SIGTERM received).*")
 PATIENCE = 240  # seconds until a checkpoint must have come
 
 
@@ -122,6 +125,14 @@ def test_ctrl_c_and_kills_of_a_worker_and_of_the_driver_leave_the_same_ledger(re
         assert process.wait(timeout=60) == 130
     interrupted = committed(recipe, "stopped")
     assert 4 <= interrupted < 48
+    said = (recipe.parent / "stopped.log").read_text()
+    assert f"Stopped. The same command goes on from step {interrupted} of 48; its checkpoint is saved." in said
+    assert len(ledger(recipe, "stopped").splitlines()) == interrupted
+    assert mlflow_status(recipe, "stopped") == "KILLED"
+    assert not NOISE.findall(said)
+    named = re.search(r"the libraries' own lines go to (\S+\.log)", said)
+    assert named
+    assert Path(named[1]).is_file()
     with started(recipe, "stopped") as process:
         wait_for_step(recipe, "stopped", interrupted + 4)
         assert kill_one("ray::RayTrainWorker", process.pid)
@@ -137,6 +148,13 @@ def test_ctrl_c_and_kills_of_a_worker_and_of_the_driver_leave_the_same_ledger(re
     assert "Finished: 48 steps" in log
     assert ledger(recipe, "stopped") == undisturbed
     assert read_losses(recipe, "stopped") == pytest.approx(read_losses(recipe, "undisturbed"), rel=1e-5)
+
+
+def mlflow_status(recipe: Path, name: str) -> str:
+    """Return how MLflow says that a run ended."""
+    with contextlib.closing(sqlite3.connect(recipe.parent / "runs/mlflow.db")) as store:
+        [(status,)] = store.execute("select status from runs where name = ?", (name,)).fetchall()
+    return str(status)
 
 
 def read_losses(recipe: Path, name: str) -> list[float]:

@@ -75,6 +75,7 @@ def test_files_of_other_encodings_are_read(name: str, folder: Path) -> None:
 
 REFUSED = {
     "pretty.jsonl": (json.dumps(RECORD, indent=2).encode(), "written over several lines.*Name the file .json"),
+    "long.jsonl": (json.dumps({**RECORD, "note": list(range(500))}, indent=2).encode(), "over several lines"),
     "list.jsonl": (f"[{LINE}]".encode(), "begins with a JSON list"),
     "array.jsonl": (f"[\n{LINE},\n{LINE}\n]\n".encode(), "begins with a JSON list"),
     "concat.json": (f"[{LINE}][{LINE}]".encode(), "more follows the end of its list"),
@@ -159,6 +160,13 @@ def test_one_odd_record_leaves_the_others(
 def test_a_damaged_first_line_is_one_record(folder: Path) -> None:
     (folder / "a.jsonl").write_text(f"{{broken\n{LINE}\n")
     assert outcomes_of(folder / "a.jsonl") == ["malformed", "read"]
+
+
+@pytest.mark.parametrize("half", ["\ud800", "\udc80"])
+def test_half_a_pair_in_utf_16_is_one_record(half: str, folder: Path) -> None:
+    text = f'[{LINE}, {{"id": "{half}"}}, {LINE}]'
+    (folder / "a.json").write_bytes(text.encode("utf-16", "surrogatepass"))
+    assert outcomes_of(folder / "a.json") == ["read", "malformed", "read"]
 
 
 def test_a_record_that_never_ends_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,6 +259,9 @@ def test_a_damaged_header_is_told_and_the_rest_is_read(damage: bytes, folder: Pa
     assert outcomes[0] == outcomes[-1] == "read"
     assert outcomes.count("read") == 2
     assert "unreadable" in outcomes
+    assert any(
+        "damaged block(s) after '0'" in raw.values.message for raw in raws_of(path) if isinstance(raw.values, Fault)
+    )
 
 
 def test_a_tar_behind_another_is_read_too(folder: Path) -> None:

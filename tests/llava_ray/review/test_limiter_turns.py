@@ -141,14 +141,14 @@ def test_whoever_asked_hears_the_error() -> None:
 
 def test_a_judge_that_has_only_faults_of_the_settings_is_given_up() -> None:
     async def scene(*answers: Settlement) -> str:
-        gate, _ = limiter()
-        await gate.acquire("j", [Wish(one.lease, 1, 0) for one in answers])
+        gate, _ = limiter(max_concurrency=4)
+        await gate.acquire("j", [Wish(one.lease, 1, 0) for one in answers[:4]])
         await gate.settle(answers)
         assert await gate.under_way() == 0
         return gate.halted
 
-    faults = [settled(f"r/{n}", "trouble", reason="a web page", systematic=True) for n in range(3)]
+    faults = [settled(f"r/{n}", "trouble", reason="a web page", systematic=True) for n in range(4)]
     assert soon(scene(*faults)) == "a web page"
-    assert soon(scene(*faults[:2])) == ""
+    assert soon(scene(*faults[:3])) == ""
     assert soon(scene(settled("r/9"), *faults)) == ""
     assert soon(scene(settled("r/9", "trouble"), *faults)) == "a web page"
