@@ -155,9 +155,7 @@ def absolute_base(base: str, place: Path) -> str:
         return base
     place = place.resolve()
     written = os.path.normpath(place / base)
-    end = base.removeprefix("./")
-    while end.startswith("../"):
-        end = end.removeprefix("../")
+    end = "/".join(part for part in base.split("/") if part not in ("", ".", ".."))
     found = (str(above / end) for above in place.parents if end and is_folder(above / end))
     return written if is_folder(Path(written)) else next(found, written)
 

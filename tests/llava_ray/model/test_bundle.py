@@ -189,6 +189,11 @@ def test_a_manifest_names_a_folder_as_the_way_from_its_own(base: str, written: s
     assert relative_base(base, "s3://bucket/run") == base
 
 
+@pytest.mark.parametrize("base", ["../" * 500_000 + "x", "./\0", "../" + "a" * 100_000, "./", "../..", "./\ud83d"])
+def test_odd_bases_are_answered_at_once(base: str) -> None:
+    assert isinstance(absolute_base(base, Path("/project/runs/run")), str)
+
+
 def test_another_base_is_refused(folders, tmp_path: Path) -> None:
     base = fakes.make_language_model(tmp_path / "base", seed=0)
     config = ModelConfig(model_name_or_path=str(base), vision_tower=str(folders.tower()))
