@@ -163,9 +163,9 @@ def model_hash(path: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_settings(path: Path, made: Mapping[str, Any]) -> None:
+def check_settings(path: Path, made: Mapping[str, Any], *, has_answers: bool) -> None:
     """Write how answers are made, or refuse to mix them with those of another model or setting."""
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    kept = json.loads(path.read_text(encoding="utf-8")) if has_answers and path.exists() else None
     if kept is None:
         path.write_bytes(as_json(dict(made)))
         return

@@ -45,7 +45,8 @@ def evaluate(arguments: Sequence[str]) -> list[dict[str, Any]]:
         check_ranking(asking, asked)
         for one in asked:
             stack.enter_context(one.file)
-            check_settings(one.file.path.parent / PROVENANCE, made | {"max_new_tokens": token_limit(asking, one)})
+            limit = {"max_new_tokens": token_limit(asking, one)}
+            check_settings(one.file.path.parent / PROVENANCE, made | limit, has_answers=bool(one.file.rows))
         if any(one.unanswered() for one in asked):
             with connected(config.cluster, shared_places(config), storage_path=config.run.storage_path):
                 ask(config, model, asked)

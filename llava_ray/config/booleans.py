@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import is_dataclass
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
@@ -111,10 +112,13 @@ def bare_switches(arguments: Sequence[str], names: Collection[str]) -> list[str]
 
 
 def switches_of(*callables: Callable[..., Any]) -> set[str]:
-    """Return the names of the parameters that are switches."""
-    return {
-        name
-        for one in callables
-        for name, parameter in inspect.signature(one).parameters.items()
-        if parameter.annotation is bool
-    }
+    """Return the names of the parameters that are switches, those of dataclasses among them included."""
+    names: set[str] = set()
+    for one in callables:
+        for name, parameter in inspect.signature(one).parameters.items():
+            annotation = getattr(parameter.annotation, "__origin__", parameter.annotation)  # of an Annotated
+            if annotation is bool:
+                names.add(name)
+            elif isinstance(annotation, type) and is_dataclass(annotation):
+                names |= switches_of(annotation)
+    return names

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llava_ray.config.lora import Quantization
 from llava_ray.errors import BundleError
-from llava_ray.reading import MAX_SHOWN, is_file, read_bounded
+from llava_ray.reading import MAX_SHOWN, is_file, is_folder, read_bounded
 
 MANIFEST_FILE = "llava.json"
 FORMAT_VERSION: Literal[1] = 1
@@ -146,10 +146,18 @@ def relative_base(base: str, place: str | Path) -> str:
 
 
 def absolute_base(base: str, place: Path) -> str:
-    """Return the folder to which the way leads from ``place``; hub ids and absolute folders as they are."""
+    """Return the folder to which the way leads from ``place``; hub ids and absolute folders as they are.
+
+    Where nothing is there, as when a bundle was copied alone, the end of the way is looked for above ``place``. That it
+    is the right one is seen by its fingerprint.
+    """
     if not base.startswith(("./", "../")):
         return base
-    return os.path.normpath(place.resolve() / base)
+    place = place.resolve()
+    written = os.path.normpath(place / base)
+    end = "/".join(part for part in base.split("/") if part not in ("", ".", ".."))
+    found = (str(above / end) for above in place.parents if end and is_folder(above / end))
+    return written if is_folder(Path(written)) else next(found, written)
 
 
 def faults_of(error: ValidationError) -> str:

@@ -15,7 +15,7 @@ from llava_ray.errors import ConfigError
 from llava_ray.generate.answers import Answer
 from llava_ray.model.bundle import assemble, save_bundle
 from pipelines.evaluate import main
-from pipelines.evaluation_asking import as_asked, keep, list_benchmarks
+from pipelines.evaluation_asking import SAME_ANSWERS, as_asked, check_settings, keep, list_benchmarks
 
 RECIPES = Path(__file__).resolve().parents[2] / "pipelines/recipes/evaluate"
 
@@ -173,3 +173,11 @@ def test_the_rule_and_the_actors_do_not_make_another_run() -> None:
     }
     assert len(names) == 1
     assert load_recipe(EvaluateConfig, [*base, "--evaluate.temperature", "1"]).run.name not in names
+
+
+def test_a_run_without_an_answer_claims_no_settings(tmp_path: Path) -> None:
+    made = dict.fromkeys(SAME_ANSWERS, "one")
+    check_settings(tmp_path / "provenance.json", made, has_answers=False)
+    check_settings(tmp_path / "provenance.json", made | {"model_hash": "two"}, has_answers=False)
+    with pytest.raises(ConfigError, match="made with another model_hash"):
+        check_settings(tmp_path / "provenance.json", made, has_answers=True)

@@ -14,7 +14,7 @@ from llava_ray.config.sections import FinetuneConfig, ModelConfig
 from llava_ray.deployments.page_examples import read_examples
 from llava_ray.errors import ConfigError, ModelError
 from llava_ray.model.bundle import assemble, save_bundle
-from pipelines import finetune, preview, sweep
+from pipelines import evaluate, finetune, preview, review, sweep
 from pipelines.prerequisites import find_maker, missing_models, refuse_missing
 from pipelines.quickstart_results import NEXT_STEPS, write_examples
 
@@ -85,8 +85,19 @@ def test_other_settings_than_the_bundles_are_refused_as_a_start_does(ready, monk
 
 def test_the_sweep_says_what_to_run_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"words-language-model' is not there yet: run .*/quickstart_sweep.py first"):
-        sweep.main([str(FOLDER / "sweep/quickstart.toml")])
+    for flags in ([], ["--dry-run"]):
+        with pytest.raises(ConfigError, match=r"words-language-model' is not there yet: run .*_sweep.py first"):
+            sweep.main([str(FOLDER / "sweep/quickstart.toml"), *flags])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("recipe", sorted(FOLDER.glob("[er]*/*.toml")), ids=name)
+def test_recipes_that_need_files_of_ones_own_say_so_in_a_line(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = {"evaluate": [evaluate, "run"], "review": [review]}[recipe.parent.name]
+    with pytest.raises(ConfigError, match=r"--evaluate.model_path|--review.answers") as error:
+        command[0].main([*command[1:], str(recipe), "--dry-run"])  # type: ignore[attr-defined]
+    assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
 

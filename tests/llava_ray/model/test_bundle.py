@@ -162,6 +162,15 @@ def test_a_project_that_is_copied_finds_its_own_parts(folders, samples, pack, tm
     )
 
 
+def test_a_bundle_that_is_copied_alone_within_its_project_finds_its_base(folders, tmp_path: Path) -> None:
+    save_bundle(tmp_path / "runs/first/model", folders.assemble())
+    parts = assemble(ModelConfig(model_name_or_path=str(tmp_path / "runs/first/model")), "pad")
+    save_bundle(tmp_path / "runs/second/model", parts, include="projector")
+    shutil.copytree(tmp_path / "runs/second/model", tmp_path / "runs/best")
+    found = read_manifest(tmp_path / "runs/best").language_model.base
+    assert found == str(tmp_path / "runs/first/model/language_model")
+
+
 @pytest.mark.parametrize(
     ("base", "written"),
     [
@@ -178,6 +187,11 @@ def test_a_manifest_names_a_folder_as_the_way_from_its_own(base: str, written: s
     assert absolute_base(written, place) == base
     assert absolute_base(base, place) == base  # as manifests of earlier versions have it
     assert relative_base(base, "s3://bucket/run") == base
+
+
+@pytest.mark.parametrize("base", ["../" * 500_000 + "x", "./\0", "../" + "a" * 100_000, "./", "../..", "./\ud83d"])
+def test_odd_bases_are_answered_at_once(base: str) -> None:
+    assert isinstance(absolute_base(base, Path("/project/runs/run")), str)
 
 
 def test_another_base_is_refused(folders, tmp_path: Path) -> None:
