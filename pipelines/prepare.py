@@ -46,7 +46,7 @@ def tell(prepared: "PreparedData") -> None:
     print(f"  rejected   {prepared.num_rejected:>12,}  ({prepared.num_rejected / num_records:.2%})")
     for reason, count in sorted(prepared.rejected_reasons.items(), key=lambda item: -item[1]):
         print(f"    {reason:<18}{count:>5,}")
-    if prepared.ignored_keys:
+    if prepared.reused and prepared.ignored_keys:  # otherwise said while it was prepared
         print(f"  {describe_ignored(prepared.ignored_keys)}")
     print(f"  shards     {len(prepared.shards):>12,}")
     print(f"  size       {prepared.num_bytes / 1e6:>12,.1f} MB")
