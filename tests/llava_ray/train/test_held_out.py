@@ -2,14 +2,20 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from fakes import make_tokenizer
 from samples import small_run, write_samples
 
+from llava_ray.chat.conversation import Turn
+from llava_ray.chat.templates import find_template
+from llava_ray.chat.tokenizer import load_tokenizer
+from llava_ray.chat.tokens import tokenize_prompt
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.preparation import prepare_data
 from llava_ray.runtime import connected
-from llava_ray.train.held_out import same
+from llava_ray.train.held_out import make_question, same
 from llava_ray.train.trainer import FinishedRun, finetune
 
 
@@ -26,6 +32,23 @@ def judged(finished: FinishedRun) -> dict[int, tuple[float, float]]:
 def test_an_answer_counts_if_it_is_the_records_own_but_for_case_and_a_period():
     assert same(" Red.", "red")
     assert not same("reddish", "red")
+
+
+def test_a_question_has_the_system_and_all_before_the_first_answer_that_is_learnt(tmp_path):
+    tokenizer, template = load_tokenizer(make_tokenizer(tmp_path)), find_template("v1")
+    settings, parts = SimpleNamespace(features=None, image_spec=SimpleNamespace(width=8, height=8)), SimpleNamespace()
+    parts.tokenizer, parts.template = tokenizer, template
+    turns = [Turn("human", "a"), Turn("gpt", "bad", learnt=False), Turn("human", "b"), Turn("gpt", "good")]
+
+    def asked(*turns):
+        record = {"id": "r", "turns": [turn.to_row() for turn in turns], "widths": [], "heights": [], "images": []}
+        return make_question(settings, parts, (0, 0), record)
+
+    plain = asked(*turns[2:])
+    assert (plain.prompt, plain.answer) == (tokenize_prompt(turns[2:3], template, tokenizer), "good")
+    later = asked(Turn("system", "Be brief."), *turns)
+    assert later.prompt == tokenize_prompt(turns[:3], template.with_system("Be brief."), tokenizer)
+    assert (later.answer, later.images, later.sizes) == ("good", None, [])
 
 
 @pytest.mark.ray
