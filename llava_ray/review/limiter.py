@@ -189,6 +189,8 @@ class Limiter:
             return Refused("broke", f"it can cost ${wish.dollars:.4f}, and ${self.purse.spent:.4f} are spent")
         if not self.purse.affords(wish.dollars) or gate.delay(wish.tokens, now) > 0:
             return None
+        if gate.flights and self.systematic[judge] and judge not in self.answered:
+            return None  # what the others bring will tell whether any can succeed
         gate.grant(wish.lease, wish.tokens, now)
         self.purse.lease(wish.lease, wish.dollars)
         return Granted(self.epoch)

@@ -152,3 +152,17 @@ def test_a_judge_that_has_only_faults_of_the_settings_is_given_up() -> None:
     assert soon(scene(*faults[:3])) == ""
     assert soon(scene(settled("r/9"), *faults)) == ""
     assert soon(scene(settled("r/9", "trouble"), *faults)) == "a web page"
+
+
+def test_after_such_a_fault_nothing_new_goes_until_the_others_are_back() -> None:
+    async def scene() -> None:
+        gate, _ = limiter(max_concurrency=4)
+        await gate.acquire("j", [Wish(f"r/{n}", 1, 0) for n in range(4)])
+        await gate.settle([settled("r/0", "trouble", systematic=True)])
+        waiting = asyncio.create_task(gate.acquire("j", [Wish("r/4", 1, 0)]))
+        await asyncio.sleep(0.02)
+        assert not waiting.done()
+        await gate.settle([settled("r/1")])  # it can answer
+        assert await waiting == [Granted(gate.epoch)]
+
+    soon(scene())
