@@ -128,7 +128,7 @@ def exit_code(arguments: list[str]) -> int:
     return 0
 
 
-# One of each kind in every run of the tests; the others differ in their words alone, which test_faults.py has without Ray.
+# One of each kind in every run of the tests; the others differ in words alone, which test_faults.py has without Ray.
 EACH_KIND = {"a web page", "a wrong key", "max_tokens refused", "nothing", "thoughts first"}
 
 
