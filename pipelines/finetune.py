@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llava_ray.config.recipes import load_recipe
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.sections import MODEL_PATHS, FinetuneConfig
 from pipelines.command import run_command, split_dry_run
 from pipelines.places import check_run_places
 from pipelines.prerequisites import missing_models, refuse_missing
@@ -59,8 +59,8 @@ def shared_places(config: FinetuneConfig) -> "Places":
     """Return what all nodes have to see."""
     from llava_ray.shared_storage import Places
 
-    model, data = config.model, config.data
-    parts = [model.model_name_or_path, model.model_base, model.vision_tower, model.pretrain_mm_mlp_adapter]
+    data = config.data
+    parts = [getattr(config.model, key.removeprefix("model.")) for key in MODEL_PATHS]
     return Places.of([config.run.storage_path, data.cache_dir], [data.data_path, data.image_folder, *parts])
 
 

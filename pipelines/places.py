@@ -5,20 +5,19 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from llava_ray.config.sections import DataConfig, FinetuneConfig
+from llava_ray.config.sections import MODEL_PATHS, DataConfig, FinetuneConfig
 from llava_ray.config.space import Space
 from llava_ray.errors import ConfigError
 from llava_ray.reading import shown
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # owner/name, or a name alone
-MODEL_KEYS = ("model_name_or_path", "model_base", "vision_tower", "pretrain_mm_mlp_adapter")
 
 
 def check_run_places(config: FinetuneConfig, space: Space | None = None) -> None:
     """Look for the models and data that a run names, and those that a sweep tries. Raises ConfigError."""
-    check_models({f"model.{key}": getattr(config.model, key) for key in MODEL_KEYS})
+    check_models({key: getattr(config.model, key.removeprefix("model.")) for key in MODEL_PATHS})
     for key, dimension in (space.dimensions if space else {}).items():
-        if key.removeprefix("model.") in MODEL_KEYS:
+        if key in MODEL_PATHS:
             for value in dimension.choice or ():
                 check_models({f"space.{key}": str(value) if value else None})
     check_data_places(config.data)

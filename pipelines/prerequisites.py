@@ -4,7 +4,7 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.sections import MODEL_PATHS, FinetuneConfig
 from llava_ray.errors import ConfigError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -18,13 +18,7 @@ MADE_BY = {
 
 def missing_models(config: FinetuneConfig) -> dict[str, str]:
     """Return for each model that is not there and that a command of ours makes, by its key, that command."""
-    model = config.model
-    named = {
-        "model.model_name_or_path": model.model_name_or_path,
-        "model.model_base": model.model_base,
-        "model.vision_tower": model.vision_tower,
-        "model.pretrain_mm_mlp_adapter": model.pretrain_mm_mlp_adapter,
-    }
+    named = {key: getattr(config.model, key.removeprefix("model.")) for key in MODEL_PATHS}
     found = {key: find_maker(path) for key, path in named.items() if path and not Path(path).exists()}
     return {key: command for key, command in found.items() if command}
 

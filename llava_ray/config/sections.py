@@ -21,6 +21,8 @@ PROJECTOR = "mlp([1-9][0-9]?)x_gelu"
 Pixels = Annotated[int, Field(gt=0, le=2**15)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 MAX_IMAGE_PIXELS = 178_956_970  # Pillow's own bomb limit
+# Settings that name a model or a part of one: a folder, a file or a hub id.
+MODEL_PATHS = ("model.model_name_or_path", "model.model_base", "model.vision_tower", "model.pretrain_mm_mlp_adapter")
 
 
 class ModelConfig(Section):

@@ -12,12 +12,13 @@ from typing import Any
 
 from llava_ray.config.recipes import differing_keys
 from llava_ray.config.schema import flat_settings
+from llava_ray.config.sections import MODEL_PATHS
 from llava_ray.config.space import Space, SweepConfig
 from llava_ray.data.storage import absolute, file_size, read_file, way_from, write_file
 from llava_ray.errors import ConfigError
 from llava_ray.images.reading import open_filesystem
 from llava_ray.sweep.ledger import LEDGER
-from llava_ray.train.identity import DATA, DATA_PATHS, MODEL_PATHS, identify_model
+from llava_ray.train.identity import DATA, DATA_PATHS, identify_model
 from llava_ray.train.identity import comparable as alike
 
 # May change between the starts of a sweep, beside what may in any run.

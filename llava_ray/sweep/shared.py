@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.sections import MODEL_PATHS, FinetuneConfig
 from llava_ray.config.space import Space, SweepConfig
 from llava_ray.config.sweep_recipes import corners
 from llava_ray.data.preparation import check_source, prepare_data
@@ -17,7 +17,6 @@ from llava_ray.tracking import check_store
 from llava_ray.train.runs import absolute_paths
 from llava_ray.train.trainer import held_out_samples, make_plan, stream_settings
 
-MODEL_PATHS = ("model.model_name_or_path", "model.model_base", "model.vision_tower", "model.pretrain_mm_mlp_adapter")
 # Settings of which the frozen tower's features depend.
 FEATURE_KEYS = (
     "model.vision_tower",

@@ -11,13 +11,12 @@ from typing import Any
 
 from llava_ray.config.recipes import NOT_HASHED, settings_hash
 from llava_ray.config.schema import merged, nested
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.sections import MODEL_PATHS, FinetuneConfig
 from llava_ray.errors import ConfigError
 from llava_ray.model.layout import PROJECTOR_FILE
 from llava_ray.model.manifest import edges_of, is_bundle, read_manifest
 from llava_ray.reading import is_file, is_folder
 
-MODEL_PATHS = ("model.model_name_or_path", "model.model_base", "model.vision_tower", "model.pretrain_mm_mlp_adapter")
 DATA_PATHS = ("data.data_path", "data.image_folder", "data.cache_dir")
 DATA = "data"  # the key of the data in an identity
 # Of a model's folder: weights, configs, tokenizer.
