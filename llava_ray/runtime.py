@@ -15,7 +15,7 @@ import ray
 
 from llava_ray.config.sections import ClusterConfig
 from llava_ray.errors import ConfigError
-from llava_ray.library_log import LibraryLog
+from llava_ray.log_file import LibraryLog
 from llava_ray.placement import can_grow, find_pools, pool_resources
 from llava_ray.shared_storage import Places, check_shared
 from llava_ray.uploads import check_upload

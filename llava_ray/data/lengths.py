@@ -23,7 +23,7 @@ from llava_ray.data.examples import Encoder, encode_record
 from llava_ray.data.shards import PreparedData, read_rows
 from llava_ray.errors import DataError, RecordError
 from llava_ray.images.tokens import ImageTokens
-from llava_ray.library_log import terminal
+from llava_ray.log_file import terminal
 from llava_ray.placement import in_pool
 
 if TYPE_CHECKING:

@@ -34,7 +34,7 @@ from llava_ray.data.shards import (
 from llava_ray.data.storage import absolute, file_size, read_file, way_from, write_file
 from llava_ray.data.validation import check_images, fetch_images, read_record
 from llava_ray.errors import ConfigError, DataError, RecordError
-from llava_ray.library_log import terminal
+from llava_ray.log_file import terminal
 from llava_ray.placement import in_pool
 
 # Counted up with each change of what a record means, so that data prepared before is read again.

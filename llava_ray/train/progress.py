@@ -11,7 +11,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from tqdm import tqdm
 
-from llava_ray.library_log import terminal
+from llava_ray.log_file import terminal
 from llava_ray.train.journal import Standing
 
 PROGRESS_SECONDS = 0.5

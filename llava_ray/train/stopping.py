@@ -14,7 +14,7 @@ from ray.train import TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchTrainer
 
 from llava_ray.errors import CheckpointError, LlavaRayError, Stopped, TrainingError
-from llava_ray.library_log import terminal
+from llava_ray.log_file import terminal
 from llava_ray.train.journal import TRAINING, Standing
 from llava_ray.train.runs import RunFolder, committed_step, mend_run
 

@@ -3,7 +3,7 @@
 import logging
 import sys
 
-from llava_ray.library_log import LibraryLog, terminal
+from llava_ray.log_file import LibraryLog, terminal
 
 
 def test_the_error_stream_and_handlers_that_hold_it_write_to_the_file_until_the_end(tmp_path, capsys):
