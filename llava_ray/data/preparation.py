@@ -38,7 +38,8 @@ from llava_ray.log_file import terminal
 from llava_ray.placement import in_pool
 
 # Counted up with each change of what a record means, so that data prepared before is read again.
-READER_VERSION = 2  # 2: media, tools, weights and system texts are obeyed or refused
+# 2: media, tools, weights and system texts are obeyed or refused; 3: also flags that are false, second images, lists
+READER_VERSION = 3
 MAX_KEYS = 1000  # ignored ones that are counted by name
 
 logger = logging.getLogger(__name__)

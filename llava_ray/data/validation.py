@@ -51,7 +51,7 @@ def read_record(raw: RawRecord, image_folder: str, *, unnamed_images: bool = Fal
         _check_text(read.turns)
         images = raw.images or find_images(values, read.images, image_folder)
         num_markers = count_markers(read.turns)
-        ignored = check_keys(values, has_images=bool(images))
+        ignored = check_keys(values, read.images, len(images))
         if unnamed_images and not images:
             images = (b"",) * num_markers
         _check_markers(num_markers, len(images))
