@@ -269,4 +269,4 @@ def _fetch_ahead(records: Iterator[RawRecord], image_folder: str) -> Iterator[tu
 
 def _fetch(raw: RawRecord, image_folder: str) -> tuple[Record, tuple[bytes, ...]]:
     record = read_record(raw, image_folder)
-    return record, fetch_images(record)
+    return record, fetch_images(record, image_folder)

@@ -66,10 +66,7 @@ def why_lost(name: str, value: Any, named: Sequence[Any], num_images: int) -> st
     only_image = all(word in IMAGE_WORDS | OTHER or word.isdigit() for word in words)
     found = _texts_in(value) if only_image and is_image else _media_in(value)
     media = [one for one in islice(found, MAX_ENTRIES) if _is_medium_beside(one, is_image)]
-    if not media or SMALLER & set(words):
-        return None
-    known = set(map(_last_name, _texts_in(list(named), num_forms=len(FORMS))))
-    if all(_last_name(one) in known for one in media):
+    if SMALLER & set(words) or _are_among(media, named):
         return None
     meant = set(words[1:] if len(words) > 1 and words[0] == "source" else words)
     is_same = meant & (ABOUT | SAME) or BASE64.search(name.lower())
@@ -114,6 +111,14 @@ def _leads_to_medium(text: str) -> bool:
 def _is_medium_beside(one: str | bytes, is_image: bool) -> bool:
     """Tell of bytes whether they are a file of some kind; other columns may be of anything."""
     return isinstance(one, str) or is_image or bool(identify(one)) or one[4:8] == b"ftyp" or one.startswith(b"RIFF")
+
+
+def _are_among(media: Sequence[str | bytes], named: Sequence[Any]) -> bool:
+    """Tell whether all of some media are the record's own images, wherever they lie."""
+    if not media:
+        return True
+    known = set(map(_last_name, _texts_in(list(named), num_forms=len(FORMS))))
+    return all(_last_name(one) in known for one in media)
 
 
 def _last_name(one: str | bytes) -> str | bytes:

@@ -68,11 +68,13 @@ def test_flags_that_say_what_is_done_anyway_change_nothing(key: str, value: Any)
 
 
 OTHERS: list[tuple[str, Any]] = [
-    ("image2", "b.jpg"), ("image_2", "0001"), ("Images", ["a.jpg", "b.jpg"]), ("IMAGE", "b.jpg"), ("img", {"path": "b"}),
-    ("source_video", "a.mp4"), ("source_image", "b.jpg"), ("media", ["b.jpg"]), ("media", [{"url": "https://x/b.png"}]),
+    ("image2", "b.jpg"), ("image_2", "0001"), ("Images", ["a.jpg", "b.jpg"]), ("IMAGE", "b.jpg"),
+    ("img", {"path": "b"}), ("source_video", "a.mp4"), ("source_image", "b.jpg"), ("media", ["b.jpg"]),
+    ("media", [{"url": "https://x/b.png"}]),
     ("clip", "a.mp4"), ("pic", "b.jpg"), ("left_image_path", "b.jpg"), ("image_path", ["a.jpg", "b.jpg"]),
     ("image2_path", "b.jpg"), ("path_3", "b.jpg"), ("media", "data:image/png;base64,AA"), ("photo", JPEG),
-    ("extra", JPEG), ("extra", TEXT), ("extra", {"image": "b.jpg"}), ("media", [["b.jpg"]]), ("second", {"bytes": JPEG}),
+    ("extra", JPEG), ("extra", TEXT), ("extra", {"image": "b.jpg"}), ("media", [["b.jpg"]]),
+    ("second", {"bytes": JPEG}),
 ]  # fmt: skip
 
 
