@@ -8,7 +8,10 @@ import pytest
 
 from llava_ray.data.first_look import count_samples, first_samples
 
-IMAGE_RECORD = {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\nHi"}, {"from": "gpt", "value": "Yo"}]}
+IMAGE_RECORD = {
+    "image": "a.jpg",
+    "conversations": [{"from": "human", "value": "<image>\nHi"}, {"from": "gpt", "value": "Yo"}],
+}
 RECORD = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}
 LINE = json.dumps(RECORD)
 LENGTH = (8, 0)
