@@ -90,25 +90,19 @@ def _said_of(path: str, error: Exception, home: str | None) -> DataError:
         return ImageError(
             f"image {name} is no name that a file can have ({reason(error)}); check the record", reason="image_missing"
         )
-    if isinstance(error, TypeError | AttributeError):  # of a driver that takes other addresses
-        return ImageError(
-            f"image {name} is no address that can be read ({reason(error)}); check the record",
-            reason="image_unreadable",
-        )
-    if "://" in path and home is not None and _root_of(path) != _root_of(home):
+    # Of a driver that takes other addresses, and of storage that only this record names.
+    is_elsewhere = "://" in path and home is not None and _root_of(path) != _root_of(home)
+    if is_elsewhere or isinstance(error, TypeError | AttributeError):
         return ImageError(
             f"image {name} cannot be read ({reason(error)}); check the address, or copy the file to data.image_folder",
             reason="image_unreadable",
         )
-    if isinstance(error, OSError):
-        return DataError(
-            f"reading image {name} failed ({reason(error)}): the storage did not answer; start again when it does, "
-            "finished shards are kept"
-        )
-    return DataError(
-        f"reading image {name} failed ({reason(error)}): check the address and your credentials, and start again; "
-        "finished shards are kept"
+    remedy = (
+        "the storage did not answer; start again when it does"
+        if isinstance(error, OSError)
+        else "check the address and your credentials, and start again"
     )
+    return DataError(f"reading image {name} failed ({reason(error)}): {remedy}; finished shards are kept")
 
 
 def _root_of(path: str) -> tuple[str, str]:

@@ -15,6 +15,8 @@ IMAGE_RECORD = {
 RECORD = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}
 LINE = json.dumps(RECORD)
 LENGTH = (8, 0)
+ODD: list[dict[str, Any]] = [{"image": 5}, {"conversations": 5}, {"conversations": [5]}]
+SEPARATORS = {"conversations": [{"from": "human", "value": "a\u2028b\u2029c\x85"}, {"from": "gpt", "value": "d"}]}
 
 FILES: dict[str, tuple[bytes, int | None, list[tuple[int, int]]]] = {
     "plain.json": (json.dumps([RECORD, IMAGE_RECORD]).encode(), 2, [LENGTH, (12, 1)]),
@@ -35,15 +37,8 @@ FILES: dict[str, tuple[bytes, int | None, list[tuple[int, int]]]] = {
     "number.json": (b"[5, null]", 2, []),
     "cut.json": (f"[{LINE}, {{".encode(), None, [LENGTH]),
     "list.jsonl": (f"[{LINE}]".encode(), None, []),
-    "odd.jsonl": (
-        "\n".join(json.dumps(RECORD | odd) for odd in ({"image": 5}, {"conversations": 5}, {"conversations": [5]})).encode(),
-        3,
-        [],
-    ),
-    "separators.jsonl": (
-        json.dumps({"conversations": [{"from": "human", "value": "a\u2028b\u2029c\x85"}, {"from": "gpt", "value": "d"}]},
-                   ensure_ascii=False).encode(), 1, [(7, 0)],
-    ),
+    "odd.jsonl": ("\n".join(json.dumps(RECORD | odd) for odd in ODD).encode(), 3, []),
+    "separators.jsonl": (json.dumps(SEPARATORS, ensure_ascii=False).encode(), 1, [(7, 0)]),
     "bytes.jsonl": (json.dumps({**IMAGE_RECORD, "image": {"bytes": "QUJD", "path": "a"}}).encode(), 1, [(12, 1)]),
     "messages.jsonl": (
         json.dumps({"messages": [
