@@ -146,7 +146,7 @@ def check_part_keys(part: Mapping[str, Any], obeyed: set[str], where: str, *, is
 
 
 def _says_nothing(name: str, value: Any) -> bool:
-    return is_absent(value) and why_flag(name, value) is None
+    return is_absent(value) and not (value is False and why_flag(name, value))
 
 
 def _is_medium(name: str, value: Any) -> bool:
