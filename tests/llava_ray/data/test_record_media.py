@@ -59,8 +59,8 @@ def test_weights_of_whole_records_are_refused_unless_they_say_what_is_done(key: 
     [
         ("masked", False), ("training", True), ("learn", 1), ("supervised", "true"), ("train_on_input", False),
         ("exclude_from_training", False), ("skip", False), ("rejected", False), ("video", False), ("tools", False),
-        ("training_stage", 2), ("is_train", True), ("loss_mask", None), ("mask", []), ("loss", [None]), ("training", [[]]),
-        ("label", "cat"), ("label", 0),
+        ("training_stage", 2), ("is_train", True), ("loss_mask", None), ("mask", []), ("loss", [None]),
+        ("training", [[]]), ("label", "cat"), ("label", 0),
         ("is_preferred", True), ("has_image", False), ("training_time", 0), ("train_on_prompt", False), ("score", 0),
     ],
 )  # fmt: skip
