@@ -27,9 +27,9 @@ def measure_upload(root: Path) -> Counter[str]:
             path = Path(entry.path)
             if any(excluded(path) for excluded in excludes):
                 continue
-            if entry.is_dir():
+            if path.is_dir():
                 waiting.append((path, excludes + get_excludes_from_ignore_files(path, True)))
-            else:
+            elif path.is_file():  # no link to nothing, and no pipe: Ray sends none
                 num_files += 1
                 sizes[path.relative_to(root.absolute()).parts[0]] += entry.stat().st_size
     return sizes

@@ -1,12 +1,13 @@
 """export.py hub --approximate: what a tower in another form costs, measured before anything is written."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_ray.errors import ConfigError, DataError
+from llava_ray.errors import ConfigError, DataError, RecordError, TemplateError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +22,8 @@ ROUNDING = 1e-6
 FURTHEST = 2.0  # one minus the cosine of opposite features
 AT_ONCE = 16
 MAX_NEW_TOKENS = 64
+MOST_SAMPLES = 200
+NO_ANSWER, NO_PLACE = "no answer that is learnt", "system_prompt"  # as preparation and training call it
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,8 @@ class Approximation:
     """Records with answers, in any form that data.data_path takes: says what accuracy is lost on them."""
     image_folder: str | None = None
     """Where their image paths start; default: beside them."""
-    max_samples: int = 200
-    """Ask only the first so many of them."""
+    max_samples: int | None = None
+    """Ask only the first so many of them; default: 200."""
     accept_difference: float | None = None
     """With a mean cosine below 0.95, how far the features may be: one minus the cosine."""
 
@@ -44,7 +47,9 @@ class Approximation:
         """Raise ConfigError for what would be ignored, and for numbers that cannot be meant."""
         if not self.approximate and (self.images or self.samples or self.accept_difference is not None):
             raise ConfigError("--images, --samples and --accept_difference belong to --approximate: give it, or none")
-        if self.max_samples < 1:
+        if self.samples is None and (self.image_folder is not None or self.max_samples is not None):
+            raise ConfigError("--image_folder and --max_samples belong to --samples: give it, or none of them")
+        if self.max_samples is not None and self.max_samples < 1:
             raise ConfigError(f"--max_samples {self.max_samples}: expected at least 1")
         if self.accept_difference is not None and not 0 <= self.accept_difference <= FURTHEST:
             raise ConfigError(f"--accept_difference {self.accept_difference:g}: expected one minus a cosine, 0 to 2")
@@ -57,14 +62,32 @@ class Loss:
     num_samples: int
     before: int
     after: int
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """How many more could not be asked, by reason."""
 
     def __str__(self) -> str:
         """Put it into words."""
         was, now = self.before / self.num_samples, self.after / self.num_samples
         return (
             f"answers on {self.num_samples} samples: {was:.1%} right with the model's own tower, {now:.1%} with the "
-            f"approximate one ({100 * (now - was):+.1f} points)"
+            f"approximate one ({100 * (now - was):+.1f} points){describe_left_out(self.left_out)}"
         )
+
+
+def describe_left_out(counts: Mapping[str, int]) -> str:
+    """Say how many samples were not asked, and why; nothing if all were."""
+    reasons = ", ".join(f"{reason} ({count:,})" for reason, count in sorted(counts.items()))
+    return f"; {sum(counts.values()):,} left out: {reasons}" if reasons else ""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a sample asks first: its prompt, its record's images with their number in it, and the answer."""
+
+    record: "Record"
+    prompt: list[int]
+    num_images: int
+    answer: str
 
 
 def check_difference(difference: "FeatureDifference", accepted: float | None) -> None:
@@ -91,32 +114,71 @@ def bring_near(load: Callable[[], "LlavaParts"], opened: "ModelFiles", asked: Ap
     near, difference = approximate(opened, open_images(asked.images))
     print(difference)
     if asked.samples is not None:
-        print(measure_loss(load(), near, list(read_samples(asked.samples, asked.image_folder, asked.max_samples))))
+        print(
+            measure_loss(
+                load(), near, read_samples(asked.samples, asked.image_folder, asked.max_samples or MOST_SAMPLES)
+            )
+        )
     check_difference(difference, asked.accept_difference)
     return near
 
 
-def measure_loss(parts: "LlavaParts", approximated: "ModelFiles", records: Sequence["Record"]) -> Loss:
+def measure_loss(parts: "LlavaParts", approximated: "ModelFiles", records: Iterable["Record | RecordError"]) -> Loss:
     """Ask a model the first question of each sample with its own tower and with the approximate one.
 
-    Raises DataError, ImageError.
+    Those that training would reject, or learn nothing from, are counted. Raises DataError where none is left.
     """
-    if not records:
-        raise DataError("--samples holds no record to ask; give records with answers")
-    own = count_right(parts, records)
-    other = count_right(replace(parts, tower=approximate_tower(parts, approximated)), records)
-    return Loss(len(records), own, other)
+    questions, left_out = make_questions(parts, records)
+    if not questions:
+        raise DataError(
+            f"--samples holds no record to ask{describe_left_out(left_out)}; give records with answers that are learnt"
+        )
+    own = count_right(parts, questions)
+    other = count_right(replace(parts, tower=approximate_tower(parts, approximated)), questions)
+    return Loss(len(questions), own, other, left_out)
 
 
-def read_samples(path: str, image_folder: str | None, most: int) -> Iterator["Record"]:
-    """Yield the first records of some data. Raises DataError, and RecordError for one that cannot be read."""
+def read_samples(path: str, image_folder: str | None, most: int) -> Iterator["Record | RecordError"]:
+    """Yield the first records of some data, or why training would reject one. Raises DataError."""
+    from llava_ray.config.sections import MAX_IMAGE_PIXELS
     from llava_ray.data.preview_records import read_records
     from llava_ray.data.records import RawRecord
-    from llava_ray.data.validation import read_record
+    from llava_ray.data.validation import check_images, fetch_images, read_record
 
     folder = image_folder or str(Path(path).parent)
-    for record in read_records(path, most):
-        yield read_record(record, folder) if isinstance(record, RawRecord) else record
+    for found in read_records(path, most):
+        try:
+            record = read_record(found, folder) if isinstance(found, RawRecord) else found
+            check_images(record, fetch_images(record, folder), max_pixels=MAX_IMAGE_PIXELS)
+        except RecordError as error:
+            yield error
+        else:
+            yield record  # with the paths of its images: many samples need no more memory than few
+
+
+def make_questions(
+    parts: "LlavaParts", records: Iterable["Record | RecordError"]
+) -> tuple[list[Question], dict[str, int]]:
+    """Return what can be asked, and how many records cannot be, by reason."""
+    from llava_ray.chat.conversation import first_question
+    from llava_ray.chat.tokens import tokenize_question
+
+    questions: list[Question] = []
+    left_out: Counter[str] = Counter()
+    for record in records:
+        found = None if isinstance(record, RecordError) else first_question(record.turns)
+        if isinstance(record, RecordError) or found is None:
+            left_out[record.reason if isinstance(record, RecordError) else NO_ANSWER] += 1
+            continue
+        system, asked, answer = found
+        try:
+            prompt = tokenize_question(system, asked, parts.template, parts.tokenizer)
+        except (RecordError, TemplateError) as error:
+            left_out[error.reason if isinstance(error, RecordError) else NO_PLACE] += 1
+            continue
+        num_images = sum(turn.value.count("<image>") for turn in asked)
+        questions.append(Question(record, prompt, num_images, answer.value))
+    return questions, dict(left_out)
 
 
 def approximate_tower(parts: "LlavaParts", approximated: "ModelFiles") -> Any:
@@ -133,30 +195,29 @@ def approximate_tower(parts: "LlavaParts", approximated: "ModelFiles") -> Any:
     return VisionTower(backbone, parts.manifest.mm_vision_select_layer, "patch", parts.s2_scales)
 
 
-def count_right(parts: "LlavaParts", records: Sequence["Record"]) -> int:
+def count_right(parts: "LlavaParts", questions: Sequence[Question]) -> int:
     """Count the first questions that are answered, greedily, as the record has it."""
-    from llava_ray.chat.tokens import tokenize_prompt
     from llava_ray.generate.decoding import answer_text, generate_batch
     from llava_ray.train.held_out import same
 
     right = 0
-    for start in range(0, len(records), AT_ONCE):
-        some = records[start : start + AT_ONCE]
-        shown = [open_first_images(parts, record) for record in some]
+    for start in range(0, len(questions), AT_ONCE):
+        some = questions[start : start + AT_ONCE]
+        shown = [open_first_images(parts, question) for question in some]
         written = generate_batch(
             parts,
-            [tokenize_prompt([record.turns[0]], parts.template, parts.tokenizer) for record in some],
+            [question.prompt for question in some],
             [pixels for pixels, _ in shown],
             image_sizes=[sizes for _, sizes in shown],
             max_new_tokens=MAX_NEW_TOKENS,
         )
         said = [answer_text(parts, ids) for ids in written]
-        right += sum(same(text, record.turns[1].value) for text, record in zip(said, some, strict=True))
+        right += sum(same(text, question.answer) for text, question in zip(said, some, strict=True))
     return right
 
 
-def open_first_images(parts: "LlavaParts", record: "Record") -> tuple["Tensor | None", list[tuple[int, int]]]:
-    """Return the normalised views of the images in a record's first question, and their sizes. Raises ImageError."""
+def open_first_images(parts: "LlavaParts", question: Question) -> tuple["Tensor | None", list[tuple[int, int]]]:
+    """Return the normalised views of the images in a first question, and their sizes. Raises ImageError."""
     import numpy as np
 
     from llava_ray.config.sections import MAX_IMAGE_PIXELS
@@ -165,10 +226,10 @@ def open_first_images(parts: "LlavaParts", record: "Record") -> tuple["Tensor | 
     from llava_ray.images.processing import normalise
     from llava_ray.images.reading import open_image
 
-    count = record.turns[0].value.count("<image>")
+    record = question.record
     images = [
         open_image(data, f"an image of record {record.id}", max_pixels=MAX_IMAGE_PIXELS)
-        for data in fetch_images(record)[:count]
+        for data in fetch_images(record)[: question.num_images]
     ]
     if not images:
         return None, []

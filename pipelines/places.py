@@ -15,13 +15,18 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # owner/name, 
 
 def check_run_places(config: FinetuneConfig, space: Space | None = None) -> None:
     """Look for the models and data that a run names, and those that a sweep tries. Raises ConfigError."""
+    check_run_models(config, space)
+    check_data_places(config.data)
+    check_files({"held_out.path": config.held_out.path, "held_out.images": config.held_out.images})
+
+
+def check_run_models(config: FinetuneConfig, space: Space | None = None) -> None:
+    """Look for the models that a run names, and those that a sweep tries. Raises ConfigError."""
     check_models({key: getattr(config.model, key.removeprefix("model.")) for key in MODEL_PATHS})
     for key, dimension in (space.dimensions if space else {}).items():
         if key in MODEL_PATHS:
             for value in dimension.choice or ():
                 check_models({f"space.{key}": str(value) if value else None})
-    check_data_places(config.data)
-    check_files({"held_out.path": config.held_out.path, "held_out.images": config.held_out.images})
 
 
 def check_data_places(data: DataConfig) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from llava_ray.config.sweep_recipes import load_sweep
 from pipelines.command import run_command, split_dry_run
-from pipelines.places import check_run_places
+from pipelines.places import check_run_models, check_run_places
 from pipelines.prerequisites import missing_models, refuse_missing
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def main(arguments: Sequence[str]) -> "Sweep | None":
     config, space = load_sweep(arguments)
     refuse_missing(config, missing_models(config))
     if asked.dry_run:
+        check_run_models(config, space)
         from llava_ray.sweep.dry_run import describe_sweep
 
         for line in describe_sweep(config, space, asked.gpu_memory_gib):

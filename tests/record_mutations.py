@@ -20,9 +20,23 @@ KEYS = [
     "tools",
     "function_call", "weight", "loss", "mask", "prompt", "chosen", "rejected", "source", "foo", "", "\ud800", "a\x00b",
     "k" * 5000, "image_path", "url", "label", "reasoning_content", "bbox", "Image", "conversation",
+    "trainable", "media", "image2", "loss_mask",
 ]  # fmt: skip
-TURN_KEYS = ["from", "value", "role", "content", "weight", "loss", "train", "name", "tool_calls", "thinking", "image"]
-PART_KEYS = ["type", "text", "image", "image_url", "video", "index", "input_audio"]
+TURN_KEYS = [
+    "from",
+    "value",
+    "role",
+    "content",
+    "weight",
+    "loss",
+    "train",
+    "name",
+    "tool_calls",
+    "thinking",
+    "image",
+    "masked",
+]
+PART_KEYS = ["type", "text", "image", "image_url", "video", "index", "input_audio", "path", "url", "source"]
 ROLES = [
     "human",
     "gpt",
@@ -43,7 +57,7 @@ PATHS = [
     "~nobody/x",
     "nosuch://a/b", "file:///nowhere.png", "data:image/png;base64,AAAA", "data:,", "data:image/png;base64,%%%", "://",
     "memory://nothing.png", "iVBORw0KGgo" + "A" * 3000, "/9j/" + "A" * 39, "zip://x::file://y", "[", "s3:/x",
-    "a/b/../c",
+    "a/b/../c", "reference://x", "dir://a", "ftp://127.0.0.1:1/a.png", "generic://x",
 ]  # fmt: skip
 
 

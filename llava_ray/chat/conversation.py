@@ -121,6 +121,13 @@ def split_system(turns: Sequence[Turn]) -> tuple[str | None, Sequence[Turn]]:
     return None, turns
 
 
+def first_question(turns: Sequence[Turn]) -> tuple[str | None, Sequence[Turn], Turn] | None:
+    """Return the system's text, the turns up to the first learnt answer, and that answer; None where none is learnt."""
+    system, spoken = split_system(turns)
+    place = next((index for index, turn in enumerate(spoken) if turn.role == "gpt" and turn.learnt), None)
+    return None if place is None else (system, spoken[:place], spoken[place])
+
+
 def check_turns(turns: Sequence[Turn], *, learnt: bool = True) -> None:
     """Raise RecordError unless the turns alternate, beginning with a question, and every answer says something.
 

@@ -61,6 +61,16 @@ def tokenize_prompt(turns: Sequence[Turn], template: Template, tokenizer: PreTra
     return tokenize_spans(spans, tokenizer, add_bos=template.add_bos, template=template).input_ids
 
 
+def tokenize_question(
+    system: str | None, turns: Sequence[Turn], template: Template, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """Return what `tokenize_prompt` does, with a record's own system text. Raises TemplateError where it has no place.
+
+    None is the template's.
+    """
+    return tokenize_prompt(turns, template if system is None else template.with_system(system), tokenizer)
+
+
 def tokenize_spans(
     spans: Sequence[Span],
     tokenizer: PreTrainedTokenizerBase,

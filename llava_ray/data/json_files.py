@@ -72,13 +72,23 @@ def check_first_line(path: str, lines: Sequence[str]) -> None:
     """Raise DataError for a file whose first record goes on behind its line, or that is a list."""
     start = next((number for number, line in enumerate(lines) if line.strip()), len(lines))
     first = lines[start].strip() if start < len(lines) else "{}"
-    if first.startswith("["):
+    if first.startswith("[") and _is_all(first, lines[start + 1 :]):
         what = f"begins with a JSON list ({first[:30]!r})"
     elif parsed_line(first) is None and starts_value("".join(lines[start:]).lstrip()):
         what = f"its first record is written over several lines (the first is {first[:30]!r})"
     else:
         return
     raise DataError(f"{path}: {what}; expected a record a line (.jsonl). Name the file .json instead")
+
+
+def _is_all(first: str, others: Sequence[str]) -> bool:
+    """Tell whether a list is all of a file, or goes on in its other lines; otherwise it is one record that is none."""
+    following = next((line.strip() for line in others if line.strip()), None)
+    if following is None:
+        return True
+    if parsed_line(first) is not None:
+        return False
+    return starts_value("\n".join([first, *others])) or not isinstance(parsed_line(following), dict)
 
 
 def starts_value(text: str) -> bool:

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 
 from llava_ray.data.json_files import clean_id
 from llava_ray.data.record_keys import CONVERSATION_KEYS, is_read
+from llava_ray.data.record_media import ORIGINS
 from llava_ray.data.records import Fault
 from llava_ray.errors import DataError
 from llava_ray.images.reading import open_filesystem
@@ -55,7 +56,7 @@ def read_parquet(path: str, row_groups: Sequence[int]) -> Iterator[tuple[dict[st
     """Yield the rows of some row groups, columns by name, or why one cannot be read; with the columns left unread."""
     with open_parquet(path) as (file, _):
         schema = file.schema_arrow
-        wanted = [field.name for field in schema if is_read(field.name) or _may_hold_medium(field.type)]
+        wanted = [field.name for field in schema if is_read(field.name) or _may_say_more(field)]
         unread = tuple(name for name in schema.names if name not in wanted)
         for group in row_groups:
             count = file.metadata.row_group(group).num_rows
@@ -71,13 +72,20 @@ def read_parquet(path: str, row_groups: Sequence[int]) -> Iterator[tuple[dict[st
                 yield Fault(f"row group {group} of the table is damaged; fetch the file again", of_group=True), unread
 
 
+def _may_say_more(field: pa.Field) -> bool:
+    """Tell whether a column's values may have to be refused, whatever it is called."""
+    return field.name not in ORIGINS and _may_hold_medium(field.type)
+
+
 def _may_hold_medium(kind: pa.DataType) -> bool:
-    """Tell whether a column of this type is one of bytes, as Hugging Face's media are."""
-    if pa.types.is_struct(kind):
-        return any(kind.field(index).name == "bytes" for index in range(kind.num_fields))
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+    """Tell whether a column of this type may hold bytes or texts: what they say has to be looked at, as of JSON."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return _may_hold_medium(kind.storage_type)
+    if isinstance(kind, pa.DictionaryType):
         return _may_hold_medium(kind.value_type)
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    if pa.types.is_nested(kind):
+        return any(_may_hold_medium(kind.field(index).type) for index in range(kind.num_fields))
+    return not (pa.types.is_primitive(kind) or pa.types.is_decimal(kind) or pa.types.is_null(kind))
 
 
 def _rows_of(file: pq.ParquetFile, group: int, columns: list[str]) -> Iterator[dict[str, Any] | Fault]:

@@ -38,7 +38,8 @@ from llava_ray.log_file import terminal
 from llava_ray.placement import in_pool
 
 # Counted up with each change of what a record means, so that data prepared before is read again.
-READER_VERSION = 2  # 2: media, tools, weights and system texts are obeyed or refused
+# 2: media, tools, weights and system texts are obeyed or refused; 3: also flags that are false, second images, lists
+READER_VERSION = 3
 MAX_KEYS = 1000  # ignored ones that are counted by name
 
 logger = logging.getLogger(__name__)
@@ -268,4 +269,4 @@ def _fetch_ahead(records: Iterator[RawRecord], image_folder: str) -> Iterator[tu
 
 def _fetch(raw: RawRecord, image_folder: str) -> tuple[Record, tuple[bytes, ...]]:
     record = read_record(raw, image_folder)
-    return record, fetch_images(record)
+    return record, fetch_images(record, image_folder)

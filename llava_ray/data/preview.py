@@ -149,7 +149,7 @@ class Viewer:
         if self.image_spec is None:
             return []
         images = []
-        for index, content in enumerate(fetch_images(record)):
+        for index, content in enumerate(fetch_images(record, self.image_folder)):
             named = record.images[index]
             name = f"image {excerpt(named)}" if isinstance(named, str) else f"image {index + 1} of {len(record.images)}"
             try:

@@ -4,10 +4,12 @@ What would change the meaning of a sample (another medium, tools, thoughts, weig
 silence: a record that has it is rejected. Any other key is read past, and counted by its name.
 """
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from llava_ray.data.record_flags import PREFERENCES, WEIGHTS, is_flag, why_flag
+from llava_ray.data.record_media import ORIGINS, is_image_key, names_medium, why_lost
+from llava_ray.data.record_words import ABOUT, words_of
 from llava_ray.errors import RecordError
 from llava_ray.reading import shown
 
@@ -16,13 +18,11 @@ IMAGE_KEYS = ("images", "image")
 SYSTEM_KEYS = ("system", "system_prompt")
 OBEYED = {"id", *CONVERSATION_KEYS, *IMAGE_KEYS, *SYSTEM_KEYS}
 WEIGHT_KEYS = ("weight", "loss", "train")
+# Of an image part, in other people's formats, where its image is.
+SOURCES_OF_PARTS = {"source", "src", "data", "base64", "b64", "b64_json", "bytes", "blob", "uri", "href", "file_id"}
 OBEYED_OF_TURNS = {"from", "value", "role", "content", *WEIGHT_KEYS}
 
 # Words of a key that tell what it holds, with what to do about it. Plurals and numbers behind them count as well.
-IMAGE_WORDS = {
-    "image", "img", "picture", "photo", "pixel", "jpg", "jpeg", "png", "webp", "gif", "bmp", "tiff", "thumbnail",
-    "screenshot",
-}  # fmt: skip
 REFUSED_WORDS: dict[str, set[str]] = {
     "video cannot be learnt from: take frames as `images`": {"video", "vid", "movie", "mp4", "frame"},
     "audio cannot be learnt from": {"audio", "sound", "speech", "voice", "wav", "mp3", "waveform"},
@@ -31,11 +31,11 @@ REFUSED_WORDS: dict[str, set[str]] = {
     "thoughts apart from the answer cannot be learnt from: write them into it": {
         "reasoning", "thinking", "thought", "think", "cot", "refusal", "scratchpad",
     },
-    "preferences cannot be learnt from yet": {"chosen", "rejected", "preferred", "dispreferred", "preference"},
+    PREFERENCES: {"chosen", "rejected", "preferred", "dispreferred", "preference"},
     "the turns belong into `conversations` or `messages`": {
         "prompt", "completion", "instruction", "history", "response", "query",
     },
-    "weights are obeyed at a turn, as 0 or 1 in `weight`": {"weight", "loss", "mask", "masking", "label_mask"},
+    WEIGHTS: {"weight", "loss", "mask", "masking", "label_mask"},
     "places in images cannot be learnt from: write them into the turns": {
         "bbox", "bboxe", "box", "boxe", "object", "segmentation", "polygon", "keypoint", "region",
     },
@@ -45,34 +45,16 @@ REFUSED_WORDS: dict[str, set[str]] = {
 REFUSED_NAMES = {
     "prefix": "an answer is learnt whole",
     "suffix": "an answer is learnt whole",
-    "train": "weights are obeyed at a turn, as 0 or 1 in `weight`",
-    "kto_tag": "preferences cannot be learnt from yet",
+    "train": WEIGHTS,
+    "kto_tag": PREFERENCES,
     "train_on_input": "questions are never learnt",
-    "trainable": "weights are obeyed at a turn, as 0 or 1 in `weight`",
+    "trainable": WEIGHTS,
 }
 REFUSED_OF_TURNS = {
     "text": "the text belongs into `value` or `content`",
     "input": "the text belongs into `value` or `content`",
     "output": "the text belongs into `value` or `content`",
 }
-
-# A key with one of these words says something about a thing: it is not the thing.
-ABOUT = {
-    "id", "idx", "index", "num", "number", "n", "count", "has", "is", "length", "len", "duration", "source", "license",
-    "score", "hash", "md5", "sha", "phash", "width", "height", "size", "resolution", "fps", "type", "format",
-    "name", "category", "caption", "quality", "embedding", "similarity", "date", "time", "copyright", "author", "tag",
-    "shape", "stat", "version",
-}  # fmt: skip
-# Media by the end of a name, for values of keys that say nothing themselves.
-MEDIA_ENDINGS = (
-    ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".mp4", ".mkv", ".webm", ".avi",
-    ".mov", ".wav", ".mp3", ".flac", ".ogg",
-)  # fmt: skip
-MEDIA_URIS = ("data:image/", "data:video/", "data:audio/")
-MAX_NAME_CHARS = 8000
-DIGEST_BYTES = 64  # the longest that are a hash, and no medium
-# Keys that say where a sample comes from, whatever their value looks like.
-ORIGINS = {"source", "dataset", "data_source", "origin", "license", "metadata", "meta"}
 
 MAX_NAMED = 20  # keys in reports
 MAX_NAME = 60  # characters of a key in reports
@@ -104,33 +86,31 @@ def why_refused(name: str, obeyed: Iterable[str] = (), more: Mapping[str, str] |
     """Return why a key with a value is refused, None for one that is obeyed or says nothing of the turns' meaning."""
     if name in obeyed:
         return None
-    plain = "_".join(_words(name))
+    plain = "_".join(words_of(name))
     named = {**REFUSED_NAMES, **(more or {})}.get(plain)
-    words = set(_words(name))
+    words = set(words_of(name))
     if named or words & ABOUT:
         return named
     return next((why for why, meant in REFUSED_WORDS.items() if words & meant), None)
 
 
-def is_image_key(name: str) -> bool:
-    """Tell whether a key that is not obeyed seems to hold an image."""
-    words = set(_words(name))
-    return name not in OBEYED and bool(words & IMAGE_WORDS) and not words & ABOUT
-
-
 def is_read(name: str) -> bool:
-    """Tell whether a table's column has to be read: what is obeyed, and what might have to be refused."""
-    return name in OBEYED or is_image_key(name) or name == "label" or why_refused(name, OBEYED) is not None
+    """Tell whether a table's column has to be read for its name: what is obeyed, and what might have to be refused."""
+    return name in OBEYED or is_image_key(name) or is_flag(name) or why_refused(name, OBEYED) is not None
 
 
-def check_keys(values: Mapping[str, Any], *, has_images: bool) -> list[str]:
-    """Return the keys of a record that are read past. Raises RecordError ("unsupported") for one that changes it."""
+def check_keys(values: Mapping[str, Any], named: Sequence[Any], num_images: int) -> list[str]:
+    """Return the keys of a record that are read past. Raises RecordError ("unsupported") for one that changes it.
+
+    ``named`` is what its image parts say of its images, ``num_images`` their number.
+    """
+    images = [*named, *(values.get(name) for name in IMAGE_KEYS)]
     ignored = []
     for name, value in values.items():
-        if name in OBEYED or is_absent(value):
+        if name in OBEYED or _says_nothing(name, value):
             continue
         why = None if name in WEIGHT_KEYS and value == 1 else why_refused(name, OBEYED)
-        refuse_key(f"`{printable(name)}`", why or _why_of_value(name, value, has_images))
+        refuse_key(f"`{printable(name)}`", why or why_flag(name, value) or why_lost(name, value, images, num_images))
         ignored.append(printable(name))
     return ignored
 
@@ -139,14 +119,39 @@ def check_turn_keys(turn: Mapping[str, Any], where: str) -> list[str]:
     """Return the keys of a turn that are read past. Raises RecordError ("unsupported")."""
     ignored = []
     for name, value in turn.items():
-        if name in OBEYED_OF_TURNS or is_absent(value):
+        if name in OBEYED_OF_TURNS or _says_nothing(name, value):
             continue
-        why = why_refused(name, OBEYED_OF_TURNS, REFUSED_OF_TURNS)
-        if why is None and (is_image_key(name) or name in IMAGE_KEYS):
+        why = why_refused(name, OBEYED_OF_TURNS, REFUSED_OF_TURNS) or why_flag(name, value)
+        if why is None and (is_image_key(name) or name in IMAGE_KEYS or _is_medium(name, value)):
             why = "images are listed in the record's `images`, or are parts of its content"
         refuse_key(f"{where}: `{printable(name)}`", why)
         ignored.append(f"turns.{printable(name)}")
     return ignored
+
+
+def check_part_keys(part: Mapping[str, Any], obeyed: set[str], where: str, *, is_image: bool) -> list[str]:
+    """Return the keys of a part of a turn's content that are read past. Raises RecordError ("unsupported")."""
+    ignored = []
+    for name, value in part.items():
+        if name in obeyed or _says_nothing(name, value):
+            continue
+        why = why_refused(name, obeyed) or why_flag(name, value)
+        is_number = isinstance(value, bool | int | float)
+        is_source = is_image and not is_number and (name.lower() in SOURCES_OF_PARTS or is_image_key(name))
+        if why is None and (is_source or _is_medium(name, value)):
+            why = "the image of a part is taken from `image`, `image_url`, `path` or `url`"
+        refuse_key(f"{where}: `{printable(name)}`", why)
+        ignored.append(f"parts.{printable(name)}")
+    return ignored
+
+
+def _says_nothing(name: str, value: Any) -> bool:
+    return is_absent(value) and not (value is False and why_flag(name, value))
+
+
+def _is_medium(name: str, value: Any) -> bool:
+    """Tell whether a key of a turn or part holds a medium, and not only says something about one."""
+    return not set(words_of(name)) & ABOUT and name not in ORIGINS and names_medium(value)
 
 
 def refuse_key(what: str, why: str | None) -> None:
@@ -157,35 +162,9 @@ def refuse_key(what: str, why: str | None) -> None:
         )
 
 
-def _why_of_value(name: str, value: Any, has_images: bool) -> str | None:
-    if name == "label" and isinstance(value, bool):
-        return "preferences cannot be learnt from yet"
-    if has_images or not (is_image_key(name) or (name not in ORIGINS and _names_medium(value))):
-        return None
-    return "it seems to hold a medium, and the record names no image: write it into `image` or `images`"
-
-
-def _names_medium(value: Any) -> bool:
-    if isinstance(value, bytes):
-        return len(value) > DIGEST_BYTES
-    if isinstance(value, Mapping):  # how Hugging Face's media lie in Parquet
-        return any(_names_medium(value.get(name)) for name in ("bytes", "path", "url"))
-    if not isinstance(value, str):
-        return False
-    place = value[:MAX_NAME_CHARS].partition("?")[0].lower()
-    return place.startswith(MEDIA_URIS) or (len(value) < MAX_NAME_CHARS and place.endswith(MEDIA_ENDINGS))
-
-
 def describe_ignored(counts: Mapping[str, int]) -> str:
     """Return one line on the keys that were read past, the most frequent ones by name."""
     named = sorted(counts.items(), key=lambda item: -item[1])
     shown_keys = ", ".join(f"{name} ({count:,})" for name, count in named[:MAX_NAMED])
     more = f", and {len(named) - MAX_NAMED:,} others" if len(named) > MAX_NAMED else ""
     return f"Keys that nothing is learnt from, with the number of samples: {shown_keys}{more}"
-
-
-def _words(name: str) -> list[str]:
-    """Return a key's words in lower case, without numbers behind them and without the plural's s."""
-    split = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name[:200])
-    words = [word.rstrip("0123456789") or word for word in re.split(r"[^a-z0-9]+", split.lower()) if word]
-    return [word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word for word in words]

@@ -10,18 +10,19 @@ from llava_ray.data.record_keys import (
     CONVERSATION_KEYS,
     SYSTEM_KEYS,
     WEIGHT_KEYS,
+    check_part_keys,
     check_turn_keys,
     is_absent,
     printable,
     refuse_key,
-    why_refused,
 )
 from llava_ray.errors import RecordError
 from llava_ray.reading import shown
 
 TEXT_PARTS = ("text", "input_text", "output_text")
 IMAGE_PARTS = ("image", "image_url", "input_image")
-OBEYED_OF_PARTS = {"type", "text", "image", "image_url", "index", "detail"}
+IMAGE_NAMES = ("image", "image_url", "path", "url")
+OBEYED_OF_PARTS = {"text": {"type", "text"}, "image": {"type", "index", "detail", *IMAGE_NAMES}}
 
 
 @dataclass
@@ -181,26 +182,26 @@ def _kind_of(part: Mapping[str, Any], place: str) -> str:
 def _check_part_keys(part: Mapping[str, Any], kind: str, place: str, read: ReadTurns) -> None:
     """Raise RecordError for keys of another kind, and such as would be lost."""
     others = ("image", "image_url") if kind == "text" else ("text",)
-    for name, value in part.items():
-        if is_absent(value):
-            continue
-        if name in others:
+    for name in others:
+        if not is_absent(part.get(name)):
             refuse_key(f"{place}: `{name}` of a part of type {shown(part.get('type'))}", "a part is a text or an image")
-        elif name not in OBEYED_OF_PARTS:
-            refuse_key(f"{place}: `{printable(name)}`", why_refused(name, OBEYED_OF_PARTS))
-            read.ignored.append(f"parts.{printable(name)}")
+    read.ignored += check_part_keys(part, OBEYED_OF_PARTS[kind], place, is_image=kind == "image")
 
 
 def _image_of(part: Mapping[str, Any]) -> Any:
     """Return what a part says of its image, None for nothing."""
-    given = [part[name] for name in ("image", "image_url") if not is_absent(part.get(name))]
-    if len(given) > 1:
-        raise RecordError("a part has both `image` and `image_url`; expected one of them", reason="malformed")
-    if not given:
-        return None
-    if isinstance(given[0], Mapping) and not is_absent(given[0].get("url")):
-        return given[0]["url"]
-    return given[0]
+    given = [name for name in IMAGE_NAMES if not is_absent(part.get(name))]
+    told = [_image_at(part[name]) for name in given]
+    if any(other != told[0] for other in told[1:]):
+        names = " and ".join(f"`{name}`" for name in given)
+        raise RecordError(f"a part has {names}, and other images in them; expected one of them", reason="malformed")
+    return told[0] if told else None
+
+
+def _image_at(value: Any) -> Any:
+    """Return what OpenAI's ``{"url": …}`` holds, anything else as it is."""
+    is_wrapped = isinstance(value, Mapping) and not is_absent(value.get("url"))
+    return value["url"] if is_wrapped else value
 
 
 def count_markers(turns: tuple[Turn, ...]) -> int:

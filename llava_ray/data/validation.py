@@ -37,7 +37,7 @@ def validate(raw: RawRecord, image_folder: str, *, max_pixels: int) -> Sample:
     Raises RecordError whose message names the record, what was found, what was expected and what to do.
     """
     record = read_record(raw, image_folder)
-    return check_images(record, fetch_images(record), max_pixels=max_pixels)
+    return check_images(record, fetch_images(record, image_folder), max_pixels=max_pixels)
 
 
 def read_record(raw: RawRecord, image_folder: str, *, unnamed_images: bool = False) -> Record:
@@ -51,17 +51,20 @@ def read_record(raw: RawRecord, image_folder: str, *, unnamed_images: bool = Fal
         _check_text(read.turns)
         images = raw.images or find_images(values, read.images, image_folder)
         num_markers = count_markers(read.turns)
-        ignored = check_keys(values, has_images=bool(images))
+        ignored = check_keys(values, read.images, len(images))
         if unnamed_images and not images:
             images = (b"",) * num_markers
         _check_markers(num_markers, len(images))
     return Record(raw.id, read.turns, images, raw.source, tuple(dict.fromkeys([*raw.ignored, *ignored, *read.ignored])))
 
 
-def fetch_images(record: Record) -> tuple[bytes, ...]:
-    """Return the encoded images, read from where their paths and URLs lead."""
+def fetch_images(record: Record, image_folder: str | None = None) -> tuple[bytes, ...]:
+    """Return the encoded images, read from where their paths and URLs lead.
+
+    Raises RecordError, and DataError where the storage of ``image_folder`` fails; without it any storage.
+    """
     with _naming(record):
-        return tuple(read_bytes(image) if isinstance(image, str) else image for image in record.images)
+        return tuple(read_bytes(image, image_folder) if isinstance(image, str) else image for image in record.images)
 
 
 def check_images(record: Record, contents: Sequence[bytes], *, max_pixels: int) -> Sample:

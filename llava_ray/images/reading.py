@@ -53,12 +53,13 @@ def _arrow_filesystem(root: str, problem: str) -> tuple[fsspec.AbstractFileSyste
 OF_ONE_NAME = {errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EILSEQ}
 
 
-def read_bytes(path: str) -> bytes:
+def read_bytes(path: str, home: str | None = None) -> bytes:
     """Read a file from a local path or any fsspec URL.
 
     Raises ImageError with reason ``image_missing`` where there is no such file and ``image_unreadable`` where it may
     not be read, is behind an address that nobody knows, or a web server does not give it; DataError where the storage
-    itself fails, which is no fault of the record.
+    itself fails, which is no fault of the record. Given ``home``, the folder of all others, an address elsewhere is
+    the record's own choice, and so is what its storage does.
     """
     try:
         if "://" not in path:
@@ -70,10 +71,10 @@ def read_bytes(path: str) -> bytes:
     except LlavaRayError:
         raise
     except Exception as error:
-        raise _said_of(path, error) from error
+        raise _said_of(path, error, home) from error
 
 
-def _said_of(path: str, error: Exception) -> DataError:
+def _said_of(path: str, error: Exception, home: str | None) -> DataError:
     """Return what a failure says: of one image, or of the storage."""
     name = shown(path)
     if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
@@ -89,15 +90,25 @@ def _said_of(path: str, error: Exception) -> DataError:
         return ImageError(
             f"image {name} is no name that a file can have ({reason(error)}); check the record", reason="image_missing"
         )
-    if isinstance(error, OSError):
-        return DataError(
-            f"reading image {name} failed ({reason(error)}): the storage did not answer; start again when it does, "
-            "finished shards are kept"
+    # Of a driver that takes other addresses, and of storage that only this record names.
+    is_elsewhere = "://" in path and home is not None and _root_of(path) != _root_of(home)
+    if is_elsewhere or isinstance(error, TypeError | AttributeError):
+        return ImageError(
+            f"image {name} cannot be read ({reason(error)}); check the address, or copy the file to data.image_folder",
+            reason="image_unreadable",
         )
-    return DataError(
-        f"reading image {name} failed ({reason(error)}): check the address and your credentials, and start again; "
-        "finished shards are kept"
+    remedy = (
+        "the storage did not answer; start again when it does"
+        if isinstance(error, OSError)
+        else "check the address and your credentials, and start again"
     )
+    return DataError(f"reading image {name} failed ({reason(error)}): {remedy}; finished shards are kept")
+
+
+def _root_of(path: str) -> tuple[str, str]:
+    """Return the scheme and the host (or bucket) of an address; none of a local path."""
+    scheme, _, rest = path.partition("://")
+    return (scheme.lower(), rest.partition("/")[0].lower()) if rest else ("", "")
 
 
 def _read_local(path: str) -> bytes:
@@ -111,5 +122,8 @@ def _read_local(path: str) -> bytes:
 def _open_place(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     try:
         return open_filesystem(path)
-    except DataError as error:  # one record's address, which says nothing of the others
-        raise ImageError(f"image {shown(path)}: {error}", reason="image_unreadable") from error
+    except OSError:
+        raise
+    except Exception as error:  # one record's address, which says nothing of the others
+        said = str(error) if isinstance(error, DataError) else reason(error)
+        raise ImageError(f"image {shown(path)}: {said}", reason="image_unreadable") from error

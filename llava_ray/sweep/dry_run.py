@@ -1,8 +1,6 @@
 """What a sweep would be, before anything is started: trials, steps, memory of the largest, and about how long."""
 
-import json
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +8,20 @@ from llava_ray.config.schema import flat_settings
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.config.space import Space, SweepConfig
 from llava_ray.config.sweep_recipes import corners
-from llava_ray.data.shards import is_prepared, open_prepared, read_rows
-from llava_ray.errors import ConfigError, ModelError
+from llava_ray.data.first_look import first_samples
+from llava_ray.errors import ConfigError
 from llava_ray.model.card import Card, count_positions, read_card
 from llava_ray.sweep.rounds import plan_rounds
 from llava_ray.sweep.sampling import list_settings
 from llava_ray.sweep.table import describe
-from llava_ray.train.dry_run import MAX_COUNTED_BYTES, count_samples, find_device, tell_memory
+from llava_ray.train.dry_run import count_of_run, find_device, steps_of_run, tell_memory
 from llava_ray.train.memory import GIB, Memory, estimate
 from llava_ray.train.pace import Pace, find_pace, in_words
 from llava_ray.train.sizing import measure_sizes, run_settings
 
-NUM_LOOKED_AT = 200  # samples whose length is taken for that of all
 CHARACTERS_PER_TOKEN = 4
 VIEWS_OF_ANYRES = 5
 ASSUMED_TEXT = 64  # tokens beside an image, where no sample can be looked at
-QUICKSTART = "cache/quickstart/"
 TAKEN = {"asha": "ASHA", "hyperband": "HyperBand", "median": "the median rule"}
 
 
@@ -42,14 +38,13 @@ def describe_sweep(config: SweepConfig, space: Space, gpu_memory_gib: float | No
     num_trials = num_settings * config.sweep.num_seeds
     seeds = f" x {config.sweep.num_seeds} seeds" if config.sweep.num_seeds > 1 else ""
     yield f"Trials  {num_trials:,} ({config.sweep.method}: {num_settings:,} settings{seeds})"
-    steps = steps_of_run(config)
+    steps = steps_of_run(config, count_of_run(config))
     fewest = most = None
     if steps is None:
         yield "Steps   known when the data have been prepared (python pipelines/prepare.py)"
     else:
         fewest, most = steps_in_all(config, num_settings, steps)
         yield f"Steps   {steps:,} of a whole run, {tell_steps(config, steps, fewest, most)}"
-    check_models(config)
     largest, card, memory = largest_trial(config, space)
     named = describe(largest)
     yield f"Largest trial: {named}"
@@ -75,28 +70,6 @@ def tell_absent(config: SweepConfig) -> Iterator[str]:
     for key, path in named.items():
         if path and "://" not in path and not Path(path).expanduser().exists():
             yield f"Attention: there is no {path} here yet ({key})"
-
-
-def check_models(config: FinetuneConfig) -> None:
-    """Raise ModelError for a model that is named by a path to nothing; a hub id has one slash and no dot in front."""
-    for key in ("model_name_or_path", "model_base", "vision_tower", "pretrain_mm_mlp_adapter"):
-        name = getattr(config.model, key)
-        if name and not Path(name).expanduser().exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-            made = (
-                " python pipelines/quickstart_sweep.py makes it." if QUICKSTART in name else " Name one that is there."
-            )
-            raise ModelError(f"there is no {name} (model.{key}).{made}")
-
-
-def steps_of_run(config: FinetuneConfig) -> int | None:
-    """Return the steps of a whole run, if they can be known from here."""
-    count = count_samples(config.data.data_path)
-    train = config.train
-    if count is None:
-        return train.max_steps
-    count = min(count, config.data.max_samples or count)
-    steps = math.ceil(count / train.global_batch_size) * train.num_train_epochs
-    return min(steps, train.max_steps or steps)
 
 
 def steps_in_all(config: SweepConfig, num_settings: int, steps: int) -> tuple[int, int]:
@@ -186,31 +159,3 @@ def tokens_per_sample(config: FinetuneConfig, card: Card) -> float:
         for characters, images in looked_at
     ]
     return sum(lengths) / len(lengths)
-
-
-def first_samples(data_path: str) -> list[tuple[int, int]]:
-    """Return the numbers of characters and images of the first samples of a prepared folder or a small JSON file."""
-    if "://" in data_path:
-        return []
-    if is_prepared(data_path):
-        prepared = open_prepared(data_path)
-        rows = range(min(NUM_LOOKED_AT, prepared.shards[0].num_rows)) if prepared.shards else range(0)
-        if not rows:
-            return []
-        table = read_rows(prepared.path, prepared.shards[0].name, list(rows), ["turns", "widths"])
-        return [
-            (sum(len(turn["value"]) for turn in row["turns"]), len(row["widths"] or ())) for row in table.to_pylist()
-        ]
-    path = Path(data_path).expanduser()
-    if not path.is_file() or path.stat().st_size > MAX_COUNTED_BYTES or path.suffix not in (".json", ".jsonl"):
-        return []
-    text = path.read_text(encoding="utf-8-sig")
-    records = [json.loads(line) for line in text.split("\n") if line.strip()] if path.suffix == ".jsonl" else []
-    return [_lengths(record) for record in (records or json.loads(text))[:NUM_LOOKED_AT] if isinstance(record, dict)]
-
-
-def _lengths(record: dict[str, Any]) -> tuple[int, int]:
-    turns: Sequence[Any] = record.get("conversations") or record.get("messages") or ()
-    said = sum(len(str(turn.get("value") or turn.get("content") or "")) for turn in turns if isinstance(turn, dict))
-    images = record.get("image") or record.get("images") or ()
-    return said, 1 if isinstance(images, str) else len(images)

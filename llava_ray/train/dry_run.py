@@ -1,6 +1,5 @@
 """What a run would be, before anything is downloaded or started: parts, data, steps, memory, and whether it fits."""
 
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -11,15 +10,13 @@ import torch
 
 from llava_ray.config.cluster_files import ClusterFile, find_misfits, read_cluster_file
 from llava_ray.config.sections import FinetuneConfig
-from llava_ray.data.shards import is_prepared, open_prepared
-from llava_ray.errors import ConfigError
+from llava_ray.data.first_look import count_samples
+from llava_ray.errors import ConfigError, DataError
 from llava_ray.model.card import Card, read_card
 from llava_ray.train.fitting import find_ways
 from llava_ray.train.memory import GIB, GPU_MEMORY_GIB, Memory, estimate
 from llava_ray.train.sizing import measure_sizes, run_settings
 from llava_ray.uploads import MB, check_upload
-
-MAX_COUNTED_BYTES = 128 * 2**20  # of raw JSON that is read only to be counted
 
 WORDS = {
     "weights": "weights",
@@ -131,37 +128,34 @@ def tell_parts(card: Card) -> Iterator[str]:
 
 
 def tell_data(config: FinetuneConfig) -> Iterator[str]:
-    """Say where the data are, and how many steps they make if that can be known."""
-    data, train = config.data, config.train
-    count = count_samples(data.data_path)
-    if count is not None and data.max_samples is not None:
-        count = min(count, data.max_samples)
-    yield f"Data  {data.data_path}" + ("" if count is None else f", {count:,} samples")
+    """Say where the data are, and how many steps they make if that can be known. Raises DataError for none at all."""
+    train = config.train
+    count = count_of_run(config)
+    yield f"Data  {config.data.data_path}" + ("" if count is None else f", {count:,} samples")
+    steps = steps_of_run(config, count)
     if count is not None:
-        steps = math.ceil(count / train.global_batch_size) * train.num_train_epochs
-        steps = min(steps, train.max_steps or steps)
         yield f"Steps {steps:,} of {train.global_batch_size} samples, if none is rejected or split"
-    elif train.max_steps:
-        yield f"Steps at most {train.max_steps:,} of {train.global_batch_size} samples (train.max_steps)"
+    elif steps is not None:
+        yield f"Steps at most {steps:,} of {train.global_batch_size} samples (train.max_steps)"
     else:
         yield "Steps known when the data have been prepared (python pipelines/prepare.py)"
 
 
-def count_samples(data_path: str) -> int | None:
-    """Count the samples of a prepared folder or of a small raw file; None if that would be work or cannot be known."""
-    if "://" in data_path:
-        return None
-    path = Path(data_path).expanduser()
-    if is_prepared(data_path):
-        return open_prepared(data_path).num_samples
-    if not path.is_file() or path.stat().st_size > MAX_COUNTED_BYTES:
-        return None
-    if path.suffix == ".jsonl":
-        return sum(1 for line in path.read_text().splitlines() if line.strip())
-    if path.suffix == ".json":
-        records = json.loads(path.read_text())
-        return len(records) if isinstance(records, list) else None
-    return None
+def count_of_run(config: FinetuneConfig) -> int | None:
+    """Return how many samples a run learns from if none is rejected, None if that cannot be known from here."""
+    count = count_samples(config.data.data_path)
+    if count == 0:
+        raise DataError(f"{config.data.data_path} holds no record; check data.data_path")
+    return count if count is None else min(count, config.data.max_samples or count)
+
+
+def steps_of_run(config: FinetuneConfig, count: int | None) -> int | None:
+    """Return the steps of a whole run of ``count`` samples; without it the most that it may take, None for any."""
+    train = config.train
+    if count is None:
+        return train.max_steps
+    steps = math.ceil(count / train.global_batch_size) * train.num_train_epochs
+    return min(steps, train.max_steps or steps)
 
 
 def tell_memory(memory: Memory, config: FinetuneConfig, device: Device) -> Iterator[str]:

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llava_ray.chat.conversation import Turn, split_system
-from llava_ray.chat.tokens import tokenize_prompt
+from llava_ray.chat.conversation import Turn, first_question
+from llava_ray.chat.tokens import tokenize_question
 from llava_ray.data.batches import MicroBatch, micro_batch
 from llava_ray.data.descriptors import NO_STEP, describe_micro_batches
 from llava_ray.data.feature_cache import fetch_features, place_of
@@ -147,9 +147,9 @@ def make_question(
     settings: StreamSettings, parts: LlavaParts, place: tuple[int, int], record: Mapping[str, Any]
 ) -> Asked:
     """Return a record's turns up to its first learnt answer, with the images that belong to them, and that answer."""
-    system, turns = split_system([Turn.from_row(turn) for turn in record["turns"]])
-    place_of_answer = next(index for index, turn in enumerate(turns) if turn.role == "gpt" and turn.learnt)
-    asked, answer = turns[:place_of_answer], turns[place_of_answer]
+    found = first_question([Turn.from_row(turn) for turn in record["turns"]])
+    assert found is not None  # the plan has none without a learnt answer
+    system, asked, answer = found
     num_images = sum(turn.value.count("<image>") for turn in asked)
     sizes = list(zip(record["widths"], record["heights"], strict=True))[:num_images]
     if settings.features:
@@ -160,8 +160,7 @@ def make_question(
         cell = b"".join(decoded(image, size, record["id"], settings) for image, size in shown)
         spec = settings.image_spec
         images = torch.from_numpy(unpacked_pixels(cell, spec.height, spec.width)) if sizes else None
-    template = parts.template if system is None else parts.template.with_system(system)
-    return Asked(tokenize_prompt(asked, template, parts.tokenizer), images, sizes, answer.value)
+    return Asked(tokenize_question(system, asked, parts.template, parts.tokenizer), images, sizes, answer.value)
 
 
 def same(said: str, answer: str) -> bool:

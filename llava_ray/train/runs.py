@@ -11,7 +11,7 @@ import fsspec
 from ray.train import Checkpoint, Result, UserCallback
 
 from llava_ray.config.recipes import differing_keys
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.sections import MODEL_PATHS, FinetuneConfig
 from llava_ray.data.storage import absolute, read_file, write_file
 from llava_ray.errors import CheckpointError, ConfigError
 from llava_ray.train.identity import NUM_DIGITS, Identity, comparable, identity_hash, recipe_of_name
@@ -127,9 +127,8 @@ def claim_run(run: RunFolder, config: FinetuneConfig, identity: Identity) -> Non
 
 def absolute_paths(config: FinetuneConfig) -> dict[str, str]:
     """Return the changes that make the model's folders mean the same in every process; hub ids stay as they are."""
-    keys = ("model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter")
-    given = {key: getattr(config.model, key) for key in keys}
-    return {f"model.{key}": str(Path(path).resolve()) for key, path in given.items() if path and Path(path).exists()}
+    given = {key: getattr(config.model, key.removeprefix("model.")) for key in MODEL_PATHS}
+    return {key: str(Path(path).resolve()) for key, path in given.items() if path and Path(path).exists()}
 
 
 def committed_step(storage_path: str, name: str) -> int:

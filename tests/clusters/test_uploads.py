@@ -1,5 +1,6 @@
 """What a job or a run sends to a cluster, and what a wheel holds: the code, and little else."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,14 @@ def test_the_users_data_stay_here_and_the_code_called_data_goes(project: Path) -
     sizes = measure_upload(project)
     assert set(sizes) == {".gitignore", ".rayignore", "llava_ray", "photos"}
     assert sizes["photos"] == 3_000_005
+
+
+def test_links_to_nothing_and_pipes_are_no_part_of_it(project: Path) -> None:
+    before = measure_upload(project)
+    (project / "broken").symlink_to(project / "nowhere")
+    (project / "loop").symlink_to(project / "loop")
+    os.mkfifo(project / "pipe")
+    assert measure_upload(project) == before
 
 
 def test_folders_that_make_an_upload_too_large_are_named(project: Path) -> None:

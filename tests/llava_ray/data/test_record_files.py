@@ -78,6 +78,9 @@ REFUSED = {
     "long.jsonl": (json.dumps({**RECORD, "note": list(range(500))}, indent=2).encode(), "over several lines"),
     "list.jsonl": (f"[{LINE}]".encode(), "begins with a JSON list"),
     "array.jsonl": (f"[\n{LINE},\n{LINE}\n]\n".encode(), "begins with a JSON list"),
+    "one.jsonl": (f"[\n{LINE}\n]\n".encode(), "begins with a JSON list"),
+    "many.jsonl": (("[\n" + f"{LINE},\n" * 300).encode(), "begins with a JSON list"),
+    "empty.jsonl": (b"[]\n\n", "begins with a JSON list"),
     "concat.json": (f"[{LINE}][{LINE}]".encode(), "more follows the end of its list"),
     "single.json": (str([RECORD]).encode(), "not JSON at character 2"),
     "utf16_bare.json": (f"[{LINE}]".encode("utf-16-le"), "not UTF-8 at character 1"),
@@ -155,6 +158,12 @@ def test_one_odd_record_leaves_the_others(
     path = folder / f"data.{kind}"
     path.write_bytes(content if kind == "jsonl" else b"[" + content + b"]")
     assert outcomes_of(path) == [word for name in ODD_LINES for word in ("read", ODD_LINES[name][1])]
+
+
+@pytest.mark.parametrize("first", ["[]", "[1, 2]", f"[{LINE}]", "[broken", "[[", "\n[]"])
+def test_a_first_line_that_is_a_list_is_one_record(first: str, folder: Path) -> None:
+    (folder / "a.jsonl").write_text(f"{first}\n{LINE}\n\n{LINE}\n")
+    assert outcomes_of(folder / "a.jsonl") == ["malformed", "read", "read"]
 
 
 def test_a_damaged_first_line_is_one_record(folder: Path) -> None:

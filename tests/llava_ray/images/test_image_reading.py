@@ -216,6 +216,38 @@ def test_failing_storage_is_not_blamed_on_the_record() -> None:
     assert not isinstance(caught.value, ImageError)
 
 
+def test_an_address_elsewhere_is_the_records_own_choice() -> None:
+    fsspec.register_implementation("broken", BrokenFileSystem, clobber=True)
+    for home in ("/images", "broken://other/images", "memory://bucket/images"):
+        with pytest.raises(ImageError, match="connection reset") as caught:
+            read_bytes("broken://bucket/1.jpg", home)
+        assert caught.value.reason == "image_unreadable"
+    with pytest.raises(DataError, match="start again when it does") as failed:
+        read_bytes("broken://bucket/1.jpg", "broken://BUCKET/images")
+    assert not isinstance(failed.value, ImageError)
+
+
+ADDRESSES = [
+    "ftp://nonexistent.invalid/a.jpg", "ftp://127.0.0.1:1/a.jpg", "webhdfs://127.0.0.1:1/a", "reference://x",
+    "dir://a", "jupyter://127.0.0.1:1/a", "generic://x", "arrow_hdfs://x/a", "hf://datasets/x", "smb://x/a",
+    "zip://a.zip", "simplecache://a", "data://x", "local://x", "file://", "blockcache://x", "git://x", "async_wrapper://x",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_an_address_that_nothing_can_come_of_is_one_images_fault(address: str) -> None:
+    with pytest.raises(ImageError) as caught:
+        read_bytes(address, "/images")
+    assert caught.value.reason in ("image_unreadable", "image_missing")
+    assert address in str(caught.value)
+
+
+def test_an_image_folder_that_does_not_answer_is_no_images_fault() -> None:
+    with pytest.raises(DataError, match="the storage did not answer") as caught:
+        read_bytes("ftp://127.0.0.1:1/images/a.jpg", "ftp://127.0.0.1:1/images")
+    assert not isinstance(caught.value, ImageError)
+
+
 def test_unknown_scheme_is_refused() -> None:
     with pytest.raises(DataError, match=r"nosuch://bucket.*cannot be opened"):
         open_filesystem("nosuch://bucket/1.jpg")

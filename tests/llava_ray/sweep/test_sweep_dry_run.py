@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 from samples import small_run, write_recipe, write_samples
 
+from llava_ray.config.sections import MODEL_PATHS
 from llava_ray.config.space import Space, SweepConfig
 from llava_ray.config.sweep_recipes import load_sweep
-from llava_ray.errors import ConfigError, ModelError
-from llava_ray.sweep.dry_run import describe_sweep, first_samples, largest_trial, steps_in_all
+from llava_ray.data.first_look import first_samples
+from llava_ray.errors import ConfigError
+from llava_ray.sweep.dry_run import describe_sweep, largest_trial, steps_in_all
 from pipelines.sweep import main
 
 ROOT = Path(__file__).parents[3]
@@ -84,9 +86,9 @@ def test_what_does_not_fit_or_is_not_there_is_refused(recipe: Path) -> None:
     config, space = described(recipe)
     with pytest.raises(ConfigError, match=r"mlp2x_gelu.* needs .* GiB on each worker's GPU, the GPU has 0.5 GiB"):
         list(describe_sweep(config, space, 0.5))
-    absent, _ = described(recipe, "--model.model_name_or_path", "/no/such/model")
-    with pytest.raises(ModelError, match=r"there is no /no/such/model \(model.model_name_or_path\)"):
-        list(describe_sweep(absent, space))
+    for key in MODEL_PATHS:
+        with pytest.raises(ConfigError, match=rf"{key} = '/no/such/model': nothing is there"):
+            main([str(recipe), "--dry-run", f"--{key}", "/no/such/model"])
 
 
 def test_the_shipped_recipes_say_what_they_are_or_what_to_run_first() -> None:
@@ -95,7 +97,7 @@ def test_the_shipped_recipes_say_what_they_are_or_what_to_run_first() -> None:
     assert "Attention: there is no blip_laion_cc_sbu_558k.json here yet (data.data_path)" in text
     assert "Trials  24 (optuna: 24 settings)" in text
     assert "Steps   390 of a whole run, 1,080 to 9,360 in all (ASHA ends trials early)" in text
-    config, space = described(ROOT / "pipelines/recipes/sweep/quickstart.toml")
-    if not (ROOT / config.model.model_name_or_path).exists():
-        with pytest.raises(ModelError, match=r"python pipelines/quickstart_sweep\.py makes it"):
-            list(describe_sweep(config, space))
+    config, _ = described(ROOT / "pipelines/recipes/sweep/quickstart.toml")
+    if not Path(config.model.model_name_or_path).exists():
+        with pytest.raises(ConfigError, match=r"run python pipelines/quickstart_sweep\.py first, which makes it"):
+            main([str(ROOT / "pipelines/recipes/sweep/quickstart.toml"), "--dry-run"])

@@ -7,7 +7,7 @@ import pytest
 from mlflow import MlflowClient
 from samples import small_run
 
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.sections import MODEL_PATHS, FinetuneConfig
 from llava_ray.errors import CheckpointError, ConfigError, DataError
 from llava_ray.tracking import TrackedRun, describe_page, moved_tracking_uri
 from llava_ray.train.identity import identify
@@ -126,6 +126,13 @@ def test_a_torn_snapshot_without_a_good_copy_is_an_error_that_deletes_nothing(tm
 def test_folders_become_absolute_and_hub_ids_stay(config):
     changed = absolute_paths(config.replaced({"model.vision_tower": "openai/clip-vit-large-patch14-336"}))
     assert list(changed) == ["model.model_name_or_path"]
+
+
+def test_every_setting_that_names_a_model_becomes_absolute(config, tmp_path, monkeypatch):
+    (tmp_path / "runs/base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for key in MODEL_PATHS:
+        assert absolute_paths(config.replaced({key: "runs/base"}))[key] == str((tmp_path / "runs/base").resolve())
 
 
 def open_journal(folder: Path) -> Journal:
