@@ -90,7 +90,7 @@ class OptionReading:
         labelled = WITH_TEXT.fullmatch(said)
         texts = equal_options(labelled[2], self.options) if labelled else set()
         if labelled and texts:
-            # "B. cat" is B whatever B says, as it is to LLaVA's rule and those of several authors; "B: cat" nobody knows.
+            # "B. cat" is B whatever B says, as it is to LLaVA's rule and several authors'; "B: cat" nobody knows.
             return labelled[1] if labelled[1] in texts or STOPPED.match(said) else None
         return self._within()
 

@@ -83,7 +83,8 @@ NUMBER = re.compile(
     r"|\d+/\d+|\d+(?:\.\d+)?|\.\d+)"
     r"(?P<power>[eE][+-]?\d+| ?[×x*] ?10\^[+-]?\d+|\^[+-]?\d+)?"
     r"(?:(?P<close>[kKMB]|(?(money)b|(?!)))(?![A-Za-z\d])"
-    r"|(?: ?(?i:(?P<scale>hundred|thousand|million|mn|mln|mio|billion|bn|bln|trillion|trn|lakh|crore|dozen)s?)(?![A-Za-z])))?"
+    r"|(?: ?(?i:(?P<scale>hundred|thousand|million|mn|mln|mio|billion|bn|bln|trillion|trn|lakh|crore|dozen)s?)"
+    r"(?![A-Za-z])))?"
     r"(?: ?(?i:(?P<percent>%|percent(?:age points?)?|per cent|pct)(?![A-Za-z])))?"
     rf"(?:(?P<unit>{ATTACHED})(?![A-Za-z])| (?P<apart>[A-Za-z°$€£¥¢/]+))?(?:(?<=m)\^?[23])?"
     r"(?![A-Za-z_\d^]|[.,:/]\d|-\d|['/])"
@@ -98,7 +99,7 @@ NOT_THIS = re.compile(
 # What makes another number of the one after it: "half of 10", "√16", "point five", "\ln(5)".
 PART = r"(?:hal(?:f|ves)|thirds?|quarters?|fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|tenths?|hundredths?)\b"
 CHANGED = re.compile(
-    rf"(?:\b(?:(?:{PART}|double|triple|quadruple)(?: of)?|twice|thrice|point)(?: an?)?"
+    rf"(?:\b(?<!first )(?<!second )(?<!third )(?<!fourth )(?<!last )(?:(?:{PART}|double|triple|quadruple)(?: of)?|twice|thrice|point)(?: an?)?"
     r"|\b(?:root|square|cube|log(?:arithm)?|reciprocal|inverse|opposite|multiple|factor|fraction|power) of"
     r"|[√∛∜]|\\[A-Za-z]+|\b(?:sqrt|cbrt|root|log|ln|lg|exp|sin|cos|tan|abs|floor|ceil|round))[ ({\[|]*$",
     re.IGNORECASE,
@@ -106,7 +107,7 @@ CHANGED = re.compile(
 # "one third" is not one, "two and a half" not two, and "5 people or more" not five.
 UNIT_WORDS = r"(?: ?(?!(?:is|was|are|were|the|or|and)\b)[A-Za-z°%$€£¥¢]+\.?){0,2}"
 OPEN_ENDED = re.compile(
-    rf" ?(?:\+|±|‰|:\d)|{UNIT_WORDS},? (?:or (?:so|more|less|fewer|higher|lower|above|below|thereabouts)\b"
+    rf" ?(?:\+|±|‰|:\d)|{UNIT_WORDS},? \(?(?:or (?:so|more|less|fewer|higher|lower|above|below|thereabouts)\b"
     rf"|and (?:more|above|over|up|counting)\b|and (?:a |one |1 )?{PART}"
     r"|at (?:the )?(?:most|least|maximum|minimum)\b|max(?:imum)?\b|minimum\b|plus$|tops\b|upwards?\b)"
     rf"| ?(?:a|one|1)?[ -]?{PART}"

@@ -53,21 +53,8 @@ _TOKEN = re.compile(
 )
 _KEYS = ("score", "scores", "rating", "ratings", "grade", "grades", "mark", "marks", "verdict", "correctness")
 _FILLERS = ("the", "final", "overall", "total", "my", "two", "both", "are", "is", "here", "as", "follows", "for", "of")
-_AGAIN = (
-    "actually",
-    "finally",
-    "correction",
-    "corrected",
-    "revised",
-    "updated",
-    "adjusted",
-    "instead",
-    "so",
-    "in",
-    "on",
-)
-_AGAIN += ("conclusion", "reflection", "summary")
-_WORDS = dict.fromkeys(_KEYS, "k") | dict.fromkeys((*_FILLERS, *_AGAIN, "respectively"), "w")
+_AGAIN = "actually finally correction corrected revised updated adjusted instead so in on conclusion summary reflection"
+_WORDS = dict.fromkeys(_KEYS, "k") | dict.fromkeys((*_FILLERS, *_AGAIN.split(), "respectively"), "w")
 _WORDS |= dict.fromkeys(("and", "vs", "versus"), ",")
 _WORDS |= dict.fromkeys(("because", "since"), "-")  # where the reasons begin
 _WORDS |= dict.fromkeys(["reverse", "reversed", "swapped", "opposite", "descending", "ascending"], "r")
