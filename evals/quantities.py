@@ -99,13 +99,15 @@ NOT_THIS = re.compile(
 # What makes another number of the one after it: "half of 10", "√16", "point five", "\ln(5)".
 PART = r"(?:hal(?:f|ves)|thirds?|quarters?|fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|tenths?|hundredths?)\b"
 CHANGED = re.compile(
-    rf"(?:\b(?<!first )(?<!second )(?<!third )(?<!fourth )(?<!last )(?:(?:{PART}|double|triple|quadruple)(?: of)?|twice|thrice|point)(?: an?)?"
+    rf"(?:\b(?<!first )(?<!second )(?<!third )(?<!fourth )(?<!last )"
+    rf"(?:(?:{PART}|double|triple|quadruple)(?: of)?|twice|thrice|point)(?: an?)?"
     r"|\b(?:root|square|cube|log(?:arithm)?|reciprocal|inverse|opposite|multiple|factor|fraction|power) of"
     r"|[√∛∜]|\\[A-Za-z]+|\b(?:sqrt|cbrt|root|log|ln|lg|exp|sin|cos|tan|abs|floor|ceil|round))[ ({\[|]*$",
     re.IGNORECASE,
 )
 # "one third" is not one, "two and a half" not two, and "5 people or more" not five.
-UNIT_WORDS = r"(?: ?(?!(?:is|was|are|were|the|or|and)\b)[A-Za-z°%$€£¥¢]+\.?){0,2}"
+UNIT_WORD = r"(?!(?:is|was|are|were|the|or|and)\b)[A-Za-z°%$€£¥¢]++\.?"
+UNIT_WORDS = rf"(?: ?{UNIT_WORD}(?: {UNIT_WORD})?)?"
 OPEN_ENDED = re.compile(
     rf" ?(?:\+|±|‰|:\d)|{UNIT_WORDS},? \(?(?:or (?:so|more|less|fewer|higher|lower|above|below|thereabouts)\b"
     rf"|and (?:more|above|over|up|counting)\b|and (?:a |one |1 )?{PART}"
