@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.benchmark import Question
-from evals.files import read_json, read_lines, read_text
+from evals.files import by_id, read_json, read_lines, read_text
 from llava_ray.errors import DataError
 
 IDS = ("question_id", "questionId", "id", "image")
@@ -67,13 +67,16 @@ def read_answers(path: Path) -> list[Answer]:
 
 
 def read_reviews(path: Path) -> Recorded:
-    """Read a judge's replies: JSON lines with question_id and content, as LLaVA's review scripts write them."""
-    replies: dict[str, str] = {}
+    """Read a judge's replies: JSON lines with question_id and content, as LLaVA's review scripts write them.
+
+    Raises DataError for two that differ: which of them counts is not said.
+    """
+    replies = []
     for row in read_lines(path):
         if not isinstance(row, dict) or "question_id" not in row or not isinstance(row.get("content"), str):
             raise DataError(f"{path}: a row lacks question_id or content (the judge's reply); see evals/README.md")
-        replies.setdefault(str(row["question_id"]), row["content"])
-    return Recorded(replies)
+        replies.append((str(row["question_id"]), row["content"]))
+    return Recorded(by_id(replies, path, "reviews"))
 
 
 def join(questions: Sequence[Question], answers: Sequence[Answer]) -> Joined:

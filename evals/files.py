@@ -3,7 +3,7 @@
 import csv
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +118,47 @@ def need(row: Any, key: str, path: Path) -> Any:
     return row[key]
 
 
+def check_unique(ids: Sequence[str], path: Path, what: str) -> None:
+    """Raise DataError where two rows have the same id: which one is meant is not said."""
+    seen: set[str] = set()
+    twice = list(dict.fromkeys(name for name in ids if name in seen or seen.add(name)))  # type: ignore[func-returns-value]
+    if twice:
+        raise DataError(f"{path}: {what} {named(twice)} is there more than once; leave one of each in it.")
+
+
+def by_id(pairs: Iterable[tuple[str, Any]], path: Path, what: str) -> dict[str, Any]:
+    """Return values by id; the same one twice means one thing. Raises DataError where two to an id differ."""
+    found: dict[str, Any] = {}
+    differing: dict[str, None] = {}
+    for name, value in pairs:
+        if found.setdefault(name, value) != value:
+            differing[name] = None
+    if differing:
+        raise DataError(f"{path} has different {what} of {named(list(differing))}; leave one of each in it.")
+    return found
+
+
+def need_text(row: Any, key: str, path: Path) -> str:
+    """Return a field of a row that is a text. Raises DataError."""
+    value = need(row, key, path)
+    if not isinstance(value, str):
+        raise DataError(f"{path}: {key!r} of question {row.get('question_id')!r} is no text but {value!r:.80}.")
+    return value
+
+
+def named(names: Sequence[str]) -> str:
+    """List the first ids."""
+    return ", ".join(map(repr, names[:MAX_NAMED])) + (
+        f" and {len(names) - MAX_NAMED:,} more" * (len(names) > MAX_NAMED)
+    )
+
+
 def check_complete(missing: Sequence[str], num: int, lacking: str, instead: str) -> None:
     """Raise DataError with the ids that a joined file does not have; what is left over would be another benchmark."""
     if missing:
-        named = ", ".join(missing[:MAX_NAMED]) + (", …" if len(missing) > MAX_NAMED else "")
+        listed = ", ".join(missing[:MAX_NAMED]) + (", …" if len(missing) > MAX_NAMED else "")
         raise DataError(
-            f"{lacking} for {len(missing):,} of {num:,} questions: {named}; add it, or leave {instead} out."
+            f"{lacking} for {len(missing):,} of {num:,} questions: {listed}; add it, or leave {instead} out."
         )
 
 

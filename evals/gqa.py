@@ -49,7 +49,9 @@ class GQA(Benchmark):
             categories = tuple(str(types[key]) for key in ("structural",) if types.get(key))
             truths = (row["answer"],) if "answer" in row else ()
             file = folder / "images" / f"{image}.jpg"
-            questions.append(Question(name, row["question"] + SHORT, (file,), truths, (), categories, str(image)))
+            questions.append(
+                Question(name, need(row, "question", path) + SHORT, (file,), truths, (), categories, str(image))
+            )
         return questions
 
     def grade(self, question: Question, answer: str, profile: Profile, judge: Judge | None = None) -> Grade:

@@ -68,13 +68,13 @@ class HallusionBench(Benchmark):
         for row in read_json(path):
             keys = ("category", "subcategory", "set_id", "figure_id", "question_id")
             category, subcategory, set_id, figure_id, question_id = (str(need(row, key, path)) for key in keys)
-            shown = str(row["visual_input"]) != "0" and row.get("filename")
+            shown = str(need(row, "visual_input", path)) != "0" and row.get("filename")
             questions.append(
                 Question(
                     "_".join((category, subcategory, set_id, figure_id, question_id)),
-                    row["question"],
+                    need(row, "question", path),
                     (folder / row["filename"].removeprefix("./"),) if shown else (),
-                    ("yes" if str(row["gt_answer"]) == "1" else "no",),
+                    ("yes" if str(need(row, "gt_answer", path)) == "1" else "no",),
                     categories=(category, f"{category} {subcategory}"),
                     cluster=f"{category}_{subcategory}_{set_id}",
                     group=NO_FIGURE if category == "VS" and figure_id == "0" else "figure",

@@ -75,10 +75,12 @@ def parse_mmmu(answer: str, options: Sequence[str]) -> str | None:
 def parse_letter(answer: str, options: Sequence[str]) -> str | None:
     """Return the option that an answer names, by its letter or its text, at one unambiguous place; None in doubt.
 
-    The text of exactly one option, or a letter alone, is that option. Else the first of these that finds something
-    decides: "the answer is X"; a label with its own option's text; a label in front that no other letter contradicts; a
-    letter alone that no option's text contradicts; the text of one option. A letter within an option's text, an article
-    ("A cat"), a name ("vitamin C") is no label, and what is spoken against ("not B") is no answer.
+    The text of exactly one option, or a letter alone, is that option; a letter that is another option's text is in
+    doubt. Else the first of these that finds something decides: a label with nothing but an option's text (its own, or
+    "B. cat" with a full stop; "B: cat" is in doubt); "the answer is X"; a label in front that no other letter, and no
+    text as its own, contradicts; a letter alone that no option's text contradicts; the text of one option. A letter
+    within an option's text, an article ("A cat"), a name ("vitamin C") is no label, and what is spoken against ("not
+    B") is no answer.
     """
     return OptionReading(answer, options).letter()
 

@@ -15,7 +15,7 @@ from evals.benchmark import (
     Total,
     split_by_category,
 )
-from evals.files import check_complete, find, need, read_lines
+from evals.files import by_id, check_complete, check_unique, find, need, need_text, read_lines
 from llava_ray.errors import DataError
 from llava_ray.replies import BEST, parse_pair, parse_pair_strictly
 
@@ -81,25 +81,24 @@ class LLaVABench(Benchmark):
     def read(self, folder: Path) -> list[Question]:
         """Read questions, image descriptions and references, joined by id and image."""
         path = find(folder, "questions.jsonl")
-        context = {row["image"]: row["caption"] for row in read_lines(find(folder, "context.jsonl"))}
-        references = {str(row["question_id"]): row["text"] for row in read_lines(find(folder, "answers_gpt4.jsonl"))}
-        rows = [(str(need(row, "question_id", path)), need(row, "image", path), row) for row in read_lines(path)]
+        context, references = _captions(find(folder, "context.jsonl")), _references(find(folder, "answers_gpt4.jsonl"))
+        rows = [(str(need(row, "question_id", path)), need_text(row, "image", path), row) for row in read_lines(path)]
+        check_unique([name for name, _, _ in rows], path, "question")
         unanswered = [name for name, _, _ in rows if name not in references]
         undescribed = [name for name, image, _ in rows if image not in context]
         check_complete(unanswered, len(rows), f"{folder}/answers_gpt4.jsonl has no reference", "the question")
         check_complete(undescribed, len(rows), f"{folder}/context.jsonl has no image description", "the question")
         questions = []
         for name, image, row in rows:
-            caption = context[image]
-            facts = {"context": caption if isinstance(caption, str) else "\n".join(caption)}
+            facts = {"context": context[image]}
             questions.append(
                 Question(
                     name,
-                    row["text"],
+                    need_text(row, "text", path),
                     (folder / "images" / image,),
                     (references[name],),
                     (),
-                    (row["category"],),
+                    (str(need(row, "category", path)),),
                     image,
                     facts=facts,
                 )
@@ -126,6 +125,24 @@ class LLaVABench(Benchmark):
         means = _means(all_pairs)
         figures = {"reference x 10": means[0] * 10, "answer x 10": means[1] * 10} if means else {}
         return Total(relative_score(all_pairs), figures, categories)
+
+
+def _captions(path: Path) -> dict[str, str]:
+    """Read the images' descriptions by image; a list of sentences is one text."""
+    found = []
+    for row in read_lines(path):
+        image, caption = need_text(row, "image", path), need(row, "caption", path)
+        sentences = [caption] if isinstance(caption, str) else caption
+        if not isinstance(sentences, list) or not all(isinstance(sentence, str) for sentence in sentences):
+            raise DataError(f"{path}: the caption of {image!r} is neither a text nor a list of texts: {caption!r:.80}")
+        found.append((image, "\n".join(sentences)))
+    return by_id(found, path, "descriptions")
+
+
+def _references(path: Path) -> dict[str, str]:
+    """Read the reference answers by question."""
+    rows = [(str(need(row, "question_id", path)), need_text(row, "text", path)) for row in read_lines(path)]
+    return by_id(rows, path, "references")
 
 
 def review_request(question: Question, answer: str) -> str:

@@ -2,6 +2,8 @@
 
 import re
 
+from evals.json_answers import without_object
+
 BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 SET_AS = re.compile(r"\\(?:text|text(?:bf|it|rm)|math(?:rm|bf|it|sf)|operatorname|emph|underline)\s*\{([^{}]*)\}")
 FRACTION = re.compile(r"(\d)?\\[dt]?frac\s*(?:\{([^{}]*)\}\s*\{([^{}]*)\}|(\d)(\d))")
@@ -10,15 +12,16 @@ RAISED = re.compile(r"\^\{([^{}]*)\}")
 COMMANDS = tuple(
     (re.compile(pattern), plain)
     for pattern, plain in (
-        (r"\^\{?\\circ\}?|\\degree\b", "°"),
+        # A command ends where its letters end: "\times10" is "\times" and 10.
+        (r"\^\{?\\circ\}?|\\degree(?![A-Za-z])", "°"),
         (r"\{,\}", ","),
-        (r"\\(?:times|cdot)\b", "×"),
-        (r"\\(?:approx|sim)\b", "≈"),
-        (r"\\pm\b", "±"),
-        (r"\\geq?\b", "≥"),
-        (r"\\leq?\b", "≤"),
-        (r"\\(?:left|right)\b|\\!", ""),
-        (r"\\[,;: ]|\\q?quad\b|\\[()\[\]]", " "),
+        (r"\\(?:times|cdot)(?![A-Za-z])", "×"),
+        (r"\\(?:approx|sim)(?![A-Za-z])", "≈"),
+        (r"\\pm(?![A-Za-z])", "±"),
+        (r"\\(?:geq?|geqslant)(?![A-Za-z])", "≥"),
+        (r"\\(?:leq?|leqslant)(?![A-Za-z])", "≤"),
+        (r"\\(?:left|right|displaystyle|textstyle|bf|rm|it|large|Large|huge)(?![A-Za-z])|\\!", ""),
+        (r"\\[,;: ]|\\q?quad(?![A-Za-z])|\\[()\[\]]", " "),
         (r"\\([%$#&_{}])", r"\1"),
     )
 )
@@ -26,8 +29,8 @@ TAG = re.compile(r"</?(?:b|strong|i|em|u|p|span|code|mark|q|div|center|font)(?:\
 CONTROL = re.compile(r"</?s>|<\|[a-z_]+\|>|<(?:eos|pad|bos)>")
 BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
 TOLD = re.compile(r"<answer>(.*?)</answer>", re.IGNORECASE | re.DOTALL)
-OBJECT = re.compile(r"""\{\s*["'](?:final_)?answer["']\s*:\s*["']?([^"'{}]*)["']?\s*\}""", re.IGNORECASE)
-FENCE = re.compile(r"^[ \t]*```[\w-]*[ \t]*$", re.MULTILINE)
+FENCE = re.compile(r"^[ \t]*(?:```|~~~)[\w-]*[ \t]*$", re.MULTILINE)
+POWER = re.compile(r"(?<=\d) ?\*\* ?(?=-?\d)")  # of Python: 10**5
 EMPHASIS = tuple(
     re.compile(pattern)
     for pattern in (
@@ -54,12 +57,13 @@ def without_thought(text: str) -> str:
 def without_markup(text: str) -> str:
     """Return a text without its markup; where one answer is boxed or tagged, that answer."""
     text = _only_of(TOLD, text) if "</answer>" in text.lower() else text
+    text = without_object(FENCE.sub("", text))
     if "\\" in text or "$" in text or "{" in text:
         text = _without_latex(text)
     if "<" in text:
         text = BREAK.sub("\n", CONTROL.sub("", text))
         text = TAG.sub("", text) if "</" in text else text
-    text = FENCE.sub("", text).replace("`", "")
+    text = POWER.sub("^", text.replace("`", ""))
     text = LINE_MARK.sub("", text)
     for pattern in EMPHASIS:
         text = pattern.sub(r"\1", text)
@@ -67,9 +71,6 @@ def without_markup(text: str) -> str:
 
 
 def _without_latex(text: str) -> str:
-    whole = OBJECT.fullmatch(text.strip())
-    if whole:
-        return whole[1]
     text = SET_AS.sub(r"\1", text)
     text = _only_of(BOXED, text)
     text = FRACTION.sub(_slash, SET_AS.sub(r"\1", text))

@@ -71,8 +71,8 @@ class MMVet(Benchmark):
                     name,
                     need(row, "question", path),
                     (folder / "images" / image,),
-                    (row["answer"],),
-                    categories=tuple(row["capability"]),
+                    (str(need(row, "answer", path)),),
+                    categories=tuple(need(row, "capability", path)),
                     cluster=image,
                     aliases=(name.removeprefix("v1_"),),
                 )

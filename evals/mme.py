@@ -18,7 +18,7 @@ from evals.benchmark import (
     split_by,
     split_by_category,
 )
-from evals.files import find_all
+from evals.files import find_all, read_text
 from evals.yes_no import parse_mme, parse_yes_no
 from llava_ray.errors import DataError
 
@@ -113,7 +113,7 @@ def _read_pair(text: Path, root: Path) -> list[Question]:
         (folder / f"{text.stem}{s}" for s in SUFFIXES if (folder / f"{text.stem}{s}").exists()),
         folder / f"{text.stem}.jpg",
     )
-    rows = [line.split("\t") for line in text.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    rows = [line.split("\t") for line in map(str.strip, read_text(text).split("\n")) if line]
     if len(rows) != QUESTIONS_PER_IMAGE or any(len(row) != 2 for row in rows):
         raise DataError(f"{text} has {len(rows)} lines; expected two, each a question, a tab and Yes or No.")
     group = f"{ability}/{text.stem}"

@@ -49,9 +49,7 @@ def grade_number(answer: str, truth: str) -> bool | None:
         return None
     if _is_same(said, goal, is_year="," not in truth):
         return True
-    # "5/10" may mean five of ten: as a half it is not 5, yet not plainly wrong either.
-    doubtful = said.numerator is not None and _near(said.numerator, goal.value)
-    return None if doubtful else False
+    return None if may_mean(said, goal) else False
 
 
 def grade_numbers(answer: str, truths: Sequence[str]) -> Grade:
@@ -73,6 +71,13 @@ def _is_same(said: Quantity, goal: Quantity, *, is_year: bool) -> bool:
         ways |= {said.value * PERCENT} if said.percent else set()
         goals |= {goal.value * PERCENT} if goal.percent else set()
     return any(_near(one, other) for one in ways for other in goals)
+
+
+def may_mean(said: Quantity, goal: Quantity) -> bool:
+    """Tell whether what is said is not plainly wrong: "5/10" may mean five of ten, and "5 M" five metres."""
+    ways = (said.value, said.other, said.numerator)
+    pairs = [(way, end) for way in ways for end in (goal.value, goal.other)][1:]
+    return any(one is not None and other is not None and _near(one, other) for one, other in pairs)
 
 
 def _other_unit(said: Quantity, goal: Quantity) -> bool:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from evals.numbers import may_mean
 from evals.plain_text import plain, without_lead_in
 from evals.quantities import Quantity, stated_quantity, whole_quantity
 
@@ -35,7 +36,9 @@ class OpenAnswer:
     def _fits(self, truth: str) -> bool | None:
         goal = whole_quantity(plain(truth))
         if goal is not None:
-            return None if self.number is None else _same_number(self.number, goal)
+            if self.number is None:
+                return None
+            return _same_number(self.number, goal) or (None if may_mean(self.number, goal) else False)
         words = plain(truth).lower().strip(" .")
         if not re.search(rf"(?<!\w){re.escape(words)}(?!\w)", self.text):
             return False

@@ -27,13 +27,20 @@ DECLARED = re.compile(
 ALSO = re.compile(
     rf"{CLOSE}\s*(?:[,/&]|\b(?:or|and|nor)\b)\s*(?:(?:maybe|possibly|perhaps|option|also|even|either) )*{OPEN}{ALONE}"
 )
-TEXT_FOLLOWS = re.compile(rf"{CLOSE} ({STAND_IN})")
+# An option's text as a label's own: "A: dog", "A, which is a dog"; in "B: The cat is too small" it is a sentence's.
+THAT_IS = r"(?i:(?:(?:i\.? ?e\.?|that is|this is|which is|it is|it's|namely),?\s+)?(?:an?\s+)?)"
+TEXT = rf"{THAT_IS}(?:({STAND_IN})|(?i:the)\s+({STAND_IN})(?!\s+[^\W\d]))"
+STOPPED = re.compile(rf"{OPEN}[A-Z]{CLOSE}\s*\.")
+TEXT_FOLLOWS = re.compile(rf"{CLOSE}\s*(?:[:,;、)]|- )?\s*{TEXT}")
+WITH_TEXT = re.compile(
+    rf"(?:(?i:option|choice)\s+)?{OPEN}([A-Z]){CLOSE}(?:\s*[.:,;、)]|\s+-?|(?<=[)\]}}>]))\s*(\S.*)", re.DOTALL
+)
 DENIED = re.compile(r"\s*(?:is|are|was)?(?: not\b|n't\b| (?:wrong|incorrect|false)\b)")
 LABEL = re.compile(
     rf"{OPEN}([A-Z])(?:{CLOSE}\s*[.:,、)]|{CLOSE} - |[)\]}}]|\s*\n|(?=\s+(?:because|since|as)\b))\s*(?=\S)"
 )
 LOWER_LABEL = re.compile(r"^[(\[]?[a-z](?:[)\]][.:]?|[.:])(?=\s)")
-OWN_TEXT = re.compile(rf"(?<!\w){OPEN}([A-Z]){CLOSE}\s*[.:,、)-]*\s*(?i:(?:an?|the)\s+)?({STAND_IN})")
+OWN_TEXT = re.compile(rf"(?<!\w){OPEN}([A-Z]){CLOSE}\s*[.:,;、)-]*\s*{TEXT}")
 # "A cat" is a cat, "I think" is somebody; "A is right" is the option.
 ARTICLE = re.compile(rf"(?<![A-Za-z0-9'])A (?=[a-z]|{STAND_IN})(?!(?:is|was|because|and|or|seems|since|as|not|but)\b)")
 PRONOUN = re.compile(r"(?<![A-Za-z0-9'])I (?=[a-z])(?!(?:is|because|or)\b)")
@@ -80,18 +87,26 @@ class OptionReading:
         if label or equal:
             # Where "A" is the text of another option than A, nobody knows which is meant.
             return next(iter(label | equal)) if len(label | equal) == 1 else None
+        labelled = WITH_TEXT.fullmatch(said)
+        texts = equal_options(labelled[2], self.options) if labelled else set()
+        if labelled and texts:
+            # "B. cat" is B whatever B says, as it is to LLaVA's rule and several authors'; "B: cat" nobody knows.
+            return labelled[1] if labelled[1] in texts or STOPPED.match(said) else None
         return self._within()
 
     def _within(self) -> str | None:
         declared = self._declared()
         if declared:
             return declared.pop() if len(declared) == 1 else None
-        own = [(match[1], letter_of(match[2])) for match in OWN_TEXT.finditer(self.named)]
+        own = [(match[1], letter_of(match[2] or match[3])) for match in OWN_TEXT.finditer(self.named)]
         agreeing = {one for one, other in own if one == other}
-        if len(agreeing) == 1 and LABEL.match(self.named) and own[0][0] in agreeing:
-            return agreeing.pop()
-        alone, in_doubt = self._alone()
         front = LABEL.match(self.named)
+        if len(agreeing) == 1 and front and own[0][0] in agreeing:
+            return agreeing.pop()
+        rival = None if STOPPED.match(self.named) else OWN_TEXT.match(self.named)
+        if rival and letter_of(rival[2] or rival[3]) != rival[1]:
+            return None
+        alone, in_doubt = self._alone()
         if front and front[1] in self.letters and set(alone) <= {front[1]}:
             return front[1]
         if alone:
@@ -106,8 +121,8 @@ class OptionReading:
             if not AFTER.match(self.named, match.end()):
                 continue
             other, text = ALSO.match(self.named, match.end()), TEXT_FOLLOWS.match(self.named, match.end())
-            if text and letter_of(text[1]) != letter:
-                found |= {letter, letter_of(text[1])}
+            if text and letter_of(text[1] or text[2]) != letter:
+                found |= {letter, letter_of(text[1] or text[2])}
             elif NEGATION.search(_clause(self.named, match.start())) or DENIED.match(self.named, match.end()):
                 found |= {"not", letter}
             elif letter in self.letters:

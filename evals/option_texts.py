@@ -67,8 +67,9 @@ def _pattern(words: str) -> re.Pattern[str]:
 
 
 def _bare(text: str) -> str:
-    words = " ".join(text.split()).strip(MARKS_AROUND) or text.strip()
-    return ARTICLE.sub("", words, count=1) if ARTICLE.match(words) else words
+    words = text.strip(MARKS_AROUND) or text.strip()
+    # Before its lines are joined: "A" on a line of its own is no article.
+    return " ".join(ARTICLE.sub("", words, count=1).split()) if ARTICLE.match(words) else " ".join(words.split())
 
 
 def _key(text: str) -> Hashable:

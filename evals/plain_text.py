@@ -8,6 +8,7 @@ import html
 import re
 import unicodedata
 
+from evals.json_answers import without_object
 from evals.markup import without_markup, without_thought
 
 # What NFKC would turn into letters or digits that nobody wrote: "№" into "No", "Nokia™" into "NokiaTM".
@@ -41,7 +42,7 @@ LEAD_IN = re.compile(
 
 def plain(text: str) -> str:
     """Return an answer as plain text; what a model thought before it, quotation marks around it, markup are gone."""
-    text = without_thought(text)
+    text = without_object(without_thought(text))  # before an escaped or curly quotation mark becomes one that ends it
     text = html.unescape(text) if "&" in text else text
     if not text.isascii():
         text = _one_form(text)

@@ -60,7 +60,11 @@ class POPE(Benchmark):
     def read(self, folder: Path) -> list[Question]:
         """Read the splits that are there."""
         llava_ids = {
-            (row["category"], row["image"], row["text"].removesuffix(SHORT).strip().lower()): str(row["question_id"])
+            (
+                need(row, "category", file),
+                need(row, "image", file),
+                need(row, "text", file).removesuffix(SHORT).strip().lower(),
+            ): str(need(row, "question_id", file))
             for file in folder.glob("llava_pope_test.jsonl")
             for row in read_lines(file)
         }

@@ -12,6 +12,11 @@ from evals.number_words import digits_for_words
 
 SCALES = {"k": 1e3, "m": 1e6, "b": 1e9, "hundred": 1e2, "thousand": 1e3, "million": 1e6, "mn": 1e6, "billion": 1e9}
 SCALES |= {"bn": 1e9, "trillion": 1e12, "lakh": 1e5, "crore": 1e7, "dozen": 12.0}
+SCALES |= {"mln": 1e6, "mio": 1e6, "bln": 1e9, "trn": 1e12}
+# What is a scale after money, and else may be one: "5 M" is five million, or 5 m; "5 mil" may be a length.
+MAYBE_SCALES = {"k": 1e3, "m": 1e6, "b": 1e9, "mm": 1e6, "mil": 1e6, "mill": 1e6, "bil": 1e9, "thou": 1e3, "tn": 1e12}
+MAYBE_SCALES |= {"cr": 1e7}
+HUNDREDTHS = "¢"
 UNITS = {
     unit: words[0]
     for words in map(
@@ -64,11 +69,12 @@ UNITS = {
             "€ euro euros eur",
             "£ gbp",
             "¥ yen yuan",
+            "¢ cent cents pence penny",
         ),
     )
     for unit in words
 }
-MONEY = ("$", "€", "£", "¥")
+MONEY = ("$", "€", "£", "¥", HUNDREDTHS)
 ATTACHED = "|".join(sorted((re.escape(unit) for unit in UNITS if unit not in ("s", "n")), key=len, reverse=True))
 NUMBER = re.compile(
     r"(?<![A-Za-z_\d.,:/^°\\])(?<![A-Za-z\d]-)(?P<sign>(?:(?<![\w)])[-+]|\b(?:minus|negative) )?)"
@@ -76,23 +82,40 @@ NUMBER = re.compile(
     r"(?P<body>\d{1,3} \d{1,3}/\d{1,3}|\d{1,3}(?:,\d{2,3})*,\d{3}(?:\.\d+)?|\d{1,3}(?:[ ']\d{3})+(?:\.\d+)?"
     r"|\d+/\d+|\d+(?:\.\d+)?|\.\d+)"
     r"(?P<power>[eE][+-]?\d+| ?[×x*] ?10\^[+-]?\d+|\^[+-]?\d+)?"
-    r"(?:(?P<close>[kKMB])(?![A-Za-z\d])"
-    r"|(?: ?(?P<scale>hundred|thousand|million|mn|billion|bn|trillion|lakh|crore|dozen)s?(?![A-Za-z])))?"
-    r"(?: ?(?P<percent>%|percent(?![A-Za-z])|per cent(?![A-Za-z])|pct(?![A-Za-z])))?"
-    rf"(?:(?P<unit>{ATTACHED})(?![A-Za-z])| (?P<apart>[A-Za-z°$€£¥/]+))?(?:(?<=m)\^?[23])?"
+    r"(?:(?P<close>[kKMB]|(?(money)b|(?!)))(?![A-Za-z\d])"
+    r"|(?: ?(?i:(?P<scale>hundred|thousand|million|mn|mln|mio|billion|bn|bln|trillion|trn|lakh|crore|dozen)s?)"
+    r"(?![A-Za-z])))?"
+    r"(?: ?(?i:(?P<percent>%|percent(?:age points?)?|per cent|pct)(?![A-Za-z])))?"
+    rf"(?:(?P<unit>{ATTACHED})(?![A-Za-z])| (?P<apart>[A-Za-z°$€£¥¢/]+))?(?:(?<=m)\^?[23])?"
     r"(?![A-Za-z_\d^]|[.,:/]\d|-\d|['/])"
 )
 NOT_THIS = re.compile(
     r"(?:\b(?:more|less|fewer|greater|higher|lower|larger|smaller|rather|other) than|\b(?:over|under|above|below|beyond"
-    r"|at least|at most|up to|almost|nearly|exceed\w*|minimum of|maximum of|between|except|after|before|within)"
+    r"|at least|at most|up to|upwards of|almost|nearly|exceed\w*|between|except|after|before|within)"
+    r"|\b(?:max(?:imum)?|min(?:imum)?)\b\.?(?: of)?"
     r"|[<>≥≤±/:]|(?<!\w)-) *(?:about |around |roughly |approximately )?$",
     re.IGNORECASE,
 )
-# "one third" is not one, and "two and a half" not two.
-OF_ONE = r"(?:hal(?:f|ves)|thirds?|quarters?|fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|tenths?|hundredths?)\b"
+# What makes another number of the one after it: "half of 10", "√16", "point five", "\ln(5)".
+PART = r"(?:hal(?:f|ves)|thirds?|quarters?|fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|tenths?|hundredths?)\b"
+CHANGED = re.compile(
+    rf"(?:\b(?<!first )(?<!second )(?<!third )(?<!fourth )(?<!last )"
+    rf"(?:(?:{PART}|double|triple|quadruple)(?: of)?|twice|thrice|point)(?: an?)?"
+    r"|\b(?:root|square|cube|log(?:arithm)?|reciprocal|inverse|opposite|multiple|factor|fraction|power) of"
+    r"|[√∛∜]|\\[A-Za-z]+|\b(?:sqrt|cbrt|root|log|ln|lg|exp|sin|cos|tan|abs|floor|ceil|round))[ ({\[|]*$",
+    re.IGNORECASE,
+)
+# "one third" is not one, "two and a half" not two, and "5 people or more" not five.
+UNIT_WORD = r"(?!(?:is|was|are|were|the|or|and)\b)[A-Za-z°%$€£¥¢]++\.?"
+UNIT_WORDS = rf"(?: ?{UNIT_WORD}(?: {UNIT_WORD})?)?"
 OPEN_ENDED = re.compile(
-    r" ?(?:\+|±|‰|:\d|or (?:so|more|less|fewer|higher|lower|above|below)\b|and (?:more|above|over|up)\b"
-    rf"|(?:and )?(?:(?:a|one|1)[ -])?{OF_ONE}|-{OF_ONE})"
+    rf" ?(?:\+|±|‰|:\d)|{UNIT_WORDS},? \(?(?:or (?:so|more|less|fewer|higher|lower|above|below|thereabouts)\b"
+    rf"|and (?:more|above|over|up|counting)\b|and (?:a |one |1 )?{PART}"
+    r"|at (?:the )?(?:most|least|maximum|minimum)\b|max(?:imum)?\b|minimum\b|plus$|tops\b|upwards?\b)"
+    rf"| ?(?:a|one|1)?[ -]?{PART}"
+    r"| (?:squared|cubed|doubled|tripled|halved|factorial|to the (?:power|\w+th|second|third)\b|bps\b|basis points?\b)"
+    r"| (?:per mill?e?\b|permille\b|ppm\b)",
+    re.IGNORECASE,
 )
 NEGATED = re.compile(r"\b(?:not|never|neither|nor|cannot)\b|n't\b", re.IGNORECASE)
 MONTH = re.compile(
@@ -115,6 +138,8 @@ class Quantity:
     unit: str = ""
     numerator: float | None = field(default=None, compare=False)
     """What stands above the line, where it is written as a fraction."""
+    other: float | None = field(default=None, compare=False)
+    """What else may be meant: 5 by "5 M", five million by "5 m", half a dollar by "50 cents"."""
 
 
 def stated_quantity(text: str) -> Quantity | None:
@@ -159,7 +184,12 @@ def _mentions(text: str) -> Iterator[Quantity | None]:
 
 def _spoken_against(before: str, after: str, match: re.Match[str]) -> bool:
     clause = re.split(r"[.;,:!?\n]", before)[-1]
-    if NOT_THIS.search(before[-40:]) or NEGATED.search(clause) or OPEN_ENDED.match(after):
+    if (
+        NOT_THIS.search(before[-40:])
+        or CHANGED.search(before[-40:])
+        or NEGATED.search(clause)
+        or OPEN_ENDED.match(after)
+    ):
         return True
     day = match["body"].isdigit() and len(match["body"]) <= 2 and int(match["body"]) in DAYS
     return day and (MONTH.match(after.strip()) is not None or MONTH.search(before[-10:]) is not None)
@@ -177,8 +207,23 @@ def _quantity(match: re.Match[str]) -> Quantity | None:
     value *= SCALES.get((match["scale"] or match["close"] or "").lower(), 1.0)
     if match["sign"].startswith(("-", "m", "n", "M", "N")) != (match["inner"] == "-"):
         value = -value
-    unit = match["money"] or UNITS.get((match["unit"] or match["apart"] or "").lower(), "")
-    return Quantity(value + 0.0, match["percent"] is not None, unit, float(above) if below and not whole else None)
+    word = match["unit"] or match["apart"] or ""
+    value, other, unit = _with_unit(value, word, match["money"] or "")
+    return Quantity(
+        value + 0.0, match["percent"] is not None, unit, float(above) if below and not whole else None, other
+    )
+
+
+def _with_unit(value: float, word: str, money: str) -> tuple[float, float | None, str]:
+    """Return a number with the word after it, what else may be meant, and its unit."""
+    scale, unit = MAYBE_SCALES.get(word.lower()), UNITS.get(word.lower(), "")
+    if scale and money:
+        return value * scale, None, money
+    if scale and (not unit or word == "M"):
+        return value * scale, value, ""
+    if unit == HUNDREDTHS:
+        return value, value / 100, unit
+    return value, value * scale if scale else None, money or unit
 
 
 def _power(power: str, base: float) -> float:

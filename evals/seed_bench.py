@@ -58,17 +58,19 @@ class SEEDBench(Benchmark):
         dimensions = {number: name for name, number in need(content, "question_type", path).items()}
         questions = []
         for row in need(content, "questions", path):
-            name, kind = str(need(row, "question_id", path)), row["data_type"]
+            name, kind = str(need(row, "question_id", path)), need(row, "data_type", path)
             options = tuple(str(row[key]) for key in CHOICES if row.get(key) is not None)
             image = (
-                folder / "SEED-Bench-image" / row["data_id"]
+                folder / "SEED-Bench-image" / need(row, "data_id", path)
                 if kind == "image"
                 else folder / "SEED-Bench-video-image" / f"{name}.png"
             )
-            prompt = row["question"] + list_options(options) + LETTER
-            categories = (kind, dimensions.get(row["question_type_id"], str(row["question_type_id"])))
+            prompt = need(row, "question", path) + list_options(options) + LETTER
+            categories = (kind, dimensions.get(kind_id := need(row, "question_type_id", path), str(kind_id)))
             truths = (row["answer"],) if row.get("answer") else ()
-            questions.append(Question(name, prompt, (image,), truths, options, categories, str(row["data_id"])))
+            questions.append(
+                Question(name, prompt, (image,), truths, options, categories, str(need(row, "data_id", path)))
+            )
         return questions
 
     def grade(self, question: Question, answer: str, profile: Profile, judge: Judge | None = None) -> Grade:

@@ -62,10 +62,13 @@ class TextVQA(Benchmark):
 
 def _ocr_tokens(folder: Path) -> dict[str, str]:
     for file in sorted(folder.glob("TextVQA_Rosetta_OCR_*val.json")):
-        return {row["image_id"]: ", ".join(row["ocr_tokens"]) for row in need(read_json(file), "data", file)}
+        return {
+            need(row, "image_id", file): ", ".join(need(row, "ocr_tokens", file))
+            for row in need(read_json(file), "data", file)
+        }
     found: dict[str, str] = {}
     for file in sorted(folder.glob("llava_textvqa*ocr.jsonl")):
         for row in read_lines(file):
-            lines = [line for line in row["text"].split("\n") if line.startswith(OCR.strip())]
-            found |= {row["question_id"]: lines[0].removeprefix(OCR.strip()).strip()} if lines else {}
+            lines = [line for line in need(row, "text", file).split("\n") if line.startswith(OCR.strip())]
+            found |= {need(row, "question_id", file): lines[0].removeprefix(OCR.strip()).strip()} if lines else {}
     return found

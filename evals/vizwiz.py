@@ -42,7 +42,9 @@ class VizWiz(Benchmark):
         """Read val.json, or test.json, which has no answers."""
         path = find(folder, "val.json", "test.json")
         ids = {
-            row["image"]: str(row["question_id"]) for file in folder.glob("llava_*.jsonl") for row in read_lines(file)
+            need(row, "image", file): str(need(row, "question_id", file))
+            for file in folder.glob("llava_*.jsonl")
+            for row in read_lines(file)
         }
         questions = []
         for row in read_json(path):

@@ -57,13 +57,15 @@ class VQAv2(Benchmark):
         split = "val2014" if "val" in path.name else "test2015"
         known = {}
         for file in sorted(folder.glob(f"v2_mscoco_{split}*annotations.json")):
-            known = {row["question_id"]: row for row in need(read_json(file), "annotations", file)}
+            known = {need(row, "question_id", file): row for row in need(read_json(file), "annotations", file)}
         self._all_ids = self._ids_of_server(folder)
         questions = []
         for row in need(content, "questions", path):
             number, image = need(row, "question_id", path), int(need(row, "image_id", path))
             file = folder / split / f"COCO_{split}_{image:012d}.jpg"
-            questions.append(humans_question(str(number), row["question"] + SHORT, file, known.get(number, {})))
+            questions.append(
+                humans_question(str(number), need(row, "question", path) + SHORT, file, known.get(number, {}))
+            )
         return questions
 
     def grade(self, question: Question, answer: str, profile: Profile, judge: Judge | None = None) -> Grade:

@@ -53,7 +53,8 @@ _TOKEN = re.compile(
 )
 _KEYS = ("score", "scores", "rating", "ratings", "grade", "grades", "mark", "marks", "verdict", "correctness")
 _FILLERS = ("the", "final", "overall", "total", "my", "two", "both", "are", "is", "here", "as", "follows", "for", "of")
-_WORDS = dict.fromkeys(_KEYS, "k") | dict.fromkeys((*_FILLERS, "respectively"), "w")
+_AGAIN = "actually finally correction corrected revised updated adjusted instead so in on conclusion summary reflection"
+_WORDS = dict.fromkeys(_KEYS, "k") | dict.fromkeys((*_FILLERS, *_AGAIN.split(), "respectively"), "w")
 _WORDS |= dict.fromkeys(("and", "vs", "versus"), ",")
 _WORDS |= dict.fromkeys(("because", "since"), "-")  # where the reasons begin
 _WORDS |= dict.fromkeys(["reverse", "reversed", "swapped", "opposite", "descending", "ascending"], "r")
@@ -64,13 +65,18 @@ _CODES |= {"|": "|", "-": "-"} | dict.fromkeys(".!", ".")
 # word for scores, w a word that says nothing, r one that turns the order round, x any other; , : ( ) | - . as they are.
 _REST = r"(?:[.,:\-(|;)]+[^SNab]*)?$"
 _LEAD = r"[w(|]*(?:k[kw(|]*(?:\(?a,?b\)?[kw(|]*)?|\(?a,?b\)?[kw(|]*)?[:\-]*"
-_PAIR = re.compile(rf"^[|(]*(?:(?P<led>(?=[^S]*[kab]){_LEAD}))?(?:\(*S[,|]*S\)*|\(S\),?\(S\))w?{_REST}")
+_BARE = r"[w|(]*w(?::|(?P<weak>[\-,]*+))"  # "Final:", "Overall"
+_PAIR = re.compile(
+    rf"^[|(]*(?:(?P<led>(?=[^S]*[kab]){_LEAD})|{_BARE}|(?P<other>x{{1,3}}[:\-]+))?(?:\(*S[,|]*S\)*|\(S\),?\(S\))w?{_REST}"
+)
 _HALF = r"[kw(|]*%s[kw|]*[:\-|]*\(*S\)*"
-_IN_ORDER = re.compile(rf"^[|(]*{_HALF % 'a'}[.,|)]*{_HALF % 'b'}{_REST}")
-_IN_REVERSE = re.compile(rf"^[|(]*{_HALF % 'b'}[.,|)]*{_HALF % 'a'}{_REST}")
+_START = r"^[|(]*(?:[kwx]{1,3}[:,\-])?"
+_IN_ORDER = re.compile(rf"{_START}{_HALF % 'a'}[.,|)]*{_HALF % 'b'}{_REST}")
+_IN_REVERSE = re.compile(rf"{_START}{_HALF % 'b'}[.,|)]*{_HALF % 'a'}{_REST}")
 _FIRST, _SECOND = (re.compile(rf"^[|(]*{_HALF % label}{_REST}") for label in "ab")
-_SINGLE = re.compile(rf"^[|(]*(?P<led>[w(|]*(?:k[kw(|]*a?[kw(|]*[:\-]*|a[:\-]+))?\(*S\)*{_REST}")
-_INSIDE = re.compile(r"(?:^|[.):,(|])k:\(*S\)*(?=$|[.,)\-|(])")
+_SINGLE = re.compile(rf"^[|(]*(?:(?P<led>[w(|]*(?:k[kw(|]*a?[kw(|]*[:\-]*|a[:\-]+))|{_BARE})?\(*S\)*{_REST}")
+_INSIDE = re.compile(r"(?:^|[.):,(|w])k:\(*S\)*(?=$|[.,)\-|(])")
+_PAIR_INSIDE = re.compile(r"k[kw]*:\(*S[,|]*S\)*(?=$|[.,)\-|(])")
 _BAD_LABEL = re.compile(r"[ab][kw|]*[:\-|]+\(*N\)*[.,|)]*(?:$|[ab])")
 
 
@@ -92,6 +98,8 @@ class _Said:
     """All the verdicts that a reply gives."""
 
     pairs: list[tuple[float, ...]] = field(default_factory=list)
+    more: list[tuple[float, ...]] = field(default_factory=list)
+    """What may be verdicts and is none by itself: where it differs, nobody knows which one holds."""
     first: set[float] = field(default_factory=set)
     second: set[float] = field(default_factory=set)
 
@@ -123,18 +131,20 @@ def parse_pair(review: str) -> tuple[float, float] | None:
     quiet = True
     for line in lines:
         found = _PAIR.match(line.signs)
-        if found and len(line.scores) == 2 and (found["led"] or quiet):
-            said.pairs.append(line.scores)
+        if found and len(line.scores) == 2:
+            if line.is_numeric and not quiet and not said.pairs:
+                return None
+            (said.pairs if _is_verdict(found, quiet) else said.more).append(line.scores)
         elif line.is_numeric and not said.pairs:
             return None
-        elif found and len(line.scores) == 2 and line.is_numeric:
-            said.pairs.append(line.scores)
+        elif _PAIR_INSIDE.search(line.signs) and len(line.scores) == 2:
+            said.more.append(line.scores)
         _note_labelled(line, said)
         quiet = quiet and _is_quiet(line)
     if len(said.first) == len(said.second) == 1:
         said.pairs.append((*said.first, *said.second))
-    different = set(said.pairs)
-    return (said.pairs[0][0], said.pairs[0][1]) if len(different) == 1 else None
+    different = {*said.pairs, *said.more}
+    return (said.pairs[0][0], said.pairs[0][1]) if said.pairs and len(different) == 1 else None
 
 
 def parse_score(review: str) -> float | None:
@@ -156,20 +166,32 @@ def parse_grade(reply: str) -> float | None:
     return _only(_read(reply, 0.0, 1.0))
 
 
+def _is_verdict(found: re.Match[str], quiet: bool) -> bool:
+    """Tell whether a line is a verdict by itself: by a word for scores, or as the first line with numbers.
+
+    "Overall 8 9", or "Final: 8 9" after other numbers, is none, but where it differs from the verdict, none is sure.
+    """
+    groups = found.groupdict()
+    return bool(groups["led"]) or (quiet and groups["weak"] is None and not groups.get("other"))
+
+
 def _only(lines: list[_Line] | None) -> float | None:
     """Return the only score of lines that give one answer's."""
     said: set[float] = set()
+    more: set[float] = set()
     quiet = True
     for line in lines or ():
         found = _SINGLE.match(line.signs)
-        if found and len(line.scores) == 1 and (found["led"] or quiet):
-            said.add(line.scores[0])
+        if found and len(line.scores) == 1:
+            if line.is_numeric and not quiet and not said:
+                return None
+            (said if _is_verdict(found, quiet) else more).add(line.scores[0])
         elif line.is_numeric and not said:
             return None
         elif len(_INSIDE.findall(line.signs)) == 1 == len(line.scores) and "N" not in line.signs:
             said.add(line.scores[0])
         quiet = quiet and _is_quiet(line)
-    return said.pop() if len(said) == 1 else None
+    return said.pop() if said and len(said | more) == 1 else None
 
 
 def _read(reply: str, least: float, most: float) -> list[_Line] | None:

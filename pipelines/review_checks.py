@@ -1,15 +1,15 @@
 """What can be known before a review begins: its key, its money, its folder. Nothing is sent before all of it holds."""
 
 import ipaddress
-import json
 import os
 import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from evals.files import read_lines
 from llava_ray.config.review import JudgeConfig, ReviewConfig
-from llava_ray.errors import ConfigError
+from llava_ray.errors import ConfigError, DataError
 from llava_ray.review.calls import Call, CallPlan
 from llava_ray.review.ledger_file import writing
 
@@ -93,12 +93,9 @@ def check_output(output: Path, plan: CallPlan, keys: Collection[str]) -> None:
     """Raise ConfigError where the folder holds the report of another review, which would be overwritten."""
     path = output / "reviews.jsonl"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        rows = [review for line in lines for review in json.loads(line)["reviews"]]
+        rows = [review for row in read_lines(path) for review in row["reviews"]] if path.exists() else []
         scored = {review["key"]: str(review["judge"]) for review in rows if review["scores"] is not None}
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (DataError, OSError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is not a review's: choose another --output, or move it away") from error
     lost = [judge for key, judge in scored.items() if key not in keys]
     if lost:

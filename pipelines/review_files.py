@@ -7,10 +7,8 @@ from typing import Any
 
 from evals.answers import Joined, join, read_answers
 from evals.benchmark import Question
-from evals.files import need, read_lines
+from evals.files import named, need, read_lines
 from llava_ray.errors import DataError
-
-MAX_NAMED = 10
 
 
 def read_rows(path: Path, what: str) -> list[dict[str, Any]]:
@@ -31,22 +29,6 @@ def check_whole(row: Any, where: str) -> None:
         json.dumps(row, ensure_ascii=False).encode()
     except ValueError as error:
         raise DataError(f"{where} holds half a character (a lone surrogate such as \\ud800); repair it.") from error
-
-
-def need_text(row: Mapping[str, Any], key: str, path: Path) -> str:
-    """Return a field of a row that is a text. Raises DataError."""
-    value = need(row, key, path)
-    if not isinstance(value, str):
-        raise DataError(f"{path}: {key!r} of question {row.get('question_id')!r} is no text but {value!r:.80}.")
-    return value
-
-
-def check_unique(ids: Sequence[str], path: Path, what: str) -> None:
-    """Raise DataError where two rows have the same id: which one is meant is not said."""
-    seen: set[str] = set()
-    twice = list(dict.fromkeys(name for name in ids if name in seen or seen.add(name)))  # type: ignore[func-returns-value]
-    if twice:
-        raise DataError(f"{path}: {what} {named(twice)} is there more than once; leave one of each in it.")
 
 
 def read_contexts(path: Path) -> dict[str, Any]:
@@ -87,10 +69,3 @@ def join_answers(questions: Sequence[Question], path: Path) -> Joined:
             f"{path} has different answers to the same question {named(joined.conflicting)}; leave one of each in it."
         )
     return joined
-
-
-def named(names: Sequence[str]) -> str:
-    """List the first ids."""
-    return ", ".join(map(repr, names[:MAX_NAMED])) + (
-        f" and {len(names) - MAX_NAMED:,} more" * (len(names) > MAX_NAMED)
-    )

@@ -9,13 +9,13 @@ from typing import Any
 from evals.answers import read_content
 from evals.benchmark import Question
 from evals.catalogue import make_benchmark
-from evals.files import check_complete, need
+from evals.files import check_complete, check_unique, need, need_text
 from evals.mm_vet import grading_request
 from llava_ray.config.review import ReviewSection
 from llava_ray.errors import DataError
 from llava_ray.review.calls import Item
 from llava_ray.review.rubric import Kind, Rubric, our_rubric, read_rubric, read_rules
-from pipelines.review_files import check_unique, join_answers, need_text, read_contexts, read_rows
+from pipelines.review_files import join_answers, read_contexts, read_rows
 
 REFERENCE = "reference"
 

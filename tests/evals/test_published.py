@@ -41,6 +41,11 @@ def test_figures_stand_beside_whole_sets_only(name: str) -> None:
         assert asked_of(name, 3, 3) == f"3 of {max(WHOLE_SETS[name]):,}"
 
 
+def test_a_figure_of_images_only_does_not_stand_beside_all_questions() -> None:
+    assert list(published_figures("seed_bench", 19_242)) == ["LLaVA-1.5-7B", "LLaVA-1.5-13B", "LLaVA-1.5-7B-LoRA"]
+    assert not published_figures("seed_bench", 14_233)
+
+
 def published_names() -> set[str]:
     return {name for name in WHOLE_SETS if comparison_note(name, 1)}
 

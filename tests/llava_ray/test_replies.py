@@ -198,6 +198,43 @@ PAIRS: dict[str, tuple[float, float] | None] = {
     "\n\n": None,
     "---": None,
     "The answers tell where the boxes of 2 dogs are:\n3 4\nwhich is right.": None,
+    # a second verdict without a word for scores
+    "Assistant 1: 8\nAssistant 2: 9\nFinal: 7 9": None,
+    "8 9\nFinal: 7 9": None,
+    "8 9\nOverall: 7 8": None,
+    "8 9\nOverall 7 8": None,
+    "8 9\nTotal - 7 8": None,
+    "Scores: 8 9\nOverall 7 8": None,
+    "Scores: 8 9\nActually, 7 9": None,
+    "8 9\nActually 7 9": None,
+    "8 9\nCorrection: 7 9": None,
+    "8 9\nRevised scores: 7 9": None,
+    "8 9\nIn conclusion: 7 9": None,
+    "8 9\nSo: (7, 9)": None,
+    "8 9\nGood. Final scores: 7 9": None,
+    "8 9\nThe first is vague. Scores: 7, 9.": None,
+    "8 9\nFinal: Assistant 1: 7, Assistant 2: 9": None,
+    "Assistant 1: 8\nAssistant 2: 9\nFinal: Assistant 1: 7, Assistant 2: 9": None,
+    "8 9\nOverall: Assistant 2: 9, Assistant 1: 7": None,
+    "It lists 5 objects.\nOverall: 7 9\nScores: 8 9": None,
+    "Overall: 7 9\n8 9": None,
+    "Final: 8 9": (8, 9),
+    "Overall: 8 9\nGood.": (8, 9),
+    "8 9\nFinal: 8 9": (8, 9),
+    "8 9\nOverall 8 9": (8, 9),
+    "Assistant 1: 8\nAssistant 2: 9\nFinal: 8 9": (8, 9),
+    "8 9\nFinal: Assistant 1: 8, Assistant 2: 9": (8, 9),
+    "Scores: Assistant 1: 8, Assistant 2: 9": (8, 9),
+    "8 9\nBoth name the 3 dogs, and 4 cats.": (8, 9),
+    "8 9\nOverall, the second is better.": (8, 9),
+    "8 9\nOverall: the second has 2 errors.": (8, 9),
+    "8 9\nFinal thoughts: none": (8, 9),
+    "Boxes: 3 4": None,
+    "Dogs and cats: 3 4": None,
+    "The two are 8 9": None,
+    "There are 8 9": None,
+    "8 9\nThe answers are 8 and 9.": (8, 9),
+    "8 9\nThere are 2 dogs: 1 brown and 1 black.": (8, 9),
 }
 MAY_BE_READ = {"There are 2 reasons for 9 here.\n8 9": (8, 9), "Here: 8 9": (8, 9), "8 9 Good": (8, 9)}
 SINGLES: dict[str, float | None] = {
@@ -230,6 +267,35 @@ SINGLES: dict[str, float | None] = {
     "<think>7": None,
     "x": None,
     "": None,
+    # a second verdict
+    "7\n9": None,
+    "7\n\n9": None,
+    "Score: 7\nOverall: 9": None,
+    "Score: 7\nOverall 9": None,
+    "7\nFinal: 9": None,
+    "7\nActually, 9": None,
+    "Score: 7\n9": None,
+    "7\n**9**": None,
+    "7\nCorrection: 9": None,
+    "It is fine. Score: 7\nFinal: 9": None,
+    "Overall: 9\nScore: 7": None,
+    "7\nGood. Overall score: 9": None,
+    "It names 3.\nOverall: 9\nScore: 7": None,
+    "There are 7.": None,
+    "It is 7": None,
+    "Dogs: 7": None,
+    "7\nOn reflection: 9": None,
+    "7\nIn conclusion, 9": None,
+    "7\nClarity: 9\nDepth: 6": 7,
+    "7\nThe number of dogs is 3.": 7,
+    "7\n7": 7,
+    "Score: 7\nOverall: 7": 7,
+    "Overall: 7": 7,
+    "Final: 7/10\nGood.": 7,
+    "7\nOverall, it is good.": 7,
+    "7\nIt names 3 of 4 things.": 7,
+    "7\nOverall: it names 3 things.": 7,
+    "7\n\n1. It names all.\n2. It is long.": 7,
 }
 GRADES: dict[str, float | None] = {
     "0.7": 0.7,
@@ -267,6 +333,19 @@ GRADES: dict[str, float | None] = {
     "<think>0.5": None,
     "totally right": None,
     "": None,
+    # a second verdict
+    "0.5\n0.7": None,
+    "Score: 0.5\nFinal: 0.7": None,
+    "0.5\nOverall 0.7": None,
+    "0.5\n1": None,
+    "0\n1": None,
+    "Correctness: 0.5\nFinal grade: 0.7": None,
+    "0.5\nOn reflection: 0.7": None,
+    "0.5\n0.5": 0.5,
+    "0.5\nFinal: 0.5": 0.5,
+    "Final: 0.5": 0.5,
+    "0.5\nOne of 2 elements.": 0.5,
+    "0.5\n\n1. One is missing.": 0.5,
 }
 
 
@@ -302,7 +381,22 @@ def test_thoughts_end_or_nothing_is_said() -> None:
 
 
 def test_long_replies_take_no_time() -> None:
-    for part in ("8 9\n", "(", "<think>", "a ", "8", "Assistant 1: ", "1 to 10 ", " ", "**", "of ", "- ", "8 out of "):
+    for part in (
+        "8 9\n",
+        "(",
+        "<think>",
+        "a ",
+        "8",
+        "Assistant 1: ",
+        "1 to 10 ",
+        " ",
+        "**",
+        "of ",
+        "- ",
+        "8 out of ",
+        "the (",
+        "(",
+    ):
         parse_pair(part * (99_000 // len(part)))
         parse_grade(part * (99_000 // len(part)))
     assert parse_pair("8 9\n" + "x" * 10**6) is None

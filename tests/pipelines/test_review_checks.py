@@ -14,7 +14,7 @@ from llava_ray.review.calls import CallPlan, Item, list_judges, token_limit_name
 from llava_ray.review.rubric import our_rubric
 from pipelines import review_checks
 from pipelines.review import main
-from pipelines.review_checks import check_key, is_public
+from pipelines.review_checks import check_key, check_output, is_public
 
 RECIPE = str(Path(__file__).resolve().parents[2] / "pipelines/recipes/review/llava_bench.toml")
 LOCAL = "http://127.0.0.1:9/v1"
@@ -161,3 +161,19 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_sent(
 def test_the_limit_of_a_reply_is_called_as_the_model_wants_it(model: str, name: str) -> None:
     assert token_limit_name(JudgeConfig(model=model), model) == name
     assert token_limit_name(JudgeConfig(model=model, token_limit_name="max_tokens"), model) == "max_tokens"
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1e"])
+def test_a_review_goes_on_whatever_ends_a_line_in_its_texts(tmp_path: Path, mark: str) -> None:
+    _, plan = plan_of()
+    review = {"key": "k", "judge": "m", "scores": [8, 9], "content": f"8 9{mark}Good."}
+    row = {"question_id": "q", "question": f"a{mark}b", "reviews": [review]}
+    (tmp_path / "reviews.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    check_output(tmp_path, plan, {"k"})
+    with pytest.raises(ConfigError, match="holds another review, with 1 scores by m"):
+        check_output(tmp_path, plan, {"other"})
+    check_output(tmp_path / "reviews.jsonl" / "none", plan, {"k"})
+    for content in ("[]\n", "7\n", "{}\n", "{", '{"reviews": [1]}'):
+        (tmp_path / "reviews.jsonl").write_text(content)
+        with pytest.raises(ConfigError, match="is not a review's"):
+            check_output(tmp_path, plan, {"k"})
