@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from evals.benchmark import Question
-from evals.files import by_id, read_json, read_lines, read_text
+from evals.files import by_id, read_json_value, read_lines, read_utf8
 from llava_ray.errors import DataError
 
-IDS = ("question_id", "questionId", "id", "image")
-TEXTS = ("text", "answer", "prediction")
+_IDS = ("question_id", "questionId", "id", "image")
+_TEXTS = ("text", "answer", "prediction")
 
 
 @dataclass(frozen=True)
@@ -122,15 +122,15 @@ def _keys(answer: Answer) -> list[str]:
 
 def read_content(path: Path) -> Any:
     """Return an answers file's rows, or its texts by id. Raises DataError."""
-    text = read_text(path).lstrip()
+    text = read_utf8(path).lstrip()
     if path.suffix == ".json" or text.startswith("["):
-        return read_json(path, "repair it")
+        return read_json_value(path, "repair it")
     return read_lines(path)
 
 
 def _answer(row: Any, path: Path) -> Answer:
     keys = row.keys() if isinstance(row, dict) else ()
-    name, text = (next((key for key in wanted if key in keys), None) for wanted in (IDS, TEXTS))
+    name, text = (next((key for key in wanted if key in keys), None) for wanted in (_IDS, _TEXTS))
     if name is None or text is None:
         raise DataError(
             f"{path}: a row has {', '.join(keys) or repr(row)}; expected question_id and text (LLaVA's and our form)"

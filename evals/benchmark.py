@@ -15,9 +15,9 @@ from llava_ray.errors import ConfigError
 
 Profile = Literal["llava", "official", "robust"]
 """Whose rule: LLaVA's (parity with its tables), the benchmark authors' script, or ours, which never guesses."""
-PROFILES: tuple[Profile, ...] = ("llava", "official", "robust")
+_PROFILES: tuple[Profile, ...] = ("llava", "official", "robust")
 
-State = Literal["scored", "unparsed", "missing", "failed"]
+_State = Literal["scored", "unparsed", "missing", "failed"]
 """``unparsed``: there is an answer, but no rule finds one in it (it scores 0). ``failed``: the judge gave no score."""
 
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -64,7 +64,7 @@ class Grade:
 
     score: float
     parsed: str | None
-    state: State = "scored"
+    state: _State = "scored"
 
 
 UNPARSED = Grade(0.0, None, "unparsed")
@@ -79,7 +79,7 @@ class Graded:
     id: str
     score: float
     parsed: str | None
-    state: State
+    state: _State
     truth: str
     categories: tuple[str, ...] = ()
     cluster: str = ""
@@ -192,9 +192,9 @@ def list_options(options: Sequence[str]) -> str:
     return "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
 
 
-def check_profile(name: str) -> Profile:
+def _check_profile(name: str) -> Profile:
     """Return a profile by name. Raises ConfigError."""
-    for profile in PROFILES:
+    for profile in _PROFILES:
         if name == profile:
             return profile
-    raise ConfigError(f"there is no scorer profile {name!r}; expected one of {', '.join(PROFILES)}")
+    raise ConfigError(f"there is no scorer profile {name!r}; expected one of {', '.join(_PROFILES)}")

@@ -8,17 +8,17 @@ from typing import Any
 
 from evals.benchmark import Graded, Profile
 from evals.catalogue import make_benchmark
-from evals.files import as_json, as_lines, read_json, read_lines
-from evals.scoring import Result, cluster_of, interval, rounded, summarise
+from evals.files import as_json, as_lines, read_json_value, read_lines
+from evals.scoring import Result, cluster_of, interval, rounded, summarize_result
 from evals.statistics import Estimate, jackknife, paired_difference
 from llava_ray.errors import ConfigError, DataError
 
-RESULT, GRADES = "result.json", "grades.jsonl"
-SETTINGS = ("prompt_hash", "template", "generation", "judge", "data_hash")
+_RESULT, _GRADES = "result.json", "grades.jsonl"
+_SETTINGS = ("prompt_hash", "template", "generation", "judge", "data_hash")
 
 
 @dataclass(frozen=True)
-class Kept:
+class StoredResult:
     """A result read back: its summary and its grades."""
 
     summary: Mapping[str, Any]
@@ -28,25 +28,25 @@ class Kept:
 def write_result(folder: Path, result: Result) -> None:
     """Keep a result: its summary, and a line for each question."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / GRADES).write_bytes(as_lines([asdict(row) for row in result.rows]))
-    (folder / RESULT).write_bytes(as_json(summarise(result)))
+    (folder / _GRADES).write_bytes(as_lines([asdict(row) for row in result.rows]))
+    (folder / _RESULT).write_bytes(as_json(summarize_result(result)))
 
 
-def read_result(folder: Path) -> Kept:
+def read_result(folder: Path) -> StoredResult:
     """Read a kept result from its folder, or from a file in it. Raises DataError."""
     folder = folder if folder.is_dir() else folder.parent
-    if not (folder / RESULT).exists() or not (folder / GRADES).exists():
-        raise DataError(f"{folder} has no {RESULT} with {GRADES}; make them with evaluate.py score --output {folder}")
+    if not (folder / _RESULT).exists() or not (folder / _GRADES).exists():
+        raise DataError(f"{folder} has no {_RESULT} with {_GRADES}; make them with evaluate.py score --output {folder}")
     rows = []
-    for row in read_lines(folder / GRADES):
+    for row in read_lines(folder / _GRADES):
         try:
             rows.append(Graded(**row | {"categories": tuple(row["categories"])}))
         except (TypeError, KeyError) as error:
-            raise DataError(f"{folder / GRADES}: a line is no grade: {error}; score the answers again.") from error
-    return Kept(read_json(folder / RESULT), rows)
+            raise DataError(f"{folder / _GRADES}: a line is no grade: {error}; score the answers again.") from error
+    return StoredResult(read_json_value(folder / _RESULT), rows)
 
 
-def compare(first: Kept, second: Kept) -> dict[str, Any]:
+def compare(first: StoredResult, second: StoredResult) -> dict[str, Any]:
     """Return first - second over the questions that both have a score for, with its 95 % interval.
 
     Raises ConfigError for results of different benchmarks or profiles, DataError for results without a common question.
@@ -57,8 +57,8 @@ def compare(first: Kept, second: Kept) -> dict[str, Any]:
                 f"the results differ in their {key}: {first.summary[key]!r} and {second.summary[key]!r}; only like can "
                 "be compared with like"
             )
-    theirs = {row.id: row for row in second.rows if has_score(row)}
-    pairs = [(row, theirs[row.id]) for row in first.rows if has_score(row) and row.id in theirs]
+    theirs = {row.id: row for row in second.rows if _has_score(row)}
+    pairs = [(row, theirs[row.id]) for row in first.rows if _has_score(row) and row.id in theirs]
     if not pairs:
         raise DataError("the two results have no question in common")
     estimated = difference(str(first.summary["benchmark"]), first.summary["profile"], pairs)
@@ -76,7 +76,7 @@ def compare(first: Kept, second: Kept) -> dict[str, Any]:
         "num_only_one": len(first.rows) + len(second.rows) - 2 * len(pairs),
         "better": sum(one.score > two.score for one, two in pairs),
         "worse": sum(one.score < two.score for one, two in pairs),
-        "settings_that_differ": [key for key in SETTINGS if mine.get(key) != other.get(key)],
+        "settings_that_differ": [key for key in _SETTINGS if mine.get(key) != other.get(key)],
     }
 
 
@@ -100,6 +100,6 @@ def difference(name: str, profile: Profile, pairs: Sequence[tuple[Graded, Graded
     return estimated
 
 
-def has_score(row: Graded) -> bool:
+def _has_score(row: Graded) -> bool:
     """Tell whether an answer was there and graded."""
     return row.state in ("scored", "unparsed")

@@ -9,16 +9,16 @@ from typing import Any
 
 from llava_ray.errors import DataError
 
-MAX_NAMED = 10
-MAX_CELL_BYTES = 2**30  # tables with images in them
-OTHER_STARTS = {
+_MAX_NAMED = 10
+_MAX_CELL_BYTES = 2**30  # tables with images in them
+_OTHER_STARTS = {
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
     b"\x1f\x8b": "gzip",
     b"PK": "a zip archive",
     b"PAR1": "Parquet",
 }
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 
 
 def find(folder: Path, *patterns: str) -> Path:
@@ -37,7 +37,7 @@ def find_all(folder: Path, *patterns: str) -> list[Path]:
     raise DataError(f"{folder} has no {' or '.join(patterns)}; see evals/README.md for what the folder has to hold.")
 
 
-def read_text(path: Path) -> str:
+def read_utf8(path: Path) -> str:
     """Return a text file's content. Raises DataError, which says what it is instead of UTF-8."""
     try:
         content = path.read_bytes()
@@ -49,15 +49,15 @@ def read_text(path: Path) -> str:
             return text
     except UnicodeDecodeError:
         text = ""
-    looks = next((name for start, name in OTHER_STARTS.items() if content.startswith(start)), None)
+    looks = next((name for start, name in _OTHER_STARTS.items() if content.startswith(start)), None)
     looks = looks or ("UTF-16" if b"\0" in content[:1000] else "an older encoding such as Latin-1")
     raise DataError(f"{path} is not UTF-8 (it looks like {looks}): save it as UTF-8.")
 
 
-def read_json(path: Path, remedy: str = "obtain it again") -> Any:
+def read_json_value(path: Path, remedy: str = "obtain it again") -> Any:
     """Return a JSON file's value. Raises DataError."""
     try:
-        return json.loads(read_text(path))
+        return json.loads(read_utf8(path))
     except (ValueError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
@@ -67,7 +67,7 @@ def read_json(path: Path, remedy: str = "obtain it again") -> Any:
 def read_lines(path: Path) -> list[Any]:
     """Return the values of a file of JSON lines. Raises DataError, which names the line."""
     rows = []
-    text = read_text(path)
+    text = read_utf8(path)
     for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would also split at U+2028 in a text
         if line.strip():
             try:
@@ -89,7 +89,7 @@ def _is_json(text: str) -> bool:
 
 def read_table(path: Path) -> Iterator[dict[str, str]]:
     """Yield the rows of a tab-separated file with a header. Raises DataError."""
-    csv.field_size_limit(MAX_CELL_BYTES)
+    csv.field_size_limit(_MAX_CELL_BYTES)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             yield from csv.DictReader(file, delimiter="\t")
@@ -97,7 +97,7 @@ def read_table(path: Path) -> Iterator[dict[str, str]]:
         raise DataError(f"{path} cannot be read as a tab-separated table: {error}") from error
 
 
-def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
+def read_parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of a Parquet file, one row group in memory at a time. Raises DataError."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -148,15 +148,15 @@ def need_text(row: Any, key: str, path: Path) -> str:
 
 def named(names: Sequence[str]) -> str:
     """List the first ids."""
-    return ", ".join(map(repr, names[:MAX_NAMED])) + (
-        f" and {len(names) - MAX_NAMED:,} more" * (len(names) > MAX_NAMED)
+    return ", ".join(map(repr, names[:_MAX_NAMED])) + (
+        f" and {len(names) - _MAX_NAMED:,} more" * (len(names) > _MAX_NAMED)
     )
 
 
 def check_complete(missing: Sequence[str], num: int, lacking: str, instead: str) -> None:
     """Raise DataError with the ids that a joined file does not have; what is left over would be another benchmark."""
     if missing:
-        listed = ", ".join(missing[:MAX_NAMED]) + (", …" if len(missing) > MAX_NAMED else "")
+        listed = ", ".join(missing[:_MAX_NAMED]) + (", …" if len(missing) > _MAX_NAMED else "")
         raise DataError(
             f"{lacking} for {len(missing):,} of {num:,} questions: {listed}; add it, or leave {instead} out."
         )
@@ -174,7 +174,7 @@ def picture(cell: Any, path: Path) -> bytes:
 
 def hash_files(folder: Path) -> str:
     """Return 16 hex digits that change with the name or size of a file in a folder; images are left aside."""
-    others = (file for file in folder.rglob("*") if file.suffix.lower() not in IMAGE_SUFFIXES and file.is_file())
+    others = (file for file in folder.rglob("*") if file.suffix.lower() not in _IMAGE_SUFFIXES and file.is_file())
     listed = sorted((str(file.relative_to(folder)), file.stat().st_size) for file in others)
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
 

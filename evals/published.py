@@ -5,7 +5,7 @@ A figure of a part of the questions, or of another split, does not stand beside 
 
 from collections.abc import Mapping
 
-MODELS = ("LLaVA-1.5-7B", "LLaVA-1.5-13B", "LLaVA-1.5-7B-LoRA", "LLaVA-1.6-Vicuna-7B")
+_MODELS = ("LLaVA-1.5-7B", "LLaVA-1.5-13B", "LLaVA-1.5-7B-LoRA", "LLaVA-1.6-Vicuna-7B")
 
 # In the order of MODELS. MME: perception. MMBench: dev, circular. SEED-Bench of 1.6 (70.2) is of images only.
 _TABLE: Mapping[str, tuple[float | None, ...]] = {
@@ -52,7 +52,7 @@ def published_figures(benchmark: str, num_questions: int) -> dict[str, float]:
     """Return the figures of a benchmark by model; empty where none were published for these very questions."""
     if benchmark in ELSEWHERE or num_questions not in WHOLE_SETS.get(benchmark, ()):
         return {}
-    figures = zip(MODELS, _TABLE.get(benchmark, ()), strict=False)
+    figures = zip(_MODELS, _TABLE.get(benchmark, ()), strict=False)
     return {model: figure for model, figure in figures if figure is not None}
 
 

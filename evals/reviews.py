@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from evals.llava_bench import relative_score
+from evals.benchmarks.llava_bench import relative_score
 from evals.scoring import interval, rounded
 from evals.statistics import Estimate, jackknife, wilson
 
-State = Literal["done", "unparsed", "failed", "open"]
+ReviewState = Literal["done", "unparsed", "failed", "open"]
 """``open``: not reviewed, because the job stopped or the budget was spent, or because there is no answer."""
 Figured = Callable[[Sequence["Review"]], float | None]
 
@@ -28,7 +28,7 @@ class Review:
     order: str
     """"given", or "swapped"."""
     sample: int
-    state: State
+    state: ReviewState
     scores: tuple[float, ...] | None = None
     lengths: tuple[int, ...] = ()
     categories: tuple[str, ...] = ()
@@ -53,17 +53,17 @@ def mean_grade(reviews: Sequence[Review]) -> float | None:
     return None if mean is None else 100 * mean
 
 
-MAXIMA: dict[Figured, float] = {mean_score: 10.0, mean_grade: 100.0}
+_MAXIMA: dict[Figured, float] = {mean_score: 10.0, mean_grade: 100.0}
 """Of the figures that have one; a relative score may pass 100."""
 
 
-def estimate(reviews: Sequence[Review], figure: Figured) -> Estimate | None:
+def _estimate(reviews: Sequence[Review], figure: Figured) -> Estimate | None:
     """Return a figure with its error: the jackknife over clusters."""
     scored = [review for review in reviews if review.scores is not None]
     return jackknife(scored, lambda review: review.cluster or review.item, figure)
 
 
-def counts(reviews: Sequence[Review]) -> dict[str, int]:
+def _counts(reviews: Sequence[Review]) -> dict[str, int]:
     """Return how many reviews there are in each state."""
     states = [review.state for review in reviews]
     return {"num_reviews": len(states)} | {
@@ -73,7 +73,7 @@ def counts(reviews: Sequence[Review]) -> dict[str, int]:
 
 def withheld(reviews: Sequence[Review], max_failed: float) -> str | None:
     """Say why there is no headline, if too many reviews have no scores, or none has."""
-    found = counts(reviews)
+    found = _counts(reviews)
     gaps = found["num_reviews"] - found["done"]
     if not found["done"]:
         return "no review has scores"
@@ -83,7 +83,7 @@ def withheld(reviews: Sequence[Review], max_failed: float) -> str | None:
     return f"{gaps} of {found['num_reviews']} reviews have no scores ({parts}); at most {max_failed:.0%} may lack them"
 
 
-def headline(reviews: Sequence[Review], figure: Figured, max_failed: float) -> dict[str, Any]:
+def compute_review_headline(reviews: Sequence[Review], figure: Figured, max_failed: float) -> dict[str, Any]:
     """Return a figure of all reviews and by category, with intervals, or why it is withheld."""
     categories: dict[str, list[Review]] = defaultdict(list)
     for review in reviews:
@@ -91,15 +91,19 @@ def headline(reviews: Sequence[Review], figure: Figured, max_failed: float) -> d
             categories[name].append(review)
     why = withheld(reviews, max_failed)
     value = figure(reviews)
-    maximum = MAXIMA.get(figure, math.inf)
+    maximum = _MAXIMA.get(figure, math.inf)
     return {
         "score": None if why else rounded(value),
         "computed_score": rounded(value),
         **({"withheld": why} if why else {}),
-        **interval(estimate(reviews, figure), maximum=maximum),
-        **counts(reviews),
+        **interval(_estimate(reviews, figure), maximum=maximum),
+        **_counts(reviews),
         "categories": {
-            name: {"score": rounded(figure(some)), **interval(estimate(some, figure), maximum=maximum), **counts(some)}
+            name: {
+                "score": rounded(figure(some)),
+                **interval(_estimate(some, figure), maximum=maximum),
+                **_counts(some),
+            }
             for name, some in sorted(categories.items())
         },
     }

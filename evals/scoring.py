@@ -14,10 +14,10 @@ from evals.published import whole_set
 from evals.statistics import Estimate, estimate_mean, jackknife, wilson
 from llava_ray.errors import DataError
 
-MAX_MISSING = 0.02
+_MAX_MISSING = 0.02
 """Share of questions without a score beyond which there is no headline."""
-MAX_LISTED = 100
-NO_ERROR = 1e-9
+_MAX_LISTED = 100
+_NO_ERROR = 1e-9
 """A standard error below it is none but for rounding."""
 
 
@@ -41,7 +41,7 @@ class Result:
     @property
     def complete(self) -> bool:
         """Whether few enough scores are missing for a headline."""
-        return bool(self.rows) and self.num("missing") + self.num("failed") <= MAX_MISSING * len(self.rows)
+        return bool(self.rows) and self.num("missing") + self.num("failed") <= _MAX_MISSING * len(self.rows)
 
     @property
     def score(self) -> float | None:
@@ -75,7 +75,13 @@ def score(
     rows = [graded(q, benchmark.grade(q, known[q.id], profile, judge) if q.id in known else MISSING) for q in questions]
     total = benchmark.add_up(rows, profile)
     return Result(
-        benchmark, profile, rows, joined, total, estimate(benchmark, rows, profile), versions() | dict(provenance or {})
+        benchmark,
+        profile,
+        rows,
+        joined,
+        total,
+        compute_figure(benchmark, rows, profile),
+        versions() | dict(provenance or {}),
     )
 
 
@@ -86,7 +92,7 @@ def check_truths(benchmark: Benchmark, questions: Sequence[Question]) -> None:
         check_complete(without, len(questions), f"the data of {benchmark.title} have no right answer", "the question")
 
 
-def estimate(
+def compute_figure(
     benchmark: Benchmark, rows: Sequence[Graded], profile: Profile, category: str | None = None
 ) -> Estimate | None:
     """Return the headline, or the figure of a category's rows, with its error; None if there is no figure.
@@ -111,22 +117,22 @@ def cluster_of(row: Graded) -> str:
     return row.cluster or row.id
 
 
-def category_intervals(result: Result) -> dict[str, dict[str, Any]]:
+def _category_intervals(result: Result) -> dict[str, dict[str, Any]]:
     """Return the intervals of the categories' figures."""
     benchmark, found = result.benchmark, {}
     for name in result.total.categories:
         # A category that no row is in is that of all (ScienceQA's "all").
         rows = [row for row in result.rows if name in row.categories] or result.rows
         share = benchmark.averaged(rows, name) is not None
-        estimated = estimate(benchmark, rows, result.profile, name)
+        estimated = compute_figure(benchmark, rows, result.profile, name)
         found[name] = interval(estimated, share=share, maximum=benchmark.category_maximum)
     return found
 
 
-def summarise(result: Result) -> dict[str, Any]:
+def summarize_result(result: Result) -> dict[str, Any]:
     """Return a result as one JSON object; without a headline, ``score`` is null and ``withheld`` says why."""
     joined, estimated = result.joined, result.estimate
-    intervals = category_intervals(result)
+    intervals = _category_intervals(result)
     categories = {
         name: {"score": rounded(figure.value), "num": figure.num, **intervals[name]}
         for name, figure in result.total.categories.items()
@@ -156,10 +162,10 @@ def summarise(result: Result) -> dict[str, Any]:
         "figures": {name: rounded(value) for name, value in result.total.figures.items()},
         "categories": categories,
         "ids": {
-            "missing": joined.missing[:MAX_LISTED],
-            "duplicate": joined.duplicate[:MAX_LISTED],
-            "extra": joined.extra[:MAX_LISTED],
-            "unparsed": [row.id for row in result.rows if row.state == "unparsed"][:MAX_LISTED],
+            "missing": joined.missing[:_MAX_LISTED],
+            "duplicate": joined.duplicate[:_MAX_LISTED],
+            "extra": joined.extra[:_MAX_LISTED],
+            "unparsed": [row.id for row in result.rows if row.state == "unparsed"][:_MAX_LISTED],
         },
         "provenance": dict(result.provenance),
     }
@@ -176,7 +182,7 @@ def summarise_unscored(
     """Return the summary of answers that cannot be scored here: what is missing, and why there is no number."""
     joined = join(questions, answers)
     nothing = Result(benchmark, profile, [], joined, Total(None), None, versions() | dict(provenance))
-    return summarise(nothing) | {
+    return summarize_result(nothing) | {
         "withheld": reason,
         "num_questions": len(questions),
         "whole_set": whole_set(benchmark.name, len(questions)),
@@ -205,7 +211,7 @@ def interval(estimated: Estimate | None, *, share: bool = False, maximum: float 
     ends: list[float | None] | None = [rounded(low), rounded(high)]
     if maximum is not None:
         ends = [rounded(max(0.0, low)), rounded(min(max(maximum, estimated.value), high))]
-        if estimated.standard_error < NO_ERROR:
+        if estimated.standard_error < _NO_ERROR:
             ends = _wilson_ends(estimated) if share else None
     return {
         "confidence_interval": ends,
@@ -217,7 +223,7 @@ def interval(estimated: Estimate | None, *, share: bool = False, maximum: float 
 def _wilson_ends(estimated: Estimate) -> list[float | None] | None:
     num = estimated.num_clusters
     for value, right in ((0.0, 0), (100.0, num)):
-        if num and math.isclose(estimated.value, value, abs_tol=NO_ERROR):
+        if num and math.isclose(estimated.value, value, abs_tol=_NO_ERROR):
             return [rounded(100 * end) for end in wilson(right, num)]
     return None
 

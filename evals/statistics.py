@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 Z = 1.959963984540054  # 95 % of a normal distribution lie within so many standard errors
-MAX_GROUPS = 100
+_MAX_GROUPS = 100
 
 Row = TypeVar("Row")
 
@@ -86,7 +86,7 @@ def jackknife(
     if value is None:
         return None
     names = sorted({cluster(row) for row in rows}, key=lambda name: (zlib.crc32(name.encode()), name))
-    num_groups = min(len(names), MAX_GROUPS)
+    num_groups = min(len(names), _MAX_GROUPS)
     if num_groups < 2:
         return Estimate(value, math.inf, len(names))
     group_of = {name: number % num_groups for number, name in enumerate(names)}

@@ -11,23 +11,23 @@ from typing import Any, Literal, get_args
 
 import ray
 
-Pool = Literal["decode", "vision", "train"]
+_Pool = Literal["decode", "vision", "train"]
 
 POOL_LABEL = "pool"
-POOLS_LABEL = "pools"  # a label's value may hold dots, but no commas
+_POOLS_LABEL = "pools"  # a label's value may hold dots, but no commas
 
 
-def find_pools() -> frozenset[Pool]:
+def find_pools() -> frozenset[_Pool]:
     """Return the pools that the connected cluster has, or can make nodes for."""
     return pools_among([node["Labels"] for node in alive_nodes()])
 
 
 def can_grow() -> bool:
     """Return whether the connected cluster makes nodes when they are wanted."""
-    return any(node["Labels"].get(POOLS_LABEL) for node in alive_nodes())
+    return any(node["Labels"].get(_POOLS_LABEL) for node in alive_nodes())
 
 
-def in_pool(pool: Pool) -> dict[str, Any]:
+def in_pool(pool: _Pool) -> dict[str, Any]:
     """Return the options of a task or actor that belongs to a pool; none where the connected cluster has no such pool.
 
     A cluster that grows brings the pool another node when it loses its last. On any other, the work goes on elsewhere.
@@ -35,12 +35,12 @@ def in_pool(pool: Pool) -> dict[str, Any]:
     return pool_options(pool, find_pools(), elsewhere=not can_grow())
 
 
-def pool_selector(pool: Pool) -> dict[str, str] | None:
+def pool_selector(pool: _Pool) -> dict[str, str] | None:
     """Return the labels of a pool's nodes, None where the connected cluster has no such pool."""
     return {POOL_LABEL: pool} if pool in find_pools() else None
 
 
-def pool_resources(pool: Pool) -> dict[str, float]:
+def pool_resources(pool: _Pool) -> dict[str, float]:
     """Return the CPUs and GPUs that are there for a pool's work: those of its nodes, or all where there is no pool."""
     nodes = alive_nodes()
     if pool in find_pools():
@@ -48,14 +48,14 @@ def pool_resources(pool: Pool) -> dict[str, float]:
     return {name: sum(node["Resources"].get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
 
 
-def pools_among(labels: Sequence[Mapping[str, str]]) -> frozenset[Pool]:
+def pools_among(labels: Sequence[Mapping[str, str]]) -> frozenset[_Pool]:
     """Return the pools that nodes with these labels belong to or announce; other values of theirs are not ours."""
     named = {some.get(POOL_LABEL) for some in labels}
-    named |= {name for some in labels for name in some.get(POOLS_LABEL, "").split(".")}
-    return frozenset(pool for pool in get_args(Pool) if pool in named)
+    named |= {name for some in labels for name in some.get(_POOLS_LABEL, "").split(".")}
+    return frozenset(pool for pool in get_args(_Pool) if pool in named)
 
 
-def pool_options(pool: Pool, pools: AbstractSet[Pool], *, elsewhere: bool) -> dict[str, Any]:
+def pool_options(pool: _Pool, pools: AbstractSet[_Pool], *, elsewhere: bool) -> dict[str, Any]:
     """Return the options of what belongs to ``pool``, among the ``pools`` that there are; it may run ``elsewhere`` too.
 
     On a cluster that grows it must not: Ray makes nodes only for work that nothing else takes.

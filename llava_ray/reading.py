@@ -8,7 +8,7 @@ from typing import Any
 
 from llava_ray.errors import CheckpointError, ConfigError, LlavaRayError, ModelError
 
-MAX_DEPTH = 64  # of lists and tables in each other
+_MAX_DEPTH = 64  # of lists and tables in each other
 INT_BITS = 63
 LARGE_INT_BITS = 100  # tokenizers that were trained for no length say 10 ** 30
 MAX_SHOWN = 200  # characters of a value or reason in a message
@@ -95,8 +95,8 @@ def check_plain(
     while stack:
         value, key, depth = stack.pop()
         if isinstance(value, dict | list):
-            if depth == MAX_DEPTH:
-                raise kind(f"{where}: {shown(key)} has more than {MAX_DEPTH} lists or tables in each other; mend it.")
+            if depth == _MAX_DEPTH:
+                raise kind(f"{where}: {shown(key)} has more than {_MAX_DEPTH} lists or tables in each other; mend it.")
             inside = value.items() if isinstance(value, dict) else enumerate(value)
             stack += [(item, f"{key}.{name}" if key else str(name), depth + 1) for name, item in inside if item]
         elif isinstance(value, int) and value.bit_length() > bits:

@@ -10,8 +10,8 @@ import re
 import unicodedata
 from dataclasses import dataclass, field
 
-BEST = 10.0
-MAX_READ = 100_000  # characters of a reply; no verdict is so long
+_MAX_SCORE = 10.0
+_MAX_READ = 100_000  # characters of a reply; no verdict is so long
 
 _NAMES = r"(?:think(?:ing)?|thoughts?|reason(?:ing)?|analysis|reflection|scratchpad|seed:think)"
 _OPEN = re.compile(
@@ -106,10 +106,10 @@ class _Said:
 
 def spoken(reply: str) -> str | None:
     """Return a reply without its thoughts and their marks; None where the thoughts do not end."""
-    text = reply[:MAX_READ]
+    text = reply[:_MAX_READ]
     while (close := _CLOSE.search(text)) is not None:
         text = text[close.end() :]
-    return None if _OPEN.search(text) or len(reply) > MAX_READ else text.strip()
+    return None if _OPEN.search(text) or len(reply) > _MAX_READ else text.strip()
 
 
 def parse_pair_strictly(review: str) -> tuple[float, float] | None:
@@ -124,7 +124,7 @@ def parse_pair_strictly(review: str) -> tuple[float, float] | None:
 
 def parse_pair(review: str) -> tuple[float, float] | None:
     """Return the two scores of 1 to 10, of the first and of the second answer, if the reply says exactly these."""
-    lines = _read(review, 1.0, BEST)
+    lines = _read(review, 1.0, _MAX_SCORE)
     said = _Said()
     if lines is None or any(_BAD_LABEL.search(line.signs) or _is_reversed(line) for line in lines):
         return None
@@ -149,7 +149,7 @@ def parse_pair(review: str) -> tuple[float, float] | None:
 
 def parse_score(review: str) -> float | None:
     """Return the score of 1 to 10, if the reply says exactly one."""
-    return _only(_read(review, 1.0, BEST))
+    return _only(_read(review, 1.0, _MAX_SCORE))
 
 
 def parse_first_word(reply: str) -> float | None:
@@ -210,8 +210,8 @@ def _read(reply: str, least: float, most: float) -> list[_Line] | None:
 def _line(raw: str, least: float, most: float) -> _Line:
     text = re.sub(r"(?<!\w)_+|_+(?!\w)", "", raw.translate(_MARKS))
     text = _BULLET.sub("", " ".join(text.split()))
-    text = " ".join((_SCALE if most == BEST else _UNIT_SCALE).sub(" ", text).split())
-    if most == BEST:
+    text = " ".join((_SCALE if most == _MAX_SCORE else _UNIT_SCALE).sub(" ", text).split())
+    if most == _MAX_SCORE:
         text = _OF_TEN.sub(" ", text)
     signs, scores = [], []
     for token in _TOKEN.finditer(text):

@@ -21,13 +21,13 @@ from llava_ray.shared_storage import Places, check_shared
 from llava_ray.uploads import check_upload
 
 # CPUs kept for reading and decoding beside the train workers.
-DATA_CPUS = 1.0
+_DATA_CPUS = 1.0
 
-RUN_LIMIT = 512 * 10**6  # bytes of a working directory that Ray takes when a run joins a cluster
+_RUN_LIMIT = 512 * 10**6  # bytes of a working directory that Ray takes when a run joins a cluster
 
 DASHBOARD_VARIABLE = "RAY_API_SERVER_ADDRESS"  # where Ray's State API looks first
 
-NOTHING_SHARED = Places()
+_NOTHING_SHARED = Places()
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Resources:
 @contextmanager
 def connected(
     cluster: ClusterConfig,
-    shared: Places = NOTHING_SHARED,
+    shared: Places = _NOTHING_SHARED,
     *,
     runs: int = 1,
     quiet: bool = False,
@@ -77,22 +77,22 @@ def connected(
     log = LibraryLog(storage_path)
     print(f"Starting Ray; the libraries' own lines go to {log.path}", flush=True)  # noqa: T201
     with log.taking_over():
-        with keeping_sigterm():
+        with _keeping_sigterm():
             started_here = start(cluster, runs=runs, quiet=quiet)
         log.take_workers_lines()
-        with leaving(started_here):
+        with _leaving(started_here):
             if can_grow():  # a node that is made first takes longer than the minute after which Ray Train asks again
                 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")
             resources = fitted(cluster)
             if started_here and not resources.use_gpu:
                 resources = sharing_cores(resources, runs, given=cluster.cpus_per_worker != "auto")
             check_shared(shared)
-            tell(resources, "started here" if started_here else "joined")
+            _print_resources(resources, "started here" if started_here else "joined")
             yield resources
 
 
 @contextmanager
-def leaving(started_here: bool) -> Iterator[None]:
+def _leaving(started_here: bool) -> Iterator[None]:
     """Leave Ray at the end of the block."""
     try:
         yield
@@ -103,7 +103,7 @@ def leaving(started_here: bool) -> Iterator[None]:
 
 
 @contextmanager
-def keeping_sigterm() -> Iterator[None]:
+def _keeping_sigterm() -> Iterator[None]:
     """Give SIGTERM back to whom it belonged: Ray takes it, and its libraries print a stack where it comes."""
     before = signal.getsignal(signal.SIGTERM)
     yield
@@ -111,7 +111,7 @@ def keeping_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def tell(resources: Resources, how: str) -> None:
+def _print_resources(resources: Resources, how: str) -> None:
     """Say to the person who started the run what was found, and what it takes."""
     total, pools = ray.cluster_resources(), sorted(find_pools())
     print(  # noqa: T201
@@ -149,9 +149,9 @@ def start(cluster: ClusterConfig, *, runs: int = 1, quiet: bool = False) -> bool
         )
         return True
     # What a working directory leaves out is in .rayignore. Where llava_ray was installed, it is on the nodes already.
-    runtime_env = {} if inside_job or not (root() / ".rayignore").exists() else {"working_dir": str(root())}
+    runtime_env = {} if inside_job or not (_root() / ".rayignore").exists() else {"working_dir": str(_root())}
     if runtime_env:
-        check_upload(root(), RUN_LIMIT)
+        check_upload(_root(), _RUN_LIMIT)
     try:
         ray.init(address=address, runtime_env=runtime_env, logging_config=warnings_only, log_to_driver=not quiet)
     except ConnectionError as error:
@@ -175,24 +175,24 @@ def announced_port() -> int:
     return port
 
 
-def root() -> Path:
+def _root() -> Path:
     """Return the folder that holds llava_ray, evals and pipelines."""
     return Path(__file__).resolve().parent.parent
 
 
 def local_cpus(cluster: ClusterConfig, runs: int = 1) -> int:
     """Return the logical CPUs of a local cluster: all there are, and enough for workers and data side by side."""
-    return max(num_cores(), math.ceil(runs * (worker_cpus(cluster) + DATA_CPUS) + DATA_CPUS))
+    return max(num_cores(), math.ceil(runs * (_worker_cpus(cluster) + _DATA_CPUS) + _DATA_CPUS))
 
 
-def worker_cpus(cluster: ClusterConfig) -> float:
+def _worker_cpus(cluster: ClusterConfig) -> float:
     """Return the CPUs that all workers of a run would like to have."""
     return cluster.num_workers * (1.0 if cluster.cpus_per_worker == "auto" else cluster.cpus_per_worker)
 
 
 def local_runs(cluster: ClusterConfig) -> int:
     """Return how many runs at a time this machine's cores can carry."""
-    return max(1, int(num_cores() / worker_cpus(cluster)))
+    return max(1, int(num_cores() / _worker_cpus(cluster)))
 
 
 def sharing_cores(resources: Resources, runs: int, *, given: bool) -> Resources:
@@ -217,7 +217,7 @@ def num_cores() -> int:
 
 def runs_at_once(total: Mapping[str, float], resources: Resources) -> int:
     """Return how many runs a cluster with these resources has room for; at least the one that fits."""
-    fitting = (total.get("CPU", 0.0)) / (resources.num_workers * resources.cpus_per_worker + DATA_CPUS)
+    fitting = (total.get("CPU", 0.0)) / (resources.num_workers * resources.cpus_per_worker + _DATA_CPUS)
     if resources.use_gpu:
         fitting = min(fitting, total.get("GPU", 0.0) / (resources.num_workers * resources.gpus_per_worker))
     return max(1, int(fitting))
@@ -239,7 +239,7 @@ def fitted(cluster: ClusterConfig) -> Resources:
             f"{cluster.num_workers} workers want {cluster.gpus_per_worker:g} GPU each, {where} has {gpus:g}; "
             "lower cluster.num_workers or set cluster.use_gpu = false"
         )
-    data_cpus = 0.0 if "decode" in pools else DATA_CPUS
+    data_cpus = 0.0 if "decode" in pools else _DATA_CPUS
     room = cpus - data_cpus
     share = 1.0 if growing else min(1.0, math.floor(10 * room / cluster.num_workers) / 10)
     cpus_per_worker = share if cluster.cpus_per_worker == "auto" else cluster.cpus_per_worker

@@ -15,10 +15,10 @@ from llava_ray.errors import ConfigError
 from llava_ray.placement import POOL_LABEL, alive_nodes
 
 DRIVER = "driver"
-PATIENCE_S = 60.0
+_PATIENCE_S = 60.0
 """For all nodes together to answer; starting a worker process takes seconds."""
 
-REMEDY = (
+_REMEDY = (
     "mount one storage at the same place on all nodes (clusters/README.md, Storage), or name a URL that all can reach, "
     "such as s3://bucket/runs"
 )
@@ -34,8 +34,8 @@ class Places:
     @classmethod
     def of(cls, written: Sequence[str], read: Sequence[str | None]) -> "Places":
         """Write local paths out; among ``read``, leave out what is no file here: hub ids, and what is not set."""
-        here = [absolute(name) for name in read if name and ("://" in name or Path(name).expanduser().exists())]
-        return cls(tuple(map(absolute, written)), tuple(here))
+        here = [_absolute(name) for name in read if name and ("://" in name or Path(name).expanduser().exists())]
+        return cls(tuple(map(_absolute, written)), tuple(here))
 
 
 def check_shared(places: Places) -> None:
@@ -48,39 +48,39 @@ def check_shared(places: Places) -> None:
         return
     token = uuid.uuid4().hex
     try:
-        faults = [fault for place in places.written if (fault := attempt(write_mark, place, token, DRIVER))]
-        faults = faults or ask_nodes(nodes, places, token)
+        faults = [fault for place in places.written if (fault := _attempt(write_mark, place, token, DRIVER))]
+        faults = faults or _ask_nodes(nodes, places, token)
     finally:
         for place in places.written:
-            attempt(remove_marks, place, token, DRIVER)
+            _attempt(_remove_marks, place, token, DRIVER)
     if faults:
-        raise ConfigError("storage is not shared by all nodes: " + "; ".join(faults) + f". Remedy: {REMEDY}")
+        raise ConfigError("storage is not shared by all nodes: " + "; ".join(faults) + f". Remedy: {_REMEDY}")
 
 
-def ask_nodes(nodes: Sequence[dict[str, Any]], places: Places, token: str) -> list[str]:
+def _ask_nodes(nodes: Sequence[dict[str, Any]], places: Places, token: str) -> list[str]:
     """Return what is wrong, node by node: a mark of this process that is not seen, or one of theirs not seen here."""
     asked = {}
     for node in nodes:
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         task = ray.remote(look).options(num_cpus=0, scheduling_strategy=there, max_retries=0)
         asked[node["NodeID"]] = task.remote(places, token, node["NodeID"])
-    ray.wait(list(asked.values()), num_returns=len(asked), timeout=PATIENCE_S)
+    ray.wait(list(asked.values()), num_returns=len(asked), timeout=_PATIENCE_S)
     faults = []
     for node in nodes:
-        faults += [f"{described(node)}: {fault}" for fault in answer_of(asked[node["NodeID"]])] or [
-            f"{described(node)} writes to another {place!r} than this node"
+        faults += [f"{_described(node)}: {fault}" for fault in _answer_of(asked[node["NodeID"]])] or [
+            f"{_described(node)} writes to another {place!r} than this node"
             for place in places.written
-            if attempt(read_mark, place, token, node["NodeID"])
+            if _attempt(_read_mark, place, token, node["NodeID"])
         ]
     return faults
 
 
-def answer_of(task: ray.ObjectRef) -> list[str]:
+def _answer_of(task: ray.ObjectRef) -> list[str]:
     """Return a node's own complaints, or that it did not answer."""
     try:
         found: list[str] = ray.get(task, timeout=0)
     except GetTimeoutError:
-        return [f"no answer within {PATIENCE_S:g} s"]
+        return [f"no answer within {_PATIENCE_S:g} s"]
     except RayError as error:
         return [str(error).strip().splitlines()[-1]]
     return found
@@ -90,12 +90,12 @@ def look(places: Places, token: str, node_id: str) -> list[str]:
     """Read the driver's mark in each folder, leave one of this node's own, find what is read; return complaints."""
     faults = []
     for place in places.written:
-        fault = attempt(read_mark, place, token, DRIVER) or attempt(write_mark, place, token, node_id)
+        fault = _attempt(_read_mark, place, token, DRIVER) or _attempt(write_mark, place, token, node_id)
         faults += [fault] if fault else []
-    return faults + [fault for place in places.read if (fault := attempt(find, place, token, node_id))]
+    return faults + [fault for place in places.read if (fault := _attempt(_find, place, token, node_id))]
 
 
-def attempt(act: Callable[[str, str, str], None], place: str, token: str, name: str) -> str | None:
+def _attempt(act: Callable[[str, str, str], None], place: str, token: str, name: str) -> str | None:
     """Return what went wrong in words, None if nothing."""
     try:
         act(place, token, name)
@@ -111,7 +111,7 @@ def write_mark(place: str, token: str, name: str) -> None:
     files.pipe_file(f"{inner}/{mark(token, name)}", name.encode())
 
 
-def read_mark(place: str, token: str, name: str) -> None:
+def _read_mark(place: str, token: str, name: str) -> None:
     """Read such a file. Raises FileNotFoundError, or ValueError where somebody else wrote it."""
     files, inner = fsspec.core.url_to_fs(place)
     files.invalidate_cache()
@@ -123,7 +123,7 @@ def read_mark(place: str, token: str, name: str) -> None:
         raise ValueError("holds what nobody wrote")
 
 
-def find(place: str, token: str, name: str) -> None:
+def _find(place: str, token: str, name: str) -> None:
     """Raise FileNotFoundError where nothing is there."""
     del token, name
     files, inner = fsspec.core.url_to_fs(place)
@@ -137,7 +137,7 @@ def mark(token: str, name: str) -> str:
     return f".shared-{token}-{uuid.uuid5(uuid.NAMESPACE_URL, name).hex}"
 
 
-def remove_marks(place: str, token: str, name: str) -> None:
+def _remove_marks(place: str, token: str, name: str) -> None:
     """Leave nothing behind."""
     del name
     files, inner = fsspec.core.url_to_fs(place)
@@ -146,12 +146,12 @@ def remove_marks(place: str, token: str, name: str) -> None:
         files.rm_file(left)
 
 
-def absolute(folder: str) -> str:
+def _absolute(folder: str) -> str:
     """Return a URL as it is and a local path from the root."""
     return folder.rstrip("/") if "://" in folder else str(Path(folder).expanduser().absolute())
 
 
-def described(node: dict[str, Any]) -> str:
+def _described(node: dict[str, Any]) -> str:
     """Name a node as its operator knows it."""
     pool = node["Labels"].get(POOL_LABEL)
     return f"node {node['NodeManagerAddress']}" + (f" (pool {pool})" if pool else "")

@@ -13,11 +13,11 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from llava_ray.errors import ConfigError
 
-METRICS_PER_REQUEST = 1000  # MLflow's own limits
-PARAMS_PER_REQUEST = 100
-PARAM_LENGTH = 6000
+_METRICS_PER_REQUEST = 1000  # MLflow's own limits
+_PARAMS_PER_REQUEST = 100
+_PARAM_LENGTH = 6000
 
-PAGE = "http://127.0.0.1:5000"  # of `mlflow ui`
+_PAGE = "http://127.0.0.1:5000"  # of `mlflow ui`
 
 
 def default_tracking_uri(storage_path: str) -> str:
@@ -61,7 +61,7 @@ class TrackedRun:
             experiment_id = (
                 experiment.experiment_id
                 if experiment
-                else self.client.create_experiment(experiment_name, artifact_location=artifact_location(tracking_uri))
+                else self.client.create_experiment(experiment_name, artifact_location=_artifact_location(tracking_uri))
             )
             found = list(self.client.search_runs([experiment_id], f"tags.`llava_ray.run` = '{key}'", max_results=1))
             if found and settings and found[0].data.tags.get("llava_ray.settings", settings) != settings:
@@ -78,9 +78,9 @@ class TrackedRun:
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log a resolved config, flattened; values that are already there stay (MLflow's params never change)."""
         known = self.client.get_run(self.run_id).data.params
-        fresh = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in flattened(params) if key not in known]
-        for start in range(0, len(fresh), PARAMS_PER_REQUEST):
-            self.client.log_batch(self.run_id, params=fresh[start : start + PARAMS_PER_REQUEST])
+        fresh = [Param(key, str(value)[:_PARAM_LENGTH]) for key, value in _flattened(params) if key not in known]
+        for start in range(0, len(fresh), _PARAMS_PER_REQUEST):
+            self.client.log_batch(self.run_id, params=fresh[start : start + _PARAMS_PER_REQUEST])
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags: lineage, mostly."""
@@ -91,8 +91,8 @@ class TrackedRun:
         """Log the metrics of several steps."""
         now = int(time.time() * 1000)
         metrics = [Metric(key, value, now, step) for step, row in steps.items() for key, value in row.items()]
-        for start in range(0, len(metrics), METRICS_PER_REQUEST):
-            self.client.log_batch(self.run_id, metrics=metrics[start : start + METRICS_PER_REQUEST])
+        for start in range(0, len(metrics), _METRICS_PER_REQUEST):
+            self.client.log_batch(self.run_id, metrics=metrics[start : start + _METRICS_PER_REQUEST])
 
     def log_folder(self, folder: str, name: str) -> None:
         """Keep a folder's files as the artifact ``name``."""
@@ -123,20 +123,20 @@ def describe_page(tracking_uri: str, run_id: str) -> str:
     page = f"/#/experiments/{experiment}/runs"  # without the last word, MLflow opens its page of traces
     if tracking_uri.startswith("http"):
         return f"{tracking_uri.rstrip('/')}{page}/{run_id}"
-    return f"mlflow ui --backend-store-uri {tracking_uri}  then  {PAGE}{page}  (run {run_id})"
+    return f"mlflow ui --backend-store-uri {tracking_uri}  then  {_PAGE}{page}  (run {run_id})"
 
 
-def artifact_location(tracking_uri: str) -> str | None:
+def _artifact_location(tracking_uri: str) -> str | None:
     """Keep artifacts beside a SQLite store (MLflow would use the working directory); a server knows its own place."""
     if not tracking_uri.startswith("sqlite:///"):
         return None
     return (Path(tracking_uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts").as_uri()
 
 
-def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield dotted keys with their values."""
     for key, value in values.items():
         if isinstance(value, Mapping):
-            yield from flattened(value, f"{prefix}{key}.")
+            yield from _flattened(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

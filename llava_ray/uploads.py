@@ -7,9 +7,9 @@ from pathlib import Path
 from llava_ray.errors import ConfigError
 
 MB = 10**6
-JOB_LIMIT = 100 * 2**20  # bytes that Ray's dashboard takes of `ray job submit`; more is a bare "413"
-MAX_FILES = 100_000  # that are looked at: nobody's code has more
-NUM_SHOWN = 4
+_JOB_LIMIT = 100 * 2**20  # bytes that Ray's dashboard takes of `ray job submit`; more is a bare "413"
+_MAX_FILES = 100_000  # that are looked at: nobody's code has more
+_NUM_SHOWN = 4
 
 
 def measure_upload(root: Path) -> Counter[str]:
@@ -21,7 +21,7 @@ def measure_upload(root: Path) -> Counter[str]:
 
     sizes: Counter[str] = Counter()
     waiting, num_files = [(root.absolute(), list(get_excludes_from_ignore_files(root.absolute(), True)))], 0
-    while waiting and num_files < MAX_FILES:
+    while waiting and num_files < _MAX_FILES:
         folder, excludes = waiting.pop()
         for entry in os.scandir(folder):
             path = Path(entry.path)
@@ -35,12 +35,12 @@ def measure_upload(root: Path) -> Counter[str]:
     return sizes
 
 
-def check_upload(root: Path, limit: int = JOB_LIMIT) -> int:
+def check_upload(root: Path, limit: int = _JOB_LIMIT) -> int:
     """Return the bytes that would be sent; raise ConfigError, naming the largest folders, for more than ``limit``."""
     sizes = measure_upload(root)
     total = sizes.total()
     if total > limit:
-        largest = sizes.most_common(NUM_SHOWN)
+        largest = sizes.most_common(_NUM_SHOWN)
         named = ", ".join(f"{name} {size / MB:,.0f} MB" for name, size in largest if size >= MB)
         raise ConfigError(
             f"{root} would be sent to the cluster with {total / MB:,.0f} MB, Ray takes {limit / MB:,.0f}: {named}. "

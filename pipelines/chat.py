@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 with contextlib.suppress(ImportError):  # some systems have none
     import readline  # noqa: F401 - lets input() edit and remember lines
 
-HELP = "/image FILE shows an image with the next question, /clear begins anew; Ctrl-C stops an answer, Ctrl-D leaves."
+_HELP = "/image FILE shows an image with the next question, /clear begins anew; Ctrl-C stops an answer, Ctrl-D leaves."
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -48,14 +48,14 @@ def main(arguments: Sequence[str]) -> None:
     session = load_session(settings)
     print(describe_model(session.parts), file=sys.stderr)
     if settings.prompt is None:
-        print(HELP)
-        converse(session)
+        print(_HELP)
+        _converse(session)
     else:
         reply = session.ask(settings.prompt)
         print(json.dumps(vars(reply)) if settings.json else reply.text)
 
 
-def converse(session: "ChatSession") -> None:
+def _converse(session: "ChatSession") -> None:
     """Answer line by line until the input ends; what cannot be done is said, and the conversation goes on."""
     while True:
         try:
@@ -64,12 +64,12 @@ def converse(session: "ChatSession") -> None:
             print()
             return
         try:
-            obey(session, line)
+            _obey(session, line)
         except LlavaRayError as error:
             print(error, file=sys.stderr)
 
 
-def obey(session: "ChatSession", line: str) -> None:
+def _obey(session: "ChatSession", line: str) -> None:
     """Do what a line says."""
     command, _, rest = line.partition(" ")
     if command == "/image" and rest:
@@ -77,7 +77,7 @@ def obey(session: "ChatSession", line: str) -> None:
     elif command == "/clear":
         session.clear()
     elif line.startswith("/"):
-        print(HELP)
+        print(_HELP)
     elif line:
         session.ask(line, on_text=lambda piece: print(piece, end="", flush=True))
         print()

@@ -12,11 +12,11 @@ from types import FrameType
 
 from llava_ray.errors import ConfigError, LlavaRayError, Stopped
 
-INTERRUPTED = 130  # the shell's own code for Ctrl-C
-RESUMABLE = "Stopped. The same command goes on from what is done."
+_INTERRUPTED = 130  # the shell's own code for Ctrl-C
+_RESUMABLE = "Stopped. The same command goes on from what is done."
 
 
-def run_command(main: Callable[[Sequence[str]], object], *, when_stopped: str = RESUMABLE) -> None:
+def run_command(main: Callable[[Sequence[str]], object], *, when_stopped: str = _RESUMABLE) -> None:
     """Run ``main`` on the command line's arguments; exit with 1 and one line for what a user can mend.
 
     ``when_stopped`` is said after Ctrl-C and SIGTERM, where ``main`` says nothing better.
@@ -30,7 +30,7 @@ def run_command(main: Callable[[Sequence[str]], object], *, when_stopped: str = 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or when_stopped, file=sys.stderr)
-        sys.exit(interrupt.exit_code if isinstance(interrupt, Stopped) else INTERRUPTED)
+        sys.exit(interrupt.exit_code if isinstance(interrupt, Stopped) else _INTERRUPTED)
 
 
 def stop(number: int, frame: FrameType | None) -> None:

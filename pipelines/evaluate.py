@@ -16,16 +16,16 @@ from llava_ray.config.booleans import bare_switches, switches_of
 from pipelines import evaluate_commands as commands
 from pipelines.command import run_command
 
-TOOLS: dict[str, Callable[..., object]] = {"score": commands.score, "compare": commands.compare}
+_TOOLS: dict[str, Callable[..., object]] = {"score": commands.run_score, "compare": commands.run_compare}
 
 
 def main(arguments: Sequence[str]) -> object:
     """Run the subcommand that is named first: ``run`` takes a recipe, the tools plain arguments."""
     if arguments[:1] == ["run"]:
         return commands.run(arguments[1:])
-    spelt = bare_switches(arguments, switches_of(*TOOLS.values()))
+    spelt = bare_switches(arguments, switches_of(*_TOOLS.values()))
     return tyro.extras.subcommand_cli_from_dict(
-        TOOLS, args=spelt, prog="evaluate.py", description=__doc__, use_underscores=True
+        _TOOLS, args=spelt, prog="evaluate.py", description=__doc__, use_underscores=True
     )
 
 

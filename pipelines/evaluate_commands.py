@@ -12,11 +12,11 @@ from evals.benchmark import Profile
 from evals.published import asked_of
 from pipelines.command import split_dry_run
 
-First = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
-Second = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="B")]
+_First = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
+_Second = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="B")]
 
 
-def score(  # noqa: PLR0913 - flags
+def run_score(  # noqa: PLR0913 - flags
     benchmark: str,
     data: Path,
     answers: Path,
@@ -40,19 +40,19 @@ def score(  # noqa: PLR0913 - flags
         tracking_uri: Keep it in this MLflow too.
         json: Print one JSON object and nothing else.
     """
-    from evals.tables import headline, interval_text
-    from pipelines.evaluation_results import ScoreRequest, score_answers, track, write_results
+    from evals.tables import format_headline, interval_text
+    from pipelines.evaluation_results import ScoreRequest, log_evaluation, score_answers, write_results
 
     scored = score_answers(ScoreRequest(benchmark, data, answers, profile, reviews))
     summary = scored.summary
     if output is not None:
         write_results(output, [scored])
     if tracking_uri is not None:
-        track(tracking_uri, str((output or answers).resolve()), [summary], output)
+        log_evaluation(tracking_uri, str((output or answers).resolve()), [summary], output)
     if json:
         print(json_format.dumps(summary, ensure_ascii=False))
         return
-    print(f"{summary['benchmark']} ({summary['profile']}): {summary['metric']} {headline(summary)}")
+    print(f"{summary['benchmark']} ({summary['profile']}): {summary['metric']} {format_headline(summary)}")
     print(f"  95 % interval  {interval_text(summary)}")
     print(f"  {'questions':<14} {asked_of(summary['benchmark'], summary['num_questions'], summary['num_questions'])}")
     for key in ("num_scored", "missing", "duplicate", "extra", "unparsed", "failed"):
@@ -63,7 +63,7 @@ def score(  # noqa: PLR0913 - flags
         print(f"  report         {output}/report.html")
 
 
-def compare(first: First, second: Second, *, json: bool = False) -> None:
+def run_compare(first: _First, second: _Second, *, json: bool = False) -> None:
     """Say how much better A is than B, question by question, with the 95 % interval of the difference.
 
     Args:
@@ -95,9 +95,9 @@ def run(arguments: Sequence[str]) -> list[dict[str, object]]:
     """
     asked, arguments = split_dry_run(arguments)
     if asked.dry_run:
-        from pipelines.evaluation_dry_run import describe
+        from pipelines.evaluation_dry_run import describe_evaluation
 
-        for line in describe(arguments, asked.gpu_memory_gib):
+        for line in describe_evaluation(arguments, asked.gpu_memory_gib):
             print(line)
         return []
     from pipelines.evaluation_run import evaluate

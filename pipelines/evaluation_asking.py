@@ -17,21 +17,21 @@ from evals.files import as_json
 from evals.ranking import LogLikelihood, Ranking, best_letter, candidates, shown_to_rank
 from llava_ray.config.sections import AskConfig, EvaluateConfig
 from llava_ray.errors import ConfigError
-from llava_ray.generate.answers import Actors, Answer, Decoding, ModelToLoad, stream_answers
+from llava_ray.generate.answers import Actors, Decoding, GeneratedAnswer, ModelToLoad, stream_answers
 from llava_ray.generate.answers_file import AnswersFile
-from llava_ray.generate.questions import Question
+from llava_ray.generate.questions import ModelQuestion
+from llava_ray.model.formats.manifest import fingerprint_weights, library_versions
 from llava_ray.model.loading import read_pretrained_blueprint
-from llava_ray.model.manifest import fingerprint, library_versions
 from llava_ray.placement import alive_nodes, pool_resources
 
-SEPARATOR = "\n"  # between a benchmark's name and a question's id
-SECONDS_BETWEEN_LINES = 5.0
-DATA_CPUS = 0.5  # what decoding needs beside the actors
+_SEPARATOR = "\n"  # between a benchmark's name and a question's id
+_SECONDS_BETWEEN_LINES = 5.0
+_DATA_CPUS = 0.5  # what decoding needs beside the actors
 SAME_ANSWERS = ("model_hash", "template", "image_aspect_ratio", "generation", "max_new_tokens")
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedBenchmark:
     """A benchmark whose questions are asked: where its data are, where its answers go."""
 
     benchmark: Benchmark
@@ -46,27 +46,29 @@ class Asked:
 
     def key(self, name: str) -> str:
         """Return the id of a question in the one job that asks all benchmarks."""
-        return f"{self.benchmark.name}{SEPARATOR}{name}"
+        return f"{self.benchmark.name}{_SEPARATOR}{name}"
 
     def unanswered(self) -> list[BenchmarkQuestion]:
         """Return the questions without an answer in the file."""
         return [question for question in self.questions if question.id not in self.file.rows]
 
 
-def list_benchmarks(config: AskConfig, folder: Path) -> list[Asked]:
+def list_benchmarks(config: AskConfig, folder: Path) -> list[AskedBenchmark]:
     """Read every benchmark's questions. Raises ConfigError, DataError."""
     listed = []
     for entry in config.benchmarks:
         name, _, data = entry.partition("=")
         benchmark = make_benchmark(name)
         questions = benchmark.read(Path(data))[: config.max_questions]
-        listed.append(Asked(benchmark, Path(data), questions, AnswersFile(folder / benchmark.name / "answers.jsonl")))
+        listed.append(
+            AskedBenchmark(benchmark, Path(data), questions, AnswersFile(folder / benchmark.name / "answers.jsonl"))
+        )
     return listed
 
 
-def ask(config: EvaluateConfig, model: ModelToLoad, asked: Sequence[Asked]) -> None:
+def ask(config: EvaluateConfig, model: ModelToLoad, asked: Sequence[AskedBenchmark]) -> None:
     """Ask all that is not answered yet: in one stream what is ranked, or written with the same limit of tokens."""
-    streams: dict[tuple[int, bool], list[Question]] = defaultdict(list)
+    streams: dict[tuple[int, bool], list[ModelQuestion]] = defaultdict(list)
     for one in asked:
         for question in one.unanswered():
             made = as_asked(one, question, config.evaluate.ranking)
@@ -74,20 +76,20 @@ def ask(config: EvaluateConfig, model: ModelToLoad, asked: Sequence[Asked]) -> N
     spoken = time.monotonic()
     for (limit, _), questions in streams.items():
         decoding = Decoding(limit, config.evaluate.temperature, config.evaluate.batch_size)
-        for batch in stream_answers(model, questions, decoding, pool(config)):
-            keep(batch, asked, Path(model.model_path).name)
-            if time.monotonic() - spoken > SECONDS_BETWEEN_LINES:
+        for batch in stream_answers(model, questions, decoding, _pool(config)):
+            save_answers(batch, asked, Path(model.model_path).name)
+            if time.monotonic() - spoken > _SECONDS_BETWEEN_LINES:
                 spoken = time.monotonic()
-                print(progress(asked), flush=True)
-    print(progress(asked), flush=True)
+                print(_progress(asked), flush=True)
+    print(_progress(asked), flush=True)
 
 
-def keep(batch: Sequence[Answer], asked: Sequence[Asked], model_id: str) -> None:
+def save_answers(batch: Sequence[GeneratedAnswer], asked: Sequence[AskedBenchmark], model_id: str) -> None:
     """Write a batch's answers, in LLaVA's form, to the files of their benchmarks."""
     by_name = {one.benchmark.name: one for one in asked}
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for answer in batch:
-        name, _, number = answer.id.partition(SEPARATOR)
+        name, _, number = answer.id.partition(_SEPARATOR)
         question = by_name[name].by_id[number]
         asked_as = {"question_id": number, "prompt": question.prompt}
         text, metadata = answer.answer, {}
@@ -100,19 +102,19 @@ def keep(batch: Sequence[Answer], asked: Sequence[Asked], model_id: str) -> None
         by_name[name].file.append(some)
 
 
-def as_asked(one: Asked, question: BenchmarkQuestion, ranking: Ranking | None = None) -> Question:
+def as_asked(one: AskedBenchmark, question: BenchmarkQuestion, ranking: Ranking | None = None) -> ModelQuestion:
     """Return a benchmark's question as the actors take it."""
     images = [image if isinstance(image, bytes) else str(image.resolve()) for image in question.images]
     if ranking is None or not question.options:
-        return Question(one.key(question.id), question.prompt, images or None)
+        return ModelQuestion(one.key(question.id), question.prompt, images or None)
     shown = shown_to_rank(question, ranking)
-    return Question(one.key(question.id), shown, images or None, candidates(question, ranking))
+    return ModelQuestion(one.key(question.id), shown, images or None, candidates(question, ranking))
 
 
-def pool(config: EvaluateConfig) -> Actors:
+def _pool(config: EvaluateConfig) -> Actors:
     """Return who answers: an actor a GPU, or as many as leave CPUs for decoding."""
     total, given = pool_resources("train"), config.actors
-    room = total["CPU"] - DATA_CPUS
+    room = total["CPU"] - _DATA_CPUS
     alone = given.num_actors and not total["GPU"] and len(alive_nodes()) == 1
     shared = max(1.0, room // given.num_actors) if given.num_actors and alone else 1.0
     cpus = shared if given.cpus_per_actor == "auto" else given.cpus_per_actor
@@ -120,17 +122,17 @@ def pool(config: EvaluateConfig) -> Actors:
     return Actors(given.num_actors or fitting, cpus)
 
 
-def progress(asked: Sequence[Asked]) -> str:
+def _progress(asked: Sequence[AskedBenchmark]) -> str:
     """Say how far each benchmark is."""
     return "  ".join(f"{one.benchmark.name} {len(one.file.rows):,}/{len(one.questions):,}" for one in asked)
 
 
-def token_limit(config: AskConfig, one: Asked) -> int:
+def token_limit(config: AskConfig, one: AskedBenchmark) -> int:
     """Return the longest answer of a benchmark in tokens."""
     return config.max_new_tokens or one.benchmark.max_new_tokens
 
 
-def check_ranking(config: AskConfig, asked: Sequence[Asked]) -> None:
+def check_ranking(config: AskConfig, asked: Sequence[AskedBenchmark]) -> None:
     """Raise ConfigError if options are to be ranked and no benchmark has any."""
     if config.ranking and not any(question.options for one in asked for question in one.questions):
         names = ", ".join(one.benchmark.name for one in asked)
@@ -159,11 +161,11 @@ def model_hash(path: str) -> str:
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     digest = hashlib.sha256("".join(f"{file.relative_to(folder)} {file.stat().st_size}\n" for file in files).encode())
     for weights in sorted({file.parent for file in files if file.suffix == ".safetensors"}):
-        digest.update(fingerprint(weights).encode())
+        digest.update(fingerprint_weights(weights).encode())
     return digest.hexdigest()[:16]
 
 
-def check_settings(path: Path, made: Mapping[str, Any], *, has_answers: bool) -> None:
+def check_answer_settings(path: Path, made: Mapping[str, Any], *, has_answers: bool) -> None:
     """Write how answers are made, or refuse to mix them with those of another model or setting."""
     kept = json.loads(path.read_text(encoding="utf-8")) if has_answers and path.exists() else None
     if kept is None:

@@ -16,7 +16,7 @@ from evals.catalogue import make_benchmark
 from evals.comparison import write_result
 from evals.files import as_json, hash_files
 from evals.published import comparison_note, published_figures
-from evals.scoring import Result, summarise, summarise_unscored
+from evals.scoring import Result, summarise_unscored, summarize_result
 from evals.scoring import score as score_benchmark
 from evals.tables import flat_metrics, markdown
 from llava_ray.config.sections import MAX_IMAGE_PIXELS
@@ -27,9 +27,9 @@ from llava_ray.report.pieces import Picture
 from llava_ray.report.rendering import write_report
 
 PROVENANCE = "provenance.json"
-MAX_MISTAKES = 60
-THUMBNAIL = (320, 320)
-EXPERIMENT = "llava_ray evaluation"
+_MAX_MISTAKES = 60
+_THUMBNAIL = (320, 320)
+_EXPERIMENT = "llava_ray evaluation"
 
 
 @dataclass(frozen=True)
@@ -66,15 +66,15 @@ def score_answers(
         raise DataError(f"there is no folder {request.data}; evals/README.md says what {benchmark.title} needs in it.")
     questions, answers = benchmark.read(request.data)[:max_questions], read_answers(request.answers)
     judge: Judge | None = read_reviews(request.reviews) if request.reviews else None
-    made = provenance(request, questions, answers)
-    if reason := why_unscored(benchmark, questions, request, without_judge=without_judge):
+    made = _describe_answers_origin(request, questions, answers)
+    if reason := _why_unscored(benchmark, questions, request, without_judge=without_judge):
         summary = summarise_unscored(benchmark, questions, answers, request.profile, made, reason)
         return ScoredAnswers(benchmark, questions, join(questions, answers).answers, None, summary)
     result = score_benchmark(benchmark, questions, answers, request.profile, judge, made)
-    return ScoredAnswers(benchmark, questions, result.joined.answers, result, summarise(result))
+    return ScoredAnswers(benchmark, questions, result.joined.answers, result, summarize_result(result))
 
 
-def why_unscored(
+def _why_unscored(
     benchmark: Benchmark, questions: Sequence[Question], request: ScoreRequest, *, without_judge: bool
 ) -> str | None:
     """Say why answers cannot be scored here, if they cannot."""
@@ -85,7 +85,9 @@ def why_unscored(
     return None
 
 
-def provenance(request: ScoreRequest, questions: Sequence[Question], answers: Sequence[Answer]) -> dict[str, Any]:
+def _describe_answers_origin(
+    request: ScoreRequest, questions: Sequence[Question], answers: Sequence[Answer]
+) -> dict[str, Any]:
     """Say what was scored by which rule, and how the answers were made, if a file beside them tells."""
     prompts = [question.prompt for question in questions]
     beside = request.answers.parent / PROVENANCE
@@ -119,10 +121,10 @@ def write_results(folder: Path, scored: Sequence[ScoredAnswers], *, own_folders:
             target.write_bytes(content)
     names = ", ".join(one.benchmark.title for one in scored)
     (folder / "report.md").write_text(f"# {names}\n\n{markdown([one.summary for one in scored])}", encoding="utf-8")
-    write_report(folder / "report.html", evaluation_report(f"Evaluation: {names}", [shown(one) for one in scored]))
+    write_report(folder / "report.html", evaluation_report(f"Evaluation: {names}", [_shown(one) for one in scored]))
 
 
-def shown(one: ScoredAnswers) -> Scored:
+def _shown(one: ScoredAnswers) -> Scored:
     """Return what the report shows of a benchmark."""
     rows = [row for row in one.result.rows if row.score < 1] if one.result else []
     by_id = {question.id: question for question in one.questions}
@@ -137,7 +139,7 @@ def shown(one: ScoredAnswers) -> Scored:
             row.score,
             row.categories,
         )
-        for row in rows[:MAX_MISTAKES]
+        for row in rows[:_MAX_MISTAKES]
     ]
     kind, num = one.benchmark, len(one.questions)
     published, note = published_figures(kind.name, num), comparison_note(kind.name, num)
@@ -153,19 +155,19 @@ def thumbnails(question: Question) -> list[Picture]:
             image = open_image(content, f"image {number} of question {question.id!r}", max_pixels=MAX_IMAGE_PIXELS)
         except (OSError, ImageError):  # scoring needs no images, so the report does without
             continue
-        image.thumbnail(THUMBNAIL, Image.Resampling.BILINEAR)
+        image.thumbnail(_THUMBNAIL, Image.Resampling.BILINEAR)
         file = io.BytesIO()
         image.convert("RGB").save(file, "JPEG", quality=80)
         pictures.append(Picture(file.getvalue(), f"image {number} of question {question.id}"))
     return pictures
 
 
-def track(
+def log_evaluation(
     tracking_uri: str,
     key: str,
     summaries: Sequence[Mapping[str, Any]],
     folder: Path | None,
-    experiment: str = EXPERIMENT,
+    experiment: str = _EXPERIMENT,
 ) -> str:
     """Keep scores, settings and files in MLflow; the same key is the same run. Return the run's id."""
     from llava_ray.tracking import TrackedRun

@@ -18,16 +18,16 @@ from pipelines import export_commands as commands
 from pipelines.command import run_command
 
 SUBCOMMANDS: dict[str, Callable[..., None]] = {
-    "inspect": commands.inspect,
+    "inspect": commands.run_inspect,
     "hub": commands.hub,
     "original": commands.original,
     "bundle": commands.bundle,
     "projector": commands.projector,
     "adapter": commands.adapter,
-    "merge": commands.merge,
-    "consolidate": commands.consolidate,
-    "make-delta": commands.make_delta,
-    "apply-delta": commands.apply_delta,
+    "merge": commands.run_merge,
+    "consolidate": commands.run_consolidate,
+    "make-delta": commands.run_make_delta,
+    "apply-delta": commands.run_apply_delta,
 }
 
 

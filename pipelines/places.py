@@ -10,7 +10,7 @@ from llava_ray.config.space import Space
 from llava_ray.errors import ConfigError
 from llava_ray.reading import shown
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # owner/name, or a name alone
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # owner/name, or a name alone
 
 
 def check_run_places(config: FinetuneConfig, space: Space | None = None) -> None:
@@ -44,15 +44,15 @@ def check_models(named: Mapping[str, str | None]) -> None:
                 f"{key} = {shown(name)}: models are read from folders that every node sees, or by hub id; copy it to "
                 "one and give its path"
             )
-        if not HUB_ID.fullmatch(name) or ("/" in name and exists(name.partition("/")[0])):
-            raise ConfigError(f"{key} = {shown(name)}: nothing is there{near(name)}")
+        if not _HUB_ID.fullmatch(name) or ("/" in name and exists(name.partition("/")[0])):
+            raise ConfigError(f"{key} = {shown(name)}: nothing is there{_near(name)}")
 
 
 def check_files(named: Mapping[str, str | None]) -> None:
     """Raise ConfigError for a file or folder of this machine, by its key, that is not there."""
     for key, name in named.items():
         if name is not None and "://" not in name and "*" not in name and not exists(name):
-            raise ConfigError(f"{key} = {shown(name)}: nothing is there{near(name)}")
+            raise ConfigError(f"{key} = {shown(name)}: nothing is there{_near(name)}")
 
 
 def check_export(model: Path, output: Path) -> None:
@@ -70,7 +70,7 @@ def exists(name: str) -> bool:
         return False
 
 
-def near(name: str) -> str:
+def _near(name: str) -> str:
     """Say what is there instead: a name that looks like it, or how far the path leads."""
     try:
         path = Path(name).expanduser().absolute()

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from llava_ray.data.shards import PreparedData
 
 # Sections of a recipe for finetune.py that say nothing about data.
-OTHER_SECTIONS = ("model", "train", "lora", "tracking")
+_OTHER_SECTIONS = ("model", "train", "lora", "tracking")
 
 
 def main(arguments: Sequence[str]) -> "PreparedData":
     """Prepare, and say what came out and where it is."""
-    config = load_recipe(PrepareConfig, arguments, ignore=OTHER_SECTIONS)
+    config = load_recipe(PrepareConfig, arguments, ignore=_OTHER_SECTIONS)
     check_data_places(config.data)
     from llava_ray.data.preparation import check_source, prepare_data
     from llava_ray.runtime import connected
@@ -32,11 +32,11 @@ def main(arguments: Sequence[str]) -> "PreparedData":
     shared = Places.of([config.data.cache_dir], [config.data.data_path, config.data.image_folder])
     with connected(config.cluster, shared, storage_path=config.run.storage_path):
         prepared = prepare_data(config.data)
-    tell(prepared)
+    _print_prepared(prepared)
     return prepared
 
 
-def tell(prepared: "PreparedData") -> None:
+def _print_prepared(prepared: "PreparedData") -> None:
     """Print counts, reasons, sizes and places."""
     from llava_ray.data.record_keys import describe_ignored
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from llava_ray.config.sections import MODEL_PATHS, FinetuneConfig
 from llava_ray.errors import ConfigError
 
-RECIPES = Path(__file__).parent / "recipes"
+_RECIPES = Path(__file__).parent / "recipes"
 # What is made by a command that is no recipe: the beginning of the path, and the command.
-MADE_BY = {
+_MADE_BY = {
     "runs/cache/quickstart/words-language-model": "python pipelines/quickstart_sweep.py",
     "runs/cache/quickstart": "python pipelines/quickstart.py",
     "runs/quickstart": "python pipelines/quickstart.py",
@@ -23,7 +23,7 @@ def missing_models(config: FinetuneConfig) -> dict[str, str]:
     return {key: command for key, command in found.items() if command}
 
 
-def refuse_missing(config: FinetuneConfig, missing: Mapping[str, str]) -> None:
+def check_prerequisites(config: FinetuneConfig, missing: Mapping[str, str]) -> None:
     """Raise ConfigError that says what to run first."""
     for key, command in missing.items():
         path = getattr(config.model, key.partition(".")[2])
@@ -32,11 +32,11 @@ def refuse_missing(config: FinetuneConfig, missing: Mapping[str, str]) -> None:
 
 def find_maker(path: str) -> str | None:
     """Return the command that makes a folder; None if none of ours does."""
-    for start, command in MADE_BY.items():
+    for start, command in _MADE_BY.items():
         if Path(path).is_relative_to(start):
             return command
-    for recipe in sorted(RECIPES.glob("*/*.toml")):
+    for recipe in sorted(_RECIPES.glob("*/*.toml")):
         run = tomllib.loads(recipe.read_text(encoding="utf-8")).get("run", {})
         if run.get("name") and Path(path) == Path(run.get("storage_path", "runs"), run["name"], "model"):
-            return f"python pipelines/finetune.py pipelines/recipes/{recipe.relative_to(RECIPES)}"
+            return f"python pipelines/finetune.py pipelines/recipes/{recipe.relative_to(_RECIPES)}"
     return None

@@ -17,7 +17,7 @@ from llava_ray.config.preview import PreviewSettings
 from pipelines.command import run_command
 from pipelines.places import check_files, check_models
 
-NUM_IN_REPORT = 200
+_NUM_IN_REPORT = 200
 
 
 def main(arguments: Sequence[str]) -> Path | None:
@@ -30,16 +30,16 @@ def main(arguments: Sequence[str]) -> Path | None:
     )
     check_models({key: getattr(settings, key) for key in ("model", "tokenizer", "model_base", "vision_tower")})
     check_files({key: getattr(settings, key) for key in ("data", "image_folder")})
-    from llava_ray.data.preview import Rejection, SampleView, token_viewer
-    from llava_ray.data.preview_losses import model_viewer
-    from llava_ray.data.preview_records import read_records
-    from llava_ray.data.preview_report import Findings, describe_findings, make_line, make_report, paint_samples
+    from llava_ray.data.ordered_records import read_records
     from llava_ray.data.record_keys import describe_ignored
+    from llava_ray.preview.losses import model_viewer
+    from llava_ray.preview.report import Findings, describe_findings, make_line, make_preview_report, paint_samples
+    from llava_ray.preview.samples import Rejection, SampleView, token_viewer
     from llava_ray.report.charts import check_plotting
     from llava_ray.report.rendering import write_report
 
     viewer, judge = model_viewer(settings) if settings.model else (token_viewer(settings), None)
-    records = read_records(settings.data, settings.max_samples or (None if settings.json else NUM_IN_REPORT))
+    records = read_records(settings.data, settings.max_samples or (None if settings.json else _NUM_IN_REPORT))
     seen = (viewer.view(record) for record in records)
     views = judge.add_losses(seen) if judge else seen
     if settings.json:
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> Path | None:
         return None
     check_plotting()
     findings = Findings(settings, viewer, list(views))
-    path = write_report(Path(settings.output) / "report.html", make_report(findings))
+    path = write_report(Path(settings.output) / "report.html", make_preview_report(findings))
     if sys.stdout.isatty():
         print(paint_samples(findings))
     print(describe_findings(findings), f"Report: {path}", sep="\n")

@@ -20,9 +20,9 @@ from pipelines.command import run_command, split_dry_run
 if TYPE_CHECKING:
     from pipelines.review_run import Outcome
 
-PARTIAL = 3
-NOTHING = 1
-OF_SIGNALS = 128  # and the signal's number: the shell's own code
+_PARTIAL = 3
+_NOTHING = 1
+_OF_SIGNALS = 128  # and the signal's number: the shell's own code
 
 
 def main(arguments: Sequence[str]) -> "Outcome | None":
@@ -34,10 +34,10 @@ def main(arguments: Sequence[str]) -> "Outcome | None":
         return None
     asked, others = split_dry_run(arguments)
     load_settings(ReviewConfig, others)  # --help and a typo answer before the imports, which take seconds
-    from pipelines.review_run import describe, review
+    from pipelines.review_run import describe_review, review
 
     if asked.dry_run:
-        describe(others)
+        describe_review(others)
         return None
     return review(others)
 
@@ -48,11 +48,11 @@ def command(arguments: Sequence[str]) -> None:
     if outcome is None:
         return
     if outcome.signal and not outcome.complete:
-        sys.exit(OF_SIGNALS + outcome.signal)
+        sys.exit(_OF_SIGNALS + outcome.signal)
     if not outcome.scored:
-        sys.exit(NOTHING)
+        sys.exit(_NOTHING)
     if not outcome.complete:
-        sys.exit(PARTIAL)
+        sys.exit(_PARTIAL)
 
 
 if __name__ == "__main__":

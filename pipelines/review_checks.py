@@ -13,20 +13,20 @@ from llava_ray.errors import ConfigError, DataError
 from llava_ray.review.calls import Call, CallPlan
 from llava_ray.review.ledger_file import writing
 
-BUDGET_FLAGS = ("--budget.dollars", "--dollars")
-USUAL_KEY = JudgeConfig.model_fields["api_key_env"].default
-BYTES_PER_CALL = 4_000  # of a ledger's lines and a report's rows, the judge's words left aside
-BYTES_PER_TOKEN = 4
-COPIES = 3  # of a judge's words: ledger, reviews.jsonl, LLaVA's review file
-LOCAL_ENDS = (".local", ".internal", ".lan", ".localdomain", ".svc")
+_BUDGET_FLAGS = ("--budget.dollars", "--dollars")
+_USUAL_KEY = JudgeConfig.model_fields["api_key_env"].default
+_BYTES_PER_CALL = 4_000  # of a ledger's lines and a report's rows, the judge's words left aside
+_BYTES_PER_TOKEN = 4
+_COPIES = 3  # of a judge's words: ledger, reviews.jsonl, LLaVA's review file
+_LOCAL_ENDS = (".local", ".internal", ".lan", ".localdomain", ".svc")
 
 
 def check_key(config: JudgeConfig, plan: CallPlan) -> None:
     """Raise ConfigError where a judge wants a key and there is none, or the key is none that can be sent."""
     name = config.api_key_env
     key = os.environ.get(name, "")
-    public = [judge.base_url for judge in plan.judges.values() if is_public(judge.base_url)]
-    if not key and (public or name != USUAL_KEY):
+    public = [judge.base_url for judge in plan.judges.values() if is_public_host(judge.base_url)]
+    if not key and (public or name != _USUAL_KEY):
         whom = public[0] if public else config.base_url
         raise ConfigError(
             f"the environment variable {name} (judge.api_key_env) is not set, and {whom} wants a key: export it (any "
@@ -39,14 +39,14 @@ def check_key(config: JudgeConfig, plan: CallPlan) -> None:
         )
 
 
-def is_public(base_url: str) -> bool:
+def is_public_host(base_url: str) -> bool:
     """Tell whether an address is one of the internet's, whose judges want keys."""
     place = urlsplit(base_url)
     host = place.hostname or ""
     try:
         return place.scheme == "https" and ipaddress.ip_address(host).is_global
     except ValueError:
-        return place.scheme == "https" and "." in host and not host.endswith(LOCAL_ENDS)
+        return place.scheme == "https" and "." in host and not host.endswith(_LOCAL_ENDS)
 
 
 def budget_of(config: ReviewConfig, plan: CallPlan, arguments: Sequence[str]) -> float | None:
@@ -57,7 +57,7 @@ def budget_of(config: ReviewConfig, plan: CallPlan, arguments: Sequence[str]) ->
     unpriced = [judge.model for judge in plan.judges.values() if judge.price is None]
     if config.budget.dollars is None or not unpriced:
         return config.budget.dollars
-    if any(argument.partition("=")[0] in BUDGET_FLAGS for argument in arguments):
+    if any(argument.partition("=")[0] in _BUDGET_FLAGS for argument in arguments):
         raise ConfigError(
             f"budget.dollars needs the price of {', '.join(unpriced)}: give --judge.input_dollars and "
             "--judge.output_dollars (dollars for a million tokens; 0 for a judge of your own)"
@@ -106,9 +106,9 @@ def check_output(output: Path, plan: CallPlan, keys: Collection[str]) -> None:
         )
 
 
-def check_room(output: Path, ledger: Path, num_waiting: int, tokens: int) -> None:
+def check_disk_room(output: Path, ledger: Path, num_waiting: int, tokens: int) -> None:
     """Raise ConfigError where a folder cannot be written to, or its disk has too little room for what will come."""
-    need = num_waiting * (BYTES_PER_CALL + COPIES * BYTES_PER_TOKEN * tokens)
+    need = num_waiting * (_BYTES_PER_CALL + _COPIES * _BYTES_PER_TOKEN * tokens)
     for folder in {output, ledger.parent}:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from evals.files import named, need, read_lines
 from llava_ray.errors import DataError
 
 
-def read_rows(path: Path, what: str) -> list[dict[str, Any]]:
+def read_question_rows(path: Path, what: str) -> list[dict[str, Any]]:
     """Return the rows of a file of JSON lines. Raises DataError for none, and for what no judge can be sent."""
     rows = read_lines(path)
     if not rows:
@@ -19,11 +19,11 @@ def read_rows(path: Path, what: str) -> list[dict[str, Any]]:
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise DataError(f"{path}: row {number} is no JSON object; {what} are expected, one a line.")
-        check_whole(row, f"{path}: row {number}")
+        _check_whole(row, f"{path}: row {number}")
     return rows
 
 
-def check_whole(row: Any, where: str) -> None:
+def _check_whole(row: Any, where: str) -> None:
     """Raise DataError for halves of characters, which no file and no request can hold."""
     try:
         json.dumps(row, ensure_ascii=False).encode()
@@ -34,15 +34,15 @@ def check_whole(row: Any, where: str) -> None:
 def read_contexts(path: Path) -> dict[str, Any]:
     """Read what the judge is told of the images, by image. Raises DataError for two descriptions of one image."""
     found: dict[str, Any] = {}
-    for row in read_rows(path, "descriptions of images (image, caption)"):
+    for row in read_question_rows(path, "descriptions of images (image, caption)"):
         image = str(need(row, "image", path))
         if found.setdefault(image, row) != row:
             raise DataError(f"{path}: image {image!r} has two different descriptions; leave one in it.")
-        check_description(row, f"{path}: the description of {image!r}")
+        _check_description(row, f"{path}: the description of {image!r}")
     return found
 
 
-def check_description(row: Mapping[str, Any], where: str) -> None:
+def _check_description(row: Mapping[str, Any], where: str) -> None:
     """Raise DataError for captions that are no texts and boxes that are none."""
     captions = row.get("captions", row.get("caption", ""))
     if not isinstance(captions, str) and not (
@@ -62,7 +62,7 @@ def join_answers(questions: Sequence[Question], path: Path) -> Joined:
     if not answers:
         raise DataError(f"{path} is empty: it should hold answers, one JSON object with question_id and text a line.")
     for answer in answers:
-        check_whole(answer.text, f"{path}: the answer to question {answer.id!r}")
+        _check_whole(answer.text, f"{path}: the answer to question {answer.id!r}")
     joined = join(questions, answers)
     if joined.conflicting:
         raise DataError(

@@ -8,14 +8,14 @@ from typing import Any
 
 from evals.answers import read_content
 from evals.benchmark import Question
+from evals.benchmarks.mm_vet import grading_request
 from evals.catalogue import make_benchmark
 from evals.files import check_complete, check_unique, need, need_text
-from evals.mm_vet import grading_request
 from llava_ray.config.review import ReviewSection
 from llava_ray.errors import DataError
 from llava_ray.review.calls import Item
-from llava_ray.review.rubric import Kind, Rubric, our_rubric, read_rubric, read_rules
-from pipelines.review_files import join_answers, read_contexts, read_rows
+from llava_ray.review.rubric import ReviewKind, Rubric, our_rubric, read_rubric, read_rules
+from pipelines.review_files import join_answers, read_contexts, read_question_rows
 
 REFERENCE = "reference"
 
@@ -43,13 +43,13 @@ class Inputs:
 
 def choose_rubric(review: ReviewSection) -> Rubric:
     """Return the rubric that the settings name. Raises ConfigError."""
-    kind: Kind = "grade" if is_graded(review) else "single" if review.mode == "single" else "pair"
+    kind: ReviewKind = "grade" if _is_graded(review) else "single" if review.mode == "single" else "pair"
     if review.rules:
         return read_rules(Path(review.rules))
     return read_rubric(Path(review.rubric), kind) if review.rubric else our_rubric(kind)
 
 
-def is_graded(review: ReviewSection) -> bool:
+def _is_graded(review: ReviewSection) -> bool:
     """Tell whether answers are graded from 0 to 1."""
     return review.mode == "grade" or review.benchmark == "mm_vet"
 
@@ -58,14 +58,14 @@ def read_inputs(review: ReviewSection) -> Inputs:
     """Read and join everything by question id. Raises DataError."""
     questions = _benchmark_questions(review) if review.benchmark else _question_files(review)
     questions = questions[: review.max_items]
-    if is_graded(review) and review.references:
+    if _is_graded(review) and review.references:
         truths = _references(review, questions).texts
         questions = [replace(question, truths=(truths[question.id],)) for question in questions]
     models = _named_apart([_answers(Path(path), questions) for path in review.answers])
     matches: Sequence[tuple[Answered, ...]]
     if review.mode == "pairwise":
         matches = list(itertools.combinations(models, 2))
-    elif is_graded(review) or review.mode == "single":
+    elif _is_graded(review) or review.mode == "single":
         matches = [(model,) for model in models]
     else:
         matches = [(_references(review, questions), model) for model in models]
@@ -94,7 +94,7 @@ def _question_files(review: ReviewSection) -> list[Question]:
     contexts = _contexts(review)
     folder = Path(review.image_folder) if review.image_folder else None
     questions = []
-    rows = read_rows(path, "questions (question_id, text)")
+    rows = read_question_rows(path, "questions (question_id, text)")
     check_unique([str(need(row, "question_id", path)) for row in rows], path, "question")
     for row in rows:
         name, image = str(row["question_id"]), str(row.get("image") or "")
@@ -147,7 +147,7 @@ def _named_apart(models: Sequence[Answered]) -> list[Answered]:
 
 def _item(question: Question, match: Sequence[Answered], review: ReviewSection) -> Item:
     texts = tuple(side.texts[question.id] for side in match)
-    own_words = is_graded(review) and review.rubric is None
+    own_words = _is_graded(review) and review.rubric is None
     return Item(
         id=question.id,
         question=question.prompt,

@@ -25,15 +25,15 @@ from pipelines.review_results import (
     comparisons,
     question_rows,
     reason_of,
-    summarise,
+    summarize_reviews,
     top_reason,
-    write_json,
     write_llava_reviews,
+    write_review_json,
     write_rows,
 )
 
-MAX_DISAGREEMENTS, MAX_LISTED, MAX_WHY = 40, 200, 400
-EXPERIMENT = "llava_ray review"
+_MAX_DISAGREEMENTS, _MAX_LISTED, _MAX_WHY = 40, 200, 400
+_EXPERIMENT = "llava_ray review"
 
 
 def write_review(
@@ -41,30 +41,30 @@ def write_review(
 ) -> dict[str, Any]:
     """Write everything a review leaves behind and return report.json's content."""
     judged = collect(plan, ledger)
-    results = summarise(config, plan, inputs, judged)
+    results = summarize_reviews(config, plan, inputs, judged)
     report = {
-        **completeness(judged, progress),
+        **_completeness(judged, progress),
         "results": results,
         "comparisons": comparisons(judged, inputs.models),
-        **accounts(config, plan, judged, read_account(ledger)),
-        "missing_answers": {name: list(ids[:MAX_LISTED]) for name, ids in inputs.missing.items()},
-        "without_scores": listed(judged, config.judge.max_tokens),
+        **_accounts(config, plan, judged, read_account(ledger)),
+        "missing_answers": {name: list(ids[:_MAX_LISTED]) for name, ids in inputs.missing.items()},
+        "without_scores": _listed(judged, config.judge.max_tokens),
         "warnings": warnings(config, plan),
-        "provenance": provenance(config, plan),
+        "provenance": _describe_judges(config, plan),
     }
     write_rows(output / "reviews.jsonl", judged)
     write_llava_reviews(output, judged)
-    write_json(output / "report.json", report)
-    shown, num = disagreements(judged, inputs.questions)
+    write_review_json(output / "report.json", report)
+    shown, num = _disagreements(judged, inputs.questions)
     title = f"Review: {config.review.benchmark or Path(str(config.review.questions)).stem}"
     write_report(output / "report.html", review_report(title, report, shown, num))
-    keep(config, output, report)
+    _keep(config, output, report)
     for one in results:
         score = "no result" if one["score"] is None else f"{one['score']:.2f}"
         print(f"{one['metric']}: {score}  ({one['match']})")
         if "withheld" in one:
             print(f"  {one['withheld']}")
-    tell_reasons(judged, config.judge.max_tokens)
+    _tell_reasons(judged, config.judge.max_tokens)
     if not report["complete"]:
         print(f"  partial: {report['partial_because']}")
     if not any(one["done"] for one in results):
@@ -72,14 +72,14 @@ def write_review(
     return report
 
 
-def tell_reasons(judged: Sequence[Judged], max_tokens: int) -> None:
+def _tell_reasons(judged: Sequence[Judged], max_tokens: int) -> None:
     """Say how many reviews have no scores, and why most of them have none."""
     num, most, why = top_reason(judged, max_tokens)
     if num:
         print(f"  {num:,} of {len(judged):,} reviews have no scores, {most:,} of them because: {why}")
 
 
-def completeness(judged: Sequence[Judged], progress: Progress) -> dict[str, Any]:
+def _completeness(judged: Sequence[Judged], progress: Progress) -> dict[str, Any]:
     """Say whether every review came to an end (done, or failed and listed), and why not."""
     num_open = sum(one.row is None for one in judged)
     if not num_open:
@@ -90,7 +90,7 @@ def completeness(judged: Sequence[Judged], progress: Progress) -> dict[str, Any]
     return {"complete": False, "partial_because": f"{num_open} of {len(judged)} reviews are open: {why}"}
 
 
-def accounts(config: ReviewConfig, plan: CallPlan, judged: Sequence[Judged], account: Account) -> dict[str, Any]:
+def _accounts(config: ReviewConfig, plan: CallPlan, judged: Sequence[Judged], account: Account) -> dict[str, Any]:
     """Return calls and cost of everything in the ledger."""
     priced = all(judge.price for judge in plan.judges.values())
     done = sum(one.row is not None and one.row["state"] == "done" for one in judged)
@@ -115,7 +115,7 @@ def accounts(config: ReviewConfig, plan: CallPlan, judged: Sequence[Judged], acc
     }
 
 
-def listed(judged: Sequence[Judged], max_tokens: int) -> list[dict[str, Any]]:
+def _listed(judged: Sequence[Judged], max_tokens: int) -> list[dict[str, Any]]:
     """Return the reviews that have no scores, each with its reason."""
     found = []
     for one in judged:
@@ -125,7 +125,7 @@ def listed(judged: Sequence[Judged], max_tokens: int) -> list[dict[str, Any]]:
             found.append(
                 {"question_id": one.item.id, **told, "state": review.state, "reason": reason_of(one, max_tokens)}
             )
-    return found[:MAX_LISTED]
+    return found[:_MAX_LISTED]
 
 
 def warnings(config: ReviewConfig, plan: CallPlan) -> list[str]:
@@ -140,7 +140,7 @@ def warnings(config: ReviewConfig, plan: CallPlan) -> list[str]:
     )
 
 
-def provenance(config: ReviewConfig, plan: CallPlan) -> dict[str, Any]:
+def _describe_judges(config: ReviewConfig, plan: CallPlan) -> dict[str, Any]:
     """Say who judged what by which rubric."""
     judge = config.judge
     return {
@@ -162,7 +162,7 @@ def provenance(config: ReviewConfig, plan: CallPlan) -> dict[str, Any]:
     }
 
 
-def disagreements(judged: Sequence[Judged], questions: Sequence[Question]) -> tuple[list[Disagreement], int]:
+def _disagreements(judged: Sequence[Judged], questions: Sequence[Question]) -> tuple[list[Disagreement], int]:
     """Return the questions with different winners, the widest apart first, and how many there are."""
     by_id = {question.id: question for question in questions}
     found: list[tuple[float, Mapping[str, Any]]] = []
@@ -175,7 +175,7 @@ def disagreements(judged: Sequence[Judged], questions: Sequence[Question]) -> tu
         if spread:
             found.append((spread, row))
     found.sort(key=lambda pair: -pair[0])
-    return [_shown(row, by_id[row["question_id"]]) for _, row in found[:MAX_DISAGREEMENTS]], len(found)
+    return [_shown(row, by_id[row["question_id"]]) for _, row in found[:_MAX_DISAGREEMENTS]], len(found)
 
 
 def _shown(row: Mapping[str, Any], question: Question) -> Disagreement:
@@ -183,7 +183,7 @@ def _shown(row: Mapping[str, Any], question: Question) -> Disagreement:
         (
             f"{review['judge']}, {' | '.join(review['names'])}, {review['order']}",
             " ".join(f"{score:g}" for score in review["scores"] or ()) or review["state"],
-            str(review["content"] or review["reason"] or "")[:MAX_WHY],
+            str(review["content"] or review["reason"] or "")[:_MAX_WHY],
         )
         for review in row["reviews"]
     ]
@@ -195,17 +195,17 @@ def _sign(lead: float) -> int:
     return (lead > 0) - (lead < 0)
 
 
-def keep(config: ReviewConfig, output: Path, report: Mapping[str, Any]) -> None:
+def _keep(config: ReviewConfig, output: Path, report: Mapping[str, Any]) -> None:
     """Keep a review in MLflow; where that fails, its files are written nevertheless."""
     try:
-        track(config, output, report)
+        log_review(config, output, report)
     except ConfigError:
         raise
     except Exception as error:  # noqa: BLE001 - of its store, its files, its server
         print(f"  mlflow   not kept there: {reason(error)}")
 
 
-def track(config: ReviewConfig, output: Path, report: Mapping[str, Any]) -> None:
+def log_review(config: ReviewConfig, output: Path, report: Mapping[str, Any]) -> None:
     """Keep figures, settings and files in MLflow; the same folder is the same run."""
     from llava_ray.tracking import TrackedRun, default_tracking_uri
 

@@ -17,9 +17,9 @@ from evals.ratings import Match, rate
 from evals.reviews import (
     Figured,
     Review,
-    State,
+    ReviewState,
     both_orders,
-    headline,
+    compute_review_headline,
     length_figures,
     mean_grade,
     mean_score,
@@ -33,12 +33,12 @@ from llava_ray.config.review import ReviewConfig
 from llava_ray.replies import parse_first_word, parse_pair_strictly, parse_score
 from llava_ray.review.calls import Call, CallPlan, Item
 from llava_ray.review.ledger_file import read_final_rows, writing
-from llava_ray.review.rubric import Kind
-from llava_ray.review.verdict import NO_SCORES, Verdict, as_text, no_scores, read_verdict
+from llava_ray.review.rubric import ReviewKind
+from llava_ray.review.verdict import NO_SCORES, ReviewVerdict, as_text, no_scores, read_verdict
 from pipelines.review_inputs import REFERENCE, Inputs
 
-UNFIT = re.compile(r"[^A-Za-z0-9_\-. :]+")  # MLflow's names of metrics
-FIGURES: dict[Kind, tuple[str, Figured]] = {
+_UNFIT = re.compile(r"[^A-Za-z0-9_\-. :]+")  # MLflow's names of metrics
+_FIGURES: dict[ReviewKind, tuple[str, Figured]] = {
     "pair": ("relative_score", relative),
     "single": ("mean_score", mean_score),
     "grade": ("score", mean_grade),
@@ -60,7 +60,7 @@ class Judged:
         scores = None if row is None or row["state"] == "failed" or row["scores"] is None else tuple(row["scores"])
         if scores is not None and self.call.order == "swapped":
             scores = scores[::-1]
-        state: State = "done" if scores is not None else "unparsed"
+        state: ReviewState = "done" if scores is not None else "unparsed"
         if row is None or row["state"] == "failed":
             state = "open" if row is None else "failed"
         return Review(
@@ -82,7 +82,9 @@ def collect(plan: CallPlan, ledger: Path) -> list[Judged]:
     return [Judged(call, plan.items[slot[0]], rows.get(call.key)) for slot, call in zip(plan.slots, plan, strict=True)]
 
 
-def summarise(config: ReviewConfig, plan: CallPlan, inputs: Inputs, judged: Sequence[Judged]) -> list[dict[str, Any]]:
+def summarize_reviews(
+    config: ReviewConfig, plan: CallPlan, inputs: Inputs, judged: Sequence[Judged]
+) -> list[dict[str, Any]]:
     """Return the figures of each judge and each match (a model, or two)."""
     groups: dict[tuple[str, str], list[Judged]] = defaultdict(list)
     for one in judged:
@@ -94,7 +96,7 @@ def _figures(
     config: ReviewConfig, plan: CallPlan, inputs: Inputs, judge: str, judged: Sequence[Judged]
 ) -> dict[str, Any]:
     kind = plan.rubric.kind
-    name, figure = FIGURES[kind]
+    name, figure = _FIGURES[kind]
     reviews = [one.review for one in judged]
     model = judged[0].item.names[-1]
     # A question without the answer of either model has no review.
@@ -102,12 +104,12 @@ def _figures(
     gaps = [Review(item, judged[0].item.names, "given", 0, "open") for item in missing]
     given = [review for review in reviews if review.order == "given"]
     # The published figure is of the given order; a missing answer is a review that is not there.
-    found = headline([*given, *gaps], figure, config.review.max_failed)
+    found = compute_review_headline([*given, *gaps], figure, config.review.max_failed)
     told: dict[str, Any] = {
         "judge": judge,
         "match": judged[0].call.pair,
         "model": model,
-        "metric": metric_name(config, judge, name, judged),
+        "metric": _metric_name(config, judge, name, judged),
         **found,
         "missing_answers": len(missing),
         "samples": sample_figures(given, figure),
@@ -129,7 +131,7 @@ def _figures(
     return told
 
 
-def metric_name(config: ReviewConfig, judge: str, figure: str, judged: Sequence[Judged]) -> str:
+def _metric_name(config: ReviewConfig, judge: str, figure: str, judged: Sequence[Judged]) -> str:
     """Return a figure's name with what it depends on: the judge's own id and the day of its last review."""
     done = [one.row for one in judged if one.row is not None and one.row["state"] == "done"]
     said = sorted({str(row["model"]) for row in done if row["model"]})
@@ -137,7 +139,7 @@ def metric_name(config: ReviewConfig, judge: str, figure: str, judged: Sequence[
     what = config.review.benchmark or Path(str(config.review.questions)).stem
     names = [name for name in judged[0].item.names if name != REFERENCE]
     parts = (what, " vs ".join(names), figure, "+".join(said) or judge, day if done else "never")
-    return "/".join(UNFIT.sub("_", part) for part in parts)
+    return "/".join(_UNFIT.sub("_", part) for part in parts)
 
 
 def comparisons(judged: Sequence[Judged], models: Sequence[str]) -> dict[str, Any]:
@@ -226,7 +228,7 @@ def write_llava_reviews(folder: Path, judged: Sequence[Judged]) -> list[Path]:
 def _llava_row(one: Judged, row: Mapping[str, Any]) -> dict[str, Any]:
     item = one.item
     ids = item.answer_ids or (item.id,) * len(item.names)
-    content = llavas_content(row, one.call.kind)
+    content = _llavas_content(row, one.call.kind)
     told = {f"answer{number}_id": name for number, name in enumerate(ids, start=1)}
     return {
         "question_id": item.id,
@@ -241,17 +243,17 @@ def _file_name(text: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "-." else "-" for letter in text)
 
 
-def llavas_content(row: Mapping[str, Any], kind: Kind) -> str:
+def _llavas_content(row: Mapping[str, Any], kind: ReviewKind) -> str:
     """Return a reply as it is where LLaVA's rule reads the scores in it, and else with them on a line before."""
     scores, said = tuple(row["scores"]), str(row["content"])
     if _read_by_llava(said, kind) == scores:
         return said
-    written = as_text(Verdict(scores, row["explanation"]))
+    written = as_text(ReviewVerdict(scores, row["explanation"]))
     again = read_verdict(written, kind, as_json=False)
-    return written if again and again.scores == scores else as_text(Verdict(scores))
+    return written if again and again.scores == scores else as_text(ReviewVerdict(scores))
 
 
-def _read_by_llava(said: str, kind: Kind) -> tuple[float, ...] | None:
+def _read_by_llava(said: str, kind: ReviewKind) -> tuple[float, ...] | None:
     if kind == "pair":
         return parse_pair_strictly(said)
     number = parse_first_word(said) if kind == "grade" else parse_score(said)
@@ -280,7 +282,7 @@ def reason_of(one: Judged, max_tokens: int) -> str:
     return no_scores(str(row.get("content")), str(row.get("finish_reason") or ""), max_tokens)
 
 
-def write_json(path: Path, report: Mapping[str, Any]) -> None:
+def write_review_json(path: Path, report: Mapping[str, Any]) -> None:
     """Write the report for machines."""
     with replaced(path) as fresh:
         fresh.write_bytes(as_json(dict(report)))

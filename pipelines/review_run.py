@@ -18,16 +18,16 @@ from llava_ray.review.calls import Call, CallPlan, list_judges
 from llava_ray.review.ledger import close_ledger, open_ledger
 from llava_ray.review.ledger_file import LedgerFile, read_account, read_final_rows
 from llava_ray.review.pool import Pool, Progress
-from llava_ray.review.rates import Purse
+from llava_ray.review.rates import Budget
 from llava_ray.runtime import connected
-from pipelines.review_checks import budget_of, check_key, check_output, check_room, too_dear, unheld_budget
+from pipelines.review_checks import budget_of, check_disk_room, check_key, check_output, too_dear, unheld_budget
 from pipelines.review_inputs import Inputs, choose_rubric, read_inputs
 from pipelines.review_report import write_review
 from pipelines.review_results import replaced
 from pipelines.review_stop import stopping
 
-SECONDS_BETWEEN_LINES = 5.0
-TYPICAL_OUTPUT = 250  # tokens of a review
+_SECONDS_BETWEEN_LINES = 5.0
+_TYPICAL_OUTPUT = 250  # tokens of a review
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Job:
+class ReviewJob:
     """Everything a review needs before the first call."""
 
     config: ReviewConfig
@@ -75,10 +75,10 @@ class Job:
     def likely_dollars(self, call: Call) -> float:
         """Return what a call costs if its review is as long as most."""
         price, longest = self.plan.judges[call.judge].price, self.config.judge.max_tokens
-        return price.cost(call.tokens - longest, min(longest, TYPICAL_OUTPUT)) if price else 0.0
+        return price.cost(call.tokens - longest, min(longest, _TYPICAL_OUTPUT)) if price else 0.0
 
 
-def prepare(arguments: Sequence[str]) -> Job:
+def prepare(arguments: Sequence[str]) -> ReviewJob:
     """Read settings and inputs, and word every call once. Raises ConfigError, DataError."""
     config = load_settings(ReviewConfig, arguments)
     judges = list_judges(config.judge)
@@ -87,10 +87,10 @@ def prepare(arguments: Sequence[str]) -> Job:
     plan = CallPlan(inputs.items, choose_rubric(review), judges, both_orders=review.both_orders, samples=review.samples)
     output = Path(review.output)
     ledger = Path(review.ledger) if review.ledger else output / "ledger.jsonl"
-    return Job(config, inputs, plan, output, ledger, budget_of(config, plan, arguments))
+    return ReviewJob(config, inputs, plan, output, ledger, budget_of(config, plan, arguments))
 
 
-def describe(arguments: Sequence[str]) -> dict[str, Any]:
+def describe_review(arguments: Sequence[str]) -> dict[str, Any]:
     """Say what a review would ask and cost; nothing is sent."""
     job = prepare(arguments)
     waiting = job.waiting()
@@ -106,7 +106,7 @@ def describe(arguments: Sequence[str]) -> dict[str, Any]:
         "in the ledger already": len(job.plan) - requests,
         "to send": requests,
         "tokens, about": tokens,
-        **(told_dollars(job, calls) if job.priced else told_tokens(job, calls)),
+        **(_told_dollars(job, calls) if job.priced else _told_tokens(job, calls)),
         "minutes, at least": round(minutes, 1),
     }
     for name, value in told.items():
@@ -119,7 +119,7 @@ def describe(arguments: Sequence[str]) -> dict[str, Any]:
     return told
 
 
-def told_dollars(job: Job, calls: Sequence[Call]) -> dict[str, Any]:
+def _told_dollars(job: ReviewJob, calls: Sequence[Call]) -> dict[str, Any]:
     """Return what calls are likely to cost, and may cost."""
     return {
         "dollars, about": round(sum(map(job.likely_dollars, calls)), 4),
@@ -128,7 +128,7 @@ def told_dollars(job: Job, calls: Sequence[Call]) -> dict[str, Any]:
     }
 
 
-def told_tokens(job: Job, calls: Sequence[Call]) -> dict[str, Any]:
+def _told_tokens(job: ReviewJob, calls: Sequence[Call]) -> dict[str, Any]:
     """Return the tokens of calls whose price is not known."""
     longest = job.config.judge.max_tokens
     return {
@@ -146,8 +146,8 @@ def review(arguments: Sequence[str]) -> Outcome:
     check_output(job.output, job.plan, set(job.keys))
     if waiting:
         check_key(job.config.judge, job.plan)
-        note_budget(job, waiting, progress)
-        check_room(job.output, job.ledger, len(waiting), min(job.config.judge.max_tokens, TYPICAL_OUTPUT))
+        _note_budget(job, waiting, progress)
+        check_disk_room(job.output, job.ledger, len(waiting), min(job.config.judge.max_tokens, _TYPICAL_OUTPUT))
     with replaced(job.output / "resolved.json") as path:
         path.write_text(job.config.model_dump_json(indent=1) + "\n", encoding="utf-8")
     print(f"{len(job.plan):,} reviews, {progress.cached:,} of them in the ledger already", flush=True)
@@ -155,16 +155,16 @@ def review(arguments: Sequence[str]) -> Outcome:
         print(f"  {note}")
     if waiting and not progress.broke:
         if job.config.judge.delivery == "batch":
-            work_in_batches(job, waiting, progress)
+            _work_in_batches(job, waiting, progress)
         else:
             with connected(job.config.cluster):
-                work(job, waiting, progress)
+                _work(job, waiting, progress)
     report = write_review(job.config, job.plan, job.inputs, job.output, job.ledger, progress)
     print(f"  report   {job.output}/report.html   ({time.monotonic() - started:.0f} s)")
     return Outcome(report["complete"], report, progress.signal)
 
 
-def note_budget(job: Job, waiting: Sequence[int], progress: Progress) -> None:
+def _note_budget(job: ReviewJob, waiting: Sequence[int], progress: Progress) -> None:
     """See whether there is money for any call. Raises ConfigError where there never was."""
     spent = read_account(job.ledger).spent
     why = too_dear(job.budget, spent, [job.plan[index] for index in waiting] if job.budget is not None else ())
@@ -174,20 +174,20 @@ def note_budget(job: Job, waiting: Sequence[int], progress: Progress) -> None:
         progress.broke, progress.spent, progress.stopped = len(waiting), spent, why
 
 
-def work(job: Job, waiting: Sequence[int], progress: Progress) -> None:
+def _work(job: ReviewJob, waiting: Sequence[int], progress: Progress) -> None:
     """Open the ledger and have the calls made. Raises ConfigError if another review is writing the ledger."""
     ledger = open_ledger(job.ledger, session=uuid.uuid4().hex[:12])
     pool = Pool(job.plan, job.config.limits, BudgetConfig(dollars=job.budget), ledger)
-    spoken, told = -SECONDS_BETWEEN_LINES, False
+    spoken, told = -_SECONDS_BETWEEN_LINES, False
     try:
         with stopping(progress):
             for seen in pool.run(waiting, job.config.review.num_reviewers, progress):
                 if seen.signal and not told:
                     told = True
-                    print(stop_line(job, seen), file=sys.stderr, flush=True)
-                if time.monotonic() - spoken > SECONDS_BETWEEN_LINES:
+                    print(_stop_line(job, seen), file=sys.stderr, flush=True)
+                if time.monotonic() - spoken > _SECONDS_BETWEEN_LINES:
                     spoken = time.monotonic()
-                    print(line(seen, priced=job.priced), flush=True)
+                    print(_line(seen, priced=job.priced), flush=True)
     except KeyboardInterrupt:
         print(
             f"Left at once: {progress.under_way} calls were under way; they count as paid, and are asked again.",
@@ -197,10 +197,10 @@ def work(job: Job, waiting: Sequence[int], progress: Progress) -> None:
     finally:
         pool.close()
         close_ledger(ledger)
-    print(line(progress, priced=job.priced), flush=True)
+    print(_line(progress, priced=job.priced), flush=True)
 
 
-def stop_line(job: Job, progress: Progress) -> str:
+def _stop_line(job: ReviewJob, progress: Progress) -> str:
     """Say what the first signal does."""
     return (
         f"Stopping: nothing new is sent; waiting for {progress.under_way} calls under way, "
@@ -208,21 +208,21 @@ def stop_line(job: Job, progress: Progress) -> str:
     )
 
 
-def work_in_batches(job: Job, waiting: Sequence[int], progress: Progress) -> None:
+def _work_in_batches(job: ReviewJob, waiting: Sequence[int], progress: Progress) -> None:
     """Send calls over the Batch API and wait for them. Raises ConfigError, JudgeError."""
     ledger = LedgerFile(job.ledger, uuid.uuid4().hex[:12])
-    purse = Purse(job.budget)
+    purse = Budget(job.budget)
     try:
         for name, spec in job.plan.judges.items():
             indices = [index for index in waiting if job.plan.slots[index][1] == name]
             batches = Batches(job.plan, spec, ledger, batch_client(spec), purse, job.config.judge.batch_poll_s)
             for seen in batches.run(indices, progress):
-                print(line(seen, priced=job.priced), flush=True)
+                print(_line(seen, priced=job.priced), flush=True)
     finally:
         ledger.close()
 
 
-def line(progress: Progress, *, priced: bool) -> str:
+def _line(progress: Progress, *, priced: bool) -> str:
     """Say how far the job is."""
     left = progress.remaining_s
     parts = [

@@ -8,7 +8,7 @@ from types import FrameType
 
 from llava_ray.review.pool import Progress
 
-SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+_SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
 @contextmanager
@@ -23,12 +23,12 @@ def stopping(progress: Progress) -> Iterator[None]:
         if progress.signal:
             raise KeyboardInterrupt
         progress.signal = number
-        progress.stopped = progress.stopped or f"it was stopped by {SIGNALS[signal.Signals(number)]}"
+        progress.stopped = progress.stopped or f"it was stopped by {_SIGNALS[signal.Signals(number)]}"
 
     if threading.current_thread() is not threading.main_thread():  # only the main one may set handlers
         yield
         return
-    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    before = {number: signal.signal(number, stop) for number in _SIGNALS}
     try:
         yield
     finally:

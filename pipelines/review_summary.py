@@ -8,16 +8,16 @@ from typing import Annotated, Any
 
 import tyro
 
+from evals.benchmarks.llava_bench import relative_score
 from evals.files import need
-from evals.llava_bench import relative_score
 from evals.scoring import rounded
 from llava_ray.config.booleans import bare_switches
 from llava_ray.errors import DataError
-from pipelines.review_files import read_rows
+from pipelines.review_files import read_question_rows
 
-Files = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
-MAX_FAILED = 0.02
-MOST = 1e6  # beyond, or not finite, a number is no score
+_Files = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+_MAX_FAILED = 0.02
+_MOST = 1e6  # beyond, or not finite, a number is no score
 
 
 def summarize(arguments: Sequence[str]) -> list[dict[str, Any]]:
@@ -27,7 +27,7 @@ def summarize(arguments: Sequence[str]) -> list[dict[str, Any]]:
     )
 
 
-def _summarize(files: Files, ignore: tuple[str, ...] = (), *, json: bool = False) -> list[dict[str, Any]]:
+def _summarize(files: _Files, ignore: tuple[str, ...] = (), *, json: bool = False) -> list[dict[str, Any]]:
     """Sum review files up: 100 x mean(second) / mean(first), of all and by category.
 
     Args:
@@ -37,17 +37,17 @@ def _summarize(files: Files, ignore: tuple[str, ...] = (), *, json: bool = False
     """
     if not files:
         raise DataError("name at least one review file")
-    found = [summarize_file(path, set(ignore)) for path in files]
+    found = [_summarize_file(path, set(ignore)) for path in files]
     for one in found:
         print(json_format.dumps(one, ensure_ascii=False) if json else _text(one))
     return found
 
 
-def summarize_file(path: Path, ignore: set[str]) -> dict[str, Any]:
+def _summarize_file(path: Path, ignore: set[str]) -> dict[str, Any]:
     """Return a file's relative scores; a failure, (-1, -1) in LLaVA's files, is in no mean. Raises DataError."""
     pairs: dict[str, list[tuple[float, float]]] = defaultdict(list)
     failed = num = 0
-    for row in read_rows(path, "reviews (question_id, tuple)"):
+    for row in read_question_rows(path, "reviews (question_id, tuple)"):
         if str(need(row, "question_id", path)) in ignore:
             continue
         num += 1
@@ -60,14 +60,14 @@ def summarize_file(path: Path, ignore: set[str]) -> dict[str, Any]:
         for name in dict.fromkeys(("all", str(row.get("category", "all")))):
             pairs[name].append((float(scores[0]), float(scores[1])))
     result: dict[str, Any] = {"file": str(path), "num_reviews": num, "failed": failed}
-    if failed > MAX_FAILED * num or not pairs:
+    if failed > _MAX_FAILED * num or not pairs:
         result["withheld"] = f"{failed} of {num} reviews failed; at most 2 % may"
     figures = {name: _figures(some) for name, some in sorted(pairs.items())}
     return result | {"categories": figures}
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and -1 <= value <= MOST
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1 <= value <= _MOST
 
 
 def _figures(pairs: Sequence[tuple[float, float]]) -> dict[str, float | int | None]:

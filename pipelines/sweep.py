@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from llava_ray.config.sweep_recipes import load_sweep
 from pipelines.command import run_command, split_dry_run
 from pipelines.places import check_run_models, check_run_places
-from pipelines.prerequisites import missing_models, refuse_missing
+from pipelines.prerequisites import check_prerequisites, missing_models
 
 if TYPE_CHECKING:
     from pipelines.sweep_results import Sweep
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> "Sweep | None":
     """
     asked, arguments = split_dry_run(arguments)
     config, space = load_sweep(arguments)
-    refuse_missing(config, missing_models(config))
+    check_prerequisites(config, missing_models(config))
     if asked.dry_run:
         check_run_models(config, space)
         from llava_ray.sweep.dry_run import describe_sweep
@@ -43,8 +43,8 @@ def main(arguments: Sequence[str]) -> "Sweep | None":
     from llava_ray.sweep.folder import open_sweep
     from llava_ray.sweep.search import search
     from llava_ray.sweep.shared import absolute_space, check_sweep, common_config, share
-    from llava_ray.sweep.trial import tune_trial
-    from pipelines.sweep_results import closing, keep, tell, track
+    from llava_ray.sweep.trial import finetune_trial
+    from pipelines.sweep_results import closing_sweep, print_sweep, save_sweep, start_sweep_run
 
     check_plotting()
     check_sweep(config, space)
@@ -53,17 +53,17 @@ def main(arguments: Sequence[str]) -> "Sweep | None":
     print(json.dumps({"space": space.model_dump(exclude_defaults=True)["dimensions"]}, indent=1), flush=True)
     folder = open_sweep(config, space)
     start = time.perf_counter()
-    tracked = track(config, folder)
+    tracked = start_sweep_run(config, folder)
     cluster = connected(
         config.cluster, runs=local_runs(config.cluster), quiet=True, storage_path=config.run.storage_path
     )
-    with closing(tracked), cluster as resources:
+    with closing_sweep(tracked), cluster as resources:
         common = common_config(config, folder, tracked.tracking_uri, tracked.run_id)
         num_steps = share(common.base, space, resources)
         where = {"tracking_uri": tracked.tracking_uri, "experiment_name": config.tracking.experiment_name}
-        searched = search(common, space, folder, resources, tune_trial, num_steps, where)
-    finished = keep(config, common, space, searched, time.perf_counter() - start, tracked)
-    tell(finished)
+        searched = search(common, space, folder, resources, finetune_trial, num_steps, where)
+    finished = save_sweep(config, common, space, searched, time.perf_counter() - start, tracked)
+    print_sweep(finished)
     return finished
 
 

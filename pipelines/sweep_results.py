@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava_ray.config.space import Space, SweepConfig
-from llava_ray.data.storage import read_file, write_file
+from llava_ray.data.storage import read_stored, write_stored
 from llava_ray.errors import LlavaRayError
-from llava_ray.report.rendering import render
+from llava_ray.report.rendering import render_report
 from llava_ray.sweep.page import make_page
-from llava_ray.sweep.results import Results, summarise
+from llava_ray.sweep.results import Results, summarize_trials
 from llava_ray.sweep.search import Searched
-from llava_ray.sweep.table import describe, draw_table
+from llava_ray.sweep.table import describe_settings, draw_table
 from llava_ray.sweep.winner import export_best
 from llava_ray.tracking import TrackedRun, default_tracking_uri, describe_page
 
@@ -32,7 +32,7 @@ class Sweep:
     mlflow_run_id: str
 
 
-def track(config: SweepConfig, folder: str) -> TrackedRun:
+def start_sweep_run(config: SweepConfig, folder: str) -> TrackedRun:
     """Open the MLflow run that those of the trials are below."""
     uri = config.tracking.tracking_uri or default_tracking_uri(config.run.storage_path)
     tracked = TrackedRun(uri, config.tracking.experiment_name, str(config.run.name), folder)
@@ -41,7 +41,7 @@ def track(config: SweepConfig, folder: str) -> TrackedRun:
 
 
 @contextmanager
-def closing(tracked: TrackedRun) -> Iterator[None]:
+def closing_sweep(tracked: TrackedRun) -> Iterator[None]:
     """Mark the sweep's run FAILED or KILLED in MLflow when it does not end well."""
     try:
         yield
@@ -53,13 +53,13 @@ def closing(tracked: TrackedRun) -> Iterator[None]:
         raise
 
 
-def keep(
+def save_sweep(
     config: SweepConfig, common: SweepConfig, space: Space, searched: Searched, seconds: float, tracked: TrackedRun
 ) -> Sweep:
     """Write everything that a sweep leaves behind; the time of earlier starts is added."""
     folder = searched.folder
-    results = summarise(common, space, searched.trials, searched.num_steps)
-    seconds += read_seconds(folder)
+    results = summarize_trials(common, space, searched.trials, searched.num_steps)
+    seconds += _read_seconds(folder)
     best = results.standings[0] if results.standings else None
     if best is not None:
         export_best(config, common.base, best, folder)
@@ -69,11 +69,11 @@ def keep(
         "clean": not searched.left,
         "left": searched.left,
     }
-    write_file(f"{folder}/report.json", json.dumps(report, indent=1).encode())
-    write_file(f"{folder}/report.html", render(make_page(str(config.run.name), results, seconds)).encode())
+    write_stored(f"{folder}/report.json", json.dumps(report, indent=1).encode())
+    write_stored(f"{folder}/report.html", render_report(make_page(str(config.run.name), results, seconds)).encode())
     if best is not None:
         metrics = {"held_out_loss": best.loss, "steps_saved": results.saved}
-        tracked.log_steps({results.num_steps: metrics | accuracy_of(best.accuracy)})
+        tracked.log_steps({results.num_steps: metrics | _accuracy_of(best.accuracy)})
         tracked.log_tags({"llava_ray.best": best.trials[0].id})
     if "://" not in folder:  # MLflow copies from this node's own files
         for name in ("report.html", "report.json", "trials.json", *(["best.toml"] if best else [])):
@@ -84,26 +84,28 @@ def keep(
     return Sweep(folder, results, seconds, searched.left, tracked.tracking_uri, tracked.run_id)
 
 
-def read_seconds(folder: str) -> float:
+def _read_seconds(folder: str) -> float:
     """Return the seconds that a report of this sweep has counted already, 0 without one."""
     try:
-        return float(json.loads(read_file(f"{folder}/report.json"))["seconds"])
+        return float(json.loads(read_stored(f"{folder}/report.json"))["seconds"])
     except FileNotFoundError:
         return 0.0
 
 
-def accuracy_of(value: float | None) -> dict[str, float]:
+def _accuracy_of(value: float | None) -> dict[str, float]:
     """Return the metric, if there is one."""
     return {} if value is None else {"held_out_accuracy": value}
 
 
-def tell(sweep: Sweep) -> None:
+def print_sweep(sweep: Sweep) -> None:
     """Say what came out, and where."""
     results, folder = sweep.results, sweep.folder
     print("\n" + "\n".join(draw_table(results.trials, results.num_steps)))
     if results.standings:
         best = results.standings[0]
-        print(f"\nBest: trial {best.trials[0].number} ({describe(best.settings)}), held-out loss {best.loss:.4f}")
+        print(
+            f"\nBest: trial {best.trials[0].number} ({describe_settings(best.settings)}), held-out loss {best.loss:.4f}"
+        )
     else:
         print("\nNo trial came to its end; the table says why.")
     if results.default:

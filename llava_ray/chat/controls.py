@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-    from llava_ray.chat.templates import Template
+    from llava_ray.chat.template import Template
 
 Range = tuple[int, int]
 

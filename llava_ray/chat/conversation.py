@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -11,16 +11,16 @@ from llava_ray.errors import RecordError
 from llava_ray.reading import shown
 
 if TYPE_CHECKING:
-    from llava_ray.chat.templates import Template
+    pass
 
 IMAGE_TOKEN = "<image>"  # never in the vocabulary: text is split on it
 IMAGE_TOKEN_INDEX = -200  # stands for one whole image in a list of ids
 IGNORE_INDEX = -100  # a label that is not learnt
 
-Role = Literal["human", "gpt", "system"]
+_Role = Literal["human", "gpt", "system"]
 
 # LLaVA's words, those of OpenAI's message lists, and who else answers in ShareGPT's dumps; in any case.
-ROLES: dict[str, Role] = {
+_ROLES: dict[str, _Role] = {
     "human": "human",
     "user": "human",
     "gpt": "gpt",
@@ -32,9 +32,9 @@ ROLES: dict[str, Role] = {
     "system": "system",
     "developer": "system",
 }
-TOOL_ROLES = {"tool", "function", "function_call", "function_response", "tool_call", "tool_response", "observation"}
+_TOOL_ROLES = {"tool", "function", "function_call", "function_response", "tool_call", "tool_response", "observation"}
 
-UNLEARNT = "_unlearnt"  # behind the role of an answer that is not learnt, where turns are stored
+_UNLEARNT = "_unlearnt"  # behind the role of an answer that is not learnt, where turns are stored
 
 
 @dataclass(frozen=True)
@@ -44,20 +44,20 @@ class Turn:
     A conversation may begin with one of the system: its text takes the place of the template's.
     """
 
-    role: Role
+    role: _Role
     value: str
-    learnt: bool = True
+    supervised: bool = True
     """Whether an answer is learnt; a question never is."""
 
     def to_row(self) -> dict[str, str]:
         """Return what is stored of it."""
-        return {"role": self.role + ("" if self.learnt else UNLEARNT), "value": self.value}
+        return {"role": self.role + ("" if self.supervised else _UNLEARNT), "value": self.value}
 
     @classmethod
     def from_row(cls, row: Mapping[str, str]) -> Turn:
         """Read what `to_row` returned."""
-        role = row["role"].removesuffix(UNLEARNT)
-        return cls(cast("Role", role), row["value"], learnt=role == row["role"])
+        role = row["role"].removesuffix(_UNLEARNT)
+        return cls(cast("_Role", role), row["value"], supervised=role == row["role"])
 
 
 @dataclass(frozen=True)
@@ -65,30 +65,9 @@ class Span:
     """A piece of a written conversation, and whether the model learns to write it."""
 
     text: str
-    learnt: bool
+    supervised: bool
     said: tuple[tuple[int, int], ...] = field(default=(), compare=False)
     """Which characters are a message's (start and stop); all others are the template's."""
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """A template and the turns so far; asking and answering return a longer conversation."""
-
-    template: Template
-    turns: tuple[Turn, ...] = ()
-
-    def ask(self, question: str) -> Conversation:
-        """Return this conversation with a question at its end."""
-        return replace(self, turns=(*self.turns, Turn("human", question)))
-
-    def answer(self, answer: str) -> Conversation:
-        """Return this conversation with an answer at its end."""
-        return replace(self, turns=(*self.turns, Turn("gpt", answer)))
-
-    @property
-    def num_images(self) -> int:
-        """Count the image markers of all turns."""
-        return sum(turn.value.count(IMAGE_TOKEN) for turn in self.turns)
 
 
 def read_turns(conversations: Sequence[Mapping[str, object]]) -> tuple[Turn, ...]:
@@ -124,14 +103,14 @@ def split_system(turns: Sequence[Turn]) -> tuple[str | None, Sequence[Turn]]:
 def first_question(turns: Sequence[Turn]) -> tuple[str | None, Sequence[Turn], Turn] | None:
     """Return the system's text, the turns up to the first learnt answer, and that answer; None where none is learnt."""
     system, spoken = split_system(turns)
-    place = next((index for index, turn in enumerate(spoken) if turn.role == "gpt" and turn.learnt), None)
+    place = next((index for index, turn in enumerate(spoken) if turn.role == "gpt" and turn.supervised), None)
     return None if place is None else (system, spoken[:place], spoken[place])
 
 
-def check_turns(turns: Sequence[Turn], *, learnt: bool = True) -> None:
+def check_turns(turns: Sequence[Turn], *, supervised: bool = True) -> None:
     """Raise RecordError unless the turns alternate, beginning with a question, and every answer says something.
 
-    One that is not ``learnt``, but was given before, may be empty.
+    One that is not ``supervised``, but was given before, may be empty.
     """
     if not turns:
         raise RecordError(
@@ -139,7 +118,7 @@ def check_turns(turns: Sequence[Turn], *, learnt: bool = True) -> None:
             reason="no_turns",
         )
     for index, turn in enumerate(turns):
-        expected: Role = "gpt" if index % 2 else "human"
+        expected: _Role = "gpt" if index % 2 else "human"
         if turn.role == "system":
             raise RecordError(
                 f"turn {index + 1} of {len(turns)} is the system's (begins {turn.value[:40]!r}); expected it before "
@@ -153,7 +132,7 @@ def check_turns(turns: Sequence[Turn], *, learnt: bool = True) -> None:
                 "Merge or remove neighbouring turns of one speaker.",
                 reason="alternation",
             )
-        if learnt and turn.learnt and turn.role == "gpt" and not turn.value.strip():
+        if supervised and turn.supervised and turn.role == "gpt" and not turn.value.strip():
             raise RecordError(
                 f"turn {index + 1} of {len(turns)} is an empty answer ({turn.value!r}); "
                 "expected text to learn from. Remove the exchange.",
@@ -172,11 +151,11 @@ def _read_turn(entry: Mapping[str, object], number: int) -> Turn:
     if role_key == "role" and entry.get("value") is None:
         text_key = "content"
     role, text = entry.get(role_key), entry.get(text_key)
-    known = ROLES.get(role.strip().lower()) if isinstance(role, str) else None
+    known = _ROLES.get(role.strip().lower()) if isinstance(role, str) else None
     if known is None:
-        tools = isinstance(role, str) and role.strip().lower() in TOOL_ROLES
+        tools = isinstance(role, str) and role.strip().lower() in _TOOL_ROLES
         raise RecordError(
-            f"turn {number}: {role_key!r} is {shown(role)}; expected one of {', '.join(ROLES)}. "
+            f"turn {number}: {role_key!r} is {shown(role)}; expected one of {', '.join(_ROLES)}. "
             + ("Turns of tools cannot be learnt from: remove the record." if tools else "Mend or remove the turn."),
             reason="roles",
         )
@@ -186,7 +165,7 @@ def _read_turn(entry: Mapping[str, object], number: int) -> Turn:
             f"with {IMAGE_TOKEN} where an image stands.",
             reason="malformed",
         )
-    return Turn(known, text, learnt=entry.get("learnt") is not False)
+    return Turn(known, text, supervised=entry.get("learnt") is not False)
 
 
 def with_markers(question: str, num_images: int) -> str:

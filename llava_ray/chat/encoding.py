@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class EncodedText:
     """The text between two images, encoded."""
 
     start: int
@@ -26,7 +26,7 @@ class Chunk:
     """Which of its characters each token covers."""
 
 
-def without_forged(chunk: Chunk, said: bytes, controls: Controls) -> Chunk:
+def without_forged(chunk: EncodedText, said: bytes, controls: Controls) -> EncodedText:
     """Return a chunk in which no control token covers what a message says; ``said`` is not 0 there.
 
     Most hold none, and are returned as they are. Raises RecordError for a tokenizer that cannot tell them apart.
@@ -37,7 +37,7 @@ def without_forged(chunk: Chunk, said: bytes, controls: Controls) -> Chunk:
     return chunk
 
 
-def encode_apart(chunk: Chunk, own: Sequence[tuple[int, int, int]], controls: Controls) -> Chunk:
+def encode_apart(chunk: EncodedText, own: Sequence[tuple[int, int, int]], controls: Controls) -> EncodedText:
     """Encode a chunk again with no control tokens but ``own`` (id, start and stop), which get names for this.
 
     Raises RecordError ("control_tokens") for a tokenizer that does not find these.
@@ -69,13 +69,13 @@ def encode_apart(chunk: Chunk, own: Sequence[tuple[int, int, int]], controls: Co
         piece = bisect_right(starts, place) - 1
         return origins[piece] if piece % 2 else origins[piece] + place - starts[piece]
 
-    return Chunk(
+    return EncodedText(
         chunk.start, chunk.text, encoded.ids, [(origin(start), origin(stop)) for start, stop in encoded.offsets]
     )
 
 
 def _find_own(
-    chunk: Chunk, said: bytes, controls: Controls, found: Sequence[tuple[int, int, int]]
+    chunk: EncodedText, said: bytes, controls: Controls, found: Sequence[tuple[int, int, int]]
 ) -> list[tuple[int, int, int]]:
     """Return id, start and stop of the template's control tokens, with those that a forged one took characters of."""
     own = {}

@@ -7,12 +7,12 @@ rendering keeps the two apart (`tokens`).
 from __future__ import annotations
 
 from llava_ray.chat.conversation import IMAGE_TOKEN
-from llava_ray.chat.templates import StringTemplate
+from llava_ray.chat.template import StringTemplate
 
-NO_SYSTEM = "this model was trained with one fixed system prompt, which its template writes: leave system messages out"
+_NO_SYSTEM = "this model was trained with one fixed system prompt, which its template writes: leave system messages out"
 
 # A message's text: its content, or the texts and image markers of its content's items.
-JOINED = (
+_JOINED = (
     "{% set ns = namespace(text='') %}"
     "{% if message['content'] is string %}{% set ns.text = message['content'] %}"
     "{% else %}{% for item in message['content'] %}"
@@ -37,12 +37,12 @@ def write_jinja(template: StringTemplate, *, bos: bool, joint: str = "") -> str:
     start = f"bos_token + {_quoted(joined)}" if bos else _quoted(first)
     answer = f"{{{{ {_quoted(template.cue + template.lead)} + ns.text + {_quoted(template.end)} }}}}"
     return (
-        f"{{% for message in messages %}}{JOINED}"
+        f"{{% for message in messages %}}{_JOINED}"
         "{% if message['role'] == 'user' %}"
         f"{{% if loop.first %}}{{{{ {start} }}}}{{% else %}}{{{{ {_quoted(template.question)} }}}}{{% endif %}}"
         f"{_content(template, joint)}{{{{ {_quoted(template.question_end)} }}}}"
         f"{{% elif message['role'] == 'assistant' %}}{answer}"
-        f"{{% else %}}{{{{ raise_exception({_quoted(NO_SYSTEM)}) }}}}"
+        f"{{% else %}}{{{{ raise_exception({_quoted(_NO_SYSTEM)}) }}}}"
         "{% endif %}{% endfor %}"
         f"{{% if add_generation_prompt %}}{{{{ {_quoted(template.cue)} }}}}{{% endif %}}"
     )

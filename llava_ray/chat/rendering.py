@@ -12,7 +12,7 @@ import jinja2
 from llava_ray.chat.controls import find_control
 from llava_ray.chat.conversation import IMAGE_TOKEN, Span, Turn, break_markers, check_turns
 from llava_ray.chat.messages import find_messages
-from llava_ray.chat.templates import JinjaTemplate, StringTemplate, Template
+from llava_ray.chat.template import JinjaTemplate, StringTemplate, Template
 from llava_ray.errors import RecordError, TemplateError
 
 
@@ -28,7 +28,7 @@ def render_spans(turns: Sequence[Turn], template: Template, *, open_turn: bool =
     Raises RecordError for turns that no template can write (see `check_turns`), TemplateError for turns that this one
     cannot.
     """
-    check_turns(turns, learnt=not open_turn)
+    check_turns(turns, supervised=not open_turn)
     if open_turn and turns[-1].role != "human":
         raise TemplateError(
             f"an open turn was asked for after an answer ({turns[-1].value[:40]!r}); expected a human turn last. "
@@ -68,19 +68,19 @@ def _render_strings(turns: Sequence[Turn], template: StringTemplate, open_turn: 
     spans, before = [], template.opening
     for question, answer in template.examples:
         written = question + template.question_end + template.cue + template.lead + answer + template.end
-        spans.append(Span(before + written, learnt=False, said=said))
+        spans.append(Span(before + written, supervised=False, said=said))
         before, said = template.question, ()
     for turn in turns:
         if turn.role == "human":
             said += _said(turn.value, len(before), template)
-            spans.append(Span(before + turn.value + template.question_end, learnt=False, said=said))
+            spans.append(Span(before + turn.value + template.question_end, supervised=False, said=said))
             before, said = template.question, ()
         else:
             answered = _said(turn.value, len(template.lead), template)
-            spans.append(Span(template.cue, learnt=False))
-            spans.append(Span(template.lead + turn.value + template.end, learnt=turn.learnt, said=answered))
+            spans.append(Span(template.cue, supervised=False))
+            spans.append(Span(template.lead + turn.value + template.end, supervised=turn.supervised, said=answered))
     if open_turn:
-        spans.append(Span(template.cue, learnt=False))
+        spans.append(Span(template.cue, supervised=False))
     return [span for span in spans if span.text]
 
 
@@ -125,11 +125,11 @@ def _render_jinja(turns: Sequence[Turn], template: JinjaTemplate, open_turn: boo
             continue
         start = _find_answer_start(text, turns[:index], template)
         stop = start + _measure_answer(text[start:], turn, template)
-        borders += [(written, start, False), (start, stop, turn.learnt)]
+        borders += [(written, start, False), (start, stop, turn.supervised)]
         written = stop
     borders.append((written, len(text), False))
     return [
-        Span(text[start:stop], learnt=learnt, said=_within(said, start, stop))
+        Span(text[start:stop], supervised=learnt, said=_within(said, start, stop))
         for start, stop, learnt in borders
         if start < stop
     ]
@@ -151,8 +151,8 @@ def find_frame(template: JinjaTemplate) -> tuple[str, ...]:
         return (str(template.tokenizer.chat_template),)
     texts = []
     for span in spans:
-        place = span.said[-1][1] if span.learnt and span.said else 0
-        for first, last in () if span.learnt else span.said:
+        place = span.said[-1][1] if span.supervised and span.said else 0
+        for first, last in () if span.supervised else span.said:
             texts.append(span.text[place:first])
             place = last
         texts.append(span.text[place:])

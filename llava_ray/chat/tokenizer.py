@@ -15,7 +15,7 @@ from llava_ray.errors import ModelError
 from llava_ray.reading import LARGE_INT_BITS, check_plain, in_words, is_file, read_bounded, shown
 
 MAX_TOKENIZER_BYTES = 40 * 2**20  # the largest published are of 33 MB; parsed it takes 25 times as much memory
-FILES = {
+_FILES = {
     "tokenizer.json": MAX_TOKENIZER_BYTES,
     "tokenizer.model": MAX_TOKENIZER_BYTES,
     "vocab.json": MAX_TOKENIZER_BYTES // 2,
@@ -26,7 +26,7 @@ FILES = {
     "chat_template.jinja": 2**20,
     "chat_template.json": 2**20,
 }
-REMEDY = "Expected a folder with tokenizer.json or tokenizer.model beside tokenizer_config.json, or a hub name."
+_REMEDY = "Expected a folder with tokenizer.json or tokenizer.model beside tokenizer_config.json, or a hub name."
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -43,14 +43,14 @@ def load_tokenizer(path: str | Path, config: PreTrainedConfig | None = None) -> 
     from transformers import AutoTokenizer
 
     known = {} if config is None else {"config": config}
-    check_files(Path(path))
-    with in_words("no tokenizer", REMEDY, says=f"can be loaded from {shown(str(path))}"):
+    _check_files(Path(path))
+    with in_words("no tokenizer", _REMEDY, says=f"can be loaded from {shown(str(path))}"):
         # A folder may name code of its own: refused here at once, asked for at the terminal otherwise.
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, **known)
-        return in_order(tokenizer)
+        return _in_order(tokenizer)
 
 
-def in_order(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def _in_order(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Return a tokenizer whose merges are in SentencePiece's order, where it was made of SentencePiece's file."""
     from tokenizers.models import BPE
 
@@ -58,20 +58,20 @@ def in_order(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
         return tokenizer
     model, pieces = tokenizer.backend_tokenizer.model, _find_pieces(tokenizer)
     if isinstance(model, BPE) and pieces is not None:
-        tokenizer.backend_tokenizer.model = rank_merges(model, pieces)
+        tokenizer.backend_tokenizer.model = _rank_merges(model, pieces)
     if "legacy" in vars(tokenizer):
         # LlamaTokenizer keeps this switch to itself; without it a saved copy loads as legacy=False.
         tokenizer.init_kwargs["legacy"] = vars(tokenizer)["legacy"]
     return tokenizer
 
 
-def check_files(folder: Path) -> None:
+def _check_files(folder: Path) -> None:
     """Raise ModelError for files of a tokenizer that are too large to be any, or lead out of their folder."""
-    for name, limit in FILES.items():
+    for name, limit in _FILES.items():
         file = folder / name
         if not is_file(file):
             continue
-        with in_words("no tokenizer", REMEDY, says=f"can be loaded from {file}"):
+        with in_words("no tokenizer", _REMEDY, says=f"can be loaded from {file}"):
             content = read_bounded(file, limit)
             values = json.loads(content) if file.suffix == ".json" else {}
         check_plain(values, str(file), bits=LARGE_INT_BITS)
@@ -81,7 +81,7 @@ def check_files(folder: Path) -> None:
                 raise ModelError(f"{file}: {key} is {shown(named)}, a file of another folder; take the key out.")
 
 
-def rank_merges(model: BPE, pieces: SentencePieceProcessor) -> BPE:
+def _rank_merges(model: BPE, pieces: SentencePieceProcessor) -> BPE:
     """Return ``model`` with the merges that SentencePiece would make of these pieces, best score first."""
     from tokenizers.models import BPE
 

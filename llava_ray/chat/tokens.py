@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from llava_ray.chat.controls import find_controls
 from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, Span, Turn
-from llava_ray.chat.encoding import Chunk, without_forged
+from llava_ray.chat.encoding import EncodedText, without_forged
 from llava_ray.chat.rendering import place_images, render_spans
 from llava_ray.errors import ConfigError, RecordError, TemplateError
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from llava_ray.chat.templates import Template
+    from llava_ray.chat.template import Template
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def tokenize_spans(
     A beginning-of-sequence token comes first if the tokenizer adds one, ``add_bos`` allows it and the template writes
     none. Raises what `encode_spans` does.
     """
-    learnt = b"".join((b"\1" if span.learnt else b"\0") * len(span.text) for span in spans)
+    learnt = b"".join((b"\1" if span.supervised else b"\0") * len(span.text) for span in spans)
     input_ids: list[int] = []
     labels: list[int] = []
     for chunk in encode_spans(spans, tokenizer, template):
@@ -105,7 +105,7 @@ def tokenize_spans(
 
 def encode_spans(
     spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase, template: Template | None = None
-) -> list[Chunk]:
+) -> list[EncodedText]:
     """Encode what stands before, between and after the images, control tokens that messages spell out as text.
 
     Raises TemplateError if the tokenizer does not know which characters its tokens cover, RecordError
@@ -122,7 +122,7 @@ def encode_spans(
     encoded = tokenizer(
         texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
     )
-    chunks = list(map(Chunk, starts, texts, encoded["input_ids"], encoded["offset_mapping"]))
+    chunks = list(map(EncodedText, starts, texts, encoded["input_ids"], encoded["offset_mapping"]))
     if not any(said):
         return chunks
     controls = find_controls(tokenizer, template)

@@ -10,9 +10,9 @@ from pydantic import BaseModel
 from llava_ray.errors import ConfigError
 from llava_ray.reading import shown
 
-WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-NOTHING = ("none", "null")
-EXPECTED = "true or false (yes, no, on, off, 1 and 0 are understood)"
+_WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+_NOTHING = ("none", "null")
+_EXPECTED = "true or false (yes, no, on, off, 1 and 0 are understood)"
 
 
 def spell_out(schema: type[BaseModel], flags: Sequence[str]) -> list[str]:
@@ -21,20 +21,20 @@ def spell_out(schema: type[BaseModel], flags: Sequence[str]) -> list[str]:
     A switch without a value is on. Raises ConfigError for a value that is neither.
     """
     spelt: list[str] = []
-    for flag, values in grouped(flags):
+    for flag, values in _grouped(flags):
         key, equals, value = flag.removeprefix("--").partition("=")
-        annotation = annotation_of(schema, key)
-        if bool not in alternatives(annotation):
+        annotation = _annotation_of(schema, key)
+        if bool not in _alternatives(annotation):
             spelt += [flag, *values]
         elif equals:
-            spelt += [f"--{key}={word_for(key, value, annotation)}", *values]
+            spelt += [f"--{key}={_word_for(key, value, annotation)}", *values]
         else:
             first, *rest = values or ["true"]
-            spelt += [f"--{key}", word_for(key, first, annotation), *rest]
+            spelt += [f"--{key}", _word_for(key, first, annotation), *rest]
     return spelt
 
 
-def grouped(flags: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+def _grouped(flags: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     """Yield each flag with the values that follow it; what stands in front of all flags is one by itself."""
     group: list[str] = []
     for argument in flags:
@@ -46,7 +46,7 @@ def grouped(flags: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
         yield group[0], group[1:]
 
 
-def annotation_of(schema: type[BaseModel], key: str) -> Any:
+def _annotation_of(schema: type[BaseModel], key: str) -> Any:
     """Return the type of a dotted key, None where there is no such key."""
     annotation: Any = schema
     for part in key.split("."):
@@ -57,7 +57,7 @@ def annotation_of(schema: type[BaseModel], key: str) -> Any:
     return annotation
 
 
-def alternatives(annotation: Any) -> list[Any]:
+def _alternatives(annotation: Any) -> list[Any]:
     """Return the types of a union and the values of a literal, one by one."""
     if annotation is None:
         return []
@@ -65,28 +65,28 @@ def alternatives(annotation: Any) -> list[Any]:
     if get_origin(annotation) is Literal:
         return list(parts)
     if parts and not isinstance(annotation, type):
-        return [one for part in parts for one in alternatives(part)] + [None] * (type(None) in parts)
+        return [one for part in parts for one in _alternatives(part)] + [None] * (type(None) in parts)
     return [annotation]
 
 
 def as_switch(value: Any, annotation: Any) -> Any:
     """Return what a recipe says of a switch, as true or false where it is a word or number for one."""
-    if not isinstance(value, str | int) or bool not in alternatives(annotation):
+    if not isinstance(value, str | int) or bool not in _alternatives(annotation):
         return value
-    return WORDS.get(str(value).lower(), value)
+    return _WORDS.get(str(value).lower(), value)
 
 
-def word_for(key: str, value: str, annotation: Any) -> str:
+def _word_for(key: str, value: str, annotation: Any) -> str:
     """Return a switch's value as tyro takes it. Raises ConfigError."""
-    word, others = value.strip().lower(), alternatives(annotation)
-    if word in WORDS:
-        return str(WORDS[word])
-    if None in others and word in NOTHING:
+    word, others = value.strip().lower(), _alternatives(annotation)
+    if word in _WORDS:
+        return str(_WORDS[word])
+    if None in others and word in _NOTHING:
         return "None"
     named = [other for other in others if isinstance(other, str)]
     if word in named:
         return word
-    raise ConfigError(f"{key!r} = {shown(value)}: expected {', '.join([*map(repr, named), EXPECTED])}")
+    raise ConfigError(f"{key!r} = {shown(value)}: expected {', '.join([*map(repr, named), _EXPECTED])}")
 
 
 def bare_switches(arguments: Sequence[str], names: Collection[str]) -> list[str]:
@@ -104,10 +104,10 @@ def bare_switches(arguments: Sequence[str], names: Collection[str]) -> list[str]
             bare.append(argument)
             continue
         if not equals:
-            value = waiting.pop(0) if waiting and waiting[0].lower() in WORDS else "true"
-        if value.lower() not in WORDS:
-            raise ConfigError(f"--{name} = {shown(value)}: expected {EXPECTED}")
-        bare.append(f"--{name}" if WORDS[value.lower()] else f"--no-{name}")
+            value = waiting.pop(0) if waiting and waiting[0].lower() in _WORDS else "true"
+        if value.lower() not in _WORDS:
+            raise ConfigError(f"--{name} = {shown(value)}: expected {_EXPECTED}")
+        bare.append(f"--{name}" if _WORDS[value.lower()] else f"--no-{name}")
     return bare
 
 

@@ -15,13 +15,13 @@ from llava_ray.config.sections import ClusterConfig, FinetuneConfig
 from llava_ray.errors import ConfigError
 from llava_ray.reading import in_words, read_bounded, shown
 
-KUBERAY_SPECS = {"RayCluster": (), "RayJob": ("rayClusterSpec",), "RayService": ("rayClusterConfig",)}
-ACCELERATOR = "accelerator_type:"  # Ray's prefix of the resource that names a GPU
-MAX_BYTES = 2**17
-MAX_NODES = 10**6
-MAX_PAIRS = 10_000
-MAX_BRACKETS = 1000  # the time to read those that are never closed grows with their square
-DECODE_CPUS = 1.0  # at least, beside workers where there is no pool for decoding
+_KUBERAY_SPECS = {"RayCluster": (), "RayJob": ("rayClusterSpec",), "RayService": ("rayClusterConfig",)}
+_ACCELERATOR = "accelerator_type:"  # Ray's prefix of the resource that names a GPU
+_MAX_BYTES = 2**17
+_MAX_NODES = 10**6
+_MAX_PAIRS = 10_000
+_MAX_BRACKETS = 1000  # the time to read those that are never closed grows with their square
+_DECODE_CPUS = 1.0  # at least, beside workers where there is no pool for decoding
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,14 @@ class ClusterFile:
         """Count the processes of that size which a pool's nodes hold together."""
         total, nodes_left = 0, self.max_nodes
         suited = [one for one in self.nodes(pool) if accelerator is None or accelerator in one.accelerators]
-        for one in sorted(suited, key=lambda one: -capacity(one, cpus, gpus)):
+        for one in sorted(suited, key=lambda one: -_capacity(one, cpus, gpus)):
             count = min(one.max_nodes, nodes_left)
-            total += count * capacity(one, cpus, gpus)
+            total += count * _capacity(one, cpus, gpus)
             nodes_left -= count
         return total
 
 
-def capacity(node: NodeType, cpus: float, gpus: float) -> int:
+def _capacity(node: NodeType, cpus: float, gpus: float) -> int:
     """Count the processes of that size which one node holds."""
     rooms = [int(have / want) for have, want in ((node.cpus, cpus), (node.gpus, gpus)) if want > 0]
     return min(rooms) if rooms else 0
@@ -73,17 +73,17 @@ def capacity(node: NodeType, cpus: float, gpus: float) -> int:
 def find_misfits(cluster: ClusterFile, config: FinetuneConfig) -> list[str]:
     """Return why a run does not fit, in sentences with a remedy; nothing where it does."""
     wanted, data = config.cluster, config.data
-    gpu = 1.0 if takes_gpus(cluster, wanted) else 0.0
-    cpus = cpu_share(cluster, wanted.num_workers, gpu) if wanted.cpus_per_worker == "auto" else wanted.cpus_per_worker
+    gpu = 1.0 if _takes_gpus(cluster, wanted) else 0.0
+    cpus = _cpu_share(cluster, wanted.num_workers, gpu) if wanted.cpus_per_worker == "auto" else wanted.cpus_per_worker
     room = cluster.places("train", cpus, gpu, wanted.accelerator_type)
     misfits = []
     if room < wanted.num_workers:
         size = f"{cpus:g} CPU" + (f" + 1 {wanted.accelerator_type or 'GPU'}" if gpu else "")
         misfits.append(
-            f"{wanted.num_workers} workers x {size}: there is room for {room} ({listed(cluster.nodes('train'))}); "
+            f"{wanted.num_workers} workers x {size}: there is room for {room} ({_listed(cluster.nodes('train'))}); "
             "lower cluster.num_workers, or raise max_workers"
         )
-    if spare_cpus(cluster) - wanted.num_workers * cpus < 0:
+    if _spare_cpus(cluster) - wanted.num_workers * cpus < 0:
         misfits.append(
             "decoding images: no CPU is left beside the workers; lower cluster.cpus_per_worker, or add nodes"
         )
@@ -93,30 +93,30 @@ def find_misfits(cluster: ClusterFile, config: FinetuneConfig) -> list[str]:
         if found < data.num_vision_actors:
             misfits.append(
                 f"{data.num_vision_actors} actors for vision features: there is room for {found} "
-                f"({listed(cluster.nodes('vision'))}); lower data.num_vision_actors, or add nodes of pool vision"
+                f"({_listed(cluster.nodes('vision'))}); lower data.num_vision_actors, or add nodes of pool vision"
             )
     return misfits
 
 
-def takes_gpus(cluster: ClusterFile, wanted: ClusterConfig) -> bool:
+def _takes_gpus(cluster: ClusterFile, wanted: ClusterConfig) -> bool:
     """Return whether workers compute on GPUs; "auto" does where each finds one."""
     if wanted.use_gpu == "auto":
         return cluster.places("train", 0.0, 1.0, wanted.accelerator_type) >= wanted.num_workers
     return wanted.use_gpu
 
 
-def cpu_share(cluster: ClusterFile, num_workers: int, gpu: float) -> float:
+def _cpu_share(cluster: ClusterFile, num_workers: int, gpu: float) -> float:
     """Return the CPUs that "auto" gives each worker: one, or less where they have to leave some for decoding."""
-    return 1.0 if gpu else max(0.1, min(1.0, int(10 * spare_cpus(cluster) / num_workers) / 10))
+    return 1.0 if gpu else max(0.1, min(1.0, int(10 * _spare_cpus(cluster) / num_workers) / 10))
 
 
-def spare_cpus(cluster: ClusterFile) -> float:
+def _spare_cpus(cluster: ClusterFile) -> float:
     """Return the CPUs of the nodes that train, without what decoding takes of them."""
     cpus = sum(one.cpus * one.max_nodes for one in cluster.nodes("train"))
-    return cpus - (0.0 if cluster.has_pool("decode") else DECODE_CPUS)
+    return cpus - (0.0 if cluster.has_pool("decode") else _DECODE_CPUS)
 
 
-def listed(nodes: list[NodeType]) -> str:
+def _listed(nodes: list[NodeType]) -> str:
     """Name node types with what they have."""
     return ", ".join(f"{one.max_nodes} x {one.name}: {one.cpus:g} CPU, {one.gpus:g} GPU" for one in nodes)
 
@@ -128,22 +128,22 @@ def read_cluster_file(path: str | Path) -> ClusterFile:
     """
     file, what = Path(path), f"cluster file {str(path)!r}"
     try:
-        content = read_bounded(file, MAX_BYTES, ConfigError)
+        content = read_bounded(file, _MAX_BYTES, ConfigError)
     except OSError as error:
         raise ConfigError(f"cannot read {what}: {error}") from error
-    if content.count(b"[") + content.count(b"{") > MAX_BRACKETS:
-        raise ConfigError(f"cannot read {what}: it has more than {MAX_BRACKETS:,} opening brackets. Mend it.")
+    if content.count(b"[") + content.count(b"{") > _MAX_BRACKETS:
+        raise ConfigError(f"cannot read {what}: it has more than {_MAX_BRACKETS:,} opening brackets. Mend it.")
     with in_words(f"cannot read {what}", "Mend it; the shipped ones are in clusters/.", ConfigError, ""):
         documents = [some for some in yaml.load_all(content, _Loader) if isinstance(some, dict)]
     for document in documents:
         with in_words(what, "The shipped ones in clusters/ show what belongs there.", ConfigError, "lacks a key"):
-            if str(document.get("kind")) in KUBERAY_SPECS:
-                return read_kuberay(str(path), document)
+            if str(document.get("kind")) in _KUBERAY_SPECS:
+                return _read_kuberay(str(path), document)
             if "provider" in document:
-                return read_launcher(str(path), document)
+                return _read_launcher(str(path), document)
     raise ConfigError(
         f"{str(path)!r} is no cluster file: expected Ray's (cluster_name, provider, …) or KubeRay's (kind: "
-        f"{', '.join(KUBERAY_SPECS)}); the shipped ones are in clusters/"
+        f"{', '.join(_KUBERAY_SPECS)}); the shipped ones are in clusters/"
     )
 
 
@@ -156,11 +156,11 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
         """Put what a mapping takes over into it."""
         super().flatten_mapping(node)
         self.num_pairs += len(node.value)
-        if self.num_pairs > MAX_PAIRS:
+        if self.num_pairs > _MAX_PAIRS:
             raise yaml.constructor.ConstructorError(None, None, "too much is taken over", node.start_mark)
 
 
-def read_launcher(path: str, document: Mapping[str, Any]) -> ClusterFile:
+def _read_launcher(path: str, document: Mapping[str, Any]) -> ClusterFile:
     """Read a file for ``ray up``."""
     if document["provider"].get("type") == "local":
         workers = len(document["provider"].get("worker_ips", []))
@@ -170,10 +170,10 @@ def read_launcher(path: str, document: Mapping[str, Any]) -> ClusterFile:
                 f"{path!r} names machines, but not what they have: add what the smallest of them has, such as "
                 "metadata: {node_resources: {CPU: 8, GPU: 1}}"
             )
-        return ClusterFile(path, (node_type("machine", resources, {}, 1 + workers),), 1 + workers)
+        return ClusterFile(path, (_node_type("machine", resources, {}, 1 + workers),), 1 + workers)
     most = int(document.get("max_workers", 2))
     types = tuple(
-        node_type(
+        _node_type(
             name,
             kind["resources"],
             kind.get("labels", {}),
@@ -184,40 +184,43 @@ def read_launcher(path: str, document: Mapping[str, Any]) -> ClusterFile:
     return ClusterFile(path, types, most + 1)
 
 
-def read_kuberay(path: str, document: Mapping[str, Any]) -> ClusterFile:
+def _read_kuberay(path: str, document: Mapping[str, Any]) -> ClusterFile:
     """Read a RayCluster, or the one inside a RayJob or RayService."""
     spec = document["spec"]
-    for key in KUBERAY_SPECS[document["kind"]]:
+    for key in _KUBERAY_SPECS[document["kind"]]:
         spec = spec[key]
     types = tuple(
-        node_type(
-            group.get("groupName", "head"), group_resources(group), group.get("labels", {}), group.get("maxReplicas", 1)
+        _node_type(
+            group.get("groupName", "head"),
+            _group_resources(group),
+            group.get("labels", {}),
+            group.get("maxReplicas", 1),
         )
         for group in (spec["headGroupSpec"], *spec.get("workerGroupSpecs", ()))
     )
     return ClusterFile(path, types, sum(one.max_nodes for one in types))
 
 
-def group_resources(group: Mapping[str, Any]) -> dict[str, float]:
+def _group_resources(group: Mapping[str, Any]) -> dict[str, float]:
     """Return what a KubeRay group's nodes have: its own resources go before those of the container."""
     container = group["template"]["spec"]["containers"][0].get("resources", {})
     limits = {**container.get("requests", {}), **container.get("limits", {})}
-    found = {"CPU": quantity(limits.get("cpu", 0)), "GPU": quantity(limits.get("nvidia.com/gpu", 0))}
-    return found | {name: quantity(value) for name, value in group.get("resources", {}).items()}
+    found = {"CPU": _quantity(limits.get("cpu", 0)), "GPU": _quantity(limits.get("nvidia.com/gpu", 0))}
+    return found | {name: _quantity(value) for name, value in group.get("resources", {}).items()}
 
 
-def quantity(value: object) -> float:
+def _quantity(value: object) -> float:
     """Read Kubernetes' numbers of CPUs and GPUs: "8", 8, "500m"."""
     text = str(value)
     return float(text.removesuffix("m")) / 1000 if text.endswith("m") else float(text)
 
 
-def node_type(name: str, resources: Mapping[str, float], labels: Mapping[str, str], max_nodes: int) -> NodeType:
+def _node_type(name: str, resources: Mapping[str, float], labels: Mapping[str, str], max_nodes: int) -> NodeType:
     """Make a NodeType of what the file says."""
     for key, value in {**{key: resources.get(key, 0) for key in ("CPU", "GPU")}, "nodes": max_nodes}.items():
         number = float(value)
-        if not 0 <= number <= MAX_NODES or (key == "nodes" and number != int(number)):
-            raise ConfigError(f"{shown(name)} has {shown(value)} {key}, expected a number from 0 to {MAX_NODES:,}")
-    accelerators = frozenset(key.removeprefix(ACCELERATOR) for key in resources if key.startswith(ACCELERATOR))
+        if not 0 <= number <= _MAX_NODES or (key == "nodes" and number != int(number)):
+            raise ConfigError(f"{shown(name)} has {shown(value)} {key}, expected a number from 0 to {_MAX_NODES:,}")
+    accelerators = frozenset(key.removeprefix(_ACCELERATOR) for key in resources if key.startswith(_ACCELERATOR))
     cpus, gpus = (float(resources.get(key, 0)) for key in ("CPU", "GPU"))
     return NodeType(str(name), cpus, gpus, accelerators, labels.get("pool"), int(max_nodes))

@@ -3,12 +3,12 @@
 import ast
 from typing import Any
 
-MAX_CHARS = 10_000
+_MAX_CHARS = 10_000
 
 
 def read_literal(text: str) -> Any:
     """Return the value that a text such as "[(336, 672)]" or "336,672" writes. Raises ValueError."""
-    if len(text) > MAX_CHARS:
+    if len(text) > _MAX_CHARS:
         raise ValueError(f"{len(text):,} characters are no list of numbers")
     try:
         return ast.literal_eval(text)

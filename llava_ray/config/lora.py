@@ -4,12 +4,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from llava_ray.config.schema import Section
+from llava_ray.config.schema import ConfigSection
 
 Bits = Literal[4, 8, 16]
 
 
-class Quantization(Section):
+class Quantization(ConfigSection):
     """How bitsandbytes keeps the matrices of a language model whose own weights do not learn."""
 
     bits: Literal[4, 8]
@@ -20,7 +20,7 @@ class Quantization(Section):
     """Whether the 4-bit blocks' scales are quantised too."""
 
 
-class LoraConfig(Section):
+class LoraConfig(ConfigSection):
     """An adapter in place of a language model that learns as a whole, over a base that may be quantised."""
 
     lora_enable: bool = False

@@ -17,7 +17,7 @@ import tyro
 from pydantic import BaseModel, ValidationError
 
 from llava_ray.config.booleans import as_switch, spell_out
-from llava_ray.config.schema import Section, describe, describe_all, dotted_keys
+from llava_ray.config.schema import ConfigSection, describe_all, describe_fault, dotted_keys
 from llava_ray.config.sections import EvaluateConfig, FinetuneConfig, PrepareConfig
 from llava_ray.config.space import SweepConfig
 from llava_ray.config.toml_files import read_toml_file
@@ -25,15 +25,15 @@ from llava_ray.errors import ConfigError
 from llava_ray.reading import in_words, is_file, is_folder
 
 Config = TypeVar("Config", FinetuneConfig, PrepareConfig, EvaluateConfig, SweepConfig)
-Settings = TypeVar("Settings", bound=Section)
+Settings = TypeVar("Settings", bound=ConfigSection)
 
 # What says where and how a run is carried out, not what is computed: it may change between start and resume.
 NOT_HASHED = ("run", "cluster", "tracking", "held_out", "score", "actors")
 
-MAX_SAID = 500  # characters of what is wrong with flags
+_MAX_SAID = 500  # characters of what is wrong with flags
 
 # LLaVA's flags that name something we do otherwise; the value is what to say.
-REPLACED_FLAGS = {
+_REPLACED_FLAGS = {
     "per_device_train_batch_size": "use --train.global_batch_size (per-device batch x devices x accumulation)",
     "gradient_accumulation_steps": "use --train.global_batch_size (per-device batch x devices x accumulation)",
     "output_dir": "use --run.storage_path and --run.name",
@@ -54,24 +54,24 @@ def load_recipe(schema: type[Config], arguments: Sequence[str], *, ignore: Colle
     that cannot be read and for unknown, missing or unfitting keys; ``--help`` prints every key and exits.
     """
     config = load_settings(schema, arguments, ignore=ignore)
-    recipe = recipe_of(arguments)
+    recipe = _recipe_of(arguments)
     stem = Path(recipe).stem if recipe else schema.__name__.removesuffix("Config").lower()
     return config if config.run.name else config.replaced({"run.name": f"{stem}-{settings_hash(config)}"})
 
 
 def load_settings(schema: type[Settings], arguments: Sequence[str], *, ignore: Collection[str] = ()) -> Settings:
     """Read ``[RECIPE] --section.key value …`` into a validated ``schema``; as ``load_recipe``, without a run's name."""
-    recipe = recipe_of(arguments)
+    recipe = _recipe_of(arguments)
     values = {key: value for key, value in read_toml(recipe).items() if key not in ignore} if recipe else {}
-    refuse_unfitting(schema, values, recipe or "flags")
-    flags = [dotted_flag(schema, argument) for argument in arguments[1 if recipe else 0 :]]
-    parsed = read_flags(schema, spell_out(schema, flags), with_missing(schema, values))
+    _check_known_keys(schema, values, recipe or "flags")
+    flags = [_dotted_flag(schema, argument) for argument in arguments[1 if recipe else 0 :]]
+    parsed = _read_flags(schema, spell_out(schema, flags), _with_missing(schema, values))
     with in_words(recipe or "flags", "Mend them.", ConfigError):
         given = parsed.model_dump()
     return schema.parsed(given)
 
 
-def read_flags(schema: type[Settings], flags: Sequence[str], default: Any) -> Settings:
+def _read_flags(schema: type[Settings], flags: Sequence[str], default: Any) -> Settings:
     """Lay flags over settings that are not validated yet. Raises ConfigError for a flag whose value does not fit."""
     said = io.StringIO()
     try:
@@ -88,16 +88,16 @@ def read_flags(schema: type[Settings], flags: Sequence[str], default: Any) -> Se
         if not left.code:
             raise  # --help
         words = " ".join(re.sub(r"\x1b\[[\d;]*m|[─-╿]", " ", said.getvalue()).split())
-        raise ConfigError(f"flags: {words[:MAX_SAID]}") from left
+        raise ConfigError(f"flags: {words[:_MAX_SAID]}") from left
     return parsed
 
 
-def recipe_of(arguments: Sequence[str]) -> str | None:
+def _recipe_of(arguments: Sequence[str]) -> str | None:
     """Return the recipe that a command line begins with, if it does."""
     return arguments[0] if arguments and not arguments[0].startswith("-") else None
 
 
-def settings_hash(config: Section) -> str:
+def settings_hash(config: ConfigSection) -> str:
     """Return 8 hex digits of everything in ``config`` that decides what is computed."""
     settings = config.model_dump(mode="json", exclude=set(NOT_HASHED))
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
@@ -125,22 +125,22 @@ def read_toml(path: str) -> dict[str, Any]:
     return read_toml_file(file, "recipe")
 
 
-def dotted_flag(schema: type[BaseModel], argument: str) -> str:
+def _dotted_flag(schema: type[BaseModel], argument: str) -> str:
     """Give a bare LLaVA flag its section: ``--bits`` becomes ``--lora.bits``."""
     if not argument.startswith("--") or argument == "--help":
         return argument
     name, equals, value = argument[2:].partition("=")
-    if name in REPLACED_FLAGS:
-        raise ConfigError(f"--{name}: {REPLACED_FLAGS[name]}")
+    if name in _REPLACED_FLAGS:
+        raise ConfigError(f"--{name}: {_REPLACED_FLAGS[name]}")
     homes = [key for key in dotted_keys(schema) if key.rpartition(".")[2] == name]
     if "." not in name and len(homes) == 1:
         name = homes[0]
     if name not in set(dotted_keys(schema)):
-        raise ConfigError(describe(schema, {"loc": tuple(name.split(".")), "type": "extra_forbidden"}))  # type: ignore[typeddict-item]
+        raise ConfigError(describe_fault(schema, {"loc": tuple(name.split(".")), "type": "extra_forbidden"}))  # type: ignore[typeddict-item]
     return f"--{name}{equals}{value}"
 
 
-def refuse_unfitting(schema: type[BaseModel], values: dict[str, Any], source: str) -> None:
+def _check_known_keys(schema: type[BaseModel], values: dict[str, Any], source: str) -> None:
     """Raise ConfigError for anything wrong in ``values`` but missing keys, which flags may still bring."""
     try:
         schema.model_validate(values)
@@ -150,13 +150,13 @@ def refuse_unfitting(schema: type[BaseModel], values: dict[str, Any], source: st
             raise ConfigError(f"{source}: {describe_all(schema, details)}") from error
 
 
-def with_missing(schema: type[BaseModel], values: dict[str, Any]) -> Any:
+def _with_missing(schema: type[BaseModel], values: dict[str, Any]) -> Any:
     """Build ``schema`` unvalidated, with tyro's mark where a required key has no value yet."""
     fields: dict[str, Any] = {}
     for name, field in schema.model_fields.items():
         annotation = field.annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            fields[name] = with_missing(annotation, values.get(name, {}))
+            fields[name] = _with_missing(annotation, values.get(name, {}))
         elif name in values:
             value = as_switch(values[name], annotation)
             fields[name] = tuple(value) if isinstance(value, list) else value  # as the schema has it; TOML knows lists

@@ -12,11 +12,11 @@ from pydantic import (
     model_validator,
 )
 
-from llava_ray.config.schema import Section
+from llava_ray.config.schema import ConfigSection
 from llava_ray.config.sections import ClusterConfig, TrackingConfig
 
 
-class ReviewSection(Section):
+class ReviewSection(ConfigSection):
     """What is judged, against what, by which rubric."""
 
     answers: tuple[str, ...]
@@ -87,7 +87,7 @@ class ReviewSection(Section):
         return self
 
 
-class JudgeConfig(Section):
+class JudgeConfig(ConfigSection):
     """Who judges: any OpenAI-compatible endpoint, our own service included."""
 
     model: str
@@ -148,7 +148,7 @@ class JudgeConfig(Section):
         return self
 
 
-class LimitsConfig(Section):
+class LimitsConfig(ConfigSection):
     """How fast: for all reviewers of the cluster together, for each judge."""
 
     requests_per_minute: PositiveInt | None = None
@@ -169,14 +169,14 @@ class LimitsConfig(Section):
     """Stop the job after so many failed items in a row: nobody is there."""
 
 
-class BudgetConfig(Section):
+class BudgetConfig(ConfigSection):
     """For how much."""
 
     dollars: PositiveFloat | None = None
     """All calls in the ledger may cost at most this, those that are under way at their largest possible cost."""
 
 
-class ReviewConfig(Section):
+class ReviewConfig(ConfigSection):
     """Everything pipelines/review.py can be told."""
 
     review: ReviewSection

@@ -10,10 +10,10 @@ from pydantic_core import ErrorDetails
 from llava_ray.errors import ConfigError
 from llava_ray.reading import INT_BITS, MAX_SHOWN, shown
 
-MAX_FAULTS = 10
+_MAX_FAULTS = 10
 
 
-class Section(BaseModel):
+class ConfigSection(BaseModel):
     """Settings that refuse unknown keys and cannot be assigned to."""
 
     model_config = ConfigDict(
@@ -33,7 +33,7 @@ class Section(BaseModel):
 
         Raises ConfigError for a key that does not exist or a value that does not fit.
         """
-        return self.parsed(merged(self.model_dump(), nested(changes)))
+        return self.parsed(merge_settings(self.model_dump(), nested(changes)))
 
     @classmethod
     def parsed(cls, values: Mapping[str, Any], source: str = "") -> Self:
@@ -47,11 +47,11 @@ class Section(BaseModel):
 
 def describe_all(schema: type[BaseModel], details: Sequence[ErrorDetails]) -> str:
     """Put pydantic's complaints into words; the first few of many."""
-    lines = [describe(schema, detail) for detail in details[:MAX_FAULTS]]
-    return "; ".join(lines) + (f"; and {len(details) - MAX_FAULTS} more" if len(details) > MAX_FAULTS else "")
+    lines = [describe_fault(schema, detail) for detail in details[:_MAX_FAULTS]]
+    return "; ".join(lines) + (f"; and {len(details) - _MAX_FAULTS} more" if len(details) > _MAX_FAULTS else "")
 
 
-def describe(schema: type[BaseModel], detail: ErrorDetails) -> str:
+def describe_fault(schema: type[BaseModel], detail: ErrorDetails) -> str:
     """Put one pydantic complaint into words: the key, what was found, what to do."""
     path = ".".join(str(part) for part in detail["loc"])[:MAX_SHOWN]
     if detail["type"] == "extra_forbidden":
@@ -87,12 +87,12 @@ def nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def merge_settings(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Lay ``changes`` over ``base``, section by section."""
     result = dict(base)
     for key, value in changes.items():
         below = result.get(key)
-        result[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
+        result[key] = merge_settings(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
     return result
 
 

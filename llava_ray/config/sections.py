@@ -15,7 +15,7 @@ from pydantic import (
 
 from llava_ray.config.literals import read_literal
 from llava_ray.config.lora import LoraConfig
-from llava_ray.config.schema import Section
+from llava_ray.config.schema import ConfigSection
 
 PROJECTOR = "mlp([1-9][0-9]?)x_gelu"
 Pixels = Annotated[int, Field(gt=0, le=2**15)]
@@ -25,7 +25,7 @@ MAX_IMAGE_PIXELS = 178_956_970  # Pillow's own bomb limit
 MODEL_PATHS = ("model.model_name_or_path", "model.model_base", "model.vision_tower", "model.pretrain_mm_mlp_adapter")
 
 
-class ModelConfig(Section):
+class ModelConfig(ConfigSection):
     """Which parts make the model, and which of them learn."""
 
     model_name_or_path: str
@@ -125,7 +125,7 @@ class ModelConfig(Section):
         return self
 
 
-class DataConfig(Section):
+class DataConfig(ConfigSection):
     """Which samples, and how they reach the model."""
 
     data_path: str
@@ -170,7 +170,7 @@ class DataConfig(Section):
     """LLaVA's flag; not needed: nothing is preprocessed ahead."""
 
 
-class TrainConfig(Section):
+class TrainConfig(ConfigSection):
     """How the parameters move."""
 
     num_train_epochs: PositiveInt = 1
@@ -238,7 +238,7 @@ class TrainConfig(Section):
         return self
 
 
-class HeldOutConfig(Section):
+class HeldOutConfig(ConfigSection):
     """What a run looks at whenever it saves, and never learns from."""
 
     path: str | None = None
@@ -253,7 +253,7 @@ class HeldOutConfig(Section):
     """Longest answer in tokens."""
 
 
-class RunConfig(Section):
+class RunConfig(ConfigSection):
     """Where a run lives and how it survives."""
 
     name: str | None = None
@@ -275,7 +275,7 @@ class RunConfig(Section):
         return value
 
 
-class TrackingConfig(Section):
+class TrackingConfig(ConfigSection):
     """Where experiments are kept."""
 
     tracking_uri: str | None = None
@@ -290,7 +290,7 @@ class TrackingConfig(Section):
     """MLflow run under which this one is shown, such as a sweep's."""
 
 
-class ClusterConfig(Section):
+class ClusterConfig(ConfigSection):
     """What the run takes of the cluster."""
 
     address: str | None = None
@@ -318,7 +318,7 @@ class ClusterConfig(Section):
         return self
 
 
-class FinetuneConfig(Section):
+class FinetuneConfig(ConfigSection):
     """Everything pipelines/finetune.py can be told."""
 
     model: ModelConfig
@@ -388,7 +388,7 @@ class FinetuneConfig(Section):
         return self
 
 
-class PrepareConfig(Section):
+class PrepareConfig(ConfigSection):
     """Everything pipelines/prepare.py can be told."""
 
     data: DataConfig
@@ -396,7 +396,7 @@ class PrepareConfig(Section):
     cluster: ClusterConfig = ClusterConfig()
 
 
-class AskConfig(Section):
+class AskConfig(ConfigSection):
     """Which model is asked which questions, and how it answers."""
 
     model_path: str
@@ -433,7 +433,7 @@ class AskConfig(Section):
         return value
 
 
-class ScoreConfig(Section):
+class ScoreConfig(ConfigSection):
     """How answers are scored: may change between runs, the answers stay."""
 
     profile: Literal["llava", "official", "robust"] = "robust"
@@ -442,7 +442,7 @@ class ScoreConfig(Section):
     """Each NAME=FILE: a judge's replies, for benchmarks that need a judge; without, they are only answered."""
 
 
-class ActorsConfig(Section):
+class ActorsConfig(ConfigSection):
     """Who answers."""
 
     num_actors: PositiveInt | None = None
@@ -451,7 +451,7 @@ class ActorsConfig(Section):
     """CPUs that each reserves and computes with; "auto" is one, or on one machine its share if num_actors is given."""
 
 
-class EvaluateConfig(Section):
+class EvaluateConfig(ConfigSection):
     """Everything pipelines/evaluate.py run can be told."""
 
     evaluate: AskConfig

@@ -13,12 +13,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from llava_ray.config.schema import Section, dotted_keys
+from llava_ray.config.schema import ConfigSection, dotted_keys
 from llava_ray.config.sections import FinetuneConfig
 
 # What a trial may not change: where it runs, what all are judged by, and what a step is, at which they are compared.
-FIXED_SECTIONS = ("run", "tracking", "cluster", "held_out")
-FIXED_KEYS = (
+_FIXED_SECTIONS = ("run", "tracking", "cluster", "held_out")
+_FIXED_KEYS = (
     "data.data_path",
     "data.max_samples",
     "train.global_batch_size",
@@ -29,7 +29,7 @@ FIXED_KEYS = (
 )
 
 
-class Dimension(Section):
+class Dimension(ConfigSection):
     """Where one setting is looked for: exactly one of the three."""
 
     choice: tuple[Any, ...] | None = None
@@ -70,7 +70,7 @@ class Dimension(Section):
         return all(settings.get(key) in values for key, values in self.when.items())
 
 
-class Space(Section):
+class Space(ConfigSection):
     """The dimensions by dotted key, in the order in which they are drawn."""
 
     dimensions: dict[str, Dimension]
@@ -85,7 +85,7 @@ class Space(Section):
         for key, dimension in self.dimensions.items():
             if key not in known:
                 raise ValueError(f"{key!r} is no setting of a run; finetune.py --help lists them")
-            if key.partition(".")[0] in FIXED_SECTIONS or key in FIXED_KEYS:
+            if key.partition(".")[0] in _FIXED_SECTIONS or key in _FIXED_KEYS:
                 raise ValueError(f"{key!r} is the same for all trials of a sweep, so that they can be compared")
             unknown = dimension.when.keys() - seen
             if unknown:
@@ -94,7 +94,7 @@ class Space(Section):
         return self
 
 
-class SearchConfig(Section):
+class SearchConfig(ConfigSection):
     """How the space is searched, and by what trials are judged."""
 
     method: Literal["grid", "random", "optuna"] = "random"

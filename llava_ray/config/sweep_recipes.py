@@ -13,7 +13,7 @@ from llava_ray.config.space import Space, SweepConfig
 from llava_ray.errors import ConfigError
 from llava_ray.reading import MAX_SHOWN
 
-MAX_CORNERS = 10_000
+_MAX_CORNERS = 10_000
 
 
 def load_sweep(arguments: Sequence[str]) -> tuple[SweepConfig, Space]:
@@ -30,7 +30,7 @@ def load_sweep(arguments: Sequence[str]) -> tuple[SweepConfig, Space]:
     if config.run.name == f"{Path(arguments[0]).stem}-{settings_hash(config)}":  # given by nobody: the space counts too
         key = settings_hash(space)
         config = config.replaced({"run.name": f"{config.run.name}-{key[:4]}"})
-    check_corners(space, arguments[0])
+    _check_corners(space, arguments[0])
     for settings in corners(space):
         try:
             config.base.replaced(settings)
@@ -39,14 +39,14 @@ def load_sweep(arguments: Sequence[str]) -> tuple[SweepConfig, Space]:
     return config, space
 
 
-def check_corners(space: Space, recipe: str) -> None:
+def _check_corners(space: Space, recipe: str) -> None:
     """Raise ConfigError for a space whose conditions combine to more settings than can be looked at."""
     for key, dimension in space.dimensions.items():
         number = len(dimension.corners) * math.prod(len(values) for values in dimension.when.values())
-        if number > MAX_CORNERS:
+        if number > _MAX_CORNERS:
             raise ConfigError(
                 f"{recipe}: space.{key[:MAX_SHOWN]} has {number:,} combinations of its values and conditions, expected "
-                f"at most {MAX_CORNERS:,}; name fewer of them in when."
+                f"at most {_MAX_CORNERS:,}; name fewer of them in when."
             )
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from llava_ray.chat.conversation import IGNORE_INDEX
-from llava_ray.data.blocks import rows_of
+from llava_ray.data.blocks import unpack_block
 from llava_ray.data.descriptors import NO_STEP
 from llava_ray.data.features import unpacked_features, unpacked_pixels
 from llava_ray.data.settings import StreamSettings
@@ -44,7 +44,7 @@ def iterate_steps(
     """Yield this rank's micro-batches step by step, from ``first_step`` on, checking order and place."""
     step, pending = first_step, []
     for block in blocks:
-        for row in rows_of(block).to_pylist():
+        for row in unpack_block(block).to_pylist():
             if row["step"] == NO_STEP:
                 continue
             if (row["step"], row["rank"]) != (step, rank):

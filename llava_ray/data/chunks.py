@@ -7,16 +7,16 @@ from itertools import islice, takewhile
 
 import numpy as np
 
-from llava_ray.data.json_files import clean_id, read_json, read_jsonl
-from llava_ray.data.parquet_files import parquet_layout, read_parquet
+from llava_ray.data.json_files import clean_id, read_json_records, read_jsonl
+from llava_ray.data.parquet_files import parquet_layout, read_parquet_records
 from llava_ray.data.records import RawRecord
 from llava_ray.data.tar_files import read_tar
 from llava_ray.images.reading import open_filesystem
 
-TEXT_READERS = {"json": read_json, "jsonl": read_jsonl}
+TEXT_READERS = {"json": read_json_records, "jsonl": read_jsonl}
 
 # LLaVA's mix lies sorted by source, and training shuffles only within windows of shards: mix the records once.
-SHUFFLE_SEED = 0
+_SHUFFLE_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class ParquetChunk:
 
     def read(self) -> Iterator[RawRecord]:
         """Yield the records, read from the file."""
-        rows = islice(read_parquet(self.path, self.row_groups), len(self.ids))
+        rows = islice(read_parquet_records(self.path, self.row_groups), len(self.ids))
         for row, (own_id, (values, unread)) in enumerate(zip(self.ids, rows, strict=True), start=self.first_row):
             yield RawRecord(own_id, f"{self.name}:{row}", values, ignored=unread)
 
@@ -66,12 +66,12 @@ class TarChunk:
             yield RawRecord(name, f"{self.name}:{key}", sample.text, sample.images, sample.ignored)
 
 
-Chunk = TextChunk | ParquetChunk | TarChunk
+RecordChunk = TextChunk | ParquetChunk | TarChunk
 
 
 def make_chunks(
     kind: str, files: Sequence[str], chunk_size: int, max_samples: int | None, *, mixed: bool = True
-) -> Iterator[Chunk]:
+) -> Iterator[RecordChunk]:
     """Cut records into chunks of about ``chunk_size``: JSON exactly and, if ``mixed``, shuffled; tables as they lie.
 
     Only the first ``max_samples`` records are taken.
@@ -86,7 +86,7 @@ def make_chunks(
 
 def _text_chunks(
     kind: str, files: Sequence[str], chunk_size: int, max_samples: int | None, *, mixed: bool
-) -> Iterator[Chunk]:
+) -> Iterator[RecordChunk]:
     rows = ((name, *row) for path, name in _named(files) for row in TEXT_READERS[kind](path))
     taken: dict[str, int] = {}
     ids, places, texts = [], [], []
@@ -94,7 +94,7 @@ def _text_chunks(
         ids.append(unused(str(index) if own_id is None else own_id, taken))
         places.append((name, row))
         texts.append(text)
-    order = np.random.default_rng(SHUFFLE_SEED).permutation(len(ids)) if mixed else np.arange(len(ids))
+    order = np.random.default_rng(_SHUFFLE_SEED).permutation(len(ids)) if mixed else np.arange(len(ids))
     for start in range(0, len(order), chunk_size):
         chosen = order[start : start + chunk_size].tolist()
         yield TextChunk(
@@ -104,7 +104,7 @@ def _text_chunks(
         )
 
 
-def _parquet_chunks(files: Sequence[str], chunk_size: int, max_samples: int | None) -> Iterator[Chunk]:
+def _parquet_chunks(files: Sequence[str], chunk_size: int, max_samples: int | None) -> Iterator[RecordChunk]:
     taken: dict[str, int] = {}
     total = 0
     for path, name in _named(files):
@@ -133,7 +133,7 @@ def _gather(counts: Sequence[int], limit: int) -> list[list[int]]:
     return groups
 
 
-def _tar_chunks(files: Sequence[str], max_samples: int | None) -> Iterator[Chunk]:
+def _tar_chunks(files: Sequence[str], max_samples: int | None) -> Iterator[RecordChunk]:
     left = max_samples
     for path, name in _named(files):
         if left is None:
@@ -165,7 +165,7 @@ def unused(name: str, taken: dict[str, int]) -> str:
     return f"{name}#{number}"
 
 
-def fingerprint(kind: str, files: Sequence[str]) -> str:
+def fingerprint_data(kind: str, files: Sequence[str]) -> str:
     """Return a hash of what the files hold: of every byte of JSON, of name, size and time of larger kinds."""
     digest = hashlib.sha256()
     for path in files:

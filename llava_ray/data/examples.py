@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, Turn, split_system
-from llava_ray.chat.templates import Template
+from llava_ray.chat.template import Template
 from llava_ray.chat.tokens import TokenizedConversation, expand_images, tokenize_conversation
 from llava_ray.errors import RecordError, TemplateError
 from llava_ray.images.anyres import Size
@@ -84,7 +84,7 @@ class Encoder:
             examples = [self.truncated(whole)]
         elif self.on_too_long == "split":
             examples = self.split(turns, counts)
-            if not all(turn.learnt for turn in turns):  # a part may hold none of those that are
+            if not all(turn.supervised for turn in turns):  # a part may hold none of those that are
                 examples = [example for example in examples if example.num_supervised]
         else:
             raise self.too_long(len(whole.input_ids), 'or set data.on_too_long to "truncate" or "split"')

@@ -22,8 +22,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llava_ray.data.shards import PreparedData, read_rows
-from llava_ray.data.storage import absolute, file_size, list_sizes, read_file, write_file
+from llava_ray.data.shards import PreparedData, read_shard_rows
+from llava_ray.data.storage import absolute, file_size, list_sizes, read_stored, write_stored
 from llava_ray.errors import ConfigError, DataError
 from llava_ray.images.reading import open_filesystem
 from llava_ray.images.tokens import ImageTokens
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from llava_ray.config.sections import DataConfig
     from llava_ray.model.blueprint import Blueprint
 
-FORMAT_VERSION = 1
-MANIFEST, INDEX, USED = "features.json", "index.parquet", "used"
-SECONDS_IN_USE = 86400.0  # a run that started within a day may be reading still: what it reads never makes room
-NUM_FETCHING = 16
+_FORMAT_VERSION = 1
+MANIFEST, _INDEX, _USED = "features.json", "index.parquet", "used"
+_SECONDS_IN_USE = 86400.0  # a run that started within a day may be reading still: what it reads never makes room
+_NUM_FETCHING = 16
 
-INDEX_SCHEMA = pa.schema({"place": pa.int64(), "file": pa.int32(), "offset": pa.int64(), "length": pa.int64()})
+_INDEX_SCHEMA = pa.schema({"place": pa.int64(), "file": pa.int32(), "offset": pa.int64(), "length": pa.int64()})
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class FeatureKey:
     @property
     def name(self) -> str:
         """Return the name of the entry's folder."""
-        text = "\0".join([str(FORMAT_VERSION), *vars(self).values()])
+        text = "\0".join([str(_FORMAT_VERSION), *vars(self).values()])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -82,9 +82,9 @@ def is_complete(entry: str) -> bool:
     return file_size(f"{entry}/{MANIFEST}") is not None
 
 
-def touch(entry: str) -> None:
+def mark_used(entry: str) -> None:
     """Note that an entry is used now."""
-    write_file(f"{entry}/{USED}", f"{time.time():.0f}".encode())
+    write_stored(f"{entry}/{_USED}", f"{time.time():.0f}".encode())
 
 
 def estimate_bytes(prepared: PreparedData, tokens: ImageTokens, bytes_per_feature: int) -> int:
@@ -94,7 +94,7 @@ def estimate_bytes(prepared: PreparedData, tokens: ImageTokens, bytes_per_featur
     """
     views = 0
     for shard in prepared.shards:
-        sizes = read_rows(prepared.path, shard.name, None, columns=["widths", "heights"]).to_pylist()
+        sizes = read_shard_rows(prepared.path, shard.name, None, columns=["widths", "heights"]).to_pylist()
         views += sum(
             tokens.num_views(width, height)
             for row in sizes
@@ -113,9 +113,9 @@ def make_room(root: str, name: str, needed: int, budget: int) -> list[str]:
             f"the features would take up to {in_gb(needed)}, over data.feature_cache_gb = {budget / 1e9:g}: raise it "
             f"if {root} has room, or set data.vision_features = 'streamed', which keeps nothing"
         )
-    sizes = {entry: entry_bytes(f"{root}/{entry}") for entry in list_entries(root) if entry != name}
-    used = {entry: last_use(f"{root}/{entry}") for entry in sizes}
-    old = sorted((entry for entry in sizes if time.time() - used[entry] > SECONDS_IN_USE), key=used.__getitem__)
+    sizes = {entry: _entry_bytes(f"{root}/{entry}") for entry in list_entries(root) if entry != name}
+    used = {entry: _last_use(f"{root}/{entry}") for entry in sizes}
+    old = sorted((entry for entry in sizes if time.time() - used[entry] > _SECONDS_IN_USE), key=used.__getitem__)
     dropped: list[str] = []
     while sum(sizes.values()) + needed > budget:
         if len(dropped) == len(old):
@@ -143,15 +143,15 @@ def list_entries(root: str) -> list[str]:
     return sorted(row["name"].rstrip("/").rpartition("/")[2] for row in found if row["type"] == "directory")
 
 
-def entry_bytes(entry: str) -> int:
+def _entry_bytes(entry: str) -> int:
     """Add up an entry's files."""
     return sum(list_sizes(entry).values())
 
 
-def last_use(entry: str) -> float:
+def _last_use(entry: str) -> float:
     """Return when an entry was used last, in seconds since 1970; 0 for one that never was."""
     try:
-        return float(read_file(f"{entry}/{USED}"))
+        return float(read_stored(f"{entry}/{_USED}"))
     except (FileNotFoundError, ValueError):
         return 0.0
 
@@ -170,16 +170,16 @@ def write_index(entry: str, blocks: Sequence[str]) -> int:
     """Gather what the blocks say of themselves; return the number of images that can be found."""
 
     def read(name: str) -> list[list[int]]:
-        return list(json.loads(read_file(f"{entry}/{name}.json")))
+        return list(json.loads(read_stored(f"{entry}/{name}.json")))
 
-    with ThreadPoolExecutor(NUM_FETCHING) as pool:
+    with ThreadPoolExecutor(_NUM_FETCHING) as pool:
         rows = [[place, file, *rest] for file, some in enumerate(pool.map(read, blocks)) for place, *rest in some]
     rows.sort()
-    columns = [list(column) for column in zip(*rows, strict=True)] or [[] for _ in INDEX_SCHEMA]
-    table = pa.table(columns, schema=INDEX_SCHEMA.with_metadata({"files": json.dumps(list(blocks))}))
+    columns = [list(column) for column in zip(*rows, strict=True)] or [[] for _ in _INDEX_SCHEMA]
+    table = pa.table(columns, schema=_INDEX_SCHEMA.with_metadata({"files": json.dumps(list(blocks))}))
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
-    write_file(f"{entry}/{INDEX}", sink.getvalue())
+    write_stored(f"{entry}/{_INDEX}", sink.getvalue())
     return len(rows)
 
 
@@ -198,7 +198,7 @@ class FeatureIndex:
 def read_index(entry: str) -> FeatureIndex:
     """Read an entry's index once a process. Raises DataError where the entry is gone."""
     try:
-        table = pq.read_table(io.BytesIO(read_file(f"{entry}/{INDEX}")))
+        table = pq.read_table(io.BytesIO(read_stored(f"{entry}/{_INDEX}")))
     except FileNotFoundError as error:
         raise DataError(
             f"the cached features in {entry} are gone: start the run again, which computes them anew, and raise "

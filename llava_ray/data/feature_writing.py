@@ -19,24 +19,24 @@ from llava_ray.data.feature_cache import (
     in_gb,
     is_complete,
     make_room,
+    mark_used,
     place_of,
-    touch,
     write_index,
 )
 from llava_ray.data.features import FeatureActor
 from llava_ray.data.settings import StreamSettings
-from llava_ray.data.shards import ROWS_PER_GROUP, PreparedData, read_rows
-from llava_ray.data.storage import list_sizes, write_file
-from llava_ray.data.stream import decoded
-from llava_ray.model.bundle import find_tower
-from llava_ray.model.manifest import fingerprint
+from llava_ray.data.shards import ROWS_PER_GROUP, PreparedData, read_shard_rows
+from llava_ray.data.storage import list_sizes, write_stored
+from llava_ray.data.stream import _decode_views
+from llava_ray.model.assembly import find_tower
+from llava_ray.model.formats.manifest import fingerprint_weights
 from llava_ray.placement import in_pool
 
 if TYPE_CHECKING:
     from llava_ray.model.blueprint import Blueprint
 
 
-BLOCK = ("block", "shard", "first", "end")  # name; shard, its first row, and the one after the last
+_BLOCK = ("block", "shard", "first", "end")  # name; shard, its first row, and the one after the last
 
 
 def cache_features(prepared: PreparedData, blueprint: "Blueprint", settings: StreamSettings) -> str:
@@ -45,12 +45,12 @@ def cache_features(prepared: PreparedData, blueprint: "Blueprint", settings: Str
     An interrupted one goes on with the blocks that are missing. Needs a connected Ray. Raises ConfigError for more
     than the budget, DataError, ModelError.
     """
-    tower = fingerprint(find_tower(settings.model).tower_source.folder)
+    tower = fingerprint_weights(find_tower(settings.model).tower_source.folder)
     key = feature_key(prepared, blueprint, tower=tower, bf16=settings.bf16)
     root = cache_root(settings.data)
     entry = f"{root}/{key.name}"
     if is_complete(entry):
-        touch(entry)
+        mark_used(entry)
         return entry
     width = settings.mm_hidden_size * (2 if settings.bf16 else 4)
     needed = estimate_bytes(prepared, settings.image_tokens, width)
@@ -59,29 +59,29 @@ def cache_features(prepared: PreparedData, blueprint: "Blueprint", settings: Str
         f"Features: up to {in_gb(needed)} into {entry}" + (f", after dropping {', '.join(dropped)}" if dropped else ""),
         flush=True,
     )
-    touch(entry)
+    mark_used(entry)
     blocks = [
         (block_name(number, first), number, first, min(first + ROWS_PER_GROUP, shard.num_rows))
         for number, shard in enumerate(prepared.shards)
         for first in range(0, shard.num_rows, ROWS_PER_GROUP)
     ]
     there = list_sizes(entry)
-    write_blocks([block for block in blocks if f"{block[0]}.json" not in there], entry, settings)
+    _write_blocks([block for block in blocks if f"{block[0]}.json" not in there], entry, settings)
     num_images = write_index(entry, [name for name, *_ in blocks])
     noted = vars(key) | {"num_images": num_images, "num_bytes": sum(list_sizes(entry).values())}
-    write_file(f"{entry}/{MANIFEST}", json.dumps(noted, indent=1).encode())
+    write_stored(f"{entry}/{MANIFEST}", json.dumps(noted, indent=1).encode())
     return entry
 
 
-def write_blocks(blocks: list[tuple[str, int, int, int]], entry: str, settings: StreamSettings) -> None:
+def _write_blocks(blocks: list[tuple[str, int, int, int]], entry: str, settings: StreamSettings) -> None:
     """Compute and write the blocks, each as in BLOCK."""
     if not blocks:
         return
-    dataset = ray.data.from_arrow([pa.Table.from_pylist([dict(zip(BLOCK, block, strict=True))]) for block in blocks])
+    dataset = ray.data.from_arrow([pa.Table.from_pylist([dict(zip(_BLOCK, block, strict=True))]) for block in blocks])
     dataset.context.target_max_block_size = None  # a block is a file: never cut one
     dataset.context.enable_progress_bars = False
     dataset = dataset.map_batches(
-        decode_block,
+        _decode_block,
         batch_size=None,
         batch_format="pyarrow",
         fn_kwargs={"settings": settings},
@@ -101,19 +101,19 @@ def write_blocks(blocks: list[tuple[str, int, int, int]], entry: str, settings: 
         pass
 
 
-def decode_block(table: pa.Table, settings: StreamSettings) -> pa.Table:
+def _decode_block(table: pa.Table, settings: StreamSettings) -> pa.Table:
     """Return one row: the block's name, the pixels of its different images, and whose they are."""
-    block, shard, first, end = (table[key][0].as_py() for key in BLOCK)
+    block, shard, first, end = (table[key][0].as_py() for key in _BLOCK)
     name, rows = settings.shard_names[shard], list(range(first, end))
     columns = ["id", "images", "widths", "heights"]
     pixels: dict[bytes, bytes] = {}
     users: list[tuple[int, bytes]] = []
-    for row, record in zip(rows, read_rows(settings.prepared_path, name, rows, columns).to_pylist(), strict=True):
+    for row, record in zip(rows, read_shard_rows(settings.prepared_path, name, rows, columns).to_pylist(), strict=True):
         sizes = zip(record["widths"], record["heights"], strict=True)
         for number, (image, size) in enumerate(zip(record["images"], sizes, strict=True)):
             digest = hashlib.sha256(image).digest()
             if digest not in pixels:
-                pixels[digest] = decoded(image, size, record["id"], settings)
+                pixels[digest] = _decode_views(image, size, record["id"], settings)
             users.append((place_of(shard, row, number), digest))
     order = {digest: position for position, digest in enumerate(pixels)}
     view = 3 * settings.image_spec.height * settings.image_spec.width
@@ -148,6 +148,6 @@ class FeatureWriter(FeatureActor):
                 [place, int(offsets[image]), int(lengths[image])]
                 for place, image in zip(row["places"], row["image"], strict=True)
             ]
-            write_file(f"{self.entry}/{row['block']}.bin", row["features"])
-            write_file(f"{self.entry}/{row['block']}.json", json.dumps(where).encode())
+            write_stored(f"{self.entry}/{row['block']}.bin", row["features"])
+            write_stored(f"{self.entry}/{row['block']}.json", json.dumps(where).encode())
         return table.select(["block"])

@@ -4,10 +4,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from llava_ray.data.blocks import as_one_row, rows_of
+from llava_ray.data.blocks import pack_block, unpack_block
 from llava_ray.data.settings import StreamSettings
-from llava_ray.images.processing import normalise
-from llava_ray.model.bundle import load_tower
+from llava_ray.images.processing import normalize_pixels
+from llava_ray.model.assembly import load_tower
 
 
 class FeatureActor:
@@ -17,11 +17,11 @@ class FeatureActor:
         """Load the tower once."""
         self.spec = settings.image_spec
         self.device = "cuda" if settings.vision_gpus else "cpu"
-        self.tower = load_tower(settings.model, dtype=feature_dtype(bf16=settings.bf16)).to(self.device)
+        self.tower = load_tower(settings.model, dtype=_feature_dtype(bf16=settings.bf16)).to(self.device)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Replace the pixels of a block's micro-batches by features."""
-        return as_one_row(self.replace_pixels(rows_of(block)))
+        return pack_block(self.replace_pixels(unpack_block(block)))
 
     def replace_pixels(self, table: pa.Table) -> pa.Table:
         """Replace the column "pixels" by "features": bytes of (n, p, v) in the tower's dtype."""
@@ -40,17 +40,17 @@ class FeatureActor:
         """Return the features (n, p, v) of uint8 pixels (n, 3, h, w)."""
         if not len(pixels):
             return torch.empty(0)
-        return self.tower.extract(pixels, lambda views: normalise(views, self.spec)).cpu()
+        return self.tower.extract(pixels, lambda views: normalize_pixels(views, self.spec)).cpu()
 
 
-def feature_dtype(*, bf16: bool) -> torch.dtype:
+def _feature_dtype(*, bf16: bool) -> torch.dtype:
     """Return the dtype a frozen tower computes in."""
     return torch.bfloat16 if bf16 else torch.float32
 
 
 def unpacked_features(cell: bytes, settings: StreamSettings) -> torch.Tensor:
     """Return the (n, p, v) features of one cell, which has some."""
-    flat = torch.frombuffer(bytearray(cell), dtype=feature_dtype(bf16=settings.bf16))
+    flat = torch.frombuffer(bytearray(cell), dtype=_feature_dtype(bf16=settings.bf16))
     return flat.view(-1, settings.image_tokens.num_features, settings.mm_hidden_size)
 
 

@@ -7,15 +7,15 @@ from contextlib import suppress
 from pathlib import Path
 
 from llava_ray.data.chunks import TEXT_READERS
-from llava_ray.data.preview_records import read_records
+from llava_ray.data.ordered_records import read_records
 from llava_ray.data.records import RawRecord
-from llava_ray.data.shards import is_prepared, open_prepared, read_rows
+from llava_ray.data.shards import is_prepared, open_prepared, read_shard_rows
 from llava_ray.data.validation import read_record
 from llava_ray.errors import DataError, RecordError
 
-MAX_COUNTED_BYTES = 128 * 2**20  # of raw JSON that is read only to be counted
-NUM_LOOKED_AT = 200  # samples whose length is taken for that of all
-KINDS = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+_MAX_COUNTED_BYTES = 128 * 2**20  # of raw JSON that is read only to be counted
+_NUM_LOOKED_AT = 200  # samples whose length is taken for that of all
+_KINDS = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 
 
 def count_samples(data_path: str) -> int | None:
@@ -44,7 +44,7 @@ def first_samples(data_path: str) -> list[tuple[int, int]]:
     if _small_kind(data_path) is None:
         return found
     with suppress(DataError):  # behind it nothing can be read
-        for raw in read_records(data_path, NUM_LOOKED_AT):
+        for raw in read_records(data_path, _NUM_LOOKED_AT):
             assert isinstance(raw, RawRecord)
             with suppress(RecordError):
                 record = read_record(raw, "", unnamed_images=True)
@@ -54,10 +54,10 @@ def first_samples(data_path: str) -> list[tuple[int, int]]:
 
 def _first_prepared(path: str) -> list[tuple[int, int]]:
     prepared = open_prepared(path)
-    rows = list(range(min(NUM_LOOKED_AT, prepared.shards[0].num_rows))) if prepared.shards else []
+    rows = list(range(min(_NUM_LOOKED_AT, prepared.shards[0].num_rows))) if prepared.shards else []
     if not rows:
         return []
-    table = read_rows(prepared.path, prepared.shards[0].name, rows, ["turns", "widths"])
+    table = read_shard_rows(prepared.path, prepared.shards[0].name, rows, ["turns", "widths"])
     return [(sum(len(turn["value"]) for turn in row["turns"]), len(row["widths"] or ())) for row in table.to_pylist()]
 
 
@@ -66,5 +66,5 @@ def _small_kind(data_path: str) -> str | None:
     if "://" in data_path:
         return None
     path = Path(data_path).expanduser()
-    small = path.is_file() and path.stat().st_size <= MAX_COUNTED_BYTES
-    return KINDS.get(path.suffix.lower()) if small else None
+    small = path.is_file() and path.stat().st_size <= _MAX_COUNTED_BYTES
+    return _KINDS.get(path.suffix.lower()) if small else None

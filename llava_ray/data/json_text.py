@@ -7,16 +7,16 @@ from typing import Any
 from llava_ray.errors import RecordError
 from llava_ray.reading import reason
 
-MAX_DIGITS = 4000  # Python itself refuses to read longer numbers
-STRUCTURE = re.compile(r'"(?:[^"\\]|\\.)*+"|"|[\[\]{}]', re.DOTALL)  # whole strings, one that is cut off, brackets
+_MAX_DIGITS = 4000  # Python itself refuses to read longer numbers
+_STRUCTURE = re.compile(r'"(?:[^"\\]|\\.)*+"|"|[\[\]{}]', re.DOTALL)  # whole strings, one that is cut off, brackets
 
 
 def _bounded_int(digits: str) -> Any:
-    return int(digits) if len(digits) <= MAX_DIGITS else digits
+    return int(digits) if len(digits) <= _MAX_DIGITS else digits
 
 
 def _refused_int(digits: str) -> Any:
-    if len(digits) > MAX_DIGITS:
+    if len(digits) > _MAX_DIGITS:
         raise RecordError(f"a number of {len(digits):,} digits; mend it", reason="malformed")
     return int(digits)
 
@@ -30,8 +30,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-SPLITTER = json.JSONDecoder(parse_int=_bounded_int)
-PARSER = json.JSONDecoder(parse_int=_refused_int, object_pairs_hook=_unique)
+_SPLITTER = json.JSONDecoder(parse_int=_bounded_int)
+_PARSER = json.JSONDecoder(parse_int=_refused_int, object_pairs_hook=_unique)
 
 
 def find_value(text: str, position: int) -> tuple[Any, int]:
@@ -40,14 +40,14 @@ def find_value(text: str, position: int) -> tuple[Any, int]:
     Raises json.JSONDecodeError for what is no JSON, or not all of it.
     """
     try:
-        return SPLITTER.raw_decode(text, position)
+        return _SPLITTER.raw_decode(text, position)
     except RecursionError:
         return None, _end_of(text, position)
 
 
 def _end_of(text: str, position: int) -> int:
     depth, place = 0, position
-    for match in STRUCTURE.finditer(text, position):
+    for match in _STRUCTURE.finditer(text, position):
         if match[0] in "[{":
             depth += 1
         elif match[0] in "]}":
@@ -70,7 +70,7 @@ def parse_json(text: str | bytes) -> Any:
             reason="malformed",
         ) from error
     try:
-        return PARSER.decode(decoded)
+        return _PARSER.decode(decoded)
     except RecursionError as error:
         raise RecordError("too many lists or objects in each other; mend it", reason="malformed") from error
     except ValueError as error:

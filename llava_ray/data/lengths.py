@@ -20,7 +20,7 @@ from tqdm import tqdm
 from llava_ray.chat.conversation import Turn
 from llava_ray.config.sections import DataConfig, TrainConfig
 from llava_ray.data.examples import Encoder, encode_record
-from llava_ray.data.shards import PreparedData, read_rows
+from llava_ray.data.shards import PreparedData, read_shard_rows
 from llava_ray.errors import DataError, RecordError
 from llava_ray.images.tokens import ImageTokens
 from llava_ray.log_file import terminal
@@ -29,8 +29,8 @@ from llava_ray.placement import in_pool
 if TYPE_CHECKING:
     from llava_ray.model.blueprint import Blueprint
 
-FORMAT_VERSION = 3  # 3: control tokens that messages spell out are text
-SAMPLES_WITHOUT_RAY = 10_000
+_FORMAT_VERSION = 3  # 3: control tokens that messages spell out are text
+_SAMPLES_WITHOUT_RAY = 10_000
 
 SCHEMA = pa.schema(
     {
@@ -76,8 +76,8 @@ class EncoderSettings:
 @lru_cache(maxsize=2)
 def load_encoder(settings: EncoderSettings) -> Encoder:
     """Load the tokenizer once a process."""
-    from llava_ray.model.sources import find_source  # torch and transformers
-    from llava_ray.model.vocabulary import load_text_side
+    from llava_ray.model.formats.sources import find_source  # torch and transformers
+    from llava_ray.model.formats.vocabulary import load_text_side
 
     source = find_source(settings.model_name_or_path, "language model", weights=False)
     tokenizer, _, template = load_text_side(
@@ -112,15 +112,15 @@ def measure_lengths(prepared: PreparedData, settings: EncoderSettings, max_rejec
 
     Raises DataError when more than ``max_rejected`` of the rows are lost here and in preparation together.
     """
-    folder = f"{prepared.path}/tokens-{lengths_key(prepared, settings)}"
+    folder = f"{prepared.path}/tokens-{_lengths_key(prepared, settings)}"
     files, root = fsspec.core.url_to_fs(folder)
     path = f"{root}/lengths.parquet"
     if not files.exists(path):
         files.makedirs(root, exist_ok=True)
-        tables, rejected = measure_shards(prepared, settings)
+        tables, rejected = _measure_shards(prepared, settings)
         with files.open(f"{root}/rejected.jsonl", "w") as stream:
             stream.writelines(json.dumps(row) + "\n" for row in rejected)
-        refuse_too_many(prepared, rejected, max_rejected, f"{folder}/rejected.jsonl")
+        _check_rejected_share(prepared, rejected, max_rejected, f"{folder}/rejected.jsonl")
         with files.open(f"{path}.part", "wb") as stream:
             pq.write_table(pa.concat_tables(tables).replace_schema_metadata({"rejected": str(len(rejected))}), stream)
         files.mv(f"{path}.part", path)
@@ -129,22 +129,24 @@ def measure_lengths(prepared: PreparedData, settings: EncoderSettings, max_rejec
     return TokenLengths(table, int(table.schema.metadata[b"rejected"]), folder)
 
 
-def measure_shards(prepared: PreparedData, settings: EncoderSettings) -> tuple[list[pa.Table], list[dict[str, str]]]:
+def _measure_shards(prepared: PreparedData, settings: EncoderSettings) -> tuple[list[pa.Table], list[dict[str, str]]]:
     """Tokenise all shards, a Ray task each; a few thousand samples are done here before a task could start."""
     shards = [(prepared.path, shard.name, index, settings) for index, shard in enumerate(prepared.shards)]
-    if prepared.num_samples <= SAMPLES_WITHOUT_RAY:
-        results = [measure_shard(*shard) for shard in shards]
+    if prepared.num_samples <= _SAMPLES_WITHOUT_RAY:
+        results = [_measure_shard(*shard) for shard in shards]
     else:
-        measure = ray.remote(measure_shard).options(**in_pool("decode"))
+        measure = ray.remote(_measure_shard).options(**in_pool("decode"))
         pending = [measure.remote(*shard) for shard in shards]
         results = [ray.get(task) for task in tqdm(pending, desc="token lengths", unit="shard", file=terminal())]
     return [table for table, _ in results], [row for _, rows in results for row in rows]
 
 
-def measure_shard(path: str, name: str, index: int, settings: EncoderSettings) -> tuple[pa.Table, list[dict[str, str]]]:
+def _measure_shard(
+    path: str, name: str, index: int, settings: EncoderSettings
+) -> tuple[pa.Table, list[dict[str, str]]]:
     """Return the example rows of one shard, and the rows that cannot be learnt from with their reasons."""
     encoder = load_encoder(settings)
-    shard = read_rows(path, name, None, columns=["id", "turns", "widths", "heights", "source"]).to_pylist()
+    shard = read_shard_rows(path, name, None, columns=["id", "turns", "widths", "heights", "source"]).to_pylist()
     rows: list[tuple[Any, ...]] = []
     rejected: list[dict[str, str]] = []
     for number, record in enumerate(shard):
@@ -165,7 +167,9 @@ def measure_shard(path: str, name: str, index: int, settings: EncoderSettings) -
     return pa.table(columns, schema=SCHEMA), rejected
 
 
-def refuse_too_many(prepared: PreparedData, rejected: list[dict[str, str]], max_rejected: float, path: str) -> None:
+def _check_rejected_share(
+    prepared: PreparedData, rejected: list[dict[str, str]], max_rejected: float, path: str
+) -> None:
     """Raise DataError past the limit, with counts and first examples."""
     total = prepared.num_samples + prepared.num_rejected
     lost = len(rejected) + prepared.num_rejected
@@ -177,12 +181,12 @@ def refuse_too_many(prepared: PreparedData, rejected: list[dict[str, str]], max_
         )
 
 
-def lengths_key(prepared: PreparedData, settings: EncoderSettings) -> str:
+def _lengths_key(prepared: PreparedData, settings: EncoderSettings) -> str:
     """Return 12 hex digits of all that decides token lengths."""
     encoder = load_encoder(settings)
     tokenizer = encoder.tokenizer
     parts = [
-        str(FORMAT_VERSION),
+        str(_FORMAT_VERSION),
         prepared.data_hash,
         tokenizer.backend_tokenizer.to_str(),
         str(tokenizer.chat_template),

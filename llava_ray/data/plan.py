@@ -71,7 +71,7 @@ def _order(plan: Plan, epoch: int) -> Int[np.ndarray, " n"]:
     return plan.order(epoch)
 
 
-def deal(num_tokens: Sequence[int], row_length: int, world_size: int) -> list[list[list[int]]]:
+def assign_to_ranks(num_tokens: Sequence[int], row_length: int, world_size: int) -> list[list[list[int]]]:
     """Pack one step into rows and deal them to ranks: ``result[rank][micro_batch]`` is a row, a list of positions.
 
     Every rank gets the same number of rows, and as nearly as can be the same number of tokens; where there are fewer
@@ -79,7 +79,7 @@ def deal(num_tokens: Sequence[int], row_length: int, world_size: int) -> list[li
     """
     rows = pack(num_tokens, row_length)
     rows += [[] for _ in range(-len(rows) % world_size)]
-    even = spread(num_tokens, len(rows))
+    even = _balance_rows(num_tokens, len(rows))
     if all(load(num_tokens, row) <= row_length for row in even):
         rows = even
     rows.sort(key=lambda row: -load(num_tokens, row))
@@ -97,7 +97,7 @@ def pack(num_tokens: Sequence[int], row_length: int) -> list[list[int]]:
     """Pack into few rows of at most ``row_length`` tokens, first fit, longest first; a row is a list of positions."""
     rows: list[list[int]] = []
     room: list[int] = []
-    for position in longest_first(num_tokens):
+    for position in _longest_first(num_tokens):
         length = num_tokens[position]
         if length > row_length:
             raise ValueError(f"an example of {length} tokens cannot lie in a row of {row_length}")
@@ -111,18 +111,18 @@ def pack(num_tokens: Sequence[int], row_length: int) -> list[list[int]]:
     return rows
 
 
-def spread(num_tokens: Sequence[int], num_rows: int) -> list[list[int]]:
+def _balance_rows(num_tokens: Sequence[int], num_rows: int) -> list[list[int]]:
     """Spread over exactly ``num_rows`` rows, evenly: longest first, each to the row with the fewest tokens."""
     rows: list[list[int]] = [[] for _ in range(num_rows)]
     loads = [(0, row) for row in range(num_rows)]
-    for position in longest_first(num_tokens):
+    for position in _longest_first(num_tokens):
         tokens, row = heapq.heappop(loads)
         rows[row].append(position)
         heapq.heappush(loads, (tokens + num_tokens[position], row))
     return rows
 
 
-def longest_first(num_tokens: Sequence[int]) -> list[int]:
+def _longest_first(num_tokens: Sequence[int]) -> list[int]:
     """Return the positions by length, equal ones in order."""
     return sorted(range(len(num_tokens)), key=lambda position: (-num_tokens[position], position))
 

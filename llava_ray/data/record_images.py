@@ -5,13 +5,15 @@ from typing import Any
 
 from llava_ray.data.record_keys import IMAGE_KEYS, is_absent
 from llava_ray.errors import RecordError
-from llava_ray.images.base64_text import decode_base64, decode_data_uri, decode_image_text
+from llava_ray.images.base64_text import decode_base64, decode_image_text, decode_record_uri
 from llava_ray.reading import shown
 
-MAX_IMAGES = 65_535  # of one record; more cannot be numbered
+_MAX_IMAGES = 65_535  # of one record; more cannot be numbered
 
 
-def find_images(values: Mapping[str, Any], of_parts: Sequence[Any], image_folder: str) -> tuple[bytes | str, ...]:
+def find_record_images(
+    values: Mapping[str, Any], of_parts: Sequence[Any], image_folder: str
+) -> tuple[bytes | str, ...]:
     """Return the images that a record names, in the order of their markers. Raises RecordError."""
     listed = _list_images(values)
     named = [part for part in of_parts if part is not None]
@@ -27,9 +29,9 @@ def find_images(values: Mapping[str, Any], of_parts: Sequence[Any], image_folder
             reason="malformed",
         )
     entries = named or listed
-    if len(entries) > MAX_IMAGES:
-        raise RecordError(f"{len(entries):,} images; expected at most {MAX_IMAGES:,}", reason="image_count")
-    return tuple(find_image(entry, image_folder) for entry in entries)
+    if len(entries) > _MAX_IMAGES:
+        raise RecordError(f"{len(entries):,} images; expected at most {_MAX_IMAGES:,}", reason="image_count")
+    return tuple(_find_image(entry, image_folder) for entry in entries)
 
 
 def _list_images(values: Mapping[str, Any]) -> list[Any]:
@@ -47,14 +49,14 @@ def _is_nothing(value: Any) -> bool:
     return value is None or value is False or (isinstance(value, str | list | bytes) and not value)
 
 
-def find_image(entry: Any, image_folder: str) -> bytes | str:
+def _find_image(entry: Any, image_folder: str) -> bytes | str:
     """Return the bytes of an entry, or the path or URL that leads to them. Raises RecordError."""
     told = entry
     if isinstance(entry, Mapping):  # how Hugging Face's Image columns lie in Parquet
         given = entry.get("bytes")
         if isinstance(given, str) and not is_absent(given):
             is_uri = given[:20].lstrip()[:5].lower() == "data:"
-            return decode_data_uri(given) if is_uri else decode_base64("".join(given.split()))
+            return decode_record_uri(given) if is_uri else decode_base64("".join(given.split()))
         told = next((entry[name] for name in ("bytes", "path", "url") if not is_absent(entry.get(name))), None)
     if isinstance(told, bytes) and told:
         return told

@@ -16,14 +16,14 @@ from llava_ray.reading import shown
 CONVERSATION_KEYS = ("conversations", "messages")
 IMAGE_KEYS = ("images", "image")
 SYSTEM_KEYS = ("system", "system_prompt")
-OBEYED = {"id", *CONVERSATION_KEYS, *IMAGE_KEYS, *SYSTEM_KEYS}
+_OBEYED = {"id", *CONVERSATION_KEYS, *IMAGE_KEYS, *SYSTEM_KEYS}
 WEIGHT_KEYS = ("weight", "loss", "train")
 # Of an image part, in other people's formats, where its image is.
-SOURCES_OF_PARTS = {"source", "src", "data", "base64", "b64", "b64_json", "bytes", "blob", "uri", "href", "file_id"}
-OBEYED_OF_TURNS = {"from", "value", "role", "content", *WEIGHT_KEYS}
+_SOURCES_OF_PARTS = {"source", "src", "data", "base64", "b64", "b64_json", "bytes", "blob", "uri", "href", "file_id"}
+_OBEYED_OF_TURNS = {"from", "value", "role", "content", *WEIGHT_KEYS}
 
 # Words of a key that tell what it holds, with what to do about it. Plurals and numbers behind them count as well.
-REFUSED_WORDS: dict[str, set[str]] = {
+_REFUSED_WORDS: dict[str, set[str]] = {
     "video cannot be learnt from: take frames as `images`": {"video", "vid", "movie", "mp4", "frame"},
     "audio cannot be learnt from": {"audio", "sound", "speech", "voice", "wav", "mp3", "waveform"},
     "documents cannot be learnt from: show their pages as `images`": {"document", "pdf", "attachment", "file"},
@@ -42,7 +42,7 @@ REFUSED_WORDS: dict[str, set[str]] = {
     "the system's text belongs into `system`": {"system", "developer"},
     "the template is the model's (model.version)": {"template"},
 }  # fmt: skip
-REFUSED_NAMES = {
+_REFUSED_NAMES = {
     "prefix": "an answer is learnt whole",
     "suffix": "an answer is learnt whole",
     "train": WEIGHTS,
@@ -50,16 +50,16 @@ REFUSED_NAMES = {
     "train_on_input": "questions are never learnt",
     "trainable": WEIGHTS,
 }
-REFUSED_OF_TURNS = {
+_REFUSED_OF_TURNS = {
     "text": "the text belongs into `value` or `content`",
     "input": "the text belongs into `value` or `content`",
     "output": "the text belongs into `value` or `content`",
 }
 
-MAX_NAMED = 20  # keys in reports
-MAX_NAME = 60  # characters of a key in reports
-MAX_EMPTY = 100  # entries that are looked at
-EMPTY_TEXTS = {"", "[]", "{}", "null", "none"}
+_MAX_NAMED = 20  # keys in reports
+_MAX_NAME = 60  # characters of a key in reports
+_MAX_EMPTY = 100  # entries that are looked at
+_EMPTY_TEXTS = {"", "[]", "{}", "null", "none"}
 
 
 def is_absent(value: Any) -> bool:
@@ -67,36 +67,36 @@ def is_absent(value: Any) -> bool:
     if value is None or value is False:
         return True
     if isinstance(value, str):
-        return len(value) < 8 and value.strip().lower() in EMPTY_TEXTS
+        return len(value) < 8 and value.strip().lower() in _EMPTY_TEXTS
     if isinstance(value, Mapping):
-        return len(value) <= MAX_EMPTY and all(inner is None for inner in value.values())
+        return len(value) <= _MAX_EMPTY and all(inner is None for inner in value.values())
     if isinstance(value, list | tuple):
-        return len(value) <= MAX_EMPTY and all(inner is None or inner in ("", [], {}) for inner in value)
+        return len(value) <= _MAX_EMPTY and all(inner is None or inner in ("", [], {}) for inner in value)
     return isinstance(value, bytes) and not value
 
 
 def printable(name: object) -> str:
     """Return a key as reports write it: short, of characters that can be written anywhere."""
     text = name if isinstance(name, str) else shown(name)
-    text = text if len(text) <= MAX_NAME else text[:MAX_NAME] + "…"
+    text = text if len(text) <= _MAX_NAME else text[:_MAX_NAME] + "…"
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
-def why_refused(name: str, obeyed: Iterable[str] = (), more: Mapping[str, str] | None = None) -> str | None:
+def _why_refused(name: str, obeyed: Iterable[str] = (), more: Mapping[str, str] | None = None) -> str | None:
     """Return why a key with a value is refused, None for one that is obeyed or says nothing of the turns' meaning."""
     if name in obeyed:
         return None
     plain = "_".join(words_of(name))
-    named = {**REFUSED_NAMES, **(more or {})}.get(plain)
+    named = {**_REFUSED_NAMES, **(more or {})}.get(plain)
     words = set(words_of(name))
     if named or words & ABOUT:
         return named
-    return next((why for why, meant in REFUSED_WORDS.items() if words & meant), None)
+    return next((why for why, meant in _REFUSED_WORDS.items() if words & meant), None)
 
 
 def is_read(name: str) -> bool:
     """Tell whether a table's column has to be read for its name: what is obeyed, and what might have to be refused."""
-    return name in OBEYED or is_image_key(name) or is_flag(name) or why_refused(name, OBEYED) is not None
+    return name in _OBEYED or is_image_key(name) or is_flag(name) or _why_refused(name, _OBEYED) is not None
 
 
 def check_keys(values: Mapping[str, Any], named: Sequence[Any], num_images: int) -> list[str]:
@@ -107,10 +107,10 @@ def check_keys(values: Mapping[str, Any], named: Sequence[Any], num_images: int)
     images = [*named, *(values.get(name) for name in IMAGE_KEYS)]
     ignored = []
     for name, value in values.items():
-        if name in OBEYED or _says_nothing(name, value):
+        if name in _OBEYED or _says_nothing(name, value):
             continue
-        why = None if name in WEIGHT_KEYS and value == 1 else why_refused(name, OBEYED)
-        refuse_key(f"`{printable(name)}`", why or why_flag(name, value) or why_lost(name, value, images, num_images))
+        why = None if name in WEIGHT_KEYS and value == 1 else _why_refused(name, _OBEYED)
+        reject_key(f"`{printable(name)}`", why or why_flag(name, value) or why_lost(name, value, images, num_images))
         ignored.append(printable(name))
     return ignored
 
@@ -119,12 +119,12 @@ def check_turn_keys(turn: Mapping[str, Any], where: str) -> list[str]:
     """Return the keys of a turn that are read past. Raises RecordError ("unsupported")."""
     ignored = []
     for name, value in turn.items():
-        if name in OBEYED_OF_TURNS or _says_nothing(name, value):
+        if name in _OBEYED_OF_TURNS or _says_nothing(name, value):
             continue
-        why = why_refused(name, OBEYED_OF_TURNS, REFUSED_OF_TURNS) or why_flag(name, value)
+        why = _why_refused(name, _OBEYED_OF_TURNS, _REFUSED_OF_TURNS) or why_flag(name, value)
         if why is None and (is_image_key(name) or name in IMAGE_KEYS or _is_medium(name, value)):
             why = "images are listed in the record's `images`, or are parts of its content"
-        refuse_key(f"{where}: `{printable(name)}`", why)
+        reject_key(f"{where}: `{printable(name)}`", why)
         ignored.append(f"turns.{printable(name)}")
     return ignored
 
@@ -135,12 +135,12 @@ def check_part_keys(part: Mapping[str, Any], obeyed: set[str], where: str, *, is
     for name, value in part.items():
         if name in obeyed or _says_nothing(name, value):
             continue
-        why = why_refused(name, obeyed) or why_flag(name, value)
+        why = _why_refused(name, obeyed) or why_flag(name, value)
         is_number = isinstance(value, bool | int | float)
-        is_source = is_image and not is_number and (name.lower() in SOURCES_OF_PARTS or is_image_key(name))
+        is_source = is_image and not is_number and (name.lower() in _SOURCES_OF_PARTS or is_image_key(name))
         if why is None and (is_source or _is_medium(name, value)):
             why = "the image of a part is taken from `image`, `image_url`, `path` or `url`"
-        refuse_key(f"{where}: `{printable(name)}`", why)
+        reject_key(f"{where}: `{printable(name)}`", why)
         ignored.append(f"parts.{printable(name)}")
     return ignored
 
@@ -154,7 +154,7 @@ def _is_medium(name: str, value: Any) -> bool:
     return not set(words_of(name)) & ABOUT and name not in ORIGINS and names_medium(value)
 
 
-def refuse_key(what: str, why: str | None) -> None:
+def reject_key(what: str, why: str | None) -> None:
     """Raise RecordError ("unsupported") if there is a reason to."""
     if why is not None:
         raise RecordError(
@@ -165,6 +165,6 @@ def refuse_key(what: str, why: str | None) -> None:
 def describe_ignored(counts: Mapping[str, int]) -> str:
     """Return one line on the keys that were read past, the most frequent ones by name."""
     named = sorted(counts.items(), key=lambda item: -item[1])
-    shown_keys = ", ".join(f"{name} ({count:,})" for name, count in named[:MAX_NAMED])
-    more = f", and {len(named) - MAX_NAMED:,} others" if len(named) > MAX_NAMED else ""
+    shown_keys = ", ".join(f"{name} ({count:,})" for name, count in named[:_MAX_NAMED])
+    more = f", and {len(named) - _MAX_NAMED:,} others" if len(named) > _MAX_NAMED else ""
     return f"Keys that nothing is learnt from, with the number of samples: {shown_keys}{more}"

@@ -14,15 +14,15 @@ from llava_ray.data.record_keys import (
     check_turn_keys,
     is_absent,
     printable,
-    refuse_key,
+    reject_key,
 )
 from llava_ray.errors import RecordError
 from llava_ray.reading import shown
 
-TEXT_PARTS = ("text", "input_text", "output_text")
-IMAGE_PARTS = ("image", "image_url", "input_image")
-IMAGE_NAMES = ("image", "image_url", "path", "url")
-OBEYED_OF_PARTS = {"text": {"type", "text"}, "image": {"type", "index", "detail", *IMAGE_NAMES}}
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_IMAGE_PARTS = ("image", "image_url", "input_image")
+_IMAGE_NAMES = ("image", "image_url", "path", "url")
+_OBEYED_OF_PARTS = {"text": {"type", "text"}, "image": {"type", "index", "detail", *_IMAGE_NAMES}}
 
 
 @dataclass
@@ -129,7 +129,7 @@ def _is_learnt(turn: Mapping[str, Any], where: str) -> bool:
             )
         role = str(turn.get("role", turn.get("from"))).strip().lower()
         if value and role in ("human", "user", "system", "developer"):
-            refuse_key(f"{where}: `{name}` = {shown(value)} of {role!r}", "only answers are learnt")
+            reject_key(f"{where}: `{name}` = {shown(value)} of {role!r}", "only answers are learnt")
         learnt = learnt and bool(value)
     return learnt
 
@@ -158,7 +158,7 @@ def _join_parts(parts: list[Any], where: str, read: ReadTurns, role: str) -> str
         read.images.append(_image_of(part))
         index = part.get("index")
         if index is not None and index != len(read.images) - 1:
-            refuse_key(f"{place}: `index` = {shown(index)}", "images are taken in their order")
+            reject_key(f"{place}: `index` = {shown(index)}", "images are taken in their order")
     return join_parts(texts)
 
 
@@ -168,13 +168,13 @@ def _kind_of(part: Mapping[str, Any], place: str) -> str:
     if kind is None:  # some write {"image": ...} and {"text": ...} alone
         given = [name for name in ("text", "image", "image_url") if part.get(name) is not None]
         kind = given[0] if len(given) == 1 else None
-    if isinstance(kind, str) and kind in TEXT_PARTS:
+    if isinstance(kind, str) and kind in _TEXT_PARTS:
         return "text"
-    if isinstance(kind, str) and kind in IMAGE_PARTS:
+    if isinstance(kind, str) and kind in _IMAGE_PARTS:
         return "image"
     raise RecordError(
         f"{place}: `type` is {shown(kind)}, which cannot be learnt from; expected "
-        f"{', '.join(map(repr, (*TEXT_PARTS, *IMAGE_PARTS)))}. Mend or remove the record",
+        f"{', '.join(map(repr, (*_TEXT_PARTS, *_IMAGE_PARTS)))}. Mend or remove the record",
         reason="malformed" if kind is None else "unsupported",
     )
 
@@ -184,13 +184,13 @@ def _check_part_keys(part: Mapping[str, Any], kind: str, place: str, read: ReadT
     others = ("image", "image_url") if kind == "text" else ("text",)
     for name in others:
         if not is_absent(part.get(name)):
-            refuse_key(f"{place}: `{name}` of a part of type {shown(part.get('type'))}", "a part is a text or an image")
-    read.ignored += check_part_keys(part, OBEYED_OF_PARTS[kind], place, is_image=kind == "image")
+            reject_key(f"{place}: `{name}` of a part of type {shown(part.get('type'))}", "a part is a text or an image")
+    read.ignored += check_part_keys(part, _OBEYED_OF_PARTS[kind], place, is_image=kind == "image")
 
 
 def _image_of(part: Mapping[str, Any]) -> Any:
     """Return what a part says of its image, None for nothing."""
-    given = [name for name in IMAGE_NAMES if not is_absent(part.get(name))]
+    given = [name for name in _IMAGE_NAMES if not is_absent(part.get(name))]
     told = [_image_at(part[name]) for name in given]
     if any(other != told[0] for other in told[1:]):
         names = " and ".join(f"`{name}`" for name in given)

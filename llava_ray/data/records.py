@@ -10,7 +10,7 @@ from llava_ray.errors import DataError
 from llava_ray.images.reading import open_filesystem
 
 # What a file's name says it holds.
-FORMATS = {
+_FORMATS = {
     ".json": "json",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -26,7 +26,7 @@ FORMATS = {
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif", ".ppm"}
 
 # What the `datasets` library's save_to_disk leaves beside its Arrow files.
-SAVED_FILES = {"dataset_info.json", "state.json", "dataset_dict.json"}
+_SAVED_FILES = {"dataset_info.json", "state.json", "dataset_dict.json"}
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def find_files(data_path: str) -> tuple[str, list[str]]:
         hint = " (Arrow files of `datasets`: write them with to_parquet())" if name.endswith(".arrow") else ""
         raise DataError(
             f"data_path {data_path!r}: {name!r} is of no known format{hint}; "
-            f"expected files ending in {', '.join(FORMATS)}, or a folder that prepare.py wrote"
+            f"expected files ending in {', '.join(_FORMATS)}, or a folder that prepare.py wrote"
         )
     kinds = sorted(set(known.values()))
     if len(kinds) > 1:
@@ -100,7 +100,7 @@ def find_files(data_path: str) -> tuple[str, list[str]]:
 def _without_traces(data_path: str, found: list[Any]) -> list[Any]:
     """Leave out what programs write beside data. Raises DataError for a folder of Arrow files."""
     names = {path: PurePosixPath(str(path)).name for path in found}
-    kept = [path for path, name in names.items() if not name.startswith(".") and name not in SAVED_FILES]
+    kept = [path for path, name in names.items() if not name.startswith(".") and name not in _SAVED_FILES]
     if "dataset_dict.json" in names.values() or any(name.endswith(".arrow") for name in names.values()):
         raise DataError(
             f"data_path {data_path!r}: an Arrow folder that save_to_disk of `datasets` wrote; write it as Parquet: "
@@ -110,7 +110,7 @@ def _without_traces(data_path: str, found: list[Any]) -> list[Any]:
 
 
 def _format(path: str) -> str | None:
-    return next((kind for suffix, kind in FORMATS.items() if path.lower().endswith(suffix)), None)
+    return next((kind for suffix, kind in _FORMATS.items() if path.lower().endswith(suffix)), None)
 
 
 def _unresolved(data_path: str, filesystem: Any, place: str) -> str:

@@ -14,17 +14,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llava_ray.data.storage import absolute, file_size, list_sizes, read_file, write_file
+from llava_ray.data.storage import absolute, file_size, list_sizes, read_stored, write_stored
 from llava_ray.data.validation import Sample
 from llava_ray.errors import DataError
 from llava_ray.images.reading import open_filesystem
 
-FORMAT_VERSION = 1
-MANIFEST = "prepared.json"
+SHARDS_VERSION = 1
+_MANIFEST = "prepared.json"
 REJECTED = "rejected.jsonl"
 ROWS_PER_GROUP = 128
 
-SCHEMA = pa.schema(
+_SCHEMA = pa.schema(
     {
         "id": pa.string(),
         "turns": pa.list_(pa.struct({"role": pa.string(), "value": pa.string()})),
@@ -36,7 +36,7 @@ SCHEMA = pa.schema(
 )
 
 # Images are compressed already; a dictionary or statistics over them would only cost.
-COMPRESSION = {
+_COMPRESSION = {
     "id": "zstd",
     "turns.list.element.role": "zstd",
     "turns.list.element.value": "zstd",
@@ -107,7 +107,7 @@ class ShardWriter:
         if self._rows:
             name = f"{self.prefix}-{len(self.shards):02d}.parquet"
             content = encode_shard(self._rows)
-            write_file(f"{self.folder}/{name}", content)
+            write_stored(f"{self.folder}/{name}", content)
             digest = hashlib.sha256(content).hexdigest()
             self.shards.append(ShardInfo(name, len(self._rows), len(content), digest))
             self._rows, self._num_bytes = [], 0
@@ -118,10 +118,10 @@ def encode_shard(rows: Sequence[Mapping[str, Any]]) -> memoryview:
     """Return one shard's Parquet file; the same rows give the same bytes."""
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(
-        sink, SCHEMA, compression=COMPRESSION, use_dictionary=False, write_statistics=False
+        sink, _SCHEMA, compression=_COMPRESSION, use_dictionary=False, write_statistics=False
     ) as writer:
         for start in range(0, len(rows), ROWS_PER_GROUP):
-            group = pa.Table.from_pylist(list(rows[start : start + ROWS_PER_GROUP]), SCHEMA)
+            group = pa.Table.from_pylist(list(rows[start : start + ROWS_PER_GROUP]), _SCHEMA)
             writer.write_table(group, row_group_size=ROWS_PER_GROUP)
     return memoryview(sink.getvalue())
 
@@ -139,7 +139,7 @@ def as_row(sample: Sample) -> dict[str, Any]:
     }
 
 
-def write_manifest(
+def write_shards_manifest(
     path: str,
     shards: Sequence[ShardInfo],
     rejected_reasons: Mapping[str, int],
@@ -151,14 +151,14 @@ def write_manifest(
     prepared = PreparedData(
         path=absolute(path),
         shards=ordered,
-        data_hash=hash_shards(ordered),
+        data_hash=_hash_shards(ordered),
         num_samples=sum(shard.num_rows for shard in ordered),
         num_rejected=sum(rejected_reasons.values()),
         rejected_reasons=dict(sorted(rejected_reasons.items())),
         ignored_keys=dict(ignored_keys or {}),
     )
     values = {
-        "format_version": FORMAT_VERSION,
+        "format_version": SHARDS_VERSION,
         "data_hash": prepared.data_hash,
         "num_records": prepared.num_samples + prepared.num_rejected,
         "num_samples": prepared.num_samples,
@@ -168,18 +168,18 @@ def write_manifest(
         "settings": dict(settings),
         "shards": [asdict(shard) for shard in ordered],
     }
-    write_file(f"{prepared.path}/{MANIFEST}", json.dumps(values, indent=1).encode())
+    write_stored(f"{prepared.path}/{_MANIFEST}", json.dumps(values, indent=1).encode())
     return prepared
 
 
-def hash_shards(shards: Sequence[ShardInfo]) -> str:
+def _hash_shards(shards: Sequence[ShardInfo]) -> str:
     """Return one sha256 for all shards, in order."""
     return hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()
 
 
 def is_prepared(path: str) -> bool:
     """Say whether a folder has a manifest."""
-    return file_size(f"{absolute(path)}/{MANIFEST}") is not None
+    return file_size(f"{absolute(path)}/{_MANIFEST}") is not None
 
 
 def open_prepared(path: str) -> PreparedData:
@@ -212,24 +212,24 @@ def open_prepared(path: str) -> PreparedData:
 
 def _read_manifest(path: str) -> dict[str, Any]:
     try:
-        values: dict[str, Any] = json.loads(read_file(f"{path}/{MANIFEST}"))
+        values: dict[str, Any] = json.loads(read_stored(f"{path}/{_MANIFEST}"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(
-            f"{path!r} is not a prepared folder: there is no {MANIFEST} in it; give data.data_path the raw records, or "
-            "run pipelines/prepare.py to the end"
+            f"{path!r} is not a prepared folder: there is no {_MANIFEST} in it; give data.data_path the raw "
+            "records, or run pipelines/prepare.py to the end"
         ) from error
     except ValueError as error:
-        raise DataError(f"{path}/{MANIFEST} is damaged ({error}); delete the folder and prepare again") from error
+        raise DataError(f"{path}/{_MANIFEST} is damaged ({error}); delete the folder and prepare again") from error
     version = values.get("format_version") if isinstance(values, dict) else None
-    if version != FORMAT_VERSION:
+    if version != SHARDS_VERSION:
         raise DataError(
-            f"{path}/{MANIFEST} has format version {version!r}, this llava_ray reads {FORMAT_VERSION}; prepare the "
+            f"{path}/{_MANIFEST} has format version {version!r}, this llava_ray reads {SHARDS_VERSION}; prepare the "
             "data again with pipelines/prepare.py"
         )
     return values
 
 
-def read_rows(
+def read_shard_rows(
     prepared_path: str, shard_name: str, rows: Sequence[int] | None, columns: Sequence[str] | None = None
 ) -> pa.Table:
     """Read rows of one shard, all of them for None, in the order asked; only the row groups that hold them are read.

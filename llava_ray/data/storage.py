@@ -23,7 +23,7 @@ def way_from(folder: str, path: str) -> str:
     return os.path.relpath(path, folder)
 
 
-def read_file(path: str) -> bytes:
+def read_stored(path: str) -> bytes:
     """Read a whole file; raises FileNotFoundError."""
     filesystem, place = open_filesystem(path)
     return bytes(filesystem.cat_file(place))
@@ -51,7 +51,7 @@ def list_sizes(folder: str) -> dict[str, int]:
     return {entry["name"].rpartition("/")[2]: int(entry["size"]) for entry in entries if entry["type"] == "file"}
 
 
-def write_file(path: str, data: bytes | memoryview) -> None:
+def write_stored(path: str, data: bytes | memoryview) -> None:
     """Write a whole file under a temporary name and rename it: two writers cannot mix, a reader finds all or nothing.
 
     Raises DataError that names the path where it cannot be written (permissions, a full disk).

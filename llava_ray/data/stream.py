@@ -19,25 +19,25 @@ from ray.data import ActorPoolStrategy, DataIterator, Dataset, ExecutionOptions,
 from ray.train import DataConfig as TrainDataConfig
 
 from llava_ray.chat.conversation import Turn
-from llava_ray.data.blocks import as_one_row, rows_of
+from llava_ray.data.blocks import pack_block, unpack_block
 from llava_ray.data.descriptors import ROWS_PER_BLOCK, describe_micro_batches
 from llava_ray.data.examples import Example
 from llava_ray.data.feature_cache import fetch_features, place_of
 from llava_ray.data.lengths import TokenLengths, load_encoder
 from llava_ray.data.plan import Plan
 from llava_ray.data.settings import StreamSettings
-from llava_ray.data.shards import read_rows
+from llava_ray.data.shards import read_shard_rows
 from llava_ray.errors import DataError
 from llava_ray.images.anyres import Size
 from llava_ray.images.geometry import crop_views
 from llava_ray.images.reading import open_image
 from llava_ray.placement import can_grow, in_pool, pool_resources
 
-CPUS_PER_READER = 8
+_CPUS_PER_READER = 8
 
 # Of a pool that has no node yet; the smallest node that ours are made of has more. Decoders must not fill it: readers,
 # which nothing else may run, would have no place.
-GROWING_CPUS = 8.0
+_GROWING_CPUS = 8.0
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class DealToRanks(TrainDataConfig):
 def stream(descriptors: list[pa.Table], settings: StreamSettings) -> Dataset:
     """Attach the stages to the descriptors. Every block is one row, of ROWS_PER_BLOCK micro-batches of one rank."""
     dataset = ray.data.from_arrow(descriptors) if descriptors else ray.data.from_items([])
-    cpus, total = settings.data.num_decode_cpus, decoding_cpus()
+    cpus, total = settings.data.num_decode_cpus, _decoding_cpus()
     decoding = in_pool("decode")
     dataset = dataset.map_batches(
         read_blocks,
@@ -93,14 +93,14 @@ def stream(descriptors: list[pa.Table], settings: StreamSettings) -> Dataset:
         batch_format="pyarrow",
         fn_kwargs={"settings": settings},
         # Reading is a small part of decoding. Ray would start as many as there is room for, and let them run far ahead.
-        compute=TaskPoolStrategy(size=max(1, int(total) // CPUS_PER_READER)),
+        compute=TaskPoolStrategy(size=max(1, int(total) // _CPUS_PER_READER)),
         num_cpus=cpus / 2,
         **decoding,
     )
     # Actors, because tasks of less than a CPU cost more than they do: Ray ends every process beyond the number of CPUs
     # that has nothing to do for a second, and starts another for the next task.
     dataset = dataset.map_batches(
-        ImageDecoder,
+        BlockImageDecoder,
         batch_size=None,
         batch_format="pyarrow",
         fn_constructor_kwargs={"settings": settings},
@@ -127,17 +127,17 @@ def stream(descriptors: list[pa.Table], settings: StreamSettings) -> Dataset:
     return dataset
 
 
-def decoding_cpus() -> float:
+def _decoding_cpus() -> float:
     """Return the CPUs that reading and decoding may count on: those of their pool, or of all nodes without one."""
-    return max(pool_resources("decode")["CPU"], GROWING_CPUS if can_grow() else 1.0)
+    return max(pool_resources("decode")["CPU"], _GROWING_CPUS if can_grow() else 1.0)
 
 
 def read_blocks(descriptors: pa.Table, settings: StreamSettings) -> Iterator[pa.Table]:
     """Yield the micro-batches of one window, a block at a time."""
-    yield from map(as_one_row, read_micro_batches(descriptors, settings))
+    yield from map(pack_block, read_micro_batches(descriptors, settings))
 
 
-class ImageDecoder:
+class BlockImageDecoder:
     """Turn the encoded images of a block into pixels, or into the features that a cache has of them."""
 
     def __init__(self, settings: StreamSettings) -> None:
@@ -146,7 +146,7 @@ class ImageDecoder:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Decode, or look up."""
-        return as_one_row(find_images(rows_of(block), self.settings))
+        return pack_block(add_images(unpack_block(block), self.settings))
 
 
 def read_micro_batches(descriptors: pa.Table, settings: StreamSettings) -> Iterator[pa.Table]:
@@ -155,12 +155,12 @@ def read_micro_batches(descriptors: pa.Table, settings: StreamSettings) -> Itera
     records = fetch_records(descriptors, settings)
     for start in range(0, descriptors.num_rows, ROWS_PER_BLOCK):
         yield pa.Table.from_pylist(
-            [packed(row, records, encoder.encode) for row in descriptors.slice(start, ROWS_PER_BLOCK).to_pylist()],
-            schema=PACKED_SCHEMA,
+            [_packed(row, records, encoder.encode) for row in descriptors.slice(start, ROWS_PER_BLOCK).to_pylist()],
+            schema=_PACKED_SCHEMA,
         )
 
 
-PACKED_SCHEMA = pa.schema(
+_PACKED_SCHEMA = pa.schema(
     {
         "step": pa.int32(),
         "rank": pa.int32(),
@@ -177,7 +177,7 @@ PACKED_SCHEMA = pa.schema(
 )
 
 
-RECORD_COLUMNS = ["id", "turns", "images", "widths", "heights"]
+_RECORD_COLUMNS = ["id", "turns", "images", "widths", "heights"]
 
 
 def fetch_records(descriptors: pa.Table, settings: StreamSettings) -> dict[tuple[int, int], dict[str, Any]]:
@@ -187,15 +187,15 @@ def fetch_records(descriptors: pa.Table, settings: StreamSettings) -> dict[tuple
         for shard, row in zip(shards, rows, strict=True):
             wanted.setdefault(shard, set()).add(row)
     records = {}
-    columns = [name for name in RECORD_COLUMNS if name != "images" or not settings.features]
+    columns = [name for name in _RECORD_COLUMNS if name != "images" or not settings.features]
     for shard, row_set in wanted.items():
         rows = sorted(row_set)
-        table = read_rows(settings.prepared_path, settings.shard_names[shard], rows, columns=columns)
+        table = read_shard_rows(settings.prepared_path, settings.shard_names[shard], rows, columns=columns)
         records.update({(shard, row): record for row, record in zip(rows, table.to_pylist(), strict=True)})
     return records
 
 
-def packed(
+def _packed(
     row: dict[str, Any],
     records: dict[tuple[int, int], dict[str, Any]],
     encode: Callable[[list[Turn], list[Size]], list[Example]],
@@ -224,9 +224,9 @@ def packed(
     }
 
 
-def find_images(table: pa.Table, settings: StreamSettings) -> pa.Table:
+def add_images(table: pa.Table, settings: StreamSettings) -> pa.Table:
     """Replace each row's images by what the model takes of them: pixels, or features from a cache."""
-    return load_features(table, settings) if settings.features else decode_images(table, settings)
+    return load_features(table, settings) if settings.features else decode_block_images(table, settings)
 
 
 def load_features(table: pa.Table, settings: StreamSettings) -> pa.Table:
@@ -239,18 +239,20 @@ def load_features(table: pa.Table, settings: StreamSettings) -> pa.Table:
     return table.set_column(position, "features", pa.array(cells, pa.large_binary()))
 
 
-def decode_images(table: pa.Table, settings: StreamSettings) -> pa.Table:
+def decode_block_images(table: pa.Table, settings: StreamSettings) -> pa.Table:
     """Replace each row's encoded images by pixels: bytes of uint8 (n, 3, h, w), views before normalisation."""
     columns = (table[name].to_pylist() for name in ("ids", "images", "image_sizes"))
     pixels = [
-        b"".join(decoded(image, size, ", ".join(ids), settings) for image, size in zip(images, sizes, strict=True))
+        b"".join(
+            _decode_views(image, size, ", ".join(ids), settings) for image, size in zip(images, sizes, strict=True)
+        )
         for ids, images, sizes in zip(*columns, strict=True)
     ]
     position = table.column_names.index("images")
     return table.set_column(position, "pixels", pa.array(pixels, pa.large_binary()))
 
 
-def decoded(image: bytes, size: Sequence[int], name: str, settings: StreamSettings) -> bytes:
+def _decode_views(image: bytes, size: Sequence[int], name: str, settings: StreamSettings) -> bytes:
     """Return one image's pixels; its views were planned for ``size``."""
     opened = open_image(image, name, max_pixels=settings.data.max_image_pixels)
     if opened.size != tuple(size):

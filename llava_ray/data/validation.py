@@ -12,7 +12,7 @@ from typing import Any
 
 from llava_ray.chat.conversation import IMAGE_TOKEN, Turn
 from llava_ray.data.json_text import parse_json
-from llava_ray.data.record_images import find_images
+from llava_ray.data.record_images import find_record_images
 from llava_ray.data.record_keys import check_keys
 from llava_ray.data.record_turns import count_markers, read_record_turns
 from llava_ray.data.records import Fault, RawRecord, Record
@@ -20,7 +20,7 @@ from llava_ray.errors import RecordError
 from llava_ray.images.reading import check_image, read_bytes
 from llava_ray.reading import shown
 
-MAX_MESSAGE = 2000  # characters
+_MAX_MESSAGE = 2000  # characters
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def read_record(raw: RawRecord, image_folder: str, *, unnamed_images: bool = Fal
         values = parse_values(raw)
         read = read_record_turns(values)
         _check_text(read.turns)
-        images = raw.images or find_images(values, read.images, image_folder)
+        images = raw.images or find_record_images(values, read.images, image_folder)
         num_markers = count_markers(read.turns)
         ignored = check_keys(values, read.images, len(images))
         if unnamed_images and not images:
@@ -84,7 +84,7 @@ def _naming(record: RawRecord | Record) -> Iterator[None]:
         yield
     except RecordError as error:
         message = f"record {record.id!r} ({record.source}): {error}".encode("utf-8", "backslashreplace").decode()
-        message = message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + "…"
+        message = message if len(message) <= _MAX_MESSAGE else message[:_MAX_MESSAGE] + "…"
         raise type(error)(message, reason=error.reason) from error
     except RecursionError as error:
         message = f"record {record.id!r} ({record.source}): too many lists or objects in each other; mend it"

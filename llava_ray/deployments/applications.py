@@ -13,15 +13,15 @@ from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from llava_ray.deployments import message_sizes
-from llava_ray.deployments.auth import ApiKey, read_api_keys
 from llava_ray.deployments.engines import make_engine
 from llava_ray.deployments.front import build_front
 from llava_ray.deployments.handles import ServeGateway, gathered
-from llava_ray.deployments.merging import with_beats
+from llava_ray.deployments.http.auth import ApiKey, read_api_keys
+from llava_ray.deployments.http.routes import Front
+from llava_ray.deployments.merging import with_heartbeats
 from llava_ray.deployments.messages import Task
 from llava_ray.deployments.refusal import Refused
-from llava_ray.deployments.replica import Piece, Replica
-from llava_ray.deployments.routes import Front
+from llava_ray.deployments.replica import AnswerPiece, Replica
 from llava_ray.deployments.routing import SessionRouter
 from llava_ray.deployments.settings import ModelSource, ServeSettings
 from llava_ray.deployments.tracing import traced
@@ -29,10 +29,10 @@ from llava_ray.deployments.watchdog import start_watchdog
 from llava_ray.generate.engine import ModelCard
 
 # Serve gives a replica up at the third failure in a row: after 30 s, as the original's controller forgot a worker.
-HEALTH = {"health_check_period_s": 5, "health_check_timeout_s": 10}
+_HEALTH = {"health_check_period_s": 5, "health_check_timeout_s": 10}
 
 # What Serve reads in the processes of ingresses and replicas, on whichever cluster they start.
-RUNTIME_ENV = {
+_RUNTIME_ENV = {
     "env_vars": {
         # Nothing here holds an event loop up, the model steps in a thread of its own: a second loop for Serve's own
         # work would only cost each token two more changes of thread.
@@ -44,9 +44,9 @@ RUNTIME_ENV = {
 }
 
 # Calls beyond a replica's own bound that Serve lets through to it, to be refused there and at once.
-SPARE_CALLS = 256
-INGRESS_CALLS = 2000
-CALLS_PER_INGRESS = 100.0
+_SPARE_CALLS = 256
+_INGRESS_CALLS = 2000
+_CALLS_PER_INGRESS = 100.0
 INGRESS_CPUS = 0.1
 
 
@@ -55,15 +55,15 @@ class ModelDeployment:
 
     async def __init__(self, source: ModelSource, settings: ServeSettings) -> None:  # type: ignore[misc]
         """Load the model; Serve awaits this in the replica's own loop. Raises ModelError, ConfigError."""
-        message_sizes.check_environment(deployment_name(source))
+        message_sizes.check_environment(_deployment_name(source))
         self.engine = make_engine(source, settings)
         await self.engine.start()
         self.replica = Replica(self.engine, source, settings)
         self.watchdog = start_watchdog()
 
-    async def run(self, task: Task) -> AsyncGenerator[Refused | list[Piece] | None, None]:
+    async def run(self, task: Task) -> AsyncGenerator[Refused | list[AnswerPiece] | None, None]:
         """Stream an answer, with signs of life: nobody else notices that a process has been stopped."""
-        async with aclosing(with_beats(self.replica.run(task))) as items:
+        async with aclosing(with_heartbeats(self.replica.run(task))) as items:
             async for item in items:
                 yield item
 
@@ -102,7 +102,7 @@ class Ingress:
         message_sizes.check_environment("api" if with_api else "page")
         self.with_api, self.with_page = with_api, with_page
         if handles is None:
-            handles = {source.name: handle_elsewhere(source, settings) for source in settings.sources}
+            handles = {source.name: _handle_elsewhere(source, settings) for source in settings.sources}
         handles_of = {source: handles[source.name] for source in settings.sources}
         self.gateway = traced(ServeGateway(handles_of, settings), settings.mlflow_tracking_uri)
         self.fronts: DeploymentHandle | None = None
@@ -127,75 +127,75 @@ class Ingress:
 
 def app(args: dict[str, Any]) -> Application:
     """API and page in one ingress of one replica: ``serve run llava_ray.deployments:app model=PATH``."""
-    return application(args, with_api=True, with_page=True)
+    return _application(args, with_api=True, with_page=True)
 
 
 def api(args: dict[str, Any]) -> Application:
     """The API alone, in ingresses that scale."""
-    return application(args, with_api=True, with_page=False)
+    return _application(args, with_api=True, with_page=False)
 
 
 def page(args: dict[str, Any]) -> Application:
     """The page alone, in one replica, over the models of an ``api`` application: one queue for both."""
-    return application(args, with_api=False, with_page=True)
+    return _application(args, with_api=False, with_page=True)
 
 
-def application(args: dict[str, Any], *, with_api: bool, with_page: bool) -> Application:
+def _application(args: dict[str, Any], *, with_api: bool, with_page: bool) -> Application:
     """Bind ingress and models. Raises ConfigError for settings, keys or paths that cannot be used."""
     settings = found(ServeSettings.parsed(args))
     message_sizes.check_sizes(settings)
     keys = read_api_keys(settings.api_keys_file)
     alone = with_page and not with_api
-    models = None if alone else {source.name: model_deployment(source, settings) for source in settings.sources}
+    models = None if alone else {source.name: _model_deployment(source, settings) for source in settings.sources}
     ingress = serve.deployment(Ingress, name="page" if alone else "api").options(
-        ray_actor_options={"num_cpus": INGRESS_CPUS, "runtime_env": RUNTIME_ENV},
-        max_ongoing_requests=INGRESS_CALLS,
+        ray_actor_options={"num_cpus": INGRESS_CPUS, "runtime_env": _RUNTIME_ENV},
+        max_ongoing_requests=_INGRESS_CALLS,
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
         graceful_shutdown_wait_loop_s=0.5,
-        **HEALTH,
+        **_HEALTH,
         **(
             {"num_replicas": 1}  # the page's queue and sessions live in one process
             if with_page
-            else scaling(settings, settings.min_ingress_replicas, settings.max_ingress_replicas, CALLS_PER_INGRESS)
+            else _scaling(settings, settings.min_ingress_replicas, settings.max_ingress_replicas, _CALLS_PER_INGRESS)
         ),
     )
     bound: Application = ingress.bind(settings, keys, models, with_api=with_api, with_page=with_page)
     return bound
 
 
-def model_deployment(source: ModelSource, settings: ServeSettings) -> Application:
+def _model_deployment(source: ModelSource, settings: ServeSettings) -> Application:
     """Bind one model."""
     resources: dict[str, Any] = {
         "num_cpus": settings.num_cpus,
         "num_gpus": settings.num_gpus,
-        "runtime_env": RUNTIME_ENV,
+        "runtime_env": _RUNTIME_ENV,
     }
     if settings.accelerator_type is not None:
         resources["accelerator_type"] = settings.accelerator_type
-    deployment = serve.deployment(ModelDeployment, name=deployment_name(source)).options(
+    deployment = serve.deployment(ModelDeployment, name=_deployment_name(source)).options(
         ray_actor_options=resources,
-        max_ongoing_requests=settings.max_num_seqs + settings.max_queued_requests + SPARE_CALLS,
+        max_ongoing_requests=settings.max_num_seqs + settings.max_queued_requests + _SPARE_CALLS,
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
         graceful_shutdown_wait_loop_s=0.5,
         request_router_config=RequestRouterConfig(request_router_class=SessionRouter),
-        **HEALTH,
-        **scaling(settings, settings.min_replicas, settings.max_replicas, settings.target_ongoing_requests),
+        **_HEALTH,
+        **_scaling(settings, settings.min_replicas, settings.max_replicas, settings.target_ongoing_requests),
     )
     bound: Application = deployment.bind(source, settings)
     return bound
 
 
-def deployment_name(source: ModelSource) -> str:
+def _deployment_name(source: ModelSource) -> str:
     """Return what Serve calls a model's deployment."""
     return f"model-{source.name}"
 
 
-def handle_elsewhere(source: ModelSource, settings: ServeSettings) -> DeploymentHandle:
+def _handle_elsewhere(source: ModelSource, settings: ServeSettings) -> DeploymentHandle:
     """Return a handle to another application's model; Serve starts this replica again until that is there."""
-    return serve.get_deployment_handle(deployment_name(source), settings.api_app)
+    return serve.get_deployment_handle(_deployment_name(source), settings.api_app)
 
 
-def scaling(settings: ServeSettings, at_least: int, at_most: int, target: float) -> dict[str, Any]:
+def _scaling(settings: ServeSettings, at_least: int, at_most: int, target: float) -> dict[str, Any]:
     """Return how many replicas there are: a number, or bounds and what to aim at between them."""
     if at_least == at_most:
         return {"num_replicas": at_least}

@@ -9,7 +9,7 @@ from llava_ray.errors import ConfigError
 from llava_ray.generate.engine import Engine
 
 # Functions of a ModelSource and ServeSettings, named and not imported: each needs libraries that the others do not.
-ENGINES = {
+_ENGINES = {
     "builtin": "llava_ray.deployments.builtin:make_engine",
     "vllm": "llava_ray.deployments.vllm:make_engine",
 }
@@ -17,11 +17,11 @@ ENGINES = {
 
 def make_engine(source: ModelSource, settings: ServeSettings) -> Engine:
     """Return the engine of one replica, not started. Raises ConfigError for a name that leads to none."""
-    place = ENGINES.get(settings.engine, settings.engine)
+    place = _ENGINES.get(settings.engine, settings.engine)
     module, colon, function = place.partition(":")
     if not colon:
         raise ConfigError(
-            f"engine {settings.engine!r}: expected one of {', '.join(map(repr, ENGINES))}, or 'module:function'"
+            f"engine {settings.engine!r}: expected one of {', '.join(map(repr, _ENGINES))}, or 'module:function'"
         )
     try:
         make: Callable[..., Any] = getattr(importlib.import_module(module), function)

@@ -4,17 +4,17 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 
-from llava_ray.deployments.middleware import AuthMiddleware, BodyMiddleware, OpenRequestsMiddleware
-from llava_ray.deployments.refusal import RefusalError
-from llava_ray.deployments.routes import (
+from llava_ray.deployments.http.middleware import AuthMiddleware, BodyMiddleware, OpenRequestsMiddleware
+from llava_ray.deployments.http.routes import (
     SESSION_HEADER,
     Front,
     add_api,
     add_health,
-    on_accident,
     on_http_error,
     on_refusal,
+    on_unhandled_error,
 )
+from llava_ray.deployments.refusal import RefusalError
 
 
 def build_front(front: Front, *, with_api: bool = True, with_page: bool = False) -> FastAPI:
@@ -26,7 +26,7 @@ def build_front(front: Front, *, with_api: bool = True, with_page: bool = False)
         add_api(app, front)
     app.add_exception_handler(RefusalError, on_refusal)
     app.add_exception_handler(HTTPException, on_http_error)
-    app.add_exception_handler(Exception, on_accident)
+    app.add_exception_handler(Exception, on_unhandled_error)
     settings, on_refused = front.settings, front.count_refused
     # The last one added stands in front of the others.
     app.add_middleware(
@@ -34,7 +34,9 @@ def build_front(front: Front, *, with_api: bool = True, with_page: bool = False)
     )
     app.add_middleware(AuthMiddleware, front.guard, on_refused)
     if with_page:
-        from llava_ray.deployments.chat_page import mount_page  # Gradio takes seconds to import, and not all want it
+        from llava_ray.deployments.chat_page.page import (
+            mount_page,  # Gradio takes seconds to import, and not all want it
+        )
 
         mount_page(app, front)
     app.add_middleware(OpenRequestsMiddleware, front.open_requests, settings.trusted_proxies, on_refused)

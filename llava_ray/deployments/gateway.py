@@ -9,7 +9,7 @@ from prometheus_client.core import Metric
 
 from llava_ray.deployments.messages import Task
 from llava_ray.deployments.refusal import RefusalError, Refused, refuse
-from llava_ray.deployments.replica import Piece, Replica
+from llava_ray.deployments.replica import AnswerPiece, Replica
 from llava_ray.deployments.settings import ModelSource
 from llava_ray.generate.engine import ModelCard
 
@@ -22,7 +22,7 @@ class Gateway(Protocol):
         """Return the models, in the order in which they are offered."""
         ...
 
-    def run(self, task: Task, session: str) -> AsyncGenerator[list[Piece], None]:
+    def run(self, task: Task, session: str) -> AsyncGenerator[list[AnswerPiece], None]:
         """Stream an answer; tasks of one session go to one replica while it has room.
 
         Leaving the iterator early cancels the task. Raises RefusalError, also in the middle.
@@ -54,10 +54,10 @@ class LocalGateway:
         """Return the models."""
         return tuple(self.replicas)
 
-    async def run(self, task: Task, session: str) -> AsyncGenerator[list[Piece], None]:
+    async def run(self, task: Task, session: str) -> AsyncGenerator[list[AnswerPiece], None]:
         """Stream an answer. Raises RefusalError."""
         del session
-        source = find_source(self.sources, task.model)
+        source = find_served_model(self.sources, task.model)
         async with aclosing(self.replicas[source].run(task)) as items:
             async for item in items:
                 yield unwrapped(item)
@@ -76,7 +76,7 @@ class LocalGateway:
         return {source.name: replica.collect() for source, replica in self.replicas.items()}
 
 
-def find_source(sources: tuple[ModelSource, ...], name: str) -> ModelSource:
+def find_served_model(sources: tuple[ModelSource, ...], name: str) -> ModelSource:
     """Return the model that answers to this name. Raises RefusalError (404)."""
     for source in sources:
         if name in source.names:
@@ -85,7 +85,7 @@ def find_source(sources: tuple[ModelSource, ...], name: str) -> ModelSource:
     raise refuse(404, f"no model is called {name[:100]!r}; there are: {offered}", "model_not_found", "model")
 
 
-def unwrapped(item: Refused | list[Piece]) -> list[Piece]:
+def unwrapped(item: Refused | list[AnswerPiece]) -> list[AnswerPiece]:
     """Return the pieces. Raises RefusalError for a refusal."""
     if isinstance(item, Refused):
         raise RefusalError(item)

@@ -10,21 +10,21 @@ from ray.exceptions import RayActorError, RayError, TaskCancelledError
 from ray.serve.exceptions import DeploymentUnavailableError, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
-from llava_ray.deployments.gateway import find_source, unwrapped
+from llava_ray.deployments.gateway import find_served_model, unwrapped
 from llava_ray.deployments.messages import Task
 from llava_ray.deployments.refusal import RefusalError, Refused, refuse
-from llava_ray.deployments.replica import Piece
+from llava_ray.deployments.replica import AnswerPiece
 from llava_ray.deployments.settings import ModelSource, ServeSettings
 from llava_ray.generate.engine import ModelCard
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
-ATTEMPTS = 3  # replicas that a task is tried on, as long as nothing of its answer has been passed on
-CARD_TIMEOUT_S = 10.0
-PING_TIMEOUT_S = 3.0
-SILENCE_S = 20.0  # without a piece or a sign of life; these come every merging.BEAT_S
+_ATTEMPTS = 3  # replicas that a task is tried on, as long as nothing of its answer has been passed on
+_CARD_TIMEOUT_S = 10.0
+_PING_TIMEOUT_S = 3.0
+_SILENCE_S = 20.0  # without a piece or a sign of life; these come every merging.BEAT_S
 
-LOST = Refused(503, "the replica that wrote this answer was lost; ask again", "replica_lost", retry_after_s=1)
+_LOST = Refused(503, "the replica that wrote this answer was lost; ask again", "replica_lost", retry_after_s=1)
 
 
 class ServeGateway:
@@ -41,21 +41,21 @@ class ServeGateway:
         """Return the models."""
         return tuple(self.handles)
 
-    async def run(self, task: Task, session: str) -> AsyncGenerator[list[Piece], None]:
+    async def run(self, task: Task, session: str) -> AsyncGenerator[list[AnswerPiece], None]:
         """Stream an answer, from another replica if the first is full or dies before it has said anything.
 
         Raises RefusalError.
         """
-        handle = self.handles[find_source(self.sources, task.model)]
+        handle = self.handles[find_served_model(self.sources, task.model)]
         # A model that sleeps is waited for: it may take minutes to load.
-        patience = SILENCE_S if self.settings.min_replicas else None
-        for attempt in range(ATTEMPTS):
-            last = attempt == ATTEMPTS - 1
+        patience = _SILENCE_S if self.settings.min_replicas else None
+        for attempt in range(_ATTEMPTS):
+            last = attempt == _ATTEMPTS - 1
             started = False
             try:
                 # Full or dead, the session's own replica is not asked twice. By value: over gRPC, not as Ray's objects.
                 asked = handle.options(stream=True, session_id="" if attempt else session, _by_reference=False)
-                async for pieces in called(asked, task, patience):
+                async for pieces in _called(asked, task, patience):
                     started = True
                     yield pieces
             except RefusalError as error:
@@ -63,9 +63,9 @@ class ServeGateway:
                 if started or last or not elsewhere:
                     raise
             except (RayActorError, TimeoutError) as error:
-                log.warning("request %s lost its replica: %s", task.request_id, type(error).__name__)
+                _log.warning("request %s lost its replica: %s", task.request_id, type(error).__name__)
                 if started or last:
-                    raise RefusalError(LOST) from error
+                    raise RefusalError(_LOST) from error
             else:
                 return
 
@@ -73,7 +73,7 @@ class ServeGateway:
         """Return what a model is able to do; it is asked once. Raises RefusalError."""
         if source not in self.cards:
             try:
-                async with asyncio.timeout(CARD_TIMEOUT_S):
+                async with asyncio.timeout(_CARD_TIMEOUT_S):
                     self.cards[source] = await self.handles[source].card.remote()
             except (TimeoutError, RayError, DeploymentUnavailableError):
                 raise refuse(503, f"model {source.name!r} is not there yet; try again", "model_unavailable") from None
@@ -89,7 +89,7 @@ class ServeGateway:
         if self.settings.min_replicas == 0 and source in self.cards:
             return True
         try:
-            async with asyncio.timeout(PING_TIMEOUT_S):
+            async with asyncio.timeout(_PING_TIMEOUT_S):
                 await self.handles[source].card.remote()
         except (TimeoutError, RayError, DeploymentUnavailableError):
             return False
@@ -101,7 +101,9 @@ class ServeGateway:
         return {name: metrics for answer in answers for name, metrics in answer.items()}
 
 
-async def called(handle: DeploymentHandle, task: Task, patience: float | None) -> AsyncGenerator[list[Piece], None]:
+async def _called(
+    handle: DeploymentHandle, task: Task, patience: float | None
+) -> AsyncGenerator[list[AnswerPiece], None]:
     """Call a replica's ``run``; leaving early cancels it there.
 
     Raises RefusalError, TimeoutError for a replica that has fallen silent (from the start, if it has not said anything
@@ -113,15 +115,15 @@ async def called(handle: DeploymentHandle, task: Task, patience: float | None) -
     try:
         while True:
             async with asyncio.timeout(patience):
-                item: Refused | list[Piece] | None = await anext(items)
-            patience = SILENCE_S
+                item: Refused | list[AnswerPiece] | None = await anext(items)
+            patience = _SILENCE_S
             if item is not None:
                 yield unwrapped(item)
     except StopAsyncIteration:
         ended = True
     except (DeploymentUnavailableError, RequestCancelledError, TaskCancelledError) as error:
         ended = True
-        raise RefusalError(LOST) from error
+        raise RefusalError(_LOST) from error
     finally:
         if not ended:
             response.cancel()
@@ -130,7 +132,7 @@ async def called(handle: DeploymentHandle, task: Task, patience: float | None) -
 async def gathered(handle: DeploymentHandle) -> dict[str, list[Metric]]:
     """Return the counts of each replica of a deployment by its id; those that do not answer are left out."""
     try:
-        async with asyncio.timeout(PING_TIMEOUT_S):
+        async with asyncio.timeout(_PING_TIMEOUT_S):
             answers: list[Any] = await handle.broadcast("collect").results_async(return_exceptions=True)
     except (TimeoutError, RayError, DeploymentUnavailableError):
         return {}

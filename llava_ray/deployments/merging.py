@@ -8,12 +8,12 @@ from typing import TypeVar
 T = TypeVar("T")
 
 MERGE_S = 0.02  # at most so long is a piece held back for the next to go with it
-BEAT_S = 5.0  # a stream that has nothing to say says so this often
+_BEAT_S = 5.0  # a stream that has nothing to say says so this often
 
-END = None
+_END = None
 
 
-async def merged(
+async def merge_streams(
     streams: Sequence[AsyncGenerator[T, None]], pause_s: float | None = MERGE_S
 ) -> AsyncGenerator[list[tuple[int, T]], None]:
     """Yield what the streams give, each with its stream's index; together what comes within ``pause_s``.
@@ -23,7 +23,7 @@ async def merged(
     """
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue()
-    tasks = [asyncio.create_task(pump(stream, index, queue)) for index, stream in enumerate(streams)]
+    tasks = [asyncio.create_task(_pump(stream, index, queue)) for index, stream in enumerate(streams)]
     num_open, last_time = len(tasks), float("-inf")
     pieces: list[tuple[int, T]] = []
     try:
@@ -36,7 +36,7 @@ async def merged(
             for entry in entries:
                 if isinstance(entry, Exception):
                     raise entry
-            num_open -= entries.count(END)
+            num_open -= entries.count(_END)
             pieces += [entry for entry in entries if isinstance(entry, tuple)]
             if pieces and (pause_s is not None or not num_open):
                 last_time = loop.time()
@@ -48,7 +48,7 @@ async def merged(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def pump(
+async def _pump(
     stream: AsyncGenerator[T, None], index: int, queue: "asyncio.Queue[tuple[int, T] | Exception | None]"
 ) -> None:
     """Put what a stream gives on the queue, then END, or what it raises."""
@@ -56,12 +56,12 @@ async def pump(
         async with aclosing(stream):
             async for piece in stream:
                 queue.put_nowait((index, piece))
-        queue.put_nowait(END)
+        queue.put_nowait(_END)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is raised where the streams are read
         queue.put_nowait(error)
 
 
-async def with_beats(stream: AsyncGenerator[T, None], beat_s: float = BEAT_S) -> AsyncGenerator[T | None, None]:
+async def with_heartbeats(stream: AsyncGenerator[T, None], beat_s: float = _BEAT_S) -> AsyncGenerator[T | None, None]:
     """Yield what a stream gives, and None whenever nothing has come for ``beat_s``; leaving it closes the stream."""
     coming: asyncio.Task[T] | None = None
     async with aclosing(stream):

@@ -10,15 +10,15 @@ VARIABLE = "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"
 MAX_MESSAGE_BYTES = 2**31 - 1  # gRPC counts in 32 bits
 
 # Of what was received; a task repeats it, images in base64 and markers with a few more characters than before.
-MAX_REQUEST_BYTES = 2**30
+_MAX_REQUEST_BYTES = 2**30
 
 
 def check_sizes(settings: ServeSettings) -> None:
     """Raise ConfigError for a body, from the API or a chat of the page, that is more than one message can hold."""
-    if settings.max_body_bytes > MAX_REQUEST_BYTES:
+    if settings.max_body_bytes > _MAX_REQUEST_BYTES:
         raise ConfigError(
-            f"max_body_bytes = {settings.max_body_bytes:,}: a request goes to its replica whole, {MAX_REQUEST_BYTES:,} "
-            "bytes are the most; lower max_body_bytes"
+            f"max_body_bytes = {settings.max_body_bytes:,}: a request goes to its replica whole, "
+            f"{_MAX_REQUEST_BYTES:,} bytes are the most; lower max_body_bytes"
         )
 
 

@@ -3,12 +3,19 @@
 from dataclasses import dataclass, field
 
 from llava_ray.chat.conversation import IMAGE_TOKEN, Turn, break_markers, join_parts
+from llava_ray.deployments.http.schema import (
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    GenerationFields,
+    ImagePart,
+    TextPart,
+)
 from llava_ray.deployments.refusal import refuse
-from llava_ray.deployments.schema import ChatRequest, CompletionRequest, GenerationFields, ImagePart, Message, TextPart
 from llava_ray.deployments.settings import ServeSettings
 from llava_ray.generate.engine import Sampling
 
-ROLES = {"user": "human", "assistant": "gpt"}
+_ROLES = {"user": "human", "assistant": "gpt"}
 
 
 @dataclass(frozen=True)
@@ -36,9 +43,9 @@ class Task:
 
 def chat_task(request: ChatRequest, request_id: str, settings: ServeSettings) -> Task:
     """Turn a chat into a task. Raises RefusalError for too many images or characters, or turns out of order."""
-    system = "\n".join(text_of(message) for message in request.messages if message.role in ("system", "developer"))
-    spoken = [message for message in request.messages if message.role in ROLES]
-    check_order(spoken)
+    system = "\n".join(_text_of(message) for message in request.messages if message.role in ("system", "developer"))
+    spoken = [message for message in request.messages if message.role in _ROLES]
+    _check_order(spoken)
     media = tuple(part.image_url.url for message in spoken for part in message.parts if isinstance(part, ImagePart))
     turns = tuple(as_turn(message) for message in spoken)
     if len(media) > settings.max_images:
@@ -48,7 +55,7 @@ def chat_task(request: ChatRequest, request_id: str, settings: ServeSettings) ->
             "too_many_images",
             "messages",
         )
-    check_length(sum(len(turn.value) for turn in turns) + len(system), settings, "messages")
+    _check_prompt_length(sum(len(turn.value) for turn in turns) + len(system), settings, "messages")
     wanted = request.max_completion_tokens or request.max_tokens
     top = (request.top_logprobs or 0) if request.logprobs else None
     return Task(
@@ -58,14 +65,14 @@ def chat_task(request: ChatRequest, request_id: str, settings: ServeSettings) ->
         system=system or None,
         media=media,
         sampling=sampling(request, wanted, top, settings),
-        num_choices=check_choices(request, settings),
+        num_choices=_check_choices(request, settings),
         stream=request.stream,
     )
 
 
 def completion_task(request: CompletionRequest, request_id: str, settings: ServeSettings) -> Task:
     """Turn a completion into a task. Raises RefusalError for too many characters or image markers."""
-    check_length(len(request.prompt), settings, "prompt")
+    _check_prompt_length(len(request.prompt), settings, "prompt")
     if IMAGE_TOKEN in request.prompt:
         raise refuse(
             400, f"{IMAGE_TOKEN} in a prompt: images are asked about in /v1/chat/completions", "image_marker", "prompt"
@@ -75,7 +82,7 @@ def completion_task(request: CompletionRequest, request_id: str, settings: Serve
         model=request.model,
         prompt=request.prompt,
         sampling=sampling(request, request.max_tokens, request.logprobs, settings),
-        num_choices=check_choices(request, settings),
+        num_choices=_check_choices(request, settings),
         stream=request.stream,
     )
 
@@ -94,7 +101,7 @@ def sampling(request: GenerationFields, wanted: int | None, logprobs: int | None
     )
 
 
-def as_turn(message: Message) -> Turn:
+def as_turn(message: ChatMessage) -> Turn:
     """Write a message as training writes its content parts: each on a line of its own, a marker for each image.
 
     A marker that somebody wrote into a text would stand for an image that is not there: it is taken apart. No two parts
@@ -106,14 +113,14 @@ def as_turn(message: Message) -> Turn:
     return Turn("human" if message.role == "user" else "gpt", join_parts(texts))
 
 
-def text_of(message: Message) -> str:
+def _text_of(message: ChatMessage) -> str:
     """Return a system message's text; images have no place in it."""
     if any(isinstance(part, ImagePart) for part in message.parts):
         raise refuse(400, f"a {message.role} message holds an image; only a user's may", "image_role", "messages")
     return break_markers(join_parts(part.text for part in message.parts if isinstance(part, TextPart)))
 
 
-def check_order(spoken: list[Message]) -> None:
+def _check_order(spoken: list[ChatMessage]) -> None:
     """Raise RefusalError unless user and assistant alternate, the user first and last."""
     for index, message in enumerate(spoken):
         expected = "assistant" if index % 2 else "user"
@@ -129,7 +136,7 @@ def check_order(spoken: list[Message]) -> None:
         raise refuse(400, "the last message must be the user's: it is what is answered", "message_order", "messages")
 
 
-def check_length(num_chars: int, settings: ServeSettings, param: str) -> None:
+def _check_prompt_length(num_chars: int, settings: ServeSettings, param: str) -> None:
     """Raise RefusalError before a tokenizer sees what no context can hold."""
     if num_chars > settings.max_text_chars:
         raise refuse(
@@ -140,7 +147,7 @@ def check_length(num_chars: int, settings: ServeSettings, param: str) -> None:
         )
 
 
-def check_choices(request: GenerationFields, settings: ServeSettings) -> int:
+def _check_choices(request: GenerationFields, settings: ServeSettings) -> int:
     """Return n. Raises RefusalError over the service's limit."""
     if request.n > settings.max_choices:
         raise refuse(400, f"n = {request.n}; at most {settings.max_choices} (max_choices)", "too_many_choices", "n")

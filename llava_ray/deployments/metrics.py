@@ -9,7 +9,7 @@ from prometheus_client.registry import Collector
 from llava_ray.generate.engine import EngineStats
 
 # Seconds; vLLM's own buckets.
-FIRST_TOKEN = (
+_FIRST_TOKEN = (
     0.001,
     0.005,
     0.01,
@@ -32,11 +32,11 @@ FIRST_TOKEN = (
     160,
     640,
 )
-BETWEEN_TOKENS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
-WHOLE = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
-TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+_BETWEEN_TOKENS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+_WHOLE = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 
-LABELS = ("model_name",)
+_LABELS = ("model_name",)
 
 
 class ReplicaMetrics:
@@ -47,33 +47,35 @@ class ReplicaMetrics:
         self.model = model
         self.registry = CollectorRegistry()
         self.first_token = self.histogram(
-            "vllm:time_to_first_token_seconds", "From arrival to the first token", FIRST_TOKEN
+            "vllm:time_to_first_token_seconds", "From arrival to the first token", _FIRST_TOKEN
         )
-        self.between_tokens = self.histogram("vllm:inter_token_latency_seconds", "Between two tokens", BETWEEN_TOKENS)
-        self.whole = self.histogram("vllm:e2e_request_latency_seconds", "From arrival to the last token", WHOLE)
+        self.between_tokens = self.histogram("vllm:inter_token_latency_seconds", "Between two tokens", _BETWEEN_TOKENS)
+        self.whole = self.histogram("vllm:e2e_request_latency_seconds", "From arrival to the last token", _WHOLE)
         self.queue = self.histogram(
-            "vllm:request_queue_time_seconds", "Waiting for a place in the running batch", WHOLE
+            "vllm:request_queue_time_seconds", "Waiting for a place in the running batch", _WHOLE
         )
-        self.prompt_tokens = self.histogram("vllm:request_prompt_tokens", "Tokens of a prompt, images included", TOKENS)
-        self.new_tokens = self.histogram("vllm:request_generation_tokens", "Tokens of an answer", TOKENS)
+        self.prompt_tokens = self.histogram(
+            "vllm:request_prompt_tokens", "Tokens of a prompt, images included", _TOKENS
+        )
+        self.new_tokens = self.histogram("vllm:request_generation_tokens", "Tokens of an answer", _TOKENS)
         self.media = self.histogram(
-            "llava_ray:media_read_seconds", "To fetch and check a request's images", FIRST_TOKEN
+            "llava_ray:media_read_seconds", "To fetch and check a request's images", _FIRST_TOKEN
         )
-        labels = (*LABELS, "finished_reason")
+        labels = (*_LABELS, "finished_reason")
         self.success = Counter("vllm:request_success", "Complete answers", labels, registry=self.registry)
-        labels = (*LABELS, "code")
+        labels = (*_LABELS, "code")
         self.refused = Counter("llava_ray:requests_refused", "Requests not answered", labels, registry=self.registry)
 
     def histogram(self, name: str, meaning: str, buckets: Sequence[float]) -> Histogram:
         """Make one that knows its model."""
-        return Histogram(name, meaning, LABELS, buckets=buckets, registry=self.registry).labels(self.model)
+        return Histogram(name, meaning, _LABELS, buckets=buckets, registry=self.registry).labels(self.model)
 
     def collect(self, stats: EngineStats) -> list[Metric]:
         """Return all counts as they are now, those of the engine included."""
-        return [*self.registry.collect(), *engine_metrics(stats, self.model)]
+        return [*self.registry.collect(), *_engine_metrics(stats, self.model)]
 
 
-def engine_metrics(stats: EngineStats, model: str) -> list[Metric]:
+def _engine_metrics(stats: EngineStats, model: str) -> list[Metric]:
     """Put an engine's own counts under vLLM's names."""
     share = stats.kv_tokens_used / stats.kv_tokens_capacity if stats.kv_tokens_capacity else 0.0
     gauges: Mapping[str, tuple[str, float]] = {
@@ -91,7 +93,7 @@ def engine_metrics(stats: EngineStats, model: str) -> list[Metric]:
     families: list[Metric] = []
     for kind, table in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
         for name, (meaning, value) in table.items():
-            family = kind(name, meaning, labels=LABELS)
+            family = kind(name, meaning, labels=_LABELS)
             family.add_metric([model], value)
             families.append(family)
     return families
@@ -136,7 +138,7 @@ class Gathered(Collector):
         return families.values()
 
 
-def render(parts: Mapping[str, Iterable[Metric]]) -> bytes:
+def render_metrics(parts: Mapping[str, Iterable[Metric]]) -> bytes:
     """Write Prometheus' text format."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(Gathered(parts))

@@ -12,10 +12,10 @@ import aiohttp
 from llava_ray.deployments.refusal import refuse
 from llava_ray.deployments.settings import ServeSettings
 
-ENVIRONMENT = "LLAVA_RAY_MODERATION_KEY"
+_ENVIRONMENT = "LLAVA_RAY_MODERATION_KEY"
 
 # How encoded images begin. A moderator that wants another format's name reads it from the bytes.
-BEGINNINGS = {
+_BEGINNINGS = {
     b"\xff\xd8\xff": "image/jpeg",
     b"\x89PNG": "image/png",
     b"GIF8": "image/gif",
@@ -34,14 +34,14 @@ class Moderator:
         self.url = settings.moderation_url
         self.model = settings.moderation_model
         self.timeout = aiohttp.ClientTimeout(total=settings.moderation_timeout_s)
-        self.key = environment.get(ENVIRONMENT)
+        self.key = environment.get(_ENVIRONMENT)
 
     async def check(self, texts: Sequence[str], images: Sequence[bytes]) -> None:
         """Pass, or raise RefusalError: 400 for what is flagged, 503 where there is no verdict."""
         if self.url is None or not (images or any(text.strip() for text in texts)):
             return
         try:
-            body = await asyncio.to_thread(moderation_body, self.model, texts, images)
+            body = await asyncio.to_thread(_moderation_body, self.model, texts, images)
             flagged = await self.ask(body)
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError, TypeError):
             raise refuse(
@@ -71,16 +71,16 @@ class Moderator:
             return any(verdicts)
 
 
-def moderation_body(model: str, texts: Sequence[str], images: Sequence[bytes]) -> bytes:
+def _moderation_body(model: str, texts: Sequence[str], images: Sequence[bytes]) -> bytes:
     """Write the request: every text that says something, and every image as a data URI of the very bytes."""
     entries: list[dict[str, Any]] = [{"type": "text", "text": text} for text in texts if text.strip()]
-    entries += [{"type": "image_url", "image_url": {"url": data_uri(data)}} for data in images]
+    entries += [{"type": "image_url", "image_url": {"url": _data_uri(data)}} for data in images]
     return json.dumps({"model": model, "input": entries}).encode()
 
 
-def data_uri(data: bytes) -> str:
+def _data_uri(data: bytes) -> str:
     """Write an encoded image as a data URI."""
     kind = next(
-        (kind for beginning, kind in BEGINNINGS.items() if data.startswith(beginning)), "application/octet-stream"
+        (kind for beginning, kind in _BEGINNINGS.items() if data.startswith(beginning)), "application/octet-stream"
     )
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"

@@ -7,7 +7,7 @@ from typing import Any
 from llava_ray.errors import LlavaRayError, RecordError
 
 # OpenAI's word for each family of errors.
-TYPES = {
+_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
     403: "permission_error",
@@ -23,13 +23,13 @@ TYPES = {
 }
 
 
-MAX_CHARS = 1000  # of a message
+_MAX_CHARS = 1000  # of a message
 
 # Reasons of RecordErrors whose words are about the request itself.
-TOLD_AS_THEY_ARE = frozenset({"sampling", "empty_prompt", "too_long", "system_prompt", "turns", "model", "engine"})
+_TOLD_AS_THEY_ARE = frozenset({"sampling", "empty_prompt", "too_long", "system_prompt", "turns", "model", "engine"})
 
 # What a client is told for the others; ``{name}`` is "image 2", say.
-SAID = {
+_SAID = {
     "image_count": "the images of the messages and their places in the text do not agree; "
     'send each as a part {{"type": "image_url", …}} and leave markers out of the text',
     "image_too_large": "{name} has too many pixels; send a smaller one",
@@ -61,9 +61,9 @@ class Refused:
 
     def body(self) -> dict[str, Any]:
         """Return OpenAI's error object."""
-        kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        param = None if self.param is None else speakable(self.param)
-        return {"error": {"message": speakable(self.message), "type": kind, "param": param, "code": self.code}}
+        kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        param = None if self.param is None else _speakable(self.param)
+        return {"error": {"message": _speakable(self.message), "type": kind, "param": param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
         """Return what goes beside it."""
@@ -93,9 +93,9 @@ def refuse(status: int, message: str, code: str, param: str | None = None) -> Re
     return RefusalError(Refused(status, message, code, param))
 
 
-def speakable(text: str) -> str:
+def _speakable(text: str) -> str:
     """Return a text that is valid UTF-8 and not endless, whatever a path or a library's message held."""
-    return text[:MAX_CHARS].encode("utf-8", "replace").decode()
+    return text[:_MAX_CHARS].encode("utf-8", "replace").decode()
 
 
 def from_record_error(error: RecordError, param: str = "messages") -> Refused:
@@ -103,9 +103,9 @@ def from_record_error(error: RecordError, param: str = "messages") -> Refused:
 
     The errors' own words are for those who have data or a model in their hands; a client has neither.
     """
-    if error.reason in TOLD_AS_THEY_ARE:
+    if error.reason in _TOLD_AS_THEY_ARE:
         return Refused(400, str(error), error.reason, param)
     image = re.match(r"image \d+", str(error))
     name = image[0] if image else "the conversation"
-    words = SAID.get(error.reason, f"{name} cannot be used ({error.reason}); send another")
+    words = _SAID.get(error.reason, f"{name} cannot be used ({error.reason}); send another")
     return Refused(400, words.format(name=name), error.reason, param)

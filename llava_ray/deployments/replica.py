@@ -8,10 +8,10 @@ from dataclasses import replace
 
 from prometheus_client.core import Metric
 
-from llava_ray.deployments.addresses import Network
 from llava_ray.deployments.admission import Admission
-from llava_ray.deployments.media import MediaReader, make_decoder
-from llava_ray.deployments.merging import MERGE_S, merged
+from llava_ray.deployments.media.addresses import Network
+from llava_ray.deployments.media.request_images import MediaReader, make_decoder
+from llava_ray.deployments.merging import MERGE_S, merge_streams
 from llava_ray.deployments.messages import Task
 from llava_ray.deployments.metrics import ReplicaMetrics
 from llava_ray.deployments.moderation import Moderator
@@ -23,7 +23,7 @@ from llava_ray.generate.engine import DecodesElsewhere, Engine, GenerationChunk,
 log = logging.getLogger(__name__)
 
 # A choice of the answer, by its index, and the next piece of it.
-Piece = tuple[int, GenerationChunk]
+AnswerPiece = tuple[int, GenerationChunk]
 
 
 class Replica:
@@ -57,7 +57,7 @@ class Replica:
         """Return all counts as they are now."""
         return self.metrics.collect(self.engine.stats())
 
-    async def run(self, task: Task) -> AsyncGenerator[Refused | list[Piece], None]:
+    async def run(self, task: Task) -> AsyncGenerator[Refused | list[AnswerPiece], None]:
         """Yield the answer's pieces, or, once and last, why there are none (any more).
 
         Refusals are values: they cross to other processes unchanged, and what is raised is an accident.
@@ -78,7 +78,7 @@ class Replica:
             self.metrics.refused.labels(self.source.name, "engine_failed").inc()
             yield Refused(500, f"the engine failed: {error}", "engine_failed")
 
-    async def answer(self, task: Task) -> AsyncGenerator[list[Piece], None]:
+    async def answer(self, task: Task) -> AsyncGenerator[list[AnswerPiece], None]:
         """Read the images and let the engine write each choice. Raises RefusalError, RecordError, ModelError.
 
         What is moderated is what the model will see: the images' bytes, and not an address that may show another one.
@@ -89,10 +89,10 @@ class Replica:
             self.metrics.media.observe(time.monotonic() - arrived)
         await self.moderator.check(task.texts, images)
         streams = [
-            self.timed(generation_request(task, index, images, self.source), arrived)
+            self.timed(_generation_request(task, index, images, self.source), arrived)
             for index in range(task.num_choices)
         ]
-        async with aclosing(merged(streams, MERGE_S if task.stream else None)) as pieces:
+        async with aclosing(merge_streams(streams, MERGE_S if task.stream else None)) as pieces:
             async for piece in pieces:
                 yield piece
 
@@ -119,7 +119,7 @@ class Replica:
                 yield chunk
 
 
-def generation_request(task: Task, index: int, images: tuple[bytes, ...], source: ModelSource) -> GenerationRequest:
+def _generation_request(task: Task, index: int, images: tuple[bytes, ...], source: ModelSource) -> GenerationRequest:
     """Return what the engine takes for one choice; a given seed gives each choice its own."""
     sampling = task.sampling
     if sampling.seed is not None and index:

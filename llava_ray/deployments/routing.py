@@ -7,7 +7,7 @@ from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 from ray.serve.request_router import PendingRequest, RunningReplica
 
 # A chat leaves its replica when that has so many more requests than the least busy of two others.
-PATIENCE = 4
+_PATIENCE = 4
 
 
 class SessionRouter(ConsistentHashRouter):
@@ -28,10 +28,10 @@ class SessionRouter(ConsistentHashRouter):
             return [random.sample(candidate_replicas, min(2, len(candidate_replicas)))]
         pending_request.routing_context.should_backoff = True
         ranked = sorted(
-            candidate_replicas, key=lambda one: weight(pending_request.metadata.session_id, one), reverse=True
+            candidate_replicas, key=lambda one: _weight(pending_request.metadata.session_id, one), reverse=True
         )
         home, others = ranked[0], ranked[1:3]
-        if others and self.queue(home) > PATIENCE + min(self.queue(other) for other in others):
+        if others and self.queue(home) > _PATIENCE + min(self.queue(other) for other in others):
             return [[home, *others]]
         return [[home], others] if others else [[home]]
 
@@ -40,6 +40,6 @@ class SessionRouter(ConsistentHashRouter):
         return self.replica_queue_len_cache.get(replica.replica_id) or 0
 
 
-def weight(session: str, replica: RunningReplica) -> bytes:
+def _weight(session: str, replica: RunningReplica) -> bytes:
     """Return what a session prefers the replica by; it changes for no other when one comes or goes."""
     return hashlib.blake2b(f"{session}\0{replica.replica_id.unique_id}".encode(), digest_size=8).digest()

@@ -6,10 +6,10 @@ from typing import Annotated, Literal, Self
 from pydantic import AliasChoices, BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import model_validator as validator_of_whole
 
-from llava_ray.config.schema import Section
+from llava_ray.config.schema import ConfigSection
 
-MIB = 2**20
-RUN_MODEL = "model"  # what the bundle in every run's folder is called: it says nothing
+_MIB = 2**20
+_RUN_MODEL = "model"  # what the bundle in every run's folder is called: it says nothing
 
 
 def split(value: object) -> object:
@@ -17,16 +17,16 @@ def split(value: object) -> object:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
-Texts = Annotated[tuple[str, ...], BeforeValidator(split)]
+_Texts = Annotated[tuple[str, ...], BeforeValidator(split)]
 
 
-class ServeSettings(Section):
+class ServeSettings(ConfigSection):
     """One application: which models it serves, how many copies, what it accepts from outside."""
 
-    model: Texts = Field(validation_alias=AliasChoices("model", "models"))
+    model: _Texts = Field(validation_alias=AliasChoices("model", "models"))
     """Bundles, or any folder or hub id that a LLaVA comes in; several with commas. ``NAME@PATH`` names one, otherwise
     its folder's name does; of ``…/NAME/model``, as a run leaves it, NAME."""
-    adapters: Texts = ()
+    adapters: _Texts = ()
     """LoRA folders over the first model's base, ``NAME@PATH`` or PATH: each is a model of its own in requests."""
     engine: str = "builtin"
     """"builtin", "vllm", or "module:function": called with a ModelSource and these settings, it returns an Engine."""
@@ -70,15 +70,15 @@ class ServeSettings(Section):
     retry_after_s: PositiveInt = 2
     """What a refused client is told to wait."""
 
-    allowed_media_domains: Texts = ()
+    allowed_media_domains: _Texts = ()
     """Hosts that http(s) images may come from; none by default. ``.example.org`` stands for all its subdomains."""
     allow_private_media_addresses: bool = False
     """Let an allowed domain be an address of this machine or of the private network."""
     allowed_local_media_path: str | None = None
     """Folder under which ``file:`` images may lie; none by default."""
-    max_body_bytes: PositiveInt = 32 * MIB
+    max_body_bytes: PositiveInt = 32 * _MIB
     """Of a whole request; data URIs are a third larger than their image."""
-    max_image_bytes: PositiveInt = 16 * MIB
+    max_image_bytes: PositiveInt = 16 * _MIB
     """Of one encoded image."""
     max_image_pixels: PositiveInt = 50_000_000
     """Width times height, read from the header before anything is decoded."""
@@ -96,14 +96,14 @@ class ServeSettings(Section):
     """Open pages' event streams that one ingress holds at once; a page that is open has one or two."""
     max_page_streams_per_address: PositiveInt = 64
     """The same from one address."""
-    max_bytes_in_flight: PositiveInt = 512 * MIB
+    max_bytes_in_flight: PositiveInt = 512 * _MIB
     """Bodies, and images of the page's chats, that one ingress holds at once; the next is refused with 429. One body of
     max_body_bytes always fits."""
-    max_bytes_in_flight_per_key: PositiveInt = 256 * MIB
+    max_bytes_in_flight_per_key: PositiveInt = 256 * _MIB
     """The same with one key; from one address where there are no keys."""
-    max_upload_bytes: PositiveInt = 4096 * MIB
+    max_upload_bytes: PositiveInt = 4096 * _MIB
     """Uploads that the page keeps on its disk; each is deleted after a day."""
-    trusted_proxies: Texts = ()
+    trusted_proxies: _Texts = ()
     """Addresses and networks (10.0.0.0/8) of proxies whose X-Forwarded-For is believed; none by default."""
     max_choices: PositiveInt = 8
     """``n`` of one request."""
@@ -123,7 +123,7 @@ class ServeSettings(Section):
     """Of each key that has no limit of its own (of everybody together where there are no keys); default: no limit."""
     logins_per_minute: PositiveInt = 20
     """Attempts to log in to the page from one address, a quarter of them at once."""
-    cors_allowed_origins: Texts = ()
+    cors_allowed_origins: _Texts = ()
     """Origins whose pages may call the API from a browser; none by default."""
     moderation_url: str | None = None
     """Base address of an OpenAI-compatible API whose /moderations replicas ask before each answer; its key comes from
@@ -172,14 +172,14 @@ class ServeSettings(Section):
     @property
     def sources(self) -> tuple["ModelSource", ...]:
         """Return each model with the adapters that are served over it."""
-        adapters = tuple(named(text) for text in self.adapters)
+        adapters = tuple(_split_name(text) for text in self.adapters)
         return tuple(
             ModelSource(name=name, path=path, adapters=adapters if index == 0 else ())
-            for index, (name, path) in enumerate(map(named, self.model))
+            for index, (name, path) in enumerate(map(_split_name, self.model))
         )
 
 
-class ModelSource(Section):
+class ModelSource(ConfigSection):
     """One deployment of a model."""
 
     name: str
@@ -195,12 +195,12 @@ class ModelSource(Section):
         return (self.name, *(name for name, _ in self.adapters))
 
 
-def named(text: str) -> tuple[str, str]:
+def _split_name(text: str) -> tuple[str, str]:
     """Split ``NAME@PATH``; a bare path is called like its last part, or the one before if that is only "model"."""
     name, at, path = text.partition("@")
     if at:
         return name, path
     parts = [part for part in text.split("/") if part not in ("", ".")]
-    if len(parts) > 1 and parts[-1] == RUN_MODEL:
+    if len(parts) > 1 and parts[-1] == _RUN_MODEL:
         parts.pop()
     return (parts[-1] if parts else text), text

@@ -8,14 +8,14 @@ from typing import Any
 from prometheus_client.core import Metric
 
 from llava_ray.deployments.gateway import Gateway
+from llava_ray.deployments.http.responses import Choice
 from llava_ray.deployments.messages import Task
 from llava_ray.deployments.refusal import RefusalError
-from llava_ray.deployments.replica import Piece
-from llava_ray.deployments.responses import Choice
+from llava_ray.deployments.replica import AnswerPiece
 from llava_ray.deployments.settings import ModelSource
 from llava_ray.generate.engine import ModelCard
 
-EXPERIMENT = "llava_ray serving"
+_EXPERIMENT = "llava_ray serving"
 
 
 class TracedGateway:
@@ -28,19 +28,19 @@ class TracedGateway:
         self.gateway = gateway
         self.mlflow = mlflow
         mlflow.set_tracking_uri(tracking_uri)
-        self.experiment_id: str = mlflow.set_experiment(EXPERIMENT).experiment_id
+        self.experiment_id: str = mlflow.set_experiment(_EXPERIMENT).experiment_id
 
     @property
     def sources(self) -> tuple[ModelSource, ...]:
         """Return the models."""
         return self.gateway.sources
 
-    async def run(self, task: Task, session: str) -> AsyncGenerator[list[Piece], None]:
+    async def run(self, task: Task, session: str) -> AsyncGenerator[list[AnswerPiece], None]:
         """Stream an answer, and trace how it went. Raises RefusalError."""
         start, first, end = time.monotonic(), None, "cancelled"
         choices = [Choice() for _ in range(task.num_choices)]
         span = self.mlflow.start_span_no_context(
-            "answer", span_type="CHAT_MODEL", attributes=asked(task), experiment_id=self.experiment_id
+            "answer", span_type="CHAT_MODEL", attributes=_asked(task), experiment_id=self.experiment_id
         )
         try:
             async with aclosing(self.gateway.run(task, session)) as batches:
@@ -76,7 +76,7 @@ class TracedGateway:
         return await self.gateway.collect()
 
 
-def asked(task: Task) -> dict[str, Any]:
+def _asked(task: Task) -> dict[str, Any]:
     """Describe a request without what it says."""
     return {
         "request_id": task.request_id,

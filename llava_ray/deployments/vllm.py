@@ -2,7 +2,7 @@
 
 from llava_ray.deployments.settings import ModelSource, ServeSettings
 from llava_ray.generate.settings import EngineSettings, VllmSettings
-from llava_ray.generate.vllm_engine import VllmEngine
+from llava_ray.generate.vllm.vllm_engine import VllmEngine
 
 
 def make_engine(source: ModelSource, settings: ServeSettings) -> VllmEngine:

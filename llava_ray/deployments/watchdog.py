@@ -14,34 +14,34 @@ import sys
 from pathlib import Path
 from typing import IO
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
-PERIOD_S = 1.0
-PERIODS = 30  # as long as three health checks take
+_PERIOD_S = 1.0
+_PERIODS = 30  # as long as three health checks take
 
 
-def start_watchdog(period_s: float = PERIOD_S, periods: int = PERIODS) -> asyncio.Task[None]:
+def start_watchdog(period_s: float = _PERIOD_S, periods: int = _PERIODS) -> asyncio.Task[None]:
     """Have this process killed when the running event loop has stood still for so many periods; keep the task."""
-    return asyncio.get_running_loop().create_task(send_beats(period_s, periods))
+    return asyncio.get_running_loop().create_task(_send_beats(period_s, periods))
 
 
-async def send_beats(period_s: float, periods: int) -> None:
+async def _send_beats(period_s: float, periods: int) -> None:
     """Start the watchdog, and send it a sign of life each period; start another if somebody has ended it."""
-    child, pipe = start_child(period_s, periods)
+    child, pipe = _start_child(period_s, periods)
     try:
         while True:
             try:
                 pipe.write(b".")  # without effect while the pipe is full: the child has been stopped itself
             except BrokenPipeError:
-                log.warning("the watchdog of this replica ended with %s; starting another", child.wait())
-                child, pipe = start_child(period_s, periods)
+                _log.warning("the watchdog of this replica ended with %s; starting another", child.wait())
+                child, pipe = _start_child(period_s, periods)
             await asyncio.sleep(period_s)
     finally:
         child.kill()
         child.wait()
 
 
-def start_child(period_s: float, periods: int) -> tuple["subprocess.Popen[bytes]", IO[bytes]]:
+def _start_child(period_s: float, periods: int) -> tuple["subprocess.Popen[bytes]", IO[bytes]]:
     """Start the process that watches, and return it with what it reads.
 
     It has a session of its own: what stops a whole process group leaves it running.

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Sequence
 
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer decodes to in the middle of a character
-WINDOW = 16  # tokens that are decoded together: a few before the newest, on which its spaces depend
-KEPT = 6  # of these, where a new window begins
-MOST_BYTES = 8  # tokens without a whole character, after which their bytes are none
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer decodes to in the middle of a character
+_WINDOW = 16  # tokens that are decoded together: a few before the newest, on which its spaces depend
+_KEPT = 6  # of these, where a new window begins
+_MOST_BYTES = 8  # tokens without a whole character, after which their bytes are none
 
 
 class Detokenizer:
@@ -22,14 +22,14 @@ class Detokenizer:
         """Return the text that is certain now."""
         self.window.append(token)
         text = self.decode(self.window)
-        if text.endswith(UNFINISHED) and self.num_unfinished < MOST_BYTES:
+        if text.endswith(_UNFINISHED) and self.num_unfinished < _MOST_BYTES:
             self.num_unfinished += 1
             return ""
         self.num_unfinished = 0
         new = text[len(self.known) :]
         self.known = text
-        if len(self.window) >= WINDOW:
-            self.window = self.window[-KEPT:]
+        if len(self.window) >= _WINDOW:
+            self.window = self.window[-_KEPT:]
             self.known = self.decode(self.window)
         return new
 

@@ -17,17 +17,17 @@ from llava_ray.chat.tokens import tokenize_conversation, tokenize_prompt
 from llava_ray.errors import DataError, ModelError
 from llava_ray.generate.decoding import answer_text, generate_batch
 from llava_ray.generate.likelihoods import find_log_likelihoods
-from llava_ray.generate.questions import Question, decode_images, to_table
+from llava_ray.generate.questions import ModelQuestion, decode_question_images, to_table
 from llava_ray.images.anyres import Size
-from llava_ray.images.processing import normalise
+from llava_ray.images.processing import normalize_pixels
 from llava_ray.model.loading import load_pretrained_model, read_pretrained_blueprint
 from llava_ray.placement import in_pool, pool_resources
 
-DECODE_CPUS = 0.5
+_DECODE_CPUS = 0.5
 
 
 @dataclass(frozen=True)
-class Answer:
+class GeneratedAnswer:
     """What the model wrote to the question of that id; or what it thinks of the candidates, where there are some."""
 
     id: str
@@ -44,7 +44,7 @@ class Actors:
     num_cpus: float = 1.0
 
 
-ONE_ACTOR = Actors()
+_ONE_ACTOR = Actors()
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Decoding:
 
 def answer_questions(  # noqa: PLR0913 - which model, what it is asked, and by whom
     model_path: str | Path,
-    questions: Sequence[Question],
+    questions: Sequence[ModelQuestion],
     *,
     model_base: str | None = None,
     vision_tower: str | None = None,
@@ -76,9 +76,9 @@ def answer_questions(  # noqa: PLR0913 - which model, what it is asked, and by w
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     batch_size: int = 16,
-    actors: Actors = ONE_ACTOR,
+    actors: Actors = _ONE_ACTOR,
     on_progress: Callable[[int, int], None] | None = None,
-) -> list[Answer]:
+) -> list[GeneratedAnswer]:
     """Answer every question, in the order given, on a running Ray cluster.
 
     The model is of any layout, see ``load_pretrained_model``. Each actor loads it once; where the cluster has GPUs it
@@ -91,20 +91,20 @@ def answer_questions(  # noqa: PLR0913 - which model, what it is asked, and by w
         answers.update({answer.id: answer.answer for answer in batch})
         if on_progress is not None:
             on_progress(len(answers), len(questions))
-    return [Answer(question.id, answers[question.id]) for question in questions]
+    return [GeneratedAnswer(question.id, answers[question.id]) for question in questions]
 
 
 def locate_model(
     model_path: str | Path, model_base: str | None, vision_tower: str | None, version: str | None
 ) -> ModelToLoad:
     """Return what actors have to be told of a model: they have another working directory."""
-    base, tower = (absolute_path(given) if given else None for given in (model_base, vision_tower))
-    return ModelToLoad(absolute_path(model_path), base, tower, version)
+    base, tower = (_absolute_path(given) if given else None for given in (model_base, vision_tower))
+    return ModelToLoad(_absolute_path(model_path), base, tower, version)
 
 
 def stream_answers(
-    model: ModelToLoad, questions: Sequence[Question], decoding: Decoding, actors: Actors = ONE_ACTOR
-) -> Iterator[list[Answer]]:
+    model: ModelToLoad, questions: Sequence[ModelQuestion], decoding: Decoding, actors: Actors = _ONE_ACTOR
+) -> Iterator[list[GeneratedAnswer]]:
     """Yield answers batch by batch, as they come, so that a caller can keep them at once.
 
     A killed actor is replaced and its batch asked again. All questions have candidates, or none. Raises as
@@ -122,11 +122,11 @@ def stream_answers(
     answered = (
         ray.data.from_arrow(tables)
         .map_batches(
-            decode_images,
+            decode_question_images,
             batch_size=None,
             batch_format="pyarrow",
             fn_kwargs={"spec": spec},
-            num_cpus=DECODE_CPUS,
+            num_cpus=_DECODE_CPUS,
             **in_pool("decode"),
         )
         .map_batches(
@@ -145,7 +145,7 @@ def stream_answers(
             raise ModelError(failure)
         columns = (batch[key].to_pylist() for key in ("id", "answer", "likelihoods", "num_tokens"))
         yield [
-            Answer(name, answer, tuple(zip(likelihoods, counts, strict=True)))
+            GeneratedAnswer(name, answer, tuple(zip(likelihoods, counts, strict=True)))
             for name, answer, likelihoods, counts in zip(*columns, strict=True)
         ]
 
@@ -220,9 +220,9 @@ class AnswerActor:
         if not cell:
             return None
         spec = self.parts.image_spec
-        return normalise(np.frombuffer(cell, np.uint8).reshape(-1, 3, spec.height, spec.width).copy(), spec)
+        return normalize_pixels(np.frombuffer(cell, np.uint8).reshape(-1, 3, spec.height, spec.width).copy(), spec)
 
 
-def absolute_path(name: str | Path) -> str:
+def _absolute_path(name: str | Path) -> str:
     """Return a folder's absolute path, or a hub id as it is."""
     return str(Path(name).resolve()) if Path(name).exists() else str(name)

@@ -19,14 +19,14 @@ from llava_ray.generate.answer_text import AnswerText
 from llava_ray.generate.decoding import decode, default_stops, expand_prompt, generate_batch
 from llava_ray.images.anyres import Size
 from llava_ray.images.geometry import crop_views
-from llava_ray.images.processing import normalise
+from llava_ray.images.processing import normalize_pixels
 from llava_ray.images.reading import open_image, read_bytes
-from llava_ray.model.bundle import LlavaParts
+from llava_ray.model.assembly import LlavaParts
 from llava_ray.model.loading import load_pretrained_model
 
 
 @dataclass(frozen=True)
-class Reply:
+class ChatReply:
     """The new tokens of an answer, without the one that ended it, and their text."""
 
     ids: list[int]
@@ -53,7 +53,7 @@ class ChatSession:
         """Begin anew."""
         self.turns, self.images, self.pending = [], [], []
 
-    def ask(self, question: str, on_text: Callable[[str], None] = lambda piece: None) -> Reply:
+    def ask(self, question: str, on_text: Callable[[str], None] = lambda piece: None) -> ChatReply:
         """Ask, and return the answer; ``on_text`` hears it piece by piece.
 
         A question without markers gets one in front for each new image. KeyboardInterrupt ends the answer early, not
@@ -64,8 +64,8 @@ class ChatSession:
         turns = [*self.turns, Turn("human", with_markers(question, len(self.pending)))]
         prompt = tokenize_prompt(turns, self.parts.template, self.parts.tokenizer)
         spec, sizes = self.parts.image_spec, [image.size for image in images]
-        views = [normalise(crop_views(image, spec), spec) for image in images]
-        check_room(self.parts, len(expand_prompt(self.parts, prompt, sizes)), self.max_new_tokens)
+        views = [normalize_pixels(crop_views(image, spec), spec) for image in images]
+        _check_positions(self.parts, len(expand_prompt(self.parts, prompt, sizes)), self.max_new_tokens)
         reply = self.write(prompt, torch.cat(views) if views else None, sizes, on_text)
         if reply.text:  # no template takes an empty answer: where nothing was said, nothing was asked
             self.turns, self.images, self.pending = [*turns, Turn("gpt", break_markers(reply.text))], images, []
@@ -77,7 +77,7 @@ class ChatSession:
         pixels: Float32[Tensor, "n 3 h w"] | None,
         sizes: Sequence[Size],
         on_text: Callable[[str], None],
-    ) -> Reply:
+    ) -> ChatReply:
         """Let the model answer; KeyboardInterrupt ends it at what it has come to."""
         stops = default_stops(self.parts)
         text = AnswerText(functools.partial(decode, self.parts.tokenizer), (stops.text,) if stops.text else ())
@@ -106,7 +106,7 @@ class ChatSession:
                 on_tokens=hear,
             )
         say(text.finish())
-        return Reply(ids, "".join(said))
+        return ChatReply(ids, "".join(said))
 
 
 def load_session(settings: ChatSettings) -> ChatSession:
@@ -127,7 +127,7 @@ def load_session(settings: ChatSettings) -> ChatSession:
     return session
 
 
-def check_room(parts: LlavaParts, num_tokens: int, max_new_tokens: int) -> None:
+def _check_positions(parts: LlavaParts, num_tokens: int, max_new_tokens: int) -> None:
     """Raise RecordError if prompt and answer are longer than the language model has positions for."""
     positions = parts.language_config.get_text_config().to_dict().get("max_position_embeddings")
     if positions is not None and num_tokens + max_new_tokens > positions:

@@ -16,11 +16,11 @@ from llava_ray.chat.tokens import expand_images
 from llava_ray.errors import ConfigError, ModelError
 from llava_ray.generate.sampling import COLDEST, find_finite_rows, not_finite
 from llava_ray.images.anyres import Size
+from llava_ray.model.assembly import LlavaParts
 from llava_ray.model.blueprint import Blueprint
-from llava_ray.model.bundle import LlavaParts
 
-STOP_WINDOW = 8  # tokens that are decoded to look for a stop text longer than one token
-ANY_SIZE = (1, 1)  # of an image whose number of tokens does not depend on it
+_STOP_WINDOW = 8  # tokens that are decoded to look for a stop text longer than one token
+_ANY_SIZE = (1, 1)  # of an image whose number of tokens does not depend on it
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ def generate_batch(  # noqa: PLR0913 - LLaVA's own list, and who listens
     answers: list[list[int]] = [[] for _ in prompts]
     unfinished = [True] * len(prompts)
     for step in range(max_new_tokens):
-        check_logits(rows, unfinished, step)
-        tokens = pick_tokens(rows.logits, temperature, generator)
+        _check_logits(rows, unfinished, step)
+        tokens = _pick_tokens(rows.logits, temperature, generator)
         for index, token in zip(rows.indices, tokens.tolist(), strict=True):
             if unfinished[index]:
                 answers[index].append(token)
-                unfinished[index] = not has_ended(parts, answers[index], stops)
+                unfinished[index] = not _has_ended(parts, answers[index], stops)
         if on_tokens is not None:
             on_tokens(answers)
         if step + 1 == max_new_tokens or not any(unfinished):
@@ -89,7 +89,7 @@ def read_prompts(
     known = [None] * len(prompts) if image_sizes is None else image_sizes
     sizes = [find_sizes(parts, views, some) for views, some in zip(pixels, known, strict=True)]
     expanded = [expand_prompt(parts, ids, of_images) for ids, of_images in zip(prompts, sizes, strict=True)]
-    input_ids, mask = pad_left(expanded, parts.llava.language_model.device)
+    input_ids, mask = _pad_left(expanded, parts.llava.language_model.device)
     views = [stack for stack in pixels if stack is not None and len(stack)]
     features = (extract or parts.tower.extract)(torch.cat(views)) if views else None
     embeddings = parts.llava.embed(input_ids, features, [size for of_images in sizes for size in of_images])
@@ -178,7 +178,7 @@ def find_sizes(
             f"{num_views} views were given without image_sizes, so their images cannot be told apart; with anyres give "
             "the (width, height) of each image before it was cut."
         )
-    return [ANY_SIZE] * num_views
+    return [_ANY_SIZE] * num_views
 
 
 def expand_prompt(parts: LlavaParts, ids: Sequence[int], image_sizes: Sequence[Size]) -> list[int]:
@@ -189,7 +189,7 @@ def expand_prompt(parts: LlavaParts, ids: Sequence[int], image_sizes: Sequence[S
     return expand_images(ids, [IGNORE_INDEX] * len(ids), counts)[0]
 
 
-def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Int[Tensor, "b t"], Bool[Tensor, "b t"]]:
+def _pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Int[Tensor, "b t"], Bool[Tensor, "b t"]]:
     """Return the prompts at the right of one tensor, and where they stand. The padding's id is never looked at."""
     width = max(len(prompt) for prompt in prompts)
     ids = [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]
@@ -197,22 +197,22 @@ def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[In
     return torch.tensor(ids, device=device), torch.arange(width, device=device) >= starts
 
 
-def check_logits(rows: Rows, unfinished: Sequence[bool], step: int) -> None:
+def _check_logits(rows: Rows, unfinished: Sequence[bool], step: int) -> None:
     """Raise ModelError if a prompt that is still being answered has logits that are not finite."""
     for index, finite in zip(rows.indices, find_finite_rows(rows.logits), strict=True):
         if unfinished[index] and not finite:
             raise not_finite(f"token {step + 1} of the answer to prompt {index + 1} of {len(unfinished)}")
 
 
-def pick_tokens(logits: Float[Tensor, "b vocab"], temperature: float, generator: torch.Generator) -> Int[Tensor, " b"]:
+def _pick_tokens(logits: Float[Tensor, "b vocab"], temperature: float, generator: torch.Generator) -> Int[Tensor, " b"]:
     """Return the likeliest token of each row, or a sampled one."""
     if temperature < COLDEST:
         return logits.argmax(-1)
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(1)
 
 
-def has_ended(parts: LlavaParts, answer: list[int], stops: Stops) -> bool:
+def _has_ended(parts: LlavaParts, answer: list[int], stops: Stops) -> bool:
     """Tell whether the newest token completes an answer."""
     if answer[-1] in stops.ids:
         return True
-    return bool(stops.text) and stops.text in str(parts.tokenizer.decode(answer[-STOP_WINDOW:]))
+    return bool(stops.text) and stops.text in str(parts.tokenizer.decode(answer[-_STOP_WINDOW:]))

@@ -113,7 +113,7 @@ class ModelCard:
     adapters: Sequence[str] = ()
 
 
-def refuse_twin(request_id: str, answered: Collection[str]) -> None:
+def check_unique_request_id(request_id: str, answered: Collection[str]) -> None:
     """Raise RecordError if a request of this id is being answered."""
     if request_id in answered:
         raise RecordError(

@@ -17,7 +17,7 @@ from llava_ray.chat.tokens import TokenizedConversation
 from llava_ray.generate.decoding import read_prompts
 from llava_ray.generate.sampling import not_finite
 from llava_ray.images.anyres import Size
-from llava_ray.model.bundle import LlavaParts
+from llava_ray.model.assembly import LlavaParts
 
 
 @torch.inference_mode()
@@ -39,8 +39,8 @@ def find_log_likelihoods(
     owners = torch.tensor([number for number, some in enumerate(answered) for _ in some], device=device)
     starts = [len(prompt) for prompt, some in zip(prompts, answered, strict=True) for _ in some]
     whole = [one for some in answered for one in some]
-    ids = padded([one.input_ids[start:] for one, start in zip(whole, starts, strict=True)], IGNORE_INDEX, device)
-    labels = padded([one.labels[start:] for one, start in zip(whole, starts, strict=True)], IGNORE_INDEX, device)
+    ids = _padded([one.input_ids[start:] for one, start in zip(whole, starts, strict=True)], IGNORE_INDEX, device)
+    labels = _padded([one.labels[start:] for one, start in zip(whole, starts, strict=True)], IGNORE_INDEX, device)
     is_there, tokens = ids != IGNORE_INDEX, ids.clamp(min=0)
     rows.cache.batch_select_indices(owners)
     read = rows.mask[owners]
@@ -63,16 +63,16 @@ def find_log_likelihoods(
 
 def shared_prompt(conversations: Sequence[TokenizedConversation]) -> list[int]:
     """Return the ids with which all begin, as far as none of them is learnt."""
-    columns = zip(*(one.input_ids[: first_learnt(one)] for one in conversations), strict=False)
+    columns = zip(*(one.input_ids[: _first_learnt(one)] for one in conversations), strict=False)
     return [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, columns)]
 
 
-def first_learnt(conversation: TokenizedConversation) -> int:
+def _first_learnt(conversation: TokenizedConversation) -> int:
     """Return where the answer begins."""
     return next(place for place, label in enumerate(conversation.labels) if label != IGNORE_INDEX)
 
 
-def padded(rows: Sequence[Sequence[int]], value: int, device: torch.device) -> Tensor:
+def _padded(rows: Sequence[Sequence[int]], value: int, device: torch.device) -> Tensor:
     """Return rows (n, longest), filled up at the right."""
     stacked = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
     return stacked.to(device)

@@ -9,7 +9,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava_ray.chat.templates import Template
+from llava_ray.chat.template import Template
 from llava_ray.chat.tokens import expand_images, tokenize_prompt, tokenizer_image_token
 from llava_ray.config.sections import MAX_IMAGE_PIXELS
 from llava_ray.errors import RecordError, TemplateError
@@ -19,11 +19,11 @@ from llava_ray.generate.sampling import check_sampling
 from llava_ray.generate.vision_cache import VisionCache, image_key
 from llava_ray.images.anyres import Size
 from llava_ray.images.geometry import ImageSpec
-from llava_ray.images.processing import normalise
+from llava_ray.images.processing import normalize_pixels
 from llava_ray.images.views import OpenedImage, open_views
+from llava_ray.model.assembly import LlavaParts
 from llava_ray.model.blueprint import Blueprint
-from llava_ray.model.bundle import LlavaParts
-from llava_ray.model.llava import Llava
+from llava_ray.model.network.llava import Llava
 
 P = TypeVar("P", bound="PromptText")
 
@@ -187,18 +187,18 @@ class PromptMaker(PromptText):
         counts = [image.num_tokens for image in images]
         ids = expand_images(begun.short, [IGNORE_INDEX] * len(begun.short), counts)[0]
         self.check_length(len(ids), request.sampling.max_tokens)
-        place_images(ids, images)
+        _place_images(ids, images)
         stops, texts = self.find_stops(request)
         return Prompt(ids, images, stops, texts, sum(image.embeddings is not None for image in images))
 
     def prepare(self, key: str, opened: OpenedImage) -> PromptImage:
         """Return an image that the model has not seen yet."""
         count = self.parts.image_tokens.count(*opened.size)
-        views = normalise(opened.pixels, self.parts.image_spec)
+        views = normalize_pixels(opened.pixels, self.parts.image_spec)
         return PromptImage(key, count, self.parts.llava, opened.size, views)
 
 
-def place_images(ids: Sequence[int], images: Sequence[PromptImage]) -> None:
+def _place_images(ids: Sequence[int], images: Sequence[PromptImage]) -> None:
     """Tell each image where in a prompt its tokens begin."""
     place = 0
     for image in images:

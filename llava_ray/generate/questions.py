@@ -15,7 +15,7 @@ from llava_ray.images.reading import open_image, read_bytes
 
 
 @dataclass(frozen=True)
-class Question:
+class ModelQuestion:
     """What is asked: ``image`` is an encoded image, a path or URL to one, several of them, or None.
 
     A question with images and without a marker gets their markers in front. Where there are ``candidates`` no answer is
@@ -35,7 +35,7 @@ class Question:
         return [self.image] if isinstance(self.image, bytes | str) else list(self.image)
 
 
-def to_table(questions: Sequence[Question]) -> pa.Table:
+def to_table(questions: Sequence[ModelQuestion]) -> pa.Table:
     """Return a batch of questions as Arrow columns: id, question, candidates, and of each image its data or path."""
     images = [question.images for question in questions]
     data = [[image if isinstance(image, bytes) else None for image in some] for some in images]
@@ -51,7 +51,7 @@ def to_table(questions: Sequence[Question]) -> pa.Table:
     )
 
 
-def decode_images(table: pa.Table, spec: ImageSpec) -> pa.Table:
+def decode_question_images(table: pa.Table, spec: ImageSpec) -> pa.Table:
     """Replace images and paths by "pixels", bytes of all their views (n, 3, h, w), and "image_sizes".
 
     Raises ImageError.

@@ -13,11 +13,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llava_ray.model.adapter_terms import LayerTerm, Terms
-from llava_ray.model.quantization import find_dtype
+from llava_ray.model.lora.adapter_terms import LayerTerm, Terms
+from llava_ray.model.network.quantization import find_dtype
 
 # An adapter's name; None for what the model says where a request names no adapter.
-Name = str | None
+AdapterName = str | None
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Owners:
 
 
 @dataclass
-class Choice:
+class AdapterChoice:
     """What all adapted layers look at in this step; written before it, by the thread that takes it."""
 
     columns: slice = field(default_factory=lambda: slice(0, 0))
@@ -44,7 +44,9 @@ class Choice:
 class AdaptedLinear(nn.Module):
     """A linear layer, plain or packed, and what adapters add to it."""
 
-    def __init__(self, plain: Any, terms: Sequence[LayerTerm | None], ranks: Sequence[int], choice: Choice) -> None:
+    def __init__(
+        self, plain: Any, terms: Sequence[LayerTerm | None], ranks: Sequence[int], choice: AdapterChoice
+    ) -> None:
         """Lay the terms out in tables, each padded to its adapter's rank; ``choice`` is shared by all layers."""
         super().__init__()
         self.plain = plain
@@ -76,10 +78,10 @@ class AdaptedLinear(nn.Module):
 class RowAdapters:
     """The adapters over one language model, from when they are laid over it until ``take_off``."""
 
-    def __init__(self, language_model: PreTrainedModel, adapters: Mapping[Name, Terms]) -> None:
+    def __init__(self, language_model: PreTrainedModel, adapters: Mapping[AdapterName, Terms]) -> None:
         """Put adapted layers into the model, around what is there."""
         self.language_model = language_model
-        self.choice = Choice()
+        self.choice = AdapterChoice()
         self.places = {name: place for place, name in enumerate(adapters)}
         self.ranks = [max((len(term.down) for term in terms.values()), default=0) for terms in adapters.values()]
         self.starts = [sum(self.ranks[:place]) for place in range(len(self.ranks))]
@@ -95,7 +97,7 @@ class RowAdapters:
             layer.is_head = plain is head
             language_model.set_submodule(name, layer)
 
-    def choose(self, names: Sequence[Name], counts: Sequence[int], last: Int[Tensor, " n"]) -> None:
+    def choose(self, names: Sequence[AdapterName], counts: Sequence[int], last: Int[Tensor, " n"]) -> None:
         """Say whose the next step's tokens are: ``counts`` of each name in line; the head sees those at ``last``."""
         places = [self.places.get(name, len(self.ranks)) for name in names]
         present = sorted({place for place in places if place < len(self.ranks)})
@@ -108,7 +110,7 @@ class RowAdapters:
         self.choice.every = Owners(indices, self.masks[indices, self.choice.columns])
         self.choice.last = Owners(indices[last], self.choice.every.mask[last])
 
-    def choose_one(self, name: Name, num_tokens: int) -> None:
+    def choose_one(self, name: AdapterName, num_tokens: int) -> None:
         """Let a whole text be one adapter's, the head seeing all of it."""
         self.choose([name], [num_tokens], torch.arange(num_tokens, device=self.masks.device))
 

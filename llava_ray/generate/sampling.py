@@ -10,8 +10,8 @@ from torch import Tensor
 from llava_ray.errors import ModelError, RecordError
 from llava_ray.generate.engine import Sampling
 
-MAX_SEED = 2**63 - 1
-FEW = 256  # likeliest tokens among which the border of top_p is looked for before all are sorted
+_MAX_SEED = 2**63 - 1
+_FEW = 256  # likeliest tokens among which the border of top_p is looked for before all are sorted
 COLDEST = 1e-5  # temperatures below it, as in vLLM, are 0: logits divided by less leave fp32
 
 
@@ -55,7 +55,7 @@ def choose_tokens(logits: Float[Tensor, "n vocab"], samplings: Sequence[Sampling
     if drawn:
         some = [samplings[row] for row in drawn]
         temperatures = logits.new_tensor([sampling.temperature for sampling in some])
-        kept = keep_likely(logits[drawn] / temperatures.unsqueeze(1), some)
+        kept = _keep_likely(logits[drawn] / temperatures.unsqueeze(1), some)
         sums = kept.softmax(-1).double().cumsum(-1)
         numbers = sums.new_tensor([draws[row] for row in drawn]).unsqueeze(1) * sums[:, -1:]
         found = torch.searchsorted(sums, numbers, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
@@ -64,7 +64,7 @@ def choose_tokens(logits: Float[Tensor, "n vocab"], samplings: Sequence[Sampling
     return tokens
 
 
-def keep_likely(scores: Float[Tensor, "n vocab"], samplings: Sequence[Sampling]) -> Float[Tensor, "n vocab"]:
+def _keep_likely(scores: Float[Tensor, "n vocab"], samplings: Sequence[Sampling]) -> Float[Tensor, "n vocab"]:
     """Put -inf at what top_k and then top_p leave out."""
     for row, sampling in enumerate(samplings):
         if 0 < sampling.top_k < scores.shape[1]:
@@ -78,7 +78,7 @@ def keep_likely(scores: Float[Tensor, "n vocab"], samplings: Sequence[Sampling])
 def find_border(scores: Float[Tensor, " vocab"], top_p: float) -> Float[Tensor, ""]:
     """Return the least score among the likeliest tokens whose probabilities add up to ``top_p``."""
     total = scores.logsumexp(0)
-    for count in (min(FEW, len(scores)), len(scores)):
+    for count in (min(_FEW, len(scores)), len(scores)):
         best = scores.topk(count).values
         sums = (best - total).exp().cumsum(0)
         needed = int((sums < top_p).sum())

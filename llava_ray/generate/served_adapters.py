@@ -13,25 +13,26 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llava_ray.errors import ModelError
-from llava_ray.generate.row_adapters import Name, RowAdapters
-from llava_ray.model.adapter_terms import Terms, lift_terms, load_terms
-from llava_ray.model.adapters import MERGE_TOLERANCE, has_adapter, measure_drift, probe
-from llava_ray.model.blueprint import Blueprint, find_layout, read_blueprint
-from llava_ray.model.bundle import LlavaParts
-from llava_ray.model.layout import CONFIG, EMBED_TOKENS, NON_LORA_FILE, Kind, Layout, check_whole
-from llava_ray.model.llava import Llava
+from llava_ray.generate.row_adapters import AdapterName, RowAdapters
+from llava_ray.model.assembly import LlavaParts
+from llava_ray.model.blueprint import Blueprint, read_blueprint
+from llava_ray.model.formats.layout import CONFIG, EMBED_TOKENS, NON_LORA_FILE, Layout, LayoutKind, check_whole
+from llava_ray.model.formats.part_sources import find_layout
+from llava_ray.model.formats.vocabulary import image_token_ids
 from llava_ray.model.loading import aspect_ratio, pretrained_config
+from llava_ray.model.lora.adapter_terms import Terms, extract_lora_weights, load_terms
+from llava_ray.model.lora.adapters import MERGE_TOLERANCE, has_adapter, measure_drift, probe
+from llava_ray.model.network.llava import Llava
+from llava_ray.model.network.quantization import find_dtype
 from llava_ray.model.parts import find_newline, load_projector
-from llava_ray.model.quantization import find_dtype
-from llava_ray.model.tensor_reading import read_tensors
-from llava_ray.model.vocabulary import image_token_ids
+from llava_ray.model.tensors.tensor_reading import read_tensors
 
 
 @dataclass(frozen=True)
 class ServedAdapter:
     """An adapter beside its base."""
 
-    name: Name
+    name: AdapterName
     """What requests call it; None for the base's own, where the base is a bundle with an adapter."""
     terms: Terms
     parts: LlavaParts
@@ -69,8 +70,8 @@ def load_adapters(base: LlavaParts, folders: Mapping[str, str | Path]) -> Served
     model, adapters = base.llava.language_model, list[ServedAdapter]()
     put_back = NO_ADAPTERS.put_back
     if has_adapter(model):
-        terms, said, put_back = lift_terms(model, base.layout.folder)
-        check_terms(model, terms, said, base.layout.folder)
+        terms, said, put_back = extract_lora_weights(model, base.layout.folder)
+        _check_terms(model, terms, said, base.layout.folder)
         adapters.append(ServedAdapter(None, terms, base))
     try:
         adapters += [load_beside(base, name, folder) for name, folder in folders.items()]
@@ -83,11 +84,11 @@ def load_adapters(base: LlavaParts, folders: Mapping[str, str | Path]) -> Served
 def load_beside(base: LlavaParts, name: str, folder: str | Path) -> ServedAdapter:
     """Load one adapter. Raises ModelError."""
     layout, is_pefts = find_adapter(name, folder)
-    parts = base if is_pefts else parts_beside(base, name, layout)
+    parts = base if is_pefts else _parts_beside(base, name, layout)
     assert layout.adapter is not None
     model, fingerprint = base.llava.language_model, base.manifest.language_model.fingerprint
     terms, said = load_terms(model, layout.adapter, base_fingerprint=fingerprint)
-    check_terms(model, terms, said, layout.adapter)
+    _check_terms(model, terms, said, layout.adapter)
     return ServedAdapter(name, terms, parts)
 
 
@@ -98,7 +99,7 @@ def find_adapter(name: str, folder: str | Path) -> tuple[Layout, bool]:
     """
     _, layout = find_layout(str(folder), weights=True)
     beside = [file for file in (CONFIG, NON_LORA_FILE) if (layout.folder / file).is_file()]
-    is_pefts = layout.kind is Kind.ORIGINAL_LORA and not beside
+    is_pefts = layout.kind is LayoutKind.ORIGINAL_LORA and not beside
     if not is_pefts:
         check_whole(layout)
     if layout.adapter is None:
@@ -119,24 +120,24 @@ def read_beside(base: Blueprint, name: str, layout: Layout) -> Blueprint:
         version=layout.settings.get("version") or base.config.version,
     )
     own = read_blueprint(config, aspect_ratio(layout), weights=True)
-    check_shared(base, own, name)
+    _check_shared(base, own, name)
     return own
 
 
-def parts_beside(base: LlavaParts, name: str, layout: Layout) -> LlavaParts:
+def _parts_beside(base: LlavaParts, name: str, layout: Layout) -> LlavaParts:
     """Return the base with what is an adapter's own; raises ModelError if it changes what requests share."""
     own, companions = read_beside(base, name, layout), read_tensors(layout.companions)
-    check_embeddings(base, companions.get(EMBED_TOKENS), name)
+    _check_embeddings(base, companions.get(EMBED_TOKENS), name)
     manifest = base.manifest.model_copy(update={"mm_projector_type": own.config.mm_projector_type})
     model = base.llava.language_model
     device, dtype = model.device, find_dtype(model)
     projector = load_projector(own, manifest, seed=0).to(device, dtype)
     newline = find_newline(own, companions, seed=0).to(device, dtype)
     llava = Llava(projector, model, base.mm_hidden_size, base.image_tokens, newline)
-    return replace(base, llava=base.llava if is_same(llava, base.llava) else llava.eval(), template=own.template)
+    return replace(base, llava=base.llava if _is_same(llava, base.llava) else llava.eval(), template=own.template)
 
 
-def check_shared(base: Blueprint, own: Blueprint, name: str) -> None:
+def _check_shared(base: Blueprint, own: Blueprint, name: str) -> None:
     """Raise ModelError if an adapter was trained with another tower, tokenizer or way of cutting images."""
     found = {
         "mm_vision_select_layer": (own.config.mm_vision_select_layer, base.config.mm_vision_select_layer),
@@ -160,7 +161,7 @@ def check_shared(base: Blueprint, own: Blueprint, name: str) -> None:
             )
 
 
-def check_embeddings(base: LlavaParts, embeddings: Tensor | None, name: str) -> None:
+def _check_embeddings(base: LlavaParts, embeddings: Tensor | None, name: str) -> None:
     """Raise ModelError if the tokens around images have other embeddings with an adapter than with its base."""
     if embeddings is None:
         return
@@ -173,7 +174,7 @@ def check_embeddings(base: LlavaParts, embeddings: Tensor | None, name: str) -> 
         )
 
 
-def is_same(one: Llava, other: Llava) -> bool:
+def _is_same(one: Llava, other: Llava) -> bool:
     """Tell whether two models project images alike, number for number."""
     mine, theirs = (
         {name: tensor for name, tensor in llava.state_dict().items() if not name.startswith("language_model.")}
@@ -183,7 +184,7 @@ def is_same(one: Llava, other: Llava) -> bool:
 
 
 @torch.no_grad()
-def check_terms(model: PreTrainedModel, terms: Terms, expected: Tensor, folder: Path) -> None:
+def _check_terms(model: PreTrainedModel, terms: Terms, expected: Tensor, folder: Path) -> None:
     """Raise ModelError if the model with these terms does not say what it said with peft's layers over it."""
     rows = RowAdapters(model, {"it": terms})
     try:

@@ -14,12 +14,12 @@ import numpy as np
 
 from llava_ray.errors import ImageError
 from llava_ray.images.anyres import Size
-from llava_ray.images.decoder_starter import Answer, DecoderProcess, DecoderStarter
+from llava_ray.images.decoder_starter import DecoderProcess, DecoderReply, DecoderStarter
 from llava_ray.images.geometry import ImageSpec
 from llava_ray.images.views import OpenedImage
 
-WALL_PER_CPU = 3.0  # a busy machine may take so much longer
-MORE_MOMENTS = 3
+_WALL_PER_CPU = 3.0  # a busy machine may take so much longer
+_MORE_MOMENTS = 3
 
 
 @dataclass(frozen=True)
@@ -85,15 +85,15 @@ class DecoderPool:
         self._starter.close()
         self._threads.shutdown(wait=False)
 
-    async def _run(self, head: Mapping[str, Any], data: bytes) -> Answer:
+    async def _run(self, head: Mapping[str, Any], data: bytes) -> DecoderReply:
         limits = self.limits
-        bounds = {"cpu_s": limits.cpu_s, "wall_s": (1 + WALL_PER_CPU) * limits.cpu_s}
+        bounds = {"cpu_s": limits.cpu_s, "wall_s": (1 + _WALL_PER_CPU) * limits.cpu_s}
         answer = await self._ask({**head, **bounds}, data)
         if "error" in answer[0]:
             raise ImageError(answer[0]["error"], reason=answer[0]["reason"])
         return answer
 
-    async def _ask(self, head: Mapping[str, Any], data: bytes) -> Answer:
+    async def _ask(self, head: Mapping[str, Any], data: bytes) -> DecoderReply:
         """Let one process answer; it is only used again if it did, and in time.
 
         An image that is not quick never keeps its place. Where too many of them are at work already it is given up, and
@@ -116,7 +116,7 @@ class DecoderPool:
                 if process is None:
                     process, job = await self._begin(head, data)
                 process.lower_priority()
-                await asyncio.wait({job}, timeout=WALL_PER_CPU * limits.cpu_s)
+                await asyncio.wait({job}, timeout=_WALL_PER_CPU * limits.cpu_s)
             if not job.done():
                 raise _too_long(head["name"])
             answer = job.result()
@@ -130,12 +130,12 @@ class DecoderPool:
                 self._put_away(process, again=finished and held is self._places)
         return answer
 
-    async def _wait_a_moment(self, process: DecoderProcess, job: "asyncio.Future[Answer]") -> None:
+    async def _wait_a_moment(self, process: DecoderProcess, job: "asyncio.Future[DecoderReply]") -> None:
         """Wait for a quick image; where another place would have to be waited for, by its processor's clock too."""
         patience_s = self.limits.patience_s
         await asyncio.wait({job}, timeout=patience_s)
         border = process.processor_s() + patience_s
-        for _ in range(MORE_MOMENTS):
+        for _ in range(_MORE_MOMENTS):
             if job.done() or not self._slow.locked() or process.processor_s() >= border:
                 return
             await asyncio.wait({job}, timeout=patience_s)
@@ -147,7 +147,9 @@ class DecoderPool:
         else:
             process.kill()
 
-    async def _begin(self, head: Mapping[str, Any], data: bytes) -> "tuple[DecoderProcess, asyncio.Future[Answer]]":
+    async def _begin(
+        self, head: Mapping[str, Any], data: bytes
+    ) -> "tuple[DecoderProcess, asyncio.Future[DecoderReply]]":
         """Let a process begin with an image."""
         process = await self._process()
         job = asyncio.get_running_loop().run_in_executor(self._threads, process.ask, head, data)
@@ -167,7 +169,7 @@ class DecoderPool:
 class Shared:
     """A decoding that several wait for."""
 
-    task: "asyncio.Task[Answer]"
+    task: "asyncio.Task[DecoderReply]"
     num_waiting: int = 0
 
 
@@ -184,6 +186,6 @@ def _too_long(name: str) -> ImageError:
     )
 
 
-def _forget(job: "asyncio.Future[Answer]") -> None:
+def _forget(job: "asyncio.Future[DecoderReply]") -> None:
     if not job.cancelled():
         job.exception()

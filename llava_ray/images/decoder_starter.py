@@ -16,12 +16,12 @@ from typing import Any
 from llava_ray.errors import LlavaRayError
 from llava_ray.images.decoder_process import READY, read_message, write_message
 
-PROJECT = Path(__file__).parents[2]
-ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
-LOW_PRIORITY = 15
-START_S = 60.0
+_PROJECT = Path(__file__).parents[2]
+_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+_LOW_PRIORITY = 15
+_START_S = 60.0
 
-Answer = tuple[dict[str, Any], bytearray]
+DecoderReply = tuple[dict[str, Any], bytearray]
 
 
 class DecoderProcess:
@@ -35,7 +35,7 @@ class DecoderProcess:
         self.kill = weakref.finalize(self, _end, self._handle)
         """End it at once."""
 
-    def ask(self, head: Mapping[str, Any], data: bytes) -> Answer:
+    def ask(self, head: Mapping[str, Any], data: bytes) -> DecoderReply:
         """Send a request and wait for the answer. Raises EOFError, OSError when the process ends before it."""
         write_message(self._requests, head, data)
         return read_message(self._answers)
@@ -55,7 +55,7 @@ class DecoderProcess:
     def lower_priority(self) -> None:
         """Let others go first."""
         try:
-            os.setpriority(os.PRIO_PROCESS, self.pid, LOW_PRIORITY)
+            os.setpriority(os.PRIO_PROCESS, self.pid, _LOW_PRIORITY)
         except OSError:  # it has just ended
             return
 
@@ -102,15 +102,15 @@ class DecoderStarter:
         if self._control is not None:
             return self._control
         ours, theirs = socket.socketpair()
-        ours.settimeout(START_S)
-        path = os.pathsep.join([str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        ours.settimeout(_START_S)
+        path = os.pathsep.join([str(_PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])])
         with theirs:
             self._template = subprocess.Popen(
                 [sys.executable, "-P", "-m", "llava_ray.images.decoder_process", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                env={**os.environ, **ONE_THREAD, "PYTHONPATH": path},
+                env={**os.environ, **_ONE_THREAD, "PYTHONPATH": path},
             )
         weakref.finalize(self, _stop_template, self._template)
         if ours.recv(1) != READY:

@@ -20,13 +20,13 @@ from llava_ray.errors import ImageError
 from llava_ray.reading import reason, shown
 
 MAX_BYTES = 1 << 28
-CHUNK = 1 << 16
+_CHUNK = 1 << 16
 ONE_TRY_S = 30.0
 TOTAL_S = 60.0  # of all tries and the pauses between them
 PAUSES_S = (0.5, 1.5, 4.5)
 LONGEST_PAUSE_S = 30.0  # that a host may ask for
-BUSY = {408, 425, 429}  # and all from 500 on
-GONE = {404, 410}
+_BUSY = {408, 425, 429}  # and all from 500 on
+_GONE = {404, 410}
 
 # Files in a row that nothing came of: then each is tried once, and then the host is asked only now and then.
 ONE_TRY_AFTER, LEAVE_AFTER, ASK_EVERY_S = 8, 32, 20.0
@@ -116,7 +116,7 @@ async def _get(filesystem: Any, url: str) -> bytes:
         if (response.content_length or 0) > MAX_BYTES:
             raise _unreadable(url, f"{response.content_length:,} bytes; expected at most {MAX_BYTES:,}")
         data = bytearray()
-        async for chunk in response.content.iter_chunked(CHUNK):
+        async for chunk in response.content.iter_chunked(_CHUNK):
             data += chunk
             if len(data) > MAX_BYTES:
                 raise _unreadable(url, f"more than {MAX_BYTES:,} bytes")
@@ -127,9 +127,9 @@ def _check_status(status: int, headers: Any, url: str) -> None:
     if status < 400:
         return
     phrase = next((f" ({known.phrase})" for known in HTTPStatus if known == status), "")
-    if status in BUSY or status >= 500:
+    if status in _BUSY or status >= 500:
         raise _Busy(f"the host answered {status}{phrase}", _asked_pause(headers.get("retry-after")))
-    if status in GONE:
+    if status in _GONE:
         raise ImageError(
             f"image {shown(url)} does not exist: the host answered {status}{phrase}; mend the link, or drop it",
             reason="image_missing",

@@ -13,12 +13,12 @@ from llava_ray.errors import ConfigError, ModelError
 from llava_ray.images.anyres import Size, check_grid_pinpoints, crop_anyres, default_grid_pinpoints
 from llava_ray.images.opening import to_rgb
 
-ASPECT_RATIOS = ("square", "pad", "anyres")
+_ASPECT_RATIOS = ("square", "pad", "anyres")
 
 # Beyond these an image would cost far more memory than it can tell: a strip of 1 x 100,000 pixels resized by its
 # short edge to 336, or laid on a square, holds billions of pixels.
-MAX_ELONGATION = 16
-MAX_CANVAS_PIXELS = 178_956_970
+_MAX_ELONGATION = 16
+_MAX_CANVAS_PIXELS = 178_956_970
 
 
 class ImageProcessor(Protocol):
@@ -52,9 +52,9 @@ class ImageSpec:
 
     def __post_init__(self) -> None:
         """Refuse an unknown aspect ratio (the original treated it as "square"), an open size and odd canvases."""
-        if self.aspect_ratio not in ASPECT_RATIOS:
+        if self.aspect_ratio not in _ASPECT_RATIOS:
             raise ConfigError(
-                f"image_aspect_ratio = {self.aspect_ratio!r} is unknown; expected one of {', '.join(ASPECT_RATIOS)}"
+                f"image_aspect_ratio = {self.aspect_ratio!r} is unknown; expected one of {', '.join(_ASPECT_RATIOS)}"
             )
         if not (self.crop_height and self.crop_width) and not (self.resize_height and self.resize_width):
             raise ModelError(
@@ -210,7 +210,7 @@ def _centre(pixels: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> UInt
 def _shortened(image: Image.Image) -> Image.Image:
     """Cut a strip's far ends, which a centre crop would drop after resizing them."""
     width, height = image.size
-    limit = MAX_ELONGATION * min(width, height)
+    limit = _MAX_ELONGATION * min(width, height)
     if max(width, height) <= limit:
         return image
     left, top = max(0, (width - limit) // 2), max(0, (height - limit) // 2)
@@ -220,7 +220,7 @@ def _shortened(image: Image.Image) -> Image.Image:
 def _bounded(image: Image.Image) -> Image.Image:
     """Shrink an image whose square canvas would not fit into memory, by whole factors and no further than one pixel."""
     width, height = image.size
-    factor = -int(-max(width, height) // sqrt(MAX_CANVAS_PIXELS))
+    factor = -int(-max(width, height) // sqrt(_MAX_CANVAS_PIXELS))
     return image if factor <= 1 else image.reduce((min(factor, width), min(factor, height)))
 
 

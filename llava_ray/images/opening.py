@@ -9,16 +9,16 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from llava_ray.errors import ImageError
-from llava_ray.images.containers import Budget, identify, walk_container
+from llava_ray.images.containers import Budget, identify_format, walk_container
 from llava_ray.images.containers.tiff import walk_exif
 from llava_ray.images.containers.webp import canvas_size
 
 # Formats that Pillow decodes itself. Others may start programs (EPS runs Ghostscript) or hold no raster image.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
 
 # Exif 2.32, tag 0x0112: how the stored rows and columns lie, and what turns them upright.
-ORIENTATION_TAG = 0x0112
-UPRIGHT = {
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -27,11 +27,11 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-SIDEWAYS = {5, 6, 7, 8}
-RAW_EXIF = "Raw profile type exif"  # a PNG text that Pillow reads as Exif
+_SIDEWAYS = {5, 6, 7, 8}
+_RAW_EXIF = "Raw profile type exif"  # a PNG text that Pillow reads as Exif
 
 # Modes whose samples are wider than 8 bits; Pillow's own conversion clips them instead of scaling.
-DEEP_MODES = {"I", "I;16", "I;16B", "I;16L", "I;16N", "F"}
+_DEEP_MODES = {"I", "I;16", "I;16B", "I;16L", "I;16N", "F"}
 
 BAND_PIXELS = 2**22  # converted at a time, so that a large image is in memory twice and not five times
 
@@ -72,7 +72,7 @@ def open_header(data: bytes, name: str, *, max_pixels: int, max_frames: int | No
 
     Frames are counted where ``max_frames`` bounds them. Raises ImageError, as `check_header` says.
     """
-    kind = identify(data)
+    kind = identify_format(data)
     if kind not in _formats():
         raise _unidentified(data, name)
     container = walk_container(kind, data, name, max_frames or 1)
@@ -106,7 +106,7 @@ def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
     """
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
-    if image.mode in DEEP_MODES:
+    if image.mode in _DEEP_MODES:
         return _from_deep(image, name).convert("RGB")
     try:
         return _on_white(image) if image.has_transparency_data else image.convert("RGB")
@@ -120,7 +120,7 @@ def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
 @cache
 def _formats() -> tuple[str, ...]:
     Image.init()
-    return tuple(kind for kind in FORMATS if kind in Image.OPEN)  # a Pillow without AVIF still reads the others
+    return tuple(kind for kind in _FORMATS if kind in Image.OPEN)  # a Pillow without AVIF still reads the others
 
 
 def _guarded(function: Callable[[], T], name: str, size: int | None = None) -> T:
@@ -158,7 +158,7 @@ def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
 
 def _decode_upright(image: Image.Image, name: str) -> Image.Image:
     image.load()
-    upright = UPRIGHT.get(_orientation(image, name))
+    upright = _UPRIGHT.get(_orientation(image, name))
     rgb = to_rgb(image, name)
     return rgb if upright is None else rgb.transpose(upright)
 
@@ -172,9 +172,9 @@ def _measure(image: Image.Image, name: str) -> tuple[int, int]:
     else:
         image.load()
         width, height = image.size  # TIFF turns itself upright while decoding
-    if image.mode in DEEP_MODES or image.mode == "LAB":
+    if image.mode in _DEEP_MODES or image.mode == "LAB":
         to_rgb(image, name)
-    return (height, width) if _orientation(image, name) in SIDEWAYS else (width, height)
+    return (height, width) if _orientation(image, name) in _SIDEWAYS else (width, height)
 
 
 def _too_large(name: str, found: str, max_pixels: int) -> ImageError:
@@ -203,10 +203,10 @@ def _damaged(name: str, size: int | None, error: Exception) -> ImageError:
 
 def _orientation(image: Image.Image, name: str) -> int:
     try:
-        raw = image.info.get(RAW_EXIF)
+        raw = image.info.get(_RAW_EXIF)
         if isinstance(raw, str) and "exif" not in image.info:  # compressed, so no walk of the container has seen it
             walk_exif(bytes.fromhex("".join(raw.split("\n")[3:])), Budget(name))
-        return int(image.getexif().get(ORIENTATION_TAG, 1))
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
     except ImageError:
         raise
     except Exception:  # noqa: BLE001 - a broken Exif block does not make the pixels any worse, whatever it raises

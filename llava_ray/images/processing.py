@@ -12,7 +12,7 @@ from torch import Tensor
 from llava_ray.images.anyres import read_grid_pinpoints
 from llava_ray.images.geometry import ImageProcessor, ImageSpec, crop_pixels, crop_views, expand2square
 
-__all__ = ["ImageSpec", "crop_pixels", "crop_views", "expand2square", "normalise", "process_images"]
+__all__ = ["ImageSpec", "crop_pixels", "crop_views", "expand2square", "normalize_pixels", "process_images"]
 
 
 class HasAspectRatio(Protocol):
@@ -32,7 +32,7 @@ class HasGridPinpoints(HasAspectRatio, Protocol):
         """Return the canvases (width, height), or the text of such a list, as some of LLaVA's configs have it."""
 
 
-def normalise(
+def normalize_pixels(
     pixels: UInt8[Tensor, "n 3 h w"] | UInt8[np.ndarray, "n 3 h w"], spec: ImageSpec
 ) -> Float32[Tensor, "n 3 h w"]:
     """Rescale, subtract the mean and divide by the deviation, in fp32 on the pixels' own device."""
@@ -57,9 +57,9 @@ def process_images(
         grid_pinpoints=read_grid_pinpoints(pinpoints) if pinpoints else None,
     )
     if spec.aspect_ratio == "anyres":
-        stacks = [normalise(crop_views(image, spec), spec) for image in images]
+        stacks = [normalize_pixels(crop_views(image, spec), spec) for image in images]
         return torch.stack(stacks) if len({len(stack) for stack in stacks}) == 1 else stacks
     pixels = np.empty((len(images), 3, spec.height, spec.width), np.uint8)
     for index, image in enumerate(images):
         pixels[index] = crop_pixels(image, spec)
-    return normalise(pixels, spec)
+    return normalize_pixels(pixels, spec)

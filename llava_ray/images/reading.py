@@ -50,7 +50,7 @@ def _arrow_filesystem(root: str, problem: str) -> tuple[fsspec.AbstractFileSyste
 
 
 # Of the system, about one name and not about the storage: too long, of no file, a loop of links, no such device.
-OF_ONE_NAME = {errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EILSEQ}
+_OF_ONE_NAME = {errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EILSEQ}
 
 
 def read_bytes(path: str, home: str | None = None) -> bytes:
@@ -86,7 +86,7 @@ def _said_of(path: str, error: Exception, home: str | None) -> DataError:
             f"image {name} may not be read ({reason(error)}); give this user read permission", reason="image_unreadable"
         )
     # A NUL or half a surrogate pair in a name, a home of nobody: no OSError.
-    if isinstance(error, ValueError | RuntimeError) or (isinstance(error, OSError) and error.errno in OF_ONE_NAME):
+    if isinstance(error, ValueError | RuntimeError) or (isinstance(error, OSError) and error.errno in _OF_ONE_NAME):
         return ImageError(
             f"image {name} is no name that a file can have ({reason(error)}); check the record", reason="image_missing"
         )

@@ -10,7 +10,7 @@ from jaxtyping import Int64
 from llava_ray.errors import ConfigError
 from llava_ray.images.anyres import Size, check_grid_pinpoints, get_anyres_image_grid_shape, unpadded_margins
 
-MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
+_MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
 NEWLINE = -1  # among the indices of features: the learned vector that ends a row of patches
 
 
@@ -36,8 +36,8 @@ class ImageTokens:
 
     def __post_init__(self) -> None:
         """Refuse rules that cannot be followed. Raises ConfigError."""
-        if self.merge_type not in MERGE_TYPES:
-            raise ConfigError(f"mm_patch_merge_type = {self.merge_type!r}; expected one of {', '.join(MERGE_TYPES)}")
+        if self.merge_type not in _MERGE_TYPES:
+            raise ConfigError(f"mm_patch_merge_type = {self.merge_type!r}; expected one of {', '.join(_MERGE_TYPES)}")
         if not self.grid_pinpoints:
             return
         check_grid_pinpoints(self.grid_pinpoints, self.side)
@@ -81,7 +81,7 @@ class ImageTokens:
         orders = []
         start = 0
         for width, height in image_sizes:
-            order = arranged(self, width, height)
+            order = _arranged(self, width, height)
             orders.append(np.where(order == NEWLINE, NEWLINE, order + start))
             start += self.num_views(width, height) * self.num_features
         return np.concatenate(orders) if orders else np.empty(0, np.int64)
@@ -94,7 +94,7 @@ class ImageTokens:
 
 
 @lru_cache(maxsize=1024)
-def arranged(tokens: ImageTokens, width: int, height: int) -> Int64[np.ndarray, " t"]:
+def _arranged(tokens: ImageTokens, width: int, height: int) -> Int64[np.ndarray, " t"]:
     """Return the index of the feature at each position of one image, NEWLINE where the learned vector stands.
 
     ``spatial`` puts the squashed view first and then the canvas, as a reader would: line by line through all views.

@@ -6,21 +6,21 @@ from torch import nn
 
 from llava_ray.config.lora import LoraConfig
 from llava_ray.errors import ModelError
-from llava_ray.model.adapters import (
+from llava_ray.model.assembly import LlavaParts
+from llava_ray.model.lora.adapters import (
     OTHER_PARTS,
     adapter_tensors,
     add_adapter,
-    find_targets,
+    find_target_modules,
     has_adapter,
-    lay_over,
+    inject_adapter,
     peft_config,
     peft_settings,
-    take_off,
+    remove_adapter,
 )
-from llava_ray.model.bundle import LlavaParts
 
 # Our setting → PEFT's. Dropout may change from run to run.
-SAME = {
+_SAME = {
     "lora_r": "r",
     "lora_alpha": "lora_alpha",
     "lora_bias": "bias",
@@ -38,20 +38,20 @@ def adapt(parts: LlavaParts, lora: LoraConfig, seed: int) -> None:
     if not has_adapter(language_model):
         if lora.lora_enable:
             add_adapter(language_model, lora, seed)
-            adapt_other_parts(parts, lora, seed)
+            _adapt_other_parts(parts, lora, seed)
         return
     import peft
 
     trained = peft_config(language_model)
     learnt = adapter_tensors(language_model, language_model.state_dict())
-    take_off(language_model)
-    check_same(parts, lora, trained)
+    remove_adapter(language_model)
+    _check_same(parts, lora, trained)
     add_adapter(language_model, lora, seed)
     peft.set_peft_model_state_dict(language_model, learnt)
-    adapt_other_parts(parts, lora, seed)
+    _adapt_other_parts(parts, lora, seed)
 
 
-def check_same(parts: LlavaParts, lora: LoraConfig, trained: Any) -> None:
+def _check_same(parts: LlavaParts, lora: LoraConfig, trained: Any) -> None:
     """Raise ModelError if the bundle's adapter was ``trained`` (PEFT's words) otherwise than it is configured."""
     if not lora.lora_enable:
         raise ModelError(
@@ -59,10 +59,10 @@ def check_same(parts: LlavaParts, lora: LoraConfig, trained: Any) -> None:
             "to go on with it, or merge it first (pipelines/export.py)."
         )
     quantization = parts.manifest.quantization
-    found = {key: getattr(trained, name) for key, name in SAME.items()}
+    found = {key: getattr(trained, name) for key, name in _SAME.items()}
     found |= {"bits": quantization.bits if quantization else 16, "lora_target_modules": sorted(trained.target_modules)}
-    targets = find_targets(parts.llava.language_model, lora.lora_target_modules)
-    wanted = {key: getattr(lora, key) for key in SAME} | {"bits": lora.bits, "lora_target_modules": sorted(targets)}
+    targets = find_target_modules(parts.llava.language_model, lora.lora_target_modules)
+    wanted = {key: getattr(lora, key) for key in _SAME} | {"bits": lora.bits, "lora_target_modules": sorted(targets)}
     for key, value in wanted.items():
         if value != found[key]:
             raise ModelError(
@@ -71,7 +71,7 @@ def check_same(parts: LlavaParts, lora: LoraConfig, trained: Any) -> None:
             )
 
 
-def adapt_other_parts(parts: LlavaParts, lora: LoraConfig, seed: int) -> None:
+def _adapt_other_parts(parts: LlavaParts, lora: LoraConfig, seed: int) -> None:
     """Lay adapters over the layers outside the language model that are named with their part: ``projector.0``.
 
     Those of a tower need one that learns (``unfreeze_mm_vision_tower``). Raises ModelError for one that is not there.
@@ -94,4 +94,4 @@ def adapt_other_parts(parts: LlavaParts, lora: LoraConfig, seed: int) -> None:
     for part in {name.partition(".")[0] for name in named}:
         llava.get_submodule(part).requires_grad_(False)
     if named:
-        lay_over(llava, peft_settings(lora, named), seed)
+        inject_adapter(llava, peft_settings(lora, named), seed)

@@ -12,56 +12,39 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from llava_ray.chat.templates import Template
+from llava_ray.chat.template import Template
 from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import ModelError
 from llava_ray.images.geometry import ImageSpec
 from llava_ray.images.tokens import ImageTokens
-from llava_ray.model.image_geometry import find_s2_scales, read_image_geometry
-from llava_ray.model.layout import TOKENIZER_FILES, Kind, Layout, check_whole
-from llava_ray.model.layouts import read_layout
-from llava_ray.model.manifest import Manifest
-from llava_ray.model.preprocessor import check_preprocessor
-from llava_ray.model.published_layouts import PROCESSOR_FILES
-from llava_ray.model.sources import (
-    PartName,
+from llava_ray.model.formats.hub.read import PROCESSOR_FILES
+from llava_ray.model.formats.layout import TOKENIZER_FILES, Layout, LayoutKind, check_whole
+from llava_ray.model.formats.manifest import Manifest
+from llava_ray.model.formats.part_sources import find_language_model, find_layout, find_vision_tower
+from llava_ray.model.formats.preprocessor import check_preprocessor
+from llava_ray.model.formats.sources import (
     Source,
-    find_part,
-    find_source,
     loading,
     make_config,
-    part_of,
 )
-from llava_ray.model.tensor_files import read_json
-from llava_ray.model.token_rows import check_rows
-from llava_ray.model.tower import feature_width, read_tower_config
-from llava_ray.model.vocabulary import image_token_ids, load_text_side
-from llava_ray.reading import is_file, is_folder
-
-LANGUAGE_MODEL: PartName = "language_model"
-VISION_TOWER: PartName = "vision_tower"
+from llava_ray.model.formats.token_rows import check_rows
+from llava_ray.model.formats.tower_loading import read_tower_config
+from llava_ray.model.formats.vocabulary import image_token_ids, load_text_side
+from llava_ray.model.image_geometry import find_s2_scales, read_image_geometry
+from llava_ray.model.network.tower_families import feature_width
+from llava_ray.model.tensors.tensor_files import read_json_object
+from llava_ray.reading import is_file
 
 # LLaVA's own image processors in transformers: CLIP's with a way of making images square or tiles, which is ours here.
-LLAVA_PROCESSORS = ("LlavaImageProcessor", "LlavaNextImageProcessor")
+_LLAVA_PROCESSORS = ("LlavaImageProcessor", "LlavaNextImageProcessor")
 # Settings that may be added to a model, and what they are without.
-ADDABLE: dict[str, tuple[Any, ...]] = {
+_ADDABLE: dict[str, tuple[Any, ...]] = {
     "mm_patch_merge_type": ("flat",),
     "mm_use_im_start_end": (False,),
     "mm_use_im_patch_token": (False,),
     "s2_scales": (None, ()),
     "image_grid_pinpoints": (None, ()),
 }
-# What must be the same in a base's config as in the config that an adapter or projector was trained with.
-SHAPE_KEYS = (
-    "model_type",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-    "rms_norm_eps",
-)
 
 
 @dataclass(frozen=True)
@@ -114,7 +97,7 @@ def read_blueprint(config: ModelConfig, image_aspect_ratio: str, *, weights: boo
     if weights:
         check_whole(layout)
     config = completed(config, layout)
-    check_settings(config, layout)
+    check_projector_settings(config, layout)
     language = find_language_model(config, root, layout, weights=weights)
     tower = find_vision_tower(config, root, layout, weights=weights)
     has_tokenizer = any(is_file(root.folder / name) for name in TOKENIZER_FILES)
@@ -147,97 +130,9 @@ def read_blueprint(config: ModelConfig, image_aspect_ratio: str, *, weights: boo
         tower_source=tower,
         tokenizer_source=tokenizer_source,
         layout=layout,
-        bundle=layout.folder if layout.kind is Kind.BUNDLE else None,
+        bundle=layout.folder if layout.kind is LayoutKind.BUNDLE else None,
         manifest=layout.manifest,
     )
-
-
-def find_layout(name: str, *, weights: bool) -> tuple[Source, Layout]:
-    """Find a model folder or hub id and what it is. Raises ModelError."""
-    root = find_source(name, "language model", weights=weights)
-    layout = read_layout(root.folder)
-    if layout.kind is Kind.ORIGINAL and not layout.tensors and root.name != str(root.folder):
-        # Without its weight files a hub's projector-only folder cannot be told from a whole model.
-        root = find_source(name, "language model")
-        layout = read_layout(root.folder)
-    if layout.kind is Kind.VISION_TOWER:
-        raise ModelError(f"{name} is a vision tower, not a language model; give it as vision_tower.")
-    if layout.folder != root.folder:  # a run's checkpoint, whose model lies below
-        root = Source(str(layout.folder), layout.folder, str(layout.folder))
-    return root, layout
-
-
-def find_language_model(config: ModelConfig, root: Source, layout: Layout, *, weights: bool) -> Source:
-    """Find the language model: inside the folder, else the base that is configured or named. Raises ModelError."""
-    if layout.has_language_model:
-        inside = part_of(layout, root.name, LANGUAGE_MODEL, weights=weights)
-        refuse_other(config.model_base, inside, LANGUAGE_MODEL, layout)
-        return inside
-    base = config.model_base or layout.base
-    if base is None:
-        raise ModelError(
-            f"{root.name} ({layout.kind}) holds no language model and does not name its base; give the one that it "
-            "was trained over as model_base."
-        )
-    if config.model_base is None:
-        check_there(base, LANGUAGE_MODEL, root, "model_base")
-    source = find_part(base, LANGUAGE_MODEL, weights=weights)
-    check_base(layout, source)
-    return source
-
-
-def find_vision_tower(config: ModelConfig, root: Source, layout: Layout, *, weights: bool) -> Source:
-    """Find the tower: inside the folder, else the one that is configured or named. Raises ModelError."""
-    if layout.has_vision_tower:
-        inside = part_of(layout, root.name, VISION_TOWER, weights=weights, settings_from=config.vision_tower)
-        if inside.beside == inside.folder:
-            refuse_other(config.vision_tower, inside, VISION_TOWER, layout)
-        return inside
-    named = layout.vision_tower
-    if named and is_folder(layout.folder / named):
-        named = str(layout.folder / named)
-    tower = config.vision_tower or named
-    if not tower:
-        raise ModelError(
-            f"{config.model_name_or_path} is a {layout.kind} that names no vision tower, and model.vision_tower is not "
-            "set; name a CLIP, SigLIP or DINOv2 tower, or start from a llava_ray bundle, which brings its own."
-        )
-    if config.vision_tower is None:
-        check_there(tower, VISION_TOWER, root, "vision_tower")
-    return find_part(tower, VISION_TOWER, weights=weights)
-
-
-def check_there(named: str, part: PartName, root: Source, setting: str) -> None:
-    """Raise ModelError if the folder of a part that a model names is not there."""
-    if Path(named).is_absolute() and not is_folder(Path(named)):
-        raise ModelError(
-            f"no such {part.replace('_', ' ')}: {root.name} names the folder {named}, which is not there. Copy both so "
-            f"that they lie to each other as before, or say where it is with {setting}."
-        )
-
-
-def refuse_other(given: str | None, inside: Source, part: PartName, layout: Layout) -> None:
-    """Raise ModelError if another part is configured than the one that the folder brings."""
-    if given is not None and given != inside.origin and str(Path(given).resolve()) != inside.origin:
-        raise ModelError(
-            f"{layout.folder} brings its own {part.replace('_', ' ')} (from {inside.origin}), but {given} is "
-            "configured; leave the setting out, or start from the plain language model."
-        )
-
-
-def check_base(layout: Layout, base: Source) -> None:
-    """Raise ModelError if an adapter or projector says that it was trained over another language model."""
-    if layout.language_config is None:
-        return
-    trained = make_config(layout.language_config, layout.folder, "language model").to_dict()
-    given = make_config(base.config, base.folder, "language model").to_dict()
-    for key in SHAPE_KEYS:
-        if trained.get(key) != given.get(key):
-            raise ModelError(
-                f"{base.name} is not the base that {layout.folder} was trained over: {key} is {given.get(key)!r} in "
-                f"its config.json, expected {trained.get(key)!r}. Give the right one as model_base"
-                + (f" ({layout.base})." if layout.base else ".")
-            )
 
 
 def load_image_processor(folder: Path) -> BaseImageProcessor:
@@ -245,12 +140,12 @@ def load_image_processor(folder: Path) -> BaseImageProcessor:
     processors: Any = AutoImageProcessor  # untyped in transformers
     for name in PROCESSOR_FILES:
         if is_file(folder / name):
-            read_json(folder / name)  # transformers reads it without bounds
+            read_json_object(folder / name)  # transformers reads it without bounds
     with loading(folder, "image processor"):
         # A folder may name code of its own: refused here at once, asked for at the terminal otherwise.
         image_processor: BaseImageProcessor = processors.from_pretrained(folder, trust_remote_code=False)
         settings = image_processor.to_dict()
-        if str(settings.get("image_processor_type")).removesuffix("Pil").removesuffix("Fast") in LLAVA_PROCESSORS:
+        if str(settings.get("image_processor_type")).removesuffix("Pil").removesuffix("Fast") in _LLAVA_PROCESSORS:
             known = CLIPImageProcessorPil().to_dict()
             kept = {key: value for key, value in settings.items() if key in known and key != "image_processor_type"}
             clip: Any = CLIPImageProcessorPil
@@ -269,14 +164,14 @@ def completed(config: ModelConfig, layout: Layout) -> ModelConfig:
     return config.replaced(changes) if changes else config
 
 
-def check_settings(config: ModelConfig, layout: Layout) -> None:
+def check_projector_settings(config: ModelConfig, layout: Layout) -> None:
     """Raise ModelError where the config contradicts what the folder's projector was trained with.
 
     What was trained without one of ADDABLE may go on with it, not the other way round.
     """
     for key in sorted(layout.settings.keys() & ModelConfig.model_fields.keys() - {"version"}):
         found, expected = getattr(config, key), layout.settings[key]
-        if key in ADDABLE and expected in ADDABLE[key]:
+        if key in _ADDABLE and expected in _ADDABLE[key]:
             continue
         if found != expected:
             raise ModelError(

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from torch import nn
 
 from llava_ray.config.sections import ModelConfig
-from llava_ray.model.adapters import adapted_parts, adapter_parameters, has_adapter
-from llava_ray.model.llava import Llava
-from llava_ray.model.quantization import count_elements
-from llava_ray.model.tower import VisionTower
+from llava_ray.model.lora.adapters import adapted_parts, adapter_parameters, has_adapter
+from llava_ray.model.network.llava import Llava
+from llava_ray.model.network.quantization import count_elements
+from llava_ray.model.network.tower import VisionTower
 
 
 @dataclass(frozen=True)
-class Learning:
+class TrainableCount:
     """How many of a part's parameters learn."""
 
     part: str
@@ -27,7 +27,7 @@ class Learning:
 
 def freeze(
     llava: Llava, tower: VisionTower | None, config: ModelConfig, new_token_ids: Sequence[int] = ()
-) -> list[Learning]:
+) -> list[TrainableCount]:
     """Set which parameters learn, by the config's switches, and return what does part by part.
 
     ``freeze_backbone`` includes the head, which the original left training; ``freeze_embeddings`` includes it where it
@@ -47,15 +47,15 @@ def freeze(
         if learns_language and config.freeze_embeddings:
             model.get_input_embeddings().requires_grad_(False)
     if config.tune_mm_mlp_adapter and new_token_ids:
-        learn_new_tokens(llava, new_token_ids)
+        _train_new_tokens(llava, new_token_ids)
     if tower is not None and config.unfreeze_mm_vision_tower:
         llava.adopt_tower(tower if "vision_tower" in adapted else tower.unfreeze())
     elif tower is not None:
         tower.freeze()
-    return report_learning(llava, tower)
+    return _count_trainable_parts(llava, tower)
 
 
-def report_learning(llava: Llava, tower: VisionTower | None) -> list[Learning]:
+def _count_trainable_parts(llava: Llava, tower: VisionTower | None) -> list[TrainableCount]:
     """Count what learns in each part; the adapter apart from the language model that it lies over."""
     adapter = adapter_parameters(llava.language_model)
     own = [p for name, p in llava.language_model.named_parameters() if name not in adapter]
@@ -64,10 +64,10 @@ def report_learning(llava: Llava, tower: VisionTower | None) -> list[Learning]:
         parts["adapter"] = adapter.values()
     if tower is not None:
         parts["vision_tower"] = tower.parameters()
-    return [count_learning(name, parameters) for name, parameters in parts.items()]
+    return [_count_trainable(name, parameters) for name, parameters in parts.items()]
 
 
-def learn_new_tokens(llava: Llava, new_token_ids: Sequence[int]) -> None:
+def _train_new_tokens(llava: Llava, new_token_ids: Sequence[int]) -> None:
     """Let the input embeddings of new tokens learn; all other rows get no gradient, so that they stay what they are."""
     embeddings, head = llava.language_model.get_input_embeddings(), llava.language_model.get_output_embeddings()
     if head is None or head.weight is not embeddings.weight:
@@ -75,7 +75,7 @@ def learn_new_tokens(llava: Llava, new_token_ids: Sequence[int]) -> None:
         llava.first_learnt_token = min(new_token_ids)
 
 
-def count_learning(name: str, parameters: Iterable[nn.Parameter]) -> Learning:
+def _count_trainable(name: str, parameters: Iterable[nn.Parameter]) -> TrainableCount:
     """Count a part's parameters; those that are packed in few bits or partitioned count whole."""
     sizes = [(parameter.requires_grad, count_elements(parameter)) for parameter in parameters]
-    return Learning(name, sum(size for learns, size in sizes if learns), sum(size for _, size in sizes))
+    return TrainableCount(name, sum(size for learns, size in sizes if learns), sum(size for _, size in sizes))

@@ -6,7 +6,7 @@ from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import ModelError
 from llava_ray.images.geometry import ImageProcessor, ImageSpec
 from llava_ray.images.tokens import ImageTokens
-from llava_ray.model.tower import find_family
+from llava_ray.model.network.tower_families import find_family
 
 
 def read_image_geometry(
@@ -27,7 +27,7 @@ def read_image_geometry(
         side=max(scales, default=None),
     )
     height, width = (min(scales), min(scales)) if scales else (spec.height, spec.width)
-    check_image_size(tower_config, height, width)
+    _check_image_size(tower_config, height, width)
     family, patch_size = find_family(tower_config), int(tower_config.patch_size)
     tokens = ImageTokens(
         rows=height // patch_size,
@@ -62,7 +62,7 @@ def choose_s2_scales(config: ModelConfig, side: int = 0) -> tuple[int, ...]:
     return tuple(sorted(config.s2_scales or (side, 2 * side, 3 * side)))
 
 
-def check_image_size(config: PreTrainedConfig, height: int, width: int) -> None:
+def _check_image_size(config: PreTrainedConfig, height: int, width: int) -> None:
     """Raise ModelError if the images that reach the tower have another size than it takes."""
     family, name = find_family(config), config.name_or_path or "the vision tower"
     if family.fixed_size and (height, width) != (config.image_size, config.image_size):

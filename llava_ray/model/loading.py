@@ -7,24 +7,24 @@ from typing import Any
 import torch
 
 from llava_ray.chat.conversation import IMAGE_TOKEN
-from llava_ray.chat.templates import CHAT_TEMPLATE, TEMPLATES
 from llava_ray.config.lora import Bits
 from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import ConfigError, ModelError
-from llava_ray.model.blueprint import Blueprint, find_layout, read_blueprint
-from llava_ray.model.bundle import LlavaParts, assemble
-from llava_ray.model.hub_manifest import OUR_KEY
-from llava_ray.model.layout import Kind, Layout
-from llava_ray.model.quantization import chosen
-from llava_ray.model.token_rows import image_token_note
+from llava_ray.model.assembly import LlavaParts, assemble
+from llava_ray.model.blueprint import Blueprint, read_blueprint
+from llava_ray.model.formats.layout import Layout, LayoutKind
+from llava_ray.model.formats.noted_settings import OUR_KEY
+from llava_ray.model.formats.part_sources import find_layout
+from llava_ray.model.formats.stated_settings import find_length, find_version
+from llava_ray.model.formats.token_rows import image_token_note
+from llava_ray.model.network.quantization import chosen
 from llava_ray.reading import shown
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_LENGTH = 2048  # the original's, where a config says nothing
 
 # Values with which a setting asks for nothing, so that not knowing it loses nothing.
-NOTHING = (None, False, "flat")
+_NOTHING = (None, False, "flat")
 
 
 def load_pretrained_model(
@@ -58,7 +58,7 @@ def load_pretrained_model(
         model_max_length=find_length(layout),
         quantization=chosen(bits, layout.manifest.quantization if layout.manifest else None),
     )
-    for note in notes_of(parts):
+    for note in _notes_of(parts):
         logger.warning(note)
     parts.tower.to(device)
     parts.llava.to(device).eval()
@@ -94,24 +94,12 @@ def pretrained_config(
             continue
         if key in ModelConfig.model_fields and key != "version":
             values[key] = value
-        elif key.startswith(("mm_", "s2")) and key != "mm_hidden_size" and value not in NOTHING:
+        elif key.startswith(("mm_", "s2")) and key != "mm_hidden_size" and value not in _NOTHING:
             raise ModelError(f"{layout.folder}: {key} is {shown(value)}, which cannot be honoured here.")
     try:
         return ModelConfig.parsed(values)
     except ConfigError as error:
         raise ModelError(f"the config of {layout.folder} ({layout.kind}) cannot be honoured: {error}") from error
-
-
-def find_version(layout: Layout, given: str | None) -> str:
-    """Return the conversation template: given, said by the folder, or known for its kind. Raises ModelError."""
-    version = given or layout.settings.get("version")
-    if version is None:
-        raise ModelError(
-            f"{layout.folder} ({layout.kind}) does not say which conversation template it was trained with, and the "
-            "wrong one makes it answer nonsense. Give it as version: v1 for Vicuna-based LLaVA-1.5 and 1.6, "
-            f"{CHAT_TEMPLATE} for the tokenizer's own, or one of {', '.join(sorted(TEMPLATES))}."
-        )
-    return str(version)
 
 
 def describe_model(blueprint: Blueprint) -> str:
@@ -128,27 +116,17 @@ def describe_model(blueprint: Blueprint) -> str:
     else:
         origin = "that of published models like it"
     told = [f"{blueprint.config.model_name_or_path}: {layout.kind}, template {version!r} ({origin})", *parts]
-    return "; ".join([", ".join(told), *notes_of(blueprint)])
+    return "; ".join([", ".join(told), *_notes_of(blueprint)])
 
 
-def notes_of(blueprint: Blueprint) -> tuple[str, ...]:
+def _notes_of(blueprint: Blueprint) -> tuple[str, ...]:
     """Return what a user should know of a model, a sentence each."""
     layout = blueprint.layout
     token = blueprint.tokenizer.get_added_vocab().get(IMAGE_TOKEN)
-    note = image_token_note(layout.config, token) if layout.kind is Kind.HUB else None
+    note = image_token_note(layout.config, token) if layout.kind is LayoutKind.HUB else None
     return (*layout.notes, note) if note else layout.notes
 
 
 def aspect_ratio(layout: Layout) -> str:
     """Return how a model's images become the tower's size; "square" where nothing says."""
     return str(layout.settings.get("image_aspect_ratio", "square"))
-
-
-def find_length(layout: Layout) -> int:
-    """Return the longest sequence that a model was trained for, at most its language model's positions."""
-    positions = (layout.language_config or {}).get("max_position_embeddings")
-    positions = positions if type(positions) is int else None
-    length = layout.settings.get("model_max_length") or DEFAULT_LENGTH
-    if type(length) is not int or length < 0:
-        raise ModelError(f"{layout.folder}: model_max_length is {shown(length)}, expected a number of tokens; mend it.")
-    return int(min(length, positions or length))

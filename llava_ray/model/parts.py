@@ -11,17 +11,19 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from llava_ray.config.lora import Quantization
 from llava_ray.errors import ModelError
 from llava_ray.model.blueprint import Blueprint
-from llava_ray.model.embeddings import extend_embeddings
-from llava_ray.model.layout import Layout
-from llava_ray.model.layouts import read_layout
-from llava_ray.model.manifest import Manifest
-from llava_ray.model.packing import check_packing
-from llava_ray.model.pretrained import check_amount, load_pretrained
-from llava_ray.model.projector import adopt_projector, build_projector, load_projector_weights
-from llava_ray.model.published_names import IMAGE_NEWLINE
-from llava_ray.model.quantization import bitsandbytes_config, settle
-from llava_ray.model.tensor_reading import read_tensors
-from llava_ray.model.tower import VisionTower, load_vision_tower
+from llava_ray.model.formats.layout import Layout
+from llava_ray.model.formats.layouts import read_layout
+from llava_ray.model.formats.manifest import Manifest
+from llava_ray.model.formats.names import IMAGE_NEWLINE
+from llava_ray.model.formats.pretrained import check_amount, load_pretrained
+from llava_ray.model.formats.projector_files import load_projector_weights
+from llava_ray.model.formats.tower_loading import load_vision_tower
+from llava_ray.model.network.embeddings import extend_embeddings
+from llava_ray.model.network.packing import check_packing
+from llava_ray.model.network.projector import adopt_projector, build_projector
+from llava_ray.model.network.quantization import bitsandbytes_config, set_compute_dtype
+from llava_ray.model.network.tower import VisionTower
+from llava_ray.model.tensors.tensor_reading import read_tensors
 
 
 def load_tower_of(blueprint: Blueprint, dtype: torch.dtype) -> VisionTower:
@@ -70,7 +72,7 @@ def load_language_model(
         attn_implementation=attention,
         quantization_config=bitsandbytes_config(quantization, dtype) if quantization else None,
     )
-    settle(model)
+    set_compute_dtype(model)
     extend_embeddings(model, blueprint.new_token_ids, embeddings)
     check_packing(model)
     return model
@@ -87,7 +89,7 @@ def load_projector(blueprint: Blueprint, manifest: Manifest, seed: int) -> nn.Mo
         torch.default_generator.manual_seed(seed)
         projector = build_projector(manifest.mm_projector_type, manifest.mm_hidden_size, manifest.hidden_size)
     if adapter is not None:
-        check_adapter(Path(adapter), manifest)
+        _check_adapter(Path(adapter), manifest)
         adopt_projector(projector, load_projector_weights(adapter), adapter)
     elif blueprint.layout.settings:
         stored = blueprint.layout.part("projector")
@@ -113,9 +115,9 @@ def find_newline(blueprint: Blueprint, companions: Mapping[str, Tensor], seed: i
     return learnt
 
 
-def check_adapter(source: Path, manifest: Manifest) -> None:
+def _check_adapter(source: Path, manifest: Manifest) -> None:
     """Raise ModelError if a folder's projector was trained on other features than it would get here."""
-    trained = describing_layout(source)
+    trained = _describing_layout(source)
     if trained is None:
         return
     for key in ("mm_vision_select_layer", "mm_vision_select_feature", "s2_scales"):
@@ -126,7 +128,7 @@ def check_adapter(source: Path, manifest: Manifest) -> None:
             )
 
 
-def describing_layout(source: Path) -> Layout | None:
+def _describing_layout(source: Path) -> Layout | None:
     """Return what a folder says of its projector; None for a file or a folder that says nothing."""
     if not any((source / name).is_file() for name in ("llava.json", "config.json")):
         return None

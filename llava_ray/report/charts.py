@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTHS = {"wide": 720, "narrow": 340}  # CSS pixels
-HEIGHT = 260
-POINTS_PER_INCH = 72  # of an SVG file: one unit of the drawing is one pixel of the page
-MAX_BINS = 40
+_HEIGHT = 260
+_POINTS_PER_INCH = 72  # of an SVG file: one unit of the drawing is one pixel of the page
+_MAX_BINS = 40
 
 # Drawn in colours that nobody uses, which are then replaced by the page's own, light or dark.
-SERIES = [f"#0{i}fe0{i}" for i in range(1, 6)]
-INK, MUTED, LINE = "#06fe06", "#07fe07", "#08fe08"
-PAGE_COLOURS = {colour: f"var(--series-{i})" for i, colour in enumerate(SERIES, start=1)} | {
-    INK: "var(--ink)",
-    MUTED: "var(--muted)",
-    LINE: "var(--line)",
+_SERIES = [f"#0{i}fe0{i}" for i in range(1, 6)]
+_INK, _MUTED, _LINE = "#06fe06", "#07fe07", "#08fe08"
+_PAGE_COLOURS = {colour: f"var(--series-{i})" for i, colour in enumerate(_SERIES, start=1)} | {
+    _INK: "var(--ink)",
+    _MUTED: "var(--muted)",
+    _LINE: "var(--line)",
 }
 
 SETTINGS: dict[str, Any] = {
@@ -38,8 +38,8 @@ SETTINGS: dict[str, Any] = {
     "svg.hashsalt": "llava_ray",  # the same chart gives the same bytes
     "text.parse_math": False,  # a dollar in a name is a dollar
     "font.size": 12,
-    "axes.edgecolor": LINE,
-    "axes.labelcolor": MUTED,
+    "axes.edgecolor": _LINE,
+    "axes.labelcolor": _MUTED,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.spines.left": False,
@@ -48,12 +48,12 @@ SETTINGS: dict[str, Any] = {
     "axes.axisbelow": True,
     "axes.labelpad": 8,
     "axes.xmargin": 0.01,
-    "grid.color": LINE,
+    "grid.color": _LINE,
     "grid.linewidth": 1,
-    "xtick.color": LINE,
-    "ytick.color": LINE,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
+    "xtick.color": _LINE,
+    "ytick.color": _LINE,
+    "xtick.labelcolor": _MUTED,
+    "ytick.labelcolor": _MUTED,
     "ytick.major.size": 0,
     "ytick.minor.size": 0,
     "lines.linewidth": 2,
@@ -81,7 +81,7 @@ def draw_chart(chart: Chart, width: int) -> str:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(SETTINGS):
-        figure = Figure(figsize=(width / POINTS_PER_INCH, HEIGHT / POINTS_PER_INCH), facecolor="none")
+        figure = Figure(figsize=(width / _POINTS_PER_INCH, _HEIGHT / _POINTS_PER_INCH), facecolor="none")
         figure.set_layout_engine("tight", pad=0.2)
         axes = figure.add_subplot(facecolor="none")
         if isinstance(chart, ParallelChart):
@@ -98,16 +98,16 @@ def draw_chart(chart: Chart, width: int) -> str:
     return _inlined(sink.getvalue())
 
 
-def colour_of(index: int) -> str:
+def _colour_of(index: int) -> str:
     """Return the page's colour of a line."""
-    return PAGE_COLOURS[SERIES[index % len(SERIES)]]
+    return _PAGE_COLOURS[_SERIES[index % len(_SERIES)]]
 
 
 def list_lines(chart: LineChart | ParallelChart) -> list[tuple[str, str]]:
     """Return name and colour of each line that a legend names; a faint one belongs to the line of its colour."""
     lines = chart.paths if isinstance(chart, ParallelChart) else chart.series
     names = list(dict.fromkeys(line.name for line in lines))
-    return [(name, colour_of(index)) for index, name in enumerate(names)]
+    return [(name, _colour_of(index)) for index, name in enumerate(names)]
 
 
 def describe_chart(chart: Chart) -> str:
@@ -142,7 +142,7 @@ def _draw_lines(axes: "Axes", chart: LineChart) -> None:
 
     names = list(dict.fromkeys(series.name for series in chart.series))
     for series in chart.series:
-        colour = SERIES[names.index(series.name) % len(SERIES)]
+        colour = _SERIES[names.index(series.name) % len(_SERIES)]
         look = {"alpha": 0.28, "linewidth": 1.2, "zorder": 1} if series.faint else {"zorder": 2}
         dot = len(series.y) == 1 and not series.ends_early
         axes.plot(series.x, series.y, color=colour, marker="o" if dot else None, **look)
@@ -154,7 +154,7 @@ def _draw_lines(axes: "Axes", chart: LineChart) -> None:
         plain = FuncFormatter(lambda value, _: f"{value:g}")  # not as mathematical markup
         axes.yaxis.set_major_formatter(plain)
         axes.yaxis.set_minor_formatter(plain if high < 10 * low else NullFormatter())
-    axes.set_title(_drawable(chart.y_label), loc="left", color=MUTED, fontsize=12)
+    axes.set_title(_drawable(chart.y_label), loc="left", color=_MUTED, fontsize=12)
 
 
 def _draw_parallel(axes: "Axes", chart: ParallelChart, width: int) -> None:
@@ -162,10 +162,10 @@ def _draw_parallel(axes: "Axes", chart: ParallelChart, width: int) -> None:
     for path in chart.paths:
         look = {"alpha": 0.35, "linewidth": 1.2, "zorder": 1} if path.faint else {"zorder": 2}
         known = [(x, height) for x, height in enumerate(path.heights) if height is not None]
-        axes.plot(*zip(*known, strict=True), color=SERIES[names.index(path.name) % len(SERIES)], **look)
+        axes.plot(*zip(*known, strict=True), color=_SERIES[names.index(path.name) % len(_SERIES)], **look)
     size = 12 if width >= WIDTHS["wide"] else 10
     for x, axis in enumerate(chart.axes):
-        axes.axvline(x, color=LINE, linewidth=1, zorder=0)
+        axes.axvline(x, color=_LINE, linewidth=1, zorder=0)
         last = x == len(chart.axes) - 1
         for height, label in axis.ticks:
             axes.annotate(
@@ -175,14 +175,14 @@ def _draw_parallel(axes: "Axes", chart: ParallelChart, width: int) -> None:
                 textcoords="offset points",
                 ha="right" if last else "left",
                 va="top" if height == 1 else "bottom",
-                color=MUTED,
+                color=_MUTED,
                 fontsize=size - 1,
                 zorder=3,
             )
         place = "left" if x == 0 else "right" if last else "center"
         # On a narrow page neighbouring names would run into one another on one line.
         above = 1.06 if width >= WIDTHS["wide"] or x % 2 == 0 else 1.14
-        axes.text(x, above, _drawable(axis.name), ha=place, va="bottom", color=INK, fontsize=size)
+        axes.text(x, above, _drawable(axis.name), ha=place, va="bottom", color=_INK, fontsize=size)
     axes.set_xlim(-0.02, len(chart.axes) - 1 + 0.02)
     axes.set_ylim(-0.05, 1.05)
     axes.set_xticks([])
@@ -194,12 +194,12 @@ def _draw_histogram(axes: "Axes", chart: Histogram, width: int) -> None:
     from matplotlib.ticker import MaxNLocator
 
     values = [value for value in chart.values if math.isfinite(value)]
-    most = MAX_BINS if width >= WIDTHS["wide"] else MAX_BINS // 2
+    most = _MAX_BINS if width >= WIDTHS["wide"] else _MAX_BINS // 2
     num_bins = min(most, len(set(values)), 1 + 2 * math.isqrt(len(values)))
     if values:
-        axes.hist(values, bins=num_bins, color=SERIES[0], rwidth=0.92)
+        axes.hist(values, bins=num_bins, color=_SERIES[0], rwidth=0.92)
     if chart.limit is not None:
-        axes.axvline(chart.limit, color=SERIES[1], linewidth=1.5)
+        axes.axvline(chart.limit, color=_SERIES[1], linewidth=1.5)
         near_the_end = chart.limit > sum(axes.get_xlim()) / 2
         axes.annotate(
             _drawable(chart.limit_label),
@@ -209,10 +209,10 @@ def _draw_histogram(axes: "Axes", chart: Histogram, width: int) -> None:
             textcoords="offset points",
             ha="right" if near_the_end else "left",
             va="top",
-            color=SERIES[1],
+            color=_SERIES[1],
         )
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title(_drawable(chart.y_label), loc="left", color=MUTED, fontsize=12)
+    axes.set_title(_drawable(chart.y_label), loc="left", color=_MUTED, fontsize=12)
 
 
 def _inlined(document: str) -> str:
@@ -224,6 +224,6 @@ def _inlined(document: str) -> str:
     svg = re.sub(r'\bid="', f'id="c{unique}-', svg)
     svg = re.sub(r'xlink:href="#', f'href="#c{unique}-', svg)
     svg = svg.replace("url(#", f"url(#c{unique}-")
-    for drawn, shown in PAGE_COLOURS.items():
+    for drawn, shown in _PAGE_COLOURS.items():
         svg = svg.replace(drawn, shown)
     return svg

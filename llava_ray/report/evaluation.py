@@ -19,7 +19,7 @@ from llava_ray.report.pieces import (
     bar_chart,
 )
 
-MAX_FACTS = 4
+_MAX_FACTS = 4
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Scored:
-    """A benchmark's summary (as ``evals.scoring.summarise`` writes it) with what stands beside it."""
+    """A benchmark's summary (as ``evals.scoring.summarize_result`` writes it) with what stands beside it."""
 
     title: str
     summary: Mapping[str, Any]
@@ -56,7 +56,7 @@ def evaluation_report(title: str, scored: Sequence[Scored]) -> Report:
     """Lay out the page."""
     facts = [
         Fact(one.title, _headline(one.summary), f"{one.summary['metric']}, {one.summary['profile']}")
-        for one in scored[:MAX_FACTS]
+        for one in scored[:_MAX_FACTS]
     ]
     counts = sum(one.summary["num_scored"] for one in scored)
     withheld = [one for one in scored if one.summary["score"] is None]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-Verdict = Literal["right", "wrong"]
-TokenKind = Literal["context", "learnt", "image", "cut"]
+AnswerVerdict = Literal["right", "wrong"]
+_TokenKind = Literal["context", "learnt", "image", "cut"]
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class Picture:
     question: str = ""
     answer: str = ""
     truth: str = ""
-    verdict: Verdict | None = None
+    verdict: AnswerVerdict | None = None
 
 
 @dataclass(frozen=True)
@@ -178,11 +178,11 @@ class Gallery:
 
 
 @dataclass(frozen=True)
-class Token:
+class ReportToken:
     """A piece of a text as a model takes it: "learnt", "context", "image" or "cut" off."""
 
     text: str
-    kind: TokenKind
+    kind: _TokenKind
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class TokenText:
     """A text as tokens, those that are learnt marked one by one."""
 
     kind: ClassVar[str] = "tokens"
-    tokens: Sequence[Token]
+    tokens: Sequence[ReportToken]
 
 
 @dataclass(frozen=True)

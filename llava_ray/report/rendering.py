@@ -16,13 +16,13 @@ from llava_ray.report.charts import WIDTHS, Chart, describe_chart, draw_chart, l
 from llava_ray.report.pieces import Bar, LineChart, Link, ParallelChart, Report
 
 # The first bytes of the formats that browsers draw.
-MEDIA_TYPES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp", b"GIF8": "image/gif"}
+_MEDIA_TYPES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp", b"GIF8": "image/gif"}
 
 
 def write_report(path: str | Path, report: Report) -> Path:
     """Write a report to a file, whole or not at all, and return its path. Raises ConfigError."""
     target = Path(path)
-    page = render(report)
+    page = render_report(report)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ def write_report(path: str | Path, report: Report) -> Path:
     return target
 
 
-def render(report: Report) -> str:
+def render_report(report: Report) -> str:
     """Return a report as HTML, halves of surrogate pairs replaced, so that it can be written.
 
     Raises ConfigError for a chart without matplotlib, an unsafe link, or a picture that browsers do not draw.
@@ -81,7 +81,7 @@ def _number(value: float) -> str:
 
 
 def _data_uri(content: bytes) -> str:
-    kind = next((kind for start, kind in MEDIA_TYPES.items() if content.startswith(start)), None)
+    kind = next((kind for start, kind in _MEDIA_TYPES.items() if content.startswith(start)), None)
     if kind is None:
         raise ConfigError(f"a report's picture begins {content[:8]!r}; expected PNG, JPEG, WebP or GIF: convert it")
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -6,8 +6,8 @@ from typing import Any
 
 from llava_ray.report.pieces import Bar, Card, Cell, Fact, Note, Picture, Piece, Report, Section, Table
 
-MAX_FACTS = 4
-COUNTS = ("done", "unparsed", "failed", "open")
+_MAX_FACTS = 4
+_COUNTS = ("done", "unparsed", "failed", "open")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ def review_report(
 ) -> Report:
     """Lay out the page; ``report`` is what report.json holds."""
     results = report["results"]
-    facts = [Fact(one["model"], _score(one), f"{one['metric']}") for one in results[:MAX_FACTS]]
+    facts = [Fact(one["model"], _score(one), f"{one['metric']}") for one in results[:_MAX_FACTS]]
     facts.append(Fact("Cost", _dollars(report["cost"]["dollars"]), f"{report['calls']['sent']:,} calls sent"))
     done = sum(one["done"] for one in results)
     sections = [
@@ -60,8 +60,8 @@ def _scores(results: Sequence[Mapping[str, Any]]) -> Table:
     rows: list[list[Cell]] = []
     for one in results:
         means: list[Cell] = [one.get("first_x10"), one.get("second_x10")]
-        rows.append([one["match"], one["judge"], _score(one), _interval(one), *means, *(one[name] for name in COUNTS)])
-    header = ["match", "judge", "score", "95 % interval", "first x 10", "second x 10", *COUNTS]
+        rows.append([one["match"], one["judge"], _score(one), _interval(one), *means, *(one[name] for name in _COUNTS)])
+    header = ["match", "judge", "score", "95 % interval", "first x 10", "second x 10", *_COUNTS]
     return Table(header, rows)
 
 

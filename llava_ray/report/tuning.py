@@ -17,7 +17,7 @@ from llava_ray.report.pieces import (
     bar_chart,
 )
 
-SMOOTHING = 0.9
+_SMOOTHING = 0.9
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def tuning_report(
         f"frequent answer to each question gets {total.blind:.1%}.",
         [
             Section("What it learnt", [accuracy, *no_better]),
-            Section("Loss", [loss_chart(stage, values) for stage, values in losses.items()]),
+            Section("Loss", [_loss_chart(stage, values) for stage, values in losses.items()]),
             Section(
                 "Test images", [Gallery(pictures)], "Questions about images never seen in training, drawn at random."
             ),
@@ -66,7 +66,7 @@ def tuning_report(
     )
 
 
-def loss_chart(stage: str, losses: Sequence[float]) -> LineChart:
+def _loss_chart(stage: str, losses: Sequence[float]) -> LineChart:
     """Draw a stage's loss, the raw values faint behind a smoothed line."""
     steps = list(range(1, len(losses) + 1))
     raw = Series("each step", steps, losses, faint=True)
@@ -77,7 +77,7 @@ def smoothed(values: Sequence[float]) -> list[float]:
     """Return the exponential moving average, without the pull towards 0 at its start."""
     averages, sum_of_values, sum_of_weights = [], 0.0, 0.0
     for value in values:
-        sum_of_values = SMOOTHING * sum_of_values + value
-        sum_of_weights = SMOOTHING * sum_of_weights + 1
+        sum_of_values = _SMOOTHING * sum_of_values + value
+        sum_of_weights = _SMOOTHING * sum_of_weights + 1
         averages.append(sum_of_values / sum_of_weights)
     return averages

@@ -14,23 +14,23 @@ from tenacity import AsyncRetrying, Retrying, retry_if_exception_type, stop_afte
 
 from llava_ray.errors import LlavaRayError
 
-PATIENCE_S = 120.0
-POLICY: dict[str, Any] = {
+_PATIENCE_S = 120.0
+_POLICY: dict[str, Any] = {
     "retry": retry_if_exception_type(RayActorError),
-    "stop": stop_after_delay(PATIENCE_S),
+    "stop": stop_after_delay(_PATIENCE_S),
     "wait": wait_random_exponential(multiplier=0.05, max=2.0),
     "reraise": True,
 }
 
 
-async def say(actor: ActorHandle, method: str, *arguments: Any) -> Any:
+async def call_async(actor: ActorHandle, method: str, *arguments: Any) -> Any:
     """Call an actor from another one. Raises RayActorError if it does not come back."""
-    return await AsyncRetrying(sleep=asyncio.sleep, **POLICY)(_called, actor, method, *arguments)
+    return await AsyncRetrying(sleep=asyncio.sleep, **_POLICY)(_called, actor, method, *arguments)
 
 
-def tell(actor: ActorHandle, method: str, *arguments: Any) -> Any:
+def call_sync(actor: ActorHandle, method: str, *arguments: Any) -> Any:
     """Call an actor from the driver. Raises RayActorError if it does not come back, and our own errors as they are."""
-    return Retrying(sleep=time.sleep, **POLICY)(lambda: heard(getattr(actor, method).remote(*arguments)))
+    return Retrying(sleep=time.sleep, **_POLICY)(lambda: heard(getattr(actor, method).remote(*arguments)))
 
 
 def heard(answer: ray.ObjectRef) -> Any:

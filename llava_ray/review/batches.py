@@ -19,20 +19,20 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_rand
 
 from llava_ray.errors import JudgeError
 from llava_ray.review.calls import Call, CallPlan, JudgeSpec, with_image
-from llava_ray.review.faults import RequestError, content_fault, plain, status_fault
+from llava_ray.review.faults import RequestError, content_fault, status_fault, to_plain_line
 from llava_ray.review.headers import Reported
-from llava_ray.review.judge import NO_KEY, Reply, Usage, read_reply
+from llava_ray.review.judge import NO_KEY, JudgeReply, Usage, read_reply
 from llava_ray.review.ledger_file import BATCH, LedgerFile
 from llava_ray.review.pool import Progress
-from llava_ray.review.rates import Purse
+from llava_ray.review.rates import Budget
 from llava_ray.review.reviewer import described, done_row, returned_row, sent_row
 from llava_ray.review.verdict import read_verdict
 
-MAX_LINES, MAX_BYTES = 50_000, 190_000_000  # the API's limits are 50,000 lines and 200 MB
-OVER = ("completed", "failed", "expired", "cancelled")
-NAME = "llava_ray"  # of the batch's metadata entry that holds our name of it
-EPOCH = "batches"
-NOT_SENT = "its batch was never sent"
+_MAX_LINES, _MAX_BYTES = 50_000, 190_000_000  # the API's limits are 50,000 lines and 200 MB
+_OVER = ("completed", "failed", "expired", "cancelled")
+_NAME = "llava_ray"  # of the batch's metadata entry that holds our name of it
+_EPOCH = "batches"
+_NOT_SENT = "its batch was never sent"
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Batches:
     spec: JudgeSpec
     ledger: LedgerFile
     client: OpenAI
-    purse: Purse
+    purse: Budget
     poll_s: float = 30.0
     sleep: Callable[[float], None] = time.sleep
 
@@ -53,7 +53,7 @@ class Batches:
         Raises JudgeError where the endpoint takes no batches.
         """
         by_key = {self.plan[index].key: index for index in indices}
-        self.ledger.adopt(EPOCH, 0)
+        self.ledger.adopt(_EPOCH, 0)
         self.purse.spent = self.ledger.account.spent
         rounds_for_nothing = 0
         while rounds_for_nothing < self.spec.config.max_attempts:
@@ -94,7 +94,7 @@ class Batches:
                 continue
             self.purse.lease(call.key, call.dollars)
             length = len(self._line(call))
-            if batch and (len(batch) == MAX_LINES or size + length > MAX_BYTES):
+            if batch and (len(batch) == _MAX_LINES or size + length > _MAX_BYTES):
                 yield batch
                 batch, size = [], 0
             batch.append(call)
@@ -116,14 +116,14 @@ class Batches:
             lambda: self.client.files.create(file=(f"{by[len(BATCH) :]}.jsonl", content), purpose="batch")
         )
         for call in batch:
-            self.ledger.send(sent_row(call, f"{by}/{call.key}", by, EPOCH))
+            self.ledger.send(sent_row(call, f"{by}/{call.key}", by, _EPOCH))
         self.ledger.sync()
         try:
             sent = self.client.batches.create(
                 input_file_id=file.id,
                 endpoint="/v1/chat/completions",
                 completion_window="24h",
-                metadata={NAME: by},
+                metadata={_NAME: by},
             )
         except openai.APIConnectionError:
             return  # whether it was made is found out when it is asked for
@@ -132,7 +132,7 @@ class Batches:
             reason = status_fault(error, self.spec).reason
             raise JudgeError(f"{self.spec.name} takes no batch: {reason}; use judge.delivery = 'sync'") from error
         if isinstance(sent, str):  # what is no JSON is handed over as it came
-            self._return([call.key for call in batch], NOT_SENT)
+            self._return([call.key for call in batch], _NOT_SENT)
             raise JudgeError(content_fault(sent.encode(), self.spec, Reported(), "it is a text").reason)
         self.ledger.name_batch(by, sent.id)
 
@@ -140,9 +140,9 @@ class Batches:
         """Ask for a batch until it is over, and take in what it brought."""
         name = self.ledger.batches.get(by) or self._find(by)
         if name is None:
-            self._return(keys, NOT_SENT)
+            self._return(keys, _NOT_SENT)
             return
-        while (batch := self._asked(lambda: self.client.batches.retrieve(name))).status not in OVER:
+        while (batch := self._asked(lambda: self.client.batches.retrieve(name))).status not in _OVER:
             progress.spent, progress.leased = self.purse.spent, self.purse.leased
             yield progress
             self.sleep(self.poll_s)
@@ -157,7 +157,7 @@ class Batches:
     def _find(self, by: str) -> str | None:
         """Return the id of a batch that was sent by a job that did not live to note it."""
         for batch in self._asked(lambda: list(self.client.batches.list(limit=100))):
-            if (batch.metadata or {}).get(NAME) == by:
+            if (batch.metadata or {}).get(_NAME) == by:
                 self.ledger.name_batch(by, batch.id)
                 return str(batch.id)
         return None
@@ -218,7 +218,7 @@ class Batches:
             reason = status_fault(error, self.spec).reason
             raise JudgeError(f"{self.spec.name}: {reason}; the same command goes on with its batches") from error
         except openai.APIError as error:
-            reason = plain(error.message)
+            reason = to_plain_line(error.message)
             raise JudgeError(f"{self.spec.name}: {reason}; the same command goes on with its batches") from error
         if isinstance(answer, str):  # what is no JSON is handed over as it came
             reason = content_fault(answer.encode(), self.spec, Reported(), "it is a text").reason
@@ -226,7 +226,7 @@ class Batches:
         return answer
 
 
-def _reply(row: Mapping[str, Any]) -> Reply:
+def _reply(row: Mapping[str, Any]) -> JudgeReply:
     """Return the reply in a line of a batch's output. Raises RequestError."""
     response = row.get("response") or {}
     if row.get("error") or response.get("status_code") != 200:

@@ -12,14 +12,14 @@ from typing import Any, Literal
 from llava_ray.config.review import JudgeConfig
 from llava_ray.errors import DataError
 from llava_ray.review.prices import Price, find_price
-from llava_ray.review.rubric import AS_JSON, Kind, Rubric, compose
+from llava_ray.review.rubric import AS_JSON, ReviewKind, Rubric, compose
 from llava_ray.review.verdict import schema
 
-Order = Literal["given", "swapped"]
-TOKENS_PER_MESSAGE = 16  # roles, separators, the schema's own; generous
-BYTES_PER_TOKEN = 3  # of English text about 4.5
-REASONING = re.compile(r"(?:.*/)?(?:o[1-9]|gpt-[5-9])(?![\w])", re.IGNORECASE)
-MEDIA_TYPES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp", b"GIF8": "image/gif"}
+_Order = Literal["given", "swapped"]
+_TOKENS_PER_MESSAGE = 16  # roles, separators, the schema's own; generous
+_BYTES_PER_TOKEN = 3  # of English text about 4.5
+_REASONING = re.compile(r"(?:.*/)?(?:o[1-9]|gpt-[5-9])(?![\w])", re.IGNORECASE)
+_MEDIA_TYPES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp", b"GIF8": "image/gif"}
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ class Call:
     item_id: str
     pair: str
     """Who is judged: the names of the item's answers."""
-    order: Order
+    order: _Order
     sample: int
-    kind: Kind
+    kind: ReviewKind
     body: dict[str, Any]
     tokens: int
     """Estimate of prompt and output, for the rate."""
@@ -86,7 +86,7 @@ class Call:
 
     def loaded(self) -> "Call":
         """Return the call with its image's content, to travel. Raises DataError."""
-        return self if self.image is None else replace(self, image_content=read_image_bytes(self.image, self.item_id))
+        return self if self.image is None else replace(self, image_content=_read_image_bytes(self.image, self.item_id))
 
 
 def list_judges(config: JudgeConfig) -> list[JudgeSpec]:
@@ -109,7 +109,7 @@ class CallPlan:
         self.rubric = rubric
         self.judges = {judge.name: judge for judge in judges}
         self.image_hashes: dict[Path, str] = {}
-        swaps: tuple[Order, ...] = ("given", "swapped") if both_orders and rubric.kind == "pair" else ("given",)
+        swaps: tuple[_Order, ...] = ("given", "swapped") if both_orders and rubric.kind == "pair" else ("given",)
         self.slots = [
             (number, judge.name, order, sample)
             for number in range(len(items))
@@ -131,7 +131,7 @@ class CallPlan:
         """Go through all calls."""
         return (self[index] for index in range(len(self)))
 
-    def call(self, item: Item, judge: JudgeSpec, order: Order, sample: int) -> Call:
+    def call(self, item: Item, judge: JudgeSpec, order: _Order, sample: int) -> Call:
         """Word one request and hash it."""
         answers = item.answers if order == "given" else item.answers[::-1]
         rubric = self.rubric
@@ -141,7 +141,7 @@ class CallPlan:
             text = item.request + (AS_JSON if judge.as_json else "")
         image = item.image if judge.config.sees_images else None
         image_hash = self.hash_of(image, item) if image else ""
-        body = request_body(judge, rubric, text, sample)
+        body = _request_body(judge, rubric, text, sample)
         canonical = {
             "judge": [judge.base_url, judge.model],
             "rubric": rubric.version,
@@ -152,23 +152,23 @@ class CallPlan:
         }
         key = hashlib.sha256(json.dumps(canonical, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
         prompt_bytes = sum(len(message["content"].encode()) for message in body["messages"])
-        extra = 2 * TOKENS_PER_MESSAGE + (judge.config.tokens_per_image if image else 0)
+        extra = 2 * _TOKENS_PER_MESSAGE + (judge.config.tokens_per_image if image else 0)
         if judge.as_json:
             extra += len(json.dumps(body["response_format"]))
         longest = judge.config.max_tokens
         most = judge.price.cost(prompt_bytes + extra, longest) if judge.price else 0.0
-        tokens = -(-prompt_bytes // BYTES_PER_TOKEN) + extra + longest
+        tokens = -(-prompt_bytes // _BYTES_PER_TOKEN) + extra + longest
         pair = " | ".join(item.names)
         return Call(key, judge.name, item.id, pair, order, sample, rubric.kind, body, tokens, most, image)
 
     def hash_of(self, image: Path, item: Item) -> str:
         """Return the hash of an image's content, read once. Raises DataError."""
         if image not in self.image_hashes:
-            self.image_hashes[image] = hashlib.sha256(read_image_bytes(image, item.id)).hexdigest()
+            self.image_hashes[image] = hashlib.sha256(_read_image_bytes(image, item.id)).hexdigest()
         return self.image_hashes[image]
 
 
-def request_body(judge: JudgeSpec, rubric: Rubric, text: str, sample: int) -> dict[str, Any]:
+def _request_body(judge: JudgeSpec, rubric: Rubric, text: str, sample: int) -> dict[str, Any]:
     """Return the parameters of a chat completion, images left out."""
     config = judge.config
     messages = [{"role": "system", "content": rubric.system}] if rubric.system else []
@@ -189,24 +189,24 @@ def token_limit_name(config: JudgeConfig, model: str) -> str:
     """Return how the endpoint calls the limit of a reply: OpenAI's reasoning models refuse the older name."""
     if config.token_limit_name != "auto":
         return config.token_limit_name
-    return "max_completion_tokens" if REASONING.match(model) else "max_tokens"
+    return "max_completion_tokens" if _REASONING.match(model) else "max_tokens"
 
 
 def with_image(body: Mapping[str, Any], content: bytes) -> dict[str, Any]:
     """Return a request whose last message shows an image before its text."""
     *others, last = body["messages"]
     encoded = base64.b64encode(content).decode()
-    shown = {"type": "image_url", "image_url": {"url": f"data:{media_type(content)};base64,{encoded}"}}
+    shown = {"type": "image_url", "image_url": {"url": f"data:{_media_type(content)};base64,{encoded}"}}
     parts = [shown, {"type": "text", "text": last["content"]}]
     return {**body, "messages": [*others, {**last, "content": parts}]}
 
 
-def media_type(content: bytes) -> str | None:
+def _media_type(content: bytes) -> str | None:
     """Return what an encoded image is, by its first bytes; None for what judges do not take."""
-    return next((kind for start, kind in MEDIA_TYPES.items() if content.startswith(start)), None)
+    return next((kind for start, kind in _MEDIA_TYPES.items() if content.startswith(start)), None)
 
 
-def read_image_bytes(path: Path, item: str) -> bytes:
+def _read_image_bytes(path: Path, item: str) -> bytes:
     """Read an image file as it is. Raises DataError."""
     try:
         content = path.read_bytes()
@@ -214,7 +214,7 @@ def read_image_bytes(path: Path, item: str) -> bytes:
         raise DataError(
             f"item {item!r}: cannot read the image {path}: {error.strerror}; check --image_folder"
         ) from error
-    if media_type(content) is None:
+    if _media_type(content) is None:
         raise DataError(
             f"item {item!r}: {path} is no PNG, JPEG, WebP or GIF file, and judges take no other: convert it"
         )

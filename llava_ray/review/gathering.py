@@ -9,7 +9,7 @@ Asked = TypeVar("Asked")
 Said = TypeVar("Said")
 
 
-class Gatherer(Generic[Asked, Said]):
+class CallBatcher(Generic[Asked, Said]):
     """Calls a function of a list with as much as is waiting; one call is on its way at a time.
 
     The function may answer only the first so many: the others are asked again.

@@ -15,7 +15,7 @@ from llava_ray.review.faults import RequestError, body_fault, connection_fault, 
 from llava_ray.review.headers import Reported, read_headers
 
 NO_KEY = "none"
-MAX_TOKENS = 2**40  # beyond, a count is none
+_MAX_TOKENS = 2**40  # beyond, a count is none
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Usage:
 
 
 @dataclass(frozen=True)
-class Reply:
+class JudgeReply:
     """What a judge said, and what it took."""
 
     content: str
@@ -42,7 +42,7 @@ class Reply:
 class Judge(Protocol):
     """Whoever answers a chat completion."""
 
-    async def ask(self, body: Mapping[str, Any]) -> Reply:
+    async def ask(self, body: Mapping[str, Any]) -> JudgeReply:
         """Send one request, once. Raises RequestError."""
         ...
 
@@ -73,7 +73,7 @@ class OpenAIJudge:
             spec,
         )
 
-    async def ask(self, body: Mapping[str, Any]) -> Reply:
+    async def ask(self, body: Mapping[str, Any]) -> JudgeReply:
         """Send one request, once. Raises RequestError."""
         try:
             # The client's own timeout starts anew with every piece of a slow body.
@@ -92,36 +92,36 @@ class OpenAIJudge:
         await self.client.close()
 
 
-def read_reply(content: bytes, reported: Reported, spec: JudgeSpec | None = None) -> Reply:
+def read_reply(content: bytes, reported: Reported, spec: JudgeSpec | None = None) -> JudgeReply:
     """Read a chat completion. Raises RequestError: what came may have been paid."""
     try:
         data = json.loads(content)
         if spec and isinstance(data, dict) and "choices" not in data and ("error" in data or "message" in data):
             raise body_fault(data, spec, reported)
         choice = data["choices"][0]
-        text = read_text(choice["message"]["content"]) or choice["message"].get("refusal") or ""
+        text = _read_reply_text(choice["message"]["content"]) or choice["message"].get("refusal") or ""
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise content_fault(content, spec, reported, f"{type(error).__name__}: {error}"[:200]) from error
     if not isinstance(text, str):
         raise content_fault(content, spec, reported, "its content is no text")
-    return Reply(
-        whole(text),
+    return JudgeReply(
+        _whole(text),
         read_usage(data.get("usage")),
-        whole(str(data.get("model") or "")),
-        whole(str(data.get("system_fingerprint") or "")),
-        whole(str(choice.get("finish_reason") or "")),
+        _whole(str(data.get("model") or "")),
+        _whole(str(data.get("system_fingerprint") or "")),
+        _whole(str(choice.get("finish_reason") or "")),
         reported,
     )
 
 
-def read_text(content: Any) -> Any:
+def _read_reply_text(content: Any) -> Any:
     """Return a reply's text; of several parts, those that are text."""
     if not isinstance(content, list):
         return content
     return "".join(part["text"] for part in content if part["type"] == "text")
 
 
-def whole(text: str) -> str:
+def _whole(text: str) -> str:
     """Return a text with a question mark for each half of a character: files can hold it."""
     return text.encode("utf-8", "replace").decode()
 
@@ -133,7 +133,7 @@ def read_usage(usage: Any) -> Usage | None:
     details = usage.get("prompt_tokens_details")
     cached = details.get("cached_tokens") if isinstance(details, dict) else None
     numbers: tuple[Any, ...] = (usage.get("prompt_tokens"), cached or 0, usage.get("completion_tokens") or 0)
-    if not all(type(number) is int and 0 <= number <= MAX_TOKENS for number in numbers):
+    if not all(type(number) is int and 0 <= number <= _MAX_TOKENS for number in numbers):
         return None
     prompt, cached, output = numbers
     return Usage(prompt, min(prompt, cached), output)

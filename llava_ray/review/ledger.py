@@ -17,17 +17,17 @@ from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from llava_ray.review.actors import heard
-from llava_ray.review.ledger_file import LedgerFile, Standing
+from llava_ray.review.ledger_file import LedgerFile, LedgerState
 
-LOCK_WAIT_S = 15.0  # an actor of a killed job may live on for a moment
+_LOCK_WAIT_S = 15.0  # an actor of a killed job may live on for a moment
 
 
-class Ledger:
+class LedgerActor:
     """A LedgerFile whose writes wait for the disk together; run as a Ray actor (see ``open_ledger``)."""
 
     def __init__(self, path: str, session: str) -> None:
         """Open the file. Raises ConfigError if another job is writing it."""
-        self.file = LedgerFile(Path(path), session, LOCK_WAIT_S)
+        self.file = LedgerFile(Path(path), session, _LOCK_WAIT_S)
         self.written = self.synced = 0
         self.syncing: asyncio.Task[None] | None = None
 
@@ -61,7 +61,7 @@ class Ledger:
         await self._durable()
         return lost
 
-    async def adopt(self, epoch: str, window_s: float) -> Standing:
+    async def adopt(self, epoch: str, window_s: float) -> LedgerState:
         """See LedgerFile.adopt."""
         return self.file.adopt(epoch, window_s)
 
@@ -111,7 +111,7 @@ def close_ledger(ledger: ActorHandle) -> None:
 def open_ledger(path: Path, session: str) -> ActorHandle:
     """Start the ledger beside the driver. Raises ConfigError if another job is writing it."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    kind = ray.remote(Ledger).options(num_cpus=0, max_restarts=-1, max_task_retries=0, scheduling_strategy=here)
+    kind = ray.remote(LedgerActor).options(num_cpus=0, max_restarts=-1, max_task_retries=0, scheduling_strategy=here)
     ledger = kind.remote(str(path.resolve()), session)
     try:
         ray.get(ledger.account.remote())

@@ -19,21 +19,21 @@ from typing import Any, Literal
 
 from llava_ray.errors import ConfigError, DataError
 
-State = Literal["new", "claimed", "sent", "done", "failed"]
-FINAL = ("done", "failed")
-COUNTED = (*FINAL, "refused", "uncertain", "wasted")
-LOCK_RETRY_S = 0.1
+_State = Literal["new", "claimed", "sent", "done", "failed"]
+_FINAL = ("done", "failed")
+_COUNTED = (*_FINAL, "refused", "uncertain", "wasted")
+_LOCK_RETRY_S = 0.1
 BATCH = "batch/"
 """How the name of whoever sends in batches begins: its calls outlive the job, and are asked for by the next one."""
-MAX_RECENT = 100_000
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_MAX_RECENT = 100_000
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass
 class Entry:
     """Where a call stands."""
 
-    state: State = "new"
+    state: _State = "new"
     by: str = ""
     lease: str = ""
     """The attempt that was sent last."""
@@ -70,7 +70,7 @@ class Sent:
 
 
 @dataclass(frozen=True)
-class Standing:
+class LedgerState:
     """What a limiter that starts anew takes over."""
 
     spent: float
@@ -94,7 +94,7 @@ class LedgerFile:
     """What the last attempts cost, by lease."""
     batches: dict[str, str] = field(default_factory=dict)
     """Ids of batches at the endpoint, by who sent them."""
-    recent: deque[Sent] = field(default_factory=lambda: deque(maxlen=MAX_RECENT))
+    recent: deque[Sent] = field(default_factory=lambda: deque(maxlen=_MAX_RECENT))
     """The last attempts, in the order in which they were sent."""
     end: int = 0
     """How many bytes of whole lines there are."""
@@ -103,7 +103,7 @@ class LedgerFile:
         """Open, lock, cut a line that was not finished, and read the others. Raises ConfigError, DataError."""
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            check_ordinary(self.path)
+            _check_ordinary(self.path)
             self.file = self.path.open("a+b", buffering=0)
         try:
             self._lock()
@@ -160,7 +160,7 @@ class LedgerFile:
     def finish(self, row: Mapping[str, Any]) -> None:
         """Note a call's end, once: state "done" (with reply, verdict, dollars, usage) or "failed" (with reason)."""
         entry = self.entries.get(row["key"])
-        if entry is None or entry.state not in FINAL:
+        if entry is None or entry.state not in _FINAL:
             self._write(dict(row))
 
     def abandon(self, by: str, reason: str) -> dict[str, float]:
@@ -190,12 +190,12 @@ class LedgerFile:
                 found.setdefault(entry.by, []).append(key)
         return found
 
-    def adopt(self, epoch: str, window_s: float) -> Standing:
+    def adopt(self, epoch: str, window_s: float) -> LedgerState:
         """Take orders from a limiter that starts anew, and from no other."""
         self._write({"state": "limiter", "epoch": epoch})
         since = time.time() - window_s
         open_leases = {entry.lease: entry.dollars for entry in self.entries.values() if entry.state == "sent"}
-        return Standing(
+        return LedgerState(
             self.account.spent,
             [sent for sent in self.recent if sent.time >= since],
             [sent for sent in self.recent if sent.lease in open_leases],
@@ -217,7 +217,7 @@ class LedgerFile:
                         f"another review is writing {self.path}: wait for it (it then costs nothing again), or choose "
                         "another --output or --ledger"
                     ) from error
-                time.sleep(LOCK_RETRY_S)
+                time.sleep(_LOCK_RETRY_S)
             else:
                 return
 
@@ -228,7 +228,7 @@ class LedgerFile:
                 if not line.endswith(b"\n"):
                     break
                 self.end += len(line)
-                row = parse_line(line, self.path)
+                row = _parse_line(line, self.path)
                 session = row["session"] if row["state"] == "session" else session
                 self._apply(row)
         with writing(self.path):
@@ -272,7 +272,7 @@ class LedgerFile:
         if state == "claimed":
             entry.by, entry.state = row["by"], "claimed" if row["by"] else "new"
             return
-        add_to_account(self.account, row)
+        _add_to_account(self.account, row)
         if state == "sent":
             entry.state, entry.lease, entry.dollars = "sent", row["lease"], row["dollars"]
             self.recent.append(Sent(row["lease"], row["judge"], row["time"], row["tokens"], row["dollars"]))
@@ -280,16 +280,16 @@ class LedgerFile:
         entry.state = "claimed" if state == "returned" else state
         if "lease" in row:
             self.costs[row["lease"]] = row.get("dollars", 0.0)
-            if len(self.costs) > MAX_RECENT:
+            if len(self.costs) > _MAX_RECENT:
                 del self.costs[next(iter(self.costs))]
 
 
-def add_to_account(account: Account, row: Mapping[str, Any]) -> None:
+def _add_to_account(account: Account, row: Mapping[str, Any]) -> None:
     """Count a line in."""
     if row["state"] == "sent":
         account.sent += 1
     name = row.get("outcome") if row["state"] == "returned" else row["state"]
-    if name not in COUNTED:
+    if name not in _COUNTED:
         return
     setattr(account, name, getattr(account, name) + 1)
     account.spent += row.get("dollars", 0.0)
@@ -302,34 +302,34 @@ def add_to_account(account: Account, row: Mapping[str, Any]) -> None:
 def read_account(path: Path) -> Account:
     """Return the sums over a ledger's lines. Raises DataError."""
     account = Account()
-    for row in read_rows(path):
-        add_to_account(account, row)
+    for row in read_ledger_rows(path):
+        _add_to_account(account, row)
     return account
 
 
 def read_final_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Go through the done and failed lines of a ledger that may be in use. Raises DataError."""
-    for row in read_rows(path):
-        if row["state"] in FINAL:
+    for row in read_ledger_rows(path):
+        if row["state"] in _FINAL:
             yield row
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+def read_ledger_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Go through a ledger's whole lines; none where there is no file. Raises ConfigError, DataError."""
-    check_ordinary(path)
+    _check_ordinary(path)
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), path.open("rb") as file:
         for line in file:
             if line.endswith(b"\n"):
-                yield parse_line(line, path)
+                yield _parse_line(line, path)
 
 
-def check_ordinary(path: Path) -> None:
+def _check_ordinary(path: Path) -> None:
     """Raise ConfigError for a folder or a device in a ledger's place."""
     if path.exists() and not path.is_file():
         raise ConfigError(f"{path} is no ordinary file, and no ledger can be kept in it: choose another --ledger")
 
 
-def parse_line(line: bytes, path: Path) -> dict[str, Any]:
+def _parse_line(line: bytes, path: Path) -> dict[str, Any]:
     """Return a line's row. Raises DataError."""
     try:
         row = json.loads(line)
@@ -349,7 +349,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         told = error.strerror or str(error)
-        remedy = "make room there" if error.errno in NO_ROOM else "see to it"
+        remedy = "make room there" if error.errno in _NO_ROOM else "see to it"
         raise ConfigError(
             f"cannot write {path}: {told}; {remedy}, or choose another --output, and the same command goes on"
         ) from error

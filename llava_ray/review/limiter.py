@@ -18,17 +18,17 @@ import ray
 from ray.actor import ActorHandle
 
 from llava_ray.config.review import LimitsConfig
-from llava_ray.review.actors import say
+from llava_ray.review.actors import call_async
 from llava_ray.review.headers import Reported
-from llava_ray.review.rates import FIRST_CONCURRENCY, Gate, Purse
+from llava_ray.review.rates import FIRST_CONCURRENCY, Budget, RateLimit
 
-LONGEST_WAIT_S = 1.0
-MIN_SYSTEMATIC = 3
-Mood = Literal["fine", "throttled", "trouble", "unused", "halt"]
+_LONGEST_WAIT_S = 1.0
+_MIN_SYSTEMATIC = 3
+Mood = Literal["fine", "throttled", "trouble", "unused", "stop"]
 
 
 @dataclass(frozen=True)
-class Wish:
+class LeaseRequest:
     """A request that wants to go: an estimate of its tokens, and the most it can cost."""
 
     lease: str
@@ -43,14 +43,14 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Granted:
+class LeaseGranted:
     """It may go, by order of this limiter."""
 
     epoch: str
 
 
 @dataclass(frozen=True)
-class Refused:
+class LeaseRefused:
     """It may not go: "broke" (it does not fit into the budget), "too large" (for the rate), "halted" (none may)."""
 
     why: Literal["broke", "too large", "halted"]
@@ -90,8 +90,8 @@ class Limiter:
         self.ledger = ledger
         self.clock = clock
         self.epoch = uuid.uuid4().hex[:12]
-        self.gates: dict[str, Gate] = {}
-        self.purse = Purse(cap)
+        self.gates: dict[str, RateLimit] = {}
+        self.purse = Budget(cap)
         self.turns: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.changed = asyncio.Event()
         self.opening = asyncio.Lock()
@@ -101,16 +101,16 @@ class Limiter:
         self.answered: set[str] = set()
         self.systematic: Counter[str] = Counter()
 
-    async def acquire(self, judge: str, wishes: Sequence[Wish]) -> list[Granted | Refused]:
+    async def acquire(self, judge: str, wishes: Sequence[LeaseRequest]) -> list[LeaseGranted | LeaseRefused]:
         """Answer as many wishes as can be answered now, at least the first; in the order in which callers came."""
         await self._open()
         async with self.turns[judge]:
-            answers: list[Granted | Refused] = []
+            answers: list[LeaseGranted | LeaseRefused] = []
             for wish in wishes:
                 while (answer := self._answer(judge, wish)) is None:
                     if answers:
                         return answers
-                    await self._wait(self.gate(judge).delay(wish.tokens, self.clock()))
+                    await self._wait(self.rate_limit(judge).delay(wish.tokens, self.clock()))
                 answers.append(answer)
             return answers
 
@@ -119,7 +119,7 @@ class Limiter:
         await self._open()
         now = self.clock()
         for one in settlements:
-            gate = self.gate(one.judge)
+            gate = self.rate_limit(one.judge)
             self.purse.settle(one.lease, one.dollars)
             gate.settle(one.lease, one.tokens, now - one.age_s, unused=one.mood == "unused")
             gate.observe(one.reported, now)
@@ -130,12 +130,12 @@ class Limiter:
                 gate.throttle(one.reported.retry_after_s, now)
             elif one.mood == "trouble":
                 gate.trouble()
-            elif one.mood == "halt":
+            elif one.mood == "stop":
                 self.halted = self.halted or one.reason
         self._change()
         return [None] * len(settlements)
 
-    async def forget(self, owner: str, lost: Mapping[str, float]) -> None:
+    async def release_owner(self, owner: str, lost: Mapping[str, float]) -> None:
         """End all leases of a reviewer that is gone: ``lost`` says what they cost, the others were never sent."""
         await self._open()
         self.gone.add(owner)  # what it asked for before it died is still in the queue
@@ -147,12 +147,12 @@ class Limiter:
             self.purse.settle(lease, lost.get(lease, 0.0))
         self._change()
 
-    async def halt(self, reason: str) -> None:
+    async def stop(self, reason: str) -> None:
         """Let nothing go any more."""
         self.halted = self.halted or reason
         self._change()
 
-    async def look(self) -> dict[str, float | str]:
+    async def status(self) -> dict[str, float | str]:
         """Return what is spent and leased, and why nothing goes, if nothing goes."""
         await self._open()
         return {"spent": self.purse.spent, "leased": self.purse.leased, "halted": self.halted}
@@ -162,42 +162,42 @@ class Limiter:
         await self._open()
         return len(self.purse.leases)
 
-    def gate(self, judge: str) -> Gate:
+    def rate_limit(self, judge: str) -> RateLimit:
         """Return a judge's gate."""
         if judge not in self.gates:
-            self.gates[judge] = Gate(self.limits, self.clock())
+            self.gates[judge] = RateLimit(self.limits, self.clock())
         return self.gates[judge]
 
     def _note_systematic(self, one: Settlement) -> None:
         """Stop where a judge has met the calls that go at first with nothing but such faults."""
         if one.systematic:
             self.systematic[one.judge] += 1
-            enough = max(MIN_SYSTEMATIC, min(FIRST_CONCURRENCY, self.limits.max_concurrency))
+            enough = max(_MIN_SYSTEMATIC, min(FIRST_CONCURRENCY, self.limits.max_concurrency))
             if one.judge not in self.answered and self.systematic[one.judge] >= enough:
                 self.halted = self.halted or one.reason
         elif one.mood == "fine":
             self.answered.add(one.judge)
 
-    def _answer(self, judge: str, wish: Wish) -> Granted | Refused | None:
+    def _answer(self, judge: str, wish: LeaseRequest) -> LeaseGranted | LeaseRefused | None:
         if self.halted or wish.owner in self.gone:
-            return Refused("halted", self.halted or "its reviewer is gone")
-        gate, now = self.gate(judge), self.clock()
+            return LeaseRefused("halted", self.halted or "its reviewer is gone")
+        gate, now = self.rate_limit(judge), self.clock()
         self._expire(now)
         if reason := gate.refusal(wish.tokens):
-            return Refused("too large", reason)
+            return LeaseRefused("too large", reason)
         if not self.purse.can_ever_afford(wish.dollars):
-            return Refused("broke", f"it can cost ${wish.dollars:.4f}, and ${self.purse.spent:.4f} are spent")
+            return LeaseRefused("broke", f"it can cost ${wish.dollars:.4f}, and ${self.purse.spent:.4f} are spent")
         if not self.purse.affords(wish.dollars) or gate.delay(wish.tokens, now) > 0:
             return None
         if gate.flights and self.systematic[judge] and judge not in self.answered:
             return None  # what the others bring will tell whether any can succeed
         gate.grant(wish.lease, wish.tokens, now)
         self.purse.lease(wish.lease, wish.dollars)
-        return Granted(self.epoch)
+        return LeaseGranted(self.epoch)
 
     async def _wait(self, delay: float) -> None:
         # With a delay of 0 it is money that is missing: another call has to come back.
-        seconds = min(delay, LONGEST_WAIT_S) if delay > 0 else LONGEST_WAIT_S
+        seconds = min(delay, _LONGEST_WAIT_S) if delay > 0 else _LONGEST_WAIT_S
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.changed.wait(), seconds)
 
@@ -221,14 +221,14 @@ class Limiter:
         async with self.opening:
             if self.open or self.ledger is None:
                 return
-            standing = await say(self.ledger, "adopt", self.epoch, self.limits.window_s + self.limits.arrival_s)
+            standing = await call_async(self.ledger, "adopt", self.epoch, self.limits.window_s + self.limits.arrival_s)
             now, wall = self.clock(), time.time()
             under_way = {sent.lease for sent in standing.under_way}
             self.purse.spent = standing.spent
             for sent in standing.under_way:
                 self.purse.lease(sent.lease, sent.dollars)
             for sent in {one.lease: one for one in [*standing.recent, *standing.under_way]}.values():
-                self.gate(sent.judge).restore(
+                self.rate_limit(sent.judge).restore(
                     sent.lease, sent.tokens, max(0.0, wall - sent.time), now, returned=sent.lease not in under_way
                 )
             self.open = True

@@ -11,16 +11,16 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
 from llava_ray.config.review import BudgetConfig, LimitsConfig
-from llava_ray.review.actors import heard, tell
+from llava_ray.review.actors import call_sync, heard
 from llava_ray.review.calls import CallPlan
 from llava_ray.review.limiter import start_limiter
 from llava_ray.review.reviewer import Summary, start_reviewer
 
-BATCHES_AHEAD = 3  # of a reviewer, so that a slow call in one does not keep it idle
-MAX_BATCH = 32
-MAX_DEATHS_WITHOUT_WORK = 5
-LOOK_EVERY_S = 1.0
-LEASE_MARGIN_S = 60.0  # beyond a request's timeout: what ledger and limiter may take to hear of it
+_BATCHES_AHEAD = 3  # of a reviewer, so that a slow call in one does not keep it idle
+_MAX_BATCH = 32
+_MAX_DEATHS_WITHOUT_WORK = 5
+_LOOK_EVERY_S = 1.0
+_LEASE_MARGIN_S = 60.0  # beyond a request's timeout: what ledger and limiter may take to hear of it
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Pool:
         """Start the limiter; reviewers are started when there is work."""
         self.plan, self.limits, self.ledger = plan, limits, ledger
         longest = max(judge.config.timeout_s for judge in plan.judges.values())
-        self.limiter = start_limiter(limits, budget.dollars, longest + LEASE_MARGIN_S, ledger)
+        self.limiter = start_limiter(limits, budget.dollars, longest + _LEASE_MARGIN_S, ledger)
         self.reviewers: dict[str, ActorHandle] = {}
         self.batches: dict[ray.ObjectRef, Batch] = {}
         self.again: list[int] = []
@@ -86,17 +86,17 @@ class Pool:
 
         Raises RayActorError if reviewers die as soon as they start, or limiter or ledger do not come back.
         """
-        size = max(1, min(MAX_BATCH, self.limits.max_concurrency // (num_reviewers * (BATCHES_AHEAD - 1))))
+        size = max(1, min(_MAX_BATCH, self.limits.max_concurrency // (num_reviewers * (_BATCHES_AHEAD - 1))))
         fresh = iter(indices)
         for _ in range(min(num_reviewers, -(-len(indices) // size))):
             self._start()
         looked, num_idle = time.monotonic(), 0
         while self._feed(fresh, size, progress):
-            ready, _ = ray.wait(list(self.batches), num_returns=1, timeout=LOOK_EVERY_S)
+            ready, _ = ray.wait(list(self.batches), num_returns=1, timeout=_LOOK_EVERY_S)
             for ref in ready:
                 self._collect(ref, progress)
             self._stop_if_hopeless(progress)
-            if time.monotonic() - looked > LOOK_EVERY_S:
+            if time.monotonic() - looked > _LOOK_EVERY_S:
                 looked = time.monotonic()
                 self._look(progress)
                 yield progress
@@ -120,9 +120,9 @@ class Pool:
     def _feed(self, fresh: Iterator[int], size: int, progress: Progress) -> bool:
         """Give every reviewer as many batches as it should have; return whether any has one."""
         held = Counter(batch.reviewer for batch in self.batches.values())
-        for _ in range(0 if progress.stopped else BATCHES_AHEAD):
+        for _ in range(0 if progress.stopped else _BATCHES_AHEAD):
             for name, reviewer in self.reviewers.items():
-                if held[name] < BATCHES_AHEAD and (indices := self._next(fresh, size)):
+                if held[name] < _BATCHES_AHEAD and (indices := self._next(fresh, size)):
                     calls = [self.plan[index].loaded() for index in indices]
                     held[name] += 1
                     keys = [call.key for call in calls]
@@ -160,10 +160,10 @@ class Pool:
         ray.kill(self.reviewers.pop(batch.reviewer))  # it may only have lost the ledger or the limiter
         progress.num_deaths += 1
         self.deaths_without_work += 1
-        uncertain = tell(self.ledger, "abandon", batch.reviewer, "its reviewer died")
-        tell(self.limiter, "forget", batch.reviewer, uncertain)
+        uncertain = call_sync(self.ledger, "abandon", batch.reviewer, "its reviewer died")
+        call_sync(self.limiter, "release_owner", batch.reviewer, uncertain)
         for one in lost:
-            states = tell(self.ledger, "states", one.keys)
+            states = call_sync(self.ledger, "states", one.keys)
             for index, state in zip(one.indices, states, strict=True):
                 if state == "done":
                     progress.done += 1
@@ -171,7 +171,7 @@ class Pool:
                     progress.failed += 1
                 else:
                     self.again.append(index)
-        if self.deaths_without_work >= MAX_DEATHS_WITHOUT_WORK:
+        if self.deaths_without_work >= _MAX_DEATHS_WITHOUT_WORK:
             raise error
         self._start()
 
@@ -182,8 +182,10 @@ class Pool:
 
     def _look(self, progress: Progress) -> None:
         if progress.stopped:
-            tell(self.limiter, "halt", progress.stopped)  # each time: one that was killed and came back does not know
-        seen = tell(self.limiter, "look")
+            call_sync(
+                self.limiter, "stop", progress.stopped
+            )  # each time: one that was killed and came back does not know
+        seen = call_sync(self.limiter, "status")
         progress.spent, progress.leased = seen["spent"], seen["leased"]
         progress.stopped = progress.stopped or seen["halted"]
-        progress.under_way = tell(self.limiter, "under_way") if progress.stopped else 0
+        progress.under_way = call_sync(self.limiter, "under_way") if progress.stopped else 0

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from llava_ray.config.review import JudgeConfig
 
 AS_OF = "2025-04-14"
-BATCH_SHARE = 0.5  # of the price, over OpenAI's Batch API
-MILLION = 1_000_000
+_BATCH_SHARE = 0.5  # of the price, over OpenAI's Batch API
+_MILLION = 1_000_000
 
 # Dollars a million tokens: prompt, cached prompt, output.
 PRICES = {
@@ -38,7 +38,7 @@ class Price:
     def cost(self, prompt_tokens: int, output_tokens: int, cached_tokens: int = 0) -> float:
         """Return the dollars that a call takes; ``cached_tokens`` are among the prompt's."""
         fresh = prompt_tokens - cached_tokens
-        return (fresh * self.prompt + cached_tokens * self.cached + output_tokens * self.output) / MILLION
+        return (fresh * self.prompt + cached_tokens * self.cached + output_tokens * self.output) / _MILLION
 
 
 def find_price(config: JudgeConfig, model: str) -> Price | None:
@@ -50,5 +50,5 @@ def find_price(config: JudgeConfig, model: str) -> Price | None:
         listed = PRICES.get(ALIASES.get(model, model))
     if listed is None:
         return None
-    share = BATCH_SHARE if config.delivery == "batch" and config.input_dollars is None else 1.0
+    share = _BATCH_SHARE if config.delivery == "batch" and config.input_dollars is None else 1.0
     return Price(*(dollars * share for dollars in listed))

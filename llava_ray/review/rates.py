@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from llava_ray.config.review import LimitsConfig
 from llava_ray.review.headers import Quota, Reported
 
-PACE = 1.25
+_PACE = 1.25
 """How much faster than the limit requests may go, to make up for time in which nobody asked; the windows still hold."""
 FIRST_CONCURRENCY = 8.0
-CUT, CUT_COOLDOWN_S = 0.7, 2.0
-SATURATED = 0.8
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 60.0
-LONGEST_RESET_S = 60.0
+_CUT, _CUT_COOLDOWN_S = 0.7, 2.0
+_SATURATED = 0.8
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 60.0
+_LONGEST_RESET_S = 60.0
 
 
 class Window:
@@ -44,7 +44,7 @@ class Window:
     @property
     def rate(self) -> float:
         """What may go in a second."""
-        return PACE * self.limit / self.length
+        return _PACE * self.limit / self.length
 
     @property
     def capacity(self) -> float:
@@ -126,7 +126,7 @@ class Flight:
 
 
 @dataclass
-class Gate:
+class RateLimit:
     """The rate of one judge: both windows, the concurrency, and pauses that the endpoint asked for."""
 
     limits: LimitsConfig
@@ -182,17 +182,17 @@ class Gate:
     def succeed(self) -> None:
         """Let more in flight where the limit is made use of: doubling until the first refusal, then one by one."""
         self.num_refused_in_row = 0
-        if len(self.flights) + 1 >= SATURATED * self.concurrency:
+        if len(self.flights) + 1 >= _SATURATED * self.concurrency:
             step = 1.0 if self.growing_fast else 1.0 / self.concurrency
             self.concurrency = min(float(self.limits.max_concurrency), self.concurrency + step)
 
     def throttle(self, retry_after: float | None, now: float) -> None:
         """Take a 429: fewer in flight, and nothing goes for as long as was asked, or ever longer."""
-        if now - self.last_cut > CUT_COOLDOWN_S:
+        if now - self.last_cut > _CUT_COOLDOWN_S:
             self.last_cut, self.growing_fast = now, False
-            self.concurrency = max(1.0, self.concurrency * CUT)
+            self.concurrency = max(1.0, self.concurrency * _CUT)
             self.num_refused_in_row += 1
-        backoff = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(self.num_refused_in_row - 1, 10))
+        backoff = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(self.num_refused_in_row - 1, 10))
         self.close(now + (backoff if retry_after is None else retry_after))
 
     def trouble(self) -> None:
@@ -204,7 +204,7 @@ class Gate:
         for window, quota in ((self.requests, reported.requests), (self.tokens, reported.tokens)):
             window.observe(quota, now)
             if quota.remaining == 0 and quota.reset_s:
-                self.close(now + min(quota.reset_s, LONGEST_RESET_S))
+                self.close(now + min(quota.reset_s, _LONGEST_RESET_S))
 
     def close(self, until: float) -> None:
         """Let nothing go before a moment."""
@@ -212,7 +212,7 @@ class Gate:
 
 
 @dataclass
-class Purse:
+class Budget:
     """What may be spent, what is spent, and what those under way can cost at most."""
 
     cap: float | None

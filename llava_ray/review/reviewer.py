@@ -18,25 +18,25 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_ran
 
 from llava_ray.config.review import LimitsConfig
 from llava_ray.replies import spoken
-from llava_ray.review.actors import say
+from llava_ray.review.actors import call_async
 from llava_ray.review.calls import Call, JudgeSpec, with_image
-from llava_ray.review.faults import Kind as FaultKind
+from llava_ray.review.faults import FaultKind as FaultKind
 from llava_ray.review.faults import RequestError
-from llava_ray.review.gathering import Gatherer
+from llava_ray.review.gathering import CallBatcher
 from llava_ray.review.headers import Reported
-from llava_ray.review.judge import Judge, OpenAIJudge, Reply, Usage
-from llava_ray.review.limiter import Granted, Mood, Refused, Settlement, Wish
-from llava_ray.review.verdict import Verdict, no_scores, read_verdict
+from llava_ray.review.judge import Judge, JudgeReply, OpenAIJudge, Usage
+from llava_ray.review.limiter import LeaseGranted, LeaseRefused, LeaseRequest, Mood, Settlement
+from llava_ray.review.verdict import ReviewVerdict, no_scores, read_verdict
 
-MOODS: dict[FaultKind, Mood] = {
+_MOODS: dict[FaultKind, Mood] = {
     "throttled": "throttled",
     "trouble": "trouble",
     "rejected": "fine",
-    "fatal": "halt",
+    "fatal": "stop",
     "unparsed": "fine",
 }
-LATE = "not sent: the ledger took too long to note it; is its disk slow? raise limits.arrival_s"
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
+_LATE = "not sent: the ledger took too long to note it; is its disk slow? raise limits.arrival_s"
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 
 
 @dataclass
@@ -87,15 +87,17 @@ class Reviewer:
         self.limiter, self.ledger = limiter, ledger
         self.judges: dict[str, Judge] = {key: OpenAIJudge.connect(spec) for key, spec in judges.items()}
         self.acquires = {key: self._acquirer(key) for key in judges}
-        self.sends: Gatherer[dict[str, Any], str] = Gatherer(lambda rows: say(ledger, "send", rows))
-        self.returns: Gatherer[dict[str, Any], None] = Gatherer(lambda rows: say(ledger, "give_back", rows))
-        self.finishes: Gatherer[dict[str, Any], None] = Gatherer(lambda rows: say(ledger, "finish", rows))
-        self.settles: Gatherer[Settlement, None] = Gatherer(lambda some: say(limiter, "settle", some))
+        self.sends: CallBatcher[dict[str, Any], str] = CallBatcher(lambda rows: call_async(ledger, "send", rows))
+        self.returns: CallBatcher[dict[str, Any], None] = CallBatcher(
+            lambda rows: call_async(ledger, "give_back", rows)
+        )
+        self.finishes: CallBatcher[dict[str, Any], None] = CallBatcher(lambda rows: call_async(ledger, "finish", rows))
+        self.settles: CallBatcher[Settlement, None] = CallBatcher(lambda some: call_async(limiter, "settle", some))
         self.num_leases = 0
 
     async def review(self, calls: Sequence[Call]) -> Summary:
         """Make calls, all at once as far as the limiter lets them go; count what became of them."""
-        got = set(await say(self.ledger, "claim", [call.key for call in calls], self.name))
+        got = set(await call_async(self.ledger, "claim", [call.key for call in calls], self.name))
         summary = Summary(others=len(calls) - len(got))
         await asyncio.gather(*(self._review(call, summary) for call in calls if call.key in got))
         return summary
@@ -155,8 +157,8 @@ class Reviewer:
         while True:
             self.num_leases += 1
             lease = f"{self.name}/{self.num_leases}"
-            answer = await self.acquires[call.judge](Wish(lease, call.tokens, call.dollars))
-            if isinstance(answer, Refused):
+            answer = await self.acquires[call.judge](LeaseRequest(lease, call.tokens, call.dollars))
+            if isinstance(answer, LeaseRefused):
                 if answer.why == "too large":
                     raise RequestError("rejected", "refused", answer.reason)
                 raise NotSentError(answer.why)
@@ -166,7 +168,7 @@ class Reviewer:
             late = time.monotonic() - granted > self.limits.arrival_s / 2
             if not refusal and not late:
                 return lease
-            fault = RequestError("trouble", "refused", LATE)
+            fault = RequestError("trouble", "refused", _LATE)
             if not refusal:
                 await self.returns(returned_row(call, lease, fault, 0.0, None))
             await self._settle(call, lease, "unused", 0, 0.0, time.monotonic())
@@ -196,7 +198,7 @@ class Reviewer:
         settlement = Settlement(
             lease,
             call.judge,
-            MOODS[fault.kind],
+            _MOODS[fault.kind],
             tokens,
             cost,
             time.monotonic() - came,
@@ -207,7 +209,14 @@ class Reviewer:
         await self.settles(settlement)
 
     async def _settle(
-        self, call: Call, lease: str, mood: Mood, tokens: float, dollars: float, came: float, reply: Reply | None = None
+        self,
+        call: Call,
+        lease: str,
+        mood: Mood,
+        tokens: float,
+        dollars: float,
+        came: float,
+        reply: JudgeReply | None = None,
     ) -> None:
         age = time.monotonic() - came
         reported = reply.reported if reply else Reported()
@@ -216,8 +225,8 @@ class Reviewer:
     async def _fail(self, call: Call, reason: str) -> None:
         await self.finishes({"state": "failed", **described(call), "reason": reason})
 
-    def _acquirer(self, judge: str) -> Gatherer[Wish, Granted | Refused]:
-        return Gatherer(lambda wishes: say(self.limiter, "acquire", judge, wishes))
+    def _acquirer(self, judge: str) -> CallBatcher[LeaseRequest, LeaseGranted | LeaseRefused]:
+        return CallBatcher(lambda wishes: call_async(self.limiter, "acquire", judge, wishes))
 
 
 def _may_retry(fault: RequestError, attempts: Attempts, spec: JudgeSpec) -> bool:
@@ -240,7 +249,7 @@ def _wait(state: RetryCallState) -> float:
     if not isinstance(fault, RequestError) or fault.kind in ("throttled", "unparsed"):
         return 0.0
     asked = fault.reported.retry_after_s or 0.0
-    return max(asked, wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S)(state))
+    return max(asked, wait_random_exponential(multiplier=_FIRST_WAIT_S, max=_LONGEST_WAIT_S)(state))
 
 
 def described(call: Call) -> dict[str, Any]:
@@ -275,7 +284,7 @@ def returned_row(call: Call, lease: str, fault: RequestError, dollars: float, us
 
 
 def done_row(
-    call: Call, lease: str, reply: Reply, verdict: Verdict | None, usage: Usage, dollars: float
+    call: Call, lease: str, reply: JudgeReply, verdict: ReviewVerdict | None, usage: Usage, dollars: float
 ) -> dict[str, Any]:
     """Return the ledger's row of a call that was answered."""
     return {

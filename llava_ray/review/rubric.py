@@ -11,15 +11,15 @@ from llava_ray.config.toml_files import read_toml_file
 from llava_ray.errors import ConfigError, DataError
 from llava_ray.reading import MAX_SHOWN, in_words, read_bounded
 
-MAX_RULE_BYTES = 2**20
+_MAX_RULE_BYTES = 2**20
 
-Kind = Literal["pair", "single", "grade"]
+ReviewKind = Literal["pair", "single", "grade"]
 """Two answers with a score of 1 to 10 each; one answer with a score of 1 to 10; one with a grade of 0 to 1."""
 
-SYSTEM = (
+_SYSTEM = (
     "You are a helpful and precise assistant for checking the quality of the answer."  # LLaVA's, also of our rubric
 )
-ROLE = "Assistant"
+_ROLE = "Assistant"
 
 _PAIR = (
     "Rate how helpful, relevant, accurate and detailed each of the two answers above is, on a scale of 1 to 10, 10 "
@@ -62,7 +62,7 @@ class Rule:
     """What is asked about one category."""
 
     prompt: str
-    role: str = ROLE
+    role: str = _ROLE
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,9 @@ class Rubric:
     """Rules by category. ``literal``: LLaVA's own requests, byte by byte, also where the original slips."""
 
     name: str
-    kind: Kind
+    kind: ReviewKind
     rules: Mapping[str, Rule]
-    system: str = SYSTEM
+    system: str = _SYSTEM
     literal: bool = False
 
     @property
@@ -95,11 +95,11 @@ class Rubric:
         return found
 
 
-def our_rubric(kind: Kind) -> Rubric:
+def our_rubric(kind: ReviewKind) -> Rubric:
     """Return the rubric in our own words."""
     template = _SINGLE if kind == "single" else _PAIR
     rules = {
-        name: Rule(template.format(told=_TOLD[told], wanted=wanted, role=ROLE))
+        name: Rule(template.format(told=_TOLD[told], wanted=wanted, role=_ROLE))
         for name, (told, wanted) in _OURS.items()
     }
     return Rubric("llava_ray", kind, rules)
@@ -110,14 +110,14 @@ def read_rules(path: Path) -> Rubric:
     with in_words(
         f"{path}", "Expected JSON of categories, each with a role and a prompt.", ConfigError, "is no rule file"
     ):
-        content = json.loads(read_bounded(path, MAX_RULE_BYTES, ConfigError).decode("utf-8-sig"))
+        content = json.loads(read_bounded(path, _MAX_RULE_BYTES, ConfigError).decode("utf-8-sig"))
         rules = {name: Rule(rule["prompt"], rule["role"]) for name, rule in content.items()}
         if not all(isinstance(text, str) for rule in rules.values() for text in (rule.prompt, rule.role)):
             raise TypeError("a role or prompt is no text")
     return Rubric(path.stem, "pair", rules, literal=True)
 
 
-def read_rubric(path: Path, kind: Kind) -> Rubric:
+def read_rubric(path: Path, kind: ReviewKind) -> Rubric:
     """Read a rubric of one's own. Raises ConfigError.
 
     TOML: optional ``name`` and ``system``; a table ``[prompts]`` with a text for each category or for ``default``.
@@ -130,9 +130,9 @@ def read_rubric(path: Path, kind: Kind) -> Rubric:
             f"the rubric {path} has {', '.join(unknown)[:MAX_SHOWN] or 'no usable [prompts]'}; expected name, system, "
             "role and a table [prompts] of texts by category"
         )
-    role = str(content.get("role", ROLE))
+    role = str(content.get("role", _ROLE))
     rules = {name: Rule(text, role) for name, text in prompts.items()}
-    return Rubric(str(content.get("name", path.stem)), kind, rules, str(content.get("system", SYSTEM)))
+    return Rubric(str(content.get("name", path.stem)), kind, rules, str(content.get("system", _SYSTEM)))
 
 
 def compose(
@@ -140,7 +140,7 @@ def compose(
 ) -> str:
     """Return the text of a request in LLaVA's form; ``context`` is a row of a context file, or None."""
     rule = rubric.rule(category)
-    told = _tell_literally(context) if rubric.literal else tell(context)
+    told = _tell_literally(context) if rubric.literal else _describe_context(context)
     blocks = [f"[Context]\n{told}"] if told or rubric.literal else []
     blocks.append(f"[Question]\n{question}")
     for number, answer in enumerate(answers, start=1):
@@ -150,14 +150,14 @@ def compose(
     return "".join(f"{block}\n\n" for block in blocks)
 
 
-def tell(context: Any) -> str:
+def _describe_context(context: Any) -> str:
     """Return what a context row says of an image: its captions, then its boxes."""
     if context is None:
         return ""
-    return "\n\n".join(part for part in (_lines(_captions(context)), boxes(context)) if part)
+    return "\n\n".join(part for part in (_lines(_captions(context)), _boxes(context)) if part)
 
 
-def boxes(context: Mapping[str, Any]) -> str:
+def _boxes(context: Mapping[str, Any]) -> str:
     """Return a context's boxes, a line each."""
     return "\n".join(f"{box['category']}: {box['bbox']}" for box in context.get("instances", ()))
 
@@ -177,4 +177,4 @@ def _tell_literally(context: Any) -> str:
     if context is None:
         return ""
     told = "\n".join(_captions(context))
-    return f"{told}\n\n{boxes(context)}" if "instances" in context else told
+    return f"{told}\n\n{_boxes(context)}" if "instances" in context else told

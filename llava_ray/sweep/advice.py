@@ -4,17 +4,17 @@ import math
 from collections.abc import Mapping, Sequence
 
 from llava_ray.config.space import SearchConfig, Space
-from llava_ray.sweep.judgement import Standing
+from llava_ray.sweep.judgement import TrialStatus
 from llava_ray.sweep.trials import ACCURACY, Trial
 
-UNIMPORTANT = 0.05
-ENOUGH_TRIALS = 12
-STANDARD_ERRORS = 2.0
+_UNIMPORTANT = 0.05
+_ENOUGH_TRIALS = 12
+_STANDARD_ERRORS = 2.0
 
 
 def advise(
     trials: Sequence[Trial],
-    standings: Sequence[Standing],
+    standings: Sequence[TrialStatus],
     space: Space,
     search: SearchConfig,
     shares: Mapping[str, float],
@@ -23,8 +23,8 @@ def advise(
     """Return sentences, the most useful first."""
     advice = []
     if standings:
-        advice += look_further(standings[0], space)
-        advice += tell_apart(standings, search, num_answers)
+        advice += _look_further(standings[0], space)
+        advice += _tell_apart(standings, search, num_answers)
     diverged = [trial for trial in trials if trial.state == "diverged"]
     if diverged:
         numbers = ", ".join(str(trial.number) for trial in diverged)
@@ -34,17 +34,17 @@ def advise(
         advice.append(f"{len(failed)} trials failed: read their reasons in the table before trusting the rest.")
     seen = sum(bool(trial.curve) for trial in trials)
     # Few trials do not show that a setting does nothing: its best value may differ with another setting.
-    idle = [key for key, share in shares.items() if share < UNIMPORTANT and seen >= ENOUGH_TRIALS]
+    idle = [key for key, share in shares.items() if share < _UNIMPORTANT and seen >= _ENOUGH_TRIALS]
     if idle and len(idle) < len(shares):
         advice.append(f"{', '.join(idle)} made hardly any difference: leave it at the recipe's own, and save trials.")
     return advice or ["Nothing stands out: the best lies inside the space, and its lead is larger than chance."]
 
 
-def look_further(best: Standing, space: Space) -> list[str]:
+def _look_further(best: TrialStatus, space: Space) -> list[str]:
     """Say where the best lies at an end of what was tried."""
     sentences = []
     for key, dimension in space.dimensions.items():
-        value, ends = best.settings.get(key), number_ends(dimension.corners)
+        value, ends = best.settings.get(key), _number_ends(dimension.corners)
         if ends is None or value is None or ends[0] == ends[1]:
             continue
         # A tenth of the range, on the scale on which it is drawn, is still the end.
@@ -57,23 +57,25 @@ def look_further(best: Standing, space: Space) -> list[str]:
     return sentences
 
 
-def number_ends(corners: Sequence[object]) -> tuple[float, float] | None:
+def _number_ends(corners: Sequence[object]) -> tuple[float, float] | None:
     """Return the least and the greatest of numbers, None if they are none."""
     numbers = [float(value) for value in corners if isinstance(value, int | float) and not isinstance(value, bool)]
     return (min(numbers), max(numbers)) if numbers and len(numbers) == len(corners) else None
 
 
-def tell_apart(standings: Sequence[Standing], search: SearchConfig, num_answers: int) -> list[str]:
+def _tell_apart(standings: Sequence[TrialStatus], search: SearchConfig, num_answers: int) -> list[str]:
     """Say whether the lead of the best may be chance."""
     first = standings[0].accuracy
     if len(standings) < 2 or search.metric != ACCURACY or first is None or not num_answers:
         return []
     asked = num_answers * len(standings[0].trials)
     error = math.sqrt(max(first * (1 - first), 1 / asked) / asked) * math.sqrt(2)
-    near = [one for one in standings[1:] if one.accuracy is not None and first - one.accuracy < STANDARD_ERRORS * error]
+    near = [
+        one for one in standings[1:] if one.accuracy is not None and first - one.accuracy < _STANDARD_ERRORS * error
+    ]
     if not near:
         return []
     return [
-        f"{len(near)} other setting(s) are within chance of the best ({STANDARD_ERRORS * error:.1%} for {asked} "
+        f"{len(near)} other setting(s) are within chance of the best ({_STANDARD_ERRORS * error:.1%} for {asked} "
         "answers): raise held_out.num_answers or sweep.num_seeds to tell them apart, or take the cheapest."
     ]

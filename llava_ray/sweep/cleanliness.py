@@ -14,14 +14,14 @@ from ray.util.state.exception import RayStateApiException
 
 from llava_ray.errors import ConfigError
 
-PATIENCE_S = 60.0
-SECONDS_BETWEEN_ROUNDS = 5.0
-ORPHANED_ROUNDS = 3  # seen without anybody in it so many times: the start of a run's workers is quicker
-MOST_ACTORS = 10_000  # that Ray lists
+_PATIENCE_S = 60.0
+_SECONDS_BETWEEN_ROUNDS = 5.0
+_ORPHANED_ROUNDS = 3  # seen without anybody in it so many times: the start of a run's workers is quicker
+_MOST_ACTORS = 10_000  # that Ray lists
 
 
 @dataclass(frozen=True)
-class Belongings:
+class ClusterUsage:
     """What a cluster has free, and which groups of resources are reserved."""
 
     cpus: float
@@ -73,13 +73,13 @@ def clearing(bundle: Mapping[str, float]) -> Iterator[None]:
 
     def clear() -> None:
         seen: dict[str, int] = {}
-        while not over.wait(SECONDS_BETWEEN_ROUNDS):
+        while not over.wait(_SECONDS_BETWEEN_ROUNDS):
             try:
-                orphans = find_orphans(*list_reserved(), job, bundle)
+                orphans = find_orphans(*_list_reserved(), job, bundle)
             except (RayStateApiException, OSError):  # a busy dashboard; the next round asks again
                 continue
             seen = {name: seen.get(name, 0) + 1 for name in orphans}
-            for name in [name for name, rounds in seen.items() if rounds >= ORPHANED_ROUNDS]:
+            for name in [name for name, rounds in seen.items() if rounds >= _ORPHANED_ROUNDS]:
                 remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
 
     thread = threading.Thread(target=clear, daemon=True)
@@ -91,14 +91,14 @@ def clearing(bundle: Mapping[str, float]) -> Iterator[None]:
         thread.join()
 
 
-def list_reserved() -> tuple[list[Group], set[str]]:
+def _list_reserved() -> tuple[list[Group], set[str]]:
     """Return the groups that hold resources, and the ids of those that an actor lives in or is about to."""
     where = dashboard_address()
     groups = [
         Group(row.placement_group_id, row.creator_job_id, [bundle["unit_resources"] for bundle in row.bundles])
         for row in list_placement_groups(address=where, filters=[("state", "=", "CREATED")], detail=True)
     ]
-    actors = list_actors(address=where, filters=[("state", "!=", "DEAD")], detail=True, limit=MOST_ACTORS)
+    actors = list_actors(address=where, filters=[("state", "!=", "DEAD")], detail=True, limit=_MOST_ACTORS)
     return groups, {actor.placement_group_id for actor in actors if actor.placement_group_id}
 
 
@@ -115,18 +115,18 @@ def find_orphans(
     ]
 
 
-def take_stock() -> Belongings:
+def snapshot_usage() -> ClusterUsage:
     """Return what is free and reserved now."""
     free = ray.available_resources()
     groups = frozenset(name for name, row in placement_group_table().items() if row["state"] != "REMOVED")
-    return Belongings(free.get("CPU", 0.0), free.get("GPU", 0.0), groups)
+    return ClusterUsage(free.get("CPU", 0.0), free.get("GPU", 0.0), groups)
 
 
-def wait_until_clean(before: Belongings, seconds: float = PATIENCE_S) -> list[str]:
+def wait_until_released(before: ClusterUsage, seconds: float = _PATIENCE_S) -> list[str]:
     """Wait until all that was free before a sweep is free again; return what still is not, in words."""
     end = time.monotonic() + seconds
     while True:
-        now = take_stock()
+        now = snapshot_usage()
         left = [f"{len(now.groups - before.groups)} placement groups"] if now.groups - before.groups else []
         left += [f"{before.cpus - now.cpus:g} CPUs"] if now.cpus < before.cpus - 1e-3 else []
         left += [f"{before.gpus - now.gpus:g} GPUs"] if now.gpus < before.gpus - 1e-3 else []

@@ -11,8 +11,8 @@ from llava_ray.config.space import Dimension, Space
 from llava_ray.sweep.judgement import common_step
 from llava_ray.sweep.trials import LOSS, Trial
 
-FEWEST_TRIALS = 4
-CURVE_DEGREE = 2  # a setting that is best in the middle explains as much as one that is best at an end
+_FEWEST_TRIALS = 4
+_CURVE_DEGREE = 2  # a setting that is best in the middle explains as much as one that is best at an end
 
 
 def importance(trials: Sequence[Trial], space: Space, metric: str = LOSS) -> dict[str, float]:
@@ -22,40 +22,40 @@ def importance(trials: Sequence[Trial], space: Space, metric: str = LOSS) -> dic
     that went astray would otherwise be all the variance. Shares need not add up to 1. Empty with too few trials.
     """
     step = common_step(trials)
-    looks = [(trial, trial.look(step)) for trial in trials if step is not None]
+    looks = [(trial, trial.evaluation_at(step)) for trial in trials if step is not None]
     values = [(trial.settings, look.value(metric)) for trial, look in looks if look]
     known = [(settings, value) for settings, value in values if value is not None and math.isfinite(value)]
-    if len(known) < FEWEST_TRIALS:
+    if len(known) < _FEWEST_TRIALS:
         return {}
-    ranks = ranked(np.asarray([value for _, value in known]))
+    ranks = _ranked(np.asarray([value for _, value in known]))
     return {
-        key: explained([settings.get(key) for settings, _ in known], dimension, ranks)
+        key: _explained([settings.get(key) for settings, _ in known], dimension, ranks)
         for key, dimension in space.dimensions.items()
     }
 
 
-def ranked(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+def _ranked(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """Return ranks from 0 on; equal values share the middle of theirs."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts) - 1
     return (last - (counts - 1) / 2)[inverse]
 
 
-def explained(values: Sequence[Any], dimension: Dimension, target: Float[np.ndarray, " n"]) -> float:
+def _explained(values: Sequence[Any], dimension: Dimension, target: Float[np.ndarray, " n"]) -> float:
     """Return the share of the target's variance that the means of groups, or a curve through numbers, explain.
 
     Adjusted for the number of groups or coefficients: with eight trials, four groups would explain 43 % of pure chance.
     """
     distinct = len({repr(value) for value in values})
-    fits = [(group_means(values, target), distinct)]
-    numbers = as_numbers(values, dimension)
-    if numbers is not None and distinct > CURVE_DEGREE + 1:
-        curve = np.polyval(np.polyfit(numbers, target, CURVE_DEGREE), numbers)
-        fits.append((curve, CURVE_DEGREE + 1))
-    return max(0.0, *(adjusted(target, fitted, count) for fitted, count in fits))
+    fits = [(_group_means(values, target), distinct)]
+    numbers = _as_numbers(values, dimension)
+    if numbers is not None and distinct > _CURVE_DEGREE + 1:
+        curve = np.polyval(np.polyfit(numbers, target, _CURVE_DEGREE), numbers)
+        fits.append((curve, _CURVE_DEGREE + 1))
+    return max(0.0, *(_adjusted(target, fitted, count) for fitted, count in fits))
 
 
-def adjusted(target: Float[np.ndarray, " n"], fitted: Float[np.ndarray, " n"], num_parameters: int) -> float:
+def _adjusted(target: Float[np.ndarray, " n"], fitted: Float[np.ndarray, " n"], num_parameters: int) -> float:
     """Return the adjusted coefficient of determination; 0 where nothing is left to estimate it from."""
     num_free = len(target) - num_parameters
     total = float(np.square(target - target.mean()).sum())
@@ -64,7 +64,7 @@ def adjusted(target: Float[np.ndarray, " n"], fitted: Float[np.ndarray, " n"], n
     return 1 - float(np.square(target - fitted).sum()) / num_free / (total / (len(target) - 1))
 
 
-def as_numbers(values: Sequence[Any], dimension: Dimension) -> Float[np.ndarray, " n"] | None:
+def _as_numbers(values: Sequence[Any], dimension: Dimension) -> Float[np.ndarray, " n"] | None:
     """Return values of a range on the scale on which it is drawn, None for a choice of anything else."""
     if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         return None
@@ -73,7 +73,7 @@ def as_numbers(values: Sequence[Any], dimension: Dimension) -> Float[np.ndarray,
     return np.log10(numbers) if dimension.log_uniform or (dimension.choice and spread_out) else numbers
 
 
-def group_means(values: Sequence[Any], target: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+def _group_means(values: Sequence[Any], target: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """Return for each trial the mean over those with the same value."""
     names = [repr(value) for value in values]
     means: Mapping[str, float] = {

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from llava_ray.sweep.sampling import Settings, identity
+from llava_ray.sweep.sampling import TrialSettings, identity
 from llava_ray.sweep.trials import ACCURACY, LOSS, LOWER_IS_BETTER, Trial
 
 
 @dataclass(frozen=True)
-class Standing:
+class TrialStatus:
     """One setting with its runs that came to their end, one for each seed."""
 
-    settings: Settings
+    settings: TrialSettings
     trials: tuple[Trial, ...]
     loss: float
     accuracy: float | None
@@ -25,22 +25,22 @@ class Standing:
         return self.loss if metric == LOSS else self.accuracy
 
 
-def rank(trials: Sequence[Trial], metric: str) -> list[Standing]:
+def rank(trials: Sequence[Trial], metric: str) -> list[TrialStatus]:
     """Return the settings whose runs all came to their end, best first; the other number decides between equals."""
     groups: dict[str, list[Trial]] = {}
     for trial in trials:
         groups.setdefault(identity(trial.settings), []).append(trial)
     whole = [group for group in groups.values() if all(trial.state == "finished" for trial in group)]
-    standings = [stand(group) for group in whole if all(trial.curve for trial in group)]
+    standings = [_classify(group) for group in whole if all(trial.curve for trial in group)]
     other = ACCURACY if metric == LOSS else LOSS
-    return sorted(standings, key=lambda one: (badness(one.value(metric), metric), badness(one.value(other), other)))
+    return sorted(standings, key=lambda one: (sort_key(one.value(metric), metric), sort_key(one.value(other), other)))
 
 
-def stand(group: Sequence[Trial]) -> Standing:
+def _classify(group: Sequence[Trial]) -> TrialStatus:
     """Take the mean over a setting's runs."""
     last = [trial.curve[-1] for trial in group]
     said = [look.held_out_accuracy for look in last if look.held_out_accuracy is not None]
-    return Standing(
+    return TrialStatus(
         settings=group[0].settings,
         trials=tuple(group),
         loss=mean(look.held_out_loss for look in last),
@@ -49,20 +49,20 @@ def stand(group: Sequence[Trial]) -> Standing:
     )
 
 
-def badness(value: float | None, metric: str) -> float:
+def sort_key(value: float | None, metric: str) -> float:
     """Return a number that is lower for what is better; what is unknown or not a number comes last."""
     if value is None or math.isnan(value):
         return math.inf
     return value if LOWER_IS_BETTER[metric] else -value
 
 
-def unbeaten(standings: Sequence[Standing], metric: str) -> list[Standing]:
+def pareto_front(standings: Sequence[TrialStatus], metric: str) -> list[TrialStatus]:
     """Return those that no other beats in both quality and cost (the Pareto front), cheapest first."""
 
-    def key(one: Standing) -> tuple[float, float]:
-        return badness(one.value(metric), metric), one.seconds
+    def key(one: TrialStatus) -> tuple[float, float]:
+        return sort_key(one.value(metric), metric), one.seconds
 
-    def beaten(one: Standing) -> bool:
+    def beaten(one: TrialStatus) -> bool:
         return any(
             key(other) != key(one) and all(a <= b for a, b in zip(key(other), key(one), strict=True))
             for other in standings
@@ -79,7 +79,7 @@ class Comparison:
     text: str
 
 
-def compare_with_default(best: Standing, trials: Sequence[Trial], default: Settings, metric: str) -> Comparison:
+def compare_with_default(best: TrialStatus, trials: Sequence[Trial], default: TrialSettings, metric: str) -> Comparison:
     """Say whether the best beats the recipe's own settings."""
     own = [trial for trial in trials if identity(trial.settings) == identity(default)]
     if identity(best.settings) == identity(default):
@@ -90,11 +90,11 @@ def compare_with_default(best: Standing, trials: Sequence[Trial], default: Setti
         return Comparison(bool(own), f"The recipe's own setting {why}, so there is nothing to compare the best with.")
     trial = next((one for one in seen if one.state == "finished"), seen[0])
     step, winner = trial.steps, best.trials[0]
-    mine, theirs = winner.look(step), trial.look(step)
+    mine, theirs = winner.evaluation_at(step), trial.evaluation_at(step)
     if mine is None or theirs is None:
         return Comparison(False, f"The recipe's own setting was last seen at step {step}, where the best was not.")
     keys = (metric, LOSS if metric == ACCURACY else ACCURACY)
-    better = [badness(mine.value(key), key) for key in keys] < [badness(theirs.value(key), key) for key in keys]
+    better = [sort_key(mine.value(key), key) for key in keys] < [sort_key(theirs.value(key), key) for key in keys]
     return Comparison(
         better,
         f"The best {'beats' if better else 'does not beat'} the recipe's own settings (trial {trial.number}, "

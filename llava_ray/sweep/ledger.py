@@ -3,15 +3,15 @@
 import json
 import time
 
-from llava_ray.data.storage import read_file, write_file
+from llava_ray.data.storage import read_stored, write_stored
 from llava_ray.errors import CheckpointError
-from llava_ray.sweep.sampling import Settings
-from llava_ray.sweep.trials import ENDED, Look, State, Trial
+from llava_ray.sweep.sampling import TrialSettings
+from llava_ray.sweep.trials import ENDED, Evaluation, Trial, TrialState
 
 LEDGER = "trials.json"
 
 
-class Ledger:
+class TrialLedger:
     """All trials that were ever started, by id, in the order of their first start."""
 
     def __init__(self, folder: str) -> None:
@@ -20,7 +20,7 @@ class Ledger:
         self.trials = {trial.id: trial for trial in read_ledger(folder)}
         self._started: dict[str, float] = {}
 
-    def start(self, name: str, settings: Settings, seed: int) -> Trial:
+    def start(self, name: str, settings: TrialSettings, seed: int) -> Trial:
         """Note that a trial's processes start, for the first time or again."""
         trial = self.trials.setdefault(name, Trial(name, len(self.trials) + 1, settings, seed))
         trial.state, trial.reason = "running", ""
@@ -29,15 +29,15 @@ class Ledger:
         self.write()
         return trial
 
-    def see(self, name: str, look: Look) -> Trial:
+    def add_evaluation(self, name: str, look: Evaluation) -> Trial:
         """Note what held-out samples said."""
         trial = self.trials[name]
-        trial.see(look)
+        trial.add_evaluation(look)
         self.count_time(trial)
         self.write()
         return trial
 
-    def end(self, name: str, state: State, reason: str = "") -> Trial:
+    def end(self, name: str, state: TrialState, reason: str = "") -> Trial:
         """Note how a trial ended."""
         trial = self.trials[name]
         trial.state, trial.reason = state, reason
@@ -54,13 +54,13 @@ class Ledger:
 
     def write(self) -> None:
         """Write everything."""
-        write_file(self.path, json.dumps([trial.as_dict() for trial in self.trials.values()], indent=1).encode())
+        write_stored(self.path, json.dumps([trial.as_dict() for trial in self.trials.values()], indent=1).encode())
 
 
 def read_ledger(folder: str) -> list[Trial]:
     """Return the trials that are noted in a sweep's folder. Raises CheckpointError where that cannot be read."""
     try:
-        return [Trial.read(values) for values in json.loads(read_file(f"{folder}/{LEDGER}"))]
+        return [Trial.read(values) for values in json.loads(read_stored(f"{folder}/{LEDGER}"))]
     except FileNotFoundError:
         return []
     except (ValueError, TypeError, KeyError) as error:

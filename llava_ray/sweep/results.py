@@ -7,7 +7,7 @@ from typing import Any
 from llava_ray.config.space import Space, SweepConfig
 from llava_ray.sweep.advice import advise
 from llava_ray.sweep.importance import importance
-from llava_ray.sweep.judgement import Comparison, Standing, compare_with_default, rank, share_saved, unbeaten
+from llava_ray.sweep.judgement import Comparison, TrialStatus, compare_with_default, pareto_front, rank, share_saved
 from llava_ray.sweep.sampling import default_settings
 from llava_ray.sweep.trials import Trial
 
@@ -17,14 +17,14 @@ class Results:
     """What came out."""
 
     trials: Sequence[Trial]
-    standings: Sequence[Standing]
+    standings: Sequence[TrialStatus]
     """Settings that came to their end, best first."""
     default: Comparison | None
     saved: float
     """Share of the steps of whole runs that were not taken."""
     importance: dict[str, float]
     advice: Sequence[str]
-    unbeaten: Sequence[Standing]
+    pareto_front: Sequence[TrialStatus]
     num_steps: int
 
     def as_dict(self) -> dict[str, Any]:
@@ -33,13 +33,13 @@ class Results:
         return {
             "num_trials": len(self.trials),
             "states": {state: sum(t.state == state for t in self.trials) for state in sorted(_states(self.trials))},
-            "best": None if best is None else describe_standing(best),
+            "best": None if best is None else _describe_standing(best),
             "beats_default": None if self.default is None else self.default.better,
             "default": "" if self.default is None else self.default.text,
             "num_steps": self.num_steps,
             "steps_saved": round(self.saved, 4),
             "importance": {key: round(value, 4) for key, value in self.importance.items()},
-            "unbeaten": [describe_standing(one) for one in self.unbeaten],
+            "unbeaten": [_describe_standing(one) for one in self.pareto_front],
             "next": list(self.advice),
             "trials": [trial.as_dict() for trial in self.trials],
         }
@@ -49,7 +49,7 @@ def _states(trials: Sequence[Trial]) -> set[str]:
     return {trial.state for trial in trials}
 
 
-def describe_standing(standing: Standing) -> dict[str, Any]:
+def _describe_standing(standing: TrialStatus) -> dict[str, Any]:
     """Return a setting's own line."""
     return {
         "trials": [trial.number for trial in standing.trials],
@@ -61,7 +61,7 @@ def describe_standing(standing: Standing) -> dict[str, Any]:
     }
 
 
-def summarise(config: SweepConfig, space: Space, trials: Sequence[Trial], num_steps: int) -> Results:
+def summarize_trials(config: SweepConfig, space: Space, trials: Sequence[Trial], num_steps: int) -> Results:
     """Judge the trials of a sweep."""
     standings = rank(trials, config.sweep.metric)
     own = default_settings(space, config.base)
@@ -73,6 +73,6 @@ def summarise(config: SweepConfig, space: Space, trials: Sequence[Trial], num_st
         saved=share_saved(trials, num_steps),
         importance=shares,
         advice=advise(trials, standings, space, config.sweep, shares, config.held_out.num_answers),
-        unbeaten=unbeaten(standings, config.sweep.metric),
+        pareto_front=pareto_front(standings, config.sweep.metric),
         num_steps=num_steps,
     )

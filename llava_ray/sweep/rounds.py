@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import mean
 
 from llava_ray.config.space import SearchConfig
-from llava_ray.sweep.judgement import badness
+from llava_ray.sweep.judgement import sort_key
 from llava_ray.sweep.sampling import identity
 from llava_ray.sweep.trials import ENDED, Trial
 
@@ -59,8 +59,8 @@ def losers(trials: Sequence[Trial], this: Round, metric: str) -> list[Trial]:
             groups.setdefault(identity(trial.settings), []).append(trial)
 
     def standing(group: Sequence[Trial]) -> float:
-        looks = [trial.look(this.until) for trial in group]
-        return mean(badness(look.value(metric) if look else None, metric) for look in looks)
+        looks = [trial.evaluation_at(this.until) for trial in group]
+        return mean(sort_key(look.value(metric) if look else None, metric) for look in looks)
 
     ranked = sorted(groups.values(), key=standing)
     return [trial for group in ranked[max(1, int(this.share * len(settings) + 1e-9)) :] for trial in group]

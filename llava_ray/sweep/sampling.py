@@ -13,8 +13,8 @@ from llava_ray.config.sections import FinetuneConfig
 from llava_ray.config.space import Dimension, SearchConfig, Space
 from llava_ray.errors import ConfigError
 
-Settings = dict[str, Any]
-SIGNIFICANT = 3  # digits of what is drawn from a range: a recipe with more looks more exact than a sweep is
+TrialSettings = dict[str, Any]
+_SIGNIFICANT = 3  # digits of what is drawn from a range: a recipe with more looks more exact than a sweep is
 
 
 class OptunaTrial(Protocol):
@@ -27,7 +27,7 @@ class OptunaTrial(Protocol):
         """Suggest one of several texts."""
 
 
-def list_settings(space: Space, search: SearchConfig, base: FinetuneConfig) -> list[Settings]:
+def list_settings(space: Space, search: SearchConfig, base: FinetuneConfig) -> list[TrialSettings]:
     """Return the settings of a grid or of random draws, each once; the recipe's own first where they are wanted.
 
     Raises ConfigError where random draws cannot find as many different settings as asked for.
@@ -48,13 +48,13 @@ def list_settings(space: Space, search: SearchConfig, base: FinetuneConfig) -> l
     return list(found.values())
 
 
-def default_settings(space: Space, base: FinetuneConfig) -> Settings:
+def default_settings(space: Space, base: FinetuneConfig) -> TrialSettings:
     """Return the recipe's own values along the space's dimensions."""
     own = flat_settings(base)
     return {key: own[key] for key, dimension in space.dimensions.items() if dimension.matters(own)}
 
 
-def lies_inside(space: Space, settings: Settings) -> bool:
+def lies_inside(space: Space, settings: TrialSettings) -> bool:
     """Tell whether a search of the space could come to these settings."""
     for key, value in settings.items():
         dimension = space.dimensions[key]
@@ -65,7 +65,7 @@ def lies_inside(space: Space, settings: Settings) -> bool:
     return True
 
 
-def identity(settings: Settings) -> str:
+def identity(settings: TrialSettings) -> str:
     """Return a text that is the same for equal settings: 1 and 1.0, list and tuple."""
     return repr(sorted((key, float(v) if type(v) in (int, float) else _plain(v)) for key, v in settings.items()))
 
@@ -74,12 +74,12 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def grid(space: Space) -> Iterator[Settings]:
+def grid(space: Space) -> Iterator[TrialSettings]:
     """Yield every combination; a dimension that does not matter beside the others is left out."""
     yield from _combined(list(space.dimensions.items()), {})
 
 
-def _combined(rest: Sequence[tuple[str, Dimension]], settings: Settings) -> Iterator[Settings]:
+def _combined(rest: Sequence[tuple[str, Dimension]], settings: TrialSettings) -> Iterator[TrialSettings]:
     if not rest:
         yield settings
         return
@@ -95,30 +95,30 @@ def points(dimension: Dimension) -> list[Any]:
         return list(dimension.choice)
     low, high = dimension.bounds or (0.0, 0.0)
     spaced = np.geomspace if dimension.log_uniform else np.linspace
-    return [rounded(value) for value in spaced(low, high, dimension.num_points).tolist()]
+    return [_rounded(value) for value in spaced(low, high, dimension.num_points).tolist()]
 
 
-def draws(space: Space, seed: int) -> Iterator[Settings]:
+def draws(space: Space, seed: int) -> Iterator[TrialSettings]:
     """Yield independent draws for ever; the same seed gives the same ones."""
     generator = np.random.default_rng(seed)
     while True:
-        settings: Settings = {}
+        settings: TrialSettings = {}
         for key, dimension in space.dimensions.items():
             # Drawn whether it matters or not: a condition more shifts no other dimension's draws.
-            value = drawn_value(dimension, float(generator.random()))
+            value = _drawn_value(dimension, float(generator.random()))
             if dimension.matters(settings):
                 settings[key] = value
         yield settings
 
 
-def drawn_value(dimension: Dimension, share: float) -> Any:
+def _drawn_value(dimension: Dimension, share: float) -> Any:
     """Return the value that lies at ``share`` (0 to 1) of a dimension."""
     if dimension.choice is not None:
         return dimension.choice[int(share * len(dimension.choice))]
     low, high = dimension.bounds or (0.0, 0.0)
     if dimension.log_uniform:
-        return rounded(low * (high / low) ** share)
-    return rounded(low + share * (high - low))
+        return _rounded(low * (high / low) ** share)
+    return _rounded(low + share * (high - low))
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,9 @@ class Suggest:
 
     space: Space
 
-    def __call__(self, trial: OptunaTrial) -> Settings:
+    def __call__(self, trial: OptunaTrial) -> TrialSettings:
         """Ask for each dimension that matters."""
-        settings: Settings = {}
+        settings: TrialSettings = {}
         for key, dimension in self.space.dimensions.items():
             if not dimension.matters(settings):
                 continue
@@ -140,10 +140,10 @@ class Suggest:
             else:
                 low, high = dimension.bounds or (0.0, 0.0)
                 value = trial.suggest_float(key, low, high, log=bool(dimension.log_uniform))
-                settings[key] = min(max(rounded(value), low), high)
+                settings[key] = min(max(_rounded(value), low), high)
         return settings
 
 
-def rounded(value: float) -> float:
+def _rounded(value: float) -> float:
     """Return a number with few digits."""
-    return float(f"{value:.{SIGNIFICANT}g}")
+    return float(f"{value:.{_SIGNIFICANT}g}")

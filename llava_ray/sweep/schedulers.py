@@ -19,41 +19,41 @@ from llava_ray.config.space import SearchConfig
 from llava_ray.sweep.ledger import read_ledger
 from llava_ray.sweep.trials import LOWER_IS_BETTER
 
-STEP, NUM_STEPS = "step", "num_steps"  # what schedulers count by: steps of the run, not reports
-BRACKETS = 3
+_STEP, _NUM_STEPS = "step", "num_steps"  # what schedulers count by: steps of the run, not reports
+_BRACKETS = 3
 
 
 def make_scheduler(search: SearchConfig, num_steps: int, grace_steps: int, folder: str) -> TrialScheduler:
     """Return the scheduler that a sweep asks for; ``folder`` is where its ledger lies."""
     goal = {"metric": search.stop_metric, "mode": "min" if LOWER_IS_BETTER[search.stop_metric] else "max"}
-    return Remembering(SCHEDULERS[search.scheduler](goal, search, num_steps, grace_steps), folder)
+    return ReplayingScheduler(SCHEDULERS[search.scheduler](goal, search, num_steps, grace_steps), folder)
 
 
 def asha(goal: dict[str, Any], search: SearchConfig, num_steps: int, grace_steps: int) -> TrialScheduler:
     """Return asynchronous successive halving."""
     return AsyncHyperBandScheduler(
-        STEP, **goal, max_t=num_steps, grace_period=grace_steps, reduction_factor=search.reduction_factor
+        _STEP, **goal, max_t=num_steps, grace_period=grace_steps, reduction_factor=search.reduction_factor
     )
 
 
-def hyperband(goal: dict[str, Any], search: SearchConfig, num_steps: int, grace_steps: int) -> TrialScheduler:
+def _hyperband(goal: dict[str, Any], search: SearchConfig, num_steps: int, grace_steps: int) -> TrialScheduler:
     """Return asynchronous HyperBand: some trials meet their first rung later, should they start slowly."""
     return AsyncHyperBandScheduler(
-        STEP,
+        _STEP,
         **goal,
         max_t=num_steps,
         grace_period=grace_steps,
         reduction_factor=search.reduction_factor,
-        brackets=BRACKETS,
+        brackets=_BRACKETS,
     )
 
 
-def median(goal: dict[str, Any], search: SearchConfig, num_steps: int, grace_steps: int) -> TrialScheduler:
+def _median(goal: dict[str, Any], search: SearchConfig, num_steps: int, grace_steps: int) -> TrialScheduler:
     """Return the rule that stops what is worse than the others' mean so far, at the median."""
     del search, num_steps
     # Left alone it pauses trials so that waiting ones can catch up: a run would be torn down and started again.
     return MedianStoppingRule(
-        STEP,
+        _STEP,
         **goal,
         grace_period=grace_steps,
         min_samples_required=2,
@@ -61,7 +61,7 @@ def median(goal: dict[str, Any], search: SearchConfig, num_steps: int, grace_ste
     )
 
 
-def first_come(goal: dict[str, Any], search: SearchConfig, num_steps: int, grace_steps: int) -> TrialScheduler:
+def _first_come(goal: dict[str, Any], search: SearchConfig, num_steps: int, grace_steps: int) -> TrialScheduler:
     """Return a scheduler that stops nothing."""
     del goal, search, num_steps, grace_steps
     return FIFOScheduler()
@@ -69,14 +69,14 @@ def first_come(goal: dict[str, Any], search: SearchConfig, num_steps: int, grace
 
 SCHEDULERS: dict[str, Callable[[dict[str, Any], SearchConfig, int, int], TrialScheduler]] = {
     "asha": asha,
-    "hyperband": hyperband,
-    "median": median,
-    "halving": first_come,  # within a round; see rounds.py
-    "none": first_come,
+    "hyperband": _hyperband,
+    "median": _median,
+    "halving": _first_come,  # within a round; see rounds.py
+    "none": _first_come,
 }
 
 
-class Remembering(TrialScheduler):
+class ReplayingScheduler(TrialScheduler):
     """Another scheduler that is told, of each trial Tune adds, what the ledger knows of it.
 
     Tune restores its trials after a kill, but not what the scheduler had learnt from them: without this, the first
@@ -109,8 +109,8 @@ class Remembering(TrialScheduler):
 
         A trial that is stopped at its last step could not write its model any more.
         """
-        repeated = any(report[STEP] == result.get(STEP) for report in self.remembered(trial.trial_id))
-        if repeated or result.get(STEP, 0) >= result.get(NUM_STEPS, math.inf):
+        repeated = any(report[_STEP] == result.get(_STEP) for report in self.remembered(trial.trial_id))
+        if repeated or result.get(_STEP, 0) >= result.get(_NUM_STEPS, math.inf):
             return str(TrialScheduler.CONTINUE)
         return str(self.scheduler.on_trial_result(tune_controller, trial, result))
 

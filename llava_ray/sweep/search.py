@@ -14,17 +14,23 @@ from llava_ray.config.sections import FinetuneConfig
 from llava_ray.config.space import Space, SweepConfig
 from llava_ray.data.storage import file_size
 from llava_ray.runtime import Resources, runs_at_once
-from llava_ray.sweep.cleanliness import check_state_api, clearing, dashboard_address, take_stock, wait_until_clean
-from llava_ray.sweep.ledger import Ledger, read_ledger, unfinished
+from llava_ray.sweep.cleanliness import (
+    check_state_api,
+    clearing,
+    dashboard_address,
+    snapshot_usage,
+    wait_until_released,
+)
+from llava_ray.sweep.ledger import TrialLedger, read_ledger, unfinished
 from llava_ray.sweep.rounds import is_over, losers, plan_rounds
 from llava_ray.sweep.schedulers import make_scheduler
 from llava_ray.sweep.searching import list_given, make_search, search_again
-from llava_ray.sweep.trial import Job, make_trainable
+from llava_ray.sweep.trial import TrialJob, make_trainable
 from llava_ray.sweep.trials import Trial
-from llava_ray.sweep.watching import Watcher, close_run, name_of
+from llava_ray.sweep.watching import TrialEventRecorder, close_run, name_of
 
 # Tune's own settings, which it takes from the environment only.
-TUNE_SETTINGS = {
+_TUNE_SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # three files a trial that nobody reads beside our ledger
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that diverged reports how it ended, and no number
     "TUNE_GLOBAL_CHECKPOINT_S": "1",  # a killed driver forgets at most this much
@@ -32,8 +38,8 @@ TUNE_SETTINGS = {
     "RAY_AIR_NEW_OUTPUT": "0",  # there is a table of ours
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
-OVER = (TuneTrial.TERMINATED, TuneTrial.ERROR)
-TRIAL_CPUS = 0.01  # of the process that starts a trial's run and waits; nothing at all is refused
+_OVER = (TuneTrial.TERMINATED, TuneTrial.ERROR)
+_TRIAL_CPUS = 0.01  # of the process that starts a trial's run and waits; nothing at all is refused
 
 
 @dataclass(frozen=True)
@@ -64,24 +70,24 @@ def search(
     KeyboardInterrupt when stopped by Ctrl-C: the same call goes on.
     """
     check_state_api(dashboard_address())
-    os.environ.update(TUNE_SETTINGS)
+    os.environ.update(_TUNE_SETTINGS)
     # That there are no files of the loggers that are switched off above.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     concurrent = config.sweep.max_concurrent_trials or runs_at_once(ray.cluster_resources(), resources)
-    before, left = take_stock(), list[str]()
-    num_trials = count_trials(config, space)
+    before, left = snapshot_usage(), list[str]()
+    num_trials = _count_trials(config, space)
     where = make_search(space, config.sweep, config.base)
     for this in plan_rounds(config.sweep, num_steps, grace_steps(config)):
         if not is_over(read_ledger(folder), this.until, num_trials):
-            job = Job(config.base, resources, objective, this.until)
-            tuner = make_tuner(config, where, folder, job, num_steps, concurrent, tracked)
+            job = TrialJob(config.base, resources, objective, this.until)
+            tuner = _make_tuner(config, where, folder, job, num_steps, concurrent, tracked)
             with clearing(resources.bundle):
                 results = tuner.fit()
-                left = wait_until_clean(before)
-            if any(trial.status not in OVER for trial in results._experiment_analysis.trials):
+                left = wait_until_released(before)
+            if any(trial.status not in _OVER for trial in results._experiment_analysis.trials):
                 raise KeyboardInterrupt  # Tune has swallowed it
-            reconcile(folder, this.until)
-        ledger = Ledger(folder)
+            _reconcile(folder, this.until)
+        ledger = TrialLedger(folder)
         for trial in losers(list(ledger.trials.values()), this, config.sweep.stop_metric):
             close_run(folder, trial.id, tracked)
             ledger.end(trial.id, "stopped")
@@ -94,9 +100,9 @@ def grace_steps(config: SweepConfig) -> int:
     return config.sweep.grace_steps or config.train.save_steps
 
 
-def reconcile(folder: str, until: int) -> None:
+def _reconcile(folder: str, until: int) -> None:
     """End the trials that Tune knows to be over and the ledger does not: the driver was killed in between."""
-    ledger = Ledger(folder)
+    ledger = TrialLedger(folder)
     for trial in [trial for trial in ledger.trials.values() if trial.state == "running"]:
         if file_size(f"{folder}/trials/{trial.id}/finished.json") is not None:
             ledger.end(trial.id, "finished")
@@ -104,24 +110,24 @@ def reconcile(folder: str, until: int) -> None:
             ledger.end(trial.id, "waiting" if trial.steps == until else "stopped")
 
 
-def count_trials(config: SweepConfig, space: Space) -> int:
+def _count_trials(config: SweepConfig, space: Space) -> int:
     """Return how many trials the sweep has."""
     if config.sweep.method == "optuna":
         return config.sweep.num_trials * config.sweep.num_seeds
     return len(list_given(space, config.sweep, config.base))
 
 
-def make_tuner(
+def _make_tuner(
     config: SweepConfig,
     where: dict[str, Any],
     folder: str,
-    job: Job,
+    job: TrialJob,
     num_steps: int,
     concurrent: int,
     tracked: dict[str, str] | None,
 ) -> tune.Tuner:
     """Return a new Tuner for a round, or the one that an interrupted sweep has left."""
-    trainable = tune.with_resources(make_trainable(job), {"CPU": TRIAL_CPUS})
+    trainable = tune.with_resources(make_trainable(job), {"CPU": _TRIAL_CPUS})
     name = f"tune-{job.until}"
     if tune.Tuner.can_restore(f"{folder}/{name}"):
         return tune.Tuner.restore(f"{folder}/{name}", trainable=trainable, resume_unfinished=True)
@@ -134,18 +140,18 @@ def make_tuner(
             scheduler=make_scheduler(config.sweep, num_steps, grace_steps(config), folder),
             max_concurrent_trials=concurrent,
             reuse_actors=True,  # starting a process and importing torch and transformers takes it long
-            trial_dirname_creator=name_folder,
+            trial_dirname_creator=_name_folder,
         ),
         run_config=tune.RunConfig(
             name=name,
             storage_path=folder,
-            callbacks=[Watcher(folder, config.train.seed, num_steps, tracked)],
+            callbacks=[TrialEventRecorder(folder, config.train.seed, num_steps, tracked)],
             failure_config=tune.FailureConfig(max_failures=config.sweep.max_retries),
             verbose=0,
         ),
     )
 
 
-def name_folder(trial: TuneTrial) -> str:
+def _name_folder(trial: TuneTrial) -> str:
     """Name Tune's own folder of a trial as its run is named."""
     return name_of(trial)

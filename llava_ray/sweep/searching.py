@@ -14,10 +14,10 @@ from llava_ray.sweep.sampling import Suggest, default_settings, lies_inside, lis
 from llava_ray.sweep.trial import GIVEN
 from llava_ray.sweep.trials import LOWER_IS_BETTER, Trial
 
-SECONDS = "time_total_s"  # Tune's own; what a trial costs
+_SECONDS = "time_total_s"  # Tune's own; what a trial costs
 
 
-class PatientOptuna(OptunaSearch):
+class ReplayingOptuna(OptunaSearch):
     """Takes reports without a metric: those that say how a trial ended."""
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -69,17 +69,17 @@ def make_optuna(space: Space, search: SearchConfig, base: FinetuneConfig) -> Sea
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
     mode = "min" if LOWER_IS_BETTER[search.metric] else "max"
-    own = enqueued(space, base) if search.include_default else None
-    return PatientOptuna(
+    own = _enqueued(space, base) if search.include_default else None
+    return ReplayingOptuna(
         Suggest(space),
-        metric=[search.metric, SECONDS] if search.weigh_cost else search.metric,
+        metric=[search.metric, _SECONDS] if search.weigh_cost else search.metric,
         mode=[mode, "min"] if search.weigh_cost else mode,
         points_to_evaluate=own,
         seed=search.search_seed,
     )
 
 
-def enqueued(space: Space, base: FinetuneConfig) -> list[dict[str, Any]] | None:
+def _enqueued(space: Space, base: FinetuneConfig) -> list[dict[str, Any]] | None:
     """Return the recipe's own settings as Optuna calls them, so that it tries these first; None outside the space."""
     own = default_settings(space, base)
     if not lies_inside(space, own):

@@ -11,14 +11,14 @@ from llava_ray.data.preparation import check_source, prepare_data
 from llava_ray.data.storage import absolute
 from llava_ray.model.blueprint import read_blueprint
 from llava_ray.runtime import Resources
-from llava_ray.sweep.sampling import Settings
+from llava_ray.sweep.sampling import TrialSettings
 from llava_ray.sweep.searching import check_optuna
 from llava_ray.tracking import check_store
 from llava_ray.train.runs import absolute_paths
 from llava_ray.train.trainer import held_out_samples, make_plan, stream_settings
 
 # Settings of which the frozen tower's features depend.
-FEATURE_KEYS = (
+_FEATURE_KEYS = (
     "model.vision_tower",
     "model.mm_vision_select_layer",
     "model.mm_vision_select_feature",
@@ -81,7 +81,7 @@ def check_sweep(config: SweepConfig, space: Space) -> None:
 def share(config: FinetuneConfig, space: Space, resources: Resources) -> int:
     """Prepare data, lengths and features that trials will find ready; return the steps of a whole run."""
     prepared = prepare_data(config.data)
-    for settings in feature_variants(space):
+    for settings in _feature_variants(space):
         variant = config.replaced(settings)
         blueprint = read_blueprint(variant.model, variant.data.image_aspect_ratio)
         held_out_samples(variant, blueprint, resources)
@@ -90,10 +90,10 @@ def share(config: FinetuneConfig, space: Space, resources: Resources) -> int:
     return plan.num_steps
 
 
-def feature_variants(space: Space) -> Iterator[Settings]:
+def _feature_variants(space: Space) -> Iterator[TrialSettings]:
     """Yield the settings under which features differ, each combination that the space has."""
-    dimensions = {key: part for key, part in space.dimensions.items() if key in FEATURE_KEYS}
-    seen: list[Settings] = []
+    dimensions = {key: part for key, part in space.dimensions.items() if key in _FEATURE_KEYS}
+    seen: list[TrialSettings] = []
     for values in itertools.product(*(part.choice or () for part in dimensions.values())):
         wanted = dict(zip(dimensions, values, strict=True))
         settings = {key: value for key, value in wanted.items() if dimensions[key].matters(wanted)}

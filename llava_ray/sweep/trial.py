@@ -9,20 +9,20 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from llava_ray.config.sections import FinetuneConfig
-from llava_ray.data.storage import read_file
+from llava_ray.data.storage import read_stored
 from llava_ray.errors import ConfigError, DataError, DivergedError, LlavaRayError, ModelError
 from llava_ray.runtime import Resources
-from llava_ray.sweep.sampling import Settings
-from llava_ray.sweep.trials import ACCURACY, LOSS, Look, State
+from llava_ray.sweep.sampling import TrialSettings
+from llava_ray.sweep.trials import ACCURACY, LOSS, Evaluation, TrialState
 
 # A key of a report that ends a trial: how it ended. Tune itself knows only "terminated" and "error".
-ENDED, REASON = "ended", "reason"
+ENDED_KEY, REASON = "ended", "reason"
 GIVEN = "trial"
-REPEATER_INDEX = "__trial_index__"  # of Ray's Repeater, which runs a setting several times
+_REPEATER_INDEX = "__trial_index__"  # of Ray's Repeater, which runs a setting several times
 
 
 @dataclass(frozen=True)
-class Job:
+class TrialJob:
     """What every trial of a sweep is told."""
 
     base: FinetuneConfig
@@ -34,16 +34,16 @@ class Job:
     """The step that trials go to."""
 
 
-def make_trainable(job: Job) -> Callable[[dict[str, Any]], None]:
+def make_trainable(job: TrialJob) -> Callable[[dict[str, Any]], None]:
     """Return the function that Tune runs in a process of its own for each trial."""
 
     def trial(given: dict[str, Any]) -> None:
-        run_trial(given, job)
+        _run_trial(given, job)
 
     return trial
 
 
-def run_trial(given: dict[str, Any], job: Job) -> None:
+def _run_trial(given: dict[str, Any], job: TrialJob) -> None:
     """Carry out one trial; what a new start cannot mend ends it with a reason, all else is left to Tune to retry."""
     try:
         name = run_name(given, tune.get_context().get_trial_id())
@@ -56,9 +56,9 @@ def run_trial(given: dict[str, Any], job: Job) -> None:
         end("failed", str(error))
 
 
-def end(state: State, reason: str) -> None:
+def end(state: TrialState, reason: str) -> None:
     """Tell the driver how the trial ended."""
-    tune.report({ENDED: state, REASON: reason})
+    tune.report({ENDED_KEY: state, REASON: reason})
 
 
 def trial_config(base: FinetuneConfig, given: dict[str, Any], name: str) -> FinetuneConfig:
@@ -72,34 +72,36 @@ def run_name(given: dict[str, Any], trial_id: str | None) -> str:
     return str(given.get(GIVEN, {}).get("id", trial_id))
 
 
-def read_given(given: dict[str, Any], base_seed: int) -> tuple[Settings, int]:
+def read_given(given: dict[str, Any], base_seed: int) -> tuple[TrialSettings, int]:
     """Take apart what Tune gives a trial: a row of our own list, or Optuna's suggestion."""
     if GIVEN in given:
         return dict(given[GIVEN]["settings"]), int(given[GIVEN]["seed"])
-    settings = {key: value for key, value in given.items() if key != REPEATER_INDEX}
-    return settings, base_seed + int(given.get(REPEATER_INDEX, 0))
+    settings = {key: value for key, value in given.items() if key != _REPEATER_INDEX}
+    return settings, base_seed + int(given.get(_REPEATER_INDEX, 0))
 
 
-def tune_trial(config: FinetuneConfig, resources: Resources, until: int) -> None:
+def finetune_trial(config: FinetuneConfig, resources: Resources, until: int) -> None:
     """Tune, and report every look at the held-out samples; first those that an earlier start has taken already."""
     from llava_ray.data.preparation import prepare_data  # torch and transformers, which only trials need
     from llava_ray.train.runs import committed_step
-    from llava_ray.train.trainer import advance
+    from llava_ray.train.trainer import train_until
 
-    for look in read_looks(config, committed_step(config.run.storage_path, str(config.run.name))):
+    for look in read_evaluations(config, committed_step(config.run.storage_path, str(config.run.name))):
         tune.report(look.as_report())
     prepared = prepare_data(config.data, show_progress=False)
-    finished = advance(config, prepared, resources, until=until, callbacks=[TuneReportCallback()], show_progress=False)
-    ended = {ENDED: "finished", "num_steps": finished.num_steps} if finished else {ENDED: "waiting"}
-    tune.report({REASON: ""} | ended | read_looks(config, until)[-1].as_report())
+    finished = train_until(
+        config, prepared, resources, until=until, callbacks=[TuneReportCallback()], show_progress=False
+    )
+    ended = {ENDED_KEY: "finished", "num_steps": finished.num_steps} if finished else {ENDED_KEY: "waiting"}
+    tune.report({REASON: ""} | ended | read_evaluations(config, until)[-1].as_report())
 
 
-def read_looks(config: FinetuneConfig, last_step: int) -> list[Look]:
+def read_evaluations(config: FinetuneConfig, last_step: int) -> list[Evaluation]:
     """Return what the run's own metrics say of held-out samples, up to a step."""
     try:
-        lines = read_file(f"{config.run.storage_path}/{config.run.name}/metrics.jsonl").splitlines()
+        lines = read_stored(f"{config.run.storage_path}/{config.run.name}/metrics.jsonl").splitlines()
     except FileNotFoundError:
         return []
     rows = (json.loads(line) for line in lines)
-    looks = [Look(row["step"] + 1, row[LOSS], row.get(ACCURACY)) for row in rows if LOSS in row]
+    looks = [Evaluation(row["step"] + 1, row[LOSS], row.get(ACCURACY)) for row in rows if LOSS in row]
     return [look for look in looks if look.step <= last_step]

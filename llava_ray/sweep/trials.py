@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
-State = Literal["waiting", "running", "finished", "stopped", "diverged", "failed"]
-ENDED: tuple[State, ...] = ("finished", "stopped", "diverged", "failed")
+TrialState = Literal["waiting", "running", "finished", "stopped", "diverged", "failed"]
+ENDED: tuple[TrialState, ...] = ("finished", "stopped", "diverged", "failed")
 LOSS, ACCURACY = "held_out_loss", "held_out_accuracy"
 LOWER_IS_BETTER = {LOSS: True, ACCURACY: False}
 
 
 @dataclass(frozen=True)
-class Look:
+class Evaluation:
     """What held-out samples said after ``step`` steps."""
 
     step: int
@@ -36,25 +36,25 @@ class Trial:
     settings: dict[str, Any]
     """Along the space's dimensions; the rest is the recipe's."""
     seed: int
-    state: State = "waiting"
+    state: TrialState = "waiting"
     reason: str = ""
     """Why it failed or diverged, in the words of the error."""
     attempts: int = 0
     """Starts, those after a failure or an interrupted sweep and of further rounds included."""
     seconds: float = 0.0
     """That its processes have run, over all attempts."""
-    curve: list[Look] = field(default_factory=list)
+    curve: list[Evaluation] = field(default_factory=list)
 
     @property
     def steps(self) -> int:
         """Return the steps that are known to be done."""
         return self.curve[-1].step if self.curve else 0
 
-    def look(self, step: int) -> Look | None:
+    def evaluation_at(self, step: int) -> Evaluation | None:
         """Return what was seen at ``step``, if anything was."""
         return next((look for look in self.curve if look.step == step), None)
 
-    def see(self, look: Look) -> None:
+    def add_evaluation(self, look: Evaluation) -> None:
         """Add a look; one at a step that is known replaces it: a trial that lost a worker repeats steps."""
         self.curve = sorted([*(old for old in self.curve if old.step != look.step), look], key=lambda one: one.step)
 
@@ -65,4 +65,4 @@ class Trial:
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Self:
         """Make a trial of what ``as_dict`` gave."""
-        return cls(**{**values, "curve": [Look(**look) for look in values["curve"]]})
+        return cls(**{**values, "curve": [Evaluation(**look) for look in values["curve"]]})

@@ -8,16 +8,16 @@ from typing import Any
 from ray.tune import Callback
 from ray.tune.experiment import Trial as TuneTrial
 
-from llava_ray.sweep.ledger import Ledger
-from llava_ray.sweep.table import describe, draw_table, state_of
-from llava_ray.sweep.trial import ENDED, REASON, read_given, run_name
-from llava_ray.sweep.trials import ACCURACY, LOSS, Look, Trial
+from llava_ray.sweep.ledger import TrialLedger
+from llava_ray.sweep.table import describe_settings, draw_table, state_of
+from llava_ray.sweep.trial import ENDED_KEY, REASON, read_given, run_name
+from llava_ray.sweep.trials import ACCURACY, LOSS, Evaluation, Trial
 from llava_ray.tracking import TrackedRun
 
-SECONDS_BETWEEN_TABLES = 1.0
+_SECONDS_BETWEEN_TABLES = 1.0
 
 
-class Watcher(Callback):
+class TrialEventRecorder(Callback):
     """Keep the ledger of a sweep. Tune pickles it with the sweep's state, so it reads the ledger when it starts."""
 
     def __init__(self, folder: str, base_seed: int, num_steps: int, tracked: dict[str, str] | None) -> None:
@@ -26,7 +26,7 @@ class Watcher(Callback):
         self.base_seed = base_seed
         self.num_steps = num_steps
         self.tracked = tracked
-        self.ledger: Ledger | None = None
+        self.ledger: TrialLedger | None = None
         self.screen = Screen()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -36,7 +36,7 @@ class Watcher(Callback):
     def setup(self, **info: Any) -> None:
         """Read the ledger of an earlier start."""
         del info
-        self.ledger = Ledger(self.folder)
+        self.ledger = TrialLedger(self.folder)
 
     def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         """Note a start, or a new one."""
@@ -52,10 +52,10 @@ class Watcher(Callback):
         del iteration, trials, info
         assert self.ledger is not None
         if LOSS in result:
-            look = Look(result["step"], result[LOSS], result.get(ACCURACY))
-            self.show(self.ledger.see(name_of(trial), look))
-        if ENDED in result:
-            self.show(self.ledger.end(name_of(trial), result[ENDED], result[REASON]))
+            look = Evaluation(result["step"], result[LOSS], result.get(ACCURACY))
+            self.show(self.ledger.add_evaluation(name_of(trial), look))
+        if ENDED_KEY in result:
+            self.show(self.ledger.end(name_of(trial), result[ENDED_KEY], result[REASON]))
 
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         """Note a trial that did not end by itself: the scheduler has stopped it."""
@@ -73,7 +73,7 @@ class Watcher(Callback):
         error = trial.get_error()
         cause = getattr(error, "cause", None) or error
         close_run(self.folder, name_of(trial), self.tracked)
-        self.show(self.ledger.end(name_of(trial), "failed", f"{type(cause).__name__}: {first_line(str(cause))}"))
+        self.show(self.ledger.end(name_of(trial), "failed", f"{type(cause).__name__}: {_first_line(str(cause))}"))
 
     def show(self, trial: Trial) -> None:
         """Draw all trials, or say what this one does."""
@@ -94,11 +94,11 @@ class Screen:
         if not sys.stdout.isatty():
             last = trial.curve[-1] if trial.curve else None
             looked = f", held-out loss {last.held_out_loss:.4f}" if last else ""
-            line = f"trial {trial.number} ({describe(trial.settings)}): {trial.steps}/{num_steps}{looked}"
+            line = f"trial {trial.number} ({describe_settings(trial.settings)}): {trial.steps}/{num_steps}{looked}"
             print(f"{line}, {state_of(trial)}", flush=True)  # noqa: T201 - said to the person who started the sweep
             return
         running = any(one.state == "running" for one in trials)
-        if running and time.monotonic() - self.drawn < SECONDS_BETWEEN_TABLES:
+        if running and time.monotonic() - self.drawn < _SECONDS_BETWEEN_TABLES:
             return
         size = shutil.get_terminal_size()
         lines = draw_table(trials, num_steps, size.columns)[-(size.lines - 1) :]
@@ -119,6 +119,6 @@ def close_run(folder: str, name: str, tracked: dict[str, str] | None) -> None:
         TrackedRun(**tracked, name=name, key=f"{folder}/trials/{name}").end("KILLED")
 
 
-def first_line(text: str) -> str:
+def _first_line(text: str) -> str:
     """Return a text's first line that says something."""
     return next((line.strip() for line in text.splitlines() if line.strip()), "no message")

@@ -5,16 +5,16 @@ from pathlib import Path
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.config.space import SweepConfig
 from llava_ray.config.sweep_recipes import as_toml
-from llava_ray.data.storage import write_file
+from llava_ray.data.storage import write_stored
 from llava_ray.images.reading import open_filesystem
-from llava_ray.model.manifest import read_manifest, write_manifest
-from llava_ray.sweep.judgement import Standing
-from llava_ray.sweep.table import describe
+from llava_ray.model.formats.manifest import read_manifest, write_manifest
+from llava_ray.sweep.judgement import TrialStatus
+from llava_ray.sweep.table import describe_settings
 from llava_ray.sweep.trial import trial_config
 from llava_ray.sweep.trials import Trial
 
 
-def export_best(config: SweepConfig, common: FinetuneConfig, best: Standing, folder: str) -> None:
+def export_best(config: SweepConfig, common: FinetuneConfig, best: TrialStatus, folder: str) -> None:
     """Write ``best/model`` and ``best.toml``; of several seeds, the first."""
     trial = best.trials[0]
     filesystem, place = open_filesystem(folder)
@@ -25,15 +25,17 @@ def export_best(config: SweepConfig, common: FinetuneConfig, best: Standing, fol
     if "://" not in folder:  # a local bundle says where its parts are as the way from its own folder
         best_model = Path(place, "best/model")
         write_manifest(best_model, read_manifest(Path(place, "trials", trial.id, "model")), best_model)
-    write_file(f"{folder}/best.toml", winning_recipe(config, common, trial).encode())
+    write_stored(f"{folder}/best.toml", _winning_recipe(config, common, trial).encode())
 
 
-def winning_recipe(config: SweepConfig, common: FinetuneConfig, trial: Trial) -> str:
+def _winning_recipe(config: SweepConfig, common: FinetuneConfig, trial: Trial) -> str:
     """Return a recipe of a trial's run, kept where the sweep was and not below its MLflow run."""
     run = trial_config(common, {"trial": {"settings": trial.settings, "seed": trial.seed}}, trial.id)
     own = {
         "run": config.run.model_dump() | {"name": None, "restart": False},
         "tracking": config.tracking.model_dump(),
     }
-    comment = f"Trial {trial.number} of the sweep {config.run.name}: {describe(trial.settings)}, seed {trial.seed}."
+    comment = (
+        f"Trial {trial.number} of the sweep {config.run.name}: {describe_settings(trial.settings)}, seed {trial.seed}."
+    )
     return as_toml(FinetuneConfig.parsed(run.model_dump() | own), comment)

@@ -24,8 +24,10 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from torch import nn
 
 from llava_ray.errors import CheckpointError
-from llava_ray.model.bundle import LlavaParts, save_bundle
-from llava_ray.model.manifest import Manifest
+from llava_ray.model.assembly import LlavaParts
+from llava_ray.model.formats.layout import COMPLETE, TRAINER_STATE
+from llava_ray.model.formats.manifest import Manifest
+from llava_ray.model.saving import save_bundle
 from llava_ray.train.finish import describe_training, find_contents, gather_tensors
 from llava_ray.train.settings import LoopSettings
 from llava_ray.train.universal import load_for_other_world_size
@@ -33,16 +35,15 @@ from llava_ray.train.universal import load_for_other_world_size
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-TAG, MODEL = "zero", "model"
-STATE_FILE, COMPLETE = "trainer_state.json", "COMPLETE"
+ZERO_TAG, MODEL_FOLDER = "zero", "model"
 # Of the resolved settings, those that say which model it is.
-MODEL_SETTINGS = {"model", "data", "train", "lora"}
+_MODEL_SETTINGS = {"model", "data", "train", "lora"}
 
 # What torch's file writer says of a disk that takes no more, by where in the file it notices.
-FAILED_WRITES = ("PytorchStreamWriter", "file write failed", "iostream error", "inline_container.cc")
+_FAILED_WRITES = ("PytorchStreamWriter", "file write failed", "iostream error", "inline_container.cc")
 
 # Ray uploads in the background and never says "slow down": more unfinished saves than this would fill the disk.
-MAX_UNFINISHED_UPLOADS = 2
+_MAX_UNFINISHED_UPLOADS = 2
 
 
 class Checkpointer:
@@ -65,18 +66,18 @@ class Checkpointer:
         if checkpoint is None:
             return 0
         with checkpoint.as_directory() as folder:
-            state = json.loads(Path(folder, STATE_FILE).read_text())
+            state = json.loads(Path(folder, TRAINER_STATE).read_text())
             if state["plan_hash"] != self.settings.plan_hash:
                 raise CheckpointError(
                     f"{checkpoint.path} was made with plan {state['plan_hash']}, this run's is "
                     f"{self.settings.plan_hash}: the data or their order changed; restore them, or start over with "
                     "--run.restart True"
                 )
-            refuse_other_base(state, self.parts.manifest, checkpoint.path)
+            check_same_base(state, self.parts.manifest, checkpoint.path)
             if state["world_size"] == self.world_size or self.engine.zero_optimization_stage() == 0:
-                self.engine.load_checkpoint(folder, tag=TAG, custom_load_fn=load_trainable)
+                self.engine.load_checkpoint(folder, tag=ZERO_TAG, custom_load_fn=load_trainable)
             else:
-                load_for_other_world_size(self.engine, Path(folder), TAG)
+                load_for_other_world_size(self.engine, Path(folder), ZERO_TAG)
             self.restore_randomness(Path(folder), state)
         if self.engine.global_steps != state["step"]:
             raise CheckpointError(
@@ -85,7 +86,7 @@ class Checkpointer:
             )
         return int(state["step"])
 
-    def rehearse(self) -> None:
+    def save_dry_run(self) -> None:
         """Save once for nothing before the first step, so that a full or read-only disk shows now, not after hours."""
         self.write(self.local / "rehearsal", step=0)
         shutil.rmtree(self.local, ignore_errors=True)
@@ -96,7 +97,7 @@ class Checkpointer:
 
     def save(self, step: int, judged: dict[str, float]) -> None:
         """Save when ``step`` steps are done; ``judged`` is what held-out samples said of the model."""
-        while self.local.exists() and len(list(self.local.iterdir())) >= MAX_UNFINISHED_UPLOADS:
+        while self.local.exists() and len(list(self.local.iterdir())) >= _MAX_UNFINISHED_UPLOADS:
             time.sleep(0.2)
         folder = self.local / f"step-{step:08d}"
         self.write(folder, step)
@@ -115,15 +116,15 @@ class Checkpointer:
         try:
             folder.mkdir(parents=True)
             self.engine.save_checkpoint(
-                str(folder), tag=TAG, client_state={"step": step}, exclude_frozen_parameters=True
+                str(folder), tag=ZERO_TAG, client_state={"step": step}, exclude_frozen_parameters=True
             )
-            torch.save(random_state(), folder / f"rng_rank{self.rank}.pt")
-            self.write_model(folder / MODEL, step)
+            torch.save(_random_state(), folder / f"rng_rank{self.rank}.pt")
+            self.write_model(folder / MODEL_FOLDER, step)
             if self.rank == 0:
-                (folder / STATE_FILE).write_text(json.dumps(self.describe(step), indent=1))
+                (folder / TRAINER_STATE).write_text(json.dumps(self.describe(step), indent=1))
                 (folder / COMPLETE).touch()
         except (OSError, RuntimeError) as error:
-            if not disk_trouble(error):
+            if not _disk_trouble(error):
                 raise
             free = shutil.disk_usage(self.local.anchor).free / 2**30
             raise CheckpointError(
@@ -152,19 +153,19 @@ class Checkpointer:
             "seed": config.train.seed,
             "zero_stage": config.train.zero_stage,
             "training": describe_training(self.settings, step),
-            "config": config.model_dump(mode="json", include=MODEL_SETTINGS),
+            "config": config.model_dump(mode="json", include=_MODEL_SETTINGS),
             "manifest": self.parts.manifest.model_dump(mode="json"),
         }
 
     def restore_randomness(self, folder: Path, state: dict[str, Any]) -> None:
         """Bring back this rank's RNG states, or derive new ones where the number of ranks changed."""
         if state["world_size"] == self.world_size:
-            set_random_state(torch.load(folder / f"rng_rank{self.rank}.pt", weights_only=False))
+            _set_random_state(torch.load(folder / f"rng_rank{self.rank}.pt", weights_only=False))
         else:
             seed_all(state["seed"], state["step"], self.rank)
 
 
-def refuse_other_base(state: dict[str, Any], found: Manifest, checkpoint: str) -> None:
+def check_same_base(state: dict[str, Any], found: Manifest, checkpoint: str) -> None:
     """Raise CheckpointError if the frozen weights are not those that the checkpoint was trained with."""
     made_with = Manifest.model_validate(state["manifest"])
     for part in ("language_model", "vision_tower"):
@@ -201,33 +202,33 @@ def load_trainable(src: dict[str, torch.Tensor], dst: nn.Module) -> None:
     """
     missing = set(dst.load_state_dict(src, strict=False).missing_keys)
     lost = missing - {name for name, parameter in dst.named_parameters() if not parameter.requires_grad}
-    lost -= tied_names(dst)
+    lost -= _tied_names(dst)
     if lost:
         raise CheckpointError(f"the checkpoint lacks {sorted(lost)[:5]} ({len(lost)} in all): it is not this model's")
 
 
-def tied_names(module: nn.Module) -> set[str]:
+def _tied_names(module: nn.Module) -> set[str]:
     """Return the second names of tied parameters, which no checkpoint repeats."""
     return {name for name, _ in module.named_parameters(remove_duplicate=False)} - {
         name for name, _ in module.named_parameters()
     }
 
 
-def disk_trouble(error: BaseException) -> bool:
+def _disk_trouble(error: BaseException) -> bool:
     """Tell whether an error is the disk's: torch wraps a full disk in a RuntimeError of its file writer."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-    return any(words in str(error) for words in FAILED_WRITES)
+    return any(words in str(error) for words in _FAILED_WRITES)
 
 
-def random_state() -> dict[str, Any]:
+def _random_state() -> dict[str, Any]:
     """Return the states of every random number generator a step may use."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
 
 
-def set_random_state(state: dict[str, Any]) -> None:
-    """Set what ``random_state`` returned."""
+def _set_random_state(state: dict[str, Any]) -> None:
+    """Set what ``_random_state`` returned."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

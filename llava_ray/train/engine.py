@@ -15,7 +15,7 @@ from torch.optim import AdamW
 from llava_ray.config.lora import Quantization
 from llava_ray.config.sections import FinetuneConfig, TrainConfig
 from llava_ray.model.adaptation import adapt
-from llava_ray.model.bundle import LlavaParts, assemble
+from llava_ray.model.assembly import LlavaParts, assemble
 from llava_ray.model.freezing import freeze
 from llava_ray.train.groups import parameter_groups
 from llava_ray.train.schedule import schedule

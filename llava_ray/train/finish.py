@@ -8,14 +8,15 @@ import torch
 import torch.distributed as dist
 
 from llava_ray.config.sections import FinetuneConfig
-from llava_ray.model.bundle import Contents, LlavaParts, names_beside, save_bundle
+from llava_ray.model.assembly import LlavaParts
+from llava_ray.model.saving import Contents, names_beside, save_bundle
 from llava_ray.train.settings import LoopSettings
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
-def write_bundle(engine: "DeepSpeedEngine", parts: LlavaParts, settings: LoopSettings) -> None:
+def save_final_model(engine: "DeepSpeedEngine", parts: LlavaParts, settings: LoopSettings) -> None:
     """Write the run's model; collective. What cannot have changed is named instead of copied."""
     include = find_contents(settings.config)
     tensors = gather_tensors(engine, parts, include)

@@ -6,8 +6,8 @@ from torch import nn
 
 from llava_ray.config.sections import TrainConfig
 from llava_ray.errors import TrainingError
-from llava_ray.model.llava import Llava
-from llava_ray.model.published_names import IMAGE_NEWLINE
+from llava_ray.model.formats.names import IMAGE_NEWLINE
+from llava_ray.model.network.llava import Llava
 
 
 def parameter_groups(llava: Llava, train: TrainConfig) -> list[dict[str, Any]]:
@@ -30,7 +30,7 @@ def parameter_groups(llava: Llava, train: TrainConfig) -> list[dict[str, Any]]:
     for part, rate in rates.items():
         for decays in (True, False):
             members: list[nn.Parameter] = [
-                p for name, p, num_axes in learning if find_part(name) == part and (num_axes >= 2) == decays
+                p for name, p, num_axes in learning if _find_part(name) == part and (num_axes >= 2) == decays
             ]
             if members:
                 decay = train.weight_decay if decays else 0.0
@@ -39,7 +39,7 @@ def parameter_groups(llava: Llava, train: TrainConfig) -> list[dict[str, Any]]:
     return groups
 
 
-def find_part(name: str) -> str:
+def _find_part(name: str) -> str:
     """Return which part's learning rate a parameter follows: image_newline is learnt with the projector."""
     part = name.partition(".")[0]
     return "projector" if part == IMAGE_NEWLINE else part

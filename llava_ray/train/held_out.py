@@ -20,21 +20,21 @@ from llava_ray.data.descriptors import NO_STEP, describe_micro_batches
 from llava_ray.data.feature_cache import fetch_features, place_of
 from llava_ray.data.features import unpacked_features, unpacked_pixels
 from llava_ray.data.settings import StreamSettings
-from llava_ray.data.stream import decoded, fetch_records, find_images, read_micro_batches
+from llava_ray.data.stream import _decode_views, add_images, fetch_records, read_micro_batches
 from llava_ray.generate.decoding import answer_text, generate_batch
 from llava_ray.images.anyres import Size
-from llava_ray.images.processing import normalise
-from llava_ray.model.bundle import LlavaParts
+from llava_ray.images.processing import normalize_pixels
+from llava_ray.model.assembly import LlavaParts
 from llava_ray.train.settings import HeldOut
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-ANSWERS_AT_ONCE = 32
+_ANSWERS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
-class Asked:
+class HeldOutQuestion:
     """A question for the model, the views of its images as pixels or features (n, ...), and the record's answer."""
 
     prompt: list[int]
@@ -43,7 +43,7 @@ class Asked:
     answer: str
 
 
-class Examiner:
+class HeldOutEvaluator:
     """One rank's part of the held-out samples."""
 
     def __init__(self, held_out: HeldOut | None, parts: LlavaParts, rank: int, world_size: int) -> None:
@@ -51,16 +51,16 @@ class Examiner:
         self.held_out = held_out
         self.parts = parts
         self.batches: list[tuple[MicroBatch, Tensor | None]] = []
-        self.asked: list[Asked] = []
+        self.asked: list[HeldOutQuestion] = []
         if held_out is None:
             return
         self.tower_learns = held_out.stream.model.unfreeze_mm_vision_tower
-        for batch in read_batches(held_out, rank, world_size):
+        for batch in _read_batches(held_out, rank, world_size):
             self.batches.append((batch, self.kept(batch.features if batch.pixels is None else batch.pixels)))
-        for asked in read_questions(held_out, parts, rank, world_size):
-            self.asked.append(Asked(asked.prompt, self.kept(asked.images), asked.sizes, asked.answer))
+        for asked in _read_questions(held_out, parts, rank, world_size):
+            self.asked.append(HeldOutQuestion(asked.prompt, self.kept(asked.images), asked.sizes, asked.answer))
 
-    def examine(self, engine: "DeepSpeedEngine", device: torch.device) -> dict[str, float]:
+    def evaluate(self, engine: "DeepSpeedEngine", device: torch.device) -> dict[str, float]:
         """Return ``held_out_loss`` and ``held_out_accuracy`` over all ranks; collective."""
         if self.held_out is None:
             return {}
@@ -94,8 +94,8 @@ class Examiner:
         """Return how many of this rank's answers are right, and how many were asked for."""
         assert self.held_out is not None
         right = 0
-        for start in range(0, len(self.asked), ANSWERS_AT_ONCE):
-            some = self.asked[start : start + ANSWERS_AT_ONCE]
+        for start in range(0, len(self.asked), _ANSWERS_AT_ONCE):
+            some = self.asked[start : start + _ANSWERS_AT_ONCE]
             written = generate_batch(
                 self.parts,
                 [asked.prompt for asked in some],
@@ -118,21 +118,21 @@ class Examiner:
             return images
         assert self.held_out is not None
         spec = self.held_out.stream.image_spec
-        return self.parts.tower.extract(images, lambda views: normalise(views, spec))
+        return self.parts.tower.extract(images, lambda views: normalize_pixels(views, spec))
 
 
-def read_batches(held_out: HeldOut, rank: int, world_size: int) -> Iterator[MicroBatch]:
+def _read_batches(held_out: HeldOut, rank: int, world_size: int) -> Iterator[MicroBatch]:
     """Yield this rank's packed rows, as many as every other rank's."""
     settings, plan = held_out.stream, held_out.plan
     steps = list(range(plan.num_steps))
     for window in describe_micro_batches(plan, held_out.lengths, steps, settings.row_length, world_size):
         mine = [row == rank for row in window["rank"].to_pylist()]
         for table in read_micro_batches(window.filter(pa.array(mine)), settings):
-            rows = find_images(table, settings).to_pylist()
+            rows = add_images(table, settings).to_pylist()
             yield from (micro_batch(row, settings) for row in rows if row["step"] != NO_STEP)
 
 
-def read_questions(held_out: HeldOut, parts: LlavaParts, rank: int, world_size: int) -> Iterator[Asked]:
+def _read_questions(held_out: HeldOut, parts: LlavaParts, rank: int, world_size: int) -> Iterator[HeldOutQuestion]:
     """Yield this rank's questions: the first turns of every ``world_size``-th of the records that are asked."""
     places = zip(*(held_out.lengths.table[name].to_pylist() for name in ("shard", "row", "part")), strict=True)
     records = [(shard, row) for shard, row, part in places if part == 0][: held_out.num_answers]
@@ -145,7 +145,7 @@ def read_questions(held_out: HeldOut, parts: LlavaParts, rank: int, world_size: 
 
 def make_question(
     settings: StreamSettings, parts: LlavaParts, place: tuple[int, int], record: Mapping[str, Any]
-) -> Asked:
+) -> HeldOutQuestion:
     """Return a record's turns up to its first learnt answer, with the images that belong to them, and that answer."""
     found = first_question([Turn.from_row(turn) for turn in record["turns"]])
     assert found is not None  # the plan has none without a learnt answer
@@ -157,10 +157,12 @@ def make_question(
         images = unpacked_features(b"".join(cells), settings) if sizes else None
     else:
         shown = zip(record["images"], sizes, strict=False)
-        cell = b"".join(decoded(image, size, record["id"], settings) for image, size in shown)
+        cell = b"".join(_decode_views(image, size, record["id"], settings) for image, size in shown)
         spec = settings.image_spec
         images = torch.from_numpy(unpacked_pixels(cell, spec.height, spec.width)) if sizes else None
-    return Asked(tokenize_question(system, asked, parts.template, parts.tokenizer), images, sizes, answer.value)
+    return HeldOutQuestion(
+        tokenize_question(system, asked, parts.template, parts.tokenizer), images, sizes, answer.value
+    )
 
 
 def same(said: str, answer: str) -> bool:

@@ -10,30 +10,30 @@ from pathlib import Path
 from typing import Any
 
 from llava_ray.config.recipes import NOT_HASHED, settings_hash
-from llava_ray.config.schema import merged, nested
+from llava_ray.config.schema import merge_settings, nested
 from llava_ray.config.sections import MODEL_PATHS, FinetuneConfig
 from llava_ray.errors import ConfigError
-from llava_ray.model.layout import PROJECTOR_FILE
-from llava_ray.model.manifest import edges_of, is_bundle, read_manifest
+from llava_ray.model.formats.layout import PROJECTOR_FILE
+from llava_ray.model.formats.manifest import edges_of, is_bundle, read_manifest
 from llava_ray.reading import is_file, is_folder
 
 DATA_PATHS = ("data.data_path", "data.image_folder", "data.cache_dir")
 DATA = "data"  # the key of the data in an identity
 # Of a model's folder: weights, configs, tokenizer.
-MODEL_SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".jinja", ".txt")
-NUM_SHOWN = 12  # digits of a fingerprint in a message
+_MODEL_SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".jinja", ".txt")
+_NUM_SHOWN = 12  # digits of a fingerprint in a message
 NUM_DIGITS = 8  # of a hash in a run's name
 
 Identity = Mapping[str, str]
 
 
-def identify(config: FinetuneConfig, data_hash: str) -> Identity:
+def identify_run(config: FinetuneConfig, data_hash: str) -> Identity:
     """Return the fingerprint of each model that a run names, by its key, and the hash of its prepared data.
 
     Raises BundleError for a bundle whose manifest cannot be read.
     """
     settings = config.model_dump()
-    named = {key: look_up(settings, key) for key in MODEL_PATHS}
+    named = {key: _look_up(settings, key) for key in MODEL_PATHS}
     return {key: identify_model(name) for key, name in named.items() if name} | {DATA: data_hash}
 
 
@@ -56,7 +56,7 @@ def identify_model(name: str) -> str:
         files = [folder / PROJECTOR_FILE]
     else:
         inside = [*folder.iterdir(), *(folder / "vision_tower").glob("*")]
-        files = sorted(file for file in inside if file.suffix in MODEL_SUFFIXES)
+        files = sorted(file for file in inside if file.suffix in _MODEL_SUFFIXES)
     for file in files:
         if is_file(file):
             digest.update(f"{file.relative_to(folder)} {edges_of(file)}\n".encode())
@@ -91,26 +91,26 @@ def comparable(
     now = config.model_dump(mode="json")
     was = {key: value for key, value in noted.items() if key != "identity"}
     known: Identity = noted.get("identity") or {}
-    then = with_new_defaults(was)
+    then = _with_new_defaults(was)
     same, other_then, other_now = {}, {}, {}
     for key in MODEL_PATHS:
         if key not in known or key not in identity:
             continue
         if known[key] == identity[key]:
-            same[key] = look_up(now, key)
-        elif look_up(then, key) == look_up(now, key):
-            other_then[key] = f"{look_up(then, key)} with fingerprint {known[key][:NUM_SHOWN]}"
-            other_now[key] = f"{look_up(now, key)} with fingerprint {identity[key][:NUM_SHOWN]}"
+            same[key] = _look_up(now, key)
+        elif _look_up(then, key) == _look_up(now, key):
+            other_then[key] = f"{_look_up(then, key)} with fingerprint {known[key][:_NUM_SHOWN]}"
+            other_now[key] = f"{_look_up(now, key)} with fingerprint {identity[key][:_NUM_SHOWN]}"
     if known.get(DATA) == identity[DATA]:
-        same |= {key: look_up(now, key) for key in DATA_PATHS}
-    elif DATA in known and look_up(then, DATA_PATHS[0]) == look_up(now, DATA_PATHS[0]):
-        path = look_up(now, DATA_PATHS[0])
-        other_then[DATA_PATHS[0]] = f"{path} with data {known[DATA][:NUM_SHOWN]}"
-        other_now[DATA_PATHS[0]] = f"{path} with data {identity[DATA][:NUM_SHOWN]}"
-    return merged(then, nested(same | other_then)), merged(now, nested(other_now))
+        same |= {key: _look_up(now, key) for key in DATA_PATHS}
+    elif DATA in known and _look_up(then, DATA_PATHS[0]) == _look_up(now, DATA_PATHS[0]):
+        path = _look_up(now, DATA_PATHS[0])
+        other_then[DATA_PATHS[0]] = f"{path} with data {known[DATA][:_NUM_SHOWN]}"
+        other_now[DATA_PATHS[0]] = f"{path} with data {identity[DATA][:_NUM_SHOWN]}"
+    return merge_settings(then, nested(same | other_then)), merge_settings(now, nested(other_now))
 
 
-def with_new_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _with_new_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return noted settings with those that have come since at their defaults; as they are if they fit no more."""
     try:
         return FinetuneConfig.parsed(settings).model_dump(mode="json")
@@ -118,7 +118,7 @@ def with_new_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
         return dict(settings)
 
 
-def look_up(settings: Mapping[str, Any], key: str) -> Any:
+def _look_up(settings: Mapping[str, Any], key: str) -> Any:
     """Return the setting with a dotted key; None where it is not there."""
     section, _, name = key.partition(".")
     return (settings.get(section) or {}).get(name)

@@ -15,17 +15,17 @@ from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from llava_ray.config.sections import FinetuneConfig
-from llava_ray.data.storage import read_file, write_file
+from llava_ray.data.storage import read_stored, write_stored
 from llava_ray.train.runs import RunFolder
 
-SECONDS_BETWEEN_LOGS = 5.0
-STEPS_OF_A_RATE = 50  # the last so many tell how fast a run is
+_SECONDS_BETWEEN_LOGS = 5.0
+_STEPS_OF_A_RATE = 50  # the last so many tell how fast a run is
 
 TRAINING = "training"
 
 
 @dataclass(frozen=True)
-class Standing:
+class RunProgress:
     """How far a run is."""
 
     state: str
@@ -42,8 +42,8 @@ class Standing:
     """Lines for the person who started the run, all so far."""
 
 
-class Journal:
-    """Collect the ranks' records; run as a Ray actor (see ``open_journal``)."""
+class RunRecorder:
+    """Collect the ranks' records; run as a Ray actor (see ``start_recorder``)."""
 
     def __init__(self, run_folder: str, tracked: dict[str, Any], params: dict[str, Any], logging_steps: int) -> None:
         """Read what earlier starts of this run have written."""
@@ -54,10 +54,10 @@ class Journal:
         self.tracked.log_params(params)
         self.logging_steps = logging_steps
         self.ledger: dict[int, list[str]] = {
-            row["step"]: row["samples"] for row in read_rows(f"{run_folder}/ledger.jsonl")
+            row["step"]: row["samples"] for row in _read_rows(f"{run_folder}/ledger.jsonl")
         }
         self.metrics: dict[int, dict[str, float]] = {
-            row.pop("step"): row for row in read_rows(f"{run_folder}/metrics.jsonl")
+            row.pop("step"): row for row in _read_rows(f"{run_folder}/metrics.jsonl")
         }
         self.partial: dict[int, dict[int, list[str]]] = {}
         self.logged = max(self.metrics, default=-1)
@@ -65,7 +65,7 @@ class Journal:
         self.world_size = 0
         self.state = "starting workers"
         self.first: int | None = None
-        self.ended: deque[tuple[int, float]] = deque(maxlen=STEPS_OF_A_RATE)
+        self.ended: deque[tuple[int, float]] = deque(maxlen=_STEPS_OF_A_RATE)
         self.said: list[str] = []
         self.stopping = False
 
@@ -105,7 +105,7 @@ class Journal:
             self.ledger[step] = sorted(sample for ids in self.partial.pop(step).values() for sample in ids)
             self.ended.append((step, time.monotonic()))
             self.state = TRAINING
-            if time.monotonic() - self.log_time > SECONDS_BETWEEN_LOGS:
+            if time.monotonic() - self.log_time > _SECONDS_BETWEEN_LOGS:
                 self.log()
         return self.stopping
 
@@ -122,17 +122,17 @@ class Journal:
         metrics = [{"step": step} | self.metrics[step] for step in sorted(self.metrics)]
         for name, rows in (("ledger", ledger), ("metrics", metrics)):
             text = "".join(json.dumps(row) + "\n" for row in rows)
-            write_file(f"{self.run_folder}/{name}.jsonl", text.encode())
+            write_stored(f"{self.run_folder}/{name}.jsonl", text.encode())
         self.log()
 
-    def progress(self) -> Standing:
+    def progress(self) -> RunProgress:
         """Return how far the run is."""
         last = max(self.ledger, default=-1)
         rate = None
         if len(self.ended) > 1:
             (first, start), (end, now) = self.ended[0], self.ended[-1]
             rate = (end - first) / max(now - start, 1e-9)
-        return Standing(self.state, self.first, last + 1, self.metrics.get(last, {}), rate, list(self.said))
+        return RunProgress(self.state, self.first, last + 1, self.metrics.get(last, {}), rate, list(self.said))
 
     def close(self, status: str, tags: dict[str, str], artifacts: dict[str, str], files: list[str]) -> str:
         """Write everything, keep the artifacts (name → folder) and files, end the MLflow run and return its id."""
@@ -146,7 +146,7 @@ class Journal:
         return self.tracked.run_id
 
 
-def open_journal(run: RunFolder, config: FinetuneConfig, tracking_uri: str, settings: str) -> ActorHandle:
+def start_recorder(run: RunFolder, config: FinetuneConfig, tracking_uri: str, settings: str) -> ActorHandle:
     """Start the journal beside the driver; it lives and dies with the job. ``settings`` is a hash of theirs."""
     tracked = {
         "tracking_uri": tracking_uri,
@@ -157,14 +157,14 @@ def open_journal(run: RunFolder, config: FinetuneConfig, tracking_uri: str, sett
         "settings": settings,
     }
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(Journal).options(num_cpus=0, scheduling_strategy=here)
+    actor = ray.remote(RunRecorder).options(num_cpus=0, scheduling_strategy=here)
     return actor.remote(run.path, tracked, config.model_dump(mode="json"), config.tracking.logging_steps)
 
 
-def read_rows(path: str) -> list[dict[str, Any]]:
+def _read_rows(path: str) -> list[dict[str, Any]]:
     """Return the rows of a JSONL file; none when there is no file."""
     try:
-        lines = read_file(path).splitlines()
+        lines = read_stored(path).splitlines()
     except FileNotFoundError:
         return []
     return [json.loads(line) for line in lines]

@@ -14,13 +14,13 @@ from ray.train.torch import get_device
 from llava_ray.data.batches import MicroBatch, iterate_steps
 from llava_ray.data.settings import StreamSettings
 from llava_ray.errors import DivergedError
-from llava_ray.images.processing import normalise
-from llava_ray.model.bundle import LlavaParts
+from llava_ray.images.processing import normalize_pixels
+from llava_ray.model.assembly import LlavaParts
 from llava_ray.train.allocation import keep_freed_memory
 from llava_ray.train.checkpoints import Checkpointer, seed_all
 from llava_ray.train.engine import build_engine, load_parts
-from llava_ray.train.finish import write_bundle
-from llava_ray.train.held_out import Examiner
+from llava_ray.train.finish import save_final_model
+from llava_ray.train.held_out import HeldOutEvaluator
 from llava_ray.train.settings import LoopSettings
 from llava_ray.train.speed import Meter
 
@@ -45,9 +45,9 @@ def train_loop(settings: LoopSettings, blocks: Iterator[pa.Table]) -> None:
     journal.rewind.remote(rank, first_step, world_size)
     if first_step == 0:
         journal.enter.remote("trying to write a checkpoint")
-        checkpointer.rehearse()
+        checkpointer.save_dry_run()
     journal.enter.remote("first batch")
-    examiner = Examiner(settings.held_out, parts, rank, world_size)
+    examiner = HeldOutEvaluator(settings.held_out, parts, rank, world_size)
     meter = Meter(parts.llava, device, world_size)
 
     told: ray.ObjectRef | None = None
@@ -57,7 +57,7 @@ def train_loop(settings: LoopSettings, blocks: Iterator[pa.Table]) -> None:
             batches = next(steps)
         loss = torch.zeros((), device=device)
         for batch in batches:
-            images = find_images(batch, parts, settings.stream, device)
+            images = _find_images(batch, parts, settings.stream, device)
             losses = engine(
                 batch.input_ids.to(device), batch.position_ids.to(device), batch.labels.to(device), **images
             )
@@ -67,14 +67,14 @@ def train_loop(settings: LoopSettings, blocks: Iterator[pa.Table]) -> None:
             loss += micro_loss.detach()
         engine.step()
         dist.all_reduce(loss)
-        stopping = agree_to_stop(told, device)
-        refuse_not_finite(loss.item(), step, batches)
+        stopping = _agree_to_stop(told, device)
+        _check_loss_finite(loss.item(), step, batches)
         metrics = meter.measure(loss.item(), batches, engine, config.train.row_length)
         samples = [sample for batch in batches for sample in batch.ids]
         judged: dict[str, float] = {}
         if checkpointer.is_due(step + 1):
-            with meter.aside():
-                judged = examiner.examine(engine, device)
+            with meter.excluded_from_timing():
+                judged = examiner.evaluate(engine, device)
         told = journal.record.remote(rank, step, metrics | judged, samples)
         if stopping or checkpointer.is_due(step + 1):
             checkpointer.save(step + 1, judged)
@@ -82,10 +82,10 @@ def train_loop(settings: LoopSettings, blocks: Iterator[pa.Table]) -> None:
             return
     if settings.until == settings.num_steps:
         journal.enter.remote("writing the model")
-        write_bundle(engine, parts, settings)
+        save_final_model(engine, parts, settings)
 
 
-def agree_to_stop(told: ray.ObjectRef | None, device: torch.device) -> bool:
+def _agree_to_stop(told: ray.ObjectRef | None, device: torch.device) -> bool:
     """Tell whether any rank has heard, from what the journal ``told`` of an earlier step, that the run is to stop.
 
     All ranks have to leave the loop after the same step. Collective.
@@ -96,7 +96,7 @@ def agree_to_stop(told: ray.ObjectRef | None, device: torch.device) -> bool:
     return bool(stop.item())
 
 
-def find_images(batch: MicroBatch, parts: LlavaParts, stream: StreamSettings, device: torch.device) -> dict[str, Any]:
+def _find_images(batch: MicroBatch, parts: LlavaParts, stream: StreamSettings, device: torch.device) -> dict[str, Any]:
     """Return what Llava takes of the batch's images: streamed features, those of the frozen tower here, or pixels."""
     sizes: dict[str, Any] = {"image_sizes": batch.image_sizes}
     if batch.features is not None:
@@ -104,11 +104,13 @@ def find_images(batch: MicroBatch, parts: LlavaParts, stream: StreamSettings, de
     if batch.pixels is None:
         return sizes
     if stream.model.unfreeze_mm_vision_tower:
-        return sizes | {"pixels": normalise(batch.pixels.to(device), stream.image_spec)}
-    return sizes | {"features": parts.tower.extract(batch.pixels, lambda views: normalise(views, stream.image_spec))}
+        return sizes | {"pixels": normalize_pixels(batch.pixels.to(device), stream.image_spec)}
+    return sizes | {
+        "features": parts.tower.extract(batch.pixels, lambda views: normalize_pixels(views, stream.image_spec))
+    }
 
 
-def refuse_not_finite(loss: float, step: int, batches: list[MicroBatch]) -> None:
+def _check_loss_finite(loss: float, step: int, batches: list[MicroBatch]) -> None:
     """Stop at a loss that is not a number, naming the samples this rank had."""
     if not math.isfinite(loss):
         ids = ", ".join(sample for batch in batches for sample in batch.ids)

@@ -5,13 +5,13 @@ from llava_ray.data.preparation import check_source
 from llava_ray.data.storage import absolute
 from llava_ray.model.blueprint import read_blueprint
 from llava_ray.tracking import check_store
-from llava_ray.train.identity import DATA, identify, recipe_of_name
+from llava_ray.train.identity import DATA, identify_run, recipe_of_name
 from llava_ray.train.runs import RunFolder, find_run
 
 
 def check_run(config: FinetuneConfig) -> None:
     """Raise what the run would raise after its start. Raises ConfigError, DataError, ModelError."""
-    check_name(config)
+    _check_name(config)
     check_source(config.data.data_path)
     if config.held_out.path is not None:
         check_source(config.held_out.path)
@@ -19,7 +19,7 @@ def check_run(config: FinetuneConfig) -> None:
     check_store(config.tracking.tracking_uri)
 
 
-def check_name(config: FinetuneConfig) -> None:
+def _check_name(config: FinetuneConfig) -> None:
     """Raise ConfigError for a name that was given to a run with other settings or models.
 
     Whether its data are the same is known once they are prepared.
@@ -28,4 +28,4 @@ def check_name(config: FinetuneConfig) -> None:
     if config.run.restart or recipe_of_name(config) is not None or not run.is_claimed:
         return
     noted = run.noted_settings() or {}
-    find_run(config, identify(config, (noted.get("identity") or {}).get(DATA, "")))
+    find_run(config, identify_run(config, (noted.get("identity") or {}).get(DATA, "")))

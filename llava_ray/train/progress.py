@@ -12,15 +12,15 @@ from ray.exceptions import RayError
 from tqdm import tqdm
 
 from llava_ray.log_file import terminal
-from llava_ray.train.journal import Standing
+from llava_ray.train.journal import RunProgress
 
-PROGRESS_SECONDS = 0.5
-LOGGED_PROGRESS_SECONDS = 10.0  # where lines go to a file, each one stays
-SHOWN_METRICS = ("loss", "samples_per_second")
+_PROGRESS_SECONDS = 0.5
+_LOGGED_PROGRESS_SECONDS = 10.0  # where lines go to a file, each one stays
+_SHOWN_METRICS = ("loss", "samples_per_second")
 
 
 @contextmanager
-def closing(journal: ActorHandle) -> Iterator[None]:
+def closing_run(journal: ActorHandle) -> Iterator[None]:
     """Mark the run FAILED or KILLED in MLflow when it does not end well."""
     try:
         yield
@@ -41,10 +41,10 @@ class StepBar(tqdm):
         """Return what the bar shows; no rate is none, not 0."""
         return {**super().format_dict, "rate": self.steps_per_second or 0.0}
 
-    def show(self, standing: Standing) -> None:
+    def show(self, standing: RunProgress) -> None:
         """Draw how far the run is."""
         self.set_description(standing.state, refresh=False)
-        shown = {key: f"{standing.metrics[key]:.3g}" for key in SHOWN_METRICS if key in standing.metrics}
+        shown = {key: f"{standing.metrics[key]:.3g}" for key in _SHOWN_METRICS if key in standing.metrics}
         self.set_postfix(shown, refresh=False)
         self.steps_per_second = standing.steps_per_second
         if standing.first is not None:
@@ -58,13 +58,13 @@ def progress_bar(journal: ActorHandle, num_steps: int, first_step: int) -> Itera
     ended, screen = threading.Event(), terminal()
 
     def draw() -> None:
-        pause = PROGRESS_SECONDS if screen.isatty() else LOGGED_PROGRESS_SECONDS
+        pause = _PROGRESS_SECONDS if screen.isatty() else _LOGGED_PROGRESS_SECONDS
         over, said = False, 0
         look = {"unit": "step", "desc": "starting workers", "dynamic_ncols": True, "file": screen}
         with StepBar(total=num_steps, initial=first_step, **look) as bar:
             while not over:
                 over = ended.wait(pause)
-                standing: Standing = ray.get(journal.progress.remote())
+                standing: RunProgress = ray.get(journal.progress.remote())
                 for line in standing.said[said:]:
                     bar.write(line)
                 said = len(standing.said)

@@ -12,7 +12,7 @@ from ray.train import Checkpoint, Result, UserCallback
 
 from llava_ray.config.recipes import differing_keys
 from llava_ray.config.sections import MODEL_PATHS, FinetuneConfig
-from llava_ray.data.storage import absolute, read_file, write_file
+from llava_ray.data.storage import absolute, read_stored, write_stored
 from llava_ray.errors import CheckpointError, ConfigError
 from llava_ray.train.identity import NUM_DIGITS, Identity, comparable, identity_hash, recipe_of_name
 
@@ -42,12 +42,12 @@ class RunFolder:
         """Tell whether there is anything that a start with other settings would lose: a commit, or the end."""
         files, inner = fsspec.core.url_to_fs(self.path)
         kept = (f"{inner}/finished.json", f"{inner}/{SNAPSHOT_COPY}")
-        return any(map(files.exists, kept)) or bool(named_checkpoints(files, f"{inner}/{SNAPSHOT}"))
+        return any(map(files.exists, kept)) or bool(_named_checkpoints(files, f"{inner}/{SNAPSHOT}"))
 
     def noted_settings(self) -> dict[str, Any] | None:
         """Return the settings that the run was started with, None where none are noted. Raises ConfigError."""
         try:
-            noted = json.loads(read_file(f"{self.path}/resolved.json"))
+            noted = json.loads(read_stored(f"{self.path}/resolved.json"))
         except FileNotFoundError:
             return None
         except ValueError as error:
@@ -62,7 +62,7 @@ class RunFolder:
     def finished(self, data_hash: str) -> dict[str, Any] | None:
         """Return what was noted when the run ended, or None. Raises ConfigError if it had learnt from other data."""
         try:
-            noted: dict[str, Any] = json.loads(read_file(f"{self.path}/finished.json"))
+            noted: dict[str, Any] = json.loads(read_stored(f"{self.path}/finished.json"))
         except FileNotFoundError:
             return None
         if noted["data_hash"] != data_hash:
@@ -84,7 +84,7 @@ def find_run(config: FinetuneConfig, identity: Identity) -> RunFolder:
     recipe = recipe_of_name(config)
     if recipe is not None:
         new = RunFolder(run.storage_path, f"{recipe}-{identity_hash(config, identity)}")
-        run = new if new.is_claimed else find_older(run, recipe, config, identity) or new
+        run = new if new.is_claimed else _find_older(run, recipe, config, identity) or new
     noted = run.noted_settings() if run.is_claimed else None
     if noted is not None and not config.run.restart:
         changed = differing_keys(*comparable(noted, config, identity))
@@ -96,7 +96,7 @@ def find_run(config: FinetuneConfig, identity: Identity) -> RunFolder:
     return run
 
 
-def find_older(written: RunFolder, recipe: str, config: FinetuneConfig, identity: Identity) -> RunFolder | None:
+def _find_older(written: RunFolder, recipe: str, config: FinetuneConfig, identity: Identity) -> RunFolder | None:
     """Return the run that these settings had before names were made of fingerprints; None if there is none.
 
     It is found by its settings too: those that have come since have changed the hash in its name.
@@ -122,7 +122,7 @@ def claim_run(run: RunFolder, config: FinetuneConfig, identity: Identity) -> Non
     if config.run.restart and files.exists(f"{inner}/resolved.json"):
         files.mv(inner, f"{inner}.replaced-{time.strftime('%Y%m%d-%H%M%S')}", recursive=True)
     noted = config.model_dump(mode="json") | {"identity": dict(identity)}
-    write_file(f"{run.path}/resolved.json", json.dumps(noted, indent=1).encode())
+    write_stored(f"{run.path}/resolved.json", json.dumps(noted, indent=1).encode())
 
 
 def absolute_paths(config: FinetuneConfig) -> dict[str, str]:
@@ -158,19 +158,19 @@ class SnapshotKeeper(UserCallback):
         del run_context, metrics
         if checkpoint is not None:
             files, inner = fsspec.core.url_to_fs(self.run.path)
-            write_file(f"{self.run.path}/{SNAPSHOT_COPY}", files.cat_file(f"{inner}/{SNAPSHOT}"))
+            write_stored(f"{self.run.path}/{SNAPSHOT_COPY}", files.cat_file(f"{inner}/{SNAPSHOT}"))
 
 
-def mend_run(run: RunFolder) -> None:
+def repair_run(run: RunFolder) -> None:
     """Before a start: put back a torn snapshot, and delete checkpoint folders that were never committed.
 
     Raises CheckpointError when neither the snapshot nor its copy can be read.
     """
     files, inner = fsspec.core.url_to_fs(run.path)
     snapshot, copy = f"{inner}/{SNAPSHOT}", f"{inner}/{SNAPSHOT_COPY}"
-    committed = named_checkpoints(files, snapshot)
+    committed = _named_checkpoints(files, snapshot)
     if not committed and files.exists(copy):
-        committed = named_checkpoints(files, copy)
+        committed = _named_checkpoints(files, copy)
         if not committed:
             raise CheckpointError(
                 f"{run.path}/{SNAPSHOT} and its copy are unreadable; restore one from a backup, or start over "
@@ -185,7 +185,7 @@ def mend_run(run: RunFolder) -> None:
                 files.rm(folder, recursive=True)
 
 
-def named_checkpoints(files: fsspec.AbstractFileSystem, path: str) -> set[str]:
+def _named_checkpoints(files: fsspec.AbstractFileSystem, path: str) -> set[str]:
     """Return the checkpoint folders that a snapshot names; none when it is not there or torn."""
     try:
         snapshot = json.loads(files.cat_file(path))

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from llava_ray.data.batches import MicroBatch
-from llava_ray.model.llava import Llava, find_targets
-from llava_ray.model.quantization import count_elements
+from llava_ray.model.network.llava import Llava, find_supervised
+from llava_ray.model.network.quantization import count_elements
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 # Dense bf16 peak in FLOP/s, from the makers' data sheets, by torch's device name.
-PEAK_FLOPS = {
+_PEAK_FLOPS = {
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
     "NVIDIA A10G": 70e12,
@@ -37,7 +37,7 @@ class Meter:
         self.flops_per_token = sum(6 * size if learns else 4 * size for size, learns in sizes)
         self.device = device
         self.world_size = world_size
-        self.peak = PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self.peak = _PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self.waited = 0.0
         self.last = time.perf_counter()
 
@@ -49,7 +49,7 @@ class Meter:
         self.waited = time.perf_counter() - start
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
+    def excluded_from_timing(self) -> Iterator[None]:
         """Leave what happens inside out of the next step's time."""
         start = time.perf_counter()
         yield
@@ -62,7 +62,7 @@ class Meter:
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
         num_tokens = sum(sum(batch.num_tokens) for batch in batches)
-        supervised = sum(len(find_targets(batch.labels, batch.position_ids)[0]) for batch in batches)
+        supervised = sum(len(find_supervised(batch.labels, batch.position_ids)[0]) for batch in batches)
         rates = dict(zip((g["name"] for g in engine.optimizer.param_groups), engine.get_lr(), strict=True))
         metrics = {
             "loss": loss,

@@ -15,12 +15,12 @@ from ray.train.torch import TorchTrainer
 
 from llava_ray.errors import CheckpointError, LlavaRayError, Stopped, TrainingError
 from llava_ray.log_file import terminal
-from llava_ray.train.journal import TRAINING, Standing
-from llava_ray.train.runs import RunFolder, committed_step, mend_run
+from llava_ray.train.journal import TRAINING, RunProgress
+from llava_ray.train.runs import RunFolder, committed_step, repair_run
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-PATIENCE_S = 5.0  # for the journal's answer while somebody waits for the run to stop
-SAVING = "Stopping: the step that is under way ends, and a checkpoint is saved. Once more to leave at once."
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_PATIENCE_S = 5.0  # for the journal's answer while somebody waits for the run to stop
+_SAVING = "Stopping: the step that is under way ends, and a checkpoint is saved. Once more to leave at once."
 
 
 class Stopping:
@@ -39,7 +39,7 @@ class Stopping:
             self.heard.append(number)
             if len(self.heard) == 1 and self.is_training():
                 self.journal.stop.remote()
-                print(f"\n{SAVING}", file=terminal(), flush=True)
+                print(f"\n{_SAVING}", file=terminal(), flush=True)
             elif len(self.heard) <= 2:
                 with contextlib.suppress(RayActorError):  # it ends itself
                     ray.get(controller.abort.remote())
@@ -47,13 +47,13 @@ class Stopping:
             else:
                 sys.exit(0)
 
-        for number in SIGNALS:
+        for number in _SIGNALS:
             signal.signal(number, hear)
 
     def is_training(self) -> bool:
         """Tell whether there is anything to save."""
         try:
-            standing: Standing = ray.get(self.journal.progress.remote(), timeout=PATIENCE_S)
+            standing: RunProgress = ray.get(self.journal.progress.remote(), timeout=_PATIENCE_S)
         except RayError:
             return False
         return standing.state == TRAINING
@@ -61,7 +61,7 @@ class Stopping:
     @contextlib.contextmanager
     def restoring(self) -> Iterator[None]:
         """Give the signals back at the end of the block."""
-        before = {number: signal.getsignal(number) for number in SIGNALS}
+        before = {number: signal.getsignal(number) for number in _SIGNALS}
         try:
             yield
         finally:
@@ -92,7 +92,7 @@ def fit(trainer: StoppableTrainer, run: RunFolder, journal: ActorHandle, until: 
     except (SystemExit, RayError, TrainingFailedError) as error:
         if trainer.stopping.heard or isinstance(error, SystemExit):
             raise stopped(trainer.stopping, run, until) from error
-        raise in_our_words(error, run) from error
+        raise _in_our_words(error, run) from error
     if trainer.stopping.heard and committed_step(run.storage_path, run.name) < until:
         raise stopped(trainer.stopping, run, until)
 
@@ -100,20 +100,20 @@ def fit(trainer: StoppableTrainer, run: RunFolder, journal: ActorHandle, until: 
 def stopped(stopping: Stopping, run: RunFolder, until: int) -> Stopped:
     """Return what to raise after a signal: where the run goes on."""
     with contextlib.suppress(CheckpointError):  # torn, and said by the next start
-        mend_run(run)
+        repair_run(run)
     step = committed_step(run.storage_path, run.name)
     number = stopping.heard[0] if stopping.heard else signal.SIGINT
     if not step:
         return Stopped("Stopped before the first checkpoint. The same command begins at the first step.", number)
     with contextlib.suppress(RayError):
-        done = ray.get(stopping.journal.progress.remote(), timeout=PATIENCE_S).done
+        done = ray.get(stopping.journal.progress.remote(), timeout=_PATIENCE_S).done
         if done > step:
             lost = f"the last checkpoint: {done - step} step(s) after it are taken again."
             return Stopped(f"Stopped. The same command goes on from step {step} of {until}, {lost}", number)
     return Stopped(f"Stopped. The same command goes on from step {step} of {until}; its checkpoint is saved.", number)
 
 
-def in_our_words(error: BaseException, run: RunFolder) -> LlavaRayError:
+def _in_our_words(error: BaseException, run: RunFolder) -> LlavaRayError:
     """Return the worker's own error where it is one of ours, or else what a user can do."""
     if isinstance(error, WorkerGroupError):
         for failure in error.worker_failures.values():

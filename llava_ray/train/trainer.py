@@ -19,14 +19,14 @@ from llava_ray.data.plan import Plan
 from llava_ray.data.preparation import prepare_data
 from llava_ray.data.settings import StreamSettings
 from llava_ray.data.shards import PreparedData, is_prepared
-from llava_ray.data.storage import read_file, write_file
+from llava_ray.data.storage import read_stored, write_stored
 from llava_ray.data.stream import DealToRanks, TrainStream
 from llava_ray.model.blueprint import Blueprint, read_blueprint
 from llava_ray.runtime import Resources
 from llava_ray.tracking import default_tracking_uri, moved_tracking_uri
-from llava_ray.train.identity import identify, identity_hash
-from llava_ray.train.journal import open_journal
-from llava_ray.train.progress import closing, progress_bar
+from llava_ray.train.identity import identify_run, identity_hash
+from llava_ray.train.journal import start_recorder
+from llava_ray.train.progress import closing_run, progress_bar
 from llava_ray.train.runs import (
     RunFolder,
     SnapshotKeeper,
@@ -34,14 +34,14 @@ from llava_ray.train.runs import (
     claim_run,
     committed_step,
     find_run,
-    mend_run,
+    repair_run,
 )
 from llava_ray.train.scaling import scaling, worker_environment
 from llava_ray.train.settings import HeldOut, LoopSettings
 from llava_ray.train.stopping import StoppableTrainer, fit
 from llava_ray.train.worker import run_worker
 
-HELD_OUT_BATCH = 64  # held-out samples that are packed together
+_HELD_OUT_BATCH = 64  # held-out samples that are packed together
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class FinishedRun:
 
     def read_losses(self) -> list[float]:
         """Return the loss of every step."""
-        rows = read_file(f"{self.folder.path}/metrics.jsonl").decode().splitlines()
+        rows = read_stored(f"{self.folder.path}/metrics.jsonl").decode().splitlines()
         return [json.loads(row)["loss"] for row in rows]
 
 
@@ -71,12 +71,12 @@ def finetune(
 
     Raises ConfigError, DataError, ModelError, CheckpointError or TrainingError; whatever was committed stays.
     """
-    finished = advance(config, prepared, resources, show_progress=show_progress)
+    finished = train_until(config, prepared, resources, show_progress=show_progress)
     assert finished is not None  # only a run with ``until`` stops before its end
     return finished
 
 
-def advance(
+def train_until(
     config: FinetuneConfig,
     prepared: PreparedData,
     resources: Resources,
@@ -91,7 +91,7 @@ def advance(
     ``callbacks`` are Ray Train's, and hear of every checkpoint with what held-out samples said of it. Raises as
     ``finetune`` does.
     """
-    identity = identify(config, prepared.data_hash)
+    identity = identify_run(config, prepared.data_hash)
     run = find_run(config, identity)
     noted = None if config.run.restart else run.finished(prepared.data_hash)
     if noted is not None:
@@ -105,8 +105,8 @@ def advance(
     held_out = held_out_samples(config, blueprint, resources)
     tracking_uri = config.tracking.tracking_uri or default_tracking_uri(config.run.storage_path)
     claim_run(run, config, identity)
-    mend_run(run)
-    journal = open_journal(run, config, tracking_uri, identity_hash(config, identity))
+    repair_run(run)
+    journal = start_recorder(run, config, tracking_uri, identity_hash(config, identity))
     settings = LoopSettings(
         config=config,
         stream=stream,
@@ -138,12 +138,12 @@ def advance(
         dataset_config=DealToRanks(plan, until, lengths, settings.stream),
     )
     first_step = committed_step(run.storage_path, run.name)
-    with closing(journal), progress_bar(journal, plan.num_steps, first_step) if show_progress else nullcontext():
+    with closing_run(journal), progress_bar(journal, plan.num_steps, first_step) if show_progress else nullcontext():
         fit(trainer, run, journal, until)
     if until < plan.num_steps:
         ray.get(journal.flush.remote())
         return None
-    return note_finished(config, run, plan, prepared, journal, tracking_uri)
+    return _note_finished(config, run, plan, prepared, journal, tracking_uri)
 
 
 def make_plan(config: FinetuneConfig, prepared: PreparedData, blueprint: Blueprint) -> tuple[TokenLengths, Plan]:
@@ -205,7 +205,7 @@ def held_out_samples(config: FinetuneConfig, blueprint: Blueprint, resources: Re
     plan = Plan(
         lengths.column("num_tokens"),
         lengths.column("shard"),
-        global_batch_size=HELD_OUT_BATCH,
+        global_batch_size=_HELD_OUT_BATCH,
         num_epochs=1,
         seed=0,
         shuffle_window=0,
@@ -213,7 +213,7 @@ def held_out_samples(config: FinetuneConfig, blueprint: Blueprint, resources: Re
     return HeldOut(settings, plan, lengths, asked.num_answers, asked.max_new_tokens)
 
 
-def note_finished(
+def _note_finished(
     config: FinetuneConfig, run: RunFolder, plan: Plan, prepared: PreparedData, journal: ActorHandle, tracking_uri: str
 ) -> FinishedRun:
     """Close the MLflow run with lineage and artifacts, and note in the folder that the run is over."""
@@ -239,5 +239,5 @@ def note_finished(
         "mlflow_run_id": run_id,
         "data_hash": prepared.data_hash,
     }
-    write_file(f"{run.path}/finished.json", json.dumps(noted, indent=1).encode())
+    write_stored(f"{run.path}/finished.json", json.dumps(noted, indent=1).encode())
     return FinishedRun(run, **noted)

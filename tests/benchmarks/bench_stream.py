@@ -31,7 +31,7 @@ from llava_ray.data.plan import Plan
 from llava_ray.data.preparation import prepare_data
 from llava_ray.data.shards import PreparedData
 from llava_ray.data.stream import DealToRanks, StreamSettings, TrainStream
-from llava_ray.images.processing import normalise
+from llava_ray.images.processing import normalize_pixels
 from llava_ray.model.blueprint import Blueprint, read_blueprint
 
 WORLD_SIZE = 2
@@ -49,7 +49,7 @@ class Consumer:
             for batch in batches:
                 if batch.pixels is not None:
                     first = first or time.time()
-                    num_images += len(normalise(batch.pixels, settings.image_spec))
+                    num_images += len(normalize_pixels(batch.pixels, settings.image_spec))
         return num_images, first, time.time()
 
 

@@ -23,11 +23,11 @@ os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
 
 from outcome import keep_result
 
-from evals import easy_vqa
-from evals.easy_vqa_records import write_open_split
 from llava_ray.config.space import SweepConfig
 from llava_ray.config.sweep_recipes import load_sweep
-from llava_ray.sweep.sampling import Settings, identity
+from llava_ray.quickstart import easy_vqa
+from llava_ray.quickstart.easy_vqa_records import write_open_split
+from llava_ray.sweep.sampling import TrialSettings, identity
 from llava_ray.sweep.searching import list_given
 from pipelines.quickstart import CACHE
 
@@ -105,7 +105,7 @@ def run_alone(
     recipe = folder / f"{name}.toml"
     text = (ROOT / RECIPE).read_text()
     recipe.write_text("[model]" + text.partition("[model]")[2])  # a run knows neither space nor sweep
-    changes: Settings = {**ALONE, **trial["settings"], "train.seed": trial["seed"], "run.name": name}
+    changes: TrialSettings = {**ALONE, **trial["settings"], "train.seed": trial["seed"], "run.name": name}
     changes["run.storage_path"] = str(folder)
     flags = [word for key, value in changes.items() for word in (f"--{key}", str(value))]
     seconds, busy = timed(["pipelines/finetune.py", str(recipe), *given, *flags])

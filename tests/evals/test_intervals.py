@@ -7,9 +7,9 @@ import pytest
 
 from evals.answers import Joined
 from evals.benchmark import Benchmark, Graded
+from evals.benchmarks.mmbench import ROTATION
 from evals.catalogue import BENCHMARKS, make_benchmark
-from evals.mmbench import ROTATION
-from evals.scoring import Result, estimate, summarise
+from evals.scoring import Result, compute_figure, summarize_result
 from evals.statistics import wilson
 
 NOTHING_AMISS = Joined({}, (), (), (), ())
@@ -46,7 +46,9 @@ def rows(name: str, num: int, rng: random.Random, share: float) -> list[Graded]:
 
 def summary(benchmark: Benchmark, some: Sequence[Graded]) -> dict:
     total = benchmark.add_up(some, "robust")
-    return summarise(Result(benchmark, "robust", some, NOTHING_AMISS, total, estimate(benchmark, some, "robust")))
+    return summarize_result(
+        Result(benchmark, "robust", some, NOTHING_AMISS, total, compute_figure(benchmark, some, "robust"))
+    )
 
 
 def check(ends: Sequence[float] | None, value: float | None, maximum: float) -> None:

@@ -3,12 +3,12 @@
 import pytest
 
 from evals.benchmark import FAILED, Grade, Graded, Question, graded
-from evals.docvqa import DocVQA
-from evals.llava_bench import LLaVABench
-from evals.mm_vet import MMVet
-from evals.mmbench import MMBench
-from evals.numbers import anls, edit_distance, relaxed_accuracy
-from evals.open_answers import open_answer_is_right
+from evals.benchmarks.docvqa import DocVQA
+from evals.benchmarks.llava_bench import LLaVABench
+from evals.benchmarks.mm_vet import MMVet
+from evals.benchmarks.mmbench import MMBench
+from evals.matching.numbers import anls, edit_distance, relaxed_accuracy
+from evals.matching.open_answers import open_answer_is_right
 from llava_ray.replies import parse_first_word, parse_grade, parse_pair, parse_pair_strictly
 
 

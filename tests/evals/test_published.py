@@ -4,16 +4,16 @@ import pytest
 
 from evals.answers import Answer
 from evals.benchmark import Question
+from evals.benchmarks.gqa import GQA
 from evals.catalogue import BENCHMARKS
-from evals.gqa import GQA
 from evals.published import ELSEWHERE, WHOLE_SETS, asked_of, comparison_note, published_figures
-from evals.scoring import score, summarise
+from evals.scoring import score, summarize_result
 from evals.tables import markdown
 
 
 def result(num: int) -> dict:
     questions = [Question(str(i), "?", truths=("yes",), cluster=str(i)) for i in range(num)]
-    return summarise(score(GQA(), questions, [Answer(str(i), "yes") for i in range(num)], "robust"))
+    return summarize_result(score(GQA(), questions, [Answer(str(i), "yes") for i in range(num)], "robust"))
 
 
 def test_twelve_questions_of_gqa_are_twelve_of_12578() -> None:

@@ -8,7 +8,7 @@ import pytest
 from evals.ratings import Match, bradley_terry, rate
 from evals.reviews import (
     Review,
-    headline,
+    compute_review_headline,
     length_figures,
     mean_grade,
     mean_score,
@@ -29,34 +29,34 @@ def reviews(*scores: tuple[float, float] | None, order: str = "given", state: st
 
 
 def test_the_published_figure_is_the_ratio_of_means() -> None:
-    found = headline(reviews((8, 7), (9, 6), (10, 8)), relative, 0.02)
+    found = compute_review_headline(reviews((8, 7), (9, 6), (10, 8)), relative, 0.02)
     assert found["score"] == pytest.approx(77.7778, abs=1e-4)
     some = reviews((8, 7), (9, 6), (10, 8))
     assert (10 * mean_score(some, 0), 10 * mean_score(some, 1)) == (90, 70)
 
 
 def test_an_outage_is_no_result() -> None:
-    found = headline(reviews(None, None, None), relative, 0.02)
+    found = compute_review_headline(reviews(None, None, None), relative, 0.02)
     assert (found["score"], found["computed_score"], found["failed"]) == (None, None, 3)
     assert found["withheld"] == "no review has scores"
-    assert headline(reviews(None, None, None), relative, 1.0)["withheld"] == "no review has scores"
+    assert compute_review_headline(reviews(None, None, None), relative, 1.0)["withheld"] == "no review has scores"
 
 
 def test_failures_are_in_no_mean() -> None:
     some = reviews((8, 4), (8, 4), None, None)
     assert relative(some) == 50.0
-    found = headline(some, relative, 0.02)
+    found = compute_review_headline(some, relative, 0.02)
     assert (found["score"], found["computed_score"]) == (None, 50.0)
     assert found["withheld"] == "2 of 4 reviews have no scores (2 failed); at most 2% may lack them"
-    assert headline(some, relative, 0.5)["score"] == 50.0
-    unparsed = headline(reviews((8, 4), None, state="unparsed"), relative, 0.1)
+    assert compute_review_headline(some, relative, 0.5)["score"] == 50.0
+    unparsed = compute_review_headline(reviews((8, 4), None, state="unparsed"), relative, 0.1)
     assert "1 unparsed" in unparsed["withheld"]
 
 
 def test_mm_vet_counts_a_question_in_each_of_its_abilities() -> None:
     rows = [(1.0, ("rec", "ocr")), (0.5, ("rec",)), (0.0, ("math", "ocr"))]
     some = [Review(f"q{n}", ("m",), "given", 0, "done", (g,), (5,), c) for n, (g, c) in enumerate(rows)]
-    found = headline(some, mean_grade, 0.02)
+    found = compute_review_headline(some, mean_grade, 0.02)
     assert found["score"] == 50.0
     assert {name: one["score"] for name, one in found["categories"].items()} == {"rec": 75.0, "ocr": 50.0, "math": 0.0}
 

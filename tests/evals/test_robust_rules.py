@@ -7,9 +7,9 @@ import pytest
 
 from evals.answers import Recorded
 from evals.benchmark import Benchmark, Grade, Question
+from evals.benchmarks.llava_bench import LLaVABench
+from evals.benchmarks.mm_vet import MMVet
 from evals.catalogue import BENCHMARKS, make_benchmark
-from evals.llava_bench import LLaVABench
-from evals.mm_vet import MMVet
 from llava_ray.errors import ConfigError
 
 LINE = re.compile(r"""^ {8}('.*'|".*") \| (?:(.*?) \| )?(.+)$""", re.MULTILINE)

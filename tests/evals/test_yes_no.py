@@ -3,11 +3,11 @@
 import pytest
 
 from evals.benchmark import Graded, Question, graded
-from evals.gqa import GQA
-from evals.hallusion_bench import HallusionBench, grade_verdict
-from evals.mme import MME
-from evals.pope import POPE
-from evals.yes_no import parse_mme, parse_pope, parse_yes_no
+from evals.benchmarks.gqa import GQA
+from evals.benchmarks.hallusion_bench import HallusionBench, grade_verdict
+from evals.benchmarks.mme import MME
+from evals.benchmarks.pope import POPE
+from evals.matching.yes_no import parse_mme, parse_pope, parse_yes_no
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from benchmark_files import write_benchmark
 
 from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import ConfigError, DataError, ModelError
-from llava_ray.model.bundle import assemble, save_bundle
+from llava_ray.model.assembly import assemble
+from llava_ray.model.saving import save_bundle
 from pipelines.evaluate import main
 
 Describe = Callable[..., str]

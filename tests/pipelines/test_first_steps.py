@@ -8,14 +8,15 @@ import pytest
 from fakes import make_language_model, make_vision_tower
 from samples import write_samples
 
-from evals import easy_vqa
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import FinetuneConfig, ModelConfig
-from llava_ray.deployments.page_examples import read_examples
+from llava_ray.deployments.chat_page.examples import read_examples
 from llava_ray.errors import ConfigError, ModelError
-from llava_ray.model.bundle import assemble, save_bundle
+from llava_ray.model.assembly import assemble
+from llava_ray.model.saving import save_bundle
+from llava_ray.quickstart import easy_vqa
 from pipelines import evaluate, finetune, preview, review, sweep
-from pipelines.prerequisites import find_maker, missing_models, refuse_missing
+from pipelines.prerequisites import check_prerequisites, find_maker, missing_models
 from pipelines.quickstart_results import NEXT_STEPS, write_examples
 
 pytestmark = pytest.mark.slow
@@ -107,7 +108,7 @@ def test_models_that_no_command_of_ours_makes_are_left_to_others(ready, monkeypa
     assert find_maker("runs/another/model") is None
     config = load_recipe(FinetuneConfig, [str(FOLDER / "quickstart/yours.toml")])
     assert missing_models(config) == {}
-    refuse_missing(config, {})
+    check_prerequisites(config, {})
 
 
 def test_the_next_steps_that_the_quickstart_prints_can_be_typed(ready, monkeypatch, capsys):

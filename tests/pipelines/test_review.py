@@ -12,7 +12,7 @@ from review_files import flags, write_lines, write_review_files
 from scripted_judge import Remote, score_of, scripted_judge
 
 from llava_ray.errors import ConfigError, DataError
-from llava_ray.review.ledger_file import LedgerFile, read_rows
+from llava_ray.review.ledger_file import LedgerFile, read_ledger_rows
 from pipelines.evaluate import main as evaluate
 from pipelines.review import command, main
 from pipelines.review_run import Outcome
@@ -178,7 +178,7 @@ def test_the_budget_holds_to_the_last_call(review: Review, judge: Remote, tmp_pa
     assert not outcome.complete
     assert "of the budget are spent" in outcome.report["partial_because"]
     spent, under_way, largest = 0.0, {}, 0.0
-    for row in read_rows(tmp_path / "out/ledger.jsonl"):
+    for row in read_ledger_rows(tmp_path / "out/ledger.jsonl"):
         if row["state"] == "sent":
             under_way[row["lease"]] = row["dollars"]
             largest = max(largest, row["dollars"])

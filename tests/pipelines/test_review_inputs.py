@@ -8,9 +8,9 @@ from benchmark_files import write_benchmark
 from review_files import flags, write_lines, write_review_files
 
 from evals.benchmark import Question
-from evals.custom import Custom
-from evals.llava_bench import LLaVABench
-from evals.science_qa import ScienceQA
+from evals.benchmarks.custom import Custom
+from evals.benchmarks.llava_bench import LLaVABench
+from evals.benchmarks.science_qa import ScienceQA
 from evals.scoring import score
 from llava_ray.errors import DataError
 from pipelines.review import main

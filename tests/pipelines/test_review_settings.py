@@ -11,8 +11,8 @@ from llava_ray.errors import ConfigError
 from llava_ray.review.calls import CallPlan, Item, list_judges
 from llava_ray.review.headers import Quota, Reported
 from llava_ray.review.judge import RequestError
-from llava_ray.review.ledger_file import Sent, Standing
-from llava_ray.review.limiter import Granted, Refused, Settlement, Wish
+from llava_ray.review.ledger_file import LedgerState, Sent
+from llava_ray.review.limiter import LeaseGranted, LeaseRefused, LeaseRequest, Settlement
 from llava_ray.review.prices import PRICES, find_price
 from llava_ray.review.reviewer import Summary
 from llava_ray.review.rubric import our_rubric
@@ -70,11 +70,11 @@ def test_what_travels_survives_it() -> None:
         spec,
         call,
         LimitsConfig(requests_per_minute=3),
-        Wish("r/1", 10, 0.1),
-        Granted("e"),
-        Refused("broke", "why"),
+        LeaseRequest("r/1", 10, 0.1),
+        LeaseGranted("e"),
+        LeaseRefused("broke", "why"),
         Settlement("r/1", "j", "fine", 10, 0.1, 0.0, reported),
-        Standing(0.5, [Sent("r/1", "j", 1.0, 10, 0.1)], []),
+        LedgerState(0.5, [Sent("r/1", "j", 1.0, 10, 0.1)], []),
         Summary(done=3),
     ]
     for traveller in travellers:

@@ -16,7 +16,7 @@ from llava_ray.images.containers.jpeg import walk_jpeg
 from llava_ray.images.containers.jpeg2000 import walk_jpeg2000
 from llava_ray.images.containers.netpbm import walk_netpbm
 from llava_ray.images.containers.png import walk_png
-from llava_ray.images.containers.tiff import MAGICS as TIFF_MAGICS
+from llava_ray.images.containers.tiff import TIFF_MAGICS as TIFF_MAGICS
 from llava_ray.images.containers.tiff import walk_tiff
 from llava_ray.images.containers.webp import walk_webp
 
@@ -46,7 +46,7 @@ class Container:
     """Of GIF and TIFF, whose headers do not say it; counted no further than asked. 1 for other formats."""
 
 
-def identify(data: bytes) -> str | None:
+def identify_format(data: bytes) -> str | None:
     """Return Pillow's name of a file's format from its first bytes; None for none that is read here."""
     for kind, magics in MAGICS.items():
         if data.startswith(magics):

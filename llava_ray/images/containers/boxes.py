@@ -5,8 +5,8 @@ from collections.abc import Collection, Iterator
 
 from llava_ray.images.containers.budget import Budget
 
-MAX_BOXES = 8192
-MAX_DEPTH = 12
+_MAX_BOXES = 8192
+_MAX_DEPTH = 12
 
 
 def walk_boxes(
@@ -21,7 +21,7 @@ def walk_boxes(
         place, end, depth = waiting.pop()
         while place + 8 <= end:
             length, kind = struct.unpack_from(">L4s", data, place)
-            budget.take("boxes", MAX_BOXES)
+            budget.take("boxes", _MAX_BOXES)
             start = place + 8
             if length == 1 and place + 16 <= end:
                 [length] = struct.unpack_from(">Q", data, place + 8)
@@ -30,6 +30,6 @@ def walk_boxes(
             if stop < start:
                 break
             yield kind, start, stop
-            if kind in parents and depth < MAX_DEPTH:
+            if kind in parents and depth < _MAX_DEPTH:
                 waiting.append((start + skipped.get(kind, 0), stop, depth + 1))
             place = stop

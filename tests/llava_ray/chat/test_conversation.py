@@ -1,6 +1,7 @@
 import pytest
 
-from llava_ray.chat.conversation import Conversation, Turn, check_turns, read_turns, with_markers
+from llava_ray.chat.conversation import Turn, check_turns, read_turns, with_markers
+from llava_ray.chat.template import Conversation
 from llava_ray.chat.templates import TEMPLATES
 from llava_ray.errors import RecordError
 

@@ -9,7 +9,7 @@ from llava_ray.config.cluster_files import read_cluster_file
 from llava_ray.config.recipes import load_recipe, read_toml
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.config.sweep_recipes import load_sweep
-from llava_ray.deployments.auth import read_api_keys
+from llava_ray.deployments.http.auth import read_api_keys
 from llava_ray.errors import ConfigError
 from llava_ray.review.rubric import read_rubric
 

@@ -69,7 +69,7 @@ def test_both_dry_runs_say_the_same_steps(monkeypatch: pytest.MonkeyPatch, tmp_p
     from samples import small_run
 
     from llava_ray.errors import DataError
-    from llava_ray.train.dry_run import count_of_run, steps_of_run, tell_data
+    from llava_ray.train.planning.dry_run import count_of_run, steps_of_run, tell_data
 
     (tmp_path / "a.jsonl").write_text(f"{LINE}\n" * 10)
     (tmp_path / "none.jsonl").write_text("")

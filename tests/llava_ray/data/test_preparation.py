@@ -22,7 +22,7 @@ from PIL import Image
 
 from llava_ray.config.sections import DataConfig
 from llava_ray.data.preparation import prepare_data
-from llava_ray.data.shards import PreparedData, read_rows
+from llava_ray.data.shards import PreparedData, read_shard_rows
 from llava_ray.errors import ConfigError, DataError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -56,7 +56,7 @@ def write_json(folder: Path, records: Sequence[dict[str, Any]]) -> DataConfig:
 
 
 def rows_of(prepared: PreparedData) -> list[dict[str, Any]]:
-    return [row for shard in prepared.shards for row in read_rows(prepared.path, shard.name, None).to_pylist()]
+    return [row for shard in prepared.shards for row in read_shard_rows(prepared.path, shard.name, None).to_pylist()]
 
 
 def rejected_of(prepared: PreparedData) -> list[dict[str, str]]:

@@ -14,8 +14,8 @@ from test_record_keys import PNG
 
 from llava_ray.data import json_files
 from llava_ray.data.chunks import make_chunks
+from llava_ray.data.ordered_records import read_records
 from llava_ray.data.parquet_files import parquet_layout
-from llava_ray.data.preview_records import read_records
 from llava_ray.data.records import Fault, RawRecord, find_files
 from llava_ray.data.validation import validate
 from llava_ray.errors import DataError, RecordError

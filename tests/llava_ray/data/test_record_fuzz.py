@@ -10,7 +10,7 @@ from fuzzing import NUM_INPUTS, Target, fuzz, fuzz_at_length
 from record_mutations import PNG, make_file
 
 from llava_ray.data.chunks import make_chunks
-from llava_ray.data.preview_records import read_records
+from llava_ray.data.ordered_records import read_records
 from llava_ray.data.records import RawRecord, find_files
 from llava_ray.data.shards import as_row, encode_shard
 from llava_ray.data.validation import validate

@@ -296,7 +296,7 @@ def test_a_template_without_a_place_for_it_rejects_the_record(tokenizer) -> None
 def test_an_answer_of_no_weight_is_read_and_not_learnt(tokenizer, mark, version) -> None:
     turns = [ASK, {**SAY, **mark}, {**ASK, **mark}, {**SAY, "weight": 1}]
     record = read({"conversations": turns})
-    assert [turn.learnt for turn in record.turns] == [True, False, False, True]
+    assert [turn.supervised for turn in record.turns] == [True, False, False, True]
     assert tuple(Turn.from_row(turn.to_row()) for turn in record.turns) == record.turns
     [example] = encoder(tokenizer, version).encode(record.turns, [])
     [whole] = encoder(tokenizer, version).encode(read({"conversations": [ASK, SAY] * 2}).turns, [])

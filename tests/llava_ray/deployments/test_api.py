@@ -16,11 +16,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving import EchoEngine, asking, data_uri, served
 from starlette.types import Receive, Scope, Send
 
-from llava_ray.deployments.auth import ApiKey, digest
 from llava_ray.deployments.front import build_front
 from llava_ray.deployments.gateway import LocalGateway
+from llava_ray.deployments.http.auth import ApiKey, digest
+from llava_ray.deployments.http.routes import Front
 from llava_ray.deployments.replica import Replica
-from llava_ray.deployments.routes import Front
 from llava_ray.deployments.settings import ServeSettings
 from llava_ray.deployments.tracing import traced
 from llava_ray.generate.engine import GenerationChunk

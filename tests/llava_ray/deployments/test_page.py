@@ -11,11 +11,11 @@ from browser import DOWN, ENTER, ESCAPE, Browser, chromium
 from pictures import picture
 from serving import EchoEngine, served, write_examples
 
-from llava_ray.deployments.auth import ApiKey, digest
 from llava_ray.deployments.front import build_front
 from llava_ray.deployments.gateway import LocalGateway
+from llava_ray.deployments.http.auth import ApiKey, digest
+from llava_ray.deployments.http.routes import Front
 from llava_ray.deployments.replica import Replica
-from llava_ray.deployments.routes import Front
 from llava_ray.deployments.settings import ServeSettings
 
 pytestmark = pytest.mark.browser

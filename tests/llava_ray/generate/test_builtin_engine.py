@@ -29,12 +29,12 @@ from engines import (
 
 from llava_ray.chat.templates import find_template
 from llava_ray.errors import ModelError, RecordError
-from llava_ray.generate.builtin_engine import BuiltinEngine
+from llava_ray.generate.builtin.builtin_engine import BuiltinEngine
+from llava_ray.generate.builtin.running_batch import RunningBatch
 from llava_ray.generate.decoding import answer_text
 from llava_ray.generate.engine import GenerationRequest, Sampling
-from llava_ray.generate.running_batch import RunningBatch
 from llava_ray.generate.settings import EngineSettings
-from llava_ray.model.bundle import LlavaParts
+from llava_ray.model.assembly import LlavaParts
 
 pytestmark = pytest.mark.slow
 

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from llava_ray.generate.kv_cache import KvCache, Row, longest_row, row_length
+from llava_ray.generate.builtin.kv_cache import CacheSlot, KvCache, longest_row, row_length
 
 
 def test_row_lengths() -> None:
@@ -14,7 +14,7 @@ def test_row_lengths() -> None:
     assert all(row_length(count) >= count and row_length(count) < 1.51 * max(count, 128) for count in range(1, 5000))
 
 
-def write(row: Row, value: float) -> None:
+def write(row: CacheSlot, value: float) -> None:
     like = torch.zeros(1, 2, 1, 4)
     for index in range(2):
         layer = row.shelf.layer(index, like, like)
@@ -22,7 +22,7 @@ def write(row: Row, value: float) -> None:
         layer.values[row.index] = -value
 
 
-def holds(row: Row, value: float) -> bool:
+def holds(row: CacheSlot, value: float) -> bool:
     return all(
         bool((layer.keys[row.index] == value).all() and (layer.values[row.index] == -value).all())
         for layer in row.shelf.layers.values()
@@ -31,7 +31,7 @@ def holds(row: Row, value: float) -> bool:
 
 def test_rows_keep_their_contents() -> None:
     draw, cache = random.Random(0), KvCache(128 * 20)
-    rows: dict[float, Row] = {}
+    rows: dict[float, CacheSlot] = {}
     refused = 0
     for value in range(1, 400):
         row = cache.reserve(draw.choice([5, 128, 150, 300]))

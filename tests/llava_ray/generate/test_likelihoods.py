@@ -13,7 +13,7 @@ from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import ModelError
 from llava_ray.generate.decoding import expand_prompt, find_sizes
 from llava_ray.generate.likelihoods import find_log_likelihoods, shared_prompt
-from llava_ray.model.bundle import LlavaParts, assemble
+from llava_ray.model.assembly import LlavaParts, assemble
 
 pytestmark = pytest.mark.slow
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from llava_ray.generate import packed_linear
-from llava_ray.generate.packed_linear import (
+from llava_ray.generate.builtin import packed_linear
+from llava_ray.generate.builtin.packed_linear import (
     NOWHERE,
     PackedLinear,
     can_pack,

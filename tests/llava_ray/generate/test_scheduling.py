@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from llava_ray.generate.scheduling import WaitingLine, share_chunk
+from llava_ray.generate.builtin.scheduling import WaitingQueue, share_chunk
 
 
 @dataclass(eq=False)
@@ -12,7 +12,7 @@ class Asked:
 
 
 def test_nobody_overtakes() -> None:
-    line: WaitingLine[Asked] = WaitingLine()
+    line: WaitingQueue[Asked] = WaitingQueue()
     asked = [Asked(size) for size in (5, 50, 5)]
     for one in asked:
         line.join(one)

@@ -27,8 +27,8 @@ from engines import (
 from llava_ray.errors import BundleError, ModelError, RecordError
 from llava_ray.generate.engine import GenerationRequest
 from llava_ray.generate.served_adapters import load_beside
-from llava_ray.model.bundle import LlavaParts
-from llava_ray.model.layout import ADAPTER_FOLDER
+from llava_ray.model.assembly import LlavaParts
+from llava_ray.model.formats.layout import ADAPTER_FOLDER
 from llava_ray.model.loading import load_pretrained_model
 
 pytestmark = pytest.mark.slow

@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from llava_ray.config.lora import LoraConfig
 from llava_ray.errors import ModelError
 from llava_ray.model.adaptation import adapt
-from llava_ray.model.adapter_export import base_dtype, export_adapter, export_merged
-from llava_ray.model.bundle import save_bundle
-from llava_ray.model.exporting import export_original
+from llava_ray.model.formats.manifest import read_manifest
+from llava_ray.model.formats.model_opening import open_model
+from llava_ray.model.formats.original.write import export_original
 from llava_ray.model.loading import load_pretrained_model
-from llava_ray.model.manifest import read_manifest
-from llava_ray.model.model_files import open_model
+from llava_ray.model.lora_export import base_dtype, export_adapter, export_merged
+from llava_ray.model.saving import save_bundle
 
 pytestmark = pytest.mark.slow
 

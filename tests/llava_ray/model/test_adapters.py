@@ -15,23 +15,23 @@ from transformers import AutoModelForCausalLM
 from llava_ray.config.lora import LoraConfig
 from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import BundleError, ModelError
-from llava_ray.model import adapters
 from llava_ray.model.adaptation import adapt
-from llava_ray.model.adapters import (
-    adapter_parameters,
-    add_adapter,
-    find_targets,
-    has_adapter,
-    load_adapter,
-    merge,
-    probe,
-    save_adapter,
-    take_off,
-)
-from llava_ray.model.bundle import LlavaParts, assemble, save_bundle
+from llava_ray.model.assembly import LlavaParts, assemble, merge
+from llava_ray.model.formats.manifest import read_manifest
 from llava_ray.model.freezing import freeze
 from llava_ray.model.loading import load_pretrained_model
-from llava_ray.model.manifest import read_manifest
+from llava_ray.model.lora import adapters
+from llava_ray.model.lora.adapters import (
+    adapter_parameters,
+    add_adapter,
+    find_target_modules,
+    has_adapter,
+    load_adapter,
+    probe,
+    remove_adapter,
+    save_adapter,
+)
+from llava_ray.model.saving import save_bundle
 
 pytestmark = pytest.mark.slow
 
@@ -286,7 +286,7 @@ def test_bundles_that_would_lose_the_adapter_are_refused(folders, tmp_path: Path
 
 def test_taking_an_adapter_off_gives_the_base_back(folders) -> None:
     parts, plain = adapted(folders), folders.assemble()
-    take_off(parts.llava.language_model)
+    remove_adapter(parts.llava.language_model)
     assert torch.equal(probe(parts.llava.language_model), probe(plain.llava.language_model))
 
 
@@ -295,7 +295,7 @@ def test_targets_that_are_not_there_are_refused(target: str, folders) -> None:
     with pytest.raises(
         ModelError, match=rf"names '{target}', which is no Linear of the language model; it has down_pr"
     ):
-        find_targets(folders.assemble().llava.language_model, ("q_proj", target))
+        find_target_modules(folders.assemble().llava.language_model, ("q_proj", target))
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])

@@ -14,11 +14,12 @@ from safetensors import safe_open
 
 from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import BundleError, ModelError
+from llava_ray.model.assembly import assemble, load_tower
 from llava_ray.model.blueprint import read_blueprint
-from llava_ray.model.bundle import assemble, load_tower, save_bundle
+from llava_ray.model.formats.manifest import absolute_base, read_manifest, relative_base
+from llava_ray.model.formats.saved_weights import replacing, sanitize_generation_config
 from llava_ray.model.loading import load_pretrained_model, read_pretrained_blueprint
-from llava_ray.model.manifest import absolute_base, read_manifest, relative_base
-from llava_ray.model.weights import replacing, sanitize_generation_config
+from llava_ray.model.saving import save_bundle
 
 pytestmark = pytest.mark.slow
 

@@ -11,13 +11,14 @@ from published import assert_same_weights, make_original, read
 from llava_ray.chat.conversation import read_turns
 from llava_ray.chat.tokens import tokenize_conversation
 from llava_ray.errors import BundleError, ModelError
-from llava_ray.model.exporting import export_bundle, export_original, export_projector
-from llava_ray.model.hub_export import export_hub
+from llava_ray.model.formats.bundle.write import export_bundle
+from llava_ray.model.formats.hub.write import export_hub
+from llava_ray.model.formats.manifest import read_manifest
+from llava_ray.model.formats.model_opening import open_model
+from llava_ray.model.formats.original.write import export_original, export_projector
+from llava_ray.model.formats.projector_files import load_projector_weights
 from llava_ray.model.loading import load_pretrained_model
-from llava_ray.model.manifest import read_manifest
-from llava_ray.model.model_files import open_model
-from llava_ray.model.projector import load_projector_weights
-from llava_ray.model.weight_files import held, write_file
+from llava_ray.model.tensors.weight_files import held, write_weight_file
 
 pytestmark = pytest.mark.slow
 
@@ -124,7 +125,7 @@ def test_a_bundle_from_the_original_splits_text_the_same_way(tmp_path: Path) -> 
 
 
 def test_a_bundle_that_names_its_parts_becomes_one_that_holds_them(folders, tmp_path: Path) -> None:
-    from llava_ray.model.bundle import save_bundle
+    from llava_ray.model.saving import save_bundle
 
     save_bundle(tmp_path / "named", folders.assemble(), include="projector")
     export_bundle(open_model(tmp_path / "named"), tmp_path / "whole")
@@ -136,7 +137,7 @@ def test_a_bundle_that_names_its_parts_becomes_one_that_holds_them(folders, tmp_
 
 
 def test_a_wrong_base_is_refused(folders, tmp_path: Path) -> None:
-    from llava_ray.model.bundle import save_bundle
+    from llava_ray.model.saving import save_bundle
 
     save_bundle(tmp_path / "named", folders.assemble(), include="projector")
     other = fakes.make_language_model(tmp_path / "other", seed=9)
@@ -158,7 +159,7 @@ def test_a_wrong_base_is_refused(folders, tmp_path: Path) -> None:
 def test_the_original_layout_refuses_what_its_code_cannot_load(
     language_model, tower, message, folders, tmp_path
 ) -> None:
-    from llava_ray.model.bundle import save_bundle
+    from llava_ray.model.saving import save_bundle
 
     save_bundle(tmp_path / "bundle", folders.assemble(language_model, tower))
     with pytest.raises(ModelError, match=message):
@@ -212,6 +213,6 @@ def test_other_folders_are_refused_by_name(folders, tmp_path: Path) -> None:
 
 def test_a_model_without_its_projector_is_refused(folders, tmp_path: Path) -> None:
     source = make_original(tmp_path / "source", folders.language_model(), folders.tower())
-    write_file(source / "model.safetensors", {"model.norm.weight": held(torch.ones(fakes.WIDTH))})
+    write_weight_file(source / "model.safetensors", {"model.norm.weight": held(torch.ones(fakes.WIDTH))})
     with pytest.raises(ModelError, match="no tensor of the projector is in its weight files"):
         open_model(source, version="v1", vision_tower=str(folders.tower()))

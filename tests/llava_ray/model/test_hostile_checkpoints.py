@@ -19,16 +19,16 @@ from originals import copy_golden
 from safetensors.torch import load_file, save_file
 
 from llava_ray.errors import ModelError
-from llava_ray.model.bundle import save_bundle
-from llava_ray.model.declared_sizes import check_declared
-from llava_ray.model.exporting import export_bundle
-from llava_ray.model.hub_export import export_hub
-from llava_ray.model.inspection import inspect
+from llava_ray.model.formats.bundle.write import export_bundle
+from llava_ray.model.formats.declared_sizes import check_declared
+from llava_ray.model.formats.hub.write import export_hub
+from llava_ray.model.formats.inspection import inspect
+from llava_ray.model.formats.manifest import fingerprint_weights
+from llava_ray.model.formats.model_opening import open_model
 from llava_ray.model.loading import describe_model, load_pretrained_model, read_pretrained_blueprint
-from llava_ray.model.manifest import fingerprint
-from llava_ray.model.model_files import open_model
-from llava_ray.model.tensor_files import read_json, read_tensor_file
-from llava_ray.model.tensor_reading import check_finite, read_tensor
+from llava_ray.model.saving import save_bundle
+from llava_ray.model.tensors.tensor_files import read_json_object, read_tensor_file
+from llava_ray.model.tensors.tensor_reading import check_finite, read_tensor
 
 ATTACK = Path(__file__).parents[2] / "attack"
 READERS = (inspect, read_pretrained_blueprint, load_pretrained_model, open_model)
@@ -182,7 +182,7 @@ def test_a_hostile_header_is_refused(header: str, body: bytes, says: str, tmp_pa
 def test_hostile_json_is_refused(text: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ModelError, match=rf"config\.json.*{says}"):
-        read_json(tmp_path / "config.json")
+        read_json_object(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_every_language_models_own_sizes_are_taken() -> None:
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    from llava_ray.model.layouts import TOWER_TYPES
+    from llava_ray.model.formats.layouts import TOWER_TYPES
 
     transformers.logging.set_verbosity_error()
     checked = 0
@@ -304,7 +304,7 @@ def test_a_model_with_nan_is_neither_loaded_nor_exported(part: str, bundle: Path
     save_file(tensors, file, {"format": "pt"})
     manifest = json.loads((model / "llava.json").read_text())
     for inside in ("language_model", "vision_tower"):  # as if it had been saved so
-        manifest[inside]["fingerprint"] = fingerprint(model / inside)
+        manifest[inside]["fingerprint"] = fingerprint_weights(model / inside)
     (model / "llava.json").write_text(json.dumps(manifest))
     with pytest.raises(ModelError, match=rf"{file}: tensor .* holds 1 of"):
         load_pretrained_model(model)
@@ -436,4 +436,4 @@ def test_pipes_and_links_are_no_models_files(bundle: Path, tmp_path: Path) -> No
 def test_weights_that_link_to_a_device_are_not_read(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").symlink_to("/dev/zero")
     with pytest.raises(ModelError, match=r"model\.safetensors is not an ordinary file"):
-        fingerprint(tmp_path)
+        fingerprint_weights(tmp_path)

@@ -7,8 +7,8 @@ from torch.nn.functional import cross_entropy
 
 from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_ray.errors import ModelError
-from llava_ray.model.llava import LOGITS_CHUNK, find_targets, token_losses
-from llava_ray.model.losses import sample_losses
+from llava_ray.model.network.llava import LOGITS_CHUNK, find_supervised, token_losses
+from llava_ray.model.network.losses import sample_losses
 
 pytestmark = pytest.mark.slow
 
@@ -149,7 +149,7 @@ def test_a_first_token_is_never_a_target(folders) -> None:
     parts = folders.assemble()
     labels = torch.tensor([[IGNORE_INDEX, 5, 6, 7]])
     positions = torch.tensor([[0, 1, 0, 1]])
-    predicting, targets = find_targets(labels, positions)
+    predicting, targets = find_supervised(labels, positions)
     assert predicting.tolist() == [0, 2]
     assert targets.tolist() == [5, 7]
     assert parts.llava(torch.tensor([[1, 5, 6, 7]]), positions, labels).shape == (2,)

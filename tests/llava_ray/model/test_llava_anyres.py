@@ -11,11 +11,11 @@ from PIL import Image
 from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_ray.errors import ModelError
 from llava_ray.images.geometry import crop_views
-from llava_ray.images.processing import normalise
+from llava_ray.images.processing import normalize_pixels
 from llava_ray.images.tokens import NEWLINE
-from llava_ray.model.bundle import LlavaParts, assemble
-from llava_ray.model.llava import Llava
-from llava_ray.model.losses import sample_losses
+from llava_ray.model.assembly import LlavaParts, assemble
+from llava_ray.model.network.llava import Llava
+from llava_ray.model.network.losses import sample_losses
 
 MERGE_TYPES = ["flat", "spatial", "spatial_unpad"]
 SIZES = [[(64, 48)], [], [(20, 90), (33, 33)], [(64, 64), (30, 20), (96, 20)]]
@@ -40,7 +40,7 @@ def make_samples(parts: LlavaParts) -> list[AnyresSample]:
         views = []
         for width, height in sizes:
             picture = Image.fromarray(draw.integers(0, 255, (height, width, 3), np.uint8))
-            views.append(normalise(crop_views(picture, parts.image_spec), parts.image_spec))
+            views.append(normalize_pixels(crop_views(picture, parts.image_spec), parts.image_spec))
             ids += [20 + number, *[IMAGE_TOKEN_INDEX] * parts.image_tokens.count(width, height)]
         answer = [40 + number] * (num_supervised - 1) + [2]
         ids += [60, 61, *answer]

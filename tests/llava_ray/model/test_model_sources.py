@@ -10,9 +10,9 @@ import torch
 import transformers
 
 from llava_ray.errors import ModelError
-from llava_ray.model.bundle import assemble
-from llava_ray.model.packing import PROVEN, check_packing
-from llava_ray.model.sources import load_padding_tokenizer
+from llava_ray.model.assembly import assemble
+from llava_ray.model.formats.sources import load_padding_tokenizer
+from llava_ray.model.network.packing import PROVEN, check_packing
 
 
 @pytest.mark.parametrize("key", ["model_name_or_path", "vision_tower"])

@@ -7,7 +7,8 @@ from safetensors.torch import save_file
 from torch.nn.functional import gelu, linear
 
 from llava_ray.errors import ModelError
-from llava_ray.model.projector import adopt_projector, build_projector, load_projector_weights
+from llava_ray.model.formats.projector_files import load_projector_weights
+from llava_ray.model.network.projector import adopt_projector, build_projector
 
 
 def test_two_layers_have_llavas_tensor_names_and_exact_gelu() -> None:

@@ -12,17 +12,18 @@ from llava_ray.config.lora import LoraConfig, Quantization
 from llava_ray.errors import BundleError, ModelError
 from llava_ray.generate.decoding import Stops, generate_batch
 from llava_ray.model.adaptation import adapt
-from llava_ray.model.adapters import adapter_parameters, has_adapter, merge
-from llava_ray.model.bundle import LlavaParts, assemble, save_bundle
+from llava_ray.model.assembly import LlavaParts, assemble, merge
+from llava_ray.model.formats.manifest import read_manifest
 from llava_ray.model.freezing import freeze
 from llava_ray.model.loading import load_pretrained_model
-from llava_ray.model.manifest import read_manifest
-from llava_ray.model.quantization import (
+from llava_ray.model.lora.adapters import adapter_parameters, has_adapter
+from llava_ray.model.network.quantization import (
     bitsandbytes_config,
     chosen,
     count_elements,
     find_quantization,
 )
+from llava_ray.model.saving import save_bundle
 
 pytestmark = pytest.mark.slow
 

@@ -9,9 +9,10 @@ from transformers import AutoModel
 
 from llava_ray.config.sections import FinetuneConfig, TrainConfig
 from llava_ray.errors import ConfigError
-from llava_ray.model.bundle import LlavaParts, save_bundle
+from llava_ray.model.assembly import LlavaParts
 from llava_ray.model.freezing import freeze
 from llava_ray.model.loading import load_pretrained_model
+from llava_ray.model.saving import save_bundle
 from llava_ray.train.groups import parameter_groups
 
 

@@ -10,10 +10,11 @@ from llava_ray.chat.conversation import IMAGE_TOKEN_INDEX, Turn
 from llava_ray.chat.tokens import tokenize_conversation, tokenize_prompt
 from llava_ray.errors import ModelError
 from llava_ray.generate.decoding import Stops, generate_batch
-from llava_ray.model.bundle import LlavaParts, save_bundle
-from llava_ray.model.embeddings import extend_embeddings
+from llava_ray.model.assembly import LlavaParts
 from llava_ray.model.freezing import freeze
 from llava_ray.model.loading import load_pretrained_model
+from llava_ray.model.network.embeddings import extend_embeddings
+from llava_ray.model.saving import save_bundle
 
 pytestmark = pytest.mark.slow
 

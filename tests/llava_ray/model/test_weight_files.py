@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from llava_ray.errors import ModelError
-from llava_ray.model.weight_files import held, read_file, read_folder, write_file, write_folder
+from llava_ray.model.tensors.weight_files import held, read_folder, read_weight_file, write_folder, write_weight_file
 
 TENSORS = {
     "b": torch.randn(3, 5, dtype=torch.bfloat16),
@@ -31,13 +31,13 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> b
 
 
 def test_what_is_written_is_what_the_library_reads(tmp_path: Path) -> None:
-    write_file(tmp_path / "x.safetensors", {name: held(tensor) for name, tensor in TENSORS.items()}, {"k": "v"})
+    write_weight_file(tmp_path / "x.safetensors", {name: held(tensor) for name, tensor in TENSORS.items()}, {"k": "v"})
     assert same(load_file(tmp_path / "x.safetensors"), TENSORS)
-    assert same({n: t.load() for n, t in read_file(tmp_path / "x.safetensors").items()}, TENSORS)
+    assert same({n: t.load() for n, t in read_weight_file(tmp_path / "x.safetensors").items()}, TENSORS)
 
 
 def test_an_empty_file_can_be_written(tmp_path: Path) -> None:
-    write_file(tmp_path / "x.safetensors", {})
+    write_weight_file(tmp_path / "x.safetensors", {})
     assert load_file(tmp_path / "x.safetensors") == {}
 
 
@@ -70,7 +70,7 @@ def test_memory_is_that_of_one_tensor(tmp_path: Path) -> None:
     script = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from llava_ray.model.weight_files import read_folder, write_folder\n"
+        "from llava_ray.model.tensors.weight_files import read_folder, write_folder\n"
         "def anonymous():\n"
         "    return int(next(l for l in open('/proc/self/status') if l.startswith('RssAnon')).split()[1])\n"
         "folder = Path(sys.argv[1])\n"

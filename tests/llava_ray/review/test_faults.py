@@ -6,7 +6,7 @@ import pytest
 
 from llava_ray.config.review import JudgeConfig
 from llava_ray.review.calls import list_judges
-from llava_ray.review.faults import RequestError, content_fault, plain, told_fault
+from llava_ray.review.faults import RequestError, content_fault, to_plain_line, told_fault
 from llava_ray.review.headers import Reported
 from llava_ray.review.judge import Usage, read_reply, read_usage
 
@@ -59,9 +59,9 @@ def test_who_asks_to_wait_for_a_day_is_not_waited_for() -> None:
 
 
 def test_what_a_server_says_is_one_line_that_a_terminal_takes() -> None:
-    assert plain("a\n\tb\x1b[31m\0c") == "a b [31m c"
-    assert plain("<html><head><TITLE>\nSign in</title>") == "a web page (Sign in)"
-    assert len(plain("x" * 10_000)) < 400
+    assert to_plain_line("a\n\tb\x1b[31m\0c") == "a b [31m c"
+    assert to_plain_line("<html><head><TITLE>\nSign in</title>") == "a web page (Sign in)"
+    assert len(to_plain_line("x" * 10_000)) < 400
     assert len(fault(400, "x" * 10_000).reason) <= 600
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llava_ray.errors import ConfigError, DataError
-from llava_ray.review.ledger_file import LedgerFile, read_account, read_final_rows, read_rows
+from llava_ray.review.ledger_file import LedgerFile, read_account, read_final_rows, read_ledger_rows
 
 
 def sent(key: str, lease: str = "r1/1", by: str = "r1", epoch: str = "e", dollars: float = 0.5) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def test_half_a_line_never_was(path: Path, cut: int) -> None:
     again = LedgerFile(path, "s")
     assert again.entries["a"].state == "sent"
     again.finish(done("a"))
-    assert [row["state"] for row in read_rows(path)][-1] == "done"
+    assert [row["state"] for row in read_ledger_rows(path)][-1] == "done"
 
 
 def test_one_job_writes_at_a_time(path: Path) -> None:
@@ -180,7 +180,7 @@ def test_a_full_disk_leaves_whole_lines_and_says_what_to_do(tmp_path: Path, room
     ledger.file.room = 1000  # type: ignore[attr-defined]
     ledger.claim(["b"], "r")
     ledger.close()
-    assert [row.get("key") for row in read_rows(tmp_path / "ledger.jsonl")] == [None, "a", "b"]
+    assert [row.get("key") for row in read_ledger_rows(tmp_path / "ledger.jsonl")] == [None, "a", "b"]
 
 
 def test_a_device_or_folder_is_no_ledger(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from scripted_judge import Remote, scripted_judge
 
 from llava_ray.config.review import JudgeConfig, LimitsConfig
 from llava_ray.review.calls import Call, CallPlan, Item, list_judges
-from llava_ray.review.ledger import Ledger
+from llava_ray.review.ledger import LedgerActor
 from llava_ray.review.ledger_file import read_account, read_final_rows
 from llava_ray.review.limiter import Limiter
 from llava_ray.review.reviewer import Reviewer, Summary
@@ -51,7 +51,7 @@ class Scene:
         self.limits = LimitsConfig(**limits)
         self.path = folder / "ledger.jsonl"
         self.session = 0
-        self.ledger = LocalActor(lambda: Ledger(str(self.path), f"session {self.session}"))
+        self.ledger = LocalActor(lambda: LedgerActor(str(self.path), f"session {self.session}"))
         self.limiter = LocalActor(lambda: Limiter(self.limits, cap, 60.0, self.ledger))  # type: ignore[arg-type]
         self.num_reviewers = 0
 
@@ -202,7 +202,7 @@ async def storm(scene: Scene, draw: random.Random) -> int:
             reviewer, _ = running.pop(task)
             await end(task, reviewer)
             lost = await scene.ledger.abandon.remote(reviewer.name, "it died")
-            await scene.limiter.forget.remote(reviewer.name, lost)
+            await scene.limiter.release_owner.remote(reviewer.name, lost)
         for task in [task for task in running if task.done()]:
             task.result()
             await close([running.pop(task)[0]])

@@ -7,7 +7,7 @@ import pytest
 
 from llava_ray.errors import ConfigError, DataError
 from llava_ray.review.rubric import compose, our_rubric, read_rubric, read_rules
-from llava_ray.review.verdict import Verdict, as_text, read_verdict, schema
+from llava_ray.review.verdict import ReviewVerdict, as_text, read_verdict, schema
 
 RULES = {
     "conv": {"role": "Assistant", "prompt": "Rate the two."},
@@ -111,23 +111,23 @@ def test_a_schema_is_kept_to_the_letter() -> None:
     assert asked["schema"]["required"] == ["explanation", "score_1", "score_2"]
     assert not asked["schema"]["additionalProperties"]
     good = {"explanation": "why", "score_1": 8, "score_2": 7}
-    assert read_verdict(json.dumps(good), "pair", as_json=True) == Verdict((8, 7), "why")
+    assert read_verdict(json.dumps(good), "pair", as_json=True) == ReviewVerdict((8, 7), "why")
     bad = [good | {"score_1": "8"}, good | {"score_1": 11}, good | {"score_1": True}, good | {"x": 1}, [good], 8]
     for content in [*map(json.dumps, bad), "8 7", json.dumps(good)[:-1], '{"explanation": "", "score_1": NaN}']:
         assert read_verdict(content, "pair", as_json=True) is None
-    assert read_verdict('{"explanation": "", "correctness": 0.5}', "grade", as_json=True) == Verdict((0.5,))
+    assert read_verdict('{"explanation": "", "correctness": 0.5}', "grade", as_json=True) == ReviewVerdict((0.5,))
 
 
 def test_a_verdict_is_written_as_llavas_scripts_read_it() -> None:
-    assert as_text(Verdict((8, 7.5), "Because.")) == "8 7.5\nBecause."
-    assert as_text(Verdict((0.5,))) == "0.5"
+    assert as_text(ReviewVerdict((8, 7.5), "Because.")) == "8 7.5\nBecause."
+    assert as_text(ReviewVerdict((0.5,))) == "0.5"
 
 
 def test_json_is_read_behind_thoughts_and_in_a_fence_and_nothing_else() -> None:
     good = '{"explanation": "why", "score_1": 8, "score_2": 7}'
     for reply in (good, f"<think>3 4</think>\n{good}", f"```json\n{good}\n```", f"```\n{good}\n```\n"):
-        assert read_verdict(reply, "pair", as_json=True) == Verdict((8, 7), "why")
-    assert read_verdict(good, "pair", as_json=False) == Verdict((8, 7), "why")  # though it was asked for lines
+        assert read_verdict(reply, "pair", as_json=True) == ReviewVerdict((8, 7), "why")
+    assert read_verdict(good, "pair", as_json=False) == ReviewVerdict((8, 7), "why")  # though it was asked for lines
     twice = '{"explanation": "", "score_1": 8, "score_1": 3, "score_2": 7}'
     huge = '{"explanation": "", "score_1": 8, "score_2": 1' + "0" * 400 + "}"
     for reply in (f"<think>{good}", f"{good}\n{good}", f"So: {good}", twice, huge, "[" * 50_000, "1" * 5000):
@@ -135,4 +135,4 @@ def test_json_is_read_behind_thoughts_and_in_a_fence_and_nothing_else() -> None:
 
 
 def test_thoughts_are_no_part_of_the_explanation() -> None:
-    assert read_verdict("<think>a\nb</think>\n8 7\nGood.", "pair", as_json=False) == Verdict((8, 7), "Good.")
+    assert read_verdict("<think>a\nb</think>\n8 7\nGood.", "pair", as_json=False) == ReviewVerdict((8, 7), "Good.")

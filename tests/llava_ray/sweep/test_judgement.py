@@ -8,9 +8,9 @@ import pytest
 from llava_ray.config.space import SearchConfig, Space
 from llava_ray.sweep.advice import advise
 from llava_ray.sweep.importance import importance
-from llava_ray.sweep.judgement import common_step, compare_with_default, rank, share_saved, unbeaten
+from llava_ray.sweep.judgement import common_step, compare_with_default, pareto_front, rank, share_saved
 from llava_ray.sweep.table import draw_table
-from llava_ray.sweep.trials import ACCURACY, LOSS, Look, State, Trial
+from llava_ray.sweep.trials import ACCURACY, LOSS, Evaluation, Trial, TrialState
 
 KIND, RATE = "model.mm_projector_type", "train.learning_rate"
 SPACE = Space.parsed(
@@ -23,9 +23,9 @@ SPACE = Space.parsed(
 )
 
 
-def trial(number: int, kind: str, rate: float, losses: list[float], state: State = "finished", **more) -> Trial:
+def trial(number: int, kind: str, rate: float, losses: list[float], state: TrialState = "finished", **more) -> Trial:
     """A trial seen every ten steps, as accurate as its loss is low."""
-    curve = [Look(10 * i, loss, max(0.0, 1 - loss)) for i, loss in enumerate(losses, start=1)]
+    curve = [Evaluation(10 * i, loss, max(0.0, 1 - loss)) for i, loss in enumerate(losses, start=1)]
     values = {"seed": 0, "seconds": 10.0 * len(losses)} | more
     return Trial(f"t{number}", number, {KIND: kind, RATE: rate}, state=state, curve=curve, **values)
 
@@ -70,7 +70,7 @@ def test_what_no_other_beats_in_quality_and_cost():
     dear = trial(1, "linear", 1e-3, [0.2], seconds=100)
     cheap = trial(2, "linear", 1e-2, [0.4], seconds=10)
     worse = trial(3, "mlp2x_gelu", 1e-3, [0.5], seconds=50)
-    found = unbeaten(rank([dear, cheap, worse], LOSS), LOSS)
+    found = pareto_front(rank([dear, cheap, worse], LOSS), LOSS)
     assert [one.trials[0].number for one in found] == [2, 1]
 
 

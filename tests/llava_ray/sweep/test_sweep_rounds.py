@@ -4,13 +4,15 @@ import pytest
 
 from llava_ray.config.space import SearchConfig
 from llava_ray.sweep.rounds import Round, is_over, losers, plan_rounds
-from llava_ray.sweep.trials import LOSS, Look, State, Trial
+from llava_ray.sweep.trials import LOSS, Evaluation, Trial, TrialState
 
 HALVING = SearchConfig(scheduler="halving")
 
 
-def trial(number: int, loss: float, *, rate: float | None = None, state: State = "waiting", step: int = 10) -> Trial:
-    curve = [Look(step, loss)] if loss >= 0 else []
+def trial(
+    number: int, loss: float, *, rate: float | None = None, state: TrialState = "waiting", step: int = 10
+) -> Trial:
+    curve = [Evaluation(step, loss)] if loss >= 0 else []
     return Trial(f"t{number}", number, {"train.learning_rate": rate or number}, 0, state, curve=curve)
 
 

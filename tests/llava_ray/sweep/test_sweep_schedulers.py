@@ -5,9 +5,9 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import TrialScheduler
 
 from llava_ray.config.space import SearchConfig
-from llava_ray.sweep.ledger import Ledger
+from llava_ray.sweep.ledger import TrialLedger
 from llava_ray.sweep.schedulers import SCHEDULERS, make_scheduler
-from llava_ray.sweep.trials import Look
+from llava_ray.sweep.trials import Evaluation
 
 STEPS = [10, 20, 40, 80]
 NUM_STEPS = 80
@@ -30,7 +30,7 @@ def report(step: int, loss: float) -> dict[str, float]:
 
 
 def sweep(
-    scheduler: TrialScheduler, losses: dict[str, float], ledger: Ledger | None = None
+    scheduler: TrialScheduler, losses: dict[str, float], ledger: TrialLedger | None = None
 ) -> dict[str, tuple[int, bool]]:
     """Run trials one after the other; return the step at which each ended, and whether it was stopped."""
     ended = {}
@@ -41,7 +41,7 @@ def sweep(
             ledger.start(name, {}, 0)
         for step in STEPS:
             if ledger:
-                ledger.see(name, Look(step, loss))
+                ledger.add_evaluation(name, Evaluation(step, loss))
             stopped = scheduler.on_trial_result(None, trial, report(step, loss)) == TrialScheduler.STOP
             ended[name] = (step, stopped)
             if stopped:
@@ -70,7 +70,7 @@ def test_a_restart_changes_no_decision(tmp_path):
     whole = sweep(make_scheduler(SearchConfig(), NUM_STEPS, 10, str(tmp_path)), LOSSES)
     first = dict(list(LOSSES.items())[:4])
     folder = tmp_path / "killed"
-    sweep(make_scheduler(SearchConfig(), NUM_STEPS, 10, str(folder)), first, Ledger(str(folder)))
+    sweep(make_scheduler(SearchConfig(), NUM_STEPS, 10, str(folder)), first, TrialLedger(str(folder)))
     again = make_scheduler(SearchConfig(), NUM_STEPS, 10, str(folder))
     for name in first:
         again.on_trial_add(None, StubTrial(name))
@@ -80,12 +80,12 @@ def test_a_restart_changes_no_decision(tmp_path):
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_what_is_only_repeated_after_a_restart_stops_nothing(name, tmp_path):
-    ledger = Ledger(str(tmp_path))
+    ledger = TrialLedger(str(tmp_path))
     for trial in ("good", "better"):
         ledger.start(trial, {}, 0)
-        ledger.see(trial, Look(10, 0.1))
+        ledger.add_evaluation(trial, Evaluation(10, 0.1))
     ledger.start("bad", {}, 0)
-    ledger.see("bad", Look(10, 9.0))
+    ledger.add_evaluation("bad", Evaluation(10, 9.0))
     again = make_scheduler(SearchConfig(scheduler=name), NUM_STEPS, 10, str(tmp_path))
     trials = {trial: StubTrial(trial) for trial in ("good", "better", "bad")}
     for trial in trials.values():

@@ -15,8 +15,8 @@ from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.examples import Encoder
 from llava_ray.generate.decoding import Stops, generate_batch
 from llava_ray.images.geometry import crop_views
-from llava_ray.images.processing import normalise
-from llava_ray.model.bundle import LlavaParts, assemble
+from llava_ray.images.processing import normalize_pixels
+from llava_ray.model.assembly import LlavaParts, assemble
 from llava_ray.model.freezing import freeze
 from llava_ray.train.groups import parameter_groups
 
@@ -83,7 +83,7 @@ def prepare(parts: LlavaParts) -> tuple[torch.Tensor, list[tuple[int, int]]]:
     draw = np.random.default_rng(0)
     pictures = [Image.fromarray(draw.integers(0, 255, (height, width, 3), np.uint8)) for width, height in SIZES]
     views = np.concatenate([crop_views(picture, parts.image_spec) for picture in pictures])
-    return normalise(views, parts.image_spec), SIZES
+    return normalize_pixels(views, parts.image_spec), SIZES
 
 
 def step_and_answer(config: FinetuneConfig, image_aspect_ratio: str) -> None:

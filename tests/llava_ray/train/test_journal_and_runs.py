@@ -10,8 +10,8 @@ from samples import small_run
 from llava_ray.config.sections import MODEL_PATHS, FinetuneConfig
 from llava_ray.errors import CheckpointError, ConfigError, DataError
 from llava_ray.tracking import TrackedRun, describe_page, moved_tracking_uri
-from llava_ray.train.identity import identify
-from llava_ray.train.journal import Journal
+from llava_ray.train.identity import identify_run
+from llava_ray.train.journal import RunRecorder
 from llava_ray.train.runs import (
     SNAPSHOT,
     SNAPSHOT_COPY,
@@ -20,7 +20,7 @@ from llava_ray.train.runs import (
     claim_run,
     committed_step,
     find_run,
-    mend_run,
+    repair_run,
 )
 
 pytestmark = pytest.mark.slow
@@ -33,7 +33,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> FinetuneConfig:
 
 def start_run(config: FinetuneConfig, data_hash: str = "data") -> RunFolder:
     """Find a run's folder and note its settings, as a start does that got as far as its workers."""
-    identity = identify(config, data_hash)
+    identity = identify_run(config, data_hash)
     run = find_run(config, identity)
     claim_run(run, config, identity)
     return run
@@ -101,7 +101,7 @@ def test_a_torn_snapshot_is_mended_from_its_copy_and_unnamed_checkpoints_go(tmp_
     (tmp_path / "run" / SNAPSHOT_COPY).write_text(whole)
     if left is not None:
         (tmp_path / "run" / SNAPSHOT).write_text(left)
-    mend_run(run)
+    repair_run(run)
     assert (tmp_path / "run" / SNAPSHOT).read_text() == whole
     assert [path.name for path in (tmp_path / "run").glob("step-*")] == ["step-00000004"]
 
@@ -109,7 +109,7 @@ def test_a_torn_snapshot_is_mended_from_its_copy_and_unnamed_checkpoints_go(tmp_
 def test_a_torn_first_snapshot_means_that_nothing_was_committed(tmp_path):
     (tmp_path / "run" / "step-00000004").mkdir(parents=True)
     (tmp_path / "run" / SNAPSHOT).write_text("{")
-    mend_run(RunFolder(str(tmp_path), "run"))
+    repair_run(RunFolder(str(tmp_path), "run"))
     assert not list((tmp_path / "run").iterdir())
     assert committed_step(str(tmp_path), "run") == 0
 
@@ -119,7 +119,7 @@ def test_a_torn_snapshot_without_a_good_copy_is_an_error_that_deletes_nothing(tm
     for name in (SNAPSHOT, SNAPSHOT_COPY):
         (tmp_path / "run" / name).write_text("{")
     with pytest.raises(CheckpointError, match="unreadable"):
-        mend_run(RunFolder(str(tmp_path), "run"))
+        repair_run(RunFolder(str(tmp_path), "run"))
     assert (tmp_path / "run" / "step-00000004").exists()
 
 
@@ -135,9 +135,9 @@ def test_every_setting_that_names_a_model_becomes_absolute(config, tmp_path, mon
         assert absolute_paths(config.replaced({key: "runs/base"}))[key] == str((tmp_path / "runs/base").resolve())
 
 
-def open_journal(folder: Path) -> Journal:
+def open_journal(folder: Path) -> RunRecorder:
     tracked = {"tracking_uri": f"sqlite:///{folder}/mlflow.db", "experiment_name": "e", "name": "n", "key": "k"}
-    return Journal(str(folder / "run"), tracked, {"train": {"seed": 1}}, 1)
+    return RunRecorder(str(folder / "run"), tracked, {"train": {"seed": 1}}, 1)
 
 
 def test_replayed_steps_stand_once_and_a_second_start_goes_on_in_the_same_mlflow_run(tmp_path):

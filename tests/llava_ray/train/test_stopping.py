@@ -8,7 +8,7 @@ from ray.exceptions import RayActorError
 
 from llava_ray.errors import Stopped
 from llava_ray.train import stopping
-from llava_ray.train.journal import TRAINING, Standing
+from llava_ray.train.journal import TRAINING, RunProgress
 from llava_ray.train.progress import StepBar
 from llava_ray.train.runs import RunFolder
 from llava_ray.train.stopping import fit
@@ -26,7 +26,7 @@ class Actor:
 
     def __init__(self, state=TRAINING, done=6):
         self.calls = []
-        self.progress = Remote(lambda: Standing(state, 0, done, {}, None, []))
+        self.progress = Remote(lambda: RunProgress(state, 0, done, {}, None, []))
         self.stop = Remote(lambda: self.calls.append("stop"))
         self.abort = Remote(self.give_up)
 
@@ -53,7 +53,7 @@ def committed(monkeypatch):
     steps = {"step": 4}
     monkeypatch.setattr(stopping.ray, "get", lambda value, timeout=None: value)
     monkeypatch.setattr(stopping, "committed_step", lambda *_: steps["step"])
-    monkeypatch.setattr(stopping, "mend_run", lambda _: None)
+    monkeypatch.setattr(stopping, "repair_run", lambda _: None)
     return steps
 
 
@@ -97,9 +97,9 @@ def test_the_bar_starts_at_the_restored_step_and_its_rate_is_that_of_the_steps()
     drawn = io.StringIO()
     with StepBar(total=100, initial=40, unit="step", desc="starting workers", file=drawn, ncols=100) as bar:
         bar.start_t -= 300  # five minutes until the workers are there
-        bar.show(Standing("loading the model", None, 47, {}, None, []))
-        bar.show(Standing("first batch", 40, 40, {}, None, []))
-        bar.show(Standing(TRAINING, 40, 50, {"loss": 1.5}, 2.0, []))
+        bar.show(RunProgress("loading the model", None, 47, {}, None, []))
+        bar.show(RunProgress("first batch", 40, 40, {}, None, []))
+        bar.show(RunProgress(TRAINING, 40, 50, {"loss": 1.5}, 2.0, []))
     starting, loading, first, training = drawn.getvalue().split("\r")[1:5]
     assert "starting workers:  40%" in starting
     assert "loading the model:  40%" in loading  # steps of an earlier start that no checkpoint has do not count

@@ -1,0 +1,1 @@
+"""The benchmarks, one file each: official files read, questions asked, answers graded."""

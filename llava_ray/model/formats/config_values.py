@@ -1,0 +1,14 @@
+"""Values of a config.json that may be written in several ways."""
+
+from typing import Any
+
+from llava_ray.config.literals import read_literal
+from llava_ray.reading import in_words, shown
+
+
+def listed(value: Any, where: str) -> Any:
+    """Return lists as tuples, also those that a config holds as text ("[(336, 672)]", "336,672"). Raises ModelError."""
+    if isinstance(value, str):
+        with in_words(f"{where}: {shown(value)}", "Mend it.", says="is no list of numbers"):
+            value = read_literal(value)
+    return tuple(listed(item, where) for item in value) if isinstance(value, list | tuple) else value

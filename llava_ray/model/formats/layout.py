@@ -1,0 +1,131 @@
+"""A model folder, described: what it is, what of it lies where, and what is missing. No torch.
+
+Canonical tensor names are those of ``Llava`` and its parts: ``projector.0.weight``, ``language_model.<own name>``,
+``vision_tower.<own name>``, ``image_newline``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from llava_ray.errors import ModelError
+from llava_ray.model.formats.manifest import Manifest
+from llava_ray.model.formats.names import IMAGE_NEWLINE
+from llava_ray.model.tensors.tensor_files import StoredTensor, WeightFiles
+
+CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+PROJECTOR_FILE, ORIGINAL_PROJECTOR_FILE = "projector.safetensors", "mm_projector.bin"
+ADAPTER_FOLDER = "adapter"  # of a bundle
+ADAPTER_FILE, OLD_ADAPTER_FILE = ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+NON_LORA_FILE = "non_lora_trainables.bin"  # what an original adapter's run learnt beside it
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+EMBED_TOKENS = "embed_tokens.weight"
+
+
+class LayoutKind(StrEnum):
+    """What a folder can be."""
+
+    BUNDLE = "llava_ray bundle"
+    ORIGINAL = "original LLaVA"
+    ORIGINAL_LORA = "original LLaVA, LoRA over a base"
+    ORIGINAL_PROJECTOR = "original LLaVA, projector only"
+    HUB = "llava-hf"
+    LANGUAGE_MODEL = "plain language model"
+    VISION_TOWER = "vision tower"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A model folder, described. Nothing of its weights has been read but their headers."""
+
+    folder: Path
+    kind: LayoutKind
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """Its config.json; empty for a bundle."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What it says of a model's settings, by the names of ModelConfig and Manifest."""
+    tensors: Mapping[str, StoredTensor] = field(default_factory=dict, repr=False)
+    """By canonical name."""
+    names: frozenset[str] = field(default=frozenset(), repr=False)
+    """Of all tensors that it should hold, by canonical name; more than ``tensors`` where shards are not there."""
+    language_config: Mapping[str, Any] | None = None
+    """config.json of the language model: of the one inside, or of the one that an adapter or projector belongs to."""
+    tower_config: Mapping[str, Any] | None = None
+    """The same of the vision tower inside, where the folder has it."""
+    base: str | None = None
+    """Language model that it only names."""
+    vision_tower: str | None = None
+    """Vision tower that it names, whether its weights are inside or not."""
+    manifest: Manifest | None = None
+    missing: tuple[str, ...] = ()
+    """What it should hold and does not, a sentence each."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of it, a sentence each."""
+
+    @property
+    def has_language_model(self) -> bool:
+        """Tell whether a whole language model is in it."""
+        named = self.manifest is not None and not self.manifest.language_model.inside
+        return not named and self.kind not in (
+            LayoutKind.ORIGINAL_LORA,
+            LayoutKind.ORIGINAL_PROJECTOR,
+            LayoutKind.VISION_TOWER,
+        )
+
+    @property
+    def has_vision_tower(self) -> bool:
+        """Tell whether the vision tower's weights are in it."""
+        if self.manifest is not None:
+            return self.manifest.vision_tower.inside
+        return self.kind is LayoutKind.HUB or any(name.startswith("vision_tower.") for name in self.names)
+
+    @property
+    def adapter(self) -> Path | None:
+        """Folder of the LoRA adapter that lies over the base, in PEFT's format."""
+        inside = self.folder / ADAPTER_FOLDER
+        if self.kind is LayoutKind.BUNDLE and inside.is_dir():
+            return inside
+        return self.folder if self.kind is LayoutKind.ORIGINAL_LORA else None
+
+    @property
+    def companions(self) -> dict[str, StoredTensor]:
+        """Return what is learnt beside a projector: ``image_newline``, and ``embed_tokens.weight`` with new tokens."""
+        beside = {name: tensor for name, tensor in self.tensors.items() if name == IMAGE_NEWLINE}
+        learnt = [tensor for name, tensor in self.tensors.items() if name.endswith(f".{EMBED_TOKENS}")]
+        if learnt and not self.has_language_model:
+            beside[EMBED_TOKENS] = learnt[0]
+        return beside
+
+    def part(self, name: str) -> dict[str, StoredTensor]:
+        """Return the tensors of ``projector``, ``language_model`` or ``vision_tower`` under the part's own names."""
+        return {key.removeprefix(f"{name}."): t for key, t in self.tensors.items() if key.startswith(f"{name}.")}
+
+
+def check_whole(layout: Layout) -> None:
+    """Raise ModelError with the first thing that is missing."""
+    if layout.missing:
+        more = f" ({len(layout.missing) - 1} more things are missing.)" if len(layout.missing) > 1 else ""
+        raise ModelError(f"{layout.folder} ({layout.kind}) is not whole: {layout.missing[0]}{more}")
+
+
+def expect_any(folder: Path, names: tuple[str, ...], what: str, missing: list[str]) -> None:
+    """Note in ``missing`` that none of the files that could be ``what`` is in ``folder``."""
+    if not any((folder / name).is_file() for name in names):
+        missing.append(f"no {what}: none of {', '.join(names)} is there.")
+
+
+def expect_part(weights: WeightFiles, part: str, missing: list[str]) -> None:
+    """Note in ``missing`` that weights hold no tensor of a part."""
+    if weights.names and not any(name.startswith(f"{part}.") for name in weights.names):
+        missing.append(f"no tensor of the {part.replace('_', ' ')} is in its weight files.")
+
+
+def expect_projector(weights: WeightFiles, config: Mapping[str, Any], missing: list[str]) -> None:
+    """Note in ``missing`` that weights hold no projector, unless the config says that it has no tensors."""
+    if config.get("mm_projector_type") != "identity":
+        expect_part(weights, "projector", missing)
+
+
+TRAINER_STATE, COMPLETE = "trainer_state.json", "COMPLETE"

@@ -1,0 +1,142 @@
+"""config.json of the original layout, from ours (see ``published_settings`` for the way back).
+
+LLaVA's settings (``mm_projector_type``, …) stand there between the language model's. What it has no key for, the
+conversation template above all, goes under one key of ours, which the original passes over.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from llava_ray.errors import ModelError
+from llava_ray.model.formats.config_values import listed
+from llava_ray.model.formats.manifest import Manifest
+from llava_ray.model.formats.noted_settings import OUR_KEY
+from llava_ray.model.formats.part_configs import older
+from llava_ray.reading import shown
+
+# Which of the keys are LLaVA's; the rest are the language model's.
+_LLAVAS = re.compile(r"(mm_|use_mm_|tune_mm_|freeze_mm_|unfreeze_mm_|image_|tokenizer_|s2$|s2_|llava_ray$)")
+# What a manifest says in other words.
+_DESCRIBED = {
+    OUR_KEY,
+    "image_aspect_ratio",
+    "image_grid_pinpoints",
+    "mm_hidden_size",
+    "mm_patch_merge_type",
+    "mm_projector_type",
+    "mm_use_im_patch_token",
+    "mm_use_im_start_end",
+    "mm_vision_select_feature",
+    "mm_vision_select_layer",
+    "mm_vision_tower",
+    "s2",
+    "s2_scales",
+    "tokenizer_model_max_length",
+}
+TYPES = {"llama": "llava_llama", "mistral": "llava_mistral"}
+_CLASSES = {"llama": "LlavaLlamaForCausalLM", "mistral": "LlavaMistralForCausalLM"}
+
+
+def read_kept(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of LLaVA's settings that mean nothing to us: a model that is exported again gets them back."""
+    return {key: value for key, value in config.items() if _LLAVAS.match(key) and key not in _DESCRIBED}
+
+
+def write_original_settings(manifest: Manifest, language: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config of a model whose language model is one of TYPES."""
+    kind = language["model_type"]
+    classes = {"architectures": [_CLASSES[kind]], "model_type": TYPES[kind]}
+    return dict(sorted({**older(language, keep_new=False), **write_llava_settings(manifest, kept), **classes}.items()))
+
+
+def write_llava_settings(manifest: Manifest, kept: Mapping[str, Any]) -> dict[str, Any]:
+    """Return LLaVA's part of the config; ``kept`` are settings of an original that mean nothing to us."""
+    values: dict[str, Any] = {
+        "tokenizer_padding_side": "right",
+        "use_mm_proj": True,
+        **kept,
+        "image_aspect_ratio": manifest.image_aspect_ratio,
+        "mm_hidden_size": manifest.mm_hidden_size,
+        "mm_patch_merge_type": manifest.mm_patch_merge_type,
+        "mm_projector_type": manifest.mm_projector_type,
+        "mm_use_im_patch_token": manifest.mm_use_im_patch_token,
+        "mm_use_im_start_end": manifest.mm_use_im_start_end,
+        "mm_vision_select_feature": manifest.mm_vision_select_feature,
+        "mm_vision_select_layer": manifest.mm_vision_select_layer,
+        "mm_vision_tower": manifest.vision_tower.base,
+        "tokenizer_model_max_length": manifest.model_max_length,
+        OUR_KEY: {"version": manifest.version, "training": manifest.training},
+    }
+    if manifest.image_grid_pinpoints:
+        values["image_grid_pinpoints"] = [list(canvas) for canvas in manifest.image_grid_pinpoints]
+    if manifest.s2:
+        values |= {"s2": True, "s2_scales": ",".join(map(str, manifest.s2_scales))}
+    return values
+
+
+# The original's model types whose language model is not the rest of the name (``llava_mistral`` is Mistral's).
+_ORIGINAL_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_qwen": "qwen2"}
+
+
+# Keys of the original's config.json that are LLaVA's, not the language model's.
+_LLAVA_KEYS = frozenset(
+    {
+        "freeze_mm_mlp_adapter",
+        "freeze_mm_vision_resampler",
+        "image_aspect_ratio",
+        "image_crop_resolution",
+        "image_grid_pinpoints",
+        "image_split_resolution",
+        "llava_ray",
+        "s2",
+        "s2_scales",
+        "tokenizer_model_max_length",
+        "tokenizer_padding_side",
+        "tune_mm_mlp_adapter",
+        "tune_mm_vision_resampler",
+        "unfreeze_mm_vision_tower",
+        "use_mm_proj",
+    }
+)
+
+
+def is_original(config: Mapping[str, Any]) -> bool:
+    """Tell whether a config.json is the original's: a language model's with LLaVA's keys among its own."""
+    return "mm_vision_tower" in config or "mm_hidden_size" in config
+
+
+def original_language_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the language model's config out of the original's, which mixes it with LLaVA's keys."""
+    model_type = str(config.get("model_type"))
+    own = {key: value for key, value in config.items() if not key.startswith("mm_") and key not in _LLAVA_KEYS}
+    own.pop("architectures", None)
+    return own | {"model_type": _ORIGINAL_TYPES.get(model_type, model_type.removeprefix("llava_"))}
+
+
+def read_original_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the settings in the original's config.json, with the defaults of its code. Raises ModelError."""
+    if "mm_vision_select_layer" not in config:
+        raise ModelError(f"{where} has no mm_vision_select_layer; add the layer that the projector was trained on.")
+    if config.get("mm_resampler_type") is not None:
+        raise ModelError(
+            f"{where}: mm_resampler_type is {config['mm_resampler_type']!r}; resamplers are not supported."
+        )
+    settings = {
+        "mm_projector_type": config.get("mm_projector_type", "linear"),
+        "mm_vision_select_layer": config["mm_vision_select_layer"],
+        "mm_vision_select_feature": config.get("mm_vision_select_feature") or "patch",
+        "mm_patch_merge_type": config.get("mm_patch_merge_type") or "flat",
+        "mm_use_im_start_end": bool(config.get("mm_use_im_start_end")),
+        "mm_use_im_patch_token": bool(config.get("mm_use_im_patch_token")),
+        "image_aspect_ratio": config.get("image_aspect_ratio") or "square",
+    }
+    if settings["image_aspect_ratio"] == "anyres":
+        settings["image_grid_pinpoints"] = listed(config.get("image_grid_pinpoints"), where)
+    if config.get("s2"):
+        settings |= {"s2": True, "s2_scales": listed(config.get("s2_scales", "336,672,1008"), where)}
+    if length := config.get("tokenizer_model_max_length"):
+        if type(length) is not int or not 0 < length <= 2**24:
+            raise ModelError(f"{where}: tokenizer_model_max_length is {shown(length)}, expected a number of tokens.")
+        settings["model_max_length"] = length
+    return settings

@@ -1,0 +1,83 @@
+"""Configs of a model's parts as plain values: complete, and readable by older programs."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from llava_ray.model.formats.declared_sizes import check_declared
+from llava_ray.model.network.tower_families import WITH_TEXT_PART, find_family
+from llava_ray.reading import in_words, shown
+
+
+def complete(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return a part's config with what transformers would add to it. Raises ModelError that names ``where``."""
+    return _overlaid(values_of(build(config, where)), config)
+
+
+def vision_part(tower: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tower's config; of a whole image-and-text model, that of its vision part."""
+    kind = tower.get("model_type")
+    if kind not in WITH_TEXT_PART:
+        return dict(tower)
+    return {"model_type": f"{kind}_vision_model", **tower.get("vision_config", {})}
+
+
+def _overlaid(whole: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``given`` with what ``whole`` adds to it, in the words of transformers 5."""
+    values = {**whole, **given}
+    values.pop("transformers_version", None)
+    if (dtype := values.pop("torch_dtype", None)) is not None:
+        values["dtype"] = dtype
+    if "rope_parameters" in whole:  # where the older keys have gone
+        values["rope_parameters"] = whole["rope_parameters"]
+        for key in ("rope_theta", "rope_scaling"):
+            values.pop(key, None)
+    return values
+
+
+def build(config: Mapping[str, Any], where: str) -> PreTrainedConfig:
+    """Make transformers' object of a config. Raises ModelError that names ``where`` for an unknown type."""
+    check_declared(config, where)
+    auto: Any = AutoConfig  # untyped in transformers
+    kind = shown(config.get("model_type"))
+    remedy = f"Expected a config (this one is of type {kind}) that the installed transformers knows; copy it again."
+    with in_words(where, remedy):
+        built: PreTrainedConfig = auto.for_model(**config)
+    return built
+
+
+def values_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return a config as its config.json would hold it."""
+    values: dict[str, Any] = json.loads(config.to_json_string())
+    values.pop("transformers_version", None)
+    return values
+
+
+def num_prefix_tokens(tower: Mapping[str, Any]) -> int:
+    """Count the tokens that a tower puts before its patches. Raises ModelError for an unknown kind."""
+    config = build(tower, "the vision tower")
+    return find_family(config).num_prefix_tokens(config)
+
+
+def older(config: Mapping[str, Any], *, keep_new: bool) -> dict[str, Any]:
+    """Return a part's config as older programs read it: transformers 4.3x with ``keep_new`` false, else 4.4x and vLLM.
+
+    Without ``rope_theta`` they would compute with 10,000 in silence. ``keep_new`` leaves ``rope_parameters`` there.
+    """
+    values = dict(config)
+    if "dtype" in values:
+        values["torch_dtype"] = values.pop("dtype")
+    rope = values.get("rope_parameters") or {}
+    if "rope_type" not in rope:  # none, or one for each type of layer, which older programs do not know
+        return values
+    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "rope_type", "type")}
+    values["rope_theta"] = rope["rope_theta"]
+    if "partial_rotary_factor" in scaling:
+        values["partial_rotary_factor"] = scaling.pop("partial_rotary_factor")
+    is_scaled = rope["rope_type"] != "default"
+    if keep_new:
+        return values | ({"rope_scaling": {"rope_type": rope["rope_type"], **scaling}} if is_scaled else {})
+    del values["rope_parameters"]
+    return values | {"rope_scaling": {"type": rope["rope_type"], **scaling} if is_scaled else None}

@@ -1,0 +1,1 @@
+"""LoRA adapters: laid over a language model, read, saved and merged."""

@@ -1,0 +1,190 @@
+"""easy-vqa: one coloured shape an image, and questions with certain answers. Pictures and questions in a 3 MB package.
+
+4,000 images and 38,575 questions to train on, 1,000 and 9,673 to test with (https://github.com/vzhou842/easy-VQA).
+Three of four questions are answered yes or no, and mostly the way their wording lets one guess: ``blind_answers`` is
+the line that a model has to beat to show that it looks.
+"""
+
+import functools
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evals.benchmarks.custom import exact
+from evals.files import as_lines
+from llava_ray.errors import DataError
+
+YES_NO, SHAPE, COLOUR = "yes/no", "shape", "colour"
+SHAPES = ("circle", "rectangle", "triangle")
+COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+KINDS = {"yes": YES_NO, "no": YES_NO} | dict.fromkeys(SHAPES, SHAPE) | dict.fromkeys(COLOURS, COLOUR)
+NEGATIONS = ("not", "no")
+_READERS = {"train": "get_train_questions", "test": "get_test_questions"}
+
+
+@dataclass(frozen=True)
+class ShapeQuestion:
+    """One question; ``kind`` is YES_NO, SHAPE or COLOUR."""
+
+    id: str
+    image: Path
+    question: str
+    answer: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Count:
+    """So many right of so many."""
+
+    num_correct: int
+    num_questions: int
+
+    @property
+    def accuracy(self) -> float:
+        """Return the share that is right, 0 to 1."""
+        return self.num_correct / self.num_questions
+
+
+@dataclass(frozen=True)
+class Score:
+    """How many answers are right, in all and by kind; ``missing`` are the ids without one (they count as wrong)."""
+
+    total: Count
+    by_kind: Mapping[str, Count]
+    missing: tuple[str, ...]
+
+
+def image_folder(split: str) -> Path:
+    """Return the folder of a split's images, ``NUMBER.png``. Raises DataError."""
+    _check_split(split)
+    return Path(_package().__file__).parent / "data" / split / "images"
+
+
+def read_questions(split: str) -> list[ShapeQuestion]:
+    """Return all questions of "train" or "test", in the package's order. Raises DataError."""
+    return list(_read_questions(split, image_folder(split)))
+
+
+def test_questions(num: int, seed: int) -> list[ShapeQuestion]:
+    """Draw ``num`` questions of the test split, each kind with its share of the whole. Raises DataError."""
+    pool = read_questions("test")
+    _check_number(num, len(pool), "test questions")
+    rng, drawn = random.Random(seed), []
+    by_kind = {kind: [question for question in pool if question.kind == kind] for kind in (YES_NO, SHAPE, COLOUR)}
+    exact = {kind: num * len(group) / len(pool) for kind, group in by_kind.items()}
+    # Largest remainders: what rounding down leaves over goes to the kinds that lost most by it.
+    losers = sorted(exact, key=lambda kind: int(exact[kind]) - exact[kind])[: num - sum(map(int, exact.values()))]
+    for kind, group in by_kind.items():
+        drawn += rng.sample(group, int(exact[kind]) + (kind in losers))
+    return sorted(drawn, key=lambda question: question.id)
+
+
+def describe_scene(known: Iterable[ShapeQuestion]) -> str:
+    """Say what the questions and answers about one image tell of it: "a red circle", "a red shape", "a circle"."""
+    shape, colour = "shape", ""
+    for question in known:
+        words = question.question.rstrip("?").split()
+        # "is there not a red shape?" "no" tells as much as a plain "yes"; "what" takes for granted what it names.
+        denied = "yes" if any(word in NEGATIONS for word in words) else "no"
+        told = [] if question.answer == denied else [*words, question.answer]
+        shape = next((word for word in told if word in SHAPES), shape)
+        colour = next((word for word in told if word in COLOURS), colour)
+    return " ".join(word for word in ("a", colour, shape) if word)
+
+
+def blind_answers() -> dict[str, str]:
+    """Return the most frequent answer to each wording in the train split: what guessing without looking would say."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for question in read_questions("train"):
+        counts[question.question][question.answer] += 1
+    return {text: max(sorted(answers), key=lambda answer: answers[answer]) for text, answers in counts.items()}
+
+
+def accuracy(answers: Mapping[str, str], asked: Sequence[ShapeQuestion]) -> Score:
+    """Score answers by question id: right if equal but for case, outer space and one final period.
+
+    Answers to other questions are left aside. Raises DataError if nothing was asked.
+    """
+    if not asked:
+        raise DataError("there are no questions to score; expected at least one.")
+    right = [question for question in asked if normalize_answer(answers.get(question.id, "")) == question.answer]
+    num_right, num_asked = (Counter(question.kind for question in some) for some in (right, asked))
+    return Score(
+        total=Count(len(right), len(asked)),
+        by_kind={kind: Count(num_right[kind], num) for kind, num in num_asked.items()},
+        missing=tuple(question.id for question in asked if question.id not in answers),
+    )
+
+
+def compute_accuracies(asked: Sequence[ShapeQuestion], answers: Mapping[str, str]) -> dict[str, Any]:
+    """Return accuracies of the model and of each question's most frequent training answer, given blind."""
+    frequent = blind_answers()
+    model = accuracy(answers, asked)
+    blind = accuracy({q.id: frequent.get(q.question, "") for q in asked}, asked)
+    kinds = {
+        kind: {"model": part.accuracy, "blind": blind.by_kind[kind].accuracy, "num_questions": part.num_questions}
+        for kind, part in model.by_kind.items()
+    }
+    return {
+        "held_out_accuracy": model.total.accuracy,
+        "blind_accuracy": blind.total.accuracy,
+        "num_test_questions": len(asked),
+        "missing_answers": len(model.missing),
+        "by_kind": kinds,
+    }
+
+
+def write_benchmark(folder: Path, asked: Sequence[ShapeQuestion]) -> Path:
+    """Write questions as a benchmark of your own (``custom``), scored as ``accuracy`` does; return the folder."""
+    rows = [
+        {"id": q.id, "image": str(q.image), "question": q.question, "answer": q.answer, "category": q.kind}
+        for q in asked
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "questions.jsonl").write_bytes(as_lines(rows))
+    return folder
+
+
+def normalize_answer(answer: str) -> str:
+    """Return an answer in lower case, without space around it and without one final period."""
+    return exact(answer)
+
+
+@functools.cache
+def _read_questions(split: str, folder: Path) -> tuple[ShapeQuestion, ...]:
+    texts, answers, images = getattr(_package(), _READERS[split])()
+    files = {image: folder / f"{image}.png" for image in images}
+    return tuple(
+        ShapeQuestion(f"{split}-{index:06d}", files[image], text, answer, _kind(answer))
+        for index, (text, answer, image) in enumerate(zip(texts, answers, images, strict=True))
+    )
+
+
+def _kind(answer: str) -> str:
+    if answer not in KINDS:
+        raise DataError(f"easy-vqa answers {answer!r}; expected one of {', '.join(KINDS)}. Install easy-vqa 1.0 again.")
+    return KINDS[answer]
+
+
+def _check_split(split: str) -> None:
+    if split not in _READERS:
+        raise DataError(f"easy-vqa has no split {split!r}; expected one of {', '.join(_READERS)}.")
+
+
+def _check_number(num: int, most: int, what: str) -> None:
+    if not 1 <= num <= most:
+        raise DataError(f"{num} {what} are asked for, but easy-vqa has {most}; expected 1 to {most}.")
+
+
+def _package() -> Any:
+    try:
+        import easy_vqa
+    except ImportError as error:
+        raise DataError(
+            f"the data set easy-vqa cannot be imported ({error}): pip install 'llava_ray[quickstart]'"
+        ) from error
+    return easy_vqa
