@@ -5,6 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 EXTRAS := dev,quickstart,report,qlora,sweep
+
+# An environment holds absolute paths: in a project that was moved or copied it is made anew.
+ifneq ($(shell test -s $(READY) && cat $(READY)),$(filter $(CURDIR),$(shell test -s $(READY) && cat $(READY))))
+$(shell rm -rf $(VENV))
+endif
 VLLM := .venv-vllm
 
 .PHONY: help quickstart sweep serve test test-vllm verify lint benchmark clean
@@ -19,7 +24,7 @@ sweep: $(READY)  ## Search projector and learning rate for the quickstart's alig
 	$(BIN)/python pipelines/quickstart_sweep.py
 
 serve: $(READY)  ## Serve the quickstart's model: API and page on http://127.0.0.1:8000
-	$(BIN)/serve run llava_ray.deployments:app model=runs/quickstart/model page_examples=runs/quickstart/examples.json
+	RAY_ADDRESS=$${RAY_ADDRESS:-local} $(BIN)/serve run llava_ray.deployments:app model=runs/quickstart/model page_examples=runs/quickstart/examples.json
 
 test: $(READY) lint  ## Everything CI runs; half an hour on two slow cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not slow and not browser and not verify and not gpu"
@@ -56,7 +61,7 @@ clean:  ## Remove the environment and caches, never runs/
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$(EXTRAS)]"
-	touch $(READY)
+	echo $(CURDIR) > $(READY)
 
 # Exact versions of everything and no dependencies: vLLM's would bring torchaudio and torchcodec, for which no CPU build is found.
 $(VLLM)/.ready: pyproject.toml constraints-vllm.txt tests/vllm_environment.py

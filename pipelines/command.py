@@ -68,3 +68,8 @@ def timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[stage] = round(time.perf_counter() - start, 1)
+
+
+def spaced(doc: str | None) -> str:
+    """Put each example command of a docstring into a paragraph of its own, which a help page keeps apart."""
+    return (doc or "").replace("\npython ", "\n\npython ")

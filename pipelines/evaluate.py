@@ -14,9 +14,13 @@ import tyro
 
 from llava_ray.config.booleans import bare_switches, switches_of
 from pipelines import evaluate_commands as commands
-from pipelines.command import run_command
+from pipelines.command import run_command, spaced
 
-_TOOLS: dict[str, Callable[..., object]] = {"score": commands.run_score, "compare": commands.run_compare}
+_TOOLS: dict[str, Callable[..., object]] = {
+    "run": commands.run_with_settings,
+    "score": commands.run_score,
+    "compare": commands.run_compare,
+}
 
 
 def main(arguments: Sequence[str]) -> object:
@@ -25,7 +29,7 @@ def main(arguments: Sequence[str]) -> object:
         return commands.run(arguments[1:])
     spelt = bare_switches(arguments, switches_of(*_TOOLS.values()))
     return tyro.extras.subcommand_cli_from_dict(
-        _TOOLS, args=spelt, prog="evaluate.py", description=__doc__, use_underscores=True
+        _TOOLS, args=spelt, prog="evaluate.py", description=spaced(__doc__), use_underscores=True
     )
 
 

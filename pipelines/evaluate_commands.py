@@ -88,6 +88,14 @@ def run_compare(first: _First, second: _Second, *, json: bool = False) -> None:
         print(f"  Attention: the two were made with a different {line}.", file=sys.stderr)
 
 
+def run_with_settings() -> None:
+    """Ask a model the questions of several benchmarks and score its answers: a recipe, settings, --dry-run.
+
+    ``run --help`` lists the settings.
+    """
+    raise AssertionError("main takes `run` before the others: its settings are a recipe's")
+
+
 def run(arguments: Sequence[str]) -> list[dict[str, object]]:
     """Ask a model the questions of several benchmarks and score its answers; the same command goes on.
 

@@ -13,8 +13,9 @@ from evals.catalogue import make_benchmark
 from evals.published import asked_of, whole_set
 from evals.scoring import check_truths
 from llava_ray.config.recipes import load_recipe
-from llava_ray.config.sections import DataConfig, EvaluateConfig, FinetuneConfig, ModelConfig
+from llava_ray.config.sections import AskConfig, DataConfig, EvaluateConfig, FinetuneConfig, ModelConfig
 from llava_ray.errors import ConfigError, DataError
+from pipelines.places import exists
 
 if TYPE_CHECKING:
     from llava_ray.model.summary import ModelSummary
@@ -131,10 +132,7 @@ def _tell_model(
     from llava_ray.train.planning.pace import find_pace
 
     asking = config.evaluate
-    model = ModelConfig(
-        model_name_or_path=asking.model_path, model_base=asking.model_base, vision_tower=asking.vision_tower
-    )
-    run = FinetuneConfig(model=model, data=DataConfig(data_path="-"), cluster=config.cluster)
+    run = FinetuneConfig(model=_read_model_config(asking), data=DataConfig(data_path="-"), cluster=config.cluster)
     card = summarize_model(run)
     pace, device = find_pace(config.cluster), find_device(run, gpu_memory_gib)
     on_cpu = pace is not None and config.cluster.accelerator_type is None and gpu_memory_gib is None
@@ -157,6 +155,19 @@ def _tell_model(
             f"the model needs about {total:.1f} GiB on a GPU, {device.name} has {device.memory_gib:g} GiB: lower "
             "evaluate.batch_size, or take a larger one"
         )
+
+
+def _read_model_config(asking: AskConfig) -> ModelConfig:
+    """Return the settings under which the model is asked: those that its folder states; of a hub id what is given."""
+    from llava_ray.model.formats.part_sources import find_layout
+    from llava_ray.model.loading import pretrained_config
+
+    if exists(asking.model_path):
+        _, layout = find_layout(asking.model_path, weights=False)
+        return pretrained_config(layout, asking.model_path, asking.model_base, asking.vision_tower, asking.version)
+    return ModelConfig(
+        model_name_or_path=asking.model_path, model_base=asking.model_base, vision_tower=asking.vision_tower
+    )
 
 
 def _memory(

@@ -15,7 +15,7 @@ import tyro
 
 from llava_ray.config.booleans import bare_switches, switches_of
 from pipelines import export_commands as commands
-from pipelines.command import run_command
+from pipelines.command import run_command, spaced
 
 SUBCOMMANDS: dict[str, Callable[..., None]] = {
     "inspect": commands.run_inspect,
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> None:
     """Run the subcommand that is named first."""
     spelt = bare_switches(arguments, switches_of(*SUBCOMMANDS.values()))
     tyro.extras.subcommand_cli_from_dict(
-        SUBCOMMANDS, args=spelt, prog="export.py", description=__doc__, use_underscores=True
+        SUBCOMMANDS, args=spelt, prog="export.py", description=spaced(__doc__), use_underscores=True
     )
 
 

@@ -26,6 +26,7 @@ from llava_ray.images.anyres import Size
 from llava_ray.images.geometry import ImageSpec, crop_views
 from llava_ray.images.reading import open_image
 from llava_ray.images.tokens import ImageTokens
+from llava_ray.model.formats.sources import find_source
 from llava_ray.preview.tokens import collapse_images, join_tokens, split_tokens
 from llava_ray.reading import shown as excerpt
 from llava_ray.report.pieces import ReportToken
@@ -174,7 +175,8 @@ def token_viewer(settings: PreviewSettings) -> Viewer:
             "give --model BUNDLE, or --tokenizer DIR with --version TEMPLATE (such as vicuna_v1): "
             f"found --tokenizer {settings.tokenizer}, --version {settings.version}, --model {settings.model}"
         )
-    tokenizer = load_tokenizer(settings.tokenizer)
+    # Once through the hub's cache: transformers would ask an unreachable hub for every file, several times each.
+    tokenizer = load_tokenizer(find_source(settings.tokenizer, "tokenizer", weights=False).folder)
     template = find_template(settings.version, tokenizer)
     encoder = Encoder(tokenizer, template, ImageTokens(1, 1), settings.model_max_length or sys.maxsize)
     return Viewer(encoder, find_image_folder(settings))

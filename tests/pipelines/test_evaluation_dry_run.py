@@ -23,6 +23,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = ModelConfig(
         model_name_or_path=str(fakes.make_language_model(root / "language_model")),
         vision_tower=str(fakes.make_vision_tower(root / "tower")),
+        mm_vision_select_layer=-1,  # not the default: a dry run takes what the bundle states
     )
     save_bundle(root / "bundle", assemble(config, "pad"))
     return root / "bundle"
