@@ -65,7 +65,7 @@ def _dispatch(name: str, arguments: Sequence[str]) -> None:
     """Run a pipeline's command, imported by name: ``llava_ray`` does not depend on ``pipelines``."""
     runner = importlib.import_module("pipelines.command")
     pipeline = importlib.import_module(f"pipelines.{name}")
-    run = getattr(pipeline, "command", pipeline.main)  # where the exit code says more than done or failed
+    run = getattr(pipeline, "main_with_exit_code", pipeline.main)  # review says how far it came
     stopped = getattr(pipeline, "WHEN_STOPPED", runner.RESUMABLE)
     runner.run_command(run, arguments, when_stopped=stopped)
 

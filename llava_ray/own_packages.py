@@ -29,6 +29,6 @@ def check_own_packages() -> None:
             raise ConfigError(
                 f"{name!r} is {found}, which is not llava_ray's: two packages share the name "
                 f"{name!r}{_ALSO_INSTALLED_BY.get(name, '')}. Give llava_ray an environment of its own, or uninstall "
-                "the other and install llava_ray again; if that file lies in the folder where you are or on PYTHONPATH, "
-                "start from another folder or take it off PYTHONPATH."
+                "the other and install llava_ray again; if that file lies in the folder where you are or on "
+                "PYTHONPATH, start from another folder or take it off PYTHONPATH."
             )
