@@ -1,4 +1,4 @@
-"""The wheel, installed beside the dependencies and nothing of the repository: the commands and the recipes are in it."""
+"""The wheel, installed beside the dependencies and nothing of the repository: it holds commands and recipes."""
 
 import json
 import os
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from benchmark_files import write_benchmark
+
+from evals.catalogue import make_benchmark
 
 pytestmark = pytest.mark.slow
 
@@ -59,7 +61,7 @@ def test_it_holds_the_commands_the_recipes_and_the_types_and_no_pictures(wheel: 
     sources = ROOT / "pipelines"
     assert {str(path.relative_to(ROOT)) for path in sources.glob("recipes/*/*.toml")} <= own
     assert {str(path.relative_to(ROOT)) for path in sources.glob("*.py")} <= own
-    assert {Path(name).suffix for name in own} <= {".py", ".toml", ".html", ".typed"}
+    assert {Path(name).suffix for name in own} <= {".py", ".toml", ".html", ".md", ".typed"}
 
 
 def test_help_and_version_import_nothing_slow_and_nothing_of_the_repository(bare: Path, tmp_path: Path) -> None:
@@ -85,13 +87,14 @@ def test_help_and_version_import_nothing_slow_and_nothing_of_the_repository(bare
 def test_answers_are_scored_a_model_is_inspected_and_a_run_is_described(bare: Path, tmp_path: Path) -> None:
     data = write_benchmark("pope", tmp_path / "pope")
     answers = tmp_path / "answers.jsonl"
-    answers.write_text("".join(json.dumps({"question_id": i, "text": "yes"}) + "\n" for i in range(1, 5)))
+    asked = make_benchmark("pope").read(data)
+    answers.write_text("".join(json.dumps({"question_id": q.id, "text": q.truths[0]}) + "\n" for q in asked))
     flags = ["--benchmark", "pope", "--data", str(data), "--answers", str(answers), "--json"]
     scored = json.loads(run(bare, tmp_path, "evaluate", "score", *flags))
-    assert (scored["benchmark"], scored["num_scored"]) == ("pope", 4)
+    assert (scored["benchmark"], scored["num_scored"], scored["missing"]) == ("pope", len(asked), 0)
 
     found = json.loads(run(bare, tmp_path, "export", "inspect", str(ROOT / "tests/golden/v15_mlp_pad"), "--json"))
-    assert "original" in found["layout"]
+    assert found["kind"] == "original LLaVA"
 
     described = run(bare, tmp_path, "finetune", "llava_v1_5_7b_lora", "--dry-run")
     assert "mlp2x_gelu" in described

@@ -49,7 +49,7 @@ def test_every_shipped_recipe_has_a_command_and_is_found_by_its_full_name() -> N
 
 
 def test_other_commands_take_theirs_by_name() -> None:
-    assert load_settings(EvaluateConfig, ["llava_v1_5", "--evaluate.model_path", "m"]).evaluate.profile == "llava"
+    assert load_settings(EvaluateConfig, ["llava_v1_5", "--evaluate.model_path", "m"]).score.profile == "llava"
     review = ["mm_vet", "--review.answers", "a.jsonl", "--judge.model", "m", "--review.output", "o"]
     assert load_settings(ReviewConfig, review).review.mode == "grade"
     config, space = load_sweep(["quickstart"])
@@ -74,7 +74,6 @@ def test_a_name_of_two_stages_is_not_guessed() -> None:
         ("mm_vet", "sweep", "llava-ray sweep takes sweep/llava_v1_5_7b, sweep/quickstart, or"),  # of another command
         ("x" * 10_000, "evaluate", "llava-ray evaluate takes evaluate/llava_v1_5, or the path of a TOML file"),
         ("a\0b", "finetune", "no recipe"),
-        ("", "finetune", "no recipe"),
         ("../finetune/llava_v1_5_13b", "finetune", "no recipe"),
     ],
 )
