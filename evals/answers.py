@@ -9,6 +9,7 @@ from typing import Any
 from evals.benchmark import Question
 from evals.files import by_id, read_json_value, read_lines, read_utf8
 from llava_ray.errors import DataError
+from llava_ray.invocation import command
 
 _IDS = ("question_id", "questionId", "id", "image")
 _TEXTS = ("text", "answer", "prediction")
@@ -57,7 +58,9 @@ def read_answers(path: Path) -> list[Answer]:
     A row's id is question_id (questionId, id, image), its answer text (answer, prediction).
     """
     if not path.exists():
-        raise DataError(f"there is no answers file {path}; make one with evaluate.py run, or give LLaVA's.")
+        raise DataError(
+            f"there is no answers file {path}; make one with {command('evaluate', 'run')}, or give LLaVA's."
+        )
     content = read_content(path)
     if isinstance(content, dict):
         return [Answer(str(name), _said(text, name, path)) for name, text in content.items()]

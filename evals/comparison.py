@@ -12,6 +12,7 @@ from evals.files import as_json, as_lines, read_json_value, read_lines
 from evals.scoring import Result, cluster_of, interval, rounded, summarize_result
 from evals.statistics import Estimate, jackknife, paired_difference
 from llava_ray.errors import ConfigError, DataError
+from llava_ray.invocation import command
 
 _RESULT, _GRADES = "result.json", "grades.jsonl"
 _SETTINGS = ("prompt_hash", "template", "generation", "judge", "data_hash")
@@ -36,7 +37,9 @@ def read_result(folder: Path) -> StoredResult:
     """Read a kept result from its folder, or from a file in it. Raises DataError."""
     folder = folder if folder.is_dir() else folder.parent
     if not (folder / _RESULT).exists() or not (folder / _GRADES).exists():
-        raise DataError(f"{folder} has no {_RESULT} with {_GRADES}; make them with evaluate.py score --output {folder}")
+        raise DataError(
+            f"{folder} has no {_RESULT} with {_GRADES}; make them with {command('evaluate', 'score')} --output {folder}"
+        )
     rows = []
     for row in read_lines(folder / _GRADES):
         try:

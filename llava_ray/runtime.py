@@ -10,9 +10,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import ray
 
+from llava_ray import invocation
 from llava_ray.config.sections import ClusterConfig
 from llava_ray.errors import ConfigError
 from llava_ray.log_file import LibraryLog
@@ -149,9 +151,13 @@ def start(cluster: ClusterConfig, *, runs: int = 1, quiet: bool = False) -> bool
         )
         return True
     # What a working directory leaves out is in .rayignore. Where llava_ray was installed, it is on the nodes already.
-    runtime_env = {} if inside_job or not (_root() / ".rayignore").exists() else {"working_dir": str(_root())}
+    runtime_env: dict[str, Any] = {}
+    if not inside_job and (_root() / ".rayignore").exists():
+        runtime_env["working_dir"] = str(_root())
     if runtime_env:
         check_upload(_root(), _RUN_LIMIT)
+        if started_as := os.environ.get(invocation.VARIABLE):  # workers' messages name commands as this process does
+            runtime_env["env_vars"] = {invocation.VARIABLE: started_as}
     try:
         ray.init(address=address, runtime_env=runtime_env, logging_config=warnings_only, log_to_driver=not quiet)
     except ConnectionError as error:

@@ -1,4 +1,4 @@
-"""export.py hub --approximate: what a tower in another form costs, measured before anything is written."""
+"""`export hub --approximate`: what a tower in another form costs, measured before anything is written."""
 
 import math
 from collections import Counter

@@ -16,6 +16,7 @@ import tyro
 from llava_ray.config.booleans import bare_switches, switches_of
 from llava_ray.config.chat import ChatSettings
 from llava_ray.errors import LlavaRayError
+from llava_ray.invocation import command
 from pipelines.command import run_command
 from pipelines.places import check_models
 
@@ -25,13 +26,17 @@ if TYPE_CHECKING:
 with contextlib.suppress(ImportError):  # some systems have none
     import readline  # noqa: F401 - lets input() edit and remember lines
 
+WHEN_STOPPED = "Stopped."
 _HELP = "/image FILE shows an image with the next question, /clear begins anew; Ctrl-C stops an answer, Ctrl-D leaves."
 
 
 def main(arguments: Sequence[str]) -> None:
     """Load the model; answer the prompt, or whatever is typed until Ctrl-D."""
     settings = tyro.cli(
-        ChatSettings, args=bare_switches(arguments, switches_of(ChatSettings)), use_underscores=True, prog="chat.py"
+        ChatSettings,
+        args=bare_switches(arguments, switches_of(ChatSettings)),
+        use_underscores=True,
+        prog=command("chat"),
     )
     from llava_ray.images.reading import read_bytes
 
@@ -71,10 +76,10 @@ def _converse(session: "ChatSession") -> None:
 
 def _obey(session: "ChatSession", line: str) -> None:
     """Do what a line says."""
-    command, _, rest = line.partition(" ")
-    if command == "/image" and rest:
+    word, _, rest = line.partition(" ")
+    if word == "/image" and rest:
         session.show(rest.strip())
-    elif command == "/clear":
+    elif word == "/clear":
         session.clear()
     elif line.startswith("/"):
         print(_HELP)
@@ -84,4 +89,4 @@ def _obey(session: "ChatSession", line: str) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, when_stopped="Stopped.")
+    run_command(main, when_stopped=WHEN_STOPPED)

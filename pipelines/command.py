@@ -10,20 +10,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+from llava_ray import invocation
 from llava_ray.errors import ConfigError, LlavaRayError, Stopped
 
 _INTERRUPTED = 130  # the shell's own code for Ctrl-C
-_RESUMABLE = "Stopped. The same command goes on from what is done."
+RESUMABLE = "Stopped. The same command goes on from what is done."
 
 
-def run_command(main: Callable[[Sequence[str]], object], *, when_stopped: str = _RESUMABLE) -> None:
-    """Run ``main`` on the command line's arguments; exit with 1 and one line for what a user can mend.
+def run_command(
+    main: Callable[[Sequence[str]], object], arguments: Sequence[str] | None = None, *, when_stopped: str = RESUMABLE
+) -> None:
+    """Run ``main`` on arguments; exit with 1 and one line for what a user can mend.
 
-    ``when_stopped`` is said after Ctrl-C and SIGTERM, where ``main`` says nothing better.
+    Without ``arguments`` a script was started, and its command line is taken. ``when_stopped`` is said after Ctrl-C and
+    SIGTERM, where ``main`` says nothing better.
     """
     signal.signal(signal.SIGTERM, stop)
+    if arguments is None:
+        os.environ[invocation.VARIABLE] = invocation.SCRIPT
+        arguments = sys.argv[1:]
     try:
-        main(sys.argv[1:])
+        main(arguments)
     except LlavaRayError as error:
         sys.exit(f"{type(error).__name__}: {error}")
     except BrokenPipeError:  # whoever reads the output, such as head, has seen enough

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import tyro
 
 from llava_ray.config.booleans import bare_switches, switches_of
+from llava_ray.invocation import as_started, command
 from pipelines import evaluate_commands as commands
 from pipelines.command import run_command, spaced
 
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str]) -> object:
         return commands.run(arguments[1:])
     spelt = bare_switches(arguments, switches_of(*_TOOLS.values()))
     return tyro.extras.subcommand_cli_from_dict(
-        _TOOLS, args=spelt, prog="evaluate.py", description=spaced(__doc__), use_underscores=True
+        _TOOLS, args=spelt, prog=command("evaluate"), description=as_started(spaced(__doc__)), use_underscores=True
     )
 
 

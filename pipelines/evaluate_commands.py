@@ -1,4 +1,4 @@
-"""The subcommands of evaluate.py. Each imports what it needs: scoring and comparing need no torch and no Ray."""
+"""The subcommands of `evaluate`. Each imports what it needs: scoring and comparing need no torch and no Ray."""
 
 import json as json_format
 import sys

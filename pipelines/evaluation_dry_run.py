@@ -1,4 +1,4 @@
-"""evaluate.py run --dry-run: questions, batches, memory and about how long, before anything is started."""
+"""`evaluate run --dry-run`: questions, batches, memory and about how long, before anything is started."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""evaluate.py run: benchmarks asked in one job, then scored; the same command goes on where it stopped."""
+"""`evaluate run`: benchmarks asked in one job, then scored; the same command goes on where it stopped."""
 
 import time
 from collections.abc import Sequence
@@ -84,7 +84,7 @@ def _shared_places(config: EvaluateConfig) -> "Places":
 def _run_folder(config: EvaluateConfig) -> Path:
     """Return the run's folder, with its settings in it. Raises ConfigError."""
     if "://" in config.run.storage_path:
-        raise ConfigError("evaluate.py keeps answers in a local or mounted folder: set run.storage_path to one")
+        raise ConfigError("`evaluate run` keeps answers in a local or mounted folder: set run.storage_path to one")
     folder = Path(config.run.storage_path, str(config.run.name))
     if config.run.restart and folder.exists():
         folder.rename(folder.with_name(f"{folder.name}.{int(time.time())}"))

@@ -14,9 +14,11 @@ from collections.abc import Callable, Sequence
 import tyro
 
 from llava_ray.config.booleans import bare_switches, switches_of
+from llava_ray.invocation import as_started, command
 from pipelines import export_commands as commands
 from pipelines.command import run_command, spaced
 
+WHEN_STOPPED = "Stopped; nothing was written."
 SUBCOMMANDS: dict[str, Callable[..., None]] = {
     "inspect": commands.run_inspect,
     "hub": commands.hub,
@@ -35,9 +37,9 @@ def main(arguments: Sequence[str]) -> None:
     """Run the subcommand that is named first."""
     spelt = bare_switches(arguments, switches_of(*SUBCOMMANDS.values()))
     tyro.extras.subcommand_cli_from_dict(
-        SUBCOMMANDS, args=spelt, prog="export.py", description=spaced(__doc__), use_underscores=True
+        SUBCOMMANDS, args=spelt, prog=command("export"), description=as_started(spaced(__doc__)), use_underscores=True
     )
 
 
 if __name__ == "__main__":
-    run_command(main, when_stopped="Stopped; nothing was written.")
+    run_command(main, when_stopped=WHEN_STOPPED)

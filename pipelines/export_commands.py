@@ -1,4 +1,4 @@
-"""The subcommands of export.py. Each imports what it needs: torch takes seconds, and ``run_inspect`` needs none."""
+"""The subcommands of `export`. Each imports what it needs: torch takes seconds, and ``run_inspect`` needs none."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import PrepareConfig
+from llava_ray.invocation import command
 from pipelines.command import run_command
 from pipelines.places import check_data_places
 
 if TYPE_CHECKING:
     from llava_ray.data.shards import PreparedData
 
-# Sections of a recipe for finetune.py that say nothing about data.
+# Sections of a recipe for `finetune` that say nothing about data.
 _OTHER_SECTIONS = ("model", "train", "lora", "tracking")
 
 
@@ -54,7 +55,7 @@ def _print_prepared(prepared: "PreparedData") -> None:
     print(f"  folder     {prepared.path}")
     if prepared.num_rejected:
         print(f"  why        {prepared.rejected_path}")
-    print(f"Train on it: python pipelines/finetune.py RECIPE --data.data_path {prepared.path}")
+    print(f"Train on it: {command('finetune')} RECIPE --data.data_path {prepared.path}")
 
 
 if __name__ == "__main__":

@@ -14,9 +14,11 @@ import tyro
 
 from llava_ray.config.booleans import bare_switches, switches_of
 from llava_ray.config.preview import PreviewSettings
+from llava_ray.invocation import command
 from pipelines.command import run_command
 from pipelines.places import check_files, check_models
 
+WHEN_STOPPED = "Stopped; nothing was written."
 _NUM_IN_REPORT = 200
 
 
@@ -26,7 +28,7 @@ def main(arguments: Sequence[str]) -> Path | None:
         PreviewSettings,
         args=bare_switches(arguments, switches_of(PreviewSettings)),
         use_underscores=True,
-        prog="preview.py",
+        prog=command("preview"),
     )
     check_models({key: getattr(settings, key) for key in ("model", "tokenizer", "model_base", "vision_tower")})
     check_files({key: getattr(settings, key) for key in ("data", "image_folder")})
@@ -66,4 +68,4 @@ def main(arguments: Sequence[str]) -> Path | None:
 
 
 if __name__ == "__main__":
-    run_command(main, when_stopped="Stopped; nothing was written.")
+    run_command(main, when_stopped=WHEN_STOPPED)

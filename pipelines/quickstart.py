@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from llava_ray.runtime import Resources
     from llava_ray.train.trainer import FinishedRun
 
-CACHE, _FOLDER, RECIPES = Path("runs/cache/quickstart"), Path("runs/quickstart"), Path("pipelines/recipes/quickstart")
+CACHE, _FOLDER = Path("runs/cache/quickstart"), Path("runs/quickstart")
+RECIPES = Path(__file__).parent / "recipes/quickstart"
 _NUM_TEST_QUESTIONS = 1_000
 
 

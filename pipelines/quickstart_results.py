@@ -9,22 +9,23 @@ from typing import Any
 
 from llava_ray.generate.answers import Actors, answer_questions
 from llava_ray.generate.questions import ModelQuestion
+from llava_ray.invocation import command, recipe_argument
 from llava_ray.quickstart import easy_vqa
 from llava_ray.report.pieces import AnswerVerdict, Link, Links, Picture, Report
 from llava_ray.report.tuning import Accuracy, tuning_report
 from llava_ray.train.trainer import FinishedRun
 
 _NUM_PICTURES = 24
-NEXT_STEPS = """
+_NEXT_STEPS = """
 What next
-  curves and artifacts    .venv/bin/mlflow ui --backend-store-uri {tracking_uri}
-  what the model saw      .venv/bin/python pipelines/preview.py --model {folder}/model \\
+  curves and artifacts    {bin}mlflow ui --backend-store-uri {tracking_uri}
+  what the model saw      {bin}{preview} --model {folder}/model \\
                             --data {data} --image_folder {images}
-  your own data           .venv/bin/python pipelines/finetune.py pipelines/recipes/quickstart/yours.toml \\
+  your own data           {bin}{finetune} {yours} \\
                             --data.data_path {data} --data.image_folder {images}
                           (with your file and folder in place of these)
-  LLaVA-1.5, on 8 GPUs    .venv/bin/python pipelines/finetune.py \\
-                            pipelines/recipes/pretrain/llava_v1_5_7b.toml --dry-run
+  LLaVA-1.5, on 8 GPUs    {bin}{finetune} \\
+                            {pretrain} --dry-run
 """
 
 
@@ -88,4 +89,20 @@ def print_quickstart(folder: Path, report: Mapping[str, Any], tuned: FinishedRun
     print("Seconds           " + ", ".join(f"{stage} {value:g}" for stage, value in report["seconds"].items()))
     print(f"\nReport   {folder}/report.html\nNumbers  {folder}/report.json\nModel    {folder}/model")
     images = easy_vqa.image_folder("train")
-    print(NEXT_STEPS.format(tracking_uri=tuned.tracking_uri, folder=folder, data=data, images=images))
+    print(describe_next_steps(tuned.tracking_uri, folder, data, images))
+
+
+def describe_next_steps(tracking_uri: str, folder: Path, data: Path, images: Path) -> str:
+    """Return commands to go on with, as they can be typed where this one was."""
+    preview, finetune = command("preview"), command("finetune")
+    return _NEXT_STEPS.format(
+        bin=".venv/bin/" if preview.startswith("python pipelines/") else "",  # `make` enters no environment
+        preview=preview,
+        finetune=finetune,
+        yours=recipe_argument("quickstart", "yours"),
+        pretrain=recipe_argument("pretrain", "llava_v1_5_7b"),
+        tracking_uri=tracking_uri,
+        folder=folder,
+        data=data,
+        images=images,
+    )

@@ -3,7 +3,7 @@
 
 python pipelines/quickstart_sweep.py
 
-The parts and the language model that has learnt the words are those of quickstart.py; what of them is missing is made.
+The parts and the language model that has learnt the words are those of the quickstart; what of them is missing is made.
 """
 
 import shutil
@@ -21,7 +21,7 @@ from pipelines.sweep import main as sweep
 if TYPE_CHECKING:
     from pipelines.sweep_results import Sweep
 
-_RECIPE = "pipelines/recipes/sweep/quickstart.toml"
+_RECIPE = str(Path(__file__).parent / "recipes/sweep/quickstart.toml")
 
 
 def main(arguments: Sequence[str]) -> "Sweep | None":

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> "Outcome | None":
     return review(others)
 
 
-def command(arguments: Sequence[str]) -> None:
+def main_with_exit_code(arguments: Sequence[str]) -> None:
     """Run, and exit with a code that says how far the review came."""
     outcome = main(arguments)
     if outcome is None:
@@ -56,4 +56,4 @@ def command(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_command(command)
+    run_command(main_with_exit_code)

@@ -206,7 +206,7 @@ def _review_row(one: Judged) -> dict[str, Any]:
 
 
 def write_llava_reviews(folder: Path, judged: Sequence[Judged]) -> list[Path]:
-    """Write what LLaVA's scripts and ``evaluate.py score --reviews`` read: a file for each judge and match.
+    """Write what LLaVA's scripts and ``evaluate score --reviews`` read: a file for each judge and match.
 
     Of the given order and the first sample, done ones only: a failure is no row, and no (-1, -1).
     """

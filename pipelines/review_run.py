@@ -1,4 +1,4 @@
-"""review.py: items → calls → reviewers → ledger → figures; the same command goes on where it stopped."""
+"""`review`: items → calls → reviewers → ledger → figures; the same command goes on where it stopped."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""review.py summarize: review files, ours or LLaVA's, as LLaVA's script sums them up, failures left out and counted."""
+"""`review summarize`: review files, ours or LLaVA's, as LLaVA's script sums them up, failures left out and counted."""
 
 import json as json_format
 from collections import defaultdict
@@ -13,6 +13,7 @@ from evals.files import need
 from evals.scoring import rounded
 from llava_ray.config.booleans import bare_switches
 from llava_ray.errors import DataError
+from llava_ray.invocation import command
 from pipelines.review_files import read_question_rows
 
 _Files = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
@@ -23,7 +24,7 @@ _MOST = 1e6  # beyond, or not finite, a number is no score
 def summarize(arguments: Sequence[str]) -> list[dict[str, Any]]:
     """Print relative scores by category of each file; return them."""
     return tyro.cli(
-        _summarize, args=bare_switches(arguments, {"json"}), prog="review.py summarize", use_underscores=True
+        _summarize, args=bare_switches(arguments, {"json"}), prog=command("review", "summarize"), use_underscores=True
     )
 
 
@@ -31,7 +32,7 @@ def _summarize(files: _Files, ignore: tuple[str, ...] = (), *, json: bool = Fals
     """Sum review files up: 100 x mean(second) / mean(first), of all and by category.
 
     Args:
-        files: JSON lines with question_id, tuple and, mostly, category, as LLaVA's review scripts and review.py write.
+        files: JSON lines with question_id, tuple and, mostly, category, as LLaVA's review scripts and `review` write.
         ignore: Ids of questions to leave out.
         json: Print one JSON object a file and nothing else.
     """

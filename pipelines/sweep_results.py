@@ -9,6 +9,7 @@ from typing import Any
 from llava_ray.config.space import Space, SweepConfig
 from llava_ray.data.storage import read_stored, write_stored
 from llava_ray.errors import LlavaRayError
+from llava_ray.invocation import command
 from llava_ray.report.rendering import render_report
 from llava_ray.sweep.page import make_page
 from llava_ray.sweep.results import Results, summarize_trials
@@ -117,5 +118,5 @@ def print_sweep(sweep: Sweep) -> None:
         print(f"Attention: the trials have not given back {', '.join(sweep.left)}")
     print(f"  report   {folder}/report.html\n  numbers  {folder}/report.json")
     if results.standings:
-        print(f"  model    {folder}/best/model\n  recipe   python pipelines/finetune.py {folder}/best.toml")
+        print(f"  model    {folder}/best/model\n  recipe   {command('finetune')} {folder}/best.toml")
     print(f"  mlflow   {describe_page(sweep.tracking_uri, sweep.mlflow_run_id)}")

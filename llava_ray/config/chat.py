@@ -1,4 +1,4 @@
-"""What chat.py can be told."""
+"""What `chat` can be told."""
 
 from dataclasses import dataclass
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""What preview.py can be told."""
+"""What `preview` can be told."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +11,7 @@ class PreviewSettings:
     """Show what a model will see of some conversations, before any training."""
 
     data: str
-    """LLaVA JSON or JSONL, Parquet, WebDataset tars, or a folder that prepare.py wrote."""
+    """LLaVA JSON or JSONL, Parquet, WebDataset tars, or a folder that `prepare` wrote."""
     tokenizer: str | None = None
     """Folder of a tokenizer: shows ids and labels, and opens no image."""
     model: str | None = None

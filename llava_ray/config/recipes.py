@@ -16,19 +16,23 @@ from typing import Any, TypeVar
 import tyro
 from pydantic import BaseModel, ValidationError
 
+from llava_ray import invocation
 from llava_ray.config.booleans import as_switch, spell_out
 from llava_ray.config.schema import ConfigSection, describe_all, describe_fault, dotted_keys
 from llava_ray.config.sections import EvaluateConfig, FinetuneConfig, PrepareConfig
+from llava_ray.config.shipped_recipes import find_recipe
 from llava_ray.config.space import SweepConfig
 from llava_ray.config.toml_files import read_toml_file
 from llava_ray.errors import ConfigError
-from llava_ray.reading import in_words, is_file, is_folder
+from llava_ray.reading import in_words
 
 Config = TypeVar("Config", FinetuneConfig, PrepareConfig, EvaluateConfig, SweepConfig)
 Settings = TypeVar("Settings", bound=ConfigSection)
 
 # What says where and how a run is carried out, not what is computed: it may change between start and resume.
 NOT_HASHED = ("run", "cluster", "tracking", "held_out", "score", "actors")
+
+_SUBCOMMANDS = {"evaluate": ("run",)}  # the one that takes settings, where there are several
 
 _MAX_SAID = 500  # characters of what is wrong with flags
 
@@ -55,13 +59,14 @@ def load_recipe(schema: type[Config], arguments: Sequence[str], *, ignore: Colle
     """
     config = load_settings(schema, arguments, ignore=ignore)
     recipe = _recipe_of(arguments)
-    stem = Path(recipe).stem if recipe else schema.__name__.removesuffix("Config").lower()
+    stem = Path(recipe).stem if recipe else command_of(schema)
     return config if config.run.name else config.replaced({"run.name": f"{stem}-{settings_hash(config)}"})
 
 
 def load_settings(schema: type[Settings], arguments: Sequence[str], *, ignore: Collection[str] = ()) -> Settings:
     """Read ``[RECIPE] --section.key value …`` into a validated ``schema``; as ``load_recipe``, without a run's name."""
-    recipe = _recipe_of(arguments)
+    named = _recipe_of(arguments)
+    recipe = find_recipe(named, command_of(schema)) if named else None
     values = {key: value for key, value in read_toml(recipe).items() if key not in ignore} if recipe else {}
     _check_known_keys(schema, values, recipe or "flags")
     flags = [_dotted_flag(schema, argument) for argument in arguments[1 if recipe else 0 :]]
@@ -82,7 +87,7 @@ def _read_flags(schema: type[Settings], flags: Sequence[str], default: Any) -> S
                 default=default,
                 config=(tyro.conf.FlagConversionOff,),
                 use_underscores=True,
-                prog=f"{schema.__name__.removesuffix('Config').lower()}.py [RECIPE]",
+                prog=invocation.command(command_of(schema), *_SUBCOMMANDS.get(command_of(schema), ()), "[RECIPE]"),
             )
     except SystemExit as left:
         if not left.code:
@@ -90,6 +95,11 @@ def _read_flags(schema: type[Settings], flags: Sequence[str], default: Any) -> S
         words = " ".join(re.sub(r"\x1b\[[\d;]*m|[─-╿]", " ", said.getvalue()).split())
         raise ConfigError(f"flags: {words[:_MAX_SAID]}") from left
     return parsed
+
+
+def command_of(schema: type[ConfigSection]) -> str:
+    """Return the command that takes these settings."""
+    return schema.__name__.removesuffix("Config").lower()
 
 
 def _recipe_of(arguments: Sequence[str]) -> str | None:
@@ -118,11 +128,8 @@ def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -
 
 
 def read_toml(path: str) -> dict[str, Any]:
-    """Return a recipe's tables; raise ConfigError when there is no such file or it is not TOML."""
-    file = Path(path)
-    if not is_file(file) and not is_folder(file):
-        raise ConfigError(f"no recipe {path!r}; the shipped ones are pipelines/recipes/<stage>/*.toml")
-    return read_toml_file(file, "recipe")
+    """Return a recipe's tables; raise ConfigError when it cannot be read or is not TOML."""
+    return read_toml_file(Path(path), "recipe")
 
 
 def _dotted_flag(schema: type[BaseModel], argument: str) -> str:

@@ -177,7 +177,7 @@ class BudgetConfig(ConfigSection):
 
 
 class ReviewConfig(ConfigSection):
-    """Everything pipelines/review.py can be told."""
+    """Everything `review` can be told."""
 
     review: ReviewSection
     judge: JudgeConfig

@@ -129,7 +129,7 @@ class DataConfig(ConfigSection):
     """Which samples, and how they reach the model."""
 
     data_path: str
-    """LLaVA JSON or JSONL, Parquet, WebDataset tars, or a folder that prepare.py wrote; local or any fsspec URL."""
+    """LLaVA JSON or JSONL, Parquet, WebDataset tars, or a folder that `prepare` wrote; local or any fsspec URL."""
     image_folder: str | None = None
     """Where relative image paths start."""
     cache_dir: str = "runs/cache"
@@ -246,7 +246,7 @@ class HeldOutConfig(ConfigSection):
     images: str | None = None
     """Where their relative image paths start; default: data.image_folder."""
     num_samples: PositiveInt = 512
-    """Use only the first so many records for the loss; of a folder that prepare.py wrote, all."""
+    """Use only the first so many records for the loss; of a folder that `prepare` wrote, all."""
     num_answers: NonNegativeInt = 128
     """Let the model answer the first so many of them; an answer counts if it is the record's own but for case."""
     max_new_tokens: PositiveInt = 16
@@ -319,7 +319,7 @@ class ClusterConfig(ConfigSection):
 
 
 class FinetuneConfig(ConfigSection):
-    """Everything pipelines/finetune.py can be told."""
+    """Everything `finetune` can be told."""
 
     model: ModelConfig
     data: DataConfig
@@ -389,7 +389,7 @@ class FinetuneConfig(ConfigSection):
 
 
 class PrepareConfig(ConfigSection):
-    """Everything pipelines/prepare.py can be told."""
+    """Everything `prepare` can be told."""
 
     data: DataConfig
     run: RunConfig = RunConfig()
@@ -452,7 +452,7 @@ class ActorsConfig(ConfigSection):
 
 
 class EvaluateConfig(ConfigSection):
-    """Everything pipelines/evaluate.py run can be told."""
+    """Everything `evaluate run` can be told."""
 
     evaluate: AskConfig
     score: ScoreConfig = ScoreConfig()

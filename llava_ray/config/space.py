@@ -15,6 +15,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from llava_ray.config.schema import ConfigSection, dotted_keys
 from llava_ray.config.sections import FinetuneConfig
+from llava_ray.invocation import command
 
 # What a trial may not change: where it runs, what all are judged by, and what a step is, at which they are compared.
 _FIXED_SECTIONS = ("run", "tracking", "cluster", "held_out")
@@ -84,7 +85,7 @@ class Space(ConfigSection):
         seen: set[str] = set()
         for key, dimension in self.dimensions.items():
             if key not in known:
-                raise ValueError(f"{key!r} is no setting of a run; finetune.py --help lists them")
+                raise ValueError(f"{key!r} is no setting of a run; {command('finetune', '--help')} lists them")
             if key.partition(".")[0] in _FIXED_SECTIONS or key in _FIXED_KEYS:
                 raise ValueError(f"{key!r} is the same for all trials of a sweep, so that they can be compared")
             unknown = dimension.when.keys() - seen
@@ -137,7 +138,7 @@ class SearchConfig(ConfigSection):
 
 
 class SweepConfig(FinetuneConfig):
-    """Everything pipelines/sweep.py can be told, but the space, which only a recipe holds."""
+    """Everything `sweep` can be told, but the space, which only a recipe holds."""
 
     sweep: SearchConfig = SearchConfig()
 

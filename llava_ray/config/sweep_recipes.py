@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from llava_ray import invocation
 from llava_ray.config.recipes import load_recipe, read_toml, settings_hash
 from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.shipped_recipes import find_recipe, list_recipes
 from llava_ray.config.space import Space, SweepConfig
 from llava_ray.errors import ConfigError
 from llava_ray.reading import MAX_SHOWN
@@ -24,18 +26,23 @@ def load_sweep(arguments: Sequence[str]) -> tuple[SweepConfig, Space]:
     if not arguments or arguments[0].startswith("-"):
         if "--help" in arguments:
             load_recipe(SweepConfig, arguments)
-        raise ConfigError("sweep.py needs a recipe with a [space]; pipelines/recipes/sweep/ has some")
-    space = Space.parsed({"dimensions": read_toml(arguments[0]).get("space", {})}, arguments[0])
+        raise ConfigError(
+            f"{invocation.command('sweep')} needs a recipe with a [space]; shipped ones are "
+            f"{', '.join(list_recipes('sweep'))}"
+        )
+    recipe = find_recipe(arguments[0], "sweep")
+    arguments = [recipe, *arguments[1:]]
+    space = Space.parsed({"dimensions": read_toml(recipe).get("space", {})}, recipe)
     config = load_recipe(SweepConfig, arguments, ignore=("space",))
-    if config.run.name == f"{Path(arguments[0]).stem}-{settings_hash(config)}":  # given by nobody: the space counts too
+    if config.run.name == f"{Path(recipe).stem}-{settings_hash(config)}":  # given by nobody: the space counts too
         key = settings_hash(space)
         config = config.replaced({"run.name": f"{config.run.name}-{key[:4]}"})
-    _check_corners(space, arguments[0])
+    _check_corners(space, recipe)
     for settings in corners(space):
         try:
             config.base.replaced(settings)
         except ConfigError as error:
-            raise ConfigError(f"{arguments[0]}: the space holds settings that no run can have: {error}") from error
+            raise ConfigError(f"{recipe}: the space holds settings that no run can have: {error}") from error
     return config, space
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from llava_ray.chat.conversation import Turn
 from llava_ray.errors import DataError
 from llava_ray.images.reading import open_filesystem
+from llava_ray.invocation import command
 
 # What a file's name says it holds.
 _FORMATS = {
@@ -89,7 +90,7 @@ def find_files(data_path: str) -> tuple[str, list[str]]:
         hint = " (Arrow files of `datasets`: write them with to_parquet())" if name.endswith(".arrow") else ""
         raise DataError(
             f"data_path {data_path!r}: {name!r} is of no known format{hint}; "
-            f"expected files ending in {', '.join(_FORMATS)}, or a folder that prepare.py wrote"
+            f"expected files ending in {', '.join(_FORMATS)}, or a folder that {command('prepare')} wrote"
         )
     kinds = sorted(set(known.values()))
     if len(kinds) > 1:

@@ -18,6 +18,7 @@ from llava_ray.data.storage import absolute, file_size, list_sizes, read_stored,
 from llava_ray.data.validation import Sample
 from llava_ray.errors import DataError
 from llava_ray.images.reading import open_filesystem
+from llava_ray.invocation import command
 
 SHARDS_VERSION = 1
 _MANIFEST = "prepared.json"
@@ -216,7 +217,7 @@ def _read_manifest(path: str) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(
             f"{path!r} is not a prepared folder: there is no {_MANIFEST} in it; give data.data_path the raw "
-            "records, or run pipelines/prepare.py to the end"
+            f"records, or run {command('prepare')} to the end"
         ) from error
     except ValueError as error:
         raise DataError(f"{path}/{_MANIFEST} is damaged ({error}); delete the folder and prepare again") from error
@@ -224,7 +225,7 @@ def _read_manifest(path: str) -> dict[str, Any]:
     if version != SHARDS_VERSION:
         raise DataError(
             f"{path}/{_MANIFEST} has format version {version!r}, this llava_ray reads {SHARDS_VERSION}; prepare the "
-            "data again with pipelines/prepare.py"
+            f"data again with {command('prepare')}"
         )
     return values
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from llava_ray.errors import ModelError
 from llava_ray.generate.row_adapters import AdapterName, RowAdapters
+from llava_ray.invocation import command
 from llava_ray.model.assembly import LlavaParts
 from llava_ray.model.blueprint import Blueprint, read_blueprint
 from llava_ray.model.formats.layout import CONFIG, EMBED_TOKENS, NON_LORA_FILE, Layout, LayoutKind, check_whole
@@ -195,5 +196,5 @@ def _check_terms(model: PreTrainedModel, terms: Terms, expected: Tensor, folder:
     if not drift <= MERGE_TOLERANCE[find_dtype(model)]:
         raise ModelError(
             f"the adapter in {folder} does more than low-rank terms can say (logits of a fixed text differ by "
-            f"{drift:.2g} of their spread). Merge it (export.py merged) and serve the whole model."
+            f"{drift:.2g} of their spread). Merge it ({command('export', 'merge')}) and serve the whole model."
         )

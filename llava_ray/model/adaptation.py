@@ -6,6 +6,7 @@ from torch import nn
 
 from llava_ray.config.lora import LoraConfig
 from llava_ray.errors import ModelError
+from llava_ray.invocation import command
 from llava_ray.model.assembly import LlavaParts
 from llava_ray.model.lora.adapters import (
     OTHER_PARTS,
@@ -56,7 +57,7 @@ def _check_same(parts: LlavaParts, lora: LoraConfig, trained: Any) -> None:
     if not lora.lora_enable:
         raise ModelError(
             f"{parts.bundle} holds an adapter over {parts.manifest.language_model.base}; set lora.lora_enable = true "
-            "to go on with it, or merge it first (pipelines/export.py)."
+            f"to go on with it, or merge it first ({command('export', 'merge')})."
         )
     quantization = parts.manifest.quantization
     found = {key: getattr(trained, name) for key, name in _SAME.items()}

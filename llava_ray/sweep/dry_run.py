@@ -10,6 +10,7 @@ from llava_ray.config.space import Space, SweepConfig
 from llava_ray.config.sweep_recipes import corners
 from llava_ray.data.first_look import first_samples
 from llava_ray.errors import ConfigError
+from llava_ray.invocation import command
 from llava_ray.model.summary import ModelSummary, count_positions, summarize_model
 from llava_ray.sweep.rounds import plan_rounds
 from llava_ray.sweep.sampling import list_settings
@@ -41,7 +42,7 @@ def describe_sweep(config: SweepConfig, space: Space, gpu_memory_gib: float | No
     steps = steps_of_run(config, count_of_run(config))
     fewest = most = None
     if steps is None:
-        yield "Steps   known when the data have been prepared (python pipelines/prepare.py)"
+        yield f"Steps   known when the data have been prepared ({command('prepare')})"
     else:
         fewest, most = steps_in_all(config, num_settings, steps)
         yield f"Steps   {steps:,} of a whole run, {_tell_steps(config, steps, fewest, most)}"

@@ -1,4 +1,4 @@
-"""The best of a sweep, ready to be used: its bundle, and a recipe that finetune.py takes."""
+"""The best of a sweep, ready to be used: its bundle, and a recipe that `finetune` takes."""
 
 from pathlib import Path
 

@@ -15,6 +15,7 @@ from llava_ray.data.batches import MicroBatch, iterate_steps
 from llava_ray.data.settings import StreamSettings
 from llava_ray.errors import DivergedError
 from llava_ray.images.processing import normalize_pixels
+from llava_ray.invocation import command
 from llava_ray.model.assembly import LlavaParts
 from llava_ray.train.allocation import keep_freed_memory
 from llava_ray.train.checkpoints import Checkpointer, seed_all
@@ -115,6 +116,6 @@ def _check_loss_finite(loss: float, step: int, batches: list[MicroBatch]) -> Non
     if not math.isfinite(loss):
         ids = ", ".join(sample for batch in batches for sample in batch.ids)
         raise DivergedError(
-            f"step {step}: the loss is {loss}; this rank's samples were {ids}. Look at them with preview.py; "
+            f"step {step}: the loss is {loss}; this rank's samples were {ids}. Look at them with {command('preview')}; "
             "if they are sound, lower train.learning_rate"
         )

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from llava_ray.errors import ModelError
 from llava_ray.generate.decoding import Stops, find_stops
 from llava_ray.generate.served_adapters import find_adapter, read_beside
+from llava_ray.invocation import command
 from llava_ray.model.blueprint import Blueprint, read_blueprint
 from llava_ray.model.formats.hub.write import export_hub
 from llava_ray.model.formats.layout import ADAPTER_CONFIG, ADAPTER_FILE, CONFIG, Layout, LayoutKind
@@ -112,7 +113,7 @@ def _check_projector(base: Blueprint, layout: Layout, name: str) -> None:
         if mine.keys() != shared.keys() or not all(torch.equal(mine[key].float(), shared[key].float()) for key in mine):
             raise ModelError(
                 f"adapter {name!r} ({layout.folder}) has a {part} of its own, and vLLM knows one for all. Serve it "
-                "with engine=builtin, or merge it (export.py merge) and put it into model=."
+                f"with engine=builtin, or merge it ({command('export', 'merge')}) and put it into model=."
             )
 
 
@@ -123,7 +124,7 @@ def _check_plain(files: AdapterFiles, name: str) -> None:
         if found != plain:
             raise ModelError(
                 f"adapter {name!r} ({files.folder}) has {setting} = {found!r}; vLLM expects {plain!r}. Serve it with "
-                "engine=builtin, or merge it (export.py merge) and put it into model=."
+                f"engine=builtin, or merge it ({command('export', 'merge')}) and put it into model=."
             )
 
 

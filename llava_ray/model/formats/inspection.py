@@ -47,7 +47,7 @@ class InspectedPart:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What ``export.py inspect`` tells; ``missing`` says what has to be there before the model can be loaded."""
+    """What ``export inspect`` tells; ``missing`` says what has to be there before the model can be loaded."""
 
     folder: str
     kind: str

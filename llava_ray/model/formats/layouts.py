@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_ray.errors import ModelError
+from llava_ray.invocation import command
 from llava_ray.model.formats.bundle.read import read_bundle, read_checkpoint
 from llava_ray.model.formats.declared_sizes import read_config
 from llava_ray.model.formats.hub.read import read_hub
@@ -92,7 +93,7 @@ def _unknown(folder: Path) -> str:
             "too, or use the file as model.pretrain_mm_mlp_adapter."
         )
     if (folder / TRAINER_STATE).is_file():
-        return f"{folder} is a training state without a model; the same finetune.py command goes on from it."
+        return f"{folder} is a training state without a model; the same {command('finetune')} command goes on from it."
     if is_bundle(folder / "model"):
         return f"{folder} is a run's folder; its model is {folder / 'model'}."
     return (

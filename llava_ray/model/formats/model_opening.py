@@ -9,6 +9,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import ModelError
+from llava_ray.invocation import command
 from llava_ray.model.formats.declared_sizes import read_config
 from llava_ray.model.formats.inspection import notes_of
 from llava_ray.model.formats.layout import CONFIG, EMBED_TOKENS, TOKENIZER_FILES, Layout, LayoutKind, check_whole
@@ -106,7 +107,7 @@ def _check_exportable(layout: Layout) -> None:
     if layout.adapter is not None:
         raise ModelError(
             f"{layout.folder} ({layout.kind}) holds an adapter that is not merged into its language model. Merge it "
-            f"first: export.py merge {layout.folder} OUTPUT, then export OUTPUT."
+            f"first: {command('export', 'merge')} {layout.folder} OUTPUT, then export OUTPUT."
         )
     if layout.kind is LayoutKind.LANGUAGE_MODEL:
         raise ModelError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llava_ray.errors import ModelError
+from llava_ray.invocation import command
 from llava_ray.model.lora.adapters import ADAPTER, adapter_layers, load_adapter, peft_config, probe, remove_adapter
 from llava_ray.model.network.quantization import find_dtype
 
@@ -87,7 +88,7 @@ def _read_terms(language_model: PreTrainedModel, shifts: Mapping[str, Tensor], f
         if not isinstance(layer.get_base_layer(), nn.Linear):
             raise ModelError(
                 f"the adapter in {folder} adapts {name}, a {type(layer.get_base_layer()).__name__}; only linear layers "
-                "can be adapted request by request. Merge it (export.py merged) and serve the whole model."
+                f"can be adapted request by request. Merge it ({command('export', 'merge')}) and serve the whole model."
             )
         terms[name] = _read_term(layer, left.pop(f"{name}.bias", None), dtype)
     linears = {name: module for name, module in language_model.named_modules() if isinstance(module, nn.Linear)}
@@ -96,7 +97,7 @@ def _read_terms(language_model: PreTrainedModel, shifts: Mapping[str, Tensor], f
         if layer is None:
             raise ModelError(
                 f"the adapter in {folder} has learnt {name}, which is no bias of a linear layer and so cannot differ "
-                "from request to request. Merge it (export.py merged) and serve the whole model."
+                f"from request to request. Merge it ({command('export', 'merge')}) and serve the whole model."
             )
         down, up = (left[name].new_zeros(0, width) for width in (layer.in_features, layer.out_features))
         terms[name.removesuffix(".bias")] = LayerTerm(down, up, shift=left.pop(name))

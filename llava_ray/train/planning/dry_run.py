@@ -12,6 +12,7 @@ from llava_ray.config.cluster_files import ClusterFile, find_misfits, read_clust
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.first_look import count_samples
 from llava_ray.errors import ConfigError, DataError
+from llava_ray.invocation import command
 from llava_ray.model.summary import ModelSummary, summarize_model
 from llava_ray.train.planning.fitting import suggest_memory_fixes
 from llava_ray.train.planning.memory import GIB, GPU_MEMORY_GIB, Memory, estimate_memory
@@ -141,7 +142,7 @@ def tell_data(config: FinetuneConfig) -> Iterator[str]:
     elif steps is not None:
         yield f"Steps at most {steps:,} of {train.global_batch_size} samples (train.max_steps)"
     else:
-        yield "Steps known when the data have been prepared (python pipelines/prepare.py)"
+        yield f"Steps known when the data have been prepared ({command('prepare')})"
 
 
 def count_of_run(config: FinetuneConfig) -> int | None:

@@ -75,7 +75,7 @@ def test_what_cannot_be_searched_is_refused_before_anything_starts(tmp_path, old
 
 
 def test_a_sweep_without_a_recipe_says_where_some_are():
-    with pytest.raises(ConfigError, match="pipelines/recipes/sweep/"):
+    with pytest.raises(ConfigError, match="shipped ones are sweep/llava_v1_5_7b"):
         load_sweep(["--train.seed", "1"])
 
 

@@ -125,7 +125,7 @@ def test_row_beyond_the_end_is_refused(tmp_path: Path) -> None:
 
 def test_folder_without_manifest_is_refused(folder: str) -> None:
     assert not is_prepared(folder)
-    with pytest.raises(DataError, match=r"not a prepared folder.*pipelines/prepare\.py"):
+    with pytest.raises(DataError, match=r"not a prepared folder.*run llava-ray prepare"):
         open_prepared(folder)
 
 

@@ -49,7 +49,7 @@ def test_merged_it_computes_the_same(bundle, folders, samples, pack, tmp_path: P
 
 
 def test_an_unmerged_bundle_is_not_exported_as_if_it_were_whole(bundle) -> None:
-    with pytest.raises(ModelError, match=r"an adapter that is not merged .* export.py merge"):
+    with pytest.raises(ModelError, match=r"an adapter that is not merged .* llava-ray export merge"):
         open_model(bundle)
 
 

@@ -99,5 +99,5 @@ def test_the_shipped_recipes_say_what_they_are_or_what_to_run_first() -> None:
     assert "Steps   390 of a whole run, 1,080 to 9,360 in all (ASHA ends trials early)" in text
     config, _ = described(ROOT / "pipelines/recipes/sweep/quickstart.toml")
     if not Path(config.model.model_name_or_path).exists():
-        with pytest.raises(ConfigError, match=r"run python pipelines/quickstart_sweep\.py first, which makes it"):
+        with pytest.raises(ConfigError, match=r"run llava-ray quickstart sweep first, which makes it"):
             main([str(ROOT / "pipelines/recipes/sweep/quickstart.toml"), "--dry-run"])

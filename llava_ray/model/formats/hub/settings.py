@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llava_ray.errors import ModelError
+from llava_ray.invocation import command
 from llava_ray.model.formats.config_values import listed
 from llava_ray.model.formats.manifest import Manifest
 from llava_ray.model.formats.noted_settings import find_noted, reconciled
@@ -63,7 +64,8 @@ def select_strategy(manifest: Manifest, tower: Mapping[str, Any]) -> str:
     if prefix > 1:
         raise ModelError(
             f"vision tower: {tower['model_type']!r} puts {prefix} tokens before its patches, and the hub layout can "
-            "drop one. It cannot be exported so; export.py bundle and original keep it."
+            f"drop one. It cannot be exported so; {command('export', 'bundle')} and {command('export', 'original')} "
+            "keep it."
         )
     return "default"
 

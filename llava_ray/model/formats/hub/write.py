@@ -10,6 +10,7 @@ from llava_ray.chat.conversation import IMAGE_TOKEN
 from llava_ray.chat.template import Template
 from llava_ray.chat.templates import find_template
 from llava_ray.errors import ModelError
+from llava_ray.invocation import command
 from llava_ray.model.formats.export_folder import (
     WITH_VISION_MODEL,
     Exported,
@@ -140,8 +141,8 @@ def _template(model: ModelFiles, tokenizer: PreTrainedTokenizerBase) -> Template
 
 def _inexpressible(part: str, why: str) -> ModelError:
     return ModelError(
-        f"{part}: the hub layout cannot express this model: {why}. Keep the bundle, or use export.py original if the "
-        "original has it."
+        f"{part}: the hub layout cannot express this model: {why}. Keep the bundle, or use "
+        f"{command('export', 'original')} if the original has it."
     )
 
 

@@ -1,0 +1,5 @@
+"""Moved to ``llava_ray.model.network.llava``; this path goes with version 0.3."""
+
+from llava_ray.moved import forward
+
+__getattr__ = forward(__name__)
