@@ -4,16 +4,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from llava_ray.chat.conversation import IGNORE_INDEX
-from llava_ray.data.blocks import unpack_block
-from llava_ray.data.descriptors import NO_STEP
-from llava_ray.data.features import unpacked_features, unpacked_pixels
+from llava_ray.data.packing import NO_STEP, unpack_block, unpack_features, unpack_pixels, unpack_tokens
 from llava_ray.data.settings import StreamSettings
 from llava_ray.images.anyres import Size
 
@@ -61,15 +57,12 @@ def iterate_steps(
 
 def micro_batch(row: dict[str, Any], settings: StreamSettings) -> MicroBatch:
     """Turn one row of the stream into tensors on the CPU."""
-    # A rank that has nothing to do in a round still takes part in it, with one token and no weight.
-    input_ids = np.asarray(row["input_ids"] or [0], np.int64)
-    labels = np.asarray(row["labels"] or [IGNORE_INDEX], np.int64)
-    position_ids = np.concatenate([np.arange(count) for count in row["num_tokens"] or [1]])
+    input_ids, position_ids, labels = unpack_tokens(row)
     pixels = features = None
     if row.get("pixels"):
-        pixels = torch.from_numpy(unpacked_pixels(row["pixels"], settings.image_spec.height, settings.image_spec.width))
+        pixels = torch.from_numpy(unpack_pixels(row["pixels"], settings.image_spec.height, settings.image_spec.width))
     elif row.get("features"):
-        features = unpacked_features(row["features"], settings)
+        features = unpack_features(row["features"], **settings.feature_form)
     return MicroBatch(
         step=row["step"],
         rank=row["rank"],

@@ -6,14 +6,8 @@ import numpy as np
 import pyarrow as pa
 
 from llava_ray.data.lengths import TokenLengths
+from llava_ray.data.packing import NO_STEP, ROWS_PER_BLOCK
 from llava_ray.data.plan import Plan, assign_to_ranks
-
-# Consecutive micro-batches of one rank that travel as one block. One a block reached 30 % of a bare decoding loop's
-# images/s, sixteen 74 %; more would only delay the first step.
-ROWS_PER_BLOCK = 16
-
-# Marks the rows that fill a rank's last block.
-NO_STEP = -1
 
 
 def describe_micro_batches(

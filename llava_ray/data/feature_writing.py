@@ -26,8 +26,8 @@ from llava_ray.data.feature_cache import (
 from llava_ray.data.features import FeatureActor
 from llava_ray.data.settings import StreamSettings
 from llava_ray.data.shards import ROWS_PER_GROUP, PreparedData, read_shard_rows
+from llava_ray.data.stages import decode_views
 from llava_ray.data.storage import list_sizes, write_stored
-from llava_ray.data.stream import _decode_views
 from llava_ray.model.assembly import find_tower
 from llava_ray.model.formats.manifest import fingerprint_weights
 from llava_ray.placement import in_pool
@@ -113,7 +113,7 @@ def _decode_block(table: pa.Table, settings: StreamSettings) -> pa.Table:
         for number, (image, size) in enumerate(zip(record["images"], sizes, strict=True)):
             digest = hashlib.sha256(image).digest()
             if digest not in pixels:
-                pixels[digest] = _decode_views(image, size, record["id"], settings)
+                pixels[digest] = decode_views(image, size, record["id"], settings)
             users.append((place_of(shard, row, number), digest))
     order = {digest: position for position, digest in enumerate(pixels)}
     view = 3 * settings.image_spec.height * settings.image_spec.width

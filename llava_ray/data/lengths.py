@@ -7,8 +7,7 @@ so a second run with the same settings starts at once.
 import hashlib
 import json
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -18,16 +17,12 @@ import ray
 from tqdm import tqdm
 
 from llava_ray.chat.conversation import Turn
-from llava_ray.config.sections import DataConfig, TrainConfig
-from llava_ray.data.examples import Encoder, encode_record
+from llava_ray.data.encoder_settings import EncoderSettings, load_encoder
+from llava_ray.data.examples import encode_record
 from llava_ray.data.shards import PreparedData, read_shard_rows
 from llava_ray.errors import DataError, RecordError
-from llava_ray.images.tokens import ImageTokens
 from llava_ray.log_file import terminal
 from llava_ray.placement import in_pool
-
-if TYPE_CHECKING:
-    from llava_ray.model.blueprint import Blueprint
 
 _FORMAT_VERSION = 3  # 3: control tokens that messages spell out are text
 _SAMPLES_WITHOUT_RAY = 10_000
@@ -44,49 +39,6 @@ SCHEMA = pa.schema(
         "truncated": pa.bool_(),
     }
 )
-
-
-@dataclass(frozen=True)
-class EncoderSettings:
-    """What an Encoder is made from, small enough to send to every task: the tokenizer is all that it has to load."""
-
-    model_name_or_path: str
-    version: str
-    image_tokens: ImageTokens
-    mm_use_im_start_end: bool
-    mm_use_im_patch_token: bool
-    model_max_length: int
-    on_too_long: Any
-
-    @classmethod
-    def of(cls, blueprint: "Blueprint", data: DataConfig, train: TrainConfig) -> "EncoderSettings":
-        """Pick them from a model and a run's sections."""
-        config = blueprint.config
-        return cls(
-            blueprint.tokenizer_source.name,
-            config.version,
-            blueprint.image_tokens,
-            config.mm_use_im_start_end,
-            config.mm_use_im_patch_token,
-            train.model_max_length,
-            data.on_too_long,
-        )
-
-
-@lru_cache(maxsize=2)
-def load_encoder(settings: EncoderSettings) -> Encoder:
-    """Load the tokenizer once a process."""
-    from llava_ray.model.formats.sources import find_source  # torch and transformers
-    from llava_ray.model.formats.vocabulary import load_text_side
-
-    source = find_source(settings.model_name_or_path, "language model", weights=False)
-    tokenizer, _, template = load_text_side(
-        source.folder,
-        settings.version,
-        start_end=settings.mm_use_im_start_end,
-        patch=settings.mm_use_im_patch_token,
-    )
-    return Encoder(tokenizer, template, settings.image_tokens, settings.model_max_length, settings.on_too_long)
 
 
 @dataclass(frozen=True)

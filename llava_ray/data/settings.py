@@ -1,11 +1,20 @@
 """What the stages of the stream and the workers at its end are told."""
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 from llava_ray.config.sections import DataConfig, ModelConfig
-from llava_ray.data.lengths import EncoderSettings
+from llava_ray.data.encoder_settings import EncoderSettings
 from llava_ray.images.geometry import ImageSpec
 from llava_ray.images.tokens import ImageTokens
+
+
+class FeatureForm(TypedDict):
+    """How the features in a cell of the stream are laid out: their dtype, and (p, v)."""
+
+    bf16: bool
+    num_features: int
+    width: int
 
 
 @dataclass(frozen=True)
@@ -27,3 +36,8 @@ class StreamSettings:
     """Threads that a tower computes with whose features are kept before anything learns."""
     features: str | None = None
     """Entry of the feature cache to read instead of images; see ``feature_cache``."""
+
+    @property
+    def feature_form(self) -> FeatureForm:
+        """Return what tells how to read a cell of features."""
+        return {"bf16": self.bf16, "num_features": self.image_tokens.num_features, "width": self.mm_hidden_size}

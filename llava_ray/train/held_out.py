@@ -16,11 +16,11 @@ from torch import Tensor
 from llava_ray.chat.conversation import Turn, first_question
 from llava_ray.chat.tokens import tokenize_question
 from llava_ray.data.batches import MicroBatch, micro_batch
-from llava_ray.data.descriptors import NO_STEP, describe_micro_batches
+from llava_ray.data.descriptors import describe_micro_batches
 from llava_ray.data.feature_cache import fetch_features, place_of
-from llava_ray.data.features import unpacked_features, unpacked_pixels
+from llava_ray.data.packing import NO_STEP, unpack_features, unpack_pixels
 from llava_ray.data.settings import StreamSettings
-from llava_ray.data.stream import _decode_views, add_images, fetch_records, read_micro_batches
+from llava_ray.data.stages import add_images, decode_views, fetch_records, read_micro_batches
 from llava_ray.generate.decoding import answer_text, generate_batch
 from llava_ray.images.anyres import Size
 from llava_ray.images.processing import normalize_pixels
@@ -154,12 +154,12 @@ def make_question(
     sizes = list(zip(record["widths"], record["heights"], strict=True))[:num_images]
     if settings.features:
         cells = fetch_features(settings.features, [place_of(*place, number) for number in range(len(sizes))])
-        images = unpacked_features(b"".join(cells), settings) if sizes else None
+        images = unpack_features(b"".join(cells), **settings.feature_form) if sizes else None
     else:
         shown = zip(record["images"], sizes, strict=False)
-        cell = b"".join(_decode_views(image, size, record["id"], settings) for image, size in shown)
+        cell = b"".join(decode_views(image, size, record["id"], settings) for image, size in shown)
         spec = settings.image_spec
-        images = torch.from_numpy(unpacked_pixels(cell, spec.height, spec.width)) if sizes else None
+        images = torch.from_numpy(unpack_pixels(cell, spec.height, spec.width)) if sizes else None
     return HeldOutQuestion(
         tokenize_question(system, asked, parts.template, parts.tokenizer), images, sizes, answer.value
     )

@@ -12,14 +12,16 @@ from samples import SHAPES, small_run, write_mixed_samples
 
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.batches import MicroBatch, micro_batch
-from llava_ray.data.descriptors import NO_STEP, describe_micro_batches
+from llava_ray.data.descriptors import describe_micro_batches
+from llava_ray.data.encoder_settings import EncoderSettings
 from llava_ray.data.features import FeatureActor
-from llava_ray.data.lengths import EncoderSettings, TokenLengths, measure_lengths
+from llava_ray.data.lengths import TokenLengths, measure_lengths
+from llava_ray.data.packing import NO_STEP
 from llava_ray.data.plan import Plan
 from llava_ray.data.records import RawRecord
 from llava_ray.data.settings import StreamSettings
 from llava_ray.data.shards import PreparedData, ShardWriter, write_shards_manifest
-from llava_ray.data.stream import decode_block_images, read_micro_batches
+from llava_ray.data.stages import decode_block_images, read_micro_batches
 from llava_ray.data.validation import validate
 from llava_ray.errors import DataError
 from llava_ray.images.geometry import crop_views

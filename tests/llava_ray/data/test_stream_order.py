@@ -5,8 +5,9 @@ import pyarrow as pa
 import pytest
 from commands import imported
 
-from llava_ray.data.descriptors import NO_STEP, ROWS_PER_BLOCK, describe_micro_batches
+from llava_ray.data.descriptors import describe_micro_batches
 from llava_ray.data.lengths import SCHEMA, TokenLengths
+from llava_ray.data.packing import NO_STEP, ROWS_PER_BLOCK
 from llava_ray.data.plan import Plan
 
 
