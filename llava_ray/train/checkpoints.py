@@ -28,7 +28,7 @@ from llava_ray.model.assembly import LlavaParts
 from llava_ray.model.formats.layout import COMPLETE, TRAINER_STATE
 from llava_ray.model.formats.manifest import Manifest
 from llava_ray.model.saving import save_bundle
-from llava_ray.train.finish import describe_training, find_contents, gather_tensors
+from llava_ray.train.final_model import describe_training, find_contents, gather_tensors
 from llava_ray.train.settings import LoopSettings
 from llava_ray.train.universal import load_for_other_world_size
 

@@ -19,7 +19,7 @@ from llava_ray.model.assembly import LlavaParts
 from llava_ray.train.allocation import keep_freed_memory
 from llava_ray.train.checkpoints import Checkpointer, seed_all
 from llava_ray.train.engine import build_engine, load_parts
-from llava_ray.train.finish import save_final_model
+from llava_ray.train.final_model import save_final_model
 from llava_ray.train.held_out import HeldOutEvaluator
 from llava_ray.train.settings import LoopSettings
 from llava_ray.train.speed import Meter

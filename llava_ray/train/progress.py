@@ -12,7 +12,7 @@ from ray.exceptions import RayError
 from tqdm import tqdm
 
 from llava_ray.log_file import terminal
-from llava_ray.train.journal import RunProgress
+from llava_ray.train.run_recorder import RunProgress
 
 _PROGRESS_SECONDS = 0.5
 _LOGGED_PROGRESS_SECONDS = 10.0  # where lines go to a file, each one stays

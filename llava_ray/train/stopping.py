@@ -15,7 +15,7 @@ from ray.train.torch import TorchTrainer
 
 from llava_ray.errors import CheckpointError, LlavaRayError, Stopped, TrainingError
 from llava_ray.log_file import terminal
-from llava_ray.train.journal import TRAINING, RunProgress
+from llava_ray.train.run_recorder import TRAINING, RunProgress
 from llava_ray.train.runs import RunFolder, committed_step, repair_run
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -25,8 +25,8 @@ from llava_ray.model.blueprint import Blueprint, read_blueprint
 from llava_ray.runtime import Resources
 from llava_ray.tracking import default_tracking_uri, moved_tracking_uri
 from llava_ray.train.identity import identify_run, identity_hash
-from llava_ray.train.journal import start_recorder
 from llava_ray.train.progress import closing_run, progress_bar
+from llava_ray.train.run_recorder import start_recorder
 from llava_ray.train.runs import (
     RunFolder,
     SnapshotKeeper,

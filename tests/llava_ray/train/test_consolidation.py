@@ -51,7 +51,7 @@ def train_and_save(rank: int, folder: Path, port: int) -> None:
     from llava_ray.model.saving import save_bundle
     from llava_ray.train.checkpoints import Checkpointer
     from llava_ray.train.engine import build_engine, load_parts
-    from llava_ray.train.finish import find_contents, gather_tensors
+    from llava_ray.train.final_model import find_contents, gather_tensors
     from llava_ray.train.settings import LoopSettings
 
     for name, changes in CASES.items():

@@ -8,8 +8,8 @@ from ray.exceptions import RayActorError
 
 from llava_ray.errors import Stopped
 from llava_ray.train import stopping
-from llava_ray.train.journal import TRAINING, RunProgress
 from llava_ray.train.progress import StepBar
+from llava_ray.train.run_recorder import TRAINING, RunProgress
 from llava_ray.train.runs import RunFolder
 from llava_ray.train.stopping import fit
 
