@@ -190,7 +190,7 @@ def test_a_tensor_that_learnt_and_is_not_there_is_refused(saved: Path, tmp_path:
     state = torch.load(file, weights_only=False)
     del state["module"]["language_model.model.norm.weight"]
     torch.save(state, file)
-    with pytest.raises(CheckpointError, match=r"lacks 1 tensors that learnt, the first is language_model.model.norm"):
+    with pytest.raises(CheckpointError, match=r"lacks 1 trained tensors, the first is language_model.model.norm"):
         consolidate(tmp_path / STEP, tmp_path / "model")
 
 
