@@ -19,10 +19,10 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_ran
 from llava_ray.config.review import LimitsConfig
 from llava_ray.replies import spoken
 from llava_ray.review.actors import call_async
+from llava_ray.review.call_batching import CallBatcher
 from llava_ray.review.calls import Call, JudgeSpec, with_image
 from llava_ray.review.faults import FaultKind as FaultKind
 from llava_ray.review.faults import RequestError
-from llava_ray.review.gathering import CallBatcher
 from llava_ray.review.headers import Reported
 from llava_ray.review.judge import Judge, JudgeReply, OpenAIJudge, Usage
 from llava_ray.review.limiter import LeaseGranted, LeaseRefused, LeaseRequest, Mood, Settlement

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from llava_ray.config.space import SearchConfig, Space
-from llava_ray.sweep.judgement import TrialStatus
+from llava_ray.sweep.trial_ranking import TrialStatus
 from llava_ray.sweep.trials import ACCURACY, Trial
 
 _UNIMPORTANT = 0.05

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from llava_ray.config.space import Dimension, Space
-from llava_ray.sweep.judgement import common_step
+from llava_ray.sweep.trial_ranking import common_step
 from llava_ray.sweep.trials import LOSS, Trial
 
 _FEWEST_TRIALS = 4

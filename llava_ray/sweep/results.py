@@ -7,8 +7,8 @@ from typing import Any
 from llava_ray.config.space import Space, SweepConfig
 from llava_ray.sweep.advice import advise
 from llava_ray.sweep.importance import importance
-from llava_ray.sweep.judgement import Comparison, TrialStatus, compare_with_default, pareto_front, rank, share_saved
 from llava_ray.sweep.sampling import default_settings
+from llava_ray.sweep.trial_ranking import Comparison, TrialStatus, compare_with_default, pareto_front, rank, share_saved
 from llava_ray.sweep.trials import Trial
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from statistics import mean
 
 from llava_ray.config.space import SearchConfig
-from llava_ray.sweep.judgement import sort_key
 from llava_ray.sweep.sampling import identity
+from llava_ray.sweep.trial_ranking import sort_key
 from llava_ray.sweep.trials import ENDED, Trial
 
 

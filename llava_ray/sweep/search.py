@@ -14,7 +14,7 @@ from llava_ray.config.sections import FinetuneConfig
 from llava_ray.config.space import Space, SweepConfig
 from llava_ray.data.storage import file_size
 from llava_ray.runtime import Resources, runs_at_once
-from llava_ray.sweep.cleanliness import (
+from llava_ray.sweep.cluster_usage import (
     check_state_api,
     clearing,
     dashboard_address,
@@ -26,8 +26,8 @@ from llava_ray.sweep.rounds import is_over, losers, plan_rounds
 from llava_ray.sweep.schedulers import make_scheduler
 from llava_ray.sweep.searching import list_given, make_search, search_again
 from llava_ray.sweep.trial import TrialJob, make_trainable
+from llava_ray.sweep.trial_events import TrialEventRecorder, close_run, name_of
 from llava_ray.sweep.trials import Trial
-from llava_ray.sweep.watching import TrialEventRecorder, close_run, name_of
 
 # Tune's own settings, which it takes from the environment only.
 _TUNE_SETTINGS = {

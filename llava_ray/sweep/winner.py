@@ -8,9 +8,9 @@ from llava_ray.config.sweep_recipes import as_toml
 from llava_ray.data.storage import write_stored
 from llava_ray.images.reading import open_filesystem
 from llava_ray.model.formats.manifest import read_manifest, write_manifest
-from llava_ray.sweep.judgement import TrialStatus
 from llava_ray.sweep.table import describe_settings
 from llava_ray.sweep.trial import trial_config
+from llava_ray.sweep.trial_ranking import TrialStatus
 from llava_ray.sweep.trials import Trial
 
 

@@ -1,4 +1,4 @@
-"""Held-out samples, looked at whenever a run saves: their loss, and the share of answers that are right.
+"""Held-out evaluation at every save: the samples' loss, and the share of correct answers.
 
 Each rank keeps its part in memory, images as what the frozen tower makes of them (as pixels where the tower learns).
 Nothing is learnt from them, and no random number is drawn: a run's own curve is the same with and without.
@@ -47,7 +47,7 @@ class HeldOutEvaluator:
     """One rank's part of the held-out samples."""
 
     def __init__(self, held_out: HeldOut | None, parts: LlavaParts, rank: int, world_size: int) -> None:
-        """Read the samples, and run a frozen tower over their images, once; None looks at nothing."""
+        """Read the samples, and run a frozen tower over their images once; with None ``evaluate`` returns nothing."""
         self.held_out = held_out
         self.parts = parts
         self.batches: list[tuple[MicroBatch, Tensor | None]] = []
@@ -91,7 +91,7 @@ class HeldOutEvaluator:
         return total, tokens
 
     def answers(self, device: torch.device) -> tuple[float, float]:
-        """Return how many of this rank's answers are right, and how many were asked for."""
+        """Return the number of this rank's correct answers, and of its questions."""
         assert self.held_out is not None
         right = 0
         for start in range(0, len(self.asked), _ANSWERS_AT_ONCE):
@@ -109,11 +109,11 @@ class HeldOutEvaluator:
         return right, len(self.asked)
 
     def kept(self, images: Tensor | None) -> Tensor | None:
-        """Return what is kept of some views: features, unless the tower still changes."""
+        """Return the form in which views are kept in memory: features, or pixels while the tower is trainable."""
         return images if images is None or self.tower_learns else self.features(images).cpu()
 
     def features(self, images: Tensor) -> Tensor:
-        """Return the features of views that are pixels (uint8), others as they are."""
+        """Return the features of views that are pixels (uint8), and others unchanged."""
         if images.dtype != torch.uint8:
             return images
         assert self.held_out is not None
@@ -122,7 +122,7 @@ class HeldOutEvaluator:
 
 
 def _read_batches(held_out: HeldOut, rank: int, world_size: int) -> Iterator[MicroBatch]:
-    """Yield this rank's packed rows, as many as every other rank's."""
+    """Yield this rank's packed rows; every rank has the same number of them."""
     settings, plan = held_out.stream, held_out.plan
     steps = list(range(plan.num_steps))
     for window in describe_micro_batches(plan, held_out.lengths, steps, settings.row_length, world_size):
@@ -133,7 +133,7 @@ def _read_batches(held_out: HeldOut, rank: int, world_size: int) -> Iterator[Mic
 
 
 def _read_questions(held_out: HeldOut, parts: LlavaParts, rank: int, world_size: int) -> Iterator[HeldOutQuestion]:
-    """Yield this rank's questions: the first turns of every ``world_size``-th of the records that are asked."""
+    """Yield this rank's questions: the first turns of every ``world_size``-th record."""
     places = zip(*(held_out.lengths.table[name].to_pylist() for name in ("shard", "row", "part")), strict=True)
     records = [(shard, row) for shard, row, part in places if part == 0][: held_out.num_answers]
     mine = records[rank::world_size]
@@ -146,7 +146,7 @@ def _read_questions(held_out: HeldOut, parts: LlavaParts, rank: int, world_size:
 def make_question(
     settings: StreamSettings, parts: LlavaParts, place: tuple[int, int], record: Mapping[str, Any]
 ) -> HeldOutQuestion:
-    """Return a record's turns up to its first learnt answer, with the images that belong to them, and that answer."""
+    """Return a record's turns up to its first supervised answer, with their images, and that answer."""
     found = first_question([Turn.from_row(turn) for turn in record["turns"]])
     assert found is not None  # the plan has none without a learnt answer
     system, asked, answer = found
@@ -166,5 +166,5 @@ def make_question(
 
 
 def same(said: str, answer: str) -> bool:
-    """Tell whether an answer is the record's own but for case, white space and one final period."""
+    """Return whether an answer equals the record's, ignoring case, white space and one final period."""
     return said.strip().lower().removesuffix(".") == answer.strip().lower().removesuffix(".")

@@ -1,4 +1,4 @@
-"""What every train worker runs: set up, then batch → forward → loss → backward → step → report → checkpoint."""
+"""The training loop of every worker: set-up, then batch → forward → loss → backward → step → report → checkpoint."""
 
 import math
 from collections.abc import Iterator
@@ -19,14 +19,14 @@ from llava_ray.model.assembly import LlavaParts
 from llava_ray.train.allocation import keep_freed_memory
 from llava_ray.train.checkpoints import Checkpointer, seed_all
 from llava_ray.train.engine import build_engine, load_parts
-from llava_ray.train.finish import save_final_model
+from llava_ray.train.final_model import save_final_model
 from llava_ray.train.held_out import HeldOutEvaluator
 from llava_ray.train.settings import LoopSettings
 from llava_ray.train.speed import Meter
 
 
 def train_loop(settings: LoopSettings, blocks: Iterator[pa.Table]) -> None:
-    """Tune from where the committed checkpoint stands; write the bundle after the plan's last step."""
+    """Train from the committed checkpoint; write the final bundle after the plan's last step."""
     config, journal = settings.config, settings.journal
     rank, world_size = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
     torch.set_num_threads(settings.num_threads)
@@ -86,7 +86,7 @@ def train_loop(settings: LoopSettings, blocks: Iterator[pa.Table]) -> None:
 
 
 def _agree_to_stop(told: ray.ObjectRef | None, device: torch.device) -> bool:
-    """Tell whether any rank has heard, from what the journal ``told`` of an earlier step, that the run is to stop.
+    """Return whether any rank has learned, from the recorder's answer to an earlier step, that the run is to stop.
 
     All ranks have to leave the loop after the same step. Collective.
     """
@@ -97,7 +97,7 @@ def _agree_to_stop(told: ray.ObjectRef | None, device: torch.device) -> bool:
 
 
 def _find_images(batch: MicroBatch, parts: LlavaParts, stream: StreamSettings, device: torch.device) -> dict[str, Any]:
-    """Return what Llava takes of the batch's images: streamed features, those of the frozen tower here, or pixels."""
+    """Return the batch's images as Llava takes them: streamed features, those of the frozen tower here, or pixels."""
     sizes: dict[str, Any] = {"image_sizes": batch.image_sizes}
     if batch.features is not None:
         return sizes | {"features": batch.features.to(device)}
@@ -111,7 +111,7 @@ def _find_images(batch: MicroBatch, parts: LlavaParts, stream: StreamSettings, d
 
 
 def _check_loss_finite(loss: float, step: int, batches: list[MicroBatch]) -> None:
-    """Stop at a loss that is not a number, naming the samples this rank had."""
+    """Raise DivergedError for a loss that is not finite, naming this rank's samples."""
     if not math.isfinite(loss):
         ids = ", ".join(sample for batch in batches for sample in batch.ids)
         raise DivergedError(

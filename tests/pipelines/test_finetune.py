@@ -126,7 +126,7 @@ def test_ctrl_c_and_kills_of_a_worker_and_of_the_driver_leave_the_same_ledger(re
     interrupted = committed(recipe, "stopped")
     assert 4 <= interrupted < 48
     said = (recipe.parent / "stopped.log").read_text()
-    assert f"Stopped. The same command goes on from step {interrupted} of 48; its checkpoint is saved." in said
+    assert f"Stopped. The same command resumes from step {interrupted} of 48; its checkpoint is saved." in said
     assert len(ledger(recipe, "stopped").splitlines()) == interrupted
     assert mlflow_status(recipe, "stopped") == "KILLED"
     assert not NOISE.findall(said)

@@ -61,6 +61,13 @@ def test_starting_later_gives_the_same_steps():
 @pytest.mark.slow
 def test_what_rays_own_processes_import_is_light():
     # The controller and the data manager of a run only pass these on, decoding needs no more: seconds on each start.
-    modules = ("data.stream", "generate.questions", "train.runs", "train.settings", "train.journal", "train.worker")
+    modules = (
+        "data.stream",
+        "generate.questions",
+        "train.runs",
+        "train.settings",
+        "train.run_recorder",
+        "train.worker",
+    )
     found = imported(*(f"llava_ray.{module}" for module in modules))
     assert not {"torch", "transformers", "mlflow"} & found

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from serving import write_examples
 
 from llava_ray.deployments.admission import Admission
-from llava_ray.deployments.applications import found
+from llava_ray.deployments.applications import with_absolute_paths
 from llava_ray.deployments.chat_page.examples import read_examples
 from llava_ray.deployments.http.auth import ENVIRONMENT, Guard, digest, read_api_keys
 from llava_ray.deployments.http.schema import ChatMessage
@@ -59,7 +59,7 @@ def test_a_model_is_called_by_its_folder_or_as_one_says(path: str, name: str) ->
 def test_a_models_folder_is_known_by_its_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine/model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "mine")
-    assert found(ServeSettings.parsed({"model": "model"})).sources[0].name == "mine"
+    assert with_absolute_paths(ServeSettings.parsed({"model": "model"})).sources[0].name == "mine"
 
 
 @pytest.mark.parametrize(

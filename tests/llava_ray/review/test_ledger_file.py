@@ -55,10 +55,10 @@ def test_what_brought_nothing_may_go_again(path: Path) -> None:
     ledger.claim(["a"], "r1")
     ledger.send(sent("a"))
     returned = {"key": "a", "lease": "r1/1", "outcome": "refused", "reason": "HTTP 429", "dollars": 0.0}
-    ledger.give_back(returned)
-    ledger.give_back(returned)
+    ledger.restore(returned)
+    ledger.restore(returned)
     assert ledger.send(sent("a", "r1/2")) == ""
-    ledger.give_back(returned | {"lease": "r1/2", "outcome": "uncertain", "dollars": 0.5})
+    ledger.restore(returned | {"lease": "r1/2", "outcome": "uncertain", "dollars": 0.5})
     assert (ledger.account.refused, ledger.account.uncertain, ledger.account.spent) == (1, 1, 0.5)
 
 

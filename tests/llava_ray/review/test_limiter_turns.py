@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from llava_ray.config.review import LimitsConfig
-from llava_ray.review.gathering import CallBatcher
+from llava_ray.review.call_batching import CallBatcher
 from llava_ray.review.limiter import LeaseGranted, LeaseRefused, LeaseRequest, Limiter, Settlement
 
 

@@ -6,7 +6,7 @@ from llava_ray import runtime
 from llava_ray.config.sections import ClusterConfig
 from llava_ray.errors import ConfigError
 from llava_ray.runtime import Resources, local_cpus, local_runs, runs_at_once, sharing_cores
-from llava_ray.sweep.cleanliness import Group, check_state_api, find_orphans
+from llava_ray.sweep.cluster_usage import Group, check_state_api, find_orphans
 
 
 @pytest.mark.parametrize(

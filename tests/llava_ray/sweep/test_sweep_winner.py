@@ -17,8 +17,8 @@ from llava_ray.sweep.folder import open_sweep
 from llava_ray.sweep.page import make_page
 from llava_ray.sweep.results import summarize_trials
 from llava_ray.sweep.trial import read_evaluations, read_given, trial_config
+from llava_ray.sweep.trial_events import Screen
 from llava_ray.sweep.trials import Evaluation, Trial
-from llava_ray.sweep.watching import Screen
 from llava_ray.sweep.winner import export_best
 
 SPACE = Space.parsed({"dimensions": {"train.learning_rate": {"choice": [1e-3, 1e-2]}}})

@@ -8,8 +8,8 @@ import pytest
 from llava_ray.config.space import SearchConfig, Space
 from llava_ray.sweep.advice import advise
 from llava_ray.sweep.importance import importance
-from llava_ray.sweep.judgement import common_step, compare_with_default, pareto_front, rank, share_saved
 from llava_ray.sweep.table import draw_table
+from llava_ray.sweep.trial_ranking import common_step, compare_with_default, pareto_front, rank, share_saved
 from llava_ray.sweep.trials import ACCURACY, LOSS, Evaluation, Trial, TrialState
 
 KIND, RATE = "model.mm_projector_type", "train.learning_rate"
