@@ -180,7 +180,7 @@ def nothing_to_learn(turns: Sequence[Turn]) -> RecordError:
         if num_answers
         else "the record has no answer, only a question: expected a turn of gpt after it"
     )
-    return RecordError(f"nothing to learn: {what}. Mend or remove the record", reason="nothing_to_learn")
+    return RecordError(f"nothing to learn: {what}. Fix or remove the record", reason="nothing_to_learn")
 
 
 def image_starts(example: Example) -> Int64[np.ndarray, " k"]:

@@ -78,7 +78,7 @@ def cache_root(data: "DataConfig") -> str:
 
 
 def is_complete(entry: str) -> bool:
-    """Tell whether an entry has all its files."""
+    """Return whether an entry has all its files."""
     return file_size(f"{entry}/{MANIFEST}") is not None
 
 

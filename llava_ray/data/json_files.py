@@ -82,7 +82,7 @@ def _check_first_line(path: str, lines: Sequence[str]) -> None:
 
 
 def _is_all(first: str, others: Sequence[str]) -> bool:
-    """Tell whether a list is all of a file, or goes on in its other lines; otherwise it is one record that is none."""
+    """Return whether a list is all of a file, or goes on in its other lines; otherwise it is one record that is none."""
     following = next((line.strip() for line in others if line.strip()), None)
     if following is None:
         return True
@@ -92,7 +92,7 @@ def _is_all(first: str, others: Sequence[str]) -> bool:
 
 
 def _starts_value(text: str) -> bool:
-    """Tell whether a text begins with an object or list of several lines."""
+    """Return whether a text begins with an object or list of several lines."""
     try:
         value, end = find_value(text, 0)
     except json.JSONDecodeError as error:

@@ -17,7 +17,7 @@ def _bounded_int(digits: str) -> Any:
 
 def _refused_int(digits: str) -> Any:
     if len(digits) > _MAX_DIGITS:
-        raise RecordError(f"a number of {len(digits):,} digits; mend it", reason="malformed")
+        raise RecordError(f"a number of {len(digits):,} digits; fix it", reason="malformed")
     return int(digits)
 
 
@@ -72,7 +72,7 @@ def parse_json(text: str | bytes) -> Any:
     try:
         return _PARSER.decode(decoded)
     except RecursionError as error:
-        raise RecordError("too many lists or objects in each other; mend it", reason="malformed") from error
+        raise RecordError("too many lists or objects in each other; fix it", reason="malformed") from error
     except ValueError as error:
         if isinstance(error, RecordError):
             raise

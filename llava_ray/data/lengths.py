@@ -177,7 +177,7 @@ def _check_rejected_share(
         first = "; ".join(row["message"] for row in rejected[:3])
         raise DataError(
             f"{lost} of {total} rows are rejected, over data.max_rejected = {max_rejected:g}: {first}; "
-            f"all are in {path}; mend the data, or raise data.max_rejected"
+            f"all are in {path}; fix the data, or raise data.max_rejected"
         )
 
 

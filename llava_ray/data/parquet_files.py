@@ -75,12 +75,12 @@ def read_parquet_records(
 
 
 def _may_say_more(field: pa.Field) -> bool:
-    """Tell whether a column's values may have to be refused, whatever it is called."""
+    """Return whether a column's values may have to be refused, whatever it is called."""
     return field.name not in ORIGINS and _may_hold_medium(field.type)
 
 
 def _may_hold_medium(kind: pa.DataType) -> bool:
-    """Tell whether a column of this type may hold bytes or texts: what they say has to be looked at, as of JSON."""
+    """Return whether a column of this type may hold bytes or texts: what they say has to be looked at, as of JSON."""
     if isinstance(kind, pa.BaseExtensionType):
         return _may_hold_medium(kind.storage_type)
     if isinstance(kind, pa.DictionaryType):
@@ -113,7 +113,7 @@ def _row_of(batch: pa.RecordBatch, index: int) -> dict[str, Any] | Fault:
     try:
         [row] = batch.slice(index, 1).to_pylist()
     except _DAMAGE as error:
-        return Fault(f"a value of the table cannot be read ({reason(error)}); mend it, or fetch the file again")
+        return Fault(f"a value of the table cannot be read ({reason(error)}); fix it, or fetch the file again")
     values: dict[str, Any] = row
     return values
 

@@ -179,7 +179,7 @@ def _check_lost_share(folder: str, num_samples: int, reasons: Mapping[str, int],
     raise DataError(
         f"{lost:,} of {num_samples + lost:,} records are rejected, more than data.max_rejected = {max_rejected:g} "
         f"allows: {counts}. The first: {'; '.join(json.loads(line)['message'] for line in lines)}. All are listed in "
-        f"{folder}/{REJECTED}. Mend the data and start again (finished shards are kept), or raise data.max_rejected"
+        f"{folder}/{REJECTED}. Fix the data and start again (finished shards are kept), or raise data.max_rejected"
     )
 
 

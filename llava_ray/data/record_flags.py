@@ -25,7 +25,7 @@ _YES, _NO = {"true", "yes", "1", "on"}, {"false", "no", "0", "off"}
 
 
 def is_flag(name: str) -> bool:
-    """Tell whether a key may say what is not to be learnt."""
+    """Return whether a key may say what is not to be learnt."""
     words = set(words_of(name))
     if "_".join(words_of(name)) in _PREFERENCE_NAMES:
         return True

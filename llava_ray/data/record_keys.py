@@ -63,7 +63,7 @@ _EMPTY_TEXTS = {"", "[]", "{}", "null", "none"}
 
 
 def is_absent(value: Any) -> bool:
-    """Tell whether a key says nothing: tables fill those that a record does not have."""
+    """Return whether a key says nothing: tables fill those that a record does not have."""
     if value is None or value is False:
         return True
     if isinstance(value, str):
@@ -95,7 +95,7 @@ def _why_refused(name: str, obeyed: Iterable[str] = (), more: Mapping[str, str] 
 
 
 def is_read(name: str) -> bool:
-    """Tell whether a table's column has to be read for its name: what is obeyed, and what might have to be refused."""
+    """Return whether a table's column has to be read for its name: what is obeyed, and what might have to be refused."""
     return name in _OBEYED or is_image_key(name) or is_flag(name) or _why_refused(name, _OBEYED) is not None
 
 
@@ -150,7 +150,7 @@ def _says_nothing(name: str, value: Any) -> bool:
 
 
 def _is_medium(name: str, value: Any) -> bool:
-    """Tell whether a key of a turn or part holds a medium, and not only says something about one."""
+    """Return whether a key of a turn or part holds a medium, and not only says something about one."""
     return not set(words_of(name)) & ABOUT and name not in ORIGINS and names_medium(value)
 
 
@@ -158,7 +158,7 @@ def reject_key(what: str, why: str | None) -> None:
     """Raise RecordError ("unsupported") if there is a reason to."""
     if why is not None:
         raise RecordError(
-            f"{what} is not obeyed, and would be lost: {why}. Mend or remove the record", reason="unsupported"
+            f"{what} is not obeyed, and would be lost: {why}. Fix or remove the record", reason="unsupported"
         )
 
 

@@ -40,13 +40,13 @@ _OTHER = {
 
 
 def is_image_key(name: str) -> bool:
-    """Tell whether a key that is not obeyed seems to hold an image."""
+    """Return whether a key that is not obeyed seems to hold an image."""
     words = set(words_of(name))
     return bool(words & _IMAGE_WORDS) and not words & ABOUT
 
 
 def names_medium(value: Any) -> bool:
-    """Tell whether a value is a medium, or leads to one, in lists and objects as well."""
+    """Return whether a value is a medium, or leads to one, in lists and objects as well."""
     return next(_media_in(value), None) is not None
 
 
@@ -116,7 +116,7 @@ def _is_medium_beside(one: str | bytes, is_image: bool) -> bool:
 
 
 def _are_among(media: Sequence[str | bytes], named: Sequence[Any]) -> bool:
-    """Tell whether all of some media are the record's own images, wherever they lie."""
+    """Return whether all of some media are the record's own images, wherever they lie."""
     if not media:
         return True
     known = set(map(_last_name, _texts_in(list(named), num_forms=len(_FORMS))))
@@ -128,7 +128,7 @@ def _last_name(one: str | bytes) -> str | bytes:
 
 
 def _is_numbered(name: str) -> bool:
-    """Tell whether a key is that of a second image or a later one: ``image2_path``, ``path_3``."""
+    """Return whether a key is that of a second image or a later one: ``image2_path``, ``path_3``."""
     split = re.findall(r"[a-z]+|[0-9]+", name.lower())
     return any(
         one.isdigit() and len(one) < 3 and int(one) > 1 and split[i - 1 : i] not in (["base"], ["b"], ["mp"], ["md"])

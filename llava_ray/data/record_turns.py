@@ -174,7 +174,7 @@ def _kind_of(part: Mapping[str, Any], place: str) -> str:
         return "image"
     raise RecordError(
         f"{place}: `type` is {shown(kind)}, which cannot be learnt from; expected "
-        f"{', '.join(map(repr, (*_TEXT_PARTS, *_IMAGE_PARTS)))}. Mend or remove the record",
+        f"{', '.join(map(repr, (*_TEXT_PARTS, *_IMAGE_PARTS)))}. Fix or remove the record",
         reason="malformed" if kind is None else "unsupported",
     )
 

@@ -178,7 +178,7 @@ def _hash_shards(shards: Sequence[ShardInfo]) -> str:
 
 
 def is_prepared(path: str) -> bool:
-    """Say whether a folder has a manifest."""
+    """Return whether a folder has a manifest."""
     return file_size(f"{absolute(path)}/{_MANIFEST}") is not None
 
 

@@ -87,7 +87,7 @@ def _naming(record: RawRecord | Record) -> Iterator[None]:
         message = message if len(message) <= _MAX_MESSAGE else message[:_MAX_MESSAGE] + "…"
         raise type(error)(message, reason=error.reason) from error
     except RecursionError as error:
-        message = f"record {record.id!r} ({record.source}): too many lists or objects in each other; mend it"
+        message = f"record {record.id!r} ({record.source}): too many lists or objects in each other; fix it"
         raise RecordError(message, reason="malformed") from error
 
 

@@ -41,7 +41,7 @@ class DecoderProcess:
         return read_message(self._answers)
 
     def is_alive(self) -> bool:
-        """Say whether the process has not ended."""
+        """Return whether the process has not ended."""
         return not select.select([self._handle], [], [], 0)[0]
 
     def processor_s(self) -> float:

@@ -131,7 +131,7 @@ def _check_status(status: int, headers: Any, url: str) -> None:
         raise _Busy(f"the host answered {status}{phrase}", _asked_pause(headers.get("retry-after")))
     if status in _GONE:
         raise ImageError(
-            f"image {shown(url)} does not exist: the host answered {status}{phrase}; mend the link, or drop it",
+            f"image {shown(url)} does not exist: the host answered {status}{phrase}; fix the link, or drop it",
             reason="image_missing",
         )
     raise _unreadable(url, f"the host answered {status}{phrase}")
@@ -153,5 +153,5 @@ def _asked_pause(header: str | None) -> float:
 
 def _unreadable(url: str, what: str) -> ImageError:
     return ImageError(
-        f"image {shown(url)} cannot be fetched: {what}; mend the link, or remove the record", reason="image_unreadable"
+        f"image {shown(url)} cannot be fetched: {what}; fix the link, or remove the record", reason="image_unreadable"
     )

@@ -84,7 +84,7 @@ class Viewer:
 
     @property
     def is_limited(self) -> bool:
-        """Tell whether long samples are cut."""
+        """Return whether long samples are cut."""
         return self.encoder.model_max_length < sys.maxsize
 
     def view(self, raw: RawRecord | Record) -> SampleView | Rejection:

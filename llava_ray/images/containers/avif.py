@@ -40,7 +40,7 @@ def walk_avif(data: bytes, budget: Budget, max_frames: int) -> int:
 
 
 def _count_iinf_wide(data: bytes) -> bool:
-    """Say whether the list of items has a wide counter."""
+    """Return whether the list of items has a wide counter."""
     place = data.find(b"iinf")
     return place >= 0 and data[place + 4 : place + 5] > b"\0"
 
@@ -53,7 +53,7 @@ def _entry_count(kind: bytes, box: bytes) -> int:
 
 
 def _is_exif(box: bytes) -> bool:
-    """Say whether an item's entry (version 2 or 3) is that of an Exif block."""
+    """Return whether an item's entry (version 2 or 3) is that of an Exif block."""
     return box[12:16] == b"Exif" if box[0] > 2 else box[8:12] == b"Exif"
 
 
