@@ -1,4 +1,4 @@
-"""A plan's micro-batches, dealt to ranks: small tables that say which examples each holds, in the stream's order."""
+"""Descriptors of a plan's micro-batches: small tables of the examples in each, by rank and in stream order."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ import pyarrow as pa
 from llava_ray.data.lengths import TokenLengths
 from llava_ray.data.plan import Plan, assign_to_ranks
 
-# Consecutive micro-batches of one rank that travel as one block. One a block reached 30 % of a bare decoding loop's
-# images/s, sixteen 74 %; more would only delay the first step.
+# Consecutive micro-batches of one rank per block. With 1 the stream reached 30 % of the images/s of a bare decoding
+# loop, with 16 it reached 74 %; more would only delay the first step.
 ROWS_PER_BLOCK = 16
 
 # Marks the rows that fill a rank's last block.
@@ -53,7 +53,7 @@ def _grouped(by_rank: list[list[dict[str, Any]]], table: pa.Table, window: int) 
 
 
 def _located(rows: list[dict[str, Any]], table: pa.Table) -> pa.Table:
-    """Replace example numbers by where their records lie: (shard, row, part)."""
+    """Replace example numbers by the location of their records: (shard, row, part)."""
     flat = np.asarray([i for row in rows for i in row["examples"]], np.int64)
     ends = np.cumsum([0] + [len(row["examples"]) for row in rows])
     places = table.select(["shard", "row", "part", "num_tokens"]).take(flat).combine_chunks()

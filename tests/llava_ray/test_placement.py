@@ -41,7 +41,7 @@ def test_a_node_sees_what_the_driver_wrote_and_says_what_it_does_not_see(tmp_pat
     faults = look(Places((shared, apart), (str(tmp_path / "data.json"),)), TOKEN, "node")
     assert faults == [
         f"{apart!r}: a file that another node wrote there is not visible",
-        f"{str(tmp_path / 'data.json')!r}: is not there",
+        f"{str(tmp_path / 'data.json')!r}: does not exist",
     ]
 
 

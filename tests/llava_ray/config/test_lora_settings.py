@@ -62,7 +62,7 @@ def test_quantisation_follows_the_bits() -> None:
         ({"lora.bits": 5}, r"'lora.bits' = 5"),
         ({"lora.use_dora": True}, "use_dora has no effect without lora_enable"),
         ({"lora.lora_target_modules": ("q_proj",)}, "lora_target_modules has no effect without lora_enable"),
-        ({"lora.lora_enable": True, "lora.lora_target_modules": ()}, "an empty list leaves nothing to learn"),
+        ({"lora.lora_enable": True, "lora.lora_target_modules": ()}, "an empty list leaves nothing to train"),
         ({"lora.lora_dropout": 1.0}, r"'lora.lora_dropout' = 1.0"),
     ],
 )
