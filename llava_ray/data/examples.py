@@ -108,7 +108,7 @@ class Encoder:
                 )
 
     def example(self, turns: Sequence[Turn], images: Sequence[int], counts: Sequence[int]) -> Example:
-        """Tokenise turns with these ``images`` of the record, markers expanded; ``counts`` are tokens of every image."""
+        """Tokenise turns with these ``images`` of the record, markers expanded; ``counts`` has tokens per image."""
         tokenized: TokenizedConversation = tokenize_conversation(turns, self.template, self.tokenizer)
         lengths = tuple(counts[image] for image in images)
         ids, labels = expand_images(tokenized.input_ids, tokenized.labels, lengths)

@@ -54,7 +54,7 @@ class Plan:
         """
         if self.shuffle_window == 0:
             return np.arange(len(self.shard))
-        # Seeded by (seed, epoch) instead of one running generator: any epoch's order can be computed alone, so a run can
+        # Seeded by (seed, epoch), not one running generator: any epoch's order can be computed alone, so a run can
         # resume at any step and every process computes the same plan.
         draw = np.random.default_rng([self.seed, epoch])
         shards = draw.permutation(np.unique(self.shard))

@@ -226,11 +226,11 @@ def test_images_as_base64_are_decoded(image: Any) -> None:
 @pytest.mark.parametrize(
     ("image", "words"),
     [
-        ({"bytes": "%%no"}, "not whole base64"),
+        ({"bytes": "%%no"}, "not valid base64"),
         ({"bytes": [137, 80]}, "expected a path"),
         ("data:image/png,abc", "expected data:image/png;base64"),
-        ("data:image/png;base64,@@@", "not whole base64"),
-        ("iVBORw0KGgo" + "A" * 4002, "not whole base64"),
+        ("data:image/png;base64,@@@", "not valid base64"),
+        ("iVBORw0KGgo" + "A" * 4002, "not valid base64"),
         (7, "expected a path"),
     ],
 )
