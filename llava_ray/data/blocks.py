@@ -10,7 +10,7 @@ _PREFETCHED_BLOCKS = 2
 
 
 def start_blocks(find_shard: Callable[[], DataIterator]) -> Iterator[pa.Table]:
-    """Set the stream going in a thread, so that its tasks start up while the model loads; yield its blocks."""
+    """Start the stream in a thread, so that its tasks start while the model loads; yield its blocks."""
 
     def first_block() -> tuple[pa.Table | None, Iterator[pa.Table]]:
         batches = find_shard().iter_batches(

@@ -1,4 +1,4 @@
-"""What an Encoder is built from, as it is sent to tasks; each process builds its own."""
+"""The settings of an Encoder, which travel to every task, and the encoder that each process builds of them."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """What an Encoder is made from, small enough to send to every task: the tokenizer is all that it has to load."""
+    """The settings of an Encoder, small enough to send to every task, which loads only the tokenizer."""
 
     model_name_or_path: str
     version: str
@@ -26,7 +26,7 @@ class EncoderSettings:
 
     @classmethod
     def of(cls, blueprint: "Blueprint", data: DataConfig, train: TrainConfig) -> "EncoderSettings":
-        """Pick them from a model and a run's sections."""
+        """Build the settings from a model and a run's sections."""
         config = blueprint.config
         return cls(
             blueprint.tokenizer_source.name,
@@ -41,7 +41,7 @@ class EncoderSettings:
 
 @lru_cache(maxsize=2)
 def load_encoder(settings: EncoderSettings) -> Encoder:
-    """Load the tokenizer once a process."""
+    """Build the encoder, once per process: the tokenizer is slow to load."""
     from llava_ray.model.formats.sources import find_source  # torch and transformers
     from llava_ray.model.formats.vocabulary import load_text_side
 

@@ -1,4 +1,4 @@
-"""Frozen-tower features computed ahead of training, in actors that each keep a tower."""
+"""Frozen-tower features computed ahead of training, in actors that each hold a tower."""
 
 import pyarrow as pa
 import torch
@@ -10,10 +10,10 @@ from llava_ray.model.assembly import load_tower
 
 
 class FeatureActor:
-    """Turn pixels into tower features; on a GPU where the actor was given one."""
+    """An actor that turns pixels into tower features, on a GPU if it was assigned one."""
 
     def __init__(self, settings: StreamSettings) -> None:
-        """Load the tower once."""
+        """Load the tower, once per actor."""
         self.spec = settings.image_spec
         self.device = "cuda" if settings.vision_gpus else "cpu"
         self.tower = load_tower(settings.model, dtype=torch.bfloat16 if settings.bf16 else torch.float32).to(
@@ -21,7 +21,7 @@ class FeatureActor:
         )
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Replace the pixels of a block's micro-batches by features."""
+        """Replace the pixels of a block's micro-batches by tower features."""
         return pack_block(self.replace_pixels(unpack_block(block)))
 
     def replace_pixels(self, table: pa.Table) -> pa.Table:

@@ -1,7 +1,7 @@
 """The rows of the stream: a micro-batch as one Arrow row, its images as one cell, a block of rows as one row.
 
-Ray Data cuts and joins blocks between their rows as it sees fit. What must arrive together and at one place travels as
-one row; nothing is copied to make a block or to read it. What writes a cell and what reads it stand side by side here.
+Ray Data splits and merges blocks between rows at will. Micro-batches that must arrive together at one rank therefore
+travel as one row of one cell; packing and unpacking copy nothing. The writer of a cell and its reader stand side by side.
 
 Ray's own processes import this module: torch is imported by the two functions that need it.
 """
@@ -20,8 +20,8 @@ from llava_ray.images.anyres import Size
 if TYPE_CHECKING:
     import torch
 
-# Consecutive micro-batches of one rank that travel as one block. One a block reached 30 % of a bare decoding loop's
-# images/s, sixteen 74 %; more would only delay the first step.
+# Consecutive micro-batches of one rank per block. With 1 the stream reached 30 % of the images/s of a bare decoding
+# loop, with 16 it reached 74 %; more would only delay the first step.
 ROWS_PER_BLOCK = 16
 
 # Marks the rows that fill a rank's last block.
@@ -47,13 +47,13 @@ _COLUMN = "rows"
 
 
 def pack_block(table: pa.Table) -> pa.Table:
-    """Return a table of one row that holds all rows of ``table``, which has some."""
+    """Pack all rows of ``table``, which is not empty, into a table of one row."""
     rows = table.combine_chunks().to_struct_array().chunk(0)
     return pa.table({_COLUMN: pa.ListArray.from_arrays(pa.array([0, len(rows)], pa.int32()), rows)})
 
 
 def unpack_block(block: pa.Table) -> pa.Table:
-    """Return the rows that ``pack_block`` laid together, of all of the block's rows."""
+    """Unpack the rows of every cell that ``pack_block`` built."""
     return pa.Table.from_batches([pa.RecordBatch.from_struct_array(cell.flatten()) for cell in block[_COLUMN].chunks])
 
 
@@ -62,7 +62,7 @@ def pack_micro_batch(
     records: Mapping[tuple[int, int], Mapping[str, Any]],
     encode: Callable[[list[Turn], list[Size]], list[Example]],
 ) -> dict[str, Any]:
-    """Return a row of PACKED_SCHEMA: the examples that a descriptor names, one behind the other."""
+    """Pack the examples that a descriptor names into a row of PACKED_SCHEMA, one behind the other."""
     examples, ids, images, shown, places = [], [], [], [], []
     named = (descriptor[key] for key in ("shard", "row", "part", "num_tokens"))
     for shard, number, part, num_tokens in zip(*named, strict=True):

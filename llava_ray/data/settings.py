@@ -1,4 +1,4 @@
-"""What the stages of the stream and the workers at its end are told."""
+"""Settings of the stream's stages and of the workers at its end."""
 
 from dataclasses import dataclass
 from typing import TypedDict
@@ -10,7 +10,7 @@ from llava_ray.images.tokens import ImageTokens
 
 
 class FeatureForm(TypedDict):
-    """How the features in a cell of the stream are laid out: their dtype, and (p, v)."""
+    """Dtype and shape (p, v) of the features in a cell of the stream."""
 
     bf16: bool
     num_features: int
@@ -19,7 +19,7 @@ class FeatureForm(TypedDict):
 
 @dataclass(frozen=True)
 class StreamSettings:
-    """What the stages of the stream need to know; sent to every task."""
+    """The settings of the stream's stages, sent to every task."""
 
     prepared_path: str
     shard_names: tuple[str, ...]
@@ -33,11 +33,11 @@ class StreamSettings:
     bf16: bool
     vision_gpus: int
     vision_threads: int = 1
-    """Threads that a tower computes with whose features are kept before anything learns."""
+    """Compute threads of a tower that fills the feature cache before training."""
     features: str | None = None
-    """Entry of the feature cache to read instead of images; see ``feature_cache``."""
+    """Entry of the feature cache to read instead of images (see ``feature_cache``)."""
 
     @property
     def feature_form(self) -> FeatureForm:
-        """Return what tells how to read a cell of features."""
+        """Return dtype and shape of the features in a cell."""
         return {"bf16": self.bf16, "num_features": self.image_tokens.num_features, "width": self.mm_hidden_size}

@@ -33,14 +33,14 @@ def read_blocks(descriptors: pa.Table, settings: StreamSettings) -> Iterator[pa.
 
 
 class BlockImageDecoder:
-    """Turn the encoded images of a block into pixels, or into the features that a cache has of them."""
+    """An actor that turns the encoded images of a block into pixels, or into their cached features."""
 
     def __init__(self, settings: StreamSettings) -> None:
-        """Keep what tells the size."""
+        """Store the settings."""
         self.settings = settings
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Decode, or look up."""
+        """Decode the images of a block, or look up their features."""
         return pack_block(add_images(unpack_block(block), self.settings))
 
 
@@ -69,7 +69,7 @@ def fetch_records(descriptors: pa.Table, settings: StreamSettings) -> dict[tuple
 
 
 def add_images(table: pa.Table, settings: StreamSettings) -> pa.Table:
-    """Replace each row's images by what the model takes of them: pixels, or features from a cache."""
+    """Replace each row's images by the model's input: pixels, or features from a cache."""
     return load_features(table, settings) if settings.features else decode_block_images(table, settings)
 
 

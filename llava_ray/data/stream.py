@@ -1,6 +1,6 @@
-"""The plan carried out by Ray Data: descriptors → read and tokenise → decode → (frozen tower) → train workers.
+"""Execution of the plan by Ray Data: descriptors → read and tokenise → decode → (frozen tower) → train workers.
 
-Several of Ray's own processes import this module to pass it on, so it imports neither torch nor transformers.
+Several of Ray's own processes import this module to unpickle tasks, so it imports neither torch nor transformers.
 
 A block of the stream is a few micro-batches of one rank (see ``descriptors``). ``TrainStream`` is what Ray Train
 evaluates at every start of the workers: it begins at the committed step. ``DealToRanks`` then knows the world size and
@@ -44,10 +44,10 @@ class TrainStream:
 
 
 class DealToRanks(TrainDataConfig):
-    """Turn steps into each rank's micro-batches, once the world size is known."""
+    """A data config that turns steps into each rank's micro-batches, once the world size is known."""
 
     def __init__(self, plan: Plan, until: int, lengths: TokenLengths, settings: StreamSettings) -> None:
-        """Keep what is needed to deal; Ray Train sends this to its data manager."""
+        """Store what the assignment to ranks needs; Ray Train sends this object to its data manager."""
         super().__init__(enable_shard_locality=False)
         self.plan = plan
         self.until = until

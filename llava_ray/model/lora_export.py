@@ -96,5 +96,5 @@ def base_dtype(model: Path, model_base: str | None) -> torch.dtype:
     name = config.get("dtype", config.get("torch_dtype")) or "float32"
     dtype = getattr(torch, name.removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ModelError(f"{file}: dtype is {shown(name)}, expected one such as bfloat16; mend it.")
+        raise ModelError(f"{file}: dtype is {shown(name)}, expected one such as bfloat16; fix it.")
     return dtype

@@ -9,6 +9,6 @@ from llava_ray.reading import in_words, shown
 def listed(value: Any, where: str) -> Any:
     """Return lists as tuples, also those that a config holds as text ("[(336, 672)]", "336,672"). Raises ModelError."""
     if isinstance(value, str):
-        with in_words(f"{where}: {shown(value)}", "Mend it.", says="is no list of numbers"):
+        with in_words(f"{where}: {shown(value)}", "Fix it.", says="is no list of numbers"):
             value = read_literal(value)
     return tuple(listed(item, where) for item in value) if isinstance(value, list | tuple) else value

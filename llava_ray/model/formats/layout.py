@@ -66,7 +66,7 @@ class Layout:
 
     @property
     def has_language_model(self) -> bool:
-        """Tell whether a whole language model is in it."""
+        """Return whether a whole language model is in it."""
         named = self.manifest is not None and not self.manifest.language_model.inside
         return not named and self.kind not in (
             LayoutKind.ORIGINAL_LORA,
@@ -76,7 +76,7 @@ class Layout:
 
     @property
     def has_vision_tower(self) -> bool:
-        """Tell whether the vision tower's weights are in it."""
+        """Return whether the vision tower's weights are in it."""
         if self.manifest is not None:
             return self.manifest.vision_tower.inside
         return self.kind is LayoutKind.HUB or any(name.startswith("vision_tower.") for name in self.names)

@@ -102,7 +102,7 @@ _find_version = functools.cache(installed_version)  # it parses a package's whol
 
 
 def is_bundle(folder: Path) -> bool:
-    """Tell whether a folder is a llava_ray bundle."""
+    """Return whether a folder is a llava_ray bundle."""
     return is_file(folder / MANIFEST_FILE)
 
 

@@ -96,7 +96,7 @@ def _find_own_rows(layout: Layout, noted: Mapping[str, Any], config: Mapping[str
     rows = noted.get("num_rows", image_token if type(image_token) is int and 0 < image_token < size else size)
     if rows > size:
         raise ModelError(
-            f"{layout.folder / CONFIG}: {OUR_KEY}.num_rows is {rows:,}, but the vocabulary has {size:,} rows; mend it."
+            f"{layout.folder / CONFIG}: {OUR_KEY}.num_rows is {rows:,}, but the vocabulary has {size:,} rows; fix it."
         )
     return int(rows)
 
@@ -145,7 +145,7 @@ def _describe(layout: Layout, language: Source, tower: Source, version: str | No
     try:
         return Manifest.model_validate(settings | told)
     except ValidationError as error:
-        raise ModelError(f"{layout.folder / CONFIG} cannot be read as LLaVA's: {faults_of(error)}; mend it.") from error
+        raise ModelError(f"{layout.folder / CONFIG} cannot be read as LLaVA's: {faults_of(error)}; fix it.") from error
 
 
 def _name_tensors(layout: Layout, language: Source, tower: Source) -> dict[str, Stored]:

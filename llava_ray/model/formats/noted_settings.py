@@ -49,7 +49,7 @@ def read_noted_manifest(noted: Mapping[str, Any], where: str) -> Manifest | None
         manifest = Manifest.model_validate(noted["manifest"])
         return with_bases(manifest, lambda base: absolute_base(base, Path(where).parent))
     except ValidationError as error:
-        raise ModelError(f"{where}: {OUR_KEY}.manifest is no manifest of ours: {faults_of(error)}; mend it.") from error
+        raise ModelError(f"{where}: {OUR_KEY}.manifest is no manifest of ours: {faults_of(error)}; fix it.") from error
 
 
 def reconciled(
@@ -80,4 +80,4 @@ def changed(key: str, value: object, exported: object) -> str:
 
 
 def _unfit(where: str, key: str, value: object, expected: str) -> ModelError:
-    return ModelError(f"{where}: {key} is {shown(value)}, expected {expected}; mend it, or export the model again.")
+    return ModelError(f"{where}: {key} is {shown(value)}, expected {expected}; fix it, or export the model again.")

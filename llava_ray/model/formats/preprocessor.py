@@ -45,7 +45,7 @@ def _is_finite(value: object) -> bool:
 
 
 def _unfit(where: str, key: str, value: object, expected: str) -> ModelError:
-    return ModelError(f"{where}: {key} is {shown(value)}, expected {expected}; mend it, or copy the file again.")
+    return ModelError(f"{where}: {key} is {shown(value)}, expected {expected}; fix it, or copy the file again.")
 
 
 _CHECKS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (

@@ -26,5 +26,5 @@ def find_length(layout: Layout) -> int:
     positions = positions if type(positions) is int else None
     length = layout.settings.get("model_max_length") or _DEFAULT_LENGTH
     if type(length) is not int or length < 0:
-        raise ModelError(f"{layout.folder}: model_max_length is {shown(length)}, expected a number of tokens; mend it.")
+        raise ModelError(f"{layout.folder}: model_max_length is {shown(length)}, expected a number of tokens; fix it.")
     return int(min(length, positions or length))

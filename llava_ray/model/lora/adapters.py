@@ -32,7 +32,7 @@ _PROBE_LENGTH = 64
 
 
 def has_adapter(language_model: nn.Module) -> bool:
-    """Tell whether an adapter lies over the model."""
+    """Return whether an adapter lies over the model."""
     return "peft_config" in vars(language_model)
 
 

@@ -41,7 +41,7 @@ def check_packing(language_model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def _sees_borders(language_model: PreTrainedModel) -> bool:
-    """Tell whether a sample's logits stay the same when another sample stands before it in the row."""
+    """Return whether a sample's logits stay the same when another sample stands before it in the row."""
     embeddings = language_model.get_input_embeddings()
     ids = torch.arange(8, device=language_model.device)[None]
     position_ids = ids % 4

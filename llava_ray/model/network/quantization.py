@@ -85,7 +85,7 @@ def find_quantization(language_model: PreTrainedModel) -> Quantization | None:
 
 
 def _is_quantized(language_model: PreTrainedModel) -> bool:
-    """Tell whether bitsandbytes holds its matrices."""
+    """Return whether bitsandbytes holds its matrices."""
     return getattr(language_model.config, "quantization_config", None) is not None
 
 

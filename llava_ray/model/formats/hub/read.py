@@ -49,7 +49,7 @@ def read_hub(folder: Path, config: Mapping[str, Any]) -> Layout:
 
 
 def _pads(folder: Path) -> bool | None:
-    """Tell whether the image processor makes images square before it resizes them; None where it does not say."""
+    """Return whether the image processor makes images square before it resizes them; None where it does not say."""
     files = [read_json_object(folder / name) for name in PROCESSOR_FILES if is_file(folder / name)]
     settings = [found.get("image_processor", found) for found in files]
     told = [found["do_pad"] for found in settings if isinstance(found, dict) and found.get("do_pad") is not None]

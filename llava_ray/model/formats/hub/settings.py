@@ -85,7 +85,7 @@ _WITH_REGISTERS = ("dinov2_with_registers",)
 
 
 def is_hub(config: Mapping[str, Any]) -> bool:
-    """Tell whether a config.json is that of transformers' own LLaVA classes."""
+    """Return whether a config.json is that of transformers' own LLaVA classes."""
     return config.get("model_type") in _HUB_TYPES and "text_config" in config and "vision_config" in config
 
 
@@ -142,7 +142,7 @@ def _own_hub_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _flipped(grid: Any, where: str) -> tuple[tuple[Any, Any], ...]:
     """Return (width, height) of each (height, width). Raises ModelError for what are no pairs."""
     if not isinstance(grid, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in grid):
-        raise ModelError(f"{where}: image_grid_pinpoints is {shown(grid)}, expected pairs of numbers; mend it.")
+        raise ModelError(f"{where}: image_grid_pinpoints is {shown(grid)}, expected pairs of numbers; fix it.")
     return tuple((width, height) for height, width in grid)
 
 

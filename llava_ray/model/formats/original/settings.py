@@ -102,7 +102,7 @@ _LLAVA_KEYS = frozenset(
 
 
 def is_original(config: Mapping[str, Any]) -> bool:
-    """Tell whether a config.json is the original's: a language model's with LLaVA's keys among its own."""
+    """Return whether a config.json is the original's: a language model's with LLaVA's keys among its own."""
     return "mm_vision_tower" in config or "mm_hidden_size" in config
 
 
