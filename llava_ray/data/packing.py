@@ -1,7 +1,8 @@
 """The rows of the stream: a micro-batch as one Arrow row, its images as one cell, a block of rows as one row.
 
 Ray Data splits and merges blocks between rows at will. Micro-batches that must arrive together at one rank therefore
-travel as one row of one cell; packing and unpacking copy nothing. The writer of a cell and its reader stand side by side.
+travel as one row of one cell; packing and unpacking copy nothing. The writer of a cell and its reader are
+side by side here.
 
 Ray's own processes import this module: torch is imported by the two functions that need it.
 """

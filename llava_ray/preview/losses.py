@@ -18,7 +18,8 @@ from llava_ray.model.assembly import LlavaParts
 from llava_ray.model.formats.layout import LayoutKind
 from llava_ray.model.image_geometry import read_image_geometry
 from llava_ray.model.loading import load_pretrained_model
-from llava_ray.model.network.losses import sample_losses
+from llava_ray.objectives.objective import Objective, PackedRow, mean_by_sample
+from llava_ray.objectives.table import OBJECTIVES
 from llava_ray.preview.samples import Rejection, SampleView, Viewer, find_image_folder
 
 
@@ -29,6 +30,7 @@ class LossScorer:
     parts: LlavaParts
     image_spec: ImageSpec
     row_length: int
+    objective: Objective = OBJECTIVES["cross_entropy"]
 
     def add_losses(self, views: Iterable[SampleView | Rejection]) -> Iterator[SampleView | Rejection]:
         """Yield the views in order, each sample with its loss."""
@@ -70,7 +72,8 @@ class LossScorer:
             torch.from_numpy(values.astype(np.int64))[None].to(device) for values in (ids, positions, labels)
         )
         sizes = [size for sample in samples for size in sample.image_sizes]
-        losses, _ = sample_losses(self.parts.llava, input_ids, position_ids, row_labels, self.features(samples), sizes)
+        packed = PackedRow(input_ids, position_ids, row_labels, self.features(samples), sizes)
+        losses, _ = mean_by_sample(self.objective.compute(self.parts.llava, packed), position_ids)
         return [float(loss) for loss in losses]
 
     def features(self, samples: Sequence[SampleView]) -> Float[Tensor, "n p v"] | None:

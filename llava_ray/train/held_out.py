@@ -25,6 +25,7 @@ from llava_ray.generate.decoding import answer_text, generate_batch
 from llava_ray.images.anyres import Size
 from llava_ray.images.processing import normalize_pixels
 from llava_ray.model.assembly import LlavaParts
+from llava_ray.objectives.objective import Objective, PackedRow
 from llava_ray.train.settings import HeldOut
 
 if TYPE_CHECKING:
@@ -46,10 +47,13 @@ class HeldOutQuestion:
 class HeldOutEvaluator:
     """One rank's part of the held-out samples."""
 
-    def __init__(self, held_out: HeldOut | None, parts: LlavaParts, rank: int, world_size: int) -> None:
+    def __init__(
+        self, held_out: HeldOut | None, parts: LlavaParts, objective: Objective, rank: int, world_size: int
+    ) -> None:
         """Read the samples, and run a frozen tower over their images once; with None ``evaluate`` returns nothing."""
         self.held_out = held_out
         self.parts = parts
+        self.objective = objective
         self.batches: list[tuple[MicroBatch, Tensor | None]] = []
         self.asked: list[HeldOutQuestion] = []
         if held_out is None:
@@ -61,34 +65,35 @@ class HeldOutEvaluator:
             self.asked.append(HeldOutQuestion(asked.prompt, self.kept(asked.images), asked.sizes, asked.answer))
 
     def evaluate(self, engine: "DeepSpeedEngine", device: torch.device) -> dict[str, float]:
-        """Return ``held_out_loss`` and ``held_out_accuracy`` over all ranks; collective."""
+        """Return ``held_out_loss``, the objective's metrics and ``held_out_accuracy`` over all ranks; collective."""
         if self.held_out is None:
             return {}
         engine.eval()
         try:
             with torch.no_grad():
-                counts = torch.tensor([*self.losses(engine, device), *self.answers(device)], device=device)
+                sums = torch.tensor([*self.losses(engine, device), *self.answers(device)], device=device)
         finally:
             engine.train()
-        dist.all_reduce(counts)
-        loss, tokens, right, asked = counts.tolist()
-        return {"held_out_loss": loss / tokens} | ({"held_out_accuracy": right / asked} if asked else {})
+        dist.all_reduce(sums)
+        loss, *totals, num_terms, right, asked = sums.tolist()
+        metrics = zip(self.objective.metric_names, totals, strict=True)
+        judged = {"held_out_loss": loss / num_terms} | {
+            f"held_out_{name}": total / num_terms for name, total in metrics
+        }
+        return judged | ({"held_out_accuracy": right / asked} if asked else {})
 
-    def losses(self, engine: "DeepSpeedEngine", device: torch.device) -> tuple[float, float]:
-        """Return the sum of the losses of this rank's supervised tokens, and their number."""
-        total, tokens = 0.0, 0
+    def losses(self, engine: "DeepSpeedEngine", device: torch.device) -> list[float]:
+        """Return the sums of this rank's losses and of the objective's metrics, and the number of their terms."""
+        names = self.objective.metric_names
+        total, totals, num_terms = 0.0, [0.0] * len(names), 0
         for batch, images in self.batches:
+            tokens = (values.to(device) for values in (batch.input_ids, batch.position_ids, batch.labels))
             features = None if images is None else self.features(images).to(device)
-            losses = engine(
-                batch.input_ids.to(device),
-                batch.position_ids.to(device),
-                batch.labels.to(device),
-                features=features,
-                image_sizes=batch.image_sizes,
-            )
-            total += float(losses.sum())
-            tokens += len(losses)
-        return total, tokens
+            output = self.objective.compute(engine, PackedRow(*tokens, features, batch.image_sizes))
+            total += float(output.loss_sum)
+            totals = [known + float(output.metrics[name]) for known, name in zip(totals, names, strict=True)]
+            num_terms += output.num_terms
+        return [total, *totals, num_terms]
 
     def answers(self, device: torch.device) -> tuple[float, float]:
         """Return the number of this rank's correct answers, and of its questions."""

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import pyarrow as pa
 import ray
@@ -12,15 +11,14 @@ import torch.distributed as dist
 from ray.train.torch import get_device
 
 from llava_ray.data.batches import MicroBatch, iterate_steps
-from llava_ray.data.settings import StreamSettings
 from llava_ray.errors import DivergedError
-from llava_ray.images.processing import normalize_pixels
-from llava_ray.model.assembly import LlavaParts
+from llava_ray.objectives.table import OBJECTIVES
 from llava_ray.train.allocation import keep_freed_memory
 from llava_ray.train.checkpoints import Checkpointer, seed_all
 from llava_ray.train.engine import build_engine, load_parts
 from llava_ray.train.final_model import save_final_model
 from llava_ray.train.held_out import HeldOutEvaluator
+from llava_ray.train.objective import StepLoss, build_row
 from llava_ray.train.settings import LoopSettings
 from llava_ray.train.speed import Meter
 
@@ -47,7 +45,8 @@ def train_loop(settings: LoopSettings, blocks: Iterator[pa.Table]) -> None:
         journal.enter.remote("trying to write a checkpoint")
         checkpointer.save_dry_run()
     journal.enter.remote("first batch")
-    examiner = HeldOutEvaluator(settings.held_out, parts, rank, world_size)
+    objective = OBJECTIVES[settings.objective]
+    examiner = HeldOutEvaluator(settings.held_out, parts, objective, rank, world_size)
     meter = Meter(parts.llava, device, world_size)
 
     told: ray.ObjectRef | None = None
@@ -55,21 +54,16 @@ def train_loop(settings: LoopSettings, blocks: Iterator[pa.Table]) -> None:
     for step in range(first_step, settings.until):
         with meter.waiting():
             batches = next(steps)
-        loss = torch.zeros((), device=device)
+        step_loss = StepLoss(objective, device)
         for batch in batches:
-            images = _find_images(batch, parts, settings.stream, device)
-            losses = engine(
-                batch.input_ids.to(device), batch.position_ids.to(device), batch.labels.to(device), **images
-            )
-            micro_loss = losses.sum() / batch.num_supervised
-            # DeepSpeed averages gradients over ranks; ours are already parts of one mean over the step's tokens.
-            engine.backward(micro_loss * world_size, scale_wrt_gas=False)
-            loss += micro_loss.detach()
+            output = objective.compute(engine, build_row(batch, parts, settings.stream, device))
+            # DeepSpeed averages gradients over ranks; ours are already parts of one mean over the step's terms.
+            engine.backward(step_loss.add(output, batch) * world_size, scale_wrt_gas=False)
         engine.step()
-        dist.all_reduce(loss)
+        loss, objective_metrics = step_loss.reduce()
         stopping = _agree_to_stop(told, device)
-        _check_loss_finite(loss.item(), step, batches)
-        metrics = meter.measure(loss.item(), batches, engine, config.train.row_length)
+        _check_loss_finite(loss, step, batches)
+        metrics = meter.measure(loss, batches, engine, config.train.row_length) | objective_metrics
         samples = [sample for batch in batches for sample in batch.ids]
         judged: dict[str, float] = {}
         if checkpointer.is_due(step + 1):
@@ -94,20 +88,6 @@ def _agree_to_stop(told: ray.ObjectRef | None, device: torch.device) -> bool:
     stop = torch.tensor(int(heard), device=device)
     dist.all_reduce(stop, dist.ReduceOp.MAX)
     return bool(stop.item())
-
-
-def _find_images(batch: MicroBatch, parts: LlavaParts, stream: StreamSettings, device: torch.device) -> dict[str, Any]:
-    """Return the batch's images as Llava takes them: streamed features, those of the frozen tower here, or pixels."""
-    sizes: dict[str, Any] = {"image_sizes": batch.image_sizes}
-    if batch.features is not None:
-        return sizes | {"features": batch.features.to(device)}
-    if batch.pixels is None:
-        return sizes
-    if stream.model.unfreeze_mm_vision_tower:
-        return sizes | {"pixels": normalize_pixels(batch.pixels.to(device), stream.image_spec)}
-    return sizes | {
-        "features": parts.tower.extract(batch.pixels, lambda views: normalize_pixels(views, stream.image_spec))
-    }
 
 
 def _check_loss_finite(loss: float, step: int, batches: list[MicroBatch]) -> None:

@@ -41,3 +41,5 @@ class LoopSettings:
     num_threads: int
     journal: ActorHandle
     held_out: HeldOut | None = None
+    objective: str = "cross_entropy"
+    """A key of ``OBJECTIVES``."""

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from llava_ray.data.batches import MicroBatch
-from llava_ray.model.network.llava import Llava, find_supervised
+from llava_ray.model.network.llava import Llava
 from llava_ray.model.network.quantization import count_elements
+from llava_ray.objectives.objective import find_supervised
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

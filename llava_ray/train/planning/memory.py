@@ -20,7 +20,7 @@ _PREFETCH_BUCKET = 50_000_000
 _MAX_LIVE = 1_000_000_000
 _SUB_GROUP = 1_000_000_000
 
-_LOGITS_CHUNK = 512  # tokens whose logits are in fp32 at one time (model/llava.py)
+_LOGITS_CHUNK = 512  # tokens whose logits are in fp32 at one time (objectives/cross_entropy.py)
 _IMAGES_PER_FORWARD = 64  # of a frozen tower
 
 # CUDA context, NCCL's buffers, cuBLAS workspaces, fragmentation: no formula gives it.

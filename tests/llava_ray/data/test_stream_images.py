@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from losses import sample_losses
 from samples import SHAPES, small_run, write_mixed_samples
 
 from llava_ray.config.sections import FinetuneConfig
@@ -28,7 +29,6 @@ from llava_ray.images.geometry import crop_views
 from llava_ray.images.processing import normalize_pixels
 from llava_ray.images.reading import open_image
 from llava_ray.model.assembly import LlavaParts, assemble
-from llava_ray.model.network.losses import sample_losses
 
 pytestmark = pytest.mark.slow
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import fakes
 import pytest
 import torch
+from losses import token_losses
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -61,7 +62,7 @@ def adapted(folders, lora: LoraConfig = LORA, language_model: str = "llama", **s
 
 def losses(parts: LlavaParts, samples, pack) -> torch.Tensor:
     with torch.no_grad():
-        result: torch.Tensor = parts.llava(*pack(parts, samples(parts.image_tokens.num_features)).inputs)
+        result: torch.Tensor = token_losses(parts.llava, *pack(parts, samples(parts.image_tokens.num_features)).inputs)
     return result
 
 
@@ -378,7 +379,7 @@ def test_gradients_reach_a_checkpointed_adapter_though_nothing_before_it_learns(
         parts.llava.train()
         if checkpointing:
             parts.llava.language_model.gradient_checkpointing_enable({"use_reentrant": False})
-        parts.llava(*pack(parts, samples(parts.image_tokens.num_features)).inputs).sum().backward()
+        token_losses(parts.llava, *pack(parts, samples(parts.image_tokens.num_features)).inputs).sum().backward()
         found = adapter_parameters(parts.llava.language_model)
         return {name: parameter.grad for name, parameter in found.items() if parameter.grad is not None}
 

@@ -10,6 +10,7 @@ import fakes
 import pytest
 import torch
 import transformers
+from losses import token_losses
 from safetensors import safe_open
 
 from llava_ray.config.sections import ModelConfig
@@ -34,7 +35,7 @@ def tensor_names(folder: Path) -> set[str]:
 
 def losses(parts, samples, pack) -> torch.Tensor:
     with torch.no_grad():
-        result: torch.Tensor = parts.llava(*pack(parts, samples(parts.image_tokens.num_features)).inputs)
+        result: torch.Tensor = token_losses(parts.llava, *pack(parts, samples(parts.image_tokens.num_features)).inputs)
     return result
 
 
