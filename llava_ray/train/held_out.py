@@ -87,9 +87,14 @@ class HeldOutEvaluator:
         names = self.objective.metric_names
         total, totals, num_terms = 0.0, [0.0] * len(names), 0
         for batch, images in self.batches:
-            tokens = (values.to(device) for values in (batch.input_ids, batch.position_ids, batch.labels))
-            features = None if images is None else self.features(images).to(device)
-            output = self.objective.compute(engine, PackedRow(*tokens, features, batch.image_sizes))
+            row = PackedRow(
+                batch.input_ids.to(device),
+                batch.position_ids.to(device),
+                batch.labels.to(device),
+                features=None if images is None else self.features(images).to(device),
+                image_sizes=batch.image_sizes,
+            )
+            output = self.objective.compute(engine, row)
             total += float(output.loss_sum)
             totals = [known + float(output.metrics[name]) for known, name in zip(totals, names, strict=True)]
             num_terms += output.num_terms

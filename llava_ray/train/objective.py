@@ -20,8 +20,14 @@ def build_row(batch: MicroBatch, parts: LlavaParts, stream: StreamSettings, devi
         pixels = normalize_pixels(batch.pixels.to(device), stream.image_spec)
     elif batch.pixels is not None:
         features = parts.tower.extract(batch.pixels, lambda views: normalize_pixels(views, stream.image_spec))
-    tokens = (values.to(device) for values in (batch.input_ids, batch.position_ids, batch.labels))
-    return PackedRow(*tokens, features=features, image_sizes=batch.image_sizes, pixels=pixels)
+    return PackedRow(
+        batch.input_ids.to(device),
+        batch.position_ids.to(device),
+        batch.labels.to(device),
+        features=features,
+        image_sizes=batch.image_sizes,
+        pixels=pixels,
+    )
 
 
 class StepLoss:

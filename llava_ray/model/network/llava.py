@@ -75,10 +75,9 @@ class Llava(nn.Module):
         """Return the logits of a packed row at the positions ``predicting``, in order.
 
         ``features`` are those of all views of all images, ``image_sizes`` each image's (width, height) in pixels,
-        which anyres needs; ``pixels`` stand for the features where the tower has been adopted. Labels are shifted
-        here: position i predicts ``labels[i + 1]``, never across the border of two samples. The result's sum can
-        always be differentiated, also when it is empty. Raises ModelError if features and image positions differ in
-        number.
+        which anyres needs; ``pixels`` stand for the features where the tower has been adopted. Only the language
+        model's head is limited to ``predicting``. The result's sum can always be differentiated, also when it is
+        empty. Raises ModelError if features and image positions differ in number.
         """
         blank = None
         for tower in self._tower:  # before anything else, with images or not: every rank in the same order (see touch)

@@ -59,7 +59,7 @@ def test_a_row_without_supervised_tokens_has_a_gradient_of_zero() -> None:
     model = Bigrams(torch.float32)
     row = PackedRow(torch.tensor([[0]]), torch.tensor([[0]]), torch.tensor([[IGNORE_INDEX]]))
     output = OBJECTIVES["cross_entropy"].compute(model, row)
-    assert (float(output.loss_sum), output.num_terms) == (0.0, 0)
+    assert (output.loss_sum.item(), output.num_terms) == (0.0, 0)
     output.loss_sum.backward()
     assert not model.table.grad.any()
 
