@@ -206,7 +206,7 @@ def test_a_layout_that_does_not_name_its_template_asks_for_it(folders, tmp_path:
 
 
 def test_other_folders_are_refused_by_name(folders, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=f"{tmp_path} is no model that is known here"):
+    with pytest.raises(ModelError, match=f"{tmp_path} is not a known kind of model folder"):
         open_model(tmp_path)
     with pytest.raises(ModelError, match=r"is a plain language model, without projector and tower"):
         open_model(folders.language_model())
