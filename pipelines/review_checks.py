@@ -11,7 +11,7 @@ from evals.files import read_lines
 from llava_ray.config.review import JudgeConfig, ReviewConfig
 from llava_ray.errors import ConfigError, DataError
 from llava_ray.review.calls import Call, CallPlan
-from llava_ray.review.ledger_file import writing
+from llava_ray.review.ledger_file import translate_write_errors
 
 _BUDGET_FLAGS = ("--budget.dollars", "--dollars")
 _USUAL_KEY = JudgeConfig.model_fields["api_key_env"].default
@@ -110,7 +110,7 @@ def check_disk_room(output: Path, ledger: Path, num_waiting: int, tokens: int) -
     """Raise ConfigError where a folder cannot be written to, or its disk has too little room for what will come."""
     need = num_waiting * (_BYTES_PER_CALL + _COPIES * _BYTES_PER_TOKEN * tokens)
     for folder in {output, ledger.parent}:
-        with writing(folder):
+        with translate_write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             disk = shutil.disk_usage(folder)
         if disk.total and disk.free < need:

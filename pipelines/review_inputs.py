@@ -14,7 +14,7 @@ from evals.files import check_complete, check_unique, need, need_text
 from llava_ray.config.review import ReviewSection
 from llava_ray.errors import DataError
 from llava_ray.review.calls import Item
-from llava_ray.review.rubric import ReviewKind, Rubric, our_rubric, read_rubric, read_rules
+from llava_ray.review.rubric import ReviewKind, Rubric, build_default_rubric, read_rubric, read_rules
 from pipelines.review_files import join_answers, read_contexts, read_question_rows
 
 REFERENCE = "reference"
@@ -46,7 +46,7 @@ def choose_rubric(review: ReviewSection) -> Rubric:
     kind: ReviewKind = "grade" if _is_graded(review) else "single" if review.mode == "single" else "pair"
     if review.rules:
         return read_rules(Path(review.rules))
-    return read_rubric(Path(review.rubric), kind) if review.rubric else our_rubric(kind)
+    return read_rubric(Path(review.rubric), kind) if review.rubric else build_default_rubric(kind)
 
 
 def _is_graded(review: ReviewSection) -> bool:

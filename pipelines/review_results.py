@@ -32,9 +32,9 @@ from evals.scoring import rounded
 from llava_ray.config.review import ReviewConfig
 from llava_ray.replies import parse_first_word, parse_pair_strictly, parse_score
 from llava_ray.review.calls import Call, CallPlan, Item
-from llava_ray.review.ledger_file import read_final_rows, writing
+from llava_ray.review.ledger_file import read_final_rows, translate_write_errors
 from llava_ray.review.rubric import ReviewKind
-from llava_ray.review.verdict import NO_SCORES, ReviewVerdict, as_text, no_scores, read_verdict
+from llava_ray.review.verdict import NO_SCORES, ReviewVerdict, describe_missing_scores, format_verdict, read_verdict
 from pipelines.review_inputs import REFERENCE, Inputs
 
 _UNFIT = re.compile(r"[^A-Za-z0-9_\-. :]+")  # MLflow's names of metrics
@@ -248,9 +248,9 @@ def _llavas_content(row: Mapping[str, Any], kind: ReviewKind) -> str:
     scores, said = tuple(row["scores"]), str(row["content"])
     if _read_by_llava(said, kind) == scores:
         return said
-    written = as_text(ReviewVerdict(scores, row["explanation"]))
+    written = format_verdict(ReviewVerdict(scores, row["explanation"]))
     again = read_verdict(written, kind, as_json=False)
-    return written if again and again.scores == scores else as_text(ReviewVerdict(scores))
+    return written if again and again.scores == scores else format_verdict(ReviewVerdict(scores))
 
 
 def _read_by_llava(said: str, kind: ReviewKind) -> tuple[float, ...] | None:
@@ -279,7 +279,7 @@ def reason_of(one: Judged, max_tokens: int) -> str:
     row = one.row or {}
     if row.get("reason"):
         return str(row["reason"])
-    return no_scores(str(row.get("content")), str(row.get("finish_reason") or ""), max_tokens)
+    return describe_missing_scores(str(row.get("content")), str(row.get("finish_reason") or ""), max_tokens)
 
 
 def write_review_json(path: Path, report: Mapping[str, Any]) -> None:
@@ -293,7 +293,7 @@ def replaced(path: Path) -> Iterator[Path]:
     """Yield a place to write a file to, which then takes its place, whole or not at all. Raises ConfigError."""
     fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        with writing(path):
+        with translate_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield fresh
             fresh.replace(path)

@@ -10,11 +10,11 @@ from llava_ray.config.space import Space, SweepConfig
 from llava_ray.data.storage import read_stored, write_stored
 from llava_ray.errors import LlavaRayError
 from llava_ray.report.rendering import render_report
-from llava_ray.sweep.page import make_page
+from llava_ray.sweep.page import build_sweep_page
 from llava_ray.sweep.results import Results, summarize_trials
-from llava_ray.sweep.search import Searched
-from llava_ray.sweep.table import describe_settings, draw_table
-from llava_ray.sweep.winner import export_best
+from llava_ray.sweep.search import SearchResult
+from llava_ray.sweep.table import describe_settings, format_table
+from llava_ray.sweep.winner import export_best_model
 from llava_ray.tracking import TrackedRun, default_tracking_uri, describe_page
 
 
@@ -54,23 +54,23 @@ def closing_sweep(tracked: TrackedRun) -> Iterator[None]:
 
 
 def save_sweep(
-    config: SweepConfig, common: SweepConfig, space: Space, searched: Searched, seconds: float, tracked: TrackedRun
+    config: SweepConfig, common: SweepConfig, space: Space, searched: SearchResult, seconds: float, tracked: TrackedRun
 ) -> Sweep:
     """Write everything that a sweep leaves behind; the time of earlier starts is added."""
     folder = searched.folder
     results = summarize_trials(common, space, searched.trials, searched.num_steps)
     seconds += _read_seconds(folder)
-    best = results.standings[0] if results.standings else None
+    best = results.ranking[0] if results.ranking else None
     if best is not None:
-        export_best(config, common.base, best, folder)
-    report: dict[str, Any] = results.as_dict() | {
+        export_best_model(config, common.base, best, folder)
+    report: dict[str, Any] = results.to_dict() | {
         "seconds": round(seconds, 1),
         "concurrent_trials": searched.concurrent,
         "clean": not searched.left,
         "left": searched.left,
     }
     write_stored(f"{folder}/report.json", json.dumps(report, indent=1).encode())
-    write_stored(f"{folder}/report.html", render_report(make_page(str(config.run.name), results, seconds)).encode())
+    write_stored(f"{folder}/report.html", render_report(build_sweep_page(str(config.run.name), results, seconds)).encode())
     if best is not None:
         metrics = {"held_out_loss": best.loss, "steps_saved": results.saved}
         tracked.log_steps({results.num_steps: metrics | _accuracy_of(best.accuracy)})
@@ -100,9 +100,9 @@ def _accuracy_of(value: float | None) -> dict[str, float]:
 def print_sweep(sweep: Sweep) -> None:
     """Say what came out, and where."""
     results, folder = sweep.results, sweep.folder
-    print("\n" + "\n".join(draw_table(results.trials, results.num_steps)))
-    if results.standings:
-        best = results.standings[0]
+    print("\n" + "\n".join(format_table(results.trials, results.num_steps)))
+    if results.ranking:
+        best = results.ranking[0]
         print(
             f"\nBest: trial {best.trials[0].number} ({describe_settings(best.settings)}), held-out loss {best.loss:.4f}"
         )
@@ -116,6 +116,6 @@ def print_sweep(sweep: Sweep) -> None:
     if sweep.left:
         print(f"Attention: the trials have not given back {', '.join(sweep.left)}")
     print(f"  report   {folder}/report.html\n  numbers  {folder}/report.json")
-    if results.standings:
+    if results.ranking:
         print(f"  model    {folder}/best/model\n  recipe   python pipelines/finetune.py {folder}/best.toml")
     print(f"  mlflow   {describe_page(sweep.tracking_uri, sweep.mlflow_run_id)}")

@@ -46,7 +46,7 @@ def check_state_api(where: str | None) -> None:
         ) from error
 
 
-def dashboard_address() -> str | None:
+def find_dashboard_address() -> str | None:
     """Return the address of the connected cluster's dashboard, None where there is none."""
     where = ray._private.worker.get_dashboard_url()  # not among the public calls
     return f"http://{where}" if where else None
@@ -62,7 +62,7 @@ class Group:
 
 
 @contextmanager
-def clearing(bundle: Mapping[str, float]) -> Iterator[None]:
+def release_orphaned_groups(bundle: Mapping[str, float]) -> Iterator[None]:
     """Give back what runs of this job leave reserved when they are stopped, until the block ends.
 
     Ray's own cleaner misses what a run's controller reserves while it is being ended: it sees its workers die, and
@@ -93,7 +93,7 @@ def clearing(bundle: Mapping[str, float]) -> Iterator[None]:
 
 def _list_reserved() -> tuple[list[Group], set[str]]:
     """Return the groups that hold resources, and the ids of those that an actor lives in or is about to."""
-    where = dashboard_address()
+    where = find_dashboard_address()
     groups = [
         Group(row.placement_group_id, row.creator_job_id, [bundle["unit_resources"] for bundle in row.bundles])
         for row in list_placement_groups(address=where, filters=[("state", "=", "CREATED")], detail=True)

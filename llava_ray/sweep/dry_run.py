@@ -43,9 +43,9 @@ def describe_sweep(config: SweepConfig, space: Space, gpu_memory_gib: float | No
     if steps is None:
         yield "Steps   known when the data have been prepared (python pipelines/prepare.py)"
     else:
-        fewest, most = steps_in_all(config, num_settings, steps)
+        fewest, most = count_all_steps(config, num_settings, steps)
         yield f"Steps   {steps:,} of a whole run, {_tell_steps(config, steps, fewest, most)}"
-    largest, card, memory = largest_trial(config, space)
+    largest, card, memory = find_largest_trial(config, space)
     named = describe_settings(largest)
     yield f"Largest trial: {named}"
     device = find_device(config, gpu_memory_gib)
@@ -72,7 +72,7 @@ def _tell_absent(config: SweepConfig) -> Iterator[str]:
             yield f"Attention: there is no {path} here yet ({key})"
 
 
-def steps_in_all(config: SweepConfig, num_settings: int, steps: int) -> tuple[int, int]:
+def count_all_steps(config: SweepConfig, num_settings: int, steps: int) -> tuple[int, int]:
     """Return the fewest and the most steps that the trials take together."""
     search = config.sweep
     grace = min(search.grace_steps or config.train.save_steps, steps)
@@ -100,7 +100,7 @@ def _tell_steps(config: SweepConfig, steps: int, fewest: int, most: int) -> str:
     return f"{fewest:,} to {most:,} in all ({_TAKEN[config.sweep.scheduler]} ends trials early)"
 
 
-def largest_trial(config: SweepConfig, space: Space) -> tuple[dict[str, Any], ModelSummary, Memory]:
+def find_largest_trial(config: SweepConfig, space: Space) -> tuple[dict[str, Any], ModelSummary, Memory]:
     """Return the corner of the space that needs the most memory, its model and what it needs. Raises ModelError."""
     found: tuple[dict[str, Any], ModelSummary, Memory] | None = None
     cards: dict[str, ModelSummary] = {}

@@ -8,20 +8,20 @@ import numpy as np
 from jaxtyping import Float
 
 from llava_ray.config.space import Dimension, Space
-from llava_ray.sweep.trial_ranking import common_step
+from llava_ray.sweep.trial_ranking import find_common_step
 from llava_ray.sweep.trials import LOSS, Trial
 
 _FEWEST_TRIALS = 4
 _CURVE_DEGREE = 2  # a setting that is best in the middle explains as much as one that is best at an end
 
 
-def importance(trials: Sequence[Trial], space: Space, metric: str = LOSS) -> dict[str, float]:
+def compute_importance(trials: Sequence[Trial], space: Space, metric: str = LOSS) -> dict[str, float]:
     """Return for each dimension the share (0 to 1) of the variance of ``metric`` that it explains alone, by rank.
 
     Trials are compared at the last step that all have reached, so that stopped ones count. Ranks, because one trial
     that went astray would otherwise be all the variance. Shares need not add up to 1. Empty with too few trials.
     """
-    step = common_step(trials)
+    step = find_common_step(trials)
     looks = [(trial, trial.evaluation_at(step)) for trial in trials if step is not None]
     values = [(trial.settings, look.value(metric)) for trial, look in looks if look]
     known = [(settings, value) for settings, value in values if value is not None and math.isfinite(value)]

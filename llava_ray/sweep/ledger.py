@@ -54,13 +54,13 @@ class TrialLedger:
 
     def write(self) -> None:
         """Write everything."""
-        write_stored(self.path, json.dumps([trial.as_dict() for trial in self.trials.values()], indent=1).encode())
+        write_stored(self.path, json.dumps([trial.to_dict() for trial in self.trials.values()], indent=1).encode())
 
 
 def read_ledger(folder: str) -> list[Trial]:
     """Return the trials that are noted in a sweep's folder. Raises CheckpointError where that cannot be read."""
     try:
-        return [Trial.read(values) for values in json.loads(read_stored(f"{folder}/{LEDGER}"))]
+        return [Trial.from_dict(values) for values in json.loads(read_stored(f"{folder}/{LEDGER}"))]
     except FileNotFoundError:
         return []
     except (ValueError, TypeError, KeyError) as error:
@@ -70,6 +70,6 @@ def read_ledger(folder: str) -> list[Trial]:
         ) from error
 
 
-def unfinished(trials: list[Trial]) -> list[Trial]:
+def list_unfinished(trials: list[Trial]) -> list[Trial]:
     """Return the trials that have not ended."""
     return [trial for trial in trials if trial.state not in ENDED]

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from llava_ray.report.pieces import Link, Links, Report
 from llava_ray.report.sweep import BAD, BEST_KIND, EARLY, WHOLE, SweepSummary, TrialKind, TrialRow, sweep_report
 from llava_ray.sweep.results import Results
-from llava_ray.sweep.table import describe_settings, short_key, state_of
+from llava_ray.sweep.table import describe_settings, short_key, describe_state
 from llava_ray.sweep.trials import Trial
 
 
-def make_page(name: str, results: Results, seconds: float) -> Report:
+def build_sweep_page(name: str, results: Results, seconds: float) -> Report:
     """Lay out the report of a sweep."""
-    best = results.standings[0] if results.standings else None
+    best = results.ranking[0] if results.ranking else None
     winner = best.trials[0] if best else None
     states = [f"{sum(t.state == state for t in results.trials)} {state}" for state in _states(results.trials)]
     summary = SweepSummary(
@@ -51,7 +51,7 @@ def _make_trial_row(trial: Trial, winner: Trial | None) -> TrialRow:
         settings={short_key(key): _shown(value) for key, value in trial.settings.items()},
         seed=trial.seed,
         kind=_kind_of(trial, winner),
-        state=state_of(trial),
+        state=describe_state(trial),
         steps=[look.step for look in trial.curve],
         losses=[look.held_out_loss for look in trial.curve],
         accuracies=said if len(said) == len(trial.curve) else [],

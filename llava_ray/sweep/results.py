@@ -6,9 +6,9 @@ from typing import Any
 
 from llava_ray.config.space import Space, SweepConfig
 from llava_ray.sweep.advice import advise
-from llava_ray.sweep.importance import importance
+from llava_ray.sweep.importance import compute_importance
 from llava_ray.sweep.sampling import default_settings
-from llava_ray.sweep.trial_ranking import Comparison, TrialStatus, compare_with_default, pareto_front, rank, share_saved
+from llava_ray.sweep.trial_ranking import Comparison, TrialStatus, compare_with_default, pareto_front, rank_trials, compute_saved_share
 from llava_ray.sweep.trials import Trial
 
 
@@ -17,7 +17,7 @@ class Results:
     """What came out."""
 
     trials: Sequence[Trial]
-    standings: Sequence[TrialStatus]
+    ranking: Sequence[TrialStatus]
     """Settings that came to their end, best first."""
     default: Comparison | None
     saved: float
@@ -27,9 +27,9 @@ class Results:
     pareto_front: Sequence[TrialStatus]
     num_steps: int
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return what ``report.json`` holds."""
-        best = self.standings[0] if self.standings else None
+        best = self.ranking[0] if self.ranking else None
         return {
             "num_trials": len(self.trials),
             "states": {state: sum(t.state == state for t in self.trials) for state in sorted(_states(self.trials))},
@@ -41,7 +41,7 @@ class Results:
             "importance": {key: round(value, 4) for key, value in self.importance.items()},
             "unbeaten": [_describe_standing(one) for one in self.pareto_front],
             "next": list(self.advice),
-            "trials": [trial.as_dict() for trial in self.trials],
+            "trials": [trial.to_dict() for trial in self.trials],
         }
 
 
@@ -63,14 +63,14 @@ def _describe_standing(standing: TrialStatus) -> dict[str, Any]:
 
 def summarize_trials(config: SweepConfig, space: Space, trials: Sequence[Trial], num_steps: int) -> Results:
     """Judge the trials of a sweep."""
-    standings = rank(trials, config.sweep.metric)
+    standings = rank_trials(trials, config.sweep.metric)
     own = default_settings(space, config.base)
-    shares = importance(trials, space)
+    shares = compute_importance(trials, space)
     return Results(
         trials=trials,
         standings=standings,
         default=compare_with_default(standings[0], trials, own, config.sweep.metric) if standings else None,
-        saved=share_saved(trials, num_steps),
+        saved=compute_saved_share(trials, num_steps),
         importance=shares,
         advice=advise(trials, standings, space, config.sweep, shares, config.held_out.num_answers),
         pareto_front=pareto_front(standings, config.sweep.metric),

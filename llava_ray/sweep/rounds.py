@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import mean
 
 from llava_ray.config.space import SearchConfig
-from llava_ray.sweep.sampling import identity
+from llava_ray.sweep.sampling import settings_key
 from llava_ray.sweep.trial_ranking import sort_key
 from llava_ray.sweep.trials import ENDED, Trial
 
@@ -37,7 +37,7 @@ def plan_rounds(search: SearchConfig, num_steps: int, grace_steps: int) -> list[
     return [*rounds, Round(num_steps, 1.0)]
 
 
-def is_over(trials: Sequence[Trial], until: int, num_trials: int) -> bool:
+def is_round_complete(trials: Sequence[Trial], until: int, num_trials: int) -> bool:
     """Tell whether all of a sweep's trials have been started and have ended, or come to ``until`` and beyond."""
     there = [
         trial.state in ENDED or trial.steps > until or (trial.state == "waiting" and trial.steps == until)
@@ -46,17 +46,17 @@ def is_over(trials: Sequence[Trial], until: int, num_trials: int) -> bool:
     return len(trials) >= num_trials and all(there)
 
 
-def losers(trials: Sequence[Trial], this: Round, metric: str) -> list[Trial]:
+def find_eliminated(trials: Sequence[Trial], this: Round, metric: str) -> list[Trial]:
     """Return the trials that do not go on after a round: a setting goes on with all its seeds, by their mean.
 
     Those that failed on the way count among all settings, so that more do not go on because of them; the same is
     returned when some have been told already.
     """
-    settings = {identity(trial.settings) for trial in trials}
+    settings = {settings_key(trial.settings) for trial in trials}
     groups: dict[str, list[Trial]] = {}
     for trial in trials:
         if trial.state not in ENDED:
-            groups.setdefault(identity(trial.settings), []).append(trial)
+            groups.setdefault(settings_key(trial.settings), []).append(trial)
 
     def standing(group: Sequence[Trial]) -> float:
         looks = [trial.evaluation_at(this.until) for trial in group]

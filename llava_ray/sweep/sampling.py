@@ -33,13 +33,13 @@ def list_settings(space: Space, search: SearchConfig, base: FinetuneConfig) -> l
     Raises ConfigError where random draws cannot find as many different settings as asked for.
     """
     own = [default_settings(space, base)] if search.include_default else []
-    found = {identity(settings): settings for settings in own}
-    drawn = grid(space) if search.method == "grid" else draws(space, search.search_seed)
+    found = {settings_key(settings): settings for settings in own}
+    drawn = list_grid(space) if search.method == "grid" else draw_settings(space, search.search_seed)
     wanted = math.inf if search.method == "grid" else search.num_trials
     for settings in itertools.islice(drawn, None if search.method == "grid" else 100 * search.num_trials):
         if len(found) == wanted:
             break
-        found.setdefault(identity(settings), settings)
+        found.setdefault(settings_key(settings), settings)
     if search.method == "random" and len(found) < search.num_trials:
         raise ConfigError(
             f"the space has only {len(found)} different settings, sweep.num_trials asks for {search.num_trials}: "
@@ -54,7 +54,7 @@ def default_settings(space: Space, base: FinetuneConfig) -> TrialSettings:
     return {key: own[key] for key, dimension in space.dimensions.items() if dimension.matters(own)}
 
 
-def lies_inside(space: Space, settings: TrialSettings) -> bool:
+def is_inside(space: Space, settings: TrialSettings) -> bool:
     """Tell whether a search of the space could come to these settings."""
     for key, value in settings.items():
         dimension = space.dimensions[key]
@@ -65,7 +65,7 @@ def lies_inside(space: Space, settings: TrialSettings) -> bool:
     return True
 
 
-def identity(settings: TrialSettings) -> str:
+def settings_key(settings: TrialSettings) -> str:
     """Return a text that is the same for equal settings: 1 and 1.0, list and tuple."""
     return repr(sorted((key, float(v) if type(v) in (int, float) else _plain(v)) for key, v in settings.items()))
 
@@ -74,7 +74,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def grid(space: Space) -> Iterator[TrialSettings]:
+def list_grid(space: Space) -> Iterator[TrialSettings]:
     """Yield every combination; a dimension that does not matter beside the others is left out."""
     yield from _combined(list(space.dimensions.items()), {})
 
@@ -84,12 +84,12 @@ def _combined(rest: Sequence[tuple[str, Dimension]], settings: TrialSettings) ->
         yield settings
         return
     (key, dimension), *others = rest
-    values = points(dimension) if dimension.matters(settings) else [None]
+    values = list_points(dimension) if dimension.matters(settings) else [None]
     for value in values:
         yield from _combined(others, settings | ({key: value} if dimension.matters(settings) else {}))
 
 
-def points(dimension: Dimension) -> list[Any]:
+def list_points(dimension: Dimension) -> list[Any]:
     """Return what a grid takes of a dimension."""
     if dimension.choice is not None:
         return list(dimension.choice)
@@ -98,7 +98,7 @@ def points(dimension: Dimension) -> list[Any]:
     return [_rounded(value) for value in spaced(low, high, dimension.num_points).tolist()]
 
 
-def draws(space: Space, seed: int) -> Iterator[TrialSettings]:
+def draw_settings(space: Space, seed: int) -> Iterator[TrialSettings]:
     """Yield independent draws for ever; the same seed gives the same ones."""
     generator = np.random.default_rng(seed)
     while True:

@@ -23,7 +23,7 @@ _STEP, _NUM_STEPS = "step", "num_steps"  # what schedulers count by: steps of th
 _BRACKETS = 3
 
 
-def make_scheduler(search: SearchConfig, num_steps: int, grace_steps: int, folder: str) -> TrialScheduler:
+def build_scheduler(search: SearchConfig, num_steps: int, grace_steps: int, folder: str) -> TrialScheduler:
     """Return the scheduler that a sweep asks for; ``folder`` is where its ledger lies."""
     goal = {"metric": search.stop_metric, "mode": "min" if LOWER_IS_BETTER[search.stop_metric] else "max"}
     return ReplayingScheduler(SCHEDULERS[search.scheduler](goal, search, num_steps, grace_steps), folder)
@@ -90,16 +90,16 @@ class ReplayingScheduler(TrialScheduler):
         self.folder = folder
         self.known: dict[str, list[dict[str, Any]]] | None = None
 
-    def remembered(self, name: str) -> list[dict[str, Any]]:
+    def replayed_reports(self, name: str) -> list[dict[str, Any]]:
         """Return what the ledger knew of a trial when this process started."""
         if self.known is None:
-            self.known = {trial.id: [look.as_report() for look in trial.curve] for trial in read_ledger(self.folder)}
+            self.known = {trial.id: [look.to_report() for look in trial.curve] for trial in read_ledger(self.folder)}
         return self.known.get(name, [])
 
     def on_trial_add(self, tune_controller: Any, trial: TuneTrial) -> None:
         """Add the trial, and tell what it had reported; what was decided of that then is done."""
         self.scheduler.on_trial_add(tune_controller, trial)
-        for report in self.remembered(trial.trial_id):
+        for report in self.replayed_reports(trial.trial_id):
             self.scheduler.on_trial_result(tune_controller, trial, report)
         if isinstance(self.scheduler, MedianStoppingRule):
             self.scheduler._stopped_trials.discard(trial)  # it asserts that what it has stopped never reports again
@@ -109,7 +109,7 @@ class ReplayingScheduler(TrialScheduler):
 
         A trial that is stopped at its last step could not write its model any more.
         """
-        repeated = any(report[_STEP] == result.get(_STEP) for report in self.remembered(trial.trial_id))
+        repeated = any(report[_STEP] == result.get(_STEP) for report in self.replayed_reports(trial.trial_id))
         if repeated or result.get(_STEP, 0) >= result.get(_NUM_STEPS, math.inf):
             return str(TrialScheduler.CONTINUE)
         return str(self.scheduler.on_trial_result(tune_controller, trial, result))

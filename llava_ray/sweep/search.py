@@ -16,17 +16,17 @@ from llava_ray.data.storage import file_size
 from llava_ray.runtime import Resources, runs_at_once
 from llava_ray.sweep.cluster_usage import (
     check_state_api,
-    clearing,
-    dashboard_address,
+    release_orphaned_groups,
+    find_dashboard_address,
     snapshot_usage,
     wait_until_released,
 )
-from llava_ray.sweep.ledger import TrialLedger, read_ledger, unfinished
-from llava_ray.sweep.rounds import is_over, losers, plan_rounds
-from llava_ray.sweep.schedulers import make_scheduler
-from llava_ray.sweep.searching import list_given, make_search, search_again
-from llava_ray.sweep.trial import TrialJob, make_trainable
-from llava_ray.sweep.trial_events import TrialEventRecorder, close_run, name_of
+from llava_ray.sweep.ledger import TrialLedger, read_ledger, list_unfinished
+from llava_ray.sweep.rounds import is_round_complete, find_eliminated, plan_rounds
+from llava_ray.sweep.schedulers import build_scheduler
+from llava_ray.sweep.searching import list_trial_arguments, build_search, build_round_search
+from llava_ray.sweep.trial import TrialJob, build_trainable
+from llava_ray.sweep.trial_events import TrialEventRecorder, close_run, run_name_of
 from llava_ray.sweep.trials import Trial
 
 # Tune's own settings, which it takes from the environment only.
@@ -43,7 +43,7 @@ _TRIAL_CPUS = 0.01  # of the process that starts a trial's run and waits; nothin
 
 
 @dataclass(frozen=True)
-class Searched:
+class SearchResult:
     """What a sweep has come to."""
 
     folder: str
@@ -63,36 +63,36 @@ def search(
     objective: Callable[[FinetuneConfig, Resources, int], None],
     num_steps: int,
     tracked: dict[str, str] | None = None,
-) -> Searched:
+) -> SearchResult:
     """Run every trial that has not ended yet. Needs a connected Ray.
 
     ``num_steps`` are those of a whole run; ``tracked`` says how the MLflow runs of trials are found. Raises
     KeyboardInterrupt when stopped by Ctrl-C: the same call goes on.
     """
-    check_state_api(dashboard_address())
+    check_state_api(find_dashboard_address())
     os.environ.update(_TUNE_SETTINGS)
     # That there are no files of the loggers that are switched off above.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     concurrent = config.sweep.max_concurrent_trials or runs_at_once(ray.cluster_resources(), resources)
     before, left = snapshot_usage(), list[str]()
     num_trials = _count_trials(config, space)
-    where = make_search(space, config.sweep, config.base)
+    where = build_search(space, config.sweep, config.base)
     for this in plan_rounds(config.sweep, num_steps, grace_steps(config)):
-        if not is_over(read_ledger(folder), this.until, num_trials):
+        if not is_round_complete(read_ledger(folder), this.until, num_trials):
             job = TrialJob(config.base, resources, objective, this.until)
             tuner = _make_tuner(config, where, folder, job, num_steps, concurrent, tracked)
-            with clearing(resources.bundle):
+            with release_orphaned_groups(resources.bundle):
                 results = tuner.fit()
                 left = wait_until_released(before)
             if any(trial.status not in _OVER for trial in results._experiment_analysis.trials):
                 raise KeyboardInterrupt  # Tune has swallowed it
             _reconcile(folder, this.until)
         ledger = TrialLedger(folder)
-        for trial in losers(list(ledger.trials.values()), this, config.sweep.stop_metric):
+        for trial in find_eliminated(list(ledger.trials.values()), this, config.sweep.stop_metric):
             close_run(folder, trial.id, tracked)
             ledger.end(trial.id, "stopped")
-        where = search_again(unfinished(list(ledger.trials.values())))
-    return Searched(folder, read_ledger(folder), num_steps, concurrent, left)
+        where = build_round_search(list_unfinished(list(ledger.trials.values())))
+    return SearchResult(folder, read_ledger(folder), num_steps, concurrent, left)
 
 
 def grace_steps(config: SweepConfig) -> int:
@@ -114,7 +114,7 @@ def _count_trials(config: SweepConfig, space: Space) -> int:
     """Return how many trials the sweep has."""
     if config.sweep.method == "optuna":
         return config.sweep.num_trials * config.sweep.num_seeds
-    return len(list_given(space, config.sweep, config.base))
+    return len(list_trial_arguments(space, config.sweep, config.base))
 
 
 def _make_tuner(
@@ -127,7 +127,7 @@ def _make_tuner(
     tracked: dict[str, str] | None,
 ) -> tune.Tuner:
     """Return a new Tuner for a round, or the one that an interrupted sweep has left."""
-    trainable = tune.with_resources(make_trainable(job), {"CPU": _TRIAL_CPUS})
+    trainable = tune.with_resources(build_trainable(job), {"CPU": _TRIAL_CPUS})
     name = f"tune-{job.until}"
     if tune.Tuner.can_restore(f"{folder}/{name}"):
         return tune.Tuner.restore(f"{folder}/{name}", trainable=trainable, resume_unfinished=True)
@@ -137,7 +137,7 @@ def _make_tuner(
         tune_config=tune.TuneConfig(
             num_samples=where["num_samples"],
             search_alg=where.get("search_alg"),
-            scheduler=make_scheduler(config.sweep, num_steps, grace_steps(config), folder),
+            scheduler=build_scheduler(config.sweep, num_steps, grace_steps(config), folder),
             max_concurrent_trials=concurrent,
             reuse_actors=True,  # starting a process and importing torch and transformers takes it long
             trial_dirname_creator=_name_folder,
@@ -154,4 +154,4 @@ def _make_tuner(
 
 def _name_folder(trial: TuneTrial) -> str:
     """Name Tune's own folder of a trial as its run is named."""
-    return name_of(trial)
+    return run_name_of(trial)

@@ -24,13 +24,13 @@ def describe_settings(settings: TrialSettings) -> str:
     return ", ".join(f"{short_key(key)} {_written(value)}" for key, value in settings.items())
 
 
-def state_of(trial: Trial) -> str:
+def describe_state(trial: Trial) -> str:
     """Say how a trial stands, with the reason where it did not end well."""
     reason = f": {trial.reason}" if trial.reason else ""
     return _MARKS.get(trial.state, trial.state) + reason
 
 
-def draw_table(trials: Sequence[Trial], num_steps: int, width: int = 120) -> list[str]:
+def format_table(trials: Sequence[Trial], num_steps: int, width: int = 120) -> list[str]:
     """Return a line for each trial under a header, at most ``width`` characters each."""
     keys = list(dict.fromkeys(key for trial in trials for key in trial.settings))
     header = ["", *map(short_key, keys), "seed", "step", "loss", "accuracy", "s", ""]
@@ -55,5 +55,5 @@ def _draw_row(trial: Trial, keys: Sequence[str], num_steps: int) -> list[str]:
         f"{last.held_out_loss:.4f}" if last else "-",
         f"{accuracy:.1%}" if accuracy is not None else "-",
         f"{trial.seconds:.0f}",
-        state_of(trial),
+        describe_state(trial),
     ]

@@ -17,7 +17,7 @@ from llava_ray.sweep.trials import ACCURACY, LOSS, Evaluation, TrialState
 
 # A key of a report that ends a trial: how it ended. Tune itself knows only "terminated" and "error".
 ENDED_KEY, REASON = "ended", "reason"
-GIVEN = "trial"
+TRIAL_KEY = "trial"
 _REPEATER_INDEX = "__trial_index__"  # of Ray's Repeater, which runs a setting several times
 
 
@@ -34,7 +34,7 @@ class TrialJob:
     """The step that trials go to."""
 
 
-def make_trainable(job: TrialJob) -> Callable[[dict[str, Any]], None]:
+def build_trainable(job: TrialJob) -> Callable[[dict[str, Any]], None]:
     """Return the function that Tune runs in a process of its own for each trial."""
 
     def trial(given: dict[str, Any]) -> None:
@@ -47,35 +47,35 @@ def _run_trial(given: dict[str, Any], job: TrialJob) -> None:
     """Carry out one trial; what a new start cannot mend ends it with a reason, all else is left to Tune to retry."""
     try:
         name = run_name(given, tune.get_context().get_trial_id())
-        job.objective(trial_config(job.base, given, name), job.resources, job.until)
+        job.objective(build_trial_config(job.base, given, name), job.resources, job.until)
     except DivergedError as error:
-        end("diverged", str(error))
+        report_end("diverged", str(error))
     except (ConfigError, DataError, ModelError) as error:
-        end("failed", f"{type(error).__name__}: {error}")
+        report_end("failed", f"{type(error).__name__}: {error}")
     except LlavaRayError as error:  # Ray Train has retried within the run
-        end("failed", str(error))
+        report_end("failed", str(error))
 
 
-def end(state: TrialState, reason: str) -> None:
+def report_end(state: TrialState, reason: str) -> None:
     """Tell the driver how the trial ended."""
     tune.report({ENDED_KEY: state, REASON: reason})
 
 
-def trial_config(base: FinetuneConfig, given: dict[str, Any], name: str) -> FinetuneConfig:
+def build_trial_config(base: FinetuneConfig, given: dict[str, Any], name: str) -> FinetuneConfig:
     """Return the run that a trial is. Raises ConfigError."""
-    settings, seed = read_given(given, base.train.seed)
+    settings, seed = parse_trial_arguments(given, base.train.seed)
     return base.replaced({**settings, "train.seed": seed, "run.name": name})
 
 
 def run_name(given: dict[str, Any], trial_id: str | None) -> str:
     """Return the name of a trial's run: Tune's id of it, that of its first round if there are several."""
-    return str(given.get(GIVEN, {}).get("id", trial_id))
+    return str(given.get(TRIAL_KEY, {}).get("id", trial_id))
 
 
-def read_given(given: dict[str, Any], base_seed: int) -> tuple[TrialSettings, int]:
+def parse_trial_arguments(given: dict[str, Any], base_seed: int) -> tuple[TrialSettings, int]:
     """Take apart what Tune gives a trial: a row of our own list, or Optuna's suggestion."""
-    if GIVEN in given:
-        return dict(given[GIVEN]["settings"]), int(given[GIVEN]["seed"])
+    if TRIAL_KEY in given:
+        return dict(given[TRIAL_KEY]["settings"]), int(given[TRIAL_KEY]["seed"])
     settings = {key: value for key, value in given.items() if key != _REPEATER_INDEX}
     return settings, base_seed + int(given.get(_REPEATER_INDEX, 0))
 
@@ -87,13 +87,13 @@ def finetune_trial(config: FinetuneConfig, resources: Resources, until: int) -> 
     from llava_ray.train.trainer import train_until
 
     for look in read_evaluations(config, committed_step(config.run.storage_path, str(config.run.name))):
-        tune.report(look.as_report())
+        tune.report(look.to_report())
     prepared = prepare_data(config.data, show_progress=False)
     finished = train_until(
         config, prepared, resources, until=until, callbacks=[TuneReportCallback()], show_progress=False
     )
     ended = {ENDED_KEY: "finished", "num_steps": finished.num_steps} if finished else {ENDED_KEY: "waiting"}
-    tune.report({REASON: ""} | ended | read_evaluations(config, until)[-1].as_report())
+    tune.report({REASON: ""} | ended | read_evaluations(config, until)[-1].to_report())
 
 
 def read_evaluations(config: FinetuneConfig, last_step: int) -> list[Evaluation]:

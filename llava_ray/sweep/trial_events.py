@@ -9,8 +9,8 @@ from ray.tune import Callback
 from ray.tune.experiment import Trial as TuneTrial
 
 from llava_ray.sweep.ledger import TrialLedger
-from llava_ray.sweep.table import describe_settings, draw_table, state_of
-from llava_ray.sweep.trial import ENDED_KEY, REASON, read_given, run_name
+from llava_ray.sweep.table import describe_settings, format_table, describe_state
+from llava_ray.sweep.trial import ENDED_KEY, REASON, parse_trial_arguments, run_name
 from llava_ray.sweep.trials import ACCURACY, LOSS, Evaluation, Trial
 from llava_ray.tracking import TrackedRun
 
@@ -41,9 +41,9 @@ class TrialEventRecorder(Callback):
     def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         """Note a start, or a new one."""
         del iteration, trials, info
-        settings, seed = read_given(trial.config, self.base_seed)
+        settings, seed = parse_trial_arguments(trial.config, self.base_seed)
         assert self.ledger is not None
-        self.show(self.ledger.start(name_of(trial), settings, seed))
+        self.show(self.ledger.start(run_name_of(trial), settings, seed))
 
     def on_trial_result(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: dict[str, Any], **info: Any
@@ -53,15 +53,15 @@ class TrialEventRecorder(Callback):
         assert self.ledger is not None
         if LOSS in result:
             look = Evaluation(result["step"], result[LOSS], result.get(ACCURACY))
-            self.show(self.ledger.add_evaluation(name_of(trial), look))
+            self.show(self.ledger.add_evaluation(run_name_of(trial), look))
         if ENDED_KEY in result:
-            self.show(self.ledger.end(name_of(trial), result[ENDED_KEY], result[REASON]))
+            self.show(self.ledger.end(run_name_of(trial), result[ENDED_KEY], result[REASON]))
 
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         """Note a trial that did not end by itself: the scheduler has stopped it."""
         del iteration, trials, info
         assert self.ledger is not None
-        name = name_of(trial)
+        name = run_name_of(trial)
         if self.ledger.trials[name].state == "running":
             close_run(self.folder, name, self.tracked)
             self.show(self.ledger.end(name, "stopped"))
@@ -72,8 +72,8 @@ class TrialEventRecorder(Callback):
         assert self.ledger is not None
         error = trial.get_error()
         cause = getattr(error, "cause", None) or error
-        close_run(self.folder, name_of(trial), self.tracked)
-        self.show(self.ledger.end(name_of(trial), "failed", f"{type(cause).__name__}: {_first_line(str(cause))}"))
+        close_run(self.folder, run_name_of(trial), self.tracked)
+        self.show(self.ledger.end(run_name_of(trial), "failed", f"{type(cause).__name__}: {_first_line(str(cause))}"))
 
     def show(self, trial: Trial) -> None:
         """Draw all trials, or say what this one does."""
@@ -95,20 +95,20 @@ class Screen:
             last = trial.curve[-1] if trial.curve else None
             looked = f", held-out loss {last.held_out_loss:.4f}" if last else ""
             line = f"trial {trial.number} ({describe_settings(trial.settings)}): {trial.steps}/{num_steps}{looked}"
-            print(f"{line}, {state_of(trial)}", flush=True)  # noqa: T201 - said to the person who started the sweep
+            print(f"{line}, {describe_state(trial)}", flush=True)  # noqa: T201 - said to the person who started the sweep
             return
         running = any(one.state == "running" for one in trials)
         if running and time.monotonic() - self.drawn < _SECONDS_BETWEEN_TABLES:
             return
         size = shutil.get_terminal_size()
-        lines = draw_table(trials, num_steps, size.columns)[-(size.lines - 1) :]
+        lines = format_table(trials, num_steps, size.columns)[-(size.lines - 1) :]
         up = f"\x1b[{self.num_lines}A" if self.num_lines else ""
         sys.stdout.write(up + "".join(f"\x1b[2K{line}\n" for line in lines))
         sys.stdout.flush()
         self.num_lines, self.drawn = len(lines), time.monotonic()
 
 
-def name_of(trial: TuneTrial) -> str:
+def run_name_of(trial: TuneTrial) -> str:
     """Return the name of a trial's run."""
     return run_name(trial.config, trial.trial_id)
 

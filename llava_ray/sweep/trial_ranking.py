@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from llava_ray.sweep.sampling import TrialSettings, identity
+from llava_ray.sweep.sampling import TrialSettings, settings_key
 from llava_ray.sweep.trials import ACCURACY, LOSS, LOWER_IS_BETTER, Trial
 
 
@@ -25,11 +25,11 @@ class TrialStatus:
         return self.loss if metric == LOSS else self.accuracy
 
 
-def rank(trials: Sequence[Trial], metric: str) -> list[TrialStatus]:
+def rank_trials(trials: Sequence[Trial], metric: str) -> list[TrialStatus]:
     """Return the settings whose runs all came to their end, best first; the other number decides between equals."""
     groups: dict[str, list[Trial]] = {}
     for trial in trials:
-        groups.setdefault(identity(trial.settings), []).append(trial)
+        groups.setdefault(settings_key(trial.settings), []).append(trial)
     whole = [group for group in groups.values() if all(trial.state == "finished" for trial in group)]
     standings = [_classify(group) for group in whole if all(trial.curve for trial in group)]
     other = ACCURACY if metric == LOSS else LOSS
@@ -81,8 +81,8 @@ class Comparison:
 
 def compare_with_default(best: TrialStatus, trials: Sequence[Trial], default: TrialSettings, metric: str) -> Comparison:
     """Say whether the best beats the recipe's own settings."""
-    own = [trial for trial in trials if identity(trial.settings) == identity(default)]
-    if identity(best.settings) == identity(default):
+    own = [trial for trial in trials if settings_key(trial.settings) == settings_key(default)]
+    if settings_key(best.settings) == settings_key(default):
         return Comparison(False, "The best settings are the recipe's own: nothing that was tried beats them.")
     seen = [trial for trial in own if trial.curve]
     if not seen:
@@ -107,12 +107,12 @@ def compare_with_default(best: TrialStatus, trials: Sequence[Trial], default: Tr
     )
 
 
-def share_saved(trials: Sequence[Trial], num_steps: int) -> float:
+def compute_saved_share(trials: Sequence[Trial], num_steps: int) -> float:
     """Return the share of the steps of whole runs that the stopped and failed ones did not take."""
     return 1 - sum(trial.steps for trial in trials) / (num_steps * len(trials)) if trials else 0.0
 
 
-def common_step(trials: Sequence[Trial]) -> int | None:
+def find_common_step(trials: Sequence[Trial]) -> int | None:
     """Return the last step at which every trial that was ever seen was seen; None for none."""
     seen = [{look.step for look in trial.curve} for trial in trials if trial.curve]
     return max(set.intersection(*seen), default=None) if seen else None

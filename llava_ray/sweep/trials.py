@@ -22,7 +22,7 @@ class Evaluation:
         """Return one of the two."""
         return self.held_out_loss if metric == LOSS else self.held_out_accuracy
 
-    def as_report(self) -> dict[str, Any]:
+    def to_report(self) -> dict[str, Any]:
         """Return what a run reports to Tune, without what was not looked at."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
@@ -58,11 +58,11 @@ class Trial:
         """Add a look; one at a step that is known replaces it: a trial that lost a worker repeats steps."""
         self.curve = sorted([*(old for old in self.curve if old.step != look.step), look], key=lambda one: one.step)
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return plain values that ``read`` takes."""
         return asdict(self)
 
     @classmethod
-    def read(cls, values: Mapping[str, Any]) -> Self:
-        """Make a trial of what ``as_dict`` gave."""
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Make a trial of what ``to_dict`` gave."""
         return cls(**{**values, "curve": [Evaluation(**look) for look in values["curve"]]})

@@ -9,12 +9,12 @@ from llava_ray.data.storage import write_stored
 from llava_ray.images.reading import open_filesystem
 from llava_ray.model.formats.manifest import read_manifest, write_manifest
 from llava_ray.sweep.table import describe_settings
-from llava_ray.sweep.trial import trial_config
+from llava_ray.sweep.trial import build_trial_config
 from llava_ray.sweep.trial_ranking import TrialStatus
 from llava_ray.sweep.trials import Trial
 
 
-def export_best(config: SweepConfig, common: FinetuneConfig, best: TrialStatus, folder: str) -> None:
+def export_best_model(config: SweepConfig, common: FinetuneConfig, best: TrialStatus, folder: str) -> None:
     """Write ``best/model`` and ``best.toml``; of several seeds, the first."""
     trial = best.trials[0]
     filesystem, place = open_filesystem(folder)
@@ -30,7 +30,7 @@ def export_best(config: SweepConfig, common: FinetuneConfig, best: TrialStatus, 
 
 def _winning_recipe(config: SweepConfig, common: FinetuneConfig, trial: Trial) -> str:
     """Return a recipe of a trial's run, kept where the sweep was and not below its MLflow run."""
-    run = trial_config(common, {"trial": {"settings": trial.settings, "seed": trial.seed}}, trial.id)
+    run = build_trial_config(common, {"trial": {"settings": trial.settings, "seed": trial.seed}}, trial.id)
     own = {
         "run": config.run.model_dump() | {"name": None, "restart": False},
         "tracking": config.tracking.model_dump(),

@@ -28,7 +28,7 @@ def path(tmp_path: Path) -> Path:
 
 def started(path: Path, session: str = "s") -> LedgerFile:
     ledger = LedgerFile(path, session)
-    ledger.adopt("e", 60)
+    ledger.register_limiter("e", 60)
     return ledger
 
 
@@ -123,11 +123,11 @@ def test_a_new_limiter_hears_what_counts(path: Path) -> None:
     ledger.send(sent("a"))
     ledger.send(sent("b", "r1/2"))
     ledger.finish(done("a"))
-    standing = ledger.adopt("f", 60)
+    standing = ledger.register_limiter("f", 60)
     assert standing.spent == pytest.approx(0.1)
     assert [one.lease for one in standing.recent] == ["r1/1", "r1/2"]
     assert [(one.lease, one.dollars) for one in standing.under_way] == [("r1/2", 0.5)]
-    assert ledger.adopt("g", -1).recent == []
+    assert ledger.register_limiter("g", -1).recent == []
 
 
 def test_a_failed_call_may_be_tried_by_a_later_job(path: Path) -> None:
