@@ -70,7 +70,9 @@ def save_sweep(
         "left": searched.left,
     }
     write_stored(f"{folder}/report.json", json.dumps(report, indent=1).encode())
-    write_stored(f"{folder}/report.html", render_report(build_sweep_page(str(config.run.name), results, seconds)).encode())
+    write_stored(
+        f"{folder}/report.html", render_report(build_sweep_page(str(config.run.name), results, seconds)).encode()
+    )
     if best is not None:
         metrics = {"held_out_loss": best.loss, "steps_saved": results.saved}
         tracked.log_steps({results.num_steps: metrics | _accuracy_of(best.accuracy)})

@@ -1,4 +1,4 @@
-"""Where Tune's settings come from: our own list, or Optuna."""
+"""Tune's search algorithms: our own list of settings, or Optuna."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,20 +14,20 @@ from llava_ray.sweep.sampling import Suggest, default_settings, is_inside, list_
 from llava_ray.sweep.trial import TRIAL_KEY
 from llava_ray.sweep.trials import LOWER_IS_BETTER, Trial
 
-_SECONDS = "time_total_s"  # Tune's own; what a trial costs
+_SECONDS = "time_total_s"  # Tune's own metric: the cost of a trial
 
 
 class ReplayingOptuna(OptunaSearch):
-    """Takes reports without a metric: those that say how a trial ended."""
+    """Optuna's search, which ignores reports without a metric (of a trial's end)."""
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Pass on what can be judged."""
+        """Delegate reports with a metric."""
         if isinstance(self.metric, list) or self.metric in result:
             super().on_trial_result(trial_id, result)
 
 
 def list_trial_arguments(space: Space, search: SearchConfig, base: FinetuneConfig) -> list[dict[str, Any]]:
-    """Return what each trial of a grid or of random draws is given, all seeds of a setting together."""
+    """Return the arguments of each trial of a grid or random search, all seeds of a setting together."""
     return [
         {"settings": settings, "seed": base.train.seed + offset}
         for settings in list_settings(space, search, base)
@@ -36,9 +36,12 @@ def list_trial_arguments(space: Space, search: SearchConfig, base: FinetuneConfi
 
 
 def build_search(space: Space, search: SearchConfig, base: FinetuneConfig) -> dict[str, Any]:
-    """Return the arguments of ``Tuner`` and ``TuneConfig`` that decide which settings are tried."""
+    """Build the arguments of ``Tuner`` and ``TuneConfig`` that determine the settings."""
     if search.method != "optuna":
-        return {"param_space": {TRIAL_KEY: tune.grid_search(list_trial_arguments(space, search, base))}, "num_samples": 1}
+        return {
+            "param_space": {TRIAL_KEY: tune.grid_search(list_trial_arguments(space, search, base))},
+            "num_samples": 1,
+        }
     searcher = build_optuna(space, search, base)
     if search.num_seeds > 1:
         searcher = Repeater(searcher, repeat=search.num_seeds)
@@ -46,15 +49,15 @@ def build_search(space: Space, search: SearchConfig, base: FinetuneConfig) -> di
 
 
 def build_round_search(trials: Sequence[Trial]) -> dict[str, Any]:
-    """Return the same for a further round of trials."""
-    given = [{"settings": trial.settings, "seed": trial.seed, "id": trial.id} for trial in trials]
-    return {"param_space": {TRIAL_KEY: tune.grid_search(given)}, "num_samples": 1}
+    """Build the same arguments for another round of trials."""
+    arguments = [{"settings": trial.settings, "seed": trial.seed, "id": trial.id} for trial in trials]
+    return {"param_space": {TRIAL_KEY: tune.grid_search(arguments)}, "num_samples": 1}
 
 
 def check_optuna() -> None:
-    """Raise ConfigError where Optuna is not installed."""
+    """Check that Optuna is installed. Raises ConfigError."""
     try:
-        import optuna  # noqa: F401  (only whether it is there)
+        import optuna  # noqa: F401  (only whether it is installed)
     except ImportError as error:
         raise ConfigError(
             "sweep.method = 'optuna' needs optuna, which is not installed; pip install 'llava_ray[sweep]'"
@@ -62,7 +65,7 @@ def check_optuna() -> None:
 
 
 def build_optuna(space: Space, search: SearchConfig, base: FinetuneConfig) -> Searcher:
-    """Return Optuna's TPE over the space. Raises ConfigError where it is not installed."""
+    """Build Optuna's TPE over the space. Raises ConfigError if it is not installed."""
     check_optuna()
     import optuna
 
@@ -80,7 +83,7 @@ def build_optuna(space: Space, search: SearchConfig, base: FinetuneConfig) -> Se
 
 
 def _enqueued(space: Space, base: FinetuneConfig) -> list[dict[str, Any]] | None:
-    """Return the recipe's own settings as Optuna calls them, so that it tries these first; None outside the space."""
+    """Return the recipe's own settings in Optuna's form, to try them first; None outside the space."""
     own = default_settings(space, base)
     if not is_inside(space, own):
         return None

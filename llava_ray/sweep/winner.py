@@ -1,4 +1,4 @@
-"""The best of a sweep, ready to be used: its bundle, and a recipe that finetune.py takes."""
+"""Export of a sweep's best model: its bundle, and a recipe for fine-tuning."""
 
 from pathlib import Path
 
@@ -15,21 +15,21 @@ from llava_ray.sweep.trials import Trial
 
 
 def export_best_model(config: SweepConfig, common: FinetuneConfig, best: TrialStatus, folder: str) -> None:
-    """Write ``best/model`` and ``best.toml``; of several seeds, the first."""
+    """Write ``best/model`` and ``best.toml`` of the best setting's first seed."""
     trial = best.trials[0]
     filesystem, place = open_filesystem(folder)
     if filesystem.exists(f"{place}/best"):
         filesystem.rm(f"{place}/best", recursive=True)
     filesystem.makedirs(f"{place}/best")
     filesystem.copy(f"{place}/trials/{trial.id}/model", f"{place}/best/model", recursive=True)
-    if "://" not in folder:  # a local bundle says where its parts are as the way from its own folder
+    if "://" not in folder:  # a local bundle refers to its parts by paths relative to its own folder
         best_model = Path(place, "best/model")
         write_manifest(best_model, read_manifest(Path(place, "trials", trial.id, "model")), best_model)
     write_stored(f"{folder}/best.toml", _winning_recipe(config, common, trial).encode())
 
 
 def _winning_recipe(config: SweepConfig, common: FinetuneConfig, trial: Trial) -> str:
-    """Return a recipe of a trial's run, kept where the sweep was and not below its MLflow run."""
+    """Build the recipe of a trial's run, with the sweep's own storage and tracking settings."""
     run = build_trial_config(common, {"trial": {"settings": trial.settings, "seed": trial.seed}}, trial.id)
     own = {
         "run": config.run.model_dump() | {"name": None, "restart": False},

@@ -6,7 +6,7 @@ from llava_ray.config.space import Space, SweepConfig
 
 pytest.importorskip("optuna")
 
-from llava_ray.sweep.searching import list_trial_arguments, build_optuna
+from llava_ray.sweep.searching import build_optuna, list_trial_arguments
 
 SPACE = Space.parsed(
     {

@@ -13,11 +13,11 @@ from llava_ray.sweep.sampling import (
     Suggest,
     default_settings,
     draw_settings,
-    list_grid,
-    settings_key,
     is_inside,
-    list_settings,
+    list_grid,
     list_points,
+    list_settings,
+    settings_key,
 )
 
 BASE = FinetuneConfig.parsed({"model": {"model_name_or_path": "m"}, "data": {"data_path": "d"}})

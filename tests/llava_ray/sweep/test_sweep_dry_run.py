@@ -10,7 +10,7 @@ from llava_ray.config.space import Space, SweepConfig
 from llava_ray.config.sweep_recipes import load_sweep
 from llava_ray.data.first_look import first_samples
 from llava_ray.errors import ConfigError
-from llava_ray.sweep.dry_run import describe_sweep, find_largest_trial, count_all_steps
+from llava_ray.sweep.dry_run import count_all_steps, describe_sweep, find_largest_trial
 from pipelines.sweep import main
 
 ROOT = Path(__file__).parents[3]

@@ -3,7 +3,7 @@
 import pytest
 
 from llava_ray.errors import CheckpointError
-from llava_ray.sweep.ledger import TrialLedger, read_ledger, list_unfinished
+from llava_ray.sweep.ledger import TrialLedger, list_unfinished, read_ledger
 from llava_ray.sweep.trials import Evaluation
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from llava_ray.config.space import SearchConfig
-from llava_ray.sweep.rounds import Round, is_round_complete, find_eliminated, plan_rounds
+from llava_ray.sweep.rounds import Round, find_eliminated, is_round_complete, plan_rounds
 from llava_ray.sweep.trials import LOSS, Evaluation, Trial, TrialState
 
 HALVING = SearchConfig(scheduler="halving")

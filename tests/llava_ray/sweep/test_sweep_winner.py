@@ -16,7 +16,7 @@ from llava_ray.report.rendering import render_report
 from llava_ray.sweep.folder import open_sweep
 from llava_ray.sweep.page import build_sweep_page
 from llava_ray.sweep.results import summarize_trials
-from llava_ray.sweep.trial import read_evaluations, parse_trial_arguments, build_trial_config
+from llava_ray.sweep.trial import build_trial_config, parse_trial_arguments, read_evaluations
 from llava_ray.sweep.trial_events import Screen
 from llava_ray.sweep.trials import Evaluation, Trial
 from llava_ray.sweep.winner import export_best_model
@@ -107,7 +107,10 @@ def test_a_trial_is_the_recipe_with_its_settings_seed_and_name(tmp_path):
     base = config_of(tmp_path).base
     config = build_trial_config(base, {"trial": {"settings": {"train.learning_rate": 1e-3}, "seed": 7}}, "t1")
     assert (config.train.learning_rate, config.train.seed, config.run.name) == (1e-3, 7, "t1")
-    assert parse_trial_arguments({"train.learning_rate": 1e-3, "__trial_index__": 2}, 42) == ({"train.learning_rate": 1e-3}, 44)
+    assert parse_trial_arguments({"train.learning_rate": 1e-3, "__trial_index__": 2}, 42) == (
+        {"train.learning_rate": 1e-3},
+        44,
+    )
 
 
 def test_looks_are_read_from_the_runs_own_metrics(tmp_path):

@@ -9,7 +9,13 @@ from llava_ray.config.space import SearchConfig, Space
 from llava_ray.sweep.advice import advise
 from llava_ray.sweep.importance import compute_importance
 from llava_ray.sweep.table import format_table
-from llava_ray.sweep.trial_ranking import find_common_step, compare_with_default, pareto_front, rank_trials, compute_saved_share
+from llava_ray.sweep.trial_ranking import (
+    compare_with_default,
+    compute_saved_share,
+    find_common_step,
+    pareto_front,
+    rank_trials,
+)
 from llava_ray.sweep.trials import ACCURACY, LOSS, Evaluation, Trial, TrialState
 
 KIND, RATE = "model.mm_projector_type", "train.learning_rate"
@@ -59,7 +65,8 @@ def test_equals_in_accuracy_are_told_apart_by_their_loss():
 
 def test_a_loss_that_is_not_a_number_is_never_the_best():
     assert [
-        one.trials[0].number for one in rank_trials([trial(1, "linear", 1, [math.nan]), trial(2, "linear", 2, [5])], LOSS)
+        one.trials[0].number
+        for one in rank_trials([trial(1, "linear", 1, [math.nan]), trial(2, "linear", 2, [5])], LOSS)
     ] == [
         2,
         1,
