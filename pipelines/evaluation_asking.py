@@ -14,7 +14,7 @@ from evals.benchmark import Benchmark
 from evals.benchmark import Question as BenchmarkQuestion
 from evals.catalogue import make_benchmark
 from evals.files import as_json
-from evals.ranking import LogLikelihood, Ranking, best_letter, candidates, shown_to_rank
+from evals.ranking import LogLikelihood, Ranking, find_best_letter, list_candidates, ranking_prompt
 from llava_ray.config.sections import AskConfig, EvaluateConfig
 from llava_ray.errors import ConfigError
 from llava_ray.generate.answers import Actors, Decoding, GeneratedAnswer, ModelToLoad, stream_answers
@@ -95,7 +95,7 @@ def save_answers(batch: Sequence[GeneratedAnswer], asked: Sequence[AskedBenchmar
         text, metadata = answer.answer, {}
         if answer.likelihoods:
             weighed = [LogLikelihood(*pair) for pair in answer.likelihoods]
-            text = best_letter(question, weighed)
+            text = find_best_letter(question, weighed)
             metadata = {"mean_log_likelihoods": [round(one.mean, 6) for one in weighed]}
         rows[name].append(asked_as | {"text": text, "answer_id": number, "model_id": model_id, "metadata": metadata})
     for name, some in rows.items():
@@ -107,8 +107,8 @@ def as_asked(one: AskedBenchmark, question: BenchmarkQuestion, ranking: Ranking 
     images = [image if isinstance(image, bytes) else str(image.resolve()) for image in question.images]
     if ranking is None or not question.options:
         return ModelQuestion(one.key(question.id), question.prompt, images or None)
-    shown = shown_to_rank(question, ranking)
-    return ModelQuestion(one.key(question.id), shown, images or None, candidates(question, ranking))
+    shown = ranking_prompt(question, ranking)
+    return ModelQuestion(one.key(question.id), shown, images or None, list_candidates(question, ranking))
 
 
 def _pool(config: EvaluateConfig) -> Actors:

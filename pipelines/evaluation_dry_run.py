@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from evals.benchmark import LETTER, LETTER_CN, SHORT, Benchmark, Question
 from evals.catalogue import make_benchmark
-from evals.published import asked_of, whole_set
+from evals.published import format_count, whole_set
 from evals.scoring import check_truths
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import DataConfig, EvaluateConfig, FinetuneConfig, ModelConfig
@@ -96,7 +96,7 @@ def _tell_part(part: BenchmarkPart, config: EvaluateConfig) -> Iterator[str]:
     if config.evaluate.ranking and part.num_ranked:
         how = f"{part.num_ranked:,} with options to rank by their {config.evaluate.ranking}, others {how}"
     told = f", {answered:,} of them answered already" if answered else ""
-    yield f"{name:<16}{asked_of(name, num, num)} questions{told}; {how}"
+    yield f"{name:<16}{format_count(name, num, num)} questions{told}; {how}"
     files = [file for question in part.waiting for file in question.images if isinstance(file, Path)]
     absent = [file for file in files if not file.is_file()]
     if absent:

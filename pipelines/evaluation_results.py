@@ -10,15 +10,15 @@ from typing import Any
 
 from PIL import Image
 
-from evals.answers import Answer, join, read_answers, read_reviews
+from evals.answers import Answer, match_answers, read_answers, read_reviews
 from evals.benchmark import Benchmark, Judge, Profile, Question
 from evals.catalogue import make_benchmark
 from evals.comparison import write_result
 from evals.files import as_json, hash_files
-from evals.published import comparison_note, published_figures
+from evals.published import comparison_note, published_scores
 from evals.scoring import Result, summarise_unscored, summarize_result
-from evals.scoring import score as score_benchmark
-from evals.tables import flat_metrics, markdown
+from evals.scoring import score_answers as score_benchmark
+from evals.tables import flat_metrics, format_markdown
 from llava_ray.config.sections import MAX_IMAGE_PIXELS
 from llava_ray.errors import DataError, ImageError
 from llava_ray.images.reading import open_image
@@ -69,7 +69,7 @@ def score_answers(
     made = _describe_answers_origin(request, questions, answers)
     if reason := _why_unscored(benchmark, questions, request, without_judge=without_judge):
         summary = summarise_unscored(benchmark, questions, answers, request.profile, made, reason)
-        return ScoredAnswers(benchmark, questions, join(questions, answers).answers, None, summary)
+        return ScoredAnswers(benchmark, questions, match_answers(questions, answers).answers, None, summary)
     result = score_benchmark(benchmark, questions, answers, request.profile, judge, made)
     return ScoredAnswers(benchmark, questions, result.joined.answers, result, summarize_result(result))
 
@@ -120,7 +120,9 @@ def write_results(folder: Path, scored: Sequence[ScoredAnswers], *, own_folders:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content)
     names = ", ".join(one.benchmark.title for one in scored)
-    (folder / "report.md").write_text(f"# {names}\n\n{markdown([one.summary for one in scored])}", encoding="utf-8")
+    (folder / "report.md").write_text(
+        f"# {names}\n\n{format_markdown([one.summary for one in scored])}", encoding="utf-8"
+    )
     write_report(folder / "report.html", evaluation_report(f"Evaluation: {names}", [_shown(one) for one in scored]))
 
 
@@ -142,7 +144,7 @@ def _shown(one: ScoredAnswers) -> Scored:
         for row in rows[:_MAX_MISTAKES]
     ]
     kind, num = one.benchmark, len(one.questions)
-    published, note = published_figures(kind.name, num), comparison_note(kind.name, num)
+    published, note = published_scores(kind.name, num), comparison_note(kind.name, num)
     return Scored(kind.title, one.summary, kind.maximum, published, mistakes, len(rows), note)
 
 

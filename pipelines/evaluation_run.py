@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evals.catalogue import make_benchmark
-from evals.published import asked_of
-from evals.tables import format_headline, interval_text
+from evals.published import format_count
+from evals.tables import format_headline, format_interval
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import EvaluateConfig
 from llava_ray.errors import ConfigError
@@ -110,8 +110,8 @@ def _report(config: EvaluateConfig, folder: Path, asked: "Sequence[AskedBenchmar
     uri = config.tracking.tracking_uri or default_tracking_uri(config.run.storage_path)
     run_id = log_evaluation(uri, str(folder.resolve()), summaries, folder, config.tracking.experiment_name)
     for summary in summaries:
-        num = asked_of(summary["benchmark"], summary["num_questions"], summary["num_questions"])
-        figures = f"{format_headline(summary):>9}  {interval_text(summary)}  ({summary['metric']}, {num} questions)"
+        num = format_count(summary["benchmark"], summary["num_questions"], summary["num_questions"])
+        figures = f"{format_headline(summary):>9}  {format_interval(summary)}  ({summary['metric']}, {num} questions)"
         print(f"{summary['benchmark']:<16} {figures}")
         if "withheld" in summary:
             print(f"  {summary['withheld']}")

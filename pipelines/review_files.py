@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evals.answers import Joined, join, read_answers
+from evals.answers import JoinedAnswers, match_answers, read_answers
 from evals.benchmark import Question
-from evals.files import named, need, read_lines
+from evals.files import list_first, need, read_lines
 from llava_ray.errors import DataError
 
 
@@ -56,16 +56,16 @@ def _check_description(row: Mapping[str, Any], where: str) -> None:
         raise DataError(f"{where} has instances that are no boxes; each is {{'category': …, 'bbox': [x1, y1, x2, y2]}}")
 
 
-def join_answers(questions: Sequence[Question], path: Path) -> Joined:
+def join_answers(questions: Sequence[Question], path: Path) -> JoinedAnswers:
     """Read answers and join them to their questions. Raises DataError for two different ones to a question."""
     answers = read_answers(path)
     if not answers:
         raise DataError(f"{path} is empty: it should hold answers, one JSON object with question_id and text a line.")
     for answer in answers:
         _check_whole(answer.text, f"{path}: the answer to question {answer.id!r}")
-    joined = join(questions, answers)
+    joined = match_answers(questions, answers)
     if joined.conflicting:
         raise DataError(
-            f"{path} has different answers to the same question {named(joined.conflicting)}; leave one of each in it."
+            f"{path} has different answers to the same question {list_first(joined.conflicting)}; keep one of each."
         )
     return joined

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.benchmark import Question
-from evals.scoring import versions
+from evals.scoring import find_versions
 from llava_ray.config.review import ReviewConfig
 from llava_ray.errors import ConfigError
 from llava_ray.reading import reason
@@ -157,7 +157,7 @@ def _describe_judges(config: ReviewConfig, plan: CallPlan) -> dict[str, Any]:
         "questions": config.review.questions or f"{config.review.benchmark} in {config.review.data}",
         "answers": ", ".join(config.review.answers),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        **versions(),
+        **find_versions(),
         "machine": platform.machine(),
     }
 

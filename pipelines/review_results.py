@@ -13,20 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from evals.files import as_json
-from evals.ratings import Match, rate
+from evals.ratings import Match, compute_ratings
 from evals.reviews import (
-    Figured,
+    MetricFunction,
     Review,
     ReviewState,
-    both_orders,
+    compute_length_metrics,
+    compute_order_metrics,
     compute_review_headline,
-    length_figures,
+    compute_sample_metrics,
+    compute_win_rates,
     mean_grade,
     mean_score,
-    order_figures,
-    relative,
-    sample_figures,
-    win_rates,
+    pair_orders,
+    review_relative_score,
 )
 from evals.scoring import rounded
 from llava_ray.config.review import ReviewConfig
@@ -38,8 +38,8 @@ from llava_ray.review.verdict import NO_SCORES, ReviewVerdict, describe_missing_
 from pipelines.review_inputs import REFERENCE, Inputs
 
 _UNFIT = re.compile(r"[^A-Za-z0-9_\-. :]+")  # MLflow's names of metrics
-_FIGURES: dict[ReviewKind, tuple[str, Figured]] = {
-    "pair": ("relative_score", relative),
+_FIGURES: dict[ReviewKind, tuple[str, MetricFunction]] = {
+    "pair": ("relative_score", review_relative_score),
     "single": ("mean_score", mean_score),
     "grade": ("score", mean_grade),
 }
@@ -112,7 +112,7 @@ def _figures(
         "metric": _metric_name(config, judge, name, judged),
         **found,
         "missing_answers": len(missing),
-        "samples": sample_figures(given, figure),
+        "samples": compute_sample_metrics(given, figure),
     }
     if kind == "pair":
         swapped = [review for review in reviews if review.order == "swapped"]
@@ -121,12 +121,12 @@ def _figures(
             "first_x10": None if means[0] is None else rounded(10 * means[0]),
             "second_x10": None if means[1] is None else rounded(10 * means[1]),
             "orders": {
-                "given": rounded(relative(given)),
-                "swapped": rounded(relative(swapped)),
-                "both": rounded(relative([review for pair in both_orders(reviews) for review in pair])),
+                "given": rounded(review_relative_score(given)),
+                "swapped": rounded(review_relative_score(swapped)),
+                "both": rounded(review_relative_score([review for pair in pair_orders(reviews) for review in pair])),
             },
-            **order_figures(reviews),
-            **length_figures(given),
+            **compute_order_metrics(reviews),
+            **compute_length_metrics(given),
         }
     return told
 
@@ -153,8 +153,8 @@ def comparisons(judged: Sequence[Judged], models: Sequence[str]) -> dict[str, An
         scored = [review for review in reviews if review.scores is not None]
         if not scored:
             continue
-        ratings = rate([_match(review) for review in scored]) if len(models) > 1 else {}
-        rates = [{"first": a, "second": b, **rates} for (a, b), rates in win_rates(scored).items()]
+        ratings = compute_ratings([_match(review) for review in scored]) if len(models) > 1 else {}
+        rates = [{"first": a, "second": b, **rates} for (a, b), rates in compute_win_rates(scored).items()]
         rated = {name: {key: rounded(value) for key, value in asdict(one).items()} for name, one in ratings.items()}
         found[judge] = {"win_rates": rates, "ratings": rated}
     return found

@@ -74,6 +74,6 @@ def _check_significance(ranking: Sequence[TrialStatus], search: SearchConfig, nu
     if not near:
         return []
     return [
-        f"{len(near)} other setting(s) are within chance of the best ({_STANDARD_ERRORS * error:.1%} for {num_questions} "
-        "answers): raise held_out.num_answers or sweep.num_seeds to tell them apart, or take the cheapest."
+        f"{len(near)} other setting(s) are within chance of the best ({_STANDARD_ERRORS * error:.1%} for "
+        f"{num_questions} answers): raise held_out.num_answers or sweep.num_seeds to tell them apart, or take the cheapest."
     ]

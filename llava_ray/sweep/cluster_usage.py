@@ -41,8 +41,8 @@ def check_state_api(where: str | None) -> None:
         list_actors(address=where, limit=1)
     except (RayStateApiException, OSError) as error:
         raise ConfigError(
-            f"the cluster's dashboard does not respond ({error}), and a sweep needs it to free what stopped trials have "
-            "reserved: start Ray with include_dashboard=True, or leave cluster.address out"
+            f"the cluster's dashboard does not respond ({error}), and a sweep needs it to free the resources of "
+            "stopped trials: start Ray with include_dashboard=True, or leave cluster.address out"
         ) from error
 
 

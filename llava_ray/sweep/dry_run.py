@@ -131,7 +131,7 @@ def _describe_time(config: SweepConfig, summary: ModelSummary, fewest: int | Non
     trials = f"{at_once:,} trials" if at_once > 1 else "one trial"
     yield (
         f"Time    about {span} at {pace.name}, {trials} at a time, {format_duration(step)} a step of {tokens:,.0f} "
-        "tokens a sample; without the start and evaluation of trials. The estimate counts FLOPs: small models take longer."
+        "tokens a sample, without start and evaluation of trials. It is a count of FLOPs: small models take longer."
     )
 
 

@@ -45,15 +45,15 @@ def open_sweep(config: SweepConfig, space: Space) -> str:
         if changed:
             raise ConfigError(
                 f"sweep {config.run.name!r} in {config.run.storage_path} was made with other settings "
-                f"({'; '.join(changed)}): choose another --run.name, restore the old settings to resume it, or start over "
-                "with --run.restart True"
+                f"({'; '.join(changed)}): choose another --run.name, restore the old settings to resume it, or start "
+                "over with --run.restart True"
             )
     write_stored(f"{folder}/resolved.json", json.dumps(settings | {"identity": identity}, indent=1).encode())
     return folder
 
 
 def _identify_sweep(config: SweepConfig) -> dict[str, str]:
-    """Return a sweep's identity, equal in a copied project: fingerprints of models, and paths relative to the project."""
+    """Return a sweep's identity, equal in a copied project: models' fingerprints, and paths relative to the project."""
     named = flat_settings(config)
     models = {key: identify_model(str(named[key])) for key in MODEL_PATHS if named[key]}
     data = [way_from(str(Path.cwd()), absolute(path)) if path else "" for path in (named[key] for key in DATA_PATHS)]
