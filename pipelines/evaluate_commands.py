@@ -27,7 +27,7 @@ def run_score(  # noqa: PLR0913 - flags
     tracking_uri: str | None = None,
     json: bool = False,
 ) -> None:
-    """Score an answers file, ours or LLaVA's, without any model.
+    """Score an answers file, ours or LLaVA's, without a model.
 
     Args:
         benchmark: Its name: vqav2, gqa, vizwiz, science_qa, textvqa, pope, mme, mmbench, mmbench_cn, seed_bench,
@@ -66,7 +66,7 @@ def run_score(  # noqa: PLR0913 - flags
 
 
 def run_compare(first: _First, second: _Second, *, json: bool = False) -> None:
-    """Say how much better A is than B, question by question, with the 95 % interval of the difference.
+    """Compare results A and B, question by question, with the 95 % interval of the difference.
 
     Args:
         first: Folder of a result, as score and run write it.
@@ -91,7 +91,7 @@ def run_compare(first: _First, second: _Second, *, json: bool = False) -> None:
 
 
 def run(arguments: Sequence[str]) -> list[dict[str, object]]:
-    """Ask a model the questions of several benchmarks and score its answers; the same command goes on.
+    """Run a model on several benchmarks and score its answers; the same command resumes.
 
     With ``--dry-run`` only say what would be asked.
     """

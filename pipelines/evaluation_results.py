@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: results, grades, submission files, a report in HTML and Markdown, MLflow."""
+"""The outputs of an evaluation: results, grades, submission files, reports in HTML and Markdown, MLflow."""
 
 import hashlib
 import io
@@ -34,7 +34,7 @@ _EXPERIMENT = "llava_ray evaluation"
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """What to score: a benchmark's folder, an answers file, a rule, and a judge's replies where it takes some."""
+    """A scoring request: a benchmark's folder, an answers file, a profile, and a judge's replies if needed."""
 
     benchmark: str
     data: Path
@@ -45,7 +45,7 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class ScoredAnswers:
-    """A benchmark with its questions, answers and what came of them (None where only a server scores)."""
+    """A benchmark with its questions, answers and result (None where only a server can score)."""
 
     benchmark: Benchmark
     questions: Sequence[Question]
@@ -57,7 +57,7 @@ class ScoredAnswers:
 def score_answers(
     request: ScoreRequest, max_questions: int | None = None, *, without_judge: bool = False
 ) -> ScoredAnswers:
-    """Read everything and score it, or the first ``max_questions`` only. Raises ConfigError, DataError.
+    """Read and score all questions, or the first ``max_questions``. Raises ConfigError or DataError.
 
     ``without_judge``: what needs a judge and has none comes back without a score, instead of as an error.
     """
@@ -77,7 +77,7 @@ def score_answers(
 def _why_unscored(
     benchmark: Benchmark, questions: Sequence[Question], request: ScoreRequest, *, without_judge: bool
 ) -> str | None:
-    """Say why answers cannot be scored here, if they cannot."""
+    """Return the reason why answers cannot be scored here, or None."""
     if questions and not any(question.truths for question in questions):
         return "these questions come without answers: a server scores the submission file"
     if without_judge and request.profile in benchmark.needs_judge and request.reviews is None:
@@ -88,7 +88,7 @@ def _why_unscored(
 def _describe_answers_origin(
     request: ScoreRequest, questions: Sequence[Question], answers: Sequence[Answer]
 ) -> dict[str, Any]:
-    """Say what was scored by which rule, and how the answers were made, if a file beside them tells."""
+    """Describe the scored data and profile, and the answers' generation if a file beside them has it."""
     prompts = [question.prompt for question in questions]
     beside = request.answers.parent / PROVENANCE
     told = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
@@ -107,7 +107,7 @@ def _describe_answers_origin(
 
 
 def write_results(folder: Path, scored: Sequence[ScoredAnswers], *, own_folders: bool = False) -> None:
-    """Write the report, and of each benchmark result, grades and submission, in folders of their own if several."""
+    """Write the report, and each benchmark's result, grades and submission, in separate folders if several."""
     for one in scored:
         own = folder / one.benchmark.name if own_folders else folder
         own.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ def write_results(folder: Path, scored: Sequence[ScoredAnswers], *, own_folders:
 
 
 def _shown(one: ScoredAnswers) -> Scored:
-    """Return what the report shows of a benchmark."""
+    """Return a benchmark's part of the report."""
     rows = [row for row in one.result.rows if row.score < 1] if one.result else []
     by_id = {question.id: question for question in one.questions}
     mistakes = [
@@ -149,7 +149,7 @@ def _shown(one: ScoredAnswers) -> Scored:
 
 
 def thumbnails(question: Question) -> list[Picture]:
-    """Return a question's images, small; one that is not there or cannot be read is left out."""
+    """Return thumbnails of a question's images, without missing or unreadable ones."""
     pictures = []
     for number, source in enumerate(question.images, start=1):
         try:
@@ -171,7 +171,7 @@ def log_evaluation(
     folder: Path | None,
     experiment: str = _EXPERIMENT,
 ) -> str:
-    """Keep scores, settings and files in MLflow; the same key is the same run. Return the run's id."""
+    """Log scores, settings and files to MLflow; the same key is the same run. Return the run's id."""
     from llava_ray.tracking import TrackedRun
 
     run = TrackedRun(tracking_uri, experiment, Path(key).name, key)

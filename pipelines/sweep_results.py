@@ -1,4 +1,4 @@
-"""What a sweep leaves behind: the best model and its recipe, the report, MLflow's parent run, and what to say."""
+"""The outputs of a sweep: the best model and its recipe, the report, MLflow's parent run."""
 
 import json
 from collections.abc import Iterator
@@ -20,20 +20,20 @@ from llava_ray.tracking import TrackedRun, default_tracking_uri, describe_page
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep that is over."""
+    """A finished sweep."""
 
     folder: str
     results: Results
     seconds: float
-    """Over all starts of the sweep."""
+    """Seconds over all starts of the sweep."""
     left: list[str]
-    """What its trials did not give back to the cluster."""
+    """Resources that its trials did not release."""
     tracking_uri: str
     mlflow_run_id: str
 
 
 def start_sweep_run(config: SweepConfig, folder: str) -> TrackedRun:
-    """Open the MLflow run that those of the trials are below."""
+    """Start the parent MLflow run of the trials' runs."""
     uri = config.tracking.tracking_uri or default_tracking_uri(config.run.storage_path)
     tracked = TrackedRun(uri, config.tracking.experiment_name, str(config.run.name), folder)
     tracked.log_params(config.model_dump(mode="json"))
@@ -42,7 +42,7 @@ def start_sweep_run(config: SweepConfig, folder: str) -> TrackedRun:
 
 @contextmanager
 def closing_sweep(tracked: TrackedRun) -> Iterator[None]:
-    """Mark the sweep's run FAILED or KILLED in MLflow when it does not end well."""
+    """Mark the sweep's run FAILED or KILLED in MLflow when the block raises."""
     try:
         yield
     except KeyboardInterrupt:
@@ -56,7 +56,7 @@ def closing_sweep(tracked: TrackedRun) -> Iterator[None]:
 def save_sweep(
     config: SweepConfig, common: SweepConfig, space: Space, searched: SearchResult, seconds: float, tracked: TrackedRun
 ) -> Sweep:
-    """Write everything that a sweep leaves behind; the time of earlier starts is added."""
+    """Write all outputs of a sweep, with the time of earlier starts."""
     folder = searched.folder
     results = summarize_trials(common, space, searched.trials, searched.num_steps)
     seconds += _read_seconds(folder)
@@ -87,7 +87,7 @@ def save_sweep(
 
 
 def _read_seconds(folder: str) -> float:
-    """Return the seconds that a report of this sweep has counted already, 0 without one."""
+    """Return the seconds in an earlier report of this sweep, 0 without one."""
     try:
         return float(json.loads(read_stored(f"{folder}/report.json"))["seconds"])
     except FileNotFoundError:
@@ -95,12 +95,12 @@ def _read_seconds(folder: str) -> float:
 
 
 def _accuracy_of(value: float | None) -> dict[str, float]:
-    """Return the metric, if there is one."""
+    """Return a metric as a dictionary, empty if it is None."""
     return {} if value is None else {"held_out_accuracy": value}
 
 
 def print_sweep(sweep: Sweep) -> None:
-    """Say what came out, and where."""
+    """Print the results and their paths."""
     results, folder = sweep.results, sweep.folder
     print("\n" + "\n".join(format_table(results.trials, results.num_steps)))
     if results.ranking:

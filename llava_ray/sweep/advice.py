@@ -75,5 +75,6 @@ def _check_significance(ranking: Sequence[TrialStatus], search: SearchConfig, nu
         return []
     return [
         f"{len(near)} other setting(s) are within chance of the best ({_STANDARD_ERRORS * error:.1%} for "
-        f"{num_questions} answers): raise held_out.num_answers or sweep.num_seeds to tell them apart, or take the cheapest."
+        f"{num_questions} answers): raise held_out.num_answers or sweep.num_seeds to tell them apart, or take the "
+        "cheapest."
     ]
