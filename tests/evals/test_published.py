@@ -21,7 +21,7 @@ def test_twelve_questions_of_gqa_are_twelve_of_12578() -> None:
     table = format_markdown([found])
     assert (found["num_questions"], found["whole_set"]) == (12, 12_578)
     assert "| 12 of 12,578 |" in table
-    assert "12 of 12,578 questions: LLaVA's figures are of the whole set" in table
+    assert "12 of 12,578 questions: LLaVA's scores are of the whole set" in table
     assert "62.0" not in table
 
 
@@ -29,7 +29,7 @@ def test_the_whole_set_stands_beside_what_was_published() -> None:
     table = format_markdown([result(12_578)])
     assert "| 12,578 of 12,578 |" in table
     assert "| LLaVA-1.5-7B | 62.0 |" in table
-    assert "do not stand beside" not in table
+    assert "are not compared with" not in table
 
 
 @pytest.mark.parametrize("name", sorted(WHOLE_SETS))
@@ -52,5 +52,5 @@ def published_names() -> set[str]:
 
 def test_what_only_a_server_scores_has_no_figure_here() -> None:
     assert set(ELSEWHERE) == {"vqav2", "vizwiz"}
-    assert comparison_note("vqav2", 214_354) == "LLaVA's figures are of test-dev2015, which only its server scores"
+    assert comparison_note("vqav2", 214_354) == "LLaVA's scores are of test-dev2015, which only its server can score"
     assert (comparison_note("custom", 5), format_count("custom", 4, 5)) == (None, "4 of 5")

@@ -57,7 +57,6 @@ def test_the_page_shows_each_trial_as_what_it_is():
         "The best beats the recipe&#39;s own settings.",
         "Try lower learning rates.",
         "Settings and results",
-        "How settings compare",
         "30/30",
         "Learning curves",
         "Importance of settings",

@@ -55,10 +55,10 @@ def test_what_brought_nothing_may_go_again(path: Path) -> None:
     ledger.claim(["a"], "r1")
     ledger.send(sent("a"))
     returned = {"key": "a", "lease": "r1/1", "outcome": "refused", "reason": "HTTP 429", "dollars": 0.0}
-    ledger.restore(returned)
-    ledger.restore(returned)
+    ledger.record_returned(returned)
+    ledger.record_returned(returned)
     assert ledger.send(sent("a", "r1/2")) == ""
-    ledger.restore(returned | {"lease": "r1/2", "outcome": "uncertain", "dollars": 0.5})
+    ledger.record_returned(returned | {"lease": "r1/2", "outcome": "uncertain", "dollars": 0.5})
     assert (ledger.account.refused, ledger.account.uncertain, ledger.account.spent) == (1, 1, 0.5)
 
 
@@ -173,7 +173,7 @@ def test_a_full_disk_leaves_whole_lines_and_says_what_to_do(tmp_path: Path, room
     ledger.claim(["a"], "r")
     before = ledger.path.read_bytes()
     ledger.file = FullDisk(ledger.file, room)  # type: ignore[assignment]
-    with pytest.raises(ConfigError, match=r"cannot write .*ledger\.jsonl: No space left on device; make room there"):
+    with pytest.raises(ConfigError, match=r"cannot write .*ledger\.jsonl: No space left on device; free some space"):
         ledger.claim(["b"], "r")
     assert ledger.path.read_bytes() == before
     assert "b" not in ledger.entries

@@ -100,7 +100,7 @@ def test_the_report_has_everything_that_was_found(tmp_path):
     assert "learning_rate" in page
     nothing = summarize_trials(config_of(tmp_path), SPACE, TRIALS[2:], 8)
     assert nothing.to_dict()["best"] is None
-    assert "No trial came to its end." in render_report(build_sweep_page("s", nothing, 21.0))
+    assert "No trial finished." in render_report(build_sweep_page("s", nothing, 21.0))
 
 
 def test_a_trial_is_the_recipe_with_its_settings_seed_and_name(tmp_path):
