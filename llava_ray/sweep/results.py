@@ -75,7 +75,7 @@ def summarize_trials(config: SweepConfig, space: Space, trials: Sequence[Trial],
     shares = compute_importance(trials, space)
     return Results(
         trials=trials,
-        standings=ranking,
+        ranking=ranking,
         default=compare_with_default(ranking[0], trials, own, config.sweep.metric) if ranking else None,
         saved=compute_saved_share(trials, num_steps),
         importance=shares,
