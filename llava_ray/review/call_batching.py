@@ -1,30 +1,30 @@
-"""Many small calls as few large ones: what comes in while one is on its way goes with the next."""
+"""Batching of many small calls into few large ones: calls that arrive during one are sent with the next."""
 
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
-Asked = TypeVar("Asked")
-Said = TypeVar("Said")
+_Request = TypeVar("_Request")
+_Result = TypeVar("_Result")
 
 
-class CallBatcher(Generic[Asked, Said]):
-    """Calls a function of a list with as much as is waiting; one call is on its way at a time.
+class CallBatcher(Generic[_Request, _Result]):
+    """Calls a function of a list with all waiting arguments, one call at a time.
 
-    The function may answer only the first so many: the others are asked again.
+    The function may return results for a prefix only: the other arguments are sent again.
     """
 
-    def __init__(self, function: Callable[[list[Asked]], Awaitable[list[Said]]]) -> None:
-        """Keep the function."""
+    def __init__(self, function: Callable[[list[_Request]], Awaitable[list[_Result]]]) -> None:
+        """Initialise with the function to call."""
         self.function = function
-        self.waiting: deque[tuple[Asked, asyncio.Future[Said]]] = deque()
+        self.waiting: deque[tuple[_Request, asyncio.Future[_Result]]] = deque()
         self.running: asyncio.Task[None] | None = None
 
-    async def __call__(self, asked: Asked) -> Said:
-        """Ask one thing, with whatever else is asked now. Raises what the function raises."""
-        future: asyncio.Future[Said] = asyncio.get_running_loop().create_future()
-        self.waiting.append((asked, future))
+    async def __call__(self, request: _Request) -> _Result:
+        """Call with one argument, batched with others. Raises the function's errors."""
+        future: asyncio.Future[_Result] = asyncio.get_running_loop().create_future()
+        self.waiting.append((request, future))
         if self.running is None:
             self.running = asyncio.create_task(self._run())
         return await future
@@ -32,13 +32,13 @@ class CallBatcher(Generic[Asked, Said]):
     async def _run(self) -> None:
         try:
             while self.waiting:
-                # Those that have just become ready come along.
+                # Let tasks that are ready now add their calls first.
                 await asyncio.sleep(0)
-                asked = list(self.waiting)
+                requests = list(self.waiting)
                 try:
-                    answers = await self.function([one for one, _ in asked])
-                except Exception as error:  # noqa: BLE001 - whoever asked gets it
-                    for _, future in asked:
+                    answers = await self.function([one for one, _ in requests])
+                except Exception as error:  # noqa: BLE001 - raised again in each caller
+                    for _, future in requests:
                         self.waiting.popleft()
                         if not future.done():
                             future.set_exception(error)

@@ -203,7 +203,7 @@ def test_a_full_disk_stops_the_run_with_its_remedy_and_loses_nothing(recipe, und
         assert process.wait(timeout=300) == 1
     log = (recipe.parent / "full.log").read_text()
     assert "CheckpointError: cannot write the checkpoint of step" in log
-    assert "make room or set TMPDIR" in log
+    assert "free some space or set TMPDIR" in log
     assert committed(recipe, "full") >= 4
     finish(recipe, "full")
     assert ledger(recipe, "full") == undisturbed

@@ -13,7 +13,7 @@ from llava_ray.model.network.quantization import find_dtype
 from llava_ray.model.network.tower import VisionTower
 
 
-def find_find_overlapping(images: Sequence[PromptImage], start: int, end: int) -> list[PromptImage]:
+def find_overlapping(images: Sequence[PromptImage], start: int, end: int) -> list[PromptImage]:
     """Return the images that have tokens in a range of a prompt."""
     return [image for image in images if image.first < end and image.first + image.num_tokens > start]
 

@@ -45,9 +45,9 @@ def test_rows_keep_their_contents() -> None:
         assert all(holds(other, number) for number, other in rows.items())
         assert cache.num_reserved == sum(other.size_class.length for other in rows.values()) <= cache.num_allocated
         assert cache.num_allocated <= cache.capacity
-        for shelf in cache.size_classes.values():
-            assert [other.index for other in shelf.rows] == list(range(len(shelf.rows)))
-            assert all(len(layer.keys) == shelf.num_places for layer in shelf.layers.values())
+        for size_class in cache.size_classes.values():
+            assert [other.index for other in size_class.rows] == list(range(len(size_class.rows)))
+            assert all(len(layer.keys) == size_class.num_slots for layer in size_class.layers.values())
     assert refused > 5
 
 

@@ -35,5 +35,5 @@ def test_a_chunk_is_shared_in_order() -> None:
     running = [Asked(0, 9), Asked(6, 4), Asked(3), Asked(100), Asked(1)]
     readings = split_prefill_chunk(running, 12)
     assert [(running.index(reading.request), reading.num_tokens) for reading in readings] == [(1, 6), (2, 3), (3, 3)]
-    assert readings[0].places == (4, 10)
+    assert readings[0].slots == (4, 10)
     assert split_prefill_chunk(running[:1], 12) == split_prefill_chunk([], 12) == []

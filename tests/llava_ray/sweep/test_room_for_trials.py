@@ -75,5 +75,5 @@ def test_what_nccl_cannot_do_is_refused():
 
 @pytest.mark.parametrize("where", [None, "http://127.0.0.1:9"])
 def test_a_cluster_without_a_dashboard_is_refused(where):
-    with pytest.raises(ConfigError, match="dashboard does not answer"):
+    with pytest.raises(ConfigError, match="dashboard does not respond"):
         check_state_api(where)

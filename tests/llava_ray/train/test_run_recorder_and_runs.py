@@ -68,7 +68,7 @@ def test_a_finished_run_on_data_that_changed_since_is_refused(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/finished.json").write_text(json.dumps({"data_hash": "old", "num_steps": 4}))
     assert run.finished("old")["num_steps"] == 4
-    with pytest.raises(ConfigError, match=r"finished, but data.data_path holds other data.*old -> new"):
+    with pytest.raises(ConfigError, match=r"finished, but data.data_path now holds other data.*old -> new"):
         run.finished("new")
 
 

@@ -71,12 +71,12 @@ def test_the_first_signal_saves_and_the_second_leaves(committed, capsys):
     assert actor.calls == ["stop"]
     assert str(stopped) == "Stopped. The same command resumes from step 6 of 48; its checkpoint is saved."
     assert stopped.exit_code == 143
-    assert "a checkpoint is saved" in capsys.readouterr().err
+    assert "with a checkpoint" in capsys.readouterr().err
 
     committed["step"] = 4
     stopped = stop(actor := Actor(), [signal.SIGINT, signal.SIGINT])
     assert actor.calls == ["stop", "abort"]
-    assert "goes on from step 4 of 48, the last checkpoint: 2 step(s) after it are taken again" in str(stopped)
+    assert "goes on from step 4 of 48, the last checkpoint: 2 step(s) after it are repeated" in str(stopped)
     assert stopped.exit_code == 130
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
