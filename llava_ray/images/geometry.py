@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isqrt, sqrt
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -21,6 +21,7 @@ _MAX_ELONGATION = 16
 _MAX_CANVAS_PIXELS = 178_956_970
 
 
+@runtime_checkable
 class ImageProcessor(Protocol):
     """The part of a transformers image processor that is used here: its settings."""
 
@@ -78,7 +79,7 @@ class ImageSpec:
         *,
         grid_pinpoints: Sequence[Size] | None = None,
         side: int | None = None,
-    ) -> Self:
+    ) -> "ImageSpec":
         """Build the spec of a transformers image processor (CLIP, SigLIP, SigLIP 2, DINOv2's BiT and similar ones).
 
         ``grid_pinpoints`` are the canvases of anyres, by default LLaVA-1.6's; ``side`` overrides
@@ -117,7 +118,7 @@ class ImageSpec:
         )
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: Mapping[str, Any]) -> "ImageSpec":
         """Build a spec from the values of `to_dict`, also after a round trip through JSON."""
         tuples = {"mean": _triple(values["mean"]), "std": _triple(values["std"])}
         return cls(**{**values, **tuples, "grid_pinpoints": _sizes(values["grid_pinpoints"])})

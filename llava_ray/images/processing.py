@@ -15,6 +15,7 @@ from llava_ray.images.geometry import ImageProcessor, ImageSpec, crop_pixels, cr
 __all__ = ["ImageSpec", "crop_pixels", "crop_views", "expand2square", "normalize_pixels", "process_images"]
 
 
+@runtime_checkable
 class HasAspectRatio(Protocol):
     """A model's settings of image preprocessing."""
 

@@ -1,7 +1,7 @@
 """One-step conversion of an encoded image to the pixels of a model's views."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -21,6 +21,7 @@ class OpenedImage:
     """Pixels of its views (v, 3, h, w), or without a spec of the whole image (h, w, 3)."""
 
 
+@runtime_checkable
 class ImageDecoder(Protocol):
     """A decoder of the images of an engine's requests that does not block its event loop."""
 

@@ -6,7 +6,7 @@ its micro-batches and ranks, divided by the step's number of terms, so it does n
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -28,6 +28,7 @@ class PackedRow:
     pixels: Float[Tensor, "n 3 h w"] | None = None
 
 
+@runtime_checkable
 class LogitsModel(Protocol):
     """A ``Llava``, or an engine that wraps it: takes the arguments of ``Llava.forward``, returns logits (s, vocab)."""
 
@@ -36,6 +37,7 @@ class LogitsModel(Protocol):
         ...
 
 
+@runtime_checkable
 class StepTotals(Protocol):
     """The totals of a whole step, over all ranks; every micro-batch carries them."""
 
@@ -65,6 +67,7 @@ class ObjectiveOutput:
         return len(self.losses)
 
 
+@runtime_checkable
 class Objective(Protocol):
     """A loss to train with. A new one is a file beside this one and an entry in ``OBJECTIVES``."""
 
