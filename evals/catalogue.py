@@ -1,4 +1,4 @@
-"""Every benchmark by its name."""
+"""The registry of benchmarks."""
 
 from evals.benchmark import Benchmark
 from evals.benchmarks.ai2d import AI2D
@@ -45,12 +45,12 @@ _KINDS: tuple[type[Benchmark], ...] = (
 BENCHMARKS: dict[str, type[Benchmark]] = {kind.name: kind for kind in _KINDS}
 
 
-# What people call them beside their names.
+# Common aliases.
 _ALIASES = {"sqa": "science_qa", "seed": "seed_bench", "llavaw": "llava_bench", "llavabenchinthewild": "llava_bench"}
 
 
 def make_benchmark(name: str) -> Benchmark:
-    """Return a benchmark by name; case, dashes and underscores do not matter. Raises ConfigError."""
+    """Build a benchmark by name, ignoring case, dashes and underscores. Raises ConfigError."""
     plain = {known.replace("_", ""): kind for known, kind in BENCHMARKS.items()}
     plain |= {alias: BENCHMARKS[known] for alias, known in _ALIASES.items()}
     kind = plain.get(name.lower().replace("-", "").replace("_", ""))

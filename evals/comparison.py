@@ -1,4 +1,4 @@
-"""Two results of the same benchmark, question by question."""
+"""Comparison of two results of the same benchmark, question by question."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,21 +20,21 @@ _SETTINGS = ("prompt_hash", "template", "generation", "judge", "data_hash")
 
 @dataclass(frozen=True)
 class StoredResult:
-    """A result read back: its summary and its grades."""
+    """A stored result: its summary and its grades."""
 
     summary: Mapping[str, Any]
     rows: Sequence[Graded]
 
 
 def write_result(folder: Path, result: Result) -> None:
-    """Keep a result: its summary, and a line for each question."""
+    """Save a result: its summary, and a line for each question."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _GRADES).write_bytes(as_lines([asdict(row) for row in result.rows]))
     (folder / _RESULT).write_bytes(as_json(summarize_result(result)))
 
 
 def read_result(folder: Path) -> StoredResult:
-    """Read a kept result from its folder, or from a file in it. Raises DataError."""
+    """Load a stored result from its folder, or from a file in it. Raises DataError."""
     folder = folder if folder.is_dir() else folder.parent
     if not (folder / _RESULT).exists() or not (folder / _GRADES).exists():
         raise DataError(
@@ -49,22 +49,22 @@ def read_result(folder: Path) -> StoredResult:
     return StoredResult(read_json_value(folder / _RESULT), rows)
 
 
-def compare(first: StoredResult, second: StoredResult) -> dict[str, Any]:
-    """Return first - second over the questions that both have a score for, with its 95 % interval.
+def compare_results(first: StoredResult, second: StoredResult) -> dict[str, Any]:
+    """Compute first - second over the common scored questions, with the 95 % interval.
 
     Raises ConfigError for results of different benchmarks or profiles, DataError for results without a common question.
     """
     for key in ("benchmark", "profile"):
         if first.summary[key] != second.summary[key]:
             raise ConfigError(
-                f"the results differ in their {key}: {first.summary[key]!r} and {second.summary[key]!r}; only like can "
-                "be compared with like"
+                f"the results differ in their {key}: {first.summary[key]!r} and {second.summary[key]!r}; only equal "
+                "ones can be compared"
             )
     theirs = {row.id: row for row in second.rows if _has_score(row)}
     pairs = [(row, theirs[row.id]) for row in first.rows if _has_score(row) and row.id in theirs]
     if not pairs:
         raise DataError("the two results have no question in common")
-    estimated = difference(str(first.summary["benchmark"]), first.summary["profile"], pairs)
+    estimated = estimate_difference(str(first.summary["benchmark"]), first.summary["profile"], pairs)
     sure = math.isfinite(estimated.standard_error) and (estimated.low > 0 or estimated.high < 0)
     mine, other = (kept.summary.get("provenance", {}) for kept in (first, second))
     return {
@@ -83,8 +83,8 @@ def compare(first: StoredResult, second: StoredResult) -> dict[str, Any]:
     }
 
 
-def difference(name: str, profile: Profile, pairs: Sequence[tuple[Graded, Graded]]) -> Estimate:
-    """Return the difference of headlines, exactly for means, by leaving out groups of clusters for anything else."""
+def estimate_difference(name: str, profile: Profile, pairs: Sequence[tuple[Graded, Graded]]) -> Estimate:
+    """Estimate the difference of headlines, exactly for means, else by the jackknife over clusters."""
     benchmark = make_benchmark(name)
     clusters = [cluster_of(one) for one, _ in pairs]
     if benchmark.is_mean:
@@ -104,5 +104,5 @@ def difference(name: str, profile: Profile, pairs: Sequence[tuple[Graded, Graded
 
 
 def _has_score(row: Graded) -> bool:
-    """Tell whether an answer was there and graded."""
+    """Return whether an answer exists and was graded."""
     return row.state in ("scored", "unparsed")

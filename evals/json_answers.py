@@ -1,4 +1,4 @@
-"""Answers that models wrap in a JSON object: ``{"answer": "Blue"}`` says Blue."""
+"""Answers inside a JSON object: ``{"answer": "Blue"}`` is Blue."""
 
 import ast
 import json
@@ -15,7 +15,7 @@ _SAID = {True: "yes", False: "no", None: ""}
 
 
 def without_object(text: str) -> str:
-    """Return the answer of the one JSON object in a text that has one; the text where there is none, or several."""
+    """Return the answer in a text's only JSON object with one; the text itself if there is none, or several."""
     if "answer" not in text.lower() or "{" not in text:
         return text
     start, end = text.find("{"), text.rfind("}")
@@ -26,7 +26,7 @@ def without_object(text: str) -> str:
 
 
 def _answer(text: str) -> str | None:
-    """Return the one answer that an object has, or None."""
+    """Return the only answer of an object, or None."""
     bare = _UNQUOTED.fullmatch(text)
     if bare and bare[1].strip().lower() not in ("true", "false", "null", "none"):
         return bare[1].strip()
@@ -37,12 +37,12 @@ def _answer(text: str) -> str | None:
     if not named or any(isinstance(said, dict | list | tuple | set | bytes) for said in named):
         return None
     texts = {_SAID[said] if said is None or isinstance(said, bool) else str(said) for said in named}
-    # Escapes may spell halves of characters, which no file can hold.
+    # Escapes may produce lone surrogates, which no file can hold.
     return texts.pop().encode(errors="ignore").decode() if len(texts) == 1 else None
 
 
 def _value(text: str) -> Any:
-    """Return what JSON, or Python's own notation, says; numbers as they are written."""
+    """Parse JSON or a Python literal, with numbers as text."""
     try:
         return json.loads(_COMMAND.sub(r"\\\\", text), strict=False, parse_int=str, parse_float=str, parse_constant=str)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""A ranking of many models from comparisons of two: Bradley-Terry on Elo's scale, with bootstrap intervals."""
+"""Ratings of models from pairwise comparisons: Bradley-Terry on Elo's scale, with bootstrap intervals."""
 
 import math
 import random
@@ -10,7 +10,7 @@ _SCALE, _CENTRE = 400.0, 1000.0
 """Elo's: 400 points are odds of ten to one. The mean of all models is 1000."""
 _NUM_STEPS, _ENOUGH = 10_000, 1e-10
 _PRIOR = 0.5
-"""Each two models that met also tied so often: one that won everything has a finite rating."""
+"""Prior ties between each two compared models, so that a model that won everything has a finite rating."""
 _NUM_RESAMPLES = 200
 
 
@@ -26,7 +26,7 @@ class Match:
 
 @dataclass(frozen=True)
 class Rating:
-    """A model's rating, its 95 % interval, and the matches it rests on."""
+    """A model's rating, its 95 % interval, and its number of matches."""
 
     rating: float
     low: float
@@ -34,8 +34,8 @@ class Rating:
     num_matches: int
 
 
-def rate(matches: Sequence[Match], seed: int = 0) -> dict[str, Rating]:
-    """Return ratings, the best model first; the interval resamples whole clusters."""
+def compute_ratings(matches: Sequence[Match], seed: int = 0) -> dict[str, Rating]:
+    """Compute ratings, the best model first; the interval resamples whole clusters."""
     ratings = bradley_terry(matches)
     clusters: dict[str, list[Match]] = defaultdict(list)
     for number, match in enumerate(matches):
@@ -56,7 +56,7 @@ def rate(matches: Sequence[Match], seed: int = 0) -> dict[str, Rating]:
 
 
 def bradley_terry(matches: Sequence[Match]) -> dict[str, float]:
-    """Return the strengths under which the results are likeliest (Hunter 2004's MM steps), on Elo's scale.
+    """Compute the maximum-likelihood strengths (Hunter 2004's MM steps) on Elo's scale.
 
     The Newman 2023 form of the step, which needs a tenth of the rounds: strength = won over / lost over.
     """
@@ -71,9 +71,9 @@ def bradley_terry(matches: Sequence[Match]) -> dict[str, float]:
     for _ in range(_NUM_STEPS):
         change = 0.0
         for model in models:
-            fresh = _step(model, strengths, wins)
-            change = max(change, abs(math.log(fresh / strengths[model])))
-            strengths[model] = fresh
+            updated = _step(model, strengths, wins)
+            change = max(change, abs(math.log(updated / strengths[model])))
+            strengths[model] = updated
         if change < _ENOUGH:
             break
     logs = {model: math.log10(strengths[model]) for model in models}

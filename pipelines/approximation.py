@@ -1,4 +1,4 @@
-"""`export hub --approximate`: what a tower in another form costs, measured before anything is written."""
+"""Approximate export of a tower in another architecture, with its loss measured before anything is written."""
 
 import math
 from collections import Counter
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from llava_ray.model.formats.hub.siglip_form import FeatureDifference
     from llava_ray.model.formats.model_files import ModelFiles
 
-_ENOUGH_COSINE = 0.95  # below it the model sees something else than it was trained on
+_ENOUGH_COSINE = 0.95  # below it the features differ too much from those in training
 _ROUNDING = 1e-6
 _FURTHEST = 2.0  # one minus the cosine of opposite features
 _AT_ONCE = 16
@@ -28,23 +28,23 @@ _NO_ANSWER, _NO_PLACE = "no answer that is learnt", "system_prompt"  # as prepar
 
 @dataclass(frozen=True)
 class Approximation:
-    """Whether a tower may be written in another form, and how far its features may move."""
+    """The flags of an approximate export."""
 
     approximate: bool = False
-    """Write a DINOv2 tower as a SigLIP, which vLLM takes, and measure how far its features move."""
+    """Write a DINOv2 tower as a SigLIP, which vLLM supports, and measure the change of its features."""
     images: tuple[Path, ...] = ()
-    """Pictures to measure that on; default: drawn ones."""
+    """Images for the measurement; default: generated ones."""
     samples: str | None = None
-    """Records with answers, in any form that data.data_path takes: says what accuracy is lost on them."""
+    """Records with answers, in any form of data.data_path, on which to measure the loss of accuracy."""
     image_folder: str | None = None
-    """Where their image paths start; default: beside them."""
+    """Folder of their images; default: the records' folder."""
     max_samples: int | None = None
-    """Ask only the first so many of them; default: 200."""
+    """Number of records to use; default: 200."""
     accept_difference: float | None = None
-    """With a mean cosine below 0.95, how far the features may be: one minus the cosine."""
+    """Largest accepted change of the features, one minus the mean cosine, if the cosine is below 0.95."""
 
     def check(self) -> None:
-        """Raise ConfigError for what would be ignored, and for numbers that cannot be meant."""
+        """Check the flags against each other, and their ranges. Raises ConfigError."""
         if not self.approximate and (self.images or self.samples or self.accept_difference is not None):
             raise ConfigError("--images, --samples and --accept_difference belong to --approximate: give it, or none")
         if self.samples is None and (self.image_folder is not None or self.max_samples is not None):
@@ -57,16 +57,16 @@ class Approximation:
 
 @dataclass(frozen=True)
 class Loss:
-    """How many first questions of some records were answered as the record has it, before and after."""
+    """The numbers of correct answers to records' first questions, before and after."""
 
     num_samples: int
     before: int
     after: int
     left_out: Mapping[str, int] = field(default_factory=dict)
-    """How many more could not be asked, by reason."""
+    """Numbers of skipped records by reason."""
 
     def __str__(self) -> str:
-        """Put it into words."""
+        """Format the result."""
         was, now = self.before / self.num_samples, self.after / self.num_samples
         return (
             f"answers on {self.num_samples} samples: {was:.1%} right with the model's own tower, {now:.1%} with the "
@@ -75,14 +75,14 @@ class Loss:
 
 
 def _describe_left_out(counts: Mapping[str, int]) -> str:
-    """Say how many samples were not asked, and why; nothing if all were."""
+    """Format the numbers of skipped samples by reason; empty without any."""
     reasons = ", ".join(f"{reason} ({count:,})" for reason, count in sorted(counts.items()))
     return f"; {sum(counts.values()):,} left out: {reasons}" if reasons else ""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What a sample asks first: its prompt, its record's images with their number in it, and the answer."""
+    """A sample's first question: its prompt, its record's images with their number, and the answer."""
 
     record: "Record"
     prompt: list[int]
@@ -91,7 +91,7 @@ class Question:
 
 
 def check_difference(difference: "FeatureDifference", accepted: float | None) -> None:
-    """Raise ConfigError unless a tower's features stay near enough, or are accepted as they are."""
+    """Check that a tower's features change little enough, or that the change is accepted. Raises ConfigError."""
     found = 1 - difference.mean_cosine
     if found <= max(1 - _ENOUGH_COSINE, accepted or 0.0) + _ROUNDING:
         return
@@ -105,7 +105,7 @@ def check_difference(difference: "FeatureDifference", accepted: float | None) ->
 
 
 def bring_near(load: Callable[[], "LlavaParts"], opened: "ModelFiles", asked: Approximation) -> "ModelFiles":
-    """Return a model with its DINOv2 tower as a SigLIP, and say what that costs.
+    """Convert a model's DINOv2 tower to a SigLIP, and print the loss.
 
     ``load`` gives the model with its weights, for samples. Raises ConfigError if it costs more than is accepted.
     """
@@ -124,7 +124,7 @@ def bring_near(load: Callable[[], "LlavaParts"], opened: "ModelFiles", asked: Ap
 
 
 def measure_loss(parts: "LlavaParts", approximated: "ModelFiles", records: Iterable["Record | RecordError"]) -> Loss:
-    """Ask a model the first question of each sample with its own tower and with the approximate one.
+    """Evaluate the first question of each sample with the model's own tower and with the approximate one.
 
     Those that training would reject, or learn nothing from, are counted. Raises DataError where none is left.
     """
@@ -139,7 +139,7 @@ def measure_loss(parts: "LlavaParts", approximated: "ModelFiles", records: Itera
 
 
 def read_samples(path: str, image_folder: str | None, most: int) -> Iterator["Record | RecordError"]:
-    """Yield the first records of some data, or why training would reject one. Raises DataError."""
+    """Yield the first records of some data, or the reason why training would reject one. Raises DataError."""
     from llava_ray.config.sections import MAX_IMAGE_PIXELS
     from llava_ray.data.ordered_records import read_records
     from llava_ray.data.records import RawRecord
@@ -159,7 +159,7 @@ def read_samples(path: str, image_folder: str | None, most: int) -> Iterator["Re
 def make_questions(
     parts: "LlavaParts", records: Iterable["Record | RecordError"]
 ) -> tuple[list[Question], dict[str, int]]:
-    """Return what can be asked, and how many records cannot be, by reason."""
+    """Return the usable questions, and the numbers of skipped records by reason."""
     from llava_ray.chat.conversation import first_question
     from llava_ray.chat.tokens import tokenize_question
 
@@ -182,7 +182,7 @@ def make_questions(
 
 
 def _approximate_tower(parts: "LlavaParts", approximated: "ModelFiles") -> Any:
-    """Return the tower that an approximated model has, taking the same layer."""
+    """Return the tower of an approximated model, with the same selected layer."""
     from transformers import SiglipVisionModel
 
     from llava_ray.model.formats.hub.siglip_form import load_backbone
@@ -196,7 +196,7 @@ def _approximate_tower(parts: "LlavaParts", approximated: "ModelFiles") -> Any:
 
 
 def _count_right(parts: "LlavaParts", questions: Sequence[Question]) -> int:
-    """Count the first questions that are answered, greedily, as the record has it."""
+    """Count the first questions that are answered, greedily, like the record."""
     from llava_ray.generate.decoding import answer_text, generate_batch
     from llava_ray.train.held_out import same
 

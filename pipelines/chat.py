@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Talk with a LLaVA of any layout in the terminal, or ask it one question.
+"""Chat with a LLaVA of any layout in the terminal, or ask it one question.
 
 python pipelines/chat.py MODEL --image photo.jpg --prompt "What is this?" --max_new_tokens 64 --temperature 0 --json
 python pipelines/chat.py llava-v1.5-7b-lora --model_base vicuna-7b-v1.5 --vision_tower clip-vit-large-patch14-336
@@ -23,7 +23,7 @@ from pipelines.places import check_models
 if TYPE_CHECKING:
     from llava_ray.generate.chat import ChatSession
 
-with contextlib.suppress(ImportError):  # some systems have none
+with contextlib.suppress(ImportError):  # not available on all systems
     import readline  # noqa: F401 - lets input() edit and remember lines
 
 WHEN_STOPPED = "Stopped."
@@ -31,7 +31,7 @@ _HELP = "/image FILE shows an image with the next question, /clear begins anew; 
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Load the model; answer the prompt, or whatever is typed until Ctrl-D."""
+    """Load the model and answer the prompt, or lines from the terminal until Ctrl-D."""
     settings = tyro.cli(
         ChatSettings,
         args=bare_switches(arguments, switches_of(ChatSettings)),
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _converse(session: "ChatSession") -> None:
-    """Answer line by line until the input ends; what cannot be done is said, and the conversation goes on."""
+    """Answer lines until the input ends; print errors and continue."""
     while True:
         try:
             line = input("> ").strip()

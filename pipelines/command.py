@@ -1,4 +1,4 @@
-"""How every pipeline runs as a command: faults in one line, Ctrl-C without a traceback."""
+"""Execution of pipelines as commands: errors in one line, Ctrl-C without a traceback."""
 
 import argparse
 import os
@@ -33,7 +33,7 @@ def run_command(
         main(arguments)
     except LlavaRayError as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    except BrokenPipeError:  # whoever reads the output, such as head, has seen enough
+    except BrokenPipeError:  # the reader of the output, such as head, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or when_stopped, file=sys.stderr)
@@ -41,14 +41,14 @@ def run_command(
 
 
 def stop(number: int, frame: FrameType | None) -> None:
-    """Take SIGTERM as Ctrl-C is taken."""
+    """Handle SIGTERM like Ctrl-C."""
     del frame
     raise Stopped(signal_number=number)
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """Whether a run is only to be described, and what it has to fit: so much GPU memory, a cluster file."""
+    """The dry-run flags: whether to describe a run only, and the GPU memory or cluster that it has to fit."""
 
     dry_run: bool
     gpu_memory_gib: float | None
@@ -56,7 +56,7 @@ class DryRun:
 
 
 def split_dry_run(arguments: Sequence[str]) -> tuple[DryRun, list[str]]:
-    """Take ``--dry-run`` and what belongs to it out of a command line: a recipe's settings do not know them."""
+    """Parse ``--dry-run`` and its flags from a command line, and return the other arguments."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--dry-run", "--dry_run", action="store_true")
     parser.add_argument("--gpu_memory_gib", type=float)
@@ -70,7 +70,7 @@ def split_dry_run(arguments: Sequence[str]) -> tuple[DryRun, list[str]]:
 
 @contextmanager
 def timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
-    """Say that a stage begins, and note how long it took."""
+    """Print the start of a stage, and record its duration."""
     print(f"\n== {stage}", flush=True)
     start = time.perf_counter()
     yield

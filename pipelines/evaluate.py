@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Evaluate a LLaVA on benchmarks, score answers that are there already, compare two results.
+"""Evaluate a LLaVA on benchmarks, score existing answers, compare two results.
 
 python pipelines/evaluate.py run RECIPE --evaluate.model_path MODEL
 python pipelines/evaluate.py run --evaluate.model_path MODEL --evaluate.benchmarks gqa=data/gqa pope=data/pope
@@ -25,7 +25,7 @@ _TOOLS: dict[str, Callable[..., object]] = {
 
 
 def main(arguments: Sequence[str]) -> object:
-    """Run the subcommand that is named first: ``run`` takes a recipe, the tools plain arguments."""
+    """Run the subcommand of the first argument: ``run`` takes a recipe, the tools plain arguments."""
     if arguments[:1] == ["run"]:
         return commands.run(arguments[1:])
     spelt = bare_switches(arguments, switches_of(*_TOOLS.values()))

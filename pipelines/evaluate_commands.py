@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from evals.benchmark import Profile
-from evals.published import asked_of
+from evals.published import format_count
 from pipelines.command import split_dry_run
 
 _First = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
@@ -27,7 +27,7 @@ def run_score(  # noqa: PLR0913 - flags
     tracking_uri: str | None = None,
     json: bool = False,
 ) -> None:
-    """Score an answers file, ours or LLaVA's, without any model.
+    """Score an answers file, ours or LLaVA's, without a model.
 
     Args:
         benchmark: Its name: vqav2, gqa, vizwiz, science_qa, textvqa, pope, mme, mmbench, mmbench_cn, seed_bench,
@@ -40,7 +40,7 @@ def run_score(  # noqa: PLR0913 - flags
         tracking_uri: Keep it in this MLflow too.
         json: Print one JSON object and nothing else.
     """
-    from evals.tables import format_headline, interval_text
+    from evals.tables import format_headline, format_interval
     from pipelines.evaluation_results import ScoreRequest, log_evaluation, score_answers, write_results
 
     scored = score_answers(ScoreRequest(benchmark, data, answers, profile, reviews))
@@ -53,8 +53,10 @@ def run_score(  # noqa: PLR0913 - flags
         print(json_format.dumps(summary, ensure_ascii=False))
         return
     print(f"{summary['benchmark']} ({summary['profile']}): {summary['metric']} {format_headline(summary)}")
-    print(f"  95 % interval  {interval_text(summary)}")
-    print(f"  {'questions':<14} {asked_of(summary['benchmark'], summary['num_questions'], summary['num_questions'])}")
+    print(f"  95 % interval  {format_interval(summary)}")
+    print(
+        f"  {'questions':<14} {format_count(summary['benchmark'], summary['num_questions'], summary['num_questions'])}"
+    )
     for key in ("num_scored", "missing", "duplicate", "extra", "unparsed", "failed"):
         print(f"  {key:<14} {summary[key]:,}")
     if "withheld" in summary:
@@ -64,14 +66,14 @@ def run_score(  # noqa: PLR0913 - flags
 
 
 def run_compare(first: _First, second: _Second, *, json: bool = False) -> None:
-    """Say how much better A is than B, question by question, with the 95 % interval of the difference.
+    """Compare results A and B, question by question, with the 95 % interval of the difference.
 
     Args:
         first: Folder of a result, as score and run write it.
         second: Folder of another result of the same benchmark and profile.
         json: Print one JSON object and nothing else.
     """
-    from evals.comparison import compare as compare_results
+    from evals.comparison import compare_results as compare_results
     from evals.comparison import read_result
 
     found = compare_results(read_result(first), read_result(second))
@@ -81,7 +83,7 @@ def run_compare(first: _First, second: _Second, *, json: bool = False) -> None:
     ends = found["confidence_interval"]
     span = f"{ends[0]:+.2f} to {ends[1]:+.2f}" if ends else "not known from one cluster"
     print(f"{found['benchmark']} ({found['profile']}): A - B = {found['difference']:+.2f}, 95 % interval {span}")
-    asked = asked_of(found["benchmark"], found["num_compared"], found["num_compared"])
+    asked = format_count(found["benchmark"], found["num_compared"], found["num_compared"])
     print(f"  {asked} questions: A better in {found['better']:,}, B in {found['worse']:,}")
     print(f"  The difference is {'' if found['significant'] else 'not '}significant.")
     for line in found["settings_that_differ"]:
@@ -97,7 +99,7 @@ def run_with_settings() -> None:
 
 
 def run(arguments: Sequence[str]) -> list[dict[str, object]]:
-    """Ask a model the questions of several benchmarks and score its answers; the same command goes on.
+    """Run a model on several benchmarks and score its answers; the same command resumes.
 
     With ``--dry-run`` only say what would be asked.
     """

@@ -1,4 +1,4 @@
-"""Asking a model the questions of several benchmarks in one Ray job, each answer on the disk as soon as it is there."""
+"""Generation of answers to several benchmarks in one Ray job; each answer is on the disk at once."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from evals.benchmark import Benchmark
 from evals.benchmark import Question as BenchmarkQuestion
 from evals.catalogue import make_benchmark
 from evals.files import as_json
-from evals.ranking import LogLikelihood, Ranking, best_letter, candidates, shown_to_rank
+from evals.ranking import LogLikelihood, Ranking, find_best_letter, list_candidates, ranking_prompt
 from llava_ray.config.sections import AskConfig, EvaluateConfig
 from llava_ray.errors import ConfigError
 from llava_ray.generate.answers import Actors, Decoding, GeneratedAnswer, ModelToLoad, stream_answers
@@ -26,13 +26,13 @@ from llava_ray.placement import alive_nodes, pool_resources
 
 _SEPARATOR = "\n"  # between a benchmark's name and a question's id
 _SECONDS_BETWEEN_LINES = 5.0
-_DATA_CPUS = 0.5  # what decoding needs beside the actors
+_DATA_CPUS = 0.5  # CPUs of decoding, in addition to the actors
 SAME_ANSWERS = ("model_hash", "template", "image_aspect_ratio", "generation", "max_new_tokens")
 
 
 @dataclass(frozen=True)
 class AskedBenchmark:
-    """A benchmark whose questions are asked: where its data are, where its answers go."""
+    """A benchmark to answer: its data, and its answers file."""
 
     benchmark: Benchmark
     data: Path
@@ -45,7 +45,7 @@ class AskedBenchmark:
         return {question.id: question for question in self.questions}
 
     def key(self, name: str) -> str:
-        """Return the id of a question in the one job that asks all benchmarks."""
+        """Return the id of a question in the job of all benchmarks."""
         return f"{self.benchmark.name}{_SEPARATOR}{name}"
 
     def unanswered(self) -> list[BenchmarkQuestion]:
@@ -67,7 +67,7 @@ def list_benchmarks(config: AskConfig, folder: Path) -> list[AskedBenchmark]:
 
 
 def ask(config: EvaluateConfig, model: ModelToLoad, asked: Sequence[AskedBenchmark]) -> None:
-    """Ask all that is not answered yet: in one stream what is ranked, or written with the same limit of tokens."""
+    """Answer all open questions; those that are ranked, or have the same token limit, share one stream."""
     streams: dict[tuple[int, bool], list[ModelQuestion]] = defaultdict(list)
     for one in asked:
         for question in one.unanswered():
@@ -95,7 +95,7 @@ def save_answers(batch: Sequence[GeneratedAnswer], asked: Sequence[AskedBenchmar
         text, metadata = answer.answer, {}
         if answer.likelihoods:
             weighed = [LogLikelihood(*pair) for pair in answer.likelihoods]
-            text = best_letter(question, weighed)
+            text = find_best_letter(question, weighed)
             metadata = {"mean_log_likelihoods": [round(one.mean, 6) for one in weighed]}
         rows[name].append(asked_as | {"text": text, "answer_id": number, "model_id": model_id, "metadata": metadata})
     for name, some in rows.items():
@@ -103,16 +103,16 @@ def save_answers(batch: Sequence[GeneratedAnswer], asked: Sequence[AskedBenchmar
 
 
 def as_asked(one: AskedBenchmark, question: BenchmarkQuestion, ranking: Ranking | None = None) -> ModelQuestion:
-    """Return a benchmark's question as the actors take it."""
+    """Convert a benchmark's question for the actors."""
     images = [image if isinstance(image, bytes) else str(image.resolve()) for image in question.images]
     if ranking is None or not question.options:
         return ModelQuestion(one.key(question.id), question.prompt, images or None)
-    shown = shown_to_rank(question, ranking)
-    return ModelQuestion(one.key(question.id), shown, images or None, candidates(question, ranking))
+    shown = ranking_prompt(question, ranking)
+    return ModelQuestion(one.key(question.id), shown, images or None, list_candidates(question, ranking))
 
 
 def _pool(config: EvaluateConfig) -> Actors:
-    """Return who answers: an actor a GPU, or as many as leave CPUs for decoding."""
+    """Return the pool of actors: one per GPU, or as many as leave CPUs for decoding."""
     total, given = pool_resources("train"), config.actors
     room = total["CPU"] - _DATA_CPUS
     alone = given.num_actors and not total["GPU"] and len(alive_nodes()) == 1
@@ -123,7 +123,7 @@ def _pool(config: EvaluateConfig) -> Actors:
 
 
 def _progress(asked: Sequence[AskedBenchmark]) -> str:
-    """Say how far each benchmark is."""
+    """Format the progress of each benchmark."""
     return "  ".join(f"{one.benchmark.name} {len(one.file.rows):,}/{len(one.questions):,}" for one in asked)
 
 
@@ -133,14 +133,14 @@ def token_limit(config: AskConfig, one: AskedBenchmark) -> int:
 
 
 def check_ranking(config: AskConfig, asked: Sequence[AskedBenchmark]) -> None:
-    """Raise ConfigError if options are to be ranked and no benchmark has any."""
+    """Check that a benchmark has options if they are to be ranked. Raises ConfigError."""
     if config.ranking and not any(question.options for one in asked for question in one.questions):
         names = ", ".join(one.benchmark.name for one in asked)
         raise ConfigError(f"evaluate.ranking needs questions with options, and {names} has none: leave it out")
 
 
 def describe_answers(config: AskConfig, model: ModelToLoad) -> dict[str, Any]:
-    """Say how the answers are made: model and its hash, template, generation settings, versions."""
+    """Describe the generation of answers: model and its hash, template, generation settings, versions."""
     ranked = f", likeliest {config.ranking}" if config.ranking else ""
     blueprint = read_pretrained_blueprint(**vars(model))
     return {
@@ -154,7 +154,7 @@ def describe_answers(config: AskConfig, model: ModelToLoad) -> dict[str, Any]:
 
 
 def model_hash(path: str) -> str:
-    """Return 16 hex digits that change whenever training has changed a model's files; a hub id is its own hash."""
+    """Hash a model's files to 16 hex digits that change with training; a hub id is its own hash."""
     folder = Path(path)
     if not folder.is_dir():
         return path
@@ -166,7 +166,7 @@ def model_hash(path: str) -> str:
 
 
 def check_answer_settings(path: Path, made: Mapping[str, Any], *, has_answers: bool) -> None:
-    """Write how answers are made, or refuse to mix them with those of another model or setting."""
+    """Save the description of the answers. Raises ConfigError if the folder has answers of another model or setting."""
     kept = json.loads(path.read_text(encoding="utf-8")) if has_answers and path.exists() else None
     if kept is None:
         path.write_bytes(as_json(dict(made)))

@@ -1,4 +1,4 @@
-"""`evaluate run --dry-run`: questions, batches, memory and about how long, before anything is started."""
+"""The dry run of an evaluation: questions, batches, memory and estimated time."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from evals.benchmark import LETTER, LETTER_CN, SHORT, Benchmark, Question
 from evals.catalogue import make_benchmark
-from evals.published import asked_of, whole_set
+from evals.published import format_count, whole_set
 from evals.scoring import check_truths
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import AskConfig, DataConfig, EvaluateConfig, FinetuneConfig, ModelConfig
@@ -29,22 +29,22 @@ _GPU_GIB = 1.5  # CUDA's context and what its allocator cannot use
 
 @dataclass(frozen=True)
 class BenchmarkPart:
-    """The questions of a benchmark that are still to be asked."""
+    """The open questions of a benchmark."""
 
     benchmark: Benchmark
     questions: Sequence[Question]
     waiting: Sequence[Question]
     limit: int
-    """New tokens, at most."""
+    """Most new tokens."""
 
     @property
     def num_ranked(self) -> int:
-        """Return how many have options to rank."""
+        """Return the number of questions with options to rank."""
         return sum(bool(question.options) for question in self.waiting)
 
 
 def describe_evaluation(arguments: Sequence[str], gpu_memory_gib: float | None = None) -> Iterator[str]:
-    """Yield the evaluation in words, a line at a time.
+    """Yield the description of an evaluation, a line at a time.
 
     Raises DataError for data that are not there or not whole, ModelError for a model whose size cannot be known from
     here, ConfigError if it does not fit into the GPU's memory.
@@ -62,7 +62,7 @@ def describe_evaluation(arguments: Sequence[str], gpu_memory_gib: float | None =
 
 
 def _read_parts(config: EvaluateConfig) -> list[BenchmarkPart]:
-    """Read the questions, and which of them are answered already. Raises DataError."""
+    """Read the questions that are not answered yet. Raises DataError."""
     asking, parts = config.evaluate, []
     folder = Path(config.run.storage_path, str(config.run.name))
     for entry in asking.benchmarks:
@@ -82,7 +82,7 @@ def _read_parts(config: EvaluateConfig) -> list[BenchmarkPart]:
 
 
 def _read_ids(path: Path) -> set[str]:
-    """Return the ids of the questions that an answers file has; a line that was not finished does not count."""
+    """Return the ids of answered questions in a file, without an incomplete last line."""
     if not path.exists():
         return set()
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
@@ -90,14 +90,14 @@ def _read_ids(path: Path) -> set[str]:
 
 
 def _tell_part(part: BenchmarkPart, config: EvaluateConfig) -> Iterator[str]:
-    """Say what is asked of a benchmark, and what its figure will be worth."""
+    """Describe a benchmark's open questions, and limits of its score."""
     num, name = len(part.questions), part.benchmark.name
     answered = num - len(part.waiting)
     how = f"at most {part.limit:,} new tokens each"
     if config.evaluate.ranking and part.num_ranked:
         how = f"{part.num_ranked:,} with options to rank by their {config.evaluate.ranking}, others {how}"
     told = f", {answered:,} of them answered already" if answered else ""
-    yield f"{name:<16}{asked_of(name, num, num)} questions{told}; {how}"
+    yield f"{name:<16}{format_count(name, num, num)} questions{told}; {how}"
     files = [file for question in part.waiting for file in question.images if isinstance(file, Path)]
     absent = [file for file in files if not file.is_file()]
     if absent:
@@ -109,12 +109,12 @@ def _tell_part(part: BenchmarkPart, config: EvaluateConfig) -> Iterator[str]:
 
 
 def _named_review(config: EvaluateConfig, name: str) -> bool:
-    """Tell whether a benchmark's reviews are named."""
+    """Return whether a benchmark's reviews are configured."""
     return any(make_benchmark(entry.partition("=")[0]).name == name for entry in config.score.reviews)
 
 
 def _count_batches(parts: Sequence[BenchmarkPart], config: EvaluateConfig) -> int:
-    """Return the batches: what has the same limit of tokens is asked in one stream, what is ranked in another."""
+    """Return the batches: questions with the same token limit share a stream, ranked ones another."""
     streams: Counter[tuple[int, bool]] = Counter()
     for part in parts:
         ranked = part.num_ranked if config.evaluate.ranking else 0
@@ -126,7 +126,7 @@ def _count_batches(parts: Sequence[BenchmarkPart], config: EvaluateConfig) -> in
 def _tell_model(
     config: EvaluateConfig, parts: Sequence[BenchmarkPart], num_batches: int, gpu_memory_gib: float | None
 ) -> Iterator[str]:
-    """Say how large the model is, what an actor needs, and about how long it takes. Raises ModelError, ConfigError."""
+    """Yield the model's size, an actor's memory and the estimated time. Raises ModelError or ConfigError."""
     from llava_ray.model.summary import summarize_model
     from llava_ray.train.planning.dry_run import find_device
     from llava_ray.train.planning.pace import find_pace
@@ -173,7 +173,7 @@ def _read_model_config(asking: AskConfig) -> ModelConfig:
 def _memory(
     card: "ModelSummary", config: EvaluateConfig, parts: Sequence[BenchmarkPart], width: int
 ) -> dict[str, float]:
-    """Return what an actor needs in GiB: weights, keys and values of the longest batch, its activations."""
+    """Estimate an actor's memory in GiB: weights, KV cache of the longest batch, and activations."""
     text: Any = card.language_model.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_width = text.to_dict().get("head_dim") or text.hidden_size // text.num_attention_heads
@@ -196,7 +196,7 @@ def _tell_time(
     pace: "Pace | None",
     width: int,
 ) -> str:
-    """Say about how long the questions take."""
+    """Format the estimated time of the questions."""
     from llava_ray.train.planning.pace import format_duration
 
     if pace is None:
@@ -224,13 +224,13 @@ def _tell_time(
 
 
 def _expected_tokens(part: BenchmarkPart, *, longest: bool) -> int:
-    """Return how many tokens the answers of a batch take: of words or letters few, in sentences many."""
+    """Estimate the tokens of a batch's answers: few for words or letters, many for sentences."""
     short = all(question.prompt.endswith((SHORT, LETTER, LETTER_CN)) for question in part.waiting[:100])
     return part.limit if longest else min(part.limit, _FEW_TOKENS if short else _MANY_TOKENS)
 
 
 def _prompt_tokens(question: Question, card: "ModelSummary") -> float:
-    """Return about how many tokens a question and its images have."""
+    """Estimate the tokens of a question and its images."""
     return len(question.prompt) / _CHARACTERS_PER_TOKEN + _image_tokens(card) * len(question.images)
 
 

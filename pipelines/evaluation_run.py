@@ -1,4 +1,4 @@
-"""`evaluate run`: benchmarks asked in one job, then scored; the same command goes on where it stopped."""
+"""The run of an evaluation: benchmarks are answered in one job, then scored; the same command resumes."""
 
 import time
 from collections.abc import Sequence
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evals.catalogue import make_benchmark
-from evals.published import asked_of
-from evals.tables import format_headline, interval_text
+from evals.published import format_count
+from evals.tables import format_headline, format_interval
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import EvaluateConfig
 from llava_ray.errors import ConfigError
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(arguments: Sequence[str]) -> list[dict[str, Any]]:
-    """Ask what is not answered yet, score everything, write the report; return the summaries."""
+    """Answer open questions, score everything, write the report; return the summaries."""
     config = load_recipe(EvaluateConfig, arguments)
     _check_places(config)
     print(config.model_dump_json(indent=1, exclude_defaults=True), flush=True)
@@ -63,7 +63,7 @@ def evaluate(arguments: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _check_places(config: EvaluateConfig) -> None:
-    """Look for the model and the benchmarks' files. Raises ConfigError."""
+    """Check that the model and the benchmarks' files exist. Raises ConfigError."""
     asking = config.evaluate
     check_models({f"evaluate.{key}": getattr(asking, key) for key in ("model_path", "model_base", "vision_tower")})
     for name, _, folder in (entry.partition("=") for entry in asking.benchmarks):
@@ -73,7 +73,7 @@ def _check_places(config: EvaluateConfig) -> None:
 
 
 def _shared_places(config: EvaluateConfig) -> "Places":
-    """Return what all nodes have to see: model and images. Answers are written here alone."""
+    """Return the paths that all nodes have to see: model and images. Answers are written by the driver."""
     from llava_ray.shared_storage import Places
 
     asking = config.evaluate
@@ -94,7 +94,7 @@ def _run_folder(config: EvaluateConfig) -> Path:
 
 
 def _report(config: EvaluateConfig, folder: Path, asked: "Sequence[AskedBenchmark]") -> list[dict[str, Any]]:
-    """Score everything, write reports and submissions, keep them in MLflow, and say where they are."""
+    """Score everything, write reports and submissions, log them to MLflow, and print their paths."""
     from llava_ray.tracking import default_tracking_uri, describe_page
 
     reviews = {
@@ -110,8 +110,8 @@ def _report(config: EvaluateConfig, folder: Path, asked: "Sequence[AskedBenchmar
     uri = config.tracking.tracking_uri or default_tracking_uri(config.run.storage_path)
     run_id = log_evaluation(uri, str(folder.resolve()), summaries, folder, config.tracking.experiment_name)
     for summary in summaries:
-        num = asked_of(summary["benchmark"], summary["num_questions"], summary["num_questions"])
-        figures = f"{format_headline(summary):>9}  {interval_text(summary)}  ({summary['metric']}, {num} questions)"
+        num = format_count(summary["benchmark"], summary["num_questions"], summary["num_questions"])
+        figures = f"{format_headline(summary):>9}  {format_interval(summary)}  ({summary['metric']}, {num} questions)"
         print(f"{summary['benchmark']:<16} {figures}")
         if "withheld" in summary:
             print(f"  {summary['withheld']}")

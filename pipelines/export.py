@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Bring a model into another layout, take a part of it, or look at what a folder is.
+"""Convert a model to another layout, export a part of it, or inspect a folder.
 
 python pipelines/export.py inspect runs/tune/model
 python pipelines/export.py hub runs/tune/model exported --vocabulary padded
@@ -34,7 +34,7 @@ SUBCOMMANDS: dict[str, Callable[..., None]] = {
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the subcommand that is named first."""
+    """Run the subcommand of the first argument."""
     spelt = bare_switches(arguments, switches_of(*SUBCOMMANDS.values()))
     tyro.extras.subcommand_cli_from_dict(
         SUBCOMMANDS, args=spelt, prog=command("export"), description=as_started(spaced(__doc__)), use_underscores=True

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelArguments:
-    """What a folder does not say of itself."""
+    """Flags for facts that a folder does not record."""
 
     model_base: str | None = None
-    """Where the language model lies that a bundle only names."""
+    """Folder of the language model that a bundle only references."""
     vision_tower: str | None = None
-    """Where the vision tower lies."""
+    """Folder of the vision tower."""
     version: str | None = None
     """Conversation template by LLaVA's name, for layouts that do not record it."""
 
@@ -41,7 +41,7 @@ _AS_IT_IS = Approximation()
 
 
 def run_inspect(path: _Model, *, json: bool = False) -> None:
-    """Say what a folder is: its parts, sizes, template, and what is missing.
+    """Inspect a folder: print its parts, sizes, template, and missing files.
 
     Args:
         path: A folder with a model in any layout.
@@ -163,7 +163,7 @@ def run_consolidate(checkpoint: _Checkpoint, output: _Output) -> None:
 def run_make_delta(
     model: _Model, base_or_output: _BaseOrOutput, output: _OptionalOutput = None, *, model_base: Path | None = None
 ) -> None:
-    """Write a model as its difference, bit for bit, to the language model that it was tuned from.
+    """Write a model as its exact difference from the language model that it was tuned from.
 
     MODEL OUTPUT --model_base BASE, as the other subcommands take them, or MODEL BASE OUTPUT.
 
@@ -190,14 +190,14 @@ def run_make_delta(
 
 
 def run_apply_delta(base: _Base, delta: _Delta, output: _Output) -> None:
-    """Make a model of a delta and its base, which has to be the right one."""
+    """Build a model from a delta and its base, which is verified."""
     from llava_ray.model.formats.deltas import apply_delta as apply
 
     _print_export(apply(base, delta, output))
 
 
 def _open_given(model: Path, given: ModelArguments) -> "ModelFiles":
-    """Open a model with what was given of it."""
+    """Open a model with the given parts."""
     from llava_ray.model.formats.model_opening import open_model
 
     opened = open_model(model, **vars(given))
@@ -207,7 +207,7 @@ def _open_given(model: Path, given: ModelArguments) -> "ModelFiles":
 
 
 def _print_export(exported: "Exported") -> None:
-    """Say where it is, and what has to be known of it."""
+    """Print the path of an export, and notes about it."""
     print(f"Written to {exported.folder}")
     for note in exported.notes:
         print(f"  {note}")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Tune a LLaVA on a Ray cluster: alignment and instruction tuning alike, by recipe.
+"""Fine-tune a LLaVA on a Ray cluster, for alignment or instruction tuning, by recipe.
 
 python pipelines/finetune.py pipelines/recipes/finetune/llava_v1_5_7b.toml --data.data_path mix665k.json …
 python pipelines/finetune.py RECIPE --dry-run [--gpu_memory_gib 40]     # parts, steps, memory; starts nothing
@@ -25,12 +25,12 @@ _PROJECTOR = "model.pretrain_mm_mlp_adapter"
 
 
 def main(arguments: Sequence[str]) -> "FinishedRun | None":
-    """Prepare the data, tune, and say where the results are; or only say what would be done."""
+    """Prepare the data, fine-tune and print the results' paths, or describe the run with ``--dry-run``."""
     asked, arguments = split_dry_run(arguments)
     config = load_recipe(FinetuneConfig, arguments)
     missing = missing_models(config)
     if asked.dry_run:
-        # A projector's size is known without its file, that of a whole model of our own making is not.
+        # A projector's size is known without its file, that of a whole model from an earlier stage is not.
         check_prerequisites(config, {key: command for key, command in missing.items() if key != _PROJECTOR})
         from llava_ray.train.planning.dry_run import describe_run
 
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> "FinishedRun | None":
 
 
 def _shared_places(config: FinetuneConfig) -> "Places":
-    """Return what all nodes have to see."""
+    """Return the paths that all nodes have to see."""
     from llava_ray.shared_storage import Places
 
     data = config.data
@@ -65,7 +65,7 @@ def _shared_places(config: FinetuneConfig) -> "Places":
 
 
 def _print_run(finished: "FinishedRun") -> None:
-    """Say what came out, and where."""
+    """Print the results and their paths."""
     from llava_ray.tracking import describe_page
 
     loss = finished.metrics.get("loss", float("nan"))

@@ -17,12 +17,12 @@ from pipelines.places import check_data_places
 if TYPE_CHECKING:
     from llava_ray.data.shards import PreparedData
 
-# Sections of a recipe for `finetune` that say nothing about data.
+# Sections of a fine-tuning recipe that do not concern data.
 _OTHER_SECTIONS = ("model", "train", "lora", "tracking")
 
 
 def main(arguments: Sequence[str]) -> "PreparedData":
-    """Prepare, and say what came out and where it is."""
+    """Prepare the data and print the results."""
     config = load_recipe(PrepareConfig, arguments, ignore=_OTHER_SECTIONS)
     check_data_places(config.data)
     from llava_ray.data.preparation import check_source, prepare_data
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> "PreparedData":
 
 
 def _print_prepared(prepared: "PreparedData") -> None:
-    """Print counts, reasons, sizes and places."""
+    """Print counts, reasons, sizes and paths."""
     from llava_ray.data.record_keys import describe_ignored
 
     num_records = prepared.num_samples + prepared.num_rejected
@@ -47,7 +47,7 @@ def _print_prepared(prepared: "PreparedData") -> None:
     print(f"  rejected   {prepared.num_rejected:>12,}  ({prepared.num_rejected / num_records:.2%})")
     for reason, count in sorted(prepared.rejected_reasons.items(), key=lambda item: -item[1]):
         print(f"    {reason:<18}{count:>5,}")
-    if prepared.reused and prepared.ignored_keys:  # otherwise said while it was prepared
+    if prepared.reused and prepared.ignored_keys:  # otherwise printed during preparation
         print(f"  {describe_ignored(prepared.ignored_keys)}")
     print(f"  shards     {len(prepared.shards):>12,}")
     print(f"  size       {prepared.num_bytes / 1e6:>12,.1f} MB")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Show what a model will see of your data, before any training: tokens, what is learnt of them, images, losses.
+"""Show how a model will see your data before training: tokens, supervised ones, images, losses.
 
 python pipelines/preview.py --model BUNDLE --data mix.json --image_folder images
 python pipelines/preview.py --tokenizer DIR --version vicuna_v1 --data mix.json --json

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train a small real LLaVA on this machine and show what it learnt: no GPU, no hub account.
+"""Train and evaluate a small real LLaVA on this machine, without a GPU or hub account.
 
 python pipelines/quickstart.py
 
@@ -28,7 +28,7 @@ _NUM_TEST_QUESTIONS = 1_000
 
 
 def main(arguments: Sequence[str]) -> float:
-    """Do every stage that is not done yet, write the report, return the held-out accuracy."""
+    """Run all unfinished stages, write the report, and return the held-out accuracy."""
     words = load_recipe(FinetuneConfig, [f"{RECIPES}/words.toml", *arguments])
     from llava_ray.report.charts import check_plotting
 
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str]) -> float:
 
 
 def _link_stage(finished: "FinishedRun", name: str) -> None:
-    """Let a stage be found under a name that the recipes know, beside the one that ends in a hash."""
+    """Link a stage's run under the name that recipes use, without the hash."""
     link = _FOLDER / name
     if link.is_symlink():
         link.unlink()
@@ -87,7 +87,7 @@ def _link_stage(finished: "FinishedRun", name: str) -> None:
 
 
 def train(config: FinetuneConfig, resources: "Resources") -> "FinishedRun":
-    """Prepare and tune one stage, or find it done."""
+    """Prepare and fine-tune one stage, or reuse it."""
     from llava_ray.data.preparation import prepare_data
     from llava_ray.train.trainer import finetune
 

@@ -1,4 +1,4 @@
-"""What the quickstart asks, the page it makes of the answers, and what to do next."""
+"""The quickstart's evaluation, report and next steps."""
 
 import json
 import random
@@ -30,7 +30,7 @@ What next
 
 
 def answer(tuned: FinishedRun, asked: Sequence[easy_vqa.ShapeQuestion], actors: Actors) -> dict[str, str]:
-    """Ask the model, greedily and in batches, or find the run's answers."""
+    """Generate the model's answers, greedily in batches, or load them."""
     kept = Path(tuned.folder.path, "answers.json")
     if kept.exists():
         print(f"Reused: {kept}")
@@ -48,7 +48,7 @@ def make_quickstart_report(
     asked: Sequence[easy_vqa.ShapeQuestion],
     said: Mapping[str, str],
 ) -> Report:
-    """Lay out the page."""
+    """Build the report."""
     total = Accuracy("all", report["held_out_accuracy"], report["blind_accuracy"], report["num_test_questions"])
     kinds = [Accuracy(kind, p["model"], p["blind"], p["num_questions"]) for kind, p in report["by_kind"].items()]
     losses = {stage: run.read_losses() for stage, run in runs.items()}
@@ -61,14 +61,14 @@ def make_quickstart_report(
 
 
 def _picture(asked: easy_vqa.ShapeQuestion, said: str) -> Picture:
-    """Show a test image with what was asked, said and true."""
+    """Return a test image with question, answer and truth."""
     verdict: AnswerVerdict = "right" if easy_vqa.normalize_answer(said) == asked.answer else "wrong"
     content = Path(asked.image).read_bytes()
     return Picture(content, f"test image {asked.id}", "", asked.question, said, asked.answer, verdict)
 
 
 def write_examples(folder: Path, asked: Sequence[easy_vqa.ShapeQuestion]) -> None:
-    """Write questions about test images for the service's page: of the kinds that the model has learnt."""
+    """Write example questions about test images for the service's page."""
     drawn: dict[str, easy_vqa.ShapeQuestion] = {}
     for question in asked:
         drawn.setdefault(question.kind, question)
@@ -81,7 +81,7 @@ def write_examples(folder: Path, asked: Sequence[easy_vqa.ShapeQuestion]) -> Non
 
 
 def print_quickstart(folder: Path, report: Mapping[str, Any], tuned: FinishedRun, data: Path) -> None:
-    """Say what came out, where it is, and what to do next."""
+    """Print the results, their paths and next steps."""
     print(f"\nHeld-out accuracy {report['held_out_accuracy']:.1%} on {report['num_test_questions']:,} test questions")
     print(f"Blind baseline    {report['blind_accuracy']:.1%} (most frequent answer, image unseen)")
     for kind, part in report["by_kind"].items():

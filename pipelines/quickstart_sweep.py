@@ -25,7 +25,7 @@ _RECIPE = str(Path(__file__).parent / "recipes/sweep/quickstart.toml")
 
 
 def main(arguments: Sequence[str]) -> "Sweep | None":
-    """Make what the sweep starts from, then sweep."""
+    """Prepare the sweep's inputs, then run it."""
     load_sweep([_RECIPE, *arguments])
     from llava_ray.quickstart import easy_vqa
     from llava_ray.quickstart.easy_vqa_records import write_open_split, write_words
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> "Sweep | None":
 
 
 def _take_out(bundle: Path, folder: Path) -> Path:
-    """Copy a bundle's language model with its tokenizer: beside a projector it would take no other kind of one."""
+    """Copy a bundle's language model with its tokenizer, without its projector, whose type the sweep varies."""
     shutil.copytree(bundle / "language_model", folder, dirs_exist_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(bundle / name, folder)

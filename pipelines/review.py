@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Have answers reviewed by GPT-4 or any OpenAI-compatible judge: rate-limited, each call paid once, within a budget.
+"""Review answers with GPT-4 or any OpenAI-compatible judge: rate-limited, billed exactly once, within a budget.
 
 python pipelines/review.py RECIPE --questions F --references F --answers F --context F --judge.model M --output DIR
 python pipelines/review.py RECIPE --benchmark mm_vet --data data/mm_vet --answers F --budget.dollars 5 --dry-run
 python pipelines/review.py summarize REVIEWS.jsonl …
 
-Exit code 0: every review came to an end. 3: partial; the same command goes on, and pays nothing twice. 1: nothing was
-scored. 130, 143: stopped by Ctrl-C or SIGTERM; the same command goes on.
+Exit code 0: every review has ended. 3: partial; the same command resumes, and pays nothing twice. 1: nothing was
+scored. 130, 143: stopped by Ctrl-C or SIGTERM; the same command resumes.
 """
 
 import sys
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 _PARTIAL = 3
 _NOTHING = 1
-_OF_SIGNALS = 128  # and the signal's number: the shell's own code
+_OF_SIGNALS = 128  # plus the signal's number: the shell's convention
 
 
 def main(arguments: Sequence[str]) -> "Outcome | None":
-    """Review, say what a review would cost, or summarize review files."""
+    """Run a review, print its estimated cost, or summarize review files."""
     if arguments[:1] == ["summarize"]:
         from pipelines.review_summary import summarize
 
         summarize(arguments[1:])
         return None
     asked, others = split_dry_run(arguments)
-    load_settings(ReviewConfig, others)  # --help and a typo answer before the imports, which take seconds
+    load_settings(ReviewConfig, others)  # handle --help and typos before the slow imports
     from pipelines.review_run import describe_review, review
 
     if asked.dry_run:

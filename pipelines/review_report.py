@@ -1,4 +1,4 @@
-"""The end of a review: report.json, reviews.jsonl, LLaVA's review files, report.html, MLflow."""
+"""The outputs of a review: report.json, reviews.jsonl, LLaVA's review files, report.html, MLflow."""
 
 import platform
 import time
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.benchmark import Question
-from evals.scoring import versions
+from evals.scoring import find_versions
 from llava_ray.config.review import ReviewConfig
 from llava_ray.errors import ConfigError
 from llava_ray.reading import reason
@@ -39,7 +39,7 @@ _EXPERIMENT = "llava_ray review"
 def write_review(
     config: ReviewConfig, plan: CallPlan, inputs: Inputs, output: Path, ledger: Path, progress: Progress
 ) -> dict[str, Any]:
-    """Write everything a review leaves behind and return report.json's content."""
+    """Write all outputs of a review, and return report.json's contents."""
     judged = collect(plan, ledger)
     results = summarize_reviews(config, plan, inputs, judged)
     report = {
@@ -73,17 +73,17 @@ def write_review(
 
 
 def _tell_reasons(judged: Sequence[Judged], max_tokens: int) -> None:
-    """Say how many reviews have no scores, and why most of them have none."""
+    """Print the number of reviews without scores, and the main reason."""
     num, most, why = top_reason(judged, max_tokens)
     if num:
         print(f"  {num:,} of {len(judged):,} reviews have no scores, {most:,} of them because: {why}")
 
 
 def _completeness(judged: Sequence[Judged], progress: Progress) -> dict[str, Any]:
-    """Say whether every review came to an end (done, or failed and listed), and why not."""
+    """Return whether every review has ended (done, or failed and listed), or the reason why not."""
     num_open = sum(one.row is None for one in judged)
     if not num_open:
-        stopped = "" if progress.signal else progress.stopped  # what was under way was the rest
+        stopped = "" if progress.signal else progress.stopped  # the calls in flight were the last ones
         return {"complete": not stopped, "partial_because": stopped}
     spent = f"${progress.spent:.4f} of the budget are spent and the next call might not fit" if progress.broke else ""
     why = progress.stopped or spent or "it was interrupted"
@@ -129,7 +129,7 @@ def _listed(judged: Sequence[Judged], max_tokens: int) -> list[dict[str, Any]]:
 
 
 def warnings(config: ReviewConfig, plan: CallPlan) -> list[str]:
-    """Return what a reader should know of the judges."""
+    """Return warnings about the judges."""
     aliases = [judge.model for judge in plan.judges.values() if judge.model in ALIASES]
     return [
         f"{name} is an alias that will mean another model one day; {ALIASES[name]} would not" for name in aliases
@@ -141,7 +141,7 @@ def warnings(config: ReviewConfig, plan: CallPlan) -> list[str]:
 
 
 def _describe_judges(config: ReviewConfig, plan: CallPlan) -> dict[str, Any]:
-    """Say who judged what by which rubric."""
+    """Describe judges, inputs and rubric."""
     judge = config.judge
     return {
         "judges": ", ".join(plan.judges),
@@ -157,13 +157,13 @@ def _describe_judges(config: ReviewConfig, plan: CallPlan) -> dict[str, Any]:
         "questions": config.review.questions or f"{config.review.benchmark} in {config.review.data}",
         "answers": ", ".join(config.review.answers),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        **versions(),
+        **find_versions(),
         "machine": platform.machine(),
     }
 
 
 def _disagreements(judged: Sequence[Judged], questions: Sequence[Question]) -> tuple[list[Disagreement], int]:
-    """Return the questions with different winners, the widest apart first, and how many there are."""
+    """Return questions with different winners, the largest disagreements first, and their number."""
     by_id = {question.id: question for question in questions}
     found: list[tuple[float, Mapping[str, Any]]] = []
     for row in question_rows(judged):
@@ -196,7 +196,7 @@ def _sign(lead: float) -> int:
 
 
 def _keep(config: ReviewConfig, output: Path, report: Mapping[str, Any]) -> None:
-    """Keep a review in MLflow; where that fails, its files are written nevertheless."""
+    """Log a review to MLflow; a failure is printed, since its files are written already."""
     try:
         log_review(config, output, report)
     except ConfigError:
@@ -206,7 +206,7 @@ def _keep(config: ReviewConfig, output: Path, report: Mapping[str, Any]) -> None
 
 
 def log_review(config: ReviewConfig, output: Path, report: Mapping[str, Any]) -> None:
-    """Keep figures, settings and files in MLflow; the same folder is the same run."""
+    """Log metrics, settings and files to MLflow; the same folder is the same run."""
     from llava_ray.tracking import TrackedRun, default_tracking_uri
 
     uri = config.tracking.tracking_uri or default_tracking_uri(str(output.parent))

@@ -1,4 +1,4 @@
-"""`review`: items → calls → reviewers → ledger → figures; the same command goes on where it stopped."""
+"""The run of a review: items → calls → reviewers → ledger → metrics; the same command resumes."""
 
 import os
 import sys
@@ -32,7 +32,7 @@ _TYPICAL_OUTPUT = 250  # tokens of a review
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a review came to."""
+    """The outcome of a review."""
 
     complete: bool
     report: Mapping[str, Any]
@@ -41,13 +41,13 @@ class Outcome:
 
     @property
     def scored(self) -> bool:
-        """Whether any review has scores."""
+        """Return whether any review has scores."""
         return any(one["done"] for one in self.report["results"])
 
 
 @dataclass(frozen=True)
 class ReviewJob:
-    """Everything a review needs before the first call."""
+    """The state of a review before the first call."""
 
     config: ReviewConfig
     inputs: Inputs
@@ -55,16 +55,16 @@ class ReviewJob:
     output: Path
     ledger: Path
     budget: float | None
-    """What all calls in the ledger may cost; None where the judge's price is not known."""
+    """Budget of all calls in the ledger; None if the judge's price is unknown."""
 
     @cached_property
     def keys(self) -> list[str]:
-        """The calls' keys, by number."""
+        """Return the calls' keys, by number."""
         return [call.key for call in self.plan]
 
     @property
     def priced(self) -> bool:
-        """Whether it is known what the judges cost."""
+        """Return whether the judges' prices are known."""
         return all(judge.price for judge in self.plan.judges.values())
 
     def waiting(self) -> list[int]:
@@ -73,13 +73,13 @@ class ReviewJob:
         return [index for index, key in enumerate(self.keys) if key not in done]
 
     def likely_dollars(self, call: Call) -> float:
-        """Return what a call costs if its review is as long as most."""
+        """Estimate the cost of a call with a review of typical length."""
         price, longest = self.plan.judges[call.judge].price, self.config.judge.max_tokens
         return price.cost(call.tokens - longest, min(longest, _TYPICAL_OUTPUT)) if price else 0.0
 
 
 def prepare(arguments: Sequence[str]) -> ReviewJob:
-    """Read settings and inputs, and word every call once. Raises ConfigError, DataError."""
+    """Read settings and inputs, and build every call once. Raises ConfigError or DataError."""
     config = load_settings(ReviewConfig, arguments)
     judges = list_judges(config.judge)
     review = config.review
@@ -91,7 +91,7 @@ def prepare(arguments: Sequence[str]) -> ReviewJob:
 
 
 def describe_review(arguments: Sequence[str]) -> dict[str, Any]:
-    """Say what a review would ask and cost; nothing is sent."""
+    """Print the calls and cost of a review, without sending anything."""
     job = prepare(arguments)
     waiting = job.waiting()
     calls = [job.plan[index] for index in waiting]
@@ -120,7 +120,7 @@ def describe_review(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _told_dollars(job: ReviewJob, calls: Sequence[Call]) -> dict[str, Any]:
-    """Return what calls are likely to cost, and may cost."""
+    """Return the estimated and the largest cost of calls."""
     return {
         "dollars, about": round(sum(map(job.likely_dollars, calls)), 4),
         "dollars, at most": round(sum(call.dollars for call in calls), 4),
@@ -129,7 +129,7 @@ def _told_dollars(job: ReviewJob, calls: Sequence[Call]) -> dict[str, Any]:
 
 
 def _told_tokens(job: ReviewJob, calls: Sequence[Call]) -> dict[str, Any]:
-    """Return the tokens of calls whose price is not known."""
+    """Return the tokens of calls with an unknown price."""
     longest = job.config.judge.max_tokens
     return {
         "prompt tokens, about": sum(call.tokens - longest for call in calls),
@@ -139,7 +139,7 @@ def _told_tokens(job: ReviewJob, calls: Sequence[Call]) -> dict[str, Any]:
 
 
 def review(arguments: Sequence[str]) -> Outcome:
-    """Review what is not reviewed yet, write reports, and say whether everything came to an end."""
+    """Make all open reviews, write reports, and return the outcome."""
     job = prepare(arguments)
     started, waiting = time.monotonic(), job.waiting()
     progress = Progress(len(job.plan), len(job.plan) - len(waiting))
@@ -165,7 +165,7 @@ def review(arguments: Sequence[str]) -> Outcome:
 
 
 def _note_budget(job: ReviewJob, waiting: Sequence[int], progress: Progress) -> None:
-    """See whether there is money for any call. Raises ConfigError where there never was."""
+    """Check that the budget allows any call. Raises ConfigError if it never did."""
     spent = read_account(job.ledger).spent
     why = too_dear(job.budget, spent, [job.plan[index] for index in waiting] if job.budget is not None else ())
     if why and not progress.cached:
@@ -175,7 +175,7 @@ def _note_budget(job: ReviewJob, waiting: Sequence[int], progress: Progress) -> 
 
 
 def _work(job: ReviewJob, waiting: Sequence[int], progress: Progress) -> None:
-    """Open the ledger and have the calls made. Raises ConfigError if another review is writing the ledger."""
+    """Open the ledger and make the calls. Raises ConfigError if another review is writing the ledger."""
     ledger = open_ledger(job.ledger, session=uuid.uuid4().hex[:12])
     pool = Pool(job.plan, job.config.limits, BudgetConfig(dollars=job.budget), ledger)
     spoken, told = -_SECONDS_BETWEEN_LINES, False
@@ -201,7 +201,7 @@ def _work(job: ReviewJob, waiting: Sequence[int], progress: Progress) -> None:
 
 
 def _stop_line(job: ReviewJob, progress: Progress) -> str:
-    """Say what the first signal does."""
+    """Format the message of the first signal."""
     return (
         f"Stopping: nothing new is sent; waiting for {progress.under_way} calls under way, "
         f"{job.config.judge.timeout_s:g} s at most (they are paid). Once more leaves at once."
@@ -223,7 +223,7 @@ def _work_in_batches(job: ReviewJob, waiting: Sequence[int], progress: Progress)
 
 
 def _line(progress: Progress, *, priced: bool) -> str:
-    """Say how far the job is."""
+    """Format the progress of the job."""
     left = progress.remaining_s
     parts = [
         f"{progress.cached + progress.done + progress.failed:,}/{progress.total:,} reviewed",

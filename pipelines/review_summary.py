@@ -1,4 +1,4 @@
-"""`review summarize`: review files, ours or LLaVA's, as LLaVA's script sums them up, failures left out and counted."""
+"""Summaries of review files, ours or LLaVA's, by LLaVA's rule, with failures excluded and counted."""
 
 import json as json_format
 from collections import defaultdict
@@ -18,7 +18,7 @@ from pipelines.review_files import read_question_rows
 
 _Files = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
 _MAX_FAILED = 0.02
-_MOST = 1e6  # beyond, or not finite, a number is no score
+_MOST = 1e6  # a larger or not finite number is no score
 
 
 def summarize(arguments: Sequence[str]) -> list[dict[str, Any]]:
@@ -29,7 +29,7 @@ def summarize(arguments: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _summarize(files: _Files, ignore: tuple[str, ...] = (), *, json: bool = False) -> list[dict[str, Any]]:
-    """Sum review files up: 100 x mean(second) / mean(first), of all and by category.
+    """Summarize review files: 100 x mean(second) / mean(first), of all and by category.
 
     Args:
         files: JSON lines with question_id, tuple and, mostly, category, as LLaVA's review scripts and `review` write.
@@ -45,7 +45,7 @@ def _summarize(files: _Files, ignore: tuple[str, ...] = (), *, json: bool = Fals
 
 
 def _summarize_file(path: Path, ignore: set[str]) -> dict[str, Any]:
-    """Return a file's relative scores; a failure, (-1, -1) in LLaVA's files, is in no mean. Raises DataError."""
+    """Compute a file's relative scores without failures, (-1, -1) in LLaVA's files. Raises DataError."""
     pairs: dict[str, list[tuple[float, float]]] = defaultdict(list)
     failed = num = 0
     for row in read_question_rows(path, "reviews (question_id, tuple)"):
@@ -63,7 +63,7 @@ def _summarize_file(path: Path, ignore: set[str]) -> dict[str, Any]:
     result: dict[str, Any] = {"file": str(path), "num_reviews": num, "failed": failed}
     if failed > _MAX_FAILED * num or not pairs:
         result["withheld"] = f"{failed} of {num} reviews failed; at most 2 % may"
-    figures = {name: _figures(some) for name, some in sorted(pairs.items())}
+    figures = {name: _compute_scores(some) for name, some in sorted(pairs.items())}
     return result | {"categories": figures}
 
 
@@ -71,7 +71,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -1 <= value <= _MOST
 
 
-def _figures(pairs: Sequence[tuple[float, float]]) -> dict[str, float | int | None]:
+def _compute_scores(pairs: Sequence[tuple[float, float]]) -> dict[str, float | int | None]:
     first, second = (sum(pair[side] for pair in pairs) / len(pairs) for side in (0, 1))
     return {
         "relative": rounded(relative_score(pairs)),

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Search a space of settings: many fine-tuning runs, stopped early, judged on held-out samples.
+"""Search a space of settings with many fine-tuning runs, early stopping and held-out evaluation.
 
 python pipelines/sweep.py pipelines/recipes/sweep/llava_v1_5_7b.toml --data.data_path blip_558k.json …
 python pipelines/sweep.py RECIPE --dry-run [--gpu_memory_gib 40]     # trials, steps, memory, time; starts nothing
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str]) -> "Sweep | None":
-    """Make what trials share, run them, write the best one and the report, and say where they are.
+    """Prepare shared inputs, run the trials, export the best one, write the report, and print their paths.
 
     With ``--dry-run`` only say what would be done.
     """

@@ -19,6 +19,19 @@ os.environ.update(
 )
 
 import pytest
+from jaxtyping import install_import_hook
+
+# Shapes and types of what these modules are called with are checked at every call, in test processes only. Nothing of
+# them may be imported before.
+SHAPES_CHECKED = [
+    "llava_ray.data.batches",
+    "llava_ray.data.packing",
+    "llava_ray.generate.builtin",
+    "llava_ray.images",
+    "llava_ray.model.network",
+    "llava_ray.objectives",
+]
+install_import_hook(SHAPES_CHECKED, "beartype.beartype")
 
 # What tests share is found here by Ray's workers too, which do not read pytest's pythonpath.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))

@@ -5,7 +5,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from evals.benchmark import LETTER, LETTERS, Benchmark, Grade, Judge, Profile, Question, list_options, right_or_wrong
+from evals.benchmark import LETTER, LETTERS, Benchmark, Grade, Judge, Profile, Question, grade_choice, list_options
 from evals.files import find, find_all, need, picture, read_json_value, read_parquet_rows
 from evals.matching.letters import parse_letter
 from llava_ray.errors import DataError
@@ -14,7 +14,7 @@ _LABELLED = re.compile(r"\s*([A-Z])\.")
 
 
 class AI2D(Benchmark):
-    """One letter. With masked or with plain diagrams the figure differs by many points: say which you have.
+    """One letter. Scores with masked and with plain diagrams differ by many points: report which you use.
 
     Obtain: https://prior.allenai.org/projects/diagrams (ai2d-all.zip: ``questions/*.json``, ``images/``; its
     ``ai2d_test_ids.csv`` names the test images), or the Parquet files of https://huggingface.co/datasets/lmms-lab/ai2d
@@ -51,10 +51,10 @@ class AI2D(Benchmark):
     def grade(self, question: Question, answer: str, profile: Profile, judge: Judge | None = None) -> Grade:
         """Grade the letter."""
         if profile == "robust":
-            return right_or_wrong(parse_letter(answer, question.options), question.truths)
+            return grade_choice(parse_letter(answer, question.options), question.truths)
         label = _LABELLED.match(answer)
-        said = label[1] if label else re.sub(r"[^\w\s]", "", answer).upper()
-        return right_or_wrong(said if len(said) == 1 else None, question.truths)
+        letter = label[1] if label else re.sub(r"[^\w\s]", "", answer).upper()
+        return grade_choice(letter if len(letter) == 1 else None, question.truths)
 
 
 def _from_json(folder: Path) -> Iterator[Question]:

@@ -44,7 +44,7 @@ class ChartQA(Benchmark):
     metric = "relaxed accuracy"
 
     def read(self, folder: Path) -> list[Question]:
-        """Read both splits, or the one that is there."""
+        """Read both splits, or the available one."""
         questions = []
         for path in find_all(folder, "test/test_*.json", "test_*.json"):
             split = path.stem.removeprefix("test_")

@@ -14,8 +14,8 @@ from evals.benchmark import (
     Judge,
     Profile,
     Question,
+    grade_choice,
     list_options,
-    right_or_wrong,
 )
 from evals.benchmarks.gqa import plain_words
 from evals.files import find, need, read_lines
@@ -77,7 +77,7 @@ def exact(text: str) -> str:
 
 def _by_text(normalise: Callable[[str], str]) -> Callable[[Question, str], Grade]:
     def grade(question: Question, answer: str) -> Grade:
-        return right_or_wrong(normalise(answer) or None, [normalise(truth) for truth in question.truths])
+        return grade_choice(normalise(answer) or None, [normalise(truth) for truth in question.truths])
 
     return grade
 
@@ -91,11 +91,11 @@ def _number(question: Question, answer: str) -> Grade:
 
 
 def _letter(question: Question, answer: str) -> Grade:
-    return right_or_wrong(parse_letter(answer, question.options), question.truths)
+    return grade_choice(parse_letter(answer, question.options), question.truths)
 
 
 def _yes_no(question: Question, answer: str) -> Grade:
-    return right_or_wrong(parse_yes_no(answer), [truth.lower() for truth in question.truths])
+    return grade_choice(parse_yes_no(answer), [truth.lower() for truth in question.truths])
 
 
 _RULES: Mapping[str, Callable[[Question, str], Grade]] = {

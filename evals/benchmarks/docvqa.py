@@ -56,6 +56,6 @@ class DocVQA(Benchmark):
         return Grade(rule(answer, question.truths), answer.strip())
 
     def submit(self, questions: Sequence[Question], answers: Mapping[str, str]) -> dict[str, bytes]:
-        """Return what the server takes."""
+        """Build the server's submission file."""
         rows = [{"questionId": int(q.id), "answer": answers.get(q.id, "")} for q in questions]
         return {"docvqa_upload.json": as_json(rows)}

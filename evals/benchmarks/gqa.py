@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from evals.benchmark import SHORT, UNPARSED, Benchmark, Grade, Judge, Profile, Question, right_or_wrong
+from evals.benchmark import SHORT, UNPARSED, Benchmark, Grade, Judge, Profile, Question, grade_choice
 from evals.files import as_json, find, need, read_json_value
 from evals.matching.plain_text import to_plain_text, without_lead_in
 from evals.matching.yes_no import parse_yes_no
@@ -57,21 +57,21 @@ class GQA(Benchmark):
     def grade(self, question: Question, answer: str, profile: Profile, judge: Judge | None = None) -> Grade:
         """Grade by equality."""
         if profile == "llava":
-            return right_or_wrong(answer.rstrip(".").lower(), question.truths)
+            return grade_choice(answer.rstrip(".").lower(), question.truths)
         if profile == "official":
-            return right_or_wrong(answer, question.truths)
+            return grade_choice(answer, question.truths)
         truths = [plain_words(truth) for truth in question.truths]
         if set(truths) <= {"yes", "no"}:
-            return right_or_wrong(parse_yes_no(answer), truths)
-        said = plain_words(answer)
-        return right_or_wrong(said, truths) if said else UNPARSED
+            return grade_choice(parse_yes_no(answer), truths)
+        words = plain_words(answer)
+        return grade_choice(words, truths) if words else UNPARSED
 
     def submit(self, questions: Sequence[Question], answers: Mapping[str, str]) -> dict[str, bytes]:
-        """Return what the official eval.py and the server take."""
+        """Build the predictions for the official eval.py and the server."""
         rows = [{"questionId": q.id, "prediction": answers.get(q.id, "").rstrip(".").lower()} for q in questions]
         return {"testdev_balanced_predictions.json": as_json(rows)}
 
 
 def plain_words(text: str) -> str:
-    """Return a plain text in lower case, with single spaces, without marks around it or "The answer is" in front."""
+    """Normalise a plain text: lower case, single spaces, without surrounding marks or "The answer is"."""
     return " ".join(without_lead_in(to_plain_text(text)).lower().split()).strip(" .,;:!?\"'`*。、…")

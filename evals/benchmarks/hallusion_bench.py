@@ -1,4 +1,4 @@
-"""HallusionBench: yes-or-no questions that fool language priors and eyes, in sets over several figures."""
+"""HallusionBench: yes-or-no questions against language priors and visual illusions, in sets over several figures."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -89,7 +89,7 @@ class HallusionBench(Benchmark):
             parsed = parse_yes_no(answer)
             return UNPARSED if parsed is None else Grade(float(parsed in question.truths), parsed)
         if judge is None:
-            raise DataError(f"{self.title} needs a judge under {profile}: give --reviews FILE or --profile robust")
+            raise DataError(f"{self.title} needs a judge under {profile}: use --reviews FILE or --profile robust")
         details = question.facts["row"].get("gt_answer_details", question.truths[0])
         parts = f"{_REQUEST}\nQuestion: {question.prompt}\nReference: {details}\nPrediction: {answer}\nOutput:"
         reply = judge(question.id, parts)
@@ -97,26 +97,26 @@ class HallusionBench(Benchmark):
 
     def add_up(self, rows: Sequence[Graded], profile: Profile) -> Total:
         """Return aAcc, fAcc and qAcc in per cent."""
-        figures = {
+        metrics = {
             "fAcc": _all_right([row for row in rows if row.group != _NO_FIGURE], lambda row: row.id.rpartition("_")[0]),
             "qAcc": _all_right(rows, lambda row: f"{row.cluster}_{row.id.rpartition('_')[2]}"),
         }
-        return Total(percentage(rows).value, figures, by_category(rows))
+        return Total(percentage(rows).value, metrics, by_category(rows))
 
     def submit(self, questions: Sequence[Question], answers: Mapping[str, str]) -> dict[str, bytes]:
-        """Return the file that the authors' evaluation.py takes."""
+        """Build the file for the authors' evaluation.py."""
         rows = [{**q.facts["row"], "model_prediction": answers.get(q.id, "")} for q in questions]
         return {"HallusionBench_result.json": as_json(rows)}
 
 
 def grade_verdict(reply: str, *, no_figure: bool) -> Grade:
-    """Read a judge's reply as the authors do: "incorrect" before "correct", anything else is unclear."""
+    """Parse a judge's reply as the authors do: "incorrect" before "correct", anything else is unclear."""
     text = reply.lower()
     verdict = _INCORRECT if _INCORRECT in text else _CORRECT if _CORRECT in text else _UNCLEAR
     return Grade(float(verdict == _CORRECT or (verdict == _UNCLEAR and no_figure)), verdict)
 
 
 def _all_right(rows: Sequence[Graded], key: Callable[[Graded], str]) -> float | None:
-    """Return the share of groups in which every answer is right, in per cent."""
+    """Compute the share of groups in which every answer is correct, in per cent."""
     groups = split_by(rows, key).values()
     return 100 * sum(all(row.score == 1 for row in some) for some in groups) / len(groups) if groups else None

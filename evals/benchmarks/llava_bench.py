@@ -6,16 +6,16 @@ from pathlib import Path
 from evals.benchmark import (
     FAILED,
     Benchmark,
-    Figure,
     Grade,
     Graded,
     Judge,
+    MetricValue,
     Profile,
     Question,
     Total,
     split_by_category,
 )
-from evals.files import by_id, check_complete, check_unique, find, need, need_text, read_lines
+from evals.files import check_complete, check_unique, find, index_by_id, need, need_text, read_lines
 from llava_ray.errors import DataError
 from llava_ray.replies import _MAX_SCORE, parse_pair, parse_pair_strictly
 
@@ -32,8 +32,8 @@ _RULE = (
 class LLaVABench(Benchmark):
     r"""Relative score: 100 x the mean score of the answers / the mean score of the references (the ratio of means).
 
-    Beside it the two means x 10; LLaVA's tables report the relative score of all. It depends on the judge by ten
-    points and more: the judge belongs to the number.
+    Also the two means x 10; LLaVA's tables report the relative score of all. It varies by ten points and more
+    between judges: report the judge with it.
 
     Obtain: https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild. The folder holds ``questions.jsonl``,
     ``context.jsonl``, ``answers_gpt4.jsonl`` and ``images/``. Reviews are ``{"question_id", "content"}`` lines.
@@ -106,9 +106,9 @@ class LLaVABench(Benchmark):
         return questions
 
     def grade(self, question: Question, answer: str, profile: Profile, judge: Judge | None = None) -> Grade:
-        """Have the answer reviewed; ``parsed`` are the two scores, of reference and answer. Raises DataError."""
+        """Grade the answer by its review; ``parsed`` are the scores of reference and answer. Raises DataError."""
         if judge is None:
-            raise DataError(f"{self.title} needs a judge: give its reviews with --reviews FILE")
+            raise DataError(f"{self.title} needs a judge: provide its reviews with --reviews FILE")
         reply = judge(question.id, _review_request(question, answer))
         pair = (parse_pair_strictly if profile != "robust" else parse_pair)(reply or "")
         if pair is None:
@@ -116,15 +116,15 @@ class LLaVABench(Benchmark):
         return Grade(pair[1] / _MAX_SCORE, f"{pair[0]:g} {pair[1]:g}")
 
     def add_up(self, rows: Sequence[Graded], profile: Profile) -> Total:
-        """Return relative scores, and the means x 10, of all and by category."""
+        """Compute relative scores, and the means x 10, of all and by category."""
         all_pairs = _pairs(rows, profile)
         categories = {
-            name: Figure(relative_score(_pairs(some, profile)), len(_pairs(some, profile)))
+            name: MetricValue(relative_score(_pairs(some, profile)), len(_pairs(some, profile)))
             for name, some in split_by_category(rows).items()
         }
         means = _means(all_pairs)
-        figures = {"reference x 10": means[0] * 10, "answer x 10": means[1] * 10} if means else {}
-        return Total(relative_score(all_pairs), figures, categories)
+        metrics = {"reference x 10": means[0] * 10, "answer x 10": means[1] * 10} if means else {}
+        return Total(relative_score(all_pairs), metrics, categories)
 
 
 def _captions(path: Path) -> dict[str, str]:
@@ -136,17 +136,17 @@ def _captions(path: Path) -> dict[str, str]:
         if not isinstance(sentences, list) or not all(isinstance(sentence, str) for sentence in sentences):
             raise DataError(f"{path}: the caption of {image!r} is neither a text nor a list of texts: {caption!r:.80}")
         found.append((image, "\n".join(sentences)))
-    return by_id(found, path, "descriptions")
+    return index_by_id(found, path, "descriptions")
 
 
 def _references(path: Path) -> dict[str, str]:
     """Read the reference answers by question."""
     rows = [(str(need(row, "question_id", path)), need_text(row, "text", path)) for row in read_lines(path)]
-    return by_id(rows, path, "references")
+    return index_by_id(rows, path, "references")
 
 
 def _review_request(question: Question, answer: str) -> str:
-    """Return what the judge is asked, in LLaVA's form."""
+    """Build the judge's request, in LLaVA's form."""
     parts = {
         "Context": question.facts["context"],
         "Question": question.prompt,
@@ -158,7 +158,7 @@ def _review_request(question: Question, answer: str) -> str:
 
 
 def relative_score(pairs: Sequence[tuple[float, float]]) -> float | None:
-    """Return 100 x mean(answer) / mean(reference), or None for no scores."""
+    """Compute 100 x mean(answer) / mean(reference), or None without scores."""
     means = _means(pairs)
     return 100 * means[1] / means[0] if means and means[0] else None
 

@@ -80,23 +80,23 @@ class MMVet(Benchmark):
         return questions
 
     def grade(self, question: Question, answer: str, profile: Profile, judge: Judge | None = None) -> Grade:
-        """Have the answer graded. Raises DataError."""
+        """Grade the answer by its review. Raises DataError."""
         if judge is None:
-            raise DataError(f"{self.title} needs a judge: give its reviews with --reviews FILE")
+            raise DataError(f"{self.title} needs a judge: provide its reviews with --reviews FILE")
         reply = judge(question.id, grading_request(question, answer)) or ""
         score = parse_grade(reply) if profile == "robust" else parse_first_word(reply)
         return FAILED if score is None else Grade(score, f"{score:g}")
 
     def add_up(self, rows: Sequence[Graded], profile: Profile) -> Total:
-        """Add up; failures are left out."""
+        """Compute the mean score without failures."""
         return Total(percentage(rows).value, {}, by_category(rows))
 
     def submit(self, questions: Sequence[Question], answers: Mapping[str, str]) -> dict[str, bytes]:
-        """Return what the official grader takes."""
+        """Build the file for the official grader."""
         return {"mm_vet_upload.json": as_json({q.id: answers.get(q.id, "") for q in questions})}
 
 
 def grading_request(question: Question, answer: str) -> str:
-    """Return what the judge is asked."""
+    """Build the judge's request."""
     rows = [" | ".join(row) for row in _EXAMPLES]
     return _INSTRUCTION + "\n".join([*rows, f"{question.prompt} | {question.truths[0]} | {answer} | "])

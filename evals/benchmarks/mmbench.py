@@ -1,4 +1,4 @@
-"""MMBench and MMBench-CN: options in circular order, so that a lucky letter does not count."""
+"""MMBench and MMBench-CN: options in circular order, so that a lucky guess does not count."""
 
 import base64
 import binascii
@@ -12,15 +12,15 @@ from evals.benchmark import (
     LETTER_CN,
     LETTERS,
     Benchmark,
-    Figure,
     Grade,
     Graded,
     Judge,
+    MetricValue,
     Profile,
     Question,
     Total,
+    grade_choice,
     list_options,
-    right_or_wrong,
     split_by,
     split_by_category,
 )
@@ -83,21 +83,21 @@ class MMBench(Benchmark):
     def grade(self, question: Question, answer: str, profile: Profile, judge: Judge | None = None) -> Grade:
         """Grade the letter of one rotation."""
         parse = parse_letter if profile == "robust" else parse_mmbench
-        return right_or_wrong(parse(answer, question.options), question.truths)
+        return grade_choice(parse(answer, question.options), question.truths)
 
     def add_up(self, rows: Sequence[Graded], profile: Profile) -> Total:
-        """Return circular accuracy, of all and by category; vanilla (first rows) and mean over rows beside it."""
+        """Compute circular accuracy, of all and by category, with vanilla (first rows) and mean over rows."""
         categories = {name: _circular(some) for name, some in split_by_category(rows).items()}
         first = [row for row in rows if row.id == row.group]
-        figures = {
+        metrics = {
             "vanilla": 100 * sum(row.score for row in first) / len(first) if first else None,
             "mean": 100 * sum(row.score for row in rows) / len(rows) if rows else None,
             "incomplete": float(sum(_incomplete(some) for some in _rotations(rows).values())),
         }
-        return Total(_circular(rows).value, figures, categories)
+        return Total(_circular(rows).value, metrics, categories)
 
     def averaged(self, rows: Sequence[Graded], category: str | None = None) -> Sequence[Graded]:
-        """Return a row for each complete question: right if all its rotations are."""
+        """Return a row for each complete question, correct if all its rotations are."""
         return [
             replace(some[0], id=name, score=float(all(row.score == 1 for row in some)), cluster=name)
             for name, some in _rotations(rows).items()
@@ -105,16 +105,16 @@ class MMBench(Benchmark):
         ]
 
     def submit(self, questions: Sequence[Question], answers: Mapping[str, str]) -> dict[str, bytes]:
-        """Return the server's table: LLaVA's columns, the prediction at the seventh place (or last)."""
+        """Build the server's table: LLaVA's columns, the prediction in the seventh place (or last)."""
         if self._table is None:
             return {}
         table: list[list[SheetCell]] = []
         for row in read_table(self._table):
-            kept: dict[str, SheetCell] = {
+            columns: dict[str, SheetCell] = {
                 key: _cell(key, value) for key, value in row.items() if key.lower() not in _NOT_UPLOADED
             }
-            table = table or [[*list(kept)[:6], "prediction", *list(kept)[6:]]]
-            values = list(kept.values())
+            table = table or [[*list(columns)[:6], "prediction", *list(columns)[6:]]]
+            values = list(columns.values())
             table.append([*values[:6], answers.get(str(int(row["index"])), ""), *values[6:]])
         return {f"{self._table.stem}.xlsx": write_xlsx(table)}
 
@@ -155,12 +155,14 @@ class MMBenchCN(MMBench):
     instruction = LETTER_CN
 
 
-def _circular(rows: Sequence[Graded]) -> Figure:
-    """Return the share of complete questions with every rotation right, in per cent."""
+def _circular(rows: Sequence[Graded]) -> MetricValue:
+    """Compute the share of complete questions with every rotation correct, in per cent."""
     complete = [some for some in _rotations(rows).values() if not _incomplete(some)]
     if not complete:
-        return Figure(None, 0)
-    return Figure(100 * sum(all(row.score == 1 for row in some) for some in complete) / len(complete), len(complete))
+        return MetricValue(None, 0)
+    return MetricValue(
+        100 * sum(all(row.score == 1 for row in some) for some in complete) / len(complete), len(complete)
+    )
 
 
 def _rotations(rows: Sequence[Graded]) -> dict[str, list[Graded]]:

@@ -1,4 +1,4 @@
-"""MME: fourteen abilities, two opposite yes-or-no questions an image."""
+"""MME: fourteen abilities, two opposite yes-or-no questions per image."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -7,14 +7,14 @@ from pathlib import Path
 from evals.benchmark import (
     SHORT,
     Benchmark,
-    Figure,
     Grade,
     Graded,
     Judge,
+    MetricValue,
     Profile,
     Question,
     Total,
-    right_or_wrong,
+    grade_choice,
     split_by,
     split_by_category,
 )
@@ -79,28 +79,28 @@ class MME(Benchmark):
     def grade(self, question: Question, answer: str, profile: Profile, judge: Judge | None = None) -> Grade:
         """Grade yes or no."""
         parsed = parse_yes_no(answer) if profile == "robust" else parse_mme(answer)
-        return right_or_wrong(parsed, question.truths)
+        return grade_choice(parsed, question.truths)
 
     def add_up(self, rows: Sequence[Graded], profile: Profile) -> Total:
-        """Return scores of perception, cognition and each ability."""
+        """Compute the scores of perception, cognition and each ability."""
         abilities = split_by_category(rows)
-        scores = {name: Figure(_ability_score(some), len(some)) for name, some in abilities.items()}
+        scores = {name: MetricValue(_ability_score(some), len(some)) for name, some in abilities.items()}
         cognition = sum(figure.value or 0.0 for name, figure in scores.items() if name in _COGNITION)
         perception = sum(figure.value or 0.0 for name, figure in scores.items() if name not in _COGNITION)
         return Total(perception, {"perception": perception, "cognition": cognition}, scores)
 
     def submit(self, questions: Sequence[Question], answers: Mapping[str, str]) -> dict[str, bytes]:
-        """Return the tables that the official calculation.py takes, one an ability."""
+        """Build the tables for the official calculation.py, one per ability."""
         lines: dict[str, str] = defaultdict(str)
         for question in questions:
-            said = " ".join(answers.get(question.id, "").split())
+            answer = " ".join(answers.get(question.id, "").split())
             text, truth = question.facts["text"], question.truths[0].capitalize()
-            lines[question.categories[0]] += f"{question.facts['image']}\t{text}\t{truth}\t{said}\n"
+            lines[question.categories[0]] += f"{question.facts['image']}\t{text}\t{truth}\t{answer}\n"
         return {f"mme/{ability}.txt": text.encode() for ability, text in lines.items()}
 
 
 def _ability_score(rows: Sequence[Graded]) -> float:
-    """Return the share of questions plus the share of images with all questions right, in per cent."""
+    """Compute the share of correct questions plus that of images with all questions correct, in per cent."""
     images = split_by(rows, lambda row: row.group).values()
     questions = sum(row.score for row in rows) / len(rows)
     return 100 * (questions + sum(min(row.score for row in pair) for pair in images) / len(images))
@@ -120,7 +120,7 @@ def _read_pair(text: Path, root: Path) -> list[Question]:
     questions = []
     for number, (asked, truth) in enumerate(rows):
         bare = asked.replace(_INSTRUCTION, "").strip()
-        # LLaVA's files know an image by its name, with whatever ending, and tell the two questions apart by their text.
+        # LLaVA's files identify an image by its name, with any ending, and its two questions by their text.
         known = [
             f"{ability}/{name}\n{words.lower()}"
             for name in (image.name, text.stem + ".jpg", text.stem + ".png")

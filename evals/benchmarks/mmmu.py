@@ -15,8 +15,8 @@ from evals.benchmark import (
     Judge,
     Profile,
     Question,
+    grade_choice,
     list_options,
-    right_or_wrong,
 )
 from evals.files import as_json, find_all, need, picture, read_parquet_rows
 from evals.matching.letters import parse_letter, parse_mmmu
@@ -71,7 +71,7 @@ class MMMU(Benchmark):
         """Grade a letter, or an open answer."""
         if question.options:
             parse = parse_letter if profile == "robust" else parse_mmmu
-            return right_or_wrong(parse(answer, question.options), question.truths)
+            return grade_choice(parse(answer, question.options), question.truths)
         if profile == "robust":
             parsed = parse_open_answer(answer)
             fits = parsed.fits(question.truths) if parsed else None
@@ -79,7 +79,7 @@ class MMMU(Benchmark):
         return Grade(float(open_answer_is_right(answer, question.truths)), answer.strip())
 
     def submit(self, questions: Sequence[Question], answers: Mapping[str, str]) -> dict[str, bytes]:
-        """Return what the authors' main_eval_only.py takes: letters, and open answers as they are."""
+        """Build the file for the authors' main_eval_only.py: letters, and open answers unchanged."""
         parsed = {
             q.id: (parse_letter(answers.get(q.id, ""), q.options) or "") if q.options else answers.get(q.id, "")
             for q in questions
@@ -91,13 +91,13 @@ def _question(row: Mapping[str, Any], path: Path) -> Question:
     name, text = need(row, "id", path), need(row, "question", path)
     options = tuple(map(str, _literal(row["options"], name, path)))
     is_open = row.get("question_type") == _OPEN or not options
-    shown = text + ("" if is_open else list_options(options)) + (SHORT if is_open else LETTER)
+    prompt = text + ("" if is_open else list_options(options)) + (SHORT if is_open else LETTER)
     images = {n: row.get(f"image_{n}") for n in range(1, _MAX_IMAGES + 1)}
-    there = [number for number, cell in images.items() if cell is not None]
-    order = [int(number) for number in _MARKER.findall(shown) if int(number) in there]
-    # Each place in the text that names an image shows it there; without any, all come in front.
-    content = tuple(picture(images[number], path) for number in order or there)
-    shown = _MARKER.sub(lambda mark: "<image>" if int(mark[1]) in there else "", shown)
+    available = [number for number, cell in images.items() if cell is not None]
+    order = [int(number) for number in _MARKER.findall(prompt) if int(number) in available]
+    # Images are placed where the text refers to them; without references all come first.
+    content = tuple(picture(images[number], path) for number in order or available)
+    prompt = _MARKER.sub(lambda mark: "<image>" if int(mark[1]) in available else "", prompt)
     gold = row.get("answer")
     truths = (
         tuple(map(str, _literal(gold, name, path) if str(gold).startswith("[") else [gold]))
@@ -105,7 +105,7 @@ def _question(row: Mapping[str, Any], path: Path) -> Question:
         else ()
     )
     subject = re.sub(r"^(validation|dev|test)_|_\d+$", "", name)
-    return Question(name, shown, content, truths, () if is_open else options, (subject,), name)
+    return Question(name, prompt, content, truths, () if is_open else options, (subject,), name)
 
 
 def _literal(text: Any, name: str, path: Path) -> list[Any]:

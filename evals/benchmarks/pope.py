@@ -6,14 +6,14 @@ from pathlib import Path
 from evals.benchmark import (
     SHORT,
     Benchmark,
-    Figure,
     Grade,
     Graded,
     Judge,
+    MetricValue,
     Profile,
     Question,
     Total,
-    right_or_wrong,
+    grade_choice,
     split_by_category,
 )
 from evals.files import find_all, need, read_lines
@@ -58,7 +58,7 @@ class POPE(Benchmark):
     is_mean = False
 
     def read(self, folder: Path) -> list[Question]:
-        """Read the splits that are there."""
+        """Read the available splits."""
         llava_ids = {
             (
                 need(row, "category", file),
@@ -91,30 +91,32 @@ class POPE(Benchmark):
     def grade(self, question: Question, answer: str, profile: Profile, judge: Judge | None = None) -> Grade:
         """Grade yes or no."""
         parsed = parse_yes_no(answer) if profile == "robust" else parse_pope(answer)
-        return right_or_wrong(parsed, question.truths)
+        return grade_choice(parsed, question.truths)
 
     def add_up(self, rows: Sequence[Graded], profile: Profile) -> Total:
-        """Return accuracy, precision, recall, F1 and the predictions' share of "yes", by split and as means."""
-        splits = {name: _yes_no_figures(some) for name, some in split_by_category(rows).items()}
+        """Compute accuracy, precision, recall, F1 and the predictions' share of "yes", by split and as means."""
+        splits = {name: _yes_no_metrics(some) for name, some in split_by_category(rows).items()}
         means = {key: sum(one[key] for one in splits.values()) / len(splits) for key in next(iter(splits.values()))}
         each = {f"{name} {key}": value for name, one in splits.items() for key, value in one.items() if key != "f1"}
         counts = {name: sum(name in row.categories for row in rows) for name in splits}
-        return Total(means["f1"], means | each, {name: Figure(one["f1"], counts[name]) for name, one in splits.items()})
+        return Total(
+            means["f1"], means | each, {name: MetricValue(one["f1"], counts[name]) for name, one in splits.items()}
+        )
 
 
-def _yes_no_figures(rows: Sequence[Graded]) -> Mapping[str, float]:
-    """Return accuracy, precision, recall, f1 and yes_ratio (of predictions) in per cent; 0 where a ratio is 0/0."""
-    said_yes = sum(row.parsed == "yes" for row in rows)
+def _yes_no_metrics(rows: Sequence[Graded]) -> Mapping[str, float]:
+    """Compute accuracy, precision, recall, f1 and yes_ratio (of predictions) in per cent; 0 for 0/0."""
+    num_yes = sum(row.parsed == "yes" for row in rows)
     hits = sum(row.parsed == "yes" and row.truth == "yes" for row in rows)
     positives = sum(row.truth == "yes" for row in rows)
-    said = sum(row.parsed is not None for row in rows)
-    precision, recall = _share(hits, said_yes), _share(hits, positives)
+    num_parsed = sum(row.parsed is not None for row in rows)
+    precision, recall = _share(hits, num_yes), _share(hits, positives)
     return {
         "f1": 2 * precision * recall / (precision + recall) if hits else 0.0,
         "accuracy": _share(sum(row.parsed == row.truth for row in rows), len(rows)),
         "precision": precision,
         "recall": recall,
-        "yes_ratio": _share(said_yes, said),
+        "yes_ratio": _share(num_yes, num_parsed),
     }
 
 

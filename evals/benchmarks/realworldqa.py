@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from evals.benchmark import UNPARSED, Benchmark, Grade, Judge, Profile, Question, right_or_wrong
+from evals.benchmark import UNPARSED, Benchmark, Grade, Judge, Profile, Question, grade_choice
 from evals.benchmarks.gqa import plain_words
 from evals.files import find_all, need, picture, read_lines, read_parquet_rows
 from evals.matching.letters import parse_letter
@@ -55,18 +55,18 @@ class RealWorldQA(Benchmark):
         truth = question.truths[0]
         if profile != "robust":
             label = _LABELLED.match(answer)
-            said = (label[1] or label[2]) if label else answer.strip().rstrip(".")
-            same = said == truth if len(truth) == 1 else said.lower() == truth.lower()
-            return Grade(float(same), said)
+            parsed = (label[1] or label[2]) if label else answer.strip().rstrip(".")
+            same = parsed == truth if len(truth) == 1 else parsed.lower() == truth.lower()
+            return Grade(float(same), parsed)
         if question.options:
-            return right_or_wrong(parse_letter(answer, question.options), question.truths)
+            return grade_choice(parse_letter(answer, question.options), question.truths)
         if truth.lower() in ("yes", "no"):
-            return right_or_wrong(parse_yes_no(answer), [truth.lower()])
-        said, goal = plain_words(answer), whole_quantity(to_plain_text(truth))
+            return grade_choice(parse_yes_no(answer), [truth.lower()])
+        parsed, goal = plain_words(answer), whole_quantity(to_plain_text(truth))
         if goal is not None:
             number = stated_quantity(without_lead_in(to_plain_text(answer)))
-            return UNPARSED if number is None else Grade(float(number.value == goal.value), said)
-        return Grade(float(said == plain_words(truth)), said) if said else UNPARSED
+            return UNPARSED if number is None else Grade(float(number.value == goal.value), parsed)
+        return Grade(float(parsed == plain_words(truth)), parsed) if parsed else UNPARSED
 
 
 def _read(folder: Path) -> Iterator[Question]:

@@ -15,9 +15,9 @@ from evals.benchmark import (
     Question,
     Total,
     by_category,
+    grade_choice,
     list_options,
     percentage,
-    right_or_wrong,
 )
 from evals.files import as_json, check_complete, find, need, read_json_value
 from evals.matching.letters import parse_letter, parse_science_qa, parse_the_answer_is
@@ -77,13 +77,13 @@ class ScienceQA(Benchmark):
     def grade(self, question: Question, answer: str, profile: Profile, judge: Judge | None = None) -> Grade:
         """Grade the letter."""
         if profile == "robust":
-            return right_or_wrong(parse_letter(answer, question.options), question.truths)
+            return grade_choice(parse_letter(answer, question.options), question.truths)
         letter = parse_science_qa(answer) if profile == "llava" else parse_the_answer_is(answer)
         known = letter if letter and letter in LETTERS[: len(question.options)] else None
-        return right_or_wrong(known, question.truths)
+        return grade_choice(known, question.truths)
 
     def add_up(self, rows: Sequence[Graded], profile: Profile) -> Total:
-        """Add up; without any image, the headline is that of all."""
+        """Compute the accuracies; without any image, the headline is that of all."""
         categories = by_category(rows)
         total = percentage(rows)
         return Total(
@@ -93,11 +93,11 @@ class ScienceQA(Benchmark):
         )
 
     def averaged(self, rows: Sequence[Graded], category: str | None = None) -> Sequence[Graded]:
-        """Return the rows with an image for the headline, or all where none has one."""
+        """Return the rows with an image for the headline, or all if none has one."""
         return rows if category else [row for row in rows if _IMAGE in row.categories] or rows
 
     def submit(self, questions: Sequence[Question], answers: Mapping[str, str]) -> dict[str, bytes]:
-        """Return results in the form of the authors' script: indices of options, -1 where there is none."""
+        """Build results in the form of the authors' script: indices of options, -1 without an answer."""
         letters = {q.id: parse_letter(answers.get(q.id, ""), q.options) for q in questions}
         found = {name: LETTERS.index(letter) if letter else -1 for name, letter in letters.items()}
         return {"scienceqa_results.json": as_json({"results": found, "outputs": dict(answers)})}
@@ -106,8 +106,8 @@ class ScienceQA(Benchmark):
 def _question(name: str, row: Mapping[str, Any], base: Path, prompt: str | None) -> Question:
     options, hint, image = tuple(map(str, row["choices"])), str(row.get("hint") or "").strip(), row.get("image")
     context = f"Context: {hint}\n" if hint else ""
-    asked = prompt or context + row["question"] + list_options(options) + LETTER
+    full_prompt = prompt or context + row["question"] + list_options(options) + LETTER
     files = (base / "test" / name / str(image),) if image else ()
     subjects = (str(row["subject"]),) if row.get("subject") else ()
     categories = (_IMAGE if image else "text", *subjects)
-    return Question(name, asked, files, (LETTERS[int(row["answer"])],), options, categories, name)
+    return Question(name, full_prompt, files, (LETTERS[int(row["answer"])],), options, categories, name)

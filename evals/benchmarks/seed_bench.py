@@ -13,9 +13,9 @@ from evals.benchmark import (
     Question,
     Total,
     by_category,
+    grade_choice,
     list_options,
     percentage,
-    right_or_wrong,
 )
 from evals.files import as_lines, find, need, read_json_value
 from evals.matching.letters import parse_letter
@@ -76,11 +76,11 @@ class SEEDBench(Benchmark):
     def grade(self, question: Question, answer: str, profile: Profile, judge: Judge | None = None) -> Grade:
         """Grade the letter."""
         if profile == "robust":
-            return right_or_wrong(parse_letter(answer, question.options), question.truths)
-        return right_or_wrong(answer if answer in tuple("ABCD") else None, question.truths)
+            return grade_choice(parse_letter(answer, question.options), question.truths)
+        return grade_choice(answer if answer in tuple("ABCD") else None, question.truths)
 
     def add_up(self, rows: Sequence[Graded], profile: Profile) -> Total:
-        """Add up over all questions (micro)."""
+        """Compute the accuracies over all questions (micro average)."""
         categories = by_category(rows)
         kinds: dict[str, float | None] = {
             kind: categories[kind].value for kind in ("image", "video") if kind in categories
@@ -88,6 +88,6 @@ class SEEDBench(Benchmark):
         return Total(percentage(rows).value, kinds, categories)
 
     def submit(self, questions: Sequence[Question], answers: Mapping[str, str]) -> dict[str, bytes]:
-        """Return what the leaderboard takes."""
+        """Build the leaderboard's submission file."""
         rows = [{"question_id": q.id, "prediction": answers.get(q.id, "")} for q in questions]
         return {"seed_bench_upload.jsonl": as_lines(rows)}

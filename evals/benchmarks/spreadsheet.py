@@ -1,4 +1,4 @@
-"""One table as an Excel file, which is what MMBench's server takes: a zip of a few XML files, and no more."""
+"""A minimal Excel writer for MMBench's server: one table as a zip of a few XML files."""
 
 import io
 import re
@@ -14,7 +14,7 @@ _MAIN = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
 _PACKAGE = "http://schemas.openxmlformats.org/package/2006"
 _OFFICE = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
 _TYPES = "application/vnd.openxmlformats-officedocument.spreadsheetml"
-_WRITTEN = (1980, 1, 1, 0, 0, 0)  # the same table gives the same bytes
+_WRITTEN = (1980, 1, 1, 0, 0, 0)  # a fixed date for reproducible bytes
 
 _PARTS = {
     "[Content_Types].xml": f'<Types xmlns="{_PACKAGE}/content-types"><Default Extension="rels" '
@@ -31,7 +31,7 @@ _PARTS = {
 
 
 def write_xlsx(table: Sequence[Sequence[SheetCell]]) -> bytes:
-    """Return a workbook with one sheet; cells are numbers or texts, cut at Excel's limit."""
+    """Build a workbook with one sheet; cells are numbers or texts, truncated at Excel's limit."""
     rows = "".join(f"<row>{''.join(map(_cell, row))}</row>" for row in table)
     sheet = f'<worksheet xmlns="{_MAIN}"><sheetData>{rows}</sheetData></worksheet>'
     file = io.BytesIO()

@@ -39,7 +39,7 @@ class TextVQA(Benchmark):
     metric = "VQA accuracy"
 
     def read(self, folder: Path) -> list[Question]:
-        """Read the validation file, and OCR tokens where they lie beside it."""
+        """Read the validation file, and OCR tokens if available."""
         path = find(folder, "TextVQA_0.5.1_val.json", "TextVQA_*val.json")
         tokens = _ocr_tokens(folder)
         questions = []
@@ -56,7 +56,7 @@ class TextVQA(Benchmark):
         return questions
 
     def grade(self, question: Question, answer: str, profile: Profile, judge: Judge | None = None) -> Grade:
-        """Score 0..1 by how many humans said the same."""
+        """Score 0 to 1 by the number of matching human answers."""
         return grade_by_humans(question, answer, "llava" if profile == "official" else profile)
 
 

@@ -51,7 +51,7 @@ class VizWiz(Benchmark):
             name = need(row, "image", path)
             image = folder / path.stem / name
             question = humans_question(name, need(row, "question", path) + _UNANSWERABLE + SHORT, image, row)
-            # The file has no ids of its humans: each is another one.
+            # The file has no ids of its annotators: each is distinct.
             facts = {"answer_ids": list(range(len(question.truths)))}
             aliases = (name.partition(".")[0], *([ids[name]] if name in ids else []))
             questions.append(
@@ -62,10 +62,10 @@ class VizWiz(Benchmark):
         return questions
 
     def grade(self, question: Question, answer: str, profile: Profile, judge: Judge | None = None) -> Grade:
-        """Score 0..1 by how many humans said the same."""
+        """Score 0 to 1 by the number of matching human answers."""
         return grade_by_humans(question, answer, profile)
 
     def submit(self, questions: Sequence[Question], answers: Mapping[str, str]) -> dict[str, bytes]:
-        """Return EvalAI's upload: every image, answers normalised."""
+        """Build EvalAI's submission: every image, answers normalised."""
         rows = [{"image": q.id, "answer": normalise_evalai(answers.get(q.id, ""))} for q in questions]
         return {"vizwiz_upload.json": as_json(rows)}

@@ -18,7 +18,7 @@ _NUM_HUMANS = 10
 
 
 class VQAv2(Benchmark):
-    """Short answers beside ten human ones.
+    """Short answers compared with ten human ones.
 
     Obtain: https://visualqa.org/download.html. The folder holds ``v2_OpenEnded_mscoco_val2014_questions.json`` with
     ``v2_mscoco_val2014_annotations.json`` and the images in ``val2014/``; or, to write a submission,
@@ -52,7 +52,7 @@ class VQAv2(Benchmark):
     metric = "VQA accuracy"
 
     def read(self, folder: Path) -> list[Question]:
-        """Read questions, and annotations where they lie beside them."""
+        """Read questions, and annotations if available."""
         path = find(
             folder,
             "v2_OpenEnded_mscoco_*val*questions.json",
@@ -75,11 +75,11 @@ class VQAv2(Benchmark):
         return questions
 
     def grade(self, question: Question, answer: str, profile: Profile, judge: Judge | None = None) -> Grade:
-        """Score 0..1 by how many humans said the same."""
+        """Score 0 to 1 by the number of matching human answers."""
         return grade_by_humans(question, answer, profile)
 
     def submit(self, questions: Sequence[Question], answers: Mapping[str, str]) -> dict[str, bytes]:
-        """Return EvalAI's upload, answers normalised as LLaVA does it."""
+        """Build EvalAI's submission, with answers normalised as LLaVA does."""
         ids = self._all_ids or [question.id for question in questions]
         rows = [{"question_id": int(name), "answer": normalise_evalai(answers.get(name, ""))} for name in ids]
         return {"vqav2_upload.json": as_json(rows)}
@@ -93,7 +93,7 @@ class VQAv2(Benchmark):
 
 
 def humans_question(name: str, prompt: str, image: Path, annotation: Mapping[str, object]) -> Question:
-    """Return a question with its humans' answers, if they are known."""
+    """Build a question with its human answers, if they are known."""
     humans = annotation.get("answers")
     rows = (
         [human if isinstance(human, dict) else {"answer": human} for human in humans]
@@ -113,7 +113,7 @@ def humans_question(name: str, prompt: str, image: Path, annotation: Mapping[str
 
 
 def grade_by_humans(question: Question, answer: str, profile: Profile) -> Grade:
-    """Score by the humans' answers under a profile. Raises DataError for LLaVA's rule without ten humans."""
+    """Score by human answers under a profile. Raises DataError for LLaVA's rule without ten of them."""
     humans = question.truths
     if profile == "llava":
         if len(humans) != _NUM_HUMANS:
@@ -124,5 +124,5 @@ def grade_by_humans(question: Question, answer: str, profile: Profile) -> Grade:
         return Grade(llava_accuracy(answer, humans), normalise_evalai(answer))
     if profile == "official":
         return Grade(official_accuracy(answer, humans, question.facts["answer_ids"]), answer.strip())
-    said = normalise_robust(answer)
-    return Grade(robust_accuracy(answer, humans), said) if said else UNPARSED
+    normalised = normalise_robust(answer)
+    return Grade(robust_accuracy(answer, humans), normalised) if normalised else UNPARSED

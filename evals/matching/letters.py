@@ -1,4 +1,4 @@
-"""An option's letter in an answer: LLaVA's rule, the rules of several benchmarks' authors, and ours."""
+"""Parsing of option letters: LLaVA's rule, the rules of several benchmarks' authors, and ours."""
 
 import re
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ _ARTICLE = re.compile(r"(?<![A-Za-z0-9'’])A (?=[a-z])(?!(?:is|was|because|and|
 
 
 def parse_science_qa(answer: str) -> str | None:
-    """Return LLaVA's reading: the bare letter, "X. " in front, or exactly one "The answer is X" with more after it."""
+    """Parse by LLaVA's rule: the bare letter, "X. " in front, or exactly one "The answer is X" with more after it."""
     if answer in tuple("ABCDE"):
         return answer
     if answer[:1] in tuple("ABCDE") and answer[1:3] == ". ":
@@ -31,13 +31,13 @@ def parse_science_qa(answer: str) -> str | None:
 
 
 def parse_the_answer_is(answer: str) -> str | None:
-    """Return the letter of the only "The answer is X" that a character follows."""
+    """Return the letter of the only "The answer is X" with a character after it."""
     found = re.findall(r"The answer is ([A-Z]).", answer)
     return found[0] if len(found) == 1 else None
 
 
 def parse_mmbench(answer: str, options: Sequence[str]) -> str | None:
-    """Return MMBench's reading: "the answer is X", one lone letter near the end, or the one option contained."""
+    """Parse by MMBench's rule: "the answer is X", one lone letter near the end, or the one option contained."""
     letters = LETTERS[: len(options)]
     declared = {letter for letter in _declared(answer) if letter in letters}
     if len(declared) == 1:
@@ -52,7 +52,7 @@ def parse_mmbench(answer: str, options: Sequence[str]) -> str | None:
 
 
 def parse_mmmu(answer: str, options: Sequence[str]) -> str | None:
-    """Return MMMU's reading: "(X)", "X ", "X.", an option's text; the last one wins. None where it would guess."""
+    """Parse by MMMU's rule: "(X)", "X ", "X.", an option's text; the last one wins. None where it would guess."""
     text = answer
     for mark in ",.!?;:'":
         text = text.strip(mark)
@@ -73,7 +73,7 @@ def parse_mmmu(answer: str, options: Sequence[str]) -> str | None:
 
 
 def parse_letter(answer: str, options: Sequence[str]) -> str | None:
-    """Return the option that an answer names, by its letter or its text, at one unambiguous place; None in doubt.
+    """Parse the option that an answer names unambiguously, by its letter or text; None in doubt.
 
     The text of exactly one option, or a letter alone, is that option; a letter that is another option's text is in
     doubt. Else the first of these that finds something decides: a label with nothing but an option's text (its own, or

@@ -1,4 +1,4 @@
-"""Markdown, HTML and LaTeX around an answer: what is said stays, how it is set goes."""
+"""Removal of Markdown, HTML and LaTeX from an answer, keeping its content."""
 
 import re
 
@@ -47,7 +47,7 @@ _LINE_MARK = re.compile(r"^[ \t]*(?:#{1,6}[ \t]+|[*•][ \t]+|[>-][ \t]+(?=[^\W\
 
 
 def without_thought(text: str) -> str:
-    """Return what comes after a model's thinking; nothing if it never stopped to think."""
+    """Return the text after a model's reasoning; nothing if the reasoning did not end."""
     lowered = text.lower()
     if "</think>" in lowered:
         return text[lowered.rindex("</think>") + len("</think>") :]
@@ -55,7 +55,7 @@ def without_thought(text: str) -> str:
 
 
 def without_markup(text: str) -> str:
-    """Return a text without its markup; where one answer is boxed or tagged, that answer."""
+    """Remove a text's markup; return the only boxed or tagged answer if there is one."""
     text = _only_of(_TOLD, text) if "</answer>" in text.lower() else text
     text = without_object(_FENCE.sub("", text))
     if "\\" in text or "$" in text or "{" in text:
@@ -85,6 +85,6 @@ def _slash(match: re.Match[str]) -> str:
 
 
 def _only_of(pattern: re.Pattern[str], text: str) -> str:
-    """Return the one thing that a pattern marks, or the text with all that it marks kept."""
+    """Return a pattern's only match, or the text with all matches unwrapped."""
     found = {match.strip() for match in pattern.findall(text)}
     return found.pop() if len(found) == 1 else pattern.sub(r" \1 ", text)

@@ -1,4 +1,4 @@
-"""Numbers told in words: "twenty-five" is 25, "third" is 3rd."""
+"""Number words: "twenty-five" is 25, "third" is 3rd."""
 
 import re
 
@@ -12,7 +12,7 @@ ORDINALS = {word: number for number, word in enumerate(_ORDINALS.split(), start=
 _ENDINGS = {1: "st", 2: "nd", 3: "rd"}
 
 _WORD = "|".join(sorted([*ONES, *TENS, *_LARGE], key=len, reverse=True))
-_TOLD = re.compile(
+_NUMBER_WORDS = re.compile(
     rf"\b(?:an? (?=(?:hundred|thousand|million|billion|dozen)\b))?(?:{_WORD})(?:(?:[ -]| and )(?:{_WORD}))*\b(?!-\w)",
     re.IGNORECASE,
 )
@@ -20,12 +20,12 @@ _ORDINAL = re.compile(rf"\b(?:{'|'.join(ORDINALS)})\b", re.IGNORECASE)
 
 
 def digits_for_words(text: str) -> str:
-    """Return a text with the numbers in it written in digits; what is no number stays as it is."""
-    return _TOLD.sub(_digits, text)
+    """Replace number words in a text by digits."""
+    return _NUMBER_WORDS.sub(_digits, text)
 
 
 def digits_for_ordinals(text: str) -> str:
-    """Return a text with "third" and the like written as "3rd"."""
+    """Replace ordinals in a text, such as "third" by "3rd"."""
     return _ORDINAL.sub(lambda match: _ordinal(ORDINALS[match[0].lower()]), text)
 
 

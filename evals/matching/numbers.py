@@ -1,4 +1,4 @@
-"""Numbers and near-equal texts: ChartQA's relaxed accuracy, DocVQA's ANLS."""
+"""Comparison of numbers and similar texts: ChartQA's relaxed accuracy, DocVQA's ANLS."""
 
 import math
 import re
@@ -18,7 +18,7 @@ _ORDINAL_NUMBER = re.compile(r"\b\d+(?:st|nd|rd|th)\b")
 
 
 def relaxed_accuracy(answer: str, truth: str) -> bool:
-    """Tell whether a number is within 5 % of the truth, else whether the texts agree but for case.
+    """Return whether a number is within 5 % of the truth, or else whether the texts are equal ignoring case.
 
     As published: "%" divides by a hundred, a truth of 0 and anything with a comma are compared as texts.
     """
@@ -29,12 +29,12 @@ def relaxed_accuracy(answer: str, truth: str) -> bool:
 
 
 def _robust_relaxed_accuracy(answer: str, truth: str) -> bool:
-    """Tell whether an answer is right by the robust rule; one that it cannot read is not."""
+    """Return whether an answer is correct by the robust rule; unparsed ones are not."""
     return _grade_number(answer, truth) is True
 
 
 def _grade_number(answer: str, truth: str) -> bool | None:
-    """Tell whether the one number that is said is within 5 % of the truth; None if there is none to be read.
+    """Return whether the only stated number is within 5 % of the truth; None if there is none.
 
     "$1,234.", "5 million", "1/2" and "about 14 %" are numbers, years have to be exact, and 0 is 0. A percentage may be
     said without its sign, and a number with one ("14" for "14%" and as before "0.14", "2%" for "2"). Beside a truth
@@ -53,7 +53,7 @@ def _grade_number(answer: str, truth: str) -> bool | None:
 
 
 def grade_numbers(answer: str, truths: Sequence[str]) -> Grade:
-    """Grade an answer by ``_grade_number`` beside several truths; unparsed where it cannot be read beside any."""
+    """Grade an answer by ``_grade_number`` against several truths; unparsed if it is for all of them."""
     found = [_grade_number(answer, truth) for truth in truths]
     if not to_plain_text(answer) or all(one is None for one in found):
         return UNPARSED
@@ -74,14 +74,14 @@ def _is_same(said: Quantity, goal: Quantity, *, is_year: bool) -> bool:
 
 
 def may_mean(said: Quantity, goal: Quantity) -> bool:
-    """Tell whether what is said is not plainly wrong: "5/10" may mean five of ten, and "5 M" five metres."""
+    """Return whether an ambiguous quantity may be correct: "5/10" may mean five of ten, and "5 M" five metres."""
     ways = (said.value, said.other, said.numerator)
     pairs = [(way, end) for way in ways for end in (goal.value, goal.other)][1:]
     return any(one is not None and other is not None and _near(one, other) for one, other in pairs)
 
 
 def _other_unit(said: Quantity, goal: Quantity) -> bool:
-    """Tell whether both have units, and different ones: 3 cm beside 3 m, which nothing here converts."""
+    """Return whether both have different units, such as 3 cm and 3 m, which are not converted."""
     units = {said.unit, goal.unit} - {""}
     return len(units) > 1 and not units <= set(MONEY)
 
@@ -97,23 +97,23 @@ def _same_text(text: str, truth: str) -> bool | None:
 
 
 def anls(answer: str, truths: Sequence[str]) -> float:
-    """Return DocVQA's score: distances over texts with single spaces, lengths over the raw ones."""
+    """Compute DocVQA's score: distances over texts with single spaces, lengths over the raw ones."""
     return _best(answer, truths, squeeze=True, raw_lengths=True)
 
 
 def anls_st_vqa(answer: str, truths: Sequence[str]) -> float:
-    """Return the score of LLaVA's tree, after ST-VQA: inner spaces count."""
+    """Compute LLaVA's score, after ST-VQA: inner spaces count."""
     return _best(answer.strip(), [truth.strip() for truth in truths], squeeze=False, raw_lengths=True)
 
 
 def anls_robust(answer: str, truths: Sequence[str]) -> float:
-    """Return the score over plain texts with single spaces, without "Answer:" in front or one final period."""
+    """Compute the score over plain texts with single spaces, without "Answer:" or one final period."""
     texts = [without_label(to_plain_text(text)).removesuffix(".").rstrip() for text in (answer, *truths)]
     return _best(texts[0], texts[1:], squeeze=True, raw_lengths=False)
 
 
 def edit_distance(left: str, right: str) -> int:
-    """Return Levenshtein's distance."""
+    """Compute the Levenshtein distance."""
     if len(left) < len(right):
         left, right = right, left
     row = list(range(len(right) + 1))
@@ -148,5 +148,5 @@ def _near(value: float, goal: float) -> bool:
 
 
 def _plain(text: str) -> str:
-    """Return a text without case, marks around it, and space beside its commas and dashes."""
+    """Normalise a text: lower case, without surrounding marks and spaces around commas and dashes."""
     return re.sub(r" ?([,-]) ?", r"\1", " ".join(text.lower().split()).strip(" .!?\"'[]()"))

@@ -1,4 +1,4 @@
-"""Open answers of MMMU: the authors' lenient rule, and a strict one."""
+"""Matching of MMMU's open answers: the authors' lenient rule, and a strict one."""
 
 import re
 from collections.abc import Sequence
@@ -20,15 +20,15 @@ _IN_DOUBT = re.compile(r"\b(?:not|never|or|neither|nor|unlike|except)\b|n't\b")
 
 @dataclass(frozen=True)
 class OpenAnswer:
-    """What is said last in an answer, in lower case, and the one number in it, if it has one."""
+    """The last statement of an answer, in lower case, and its only number, if it has one."""
 
     text: str
     number: Quantity | None
 
     def fits(self, truths: Sequence[str]) -> bool | None:
-        """Tell whether it is one of the truths: the same number at two decimals, or the truth's words in it.
+        """Return whether it matches a truth: the same number at two decimals, or the truth's words in it.
 
-        None where that cannot be read: no one number beside truths that are numbers, words with "not" or "or".
+        None where that is undecidable: no one number beside truths that are numbers, words with "not" or "or".
         """
         found = [self._fits(truth) for truth in truths]
         return True if True in found else False if False in found else None
@@ -46,7 +46,7 @@ class OpenAnswer:
 
 
 def parse_open_answer(answer: str) -> OpenAnswer | None:
-    """Return what is said last, and its number; None for nothing."""
+    """Parse the last statement of an answer, and its number; None if it is empty."""
     tail = _SAID_LAST.split(without_lead_in(to_plain_text(answer)).rstrip("."))[-1].strip()
     return OpenAnswer(tail.lower(), stated_quantity(tail)) if tail else None
 
@@ -58,7 +58,7 @@ def _same_number(said: Quantity, goal: Quantity) -> bool:
 
 
 def open_answer_is_right(answer: str, truths: Sequence[str]) -> bool:
-    """Tell whether MMMU's script would count it: any number or phrase after an indicator that fits.
+    """Return whether MMMU's script accepts an answer: any matching number or phrase after an indicator.
 
     "It is 5 or 6" fits 6; a text fits if the truth is anywhere in it.
     """

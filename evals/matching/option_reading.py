@@ -1,4 +1,4 @@
-"""Which option an answer names: letters and the options' own texts, weighed against each other."""
+"""The option that an answer names: letters and option texts, checked against each other."""
 
 import re
 from collections.abc import Sequence
@@ -70,10 +70,10 @@ _NEAR = 40
 
 
 class OptionReading:
-    """An answer beside its options."""
+    """An answer with its options."""
 
     def __init__(self, answer: str, options: Sequence[str]) -> None:
-        """Prepare the text: an option's text is one character, "A" before a word an article."""
+        """Prepare the text: replace option texts by single characters, and "A" as an article."""
         self.options = options
         self.letters = LETTERS[: len(options)]
         self.text = to_plain_text(answer)
@@ -82,17 +82,17 @@ class OptionReading:
 
     def letter(self) -> str | None:
         """Return the letter, or None."""
-        said = without_lead_in(self.text)
-        whole, equal = _WHOLE.fullmatch(said), equal_options(said, self.options)
+        stated = without_lead_in(self.text)
+        whole, equal = _WHOLE.fullmatch(stated), equal_options(stated, self.options)
         label = {whole[1].upper()} & set(self.letters) if whole else set()
         if label or equal:
-            # Where "A" is the text of another option than A, nobody knows which is meant.
+            # If "A" is the text of another option than A, it is ambiguous.
             return next(iter(label | equal)) if len(label | equal) == 1 else None
-        labelled = _WITH_TEXT.fullmatch(said)
+        labelled = _WITH_TEXT.fullmatch(stated)
         texts = equal_options(labelled[2], self.options) if labelled else set()
         if labelled and texts:
-            # "B. cat" is B whatever B says, as it is to LLaVA's rule and several authors'; "B: cat" nobody knows.
-            return labelled[1] if labelled[1] in texts or _STOPPED.match(said) else None
+            # "B. cat" is B whatever B says, as it is to LLaVA's rule and several authors'; "B: cat" is ambiguous.
+            return labelled[1] if labelled[1] in texts or _STOPPED.match(stated) else None
         return self._within()
 
     def _within(self) -> str | None:
@@ -115,7 +115,7 @@ class OptionReading:
         return None if in_doubt else self._only_named()
 
     def _declared(self) -> set[str]:
-        """Return the letters after "the answer is"; two, or none of the options, where they are in doubt."""
+        """Return the letters after "the answer is"; two, or a non-option, if ambiguous."""
         found = set()
         for match in _DECLARED.finditer(self.named):
             letter = (match[1] or match[2] or match[3]).upper()
@@ -131,7 +131,7 @@ class OptionReading:
         return found
 
     def _alone(self) -> tuple[dict[str, int], bool]:
-        """Return letters that may be answers with their places, and whether others are in the text ("vitamin C")."""
+        """Return letters that may be answers with their positions, and whether the text has others ("vitamin C")."""
         found: dict[str, int] = {}
         in_doubt = False
         for match in re.finditer(_ALONE, self.named):
@@ -145,7 +145,7 @@ class OptionReading:
         return found, in_doubt
 
     def _single(self, alone: dict[str, int]) -> str | None:
-        """Return the only letter, if nothing is said against it and no other option is named."""
+        """Return the only letter, unless it is negated or another option is named."""
         (letter, place), *others = alone.items()
         clause = _clause(self.named, place) + _CLAUSE.split(self.named[place + 1 :])[0]
         named = named_options(self.named)
@@ -154,7 +154,7 @@ class OptionReading:
         return letter
 
     def _only_named(self) -> str | None:
-        """Return the only option whose text is there, if nothing is said against it."""
+        """Return the only option whose text occurs, unless it is negated."""
         letters = named_options(self.named)
         places = [match.start() for match in re.finditer(STAND_IN, self.named)]
         if len(letters) != 1 or any(_NEGATION.search(_clause(self.named, place)) for place in places):
@@ -163,7 +163,7 @@ class OptionReading:
 
 
 def _without_denied(text: str) -> str:
-    """Return a text without ", not C", where something else is said before it."""
+    """Remove ", not C" from a text, if another option precedes it."""
     match = _NOT_THIS.search(text)
     if match and re.search(rf"{_ALONE}|{STAND_IN}", text[: match.start()]):
         return text[: match.start()] + text[match.end() :]

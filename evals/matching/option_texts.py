@@ -1,4 +1,4 @@
-"""The texts of options in an answer: which one it is, and which ones it names."""
+"""Option texts in an answer: the one it equals, and those it names."""
 
 import re
 from collections.abc import Hashable, Sequence
@@ -15,7 +15,7 @@ _NOTHING = ("", "nan")
 
 
 def equal_options(text: str, options: Sequence[str]) -> set[str]:
-    """Return the letters of the options whose text this is, but for case, marks around it, an article; 5 is five."""
+    """Return the letters of options with this text, ignoring case, surrounding marks and articles; 5 is five."""
     said = _key(text)
     return {
         letter
@@ -25,7 +25,7 @@ def equal_options(text: str, options: Sequence[str]) -> set[str]:
 
 
 def with_stand_ins(text: str, options: Sequence[str]) -> str:
-    """Return a text with one private character for each option's text in it, so that no letter of it is looked at.
+    """Replace each option's text by one private character, so that its letters are not parsed.
 
     "red car" names no "car": of two texts, one within the other, the outer one is meant.
     """
@@ -54,7 +54,7 @@ def named_options(text: str) -> set[str]:
 
 
 def letter_of(stand_in: str) -> str:
-    """Return the letter of the option for which a private character stands."""
+    """Return the letter of a private character's option."""
     return LETTERS[ord(stand_in) - _FIRST_STAND_IN]
 
 

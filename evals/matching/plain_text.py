@@ -1,7 +1,7 @@
-"""An answer as plain text, once for every robust rule: one form of each character, no marks, no markup.
+"""Normalisation of answers to plain text for all robust rules: one form of each character, no markup.
 
-Nothing that could carry the meaning goes: a minus stays a minus, whatever sign it was written with, 10² does not
-become 102, and 1½ does not become 11/2, as they would under Unicode's NFKC alone.
+Nothing meaningful is removed: a minus stays a minus, whichever sign it is, 10² does not become 102, and 1½ does not
+become 11/2, as they would under Unicode's NFKC alone.
 """
 
 import html
@@ -11,7 +11,7 @@ import unicodedata
 from evals.json_answers import without_object
 from evals.matching.markup import without_markup, without_thought
 
-# What NFKC would turn into letters or digits that nobody wrote: "№" into "No", "Nokia™" into "NokiaTM".
+# Characters that NFKC would turn into other letters or digits: "№" into "No", "Nokia™" into "NokiaTM".
 _BEFORE = str.maketrans({"™": "", "℠": "", "®": "", "©": "", "º": "°", "˚": "°", "№": "#", "ª": ""})
 _SIGNS = str.maketrans(
     dict.fromkeys("‐‑‒–−﹣⁃", "-")
@@ -41,7 +41,7 @@ _LEAD_IN = re.compile(
 
 
 def to_plain_text(text: str) -> str:
-    """Return an answer as plain text; what a model thought before it, quotation marks around it, markup are gone."""
+    """Convert an answer to plain text, without reasoning, surrounding quotation marks and markup."""
     text = without_object(without_thought(text))  # before an escaped or curly quotation mark becomes one that ends it
     text = html.unescape(text) if "&" in text else text
     if not text.isascii():
@@ -53,12 +53,12 @@ def to_plain_text(text: str) -> str:
 
 
 def without_label(text: str) -> str:
-    """Return a plain text without "Answer:" in front."""
+    """Remove a leading "Answer:" from a plain text."""
     return _unquoted(_LABEL.sub("", text, count=1).strip()) if _LABEL.match(text) else text
 
 
 def without_lead_in(text: str) -> str:
-    """Return a plain text without "Answer:" or "The answer is" in front."""
+    """Remove a leading "Answer:" or "The answer is" from a plain text."""
     text = without_label(text)
     return _unquoted(_LEAD_IN.sub("", text, count=1).strip()) if _LEAD_IN.match(text) else text
 

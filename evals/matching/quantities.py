@@ -1,4 +1,4 @@
-"""The one number that a plain text states: with its sign, its per cent and its unit, or none at all.
+"""Parsing of the only number that a plain text states, with its sign, percentage and unit.
 
 A range, a bound, an ordinal, a date, a time, or two numbers to choose from are not one number.
 """
@@ -131,19 +131,19 @@ _MAX_WORDS_AFTER = 2
 
 @dataclass(frozen=True)
 class Quantity:
-    """One number; ``unit`` is "" where none is known."""
+    """A number; ``unit`` is "" if unknown."""
 
     value: float
     percent: bool = False
     unit: str = ""
     numerator: float | None = field(default=None, compare=False)
-    """What stands above the line, where it is written as a fraction."""
+    """The numerator, if it is written as a fraction."""
     other: float | None = field(default=None, compare=False)
-    """What else may be meant: 5 by "5 M", five million by "5 m", half a dollar by "50 cents"."""
+    """An alternative meaning: 5 for "5 M", five million for "5 m", half a dollar for "50 cents"."""
 
 
 def stated_quantity(text: str) -> Quantity | None:
-    """Return the only number that a plain text states, or None."""
+    """Parse the only number that a plain text states; None without one."""
     text = digits_for_words(text.strip().rstrip(".!,;").strip())
     if text.lower().lstrip("+-") in ("nan", "inf", "infinity", "none"):
         return Quantity(0.0 if text.lower() == "none" else float(text))
@@ -159,7 +159,7 @@ def stated_quantity(text: str) -> Quantity | None:
 
 
 def whole_quantity(text: str) -> Quantity | None:
-    """Return the number that a text is, with no more than a unit after it ("12 cm", not "Top 10")."""
+    """Parse a text that is a number with at most a unit ("12 cm", not "Top 10"); None for others."""
     found = stated_quantity(text)
     plain = digits_for_words(text.strip())
     match = _NUMBER.match(plain)
@@ -170,19 +170,19 @@ def whole_quantity(text: str) -> Quantity | None:
 
 
 def _mentions(text: str) -> Iterator[Quantity | None]:
-    """Yield each number, None for digits that are no number of their own or that are spoken against."""
+    """Yield each number, None for digits that are part of other words or negated."""
     end = 0
     for match in _NUMBER.finditer(text):
         if any(char.isdigit() for char in text[end : match.start()]):
             yield None
         before = text[end : match.start()]
         end = match.end()
-        yield None if _spoken_against(before, text[match.end("body") :], match) else _quantity(match)
+        yield None if _is_negated(before, text[match.end("body") :], match) else _quantity(match)
     if any(char.isdigit() for char in text[end:]):
         yield None
 
 
-def _spoken_against(before: str, after: str, match: re.Match[str]) -> bool:
+def _is_negated(before: str, after: str, match: re.Match[str]) -> bool:
     clause = re.split(r"[.;,:!?\n]", before)[-1]
     if (
         _NOT_THIS.search(before[-40:])
@@ -215,7 +215,7 @@ def _quantity(match: re.Match[str]) -> Quantity | None:
 
 
 def _with_unit(value: float, word: str, money: str) -> tuple[float, float | None, str]:
-    """Return a number with the word after it, what else may be meant, and its unit."""
+    """Return a number scaled by the word after it, its alternative meaning, and its unit."""
     scale, unit = _MAYBE_SCALES.get(word.lower()), _UNITS.get(word.lower(), "")
     if scale and money:
         return value * scale, None, money
@@ -227,7 +227,7 @@ def _with_unit(value: float, word: str, money: str) -> tuple[float, float | None
 
 
 def _power(power: str, base: float) -> float:
-    """Return what a number is multiplied by for "e3", " × 10^3" or "^2"."""
+    """Return the factor of "e3", " × 10^3" or "^2"."""
     if not power:
         return 1.0
     if power.startswith("^"):

@@ -1,4 +1,4 @@
-"""Short answers beside ten human ones: two normalisers (EvalAI's, the official script's) and soft accuracy.
+"""Short answers against ten human ones: two normalisers (EvalAI's, the official script's) and soft accuracy.
 
 Both are kept with their quirks, since published numbers were computed with them: "none" is 0, the text may become
 empty ("a"), and at most 32 periods go.
@@ -44,24 +44,24 @@ _CONTRACTIONS = (
 
 
 def normalise_evalai(text: str) -> str:
-    """Return an answer as EvalAI's processor leaves it (LLaVA's uploads, TextVQA): commas vanish first."""
+    """Normalise an answer as EvalAI's processor does (LLaVA's uploads, TextVQA): commas are removed first."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     return _words(_punctuation(text.replace("\n", " ").replace("\t", " ").strip()))
 
 
 def normalise_official(text: str) -> str:
-    """Return an answer as the official VQA script leaves it: a comma between words becomes a space."""
+    """Normalise an answer as the official VQA script does: a comma between words becomes a space."""
     return _words(_punctuation(text.replace("\n", " ").replace("\t", " ").strip()))
 
 
 def normalise_robust(text: str) -> str:
-    """Return the official normal form of a plain text; "a" does not become empty, nor -5 what 5 is."""
+    """Normalise a plain text by the official rules, but keep "a" and the sign of -5."""
     text = _MINUS.sub("minus ", without_label(to_plain_text(text)).strip("'"))
     return normalise_official(text) or " ".join(_punctuation(text).lower().split())
 
 
 def _soft_accuracy(answer: str, humans: Sequence[str]) -> float:
-    """Return the mean over humans of min(1, others who said the same / 3): 0, .3, .6, .9, 1 for 0..4 of ten."""
+    """Compute the mean over humans of min(1, matching others / 3): 0, .3, .6, .9, 1 for 0..4 of ten."""
     same = sum(human == answer for human in humans)
     return sum(min(1.0, (same - (human == answer)) / 3) for human in humans) / len(humans)
 
@@ -87,8 +87,8 @@ def official_accuracy(answer: str, humans: Sequence[str], answer_ids: Sequence[o
 
 def robust_accuracy(answer: str, humans: Sequence[str]) -> float:
     """Score with the official normaliser applied always; one lone human is plain equality."""
-    said, others = normalise_robust(answer), [normalise_robust(human) for human in humans]
-    return float(said == others[0]) if len(others) == 1 else _soft_accuracy(said, others)
+    normalised, others = normalise_robust(answer), [normalise_robust(human) for human in humans]
+    return float(normalised == others[0]) if len(others) == 1 else _soft_accuracy(normalised, others)
 
 
 def _punctuation(text: str) -> str:

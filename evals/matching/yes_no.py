@@ -1,4 +1,4 @@
-"""Yes or no in an answer: POPE's rule, MME's rule, and ours, which never guesses."""
+"""Parsing of yes and no: POPE's rule, MME's rule, and ours, which never guesses."""
 
 import re
 from collections.abc import Sequence
@@ -23,17 +23,17 @@ _CLAUSE = re.compile(r"[.,;:!?\n]")
 _CLAUSE_FOLLOWS = re.compile(
     r" *(?:$|[^\w\s]|\n| (?:it|there|he|she|they|we|i|you|this|that|these|those|the|both|all)\b)"
 )
-_NEAR = 60  # characters in front of a word that tell what it is
+_NEAR = 60  # characters of context before a word
 
 
 def parse_pope(answer: str) -> _YesNo:
-    """Return "no" if "No", "not" or "no" is a word of the text before the first period, "yes" for all else."""
+    """Parse by POPE's rule: "no" if "No", "not" or "no" is a word before the first period, else "yes"."""
     words = answer.split(".", maxsplit=1)[0].replace(",", "").split(" ")
     return "no" if {"No", "not", "no"} & set(words) else "yes"
 
 
 def parse_mme(answer: str) -> _YesNo | None:
-    """Return what the first four characters contain, "yes" before "no"; a lone y or n counts."""
+    """Parse by MME's rule: the first four characters, "yes" before "no"; a lone y or n counts."""
     text = answer.lower().strip().replace(".", "")
     if text in ("y", "n"):
         return "yes" if text == "y" else "no"
@@ -42,7 +42,7 @@ def parse_mme(answer: str) -> _YesNo | None:
 
 
 def parse_yes_no(answer: str) -> _YesNo | None:
-    """Return yes or no where one is said as the answer and nothing speaks against it; None for anything in doubt.
+    """Parse yes or no if one is stated as the answer without contradiction; None in doubt.
 
     A "no" is an answer where a mark or the end follows it ("I would say no."), where it opens a sentence ("No dog is
     there") or follows "there is": elsewhere it belongs to what comes after it ("a dog with no collar"). Where both are
@@ -52,9 +52,9 @@ def parse_yes_no(answer: str) -> _YesNo | None:
     text = without_lead_in(to_plain_text(answer)).lower()
     if _SIDE_BY_SIDE.search(text):
         return None
-    said = [match for match in _WORD.finditer(text) if not _SAYS_NOTHING.match(text, match.end())]
-    yes = [match for match in said if match[1] == "yes"]
-    no = [match for match in said if match[1] == "no"]
+    matches = [match for match in _WORD.finditer(text) if not _SAYS_NOTHING.match(text, match.end())]
+    yes = [match for match in matches if match[1] == "yes"]
+    no = [match for match in matches if match[1] == "no"]
     if yes:
         return None if any(_ENDS.match(text, one.end()) for one in no) else _plain_yes(text, yes[0], no)
     return "no" if any(_is_answer(text, one) for one in no) else None

@@ -1,4 +1,4 @@
-"""Recipes: TOML written by people, flags laid over it, one validated config out.
+"""Recipes: a TOML file plus flags, resolved to one validated config.
 
 Precedence: defaults, then the recipe, then flags. A LLaVA flag given bare (``--mm_projector_lr 2e-5``) is
 accepted where its name is unique among the sections.
@@ -29,33 +29,33 @@ from llava_ray.reading import in_words
 Config = TypeVar("Config", FinetuneConfig, PrepareConfig, EvaluateConfig, SweepConfig)
 Settings = TypeVar("Settings", bound=ConfigSection)
 
-# What says where and how a run is carried out, not what is computed: it may change between start and resume.
+# Settings of where and how a run executes, not of what it computes: they may change between start and resume.
 NOT_HASHED = ("run", "cluster", "tracking", "held_out", "score", "actors")
 
 _SUBCOMMANDS = {"evaluate": ("run",)}  # the one that takes settings, where there are several
 
 _MAX_SAID = 500  # characters of what is wrong with flags
 
-# LLaVA's flags that name something we do otherwise; the value is what to say.
+# LLaVA's flags that have another form here, with the advice for each.
 _REPLACED_FLAGS = {
     "per_device_train_batch_size": "use --train.global_batch_size (per-device batch x devices x accumulation)",
     "gradient_accumulation_steps": "use --train.global_batch_size (per-device batch x devices x accumulation)",
     "output_dir": "use --run.storage_path and --run.name",
     "deepspeed": "use --train.zero_stage 0, 1, 2 or 3",
-    "report_to": "every run is kept in MLflow; use --tracking.tracking_uri to say where",
-    "dataloader_num_workers": "not needed: Ray Data decodes with the CPUs that are free",
-    "is_multimodal": "not needed: samples say themselves whether they have images",
+    "report_to": "every run is tracked in MLflow; set --tracking.tracking_uri to choose the store",
+    "dataloader_num_workers": "not needed: Ray Data decodes on the free CPUs",
+    "is_multimodal": "not needed: each sample records whether it has images",
     "lora_weight_path": "start from the adapter's bundle: --model.model_name_or_path",
     "save_strategy": "use --train.save_steps",
-    "evaluation_strategy": "not there: evaluate a bundle after training",
+    "evaluation_strategy": "not supported: evaluate a bundle after training",
 }
 
 
 def load_recipe(schema: type[Config], arguments: Sequence[str], *, ignore: Collection[str] = ()) -> Config:
-    """Read ``[RECIPE] --section.key value …`` into a validated ``schema`` whose run has a name.
+    """Load ``[RECIPE] --section.key value …`` into a validated ``schema`` whose run has a name.
 
-    ``ignore`` names sections a recipe may hold that this pipeline has no use for. Raises ConfigError for a recipe
-    that cannot be read and for unknown, missing or unfitting keys; ``--help`` prints every key and exits.
+    ``ignore`` names sections of a recipe that this command does not use. Raises ConfigError for a recipe that cannot be
+    read and for unknown, missing or invalid keys; ``--help`` prints every key and exits.
     """
     config = load_settings(schema, arguments, ignore=ignore)
     recipe = _recipe_of(arguments)
@@ -71,13 +71,13 @@ def load_settings(schema: type[Settings], arguments: Sequence[str], *, ignore: C
     _check_known_keys(schema, values, recipe or "flags")
     flags = [_dotted_flag(schema, argument) for argument in arguments[1 if recipe else 0 :]]
     parsed = _read_flags(schema, spell_out(schema, flags), _with_missing(schema, values))
-    with in_words(recipe or "flags", "Mend them.", ConfigError):
+    with in_words(recipe or "flags", "Fix them.", ConfigError):
         given = parsed.model_dump()
     return schema.parsed(given)
 
 
 def _read_flags(schema: type[Settings], flags: Sequence[str], default: Any) -> Settings:
-    """Lay flags over settings that are not validated yet. Raises ConfigError for a flag whose value does not fit."""
+    """Apply flags to settings that are not validated yet. Raises ConfigError for a flag with an invalid value."""
     said = io.StringIO()
     try:
         with in_words("flags", "--help lists them all.", ConfigError), contextlib.redirect_stderr(said):
@@ -103,18 +103,18 @@ def command_of(schema: type[ConfigSection]) -> str:
 
 
 def _recipe_of(arguments: Sequence[str]) -> str | None:
-    """Return the recipe that a command line begins with, if it does."""
+    """Return the recipe at the start of a command line, None without one."""
     return arguments[0] if arguments and not arguments[0].startswith("-") else None
 
 
 def settings_hash(config: ConfigSection) -> str:
-    """Return 8 hex digits of everything in ``config`` that decides what is computed."""
+    """Return 8 hex digits of all settings in ``config`` that decide what is computed."""
     settings = config.model_dump(mode="json", exclude=set(NOT_HASHED))
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Return ``key: old -> new`` for each hashed setting in which two resolved configs differ."""
+    """Return ``key: old -> new`` for each hashed setting that differs between two resolved configs."""
     lines = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
@@ -133,7 +133,7 @@ def read_toml(path: str) -> dict[str, Any]:
 
 
 def _dotted_flag(schema: type[BaseModel], argument: str) -> str:
-    """Give a bare LLaVA flag its section: ``--bits`` becomes ``--lora.bits``."""
+    """Add the section to a bare LLaVA flag: ``--bits`` becomes ``--lora.bits``."""
     if not argument.startswith("--") or argument == "--help":
         return argument
     name, equals, value = argument[2:].partition("=")
@@ -148,7 +148,7 @@ def _dotted_flag(schema: type[BaseModel], argument: str) -> str:
 
 
 def _check_known_keys(schema: type[BaseModel], values: dict[str, Any], source: str) -> None:
-    """Raise ConfigError for anything wrong in ``values`` but missing keys, which flags may still bring."""
+    """Raise ConfigError for any fault of ``values`` except missing keys, which flags may still supply."""
     try:
         schema.model_validate(values)
     except ValidationError as error:
@@ -158,7 +158,7 @@ def _check_known_keys(schema: type[BaseModel], values: dict[str, Any], source: s
 
 
 def _with_missing(schema: type[BaseModel], values: dict[str, Any]) -> Any:
-    """Build ``schema`` unvalidated, with tyro's mark where a required key has no value yet."""
+    """Build ``schema`` unvalidated, with tyro's marker where a required key has no value yet."""
     fields: dict[str, Any] = {}
     for name, field in schema.model_fields.items():
         annotation = field.annotation
@@ -166,7 +166,7 @@ def _with_missing(schema: type[BaseModel], values: dict[str, Any]) -> Any:
             fields[name] = _with_missing(annotation, values.get(name, {}))
         elif name in values:
             value = as_switch(values[name], annotation)
-            fields[name] = tuple(value) if isinstance(value, list) else value  # as the schema has it; TOML knows lists
+            fields[name] = tuple(value) if isinstance(value, list) else value  # the schema has tuples, TOML has lists
         else:
             fields[name] = tyro.MISSING if field.is_required() else field.get_default()
     return schema.model_construct(**fields)

@@ -1,8 +1,4 @@
-"""The stream's blocks: kept whole, as one row with one cell each, and set going early.
-
-Ray Data cuts and joins blocks between their rows as it sees fit. What must arrive together and at one place travels as
-one row; nothing is copied to make one or to read it.
-"""
+"""The stream's blocks as a worker receives them: requested early, so that its tasks start while the model loads."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,23 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow as pa
 from ray.data import DataIterator
 
-_COLUMN = "rows"
 _PREFETCHED_BLOCKS = 2
 
 
-def pack_block(table: pa.Table) -> pa.Table:
-    """Return a table of one row that holds all rows of ``table``, which has some."""
-    rows = table.combine_chunks().to_struct_array().chunk(0)
-    return pa.table({_COLUMN: pa.ListArray.from_arrays(pa.array([0, len(rows)], pa.int32()), rows)})
-
-
-def unpack_block(block: pa.Table) -> pa.Table:
-    """Return the rows that ``pack_block`` laid together, of all of the block's rows."""
-    return pa.Table.from_batches([pa.RecordBatch.from_struct_array(cell.flatten()) for cell in block[_COLUMN].chunks])
-
-
 def start_blocks(find_shard: Callable[[], DataIterator]) -> Iterator[pa.Table]:
-    """Set the stream going in a thread, so that its tasks start up while the model loads; yield its blocks."""
+    """Start the stream in a thread, so that its tasks start while the model loads; yield its blocks."""
 
     def first_block() -> tuple[pa.Table | None, Iterator[pa.Table]]:
         batches = find_shard().iter_batches(

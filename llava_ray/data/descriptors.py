@@ -1,4 +1,4 @@
-"""A plan's micro-batches, dealt to ranks: small tables that say which examples each holds, in the stream's order."""
+"""Descriptors of a plan's micro-batches: small tables of the examples in each, by rank and in stream order."""
 
 from typing import Any
 
@@ -6,14 +6,8 @@ import numpy as np
 import pyarrow as pa
 
 from llava_ray.data.lengths import TokenLengths
+from llava_ray.data.packing import NO_STEP, ROWS_PER_BLOCK
 from llava_ray.data.plan import Plan, assign_to_ranks
-
-# Consecutive micro-batches of one rank that travel as one block. One a block reached 30 % of a bare decoding loop's
-# images/s, sixteen 74 %; more would only delay the first step.
-ROWS_PER_BLOCK = 16
-
-# Marks the rows that fill a rank's last block.
-NO_STEP = -1
 
 
 def describe_micro_batches(
@@ -53,7 +47,7 @@ def _grouped(by_rank: list[list[dict[str, Any]]], table: pa.Table, window: int) 
 
 
 def _located(rows: list[dict[str, Any]], table: pa.Table) -> pa.Table:
-    """Replace example numbers by where their records lie: (shard, row, part)."""
+    """Replace example numbers by the location of their records: (shard, row, part)."""
     flat = np.asarray([i for row in rows for i in row["examples"]], np.int64)
     ends = np.cumsum([0] + [len(row["examples"]) for row in rows])
     places = table.select(["shard", "row", "part", "num_tokens"]).take(flat).combine_chunks()

@@ -1,4 +1,4 @@
-"""Records one after the other, in the order that their owner knows: nothing shuffled, nothing prepared."""
+"""Records read one after the other in the order of their files, without shuffling or preparation."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -14,7 +14,7 @@ _RECORDS_PER_CHUNK = 256
 
 
 def read_records(data_path: str, max_samples: int | None = None) -> Iterator[RawRecord | Record]:
-    """Yield the records of any data that training takes, in the order of its files. Raises DataError."""
+    """Yield the records of any data that training accepts, in the order of its files. Raises DataError."""
     if is_prepared(data_path):
         yield from islice(_prepared_records(data_path), max_samples)
         return
@@ -27,7 +27,7 @@ def read_records(data_path: str, max_samples: int | None = None) -> Iterator[Raw
 
 
 def _text_records(kind: str, files: list[str]) -> Iterator[RawRecord]:
-    # Preparation mixes the records of text files; here they come as they are written.
+    # Unlike preparation, which shuffles the records of text files.
     taken: dict[str, int] = {}
     rows = ((PurePath(path).name, *row) for path in files for row in TEXT_READERS[kind](path))
     for index, (name, row, text, own_id) in enumerate(rows):

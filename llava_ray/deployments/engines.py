@@ -1,4 +1,4 @@
-"""Which engine a service runs, by its name in the settings."""
+"""The engines of a service, by their names in the settings."""
 
 import importlib
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from llava_ray.deployments.settings import ModelSource, ServeSettings
 from llava_ray.errors import ConfigError
 from llava_ray.generate.engine import Engine
 
-# Functions of a ModelSource and ServeSettings, named and not imported: each needs libraries that the others do not.
+# Functions of a ModelSource and ServeSettings, imported on demand: each needs libraries that the others do not.
 _ENGINES = {
     "builtin": "llava_ray.deployments.builtin:make_engine",
     "vllm": "llava_ray.deployments.vllm:make_engine",
@@ -16,7 +16,7 @@ _ENGINES = {
 
 
 def make_engine(source: ModelSource, settings: ServeSettings) -> Engine:
-    """Return the engine of one replica, not started. Raises ConfigError for a name that leads to none."""
+    """Build the engine of one replica, not started. Raises ConfigError for an unknown name."""
     place = _ENGINES.get(settings.engine, settings.engine)
     module, colon, function = place.partition(":")
     if not colon:

@@ -1,4 +1,4 @@
-"""From a checked request to what engines take: turns with markers, images by address, one Sampling."""
+"""Conversion of validated requests to tasks: turns with markers, images by address, sampling settings."""
 
 from dataclasses import dataclass, field
 
@@ -20,7 +20,7 @@ _ROLES = {"user": "human", "assistant": "gpt"}
 
 @dataclass(frozen=True)
 class Task:
-    """What a replica is asked to do: a request whose images are still addresses."""
+    """A replica's task: a request whose images are still addresses."""
 
     request_id: str
     model: str
@@ -33,16 +33,16 @@ class Task:
     sampling: Sampling = field(default_factory=Sampling)
     num_choices: int = 1
     stream: bool = True
-    """Whether pieces are wanted as they come, or all at the end."""
+    """Whether to send pieces as they come, or all at the end."""
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Return all that it says."""
+        """Return all texts of the task."""
         return (*(turn.value for turn in self.turns), self.system or "", self.prompt or "")
 
 
 def chat_task(request: ChatRequest, request_id: str, settings: ServeSettings) -> Task:
-    """Turn a chat into a task. Raises RefusalError for too many images or characters, or turns out of order."""
+    """Convert a chat to a task. Raises RefusalError for too many images or characters, or turns out of order."""
     system = "\n".join(_text_of(message) for message in request.messages if message.role in ("system", "developer"))
     spoken = [message for message in request.messages if message.role in _ROLES]
     _check_order(spoken)
@@ -71,7 +71,7 @@ def chat_task(request: ChatRequest, request_id: str, settings: ServeSettings) ->
 
 
 def completion_task(request: CompletionRequest, request_id: str, settings: ServeSettings) -> Task:
-    """Turn a completion into a task. Raises RefusalError for too many characters or image markers."""
+    """Convert a completion to a task. Raises RefusalError for too many characters or image markers."""
     _check_prompt_length(len(request.prompt), settings, "prompt")
     if IMAGE_TOKEN in request.prompt:
         raise refuse(
@@ -88,7 +88,7 @@ def completion_task(request: CompletionRequest, request_id: str, settings: Serve
 
 
 def sampling(request: GenerationFields, wanted: int | None, logprobs: int | None, settings: ServeSettings) -> Sampling:
-    """Take over what says how tokens are chosen."""
+    """Return the sampling settings of a request."""
     return Sampling(
         max_tokens=wanted or settings.max_tokens,
         temperature=request.temperature,
@@ -102,10 +102,10 @@ def sampling(request: GenerationFields, wanted: int | None, logprobs: int | None
 
 
 def as_turn(message: ChatMessage) -> Turn:
-    """Write a message as training writes its content parts: each on a line of its own, a marker for each image.
+    """Convert a message to a turn as in training: each part on its own line, a marker for each image.
 
-    A marker that somebody wrote into a text would stand for an image that is not there: it is taken apart. No two parts
-    make one together, for a line break stands between them.
+    A marker inside a user's text would refer to a missing image, so it is broken up. Two parts cannot form one, because
+    a line break separates them.
     """
     if message.role == "assistant" and any(isinstance(part, ImagePart) for part in message.parts):
         raise refuse(400, "an assistant's message holds an image; only a user's may", "image_role", "messages")
@@ -114,14 +114,14 @@ def as_turn(message: ChatMessage) -> Turn:
 
 
 def _text_of(message: ChatMessage) -> str:
-    """Return a system message's text; images have no place in it."""
+    """Return a system message's text. Raises RefusalError for images in it."""
     if any(isinstance(part, ImagePart) for part in message.parts):
         raise refuse(400, f"a {message.role} message holds an image; only a user's may", "image_role", "messages")
     return break_markers(join_parts(part.text for part in message.parts if isinstance(part, TextPart)))
 
 
 def _check_order(spoken: list[ChatMessage]) -> None:
-    """Raise RefusalError unless user and assistant alternate, the user first and last."""
+    """Check that user and assistant alternate, the user first and last. Raises RefusalError."""
     for index, message in enumerate(spoken):
         expected = "assistant" if index % 2 else "user"
         if message.role != expected:
@@ -133,11 +133,11 @@ def _check_order(spoken: list[ChatMessage]) -> None:
                 "messages",
             )
     if len(spoken) % 2 == 0:
-        raise refuse(400, "the last message must be the user's: it is what is answered", "message_order", "messages")
+        raise refuse(400, "the last message must be the user's: it is the question", "message_order", "messages")
 
 
 def _check_prompt_length(num_chars: int, settings: ServeSettings, param: str) -> None:
-    """Raise RefusalError before a tokenizer sees what no context can hold."""
+    """Check the number of characters before tokenising. Raises RefusalError."""
     if num_chars > settings.max_text_chars:
         raise refuse(
             400,
@@ -148,7 +148,7 @@ def _check_prompt_length(num_chars: int, settings: ServeSettings, param: str) ->
 
 
 def _check_choices(request: GenerationFields, settings: ServeSettings) -> int:
-    """Return n. Raises RefusalError over the service's limit."""
+    """Return n within the service's limit. Raises RefusalError."""
     if request.n > settings.max_choices:
         raise refuse(400, f"n = {request.n}; at most {settings.max_choices} (max_choices)", "too_many_choices", "n")
     return request.n

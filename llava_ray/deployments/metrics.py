@@ -1,4 +1,4 @@
-"""What is counted, under vLLM's names and units, so that its dashboards read ours; gathered from all replicas."""
+"""Metrics with vLLM's names and units, so that its dashboards work; collected from all replicas."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -40,10 +40,10 @@ _LABELS = ("model_name",)
 
 
 class ReplicaMetrics:
-    """The counts of one replica of a model."""
+    """The metrics of one replica of a model."""
 
     def __init__(self, model: str) -> None:
-        """Begin at zero."""
+        """Initialise the metrics at zero."""
         self.model = model
         self.registry = CollectorRegistry()
         self.first_token = self.histogram(
@@ -67,16 +67,16 @@ class ReplicaMetrics:
         self.refused = Counter("llava_ray:requests_refused", "Requests not answered", labels, registry=self.registry)
 
     def histogram(self, name: str, meaning: str, buckets: Sequence[float]) -> Histogram:
-        """Make one that knows its model."""
+        """Create a histogram labelled with the model."""
         return Histogram(name, meaning, _LABELS, buckets=buckets, registry=self.registry).labels(self.model)
 
     def collect(self, stats: EngineStats) -> list[Metric]:
-        """Return all counts as they are now, those of the engine included."""
+        """Return all current metrics, the engine's included."""
         return [*self.registry.collect(), *_engine_metrics(stats, self.model)]
 
 
 def _engine_metrics(stats: EngineStats, model: str) -> list[Metric]:
-    """Put an engine's own counts under vLLM's names."""
+    """Convert an engine's statistics to metrics with vLLM's names."""
     share = stats.kv_tokens_used / stats.kv_tokens_capacity if stats.kv_tokens_capacity else 0.0
     gauges: Mapping[str, tuple[str, float]] = {
         "vllm:num_requests_running": ("Answers being written", stats.num_running),
@@ -100,10 +100,10 @@ def _engine_metrics(stats: EngineStats, model: str) -> list[Metric]:
 
 
 class IngressMetrics:
-    """The counts of one process of the API's front."""
+    """The metrics of one ingress process."""
 
     def __init__(self) -> None:
-        """Begin at zero."""
+        """Initialise the metrics at zero."""
         self.registry = CollectorRegistry()
         self.refused = Counter(
             "llava_ray:http_refused", "Requests refused by the API's front", ("code",), registry=self.registry
@@ -116,19 +116,19 @@ class IngressMetrics:
         )
 
     def collect(self) -> list[Metric]:
-        """Return all counts as they are now."""
+        """Return all current metrics."""
         return list(self.registry.collect())
 
 
-class Gathered(Collector):
-    """The counts of several processes under one heading each, told apart by the label ``engine``."""
+class CombinedMetrics(Collector):
+    """The metrics of several processes, distinguished by the label ``engine``."""
 
     def __init__(self, parts: Mapping[str, Iterable[Metric]]) -> None:
-        """Take the families of each process by its name."""
+        """Initialise with each process's metric families."""
         self.parts = parts
 
     def collect(self) -> Iterable[Metric]:
-        """Yield each family once."""
+        """Return each family once, with the samples of all processes."""
         families: dict[str, Metric] = {}
         for process, metrics in self.parts.items():
             for metric in metrics:
@@ -139,7 +139,7 @@ class Gathered(Collector):
 
 
 def render_metrics(parts: Mapping[str, Iterable[Metric]]) -> bytes:
-    """Write Prometheus' text format."""
+    """Format metrics in Prometheus' text format."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(Gathered(parts))
+    registry.register(CombinedMetrics(parts))
     return generate_latest(registry)

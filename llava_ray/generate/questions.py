@@ -1,6 +1,6 @@
-"""Questions on their way to a model: as Arrow batches, their images decoded.
+"""Questions as Arrow batches with decoded images.
 
-Tasks that decode import this module and no torch: on two cores that import takes longer than their work.
+Decoding tasks import this module and not torch: on two cores that import takes longer than their work.
 """
 
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ from llava_ray.images.reading import open_image, read_bytes
 
 @dataclass(frozen=True)
 class ModelQuestion:
-    """What is asked: ``image`` is an encoded image, a path or URL to one, several of them, or None.
+    """A question: ``image`` is an encoded image, a path or URL to one, several of them, or None.
 
-    A question with images and without a marker gets their markers in front. Where there are ``candidates`` no answer is
-    written, but each of them is weighed.
+    A question with images and without a marker gets their markers in front. With ``candidates`` no answer is generated;
+    the likelihood of each of them is computed.
     """
 
     id: str
@@ -29,14 +29,14 @@ class ModelQuestion:
 
     @property
     def images(self) -> list[bytes | str]:
-        """Return its images as a list."""
+        """Return the images as a list."""
         if self.image is None:
             return []
         return [self.image] if isinstance(self.image, bytes | str) else list(self.image)
 
 
 def to_table(questions: Sequence[ModelQuestion]) -> pa.Table:
-    """Return a batch of questions as Arrow columns: id, question, candidates, and of each image its data or path."""
+    """Return a batch of questions as Arrow columns: id, question, candidates, and each image's data or path."""
     images = [question.images for question in questions]
     data = [[image if isinstance(image, bytes) else None for image in some] for some in images]
     paths = [[image if isinstance(image, str) else None for image in some] for some in images]

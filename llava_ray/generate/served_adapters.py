@@ -1,4 +1,4 @@
-"""Adapter folders loaded beside a base that is in memory: their terms, and what of LLaVA is their own.
+"""Adapter folders loaded for a base that is in memory: their terms, projectors and templates.
 
 An adapter may bring a projector (with image_newline) and a template; tower, tokenizer and the geometry of images are
 the base's, because all requests share them.
@@ -34,26 +34,26 @@ class ServedAdapter:
     """An adapter beside its base."""
 
     name: AdapterName
-    """What requests call it; None for the base's own, where the base is a bundle with an adapter."""
+    """The name that requests use; None for the base's own adapter, where the base is a bundle with one."""
     terms: Terms
     parts: LlavaParts
     """The base's, with the adapter's own projector and template."""
 
     def has_own_projector(self, base: LlavaParts) -> bool:
-        """Tell whether it sees images otherwise than the base does."""
+        """Return whether its projector differs from the base's."""
         return self.parts.llava is not base.llava
 
 
 @dataclass(frozen=True)
 class ServedAdapters:
-    """All adapters of an engine, and what puts the base's own back over it."""
+    """All adapters of an engine, and a function that restores the base's own."""
 
     adapters: tuple[ServedAdapter, ...] = ()
-    put_back: Callable[[], None] = lambda: None
+    restore_base: Callable[[], None] = lambda: None
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return what requests may name."""
+        """Return the names that requests may use."""
         return tuple(adapter.name for adapter in self.adapters if adapter.name is not None)
 
 
@@ -61,18 +61,18 @@ NO_ADAPTERS = ServedAdapters()
 
 
 def load_adapters(base: LlavaParts, folders: Mapping[str, str | Path]) -> ServedAdapters:
-    """Load each folder (a bundle with an adapter, LLaVA's LoRA folder, or peft's) once, beside the base.
+    """Load each folder (a bundle with an adapter, LLaVA's LoRA folder, or peft's) once, for the base.
 
-    Where the base itself is such a bundle, its own adapter becomes one of them. The base is then as it was, less that.
+    Where the base itself is such a bundle, its own adapter becomes one of them and is removed from the base.
     Raises ModelError for an adapter of another base, or one that changes what requests share.
     """
     if not folders:
         return NO_ADAPTERS
     model, adapters = base.llava.language_model, list[ServedAdapter]()
-    put_back = NO_ADAPTERS.put_back
+    put_back = NO_ADAPTERS.restore_base
     if has_adapter(model):
-        terms, said, put_back = extract_lora_weights(model, base.layout.folder)
-        _check_terms(model, terms, said, base.layout.folder)
+        terms, expected, put_back = extract_lora_weights(model, base.layout.folder)
+        _check_terms(model, terms, expected, base.layout.folder)
         adapters.append(ServedAdapter(None, terms, base))
     try:
         adapters += [load_beside(base, name, folder) for name, folder in folders.items()]
@@ -83,18 +83,18 @@ def load_adapters(base: LlavaParts, folders: Mapping[str, str | Path]) -> Served
 
 
 def load_beside(base: LlavaParts, name: str, folder: str | Path) -> ServedAdapter:
-    """Load one adapter. Raises ModelError."""
+    """Load one adapter for the base. Raises ModelError."""
     layout, is_pefts = find_adapter(name, folder)
     parts = base if is_pefts else _parts_beside(base, name, layout)
     assert layout.adapter is not None
     model, fingerprint = base.llava.language_model, base.manifest.language_model.fingerprint
-    terms, said = load_terms(model, layout.adapter, base_fingerprint=fingerprint)
-    _check_terms(model, terms, said, layout.adapter)
+    terms, expected = load_terms(model, layout.adapter, base_fingerprint=fingerprint)
+    _check_terms(model, terms, expected, layout.adapter)
     return ServedAdapter(name, terms, parts)
 
 
 def find_adapter(name: str, folder: str | Path) -> tuple[Layout, bool]:
-    """Return an adapter's folder, described, and whether it is peft's alone, without anything of LLaVA's.
+    """Return the layout of an adapter's folder, and whether it holds peft's files only.
 
     Raises ModelError for any other folder.
     """
@@ -105,14 +105,14 @@ def find_adapter(name: str, folder: str | Path) -> tuple[Layout, bool]:
         check_whole(layout)
     if layout.adapter is None:
         raise ModelError(
-            f"adapter {name!r}: {layout.folder} ({layout.kind}) is no adapter over a base; expected a bundle with an "
+            f"adapter {name!r}: {layout.folder} ({layout.kind}) is no adapter; expected a bundle with an "
             "adapter, LLaVA's LoRA folder or peft's. A whole model goes into model=."
         )
     return layout, is_pefts
 
 
 def read_beside(base: Blueprint, name: str, layout: Layout) -> Blueprint:
-    """Read what an adapter says of its model, which has to be the base's. Raises ModelError."""
+    """Read an adapter's own settings, and check them against the base's. Raises ModelError."""
     config = pretrained_config(
         layout,
         layout.folder,
@@ -126,7 +126,7 @@ def read_beside(base: Blueprint, name: str, layout: Layout) -> Blueprint:
 
 
 def _parts_beside(base: LlavaParts, name: str, layout: Layout) -> LlavaParts:
-    """Return the base with what is an adapter's own; raises ModelError if it changes what requests share."""
+    """Return the base with an adapter's own parts. Raises ModelError if it changes what requests share."""
     own, companions = read_beside(base, name, layout), read_tensors(layout.companions)
     _check_embeddings(base, companions.get(EMBED_TOKENS), name)
     manifest = base.manifest.model_copy(update={"mm_projector_type": own.config.mm_projector_type})
@@ -139,7 +139,7 @@ def _parts_beside(base: LlavaParts, name: str, layout: Layout) -> LlavaParts:
 
 
 def _check_shared(base: Blueprint, own: Blueprint, name: str) -> None:
-    """Raise ModelError if an adapter was trained with another tower, tokenizer or way of cutting images."""
+    """Check that an adapter was trained with the base's tower, tokenizer and image settings. Raises ModelError."""
     found = {
         "mm_vision_select_layer": (own.config.mm_vision_select_layer, base.config.mm_vision_select_layer),
         "mm_vision_select_feature": (own.config.mm_vision_select_feature, base.config.mm_vision_select_feature),
@@ -157,13 +157,13 @@ def _check_shared(base: Blueprint, own: Blueprint, name: str) -> None:
         if mine != shared:
             raise ModelError(
                 f"adapter {name!r} ({own.layout.folder}) was trained with {key} {mine!r}, but "
-                f"{base.config.model_name_or_path} has {shared!r}, which all requests share. Serve it as a model of "
-                "its own: put it into model=."
+                f"{base.config.model_name_or_path} has {shared!r}, which all requests share. Serve it as a separate "
+                "model: put it into model=."
             )
 
 
 def _check_embeddings(base: LlavaParts, embeddings: Tensor | None, name: str) -> None:
-    """Raise ModelError if the tokens around images have other embeddings with an adapter than with its base."""
+    """Check that an adapter keeps the base's embeddings of image tokens. Raises ModelError."""
     if embeddings is None:
         return
     ids = list(image_token_ids(base.tokenizer))
@@ -171,12 +171,12 @@ def _check_embeddings(base: LlavaParts, embeddings: Tensor | None, name: str) ->
     if len(embeddings) < len(ids) or not torch.equal(rows, embeddings[-len(ids) :].to(rows)):
         raise ModelError(
             f"adapter {name!r} brings embeddings of its own for the tokens around images, which all requests share. "
-            "Serve it as a model of its own: put it into model=."
+            "Serve it as a separate model: put it into model=."
         )
 
 
 def _is_same(one: Llava, other: Llava) -> bool:
-    """Tell whether two models project images alike, number for number."""
+    """Return whether two models have equal projectors."""
     mine, theirs = (
         {name: tensor for name, tensor in llava.state_dict().items() if not name.startswith("language_model.")}
         for llava in (one, other)
@@ -186,13 +186,13 @@ def _is_same(one: Llava, other: Llava) -> bool:
 
 @torch.no_grad()
 def _check_terms(model: PreTrainedModel, terms: Terms, expected: Tensor, folder: Path) -> None:
-    """Raise ModelError if the model with these terms does not say what it said with peft's layers over it."""
+    """Check that the model with these terms gives the same logits as with peft's layers. Raises ModelError."""
     rows = RowAdapters(model, {"it": terms})
     try:
         rows.choose_one("it", len(expected))
         drift = measure_drift(probe(model), expected)
     finally:
-        rows.take_off()
+        rows.remove()
     if not drift <= MERGE_TOLERANCE[find_dtype(model)]:
         raise ModelError(
             f"the adapter in {folder} does more than low-rank terms can say (logits of a fixed text differ by "

@@ -1,4 +1,4 @@
-"""A model's card: its parts, how large they are and what of them learns, from configs alone.
+"""A model's summary: its parts, their sizes and their trainable parameters, from configs alone.
 
 The parts are built without memory (on torch's meta device), so the numbers are those of the real classes, and nothing
 is downloaded: a hub id is known if its config is in the hub's cache or one that the shipped recipes name.
@@ -58,7 +58,7 @@ class ModelSummary:
     linears: dict[str, tuple[int, int]]
 
     def part(self, name: str) -> PartSummary | None:
-        """Return a part's card, or None."""
+        """Return the summary of a part, or None."""
         return next((part for part in self.parts if part.name == name), None)
 
 
@@ -72,13 +72,13 @@ class FoundConfig:
 
     @classmethod
     def read(cls, origin: str, config: Mapping[str, Any], folder: Path) -> "FoundConfig":
-        """Take a config and look for an image processor in ``folder``. Raises ModelError."""
+        """Build a FoundConfig, with the image processor in ``folder`` if there is one. Raises ModelError."""
         beside = folder / "preprocessor_config.json"
         return cls(origin, config, read_json_object(beside) if beside.is_file() else None)
 
 
 def summarize_model(config: FinetuneConfig) -> ModelSummary:
-    """Describe the model that a run would train. Raises ModelError for a config that cannot be known from here."""
+    """Summarise the model that a run would train. Raises ModelError where a config is unknown without a download."""
     language, tower, projector_origin = _find_configs(config)
     tower_config = build(vision_part(tower.values), tower.origin)
     side = pixels_of(tower.preprocessor)[0] if tower.preprocessor else int(tower_config.image_size)
@@ -151,7 +151,7 @@ def _find_configs(config: FinetuneConfig) -> tuple[FoundConfig, FoundConfig, str
 
 
 def find_config(name: str | None, part: str) -> FoundConfig:
-    """Return the config of a folder, of a hub id in the hub's cache, or of one that is known by heart.
+    """Return the config of a folder, of a hub id in the hub's cache, or a built-in one.
 
     Raises ModelError if it is none of these: a download would be needed.
     """
@@ -178,7 +178,7 @@ def find_config(name: str | None, part: str) -> FoundConfig:
 
 
 def build_language_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """Make a language model without memory."""
+    """Build a language model on the meta device."""
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     model.tie_weights()  # without first weights it is left out too
     return model

@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs nothing else: no script, font, style sheet or image from elsewhere."""
+"""Rendering of a report as one self-contained HTML file, without external scripts, fonts, styles or images."""
 
 import base64
 import math
@@ -20,7 +20,7 @@ _MEDIA_TYPES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF":
 
 
 def write_report(path: str | Path, report: Report) -> Path:
-    """Write a report to a file, whole or not at all, and return its path. Raises ConfigError."""
+    """Write a report to a file, atomically, and return its path. Raises ConfigError."""
     target = Path(path)
     page = render_report(report)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
@@ -39,9 +39,9 @@ def write_report(path: str | Path, report: Report) -> Path:
 
 
 def render_report(report: Report) -> str:
-    """Return a report as HTML, halves of surrogate pairs replaced, so that it can be written.
+    """Render a report as HTML, with lone surrogates replaced so that it can be encoded.
 
-    Raises ConfigError for a chart without matplotlib, an unsafe link, or a picture that browsers do not draw.
+    Raises ConfigError for a chart without matplotlib, an unsafe link, or a picture in an unsupported format.
     """
     return _template().render(report=report).encode(errors="replace").decode()
 
@@ -88,7 +88,7 @@ def _data_uri(content: bytes) -> str:
 
 
 def _drawings(chart: Chart) -> list[tuple[str, Markup]]:
-    # Markup: matplotlib has escaped what is text in it.
+    # Markup: matplotlib has escaped its text.
     return [(name, Markup(draw_chart(chart, width))) for name, width in WIDTHS.items()]
 
 

@@ -1,4 +1,4 @@
-"""One request to a judge over OpenAI's API: its reply, or a fault that says whether it may have been paid."""
+"""One request to a judge over OpenAI's API: its reply, or an error that says whether it may have been billed."""
 
 import asyncio
 import json
@@ -15,7 +15,7 @@ from llava_ray.review.faults import RequestError, body_fault, connection_fault, 
 from llava_ray.review.headers import Reported, read_headers
 
 NO_KEY = "none"
-_MAX_TOKENS = 2**40  # beyond, a count is none
+_MAX_TOKENS = 2**40  # a larger count is invalid
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class JudgeReply:
-    """What a judge said, and what it took."""
+    """A judge's reply with its usage."""
 
     content: str
     usage: Usage | None
@@ -40,14 +40,14 @@ class JudgeReply:
 
 
 class Judge(Protocol):
-    """Whoever answers a chat completion."""
+    """A client for chat completions."""
 
     async def ask(self, body: Mapping[str, Any]) -> JudgeReply:
-        """Send one request, once. Raises RequestError."""
+        """Send one request without retries. Raises RequestError."""
         ...
 
     async def close(self) -> None:
-        """Hang up."""
+        """Close the connections."""
         ...
 
 
@@ -55,14 +55,14 @@ class OpenAIJudge:
     """A judge behind an OpenAI-compatible endpoint."""
 
     def __init__(self, client: AsyncOpenAI, spec: JudgeSpec) -> None:
-        """Keep the client."""
+        """Initialise with a client."""
         self.client = client
         self.spec = spec
         self.timeout_s = spec.config.timeout_s
 
     @classmethod
     def connect(cls, spec: JudgeSpec) -> Self:
-        """Make a client that sends a request once: who may send again is decided elsewhere."""
+        """Build a judge whose client does not retry: retries need a new lease."""
         return cls(
             AsyncOpenAI(
                 base_url=spec.base_url,
@@ -74,9 +74,9 @@ class OpenAIJudge:
         )
 
     async def ask(self, body: Mapping[str, Any]) -> JudgeReply:
-        """Send one request, once. Raises RequestError."""
+        """Send one request without retries. Raises RequestError."""
         try:
-            # The client's own timeout starts anew with every piece of a slow body.
+            # The client's own timeout restarts with every chunk of a slow body.
             async with asyncio.timeout(self.timeout_s):
                 raw = await self.client.chat.completions.with_raw_response.create(**body)
         except TimeoutError as error:
@@ -88,12 +88,12 @@ class OpenAIJudge:
         return read_reply(raw.http_response.content, read_headers(raw.headers), self.spec)
 
     async def close(self) -> None:
-        """Hang up."""
+        """Close the connections."""
         await self.client.close()
 
 
 def read_reply(content: bytes, reported: Reported, spec: JudgeSpec | None = None) -> JudgeReply:
-    """Read a chat completion. Raises RequestError: what came may have been paid."""
+    """Parse a chat completion. Raises RequestError, since an invalid reply may have been billed."""
     try:
         data = json.loads(content)
         if spec and isinstance(data, dict) and "choices" not in data and ("error" in data or "message" in data):
@@ -105,29 +105,29 @@ def read_reply(content: bytes, reported: Reported, spec: JudgeSpec | None = None
     if not isinstance(text, str):
         raise content_fault(content, spec, reported, "its content is no text")
     return JudgeReply(
-        _whole(text),
+        _valid_utf8(text),
         read_usage(data.get("usage")),
-        _whole(str(data.get("model") or "")),
-        _whole(str(data.get("system_fingerprint") or "")),
-        _whole(str(choice.get("finish_reason") or "")),
+        _valid_utf8(str(data.get("model") or "")),
+        _valid_utf8(str(data.get("system_fingerprint") or "")),
+        _valid_utf8(str(choice.get("finish_reason") or "")),
         reported,
     )
 
 
 def _read_reply_text(content: Any) -> Any:
-    """Return a reply's text; of several parts, those that are text."""
+    """Return a reply's text; the joined text parts if there are several."""
     if not isinstance(content, list):
         return content
     return "".join(part["text"] for part in content if part["type"] == "text")
 
 
-def _whole(text: str) -> str:
-    """Return a text with a question mark for each half of a character: files can hold it."""
+def _valid_utf8(text: str) -> str:
+    """Replace lone surrogates by question marks, so that files can hold the text."""
     return text.encode("utf-8", "replace").decode()
 
 
 def read_usage(usage: Any) -> Usage | None:
-    """Return the tokens that a reply reports; None where it reports none."""
+    """Parse the tokens that a reply reports; None if it reports none."""
     if not isinstance(usage, dict):
         return None
     details = usage.get("prompt_tokens_details")

@@ -1,4 +1,4 @@
-"""What a judge is asked, per category, as data: our own words, a rule file in LLaVA's format, or your own rubric."""
+"""Rubrics: the judge's instructions per category, our own, from a rule file in LLaVA's format, or custom."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ _SINGLE = (
     "Rate how helpful, relevant, accurate and detailed the answer above is, on a scale of 1 to 10, 10 being best."
     "{told}{wanted}\nOn the first line write only the score. From the second line on, explain it."
 )
-_TOLD = {
+_CONTEXT_SENTENCES = {
     "text": "",
     "boxes": " The question is about an image, given to you under [Context] as sentences and as boxes of its objects: "
     "(x1, y1, x2, y2) from 0 to 1, left, top, right, bottom.",
@@ -40,7 +40,7 @@ _TOLD = {
 _CONV = " It belongs to a conversation: what was asked should be answered directly and rightly."
 _DETAIL = " It asks for a description: what is there should be there, and nothing else."
 _COMPLEX = " It asks for reasoning: the conclusion should follow from what the image shows."
-# category: how the image is told, what a good answer is
+# category: how the image is described, what a good answer is
 _OURS = {
     "conv": ("boxes", _CONV),
     "detail": ("boxes", _DETAIL),
@@ -59,7 +59,7 @@ AS_JSON = (
 
 @dataclass(frozen=True)
 class Rule:
-    """What is asked about one category."""
+    """The instructions for one category."""
 
     prompt: str
     role: str = _ROLE
@@ -67,7 +67,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Rubric:
-    """Rules by category. ``literal``: LLaVA's own requests, byte by byte, also where the original slips."""
+    """Rules by category. ``literal``: LLaVA's own requests, byte by byte, including the original's errors."""
 
     name: str
     kind: ReviewKind
@@ -77,14 +77,14 @@ class Rubric:
 
     @property
     def version(self) -> str:
-        """Name and 8 hex digits of everything that is asked."""
-        told = [
+        """Return the name and 8 hex digits of a hash of all instructions."""
+        contents = [
             self.kind,
             self.system,
             self.literal,
             {key: [r.prompt, r.role] for key, r in sorted(self.rules.items())},
         ]
-        return f"{self.name}-{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]}"
+        return f"{self.name}-{hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:8]}"
 
     def rule(self, category: str) -> Rule:
         """Return a category's rule, or the default one, which literal rubrics do not have. Raises DataError."""
@@ -95,11 +95,11 @@ class Rubric:
         return found
 
 
-def our_rubric(kind: ReviewKind) -> Rubric:
-    """Return the rubric in our own words."""
+def build_default_rubric(kind: ReviewKind) -> Rubric:
+    """Build our own rubric."""
     template = _SINGLE if kind == "single" else _PAIR
     rules = {
-        name: Rule(template.format(told=_TOLD[told], wanted=wanted, role=_ROLE))
+        name: Rule(template.format(told=_CONTEXT_SENTENCES[told], wanted=wanted, role=_ROLE))
         for name, (told, wanted) in _OURS.items()
     }
     return Rubric("llava_ray", kind, rules)
@@ -118,7 +118,7 @@ def read_rules(path: Path) -> Rubric:
 
 
 def read_rubric(path: Path, kind: ReviewKind) -> Rubric:
-    """Read a rubric of one's own. Raises ConfigError.
+    """Load a custom rubric. Raises ConfigError.
 
     TOML: optional ``name`` and ``system``; a table ``[prompts]`` with a text for each category or for ``default``.
     """
@@ -135,13 +135,13 @@ def read_rubric(path: Path, kind: ReviewKind) -> Rubric:
     return Rubric(str(content.get("name", path.stem)), kind, rules, str(content.get("system", _SYSTEM)))
 
 
-def compose(
+def compose_request(
     rubric: Rubric, category: str, context: Any, question: str, answers: Sequence[str], *, as_json: bool
 ) -> str:
-    """Return the text of a request in LLaVA's form; ``context`` is a row of a context file, or None."""
+    """Build the text of a request in LLaVA's form; ``context`` is a row of a context file, or None."""
     rule = rubric.rule(category)
-    told = _tell_literally(context) if rubric.literal else _describe_context(context)
-    blocks = [f"[Context]\n{told}"] if told or rubric.literal else []
+    described = _describe_literally(context) if rubric.literal else _describe_context(context)
+    blocks = [f"[Context]\n{described}"] if described or rubric.literal else []
     blocks.append(f"[Question]\n{question}")
     for number, answer in enumerate(answers, start=1):
         name = f"{rule.role} {number}" if len(answers) > 1 else rule.role
@@ -151,14 +151,14 @@ def compose(
 
 
 def _describe_context(context: Any) -> str:
-    """Return what a context row says of an image: its captions, then its boxes."""
+    """Format a context row's captions, then its boxes."""
     if context is None:
         return ""
     return "\n\n".join(part for part in (_lines(_captions(context)), _boxes(context)) if part)
 
 
 def _boxes(context: Mapping[str, Any]) -> str:
-    """Return a context's boxes, a line each."""
+    """Format a context's boxes, one per line."""
     return "\n".join(f"{box['category']}: {box['bbox']}" for box in context.get("instances", ()))
 
 
@@ -172,9 +172,9 @@ def _lines(captions: Any) -> str:
     return captions if isinstance(captions, str) else "\n".join(captions)
 
 
-def _tell_literally(context: Any) -> str:
-    """Say it as the original does, which takes a caption that is one text apart into letters, one a line."""
+def _describe_literally(context: Any) -> str:
+    """Format a context as the original does, which splits a caption that is one text into letters, one per line."""
     if context is None:
         return ""
-    told = "\n".join(_captions(context))
-    return f"{told}\n\n{_boxes(context)}" if "instances" in context else told
+    described = "\n".join(_captions(context))
+    return f"{described}\n\n{_boxes(context)}" if "instances" in context else described

@@ -1,4 +1,4 @@
-"""From the judge's reply to scores, or to None: a failure is never a number."""
+"""Parsing of the judge's reply to scores, or to None: a failure is never a number."""
 
 import json
 import re
@@ -23,21 +23,21 @@ _MAX_JSON = 100_000  # characters
 
 @dataclass(frozen=True)
 class ReviewVerdict:
-    """The scores of the answers in the order in which the judge saw them, and why."""
+    """The scores of the answers, in the judge's order, with the explanation."""
 
     scores: tuple[float, ...]
     explanation: str = ""
 
 
-def schema(kind: ReviewKind) -> dict[str, Any]:
-    """Return ``response_format`` for strict schemas; the explanation comes first, so that the scores follow from it."""
+def build_response_format(kind: ReviewKind) -> dict[str, Any]:
+    """Build ``response_format`` with a strict schema; the explanation precedes the scores that follow from it."""
     fields = {"explanation": {"type": "string"}} | {name: {"type": "number"} for name in _SCORES[kind]}
     body = {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
     return {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": body}}
 
 
 def read_verdict(reply: str, kind: ReviewKind, *, as_json: bool, strictly: bool = False) -> ReviewVerdict | None:
-    """Return a reply's verdict, or None if it holds none. ``strictly``: a pair by LLaVA's rule alone."""
+    """Parse a reply's verdict, or return None if it holds none. ``strictly``: a pair by LLaVA's rule alone."""
     text = (spoken(reply) or "") if not strictly else reply
     if as_json or (not strictly and text.startswith("{") and _read_json_verdict(text, kind)):
         return _read_json_verdict(text, kind)
@@ -50,7 +50,7 @@ def read_verdict(reply: str, kind: ReviewKind, *, as_json: bool, strictly: bool 
 
 
 def _read_json_verdict(reply: str, kind: ReviewKind) -> ReviewVerdict | None:
-    """Return the verdict of a reply that is exactly one object of the schema, every number within its range."""
+    """Parse a reply that is exactly one object of the schema, with every number within its range."""
     if len(reply) > _MAX_JSON:
         return None
     fenced = _FENCED.fullmatch(reply.strip())
@@ -69,23 +69,23 @@ def _read_json_verdict(reply: str, kind: ReviewKind) -> ReviewVerdict | None:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make an object of its members. Raises ValueError where one is there twice: which one counts is not said."""
+    """Build an object from its members. Raises ValueError for a repeated one, which would be ambiguous."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a member is there twice")
     return found
 
 
-def no_scores(content: str, finish_reason: str, max_tokens: int) -> str:
-    """Say why a reply holds no scores."""
+def describe_missing_scores(content: str, finish_reason: str, max_tokens: int) -> str:
+    """Describe why a reply holds no scores."""
     cut = f", cut off after judge.max_tokens = {max_tokens}: raise it" if finish_reason == "length" else ""
     if not spoken(content):
-        said = "nothing but thoughts" if content.strip() else "an empty reply"
-        return f"{said}{cut or f' (finish_reason {finish_reason!r})'}"
+        found = "nothing but thoughts" if content.strip() else "an empty reply"
+        return f"{found}{cut or f' (finish_reason {finish_reason!r})'}"
     return f"{NO_SCORES} {content[:80]!r}{cut}"
 
 
-def as_text(verdict: ReviewVerdict) -> str:
-    """Return a verdict as LLaVA's scripts read it: the scores on the first line, then why."""
+def format_verdict(verdict: ReviewVerdict) -> str:
+    """Format a verdict for LLaVA's scripts: the scores on the first line, then the explanation."""
     scores = " ".join(f"{score:g}" for score in verdict.scores)
     return f"{scores}\n{verdict.explanation}" if verdict.explanation else scores

@@ -1,4 +1,4 @@
-"""What all trials of a sweep share, made before the first one starts: paths, data, features, the number of steps."""
+"""State shared by all trials of a sweep, prepared before the first one: paths, data, features, number of steps."""
 
 import itertools
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ _FEATURE_KEYS = (
 
 
 def common_config(config: SweepConfig, folder: str, tracking_uri: str, parent_run_id: str) -> SweepConfig:
-    """Return the sweep's config as every trial starts from: paths that hold anywhere, its folder, its MLflow run."""
+    """Return the config that every trial starts from, with absolute paths, the sweep's folder and MLflow run."""
     paths = {"data.cache_dir": absolute(config.data.cache_dir), "data.data_path": absolute(config.data.data_path)}
     if config.data.image_folder:
         paths["data.image_folder"] = absolute(config.data.image_folder)
@@ -51,7 +51,7 @@ def common_config(config: SweepConfig, folder: str, tracking_uri: str, parent_ru
 
 
 def absolute_space(space: Space) -> Space:
-    """Return the space with folders of models that mean the same in every process."""
+    """Return the space with absolute paths of models."""
     dimensions = space.model_dump()["dimensions"]
     for key in MODEL_PATHS:
         for value in (dimensions.get(key) or {}).get("choice") or ():
@@ -62,7 +62,7 @@ def absolute_space(space: Space) -> Space:
 
 
 def check_sweep(config: SweepConfig, space: Space) -> None:
-    """Raise what the sweep would raise after its start; needs no Ray.
+    """Check a sweep before its start, without Ray.
 
     Raises ConfigError, DataError, or ModelError for a corner of the space whose parts do not fit.
     """
@@ -79,7 +79,7 @@ def check_sweep(config: SweepConfig, space: Space) -> None:
 
 
 def share(config: FinetuneConfig, space: Space, resources: Resources) -> int:
-    """Prepare data, lengths and features that trials will find ready; return the steps of a whole run."""
+    """Prepare data, lengths and features for all trials; return the steps of a whole run."""
     prepared = prepare_data(config.data)
     for settings in _feature_variants(space):
         variant = config.replaced(settings)
@@ -91,7 +91,7 @@ def share(config: FinetuneConfig, space: Space, resources: Resources) -> int:
 
 
 def _feature_variants(space: Space) -> Iterator[TrialSettings]:
-    """Yield the settings under which features differ, each combination that the space has."""
+    """Yield the combinations of settings that features depend on."""
     dimensions = {key: part for key, part in space.dimensions.items() if key in _FEATURE_KEYS}
     seen: list[TrialSettings] = []
     for values in itertools.product(*(part.choice or () for part in dimensions.values())):

@@ -1,4 +1,4 @@
-"""A bundle out of a checkpoint folder: whole tensors from the shards of any ZeRO stage, frozen ones from the base."""
+"""Conversion of a checkpoint to a bundle: trained tensors from any ZeRO stage's shards, frozen ones from the base."""
 
 import contextlib
 import io
@@ -26,30 +26,30 @@ from llava_ray.train.engine import assemble_for
 
 
 def consolidate(checkpoint_folder: str | Path, output: str | Path) -> None:
-    """Write the model of a checkpoint (``step-…`` in a run's folder) as a bundle, whole or not at all.
+    """Write the model of a checkpoint (``step-…`` in a run's folder) as a bundle, atomically.
 
-    The folder is one of a run of one's own: DeepSpeed's files are pickles, and reading a pickle runs what is in it.
-    Raises CheckpointError for a folder that is no checkpoint, half-written, or lacks a tensor that learnt; BundleError
-    or ModelError where its base is gone or has changed, or ``output`` cannot be written.
+    Only for checkpoints that you trust: DeepSpeed's files are pickles, and loading a pickle executes code.
+    Raises CheckpointError for a folder that is no checkpoint, is incomplete, or lacks a trained tensor; BundleError
+    or ModelError where its base is missing or changed, or ``output`` cannot be written.
     """
     folder = Path(checkpoint_folder)
     state = _read_state(folder)
-    if (folder / MODEL_FOLDER).is_dir():  # of an adapter or a projector: already whole
+    if (folder / MODEL_FOLDER).is_dir():  # of an adapter or a projector: already a complete bundle
         check_whole(read_layout(folder / MODEL_FOLDER))
-        with replacing(Path(output)) as new:
-            shutil.copytree(folder / MODEL_FOLDER, new, dirs_exist_ok=True)
-            write_manifest(new, read_manifest(folder / MODEL_FOLDER), output)
+        with replacing(Path(output)) as target:
+            shutil.copytree(folder / MODEL_FOLDER, target, dirs_exist_ok=True)
+            write_manifest(target, read_manifest(folder / MODEL_FOLDER), output)
         return
     config = FinetuneConfig.parsed(state["config"], f"{folder / TRAINER_STATE}")
     parts = assemble_for(config)
     check_same_base(state, parts.manifest, str(folder))
     freeze(parts.llava, parts.tower, config.model, parts.new_token_ids)
-    _take_over(parts, _read_tensors(folder, state), folder)
+    _copy_trained(parts, _read_tensors(folder, state), folder)
     save_bundle(output, parts, training=state.get("training") or {})
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
-    """Read a whole checkpoint's trainer_state.json. Raises CheckpointError that says what is missing."""
+    """Load a complete checkpoint's trainer_state.json. Raises CheckpointError naming any missing file."""
     if not (folder / TRAINER_STATE).is_file() and not (folder / ZERO_TAG).is_dir():
         raise CheckpointError(
             f"{folder} is no checkpoint: it holds no {TRAINER_STATE}; expected a folder such as "
@@ -76,7 +76,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
 
 
 def _half_written(folder: Path, name: str) -> CheckpointError:
-    """Say that a checkpoint lacks a file, or one of a rank's."""
+    """Return the error for a checkpoint that lacks a file, or one rank's file."""
     return CheckpointError(
         f"{folder} is half-written: {name} is missing, torn or not of every worker (a run was stopped while it was "
         "saved, or not all of it was copied); use another checkpoint of the run, or start the run again, which clears "
@@ -85,12 +85,12 @@ def _half_written(folder: Path, name: str) -> CheckpointError:
 
 
 def _read_tensors(folder: Path, state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Yield what learnt, whole, one tensor at a time; the files are mapped, not read. Raises CheckpointError."""
+    """Yield the trained tensors, gathered, one at a time; files are memory-mapped. Raises CheckpointError."""
     try:
         if state["zero_stage"] == 3:
             from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-            with contextlib.redirect_stdout(io.StringIO()):  # it tells of every step
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
                 tensors = get_fp32_state_dict_from_zero_checkpoint(str(folder), ZERO_TAG, True, lazy_mode=True)
         else:
             # Below stage 3 rank 0 holds whole parameters; the others' files are optimiser state.
@@ -104,17 +104,17 @@ def _read_tensors(folder: Path, state: Mapping[str, Any]) -> Iterator[tuple[str,
         yield name, tensor.contiguous()
 
 
-def _take_over(parts: LlavaParts, tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
-    """Copy what learnt into the assembled base. Raises CheckpointError for a tensor that is missing or unfitting."""
+def _copy_trained(parts: LlavaParts, tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
+    """Copy the trained tensors into the assembled base. Raises CheckpointError for a missing or mismatched one."""
     parameters = dict(parts.llava.named_parameters(remove_duplicate=False)) | dict(parts.llava.named_buffers())
-    lacking = {name for name, parameter in parts.llava.named_parameters() if parameter.requires_grad}
+    missing = {name for name, parameter in parts.llava.named_parameters() if parameter.requires_grad}
     for name, tensor in tensors:
         if name not in parameters or parameters[name].shape != tensor.shape:
             raise CheckpointError(f"{folder} holds {name} {tuple(tensor.shape)}, which is not this model's.")
         with torch.no_grad():
             parameters[name].copy_(tensor)
-        lacking.discard(name)
-    if lacking:
+        missing.discard(name)
+    if missing:
         raise CheckpointError(
-            f"{folder} lacks {len(lacking)} tensors that learnt, the first is {min(lacking)}; use another checkpoint."
+            f"{folder} lacks {len(missing)} trained tensors, the first is {min(missing)}; use another checkpoint."
         )

@@ -1,4 +1,4 @@
-"""What can be known of a run before Ray starts: whether its data and its model can be read, and its name is free."""
+"""Checks before Ray starts: the run's data and model can be read, and its name is free."""
 
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.preparation import check_source
@@ -10,7 +10,7 @@ from llava_ray.train.runs import RunFolder, find_run
 
 
 def check_run(config: FinetuneConfig) -> None:
-    """Raise what the run would raise after its start. Raises ConfigError, DataError, ModelError."""
+    """Check a run's name, data, model and store before it starts. Raises ConfigError, DataError or ModelError."""
     _check_name(config)
     check_source(config.data.data_path)
     if config.held_out.path is not None:
@@ -20,12 +20,12 @@ def check_run(config: FinetuneConfig) -> None:
 
 
 def _check_name(config: FinetuneConfig) -> None:
-    """Raise ConfigError for a name that was given to a run with other settings or models.
+    """Check that no run with other settings or models has the name. Raises ConfigError.
 
     Whether its data are the same is known once they are prepared.
     """
     run = RunFolder(absolute(config.run.storage_path), str(config.run.name))
     if config.run.restart or recipe_of_name(config) is not None or not run.is_claimed:
         return
-    noted = run.noted_settings() or {}
-    find_run(config, identify_run(config, (noted.get("identity") or {}).get(DATA, "")))
+    saved = run.noted_settings() or {}
+    find_run(config, identify_run(config, (saved.get("identity") or {}).get(DATA, "")))

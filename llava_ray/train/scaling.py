@@ -1,4 +1,4 @@
-"""What Ray Train is told of the workers of a run."""
+"""Ray Train's configuration of the workers of a run."""
 
 from ray.train import ScalingConfig
 
@@ -8,7 +8,7 @@ from llava_ray.runtime import Resources
 
 
 def scaling(resources: Resources) -> ScalingConfig:
-    """Return what the workers take, and where they run."""
+    """Return the workers' resources and placement."""
     return ScalingConfig(
         num_workers=resources.num_workers,
         use_gpu=resources.use_gpu,
@@ -19,7 +19,7 @@ def scaling(resources: Resources) -> ScalingConfig:
 
 
 def worker_environment(config: FinetuneConfig, resources: Resources) -> dict[str, str]:
-    """Return the environment variables of the train workers; Ray passes none of the driver's own on."""
+    """Return the environment variables of the train workers; Ray does not pass on the driver's own."""
     variables = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(resources.num_threads)}
     if not resources.use_gpu:
         variables["DS_ACCELERATOR"] = "cpu"

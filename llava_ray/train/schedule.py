@@ -1,4 +1,4 @@
-"""The learning rate over a run's steps."""
+"""The learning rate schedule."""
 
 import math
 from collections.abc import Callable

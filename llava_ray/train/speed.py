@@ -1,4 +1,4 @@
-"""What a step cost: time, tokens, padding, waiting for data, memory, share of the device's peak."""
+"""The metrics of a step: time, tokens, padding, waiting for data, memory, share of the device's peak."""
 
 import resource
 import time
@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from llava_ray.data.batches import MicroBatch
-from llava_ray.model.network.llava import Llava, find_supervised
+from llava_ray.model.network.llava import Llava
 from llava_ray.model.network.quantization import count_elements
+from llava_ray.objectives.objective import find_supervised
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -26,15 +27,15 @@ _PEAK_FLOPS = {
 
 
 class Meter:
-    """Measure one rank's steps; figures for the whole run assume that ranks are alike, which packing sees to."""
+    """Measure one rank's steps; metrics of the whole run assume that ranks are alike, which packing ensures."""
 
     def __init__(self, llava: Llava, device: torch.device, world_size: int) -> None:
-        """Count parameters now, while their true sizes are known."""
-        # A tower that learns is left out like a frozen one: it sees views, not the tokens that are counted here.
+        """Count the parameters of one forward pass per token."""
+        # A trainable tower is left out like a frozen one: it processes views, not the tokens counted here.
         counted = [p for name, p in llava.named_parameters() if not name.startswith("vision_tower.")]
         sizes = [(count_elements(p), p.requires_grad) for p in counted]
         # Forward 2, gradient of activations 2, gradient of weights 2 FLOPs a parameter and token.
-        self.flops_per_token = sum(6 * size if learns else 4 * size for size, learns in sizes)
+        self.flops_per_token = sum(6 * size if trainable else 4 * size for size, trainable in sizes)
         self.device = device
         self.world_size = world_size
         self.peak = _PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
@@ -43,14 +44,14 @@ class Meter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time what is spent waiting for data."""
+        """Measure the time that the block spends waiting for data."""
         start = time.perf_counter()
         yield
         self.waited = time.perf_counter() - start
 
     @contextmanager
     def excluded_from_timing(self) -> Iterator[None]:
-        """Leave what happens inside out of the next step's time."""
+        """Exclude the block from the next step's time."""
         start = time.perf_counter()
         yield
         self.last += time.perf_counter() - start
@@ -81,7 +82,7 @@ class Meter:
                 rate for name, rate in rates.items() if name.startswith("vision_tower")
             )
         norm = engine.get_global_grad_norm()
-        if norm is not None:  # DeepSpeed does not tell it at stage 0 in fp32
+        if norm is not None:  # DeepSpeed does not compute it at stage 0 in fp32
             metrics["grad_norm"] = float(norm)
         if self.peak:
             metrics["mfu"] = self.flops_per_token * num_tokens / seconds / self.peak

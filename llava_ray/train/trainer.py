@@ -13,8 +13,9 @@ from ray.train.torch import TorchConfig
 
 from llava_ray.config.recipes import settings_hash
 from llava_ray.config.sections import FinetuneConfig
+from llava_ray.data.encoder_settings import EncoderSettings
 from llava_ray.data.feature_writing import cache_features
-from llava_ray.data.lengths import EncoderSettings, TokenLengths, measure_lengths
+from llava_ray.data.lengths import TokenLengths, measure_lengths
 from llava_ray.data.plan import Plan
 from llava_ray.data.preparation import prepare_data
 from llava_ray.data.settings import StreamSettings
@@ -25,8 +26,8 @@ from llava_ray.model.blueprint import Blueprint, read_blueprint
 from llava_ray.runtime import Resources
 from llava_ray.tracking import default_tracking_uri, moved_tracking_uri
 from llava_ray.train.identity import identify_run, identity_hash
-from llava_ray.train.journal import start_recorder
 from llava_ray.train.progress import closing_run, progress_bar
+from llava_ray.train.run_recorder import start_recorder
 from llava_ray.train.runs import (
     RunFolder,
     SnapshotKeeper,
@@ -41,12 +42,12 @@ from llava_ray.train.settings import HeldOut, LoopSettings
 from llava_ray.train.stopping import StoppableTrainer, fit
 from llava_ray.train.worker import run_worker
 
-_HELD_OUT_BATCH = 64  # held-out samples that are packed together
+_HELD_OUT_BATCH = 64  # held-out samples that are packed into one step
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What a run leaves behind."""
+    """The result of a finished run."""
 
     folder: RunFolder
     num_steps: int
@@ -56,10 +57,10 @@ class FinishedRun:
     mlflow_run_id: str
     data_hash: str
     reused: bool = False
-    """Whether it had been finished before, so that nothing was done now."""
+    """Whether it was already finished, so that nothing was done."""
 
     def read_losses(self) -> list[float]:
-        """Return the loss of every step."""
+        """Load the loss of every step."""
         rows = read_stored(f"{self.folder.path}/metrics.jsonl").decode().splitlines()
         return [json.loads(row)["loss"] for row in rows]
 
@@ -67,7 +68,7 @@ class FinishedRun:
 def finetune(
     config: FinetuneConfig, prepared: PreparedData, resources: Resources, *, show_progress: bool = True
 ) -> FinishedRun:
-    """Tune to the end, going on where a run of the same name stopped. Needs a connected Ray.
+    """Fine-tune to the last step, resuming a run of the same name. Needs a connected Ray.
 
     Raises ConfigError, DataError, ModelError, CheckpointError or TrainingError; whatever was committed stays.
     """
@@ -85,18 +86,18 @@ def train_until(
     callbacks: Sequence[UserCallback] = (),
     show_progress: bool = True,
 ) -> FinishedRun | None:
-    """Tune up to the step ``until`` (default: the last), with a checkpoint there; return None short of the end.
+    """Fine-tune up to the step ``until`` (default: the last), with a checkpoint there; return None before the end.
 
-    Everything but the place where it stops is as in the whole run, and the next call goes on from there.
-    ``callbacks`` are Ray Train's, and hear of every checkpoint with what held-out samples said of it. Raises as
+    Everything but the stopping point is as in the whole run, and the next call resumes there.
+    ``callbacks`` are Ray Train's, and receive every checkpoint with its held-out metrics. Raises as
     ``finetune`` does.
     """
     identity = identify_run(config, prepared.data_hash)
     run = find_run(config, identity)
-    noted = None if config.run.restart else run.finished(prepared.data_hash)
-    if noted is not None:
-        uri = config.tracking.tracking_uri or moved_tracking_uri(noted["tracking_uri"], config.run.storage_path)
-        return FinishedRun(run, reused=True, **noted | {"tracking_uri": uri})
+    saved = None if config.run.restart else run.finished(prepared.data_hash)
+    if saved is not None:
+        uri = config.tracking.tracking_uri or moved_tracking_uri(saved["tracking_uri"], config.run.storage_path)
+        return FinishedRun(run, reused=True, **saved | {"tracking_uri": uri})
     config = config.replaced(absolute_paths(config) | {"run.name": run.name})
     blueprint = read_blueprint(config.model, config.data.image_aspect_ratio)
     lengths, plan = make_plan(config, prepared, blueprint)
@@ -147,7 +148,7 @@ def train_until(
 
 
 def make_plan(config: FinetuneConfig, prepared: PreparedData, blueprint: Blueprint) -> tuple[TokenLengths, Plan]:
-    """Measure the examples (or find them measured) and fix every step."""
+    """Measure the examples' lengths (or load them) and build the plan of every step."""
     encoder = EncoderSettings.of(blueprint, config.data, config.train)
     lengths = measure_lengths(prepared, encoder, config.data.max_rejected)
     plan = Plan(
@@ -159,7 +160,7 @@ def make_plan(config: FinetuneConfig, prepared: PreparedData, blueprint: Bluepri
         shuffle_window=config.data.shuffle_window,
         max_steps=config.train.max_steps,
     )
-    print(  # noqa: T201 - said to the person who started the run
+    print(  # noqa: T201 - for the person who started the run
         f"Plan: {len(plan.num_tokens)} examples ({lengths.num_truncated} truncated, {lengths.num_rejected} rejected), "
         f"{plan.num_steps} steps of {plan.global_batch_size} samples; lengths in {lengths.path}",
         flush=True,
@@ -170,7 +171,7 @@ def make_plan(config: FinetuneConfig, prepared: PreparedData, blueprint: Bluepri
 def stream_settings(
     config: FinetuneConfig, prepared: PreparedData, blueprint: Blueprint, resources: Resources
 ) -> StreamSettings:
-    """Gather what the tasks of the stream are told; features that are to be cached are computed here."""
+    """Build the settings of the stream's tasks; features that are to be cached are computed here."""
     settings = StreamSettings(
         prepared_path=prepared.path,
         shard_names=tuple(shard.name for shard in prepared.shards),
@@ -191,13 +192,13 @@ def stream_settings(
 
 
 def held_out_samples(config: FinetuneConfig, blueprint: Blueprint, resources: Resources) -> HeldOut | None:
-    """Prepare what the run looks at beside its own data, or None."""
-    asked = config.held_out
-    if asked.path is None:
+    """Prepare the held-out samples of a run, or return None."""
+    settings_held_out = config.held_out
+    if settings_held_out.path is None:
         return None
-    folder = asked.images or config.data.image_folder
-    most = None if is_prepared(asked.path) else asked.num_samples
-    changes = {"data_path": asked.path, "image_folder": folder, "max_samples": most}
+    folder = settings_held_out.images or config.data.image_folder
+    most = None if is_prepared(settings_held_out.path) else settings_held_out.num_samples
+    changes = {"data_path": settings_held_out.path, "image_folder": folder, "max_samples": most}
     config = config.replaced({f"data.{key}": value for key, value in changes.items()} | {"data.shuffle_window": 0})
     prepared = prepare_data(config.data, show_progress=False)
     settings = stream_settings(config, prepared, blueprint, resources)
@@ -210,13 +211,13 @@ def held_out_samples(config: FinetuneConfig, blueprint: Blueprint, resources: Re
         seed=0,
         shuffle_window=0,
     )
-    return HeldOut(settings, plan, lengths, asked.num_answers, asked.max_new_tokens)
+    return HeldOut(settings, plan, lengths, settings_held_out.num_answers, settings_held_out.max_new_tokens)
 
 
 def _note_finished(
     config: FinetuneConfig, run: RunFolder, plan: Plan, prepared: PreparedData, journal: ActorHandle, tracking_uri: str
 ) -> FinishedRun:
-    """Close the MLflow run with lineage and artifacts, and note in the folder that the run is over."""
+    """Close the MLflow run with lineage and artifacts, and save ``finished.json`` in the run's folder."""
     lineage = {
         "data_path": config.data.data_path,
         "data_hash": prepared.data_hash,
@@ -232,12 +233,12 @@ def _note_finished(
     tags = {f"llava_ray.{key}": value for key, value in lineage.items()}
     run_id = ray.get(journal.close.remote("FINISHED", tags, artifacts, files))
     metrics = ray.get(journal.progress.remote()).metrics
-    noted = {
+    saved = {
         "num_steps": plan.num_steps,
         "metrics": metrics,
         "tracking_uri": tracking_uri,
         "mlflow_run_id": run_id,
         "data_hash": prepared.data_hash,
     }
-    write_stored(f"{run.path}/finished.json", json.dumps(noted, indent=1).encode())
-    return FinishedRun(run, **noted)
+    write_stored(f"{run.path}/finished.json", json.dumps(saved, indent=1).encode())
+    return FinishedRun(run, **saved)

@@ -26,7 +26,8 @@ from ray.data import DataIterator
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.batches import iterate_steps
 from llava_ray.data.blocks import start_blocks
-from llava_ray.data.lengths import EncoderSettings, TokenLengths, measure_lengths
+from llava_ray.data.encoder_settings import EncoderSettings
+from llava_ray.data.lengths import TokenLengths, measure_lengths
 from llava_ray.data.plan import Plan
 from llava_ray.data.preparation import prepare_data
 from llava_ray.data.shards import PreparedData

@@ -6,7 +6,7 @@ import pytest
 
 from evals.answers import Answer
 from evals.benchmarks.custom import Custom
-from evals.scoring import score
+from evals.scoring import score_answers
 from llava_ray.errors import DataError
 from llava_ray.quickstart import easy_vqa
 from llava_ray.quickstart.easy_vqa import COLOUR, SHAPE, YES_NO, Count, ShapeQuestion
@@ -117,7 +117,7 @@ def test_as_a_benchmark_of_your_own_it_scores_the_same_to_the_question(tmp_path:
     said = {q.id: forms[n % 7].format(q.answer.upper() if n % 2 else q.answer) for n, q in enumerate(asked) if n % 50}
     benchmark = Custom()
     questions = benchmark.read(easy_vqa.write_benchmark(tmp_path, asked))
-    result = score(benchmark, questions, [Answer(name, text) for name, text in said.items()], "robust")
+    result = score_answers(benchmark, questions, [Answer(name, text) for name, text in said.items()], "robust")
     own = easy_vqa.accuracy(said, asked)
     assert result.total.headline == pytest.approx(100 * own.total.accuracy)
     for kind, count in own.by_kind.items():

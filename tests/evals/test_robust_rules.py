@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from evals.answers import Recorded
+from evals.answers import RecordedJudge
 from evals.benchmark import Benchmark, Grade, Question
 from evals.benchmarks.llava_bench import LLaVABench
 from evals.benchmarks.mm_vet import MMVet
@@ -42,7 +42,7 @@ def question(kind: type[Benchmark], truth: str) -> Question:
 
 def graded(kind: type[Benchmark], said: str, truth: str) -> Grade:
     if kind in (LLaVABench, MMVet):
-        return kind().grade(question(kind, "right"), "an answer", "robust", Recorded({"1": said}))
+        return kind().grade(question(kind, "right"), "an answer", "robust", RecordedJudge({"1": said}))
     return kind().grade(question(kind, truth), said, "robust")
 
 

@@ -40,8 +40,8 @@ def test_a_node_sees_what_the_driver_wrote_and_says_what_it_does_not_see(tmp_pat
     assert (tmp_path / "shared" / mark(TOKEN, "node")).exists()
     faults = look(Places((shared, apart), (str(tmp_path / "data.json"),)), TOKEN, "node")
     assert faults == [
-        f"{apart!r}: what another node wrote there is not to be seen",
-        f"{str(tmp_path / 'data.json')!r}: is not there",
+        f"{apart!r}: a file that another node wrote there is not visible",
+        f"{str(tmp_path / 'data.json')!r}: does not exist",
     ]
 
 

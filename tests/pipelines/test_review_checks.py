@@ -11,7 +11,7 @@ import pipelines.review_run
 from llava_ray.config.review import JudgeConfig
 from llava_ray.errors import ConfigError
 from llava_ray.review.calls import CallPlan, Item, list_judges, token_limit_name
-from llava_ray.review.rubric import our_rubric
+from llava_ray.review.rubric import build_default_rubric
 from pipelines import review_checks
 from pipelines.review import main
 from pipelines.review_checks import check_key, check_output, is_public_host
@@ -35,7 +35,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def plan_of(**settings: object) -> tuple[JudgeConfig, CallPlan]:
     config = JudgeConfig.parsed({"model": "m", **settings})
     item = Item("q", "?", ("a", "b"), ("reference", "model"))
-    return config, CallPlan([item], our_rubric("pair"), list_judges(config), both_orders=False, samples=1)
+    return config, CallPlan([item], build_default_rubric("pair"), list_judges(config), both_orders=False, samples=1)
 
 
 @pytest.mark.parametrize(

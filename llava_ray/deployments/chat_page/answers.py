@@ -1,4 +1,4 @@
-"""Answers for the page: the same models, queue, checks and counts as the API's, and a way to stop."""
+"""Answers for the page: the same models, queue, checks and metrics as the API's, with a stop button."""
 
 import asyncio
 import time
@@ -8,7 +8,14 @@ from typing import Any, TypeVar
 
 from starlette.types import Scope
 
-from llava_ray.deployments.chat_page.chat import CURSOR, AnswerMetrics, Parameters, Shown, chat_request, paths_of
+from llava_ray.deployments.chat_page.chat import (
+    CURSOR,
+    AnswerMetrics,
+    ChatbotMessage,
+    Parameters,
+    chat_request,
+    paths_of,
+)
 from llava_ray.deployments.chat_page.uploads import Uploads
 from llava_ray.deployments.http.auth import ApiKey
 from llava_ray.deployments.http.limits import holder_of, too_many_bytes_in_flight
@@ -21,18 +28,18 @@ _SHOW_S = 0.1  # the browser is sent no more than ten states a second
 
 
 class Answers:
-    """What is being written, session by session."""
+    """The running answers by session."""
 
     def __init__(self, front: Front, uploads: Uploads) -> None:
-        """Ask through ``front`` about images in ``uploads``."""
+        """Initialise for the models of ``front`` and images in ``uploads``."""
         self.front = front
         self.uploads = uploads
         self.stops: dict[str, asyncio.Event] = {}
 
     async def write(
-        self, history: Sequence[Shown], parameters: Parameters, session: str, scope: Scope
+        self, history: Sequence[ChatbotMessage], parameters: Parameters, session: str, scope: Scope
     ) -> AsyncGenerator[tuple[list[Any], AnswerMetrics], None]:
-        """Yield the chat with its answer as it grows, and its figures. Raises RefusalError."""
+        """Yield the chat with its growing answer, and its metrics. Raises RefusalError."""
         self.admit(scope)
         with self.holding(history, scope):
             async with aclosing(self.write_admitted(history, parameters, session)) as states:
@@ -40,37 +47,37 @@ class Answers:
                     yield state
 
     async def write_admitted(
-        self, history: Sequence[Shown], parameters: Parameters, session: str
+        self, history: Sequence[ChatbotMessage], parameters: Parameters, session: str
     ) -> AsyncGenerator[tuple[list[Any], AnswerMetrics], None]:
-        """Yield the chat with its answer as it grows, and its figures. Raises RefusalError."""
+        """Yield the chat with its growing answer, and its metrics. Raises RefusalError."""
         stop = self.stops[session] = asyncio.Event()
-        figures, shown = AnswerMetrics(), 0.0
-        asked = await asyncio.to_thread(chat_request, history, parameters, self.uploads)
-        task = self.front.checked(asked)
+        metrics, shown = AnswerMetrics(), 0.0
+        request = await asyncio.to_thread(chat_request, history, parameters, self.uploads)
+        task = self.front.checked(request)
         try:
-            async with aclosing(until(self.front.gateway.run(task, session), stop)) as pieces:
+            async with aclosing(iterate_until(self.front.gateway.run(task, session), stop)) as pieces:
                 async for batch in pieces:
-                    figures.add(batch)
+                    metrics.add(batch)
                     if time.monotonic() - shown >= _SHOW_S:
                         shown = time.monotonic()
-                        yield _with_answer(history, figures.answer.text + CURSOR), figures
-            yield _with_answer(history, figures.answer.text), figures
+                        yield _with_answer(history, metrics.answer.text + CURSOR), metrics
+            yield _with_answer(history, metrics.answer.text), metrics
         except RefusalError:
-            if figures.answer.text:  # what came before the failure stays
-                yield _with_answer(history, figures.answer.text), figures
+            if metrics.answer.text:  # keep the part of the answer before the failure
+                yield _with_answer(history, metrics.answer.text), metrics
             raise
         finally:
             if self.stops.get(session) is stop:
                 del self.stops[session]
 
     def stop(self, session: str) -> None:
-        """End what is being written for a session; what there is of it stays."""
+        """Stop the running answer of a session; its text so far stays."""
         if session in self.stops:
             self.stops[session].set()
 
     @contextmanager
-    def holding(self, history: Sequence[Shown], scope: Scope) -> Iterator[None]:
-        """Hold a chat's images against the bytes of all, and of its user, while the block runs. Raises RefusalError."""
+    def holding(self, history: Sequence[ChatbotMessage], scope: Scope) -> Iterator[None]:
+        """Count a chat's image bytes against the limits while the block runs. Raises RefusalError."""
         limits = self.front.bytes_in_flight
         num_bytes = self.uploads.check(paths_of(history))
         with limits.hold(holder_of(scope), num_bytes, too_many_bytes_in_flight(limits)):
@@ -84,18 +91,18 @@ class Answers:
             raise RefusalError(refused)
 
     def log_in(self, name: str, key: str) -> bool:
-        """Whether this is a key and its name."""
+        """Return whether a key belongs to a name."""
         found: ApiKey | None = self.front.guard.find(key)
         return found is not None and found.name == name
 
 
-def _with_answer(history: Sequence[Shown], text: str) -> list[Any]:
+def _with_answer(history: Sequence[ChatbotMessage], text: str) -> list[Any]:
     """Return the chat with an answer at its end."""
     return [*history, {"role": "assistant", "content": text}]
 
 
-async def until(stream: AsyncGenerator[T, None], stop: asyncio.Event) -> AsyncGenerator[T, None]:
-    """Pass a stream on until the event is set; leaving it, either way, closes it."""
+async def iterate_until(stream: AsyncGenerator[T, None], stop: asyncio.Event) -> AsyncGenerator[T, None]:
+    """Yield from a stream until the event is set; close the stream in any case."""
     stopping = asyncio.ensure_future(stop.wait())
     following: asyncio.Future[T] | None = None
     async with aclosing(stream):

@@ -1,4 +1,4 @@
-"""What the page's chat is: messages as Gradio shows them, turned into requests, exports and figures."""
+"""The page's chat: conversion of Gradio's messages to requests and exports, and the metrics of answers."""
 
 import base64
 import json
@@ -16,14 +16,14 @@ from llava_ray.deployments.http.schema import ChatRequest, describe_invalid_requ
 from llava_ray.deployments.replica import AnswerPiece
 
 # One message of the chatbot: {"role": …, "content": text, or {"path": file}}.
-Shown = Mapping[str, Any]
+ChatbotMessage = Mapping[str, Any]
 
 CURSOR = "▌"  # at the end of an answer that is being written, as the original's page has it
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """What the page's user set."""
+    """The parameters set on the page."""
 
     model: str
     temperature: float = 0.2
@@ -32,13 +32,13 @@ class Parameters:
 
 
 def to_user_messages(box: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Turn what stands in the text box into messages: its images, then its text."""
+    """Convert the contents of the text box to messages: its images, then its text."""
     files = [{"role": "user", "content": {"path": path}} for path in box.get("files") or ()]
     text = str(box.get("text") or "").strip()
     return [*files, {"role": "user", "content": text}] if text else files
 
 
-def pieces_of(message: Shown) -> list[Any]:
+def pieces_of(message: ChatbotMessage) -> list[Any]:
     """Return a message's content as texts and ``{"path": …}``, whichever of Gradio's forms it has."""
     content = message["content"]
     found: list[Any] = []
@@ -52,12 +52,12 @@ def pieces_of(message: Shown) -> list[Any]:
     return found
 
 
-def paths_of(history: Sequence[Shown]) -> list[str]:
+def paths_of(history: Sequence[ChatbotMessage]) -> list[str]:
     """Return the paths of a chat's images, in order."""
     return [piece["path"] for message in history for piece in pieces_of(message) if not isinstance(piece, str)]
 
 
-def openai_messages(history: Sequence[Shown], uploads: Uploads) -> list[dict[str, Any]]:
+def openai_messages(history: Sequence[ChatbotMessage], uploads: Uploads) -> list[dict[str, Any]]:
     """Join neighbouring messages of one role, and put images into them as data URIs.
 
     Raises RefusalError for more images or bytes than a request may have, before any is read.
@@ -76,8 +76,8 @@ def openai_messages(history: Sequence[Shown], uploads: Uploads) -> list[dict[str
     return joined
 
 
-def chat_request(history: Sequence[Shown], parameters: Parameters, uploads: Uploads) -> ChatRequest:
-    """Return the request that the API would get for this chat. Raises RefusalError for what it would refuse."""
+def chat_request(history: Sequence[ChatbotMessage], parameters: Parameters, uploads: Uploads) -> ChatRequest:
+    """Return the request that the API would get for this chat. Raises RefusalError as the API does."""
     try:
         return ChatRequest.model_validate(
             {
@@ -93,8 +93,8 @@ def chat_request(history: Sequence[Shown], parameters: Parameters, uploads: Uplo
         raise describe_invalid_request(error) from None
 
 
-def export(history: Sequence[Shown], parameters: Parameters, uploads: Uploads) -> str:
-    """Write a chat as the body of an API request: it can be read, kept, and asked again. Raises RefusalError."""
+def export(history: Sequence[ChatbotMessage], parameters: Parameters, uploads: Uploads) -> str:
+    """Format a chat as the body of an API request, which can be sent again. Raises RefusalError."""
     return json.dumps(
         {
             "model": parameters.model,
@@ -109,13 +109,13 @@ def export(history: Sequence[Shown], parameters: Parameters, uploads: Uploads) -
 
 
 def _data_uri(path: str, data: bytes) -> str:
-    """Write a file's content as a data URI."""
+    """Format a file's content as a data URI."""
     kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def last_question(history: Sequence[Shown]) -> int:
-    """Return where the last question begins; the length of the history if there is none."""
+def last_question(history: Sequence[ChatbotMessage]) -> int:
+    """Return the index of the last question; the length of the history if there is none."""
     index = len(history)
     while index and history[index - 1]["role"] == "assistant":
         index -= 1
@@ -135,7 +135,7 @@ class AnswerMetrics:
     answer: Choice = field(default_factory=Choice)
 
     def add(self, pieces: Sequence[AnswerPiece]) -> None:
-        """Count what has come."""
+        """Add pieces of the answer."""
         for _, chunk in pieces:
             self.answer.add(chunk)
             self.last = time.monotonic()
@@ -143,7 +143,7 @@ class AnswerMetrics:
                 self.first = self.last
 
     def __str__(self) -> str:
-        """Say them in one line."""
+        """Format the metrics in one line."""
         if self.first is None or self.last is None:
             return ""
         written, seconds = self.answer.num_tokens, self.last - self.first

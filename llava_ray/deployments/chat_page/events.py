@@ -1,8 +1,8 @@
-"""The page's events, checked before Gradio sees them: closed forms of what each component may send, files resolved.
+"""Validation of the page's events before Gradio sees them: closed schemas per component, files resolved.
 
-Gradio reads, copies and downloads what a file object in an event names, and builds components out of message parts that
-describe one. So events are read here into closed models and written anew: what is not in the models does not go on, and
-a file object holds a path inside the upload folder and nothing that leads elsewhere.
+Gradio reads, copies and downloads the files that an event names, and builds components from message parts that
+describe one. So events are parsed here into closed models and serialised again: unknown fields are dropped, and a file
+object holds a path inside the upload folder and no URL.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,13 +22,13 @@ _SessionName = Annotated[str, Field(min_length=1, max_length=SESSION_CHARS, patt
 
 
 class _KnownFields(BaseModel):
-    """Keeps what it knows and leaves out the rest, which the browser sends for itself."""
+    """A model that ignores unknown fields, which the browser sends for its own use."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
 
 
 class FileObject(_KnownFields):
-    """A file that the browser has uploaded, in Gradio's form. Its ``url`` is never taken over: servers follow it."""
+    """A file that the browser has uploaded, in Gradio's form. Its ``url`` is dropped: servers would fetch it."""
 
     path: str
     orig_name: _ShortText | None = None
@@ -36,8 +36,8 @@ class FileObject(_KnownFields):
     size: Annotated[int, Field(ge=0)] | None = None
     meta: Any = None
 
-    def written(self, uploads: Uploads) -> dict[str, Any]:
-        """Return it as Gradio takes it. Raises RefusalError for a path outside the upload folder."""
+    def to_gradio(self, uploads: Uploads) -> dict[str, Any]:
+        """Convert to Gradio's form. Raises RefusalError for a path outside the upload folder."""
         return {
             "path": str(uploads.resolve(self.path)),
             "url": None,
@@ -64,7 +64,7 @@ class FilePart(_KnownFields):
 
 
 class _PageMessage(_KnownFields):
-    """One message of the chatbot. Parts of other types, which would become components, are refused."""
+    """One message of the chatbot. Parts of other types, which would become components, are rejected."""
 
     role: Literal["user", "assistant"]
     content: (
@@ -76,35 +76,35 @@ class _PageMessage(_KnownFields):
         ]
     )
 
-    def written(self, uploads: Uploads) -> dict[str, Any]:
-        """Return it as Gradio takes it. Raises RefusalError."""
+    def to_gradio(self, uploads: Uploads) -> dict[str, Any]:
+        """Convert to Gradio's form. Raises RefusalError."""
         parts: Sequence[Any] = self.content if isinstance(self.content, list) else [self.content]
         content: list[dict[str, Any]] = []
         for part in parts:
             if isinstance(part, FileObject | FilePart):
                 file = part.file if isinstance(part, FilePart) else part
-                content.append({"type": "file", "file": file.written(uploads)})
+                content.append({"type": "file", "file": file.to_gradio(uploads)})
             else:
                 content.append({"type": "text", "text": part.text if isinstance(part, _PageText) else part})
         return {"role": self.role, "metadata": None, "content": content, "options": None}
 
 
 class Box(_KnownFields):
-    """What stands in the text box."""
+    """The contents of the text box."""
 
     text: str | None = ""
     files: Annotated[list[FileObject], Field(max_length=MAX_PARTS)] = []
 
-    def written(self, uploads: Uploads) -> dict[str, Any]:
-        """Return it as Gradio takes it. Raises RefusalError."""
-        return {"text": self.text or "", "files": [file.written(uploads) for file in self.files]}
+    def to_gradio(self, uploads: Uploads) -> dict[str, Any]:
+        """Convert to Gradio's form. Raises RefusalError."""
+        return {"text": self.text or "", "files": [file.to_gradio(uploads) for file in self.files]}
 
 
 _History = Annotated[
     list[_PageMessage], Field(max_length=MAX_MESSAGES), BeforeValidator(lambda value: [] if value is None else value)
 ]
 
-# What each kind of component may send, by Gradio's names. An input of another kind is refused: it has no form here.
+# The schema of each kind of component, by Gradio's names. Inputs of other kinds are rejected.
 _FORMS: dict[str, TypeAdapter[Any]] = {
     "chatbot": TypeAdapter(_History),
     "multimodaltextbox": TypeAdapter(Box),
@@ -134,15 +134,15 @@ class Cancel(_KnownFields):
 
 
 class PageEvents:
-    """Reads events for the handlers of one page."""
+    """Validates the events of one page's handlers."""
 
     def __init__(self, inputs: Mapping[int, Sequence[str]], uploads: Uploads) -> None:
-        """``inputs`` are the kinds of each handler's components, by the handler's number."""
+        """Initialise with the kinds of each handler's components, by the handler's number."""
         self.inputs = inputs
         self.uploads = uploads
 
     def read(self, body: bytes) -> dict[str, Any]:
-        """Return an event as it may go on to Gradio. Raises RefusalError (400)."""
+        """Return a validated event for Gradio. Raises RefusalError (400)."""
         event = parsed(TypeAdapter(Event), body)
         kinds = self.inputs.get(event.fn_index)
         if kinds is None or len(kinds) != len(event.data):
@@ -151,21 +151,21 @@ class PageEvents:
         return {**event.model_dump(), "event_data": _selected(event.event_data), "data": data}
 
     def read_cancel(self, body: bytes) -> dict[str, Any]:
-        """Return which event is to end, as it may go on to Gradio. Raises RefusalError (400)."""
+        """Return a validated cancellation for Gradio. Raises RefusalError (400)."""
         return parsed(TypeAdapter(Cancel), body).model_dump()
 
     def value(self, kind: str, value: Any) -> Any:
-        """Return one input as it may go on. Raises RefusalError."""
+        """Return one validated input. Raises RefusalError."""
         if kind not in _FORMS:
             raise _not_an_event(kind)
         checked = parsed(_FORMS[kind], value)
         if isinstance(checked, list):
-            return [message.written(self.uploads) for message in checked]
-        return checked.written(self.uploads) if isinstance(checked, Box) else checked
+            return [message.to_gradio(self.uploads) for message in checked]
+        return checked.to_gradio(self.uploads) if isinstance(checked, Box) else checked
 
 
 def _selected(event_data: Any) -> dict[str, Any] | None:
-    """Return which item was chosen; what it holds is the server's own, and is not taken from the browser."""
+    """Return the index of the selected item; its value is the server's, and is not taken from the browser."""
     index = event_data.get("index") if isinstance(event_data, dict) else None
     return {"index": index, "value": None} if type(index) is int else None
 
@@ -174,7 +174,7 @@ T = TypeVar("T")
 
 
 def parsed(form: TypeAdapter[T], value: Any) -> T:
-    """Read a value, or JSON. Raises RefusalError that names the place, and nothing of what was sent."""
+    """Parse a value or JSON. Raises RefusalError that names the field without repeating its value."""
     try:
         return form.validate_json(value) if isinstance(value, bytes) else form.validate_python(value)
     except ValidationError as error:
@@ -183,5 +183,5 @@ def parsed(form: TypeAdapter[T], value: Any) -> T:
 
 
 def _not_an_event(place: str) -> RefusalError:
-    """Return the refusal of what no button of the page sends."""
+    """Return the error for an event that no button of the page sends."""
     return refuse(400, f"not an event of this page ({place[:200]}); load the page again", "page_event", "data")

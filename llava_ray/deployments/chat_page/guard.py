@@ -1,4 +1,4 @@
-"""The page's routes: the few of Gradio's that the page uses, behind its login, each within its bounds; no others."""
+"""The page's routes: an allow-list of Gradio's routes, behind the login, each with its limits."""
 
 import asyncio
 import json
@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llava_ray.deployments.chat_page.events import SESSION_CHARS, PageEvents
 from llava_ray.deployments.chat_page.sessions import SessionOwners, UnreadEvents
 from llava_ray.deployments.http.auth import ANYBODY, ApiKey
-from llava_ray.deployments.http.bodies import BodyReading, passed_on, replayed
+from llava_ray.deployments.http.bodies import BodyReading, forward_body, replay_body
 from llava_ray.deployments.http.limits import AddressRates, holder_of
 from llava_ray.deployments.http.middleware import GUARDED, UNCOUNTED, route_path, send_refused
 from llava_ray.deployments.http.routes import Front
@@ -65,7 +65,7 @@ _NOT_LOGGED_IN = Refused(401, "log in first, with the name of an API key and the
 
 
 def _query_of(scope: Scope) -> dict[str, list[str]]:
-    """Return what stands behind the question mark of an address, its escapes read."""
+    """Return the parsed query of an address."""
     return parse_qs(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True)
 
 
@@ -75,13 +75,13 @@ def _find_route(scope: Scope) -> PageRoute:
     for route in ROUTES:
         if scope["method"] in route.methods and re.fullmatch(route.path, path, re.DOTALL):
             if "deep_link" in _query_of(scope):
-                break  # Gradio would read a state from a file of that name
+                break  # Gradio would load a state from a file of that name
             return route
     raise RefusalError(_NO_SUCH_PAGE)
 
 
 class PageMiddleware:
-    """Stands in front of Gradio: what is not in the table of routes does not reach it."""
+    """Middleware in front of Gradio: requests outside the table of routes do not reach it."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class PageMiddleware:
         drop_session: Callable[[str], None],
         events: PageEvents,
     ) -> None:
-        """``find_user`` returns who is logged in by these cookies; ``drop_session`` ends what a session has begun."""
+        """Initialise; ``find_user`` returns the user of cookies, ``drop_session`` ends a session's events."""
         self.app = app
         self.front = front
         self.settings = front.settings
@@ -102,7 +102,7 @@ class PageMiddleware:
         self.logins = AddressRates(front.settings.logins_per_minute, time.monotonic)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request of the page through, or answer 4xx."""
+        """Forward a request of the page, or respond 4xx."""
         if scope["type"] != "http" or route_path(scope).startswith(GUARDED) or route_path(scope) in UNCOUNTED:
             await self.app(scope, receive, send)
             return
@@ -115,25 +115,25 @@ class PageMiddleware:
             await send_refused(error.refused, send)
 
     def identify(self, scope: Scope, route: PageRoute) -> ApiKey:
-        """Return whose session asks. Raises RefusalError (401) where one is needed."""
+        """Return the user of the session. Raises RefusalError (401) where a login is needed."""
         if not self.front.guard.keys:
             return ANYBODY
         user = self.find_user(cookie_parser(Headers(scope=scope).get("cookie", "")))
-        who = next((key for key in self.front.guard.keys if key.name == user), None)
-        if who is None and not route.public:
+        api_key = next((key for key in self.front.guard.keys if key.name == user), None)
+        if api_key is None and not route.public:
             raise RefusalError(_NOT_LOGGED_IN)
-        return who or ANYBODY
+        return api_key or ANYBODY
 
     async def pass_on(self, route: PageRoute, scope: Scope, receive: Receive, send: Send) -> None:
-        """Check what a route of this kind is sent, and let it through. Raises RefusalError."""
+        """Check a request by the kind of its route, and forward it. Raises RefusalError."""
         match route.kind:
             case "plain":
-                await self.app(scope, replayed(b"", receive), send)
+                await self.app(scope, replay_body(b"", receive), send)
             case "file":
                 self.check_file(scope)
-                # Whole: they are small, and Gradio's own reading of ranges fails on all but the simplest.
+                # Without ranges: files are small, and Gradio fails on all but the simplest range.
                 scope["headers"] = [pair for pair in scope["headers"] if pair[0] != b"range"]
-                await self.app(scope, replayed(b"", receive), send)
+                await self.app(scope, replay_body(b"", receive), send)
             case "stream":
                 await self.pass_stream(scope, receive, send)
             case "upload":
@@ -142,19 +142,19 @@ class PageMiddleware:
                 await self.pass_body(route.kind, scope, receive, send)
 
     def admit(self, refused: Refused | None) -> None:
-        """Raise RefusalError if there is a refusal."""
+        """Raise the given refusal, if any, as RefusalError."""
         if refused is not None:
             raise RefusalError(refused)
 
     def check_file(self, scope: Scope) -> None:
-        """Raise RefusalError unless a file's address leads into the upload folder; URLs would be fetched."""
+        """Check that a file lies in the upload folder; URLs would be fetched. Raises RefusalError."""
         try:
             self.events.uploads.resolve(route_path(scope).removeprefix(_FILE))
         except RefusalError:
             raise RefusalError(_NO_SUCH_PAGE) from None
 
     async def check_room(self, num_bytes: int) -> None:
-        """Raise RefusalError (507) if the upload folder could become larger than it may."""
+        """Check that the upload folder has room for so many bytes. Raises RefusalError (507)."""
         limit = self.settings.max_upload_bytes
         await asyncio.to_thread(self.events.uploads.delete_partial)
         if await asyncio.to_thread(self.events.uploads.total_bytes) + num_bytes > limit:
@@ -162,12 +162,12 @@ class PageMiddleware:
             raise refuse(507, message, "uploads_full")
 
     def check_query(self, scope: Scope) -> None:
-        """Raise RefusalError for names that are longer than any of the page's: Gradio keeps them."""
+        """Check the length of a query's values, which Gradio keeps in memory. Raises RefusalError."""
         if any(len(value) > SESSION_CHARS for values in _query_of(scope).values() for value in values):
             raise refuse(400, "not a session of this page; load it again", "page_event")
 
     async def pass_upload(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let an upload through while its bytes are held; what Gradio fails on is refused. Raises RefusalError."""
+        """Forward an upload while its bytes are counted; reject it if Gradio fails. Raises RefusalError."""
         self.check_query(scope)
         self.admit(self.front.guard.admit(scope["api_key"]))
         held, settings = self.front.bytes_in_flight, self.settings
@@ -182,7 +182,7 @@ class PageMiddleware:
                 await send(message)
 
         try:
-            body = passed_on(reading, Headers(scope=scope), receive, _UPLOAD_TIMEOUT_S)
+            body = forward_body(reading, Headers(scope=scope), receive, _UPLOAD_TIMEOUT_S)
             await self.app(scope, body, send_if_read)
         except RefusalError:
             raise
@@ -195,7 +195,7 @@ class PageMiddleware:
             raise RefusalError(reading.refused or _NOT_AN_UPLOAD)
 
     async def pass_stream(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a stream through while it has a place. Raises RefusalError: 429, or 404 for another user's."""
+        """Forward a stream within the limits. Raises RefusalError: 429, or 404 for another user's session."""
         self.check_query(scope)
         place, _, name = route_path(scope).rpartition("/")
         session = _query_of(scope).get("session_hash", [""])[-1] if name == "data" else ""
@@ -207,24 +207,24 @@ class PageMiddleware:
         )
         refused = Refused(429, message, "too_many_page_streams", retry_after_s=5)
         with streams.hold(scope["client"][0], 1, refused), self.unread.reading(session):
-            await self.app(scope, replayed(b"", receive), send)
+            await self.app(scope, replay_body(b"", receive), send)
 
     def checked_event(self, scope: Scope, body: bytes) -> bytes:
-        """Return an event as it was understood, and count it. Raises RefusalError."""
+        """Return a validated event, serialised again, and count its bytes. Raises RefusalError."""
         event = self.events.read(body)
         self.owners.claim(event["session_hash"], scope["api_key"])
-        written = json.dumps(event).encode()
-        self.unread.add(event["session_hash"], holder_of(scope), len(written))
-        return written
+        encoded = json.dumps(event).encode()
+        self.unread.add(event["session_hash"], holder_of(scope), len(encoded))
+        return encoded
 
     def checked_cancel(self, scope: Scope, body: bytes) -> bytes:
-        """Return which event its own user wants to end. Raises RefusalError."""
+        """Return a validated cancellation of the user's own event. Raises RefusalError."""
         cancel = self.events.read_cancel(body)
         self.owners.claim(cancel["session_hash"], scope["api_key"])
         return json.dumps(cancel).encode()
 
     async def pass_body(self, kind: _Kind, scope: Scope, receive: Receive, send: Send) -> None:
-        """Read a body whole, and let it through; an event only as it was understood. Raises RefusalError."""
+        """Read a whole body and forward it; events as validated. Raises RefusalError."""
         if kind == "login":
             self.admit(self.logins.admit(scope["client"][0], "logins"))
         checked = {"event": self.checked_event, "cancel": self.checked_cancel}.get(kind)
@@ -237,12 +237,12 @@ class PageMiddleware:
             if checked is not None:
                 body = checked(scope, body)
                 scope["headers"] = _with_json_headers(scope["headers"], len(body))
-            await self.app(scope, replayed(body, receive), send)
+            await self.app(scope, replay_body(body, receive), send)
         finally:
             reading.release()
 
 
 def _with_json_headers(headers: list[tuple[bytes, bytes]], num_bytes: int) -> list[tuple[bytes, bytes]]:
-    """Return a request's headers for a JSON body in place of the one that came."""
-    kept = [pair for pair in headers if pair[0] not in (b"content-length", b"content-type", b"transfer-encoding")]
-    return [*kept, (b"content-type", b"application/json"), (b"content-length", str(num_bytes).encode())]
+    """Return a request's headers for a JSON body that replaces the original one."""
+    others = [pair for pair in headers if pair[0] not in (b"content-length", b"content-type", b"transfer-encoding")]
+    return [*others, (b"content-type", b"application/json"), (b"content-length", str(num_bytes).encode())]

@@ -1,4 +1,4 @@
-"""Conversations of users who agreed: a JSONL file a day, each image once under its hash, old ones deleted."""
+"""Logs of conversations of users who agreed: a JSONL file per day, images by hash, old files deleted."""
 
 import hashlib
 import json
@@ -8,17 +8,17 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-from llava_ray.deployments.chat_page.chat import Parameters, Shown, paths_of, pieces_of
+from llava_ray.deployments.chat_page.chat import ChatbotMessage, Parameters, paths_of, pieces_of
 from llava_ray.deployments.chat_page.uploads import Uploads
 
 LogKind = Literal["chat", "upvote", "downvote", "flag"]
 
 
 class ConversationLog:
-    """Writes what the original's page wrote, less the address of who asked."""
+    """A log in the format of the original's page, without the users' addresses."""
 
     def __init__(self, folder: Path, days: int, now: Callable[[], float] = time.time) -> None:
-        """Keep files in ``folder`` for so many days."""
+        """Initialise a log in ``folder`` with so many days of retention."""
         self.folder = folder
         self.images = folder / "images"
         self.days = days
@@ -26,7 +26,12 @@ class ConversationLog:
         self.purged = ""
 
     def write(
-        self, kind: LogKind, history: Sequence[Shown], parameters: Parameters, uploads: Uploads, figures: str = ""
+        self,
+        kind: LogKind,
+        history: Sequence[ChatbotMessage],
+        parameters: Parameters,
+        uploads: Uploads,
+        figures: str = "",
     ) -> None:
         """Append one line. Raises OSError if the folder cannot be written to, RefusalError for images not uploaded."""
         files = uploads.read_all(paths_of(history))
@@ -51,8 +56,8 @@ class ConversationLog:
         with (self.folder / f"{today}-conv.jsonl").open("a") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
-    def message(self, shown: Shown, files: Mapping[str, bytes]) -> dict[str, Any]:
-        """Write a message; images are named by their hash."""
+    def message(self, shown: ChatbotMessage, files: Mapping[str, bytes]) -> dict[str, Any]:
+        """Convert a message for the log; images are named by their hash."""
         content = [
             piece if isinstance(piece, str) else {"image": self.keep(piece["path"], files[piece["path"]])}
             for piece in pieces_of(shown)
@@ -60,7 +65,7 @@ class ConversationLog:
         return {"role": shown["role"], "content": content}
 
     def keep(self, path: str, data: bytes) -> str:
-        """Write an image unless it is there already; return its name."""
+        """Save an image unless it exists already; return its name."""
         name = hashlib.sha256(data).hexdigest() + Path(path).suffix.lower()
         place = self.images / name
         if not place.exists():
@@ -70,7 +75,7 @@ class ConversationLog:
         return name
 
     def purge(self, moment: float) -> None:
-        """Delete logs that are too old, and the images that no other log names."""
+        """Delete logs past the retention, and images that no other log names."""
         oldest = (datetime.fromtimestamp(moment, UTC) - timedelta(days=self.days)).strftime("%Y-%m-%d")
         for log in self.folder.glob("*-conv.jsonl"):
             if log.name[: len(oldest)] < oldest:

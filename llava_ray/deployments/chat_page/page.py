@@ -1,4 +1,4 @@
-"""The page: a chat about images, in Gradio, over the same models and queue as the API."""
+"""The page: a Gradio chat about images, with the same models and queue as the API."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
@@ -24,12 +24,12 @@ from llava_ray.deployments.refusal import RefusalError
 
 _History = list[dict[str, Any]]
 
-_MAX_SESSIONS = 256  # Gradio keeps the last chat of each
+_MAX_SESSIONS = 256  # Gradio keeps each one's last chat in memory
 _MAX_QUEUED_EVENTS = 512
 
 _VOTES: dict[str, LogKind] = {"Upvote": "upvote", "Downvote": "downvote", "Flag": "flag"}
 _TERMS = (
-    "The model makes mistakes, and its answers may be offensive or harmful: check what it says. Upload only images "
+    "The model may produce inaccurate or offensive output: verify its answers. Upload only images "
     "that you are allowed to share. Enter sends, Shift+Enter starts a new line, Esc stops the answer."
 )
 
@@ -52,7 +52,7 @@ def mount_page(app: FastAPI, front: Front) -> None:
         css=CSS,
         head=HEAD,
         footer_links=[],
-        run_history=False,  # conversations are not kept in the browser either
+        run_history=False,  # conversations are not stored in the browser either
         show_error=True,
     )
     gradio_app = next(route.app for route in app.routes if isinstance(route, Mount))
@@ -60,28 +60,28 @@ def mount_page(app: FastAPI, front: Front) -> None:
     inputs = {number: [block.get_block_name() for block in fn.inputs] for number, fn in blocks.fns.items()}
 
     def find_user(cookies: Mapping[str, str]) -> str | None:
-        """Return who has logged in with one of Gradio's two cookies, as it looks itself."""
+        """Return the user of one of Gradio's two login cookies, as Gradio itself does."""
         names = (f"access-token-{gradio_app.cookie_id}", f"access-token-unsecure-{gradio_app.cookie_id}")
         token = next((cookies[name] for name in names if cookies.get(name)), "")
         return gradio_app.tokens.get(token)
 
     def drop_session(name: str) -> None:
-        """Make Gradio end a session's events and forget what they came to; it waits for a reader for ever."""
+        """Make Gradio cancel a session's events and drop their results, which it would keep for ever."""
         queue = blocks._queue
         queue.pending_messages_per_session.pop(name, None)
         queue.pending_event_ids_session.pop(name, None)
-        endings.add(ending := asyncio.ensure_future(queue.clean_events(session_hash=name)))
-        ending.add_done_callback(endings.discard)
+        cleanups.add(cleanup := asyncio.ensure_future(queue.clean_events(session_hash=name)))
+        cleanup.add_done_callback(cleanups.discard)
 
-    endings: set[asyncio.Future[None]] = set()
+    cleanups: set[asyncio.Future[None]] = set()
     app.add_middleware(PageMiddleware, front, find_user, drop_session, PageEvents(inputs, page.uploads))
 
 
 class ChatPage:
-    """Lays the page out and says what its buttons do."""
+    """The page's layout and event handlers."""
 
     def __init__(self, front: Front) -> None:
-        """Show the models of ``front``."""
+        """Initialise the page for the models of ``front``."""
         self.front = front
         self.settings = front.settings
         self.uploads = Uploads(
@@ -94,17 +94,17 @@ class ChatPage:
         self.log = ConversationLog(Path(folder), front.settings.page_log_days) if folder else None
 
     def build(self) -> gr.Blocks:
-        """Return the page."""
+        """Build the page."""
         with gr.Blocks(title=self.settings.page_title, analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
             self.lay_out()
             self.connect(blocks)
-        # Gradio checks where files lie only for an app that its own server has started.
+        # Gradio checks the location of files only for an app that its own server has started.
         blocks.has_launched = True
         blocks.state_session_capacity = _MAX_SESSIONS
         return blocks.queue(api_open=False, default_concurrency_limit=None, max_size=_MAX_QUEUED_EVENTS)
 
     def lay_out(self) -> None:
-        """Place everything, in the order in which Tab visits it."""
+        """Create the components, in tab order."""
         with gr.Row(elem_id="top"):
             gr.Markdown(f"# {self.settings.page_title}", elem_id="title")
             self.model = gr.Dropdown(
@@ -121,7 +121,7 @@ class ChatPage:
             elem_id="chat",
             label="Conversation",
             show_label=False,
-            placeholder="Ask something, about images or not.",
+            placeholder="Ask a question, with or without images.",
             examples=self.examples or None,
             buttons=["copy"],
             feedback_options=None,
@@ -154,20 +154,20 @@ class ChatPage:
             self.max_tokens = gr.Slider(1, 1024, 512, step=1, label="Max output tokens", elem_id="max_tokens")
         self.agreed = gr.Checkbox(
             False,
-            label=f"Keep this conversation and its images for {self.settings.page_log_days} days: it helps the model",
+            label=f"Store this conversation and its images for {self.settings.page_log_days} days to improve the model",
             elem_id="agreed",
             visible=self.log is not None,
         )
         gr.Markdown(_TERMS)
 
     def connect(self, blocks: gr.Blocks) -> None:
-        """Say what happens when."""
+        """Connect the components' events to their handlers."""
         hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        asked = [self.model, self.temperature, self.top_p, self.max_tokens, self.agreed]
+        settings = [self.model, self.temperature, self.top_p, self.max_tokens, self.agreed]
         buttons = [self.stop, self.again, self.edit, self.export, *self.votes]
         answer: dict[str, Any] = {
             "fn": self.answer,
-            "inputs": [self.chat, *asked],
+            "inputs": [self.chat, *settings],
             "outputs": [self.chat, self.status, *buttons],
             "concurrency_limit": None,  # the replicas' queue is the only one
             **hidden,
@@ -186,37 +186,37 @@ class ChatPage:
             **hidden,
         )
         for button, vote in zip(self.votes, _VOTES.values(), strict=True):
-            button.click(self.voting(vote), [self.chat, *asked], [self.status, *self.votes], **hidden)
-        self.export.click(self.log_turn, [self.chat, *asked], self.written, **hidden).success(
+            button.click(self.voting(vote), [self.chat, *settings], [self.status, *self.votes], **hidden)
+        self.export.click(self.log_turn, [self.chat, *settings], self.written, **hidden).success(
             None, self.written, None, js=DOWNLOAD, **hidden
         )
 
     async def choose(self, request: gr.Request) -> Any:
-        """Choose the model that a link asks for: ``?model=NAME``."""
+        """Select the model of a link's query: ``?model=NAME``."""
         wanted = request.query_params.get("model", self.names[0])
         if wanted not in self.names:
-            gr.Warning(f"No model is called {wanted[:100]!r}; there are: {', '.join(self.names)}")
+            gr.Warning(f"There is no model {wanted[:100]!r}; available: {', '.join(self.names)}")
             wanted = self.names[0]
         return gr.Dropdown(value=wanted)
 
     async def ask(self, box: dict[str, Any], history: _History) -> tuple[Any, _History]:
         """Move the question from the box to the chat."""
-        asked = to_user_messages(box)
-        if not asked:
+        messages = to_user_messages(box)
+        if not messages:
             raise gr.Error("Type a question or attach an image first.", print_exception=False)
-        return {"text": "", "files": []}, [*history, *asked]
+        return {"text": "", "files": []}, [*history, *messages]
 
     async def ask_example(self, history: _History, example: gr.SelectData) -> _History:
-        """Ask one of the examples."""
+        """Add one of the examples to the chat."""
         if not 0 <= example.index < len(self.examples):
             raise gr.Error("There is no such example.", print_exception=False)
         chosen = self.examples[example.index]
-        # The chatbot has put Gradio's file objects, in the upload folder, in place of the paths that were given to it.
+        # The chatbot has replaced the paths by Gradio's file objects in the upload folder.
         files = [file["path"] if isinstance(file, dict) else file for file in chosen.get("files", ())]
         return [*history, *to_user_messages({"text": chosen["text"], "files": files})]
 
     async def undo(self, history: _History) -> _History:
-        """Take the last answer back."""
+        """Remove the last answer."""
         while history and history[-1]["role"] == "assistant":
             history = history[:-1]
         return history
@@ -231,27 +231,27 @@ class ChatPage:
         agreed: bool,
         request: gr.Request,
     ) -> AsyncGenerator[tuple[Any, ...], None]:
-        """Write the answer; what fails is said under the chat, and the question can be asked again."""
+        """Stream the answer; show a failure under the chat, where the question can be repeated."""
         parameters = Parameters(model, temperature, top_p, int(max_tokens))
-        shown, said = history, ""
+        chat, summary = history, ""
         yield (history, "…", *_buttons_while(writing=True))
         try:
             session = str(request.session_hash)
-            async for shown, figures in self.answers.write(history, parameters, session, _scope_of(request)):
-                said = str(figures)
-                yield (shown, escape(said), *[gr.skip()] * (4 + len(_VOTES)))
+            async for chat, metrics in self.answers.write(history, parameters, session, _scope_of(request)):
+                summary = str(metrics)
+                yield (chat, escape(summary), *[gr.skip()] * (4 + len(_VOTES)))
         except RefusalError as error:
-            yield (shown, _failure(error), *_buttons_while(answered=bool(history)))
+            yield (chat, _failure(error), *_buttons_while(answered=bool(history)))
             return
-        await self.keep("chat", agreed, shown, parameters, said)
-        yield (shown, escape(said), *_buttons_while(answered=True, complete=len(shown) > len(history)))
+        await self.keep("chat", agreed, chat, parameters, summary)
+        yield (chat, escape(summary), *_buttons_while(answered=True, complete=len(chat) > len(history)))
 
     async def end(self, request: gr.Request) -> None:
-        """Stop what is being written."""
+        """Stop the running answer."""
         self.answers.stop(str(request.session_hash))
 
     async def edit_last(self, history: _History) -> tuple[Any, ...]:
-        """Put the last question back into the box, its images too, and take it out of the chat."""
+        """Move the last question with its images from the chat back to the box."""
         begin = last_question(history)
         pieces = [piece for message in history[begin:] if message["role"] == "user" for piece in pieces_of(message)]
         box = {
@@ -261,12 +261,12 @@ class ChatPage:
         return (history[:begin], box, "", *_buttons_while(answered=begin > 0, complete=begin > 0))
 
     async def new_chat(self, request: gr.Request) -> tuple[Any, ...]:
-        """Stop, and forget the chat."""
+        """Stop the running answer and clear the chat."""
         self.answers.stop(str(request.session_hash))
         return ([], {"text": "", "files": []}, "", *_buttons_while())
 
     def voting(self, vote: LogKind) -> Any:
-        """Return what a vote's button does."""
+        """Return the handler of a vote's button."""
 
         async def count(
             history: _History,
@@ -283,8 +283,8 @@ class ChatPage:
                 return (_failure(error), *[gr.skip()] * len(_VOTES))
             self.front.metrics.votes.labels(model, vote).inc()
             await self.keep(vote, agreed, history, Parameters(model, temperature, top_p, int(max_tokens)))
-            kept = " with the conversation" if agreed and self.log else ""
-            return (f"Thank you: your {vote} is counted{kept}.", *[gr.Button(interactive=False)] * len(_VOTES))
+            suffix = " with the conversation" if agreed and self.log else ""
+            return (f"Thank you: your {vote} was counted{suffix}.", *[gr.Button(interactive=False)] * len(_VOTES))
 
         return count
 
@@ -298,7 +298,7 @@ class ChatPage:
         agreed: bool,
         request: gr.Request,
     ) -> str:
-        """Return the chat as a file's text; what no request could hold is refused."""
+        """Return the chat as the text of a file; raise an error if no request could hold it."""
         del agreed
         parameters = Parameters(model, temperature, top_p, int(max_tokens))
         try:
@@ -311,29 +311,29 @@ class ChatPage:
     async def keep(
         self, kind: LogKind, agreed: bool, history: _History, parameters: Parameters, figures: str = ""
     ) -> None:
-        """Log, if there is a log and the user agreed."""
+        """Log the chat, if there is a log and the user agreed."""
         if self.log is None or not agreed:
             return
         try:
             await asyncio.to_thread(self.log.write, kind, history, parameters, self.uploads, figures)
         except OSError as error:
-            gr.Warning(f"The conversation could not be kept: {error.strerror}")
+            gr.Warning(f"The conversation could not be stored: {error.strerror}")
         except RefusalError as error:
-            gr.Warning(f"The conversation could not be kept: {error.refused.message}")
+            gr.Warning(f"The conversation could not be stored: {error.refused.message}")
 
 
 def _scope_of(request: gr.Request) -> Scope:
-    """Return the scope of an event's HTTP request, in which stands who sent it."""
+    """Return the ASGI scope of an event's HTTP request, with its user."""
     assert request.request is not None
     return request.request.scope
 
 
 def _buttons_while(*, writing: bool = False, answered: bool = False, complete: bool = False) -> list[Any]:
-    """Return which of stop, regenerate, edit, export and the votes can be pressed now."""
+    """Return the state of the buttons stop, regenerate, edit, export and votes."""
     can = [writing, answered, answered, answered, *[complete] * len(_VOTES)]
     return [gr.Button(interactive=one) for one in can]
 
 
 def _failure(error: RefusalError) -> str:
-    """Say what failed, for the eye and for screen readers."""
+    """Format an error for display and for screen readers."""
     return f'<span class="failed" role="alert">{escape(error.refused.message)}</span>'

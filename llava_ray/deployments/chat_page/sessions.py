@@ -1,4 +1,4 @@
-"""The page's sessions: whose each is, and what Gradio keeps for those that nobody reads, which is bounded here."""
+"""The page's sessions: their owners, and a bound on the results that Gradio keeps for unread ones."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -10,33 +10,33 @@ from llava_ray.deployments.http.limits import HeldAmounts, too_many_bytes_in_fli
 from llava_ray.deployments.refusal import RefusalError, refuse
 
 _UNREAD_S = 60.0  # the page opens its stream right after an event
-_COPIES = 3  # of a chat while an event runs: as it came, as the first state of its outcome and as the last
+_COPIES = 3  # of a chat while an event runs: the input, the first state of its result and the last
 
 MAX_OWNERS = 10_000  # sessions whose user is remembered
 
 
 class SessionOwners:
-    """Whose each session is where users log in: Gradio gives what one holds to everybody who knows its name."""
+    """The owner of each session where users log in: Gradio itself serves a session to anyone who knows its name."""
 
     def __init__(self) -> None:
-        """Know none."""
+        """Initialise without owners."""
         self.owners: dict[str, str] = {}
 
-    def claim(self, name: str, who: ApiKey) -> None:
-        """Take a session for whoever uses it first. Raises RefusalError (404) for the session of another user."""
-        if not who.sha256:  # without keys there are no users
+    def claim(self, name: str, api_key: ApiKey) -> None:
+        """Assign a session to its first user. Raises RefusalError (404) for the session of another user."""
+        if not api_key.sha256:  # without keys there are no users
             return
-        owner = self.owners.pop(name, who.name)
-        self.owners[name] = owner  # at the end: the first are those that have been quiet for longest
+        owner = self.owners.pop(name, api_key.name)
+        self.owners[name] = owner  # moved to the end: the first are the least recently used
         if len(self.owners) > MAX_OWNERS:
             del self.owners[next(iter(self.owners))]
-        if owner != who.name:
+        if owner != api_key.name:
             raise refuse(404, "no session of yours; load the page again", "page_session")
 
 
 @dataclass
 class Session:
-    """The events of one session whose outcome has not been read to its end."""
+    """The events of one session whose results have not been read completely."""
 
     holder: str
     num_bytes: int = 0
@@ -45,7 +45,7 @@ class Session:
 
 
 class UnreadEvents:
-    """Gradio queues the outcomes of events until a stream of their session takes them, however long that is."""
+    """A bound on unread results: Gradio queues them until a stream of their session reads them, for ever."""
 
     def __init__(
         self,
@@ -53,16 +53,16 @@ class UnreadEvents:
         drop: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Count in ``bytes_in_flight``; ``drop`` makes Gradio end a session's events, and forget their outcomes."""
+        """Initialise; count in ``bytes_in_flight``; ``drop`` makes Gradio cancel a session's events."""
         self.bytes_in_flight = bytes_in_flight
         self.drop = drop
         self.clock = clock
         self.sessions: dict[str, Session] = {}
 
     def add(self, name: str, holder: str, num_bytes: int) -> None:
-        """Count an event that is let through. Raises RefusalError (429) if too much is in flight."""
+        """Count a forwarded event. Raises RefusalError (429) if too much is in flight."""
         self.drop_old()
-        # Another address may use a session's name; whoever was first holds all of it.
+        # Another address may use a session's name; all bytes count for the first one.
         session = self.sessions.get(name) or Session(holder)
         if not self.bytes_in_flight.take(session.holder, _COPIES * num_bytes):
             raise RefusalError(too_many_bytes_in_flight(self.bytes_in_flight))
@@ -72,7 +72,7 @@ class UnreadEvents:
 
     @contextmanager
     def reading(self, name: str) -> Iterator[None]:
-        """Keep a session while one of its streams is open; what it held is free once the last one has ended."""
+        """Keep a session while one of its streams is open, and release its bytes after the last one."""
         session = self.sessions.get(name)
         if session is None:
             yield
@@ -86,7 +86,7 @@ class UnreadEvents:
                 self.release(name, session)
 
     def drop_old(self) -> None:
-        """Drop the sessions that nobody has come to read."""
+        """Drop sessions without a reader."""
         border = self.clock() - _UNREAD_S
         for name, session in list(self.sessions.items()):
             if not session.num_streams and session.last < border:
@@ -94,7 +94,7 @@ class UnreadEvents:
                 self.drop(name)
 
     def release(self, name: str, session: Session) -> None:
-        """Give back what a session held."""
+        """Release the bytes of a session."""
         if self.sessions.get(name) is session:
             del self.sessions[name]
             self.bytes_in_flight.release(session.holder, session.num_bytes)

@@ -1,4 +1,4 @@
-"""How the page looks and what its keys do."""
+"""The page's CSS and keyboard shortcuts."""
 
 CSS = """
 .gradio-container { max-width: 60rem !important; margin: 0 auto !important; padding: 0 !important; }

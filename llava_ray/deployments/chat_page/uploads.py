@@ -1,4 +1,4 @@
-"""The page's uploaded files: every path that a browser names is resolved here; nothing outside the folder is read."""
+"""The page's uploaded files: paths from a browser are resolved, and nothing outside the folder is read."""
 
 import contextlib
 import os
@@ -10,13 +10,13 @@ from pathlib import Path
 from llava_ray.deployments.refusal import RefusalError, refuse
 
 _MAX_PATH_CHARS = 4096
-LEAST_FILE_BYTES = 64 * 1024  # what a file counts at least: a disk has an end of files too
-PARTIAL_S = 600.0  # after which an upload has ended, one way or the other
+LEAST_FILE_BYTES = 64 * 1024  # the least that a file counts: the number of files on a disk is limited too
+PARTIAL_S = 600.0  # after which every upload has ended or failed
 
 
 @dataclass(frozen=True)
 class Uploads:
-    """The upload folder, and how much of it one chat may hold."""
+    """The upload folder, with the limits of one chat."""
 
     folder: Path
     max_files: int
@@ -25,7 +25,7 @@ class Uploads:
     """Their bytes together, as a request would hold them (max_body_bytes)."""
 
     def resolve(self, path: str) -> Path:
-        """Return where a path really leads. Raises RefusalError (400) for a URL, or a place outside the folder."""
+        """Resolve a path with its links. Raises RefusalError (400) for a URL, or a place outside the folder."""
         try:
             if len(path) <= _MAX_PATH_CHARS and "://" not in path:
                 place = Path(path).resolve()
@@ -37,16 +37,16 @@ class Uploads:
 
     @property
     def root(self) -> Path:
-        """Return the folder, its links followed."""
+        """Return the folder with links resolved."""
         return self.folder.resolve()
 
     def read_all(self, paths: Sequence[str]) -> dict[str, bytes]:
-        """Read the files of one chat, each once. Raises RefusalError, for what is too much before any is read."""
+        """Read the files of one chat, each once. Raises RefusalError, for too many bytes before reading."""
         self.check(paths)
         return {path: self.read(self.resolve(path)) for path in set(paths)}
 
     def check(self, paths: Sequence[str]) -> int:
-        """Return how many bytes the files of one chat come to in a request, repeated ones each time.
+        """Return the bytes of one chat's files in a request, counting repeated ones each time.
 
         Raises RefusalError for too many files or bytes, and for places outside the folder.
         """
@@ -58,15 +58,15 @@ class Uploads:
         if num_bytes > self.max_bytes:
             raise refuse(
                 400,
-                f"the images of this chat come to {num_bytes:,} bytes in a request; at most {self.max_bytes:,} "
-                "(max_body_bytes); begin a new chat with fewer or smaller ones",
+                f"the images of this chat have {num_bytes:,} bytes in a request; at most {self.max_bytes:,} "
+                "(max_body_bytes); start a new chat with fewer or smaller ones",
                 "body_too_large",
                 "files",
             )
         return num_bytes
 
     def total_bytes(self) -> int:
-        """Return how much lies in the folder, small files counted as larger ones."""
+        """Return the bytes in the folder; each file counts at least LEAST_FILE_BYTES."""
         total = 0
         for folder, _, names in os.walk(self.folder):
             for name in names:
@@ -76,7 +76,7 @@ class Uploads:
         return total
 
     def delete_partial(self) -> None:
-        """Delete what came of uploads that broke off: whole ones lie in folders of their own."""
+        """Delete files of interrupted uploads; complete ones lie in subfolders."""
         border = time.time() - PARTIAL_S
         with contextlib.suppress(FileNotFoundError):  # no upload yet
             for place in self.folder.iterdir():
@@ -85,22 +85,22 @@ class Uploads:
                         place.unlink()
 
     def encoded_size(self, place: Path) -> int:
-        """Return how long a file is in base64. Raises RefusalError if it is no longer there."""
+        """Return a file's length in base64. Raises RefusalError if it no longer exists."""
         try:
             return place.stat().st_size * 4 // 3
         except OSError:
-            raise _gone() from None
+            raise _deleted_error() from None
 
     def read(self, place: Path) -> bytes:
-        """Read a file that has been resolved. Raises RefusalError if it is no longer there."""
+        """Read a file that has been resolved. Raises RefusalError if it no longer exists."""
         try:
-            if not place.is_file():  # a pipe would be waited for
-                raise _gone()
+            if not place.is_file():  # reading a pipe would block
+                raise _deleted_error()
             return place.read_bytes()
         except OSError:
-            raise _gone() from None
+            raise _deleted_error() from None
 
 
-def _gone() -> RefusalError:
-    """Return the refusal of a file that has been deleted: uploads are, after a day."""
-    return refuse(400, "an image of this chat is no longer here; attach it again", "media_local", "files")
+def _deleted_error() -> RefusalError:
+    """Return the error for a deleted file: uploads are deleted after a day."""
+    return refuse(400, "an image of this chat has been deleted; attach it again", "media_local", "files")

@@ -1,4 +1,4 @@
-"""Run an answer while its client stays: as one JSON object, or as a stream of server-sent events."""
+"""Responses that run an answer while the client is connected: as JSON, or as server-sent events."""
 
 import asyncio
 import json
@@ -9,7 +9,7 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from llava_ray.deployments.http.responses import ChatForm, Choice, collected
+from llava_ray.deployments.http.responses import ChatForm, Choice, collect_choices
 from llava_ray.deployments.refusal import RefusalError, Refused
 from llava_ray.deployments.replica import AnswerPiece
 from llava_ray.generate.engine import GenerationChunk
@@ -17,12 +17,12 @@ from llava_ray.generate.engine import GenerationChunk
 _EVENT_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
-    "x-accel-buffering": "no",  # nginx would hold events back
+    "x-accel-buffering": "no",  # nginx would buffer events
 }
 
 
 class StreamedAnswer(Response):
-    """A response that is made while the client waits, and given up as soon as it leaves."""
+    """A response that is generated while the client waits, and cancelled when it disconnects."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class StreamedAnswer(Response):
         num_choices: int,
         on_end: Callable[[int], None],
     ) -> None:
-        """Write ``pieces`` in ``form``; ``on_end`` hears the status."""
+        """Initialise for ``pieces`` in ``form``; ``on_end`` receives the status."""
         super().__init__()
         self.pieces = pieces
         self.form = form
@@ -39,8 +39,8 @@ class StreamedAnswer(Response):
         self.on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """StreamedAnswer, or stop when the client has gone."""
-        self.status_code = 499  # nginx's word for a client that left
+        """Send the answer; cancel it when the client disconnects."""
+        self.status_code = 499  # nginx's status for a client that disconnected
         try:
             async with aclosing(self.pieces):
                 await _run_until_disconnect(receive, self.write(scope, receive, send))
@@ -48,9 +48,9 @@ class StreamedAnswer(Response):
             self.on_end(self.status_code)
 
     async def write(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send one JSON object."""
+        """Send the whole answer as one JSON object."""
         try:
-            choices = await collected(self.pieces, self.num_choices)
+            choices = await collect_choices(self.pieces, self.num_choices)
             response = JSONResponse(self.form.whole(choices))
         except RefusalError as error:
             response = refused_response(error.refused)
@@ -59,15 +59,15 @@ class StreamedAnswer(Response):
 
 
 class EventStream(StreamedAnswer):
-    """The same as server-sent events. Its status is known when there is a first piece, or none."""
+    """A streamed answer as server-sent events; its status is known with the first piece."""
 
     def __init__(self, *arguments: Any, with_usage: bool) -> None:
-        """See Answer; ``with_usage`` adds an event that counts tokens."""
+        """Initialise as StreamedAnswer; ``with_usage`` adds an event with token counts."""
         super().__init__(*arguments)
         self.with_usage = with_usage
 
     async def write(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send events as pieces come; what fails before the first is an ordinary refusal, later an event."""
+        """Send events as pieces arrive; a failure before the first is an HTTP error, a later one an event."""
         try:
             first = await anext(aiter(self.pieces))
         except RefusalError as error:
@@ -90,12 +90,12 @@ class EventStream(StreamedAnswer):
         await _send_text(send, end + "data: [DONE]\n\n", more=False)
 
     def events(self, pieces: list[AnswerPiece], choices: list[Choice]) -> list[dict[str, Any]]:
-        """Write pieces, those of one choice that came together as one."""
-        written = []
+        """Convert pieces to events, joining those of one choice."""
+        events = []
         for index, chunk in _joined(pieces):
-            written.append(self.form.next(index, choices[index], chunk))
+            events.append(self.form.next(index, choices[index], chunk))
             choices[index].add(chunk)
-        return written
+        return events
 
     async def send_events(self, send: Send, events: list[dict[str, Any]]) -> None:
         """Send several events in one message."""
@@ -106,10 +106,10 @@ class EventStream(StreamedAnswer):
 
 def _joined(pieces: list[AnswerPiece]) -> list[AnswerPiece]:
     """Join the pieces of each choice into one."""
-    together: dict[int, GenerationChunk] = {}
+    joined: dict[int, GenerationChunk] = {}
     for index, chunk in pieces:
-        before = together.get(index)
-        together[index] = (
+        before = joined.get(index)
+        joined[index] = (
             chunk
             if before is None
             else GenerationChunk(
@@ -121,11 +121,11 @@ def _joined(pieces: list[AnswerPiece]) -> list[AnswerPiece]:
                 num_cached_images=max(before.num_cached_images, chunk.num_cached_images),
             )
         )
-    return list(together.items())
+    return list(joined.items())
 
 
 def _event(value: dict[str, Any]) -> str:
-    """Write one server-sent event."""
+    """Format one server-sent event."""
     return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
@@ -135,7 +135,7 @@ async def _send_text(send: Send, text: str, *, more: bool) -> None:
 
 
 def refused_response(refused: Refused) -> JSONResponse:
-    """Return a refusal as a response."""
+    """Convert a refusal to a response."""
     return JSONResponse(refused.body(), refused.status, headers=refused.headers())
 
 
@@ -154,6 +154,6 @@ async def _run_until_disconnect(receive: Receive, work: Coroutine[Any, Any, None
 
 
 async def _wait_for_disconnect(receive: Receive) -> None:
-    """Return when the client has gone."""
+    """Wait until the client disconnects."""
     while (await receive())["type"] != "http.disconnect":
         pass

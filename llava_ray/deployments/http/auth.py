@@ -1,4 +1,4 @@
-"""Who may ask: named keys from a file or the environment, kept as hashes, each with its own rate."""
+"""API keys from a file or the environment, stored as hashes, each with its own rate limit."""
 
 import hashlib
 import hmac
@@ -21,12 +21,12 @@ _DIGEST_CHARS = 64
 _EXPECTED = """expected
 [keys.alice]
 key = "…"                 # or sha256 = "…", its hexadecimal SHA-256
-requests_per_minute = 60  # may be left out"""
+requests_per_minute = 60  # optional"""
 
 
 @dataclass(frozen=True)
 class ApiKey:
-    """A key by name. The key itself is not kept: settings and memory dumps of a service hold its hash."""
+    """A named key, stored as a hash, so that settings and memory dumps do not hold the key."""
 
     name: str
     sha256: str
@@ -42,7 +42,7 @@ def digest(key: str) -> str:
 
 
 def read_api_keys(file: str | None, environment: Mapping[str, str] = os.environ) -> tuple[ApiKey, ...]:
-    """Read the keys of a TOML file and of LLAVA_RAY_API_KEYS. Raises ConfigError that never repeats a key."""
+    """Load the keys of a TOML file and of LLAVA_RAY_API_KEYS. Raises ConfigError without repeating a key."""
     keys = [*_keys_of_file(Path(file))] if file else []
     for number, entry in enumerate(filter(None, environment.get(ENVIRONMENT, "").split(",")), start=1):
         name, equals, key = entry.strip().partition("=")
@@ -67,11 +67,11 @@ def _key_of_table(name: str, table: Any) -> ApiKey:
     """Read one table. Raises ConfigError."""
     label = name[:MAX_SHOWN]
     if not isinstance(table, dict) or table.keys() - {"key", "sha256", "requests_per_minute"}:
-        raise ConfigError(f"api_keys_file: keys.{label} is not right; {_EXPECTED}")
+        raise ConfigError(f"api_keys_file: keys.{label} is invalid; {_EXPECTED}")
     rate, given = table.get("requests_per_minute"), table.get("key", table.get("sha256"))
     one = ("key" in table) != ("sha256" in table)
     if not one or not isinstance(given, str) or (rate is not None and not _positive(rate)):
-        raise ConfigError(f"api_keys_file: keys.{label} is not right; {_EXPECTED}")
+        raise ConfigError(f"api_keys_file: keys.{label} is invalid; {_EXPECTED}")
     if "key" in table:
         return ApiKey(name, digest(_long_enough(given, label)), rate)
     sha256 = given.lower()
@@ -83,12 +83,12 @@ def _key_of_table(name: str, table: Any) -> ApiKey:
 
 
 def _positive(value: object) -> bool:
-    """Whether it counts something."""
+    """Return whether a value is a positive integer."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _long_enough(key: str, name: str) -> str:
-    """Return the key. Raises ConfigError for one that can be guessed."""
+    """Return the key if it is long enough. Raises ConfigError."""
     if len(key) < _MIN_KEY_CHARS:
         raise ConfigError(
             f"API key {name!r} has {len(key)} characters, expected at least {_MIN_KEY_CHARS}; make one with "
@@ -98,7 +98,7 @@ def _long_enough(key: str, name: str) -> str:
 
 
 class Guard:
-    """Knows the keys and counts what each of them asks. One to an ingress process."""
+    """Authentication and rate limits of one ingress process."""
 
     def __init__(
         self,
@@ -106,14 +106,14 @@ class Guard:
         requests_per_minute: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Let everybody in if there are no keys; ``requests_per_minute`` is for keys without their own."""
+        """Initialise; without keys everybody is admitted; ``requests_per_minute`` is the keys' default."""
         self.keys = tuple(keys)
         self.requests_per_minute = requests_per_minute
         self.clock = clock
         self.buckets: dict[str, Bucket] = {}
 
     def find(self, key: str) -> ApiKey | None:
-        """Return who has this key, in a time that tells nothing about how near a wrong one was."""
+        """Return the entry of a key, in constant time over all keys."""
         found = None
         wanted = digest(key)
         for candidate in self.keys:
@@ -122,38 +122,38 @@ class Guard:
         return found
 
     def identify(self, authorization: str) -> ApiKey | Refused:
-        """Return who sent this Authorization header, or why nobody did."""
+        """Return the key of an Authorization header, or a refusal."""
         if not self.keys:
             return ANYBODY
         scheme, _, key = authorization.partition(" ")
         found = self.find(key.strip()) if scheme.lower() == "bearer" and key.strip() else None
         return found or Refused(401, "no valid API key; expected a header Authorization: Bearer KEY", "invalid_api_key")
 
-    def admit(self, who: ApiKey) -> Refused | None:
-        """Count one request of ``who``; return a refusal if it is one too many a minute."""
-        rate = who.requests_per_minute or self.requests_per_minute
+    def admit(self, api_key: ApiKey) -> Refused | None:
+        """Count one request of a key; return a refusal if it exceeds the rate."""
+        rate = api_key.requests_per_minute or self.requests_per_minute
         if rate is None:
             return None
-        bucket = self.buckets.setdefault(who.name, Bucket(rate, self.clock()))
+        bucket = self.buckets.setdefault(api_key.name, Bucket(rate, self.clock()))
         wait = bucket.take(self.clock())
         if wait <= 0:
             return None
-        message = f"more than {rate} requests a minute with key {who.name!r}; wait {wait:.0f} s"
+        message = f"more than {rate} requests a minute with key {api_key.name!r}; wait {wait:.0f} s"
         return Refused(429, message, "rate_limit_exceeded", retry_after_s=max(1, round(wait + 0.5)))
 
 
 class Bucket:
-    """So many requests a minute, a quarter of them at once if it has been quiet."""
+    """A token bucket of so many requests per minute, with bursts of a quarter of them."""
 
     def __init__(self, per_minute: int, now: float) -> None:
-        """Begin full."""
+        """Initialise a full bucket."""
         self.per_second = per_minute / 60
         self.size = max(1.0, per_minute / 4)
         self.level = self.size
         self.last = now
 
     def take(self, now: float) -> float:
-        """Take one, and return 0; or take none, and return the seconds until there is one."""
+        """Take a token and return 0, or return the seconds until there is one."""
         self.level = min(self.size, self.level + (now - self.last) * self.per_second)
         self.last = now
         if self.level < 1:

@@ -1,4 +1,4 @@
-"""Bodies of requests: read whole within a size, a time and the bytes of all, or passed on within them."""
+"""Request bodies, read or forwarded within limits of size, time and total bytes in flight."""
 
 import asyncio
 
@@ -8,30 +8,30 @@ from starlette.types import Message, Receive
 from llava_ray.deployments.http.limits import HeldAmounts, too_many_bytes_in_flight
 from llava_ray.deployments.refusal import RefusalError, Refused
 
-_MAX_DIGITS = 20  # of a declared length that are looked at
+_MAX_DIGITS = 20  # of a declared length that are parsed
 
 
 class RefusedBodyError(RefusalError):
-    """A body that is refused before any route has seen it."""
+    """A body that is rejected before its route runs."""
 
 
 def _declared_bytes(headers: Headers) -> int:
-    """Return how long a body is by its header; 0 if that says no number."""
+    """Return a body's length by its header; 0 if it is no number."""
     declared = headers.get("content-length", "0")
-    # "²" is a digit to Python, and thousands of digits are no number to it.
+    # For Python "²" is a digit, and int() rejects thousands of digits.
     return int(declared[:_MAX_DIGITS]) if declared.isascii() and declared.isdigit() else 0
 
 
 def _too_slow(timeout_s: float) -> Refused:
-    """Return the refusal of a body that does not arrive."""
+    """Return the refusal of a body that arrives too slowly."""
     return Refused(408, f"the body did not arrive within {timeout_s:g} s (body_timeout_s)", "body_timeout")
 
 
 class BodyReading:
-    """Reads one body, and holds its bytes against the limits of all until it is released."""
+    """The reading of one body, whose bytes count against the limits until it is released."""
 
     def __init__(self, max_bytes: int, setting: str, bytes_in_flight: HeldAmounts, holder: str) -> None:
-        """Read at most ``max_bytes``, which ``setting`` says; ``holder`` is a key's name or an address."""
+        """Initialise with the limit ``max_bytes`` of ``setting``; ``holder`` is a key's name or an address."""
         self.max_bytes = max_bytes
         self.setting = setting
         self.bytes_in_flight = bytes_in_flight
@@ -40,7 +40,7 @@ class BodyReading:
         self.refused: Refused | None = None
 
     async def read(self, headers: Headers, receive: Receive, timeout_s: float) -> bytes | None:
-        """Return the body; None if the client has gone. Raises RefusedBodyError."""
+        """Return the body; None if the client disconnected. Raises RefusedBodyError."""
         try:
             async with asyncio.timeout(timeout_s):
                 return await self.read_chunks(headers, receive)
@@ -48,7 +48,7 @@ class BodyReading:
             raise RefusedBodyError(_too_slow(timeout_s)) from None
 
     async def read_chunks(self, headers: Headers, receive: Receive) -> bytes | None:
-        """Read until the end or the first byte too many."""
+        """Read until the end or the limit."""
         self.hold(_declared_bytes(headers))
         chunks, num_bytes = [], 0
         while True:
@@ -63,7 +63,7 @@ class BodyReading:
                 return b"".join(chunks)
 
     def hold(self, num_bytes: int) -> None:
-        """Hold so many bytes in all. Raises RefusedBodyError for too many."""
+        """Count so many bytes in total. Raises RefusedBodyError for too many."""
         if num_bytes > self.max_bytes:
             message = f"a body of {num_bytes:,} bytes; at most {self.max_bytes:,} ({self.setting})"
             raise RefusedBodyError(Refused(413, message, "body_too_large"))
@@ -75,17 +75,17 @@ class BodyReading:
         self.held = num_bytes
 
     def release(self) -> None:
-        """Give the bytes back."""
+        """Release the bytes."""
         if self.held:
             self.bytes_in_flight.release(self.holder, self.held)
             self.held = 0
 
 
-def passed_on(reading: BodyReading, headers: Headers, receive: Receive, timeout_s: float) -> Receive:
-    """Pass a body on as it comes, until it is too long or too slow; then, for the app, its client has gone.
+def forward_body(reading: BodyReading, headers: Headers, receive: Receive, timeout_s: float) -> Receive:
+    """Forward a body as it arrives; once it is too long or too slow the app sees a disconnect.
 
-    ``reading`` holds what has come, and says in ``refused`` what was wrong. Raises RefusedBodyError for what the
-    header announces.
+    ``reading`` counts the bytes, and has the reason in ``refused``. Raises RefusedBodyError for a declared length
+    over the limit.
     """
     reading.hold(_declared_bytes(headers))
     deadline: float | None = asyncio.get_running_loop().time() + timeout_s  # None once the body is whole
@@ -111,8 +111,8 @@ def passed_on(reading: BodyReading, headers: Headers, receive: Receive, timeout_
     return receive_held
 
 
-def replayed(body: bytes, receive: Receive) -> Receive:
-    """Give the body once, then whatever else comes: a client that leaves."""
+def replay_body(body: bytes, receive: Receive) -> Receive:
+    """Return a receive function that gives the body once, and then waits for a disconnect."""
     pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive_again() -> Message:

@@ -1,4 +1,4 @@
-"""Messages as clients and servers write them, brought to one form before they are checked."""
+"""Normalisation of messages to one form before validation."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from llava_ray.deployments.http.neutral_fields import ANSWER_NEUTRAL, OF_ANSWERS
 TEXT, IMAGE = f"{_TAG_MARK}text", f"{_TAG_MARK}image_url"
 _KINDS = {"text": TEXT, "image_url": IMAGE}
 
-# What other APIs call these parts.
+# The names of these parts in other APIs.
 _MEANT = {
     "input_text": "text",
     "output_text": "text",
@@ -26,13 +26,13 @@ _EXAMPLES = {
 
 
 def part_kind(part: Any) -> str | None:
-    """Return which member of the union a part is."""
+    """Return the tag of a part in the union."""
     kind = part.get("type") if isinstance(part, Mapping) else getattr(part, "type", None)
     return _KINDS.get(kind) if isinstance(kind, str) else None
 
 
 def as_part(part: Any) -> Any:
-    """Return the part as it is. Raises what names its type, and the types that there are."""
+    """Return a part unchanged. Raises an error that names its type and the supported types."""
     if part_kind(part) is not None:
         return part
     if not isinstance(part, Mapping):
@@ -45,7 +45,7 @@ def as_part(part: Any) -> Any:
 
 
 def as_content(content: Any) -> Any:
-    """Return parts, of a text too."""
+    """Convert a message's content to parts."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     if not isinstance(content, list | tuple):
@@ -54,7 +54,7 @@ def as_content(content: Any) -> Any:
 
 
 def as_image_url(value: Any) -> Any:
-    """Take an address for the object that holds it."""
+    """Convert a bare address to an object with ``url``."""
     if isinstance(value, str):
         return {"url": value}
     if isinstance(value, Mapping) and value.get("url") is None:
@@ -63,9 +63,9 @@ def as_image_url(value: Any) -> Any:
 
 
 def as_message(values: dict[str, Any]) -> dict[str, Any]:
-    """Read an answer in the form in which servers write it, this one included.
+    """Normalise an assistant message as servers return it, this one included.
 
-    No content is an empty answer; a refusal is what was said instead of one.
+    Missing content is an empty answer; a refusal replaces the content.
     """
     if values.get("role") != "assistant":
         return values
@@ -74,18 +74,18 @@ def as_message(values: dict[str, Any]) -> dict[str, Any]:
         for name, value in values.items()
         if name not in OF_ANSWERS and not is_neutral(ANSWER_NEUTRAL, name, value)
     }
-    said, refusal = values.get("content", ""), values.get("refusal")
-    if isinstance(said, list):
-        said = [_as_text(part) for part in said]
+    content, refusal = values.get("content", ""), values.get("refusal")
+    if isinstance(content, list):
+        content = [_as_text(part) for part in content]
     if isinstance(refusal, str):
-        if said:
+        if content:
             raise wrong_field("refusal", "the message has content too; send one of them")
-        said = values.pop("refusal")
-    return {**values, "content": said}
+        content = values.pop("refusal")
+    return {**values, "content": content}
 
 
 def _as_text(part: Any) -> Any:
-    """Take a part that refuses for a part that says so."""
+    """Convert a refusal part to a text part."""
     if isinstance(part, Mapping) and part.get("type") == "refusal":
         rest = {name: value for name, value in part.items() if name not in ("type", "refusal")}
         return {**rest, "type": "text", "text": part.get("refusal")}

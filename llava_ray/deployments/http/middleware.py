@@ -1,4 +1,4 @@
-"""What stands in front of every route: who asks, how much is sent, how long it takes; refused as early as can be."""
+"""Middleware of every route: addresses, keys, sizes and times, checked as early as possible."""
 
 import ipaddress
 import json
@@ -8,29 +8,29 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llava_ray.deployments.http.auth import ApiKey, Guard
-from llava_ray.deployments.http.bodies import BodyReading, RefusedBodyError, replayed
+from llava_ray.deployments.http.bodies import BodyReading, RefusedBodyError, replay_body
 from llava_ray.deployments.http.limits import HeldAmounts, client_address, holder_of
 from llava_ray.deployments.refusal import Refused
 
-# Where a key is asked for. The rest is health, or the page, whose own login asks for it.
+# Paths that need a key. The rest is health, or the page with its own login.
 GUARDED = ("/v1/", "/metrics", "/version")
 _COUNTED = "/v1/"
 
-# Answered whatever else is open: who asks these decides whether this process lives on.
+# Answered at any load: health checks decide whether this process is restarted.
 UNCOUNTED = ("/health", "/ready")
 
 _OnRefused = Callable[[Refused], None]
 
 
 def route_path(scope: Scope) -> str:
-    """Return the path that routes are matched by: without the prefix under which Serve mounts the application."""
+    """Return the path for matching routes, without the prefix under which Serve mounts the application."""
     path, prefix = str(scope["path"]), str(scope.get("root_path", ""))
     rest = path.removeprefix(prefix)
     return rest if rest.startswith("/") or not rest else path
 
 
 async def send_refused(refused: Refused, send: Send) -> None:
-    """Answer with a refusal."""
+    """Send a refusal as the response."""
     body = json.dumps(refused.body()).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body)), **refused.headers()}
     await send(
@@ -44,22 +44,22 @@ async def send_refused(refused: Refused, send: Send) -> None:
 
 
 class OpenRequestsMiddleware:
-    """Finds out who asks, and refuses what is too much at once from one address or from all.
+    """Determines the client's address, and limits open requests per address and in total.
 
-    ``scope["client"]`` is, for everything behind, the address that is believed.
+    Sets ``scope["client"]`` to the trusted address for all later middleware.
     """
 
     def __init__(
         self, app: ASGIApp, open_requests: HeldAmounts, trusted_proxies: Sequence[str], on_refused: _OnRefused
     ) -> None:
-        """Count in ``open_requests``; ``trusted_proxies`` are addresses and networks."""
+        """Initialise with the limits and the addresses and networks of trusted proxies."""
         self.app = app
         self.open_requests = open_requests
         self.trusted = tuple(ipaddress.ip_network(entry, strict=False) for entry in trusted_proxies)
         self.on_refused = on_refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let the request through, or answer 429. Nothing here speaks WebSocket: such a connection is closed."""
+        """Forward the request or respond 429; close WebSocket connections, which no route supports."""
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
             return
@@ -87,16 +87,16 @@ class OpenRequestsMiddleware:
 
 
 class AuthMiddleware:
-    """Asks for a key before a byte of the body is read; ``scope["api_key"]`` is who came in."""
+    """Authenticates before the body is read; sets ``scope["api_key"]``."""
 
     def __init__(self, app: ASGIApp, guard: Guard, on_refused: _OnRefused) -> None:
-        """Guard ``app``."""
+        """Initialise in front of ``app``."""
         self.app = app
         self.guard = guard
         self.on_refused = on_refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let the request through, or answer 401 or 429. A browser's preflights are answered before they come here."""
+        """Forward the request, or respond 401 or 429. CORS preflights are answered before they arrive here."""
         if scope["type"] != "http" or not route_path(scope).startswith(GUARDED):
             await self.app(scope, receive, send)
             return
@@ -111,7 +111,7 @@ class AuthMiddleware:
         await self.app(scope, receive, send)
 
     def check(self, authorization: str, *, counted: bool) -> ApiKey | Refused:
-        """Return who asks, or why they may not."""
+        """Return the key of a request, or a refusal."""
         found = self.guard.identify(authorization)
         if isinstance(found, Refused) or not counted:
             return found
@@ -119,9 +119,9 @@ class AuthMiddleware:
 
 
 class BodyMiddleware:
-    """Reads the body of a POST to the API whole, within a size, a time and the bytes of all, before the route runs.
+    """Reads the whole body of a POST to the API, within the limits, before the route runs.
 
-    No other method has a body here: what is sent with one is never read. The page reads its own (``page_guard``).
+    Bodies of other methods are never read. The page reads its own (``chat_page.guard``).
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class BodyMiddleware:
         bytes_in_flight: HeldAmounts,
         on_refused: _OnRefused,
     ) -> None:
-        """Keep the limits."""
+        """Initialise with the limits."""
         self.app = app
         self.max_bytes = max_bytes
         self.timeout_s = timeout_s
@@ -140,18 +140,18 @@ class BodyMiddleware:
         self.on_refused = on_refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let the request through with its body, or answer 413 (from the header alone, if it says so), 408 or 429."""
+        """Forward the request with its body, or respond 413 (by the header alone if possible), 408 or 429."""
         if scope["type"] != "http" or not route_path(scope).startswith(GUARDED):
             await self.app(scope, receive, send)
             return
         if scope["method"] != "POST":
-            await self.app(scope, replayed(b"", receive), send)
+            await self.app(scope, replay_body(b"", receive), send)
             return
         reading = BodyReading(self.max_bytes, "max_body_bytes", self.bytes_in_flight, holder_of(scope))
         try:
             body = await reading.read(Headers(scope=scope), receive, self.timeout_s)
             if body is not None:
-                await self.app(scope, replayed(body, receive), send)
+                await self.app(scope, replay_body(body, receive), send)
         except RefusedBodyError as error:
             self.on_refused(error.refused)
             await send_refused(error.refused, send)

@@ -1,6 +1,6 @@
-"""Fields that clients send and that ask for nothing here: accepted as if they were absent, by visible lists.
+"""Request fields without effect, accepted as if absent, in explicit lists.
 
-What would be left out in silence otherwise stays a field that is not known, and is refused by its name.
+All other unknown fields are rejected by name, so that nothing is ignored silently.
 """
 
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Any
 
 Neutral = Mapping[str, tuple[Any, ...]]
 
-# Of no effect on an answer, whatever they say.
+# Fields without effect on an answer, whatever their value.
 IGNORED = frozenset(
     {
         "include_reasoning",
@@ -24,7 +24,7 @@ IGNORED = frozenset(
     }
 )
 
-# Of OpenAI's API and of servers of its form: what does nothing, or asks for what is done anyway.
+# Fields of OpenAI's API and compatible servers with the values that change nothing.
 NEUTRAL: Neutral = {
     "bad_words": ([],),
     "best_of": (1,),
@@ -77,17 +77,17 @@ OF_COMPLETIONS: Neutral = {
 }
 OF_STREAMS: Neutral = {"continuous_usage_stats": (False,)}
 
-# Of a part of a message: what other servers may keep of it, and for how long.
+# Caching hints in a part of a message.
 OF_PARTS = frozenset({"cache_control", "uuid"})
 
-# Of a message that is an answer: said about its text, or before it, and no part of it. No template writes them down.
+# Metadata of an assistant message that is not part of its text. No template uses them.
 OF_ANSWERS = frozenset({"annotations", "reasoning", "reasoning_content"})
 TOOL_FIELDS = frozenset({"tools", "tool_choice", "functions", "function_call", "tool_calls", "tool_call_id"})
 ANSWER_NEUTRAL: Neutral = {"tool_calls": ([],), "refusal": ("",)}
 
 
 def is_neutral(fields: Neutral, name: str, value: Any) -> bool:
-    """Whether a field with this value asks for nothing. ``True`` is not 1 here, as it is in Python."""
+    """Return whether a field's value has no effect. Unlike in Python, ``True`` is not 1 here."""
     return any(
         value == nothing and isinstance(value, bool) == isinstance(nothing, bool) for nothing in fields.get(name, ())
     )

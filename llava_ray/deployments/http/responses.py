@@ -15,7 +15,7 @@ _LEAST_LOGPROB = -9999.0
 
 @functools.cache
 def find_system_fingerprint() -> str:
-    """Return which version wrote an answer."""
+    """Return the package's version as OpenAI's system fingerprint."""
     try:
         return f"llava_ray-{version('llava_ray')}"
     except PackageNotFoundError:  # run from its source tree
@@ -24,7 +24,7 @@ def find_system_fingerprint() -> str:
 
 @dataclass
 class Choice:
-    """One answer as far as it has come."""
+    """One answer so far."""
 
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -33,7 +33,7 @@ class Choice:
     num_tokens: int = 0
 
     def add(self, chunk: GenerationChunk) -> None:
-        """Append a piece."""
+        """Append a piece to the answer."""
         self.text += chunk.text
         self.logprobs += chunk.logprobs
         self.finish_reason = chunk.finish_reason or self.finish_reason
@@ -41,7 +41,7 @@ class Choice:
         self.num_tokens += len(chunk.token_ids)
 
 
-async def collected(pieces: AsyncIterator[list[AnswerPiece]], num_choices: int) -> list[Choice]:
+async def collect_choices(pieces: AsyncIterator[list[AnswerPiece]], num_choices: int) -> list[Choice]:
     """Read an answer to its end."""
     choices = [Choice() for _ in range(num_choices)]
     async for batch in pieces:
@@ -51,14 +51,14 @@ async def collected(pieces: AsyncIterator[list[AnswerPiece]], num_choices: int) 
 
 
 def usage(choices: Sequence[Choice]) -> dict[str, int]:
-    """Count the tokens; the prompt once, however many choices were written to it."""
+    """Count the tokens; the prompt once for all choices."""
     num_prompt, num_new = max(choice.num_prompt_tokens for choice in choices), sum(c.num_tokens for c in choices)
     return {"prompt_tokens": num_prompt, "completion_tokens": num_new, "total_tokens": num_prompt + num_new}
 
 
 @dataclass(frozen=True)
 class ChatForm:
-    """How a chat's answers are written."""
+    """The format of chat responses."""
 
     request_id: str
     model: str
@@ -66,7 +66,7 @@ class ChatForm:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def head(self, kind: str) -> dict[str, Any]:
-        """Return what every object begins with."""
+        """Return the common fields of every object."""
         return {
             "id": self.request_id,
             "object": kind,
@@ -76,7 +76,7 @@ class ChatForm:
         }
 
     def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
-        """Write a complete answer."""
+        """Format a complete answer."""
         return {
             **self.head("chat.completion"),
             "choices": [
@@ -92,26 +92,26 @@ class ChatForm:
         }
 
     def first(self, num_choices: int) -> list[dict[str, Any]]:
-        """Write what a stream begins with: who speaks."""
+        """Format the first events of a stream, with the role."""
         return [self.event(index, {"role": "assistant", "content": ""}, None, None) for index in range(num_choices)]
 
     def next(self, index: int, before: Choice, chunk: GenerationChunk) -> dict[str, Any]:
-        """Write a piece."""
+        """Format a piece as an event."""
         del before
         delta = {"content": chunk.text} if chunk.text or chunk.finish_reason is None else {}
         return self.event(index, delta, self.logprobs(chunk.logprobs), chunk.finish_reason)
 
     def event(self, index: int, delta: dict[str, Any], logprobs: Any, finish_reason: str | None) -> dict[str, Any]:
-        """Write one event of a stream."""
+        """Format one event of a stream."""
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
         return {**self.head("chat.completion.chunk"), "choices": [choice]}
 
     def last(self, choices: Sequence[Choice]) -> dict[str, Any]:
-        """Write the event that counts."""
+        """Format the event with token counts."""
         return {**self.head("chat.completion.chunk"), "choices": [], "usage": usage(choices)}
 
     def logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-        """Write a piece's log-probabilities."""
+        """Format a piece's log-probabilities."""
         if not self.with_logprobs:
             return None
         return {
@@ -127,21 +127,21 @@ class ChatForm:
 
 
 def _chat_token(text: str, logprob: float) -> dict[str, Any]:
-    """Write one token of a chat."""
+    """Format one token of a chat."""
     return {"token": text, "logprob": _as_number(logprob), "bytes": list(text.encode())}
 
 
 def _as_number(logprob: float) -> float:
-    """Return a log-probability that JSON can write: OpenAI's least one for what has none."""
+    """Clamp a log-probability to OpenAI's minimum, since JSON has no infinity."""
     return max(logprob, _LEAST_LOGPROB)
 
 
 @dataclass(frozen=True)
 class CompletionForm(ChatForm):
-    """How a completion's answers are written."""
+    """The format of completion responses."""
 
     def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
-        """Write a complete answer."""
+        """Format a complete answer."""
         written = [
             self.choice(index, choice.text, self.tokens(choice.logprobs, 0), choice.finish_reason)
             for index, choice in enumerate(choices)
@@ -149,12 +149,12 @@ class CompletionForm(ChatForm):
         return {**self.head("text_completion"), "choices": written, "usage": usage(choices)}
 
     def first(self, num_choices: int) -> list[dict[str, Any]]:
-        """Nothing is said before the first piece."""
+        """Return no events before the first piece."""
         del num_choices
         return []
 
     def next(self, index: int, before: Choice, chunk: GenerationChunk) -> dict[str, Any]:
-        """Write a piece."""
+        """Format a piece as an event."""
         logprobs = self.tokens(chunk.logprobs, len(before.text))
         return {
             **self.head("text_completion"),
@@ -162,15 +162,15 @@ class CompletionForm(ChatForm):
         }
 
     def last(self, choices: Sequence[Choice]) -> dict[str, Any]:
-        """Write the event that counts."""
+        """Format the event with token counts."""
         return {**self.head("text_completion"), "choices": [], "usage": usage(choices)}
 
     def choice(self, index: int, text: str, logprobs: Any, finish_reason: str | None) -> dict[str, Any]:
-        """Write one choice."""
+        """Format one choice."""
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
     def tokens(self, tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any] | None:
-        """Write a piece's log-probabilities, in the form of the older API."""
+        """Format a piece's log-probabilities in the completions API's form."""
         if not self.with_logprobs:
             return None
         offsets = []

@@ -24,24 +24,24 @@ from llava_ray.deployments.refusal import RefusalError, Refused, refuse
 from llava_ray.deployments.settings import ModelSource, ServeSettings
 
 SESSION_HEADER = "x-session-id"
-_LONG_BODY = 256 * 1024  # bytes; reading fewer takes less than a millisecond
+_LONG_BODY = 256 * 1024  # bytes; parsing fewer takes less than a millisecond
 
 R = TypeVar("R", bound=GenerationFields)
 
 
 @dataclass
 class Front:
-    """What the routes of one ingress process share."""
+    """The shared state of one ingress process's routes."""
 
     gateway: Gateway
     settings: ServeSettings
     keys: Sequence[ApiKey] = ()
     metrics: IngressMetrics = field(default_factory=IngressMetrics)
     collect: Callable[[], Awaitable[dict[str, list[Metric]]]] | None = None
-    """Gathers the counts of all processes; by default those of the gateway and of this one."""
+    """Collects the metrics of all processes; by default those of the gateway and of this one."""
 
     def __post_init__(self) -> None:
-        """Make what is counted here."""
+        """Create the guard and the limits."""
         settings = self.settings
         self.guard = Guard(self.keys, settings.requests_per_minute)
         self.open_requests = HeldAmounts(settings.max_open_requests, settings.max_open_requests_per_address)
@@ -52,45 +52,45 @@ class Front:
         )
 
     def count_refused(self, refused: Refused) -> None:
-        """Count a refusal."""
+        """Count a refusal in the metrics."""
         self.metrics.refused.labels(refused.code).inc()
 
     async def chat(self, request: Request) -> Response:
-        """StreamedAnswer a chat."""
-        asked = await _read_off_loop(ChatRequest, await request.body())
-        task = self.checked(asked)
-        form = ChatForm(task.request_id, task.model, asked.logprobs)
-        return self.respond(asked, task, form, request)
+        """Respond to a chat request."""
+        body = await _read_off_loop(ChatRequest, await request.body())
+        task = self.checked(body)
+        form = ChatForm(task.request_id, task.model, body.logprobs)
+        return self.respond(body, task, form, request)
 
-    def checked(self, asked: ChatRequest) -> Task:
-        """Return the task of a chat that may be answered, from the API or the page. Raises RefusalError."""
-        task = chat_task(asked, f"chatcmpl-{uuid.uuid4().hex}", self.settings)
+    def checked(self, body: ChatRequest) -> Task:
+        """Check a chat from the API or the page and return its task. Raises RefusalError."""
+        task = chat_task(body, f"chatcmpl-{uuid.uuid4().hex}", self.settings)
         find_served_model(self.gateway.sources, task.model)
         return task
 
     async def complete(self, request: Request) -> Response:
-        """Go on with a text."""
-        asked = await _read_off_loop(CompletionRequest, await request.body())
-        task = completion_task(asked, f"cmpl-{uuid.uuid4().hex}", self.settings)
+        """Respond to a completion request."""
+        body = await _read_off_loop(CompletionRequest, await request.body())
+        task = completion_task(body, f"cmpl-{uuid.uuid4().hex}", self.settings)
         find_served_model(self.gateway.sources, task.model)
-        form = CompletionForm(task.request_id, task.model, asked.logprobs is not None)
-        return self.respond(asked, task, form, request)
+        form = CompletionForm(task.request_id, task.model, body.logprobs is not None)
+        return self.respond(body, task, form, request)
 
-    def respond(self, asked: GenerationFields, task: Task, form: ChatForm, request: Request) -> Response:
-        """Run the task, whole or as a stream."""
-        route = str(request.scope["path"])  # its URL is made of the Host header, which may be anything
+    def respond(self, body: GenerationFields, task: Task, form: ChatForm, request: Request) -> Response:
+        """Return the response that runs a task, whole or as a stream."""
+        route = str(request.scope["path"])  # request.url is built from the Host header, which may be anything
 
         def count(status: int) -> None:
             self.metrics.responses.labels(route, str(status)).inc()
 
         named = request.headers.get(SESSION_HEADER)
         pieces = self.gateway.run(task, _hashed(named) if named else _session_of(task))
-        if asked.stream:
-            return EventStream(pieces, form, task.num_choices, count, with_usage=asked.include_usage)
+        if body.stream:
+            return EventStream(pieces, form, task.num_choices, count, with_usage=body.include_usage)
         return StreamedAnswer(pieces, form, task.num_choices, count)
 
     async def models(self) -> dict[str, Any]:
-        """List the models and adapters with what they are able to do."""
+        """List the models and adapters with their capabilities."""
         return {
             "object": "list",
             "data": [one for source in self.gateway.sources for one in await self.describe(source)],
@@ -128,12 +128,12 @@ class Front:
         ]
 
     async def ready(self) -> Response:
-        """Say whether each model can take a request."""
+        """Respond whether each model can take a request."""
         models = await self.gateway.ready()
         return JSONResponse({"ready": all(models.values()), "models": models}, 200 if all(models.values()) else 503)
 
     async def counts(self) -> Response:
-        """Write the counts of all processes."""
+        """Respond with the metrics of all processes."""
         if self.collect is None:
             parts = {**await self.gateway.collect(), "ingress": self.metrics.collect()}
         else:
@@ -148,46 +148,46 @@ def add_api(app: FastAPI, front: Front) -> None:
     app.add_api_route("/v1/models", front.models, methods=["GET"])
     app.add_api_route("/v1/models/{name:path}", front.one_model, methods=["GET"])
     app.add_api_route("/metrics", front.counts, methods=["GET"], response_model=None)
-    # The page, mounted at the root, would otherwise answer what the API does not know.
+    # The page, mounted at the root, would otherwise handle unknown API paths.
     app.add_api_route("/v1/{path:path}", unknown_path, methods=["GET", "POST", "PUT", "DELETE"], response_model=None)
 
 
 def add_health(app: FastAPI, front: Front) -> None:
-    """Add what is asked by load balancers, without a key."""
+    """Add the routes of load balancers, without a key."""
     app.add_api_route("/health", _health, methods=["GET"])
     app.add_api_route("/ready", front.ready, methods=["GET"], response_model=None)
-    app.add_api_route("/version", _told_version, methods=["GET"])
+    app.add_api_route("/version", _version, methods=["GET"])
 
 
 async def _health() -> dict[str, str]:
-    """Say that this process answers."""
+    """Respond that this process is alive."""
     return {"status": "ok"}
 
 
 async def unknown_path(request: Request) -> None:
-    """Refuse in OpenAI's form."""
+    """Respond 404 in OpenAI's form."""
     raise refuse(404, f"no {_place_of(request)} here", "unknown_path")
 
 
 def _place_of(request: Request) -> str:
-    """Return what was asked for, in so few and such characters that it can be repeated."""
+    """Return a request's method and path, truncated and escaped for a message."""
     return f"{request.method[:20]} {str(request.scope['path'])[:200]!r}"
 
 
-async def _told_version() -> dict[str, str]:
-    """Say which version this is."""
+async def _version() -> dict[str, str]:
+    """Respond with the version."""
     return {"version": find_system_fingerprint()}
 
 
 async def on_refusal(request: Request, error: Exception) -> Response:
-    """StreamedAnswer with the refusal."""
+    """Respond with a refusal."""
     assert isinstance(error, RefusalError)
     del request
     return refused_response(error.refused)
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
-    """Put the framework's own errors (no such path, wrong method) into OpenAI's form."""
+    """Convert the framework's own errors (no such path, wrong method) to OpenAI's form."""
     assert isinstance(error, HTTPException)
     code = {404: "unknown_path", 405: "method_not_allowed"}.get(error.status_code, "http_error")
     response = refused_response(Refused(error.status_code, f"{_place_of(request)}: {error.detail}", code))
@@ -196,20 +196,20 @@ async def on_http_error(request: Request, error: Exception) -> Response:
 
 
 async def on_unhandled_error(request: Request, error: Exception) -> Response:
-    """Say that it is our fault; the log says what it was."""
+    """Respond 500; the cause is in the log."""
     del request, error
-    return refused_response(Refused(500, "an error of the service; its log says which", "internal_error"))
+    return refused_response(Refused(500, "internal server error; see the service's log", "internal_error"))
 
 
 async def _read_off_loop(kind: type[R], body: bytes) -> R:
-    """Read a request; a long one in a thread, so that nobody else's tokens wait for it. Raises RefusalError."""
+    """Parse a request; a long one in a thread, so that it does not block other streams. Raises RefusalError."""
     if len(body) < _LONG_BODY:
         return read_request(kind, body)
     return await asyncio.to_thread(read_request, kind, body)
 
 
 def _session_of(task: Task) -> str:
-    """Name a chat by what stays the same from turn to turn: model, system prompt, first question, first image."""
+    """Return a chat's session key from its constant parts: model, system prompt, first question, first image."""
     first = task.turns[0].value if task.turns else task.prompt or ""
     image = task.media[0] if task.media else ""
     start = "\0".join((task.model, task.system or "", first[:_LONG_BODY], str(len(image)), image[-_LONG_BODY:]))
@@ -217,5 +217,5 @@ def _session_of(task: Task) -> str:
 
 
 def _hashed(name: str) -> str:
-    """Return a session's name: short, and of plain characters."""
+    """Hash a session's name to a short ASCII string."""
     return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()

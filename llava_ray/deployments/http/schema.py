@@ -1,4 +1,4 @@
-"""What clients send, in OpenAI's form: closed models, so that nothing asked for is silently left out."""
+"""Request schemas in OpenAI's form: closed models, so that no field is silently ignored."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
@@ -46,7 +46,7 @@ _SEEDS = 2**63
 
 
 def _as_texts(value: Any) -> Any:
-    """Take one text for a list of one."""
+    """Convert one text to a list of one."""
     if isinstance(value, str):
         return (value,)
     if not isinstance(value, list | tuple):
@@ -62,19 +62,19 @@ _Stops = Annotated[
 
 
 class _ClosedModel(BaseModel):
-    """Refuses unknown keys and numbers that are none; its errors never repeat what was sent."""
+    """A model that rejects unknown fields, NaN and infinity; its errors never repeat values."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
 
     ignored: ClassVar[frozenset[str]] = frozenset()
     """Fields that have no effect."""
     neutral: ClassVar[Neutral] = {}
-    """Fields, and the values with which they ask for nothing."""
+    """Fields with the values that have no effect."""
 
     @model_validator(mode="before")
     @classmethod
     def only_what_is_asked(cls, values: Any) -> Any:
-        """Leave out what asks for nothing; a null is the same as no field."""
+        """Drop fields without effect, and nulls."""
         if isinstance(values, cls):
             return values
         if not isinstance(values, dict):
@@ -85,18 +85,18 @@ class _ClosedModel(BaseModel):
 
     @classmethod
     def prepared(cls, values: dict[str, Any]) -> Mapping[str, Any]:
-        """Bring what several forms say to one of them."""
+        """Normalise alternative forms of the fields."""
         return values
 
 
 class ImageUrl(_ClosedModel):
-    """Where an image is, or the image itself as a data URI."""
+    """An image's address, or the image as a data URI."""
 
     ignored = OF_PARTS
 
     url: str
     detail: Literal["auto", "low", "high"] = "auto"
-    """Accepted; the model's own image settings decide."""
+    """Accepted; the model's own image settings apply."""
 
 
 class TextPart(_ClosedModel):
@@ -134,17 +134,17 @@ class ChatMessage(_ClosedModel):
 
     @classmethod
     def prepared(cls, values: dict[str, Any]) -> Mapping[str, Any]:
-        """Read an answer as servers write it."""
+        """Normalise an assistant message as servers return it."""
         return as_message(values)
 
     @property
     def parts(self) -> tuple[TextPart | ImagePart, ...]:
-        """Return the content as parts, whichever form it came in."""
+        """Return the content as parts."""
         return self.content
 
 
 class StreamOptions(_ClosedModel):
-    """What a stream says beside the answer."""
+    """Options of a stream."""
 
     neutral = OF_STREAMS
 
@@ -154,7 +154,7 @@ class StreamOptions(_ClosedModel):
 
 
 class GenerationFields(_ClosedModel):
-    """What chats and completions have in common."""
+    """The common fields of chats and completions."""
 
     ignored = IGNORED
 
@@ -174,14 +174,14 @@ class GenerationFields(_ClosedModel):
 
     @model_validator(mode="after")
     def options_of_streams(self) -> Self:
-        """Refuse stream_options without stream, as OpenAI does."""
+        """Reject stream_options without stream, as OpenAI does."""
         if self.stream_options is not None and not self.stream:
             raise wrong_field("stream_options", "only allowed with stream = true")
         return self
 
     @property
     def include_usage(self) -> bool:
-        """Whether the last event of a stream counts tokens."""
+        """Return whether the last event of a stream has token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
 
@@ -197,14 +197,14 @@ class ChatRequest(GenerationFields):
 
     @model_validator(mode="after")
     def top_needs_logprobs(self) -> Self:
-        """Refuse top_logprobs alone, as OpenAI does."""
+        """Reject top_logprobs without logprobs, as OpenAI does."""
         if self.top_logprobs and not self.logprobs:
             raise wrong_field("top_logprobs", "only allowed with logprobs = true")
         return self
 
 
 class CompletionRequest(GenerationFields):
-    """``POST /v1/completions``: text to go on with, no template around it."""
+    """``POST /v1/completions``: text to continue, without a template."""
 
     neutral = {**NEUTRAL, **OF_COMPLETIONS}
 
@@ -213,7 +213,7 @@ class CompletionRequest(GenerationFields):
 
     @classmethod
     def prepared(cls, values: dict[str, Any]) -> Mapping[str, Any]:
-        """Take a list of one prompt, as some clients send it."""
+        """Accept a list of one prompt, as some clients send it."""
         prompt = values.get("prompt")
         if not isinstance(prompt, list):
             return values
@@ -226,8 +226,8 @@ Request = TypeVar("Request", bound=GenerationFields)
 
 
 def read_request(kind: type[Request], body: bytes) -> Request:
-    """Read and check a body. Raises RefusalError (400) that names the field, what was expected and what to do."""
+    """Parse and validate a body. Raises RefusalError (400) that names the field, the expectation and the remedy."""
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        raise describe_invalid_request(error, kind.neutral) from None  # its context would hold the whole payload
+        raise describe_invalid_request(error, kind.neutral) from None  # the context would hold the whole payload

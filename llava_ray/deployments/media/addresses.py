@@ -1,4 +1,4 @@
-"""Which addresses may be connected to: names are resolved here, once, and what was checked is what is dialled."""
+"""Allowed addresses: names are resolved once, and the checked address is the one that is connected to."""
 
 import asyncio
 import ipaddress
@@ -11,12 +11,12 @@ from yarl import URL
 
 from llava_ray.deployments.refusal import RefusalError, refuse
 
-# Names to addresses, as text: the system's, or a test's own.
+# A resolver of names to addresses as text: the system's, or a test's.
 _Resolve = Callable[[str, int], Awaitable[list[str]]]
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-# What Python's is_global still counts as global, and leads elsewhere: IPv4 inside IPv6 (6to4, Teredo, NAT64).
+# Ranges that Python's is_global counts as global but that embed IPv4 addresses (6to4, Teredo, NAT64).
 _TRANSLATED = tuple(ipaddress.ip_network(text) for text in ("2002::/16", "2001::/32", "64:ff9b::/96", "64:ff9b:1::/48"))
 
 _DEFAULT_PORTS = (80, 443)
@@ -29,14 +29,14 @@ _NOT_IN_HOSTS = re.compile(r"[^0-9A-Za-z._:%-]")
 
 
 async def _resolve_by_system(host: str, port: int) -> list[str]:
-    """Ask the system's resolver, off the event loop. Raises OSError."""
+    """Resolve with the system's resolver, off the event loop. Raises OSError."""
     loop = asyncio.get_running_loop()
     found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return [str(address[0]) for *_, address in found]
 
 
 def is_public(text: str) -> bool:
-    """Whether an address belongs to the internet, not to this machine, its network or a protocol's own range."""
+    """Return whether an address is public: not of this machine, a private network or a reserved range."""
     address: _Address = ipaddress.ip_address(text.partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped is not None:
@@ -47,9 +47,9 @@ def is_public(text: str) -> bool:
 
 
 def read_url(place: str) -> URL:
-    """Return an address that is a URL, of a host that may be a name. Raises RefusalError for all others.
+    """Parse an address as a URL with a valid host. Raises RefusalError.
 
-    yarl notices a part of what is wrong when it reads a URL, and the rest when it is asked for that part.
+    yarl detects some errors when it parses a URL, and others when its parts are accessed.
     """
     if len(place) > _MAX_URL_CHARS:
         raise _not_a_url(f"has {len(place):,} characters, at most {_MAX_URL_CHARS:,} are read; is it base64?")
@@ -71,19 +71,19 @@ def read_url(place: str) -> URL:
 
 
 def _not_a_url(what: str) -> RefusalError:
-    """Return the refusal."""
+    """Return the error for an invalid image address."""
     return refuse(
         400, f"an image address {what}; send a data:image/png;base64,… or https: one", "media_url", "messages"
     )
 
 
 def host_of(url: URL) -> str:
-    """Return a host's name for a message."""
+    """Return a host's name, truncated for a message."""
     return (url.raw_host or "")[:_SHOWN_HOST_CHARS]
 
 
 def check_domain(url: URL, allowed: tuple[str, ...]) -> None:
-    """Raise RefusalError unless the URL's host (and port, other than 80 and 443) is among the allowed ones."""
+    """Check that the URL's host (and port, other than 80 and 443) is allowed. Raises RefusalError."""
     if url.scheme not in ("http", "https") or not url.host:
         raise refuse(
             400,
@@ -105,7 +105,7 @@ def check_domain(url: URL, allowed: tuple[str, ...]) -> None:
 
 
 def matches(host: str, port: int | None, entry: str) -> bool:
-    """Whether ``entry`` (``host``, ``.domain`` or either with ``:port``) lets this host and port in."""
+    """Return whether ``entry`` (``host``, ``.domain`` or either with ``:port``) allows this host and port."""
     name, _, wanted = entry.rpartition(":") if entry.rpartition(":")[2].isdigit() else (entry, "", "")
     fits = host.endswith(name) and len(host) > len(name) if name.startswith(".") else host == name.strip("[]")
     return fits and (port == int(wanted) if wanted else port in _DEFAULT_PORTS)
@@ -113,16 +113,16 @@ def matches(host: str, port: int | None, entry: str) -> bool:
 
 @dataclass(frozen=True)
 class Network:
-    """How names become addresses, and which of those are the internet's: the system's view, or a test's own."""
+    """A resolver and a test of public addresses: the system's, or a test's own."""
 
     resolve: _Resolve = _resolve_by_system
     is_public: Callable[[str], bool] = is_public
 
 
 async def checked_address(url: URL, network: Network, *, allow_private: bool) -> str:
-    """Return an address of the URL's host that may be connected to.
+    """Resolve the URL's host to an allowed address.
 
-    Raises RefusalError if one of its addresses is not public: a name with two faces is not trusted with either.
+    Raises RefusalError if any of its addresses is not public: a name that resolves to both kinds is not trusted.
     """
     host, port = url.raw_host or "", url.port or 0
     try:
@@ -134,7 +134,7 @@ async def checked_address(url: URL, network: Network, *, allow_private: bool) ->
     if not allow_private and not all(network.is_public(address) for address in addresses):
         raise refuse(
             400,
-            f"image host {host[:100]!r} leads to an address that is not public; none is contacted",
+            f"image host {host[:100]!r} resolves to an address that is not public; it is not contacted",
             "media_address",
             "messages",
         )

@@ -1,4 +1,4 @@
-"""Images inside data URIs: RFC 2397, and what clients write in its place."""
+"""Images in data URIs: RFC 2397, and common deviations of clients."""
 
 import base64
 import re
@@ -24,10 +24,10 @@ for _digit in b"0123456789abcdefABCDEF":
 
 
 def decode_data_uri(place: str, max_bytes: int) -> bytes:
-    """Return the bytes of ``data:…;base64,…``. Raises RefusalError, for what is too long before decoding it.
+    """Decode ``data:…;base64,…``. Raises RefusalError, for too long data before decoding.
 
-    Line breaks and spaces, the URL-safe alphabet, missing padding and percent-encoding are read; the type is not looked
-    at, for the bytes say what they are.
+    Line breaks and spaces, the URL-safe alphabet, missing padding and percent-encoding are accepted; the media type is
+    ignored, since the format is detected from the bytes.
     """
     head = _HEAD.match(place, 0, _HEAD_CHARS)
     if head is None:
@@ -46,7 +46,7 @@ def decode_data_uri(place: str, max_bytes: int) -> bytes:
 
 
 def _check_size(place: str, start: int, max_bytes: int) -> None:
-    """Count what is data, from ``start`` on, without a copy of it. Raises RefusalError for too much."""
+    """Check the length of the data from ``start`` on, without copying it. Raises RefusalError."""
     num_chars = len(place) - start - 2 * place.count("%", start)
     if num_chars // 4 * 3 <= max_bytes + 3:
         return
@@ -58,7 +58,7 @@ def _check_size(place: str, start: int, max_bytes: int) -> None:
 
 
 def _without_escapes(payload: bytes) -> bytes:
-    """Return what percent-encoded characters stand for, a slice at a time. Raises RefusalError."""
+    """Decode percent-encoded characters, a slice at a time. Raises RefusalError."""
     found, start = bytearray(), 0
     while start < len(payload):
         end = start + _SLICE
@@ -70,7 +70,7 @@ def _without_escapes(payload: bytes) -> bytes:
 
 
 def _slice_without_escapes(payload: bytes, start: int) -> bytes:
-    """Return the same of a slice: all its escapes at once, for there may be many."""
+    """Decode the escapes of a slice, vectorised, since there may be many."""
     chars = np.frombuffer(payload, np.uint8)
     places = np.flatnonzero(chars == ord("%"))
     padded = np.concatenate([chars, np.zeros(2, np.uint8)])
@@ -79,14 +79,14 @@ def _slice_without_escapes(payload: bytes, start: int) -> bytes:
     if len(wrong):
         place = start + int(places[wrong[0]]) + 1
         raise _damaged(f"its base64 holds a percent sign without two hexadecimal digits at character {place:,}")
-    meant, kept = chars.copy(), np.ones(len(chars), bool)
-    meant[places] = high * 16 + low
-    kept[places + 1] = kept[places + 2] = False
-    return meant[kept].tobytes()
+    decoded, is_kept = chars.copy(), np.ones(len(chars), bool)
+    decoded[places] = high * 16 + low
+    is_kept[places + 1] = is_kept[places + 2] = False
+    return decoded[is_kept].tobytes()
 
 
 def _decoded(payload: bytes, max_bytes: int) -> bytes:
-    """Decode base64 of the ordinary alphabet without its whitespace. Raises RefusalError that says what is wrong."""
+    """Decode base64 in the standard alphabet, without whitespace. Raises RefusalError."""
     digits = payload.rstrip(b"=")
     foreign = _FOREIGN.search(digits)
     if foreign is not None:
@@ -104,5 +104,5 @@ def _decoded(payload: bytes, max_bytes: int) -> bytes:
 
 
 def _damaged(what: str) -> RefusalError:
-    """Return the refusal of a data URI."""
+    """Return the error for an invalid data URI."""
     return refuse(400, f"a data: URI cannot be read: {what}", "media_data_uri", "messages")

@@ -1,4 +1,4 @@
-"""Fetch one image over http(s): every hop checked, the checked address dialled, bytes and seconds bounded."""
+"""Fetching of one image over http(s): every redirect checked, addresses pinned, bytes and time bounded."""
 
 import asyncio
 import socket
@@ -24,7 +24,7 @@ _TRY_AGAIN = (408, 425, 429)
 
 @dataclass(frozen=True)
 class FetchLimits:
-    """What may be fetched, from where, in what time."""
+    """The limits of fetching: domains, bytes, time and redirects."""
 
     allowed_domains: tuple[str, ...]
     max_bytes: int
@@ -34,17 +34,17 @@ class FetchLimits:
 
 
 class Pinned(AbstractResolver):
-    """Knows one name and its one address: between check and connection, nobody is asked again."""
+    """A resolver with one fixed address: no second lookup between check and connection (DNS rebinding)."""
 
     def __init__(self, host: str, address: str) -> None:
-        """Answer with ``address`` to whoever asks for ``host``."""
+        """Initialise with the checked ``address`` of ``host``."""
         self.host = host
         self.address = address
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
-        """Return the address, whatever family is wished for."""
+        """Return the address for any requested family."""
         del family
         if host != self.host:
             raise OSError(f"{host!r} was not checked")
@@ -56,11 +56,11 @@ class Pinned(AbstractResolver):
         ]
 
     async def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there is no connection to close."""
 
 
 async def fetch(place: str, limits: FetchLimits, network: Network) -> bytes:
-    """Return what lies at ``place``. Raises RefusalError; nothing is contacted that is not allowed."""
+    """Fetch the bytes at ``place``, contacting allowed hosts only. Raises RefusalError."""
     url = read_url(place)
     try:
         async with asyncio.timeout(limits.timeout_s):
@@ -87,13 +87,13 @@ async def fetch(place: str, limits: FetchLimits, network: Network) -> bytes:
 
 
 async def _one_hop(url: URL, limits: FetchLimits, network: Network) -> bytes | URL:
-    """Check where ``url`` leads and ask there: what it holds, or where it sends us."""
+    """Request a checked ``url`` and return its bytes, or the URL of a redirect."""
     check_domain(url, limits.allowed_domains)
     address = await checked_address(url, network, allow_private=limits.allow_private)
     connector = aiohttp.TCPConnector(
         resolver=Pinned(url.raw_host or "", address), use_dns_cache=False, force_close=True
     )
-    # Without trust_env no proxy of the environment is used, and without cookies nothing is carried from hop to hop.
+    # Without trust_env no proxy of the environment is used, and without cookies no state crosses redirects.
     async with (
         aiohttp.ClientSession(
             connector=connector, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False
@@ -111,7 +111,7 @@ async def _one_hop(url: URL, limits: FetchLimits, network: Network) -> bytes | U
 
 
 def _redirected(url: URL, location: str) -> URL:
-    """Return where an answer sends us. Raises RefusalError; which address it was is the host's fault."""
+    """Return the target of a redirect. Raises RefusalError for an invalid one."""
     try:
         return read_url(str(url.join(URL(location))))
     except ValueError:
@@ -119,7 +119,7 @@ def _redirected(url: URL, location: str) -> URL:
 
 
 async def _read_within(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
-    """Read until the end, or refuse at the first byte over the limit."""
+    """Read a response up to the limit. Raises RefusalError at the first byte over it."""
     if (response.content_length or 0) > max_bytes:
         raise too_many_bytes(response.content_length or 0, max_bytes)
     data = bytearray()

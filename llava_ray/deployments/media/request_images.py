@@ -1,4 +1,4 @@
-"""From addresses in a request to encoded images that are safe to decode."""
+"""Reading of a request's images: from addresses to checked encoded images."""
 
 import asyncio
 import os
@@ -15,11 +15,11 @@ from llava_ray.deployments.settings import ServeSettings
 from llava_ray.errors import ImageError
 from llava_ray.images.decoder_pool import DecodeLimits, DecoderPool
 
-_SCHEME_CHARS = 100  # in which an address, spaces in front of it included, says what it is
+_SCHEME_CHARS = 100  # prefix of an address that is searched for its scheme, after leading spaces
 
 
 class MediaReader:
-    """Reads what one service's settings allow."""
+    """Reads images within the service's settings."""
 
     def __init__(
         self,
@@ -29,10 +29,9 @@ class MediaReader:
         *,
         decode_whole: bool = True,
     ) -> None:
-        """Keep the limits; ``network`` is the system's unless a test brings its own.
+        """Initialise with the limits; ``network`` is the system's except in tests.
 
-        Images are looked at by ``decoder``: all of each, or, where whoever comes next decodes it there anyway, its
-        header only.
+        ``decoder`` decodes each image completely, or its header only where the engine decodes it there later.
         """
         self.settings = settings
         self.decoder = decoder or make_decoder(settings)
@@ -47,7 +46,7 @@ class MediaReader:
         )
 
     async def read_all(self, places: Sequence[str]) -> tuple[bytes, ...]:
-        """Read the images of one request, side by side. Raises RefusalError for the first that is refused."""
+        """Read the images of one request concurrently. Raises RefusalError for the first invalid one."""
         tasks = [asyncio.ensure_future(self.read(place, number)) for number, place in enumerate(places, start=1)]
         try:
             return tuple(await asyncio.gather(*tasks))
@@ -56,7 +55,7 @@ class MediaReader:
                 task.cancel()
 
     async def read(self, place: str, number: int = 1) -> bytes:
-        """Return an encoded image whose size, format and frames are within the limits. Raises RefusalError."""
+        """Read an encoded image and check its size, format and frames. Raises RefusalError."""
         scheme = place[:_SCHEME_CHARS].lstrip()[:5].lower()
         if scheme == "data:":
             data = await asyncio.to_thread(decode_data_uri, place, self.settings.max_image_bytes)
@@ -68,7 +67,7 @@ class MediaReader:
         return data
 
     def read_local(self, place: str) -> bytes:
-        """Read a file under the allowed folder, wherever its links lead. Raises RefusalError."""
+        """Read a file under the allowed folder, with links resolved. Raises RefusalError."""
         folder = self.settings.allowed_local_media_path
         if folder is None:
             raise refuse(400, "file: addresses are not read here (allowed_local_media_path)", "media_local", "messages")
@@ -85,7 +84,7 @@ class MediaReader:
             raise outside from None
 
     async def check(self, data: bytes, name: str) -> None:
-        """Refuse what is no image, or too large or costly a one. Raises RefusalError."""
+        """Check that data is an image within the limits. Raises RefusalError."""
         settings = self.settings
         try:
             await self.decoder.check(
@@ -105,12 +104,12 @@ class MediaReader:
 
 
 def make_decoder(settings: ServeSettings) -> DecoderPool:
-    """Return the processes in which one replica decodes images, none of them started."""
+    """Build the pool of decoding processes of one replica, not started."""
     return DecoderPool(DecodeLimits(cpu_s=settings.image_decode_s))
 
 
 def _read_regular(path: Path, max_bytes: int) -> bytes:
-    """Read a regular file that is not too long; never wait for a pipe or a device. Raises OSError, RefusalError."""
+    """Read a regular file within the limit, never blocking on a pipe or device. Raises OSError, RefusalError."""
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     with os.fdopen(handle, "rb") as file:
         found = os.fstat(handle)

@@ -1,4 +1,4 @@
-"""One forward pass for many requests: the next token of those that write, pieces of prompts of those that join."""
+"""One forward pass for many requests: the next token of decoding requests, prompt chunks of new ones."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from llava_ray.generate.builtin import row_attention
 from llava_ray.generate.builtin.kv_cache import SHORTEST, CacheSlot, KvCache
 from llava_ray.generate.builtin.row_attention import BatchStep, NextTokens, PromptChunk, TokenSpan
 from llava_ray.generate.row_adapters import AdapterName, RowAdapters
-from llava_ray.generate.sampling import not_finite
+from llava_ray.generate.sampling import not_finite_error
 from llava_ray.model.lora.adapters import measure_drift
 from llava_ray.model.network.quantization import find_dtype
 
@@ -23,8 +23,8 @@ _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.
 
 
 @dataclass(frozen=True)
-class Placed:
-    """Embeddings of an image that take the place of tokens: those from ``first`` to ``last`` of a line."""
+class ImageSpan:
+    """Embeddings of an image that replace the tokens from ``first`` to ``last`` of a sequence."""
 
     first: int
     last: int
@@ -33,29 +33,29 @@ class Placed:
 
 @dataclass(frozen=True)
 class SequenceInput:
-    """What a step is to do for one request: read these ids after the ``start`` tokens of its row.
+    """One request's input of a step: these ids, after the ``start`` tokens in its cache slot.
 
-    Ids of image positions are never looked at; their embeddings are ``images``, in places counted from the first id.
+    Ids at image positions are ignored; their embeddings are ``images``, at positions counted from the first id.
     """
 
     row: CacheSlot
     start: int
     ids: Sequence[int]
     wants_next: bool = True
-    """Whether a token is to follow; not within a prompt."""
+    """Whether to compute the next token's logits; False before the end of a prompt."""
     is_prompt: bool = False
-    images: Sequence[Placed] = field(default=())
+    images: Sequence[ImageSpan] = field(default=())
     adapter: AdapterName = None
-    """Whose adapter these tokens go through."""
+    """The adapter of these tokens."""
 
 
 class RowModel:
-    """A language model that reads lines of tokens of many requests, each over its own row of the cache."""
+    """A language model over flattened batches: tokens of many requests, each attending to its own cache slot."""
 
     def __init__(self, language_model: PreTrainedModel, adapters: RowAdapters | None = None) -> None:
-        """Take the model over: until ``give_back`` its attention knows rows and nothing else.
+        """Replace the model's attention: until ``restore`` it attends to cache slots only.
 
-        ``adapters`` are those that lie over it. Raises ModelError for a model that cannot be batched.
+        ``adapters`` are those injected into it. Raises ModelError for a model that cannot be batched.
         """
         self.language_model = language_model
         self.adapters = adapters
@@ -74,19 +74,18 @@ class RowModel:
         try:
             self.check()
         except BaseException:
-            self.give_back()
+            self.restore()
             raise
 
-    def give_back(self) -> None:
-        """Leave the model as it was."""
+    def restore(self) -> None:
+        """Restore the model's own attention."""
         self.language_model.set_attn_implementation(self._attention)
 
     @torch.inference_mode()
     def check(self) -> None:
-        """Compare with the model's own attention on a fixed text, and see what keys and values a token takes.
+        """Compare with the model's own attention on a fixed text, and measure the cache bytes of a token.
 
-        Raises ModelError for a model that keeps more of what it has read than keys and values, or attends in a way of
-        its own.
+        Raises ModelError for a model that keeps other state than keys and values, or has its own kind of attention.
         """
         model, device = self.language_model, self.device
         ids = torch.linspace(0, model.config.get_text_config().vocab_size - 1, _PROBE_LENGTH).long().tolist()
@@ -95,40 +94,40 @@ class RowModel:
             self.adapters.choose_one(None, _PROBE_LENGTH)
         expected = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, -2:].float()
         if not bool(expected.isfinite().all()):
-            raise not_finite(f"what {model.config.name_or_path} makes of a fixed text")
+            raise not_finite_error(f"the output of {model.config.name_or_path} for a fixed text")
         model.set_attn_implementation(row_attention.NAME)
         cache = KvCache(2 * SHORTEST)
         first, row = cache.reserve(1), cache.reserve(_PROBE_LENGTH)
         assert first is not None
         assert row is not None
         self.run([SequenceInput(row, 0, ids[:5], wants_next=False, is_prompt=True)])
-        works = [SequenceInput(row, 5, ids[5:-1], is_prompt=True), SequenceInput(first, 0, ids[:3], is_prompt=True)]
-        wanted, logits = self.run(works)
+        inputs = [SequenceInput(row, 5, ids[5:-1], is_prompt=True), SequenceInput(first, 0, ids[:3], is_prompt=True)]
+        wanted, logits = self.run(inputs)
         found = [logits[wanted.index(0)], self.run([SequenceInput(row, _PROBE_LENGTH - 1, ids[-1:])])[1][0]]
         drift = measure_drift(torch.stack(found), expected)
-        layers = row.shelf.layers.values()
+        layers = row.size_class.layers.values()
         self.cache_bytes = sum(part[0, :, 0].nbytes for layer in layers for part in (layer.keys, layer.values))
         if not drift <= _PROBE_TOLERANCE[find_dtype(model)]:
             raise ModelError(
-                f"{model.config.name_or_path}: {type(model).__name__} in a batch does not say what it says alone "
+                f"{model.config.name_or_path}: {type(model).__name__} in a batch differs from itself alone "
                 f"(logits of a fixed text differ by {drift:.2g} of their spread). Serve it with another engine."
             )
 
     @torch.inference_mode()
-    def run(self, works: Sequence[SequenceInput]) -> tuple[list[int], Float[Tensor, "n vocab"]]:
-        """Read all of it in one pass; return which works want a token to follow, and the fp32 logits of these."""
-        order = sorted(range(len(works)), key=lambda place: _place_in_line(works[place]))
-        line = [works[place] for place in order]
-        ids: list[int] = [0 if token < 0 else token for work in line for token in work.ids]
+    def run(self, inputs: Sequence[SequenceInput]) -> tuple[list[int], Float[Tensor, "n vocab"]]:
+        """Run one forward pass; return the indices of inputs that want a next token, and their fp32 logits."""
+        order = sorted(range(len(inputs)), key=lambda index: _batch_order(inputs[index]))
+        ordered = [inputs[index] for index in order]
+        ids: list[int] = [0 if token < 0 else token for one in ordered for token in one.ids]
         embedded: Tensor = self.embed(torch.tensor(ids, device=self.device)[None])
-        step = self._plan(line, embedded)
+        step = self._plan(ordered, embedded)
         first = 0
-        for work in line:
-            for image in work.images:
+        for one in ordered:
+            for image in one.images:
                 embedded[0, first + image.first : first + image.last] = image.embeddings
-            first += len(work.ids)
+            first += len(one.ids)
         if self.adapters is not None:
-            self.adapters.choose([work.adapter for work in line], [len(work.ids) for work in line], step.last)
+            self.adapters.choose([one.adapter for one in ordered], [len(one.ids) for one in ordered], step.last)
         output = self.language_model(
             inputs_embeds=embedded,
             position_ids=step.positions,
@@ -136,27 +135,27 @@ class RowModel:
             logits_to_keep=step.last,
             step=step,
         )
-        wanted = [place for place in order if works[place].wants_next]
+        wanted = [index for index in order if inputs[index].wants_next]
         return wanted, output.logits[0].float()
 
-    def _plan(self, line: Sequence[SequenceInput], like: Tensor) -> BatchStep:
+    def _plan(self, ordered: Sequence[SequenceInput], like: Tensor) -> BatchStep:
         parts: list[NextTokens | PromptChunk] = []
         positions: list[int] = []
         last: list[int] = []
-        for (is_prompt, _), together in groupby(line, key=lambda work: (work.is_prompt, id(work.row.shelf))):
-            first, works = len(positions), list(together)
-            for work in works:
+        for (is_prompt, _), group in groupby(ordered, key=lambda one: (one.is_prompt, id(one.row.size_class))):
+            first, inputs = len(positions), list(group)
+            for one in inputs:
                 if is_prompt:
-                    parts.append(PromptChunk(TokenSpan(work.row, work.start, len(work.ids)), len(positions)))
-                positions += range(work.start, work.start + len(work.ids))
-                if work.wants_next:
+                    parts.append(PromptChunk(TokenSpan(one.row, one.start, len(one.ids)), len(positions)))
+                positions += range(one.start, one.start + len(one.ids))
+                if one.wants_next:
                     last.append(len(positions) - 1)
             if not is_prompt:
-                spans = [TokenSpan(work.row, work.start, 1) for work in works]
-                parts.append(NextTokens(works[0].row.shelf, spans, first, like))
+                spans = [TokenSpan(one.row, one.start, 1) for one in inputs]
+                parts.append(NextTokens(inputs[0].row.size_class, spans, first, like))
         places = torch.tensor(positions, device=like.device)
         return BatchStep(parts, places[None], torch.tensor(last, device=like.device, dtype=torch.long))
 
 
-def _place_in_line(work: SequenceInput) -> tuple[bool, int, int]:
-    return work.is_prompt, work.row.shelf.length, work.row.index
+def _batch_order(one: SequenceInput) -> tuple[bool, int, int]:
+    return one.is_prompt, one.row.size_class.length, one.row.index

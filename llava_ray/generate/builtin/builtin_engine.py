@@ -1,7 +1,7 @@
 """The built-in engine: continuous batching over a transformers model, on CPU or GPU.
 
-The caller's event loop only takes requests and hands out chunks. Requests are prepared in one thread, where their
-images are decoded too unless a decoder is given; the model runs in another, step after step, and looks for new and
+The caller's event loop only accepts requests and delivers chunks. Requests are prepared in one thread, where their
+images are decoded too unless a decoder is set; the model runs in another, step after step, and checks for new and
 cancelled requests between two steps.
 """
 
@@ -17,7 +17,7 @@ import torch
 
 from llava_ray.config.sections import MAX_IMAGE_PIXELS
 from llava_ray.errors import ModelError
-from llava_ray.generate.builtin.running_batch import RunningBatch, RunningRequest, Told
+from llava_ray.generate.builtin.running_batch import RunningBatch, RunningRequest, StepResults
 from llava_ray.generate.engine import (
     EngineStats,
     GenerationChunk,
@@ -25,7 +25,7 @@ from llava_ray.generate.engine import (
     ModelCard,
     check_unique_request_id,
 )
-from llava_ray.generate.prompts import Prompt, PromptMaker, prompts_of
+from llava_ray.generate.prompts import Prompt, PromptMaker, find_prompt_maker
 from llava_ray.generate.row_adapters import AdapterName
 from llava_ray.generate.served_adapters import ServedAdapters, load_adapters
 from llava_ray.generate.settings import EngineSettings
@@ -35,10 +35,10 @@ from llava_ray.model.assembly import LlavaParts
 
 
 class _AnswerStream:
-    """What one caller waits for: chunks, then the end or an error. All of it happens on the event loop."""
+    """The chunks that one caller awaits, then the end or an error. Used on the event loop only."""
 
     def __init__(self) -> None:
-        """Begin empty."""
+        """Initialise an empty stream."""
         self.queue: asyncio.Queue[GenerationChunk | Exception | None] = asyncio.Queue()
         self.running: RunningRequest | None = None
         self.cancelled = False
@@ -46,7 +46,7 @@ class _AnswerStream:
 
 @dataclass(frozen=True)
 class _LoadedModel:
-    """What there is between start and stop."""
+    """The state between start and stop."""
 
     parts: LlavaParts
     prompts: Mapping[AdapterName, PromptMaker]
@@ -58,7 +58,7 @@ class _LoadedModel:
 class BuiltinEngine:
     """An ``engine.Engine`` over the model that ``load`` returns.
 
-    The engine owns that model between ``start`` and ``stop``: its attention is replaced, so nobody else can use it.
+    The engine owns that model between ``start`` and ``stop``: its attention is replaced, so nothing else can use it.
     """
 
     def __init__(
@@ -70,9 +70,9 @@ class BuiltinEngine:
         adapters: Mapping[str, str | Path] | None = None,
         make_batch: Callable[[LlavaParts, VisionCache, EngineSettings, ServedAdapters], RunningBatch] = RunningBatch,
     ) -> None:
-        """``load`` is called once, in a thread; ``name`` is the model's on its card.
+        """Initialise an engine that calls ``load`` once, in a thread; ``name`` is the model's on its card.
 
-        ``adapters`` are folders of LoRA adapters over that model, by the names that requests call them.
+        ``adapters`` are folders of LoRA adapters for that model, by the names that requests use.
         """
         self.load = load
         self.make_batch = make_batch
@@ -83,8 +83,8 @@ class BuiltinEngine:
         self._streams: dict[str, _AnswerStream] = {}
         self._failure: BaseException | None = None
         self._changed = Condition()
-        self._joining: list[RunningRequest] = []
-        self._leaving: list[RunningRequest] = []
+        self._to_add: list[RunningRequest] = []
+        self._to_drop: list[RunningRequest] = []
         self._stopping = False
         self._thread: Thread | None = None
         self.decoder: ImageDecoder | None = None
@@ -92,11 +92,11 @@ class BuiltinEngine:
 
     @property
     def card(self) -> ModelCard:
-        """Return what the model is able to do. Raises ModelError before the engine has started."""
+        """Return the model's capabilities. Raises ModelError before the engine has started."""
         return self._ready().card
 
     async def start(self) -> None:
-        """Load the model and begin to serve. Raises ModelError."""
+        """Load the model and start serving. Raises ModelError."""
         if self._thread is not None:
             raise ModelError("the engine has started already; start it once.")
         self._loop = asyncio.get_running_loop()
@@ -108,7 +108,7 @@ class BuiltinEngine:
         """Stream the answer; see ``engine.Engine.generate``. The stream of a cancelled request just ends."""
         loaded = self._ready()
         check_unique_request_id(request.request_id, self._streams)
-        prompts = prompts_of(loaded.prompts, request.model)
+        prompts = find_prompt_maker(loaded.prompts, request.model)
         stream = self._streams[request.request_id] = _AnswerStream()
         try:
             prompt = await self._prepare(prompts, request)
@@ -127,7 +127,7 @@ class BuiltinEngine:
                 self._leave(stream.running)
 
     async def cancel(self, request_id: str) -> None:
-        """Drop the request between two tokens and free its memory; nothing happens if it has already ended."""
+        """Cancel a request between two tokens and free its memory; do nothing if it has already ended."""
         stream = self._streams.get(request_id)
         if stream is not None:
             stream.cancelled = True
@@ -136,11 +136,11 @@ class BuiltinEngine:
                 self._leave(stream.running)
 
     def stats(self) -> EngineStats:
-        """Return what is going on, without waiting for the model."""
-        return self._ready().batch.stats(num_joining=len(self._joining))
+        """Return the engine's statistics, without waiting for the model."""
+        return self._ready().batch.stats(num_joining=len(self._to_add))
 
     def check_health(self) -> None:
-        """Raise ModelError if the engine can no longer answer (its loop died)."""
+        """Check that the engine can still answer. Raises ModelError if its loop died."""
         self._ready()
         if self._failure is not None:
             raise ModelError(f"the engine's loop died: {self._failure!r}. Restart it.") from self._failure
@@ -148,7 +148,7 @@ class BuiltinEngine:
             raise ModelError("the engine's loop is not running. Restart it.")
 
     async def stop(self) -> None:
-        """Cancel what is running and free the model."""
+        """Cancel all requests and free the model."""
         for request_id in list(self._streams):
             await self.cancel(request_id)
         with self._changed:
@@ -160,11 +160,11 @@ class BuiltinEngine:
         self._loaded = None
 
     def use_decoder(self, decoder: ImageDecoder) -> None:
-        """Have the images of all later requests decoded by ``decoder``."""
+        """Decode the images of all later requests with ``decoder``."""
         self.decoder = decoder
 
     async def _prepare(self, prompts: PromptMaker, request: GenerationRequest) -> Prompt:
-        """Make a prompt; its images are decoded one after the other, so that no request takes every place there is."""
+        """Build a prompt; its images are decoded one by one, so that no request occupies every decoder."""
         prepare = functools.partial(self._loop.run_in_executor, self._preparing)
         if self.decoder is None or not request.images:
             return await prepare(prompts.make, request)
@@ -204,49 +204,51 @@ class BuiltinEngine:
         self.check_health()
         stream.running = batch.request(request, prompt, stream.queue)
         with self._changed:
-            self._joining.append(stream.running)
+            self._to_add.append(stream.running)
             self._changed.notify()
 
     def _leave(self, running: RunningRequest) -> None:
         with self._changed:
             if not running.ended:
                 running.ended = True
-                self._leaving.append(running)
+                self._to_drop.append(running)
                 self._changed.notify()
 
     @torch.inference_mode()
     def _serve(self, batch: RunningBatch) -> None:
-        """Step until told to stop; runs in a thread of its own."""
+        """Run steps until the engine stops; runs in its own thread."""
         try:
             while True:
                 with self._changed:
-                    while not (self._stopping or self._joining or self._leaving or batch.has_work):
+                    while not (self._stopping or self._to_add or self._to_drop or batch.has_work):
                         self._changed.wait()
-                    joining, self._joining = self._joining, []
-                    leaving, self._leaving = self._leaving, []
+                    joining, self._to_add = self._to_add, []
+                    leaving, self._to_drop = self._to_drop, []
                 batch.add(joining)
                 batch.drop(leaving)
                 if self._stopping:
                     break
-                self._tell(batch.step())
-        except BaseException as error:  # noqa: BLE001 - whatever it was, those who wait must hear of it
+                self._deliver_soon(batch.step())
+        except BaseException as error:  # noqa: BLE001 - whatever it was, all waiting callers must receive it
             self._failure = error
             self._call(self._fail_all, error)
         finally:
             batch.close()
             torch.cuda.empty_cache()
 
-    def _tell(self, told: Told) -> None:
-        if told:
-            self._call(self._hand_out, told)
+    def _deliver_soon(self, results: StepResults) -> None:
+        if results:
+            self._call(self._deliver, results)
 
-    def _hand_out(self, told: Told) -> None:
-        for running, said in told:
-            running.queue.put_nowait(said)
+    def _deliver(self, results: StepResults) -> None:
+        for running, result in results:
+            running.queue.put_nowait(result)
 
     def _fail_all(self, error: BaseException) -> None:
         for stream in self._streams.values():
-            stream.queue.put_nowait(ModelError(f"the engine died while it answered: {error!r}. Ask again elsewhere."))
+            stream.queue.put_nowait(
+                ModelError(f"the engine died while it answered: {error!r}. Retry with another replica.")
+            )
 
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
         if not self._loop.is_closed():

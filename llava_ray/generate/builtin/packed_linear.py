@@ -1,6 +1,6 @@
-"""A model's matrices laid out for this processor, in the precision that it is faster at.
+"""Weight matrices repacked for this processor, in the precision that it computes faster.
 
-torch lays the weights of a product out anew each time. Few rows gain by having it done once. Many rows of a
+torch repacks the weights for every product. Few rows gain by packing them once. Many rows of a
 half-precision model gain by float32 where the processor has no AMX: such x86 processors multiply bfloat16 at half the
 speed, and those without any bfloat16 instructions at a tenth of it. Either way inputs and results keep their dtype, and
 float32 is exact on them, so the results differ by the order of their sums only.
@@ -24,16 +24,16 @@ class PackedLinear(nn.Module):
     """A linear layer on the CPU; its float32 copy serves inputs of at least ``num_wide_rows`` rows."""
 
     def __init__(self, plain: nn.Linear, num_wide_rows: int) -> None:
-        """Lay out copies of ``plain``'s weights; the float32 one only where it may be used."""
+        """Pack copies of ``plain``'s weights; the float32 one only where it may be used."""
         super().__init__()
-        self.weight, self.bias = plain.weight, plain.bias  # whoever looks for them
+        self.weight, self.bias = plain.weight, plain.bias  # for code that reads a Linear's attributes
         self.num_wide_rows = num_wide_rows
         self.narrow = _pack(plain.weight) if _has_narrow_copy(plain) else None
         self.wide = None if num_wide_rows == NOWHERE else _pack(plain.weight.float())
         self.wide_bias = None if plain.bias is None else plain.bias.detach().float()
 
     def forward(self, inputs: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
-        """Multiply."""
+        """Apply the layer, through the copy that is faster for so many rows."""
         if self.wide is not None and inputs.numel() >= self.num_wide_rows * inputs.shape[-1]:
             return _multiply(inputs.float(), self.wide, self.wide_bias).to(inputs.dtype)
         if self.narrow is not None:
@@ -54,7 +54,7 @@ def _multiply(inputs: Float[Tensor, "... i"], packed: Tensor, bias: Tensor | Non
 
 
 def can_pack(layer: nn.Linear) -> bool:
-    """Tell whether a layer's products may have a faster way."""
+    """Return whether a layer can be packed on this machine."""
     weight = layer.weight
     return (
         weight.device.type == "cpu"
@@ -66,19 +66,19 @@ def can_pack(layer: nn.Linear) -> bool:
 
 
 def _has_narrow_copy(layer: nn.Linear) -> bool:
-    """Tell whether few rows are multiplied with a copy too: this processor has bfloat16 instructions for it."""
+    """Return whether few rows use a packed copy too: the processor has bfloat16 instructions for it."""
     return layer.weight.dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def num_packed_bytes(layer: nn.Linear) -> int:
-    """Return the most that a layer's copies take."""
+    """Return the most bytes that a layer's copies take."""
     return layer.weight.numel() * (4 + 2 * _has_narrow_copy(layer))
 
 
 def pack_linears(models: Sequence[nn.Module], max_bytes: int) -> Callable[[], None]:
-    """Replace the models' plain linear layers where that is faster, and takes at most ``max_bytes`` more.
+    """Replace the models' linear layers by packed ones, if the copies take at most ``max_bytes``.
 
-    Returns what puts them back.
+    Return a function that restores them.
     """
     plain = [
         (model, name, layer)
@@ -91,7 +91,7 @@ def pack_linears(models: Sequence[nn.Module], max_bytes: int) -> Callable[[], No
     by_shape: dict[torch.Size, list[nn.Linear]] = {}
     for _, _, layer in plain:
         by_shape.setdefault(layer.weight.shape, []).append(layer)
-    num_wide_rows = {shape: find_wide_rows(layers) for shape, layers in by_shape.items()}
+    num_wide_rows = {shape: measure_wide_rows(layers) for shape, layers in by_shape.items()}
     for model, name, layer in plain:
         model.set_submodule(name, PackedLinear(layer, num_wide_rows[layer.weight.shape]))
 
@@ -103,9 +103,9 @@ def pack_linears(models: Sequence[nn.Module], max_bytes: int) -> Callable[[], No
 
 
 @torch.inference_mode()
-def find_wide_rows(layers: Sequence[nn.Linear]) -> int:
-    """Measure on layers of one shape from how many rows on float32 is faster; NOWHERE if it never is."""
-    # Several of them, as in a model: one alone would lie in the processor's cache, where its bytes cost nothing.
+def measure_wide_rows(layers: Sequence[nn.Linear]) -> int:
+    """Measure the least number of rows for which float32 is faster, on layers of one shape; NOWHERE if none."""
+    # Several of them, as in a model: a single one would stay in the processor's cache, where reading it costs nothing.
     some = [PackedLinear(layer, 0) for layer in layers[:_DIFFERENT]]
     for num_rows in TRIED:  # upwards: where bfloat16 is slow, many rows of it would take minutes
         inputs = torch.randn(num_rows, layers[0].in_features).to(layers[0].weight.dtype)
@@ -115,7 +115,7 @@ def find_wide_rows(layers: Sequence[nn.Linear]) -> int:
 
 
 def _time_rows(layers: Sequence[PackedLinear], inputs: Float[Tensor, "n i"], *, wide_from: int) -> float:
-    """Return the least seconds that layers kept this thread busy: of other work on the machine it knows nothing."""
+    """Return the least CPU seconds of this thread for the layers, unaffected by other load on the machine."""
     seconds = []
     for layer in layers:
         layer.num_wide_rows = wide_from

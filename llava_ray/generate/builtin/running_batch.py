@@ -1,4 +1,4 @@
-"""The running batch: requests join and leave between two steps, each step brings those that write one token on."""
+"""Continuous batching: requests join and leave between two steps, each step decodes one token of every answer."""
 
 import functools
 import random
@@ -12,24 +12,26 @@ from torch import Tensor
 from llava_ray.errors import ModelError
 from llava_ray.generate.answer_text import AnswerText
 from llava_ray.generate.builtin.batching import RowModel, SequenceInput
-from llava_ray.generate.builtin.kv_cache import CacheSlot, KvCache, longest_row
+from llava_ray.generate.builtin.kv_cache import CacheSlot, KvCache, longest_slot
 from llava_ray.generate.builtin.packed_linear import pack_linears
-from llava_ray.generate.builtin.prompt_images import embed_images, overlapping, visible_part
-from llava_ray.generate.builtin.scheduling import PrefillChunk, WaitingQueue, share_chunk
+from llava_ray.generate.builtin.prompt_images import embed_images, find_overlapping, visible_part
+from llava_ray.generate.builtin.scheduling import PrefillChunk, WaitingQueue, split_prefill_chunk
 from llava_ray.generate.decoding import decode
 from llava_ray.generate.engine import EngineStats, FinishReason, GenerationChunk, GenerationRequest, TokenLogprob
 from llava_ray.generate.prompts import Prompt
 from llava_ray.generate.row_adapters import RowAdapters
-from llava_ray.generate.sampling import choose_tokens, find_finite_rows, find_logprobs, not_finite
+from llava_ray.generate.sampling import compute_logprobs, find_finite_rows, not_finite_error, sample_tokens
 from llava_ray.generate.served_adapters import NO_ADAPTERS, ServedAdapters
 from llava_ray.generate.settings import EngineSettings
 from llava_ray.generate.vision_cache import VisionCache
 from llava_ray.model.assembly import LlavaParts
 
+# Prompt tokens of a step. A running stream pauses for one chunk at most: short enough to be unnoticed, long enough to
+# use the device well (a CPU is compute-bound at a few hundred rows, a GPU at a few thousand).
 _CPU_CHUNK, _GPU_CHUNK = 256, 2048
 
-# What a step has for those who wait: the next piece of an answer, or why there is none.
-Told = list[tuple["RunningRequest", GenerationChunk | ModelError]]
+# The results of a step: the next chunk of an answer, or its error.
+StepResults = list[tuple["RunningRequest", GenerationChunk | ModelError]]
 
 
 @dataclass(eq=False)
@@ -43,23 +45,23 @@ class RunningRequest:
     draws: random.Random
     row: CacheSlot | None = None
     num_read: int = 0
-    """Tokens of the prompt that are in the row."""
+    """Tokens of the prompt that are in the cache."""
     new_ids: list[int] = field(default_factory=list)
     joined: float = field(default_factory=time.monotonic)
-    """When it began to wait for a place."""
+    """When it joined the waiting queue."""
     queued_s: float = 0.0
-    """How long it waited, once it has one."""
+    """How long it waited, once it is admitted."""
     ended: bool = False
-    """Whether it has its last chunk, or nobody waits for it any more."""
+    """Whether its last chunk was delivered, or its caller has gone."""
 
     @property
     def num_unread(self) -> int:
-        """Count the tokens of the prompt that the model has still to read."""
+        """Return the number of prompt tokens that are not in the cache yet."""
         return len(self.prompt.ids) - self.num_read
 
     @property
     def num_tokens(self) -> int:
-        """Count the tokens that it may come to."""
+        """Return the most tokens of prompt and answer."""
         return len(self.prompt.ids) + self.request.sampling.max_tokens
 
 
@@ -73,19 +75,19 @@ class RunningBatch:
         settings: EngineSettings,
         served: ServedAdapters = NO_ADAPTERS,
     ) -> None:
-        """Take the model over, with the adapters beside it. Raises ModelError if it cannot be batched."""
+        """Prepare the model and its adapters for batching. Raises ModelError if it cannot be batched."""
         self.parts = parts
         self.images = cache
         model = parts.llava.language_model
-        self._undo: list[Callable[[], object]] = [served.put_back]
+        self._undo: list[Callable[[], object]] = [served.restore_base]
         try:
             self._undo.append(pack_linears([model, parts.tower.backbone], settings.packed_weight_bytes))
             adapters = RowAdapters(model, {adapter.name: adapter.terms for adapter in served.adapters})
-            self._undo.append(adapters.take_off)
+            self._undo.append(adapters.remove)
             self.model = RowModel(model, adapters)
-            self._undo.append(self.model.give_back)
+            self._undo.append(self.model.restore)
         except BaseException:
-            self._give_back()
+            self._restore_model()
             raise
         on_cpu = model.device.type == "cpu"
         self.chunk = settings.prefill_chunk or (_CPU_CHUNK if on_cpu else _GPU_CHUNK)
@@ -100,23 +102,23 @@ class RunningBatch:
     def request(
         self, request: GenerationRequest, prompt: Prompt, queue: "Queue[GenerationChunk | Exception | None]"
     ) -> RunningRequest:
-        """Return a request that ``add`` takes."""
+        """Build the state of a request, for ``add``."""
         decoder = functools.partial(decode, self.parts.tokenizer)
         text = AnswerText(decoder, prompt.stop_texts, strip=request.prompt is None)
         return RunningRequest(request, prompt, queue, text, random.Random(request.sampling.seed))
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would do anything."""
+        """Return whether a step would do anything."""
         return bool(self.running or self.waiting)
 
     def add(self, joining: Sequence[RunningRequest]) -> None:
-        """Let requests wait for a place."""
+        """Add requests to the waiting queue."""
         for running in joining:
             self.waiting.join(running)
 
     def drop(self, leaving: Sequence[RunningRequest]) -> None:
-        """Free what cancelled requests hold."""
+        """Remove cancelled requests and free their slots."""
         for running in leaving:
             if running in self.running:
                 self._release(running)
@@ -124,25 +126,25 @@ class RunningBatch:
             elif self.waiting.leave(running):
                 self.num_cancelled += 1
 
-    def step(self) -> Told:
-        """Read a chunk of new prompts and bring every answer one token on; return what there is to tell."""
+    def step(self) -> StepResults:
+        """Prefill a chunk of new prompts, decode one token of every answer, and return the results."""
         self._admit()
-        readings = share_chunk(self.running, self.chunk)
-        writing = [running for running in self.running if not running.num_unread]
-        self._encode_images(readings)
-        works = [self._next_token(running) for running in writing]
-        works += [self._prompt_chunk(reading) for reading in readings]
-        if not works:  # the last request has just been cancelled
+        chunks = split_prefill_chunk(self.running, self.chunk)
+        decoding = [running for running in self.running if not running.num_unread]
+        self._encode_images(chunks)
+        inputs = [self._next_token(running) for running in decoding]
+        inputs += [self._prompt_chunk(chunk) for chunk in chunks]
+        if not inputs:  # the last request has just been cancelled
             return []
-        wanted, logits = self.model.run(works)
-        for reading in readings:
-            reading.request.num_read += reading.num_tokens
-            self.num_prompt_tokens += reading.num_tokens
-        doing = [*writing, *(reading.request for reading in readings)]
-        return self._write([doing[place] for place in wanted], logits) if wanted else []
+        wanted, logits = self.model.run(inputs)
+        for chunk in chunks:
+            chunk.request.num_read += chunk.num_tokens
+            self.num_prompt_tokens += chunk.num_tokens
+        participants = [*decoding, *(chunk.request for chunk in chunks)]
+        return self._write([participants[place] for place in wanted], logits) if wanted else []
 
     def stats(self, *, num_joining: int = 0) -> EngineStats:
-        """Return what is going on."""
+        """Return the statistics of the batch."""
         return EngineStats(
             num_running=len(self.running),
             num_waiting=len(self.waiting) + num_joining,
@@ -156,22 +158,22 @@ class RunningBatch:
         )
 
     def close(self) -> None:
-        """Forget everything, and leave the model as it was."""
+        """Drop all requests and restore the model."""
         self.running, self.waiting = [], WaitingQueue()
-        self.kv.shelves.clear()
-        self._give_back()
+        self.kv.size_classes.clear()
+        self._restore_model()
 
-    def _give_back(self) -> None:
+    def _restore_model(self) -> None:
         while self._undo:
             self._undo.pop()()
 
     def _admit(self) -> None:
-        admitted = self.waiting.admit(self.max_running - len(self.running), self._find_room)
+        admitted = self.waiting.admit(self.max_running - len(self.running), self._reserve_slot)
         for running in admitted:
             running.queued_s = time.monotonic() - running.joined
         self.running += admitted
 
-    def _find_room(self, running: RunningRequest) -> bool:
+    def _reserve_slot(self, running: RunningRequest) -> bool:
         running.row = self.kv.reserve(running.num_tokens)
         return running.row is not None
 
@@ -186,26 +188,26 @@ class RunningBatch:
         place = len(running.prompt.ids) + len(running.new_ids) - 1
         return SequenceInput(running.row, place, running.new_ids[-1:], adapter=running.request.model)
 
-    def _prompt_chunk(self, reading: PrefillChunk[RunningRequest]) -> SequenceInput:
-        running = reading.request
+    def _prompt_chunk(self, chunk: PrefillChunk[RunningRequest]) -> SequenceInput:
+        running = chunk.request
         assert running.row is not None
-        start, end = reading.slots
+        start, end = chunk.slots
         return SequenceInput(
             running.row,
             start,
             running.prompt.ids[start:end],
             wants_next=end == len(running.prompt.ids),
             is_prompt=True,
-            images=[visible_part(image, start, end) for image in overlapping(running.prompt.images, start, end)],
+            images=[visible_part(image, start, end) for image in find_overlapping(running.prompt.images, start, end)],
             adapter=running.request.model,
         )
 
-    def _encode_images(self, readings: Sequence[PrefillChunk[RunningRequest]]) -> None:
-        """Run the tower, once, over all images that a step begins to read and that are not known."""
+    def _encode_images(self, chunks: Sequence[PrefillChunk[RunningRequest]]) -> None:
+        """Run the tower once over all images that a step needs and that are not cached."""
         begun = [
-            (reading.request.prompt, image)
-            for reading in readings
-            for image in overlapping(reading.request.prompt.images, *reading.slots)
+            (chunk.request.prompt, image)
+            for chunk in chunks
+            for image in find_overlapping(chunk.request.prompt.images, *chunk.slots)
             if image.embeddings is None
         ]
         unknown = {image.key: image for _, image in begun}
@@ -215,46 +217,48 @@ class RunningBatch:
             unknown[key].embeddings = embeddings
             self.images.keep(key, embeddings)
         for prompt, image in begun:
-            prompt.num_cached_images += image is not unknown[image.key]  # another one has brought it
+            prompt.num_cached_images += image is not unknown[image.key]  # computed for another request of this step
             image.embeddings, image.views = unknown[image.key].embeddings, None
 
-    def _write(self, writing: Sequence[RunningRequest], logits: Tensor) -> Told:
+    def _write(self, decoding: Sequence[RunningRequest], logits: Tensor) -> StepResults:
         finite = find_finite_rows(logits)
-        told: Told = []
+        results: StepResults = []
         if not all(finite):
-            told += [(running, self._fail(running)) for running, good in zip(writing, finite, strict=True) if not good]
-            kept = [row for row, good in enumerate(finite) if good]
-            writing, logits = [writing[row] for row in kept], logits[kept]
-        return told + self._choose(writing, logits) if writing else told
+            results += [
+                (running, self._fail(running)) for running, good in zip(decoding, finite, strict=True) if not good
+            ]
+            good_rows = [row for row, good in enumerate(finite) if good]
+            decoding, logits = [decoding[row] for row in good_rows], logits[good_rows]
+        return results + self._sample(decoding, logits) if decoding else results
 
     def _fail(self, running: RunningRequest) -> ModelError:
-        """End a request whose logits say nothing; the others go on."""
+        """End a request whose logits are not finite; the others continue."""
         running.ended = True
         self._release(running)
-        return not_finite(f"token {len(running.new_ids) + 1} of this answer")
+        return not_finite_error(f"token {len(running.new_ids) + 1} of this answer")
 
-    def _choose(self, writing: Sequence[RunningRequest], logits: Tensor) -> Told:
-        samplings = [running.request.sampling for running in writing]
-        draws = [running.draws.random() if running.request.sampling.temperature else 0.0 for running in writing]
-        tokens = choose_tokens(logits, samplings, draws)
-        asked = [row for row, sampling in enumerate(samplings) if sampling.logprobs is not None]
+    def _sample(self, decoding: Sequence[RunningRequest], logits: Tensor) -> StepResults:
+        samplings = [running.request.sampling for running in decoding]
+        draws = [running.draws.random() if running.request.sampling.temperature else 0.0 for running in decoding]
+        tokens = sample_tokens(logits, samplings, draws)
+        with_logprobs = [row for row, sampling in enumerate(samplings) if sampling.logprobs is not None]
         logprobs: dict[int, TokenLogprob] = {}
-        if asked:
-            most = max(samplings[row].logprobs or 0 for row in asked)
-            found = find_logprobs(logits[asked], [tokens[row] for row in asked], most)
-            for row, (mine, best) in zip(asked, found, strict=True):
+        if with_logprobs:
+            most = max(samplings[row].logprobs or 0 for row in with_logprobs)
+            found = compute_logprobs(logits[with_logprobs], [tokens[row] for row in with_logprobs], most)
+            for row, (mine, best) in zip(with_logprobs, found, strict=True):
                 logprobs[row] = self._logprob(tokens[row], mine, best[: samplings[row].logprobs])
-        told: Told = []
-        for row, (running, token) in enumerate(zip(writing, tokens, strict=True)):
+        results: StepResults = []
+        for row, (running, token) in enumerate(zip(decoding, tokens, strict=True)):
             chunk = self._append(running, token, logprobs.get(row))
             if chunk.finish_reason is not None:
                 running.ended = True
                 self._release(running)
-            told.append((running, chunk))
-        return told
+            results.append((running, chunk))
+        return results
 
     def _append(self, running: RunningRequest, token: int, logprob: TokenLogprob | None) -> GenerationChunk:
-        """Add a token to an answer, or end the answer with it."""
+        """Append a token to an answer, or end the answer with it."""
         ids: tuple[int, ...] = ()
         reason: FinishReason | None = None
         if token in running.prompt.stops.ids:
@@ -286,11 +290,11 @@ class RunningBatch:
 
 
 def _find_max_model_len(parts: LlavaParts, settings: EngineSettings, capacity: int) -> int:
-    """Return how long prompt and answer may be together. Raises ModelError for more than the model's positions."""
+    """Return the most tokens of prompt and answer. Raises ModelError for more than the model's positions."""
     positions = parts.language_config.get_text_config().to_dict().get("max_position_embeddings")
     wanted = settings.max_model_len or positions or parts.manifest.model_max_length
     if positions is not None and wanted > positions:
         raise ModelError(f"max_model_len is {wanted}, but the language model has {positions} positions; set it lower.")
-    if not longest_row(capacity):
-        raise ModelError(f"the KV cache holds {capacity} tokens, which is not one row; give it more memory.")
-    return int(min(wanted, longest_row(capacity)))
+    if not longest_slot(capacity):
+        raise ModelError(f"the KV cache holds {capacity} tokens, less than one slot; give it more memory.")
+    return int(min(wanted, longest_slot(capacity)))

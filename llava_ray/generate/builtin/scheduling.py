@@ -1,21 +1,22 @@
-"""Who joins the running batch, and how much of the prompts a step reads: first come, first served."""
+"""Scheduling of the running batch: admission of requests and prefill of their prompts, first come, first served."""
 
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 
+@runtime_checkable
 class HasPrompt(Protocol):
-    """What is known of a request's prompt."""
+    """A request with a prompt that is partly prefilled."""
 
     @property
     def num_read(self) -> int:
-        """Count the tokens of the prompt that the model has read."""
+        """Return the number of prompt tokens that are in the cache."""
 
     @property
     def num_unread(self) -> int:
-        """Count those that it has still to read."""
+        """Return the number of prompt tokens that are not in the cache yet."""
 
 
 R = TypeVar("R", bound=HasPrompt)
@@ -23,55 +24,55 @@ R = TypeVar("R", bound=HasPrompt)
 
 @dataclass(frozen=True)
 class PrefillChunk(Generic[R]):
-    """How many tokens of a request's prompt a step reads."""
+    """The tokens of a request's prompt that a step prefills."""
 
     request: R
     num_tokens: int
 
     @property
     def slots(self) -> tuple[int, int]:
-        """Return the first of these tokens in the prompt, and the one after the last; before they are read."""
+        """Return the range of these tokens in the prompt; valid before they are read."""
         return self.request.num_read, self.request.num_read + self.num_tokens
 
 
 class WaitingQueue(Generic[R]):
-    """Requests that have no room yet. Nobody overtakes, so that a long one is not starved by short ones."""
+    """Requests that wait for a slot, strictly in order, so that a long one is not starved by short ones."""
 
     def __init__(self) -> None:
-        """Begin empty."""
-        self._line: deque[R] = deque()
+        """Initialise an empty queue."""
+        self._queue: deque[R] = deque()
 
     def __len__(self) -> int:
-        """Count those who wait."""
-        return len(self._line)
+        """Return the number of waiting requests."""
+        return len(self._queue)
 
     def join(self, request: R) -> None:
-        """Stand at the end."""
-        self._line.append(request)
+        """Append a request."""
+        self._queue.append(request)
 
     def leave(self, request: R) -> bool:
-        """Go away unserved; return whether the request stood here."""
-        stood_here = request in self._line
-        if stood_here:
-            self._line.remove(request)
-        return stood_here
+        """Remove a request before it is admitted; return whether it was waiting."""
+        was_waiting = request in self._queue
+        if was_waiting:
+            self._queue.remove(request)
+        return was_waiting
 
-    def admit(self, num_places: int, find_room: Callable[[R], bool]) -> list[R]:
-        """Let in at most so many from the front, as long as there is room for the first."""
+    def admit(self, most: int, reserve_slot: Callable[[R], bool]) -> list[R]:
+        """Admit at most ``most`` requests from the front, until one finds no room."""
         admitted: list[R] = []
-        while self._line and len(admitted) < num_places and find_room(self._line[0]):
-            admitted.append(self._line.popleft())
+        while self._queue and len(admitted) < most and reserve_slot(self._queue[0]):
+            admitted.append(self._queue.popleft())
         return admitted
 
 
-def share_chunk(running: Iterable[R], chunk: int) -> list[PrefillChunk[R]]:
-    """Deal a step's ``chunk`` of prompt tokens to those who have some left, in the order they came in.
+def split_prefill_chunk(running: Iterable[R], chunk: int) -> list[PrefillChunk[R]]:
+    """Distribute a step's ``chunk`` of prompt tokens over requests with unread ones, in order of arrival.
 
-    A stream that writes waits for one such chunk at most between two of its tokens.
+    This bounds the pause of a decoding stream between two tokens to the time of one such chunk.
     """
-    readings: list[PrefillChunk[R]] = []
+    chunks: list[PrefillChunk[R]] = []
     for request in running:
         if chunk and request.num_unread:
-            readings.append(PrefillChunk(request, min(chunk, request.num_unread)))
-            chunk -= readings[-1].num_tokens
-    return readings
+            chunks.append(PrefillChunk(request, min(chunk, request.num_unread)))
+            chunk -= chunks[-1].num_tokens
+    return chunks

@@ -1,4 +1,4 @@
-"""vLLM's outputs turned into chunks of an answer. Knows its classes by their fields only."""
+"""Conversion of vLLM's outputs to chunks of an answer; vLLM's classes are used by their fields only."""
 
 import functools
 import math
@@ -11,25 +11,25 @@ from llava_ray.errors import ModelError
 from llava_ray.generate.answer_text import AnswerText
 from llava_ray.generate.decoding import decode
 from llava_ray.generate.engine import FinishReason, GenerationChunk, GenerationRequest, TokenLogprob
-from llava_ray.generate.sampling import not_finite
+from llava_ray.generate.sampling import not_finite_error
 from llava_ray.generate.vllm.vllm_prompts import VllmPrompt
 
 
 class VllmAnswer:
-    """One answer while it is written."""
+    """One answer while it is generated."""
 
     def __init__(self, prompt: VllmPrompt, tokenizer: PreTrainedTokenizerBase, request: GenerationRequest) -> None:
-        """Begin with nothing."""
+        """Initialise an empty answer."""
         self.stops = prompt.stops
         self.tokenizer = tokenizer
         self.num_logprobs = request.sampling.logprobs
         self.text = AnswerText(functools.partial(decode, tokenizer), prompt.stop_texts, strip=request.prompt is None)
 
     def take(self, output: Any) -> GenerationChunk:
-        """Return what an output (``RequestOutput`` of new tokens only) adds. Raises ModelError if vLLM failed."""
+        """Convert an output (``RequestOutput`` of new tokens only) to a chunk. Raises ModelError if vLLM failed."""
         new = output.outputs[0]
         if new.finish_reason not in (None, "stop", "length"):
-            raise ModelError(f"vLLM ended the answer with {new.finish_reason!r}; its log says why. Ask again.")
+            raise ModelError(f"vLLM ended the answer with {new.finish_reason!r}; its log says why. Retry.")
         text, ids = "", []
         reason: FinishReason | None = None
         for token in new.token_ids:
@@ -51,13 +51,13 @@ class VllmAnswer:
         return GenerationChunk(text, tuple(ids), logprobs, reason, len(output.prompt_token_ids), queued_s=queued_s)
 
     def logprob(self, token: int, row: Mapping[int, Any]) -> TokenLogprob:
-        """Return a token's log-probability and those of the likeliest, best first. Raises ModelError for NaN."""
+        """Return a token's log-probability and the highest ones, best first. Raises ModelError for NaN."""
         if not math.isfinite(row[token].logprob):
-            raise not_finite("a token of this answer")
+            raise not_finite_error("a token of this answer")
         best = sorted(row.items(), key=lambda pair: pair[1].rank)[: self.num_logprobs]
-        top = tuple((other, self.written(other), value.logprob) for other, value in best)
-        return TokenLogprob(token, self.written(token), row[token].logprob, top)
+        top = tuple((other, self.decode_token(other), value.logprob) for other, value in best)
+        return TokenLogprob(token, self.decode_token(token), row[token].logprob, top)
 
-    def written(self, token: int) -> str:
-        """Return a token's own text."""
+    def decode_token(self, token: int) -> str:
+        """Decode a single token."""
         return str(self.tokenizer.decode([token]))

@@ -1,7 +1,7 @@
-"""The vLLM engine: ``engine.Engine`` over vLLM's own asynchronous engine, which runs in processes of its own.
+"""The vLLM engine: ``engine.Engine`` over vLLM's own asynchronous engine, which runs in separate processes.
 
-Prompts are ours, token for token: vLLM gets ids and, where an image is one view, the view as we cut it. Answers become
-text here too, so that stop texts and half characters are what they are with the built-in engine.
+Prompts are ours, token for token: vLLM gets ids and, where an image is one view, the view as we cut it. Answers are
+detokenised here too, so that stop texts and incomplete characters are handled as by the built-in engine.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from llava_ray.generate.engine import (
     ModelCard,
     check_unique_request_id,
 )
-from llava_ray.generate.prompts import prompts_of
+from llava_ray.generate.prompts import find_prompt_maker
 from llava_ray.generate.settings import VllmSettings
 from llava_ray.generate.vllm.vllm_answer import VllmAnswer
 from llava_ray.generate.vllm.vllm_model import VllmModel, prepare_model
@@ -31,12 +31,12 @@ from llava_ray.generate.vllm.vllm_prompts import VllmPrompt, VllmPrompts
 from llava_ray.images.views import ImageDecoder
 from llava_ray.model.blueprint import Blueprint
 
-_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for
+_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM accepts
 
 
 @dataclass
 class Counts:
-    """What vLLM tells of itself, step by step; one of its "stat loggers"."""
+    """vLLM's statistics, updated every step; implements its "stat logger"."""
 
     num_waiting: int = 0
     kv_share: float = 0.0
@@ -46,7 +46,7 @@ class Counts:
     def record(
         self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
     ) -> None:
-        """Hear of a step."""
+        """Record the statistics of a step."""
         del iteration_stats, engine_idx
         if scheduler_stats is not None:
             self.num_waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
@@ -67,12 +67,12 @@ class Counts:
 
 @dataclass(frozen=True)
 class _RunningEngine:
-    """What there is between start and stop."""
+    """The state between start and stop."""
 
     llm: Any
     prompts: Mapping[str | None, VllmPrompts]
     adapters: Mapping[str, Any]
-    """vLLM's LoRARequest of each."""
+    """vLLM's LoRARequest of each adapter."""
     card: ModelCard
     kv_tokens: int
 
@@ -86,7 +86,7 @@ class _RequestStream:
 
 @dataclass
 class Totals:
-    """Since the start."""
+    """Counters since the start."""
 
     prompt_tokens: int = 0
     new_tokens: int = 0
@@ -104,7 +104,7 @@ class VllmEngine:
         settings: VllmSettings | None = None,
         adapters: Mapping[str, str | Path] | None = None,
     ) -> None:
-        """Nothing is loaded before ``start``; ``adapters`` are folders of LoRA adapters over that model."""
+        """Initialise without loading; ``adapters`` are folders of LoRA adapters for that model."""
         self.path = path
         self.name = name
         self.settings = settings or VllmSettings()
@@ -118,11 +118,11 @@ class VllmEngine:
 
     @property
     def card(self) -> ModelCard:
-        """Return what the model is able to do. Raises ModelError before the engine has started."""
+        """Return the model's capabilities. Raises ModelError before the engine has started."""
         return self._ready().card
 
     async def start(self) -> None:
-        """Export the model if it has to be, and load it. Raises ModelError."""
+        """Export the model if necessary, and load it. Raises ModelError."""
         if self._loaded is not None:
             raise ModelError("the engine has started already; start it once.")
         self._loaded = await asyncio.get_running_loop().run_in_executor(self._preparing, self._load)
@@ -131,7 +131,7 @@ class VllmEngine:
         """Stream the answer; see ``engine.Engine.generate``. The stream of a cancelled request just ends."""
         loaded = self._ready()
         check_unique_request_id(request.request_id, self._streams)
-        prompts = prompts_of(loaded.prompts, request.model)
+        prompts = find_prompt_maker(loaded.prompts, request.model)
         stream, ended = _RequestStream(), False
         self._streams[request.request_id] = stream
         try:
@@ -150,20 +150,22 @@ class VllmEngine:
             del self._streams[request.request_id]
 
     async def cancel(self, request_id: str) -> None:
-        """Drop the request between two tokens and free its memory; nothing happens if it has already ended."""
+        """Cancel a request between two tokens and free its memory; do nothing if it has already ended."""
         stream = self._streams.get(request_id)
         if stream is not None:
             stream.cancelled = True
             await self._ready().llm.abort(request_id)
 
     def stats(self) -> EngineStats:
-        """Return what is going on, without waiting for the model."""
-        loaded, num_asked = self._ready(), len(self._streams)
-        num_waiting = min(self.counts.num_waiting, num_asked)  # of the last step, and there is none without requests
+        """Return the engine's statistics, without waiting for the model."""
+        loaded, num_requests = self._ready(), len(self._streams)
+        num_waiting = min(
+            self.counts.num_waiting, num_requests
+        )  # vLLM's value is of its last step, and it takes none without requests
         return EngineStats(
-            num_running=num_asked - num_waiting,
+            num_running=num_requests - num_waiting,
             num_waiting=num_waiting,
-            kv_tokens_used=round(self.counts.kv_share * loaded.kv_tokens) if num_asked else 0,
+            kv_tokens_used=round(self.counts.kv_share * loaded.kv_tokens) if num_requests else 0,
             kv_tokens_capacity=loaded.kv_tokens,
             prompt_tokens=self.totals.prompt_tokens,
             generation_tokens=self.totals.new_tokens,
@@ -173,12 +175,12 @@ class VllmEngine:
         )
 
     def check_health(self) -> None:
-        """Raise ModelError if the engine can no longer answer (its process died)."""
+        """Check that the engine can still answer. Raises ModelError if its process died."""
         if self._ready().llm.errored:
             raise ModelError("vLLM's engine process died; its log says why. Restart it.")
 
     async def stop(self) -> None:
-        """Cancel what is running and free the model."""
+        """Cancel all requests and free the model."""
         for request_id in list(self._streams):
             await self.cancel(request_id)
         loaded, self._loaded = self._loaded, None
@@ -187,11 +189,11 @@ class VllmEngine:
         self._preparing.shutdown(wait=False)
 
     def use_decoder(self, decoder: ImageDecoder) -> None:
-        """Have the images of all later requests decoded by ``decoder``."""
+        """Decode the images of all later requests with ``decoder``."""
         self.decoder = decoder
 
     async def _prepare(self, prompts: VllmPrompts, request: GenerationRequest) -> VllmPrompt:
-        """Make a prompt; its images are decoded one after the other, so that no request takes every place there is."""
+        """Build a prompt; its images are decoded one by one, so that no request occupies every decoder."""
         prepare = functools.partial(asyncio.get_running_loop().run_in_executor, self._preparing)
         if self.decoder is None or not request.images:
             return await prepare(prompts.make, request)
@@ -210,28 +212,31 @@ class VllmEngine:
     async def _outputs(
         self, loaded: _RunningEngine, stream: _RequestStream, request: GenerationRequest, prompt: VllmPrompt
     ) -> AsyncGenerator[Any, None]:
-        """Pass on what vLLM says until it has finished or the request is cancelled. Raises RecordError, ModelError."""
+        """Yield vLLM's outputs until the answer ends or is cancelled. Raises RecordError or ModelError."""
         from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         if stream.cancelled:
             return
-        told = False
+        has_counted_prompt = False
         try:
             adapter = loaded.adapters.get(request.model or "")
-            given = loaded.llm.generate(prompt.inputs, prompt.params, request.request_id, lora_request=adapter)
-            async with aclosing(given) as outputs:
+            generated = loaded.llm.generate(prompt.inputs, prompt.params, request.request_id, lora_request=adapter)
+            async with aclosing(generated) as outputs:
                 async for output in outputs:
                     if stream.cancelled:
                         return
-                    if not told:
-                        told, self.totals.prompt_tokens = True, self.totals.prompt_tokens + len(output.prompt_token_ids)
+                    if not has_counted_prompt:
+                        has_counted_prompt, self.totals.prompt_tokens = (
+                            True,
+                            self.totals.prompt_tokens + len(output.prompt_token_ids),
+                        )
                     yield output
         except VLLMClientError as error:
-            raise RecordError(f"vLLM refuses the request: {error}", reason="engine") from error
+            raise RecordError(f"vLLM rejects the request: {error}", reason="engine") from error
         except (EngineDeadError, EngineGenerateError) as error:
             cause = error.__cause__ or error
-            raise ModelError(f"vLLM failed while it answered: {cause!r}. Ask again elsewhere.") from error
+            raise ModelError(f"vLLM failed while it answered: {cause!r}. Retry with another replica.") from error
 
     def _load(self) -> _RunningEngine:
         try:
@@ -277,7 +282,7 @@ class VllmEngine:
 
 
 def engine_arguments(model: VllmModel, settings: VllmSettings) -> dict[str, Any]:
-    """Return vLLM's own settings."""
+    """Return the arguments of vLLM's engine."""
     ranks = [adapter.rank for adapter in model.adapters]
     lora = {
         "enable_lora": True,
@@ -296,7 +301,7 @@ def engine_arguments(model: VllmModel, settings: VllmSettings) -> dict[str, Any]
     return {
         "model": str(model.folder),
         "dtype": settings.dtype,
-        "generation_config": "vllm",  # what samples is what the request says
+        "generation_config": "vllm",  # sampling follows the request, not the model's defaults
         "limit_mm_per_prompt": {"image": settings.max_images},
         "max_logprobs": -1,
         "enforce_eager": not settings.num_gpus,

@@ -1,4 +1,4 @@
-"""A LLaVA as vLLM takes it: the hub layout, and adapters under its names, written once into a cache folder."""
+"""Conversion of a LLaVA for vLLM: the hub layout, and adapters with its names, exported once to a cache folder."""
 
 import hashlib
 import json
@@ -29,13 +29,13 @@ from llava_ray.model.lora.adapters import check_base
 from llava_ray.model.tensors.tensor_files import read_json_object
 from llava_ray.model.tensors.tensor_reading import read_tensors
 
-_EXPORT = 1  # raise it when an export writes something else: older folders are then made anew
+_EXPORT = 1  # increase it when exports change: older folders are then written again
 _INNER, _HUB_INNER = "model.", "model.language_model."  # a language model's own tensors, and those inside a LLaVA
 
 
 @dataclass(frozen=True)
 class VllmAdapter:
-    """An adapter in peft's files under vLLM's names."""
+    """An adapter in peft's files with vLLM's names."""
 
     name: str
     folder: Path
@@ -46,7 +46,7 @@ class VllmAdapter:
 
 @dataclass(frozen=True)
 class VllmModel:
-    """A folder in the hub layout, and what we know of the model that vLLM does not."""
+    """A folder in the hub layout, with the model's properties that vLLM does not read."""
 
     folder: Path
     blueprint: Blueprint
@@ -56,9 +56,9 @@ class VllmModel:
 
 
 def prepare_model(path: str | Path, cache_dir: str | Path, adapters: Mapping[str, str | Path]) -> VllmModel:
-    """Return a model and its adapters for vLLM; what is not in the hub layout is exported into ``cache_dir`` once.
+    """Return a model and its adapters for vLLM; export those in other layouts to ``cache_dir`` once.
 
-    Raises ModelError, naming the part, for what vLLM cannot serve.
+    Raises ModelError, naming the part, for a model that vLLM cannot serve.
     """
     cache = Path(cache_dir).expanduser()
     _, layout = find_layout(str(path), weights=True)
@@ -78,7 +78,7 @@ def prepare_model(path: str | Path, cache_dir: str | Path, adapters: Mapping[str
 
 
 def _exported(layout: Layout, cache_dir: Path) -> Path:
-    """Return a model's export to the hub layout, written now or before. Raises ModelError."""
+    """Return a model's export to the hub layout, written now or earlier. Raises ModelError."""
     sources = {"folder": str(layout.folder), "files": _file_list(layout.folder), "export": _EXPORT}
 
     def write(new: Path) -> None:
@@ -89,7 +89,7 @@ def _exported(layout: Layout, cache_dir: Path) -> Path:
 
 
 def _prepare_adapter(base: Blueprint, name: str, place: str | Path, cache_dir: Path) -> VllmAdapter:
-    """Return an adapter over ``base``, its files renamed as they stand inside a LLaVA. Raises ModelError."""
+    """Return an adapter for ``base``, its tensors renamed as those inside a LLaVA. Raises ModelError."""
     layout, is_pefts = find_adapter(name, place)
     own = base if is_pefts else read_beside(base, name, layout)
     if not is_pefts:
@@ -104,7 +104,7 @@ def _prepare_adapter(base: Blueprint, name: str, place: str | Path, cache_dir: P
 
 
 def _check_projector(base: Blueprint, layout: Layout, name: str) -> None:
-    """Raise ModelError if an adapter sees images through a projector of its own."""
+    """Check that an adapter has the base's projector. Raises ModelError."""
     for part in ("projector", IMAGE_NEWLINE):
         mine, shared = (
             read_tensors({key: tensor for key, tensor in of.tensors.items() if key.partition(".")[0] == part})
@@ -118,7 +118,7 @@ def _check_projector(base: Blueprint, layout: Layout, name: str) -> None:
 
 
 def _check_plain(files: AdapterFiles, name: str) -> None:
-    """Raise ModelError for what vLLM does not know of adapters."""
+    """Check that an adapter has no settings that vLLM does not support. Raises ModelError."""
     for setting, plain in {"use_dora": False, "bias": "none", "lora_bias": False, "rank_pattern": {}}.items():
         found = getattr(files.config, setting)
         if found != plain:
@@ -129,7 +129,7 @@ def _check_plain(files: AdapterFiles, name: str) -> None:
 
 
 def _write_adapter(files: AdapterFiles, new: Path) -> None:
-    """Write an adapter's files under the names of a language model inside a LLaVA."""
+    """Write an adapter's files with the names of a language model inside a LLaVA."""
     hub_names = {n: _HUB_INNER + n.removeprefix(_INNER) if n.startswith(_INNER) else n for n in files.tensors}
     named = {f"{PEFT_PREFIX}{hub_names[name]}": tensor.contiguous() for name, tensor in files.tensors.items()}
     save_file(named, new / ADAPTER_FILE, metadata={"format": "pt"})
@@ -137,11 +137,11 @@ def _write_adapter(files: AdapterFiles, new: Path) -> None:
 
 
 def _file_list(folder: Path) -> list[list[Any]]:
-    """Return name, size and time of change of all files below a folder: what an export depends on."""
+    """Return name, size and modification time of all files below a folder, on which an export depends."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     return [[str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def _digest(sources: Mapping[str, Any]) -> str:
-    """Return a short name of what something was made from."""
+    """Return a short hash of the sources of an export."""
     return hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()[:12]

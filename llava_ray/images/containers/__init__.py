@@ -1,7 +1,7 @@
-"""The bytes around the pixels, walked before any decoder sees them: in linear time, with bounds on all that repeats.
+"""Walks over image containers before any decoder runs: in linear time, with bounds on everything that repeats.
 
-A decoder that trusts a file's counts and pointers can be held up for minutes, or made to fill the memory, by a small
-file. The walks go where Pillow and its libraries go. A file that is merely broken passes: its decoder says how.
+A small file can keep a decoder that trusts its counts and pointers busy for minutes, or make it fill the memory. The
+walks follow the same structures as Pillow and its libraries. A merely broken file passes: its decoder reports that.
 """
 
 import struct
@@ -38,16 +38,16 @@ Walk = Callable[[bytes, Budget, int], int]
 
 @dataclass(frozen=True)
 class Container:
-    """What a walk has found."""
+    """The result of a walk."""
 
     format: str
-    """Pillow's name."""
+    """Pillow's name of the format."""
     num_frames: int
-    """Of GIF and TIFF, whose headers do not say it; counted no further than asked. 1 for other formats."""
+    """Frames of GIF and TIFF, whose headers do not state them; counted up to the limit. 1 for other formats."""
 
 
 def identify_format(data: bytes) -> str | None:
-    """Return Pillow's name of a file's format from its first bytes; None for none that is read here."""
+    """Return Pillow's name of a file's format from its first bytes; None for an unsupported one."""
     for kind, magics in MAGICS.items():
         if data.startswith(magics):
             return kind
@@ -57,7 +57,7 @@ def identify_format(data: bytes) -> str | None:
 
 
 def walk_container(kind: str, data: bytes, name: str, max_frames: int) -> Container:
-    """Walk a file of a format that `identify` has named; frames are counted up to ``max_frames + 1``.
+    """Walk a file of a format that `identify_format` returned; frames are counted up to ``max_frames + 1``.
 
     Raises ImageError with reason ``image_too_costly`` for more blocks, entries or referenced bytes than any ordinary
     file has.
@@ -75,5 +75,5 @@ def walk_container(kind: str, data: bytes, name: str, max_frames: int) -> Contai
     }
     try:
         return Container(kind, walks[kind](data, Budget(name), max_frames))
-    except (struct.error, IndexError):  # cut off: nothing is left to be walked
+    except (struct.error, IndexError):  # truncated: nothing is left to walk
         return Container(kind, 1)

@@ -1,4 +1,4 @@
-"""JPEG 2000: boxes around a codestream (ISO 15444-1, annex A), whose few numbers decide how much is laid out for it."""
+"""Walk over JPEG 2000: boxes around a codestream (ISO 15444-1, annex A), whose header decides what is allocated."""
 
 import struct
 
@@ -30,7 +30,7 @@ def walk_jpeg2000(data: bytes, budget: Budget, max_frames: int) -> int:
 
 
 def _walk_codestream(data: bytes, place: int, budget: Budget) -> None:
-    """Walk the markers of the main header and of each part of a tile, whose data are skipped."""
+    """Walk the markers of the main header and of each tile part, whose data is skipped."""
     place += 2
     num_samples, part_end = 0, len(data)
     while place + 4 <= len(data):
@@ -63,7 +63,7 @@ def _count_samples(data: bytes, place: int, budget: Budget) -> int:
 
 
 def _check_coding(data: bytes, place: int, marker: int, num_samples: int, budget: Budget) -> None:
-    """Bound the code blocks, precincts, layers and packets that a coding style lays out for so many samples."""
+    """Bound the code blocks, precincts, layers and packets that a coding style allocates for so many samples."""
     style, layers, start = data[place + 4], struct.unpack_from(">H", data, place + 6)[0], place + 9
     if marker == _CODING_OF_COMPONENT:
         style, layers, start = data[place + 5], 1, place + 6

@@ -1,4 +1,4 @@
-"""Configs of a model's parts as plain values: complete, and readable by older programs."""
+"""Configs of a model's parts as plain values: with all defaults, and readable by older programs."""
 
 import json
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from llava_ray.reading import in_words, shown
 
 
 def complete(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return a part's config with what transformers would add to it. Raises ModelError that names ``where``."""
+    """Return a part's config with transformers' defaults filled in. Raises ModelError that names ``where``."""
     return _overlaid(values_of(build(config, where)), config)
 
 
@@ -25,12 +25,12 @@ def vision_part(tower: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _overlaid(whole: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``given`` with what ``whole`` adds to it, in the words of transformers 5."""
+    """Merge the defaults of ``whole`` into ``given``, under the keys of transformers 5."""
     values = {**whole, **given}
     values.pop("transformers_version", None)
     if (dtype := values.pop("torch_dtype", None)) is not None:
         values["dtype"] = dtype
-    if "rope_parameters" in whole:  # where the older keys have gone
+    if "rope_parameters" in whole:  # replaces the older keys
         values["rope_parameters"] = whole["rope_parameters"]
         for key in ("rope_theta", "rope_scaling"):
             values.pop(key, None)
@@ -38,7 +38,7 @@ def _overlaid(whole: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
 
 
 def build(config: Mapping[str, Any], where: str) -> PreTrainedConfig:
-    """Make transformers' object of a config. Raises ModelError that names ``where`` for an unknown type."""
+    """Build transformers' config object. Raises ModelError that names ``where`` for an unknown type."""
     check_declared(config, where)
     auto: Any = AutoConfig  # untyped in transformers
     kind = shown(config.get("model_type"))
@@ -49,7 +49,7 @@ def build(config: Mapping[str, Any], where: str) -> PreTrainedConfig:
 
 
 def values_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return a config as its config.json would hold it."""
+    """Return a config as the values of its config.json."""
     values: dict[str, Any] = json.loads(config.to_json_string())
     values.pop("transformers_version", None)
     return values
@@ -62,15 +62,15 @@ def num_prefix_tokens(tower: Mapping[str, Any]) -> int:
 
 
 def older(config: Mapping[str, Any], *, keep_new: bool) -> dict[str, Any]:
-    """Return a part's config as older programs read it: transformers 4.3x with ``keep_new`` false, else 4.4x and vLLM.
+    """Convert a part's config for older programs: transformers 4.3x, or with ``keep_new`` 4.4x and vLLM.
 
-    Without ``rope_theta`` they would compute with 10,000 in silence. ``keep_new`` leaves ``rope_parameters`` there.
+    Without ``rope_theta`` they would use 10,000 in silence. ``keep_new`` keeps ``rope_parameters`` as well.
     """
     values = dict(config)
     if "dtype" in values:
         values["torch_dtype"] = values.pop("dtype")
     rope = values.get("rope_parameters") or {}
-    if "rope_type" not in rope:  # none, or one for each type of layer, which older programs do not know
+    if "rope_type" not in rope:  # none, or one per type of layer, which older programs do not support
         return values
     scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "rope_type", "type")}
     values["rope_theta"] = rope["rope_theta"]

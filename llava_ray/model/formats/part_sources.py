@@ -1,4 +1,4 @@
-"""Find the language model and the vision tower of a model: inside its folder, or where it or the settings name them."""
+"""Search for a model's language model and vision tower: inside its folder, or where it or the settings name them."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from llava_ray.model.formats.sources import (
 )
 from llava_ray.reading import is_folder
 
-# What must be the same in a base's config as in the config that an adapter or projector was trained with.
+# Keys that must agree between a base's config and the config that an adapter or projector was trained with.
 _SHAPE_KEYS = (
     "model_type",
     "hidden_size",
@@ -32,16 +32,16 @@ _SHAPE_KEYS = (
 
 
 def find_layout(name: str, *, weights: bool) -> tuple[Source, Layout]:
-    """Find a model folder or hub id and what it is. Raises ModelError."""
+    """Find a model folder or hub id and describe it. Raises ModelError."""
     root = find_source(name, "language model", weights=weights)
     layout = read_layout(root.folder)
     if layout.kind is LayoutKind.ORIGINAL and not layout.tensors and root.name != str(root.folder):
-        # Without its weight files a hub's projector-only folder cannot be told from a whole model.
+        # Without its weight files a projector-only folder of the hub looks like a whole model.
         root = find_source(name, "language model")
         layout = read_layout(root.folder)
     if layout.kind is LayoutKind.VISION_TOWER:
         raise ModelError(f"{name} is a vision tower, not a language model; give it as vision_tower.")
-    if layout.folder != root.folder:  # a run's checkpoint, whose model lies below
+    if layout.folder != root.folder:  # a run's checkpoint, whose model is a folder below
         root = Source(str(layout.folder), layout.folder, str(layout.folder))
     return root, layout
 
@@ -87,25 +87,25 @@ def find_vision_tower(config: ModelConfig, root: Source, layout: Layout, *, weig
 
 
 def _check_there(named: str, part: PartName, root: Source, setting: str) -> None:
-    """Raise ModelError if the folder of a part that a model names is not there."""
+    """Raise ModelError if the folder of a part that a model names does not exist."""
     if Path(named).is_absolute() and not is_folder(Path(named)):
         raise ModelError(
-            f"no such {part.replace('_', ' ')}: {root.name} names the folder {named}, which is not there. Copy both so "
-            f"that they lie to each other as before, or say where it is with {setting}."
+            f"no such {part.replace('_', ' ')}: {root.name} names the folder {named}, which does not exist. Copy both "
+            f"with the same relative paths, or give its place with {setting}."
         )
 
 
 def _check_configured_part(given: str | None, inside: Source, part: PartName, layout: Layout) -> None:
-    """Raise ModelError if another part is configured than the one that the folder brings."""
+    """Raise ModelError if another part is configured than the one inside the folder."""
     if given is not None and given != inside.origin and str(Path(given).resolve()) != inside.origin:
         raise ModelError(
-            f"{layout.folder} brings its own {part.replace('_', ' ')} (from {inside.origin}), but {given} is "
+            f"{layout.folder} includes its own {part.replace('_', ' ')} (from {inside.origin}), but {given} is "
             "configured; leave the setting out, or start from the plain language model."
         )
 
 
 def _check_base(layout: Layout, base: Source) -> None:
-    """Raise ModelError if an adapter or projector says that it was trained over another language model."""
+    """Raise ModelError if an adapter or projector records another base language model."""
     if layout.language_config is None:
         return
     trained = make_config(layout.language_config, layout.folder, "language model").to_dict()

@@ -1,4 +1,4 @@
-"""What a LoRA adapter adds to each linear layer, taken out of a model that it lies over: plain tensors, no peft."""
+"""The terms that a LoRA adapter adds to each linear layer, extracted from a model as plain tensors without peft."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,31 +18,31 @@ from llava_ray.model.network.quantization import find_dtype
 
 @dataclass(frozen=True)
 class LayerTerm:
-    """A layer with an adapter gives ``gain * (W x) + x down^T up + bias + shift``.
+    """The term of one layer, whose output is ``gain * (W x) + x down^T up + bias + shift``.
 
     Low rank as in https://arxiv.org/abs/2106.09685; ``gain`` as in DoRA, https://arxiv.org/abs/2402.09353.
     """
 
     down: Float[Tensor, "r i"]
     up: Float[Tensor, "r o"]
-    """The adapter's scaling, and DoRA's gain, are in it."""
+    """Includes the adapter's scaling and DoRA's gain."""
     gain: Float[Tensor, " o"] | None = None
-    """DoRA's; None for 1."""
+    """DoRA's gain; None for 1."""
     shift: Float[Tensor, " o"] | None = None
-    """What a bias that has learnt is more than the base's; None for 0."""
+    """Trained bias minus the base's; None for 0."""
 
 
 Terms = Mapping[str, LayerTerm]
-"""By the names of the language model's linear layers."""
+"""Terms by the names of the language model's linear layers."""
 
 
 @torch.no_grad()
 def load_terms(
     language_model: PreTrainedModel, folder: Path, *, base_fingerprint: str | None
 ) -> tuple[Terms, Float32[Tensor, "t vocab"]]:
-    """Read an adapter's terms, and the logits of a fixed text (``adapters.probe``) while peft has it over the model.
+    """Load an adapter's terms, and the logits of a fixed text (``adapters.probe``) while it is injected by peft.
 
-    The model is then as it was. Raises ModelError for an adapter that is incomplete, damaged, of another model, or that
+    The model is left unchanged. Raises ModelError for an adapter that is incomplete, damaged, of another model, or that
     changes more than linear layers.
     """
     before = {name: bias.detach().clone() for name, bias in _biases(language_model).items()}
@@ -62,11 +62,11 @@ def load_terms(
 def extract_lora_weights(
     language_model: PreTrainedModel, folder: Path
 ) -> tuple[Terms, Float32[Tensor, "t vocab"], Callable[[], None]]:
-    """Take off the adapter that lies over a model; return the same of it, and what puts it back. Raises ModelError."""
+    """Remove a model's adapter; return its terms, its logits, and a function that restores it. Raises ModelError."""
     layers, settings = adapter_layers(language_model), vars(language_model)["peft_config"]
     if peft_config(language_model).bias != "none":
         raise ModelError(
-            f"the adapter in {folder} has biases that learnt, and its base's own are not known any more, so no other "
+            f"the adapter in {folder} has trained biases, and its base's own are no longer known, so no other "
             "adapter can be served beside it. Serve it alone, or as one of the adapters over its base."
         )
     terms, said = _read_terms(language_model, {}, folder), probe(language_model)
@@ -81,7 +81,7 @@ def extract_lora_weights(
 
 
 def _read_terms(language_model: PreTrainedModel, shifts: Mapping[str, Tensor], folder: Path) -> dict[str, LayerTerm]:
-    """Return the terms of the adapter that lies over the model, with its changes of biases. Raises ModelError."""
+    """Return the terms of the model's adapter, with its changes of biases. Raises ModelError."""
     dtype, terms = find_dtype(language_model), {}
     left = dict(shifts)
     for name, layer in adapter_layers(language_model).items():
@@ -105,7 +105,7 @@ def _read_terms(language_model: PreTrainedModel, shifts: Mapping[str, Tensor], f
 
 
 def _read_term(layer: Any, shift: Tensor | None, dtype: torch.dtype) -> LayerTerm:
-    """Return the term of one of peft's layers."""
+    """Compute the term of one of peft's layers."""
     from peft.utils.integrations import dequantize_module_weight
 
     down, up = layer.lora_A[ADAPTER].weight.float(), layer.lora_B[ADAPTER].weight.float() * layer.scaling[ADAPTER]
@@ -118,7 +118,7 @@ def _read_term(layer: Any, shift: Tensor | None, dtype: torch.dtype) -> LayerTer
 
 
 def _biases(language_model: nn.Module) -> dict[str, Tensor]:
-    """Return the model's own biases, by their names without an adapter."""
+    """Return the model's own biases, by the names that they have without an adapter."""
     return {
         name.replace(".base_layer.", "."): parameter
         for name, parameter in language_model.named_parameters()

@@ -10,22 +10,19 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava_ray.chat.conversation import IMAGE_TOKEN_INDEX
 from llava_ray.errors import ModelError
 from llava_ray.images.anyres import Size
 from llava_ray.images.tokens import NEWLINE, ImageTokens
 from llava_ray.model.network.tower import VisionTower
 
-LOGITS_CHUNK = 512  # supervised tokens whose logits are in fp32 at one time
 _ONE_VIEW = ImageTokens(rows=1, columns=1)  # each image is one view, whose features stand as they come
 
 
 class Llava(nn.Module):
-    """A projector and a language model, and a tower that learns: all that a training engine has to wrap."""
+    """A projector, a language model and, if it is trained, a tower: everything that a training engine wraps."""
 
     def __init__(
         self,
@@ -56,7 +53,7 @@ class Llava(nn.Module):
         self._tower: tuple[VisionTower, ...] = ()
 
     def adopt_tower(self, tower: VisionTower) -> None:
-        """Take the tower in, so that it learns with the rest; ``forward`` then wants pixels instead of features."""
+        """Register the tower, so that it is trained with the rest; ``forward`` then takes pixels, not features."""
         self.vision_tower = tower.backbone  # canonical tensor names: vision_tower.<the backbone's own>
         self._tower = (tower,)
 
@@ -70,34 +67,32 @@ class Llava(nn.Module):
         self,
         input_ids: Int[Tensor, "1 t"],
         position_ids: Int[Tensor, "1 t"],
-        labels: Int[Tensor, "1 t"],
+        predicting: Int[Tensor, " s"],
         features: Float[Tensor, "n p v"] | None = None,
         image_sizes: Sequence[Size] = (),
         pixels: Float[Tensor, "n 3 h w"] | None = None,
-    ) -> Float[Tensor, " s"]:
-        """Return the fp32 cross-entropy of each supervised token of a packed row, in order.
+    ) -> Float[Tensor, "s vocab"]:
+        """Return the logits of a packed row at the positions ``predicting``, in order.
 
         ``features`` are those of all views of all images, ``image_sizes`` each image's (width, height) in pixels,
-        which anyres needs; ``pixels`` stand for the features where the tower has been adopted. Labels are shifted
-        here: position i predicts ``labels[i + 1]``, never across the border of two samples. The result's sum can
-        always be differentiated, also when it is empty. Raises ModelError if features and image positions differ in
-        number.
+        which anyres needs; ``pixels`` stand for the features where the tower has been adopted. Only the language
+        model's head is limited to ``predicting``. The result's sum can always be differentiated, also when it is
+        empty. Raises ModelError if features and image positions differ in number.
         """
-        predicting, targets = find_supervised(labels, position_ids)
         blank = None
         for tower in self._tower:  # before anything else, with images or not: every rank in the same order (see touch)
             if pixels is not None:
                 features = tower(pixels)
             elif features is None:
                 blank = tower.blank_features()
-        logits = self.language_model(
+        logits: Tensor = self.language_model(
             inputs_embeds=self.embed(input_ids, features, image_sizes, blank),
             position_ids=position_ids,
             # With a cache, transformers no longer sees the borders between samples.
             use_cache=False,
             logits_to_keep=predicting,
         ).logits
-        return token_losses(logits[0], targets)
+        return logits[0]
 
     def embed(
         self,
@@ -133,12 +128,12 @@ class Llava(nn.Module):
         return embeddings.masked_scatter(is_image.unsqueeze(-1), projected)
 
     def project(self, features: Float[Tensor, "n p v"], order: Int[Tensor, " t"] | None) -> Float[Tensor, "t d"]:
-        """Return features as the language model reads them, in that order (see ``arrange``) or as they come."""
+        """Project features to the language model's width, in the given order (see ``arrange``) or unchanged."""
         projected: Tensor = self.projector(features).flatten(0, 1)
         return projected if order is None else self.laid_out(projected, order.to(projected.device))
 
     def arrange(self, num_features: int, image_sizes: Sequence[Size]) -> Int[Tensor, " t"] | None:
-        """Return which feature stands at each image position; None where they stand as they come.
+        """Return the index of the feature at each image position; None where features are in order already.
 
         Raises ModelError if ``num_features`` are not those of images of these sizes.
         """
@@ -162,40 +157,9 @@ class Llava(nn.Module):
         return torch.where((order == NEWLINE).unsqueeze(-1), newline, merged)
 
     def zero_weight_image_path(self, blank: Float[Tensor, "1 p v"]) -> Float[Tensor, ""]:
-        """Return a number that depends on all that only images use.
+        """Return a zero that depends on every parameter that only images use.
 
         Every rank must use the same parameters in the same order, or ZeRO 2 and 3 wait for one another forever.
         """
         touched: Tensor = self.projector(blank).sum()
         return touched if self.image_newline is None else touched + self.image_newline.sum()
-
-
-def find_supervised(
-    labels: Int[Tensor, "1 t"], position_ids: Int[Tensor, "1 t"]
-) -> tuple[Int[Tensor, " s"], Int[Tensor, " s"]]:
-    """Return the positions that predict a supervised token, and those tokens.
-
-    A sample's first token (position 0) is never predicted: what stands before it belongs to another sample.
-    """
-    following = labels[0, 1:].masked_fill(position_ids[0, 1:] == 0, IGNORE_INDEX)
-    predicting = (following != IGNORE_INDEX).nonzero().squeeze(1)
-    return predicting, following[predicting]
-
-
-def token_losses(logits: Float[Tensor, "s vocab"], targets: Int[Tensor, " s"]) -> Float[Tensor, " s"]:
-    """Return the cross-entropy of each token in fp32.
-
-    Half-precision logits are widened a chunk at a time and again in the backward pass: 2,048 tokens of a vocabulary of
-    152,000 would otherwise hold 1.2 GB of fp32 copies.
-    """
-    if logits.dtype == torch.float32 or not logits.shape[0]:
-        return _fp32_losses(logits, targets)
-    chunks = zip(torch.split(logits, LOGITS_CHUNK), torch.split(targets, LOGITS_CHUNK), strict=True)
-    return torch.cat(
-        [checkpoint(_fp32_losses, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
-    )
-
-
-def _fp32_losses(logits: Float[Tensor, "s vocab"], targets: Int[Tensor, " s"]) -> Float[Tensor, " s"]:
-    """Return the cross-entropy of each token, computed in fp32."""
-    return cross_entropy(logits.float(), targets, reduction="none")

@@ -1,4 +1,4 @@
-"""What must be known of a kind of vision tower and stands nowhere in its config. No torch."""
+"""Facts about each kind of vision tower that its config does not state. No torch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from llava_ray.errors import ModelError
 
 @dataclass(frozen=True)
 class Family:
-    """What must be known of a kind of tower and stands nowhere in its config.
+    """Facts about a kind of tower that its config does not state.
 
     ``num_prefix_tokens`` counts the tokens before the patches, ``blocks`` is where the transformer blocks are,
     ``tail`` names what only serves the pooled output or the final norm, ``unused`` parameters that have no part in any
@@ -62,7 +62,7 @@ WITH_TEXT_PART = ("clip", "siglip", "siglip2")  # configs of image-and-text mode
 
 
 def find_family(config: PreTrainedConfig) -> Family:
-    """Return what is known of this kind of tower. Raises ModelError for an unknown kind."""
+    """Return the facts about this kind of tower. Raises ModelError for an unknown kind."""
     if config.model_type not in FAMILIES:
         raise ModelError(
             f"{config.name_or_path or 'the vision tower'} is of type {config.model_type!r}; known towers are "
@@ -72,7 +72,7 @@ def find_family(config: PreTrainedConfig) -> Family:
 
 
 def _find_depth(config: PreTrainedConfig, select_layer: int) -> int:
-    """Turn an index into the hidden states (0 is the embeddings) into a number of blocks. Raises ModelError."""
+    """Convert an index into the hidden states (0 is the embeddings) to a number of blocks. Raises ModelError."""
     num_blocks: int = config.num_hidden_layers
     depth = select_layer if select_layer >= 0 else num_blocks + 1 + select_layer
     if not 0 <= depth <= num_blocks:
@@ -90,7 +90,7 @@ def find_depths(config: PreTrainedConfig, select_layer: int | Sequence[int]) -> 
 
 
 def feature_width(config: PreTrainedConfig, select_layer: int | Sequence[int], s2_scales: Sequence[int] = ()) -> int:
-    """Return the width of the features: each layer and each scale adds the tower's own."""
+    """Compute the width of the features: each layer and each scale adds the tower's own."""
     num_layers = 1 if isinstance(select_layer, int) else len(select_layer)
     width: int = config.hidden_size * num_layers * max(1, len(s2_scales))
     return width

@@ -1,4 +1,4 @@
-"""What a run would be, before anything is downloaded or started: parts, data, steps, memory, and whether it fits."""
+"""The dry run, before anything is downloaded or started: parts, data, steps, memory, and whether the run fits."""
 
 import math
 import os
@@ -19,13 +19,13 @@ from llava_ray.train.planning.memory import GIB, GPU_MEMORY_GIB, Memory, estimat
 from llava_ray.train.planning.sizing import measure_sizes, run_settings
 from llava_ray.uploads import MB, check_upload
 
-_WORDS = {
+_LABELS = {
     "weights": "weights",
     "gradients": "gradients",
     "optimizer": "optimiser state",
     "activations": "activations",
     "logits": "logits",
-    "vision": "vision tower at work",
+    "vision": "vision tower",
     "buffers": "DeepSpeed's buffers",
     "reserved": "CUDA, NCCL, allocator",
 }
@@ -34,7 +34,7 @@ _GPU_ONLY = ("reserved",)
 
 @dataclass(frozen=True)
 class Device:
-    """What the run's workers compute on: a name, GiB of memory if that is known, and whether it is a GPU."""
+    """The device of each worker: its name, its memory in GiB if known, and whether it is a GPU."""
 
     name: str
     memory_gib: float | None
@@ -44,42 +44,42 @@ class Device:
 def describe_run(
     config: FinetuneConfig, gpu_memory_gib: float | None = None, cluster_file: str | None = None
 ) -> Iterator[str]:
-    """Yield the run in words, a line at a time.
+    """Yield the description of a run, a line at a time.
 
-    ``gpu_memory_gib`` goes before what is known of the GPUs of the cluster file or of cluster.accelerator_type. Raises
+    ``gpu_memory_gib`` overrides the memory of the cluster file's GPUs or of cluster.accelerator_type. Raises
     ModelError if the model's size cannot be known without a download, and ConfigError if the run does not fit into the
-    cluster or, at the end, into the GPUs' memory, with settings that would.
+    cluster or, at the end, into the GPUs' memory, with settings under which it would.
     """
     cluster = read_cluster_file(cluster_file) if cluster_file else None
     if cluster is not None:
-        yield from _tell_cluster(cluster, config)
+        yield from _describe_cluster(cluster, config)
         yield f"Upload {check_upload(Path.cwd()) / MB:.1f} MB with ray job submit --working-dir ."
     device = find_device(config, gpu_memory_gib, cluster)
-    card = summarize_model(config)
-    yield from _tell_parts(card)
+    summary = summarize_model(config)
+    yield from _describe_parts(summary)
     yield from tell_data(config)
-    memory = estimate_memory(measure_sizes(card), run_settings(config))
+    memory = estimate_memory(measure_sizes(summary), run_settings(config))
     if not device.is_gpu:
         memory = replace(memory, reserved=0.0)
     yield from tell_memory(memory, config, device)
     if device.is_gpu and device.memory_gib is not None and memory.total > device.memory_gib * GIB:
-        ways = [
-            f"  {way}  ({needed / GIB:.1f} GiB)"
-            for way, needed in suggest_memory_fixes(config, device.memory_gib * GIB)
+        fixes = [
+            f"  {fix}  ({needed / GIB:.1f} GiB)"
+            for fix, needed in suggest_memory_fixes(config, device.memory_gib * GIB)
         ]
         raise ConfigError(
             f"the run needs {memory.total / GIB:.1f} GiB on each worker's GPU, {device.name} has "
             f"{device.memory_gib:g} GiB. "
             + (
-                "It would fit with any of\n" + "\n".join(ways)
-                if ways
-                else "No setting we know makes it fit: take larger GPUs."
+                "It would fit with any of\n" + "\n".join(fixes)
+                if fixes
+                else "No known setting makes it fit: use larger GPUs."
             )
         )
 
 
-def _tell_cluster(cluster: ClusterFile, config: FinetuneConfig) -> Iterator[str]:
-    """Say where the run would be; raise ConfigError with every reason why it does not fit."""
+def _describe_cluster(cluster: ClusterFile, config: FinetuneConfig) -> Iterator[str]:
+    """Yield where the run would be placed. Raises ConfigError with every reason why it does not fit."""
     if misfits := find_misfits(cluster, config):
         raise ConfigError(f"the run does not fit {cluster.path}. " + ". ".join(misfits))
     pools = ", ".join(sorted({one.pool for one in cluster.node_types if one.pool}))
@@ -87,9 +87,9 @@ def _tell_cluster(cluster: ClusterFile, config: FinetuneConfig) -> Iterator[str]
 
 
 def find_device(config: FinetuneConfig, gpu_memory_gib: float | None, cluster: ClusterFile | None = None) -> Device:
-    """Return the GPU that is named, by its memory, by cluster.accelerator_type or as the smallest of a cluster file.
+    """Return the GPU named by its memory, by cluster.accelerator_type or, as the smallest, by a cluster file.
 
-    Without any, and where the run would start on this machine, it is the machine.
+    Without any of them, and where the run would start on this machine, return the machine.
     """
     if not _uses_gpu(config, gpu_memory_gib, cluster):
         here = None if cluster else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
@@ -104,7 +104,7 @@ def find_device(config: FinetuneConfig, gpu_memory_gib: float | None, cluster: C
 
 
 def _uses_gpu(config: FinetuneConfig, gpu_memory_gib: float | None, cluster: ClusterFile | None) -> bool:
-    """Tell whether a run's workers would have GPUs; of a cluster that is not asked it is taken to have some."""
+    """Return whether a run's workers would have GPUs; a cluster that is not queried is assumed to have some."""
     chosen = config.cluster
     if chosen.use_gpu != "auto":
         return chosen.use_gpu
@@ -122,17 +122,17 @@ def _gpu_names(cluster: ClusterFile) -> Iterator[str]:
             yield max(node.accelerators, key=len)
 
 
-def _tell_parts(card: ModelSummary) -> Iterator[str]:
-    """Say what the model is made of, and what learns."""
-    yield f"{'Model':<16}{'parameters':>18}{'learn':>18}"
-    for part in card.parts:
+def _describe_parts(summary: ModelSummary) -> Iterator[str]:
+    """Yield a table of the model's parts with their trainable parameters."""
+    yield f"{'Model':<16}{'parameters':>18}{'trainable':>18}"
+    for part in summary.parts:
         yield f"  {part.name:<14}{part.num_total:>18,}{part.num_trainable:>18,}  {part.kind}, {part.origin}"
-    total, learning = (sum(getattr(part, key) for part in card.parts) for key in ("num_total", "num_trainable"))
-    yield f"  {'total':<14}{total:>18,}{learning:>18,}"
+    total, trainable = (sum(getattr(part, key) for part in summary.parts) for key in ("num_total", "num_trainable"))
+    yield f"  {'total':<14}{total:>18,}{trainable:>18,}"
 
 
 def tell_data(config: FinetuneConfig) -> Iterator[str]:
-    """Say where the data are, and how many steps they make if that can be known. Raises DataError for none at all."""
+    """Yield where the data are, and the number of steps if known. Raises DataError if there are none."""
     train = config.train
     count = count_of_run(config)
     yield f"Data  {config.data.data_path}" + ("" if count is None else f", {count:,} samples")
@@ -146,7 +146,7 @@ def tell_data(config: FinetuneConfig) -> Iterator[str]:
 
 
 def count_of_run(config: FinetuneConfig) -> int | None:
-    """Return how many samples a run learns from if none is rejected, None if that cannot be known from here."""
+    """Return the number of training samples if none is rejected; None if it cannot be known from here."""
     count = count_samples(config.data.data_path)
     if count == 0:
         raise DataError(f"{config.data.data_path} holds no record; check data.data_path")
@@ -154,7 +154,7 @@ def count_of_run(config: FinetuneConfig) -> int | None:
 
 
 def steps_of_run(config: FinetuneConfig, count: int | None) -> int | None:
-    """Return the steps of a whole run of ``count`` samples; without it the most that it may take, None for any."""
+    """Return the steps of a run over ``count`` samples; without a count its upper bound, None if unbounded."""
     train = config.train
     if count is None:
         return train.max_steps
@@ -163,7 +163,7 @@ def steps_of_run(config: FinetuneConfig, count: int | None) -> int | None:
 
 
 def tell_memory(memory: Memory, config: FinetuneConfig, device: Device) -> Iterator[str]:
-    """Say what each worker needs, and what it has."""
+    """Yield the memory that each worker needs, and what its device has."""
     train, cluster = config.train, config.cluster
     yield (
         f"Memory of each worker ({cluster.num_workers}): ZeRO {train.zero_stage}, a row of {train.row_length:,} "
@@ -172,8 +172,8 @@ def tell_memory(memory: Memory, config: FinetuneConfig, device: Device) -> Itera
         + (", optimiser offloaded" if train.offload_optimizer else "")
     )
     for field in fields(memory):
-        if field.name in _WORDS and (device.is_gpu or field.name not in _GPU_ONLY):
-            yield f"  {_WORDS[field.name]:<24}{getattr(memory, field.name) / GIB:>8.2f} GiB"
+        if field.name in _LABELS and (device.is_gpu or field.name not in _GPU_ONLY):
+            yield f"  {_LABELS[field.name]:<24}{getattr(memory, field.name) / GIB:>8.2f} GiB"
     yield f"  {'total':<24}{memory.total / GIB:>8.2f} GiB"
     if memory.host:
         yield f"  {'host memory a worker':<24}{memory.host / GIB:>8.2f} GiB"

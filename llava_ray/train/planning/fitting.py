@@ -14,32 +14,32 @@ _MOST_WORKERS = 64
 
 
 def suggest_memory_fixes(config: FinetuneConfig, memory: float) -> list[tuple[str, float]]:
-    """Return changes that make a run fit into so many bytes, as flags, with what is then needed.
+    """Return changes, as flags, that make a run fit into ``memory`` bytes, each with the memory then needed.
 
-    Each is tried alone, and of one kind only the smallest step is named; if none is enough, one is added to another
-    until they are.
+    Each is tried alone, and only the smallest sufficient step of each kind is returned; if none suffices alone, they
+    are combined one after another until they do.
     """
     changes, needs = list(_changes_to_try(config)), _estimator()
-    ways: dict[frozenset[str], tuple[str, float]] = {}
+    fixes: dict[frozenset[str], tuple[str, float]] = {}
     for change in changes:
         needed = needs(config.replaced(change))
         if needed <= memory:
-            ways.setdefault(frozenset(change), (_describe_change(change), needed))
-    if ways:
-        return list(ways.values())
-    together: dict[str, Any] = {}
+            fixes.setdefault(frozenset(change), (_describe_change(change), needed))
+    if fixes:
+        return list(fixes.values())
+    combined: dict[str, Any] = {}
     for change in changes:
-        together |= change
-        needed = needs(config.replaced(together))
+        combined |= change
+        needed = needs(config.replaced(combined))
         if needed <= memory:
-            return [(_describe_change(together), needed)]
+            return [(_describe_change(combined), needed)]
     return []
 
 
 def _estimator() -> Callable[[FinetuneConfig], float]:
-    """Return a function that says how many bytes a run needs, and measures each model once.
+    """Return a function that computes the bytes that a run needs, and measures each model once.
 
-    Few of the settings that are tried change its card.
+    Few of the settings that are tried change the model's summary.
     """
     measured: dict[tuple[ModelConfig, LoraConfig], ModelSizes] = {}
 
@@ -53,7 +53,7 @@ def _estimator() -> Callable[[FinetuneConfig], float]:
 
 
 def _changes_to_try(config: FinetuneConfig) -> Iterator[dict[str, Any]]:
-    """Yield the settings that save memory, those first that change nothing of what is learnt."""
+    """Yield settings that save memory, first those that do not change the trained result."""
     train = config.train
     if not train.gradient_checkpointing:
         yield {"train.gradient_checkpointing": True}
@@ -75,7 +75,7 @@ def _changes_to_try(config: FinetuneConfig) -> Iterator[dict[str, Any]]:
 
 
 def _adapter_changes(config: FinetuneConfig) -> Iterator[dict[str, Any]]:
-    """Yield an adapter in place of a language model that learns as a whole, then over a quantised one."""
+    """Yield an adapter in place of full fine-tuning, then one on a quantised language model."""
     if config.model.tune_mm_mlp_adapter or config.model.freeze_backbone:
         return
     if not config.lora.lora_enable:
@@ -85,5 +85,5 @@ def _adapter_changes(config: FinetuneConfig) -> Iterator[dict[str, Any]]:
 
 
 def _describe_change(change: Mapping[str, Any]) -> str:
-    """Write settings as flags."""
+    """Format settings as flags."""
     return " ".join(f"--{key} {value}" for key, value in change.items())

@@ -1,4 +1,4 @@
-"""How much memory a train worker's GPU needs: arithmetic on the model's shapes and the run's settings, nothing else.
+"""An estimate of a train worker's GPU memory: arithmetic on the model's shapes and the run's settings alone.
 
 Sources: what ZeRO partitions, *ZeRO* (https://arxiv.org/abs/1910.02054, section 5): with W workers each of weights,
 gradients and optimiser state is whole or a W-th. What a layer keeps for its backward pass, counted as in *Reducing
@@ -6,7 +6,7 @@ Activation Recomputation* (https://arxiv.org/abs/2205.05198, section 4), but of 
 RMSNorm, a gated MLP, attention without a table of scores, no dropout. Sizes of 4-bit weights: *QLoRA*
 (https://arxiv.org/abs/2305.14314, section 3). DeepSpeed's buffers: its defaults, which ``train/zero.py`` leaves alone.
 
-It is an estimate and meant to be a little high: every position is taken to be learnt, every row to be full of images.
+It is an estimate and meant to be a little high: every position counts as supervised, every row as full of images.
 """
 
 from dataclasses import dataclass, fields
@@ -20,13 +20,13 @@ _PREFETCH_BUCKET = 50_000_000
 _MAX_LIVE = 1_000_000_000
 _SUB_GROUP = 1_000_000_000
 
-_LOGITS_CHUNK = 512  # tokens whose logits are in fp32 at one time (model/llava.py)
+_LOGITS_CHUNK = 512  # tokens whose logits are in fp32 at one time (objectives/cross_entropy.py)
 _IMAGES_PER_FORWARD = 64  # of a frozen tower
 
-# CUDA context, NCCL's buffers, cuBLAS workspaces and what the allocator cannot use: no formula gives it.
+# CUDA context, NCCL's buffers, cuBLAS workspaces, fragmentation: no formula gives it.
 _RESERVED = 1.5 * GIB
 
-# Usable GiB, by Ray's names of accelerators: a little under what the sellers say.
+# Usable GiB, by Ray's names of accelerators: a little below the nominal size.
 GPU_MEMORY_GIB: dict[str, float] = {
     "T4": 14.6,
     "P100": 15.9,
@@ -71,7 +71,7 @@ class ModelSizes:
     projector: int
     vision_tower: int
     trainable: int
-    """Parameters that learn, in all parts, adapters included."""
+    """Trainable parameters in all parts, adapters included."""
     adapter: int
     """Parameters of adapters, which come on top of the parts."""
     blocks: Blocks
@@ -89,7 +89,7 @@ class ModelSizes:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What of a run's settings the memory depends on."""
+    """The settings of a run that its memory depends on."""
 
     zero_stage: Literal[0, 1, 2, 3]
     num_workers: int
@@ -108,7 +108,7 @@ class RunSettings:
 
     @property
     def width(self) -> int:
-        """Bytes of a number that is computed with."""
+        """Return the bytes of a number in the compute dtype."""
         return 2 if self.bf16 else 4
 
 
@@ -128,12 +128,12 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """Return what the GPU must have."""
+        """Return the bytes that the GPU must have."""
         return sum(getattr(self, field.name) for field in fields(self) if field.name != "host")
 
 
 def estimate_memory(sizes: ModelSizes, run: RunSettings) -> Memory:
-    """Return what a worker needs at the busiest moment of a step."""
+    """Return the memory of a worker at the peak of a step."""
     logits = logits_bytes(sizes, run)
     activations = activation_bytes(sizes, run)
     # The optimiser's step comes when activations are gone, with fp32 copies of gradients in their place.
@@ -153,7 +153,7 @@ def estimate_memory(sizes: ModelSizes, run: RunSettings) -> Memory:
 
 
 def weight_bytes(sizes: ModelSizes, run: RunSettings) -> float:
-    """Weights of all parts: at stage 3 a W-th of what the engine holds; a frozen tower is always whole."""
+    """Return the bytes of all weights: a W-th of the engine's at stage 3; a frozen tower is never partitioned."""
     tower = run.width * sizes.vision_tower if run.inline_tower or sizes.tower_learns else 0
     plain = sizes.language_model + sizes.projector + sizes.adapter
     quantized = 0.0
@@ -166,7 +166,7 @@ def weight_bytes(sizes: ModelSizes, run: RunSettings) -> float:
 
 
 def bytes_per_quantized(run: RunSettings) -> float:
-    """Bytes of a quantised weight: 4 bits in blocks of 64 with an fp32 scale, or one of 8 bits in blocks of 256.
+    """Return the bytes of a quantised weight: 4 bits, per 64 weights an fp32 scale or, in blocks of 256, one of 8 bits.
 
     8 bits: a row's fp32 scale vanishes beside it.
     """
@@ -177,20 +177,20 @@ def bytes_per_quantized(run: RunSettings) -> float:
 
 
 def gradient_bytes(sizes: ModelSizes, run: RunSettings) -> float:
-    """Gradients of what learns, in the weights' width; a W-th from stage 2 on, in the host's memory with offload."""
+    """Return the bytes of gradients in the weights' dtype: a W-th from stage 2 on, none on the GPU with offload."""
     if run.zero_stage < 2:
         return run.width * sizes.trainable
     return 0.0 if run.offload_optimizer else run.width * sizes.trainable / run.num_workers
 
 
 def optimizer_bytes(sizes: ModelSizes, run: RunSettings) -> float:
-    """AdamW's two moments in fp32, and from bf16 or under ZeRO an fp32 copy of the weights: 12 bytes each."""
+    """Return the bytes of AdamW's two fp32 moments and, with bf16 or ZeRO, of an fp32 copy of the weights."""
     master = 4 if run.bf16 or run.zero_stage else 0
     return (8 + master) * sizes.trainable / (run.num_workers if run.zero_stage else 1)
 
 
 def step_bytes(sizes: ModelSizes, run: RunSettings) -> float:
-    """Gradients widened to fp32 for the optimiser, on the GPU."""
+    """Return the bytes of gradients cast to fp32 for the optimiser, on the GPU."""
     if run.offload_optimizer:
         return 0.0
     own = sizes.trainable / (run.num_workers if run.zero_stage else 1)
@@ -198,7 +198,7 @@ def step_bytes(sizes: ModelSizes, run: RunSettings) -> float:
 
 
 def layer_bytes(blocks: Blocks, run: RunSettings) -> float:
-    """Bytes that one block keeps of one position for its backward pass.
+    """Return the bytes that one block keeps of one position for its backward pass.
 
     Two norms keep their fp32 input, what their gain multiplies and their output; attention keeps queries, keys and
     values (for every head) and its output, with a number in fp32 for each head; a gated MLP keeps gate, activation, up
@@ -217,7 +217,7 @@ def layer_bytes(blocks: Blocks, run: RunSettings) -> float:
 
 
 def activation_bytes(sizes: ModelSizes, run: RunSettings) -> float:
-    """Activations of language model and projector for one row; with checkpointing each block's input, and one block.
+    """Return the bytes of one row's activations; with checkpointing those of each block's input and of one block.
 
     The block at work also has the gradients of its widest values.
     """
@@ -233,7 +233,7 @@ def activation_bytes(sizes: ModelSizes, run: RunSettings) -> float:
 
 
 def logits_bytes(sizes: ModelSizes, run: RunSettings) -> float:
-    """Logits of a row and their gradients; in bf16 a chunk of them in fp32 too, three times over (cross-entropy)."""
+    """Return the bytes of a row's logits and gradients; in bf16 also a chunk in fp32, three times (cross-entropy)."""
     own = 2 * run.width * run.row_length * sizes.vocab_size
     if run.bf16:
         return own + 3 * 4 * min(_LOGITS_CHUNK, run.row_length) * sizes.vocab_size
@@ -241,11 +241,11 @@ def logits_bytes(sizes: ModelSizes, run: RunSettings) -> float:
 
 
 def vision_bytes(sizes: ModelSizes, run: RunSettings) -> float:
-    """What the tower needs for as many views as a row holds: a block at a time if it is frozen, all if it learns."""
+    """Return the bytes of the tower for the views of a row: one block's if it is frozen, all blocks' if trainable."""
     if not run.inline_tower and not sizes.tower_learns:
         return 0.0
     blocks = sizes.tower_blocks
-    # A canvas's padding goes with its tokens: usual photographs keep more than half of them.
+    # Padding tokens of an anyres canvas are dropped: ordinary photographs keep more than half of the tokens.
     num_views = -(-run.row_length // (sizes.tokens_per_view // (2 if run.anyres else 1)))
     pixels = num_views * 3 * sizes.image_side**2 * (4 + run.width)
     positions = num_views * sizes.passes_per_view * sizes.tokens_per_view
@@ -261,7 +261,7 @@ def vision_bytes(sizes: ModelSizes, run: RunSettings) -> float:
 
 
 def buffer_bytes(sizes: ModelSizes, run: RunSettings) -> float:
-    """DeepSpeed's buffers: gradients on their way to other workers, and at stage 3 layers that are gathered."""
+    """Return the bytes of DeepSpeed's buffers: reduction buckets, and at stage 3 gathered layers."""
     bucket = run.width * _REDUCE_BUCKET
     if run.zero_stage == 0:
         return min(run.width * sizes.trainable, bucket) if run.num_workers > 1 else 0.0

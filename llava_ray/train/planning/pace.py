@@ -1,4 +1,4 @@
-"""How long computing takes, roughly: operations and bytes over what a device is known, or found, to do in a second."""
+"""A rough estimate of computing time: FLOPs and bytes over a device's known or measured throughput."""
 
 import time
 from collections.abc import Callable
@@ -30,7 +30,7 @@ _MEASURED_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Pace:
-    """What a device does in a second, as models use it."""
+    """The throughput of a device that models reach."""
 
     name: str
     flops: float
@@ -38,7 +38,7 @@ class Pace:
     """Bytes of memory read."""
 
     def seconds(self, flops: float, num_bytes: float = 0.0) -> float:
-        """Return how long so many operations on so many bytes take: whichever takes longer."""
+        """Return the seconds for so many operations and bytes: whichever takes longer."""
         return max(flops / self.flops, num_bytes / self.bandwidth)
 
 
@@ -63,19 +63,19 @@ def known_pace(name: str) -> Pace | None:
 
 
 def measure_cpu() -> Pace:
-    """Return the pace of this machine's CPU with all its threads, measured for a moment."""
+    """Measure the pace of this machine's CPU with all its threads, briefly."""
     import torch
 
     left, large = torch.ones(_SIDE, _SIDE), torch.ones(2**24)
     return Pace(
-        "this machine's CPU, measured just now",
+        "this machine's CPU, just measured",
         2 * _SIDE**3 / _seconds_of(lambda: torch.mm(left, left)),
         large.numel() * large.element_size() / _seconds_of(large.sum),
     )
 
 
 def format_duration(seconds: float) -> str:
-    """Return a duration as people say it: "40 s", "12 min", "3.5 h"."""
+    """Format a duration: "40 s", "12 min", "3.5 h"."""
     for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:.{0 if unit == 'min' or seconds >= 10 * size else 1}f} {unit}"

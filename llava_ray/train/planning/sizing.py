@@ -1,4 +1,4 @@
-"""A run's model and settings as the numbers that the memory's arithmetic takes."""
+"""A run's model and settings as inputs of the memory estimate."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,34 +12,34 @@ from llava_ray.train.planning.memory import Blocks, Memory, ModelSizes, RunSetti
 
 
 def estimate_run(config: FinetuneConfig) -> Memory:
-    """Return what each worker of a run needs. Raises ModelError if the model's size cannot be known from here."""
+    """Return the memory that each worker needs. Raises ModelError if the model's size cannot be known from here."""
     return estimate_memory(measure_sizes(summarize_model(config)), run_settings(config))
 
 
-def measure_sizes(card: ModelSummary) -> ModelSizes:
-    """Return a model's numbers, as the memory's arithmetic takes them."""
-    language = card.language_model
+def measure_sizes(summary: ModelSummary) -> ModelSizes:
+    """Return a model's sizes as the memory estimate takes them."""
+    language = summary.language_model
     text: Any = language.config.get_text_config()
-    totals = {part.name: part for part in card.parts}
+    totals = {part.name: part for part in summary.parts}
     tables = [p.numel() for name, p in language.named_parameters() if ".layers." not in name and p.dim() == 2]
     blocks = [sum(p.numel() for p in block.parameters()) for block in _find_blocks(language)]
-    scales = card.tower.s2_scales or (card.image_side,)
+    scales = summary.tower.s2_scales or (summary.image_side,)
     return ModelSizes(
         language_model=totals["language_model"].num_total,
-        language_linears=sum(inputs * outputs for inputs, outputs in card.linears.values()),
+        language_linears=sum(inputs * outputs for inputs, outputs in summary.linears.values()),
         largest_layer=max(blocks, default=0),
         embeddings=max(tables, default=0),
         projector=totals["projector"].num_total,
-        vision_tower=sum(p.numel() for p in card.tower.parameters()),
-        trainable=sum(part.num_trainable for part in card.parts),
+        vision_tower=sum(p.numel() for p in summary.tower.parameters()),
+        trainable=sum(part.num_trainable for part in summary.parts),
         adapter=totals["adapter"].num_total if "adapter" in totals else 0,
-        blocks=_language_blocks(text, card.linears),
+        blocks=_language_blocks(text, summary.linears),
         vocab_size=int(text.vocab_size),
-        tower_blocks=_tower_blocks(card.tower),
-        mm_hidden_size=card.tower.hidden_size,
-        tokens_per_view=count_positions(card.tower, min(scales)),
+        tower_blocks=_tower_blocks(summary.tower),
+        mm_hidden_size=summary.tower.hidden_size,
+        tokens_per_view=count_positions(summary.tower, min(scales)),
         image_side=max(scales),
-        passes_per_view=card.tower.passes_per_view,
+        passes_per_view=summary.tower.passes_per_view,
         tower_learns=totals["vision_tower"].num_trainable > 0,
     )
 
@@ -51,7 +51,7 @@ def _find_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _language_blocks(text: Any, linears: Mapping[str, tuple[int, int]]) -> Blocks:
-    """Read a language model's shapes from its config."""
+    """Return the shapes of a language model's blocks from its config."""
     heads = int(text.num_attention_heads)
     values = text.to_dict()
     width = values.get("head_dim") or text.hidden_size // heads
@@ -66,7 +66,7 @@ def _language_blocks(text: Any, linears: Mapping[str, tuple[int, int]]) -> Block
 
 
 def _tower_blocks(tower: VisionTower) -> Blocks:
-    """Read a tower's shapes from its config; blocks after the selected layer do not run."""
+    """Return the shapes of a tower's blocks from its config; those after the selected layer do not run."""
     config: Any = tower.config
     width = int(config.hidden_size)
     inner = config.to_dict().get("intermediate_size") or int(width * config.mlp_ratio)
@@ -75,7 +75,7 @@ def _tower_blocks(tower: VisionTower) -> Blocks:
 
 
 def run_settings(config: FinetuneConfig) -> RunSettings:
-    """Pick what of a run's settings its memory depends on."""
+    """Return the settings of a run that its memory depends on."""
     train, lora = config.train, config.lora
     return RunSettings(
         zero_stage=train.zero_stage,

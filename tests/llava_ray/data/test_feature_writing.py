@@ -10,7 +10,7 @@ from test_stream_images import prepare_here, stream_here
 
 from llava_ray.data.feature_cache import estimate_bytes
 from llava_ray.data.feature_writing import cache_features
-from llava_ray.data.stream import decode_block_images, load_features
+from llava_ray.data.stages import decode_block_images, load_features
 from llava_ray.images.processing import normalize_pixels
 from llava_ray.model.blueprint import read_blueprint
 

@@ -222,11 +222,11 @@ def test_folders_and_patterns_name_files_below_their_common_folder(tmp_path: Pat
 @pytest.mark.parametrize(
     ("names", "data_path", "message"),
     [
-        ([], "gone.json", "nothing is there"),
+        ([], "gone.json", "does not exist"),
         (["a.csv"], "a.csv", r"'a\.csv' is of no known format; expected files ending in \.json"),
         (["a.csv"], "", "no known format"),
         (["a.json", "b.parquet"], "", "mixes json and parquet"),
-        ([], "*.json", "nothing is there"),
+        ([], "*.json", "does not exist"),
     ],
 )
 def test_what_cannot_be_records_is_refused(names: list[str], data_path: str, message: str, tmp_path: Path) -> None:

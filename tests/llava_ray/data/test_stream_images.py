@@ -8,25 +8,27 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from losses import sample_losses
 from samples import SHAPES, small_run, write_mixed_samples
 
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.batches import MicroBatch, micro_batch
-from llava_ray.data.descriptors import NO_STEP, describe_micro_batches
+from llava_ray.data.descriptors import describe_micro_batches
+from llava_ray.data.encoder_settings import EncoderSettings
 from llava_ray.data.features import FeatureActor
-from llava_ray.data.lengths import EncoderSettings, TokenLengths, measure_lengths
+from llava_ray.data.lengths import TokenLengths, measure_lengths
+from llava_ray.data.packing import NO_STEP
 from llava_ray.data.plan import Plan
 from llava_ray.data.records import RawRecord
 from llava_ray.data.settings import StreamSettings
 from llava_ray.data.shards import PreparedData, ShardWriter, write_shards_manifest
-from llava_ray.data.stream import decode_block_images, read_micro_batches
+from llava_ray.data.stages import decode_block_images, read_micro_batches
 from llava_ray.data.validation import validate
 from llava_ray.errors import DataError
 from llava_ray.images.geometry import crop_views
 from llava_ray.images.processing import normalize_pixels
 from llava_ray.images.reading import open_image
 from llava_ray.model.assembly import LlavaParts, assemble
-from llava_ray.model.network.losses import sample_losses
 
 pytestmark = pytest.mark.slow
 

@@ -24,7 +24,7 @@ from llava_ray.deployments.replica import Replica
 from llava_ray.deployments.settings import ServeSettings
 from llava_ray.deployments.tracing import traced
 from llava_ray.generate.engine import GenerationChunk
-from llava_ray.generate.sampling import not_finite
+from llava_ray.generate.sampling import not_finite_error
 
 pytestmark = pytest.mark.slow
 
@@ -324,7 +324,7 @@ class Spoiled(EchoEngine):
 
     async def words(self, *arguments: Any) -> AsyncGenerator[GenerationChunk, None]:
         yield await anext(super().words(*arguments))
-        raise not_finite("token 2 of this answer")
+        raise not_finite_error("token 2 of this answer")
 
 
 def test_logits_that_are_not_finite_are_a_500_that_says_so() -> None:

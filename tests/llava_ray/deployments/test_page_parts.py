@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pictures import picture
 
-from llava_ray.deployments.chat_page.answers import until
+from llava_ray.deployments.chat_page.answers import iterate_until
 from llava_ray.deployments.chat_page.chat import (
     AnswerMetrics,
     Parameters,
@@ -143,6 +143,6 @@ def test_a_stream_that_is_stopped_is_closed_while_it_waits() -> None:
     async def run() -> list[int]:
         stop = asyncio.Event()
         asyncio.get_running_loop().call_later(0.05, stop.set)
-        return [item async for item in until(endless(), stop)]
+        return [item async for item in iterate_until(endless(), stop)]
 
     assert (asyncio.run(run()), closed) == ([1], [True])

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from serving import write_examples
 
 from llava_ray.deployments.admission import Admission
-from llava_ray.deployments.applications import found
+from llava_ray.deployments.applications import with_absolute_paths
 from llava_ray.deployments.chat_page.examples import read_examples
 from llava_ray.deployments.http.auth import ENVIRONMENT, Guard, digest, read_api_keys
 from llava_ray.deployments.http.schema import ChatMessage
@@ -59,7 +59,7 @@ def test_a_model_is_called_by_its_folder_or_as_one_says(path: str, name: str) ->
 def test_a_models_folder_is_known_by_its_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine/model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "mine")
-    assert found(ServeSettings.parsed({"model": "model"})).sources[0].name == "mine"
+    assert with_absolute_paths(ServeSettings.parsed({"model": "model"})).sources[0].name == "mine"
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_a_models_folder_is_known_by_its_whole_path(tmp_path: Path, monkeypatch:
         ([{"txt": "x"}], r"entry 0 is {'txt': 'x'}; expected"),
         ([{"image": "a.png"}], "entry 0 has no text"),
         ([{"text": "x", "image": "gone.png"}], "entry 0: no image .*gone.png"),
-        ([{"text": "x", "image": "examples.json"}], "entry 0: .*give another image"),
+        ([{"text": "x", "image": "examples.json"}], "entry 0: .*choose another image"),
     ],
 )
 def test_examples_that_cannot_be_shown_are_named(written: object, message: str, tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_examples_are_those_of_a_file_or_none(tmp_path: Path) -> None:
         ({"model": ""}, "expected model=PATH"),
         ({"max_queue": 3}, "max_queued_requests"),
         ({"min_replicas": 3}, "min_replicas 3 > max_replicas 1"),
-        ({"model": "a/llava,b/llava"}, "called the same"),
+        ({"model": "a/llava,b/llava"}, "have the same name"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(changed: dict[str, object], message: str) -> None:

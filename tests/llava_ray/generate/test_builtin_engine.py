@@ -300,7 +300,7 @@ def test_a_model_that_cannot_be_batched_is_refused(llama: LlavaParts) -> None:
     attention = layers[1].self_attn
     layers[1].self_attn = _Recurrent()
     try:
-        with pytest.raises(ModelError, match="does not say what it says alone"):
+        with pytest.raises(ModelError, match="differs from itself alone"):
             answer_all(llama, [request()])
     finally:
         layers[1].self_attn = attention

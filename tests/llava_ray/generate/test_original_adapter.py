@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from losses import token_losses
 
 from llava_ray.chat.conversation import Turn, read_turns
 from llava_ray.chat.tokens import expand_images, tokenize_conversation, tokenize_prompt
@@ -81,7 +82,7 @@ def test_losses_are_the_originals(kind: str, with_image: bool, parts_of) -> None
         positions = torch.arange(len(ids))[None]
         features = None if pixels is None else parts.tower(pixels)
         with torch.no_grad():
-            losses = parts.llava(torch.tensor([ids]), positions, torch.tensor([labels]), features)
+            losses = token_losses(parts.llava, torch.tensor([ids]), positions, torch.tensor([labels]), features)
         assert len(losses) == case["supervised"]
         assert losses.mean().item() == pytest.approx(case["loss"], abs=1e-4)
 

@@ -68,7 +68,7 @@ def test_an_adapter_gets_the_names_of_a_language_model_inside_a_llava(root: Path
     [
         ({"use_dora": True}, "use_dora = True; vLLM expects False"),
         ({"lora_bias": "all"}, "bias = 'all'"),
-        ({"own_projector": True}, "has a projector of its own, and vLLM knows one for all"),
+        ({"own_projector": True}, "has its own projector, and vLLM supports one for all"),
     ],
 )
 def test_adapters_that_vllm_cannot_serve_are_refused(

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from losses import token_losses
 from published import read
 from safetensors.torch import load_file
 
@@ -38,8 +39,8 @@ def test_merged_it_computes_the_same(bundle, folders, samples, pack, tmp_path: P
     export_merged(bundle, tmp_path / "merged")
     before, after = load_pretrained_model(bundle), load_pretrained_model(tmp_path / "merged")
     with torch.no_grad():
-        expected = before.llava(*pack(before, samples(before.image_tokens.num_features)).inputs)
-        found = after.llava(*pack(after, samples(after.image_tokens.num_features)).inputs)
+        expected = token_losses(before.llava, *pack(before, samples(before.image_tokens.num_features)).inputs)
+        found = token_losses(after.llava, *pack(after, samples(after.image_tokens.num_features)).inputs)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert read_manifest(tmp_path / "merged").language_model.inside
     assert after.manifest.training == {"run": "test"}

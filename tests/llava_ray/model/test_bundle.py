@@ -10,6 +10,7 @@ import fakes
 import pytest
 import torch
 import transformers
+from losses import token_losses
 from safetensors import safe_open
 
 from llava_ray.config.sections import ModelConfig
@@ -34,7 +35,7 @@ def tensor_names(folder: Path) -> set[str]:
 
 def losses(parts, samples, pack) -> torch.Tensor:
     with torch.no_grad():
-        result: torch.Tensor = parts.llava(*pack(parts, samples(parts.image_tokens.num_features)).inputs)
+        result: torch.Tensor = token_losses(parts.llava, *pack(parts, samples(parts.image_tokens.num_features)).inputs)
     return result
 
 
@@ -322,7 +323,7 @@ def test_a_bundle_is_replaced_only_when_the_new_one_is_whole(folders, tmp_path: 
 
 def test_other_folders_are_not_overwritten(folders, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(BundleError, match="is there already and is no llava_ray bundle"):
+    with pytest.raises(BundleError, match="exists already and is not a llava_ray bundle"):
         save_bundle(tmp_path, folders.assemble())
     assert (tmp_path / "thesis.txt").exists()
 

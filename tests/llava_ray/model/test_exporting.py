@@ -5,6 +5,7 @@ from pathlib import Path
 import fakes
 import pytest
 import torch
+from losses import token_losses
 from originals import copy_golden
 from published import assert_same_weights, make_original, read
 
@@ -92,8 +93,8 @@ def test_what_the_bundle_computes_is_what_the_original_did(tmp_path: Path, folde
     loaded = load_pretrained_model(tmp_path / "bundle")
     built = folders.assemble(pretrain_mm_mlp_adapter=str(tmp_path / "projector/mm_projector.bin"))
     with torch.no_grad():
-        expected = built.llava(*pack(built, samples(built.image_tokens.num_features)).inputs)
-        found = loaded.llava(*pack(loaded, samples(loaded.image_tokens.num_features)).inputs)
+        expected = token_losses(built.llava, *pack(built, samples(built.image_tokens.num_features)).inputs)
+        found = token_losses(loaded.llava, *pack(loaded, samples(loaded.image_tokens.num_features)).inputs)
     assert torch.equal(found, expected)
 
 
@@ -205,7 +206,7 @@ def test_a_layout_that_does_not_name_its_template_asks_for_it(folders, tmp_path:
 
 
 def test_other_folders_are_refused_by_name(folders, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=f"{tmp_path} is no model that is known here"):
+    with pytest.raises(ModelError, match=f"{tmp_path} is not a known kind of model folder"):
         open_model(tmp_path)
     with pytest.raises(ModelError, match=r"is a plain language model, without projector and tower"):
         open_model(folders.language_model())

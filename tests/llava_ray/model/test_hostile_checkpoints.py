@@ -153,7 +153,7 @@ TENSOR = '{"dtype": "F32", "shape": [1], "data_offsets": [%d, %d]}'
     [
         (f'{{"a": {TENSOR % (0, 4)}, "b": {TENSOR % (0, 4)}}}', bytes(4), "b overlaps|'b' overlaps"),
         (f'{{"a": {TENSOR % (4, 8)}}}', bytes(8), "leaves a gap"),
-        (f'{{"a": {TENSOR % (0, 4)}, "a": {TENSOR % (4, 8)}}}', bytes(8), "'a' stands there twice"),
+        (f'{{"a": {TENSOR % (0, 4)}, "a": {TENSOR % (4, 8)}}}', bytes(8), "'a' occurs twice"),
         ('{"a": {"dtype": "F32", "shape": [4294967296, 4294967296], "data_offsets": [0, 0]}}', b"", "0 bytes for F32"),
         ('{"a": {"dtype": "F32", "shape": [true], "data_offsets": [0, 4]}}', bytes(4), "not lists of sizes"),
         ('{"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}', bytes(4), "is none of"),
@@ -429,7 +429,7 @@ def test_pipes_and_links_are_no_models_files(bundle: Path, tmp_path: Path) -> No
         load_pretrained_model(model)
     (model / "llava.json").unlink()
     (model / "llava.json").symlink_to("/dev/zero")
-    with pytest.raises(ModelError, match="is no model"):
+    with pytest.raises(ModelError, match="is not a known kind of model"):
         load_pretrained_model(model)
 
 

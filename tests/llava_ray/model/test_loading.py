@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
+from losses import token_losses
 from safetensors.torch import load_file, save_file
 
 from llava_ray.config.sections import ModelConfig
@@ -92,7 +93,9 @@ def base(parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def losses(samples, pack) -> Callable[[LlavaParts], torch.Tensor]:
     def of(parts: LlavaParts) -> torch.Tensor:
         with torch.no_grad():
-            result: torch.Tensor = parts.llava(*pack(parts, samples(parts.image_tokens.num_features)).inputs)
+            result: torch.Tensor = token_losses(
+                parts.llava, *pack(parts, samples(parts.image_tokens.num_features)).inputs
+            )
         return result
 
     return of

@@ -6,6 +6,7 @@ from typing import Literal
 
 import pytest
 import torch
+from losses import token_losses
 from torch import nn
 
 from llava_ray.config.lora import LoraConfig, Quantization
@@ -54,7 +55,7 @@ def quantised(folders, lora: LoraConfig = QLORA, **settings: object) -> LlavaPar
 
 def losses(parts: LlavaParts, samples, pack) -> torch.Tensor:
     with torch.no_grad():
-        result: torch.Tensor = parts.llava(*pack(parts, samples(parts.image_tokens.num_features)).inputs)
+        result: torch.Tensor = token_losses(parts.llava, *pack(parts, samples(parts.image_tokens.num_features)).inputs)
     return result
 
 
@@ -92,7 +93,7 @@ def test_computing_changes_nothing_of_what_was_quantised(folders, samples, pack)
         if isinstance(layer, nn.Dropout):
             layer.p = 0.0
     row = pack(parts, samples(parts.image_tokens.num_features))
-    trained: torch.Tensor = parts.llava(*row.inputs).detach()
+    trained: torch.Tensor = token_losses(parts.llava, *row.inputs).detach()
     parts.llava.eval()
     for _ in range(2):
         assert torch.allclose(losses(parts, samples, pack), trained, atol=1e-6)
@@ -166,7 +167,7 @@ def test_an_adapter_learns_over_a_quantised_base(bits: Literal[4, 8], folders, s
     optimizer = torch.optim.AdamW(learning, lr=1e-2)
     curve = []
     for _ in range(8):
-        loss = parts.llava(*row.inputs).mean()
+        loss = token_losses(parts.llava, *row.inputs).mean()
         loss.backward()
         assert all(parameter.grad is not None and parameter.grad.any() for parameter in learning)
         optimizer.step()
@@ -177,7 +178,7 @@ def test_an_adapter_learns_over_a_quantised_base(bits: Literal[4, 8], folders, s
 
 def test_a_quantised_model_is_not_written_as_a_whole(folders, tmp_path: Path) -> None:
     parts = assemble(folders.config(), "pad", quantization=Quantization(bits=4))
-    with pytest.raises(BundleError, match="is quantised, and a bundle holds weights as they are"):
+    with pytest.raises(BundleError, match="is quantised, and a bundle holds unquantised weights"):
         save_bundle(tmp_path / "bundle", parts, include="all")
     save_bundle(tmp_path / "bundle", parts, include="projector")
     assert load_pretrained_model(tmp_path / "bundle").manifest.quantization == Quantization(bits=4)

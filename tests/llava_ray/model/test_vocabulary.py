@@ -5,6 +5,7 @@ from pathlib import Path
 import fakes
 import pytest
 import torch
+from losses import token_losses
 
 from llava_ray.chat.conversation import IMAGE_TOKEN_INDEX, Turn
 from llava_ray.chat.tokens import tokenize_conversation, tokenize_prompt
@@ -81,7 +82,7 @@ def align(parts: LlavaParts, samples) -> None:
     ids = torch.cat([sample.input_ids[:, :1], around[0], sample.input_ids[:, 1:], around[1]], 1)
     labels = torch.cat([sample.labels[:, :1], sample.labels[:, :1], sample.labels[:, 1:], sample.labels[:, :1]], 1)
     optimizer = torch.optim.AdamW([p for p in parts.llava.parameters() if p.requires_grad], lr=0.1, weight_decay=0.0)
-    losses = parts.llava(ids, torch.arange(ids.shape[1])[None], labels, parts.tower(sample.pixels))
+    losses = token_losses(parts.llava, ids, torch.arange(ids.shape[1])[None], labels, parts.tower(sample.pixels))
     losses.sum().backward()
     optimizer.step()
 

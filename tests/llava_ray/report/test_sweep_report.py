@@ -57,12 +57,11 @@ def test_the_page_shows_each_trial_as_what_it_is():
         "The best beats the recipe&#39;s own settings.",
         "Try lower learning rates.",
         "Settings and results",
-        "How settings compare",
         "30/30",
-        "How they went",
-        "What mattered",
+        "Learning curves",
+        "Importance of settings",
         "Cost",
-        "Not beaten in both quality and cost",
+        "Pareto front of quality and cost",
     ):
         assert text in page
     assert "Attention" not in page

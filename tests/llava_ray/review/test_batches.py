@@ -119,6 +119,6 @@ def test_an_endpoint_without_batches_is_told(job: review_run.ReviewJob, judge: R
     (spec,) = job.plan.judges.values()
     wrong = batch_client(spec).with_options(base_url=judge.base_url + "/nowhere")
     ledger = LedgerFile(job.ledger, "s")
-    with pytest.raises(JudgeError, match="the same command goes on"):
+    with pytest.raises(JudgeError, match="the same command resumes"):
         list(Batches(job.plan, spec, ledger, wrong, Budget(None)).run(job.waiting(), Progress(60, 0)))
     ledger.close()

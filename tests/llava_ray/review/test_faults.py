@@ -6,7 +6,7 @@ import pytest
 
 from llava_ray.config.review import JudgeConfig
 from llava_ray.review.calls import list_judges
-from llava_ray.review.faults import RequestError, content_fault, to_plain_line, told_fault
+from llava_ray.review.faults import RequestError, content_fault, error_fault, to_plain_line
 from llava_ray.review.headers import Reported
 from llava_ray.review.judge import Usage, read_reply, read_usage
 
@@ -14,7 +14,7 @@ from llava_ray.review.judge import Usage, read_reply, read_usage
 
 
 def fault(status: int, told: str, **body: Any) -> RequestError:
-    return told_fault(status, told, body, SPEC, Reported(), f"HTTP {status}: ")
+    return error_fault(status, told, body, SPEC, Reported(), f"HTTP {status}: ")
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_an_error_that_nobody_knows_is_systematic_where_nothing_else_comes() -> 
 
 
 def test_who_asks_to_wait_for_a_day_is_not_waited_for() -> None:
-    found = told_fault(429, "Daily limit", {}, SPEC, Reported(retry_after_s=86_400.0), "")
+    found = error_fault(429, "Daily limit", {}, SPEC, Reported(retry_after_s=86_400.0), "")
     assert found.kind == "fatal"
     assert "asks to wait 86,400 s" in found.reason
 

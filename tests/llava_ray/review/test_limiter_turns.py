@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from llava_ray.config.review import LimitsConfig
-from llava_ray.review.gathering import CallBatcher
+from llava_ray.review.call_batching import CallBatcher
 from llava_ray.review.limiter import LeaseGranted, LeaseRefused, LeaseRequest, Limiter, Settlement
 
 
@@ -75,12 +75,12 @@ def test_a_lease_of_the_dead_ends_and_counts_as_spent() -> None:
         assert gate.rate_limit("j").delay(1, clock.now) > 0
         clock.now = 101.0
         assert await gate.acquire("j", [LeaseRequest("q/0", 1, 0.3)]) == [LeaseGranted(gate.epoch)]
-        assert gate.purse.spent == 0.7
+        assert gate.budget.spent == 0.7
         await gate.release_owner("q", {})
-        assert (gate.purse.spent, gate.purse.leased) == (0.7, 0)
+        assert (gate.budget.spent, gate.budget.leased) == (0.7, 0)
         await gate.acquire("j", [LeaseRequest("p/0", 1, 0.3)])
         await gate.release_owner("p", {"p/0": 0.3})
-        assert gate.purse.spent == 1.0
+        assert gate.budget.spent == 1.0
         (late,) = await gate.acquire("j", [LeaseRequest("p/1", 1, 0)])
         assert isinstance(late, LeaseRefused)
 

@@ -160,10 +160,10 @@ def test_a_purse_sets_the_worst_case_aside() -> None:
     purse = Budget(1.0)
     purse.lease("a", 0.6)
     assert not purse.affords(0.5)
-    assert purse.can_ever_afford(0.5)
+    assert purse.can_afford_eventually(0.5)
     purse.settle("a", 0.2)
     assert purse.affords(0.8)
     purse.settle("a", 0.2)  # said twice
     assert purse.spent == pytest.approx(0.2)
-    assert not purse.can_ever_afford(0.81)
+    assert not purse.can_afford_eventually(0.81)
     assert Budget(None).affords(1e9)

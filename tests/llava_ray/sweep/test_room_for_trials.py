@@ -6,7 +6,7 @@ from llava_ray import runtime
 from llava_ray.config.sections import ClusterConfig
 from llava_ray.errors import ConfigError
 from llava_ray.runtime import Resources, local_cpus, local_runs, runs_at_once, sharing_cores
-from llava_ray.sweep.cleanliness import Group, check_state_api, find_orphans
+from llava_ray.sweep.cluster_usage import Group, check_state_api, find_orphans
 
 
 @pytest.mark.parametrize(
@@ -75,5 +75,5 @@ def test_what_nccl_cannot_do_is_refused():
 
 @pytest.mark.parametrize("where", [None, "http://127.0.0.1:9"])
 def test_a_cluster_without_a_dashboard_is_refused(where):
-    with pytest.raises(ConfigError, match="dashboard does not answer"):
+    with pytest.raises(ConfigError, match="dashboard does not respond"):
         check_state_api(where)

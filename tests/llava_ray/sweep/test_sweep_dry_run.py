@@ -10,7 +10,7 @@ from llava_ray.config.space import Space, SweepConfig
 from llava_ray.config.sweep_recipes import load_sweep
 from llava_ray.data.first_look import first_samples
 from llava_ray.errors import ConfigError
-from llava_ray.sweep.dry_run import describe_sweep, largest_trial, steps_in_all
+from llava_ray.sweep.dry_run import count_all_steps, describe_sweep, find_largest_trial
 from pipelines.sweep import main
 
 ROOT = Path(__file__).parents[3]
@@ -61,11 +61,11 @@ def test_trials_steps_memory_and_time_are_told_and_nothing_is_made(
 )
 def test_steps_of_schedulers_that_decide_as_they_go(recipe: Path, scheduler: str, fewest: int, most: int) -> None:
     config, _ = described(recipe, "--sweep.scheduler", scheduler)
-    assert steps_in_all(config, 8, 16) == (fewest, most)
+    assert count_all_steps(config, 8, 16) == (fewest, most)
 
 
 def test_the_largest_trial_is_of_the_largest_part(recipe: Path) -> None:
-    settings, card, memory = largest_trial(*described(recipe))
+    settings, card, memory = find_largest_trial(*described(recipe))
     assert settings["model.mm_projector_type"] == "mlp2x_gelu"
     assert memory.total > 0
     projector = card.part("projector")

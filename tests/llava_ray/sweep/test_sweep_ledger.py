@@ -3,7 +3,7 @@
 import pytest
 
 from llava_ray.errors import CheckpointError
-from llava_ray.sweep.ledger import TrialLedger, read_ledger, unfinished
+from llava_ray.sweep.ledger import TrialLedger, list_unfinished, read_ledger
 from llava_ray.sweep.trials import Evaluation
 
 
@@ -16,7 +16,7 @@ def test_what_is_noted_comes_back(tmp_path):
     ledger.end("a", "finished")
     ledger.end("b", "failed", "OSError: disk")
     again = TrialLedger(str(tmp_path))
-    assert [trial.as_dict() for trial in again.trials.values()] == [trial.as_dict() for trial in ledger.trials.values()]
+    assert [trial.to_dict() for trial in again.trials.values()] == [trial.to_dict() for trial in ledger.trials.values()]
     assert [(trial.number, trial.state) for trial in again.trials.values()] == [(1, "finished"), (2, "failed")]
     assert again.trials["a"].curve == [Evaluation(10, 0.5, 0.25), Evaluation(20, 0.4, None)]
 
@@ -27,7 +27,7 @@ def test_a_restarted_trial_keeps_number_looks_and_time(tmp_path):
     ledger.add_evaluation("a", Evaluation(10, 0.5))
     ledger.add_evaluation("a", Evaluation(20, 0.4))
     again = TrialLedger(str(tmp_path))
-    assert [trial.id for trial in unfinished(list(again.trials.values()))] == ["a"]
+    assert [trial.id for trial in list_unfinished(list(again.trials.values()))] == ["a"]
     again.start("a", {}, 0)
     again.add_evaluation("a", Evaluation(10, 0.5))  # from before its last checkpoint
     trial = again.trials["a"]

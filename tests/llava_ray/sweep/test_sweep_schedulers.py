@@ -6,7 +6,7 @@ from ray.tune.schedulers import TrialScheduler
 
 from llava_ray.config.space import SearchConfig
 from llava_ray.sweep.ledger import TrialLedger
-from llava_ray.sweep.schedulers import SCHEDULERS, make_scheduler
+from llava_ray.sweep.schedulers import SCHEDULERS, build_scheduler
 from llava_ray.sweep.trials import Evaluation
 
 STEPS = [10, 20, 40, 80]
@@ -55,7 +55,7 @@ LOSSES = {f"t{i}": loss for i, loss in enumerate([0.5, 0.9, 0.8, 0.4, 0.7, 0.6, 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_the_best_always_reaches_its_end_and_is_left_to_finish(name, tmp_path):
-    scheduler = make_scheduler(SearchConfig(scheduler=name), NUM_STEPS, 10, str(tmp_path))
+    scheduler = build_scheduler(SearchConfig(scheduler=name), NUM_STEPS, 10, str(tmp_path))
     ended = sweep(scheduler, LOSSES)
     assert ended["t6"] == (NUM_STEPS, False)
     assert not any(stopped for step, stopped in ended.values() if step == NUM_STEPS)
@@ -67,11 +67,11 @@ def test_the_best_always_reaches_its_end_and_is_left_to_finish(name, tmp_path):
 
 
 def test_a_restart_changes_no_decision(tmp_path):
-    whole = sweep(make_scheduler(SearchConfig(), NUM_STEPS, 10, str(tmp_path)), LOSSES)
+    whole = sweep(build_scheduler(SearchConfig(), NUM_STEPS, 10, str(tmp_path)), LOSSES)
     first = dict(list(LOSSES.items())[:4])
     folder = tmp_path / "killed"
-    sweep(make_scheduler(SearchConfig(), NUM_STEPS, 10, str(folder)), first, TrialLedger(str(folder)))
-    again = make_scheduler(SearchConfig(), NUM_STEPS, 10, str(folder))
+    sweep(build_scheduler(SearchConfig(), NUM_STEPS, 10, str(folder)), first, TrialLedger(str(folder)))
+    again = build_scheduler(SearchConfig(), NUM_STEPS, 10, str(folder))
     for name in first:
         again.on_trial_add(None, StubTrial(name))
     rest = {name: loss for name, loss in LOSSES.items() if name not in first}
@@ -86,7 +86,7 @@ def test_what_is_only_repeated_after_a_restart_stops_nothing(name, tmp_path):
         ledger.add_evaluation(trial, Evaluation(10, 0.1))
     ledger.start("bad", {}, 0)
     ledger.add_evaluation("bad", Evaluation(10, 9.0))
-    again = make_scheduler(SearchConfig(scheduler=name), NUM_STEPS, 10, str(tmp_path))
+    again = build_scheduler(SearchConfig(scheduler=name), NUM_STEPS, 10, str(tmp_path))
     trials = {trial: StubTrial(trial) for trial in ("good", "better", "bad")}
     for trial in trials.values():
         again.on_trial_add(None, trial)
@@ -96,7 +96,7 @@ def test_what_is_only_repeated_after_a_restart_stops_nothing(name, tmp_path):
 
 
 def test_a_report_that_only_says_how_a_trial_ended_is_no_result(tmp_path):
-    scheduler = make_scheduler(SearchConfig(), NUM_STEPS, 10, str(tmp_path))
+    scheduler = build_scheduler(SearchConfig(), NUM_STEPS, 10, str(tmp_path))
     trial = StubTrial("a")
     scheduler.on_trial_add(None, trial)
     assert scheduler.on_trial_result(None, trial, {"ended": "diverged"}) == TrialScheduler.CONTINUE

@@ -89,7 +89,7 @@ def test_several_changes_are_joined_where_one_is_not_enough() -> None:
 
 def test_nothing_helps_a_gpu_that_is_far_too_small() -> None:
     config = recipe("finetune/llava_v1_5_13b")
-    with pytest.raises(ConfigError, match="No setting we know makes it fit"):
+    with pytest.raises(ConfigError, match="No known setting makes it fit"):
         list(describe_run(config, 1))
 
 

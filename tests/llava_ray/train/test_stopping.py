@@ -8,8 +8,8 @@ from ray.exceptions import RayActorError
 
 from llava_ray.errors import Stopped
 from llava_ray.train import stopping
-from llava_ray.train.journal import TRAINING, RunProgress
 from llava_ray.train.progress import StepBar
+from llava_ray.train.run_recorder import TRAINING, RunProgress
 from llava_ray.train.runs import RunFolder
 from llava_ray.train.stopping import fit
 
@@ -69,14 +69,14 @@ def test_the_first_signal_saves_and_the_second_leaves(committed, capsys):
     committed["step"] = 6  # the workers have obeyed
     stopped = stop(actor, [signal.SIGTERM])
     assert actor.calls == ["stop"]
-    assert str(stopped) == "Stopped. The same command goes on from step 6 of 48; its checkpoint is saved."
+    assert str(stopped) == "Stopped. The same command resumes from step 6 of 48; its checkpoint is saved."
     assert stopped.exit_code == 143
-    assert "a checkpoint is saved" in capsys.readouterr().err
+    assert "with a checkpoint" in capsys.readouterr().err
 
     committed["step"] = 4
     stopped = stop(actor := Actor(), [signal.SIGINT, signal.SIGINT])
     assert actor.calls == ["stop", "abort"]
-    assert "goes on from step 4 of 48, the last checkpoint: 2 step(s) after it are taken again" in str(stopped)
+    assert "goes on from step 4 of 48, the last checkpoint: 2 step(s) after it are repeated" in str(stopped)
     assert stopped.exit_code == 130
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
@@ -85,7 +85,7 @@ def test_before_the_first_step_there_is_nothing_to_save(committed):
     committed["step"] = 0
     stopped = stop(actor := Actor("loading the model", 0), [signal.SIGINT])
     assert actor.calls == ["abort"]
-    assert "before the first checkpoint. The same command begins at the first step" in str(stopped)
+    assert "before the first checkpoint. The same command starts at the first step" in str(stopped)
 
 
 def test_a_run_that_reaches_its_end_while_it_is_stopped_has_finished(committed):

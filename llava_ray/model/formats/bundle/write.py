@@ -1,4 +1,4 @@
-"""Write a model as a llava_ray bundle, tensor by tensor; nothing is rounded."""
+"""Export of a model as a llava_ray bundle, tensor by tensor, without rounding."""
 
 from pathlib import Path
 from typing import Literal

@@ -1,4 +1,4 @@
-"""Describe a folder in the layout of transformers' LLaVA classes (llava-hf). No torch."""
+"""The description of a folder in the layout of transformers' LLaVA classes (llava-hf). No torch."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,8 +49,8 @@ def read_hub(folder: Path, config: Mapping[str, Any]) -> Layout:
 
 
 def _pads(folder: Path) -> bool | None:
-    """Tell whether the image processor makes images square before it resizes them; None where it does not say."""
+    """Return whether the image processor pads images to squares before resizing; None where it does not state it."""
     files = [read_json_object(folder / name) for name in PROCESSOR_FILES if is_file(folder / name)]
     settings = [found.get("image_processor", found) for found in files]
-    told = [found["do_pad"] for found in settings if isinstance(found, dict) and found.get("do_pad") is not None]
-    return any(told) if told else None
+    stated = [found["do_pad"] for found in settings if isinstance(found, dict) and found.get("do_pad") is not None]
+    return any(stated) if stated else None

@@ -1,7 +1,7 @@
-"""config.json of the hub layout, from ours (see ``published_settings`` for the way back).
+"""Conversion between our settings and the hub layout's config.json.
 
-The layout has a config for each part and few settings of its own. All that it has no key for stands under one key of
-ours, so that a model we exported comes back as it was; other programs pass over it.
+The layout has a config for each part and few settings of its own. Settings without a key there are stored under one
+key of ours, so that an exported model can be imported unchanged; other programs ignore it.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ def write_hub_settings(
     image_token: int,
     num_image_tokens: int,
 ) -> dict[str, Any]:
-    """Return the config, but for our own key; ``language`` has the vocabulary size of the exported table."""
+    """Return the config without our own key; ``language`` has the vocabulary size of the exported table."""
     kind = "llava_next" if manifest.image_aspect_ratio == "anyres" else "llava"
     layer = manifest.mm_vision_select_layer
     values: dict[str, Any] = {
@@ -39,7 +39,7 @@ def write_hub_settings(
         "pad_token_id": language.get("pad_token_id"),
         "projector_hidden_act": "gelu",
         "text_config": older(language, keep_new=True),
-        # Not every version looks for it in text_config.
+        # Not every version reads it from text_config.
         "tie_word_embeddings": bool(language.get("tie_word_embeddings", False)),
         "torch_dtype": language.get("dtype", language.get("torch_dtype")),
         "vision_config": older(tower, keep_new=True),
@@ -54,9 +54,9 @@ def write_hub_settings(
 
 
 def select_strategy(manifest: Manifest, tower: Mapping[str, Any]) -> str:
-    """Return the layout's word for mm_vision_select_feature: "default" drops one token before the patches.
+    """Return the layout's value for mm_vision_select_feature: "default" drops one token before the patches.
 
-    Raises ModelError where it would have to drop another number.
+    Raises ModelError where another number would have to be dropped.
     """
     prefix = num_prefix_tokens(tower)
     if manifest.mm_vision_select_feature == "cls_patch" or prefix == 0:
@@ -73,7 +73,7 @@ def select_strategy(manifest: Manifest, tower: Mapping[str, Any]) -> str:
 _HUB_TYPES = ("llava", "llava_next")
 
 
-# vision_feature_select_strategy in our words; "default" drops one token, whatever it is.
+# Values of vision_feature_select_strategy → ours; "default" drops one token, whatever it is.
 _FEATURES = {"default": "patch", "full": "cls_patch"}
 
 
@@ -87,7 +87,7 @@ _WITH_REGISTERS = ("dinov2_with_registers",)
 
 
 def is_hub(config: Mapping[str, Any]) -> bool:
-    """Tell whether a config.json is that of transformers' own LLaVA classes."""
+    """Return whether a config.json is that of transformers' own LLaVA classes."""
     return config.get("model_type") in _HUB_TYPES and "text_config" in config and "vision_config" in config
 
 
@@ -102,14 +102,14 @@ def hub_tower_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_hub_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the settings in the config.json of transformers' LLaVA classes. Raises ModelError."""
+    """Read our settings from the config.json of transformers' LLaVA classes. Raises ModelError."""
     return noted_hub_settings(config, where)[0]
 
 
 def noted_hub_settings(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return the same settings, and what has to be said of them.
+    """Read the same settings, with notes for the user.
 
-    What an export of ours noted counts where the file itself says nothing else. Raises ModelError.
+    Values stored by our export are used unless the file itself has been changed. Raises ModelError.
     """
     own = _own_hub_settings(config, where)
     if not (noted := find_noted(config, where).get("manifest")):
@@ -120,7 +120,7 @@ def noted_hub_settings(config: Mapping[str, Any], where: str) -> tuple[dict[str,
 
 
 def _own_hub_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the settings that the file has by itself. Raises ModelError."""
+    """Read the settings of the file's own keys. Raises ModelError."""
     for key, only in (("projector_hidden_act", "gelu"), ("multimodal_projector_bias", True)):
         if config.get(key, only) != only:
             raise ModelError(f"{where}: {key} is {config[key]!r}; only {only!r} is supported, LLaVA's own projector.")
@@ -142,9 +142,9 @@ def _own_hub_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _flipped(grid: Any, where: str) -> tuple[tuple[Any, Any], ...]:
-    """Return (width, height) of each (height, width). Raises ModelError for what are no pairs."""
+    """Swap each (height, width) to (width, height). Raises ModelError for anything but pairs."""
     if not isinstance(grid, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in grid):
-        raise ModelError(f"{where}: image_grid_pinpoints is {shown(grid)}, expected pairs of numbers; mend it.")
+        raise ModelError(f"{where}: image_grid_pinpoints is {shown(grid)}, expected pairs of numbers; fix it.")
     return tuple((width, height) for height, width in grid)
 
 

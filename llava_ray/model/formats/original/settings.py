@@ -1,7 +1,7 @@
-"""config.json of the original layout, from ours (see ``published_settings`` for the way back).
+"""Conversion between our settings and the original layout's config.json.
 
-LLaVA's settings (``mm_projector_type``, …) stand there between the language model's. What it has no key for, the
-conversation template above all, goes under one key of ours, which the original passes over.
+LLaVA's settings (``mm_projector_type``, …) are mixed with the language model's there. Settings without a key, such as
+the conversation template, are stored under one key of ours, which the original ignores.
 """
 
 import re
@@ -15,9 +15,9 @@ from llava_ray.model.formats.noted_settings import OUR_KEY
 from llava_ray.model.formats.part_configs import older
 from llava_ray.reading import shown
 
-# Which of the keys are LLaVA's; the rest are the language model's.
+# LLaVA's keys; the rest are the language model's.
 _LLAVAS = re.compile(r"(mm_|use_mm_|tune_mm_|freeze_mm_|unfreeze_mm_|image_|tokenizer_|s2$|s2_|llava_ray$)")
-# What a manifest says in other words.
+# Manifest fields under other names.
 _DESCRIBED = {
     OUR_KEY,
     "image_aspect_ratio",
@@ -39,19 +39,19 @@ _CLASSES = {"llama": "LlavaLlamaForCausalLM", "mistral": "LlavaMistralForCausalL
 
 
 def read_kept(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of LLaVA's settings that mean nothing to us: a model that is exported again gets them back."""
+    """Return LLaVA's settings that we do not use; they are written back on export."""
     return {key: value for key, value in config.items() if _LLAVAS.match(key) and key not in _DESCRIBED}
 
 
 def write_original_settings(manifest: Manifest, language: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config of a model whose language model is one of TYPES."""
+    """Return the config.json of a model whose language model is one of TYPES."""
     kind = language["model_type"]
     classes = {"architectures": [_CLASSES[kind]], "model_type": TYPES[kind]}
     return dict(sorted({**older(language, keep_new=False), **write_llava_settings(manifest, kept), **classes}.items()))
 
 
 def write_llava_settings(manifest: Manifest, kept: Mapping[str, Any]) -> dict[str, Any]:
-    """Return LLaVA's part of the config; ``kept`` are settings of an original that mean nothing to us."""
+    """Return LLaVA's part of the config.json; ``kept`` are settings of an original that we do not use."""
     values: dict[str, Any] = {
         "tokenizer_padding_side": "right",
         "use_mm_proj": True,
@@ -102,7 +102,7 @@ _LLAVA_KEYS = frozenset(
 
 
 def is_original(config: Mapping[str, Any]) -> bool:
-    """Tell whether a config.json is the original's: a language model's with LLaVA's keys among its own."""
+    """Return whether a config.json is the original's: a language model's with LLaVA's keys mixed in."""
     return "mm_vision_tower" in config or "mm_hidden_size" in config
 
 
@@ -115,7 +115,7 @@ def original_language_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_original_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the settings in the original's config.json, with the defaults of its code. Raises ModelError."""
+    """Read our settings from the original's config.json, with the defaults of its code. Raises ModelError."""
     if "mm_vision_select_layer" not in config:
         raise ModelError(f"{where} has no mm_vision_select_layer; add the layer that the projector was trained on.")
     if config.get("mm_resampler_type") is not None:

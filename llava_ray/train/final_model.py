@@ -1,4 +1,4 @@
-"""What a run leaves behind: whole tensors gathered from the engine and written as a bundle."""
+"""The final model of a run: tensors gathered from the engine and written as a bundle."""
 
 import tempfile
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def save_final_model(engine: "DeepSpeedEngine", parts: LlavaParts, settings: LoopSettings) -> None:
-    """Write the run's model; collective. What cannot have changed is named instead of copied."""
+    """Save the run's model as a bundle; collective. Parts that cannot have changed are referenced, not copied."""
     include = find_contents(settings.config)
     tensors = gather_tensors(engine, parts, include)
     if dist.get_rank() == 0:
@@ -26,6 +26,7 @@ def save_final_model(engine: "DeepSpeedEngine", parts: LlavaParts, settings: Loo
         if "file" in files.protocol:
             save_bundle(inner, parts, tensors, include=include, training=training)
         else:
+            # Tensor files are written with seeks, which object storage cannot do: write locally, then upload.
             with tempfile.TemporaryDirectory() as folder:
                 new = f"{folder}/model"
                 save_bundle(new, parts, tensors, include=include, training=training, place=settings.bundle_folder)
@@ -34,15 +35,15 @@ def save_final_model(engine: "DeepSpeedEngine", parts: LlavaParts, settings: Loo
 
 
 def find_contents(config: FinetuneConfig) -> Contents:
-    """Return what bundles of a run hold: an adapter, or only the projector, where the other parts stay as they are."""
+    """Return which parts a run's bundle holds: an adapter or the projector alone where the other parts are frozen."""
     if config.lora.lora_enable:
         return "adapter"
-    # A quantised language model is frozen, and cannot be written as it was.
+    # A quantised language model is frozen, and its original weights are not in memory any more.
     return "projector" if config.model.tune_mm_mlp_adapter or config.lora.bits < 16 else "all"
 
 
 def describe_training(settings: LoopSettings, steps: int) -> dict[str, Any]:
-    """Return what a bundle says of its origin."""
+    """Return the ``training`` section of a bundle's manifest: the run, its steps and hashes."""
     return {
         "run": settings.config.run.name,
         "steps": steps,
@@ -52,9 +53,9 @@ def describe_training(settings: LoopSettings, steps: int) -> dict[str, Any]:
 
 
 def gather_tensors(engine: "DeepSpeedEngine", parts: LlavaParts, include: Contents) -> dict[str, torch.Tensor]:
-    """Return the whole tensors that such a bundle needs on rank 0's CPU, one gathered at a time.
+    """Gather the tensors that a bundle needs on rank 0's CPU, one at a time; collective.
 
-    Every rank must take part, in the same order.
+    Every rank must iterate in the same order, or the collectives of different parameters would be matched.
     """
     from deepspeed.runtime.zero import GatheredParameters
 
@@ -63,12 +64,12 @@ def gather_tensors(engine: "DeepSpeedEngine", parts: LlavaParts, include: Conten
     beside = names_beside(parts)
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in llava.named_parameters():
-        learns_beside = include == "adapter" and parameter.requires_grad
-        if include == "all" or name.startswith(beside) or learns_beside:
+        is_trainable = include == "adapter" and parameter.requires_grad
+        if include == "all" or name.startswith(beside) or is_trainable:
             with GatheredParameters([parameter], enabled=partitioned):
                 if dist.get_rank() == 0:
                     tensors[name] = parameter.detach().cpu().clone()
     if include == "all":
-        kept = llava.state_dict().keys()
-        tensors |= {name: buffer.cpu() for name, buffer in llava.named_buffers() if name in kept}
+        persistent = llava.state_dict().keys()
+        tensors |= {name: buffer.cpu() for name, buffer in llava.named_buffers() if name in persistent}
     return tensors

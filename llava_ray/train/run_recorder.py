@@ -1,7 +1,7 @@
-"""The run's one writer: every rank tells it what each step did; it keeps metrics, ledger, MLflow and progress.
+"""The run's only writer: every rank sends it each step's record; it writes metrics, ledger, MLflow and progress.
 
 ``ledger.jsonl`` has a line per step with the ids of its samples, sorted, whatever the number of ranks; a run that was
-killed and went on has the same bytes as one that never was. ``metrics.jsonl`` has a line per step with its metrics.
+killed and resumed has the same bytes as one that never was. ``metrics.jsonl`` has a line per step with its metrics.
 """
 
 import json
@@ -19,7 +19,7 @@ from llava_ray.data.storage import read_stored, write_stored
 from llava_ray.train.runs import RunFolder
 
 _SECONDS_BETWEEN_LOGS = 5.0
-_STEPS_OF_A_RATE = 50  # the last so many tell how fast a run is
+_RATE_WINDOW = 50  # the window over which the rate is computed
 
 TRAINING = "training"
 
@@ -29,11 +29,11 @@ class RunProgress:
     """How far a run is."""
 
     state: str
-    """``TRAINING``, or what is done before and after."""
+    """``TRAINING``, or the phase before or after it."""
     first: int | None
-    """The step that these workers began with; None until they are that far."""
+    """The step at which these workers started; None until they have restored."""
     done: int
-    """Steps that are done, those of earlier starts included."""
+    """Completed steps, those of earlier starts included."""
     metrics: dict[str, float]
     """Of the last step."""
     steps_per_second: float | None
@@ -46,7 +46,7 @@ class RunRecorder:
     """Collect the ranks' records; run as a Ray actor (see ``start_recorder``)."""
 
     def __init__(self, run_folder: str, tracked: dict[str, Any], params: dict[str, Any], logging_steps: int) -> None:
-        """Read what earlier starts of this run have written."""
+        """Load the ledger and metrics that earlier starts of this run have written."""
         from llava_ray.tracking import TrackedRun  # MLflow; whoever holds this actor's handle imports this module
 
         self.run_folder = run_folder
@@ -65,26 +65,26 @@ class RunRecorder:
         self.world_size = 0
         self.state = "starting workers"
         self.first: int | None = None
-        self.ended: deque[tuple[int, float]] = deque(maxlen=_STEPS_OF_A_RATE)
+        self.ended: deque[tuple[int, float]] = deque(maxlen=_RATE_WINDOW)
         self.said: list[str] = []
         self.stopping = False
 
     def enter(self, state: str) -> None:
-        """Take note of what the workers do now."""
+        """Set the workers' current phase."""
         self.state = state
 
     def say(self, line: str) -> None:
-        """Pass a line on to the person who started the run."""
-        if line not in self.said:  # workers that start again say it again
+        """Add a line for the person who started the run, once."""
+        if line not in self.said:  # restarted workers send it again
             self.said.append(line)
 
     def stop(self) -> None:
-        """Ask the workers to stop after the step that they are in; they hear of it with their next record."""
+        """Request a stop after the current step; the workers receive it as the answer to their next record."""
         self.stopping = True
-        self.tracked.end("KILLED")  # at once: who asked may not wait
+        self.tracked.end("KILLED")  # at once: the driver may exit before the workers have stopped
 
     def rewind(self, rank: int, first_step: int, world_size: int) -> None:
-        """Forget the steps that are about to be taken again; every rank says so when it starts."""
+        """Drop the records of steps that will be repeated; every rank calls this when it starts."""
         del rank
         self.world_size = world_size
         self.partial.clear()
@@ -96,7 +96,7 @@ class RunRecorder:
         self.ended.clear()
 
     def record(self, rank: int, step: int, metrics: dict[str, float], samples: list[str]) -> bool:
-        """Take one rank's account of a step; the last rank's completes it. Return whether the run is to stop."""
+        """Record one rank's step; the last rank's record completes it. Return whether the run is to stop."""
         by_rank = self.partial.setdefault(step, {})
         by_rank[rank] = samples
         if rank == 0:
@@ -110,14 +110,14 @@ class RunRecorder:
         return self.stopping
 
     def log(self) -> None:
-        """Send what is new to MLflow."""
+        """Log new steps to MLflow."""
         self.log_time = time.monotonic()
         new = {step: row for step, row in self.metrics.items() if step > self.logged and step in self.ledger}
         self.tracked.log_steps({step: row for step, row in new.items() if step % self.logging_steps == 0})
         self.logged = max(new, default=self.logged)
 
     def flush(self) -> None:
-        """Write ledger and metrics; answered only when they are on storage."""
+        """Write ledger and metrics; return only when they are on storage."""
         ledger = [{"step": step, "samples": self.ledger[step]} for step in sorted(self.ledger)]
         metrics = [{"step": step} | self.metrics[step] for step in sorted(self.metrics)]
         for name, rows in (("ledger", ledger), ("metrics", metrics)):
@@ -126,7 +126,7 @@ class RunRecorder:
         self.log()
 
     def progress(self) -> RunProgress:
-        """Return how far the run is."""
+        """Return the run's progress."""
         last = max(self.ledger, default=-1)
         rate = None
         if len(self.ended) > 1:
@@ -135,7 +135,7 @@ class RunRecorder:
         return RunProgress(self.state, self.first, last + 1, self.metrics.get(last, {}), rate, list(self.said))
 
     def close(self, status: str, tags: dict[str, str], artifacts: dict[str, str], files: list[str]) -> str:
-        """Write everything, keep the artifacts (name → folder) and files, end the MLflow run and return its id."""
+        """Flush, log tags, artifacts (name → folder) and files, end the MLflow run and return its id."""
         self.flush()
         self.tracked.log_tags(tags)
         for path in files:
@@ -147,7 +147,7 @@ class RunRecorder:
 
 
 def start_recorder(run: RunFolder, config: FinetuneConfig, tracking_uri: str, settings: str) -> ActorHandle:
-    """Start the journal beside the driver; it lives and dies with the job. ``settings`` is a hash of theirs."""
+    """Start the recorder on the driver's node, for the lifetime of the job; ``settings`` is a hash of the settings."""
     tracked = {
         "tracking_uri": tracking_uri,
         "experiment_name": config.tracking.experiment_name,

@@ -11,7 +11,7 @@ from llava_ray.config.sections import MODEL_PATHS, FinetuneConfig
 from llava_ray.errors import CheckpointError, ConfigError, DataError
 from llava_ray.tracking import TrackedRun, describe_page, moved_tracking_uri
 from llava_ray.train.identity import identify_run
-from llava_ray.train.journal import RunRecorder
+from llava_ray.train.run_recorder import RunRecorder
 from llava_ray.train.runs import (
     SNAPSHOT,
     SNAPSHOT_COPY,
@@ -68,7 +68,7 @@ def test_a_finished_run_on_data_that_changed_since_is_refused(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/finished.json").write_text(json.dumps({"data_hash": "old", "num_steps": 4}))
     assert run.finished("old")["num_steps"] == 4
-    with pytest.raises(ConfigError, match=r"finished, but data.data_path holds other data.*old -> new"):
+    with pytest.raises(ConfigError, match=r"finished, but data.data_path now holds other data.*old -> new"):
         run.finished("new")
 
 
@@ -184,7 +184,7 @@ def test_a_finished_run_that_moved_with_its_mlflow_store_names_that_one(tmp_path
 
 def test_the_rate_is_that_of_the_last_steps_and_a_stop_is_heard_with_the_next_record(tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("llava_ray.train.journal.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("llava_ray.train.run_recorder.time.monotonic", lambda: now[0])
     journal = open_journal(tmp_path)
     now[0] = 100.0  # loading the model
     journal.rewind(0, 40, 1)

@@ -1,4 +1,4 @@
-"""Whether a sweep can clean up after itself, that it does, and whether it has."""
+"""Release of a sweep's cluster resources: whether it is possible, the release itself, and its verification."""
 
 import threading
 import time
@@ -14,15 +14,15 @@ from ray.util.state.exception import RayStateApiException
 
 from llava_ray.errors import ConfigError
 
-_PATIENCE_S = 60.0
+_RELEASE_TIMEOUT_S = 60.0
 _SECONDS_BETWEEN_ROUNDS = 5.0
-_ORPHANED_ROUNDS = 3  # seen without anybody in it so many times: the start of a run's workers is quicker
+_ORPHANED_ROUNDS = 3  # without an actor for so many rounds: starting a run's workers takes less
 _MOST_ACTORS = 10_000  # that Ray lists
 
 
 @dataclass(frozen=True)
 class ClusterUsage:
-    """What a cluster has free, and which groups of resources are reserved."""
+    """The free resources of a cluster, and its placement groups."""
 
     cpus: float
     gpus: float
@@ -30,10 +30,10 @@ class ClusterUsage:
 
 
 def check_state_api(where: str | None) -> None:
-    """Raise ConfigError where nobody answers questions about actors; ``where`` is the dashboard's address.
+    """Check that Ray's state API responds; ``where`` is the dashboard's address. Raises ConfigError.
 
-    Ray gives back the reserved resources of a stopped trial by asking whether its controller lives. Without an answer
-    it never does, and the sweep would wait for them for ever.
+    Ray releases the resources of a stopped trial after asking the state API whether its controller is alive. Without a
+    response it never does, and the sweep would wait for ever.
     """
     try:
         if where is None:
@@ -41,12 +41,12 @@ def check_state_api(where: str | None) -> None:
         list_actors(address=where, limit=1)
     except (RayStateApiException, OSError) as error:
         raise ConfigError(
-            f"the cluster's dashboard does not answer ({error}), and a sweep needs it to free what stopped trials have "
-            "reserved: start Ray with include_dashboard=True, or leave cluster.address out"
+            f"the cluster's dashboard does not respond ({error}), and a sweep needs it to free the resources of "
+            "stopped trials: start Ray with include_dashboard=True, or leave cluster.address out"
         ) from error
 
 
-def dashboard_address() -> str | None:
+def find_dashboard_address() -> str | None:
     """Return the address of the connected cluster's dashboard, None where there is none."""
     where = ray._private.worker.get_dashboard_url()  # not among the public calls
     return f"http://{where}" if where else None
@@ -54,7 +54,7 @@ def dashboard_address() -> str | None:
 
 @dataclass(frozen=True)
 class Group:
-    """A group of reserved resources, as far as one must know it to tell whose it is."""
+    """A placement group, with the fields that identify its owner."""
 
     id: str
     job: str
@@ -62,21 +62,21 @@ class Group:
 
 
 @contextmanager
-def clearing(bundle: Mapping[str, float]) -> Iterator[None]:
-    """Give back what runs of this job leave reserved when they are stopped, until the block ends.
+def release_orphaned_groups(bundle: Mapping[str, float]) -> Iterator[None]:
+    """Release placement groups that stopped runs of this job leave behind, until the block ends.
 
-    Ray's own cleaner misses what a run's controller reserves while it is being ended: it sees its workers die, and
-    starts new ones at once. ``bundle`` is what a worker reserves.
+    Ray's own clean-up misses groups that a run's controller reserves while it is being stopped: it sees its workers
+    die, and starts new ones at once. ``bundle`` holds a worker's resources.
     """
-    over = threading.Event()
+    done = threading.Event()
     job = ray.get_runtime_context().get_job_id()
 
     def clear() -> None:
         seen: dict[str, int] = {}
-        while not over.wait(_SECONDS_BETWEEN_ROUNDS):
+        while not done.wait(_SECONDS_BETWEEN_ROUNDS):
             try:
                 orphans = find_orphans(*_list_reserved(), job, bundle)
-            except (RayStateApiException, OSError):  # a busy dashboard; the next round asks again
+            except (RayStateApiException, OSError):  # a busy dashboard; retried in the next round
                 continue
             seen = {name: seen.get(name, 0) + 1 for name in orphans}
             for name in [name for name, rounds in seen.items() if rounds >= _ORPHANED_ROUNDS]:
@@ -87,13 +87,13 @@ def clearing(bundle: Mapping[str, float]) -> Iterator[None]:
     try:
         yield
     finally:
-        over.set()
+        done.set()
         thread.join()
 
 
 def _list_reserved() -> tuple[list[Group], set[str]]:
-    """Return the groups that hold resources, and the ids of those that an actor lives in or is about to."""
-    where = dashboard_address()
+    """Return the groups that hold resources, and the ids of those with an actor."""
+    where = find_dashboard_address()
     groups = [
         Group(row.placement_group_id, row.creator_job_id, [bundle["unit_resources"] for bundle in row.bundles])
         for row in list_placement_groups(address=where, filters=[("state", "=", "CREATED")], detail=True)
@@ -103,27 +103,25 @@ def _list_reserved() -> tuple[list[Group], set[str]]:
 
 
 def find_orphans(
-    groups: Sequence[Group], inhabited: Collection[str], job: str, bundle: Mapping[str, float]
+    groups: Sequence[Group], occupied: Collection[str], job: str, bundle: Mapping[str, float]
 ) -> list[str]:
-    """Return the groups for workers of this job's runs in which nobody is."""
+    """Return the worker groups of this job's runs without an actor."""
     return [
         group.id
         for group in groups
-        if group.job == job
-        and group.id not in inhabited
-        and all(bundle.items() <= own.items() for own in group.bundles)
+        if group.job == job and group.id not in occupied and all(bundle.items() <= own.items() for own in group.bundles)
     ]
 
 
 def snapshot_usage() -> ClusterUsage:
-    """Return what is free and reserved now."""
+    """Return the current usage of the cluster."""
     free = ray.available_resources()
     groups = frozenset(name for name, row in placement_group_table().items() if row["state"] != "REMOVED")
     return ClusterUsage(free.get("CPU", 0.0), free.get("GPU", 0.0), groups)
 
 
-def wait_until_released(before: ClusterUsage, seconds: float = _PATIENCE_S) -> list[str]:
-    """Wait until all that was free before a sweep is free again; return what still is not, in words."""
+def wait_until_released(before: ClusterUsage, seconds: float = _RELEASE_TIMEOUT_S) -> list[str]:
+    """Wait until the resources of before a sweep are free again; describe those that are not."""
     end = time.monotonic() + seconds
     while True:
         now = snapshot_usage()
