@@ -39,7 +39,7 @@ class VllmPrompts(PromptText):
 
     @property
     def view_spec(self) -> ImageSpec | None:
-        """Return our image settings, whose views vLLM's processor keeps; None for anyres, where it cuts tiles itself."""
+        """Return our image settings, whose views vLLM keeps unchanged; None for anyres, where it cuts tiles itself."""
         spec = self.model.image_spec
         return None if spec.aspect_ratio == "anyres" else spec
 
