@@ -1,1 +1,1 @@
-"""Benchmarks: what to show, what to ask, what is right and how to add up. No ray, no torch, no model."""
+"""Benchmarks: prompts, grading and aggregation, independent of Ray, torch and models."""

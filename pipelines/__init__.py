@@ -1,1 +1,1 @@
-"""The commands: each reads like prose, and each `main(arguments)` can be called."""
+"""The commands, each with a `main(arguments)` that can be called."""
