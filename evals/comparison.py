@@ -66,7 +66,7 @@ def compare_results(first: StoredResult, second: StoredResult) -> dict[str, Any]
         raise DataError("the two results have no question in common")
     estimated = estimate_difference(str(first.summary["benchmark"]), first.summary["profile"], pairs)
     sure = math.isfinite(estimated.standard_error) and (estimated.low > 0 or estimated.high < 0)
-    mine, other = (kept.summary.get("provenance", {}) for kept in (first, second))
+    mine, other = (stored.summary.get("provenance", {}) for stored in (first, second))
     return {
         "benchmark": first.summary["benchmark"],
         "profile": first.summary["profile"],

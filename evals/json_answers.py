@@ -33,10 +33,13 @@ def _answer(text: str) -> str | None:
     value = _value(text)
     if not isinstance(value, dict):
         return None
-    named = [said for key, said in value.items() if re.sub(r"[\W_]", "", str(key).lower()) in _NAMES]
-    if not named or any(isinstance(said, dict | list | tuple | set | bytes) for said in named):
+    named = [value_of_name for key, value_of_name in value.items() if re.sub(r"[\W_]", "", str(key).lower()) in _NAMES]
+    if not named or any(isinstance(value_of_name, dict | list | tuple | set | bytes) for value_of_name in named):
         return None
-    texts = {_SAID[said] if said is None or isinstance(said, bool) else str(said) for said in named}
+    texts = {
+        _SAID[value_of_name] if value_of_name is None or isinstance(value_of_name, bool) else str(value_of_name)
+        for value_of_name in named
+    }
     # Escapes may produce lone surrogates, which no file can hold.
     return texts.pop().encode(errors="ignore").decode() if len(texts) == 1 else None
 

@@ -72,6 +72,6 @@ def comparison_note(benchmark: str, num_questions: int) -> str | None:
     if benchmark not in _TABLE or published_scores(benchmark, num_questions):
         return None
     if num_questions not in WHOLE_SETS[benchmark]:
-        asked = format_count(benchmark, num_questions, num_questions)
-        return f"{asked} questions: LLaVA's scores are of the whole set, and are not compared with this one"
+        counts = format_count(benchmark, num_questions, num_questions)
+        return f"{counts} questions: LLaVA's scores are of the whole set, and are not compared with this one"
     return f"LLaVA's scores are of {ELSEWHERE[benchmark]}, which only its server can score"

@@ -128,14 +128,14 @@ def compute_order_metrics(reviews: Sequence[Review]) -> dict[str, Any]:
     if not pairs:
         return {"num_pairs": 0, "consistency": None, "first_wins": None, "first_advantage": None}
     same = sum(_winner(given) == _winner(swapped) for given, swapped in pairs)
-    shown = [_as_shown(review) for pair in pairs for review in pair]
-    decided = [first > second for first, second in shown if first != second]
+    in_order = [_as_shown(review) for pair in pairs for review in pair]
+    decided = [first > second for first, second in in_order if first != second]
     return {
         "num_pairs": len(pairs),
         "consistency": rounded(same / len(pairs)),
         "consistency_interval": [rounded(end) for end in wilson_interval(same, len(pairs))],
         "first_wins": rounded(sum(decided) / len(decided)) if decided else None,
-        "first_advantage": rounded(sum(first - second for first, second in shown) / len(shown)),
+        "first_advantage": rounded(sum(first - second for first, second in in_order) / len(in_order)),
     }
 
 

@@ -96,8 +96,8 @@ def _tell_part(part: BenchmarkPart, config: EvaluateConfig) -> Iterator[str]:
     how = f"at most {part.limit:,} new tokens each"
     if config.evaluate.ranking and part.num_ranked:
         how = f"{part.num_ranked:,} with options to rank by their {config.evaluate.ranking}, others {how}"
-    told = f", {answered:,} of them answered already" if answered else ""
-    yield f"{name:<16}{format_count(name, num, num)} questions{told}; {how}"
+    suffix = f", {answered:,} of them answered already" if answered else ""
+    yield f"{name:<16}{format_count(name, num, num)} questions{suffix}; {how}"
     files = [file for question in part.waiting for file in question.images if isinstance(file, Path)]
     absent = [file for file in files if not file.is_file()]
     if absent:

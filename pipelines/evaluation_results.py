@@ -90,8 +90,8 @@ def _describe_answers_origin(
 ) -> dict[str, Any]:
     """Describe the scored data and profile, and the answers' generation if a file beside them has it."""
     prompts = [question.prompt for question in questions]
-    beside = request.answers.parent / PROVENANCE
-    told = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+    provenance_file = request.answers.parent / PROVENANCE
+    provenance = json.loads(provenance_file.read_text(encoding="utf-8")) if provenance_file.exists() else {}
     asked = next((answer.prompt for answer in answers if answer.prompt), prompts[0] if prompts else "")
     return {
         "profile": request.profile,
@@ -102,7 +102,7 @@ def _describe_answers_origin(
         "answers": str(request.answers),
         "answers_hash": hashlib.sha256(request.answers.read_bytes()).hexdigest()[:16],
         **({"reviews": str(request.reviews)} if request.reviews else {}),
-        **told,
+        **provenance,
     }
 
 

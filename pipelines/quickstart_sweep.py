@@ -3,7 +3,7 @@
 
 python pipelines/quickstart_sweep.py
 
-The parts and the language model that has learnt the words are those of the quickstart; what of them is missing is made.
+The parts and the language model trained on words are those of the quickstart; missing ones are made.
 """
 
 import shutil

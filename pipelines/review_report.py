@@ -121,9 +121,14 @@ def _listed(judged: Sequence[Judged], max_tokens: int) -> list[dict[str, Any]]:
     for one in judged:
         review = one.review
         if review.state in ("failed", "unparsed"):
-            told = {"judge": one.call.judge, "match": one.call.pair, "order": one.call.order, "sample": one.call.sample}
+            call_fields = {
+                "judge": one.call.judge,
+                "match": one.call.pair,
+                "order": one.call.order,
+                "sample": one.call.sample,
+            }
             found.append(
-                {"question_id": one.item.id, **told, "state": review.state, "reason": reason_of(one, max_tokens)}
+                {"question_id": one.item.id, **call_fields, "state": review.state, "reason": reason_of(one, max_tokens)}
             )
     return found[:_MAX_LISTED]
 

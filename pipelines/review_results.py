@@ -105,7 +105,7 @@ def _compute_metrics(
     given = [review for review in reviews if review.order == "given"]
     # The published score is of the given order; a missing answer counts as an open review.
     found = compute_review_headline([*given, *gaps], figure, config.review.max_failed)
-    told: dict[str, Any] = {
+    row: dict[str, Any] = {
         "judge": judge,
         "match": judged[0].call.pair,
         "model": model,
@@ -117,7 +117,7 @@ def _compute_metrics(
     if kind == "pair":
         swapped = [review for review in reviews if review.order == "swapped"]
         means = mean_score(given, 0), mean_score(given, 1)
-        told |= {
+        row |= {
             "first_x10": None if means[0] is None else rounded(10 * means[0]),
             "second_x10": None if means[1] is None else rounded(10 * means[1]),
             "orders": {
@@ -128,7 +128,7 @@ def _compute_metrics(
             **compute_order_metrics(reviews),
             **compute_length_metrics(given),
         }
-    return told
+    return row
 
 
 def _metric_name(config: ReviewConfig, judge: str, figure: str, judged: Sequence[Judged]) -> str:
@@ -229,10 +229,10 @@ def _llava_row(one: Judged, row: Mapping[str, Any]) -> dict[str, Any]:
     item = one.item
     ids = item.answer_ids or (item.id,) * len(item.names)
     content = _llavas_content(row, one.call.kind)
-    told = {f"answer{number}_id": name for number, name in enumerate(ids, start=1)}
+    fields = {f"answer{number}_id": name for number, name in enumerate(ids, start=1)}
     return {
         "question_id": item.id,
-        **told,
+        **fields,
         "category": item.category,
         "content": content,
         "tuple": list(row["scores"]),

@@ -98,7 +98,7 @@ def describe_review(arguments: Sequence[str]) -> dict[str, Any]:
     tokens, requests = sum(call.tokens for call in calls), len(calls)
     limits = job.config.limits
     minutes = max(requests / (limits.requests_per_minute or 1e9), tokens / (limits.tokens_per_minute or 1e9))
-    told = {
+    summary = {
         "items": len(job.inputs.items),
         "judges": list(job.plan.judges),
         "rubric": job.plan.rubric.version,
@@ -109,14 +109,14 @@ def describe_review(arguments: Sequence[str]) -> dict[str, Any]:
         **(_told_dollars(job, calls) if job.priced else _told_tokens(job, calls)),
         "minutes, at least": round(minutes, 1),
     }
-    for name, value in told.items():
+    for name, value in summary.items():
         print(f"  {name:<22} {value:,}" if isinstance(value, int | float) else f"  {name:<22} {value}")
     if not os.environ.get(job.config.judge.api_key_env):
         print(f"  the environment variable {job.config.judge.api_key_env} (judge.api_key_env) is not set")
     for note in (too_dear(job.budget, read_account(job.ledger).spent, calls), unheld_budget(job.config, job.budget)):
         if note:
             print(f"  {note}")
-    return told
+    return summary
 
 
 def _told_dollars(job: ReviewJob, calls: Sequence[Call]) -> dict[str, Any]:
@@ -211,11 +211,11 @@ def _stop_line(job: ReviewJob, progress: Progress) -> str:
 def _work_in_batches(job: ReviewJob, waiting: Sequence[int], progress: Progress) -> None:
     """Send calls over the Batch API and wait for them. Raises ConfigError, JudgeError."""
     ledger = LedgerFile(job.ledger, uuid.uuid4().hex[:12])
-    purse = Budget(job.budget)
+    budget = Budget(job.budget)
     try:
         for name, spec in job.plan.judges.items():
             indices = [index for index in waiting if job.plan.slots[index][1] == name]
-            batches = Batches(job.plan, spec, ledger, batch_client(spec), purse, job.config.judge.batch_poll_s)
+            batches = Batches(job.plan, spec, ledger, batch_client(spec), budget, job.config.judge.batch_poll_s)
             for seen in batches.run(indices, progress):
                 print(_line(seen, priced=job.priced), flush=True)
     finally:

@@ -5,7 +5,7 @@ python pipelines/sweep.py pipelines/recipes/sweep/llava_v1_5_7b.toml --data.data
 python pipelines/sweep.py RECIPE --dry-run [--gpu_memory_gib 40]     # trials, steps, memory, time; starts nothing
 ray job submit --working-dir . -- python pipelines/sweep.py RECIPE --sweep.num_trials 32
 
-The same command goes on where a sweep was interrupted. The best run's model and recipe are in the sweep's folder.
+The same command resumes an interrupted sweep. The best run's model and recipe are in the sweep's folder.
 """
 
 import json

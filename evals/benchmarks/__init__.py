@@ -1,1 +1,1 @@
-"""The benchmarks, one file each: official files read, questions asked, answers graded."""
+"""The benchmarks, one file each: reading of official files, prompts, grading."""

@@ -15,7 +15,7 @@ class ChartQA(Benchmark):
 
     llava and official: the published rule, in which "1,000" is no number, "14" is not "14%", and years are numbers.
     robust: such numbers are read, years have to be exact, 0 is 0; what states no one number ("3-4", "more than 3") is
-    unparsed beside a truth that is one.
+    unparsed if the truth is one.
 
     Robust, answer | truth | score::
 

@@ -114,9 +114,9 @@ def _question(row: Mapping[str, Any], folder: Path, path: Path) -> Question:
     options = tuple(map(str, row.get("options") or ()))
     rule, instruction = row.get("rule") or ("letter" if options else "exact"), row.get("instruction")
     instruction = instruction or ("letter" if options else "none")
-    for given, known, what in ((rule, _RULES, "rule"), (instruction, _INSTRUCTIONS, "instruction")):
-        if given not in known:
-            raise DataError(f"{path}: question {name!r} has the {what} {given!r}; expected one of {', '.join(known)}")
+    for value, known, what in ((rule, _RULES, "rule"), (instruction, _INSTRUCTIONS, "instruction")):
+        if value not in known:
+            raise DataError(f"{path}: question {name!r} has the {what} {value!r}; expected one of {', '.join(known)}")
     truths = [str(truth) for truth in (row["answers"] if "answers" in row else [need(row, "answer", path)])]
     if options:
         truths = [LETTERS[options.index(truth)] if truth in options else truth for truth in truths]

@@ -68,12 +68,12 @@ class HallusionBench(Benchmark):
         for row in read_json_value(path):
             keys = ("category", "subcategory", "set_id", "figure_id", "question_id")
             category, subcategory, set_id, figure_id, question_id = (str(need(row, key, path)) for key in keys)
-            shown = str(need(row, "visual_input", path)) != "0" and row.get("filename")
+            has_figure = str(need(row, "visual_input", path)) != "0" and row.get("filename")
             questions.append(
                 Question(
                     "_".join((category, subcategory, set_id, figure_id, question_id)),
                     need(row, "question", path),
-                    (folder / row["filename"].removeprefix("./"),) if shown else (),
+                    (folder / row["filename"].removeprefix("./"),) if has_figure else (),
                     ("yes" if str(need(row, "gt_answer", path)) == "1" else "no",),
                     categories=(category, f"{category} {subcategory}"),
                     cluster=f"{category}_{subcategory}_{set_id}",

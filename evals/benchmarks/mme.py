@@ -33,7 +33,7 @@ class MME(Benchmark):
     """Per ability: the share of questions right plus the share of images with both right, in per cent (0..200).
 
     The headline is the sum over the ten abilities of perception (0..2000), as in LLaVA-1.5's tables; cognition (0..800)
-    stands beside it.
+    is reported separately.
 
     Obtain: https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation. The folder is
     ``MME_Benchmark_release_version`` (or holds it): a folder an ability, with ``images/`` and

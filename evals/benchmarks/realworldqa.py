@@ -24,8 +24,8 @@ class RealWorldQA(Benchmark):
     or ``annotations.jsonl`` with the images it names; questions bring their own instruction.
 
     llava and official: "X." or "(X)" in front is a letter, a final period goes, then equality, of words without case.
-    robust: ``evals.matching.letters.parse_letter`` for letters, ``matching.yes_no`` for yes and no; beside a number,
-    the one number that is said, in digits or words.
+    robust: ``evals.matching.letters.parse_letter`` for letters, ``matching.yes_no`` for yes and no; for a number,
+    the only stated number, in digits or words.
 
     Robust, answer | truth | score (options Left, Right, Straight where the truth is a letter)::
 

@@ -24,7 +24,7 @@ _CHOICES = ("choice_a", "choice_b", "choice_c", "choice_d")
 
 
 class SEEDBench(Benchmark):
-    """One letter; figures of images and of video beside the whole (LLaVA-1.5 reports the whole, 1.6 images only).
+    """One letter; scores of images and of video besides the whole (LLaVA-1.5 reports the whole, 1.6 images only).
 
     Obtain: https://github.com/AILab-CVC/SEED-Bench/blob/main/DATASET.md. The folder holds ``SEED-Bench.json``,
     ``SEED-Bench-image/`` and, of each video, its middle frame as ``SEED-Bench-video-image/QUESTION_ID.png``.

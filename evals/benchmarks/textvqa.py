@@ -45,10 +45,10 @@ class TextVQA(Benchmark):
         questions = []
         for row in need(read_json_value(path), "data", path):
             image_id, text = need(row, "image_id", path), need(row, "question", path)
-            seen = f"{_OCR}{tokens[image_id]}" if image_id in tokens else ""
+            ocr = f"{_OCR}{tokens[image_id]}" if image_id in tokens else ""
             image = folder / "train_images" / f"{image_id}.jpg"
-            plain = humans_question(str(need(row, "question_id", path)), text + seen + SHORT, image, row)
-            category = "with OCR tokens" if seen else "without OCR tokens"
+            plain = humans_question(str(need(row, "question_id", path)), text + ocr + SHORT, image, row)
+            category = "with OCR tokens" if ocr else "without OCR tokens"
             aliases = (f"{image_id}\n{text.lower()}",)
             questions.append(
                 Question(plain.id, plain.prompt, (image,), plain.truths, (), (category,), image_id, "", aliases)

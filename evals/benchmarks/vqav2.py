@@ -23,7 +23,7 @@ class VQAv2(Benchmark):
     Obtain: https://visualqa.org/download.html. The folder holds ``v2_OpenEnded_mscoco_val2014_questions.json`` with
     ``v2_mscoco_val2014_annotations.json`` and the images in ``val2014/``; or, to write a submission,
     ``v2_OpenEnded_mscoco_test-dev2015_questions.json`` (or test2015) with ``test2015/``. The server wants an answer to
-    every id of test2015: those of test-dev alone are filled up with '' where the test2015 file lies beside it.
+    every id of test2015: those of test-dev alone are filled up with '' if the test2015 file is in the folder.
 
     llava: EvalAI's normaliser on all texts; ten humans, no fewer. official: the authors' script, which normalises only
     where the humans disagree. robust: the script's normaliser always, an empty answer is unparsed, one human is enough.

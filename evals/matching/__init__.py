@@ -1,1 +1,1 @@
-"""Rules that read answers: letters, yes or no, numbers, short texts. Nothing is guessed."""
+"""Rules that parse answers: letters, yes or no, numbers, short texts. They never guess."""

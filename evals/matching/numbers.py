@@ -22,9 +22,9 @@ def relaxed_accuracy(answer: str, truth: str) -> bool:
 
     As published: "%" divides by a hundred, a truth of 0 and anything with a comma are compared as texts.
     """
-    said, right = _as_float(answer), _as_float(truth)
-    if said is not None and right:
-        return abs(said - right) / abs(right) <= _TOLERANCE
+    answered, right = _as_float(answer), _as_float(truth)
+    if answered is not None and right:
+        return abs(answered - right) / abs(right) <= _TOLERANCE
     return answer.lower() == truth.lower()
 
 
@@ -44,12 +44,12 @@ def _grade_number(answer: str, truth: str) -> bool | None:
     goal = whole_quantity(goal_text)
     if goal is None:
         return _same_text(text, goal_text)
-    said = stated_quantity(text)
-    if said is None or _other_unit(said, goal):
+    stated = stated_quantity(text)
+    if stated is None or _other_unit(stated, goal):
         return None
-    if _is_same(said, goal, is_year="," not in truth):
+    if _is_same(stated, goal, is_year="," not in truth):
         return True
-    return None if may_mean(said, goal) else False
+    return None if may_mean(stated, goal) else False
 
 
 def grade_numbers(answer: str, truths: Sequence[str]) -> Grade:
@@ -60,36 +60,36 @@ def grade_numbers(answer: str, truths: Sequence[str]) -> Grade:
     return Grade(float(True in found), to_plain_text(answer))
 
 
-def _is_same(said: Quantity, goal: Quantity, *, is_year: bool) -> bool:
-    if said.unit in MONEY and goal.unit in MONEY and said.unit != goal.unit:
+def _is_same(stated: Quantity, goal: Quantity, *, is_year: bool) -> bool:
+    if stated.unit in MONEY and goal.unit in MONEY and stated.unit != goal.unit:
         return False
     is_year = is_year and goal.value in _YEARS and not goal.percent and not goal.unit
     if is_year:
-        return said.value == goal.value and not said.percent
-    ways, goals = {said.value}, {goal.value}
-    if said.percent != goal.percent:
-        ways |= {said.value * _PERCENT} if said.percent else set()
+        return stated.value == goal.value and not stated.percent
+    ways, goals = {stated.value}, {goal.value}
+    if stated.percent != goal.percent:
+        ways |= {stated.value * _PERCENT} if stated.percent else set()
         goals |= {goal.value * _PERCENT} if goal.percent else set()
     return any(_near(one, other) for one in ways for other in goals)
 
 
-def may_mean(said: Quantity, goal: Quantity) -> bool:
+def may_mean(stated: Quantity, goal: Quantity) -> bool:
     """Return whether an ambiguous quantity may be correct: "5/10" may mean five of ten, and "5 M" five metres."""
-    ways = (said.value, said.other, said.numerator)
+    ways = (stated.value, stated.other, stated.numerator)
     pairs = [(way, end) for way in ways for end in (goal.value, goal.other)][1:]
     return any(one is not None and other is not None and _near(one, other) for one, other in pairs)
 
 
-def _other_unit(said: Quantity, goal: Quantity) -> bool:
+def _other_unit(stated: Quantity, goal: Quantity) -> bool:
     """Return whether both have different units, such as 3 cm and 3 m, which are not converted."""
-    units = {said.unit, goal.unit} - {""}
+    units = {stated.unit, goal.unit} - {""}
     return len(units) > 1 and not units <= set(MONEY)
 
 
 def _same_text(text: str, truth: str) -> bool | None:
     if truth.strip(" .").lower() in ("yes", "no"):
-        said = parse_yes_no(text)
-        return None if said is None else said == truth.strip(" .").lower()
+        parsed = parse_yes_no(text)
+        return None if parsed is None else parsed == truth.strip(" .").lower()
     one, other = (digits_for_ordinals(_plain(words)) for words in (text, truth))
     if _ORDINAL_NUMBER.fullmatch(other) and not _ORDINAL_NUMBER.search(one):
         return None

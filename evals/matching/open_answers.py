@@ -28,7 +28,7 @@ class OpenAnswer:
     def fits(self, truths: Sequence[str]) -> bool | None:
         """Return whether it matches a truth: the same number at two decimals, or the truth's words in it.
 
-        None where that is undecidable: no one number beside truths that are numbers, words with "not" or "or".
+        None where that is undecidable: truths are numbers and there is not one number, or words with "not" or "or".
         """
         found = [self._fits(truth) for truth in truths]
         return True if True in found else False if False in found else None
@@ -51,9 +51,9 @@ def parse_open_answer(answer: str) -> OpenAnswer | None:
     return OpenAnswer(tail.lower(), stated_quantity(tail)) if tail else None
 
 
-def _same_number(said: Quantity, goal: Quantity) -> bool:
-    ways = {said.value, said.value / 100} if said.percent and not goal.percent else {said.value}
-    goals = {goal.value, goal.value / 100} if goal.percent and not said.percent else {goal.value}
+def _same_number(stated: Quantity, goal: Quantity) -> bool:
+    ways = {stated.value, stated.value / 100} if stated.percent and not goal.percent else {stated.value}
+    goals = {goal.value, goal.value / 100} if goal.percent and not stated.percent else {goal.value}
     return any(round(one, _DECIMALS) == round(other, _DECIMALS) for one in ways for other in goals)
 
 

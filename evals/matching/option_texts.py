@@ -16,11 +16,11 @@ _NOTHING = ("", "nan")
 
 def equal_options(text: str, options: Sequence[str]) -> set[str]:
     """Return the letters of options with this text, ignoring case, surrounding marks and articles; 5 is five."""
-    said = _key(text)
+    key_of_text = _key(text)
     return {
         letter
         for letter, option in zip(LETTERS, options, strict=False)
-        if (key := _key(to_plain_text(option))) == said and key not in _NOTHING
+        if (key := _key(to_plain_text(option))) == key_of_text and key not in _NOTHING
     }
 
 

@@ -1,4 +1,4 @@
-"""The service. ``app`` is API and page in one ingress, ``api`` and ``page`` are separate ones for clusters."""
+"""The Ray Serve applications: ``app`` is API and page in one ingress, ``api`` and ``page`` are separate (clusters)."""
 
 from typing import TYPE_CHECKING, Any
 

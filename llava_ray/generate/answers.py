@@ -205,13 +205,13 @@ class AnswerActor:
         return [answer_text(self.parts, ids) for ids in answers]
 
     def compute_likelihoods(
-        self, asked: list[Turn], candidates: list[list[str]], pixels: list[Tensor | None], sizes: list[list[Size]]
+        self, turns: list[Turn], candidates: list[list[str]], pixels: list[Tensor | None], sizes: list[list[Size]]
     ) -> list[list[tuple[float, int]]]:
         """Compute the log-likelihood of each candidate."""
         template, tokenizer = self.parts.template, self.parts.tokenizer
         answered = [
             [tokenize_conversation([turn, Turn("gpt", break_markers(answer))], template, tokenizer) for answer in some]
-            for turn, some in zip(asked, candidates, strict=True)
+            for turn, some in zip(turns, candidates, strict=True)
         ]
         return compute_log_likelihoods(self.parts, answered, pixels, sizes)
 

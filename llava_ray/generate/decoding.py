@@ -175,7 +175,7 @@ def find_sizes(
         return list(image_sizes)
     if num_views and tokens.grid_pinpoints:
         raise ModelError(
-            f"{num_views} views were given without image_sizes, so their images cannot be told apart; with anyres give "
+            f"{num_views} views were given without image_sizes, so they cannot be assigned to images; with anyres give "
             "the (width, height) of each image before it was cut."
         )
     return [_ANY_SIZE] * num_views

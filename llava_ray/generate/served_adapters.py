@@ -31,7 +31,7 @@ from llava_ray.model.tensors.tensor_reading import read_tensors
 
 @dataclass(frozen=True)
 class ServedAdapter:
-    """An adapter beside its base."""
+    """An adapter with its base's parts."""
 
     name: AdapterName
     """The name that requests use; None for the base's own adapter, where the base is a bundle with one."""

@@ -127,11 +127,11 @@ def _details(one: Scored) -> list[Piece]:
 def _browser(one: Scored) -> list[Piece]:
     if not one.mistakes:
         return [Note("Every answer is correct.")] if one.summary["num_scored"] else []
-    shown = f"{len(one.mistakes):,} of {one.num_mistakes:,} answers that are not fully correct"
+    caption = f"{len(one.mistakes):,} of {one.num_mistakes:,} answers that are not fully correct"
     single = [mistake for mistake in one.mistakes if len(mistake.pictures) == 1]
     others = [mistake for mistake in one.mistakes if len(mistake.pictures) != 1]
     gallery = [Gallery([_picture(mistake) for mistake in single])] if single else []
-    return [Note(shown), *gallery, *(_card(mistake) for mistake in others)]
+    return [Note(caption), *gallery, *(_card(mistake) for mistake in others)]
 
 
 def _picture(mistake: Mistake) -> Picture:

@@ -140,7 +140,7 @@ class ParallelChart:
     axes: Sequence[Axis]
     paths: Sequence[Path]
     summary: str
-    """A description in words."""
+    """A description for screen readers."""
 
 
 @dataclass(frozen=True)

@@ -196,8 +196,8 @@ def with_image(body: Mapping[str, Any], content: bytes) -> dict[str, Any]:
     """Return a request whose last message has an image before its text."""
     *others, last = body["messages"]
     encoded = base64.b64encode(content).decode()
-    shown = {"type": "image_url", "image_url": {"url": f"data:{_media_type(content)};base64,{encoded}"}}
-    parts = [shown, {"type": "text", "text": last["content"]}]
+    image = {"type": "image_url", "image_url": {"url": f"data:{_media_type(content)};base64,{encoded}"}}
+    parts = [image, {"type": "text", "text": last["content"]}]
     return {**body, "messages": [*others, {**last, "content": parts}]}
 
 

@@ -226,7 +226,7 @@ class Reviewer:
         await self.finishes({"state": "failed", **describe_call(call), "reason": reason})
 
     def _acquirer(self, judge: str) -> CallBatcher[LeaseRequest, LeaseGranted | LeaseRefused]:
-        return CallBatcher(lambda wishes: call_async(self.limiter, "acquire", judge, wishes))
+        return CallBatcher(lambda requests: call_async(self.limiter, "acquire", judge, requests))
 
 
 def _may_retry(fault: RequestError, attempts: Attempts, spec: JudgeSpec) -> bool:

@@ -72,14 +72,14 @@ def release_orphaned_groups(bundle: Mapping[str, float]) -> Iterator[None]:
     job = ray.get_runtime_context().get_job_id()
 
     def clear() -> None:
-        seen: dict[str, int] = {}
+        num_rounds: dict[str, int] = {}
         while not done.wait(_SECONDS_BETWEEN_ROUNDS):
             try:
                 orphans = find_orphans(*_list_reserved(), job, bundle)
             except (RayStateApiException, OSError):  # a busy dashboard; retried in the next round
                 continue
-            seen = {name: seen.get(name, 0) + 1 for name in orphans}
-            for name in [name for name, rounds in seen.items() if rounds >= _ORPHANED_ROUNDS]:
+            num_rounds = {name: num_rounds.get(name, 0) + 1 for name in orphans}
+            for name in [name for name, rounds in num_rounds.items() if rounds >= _ORPHANED_ROUNDS]:
                 remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
 
     thread = threading.Thread(target=clear, daemon=True)

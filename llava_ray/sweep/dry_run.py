@@ -46,13 +46,13 @@ def describe_sweep(config: SweepConfig, space: Space, gpu_memory_gib: float | No
     else:
         fewest, most = count_all_steps(config, num_settings, steps)
         yield f"Steps   {steps:,} of a whole run, {_describe_steps(config, steps, fewest, most)}"
-    largest, card, memory = find_largest_trial(config, space)
+    largest, summary, memory = find_largest_trial(config, space)
     named = describe_settings(largest)
     yield f"Largest trial: {named}"
     device = find_device(config, gpu_memory_gib)
     variant = config.base.replaced(largest)
     yield from tell_memory(memory, variant, device)
-    yield from _describe_time(config, card, fewest, most)
+    yield from _describe_time(config, summary, fewest, most)
     if device.memory_gib is not None and memory.total > device.memory_gib * GIB:
         raise ConfigError(
             f"a trial with {named} needs {memory.total / GIB:.1f} GiB on each worker's GPU, {device.name} has "

@@ -23,7 +23,7 @@ def compute_importance(trials: Sequence[Trial], space: Space, metric: str = LOSS
     """
     step = find_common_step(trials)
     evaluations = [(trial, trial.evaluation_at(step)) for trial in trials if step is not None]
-    values = [(trial.settings, look.value(metric)) for trial, look in evaluations if look]
+    values = [(trial.settings, evaluation.value(metric)) for trial, evaluation in evaluations if evaluation]
     known = [(settings, value) for settings, value in values if value is not None and math.isfinite(value)]
     if len(known) < _FEWEST_TRIALS:
         return {}

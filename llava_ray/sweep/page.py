@@ -45,15 +45,17 @@ def build_sweep_page(name: str, results: Results, seconds: float) -> Report:
 
 def _make_trial_row(trial: Trial, winner: Trial | None) -> TrialRow:
     """Return a trial's row of the report."""
-    accuracies = [look.held_out_accuracy for look in trial.curve if look.held_out_accuracy is not None]
+    accuracies = [
+        evaluation.held_out_accuracy for evaluation in trial.curve if evaluation.held_out_accuracy is not None
+    ]
     return TrialRow(
         number=trial.number,
         settings={short_key(key): _plain_value(value) for key, value in trial.settings.items()},
         seed=trial.seed,
         kind=_kind_of(trial, winner),
         state=describe_state(trial),
-        steps=[look.step for look in trial.curve],
-        losses=[look.held_out_loss for look in trial.curve],
+        steps=[evaluation.step for evaluation in trial.curve],
+        losses=[evaluation.held_out_loss for evaluation in trial.curve],
         accuracies=accuracies if len(accuracies) == len(trial.curve) else [],
         seconds=trial.seconds,
     )

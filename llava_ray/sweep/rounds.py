@@ -58,9 +58,9 @@ def find_eliminated(trials: Sequence[Trial], this: Round, metric: str) -> list[T
         if trial.state not in ENDED:
             groups.setdefault(settings_key(trial.settings), []).append(trial)
 
-    def standing(group: Sequence[Trial]) -> float:
+    def sort_key_of(group: Sequence[Trial]) -> float:
         evaluations = [trial.evaluation_at(this.until) for trial in group]
-        return mean(sort_key(look.value(metric) if look else None, metric) for look in evaluations)
+        return mean(sort_key(evaluation.value(metric) if evaluation else None, metric) for evaluation in evaluations)
 
-    ranked = sorted(groups.values(), key=standing)
+    ranked = sorted(groups.values(), key=sort_key_of)
     return [trial for group in ranked[max(1, int(this.share * len(settings) + 1e-9)) :] for trial in group]

@@ -104,4 +104,4 @@ def read_evaluations(config: FinetuneConfig, last_step: int) -> list[Evaluation]
         return []
     rows = (json.loads(line) for line in lines)
     evaluations = [Evaluation(row["step"] + 1, row[LOSS], row.get(ACCURACY)) for row in rows if LOSS in row]
-    return [look for look in evaluations if look.step <= last_step]
+    return [evaluation for evaluation in evaluations if evaluation.step <= last_step]

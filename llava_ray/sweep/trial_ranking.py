@@ -39,11 +39,11 @@ def rank_trials(trials: Sequence[Trial], metric: str) -> list[TrialStatus]:
 def _classify(group: Sequence[Trial]) -> TrialStatus:
     """Compute the means over a setting's runs."""
     last = [trial.curve[-1] for trial in group]
-    accuracies = [look.held_out_accuracy for look in last if look.held_out_accuracy is not None]
+    accuracies = [evaluation.held_out_accuracy for evaluation in last if evaluation.held_out_accuracy is not None]
     return TrialStatus(
         settings=group[0].settings,
         trials=tuple(group),
-        loss=mean(look.held_out_loss for look in last),
+        loss=mean(evaluation.held_out_loss for evaluation in last),
         accuracy=mean(accuracies) if len(accuracies) == len(last) else None,
         seconds=mean(trial.seconds for trial in group),
     )
@@ -114,5 +114,5 @@ def compute_saved_share(trials: Sequence[Trial], num_steps: int) -> float:
 
 def find_common_step(trials: Sequence[Trial]) -> int | None:
     """Return the last step at which all evaluated trials were evaluated; None if there is none."""
-    evaluated_steps = [{look.step for look in trial.curve} for trial in trials if trial.curve]
+    evaluated_steps = [{evaluation.step for evaluation in trial.curve} for trial in trials if trial.curve]
     return max(set.intersection(*evaluated_steps), default=None) if evaluated_steps else None

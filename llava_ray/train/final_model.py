@@ -61,11 +61,11 @@ def gather_tensors(engine: "DeepSpeedEngine", parts: LlavaParts, include: Conten
 
     llava = engine.module
     partitioned = engine.zero_optimization_stage() == 3
-    beside = names_beside(parts)
+    companions = names_beside(parts)
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in llava.named_parameters():
         is_trainable = include == "adapter" and parameter.requires_grad
-        if include == "all" or name.startswith(beside) or is_trainable:
+        if include == "all" or name.startswith(companions) or is_trainable:
             with GatheredParameters([parameter], enabled=partitioned):
                 if dist.get_rank() == 0:
                     tensors[name] = parameter.detach().cpu().clone()

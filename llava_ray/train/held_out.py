@@ -1,7 +1,7 @@
 """Held-out evaluation at every save: the samples' loss, and the share of correct answers.
 
-Each rank keeps its part in memory, images as what the frozen tower makes of them (as pixels where the tower learns).
-Nothing is learnt from them, and no random number is drawn: a run's own curve is the same with and without.
+Each rank keeps its part in memory, images as features of the frozen tower (as pixels where the tower is trainable).
+No gradient is computed and no random number is drawn: a run's own loss curve is the same with and without.
 """
 
 from collections.abc import Iterator, Mapping

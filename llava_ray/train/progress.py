@@ -1,4 +1,4 @@
-"""The driver's part beside the run: its progress bar, and its MLflow run's status if it fails."""
+"""The driver's part of a run: its progress bar, and its MLflow run's status if it fails."""
 
 import contextlib
 import threading

@@ -26,7 +26,7 @@ TRAINING = "training"
 
 @dataclass(frozen=True)
 class RunProgress:
-    """How far a run is."""
+    """The progress of a run."""
 
     state: str
     """``TRAINING``, or the phase before or after it."""

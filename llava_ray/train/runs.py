@@ -47,30 +47,30 @@ class RunFolder:
     def noted_settings(self) -> dict[str, Any] | None:
         """Load the settings that the run was started with; None if none are saved. Raises ConfigError."""
         try:
-            noted = json.loads(read_stored(f"{self.path}/resolved.json"))
+            saved = json.loads(read_stored(f"{self.path}/resolved.json"))
         except FileNotFoundError:
             return None
         except ValueError as error:
-            noted = error
-        if not isinstance(noted, dict):
+            saved = error
+        if not isinstance(saved, dict):
             raise ConfigError(
                 f"{self.path}/resolved.json holds no settings; choose another --run.name, or start over with "
                 "--run.restart True"
             )
-        return noted
+        return saved
 
     def finished(self, data_hash: str) -> dict[str, Any] | None:
         """Load the record of a finished run, or None. Raises ConfigError if it was trained on other data."""
         try:
-            noted: dict[str, Any] = json.loads(read_stored(f"{self.path}/finished.json"))
+            saved: dict[str, Any] = json.loads(read_stored(f"{self.path}/finished.json"))
         except FileNotFoundError:
             return None
-        if noted["data_hash"] != data_hash:
+        if saved["data_hash"] != data_hash:
             raise ConfigError(
                 f"run {self.name!r} in {self.storage_path} is finished, but data.data_path now holds other data (hash "
-                f"{noted['data_hash']} -> {data_hash}): choose another --run.name or start over with --run.restart True"
+                f"{saved['data_hash']} -> {data_hash}): choose another --run.name or start over with --run.restart True"
             )
-        return noted
+        return saved
 
 
 def find_run(config: FinetuneConfig, identity: Identity) -> RunFolder:
@@ -85,9 +85,9 @@ def find_run(config: FinetuneConfig, identity: Identity) -> RunFolder:
     if recipe is not None:
         new = RunFolder(run.storage_path, f"{recipe}-{identity_hash(config, identity)}")
         run = new if new.is_claimed else _find_older(run, recipe, config, identity) or new
-    noted = run.noted_settings() if run.is_claimed else None
-    if noted is not None and not config.run.restart:
-        changed = differing_keys(*comparable(noted, config, identity))
+    saved = run.noted_settings() if run.is_claimed else None
+    if saved is not None and not config.run.restart:
+        changed = differing_keys(*comparable(saved, config, identity))
         if changed:
             raise ConfigError(
                 f"run {run.name!r} in {run.storage_path} was made with other settings ({'; '.join(changed)}): give "
@@ -96,19 +96,19 @@ def find_run(config: FinetuneConfig, identity: Identity) -> RunFolder:
     return run
 
 
-def _find_older(written: RunFolder, recipe: str, config: FinetuneConfig, identity: Identity) -> RunFolder | None:
+def _find_older(named: RunFolder, recipe: str, config: FinetuneConfig, identity: Identity) -> RunFolder | None:
     """Return the run of these settings that was named by the older rule; None if there is none.
 
     It is also searched by its saved settings, because settings added later changed the hash in its name.
     """
-    if written.is_claimed:
-        return written
-    files, inner = fsspec.core.url_to_fs(written.storage_path)
+    if named.is_claimed:
+        return named
+    files, inner = fsspec.core.url_to_fs(named.storage_path)
     for place in sorted(files.glob(f"{inner}/{recipe}-{'[0-9a-f]' * NUM_DIGITS}/resolved.json")):
-        run = RunFolder(written.storage_path, str(place).split("/")[-2])
-        noted = run.noted_settings()
-        is_older = noted is not None and "identity" not in noted and run.is_claimed
-        if is_older and noted and not differing_keys(*comparable(noted, config, identity)):
+        run = RunFolder(named.storage_path, str(place).split("/")[-2])
+        saved = run.noted_settings()
+        is_older = saved is not None and "identity" not in saved and run.is_claimed
+        if is_older and saved and not differing_keys(*comparable(saved, config, identity)):
             return run
     return None
 
@@ -121,8 +121,8 @@ def claim_run(run: RunFolder, config: FinetuneConfig, identity: Identity) -> Non
     files, inner = fsspec.core.url_to_fs(run.path)
     if config.run.restart and files.exists(f"{inner}/resolved.json"):
         files.mv(inner, f"{inner}.replaced-{time.strftime('%Y%m%d-%H%M%S')}", recursive=True)
-    noted = config.model_dump(mode="json") | {"identity": dict(identity)}
-    write_stored(f"{run.path}/resolved.json", json.dumps(noted, indent=1).encode())
+    saved = config.model_dump(mode="json") | {"identity": dict(identity)}
+    write_stored(f"{run.path}/resolved.json", json.dumps(saved, indent=1).encode())
 
 
 def absolute_paths(config: FinetuneConfig) -> dict[str, str]:

@@ -29,18 +29,18 @@ class Stopping:
     def __init__(self, journal: ActorHandle) -> None:
         """Store the recorder to notify."""
         self.journal = journal
-        self.heard: list[int] = []
+        self.received: list[int] = []
 
     def listen(self, controller: ActorHandle) -> None:
         """Install the signal handlers; the second signal aborts the run through Ray's ``controller``."""
 
         def on_signal(number: int, frame: FrameType | None) -> None:
             del frame
-            self.heard.append(number)
-            if len(self.heard) == 1 and self.is_training():
+            self.received.append(number)
+            if len(self.received) == 1 and self.is_training():
                 self.journal.stop.remote()
                 print(f"\n{_SAVING}", file=terminal(), flush=True)
-            elif len(self.heard) <= 2:
+            elif len(self.received) <= 2:
                 with contextlib.suppress(RayActorError):  # it exits while it aborts
                     ray.get(controller.abort.remote())
                 sys.exit(0)
@@ -90,10 +90,10 @@ def fit(trainer: StoppableTrainer, run: RunFolder, journal: ActorHandle, until: 
         with trainer.stopping.restoring():
             trainer.fit()
     except (SystemExit, RayError, TrainingFailedError) as error:
-        if trainer.stopping.heard or isinstance(error, SystemExit):
+        if trainer.stopping.received or isinstance(error, SystemExit):
             raise stopped(trainer.stopping, run, until) from error
         raise _translate_error(error, run) from error
-    if trainer.stopping.heard and committed_step(run.storage_path, run.name) < until:
+    if trainer.stopping.received and committed_step(run.storage_path, run.name) < until:
         raise stopped(trainer.stopping, run, until)
 
 
@@ -102,7 +102,7 @@ def stopped(stopping: Stopping, run: RunFolder, until: int) -> Stopped:
     with contextlib.suppress(CheckpointError):  # torn snapshot: reported by the next start
         repair_run(run)
     step = committed_step(run.storage_path, run.name)
-    number = stopping.heard[0] if stopping.heard else signal.SIGINT
+    number = stopping.received[0] if stopping.received else signal.SIGINT
     if not step:
         return Stopped("Stopped before the first checkpoint. The same command starts at the first step.", number)
     with contextlib.suppress(RayError):

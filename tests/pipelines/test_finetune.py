@@ -144,7 +144,7 @@ def test_ctrl_c_and_kills_of_a_worker_and_of_the_driver_leave_the_same_ledger(re
     assert committed(recipe, "stopped") >= wounded + 8
     finish(recipe, "stopped")
     log = (recipe.parent / "stopped.log").read_text()
-    assert "Stopped. The same command goes on" in log
+    assert "Stopped. The same command resumes" in log
     assert "Finished: 48 steps" in log
     assert ledger(recipe, "stopped") == undisturbed
     assert read_losses(recipe, "stopped") == pytest.approx(read_losses(recipe, "undisturbed"), rel=1e-5)

@@ -51,15 +51,15 @@ class Answers:
     ) -> AsyncGenerator[tuple[list[Any], AnswerMetrics], None]:
         """Yield the chat with its growing answer, and its metrics. Raises RefusalError."""
         stop = self.stops[session] = asyncio.Event()
-        metrics, shown = AnswerMetrics(), 0.0
+        metrics, last_sent = AnswerMetrics(), 0.0
         request = await asyncio.to_thread(chat_request, history, parameters, self.uploads)
         task = self.front.checked(request)
         try:
             async with aclosing(iterate_until(self.front.gateway.run(task, session), stop)) as pieces:
                 async for batch in pieces:
                     metrics.add(batch)
-                    if time.monotonic() - shown >= _SHOW_S:
-                        shown = time.monotonic()
+                    if time.monotonic() - last_sent >= _SHOW_S:
+                        last_sent = time.monotonic()
                         yield _with_answer(history, metrics.answer.text + CURSOR), metrics
             yield _with_answer(history, metrics.answer.text), metrics
         except RefusalError:

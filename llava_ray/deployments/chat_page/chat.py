@@ -146,10 +146,10 @@ class AnswerMetrics:
         """Format the metrics in one line."""
         if self.first is None or self.last is None:
             return ""
-        written, seconds = self.answer.num_tokens, self.last - self.first
-        speed = f", {(written - 1) / seconds:.0f} tokens/s" if written > 1 and seconds > 0 else ""
+        num_tokens, seconds = self.answer.num_tokens, self.last - self.first
+        speed = f", {(num_tokens - 1) / seconds:.0f} tokens/s" if num_tokens > 1 and seconds > 0 else ""
         end = " (max tokens reached)" if self.answer.finish_reason == "length" else ""
         return (
-            f"{self.answer.num_prompt_tokens} tokens read, {written} written{end} · "
+            f"{self.answer.num_prompt_tokens} tokens read, {num_tokens} written{end} · "
             f"first after {self.first - self.started:.2f} s{speed}"
         )

@@ -51,18 +51,18 @@ class ConversationLog:
                 "max_tokens": int(parameters.max_tokens),
             },
             "figures": figures,
-            "messages": [self.message(shown, files) for shown in history],
+            "messages": [self.message(message, files) for message in history],
         }
         with (self.folder / f"{today}-conv.jsonl").open("a") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
-    def message(self, shown: ChatbotMessage, files: Mapping[str, bytes]) -> dict[str, Any]:
+    def message(self, source: ChatbotMessage, files: Mapping[str, bytes]) -> dict[str, Any]:
         """Convert a message for the log; images are named by their hash."""
         content = [
             piece if isinstance(piece, str) else {"image": self.keep(piece["path"], files[piece["path"]])}
-            for piece in pieces_of(shown)
+            for piece in pieces_of(source)
         ]
-        return {"role": shown["role"], "content": content}
+        return {"role": source["role"], "content": content}
 
     def keep(self, path: str, data: bytes) -> str:
         """Save an image unless it exists already; return its name."""

@@ -1,1 +1,1 @@
-"""The HTTP API, OpenAI's: what stands in front of it, what it takes and what it answers."""
+"""OpenAI's HTTP API: middleware, request schemas and responses."""

@@ -68,13 +68,13 @@ def _key_of_table(name: str, table: Any) -> ApiKey:
     label = name[:MAX_SHOWN]
     if not isinstance(table, dict) or table.keys() - {"key", "sha256", "requests_per_minute"}:
         raise ConfigError(f"api_keys_file: keys.{label} is invalid; {_EXPECTED}")
-    rate, given = table.get("requests_per_minute"), table.get("key", table.get("sha256"))
+    rate, value = table.get("requests_per_minute"), table.get("key", table.get("sha256"))
     one = ("key" in table) != ("sha256" in table)
-    if not one or not isinstance(given, str) or (rate is not None and not _positive(rate)):
+    if not one or not isinstance(value, str) or (rate is not None and not _positive(rate)):
         raise ConfigError(f"api_keys_file: keys.{label} is invalid; {_EXPECTED}")
     if "key" in table:
-        return ApiKey(name, digest(_long_enough(given, label)), rate)
-    sha256 = given.lower()
+        return ApiKey(name, digest(_long_enough(value, label)), rate)
+    sha256 = value.lower()
     if len(sha256) != _DIGEST_CHARS:
         raise ConfigError(f"api_keys_file: keys.{label}.sha256 has {len(sha256)} characters, expected {_DIGEST_CHARS}")
     if not set(sha256) <= set("0123456789abcdef"):

@@ -142,11 +142,11 @@ class CompletionForm(ChatForm):
 
     def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
         """Format a complete answer."""
-        written = [
+        formatted = [
             self.choice(index, choice.text, self.tokens(choice.logprobs, 0), choice.finish_reason)
             for index, choice in enumerate(choices)
         ]
-        return {**self.head("text_completion"), "choices": written, "usage": usage(choices)}
+        return {**self.head("text_completion"), "choices": formatted, "usage": usage(choices)}
 
     def first(self, num_choices: int) -> list[dict[str, Any]]:
         """Return no events before the first piece."""

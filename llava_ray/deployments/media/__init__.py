@@ -1,1 +1,1 @@
-"""Images of requests: data URIs and addresses, fetched within bounds."""
+"""Images of requests: data URIs and addresses, fetched within limits."""

@@ -66,14 +66,14 @@ class NextTokens:
         mine = slice(self.first, self.last)
         layer.keys[self.rows, :, self.positions] = key[0, :, mine].transpose(0, 1)
         layer.values[self.rows, :, self.positions] = value[0, :, mine].transpose(0, 1)
-        keys, values = (seen[: self.num_rows, :, : self.width] for seen in (layer.keys, layer.values))
+        keys, values = (outputs[: self.num_rows, :, : self.width] for outputs in (layer.keys, layer.values))
         queries = query[0, :, mine].transpose(0, 1)
         if self.gaps:
             queries = queries.new_zeros(self.num_rows, *queries.shape[1:]).index_copy(0, self.rows, queries)
         # The query heads that share keys are so many queries of one head: nothing is repeated.
         grouped = queries.reshape(self.num_rows, keys.shape[1], -1, queries.shape[-1])
-        seen = attention.apply(grouped, keys, values, self.mask(attention.window, query)).flatten(1, 2)
-        return seen[self.rows] if self.gaps else seen
+        outputs = attention.apply(grouped, keys, values, self.mask(attention.window, query)).flatten(1, 2)
+        return outputs[self.rows] if self.gaps else outputs
 
 
 class PromptChunk:
@@ -104,7 +104,7 @@ class PromptChunk:
         mine, index = slice(self.first, self.last), self.row.index
         layer.keys[index, :, self.start : self.end] = key[0, :, mine]
         layer.values[index, :, self.start : self.end] = value[0, :, mine]
-        keys, values = (seen[index : index + 1, :, : self.end] for seen in (layer.keys, layer.values))
+        keys, values = (outputs[index : index + 1, :, : self.end] for outputs in (layer.keys, layer.values))
         num_groups = query.shape[1] // keys.shape[1]
         if num_groups > 1:
             keys, values = keys.repeat_interleave(num_groups, 1), values.repeat_interleave(num_groups, 1)

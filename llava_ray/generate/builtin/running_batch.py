@@ -50,9 +50,9 @@ class RunningRequest:
     joined: float = field(default_factory=time.monotonic)
     """When it joined the waiting queue."""
     queued_s: float = 0.0
-    """How long it waited, once it is admitted."""
+    """Seconds in the waiting queue, once it is admitted."""
     ended: bool = False
-    """Whether its last chunk was delivered, or its caller has gone."""
+    """Whether its last chunk was delivered or its caller disconnected."""
 
     @property
     def num_unread(self) -> int:

@@ -1,4 +1,4 @@
-"""Requests made ready for vLLM: our token ids with its image token, images, and its words for how to sample."""
+"""Preparation of requests for vLLM: our token ids with its image token, images, and its sampling parameters."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from llava_ray.model.blueprint import Blueprint
 
 @dataclass(frozen=True)
 class VllmPrompt:
-    """What ``AsyncLLM.generate`` takes, and what ends the answer."""
+    """The arguments of ``AsyncLLM.generate``, and the stops of the answer."""
 
     inputs: dict[str, Any]
     params: Any
@@ -30,16 +30,16 @@ class VllmPrompt:
 
 
 class VllmPrompts(PromptText):
-    """Makes prompts for a model, or one adapter over it."""
+    """Builds prompts for a model, or one of its adapters."""
 
     def __init__(self, blueprint: Blueprint, model: VllmModel, max_model_len: int) -> None:
-        """``blueprint`` is the base's or the adapter's."""
+        """Initialise with the blueprint of the base or an adapter."""
         super().__init__(blueprint, find_stops(blueprint, sorted(model.stops.ids)), max_model_len)
         self.image_token = model.image_token
 
     @property
     def view_spec(self) -> ImageSpec | None:
-        """Return how images are cut: as we do, which vLLM's processor then leaves; not at all where it makes tiles."""
+        """Return our image settings, whose views vLLM keeps unchanged; None for anyres, where it cuts tiles itself."""
         spec = self.model.image_spec
         return None if spec.aspect_ratio == "anyres" else spec
 
@@ -53,10 +53,10 @@ class VllmPrompts(PromptText):
         return self.finish(request, short, opened)
 
     def finish(self, request: GenerationRequest, short: Sequence[int], opened: Sequence[OpenedImage]) -> VllmPrompt:
-        """Make the prompt of a request whose ids and images have been read. Raises RecordError."""
+        """Build the prompt of a request from its ids and opened images. Raises RecordError."""
         if self.image_token in short:
             raise RecordError(
-                "the prompt writes the image token itself; expected an image there.", reason="image_count"
+                "the prompt contains the image token as text; expected an image there.", reason="image_count"
             )
         ids = [self.image_token if token == IMAGE_TOKEN_INDEX else token for token in short]
         num_image_tokens = sum(self.model.image_tokens.count(*image.size) for image in opened)
@@ -70,13 +70,13 @@ class VllmPrompts(PromptText):
 
 
 def as_image(opened: OpenedImage) -> Image.Image:
-    """Return the one view of an image, or all of it, as vLLM takes it."""
+    """Convert the single view of an image, or the whole image, for vLLM."""
     pixels = opened.pixels
     return Image.fromarray(pixels if pixels.ndim == 3 else pixels[0].transpose(1, 2, 0).copy())
 
 
 def _sampling_params(sampling: Sampling, stops: Stops) -> Any:
-    """Return vLLM's SamplingParams; text, and what ends it, is ours (``vllm_answer``). Raises RecordError."""
+    """Build vLLM's SamplingParams; detokenisation and stops are ours (``vllm_answer``). Raises RecordError."""
     from vllm import SamplingParams
     from vllm.exceptions import VLLMClientError
     from vllm.sampling_params import RequestOutputKind
@@ -89,10 +89,10 @@ def _sampling_params(sampling: Sampling, stops: Stops) -> Any:
             top_k=sampling.top_k,
             seed=sampling.seed,
             logprobs=sampling.logprobs,
-            ignore_eos=True,  # the tokens that end an answer are those that we give
+            ignore_eos=True,  # only our own stop tokens end an answer
             stop_token_ids=sorted(stops.ids),
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
-    except VLLMClientError as error:  # it has bounds of its own, such as temperatures up to 2
-        raise RecordError(f"vLLM refuses the request: {error}", reason="sampling") from error
+    except VLLMClientError as error:  # vLLM has its own limits, such as temperatures up to 2
+        raise RecordError(f"vLLM rejects the request: {error}", reason="sampling") from error

@@ -1,1 +1,1 @@
-"""What a run will take, before it starts: parameters, memory, time, and settings that fit."""
+"""Planning of a run before its start: parameters, memory, time, and settings that fit."""

@@ -168,7 +168,7 @@ def weight_bytes(sizes: ModelSizes, run: RunSettings) -> float:
 def bytes_per_quantized(run: RunSettings) -> float:
     """Return the bytes of a quantised weight: 4 bits, per 64 weights an fp32 scale or, in blocks of 256, one of 8 bits.
 
-    8 bits: a row's fp32 scale vanishes beside it.
+    With 8 bits a row's fp32 scale is negligible.
     """
     if run.bits == 8:
         return 1.0
@@ -225,11 +225,11 @@ def activation_bytes(sizes: ModelSizes, run: RunSettings) -> float:
     layer = layer_bytes(blocks, run)
     working = run.width * (2 * blocks.intermediate_size + 4 * blocks.hidden_size)
     if run.gradient_checkpointing:
-        kept = blocks.num_layers * run.width * blocks.hidden_size + layer
+        saved = blocks.num_layers * run.width * blocks.hidden_size + layer
     else:
-        kept = blocks.num_layers * layer
+        saved = blocks.num_layers * layer
     ends = run.width * (sizes.mm_hidden_size + 5 * blocks.hidden_size)  # the projector, and embeddings with features
-    return row * (kept + working + ends)
+    return row * (saved + working + ends)
 
 
 def logits_bytes(sizes: ModelSizes, run: RunSettings) -> float:

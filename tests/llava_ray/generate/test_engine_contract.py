@@ -288,5 +288,5 @@ def test_vllms_own_bounds_are_the_requests_fault(running: Running) -> None:
     if running.name != "vllm":
         assert running.answer([request(temperature=5.0)])[0].finish_reason == "length"
         return
-    with pytest.raises(RecordError, match="vLLM refuses the request: temperature"):
+    with pytest.raises(RecordError, match="vLLM rejects the request: temperature"):
         running.answer([request(temperature=5.0)])

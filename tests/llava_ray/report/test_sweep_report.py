@@ -42,7 +42,7 @@ SUMMARY = SweepSummary(
     seconds=100.0,
     importance={"learning_rate": 0.8, "mm_projector_type": 0.1},
     advice=["Try lower learning rates."],
-    unbeaten=[["trial 2", 0.2, "80.0%", 12], ["trial 1", 0.4, "60.0%", 10]],
+    pareto_front=[["trial 2", 0.2, "80.0%", 12], ["trial 1", 0.4, "60.0%", 10]],
 )
 
 

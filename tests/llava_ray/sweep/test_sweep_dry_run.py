@@ -94,7 +94,7 @@ def test_what_does_not_fit_or_is_not_there_is_refused(recipe: Path) -> None:
 def test_the_shipped_recipes_say_what_they_are_or_what_to_run_first() -> None:
     config, space = described(ROOT / "pipelines/recipes/sweep/llava_v1_5_7b.toml")
     text = "\n".join(describe_sweep(config, space, 80))
-    assert "Attention: there is no blip_laion_cc_sbu_558k.json here yet (data.data_path)" in text
+    assert "Warning: blip_laion_cc_sbu_558k.json does not exist yet (data.data_path)" in text
     assert "Trials  24 (optuna: 24 settings)" in text
     assert "Steps   390 of a whole run, 1,080 to 9,360 in all (ASHA ends trials early)" in text
     config, _ = described(ROOT / "pipelines/recipes/sweep/quickstart.toml")

@@ -76,7 +76,7 @@ def test_the_first_signal_saves_and_the_second_leaves(committed, capsys):
     committed["step"] = 4
     stopped = stop(actor := Actor(), [signal.SIGINT, signal.SIGINT])
     assert actor.calls == ["stop", "abort"]
-    assert "goes on from step 4 of 48, the last checkpoint: 2 step(s) after it are repeated" in str(stopped)
+    assert "resumes from step 4 of 48, the last checkpoint: 2 step(s) after it are repeated" in str(stopped)
     assert stopped.exit_code == 130
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
