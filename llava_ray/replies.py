@@ -104,7 +104,7 @@ class _Said:
     second: set[float] = field(default_factory=set)
 
 
-def spoken(reply: str) -> str | None:
+def remove_reasoning(reply: str) -> str | None:
     """Return a reply without its reasoning; None where the reasoning does not end."""
     text = reply[:_MAX_READ]
     while (close := _CLOSE.search(text)) is not None:
@@ -197,7 +197,7 @@ def _only(lines: list[_Line] | None) -> float | None:
 
 def _read(reply: str, least: float, most: float) -> list[_Line] | None:
     """Return the reply's lines that are not empty; None where its reasoning does not end."""
-    text = spoken(reply)
+    text = remove_reasoning(reply)
     if text is None:
         return None
     text = unicodedata.normalize("NFKC", text).translate(_DASHES)

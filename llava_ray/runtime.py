@@ -73,7 +73,7 @@ def connected(
     """
     if ray.is_initialized():  # a notebook or a test with its own connection
         check_shared(shared)
-        yield fitted(cluster)
+        yield fit_resources(cluster)
         return
     log = LibraryLog(storage_path)
     print(f"Starting Ray; the libraries' own lines go to {log.path}", flush=True)  # noqa: T201
@@ -84,9 +84,9 @@ def connected(
         with _leaving(started_here):
             if can_grow():  # starting a node takes longer than the minute after which Ray Train asks again
                 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")
-            resources = fitted(cluster)
+            resources = fit_resources(cluster)
             if started_here and not resources.use_gpu:
-                resources = sharing_cores(resources, runs, given=cluster.cpus_per_worker != "auto")
+                resources = share_cores(resources, runs, given=cluster.cpus_per_worker != "auto")
             check_shared(shared)
             _print_resources(resources, "started here" if started_here else "joined")
             yield resources
@@ -144,7 +144,7 @@ def start(cluster: ClusterConfig, *, runs: int = 1, quiet: bool = False) -> bool
         ray.init(
             address="local",
             num_cpus=local_cpus(cluster, runs),
-            dashboard_port=announced_port(),
+            dashboard_port=announce_port(),
             logging_config=warnings_only,
             log_to_driver=not quiet,
         )
@@ -163,7 +163,7 @@ def start(cluster: ClusterConfig, *, runs: int = 1, quiet: bool = False) -> bool
     return False
 
 
-def announced_port() -> int:
+def announce_port() -> int:
     """Return a free port for a local cluster's dashboard, and announce it to all processes by an environment variable.
 
     Ray Train asks a dashboard whether the run's controller is alive. Without an address it may ask that of another
@@ -196,7 +196,7 @@ def local_runs(cluster: ClusterConfig) -> int:
     return max(1, int(num_cores() / _worker_cpus(cluster)))
 
 
-def sharing_cores(resources: Resources, runs: int, *, given: bool) -> Resources:
+def share_cores(resources: Resources, runs: int, *, given: bool) -> Resources:
     """Divide this machine's cores among the workers of ``runs`` concurrent runs.
 
     The CPUs that workers reserve stay the same, so that the data stream finds its own; where they were ``given`` by the
@@ -224,7 +224,7 @@ def runs_at_once(total: Mapping[str, float], resources: Resources) -> int:
     return max(1, int(fitting))
 
 
-def fitted(cluster: ClusterConfig) -> Resources:
+def fit_resources(cluster: ClusterConfig) -> Resources:
     """Resolve "auto" settings against the cluster; raise ConfigError when it is too small even when idle.
 
     Where the cluster has a pool for training, only that counts. An autoscaling cluster is never too small: the run

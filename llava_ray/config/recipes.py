@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import tyro
 from pydantic import BaseModel, ValidationError
 
-from llava_ray.config.booleans import as_switch, spell_out
+from llava_ray.config.booleans import parse_boolean, write_out_booleans
 from llava_ray.config.schema import ConfigSection, describe_all, describe_fault, dotted_keys
 from llava_ray.config.sections import EvaluateConfig, FinetuneConfig, PrepareConfig
 from llava_ray.config.space import SweepConfig
@@ -65,7 +65,7 @@ def load_settings(schema: type[Settings], arguments: Sequence[str], *, ignore: C
     values = {key: value for key, value in read_toml(recipe).items() if key not in ignore} if recipe else {}
     _check_known_keys(schema, values, recipe or "flags")
     flags = [_dotted_flag(schema, argument) for argument in arguments[1 if recipe else 0 :]]
-    parsed = _read_flags(schema, spell_out(schema, flags), _with_missing(schema, values))
+    parsed = _read_flags(schema, write_out_booleans(schema, flags), _with_missing(schema, values))
     with in_words(recipe or "flags", "Fix them.", ConfigError):
         given = parsed.model_dump()
     return schema.parsed(given)
@@ -158,7 +158,7 @@ def _with_missing(schema: type[BaseModel], values: dict[str, Any]) -> Any:
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             fields[name] = _with_missing(annotation, values.get(name, {}))
         elif name in values:
-            value = as_switch(values[name], annotation)
+            value = parse_boolean(values[name], annotation)
             fields[name] = tuple(value) if isinstance(value, list) else value  # the schema has tuples, TOML has lists
         else:
             fields[name] = tyro.MISSING if field.is_required() else field.get_default()

@@ -77,7 +77,7 @@ class Encoder:
         self.check_images(counts, image_sizes)
         whole = self.example(turns, range(len(counts)), counts)
         if not whole.num_supervised:
-            raise nothing_to_learn(turns)
+            raise unsupervised_error(turns)
         if len(whole.input_ids) <= self.model_max_length:
             examples = [whole]
         elif self.on_too_long == "truncate":
@@ -172,7 +172,7 @@ def encode_record(encoder: Encoder, turns: Sequence[Turn], sizes: Sequence[Size]
         raise RecordError(message, reason="template") from error
 
 
-def nothing_to_learn(turns: Sequence[Turn]) -> RecordError:
+def unsupervised_error(turns: Sequence[Turn]) -> RecordError:
     """Build the error for a record without a supervised turn."""
     num_answers = sum(turn.role == "gpt" for turn in turns)
     what = (

@@ -112,7 +112,7 @@ def make_room(root: str, name: str, needed: int, budget: int) -> list[str]:
     """
     if needed > budget:
         raise ConfigError(
-            f"the features would take up to {in_gb(needed)}, over data.feature_cache_gb = {budget / 1e9:g}: raise it "
+            f"the features would take up to {format_gb(needed)}, over data.feature_cache_gb = {budget / 1e9:g}: raise it "
             f"if {root} has room, or set data.vision_features = 'streamed', which stores nothing"
         )
     sizes = {entry: _entry_bytes(f"{root}/{entry}") for entry in list_entries(root) if entry != name}
@@ -122,7 +122,7 @@ def make_room(root: str, name: str, needed: int, budget: int) -> list[str]:
     while sum(sizes.values()) + needed > budget:
         if len(dropped) == len(old):
             raise ConfigError(
-                f"the features would take up to {in_gb(needed)}, and {root} holds {in_gb(sum(sizes.values()))} that "
+                f"the features would take up to {format_gb(needed)}, and {root} holds {format_gb(sum(sizes.values()))} that "
                 f"runs of the last day may be reading, over data.feature_cache_gb = {budget / 1e9:g}: raise it, or "
                 "delete the entries that no run needs any more"
             )
@@ -158,7 +158,7 @@ def _last_use(entry: str) -> float:
         return 0.0
 
 
-def place_of(shard: int, row: int, number: int) -> int:
+def image_key(shard: int, row: int, number: int) -> int:
     """Encode an image's shard, row and number within the row as one integer."""
     return shard << 48 | row << 16 | number
 
@@ -232,6 +232,6 @@ def fetch_features(entry: str, places: Sequence[int]) -> list[bytes]:
     return [bytes(part) for part in parts]
 
 
-def in_gb(num_bytes: float) -> str:
+def format_gb(num_bytes: float) -> str:
     """Format a size in GB."""
     return f"{num_bytes / 1e9:.3g} GB"

@@ -31,7 +31,7 @@ from llava_ray.data.shards import (
     open_prepared,
     write_shards_manifest,
 )
-from llava_ray.data.storage import absolute, file_size, read_stored, way_from, write_stored
+from llava_ray.data.storage import absolute, file_size, read_stored, relative_path, write_stored
 from llava_ray.data.validation import check_images, fetch_images, read_record
 from llava_ray.errors import ConfigError, DataError, RecordError
 from llava_ray.log_file import terminal
@@ -122,7 +122,7 @@ def _prepare_raw(config: DataConfig, show_progress: bool) -> PreparedData:
         "reader_version": _READER_VERSION,
         "content": fingerprint_data(kind, files),
         "mixed": config.shuffle_window > 0,
-        "image_folder": way_from(absolute(config.cache_dir), image_folder),
+        "image_folder": relative_path(absolute(config.cache_dir), image_folder),
         **config.model_dump(include={"max_image_pixels", "max_samples", "samples_per_shard", "shard_size_mb"}),
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
@@ -146,7 +146,7 @@ def _prepare_raw(config: DataConfig, show_progress: bool) -> PreparedData:
         folder,
         shards,
         reasons,
-        {"data_path": way_from(folder, absolute(config.data_path)), **settings},
+        {"data_path": relative_path(folder, absolute(config.data_path)), **settings},
         dict(ignored.most_common(_MAX_KEYS)),
     )
     return replace(open_prepared(folder), reused=False)  # opening checks that all nodes wrote to the same storage

@@ -13,7 +13,7 @@ def absolute(path: str) -> str:
     return path.rstrip("/") if "://" in path else str(Path(path).expanduser().absolute())
 
 
-def way_from(folder: str, path: str) -> str:
+def relative_path(folder: str, path: str) -> str:
     """Return a path below the current folder as a path relative to ``folder``; any other path unchanged.
 
     Relative paths within a project stay valid when the whole project is moved or copied.

@@ -92,12 +92,12 @@ def _decode_all(source: io.BufferedReader, sink: io.BufferedWriter) -> None:
             head, data = read_message(source)
         except EOFError:
             return
-        answer, payload = answered(head, bytes(data), base_bytes)
+        answer, payload = answer_safely(head, bytes(data), base_bytes)
         write_message(sink, answer, payload)
         del data, payload
 
 
-def answered(head: Mapping[str, Any], data: bytes, base_bytes: int) -> tuple[dict[str, Any], bytes | memoryview]:
+def answer_safely(head: Mapping[str, Any], data: bytes, base_bytes: int) -> tuple[dict[str, Any], bytes | memoryview]:
     """Answer one request, whatever its outcome, with a message."""
     # Their default action ends a process whatever code it runs, even if its parent is gone.
     signal.setitimer(signal.ITIMER_PROF, head["cpu_s"])

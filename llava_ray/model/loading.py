@@ -17,7 +17,7 @@ from llava_ray.model.formats.noted_settings import OUR_KEY
 from llava_ray.model.formats.part_sources import find_layout
 from llava_ray.model.formats.stated_settings import find_length, find_version
 from llava_ray.model.formats.token_rows import image_token_note
-from llava_ray.model.network.quantization import chosen
+from llava_ray.model.network.quantization import choose_quantization
 from llava_ray.reading import shown
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def load_pretrained_model(
         aspect_ratio(layout),
         dtype=dtype,
         model_max_length=find_length(layout),
-        quantization=chosen(bits, layout.manifest.quantization if layout.manifest else None),
+        quantization=choose_quantization(bits, layout.manifest.quantization if layout.manifest else None),
     )
     for note in _notes_of(parts):
         logger.warning(note)

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llava_ray.errors import ModelError
-from llava_ray.model.lora.adapters import ADAPTER, adapter_layers, load_adapter, peft_config, probe, remove_adapter
+from llava_ray.model.lora.adapters import (
+    ADAPTER,
+    adapter_layers,
+    compute_probe_logits,
+    load_adapter,
+    peft_config,
+    remove_adapter,
+)
 from llava_ray.model.network.quantization import find_dtype
 
 
@@ -47,7 +54,7 @@ def load_terms(
     before = {name: bias.detach().clone() for name, bias in _biases(language_model).items()}
     load_adapter(language_model, folder, base_fingerprint=base_fingerprint)
     try:
-        said = probe(language_model)
+        said = compute_probe_logits(language_model)
         shifts = {name: bias.detach() - before[name] for name, bias in _biases(language_model).items()}
         terms = _read_terms(language_model, {name: shift for name, shift in shifts.items() if shift.any()}, folder)
     finally:
@@ -68,7 +75,7 @@ def extract_lora_weights(
             f"the adapter in {folder} has trained biases, and its base's own are no longer known, so no other "
             "adapter can be served beside it. Serve it alone, or as one of the adapters over its base."
         )
-    terms, said = _read_terms(language_model, {}, folder), probe(language_model)
+    terms, said = _read_terms(language_model, {}, folder), compute_probe_logits(language_model)
     remove_adapter(language_model)
 
     def put_back() -> None:

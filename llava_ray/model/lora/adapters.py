@@ -208,7 +208,7 @@ def merge_adapter(language_model: PreTrainedModel) -> None:
     Logits on a fixed input before and after are compared: raises ModelError where they differ by more than rounding
     (the model is then unusable).
     """
-    before = probe(language_model)
+    before = compute_probe_logits(language_model)
     quantization = find_quantization(language_model)
     dtype = find_dtype(language_model)
     if quantization is not None:
@@ -220,14 +220,14 @@ def merge_adapter(language_model: PreTrainedModel) -> None:
         inject_adapter(language_model, config, seed=0)
         peft.set_peft_model_state_dict(language_model, tensors)
         if quantization.bits == 8:  # 8 bits round activations as well, which a merged model cannot reproduce
-            before = probe(language_model)
+            before = compute_probe_logits(language_model)
     for layer in adapter_layers(language_model).values():
         layer.merge(safe_merge=True)
     remove_adapter(language_model)
-    _check_merged(before, probe(language_model), MERGE_TOLERANCE[dtype])
+    _check_merged(before, compute_probe_logits(language_model), MERGE_TOLERANCE[dtype])
 
 
-def probe(language_model: PreTrainedModel) -> Float32[Tensor, "t vocab"]:
+def compute_probe_logits(language_model: PreTrainedModel) -> Float32[Tensor, "t vocab"]:
     """Compute the logits of a fixed text: token ids spread over the vocabulary."""
     training = language_model.training
     vocab_size: int = language_model.config.get_text_config().vocab_size

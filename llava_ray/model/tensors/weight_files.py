@@ -60,7 +60,7 @@ class Stored:
         return replace(self, load=lambda: change(self.load()), shape=self.shape if shape is None else shape)
 
 
-def held(tensor: Tensor, source: str = "memory") -> Stored:
+def wrap_tensor(tensor: Tensor, source: str = "memory") -> Stored:
     """Wrap a tensor in memory as a Stored."""
     return Stored(tuple(tensor.shape), tensor.dtype, lambda: tensor, source)
 
@@ -70,15 +70,15 @@ def read_folder(folder: Path) -> dict[str, Stored]:
     weights = read_weights(folder)
     if weights.missing:
         raise ModelError(f"{folder}: {weights.missing[0]}")
-    return stored(weights.tensors)
+    return to_stored(weights.tensors)
 
 
 def read_weight_file(file: Path) -> dict[str, Stored]:
     """Return the tensors of one .safetensors or .bin file. Raises ModelError for a damaged file."""
-    return stored(read_tensor_file(file))
+    return to_stored(read_tensor_file(file))
 
 
-def stored(tensors: Mapping[str, StoredTensor]) -> dict[str, Stored]:
+def to_stored(tensors: Mapping[str, StoredTensor]) -> dict[str, Stored]:
     """Convert tensors in files to Stored ones, under the same names."""
     return {
         name: Stored(tensor.shape, getattr(torch, tensor.dtype), partial(read_tensor, tensor), str(tensor.file))
