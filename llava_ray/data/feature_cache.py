@@ -112,8 +112,8 @@ def make_room(root: str, name: str, needed: int, budget: int) -> list[str]:
     """
     if needed > budget:
         raise ConfigError(
-            f"the features would take up to {format_gb(needed)}, over data.feature_cache_gb = {budget / 1e9:g}: raise it "
-            f"if {root} has room, or set data.vision_features = 'streamed', which stores nothing"
+            f"the features would take up to {format_gb(needed)}, over data.feature_cache_gb = {budget / 1e9:g}: raise "
+            f"it if {root} has room, or set data.vision_features = 'streamed', which stores nothing"
         )
     sizes = {entry: _entry_bytes(f"{root}/{entry}") for entry in list_entries(root) if entry != name}
     used = {entry: _last_use(f"{root}/{entry}") for entry in sizes}
@@ -122,8 +122,8 @@ def make_room(root: str, name: str, needed: int, budget: int) -> list[str]:
     while sum(sizes.values()) + needed > budget:
         if len(dropped) == len(old):
             raise ConfigError(
-                f"the features would take up to {format_gb(needed)}, and {root} holds {format_gb(sum(sizes.values()))} that "
-                f"runs of the last day may be reading, over data.feature_cache_gb = {budget / 1e9:g}: raise it, or "
+                f"the features would take up to {format_gb(needed)}, and {root} holds {format_gb(sum(sizes.values()))} "
+                f"that runs of the last day may be reading, over data.feature_cache_gb = {budget / 1e9:g}: raise it, or "
                 "delete the entries that no run needs any more"
             )
         dropped.append(old[len(dropped)])

@@ -205,7 +205,7 @@ def _orientation(image: Image.Image, name: str) -> int:
     try:
         raw = image.info.get(_RAW_EXIF)
         if isinstance(raw, str) and "exif" not in image.info:  # compressed, so the container's walk has not checked it
-            walk_exif(bytes.fromhex("".join(raw.split("\n")[3:])), Budget(name))
+            walk_exif(bytes.fromhex("".join(raw.split("\n")[3:])), WorkBudget(name))
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
     except ImageError:
         raise
