@@ -22,7 +22,6 @@ from llava_ray.uploads import check_upload
 
 # CPUs left for reading and decoding beside the train workers.
 _DATA_CPUS = 1.0
-
 _RUN_LIMIT = 512 * 10**6  # bytes: the largest working directory that Ray uploads when a run joins a cluster
 
 DASHBOARD_VARIABLE = "RAY_API_SERVER_ADDRESS"  # where Ray's State API looks first
@@ -64,12 +63,11 @@ def connected(
     quiet: bool = False,
     storage_path: str | None = None,
 ) -> Iterator[Resources]:
-    """Join the cluster that ``cluster.address``, the job or RAY_ADDRESS names, or start a local one.
+    """Join the cluster that ``cluster.address``, the job or RAY_ADDRESS names, or start a local one for ``runs``.
 
-    A local one has room for ``runs`` at a time. The output of libraries and workers goes to a file in
-    ``storage_path``; with ``quiet`` the workers' lines stay in Ray's own files. Yields the run's resources, and
-    disconnects at the end. Raises ConfigError when the cluster cannot be reached, is too small, or its nodes do not all
-    see the ``shared`` places.
+    The output of libraries and workers goes to a file in ``storage_path``; with ``quiet`` the workers' lines stay in
+    Ray's own files. Yields the run's resources, and disconnects at the end. Raises ConfigError when the cluster cannot
+    be reached, is too small, or its nodes do not all see the ``shared`` places.
     """
     if ray.is_initialized():  # a notebook or a test with its own connection
         check_shared(shared)
@@ -227,8 +225,7 @@ def runs_at_once(total: Mapping[str, float], resources: Resources) -> int:
 def fit_resources(cluster: ClusterConfig) -> Resources:
     """Resolve "auto" settings against the cluster; raise ConfigError when it is too small even when idle.
 
-    Where the cluster has a pool for training, only that counts. An autoscaling cluster is never too small: the run
-    waits for its nodes.
+    Only the training pool counts, if there is one. An autoscaling cluster is never too small: the run waits for nodes.
     """
     total, growing, pools = pool_resources("train"), can_grow(), find_pools()
     cpus, gpus = total["CPU"], total["GPU"]

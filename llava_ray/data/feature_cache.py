@@ -123,8 +123,8 @@ def make_room(root: str, name: str, needed: int, budget: int) -> list[str]:
         if len(dropped) == len(old):
             raise ConfigError(
                 f"the features would take up to {format_gb(needed)}, and {root} holds {format_gb(sum(sizes.values()))} "
-                f"that runs of the last day may be reading, over data.feature_cache_gb = {budget / 1e9:g}: raise it, or "
-                "delete the entries that no run needs any more"
+                f"that runs of the last day may be reading, over data.feature_cache_gb = {budget / 1e9:g}: raise it, "
+                "or delete the entries that no run needs any more"
             )
         dropped.append(old[len(dropped)])
         sizes.pop(dropped[-1])
@@ -158,7 +158,7 @@ def _last_use(entry: str) -> float:
         return 0.0
 
 
-def image_key(shard: int, row: int, number: int) -> int:
+def location_key(shard: int, row: int, number: int) -> int:
     """Encode an image's shard, row and number within the row as one integer."""
     return shard << 48 | row << 16 | number
 

@@ -17,8 +17,8 @@ from llava_ray.data.feature_cache import (
     estimate_bytes,
     feature_key,
     format_gb,
-    image_key,
     is_complete,
+    location_key,
     make_room,
     mark_used,
     write_index,
@@ -115,7 +115,7 @@ def _decode_block(table: pa.Table, settings: StreamSettings) -> pa.Table:
             digest = hashlib.sha256(image).digest()
             if digest not in pixels:
                 pixels[digest] = _decode_views(image, size, record["id"], settings)
-            users.append((image_key(shard, row, number), digest))
+            users.append((location_key(shard, row, number), digest))
     order = {digest: position for position, digest in enumerate(pixels)}
     view = 3 * settings.image_spec.height * settings.image_spec.width
     return pa.table(

@@ -22,7 +22,7 @@ from llava_ray.chat.conversation import Turn
 from llava_ray.data.blocks import pack_block, unpack_block
 from llava_ray.data.descriptors import ROWS_PER_BLOCK, describe_micro_batches
 from llava_ray.data.examples import Example
-from llava_ray.data.feature_cache import fetch_features, image_key
+from llava_ray.data.feature_cache import fetch_features, location_key
 from llava_ray.data.lengths import TokenLengths, load_encoder
 from llava_ray.data.plan import Plan
 from llava_ray.data.settings import StreamSettings
@@ -212,7 +212,7 @@ def _packed(
         ids.append(record["id"])
         images += [record["images"][i] for i in example.images if "images" in record]
         shown += [sizes[i] for i in example.images]
-        places += [image_key(shard, number, i) for i in example.images]
+        places += [location_key(shard, number, i) for i in example.images]
     common = {name: row[name] for name in ("step", "rank", "num_supervised", "num_micro_batches", "num_tokens")}
     return common | {
         "ids": ids,

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from llava_ray.errors import ImageError
-from llava_ray.images.containers import identify_format, walk_container
+from llava_ray.images.containers import WorkBudget, identify_format, walk_container
 from llava_ray.images.containers.tiff import walk_exif
 from llava_ray.images.containers.webp import canvas_size
 

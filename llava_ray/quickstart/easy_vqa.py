@@ -104,7 +104,7 @@ def blind_answers() -> dict[str, str]:
     return {text: max(sorted(answers), key=lambda answer: answers[answer]) for text, answers in counts.items()}
 
 
-def score_answers(answers: Mapping[str, str], asked: Sequence[ShapeQuestion]) -> Score:
+def score_shape_answers(answers: Mapping[str, str], asked: Sequence[ShapeQuestion]) -> Score:
     """Score answers by question id: correct if equal, ignoring case, outer space and one final period.
 
     Answers to other questions are ignored. Raises DataError if there are no questions.
@@ -123,8 +123,8 @@ def score_answers(answers: Mapping[str, str], asked: Sequence[ShapeQuestion]) ->
 def compute_accuracies(asked: Sequence[ShapeQuestion], answers: Mapping[str, str]) -> dict[str, Any]:
     """Compute the accuracies of the model and of the blind baseline."""
     frequent = blind_answers()
-    model = score_answers(answers, asked)
-    blind = score_answers({q.id: frequent.get(q.question, "") for q in asked}, asked)
+    model = score_shape_answers(answers, asked)
+    blind = score_shape_answers({q.id: frequent.get(q.question, "") for q in asked}, asked)
     kinds = {
         kind: {"model": part.accuracy, "blind": blind.by_kind[kind].accuracy, "num_questions": part.num_questions}
         for kind, part in model.by_kind.items()
@@ -139,7 +139,7 @@ def compute_accuracies(asked: Sequence[ShapeQuestion], answers: Mapping[str, str
 
 
 def write_benchmark(folder: Path, asked: Sequence[ShapeQuestion]) -> Path:
-    """Write questions as a benchmark of your own (``custom``), scored as ``score_answers`` does; return the folder."""
+    """Write questions as a benchmark of your own (``custom``), scored like ``score_shape_answers``; return it."""
     rows = [
         {"id": q.id, "image": str(q.image), "question": q.question, "answer": q.answer, "category": q.kind}
         for q in asked

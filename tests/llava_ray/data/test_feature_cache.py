@@ -11,8 +11,8 @@ from llava_ray.data.feature_cache import (
     block_name,
     fetch_features,
     format_gb,
-    image_key,
     list_entries,
+    location_key,
     make_room,
     read_index,
     write_index,
@@ -62,15 +62,19 @@ def test_an_index_finds_each_images_bytes_and_only_those(tmp_path):
     for shard, content in ((0, b"aabbb"), (1, b"cccc")):
         name = block_name(shard, 0)
         (tmp_path / f"{name}.bin").write_bytes(content)
-    first = [[image_key(0, 0, 0), 0, 2], [image_key(0, 1, 0), 2, 3], [image_key(0, 1, 1), 0, 2]]  # an image twice
+    first = [
+        [location_key(0, 0, 0), 0, 2],
+        [location_key(0, 1, 0), 2, 3],
+        [location_key(0, 1, 1), 0, 2],
+    ]  # an image twice
     (tmp_path / f"{block_name(0, 0)}.json").write_text(json.dumps(first))
-    (tmp_path / f"{block_name(1, 0)}.json").write_text(json.dumps([[image_key(1, 5, 2), 0, 4]]))
+    (tmp_path / f"{block_name(1, 0)}.json").write_text(json.dumps([[location_key(1, 5, 2), 0, 4]]))
     assert write_index(entry, [block_name(0, 0), block_name(1, 0)]) == 4
-    wanted = [image_key(1, 5, 2), image_key(0, 1, 1), image_key(0, 1, 0)]
+    wanted = [location_key(1, 5, 2), location_key(0, 1, 1), location_key(0, 1, 0)]
     assert fetch_features(entry, wanted) == [b"cccc", b"aa", b"bbb"]
     assert fetch_features(entry, []) == []
     with pytest.raises(DataError, match="lacks features"):
-        fetch_features(entry, [image_key(2, 0, 0)])
+        fetch_features(entry, [location_key(2, 0, 0)])
 
 
 def test_an_entry_that_is_gone_says_what_to_do(tmp_path):
