@@ -73,9 +73,9 @@ def load_settings(schema: type[Settings], arguments: Sequence[str], *, ignore: C
 
 def _read_flags(schema: type[Settings], flags: Sequence[str], default: Any) -> Settings:
     """Apply flags to settings that are not validated yet. Raises ConfigError for a flag with an invalid value."""
-    said = io.StringIO()
+    output = io.StringIO()
     try:
-        with in_words("flags", "--help lists them all.", ConfigError), contextlib.redirect_stderr(said):
+        with in_words("flags", "--help lists them all.", ConfigError), contextlib.redirect_stderr(output):
             parsed: Settings = tyro.cli(
                 schema,
                 args=flags,
@@ -87,7 +87,7 @@ def _read_flags(schema: type[Settings], flags: Sequence[str], default: Any) -> S
     except SystemExit as left:
         if not left.code:
             raise  # --help
-        words = " ".join(re.sub(r"\x1b\[[\d;]*m|[─-╿]", " ", said.getvalue()).split())
+        words = " ".join(re.sub(r"\x1b\[[\d;]*m|[─-╿]", " ", output.getvalue()).split())
         raise ConfigError(f"flags: {words[:_MAX_SAID]}") from left
     return parsed
 

@@ -192,7 +192,7 @@ def _write_chunks(chunks: Iterator[RecordChunk], rules: Rules, show_progress: bo
     ]
     if not references:
         return []
-    written = ray.data.from_arrow_refs(references).map_batches(
+    dataset = ray.data.from_arrow_refs(references).map_batches(
         _write_chunk,
         batch_size=None,
         batch_format="pyarrow",
@@ -200,11 +200,11 @@ def _write_chunks(chunks: Iterator[RecordChunk], rules: Rules, show_progress: bo
         num_cpus=1,
         **in_pool("decode"),
     )
-    written.context.enable_progress_bars = False
-    written.context.print_on_execution_start = False
+    dataset.context.enable_progress_bars = False
+    dataset.context.print_on_execution_start = False
     results: dict[int, ChunkResult] = {}
     with tqdm(desc="preparing", unit=" samples", disable=not show_progress, file=terminal()) as bar:
-        for row in written.iter_rows():
+        for row in dataset.iter_rows():
             if row["error"] is not None:
                 raise DataError(row["error"])
             result = results[row["index"]] = ChunkResult.from_json(row["result"])

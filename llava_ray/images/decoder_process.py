@@ -70,8 +70,8 @@ def main() -> None:
     # libtiff prints a warning for each damaged file, and clients must not be able to fill the log.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     while True:
-        told, pipes, _, _ = socket.recv_fds(control, 1, 2)
-        if not told:
+        message, pipes, _, _ = socket.recv_fds(control, 1, 2)
+        if not message:
             return
         if os.fork() == 0:
             control.close()

@@ -86,8 +86,8 @@ def pretrained_config(
     version: str | None = None,
 ) -> ModelConfig:
     """Build the model config that matches a model folder's own settings. Raises ModelError."""
-    given = {"model_base": model_base, "vision_tower": vision_tower}
-    values: dict[str, Any] = {key: str(value) for key, value in given.items() if value is not None}
+    overrides = {"model_base": model_base, "vision_tower": vision_tower}
+    values: dict[str, Any] = {key: str(value) for key, value in overrides.items() if value is not None}
     values |= {"model_name_or_path": str(model_path), "version": find_version(layout, version)}
     for key, value in layout.settings.items():
         if value == ():  # not set

@@ -45,10 +45,10 @@ def find_preprocessor(
     if "preprocessor" not in noted:
         return _checked_preprocessor(read_preprocessor(values), file), ()
     exported = _checked_preprocessor(noted["preprocessor"], layout.folder / CONFIG)
-    written = write_preprocessor(exported, manifest)
-    odd = [key for key in sorted(values.keys() & exported.keys()) if values[key] != written[key]]
-    merged = _checked_preprocessor({**exported, **{key: values[key] for key in odd}}, file)
-    return merged, tuple(f"{file}: {describe_change(key, values[key], written[key])}" for key in odd)
+    expected = write_preprocessor(exported, manifest)
+    changed_keys = [key for key in sorted(values.keys() & exported.keys()) if values[key] != expected[key]]
+    merged = _checked_preprocessor({**exported, **{key: values[key] for key in changed_keys}}, file)
+    return merged, tuple(f"{file}: {describe_change(key, values[key], expected[key])}" for key in changed_keys)
 
 
 def _checked_preprocessor(values: Mapping[str, Any], file: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from llava_ray.reading import in_words, shown
 
 def fill_defaults(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return a part's config with transformers' defaults filled in. Raises ModelError that names ``where``."""
-    return _overlaid(values_of(build_config(config, where)), config)
+    return _merge_defaults(values_of(build_config(config, where)), config)
 
 
 def vision_part(tower: Mapping[str, Any]) -> dict[str, Any]:
@@ -24,14 +24,14 @@ def vision_part(tower: Mapping[str, Any]) -> dict[str, Any]:
     return {"model_type": f"{kind}_vision_model", **tower.get("vision_config", {})}
 
 
-def _overlaid(whole: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge the defaults of ``whole`` into ``given``, under the keys of transformers 5."""
-    values = {**whole, **given}
+def _merge_defaults(defaults: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge the defaults of ``defaults`` into ``config``, under the keys of transformers 5."""
+    values = {**defaults, **config}
     values.pop("transformers_version", None)
     if (dtype := values.pop("torch_dtype", None)) is not None:
         values["dtype"] = dtype
-    if "rope_parameters" in whole:  # replaces the older keys
-        values["rope_parameters"] = whole["rope_parameters"]
+    if "rope_parameters" in defaults:  # replaces the older keys
+        values["rope_parameters"] = defaults["rope_parameters"]
         for key in ("rope_theta", "rope_scaling"):
             values.pop(key, None)
     return values
