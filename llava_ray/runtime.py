@@ -127,7 +127,7 @@ def start(cluster: ClusterConfig, *, runs: int = 1, quiet: bool = False) -> bool
 
     A cluster that merely runs on this machine is not joined: it may belong to another run, and end with it.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # Ray runs one tokenising task per CPU already
     # How often a run's controller polls its workers: bounds the delay until a dead worker or a finished run is noticed.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     warnings_only = ray.LoggingConfig(log_level="WARNING")

@@ -99,6 +99,7 @@ def _recipe_of(arguments: Sequence[str]) -> str | None:
 
 def settings_hash(config: ConfigSection) -> str:
     """Return 8 hex digits of all settings in ``config`` that decide what is computed."""
+    # Sorted keys and JSON values: the hash must not depend on the order of fields or the version of pydantic.
     settings = config.model_dump(mode="json", exclude=set(NOT_HASHED))
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 

@@ -94,6 +94,7 @@ def _text_chunks(
         ids.append(make_unique_id(str(index) if own_id is None else own_id, taken))
         places.append((name, row))
         texts.append(text)
+    # A fixed seed, not the run's: the folder of prepared data is shared by runs of all seeds.
     order = np.random.default_rng(_SHUFFLE_SEED).permutation(len(ids)) if mixed else np.arange(len(ids))
     for start in range(0, len(order), chunk_size):
         chosen = order[start : start + chunk_size].tolist()

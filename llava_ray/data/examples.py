@@ -119,6 +119,7 @@ class Encoder:
         end = self.model_max_length
         starts = image_starts(example)
         for start, count in zip(starts.tolist(), example.image_tokens, strict=True):
+            # Half of an image's features would be misread as those of a smaller image.
             if start < end < start + count:
                 end = start
         num_images = int(np.count_nonzero(starts < end))
@@ -142,6 +143,7 @@ class Encoder:
             next_image += len(new)
             if chunk and len(self.example(chunk + exchange, seen + new, counts).input_ids) > self.model_max_length:
                 examples.append(self.example(chunk, seen, counts))
+                # Later questions refer to earlier images, so each part must show them again.
                 chunk = (Turn("human", f"{IMAGE_TOKEN}\n" * len(seen) + exchange[0].value), *exchange[1:])
             else:
                 chunk += exchange

@@ -61,6 +61,7 @@ def cache_features(prepared: PreparedData, blueprint: "Blueprint", settings: Str
         flush=True,
     )
     mark_used(entry)
+    # Renewed before the work, so that no other run evicts the entry while it is being written.
     blocks = [
         (block_name(number, first), number, first, min(first + ROWS_PER_GROUP, shard.num_rows))
         for number, shard in enumerate(prepared.shards)
@@ -149,6 +150,7 @@ class FeatureWriter(FeatureActor):
                 [place, int(offsets[image]), int(lengths[image])]
                 for place, image in zip(row["places"], row["image"], strict=True)
             ]
+            # The offsets last: a block without its .json file is computed again after an interruption.
             write_stored(f"{self.entry}/{row['block']}.bin", row["features"])
             write_stored(f"{self.entry}/{row['block']}.json", json.dumps(locations).encode())
         return table.select(["block"])

@@ -121,7 +121,7 @@ def _prepare_raw(config: DataConfig, show_progress: bool) -> PreparedData:
         "format_version": SHARDS_VERSION,
         "reader_version": _READER_VERSION,
         "content": fingerprint_data(kind, files),
-        "mixed": config.shuffle_window > 0,
+        "mixed": config.shuffle_window > 0,  # a curriculum keeps the order of the file
         "image_folder": relative_path(absolute(config.cache_dir), image_folder),
         **config.model_dump(include={"max_image_pixels", "max_samples", "samples_per_shard", "shard_size_mb"}),
     }

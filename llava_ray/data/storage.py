@@ -57,6 +57,7 @@ def write_stored(path: str, data: bytes | memoryview) -> None:
     Raises DataError that names the path where it cannot be written (permissions, a full disk).
     """
     filesystem, place = open_filesystem(path)
+    # A random suffix: two tasks that write the same file at once must not share a temporary one.
     temporary = f"{place}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         filesystem.makedirs(place.rpartition("/")[0], exist_ok=True)

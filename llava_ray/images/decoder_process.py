@@ -120,6 +120,7 @@ def answer_safely(head: Mapping[str, Any], data: bytes, base_bytes: int) -> tupl
 def answer_request(head: Mapping[str, Any], data: bytes, base_bytes: int) -> tuple[dict[str, Any], bytes | memoryview]:
     """Execute a request. Raises ImageError, MemoryError."""
     name, base = head["name"], base_bytes + _SPARE_BYTES + (1 + _BYTES_PER_FILE_BYTE) * len(data)
+    # Two limits: a small one while the header is parsed, then one that fits the size that the header declares.
     width, height = canvas_size(data) if identify_format(data) == "WEBP" else (1, 1)
     _allow_bytes(base + _BYTES_PER_PIXEL * min(width * height, head["max_pixels"]))
     image = open_header(data, name, max_pixels=head["max_pixels"], max_frames=head.get("max_frames"))

@@ -75,6 +75,7 @@ def open_header(data: bytes, name: str, *, max_pixels: int, max_frames: int | No
     kind = identify_format(data)
     if kind not in _formats():
         raise _unidentified(data, name)
+    # Before Pillow opens the file, since opening alone parses metadata and may allocate a canvas.
     container = walk_container(kind, data, name, max_frames or 1)
     if kind == "WEBP":
         _check_size(canvas_size(data), name, max_pixels)

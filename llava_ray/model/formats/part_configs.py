@@ -25,7 +25,7 @@ def vision_part(tower: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _merge_defaults(defaults: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge the defaults of ``defaults`` into ``config``, under the keys of transformers 5."""
+    """Merge ``defaults`` into ``config``, under the keys of transformers 5."""
     values = {**defaults, **config}
     values.pop("transformers_version", None)
     if (dtype := values.pop("torch_dtype", None)) is not None:

@@ -91,6 +91,7 @@ def inject_adapter(model: nn.Module, config: Any, seed: int) -> None:
     """Inject PEFT's layers into the model, in its compute dtype; new values depend on ``seed`` alone."""
     import peft
 
+    # A forked generator: equal values on every rank, whatever random numbers it has drawn before.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         peft.LoraModel(model, config, ADAPTER)
@@ -215,6 +216,7 @@ def merge_adapter(language_model: PreTrainedModel) -> None:
         import peft
 
         config, tensors = peft_config(language_model), adapter_tensors(language_model, language_model.state_dict())
+        # peft merges into quantised matrices by rounding the sum again; ordinary ones lose nothing.
         remove_adapter(language_model)
         dequantize(language_model, dtype)
         inject_adapter(language_model, config, seed=0)

@@ -124,7 +124,7 @@ def write_weight_file(file: Path, tensors: Mapping[str, Stored], metadata: Mappi
             "data_offsets": [begin, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # the format aligns the tensors' bytes to 8
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in ordered.items():
@@ -132,6 +132,7 @@ def write_weight_file(file: Path, tensors: Mapping[str, Stored], metadata: Mappi
 
 
 def _bytes_of(name: str, tensor: Stored) -> memoryview:
+    # Checked because the header is already on disk: a tensor that changed since would shift all that follow.
     loaded = tensor.load()
     if (tuple(loaded.shape), loaded.dtype) != (tensor.shape, tensor.dtype):
         raise ModelError(
