@@ -66,7 +66,7 @@ def _place_image(text: str, before: str, after: str) -> str:
 def _render_strings(turns: Sequence[Turn], template: StringTemplate, open_turn: bool) -> list[Span]:
     if template.only_images:
         turns = _keep_images(turns, template)
-    ranges: tuple[tuple[int, int], ...] = (template.system_range,) if any(template.system_range) else ()
+    ranges: tuple[tuple[int, int], ...] = (template.said,) if any(template.said) else ()
     spans, before = [], template.opening
     for question, answer in template.examples:
         written = question + template.question_end + template.cue + template.lead + answer + template.end
