@@ -94,7 +94,7 @@ class _Line:
 
 
 @dataclass
-class _Said:
+class _Verdicts:
     """All verdicts found in a reply."""
 
     pairs: list[tuple[float, ...]] = field(default_factory=list)
@@ -104,7 +104,7 @@ class _Said:
     second: set[float] = field(default_factory=set)
 
 
-def spoken(reply: str) -> str | None:
+def remove_reasoning(reply: str) -> str | None:
     """Return a reply without its reasoning; None where the reasoning does not end."""
     text = reply[:_MAX_READ]
     while (close := _CLOSE.search(text)) is not None:
@@ -125,26 +125,26 @@ def parse_pair_strictly(review: str) -> tuple[float, float] | None:
 def parse_pair(review: str) -> tuple[float, float] | None:
     """Return the scores (1 to 10) of the first and the second answer, if the reply gives exactly these."""
     lines = _read(review, 1.0, _MAX_SCORE)
-    said = _Said()
+    verdicts = _Verdicts()
     if lines is None or any(_BAD_LABEL.search(line.signs) or _is_reversed(line) for line in lines):
         return None
     quiet = True
     for line in lines:
         found = _PAIR.match(line.signs)
         if found and len(line.scores) == 2:
-            if line.is_numeric and not quiet and not said.pairs:
+            if line.is_numeric and not quiet and not verdicts.pairs:
                 return None
-            (said.pairs if _is_verdict(found, quiet) else said.more).append(line.scores)
-        elif line.is_numeric and not said.pairs:
+            (verdicts.pairs if _is_verdict(found, quiet) else verdicts.more).append(line.scores)
+        elif line.is_numeric and not verdicts.pairs:
             return None
         elif _PAIR_INSIDE.search(line.signs) and len(line.scores) == 2:
-            said.more.append(line.scores)
-        _note_labelled(line, said)
+            verdicts.more.append(line.scores)
+        _add_labelled(line, verdicts)
         quiet = quiet and _is_quiet(line)
-    if len(said.first) == len(said.second) == 1:
-        said.pairs.append((*said.first, *said.second))
-    different = {*said.pairs, *said.more}
-    return (said.pairs[0][0], said.pairs[0][1]) if said.pairs and len(different) == 1 else None
+    if len(verdicts.first) == len(verdicts.second) == 1:
+        verdicts.pairs.append((*verdicts.first, *verdicts.second))
+    different = {*verdicts.pairs, *verdicts.more}
+    return (verdicts.pairs[0][0], verdicts.pairs[0][1]) if verdicts.pairs and len(different) == 1 else None
 
 
 def parse_score(review: str) -> float | None:
@@ -178,26 +178,26 @@ def _is_verdict(found: re.Match[str], quiet: bool) -> bool:
 
 def _only(lines: list[_Line] | None) -> float | None:
     """Return the single score that all lines agree on, None where there is none or they differ."""
-    said: set[float] = set()
+    verdicts: set[float] = set()
     more: set[float] = set()
     quiet = True
     for line in lines or ():
         found = _SINGLE.match(line.signs)
         if found and len(line.scores) == 1:
-            if line.is_numeric and not quiet and not said:
+            if line.is_numeric and not quiet and not verdicts:
                 return None
-            (said if _is_verdict(found, quiet) else more).add(line.scores[0])
-        elif line.is_numeric and not said:
+            (verdicts if _is_verdict(found, quiet) else more).add(line.scores[0])
+        elif line.is_numeric and not verdicts:
             return None
         elif len(_INSIDE.findall(line.signs)) == 1 == len(line.scores) and "N" not in line.signs:
-            said.add(line.scores[0])
+            verdicts.add(line.scores[0])
         quiet = quiet and _is_quiet(line)
-    return said.pop() if said and len(said | more) == 1 else None
+    return verdicts.pop() if verdicts and len(verdicts | more) == 1 else None
 
 
 def _read(reply: str, least: float, most: float) -> list[_Line] | None:
     """Return the reply's lines that are not empty; None where its reasoning does not end."""
-    text = spoken(reply)
+    text = remove_reasoning(reply)
     if text is None:
         return None
     text = unicodedata.normalize("NFKC", text).translate(_DASHES)
@@ -252,15 +252,15 @@ def _is_reversed(line: _Line) -> bool:
     return bool(re.fullmatch(r"[kw,|():.]*b[kw,|()\-]*a[kw,|():.]*", line.signs))
 
 
-def _note_labelled(line: _Line, said: _Said) -> None:
+def _add_labelled(line: _Line, verdicts: _Verdicts) -> None:
     """Record the scores of a line that labels its answers."""
     if _IN_ORDER.match(line.signs):
-        said.first.add(line.scores[0])
-        said.second.add(line.scores[1])
+        verdicts.first.add(line.scores[0])
+        verdicts.second.add(line.scores[1])
     elif _IN_REVERSE.match(line.signs):
-        said.second.add(line.scores[0])
-        said.first.add(line.scores[1])
+        verdicts.second.add(line.scores[0])
+        verdicts.first.add(line.scores[1])
     elif _FIRST.match(line.signs):
-        said.first.add(line.scores[0])
+        verdicts.first.add(line.scores[0])
     elif _SECOND.match(line.signs):
-        said.second.add(line.scores[0])
+        verdicts.second.add(line.scores[0])

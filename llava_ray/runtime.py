@@ -24,7 +24,6 @@ from llava_ray.uploads import check_upload
 
 # CPUs left for reading and decoding beside the train workers.
 _DATA_CPUS = 1.0
-
 _RUN_LIMIT = 512 * 10**6  # bytes: the largest working directory that Ray uploads when a run joins a cluster
 
 DASHBOARD_VARIABLE = "RAY_API_SERVER_ADDRESS"  # where Ray's State API looks first
@@ -66,16 +65,15 @@ def connected(
     quiet: bool = False,
     storage_path: str | None = None,
 ) -> Iterator[Resources]:
-    """Join the cluster that ``cluster.address``, the job or RAY_ADDRESS names, or start a local one.
+    """Join the cluster that ``cluster.address``, the job or RAY_ADDRESS names, or start a local one for ``runs``.
 
-    A local one has room for ``runs`` at a time. The output of libraries and workers goes to a file in
-    ``storage_path``; with ``quiet`` the workers' lines stay in Ray's own files. Yields the run's resources, and
-    disconnects at the end. Raises ConfigError when the cluster cannot be reached, is too small, or its nodes do not all
-    see the ``shared`` places.
+    The output of libraries and workers goes to a file in ``storage_path``; with ``quiet`` the workers' lines stay in
+    Ray's own files. Yields the run's resources, and disconnects at the end. Raises ConfigError when the cluster cannot
+    be reached, is too small, or its nodes do not all see the ``shared`` places.
     """
     if ray.is_initialized():  # a notebook or a test with its own connection
         check_shared(shared)
-        yield fitted(cluster)
+        yield fit_resources(cluster)
         return
     log = LibraryLog(storage_path)
     print(f"Starting Ray; the libraries' own lines go to {log.path}", flush=True)  # noqa: T201
@@ -86,9 +84,9 @@ def connected(
         with _leaving(started_here):
             if can_grow():  # starting a node takes longer than the minute after which Ray Train asks again
                 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")
-            resources = fitted(cluster)
+            resources = fit_resources(cluster)
             if started_here and not resources.use_gpu:
-                resources = sharing_cores(resources, runs, given=cluster.cpus_per_worker != "auto")
+                resources = share_cores(resources, runs, given=cluster.cpus_per_worker != "auto")
             check_shared(shared)
             _print_resources(resources, "started here" if started_here else "joined")
             yield resources
@@ -131,7 +129,7 @@ def start(cluster: ClusterConfig, *, runs: int = 1, quiet: bool = False) -> bool
 
     A cluster that merely runs on this machine is not joined: it may belong to another run, and end with it.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # Ray runs one tokenising task per CPU already
     # How often a run's controller polls its workers: bounds the delay until a dead worker or a finished run is noticed.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     warnings_only = ray.LoggingConfig(log_level="WARNING")
@@ -146,7 +144,7 @@ def start(cluster: ClusterConfig, *, runs: int = 1, quiet: bool = False) -> bool
         ray.init(
             address="local",
             num_cpus=local_cpus(cluster, runs),
-            dashboard_port=announced_port(),
+            dashboard_port=announce_port(),
             logging_config=warnings_only,
             log_to_driver=not quiet,
         )
@@ -169,7 +167,7 @@ def start(cluster: ClusterConfig, *, runs: int = 1, quiet: bool = False) -> bool
     return False
 
 
-def announced_port() -> int:
+def announce_port() -> int:
     """Return a free port for a local cluster's dashboard, and announce it to all processes by an environment variable.
 
     Ray Train asks a dashboard whether the run's controller is alive. Without an address it may ask that of another
@@ -202,7 +200,7 @@ def local_runs(cluster: ClusterConfig) -> int:
     return max(1, int(num_cores() / _worker_cpus(cluster)))
 
 
-def sharing_cores(resources: Resources, runs: int, *, given: bool) -> Resources:
+def share_cores(resources: Resources, runs: int, *, given: bool) -> Resources:
     """Divide this machine's cores among the workers of ``runs`` concurrent runs.
 
     The CPUs that workers reserve stay the same, so that the data stream finds its own; where they were ``given`` by the
@@ -230,11 +228,10 @@ def runs_at_once(total: Mapping[str, float], resources: Resources) -> int:
     return max(1, int(fitting))
 
 
-def fitted(cluster: ClusterConfig) -> Resources:
+def fit_resources(cluster: ClusterConfig) -> Resources:
     """Resolve "auto" settings against the cluster; raise ConfigError when it is too small even when idle.
 
-    Where the cluster has a pool for training, only that counts. An autoscaling cluster is never too small: the run
-    waits for its nodes.
+    Only the training pool counts, if there is one. An autoscaling cluster is never too small: the run waits for nodes.
     """
     total, growing, pools = pool_resources("train"), can_grow(), find_pools()
     cpus, gpus = total["CPU"], total["GPU"]

@@ -59,15 +59,15 @@ def check_shared(places: Places) -> None:
 
 def _ask_nodes(nodes: Sequence[dict[str, Any]], places: Places, token: str) -> list[str]:
     """Return the faults of each node: the driver's mark not visible there, or its mark not visible here."""
-    asked = {}
+    tasks = {}
     for node in nodes:
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        task = ray.remote(look).options(num_cpus=0, scheduling_strategy=there, max_retries=0)
-        asked[node["NodeID"]] = task.remote(places, token, node["NodeID"])
-    ray.wait(list(asked.values()), num_returns=len(asked), timeout=_PATIENCE_S)
+        task = ray.remote(check_from_node).options(num_cpus=0, scheduling_strategy=there, max_retries=0)
+        tasks[node["NodeID"]] = task.remote(places, token, node["NodeID"])
+    ray.wait(list(tasks.values()), num_returns=len(tasks), timeout=_PATIENCE_S)
     faults = []
     for node in nodes:
-        faults += [f"{_described(node)}: {fault}" for fault in _answer_of(asked[node["NodeID"]])] or [
+        faults += [f"{_described(node)}: {fault}" for fault in _answer_of(tasks[node["NodeID"]])] or [
             f"{_described(node)} writes to another {place!r} than this node"
             for place in places.written
             if _attempt(_read_mark, place, token, node["NodeID"])
@@ -86,7 +86,7 @@ def _answer_of(task: ray.ObjectRef) -> list[str]:
     return found
 
 
-def look(places: Places, token: str, node_id: str) -> list[str]:
+def check_from_node(places: Places, token: str, node_id: str) -> list[str]:
     """Read the driver's mark in each folder, write this node's own, look for the files to read; return the faults."""
     faults = []
     for place in places.written:
@@ -108,7 +108,7 @@ def write_mark(place: str, token: str, name: str) -> None:
     """Write a small file that names its writer."""
     files, inner = fsspec.core.url_to_fs(place)
     files.makedirs(inner, exist_ok=True)
-    files.pipe_file(f"{inner}/{mark(token, name)}", name.encode())
+    files.pipe_file(f"{inner}/{mark_name(token, name)}", name.encode())
 
 
 def _read_mark(place: str, token: str, name: str) -> None:
@@ -116,10 +116,10 @@ def _read_mark(place: str, token: str, name: str) -> None:
     files, inner = fsspec.core.url_to_fs(place)
     files.invalidate_cache()
     try:
-        said = files.cat_file(f"{inner}/{mark(token, name)}")
+        content = files.cat_file(f"{inner}/{mark_name(token, name)}")
     except FileNotFoundError as error:
         raise FileNotFoundError("a file that another node wrote there is not visible") from error
-    if said != name.encode():
+    if content != name.encode():
         raise ValueError("holds a file with other content than was written")
 
 
@@ -132,7 +132,7 @@ def _find(place: str, token: str, name: str) -> None:
         raise FileNotFoundError("does not exist")
 
 
-def mark(token: str, name: str) -> str:
+def mark_name(token: str, name: str) -> str:
     """Return the file name of a writer's mark."""
     return f".shared-{token}-{uuid.uuid5(uuid.NAMESPACE_URL, name).hex}"
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from llava_ray.config.booleans import bare_switches, switches_of
+from llava_ray.config.booleans import find_boolean_parameters, strip_boolean_values
 from llava_ray.config.chat import ChatSettings
 from llava_ray.errors import LlavaRayError
 from llava_ray.invocation import command
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> None:
     """Load the model and answer the prompt, or lines from the terminal until Ctrl-D."""
     settings = tyro.cli(
         ChatSettings,
-        args=bare_switches(arguments, switches_of(ChatSettings)),
+        args=strip_boolean_values(arguments, find_boolean_parameters(ChatSettings)),
         use_underscores=True,
         prog=command("chat"),
     )

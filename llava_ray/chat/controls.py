@@ -76,7 +76,7 @@ def find_controls(tokenizer: PreTrainedTokenizerBase, template: Template | None)
     return known.controls(template.frame if template and known.words else ())
 
 
-def find_control(content: str, tokenizer: PreTrainedTokenizerBase, template: Template | None) -> list[Range]:
+def find_control_ranges(content: str, tokenizer: PreTrainedTokenizerBase, template: Template | None) -> list[Range]:
     """Return where a text spells out control tokens."""
     controls = find_controls(tokenizer, template)
     encoded = tokenizer(content, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

@@ -9,7 +9,7 @@ from typing import cast
 
 import jinja2
 
-from llava_ray.chat.controls import find_control
+from llava_ray.chat.controls import find_control_ranges
 from llava_ray.chat.conversation import IMAGE_TOKEN, Span, Turn, break_markers, check_turns
 from llava_ray.chat.messages import find_messages
 from llava_ray.chat.template import JinjaTemplate, StringTemplate, Template
@@ -66,7 +66,7 @@ def _place_image(text: str, before: str, after: str) -> str:
 def _render_strings(turns: Sequence[Turn], template: StringTemplate, open_turn: bool) -> list[Span]:
     if template.only_images:
         turns = _keep_images(turns, template)
-    ranges: tuple[tuple[int, int], ...] = (template.system_range,) if any(template.system_range) else ()
+    ranges: tuple[tuple[int, int], ...] = (template.said,) if any(template.said) else ()
     spans, before = [], template.opening
     for question, answer in template.examples:
         written = question + template.question_end + template.cue + template.lead + answer + template.end
@@ -121,7 +121,7 @@ def _render_jinja(turns: Sequence[Turn], template: JinjaTemplate, open_turn: boo
         text,
         messages,
         write=lambda marked: _apply_jinja(marked, template, add_generation_prompt=open_turn),
-        find_control=lambda content: find_control(content, template.tokenizer, template),
+        find_control=lambda content: find_control_ranges(content, template.tokenizer, template),
     )
     if any(template.image_tags):
         ranges = [own for start, stop in ranges for own in _message_ranges(text[start:stop], start, template)]

@@ -59,13 +59,14 @@ class StringTemplate(Template):
     only_images: bool = False
     system: str = ""
     """The system prompt within ``opening``."""
-    system_range: tuple[int, int] = (0, 0)
+    # Named so in the ``repr`` that keys stored token lengths: another name would have all data tokenised again.
+    said: tuple[int, int] = (0, 0)
     """The range in ``opening`` of a system prompt that replaced the table's own."""
 
     @property
     def frame(self) -> tuple[str, ...]:
         """Return what it writes itself around messages."""
-        start, stop = self.system_range
+        start, stop = self.said
         opening = (self.opening[:start], self.opening[stop:])
         return (*opening, self.question, self.question_end, self.cue, self.end, *self.image_tags)
 
@@ -73,10 +74,10 @@ class StringTemplate(Template):
         """Return this template with another system prompt. Raises TemplateError where it has none."""
         if not self.system:
             return super().with_system(system)
-        start = self.system_range[0] if any(self.system_range) else self.opening.index(self.system)
+        start = self.said[0] if any(self.said) else self.opening.index(self.system)
         before, after = self.opening[:start], self.opening[start + len(self.system) :]
         system = break_markers(system)
-        return replace(self, opening=before + system + after, system=system, system_range=(start, start + len(system)))
+        return replace(self, opening=before + system + after, system=system, said=(start, start + len(system)))
 
 
 @dataclass(frozen=True, kw_only=True)

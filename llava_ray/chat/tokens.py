@@ -87,6 +87,7 @@ def tokenize_spans(
     input_ids: list[int] = []
     labels: list[int] = []
     for chunk in encode_spans(spans, tokenizer, template):
+        # A chunk that does not begin the text follows an image, which stays one -200 until its size is known.
         if chunk.start:
             input_ids.append(IMAGE_TOKEN_INDEX)
             labels.append(IGNORE_INDEX)

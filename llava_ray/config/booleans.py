@@ -15,7 +15,7 @@ _NOTHING = ("none", "null")
 _EXPECTED = "true or false (yes, no, on, off, 1 and 0 are understood)"
 
 
-def spell_out(schema: type[BaseModel], flags: Sequence[str]) -> list[str]:
+def write_out_booleans(schema: type[BaseModel], flags: Sequence[str]) -> list[str]:
     """Return dotted flags with each boolean of ``schema`` written as True or False, as tyro expects.
 
     A boolean flag without a value is true. Raises ConfigError for a value that is neither.
@@ -69,7 +69,7 @@ def _alternatives(annotation: Any) -> list[Any]:
     return [annotation]
 
 
-def as_switch(value: Any, annotation: Any) -> Any:
+def parse_boolean(value: Any, annotation: Any) -> Any:
     """Convert a recipe's word or number for a boolean setting to true or false; return other values unchanged."""
     if not isinstance(value, str | int) or bool not in _alternatives(annotation):
         return value
@@ -89,7 +89,7 @@ def _word_for(key: str, value: str, annotation: Any) -> str:
     raise ConfigError(f"{key!r} = {shown(value)}: expected {', '.join([*map(repr, named), _EXPECTED])}")
 
 
-def bare_switches(arguments: Sequence[str], names: Collection[str]) -> list[str]:
+def strip_boolean_values(arguments: Sequence[str], names: Collection[str]) -> list[str]:
     """Return a command line in which each of the named boolean flags has no value, or its ``--no-`` form.
 
     For commands whose boolean flags take no value: ``--json yes`` is ``--json``, and ``--json=0`` is ``--no-json``.
@@ -111,7 +111,7 @@ def bare_switches(arguments: Sequence[str], names: Collection[str]) -> list[str]
     return bare
 
 
-def switches_of(*callables: Callable[..., Any]) -> set[str]:
+def find_boolean_parameters(*callables: Callable[..., Any]) -> set[str]:
     """Return the names of all boolean parameters, fields of dataclass parameters included."""
     names: set[str] = set()
     for one in callables:
@@ -120,5 +120,5 @@ def switches_of(*callables: Callable[..., Any]) -> set[str]:
             if annotation is bool:
                 names.add(name)
             elif isinstance(annotation, type) and is_dataclass(annotation):
-                names |= switches_of(annotation)
+                names |= find_boolean_parameters(annotation)
     return names

@@ -17,7 +17,7 @@ import tyro
 from pydantic import BaseModel, ValidationError
 
 from llava_ray import invocation
-from llava_ray.config.booleans import as_switch, spell_out
+from llava_ray.config.booleans import parse_boolean, write_out_booleans
 from llava_ray.config.schema import ConfigSection, describe_all, describe_fault, dotted_keys
 from llava_ray.config.sections import EvaluateConfig, FinetuneConfig, PrepareConfig
 from llava_ray.config.shipped_recipes import find_recipe
@@ -70,7 +70,7 @@ def load_settings(schema: type[Settings], arguments: Sequence[str], *, ignore: C
     values = {key: value for key, value in read_toml(recipe).items() if key not in ignore} if recipe else {}
     _check_known_keys(schema, values, recipe or "flags")
     flags = [_dotted_flag(schema, argument) for argument in arguments[1 if recipe else 0 :]]
-    parsed = _read_flags(schema, spell_out(schema, flags), _with_missing(schema, values))
+    parsed = _read_flags(schema, write_out_booleans(schema, flags), _with_missing(schema, values))
     with in_words(recipe or "flags", "Fix them.", ConfigError):
         given = parsed.model_dump()
     return schema.parsed(given)
@@ -78,9 +78,9 @@ def load_settings(schema: type[Settings], arguments: Sequence[str], *, ignore: C
 
 def _read_flags(schema: type[Settings], flags: Sequence[str], default: Any) -> Settings:
     """Apply flags to settings that are not validated yet. Raises ConfigError for a flag with an invalid value."""
-    said = io.StringIO()
+    output = io.StringIO()
     try:
-        with in_words("flags", "--help lists them all.", ConfigError), contextlib.redirect_stderr(said):
+        with in_words("flags", "--help lists them all.", ConfigError), contextlib.redirect_stderr(output):
             parsed: Settings = tyro.cli(
                 schema,
                 args=flags,
@@ -92,7 +92,7 @@ def _read_flags(schema: type[Settings], flags: Sequence[str], default: Any) -> S
     except SystemExit as left:
         if not left.code:
             raise  # --help
-        words = " ".join(re.sub(r"\x1b\[[\d;]*m|[─-╿]", " ", said.getvalue()).split())
+        words = " ".join(re.sub(r"\x1b\[[\d;]*m|[─-╿]", " ", output.getvalue()).split())
         raise ConfigError(f"flags: {words[:_MAX_SAID]}") from left
     return parsed
 
@@ -109,6 +109,7 @@ def _recipe_of(arguments: Sequence[str]) -> str | None:
 
 def settings_hash(config: ConfigSection) -> str:
     """Return 8 hex digits of all settings in ``config`` that decide what is computed."""
+    # Sorted keys and JSON values: the hash must not depend on the order of fields or the version of pydantic.
     settings = config.model_dump(mode="json", exclude=set(NOT_HASHED))
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -165,7 +166,7 @@ def _with_missing(schema: type[BaseModel], values: dict[str, Any]) -> Any:
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             fields[name] = _with_missing(annotation, values.get(name, {}))
         elif name in values:
-            value = as_switch(values[name], annotation)
+            value = parse_boolean(values[name], annotation)
             fields[name] = tuple(value) if isinstance(value, list) else value  # the schema has tuples, TOML has lists
         else:
             fields[name] = tyro.MISSING if field.is_required() else field.get_default()

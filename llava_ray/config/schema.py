@@ -33,7 +33,7 @@ class ConfigSection(BaseModel):
 
         Raises ConfigError for an unknown key or an invalid value.
         """
-        return self.parsed(merge_settings(self.model_dump(), nested(changes)))
+        return self.parsed(merge_settings(self.model_dump(), nest_keys(changes)))
 
     @classmethod
     def parsed(cls, values: Mapping[str, Any], source: str = "") -> Self:
@@ -75,7 +75,7 @@ def dotted_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
-def nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
+def nest_keys(dotted: Mapping[str, Any]) -> dict[str, Any]:
     """Turn ``{"a.b": 1}`` into ``{"a": {"b": 1}}``."""
     tree: dict[str, Any] = {}
     for key, value in dotted.items():

@@ -19,6 +19,7 @@ def start_blocks(find_shard: Callable[[], DataIterator]) -> Iterator[pa.Table]:
         blocks = iter(batches)
         return next(blocks, None), blocks
 
+    # A thread, because the first block waits for Ray Data's tasks to start: seconds in which the model can load.
     pool = ThreadPoolExecutor(1, "stream")
     started = pool.submit(first_block)
     pool.shutdown(wait=False)

@@ -62,7 +62,7 @@ class TarChunk:
         taken: dict[str, int] = {}
         for sample in islice(read_tar(self.path), self.num_samples):
             key = clean_id(sample.key)
-            name = unused(f"{self.name.partition('.')[0]}/{key}", taken)
+            name = make_unique_id(f"{self.name.partition('.')[0]}/{key}", taken)
             yield RawRecord(name, f"{self.name}:{key}", sample.text, sample.images, sample.ignored)
 
 
@@ -91,9 +91,10 @@ def _text_chunks(
     taken: dict[str, int] = {}
     ids, places, texts = [], [], []
     for index, (name, row, text, own_id) in enumerate(islice(rows, max_samples)):
-        ids.append(unused(str(index) if own_id is None else own_id, taken))
+        ids.append(make_unique_id(str(index) if own_id is None else own_id, taken))
         places.append((name, row))
         texts.append(text)
+    # A fixed seed, not the run's: the folder of prepared data is shared by runs of all seeds.
     order = np.random.default_rng(_SHUFFLE_SEED).permutation(len(ids)) if mixed else np.arange(len(ids))
     for start in range(0, len(order), chunk_size):
         chosen = order[start : start + chunk_size].tolist()
@@ -109,7 +110,7 @@ def _parquet_chunks(files: Sequence[str], chunk_size: int, max_samples: int | No
     total = 0
     for path, name in _with_names(files):
         counts, own_ids = parquet_layout(path)
-        ids = [unused(str(total + row) if own is None else own, taken) for row, own in enumerate(own_ids)]
+        ids = [make_unique_id(str(total + row) if own is None else own, taken) for row, own in enumerate(own_ids)]
         ids = ids[: None if max_samples is None else max(0, max_samples - total)]
         total += len(ids)
         first_row = 0
@@ -153,7 +154,7 @@ def _with_names(files: Sequence[str]) -> list[tuple[str, str]]:
     return [(path, "/".join(path.split("/")[depth:])) for path in files]
 
 
-def unused(name: str, taken: dict[str, int]) -> str:
+def make_unique_id(name: str, taken: dict[str, int]) -> str:
     """Return ``name``, or ``name#2``, ``name#3`` ... if it is already used: LLaVA's own mix repeats ids."""
     number = taken.get(name, 0) + 1
     while number > 1 and f"{name}#{number}" in taken:

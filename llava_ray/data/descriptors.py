@@ -21,11 +21,14 @@ def describe_micro_batches(
     by_rank: list[list[dict[str, Any]]] = [[] for _ in range(world_size)]
     supervised = lengths.column("num_supervised")
     for step in steps:
+        # The loss is divided by the supervised tokens of the whole step, so every micro-batch carries that sum: no rank
+        # needs to ask the others for it.
         members = plan.step(step)
         dealt = assign_to_ranks(plan.num_tokens[members].tolist(), row_length, world_size)
         common = {"step": step, "num_supervised": int(supervised[members].sum()), "num_micro_batches": len(dealt[0])}
         for rank, rows in enumerate(dealt):
             by_rank[rank] += [common | {"rank": rank, "examples": members[row].tolist()} for row in rows]
+    # Blocks are dealt to ranks in turn, which is exact only if all ranks have the same number of full blocks.
     for rank, micro_batches in enumerate(by_rank):
         filler = {"step": NO_STEP, "num_supervised": 0, "num_micro_batches": 0, "rank": rank, "examples": []}
         micro_batches += [filler] * (-len(micro_batches) % ROWS_PER_BLOCK)

@@ -77,7 +77,7 @@ class Encoder:
         self.check_images(counts, image_sizes)
         whole = self.example(turns, range(len(counts)), counts)
         if not whole.num_supervised:
-            raise nothing_to_learn(turns)
+            raise unsupervised_error(turns)
         if len(whole.input_ids) <= self.model_max_length:
             examples = [whole]
         elif self.on_too_long == "truncate":
@@ -119,6 +119,7 @@ class Encoder:
         end = self.model_max_length
         starts = image_starts(example)
         for start, count in zip(starts.tolist(), example.image_tokens, strict=True):
+            # Half of an image's features would be misread as those of a smaller image.
             if start < end < start + count:
                 end = start
         num_images = int(np.count_nonzero(starts < end))
@@ -142,6 +143,7 @@ class Encoder:
             next_image += len(new)
             if chunk and len(self.example(chunk + exchange, seen + new, counts).input_ids) > self.model_max_length:
                 examples.append(self.example(chunk, seen, counts))
+                # Later questions refer to earlier images, so each part must show them again.
                 chunk = (Turn("human", f"{IMAGE_TOKEN}\n" * len(seen) + exchange[0].value), *exchange[1:])
             else:
                 chunk += exchange
@@ -172,7 +174,7 @@ def encode_record(encoder: Encoder, turns: Sequence[Turn], sizes: Sequence[Size]
         raise RecordError(message, reason="template") from error
 
 
-def nothing_to_learn(turns: Sequence[Turn]) -> RecordError:
+def unsupervised_error(turns: Sequence[Turn]) -> RecordError:
     """Build the error for a record without a supervised turn."""
     num_answers = sum(turn.role == "gpt" for turn in turns)
     what = (

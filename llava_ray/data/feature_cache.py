@@ -112,19 +112,20 @@ def make_room(root: str, name: str, needed: int, budget: int) -> list[str]:
     """
     if needed > budget:
         raise ConfigError(
-            f"the features would take up to {in_gb(needed)}, over data.feature_cache_gb = {budget / 1e9:g}: raise it "
-            f"if {root} has room, or set data.vision_features = 'streamed', which stores nothing"
+            f"the features would take up to {format_gb(needed)}, over data.feature_cache_gb = {budget / 1e9:g}: raise "
+            f"it if {root} has room, or set data.vision_features = 'streamed', which stores nothing"
         )
     sizes = {entry: _entry_bytes(f"{root}/{entry}") for entry in list_entries(root) if entry != name}
     used = {entry: _last_use(f"{root}/{entry}") for entry in sizes}
     old = sorted((entry for entry in sizes if time.time() - used[entry] > _SECONDS_IN_USE), key=used.__getitem__)
+    # First choose the entries, then delete them: nothing is lost where eviction would not suffice.
     dropped: list[str] = []
     while sum(sizes.values()) + needed > budget:
         if len(dropped) == len(old):
             raise ConfigError(
-                f"the features would take up to {in_gb(needed)}, and {root} holds {in_gb(sum(sizes.values()))} that "
-                f"runs of the last day may be reading, over data.feature_cache_gb = {budget / 1e9:g}: raise it, or "
-                "delete the entries that no run needs any more"
+                f"the features would take up to {format_gb(needed)}, and {root} holds {format_gb(sum(sizes.values()))} "
+                f"that runs of the last day may be reading, over data.feature_cache_gb = {budget / 1e9:g}: raise it, "
+                "or delete the entries that no run needs any more"
             )
         dropped.append(old[len(dropped)])
         sizes.pop(dropped[-1])
@@ -158,8 +159,9 @@ def _last_use(entry: str) -> float:
         return 0.0
 
 
-def place_of(shard: int, row: int, number: int) -> int:
+def location_key(shard: int, row: int, number: int) -> int:
     """Encode an image's shard, row and number within the row as one integer."""
+    # Sorted integers let a reader find images by binary search in one column; a record has at most 65,535 images.
     return shard << 48 | row << 16 | number
 
 
@@ -222,6 +224,7 @@ def fetch_features(entry: str, places: Sequence[int]) -> list[bytes]:
     found = np.searchsorted(index.places, wanted)
     if (found == len(index.places)).any() or (index.places[found] != wanted).any():
         raise DataError(f"{entry} lacks features of this data: delete the folder, and start the run again")
+    # One batch of byte ranges: on object stores the filesystem fetches them concurrently.
     filesystem, place = open_filesystem(entry)
     paths = [f"{place}/{index.files[file]}.bin" for file in index.file[found]]
     starts, ends = index.offset[found], index.offset[found] + index.length[found]
@@ -232,6 +235,6 @@ def fetch_features(entry: str, places: Sequence[int]) -> list[bytes]:
     return [bytes(part) for part in parts]
 
 
-def in_gb(num_bytes: float) -> str:
+def format_gb(num_bytes: float) -> str:
     """Format a size in GB."""
     return f"{num_bytes / 1e9:.3g} GB"

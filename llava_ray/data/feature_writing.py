@@ -16,11 +16,11 @@ from llava_ray.data.feature_cache import (
     cache_root,
     estimate_bytes,
     feature_key,
-    in_gb,
+    format_gb,
     is_complete,
+    location_key,
     make_room,
     mark_used,
-    place_of,
     write_index,
 )
 from llava_ray.data.features import FeatureActor
@@ -56,10 +56,12 @@ def cache_features(prepared: PreparedData, blueprint: "Blueprint", settings: Str
     needed = estimate_bytes(prepared, settings.image_tokens, width)
     dropped = make_room(root, key.name, needed, int(settings.data.feature_cache_gb * 1e9))
     print(  # noqa: T201 - for the user who started the run
-        f"Features: up to {in_gb(needed)} into {entry}" + (f", after evicting {', '.join(dropped)}" if dropped else ""),
+        f"Features: up to {format_gb(needed)} into {entry}"
+        + (f", after evicting {', '.join(dropped)}" if dropped else ""),
         flush=True,
     )
     mark_used(entry)
+    # Renewed before the work, so that no other run evicts the entry while it is being written.
     blocks = [
         (block_name(number, first), number, first, min(first + ROWS_PER_GROUP, shard.num_rows))
         for number, shard in enumerate(prepared.shards)
@@ -114,7 +116,7 @@ def _decode_block(table: pa.Table, settings: StreamSettings) -> pa.Table:
             digest = hashlib.sha256(image).digest()
             if digest not in pixels:
                 pixels[digest] = decode_views(image, size, record["id"], settings)
-            users.append((place_of(shard, row, number), digest))
+            users.append((location_key(shard, row, number), digest))
     order = {digest: position for position, digest in enumerate(pixels)}
     view = 3 * settings.image_spec.height * settings.image_spec.width
     return pa.table(
@@ -148,6 +150,7 @@ class FeatureWriter(FeatureActor):
                 [place, int(offsets[image]), int(lengths[image])]
                 for place, image in zip(row["places"], row["image"], strict=True)
             ]
+            # The offsets last: a block without its .json file is computed again after an interruption.
             write_stored(f"{self.entry}/{row['block']}.bin", row["features"])
             write_stored(f"{self.entry}/{row['block']}.json", json.dumps(locations).encode())
         return table.select(["block"])

@@ -33,7 +33,7 @@ def count_samples(data_path: str) -> int | None:
         return None
 
 
-def first_samples(data_path: str) -> list[tuple[int, int]]:
+def measure_first_samples(data_path: str) -> list[tuple[int, int]]:
     """Count characters and images of the first samples of a prepared folder or a small raw file.
 
     Records that training would reject are left out.

@@ -73,6 +73,7 @@ def measure_lengths(prepared: PreparedData, settings: EncoderSettings, max_rejec
         with files.open(f"{root}/rejected.jsonl", "w") as stream:
             stream.writelines(json.dumps(row) + "\n" for row in rejected)
         _check_rejected_share(prepared, rejected, max_rejected, f"{folder}/rejected.jsonl")
+        # Renamed when complete: the existence of the file means that every length is in it.
         with files.open(f"{path}.part", "wb") as stream:
             pq.write_table(pa.concat_tables(tables).replace_schema_metadata({"rejected": str(len(rejected))}), stream)
         files.mv(f"{path}.part", path)
@@ -84,6 +85,7 @@ def measure_lengths(prepared: PreparedData, settings: EncoderSettings, max_rejec
 def _measure_shards(prepared: PreparedData, settings: EncoderSettings) -> tuple[list[pa.Table], list[dict[str, str]]]:
     """Tokenise all shards, a Ray task each; a few thousand samples are faster in this process than a task starts."""
     shards = [(prepared.path, shard.name, index, settings) for index, shard in enumerate(prepared.shards)]
+    # Below this, starting worker processes takes longer than tokenising here.
     if prepared.num_samples <= _SAMPLES_WITHOUT_RAY:
         results = [_measure_shard(*shard) for shard in shards]
     else:

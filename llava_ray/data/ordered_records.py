@@ -5,7 +5,7 @@ from itertools import islice
 from pathlib import PurePath
 
 from llava_ray.chat.conversation import Turn
-from llava_ray.data.chunks import TEXT_READERS, make_chunks, unused
+from llava_ray.data.chunks import TEXT_READERS, make_chunks, make_unique_id
 from llava_ray.data.records import RawRecord, Record, find_files
 from llava_ray.data.shards import is_prepared, open_prepared, read_shard_rows
 from llava_ray.data.storage import absolute
@@ -31,7 +31,7 @@ def _text_records(kind: str, files: list[str]) -> Iterator[RawRecord]:
     taken: dict[str, int] = {}
     rows = ((PurePath(path).name, *row) for path in files for row in TEXT_READERS[kind](path))
     for index, (name, row, text, own_id) in enumerate(rows):
-        yield RawRecord(unused(str(index) if own_id is None else own_id, taken), f"{name}:{row}", text)
+        yield RawRecord(make_unique_id(str(index) if own_id is None else own_id, taken), f"{name}:{row}", text)
 
 
 def _prepared_records(path: str) -> Iterator[Record]:

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from llava_ray.chat.conversation import IGNORE_INDEX, Turn
 from llava_ray.data.examples import Example
-from llava_ray.data.feature_cache import place_of
+from llava_ray.data.feature_cache import location_key
 from llava_ray.images.anyres import Size
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def pack_micro_batch(
         ids.append(record["id"])
         images += [record["images"][i] for i in example.images if "images" in record]
         shown += [sizes[i] for i in example.images]
-        places += [place_of(shard, number, i) for i in example.images]
+        places += [location_key(shard, number, i) for i in example.images]
     common = {name: descriptor[name] for name in ("step", "rank", "num_supervised", "num_micro_batches", "num_tokens")}
     return common | {
         "ids": ids,

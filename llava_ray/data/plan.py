@@ -84,16 +84,16 @@ def assign_to_ranks(num_tokens: Sequence[int], row_length: int, world_size: int)
     # First fit gives the least number of rows but leaves the last ones short. Balanced rows of the same number finish
     # together on all ranks; they are used unless one overflows.
     even = _balance_rows(num_tokens, len(rows))
-    if all(load(num_tokens, row) <= row_length for row in even):
+    if all(count_row_tokens(num_tokens, row) <= row_length for row in even):
         rows = even
-    rows.sort(key=lambda row: -load(num_tokens, row))
+    rows.sort(key=lambda row: -count_row_tokens(num_tokens, row))
     dealt: list[list[list[int]]] = [[] for _ in range(world_size)]
     loads = [0] * world_size
     for row in rows:
         free = [rank for rank in range(world_size) if len(dealt[rank]) < len(rows) // world_size]
         rank = min(free, key=lambda rank: (loads[rank], rank))
         dealt[rank].append(sorted(row))
-        loads[rank] += load(num_tokens, row)
+        loads[rank] += count_row_tokens(num_tokens, row)
     return dealt
 
 
@@ -131,6 +131,6 @@ def _longest_first(num_tokens: Sequence[int]) -> list[int]:
     return sorted(range(len(num_tokens)), key=lambda position: (-num_tokens[position], position))
 
 
-def load(num_tokens: Sequence[int], row: Sequence[int]) -> int:
+def count_row_tokens(num_tokens: Sequence[int], row: Sequence[int]) -> int:
     """Count a row's tokens."""
     return sum(num_tokens[position] for position in row)

@@ -31,7 +31,7 @@ from llava_ray.data.shards import (
     open_prepared,
     write_shards_manifest,
 )
-from llava_ray.data.storage import absolute, file_size, read_stored, way_from, write_stored
+from llava_ray.data.storage import absolute, file_size, read_stored, relative_path, write_stored
 from llava_ray.data.validation import check_images, fetch_images, read_record
 from llava_ray.errors import ConfigError, DataError, RecordError
 from llava_ray.log_file import terminal
@@ -121,8 +121,8 @@ def _prepare_raw(config: DataConfig, show_progress: bool) -> PreparedData:
         "format_version": SHARDS_VERSION,
         "reader_version": _READER_VERSION,
         "content": fingerprint_data(kind, files),
-        "mixed": config.shuffle_window > 0,
-        "image_folder": way_from(absolute(config.cache_dir), image_folder),
+        "mixed": config.shuffle_window > 0,  # a curriculum keeps the order of the file
+        "image_folder": relative_path(absolute(config.cache_dir), image_folder),
         **config.model_dump(include={"max_image_pixels", "max_samples", "samples_per_shard", "shard_size_mb"}),
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
@@ -146,7 +146,7 @@ def _prepare_raw(config: DataConfig, show_progress: bool) -> PreparedData:
         folder,
         shards,
         reasons,
-        {"data_path": way_from(folder, absolute(config.data_path)), **settings},
+        {"data_path": relative_path(folder, absolute(config.data_path)), **settings},
         dict(ignored.most_common(_MAX_KEYS)),
     )
     return replace(open_prepared(folder), reused=False)  # opening checks that all nodes wrote to the same storage
@@ -192,7 +192,7 @@ def _write_chunks(chunks: Iterator[RecordChunk], rules: Rules, show_progress: bo
     ]
     if not references:
         return []
-    written = ray.data.from_arrow_refs(references).map_batches(
+    dataset = ray.data.from_arrow_refs(references).map_batches(
         _write_chunk,
         batch_size=None,
         batch_format="pyarrow",
@@ -200,11 +200,11 @@ def _write_chunks(chunks: Iterator[RecordChunk], rules: Rules, show_progress: bo
         num_cpus=1,
         **in_pool("decode"),
     )
-    written.context.enable_progress_bars = False
-    written.context.print_on_execution_start = False
+    dataset.context.enable_progress_bars = False
+    dataset.context.print_on_execution_start = False
     results: dict[int, ChunkResult] = {}
     with tqdm(desc="preparing", unit=" samples", disable=not show_progress, file=terminal()) as bar:
-        for row in written.iter_rows():
+        for row in dataset.iter_rows():
             if row["error"] is not None:
                 raise DataError(row["error"])
             result = results[row["index"]] = ChunkResult.from_json(row["result"])

@@ -4,8 +4,8 @@ from typing import Any
 
 from llava_ray.data.record_words import ABOUT, words_of
 
-WEIGHTS = "weights are supported per turn only, as 0 or 1 in `weight`"
-PREFERENCES = "preferences are not supported yet"
+WEIGHTS_FAULT = "weights are supported per turn only, as 0 or 1 in `weight`"
+PREFERENCES_FAULT = "preferences are not supported yet"
 
 # Words that exclude something from training when false, and when true.
 _LEARNT = {
@@ -33,19 +33,19 @@ def is_flag(name: str) -> bool:
     return not is_other and bool(words & (_LEARNT | _NOT_LEARNT | _WANTED | _UNWANTED))
 
 
-def why_flag(name: str, value: Any) -> str | None:
+def find_flag_fault(name: str, value: Any) -> str | None:
     """Return why a flag that excludes something is rejected; None for one that agrees with what is done anyway."""
     if not is_flag(name):
         return None
     if "_".join(words_of(name)) in _PREFERENCE_NAMES:
-        return PREFERENCES if isinstance(value, bool) else None
+        return PREFERENCES_FAULT if isinstance(value, bool) else None
     words, answer = set(words_of(name)), _answer(value)
     if words & (_LEARNT | _NOT_LEARNT):
         if isinstance(value, list | tuple) and value:
-            return WEIGHTS  # weights of pieces of the text
+            return WEIGHTS_FAULT  # weights of pieces of the text
         negated = bool(words & _NOT_LEARNT) != bool(words & _NEGATIONS)
-        return WEIGHTS if answer is negated else None
-    return PREFERENCES if answer is bool(words & _UNWANTED) else None
+        return WEIGHTS_FAULT if answer is negated else None
+    return PREFERENCES_FAULT if answer is bool(words & _UNWANTED) else None
 
 
 def _answer(value: Any) -> bool | None:

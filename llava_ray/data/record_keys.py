@@ -7,8 +7,8 @@ dropped in silence: the record is rejected. Any other key is ignored, and counte
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from llava_ray.data.record_flags import PREFERENCES, WEIGHTS, is_flag, why_flag
-from llava_ray.data.record_media import ORIGINS, is_image_key, names_medium, why_lost
+from llava_ray.data.record_flags import PREFERENCES_FAULT, WEIGHTS_FAULT, find_flag_fault, is_flag
+from llava_ray.data.record_media import ORIGINS, find_lost_medium, is_image_key, names_medium
 from llava_ray.data.record_words import ABOUT, words_of
 from llava_ray.errors import RecordError
 from llava_ray.reading import shown
@@ -31,11 +31,11 @@ _REFUSED_WORDS: dict[str, set[str]] = {
     "reasoning outside the answer is not supported: write it into the answer": {
         "reasoning", "thinking", "thought", "think", "cot", "refusal", "scratchpad",
     },
-    PREFERENCES: {"chosen", "rejected", "preferred", "dispreferred", "preference"},
+    PREFERENCES_FAULT: {"chosen", "rejected", "preferred", "dispreferred", "preference"},
     "the turns belong into `conversations` or `messages`": {
         "prompt", "completion", "instruction", "history", "response", "query",
     },
-    WEIGHTS: {"weight", "loss", "mask", "masking", "label_mask"},
+    WEIGHTS_FAULT: {"weight", "loss", "mask", "masking", "label_mask"},
     "regions of images are not supported: write them into the turns": {
         "bbox", "bboxe", "box", "boxe", "object", "segmentation", "polygon", "keypoint", "region",
     },
@@ -45,10 +45,10 @@ _REFUSED_WORDS: dict[str, set[str]] = {
 _REFUSED_NAMES = {
     "prefix": "an answer is supervised as a whole",
     "suffix": "an answer is supervised as a whole",
-    "train": WEIGHTS,
-    "kto_tag": PREFERENCES,
+    "train": WEIGHTS_FAULT,
+    "kto_tag": PREFERENCES_FAULT,
     "train_on_input": "questions are never supervised",
-    "trainable": WEIGHTS,
+    "trainable": WEIGHTS_FAULT,
 }
 _REFUSED_OF_TURNS = {
     "text": "the text belongs into `value` or `content`",
@@ -110,7 +110,10 @@ def check_keys(values: Mapping[str, Any], named: Sequence[Any], num_images: int)
         if name in _OBEYED or _says_nothing(name, value):
             continue
         why = None if name in WEIGHT_KEYS and value == 1 else _why_refused(name, _OBEYED)
-        reject_key(f"`{printable(name)}`", why or why_flag(name, value) or why_lost(name, value, images, num_images))
+        reject_key(
+            f"`{printable(name)}`",
+            why or find_flag_fault(name, value) or find_lost_medium(name, value, images, num_images),
+        )
         ignored.append(printable(name))
     return ignored
 
@@ -121,7 +124,7 @@ def check_turn_keys(turn: Mapping[str, Any], where: str) -> list[str]:
     for name, value in turn.items():
         if name in _OBEYED_OF_TURNS or _says_nothing(name, value):
             continue
-        why = _why_refused(name, _OBEYED_OF_TURNS, _REFUSED_OF_TURNS) or why_flag(name, value)
+        why = _why_refused(name, _OBEYED_OF_TURNS, _REFUSED_OF_TURNS) or find_flag_fault(name, value)
         if why is None and (is_image_key(name) or name in IMAGE_KEYS or _is_medium(name, value)):
             why = "images are listed in the record's `images`, or are parts of its content"
         reject_key(f"{where}: `{printable(name)}`", why)
@@ -135,7 +138,7 @@ def check_part_keys(part: Mapping[str, Any], obeyed: set[str], where: str, *, is
     for name, value in part.items():
         if name in obeyed or _says_nothing(name, value):
             continue
-        why = _why_refused(name, obeyed) or why_flag(name, value)
+        why = _why_refused(name, obeyed) or find_flag_fault(name, value)
         is_number = isinstance(value, bool | int | float)
         is_source = is_image and not is_number and (name.lower() in _SOURCES_OF_PARTS or is_image_key(name))
         if why is None and (is_source or _is_medium(name, value)):
@@ -146,7 +149,7 @@ def check_part_keys(part: Mapping[str, Any], obeyed: set[str], where: str, *, is
 
 
 def _says_nothing(name: str, value: Any) -> bool:
-    return is_absent(value) and not (value is False and why_flag(name, value))
+    return is_absent(value) and not (value is False and find_flag_fault(name, value))
 
 
 def _is_medium(name: str, value: Any) -> bool:

@@ -50,7 +50,7 @@ def names_medium(value: Any) -> bool:
     return next(_media_in(value), None) is not None
 
 
-def why_lost(name: str, value: Any, named: Sequence[Any], num_images: int) -> str | None:
+def find_lost_medium(name: str, value: Any, named: Sequence[Any], num_images: int) -> str | None:
     """Return why a key is rejected whose value is a medium that would be dropped; None where it is not.
 
     ``named`` are the record's references to its images, ``num_images`` their number.

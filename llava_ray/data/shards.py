@@ -101,7 +101,7 @@ class ShardWriter:
         num_bytes = sum(len(image) for image in sample.record.images)
         if self._rows and (len(self._rows) == self.max_rows or self._num_bytes + num_bytes > self.max_bytes):
             self.flush()
-        self._rows.append(as_row(sample))
+        self._rows.append(to_row(sample))
         self._num_bytes += num_bytes
 
     def flush(self) -> list[ShardInfo]:
@@ -128,7 +128,7 @@ def encode_shard(rows: Sequence[Mapping[str, Any]]) -> memoryview:
     return memoryview(sink.getvalue())
 
 
-def as_row(sample: Sample) -> dict[str, Any]:
+def to_row(sample: Sample) -> dict[str, Any]:
     """Convert a sample to a row of the shard schema."""
     record = sample.record
     return {

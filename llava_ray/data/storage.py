@@ -13,7 +13,7 @@ def absolute(path: str) -> str:
     return path.rstrip("/") if "://" in path else str(Path(path).expanduser().absolute())
 
 
-def way_from(folder: str, path: str) -> str:
+def relative_path(folder: str, path: str) -> str:
     """Return a path below the current folder as a path relative to ``folder``; any other path unchanged.
 
     Relative paths within a project stay valid when the whole project is moved or copied.
@@ -57,6 +57,7 @@ def write_stored(path: str, data: bytes | memoryview) -> None:
     Raises DataError that names the path where it cannot be written (permissions, a full disk).
     """
     filesystem, place = open_filesystem(path)
+    # A random suffix: two tasks that write the same file at once must not share a temporary one.
     temporary = f"{place}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         filesystem.makedirs(place.rpartition("/")[0], exist_ok=True)

@@ -70,8 +70,8 @@ def main() -> None:
     # libtiff prints a warning for each damaged file, and clients must not be able to fill the log.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     while True:
-        told, pipes, _, _ = socket.recv_fds(control, 1, 2)
-        if not told:
+        message, pipes, _, _ = socket.recv_fds(control, 1, 2)
+        if not message:
             return
         if os.fork() == 0:
             control.close()
@@ -92,12 +92,12 @@ def _decode_all(source: io.BufferedReader, sink: io.BufferedWriter) -> None:
             head, data = read_message(source)
         except EOFError:
             return
-        answer, payload = answered(head, bytes(data), base_bytes)
+        answer, payload = answer_safely(head, bytes(data), base_bytes)
         write_message(sink, answer, payload)
         del data, payload
 
 
-def answered(head: Mapping[str, Any], data: bytes, base_bytes: int) -> tuple[dict[str, Any], bytes | memoryview]:
+def answer_safely(head: Mapping[str, Any], data: bytes, base_bytes: int) -> tuple[dict[str, Any], bytes | memoryview]:
     """Answer one request, whatever its outcome, with a message."""
     # Their default action ends a process whatever code it runs, even if its parent is gone.
     signal.setitimer(signal.ITIMER_PROF, head["cpu_s"])
@@ -120,6 +120,7 @@ def answered(head: Mapping[str, Any], data: bytes, base_bytes: int) -> tuple[dic
 def answer_request(head: Mapping[str, Any], data: bytes, base_bytes: int) -> tuple[dict[str, Any], bytes | memoryview]:
     """Execute a request. Raises ImageError, MemoryError."""
     name, base = head["name"], base_bytes + _SPARE_BYTES + (1 + _BYTES_PER_FILE_BYTE) * len(data)
+    # Two limits: a small one while the header is parsed, then one that fits the size that the header declares.
     width, height = canvas_size(data) if identify_format(data) == "WEBP" else (1, 1)
     _allow_bytes(base + _BYTES_PER_PIXEL * min(width * height, head["max_pixels"]))
     image = open_header(data, name, max_pixels=head["max_pixels"], max_frames=head.get("max_frames"))

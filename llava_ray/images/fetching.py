@@ -65,9 +65,8 @@ def fetch_image(filesystem: Any, url: str) -> bytes:
         try:
             data = _try(filesystem, url)
         except _Busy as error:
-            wait = max(
-                error.pause_s, (pause or 0.0) * random.uniform(0.8, 1.2)
-            )  # jitter, so that workers do not retry together
+            # Jitter, so that workers which failed together do not retry together.
+            wait = max(error.pause_s, (pause or 0.0) * random.uniform(0.8, 1.2))
             if pause is not None and time.monotonic() + wait < end:
                 time.sleep(wait)
                 continue
@@ -88,6 +87,7 @@ def _check_asked(host: _Host, url: str) -> None:
     with host.lock:
         if host.num_failed < LEAVE_AFTER:
             return
+        # One caller per interval probes whether the host has recovered; all others fail at once.
         if time.monotonic() >= host.ask_at:
             host.ask_at = time.monotonic() + ASK_EVERY_S
             return

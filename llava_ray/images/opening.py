@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from llava_ray.errors import ImageError
-from llava_ray.images.containers import Budget, identify_format, walk_container
+from llava_ray.images.containers import WorkBudget, identify_format, walk_container
 from llava_ray.images.containers.tiff import walk_exif
 from llava_ray.images.containers.webp import canvas_size
 
@@ -75,6 +75,7 @@ def open_header(data: bytes, name: str, *, max_pixels: int, max_frames: int | No
     kind = identify_format(data)
     if kind not in _formats():
         raise _unidentified(data, name)
+    # Before Pillow opens the file, since opening alone parses metadata and may allocate a canvas.
     container = walk_container(kind, data, name, max_frames or 1)
     if kind == "WEBP":
         _check_size(canvas_size(data), name, max_pixels)
@@ -205,7 +206,7 @@ def _orientation(image: Image.Image, name: str) -> int:
     try:
         raw = image.info.get(_RAW_EXIF)
         if isinstance(raw, str) and "exif" not in image.info:  # compressed, so the container's walk has not checked it
-            walk_exif(bytes.fromhex("".join(raw.split("\n")[3:])), Budget(name))
+            walk_exif(bytes.fromhex("".join(raw.split("\n")[3:])), WorkBudget(name))
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
     except ImageError:
         raise

@@ -71,6 +71,7 @@ def _train_new_tokens(llava: Llava, new_token_ids: Sequence[int]) -> None:
     """Train the input embeddings of new tokens; all other rows get no gradient, so they stay unchanged."""
     embeddings, head = llava.language_model.get_input_embeddings(), llava.language_model.get_output_embeddings()
     if head is None or head.weight is not embeddings.weight:
+        # autograd cannot train single rows: the table is trainable, and ``Llava.embed`` detaches its old rows.
         embeddings.requires_grad_(True)
         llava.first_learnt_token = min(new_token_ids)
 

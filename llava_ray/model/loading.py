@@ -17,7 +17,7 @@ from llava_ray.model.formats.noted_settings import OUR_KEY
 from llava_ray.model.formats.part_sources import find_layout
 from llava_ray.model.formats.stated_settings import find_length, find_version
 from llava_ray.model.formats.token_rows import image_token_note
-from llava_ray.model.network.quantization import chosen
+from llava_ray.model.network.quantization import choose_quantization
 from llava_ray.reading import shown
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def load_pretrained_model(
         aspect_ratio(layout),
         dtype=dtype,
         model_max_length=find_length(layout),
-        quantization=chosen(bits, layout.manifest.quantization if layout.manifest else None),
+        quantization=choose_quantization(bits, layout.manifest.quantization if layout.manifest else None),
     )
     for note in _notes_of(parts):
         logger.warning(note)
@@ -86,8 +86,8 @@ def pretrained_config(
     version: str | None = None,
 ) -> ModelConfig:
     """Build the model config that matches a model folder's own settings. Raises ModelError."""
-    given = {"model_base": model_base, "vision_tower": vision_tower}
-    values: dict[str, Any] = {key: str(value) for key, value in given.items() if value is not None}
+    overrides = {"model_base": model_base, "vision_tower": vision_tower}
+    values: dict[str, Any] = {key: str(value) for key, value in overrides.items() if value is not None}
     values |= {"model_name_or_path": str(model_path), "version": find_version(layout, version)}
     for key, value in layout.settings.items():
         if value == ():  # not set

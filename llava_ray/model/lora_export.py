@@ -13,7 +13,7 @@ from llava_ray.model.formats.manifest import is_bundle, read_manifest
 from llava_ray.model.formats.names import IMAGE_NEWLINE, PROJECTOR_PREFIX
 from llava_ray.model.formats.original.names import PEFT_PREFIX, to_original
 from llava_ray.model.formats.original.settings import TYPES, write_llava_settings, write_original_settings
-from llava_ray.model.formats.part_configs import complete
+from llava_ray.model.formats.part_configs import fill_defaults
 from llava_ray.model.formats.sources import find_source
 from llava_ray.model.lora.adapter_files import read_adapter
 from llava_ray.model.tensors.tensor_files import read_json_object
@@ -39,7 +39,7 @@ def export_adapter(model: str | Path, output: str | Path, model_base: str | None
         )
     base = find_source(model_base or manifest.language_model.base, "language model", weights=False).folder
     read_adapter(adapter)  # raises if it is damaged or holds NaN
-    language = complete(read_config(base / "config.json"), str(base / "config.json"))
+    language = fill_defaults(read_config(base / "config.json"), str(base / "config.json"))
     unused: dict[str, object] = {}
     if language["model_type"] in TYPES:
         config = write_original_settings(manifest, language, unused)

@@ -72,6 +72,7 @@ def load_language_model(
         attn_implementation=attention,
         quantization_config=bitsandbytes_config(quantization, dtype) if quantization else None,
     )
+    # Probe packing last, with the final embeddings: an unsupported model fails here and not after hours of training.
     set_compute_dtype(model)
     extend_embeddings(model, blueprint.new_token_ids, embeddings)
     check_packing(model)

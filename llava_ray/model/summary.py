@@ -22,7 +22,7 @@ from llava_ray.errors import ModelError
 from llava_ray.model.blueprint import check_projector_settings, completed
 from llava_ray.model.formats.hub.processor import pixels_of
 from llava_ray.model.formats.layouts import read_layout
-from llava_ray.model.formats.part_configs import build, vision_part
+from llava_ray.model.formats.part_configs import build_config, vision_part
 from llava_ray.model.freezing import freeze
 from llava_ray.model.image_geometry import choose_s2_scales
 from llava_ray.model.known_models import KNOWN_CONFIGS
@@ -80,10 +80,10 @@ class FoundConfig:
 def summarize_model(config: FinetuneConfig) -> ModelSummary:
     """Summarise the model that a run would train. Raises ModelError where a config is unknown without a download."""
     language, tower, projector_origin = _find_configs(config)
-    tower_config = build(vision_part(tower.values), tower.origin)
+    tower_config = build_config(vision_part(tower.values), tower.origin)
     side = pixels_of(tower.preprocessor)[0] if tower.preprocessor else int(tower_config.image_size)
     with torch.device("meta"), no_init_weights():  # drawing numbers takes its time even where none are kept
-        model = build_language_model(build(language.values, language.origin))
+        model = build_language_model(build_config(language.values, language.origin))
         backbone = AutoModel.from_config(tower_config)
         model_config, scales = config.model, choose_s2_scales(config.model, side)
         cut = VisionTower(backbone, model_config.mm_vision_select_layer, model_config.mm_vision_select_feature, scales)

@@ -104,27 +104,27 @@ def blind_answers() -> dict[str, str]:
     return {text: max(sorted(answers), key=lambda answer: answers[answer]) for text, answers in counts.items()}
 
 
-def accuracy(answers: Mapping[str, str], asked: Sequence[ShapeQuestion]) -> Score:
+def score_shape_answers(answers: Mapping[str, str], questions: Sequence[ShapeQuestion]) -> Score:
     """Score answers by question id: correct if equal, ignoring case, outer space and one final period.
 
     Answers to other questions are ignored. Raises DataError if there are no questions.
     """
-    if not asked:
+    if not questions:
         raise DataError("there are no questions to score; expected at least one.")
-    right = [question for question in asked if normalize_answer(answers.get(question.id, "")) == question.answer]
-    num_right, num_asked = (Counter(question.kind for question in some) for some in (right, asked))
+    right = [question for question in questions if normalize_answer(answers.get(question.id, "")) == question.answer]
+    num_right, num_by_kind = (Counter(question.kind for question in some) for some in (right, questions))
     return Score(
-        total=Count(len(right), len(asked)),
-        by_kind={kind: Count(num_right[kind], num) for kind, num in num_asked.items()},
-        missing=tuple(question.id for question in asked if question.id not in answers),
+        total=Count(len(right), len(questions)),
+        by_kind={kind: Count(num_right[kind], num) for kind, num in num_by_kind.items()},
+        missing=tuple(question.id for question in questions if question.id not in answers),
     )
 
 
-def compute_accuracies(asked: Sequence[ShapeQuestion], answers: Mapping[str, str]) -> dict[str, Any]:
+def compute_accuracies(questions: Sequence[ShapeQuestion], answers: Mapping[str, str]) -> dict[str, Any]:
     """Compute the accuracies of the model and of the blind baseline."""
     frequent = blind_answers()
-    model = accuracy(answers, asked)
-    blind = accuracy({q.id: frequent.get(q.question, "") for q in asked}, asked)
+    model = score_shape_answers(answers, questions)
+    blind = score_shape_answers({q.id: frequent.get(q.question, "") for q in questions}, questions)
     kinds = {
         kind: {"model": part.accuracy, "blind": blind.by_kind[kind].accuracy, "num_questions": part.num_questions}
         for kind, part in model.by_kind.items()
@@ -132,17 +132,17 @@ def compute_accuracies(asked: Sequence[ShapeQuestion], answers: Mapping[str, str
     return {
         "held_out_accuracy": model.total.accuracy,
         "blind_accuracy": blind.total.accuracy,
-        "num_test_questions": len(asked),
+        "num_test_questions": len(questions),
         "missing_answers": len(model.missing),
         "by_kind": kinds,
     }
 
 
-def write_benchmark(folder: Path, asked: Sequence[ShapeQuestion]) -> Path:
-    """Write questions as a benchmark of your own (``custom``), scored as ``accuracy`` does; return the folder."""
+def write_benchmark(folder: Path, questions: Sequence[ShapeQuestion]) -> Path:
+    """Write questions as a benchmark of your own (``custom``), scored like ``score_shape_answers``; return it."""
     rows = [
         {"id": q.id, "image": str(q.image), "question": q.question, "answer": q.answer, "category": q.kind}
-        for q in asked
+        for q in questions
     ]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "questions.jsonl").write_bytes(as_lines(rows))

@@ -46,20 +46,20 @@ def write_open_split(folder: Path, *, num_held_out_images: int, seed: int) -> tu
 
     For a sweep's training and held-out evaluation: the test split is reserved for the trial chosen in the end.
     """
-    asked = [question for question in read_questions("train") if question.kind != YES_NO]
-    images = sorted({question.image for question in asked})
+    questions = [question for question in read_questions("train") if question.kind != YES_NO]
+    images = sorted({question.image for question in questions})
     held_out = set(random.Random(seed).sample(images, num_held_out_images))
-    learnt = [question for question in asked if question.image not in held_out]
-    judged = [question for question in asked if question.image in held_out]
-    return _write_images(folder / "open_train.json", learnt, seed), _write_images(
+    training = [question for question in questions if question.image not in held_out]
+    judged = [question for question in questions if question.image in held_out]
+    return _write_images(folder / "open_train.json", training, seed), _write_images(
         folder / "open_held_out.json", judged, seed
     )
 
 
-def _write_images(file: Path, asked: list[ShapeQuestion], seed: int) -> Path:
+def _write_images(file: Path, questions: list[ShapeQuestion], seed: int) -> Path:
     """Write questions about images in random order."""
-    random.Random(seed).shuffle(asked)
-    records = [{"id": q.id, "image": q.image.name, "conversations": _turns("<image>", q)} for q in asked]
+    random.Random(seed).shuffle(questions)
+    records = [{"id": q.id, "image": q.image.name, "conversations": _turns("<image>", q)} for q in questions]
     return _write_records(file, records)
 
 
@@ -73,7 +73,7 @@ def write_words(folder: Path, *, num_first: int, num_natural: int, seed: int) ->
     by_image: dict[Path, list[ShapeQuestion]] = defaultdict(list)
     for question in read_questions("train"):
         by_image[question.image].append(question)
-    captions = {image: describe_scene(asked) for image, asked in by_image.items()}
+    captions = {image: describe_scene(about) for image, about in by_image.items()}
     whole = {i for i, text in captions.items() if len({*COLOURS, *SHAPES} & {*text.split()}) == _COLOUR_AND_SHAPE}
     pool = [question for question in read_questions("train") if question.image in whole]
     chosen = _draw_plain(pool, rng)[:num_first] + rng.sample(pool, num_natural)

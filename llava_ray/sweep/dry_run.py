@@ -8,7 +8,7 @@ from llava_ray.config.schema import flat_settings
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.config.space import Space, SweepConfig
 from llava_ray.config.sweep_recipes import corners
-from llava_ray.data.first_look import first_samples
+from llava_ray.data.first_look import measure_first_samples
 from llava_ray.errors import ConfigError
 from llava_ray.invocation import command
 from llava_ray.model.summary import ModelSummary, count_positions, summarize_model
@@ -151,8 +151,8 @@ def _seconds_per_step(config: FinetuneConfig, summary: ModelSummary, tokens: flo
 
 
 def _tokens_per_sample(config: FinetuneConfig, summary: ModelSummary) -> float:
-    """Estimate the tokens of a sample from the first samples."""
-    samples = first_samples(config.data.data_path) or [(_ASSUMED_TEXT * _CHARACTERS_PER_TOKEN, 1)]
+    """Return about how many tokens a sample has, by the first ones that can be looked at from here."""
+    samples = measure_first_samples(config.data.data_path) or [(_ASSUMED_TEXT * _CHARACTERS_PER_TOKEN, 1)]
     views = _VIEWS_OF_ANYRES if config.data.image_aspect_ratio == "anyres" else 1
     image = count_positions(summary.tower, summary.image_side) * views
     lengths = [

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from llava_ray.images.containers.avif import walk_avif
 from llava_ray.images.containers.bmp import walk_bmp
-from llava_ray.images.containers.budget import Budget
+from llava_ray.images.containers.budget import WorkBudget
 from llava_ray.images.containers.gif import walk_gif
 from llava_ray.images.containers.jpeg import walk_jpeg
 from llava_ray.images.containers.jpeg2000 import walk_jpeg2000
@@ -20,7 +20,7 @@ from llava_ray.images.containers.tiff import TIFF_MAGICS as TIFF_MAGICS
 from llava_ray.images.containers.tiff import walk_tiff
 from llava_ray.images.containers.webp import walk_webp
 
-__all__ = ["Budget", "Container", "identify", "walk_container"]
+__all__ = ["Container", "WorkBudget", "identify", "walk_container"]
 
 JP2_MAGIC = b"\x00\x00\x00\x0cjP  \x0d\x0a\x87\x0a"
 MAGICS = {
@@ -33,7 +33,7 @@ MAGICS = {
     "PPM": tuple(b"P" + bytes([kind]) for kind in b"0123456fy"),
 }
 
-Walk = Callable[[bytes, Budget, int], int]
+Walk = Callable[[bytes, WorkBudget, int], int]
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,6 @@ def walk_container(kind: str, data: bytes, name: str, max_frames: int) -> Contai
         "PPM": walk_netpbm,
     }
     try:
-        return Container(kind, walks[kind](data, Budget(name), max_frames))
+        return Container(kind, walks[kind](data, WorkBudget(name), max_frames))
     except (struct.error, IndexError):  # truncated: nothing is left to walk
         return Container(kind, 1)

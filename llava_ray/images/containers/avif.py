@@ -3,7 +3,7 @@
 import struct
 
 from llava_ray.images.containers.boxes import walk_boxes
-from llava_ray.images.containers.budget import Budget
+from llava_ray.images.containers.budget import WorkBudget
 from llava_ray.images.containers.tiff import walk_exif
 
 _PARENTS = {b"meta", b"iprp", b"ipco", b"iref", b"moov", b"trak", b"mdia", b"minf", b"stbl", b"dinf", b"iinf"}
@@ -14,7 +14,7 @@ _COUNTED = {b"iinf", b"ipma", b"iloc"}
 _ITEM_DATA = 1  # construction method: data in the box "idat" instead of the file
 
 
-def walk_avif(data: bytes, budget: Budget, max_frames: int) -> int:
+def walk_avif(data: bytes, budget: WorkBudget, max_frames: int) -> int:
     """Walk all boxes; bound the items and the bytes that they reference, and walk the Exif block."""
     del max_frames
     skipped = {b"meta": 4, b"iref": 4, b"iinf": 6 if not _has_wide_item_count(data) else 8}
@@ -63,7 +63,7 @@ def _item_id(box: bytes) -> int:
     return number
 
 
-def _read_locations(box: bytes, budget: Budget, file_bytes: int) -> dict[int, list[tuple[int, int, int]]]:
+def _read_locations(box: bytes, budget: WorkBudget, file_bytes: int) -> dict[int, list[tuple[int, int, int]]]:
     """Return each item's (construction method, offset, size), and bound their number and sum."""
     version = box[0]
     widths = [box[4] >> 4, box[4] & 15, box[5] >> 4, box[5] & 15 if version else 0]

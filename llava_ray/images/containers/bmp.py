@@ -2,14 +2,14 @@
 
 import struct
 
-from llava_ray.images.containers.budget import Budget
+from llava_ray.images.containers.budget import WorkBudget
 
 _RUN_LENGTHS = (1, 2)  # compression types
 _MAX_WIDTH = 2**16
 _MAX_PIXELS = 2**24
 
 
-def walk_bmp(data: bytes, budget: Budget, max_frames: int) -> int:
+def walk_bmp(data: bytes, budget: WorkBudget, max_frames: int) -> int:
     """Bound the size of a run-length-encoded bitmap; others are plain rows behind a short header."""
     del max_frames
     header_bytes, width, height, _, _, compression = struct.unpack_from("<LllHHL", data, 14)

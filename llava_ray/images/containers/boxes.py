@@ -3,14 +3,14 @@
 import struct
 from collections.abc import Collection, Iterator
 
-from llava_ray.images.containers.budget import Budget
+from llava_ray.images.containers.budget import WorkBudget
 
 _MAX_BOXES = 8192
 _MAX_DEPTH = 12
 
 
 def walk_boxes(
-    data: bytes, budget: Budget, parents: Collection[bytes], skipped: dict[bytes, int]
+    data: bytes, budget: WorkBudget, parents: Collection[bytes], skipped: dict[bytes, int]
 ) -> Iterator[tuple[bytes, int, int]]:
     """Yield (kind, start, end) of each box's content, boxes inside ``parents`` included.
 

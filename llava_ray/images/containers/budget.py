@@ -5,7 +5,7 @@ from collections import Counter
 from llava_ray.errors import ImageError
 
 
-class Budget:
+class WorkBudget:
     """A counter of one file's blocks, entries and referenced bytes."""
 
     def __init__(self, name: str) -> None:

@@ -1,6 +1,6 @@
 """Walk over GIF's blocks (GIF89a, appendix A), which also counts the frames."""
 
-from llava_ray.images.containers.budget import Budget
+from llava_ray.images.containers.budget import WorkBudget
 
 _EXTENSION, _IMAGE, _END = 0x21, 0x2C, 0x3B
 _COMMENT, _APPLICATION = 0xFE, 0xFF
@@ -13,7 +13,7 @@ _MAX_BLOCKS = 2**18
 _USUAL_BLOCK_BYTES = 32  # of image data; encoders write 255
 
 
-def walk_gif(data: bytes, budget: Budget, max_frames: int) -> int:
+def walk_gif(data: bytes, budget: WorkBudget, max_frames: int) -> int:
     """Walk the blocks as Pillow reads them, up to ``max_frames`` frames. Returns the number of frames."""
     walker = GifWalker(data, budget)
     place = 13 + _colour_table(data[10:11])
@@ -44,7 +44,7 @@ def _colour_table(flags: bytes) -> int:
 class GifWalker:
     """A walker over chains of sub-blocks, each preceded by its length."""
 
-    def __init__(self, data: bytes, budget: Budget) -> None:
+    def __init__(self, data: bytes, budget: WorkBudget) -> None:
         """Count the sub-blocks of ``data`` in ``budget``."""
         self.data = data
         self.budget = budget

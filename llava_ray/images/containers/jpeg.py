@@ -2,7 +2,7 @@
 
 import re
 
-from llava_ray.images.containers.budget import Budget
+from llava_ray.images.containers.budget import WorkBudget
 from llava_ray.images.containers.tiff import EXIF_HEADER, walk_embedded, walk_exif
 
 _MAX_SEGMENTS = 4096
@@ -19,7 +19,7 @@ _FRAME_HEADERS = {*range(0xC0, 0xD0), 0xDE} - {0xC4, 0xC8, 0xCC}
 _NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # after a scan's data, which may contain restart markers
 
 
-def walk_jpeg(data: bytes, budget: Budget, max_frames: int) -> int:
+def walk_jpeg(data: bytes, budget: WorkBudget, max_frames: int) -> int:
     """Walk the segments up to the end of the first picture; further pictures of the file are never read."""
     del max_frames
     exif: list[bytes] = []
@@ -47,7 +47,7 @@ def walk_jpeg(data: bytes, budget: Budget, max_frames: int) -> int:
     return 1
 
 
-def _take_segment(marker: int, body: bytes, exif: list[bytes], budget: Budget) -> None:
+def _take_segment(marker: int, body: bytes, exif: list[bytes], budget: WorkBudget) -> None:
     """Count a segment that Pillow stores; parts of the Exif block are added to ``exif``."""
     if marker in _FRAME_HEADERS:
         budget.take("JPEG frame headers", _MAX_FRAME_HEADERS)
@@ -64,7 +64,7 @@ def _segment(data: bytes, place: int) -> tuple[bytes, int]:
     return data[place + 2 : place + length], place + length
 
 
-def _skip_stray(data: bytes, place: int, budget: Budget) -> int:
+def _skip_stray(data: bytes, place: int, budget: WorkBudget) -> int:
     """Return the position of the next possible marker, after bytes that belong to no segment."""
     if data[place] != 0xFF:
         found = data.find(b"\xff", place)

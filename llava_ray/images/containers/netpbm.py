@@ -2,7 +2,7 @@
 
 import re
 
-from llava_ray.images.containers.budget import Budget
+from llava_ray.images.containers.budget import WorkBudget
 
 _MAX_HEADER_BYTES = 2**16
 _MAX_BITMAP_BYTES = 2**24  # Pillow joins a plain bitmap's pixels block by block, copying all each time
@@ -14,7 +14,7 @@ _WORD = re.compile(
 _NUM_WORDS = {b"P1": 3, b"P4": 3}  # magic, width, height; others have a maximum value too
 
 
-def walk_netpbm(data: bytes, budget: Budget, max_frames: int) -> int:
+def walk_netpbm(data: bytes, budget: WorkBudget, max_frames: int) -> int:
     """Find the header's end, and bound the length of a plain bitmap."""
     del max_frames
     if data.startswith(_PLAIN_BITMAP):

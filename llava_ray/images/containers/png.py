@@ -2,7 +2,7 @@
 
 import struct
 
-from llava_ray.images.containers.budget import Budget
+from llava_ray.images.containers.budget import WorkBudget
 from llava_ray.images.containers.tiff import walk_exif
 
 _MAX_CHUNKS = 4096
@@ -15,7 +15,7 @@ _COMPRESSED = {b"zTXt", b"iTXt", b"iCCP"}
 _DATA = {b"IDAT", b"fdAT", b"fcTL"}
 
 
-def walk_png(data: bytes, budget: Budget, max_frames: int) -> int:
+def walk_png(data: bytes, budget: WorkBudget, max_frames: int) -> int:
     """Walk all chunks: count those of text and profiles, and walk the Exif block."""
     del max_frames
     place = 8

@@ -3,7 +3,7 @@
 import struct
 from dataclasses import dataclass, field
 
-from llava_ray.images.containers.budget import Budget
+from llava_ray.images.containers.budget import WorkBudget
 
 TIFF_MAGICS = (b"II*\0", b"MM\0*", b"MM*\0", b"II\0*", b"MM\0+", b"II+\0")
 EXIF_HEADER = b"Exif\0\0"
@@ -40,7 +40,7 @@ class _TiffLayout:
         return struct.unpack_from(self.order + (big if self.big else small), self.data, place)
 
 
-def walk_tiff(data: bytes, budget: Budget, max_frames: int) -> int:
+def walk_tiff(data: bytes, budget: WorkBudget, max_frames: int) -> int:
     """Walk the first page with everything it points to, then the chain of pages. Returns the number of pages."""
     order = "<" if data[:2] == b"II" else ">"
     layout = _TiffLayout(data, order, big=data[2:3] == b"+")
@@ -51,7 +51,7 @@ def walk_tiff(data: bytes, budget: Budget, max_frames: int) -> int:
     return _count_pages(layout, first, budget, max_frames)
 
 
-def walk_exif(exif: bytes, budget: Budget) -> None:
+def walk_exif(exif: bytes, budget: WorkBudget) -> None:
     """Walk an Exif block, with or without the header that some containers put before it."""
     start = 0
     while exif.startswith(EXIF_HEADER, start):
@@ -60,7 +60,7 @@ def walk_exif(exif: bytes, budget: Budget) -> None:
     walk_embedded(exif[start:], budget)
 
 
-def walk_embedded(data: bytes, budget: Budget) -> None:
+def walk_embedded(data: bytes, budget: WorkBudget) -> None:
     """Walk the directories of a TIFF inside another container; a broken one passes."""
     if not data.startswith(TIFF_MAGICS):
         return
@@ -71,7 +71,7 @@ def walk_embedded(data: bytes, budget: Budget) -> None:
         return
 
 
-def _walk_directories(layout: _TiffLayout, place: int, budget: Budget) -> None:
+def _walk_directories(layout: _TiffLayout, place: int, budget: WorkBudget) -> None:
     """Walk a directory and those that its Exif and GPS tags point to."""
     waiting = [place]
     while waiting:
@@ -86,7 +86,7 @@ def _walk_directories(layout: _TiffLayout, place: int, budget: Budget) -> None:
             continue
 
 
-def _walk_directory(layout: _TiffLayout, place: int, budget: Budget) -> list[int]:
+def _walk_directory(layout: _TiffLayout, place: int, budget: WorkBudget) -> list[int]:
     """Count one directory's tags and referenced bytes; return the targets of its pointers."""
     [count] = layout.unpack("H", "Q", place)
     entry, width = place + (8 if layout.big else 2), 20 if layout.big else 12
@@ -110,7 +110,7 @@ def _walk_directory(layout: _TiffLayout, place: int, budget: Budget) -> list[int
     return pointers
 
 
-def _take_values(tag: int, kind: int, length: int, budget: Budget) -> None:
+def _take_values(tag: int, kind: int, length: int, budget: WorkBudget) -> None:
     """Count the numbers of one tag, by its kind: strips, fractions or other."""
     if tag in _STRIP_TAGS:
         budget.take(f"numbers in tag {tag} (strips or tiles)", _MAX_STRIPS, length)
@@ -128,14 +128,14 @@ def _first_value(layout: _TiffLayout, kind: int, here: int) -> int:
     return number
 
 
-def _check_tile(sides: dict[int, int], budget: Budget) -> None:
+def _check_tile(sides: dict[int, int], budget: WorkBudget) -> None:
     """Refuse a tile that is far larger than its image: libtiff allocates all of it."""
     tile = sides.get(_TILE_WIDTH, 0) * sides.get(_TILE_HEIGHT, 0)
     image = sides.get(_WIDTH, 0) * sides.get(_HEIGHT, 0)
     budget.take("pixels in a tile", max(_SMALL_TILE, 2 * image), tile)
 
 
-def _count_pages(layout: _TiffLayout, place: int, budget: Budget, max_frames: int) -> int:
+def _count_pages(layout: _TiffLayout, place: int, budget: WorkBudget, max_frames: int) -> int:
     """Count the chain of pages, which may be a loop, up to ``max_frames``."""
     seen = set[int]()
     while place and place not in seen and len(seen) <= max_frames:

@@ -2,14 +2,14 @@
 
 import struct
 
-from llava_ray.images.containers.budget import Budget
+from llava_ray.images.containers.budget import WorkBudget
 from llava_ray.images.containers.tiff import walk_exif
 
 _MAX_CHUNKS = 4096
 _MASK = 2**14 - 1  # a side's bits in a frame's own header
 
 
-def walk_webp(data: bytes, budget: Budget, max_frames: int) -> int:
+def walk_webp(data: bytes, budget: WorkBudget, max_frames: int) -> int:
     """Walk all chunks and the Exif block."""
     del max_frames
     place = 12

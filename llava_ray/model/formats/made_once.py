@@ -29,6 +29,7 @@ def make_once(path: Path, made_from: Mapping[str, Any], write: Callable[[Path], 
         return MadeWeights(path, reused=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the target, so that the final rename stays on one filesystem and is atomic.
         with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as temporary:
             new = Path(temporary) / path.name
             new.mkdir()

@@ -12,8 +12,8 @@ from llava_ray.model.formats.hub.processor import read_preprocessor, write_prepr
 from llava_ray.model.formats.layout import CONFIG, Layout, LayoutKind
 from llava_ray.model.formats.manifest import Manifest
 from llava_ray.model.formats.names import PROJECTOR_PREFIX
-from llava_ray.model.formats.noted_settings import changed
-from llava_ray.model.formats.part_configs import build
+from llava_ray.model.formats.noted_settings import describe_change
+from llava_ray.model.formats.part_configs import build_config
 from llava_ray.model.formats.preprocessor import check_preprocessor
 from llava_ray.model.formats.pretrained import check_shapes
 from llava_ray.model.formats.sources import Source
@@ -45,10 +45,10 @@ def find_preprocessor(
     if "preprocessor" not in noted:
         return _checked_preprocessor(read_preprocessor(values), file), ()
     exported = _checked_preprocessor(noted["preprocessor"], layout.folder / CONFIG)
-    written = write_preprocessor(exported, manifest)
-    odd = [key for key in sorted(values.keys() & exported.keys()) if values[key] != written[key]]
-    merged = _checked_preprocessor({**exported, **{key: values[key] for key in odd}}, file)
-    return merged, tuple(f"{file}: {changed(key, values[key], written[key])}" for key in odd)
+    expected = write_preprocessor(exported, manifest)
+    changed_keys = [key for key in sorted(values.keys() & exported.keys()) if values[key] != expected[key]]
+    merged = _checked_preprocessor({**exported, **{key: values[key] for key in changed_keys}}, file)
+    return merged, tuple(f"{file}: {describe_change(key, values[key], expected[key])}" for key in changed_keys)
 
 
 def _checked_preprocessor(values: Mapping[str, Any], file: Path) -> dict[str, Any]:
@@ -60,11 +60,13 @@ def _checked_preprocessor(values: Mapping[str, Any], file: Path) -> dict[str, An
 def check_parts(model: "ModelFiles", language: Source, tower: Source, config: Mapping[str, Any]) -> None:
     """Raise ModelError if weights have other shapes than the parts' configs, or the projector does not fit them."""
     check_table(language.tensors, config, str(language.folder))
-    check_shapes(MODEL_FOR_CAUSAL_LM_MAPPING, build(config, f"{language.folder / CONFIG}"), language, "language model")
+    check_shapes(
+        MODEL_FOR_CAUSAL_LM_MAPPING, build_config(config, f"{language.folder / CONFIG}"), language, "language model"
+    )
     vision = model.tower_config
     seeing = {name: t for name, t in tower.tensors.items() if not name.startswith(("text_model.", "logit_"))}
     check_shapes(
-        MODEL_MAPPING, build(vision, f"{tower.beside / CONFIG}"), replace(tower, tensors=seeing), "vision tower"
+        MODEL_MAPPING, build_config(vision, f"{tower.beside / CONFIG}"), replace(tower, tensors=seeing), "vision tower"
     )
     _check_widths(model)
 

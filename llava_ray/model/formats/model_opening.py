@@ -27,14 +27,14 @@ from llava_ray.model.formats.names import (
 )
 from llava_ray.model.formats.noted_settings import MIRRORED, OF_TYPE, OUR_KEY, find_noted, read_noted_manifest
 from llava_ray.model.formats.original.settings import read_kept
-from llava_ray.model.formats.part_configs import complete, vision_part
+from llava_ray.model.formats.part_configs import fill_defaults, vision_part
 from llava_ray.model.formats.part_sources import find_language_model, find_layout, find_vision_tower
 from llava_ray.model.formats.sources import Source
 from llava_ray.model.formats.stated_settings import find_length, find_version
 from llava_ray.model.formats.token_rows import check_layout_rows, find_image_token
 from llava_ray.model.network.tower_families import WITH_TEXT_PART
 from llava_ray.model.tensors.tensor_files import StoredTensor
-from llava_ray.model.tensors.weight_files import Stored, stored
+from llava_ray.model.tensors.weight_files import Stored, to_stored
 from llava_ray.reading import in_words, is_file
 
 
@@ -60,7 +60,9 @@ def open_model(
     noted = find_noted(layout.config, str(layout.folder / CONFIG))
     with in_words(f"{layout.folder} ({layout.kind})", "Copy the folder again.", says="cannot be described"):
         manifest = _describe(layout, language, tower, version)
-    language_config = complete({**_language_architecture(language), **language.config}, f"{language.folder / CONFIG}")
+    language_config = fill_defaults(
+        {**_language_architecture(language), **language.config}, f"{language.folder / CONFIG}"
+    )
     num_rows = _find_own_rows(layout, noted, language_config)
     training = dict(manifest.training)
     kept = training.pop(ORIGINAL_CONFIG, noted.get("kept", {}))
@@ -73,7 +75,7 @@ def open_model(
         folder=root.folder,
         manifest=manifest.model_copy(update={"training": training}),
         language_config={**language_config, "vocab_size": num_rows},
-        tower_config=complete(vision_part(tower.config), f"{tower.beside / CONFIG}"),
+        tower_config=fill_defaults(vision_part(tower.config), f"{tower.beside / CONFIG}"),
         preprocessor=preprocessor,
         generation_config=_optional_json(language.beside / "generation_config.json"),
         tokenizer_folder=root.folder if has_tokenizer else language.folder,
@@ -137,7 +139,7 @@ def _describe(layout: Layout, language: Source, tower: Source, version: str | No
     derived = {
         "version": find_version(layout, version),
         "mm_hidden_size": layout.config.get("mm_hidden_size", width),
-        "hidden_size": complete(language.config, str(language.folder))["hidden_size"],
+        "hidden_size": fill_defaults(language.config, str(language.folder))["hidden_size"],
         "model_max_length": find_length(layout),
         "language_model": ManifestPart(inside=True, base=names["language_model"] or language.origin, fingerprint=""),
         "vision_tower": ManifestPart(inside=True, base=names["vision_tower"] or tower.origin, fingerprint=""),
@@ -166,7 +168,7 @@ def _name_tensors(layout: Layout, language: Source, tower: Source) -> dict[str, 
         for name, tensor in tower.tensors.items()
         if not only_vision or name.startswith(VISION_MODEL_PREFIX)
     }
-    return stored({name: tensor for name, tensor in tensors.items() if not COMPUTED.search(name)})
+    return to_stored({name: tensor for name, tensor in tensors.items() if not COMPUTED.search(name)})
 
 
 def _language_architecture(language: Source) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def read_noted_manifest(noted: Mapping[str, Any], where: str) -> Manifest | None
         raise ModelError(f"{where}: {OUR_KEY}.manifest is not a valid manifest: {faults_of(error)}; fix it.") from error
 
 
-def reconciled(
+def reconcile_settings(
     noted: Mapping[str, Any], own: Mapping[str, Any], config: Mapping[str, Any], *, same_features: bool
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return the stored settings, updated with the file's own values, and notes on what has changed.
@@ -63,18 +63,18 @@ def reconciled(
     settings, notes = {key: value for key, value in noted.items() if key not in _NO_SETTINGS}, []
     was = settings.get("image_aspect_ratio")
     if was is not None and (own["image_aspect_ratio"] == "anyres") != (was == "anyres"):
-        notes.append(changed("model_type", config["model_type"], was))
+        notes.append(describe_change("model_type", config["model_type"], was))
         settings |= {key: own.get(key, value) for key, value in OF_TYPE.items()}
     for key, own_key in MIRRORED.items():
         if own_key not in config or not {key} <= own.keys() & settings.keys():
             continue
         if own[key] != settings[key] and not (key == "mm_vision_select_feature" and same_features):
-            notes.append(changed(own_key, config[own_key], settings[key]))
+            notes.append(describe_change(own_key, config[own_key], settings[key]))
             settings[key] = own[key]
     return settings, tuple(notes)
 
 
-def changed(key: str, value: object, exported: object) -> str:
+def describe_change(key: str, value: object, exported: object) -> str:
     """Return the note that a file has another value than was exported."""
     return f"{key} is {shown(value)}, but the model was exported with {shown(exported)}; the file's own value is used"
 

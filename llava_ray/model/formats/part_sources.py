@@ -95,11 +95,11 @@ def _check_there(named: str, part: PartName, root: Source, setting: str) -> None
         )
 
 
-def _check_configured_part(given: str | None, inside: Source, part: PartName, layout: Layout) -> None:
+def _check_configured_part(configured: str | None, inside: Source, part: PartName, layout: Layout) -> None:
     """Raise ModelError if another part is configured than the one inside the folder."""
-    if given is not None and given != inside.origin and str(Path(given).resolve()) != inside.origin:
+    if configured is not None and configured != inside.origin and str(Path(configured).resolve()) != inside.origin:
         raise ModelError(
-            f"{layout.folder} includes its own {part.replace('_', ' ')} (from {inside.origin}), but {given} is "
+            f"{layout.folder} includes its own {part.replace('_', ' ')} (from {inside.origin}), but {configured} is "
             "configured; leave the setting out, or start from the plain language model."
         )
 
@@ -109,11 +109,11 @@ def _check_base(layout: Layout, base: Source) -> None:
     if layout.language_config is None:
         return
     trained = make_config(layout.language_config, layout.folder, "language model").to_dict()
-    given = make_config(base.config, base.folder, "language model").to_dict()
+    base_config = make_config(base.config, base.folder, "language model").to_dict()
     for key in _SHAPE_KEYS:
-        if trained.get(key) != given.get(key):
+        if trained.get(key) != base_config.get(key):
             raise ModelError(
-                f"{base.name} is not the base that {layout.folder} was trained over: {key} is {given.get(key)!r} in "
-                f"its config.json, expected {trained.get(key)!r}. Give the right one as model_base"
+                f"{base.name} is not the base that {layout.folder} was trained over: {key} is {base_config.get(key)!r} "
+                f"in its config.json, expected {trained.get(key)!r}. Give the right one as model_base"
                 + (f" ({layout.base})." if layout.base else ".")
             )

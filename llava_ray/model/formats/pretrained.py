@@ -34,6 +34,7 @@ def load_pretrained(
         model, info = classes[type(config)].from_pretrained(
             None,
             config=config,
+            # Lazy tensors: transformers reads one at a time, so the peak is the model plus its largest tensor.
             state_dict=_as_state_dict(source.tensors),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, by name

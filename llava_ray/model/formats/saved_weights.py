@@ -75,6 +75,7 @@ def replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
         yield new
+        # Renames are atomic within one filesystem: at any moment the old or the new bundle is complete under some name.
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)

@@ -116,9 +116,9 @@ def part_of(
     return Source(name, layout.folder, name, settings.config, tensors, settings.folder)
 
 
-def _find_settings(layout: Layout, given: str | Path | None) -> Source:
+def _find_settings(layout: Layout, settings_from: str | Path | None) -> Source:
     """Find the tower whose settings apply to the one inside a checkpoint. Raises ModelError."""
-    tower = given or layout.vision_tower
+    tower = settings_from or layout.vision_tower
     if tower is None:
         raise ModelError(
             f"{layout.folder} holds a vision tower without its config.json, and names none in mm_vision_tower; give "

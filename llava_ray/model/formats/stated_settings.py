@@ -8,9 +8,9 @@ from llava_ray.reading import shown
 _DEFAULT_LENGTH = 2048  # the original's, where a config says nothing
 
 
-def find_version(layout: Layout, given: str | None) -> str:
-    """Return the conversation template: given, recorded in the folder, or known for its kind. Raises ModelError."""
-    version = given or layout.settings.get("version")
+def find_version(layout: Layout, requested: str | None) -> str:
+    """Return the conversation template: the requested one, the folder's, or that of its kind. Raises ModelError."""
+    version = requested or layout.settings.get("version")
     if version is None:
         raise ModelError(
             f"{layout.folder} ({layout.kind}) does not say which conversation template it was trained with, and the "

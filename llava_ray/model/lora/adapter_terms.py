@@ -12,7 +12,14 @@ from transformers import PreTrainedModel
 
 from llava_ray.errors import ModelError
 from llava_ray.invocation import command
-from llava_ray.model.lora.adapters import ADAPTER, adapter_layers, load_adapter, peft_config, probe, remove_adapter
+from llava_ray.model.lora.adapters import (
+    ADAPTER,
+    adapter_layers,
+    compute_probe_logits,
+    load_adapter,
+    peft_config,
+    remove_adapter,
+)
 from llava_ray.model.network.quantization import find_dtype
 
 
@@ -40,7 +47,7 @@ Terms = Mapping[str, LayerTerm]
 def load_terms(
     language_model: PreTrainedModel, folder: Path, *, base_fingerprint: str | None
 ) -> tuple[Terms, Float32[Tensor, "t vocab"]]:
-    """Load an adapter's terms, and the logits of a fixed text (``adapters.probe``) while it is injected by peft.
+    """Load an adapter's terms, and the logits of a fixed text (`compute_probe_logits`) while peft has it injected.
 
     The model is left unchanged. Raises ModelError for an adapter that is incomplete, damaged, of another model, or that
     changes more than linear layers.
@@ -48,14 +55,14 @@ def load_terms(
     before = {name: bias.detach().clone() for name, bias in _biases(language_model).items()}
     load_adapter(language_model, folder, base_fingerprint=base_fingerprint)
     try:
-        said = probe(language_model)
+        logits = compute_probe_logits(language_model)
         shifts = {name: bias.detach() - before[name] for name, bias in _biases(language_model).items()}
         terms = _read_terms(language_model, {name: shift for name, shift in shifts.items() if shift.any()}, folder)
     finally:
         remove_adapter(language_model)
         for name, bias in _biases(language_model).items():
             bias.copy_(before[name])
-    return terms, said
+    return terms, logits
 
 
 @torch.no_grad()
@@ -69,15 +76,15 @@ def extract_lora_weights(
             f"the adapter in {folder} has trained biases, and its base's own are no longer known, so no other "
             "adapter can be served beside it. Serve it alone, or as one of the adapters over its base."
         )
-    terms, said = _read_terms(language_model, {}, folder), probe(language_model)
+    terms, logits = _read_terms(language_model, {}, folder), compute_probe_logits(language_model)
     remove_adapter(language_model)
 
-    def put_back() -> None:
+    def restore() -> None:
         for name, layer in layers.items():
             language_model.set_submodule(name, layer)
         language_model.peft_config = settings
 
-    return terms, said, put_back
+    return terms, logits, restore
 
 
 def _read_terms(language_model: PreTrainedModel, shifts: Mapping[str, Tensor], folder: Path) -> dict[str, LayerTerm]:

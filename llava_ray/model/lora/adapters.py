@@ -91,6 +91,7 @@ def inject_adapter(model: nn.Module, config: Any, seed: int) -> None:
     """Inject PEFT's layers into the model, in its compute dtype; new values depend on ``seed`` alone."""
     import peft
 
+    # A forked generator: equal values on every rank, whatever random numbers it has drawn before.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         peft.LoraModel(model, config, ADAPTER)
@@ -208,26 +209,27 @@ def merge_adapter(language_model: PreTrainedModel) -> None:
     Logits on a fixed input before and after are compared: raises ModelError where they differ by more than rounding
     (the model is then unusable).
     """
-    before = probe(language_model)
+    before = compute_probe_logits(language_model)
     quantization = find_quantization(language_model)
     dtype = find_dtype(language_model)
     if quantization is not None:
         import peft
 
         config, tensors = peft_config(language_model), adapter_tensors(language_model, language_model.state_dict())
+        # peft merges into quantised matrices by rounding the sum again; ordinary ones lose nothing.
         remove_adapter(language_model)
         dequantize(language_model, dtype)
         inject_adapter(language_model, config, seed=0)
         peft.set_peft_model_state_dict(language_model, tensors)
         if quantization.bits == 8:  # 8 bits round activations as well, which a merged model cannot reproduce
-            before = probe(language_model)
+            before = compute_probe_logits(language_model)
     for layer in adapter_layers(language_model).values():
         layer.merge(safe_merge=True)
     remove_adapter(language_model)
-    _check_merged(before, probe(language_model), MERGE_TOLERANCE[dtype])
+    _check_merged(before, compute_probe_logits(language_model), MERGE_TOLERANCE[dtype])
 
 
-def probe(language_model: PreTrainedModel) -> Float32[Tensor, "t vocab"]:
+def compute_probe_logits(language_model: PreTrainedModel) -> Float32[Tensor, "t vocab"]:
     """Compute the logits of a fixed text: token ids spread over the vocabulary."""
     training = language_model.training
     vocab_size: int = language_model.config.get_text_config().vocab_size

@@ -31,6 +31,7 @@ def extend_embeddings(model: PreTrainedModel, new_ids: Sequence[int], rows: Floa
     outputs = inputs if head is None else head.get_parameter("weight")
     for table in [inputs] if outputs is inputs else [inputs, outputs]:
         with _whole(table), torch.no_grad():
+            # The mean of the trained rows, in fp32: a random row could have a larger logit than any trained token.
             table[without_meaning] = table[: min(without_meaning)].float().mean(0).to(table.dtype)
             if rows is not None and table is inputs:
                 table[list(new_ids)] = _fitting_rows(rows, len(new_ids), table.shape[1]).to(table)

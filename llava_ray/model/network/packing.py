@@ -27,6 +27,7 @@ def check_packing(language_model: PreTrainedModel) -> None:
             f"language models of type {model_type!r} take no {' and no '.join(sorted(lacking))}, which packed training "
             f"needs. Choose another; {', '.join(sorted(PROVEN))} are tested."
         )
+    # Under ZeRO 3 a partitioned parameter has no elements here, so a forward pass outside the engine is impossible.
     if not next(language_model.get_input_embeddings().parameters()).numel():
         raise ModelError(
             f"language models of type {model_type!r} have to be probed before they are trained, which cannot be done "
@@ -44,8 +45,11 @@ def _sees_borders(language_model: PreTrainedModel) -> bool:
     """Return whether a sample's logits stay the same when another sample precedes it in the row."""
     embeddings = language_model.get_input_embeddings()
     ids = torch.arange(8, device=language_model.device)[None]
+    # Two samples of four tokens in one row. Only the positions, which restart at 0, tell the model where the second
+    # begins: transformers derives its block-diagonal mask from them, without a cache.
     position_ids = ids % 4
     embedded = embeddings(ids)
     packed = language_model(inputs_embeds=embedded, position_ids=position_ids, use_cache=False).logits[:, 4:]
     alone = language_model(inputs_embeds=embedded[:, 4:], position_ids=position_ids[:, 4:], use_cache=False).logits
+    # Relative to the spread: kernels for other lengths round differently, but a leak changes logits by far more.
     return torch.allclose(packed.float(), alone.float(), rtol=0.02, atol=0.02 * float(alone.float().std()))

@@ -47,7 +47,7 @@ def bitsandbytes_config(quantization: Quantization, dtype: torch.dtype) -> BitsA
     )
 
 
-def chosen(bits: Bits | None, trained: Quantization | None) -> Quantization | None:
+def choose_quantization(bits: Bits | None, trained: Quantization | None) -> Quantization | None:
     """Return the quantisation of a language model for inference: as it was ``trained`` unless ``bits`` is given.
 
     Raises ModelError for another number of bits.

@@ -92,6 +92,7 @@ def _find_members(archive: zipfile.ZipFile, stream: IO[bytes]) -> dict[str, _Arc
             raise ValueError(f"{shown(info.filename)} is in it twice")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise ValueError(f"{shown(info.filename)} is compressed or encrypted, which PyTorch's never are")
+        # Compressed members are refused above: their bytes could not be read in place, and may expand without bound.
         stream.seek(info.header_offset)
         local = stream.read(30)
         if local[:4] != b"PK\3\4" or len(local) < 30:

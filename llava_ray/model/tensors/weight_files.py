@@ -60,7 +60,7 @@ class Stored:
         return replace(self, load=lambda: change(self.load()), shape=self.shape if shape is None else shape)
 
 
-def held(tensor: Tensor, source: str = "memory") -> Stored:
+def wrap_tensor(tensor: Tensor, source: str = "memory") -> Stored:
     """Wrap a tensor in memory as a Stored."""
     return Stored(tuple(tensor.shape), tensor.dtype, lambda: tensor, source)
 
@@ -70,15 +70,15 @@ def read_folder(folder: Path) -> dict[str, Stored]:
     weights = read_weights(folder)
     if weights.missing:
         raise ModelError(f"{folder}: {weights.missing[0]}")
-    return stored(weights.tensors)
+    return to_stored(weights.tensors)
 
 
 def read_weight_file(file: Path) -> dict[str, Stored]:
     """Return the tensors of one .safetensors or .bin file. Raises ModelError for a damaged file."""
-    return stored(read_tensor_file(file))
+    return to_stored(read_tensor_file(file))
 
 
-def stored(tensors: Mapping[str, StoredTensor]) -> dict[str, Stored]:
+def to_stored(tensors: Mapping[str, StoredTensor]) -> dict[str, Stored]:
     """Convert tensors in files to Stored ones, under the same names."""
     return {
         name: Stored(tensor.shape, getattr(torch, tensor.dtype), partial(read_tensor, tensor), str(tensor.file))
@@ -124,7 +124,7 @@ def write_weight_file(file: Path, tensors: Mapping[str, Stored], metadata: Mappi
             "data_offsets": [begin, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # the format aligns the tensors' bytes to 8
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in ordered.items():
@@ -132,6 +132,7 @@ def write_weight_file(file: Path, tensors: Mapping[str, Stored], metadata: Mappi
 
 
 def _bytes_of(name: str, tensor: Stored) -> memoryview:
+    # Checked because the header is already on disk: a tensor that changed since would shift all that follow.
     loaded = tensor.load()
     if (tuple(loaded.shape), loaded.dtype) != (tensor.shape, tensor.dtype):
         raise ModelError(

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from llava_ray.data import json_files
-from llava_ray.data.chunks import ParquetChunk, TarChunk, TextChunk, fingerprint_data, make_chunks, unused
+from llava_ray.data.chunks import ParquetChunk, TarChunk, TextChunk, fingerprint_data, make_chunks, make_unique_id
 from llava_ray.data.json_files import read_json_records, read_jsonl, split_json
 from llava_ray.data.records import RawRecord, find_files
 from llava_ray.errors import DataError
@@ -137,7 +137,7 @@ def test_repeated_and_missing_ids_are_told_apart(tmp_path: Path) -> None:
 
 def test_unused_names_never_collide() -> None:
     taken: dict[str, int] = {}
-    names = [unused(name, taken) for name in ["a#2", "a", "a", "a#2", "a", "a#3"]]
+    names = [make_unique_id(name, taken) for name in ["a#2", "a", "a", "a#2", "a", "a#3"]]
     assert len(set(names)) == 6
 
 

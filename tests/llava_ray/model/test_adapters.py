@@ -25,10 +25,10 @@ from llava_ray.model.lora import adapters
 from llava_ray.model.lora.adapters import (
     adapter_parameters,
     add_adapter,
+    compute_probe_logits,
     find_target_modules,
     has_adapter,
     load_adapter,
-    probe,
     remove_adapter,
     save_adapter,
 )
@@ -288,7 +288,9 @@ def test_bundles_that_would_lose_the_adapter_are_refused(folders, tmp_path: Path
 def test_taking_an_adapter_off_gives_the_base_back(folders) -> None:
     parts, plain = adapted(folders), folders.assemble()
     remove_adapter(parts.llava.language_model)
-    assert torch.equal(probe(parts.llava.language_model), probe(plain.llava.language_model))
+    assert torch.equal(
+        compute_probe_logits(parts.llava.language_model), compute_probe_logits(plain.llava.language_model)
+    )
 
 
 @pytest.mark.parametrize("target", ["k_proj2", "mm_projector.0", "encoder.layers.0.mlp.fc1", "norm"])

@@ -17,7 +17,7 @@ from llava_ray.errors import ModelError
 from llava_ray.model.formats.bundle.write import export_bundle
 from llava_ray.model.formats.hub.write import export_hub
 from llava_ray.model.formats.model_opening import open_model
-from llava_ray.model.formats.part_configs import build
+from llava_ray.model.formats.part_configs import build_config
 from llava_ray.model.freezing import freeze
 from llava_ray.model.known_models import KNOWN_CONFIGS
 from llava_ray.model.saving import save_bundle
@@ -66,13 +66,13 @@ def test_what_learns_follows_the_switches(changes, trainable, folders) -> None:
 )
 def test_the_known_language_models_have_their_published_size(name: str, num_parameters: int) -> None:
     with torch.device("meta"):
-        model = build_language_model(build(KNOWN_CONFIGS[name], name))
+        model = build_language_model(build_config(KNOWN_CONFIGS[name], name))
     assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters
 
 
 def test_the_known_tower_has_its_published_size() -> None:
     with torch.device("meta"):
-        tower = transformers.CLIPVisionModel(build(KNOWN_CONFIGS["openai/clip-vit-large-patch14-336"], "clip"))
+        tower = transformers.CLIPVisionModel(build_config(KNOWN_CONFIGS["openai/clip-vit-large-patch14-336"], "clip"))
     assert sum(parameter.numel() for parameter in tower.parameters()) == 303_507_456
 
 

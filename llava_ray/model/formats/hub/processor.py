@@ -27,8 +27,8 @@ def write_preprocessor(preprocessor: Mapping[str, Any], manifest: Manifest) -> d
 
 def read_preprocessor(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the tower's own image processor settings of a model that we did not export."""
-    kept = {key: value for key, value in values.items() if key not in _PADDING}
-    return {**kept, "image_processor_type": "CLIPImageProcessor"}
+    tower_settings = {key: value for key, value in values.items() if key not in _PADDING}
+    return {**tower_settings, "image_processor_type": "CLIPImageProcessor"}
 
 
 def pixels_of(preprocessor: Mapping[str, Any]) -> tuple[int, int]:

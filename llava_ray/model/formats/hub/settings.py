@@ -9,10 +9,10 @@ from typing import Any
 
 from llava_ray.errors import ModelError
 from llava_ray.invocation import command
-from llava_ray.model.formats.config_values import listed
+from llava_ray.model.formats.config_values import to_tuples
 from llava_ray.model.formats.manifest import Manifest
-from llava_ray.model.formats.noted_settings import find_noted, reconciled
-from llava_ray.model.formats.part_configs import num_prefix_tokens, older
+from llava_ray.model.formats.noted_settings import find_noted, reconcile_settings
+from llava_ray.model.formats.part_configs import num_prefix_tokens, to_older_config
 from llava_ray.reading import shown
 
 _CLASSES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
@@ -38,11 +38,11 @@ def write_hub_settings(
         "multimodal_projector_bias": True,
         "pad_token_id": language.get("pad_token_id"),
         "projector_hidden_act": "gelu",
-        "text_config": older(language, keep_new=True),
+        "text_config": to_older_config(language, keep_new=True),
         # Not every version reads it from text_config.
         "tie_word_embeddings": bool(language.get("tie_word_embeddings", False)),
         "torch_dtype": language.get("dtype", language.get("torch_dtype")),
-        "vision_config": older(tower, keep_new=True),
+        "vision_config": to_older_config(tower, keep_new=True),
         "vision_feature_layer": layer if isinstance(layer, int) else list(layer),
         "vision_feature_select_strategy": select_strategy(manifest, tower),
     }
@@ -114,9 +114,9 @@ def noted_hub_settings(config: Mapping[str, Any], where: str) -> tuple[dict[str,
     own = _own_hub_settings(config, where)
     if not (noted := find_noted(config, where).get("manifest")):
         return own, ()
-    noted = {key: listed(value, where) if isinstance(value, list) else value for key, value in noted.items()}
+    noted = {key: to_tuples(value, where) if isinstance(value, list) else value for key, value in noted.items()}
     tower = config["vision_config"].get("model_type", "clip_vision_model")
-    return reconciled(noted, own, config, same_features=tower in _WITHOUT_CLASS_TOKEN)
+    return reconcile_settings(noted, own, config, same_features=tower in _WITHOUT_CLASS_TOKEN)
 
 
 def _own_hub_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -126,13 +126,13 @@ def _own_hub_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise ModelError(f"{where}: {key} is {config[key]!r}; only {only!r} is supported, LLaVA's own projector.")
     settings = {
         "mm_projector_type": "mlp2x_gelu",
-        "mm_vision_select_layer": listed(config.get("vision_feature_layer", -2), where),
+        "mm_vision_select_layer": to_tuples(config.get("vision_feature_layer", -2), where),
         "mm_vision_select_feature": _hub_feature(config, where),
         "image_aspect_ratio": "square",
     }
     if config["model_type"] == "llava_next":
         # transformers writes (height, width) where the original writes (width, height).
-        grid = listed(config.get("image_grid_pinpoints") or [], where)
+        grid = to_tuples(config.get("image_grid_pinpoints") or [], where)
         settings |= {
             "image_aspect_ratio": "anyres",
             "mm_patch_merge_type": "spatial_unpad",

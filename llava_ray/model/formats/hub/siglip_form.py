@@ -24,9 +24,9 @@ from llava_ray.images.reading import open_image
 from llava_ray.model.formats.hub.processor import pixels_of
 from llava_ray.model.formats.model_files import ModelFiles
 from llava_ray.model.formats.names import VISION_TOWER_PREFIX
-from llava_ray.model.formats.part_configs import build, values_of
+from llava_ray.model.formats.part_configs import build_config, values_of
 from llava_ray.model.network.tower import VisionTower
-from llava_ray.model.tensors.weight_files import held
+from llava_ray.model.tensors.weight_files import wrap_tensor
 
 _NUM_DRAWN = 8
 _MAX_PIXELS = 178_956_970  # Pillow's own bomb limit
@@ -78,7 +78,7 @@ def approximate(model: ModelFiles, images: Sequence[Image.Image]) -> tuple[Model
     stored = model.part(VISION_TOWER_PREFIX)
     dtype = next(iter(stored.values())).dtype
     state = {name: tensor.load().float() for name, tensor in stored.items()}
-    original = load_backbone(Dinov2Model, build(model.tower_config, "the vision tower"), state)
+    original = load_backbone(Dinov2Model, build_config(model.tower_config, "the vision tower"), state)
     config = siglip_config(original.config, side)
     tensors = {name: tensor.to(dtype) for name, tensor in siglip_tensors(original, state, side).items()}
     form = load_backbone(SiglipVisionModel, config, {name: tensor.float() for name, tensor in tensors.items()})
@@ -88,7 +88,7 @@ def approximate(model: ModelFiles, images: Sequence[Image.Image]) -> tuple[Model
     pixels = normalize_pixels(np.stack([crop_pixels(image, spec) for image in images]), spec)
     difference = measure_feature_difference(_features(original, layer, pixels), _features(form, layer, pixels))
     others = {name: tensor for name, tensor in model.tensors.items() if not name.startswith(VISION_TOWER_PREFIX)}
-    tower = {f"{VISION_TOWER_PREFIX}{name}": held(tensor) for name, tensor in tensors.items()}
+    tower = {f"{VISION_TOWER_PREFIX}{name}": wrap_tensor(tensor) for name, tensor in tensors.items()}
     return replace(model, tower_config=values_of(config), tensors={**others, **tower}), difference
 
 

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from llava_ray.errors import ModelError
-from llava_ray.model.formats.config_values import listed
+from llava_ray.model.formats.config_values import to_tuples
 from llava_ray.model.formats.manifest import Manifest
 from llava_ray.model.formats.noted_settings import OUR_KEY
-from llava_ray.model.formats.part_configs import older
+from llava_ray.model.formats.part_configs import to_older_config
 from llava_ray.reading import shown
 
 # LLaVA's keys; the rest are the language model's.
@@ -47,7 +47,9 @@ def write_original_settings(manifest: Manifest, language: Mapping[str, Any], kep
     """Return the config.json of a model whose language model is one of TYPES."""
     kind = language["model_type"]
     classes = {"architectures": [_CLASSES[kind]], "model_type": TYPES[kind]}
-    return dict(sorted({**older(language, keep_new=False), **write_llava_settings(manifest, kept), **classes}.items()))
+    return dict(
+        sorted({**to_older_config(language, keep_new=False), **write_llava_settings(manifest, kept), **classes}.items())
+    )
 
 
 def write_llava_settings(manifest: Manifest, kept: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,9 +134,9 @@ def read_original_settings(config: Mapping[str, Any], where: str) -> dict[str, A
         "image_aspect_ratio": config.get("image_aspect_ratio") or "square",
     }
     if settings["image_aspect_ratio"] == "anyres":
-        settings["image_grid_pinpoints"] = listed(config.get("image_grid_pinpoints"), where)
+        settings["image_grid_pinpoints"] = to_tuples(config.get("image_grid_pinpoints"), where)
     if config.get("s2"):
-        settings |= {"s2": True, "s2_scales": listed(config.get("s2_scales", "336,672,1008"), where)}
+        settings |= {"s2": True, "s2_scales": to_tuples(config.get("s2_scales", "336,672,1008"), where)}
     if length := config.get("tokenizer_model_max_length"):
         if type(length) is not int or not 0 < length <= 2**24:
             raise ModelError(f"{where}: tokenizer_model_max_length is {shown(length)}, expected a number of tokens.")
