@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
+from llava_ray.config.geometry import FEATURE_NAMES
 from llava_ray.config.lora import Quantization
 from llava_ray.errors import ModelError
 from llava_ray.model.blueprint import Blueprint
@@ -120,7 +121,7 @@ def _check_adapter(source: Path, manifest: Manifest) -> None:
     trained = _describing_layout(source)
     if trained is None:
         return
-    for key in ("mm_vision_select_layer", "mm_vision_select_feature", "s2_scales"):
+    for key in FEATURE_NAMES:
         if (trained.settings.get(key) or ()) != (getattr(manifest, key) or ()):
             raise ModelError(
                 f"the projector in {source} was trained with {key} {trained.settings.get(key)!r}, but the model is "

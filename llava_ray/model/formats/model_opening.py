@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from llava_ray.config.geometry import compute_feature_width
 from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import ModelError
 from llava_ray.model.formats.declared_sizes import read_config
@@ -129,9 +130,8 @@ def _describe(layout: Layout, language: Source, tower: Source, version: str | No
                 check_fingerprint(source.folder, getattr(known, key).fingerprint, key.replace("_", " "))
         return known if version is None else known.model_copy(update={"version": version})
     settings = {key: value for key, value in layout.settings.items() if key in Manifest.model_fields}
-    layer = settings["mm_vision_select_layer"]
-    width = int(vision_part(tower.config)["hidden_size"]) * (1 if isinstance(layer, int) else len(layer))
-    width *= max(1, len(settings.get("s2_scales", ())))
+    tower_width = int(vision_part(tower.config)["hidden_size"])
+    width = compute_feature_width(tower_width, settings["mm_vision_select_layer"], settings.get("s2_scales", ()))
     names = {"language_model": layout.config.get("_name_or_path"), "vision_tower": layout.config.get("mm_vision_tower")}
     told = {
         "version": find_version(layout, version),

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from llava_ray.config.sections import PROJECTOR
+from llava_ray.config.geometry import PROJECTOR
 from llava_ray.errors import ModelError
 
 

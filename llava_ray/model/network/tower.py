@@ -8,8 +8,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llava_ray.config.geometry import compute_feature_width
 from llava_ray.model.network.multiscale import extract_multiscale
-from llava_ray.model.network.tower_families import Family, feature_width, find_depths, find_family
+from llava_ray.model.network.tower_families import Family, find_depths, find_family
 
 IMAGES_PER_FORWARD = 64  # of a frozen tower: bounds the activations that live at one time
 
@@ -42,7 +43,7 @@ class VisionTower(nn.Module):
         self.select_layer = select_layer
         self.s2_scales = tuple(sorted(s2_scales))
         self.depths = find_depths(config, select_layer)
-        self.hidden_size = feature_width(config, select_layer, s2_scales)
+        self.hidden_size = compute_feature_width(config.hidden_size, select_layer, s2_scales)
         self._idle = _truncate_backbone(backbone, self.family, max(self.depths))
         self.backbone = backbone
 

@@ -87,10 +87,3 @@ def find_depths(config: PreTrainedConfig, select_layer: int | Sequence[int]) -> 
     """Return the number of blocks before each selected hidden state, in the order given. Raises ModelError."""
     layers = [select_layer] if isinstance(select_layer, int) else select_layer
     return tuple(_find_depth(config, layer) for layer in layers)
-
-
-def feature_width(config: PreTrainedConfig, select_layer: int | Sequence[int], s2_scales: Sequence[int] = ()) -> int:
-    """Return the width of the features: each layer and each scale adds the tower's own."""
-    num_layers = 1 if isinstance(select_layer, int) else len(select_layer)
-    width: int = config.hidden_size * num_layers * max(1, len(s2_scales))
-    return width
