@@ -23,8 +23,8 @@ _Feature = Literal["patch", "cls_patch"]
 class AddableSettings(BaseModel):
     """Settings that recipe and bundle say in the same words, each with a default that a model may go on from.
 
-    A new setting goes here. It is then in recipes, flags, llava.json and both exports, is told by ``inspect``, and is
-    compared wherever a projector meets a config; what remains is the code that honours it.
+    A new setting goes here. It is then in recipes, flags and llava.json, is told by ``inspect`` and compared wherever a
+    projector meets a config, and layouts of other programs refuse it; what remains is the code that honours it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -140,8 +140,10 @@ class GeometrySettings(AddableSettings, _AskedSettings):
         return self
 
 
-WIDTHS = ("mm_hidden_size", "hidden_size")  # results of the parts, which nobody sets
-GEOMETRY_NAMES = tuple(name for name in ModelGeometry.model_fields if name not in WIDTHS)
+# Settings of AddableSettings that LLaVA's own code and transformers' know.
+_LLAVAS = ("mm_patch_merge_type", "mm_use_im_start_end", "mm_use_im_patch_token")
+_WIDTHS = ("mm_hidden_size", "hidden_size")  # results of the parts, which nobody sets
+GEOMETRY_NAMES = tuple(name for name in ModelGeometry.model_fields if name not in _WIDTHS)
 # What the features of an image depend on, given its pixels and the tower's weights ...
 FEATURE_NAMES = ("mm_vision_select_layer", "mm_vision_select_feature", "s2_scales")
 # ... and what its pixels depend on.
@@ -156,6 +158,12 @@ def is_addable(name: str, trained: object) -> bool:
     """Tell whether a model that was ``trained`` with this value of a setting may go on with another one."""
     field = ModelGeometry.model_fields.get(name)
     return field is not None and not field.is_required() and trained in (None, field.default)
+
+
+def find_unknown_elsewhere(geometry: ModelGeometry) -> str | None:
+    """Return the first setting in use that other programs do not know and would pass over in silence, or None."""
+    own = [name for name in AddableSettings.model_fields if name not in _LLAVAS]
+    return next((name for name in own if not is_addable(name, getattr(geometry, name))), None)
 
 
 def compute_feature_width(hidden_size: int, select_layer: int | Sequence[int], s2_scales: Sequence[int] = ()) -> int:

@@ -21,7 +21,7 @@ from llava_ray.model.formats.projector_files import load_projector_weights
 from llava_ray.model.formats.tower_loading import load_vision_tower
 from llava_ray.model.network.embeddings import extend_embeddings
 from llava_ray.model.network.packing import check_packing
-from llava_ray.model.network.projector import adopt_projector, build_projector
+from llava_ray.model.network.projector import adopt_projector, build_projector_of
 from llava_ray.model.network.quantization import bitsandbytes_config, set_compute_dtype
 from llava_ray.model.network.tower import VisionTower
 from llava_ray.model.tensors.tensor_reading import read_tensors
@@ -88,7 +88,7 @@ def load_projector(blueprint: Blueprint, manifest: Manifest, seed: int) -> nn.Mo
     learnt = adapter is not None or blueprint.layout.settings
     with torch.random.fork_rng(devices=[]), torch.device("meta" if learnt else "cpu"):
         torch.default_generator.manual_seed(seed)
-        projector = build_projector(manifest.mm_projector_type, manifest.mm_hidden_size, manifest.hidden_size)
+        projector = build_projector_of(manifest)
     if adapter is not None:
         _check_adapter(Path(adapter), manifest)
         adopt_projector(projector, load_projector_weights(adapter), adapter)

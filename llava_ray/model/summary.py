@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from llava_ray.config.geometry import ModelGeometry
 from llava_ray.config.lora import LoraConfig
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.images.geometry import ImageSpec
@@ -22,7 +23,7 @@ from llava_ray.model.formats.part_configs import build, vision_part
 from llava_ray.model.freezing import freeze
 from llava_ray.model.image_geometry import choose_s2_scales, find_s2_scales
 from llava_ray.model.network.llava import Llava
-from llava_ray.model.network.projector import build_projector
+from llava_ray.model.network.projector import build_projector_of
 from llava_ray.model.network.tower import VisionTower
 from llava_ray.model.network.tower_families import find_family
 from llava_ray.reading import is_file
@@ -66,8 +67,15 @@ def summarize_model(config: FinetuneConfig) -> ModelSummary:
         model = build_language_model(build(found.language.config, found.language.name))
         backbone = AutoModel.from_config(tower_config)
         cut = VisionTower(backbone, model_config.mm_vision_select_layer, model_config.mm_vision_select_feature, scales)
-        width = int(model.config.get_text_config().hidden_size)
-        projector = build_projector(config.model.mm_projector_type, cut.hidden_size, width)
+        geometry = ModelGeometry.resolve(
+            model_config,
+            mm_hidden_size=cut.hidden_size,
+            hidden_size=model.config.get_text_config().hidden_size,
+            s2_scales=scales,
+            image_aspect_ratio=config.data.image_aspect_ratio,
+            image_grid_pinpoints=model_config.image_grid_pinpoints or (),
+        )
+        projector = build_projector_of(geometry)
         llava = Llava(projector, model, cut.hidden_size)
     learning = {part.part: part for part in freeze(llava, cut, config.model)}
     idle = sum(tensor.numel() for tensor in cut.full_state_dict().values()) - learning[_VISION_TOWER].num_total
