@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm
 
 from llava_ray.config.geometry import PROJECTOR, ModelGeometry
 from llava_ray.errors import ModelError
@@ -11,7 +12,10 @@ from llava_ray.errors import ModelError
 
 def build_projector_of(geometry: ModelGeometry) -> nn.Module:
     """Return a new projector as a model's settings describe it. Raises ModelError."""
-    return build_projector(geometry.mm_projector_type, geometry.mm_hidden_size, geometry.hidden_size)
+    projector = build_projector(geometry.mm_projector_type, geometry.mm_hidden_size, geometry.hidden_size)
+    if geometry.mm_projector_normalize:
+        projector.register_forward_pre_hook(lambda _, inputs: (layer_norm(inputs[0], inputs[0].shape[-1:]),))
+    return projector
 
 
 def build_projector(mm_projector_type: str, mm_hidden_size: int, hidden_size: int) -> nn.Module:
