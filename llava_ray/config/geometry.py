@@ -36,8 +36,6 @@ class AddableSettings(BaseModel):
     """Put <im_start> and <im_end> around each image; new tokens begin as the mean of the old ones."""
     mm_use_im_patch_token: bool = False
     """Add <im_patch> to the vocabulary, as LLaVA's first models did; no text uses it."""
-    mm_projector_normalize: bool = False
-    """Bring each patch's features to mean 0 and variance 1 before the projector."""
 
 
 class _AskedSettings(BaseModel):

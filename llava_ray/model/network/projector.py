@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping
 
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm
 
 from llava_ray.config.geometry import PROJECTOR, ModelGeometry
 from llava_ray.errors import ModelError
@@ -12,10 +11,7 @@ from llava_ray.errors import ModelError
 
 def build_projector_of(geometry: ModelGeometry) -> nn.Module:
     """Return a new projector as a model's settings describe it. Raises ModelError."""
-    projector = build_projector(geometry.mm_projector_type, geometry.mm_hidden_size, geometry.hidden_size)
-    if geometry.mm_projector_normalize:
-        projector.register_forward_pre_hook(lambda _, inputs: (layer_norm(inputs[0], inputs[0].shape[-1:]),))
-    return projector
+    return build_projector(geometry.mm_projector_type, geometry.mm_hidden_size, geometry.hidden_size)
 
 
 def build_projector(mm_projector_type: str, mm_hidden_size: int, hidden_size: int) -> nn.Module:

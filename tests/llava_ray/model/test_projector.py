@@ -7,13 +7,8 @@ from safetensors.torch import save_file
 from torch.nn.functional import gelu, linear
 
 from llava_ray.errors import ModelError
-from llava_ray.model.formats.hub.write import export_hub
-from llava_ray.model.formats.inspection import inspect
-from llava_ray.model.formats.model_opening import open_model
 from llava_ray.model.formats.projector_files import load_projector_weights
-from llava_ray.model.loading import load_pretrained_model
 from llava_ray.model.network.projector import adopt_projector, build_projector
-from llava_ray.model.saving import save_bundle
 
 
 def test_two_layers_have_llavas_tensor_names_and_exact_gelu() -> None:
@@ -127,20 +122,3 @@ def test_pickle_with_code_is_not_run(tmp_path: Path) -> None:
     ):
         load_projector_weights(tmp_path / "mm_projector.bin")
     assert not (tmp_path / "exploded").exists()
-
-
-def test_features_are_normalized_as_the_settings_say(folders, tmp_path: Path) -> None:
-    parts = folders.assemble(mm_projector_normalize=True)
-    features = 5 + 3 * torch.randn(2, 16, 48)
-    expected = parts.llava.projector(features)
-    torch.testing.assert_close(parts.llava.projector(100 * features), expected, rtol=1e-3, atol=1e-3)
-    save_bundle(tmp_path / "bundle", parts, include="all")
-    loaded = load_pretrained_model(tmp_path / "bundle")  # llava.json says it
-    torch.testing.assert_close(loaded.llava.projector(features), expected)
-    model = open_model(tmp_path / "bundle")
-    with pytest.raises(ModelError, match="mm_projector_normalize is True, the layout has no word for it"):
-        export_hub(model, tmp_path / "hub", "padded")
-    with pytest.raises(ModelError, match=r"model.mm_projector_normalize is False, but the projector .* with True"):
-        folders.assemble(model_name_or_path=str(tmp_path / "bundle"), vision_tower=None)
-    assert not folders.assemble().manifest.mm_projector_normalize
-    assert "mm_projector_normalize" in dict(inspect(tmp_path / "bundle").settings)
