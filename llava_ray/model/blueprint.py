@@ -18,8 +18,9 @@ from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import ModelError
 from llava_ray.images.geometry import ImageSpec
 from llava_ray.images.tokens import ImageTokens
+from llava_ray.model.formats.declared_sizes import read_config
 from llava_ray.model.formats.hub.read import PROCESSOR_FILES
-from llava_ray.model.formats.layout import TOKENIZER_FILES, Layout, LayoutKind, check_whole
+from llava_ray.model.formats.layout import CONFIG, TOKENIZER_FILES, Layout, LayoutKind, check_whole, is_timm
 from llava_ray.model.formats.manifest import Manifest
 from llava_ray.model.formats.part_sources import find_language_model, find_layout, find_vision_tower
 from llava_ray.model.formats.preprocessor import check_preprocessor
@@ -28,6 +29,7 @@ from llava_ray.model.formats.sources import (
     loading,
     make_config,
 )
+from llava_ray.model.formats.timm_towers import make_timm_processor
 from llava_ray.model.formats.token_rows import check_rows
 from llava_ray.model.formats.tower_loading import read_tower_config
 from llava_ray.model.formats.vocabulary import image_token_ids, load_text_side
@@ -170,6 +172,10 @@ def load_image_processor(folder: Path) -> BaseImageProcessor:
     for name in PROCESSOR_FILES:
         if is_file(folder / name):
             read_json_object(folder / name)  # transformers reads it without bounds
+    has_none = not any(is_file(folder / name) for name in PROCESSOR_FILES)
+    config = read_config(folder / CONFIG) if has_none and is_file(folder / CONFIG) else {}
+    if is_timm(config):  # which says it there
+        return make_timm_processor(config, str(folder / CONFIG))
     with loading(folder, "image processor"):
         # A folder may name code of its own: refused here at once, asked for at the terminal otherwise.
         image_processor: BaseImageProcessor = processors.from_pretrained(folder, trust_remote_code=False)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from llava_ray.config.geometry import ModelGeometry
@@ -19,7 +19,9 @@ from llava_ray.config.sections import FinetuneConfig
 from llava_ray.images.geometry import ImageSpec
 from llava_ray.model.blueprint import ResolvedParts, load_image_processor, resolve_parts
 from llava_ray.model.formats.hub.read import PROCESSOR_FILES
-from llava_ray.model.formats.part_configs import build, vision_part
+from llava_ray.model.formats.layout import is_timm
+from llava_ray.model.formats.part_configs import build
+from llava_ray.model.formats.tower_loading import build_backbone, read_tower_config
 from llava_ray.model.freezing import freeze
 from llava_ray.model.image_geometry import choose_s2_scales, find_s2_scales
 from llava_ray.model.network.llava import Llava
@@ -61,11 +63,11 @@ class ModelSummary:
 def summarize_model(config: FinetuneConfig) -> ModelSummary:
     """Describe the model that a run would train. Raises ModelError for a config that cannot be known from here."""
     found = resolve_parts(config.model, offline=True)
-    model_config, tower_config = found.config, build(vision_part(found.tower.config), found.tower.name)
+    model_config, tower_config = found.config, read_tower_config(found.tower)
     side, scales = _find_sides(found, int(tower_config.image_size))
     with torch.device("meta"), no_init_weights():  # drawing numbers takes its time even where none are kept
         model = build_language_model(build(found.language.config, found.language.name))
-        backbone = AutoModel.from_config(tower_config)
+        backbone = build_backbone(tower_config)
         cut = VisionTower(backbone, model_config.mm_vision_select_layer, model_config.mm_vision_select_feature, scales)
         geometry = ModelGeometry.resolve(
             model_config,
@@ -90,7 +92,7 @@ def summarize_model(config: FinetuneConfig) -> ModelSummary:
     kinds = {
         _LANGUAGE_MODEL: (model.config.model_type, origins[_LANGUAGE_MODEL]),
         "projector": (config.model.mm_projector_type, origins["projector"]),
-        _VISION_TOWER: (backbone.config.model_type, origins[_VISION_TOWER]),
+        _VISION_TOWER: (tower_config.model_type, origins[_VISION_TOWER]),
     }
     parts = [
         PartSummary(
@@ -112,7 +114,8 @@ def _find_sides(found: ResolvedParts, image_size: int) -> tuple[int, tuple[int, 
 
     It counts where no image processor lies beside the tower's config, as in a hub's cache or among built-in configs.
     """
-    if not any(is_file(found.tower.beside / name) for name in PROCESSOR_FILES):
+    beside = [is_file(found.tower.beside / name) for name in PROCESSOR_FILES]
+    if not any(beside) and not is_timm(found.tower.config):
         return image_size, choose_s2_scales(found.config, image_size)
     processor = load_image_processor(found.tower.beside)
     return ImageSpec.from_processor(processor, "square").height, find_s2_scales(found.config, processor)

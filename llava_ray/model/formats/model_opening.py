@@ -12,7 +12,15 @@ from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import ModelError
 from llava_ray.model.formats.declared_sizes import read_config
 from llava_ray.model.formats.inspection import notes_of
-from llava_ray.model.formats.layout import CONFIG, EMBED_TOKENS, TOKENIZER_FILES, Layout, LayoutKind, check_whole
+from llava_ray.model.formats.layout import (
+    CONFIG,
+    EMBED_TOKENS,
+    TOKENIZER_FILES,
+    Layout,
+    LayoutKind,
+    check_whole,
+    is_timm,
+)
 from llava_ray.model.formats.manifest import Manifest, ManifestPart, check_fingerprint, faults_of
 from llava_ray.model.formats.model_checks import check_parts, find_preprocessor
 from llava_ray.model.formats.model_files import ORIGINAL_CONFIG, ModelFiles
@@ -57,6 +65,11 @@ def open_model(
     check_layout_rows(layout)
     language = find_language_model(given, root, layout, weights=True)
     tower = find_vision_tower(given, root, layout, weights=True)
+    if is_timm(tower.config):
+        raise ModelError(
+            f"vision tower: {tower.beside} is timm's {tower.config['architecture']!r}, which no layout of other "
+            "programs holds. Keep the bundle."
+        )
     noted = find_noted(layout.config, str(layout.folder / CONFIG))
     with in_words(f"{layout.folder} ({layout.kind})", "Copy the folder again.", says="cannot be described"):
         manifest = _describe(layout, language, tower, version)
@@ -119,6 +132,11 @@ def _check_exportable(layout: Layout) -> None:
 def _describe(layout: Layout, language: Source, tower: Source, version: str | None) -> Manifest:
     """Return the manifest of a model: its own, or made of its settings. Raises ModelError."""
     where = str(layout.folder / CONFIG)
+    if is_timm(tower.config):
+        raise ModelError(
+            f"vision tower: {tower.beside} is timm's {tower.config['architecture']!r}, which no layout of other "
+            "programs holds. Keep the bundle."
+        )
     noted = find_noted(layout.config, where)
     known = layout.manifest
     if known is None and (was := read_noted_manifest(noted, where)) is not None:

@@ -58,15 +58,27 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+# Every vision transformer of timm: its config.json has no model type, this is ours for it.
+_TIMM = Family(
+    num_prefix_tokens=lambda config: config.num_prefix_tokens,
+    tail=("norm", "fc_norm", "head_drop", "head", "attn_pool"),
+    blocks="blocks",
+)
+
+
+TIMM = "timm_vit"
 WITH_TEXT_PART = ("clip", "siglip", "siglip2")  # configs of image-and-text models, whose vision part is the tower
 
 
 def find_family(config: PreTrainedConfig) -> Family:
     """Return what is known of this kind of tower. Raises ModelError for an unknown kind."""
+    if config.model_type == TIMM:
+        return _TIMM
     if config.model_type not in FAMILIES:
         raise ModelError(
             f"{config.name_or_path or 'the vision tower'} is of type {config.model_type!r}; known towers are "
-            f"{', '.join(FAMILIES)} (and whole {' or '.join(WITH_TEXT_PART)} models). Choose one of these."
+            f"{', '.join(FAMILIES)} (and whole {' or '.join(WITH_TEXT_PART)} models), and "
+            "timm's vision transformers. Choose one of these."
         )
     return FAMILIES[config.model_type]
 
