@@ -172,9 +172,8 @@ def load_image_processor(folder: Path) -> BaseImageProcessor:
     for name in PROCESSOR_FILES:
         if is_file(folder / name):
             read_json_object(folder / name)  # transformers reads it without bounds
-    has_none = not any(is_file(folder / name) for name in PROCESSOR_FILES)
-    config = read_config(folder / CONFIG) if has_none and is_file(folder / CONFIG) else {}
-    if is_timm(config):  # which says it there
+    config = read_config(folder / CONFIG) if is_file(folder / CONFIG) else {}
+    if is_timm(config):  # which says it there; transformers would look no further either
         return make_timm_processor(config, str(folder / CONFIG))
     with loading(folder, "image processor"):
         # A folder may name code of its own: refused here at once, asked for at the terminal otherwise.

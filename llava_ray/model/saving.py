@@ -60,8 +60,7 @@ def save_bundle(
             # What has learnt is all of the tower but the blocks that were set aside.
             adapted = tuple(name.removeprefix("vision_tower.") + "." for name in adapter_layers(parts.llava))
             own = {name: t for name, t in parts.tower.full_state_dict().items() if not name.startswith(adapted)}
-            save_tower(new / VISION_TOWER, parts.tower, own | learnt)
-            parts.image_processor.save_pretrained(new / VISION_TOWER)
+            save_tower(new / VISION_TOWER, parts.tower, own | learnt, parts.image_processor)
             tower = _held(parts.tower_source, new / VISION_TOWER)
         manifest = parts.manifest.model_copy(
             update={

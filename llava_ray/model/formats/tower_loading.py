@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoModel, BaseImageProcessor, PreTrainedConfig
 
 from llava_ray.model.formats.layout import is_timm
 from llava_ray.model.formats.pretrained import check_amount, load_pretrained
@@ -39,12 +40,19 @@ def build_backbone(config: PreTrainedConfig) -> nn.Module:
     return backbone
 
 
-def save_tower(folder: Path, tower: VisionTower, tensors: Mapping[str, Tensor]) -> None:
-    """Write a tower's tensors with its config.json. Raises BundleError for a tensor that is missing or unknown."""
+def save_tower(
+    folder: Path, tower: VisionTower, tensors: Mapping[str, Tensor], image_processor: BaseImageProcessor
+) -> None:
+    """Write a tower's tensors with its config.json and image processor, which is the same file for timm.
+
+    Raises BundleError for a tensor that is missing or unknown.
+    """
     if isinstance(tower.config, TimmConfig):
         save_timm(folder, tower.config, tensors)
-    elif isinstance(tower.backbone, PreTrainedModel):
-        save_weights(folder, tower.backbone, tensors)
+        return
+    backbone: Any = tower.backbone
+    save_weights(folder, backbone, tensors)
+    image_processor.save_pretrained(folder)
 
 
 def load_vision_tower(
