@@ -123,7 +123,7 @@ def test_two_steps_one_answer_and_a_bundle(tower: Path, folders, samples, tmp_pa
     expected, found = parts.tower.full_state_dict(), loaded.tower.full_state_dict()
     assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in found)
     assert loaded.image_spec == parts.image_spec
-    assert loaded.manifest.vision_tower.base == str(tower)
+    assert loaded.tower_source.origin == str(tower)
     assert timm.create_model(f"local-dir:{tmp_path / 'bundle' / 'vision_tower'}", pretrained=True).embed_dim == 48
     told = inspect(tmp_path / "bundle")
     assert not told.missing
