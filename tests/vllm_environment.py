@@ -1,8 +1,8 @@
 """Let torchvision be imported beside a CPU build of torch, for ``make test-vllm`` and ``make test-timm``.
 
-vLLM's LLaVA and timm import torchvision, and its published wheel holds its operators for CUDA only: without CUDA their schemas
-are missing and the import fails. They are declared here, in the installed package, for every process that is started;
-nobody calls them.
+vLLM's LLaVA and timm import torchvision, and its published wheel holds its operators for CUDA only: without CUDA their
+schemas are missing and the import fails. They are declared here, in the installed package, for every process that is
+started; nobody calls them.
 """
 
 import sys

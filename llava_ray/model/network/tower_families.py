@@ -1,10 +1,11 @@
-"""What must be known of a kind of vision tower and stands nowhere in its config. No torch."""
+"""What must be known of a kind of vision tower and stands nowhere in its config.
+
+Neither torch nor transformers, whose configs these functions take: layouts are read without them.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-
-from transformers import PreTrainedConfig
 
 from llava_ray.errors import ModelError
 
@@ -70,7 +71,7 @@ TIMM = "timm_vit"
 WITH_TEXT_PART = ("clip", "siglip", "siglip2")  # configs of image-and-text models, whose vision part is the tower
 
 
-def find_family(config: PreTrainedConfig) -> Family:
+def find_family(config: Any) -> Family:
     """Return what is known of this kind of tower. Raises ModelError for an unknown kind."""
     if config.model_type == TIMM:
         return _TIMM
@@ -83,7 +84,7 @@ def find_family(config: PreTrainedConfig) -> Family:
     return FAMILIES[config.model_type]
 
 
-def _find_depth(config: PreTrainedConfig, select_layer: int) -> int:
+def _find_depth(config: Any, select_layer: int) -> int:
     """Turn an index into the hidden states (0 is the embeddings) into a number of blocks. Raises ModelError."""
     num_blocks: int = config.num_hidden_layers
     depth = select_layer if select_layer >= 0 else num_blocks + 1 + select_layer
@@ -95,7 +96,7 @@ def _find_depth(config: PreTrainedConfig, select_layer: int) -> int:
     return depth
 
 
-def find_depths(config: PreTrainedConfig, select_layer: int | Sequence[int]) -> tuple[int, ...]:
+def find_depths(config: Any, select_layer: int | Sequence[int]) -> tuple[int, ...]:
     """Return the number of blocks before each selected hidden state, in the order given. Raises ModelError."""
     layers = [select_layer] if isinstance(select_layer, int) else select_layer
     return tuple(_find_depth(config, layer) for layer in layers)
