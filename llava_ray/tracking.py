@@ -1,4 +1,4 @@
-"""MLflow: one run per job, written from one process, the same run after any restart."""
+"""MLflow tracking: one run per job, written from one process, and continued after any restart."""
 
 import logging
 import time
@@ -28,7 +28,7 @@ def default_tracking_uri(storage_path: str) -> str:
 
 
 def moved_tracking_uri(noted: str, storage_path: str) -> str:
-    """Return where a finished run is kept: the SQLite store that lies beside it if it, too, was copied or moved."""
+    """Return a finished run's tracking URI: the SQLite store beside it, if both were copied or moved together."""
     if noted.startswith("sqlite:///") and noted.endswith("/mlflow.db"):
         beside = default_tracking_uri(storage_path)
         if Path(beside.removeprefix("sqlite:///")).exists():
@@ -50,11 +50,11 @@ class TrackedRun:
     ) -> None:
         """Attach to the run tagged ``key`` (a run folder), or create it, below a parent if it has one.
 
-        One that was started with other ``settings`` (a hash) is left as it is: params never change in MLflow, and a
-        failed or replaced start's would stand beside this one's curves. Raises ConfigError if MLflow refuses.
+        An existing run with other ``settings`` (a hash) is left alone and a new one is created: params are immutable in
+        MLflow, so the old ones would be shown beside the new curves. Raises ConfigError if MLflow refuses.
         """
         self.tracking_uri = tracking_uri
-        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # that it made its tables is no news
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # hides the messages about creating tables
         try:
             self.client = MlflowClient(tracking_uri)
             experiment = self.client.get_experiment_by_name(experiment_name)
@@ -76,14 +76,14 @@ class TrackedRun:
         self.client.update_run(self.run_id, status="RUNNING")
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Log a resolved config, flattened; values that are already there stay (MLflow's params never change)."""
+        """Log a resolved config, flattened; existing values stay (MLflow's params are immutable)."""
         known = self.client.get_run(self.run_id).data.params
         fresh = [Param(key, str(value)[:_PARAM_LENGTH]) for key, value in _flattened(params) if key not in known]
         for start in range(0, len(fresh), _PARAMS_PER_REQUEST):
             self.client.log_batch(self.run_id, params=fresh[start : start + _PARAMS_PER_REQUEST])
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
-        """Set tags: lineage, mostly."""
+        """Set tags, such as those of the run's lineage."""
         for key, value in tags.items():
             self.client.set_tag(self.run_id, key, value)
 
@@ -95,11 +95,11 @@ class TrackedRun:
             self.client.log_batch(self.run_id, metrics=metrics[start : start + _METRICS_PER_REQUEST])
 
     def log_folder(self, folder: str, name: str) -> None:
-        """Keep a folder's files as the artifact ``name``."""
+        """Log a folder's files as the artifact ``name``."""
         self.client.log_artifacts(self.run_id, folder, name)
 
     def log_file(self, path: str) -> None:
-        """Keep one file as an artifact."""
+        """Log one file as an artifact."""
         self.client.log_artifact(self.run_id, path)
 
     def end(self, status: str = "FINISHED") -> None:
@@ -108,7 +108,7 @@ class TrackedRun:
 
 
 def check_store(tracking_uri: str | None) -> None:
-    """Raise ConfigError for a tracking URI that MLflow does not know; whether a server answers is not asked."""
+    """Raise ConfigError for a tracking URI that MLflow does not know; no server is contacted."""
     if tracking_uri is None or tracking_uri.startswith("http"):
         return
     try:
@@ -118,16 +118,16 @@ def check_store(tracking_uri: str | None) -> None:
 
 
 def describe_page(tracking_uri: str, run_id: str) -> str:
-    """Say how to see a run's experiment in MLflow: the command that serves a store of one's own, and the address."""
+    """Return how to open a run in MLflow: the command that serves a local store, and the address."""
     experiment = MlflowClient(tracking_uri).get_run(run_id).info.experiment_id
-    page = f"/#/experiments/{experiment}/runs"  # without the last word, MLflow opens its page of traces
+    page = f"/#/experiments/{experiment}/runs"  # without "runs", MLflow opens its page of traces
     if tracking_uri.startswith("http"):
         return f"{tracking_uri.rstrip('/')}{page}/{run_id}"
     return f"mlflow ui --backend-store-uri {tracking_uri}  then  {_PAGE}{page}  (run {run_id})"
 
 
 def _artifact_location(tracking_uri: str) -> str | None:
-    """Keep artifacts beside a SQLite store (MLflow would use the working directory); a server knows its own place."""
+    """Return a folder beside a SQLite store (MLflow would use the working directory); None where a server decides."""
     if not tracking_uri.startswith("sqlite:///"):
         return None
     return (Path(tracking_uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts").as_uri()

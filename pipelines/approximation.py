@@ -187,11 +187,11 @@ def _approximate_tower(parts: "LlavaParts", approximated: "ModelFiles") -> Any:
 
     from llava_ray.model.formats.hub.siglip_form import load_backbone
     from llava_ray.model.formats.names import VISION_TOWER_PREFIX
-    from llava_ray.model.formats.part_configs import build
+    from llava_ray.model.formats.part_configs import build_config
     from llava_ray.model.network.tower import VisionTower
 
     state = {name: tensor.load().float() for name, tensor in approximated.part(VISION_TOWER_PREFIX).items()}
-    backbone = load_backbone(SiglipVisionModel, build(approximated.tower_config, "the vision tower"), state)
+    backbone = load_backbone(SiglipVisionModel, build_config(approximated.tower_config, "the vision tower"), state)
     return VisionTower(backbone, parts.manifest.mm_vision_select_layer, "patch", parts.s2_scales)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from llava_ray.config.booleans import bare_switches, switches_of
+from llava_ray.config.booleans import find_boolean_parameters, strip_boolean_values
 from llava_ray.config.chat import ChatSettings
 from llava_ray.errors import LlavaRayError
 from pipelines.command import run_command
@@ -31,7 +31,10 @@ _HELP = "/image FILE shows an image with the next question, /clear begins anew; 
 def main(arguments: Sequence[str]) -> None:
     """Load the model; answer the prompt, or whatever is typed until Ctrl-D."""
     settings = tyro.cli(
-        ChatSettings, args=bare_switches(arguments, switches_of(ChatSettings)), use_underscores=True, prog="chat.py"
+        ChatSettings,
+        args=strip_boolean_values(arguments, find_boolean_parameters(ChatSettings)),
+        use_underscores=True,
+        prog="chat.py",
     )
     from llava_ray.images.reading import read_bytes
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import tyro
 
-from llava_ray.config.booleans import bare_switches, switches_of
+from llava_ray.config.booleans import find_boolean_parameters, strip_boolean_values
 from pipelines import evaluate_commands as commands
 from pipelines.command import run_command
 
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> object:
     """Run the subcommand that is named first: ``run`` takes a recipe, the tools plain arguments."""
     if arguments[:1] == ["run"]:
         return commands.run(arguments[1:])
-    spelt = bare_switches(arguments, switches_of(*_TOOLS.values()))
+    spelt = strip_boolean_values(arguments, find_boolean_parameters(*_TOOLS.values()))
     return tyro.extras.subcommand_cli_from_dict(
         _TOOLS, args=spelt, prog="evaluate.py", description=__doc__, use_underscores=True
     )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import tyro
 
-from llava_ray.config.booleans import bare_switches, switches_of
+from llava_ray.config.booleans import find_boolean_parameters, strip_boolean_values
 from pipelines import export_commands as commands
 from pipelines.command import run_command
 
@@ -33,7 +33,7 @@ SUBCOMMANDS: dict[str, Callable[..., None]] = {
 
 def main(arguments: Sequence[str]) -> None:
     """Run the subcommand that is named first."""
-    spelt = bare_switches(arguments, switches_of(*SUBCOMMANDS.values()))
+    spelt = strip_boolean_values(arguments, find_boolean_parameters(*SUBCOMMANDS.values()))
     tyro.extras.subcommand_cli_from_dict(
         SUBCOMMANDS, args=spelt, prog="export.py", description=__doc__, use_underscores=True
     )

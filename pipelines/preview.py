@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tyro
 
-from llava_ray.config.booleans import bare_switches, switches_of
+from llava_ray.config.booleans import find_boolean_parameters, strip_boolean_values
 from llava_ray.config.preview import PreviewSettings
 from pipelines.command import run_command
 from pipelines.places import check_files, check_models
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> Path | None:
     """Write the report and return its path, or print the JSON lines."""
     settings = tyro.cli(
         PreviewSettings,
-        args=bare_switches(arguments, switches_of(PreviewSettings)),
+        args=strip_boolean_values(arguments, find_boolean_parameters(PreviewSettings)),
         use_underscores=True,
         prog="preview.py",
     )

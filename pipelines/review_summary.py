@@ -11,7 +11,7 @@ import tyro
 from evals.benchmarks.llava_bench import relative_score
 from evals.files import need
 from evals.scoring import rounded
-from llava_ray.config.booleans import bare_switches
+from llava_ray.config.booleans import strip_boolean_values
 from llava_ray.errors import DataError
 from pipelines.review_files import read_question_rows
 
@@ -23,7 +23,7 @@ _MOST = 1e6  # beyond, or not finite, a number is no score
 def summarize(arguments: Sequence[str]) -> list[dict[str, Any]]:
     """Print relative scores by category of each file; return them."""
     return tyro.cli(
-        _summarize, args=bare_switches(arguments, {"json"}), prog="review.py summarize", use_underscores=True
+        _summarize, args=strip_boolean_values(arguments, {"json"}), prog="review.py summarize", use_underscores=True
     )
 
 

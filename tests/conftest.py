@@ -29,7 +29,7 @@ def ray_cluster() -> Iterator[None]:
     """A private four-CPU (logical) cluster for the whole session."""
     import ray
 
-    from llava_ray.runtime import DASHBOARD_VARIABLE, announced_port
+    from llava_ray.runtime import DASHBOARD_VARIABLE, announce_port
 
     # Without a dashboard each run would end ten seconds later: Ray's watch over it waits for an answer.
     ray.init(
@@ -37,7 +37,7 @@ def ray_cluster() -> Iterator[None]:
         num_cpus=4,
         object_store_memory=300 * 2**20,
         include_dashboard=True,
-        dashboard_port=announced_port(),
+        dashboard_port=announce_port(),
         log_to_driver=False,
     )
     del os.environ[DASHBOARD_VARIABLE]  # this cluster's processes have it; commands that tests start have their own

@@ -26,7 +26,7 @@ from llava_ray.generate.settings import EngineSettings
 
 KEY = "a key of more than sixteen characters"
 # What is told to those who have data or a run in their hands.
-TRAINING_ADVICE = ("record", "data.image_folder", "data.max_image_pixels", "to learn from", "trained", "training")
+TRAINING_ADVICE = ("record", "data.image_folder", "data.max_image_pixels", "to train on", "trained", "training")
 
 
 class WrongAnswer(Exception):  # noqa: N818 - what a fuzzer finds

@@ -1,7 +1,7 @@
-"""Which characters of what a Jinja chat template wrote are a message's, and which are the template's.
+"""Separation of a Jinja chat template's output into characters from messages and characters of the template.
 
-A template is a program: it may trim a message, cut a thought out of it, or leave it out. So it is run once more, with
-private characters in the place of each message: where the two texts differ, and only there, stand messages.
+A template is a program: it may trim a message, remove its reasoning, or leave it out. So it is run a second time, with
+private-use characters in place of each message: where the two outputs differ, and only there, are messages.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llava_ray.errors import RecordError
 _Range = tuple[int, int]
 _Message = dict[str, str]
 
-_FIRST_MARK, _NUM_MARKS = 0xF0000, 0xFFFE  # a plane of private characters
+_FIRST_MARK, _NUM_MARKS = 0xF0000, 0xFFFE  # a plane of private-use characters
 _MARKED = re.compile(f"([{chr(_FIRST_MARK)}-{chr(_FIRST_MARK + _NUM_MARKS - 1)}])\\1*")
 
 
@@ -26,11 +26,11 @@ def find_messages(
     write: Callable[[list[_Message]], str],
     find_control: Callable[[str], list[_Range]],
 ) -> list[_Range]:
-    """Return which characters of ``text``, which is what ``write`` makes of ``messages``, are theirs.
+    """Return the ranges of ``text`` that come from ``messages``; ``text`` is ``write(messages)``.
 
-    White space around a message counts as the template's. Of a template that acts on the words of a message (one that
-    cuts its thoughts out) only the control tokens written out in messages are found, by ``find_control``. Raises
-    RecordError ("control_tokens") if it acts on these.
+    White space around a message counts as the template's. With a template that depends on a message's words (one that
+    removes reasoning) only the control tokens written out in messages are found, by ``find_control``. Raises
+    RecordError ("control_tokens") if it depends on these.
     """
     whole = _locate(text, messages, write, _core)
     if whole is not None:
@@ -49,7 +49,7 @@ def find_messages(
 
 
 def _core(content: str) -> list[_Range]:
-    """Return the whole of a message but the white space around it, which templates look at."""
+    """Return the range of a message without the surrounding white space, which templates may trim."""
     start = len(content) - len(content.lstrip())
     return [(start, len(content.rstrip()))] if start < len(content) else []
 
@@ -60,7 +60,7 @@ def _locate(
     write: Callable[[list[_Message]], str],
     choose: Callable[[str], Iterable[_Range]],
 ) -> list[_Range] | None:
-    """Return where in ``text`` the chosen characters stand; None if it is not the same text without them."""
+    """Return the ranges of the marked characters in ``text``; None if the rest of the two texts differs."""
     pieces: list[str] = []
     marked: list[_Message] = []
     for message in messages:

@@ -1,4 +1,4 @@
-"""What a conversation template is: fixed strings around turns, or a tokenizer's own Jinja."""
+"""Conversation templates: fixed strings around turns, or a tokenizer's own Jinja."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from llava_ray.errors import TemplateError
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """What every template says about itself.
+    """The properties that every template has.
 
-    ``stop`` is the text an answer ends with; ``image_tags`` stand on either side of an image marker;
-    ``add_bos`` is whether the tokenizer's beginning-of-sequence token goes in front of the written text.
+    ``stop`` is the text that ends an answer; ``image_tags`` are written on either side of an image marker;
+    ``add_bos`` is whether the tokenizer's beginning-of-sequence token goes before the rendered text.
     """
 
     name: str = ""
@@ -30,7 +30,7 @@ class Template:
         return self.image_tags
 
     def with_system(self, system: str) -> Template:
-        """Return this template with another system prompt, in which no image can stand.
+        """Return this template with another system prompt, which cannot contain an image.
 
         Raises TemplateError where it has none.
         """
@@ -41,10 +41,10 @@ class Template:
 
 @dataclass(frozen=True, kw_only=True)
 class StringTemplate(Template):
-    """A template made of fixed strings, in the places that the module's docstring draws.
+    """A template made of fixed strings, in the places that the docstring of ``templates`` shows.
 
-    ``examples`` are (question, answer) pairs written before the conversation and never learnt from.
-    With ``only_images`` nothing of a question is written but its image markers (stage-1 captions).
+    ``examples`` are (question, answer) pairs written before the conversation and never supervised.
+    With ``only_images`` a question is reduced to its image markers (stage-1 captions).
     """
 
     opening: str
@@ -57,13 +57,13 @@ class StringTemplate(Template):
     only_images: bool = False
     system: str = ""
     """The system prompt within ``opening``."""
-    said: tuple[int, int] = (0, 0)
-    """Where in ``opening`` a system prompt stands that is not the table's own."""
+    system_range: tuple[int, int] = (0, 0)
+    """The range in ``opening`` of a system prompt that replaced the table's own."""
 
     @property
     def frame(self) -> tuple[str, ...]:
         """Return what it writes itself around messages."""
-        start, stop = self.said
+        start, stop = self.system_range
         opening = (self.opening[:start], self.opening[stop:])
         return (*opening, self.question, self.question_end, self.cue, self.end, *self.image_tags)
 
@@ -71,15 +71,15 @@ class StringTemplate(Template):
         """Return this template with another system prompt. Raises TemplateError where it has none."""
         if not self.system:
             return super().with_system(system)
-        start = self.said[0] if any(self.said) else self.opening.index(self.system)
+        start = self.system_range[0] if any(self.system_range) else self.opening.index(self.system)
         before, after = self.opening[:start], self.opening[start + len(self.system) :]
         system = break_markers(system)
-        return replace(self, opening=before + system + after, system=system, said=(start, start + len(system)))
+        return replace(self, opening=before + system + after, system=system, system_range=(start, start + len(system)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class JinjaTemplate(Template):
-    """The Jinja chat template that travels with a tokenizer. It writes its own beginning-of-sequence token.
+    """The Jinja chat template of a tokenizer. It writes its own beginning-of-sequence token.
 
     ``end`` matches any added token of the vocabulary, one of which must end each answer, and spaces before it.
     """
@@ -87,9 +87,9 @@ class JinjaTemplate(Template):
     tokenizer: PreTrainedTokenizerBase = field(repr=False, compare=False)
     end: re.Pattern[str]
     system: str | None = None
-    """A system message in front of the conversation; None for what the Jinja text does by itself."""
+    """A system message before the conversation; None for the Jinja text's own default."""
     around: tuple[str, ...] = field(default=(), repr=False, compare=False)
-    """What the Jinja text writes around questions and answers."""
+    """The texts that the Jinja template writes around questions and answers."""
 
     @property
     def frame(self) -> tuple[str, ...]:
@@ -97,13 +97,13 @@ class JinjaTemplate(Template):
         return (*self.around, *self.image_tags)
 
     def with_system(self, system: str) -> Template:
-        """Return this template with a system message, which its Jinja text may refuse when it is rendered."""
+        """Return this template with a system message, which its Jinja text may reject when it is rendered."""
         return replace(self, system=break_markers(system))
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A template and the turns so far; asking and answering return a longer conversation."""
+    """A template and the turns so far; ``ask`` and ``answer`` return a longer conversation."""
 
     template: Template
     turns: tuple[Turn, ...] = ()

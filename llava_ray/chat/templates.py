@@ -1,12 +1,12 @@
-"""How a conversation is written down: LLaVA's templates as one table of strings, and the tokenizer's own template.
+"""The table of LLaVA's conversation templates, and the template of a tokenizer.
 
-A written conversation is::
+A rendered conversation is::
 
     opening  Q question_end  cue  lead A end   question Q question_end  cue  lead A end   ...
-                                  ^^^^^^^^^^ learnt                          ^^^^^^^^^^
+                                  ^^^^^^^^^^ supervised                      ^^^^^^^^^^
 
-``cue`` is where an open turn stops and generation begins. ``lead`` is the space before an answer, which
-SentencePiece makes part of the answer's first piece. ``end`` tells the model to stop.
+Generation begins after ``cue``. ``lead`` is the space before an answer, which SentencePiece makes part of the answer's
+first piece. ``end`` makes the model stop.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CHAT_TEMPLATE = "chat_template"
 
 
 def find_template(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Template:
-    """Return the template of that name; ``chat_template`` means the tokenizer's own.
+    """Find the template of that name; ``chat_template`` means the tokenizer's own.
 
     Raises ConfigError for an unknown name (the original fell back to vicuna_v1 in silence), and for
     ``chat_template`` without a tokenizer that has one.
@@ -54,7 +54,7 @@ def _tokenizer_template(tokenizer: PreTrainedTokenizerBase | None) -> JinjaTempl
             "(a base model's tokenizer rarely does). Add chat_template.jinja to its folder, or name one of: "
             f"{', '.join(sorted(TEMPLATES))}."
         )
-    from llava_ray.chat.rendering import find_frame  # which knows templates
+    from llava_ray.chat.rendering import find_frame  # which imports this module
 
     tokens = sorted(map(re.escape, tokenizer.get_added_vocab()), key=len, reverse=True)
     template = JinjaTemplate(

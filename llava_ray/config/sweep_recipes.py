@@ -1,4 +1,4 @@
-"""Recipes of sweeps: a run's sections, ``[sweep]`` and ``[space]``; and the recipe that a sweep writes."""
+"""Recipes of sweeps: a run's sections plus ``[sweep]`` and ``[space]``; and the recipe of the best trial."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ _MAX_CORNERS = 10_000
 
 
 def load_sweep(arguments: Sequence[str]) -> tuple[SweepConfig, Space]:
-    """Read a sweep's recipe and flags; every corner of its space is a run that is allowed.
+    """Load a sweep's recipe and flags; check that every corner of its space is a valid run.
 
     Raises ConfigError as ``load_recipe`` does.
     """
@@ -27,7 +27,7 @@ def load_sweep(arguments: Sequence[str]) -> tuple[SweepConfig, Space]:
         raise ConfigError("sweep.py needs a recipe with a [space]; pipelines/recipes/sweep/ has some")
     space = Space.parsed({"dimensions": read_toml(arguments[0]).get("space", {})}, arguments[0])
     config = load_recipe(SweepConfig, arguments, ignore=("space",))
-    if config.run.name == f"{Path(arguments[0]).stem}-{settings_hash(config)}":  # given by nobody: the space counts too
+    if config.run.name == f"{Path(arguments[0]).stem}-{settings_hash(config)}":  # the default name: hash the space too
         key = settings_hash(space)
         config = config.replaced({"run.name": f"{config.run.name}-{key[:4]}"})
     _check_corners(space, arguments[0])
@@ -35,12 +35,14 @@ def load_sweep(arguments: Sequence[str]) -> tuple[SweepConfig, Space]:
         try:
             config.base.replaced(settings)
         except ConfigError as error:
-            raise ConfigError(f"{arguments[0]}: the space holds settings that no run can have: {error}") from error
+            raise ConfigError(
+                f"{arguments[0]}: the space holds settings that are invalid for a run: {error}"
+            ) from error
     return config, space
 
 
 def _check_corners(space: Space, recipe: str) -> None:
-    """Raise ConfigError for a space whose conditions combine to more settings than can be looked at."""
+    """Raise ConfigError for a space whose conditions combine to more settings than can be checked."""
     for key, dimension in space.dimensions.items():
         number = len(dimension.corners) * math.prod(len(values) for values in dimension.when.values())
         if number > _MAX_CORNERS:
@@ -51,7 +53,7 @@ def _check_corners(space: Space, recipe: str) -> None:
 
 
 def corners(space: Space) -> Iterator[dict[str, Any]]:
-    """Yield settings that together have every corner of every dimension, beside the first values of the others."""
+    """Yield settings that cover every corner of every dimension, with the first values of the others."""
     first = {key: dimension.corners[0] for key, dimension in space.dimensions.items()}
     for key, dimension in space.dimensions.items():
         conditions = [[(other, value) for value in values] for other, values in dimension.when.items()]
@@ -61,9 +63,9 @@ def corners(space: Space) -> Iterator[dict[str, Any]]:
 
 
 def as_toml(config: FinetuneConfig, comment: str) -> str:
-    """Return a recipe that gives ``config`` again, without what is the default anyway."""
+    """Return a recipe that reproduces ``config``, without default values."""
     lines = [f"# {line}" for line in comment.splitlines()]
     for section, values in config.model_dump(mode="json", exclude_defaults=True).items():
-        # Texts, numbers, lists and booleans are written the same way in JSON and TOML.
+        # Strings, numbers, lists and booleans have the same syntax in JSON and TOML.
         lines += ["", f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""The end of the stream inside a train worker: Arrow rows become tensors, grouped into steps."""
+"""The end of the stream inside a train worker: Arrow rows to tensors, grouped into steps."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from llava_ray.images.anyres import Size
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One packed row of one rank. Holds pixels or features, by where the tower runs; neither without images."""
+    """One packed row of one rank, with pixels or features depending on where the tower runs; neither without images."""
 
     step: int
     rank: int
@@ -33,7 +33,7 @@ class MicroBatch:
     position_ids: Int[Tensor, "1 t"]
     labels: Int[Tensor, "1 t"]
     image_sizes: list[Size]
-    """(width, height) of each image before it was cut, in order; n views are theirs."""
+    """(width, height) of each image before it was cut into views, in order; together they have n views."""
     pixels: UInt8[Tensor, "n 3 h w"] | None
     features: Float[Tensor, "n p v"] | None
 
@@ -41,7 +41,7 @@ class MicroBatch:
 def iterate_steps(
     blocks: Iterable[pa.Table], rank: int, first_step: int, settings: StreamSettings
 ) -> Iterator[list[MicroBatch]]:
-    """Yield this rank's micro-batches step by step, from ``first_step`` on, checking order and place."""
+    """Yield this rank's micro-batches step by step, from ``first_step`` on, checking order and rank."""
     step, pending = first_step, []
     for block in blocks:
         for row in unpack_block(block).to_pylist():
@@ -60,7 +60,7 @@ def iterate_steps(
 
 
 def micro_batch(row: dict[str, Any], settings: StreamSettings) -> MicroBatch:
-    """Turn one row of the stream into tensors on the CPU."""
+    """Convert one row of the stream to tensors on the CPU."""
     # A rank that has nothing to do in a round still takes part in it, with one token and no weight.
     input_ids = np.asarray(row["input_ids"] or [0], np.int64)
     labels = np.asarray(row["labels"] or [IGNORE_INDEX], np.int64)

@@ -1,7 +1,7 @@
-"""The stream's blocks: kept whole, as one row with one cell each, and set going early.
+"""The stream's blocks: each packed into a single row, and started early.
 
-Ray Data cuts and joins blocks between their rows as it sees fit. What must arrive together and at one place travels as
-one row; nothing is copied to make one or to read it.
+Ray Data splits and merges blocks between rows at will. Micro-batches that must arrive together at one rank therefore
+travel as one row of one cell; packing and unpacking copy nothing.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,18 +15,18 @@ _PREFETCHED_BLOCKS = 2
 
 
 def pack_block(table: pa.Table) -> pa.Table:
-    """Return a table of one row that holds all rows of ``table``, which has some."""
+    """Pack all rows of ``table``, which is not empty, into a table of one row."""
     rows = table.combine_chunks().to_struct_array().chunk(0)
     return pa.table({_COLUMN: pa.ListArray.from_arrays(pa.array([0, len(rows)], pa.int32()), rows)})
 
 
 def unpack_block(block: pa.Table) -> pa.Table:
-    """Return the rows that ``pack_block`` laid together, of all of the block's rows."""
+    """Unpack the rows of every cell that ``pack_block`` built."""
     return pa.Table.from_batches([pa.RecordBatch.from_struct_array(cell.flatten()) for cell in block[_COLUMN].chunks])
 
 
 def start_blocks(find_shard: Callable[[], DataIterator]) -> Iterator[pa.Table]:
-    """Set the stream going in a thread, so that its tasks start up while the model loads; yield its blocks."""
+    """Start the stream in a thread, so that its tasks start while the model loads; yield its blocks."""
 
     def first_block() -> tuple[pa.Table | None, Iterator[pa.Table]]:
         batches = find_shard().iter_batches(
@@ -35,6 +35,7 @@ def start_blocks(find_shard: Callable[[], DataIterator]) -> Iterator[pa.Table]:
         blocks = iter(batches)
         return next(blocks, None), blocks
 
+    # A thread, because the first block waits for Ray Data's tasks to start: seconds in which the model can load.
     pool = ThreadPoolExecutor(1, "stream")
     started = pool.submit(first_block)
     pool.shutdown(wait=False)

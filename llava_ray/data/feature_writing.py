@@ -1,4 +1,4 @@
-"""An entry of the feature cache computed with Ray Data: read and decode in tasks, the tower in actors, which write."""
+"""Computation of a feature-cache entry with Ray Data: tasks read and decode, actors run the tower and write."""
 
 import hashlib
 import json
@@ -16,11 +16,11 @@ from llava_ray.data.feature_cache import (
     cache_root,
     estimate_bytes,
     feature_key,
-    in_gb,
+    format_gb,
     is_complete,
+    location_key,
     make_room,
     mark_used,
-    place_of,
     write_index,
 )
 from llava_ray.data.features import FeatureActor
@@ -40,10 +40,10 @@ _BLOCK = ("block", "shard", "first", "end")  # name; shard, its first row, and t
 
 
 def cache_features(prepared: PreparedData, blueprint: "Blueprint", settings: StreamSettings) -> str:
-    """Return the entry with the features of all of ``prepared``, computing it where it is not there yet.
+    """Return the cache entry with the features of all of ``prepared``, computing it if needed.
 
-    An interrupted one goes on with the blocks that are missing. Needs a connected Ray. Raises ConfigError for more
-    than the budget, DataError, ModelError.
+    An interrupted entry resumes with the missing blocks. Needs a connected Ray. Raises ConfigError where the features
+    exceed the budget, DataError, ModelError.
     """
     tower = fingerprint_weights(find_tower(settings.model).tower_source.folder)
     key = feature_key(prepared, blueprint, tower=tower, bf16=settings.bf16)
@@ -55,30 +55,32 @@ def cache_features(prepared: PreparedData, blueprint: "Blueprint", settings: Str
     width = settings.mm_hidden_size * (2 if settings.bf16 else 4)
     needed = estimate_bytes(prepared, settings.image_tokens, width)
     dropped = make_room(root, key.name, needed, int(settings.data.feature_cache_gb * 1e9))
-    print(  # noqa: T201 - said to the person who started the run
-        f"Features: up to {in_gb(needed)} into {entry}" + (f", after dropping {', '.join(dropped)}" if dropped else ""),
+    print(  # noqa: T201 - for the user who started the run
+        f"Features: up to {format_gb(needed)} into {entry}"
+        + (f", after evicting {', '.join(dropped)}" if dropped else ""),
         flush=True,
     )
     mark_used(entry)
+    # Renewed before the work, so that no other run evicts the entry while it is being written.
     blocks = [
         (block_name(number, first), number, first, min(first + ROWS_PER_GROUP, shard.num_rows))
         for number, shard in enumerate(prepared.shards)
         for first in range(0, shard.num_rows, ROWS_PER_GROUP)
     ]
-    there = list_sizes(entry)
-    _write_blocks([block for block in blocks if f"{block[0]}.json" not in there], entry, settings)
+    existing = list_sizes(entry)
+    _write_blocks([block for block in blocks if f"{block[0]}.json" not in existing], entry, settings)
     num_images = write_index(entry, [name for name, *_ in blocks])
-    noted = vars(key) | {"num_images": num_images, "num_bytes": sum(list_sizes(entry).values())}
-    write_stored(f"{entry}/{MANIFEST}", json.dumps(noted, indent=1).encode())
+    summary = vars(key) | {"num_images": num_images, "num_bytes": sum(list_sizes(entry).values())}
+    write_stored(f"{entry}/{MANIFEST}", json.dumps(summary, indent=1).encode())
     return entry
 
 
 def _write_blocks(blocks: list[tuple[str, int, int, int]], entry: str, settings: StreamSettings) -> None:
-    """Compute and write the blocks, each as in BLOCK."""
+    """Compute and write the blocks, given as tuples of ``_BLOCK``."""
     if not blocks:
         return
     dataset = ray.data.from_arrow([pa.Table.from_pylist([dict(zip(_BLOCK, block, strict=True))]) for block in blocks])
-    dataset.context.target_max_block_size = None  # a block is a file: never cut one
+    dataset.context.target_max_block_size = None  # a block becomes one file: never split it
     dataset.context.enable_progress_bars = False
     dataset = dataset.map_batches(
         _decode_block,
@@ -102,7 +104,7 @@ def _write_blocks(blocks: list[tuple[str, int, int, int]], entry: str, settings:
 
 
 def _decode_block(table: pa.Table, settings: StreamSettings) -> pa.Table:
-    """Return one row: the block's name, the pixels of its different images, and whose they are."""
+    """Return one row: the block's name, the pixels of its distinct images, and the records' images that use each."""
     block, shard, first, end = (table[key][0].as_py() for key in _BLOCK)
     name, rows = settings.shard_names[shard], list(range(first, end))
     columns = ["id", "images", "widths", "heights"]
@@ -114,7 +116,7 @@ def _decode_block(table: pa.Table, settings: StreamSettings) -> pa.Table:
             digest = hashlib.sha256(image).digest()
             if digest not in pixels:
                 pixels[digest] = _decode_views(image, size, record["id"], settings)
-            users.append((place_of(shard, row, number), digest))
+            users.append((location_key(shard, row, number), digest))
     order = {digest: position for position, digest in enumerate(pixels)}
     view = 3 * settings.image_spec.height * settings.image_spec.width
     return pa.table(
@@ -129,25 +131,26 @@ def _decode_block(table: pa.Table, settings: StreamSettings) -> pa.Table:
 
 
 class FeatureWriter(FeatureActor):
-    """Turn a block's pixels into features and write them."""
+    """An actor that turns a block's pixels into features and writes them."""
 
     def __init__(self, settings: StreamSettings, entry: str) -> None:
-        """Load the tower once."""
+        """Load the tower, once per actor."""
         torch.set_num_threads(settings.vision_threads)
         super().__init__(settings)
         self.entry = entry
         self.view_bytes = settings.image_tokens.num_features * settings.mm_hidden_size * (2 if settings.bf16 else 4)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Write the features, then where each image's lie, which makes the block complete; return its name."""
+        """Write the features, then each image's offset, which completes the block; return the block's name."""
         for row in self.replace_pixels(table).to_pylist():
             lengths = np.asarray(row["views"], np.int64) * self.view_bytes
             offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
             assert int(offsets[-1]) == len(row["features"])
-            where: list[list[Any]] = [
+            locations: list[list[Any]] = [
                 [place, int(offsets[image]), int(lengths[image])]
                 for place, image in zip(row["places"], row["image"], strict=True)
             ]
+            # The offsets last: a block without its .json file is computed again after an interruption.
             write_stored(f"{self.entry}/{row['block']}.bin", row["features"])
-            write_stored(f"{self.entry}/{row['block']}.json", json.dumps(where).encode())
+            write_stored(f"{self.entry}/{row['block']}.json", json.dumps(locations).encode())
         return table.select(["block"])

@@ -1,4 +1,4 @@
-"""Frozen-tower features computed ahead of training, in actors that each keep a tower."""
+"""Frozen-tower features computed ahead of training, in actors that each hold a tower."""
 
 import numpy as np
 import pyarrow as pa
@@ -11,16 +11,16 @@ from llava_ray.model.assembly import load_tower
 
 
 class FeatureActor:
-    """Turn pixels into tower features; on a GPU where the actor was given one."""
+    """An actor that turns pixels into tower features, on a GPU if it was assigned one."""
 
     def __init__(self, settings: StreamSettings) -> None:
-        """Load the tower once."""
+        """Load the tower, once per actor."""
         self.spec = settings.image_spec
         self.device = "cuda" if settings.vision_gpus else "cpu"
         self.tower = load_tower(settings.model, dtype=_feature_dtype(bf16=settings.bf16)).to(self.device)
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Replace the pixels of a block's micro-batches by features."""
+        """Replace the pixels of a block's micro-batches by tower features."""
         return pack_block(self.replace_pixels(unpack_block(block)))
 
     def replace_pixels(self, table: pa.Table) -> pa.Table:
@@ -44,12 +44,12 @@ class FeatureActor:
 
 
 def _feature_dtype(*, bf16: bool) -> torch.dtype:
-    """Return the dtype a frozen tower computes in."""
+    """Return the compute dtype of a frozen tower."""
     return torch.bfloat16 if bf16 else torch.float32
 
 
 def unpacked_features(cell: bytes, settings: StreamSettings) -> torch.Tensor:
-    """Return the (n, p, v) features of one cell, which has some."""
+    """Return the (n, p, v) features of one cell, which is not empty."""
     flat = torch.frombuffer(bytearray(cell), dtype=_feature_dtype(bf16=settings.bf16))
     return flat.view(-1, settings.image_tokens.num_features, settings.mm_hidden_size)
 

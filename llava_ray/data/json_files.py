@@ -1,7 +1,7 @@
-"""JSON and JSON lines files, plain or gzipped, in UTF-8 or with a mark of another encoding: split into their records.
+"""Splitting of JSON and JSON lines files, plain or gzipped, in UTF-8 or with another byte order mark, into records.
 
-Only split: what is wrong with one record (bytes that are no text, too many lists in each other) is said when it is
-read, so that the others are learnt from.
+Records are not validated here: a fault of one (bytes that are not text, deep nesting) is reported when that record is
+parsed, so that the others can be used.
 """
 
 import gzip
@@ -22,20 +22,20 @@ from llava_ray.reading import reason, shown
 JSON_WINDOW = 1 << 24  # characters
 _JSON_GAP = re.compile(r"[\s,]*")
 MAX_RECORD = 1 << 28  # characters of one record
-_LINES_AHEAD = 200  # of a record that is written over several lines
+_LINES_AHEAD = 200  # searched for the end of a record that spans several lines
 
 _GZIP = b"\x1f\x8b"
 _MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 _MAX_ID = 500  # characters
 _SURROGATES = re.compile("[\ud800-\udfff]")
-_NO_TEXT = re.compile("[\udc80-\udcff\0]")  # bytes that are not UTF-8 become these
+_NO_TEXT = re.compile("[\udc80-\udcff\0]")  # bytes that are not UTF-8 are decoded to these
 
 
 def read_json_records(path: str) -> Iterator[tuple[int, bytes, str | None]]:
-    """Yield row (from 0), JSON text and id of each record of a LLaVA JSON file, holding one window of it at a time.
+    """Yield row (from 0), JSON text and id of each record of a LLaVA JSON file, with one window of it in memory.
 
-    Raises DataError where the text is no JSON: where the next record begins is then anybody's guess.
+    Raises DataError where the text is not JSON: the start of the next record is then unknown.
     """
     with _open_text(path) as stream:
         for row, (text, value) in enumerate(split_json(stream, path)):
@@ -43,9 +43,9 @@ def read_json_records(path: str) -> Iterator[tuple[int, bytes, str | None]]:
 
 
 def read_jsonl(path: str) -> Iterator[tuple[int, bytes, str | None]]:
-    """Yield line number (from 1), text and id of each line that is not empty; a line may hold no valid JSON.
+    """Yield line number (from 1), text and id of each line that is not empty; a line may be invalid JSON.
 
-    Raises DataError for JSON that is written over several lines, or as one list.
+    Raises DataError for JSON that spans several lines, or is one list.
     """
     with _open_text(path) as stream:
         lines = iter(lambda: stream.readline(MAX_RECORD + 1), "")
@@ -60,7 +60,7 @@ def read_jsonl(path: str) -> Iterator[tuple[int, bytes, str | None]]:
 
 
 def _parsed_line(line: str) -> Any:
-    """Return what a line says, None for one that is no JSON: it is rejected with its number."""
+    """Parse a line; None for invalid JSON, which is rejected later with its line number."""
     try:
         value, end = find_value(line, 0)
     except json.JSONDecodeError:
@@ -69,7 +69,7 @@ def _parsed_line(line: str) -> Any:
 
 
 def _check_first_line(path: str, lines: Sequence[str]) -> None:
-    """Raise DataError for a file whose first record goes on behind its line, or that is a list."""
+    """Raise DataError for a file whose first record spans several lines, or that is a list."""
     start = next((number for number, line in enumerate(lines) if line.strip()), len(lines))
     first = lines[start].strip() if start < len(lines) else "{}"
     if first.startswith("[") and _is_all(first, lines[start + 1 :]):
@@ -82,7 +82,7 @@ def _check_first_line(path: str, lines: Sequence[str]) -> None:
 
 
 def _is_all(first: str, others: Sequence[str]) -> bool:
-    """Tell whether a list is all of a file, or goes on in its other lines; otherwise it is one record that is none."""
+    """Return whether a list on the first line is the whole file or continues below; else it is one bad record."""
     following = next((line.strip() for line in others if line.strip()), None)
     if following is None:
         return True
@@ -92,11 +92,11 @@ def _is_all(first: str, others: Sequence[str]) -> bool:
 
 
 def _starts_value(text: str) -> bool:
-    """Tell whether a text begins with an object or list of several lines."""
+    """Return whether a text begins with an object or list that spans several lines."""
     try:
         value, end = find_value(text, 0)
     except json.JSONDecodeError as error:
-        # So many lines that belong together are no line that is damaged.
+        # So many lines of one value are not a single damaged line.
         return text.count("\n") + 1 >= _LINES_AHEAD and error.pos >= text.rstrip().rfind("\n")
     return isinstance(value, dict | list) and "\n" in text[:end]
 
@@ -116,10 +116,10 @@ def split_json(stream: TextIO, name: str) -> Iterator[tuple[str, Any]]:
         try:
             value, end = find_value(window, position)
             if end == len(window) and isinstance(value, int | float) and (more := stream.read(JSON_WINDOW)):
-                window += more  # a number may go on
+                window += more  # a number may continue beyond the window
                 continue
         except json.JSONDecodeError as error:
-            # Perhaps only cut off by the window: reading as much again keeps the total work linear.
+            # Possibly just cut off by the window: doubling it keeps the total work linear.
             more = stream.read(max(JSON_WINDOW, len(window)))
             if not more and not in_list and position == len(window):
                 return
@@ -138,14 +138,14 @@ def _check_end(window: str, position: int, stream: TextIO, name: str) -> None:
         rest = window[position:].strip()
         if rest:
             raise DataError(
-                f"{name}: more follows the end of its list ({rest[:30]!r}); expected one list of records. Join the "
-                "lists, or save a record a line (.jsonl)"
+                f"{name}: more text follows the end of its list ({rest[:30]!r}); expected one list of records. Join "
+                "the lists, or save a record a line (.jsonl)"
             )
         window, position = stream.read(JSON_WINDOW), 0
 
 
 def _not_json(name: str, window: str, consumed: int, error: json.JSONDecodeError) -> DataError:
-    """Say where a file stops being JSON, and why that may be."""
+    """Build the error that says where a file stops being JSON, and the likely reason."""
     if len(window) > MAX_RECORD:
         return DataError(
             f"{name}: its records are more than {MAX_RECORD:,} characters long; expected a list of records"
@@ -161,7 +161,7 @@ def _not_json(name: str, window: str, consumed: int, error: json.JSONDecodeError
 
 @contextmanager
 def _open_text(path: str) -> Iterator[TextIO]:
-    """Open a file as text; bytes that are none become half surrogate pairs. Raises DataError."""
+    """Open a file as text; invalid bytes become lone surrogates. Raises DataError."""
     filesystem, place = open_filesystem(path)
     try:
         with filesystem.open(place, "rb") as raw:
@@ -175,14 +175,14 @@ def _open_text(path: str) -> Iterator[TextIO]:
         raise DataError(f"{path}: the gzip file is damaged ({reason(error)}); fetch it again") from error
     except UnicodeError as error:
         raise DataError(
-            f"{path}: not the text that its first bytes promise ({reason(error)}); save it as UTF-8"
+            f"{path}: not text in the encoding of its byte order mark ({reason(error)}); save it as UTF-8"
         ) from error
     except OSError as error:
         raise DataError(f"{path} cannot be read ({reason(error)}); check the file and who may read it") from error
 
 
 def _as_bytes(text: str) -> bytes:
-    """Return the bytes that a text was read from; from UTF-16 those in UTF-8, half surrogate pairs as what is none."""
+    """Encode a text as UTF-8 again; lone surrogates become the invalid bytes that they were read from."""
     try:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
@@ -190,19 +190,19 @@ def _as_bytes(text: str) -> bytes:
 
 
 def _after_gap(window: str, position: int) -> int:
-    """Return where the next value begins."""
+    """Return the position of the next value."""
     gap = _JSON_GAP.match(window, position)
     return gap.end() if gap else position
 
 
 def _own_id(value: object) -> str | None:
-    """Return a record's own id as a text that can be written anywhere, None where it has none."""
+    """Return a record's own id as printable text, None where it has none."""
     own = value.get("id") if isinstance(value, dict) else None
     return None if own is None else clean_id(own)
 
 
 def clean_id(own: object) -> str:
-    """Return an id as a text that can be written anywhere."""
+    """Return an id as text that any file or terminal accepts."""
     text = own if isinstance(own, str) else str(own) if isinstance(own, bool | float) else None
     if text is None:
         text = str(own) if isinstance(own, int) and own.bit_length() < 4 * _MAX_ID else shown(own)

@@ -1,7 +1,7 @@
-"""How many tokens each example has: measured once with Ray, kept beside the shards.
+"""The number of tokens of each example: computed once with Ray, and stored beside the shards.
 
-The file is keyed by everything that decides the lengths (shards, tokenizer, template, tokens an image takes, limit),
-so a second run with the same settings starts at once.
+The file is keyed by everything that decides the lengths (shards, tokenizer, template, tokens of an image, limit), so a
+second run with the same settings starts at once.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from llava_ray.placement import in_pool
 if TYPE_CHECKING:
     from llava_ray.model.blueprint import Blueprint
 
-_FORMAT_VERSION = 3  # 3: control tokens that messages spell out are text
+_FORMAT_VERSION = 3  # 3: control tokens in messages are encoded as text
 _SAMPLES_WITHOUT_RAY = 10_000
 
 SCHEMA = pa.schema(
@@ -48,7 +48,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """What an Encoder is made from, small enough to send to every task: the tokenizer is all that it has to load."""
+    """The settings of an Encoder, small enough to send to every task, which loads only the tokenizer."""
 
     model_name_or_path: str
     version: str
@@ -60,7 +60,7 @@ class EncoderSettings:
 
     @classmethod
     def of(cls, blueprint: "Blueprint", data: DataConfig, train: TrainConfig) -> "EncoderSettings":
-        """Pick them from a model and a run's sections."""
+        """Build the settings from a model and a run's sections."""
         config = blueprint.config
         return cls(
             blueprint.tokenizer_source.name,
@@ -75,7 +75,7 @@ class EncoderSettings:
 
 @lru_cache(maxsize=2)
 def load_encoder(settings: EncoderSettings) -> Encoder:
-    """Load the tokenizer once a process."""
+    """Build the encoder, once per process: the tokenizer is slow to load."""
     from llava_ray.model.formats.sources import find_source  # torch and transformers
     from llava_ray.model.formats.vocabulary import load_text_side
 
@@ -91,7 +91,7 @@ def load_encoder(settings: EncoderSettings) -> Encoder:
 
 @dataclass(frozen=True)
 class TokenLengths:
-    """One row per example (see SCHEMA), in shard order, and what could not become an example."""
+    """One row per example (see SCHEMA), in shard order, and the rejected records."""
 
     table: pa.Table
     num_rejected: int
@@ -103,14 +103,14 @@ class TokenLengths:
 
     @property
     def num_truncated(self) -> int:
-        """Count the examples that were cut."""
+        """Count the truncated examples."""
         return int(self.column("truncated").sum())
 
 
 def measure_lengths(prepared: PreparedData, settings: EncoderSettings, max_rejected: float) -> TokenLengths:
-    """Return the lengths of every example of ``prepared``, from the file where there is one.
+    """Return the lengths of every example of ``prepared``, from the file if it exists.
 
-    Raises DataError when more than ``max_rejected`` of the rows are lost here and in preparation together.
+    Raises DataError when more than ``max_rejected`` of the rows are rejected here and in preparation together.
     """
     folder = f"{prepared.path}/tokens-{_lengths_key(prepared, settings)}"
     files, root = fsspec.core.url_to_fs(folder)
@@ -121,6 +121,7 @@ def measure_lengths(prepared: PreparedData, settings: EncoderSettings, max_rejec
         with files.open(f"{root}/rejected.jsonl", "w") as stream:
             stream.writelines(json.dumps(row) + "\n" for row in rejected)
         _check_rejected_share(prepared, rejected, max_rejected, f"{folder}/rejected.jsonl")
+        # Renamed when complete: the existence of the file means that every length is in it.
         with files.open(f"{path}.part", "wb") as stream:
             pq.write_table(pa.concat_tables(tables).replace_schema_metadata({"rejected": str(len(rejected))}), stream)
         files.mv(f"{path}.part", path)
@@ -130,8 +131,9 @@ def measure_lengths(prepared: PreparedData, settings: EncoderSettings, max_rejec
 
 
 def _measure_shards(prepared: PreparedData, settings: EncoderSettings) -> tuple[list[pa.Table], list[dict[str, str]]]:
-    """Tokenise all shards, a Ray task each; a few thousand samples are done here before a task could start."""
+    """Tokenise all shards, a Ray task each; a few thousand samples are faster in this process than a task starts."""
     shards = [(prepared.path, shard.name, index, settings) for index, shard in enumerate(prepared.shards)]
+    # Below this, starting worker processes takes longer than tokenising here.
     if prepared.num_samples <= _SAMPLES_WITHOUT_RAY:
         results = [_measure_shard(*shard) for shard in shards]
     else:
@@ -144,7 +146,7 @@ def _measure_shards(prepared: PreparedData, settings: EncoderSettings) -> tuple[
 def _measure_shard(
     path: str, name: str, index: int, settings: EncoderSettings
 ) -> tuple[pa.Table, list[dict[str, str]]]:
-    """Return the example rows of one shard, and the rows that cannot be learnt from with their reasons."""
+    """Return the example rows of one shard, and the rejected rows with their reasons."""
     encoder = load_encoder(settings)
     shard = read_shard_rows(path, name, None, columns=["id", "turns", "widths", "heights", "source"]).to_pylist()
     rows: list[tuple[Any, ...]] = []
@@ -170,19 +172,19 @@ def _measure_shard(
 def _check_rejected_share(
     prepared: PreparedData, rejected: list[dict[str, str]], max_rejected: float, path: str
 ) -> None:
-    """Raise DataError past the limit, with counts and first examples."""
+    """Raise DataError for too many rejected rows, with counts and the first messages."""
     total = prepared.num_samples + prepared.num_rejected
     lost = len(rejected) + prepared.num_rejected
     if lost > max_rejected * total or lost == total:
         first = "; ".join(row["message"] for row in rejected[:3])
         raise DataError(
             f"{lost} of {total} rows are rejected, over data.max_rejected = {max_rejected:g}: {first}; "
-            f"all are in {path}; mend the data, or raise data.max_rejected"
+            f"all are in {path}; fix the data, or raise data.max_rejected"
         )
 
 
 def _lengths_key(prepared: PreparedData, settings: EncoderSettings) -> str:
-    """Return 12 hex digits of all that decides token lengths."""
+    """Return 12 hex digits of everything that decides token lengths."""
     encoder = load_encoder(settings)
     tokenizer = encoder.tokenizer
     parts = [

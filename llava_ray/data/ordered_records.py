@@ -1,11 +1,11 @@
-"""Records one after the other, in the order that their owner knows: nothing shuffled, nothing prepared."""
+"""Records read one after the other in the order of their files, without shuffling or preparation."""
 
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import PurePath
 
 from llava_ray.chat.conversation import Turn
-from llava_ray.data.chunks import TEXT_READERS, make_chunks, unused
+from llava_ray.data.chunks import TEXT_READERS, make_chunks, make_unique_id
 from llava_ray.data.records import RawRecord, Record, find_files
 from llava_ray.data.shards import is_prepared, open_prepared, read_shard_rows
 from llava_ray.data.storage import absolute
@@ -14,7 +14,7 @@ _RECORDS_PER_CHUNK = 256
 
 
 def read_records(data_path: str, max_samples: int | None = None) -> Iterator[RawRecord | Record]:
-    """Yield the records of any data that training takes, in the order of its files. Raises DataError."""
+    """Yield the records of any data that training accepts, in the order of its files. Raises DataError."""
     if is_prepared(data_path):
         yield from islice(_prepared_records(data_path), max_samples)
         return
@@ -27,11 +27,11 @@ def read_records(data_path: str, max_samples: int | None = None) -> Iterator[Raw
 
 
 def _text_records(kind: str, files: list[str]) -> Iterator[RawRecord]:
-    # Preparation mixes the records of text files; here they come as they are written.
+    # Unlike preparation, which shuffles the records of text files.
     taken: dict[str, int] = {}
     rows = ((PurePath(path).name, *row) for path in files for row in TEXT_READERS[kind](path))
     for index, (name, row, text, own_id) in enumerate(rows):
-        yield RawRecord(unused(str(index) if own_id is None else own_id, taken), f"{name}:{row}", text)
+        yield RawRecord(make_unique_id(str(index) if own_id is None else own_id, taken), f"{name}:{row}", text)
 
 
 def _prepared_records(path: str) -> Iterator[Record]:

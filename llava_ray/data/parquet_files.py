@@ -1,4 +1,4 @@
-"""Parquet tables read row group by row group; rows that are damaged are told as such, the others are read."""
+"""Reading of Parquet tables by row group; damaged rows are reported as faults, the others are read."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,16 +16,16 @@ from llava_ray.images.reading import open_filesystem
 from llava_ray.reading import reason
 
 _ROWS_AT_ONCE = 64
-# A file claims its own number of rows, and each is listed: beyond the first, so many for each of its bytes.
+# A file declares its own number of rows, and each is listed: bound it by the file's size.
 FREE_ROWS, ROWS_PER_BYTE = 1_000_000, 8
-# What Arrow raises on files that are damaged; an OSError may be the storage's.
+# Raised by Arrow on damaged files; an OSError may also come from the storage.
 _DAMAGE = (pa.ArrowException, OSError, ValueError, LookupError, TypeError, MemoryError, OverflowError, RuntimeError)
 
 
 def parquet_layout(path: str) -> tuple[list[int], list[str | None]]:
-    """Return the number of rows of each row group, and every row's own id, None where it cannot be read.
+    """Return the number of rows of each row group, and every row's own id (None where it cannot be read).
 
-    Raises DataError for a file that is no Parquet table or holds no conversations.
+    Raises DataError for a file that is not a Parquet table or has no conversations.
     """
     with _open_parquet(path) as (file, num_bytes):
         names = file.schema_arrow.names
@@ -55,7 +55,7 @@ def _ids_of(file: pq.ParquetFile, group: int, count: int) -> list[str | None]:
 def read_parquet_records(
     path: str, row_groups: Sequence[int]
 ) -> Iterator[tuple[dict[str, Any] | Fault, tuple[str, ...]]]:
-    """Yield the rows of some row groups, columns by name, or why one cannot be read; with the columns left unread."""
+    """Yield the rows of some row groups (columns by name, or a Fault), each with the names of the unread columns."""
     with _open_parquet(path) as (file, _):
         schema = file.schema_arrow
         wanted = [field.name for field in schema if is_read(field.name) or _may_say_more(field)]
@@ -75,12 +75,12 @@ def read_parquet_records(
 
 
 def _may_say_more(field: pa.Field) -> bool:
-    """Tell whether a column's values may have to be refused, whatever it is called."""
+    """Return whether a column's values may need to be rejected, whatever its name."""
     return field.name not in ORIGINS and _may_hold_medium(field.type)
 
 
 def _may_hold_medium(kind: pa.DataType) -> bool:
-    """Tell whether a column of this type may hold bytes or texts: what they say has to be looked at, as of JSON."""
+    """Return whether a column of this type may hold bytes or texts, which are checked for media as in JSON."""
     if isinstance(kind, pa.BaseExtensionType):
         return _may_hold_medium(kind.storage_type)
     if isinstance(kind, pa.DictionaryType):
@@ -113,14 +113,14 @@ def _row_of(batch: pa.RecordBatch, index: int) -> dict[str, Any] | Fault:
     try:
         [row] = batch.slice(index, 1).to_pylist()
     except _DAMAGE as error:
-        return Fault(f"a value of the table cannot be read ({reason(error)}); mend it, or fetch the file again")
+        return Fault(f"a value of the table cannot be read ({reason(error)}); fix it, or fetch the file again")
     values: dict[str, Any] = row
     return values
 
 
 @contextmanager
 def _open_parquet(path: str) -> Iterator[tuple[pq.ParquetFile, int]]:
-    """Open a table and tell its size in bytes. Raises DataError."""
+    """Open a table; yield it with its size in bytes. Raises DataError."""
     filesystem, place = open_filesystem(path)
     try:
         num_bytes = int(filesystem.size(place) or 0)

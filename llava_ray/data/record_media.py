@@ -1,4 +1,4 @@
-"""Media in keys that are not obeyed: a record that has another than its images is rejected, not learnt without it."""
+"""Detection of media under unsupported keys: a record with media other than its images is rejected, not trained on."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ _IMAGE_WORDS = {
     "image", "img", "picture", "photo", "pixel", "jpg", "jpeg", "png", "webp", "gif", "bmp", "tiff",
     "thumbnail", "screenshot",
 }  # fmt: skip
-# Media by the end of a name, for values of keys that say nothing themselves.
+# File extensions of media, for values of keys whose name reveals nothing.
 _MEDIA_ENDINGS = (
     ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".mp4", ".mkv", ".webm", ".avi",
     ".mov", ".wav", ".mp3", ".flac", ".ogg",
@@ -21,15 +21,15 @@ _MEDIA_URIS = ("data:image/", "data:video/", "data:audio/")
 _BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # of PNG, JPEG, GIF and RIFF
 _BASE64_HEAD = re.compile(r"[A-Za-z0-9+/_\s-]{60}")
 _MAX_NAME_CHARS = 8000
-_DIGEST_BYTES = 64  # the longest that are a hash, and no medium
-_MAX_ENTRIES, _MAX_DEPTH = 1000, 4  # of lists that are looked into
-# Where a medium lies in an object, in one form or several (Hugging Face's have bytes and path), and other media.
+_DIGEST_BYTES = 64  # the longest hash digest; longer bytes may be a medium
+_MAX_ENTRIES, _MAX_DEPTH = 1000, 4  # of lists that are searched
+# Keys of an object that hold a medium, in one form or several (Hugging Face's have bytes and path), and other media.
 _FORMS = ("bytes", "path", "url", "uri", "base64", "data")
 _MEDIA = ("image", "images", "image_url", "video", "audio")
 
-# Keys that say where a sample comes from, whatever their value looks like.
+# Keys of a sample's origin, whatever their value looks like.
 ORIGINS = {"source", "dataset", "data_source", "origin", "license", "metadata", "meta"}
-# Beside a record's images: words of the same image in another form or place, of a smaller one of it, and of others.
+# Beside a record's images: words for the same image in another form or place, for a thumbnail of it, and for others.
 _SAME = {"path", "url", "uri", "link", "href", "file", "filename", "byte", "data", "original", "orig", "key"}
 _BASE64 = re.compile("b(ase)?_?64")
 _SMALLER = {"thumbnail", "thumb", "preview", "icon"}
@@ -40,20 +40,20 @@ _OTHER = {
 
 
 def is_image_key(name: str) -> bool:
-    """Tell whether a key that is not obeyed seems to hold an image."""
+    """Return whether an unsupported key seems to hold an image."""
     words = set(words_of(name))
     return bool(words & _IMAGE_WORDS) and not words & ABOUT
 
 
 def names_medium(value: Any) -> bool:
-    """Tell whether a value is a medium, or leads to one, in lists and objects as well."""
+    """Return whether a value is or refers to a medium, in lists and objects as well."""
     return next(_media_in(value), None) is not None
 
 
-def why_lost(name: str, value: Any, named: Sequence[Any], num_images: int) -> str | None:
-    """Return why a key is refused whose value would be a medium that nothing is learnt from; None where it is none.
+def find_lost_medium(name: str, value: Any, named: Sequence[Any], num_images: int) -> str | None:
+    """Return why a key is rejected whose value is a medium that would be dropped; None where it is not.
 
-    ``named`` is what the record says of its images, ``num_images`` their number.
+    ``named`` are the record's references to its images, ``num_images`` their number.
     """
     if name in ORIGINS:
         return None
@@ -71,19 +71,19 @@ def why_lost(name: str, value: Any, named: Sequence[Any], num_images: int) -> st
     meant = set(words[1:] if len(words) > 1 and words[0] == "source" else words)
     is_same = meant & (ABOUT | _SAME) or _BASE64.search(name.lower())
     if is_same and not meant & _OTHER and not _is_numbered(name) and len(media) <= num_images:
-        return None  # where an image of the record came from
+        return None  # the origin of one of the record's images
     return "it holds another medium than the record's images: list all of them in `images`, each with its marker"
 
 
 def _media_in(value: Any) -> Iterator[str | bytes]:
-    """Yield what is a medium, or leads to one."""
+    """Yield media and references to media."""
     return _texts_in(value, _is_medium)
 
 
 def _texts_in(
     value: Any, is_meant: Callable[[str | bytes], bool] = bool, num_forms: int = 1, depth: int = _MAX_DEPTH
 ) -> Iterator[str | bytes]:
-    """Yield texts and bytes that are meant; of each object's forms of one thing the first ``num_forms``."""
+    """Yield texts and bytes; of the alternative forms in each object the first ``num_forms``."""
     if isinstance(value, str | bytes):
         if is_meant(value):
             yield value
@@ -109,14 +109,14 @@ def _leads_to_medium(text: str) -> bool:
 
 
 def _is_medium_beside(one: str | bytes, is_image: bool) -> bool:
-    """Tell of bytes whether they are a file of some kind; other columns may be of anything."""
+    """Return whether bytes begin like a media file; other columns may hold anything."""
     return (
         isinstance(one, str) or is_image or bool(identify_format(one)) or one[4:8] == b"ftyp" or one.startswith(b"RIFF")
     )
 
 
 def _are_among(media: Sequence[str | bytes], named: Sequence[Any]) -> bool:
-    """Tell whether all of some media are the record's own images, wherever they lie."""
+    """Return whether all of these media are the record's own images, wherever they are stored."""
     if not media:
         return True
     known = set(map(_last_name, _texts_in(list(named), num_forms=len(_FORMS))))
@@ -128,7 +128,7 @@ def _last_name(one: str | bytes) -> str | bytes:
 
 
 def _is_numbered(name: str) -> bool:
-    """Tell whether a key is that of a second image or a later one: ``image2_path``, ``path_3``."""
+    """Return whether a key is numbered as a second or later image: ``image2_path``, ``path_3``."""
     split = re.findall(r"[a-z]+|[0-9]+", name.lower())
     return any(
         one.isdigit() and len(one) < 3 and int(one) > 1 and split[i - 1 : i] not in (["base"], ["b"], ["mp"], ["md"])

@@ -1,4 +1,4 @@
-"""What the stages of the stream and the workers at its end are told."""
+"""Settings of the stream's stages and of the workers at its end."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from llava_ray.images.tokens import ImageTokens
 
 @dataclass(frozen=True)
 class StreamSettings:
-    """What the stages of the stream need to know; sent to every task."""
+    """The settings of the stream's stages, sent to every task."""
 
     prepared_path: str
     shard_names: tuple[str, ...]
@@ -24,6 +24,6 @@ class StreamSettings:
     bf16: bool
     vision_gpus: int
     vision_threads: int = 1
-    """Threads that a tower computes with whose features are kept before anything learns."""
+    """Compute threads of a tower that fills the feature cache before training."""
     features: str | None = None
-    """Entry of the feature cache to read instead of images; see ``feature_cache``."""
+    """Entry of the feature cache to read instead of images (see ``feature_cache``)."""

@@ -1,7 +1,8 @@
 """Prepared data: Parquet shards of checked samples, and the manifest that makes a folder complete.
 
-A shard holds encoded images, so that pixels are decoded last; its row groups are small, so that single rows can be
-read. The manifest ``prepared.json`` is written last: a folder without it is unfinished.
+A shard holds encoded images: as JPEG or PNG they are some ten to fifty times smaller than pixels, in storage and on the
+network, so they are decoded as late as possible. Row groups are small, so that single rows can be read. The manifest
+``prepared.json`` is written last: a folder without it is incomplete.
 """
 
 import hashlib
@@ -35,7 +36,7 @@ _SCHEMA = pa.schema(
     }
 )
 
-# Images are compressed already; a dictionary or statistics over them would only cost.
+# Images are compressed already; a dictionary or statistics over them would cost time and gain nothing.
 _COMPRESSION = {
     "id": "zstd",
     "turns.list.element.role": "zstd",
@@ -64,46 +65,46 @@ class PreparedData:
     path: str
     shards: tuple[ShardInfo, ...]
     data_hash: str
-    """sha256 over the shards' own: the identity of the data, wherever the folder lies."""
+    """sha256 over the shards' own hashes: the identity of the data, wherever the folder is."""
     num_samples: int
     num_rejected: int
     rejected_reasons: dict[str, int]
     ignored_keys: dict[str, int] = field(default_factory=dict)
-    """Keys of records, turns and parts that were read past, with the number of samples that have them."""
+    """Ignored keys of records, turns and parts, with the number of samples that have them."""
     reused: bool = field(default=False, compare=False)
-    """Whether it was there already, rather than made just now."""
+    """Whether the folder existed already, rather than being written now."""
 
     @property
     def num_bytes(self) -> int:
-        """Add up the shards' sizes."""
+        """Return the total size of the shards."""
         return sum(shard.num_bytes for shard in self.shards)
 
     @property
     def rejected_path(self) -> str:
-        """Say where the rejected rows are listed."""
+        """Return the path of the list of rejected records."""
         return f"{self.path}/{REJECTED}"
 
 
 class ShardWriter:
-    """Writes samples to shards named ``<prefix>-00.parquet``, ``-01`` ..., each bounded in rows and bytes."""
+    """A writer of shards named ``<prefix>-00.parquet``, ``-01`` ..., each bounded in rows and bytes."""
 
     def __init__(self, folder: str, prefix: str, *, max_rows: int, max_bytes: int) -> None:
-        """Begin with no shard: none is written before there is a sample."""
+        """Prepare an empty writer; no shard is written before the first sample."""
         self.folder, self.prefix, self.max_rows, self.max_bytes = folder, prefix, max_rows, max_bytes
         self.shards: list[ShardInfo] = []
         self._rows: list[dict[str, Any]] = []
         self._num_bytes = 0
 
     def append(self, sample: Sample) -> None:
-        """Add a sample, first closing the shard if it would grow too large."""
+        """Add a sample, first writing the current shard if it would grow too large."""
         num_bytes = sum(len(image) for image in sample.record.images)
         if self._rows and (len(self._rows) == self.max_rows or self._num_bytes + num_bytes > self.max_bytes):
             self.flush()
-        self._rows.append(as_row(sample))
+        self._rows.append(to_row(sample))
         self._num_bytes += num_bytes
 
     def flush(self) -> list[ShardInfo]:
-        """Write the samples that are waiting; return all shards written so far."""
+        """Write the buffered samples; return all shards written so far."""
         if self._rows:
             name = f"{self.prefix}-{len(self.shards):02d}.parquet"
             content = encode_shard(self._rows)
@@ -115,7 +116,7 @@ class ShardWriter:
 
 
 def encode_shard(rows: Sequence[Mapping[str, Any]]) -> memoryview:
-    """Return one shard's Parquet file; the same rows give the same bytes."""
+    """Encode rows as a Parquet file; equal rows give equal bytes, which the data hash relies on."""
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(
         sink, _SCHEMA, compression=_COMPRESSION, use_dictionary=False, write_statistics=False
@@ -126,8 +127,8 @@ def encode_shard(rows: Sequence[Mapping[str, Any]]) -> memoryview:
     return memoryview(sink.getvalue())
 
 
-def as_row(sample: Sample) -> dict[str, Any]:
-    """Return a sample as SCHEMA has it."""
+def to_row(sample: Sample) -> dict[str, Any]:
+    """Convert a sample to a row of the shard schema."""
     record = sample.record
     return {
         "id": record.id,
@@ -146,7 +147,7 @@ def write_shards_manifest(
     settings: Mapping[str, Any],
     ignored_keys: Mapping[str, int] | None = None,
 ) -> PreparedData:
-    """Make a folder complete. ``settings`` says how it came about."""
+    """Write the manifest that makes a folder complete; ``settings`` are those it was prepared with."""
     ordered = tuple(sorted(shards, key=lambda shard: shard.name))
     prepared = PreparedData(
         path=absolute(path),
@@ -173,19 +174,19 @@ def write_shards_manifest(
 
 
 def _hash_shards(shards: Sequence[ShardInfo]) -> str:
-    """Return one sha256 for all shards, in order."""
+    """Return one sha256 over those of all shards, in order."""
     return hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()
 
 
 def is_prepared(path: str) -> bool:
-    """Say whether a folder has a manifest."""
+    """Return whether a folder has a manifest of prepared data."""
     return file_size(f"{absolute(path)}/{_MANIFEST}") is not None
 
 
 def open_prepared(path: str) -> PreparedData:
-    """Read a folder's manifest and see that its shards are there, whole.
+    """Load a folder's manifest and check that all shards exist with their size.
 
-    Raises DataError where the folder is not a prepared one, of another format version, or incomplete.
+    Raises DataError where the folder is not prepared, of another format version, or incomplete.
     """
     path = absolute(path)
     values = _read_manifest(path)
@@ -205,7 +206,7 @@ def open_prepared(path: str) -> PreparedData:
         raise DataError(
             f"{path}: {len(wrong)} of {len(prepared.shards)} shards are missing or cut off, first {wrong[0]!r} "
             f"({sizes.get(wrong[0], 'no')} bytes found); copy the folder completely, or delete it and prepare again. "
-            "If several nodes have just made it, data.cache_dir is not on storage that they share"
+            "If several nodes have just written it, data.cache_dir is not on storage that they share"
         )
     return prepared
 
@@ -215,7 +216,7 @@ def _read_manifest(path: str) -> dict[str, Any]:
         values: dict[str, Any] = json.loads(read_stored(f"{path}/{_MANIFEST}"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(
-            f"{path!r} is not a prepared folder: there is no {_MANIFEST} in it; give data.data_path the raw "
+            f"{path!r} is not a prepared folder: it has no {_MANIFEST}; give data.data_path the raw "
             "records, or run pipelines/prepare.py to the end"
         ) from error
     except ValueError as error:
@@ -232,9 +233,9 @@ def _read_manifest(path: str) -> dict[str, Any]:
 def read_shard_rows(
     prepared_path: str, shard_name: str, rows: Sequence[int] | None, columns: Sequence[str] | None = None
 ) -> pa.Table:
-    """Read rows of one shard, all of them for None, in the order asked; only the row groups that hold them are read.
+    """Read rows of one shard in the order requested (None for all), from only the row groups that hold them.
 
-    Raises DataError where the shard is missing, damaged or shorter than asked.
+    Raises DataError where the shard is missing, damaged or has fewer rows.
     """
     path = f"{prepared_path}/{shard_name}"
     filesystem, place = open_filesystem(path)
@@ -253,7 +254,7 @@ def _take_rows(file: pq.ParquetFile, rows: Sequence[int], columns: list[str] | N
     counts = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
     first = np.cumsum([0, *counts])  # the first row of each group, then the number of rows
     if wanted.size and (wanted.min() < 0 or wanted.max() >= first[-1]):
-        raise IndexError(f"rows up to {wanted.max()} asked for, it has {first[-1]}")
+        raise IndexError(f"rows up to {wanted.max()} requested, it has {first[-1]}")
     groups = np.unique(np.searchsorted(first, wanted, side="right") - 1)
     held = np.concatenate([wanted[:0], *(np.arange(first[i], first[i + 1]) for i in groups)])
     table = file.read_row_groups(groups.tolist(), columns, use_threads=False)

@@ -1,6 +1,6 @@
-"""The plan carried out by Ray Data: descriptors → read and tokenise → decode → (frozen tower) → train workers.
+"""Execution of the plan by Ray Data: descriptors → read and tokenise → decode → (frozen tower) → train workers.
 
-Several of Ray's own processes import this module to pass it on, so it imports neither torch nor transformers.
+Several of Ray's own processes import this module to unpickle tasks, so it imports neither torch nor transformers.
 
 A block of the stream is a few micro-batches of one rank (see ``descriptors``). ``TrainStream`` is what Ray Train
 evaluates at every start of the workers: it begins at the committed step. ``DealToRanks`` then knows the world size and
@@ -22,7 +22,7 @@ from llava_ray.chat.conversation import Turn
 from llava_ray.data.blocks import pack_block, unpack_block
 from llava_ray.data.descriptors import ROWS_PER_BLOCK, describe_micro_batches
 from llava_ray.data.examples import Example
-from llava_ray.data.feature_cache import fetch_features, place_of
+from llava_ray.data.feature_cache import fetch_features, location_key
 from llava_ray.data.lengths import TokenLengths, load_encoder
 from llava_ray.data.plan import Plan
 from llava_ray.data.settings import StreamSettings
@@ -53,10 +53,10 @@ class TrainStream:
 
 
 class DealToRanks(TrainDataConfig):
-    """Turn steps into each rank's micro-batches, once the world size is known."""
+    """A data config that turns steps into each rank's micro-batches, once the world size is known."""
 
     def __init__(self, plan: Plan, until: int, lengths: TokenLengths, settings: StreamSettings) -> None:
-        """Keep what is needed to deal; Ray Train sends this to its data manager."""
+        """Store what the assignment to ranks needs; Ray Train sends this object to its data manager."""
         super().__init__(enable_shard_locality=False)
         self.plan = plan
         self.until = until
@@ -138,14 +138,14 @@ def read_blocks(descriptors: pa.Table, settings: StreamSettings) -> Iterator[pa.
 
 
 class BlockImageDecoder:
-    """Turn the encoded images of a block into pixels, or into the features that a cache has of them."""
+    """An actor that turns the encoded images of a block into pixels, or into their cached features."""
 
     def __init__(self, settings: StreamSettings) -> None:
-        """Keep what tells the size."""
+        """Store the settings."""
         self.settings = settings
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Decode, or look up."""
+        """Decode the images of a block, or look up their features."""
         return pack_block(add_images(unpack_block(block), self.settings))
 
 
@@ -200,7 +200,7 @@ def _packed(
     records: dict[tuple[int, int], dict[str, Any]],
     encode: Callable[[list[Turn], list[Size]], list[Example]],
 ) -> dict[str, Any]:
-    """Lay one micro-batch's examples one behind the other."""
+    """Pack one micro-batch's examples into one row, one behind the other."""
     examples, ids, images, shown, places = [], [], [], [], []
     for shard, number, part, num_tokens in zip(row["shard"], row["row"], row["part"], row["num_tokens"], strict=True):
         record = records[shard, number]
@@ -212,7 +212,7 @@ def _packed(
         ids.append(record["id"])
         images += [record["images"][i] for i in example.images if "images" in record]
         shown += [sizes[i] for i in example.images]
-        places += [place_of(shard, number, i) for i in example.images]
+        places += [location_key(shard, number, i) for i in example.images]
     common = {name: row[name] for name in ("step", "rank", "num_supervised", "num_micro_batches", "num_tokens")}
     return common | {
         "ids": ids,
@@ -225,7 +225,7 @@ def _packed(
 
 
 def add_images(table: pa.Table, settings: StreamSettings) -> pa.Table:
-    """Replace each row's images by what the model takes of them: pixels, or features from a cache."""
+    """Replace each row's images by the model's input: pixels, or features from a cache."""
     return load_features(table, settings) if settings.features else decode_block_images(table, settings)
 
 

@@ -22,7 +22,7 @@ from llava_ray.model.formats.part_sources import find_layout
 from llava_ray.model.formats.vocabulary import image_token_ids
 from llava_ray.model.loading import aspect_ratio, pretrained_config
 from llava_ray.model.lora.adapter_terms import Terms, extract_lora_weights, load_terms
-from llava_ray.model.lora.adapters import MERGE_TOLERANCE, has_adapter, measure_drift, probe
+from llava_ray.model.lora.adapters import MERGE_TOLERANCE, compute_probe_logits, has_adapter, measure_drift
 from llava_ray.model.network.llava import Llava
 from llava_ray.model.network.quantization import find_dtype
 from llava_ray.model.parts import find_newline, load_projector
@@ -182,7 +182,7 @@ def _check_terms(model: PreTrainedModel, terms: Terms, expected: Tensor, folder:
     rows = RowAdapters(model, {"it": terms})
     try:
         rows.choose_one("it", len(expected))
-        drift = measure_drift(probe(model), expected)
+        drift = measure_drift(compute_probe_logits(model), expected)
     finally:
         rows.take_off()
     if not drift <= MERGE_TOLERANCE[find_dtype(model)]:

@@ -1,4 +1,4 @@
-"""Models put together from their parts, and kept in one self-describing folder.
+"""Assembly of models from their parts, and the layout of a bundle, their self-describing folder.
 
 * ``llava.json``: what it is (``manifest.Manifest``)
 * ``projector.safetensors``: under LLaVA's tensor names, without prefix; with ``image_newline`` where the model has it,
@@ -71,7 +71,7 @@ def assemble(
     language_model_context: AbstractContextManager[Any] | None = None,
     quantization: Quantization | None = None,
 ) -> LlavaParts:
-    """Load a language model, with the adapter that lies over it, and a tower with a projector, on the CPU.
+    """Load a language model with its adapter, a tower and a projector, on the CPU.
 
     ``config.model_name_or_path`` is a model folder of any kind. A new projector depends on ``seed`` alone, so it is
     the same on every rank. ``language_model_context`` is entered only while the language model loads (ZeRO 3 partitions

@@ -1,4 +1,4 @@
-"""Everything that is known of a model before its weights are read."""
+"""A model's blueprint: everything that is known before its weights are read."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +54,7 @@ class ResolvedParts:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A model without its weights: all that the data path needs, cheap enough for every process.
+    """A model without its weights: everything that the data path needs, cheap enough for every process.
 
     ``layout`` is the folder that it goes on from; ``bundle`` and ``manifest`` are that folder's if it is a bundle.
     ``new_token_ids`` have no embeddings of their own in the language model's files.
@@ -78,7 +78,7 @@ class Blueprint:
 
     @property
     def hidden_size(self) -> int:
-        """Width of the language model's embeddings."""
+        """Return the width of the language model's embeddings."""
         return int(self.language_config.get_text_config().hidden_size)
 
     @property
@@ -89,7 +89,7 @@ class Blueprint:
 
     @property
     def s2_scales(self) -> tuple[int, ...]:
-        """Sides in pixels at which the tower looks at an image; () without S2."""
+        """Return the sides in pixels of S2's scales; () without S2."""
         return find_s2_scales(self.config, self.image_processor)
 
     @property
@@ -167,7 +167,7 @@ def read_blueprint(config: ModelConfig, image_aspect_ratio: str, *, weights: boo
 
 
 def load_image_processor(folder: Path) -> BaseImageProcessor:
-    """Load the image processor that lies beside a tower. Raises ModelError."""
+    """Load the image processor beside a tower. Raises ModelError."""
     processors: Any = AutoImageProcessor  # untyped in transformers
     for name in PROCESSOR_FILES:
         if is_file(folder / name):
@@ -190,7 +190,7 @@ def load_image_processor(folder: Path) -> BaseImageProcessor:
 
 
 def completed(config: ModelConfig, layout: Layout) -> ModelConfig:
-    """Return the config with the folder's values for what it leaves open."""
+    """Return the config with the folder's values for settings that are not set."""
     open_keys = ["image_grid_pinpoints"] + (["s2_scales"] if config.s2 else [])
     changes = {
         key: layout.settings[key] for key in open_keys if getattr(config, key) is None and layout.settings.get(key)

@@ -1,4 +1,4 @@
-"""An adapter alone, as the original LLaVA keeps it, for a base that is found elsewhere."""
+"""Export of an adapter alone in the original LLaVA's layout, and of a merged model."""
 
 import shutil
 from pathlib import Path
@@ -13,7 +13,7 @@ from llava_ray.model.formats.manifest import is_bundle, read_manifest
 from llava_ray.model.formats.names import IMAGE_NEWLINE, PROJECTOR_PREFIX
 from llava_ray.model.formats.original.names import PEFT_PREFIX, to_original
 from llava_ray.model.formats.original.settings import TYPES, write_llava_settings, write_original_settings
-from llava_ray.model.formats.part_configs import complete
+from llava_ray.model.formats.part_configs import fill_defaults
 from llava_ray.model.formats.sources import find_source
 from llava_ray.model.lora.adapter_files import read_adapter
 from llava_ray.model.tensors.tensor_files import read_json_object
@@ -38,13 +38,13 @@ def export_adapter(model: str | Path, output: str | Path, model_base: str | None
             "Export it with hub or original."
         )
     base = find_source(model_base or manifest.language_model.base, "language model", weights=False).folder
-    read_adapter(adapter)  # refused where it is damaged or holds NaN
-    language = complete(read_config(base / "config.json"), str(base / "config.json"))
-    kept: dict[str, object] = {}
+    read_adapter(adapter)  # raises if it is damaged or holds NaN
+    language = fill_defaults(read_config(base / "config.json"), str(base / "config.json"))
+    unused: dict[str, object] = {}
     if language["model_type"] in TYPES:
-        config = write_original_settings(manifest, language, kept)
+        config = write_original_settings(manifest, language, unused)
     else:
-        config = {**language, **write_llava_settings(manifest, kept)}
+        config = {**language, **write_llava_settings(manifest, unused)}
     trainables = {
         PEFT_PREFIX + to_original(name if name == IMAGE_NEWLINE else PROJECTOR_PREFIX + name): tensor.load().clone()
         for name, tensor in read_weight_file(folder / PROJECTOR_FILE).items()
@@ -54,7 +54,7 @@ def export_adapter(model: str | Path, output: str | Path, model_base: str | None
             shutil.copyfile(adapter / name, new / name)
         torch.save(trainables, new / NON_LORA_FILE)
         write_json_file(new / "config.json", config)
-    return Exported(Path(output), (f"its base is {manifest.language_model.base}, which has to be given beside it",))
+    return Exported(Path(output), (f"its base is {manifest.language_model.base}, which has to be given with it",))
 
 
 def export_merged(
@@ -96,5 +96,5 @@ def base_dtype(model: Path, model_base: str | None) -> torch.dtype:
     name = config.get("dtype", config.get("torch_dtype")) or "float32"
     dtype = getattr(torch, name.removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ModelError(f"{file}: dtype is {shown(name)}, expected one such as bfloat16; mend it.")
+        raise ModelError(f"{file}: dtype is {shown(name)}, expected one such as bfloat16; fix it.")
     return dtype

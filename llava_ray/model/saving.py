@@ -1,4 +1,4 @@
-"""Save a model in memory as a bundle: ``llava.json``, projector, tokenizer, and the parts that it shall hold."""
+"""Saving of a model in memory as a bundle: ``llava.json``, projector, tokenizer, and the selected parts."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,14 +33,14 @@ def save_bundle(
     training: Mapping[str, Any] | None = None,
     place: str | Path | None = None,
 ) -> None:
-    """Write a bundle, whole or not at all; one that is already there is replaced.
+    """Save a bundle atomically; an existing one is replaced.
 
     ``tensors`` are full tensors under Llava's names (``projector.0.weight``, ``language_model.lm_head.weight``), as
     gathered from a training engine; by default those of ``parts.llava``. With ``include="projector"`` the language
-    model is named instead of copied, and so is a tower that has not learnt; with "adapter" the adapter is written
-    beside the projector; by default the bundle holds all of the model, or the adapter if there is one. ``training`` is
-    kept in the manifest; ``place`` says where the bundle will lie, if not in ``folder``. Raises
-    BundleError if the folder cannot be written, is something else, or a tensor is missing.
+    model is named instead of copied, and so is a frozen tower; with "adapter" the adapter is saved beside the
+    projector; by default the bundle holds all of the model, or the adapter if there is one. ``training`` is stored in
+    the manifest; ``place`` is the bundle's final location, if not ``folder``. Raises BundleError if the folder cannot
+    be written, is something else, or a tensor is missing.
     """
     model = parts.llava.language_model
     include = include or ("adapter" if has_adapter(model) else "all")
@@ -55,9 +55,9 @@ def save_bundle(
         if include == "all":
             save_weights(new / LANGUAGE_MODEL, model, _below("language_model.", tensors))
             language = _held(parts.language_source, new / LANGUAGE_MODEL)
-        learnt = _below("vision_tower.", tensors)
-        if include == "all" or learnt:
-            # What has learnt is all of the tower but the blocks that were set aside.
+        trained = _below("vision_tower.", tensors)
+        if include == "all" or trained:
+            # ``trained`` is the whole tower except the blocks that were truncated.
             adapted = tuple(name.removeprefix("vision_tower.") + "." for name in adapter_layers(parts.llava))
             own = {name: t for name, t in parts.tower.full_state_dict().items() if not name.startswith(adapted)}
             save_tower(new / VISION_TOWER, parts.tower, own | learnt, parts.image_processor)
@@ -85,18 +85,18 @@ def _check_contents(language_model: PreTrainedModel, include: Contents) -> None:
         )
     if include == "all" and find_quantization(language_model):
         raise BundleError(
-            "the language model is quantised, and a bundle holds weights as they are; load it with bits = 16."
+            "the language model is quantised, and a bundle holds unquantised weights; load it with bits = 16."
         )
 
 
 def names_beside(parts: LlavaParts) -> tuple[str, ...]:
-    """Return how the names begin of all tensors that a bundle needs which leaves the language model out."""
+    """Return the name prefixes of all tensors of a bundle without its language model."""
     embeddings = (parts.llava.embeddings_name,) if image_token_ids(parts.tokenizer) else ()
     return "projector.", IMAGE_NEWLINE, "vision_tower.", *embeddings
 
 
 def _projector_tensors(parts: LlavaParts, tensors: Mapping[str, Tensor], *, embeddings: bool) -> dict[str, Tensor]:
-    """Return what belongs into PROJECTOR_FILE: projector, image_newline, and if asked the new tokens' embeddings."""
+    """Return the tensors of PROJECTOR_FILE: projector, image_newline and, with ``embeddings``, those of new tokens."""
     found = _below("projector.", tensors)
     if IMAGE_NEWLINE in tensors:
         found[IMAGE_NEWLINE] = tensors[IMAGE_NEWLINE].detach().contiguous()

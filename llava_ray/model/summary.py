@@ -1,4 +1,4 @@
-"""A model's card: its parts, how large they are and what of them learns, from configs alone.
+"""A model's summary: its parts, their sizes and their trainable parameters, from configs alone.
 
 The parts are built without memory (on torch's meta device), so the numbers are those of the real classes, and nothing
 is downloaded: a hub id is known if its config is in the hub's cache or one that the shipped recipes name. What the
@@ -56,7 +56,7 @@ class ModelSummary:
     linears: dict[str, tuple[int, int]]
 
     def part(self, name: str) -> PartSummary | None:
-        """Return a part's card, or None."""
+        """Return the summary of a part, or None."""
         return next((part for part in self.parts if part.name == name), None)
 
 
@@ -133,7 +133,7 @@ def _name_origins(found: ResolvedParts) -> dict[str, str]:
 
 
 def build_language_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """Make a language model without memory."""
+    """Build a language model on the meta device."""
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     model.tie_weights()  # without first weights it is left out too
     return model

@@ -1,1 +1,1 @@
-"""What a model will see of data before any training: tokens, labels, images, losses."""
+"""Previews of data as a model will see it before any training: tokens, labels, images, losses."""

@@ -1,4 +1,4 @@
-"""What a model makes of each sample: losses in fp32, several samples packed into a row."""
+"""Losses of a model on each sample, in fp32, with several samples packed into a row."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,14 +24,14 @@ from llava_ray.preview.samples import Rejection, SampleView, Viewer, find_image_
 
 @dataclass(frozen=True)
 class LossScorer:
-    """A model that tells how surprised it is by a sample. ``row_length`` bounds the tokens of one forward pass."""
+    """A model that computes its loss on samples. ``row_length`` bounds the tokens of one forward pass."""
 
     parts: LlavaParts
     image_spec: ImageSpec
     row_length: int
 
     def add_losses(self, views: Iterable[SampleView | Rejection]) -> Iterator[SampleView | Rejection]:
-        """Yield the views in their order, each sample with its loss."""
+        """Yield the views in order, each sample with its loss."""
         row: list[SampleView | Rejection] = []
         room = self.row_length
         for view in views:
@@ -51,7 +51,8 @@ class LossScorer:
     def losses(self, samples: Sequence[SampleView]) -> list[float]:
         """Return the mean loss of each sample over its supervised tokens.
 
-        All of them in one packed row; where one is not finite, each alone: attention may spread a NaN over its row.
+        All samples share one packed row; if a loss is not finite, each is computed alone, as attention may spread a NaN
+        over the row.
         """
         losses = self.losses_of_row(samples)
         if len(samples) == 1 or all(map(math.isfinite, losses)):
@@ -60,7 +61,7 @@ class LossScorer:
 
     @torch.inference_mode()
     def losses_of_row(self, samples: Sequence[SampleView]) -> list[float]:
-        """Return the same of one packed row."""
+        """Return the mean loss of each sample of one packed row."""
         device = next(self.parts.llava.parameters()).device
         ids = np.concatenate([sample.example.input_ids for sample in samples])
         labels = np.concatenate([sample.example.labels for sample in samples])
@@ -82,12 +83,12 @@ class LossScorer:
 
 
 def _with_loss(sample: SampleView, loss: float) -> SampleView:
-    """Return a sample with its loss, or with the word that it has none."""
+    """Return a sample with its loss, or with the reason why it has none."""
     return replace(sample, loss=loss) if math.isfinite(loss) else replace(sample, no_loss="not finite")
 
 
 def model_viewer(settings: PreviewSettings) -> tuple[Viewer, LossScorer]:
-    """Load a model and return what shows samples as it sees them, and what it makes of them.
+    """Load a model; return a viewer that shows samples as it sees them, and a scorer of its losses.
 
     Raises ConfigError or ModelError.
     """
@@ -114,7 +115,7 @@ def model_viewer(settings: PreviewSettings) -> tuple[Viewer, LossScorer]:
 def _notes(settings: PreviewSettings, parts: LlavaParts) -> tuple[str, ...]:
     notes = []
     if parts.layout.kind is LayoutKind.LANGUAGE_MODEL:
-        notes.append("the projector is new and has learnt nothing: losses of samples with images say little.")
+        notes.append("the projector is new and untrained: losses of samples with images say little.")
     trained = parts.layout.settings.get("version")
     if trained is not None and settings.version not in (None, trained):
         notes.append(f"the model was trained with template {trained!r}, not {settings.version!r}.")

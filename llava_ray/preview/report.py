@@ -1,4 +1,4 @@
-"""What a preview found: as a report, as a few lines for a terminal, as JSON lines."""
+"""The findings of a preview as a report, as a few lines for a terminal, or as JSON lines."""
 
 import io
 import json
@@ -32,9 +32,9 @@ from llava_ray.report.pieces import (
 
 _NUM_WORST = 12
 _NUM_IN_TERMINAL = 3
-_NUM_NAMED = 5  # samples without a finite loss, beside their number
-_SHOWN_CHARS = 40  # of an id
-_LOSSLESS_UP_TO = 128  # pixels; larger crops become JPEG, to keep the page light
+_NUM_NAMED = 5  # samples without a finite loss that are listed by id
+_SHOWN_CHARS = 40  # characters of an id
+_LOSSLESS_UP_TO = 128  # pixels; larger crops are encoded as JPEG, to keep the page small
 
 _PLAIN = "\x1b[0m"
 _PAINT = {"context": _PLAIN, "learnt": "\x1b[32m", "image": "\x1b[90m", "cut": "\x1b[90;9m"}
@@ -42,7 +42,7 @@ _PAINT = {"context": _PLAIN, "learnt": "\x1b[32m", "image": "\x1b[90m", "cut": "
 
 @dataclass(frozen=True)
 class Findings:
-    """All views of a preview, and what can be counted of them."""
+    """All views of a preview, and statistics of them."""
 
     settings: PreviewSettings
     viewer: Viewer
@@ -50,16 +50,16 @@ class Findings:
 
     @cached_property
     def samples(self) -> list[SampleView]:
-        """Return the samples: with a model those without a finite loss and then those it knows least first.
+        """Return the samples: with a model those without a finite loss first, then by descending loss.
 
-        Otherwise in the order of the data.
+        Without a model they are in the order of the data.
         """
         samples = [view for view in self.views if isinstance(view, SampleView)]
         return sorted(samples, key=lambda sample: (not sample.no_loss, -(sample.loss or 0.0)))
 
     @cached_property
     def rejections(self) -> list[Rejection]:
-        """Return what training would not take."""
+        """Return the records that training would reject."""
         return [view for view in self.views if isinstance(view, Rejection)]
 
     @cached_property
@@ -69,7 +69,7 @@ class Findings:
 
     @cached_property
     def without_loss(self) -> list[SampleView]:
-        """Return the samples of which a model finds no finite loss."""
+        """Return the samples without a finite loss."""
         return [sample for sample in self.samples if sample.no_loss]
 
     @cached_property
@@ -79,12 +79,12 @@ class Findings:
 
     @cached_property
     def notes(self) -> list[str]:
-        """Return what the user should know: of the model, and which keys of the data were read past."""
+        """Return notes for the user on the model, and on ignored keys of the data."""
         ignored = Counter(key for sample in self.samples for key in sample.ignored)
         return [*self.viewer.warnings(), *([describe_ignored(ignored) + "."] if ignored else [])]
 
     def facts(self) -> list[Fact]:
-        """Return the numbers that matter most."""
+        """Return the key statistics."""
         num_tokens = sum(sample.num_tokens for sample in self.samples)
         num_learnt = sum(sample.example.num_supervised for sample in self.samples)
         num_cut = sum(sample.example.truncated for sample in self.samples)
@@ -94,7 +94,7 @@ class Findings:
             Fact("samples", f"{len(self.samples):,}"),
             Fact("rejected", f"{len(self.rejections):,}", ", ".join(f"{count} {reason}" for reason, count in reasons)),
             Fact("tokens, median", f"{int(np.median(lengths)):,}", f"longest {max(lengths):,}"),
-            Fact("learnt tokens", f"{num_learnt / max(1, num_tokens):.0%}", f"{num_learnt:,} of {num_tokens:,}"),
+            Fact("supervised tokens", f"{num_learnt / max(1, num_tokens):.0%}", f"{num_learnt:,} of {num_tokens:,}"),
         ]
         if num_cut:
             facts.append(Fact("cut off", f"{num_cut:,}", f"over {self.viewer.encoder.model_max_length:,} tokens"))
@@ -106,7 +106,7 @@ class Findings:
 
 
 def make_preview_report(findings: Findings) -> Report:
-    """Return the page: warnings, lengths, losses, rejected records, and every sample token by token."""
+    """Build the report: warnings, lengths, losses, rejected records, and every sample token by token."""
     settings = findings.settings
     limit = findings.viewer.encoder.model_max_length if findings.viewer.is_limited else None
     histogram = Histogram(
@@ -119,7 +119,7 @@ def make_preview_report(findings: Findings) -> Report:
         Section(
             "Samples",
             [_card(sample, number, findings.viewer) for number, sample in enumerate(findings.samples)],
-            "What the model learns to write is marked, token by token; all else it only reads."
+            "Tokens that the model is trained to produce are marked; all others are context."
             + (" Those with the highest loss, or none that is finite, come first." if findings.losses else ""),
         ),
     ]
@@ -131,7 +131,7 @@ def make_preview_report(findings: Findings) -> Report:
 
 
 def make_line(view: SampleView | Rejection) -> str:
-    """Return one line of JSON: id, ids and labels, with a model the loss and its number of tokens; or the error."""
+    """Build one line of JSON: id, ids and labels, with a model the loss and its number of tokens; or the error."""
     if isinstance(view, Rejection):
         return json.dumps({"id": view.id, "error": {"reason": view.reason, "message": view.message}})
     values: dict[str, Any] = {"id": view.id, "ids": view.input_ids, "labels": view.labels}
@@ -143,7 +143,7 @@ def make_line(view: SampleView | Rejection) -> str:
 
 
 def describe_findings(findings: Findings) -> str:
-    """Return a few lines for a terminal: facts and warnings."""
+    """Format facts and warnings as a few lines for a terminal."""
     lines = [
         f"{fact.label:>15}  {fact.value}{f'  ({fact.detail})' if fact.detail else ''}" for fact in findings.facts()
     ]
@@ -151,11 +151,11 @@ def describe_findings(findings: Findings) -> str:
 
 
 def paint_samples(findings: Findings) -> str:
-    """Return a few samples in ANSI colours: learnt tokens green, what was cut off struck through."""
+    """Format a few samples in ANSI colours: supervised tokens green, truncated ones struck through."""
     parts = []
     for sample in findings.samples[:_NUM_IN_TERMINAL]:
         tokens = findings.viewer.tokens(sample)
-        # A terminal would obey escape codes in the data.
+        # A terminal would execute escape codes in the data.
         text = "".join(_PAINT[token.kind] + _printable(token.text) for token in tokens)
         parts.append(f"{sample.id} ({_counts(sample)})\n{text}{_PLAIN}\n")
     return "\n".join(parts)
@@ -178,7 +178,7 @@ def _loss_section(findings: Findings) -> Section:
         [Link(str(sample.id), f"#sample-{number}"), _loss(sample, findings), sample.example.num_supervised]
         for number, sample in enumerate(shown)
     ]
-    parts: list[Note | Histogram | Table] = [Table(["id", "loss", "learnt tokens"], rows, "Highest losses")]
+    parts: list[Note | Histogram | Table] = [Table(["id", "loss", "supervised tokens"], rows, "Highest losses")]
     if findings.losses:
         parts.insert(0, Histogram("Losses", findings.losses, "mean loss of a sample", "samples"))
     if num_without:
@@ -186,7 +186,7 @@ def _loss_section(findings: Findings) -> Section:
             f"{num_without:,} of {len(findings.samples):,} samples have no finite loss: training would diverge there."
         )
         parts.insert(0, Note(text, warning=True))
-    return Section("Losses", parts, "What surprises the model most: rare, hard, or wrong.")
+    return Section("Losses", parts, "Samples with a high loss are rare, hard, or wrong.")
 
 
 def _loss(sample: SampleView, findings: Findings) -> Bar | str:
@@ -197,7 +197,7 @@ def _loss(sample: SampleView, findings: Findings) -> Bar | str:
 
 def _rejection_section(findings: Findings) -> Section:
     rows = [[str(found.id), found.reason, found.message] for found in findings.rejections]
-    return Section("Rejected", [Table(["id", "reason", "message"], rows)], "Training would not take these.")
+    return Section("Rejected", [Table(["id", "reason", "message"], rows)], "Training would reject these.")
 
 
 def _card(sample: SampleView, number: int, viewer: Viewer) -> Card:
@@ -210,7 +210,7 @@ def _card(sample: SampleView, number: int, viewer: Viewer) -> Card:
 
 
 def _view_names(sample: SampleView, viewer: Viewer) -> list[str]:
-    """Say of each crop which image it shows, and which view of it where there are several."""
+    """Name each crop by its image, and by its view where there are several."""
     names = []
     for number, size in enumerate(sample.image_sizes, start=1):
         num_views = viewer.encoder.image_tokens.num_views(*size)
@@ -220,7 +220,7 @@ def _view_names(sample: SampleView, viewer: Viewer) -> list[str]:
 
 
 def _counts(sample: SampleView) -> str:
-    counts = [f"{sample.num_tokens:,} tokens", f"{sample.example.num_supervised:,} learnt"]
+    counts = [f"{sample.num_tokens:,} tokens", f"{sample.example.num_supervised:,} supervised"]
     if sample.num_cut:
         counts.append(f"{sample.num_cut:,} cut off")
     if sample.loss is not None:
@@ -231,7 +231,7 @@ def _counts(sample: SampleView) -> str:
 
 
 def _encode_pixels(pixels: UInt8[np.ndarray, "3 h w"]) -> bytes:
-    """Return a crop as an image file."""
+    """Encode a crop as an image file."""
     sink = io.BytesIO()
     image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
     if max(image.size) <= _LOSSLESS_UP_TO:

@@ -1,6 +1,6 @@
-"""Conversations as the model will see them: rendered, tokenised, masked, cut and cropped. No Ray, no training.
+"""Conversations as the model will see them: rendered, tokenised, masked, truncated and cropped. No Ray, no training.
 
-What training would reject is told with its reason instead.
+A record that training would reject is shown with its reason instead.
 """
 
 import sys
@@ -30,12 +30,12 @@ from llava_ray.preview.tokens import collapse_images, join_tokens, split_tokens
 from llava_ray.reading import shown as excerpt
 from llava_ray.report.pieces import ReportToken
 
-_UNKNOWN_SIZE = (1, 1)  # of an image that is not opened and counts as one token
+_UNKNOWN_SIZE = (1, 1)  # stands for an image that is not opened and counts as one token
 
 
 @dataclass(frozen=True)
 class Rejection:
-    """A record that training would not take."""
+    """A record that training would reject."""
 
     id: str | int
     source: str
@@ -54,41 +54,41 @@ class SampleView:
     input_ids: list[int]
     labels: list[int]
     pixels: UInt8[np.ndarray, "n 3 h w"] | None
-    """Views as the tower takes them, before normalisation; None where no image was opened."""
+    """Views for the tower, before normalisation; None where no image was opened."""
     image_sizes: tuple[Size, ...]
-    """(width, height) of each image that is shown, where it was opened."""
+    """(width, height) of each image in the sample, where it was opened."""
     num_cut: int
-    """Positions cut off at the end."""
+    """Truncated positions at the end."""
     loss: float | None = None
-    """Mean over its supervised tokens, in fp32; None without a model, and where there is no such number."""
+    """Mean loss over its supervised tokens, in fp32; None without a model, and where it is not finite."""
     no_loss: str = ""
-    """Why a model finds no finite loss."""
+    """Reason why there is no finite loss."""
     ignored: tuple[str, ...] = ()
-    """Keys of the record that were read past."""
+    """Ignored keys of the record."""
 
     @property
     def num_tokens(self) -> int:
-        """Count the positions that it takes in the model."""
+        """Count its positions in the model."""
         return len(self.example.input_ids)
 
 
 @dataclass(frozen=True)
 class Viewer:
-    """What turns records into views. Without ``image_spec`` no image is opened, and each counts as one token."""
+    """A converter of records to views. Without ``image_spec`` no image is opened, and each counts as one token."""
 
     encoder: Encoder
     image_folder: str
     image_spec: ImageSpec | None = None
     notes: tuple[str, ...] = ()
-    """What the user should know of the model or tokenizer."""
+    """Notes for the user on the model or tokenizer."""
 
     @property
     def is_limited(self) -> bool:
-        """Tell whether long samples are cut."""
+        """Return whether long samples are truncated."""
         return self.encoder.model_max_length < sys.maxsize
 
     def view(self, raw: RawRecord | Record) -> SampleView | Rejection:
-        """Return what the model sees of a record, or why it sees nothing."""
+        """Return a record as the model sees it, or the reason why training would reject it."""
         name = _name_of(raw)
         try:
             record = raw if isinstance(raw, Record) else self._read(raw)
@@ -106,7 +106,7 @@ class Viewer:
         )
 
     def tokens(self, view: SampleView) -> list[ReportToken]:
-        """Return the rendered text of a view, token by token; what was cut off at the end included."""
+        """Return the rendered text of a view token by token, truncated tokens included."""
         pieces = split_tokens(view.turns, self.encoder)
         counts = iter(f" · {count} tokens" for count in view.example.image_tokens if self.image_spec)
         shown = [
@@ -116,24 +116,24 @@ class Viewer:
         return join_tokens([*shown[:kept], *(ReportToken(piece.text, "cut") for piece in shown[kept:])])
 
     def warnings(self) -> list[str]:
-        """Return what the user should know before training."""
+        """Return warnings for the user before training."""
         stop = self._check_stop()
         return [*self.notes, *([stop] if stop else [])]
 
     def _check_stop(self) -> str | None:
-        """Say so if an answer does not end with one token of its own."""
+        """Return a warning if an answer does not end with one token of its own, None otherwise."""
         template, tokenizer = self.encoder.template, self.encoder.tokenizer
         try:
             pieces = split_tokens((Turn("human", f"{IMAGE_TOKEN}\nWho?"), Turn("gpt", "No one")), self.encoder)
         except (RecordError, TemplateError):
-            return None  # each conversation will say what is wrong
+            return None  # the error is reported for each conversation
         last = next(piece.text for piece in reversed(pieces) if piece.kind == "learnt")
         if last.strip(" ") == template.stop:
             return None
         return (
-            f"template {template.name!r} stops at {template.stop!r}, but the last token that is learnt of an answer is "
+            f"template {template.name!r} stops at {template.stop!r}, but the last supervised token of an answer is "
             f"{last!r}: the stop string is not a single token of {tokenizer.name_or_path}, or the template ends "
-            "answers otherwise. The end of an answer may not be learnt cleanly, and generation may not stop there. "
+            "answers differently. The model may not learn where answers end, and generation may not stop there. "
             "Choose a template made for this tokenizer, such as 'chat_template', or add the stop string to its "
             "special tokens."
         )
@@ -144,7 +144,7 @@ class Viewer:
         return len(encoder.example(turns, range(len(counts)), counts).input_ids)
 
     def _read(self, raw: RawRecord) -> Record:
-        # Where nothing of an image is looked at, one that is not even named may be missing too.
+        # Where no image is opened, images may also be unnamed.
         return read_record(raw, self.image_folder, unnamed_images=self.image_spec is None)
 
     def _open(self, record: Record) -> list[Image.Image]:
@@ -168,7 +168,7 @@ class Viewer:
 
 
 def token_viewer(settings: PreviewSettings) -> Viewer:
-    """Return a viewer that knows a tokenizer only. Raises ConfigError or ModelError."""
+    """Build a viewer from a tokenizer alone. Raises ConfigError or ModelError."""
     if settings.tokenizer is None or settings.version is None:
         raise ConfigError(
             "give --model BUNDLE, or --tokenizer DIR with --version TEMPLATE (such as vicuna_v1): "
@@ -181,7 +181,7 @@ def token_viewer(settings: PreviewSettings) -> Viewer:
 
 
 def find_image_folder(settings: PreviewSettings) -> str:
-    """Return the folder where relative image paths start: by default the data's own."""
+    """Return the folder of relative image paths, by default the data's own."""
     if settings.image_folder is not None or is_prepared(settings.data):
         return absolute(settings.image_folder or settings.data)
     _, files = find_files(absolute(settings.data))
@@ -189,11 +189,11 @@ def find_image_folder(settings: PreviewSettings) -> str:
 
 
 def _name_of(raw: RawRecord | Record) -> str | int:
-    """Return a record's id as JSON writes it, for joins."""
+    """Return a record's id as in its JSON, for joins."""
     if isinstance(raw, Record):
         return raw.id
     try:
         own = parse_values(raw).get("id")
-    except RecordError:  # what is wrong with it is said elsewhere
+    except RecordError:  # its fault is reported elsewhere
         return raw.id
     return own if isinstance(own, int) and not isinstance(own, bool) and clean_id(own) == raw.id else raw.id

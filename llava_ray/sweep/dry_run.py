@@ -8,7 +8,7 @@ from llava_ray.config.schema import flat_settings
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.config.space import Space, SweepConfig
 from llava_ray.config.sweep_recipes import corners
-from llava_ray.data.first_look import first_samples
+from llava_ray.data.first_look import measure_first_samples
 from llava_ray.errors import ConfigError
 from llava_ray.model.summary import ModelSummary, count_positions, summarize_model
 from llava_ray.sweep.rounds import plan_rounds
@@ -151,7 +151,7 @@ def _seconds_per_step(config: FinetuneConfig, card: ModelSummary, tokens: float,
 
 def _tokens_per_sample(config: FinetuneConfig, card: ModelSummary) -> float:
     """Return about how many tokens a sample has, by the first ones that can be looked at from here."""
-    looked_at = first_samples(config.data.data_path) or [(_ASSUMED_TEXT * _CHARACTERS_PER_TOKEN, 1)]
+    looked_at = measure_first_samples(config.data.data_path) or [(_ASSUMED_TEXT * _CHARACTERS_PER_TOKEN, 1)]
     views = _VIEWS_OF_ANYRES if config.data.image_aspect_ratio == "anyres" else 1
     image = count_positions(card.tower, card.image_side) * views
     lengths = [

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_ray.config.recipes import NOT_HASHED, settings_hash
-from llava_ray.config.schema import merge_settings, nested
+from llava_ray.config.schema import merge_settings, nest_keys
 from llava_ray.config.sections import MODEL_PATHS, FinetuneConfig
 from llava_ray.errors import ConfigError
 from llava_ray.model.formats.layout import PROJECTOR_FILE
@@ -107,7 +107,7 @@ def comparable(
         path = _look_up(now, DATA_PATHS[0])
         other_then[DATA_PATHS[0]] = f"{path} with data {known[DATA][:_NUM_SHOWN]}"
         other_now[DATA_PATHS[0]] = f"{path} with data {identity[DATA][:_NUM_SHOWN]}"
-    return merge_settings(then, nested(same | other_then)), merge_settings(now, nested(other_now))
+    return merge_settings(then, nest_keys(same | other_then)), merge_settings(now, nest_keys(other_now))
 
 
 def _with_new_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def test_answers_are_right_but_for_case_space_and_one_period() -> None:
     asked = [ask("what color is the shape?", "red", number=number) for number in range(6)]
     asked.append(ask("is there a circle?", "yes", number=6))
     said = ["red", " Red.\n", "red..", "reddish", "blue"]
-    score = easy_vqa.accuracy(
+    score = easy_vqa.score_shape_answers(
         dict(zip((question.id for question in asked), said, strict=False)) | {"other": "red"}, asked
     )
     assert score.total == Count(2, 7)
@@ -84,14 +84,14 @@ def test_answers_are_right_but_for_case_space_and_one_period() -> None:
     assert score.missing == ("train-000005", "train-000006")
     assert score.total.accuracy == 2 / 7
     with pytest.raises(DataError, match="no questions to score"):
-        easy_vqa.accuracy({}, [])
+        easy_vqa.score_shape_answers({}, [])
 
 
 def test_guessing_by_the_wording_alone_gets_two_thirds(test: list[ShapeQuestion]) -> None:
     blind = easy_vqa.blind_answers()
     assert len(blind) == 107
     assert (blind["is there a red shape?"], blind["is there not a red shape?"]) == ("no", "yes")
-    score = easy_vqa.accuracy({question.id: blind[question.question] for question in test}, test)
+    score = easy_vqa.score_shape_answers({question.id: blind[question.question] for question in test}, test)
     assert score.total == Count(6_475, 9_673)
     assert score.by_kind[YES_NO] == Count(5_890, 7_136)
 
@@ -118,7 +118,7 @@ def test_as_a_benchmark_of_your_own_it_scores_the_same_to_the_question(tmp_path:
     benchmark = Custom()
     questions = benchmark.read(easy_vqa.write_benchmark(tmp_path, asked))
     result = score(benchmark, questions, [Answer(name, text) for name, text in said.items()], "robust")
-    own = easy_vqa.accuracy(said, asked)
+    own = easy_vqa.score_shape_answers(said, asked)
     assert result.total.headline == pytest.approx(100 * own.total.accuracy)
     for kind, count in own.by_kind.items():
         assert result.total.categories[kind].value == pytest.approx(100 * count.accuracy)

@@ -97,7 +97,7 @@ def test_a_lora_folder_over_its_base(tmp_path: Path, capsys) -> None:
     assert first.err.rstrip().endswith("adapter")
     main([str(folder / "base"), "--version", "v1", *asked])
     second = capsys.readouterr()
-    assert "its projector is new and has learnt nothing" in second.err
+    assert "its projector is new and untrained" in second.err
     assert json.loads(first.out.splitlines()[-1])["ids"] != json.loads(second.out.splitlines()[-1])["ids"]
 
 

@@ -3,18 +3,18 @@
 import struct
 from collections.abc import Collection, Iterator
 
-from llava_ray.images.containers.budget import Budget
+from llava_ray.images.containers.budget import WorkBudget
 
 _MAX_BOXES = 8192
 _MAX_DEPTH = 12
 
 
 def walk_boxes(
-    data: bytes, budget: Budget, parents: Collection[bytes], skipped: dict[bytes, int]
+    data: bytes, budget: WorkBudget, parents: Collection[bytes], skipped: dict[bytes, int]
 ) -> Iterator[tuple[bytes, int, int]]:
-    """Yield (kind, start, end) of each box's content, those inside ``parents`` too.
+    """Yield (kind, start, end) of each box's content, boxes inside ``parents`` included.
 
-    ``skipped`` says how many bytes of a parent come before its first box.
+    ``skipped`` is the number of bytes of a parent before its first box.
     """
     waiting = [(0, len(data), 0)]
     while waiting:

@@ -1,9 +1,9 @@
-"""JPEG 2000: boxes around a codestream (ISO 15444-1, annex A), whose few numbers decide how much is laid out for it."""
+"""Walk over JPEG 2000: boxes around a codestream (ISO 15444-1, annex A), whose header decides what is allocated."""
 
 import struct
 
 from llava_ray.images.containers.boxes import walk_boxes
-from llava_ray.images.containers.budget import Budget
+from llava_ray.images.containers.budget import WorkBudget
 
 _PARENTS = {b"jp2h", b"res "}
 _CODESTREAM = b"\xff\x4f"
@@ -17,7 +17,7 @@ _MAX_LAYERS = 1024
 _MAX_PACKETS = 2**23
 
 
-def walk_jpeg2000(data: bytes, budget: Budget, max_frames: int) -> int:
+def walk_jpeg2000(data: bytes, budget: WorkBudget, max_frames: int) -> int:
     """Walk the boxes and the codestream's markers."""
     del max_frames
     if data.startswith(_CODESTREAM):
@@ -29,8 +29,8 @@ def walk_jpeg2000(data: bytes, budget: Budget, max_frames: int) -> int:
     return 1
 
 
-def _walk_codestream(data: bytes, place: int, budget: Budget) -> None:
-    """Walk the markers of the main header and of each part of a tile, whose data are skipped."""
+def _walk_codestream(data: bytes, place: int, budget: WorkBudget) -> None:
+    """Walk the markers of the main header and of each tile part, whose data is skipped."""
     place += 2
     num_samples, part_end = 0, len(data)
     while place + 4 <= len(data):
@@ -51,7 +51,7 @@ def _walk_codestream(data: bytes, place: int, budget: Budget) -> None:
         place += 2 + max(2, length)
 
 
-def _count_samples(data: bytes, place: int, budget: Budget) -> int:
+def _count_samples(data: bytes, place: int, budget: WorkBudget) -> int:
     """Return width x height x components, and bound components and tiles."""
     sides: tuple[int, ...] = struct.unpack_from(">8LH", data, place + 6)
     right, bottom, left, top, tile_w, tile_h, tile_left, tile_top, components = sides
@@ -62,8 +62,8 @@ def _count_samples(data: bytes, place: int, budget: Budget) -> int:
     return max(0, right - left) * max(0, bottom - top) * components
 
 
-def _check_coding(data: bytes, place: int, marker: int, num_samples: int, budget: Budget) -> None:
-    """Bound the code blocks, precincts, layers and packets that a coding style lays out for so many samples."""
+def _check_coding(data: bytes, place: int, marker: int, num_samples: int, budget: WorkBudget) -> None:
+    """Bound the code blocks, precincts, layers and packets that a coding style allocates for so many samples."""
     style, layers, start = data[place + 4], struct.unpack_from(">H", data, place + 6)[0], place + 9
     if marker == _CODING_OF_COMPONENT:
         style, layers, start = data[place + 5], 1, place + 6

@@ -1,22 +1,22 @@
-"""PNG's chunks, those of animations included."""
+"""Walk over PNG's chunks, those of animations included."""
 
 import struct
 
-from llava_ray.images.containers.budget import Budget
+from llava_ray.images.containers.budget import WorkBudget
 from llava_ray.images.containers.tiff import walk_exif
 
 _MAX_CHUNKS = 4096
 _MAX_DATA_CHUNKS = 2**17
 _MAX_TEXTS = 1024
-_MAX_COMPRESSED = 16  # each may become a megabyte
+_MAX_COMPRESSED = 16  # each may expand to a megabyte
 _MAX_TEXT_BYTES = 2**25
 _TEXTS = {b"tEXt", b"zTXt", b"iTXt"}
 _COMPRESSED = {b"zTXt", b"iTXt", b"iCCP"}
 _DATA = {b"IDAT", b"fdAT", b"fcTL"}
 
 
-def walk_png(data: bytes, budget: Budget, max_frames: int) -> int:
-    """Walk all chunks; those of text and profiles are counted, and the Exif block is walked."""
+def walk_png(data: bytes, budget: WorkBudget, max_frames: int) -> int:
+    """Walk all chunks: count those of text and profiles, and walk the Exif block."""
     del max_frames
     place = 8
     while place + 8 <= len(data):

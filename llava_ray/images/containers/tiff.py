@@ -1,21 +1,21 @@
-"""TIFF's directories, which Exif blocks and the index of multi-picture JPEGs are made of as well."""
+"""Walk over TIFF's directories, of which Exif blocks and the index of multi-picture JPEGs consist as well."""
 
 import struct
 from dataclasses import dataclass, field
 
-from llava_ray.images.containers.budget import Budget
+from llava_ray.images.containers.budget import WorkBudget
 
 TIFF_MAGICS = (b"II*\0", b"MM\0*", b"MM*\0", b"II\0*", b"MM\0+", b"II+\0")
 EXIF_HEADER = b"Exif\0\0"
 
 _MAX_TAGS = 4096
-_MAX_DIRECTORIES = 64  # reached through pointers; the pages of a file are counted on their own
+_MAX_DIRECTORIES = 64  # reached through pointers; pages are counted separately
 _MAX_PAGES = 100_000
 _MAX_VALUES = 2**20
-_MAX_FRACTIONS = 4096  # each becomes an object of Python's
+_MAX_FRACTIONS = 4096  # each becomes a Python object
 _MAX_STRIPS = 2**18
 _MAX_EXIF_HEADERS = 8
-_SPARE_BYTES = 2**20  # that directories may reference beyond the file's own length: small payloads are shared
+_SPARE_BYTES = 2**20  # beyond the file's own length, as directories may share small payloads
 
 _UNIT_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 _PLAIN_TYPES = {1, 2, 6, 7}
@@ -28,7 +28,7 @@ _SMALL_TILE = 2**22  # pixels of a tile that may exceed its image
 
 @dataclass
 class _TiffLayout:
-    """How numbers are stored, and which directories have been seen."""
+    """The number format of a file, and the directories visited."""
 
     data: bytes
     order: str
@@ -36,12 +36,12 @@ class _TiffLayout:
     seen: set[int] = field(default_factory=set)
 
     def unpack(self, small: str, big: str, place: int) -> tuple[int, ...]:
-        """Read the numbers of one place; ``big`` is their format in BigTIFF."""
+        """Unpack the numbers at a position; ``big`` is their format in BigTIFF."""
         return struct.unpack_from(self.order + (big if self.big else small), self.data, place)
 
 
-def walk_tiff(data: bytes, budget: Budget, max_frames: int) -> int:
-    """Walk the first page with all that it points to, then the chain of pages. Returns the number of pages."""
+def walk_tiff(data: bytes, budget: WorkBudget, max_frames: int) -> int:
+    """Walk the first page with everything it points to, then the chain of pages. Returns the number of pages."""
     order = "<" if data[:2] == b"II" else ">"
     layout = _TiffLayout(data, order, big=data[2:3] == b"+")
     first = struct.unpack_from(order + "Q", data, 8)[0] if layout.big else struct.unpack_from(order + "L", data, 4)[0]
@@ -51,8 +51,8 @@ def walk_tiff(data: bytes, budget: Budget, max_frames: int) -> int:
     return _count_pages(layout, first, budget, max_frames)
 
 
-def walk_exif(exif: bytes, budget: Budget) -> None:
-    """Walk an Exif block, with or without the header that some containers lay before it."""
+def walk_exif(exif: bytes, budget: WorkBudget) -> None:
+    """Walk an Exif block, with or without the header that some containers put before it."""
     start = 0
     while exif.startswith(EXIF_HEADER, start):
         budget.take("Exif headers before one block", _MAX_EXIF_HEADERS)
@@ -60,7 +60,7 @@ def walk_exif(exif: bytes, budget: Budget) -> None:
     walk_embedded(exif[start:], budget)
 
 
-def walk_embedded(data: bytes, budget: Budget) -> None:
+def walk_embedded(data: bytes, budget: WorkBudget) -> None:
     """Walk the directories of a TIFF inside another container; a broken one passes."""
     if not data.startswith(TIFF_MAGICS):
         return
@@ -71,7 +71,7 @@ def walk_embedded(data: bytes, budget: Budget) -> None:
         return
 
 
-def _walk_directories(layout: _TiffLayout, place: int, budget: Budget) -> None:
+def _walk_directories(layout: _TiffLayout, place: int, budget: WorkBudget) -> None:
     """Walk a directory and those that its Exif and GPS tags point to."""
     waiting = [place]
     while waiting:
@@ -82,15 +82,15 @@ def _walk_directories(layout: _TiffLayout, place: int, budget: Budget) -> None:
         budget.take("directories of tags", _MAX_DIRECTORIES)
         try:
             waiting += _walk_directory(layout, place, budget)
-        except (struct.error, OverflowError):  # cut off
+        except (struct.error, OverflowError):  # truncated
             continue
 
 
-def _walk_directory(layout: _TiffLayout, place: int, budget: Budget) -> list[int]:
-    """Count one directory's tags and what they reference; return where its pointers lead."""
+def _walk_directory(layout: _TiffLayout, place: int, budget: WorkBudget) -> list[int]:
+    """Count one directory's tags and referenced bytes; return the targets of its pointers."""
     [count] = layout.unpack("H", "Q", place)
     entry, width = place + (8 if layout.big else 2), 20 if layout.big else 12
-    count = min(count, (len(layout.data) - entry) // width)  # what is beyond the file's end costs nothing
+    count = min(count, (len(layout.data) - entry) // width)  # entries beyond the file's end cost nothing
     budget.take("tags", _MAX_TAGS, count)
     pointers, sides = [], dict[int, int]()
     for number in range(count):
@@ -110,8 +110,8 @@ def _walk_directory(layout: _TiffLayout, place: int, budget: Budget) -> list[int
     return pointers
 
 
-def _take_values(tag: int, kind: int, length: int, budget: Budget) -> None:
-    """Count the numbers of one tag: as strips, as fractions or as any."""
+def _take_values(tag: int, kind: int, length: int, budget: WorkBudget) -> None:
+    """Count the numbers of one tag, by its kind: strips, fractions or other."""
     if tag in _STRIP_TAGS:
         budget.take(f"numbers in tag {tag} (strips or tiles)", _MAX_STRIPS, length)
     elif kind in _FRACTION_TYPES:
@@ -121,22 +121,22 @@ def _take_values(tag: int, kind: int, length: int, budget: Budget) -> None:
 
 
 def _first_value(layout: _TiffLayout, kind: int, here: int) -> int:
-    """Return the number that stands in an entry itself."""
+    """Return the number stored inline in an entry."""
     place = here + (12 if layout.big else 8)
     code = {1: "B", 3: "H", 4: "L", 16: "Q"}.get(kind, "L")
     number: int = struct.unpack_from(layout.order + code, layout.data, place)[0]
     return number
 
 
-def _check_tile(sides: dict[int, int], budget: Budget) -> None:
-    """Refuse a tile that is far larger than its image: libtiff makes room for all of it."""
+def _check_tile(sides: dict[int, int], budget: WorkBudget) -> None:
+    """Refuse a tile that is far larger than its image: libtiff allocates all of it."""
     tile = sides.get(_TILE_WIDTH, 0) * sides.get(_TILE_HEIGHT, 0)
     image = sides.get(_WIDTH, 0) * sides.get(_HEIGHT, 0)
     budget.take("pixels in a tile", max(_SMALL_TILE, 2 * image), tile)
 
 
-def _count_pages(layout: _TiffLayout, place: int, budget: Budget, max_frames: int) -> int:
-    """Follow the chain of pages, which may be a loop, no further than asked."""
+def _count_pages(layout: _TiffLayout, place: int, budget: WorkBudget, max_frames: int) -> int:
+    """Count the chain of pages, which may be a loop, up to ``max_frames``."""
     seen = set[int]()
     while place and place not in seen and len(seen) <= max_frames:
         budget.take("pages", _MAX_PAGES)

@@ -1,1 +1,1 @@
-"""Model folders in every layout: what they are, where their parts and tensors lie, and how they are written."""
+"""Model folders in every layout: detection, the location of parts and tensors, reading and writing."""

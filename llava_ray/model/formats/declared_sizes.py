@@ -1,4 +1,4 @@
-"""Sizes that a config.json declares, checked before anything of that size is made. No torch."""
+"""Checks of the sizes in a config.json, made before anything of that size is allocated. No torch."""
 
 import math
 import re
@@ -10,12 +10,12 @@ from llava_ray.errors import ModelError
 from llava_ray.model.tensors.tensor_files import read_json_object
 from llava_ray.reading import MAX_SHOWN, shown
 
-_MAX_COUNT = 1024  # of layers, labels, …: things that are made one by one
+_MAX_COUNT = 1024  # of layers, labels, …: objects that are created one by one
 _MAX_SIZE = 2**24
 _MAX_PIXELS_A_SIDE = 2**13
 _COUNTS = re.compile(r"(?:^|_)(?:layers?|labels|depths?)$")
 _SIDES = frozenset({"image_size", "patch_size"})
-# What no model can do without; that others may be 0 is theirs to say.
+# Sizes that every model needs; others may be 0.
 POSITIVE = frozenset(
     {
         "hidden_size",
@@ -41,14 +41,14 @@ _TABLES = frozenset({"text_config", "vision_config", "rope_parameters", "rope_sc
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """Read a config.json. Raises ModelError that names it, and the key of a size that no model has."""
+    """Read and check a config.json. Raises ModelError that names the file, and the key of an implausible size."""
     config = read_json_object(file)
     check_declared(config, str(file))
     return config
 
 
 def check_declared(config: Mapping[str, Any], where: str) -> None:
-    """Raise ModelError that names the key for a size that is none, or that no model has, at any depth of a config."""
+    """Raise ModelError that names the key of an invalid or implausible size, at any depth of a config."""
     for key, value in _leaves(config, ""):
         own = key.rpartition(".")[2]
         if value is None:
@@ -72,11 +72,11 @@ def _check_number(own: str, key: str, value: int, where: str) -> None:
     if (own in POSITIVE | _SIZES or most != _MAX_SIZE) and value > most:
         raise _unfit(where, key, value, f"at most {most:,}")
     if abs(value) > 2**53 and own not in _LENGTHS:
-        raise _unfit(where, key, value, "a number that every program can hold")
+        raise _unfit(where, key, value, "a number of at most 64 bits")
 
 
 def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    """Yield values with their keys, of tables and of lists of sizes each one; the depth is bounded on reading."""
+    """Yield all leaf values with their keys, those of tables and of lists of sizes; reading has bounded the depth."""
     own = key.rpartition(".")[2]
     if isinstance(value, Mapping) and own not in _TEXTS | POSITIVE:
         for name, item in value.items():

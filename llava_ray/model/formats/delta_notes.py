@@ -1,4 +1,4 @@
-"""What delta.json says of a delta, checked against the tensors that it and its base hold."""
+"""The metadata of a delta (delta.json), checked against the tensors of the delta and its base."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", INDEX_FILE, "pytorch_mode
 
 @dataclass(frozen=True)
 class Base:
-    """The language model that a delta is taken from."""
+    """The base of a delta: a language model."""
 
     folder: Path
     tensors: Mapping[str, Stored]
@@ -29,7 +29,7 @@ class Base:
 
 
 class Place(BaseModel):
-    """What delta.json says of a folder with weights: which tensors are differences, and what comes out of each."""
+    """The entry of a folder with weights: which tensors are differences, and the hash of each restored tensor."""
 
     model_config = ConfigDict(strict=True)
 
@@ -56,11 +56,11 @@ def read_note(file: Path) -> DeltaNote:
     try:
         return DeltaNote.model_validate(values)
     except ValidationError as error:
-        raise ModelError(f"{file} is no delta's: {faults_of(error)}. Copy it again.") from error
+        raise ModelError(f"{file} is not a delta's metadata: {faults_of(error)}. Copy it again.") from error
 
 
 def check_note(noted: DeltaNote, source: Path, base: Base) -> None:
-    """Raise ModelError if delta.json speaks of other tensors than the delta and the base hold. Nothing is read."""
+    """Raise ModelError if delta.json names other tensors than the delta and the base hold. No tensor is read."""
     places = set(weight_places(source))
     for place, note in noted.places.items():
         if place not in places:
@@ -76,7 +76,9 @@ def check_note(noted: DeltaNote, source: Path, base: Base) -> None:
                     "and a difference; one of them is not there, or of another dtype. Copy the delta again."
                 )
             if not old.shape or old.shape[1:] != tensor.shape[1:] or old.shape[0] > tensor.shape[0]:
-                raise ModelError(f"{tensor.file}: {name} is {tensor.shape}, which is no difference to {old.shape}.")
+                raise ModelError(
+                    f"{tensor.file}: {name} is {tensor.shape}, which cannot be a difference to {old.shape}."
+                )
 
 
 def weight_places(folder: Path) -> list[str]:

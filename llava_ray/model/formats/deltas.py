@@ -1,8 +1,8 @@
-"""A model as its difference to the language model it was tuned from, and back, bit for bit.
+"""Conversion of a model to a delta, its difference to the base language model, and back, bit for bit.
 
-LLaVA's first weights were published so, as floating-point differences, which give a rounded result. Ours are
-differences of the numbers' bits: base plus delta is exactly the model again, which is checked, tensor by tensor.
-A delta is the model's folder as it was, with ``delta.json`` and with the tensors that the base has replaced.
+LLaVA's first weights were published as floating-point differences, which restore a rounded result. Ours are integer
+differences of the numbers' bits: base plus delta is exactly the model, which is checked tensor by tensor. A delta is
+the model's folder with ``delta.json``, in which the tensors that the base has too are replaced by differences.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ from llava_ray.reading import in_words, shown
 
 
 def make_delta(base: str | Path, target: str | Path, output: str | Path) -> Exported:
-    """Write ``target``, a model folder in any layout, as its difference to the language model ``base``.
+    """Write ``target``, a model folder in any layout, as a delta to the language model ``base``.
 
     Raises ModelError if the two have no tensor in common, or a folder is damaged.
     """
@@ -44,8 +44,8 @@ def make_delta(base: str | Path, target: str | Path, output: str | Path) -> Expo
     common = {place: _find_common(read_folder(source / place), known) for place in places}
     if not any(common.values()):
         raise ModelError(
-            f"{target} has no tensor of the same name and width as {base}; they are not tuned model and base. Give the "
-            "language model that it was tuned from first, then the model."
+            f"{target} has no tensor of the same name and width as {base}; they are not a tuned model and its "
+            "base. Give the language model that it was tuned from first, then the model."
         )
     with new_folder(output) as new:
         _copy_others(source, new)
@@ -79,10 +79,10 @@ def make_delta(base: str | Path, target: str | Path, output: str | Path) -> Expo
 
 
 def apply_delta(base: str | Path, delta: str | Path, output: str | Path) -> Exported:
-    """Write the model that ``delta`` makes of ``base``, and check every tensor of it.
+    """Restore the model from ``base`` and ``delta``, and check every tensor.
 
-    A delta without ``delta.json`` is one of the original LLaVA's, which is added as it is. Raises ModelError for
-    another base than the delta was taken from, and for a tensor that does not come out as it was.
+    A delta without ``delta.json`` is one of the original LLaVA's, which is added in floating point. Raises ModelError
+    for another base than the delta's own, and for a tensor that is not restored exactly.
     """
     source = Path(delta)
     if not (source / DELTA_FILE).is_file():
@@ -107,7 +107,7 @@ def apply_delta(base: str | Path, delta: str | Path, output: str | Path) -> Expo
                 whole[name] = _checked(tensor, name, note.sha256[name])
             (new / place).mkdir(exist_ok=True)
             write_folder(new / place, whole)
-    return Exported(Path(output), ("every tensor is, bit for bit, that of the model which the delta was made from",))
+    return Exported(Path(output), ("every tensor is bit for bit that of the model from which the delta was made",))
 
 
 def _read_base(base: str | Path) -> Base:
@@ -122,13 +122,13 @@ def _read_base(base: str | Path) -> Base:
 
 
 def _copy_others(source: Path, new: Path) -> None:
-    """Copy all that is no weight file of a part."""
+    """Copy all files except the weights of parts."""
     ignored = shutil.ignore_patterns(*WEIGHTS, DELTA_FILE)
 
     def ignore(folder: str, names: list[str]) -> set[str]:
         for path in (Path(folder, name) for name in names):
-            if path.is_symlink() and path.is_dir():  # it may lead anywhere, also back to this folder
-                raise ModelError(f"{path} is a link to another folder; put what belongs to the model there itself.")
+            if path.is_symlink() and path.is_dir():  # it may point anywhere, also back to this folder
+                raise ModelError(f"{path} is a link to another folder; replace it by the model's own files.")
         return ignored(folder, names)
 
     with in_words(f"{source}", "Copy the folder again.", says="cannot be copied"):
@@ -136,7 +136,7 @@ def _copy_others(source: Path, new: Path) -> None:
 
 
 def _find_common(stored: Mapping[str, Stored], base: Base) -> dict[str, str]:
-    """Return which tensors are the base's, by any layout's name, with its name there; they may have more rows."""
+    """Map the target's tensors to those of the base, by any layout's names; the target's may have more rows."""
     pairs = {}
     for name, tensor in stored.items():
         own = from_hub(name).removeprefix(LANGUAGE_MODEL_PREFIX) if name not in base.tensors else name
@@ -177,14 +177,14 @@ def _noting(tensor: Stored, name: str, digests: dict[str, str]) -> Stored:
 def _checked(tensor: Stored, name: str, expected: str) -> Stored:
     def check(loaded: Tensor) -> Tensor:
         if _digest(loaded) != expected:
-            raise ModelError(f"{tensor.file}: {name} does not come out as it was; the delta is damaged. Copy it again.")
+            raise ModelError(f"{tensor.file}: {name} is not restored exactly; the delta is damaged. Copy it again.")
         return loaded
 
     return tensor.mapped(check)
 
 
 def _as_bits(tensor: Tensor) -> Tensor:
-    """Return a tensor's numbers as integers of the same bits."""
+    """View a tensor's numbers as integers of the same bits."""
     return tensor.contiguous().view(BITS[tensor.dtype.itemsize])
 
 
@@ -195,13 +195,13 @@ def _digest(tensor: Tensor) -> str:
 
 
 def _apply_original(base: Base, source: Path, output: str | Path) -> Exported:
-    """Add a delta as the original published them: floating-point differences, new rows and tensors as they are."""
+    """Apply a delta of the original LLaVA's: floating-point differences; new rows and tensors unchanged."""
     stored = read_folder(source)
     pairs = _find_common(stored, base)
     absent = sorted(base.tensors.keys() - set(pairs.values()))
     if absent:
         raise ModelError(
-            f"{base.folder} is not the base of {source}, or {source} is no delta: {absent[0]} has no counterpart of "
+            f"{base.folder} is not the base of {source}, or {source} is not a delta: {absent[0]} has no counterpart of "
             f"its shape there ({len(absent)} such tensors). Give the language model that the delta was published for."
         )
 

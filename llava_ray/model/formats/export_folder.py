@@ -1,4 +1,4 @@
-"""What every export does: a folder written whole or not at all, configs, tokenizer, tower."""
+"""Shared steps of all exports: an atomically written folder, configs, tokenizer, tower."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -17,20 +17,20 @@ from llava_ray.model.formats.sources import load_padding_tokenizer
 from llava_ray.model.formats.vocabulary_rows import EMBEDDINGS, with_rows
 from llava_ray.model.tensors.weight_files import Stored, write_folder
 
-# Towers whose tensors transformers 4 and vLLM look for one level deeper.
+# Towers whose tensors transformers 4 and vLLM expect one level deeper.
 WITH_VISION_MODEL = ("clip_vision_model", "siglip_vision_model")
 
 
 @dataclass(frozen=True)
 class Exported:
-    """Where an export is, and what has to be said of it."""
+    """The folder of an export, and notes for the user."""
 
     folder: Path
     notes: tuple[str, ...] = ()
 
 
 def load_own_tokenizer(model: ModelFiles) -> PreTrainedTokenizerBase:
-    """Load the tokenizer with the language model's own chat template, which a hub folder has replaced by LLaVA's."""
+    """Load the tokenizer with the language model's own chat template, which a hub folder replaces by LLaVA's."""
     tokenizer = load_padding_tokenizer(model.tokenizer_folder)
     if model.noted_template:
         tokenizer.chat_template = model.noted_template[0]
@@ -39,17 +39,17 @@ def load_own_tokenizer(model: ModelFiles) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def new_folder(output: str | Path) -> Iterator[Path]:
-    """Give a folder that becomes ``output`` once all is written. Raises ModelError if something is there already."""
+    """Yield a new folder that becomes ``output`` once all is written. Raises ModelError if that exists already."""
     check_not_existing(output)
     with replacing(Path(output).absolute()) as new:
         yield new
 
 
 def check_not_existing(output: str | Path) -> None:
-    """Raise ModelError if something is there already."""
+    """Raise ModelError if the output exists already."""
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ModelError(f"{folder} is there already; an export overwrites nothing. Choose another folder.")
+        raise ModelError(f"{folder} exists already; an export overwrites nothing. Choose another folder.")
 
 
 def with_dtype(config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> dict[str, Any]:
@@ -59,13 +59,13 @@ def with_dtype(config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> dict
 
 
 def write_json_file(file: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON file as people read it."""
+    """Write an indented JSON file."""
     file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def with_vocabulary(model: ModelFiles, vocabulary: Literal["kept", "truncated"]) -> tuple[ModelFiles, int]:
-    """Return the model with its table kept or cut to the language model's own rows, and their number."""
-    if EMBEDDINGS not in model.tensors:  # another naming than Llama's: never lengthened, so never cut
+    """Return the model with its vocabulary rows kept or truncated to the language model's own, and their number."""
+    if EMBEDDINGS not in model.tensors:  # names other than Llama's: never extended, so never truncated
         return model, model.num_rows
     rows = model.num_rows if vocabulary == "truncated" else model.tensors[EMBEDDINGS].shape[0]
     config = {**model.language_config, "vocab_size": rows}

@@ -1,4 +1,4 @@
-"""A model's tokenizer as the published layouts hold it, with or without the hub's ``<image>``."""
+"""Export of a model's tokenizer for the published layouts, with or without the hub's ``<image>``."""
 
 import contextlib
 import json
@@ -15,8 +15,8 @@ from llava_ray.chat.template import StringTemplate, Template
 from llava_ray.chat.tokens import tokenize_prompt
 from llava_ray.errors import ModelError, RecordError
 
-SENTENCEPIECE_FILE = "tokenizer.model"  # the original's slow tokenizer reads nothing else
-# What transformers 5 notes for itself; older versions stumble over some of it.
+SENTENCEPIECE_FILE = "tokenizer.model"  # the only file that the original's slow tokenizer reads
+# Settings of transformers 5 that older versions fail on.
 _NEW_KEYS = ("backend", "is_local", "local_files_only", "add_prefix_space", "processor_class")
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
@@ -30,10 +30,10 @@ _PROBES: tuple[tuple[Turn, ...], ...] = (
 def write_tokenizer(
     tokenizer: PreTrainedTokenizerBase, source: Path, folder: Path, *, num_rows: int, template_inside: bool = False
 ) -> None:
-    """Write a tokenizer in a form that old and new versions read; ids from ``num_rows`` on are left out.
+    """Write a tokenizer that old and new versions of transformers read; ids from ``num_rows`` on are dropped.
 
     ``source`` is where it was loaded from: its SentencePiece file, if it has one, is copied. ``template_inside`` writes
-    the chat template into its settings as well, where old versions look for it.
+    the chat template into its settings as well, where old versions expect it.
     """
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer.json"
@@ -51,7 +51,7 @@ def write_tokenizer(
 
 
 def add_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Give the tokenizer the hub's ``<image>``, unless it has it, and return its id."""
+    """Add the hub's ``<image>`` to the tokenizer if needed, and return its id."""
     untyped: Any = tokenizer
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         untyped.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
@@ -59,7 +59,7 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return how many rows the tokenizer's ids need."""
+    """Return the number of vocabulary rows that the tokenizer's ids need."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
@@ -67,7 +67,7 @@ def check_image_token(token: int, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ModelError if ``<image>`` is not one token of this tokenizer."""
     if tokenizer.encode(IMAGE_TOKEN, add_special_tokens=False) != [token]:
         raise ModelError(
-            f"tokenizer: {IMAGE_TOKEN} is not read as one token (id {token}); expected a tokenizer that splits off "
+            f"tokenizer: {IMAGE_TOKEN} is not encoded as one token (id {token}); expected a tokenizer that splits off "
             "added tokens, as every fast one does."
         )
 
@@ -75,10 +75,10 @@ def check_image_token(token: int, tokenizer: PreTrainedTokenizerBase) -> None:
 def write_template(
     template: Template, plain: PreTrainedTokenizerBase, hub: PreTrainedTokenizerBase, image_token: int
 ) -> tuple[str, str | None]:
-    """Return a Jinja template that gives ``hub`` the ids that training saw, and what has to be said if none does.
+    """Return a Jinja template with which ``hub`` produces the ids of training, and a note if none does exactly.
 
-    ``plain`` is the tokenizer as it was trained with. Tried on a few conversations, not assumed: tokenizers differ in
-    what they make of the text after a special token.
+    ``plain`` is the tokenizer of training. Candidates are tested on a few conversations, because tokenizers differ in
+    how they encode the text after a special token.
     """
     expected = _expected(template, plain, image_token)
     if isinstance(template, StringTemplate):
@@ -101,10 +101,10 @@ def write_template(
 def _expected(
     template: Template, tokenizer: PreTrainedTokenizerBase, image_token: int
 ) -> list[tuple[tuple[Turn, ...], list[int]]]:
-    """Return the conversations that the template can write, with the ids that training saw."""
+    """Return the test conversations that the template can render, with their ids in training."""
     pairs = []
     for turns in _PROBES:
-        with contextlib.suppress(RecordError):  # captions have one turn
+        with contextlib.suppress(RecordError):  # caption templates render only one exchange
             ids = tokenize_prompt(turns, template, tokenizer)
             pairs.append((turns, [image_token if token == IMAGE_TOKEN_INDEX else token for token in ids]))
     return pairs
@@ -133,7 +133,7 @@ def _older(settings: dict[str, Any], dropped: set[str], tokenizer: PreTrainedTok
         if key in values and _content(values[key]) in dropped:
             del values[key]
     values.setdefault("pad_token", tokenizer.unk_token or tokenizer.eos_token)
-    if isinstance(values.get("extra_special_tokens"), list):  # older versions want names for them
+    if isinstance(values.get("extra_special_tokens"), list):  # older versions expect a dict with names
         named = {_content(values[key]) for key in _NAMED_TOKENS if key in values}
         extra = [token for token in values.pop("extra_special_tokens") if _content(token) not in named | dropped]
         if extra:

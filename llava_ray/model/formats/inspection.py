@@ -1,4 +1,4 @@
-"""What a model folder is and what is in it, told from headers alone: no torch, and no weights are read."""
+"""Inspection of a model folder from headers alone: without torch, and without reading weights."""
 
 import json
 from collections import Counter
@@ -28,23 +28,23 @@ _TOLD = (*dict.fromkeys((*_FIRST, *GEOMETRY_NAMES)), "model_max_length")
 
 @dataclass(frozen=True)
 class InspectedPart:
-    """One part of a model: what is in the folder, or where the folder says that it is."""
+    """One part of a model: its contents in the folder, or the place that the folder names."""
 
     name: str
     model_type: str | None = None
-    """By transformers' names, where a config.json says it."""
+    """transformers' model type, if a config.json states it."""
     named: str | None = None
     """Hub id or folder of a part that is not inside."""
     num_tensors: int = 0
     num_parameters: int = 0
     num_bytes: int = 0
     dtypes: tuple[str, ...] = ()
-    """Most frequent first."""
+    """Data types, the most frequent first."""
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What ``export.py inspect`` tells; ``missing`` says what has to be there before the model can be loaded."""
+    """The result of ``export.py inspect``; ``missing`` lists what is needed before the model can be loaded."""
 
     folder: str
     kind: str
@@ -53,15 +53,15 @@ class Inspection:
     settings: dict[str, Any] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    """What a user should know of it."""
+    """Notes for the user."""
 
     def to_json(self) -> str:
-        """Return it as one JSON object."""
+        """Convert the inspection to one JSON object."""
         return json.dumps(asdict(self))
 
 
 def inspect(path: Path) -> Inspection:
-    """Look at a model folder of any layout. Raises ModelError for one that is no model, or whose files are damaged."""
+    """Inspect a model folder of any layout. Raises ModelError for a folder that is not a model, or is damaged."""
     layout = read_layout(path)
     check_layout_rows(layout)
     parts = [_inspect_part(layout, name) for name in _PARTS]
@@ -83,7 +83,7 @@ def inspect(path: Path) -> Inspection:
 
 
 def notes_of(layout: Layout) -> tuple[str, ...]:
-    """Return what a user should know of a folder."""
+    """Return notes for the user on a folder."""
     note = image_token_note(layout.config, find_image_token(layout.folder)) if layout.kind is LayoutKind.HUB else None
     return (*layout.notes, note) if note else layout.notes
 
@@ -115,21 +115,21 @@ def _describe_part(
 
 
 def _untold(layout: Layout) -> list[str]:
-    """Return what has to be said when the model is loaded, because the folder does not."""
-    told: list[str] = []
+    """Return the settings that the user must give on loading, because the folder does not name them."""
+    needed: list[str] = []
     if layout.kind is LayoutKind.VISION_TOWER:
-        return told
+        return needed
     if not layout.has_language_model and layout.base is None:
-        told.append("its base is not named: give it as --model_base.")
+        needed.append("its base is not named: give it as --model_base.")
     if not layout.has_vision_tower and layout.vision_tower is None:
-        told.append("its vision tower is not named: give it as --vision_tower.")
+        needed.append("its vision tower is not named: give it as --vision_tower.")
     if layout.settings.get("version") is None:
-        told.append("its conversation template is not known: give it as --version.")
-    return told
+        needed.append("its conversation template is not known: give it as --version.")
+    return needed
 
 
 def render_inspection(inspection: Inspection) -> str:
-    """Put an inspection into lines of text."""
+    """Format an inspection as lines of text."""
     lines = [f"{inspection.folder}", f"  {'kind':<15} {inspection.kind}"]
     lines.append(f"  {'template':<15} {inspection.template or 'not known'}")
     lines += [f"  {part.name.replace('_', ' '):<15} {_render_part(part)}" for part in inspection.parts]
@@ -140,7 +140,7 @@ def render_inspection(inspection: Inspection) -> str:
 
 
 def _render_part(part: InspectedPart) -> str:
-    """Put a part into words."""
+    """Format a part as text."""
     kind = f"{part.model_type}, " if part.model_type else ""
     if not part.num_tensors:
         return f"{kind}not inside: {part.named}"

@@ -1,4 +1,4 @@
-"""Configs of the language models and towers that the shipped recipes name, so that no download is needed to plan."""
+"""Built-in configs of the language models and towers in the shipped recipes, so that a dry run needs no download."""
 
 from typing import Any
 

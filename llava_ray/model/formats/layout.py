@@ -1,4 +1,4 @@
-"""A model folder, described: what it is, what of it lies where, and what is missing. No torch.
+"""The description of a model folder: its kind, the location of its parts, and what is missing. No torch.
 
 Canonical tensor names are those of ``Llava`` and its parts: ``projector.0.weight``, ``language_model.<own name>``,
 ``vision_tower.<own name>``, ``image_newline``.
@@ -19,13 +19,13 @@ CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 PROJECTOR_FILE, ORIGINAL_PROJECTOR_FILE = "projector.safetensors", "mm_projector.bin"
 ADAPTER_FOLDER = "adapter"  # of a bundle
 ADAPTER_FILE, OLD_ADAPTER_FILE = ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-NON_LORA_FILE = "non_lora_trainables.bin"  # what an original adapter's run learnt beside it
+NON_LORA_FILE = "non_lora_trainables.bin"  # weights that an original LoRA run trained beside the adapter
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 EMBED_TOKENS = "embed_tokens.weight"
 
 
 class LayoutKind(StrEnum):
-    """What a folder can be."""
+    """The kinds of model folders."""
 
     BUNDLE = "llava_ray bundle"
     ORIGINAL = "original LLaVA"
@@ -38,35 +38,35 @@ class LayoutKind(StrEnum):
 
 @dataclass(frozen=True)
 class Layout:
-    """A model folder, described. Nothing of its weights has been read but their headers."""
+    """The description of a model folder. Of its weights only headers have been read."""
 
     folder: Path
     kind: LayoutKind
     config: Mapping[str, Any] = field(default_factory=dict)
-    """Its config.json; empty for a bundle."""
+    """The folder's config.json; empty for a bundle."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """What it says of a model's settings, by the names of ModelConfig and Manifest."""
+    """The model settings that it records, by the names of ModelConfig and Manifest."""
     tensors: Mapping[str, StoredTensor] = field(default_factory=dict, repr=False)
-    """By canonical name."""
+    """Its tensors by canonical name."""
     names: frozenset[str] = field(default=frozenset(), repr=False)
-    """Of all tensors that it should hold, by canonical name; more than ``tensors`` where shards are not there."""
+    """Names of all tensors that it should hold; more than ``tensors`` where shards are missing."""
     language_config: Mapping[str, Any] | None = None
-    """config.json of the language model: of the one inside, or of the one that an adapter or projector belongs to."""
+    """config.json of the language model: the one inside, or the base of an adapter or projector."""
     tower_config: Mapping[str, Any] | None = None
-    """The same of the vision tower inside, where the folder has it."""
+    """config.json of the vision tower inside, if the folder has it."""
     base: str | None = None
-    """Language model that it only names."""
+    """The language model that it names without holding it."""
     vision_tower: str | None = None
-    """Vision tower that it names, whether its weights are inside or not."""
+    """The vision tower that it names, whether its weights are inside or not."""
     manifest: Manifest | None = None
     missing: tuple[str, ...] = ()
-    """What it should hold and does not, a sentence each."""
+    """Missing contents, one sentence each."""
     notes: tuple[str, ...] = ()
-    """What a user should know of it, a sentence each."""
+    """Notes for the user, one sentence each."""
 
     @property
     def has_language_model(self) -> bool:
-        """Tell whether a whole language model is in it."""
+        """Return whether it holds a whole language model."""
         named = self.manifest is not None and not self.manifest.language_model.inside
         return not named and self.kind not in (
             LayoutKind.ORIGINAL_LORA,
@@ -76,14 +76,14 @@ class Layout:
 
     @property
     def has_vision_tower(self) -> bool:
-        """Tell whether the vision tower's weights are in it."""
+        """Return whether it holds the vision tower's weights."""
         if self.manifest is not None:
             return self.manifest.vision_tower.inside
         return self.kind is LayoutKind.HUB or any(name.startswith("vision_tower.") for name in self.names)
 
     @property
     def adapter(self) -> Path | None:
-        """Folder of the LoRA adapter that lies over the base, in PEFT's format."""
+        """Return the folder of the LoRA adapter in PEFT's format, None without one."""
         inside = self.folder / ADAPTER_FOLDER
         if self.kind is LayoutKind.BUNDLE and inside.is_dir():
             return inside
@@ -91,11 +91,11 @@ class Layout:
 
     @property
     def companions(self) -> dict[str, StoredTensor]:
-        """Return what is learnt beside a projector: ``image_newline``, and ``embed_tokens.weight`` with new tokens."""
+        """Return the weights trained with a projector: ``image_newline``, and ``embed_tokens.weight`` of new tokens."""
         beside = {name: tensor for name, tensor in self.tensors.items() if name == IMAGE_NEWLINE}
-        learnt = [tensor for name, tensor in self.tensors.items() if name.endswith(f".{EMBED_TOKENS}")]
-        if learnt and not self.has_language_model:
-            beside[EMBED_TOKENS] = learnt[0]
+        embeddings = [tensor for name, tensor in self.tensors.items() if name.endswith(f".{EMBED_TOKENS}")]
+        if embeddings and not self.has_language_model:
+            beside[EMBED_TOKENS] = embeddings[0]
         return beside
 
     def part(self, name: str) -> dict[str, StoredTensor]:
@@ -109,26 +109,26 @@ def is_timm(config: Mapping[str, Any]) -> bool:
 
 
 def check_whole(layout: Layout) -> None:
-    """Raise ModelError with the first thing that is missing."""
+    """Raise ModelError with the first missing item."""
     if layout.missing:
-        more = f" ({len(layout.missing) - 1} more things are missing.)" if len(layout.missing) > 1 else ""
-        raise ModelError(f"{layout.folder} ({layout.kind}) is not whole: {layout.missing[0]}{more}")
+        more = f" ({len(layout.missing) - 1} more items are missing.)" if len(layout.missing) > 1 else ""
+        raise ModelError(f"{layout.folder} ({layout.kind}) is incomplete: {layout.missing[0]}{more}")
 
 
 def expect_any(folder: Path, names: tuple[str, ...], what: str, missing: list[str]) -> None:
-    """Note in ``missing`` that none of the files that could be ``what`` is in ``folder``."""
+    """Add to ``missing`` if none of the files that could be ``what`` is in ``folder``."""
     if not any((folder / name).is_file() for name in names):
         missing.append(f"no {what}: none of {', '.join(names)} is there.")
 
 
 def expect_part(weights: WeightFiles, part: str, missing: list[str]) -> None:
-    """Note in ``missing`` that weights hold no tensor of a part."""
+    """Add to ``missing`` if the weights hold no tensor of a part."""
     if weights.names and not any(name.startswith(f"{part}.") for name in weights.names):
         missing.append(f"no tensor of the {part.replace('_', ' ')} is in its weight files.")
 
 
 def expect_projector(weights: WeightFiles, config: Mapping[str, Any], missing: list[str]) -> None:
-    """Note in ``missing`` that weights hold no projector, unless the config says that it has no tensors."""
+    """Add to ``missing`` if the weights hold no projector, unless its type has no tensors."""
     if config.get("mm_projector_type") != "identity":
         expect_part(weights, "projector", missing)
 

@@ -1,4 +1,4 @@
-"""What a model folder is: decided by llava.json, config.json and tensor names, never by what it is called. No torch."""
+"""Detection of a model folder's kind by llava.json, config.json and tensor names, never by its name. No torch."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,9 +37,10 @@ TOWER_TYPES = (
 
 
 def read_layout(folder: Path) -> Layout:
-    """Find out what ``folder`` is. Raises ModelError for a folder that is no model, or whose files are damaged.
+    """Detect and describe a model folder. Raises ModelError for a folder that is not a model, or is damaged.
 
-    What is merely not there (weights that were not downloaded, say) is listed in ``missing``: see ``check_whole``.
+    Files that are merely absent (such as weights that were not downloaded) are listed in ``missing``: see
+    ``check_whole``.
     """
     with in_words(f"{folder}", "Copy the folder again.", says="cannot be read as a model"):
         return _read_layout(folder)
@@ -92,10 +93,10 @@ def _unknown(folder: Path) -> str:
             "too, or use the file as model.pretrain_mm_mlp_adapter."
         )
     if (folder / TRAINER_STATE).is_file():
-        return f"{folder} is a training state without a model; the same finetune.py command goes on from it."
+        return f"{folder} is a training state without a model; the same finetune.py command resumes from it."
     if is_bundle(folder / "model"):
         return f"{folder} is a run's folder; its model is {folder / 'model'}."
     return (
-        f"{folder} is no model that is known here: it has neither {MANIFEST_FILE}, {CONFIG} nor {ADAPTER_CONFIG}. "
+        f"{folder} is not a known kind of model folder: it has neither {MANIFEST_FILE}, {CONFIG} nor {ADAPTER_CONFIG}. "
         "Expected a llava_ray bundle, a LLaVA in the original or llava-hf layout, or a plain language model."
     )

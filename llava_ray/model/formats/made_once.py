@@ -1,4 +1,4 @@
-"""A folder of weights that is made once and found again, whole or not at all."""
+"""A folder of weights that is written once, atomically, and reused."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -12,29 +12,30 @@ from llava_ray.errors import ModelError
 
 @dataclass(frozen=True)
 class MadeWeights:
-    """A model folder at ``path``; ``reused`` if it lay there already."""
+    """A model folder at ``path``; ``reused`` if it existed already."""
 
     path: Path
     reused: bool
 
 
 def make_once(path: Path, made_from: Mapping[str, Any], write: Callable[[Path], None]) -> MadeWeights:
-    """Return the folder at ``path``, calling ``write`` on an empty one only if there is none whole.
+    """Return the folder at ``path``, calling ``write`` on an empty one only if it is missing or incomplete.
 
-    A folder is whole if its receipt, written last, names the same ``made_from`` and the sizes of its files.
-    Raises ModelError where the disk refuses.
+    A folder is complete if its receipt, written last, has the same ``made_from`` and the sizes of its files.
+    Raises ModelError where it cannot be written.
     """
     made_from = {**made_from, "conversion": _CONVERSION}
     if _is_whole(path, made_from):
         return MadeWeights(path, reused=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the target, so that the final rename stays on one filesystem and is atomic.
         with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as temporary:
             new = Path(temporary) / path.name
             new.mkdir()
             write(new)
             (new / RECEIPT).write_text(json.dumps(_receipt(new, made_from), indent=2))
-            if _is_whole(path, made_from):  # another process was faster, and may be reading it
+            if _is_whole(path, made_from):  # another process was faster, and may be in use
                 return MadeWeights(path, reused=True)
             if path.exists():
                 path.rename(Path(temporary) / "old")
@@ -63,4 +64,4 @@ def _is_whole(path: Path, made_from: Mapping[str, Any]) -> bool:
 RECEIPT = "made_from.json"
 
 
-_CONVERSION = 2  # raise it when the functions below write something else: older folders are then made anew
+_CONVERSION = 2  # increment when the output of ``write`` functions changes: older folders are then replaced

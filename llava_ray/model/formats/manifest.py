@@ -1,4 +1,4 @@
-"""What a bundle says about itself: nothing is ever inferred from a folder's name."""
+"""The manifest of a bundle, llava.json; nothing is ever inferred from a folder's name."""
 
 import functools
 import hashlib
@@ -26,17 +26,17 @@ _LIBRARIES = ("torch", "transformers", "safetensors")
 
 
 class ManifestPart(BaseModel):
-    """A model that the bundle holds (``inside``) or was made from and needs."""
+    """A model that the bundle holds (``inside``) or was trained from and needs."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     inside: bool
-    """Whether the weights lie in the bundle."""
+    """Whether the weights are in the bundle."""
     base: str
     """Hub id or folder: where the weights are, or what they were tuned from if they are inside. Absolute in memory; in
     the file the way from the bundle's own folder, so that a project that is copied or moved finds its own."""
     fingerprint: str
-    """Of the weight files, inside or in ``base``."""
+    """Fingerprint of the weight files, inside or in ``base``."""
 
 
 class _FileVersion(BaseModel):
@@ -45,7 +45,7 @@ class _FileVersion(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     format_version: Literal[1] = _BUNDLE_VERSION
-    """Of this file."""
+    """Version of this file's format."""
     version: str
     """Conversation template that the model was last trained with."""
 
@@ -60,17 +60,17 @@ class Manifest(ModelGeometry, _FileVersion):
     vision_tower: ManifestPart
     """Where the vision tower is."""
     adapter: str | None = None
-    """Fingerprint of the LoRA adapter in adapter/, which lies over the language model; None if there is none."""
+    """Fingerprint of the LoRA adapter in adapter/; None without one."""
     quantization: Quantization | None = None
-    """How the language model was kept in memory while this was trained over it; None if as it is."""
+    """Quantisation of the language model during training; None for none."""
     libraries: dict[str, str] = Field(default_factory=dict)
     """Versions that wrote the bundle."""
     training: dict[str, Any] = {}
-    """Where the weights come from: run name, step, data hash."""
+    """Origin of the weights: run name, step, data hash."""
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that make a bundle."""
+    """Return the versions of Python and of the libraries that write a bundle."""
     return {"python": platform.python_version()} | {name: _find_version(name) for name in _LIBRARIES}
 
 
@@ -78,7 +78,7 @@ _find_version = functools.cache(installed_version)  # it parses a package's whol
 
 
 def is_bundle(folder: Path) -> bool:
-    """Tell whether a folder is a llava_ray bundle."""
+    """Return whether a folder is a llava_ray bundle."""
     return is_file(folder / MANIFEST_FILE)
 
 
@@ -93,12 +93,12 @@ def read_manifest(folder: Path) -> Manifest:
     except ValidationError as error:
         raise BundleError(
             f"{file} is not a manifest of format {_BUNDLE_VERSION}: {faults_of(error)}. It was edited, or written by "
-            "another version of llava_ray: save the bundle again with that version, or mend the file."
+            "another version of llava_ray: save the bundle again with that version, or fix the file."
         ) from error
 
 
 def write_manifest(new: Path, manifest: Manifest, place: str | Path) -> None:
-    """Write llava.json into the folder ``new``, which will lie at ``place``: no path in it is absolute.
+    """Write llava.json into the folder ``new``, which will be moved to ``place``: no path in it is absolute.
 
     Only from a ``place`` that is a URL there is no way to a local folder, which is then named as it is.
     """
@@ -114,7 +114,7 @@ def with_bases(manifest: Manifest, change: Callable[[str], str]) -> Manifest:
 
 
 def relative_base(base: str, place: str | Path) -> str:
-    """Return an absolute folder as the way to it from ``place``, beginning with a dot; hub ids as they are."""
+    """Return an absolute folder as a path relative to ``place``, beginning with a dot; hub ids unchanged."""
     if not Path(base).is_absolute() or "://" in str(place):
         return base
     way = os.path.relpath(base, Path(place).resolve())
@@ -122,7 +122,7 @@ def relative_base(base: str, place: str | Path) -> str:
 
 
 def absolute_base(base: str, place: Path) -> str:
-    """Return the folder to which the way leads from ``place``; hub ids and absolute folders as they are.
+    """Resolve a base relative to ``place``; hub ids and absolute folders are returned unchanged.
 
     Where nothing is there, as when a bundle was copied alone, the end of the way is looked for above ``place``. That it
     is the right one is seen by its fingerprint.
@@ -137,7 +137,7 @@ def absolute_base(base: str, place: Path) -> str:
 
 
 def faults_of(error: ValidationError) -> str:
-    """Say what is wrong in a manifest, key by key; the first few of many."""
+    """Format the faults of a manifest, key by key; the first few of many."""
     faults = [f"{'.'.join(map(str, fault['loc'])) or 'file'}: {fault['msg']}" for fault in error.errors()[:_MAX_FAULTS]]
     more = f"; and {error.error_count() - _MAX_FAULTS} more" if error.error_count() > _MAX_FAULTS else ""
     return "; ".join(fault if len(fault) <= MAX_SHOWN else f"{fault[:MAX_SHOWN]}…" for fault in faults) + more

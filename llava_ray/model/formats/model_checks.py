@@ -1,4 +1,4 @@
-"""Whether a model's parts, read as files, fit together: widths, shapes and image processor. Nothing is loaded."""
+"""Checks that a model's parts fit together: widths, shapes and image processor, from headers alone."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,8 +13,8 @@ from llava_ray.model.formats.hub.processor import read_preprocessor, write_prepr
 from llava_ray.model.formats.layout import CONFIG, Layout, LayoutKind
 from llava_ray.model.formats.manifest import Manifest
 from llava_ray.model.formats.names import PROJECTOR_PREFIX
-from llava_ray.model.formats.noted_settings import changed
-from llava_ray.model.formats.part_configs import build
+from llava_ray.model.formats.noted_settings import describe_change
+from llava_ray.model.formats.part_configs import build_config
 from llava_ray.model.formats.preprocessor import check_preprocessor
 from llava_ray.model.formats.pretrained import check_shapes
 from llava_ray.model.formats.sources import Source
@@ -31,14 +31,14 @@ _PREPROCESSOR = "preprocessor_config.json"
 def find_preprocessor(
     layout: Layout, tower: Source, noted: Mapping[str, Any], manifest: Manifest
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return the tower's own image processor, and what has to be said of it. Raises ModelError."""
+    """Return the tower's own image processor settings, with notes for the user. Raises ModelError."""
     file = layout.folder / _PREPROCESSOR
     if layout.kind is not LayoutKind.HUB:
         return _checked_preprocessor(read_json_object(tower.beside / _PREPROCESSOR), tower.beside / _PREPROCESSOR), ()
     values: Any
     if is_file(file):
         values = read_json_object(file)
-    else:  # transformers 5 keeps it among the processor's own settings.
+    else:  # transformers 5 stores it inside the processor's settings.
         file = layout.folder / "processor_config.json"
         values = read_json_object(file).get("image_processor")
     if not isinstance(values, dict):
@@ -46,37 +46,39 @@ def find_preprocessor(
     if "preprocessor" not in noted:
         return _checked_preprocessor(read_preprocessor(values), file), ()
     exported = _checked_preprocessor(noted["preprocessor"], layout.folder / CONFIG)
-    written = write_preprocessor(exported, manifest)
-    odd = [key for key in sorted(values.keys() & exported.keys()) if values[key] != written[key]]
-    mended = _checked_preprocessor({**exported, **{key: values[key] for key in odd}}, file)
-    return mended, tuple(f"{file}: {changed(key, values[key], written[key])}" for key in odd)
+    expected = write_preprocessor(exported, manifest)
+    changed_keys = [key for key in sorted(values.keys() & exported.keys()) if values[key] != expected[key]]
+    merged = _checked_preprocessor({**exported, **{key: values[key] for key in changed_keys}}, file)
+    return merged, tuple(f"{file}: {describe_change(key, values[key], expected[key])}" for key in changed_keys)
 
 
 def _checked_preprocessor(values: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """Return an image processor's settings. Raises ModelError for what cannot be any."""
+    """Check and return an image processor's settings. Raises ModelError for invalid ones."""
     check_preprocessor(values, str(file))
     return dict(values)
 
 
 def check_parts(model: "ModelFiles", language: Source, tower: Source, config: Mapping[str, Any]) -> None:
-    """Raise ModelError if the weights are not of the sizes that the parts' configs say, or the projector fits none."""
+    """Raise ModelError if weights have other shapes than the parts' configs, or the projector does not fit them."""
     check_table(language.tensors, config, str(language.folder))
-    check_shapes(MODEL_FOR_CAUSAL_LM_MAPPING, build(config, f"{language.folder / CONFIG}"), language, "language model")
+    check_shapes(
+        MODEL_FOR_CAUSAL_LM_MAPPING, build_config(config, f"{language.folder / CONFIG}"), language, "language model"
+    )
     vision = model.tower_config
     seeing = {name: t for name, t in tower.tensors.items() if not name.startswith(("text_model.", "logit_"))}
     check_shapes(
-        MODEL_MAPPING, build(vision, f"{tower.beside / CONFIG}"), replace(tower, tensors=seeing), "vision tower"
+        MODEL_MAPPING, build_config(vision, f"{tower.beside / CONFIG}"), replace(tower, tensors=seeing), "vision tower"
     )
     _check_widths(model)
 
 
 def _check_widths(model: "ModelFiles") -> None:
-    """Raise ModelError if the projector's shapes are not those of the model's parts."""
+    """Raise ModelError if the projector's widths differ from those of the model's parts."""
     manifest, projector = model.manifest, model.part(PROJECTOR_PREFIX)
     in_order = sorted(projector, key=lambda name: (len(name), name))  # "10.weight" after "2.weight"
     matrices = [projector[name].shape for name in in_order if name.endswith("weight")]
     if any(len(shape) != 2 for shape in matrices):
-        raise ModelError(f"the projector in {model.folder} has a weight that is no matrix; copy the file again.")
+        raise ModelError(f"the projector in {model.folder} has a weight that is not a matrix; copy the file again.")
     widths = (matrices[0][-1], matrices[-1][0]) if matrices else (manifest.mm_hidden_size, manifest.hidden_size)
     if widths != (manifest.mm_hidden_size, manifest.hidden_size):
         raise ModelError(

@@ -1,4 +1,4 @@
-"""A whole model as files: what it is and where its tensors lie, whatever layout it comes in. Nothing is loaded."""
+"""A whole model as files: its manifest and the location of its tensors, in any layout. Nothing is loaded."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,18 +7,18 @@ from typing import Any
 from llava_ray.model.formats.manifest import Manifest
 from llava_ray.model.tensors.weight_files import Stored
 
-ORIGINAL_CONFIG = "original_config"  # in a manifest's training: what of the original's config means nothing to us
+ORIGINAL_CONFIG = "original_config"  # in a manifest's training: settings of the original's config that we do not use
 TOWER_FOLDER = "vision_tower"
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model that has not been loaded. ``tensors`` are under our names (see ``published_names``).
+    """A model that has not been loaded. ``tensors`` have canonical names (see ``names``).
 
-    ``num_rows`` is how many rows of the vocabulary are the language model's own: the hub layout may have added more.
-    ``preprocessor`` is the tower's image processor as its preprocessor_config.json holds it. ``kept`` is LLaVA's part
-    of an original config.json, to be given back to it. ``noted_template`` is () or the one chat template (or None) that
-    the tokenizer had before it was exported to the hub layout.
+    ``num_rows`` is the number of vocabulary rows of the language model itself: the hub layout may have added more.
+    ``preprocessor`` is the content of the tower's preprocessor_config.json. ``kept`` are settings of an original
+    config.json that we do not use, written back on export. ``noted_template`` is () or the one chat template (or None)
+    that the tokenizer had before it was exported to the hub layout.
     """
 
     folder: Path

@@ -1,6 +1,6 @@
-"""Canonical names of tensors: those of ``Llava`` and its parts, to which every layout's names are turned.
+"""Canonical names of tensors: those of ``Llava`` and its parts, to which every layout's names are converted.
 
-The layouts' names are pure renames, turned back without loss (``original.names``, ``hub.names``):
+The layouts' names are pure renames, reversible without loss (``original.names``, ``hub.names``):
 
 ========================== ====================================================== ======================================
 ours                       original (liuhaotian/llava-…)                          hub (llava-hf/…)
@@ -20,7 +20,7 @@ has no ``vision_model`` level in any layout.
 
 import re
 
-# What older files hold beside the weights: tables that every model computes for itself.
+# Buffers in older files that every model computes itself.
 COMPUTED = re.compile(r"(\.inv_freq|\.position_ids)$")
 
 

@@ -12,9 +12,9 @@ from llava_ray.model.network.tower_families import WITH_TEXT_PART, find_family
 from llava_ray.reading import in_words, shown
 
 
-def complete(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return a part's config with what transformers would add to it. Raises ModelError that names ``where``."""
-    return _overlaid(values_of(build(config, where)), config)
+def fill_defaults(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return a part's config with transformers' defaults filled in. Raises ModelError that names ``where``."""
+    return _merge_defaults(values_of(build_config(config, where)), config)
 
 
 def vision_part(tower: Mapping[str, Any]) -> dict[str, Any]:
@@ -25,14 +25,14 @@ def vision_part(tower: Mapping[str, Any]) -> dict[str, Any]:
     return {"model_type": f"{kind}_vision_model", **tower.get("vision_config", {})}
 
 
-def _overlaid(whole: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``given`` with what ``whole`` adds to it, in the words of transformers 5."""
-    values = {**whole, **given}
+def _merge_defaults(defaults: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge ``defaults`` into ``config``, under the keys of transformers 5."""
+    values = {**defaults, **config}
     values.pop("transformers_version", None)
     if (dtype := values.pop("torch_dtype", None)) is not None:
         values["dtype"] = dtype
-    if "rope_parameters" in whole:  # where the older keys have gone
-        values["rope_parameters"] = whole["rope_parameters"]
+    if "rope_parameters" in defaults:  # replaces the older keys
+        values["rope_parameters"] = defaults["rope_parameters"]
         for key in ("rope_theta", "rope_scaling"):
             values.pop(key, None)
     return values
@@ -59,20 +59,20 @@ def values_of(config: Any) -> dict[str, Any]:
 
 def num_prefix_tokens(tower: Mapping[str, Any]) -> int:
     """Count the tokens that a tower puts before its patches. Raises ModelError for an unknown kind."""
-    config = build(tower, "the vision tower")
+    config = build_config(tower, "the vision tower")
     return find_family(config).num_prefix_tokens(config)
 
 
-def older(config: Mapping[str, Any], *, keep_new: bool) -> dict[str, Any]:
-    """Return a part's config as older programs read it: transformers 4.3x with ``keep_new`` false, else 4.4x and vLLM.
+def to_older_config(config: Mapping[str, Any], *, keep_new: bool) -> dict[str, Any]:
+    """Convert a part's config for older programs: transformers 4.3x, or with ``keep_new`` 4.4x and vLLM.
 
-    Without ``rope_theta`` they would compute with 10,000 in silence. ``keep_new`` leaves ``rope_parameters`` there.
+    Without ``rope_theta`` they would use 10,000 in silence. ``keep_new`` keeps ``rope_parameters`` as well.
     """
     values = dict(config)
     if "dtype" in values:
         values["torch_dtype"] = values.pop("dtype")
     rope = values.get("rope_parameters") or {}
-    if "rope_type" not in rope:  # none, or one for each type of layer, which older programs do not know
+    if "rope_type" not in rope:  # none, or one per type of layer, which older programs do not support
         return values
     scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "rope_type", "type")}
     values["rope_theta"] = rope["rope_theta"]

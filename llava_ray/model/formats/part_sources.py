@@ -1,4 +1,4 @@
-"""Find the language model and the vision tower of a model: inside its folder, or where it or the settings name them."""
+"""Search for a model's language model and vision tower: inside its folder, or where it or the settings name them."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from llava_ray.model.formats.sources import (
 )
 from llava_ray.reading import is_folder
 
-# What must be the same in a base's config as in the config that an adapter or projector was trained with.
+# Keys that must agree between a base's config and the config that an adapter or projector was trained with.
 _SHAPE_KEYS = (
     "model_type",
     "hidden_size",
@@ -43,7 +43,7 @@ def find_layout(name: str, *, weights: bool, offline: bool = False) -> tuple[Sou
         layout = read_layout(root.folder)
     if layout.kind is LayoutKind.VISION_TOWER:
         raise ModelError(f"{name} is a vision tower, not a language model; give it as vision_tower.")
-    if layout.folder != root.folder:  # a run's checkpoint, whose model lies below
+    if layout.folder != root.folder:  # a run's checkpoint, whose model is a folder below
         root = Source(str(layout.folder), layout.folder, str(layout.folder))
     return root, layout
 
@@ -95,33 +95,33 @@ def find_vision_tower(
 
 
 def _check_there(named: str, part: PartName, root: Source, setting: str) -> None:
-    """Raise ModelError if the folder of a part that a model names is not there."""
+    """Raise ModelError if the folder of a part that a model names does not exist."""
     if Path(named).is_absolute() and not is_folder(Path(named)):
         raise ModelError(
-            f"no such {part.replace('_', ' ')}: {root.name} names the folder {named}, which is not there. Copy both so "
-            f"that they lie to each other as before, or say where it is with {setting}."
+            f"no such {part.replace('_', ' ')}: {root.name} names the folder {named}, which does not exist. Copy both "
+            f"with the same relative paths, or give its place with {setting}."
         )
 
 
-def _check_configured_part(given: str | None, inside: Source, part: PartName, layout: Layout) -> None:
-    """Raise ModelError if another part is configured than the one that the folder brings."""
-    if given is not None and given != inside.origin and str(Path(given).resolve()) != inside.origin:
+def _check_configured_part(configured: str | None, inside: Source, part: PartName, layout: Layout) -> None:
+    """Raise ModelError if another part is configured than the one inside the folder."""
+    if configured is not None and configured != inside.origin and str(Path(configured).resolve()) != inside.origin:
         raise ModelError(
-            f"{layout.folder} brings its own {part.replace('_', ' ')} (from {inside.origin}), but {given} is "
+            f"{layout.folder} includes its own {part.replace('_', ' ')} (from {inside.origin}), but {configured} is "
             "configured; leave the setting out, or start from the plain language model."
         )
 
 
 def _check_base(layout: Layout, base: Source) -> None:
-    """Raise ModelError if an adapter or projector says that it was trained over another language model."""
+    """Raise ModelError if an adapter or projector records another base language model."""
     if layout.language_config is None:
         return
     trained = make_config(layout.language_config, layout.folder, "language model").to_dict()
-    given = make_config(base.config, base.folder, "language model").to_dict()
+    base_config = make_config(base.config, base.folder, "language model").to_dict()
     for key in _SHAPE_KEYS:
-        if trained.get(key) != given.get(key):
+        if trained.get(key) != base_config.get(key):
             raise ModelError(
-                f"{base.name} is not the base that {layout.folder} was trained over: {key} is {given.get(key)!r} in "
-                f"its config.json, expected {trained.get(key)!r}. Give the right one as model_base"
+                f"{base.name} is not the base that {layout.folder} was trained over: {key} is {base_config.get(key)!r} "
+                f"in its config.json, expected {trained.get(key)!r}. Give the right one as model_base"
                 + (f" ({layout.base})." if layout.base else ".")
             )

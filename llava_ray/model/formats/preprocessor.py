@@ -1,4 +1,4 @@
-"""Settings of image processors, checked before anything of the declared size is made. No torch."""
+"""Checks of image processor settings, made before anything of the declared size is allocated. No torch."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ _SWITCHES = ("do_center_crop", "do_convert_rgb", "do_normalize", "do_rescale", "
 
 
 def check_preprocessor(values: Mapping[str, Any], where: str) -> None:
-    """Raise ModelError that names the key for a setting that no image processor can have."""
+    """Raise ModelError that names the key of an invalid setting."""
     for key in ("size", "crop_size", "pad_size"):
         size = values.get(key)
         sides = size if isinstance(size, Mapping) else {"": size}
@@ -23,7 +23,7 @@ def check_preprocessor(values: Mapping[str, Any], where: str) -> None:
                 raise _unfit(where, f"{key}.{name}".strip("."), side, f"pixels, from 1 to {_MAX_SIDE:,}")
     for key, most in (("patch_size", _MAX_SIDE), ("max_num_patches", _MAX_PATCHES)):
         value = values.get(key)
-        # On a processor of transformers' LLaVA it may be a table, which nothing reads.
+        # In transformers' LLaVA processors it may be a table, which nothing reads.
         if value is not None and not isinstance(value, Mapping) and not _is_count(value, most):
             raise _unfit(where, key, value, f"a number from 1 to {most:,}")
     for key, expected, fits in _CHECKS:
@@ -45,7 +45,7 @@ def _is_finite(value: object) -> bool:
 
 
 def _unfit(where: str, key: str, value: object, expected: str) -> ModelError:
-    return ModelError(f"{where}: {key} is {shown(value)}, expected {expected}; mend it, or copy the file again.")
+    return ModelError(f"{where}: {key} is {shown(value)}, expected {expected}; fix it, or copy the file again.")
 
 
 _CHECKS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (

@@ -1,4 +1,4 @@
-"""transformers' models made of stored tensors: its own loading, fed one tensor at a time."""
+"""Loading of transformers' models from stored tensors, one tensor at a time."""
 
 import copy
 from collections.abc import Mapping
@@ -17,14 +17,15 @@ from llava_ray.model.tensors.tensor_files import StoredTensor, read_json_object
 from llava_ray.model.tensors.tensor_reading import LazyTensor, map_tensor
 from llava_ray.reading import is_file
 
-_MAX_EXCESS, _MARGIN = 2, 2**24  # a head that is tied is stored once; masks and tables are not stored
+# Allow for tied heads, which are stored once, and for masks and tables, which are not stored.
+_MAX_EXCESS, _MARGIN = 2, 2**24
 _GENERATION_CONFIG = "generation_config.json"
 
 
 def load_pretrained(
     classes: Any, config: PreTrainedConfig, source: Source, part: str, **options: Any
 ) -> PreTrainedModel:
-    """Make a model of exactly the source's tensors.
+    """Load a model from exactly the source's tensors.
 
     ``classes`` is transformers' mapping from configs to models, ``options`` are those of ``from_pretrained``. Raises
     ModelError that names the first tensor that is missing, unknown or of another shape.
@@ -33,9 +34,10 @@ def load_pretrained(
         model, info = classes[type(config)].from_pretrained(
             None,
             config=config,
+            # Lazy tensors: transformers reads one at a time, so the peak is the model plus its largest tensor.
             state_dict=_as_state_dict(source.tensors),
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
+            ignore_mismatched_sizes=True,  # reported below, by name
             **options,
         )
     _check_loaded(info, source, part)
@@ -52,7 +54,7 @@ def load_pretrained(
 def check_amount(classes: Any, config: PreTrainedConfig, source: Source, part: str) -> None:
     """Raise ModelError if a config describes a much larger model than the weight files hold.
 
-    What they lack would be made before it is missed. Numbers that are missing otherwise are named when all is loaded.
+    transformers would allocate the missing part before noticing. Smaller gaps are reported by name after loading.
     """
     where = f"the {part} in {source.folder}: config.json"
     layers, stored = config.get_text_config().num_hidden_layers, sum(t.numel for t in source.tensors.values())
@@ -71,7 +73,7 @@ def check_amount(classes: Any, config: PreTrainedConfig, source: Source, part: s
 
 
 def check_shapes(classes: Any, config: PreTrainedConfig, source: Source, part: str) -> None:
-    """Raise ModelError if tensors have other shapes than a config says, as far as their names tell; none is read."""
+    """Raise ModelError if tensors have other shapes than a config implies, matched by name; none is read."""
     check_amount(classes, config, source, part)
     skeleton = _make_skeleton(classes, config, source, part)
     base = f"{skeleton.base_model_prefix}."
@@ -79,7 +81,7 @@ def check_shapes(classes: Any, config: PreTrainedConfig, source: Source, part: s
     found = {name.removeprefix(base): tensor for name, tensor in source.tensors.items()}
     tied = {name.removeprefix(base) for name in skeleton.all_tied_weights_keys}
     lost = sorted(expected.keys() - found.keys() - tied)
-    if lost and found.keys() <= expected.keys():  # else they may have been renamed since
+    if lost and found.keys() <= expected.keys():  # otherwise they may have been renamed in newer versions
         raise ModelError(
             f"the {part} in {source.folder} lacks {len(lost)} tensors, the first is {lost[0]}. Expected all weights of "
             "the class named in config.json; copy the folder again."
@@ -94,7 +96,7 @@ def check_shapes(classes: Any, config: PreTrainedConfig, source: Source, part: s
 
 
 def _make_skeleton(classes: Any, config: PreTrainedConfig, source: Source, part: str) -> PreTrainedModel:
-    """Make a model without memory. Raises ModelError for a config that no model can be made of."""
+    """Build a skeleton on the meta device, with shapes but no memory. Raises ModelError for an invalid config."""
     with loading(source.folder, part), torch.device("meta"), no_init_weights():
         skeleton: PreTrainedModel = classes[type(config)](copy.deepcopy(config))
     return skeleton
@@ -105,9 +107,9 @@ def _is_odd(value: object, sides: set[int]) -> bool:
 
 
 def _as_state_dict(tensors: Mapping[str, StoredTensor]) -> dict[str, LazyTensor | Tensor]:
-    """Return tensors as transformers takes them: read when wanted.
+    """Convert tensors for transformers, such that each is read when it is used.
 
-    Under ZeRO 3 they must be real ones, of which only rank 0 looks at the values: there they are mapped.
+    Under ZeRO 3 transformers needs real tensors, of which only rank 0 uses the values: there they are memory-mapped.
     """
     if is_deepspeed_zero3_enabled():
         return {name: map_tensor(tensor) for name, tensor in tensors.items()}
@@ -115,7 +117,7 @@ def _as_state_dict(tensors: Mapping[str, StoredTensor]) -> dict[str, LazyTensor 
 
 
 def _check_loaded(info: Mapping[str, Any], source: Source, part: str) -> None:
-    """Raise ModelError unless the model has taken every tensor, and made up none."""
+    """Raise ModelError unless the model uses every tensor, and initialised none itself."""
     where = f"the {part} in {source.folder}"
     if mismatched := sorted(info["mismatched_keys"]):
         name, found, expected = mismatched[0]

@@ -1,4 +1,4 @@
-"""Find and load projectors, out of any model folder or out of a file of their own."""
+"""Loading of projectors from any model folder or from a file of their own."""
 
 from pathlib import Path
 
@@ -12,15 +12,15 @@ from llava_ray.model.formats.original.names import from_original
 from llava_ray.model.tensors.tensor_files import StoredTensor, read_tensor_file
 from llava_ray.model.tensors.tensor_reading import read_tensors
 
-# What is learnt beside a projector and kept in its file: the vector that ends a row of anyres patches, and the input
+# Weights trained with a projector and stored in its file: the vector that ends a row of anyres patches, and the input
 # embeddings of new tokens.
 _COMPANIONS = (IMAGE_NEWLINE, EMBED_TOKENS)
 
 
 def _find_projector(path: Path) -> dict[str, StoredTensor]:
-    """Return a projector's tensors out of any model folder, a .safetensors file or LLaVA's mm_projector.bin.
+    """Find a projector's tensors in any model folder, a .safetensors file or LLaVA's mm_projector.bin.
 
-    Names come back without any prefix (``0.weight``). Raises ModelError for a file that is missing, damaged, holds
+    Names have no prefix (``0.weight``). Raises ModelError for a file that is missing, damaged, holds
     more than tensors, or holds no projector.
     """
     file = _find_projector_file(path)
@@ -35,7 +35,7 @@ def _find_projector(path: Path) -> dict[str, StoredTensor]:
 
 
 def _find_projector_file(path: Path) -> Path | None:
-    """Return the file that holds a projector and what lies beside it; None for a folder without. Raises ModelError."""
+    """Find the file that holds a projector and its companions; None for a folder without. Raises ModelError."""
     alone = [path / PROJECTOR_FILE, path / ORIGINAL_PROJECTOR_FILE] if path.is_dir() else [path]
     files = [file for file in alone if file.is_file()]
     if not files and not path.is_dir():
@@ -47,7 +47,7 @@ def _find_projector_file(path: Path) -> Path | None:
 
 
 def load_companions(path: str | Path) -> dict[str, Tensor]:
-    """Read what lies beside a projector in its file, by the names in COMPANIONS. Raises ModelError."""
+    """Load the weights beside a projector in its file, by the names in COMPANIONS. Raises ModelError."""
     file = _find_projector_file(Path(path))
     if file is None:
         return read_tensors(read_layout(Path(path)).companions)
@@ -56,5 +56,5 @@ def load_companions(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_projector_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read a projector's tensors, see ``_find_projector``. Raises ModelError."""
+    """Load a projector's tensors, see ``_find_projector``. Raises ModelError."""
     return read_tensors(_find_projector(Path(path)))

@@ -1,4 +1,4 @@
-"""Folders written whole or not at all, and full tensors as ordinary transformers folders."""
+"""Atomic writing of bundle folders, and of full tensors as ordinary transformers folders."""
 
 import copy
 import shutil
@@ -21,8 +21,9 @@ _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 def save_weights(folder: Path, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
     """Write ``tensors`` under the names that ``model.save_pretrained`` would give them, with config.json.
 
-    ``model`` gives class and config only: under ZeRO 3 its own tensors are empty, and transformers would write wrong
-    names for them. So a skeleton without memory stands in for it. A tensor shared by two names is written once.
+    ``model`` supplies class and config only: under ZeRO 3 its own tensors are empty, and transformers would write wrong
+    names for them. So a skeleton on the meta device, which takes no memory, stands in for it. A tensor shared by two
+    names is written once.
     Raises BundleError for a tensor that is missing, unknown or of another shape.
     """
     with torch.device("meta"):
@@ -34,7 +35,7 @@ def save_weights(folder: Path, model: PreTrainedModel, tensors: Mapping[str, Ten
 
 
 def _check_tensors(skeleton: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return exactly the tensors that have to be written. Raises BundleError."""
+    """Return exactly the tensors to write. Raises BundleError."""
     tied = skeleton.all_tied_weights_keys
     shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items() if name not in tied}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name not in tied}
@@ -51,8 +52,8 @@ def _check_tensors(skeleton: PreTrainedModel, tensors: Mapping[str, Tensor]) -> 
 def sanitize_generation_config(config: GenerationConfig) -> GenerationConfig:
     """Return ``config``, or only its token ids where transformers would refuse to save it.
 
-    Some published models (Vicuna among them) carry sampling settings without ``do_sample``: saving them as they are
-    fails at the end of a whole training run.
+    Some published models (Vicuna among them) have sampling settings without ``do_sample``: saving these unchanged would
+    fail at the end of a whole training run.
     """
     try:
         config.validate(strict=True)
@@ -63,17 +64,18 @@ def sanitize_generation_config(config: GenerationConfig) -> GenerationConfig:
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """Give a new folder that takes the place of the bundle ``folder`` once all of it is written.
+    """Yield a new folder that replaces the bundle ``folder`` once all of it is written.
 
     Raises BundleError if it cannot be written, or if ``folder`` holds anything but a bundle.
     """
     new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
     try:
         if folder.exists() and not is_bundle(folder) and any(folder.iterdir()):
-            raise BundleError(f"{folder} is there already and is no llava_ray bundle; choose another folder.")
+            raise BundleError(f"{folder} exists already and is not a llava_ray bundle; choose another folder.")
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
         yield new
+        # Renames are atomic within one filesystem: at any moment the old or the new bundle is complete under some name.
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)

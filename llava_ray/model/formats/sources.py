@@ -1,4 +1,4 @@
-"""Where a part's files are: a folder as it is, or a hub id through the hub's own cache."""
+"""Locations of a part's files: a folder, or a hub id in the hub's own cache."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -30,7 +30,7 @@ _WEIGHT_FILES = ["*.safetensors", ORIGINAL_PROJECTOR_FILE, NON_LORA_FILE]
 
 @dataclass(frozen=True)
 class Source:
-    """Where a part is: its ``name`` as people write it (hub id, or absolute folder) and the ``folder`` of its weights.
+    """The location of a part: its ``name`` (hub id, or absolute folder) and the ``folder`` of its weights.
 
     ``origin`` is what the part was tuned from, or ``name`` again.
     """
@@ -41,13 +41,13 @@ class Source:
     config: Mapping[str, Any] = field(default_factory=dict)
     """The part's own config.json."""
     tensors: Mapping[str, StoredTensor] = field(default_factory=dict, repr=False)
-    """Its weights by the part's own names; empty where they were not asked for."""
+    """Its weights by the part's own names; empty where they were not requested."""
     settings_folder: Path | None = None
-    """Where image processor or generation config lie, if not in ``folder``."""
+    """Folder of image processor or generation config, if not ``folder``."""
 
     @property
     def beside(self) -> Path:
-        """Return the folder of the files that belong to the weights."""
+        """Return the folder of the settings that belong to the weights."""
         return self.settings_folder or self.folder
 
 
@@ -59,7 +59,7 @@ def find_source(name: str | Path, part: str, *, weights: bool = True, offline: b
     """
     try:
         folder = Path(name).expanduser()
-    except (TypeError, RuntimeError) as error:  # no text, or the home of a user who is not there
+    except (TypeError, RuntimeError) as error:  # not text, or the home of an unknown user
         raise ModelError(f"no such {part}: {shown(name)} is neither a folder nor a hub id.") from error
     if is_folder(folder):
         return Source(str(folder.resolve()), folder.resolve(), str(folder.resolve()))
@@ -72,7 +72,7 @@ def find_source(name: str | Path, part: str, *, weights: bool = True, offline: b
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ModelError(
             f"no such {part}: {shown(str(name))} is neither a folder here ({str(folder.absolute())[:MAX_SHOWN]}) nor a "
-            f"model that the hub gave us ({type(error).__name__}). "
+            f"model that the hub provides ({type(error).__name__}). "
             "Check the spelling; without network, download it elsewhere and give the folder, which every node must see."
         ) from error
     return Source(str(name), found, str(name))
@@ -110,7 +110,7 @@ def read_layout_of(root: Source) -> Layout:
 def find_part(name: str | Path, part: PartName, *, weights: bool = True, offline: bool = False) -> Source:
     """Find a language model or vision tower: a folder of its own, or the one inside any kind of model folder.
 
-    Without ``weights`` its tensors may be left out. Raises ModelError.
+    Without ``weights`` its tensors may be missing. Raises ModelError.
     """
     root = find_source(name, _words(part), weights=weights, offline=offline)
     return part_of(read_layout_of(root), root.name, part, weights=weights, offline=offline)
@@ -125,7 +125,7 @@ def part_of(
     settings_from: str | Path | None = None,
     offline: bool = False,
 ) -> Source:
-    """Return the part that lies in the folder called ``name``. Raises ModelError if there is none.
+    """Return the part in the folder called ``name``. Raises ModelError if there is none.
 
     A tower inside a checkpoint of the original's takes config and image processor from the folder or hub id
     ``settings_from``, by default the tower that the checkpoint names: it holds weights alone.
@@ -138,10 +138,10 @@ def part_of(
             f"{name} ({layout.kind}) holds no {_words(part)}" + (f", it names {named!r}: give that." if named else ".")
         )
     tensors = layout.part(layout.kind.name.lower() if is_plain else part)
-    is_other_type = layout.kind is LayoutKind.LANGUAGE_MODEL and part == "vision_tower"  # refused by its config
+    is_other_type = layout.kind is LayoutKind.LANGUAGE_MODEL and part == "vision_tower"  # its config is rejected later
     if weights and not is_other_type and (layout.missing or not tensors):
         what = layout.missing[0] if layout.missing else NO_WEIGHTS
-        raise ModelError(f"the {_words(part)} in {layout.folder} ({layout.kind}) is not whole: {what}")
+        raise ModelError(f"the {_words(part)} in {layout.folder} ({layout.kind}) is incomplete: {what}")
     if is_plain:
         return Source(name, layout.folder, name, layout.config, tensors)
     if layout.manifest is not None:
@@ -171,13 +171,13 @@ def _words(part: str) -> str:
 
 
 def loading(path: str | Path, part: str) -> AbstractContextManager[None]:
-    """Put a failure to load into words: which part, from where, and why."""
+    """Convert a failure to load to a ModelError that names the part, its place, and the reason."""
     remedy = "Expected a folder as transformers' save_pretrained writes it; copy it again, or point at another."
     return in_words(f"the {part} in {path}", remedy, says="cannot be loaded")
 
 
 def make_config(values: Mapping[str, Any], where: str | Path, part: str) -> PreTrainedConfig:
-    """Make a part's config of what its config.json holds. Raises ModelError."""
+    """Build a part's config from the values of its config.json. Raises ModelError."""
     check_declared(values, f"the {part} in {where}, config.json")
     model_type = str(values.get("model_type"))
     if model_type not in CONFIG_MAPPING:
@@ -187,10 +187,10 @@ def make_config(values: Mapping[str, Any], where: str | Path, part: str) -> PreT
             "file, or install a version that does."
         )
     config_class: type[PreTrainedConfig] = CONFIG_MAPPING[model_type]
-    # Written by old versions where there is none, and a deprecated word for new ones.
-    given = {key: value for key, value in values.items() if key != "rope_scaling" or value is not None}
+    # Old versions write it as null, and for new ones the key is deprecated.
+    settings = {key: value for key, value in values.items() if key != "rope_scaling" or value is not None}
     with loading(where, part):
-        config = config_class.from_dict(given)
+        config = config_class.from_dict(settings)
     config.name_or_path = str(where)
     return config
 
@@ -198,8 +198,8 @@ def make_config(values: Mapping[str, Any], where: str | Path, part: str) -> PreT
 def load_padding_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load a tokenizer that can pad, without adding to its vocabulary. Raises ModelError.
 
-    Where it has no padding token its unknown token serves (as in LLaVA), else its end token: padding is always
-    masked, so its id teaches nothing.
+    Without a padding token its unknown token is used (as in LLaVA), else its end token: padding is always masked, so
+    its id does not matter.
     """
     tokenizer = load_tokenizer(path, _language_config(Path(path)))
     if tokenizer.pad_token is None:
@@ -213,7 +213,7 @@ def load_padding_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def _language_config(folder: Path) -> PreTrainedConfig | None:
-    """Return the language model's config out of a published LLaVA's; None where config.json is its own.
+    """Return the language model's config from a published LLaVA's; None where config.json is its own.
 
     transformers chooses the class of a tokenizer by the config's model type.
     """

@@ -1,4 +1,4 @@
-"""What a model folder states of its own use: conversation template and longest sequence."""
+"""Settings of use that a model folder states: conversation template and longest sequence."""
 
 from llava_ray.chat.templates import CHAT_TEMPLATE, TEMPLATES
 from llava_ray.errors import ModelError
@@ -8,9 +8,9 @@ from llava_ray.reading import shown
 _DEFAULT_LENGTH = 2048  # the original's, where a config says nothing
 
 
-def find_version(layout: Layout, given: str | None) -> str:
-    """Return the conversation template: given, said by the folder, or known for its kind. Raises ModelError."""
-    version = given or layout.settings.get("version")
+def find_version(layout: Layout, requested: str | None) -> str:
+    """Return the conversation template: the requested one, the folder's, or that of its kind. Raises ModelError."""
+    version = requested or layout.settings.get("version")
     if version is None:
         raise ModelError(
             f"{layout.folder} ({layout.kind}) does not say which conversation template it was trained with, and the "
@@ -26,5 +26,5 @@ def find_length(layout: Layout) -> int:
     positions = positions if type(positions) is int else None
     length = layout.settings.get("model_max_length") or _DEFAULT_LENGTH
     if type(length) is not int or length < 0:
-        raise ModelError(f"{layout.folder}: model_max_length is {shown(length)}, expected a number of tokens; mend it.")
+        raise ModelError(f"{layout.folder}: model_max_length is {shown(length)}, expected a number of tokens; fix it.")
     return int(min(length, positions or length))

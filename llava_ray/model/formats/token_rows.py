@@ -1,4 +1,4 @@
-"""Whether a language model has a row of embeddings for every token of its tokenizer, from files alone. No torch."""
+"""Checks that a language model has an embedding row for every token of its tokenizer, from files alone. No torch."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ _TABLES = (EMBED_TOKENS, "wte.weight", "word_embeddings.weight", "embed_in.weigh
 
 
 class _NumberedToken(NamedTuple):
-    """A token with its number, and the file that has it."""
+    """A token with its id, and the file that lists it."""
 
     number: int
     text: str
@@ -33,7 +33,7 @@ def check_rows(tokenizer: "PreTrainedTokenizerBase", new_ids: Sequence[int], lan
     The padding token may be one, as in many published tokenizers: padding is masked and never looked up.
     """
     rows = _find_rows(language.tensors, language.config)
-    if rows is None or new_ids:  # with new tokens, whatever has no row gets one
+    if rows is None or new_ids:  # with new tokens, every token without a row gets one
         return
     beyond = {number: text for text, number in tokenizer.get_vocab().items() if number >= rows}
     beyond.pop(tokenizer.pad_token_id, None)
@@ -44,7 +44,7 @@ def check_rows(tokenizer: "PreTrainedTokenizerBase", new_ids: Sequence[int], lan
 
 
 def check_layout_rows(layout: Layout) -> None:
-    """Raise ModelError for the same of a model folder, as far as its files tell."""
+    """Raise ModelError for the same fault of a model folder, as far as its files show it."""
     if not layout.has_language_model:
         return
     rows = _find_rows(layout.part("language_model"), layout.language_config or {})
@@ -59,7 +59,7 @@ def check_layout_rows(layout: Layout) -> None:
 
 
 def check_table(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any], where: str) -> None:
-    """Raise ModelError if a language model's config names another vocabulary than its embeddings have rows for."""
+    """Raise ModelError if a language model's vocab_size differs from the rows of its embeddings."""
     rows, size = _find_rows(tensors, {}), config.get("vocab_size")
     if rows is not None and type(size) is int and rows != size:
         raise ModelError(
@@ -69,7 +69,7 @@ def check_table(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any], 
 
 
 def image_token_note(config: Mapping[str, Any], token: int | None) -> str | None:
-    """Say that a hub folder's config.json takes another token for images than its tokenizer; ours does not matter."""
+    """Return a note if a hub folder's config.json has another image token than its tokenizer; None otherwise."""
     index = config.get("image_token_index", config.get("image_token_id"))
     if index is None or token is None or index == token:
         return None
@@ -80,12 +80,12 @@ def image_token_note(config: Mapping[str, Any], token: int | None) -> str | None
 
 
 def find_image_token(folder: Path) -> int | None:
-    """Return the id of ``<image>`` in a folder's tokenizer files; None where they have none."""
+    """Find the id of ``<image>`` in a folder's tokenizer files; None where they have none."""
     return next((token.number for token in _listed_tokens(folder) if token.text == IMAGE_TOKEN), None)
 
 
 def _check_token_in_rows(first: _NumberedToken, number: int, rows: int, model: str) -> None:
-    """Raise ModelError that says which token has no row, and what to do."""
+    """Raise ModelError that names the token without a row, and the remedy."""
     raise ModelError(
         f"the tokenizer in {first.file} has {number} tokens without a row in the embeddings of {model}, which have "
         f"{rows:,}: the first is {shown(first.text)} with the id {first.number}. Take these tokens out of "
@@ -95,7 +95,7 @@ def _check_token_in_rows(first: _NumberedToken, number: int, rows: int, model: s
 
 
 def _find_rows(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> int | None:
-    """Return how many tokens a language model has a row for; None where nothing tells."""
+    """Return the number of embedding rows of a language model; None where it is unknown."""
     for name, tensor in tensors.items():
         if name.endswith(_TABLES) and len(tensor.shape) == 2:
             return tensor.shape[0]
@@ -133,7 +133,7 @@ def _of_tokenizer_json(file: Path) -> Iterator[_NumberedToken]:
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocab, dict):
         yield from _of_pairs(vocab, file)
-    elif isinstance(vocab, list):  # Unigram: pieces with their scores, numbered in order
+    elif isinstance(vocab, list):  # Unigram: pieces with their scores, ids in order
         pieces = (str(piece[0]) if isinstance(piece, list) and piece else "" for piece in vocab)
         yield from (_NumberedToken(number, piece, str(file)) for number, piece in enumerate(pieces))
     for token in added if isinstance(added, list) else ():

@@ -1,4 +1,4 @@
-"""Load a vision tower, frozen, from the files of a model folder or hub id."""
+"""Loading of a frozen vision tower from the files of a model folder or hub id."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

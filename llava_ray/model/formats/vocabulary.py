@@ -16,7 +16,7 @@ _IMAGE_TOKENS = (_IM_PATCH_TOKEN, _IM_START_TOKEN, _IM_END_TOKEN)
 
 
 def add_image_tokens(tokenizer: PreTrainedTokenizerBase, *, start_end: bool, patch: bool) -> tuple[int, ...]:
-    """Add the tokens that the settings ask for, in the original's order; return the ids of those that are new."""
+    """Add the configured image tokens, in the original's order; return the ids of those that are new."""
     known = tokenizer.get_added_vocab()
     wanted = [_IM_PATCH_TOKEN] * patch + [_IM_START_TOKEN, _IM_END_TOKEN] * start_end
     missing = [token for token in wanted if token not in known]
@@ -28,7 +28,7 @@ def add_image_tokens(tokenizer: PreTrainedTokenizerBase, *, start_end: bool, pat
 def load_text_side(
     folder: Path, version: str, *, start_end: bool, patch: bool
 ) -> tuple[PreTrainedTokenizerBase, tuple[int, ...], Template]:
-    """Load a tokenizer with the tokens that the settings ask for, the new ones' ids, and the template.
+    """Load a tokenizer with the configured image tokens, the ids of new ones, and the template.
 
     Raises ModelError or ConfigError.
     """

@@ -1,4 +1,4 @@
-"""Rows of the vocabulary: cut to the language model's own, or lengthened for a token that a layout adds."""
+"""Vocabulary rows: truncated to the language model's own, or extended for a token that a layout adds."""
 
 from typing import Literal
 
@@ -16,10 +16,10 @@ _MULTIPLE = 64  # what the published hub models round to
 
 
 def choose_rows(vocabulary: Vocabulary, *, found: int, own: int, needed: int) -> int:
-    """Return how many rows an exported table has.
+    """Compute the number of rows of an exported table.
 
-    ``found`` there are now, ``own`` of them are the language model's, ``needed`` the tokenizer's ids take. "auto" adds
-    rows only where there is no room. Raises ModelError where tokens would have none.
+    There are ``found`` rows now, ``own`` of them the language model's, and the tokenizer's ids need ``needed``. "auto"
+    adds rows only where needed. Raises ModelError where tokens would have no row.
     """
     padded = found if found >= needed and found % _MULTIPLE == 0 else -(-needed // _MULTIPLE) * _MULTIPLE
     rows = {"kept": found, "truncated": own, "padded": padded, "auto": found if needed <= found else padded}[vocabulary]
@@ -34,7 +34,7 @@ def choose_rows(vocabulary: Vocabulary, *, found: int, own: int, needed: int) ->
 def with_rows(tensors: dict[str, Stored], rows: int) -> dict[str, Stored]:
     """Return the tensors with embeddings and head of that many rows; new ones are the mean of the old.
 
-    A mean row's logit is below the best one of any other row, so no added token is ever the greedy choice.
+    A mean row's logit is never above the best of the others, so an added token is never the greedy choice.
     """
     changed = {}
     for name in TABLES:

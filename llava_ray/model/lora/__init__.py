@@ -1,1 +1,1 @@
-"""LoRA adapters: laid over a language model, read, saved and merged."""
+"""LoRA adapters: injection into a model, loading, saving and merging."""

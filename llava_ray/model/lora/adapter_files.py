@@ -1,4 +1,4 @@
-"""A PEFT adapter's files, read and checked: ours, or the LoRA folder of the original LLaVA."""
+"""Reading and checking of a PEFT adapter's files: ours, or the LoRA folder of the original LLaVA."""
 
 import math
 import re
@@ -19,7 +19,7 @@ from llava_ray.reading import in_words, is_file, shown
 _MAX_RANK = 2**16
 _ALL_LINEAR = "all-linear"
 _PLAIN_NAME = re.compile(r"[\w.\-]{1,200}")
-# Settings of PEFT's that build other layers than a plain LoRA's.
+# PEFT's settings that build other layers than plain LoRA.
 _STRUCTURAL = (
     "alora_invocation_tokens",
     "arrow_config",
@@ -33,15 +33,15 @@ _STRUCTURAL = (
     "use_qalora",
 )
 
-# Where the original wrapped parts that are no part of the language model.
+# Name prefixes of wrapped layers outside the language model in the original's adapters.
 _FOREIGN_PARTS = ("model.vision_tower.", "model.mm_projector.", "model.vision_resampler.")
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """What an adapter's folder holds. ``tensors`` are named as in the language model, without the adapter's name.
+    """The contents of an adapter's folder. ``tensors`` are named as in the language model, without the adapter's name.
 
-    ``base`` and ``base_fingerprint`` are those of the model it was trained over, where the folder says so.
+    ``base`` and ``base_fingerprint`` identify the model that it was trained on, if the folder records them.
     """
 
     folder: Path
@@ -52,7 +52,7 @@ class AdapterFiles:
 
 
 def read_adapter(folder: Path) -> AdapterFiles:
-    """Read an adapter. Raises ModelError that names the file that is missing, damaged or not a plain LoRA's."""
+    """Read an adapter. Raises ModelError that names a file that is missing, damaged or not of a plain LoRA."""
     config = _read_adapter_config(folder)
     file = next((folder / name for name in ADAPTER_FILES if is_file(folder / name)), None)
     if file is None:
@@ -81,7 +81,7 @@ def _read_adapter_config(folder: Path) -> Any:
         config = peft.PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, peft.LoraConfig):
         raise ModelError(
-            f"{file} describes an adapter of type {config.peft_type}; expected LORA, the only one read here."
+            f"{file} describes an adapter of type {config.peft_type}; expected LORA, the only one supported here."
         )
     if config.modules_to_save:
         raise ModelError(
@@ -92,7 +92,7 @@ def _read_adapter_config(folder: Path) -> Any:
 
 
 def _check_settings(values: Mapping[str, Any], where: str) -> None:
-    """Raise ModelError that names the key for what no plain LoRA has, or what PEFT would take for code of patterns."""
+    """Raise ModelError that names the key of a setting beyond plain LoRA, or of one that PEFT reads as a pattern."""
     for key in _STRUCTURAL:
         if values.get(key):
             raise ModelError(
@@ -110,7 +110,7 @@ def _check_settings(values: Mapping[str, Any], where: str) -> None:
 
 
 def _check_scales(values: Mapping[str, Any], where: str) -> None:
-    """Raise ModelError that names the key for ranks and scales that no adapter has."""
+    """Raise ModelError that names the key of implausible ranks and scales."""
     rank, alpha = values.get("r", 8), values.get("lora_alpha", 8)
     if type(rank) is not int or not 0 < rank <= _MAX_RANK:
         raise _unfit(where, "r", rank, f"a rank from 1 to {_MAX_RANK:,}")
@@ -124,20 +124,20 @@ def _check_scales(values: Mapping[str, Any], where: str) -> None:
 
 
 def _check_ranks(config: Any, stored: Mapping[str, StoredTensor], file: Path) -> None:
-    """Raise ModelError if the settings ask for a larger adapter than the file holds; it would be made first."""
+    """Raise ModelError if the settings declare a larger adapter than the file holds; PEFT would allocate it first."""
     largest = max((max(t.shape[:1], default=0) for name, t in stored.items() if "lora_A" in name.split(".")), default=0)
-    asked = max(config.r, *(config.rank_pattern or {}).values(), 0)
-    if asked > largest:
+    declared = max(config.r, *(config.rank_pattern or {}).values(), 0)
+    if declared > largest:
         raise ModelError(
-            f"{file}: its largest rank is {largest}, but {ADAPTER_CONFIG} says r = {asked}. These are not one "
+            f"{file}: its largest rank is {largest}, but {ADAPTER_CONFIG} says r = {declared}. These are not one "
             "adapter's files: copy both again."
         )
 
 
 def _with_targets(config: Any, stored: Mapping[str, StoredTensor]) -> Any:
-    """Return the settings with the layers by name where they are a pattern: those that the file has tensors for.
+    """Replace a pattern of layers in the settings by the names for which the file has tensors.
 
-    A pattern may be one that no computer ends to match.
+    Matching an untrusted pattern may take unbounded time.
     """
     if isinstance(config.target_modules, str) and config.target_modules != _ALL_LINEAR:
         names = (name.partition(".lora_A.")[0] for name in stored if ".lora_A." in name)
@@ -153,16 +153,16 @@ def _unfit(where: str, key: str, value: object, expected: str) -> ModelError:
 
 
 def _without_foreign_parts(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """Leave out adapters over the tower or projector that never learnt.
+    """Drop untrained adapters of the tower or projector.
 
-    The original wraps a tower that is loaded already, though no gradient reaches it: its B stay zero. Raises ModelError
-    if one did learn.
+    The original wraps a tower that is loaded already, though no gradient reaches it: its B matrices stay zero. Raises
+    ModelError if one was trained.
     """
     foreign = {name: tensor for name, tensor in tensors.items() if name.startswith(_FOREIGN_PARTS)}
-    learnt = sorted(name for name, tensor in foreign.items() if "lora_B" in name.split(".") and tensor.any())
-    if learnt:
+    trained = sorted(name for name, tensor in foreign.items() if "lora_B" in name.split(".") and tensor.any())
+    if trained:
         raise ModelError(
-            f"{file} adapts more than the language model: {learnt[0]} and {len(learnt) - 1} more have learnt. Merge it "
-            "with the library that wrote it."
+            f"{file} adapts more than the language model: {trained[0]} and {len(trained) - 1} more were trained. Merge "
+            "it with the library that wrote it."
         )
     return {name: tensor for name, tensor in tensors.items() if name not in foreign}

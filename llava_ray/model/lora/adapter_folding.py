@@ -1,4 +1,4 @@
-"""Adapters over the projector or the tower, merged as they are written: a bundle holds those parts whole anyway."""
+"""Merging of projector and tower adapters on saving: a bundle holds those parts whole anyway."""
 
 from collections.abc import Mapping
 
@@ -24,7 +24,7 @@ def fold_other_parts(llava: Llava, tensors: Mapping[str, Tensor]) -> dict[str, T
 
 
 def _merged_weight(layer: Mapping[str, Tensor], scaling: float) -> Tensor:
-    """Merge one layer's adapter: W + scaling * B A; with DoRA its rows then get their learnt length."""
+    """Merge one layer's adapter: W + scaling * B A; with DoRA its rows are then scaled to the trained magnitudes."""
     weight = layer["base_layer.weight"]
     down, up = layer[f"lora_A.{ADAPTER}.weight"].float(), layer[f"lora_B.{ADAPTER}.weight"].float()
     merged = weight.float() + scaling * (up @ down)

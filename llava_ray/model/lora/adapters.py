@@ -1,7 +1,7 @@
-"""LoRA adapters: laid over a language model, kept in PEFT's own files, merged into it with a check.
+"""LoRA adapters: injected into a language model, stored in PEFT's own files, merged with a check.
 
-An adapter lives inside the language model that it is laid over: the model stays of its class, and everything that
-calls it goes on as before. peft is imported inside the functions: it takes seconds, and most processes need none of it.
+PEFT's layers are injected in place: the model keeps its class, so callers are unaffected. peft is imported inside the
+functions: that takes seconds, and most processes do not need it.
 """
 
 import copy
@@ -26,28 +26,28 @@ from llava_ray.reading import in_words
 
 ADAPTER = "default"  # PEFT's own name for the only one
 OTHER_PARTS = ("projector", "vision_tower")
-# Of the logits' spread, over all of them: rounding a merged matrix to 16 bits moves them by about 1 %.
+# Tolerances as shares of the logits' spread: rounding a merged matrix to 16 bits changes them by about 1 %.
 MERGE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.05}
 _PROBE_LENGTH = 64
 
 
 def has_adapter(language_model: nn.Module) -> bool:
-    """Tell whether an adapter lies over the model."""
+    """Return whether the model has an adapter."""
     return "peft_config" in vars(language_model)
 
 
 def add_adapter(language_model: PreTrainedModel, lora: LoraConfig, seed: int) -> None:
-    """Lay a new adapter, which changes nothing yet, over the model; only it learns, and the biases of ``lora_bias``.
+    """Add a new adapter, initially without effect; only it is trained, and the biases of ``lora_bias``.
 
-    Its values depend on ``seed`` alone, so they are the same on every rank. Raises ModelError for a target that the
-    model does not have.
+    Its values depend on ``seed`` alone, so they are equal on every rank. Raises ModelError for a target that the model
+    does not have.
     """
     targets = find_target_modules(language_model, lora.lora_target_modules)
     inject_adapter(language_model, peft_settings(lora, targets), seed)
 
 
 def peft_settings(lora: LoraConfig, targets: list[str]) -> Any:
-    """Return ``lora`` in PEFT's words."""
+    """Convert ``lora`` to PEFT's settings."""
     import peft
 
     return peft.LoraConfig(
@@ -63,9 +63,9 @@ def peft_settings(lora: LoraConfig, targets: list[str]) -> Any:
 
 
 def find_target_modules(language_model: PreTrainedModel, named: tuple[str, ...] | None) -> list[str]:
-    """Return the last names of every Linear but the head, or the ``named`` ones. Raises ModelError.
+    """Find the last names of every Linear but the head, or of the ``named`` ones. Raises ModelError.
 
-    As in LLaVA; but there the names of an already loaded tower matched as well. Names that begin with another part's
+    As in LLaVA, where however the names of an already loaded tower matched as well. Names that begin with another part
     are not the language model's.
     """
     linears = {name: module for name, module in language_model.named_modules() if isinstance(module, nn.Linear)}
@@ -81,16 +81,17 @@ def find_target_modules(language_model: PreTrainedModel, named: tuple[str, ...] 
     for target in named:
         if not any(name == target or name.endswith(f".{target}") for name in linears):
             raise ModelError(
-                f"lora.lora_target_modules names {target!r}, which is no Linear of the language model; it has "
-                f"{', '.join(every)}. Correct the name, or leave the setting out to take them all."
+                f"lora.lora_target_modules names {target!r}, which is not a Linear of the language model; it has "
+                f"{', '.join(every)}. Correct the name, or leave the setting out to adapt them all."
             )
     return list(named)
 
 
 def inject_adapter(model: nn.Module, config: Any, seed: int) -> None:
-    """Put PEFT's layers into the model, in the dtype that it computes in; new values depend on ``seed`` alone."""
+    """Inject PEFT's layers into the model, in its compute dtype; new values depend on ``seed`` alone."""
     import peft
 
+    # A forked generator: equal values on every rank, whatever random numbers it has drawn before.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         peft.LoraModel(model, config, ADAPTER)
@@ -101,10 +102,10 @@ def inject_adapter(model: nn.Module, config: Any, seed: int) -> None:
 def load_adapter(
     language_model: PreTrainedModel, folder: str | Path, *, base_fingerprint: str | None = None, learns: bool = False
 ) -> None:
-    """Lay the adapter in a PEFT folder (ours, or LLaVA's LoRA folder) over the model it was trained over.
+    """Load the adapter of a PEFT folder (ours, or LLaVA's LoRA folder) into the model that it was trained on.
 
-    ``base_fingerprint`` is that of the model's weight files; it is compared where the adapter says its own. Raises
-    ModelError for an adapter that is incomplete, damaged, or of another model; the model is then as it was.
+    ``base_fingerprint`` is that of the model's weight files; it is compared if the adapter records its base's. Raises
+    ModelError for an adapter that is incomplete, damaged, or of another model; the model is then unchanged.
     """
     import peft
 
@@ -139,7 +140,7 @@ def check_base(files: AdapterFiles, base_fingerprint: str | None) -> None:
 def save_adapter(
     folder: Path, language_model: PreTrainedModel, base: ManifestPart, tensors: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write the adapter as PEFT does, with the id and fingerprint of the base that it needs.
+    """Save the adapter in PEFT's format, with the id and fingerprint of the base that it needs.
 
     ``tensors`` are full ones under the model's own names, as gathered from a training engine; by default the model's.
     """
@@ -151,17 +152,17 @@ def save_adapter(
     config = copy.copy(peft_config(language_model))
     config.base_model_name_or_path, config.inference_mode = base.base, True
     if not isinstance(config.target_modules, str):
-        config.target_modules = sorted(config.target_modules)  # a set: the file would differ from run to run
+        config.target_modules = sorted(config.target_modules)  # a set, whose order differs from run to run
     config.save_pretrained(folder)
 
 
 def peft_config(language_model: PreTrainedModel) -> Any:
-    """Return PEFT's settings of the adapter that lies over the model."""
+    """Return PEFT's settings of the model's adapter."""
     return vars(language_model)["peft_config"][ADAPTER]
 
 
 def adapter_tensors(language_model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Pick the adapter's tensors, and the biases that learn with it, under the names of PEFT's files."""
+    """Select the adapter's tensors, and the biases trained with it, under the names of PEFT's files."""
     import peft
 
     picked: dict[str, Tensor] = peft.get_peft_model_state_dict(
@@ -195,7 +196,7 @@ def adapted_parts(llava: nn.Module) -> set[str]:
 
 
 def remove_adapter(language_model: PreTrainedModel) -> None:
-    """Take the adapter away; the model is then as it was without."""
+    """Remove the adapter and restore the model without it."""
     for name, layer in adapter_layers(language_model).items():
         language_model.set_submodule(name, layer.get_base_layer())
     del language_model.peft_config
@@ -206,29 +207,30 @@ def merge_adapter(language_model: PreTrainedModel) -> None:
     """Merge the adapter into the language model, in place; a quantised base is dequantised first.
 
     Logits on a fixed input before and after are compared: raises ModelError where they differ by more than rounding
-    (the model is then of no more use).
+    (the model is then unusable).
     """
-    before = probe(language_model)
+    before = compute_probe_logits(language_model)
     quantization = find_quantization(language_model)
     dtype = find_dtype(language_model)
     if quantization is not None:
         import peft
 
         config, tensors = peft_config(language_model), adapter_tensors(language_model, language_model.state_dict())
+        # peft merges into quantised matrices by rounding the sum again; ordinary ones lose nothing.
         remove_adapter(language_model)
         dequantize(language_model, dtype)
         inject_adapter(language_model, config, seed=0)
         peft.set_peft_model_state_dict(language_model, tensors)
-        if quantization.bits == 8:  # rounds activations as well, which no merged model can repeat
-            before = probe(language_model)
+        if quantization.bits == 8:  # 8 bits round activations as well, which a merged model cannot reproduce
+            before = compute_probe_logits(language_model)
     for layer in adapter_layers(language_model).values():
         layer.merge(safe_merge=True)
     remove_adapter(language_model)
-    _check_merged(before, probe(language_model), MERGE_TOLERANCE[dtype])
+    _check_merged(before, compute_probe_logits(language_model), MERGE_TOLERANCE[dtype])
 
 
-def probe(language_model: PreTrainedModel) -> Float32[Tensor, "t vocab"]:
-    """Return the logits of a fixed text: token ids spread over the vocabulary."""
+def compute_probe_logits(language_model: PreTrainedModel) -> Float32[Tensor, "t vocab"]:
+    """Compute the logits of a fixed text: token ids spread over the vocabulary."""
     training = language_model.training
     vocab_size: int = language_model.config.get_text_config().vocab_size
     ids = torch.arange(0, vocab_size, max(1, vocab_size // _PROBE_LENGTH), device=language_model.device)[:_PROBE_LENGTH]
@@ -238,7 +240,7 @@ def probe(language_model: PreTrainedModel) -> Float32[Tensor, "t vocab"]:
 
 
 def measure_drift(found: Float32[Tensor, "t vocab"], expected: Float32[Tensor, "t vocab"]) -> float:
-    """Return how far logits are from the expected ones, as a share of the expected ones' spread; NaN for NaNs."""
+    """Compute the distance of logits from the expected ones, as a share of the latter's spread; NaN for NaNs."""
     return float((found - expected).square().mean().sqrt() / expected.std())
 
 
@@ -249,5 +251,5 @@ def _check_merged(before: Float32[Tensor, "t vocab"], after: Float32[Tensor, "t 
         raise ModelError(
             f"merging changed the logits of a fixed text by {drift:.2g} of their spread, expected at most "
             f"{tolerance:.2g}: nothing was written. Load the model in float32 to merge it; if that fails too, the "
-            "adapter holds numbers that no matrix takes (look at its training loss), or reaches a tied head."
+            "adapter holds extreme numbers (check its training loss), or affects a tied head."
         )

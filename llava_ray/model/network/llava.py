@@ -25,7 +25,7 @@ _ONE_VIEW = ImageTokens(rows=1, columns=1)  # each image is one view, whose feat
 
 
 class Llava(nn.Module):
-    """A projector and a language model, and a tower that learns: all that a training engine has to wrap."""
+    """A projector, a language model and, if it is trained, a tower: everything that a training engine wraps."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Llava(nn.Module):
         self._tower: tuple[VisionTower, ...] = ()
 
     def adopt_tower(self, tower: VisionTower) -> None:
-        """Take the tower in, so that it learns with the rest; ``forward`` then wants pixels instead of features."""
+        """Register the tower, so that it is trained with the rest; ``forward`` then takes pixels, not features."""
         self.vision_tower = tower.backbone  # canonical tensor names: vision_tower.<the backbone's own>
         self._tower = (tower,)
 
@@ -133,12 +133,12 @@ class Llava(nn.Module):
         return embeddings.masked_scatter(is_image.unsqueeze(-1), projected)
 
     def project(self, features: Float[Tensor, "n p v"], order: Int[Tensor, " t"] | None) -> Float[Tensor, "t d"]:
-        """Return features as the language model reads them, in that order (see ``arrange``) or as they come."""
+        """Project features to the language model's width, in the given order (see ``arrange``) or unchanged."""
         projected: Tensor = self.projector(features).flatten(0, 1)
         return projected if order is None else self.laid_out(projected, order.to(projected.device))
 
     def arrange(self, num_features: int, image_sizes: Sequence[Size]) -> Int[Tensor, " t"] | None:
-        """Return which feature stands at each image position; None where they stand as they come.
+        """Return the index of the feature at each image position; None where features are in order already.
 
         Raises ModelError if ``num_features`` are not those of images of these sizes.
         """
@@ -162,7 +162,7 @@ class Llava(nn.Module):
         return torch.where((order == NEWLINE).unsqueeze(-1), newline, merged)
 
     def zero_weight_image_path(self, blank: Float[Tensor, "1 p v"]) -> Float[Tensor, ""]:
-        """Return a number that depends on all that only images use.
+        """Return a zero that depends on every parameter that only images use.
 
         Every rank must use the same parameters in the same order, or ZeRO 2 and 3 wait for one another forever.
         """

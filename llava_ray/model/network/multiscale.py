@@ -1,7 +1,7 @@
-"""One tower at several scales (S2, https://arxiv.org/abs/2403.13043): as many tokens, wider features.
+"""One tower at several scales (S2, https://arxiv.org/abs/2403.13043): the same number of tokens, wider features.
 
-The image is resized to each scale and cut into chunks of the smallest one, which is what the tower takes; the chunks'
-features are put together again, pooled to the grid of the smallest scale, and laid side by side.
+The image is resized to each scale and cut into squares of the smallest one, which is the tower's input size; the
+squares' features are merged, pooled to the grid of the smallest scale, and concatenated along channels.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,9 +15,9 @@ from torch.nn.functional import interpolate
 def extract_multiscale(
     extract: Callable[[Tensor], Tensor], pixel_values: Float[Tensor, "n 3 h w"], scales: Sequence[int]
 ) -> Float[Tensor, "n p c"]:
-    """Return features of all scales, those of the smallest first; ``extract`` gives a square's patches (m, p, v).
+    """Compute features of all scales, those of the smallest first; ``extract`` maps squares to patches (m, p, v).
 
-    The chunks of all scales go through ``extract`` together. Interpolation is in fp32, as in the original.
+    The squares of all scales go through ``extract`` in one batch. Interpolation is in fp32, as in the original.
     """
     scales = sorted(scales)
     base = scales[0]
@@ -33,21 +33,21 @@ def extract_multiscale(
 
 
 def _resized(pixel_values: Float[Tensor, "n 3 h w"], side: int) -> Float[Tensor, "n 3 side side"]:
-    """Return the images at another size; those that have it already as they are."""
+    """Resize the images; those of that size are returned unchanged."""
     if pixel_values.shape[-2:] == (side, side):
         return pixel_values
     return interpolate(pixel_values.float(), size=(side, side), mode="bicubic").to(pixel_values.dtype)
 
 
 def split_chessboard(pixel_values: Float[Tensor, "n 3 h w"], side: int) -> Float[Tensor, "m 3 side side"]:
-    """Cut each image into squares, row by row; those of one image follow one another."""
+    """Cut each image into squares, row by row; those of one image are consecutive."""
     num_images, channels, height, width = pixel_values.shape
     squares = pixel_values.reshape(num_images, channels, height // side, side, width // side, side)
     return squares.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, side, side)
 
 
 def merge_chessboard(features: Float[Tensor, "m p v"], num_squares: int, side: int) -> Float[Tensor, "n v h w"]:
-    """Put the patches of each image's ``num_squares`` x ``num_squares`` squares together; ``side`` patches a square."""
+    """Merge the patches of each image's ``num_squares`` x ``num_squares`` squares of ``side`` x ``side`` patches."""
     width = features.shape[-1]
     grid = features.reshape(-1, num_squares, num_squares, side, side, width)
     return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, width, num_squares * side, num_squares * side)

@@ -15,7 +15,7 @@ def build_projector_of(geometry: ModelGeometry) -> nn.Module:
 
 
 def build_projector(mm_projector_type: str, mm_hidden_size: int, hidden_size: int) -> nn.Module:
-    """Return a new projector from the tower's width to the language model's.
+    """Build a new projector from the tower's width to the language model's.
 
     ``linear`` is one Linear, ``mlpNx_gelu`` N of them with exact GELU between (tensor names ``0.weight``,
     ``2.weight``, ... as in LLaVA-1.5, https://arxiv.org/abs/2310.03744), ``identity`` nothing. Raises ModelError.
@@ -42,9 +42,9 @@ def build_projector(mm_projector_type: str, mm_hidden_size: int, hidden_size: in
 
 
 def adopt_projector(projector: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Copy ``weights`` into ``projector``; every tensor must be there, with the same shape, and no other.
+    """Copy ``weights`` into ``projector``; names and shapes must match exactly.
 
-    Raises ModelError that says which type and widths ``source`` seems to have and which are configured.
+    Raises ModelError that names the type and widths of ``source`` and those configured.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in projector.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
@@ -60,7 +60,7 @@ def adopt_projector(projector: nn.Module, weights: Mapping[str, Tensor], source:
 
 
 def _describe_projector(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Put a projector's tensor shapes into words: its type, the tower's width and the language model's width."""
+    """Describe a projector by its tensor shapes: its type, the tower's width and the language model's width."""
     matrices = {name: shape for name, shape in sorted(shapes.items()) if name.endswith("weight") and len(shape) == 2}
     if not matrices:
         return f"of an unknown type (tensors {dict(shapes)})" if shapes else "identity (no tensors)"

@@ -1,4 +1,4 @@
-"""Language models whose matrices bitsandbytes keeps in 8 or 4 bits: made, recognised, counted, undone.
+"""Quantisation of language models to 8 or 4 bits by bitsandbytes: configuration, detection, counting, reversal.
 
 bitsandbytes is imported inside the functions: it is an extra, and most processes never need it.
 """
@@ -14,18 +14,18 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from llava_ray.config.lora import Bits, Quantization
 from llava_ray.errors import ModelError
 
-# As the original: activations beyond this stay in 16 bits (LLM.int8, https://arxiv.org/abs/2208.07339).
+# As in the original: activations beyond this stay in 16 bits (LLM.int8, https://arxiv.org/abs/2208.07339).
 _INT8_THRESHOLD = 6.0
 
 # PEFT and transformers import bitsandbytes wherever it is installed, and on CPUs with AVX-512 BF16 it warns of a kernel
-# which it would have to download, in every chat and merge. ``settle`` switches that kernel off: nothing is lost.
+# that it would have to download, in every chat and merge. ``set_compute_dtype`` switches that kernel off anyway.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
     lambda record: not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward")
 )
 
 
 def bitsandbytes_config(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Return what ``from_pretrained`` is told; the head and whatever is tied to it stay as they are.
+    """Build the config for ``from_pretrained``; the head and tensors tied to it are not quantised.
 
     Raises ModelError if bitsandbytes is not installed.
     """
@@ -47,8 +47,8 @@ def bitsandbytes_config(quantization: Quantization, dtype: torch.dtype) -> BitsA
     )
 
 
-def chosen(bits: Bits | None, trained: Quantization | None) -> Quantization | None:
-    """Return how to keep a language model for use: as it was ``trained`` unless ``bits`` says otherwise.
+def choose_quantization(bits: Bits | None, trained: Quantization | None) -> Quantization | None:
+    """Return the quantisation of a language model for inference: as it was ``trained`` unless ``bits`` is given.
 
     Raises ModelError for another number of bits.
     """
@@ -60,18 +60,18 @@ def chosen(bits: Bits | None, trained: Quantization | None) -> Quantization | No
 
 
 def set_compute_dtype(language_model: PreTrainedModel) -> None:
-    """Let 4-bit matrices compute alike wherever they run.
+    """Make 4-bit matrices compute alike on all CPUs.
 
     On CPUs with AVX-512 BF16 bitsandbytes 0.50 rounds activations and scales to bfloat16 as soon as no gradient is
-    asked for, in place and for good, and fails on layers narrower than a block.
+    required, in place and permanently, and fails on layers narrower than a block.
     """
     for module in language_model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - not torch's own attribute
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - not an attribute of torch's own
 
 
 def find_quantization(language_model: PreTrainedModel) -> Quantization | None:
-    """Return how a language model in memory is quantised, or None."""
+    """Return the quantisation of a language model in memory, or None."""
     if not _is_quantized(language_model):
         return None
     config: BitsAndBytesConfig = language_model.config.quantization_config
@@ -85,23 +85,23 @@ def find_quantization(language_model: PreTrainedModel) -> Quantization | None:
 
 
 def _is_quantized(language_model: PreTrainedModel) -> bool:
-    """Tell whether bitsandbytes holds its matrices."""
+    """Return whether its matrices are bitsandbytes'."""
     return getattr(language_model.config, "quantization_config", None) is not None
 
 
 def find_dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype that a model computes in: that of its first parameter which is not packed in few bits."""
+    """Return a model's compute dtype: that of its first parameter that is not quantised."""
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
 def dequantize(language_model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Put ordinary matrices of the same values (in ``dtype``) in the place of quantised ones."""
+    """Replace quantised matrices by ordinary ones of the same values in ``dtype``."""
     logging.getLogger("transformers.integrations.bitsandbytes").setLevel(logging.ERROR)
     language_model.dequantize(dtype=dtype)
 
 
 def count_elements(parameter: nn.Parameter) -> int:
-    """Return how many numbers a parameter stands for, packed by bitsandbytes or partitioned by ZeRO 3."""
+    """Count the numbers of a parameter, also if packed by bitsandbytes or partitioned by ZeRO 3."""
     state: Any = getattr(parameter, "quant_state", None)
     if state is not None:
         return int(state.shape.numel())

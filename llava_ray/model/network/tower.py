@@ -19,7 +19,7 @@ IMAGES_PER_FORWARD = 64  # of a frozen tower: bounds the activations that live a
 
 
 class VisionTower(nn.Module):
-    """Patch features of the selected layers, and with S2 at several scales.
+    """A vision tower that returns patch features of the selected layers, and with S2 of several scales.
 
     Blocks after the last of these layers never run; they are set aside (unregistered: they stay on the CPU) and come
     back in ``full_state_dict``.
@@ -32,7 +32,7 @@ class VisionTower(nn.Module):
         select_feature: str,
         s2_scales: Sequence[int] = (),
     ) -> None:
-        """Cut ``backbone`` after the last ``select_layer`` (an index into its hidden states, or several).
+        """Truncate ``backbone`` after the last ``select_layer`` (an index into its hidden states, or several).
 
         ``s2_scales`` are sides in pixels, multiples of the smallest. Raises ModelError.
         """
@@ -66,7 +66,7 @@ class VisionTower(nn.Module):
 
     @property
     def passes_per_view(self) -> int:
-        """Images that the backbone sees for one view: with S2 one for each square of each scale."""
+        """Count the backbone's inputs for one view: with S2 one for each square of each scale."""
         return sum((scale // self.s2_scales[0]) ** 2 for scale in self.s2_scales) or 1
 
     @torch.no_grad()
@@ -89,11 +89,11 @@ class VisionTower(nn.Module):
         return hidden.repeat(1, 1, self.hidden_size // hidden.shape[-1])
 
     def freeze(self) -> "VisionTower":
-        """Let nothing of the tower learn, and switch its dropout off."""
+        """Freeze all parameters of the tower, and switch its dropout off."""
         return self.requires_grad_(False).eval()
 
     def unfreeze(self) -> "VisionTower":
-        """Let all of the tower learn that has a part in its features."""
+        """Make all parameters trainable that affect the tower's features."""
         self.requires_grad_(True)
         for name in self.family.unused:
             self.backbone.get_parameter(name).requires_grad_(False)

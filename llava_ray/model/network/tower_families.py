@@ -12,7 +12,7 @@ from llava_ray.errors import ModelError
 
 @dataclass(frozen=True)
 class Family:
-    """What must be known of a kind of tower and stands nowhere in its config.
+    """Facts about a kind of tower that its config does not state.
 
     ``num_prefix_tokens`` counts the tokens before the patches, ``blocks`` is where the transformer blocks are,
     ``tail`` names what only serves the pooled output or the final norm, ``unused`` parameters that have no part in any

@@ -1,1 +1,1 @@
-"""Files of tensors, read and written one tensor at a time, without running anything that they hold."""
+"""Files of tensors: reading and writing one tensor at a time, without executing code in them."""

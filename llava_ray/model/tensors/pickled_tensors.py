@@ -1,7 +1,8 @@
-"""Tensors in PyTorch's own files (``.bin``), without torch and without running anything.
+"""Reading of tensors in PyTorch's own files (``.bin``), without torch and without executing their pickles.
 
 Such a file is a zip archive of plain bytes with a pickle that describes them. The pickle is read by ``tensor_pickle``,
-which knows how tensors are written and nothing else.
+which supports only how tensors are stored: unpickling runs any function that a file names, so a downloaded checkpoint
+could otherwise execute code.
 """
 
 import struct
@@ -14,21 +15,21 @@ from llava_ray.model.tensors.tensor_pickle import Code, PickledTensor, read_tens
 from llava_ray.reading import MAX_SHOWN, in_words, shown
 
 _MAX_PICKLE_BYTES = 16 * 2**20
-_MAX_DIRECTORY_BYTES = 16 * 2**20  # of an archive; read, it takes up to 15 times as much memory
-_MAX_SHARING = 4  # tensors may be views of each other's bytes (tied heads), but no bomb of a few bytes
+_MAX_DIRECTORY_BYTES = 16 * 2**20  # of an archive; parsed, it takes up to 15 times as much memory
+_MAX_SHARING = 4  # tensors may share bytes (tied heads), but a few bytes must not expand to terabytes
 _END_OF_DIRECTORY, _ZIP64_LOCATOR, _ZIP64_END = b"PK\5\6", b"PK\6\7", b"PK\6\6"
 _END_SIZE, _LOCATOR_SIZE, _MAX_COMMENT = 22, 20, 2**16
 
 
 class _ArchiveMember(NamedTuple):
-    """Where a member's bytes are in the archive."""
+    """The range of a member's bytes in the archive."""
 
     offset: int
     num_bytes: int
 
 
 def read_pickle(file: Path) -> dict[str, PickledTensor]:
-    """Return the tensors of a file by name; what else it holds (numbers, text) is passed over.
+    """Return the tensors of a file by name; other values (numbers, text) are ignored.
 
     Raises ModelError if it is damaged or refers to anything but tensors, OSError if it cannot be read.
     """
@@ -56,19 +57,19 @@ def read_pickle(file: Path) -> dict[str, PickledTensor]:
 
 def _refused(file: Path, what: str) -> ModelError:
     return ModelError(
-        f"{file} holds more than tensors: it refers to {what[:MAX_SHOWN]}, which loading would run. It is refused "
-        "unread. If you trust its maker, load it where nothing can be lost and save its tensors as safetensors."
+        f"{file} holds more than tensors: it refers to {what[:MAX_SHOWN]}, which loading would execute. It is "
+        "refused unread. If you trust its author, load it in an isolated environment and save it as safetensors."
     )
 
 
 def _check_directory(stream: IO[bytes]) -> None:
-    """Raise ValueError for an archive whose directory, which is read as a whole, is larger than any model's."""
+    """Raise ValueError for an archive with an implausibly large directory, which zipfile reads as a whole."""
     size = stream.seek(0, 2)
     begin = stream.seek(max(0, size - _END_SIZE - _MAX_COMMENT - _LOCATOR_SIZE))
     tail = stream.read()
     place = tail.rfind(_END_OF_DIRECTORY)
     if place < 0 or len(tail) - place < _END_SIZE:
-        raise ValueError("it has no directory of a zip archive")
+        raise ValueError("it has no zip directory")
     (directory,) = struct.unpack_from("<I", tail, place + 12)
     locator = place - _LOCATOR_SIZE
     if locator >= 0 and tail[locator : locator + 4] == _ZIP64_LOCATOR:
@@ -84,13 +85,14 @@ def _check_directory(stream: IO[bytes]) -> None:
 
 
 def _find_members(archive: zipfile.ZipFile, stream: IO[bytes]) -> dict[str, _ArchiveMember]:
-    """Return where the members' bytes are. Raises ValueError for members that are compressed, shared or outside."""
+    """Return the ranges of the members' bytes. Raises ValueError for compressed, overlapping or outside members."""
     members: dict[str, _ArchiveMember] = {}
     for info in archive.infolist():
         if info.filename in members:
             raise ValueError(f"{shown(info.filename)} is in it twice")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise ValueError(f"{shown(info.filename)} is compressed or encrypted, which PyTorch's never are")
+        # Compressed members are refused above: their bytes could not be read in place, and may expand without bound.
         stream.seek(info.header_offset)
         local = stream.read(30)
         if local[:4] != b"PK\3\4" or len(local) < 30:
@@ -113,8 +115,8 @@ def _read(stream: IO[bytes], member: _ArchiveMember) -> bytes:
 
 
 def _check_byte_order(members: dict[str, _ArchiveMember], root: str, stream: IO[bytes]) -> None:
-    told = members.get(f"{root}byteorder")
-    if told is not None and _read(stream, told._replace(num_bytes=min(told.num_bytes, 100))).strip() != b"little":
+    order = members.get(f"{root}byteorder")
+    if order is not None and _read(stream, order._replace(num_bytes=min(order.num_bytes, 100))).strip() != b"little":
         raise ValueError("its numbers are not in little-endian byte order: save it again on another machine")
 
 
@@ -125,7 +127,7 @@ def _tensors_of(values: object, file: Path) -> dict[str, PickledTensor]:
 
 
 def _check_amount(tensors: dict[str, PickledTensor], size: int) -> None:
-    """Raise ValueError for tensors that would take many times the memory of the file: views of the same few bytes."""
+    """Raise ValueError for tensors that would take many times the file's size, as views of the same few bytes."""
     total = sum(tensor.num_bytes for tensor in tensors.values())
     if total > _MAX_SHARING * size:
         raise ValueError(f"its tensors would take {total:,} bytes, {total / size:,.0f} times those of the file")

@@ -1,4 +1,4 @@
-"""What files of weights hold, from their headers alone: names, shapes and where the bytes are. No torch."""
+"""Contents of weight files from their headers alone: names, shapes and byte offsets. No torch."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from llava_ray.errors import ModelError
 from llava_ray.model.tensors.pickled_tensors import read_pickle
 from llava_ray.reading import LARGE_INT_BITS, MAX_SHOWN, check_plain, in_words, is_file, read_bounded, shown
 
-# Kept by older versions of transformers, and computed by newer ones.
+# Stored by older versions of transformers, and computed by newer ones.
 _COMPUTED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 # Of a header, and of every JSON file beside weights: parsed it takes up to 25 times as much memory.
 _MAX_HEADER_BYTES = _MAX_JSON_BYTES = 16 * 2**20
@@ -82,7 +82,7 @@ def read_tensor_file(file: Path) -> dict[str, StoredTensor]:
         if isinstance(error, ModelError):
             raise
         why = getattr(error, "strerror", None) or error
-        raise ModelError(f"{file} cannot be read ({why}); copy it again, or mend its permissions.") from error
+        raise ModelError(f"{file} cannot be read ({why}); copy it again, or fix its permissions.") from error
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,11 @@ class WeightFiles:
 
     @classmethod
     def of(cls, tensors: dict[str, StoredTensor]) -> Self:
-        """Take the tensors of a file for all that there should be."""
+        """Build from a complete set of tensors."""
         return cls(tensors, frozenset(tensors))
 
     def renamed(self, rename: Callable[[str], str]) -> Self:
-        """Return the weights by other names, without what newer versions of transformers compute."""
+        """Rename the weights, and drop those that newer versions of transformers compute."""
         tensors: dict[str, StoredTensor] = {}
         for name, tensor in self.tensors.items():
             if _COMPUTED.search(name):
@@ -111,14 +111,14 @@ class WeightFiles:
         return replace(self, tensors=tensors, names=names)
 
     def below(self, part: str) -> Self:
-        """Return the weights as those of a part."""
+        """Return the weights under a part's prefix."""
         return self.renamed(lambda own: f"{part}.{own}")
 
 
 def read_weights(folder: Path) -> WeightFiles:
     """Read the headers of a folder's weight files, in transformers' order of preference; there may be none.
 
-    Raises ModelError for a file that is damaged; one that is not there is only said to be missing.
+    Raises ModelError for a file that is damaged; an absent one is only listed as missing.
     """
     for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
         single, index = folder / f"{stem}.{ending}", folder / f"{stem}.{ending}.index.json"
@@ -146,7 +146,7 @@ def read_json_object(file: Path, limit: int = _MAX_JSON_BYTES) -> dict[str, Any]
 
 
 def _parse_constant(word: str) -> float:
-    if word == "NaN":  # no JSON, and no setting of any model; that some have an Infinity is
+    if word == "NaN":  # never a valid setting, unlike Infinity, which some models have
         raise ValueError("NaN is no value")
     return float(word)
 
@@ -188,7 +188,7 @@ def _read_safetensors(file: Path) -> dict[str, StoredTensor]:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or not 2 <= length <= size - 8:
             raise ModelError(
-                f"{file} is no whole safetensors file: it has {size:,} bytes and announces a header of {length:,}. "
+                f"{file} is not a whole safetensors file: it has {size:,} bytes and announces a header of {length:,}. "
                 "Copy it again."
             )
         if length > _MAX_HEADER_BYTES:
@@ -210,7 +210,7 @@ def _read_safetensors(file: Path) -> dict[str, StoredTensor]:
 
 
 def read_metadata(file: Path) -> dict[str, str]:
-    """Return what a .safetensors file, whose header has been read, says beside its tensors. Raises ModelError."""
+    """Return the metadata of a .safetensors file whose header has been checked. Raises ModelError."""
     with in_words(f"{file}", "Copy it again.", says="has a damaged safetensors header"), file.open("rb") as stream:
         length = min(int.from_bytes(stream.read(8), "little"), _MAX_HEADER_BYTES)
         noted = json.loads(stream.read(length)).get("__metadata__") or {}
@@ -222,12 +222,12 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"{shown(twice)} stands there twice")
+        raise ValueError(f"{shown(twice)} occurs twice")
     return values
 
 
 def _reject_constant(word: str) -> float:
-    raise ValueError(f"{word} is no JSON")
+    raise ValueError(f"{word} is not JSON")
 
 
 def _from_header(file: Path, name: str, entry: Any, start: int) -> StoredTensor:
@@ -254,7 +254,7 @@ def _are_sizes(values: Any) -> bool:
 
 
 def _find_end(file: Path, tensors: dict[str, StoredTensor], start: int) -> int:
-    """Return where the tensors end. Raises ModelError where bytes are two tensors' or none's."""
+    """Return the end of the tensors. Raises ModelError where tensors overlap or leave gaps."""
     end = start
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.num_bytes)):
         if tensor.offset != end:

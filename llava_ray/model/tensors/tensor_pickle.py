@@ -1,7 +1,7 @@
-"""A reader of the pickles that ``torch.save`` writes of tensors: a few operations on plain values, and no code.
+"""A restricted reader of the pickles that ``torch.save`` writes: a few operations on plain values, and no code.
 
-Python's own reader calls what a pickle names, keeps a table as long as the largest number in it, and sets attributes.
-This one knows the operations that PyTorch's pickles are made of and refuses all others.
+Python's own unpickler calls any function that a pickle names, allocates a memo as long as the largest index in it, and
+sets attributes. This one supports only the operations of PyTorch's tensor pickles and refuses all others.
 """
 
 import math
@@ -37,8 +37,8 @@ _MEMO = {"BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE", "BINGET", "LONG_BINGET", "GE
 _MARK = object()
 
 
-class Code(Exception):  # noqa: N818 - not a fault of the file, but what it asks for
-    """A pickle refers to something that would have to be run; the argument names it."""
+class Code(Exception):  # noqa: N818 - a request of the file, not an error in it
+    """A pickle refers to a callable that would have to be executed; the argument names it."""
 
 
 class PickledTensor(NamedTuple):
@@ -52,12 +52,12 @@ class PickledTensor(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Count the bytes that it takes in memory."""
+        """Count its bytes in memory."""
         return math.prod(self.shape) * self.element_size
 
 
 class Storage(NamedTuple):
-    """A run of bytes in the file that tensors are views of."""
+    """A range of bytes in the file of which tensors are views."""
 
     dtype: str
     element_size: int
@@ -66,13 +66,13 @@ class Storage(NamedTuple):
 
 
 class PickledName(str):
-    """The name of a class or function that the pickle refers to; it is never looked up."""
+    """The name of a class or function in the pickle; it is never resolved."""
 
     __slots__ = ()
 
 
 def read_tensor_pickle(data: bytes, find_bytes: Callable[[str], tuple[int, int]]) -> object:
-    """Return what a pickle describes; ``find_bytes`` tells where a storage's bytes are, and how many.
+    """Return the value of a pickle; ``find_bytes`` returns the offset and size of a storage's bytes.
 
     Raises Code for one that refers to anything but tensors; ValueError, LookupError or TypeError for a damaged one.
     """
@@ -94,7 +94,7 @@ def read_tensor_pickle(data: bytes, find_bytes: Callable[[str], tuple[int, int]]
 
 
 def _remember(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> None:
-    """Note a value for later, or take one that was noted."""
+    """Execute a memo operation: store the top of the stack, or push a stored value."""
     if name.endswith("GET"):
         stack.append(memo[int(argument)])
     else:
@@ -102,7 +102,7 @@ def _remember(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) 
 
 
 def _apply(name: str, argument: Any, stack: list[Any]) -> None:
-    """Carry out one operation on the stack."""
+    """Execute one operation on the stack."""
     if name in _LITERALS:
         stack.append(argument)
     elif name in _CONSTANTS:
@@ -118,7 +118,7 @@ def _apply(name: str, argument: Any, stack: list[Any]) -> None:
     elif name in ("INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"):
         raise Code(str(argument or name).replace(" ", "."))
     else:
-        raise ValueError(f"{name} has no part in a pickle of tensors")
+        raise ValueError(f"{name} is not an operation of tensor pickles")
 
 
 def _stack_global(stack: list[Any]) -> None:
@@ -133,7 +133,7 @@ def _reduce(stack: list[Any]) -> None:
 
 def _append(stack: list[Any], values: list[Any]) -> None:
     if type(stack[-1]) is not list:
-        raise TypeError("values are appended to what is no list")
+        raise TypeError("values are appended to something other than a list")
     stack[-1].extend(values)
 
 
@@ -153,10 +153,10 @@ def _to_mark(stack: list[Any]) -> list[Any]:
 def _set(stack: list[Any], pairs: list[Any]) -> None:
     target = stack[-1]
     if type(target) is not dict or len(pairs) % 2:
-        raise TypeError("a value is set in what is no dict")
+        raise TypeError("a value is set in something other than a dict")
     for key, value in zip(pairs[::2], pairs[1::2], strict=True):
         if not isinstance(key, str | int | float | bytes | None):
-            raise TypeError(f"a {type(key).__name__} is no name of a value")
+            raise TypeError(f"a {type(key).__name__} is not a valid key")
         target[key] = value
 
 
@@ -168,9 +168,9 @@ def _known(name: str) -> PickledName:
 
 
 def _call(function: Any, arguments: Any) -> Any:
-    """Make what a pickle asks for of a known name."""
+    """Build the value of a call to a known name."""
     if not isinstance(function, PickledName) or type(arguments) is not tuple:
-        raise TypeError("the pickle calls what is no name")
+        raise TypeError("the pickle calls something other than a name")
     if function == "torch._utils _rebuild_tensor_v2":
         return _rebuild_tensor(*arguments)
     if function == "torch._utils _rebuild_parameter":

@@ -1,7 +1,7 @@
-"""Tensors out of files, each read when it is asked for, so that no more than what is kept is ever in memory.
+"""Reading of single tensors on demand, so that only the tensors in use are in memory.
 
-The bytes are read, not mapped: pages of a mapped file count as the process's own for as long as any tensor of that
-file lives, and a model stored in half precision would take one and a half times its size while it is widened.
+The bytes are read, not mapped: pages of a mapped file count as the process's memory as long as any tensor of that file
+is alive, and a model stored in half precision would take one and a half times its size while it is converted to fp32.
 """
 
 import math
@@ -18,7 +18,7 @@ from llava_ray.errors import ModelError
 from llava_ray.model.tensors.tensor_files import StoredTensor
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# The bits, without the sign, of each dtype's infinity; all larger ones are NaN. (Of a dtype without infinity: NaN.)
+# The bits of each dtype's infinity without the sign; larger ones are NaN. (For a dtype without infinity: NaN.)
 _EXPONENTS = {
     torch.float64: 0x7FF0 << 48,
     torch.float32: 0x7F80_0000,
@@ -27,16 +27,16 @@ _EXPONENTS = {
     torch.float8_e5m2: 0x7C,
     torch.float8_e4m3fn: 0x7F,
 }
-# What some models keep among their weights to add to attention's scores.
+# Masks that some models store among their weights, which may hold infinity.
 _MASKS = re.compile(r"(?:^|[._])(?:attn_mask|attention_mask|causal_mask|mask|masked_bias)$")
 _PART = 2**20
 
 
 class LazyTensor:
-    """A stored tensor as transformers takes it in a state dict: indexing it reads it, as with safetensors' slices."""
+    """A stored tensor for transformers' state dicts: indexing reads it, as with safetensors' slices."""
 
     def __init__(self, stored: StoredTensor) -> None:
-        """Remember where it lies."""
+        """Store the tensor's location."""
         self.stored = stored
 
     def __getitem__(self, index: object) -> Tensor:
@@ -44,12 +44,12 @@ class LazyTensor:
         return read_tensor(self.stored)[index]  # type: ignore[index]
 
     def get_shape(self) -> list[int]:
-        """Return its shape, unread."""
+        """Return its shape without reading it."""
         return list(self.stored.shape)
 
     @property
     def shape(self) -> torch.Size:
-        """Return its shape, unread."""
+        """Return its shape without reading it."""
         return torch.Size(self.stored.shape)
 
 
@@ -66,9 +66,9 @@ def read_tensor(stored: StoredTensor) -> Tensor:
 
 
 def map_tensor(stored: StoredTensor) -> Tensor:
-    """Return a tensor whose bytes stay in the file until they are looked at; changes to it are never written.
+    """Memory-map a tensor: its bytes are read when accessed, and changes to it are never written.
 
-    They are looked at once, by the rank that reads them, for NaN and infinity. Raises ModelError.
+    Rank 0, which reads the values, checks them for NaN and infinity. Raises ModelError.
     """
     num_bytes = stored.span * stored.element_size
     if not num_bytes:
@@ -83,9 +83,9 @@ def map_tensor(stored: StoredTensor) -> Tensor:
 
 
 def check_finite(tensor: Tensor, name: str, file: str) -> Tensor:
-    """Return a tensor of weights. Raises ModelError if it holds NaN or infinity; only masks may hold infinity."""
+    """Check and return a tensor of weights. Raises ModelError for NaN or infinity; only masks may hold infinity."""
     if tensor.dtype not in _EXPONENTS or (tensor.dtype.itemsize > 1 and math.isfinite(tensor.sum().item())):
-        return tensor  # one number that is not finite leaves no sum finite, and a sum is the fastest way to look
+        return tensor  # a single number that is not finite makes the sum not finite, and a sum is the fastest check
     least = _EXPONENTS[tensor.dtype] + (_MASKS.search(name) is not None)
     integer = BITS[tensor.dtype.itemsize]
     magnitudes = torch.iinfo(integer).max
@@ -100,7 +100,7 @@ def check_finite(tensor: Tensor, name: str, file: str) -> Tensor:
 
 
 def _as_tensor(data: UInt8[np.ndarray, " bytes"], stored: StoredTensor) -> Tensor:
-    """Give bytes the type and shape of the tensor that they are."""
+    """View bytes as a tensor of its dtype and shape."""
     dtype: torch.dtype = getattr(torch, stored.dtype)
     if not data.nbytes:
         return torch.empty(stored.shape, dtype=dtype)

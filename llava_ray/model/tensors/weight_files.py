@@ -1,8 +1,8 @@
-"""Tensors in files, read and written one at a time: memory for one tensor, never for a model.
+"""Reading and writing of weight files one tensor at a time: with memory for one tensor, never for a model.
 
-A safetensors file is eight bytes with the length of its header, the header (JSON: name → dtype, shape, place) and the
-tensors' bytes (https://github.com/huggingface/safetensors#format). Writing it by hand lets tensors of any number and
-size pass through; the library wants all of a file's tensors at once.
+A safetensors file is eight bytes with the length of its header, the header (JSON: name → dtype, shape, offsets) and the
+tensors' bytes (https://github.com/huggingface/safetensors#format). The library needs all tensors of a file at once;
+writing the format directly needs only one at a time.
 """
 
 import json
@@ -43,7 +43,7 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor that is not in memory: ``load`` reads it, as often as asked; ``file`` is for messages."""
+    """A tensor that is not in memory: each call of ``load`` reads it; ``file`` is for messages."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -52,16 +52,16 @@ class Stored:
 
     @property
     def num_bytes(self) -> int:
-        """Return its size."""
+        """Return its size in bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
     def mapped(self, change: Callable[[Tensor], Tensor], shape: tuple[int, ...] | None = None) -> "Stored":
-        """Return the tensor that ``change`` makes of this one, when it is read; of the same dtype."""
+        """Return a tensor that applies ``change`` to this one when it is read; of the same dtype."""
         return replace(self, load=lambda: change(self.load()), shape=self.shape if shape is None else shape)
 
 
-def held(tensor: Tensor, source: str = "memory") -> Stored:
-    """Return a tensor in memory as one that could be in a file."""
+def wrap_tensor(tensor: Tensor, source: str = "memory") -> Stored:
+    """Wrap a tensor in memory as a Stored."""
     return Stored(tuple(tensor.shape), tensor.dtype, lambda: tensor, source)
 
 
@@ -70,16 +70,16 @@ def read_folder(folder: Path) -> dict[str, Stored]:
     weights = read_weights(folder)
     if weights.missing:
         raise ModelError(f"{folder}: {weights.missing[0]}")
-    return stored(weights.tensors)
+    return to_stored(weights.tensors)
 
 
 def read_weight_file(file: Path) -> dict[str, Stored]:
     """Return the tensors of one .safetensors or .bin file. Raises ModelError for a damaged file."""
-    return stored(read_tensor_file(file))
+    return to_stored(read_tensor_file(file))
 
 
-def stored(tensors: Mapping[str, StoredTensor]) -> dict[str, Stored]:
-    """Return tensors in files as they are passed on here, under the names given."""
+def to_stored(tensors: Mapping[str, StoredTensor]) -> dict[str, Stored]:
+    """Convert tensors in files to Stored ones, under the same names."""
     return {
         name: Stored(tensor.shape, getattr(torch, tensor.dtype), partial(read_tensor, tensor), str(tensor.file))
         for name, tensor in tensors.items()
@@ -93,7 +93,7 @@ def write_folder(
     max_shard_bytes: int = _MAX_SHARD_BYTES,
     metadata: Mapping[str, str] | None = None,
 ) -> list[Path]:
-    """Write tensors as safetensors files as transformers names them, with an index if they are several."""
+    """Write tensors as safetensors files under transformers' names, with an index if there are several."""
     shards = _split(tensors, max_shard_bytes)
     names = [
         SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -111,8 +111,8 @@ def write_folder(
 
 
 def write_weight_file(file: Path, tensors: Mapping[str, Stored], metadata: Mapping[str, str] | None = None) -> None:
-    """Write one safetensors file, a tensor at a time. Raises ModelError if one is not what its header said."""
-    # The widest dtype first, as the library orders them: then every tensor is aligned.
+    """Write one safetensors file, a tensor at a time. Raises ModelError if one differs from the header written."""
+    # The widest dtype first, like the library, so that every tensor is aligned.
     ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
@@ -124,7 +124,7 @@ def write_weight_file(file: Path, tensors: Mapping[str, Stored], metadata: Mappi
             "data_offsets": [begin, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # the format aligns the tensors' bytes to 8
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in ordered.items():
@@ -132,6 +132,7 @@ def write_weight_file(file: Path, tensors: Mapping[str, Stored], metadata: Mappi
 
 
 def _bytes_of(name: str, tensor: Stored) -> memoryview:
+    # Checked because the header is already on disk: a tensor that changed since would shift all that follow.
     loaded = tensor.load()
     if (tuple(loaded.shape), loaded.dtype) != (tensor.shape, tensor.dtype):
         raise ModelError(

@@ -146,7 +146,7 @@ def test_sentencepiece_itself_reads_what_a_message_spells_out(llama_folder, llam
     expected, written = [1], ""
     for span in render_spans(turns, TEMPLATES[name]):
         text, place = "", 0
-        for start, stop in (*span.said, (len(span.text), len(span.text))):
+        for start, stop in (*span.message_ranges, (len(span.text), len(span.text))):
             text += span.text[place:start].replace("</s>", "\1").replace("<s>", "\2") + span.text[start:stop]
             place = stop
         written += text

@@ -114,7 +114,7 @@ def test_a_last_question_without_answer_is_written_and_closed():
 
 
 def test_an_open_turn_needs_a_question_before_it():
-    with pytest.raises(TemplateError, match="open turn was asked for after an answer"):
+    with pytest.raises(TemplateError, match="open turn was requested after an answer"):
         render_spans(EXCHANGE, TEMPLATES["v1"], open_turn=True)
 
 

@@ -65,7 +65,7 @@ def test_the_name_follows_from_the_space_too(tmp_path):
         ("log_uniform = [1e-4, 1e-2]", "choice = [1], uniform = [0, 1]", "expected one of choice"),
         ("log_uniform = [1e-4, 1e-2]", "loguniform = [1e-4, 1e-2]", "unknown key.*loguniform"),
         ('when = { "lora.lora_enable"', 'when = { "lora.lora_alpha"', "not named before it"),
-        ('["linear", "mlp2x_gelu"]', '["linear", "mlp0x"]', "settings that no run can have.*unknown projector"),
+        ('["linear", "mlp2x_gelu"]', '["linear", "mlp0x"]', "settings that are invalid for a run.*unknown projector"),
         ('[held_out]\npath = "h.json"', "", "set held_out.path"),
     ],
 )

@@ -63,7 +63,7 @@ def test_pack_fills_rows_without_overflow_or_loss():
 
 
 def test_pack_refuses_what_cannot_fit():
-    with pytest.raises(ValueError, match="600 tokens cannot lie in a row of 512"):
+    with pytest.raises(ValueError, match="600 tokens does not fit into a row of 512"):
         pack([10, 600], 512)
 
 

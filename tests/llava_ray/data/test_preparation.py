@@ -217,7 +217,7 @@ ODD = {
 }  # fmt: skip
 ODD_TEXTS = {
     "bytes": (b'{"id": "\xe9"}', "malformed", "not UTF-8"),
-    "deep": (b'{"id": ' + b"[" * 3000 + b"]" * 3000 + b"}", "malformed", "too many lists"),
+    "deep": (b'{"id": ' + b"[" * 3000 + b"]" * 3000 + b"}", "malformed", "too many nested lists"),
     "digits": (b'{"id": ' + b"9" * 5000 + b"}", "malformed", "5,000 digits"),
 }
 

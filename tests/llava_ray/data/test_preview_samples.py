@@ -193,7 +193,7 @@ def test_a_stop_string_of_several_tokens_is_warned_of(view_all, version, warned)
     warnings = viewer.warnings()
     assert len(warnings) == warned
     if warned:
-        assert "'v0' stops at '###', but the last token that is learnt of an answer is '#'" in warnings[0]
+        assert "'v0' stops at '###', but the last supervised token of an answer is '#'" in warnings[0]
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_a_stop_string_of_several_tokens_is_warned_of(view_all, version, warned)
         ({"tokenizer": "HERE"}, ConfigError, "found --tokenizer .*, --version None"),
         ({"tokenizer": "/nowhere", "version": "v1"}, ModelError, "no tokenizer can be loaded from '/nowhere'"),
         ({"tokenizer": "HERE", "version": "vicuna"}, ConfigError, "no conversation template is called 'vicuna'"),
-        ({"tokenizer": "HERE", "version": "v1", "data": "/nowhere.json"}, DataError, "nothing is there"),
+        ({"tokenizer": "HERE", "version": "v1", "data": "/nowhere.json"}, DataError, "does not exist"),
     ],
 )
 def test_what_is_missing_is_named(tmp_path, tokenizer_folder, settings, error, message):

@@ -81,7 +81,7 @@ REFUSED = {
     "one.jsonl": (f"[\n{LINE}\n]\n".encode(), "begins with a JSON list"),
     "many.jsonl": (("[\n" + f"{LINE},\n" * 300).encode(), "begins with a JSON list"),
     "empty.jsonl": (b"[]\n\n", "begins with a JSON list"),
-    "concat.json": (f"[{LINE}][{LINE}]".encode(), "more follows the end of its list"),
+    "concat.json": (f"[{LINE}][{LINE}]".encode(), "more text follows the end of its list"),
     "single.json": (str([RECORD]).encode(), "not JSON at character 2"),
     "utf16_bare.json": (f"[{LINE}]".encode("utf-16-le"), "not UTF-8 at character 1"),
     "cut.json.gz": (gzip.compress(f"[{LINE}]".encode())[:-9], "the gzip file is damaged"),

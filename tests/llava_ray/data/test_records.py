@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from llava_ray.data import json_files
-from llava_ray.data.chunks import ParquetChunk, TarChunk, TextChunk, fingerprint_data, make_chunks, unused
+from llava_ray.data.chunks import ParquetChunk, TarChunk, TextChunk, fingerprint_data, make_chunks, make_unique_id
 from llava_ray.data.json_files import read_json_records, read_jsonl, split_json
 from llava_ray.data.records import RawRecord, find_files
 from llava_ray.errors import DataError
@@ -137,7 +137,7 @@ def test_repeated_and_missing_ids_are_told_apart(tmp_path: Path) -> None:
 
 def test_unused_names_never_collide() -> None:
     taken: dict[str, int] = {}
-    names = [unused(name, taken) for name in ["a#2", "a", "a", "a#2", "a", "a#3"]]
+    names = [make_unique_id(name, taken) for name in ["a#2", "a", "a", "a#2", "a", "a#3"]]
     assert len(set(names)) == 6
 
 
@@ -222,11 +222,11 @@ def test_folders_and_patterns_name_files_below_their_common_folder(tmp_path: Pat
 @pytest.mark.parametrize(
     ("names", "data_path", "message"),
     [
-        ([], "gone.json", "nothing is there"),
+        ([], "gone.json", "does not exist"),
         (["a.csv"], "a.csv", r"'a\.csv' is of no known format; expected files ending in \.json"),
         (["a.csv"], "", "no known format"),
         (["a.json", "b.parquet"], "", "mixes json and parquet"),
-        ([], "*.json", "nothing is there"),
+        ([], "*.json", "does not exist"),
     ],
 )
 def test_what_cannot_be_records_is_refused(names: list[str], data_path: str, message: str, tmp_path: Path) -> None:

@@ -24,10 +24,10 @@ from llava_ray.model.lora import adapters
 from llava_ray.model.lora.adapters import (
     adapter_parameters,
     add_adapter,
+    compute_probe_logits,
     find_target_modules,
     has_adapter,
     load_adapter,
-    probe,
     remove_adapter,
     save_adapter,
 )
@@ -202,7 +202,7 @@ def damage(folder: Path, kind: str) -> None:
     [
         ("no settings", r"adapter_config.json is not there"),
         ("no weights", r"neither adapter_model.safetensors nor adapter_model.bin is there"),
-        ("truncated", r"adapter_model.safetensors is (cut off|no whole safetensors)"),
+        ("truncated", r"adapter_model.safetensors is (cut off|not a whole safetensors)"),
         ("a tensor missing", r"1 tensors in .* do not fit .*, the first is model\..*: found none"),
         ("whole modules", r"adapter_config.json trains whole modules .*\['embed_tokens'\]"),
         ("prompts", r"adapter_config.json describes an adapter of type .*PROMPT_TUNING; expected LORA"),
@@ -259,7 +259,7 @@ def test_a_merge_that_changes_the_logits_is_refused(folders, monkeypatch: pytest
 
 def test_an_adapter_over_a_tied_head_cannot_be_merged_unseen(folders) -> None:
     parts = adapted(folders, LORA.replaced({"lora_target_modules": ("lm_head",)}), "llama_tied")
-    with pytest.raises(ModelError, match=r"merging changed the logits .*or reaches a tied head"):
+    with pytest.raises(ModelError, match=r"merging changed the logits .*or affects a tied head"):
         merge(parts)
 
 
@@ -287,13 +287,15 @@ def test_bundles_that_would_lose_the_adapter_are_refused(folders, tmp_path: Path
 def test_taking_an_adapter_off_gives_the_base_back(folders) -> None:
     parts, plain = adapted(folders), folders.assemble()
     remove_adapter(parts.llava.language_model)
-    assert torch.equal(probe(parts.llava.language_model), probe(plain.llava.language_model))
+    assert torch.equal(
+        compute_probe_logits(parts.llava.language_model), compute_probe_logits(plain.llava.language_model)
+    )
 
 
 @pytest.mark.parametrize("target", ["k_proj2", "mm_projector.0", "encoder.layers.0.mlp.fc1", "norm"])
 def test_targets_that_are_not_there_are_refused(target: str, folders) -> None:
     with pytest.raises(
-        ModelError, match=rf"names '{target}', which is no Linear of the language model; it has down_pr"
+        ModelError, match=rf"names '{target}', which is not a Linear of the language model; it has down_pr"
     ):
         find_target_modules(folders.assemble().llava.language_model, ("q_proj", target))
 
@@ -317,7 +319,7 @@ def test_the_projector_has_an_adapter_only_when_it_is_named(kind: str, folders, 
 def test_a_tower_that_does_not_learn_has_no_layers_to_adapt(folders) -> None:
     named = LORA.replaced({"lora_target_modules": ("q_proj", "vision_tower.encoder.layers.0.mlp.fc1")})
     with pytest.raises(
-        ModelError, match=r"names 'vision_tower.*has only projector.0, projector.2. A tower learns with"
+        ModelError, match=r"names 'vision_tower.*have only projector.0, projector.2. A tower is trainable with"
     ):
         adapt(folders.assemble(), named, seed=0)
 
@@ -358,7 +360,7 @@ def test_going_on_with_a_bundles_adapter(folders, samples, pack, tmp_path: Path)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lora_enable": False}, "holds an adapter over .*; set lora.lora_enable = true to go on"),
+        ({"lora_enable": False}, "holds an adapter over .*; set lora.lora_enable = true to continue"),
         ({"lora_r": 8}, r"lora.lora_r is 8, but the adapter in .* was trained with 4"),
         ({"use_dora": True}, "lora.use_dora is True"),
         ({"bits": 4}, r"lora.bits is 4, but .* was trained with 16"),

@@ -322,7 +322,7 @@ def test_a_bundle_is_replaced_only_when_the_new_one_is_whole(folders, tmp_path: 
 
 def test_other_folders_are_not_overwritten(folders, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(BundleError, match="is there already and is no llava_ray bundle"):
+    with pytest.raises(BundleError, match="exists already and is not a llava_ray bundle"):
         save_bundle(tmp_path, folders.assemble())
     assert (tmp_path / "thesis.txt").exists()
 

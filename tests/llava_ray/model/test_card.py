@@ -67,13 +67,13 @@ def test_what_learns_follows_the_switches(changes, trainable, folders) -> None:
 )
 def test_the_known_language_models_have_their_published_size(name: str, num_parameters: int) -> None:
     with torch.device("meta"):
-        model = build_language_model(build(KNOWN_CONFIGS[name], name))
+        model = build_language_model(build_config(KNOWN_CONFIGS[name], name))
     assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters
 
 
 def test_the_known_tower_has_its_published_size() -> None:
     with torch.device("meta"):
-        tower = transformers.CLIPVisionModel(build(KNOWN_CONFIGS["openai/clip-vit-large-patch14-336"], "clip"))
+        tower = transformers.CLIPVisionModel(build_config(KNOWN_CONFIGS["openai/clip-vit-large-patch14-336"], "clip"))
     assert sum(parameter.numel() for parameter in tower.parameters()) == 303_507_456
 
 

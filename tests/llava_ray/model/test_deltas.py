@@ -80,7 +80,7 @@ def test_a_damaged_delta_is_refused(base, folders, tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "delta/model.safetensors")
     tensors["model.norm.weight"][3] += 1
     save_file(tensors, tmp_path / "delta/model.safetensors")
-    with pytest.raises(ModelError, match=r"delta/model.safetensors: model.norm.weight does not come out as it was"):
+    with pytest.raises(ModelError, match=r"delta/model.safetensors: model.norm.weight is not restored exactly"):
         apply_delta(base, tmp_path / "delta", tmp_path / "result")
     assert not (tmp_path / "result").exists()
 

@@ -18,7 +18,7 @@ from llava_ray.model.formats.model_opening import open_model
 from llava_ray.model.formats.original.write import export_original, export_projector
 from llava_ray.model.formats.projector_files import load_projector_weights
 from llava_ray.model.loading import load_pretrained_model
-from llava_ray.model.tensors.weight_files import held, write_weight_file
+from llava_ray.model.tensors.weight_files import wrap_tensor, write_weight_file
 
 pytestmark = pytest.mark.slow
 
@@ -205,7 +205,7 @@ def test_a_layout_that_does_not_name_its_template_asks_for_it(folders, tmp_path:
 
 
 def test_other_folders_are_refused_by_name(folders, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=f"{tmp_path} is no model that is known here"):
+    with pytest.raises(ModelError, match=f"{tmp_path} is not a known kind of model folder"):
         open_model(tmp_path)
     with pytest.raises(ModelError, match=r"is a plain language model, without projector and tower"):
         open_model(folders.language_model())
@@ -213,6 +213,6 @@ def test_other_folders_are_refused_by_name(folders, tmp_path: Path) -> None:
 
 def test_a_model_without_its_projector_is_refused(folders, tmp_path: Path) -> None:
     source = make_original(tmp_path / "source", folders.language_model(), folders.tower())
-    write_weight_file(source / "model.safetensors", {"model.norm.weight": held(torch.ones(fakes.WIDTH))})
+    write_weight_file(source / "model.safetensors", {"model.norm.weight": wrap_tensor(torch.ones(fakes.WIDTH))})
     with pytest.raises(ModelError, match="no tensor of the projector is in its weight files"):
         open_model(source, version="v1", vision_tower=str(folders.tower()))

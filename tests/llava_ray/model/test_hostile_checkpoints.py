@@ -153,11 +153,11 @@ TENSOR = '{"dtype": "F32", "shape": [1], "data_offsets": [%d, %d]}'
     [
         (f'{{"a": {TENSOR % (0, 4)}, "b": {TENSOR % (0, 4)}}}', bytes(4), "b overlaps|'b' overlaps"),
         (f'{{"a": {TENSOR % (4, 8)}}}', bytes(8), "leaves a gap"),
-        (f'{{"a": {TENSOR % (0, 4)}, "a": {TENSOR % (4, 8)}}}', bytes(8), "'a' stands there twice"),
+        (f'{{"a": {TENSOR % (0, 4)}, "a": {TENSOR % (4, 8)}}}', bytes(8), "'a' occurs twice"),
         ('{"a": {"dtype": "F32", "shape": [4294967296, 4294967296], "data_offsets": [0, 0]}}', b"", "0 bytes for F32"),
         ('{"a": {"dtype": "F32", "shape": [true], "data_offsets": [0, 4]}}', bytes(4), "not lists of sizes"),
         ('{"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}', bytes(4), "is none of"),
-        ('{"a": {"dtype": "F32", "shape": [NaN], "data_offsets": [0, 4]}}', bytes(4), "NaN is no JSON"),
+        ('{"a": {"dtype": "F32", "shape": [NaN], "data_offsets": [0, 4]}}', bytes(4), "NaN is not JSON"),
         ('{"a": {"dtype": "F32", "shape": [%s], "data_offsets": [0, 4]}}' % ("9" * 5000), bytes(4), "4300 digits"),
         (str(deep(100_000)), b"", "RecursionError"),
         ('{"a": 1}' + " " * 2**24, b"", "announces a header of 16,777,224 bytes"),
@@ -174,7 +174,7 @@ def test_a_hostile_header_is_refused(header: str, body: bytes, says: str, tmp_pa
     [
         ('{"a": {"b": [1, %s]}}' % ("9" * 50), r"a\.b\.1 is 9{50}, beyond 101 bits"),
         ('{"a": NaN}', "NaN is no value"),
-        (f'{{"a": {deep(70)}}}', "more than 64 lists or tables"),
+        (f'{{"a": {deep(70)}}}', "more than 64 nested lists or tables"),
         (str(deep(100_000)), "is not JSON"),
         ('{"a": "%s"}' % ("x" * 2**24), "has more than 16,777,216 bytes"),
     ],
@@ -429,7 +429,7 @@ def test_pipes_and_links_are_no_models_files(bundle: Path, tmp_path: Path) -> No
         load_pretrained_model(model)
     (model / "llava.json").unlink()
     (model / "llava.json").symlink_to("/dev/zero")
-    with pytest.raises(ModelError, match="is no model"):
+    with pytest.raises(ModelError, match="is not a known kind of model"):
         load_pretrained_model(model)
 
 

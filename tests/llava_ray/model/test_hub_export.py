@@ -200,10 +200,10 @@ def test_what_it_cannot_express_is_refused_by_part(settings, tower, message, fol
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"s2_scales": (32, 64)}, r"vision tower: .* s2 looks at several scales \(32, 64\)"),
+        ({"s2_scales": (32, 64)}, r"vision tower: .* s2 uses several scales \(32, 64\)"),
         (
             {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial"},
-            "image_newline: .* mm_patch_merge_type is 'spatial', the layout knows spatial_unpad",
+            "image_newline: .* mm_patch_merge_type is 'spatial', the layout supports spatial_unpad",
         ),
         (
             {

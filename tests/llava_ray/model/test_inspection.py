@@ -84,7 +84,7 @@ def test_what_is_missing_is_told_not_raised(parts, tmp_path: Path) -> None:
 
 
 def test_what_is_damaged_is_raised(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="is no model that is known here"):
+    with pytest.raises(ModelError, match="is not a known kind of model folder"):
         inspect(tmp_path)
 
 

@@ -107,7 +107,7 @@ def test_no_file_names_the_path(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["broken.safetensors", "mm_projector.bin"])
 def test_damaged_file_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"not a model")
-    with pytest.raises(ModelError, match=rf"{name} is (no whole safetensors file|cut off, damaged)"):
+    with pytest.raises(ModelError, match=rf"{name} is (not a whole safetensors file|cut off, damaged)"):
         load_projector_weights(tmp_path / name)
 
 

@@ -19,7 +19,7 @@ from llava_ray.model.loading import load_pretrained_model
 from llava_ray.model.lora.adapters import adapter_parameters, has_adapter
 from llava_ray.model.network.quantization import (
     bitsandbytes_config,
-    chosen,
+    choose_quantization,
     count_elements,
     find_quantization,
 )
@@ -148,11 +148,11 @@ def test_a_bundle_is_loaded_in_other_bits_when_asked(folders, samples, pack, tmp
 
 def test_bits_as_trained_unless_they_are_given() -> None:
     trained = Quantization(bits=4, quant_type="fp4", double_quant=False)
-    assert chosen(None, trained) == chosen(4, trained) == trained
-    assert chosen(16, trained) is None
-    assert chosen(8, trained) == Quantization(bits=8)
-    assert chosen(4, None) == Quantization(bits=4)
-    assert chosen(None, None) is None
+    assert choose_quantization(None, trained) == choose_quantization(4, trained) == trained
+    assert choose_quantization(16, trained) is None
+    assert choose_quantization(8, trained) == Quantization(bits=8)
+    assert choose_quantization(4, None) == Quantization(bits=4)
+    assert choose_quantization(None, None) is None
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -177,7 +177,7 @@ def test_an_adapter_learns_over_a_quantised_base(bits: Literal[4, 8], folders, s
 
 def test_a_quantised_model_is_not_written_as_a_whole(folders, tmp_path: Path) -> None:
     parts = assemble(folders.config(), "pad", quantization=Quantization(bits=4))
-    with pytest.raises(BundleError, match="is quantised, and a bundle holds weights as they are"):
+    with pytest.raises(BundleError, match="is quantised, and a bundle holds unquantised weights"):
         save_bundle(tmp_path / "bundle", parts, include="all")
     save_bundle(tmp_path / "bundle", parts, include="projector")
     assert load_pretrained_model(tmp_path / "bundle").manifest.quantization == Quantization(bits=4)

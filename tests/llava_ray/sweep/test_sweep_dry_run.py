@@ -8,7 +8,7 @@ from samples import small_run, write_recipe, write_samples
 from llava_ray.config.sections import MODEL_PATHS
 from llava_ray.config.space import Space, SweepConfig
 from llava_ray.config.sweep_recipes import load_sweep
-from llava_ray.data.first_look import first_samples
+from llava_ray.data.first_look import measure_first_samples
 from llava_ray.errors import ConfigError
 from llava_ray.sweep.dry_run import describe_sweep, largest_trial, steps_in_all
 from pipelines.sweep import main
@@ -75,11 +75,11 @@ def test_the_largest_trial_is_of_the_largest_part(recipe: Path) -> None:
 
 def test_samples_are_looked_at_for_their_length(recipe: Path) -> None:
     config, _ = described(recipe)
-    looked_at = first_samples(config.data.data_path)
+    looked_at = measure_first_samples(config.data.data_path)
     assert len(looked_at) == 64
     assert all(characters > 0 for characters, _ in looked_at)
     assert {images for _, images in looked_at} <= {0, 1}
-    assert first_samples("s3://bucket/data.json") == []
+    assert measure_first_samples("s3://bucket/data.json") == []
 
 
 def test_what_does_not_fit_or_is_not_there_is_refused(recipe: Path) -> None:

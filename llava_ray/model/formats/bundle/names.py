@@ -1,4 +1,4 @@
-"""Names of tensors in a bundle's projector file, to ours."""
+"""Conversion of tensor names in a bundle's projector file to canonical names."""
 
 from llava_ray.model.formats.layout import EMBED_TOKENS
 from llava_ray.model.formats.names import IMAGE_NEWLINE

@@ -1,4 +1,4 @@
-"""Describe a llava_ray bundle, or the one inside a training checkpoint. No torch."""
+"""The description of a llava_ray bundle, or of the one inside a training checkpoint. No torch."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -57,7 +57,7 @@ def read_bundle(folder: Path) -> Layout:
 
 
 def read_checkpoint(folder: Path) -> Layout:
-    """Read the model of a run's checkpoint, which is a bundle."""
+    """Describe the model of a run's checkpoint, which is a bundle."""
     layout = read_bundle(folder / "model")
     if (folder / COMPLETE).is_file():
         return layout

@@ -1,4 +1,4 @@
-"""Write a model as a llava_ray bundle, tensor by tensor; nothing is rounded."""
+"""Export of a model as a llava_ray bundle, tensor by tensor, without rounding."""
 
 from pathlib import Path
 from typing import Literal
@@ -42,8 +42,8 @@ def export_bundle(
             for key in ("language_model", "vision_tower")
         }
         training = {**manifest.training, **({ORIGINAL_CONFIG: model.kept} if model.kept else {})}
-        written = manifest.model_copy(update={**parts, "libraries": library_versions(), "training": training})
-        write_manifest(new, written, output)
+        bundle_manifest = manifest.model_copy(update={**parts, "libraries": library_versions(), "training": training})
+        write_manifest(new, bundle_manifest, output)
     return Exported(Path(output))
 
 

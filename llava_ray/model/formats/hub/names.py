@@ -1,4 +1,4 @@
-"""Names of tensors in the hub layout, from ours and back: pure renames, without loss."""
+"""Conversion of tensor names between ours and the hub layout: pure renames, without loss."""
 
 import re
 
@@ -11,7 +11,7 @@ _HUB_LINEARS = {"linear_1.": "0.", "linear_2.": "2."}
 
 
 def to_hub(name: str, *, vision_model: bool) -> str:
-    """Return the hub layout's name of one of our tensors; ``vision_model`` is whether its tower has that level."""
+    """Return the hub layout's name of one of our tensors; ``vision_model`` if its tower has that level."""
     if name.startswith(VISION_TOWER_PREFIX) and vision_model:
         return VISION_TOWER_PREFIX + VISION_MODEL_PREFIX + name.removeprefix(VISION_TOWER_PREFIX)
     for linear, index in _HUB_LINEARS.items():
@@ -21,7 +21,7 @@ def to_hub(name: str, *, vision_model: bool) -> str:
 
 
 def from_hub(name: str) -> str:
-    """Return the canonical name of a tensor in transformers' LLaVA layout, as older or newer versions write it."""
+    """Return the canonical name of a tensor in transformers' LLaVA layout, of older or newer versions."""
     own = name.removeprefix("model.")
     if projector := re.fullmatch(r"multi_modal_projector\.linear_([12])\.(weight|bias)", own):
         return f"projector.{2 * int(projector[1]) - 2}.{projector[2]}"

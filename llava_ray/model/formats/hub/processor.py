@@ -1,4 +1,4 @@
-"""preprocessor_config.json and processor_config.json of the hub layout: what becomes of an image before the model."""
+"""preprocessor_config.json and processor_config.json of the hub layout."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,12 +7,12 @@ from llava_ray.errors import ModelError
 from llava_ray.model.formats.manifest import Manifest
 
 _PROCESSORS = {"llava": "LlavaProcessor", "llava_next": "LlavaNextProcessor"}
-# What the layout's image processors have and a tower's own does not.
+# Settings that the layout's image processors have and a tower's own does not.
 _PADDING = {"do_pad", "pad_size", "image_grid_pinpoints", "aspect_ratio_setting", "processor_class"}
 
 
 def write_preprocessor(preprocessor: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
-    """Return the image processor that does what the model was trained with, by names that older versions know."""
+    """Return the settings of an image processor equal to training's, under names that older versions know."""
     values = {**preprocessor, "image_processor_type": _older_type(preprocessor)}
     values.pop("feature_extractor_type", None)
     if manifest.image_aspect_ratio == "square":
@@ -26,13 +26,13 @@ def write_preprocessor(preprocessor: Mapping[str, Any], manifest: Manifest) -> d
 
 
 def read_preprocessor(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tower's own image processor of a model that we did not export."""
-    kept = {key: value for key, value in values.items() if key not in _PADDING}
-    return {**kept, "image_processor_type": "CLIPImageProcessor"}
+    """Return the tower's own image processor settings of a model that we did not export."""
+    tower_settings = {key: value for key, value in values.items() if key not in _PADDING}
+    return {**tower_settings, "image_processor_type": "CLIPImageProcessor"}
 
 
 def pixels_of(preprocessor: Mapping[str, Any]) -> tuple[int, int]:
-    """Return height and width of what an image processor makes. Raises ModelError if images keep different sizes."""
+    """Return height and width of an image processor's output. Raises ModelError if images keep different sizes."""
     size = preprocessor.get("crop_size") if preprocessor.get("do_center_crop") else preprocessor.get("size")
     if isinstance(size, int):
         return size, size
@@ -44,7 +44,7 @@ def pixels_of(preprocessor: Mapping[str, Any]) -> tuple[int, int]:
 def write_processor(
     settings: Mapping[str, Any], *, num_prefix_tokens: int, patch_size: int, image_token: str
 ) -> dict[str, Any]:
-    """Return processor_config.json, from the ``settings`` of config.json: how many tokens an image takes."""
+    """Return processor_config.json for the ``settings`` of config.json; it decides the number of image tokens."""
     return {
         "image_token": image_token,
         "num_additional_image_tokens": num_prefix_tokens,
@@ -55,7 +55,7 @@ def write_processor(
 
 
 def _older_type(preprocessor: Mapping[str, Any]) -> str:
-    # transformers 5 has a class for each backend under one name, which was that of the Pillow one.
+    # transformers 5 has a class per backend under one name, which used to be that of the Pillow one.
     kind = (
         preprocessor.get("image_processor_type") or preprocessor.get("feature_extractor_type") or "CLIPImageProcessor"
     )

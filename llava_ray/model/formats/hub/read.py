@@ -1,4 +1,4 @@
-"""Describe a folder in the layout of transformers' LLaVA classes (llava-hf). No torch."""
+"""The description of a folder in the layout of transformers' LLaVA classes (llava-hf). No torch."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ from llava_ray.model.formats.hub.settings import hub_language_config, hub_tower_
 from llava_ray.model.formats.known_templates import find_noted_version
 from llava_ray.model.formats.layout import CONFIG, TOKENIZER_FILES, Layout, LayoutKind, expect_any, expect_part
 from llava_ray.model.formats.names import IMAGE_NEWLINE
-from llava_ray.model.formats.noted_settings import OUR_KEY, changed
+from llava_ray.model.formats.noted_settings import OUR_KEY, describe_change
 from llava_ray.model.tensors.tensor_files import read_json_object, read_weights
 from llava_ray.reading import is_file
 
@@ -32,7 +32,7 @@ def read_hub(folder: Path, config: Mapping[str, Any]) -> Layout:
     shapes = {False: "square", True: "pad"}
     if settings.get("image_aspect_ratio") in ("square", "pad") and (found := shapes.get(_pads(folder))):  # type: ignore[arg-type]
         if OUR_KEY in config and settings["image_aspect_ratio"] != found:
-            notes += (changed("do_pad of the image processor", found == "pad", settings["image_aspect_ratio"]),)
+            notes += (describe_change("do_pad of the image processor", found == "pad", settings["image_aspect_ratio"]),)
         settings["image_aspect_ratio"] = found
     return Layout(
         folder,
@@ -49,8 +49,8 @@ def read_hub(folder: Path, config: Mapping[str, Any]) -> Layout:
 
 
 def _pads(folder: Path) -> bool | None:
-    """Tell whether the image processor makes images square before it resizes them; None where it does not say."""
+    """Return whether the image processor pads images to squares before resizing; None where it does not state it."""
     files = [read_json_object(folder / name) for name in PROCESSOR_FILES if is_file(folder / name)]
     settings = [found.get("image_processor", found) for found in files]
-    told = [found["do_pad"] for found in settings if isinstance(found, dict) and found.get("do_pad") is not None]
-    return any(told) if told else None
+    stated = [found["do_pad"] for found in settings if isinstance(found, dict) and found.get("do_pad") is not None]
+    return any(stated) if stated else None

@@ -1,7 +1,7 @@
-"""A DINOv2 tower written down as a SigLIP one, which vLLM takes: near, not equal, and measured.
+"""Approximation of a DINOv2 tower by a SigLIP one, which vLLM supports, with a measured error.
 
 A SigLIP has no LayerScale (folded into the matrices before it), positions for one grid only, and no class token. Only
-the last loses something: patches can no longer attend to that token.
+the last changes the result: patches can no longer attend to that token.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,9 +24,9 @@ from llava_ray.images.reading import open_image
 from llava_ray.model.formats.hub.processor import pixels_of
 from llava_ray.model.formats.model_files import ModelFiles
 from llava_ray.model.formats.names import VISION_TOWER_PREFIX
-from llava_ray.model.formats.part_configs import build, values_of
+from llava_ray.model.formats.part_configs import build_config, values_of
 from llava_ray.model.network.tower import VisionTower
-from llava_ray.model.tensors.weight_files import held
+from llava_ray.model.tensors.weight_files import wrap_tensor
 
 _NUM_DRAWN = 8
 _MAX_PIXELS = 178_956_970  # Pillow's own bomb limit
@@ -52,16 +52,16 @@ _SCALES = {"attention.output.dense": "layer_scale1.lambda1", "mlp.fc2": "layer_s
 
 @dataclass(frozen=True)
 class FeatureDifference:
-    """How far the patch features of the selected layer moved, over all patches of ``num_images`` images."""
+    """The change of the selected layer's patch features, over all patches of ``num_images`` images."""
 
     num_images: int
     mean_cosine: float
     lowest_cosine: float
     relative_distance: float
-    """Length of the difference over the length of the features."""
+    """Norm of the difference divided by the norm of the features."""
 
     def __str__(self) -> str:
-        """Put it into words."""
+        """Format the numbers as a sentence."""
         return (
             f"patch features on {self.num_images} images: cosine to DINOv2's {self.mean_cosine:.3f} on average and "
             f"{self.lowest_cosine:.3f} at worst, relative distance {self.relative_distance:.3f}"
@@ -69,42 +69,42 @@ class FeatureDifference:
 
 
 def approximate(model: ModelFiles, images: Sequence[Image.Image]) -> tuple[ModelFiles, FeatureDifference]:
-    """Return the model with its DINOv2 tower as a SigLIP, and how much that changes on these images.
+    """Return the model with its DINOv2 tower as a SigLIP, and the change of features on these images.
 
-    Raises ModelError, naming the part, for a tower that cannot be brought into that form.
+    Raises ModelError, naming the part, for a tower that cannot be converted.
     """
     _check_dinov2(model)
     side = pixels_of(model.preprocessor)[0]
     stored = model.part(VISION_TOWER_PREFIX)
     dtype = next(iter(stored.values())).dtype
     state = {name: tensor.load().float() for name, tensor in stored.items()}
-    original = load_backbone(Dinov2Model, build(model.tower_config, "the vision tower"), state)
+    original = load_backbone(Dinov2Model, build_config(model.tower_config, "the vision tower"), state)
     config = siglip_config(original.config, side)
     tensors = {name: tensor.to(dtype) for name, tensor in siglip_tensors(original, state, side).items()}
     form = load_backbone(SiglipVisionModel, config, {name: tensor.float() for name, tensor in tensors.items()})
     layer = model.manifest.mm_vision_select_layer
-    # The same picture for both; how it gets its shape does not matter here.
+    # The same input for both; the preprocessing does not matter here.
     spec = ImageSpec.from_processor(_ProcessorSettings(model.preprocessor), "square")
     pixels = normalize_pixels(np.stack([crop_pixels(image, spec) for image in images]), spec)
     difference = measure_feature_difference(_features(original, layer, pixels), _features(form, layer, pixels))
     others = {name: tensor for name, tensor in model.tensors.items() if not name.startswith(VISION_TOWER_PREFIX)}
-    tower = {f"{VISION_TOWER_PREFIX}{name}": held(tensor) for name, tensor in tensors.items()}
+    tower = {f"{VISION_TOWER_PREFIX}{name}": wrap_tensor(tensor) for name, tensor in tensors.items()}
     return replace(model, tower_config=values_of(config), tensors={**others, **tower}), difference
 
 
 @dataclass(frozen=True)
 class _ProcessorSettings:
-    """An image processor's settings without the processor."""
+    """A stand-in for an image processor, with its settings only."""
 
     values: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return them."""
+        """Return the settings."""
         return {"resample": 3, "rescale_factor": 1 / 255, **self.values}
 
 
 def _check_dinov2(model: ModelFiles) -> None:
-    """Raise ModelError, naming the part, unless the model's tower has a SigLIP form."""
+    """Raise ModelError, naming the part, unless the model's tower can be converted to a SigLIP."""
     config, found = model.tower_config, model.tower_config["model_type"]
     height, width = pixels_of(model.preprocessor)
     reasons = {
@@ -121,7 +121,7 @@ def _check_dinov2(model: ModelFiles) -> None:
 
 
 def siglip_config(config: PreTrainedConfig, side: int) -> SiglipVisionConfig:
-    """Return the config of the SigLIP that ``siglip_tensors`` belong to, for images of ``side`` x ``side`` pixels."""
+    """Return the config of a SigLIP for ``siglip_tensors``, for images of ``side`` x ``side`` pixels."""
     form = SiglipVisionConfig(
         hidden_size=config.hidden_size,
         intermediate_size=int(config.hidden_size * config.mlp_ratio),
@@ -140,9 +140,9 @@ def siglip_config(config: PreTrainedConfig, side: int) -> SiglipVisionConfig:
 
 @torch.no_grad()
 def siglip_tensors(backbone: PreTrainedModel, state: Mapping[str, Tensor], side: int) -> dict[str, Tensor]:
-    """Return a DINOv2's ``state`` under SigLIP's names, LayerScale folded in, positions for ``side`` x ``side`` pixels.
+    """Convert a DINOv2's ``state`` to SigLIP's names, LayerScale folded in, positions for ``side`` x ``side`` pixels.
 
-    ``backbone`` is the same DINOv2, which knows how its positions are interpolated.
+    ``backbone`` is the same DINOv2, whose own method interpolates the positions.
     """
     width = backbone.config.hidden_size
     grid = torch.zeros(1, 1 + (side // backbone.config.patch_size) ** 2, width)
@@ -161,7 +161,7 @@ def siglip_tensors(backbone: PreTrainedModel, state: Mapping[str, Tensor], side:
 
 
 def load_backbone(kind: Any, config: PreTrainedConfig, state: Mapping[str, Tensor]) -> PreTrainedModel:
-    """Return a backbone with these tensors, under the names of files. Raises ModelError if they do not fit."""
+    """Build a backbone with these tensors, under the names in files. Raises ModelError if they do not fit."""
     loaded, info = kind.from_pretrained(None, config=config, state_dict=dict(state), output_loading_info=True)
     if lacking := sorted({*info["missing_keys"], *info["unexpected_keys"]}):
         raise ModelError(f"vision tower: its tensors are not those of its config; the first is {lacking[0]}.")
@@ -177,21 +177,21 @@ def _features(backbone: PreTrainedModel, layer: Any, pixels: Float[Tensor, "n 3 
 
 
 def measure_feature_difference(before: Float[Tensor, "n p v"], after: Float[Tensor, "n p v"]) -> FeatureDifference:
-    """Measure how far features moved."""
+    """Compute the difference between two sets of features."""
     cosine = cosine_similarity(before, after, dim=-1)
     distance = float((after - before).norm() / before.norm())
     return FeatureDifference(before.shape[0], float(cosine.mean()), float(cosine.min()), distance)
 
 
 def open_images(paths: Sequence[Path]) -> list[Image.Image]:
-    """Open the pictures to measure on; without any, draw some. Raises ImageError."""
+    """Open the test images; without any, draw some. Raises ImageError."""
     if not paths:
         return draw_images()
     return [open_image(path.read_bytes(), str(path), max_pixels=_MAX_PIXELS) for path in paths]
 
 
 def draw_images(seed: int = 0) -> list[Image.Image]:
-    """Draw pictures to measure on when none are given: soft colours with a few shapes, always the same."""
+    """Draw deterministic test images: soft colours with a few shapes."""
     draw = np.random.default_rng(seed)
     pictures = []
     for _ in range(_NUM_DRAWN):

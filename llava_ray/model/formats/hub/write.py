@@ -1,4 +1,4 @@
-"""The hub layout (llava-hf, llava-next-hf), which transformers, old and new, and vLLM load."""
+"""Export to the hub layout (llava-hf, llava-next-hf), which old and new transformers and vLLM load."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,9 +44,9 @@ _LANGUAGE_NAMES = ("model.", *(name.removeprefix(LANGUAGE_MODEL_PREFIX) for name
 def export_hub(
     model: ModelFiles, output: str | Path, vocabulary: Vocabulary = "auto", *, for_vllm: bool = True
 ) -> Exported:
-    """Write the hub layout. Raises ModelError, naming the part, for what it cannot express.
+    """Write the hub layout. Raises ModelError, naming the part, for a model that it cannot express.
 
-    ``for_vllm`` refuses as well what transformers loads and vLLM does not.
+    ``for_vllm`` also rejects models that transformers loads and vLLM does not.
     """
     _check_hub(model)
     if for_vllm:
@@ -84,12 +84,12 @@ def export_hub(
         tokenizer.chat_template = jinja
         write_tokenizer(tokenizer, model.tokenizer_folder, new, num_rows=rows, template_inside=True)
         (new / "chat_template.jinja").write_text(jinja)
-        write_json_file(new / "chat_template.json", {"chat_template": jinja})  # where older processors look
+        write_json_file(new / "chat_template.json", {"chat_template": jinja})  # read by older processors
     return Exported(Path(output), tuple(notes))
 
 
 def _check_hub(model: ModelFiles) -> None:
-    """Raise ModelError, naming the part, for what transformers' LLaVA classes cannot express."""
+    """Raise ModelError, naming the part, for a model that transformers' LLaVA classes cannot express."""
     manifest = model.manifest
     _check_settings(manifest)
     if model.tower_config["model_type"] == "siglip2_vision_model":
@@ -104,7 +104,7 @@ def _check_hub(model: ModelFiles) -> None:
         if manifest.mm_patch_merge_type != "spatial_unpad":
             raise _inexpressible(
                 "image_newline",
-                f"mm_patch_merge_type is {manifest.mm_patch_merge_type!r}, the layout knows spatial_unpad",
+                f"mm_patch_merge_type is {manifest.mm_patch_merge_type!r}, the layout supports spatial_unpad only",
             )
         if manifest.mm_vision_select_feature == "cls_patch" and num_prefix_tokens(model.tower_config):
             raise _inexpressible(
@@ -126,7 +126,7 @@ def _check_settings(manifest: Manifest) -> None:
 
 
 def _check_vllm(model: ModelFiles) -> None:
-    """Raise ModelError, naming the part, for what transformers loads in this layout and vLLM does not."""
+    """Raise ModelError, naming the part, for a model that transformers loads in this layout and vLLM does not."""
     kind, layer = model.tower_config["model_type"], model.manifest.mm_vision_select_layer
     if kind not in WITH_VISION_MODEL:
         approximate = " --approximate writes a DINOv2 as a SigLIP, with another result;" if kind == "dinov2" else ""
@@ -185,17 +185,17 @@ def _settings(
 
 
 def _generation_config(model: ModelFiles, template: Template, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return which tokens begin, end and fill: an answer ends where the template ends it."""
-    given: Mapping[str, Any] = {**model.language_config, **model.generation_config}
-    ends = given.get("eos_token_id")
+    """Return the begin, end and padding tokens: answers end with the template's end token."""
+    settings: Mapping[str, Any] = {**model.language_config, **model.generation_config}
+    ends = settings.get("eos_token_id")
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     stop = tokenizer.get_vocab().get(template.stop)
     if stop is not None and stop not in ends:
         ends = [*ends, stop]
     return {
-        "bos_token_id": given.get("bos_token_id"),
+        "bos_token_id": settings.get("bos_token_id"),
         "eos_token_id": ends[0] if len(ends) == 1 else ends,
-        "pad_token_id": given.get("pad_token_id", tokenizer.pad_token_id),
+        "pad_token_id": settings.get("pad_token_id", tokenizer.pad_token_id),
     }
 
 

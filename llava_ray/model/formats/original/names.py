@@ -1,4 +1,4 @@
-"""Names of tensors in the original layout, from ours and back: pure renames, without loss."""
+"""Conversion of tensor names between ours and the original layout: pure renames, without loss."""
 
 import re
 
@@ -19,7 +19,7 @@ _ORIGINAL_TOWER = "model.vision_tower.vision_tower."
 _ORIGINAL_NEWLINE = "model.image_newline"
 
 
-# Before each name in an original adapter's non_lora_trainables.bin.
+# Prefix of each name in an original adapter's non_lora_trainables.bin.
 PEFT_PREFIX = "base_model.model."
 
 

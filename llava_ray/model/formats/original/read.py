@@ -1,4 +1,4 @@
-"""Describe a folder in the original layout: a whole model, a projector only, or a LoRA over its base. No torch."""
+"""The description of a folder in the original layout: a whole model, a projector only, or a LoRA. No torch."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,11 +66,13 @@ def read_lora(folder: Path) -> Layout:
     else:
         missing.append(f"{CONFIG} is not there, which says what it was trained with.")
     if config and not is_original(config):
-        raise ModelError(f"{folder / CONFIG} lies beside {ADAPTER_CONFIG} but has no mm_vision_tower: not a LLaVA's.")
+        raise ModelError(
+            f"{folder / CONFIG} is beside {ADAPTER_CONFIG} but has no mm_vision_tower: it is not a LLaVA's."
+        )
     expect_any(folder, ADAPTER_FILES, "adapter", missing)
     for name in ADAPTER_FILES:
         if is_file(folder / name):
-            read_tensor_file(folder / name)  # PEFT will read it, this only refuses what is damaged or holds code
+            read_tensor_file(folder / name)  # PEFT will load it; this only rejects a file that is damaged or holds code
     weights = WeightFiles({}, frozenset())
     if is_file(folder / NON_LORA_FILE):
         weights = WeightFiles.of(read_tensor_file(folder / NON_LORA_FILE)).renamed(from_original)
@@ -94,7 +96,7 @@ def _original(
 ) -> Layout:
     settings = read_original_settings(config, str(folder / CONFIG)) if config else {}
     language_config = original_language_config(config) if config else None
-    tower_folder = folder / "vision_tower"  # where an export of ours puts it
+    tower_folder = folder / "vision_tower"  # the place in our exports
     return Layout(
         folder,
         kind,
@@ -110,7 +112,7 @@ def _original(
 
 
 def _check_no_language_weights(file: Path, weights: WeightFiles) -> None:
-    """Raise ModelError if a file beside an adapter or projector holds language model weights that learnt too."""
+    """Raise ModelError if a file beside an adapter or projector holds trained weights of the language model."""
     others = [t for name, t in weights.tensors.items() if name.startswith("language_model.")]
     for tensor in others:
         if not tensor.name.endswith(f".{EMBED_TOKENS}"):

@@ -1,7 +1,7 @@
-"""config.json of the original layout, from ours (see ``published_settings`` for the way back).
+"""Conversion between our settings and the original layout's config.json.
 
-LLaVA's settings (``mm_projector_type``, …) stand there between the language model's. What it has no key for, the
-conversation template above all, goes under one key of ours, which the original passes over.
+LLaVA's settings (``mm_projector_type``, …) are mixed with the language model's there. Settings without a key, such as
+the conversation template, are stored under one key of ours, which the original ignores.
 """
 
 import re
@@ -10,13 +10,13 @@ from typing import Any
 
 from llava_ray.config.geometry import GEOMETRY_NAMES, ModelGeometry, read_addable
 from llava_ray.errors import ModelError
-from llava_ray.model.formats.config_values import listed
+from llava_ray.model.formats.config_values import to_tuples
 from llava_ray.model.formats.manifest import Manifest
 from llava_ray.model.formats.noted_settings import OUR_KEY
-from llava_ray.model.formats.part_configs import older
+from llava_ray.model.formats.part_configs import to_older_config
 from llava_ray.reading import shown
 
-# Which of the keys are LLaVA's; the rest are the language model's.
+# LLaVA's keys; the rest are the language model's.
 _LLAVAS = re.compile(r"(mm_|use_mm_|tune_mm_|freeze_mm_|unfreeze_mm_|image_|tokenizer_|s2$|s2_|llava_ray$)")
 # What a manifest says in other words.
 _DESCRIBED = {OUR_KEY, *ModelGeometry.model_fields, "s2", "mm_vision_tower", "tokenizer_model_max_length"}
@@ -25,19 +25,21 @@ _CLASSES = {"llama": "LlavaLlamaForCausalLM", "mistral": "LlavaMistralForCausalL
 
 
 def read_kept(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of LLaVA's settings that mean nothing to us: a model that is exported again gets them back."""
+    """Return LLaVA's settings that we do not use; they are written back on export."""
     return {key: value for key, value in config.items() if _LLAVAS.match(key) and key not in _DESCRIBED}
 
 
 def write_original_settings(manifest: Manifest, language: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config of a model whose language model is one of TYPES."""
+    """Return the config.json of a model whose language model is one of TYPES."""
     kind = language["model_type"]
     classes = {"architectures": [_CLASSES[kind]], "model_type": TYPES[kind]}
-    return dict(sorted({**older(language, keep_new=False), **write_llava_settings(manifest, kept), **classes}.items()))
+    return dict(
+        sorted({**to_older_config(language, keep_new=False), **write_llava_settings(manifest, kept), **classes}.items())
+    )
 
 
 def write_llava_settings(manifest: Manifest, kept: Mapping[str, Any]) -> dict[str, Any]:
-    """Return LLaVA's part of the config; ``kept`` are settings of an original that mean nothing to us."""
+    """Return LLaVA's part of the config.json; ``kept`` are settings of an original that we do not use."""
     values: dict[str, Any] = {
         "tokenizer_padding_side": "right",
         "use_mm_proj": True,
@@ -82,7 +84,7 @@ _LLAVA_KEYS = frozenset(
 
 
 def is_original(config: Mapping[str, Any]) -> bool:
-    """Tell whether a config.json is the original's: a language model's with LLaVA's keys among its own."""
+    """Return whether a config.json is the original's: a language model's with LLaVA's keys mixed in."""
     return "mm_vision_tower" in config or "mm_hidden_size" in config
 
 
@@ -95,7 +97,7 @@ def original_language_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_original_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the settings in the original's config.json, with the defaults of its code. Raises ModelError."""
+    """Read our settings from the original's config.json, with the defaults of its code. Raises ModelError."""
     if "mm_vision_select_layer" not in config:
         raise ModelError(f"{where} has no mm_vision_select_layer; add the layer that the projector was trained on.")
     if config.get("mm_resampler_type") is not None:
@@ -110,9 +112,9 @@ def read_original_settings(config: Mapping[str, Any], where: str) -> dict[str, A
         "image_aspect_ratio": config.get("image_aspect_ratio") or "square",
     }
     if settings["image_aspect_ratio"] == "anyres":
-        settings["image_grid_pinpoints"] = listed(config.get("image_grid_pinpoints"), where)
+        settings["image_grid_pinpoints"] = to_tuples(config.get("image_grid_pinpoints"), where)
     if config.get("s2"):
-        settings |= {"s2": True, "s2_scales": listed(config.get("s2_scales", "336,672,1008"), where)}
+        settings |= {"s2": True, "s2_scales": to_tuples(config.get("s2_scales", "336,672,1008"), where)}
     if length := config.get("tokenizer_model_max_length"):
         if type(length) is not int or not 0 < length <= 2**24:
             raise ModelError(f"{where}: tokenizer_model_max_length is {shown(length)}, expected a number of tokens.")

@@ -1,4 +1,4 @@
-"""Write a model, or its projector alone, in the original layout, tensor by tensor; nothing is rounded."""
+"""Export of a model, or its projector alone, to the original layout, tensor by tensor, without rounding."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,7 @@ from llava_ray.model.tensors.weight_files import write_folder
 def export_original(
     model: ModelFiles, output: str | Path, vocabulary: Literal["kept", "truncated"] = "truncated"
 ) -> Exported:
-    """Write the original layout, with the tower in ``vision_tower/``. Raises ModelError for what it cannot express."""
+    """Write the original layout, with the tower in ``vision_tower/``. Raises ModelError if it cannot express it."""
     _check_original(model)
     model, rows = with_vocabulary(model, vocabulary)
     with new_folder(output) as new:
@@ -42,7 +42,7 @@ def export_original(
         write_tokenizer(load_own_tokenizer(model), model.tokenizer_folder, new, num_rows=rows)
         slow = (new / SENTENCEPIECE_FILE).is_file()
     notes = [
-        f"config.json names the tower {model.manifest.vision_tower.base!r}, where the original code will look for it; "
+        f"config.json names the tower {model.manifest.vision_tower.base!r}, where the original code looks for it; "
         f"this model's own is in {Path(output) / TOWER_FOLDER}"
     ]
     if not slow:
@@ -65,7 +65,7 @@ def export_projector(model: ModelFiles, output: str | Path) -> Exported:
 
 
 def _check_original(model: ModelFiles) -> None:
-    """Raise ModelError, naming the part, for what the original code cannot load."""
+    """Raise ModelError, naming the part, for a model that the original code cannot load."""
     kind, tower = model.language_config["model_type"], model.tower_config["model_type"]
     if kind not in TYPES:
         raise ModelError(
@@ -80,7 +80,7 @@ def _check_original(model: ModelFiles) -> None:
     if not isinstance(model.manifest.mm_vision_select_layer, int):
         raise ModelError(
             f"vision tower: features of several layers {model.manifest.mm_vision_select_layer} are selected, the "
-            "original code knows one. Keep the bundle."
+            "original code supports one. Keep the bundle."
         )
 
 
