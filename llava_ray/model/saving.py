@@ -60,7 +60,7 @@ def save_bundle(
             # ``trained`` is the whole tower except the blocks that were truncated.
             adapted = tuple(name.removeprefix("vision_tower.") + "." for name in adapter_layers(parts.llava))
             own = {name: t for name, t in parts.tower.full_state_dict().items() if not name.startswith(adapted)}
-            save_tower(new / VISION_TOWER, parts.tower, own | learnt, parts.image_processor)
+            save_tower(new / VISION_TOWER, parts.tower, own | trained, parts.image_processor)
             tower = _held(parts.tower_source, new / VISION_TOWER)
         manifest = parts.manifest.model_copy(
             update={

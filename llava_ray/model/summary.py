@@ -20,7 +20,7 @@ from llava_ray.images.geometry import ImageSpec
 from llava_ray.model.blueprint import ResolvedParts, load_image_processor, resolve_parts
 from llava_ray.model.formats.hub.read import PROCESSOR_FILES
 from llava_ray.model.formats.layout import is_timm
-from llava_ray.model.formats.part_configs import build
+from llava_ray.model.formats.part_configs import build_config
 from llava_ray.model.formats.tower_loading import build_backbone, read_tower_config
 from llava_ray.model.freezing import freeze
 from llava_ray.model.image_geometry import choose_s2_scales, find_s2_scales
@@ -66,7 +66,7 @@ def summarize_model(config: FinetuneConfig) -> ModelSummary:
     model_config, tower_config = found.config, read_tower_config(found.tower)
     side, scales = _find_sides(found, int(tower_config.image_size))
     with torch.device("meta"), no_init_weights():  # drawing numbers takes its time even where none are kept
-        model = build_language_model(build(found.language.config, found.language.name))
+        model = build_language_model(build_config(found.language.config, found.language.name))
         backbone = build_backbone(tower_config)
         cut = VisionTower(backbone, model_config.mm_vision_select_layer, model_config.mm_vision_select_feature, scales)
         geometry = ModelGeometry.resolve(

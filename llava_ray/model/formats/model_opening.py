@@ -58,13 +58,13 @@ def open_model(
     ``model_base`` and ``vision_tower`` locate parts that it only names, ``version`` is its conversation template where
     it does not record it. Raises ModelError for a folder that is not a LLaVA, lacks a part or is damaged.
     """
-    config = ModelConfig(model_name_or_path=str(path), model_base=model_base, vision_tower=vision_tower)
+    asked = ModelConfig(model_name_or_path=str(path), model_base=model_base, vision_tower=vision_tower)
     root, layout = find_layout(str(path), weights=True)
     _check_exportable(layout)
     check_whole(layout)
     check_layout_rows(layout)
-    language = find_language_model(given, root, layout, weights=True)
-    tower = find_vision_tower(given, root, layout, weights=True)
+    language = find_language_model(asked, root, layout, weights=True)
+    tower = find_vision_tower(asked, root, layout, weights=True)
     if is_timm(tower.config):
         raise ModelError(
             f"vision tower: {tower.beside} is timm's {tower.config['architecture']!r}, which no layout of other "

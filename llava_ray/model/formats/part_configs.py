@@ -38,7 +38,7 @@ def _merge_defaults(defaults: Mapping[str, Any], config: Mapping[str, Any]) -> d
     return values
 
 
-def build(config: Mapping[str, Any], where: str) -> Any:
+def build_config(config: Mapping[str, Any], where: str) -> Any:
     """Make transformers' object of a config. Raises ModelError that names ``where`` for an unknown type."""
     from transformers import AutoConfig
 

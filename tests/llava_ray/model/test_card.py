@@ -18,7 +18,7 @@ from llava_ray.model.formats.bundle.write import export_bundle
 from llava_ray.model.formats.hub.write import export_hub
 from llava_ray.model.formats.known_models import KNOWN_CONFIGS
 from llava_ray.model.formats.model_opening import open_model
-from llava_ray.model.formats.part_configs import build
+from llava_ray.model.formats.part_configs import build_config
 from llava_ray.model.formats.sources import find_part
 from llava_ray.model.freezing import freeze
 from llava_ray.model.saving import save_bundle
