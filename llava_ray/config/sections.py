@@ -13,20 +13,18 @@ from pydantic import (
     model_validator,
 )
 
-from llava_ray.config.literals import read_literal
+from llava_ray.config.geometry import GeometrySettings
 from llava_ray.config.lora import LoraConfig
 from llava_ray.config.schema import ConfigSection
 
-PROJECTOR = "mlp([1-9][0-9]?)x_gelu"
-Pixels = Annotated[int, Field(gt=0, le=2**15)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 MAX_IMAGE_PIXELS = 178_956_970  # Pillow's own bomb limit
 # Settings that name a model or a part of one: a folder, a file or a hub id.
 MODEL_PATHS = ("model.model_name_or_path", "model.model_base", "model.vision_tower", "model.pretrain_mm_mlp_adapter")
 
 
-class ModelConfig(ConfigSection):
-    """The parts of the model, and which of them are trained."""
+class _ModelSources(ConfigSection):
+    """Where a model's parts are from."""
 
     model_name_or_path: str
     """The language model (hub id or folder), or a LLaVA to start from: a llava_ray bundle or any published layout."""
@@ -36,26 +34,11 @@ class ModelConfig(ConfigSection):
     """CLIP, SigLIP, SigLIP 2 or DINOv2 (hub id or folder). A bundle includes its own."""
     version: str = "v1"
     """Conversation template by LLaVA's name, or "chat_template" for the tokenizer's own."""
-    mm_projector_type: str = "mlp2x_gelu"
-    """"linear", "mlpNx_gelu" or "identity"."""
-    mm_vision_select_layer: int | tuple[int, ...] = -2
-    """Index into the tower's hidden states; -2 is the output of the last block but one. Several are concatenated
-    (along channels), in the order given."""
-    mm_vision_select_feature: Literal["patch", "cls_patch"] = "patch"
-    """"patch" drops the tower's prefix tokens (class and register tokens), "cls_patch" keeps them."""
-    mm_patch_merge_type: Literal["flat", "spatial", "spatial_unpad"] = "flat"
-    """Order of the patches of an anyres image: view after view, row by row through all views, or the latter
-    without the padding and with a learned vector at the end of each row (LLaVA-1.6)."""
-    image_grid_pinpoints: tuple[tuple[Pixels, Pixels], ...] | None = None
-    """Canvases (width, height) of anyres, in pixels; default: the bundle's, or LLaVA-1.6's for the tower's size."""
-    s2: bool = False
-    """Encode each image at several scales with the same tower (S2); features are concatenated along channels."""
-    s2_scales: tuple[Pixels, ...] | None = None
-    """Sides in pixels, multiples of the smallest; default: once, twice and three times the tower's size."""
-    mm_use_im_start_end: bool = False
-    """Put <im_start> and <im_end> around each image; new tokens are initialised with the mean of the old ones."""
-    mm_use_im_patch_token: bool = False
-    """Add <im_patch> to the vocabulary, as LLaVA's first models did; no text uses it."""
+
+
+class ModelConfig(GeometrySettings, _ModelSources):
+    """Which parts make the model, and which of them learn."""
+
     unfreeze_mm_vision_tower: bool = False
     """Train the tower too."""
     pretrain_mm_mlp_adapter: str | None = None
@@ -71,28 +54,6 @@ class ModelConfig(ConfigSection):
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
     """Attention of the language model, by transformers' names."""
 
-    @field_validator("mm_projector_type")
-    @classmethod
-    def known_projector(cls, value: str) -> str:
-        """Reject an unknown projector type."""
-        if value not in ("linear", "identity") and not re.fullmatch(PROJECTOR, value):
-            raise ValueError('unknown projector; expected "linear", "identity" or "mlpNx_gelu" such as "mlp2x_gelu"')
-        return value
-
-    @field_validator("image_grid_pinpoints", "s2_scales", mode="before")
-    @classmethod
-    def written_out(cls, value: object) -> object:
-        """Parse lists that some of LLaVA's configs hold as text: "[(336, 672), (672, 336)]", "336,672,1008"."""
-        return read_literal(value) if isinstance(value, str) else value
-
-    @field_validator("mm_vision_select_layer")
-    @classmethod
-    def some_layer(cls, value: int | tuple[int, ...]) -> int | tuple[int, ...]:
-        """Reject an empty list of layers; unwrap a list of one."""
-        if value == ():
-            raise ValueError("expected at least one layer, such as -2")
-        return value[0] if isinstance(value, tuple) and len(value) == 1 else value
-
     @model_validator(mode="after")
     def something_learns(self) -> Self:
         """Reject freezing switches that leave nothing to train or contradict each other."""
@@ -105,23 +66,6 @@ class ModelConfig(ConfigSection):
             )
         if self.freeze_backbone and self.freeze_mm_mlp_adapter and not self.unfreeze_mm_vision_tower:
             raise ValueError("freeze_backbone with freeze_mm_mlp_adapter leaves nothing to learn: drop one")
-        return self
-
-    @model_validator(mode="after")
-    def scales_make_a_grid(self) -> Self:
-        """Reject scales that S2 cannot combine."""
-        if not self.s2:
-            if self.s2_scales is not None:
-                raise ValueError("s2_scales have no effect without s2 = true")
-            return self
-        if self.mm_vision_select_feature != "patch":
-            raise ValueError(
-                "s2 lays patches of several scales over one another and keeps no class token: set "
-                "mm_vision_select_feature = 'patch'"
-            )
-        scales = self.s2_scales
-        if scales is not None and (not scales or any(scale % min(scales) for scale in scales)):
-            raise ValueError(f"s2_scales = {scales}: expected multiples of the smallest, such as (336, 672, 1008)")
         return self
 
 

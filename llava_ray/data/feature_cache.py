@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from llava_ray.config.geometry import FEATURE_NAMES
 from llava_ray.data.shards import PreparedData, read_shard_rows
 from llava_ray.data.storage import absolute, file_size, list_sizes, read_stored, write_stored
 from llava_ray.errors import ConfigError, DataError
@@ -63,12 +64,11 @@ class FeatureKey:
 
 
 def feature_key(prepared: PreparedData, blueprint: "Blueprint", *, tower: str, bf16: bool) -> FeatureKey:
-    """Build the key of the features that a model of this blueprint needs; ``tower`` is a fingerprint."""
-    config = blueprint.config
+    """Describe the features that a model of this blueprint takes of some data; ``tower`` is a fingerprint."""
     return FeatureKey(
         data_hash=prepared.data_hash,
         tower=tower,
-        select=repr((config.mm_vision_select_layer, config.mm_vision_select_feature, blueprint.s2_scales)),
+        select=repr(tuple(getattr(blueprint.geometry, name) for name in FEATURE_NAMES)),
         geometry=repr(blueprint.image_spec),
         dtype="bfloat16" if bf16 else "float32",
     )

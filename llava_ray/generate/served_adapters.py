@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llava_ray.config.geometry import GEOMETRY_NAMES
 from llava_ray.errors import ModelError
 from llava_ray.generate.row_adapters import AdapterName, RowAdapters
 from llava_ray.invocation import command
@@ -140,16 +141,8 @@ def _parts_beside(base: LlavaParts, name: str, layout: Layout) -> LlavaParts:
 
 def _check_shared(base: Blueprint, own: Blueprint, name: str) -> None:
     """Check that an adapter was trained with the base's tower, tokenizer and image settings. Raises ModelError."""
-    found = {
-        "mm_vision_select_layer": (own.config.mm_vision_select_layer, base.config.mm_vision_select_layer),
-        "mm_vision_select_feature": (own.config.mm_vision_select_feature, base.config.mm_vision_select_feature),
-        "s2_scales": (own.s2_scales, base.s2_scales),
-        "mm_use_im_start_end": (own.config.mm_use_im_start_end, base.config.mm_use_im_start_end),
-        "mm_use_im_patch_token": (own.config.mm_use_im_patch_token, base.config.mm_use_im_patch_token),
-        "image_aspect_ratio": (own.image_spec.aspect_ratio, base.image_spec.aspect_ratio),
-        "image_grid_pinpoints": (own.image_spec.grid_pinpoints, base.image_spec.grid_pinpoints),
-        "mm_patch_merge_type": (own.image_tokens.merge_type, base.image_tokens.merge_type),
-    }
+    shared = [name for name in GEOMETRY_NAMES if name != "mm_projector_type"]
+    found = {name: (getattr(own.geometry, name), getattr(base.geometry, name)) for name in shared}
     if own.manifest is not None and base.manifest is not None:
         towers = own.manifest.vision_tower.fingerprint[:12], base.manifest.vision_tower.fingerprint[:12]
         found["vision_tower (fingerprint)"] = towers

@@ -126,20 +126,10 @@ def check_length(blueprint: Blueprint, model_max_length: int) -> None:
 
 def _describe(blueprint: Blueprint, model_max_length: int) -> Manifest:
     """Return the manifest of the model as a bundle that names its parts."""
-    config, old = blueprint.config, blueprint.manifest
+    old = blueprint.manifest
     return Manifest(
-        version=config.version,
-        mm_projector_type=config.mm_projector_type,
-        mm_hidden_size=blueprint.mm_hidden_size,
-        hidden_size=blueprint.hidden_size,
-        mm_vision_select_layer=config.mm_vision_select_layer,
-        mm_vision_select_feature=config.mm_vision_select_feature,
-        s2_scales=blueprint.s2_scales,
-        image_aspect_ratio=blueprint.image_spec.aspect_ratio,
-        image_grid_pinpoints=blueprint.image_spec.grid_pinpoints,
-        mm_patch_merge_type=config.mm_patch_merge_type,
-        mm_use_im_start_end=config.mm_use_im_start_end,
-        mm_use_im_patch_token=config.mm_use_im_patch_token,
+        **dict(blueprint.geometry),
+        version=blueprint.config.version,
         model_max_length=model_max_length,
         language_model=_named(blueprint.language_source, old.language_model if old else None),
         vision_tower=_named(blueprint.tower_source, old.vision_tower if old else None),

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
+from llava_ray.config.geometry import FEATURE_NAMES
 from llava_ray.config.lora import Quantization
 from llava_ray.errors import ModelError
 from llava_ray.model.blueprint import Blueprint
@@ -20,7 +21,7 @@ from llava_ray.model.formats.projector_files import load_projector_weights
 from llava_ray.model.formats.tower_loading import load_vision_tower
 from llava_ray.model.network.embeddings import extend_embeddings
 from llava_ray.model.network.packing import check_packing
-from llava_ray.model.network.projector import adopt_projector, build_projector
+from llava_ray.model.network.projector import adopt_projector, build_projector_of
 from llava_ray.model.network.quantization import bitsandbytes_config, set_compute_dtype
 from llava_ray.model.network.tower import VisionTower
 from llava_ray.model.tensors.tensor_reading import read_tensors
@@ -89,7 +90,7 @@ def load_projector(blueprint: Blueprint, manifest: Manifest, seed: int) -> nn.Mo
     # On the meta device a projector whose weights are loaded below takes no time to initialise.
     with torch.random.fork_rng(devices=[]), torch.device("meta" if is_trained else "cpu"):
         torch.default_generator.manual_seed(seed)
-        projector = build_projector(manifest.mm_projector_type, manifest.mm_hidden_size, manifest.hidden_size)
+        projector = build_projector_of(manifest)
     if adapter is not None:
         _check_adapter(Path(adapter), manifest)
         adopt_projector(projector, load_projector_weights(adapter), adapter)
@@ -122,7 +123,7 @@ def _check_adapter(source: Path, manifest: Manifest) -> None:
     trained = _describing_layout(source)
     if trained is None:
         return
-    for key in ("mm_vision_select_layer", "mm_vision_select_feature", "s2_scales"):
+    for key in FEATURE_NAMES:
         if (trained.settings.get(key) or ()) != (getattr(manifest, key) or ()):
             raise ModelError(
                 f"the projector in {source} was trained with {key} {trained.settings.get(key)!r}, but the model is "

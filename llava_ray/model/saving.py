@@ -15,6 +15,7 @@ from llava_ray.model.formats.manifest import ManifestPart, fingerprint_weights, 
 from llava_ray.model.formats.names import IMAGE_NEWLINE
 from llava_ray.model.formats.saved_weights import replacing, save_weights
 from llava_ray.model.formats.sources import LANGUAGE_MODEL, VISION_TOWER, Source
+from llava_ray.model.formats.tower_loading import save_tower
 from llava_ray.model.formats.vocabulary import image_token_ids
 from llava_ray.model.lora.adapter_folding import fold_other_parts
 from llava_ray.model.lora.adapters import adapter_layers, has_adapter, save_adapter
@@ -59,8 +60,7 @@ def save_bundle(
             # ``trained`` is the whole tower except the blocks that were truncated.
             adapted = tuple(name.removeprefix("vision_tower.") + "." for name in adapter_layers(parts.llava))
             own = {name: t for name, t in parts.tower.full_state_dict().items() if not name.startswith(adapted)}
-            save_weights(new / VISION_TOWER, parts.tower.backbone, own | trained)
-            parts.image_processor.save_pretrained(new / VISION_TOWER)
+            save_tower(new / VISION_TOWER, parts.tower, own | trained, parts.image_processor)
             tower = _held(parts.tower_source, new / VISION_TOWER)
         manifest = parts.manifest.model_copy(
             update={

@@ -1,36 +1,34 @@
 """A model's summary: its parts, their sizes and their trainable parameters, from configs alone.
 
 The parts are built without memory (on torch's meta device), so the numbers are those of the real classes, and nothing
-is downloaded: a hub id is known if its config is in the hub's cache or one that the shipped recipes name.
+is downloaded: a hub id is known if its config is in the hub's cache or one that the shipped recipes name. What the
+parts are is decided by ``blueprint.resolve_parts``, as for a run.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from llava_ray.config.geometry import ModelGeometry
 from llava_ray.config.lora import LoraConfig
 from llava_ray.config.sections import FinetuneConfig
-from llava_ray.errors import ModelError
-from llava_ray.model.blueprint import check_projector_settings, completed
-from llava_ray.model.formats.hub.processor import pixels_of
-from llava_ray.model.formats.layouts import read_layout
-from llava_ray.model.formats.part_configs import build_config, vision_part
+from llava_ray.images.geometry import ImageSpec
+from llava_ray.model.blueprint import ResolvedParts, load_image_processor, resolve_parts
+from llava_ray.model.formats.hub.read import PROCESSOR_FILES
+from llava_ray.model.formats.layout import is_timm
+from llava_ray.model.formats.part_configs import build_config
+from llava_ray.model.formats.tower_loading import build_backbone, read_tower_config
 from llava_ray.model.freezing import freeze
-from llava_ray.model.image_geometry import choose_s2_scales
-from llava_ray.model.known_models import KNOWN_CONFIGS
+from llava_ray.model.image_geometry import choose_s2_scales, find_s2_scales
 from llava_ray.model.network.llava import Llava
-from llava_ray.model.network.projector import build_projector
+from llava_ray.model.network.projector import build_projector_of
 from llava_ray.model.network.tower import VisionTower
 from llava_ray.model.network.tower_families import find_family
-from llava_ray.model.tensors.tensor_files import read_json_object
+from llava_ray.reading import is_file
 
 _LANGUAGE_MODEL, _VISION_TOWER = "language_model", "vision_tower"
 
@@ -62,33 +60,24 @@ class ModelSummary:
         return next((part for part in self.parts if part.name == name), None)
 
 
-@dataclass(frozen=True)
-class FoundConfig:
-    """A part's config, where it is from, and the image processor that lies beside a tower's."""
-
-    origin: str
-    values: Mapping[str, Any]
-    preprocessor: Mapping[str, Any] | None = None
-
-    @classmethod
-    def read(cls, origin: str, config: Mapping[str, Any], folder: Path) -> "FoundConfig":
-        """Build a FoundConfig, with the image processor in ``folder`` if there is one. Raises ModelError."""
-        beside = folder / "preprocessor_config.json"
-        return cls(origin, config, read_json_object(beside) if beside.is_file() else None)
-
-
 def summarize_model(config: FinetuneConfig) -> ModelSummary:
-    """Summarise the model that a run would train. Raises ModelError where a config is unknown without a download."""
-    language, tower, projector_origin = _find_configs(config)
-    tower_config = build_config(vision_part(tower.values), tower.origin)
-    side = pixels_of(tower.preprocessor)[0] if tower.preprocessor else int(tower_config.image_size)
+    """Describe the model that a run would train. Raises ModelError for a config that cannot be known from here."""
+    found = resolve_parts(config.model, offline=True)
+    model_config, tower_config = found.config, read_tower_config(found.tower)
+    side, scales = _find_sides(found, int(tower_config.image_size))
     with torch.device("meta"), no_init_weights():  # drawing numbers takes its time even where none are kept
-        model = build_language_model(build_config(language.values, language.origin))
-        backbone = AutoModel.from_config(tower_config)
-        model_config, scales = config.model, choose_s2_scales(config.model, side)
+        model = build_language_model(build_config(found.language.config, found.language.name))
+        backbone = build_backbone(tower_config)
         cut = VisionTower(backbone, model_config.mm_vision_select_layer, model_config.mm_vision_select_feature, scales)
-        width = int(model.config.get_text_config().hidden_size)
-        projector = build_projector(config.model.mm_projector_type, cut.hidden_size, width)
+        geometry = ModelGeometry.resolve(
+            model_config,
+            mm_hidden_size=cut.hidden_size,
+            hidden_size=model.config.get_text_config().hidden_size,
+            s2_scales=scales,
+            image_aspect_ratio=config.data.image_aspect_ratio,
+            image_grid_pinpoints=model_config.image_grid_pinpoints or (),
+        )
+        projector = build_projector_of(geometry)
         llava = Llava(projector, model, cut.hidden_size)
     learning = {part.part: part for part in freeze(llava, cut, config.model)}
     idle = sum(tensor.numel() for tensor in cut.full_state_dict().values()) - learning[_VISION_TOWER].num_total
@@ -99,10 +88,11 @@ def summarize_model(config: FinetuneConfig) -> ModelSummary:
         if isinstance(module, nn.Linear) and module is not head
     }
     adapter = count_adapter(config.lora, linears)
+    origins = _name_origins(found)
     kinds = {
-        _LANGUAGE_MODEL: (model.config.model_type, language.origin),
-        "projector": (config.model.mm_projector_type, projector_origin),
-        _VISION_TOWER: (backbone.config.model_type, tower.origin),
+        _LANGUAGE_MODEL: (model.config.model_type, origins[_LANGUAGE_MODEL]),
+        "projector": (config.model.mm_projector_type, origins["projector"]),
+        _VISION_TOWER: (tower_config.model_type, origins[_VISION_TOWER]),
     }
     parts = [
         PartSummary(
@@ -119,62 +109,27 @@ def summarize_model(config: FinetuneConfig) -> ModelSummary:
     return ModelSummary(tuple(parts), model, cut, side, linears)
 
 
-def _find_configs(config: FinetuneConfig) -> tuple[FoundConfig, FoundConfig, str]:
-    """Return the configs of the language model and the tower, as far as they can be known without a download.
+def _find_sides(found: ResolvedParts, image_size: int) -> tuple[int, tuple[int, ...]]:
+    """Return the pixels of a view's side and the scales of S2; ``image_size`` is the tower's own.
 
-    And where the projector is from. Raises ModelError as a start would for settings that are not those of a projector
-    which the folder brings.
+    It counts where no image processor lies beside the tower's config, as in a hub's cache or among built-in configs.
     """
-    model = config.model
-    projector = model.pretrain_mm_mlp_adapter or "new"
-    folder = Path(model.model_name_or_path).expanduser()
-    if not folder.is_dir():
-        if model.vision_tower is None:
-            raise ModelError(
-                f"{model.model_name_or_path} is no folder here and model.vision_tower is not set; name one."
-            )
-        language = find_config(model.model_name_or_path, "language model")
-        return language, find_config(model.vision_tower, "vision tower"), projector
-    layout = read_layout(folder)
-    check_projector_settings(completed(model, layout), layout)
-    if model.pretrain_mm_mlp_adapter is None and "mm_projector_type" in layout.settings:
-        projector = str(folder)
-    if layout.has_language_model and layout.language_config is not None:
-        language = FoundConfig(str(folder), layout.language_config)
-    else:
-        language = find_config(model.model_base or layout.base, "language model")
-    if layout.tower_config is not None:
-        inside = layout.folder / _VISION_TOWER
-        found = FoundConfig.read(str(folder), layout.tower_config, inside if inside.is_dir() else layout.folder)
-        return language, found, projector
-    return language, find_config(model.vision_tower or layout.vision_tower, "vision tower"), projector
+    beside = [is_file(found.tower.beside / name) for name in PROCESSOR_FILES]
+    if not any(beside) and not is_timm(found.tower.config):
+        return image_size, choose_s2_scales(found.config, image_size)
+    processor = load_image_processor(found.tower.beside)
+    return ImageSpec.from_processor(processor, "square").height, find_s2_scales(found.config, processor)
 
 
-def find_config(name: str | None, part: str) -> FoundConfig:
-    """Return the config of a folder, of a hub id in the hub's cache, or a built-in one.
-
-    Raises ModelError if it is none of these: a download would be needed.
-    """
-    if name is None:
-        raise ModelError(f"the {part} is neither inside the model's folder nor named; name it in the recipe.")
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        layout = read_layout(folder)
-        config = layout.tower_config if part == "vision tower" else layout.language_config
-        return FoundConfig.read(name, config or layout.config, folder)
-    try:
-        cached = try_to_load_from_cache(name, "config.json")
-    except HFValidationError:
-        cached = None
-    if isinstance(cached, str):
-        return FoundConfig.read(name, read_json_object(Path(cached)), Path(cached).parent)
-    if name in KNOWN_CONFIGS:
-        return FoundConfig(name, KNOWN_CONFIGS[name])
-    raise ModelError(
-        f"the size of the {part} cannot be known: {name!r} is no folder here, its config is not in the hub's cache, "
-        f"and it is none of {', '.join(KNOWN_CONFIGS)}. A dry run downloads nothing: fetch its config.json first "
-        f"(hf download {name} config.json), or give a folder."
-    )
+def _name_origins(found: ResolvedParts) -> dict[str, str]:
+    """Return where each part is from, as the user or the model's folder names it."""
+    config, layout = found.config, found.layout
+    named = {
+        _LANGUAGE_MODEL: None if layout.has_language_model else config.model_base or layout.base,
+        "projector": config.pretrain_mm_mlp_adapter or (None if "mm_projector_type" in layout.settings else "new"),
+        _VISION_TOWER: None if layout.has_vision_tower else config.vision_tower or layout.vision_tower,
+    }
+    return {part: name or config.model_name_or_path for part, name in named.items()}
 
 
 def build_language_model(config: PreTrainedConfig) -> PreTrainedModel:

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
+from llava_ray.config.geometry import FEATURE_KEYS
 from llava_ray.config.sections import MODEL_PATHS, FinetuneConfig
 from llava_ray.config.space import Space, SweepConfig
 from llava_ray.config.sweep_recipes import corners
@@ -18,16 +19,7 @@ from llava_ray.train.runs import absolute_paths
 from llava_ray.train.trainer import held_out_samples, make_plan, stream_settings
 
 # Settings of which the frozen tower's features depend.
-_FEATURE_KEYS = (
-    "model.vision_tower",
-    "model.mm_vision_select_layer",
-    "model.mm_vision_select_feature",
-    "model.s2",
-    "model.s2_scales",
-    "model.image_grid_pinpoints",
-    "data.image_aspect_ratio",
-    "train.bf16",
-)
+_FEATURE_KEYS = ("model.vision_tower", *FEATURE_KEYS, "train.bf16")
 
 
 def common_config(config: SweepConfig, folder: str, tracking_uri: str, parent_run_id: str) -> SweepConfig:

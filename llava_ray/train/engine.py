@@ -87,7 +87,7 @@ def load_parts(
     if config.train.gradient_checkpointing:
         parts.llava.language_model.gradient_checkpointing_enable({"use_reentrant": False})
         if config.model.unfreeze_mm_vision_tower:
-            parts.tower.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+            parts.tower.enable_checkpointing()
     parts.llava.train()
     return parts
 

@@ -34,8 +34,8 @@ CASES = [
     ("float16", "float16", "bin"),
 ]
 INSPECT = (
-    "import sys; from pathlib import Path; from llava_ray.model.formats.inspection import inspect, render;"
-    "print(render(inspect(Path(sys.argv[1])))); assert 'torch' not in sys.modules"
+    "import sys; from pathlib import Path; from llava_ray.model.formats.inspection import inspect, render_inspection;"
+    "print(render_inspection(inspect(Path(sys.argv[1])))); assert 'torch' not in sys.modules"
 )
 
 

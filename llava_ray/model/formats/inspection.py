@@ -7,26 +7,23 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llava_ray.config.geometry import FEATURE_NAMES, GEOMETRY_NAMES
 from llava_ray.model.formats.layout import ADAPTER_FILES, Layout, LayoutKind
 from llava_ray.model.formats.layouts import read_layout
 from llava_ray.model.formats.token_rows import check_layout_rows, find_image_token, image_token_note
 from llava_ray.model.tensors.tensor_files import StoredTensor, read_tensor_file
 
 _PARTS = ("language_model", "vision_tower", "projector")
-# Settings that are shown, in this order, if a folder has them.
-_TOLD = (
+_FIRST = (
     "mm_projector_type",
-    "mm_vision_select_layer",
-    "mm_vision_select_feature",
+    *FEATURE_NAMES[:2],
     "image_aspect_ratio",
     "mm_patch_merge_type",
     "image_grid_pinpoints",
     "s2",
-    "s2_scales",
-    "mm_use_im_start_end",
-    "mm_use_im_patch_token",
-    "model_max_length",
 )
+# Settings that are told, in this order, where a folder has them.
+_TOLD = (*dict.fromkeys((*_FIRST, *GEOMETRY_NAMES)), "model_max_length")
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,11 @@ class Layout:
         return {key.removeprefix(f"{name}."): t for key, t in self.tensors.items() if key.startswith(f"{name}.")}
 
 
+def is_timm(config: Mapping[str, Any]) -> bool:
+    """Tell whether a config.json is one that timm wrote."""
+    return isinstance(config.get("architecture"), str) and isinstance(config.get("pretrained_cfg"), Mapping)
+
+
 def check_whole(layout: Layout) -> None:
     """Raise ModelError with the first missing item."""
     if layout.missing:

@@ -17,6 +17,7 @@ from llava_ray.model.formats.layout import (
     TRAINER_STATE,
     Layout,
     LayoutKind,
+    is_timm,
 )
 from llava_ray.model.formats.manifest import MANIFEST_FILE, is_bundle
 from llava_ray.model.formats.original.read import read_lora, read_original
@@ -61,15 +62,14 @@ def _read_layout(folder: Path) -> Layout:
     if is_original(config):
         return read_original(folder, config)
     model_type = config.get("model_type")
-    if model_type is None or str(model_type).startswith("llava"):
+    is_tower = model_type in TOWER_TYPES or is_timm(config)
+    if not is_tower and (model_type is None or str(model_type).startswith("llava")):
         raise ModelError(
             f"{folder / CONFIG}: model_type {shown(model_type)} is of no known layout. Known are the original's "
             "(llava, llava_llama, llava_mistral, with mm_vision_tower beside), transformers' llava and llava_next "
             "(with text_config and vision_config), llava_ray bundles and plain language models."
         )
-    return _read_plain(
-        folder, config, LayoutKind.VISION_TOWER if model_type in TOWER_TYPES else LayoutKind.LANGUAGE_MODEL
-    )
+    return _read_plain(folder, config, LayoutKind.VISION_TOWER if is_tower else LayoutKind.LANGUAGE_MODEL)
 
 
 def _read_plain(folder: Path, config: Mapping[str, Any], kind: LayoutKind) -> Layout:

@@ -7,10 +7,11 @@ import platform
 from collections.abc import Callable
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from llava_ray.config.geometry import Count, ModelGeometry
 from llava_ray.config.lora import Quantization
 from llava_ray.errors import BundleError
 from llava_ray.reading import MAX_SHOWN, is_file, is_folder, read_bounded
@@ -20,9 +21,6 @@ _BUNDLE_VERSION: Literal[1] = 1
 _EDGE_BYTES = 2**20
 _MAX_FAULTS = 10
 _MAX_BYTES = 16 * 2**20
-_Count = Annotated[int, Field(gt=0, le=2**24)]
-_Side = Annotated[int, Field(gt=0, le=2**15)]
-_Layer = Annotated[int, Field(ge=-1025, le=1024)]
 # Not our own: sent to a cluster as a working directory it has no installed version; format_version says enough.
 _LIBRARIES = ("torch", "transformers", "safetensors")
 
@@ -41,8 +39,8 @@ class ManifestPart(BaseModel):
     """Fingerprint of the weight files, inside or in ``base``."""
 
 
-class Manifest(BaseModel):
-    """The contents of llava.json."""
+class _FileVersion(BaseModel):
+    """What stands first in llava.json."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -50,29 +48,12 @@ class Manifest(BaseModel):
     """Version of this file's format."""
     version: str
     """Conversation template that the model was last trained with."""
-    mm_projector_type: str
-    """"linear", "mlpNx_gelu" or "identity"."""
-    mm_hidden_size: _Count
-    """Width of the tower's features."""
-    hidden_size: _Count
-    """Width of the language model's embeddings."""
-    mm_vision_select_layer: _Layer | tuple[_Layer, ...]
-    """Index into the tower's hidden states, or several whose features are concatenated."""
-    mm_vision_select_feature: Literal["patch", "cls_patch"]
-    """Whether the tower's prefix tokens are dropped."""
-    s2_scales: tuple[_Side, ...] = ()
-    """Sides in pixels of S2's scales; none without S2."""
-    image_aspect_ratio: str
-    """LLaVA's image_aspect_ratio: how images become the tower's size."""
-    image_grid_pinpoints: tuple[tuple[_Side, _Side], ...] = ()
-    """Canvases (width, height) of anyres."""
-    mm_patch_merge_type: Literal["flat", "spatial", "spatial_unpad"] = "flat"
-    """How the views of an anyres image are joined; "spatial_unpad" has a learned vector, image_newline."""
-    mm_use_im_start_end: bool = False
-    """Whether <im_start> and <im_end> stand around each image."""
-    mm_use_im_patch_token: bool = False
-    """Whether <im_patch> was added to the vocabulary."""
-    model_max_length: _Count
+
+
+class Manifest(ModelGeometry, _FileVersion):
+    """The contents of llava.json."""
+
+    model_max_length: Count
     """Longest sample in training, in tokens."""
     language_model: ManifestPart
     """Where the language model is."""
@@ -86,11 +67,6 @@ class Manifest(BaseModel):
     """Versions that wrote the bundle."""
     training: dict[str, Any] = {}
     """Origin of the weights: run name, step, data hash."""
-
-    @property
-    def s2(self) -> bool:
-        """Return whether the tower encodes several scales."""
-        return bool(self.s2_scales)
 
 
 def library_versions() -> dict[str, str]:

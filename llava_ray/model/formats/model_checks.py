@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
+from llava_ray.config.geometry import compute_feature_width
 from llava_ray.errors import ModelError
 from llava_ray.model.formats.hub.processor import read_preprocessor, write_preprocessor
 from llava_ray.model.formats.layout import CONFIG, Layout, LayoutKind
@@ -84,16 +85,11 @@ def _check_widths(model: "ModelFiles") -> None:
             f"the projector in {model.folder} goes from width {widths[0]} to {widths[1]}, but tower and language model "
             f"have {manifest.mm_hidden_size} and {manifest.hidden_size}: these are not one model's files."
         )
-    parts = (_feature_width_of(manifest, model.tower_config), model.language_config["hidden_size"])
+    tower_width = int(model.tower_config["hidden_size"])
+    features = compute_feature_width(tower_width, manifest.mm_vision_select_layer, manifest.s2_scales)
+    parts = (features, model.language_config["hidden_size"])
     if parts != (manifest.mm_hidden_size, manifest.hidden_size):
         raise ModelError(
             f"{model.folder}: its manifest says widths {manifest.mm_hidden_size} and {manifest.hidden_size}, but its "
             f"tower and language model have {parts[0]} and {parts[1]}: these are not one model's files."
         )
-
-
-def _feature_width_of(manifest: Manifest, tower: Mapping[str, Any]) -> int:
-    """Compute the width of the features of a tower: each layer and each scale adds the tower's own."""
-    layer = manifest.mm_vision_select_layer
-    num_layers = 1 if isinstance(layer, int) else len(layer)
-    return int(tower["hidden_size"]) * num_layers * max(1, len(manifest.s2_scales))

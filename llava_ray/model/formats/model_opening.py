@@ -7,12 +7,21 @@ from typing import Any
 from pydantic import ValidationError
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from llava_ray.config.geometry import compute_feature_width
 from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import ModelError
 from llava_ray.invocation import command
 from llava_ray.model.formats.declared_sizes import read_config
 from llava_ray.model.formats.inspection import notes_of
-from llava_ray.model.formats.layout import CONFIG, EMBED_TOKENS, TOKENIZER_FILES, Layout, LayoutKind, check_whole
+from llava_ray.model.formats.layout import (
+    CONFIG,
+    EMBED_TOKENS,
+    TOKENIZER_FILES,
+    Layout,
+    LayoutKind,
+    check_whole,
+    is_timm,
+)
 from llava_ray.model.formats.manifest import Manifest, ManifestPart, check_fingerprint, faults_of
 from llava_ray.model.formats.model_checks import check_parts, find_preprocessor
 from llava_ray.model.formats.model_files import ORIGINAL_CONFIG, ModelFiles
@@ -50,13 +59,18 @@ def open_model(
     ``model_base`` and ``vision_tower`` locate parts that it only names, ``version`` is its conversation template where
     it does not record it. Raises ModelError for a folder that is not a LLaVA, lacks a part or is damaged.
     """
-    config = ModelConfig(model_name_or_path=str(path), model_base=model_base, vision_tower=vision_tower)
+    asked = ModelConfig(model_name_or_path=str(path), model_base=model_base, vision_tower=vision_tower)
     root, layout = find_layout(str(path), weights=True)
     _check_exportable(layout)
     check_whole(layout)
     check_layout_rows(layout)
-    language = find_language_model(config, root, layout, weights=True)
-    tower = find_vision_tower(config, root, layout, weights=True)
+    language = find_language_model(asked, root, layout, weights=True)
+    tower = find_vision_tower(asked, root, layout, weights=True)
+    if is_timm(tower.config):
+        raise ModelError(
+            f"vision tower: {tower.beside} is timm's {tower.config['architecture']!r}, which no layout of other "
+            "programs holds. Keep the bundle."
+        )
     noted = find_noted(layout.config, str(layout.folder / CONFIG))
     with in_words(f"{layout.folder} ({layout.kind})", "Copy the folder again.", says="cannot be described"):
         manifest = _describe(layout, language, tower, version)
@@ -121,6 +135,11 @@ def _check_exportable(layout: Layout) -> None:
 def _describe(layout: Layout, language: Source, tower: Source, version: str | None) -> Manifest:
     """Return the manifest of a model: its own, or one built from its settings. Raises ModelError."""
     where = str(layout.folder / CONFIG)
+    if is_timm(tower.config):
+        raise ModelError(
+            f"vision tower: {tower.beside} is timm's {tower.config['architecture']!r}, which no layout of other "
+            "programs holds. Keep the bundle."
+        )
     noted = find_noted(layout.config, where)
     known = layout.manifest
     if known is None and (was := read_noted_manifest(noted, where)) is not None:
@@ -132,9 +151,8 @@ def _describe(layout: Layout, language: Source, tower: Source, version: str | No
                 check_fingerprint(source.folder, getattr(known, key).fingerprint, key.replace("_", " "))
         return known if version is None else known.model_copy(update={"version": version})
     settings = {key: value for key, value in layout.settings.items() if key in Manifest.model_fields}
-    layer = settings["mm_vision_select_layer"]
-    width = int(vision_part(tower.config)["hidden_size"]) * (1 if isinstance(layer, int) else len(layer))
-    width *= max(1, len(settings.get("s2_scales", ())))
+    tower_width = int(vision_part(tower.config)["hidden_size"])
+    width = compute_feature_width(tower_width, settings["mm_vision_select_layer"], settings.get("s2_scales", ()))
     names = {"language_model": layout.config.get("_name_or_path"), "vision_tower": layout.config.get("mm_vision_tower")}
     derived = {
         "version": find_version(layout, version),

@@ -1,10 +1,11 @@
-"""Configs of a model's parts as plain values: with all defaults, and readable by older programs."""
+"""Configs of a model's parts as plain values: complete, and readable by older programs.
+
+transformers is imported where it is used: layouts are read without it.
+"""
 
 import json
 from collections.abc import Mapping
 from typing import Any
-
-from transformers import AutoConfig, PreTrainedConfig
 
 from llava_ray.model.formats.declared_sizes import check_declared
 from llava_ray.model.network.tower_families import WITH_TEXT_PART, find_family
@@ -37,19 +38,20 @@ def _merge_defaults(defaults: Mapping[str, Any], config: Mapping[str, Any]) -> d
     return values
 
 
-def build_config(config: Mapping[str, Any], where: str) -> PreTrainedConfig:
-    """Build transformers' config object. Raises ModelError that names ``where`` for an unknown type."""
+def build_config(config: Mapping[str, Any], where: str) -> Any:
+    """Make transformers' object of a config. Raises ModelError that names ``where`` for an unknown type."""
+    from transformers import AutoConfig
+
     check_declared(config, where)
     auto: Any = AutoConfig  # untyped in transformers
     kind = shown(config.get("model_type"))
     remedy = f"Expected a config (this one is of type {kind}) that the installed transformers knows; copy it again."
     with in_words(where, remedy):
-        built: PreTrainedConfig = auto.for_model(**config)
-    return built
+        return auto.for_model(**config)
 
 
-def values_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return a config as the values of its config.json."""
+def values_of(config: Any) -> dict[str, Any]:
+    """Return a config as its config.json would hold it."""
     values: dict[str, Any] = json.loads(config.to_json_string())
     values.pop("transformers_version", None)
     return values

@@ -15,6 +15,7 @@ from llava_ray.model.formats.sources import (
     find_source,
     make_config,
     part_of,
+    read_layout_of,
 )
 from llava_ray.reading import is_folder
 
@@ -31,12 +32,13 @@ _SHAPE_KEYS = (
 )
 
 
-def find_layout(name: str, *, weights: bool) -> tuple[Source, Layout]:
-    """Find a model folder or hub id and describe it. Raises ModelError."""
-    root = find_source(name, "language model", weights=weights)
-    layout = read_layout(root.folder)
-    if layout.kind is LayoutKind.ORIGINAL and not layout.tensors and root.name != str(root.folder):
-        # Without its weight files a projector-only folder of the hub looks like a whole model.
+def find_layout(name: str, *, weights: bool, offline: bool = False) -> tuple[Source, Layout]:
+    """Find a model folder or hub id and what it is. Raises ModelError."""
+    root = find_source(name, "language model", weights=weights, offline=offline)
+    layout = read_layout_of(root)
+    is_hub_id = root.name != str(root.folder)
+    if layout.kind is LayoutKind.ORIGINAL and not layout.tensors and is_hub_id and not offline:
+        # Without its weight files a hub's projector-only folder cannot be told from a whole model.
         root = find_source(name, "language model")
         layout = read_layout(root.folder)
     if layout.kind is LayoutKind.VISION_TOWER:
@@ -46,7 +48,9 @@ def find_layout(name: str, *, weights: bool) -> tuple[Source, Layout]:
     return root, layout
 
 
-def find_language_model(config: ModelConfig, root: Source, layout: Layout, *, weights: bool) -> Source:
+def find_language_model(
+    config: ModelConfig, root: Source, layout: Layout, *, weights: bool, offline: bool = False
+) -> Source:
     """Find the language model: inside the folder, else the base that is configured or named. Raises ModelError."""
     if layout.has_language_model:
         inside = part_of(layout, root.name, LANGUAGE_MODEL, weights=weights)
@@ -60,15 +64,19 @@ def find_language_model(config: ModelConfig, root: Source, layout: Layout, *, we
         )
     if config.model_base is None:
         _check_there(base, LANGUAGE_MODEL, root, "model_base")
-    source = find_part(base, LANGUAGE_MODEL, weights=weights)
+    source = find_part(base, LANGUAGE_MODEL, weights=weights, offline=offline)
     _check_base(layout, source)
     return source
 
 
-def find_vision_tower(config: ModelConfig, root: Source, layout: Layout, *, weights: bool) -> Source:
+def find_vision_tower(
+    config: ModelConfig, root: Source, layout: Layout, *, weights: bool, offline: bool = False
+) -> Source:
     """Find the tower: inside the folder, else the one that is configured or named. Raises ModelError."""
     if layout.has_vision_tower:
-        inside = part_of(layout, root.name, VISION_TOWER, weights=weights, settings_from=config.vision_tower)
+        inside = part_of(
+            layout, root.name, VISION_TOWER, weights=weights, settings_from=config.vision_tower, offline=offline
+        )
         if inside.beside == inside.folder:
             _check_configured_part(config.vision_tower, inside, VISION_TOWER, layout)
         return inside
@@ -83,7 +91,7 @@ def find_vision_tower(config: ModelConfig, root: Source, layout: Layout, *, weig
         )
     if config.vision_tower is None:
         _check_there(tower, VISION_TOWER, root, "vision_tower")
-    return find_part(tower, VISION_TOWER, weights=weights)
+    return find_part(tower, VISION_TOWER, weights=weights, offline=offline)
 
 
 def _check_there(named: str, part: PartName, root: Source, setting: str) -> None:

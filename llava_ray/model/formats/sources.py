@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers import __version__ as transformers_version
@@ -15,8 +15,9 @@ from llava_ray.chat.tokenizer import load_tokenizer
 from llava_ray.errors import ModelError
 from llava_ray.model.formats.declared_sizes import check_declared, read_config
 from llava_ray.model.formats.hub.settings import hub_language_config, is_hub
+from llava_ray.model.formats.known_models import KNOWN_CONFIGS
 from llava_ray.model.formats.layout import CONFIG, NON_LORA_FILE, ORIGINAL_PROJECTOR_FILE, Layout, LayoutKind
-from llava_ray.model.formats.layouts import read_layout
+from llava_ray.model.formats.layouts import TOWER_TYPES, read_layout
 from llava_ray.model.formats.original.settings import is_original, original_language_config
 from llava_ray.model.tensors.tensor_files import NO_WEIGHTS, StoredTensor
 from llava_ray.reading import MAX_SHOWN, in_words, is_file, is_folder, shown
@@ -50,10 +51,11 @@ class Source:
         return self.settings_folder or self.folder
 
 
-def find_source(name: str | Path, part: str, *, weights: bool = True) -> Source:
+def find_source(name: str | Path, part: str, *, weights: bool = True, offline: bool = False) -> Source:
     """Find a part's files, downloading a hub id into the hub's cache. Without ``weights`` only small files are fetched.
 
-    Raises ModelError that names the path and the remedy if it is not found.
+    ``offline`` fetches nothing: see ``_find_offline``. Raises ModelError that names the path and the remedy when there
+    is nothing to be found.
     """
     try:
         folder = Path(name).expanduser()
@@ -61,6 +63,8 @@ def find_source(name: str | Path, part: str, *, weights: bool = True) -> Source:
         raise ModelError(f"no such {part}: {shown(name)} is neither a folder nor a hub id.") from error
     if is_folder(folder):
         return Source(str(folder.resolve()), folder.resolve(), str(folder.resolve()))
+    if offline:
+        return _find_offline(str(name), part)
     try:
         found = Path(snapshot_download(str(name), allow_patterns=[*_SMALL_FILES, *(_WEIGHT_FILES if weights else [])]))
         if weights and not list(found.glob("*.safetensors")):
@@ -74,17 +78,52 @@ def find_source(name: str | Path, part: str, *, weights: bool = True) -> Source:
     return Source(str(name), found, str(name))
 
 
-def find_part(name: str | Path, part: PartName, *, weights: bool = True) -> Source:
+def _find_offline(name: str, part: str) -> Source:
+    """Find a hub id in the hub's cache, or its config among those that are built in.
+
+    Raises ModelError where a download would be needed.
+    """
+    try:
+        cached = try_to_load_from_cache(name, CONFIG)
+    except HFValidationError:
+        cached = None
+    if isinstance(cached, str):
+        return Source(name, Path(cached).parent, name)
+    if name in KNOWN_CONFIGS:
+        return Source(name, Path(name), name, KNOWN_CONFIGS[name])
+    raise ModelError(
+        f"the size of the {part} cannot be known: {name!r} is no folder here, its config is not in the hub's cache, "
+        f"and it is none of {', '.join(KNOWN_CONFIGS)}. A dry run downloads nothing: fetch its config.json first "
+        f"(hf download {name} config.json), or give a folder."
+    )
+
+
+def read_layout_of(root: Source) -> Layout:
+    """Return what a found folder is; of a config that is built in, a plain model without files. Raises ModelError."""
+    if not root.config:
+        return read_layout(root.folder)
+    is_tower = root.config["model_type"] in TOWER_TYPES
+    kind = LayoutKind.VISION_TOWER if is_tower else LayoutKind.LANGUAGE_MODEL
+    return Layout(root.folder, kind, root.config, language_config=None if is_tower else root.config)
+
+
+def find_part(name: str | Path, part: PartName, *, weights: bool = True, offline: bool = False) -> Source:
     """Find a language model or vision tower: a folder of its own, or the one inside any kind of model folder.
 
     Without ``weights`` its tensors may be missing. Raises ModelError.
     """
-    root = find_source(name, _words(part), weights=weights)
-    return part_of(read_layout(root.folder), root.name, part, weights=weights)
+    root = find_source(name, _words(part), weights=weights, offline=offline)
+    return part_of(read_layout_of(root), root.name, part, weights=weights, offline=offline)
 
 
 def part_of(
-    layout: Layout, name: str, part: PartName, *, weights: bool, settings_from: str | Path | None = None
+    layout: Layout,
+    name: str,
+    part: PartName,
+    *,
+    weights: bool,
+    settings_from: str | Path | None = None,
+    offline: bool = False,
 ) -> Source:
     """Return the part in the folder called ``name``. Raises ModelError if there is none.
 
@@ -112,19 +151,19 @@ def part_of(
     config = layout.language_config if part == "language_model" else layout.tower_config
     if config is not None:
         return Source(name, layout.folder, name, config, tensors)
-    settings = _find_settings(layout, settings_from)
+    settings = _find_settings(layout, settings_from, offline=offline)
     return Source(name, layout.folder, name, settings.config, tensors, settings.folder)
 
 
-def _find_settings(layout: Layout, settings_from: str | Path | None) -> Source:
-    """Find the tower whose settings apply to the one inside a checkpoint. Raises ModelError."""
-    tower = settings_from or layout.vision_tower
+def _find_settings(layout: Layout, given: str | Path | None, *, offline: bool) -> Source:
+    """Find the tower that tells the settings of the one inside a checkpoint. Raises ModelError."""
+    tower = given or layout.vision_tower
     if tower is None:
         raise ModelError(
             f"{layout.folder} holds a vision tower without its config.json, and names none in mm_vision_tower; give "
             "the tower that it was tuned from as vision_tower."
         )
-    return find_part(tower, "vision_tower", weights=False)
+    return find_part(tower, "vision_tower", weights=False, offline=offline)
 
 
 def _words(part: str) -> str:

@@ -5,8 +5,13 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from llava_ray.config.sections import PROJECTOR
+from llava_ray.config.geometry import PROJECTOR, ModelGeometry
 from llava_ray.errors import ModelError
+
+
+def build_projector_of(geometry: ModelGeometry) -> nn.Module:
+    """Return a new projector as a model's settings describe it. Raises ModelError."""
+    return build_projector(geometry.mm_projector_type, geometry.mm_hidden_size, geometry.hidden_size)
 
 
 def build_projector(mm_projector_type: str, mm_hidden_size: int, hidden_size: int) -> nn.Module:

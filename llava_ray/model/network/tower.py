@@ -1,4 +1,4 @@
-"""The vision tower: a CLIP, SigLIP or DINOv2 backbone that stops at the last selected layer."""
+"""The vision tower: a backbone of transformers or timm that stops at the last selected layer."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,10 +6,14 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig
 
+from llava_ray.config.geometry import compute_feature_width
 from llava_ray.model.network.multiscale import extract_multiscale
-from llava_ray.model.network.tower_families import Family, feature_width, find_depths, find_family
+from llava_ray.model.network.timm_tower import TimmConfig, TimmNetwork
+from llava_ray.model.network.tower_families import Family, find_depths
+from llava_ray.model.network.tower_protocol import TowerNetwork
+from llava_ray.model.network.transformers_tower import TransformersNetwork
 
 IMAGES_PER_FORWARD = 64  # of a frozen tower: bounds the activations that live at one time
 
@@ -23,7 +27,7 @@ class VisionTower(nn.Module):
 
     def __init__(
         self,
-        backbone: PreTrainedModel,
+        backbone: nn.Module,
         select_layer: int | Sequence[int],
         select_feature: str,
         s2_scales: Sequence[int] = (),
@@ -33,8 +37,9 @@ class VisionTower(nn.Module):
         ``s2_scales`` are sides in pixels, multiples of the smallest. Raises ModelError.
         """
         super().__init__()
-        config = backbone.config
-        self.family = find_family(config)
+        config: Any = backbone.config
+        self.network = find_network(config)
+        self.family = self.network.family
         self.config = config
         self.num_prefix_tokens = self.family.num_prefix_tokens(config)
         self.num_skipped = 0 if select_feature == "cls_patch" else self.num_prefix_tokens
@@ -42,26 +47,21 @@ class VisionTower(nn.Module):
         self.select_layer = select_layer
         self.s2_scales = tuple(sorted(s2_scales))
         self.depths = find_depths(config, select_layer)
-        self.hidden_size = feature_width(config, select_layer, s2_scales)
+        self.hidden_size = compute_feature_width(config.hidden_size, select_layer, s2_scales)
         self._idle = _truncate_backbone(backbone, self.family, max(self.depths))
         self.backbone = backbone
 
     def forward(self, pixel_values: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n p v"]:
         """Return the features of each image's patches, in the tower's dtype."""
-        pixel_values = pixel_values.to(self.backbone.device, self.backbone.dtype)
+        weight = next(self.backbone.parameters())
+        pixel_values = pixel_values.to(weight.device, weight.dtype)
         if self.s2_scales:
             return extract_multiscale(self.select, pixel_values, self.s2_scales)
         return self.select(pixel_values)
 
     def select(self, pixel_values: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n p v"]:
-        """Return the features at one scale; those of several layers concatenated."""
-        inputs = patchified(pixel_values, self.config.patch_size) if self.family.patchified else {}
-        inputs = inputs or {"pixel_values": pixel_values}
-        if len(self.depths) == 1:
-            hidden: Tensor = self.backbone(**inputs).last_hidden_state
-        else:
-            states = self.backbone(**inputs, output_hidden_states=True).hidden_states
-            hidden = torch.cat([states[depth] for depth in self.depths], dim=-1)
+        """Return the features at one scale; those of several layers side by side."""
+        hidden = self.network.extract(self.backbone, pixel_values, self.depths)
         return hidden[:, self.num_skipped :]
 
     @property
@@ -75,8 +75,9 @@ class VisionTower(nn.Module):
 
         ``prepare`` makes of views what the tower takes, such as normalised pixels of those that travelled as bytes.
         """
+        device = next(self.backbone.parameters()).device
         chunks = views.split(max(1, IMAGES_PER_FORWARD // self.passes_per_view))
-        return torch.cat([self(prepare(some.to(self.backbone.device))) for some in chunks])
+        return torch.cat([self(prepare(some.to(device))) for some in chunks])
 
     def blank_features(self) -> Float[Tensor, "1 p v"]:
         """Return the features of one black image of the smallest size: what uses every parameter at the least cost."""
@@ -98,6 +99,10 @@ class VisionTower(nn.Module):
             self.backbone.get_parameter(name).requires_grad_(False)
         return self
 
+    def enable_checkpointing(self) -> None:
+        """Let the blocks compute their activations again in the backward pass."""
+        self.network.enable_checkpointing(self.backbone)
+
     def full_state_dict(self) -> dict[str, Tensor]:
         """Return the tensors of the whole backbone, those set aside included, under their usual names."""
         state = dict(self.backbone.state_dict())
@@ -106,26 +111,19 @@ class VisionTower(nn.Module):
         return state
 
 
-def patchified(pixel_values: Float[Tensor, "n 3 h w"], patch_size: int) -> dict[str, Any]:
-    """Return what a SigLIP 2 for any aspect ratio takes: patches as rows of values, and their grid."""
-    num_images, channels, height, width = pixel_values.shape
-    rows, columns = height // patch_size, width // patch_size
-    squares = pixel_values.reshape(num_images, channels, rows, patch_size, columns, patch_size)
-    return {
-        "pixel_values": squares.permute(0, 2, 4, 3, 5, 1).reshape(num_images, rows * columns, -1),
-        "pixel_attention_mask": None,  # nothing is padding
-        "spatial_shapes": torch.tensor([[rows, columns]] * num_images),
-    }
+def find_network(config: PreTrainedConfig) -> TowerNetwork:
+    """Return how a kind of tower is used. Raises ModelError for an unknown kind."""
+    return TimmNetwork(config) if isinstance(config, TimmConfig) else TransformersNetwork(config)
 
 
-def _truncate_backbone(backbone: PreTrainedModel, family: Family, depth: int) -> dict[str, nn.Module]:
-    """Keep only ``depth`` blocks of ``backbone`` and no final norm; return the removed modules by name.
+def _truncate_backbone(backbone: nn.Module, family: Family, depth: int) -> dict[str, nn.Module]:
+    """Leave ``depth`` blocks in ``backbone`` and no final norm; return the modules taken out, by name.
 
     Its last hidden state is then hidden state number ``depth`` of the whole backbone.
     """
     parent, _, name = family.blocks.rpartition(".")
     blocks = backbone.get_submodule(family.blocks)
-    assert isinstance(blocks, nn.ModuleList)
+    assert isinstance(blocks, nn.ModuleList | nn.Sequential)
     idle: dict[str, nn.Module] = {f"{family.blocks}.{i}": blocks[i] for i in range(depth, len(blocks))}
     setattr(backbone.get_submodule(parent), name, blocks[:depth])
     for tail in family.tail:

@@ -1,10 +1,11 @@
-"""Facts about each kind of vision tower that its config does not state. No torch."""
+"""What must be known of a kind of vision tower and stands nowhere in its config.
+
+Neither torch nor transformers, whose configs these functions take: layouts are read without them.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-
-from transformers import PreTrainedConfig
 
 from llava_ray.errors import ModelError
 
@@ -58,21 +59,33 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+# Every vision transformer of timm: its config.json has no model type, this is ours for it.
+_TIMM = Family(
+    num_prefix_tokens=lambda config: config.num_prefix_tokens,
+    tail=("norm", "fc_norm", "head_drop", "head", "attn_pool"),
+    blocks="blocks",
+)
+
+
+TIMM = "timm_vit"
 WITH_TEXT_PART = ("clip", "siglip", "siglip2")  # configs of image-and-text models, whose vision part is the tower
 
 
-def find_family(config: PreTrainedConfig) -> Family:
-    """Return the facts about this kind of tower. Raises ModelError for an unknown kind."""
+def find_family(config: Any) -> Family:
+    """Return what is known of this kind of tower. Raises ModelError for an unknown kind."""
+    if config.model_type == TIMM:
+        return _TIMM
     if config.model_type not in FAMILIES:
         raise ModelError(
             f"{config.name_or_path or 'the vision tower'} is of type {config.model_type!r}; known towers are "
-            f"{', '.join(FAMILIES)} (and whole {' or '.join(WITH_TEXT_PART)} models). Choose one of these."
+            f"{', '.join(FAMILIES)} (and whole {' or '.join(WITH_TEXT_PART)} models), and "
+            "timm's vision transformers. Choose one of these."
         )
     return FAMILIES[config.model_type]
 
 
-def _find_depth(config: PreTrainedConfig, select_layer: int) -> int:
-    """Convert an index into the hidden states (0 is the embeddings) to a number of blocks. Raises ModelError."""
+def _find_depth(config: Any, select_layer: int) -> int:
+    """Turn an index into the hidden states (0 is the embeddings) into a number of blocks. Raises ModelError."""
     num_blocks: int = config.num_hidden_layers
     depth = select_layer if select_layer >= 0 else num_blocks + 1 + select_layer
     if not 0 <= depth <= num_blocks:
@@ -83,14 +96,7 @@ def _find_depth(config: PreTrainedConfig, select_layer: int) -> int:
     return depth
 
 
-def find_depths(config: PreTrainedConfig, select_layer: int | Sequence[int]) -> tuple[int, ...]:
+def find_depths(config: Any, select_layer: int | Sequence[int]) -> tuple[int, ...]:
     """Return the number of blocks before each selected hidden state, in the order given. Raises ModelError."""
     layers = [select_layer] if isinstance(select_layer, int) else select_layer
     return tuple(_find_depth(config, layer) for layer in layers)
-
-
-def feature_width(config: PreTrainedConfig, select_layer: int | Sequence[int], s2_scales: Sequence[int] = ()) -> int:
-    """Compute the width of the features: each layer and each scale adds the tower's own."""
-    num_layers = 1 if isinstance(select_layer, int) else len(select_layer)
-    width: int = config.hidden_size * num_layers * max(1, len(s2_scales))
-    return width

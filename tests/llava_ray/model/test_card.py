@@ -16,12 +16,13 @@ from llava_ray.config.sections import FinetuneConfig
 from llava_ray.errors import ModelError
 from llava_ray.model.formats.bundle.write import export_bundle
 from llava_ray.model.formats.hub.write import export_hub
+from llava_ray.model.formats.known_models import KNOWN_CONFIGS
 from llava_ray.model.formats.model_opening import open_model
 from llava_ray.model.formats.part_configs import build_config
+from llava_ray.model.formats.sources import find_part
 from llava_ray.model.freezing import freeze
-from llava_ray.model.known_models import KNOWN_CONFIGS
 from llava_ray.model.saving import save_bundle
-from llava_ray.model.summary import build_language_model, count_adapter, find_config, summarize_model
+from llava_ray.model.summary import build_language_model, count_adapter, summarize_model
 
 
 def run_config(folders, language_model="llama", tower="clip", **changes) -> FinetuneConfig:
@@ -141,7 +142,7 @@ def test_a_config_in_the_hubs_cache_is_enough(tmp_path: Path, monkeypatch) -> No
     (tmp_path / "models--some--model/refs/main").write_text("abc")
     (snapshot / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 8}))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert find_config("some/model", "language model").values["hidden_size"] == 8
+    assert find_part("some/model", "language_model", weights=False, offline=True).config["hidden_size"] == 8
 
 
 def test_the_card_of_a_small_run(tmp_path: Path) -> None:

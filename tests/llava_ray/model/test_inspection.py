@@ -104,8 +104,9 @@ def test_a_folder_of_7b_takes_less_than_two_seconds(tmp_path: Path) -> None:
     """Python's own start included; the files hold headers only."""
     folder = originals.write_7b(tmp_path / "7b")
     code = (
-        "import sys; from pathlib import Path; from llava_ray.model.formats.inspection import inspect, render;"
-        "print(render(inspect(Path(sys.argv[1])))); assert 'torch' not in sys.modules"
+        "import sys; from pathlib import Path;"
+        "from llava_ray.model.formats.inspection import inspect, render_inspection;"
+        "print(render_inspection(inspect(Path(sys.argv[1])))); assert 'torch' not in sys.modules"
     )
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, cwd=ROOT, check=True)

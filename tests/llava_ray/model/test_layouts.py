@@ -502,8 +502,9 @@ def test_settings_that_contradict_the_folder(parts, folders, tmp_path: Path) -> 
 def test_layouts_are_read_without_torch(parts, tmp_path: Path) -> None:
     folder = originals.write_original(tmp_path / "model", parts, ending="bin", num_shards=2)
     code = (
-        "import sys; from pathlib import Path; from llava_ray.model.formats.inspection import inspect, render;"
-        f"print(render(inspect(Path({str(folder)!r}))));"
+        "import sys; from pathlib import Path;"
+        "from llava_ray.model.formats.inspection import inspect, render_inspection;"
+        f"print(render_inspection(inspect(Path({str(folder)!r}))));"
         "assert not {'torch', 'transformers', 'safetensors'} & sys.modules.keys()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[3])

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from llava_ray.chat.conversation import IMAGE_TOKEN
 from llava_ray.chat.template import Template
 from llava_ray.chat.templates import find_template
+from llava_ray.config.geometry import find_unknown_elsewhere
 from llava_ray.errors import ModelError
 from llava_ray.invocation import command
 from llava_ray.model.formats.export_folder import (
@@ -29,7 +30,7 @@ from llava_ray.model.formats.exported_tokenizer import (
 from llava_ray.model.formats.hub.names import to_hub
 from llava_ray.model.formats.hub.processor import pixels_of, write_preprocessor, write_processor
 from llava_ray.model.formats.hub.settings import select_strategy, write_hub_settings
-from llava_ray.model.formats.manifest import relative_base, with_bases
+from llava_ray.model.formats.manifest import Manifest, relative_base, with_bases
 from llava_ray.model.formats.model_files import ModelFiles
 from llava_ray.model.formats.names import IMAGE_NEWLINE, LANGUAGE_MODEL_PREFIX, VISION_TOWER_PREFIX
 from llava_ray.model.formats.noted_settings import OUR_KEY
@@ -91,12 +92,7 @@ def export_hub(
 def _check_hub(model: ModelFiles) -> None:
     """Raise ModelError, naming the part, for a model that transformers' LLaVA classes cannot express."""
     manifest = model.manifest
-    if manifest.mm_projector_type != "mlp2x_gelu":
-        raise _inexpressible(
-            "projector", f"it is {manifest.mm_projector_type!r}, and the layout has two linear layers with GELU only"
-        )
-    if manifest.s2:
-        raise _inexpressible("vision tower", f"s2 uses several scales {manifest.s2_scales}, the layout one")
+    _check_settings(manifest)
     if model.tower_config["model_type"] == "siglip2_vision_model":
         raise _inexpressible(
             "vision tower",
@@ -116,6 +112,18 @@ def _check_hub(model: ModelFiles) -> None:
                 "vision tower", "cls_patch with anyres: a class token has no place in the grid of views"
             )
     select_strategy(manifest, model.tower_config)
+
+
+def _check_settings(manifest: Manifest) -> None:
+    """Raise ModelError for settings that the layout has no word for."""
+    if manifest.mm_projector_type != "mlp2x_gelu":
+        raise _inexpressible(
+            "projector", f"it is {manifest.mm_projector_type!r}, and the layout has two linear layers with GELU only"
+        )
+    if unknown := find_unknown_elsewhere(manifest):
+        raise _inexpressible("settings", f"{unknown} is {getattr(manifest, unknown)!r}, the layout has no word for it")
+    if manifest.s2:
+        raise _inexpressible("vision tower", f"s2 looks at several scales {manifest.s2_scales}, the layout at one")
 
 
 def _check_vllm(model: ModelFiles) -> None:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from llava_ray.config.geometry import GEOMETRY_NAMES, ModelGeometry, read_addable
 from llava_ray.errors import ModelError
 from llava_ray.model.formats.config_values import to_tuples
 from llava_ray.model.formats.manifest import Manifest
@@ -17,23 +18,8 @@ from llava_ray.reading import shown
 
 # LLaVA's keys; the rest are the language model's.
 _LLAVAS = re.compile(r"(mm_|use_mm_|tune_mm_|freeze_mm_|unfreeze_mm_|image_|tokenizer_|s2$|s2_|llava_ray$)")
-# Manifest fields under other names.
-_DESCRIBED = {
-    OUR_KEY,
-    "image_aspect_ratio",
-    "image_grid_pinpoints",
-    "mm_hidden_size",
-    "mm_patch_merge_type",
-    "mm_projector_type",
-    "mm_use_im_patch_token",
-    "mm_use_im_start_end",
-    "mm_vision_select_feature",
-    "mm_vision_select_layer",
-    "mm_vision_tower",
-    "s2",
-    "s2_scales",
-    "tokenizer_model_max_length",
-}
+# What a manifest says in other words.
+_DESCRIBED = {OUR_KEY, *ModelGeometry.model_fields, "s2", "mm_vision_tower", "tokenizer_model_max_length"}
 TYPES = {"llama": "llava_llama", "mistral": "llava_mistral"}
 _CLASSES = {"llama": "LlavaLlamaForCausalLM", "mistral": "LlavaMistralForCausalLM"}
 
@@ -58,22 +44,18 @@ def write_llava_settings(manifest: Manifest, kept: Mapping[str, Any]) -> dict[st
         "tokenizer_padding_side": "right",
         "use_mm_proj": True,
         **kept,
-        "image_aspect_ratio": manifest.image_aspect_ratio,
+        **{name: value for name, value in dict(manifest).items() if name in GEOMETRY_NAMES},
         "mm_hidden_size": manifest.mm_hidden_size,
-        "mm_patch_merge_type": manifest.mm_patch_merge_type,
-        "mm_projector_type": manifest.mm_projector_type,
-        "mm_use_im_patch_token": manifest.mm_use_im_patch_token,
-        "mm_use_im_start_end": manifest.mm_use_im_start_end,
-        "mm_vision_select_feature": manifest.mm_vision_select_feature,
-        "mm_vision_select_layer": manifest.mm_vision_select_layer,
         "mm_vision_tower": manifest.vision_tower.base,
         "tokenizer_model_max_length": manifest.model_max_length,
         OUR_KEY: {"version": manifest.version, "training": manifest.training},
     }
-    if manifest.image_grid_pinpoints:
-        values["image_grid_pinpoints"] = [list(canvas) for canvas in manifest.image_grid_pinpoints]
-    if manifest.s2:
-        values |= {"s2": True, "s2_scales": ",".join(map(str, manifest.s2_scales))}
+    # The original takes what is there as asked for, and reads scales from a text.
+    pinpoints, scales = values.pop("image_grid_pinpoints"), values.pop("s2_scales")
+    if pinpoints:
+        values["image_grid_pinpoints"] = [list(canvas) for canvas in pinpoints]
+    if scales:
+        values |= {"s2": True, "s2_scales": ",".join(map(str, scales))}
     return values
 
 
@@ -84,15 +66,13 @@ _ORIGINAL_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_qwen": "qwen
 # Keys of the original's config.json that are LLaVA's, not the language model's.
 _LLAVA_KEYS = frozenset(
     {
+        *GEOMETRY_NAMES,
         "freeze_mm_mlp_adapter",
         "freeze_mm_vision_resampler",
-        "image_aspect_ratio",
         "image_crop_resolution",
-        "image_grid_pinpoints",
         "image_split_resolution",
         "llava_ray",
         "s2",
-        "s2_scales",
         "tokenizer_model_max_length",
         "tokenizer_padding_side",
         "tune_mm_mlp_adapter",
@@ -128,9 +108,7 @@ def read_original_settings(config: Mapping[str, Any], where: str) -> dict[str, A
         "mm_projector_type": config.get("mm_projector_type", "linear"),
         "mm_vision_select_layer": config["mm_vision_select_layer"],
         "mm_vision_select_feature": config.get("mm_vision_select_feature") or "patch",
-        "mm_patch_merge_type": config.get("mm_patch_merge_type") or "flat",
-        "mm_use_im_start_end": bool(config.get("mm_use_im_start_end")),
-        "mm_use_im_patch_token": bool(config.get("mm_use_im_patch_token")),
+        **read_addable(config),
         "image_aspect_ratio": config.get("image_aspect_ratio") or "square",
     }
     if settings["image_aspect_ratio"] == "anyres":

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 
+from llava_ray.config.geometry import find_unknown_elsewhere
 from llava_ray.errors import ModelError
 from llava_ray.model.formats.export_folder import (
     Exported,
@@ -84,7 +85,15 @@ def _check_original(model: ModelFiles) -> None:
 
 
 def original_config(model: ModelFiles) -> dict[str, Any]:
-    """Return the original layout's config.json; an unknown language model keeps its own model_type."""
+    """Return the original layout's config.json; of a language model that it does not know, with that one's own type.
+
+    Raises ModelError for a setting that the original code does not know.
+    """
+    if unknown := find_unknown_elsewhere(model.manifest):
+        raise ModelError(
+            f"settings: {unknown} is {getattr(model.manifest, unknown)!r}, which the original code does not know and "
+            "would pass over in silence. Keep the bundle."
+        )
     if model.language_config["model_type"] not in TYPES:
         return {**model.language_config, **write_llava_settings(model.manifest, model.kept)}
     config = with_dtype(model.language_config, model.part(LANGUAGE_MODEL_PREFIX))
