@@ -12,7 +12,7 @@ from benchmark_files import WRITERS, write_benchmark
 from fakes import make_language_model, make_tokenizer, make_vision_tower
 from originals import copy_golden
 from review_files import write_lines, write_review_files
-from samples import write_image, write_samples
+from samples import write_samples
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -20,6 +20,7 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(set(DOCS.glob("*.md")) - {DOCS / "benchmark-files.md"})]
 
 KINDS = {"run", "dry-run", "ray", "gpu", "cloud", "verify", "extension", "needs quickstart"}
+_QUOTED = re.compile(r"^ *````markdown\n.*?^ *````$", re.MULTILINE | re.DOTALL)  # pages shown inside a page
 _BLOCK = re.compile(r"(?:^ *<!-- test: ([^>\n]*) -->\n)?^( *)```bash\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 
 
@@ -37,7 +38,7 @@ class Command:
 
 def read_commands(page: Path) -> Iterator[Command]:
     """Yield the commands of every bash block of a page."""
-    for mark, _, block in _BLOCK.findall(page.read_text(encoding="utf-8")):
+    for mark, _, block in _BLOCK.findall(_QUOTED.sub("", page.read_text(encoding="utf-8"))):
         kinds = frozenset(kind.strip() for kind in mark.split(",") if kind.strip())
         assert kinds <= KINDS, f"{page.name}: {mark}"
         for words in _split(block):
@@ -80,7 +81,10 @@ def write_project(folder: Path) -> Path:
 
     cache = folder / "runs/cache/quickstart"
     base, tower = make_language_model(folder / "BASE"), make_vision_tower(folder / "tower")
-    small, dino = make_language_model(cache / "smollm2-135m-4l"), make_vision_tower(cache / "dinov2-small-8l-56px", "dinov2")
+    small, dino = (
+        make_language_model(cache / "smollm2-135m-4l"),
+        make_vision_tower(cache / "dinov2-small-8l-56px", "dinov2"),
+    )
     ours = assemble(ModelConfig(model_name_or_path=str(base), vision_tower=str(tower)), "square")
     save_bundle(folder / "MODEL", ours)
     layer = {"mm_vision_select_layer": -1}
@@ -90,11 +94,9 @@ def write_project(folder: Path) -> Path:
     (cache / "words-language-model").symlink_to(small)
 
     golden = copy_golden("lora", folder / "golden")
-    for ours_name, name in (("lora", "llava-v1.5-7b-lora"), ("base", "vicuna-7b-v1.5"), ("tower", "clip-vit-large-patch14-336")):
-        (folder / name).symlink_to(golden / ours_name)
-    lora = ("--model_base", "vicuna-7b-v1.5", "--vision_tower", "clip-vit-large-patch14-336")
-    here = [str(folder / word) if word in ("vicuna-7b-v1.5", "clip-vit-large-patch14-336") else word for word in lora]
-    export.main(["bundle", str(folder / "llava-v1.5-7b-lora"), str(folder / "runs/lora/model"), *here])
+    published = {"lora": "llava-v1.5-7b-lora", "base": "vicuna-7b-v1.5", "tower": "clip-vit-large-patch14-336"}
+    for part, name in published.items():
+        (folder / name).symlink_to(golden / part)
     export.main(["hub", str(folder / "MODEL"), str(folder / "llava-1.5-7b-hf")])
 
     for name in WRITERS:
@@ -111,6 +113,8 @@ def _write_answers(folder: Path) -> None:
     write_review_files(folder, 6, ("one", "two", "three"))
     (folder / "gpt4.jsonl").rename(folder / "answers_gpt4.jsonl")
     rule = {"role": "Assistant", "prompt": "Rate both answers with two numbers on one line."}
-    (folder / "rule.json").write_text(json.dumps({kind: rule for kind in ("default", "conv", "detail", "complex")} | {f"llava_bench_{kind}": rule for kind in ("conv", "detail", "complex")}))
+    kinds = ("conv", "detail", "complex")
+    rules = {kind: rule for kind in ("default", *kinds, *(f"llava_bench_{kind}" for kind in kinds))}
+    (folder / "rule.json").write_text(json.dumps(rules))
     rows = [{"question_id": n, "tuple": [8, 6 + n], "category": "conv"} for n in range(2)]
     write_lines(folder / "gpt4_text_theirs.jsonl", rows)
