@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from pages import DOCS, ROOT, read_commands, write_project
+from fakes import make_tokenizer
+from pages import DOCS, ROOT, read_commands
+from samples import write_samples
 
 PAGE = (DOCS / "extending.md").read_text(encoding="utf-8")
 # A mark, then a fenced block whose content is indented like its fence, in a list.
@@ -45,7 +47,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, root / name, ignore=ignored, symlinks=True)
     for name in ("pyproject.toml", "Makefile", "README.md"):
         shutil.copy(ROOT / name, root)
-    assert apply_steps(PAGE, root) == 10
+    assert apply_steps(PAGE, root) == 12
     return root
 
 
@@ -56,9 +58,9 @@ def test_the_steps_of_the_page(number, repository, tmp_path_factory):
     words = [sys.executable, *command.words[1:]]
     folder = repository
     if "pytest" not in words:
-        folder = tmp_path_factory.mktemp("project") / "project"
-        folder.mkdir()
-        write_project(folder)
+        folder = tmp_path_factory.mktemp("project")
+        make_tokenizer(folder / "DIR")
+        write_samples(folder, 12).rename(folder / "mix.json")
         words[1] = str(repository / words[1])
     variables = os.environ | {"PYTHONPATH": str(repository)}
     done = subprocess.run(words, cwd=folder, env=variables, capture_output=True, text=True, timeout=300)
