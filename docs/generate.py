@@ -7,6 +7,7 @@ python docs/generate.py --check    # exit with 1 and name the pages that differ 
 
 import contextlib
 import importlib
+import importlib.util
 import io
 import os
 import re
@@ -42,6 +43,7 @@ _BY_RECIPE: dict[str, tuple[str, type[BaseModel]]] = {
 _TOOLS: dict[str, tuple[str, ...]] = {
     "preview": ("",),
     "chat": ("",),
+    "serve": ("",),
     "evaluate": ("score", "compare"),
     "review": ("summarize",),
     "export": (
@@ -157,10 +159,12 @@ def make_commands_page() -> str:
         "",
     ]
     for command, (module, schema) in _BY_RECIPE.items():
-        about = (importlib.import_module(f"pipelines.{module}").__doc__ or "").strip()
+        about = _as_typed((importlib.import_module(f"pipelines.{module}").__doc__ or "").strip())
         sections = ", ".join(f"[`[{name}]`](settings.md#{name})" for name in schema.model_fields)
         lines += [f"## {command}", "", "```text", about, "```", "", f"Its flags are the settings {sections}.", ""]
     for command, names in _TOOLS.items():
+        if importlib.util.find_spec(f"pipelines.{command}") is None:
+            continue
         for name in names:
             title = f"{command} {name}".strip()
             lines += [f"## {title}", "", "```text", _help_of(command, name), "```", ""]
@@ -171,19 +175,38 @@ def _help_of(command: str, name: str) -> str:
     """Return what a tool prints for ``--help``, without frames and trailing spaces."""
     main: Callable[[list[str]], object] = importlib.import_module(f"pipelines.{command}").main
     printed = io.StringIO()
-    variables = {"COLUMNS": _WIDTH, "NO_COLOR": "1"}
-    before = {key: os.environ.get(key) for key in variables}
-    os.environ.update(variables)
-    try:
-        with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
-            main([*([name] if name else []), "--help"])
-    finally:
-        for key, value in before.items():
-            os.environ.pop(key) if value is None else os.environ.update({key: value})
+    with _environment(), contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        main([*([name] if name else []), "--help"])
     plain = re.sub(r"\x1b\[[\d;]*m", "", printed.getvalue())
     lines = (re.sub(r"^│ ?|\s*│$", "", line).rstrip() for line in plain.splitlines())
     words = (re.sub(r"^╭─ (.*?) ─+╮$", r"\n\1:", line) for line in lines)
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(line for line in words if not re.match(r"^ ?[╰─-]{2,}", line))).strip()
+    return re.sub(
+        r"\n{3,}", "\n\n", "\n".join(_as_typed(line) for line in words if not re.match(r"^ ?[╰─-]{2,}", line))
+    ).strip()
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    """Hold what decides how a help text is laid out, whoever asks for it."""
+    before = dict(os.environ)
+    os.environ.update(COLUMNS=_WIDTH, NO_COLOR="1")
+    os.environ.pop("LLAVA_RAY_STARTED_AS", None)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _as_typed(text: str) -> str:
+    """Name commands and recipes as the console script takes them; a job's stay scripts."""
+    lines = []
+    for line in text.splitlines():
+        if "ray job submit" not in line:
+            line = re.sub(r"python pipelines/(\w+)\.py", r"llava-ray \1", line)
+            line = re.sub(r"pipelines/recipes/(\w+)/(\w+)\.toml", r"\1/\2", line)
+        lines.append(line)
+    return "\n".join(lines)
 
 
 PAGES: dict[str, Callable[[], str]] = {"settings.md": make_settings_page, "commands.md": make_commands_page}

@@ -176,6 +176,11 @@ def test_other_commands_are_as_their_programs_take_them(command):
         OTHERS[words[0]](words)
 
 
+def test_every_console_command_is_on_the_pages():
+    command_line = pytest.importorskip("llava_ray.command_line")
+    assert {name for _, (name, _) in OURS} - {"quickstart_sweep"} == set(command_line.COMMANDS)
+
+
 def test_there_are_commands_on_the_pages():
     assert len(COMMANDS) > 60
     assert {"README.md", "data.md", "serving.md"} <= {command.page for command in COMMANDS}
