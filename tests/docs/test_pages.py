@@ -1,6 +1,5 @@
 """The pages of the documentation: generated ones are what the code says, and every command on every page runs."""
 
-import contextlib
 import importlib
 import json
 import re
@@ -52,11 +51,14 @@ def test_our_commands_run(command, name, arguments, project, monkeypatch, capsys
     monkeypatch.chdir(project)
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     arguments = _with_recipe(name, arguments)
-    arguments += ["--dry-run"] * ("dry-run" in command.kinds and "--dry-run" not in arguments)
-    main = importlib.import_module(f"pipelines.{name}").main
-    with contextlib.suppress(SystemExit):
-        assert main(arguments) in (None, []) or name in ("evaluate", "preview")
+    if "dry-run" in command.kinds and _has_dry_run(name, arguments) and "--dry-run" not in arguments:
+        arguments.append("--dry-run")
+    importlib.import_module(f"pipelines.{name}").main(arguments)
     assert "".join(capsys.readouterr())
+
+
+def _has_dry_run(name: str, arguments: list[str]) -> bool:
+    return name in ("finetune", "sweep", "review") or (name == "evaluate" and arguments[0] == "run")
 
 
 def _with_recipe(name: str, arguments: list[str]) -> list[str]:
