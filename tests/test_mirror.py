@@ -1,4 +1,4 @@
-"""Tests mirror the product: each test file's folder is one of the product's, and each module is within a test's reach."""
+"""Tests mirror the product: a test file's folder is one of the product's, and each module is in a test's reach."""
 
 import re
 from functools import cache
