@@ -1,6 +1,7 @@
 """The pages of the documentation: generated ones are what the code says, and every command on every page runs."""
 
 import importlib
+import importlib.util
 import json
 import re
 import sys
