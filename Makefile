@@ -58,7 +58,8 @@ lint: $(READY)  ## Style, types, layers and pages
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir $(VENV)/site
+	# Not --quiet: mkdocs would then count no warnings.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir $(VENV)/site
 
 clean:  ## Remove the environment and caches, never runs/
 	rm -rf $(VENV) $(VLLM) .mypy_cache .ruff_cache .pytest_cache site
