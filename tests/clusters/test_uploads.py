@@ -35,7 +35,7 @@ def test_it_holds_the_code_and_neither_results_nor_tests(package: Path) -> None:
     for needed in ("llava_ray/runtime.py", "evals/catalogue.py", "pipelines/finetune.py", ".rayignore"):
         assert needed in names
     assert any(name.startswith("pipelines/recipes/") for name in names)
-    unwanted = (".git/", ".venv/", "runs/", "tests/", "pipelines/screenshots/")
+    unwanted = (".git/", ".venv/", "runs/", "tests/", "docs/")
     assert [name for name in names if name.startswith(unwanted) or name.endswith(".safetensors")] == []
     assert [name for name in names if name.startswith("llava_ray/data/")]
 
