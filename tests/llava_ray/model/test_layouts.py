@@ -207,7 +207,8 @@ def test_names_decide_nothing(parts, tmp_path: Path) -> None:
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(
-        ModelError, match=rf"{tmp_path} is not a known kind of model .* neither llava\.json, config\.json nor adapter_con"
+        ModelError,
+        match=rf"{tmp_path} is not a known kind of model .* neither llava\.json, config\.json nor adapter_con",
     ):
         load_pretrained_model(tmp_path)
 
@@ -444,9 +445,7 @@ def test_projector_of_another_type(parts, load, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"does not fit: it is mlp2x_gelu .* expected linear"):
         load(folder)
     change(folder / "config.json", mm_projector_type="resampler9")
-    with pytest.raises(
-        ModelError, match=r"config of .*model \(original LLaVA\) is not supported: .*mm_projector_type"
-    ):
+    with pytest.raises(ModelError, match=r"config of .*model \(original LLaVA\) is not supported: .*mm_projector_type"):
         load(folder)
 
 
