@@ -19,10 +19,21 @@ class Pairs:
 
     def compute(self, model, row) -> ObjectiveOutput:
         losses = model(row.input_ids)
-        return ObjectiveOutput(losses, torch.arange(len(losses)), {"won": (losses < 1).sum()})
+        return ObjectiveOutput(losses, torch.arange(len(losses)), {"won": (losses < 1).float().sum()})
 
     def num_step_terms(self, totals) -> int:
         return totals.num_pairs
+
+
+class Engine:
+    """Three pairs in every row."""
+
+    def eval(self) -> None: ...
+
+    def train(self) -> None: ...
+
+    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([0.5, 2.0, 1.5])
 
 
 @pytest.fixture
@@ -58,14 +69,8 @@ def test_another_objective_brings_its_normalisation_and_its_metrics(reduced: lis
 def test_held_out_samples_are_evaluated_with_the_runs_objective(reduced: list[torch.Tensor]) -> None:
     evaluator = HeldOutEvaluator(None, SimpleNamespace(), Pairs(), 0, 1)
     evaluator.held_out = SimpleNamespace()
-    ids = torch.tensor([0.5, 2.0, 1.5])
+    ids = torch.zeros(1, 3, dtype=torch.int64)
     batch = SimpleNamespace(input_ids=ids, position_ids=ids, labels=ids, image_sizes=[])
     evaluator.batches = [(batch, None), (batch, None)]
-    engine = SimpleNamespace(eval=lambda: None, train=lambda: None)
-
-    class Engine(SimpleNamespace):
-        def __call__(self, ids):
-            return ids
-
-    found = evaluator.evaluate(Engine(**vars(engine)), torch.device("cpu"))
+    found = evaluator.evaluate(Engine(), torch.device("cpu"))
     assert found == {"held_out_loss": pytest.approx(4 / 3), "held_out_won": pytest.approx(1 / 3)}
