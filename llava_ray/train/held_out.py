@@ -17,7 +17,7 @@ from llava_ray.chat.conversation import Turn, first_question
 from llava_ray.chat.tokens import tokenize_question
 from llava_ray.data.batches import MicroBatch, micro_batch
 from llava_ray.data.descriptors import NO_STEP, describe_micro_batches
-from llava_ray.data.feature_cache import fetch_features, image_key
+from llava_ray.data.feature_cache import fetch_features, location_key
 from llava_ray.data.features import unpacked_features, unpacked_pixels
 from llava_ray.data.settings import StreamSettings
 from llava_ray.data.stream import _decode_views, add_images, fetch_records, read_micro_batches
@@ -153,7 +153,7 @@ def make_question(
     num_images = sum(turn.value.count("<image>") for turn in asked)
     sizes = list(zip(record["widths"], record["heights"], strict=True))[:num_images]
     if settings.features:
-        cells = fetch_features(settings.features, [image_key(*place, number) for number in range(len(sizes))])
+        cells = fetch_features(settings.features, [location_key(*place, number) for number in range(len(sizes))])
         images = unpacked_features(b"".join(cells), settings) if sizes else None
     else:
         shown = zip(record["images"], sizes, strict=False)
