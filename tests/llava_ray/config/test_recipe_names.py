@@ -54,7 +54,7 @@ def test_other_commands_take_theirs_by_name() -> None:
     review = ["mm_vet", *files, "--judge.model", "m", "--review.output", "o"]
     assert load_settings(ReviewConfig, review).review.mode == "grade"
     config, space = load_sweep(["quickstart"])
-    assert str(config.run.name).startswith("quickstart-")
+    assert config.run.name == "sweep"  # as the recipe has it
     assert space.dimensions
     ignored = ("model", "train", "lora", "tracking")
     assert load_recipe(PrepareConfig, ["yours"], ignore=ignored).run.name
