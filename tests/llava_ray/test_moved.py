@@ -36,6 +36,7 @@ def test_importing_an_old_module_warns_of_nothing_and_loads_nothing():
     assert not {"torch", "ray", "transformers"} & set(ran.stdout.split())
 
 
+@pytest.mark.slow
 def test_what_the_readme_named_is_where_it_was():
     named = {"llava_ray.model.loading": ["load_pretrained_model"], "llava_ray.chat.templates": ["find_template"]}
     named["llava_ray.deployments"] = ["app", "api", "page"]

@@ -50,20 +50,11 @@ def test_every_shipped_recipe_has_a_command_and_is_found_by_its_full_name() -> N
 
 def test_other_commands_take_theirs_by_name() -> None:
     assert load_settings(EvaluateConfig, ["llava_v1_5", "--evaluate.model_path", "m"]).score.profile == "llava"
-    review = [
-        "mm_vet",
-        "--review.questions",
-        "q.jsonl",
-        "--review.answers",
-        "a.jsonl",
-        "--judge.model",
-        "m",
-        "--review.output",
-        "o",
-    ]
+    files = [f"--review.{name}={name}.jsonl" for name in ("questions", "references", "answers")]
+    review = ["mm_vet", *files, "--judge.model", "m", "--review.output", "o"]
     assert load_settings(ReviewConfig, review).review.mode == "grade"
     config, space = load_sweep(["quickstart"])
-    assert str(config.run.name).startswith("quickstart-")
+    assert config.run.name == "sweep"  # as the recipe has it
     assert space.dimensions
     ignored = ("model", "train", "lora", "tracking")
     assert load_recipe(PrepareConfig, ["yours"], ignore=ignored).run.name
