@@ -9,6 +9,9 @@ PRODUCT = ("llava_ray", "evals", "pipelines")
 
 # Modules that no test imports, nor any module that a test imports: a module → the test that runs it all the same.
 RUN_BY = {
+    "llava_ray.model.network.transformers_tower": "llava_ray/model/test_vision_tower.py",
+    "llava_ray.model.network.tower_protocol": "llava_ray/model/test_vision_tower.py",
+    "llava_ray.__main__": "llava_ray/test_command_line.py",
     "evals.comparison": "pipelines/test_evaluate.py",
     "evals.matching.option_texts": "evals/test_letters.py",
     "llava_ray.deployments.watchdog_process": "llava_ray/deployments/test_watchdog.py",
