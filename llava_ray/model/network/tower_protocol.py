@@ -1,7 +1,7 @@
 """What is asked of a kind of vision tower, whichever library its modules are from."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from llava_ray.model.network.tower_families import Family
 
 
+@runtime_checkable
 class TowerNetwork(Protocol):
     """How the modules of a kind of tower are used: pixels in, features of the selected layers out.
 
