@@ -52,7 +52,12 @@ def in_terminal(
                 return
 
     process = subprocess.Popen(
-        command, cwd=log.parent, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+        command,
+        cwd=log.parent,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
         preexec_fn=take,
     )
     os.close(terminal)
