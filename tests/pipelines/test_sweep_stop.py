@@ -2,10 +2,13 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
 from llava_ray.errors import Stopped
+from pipelines.command import RESUMABLE
 from pipelines.sweep_stop import AT_ONCE, LEAVING, SIGNALS, leaving
 
 
@@ -50,3 +53,27 @@ def test_the_second_signal_leaves_at_once(monkeypatch, capfd):
                 codes.append(left.args[0])
     assert codes == [130]
     assert AT_ONCE in capfd.readouterr().err
+
+
+STOPPED_COMMAND = """
+import atexit
+from pipelines.command import run_command
+from pipelines.sweep_stop import leaving
+
+class Slow:
+    def __del__(self):
+        print("taken apart")
+
+def main(arguments):
+    with leaving():
+        raise KeyboardInterrupt
+
+slow = Slow()
+atexit.register(print, "said at exit")
+run_command(main)
+"""
+
+
+def test_a_stopped_command_ends_after_its_exit_functions():
+    ended = subprocess.run([sys.executable, "-c", STOPPED_COMMAND], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "said at exit\n", f"{RESUMABLE}\n")
