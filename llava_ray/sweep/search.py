@@ -30,6 +30,8 @@ TUNE_SETTINGS = {
     "TUNE_GLOBAL_CHECKPOINT_S": "1",  # a killed driver forgets at most this much
     "TUNE_FORCE_TRIAL_CLEANUP_S": "10",  # a stopped trial waits for its run, which will not end by itself
     "RAY_AIR_NEW_OUTPUT": "0",  # there is a table of ours
+    # Ctrl-C must end the driver as SIGTERM does: Tune would end every trial in order, as if none were to go on.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 OVER = (TuneTrial.TERMINATED, TuneTrial.ERROR)
