@@ -1,6 +1,7 @@
 """Execution of pipelines as commands: errors in one line, Ctrl-C without a traceback."""
 
 import argparse
+import atexit
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import NoReturn
 
 from llava_ray import invocation
 from llava_ray.errors import ConfigError, LlavaRayError, Stopped
@@ -37,7 +39,21 @@ def run_command(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or when_stopped, file=sys.stderr)
-        sys.exit(interrupt.exit_code if isinstance(interrupt, Stopped) else _INTERRUPTED)
+        end(interrupt.exit_code if isinstance(interrupt, Stopped) else _INTERRUPTED)
+
+
+def end(code: int) -> NoReturn:
+    """End the process once its exit functions have run.
+
+    The interpreter is not taken apart: with torch and Ray imported that is seconds of work for nothing, and their
+    threads, which still run, may crash in it.
+    """
+    try:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
 
 
 def stop(number: int, frame: FrameType | None) -> None:

@@ -17,6 +17,7 @@ from llava_ray.config.sweep_recipes import load_sweep
 from pipelines.command import run_command, split_dry_run
 from pipelines.places import check_run_models, check_run_places
 from pipelines.prerequisites import check_prerequisites, missing_models
+from pipelines.sweep_stop import leaving
 
 if TYPE_CHECKING:
     from pipelines.sweep_results import Sweep
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str]) -> "Sweep | None":
     cluster = connected(
         config.cluster, runs=local_runs(config.cluster), quiet=True, storage_path=config.run.storage_path
     )
-    with closing_sweep(tracked), cluster as resources:
+    with leaving(), closing_sweep(tracked), cluster as resources:
         common = common_config(config, folder, tracked.tracking_uri, tracked.run_id)
         num_steps = share(common.base, space, resources)
         where = {"tracking_uri": tracked.tracking_uri, "experiment_name": config.tracking.experiment_name}

@@ -1,11 +1,15 @@
 """Commands as people start them, each in a process group of its own."""
 
+import fcntl
 import os
+import pty
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import termios
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +29,50 @@ def running(command: Sequence[str], log: Path, **variables: str) -> Iterator[sub
             process.wait()
 
 
+@contextmanager
+def in_terminal(
+    command: Sequence[str], log: Path
+) -> Iterator[tuple[subprocess.Popen[bytes], Callable[[bytes], object]]]:
+    """Start a command in a terminal of its own, whose screen goes to a log; yield what types on its keyboard too.
+
+    Ctrl-C there is b"\\x03", and reaches every process of the foreground group.
+    """
+    keyboard, terminal = pty.openpty()
+
+    def take() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background ignores it
+
+    def copy() -> None:
+        with log.open("ab", buffering=0) as screen:
+            try:
+                while shown := os.read(keyboard, 65536):
+                    screen.write(shown)
+            except OSError:  # nobody has the terminal open any more
+                return
+
+    process = subprocess.Popen(
+        command,
+        cwd=log.parent,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        preexec_fn=take,
+    )
+    os.close(terminal)
+    reader = threading.Thread(target=copy, daemon=True)
+    reader.start()
+    try:
+        yield process, lambda keys: os.write(keyboard, keys)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        reader.join(timeout=10)
+        os.close(keyboard)
+
+
 def imported(*modules: str) -> set[str]:
     """Return the names of all modules that a new process has imported when it has imported these."""
     code = f"import sys, {', '.join(modules)}; print(*sys.modules)"
@@ -38,19 +86,25 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def kill_one(title: str, session: int, choice: int = 0) -> bool:
-    """Send SIGKILL to one of the session's processes whose titles begin so; return whether there was one."""
-    found = []
+def members(session: int) -> dict[int, str]:
+    """Return the command lines of a session's processes that live, by their ids."""
+    found = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         try:
             words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            own = int((entry / "stat").read_text().rpartition(")")[2].split()[3]) == session
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
         except (OSError, ValueError):
             continue
-        if own and words.startswith(title):
-            found.append(int(entry.name))
+        if int(fields[3]) == session and fields[0] != "Z":
+            found[int(entry.name)] = words
+    return found
+
+
+def kill_one(title: str, session: int, choice: int = 0) -> bool:
+    """Send SIGKILL to one of the session's processes whose titles begin so; return whether there was one."""
+    found = [number for number, words in members(session).items() if words.startswith(title)]
     if found:
         os.kill(sorted(found)[choice % len(found)], signal.SIGKILL)
     return bool(found)

@@ -36,6 +36,8 @@ _TUNE_SETTINGS = {
     "TUNE_GLOBAL_CHECKPOINT_S": "1",  # a killed driver loses at most this much
     "TUNE_FORCE_TRIAL_CLEANUP_S": "10",  # a stopped trial waits for its run, which does not end by itself
     "RAY_AIR_NEW_OUTPUT": "0",  # we print our own table
+    # Ctrl-C must end the driver as SIGTERM does: Tune would complete every trial, as if none were to resume.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 _OVER = (TuneTrial.TERMINATED, TuneTrial.ERROR)

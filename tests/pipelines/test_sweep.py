@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import kill_one, running
+from commands import in_terminal, kill_one, members, running
 from mlflow import MlflowClient
 from samples import small_run, write_recipe, write_samples
 
@@ -218,6 +218,34 @@ def test_a_driver_killed_in_the_middle_repeats_nothing_and_ends_with_the_same_ta
         assert (trial["state"], trial["seed"]) == (right[key]["state"], right[key]["seed"])
         for mine, theirs in zip(trial["curve"], right[key]["curve"], strict=True):
             assert mine == pytest.approx(theirs, rel=1e-4)
+
+
+# Tune would end each trial in order after Ctrl-C, which looks like one that was stopped for good.
+@pytest.mark.verify
+def test_ctrl_c_in_a_terminal_keeps_every_trial(tmp_path):
+    recipe = make_recipe(tmp_path, f'{GRID}"train.learning_rate" = {{ choice = [1e-2, 1e-3] }}\n')
+    folder, screen = tmp_path / "runs/interrupted", tmp_path / "screen.log"
+    flags = ("--run.name", "interrupted", "--sweep.scheduler", "none", "--sweep.max_concurrent_trials", "2")
+    command = [sys.executable, str(ROOT / "pipelines/sweep.py"), str(recipe), *flags]
+    with in_terminal(command, screen) as (process, press):
+        wait_for(lambda: len(ledger_of(folder)) == 2 and any(4 <= t.steps < 16 for t in ledger_of(folder)))
+        pressed = time.monotonic()
+        press(b"\x03")
+        assert process.wait(timeout=100) == 130, screen.read_text()[-3000:]
+        seconds = time.monotonic() - pressed
+        wait_for(lambda: not members(process.pid), 60)
+    assert "Once more to leave at once" in screen.read_text()
+    assert "Stopped. The same command goes on" in screen.read_text()
+    assert "Traceback" not in screen.read_text()
+    half = ledger_of(folder)
+    print(f"left after {seconds:.1f} s: {[(t.state, t.steps) for t in half]}")
+    assert [t.state for t in half] == ["running", "running"]
+    finish(recipe, "sweep", *flags)
+    after = ledger_of(folder)
+    assert [(t.id, t.state, t.attempts, t.steps) for t in after] == [(t.id, "finished", 2, 16) for t in half]
+    for trial in after:
+        lines = (folder / "trials" / trial.id / "ledger.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == list(range(16))
 
 
 def ledger_of(folder: Path) -> list[Any]:
