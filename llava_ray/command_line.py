@@ -33,7 +33,7 @@ _USAGE_ERROR = 2
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command line, by default the process's own; exit with 1 and one line for what a user can fix."""
     started_as_module = Path(sys.argv[0]).name == "__main__.py"
-    os.environ[invocation.VARIABLE] = invocation.MODULE if started_as_module else invocation.CONSOLE_SCRIPT
+    os.environ[invocation.STARTED_AS_VARIABLE] = invocation.MODULE if started_as_module else invocation.CONSOLE_SCRIPT
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
         print(_help())  # noqa: T201

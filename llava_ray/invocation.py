@@ -3,7 +3,7 @@
 import os
 import re
 
-VARIABLE = "LLAVA_RAY_STARTED_AS"  # an environment variable, because workers and actors inherit those
+STARTED_AS_VARIABLE = "LLAVA_RAY_STARTED_AS"  # an environment variable, because workers and actors inherit those
 SCRIPT, MODULE, CONSOLE_SCRIPT = "script", "module", "console_script"
 
 _SCRIPT_IN_TEXT = re.compile(r"python pipelines/(\w+)\.py")
@@ -20,7 +20,7 @@ def command(name: str, *words: str) -> str:
 
 def _program(name: str) -> str:
     """Return what starts a command."""
-    form = os.environ.get(VARIABLE)
+    form = os.environ.get(STARTED_AS_VARIABLE)
     if form == SCRIPT:
         return f"python pipelines/{name}.py"
     return f"{'python -m llava_ray' if form == MODULE else 'llava-ray'} {name.replace('_', ' ')}"
@@ -28,7 +28,9 @@ def _program(name: str) -> str:
 
 def recipe_argument(stage: str, name: str) -> str:
     """Return how a shipped recipe is named on a command line: by its path in a clone, by its name elsewhere."""
-    return f"pipelines/recipes/{stage}/{name}.toml" if os.environ.get(VARIABLE) == SCRIPT else f"{stage}/{name}"
+    return (
+        f"pipelines/recipes/{stage}/{name}.toml" if os.environ.get(STARTED_AS_VARIABLE) == SCRIPT else f"{stage}/{name}"
+    )
 
 
 def as_started(text: str) -> str:

@@ -149,14 +149,15 @@ def start(cluster: ClusterConfig, *, runs: int = 1, quiet: bool = False) -> bool
             log_to_driver=not quiet,
         )
         return True
-    # What a working directory leaves out is in .rayignore. Where llava_ray was installed, it is on the nodes already.
+    # .rayignore lists what the upload leaves out. An installed llava_ray is on the nodes already.
     runtime_env: dict[str, Any] = {}
     if not inside_job and (_root() / ".rayignore").exists():
-        runtime_env["working_dir"] = str(_root())
-    if runtime_env:
         check_upload(_root(), _RUN_LIMIT)
-        if started_as := os.environ.get(invocation.VARIABLE):  # workers' messages name commands as this process does
-            runtime_env["env_vars"] = {invocation.VARIABLE: started_as}
+        runtime_env["working_dir"] = str(_root())
+        if started_as := os.environ.get(
+            invocation.STARTED_AS_VARIABLE
+        ):  # workers' messages name commands as this process does
+            runtime_env["env_vars"] = {invocation.STARTED_AS_VARIABLE: started_as}
     try:
         ray.init(address=address, runtime_env=runtime_env, logging_config=warnings_only, log_to_driver=not quiet)
     except ConnectionError as error:

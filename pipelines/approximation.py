@@ -81,7 +81,7 @@ def _describe_left_out(counts: Mapping[str, int]) -> str:
 
 
 @dataclass(frozen=True)
-class Question:
+class ApproximationQuestion:
     """A sample's first question: its prompt, its record's images with their number, and the answer."""
 
     record: "Record"
@@ -158,12 +158,12 @@ def read_samples(path: str, image_folder: str | None, most: int) -> Iterator["Re
 
 def make_questions(
     parts: "LlavaParts", records: Iterable["Record | RecordError"]
-) -> tuple[list[Question], dict[str, int]]:
+) -> tuple[list[ApproximationQuestion], dict[str, int]]:
     """Return the usable questions, and the numbers of skipped records by reason."""
     from llava_ray.chat.conversation import first_question
     from llava_ray.chat.tokens import tokenize_question
 
-    questions: list[Question] = []
+    questions: list[ApproximationQuestion] = []
     left_out: Counter[str] = Counter()
     for record in records:
         found = None if isinstance(record, RecordError) else first_question(record.turns)
@@ -177,7 +177,7 @@ def make_questions(
             left_out[error.reason if isinstance(error, RecordError) else _NO_PLACE] += 1
             continue
         num_images = sum(turn.value.count("<image>") for turn in asked)
-        questions.append(Question(record, prompt, num_images, answer.value))
+        questions.append(ApproximationQuestion(record, prompt, num_images, answer.value))
     return questions, dict(left_out)
 
 
@@ -195,7 +195,7 @@ def _approximate_tower(parts: "LlavaParts", approximated: "ModelFiles") -> Any:
     return VisionTower(backbone, parts.manifest.mm_vision_select_layer, "patch", parts.s2_scales)
 
 
-def _count_right(parts: "LlavaParts", questions: Sequence[Question]) -> int:
+def _count_right(parts: "LlavaParts", questions: Sequence[ApproximationQuestion]) -> int:
     """Count the first questions that are answered, greedily, like the record."""
     from llava_ray.generate.decoding import answer_text, generate_batch
     from llava_ray.train.held_out import same
@@ -216,7 +216,9 @@ def _count_right(parts: "LlavaParts", questions: Sequence[Question]) -> int:
     return right
 
 
-def _open_first_images(parts: "LlavaParts", question: Question) -> tuple["Tensor | None", list[tuple[int, int]]]:
+def _open_first_images(
+    parts: "LlavaParts", question: ApproximationQuestion
+) -> tuple["Tensor | None", list[tuple[int, int]]]:
     """Return the normalised views of the images in a first question, and their sizes. Raises ImageError."""
     import numpy as np
 

@@ -29,7 +29,7 @@ def run_command(
     """
     signal.signal(signal.SIGTERM, stop)
     if arguments is None:
-        os.environ[invocation.VARIABLE] = invocation.SCRIPT
+        os.environ[invocation.STARTED_AS_VARIABLE] = invocation.SCRIPT
         arguments = sys.argv[1:]
     try:
         main(arguments)

@@ -41,9 +41,9 @@ def run_score(  # noqa: PLR0913 - flags
         json: Print one JSON object and nothing else.
     """
     from evals.tables import format_headline, format_interval
-    from pipelines.evaluation_results import ScoreRequest, log_evaluation, score_answers, write_results
+    from pipelines.evaluation_results import ScoreRequest, log_evaluation, score_answers_file, write_results
 
-    scored = score_answers(ScoreRequest(benchmark, data, answers, profile, reviews))
+    scored = score_answers_file(ScoreRequest(benchmark, data, answers, profile, reviews))
     summary = scored.summary
     if output is not None:
         write_results(output, [scored])

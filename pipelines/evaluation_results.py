@@ -54,7 +54,7 @@ class ScoredAnswers:
     summary: dict[str, Any]
 
 
-def score_answers(
+def score_answers_file(
     request: ScoreRequest, max_questions: int | None = None, *, without_judge: bool = False
 ) -> ScoredAnswers:
     """Read and score all questions, or the first ``max_questions``. Raises ConfigError or DataError.

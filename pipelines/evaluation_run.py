@@ -17,7 +17,7 @@ from pipelines.evaluation_results import (
     ScoredAnswers,
     ScoreRequest,
     log_evaluation,
-    score_answers,
+    score_answers_file,
     write_results,
 )
 from pipelines.places import check_files, check_models
@@ -104,7 +104,7 @@ def _report(config: EvaluateConfig, folder: Path, asked: "Sequence[AskedBenchmar
     for one in asked:
         name = one.benchmark.name
         request = ScoreRequest(name, one.data, one.file.path, config.score.profile, reviews.get(name))
-        scored.append(score_answers(request, config.evaluate.max_questions, without_judge=True))
+        scored.append(score_answers_file(request, config.evaluate.max_questions, without_judge=True))
     write_results(folder, scored, own_folders=True)
     summaries = [one.summary for one in scored]
     uri = config.tracking.tracking_uri or default_tracking_uri(config.run.storage_path)

@@ -15,7 +15,7 @@ from llava_ray.config.literals import read_literal
 
 PROJECTOR = "mlp([1-9][0-9]?)x_gelu"
 Pixels = Annotated[int, Field(gt=0, le=2**15)]
-Count = Annotated[int, Field(gt=0, le=2**24)]
+PositiveCount = Annotated[int, Field(gt=0, le=2**24)]
 _Layer = Annotated[int, Field(ge=-1025, le=1024)]
 _Feature = Literal["patch", "cls_patch"]
 
@@ -65,9 +65,9 @@ class _ResolvedSettings(BaseModel):
 
     mm_projector_type: str
     """"linear", "mlpNx_gelu" or "identity"."""
-    mm_hidden_size: Count
+    mm_hidden_size: PositiveCount
     """Width of the tower's features."""
-    hidden_size: Count
+    hidden_size: PositiveCount
     """Width of the language model's embeddings."""
     mm_vision_select_layer: _Layer | tuple[_Layer, ...]
     """Index into the tower's hidden states, or several whose features are laid side by side."""

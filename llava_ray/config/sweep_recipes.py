@@ -42,7 +42,7 @@ def load_sweep(arguments: Sequence[str]) -> tuple[SweepConfig, Space]:
         try:
             config.base.replaced(settings)
         except ConfigError as error:
-            raise ConfigError(f"{recipe}: the space holds settings that no run can have: {error}") from error
+            raise ConfigError(f"{recipe}: the space holds settings that are invalid for a run: {error}") from error
     return config, space
 
 

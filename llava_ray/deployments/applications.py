@@ -39,7 +39,7 @@ _RUNTIME_ENV = {
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
         # A request and its images are one gRPC message; the default limit is 4 MiB.
-        message_sizes.VARIABLE: str(message_sizes.MAX_MESSAGE_BYTES),
+        message_sizes.GRPC_SIZE_VARIABLE: str(message_sizes.MAX_MESSAGE_BYTES),
     }
 }
 

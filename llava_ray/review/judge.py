@@ -39,7 +39,7 @@ class JudgeReply:
     reported: Reported = field(default_factory=Reported)
 
 
-class Judge(Protocol):
+class JudgeClient(Protocol):
     """A client for chat completions."""
 
     async def ask(self, body: Mapping[str, Any]) -> JudgeReply:

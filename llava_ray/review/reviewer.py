@@ -24,7 +24,7 @@ from llava_ray.review.calls import Call, JudgeSpec, with_image
 from llava_ray.review.faults import FaultKind as FaultKind
 from llava_ray.review.faults import RequestError
 from llava_ray.review.headers import Reported
-from llava_ray.review.judge import Judge, JudgeReply, OpenAIJudge, Usage
+from llava_ray.review.judge import JudgeClient, JudgeReply, OpenAIJudge, Usage
 from llava_ray.review.limiter import LeaseGranted, LeaseRefused, LeaseRequest, Settlement, SettlementOutcome
 from llava_ray.review.verdict import ReviewVerdict, describe_missing_scores, read_verdict
 
@@ -85,7 +85,7 @@ class Reviewer:
         self.specs = judges
         self.limits = limits
         self.limiter, self.ledger = limiter, ledger
-        self.judges: dict[str, Judge] = {key: OpenAIJudge.connect(spec) for key, spec in judges.items()}
+        self.judges: dict[str, JudgeClient] = {key: OpenAIJudge.connect(spec) for key, spec in judges.items()}
         self.acquires = {key: self._acquirer(key) for key in judges}
         self.sends: CallBatcher[dict[str, Any], str] = CallBatcher(lambda rows: call_async(ledger, "send", rows))
         self.returns: CallBatcher[dict[str, Any], None] = CallBatcher(

@@ -118,7 +118,7 @@ def test_as_a_benchmark_of_your_own_it_scores_the_same_to_the_question(tmp_path:
     benchmark = Custom()
     questions = benchmark.read(easy_vqa.write_benchmark(tmp_path, asked))
     result = score_answers(benchmark, questions, [Answer(name, text) for name, text in said.items()], "robust")
-    own = easy_vqa.accuracy(said, asked)
+    own = easy_vqa.score_shape_answers(said, asked)
     assert result.total.headline == pytest.approx(100 * own.total.accuracy)
     for kind, count in own.by_kind.items():
         assert result.total.categories[kind].value == pytest.approx(100 * count.accuracy)

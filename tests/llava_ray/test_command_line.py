@@ -33,7 +33,7 @@ print(json.dumps({"said": said, "modules": list(sys.modules)}))
 @pytest.fixture(autouse=True)
 def started_as(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep what a command line notes in the environment inside the test."""
-    monkeypatch.setenv(invocation.VARIABLE, invocation.CONSOLE_SCRIPT)
+    monkeypatch.setenv(invocation.STARTED_AS_VARIABLE, invocation.CONSOLE_SCRIPT)
 
 
 def run_all(*command_lines: list[str]) -> tuple[list[str], set[str]]:

@@ -34,9 +34,9 @@ TEXT = "python pipelines/quickstart_sweep.py, python pipelines/finetune.py pipel
     ],
 )
 def test_by_how_the_process_was_started(started_as, export, recipe, text, monkeypatch):
-    monkeypatch.delenv(invocation.VARIABLE, raising=False)
+    monkeypatch.delenv(invocation.STARTED_AS_VARIABLE, raising=False)
     if started_as is not None:
-        monkeypatch.setenv(invocation.VARIABLE, started_as)
+        monkeypatch.setenv(invocation.STARTED_AS_VARIABLE, started_as)
     assert command("export", "merge") == export
     assert recipe_argument("pretrain", "x_7b") == recipe
     assert text is None or as_started(TEXT) == text

@@ -31,7 +31,7 @@ QUICKSTART = [path for path in RECIPES if path.parent.name == "quickstart"]
 @pytest.fixture(autouse=True)
 def scripts_of_a_clone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Messages name the commands as scripts."""
-    monkeypatch.setenv(invocation.VARIABLE, invocation.SCRIPT)
+    monkeypatch.setenv(invocation.STARTED_AS_VARIABLE, invocation.SCRIPT)
 
 
 def name(path: Path) -> str:
@@ -138,7 +138,7 @@ def test_the_next_steps_that_the_quickstart_prints_can_be_typed(ready, monkeypat
 
 
 def test_the_next_steps_name_the_console_script_where_that_was_used(monkeypatch):
-    monkeypatch.setenv(invocation.VARIABLE, invocation.CONSOLE_SCRIPT)
+    monkeypatch.setenv(invocation.STARTED_AS_VARIABLE, invocation.CONSOLE_SCRIPT)
     told = describe_next_steps("sqlite:///x", Path("runs/quickstart"), Path("data.json"), Path("images"))
     commands = [line.split()[:4] for line in re.findall(r"llava-ray .*", told.replace("\\\n", " "))]
     assert [words[:3] for words in commands[1:]] == [

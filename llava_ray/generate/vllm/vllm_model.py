@@ -112,7 +112,7 @@ def _check_projector(base: Blueprint, layout: Layout, name: str) -> None:
         )
         if mine.keys() != shared.keys() or not all(torch.equal(mine[key].float(), shared[key].float()) for key in mine):
             raise ModelError(
-                f"adapter {name!r} ({layout.folder}) has a {part} of its own, and vLLM knows one for all. Serve it "
+                f"adapter {name!r} ({layout.folder}) has its own {part}, and vLLM supports one for all. Serve it "
                 f"with engine=builtin, or merge it ({command('export', 'merge')}) and put it into model=."
             )
 

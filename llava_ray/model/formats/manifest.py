@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from llava_ray.config.geometry import Count, ModelGeometry
+from llava_ray.config.geometry import ModelGeometry, PositiveCount
 from llava_ray.config.lora import Quantization
 from llava_ray.errors import BundleError
 from llava_ray.reading import MAX_SHOWN, is_file, is_folder, read_bounded
@@ -53,7 +53,7 @@ class _FileVersion(BaseModel):
 class Manifest(ModelGeometry, _FileVersion):
     """The contents of llava.json."""
 
-    model_max_length: Count
+    model_max_length: PositiveCount
     """Longest sample in training, in tokens."""
     language_model: ManifestPart
     """Where the language model is."""

@@ -19,7 +19,7 @@ COMMANDS = ("finetune", "prepare", "evaluate", "review", "sweep")
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv(invocation.VARIABLE, raising=False)
+    monkeypatch.delenv(invocation.STARTED_AS_VARIABLE, raising=False)
     return tmp_path
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llava_ray.data.examples import Example
-from llava_ray.data.feature_cache import place_of
+from llava_ray.data.feature_cache import location_key
 from llava_ray.data.packing import (
     PACKED_SCHEMA,
     pack_block,
@@ -66,7 +66,7 @@ def test_a_micro_batch_is_packed_and_read_again() -> None:
     packed = pack_micro_batch(descriptor, {(2, 7): record}, lambda turns, sizes: examples)
     row = pa.Table.from_pylist([packed], schema=PACKED_SCHEMA).to_pylist()[0]
     assert (row["ids"], row["images"], row["image_sizes"]) == (["a", "a"], [b"y"], [[6, 5]])
-    assert row["places"] == [place_of(2, 7, 1)]
+    assert row["places"] == [location_key(2, 7, 1)]
     input_ids, position_ids, labels = unpack_tokens(row)
     assert input_ids.tolist() == [1, 5, 6, 8]
     assert position_ids.tolist() == [0, 1, 2, 0]
