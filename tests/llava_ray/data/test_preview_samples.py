@@ -201,7 +201,7 @@ def test_a_stop_string_of_several_tokens_is_warned_of(view_all, version, warned)
     [
         ({"version": "v1"}, ConfigError, "give --model BUNDLE, or --tokenizer DIR with --version TEMPLATE"),
         ({"tokenizer": "HERE"}, ConfigError, "found --tokenizer .*, --version None"),
-        ({"tokenizer": "/nowhere", "version": "v1"}, ModelError, "no tokenizer can be loaded from '/nowhere'"),
+        ({"tokenizer": "/nowhere", "version": "v1"}, ModelError, "no such tokenizer: '/nowhere' is neither a folder"),
         ({"tokenizer": "HERE", "version": "vicuna"}, ConfigError, "no conversation template is called 'vicuna'"),
         ({"tokenizer": "HERE", "version": "v1", "data": "/nowhere.json"}, DataError, "nothing is there"),
     ],
