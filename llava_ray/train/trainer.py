@@ -121,7 +121,27 @@ def train_until(
         num_threads=resources.num_threads,
         journal=journal,
     )
-    trainer = StoppableTrainer(
+    trainer = _build_trainer(settings, run, plan, lengths, resources, callbacks)
+    first_step = committed_step(run.storage_path, run.name)
+    with closing_run(journal), progress_bar(journal, plan.num_steps, first_step) if show_progress else nullcontext():
+        fit(trainer, run, journal, until)
+    if until < plan.num_steps:
+        ray.get(journal.flush.remote())
+        return None
+    return _note_finished(config, run, plan, prepared, journal, tracking_uri)
+
+
+def _build_trainer(
+    settings: LoopSettings,
+    run: RunFolder,
+    plan: Plan,
+    lengths: TokenLengths,
+    resources: Resources,
+    callbacks: Sequence[UserCallback],
+) -> StoppableTrainer:
+    """Build Ray Train's trainer of a run: its workers, its stream, its checkpoints."""
+    config, until = settings.config, settings.until
+    return StoppableTrainer(
         run_worker,
         train_loop_config={"settings": settings},
         torch_config=TorchConfig(backend="nccl" if resources.use_gpu else "gloo"),
@@ -138,13 +158,6 @@ def train_until(
         datasets={"train": TrainStream(partial(committed_step, run.storage_path, run.name), until)},
         dataset_config=DealToRanks(plan, until, lengths, settings.stream),
     )
-    first_step = committed_step(run.storage_path, run.name)
-    with closing_run(journal), progress_bar(journal, plan.num_steps, first_step) if show_progress else nullcontext():
-        fit(trainer, run, journal, until)
-    if until < plan.num_steps:
-        ray.get(journal.flush.remote())
-        return None
-    return _note_finished(config, run, plan, prepared, journal, tracking_uri)
 
 
 def make_plan(config: FinetuneConfig, prepared: PreparedData, blueprint: Blueprint) -> tuple[TokenLengths, Plan]:
