@@ -38,8 +38,8 @@ from llava_ray.errors import ConfigError
 from llava_ray.placement import in_pool
 from llava_ray.runtime import Resources, connected, fit_resources
 from llava_ray.shared_storage import Places, check_shared
+from llava_ray.train.ray_trainer import scaling
 from llava_ray.train.runs import committed_step
-from llava_ray.train.scaling import scaling
 from llava_ray.train.trainer import finetune
 
 SMALL = {"object_store_memory": 150 * 2**20}

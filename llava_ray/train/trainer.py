@@ -4,12 +4,10 @@ import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 
 import ray
 from ray.actor import ActorHandle
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, UserCallback
-from ray.train.torch import TorchConfig
+from ray.train import UserCallback
 
 from llava_ray.config.recipes import settings_hash
 from llava_ray.config.sections import FinetuneConfig
@@ -21,26 +19,23 @@ from llava_ray.data.preparation import prepare_data
 from llava_ray.data.settings import StreamSettings
 from llava_ray.data.shards import PreparedData, is_prepared
 from llava_ray.data.storage import read_stored, write_stored
-from llava_ray.data.stream import DealToRanks, TrainStream
 from llava_ray.model.blueprint import Blueprint, read_blueprint
 from llava_ray.runtime import Resources
 from llava_ray.tracking import default_tracking_uri, moved_tracking_uri
 from llava_ray.train.identity import identify_run, identity_hash
 from llava_ray.train.progress import closing_run, progress_bar
+from llava_ray.train.ray_trainer import build_trainer
 from llava_ray.train.run_recorder import start_recorder
 from llava_ray.train.runs import (
     RunFolder,
-    SnapshotKeeper,
     absolute_paths,
     claim_run,
     committed_step,
     find_run,
     repair_run,
 )
-from llava_ray.train.scaling import scaling, worker_environment
 from llava_ray.train.settings import HeldOut, LoopSettings
-from llava_ray.train.stopping import StoppableTrainer, fit
-from llava_ray.train.worker import run_worker
+from llava_ray.train.stopping import fit
 
 _HELD_OUT_BATCH = 64  # held-out samples that are packed into one step
 
@@ -121,7 +116,7 @@ def train_until(
         num_threads=resources.num_threads,
         journal=journal,
     )
-    trainer = _build_trainer(settings, run, plan, lengths, resources, callbacks)
+    trainer = build_trainer(settings, run, plan, lengths, resources, callbacks)
     first_step = committed_step(run.storage_path, run.name)
     with closing_run(journal), progress_bar(journal, plan.num_steps, first_step) if show_progress else nullcontext():
         fit(trainer, run, journal, until)
@@ -129,35 +124,6 @@ def train_until(
         ray.get(journal.flush.remote())
         return None
     return _note_finished(config, run, plan, prepared, journal, tracking_uri)
-
-
-def _build_trainer(
-    settings: LoopSettings,
-    run: RunFolder,
-    plan: Plan,
-    lengths: TokenLengths,
-    resources: Resources,
-    callbacks: Sequence[UserCallback],
-) -> StoppableTrainer:
-    """Build Ray Train's trainer of a run: its workers, its stream, its checkpoints."""
-    config, until = settings.config, settings.until
-    return StoppableTrainer(
-        run_worker,
-        train_loop_config={"settings": settings},
-        torch_config=TorchConfig(backend="nccl" if resources.use_gpu else "gloo"),
-        scaling_config=scaling(resources),
-        run_config=RunConfig(
-            name=run.name,
-            storage_path=run.storage_path,
-            failure_config=FailureConfig(max_failures=config.run.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=config.train.save_total_limit),
-            callbacks=[SnapshotKeeper(run), *callbacks],
-            logging_config=LoggingConfig(log_level="WARNING"),
-            worker_runtime_env={"env_vars": worker_environment(config, resources)},
-        ),
-        datasets={"train": TrainStream(partial(committed_step, run.storage_path, run.name), until)},
-        dataset_config=DealToRanks(plan, until, lengths, settings.stream),
-    )
 
 
 def make_plan(config: FinetuneConfig, prepared: PreparedData, blueprint: Blueprint) -> tuple[TokenLengths, Plan]:
