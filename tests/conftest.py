@@ -37,6 +37,12 @@ install_import_hook(SHAPES_CHECKED, "beartype.beartype")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 
 
+@pytest.fixture(autouse=True)
+def started_as_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let messages name commands as for a library's user, whatever an earlier test has started as a script."""
+    monkeypatch.delenv("LLAVA_RAY_STARTED_AS", raising=False)
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A private four-CPU (logical) cluster for the whole session."""

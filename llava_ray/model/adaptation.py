@@ -57,7 +57,7 @@ def _check_same(parts: LlavaParts, lora: LoraConfig, trained: Any) -> None:
     if not lora.lora_enable:
         raise ModelError(
             f"{parts.bundle} holds an adapter over {parts.manifest.language_model.base}; set lora.lora_enable = true "
-            f"to go on with it, or merge it first ({command('export', 'merge')})."
+            f"to continue it, or merge it first ({command('export', 'merge')})."
         )
     quantization = parts.manifest.quantization
     found = {key: getattr(trained, name) for key, name in _SAME.items()}

@@ -5,7 +5,7 @@ bitsandbytes is imported inside the functions: it is an extra, and most processe
 
 import importlib
 import logging
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -47,16 +47,16 @@ def bitsandbytes_config(quantization: Quantization, dtype: torch.dtype) -> BitsA
     )
 
 
-def choose_quantization(bits: Bits | None, trained: Quantization | None) -> Quantization | None:
+def choose_quantization(bits: int | None, trained: Quantization | None) -> Quantization | None:
     """Return the quantisation of a language model for inference: as it was ``trained`` unless ``bits`` is given.
 
     Raises ModelError for another number of bits.
     """
-    if bits not in (None, 4, 8, 16):
+    if bits not in (None, *get_args(Bits)):
         raise ModelError(f"bits is {bits}; expected 16, 8 or 4.")
     if bits is None or (trained is not None and trained.bits == bits):
         return trained
-    return None if bits == 16 else Quantization(bits=bits)
+    return None if bits == 16 else Quantization(bits=8 if bits == 8 else 4)
 
 
 def set_compute_dtype(language_model: PreTrainedModel) -> None:

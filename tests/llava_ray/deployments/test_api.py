@@ -158,7 +158,7 @@ def test_models_and_adapters_are_listed_with_what_they_can_do(echo: Service) -> 
     assert echo.openai.chat.completions.create(**{**asking("ahoy"), "model": "pirate"}).choices[0].message.content == (
         "pirate ahoy"
     )
-    with pytest.raises(openai.NotFoundError, match="there are: echo, pirate"):
+    with pytest.raises(openai.NotFoundError, match="available: echo, pirate"):
         echo.openai.chat.completions.create(**{**asking("hello"), "model": "gpt-4"})
 
 

@@ -45,7 +45,7 @@ def test_merged_it_computes_the_same(bundle, folders, samples, pack, tmp_path: P
     assert read_manifest(tmp_path / "merged").language_model.inside
     assert after.manifest.training == {"run": "test"}
     export_original(open_model(tmp_path / "merged"), tmp_path / "original")
-    with pytest.raises(ModelError, match="is there already"):
+    with pytest.raises(ModelError, match="exists already"):
         export_merged(bundle, tmp_path / "merged")
 
 

@@ -264,7 +264,7 @@ def test_going_on_from_a_bundle(folders, samples, pack, tmp_path: Path) -> None:
     assert (manifest.version, manifest.image_aspect_ratio, manifest.model_max_length) == ("v1", "square", 512)
     with pytest.raises(ModelError, match=r"mm_vision_select_layer is -2, .* trained with -1; set it so"):
         assemble(config.replaced({"mm_vision_select_layer": -2}), "square")
-    with pytest.raises(ModelError, match=r"brings its own vision tower .*elsewhere is configured"):
+    with pytest.raises(ModelError, match=r"includes its own vision tower .*elsewhere is configured"):
         assemble(config.replaced({"vision_tower": "elsewhere"}), "square")
     same_tower = config.replaced({"vision_tower": str(folders.tower())})
     assert assemble(same_tower, "square").manifest.vision_tower == manifest.vision_tower

@@ -173,7 +173,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(folders, tmp_path: Path
     model = open_model(source, version="v1", vision_tower=str(folders.tower()))
     export_bundle(model, tmp_path / "bundle")
     before = (tmp_path / "bundle/llava.json").read_bytes()
-    with pytest.raises(ModelError, match="is there already; an export overwrites nothing"):
+    with pytest.raises(ModelError, match="exists already; an export overwrites nothing"):
         export_original(model, tmp_path / "bundle")
     assert (tmp_path / "bundle/llava.json").read_bytes() == before
     (source / "model.safetensors").write_bytes(b"gone")

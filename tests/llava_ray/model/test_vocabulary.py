@@ -145,9 +145,9 @@ def test_the_originals_adapter_brings_its_rows(num_rows: int, folders, tmp_path:
 
 def test_rows_of_another_model_are_refused(folders) -> None:
     model = folders.assemble().llava.language_model
-    with pytest.raises(ModelError, match=r"brings \(2, 5\) embeddings, but 2 new tokens of width 32"):
+    with pytest.raises(ModelError, match=r"has \(2, 5\) embeddings, but 2 new tokens of width 32"):
         extend_embeddings(model, [300, 301], torch.zeros(2, 5))
-    with pytest.raises(ModelError, match=r"brings \(1, 32\) embeddings, but 2 new tokens"):
+    with pytest.raises(ModelError, match=r"has \(1, 32\) embeddings, but 2 new tokens"):
         extend_embeddings(model, [300, 301], torch.zeros(1, 32))
 
 

@@ -123,7 +123,7 @@ def _check_settings(manifest: Manifest) -> None:
     if unknown := find_unknown_elsewhere(manifest):
         raise _inexpressible("settings", f"{unknown} is {getattr(manifest, unknown)!r}, the layout has no word for it")
     if manifest.s2:
-        raise _inexpressible("vision tower", f"s2 looks at several scales {manifest.s2_scales}, the layout at one")
+        raise _inexpressible("vision tower", f"s2 uses several scales {manifest.s2_scales}, the layout at one")
 
 
 def _check_vllm(model: ModelFiles) -> None:
