@@ -110,7 +110,7 @@ def test_two_steps_one_answer_and_a_bundle(tower: Path, folders, samples, tmp_pa
     parts.tower.enable_checkpointing()
     losses = []
     for _ in range(3):
-        loss = parts.llava(sample.input_ids, sample.position_ids, sample.labels, pixels=pixels).mean()
+        loss = token_losses(parts.llava, sample.input_ids, sample.position_ids, sample.labels, pixels=pixels).mean()
         optimizer.zero_grad()
         loss.backward()
         assert all(p.grad is not None for p in parts.tower.parameters() if p.requires_grad)
