@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from losses import token_losses
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
