@@ -208,7 +208,7 @@ ODD = {
     "page": ({"image": "{base}/page"}, "image_unreadable", "<html>"),
     "missing": ({"image": "gone.jpg"}, "image_missing", "gone.jpg"),
     "base64": ({"image": "iVBORw0KGgo" + "A" * 5000}, "image_unreadable", "base64"),
-    "NUL": ({"image": "a\0.jpg"}, "image_missing", "no name"),
+    "NUL": ({"image": "a\0.jpg"}, "image_missing", "not a valid file name"),
     "video": ({"video": "a.mp4"}, "unsupported", "`video`"),
     "tools": ({"tools": [{"type": "function"}]}, "unsupported", "`tools`"),
     "part": ({"conversations": None, "messages": [{"role": "user", "content": ["?"]}]}, "malformed", "part 1 is str"),
@@ -294,7 +294,7 @@ def test_lost_shard_is_made_again(config: DataConfig) -> None:
 @pytest.mark.parametrize("records", [[], [record(0, image="gone.jpg")]])
 def test_nothing_left_is_an_error_at_any_limit(records: list[dict[str, Any]], tmp_path: Path) -> None:
     config = write_json(tmp_path, records).replaced({"max_rejected": 1.0})
-    with pytest.raises(DataError, match=r"holds no record|1 of 1 records are rejected"):
+    with pytest.raises(DataError, match=r"the data has no records|1 of 1 records are rejected"):
         prepare_data(config, show_progress=False)
 
 
