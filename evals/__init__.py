@@ -1,1 +1,4 @@
-"""Benchmarks: what to show, what to ask, what is right and how to add up. No ray, no torch, no model."""
+"""Benchmarks: prompts, grading and aggregation, independent of Ray, torch and models.
+
+Part of the distribution llava_ray.
+"""

@@ -1,4 +1,4 @@
-"""Answers files, ours and LLaVA's, and their join to questions: by id, never by line."""
+"""Answers files, ours and LLaVA's, and their join to questions by id, never by line."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from evals.benchmark import Question
-from evals.files import by_id, read_json, read_lines, read_text
+from evals.files import index_by_id, read_json_value, read_lines, read_utf8
 from llava_ray.errors import DataError
+from llava_ray.invocation import command
 
-IDS = ("question_id", "questionId", "id", "image")
-TEXTS = ("text", "answer", "prediction")
+_IDS = ("question_id", "questionId", "id", "image")
+_TEXTS = ("text", "answer", "prediction")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One line of an answers file; ``prompt`` is what was asked, where the line says it."""
+    """One line of an answers file; ``prompt`` is the question, where the line has it."""
 
     id: str
     text: str
@@ -25,25 +26,25 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Joined:
-    """Answers by the ids of their questions, and what did not fit."""
+class JoinedAnswers:
+    """Answers by the ids of their questions, and mismatches."""
 
     answers: Mapping[str, str]
     missing: tuple[str, ...]
     """Questions without an answer."""
     duplicate: tuple[str, ...]
-    """Questions with several answers, once for each answer too many; the first in the file counts."""
+    """Questions with several answers, once for each surplus answer; the first in the file counts."""
     conflicting: tuple[str, ...]
-    """Those of them whose answers differ."""
+    """The duplicates with different answers."""
     extra: tuple[str, ...]
-    """Answers to no question, or to one of several."""
+    """Answers without a question, or with an ambiguous one."""
 
 
-class Recorded:
-    """A judge whose replies were recorded before, by question id."""
+class RecordedJudge:
+    """A judge with recorded replies, by question id."""
 
     def __init__(self, replies: Mapping[str, str]) -> None:
-        """Keep the replies."""
+        """Initialise with the replies."""
         self.replies = replies
 
     def __call__(self, question_id: str, request: str) -> str | None:
@@ -57,30 +58,32 @@ def read_answers(path: Path) -> list[Answer]:
     A row's id is question_id (questionId, id, image), its answer text (answer, prediction).
     """
     if not path.exists():
-        raise DataError(f"there is no answers file {path}; make one with evaluate.py run, or give LLaVA's.")
+        raise DataError(
+            f"there is no answers file {path}; make one with {command('evaluate', 'run')}, or give LLaVA's."
+        )
     content = read_content(path)
     if isinstance(content, dict):
-        return [Answer(str(name), _said(text, name, path)) for name, text in content.items()]
+        return [Answer(str(name), _text_of(text, name, path)) for name, text in content.items()]
     if not isinstance(content, list):
         raise DataError(f"{path} holds {content!r:.80}; expected rows with question_id and text.")
     return [_answer(row, path) for row in content]
 
 
-def read_reviews(path: Path) -> Recorded:
+def read_reviews(path: Path) -> RecordedJudge:
     """Read a judge's replies: JSON lines with question_id and content, as LLaVA's review scripts write them.
 
-    Raises DataError for two that differ: which of them counts is not said.
+    Raises DataError for two different replies to one question.
     """
     replies = []
     for row in read_lines(path):
         if not isinstance(row, dict) or "question_id" not in row or not isinstance(row.get("content"), str):
             raise DataError(f"{path}: a row lacks question_id or content (the judge's reply); see evals/README.md")
         replies.append((str(row["question_id"]), row["content"]))
-    return Recorded(by_id(replies, path, "reviews"))
+    return RecordedJudge(index_by_id(replies, path, "reviews"))
 
 
-def join(questions: Sequence[Question], answers: Sequence[Answer]) -> Joined:
-    """Give each question its answer by id or alias. Raises DataError if two questions have the same id."""
+def match_answers(questions: Sequence[Question], answers: Sequence[Answer]) -> JoinedAnswers:
+    """Match answers to questions by id or alias. Raises DataError if two questions have the same id."""
     index = _index(questions)
     found: dict[str, list[str]] = defaultdict(list)
     extra = []
@@ -91,7 +94,7 @@ def join(questions: Sequence[Question], answers: Sequence[Answer]) -> Joined:
         else:
             found[name].append(answer.text)
     names = [question.id for question in questions]
-    return Joined(
+    return JoinedAnswers(
         {name: found[name][0] for name in names if name in found},
         tuple(name for name in names if name not in found),
         tuple(name for name in names for _ in found.get(name, [])[1:]),
@@ -110,7 +113,7 @@ def _index(questions: Sequence[Question]) -> dict[str, str]:
     for question in questions:
         for alias in question.aliases:
             claims[alias].add(question.id)
-    # An alias that means two questions means none; an id proper goes before any alias.
+    # An ambiguous alias is dropped; ids take precedence over aliases.
     return {alias: next(iter(ids)) for alias, ids in claims.items() if len(ids) == 1} | index
 
 
@@ -121,16 +124,16 @@ def _keys(answer: Answer) -> list[str]:
 
 
 def read_content(path: Path) -> Any:
-    """Return an answers file's rows, or its texts by id. Raises DataError."""
-    text = read_text(path).lstrip()
+    """Read an answers file's rows, or its texts by id. Raises DataError."""
+    text = read_utf8(path).lstrip()
     if path.suffix == ".json" or text.startswith("["):
-        return read_json(path, "repair it")
+        return read_json_value(path, "repair it")
     return read_lines(path)
 
 
 def _answer(row: Any, path: Path) -> Answer:
     keys = row.keys() if isinstance(row, dict) else ()
-    name, text = (next((key for key in wanted if key in keys), None) for wanted in (IDS, TEXTS))
+    name, text = (next((key for key in wanted if key in keys), None) for wanted in (_IDS, _TEXTS))
     if name is None or text is None:
         raise DataError(
             f"{path}: a row has {', '.join(keys) or repr(row)}; expected question_id and text (LLaVA's and our form)"
@@ -138,14 +141,14 @@ def _answer(row: Any, path: Path) -> Answer:
     category = row.get("category")
     return Answer(
         str(row[name]),
-        _said(row[text], row[name], path),
+        _text_of(row[text], row[name], path),
         str(row.get("prompt") or ""),
         category if isinstance(category, str) else "",
     )
 
 
-def _said(value: Any, name: Any, path: Path) -> str:
-    """Return an answer's text; what has parts is none."""
+def _text_of(value: Any, name: Any, path: Path) -> str:
+    """Return an answer's text. Raises DataError for lists and objects."""
     if isinstance(value, list | dict):
         raise DataError(f"{path}: the answer to {name!r} is no text but {value!r:.80}.")
     return "" if value is None else str(value)

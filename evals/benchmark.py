@@ -1,7 +1,7 @@
-"""What a benchmark is: what to show, what to ask, what is right and how to add up. It knows no model.
+"""The interface of benchmarks: images, prompts, grading and aggregation, independent of any model.
 
 A benchmark reads its official files into questions, grades one answer at a time under a scorer profile, and adds
-grades up. Whoever runs it brings the answers; two benchmarks also need a judge, which they receive as an argument.
+grades up. The caller provides the answers; two benchmarks also need a judge, which is an argument.
 """
 
 from abc import ABC, abstractmethod
@@ -14,11 +14,11 @@ from typing import Any, ClassVar, Literal, Protocol
 from llava_ray.errors import ConfigError
 
 Profile = Literal["llava", "official", "robust"]
-"""Whose rule: LLaVA's (parity with its tables), the benchmark authors' script, or ours, which never guesses."""
-PROFILES: tuple[Profile, ...] = ("llava", "official", "robust")
+"""The scoring rule: LLaVA's (parity with its tables), the benchmark authors' script, or ours, which never guesses."""
+_PROFILES: tuple[Profile, ...] = ("llava", "official", "robust")
 
-State = Literal["scored", "unparsed", "missing", "failed"]
-"""``unparsed``: there is an answer, but no rule finds one in it (it scores 0). ``failed``: the judge gave no score."""
+_State = Literal["scored", "unparsed", "missing", "failed"]
+"""``unparsed``: the rule finds no answer in the text (it scores 0). ``failed``: the judge gave no score."""
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -27,10 +27,10 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 class Judge(Protocol):
-    """Whoever grades free text: a model behind an API, or reviews recorded before."""
+    """A grader of free text: a model behind an API, or recorded reviews."""
 
     def __call__(self, question_id: str, request: str) -> str | None:
-        """Return the reply to a request about one question, or None if there is none."""
+        """Return the reply to a request about one question, or None without one."""
         ...
 
 
@@ -40,31 +40,31 @@ class Question:
 
     id: str
     prompt: str
-    """All text that the model sees beside the images: context, question, options, instruction."""
+    """The whole text of the prompt: context, question, options, instruction."""
     images: tuple[Path | bytes, ...] = ()
-    """Files or encoded images, in order; a file need not be there to score."""
+    """Files or encoded images, in order; scoring does not need the files."""
     truths: tuple[str, ...] = ()
-    """Right answers (letters where there are options); none where only a server knows them."""
+    """Correct answers (letters where there are options); none where only a server has them."""
     options: tuple[str, ...] = ()
     categories: tuple[str, ...] = ()
-    """Names under which it is counted beside the whole."""
+    """Categories in which it is counted too."""
     cluster: str = ""
-    """What it shares with other questions (an image, mostly): they are not independent."""
+    """The unit of correlated questions (mostly an image): they are not independent in statistics."""
     group: str = ""
-    """What is right only as a whole: an image's two questions in MME, a question's rotations in MMBench."""
+    """Questions that are scored together: an image's two questions in MME, a question's rotations in MMBench."""
     aliases: tuple[str, ...] = ()
-    """Other ids under which LLaVA's answers know it: an id, or an id, a newline and the question in lower case."""
+    """Other ids in LLaVA's answers: an id, or an id, a newline and the question in lower case."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What only its benchmark understands."""
+    """Data for the benchmark's own rules."""
 
 
 @dataclass(frozen=True)
 class Grade:
-    """What one answer is worth: 0..1, and what it was understood as (None: nothing)."""
+    """The score of an answer, 0 to 1, and its parsed form (None: unparsed)."""
 
     score: float
     parsed: str | None
-    state: State = "scored"
+    state: _State = "scored"
 
 
 UNPARSED = Grade(0.0, None, "unparsed")
@@ -74,12 +74,12 @@ MISSING = Grade(0.0, None, "missing")
 
 @dataclass(frozen=True)
 class Graded:
-    """A grade with all that adding up needs: kept in a file, it can be compared without the benchmark's data."""
+    """A grade with the fields for aggregation, so that stored results can be compared without the benchmark's data."""
 
     id: str
     score: float
     parsed: str | None
-    state: State
+    state: _State
     truth: str
     categories: tuple[str, ...] = ()
     cluster: str = ""
@@ -87,8 +87,8 @@ class Graded:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A number over so many questions; None where there is nothing to say."""
+class MetricValue:
+    """The value of a metric over ``num`` questions; None if it is undefined."""
 
     value: float | None
     num: int
@@ -96,15 +96,15 @@ class Figure:
 
 @dataclass(frozen=True)
 class Total:
-    """Grades added up: the headline, other figures of the whole, and those by category."""
+    """Aggregated grades: the headline, other metrics, and values by category."""
 
     headline: float | None
-    figures: Mapping[str, float | None] = field(default_factory=dict)
-    categories: Mapping[str, Figure] = field(default_factory=dict)
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
+    categories: Mapping[str, MetricValue] = field(default_factory=dict)
 
 
 class Benchmark(ABC):
-    """A benchmark by name. Subclasses say how to obtain the data in their docstring, with the robust rule's vectors."""
+    """A benchmark. Subclasses' docstrings say how to obtain the data, and list test vectors of the robust rule."""
 
     name: ClassVar[str]
     title: ClassVar[str]
@@ -112,7 +112,7 @@ class Benchmark(ABC):
     maximum: ClassVar[float] = 100.0
     category_maximum: ClassVar[float] = 100.0
     needs_judge: ClassVar[tuple[Profile, ...]] = ()
-    """Profiles under which a judge has to grade."""
+    """Profiles that need a judge."""
     is_mean: ClassVar[bool] = True
     """Whether the headline is 100 x the mean of the scores."""
     max_new_tokens: ClassVar[int] = 128
@@ -127,22 +127,22 @@ class Benchmark(ABC):
         """Grade one answer. Raises DataError where the profile's own rule cannot score the question."""
 
     def add_up(self, rows: Sequence[Graded], profile: Profile) -> Total:
-        """Return 100 x the mean, of all and by category; a missing answer scores 0, a failed judge call is out."""
+        """Compute 100 x the mean, of all and by category; missing answers score 0, failed judge calls are excluded."""
         return Total(percentage(rows).value, {}, by_category(rows))
 
     def averaged(self, rows: Sequence[Graded], category: str | None = None) -> Sequence[Graded] | None:
-        """Return the rows whose mean x 100 is the headline, or the figure of a category; None where it is no mean."""
+        """Return the rows whose mean x 100 is the headline or a category's metric; None if it is no mean."""
         return rows if self.is_mean else None
 
     def submit(self, questions: Sequence[Question], answers: Mapping[str, str]) -> dict[str, bytes]:
-        """Return the files that the benchmark's server takes, by name; none if it has none. Missing answers are ''."""
+        """Build the files for the benchmark's server, by name; none without a server. Missing answers are ''."""
         return {}
 
 
-def percentage(rows: Sequence[Graded]) -> Figure:
-    """Return 100 x the mean score of what was judged."""
+def percentage(rows: Sequence[Graded]) -> MetricValue:
+    """Compute 100 x the mean score of all graded rows."""
     judged = [row.score for row in rows if row.state != "failed"]
-    return Figure(100 * sum(judged) / len(judged) if judged else None, len(judged))
+    return MetricValue(100 * sum(judged) / len(judged) if judged else None, len(judged))
 
 
 def split_by(rows: Sequence[Graded], key: Callable[[Graded], str]) -> dict[str, list[Graded]]:
@@ -162,12 +162,12 @@ def split_by_category(rows: Sequence[Graded]) -> dict[str, list[Graded]]:
     return dict(groups)
 
 
-def by_category(rows: Sequence[Graded]) -> dict[str, Figure]:
-    """Return the percentage of each category."""
+def by_category(rows: Sequence[Graded]) -> dict[str, MetricValue]:
+    """Compute the percentage of each category."""
     return {name: percentage(some) for name, some in split_by_category(rows).items()}
 
 
-def graded(question: Question, grade: Grade) -> Graded:
+def join_grade(question: Question, grade: Grade) -> Graded:
     """Join a question and its grade."""
     truth = " / ".join(dict.fromkeys(question.truths))
     return Graded(
@@ -182,19 +182,19 @@ def graded(question: Question, grade: Grade) -> Graded:
     )
 
 
-def right_or_wrong(parsed: str | None, truths: Sequence[str]) -> Grade:
-    """Grade what was understood: 1 for one of the truths, 0 for anything else, unparsed for nothing."""
+def grade_choice(parsed: str | None, truths: Sequence[str]) -> Grade:
+    """Grade a parsed answer: 1 for one of the truths, 0 for any other, unparsed for None."""
     return UNPARSED if parsed is None else Grade(float(parsed in truths), parsed)
 
 
 def list_options(options: Sequence[str]) -> str:
-    """Return options as LLaVA shows them, each on a line of its own after its letter."""
+    """Format options as LLaVA does, one per line after its letter."""
     return "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
 
 
-def check_profile(name: str) -> Profile:
-    """Return a profile by name. Raises ConfigError."""
-    for profile in PROFILES:
+def _check_profile(name: str) -> Profile:
+    """Check the name of a profile and return it. Raises ConfigError."""
+    for profile in _PROFILES:
         if name == profile:
             return profile
-    raise ConfigError(f"there is no scorer profile {name!r}; expected one of {', '.join(PROFILES)}")
+    raise ConfigError(f"there is no scorer profile {name!r}; expected one of {', '.join(_PROFILES)}")

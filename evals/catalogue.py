@@ -1,27 +1,27 @@
-"""Every benchmark by its name."""
+"""The registry of benchmarks."""
 
-from evals.ai2d import AI2D
 from evals.benchmark import Benchmark
-from evals.chartqa import ChartQA
-from evals.custom import Custom
-from evals.docvqa import DocVQA
-from evals.gqa import GQA
-from evals.hallusion_bench import HallusionBench
-from evals.llava_bench import LLaVABench
-from evals.mm_vet import MMVet
-from evals.mmbench import MMBench, MMBenchCN
-from evals.mme import MME
-from evals.mmmu import MMMU
-from evals.pope import POPE
-from evals.realworldqa import RealWorldQA
-from evals.science_qa import ScienceQA
-from evals.seed_bench import SEEDBench
-from evals.textvqa import TextVQA
-from evals.vizwiz import VizWiz
-from evals.vqav2 import VQAv2
+from evals.benchmarks.ai2d import AI2D
+from evals.benchmarks.chartqa import ChartQA
+from evals.benchmarks.custom import Custom
+from evals.benchmarks.docvqa import DocVQA
+from evals.benchmarks.gqa import GQA
+from evals.benchmarks.hallusion_bench import HallusionBench
+from evals.benchmarks.llava_bench import LLaVABench
+from evals.benchmarks.mm_vet import MMVet
+from evals.benchmarks.mmbench import MMBench, MMBenchCN
+from evals.benchmarks.mme import MME
+from evals.benchmarks.mmmu import MMMU
+from evals.benchmarks.pope import POPE
+from evals.benchmarks.realworldqa import RealWorldQA
+from evals.benchmarks.science_qa import ScienceQA
+from evals.benchmarks.seed_bench import SEEDBench
+from evals.benchmarks.textvqa import TextVQA
+from evals.benchmarks.vizwiz import VizWiz
+from evals.benchmarks.vqav2 import VQAv2
 from llava_ray.errors import ConfigError
 
-KINDS: tuple[type[Benchmark], ...] = (
+_KINDS: tuple[type[Benchmark], ...] = (
     VQAv2,
     GQA,
     VizWiz,
@@ -42,17 +42,17 @@ KINDS: tuple[type[Benchmark], ...] = (
     HallusionBench,
     Custom,
 )
-BENCHMARKS: dict[str, type[Benchmark]] = {kind.name: kind for kind in KINDS}
+BENCHMARKS: dict[str, type[Benchmark]] = {kind.name: kind for kind in _KINDS}
 
 
-# What people call them beside their names.
-ALIASES = {"sqa": "science_qa", "seed": "seed_bench", "llavaw": "llava_bench", "llavabenchinthewild": "llava_bench"}
+# Common aliases.
+_ALIASES = {"sqa": "science_qa", "seed": "seed_bench", "llavaw": "llava_bench", "llavabenchinthewild": "llava_bench"}
 
 
 def make_benchmark(name: str) -> Benchmark:
-    """Return a benchmark by name; case, dashes and underscores do not matter. Raises ConfigError."""
+    """Build a benchmark by name, ignoring case, dashes and underscores. Raises ConfigError."""
     plain = {known.replace("_", ""): kind for known, kind in BENCHMARKS.items()}
-    plain |= {alias: BENCHMARKS[known] for alias, known in ALIASES.items()}
+    plain |= {alias: BENCHMARKS[known] for alias, known in _ALIASES.items()}
     kind = plain.get(name.lower().replace("-", "").replace("_", ""))
     if kind is None:
         raise ConfigError(f"there is no benchmark {name!r}; expected one of {', '.join(BENCHMARKS)}")

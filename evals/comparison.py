@@ -1,4 +1,4 @@
-"""Two results of the same benchmark, question by question."""
+"""Comparison of two results of the same benchmark, question by question."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,62 +8,65 @@ from typing import Any
 
 from evals.benchmark import Graded, Profile
 from evals.catalogue import make_benchmark
-from evals.files import as_json, as_lines, read_json, read_lines
-from evals.scoring import Result, cluster_of, interval, rounded, summarise
+from evals.files import as_json, as_lines, read_json_value, read_lines
+from evals.scoring import Result, cluster_of, interval, rounded, summarize_result
 from evals.statistics import Estimate, jackknife, paired_difference
 from llava_ray.errors import ConfigError, DataError
+from llava_ray.invocation import command
 
-RESULT, GRADES = "result.json", "grades.jsonl"
-SETTINGS = ("prompt_hash", "template", "generation", "judge", "data_hash")
+_RESULT, _GRADES = "result.json", "grades.jsonl"
+_SETTINGS = ("prompt_hash", "template", "generation", "judge", "data_hash")
 
 
 @dataclass(frozen=True)
-class Kept:
-    """A result read back: its summary and its grades."""
+class StoredResult:
+    """A stored result: its summary and its grades."""
 
     summary: Mapping[str, Any]
     rows: Sequence[Graded]
 
 
 def write_result(folder: Path, result: Result) -> None:
-    """Keep a result: its summary, and a line for each question."""
+    """Save a result: its summary, and a line for each question."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / GRADES).write_bytes(as_lines([asdict(row) for row in result.rows]))
-    (folder / RESULT).write_bytes(as_json(summarise(result)))
+    (folder / _GRADES).write_bytes(as_lines([asdict(row) for row in result.rows]))
+    (folder / _RESULT).write_bytes(as_json(summarize_result(result)))
 
 
-def read_result(folder: Path) -> Kept:
-    """Read a kept result from its folder, or from a file in it. Raises DataError."""
+def read_result(folder: Path) -> StoredResult:
+    """Load a stored result from its folder, or from a file in it. Raises DataError."""
     folder = folder if folder.is_dir() else folder.parent
-    if not (folder / RESULT).exists() or not (folder / GRADES).exists():
-        raise DataError(f"{folder} has no {RESULT} with {GRADES}; make them with evaluate.py score --output {folder}")
+    if not (folder / _RESULT).exists() or not (folder / _GRADES).exists():
+        raise DataError(
+            f"{folder} has no {_RESULT} with {_GRADES}; make them with {command('evaluate', 'score')} --output {folder}"
+        )
     rows = []
-    for row in read_lines(folder / GRADES):
+    for row in read_lines(folder / _GRADES):
         try:
             rows.append(Graded(**row | {"categories": tuple(row["categories"])}))
         except (TypeError, KeyError) as error:
-            raise DataError(f"{folder / GRADES}: a line is no grade: {error}; score the answers again.") from error
-    return Kept(read_json(folder / RESULT), rows)
+            raise DataError(f"{folder / _GRADES}: a line is no grade: {error}; score the answers again.") from error
+    return StoredResult(read_json_value(folder / _RESULT), rows)
 
 
-def compare(first: Kept, second: Kept) -> dict[str, Any]:
-    """Return first - second over the questions that both have a score for, with its 95 % interval.
+def compare_results(first: StoredResult, second: StoredResult) -> dict[str, Any]:
+    """Compute first - second over the common scored questions, with the 95 % interval.
 
     Raises ConfigError for results of different benchmarks or profiles, DataError for results without a common question.
     """
     for key in ("benchmark", "profile"):
         if first.summary[key] != second.summary[key]:
             raise ConfigError(
-                f"the results differ in their {key}: {first.summary[key]!r} and {second.summary[key]!r}; only like can "
-                "be compared with like"
+                f"the results differ in their {key}: {first.summary[key]!r} and {second.summary[key]!r}; only equal "
+                "ones can be compared"
             )
-    theirs = {row.id: row for row in second.rows if has_score(row)}
-    pairs = [(row, theirs[row.id]) for row in first.rows if has_score(row) and row.id in theirs]
+    theirs = {row.id: row for row in second.rows if _has_score(row)}
+    pairs = [(row, theirs[row.id]) for row in first.rows if _has_score(row) and row.id in theirs]
     if not pairs:
         raise DataError("the two results have no question in common")
-    estimated = difference(str(first.summary["benchmark"]), first.summary["profile"], pairs)
+    estimated = estimate_difference(str(first.summary["benchmark"]), first.summary["profile"], pairs)
     sure = math.isfinite(estimated.standard_error) and (estimated.low > 0 or estimated.high < 0)
-    mine, other = (kept.summary.get("provenance", {}) for kept in (first, second))
+    mine, other = (stored.summary.get("provenance", {}) for stored in (first, second))
     return {
         "benchmark": first.summary["benchmark"],
         "profile": first.summary["profile"],
@@ -76,12 +79,12 @@ def compare(first: Kept, second: Kept) -> dict[str, Any]:
         "num_only_one": len(first.rows) + len(second.rows) - 2 * len(pairs),
         "better": sum(one.score > two.score for one, two in pairs),
         "worse": sum(one.score < two.score for one, two in pairs),
-        "settings_that_differ": [key for key in SETTINGS if mine.get(key) != other.get(key)],
+        "settings_that_differ": [key for key in _SETTINGS if mine.get(key) != other.get(key)],
     }
 
 
-def difference(name: str, profile: Profile, pairs: Sequence[tuple[Graded, Graded]]) -> Estimate:
-    """Return the difference of headlines, exactly for means, by leaving out groups of clusters for anything else."""
+def estimate_difference(name: str, profile: Profile, pairs: Sequence[tuple[Graded, Graded]]) -> Estimate:
+    """Estimate the difference of headlines, exactly for means, else by the jackknife over clusters."""
     benchmark = make_benchmark(name)
     clusters = [cluster_of(one) for one, _ in pairs]
     if benchmark.is_mean:
@@ -100,6 +103,6 @@ def difference(name: str, profile: Profile, pairs: Sequence[tuple[Graded, Graded
     return estimated
 
 
-def has_score(row: Graded) -> bool:
-    """Tell whether an answer was there and graded."""
+def _has_score(row: Graded) -> bool:
+    """Return whether an answer exists and was graded."""
     return row.state in ("scored", "unparsed")

@@ -9,20 +9,20 @@ from typing import Any
 
 from llava_ray.errors import DataError
 
-MAX_NAMED = 10
-MAX_CELL_BYTES = 2**30  # tables with images in them
-OTHER_STARTS = {
+_MAX_NAMED = 10
+_MAX_CELL_BYTES = 2**30  # tables with images in them
+_OTHER_STARTS = {
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
     b"\x1f\x8b": "gzip",
     b"PK": "a zip archive",
     b"PAR1": "Parquet",
 }
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 
 
 def find(folder: Path, *patterns: str) -> Path:
-    """Return the first file that one of the patterns names. Raises DataError."""
+    """Return the first file that matches one of the patterns. Raises DataError."""
     for pattern in patterns:
         for found in sorted(folder.glob(pattern)):
             return found
@@ -30,15 +30,15 @@ def find(folder: Path, *patterns: str) -> Path:
 
 
 def find_all(folder: Path, *patterns: str) -> list[Path]:
-    """Return all files of the first pattern that names any. Raises DataError."""
+    """Return all files of the first pattern with matches. Raises DataError."""
     for pattern in patterns:
         if found := sorted(folder.glob(pattern)):
             return found
     raise DataError(f"{folder} has no {' or '.join(patterns)}; see evals/README.md for what the folder has to hold.")
 
 
-def read_text(path: Path) -> str:
-    """Return a text file's content. Raises DataError, which says what it is instead of UTF-8."""
+def read_utf8(path: Path) -> str:
+    """Read a text file. Raises DataError with the likely encoding if it is not UTF-8."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -49,15 +49,15 @@ def read_text(path: Path) -> str:
             return text
     except UnicodeDecodeError:
         text = ""
-    looks = next((name for start, name in OTHER_STARTS.items() if content.startswith(start)), None)
-    looks = looks or ("UTF-16" if b"\0" in content[:1000] else "an older encoding such as Latin-1")
-    raise DataError(f"{path} is not UTF-8 (it looks like {looks}): save it as UTF-8.")
+    guess = next((name for start, name in _OTHER_STARTS.items() if content.startswith(start)), None)
+    guess = guess or ("UTF-16" if b"\0" in content[:1000] else "an older encoding such as Latin-1")
+    raise DataError(f"{path} is not UTF-8 (it looks like {guess}): save it as UTF-8.")
 
 
-def read_json(path: Path, remedy: str = "obtain it again") -> Any:
-    """Return a JSON file's value. Raises DataError."""
+def read_json_value(path: Path, remedy: str = "obtain it again") -> Any:
+    """Read a JSON file. Raises DataError."""
     try:
-        return json.loads(read_text(path))
+        return json.loads(read_utf8(path))
     except (ValueError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
@@ -65,9 +65,9 @@ def read_json(path: Path, remedy: str = "obtain it again") -> Any:
 
 
 def read_lines(path: Path) -> list[Any]:
-    """Return the values of a file of JSON lines. Raises DataError, which names the line."""
+    """Read a file of JSON lines. Raises DataError, which names the line."""
     rows = []
-    text = read_text(path)
+    text = read_utf8(path)
     for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would also split at U+2028 in a text
         if line.strip():
             try:
@@ -89,7 +89,7 @@ def _is_json(text: str) -> bool:
 
 def read_table(path: Path) -> Iterator[dict[str, str]]:
     """Yield the rows of a tab-separated file with a header. Raises DataError."""
-    csv.field_size_limit(MAX_CELL_BYTES)
+    csv.field_size_limit(_MAX_CELL_BYTES)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             yield from csv.DictReader(file, delimiter="\t")
@@ -97,7 +97,7 @@ def read_table(path: Path) -> Iterator[dict[str, str]]:
         raise DataError(f"{path} cannot be read as a tab-separated table: {error}") from error
 
 
-def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
+def read_parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of a Parquet file, one row group in memory at a time. Raises DataError."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -111,7 +111,7 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def need(row: Any, key: str, path: Path) -> Any:
-    """Return a field of a row. Raises DataError, which names the file and what the row has."""
+    """Return a required field of a row. Raises DataError, which names the file and the row's fields."""
     if not isinstance(row, dict) or key not in row:
         found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise DataError(f"{path}: a row has no {key!r} (it has {found}); is this the official file?")
@@ -119,51 +119,51 @@ def need(row: Any, key: str, path: Path) -> Any:
 
 
 def check_unique(ids: Sequence[str], path: Path, what: str) -> None:
-    """Raise DataError where two rows have the same id: which one is meant is not said."""
+    """Check that ids are unique. Raises DataError."""
     seen: set[str] = set()
     twice = list(dict.fromkeys(name for name in ids if name in seen or seen.add(name)))  # type: ignore[func-returns-value]
     if twice:
-        raise DataError(f"{path}: {what} {named(twice)} is there more than once; leave one of each in it.")
+        raise DataError(f"{path}: {what} {list_first(twice)} occurs more than once; keep one of each.")
 
 
-def by_id(pairs: Iterable[tuple[str, Any]], path: Path, what: str) -> dict[str, Any]:
-    """Return values by id; the same one twice means one thing. Raises DataError where two to an id differ."""
+def index_by_id(pairs: Iterable[tuple[str, Any]], path: Path, what: str) -> dict[str, Any]:
+    """Return values by id, merging equal duplicates. Raises DataError for different values of an id."""
     found: dict[str, Any] = {}
     differing: dict[str, None] = {}
     for name, value in pairs:
         if found.setdefault(name, value) != value:
             differing[name] = None
     if differing:
-        raise DataError(f"{path} has different {what} of {named(list(differing))}; leave one of each in it.")
+        raise DataError(f"{path} has different {what} of {list_first(list(differing))}; keep one of each.")
     return found
 
 
 def need_text(row: Any, key: str, path: Path) -> str:
-    """Return a field of a row that is a text. Raises DataError."""
+    """Return a required text field of a row. Raises DataError."""
     value = need(row, key, path)
     if not isinstance(value, str):
         raise DataError(f"{path}: {key!r} of question {row.get('question_id')!r} is no text but {value!r:.80}.")
     return value
 
 
-def named(names: Sequence[str]) -> str:
-    """List the first ids."""
-    return ", ".join(map(repr, names[:MAX_NAMED])) + (
-        f" and {len(names) - MAX_NAMED:,} more" * (len(names) > MAX_NAMED)
+def list_first(names: Sequence[str]) -> str:
+    """Format the first ids of a list."""
+    return ", ".join(map(repr, names[:_MAX_NAMED])) + (
+        f" and {len(names) - _MAX_NAMED:,} more" * (len(names) > _MAX_NAMED)
     )
 
 
 def check_complete(missing: Sequence[str], num: int, lacking: str, instead: str) -> None:
-    """Raise DataError with the ids that a joined file does not have; what is left over would be another benchmark."""
+    """Check that a joined file has all ids; a subset would be a different benchmark. Raises DataError."""
     if missing:
-        listed = ", ".join(missing[:MAX_NAMED]) + (", …" if len(missing) > MAX_NAMED else "")
+        listed = ", ".join(missing[:_MAX_NAMED]) + (", …" if len(missing) > _MAX_NAMED else "")
         raise DataError(
             f"{lacking} for {len(missing):,} of {num:,} questions: {listed}; add it, or leave {instead} out."
         )
 
 
 def picture(cell: Any, path: Path) -> bytes:
-    """Return the encoded image of a Parquet cell as the hub stores it, ``{"bytes": …}``. Raises DataError."""
+    """Return the encoded image of a Parquet cell in the hub's form, ``{"bytes": …}``. Raises DataError."""
     if isinstance(cell, bytes):
         return cell
     content = need(cell, "bytes", path)
@@ -173,17 +173,17 @@ def picture(cell: Any, path: Path) -> bytes:
 
 
 def hash_files(folder: Path) -> str:
-    """Return 16 hex digits that change with the name or size of a file in a folder; images are left aside."""
-    others = (file for file in folder.rglob("*") if file.suffix.lower() not in IMAGE_SUFFIXES and file.is_file())
+    """Hash the names and sizes of a folder's files, without images, to 16 hex digits."""
+    others = (file for file in folder.rglob("*") if file.suffix.lower() not in _IMAGE_SUFFIXES and file.is_file())
     listed = sorted((str(file.relative_to(folder)), file.stat().st_size) for file in others)
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
 
 
 def as_json(value: Any) -> bytes:
-    """Return a value as the bytes of a JSON file."""
+    """Format a value as the bytes of a JSON file."""
     return json.dumps(value, ensure_ascii=False, indent=1).encode()
 
 
 def as_lines(rows: list[Any]) -> bytes:
-    """Return rows as the bytes of a file of JSON lines."""
+    """Format rows as the bytes of a file of JSON lines."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()

@@ -1,11 +1,11 @@
-"""LLaVA's published figures (its model zoo) by benchmark, and how many questions a whole set has.
+"""LLaVA's published scores (its model zoo) by benchmark, and the sizes of whole sets.
 
-A figure of a part of the questions, or of another split, does not stand beside a published one.
+Scores of a part of the questions, or of another split, are not compared with published ones.
 """
 
 from collections.abc import Mapping
 
-MODELS = ("LLaVA-1.5-7B", "LLaVA-1.5-13B", "LLaVA-1.5-7B-LoRA", "LLaVA-1.6-Vicuna-7B")
+_MODELS = ("LLaVA-1.5-7B", "LLaVA-1.5-13B", "LLaVA-1.5-7B-LoRA", "LLaVA-1.6-Vicuna-7B")
 
 # In the order of MODELS. MME: perception. MMBench: dev, circular. SEED-Bench of 1.6 (70.2) is of images only.
 _TABLE: Mapping[str, tuple[float | None, ...]] = {
@@ -45,33 +45,33 @@ WHOLE_SETS: Mapping[str, tuple[int, ...]] = {
     "realworldqa": (765,),
 }
 ELSEWHERE: Mapping[str, str] = {"vqav2": "test-dev2015", "vizwiz": "the test split"}
-"""Where figures were published that only a server can compute: none of ours is of that set."""
+"""Benchmarks whose published scores only a server can compute, with their split."""
 
 
-def published_figures(benchmark: str, num_questions: int) -> dict[str, float]:
-    """Return the figures of a benchmark by model; empty where none were published for these very questions."""
+def published_scores(benchmark: str, num_questions: int) -> dict[str, float]:
+    """Return the published scores of a benchmark by model; empty if none are of exactly these questions."""
     if benchmark in ELSEWHERE or num_questions not in WHOLE_SETS.get(benchmark, ()):
         return {}
-    figures = zip(MODELS, _TABLE.get(benchmark, ()), strict=False)
-    return {model: figure for model, figure in figures if figure is not None}
+    scores = zip(_MODELS, _TABLE.get(benchmark, ()), strict=False)
+    return {model: score for model, score in scores if score is not None}
 
 
 def whole_set(benchmark: str, num_questions: int) -> int | None:
-    """Return how many questions the whole set has, None if that is not known."""
+    """Return the number of questions of the whole set, None if unknown."""
     sizes = WHOLE_SETS.get(benchmark, ())
     return num_questions if num_questions in sizes else max(sizes, default=None)
 
 
-def asked_of(benchmark: str, num: int, num_questions: int) -> str:
-    """Say how many questions there were of how many: "12 of 12,578"."""
+def format_count(benchmark: str, num: int, num_questions: int) -> str:
+    """Format a number of questions with the size of the set: "12 of 12,578"."""
     return f"{num:,} of {whole_set(benchmark, num_questions) or num_questions:,}"
 
 
 def comparison_note(benchmark: str, num_questions: int) -> str | None:
-    """Say why no published figures stand beside a result, where there are some."""
-    if benchmark not in _TABLE or published_figures(benchmark, num_questions):
+    """Explain why a result is not compared with published scores, if there are any."""
+    if benchmark not in _TABLE or published_scores(benchmark, num_questions):
         return None
     if num_questions not in WHOLE_SETS[benchmark]:
-        asked = asked_of(benchmark, num_questions, num_questions)
-        return f"{asked} questions: LLaVA's figures are of the whole set and do not stand beside this one"
-    return f"LLaVA's figures are of {ELSEWHERE[benchmark]}, which only its server scores"
+        counts = format_count(benchmark, num_questions, num_questions)
+        return f"{counts} questions: LLaVA's scores are of the whole set, and are not compared with this one"
+    return f"LLaVA's scores are of {ELSEWHERE[benchmark]}, which only its server can score"

@@ -1,4 +1,4 @@
-"""A ranking of many models from comparisons of two: Bradley-Terry on Elo's scale, with bootstrap intervals."""
+"""Ratings of models from pairwise comparisons: Bradley-Terry on Elo's scale, with bootstrap intervals."""
 
 import math
 import random
@@ -6,12 +6,12 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-SCALE, CENTRE = 400.0, 1000.0
+_SCALE, _CENTRE = 400.0, 1000.0
 """Elo's: 400 points are odds of ten to one. The mean of all models is 1000."""
-NUM_STEPS, ENOUGH = 10_000, 1e-10
-PRIOR = 0.5
-"""Each two models that met also tied so often: one that won everything has a finite rating."""
-NUM_RESAMPLES = 200
+_NUM_STEPS, _ENOUGH = 10_000, 1e-10
+_PRIOR = 0.5
+"""Prior ties between each two compared models, so that a model that won everything has a finite rating."""
+_NUM_RESAMPLES = 200
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Match:
 
 @dataclass(frozen=True)
 class Rating:
-    """A model's rating, its 95 % interval, and the matches it rests on."""
+    """A model's rating, its 95 % interval, and its number of matches."""
 
     rating: float
     low: float
@@ -34,15 +34,15 @@ class Rating:
     num_matches: int
 
 
-def rate(matches: Sequence[Match], seed: int = 0) -> dict[str, Rating]:
-    """Return ratings, the best model first; the interval resamples whole clusters."""
+def compute_ratings(matches: Sequence[Match], seed: int = 0) -> dict[str, Rating]:
+    """Compute ratings, the best model first; the interval resamples whole clusters."""
     ratings = bradley_terry(matches)
     clusters: dict[str, list[Match]] = defaultdict(list)
     for number, match in enumerate(matches):
         clusters[match.cluster or str(number)].append(match)
     names, draw = sorted(clusters), random.Random(seed)
     drawn: dict[str, list[float]] = defaultdict(list)
-    for _ in range(NUM_RESAMPLES):
+    for _ in range(_NUM_RESAMPLES):
         some = [match for name in draw.choices(names, k=len(names)) for match in clusters[name]]
         for model, rating in bradley_terry(some).items():
             drawn[model].append(rating)
@@ -56,7 +56,7 @@ def rate(matches: Sequence[Match], seed: int = 0) -> dict[str, Rating]:
 
 
 def bradley_terry(matches: Sequence[Match]) -> dict[str, float]:
-    """Return the strengths under which the results are likeliest (Hunter 2004's MM steps), on Elo's scale.
+    """Compute the maximum-likelihood strengths (Hunter 2004's MM steps) on Elo's scale.
 
     The Newman 2023 form of the step, which needs a tenth of the rounds: strength = won over / lost over.
     """
@@ -65,20 +65,20 @@ def bradley_terry(matches: Sequence[Match]) -> dict[str, float]:
         wins[match.first, match.second] += match.result
         wins[match.second, match.first] += 1 - match.result
     for pair in list(wins):
-        wins[pair] += PRIOR / 2
+        wins[pair] += _PRIOR / 2
     models = sorted({model for pair in wins for model in pair})
     strengths = dict.fromkeys(models, 1.0)
-    for _ in range(NUM_STEPS):
+    for _ in range(_NUM_STEPS):
         change = 0.0
         for model in models:
-            fresh = _step(model, strengths, wins)
-            change = max(change, abs(math.log(fresh / strengths[model])))
-            strengths[model] = fresh
-        if change < ENOUGH:
+            updated = _step(model, strengths, wins)
+            change = max(change, abs(math.log(updated / strengths[model])))
+            strengths[model] = updated
+        if change < _ENOUGH:
             break
     logs = {model: math.log10(strengths[model]) for model in models}
     mean = math.fsum(logs.values()) / max(1, len(logs))
-    return {model: CENTRE + SCALE * (logs[model] - mean) for model in models}
+    return {model: _CENTRE + _SCALE * (logs[model] - mean) for model in models}
 
 
 def _step(model: str, strengths: Mapping[str, float], wins: Mapping[tuple[str, str], float]) -> float:

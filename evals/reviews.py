@@ -1,6 +1,6 @@
-"""What reviews add up to: relative scores, biases of the judge, win rates, and a ranking of many models.
+"""Aggregation of reviews: relative scores, biases of the judge, win rates, and ratings of models.
 
-A review without scores is in no mean; it is counted, and too many of them withhold the headline.
+Reviews without scores are excluded from means and counted; too many of them withhold the headline.
 """
 
 import math
@@ -10,25 +10,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from evals.llava_bench import relative_score
+from evals.benchmarks.llava_bench import relative_score
 from evals.scoring import interval, rounded
-from evals.statistics import Estimate, jackknife, wilson
+from evals.statistics import Estimate, jackknife, wilson_interval
 
-State = Literal["done", "unparsed", "failed", "open"]
-"""``open``: not reviewed, because the job stopped or the budget was spent, or because there is no answer."""
-Figured = Callable[[Sequence["Review"]], float | None]
+ReviewState = Literal["done", "unparsed", "failed", "open"]
+"""``open``: not reviewed, because the job stopped, the budget was spent, or the answer is missing."""
+MetricFunction = Callable[[Sequence["Review"]], float | None]
 
 
 @dataclass(frozen=True)
 class Review:
-    """One review: the scores of the answers in the order of ``names``, whatever the judge saw first."""
+    """A review: the scores in the order of ``names``, whichever answer the judge saw first."""
 
     item: str
     names: tuple[str, ...]
     order: str
     """"given", or "swapped"."""
     sample: int
-    state: State
+    state: ReviewState
     scores: tuple[float, ...] | None = None
     lengths: tuple[int, ...] = ()
     categories: tuple[str, ...] = ()
@@ -36,44 +36,44 @@ class Review:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-def relative(reviews: Sequence[Review]) -> float | None:
-    """Return 100 x mean of the second answers' scores / mean of the first ones' (LLaVA's relative score)."""
+def review_relative_score(reviews: Sequence[Review]) -> float | None:
+    """Compute 100 x mean score of second answers / mean of first ones (LLaVA's relative score)."""
     return relative_score([(r.scores[0], r.scores[1]) for r in reviews if r.scores is not None])
 
 
 def mean_score(reviews: Sequence[Review], position: int = 0) -> float | None:
-    """Return the mean score of the answers at a position."""
+    """Compute the mean score of the answers at a position."""
     found = [review.scores[position] for review in reviews if review.scores is not None]
     return sum(found) / len(found) if found else None
 
 
 def mean_grade(reviews: Sequence[Review]) -> float | None:
-    """Return 100 x the mean of grades from 0 to 1 (MM-Vet's score)."""
+    """Compute 100 x the mean of grades from 0 to 1 (MM-Vet's score)."""
     mean = mean_score(reviews)
     return None if mean is None else 100 * mean
 
 
-MAXIMA: dict[Figured, float] = {mean_score: 10.0, mean_grade: 100.0}
-"""Of the figures that have one; a relative score may pass 100."""
+_MAXIMA: dict[MetricFunction, float] = {mean_score: 10.0, mean_grade: 100.0}
+"""Maxima of metrics that have one; a relative score may exceed 100."""
 
 
-def estimate(reviews: Sequence[Review], figure: Figured) -> Estimate | None:
-    """Return a figure with its error: the jackknife over clusters."""
+def _estimate(reviews: Sequence[Review], figure: MetricFunction) -> Estimate | None:
+    """Estimate a metric with its error by the jackknife over clusters."""
     scored = [review for review in reviews if review.scores is not None]
     return jackknife(scored, lambda review: review.cluster or review.item, figure)
 
 
-def counts(reviews: Sequence[Review]) -> dict[str, int]:
-    """Return how many reviews there are in each state."""
+def _counts(reviews: Sequence[Review]) -> dict[str, int]:
+    """Count the reviews in each state."""
     states = [review.state for review in reviews]
     return {"num_reviews": len(states)} | {
         state: states.count(state) for state in ("done", "unparsed", "failed", "open")
     }
 
 
-def withheld(reviews: Sequence[Review], max_failed: float) -> str | None:
-    """Say why there is no headline, if too many reviews have no scores, or none has."""
-    found = counts(reviews)
+def explain_withheld(reviews: Sequence[Review], max_failed: float) -> str | None:
+    """Return the reason for withholding the headline, if too many reviews have no scores; None otherwise."""
+    found = _counts(reviews)
     gaps = found["num_reviews"] - found["done"]
     if not found["done"]:
         return "no review has scores"
@@ -83,30 +83,34 @@ def withheld(reviews: Sequence[Review], max_failed: float) -> str | None:
     return f"{gaps} of {found['num_reviews']} reviews have no scores ({parts}); at most {max_failed:.0%} may lack them"
 
 
-def headline(reviews: Sequence[Review], figure: Figured, max_failed: float) -> dict[str, Any]:
-    """Return a figure of all reviews and by category, with intervals, or why it is withheld."""
+def compute_review_headline(reviews: Sequence[Review], figure: MetricFunction, max_failed: float) -> dict[str, Any]:
+    """Compute a metric of all reviews and by category, with intervals, or the reason for withholding it."""
     categories: dict[str, list[Review]] = defaultdict(list)
     for review in reviews:
         for name in review.categories:
             categories[name].append(review)
-    why = withheld(reviews, max_failed)
+    why = explain_withheld(reviews, max_failed)
     value = figure(reviews)
-    maximum = MAXIMA.get(figure, math.inf)
+    maximum = _MAXIMA.get(figure, math.inf)
     return {
         "score": None if why else rounded(value),
         "computed_score": rounded(value),
         **({"withheld": why} if why else {}),
-        **interval(estimate(reviews, figure), maximum=maximum),
-        **counts(reviews),
+        **interval(_estimate(reviews, figure), maximum=maximum),
+        **_counts(reviews),
         "categories": {
-            name: {"score": rounded(figure(some)), **interval(estimate(some, figure), maximum=maximum), **counts(some)}
+            name: {
+                "score": rounded(figure(some)),
+                **interval(_estimate(some, figure), maximum=maximum),
+                **_counts(some),
+            }
             for name, some in sorted(categories.items())
         },
     }
 
 
-def both_orders(reviews: Sequence[Review]) -> list[tuple[Review, Review]]:
-    """Return the reviews that were made in both orders: as given, and swapped."""
+def pair_orders(reviews: Sequence[Review]) -> list[tuple[Review, Review]]:
+    """Return pairs of reviews in both orders: as given, and swapped."""
     found: dict[tuple[str, tuple[str, ...], int], dict[str, Review]] = defaultdict(dict)
     for review in reviews:
         if review.scores is not None:
@@ -114,29 +118,29 @@ def both_orders(reviews: Sequence[Review]) -> list[tuple[Review, Review]]:
     return [(pair["given"], pair["swapped"]) for pair in found.values() if len(pair) == 2]
 
 
-def order_figures(reviews: Sequence[Review]) -> dict[str, Any]:
-    """Return what the order of the answers does to the judge.
+def compute_order_metrics(reviews: Sequence[Review]) -> dict[str, Any]:
+    """Compute the judge's position bias.
 
     ``consistency``: share of items with the same winner (or a tie) in both orders. ``first_wins``: share of decided
     reviews won by the answer that was shown first; .5 is fair. ``first_advantage``: points the first place is worth.
     """
-    pairs = both_orders(reviews)
+    pairs = pair_orders(reviews)
     if not pairs:
         return {"num_pairs": 0, "consistency": None, "first_wins": None, "first_advantage": None}
     same = sum(_winner(given) == _winner(swapped) for given, swapped in pairs)
-    shown = [_as_shown(review) for pair in pairs for review in pair]
-    decided = [first > second for first, second in shown if first != second]
+    in_order = [_as_shown(review) for pair in pairs for review in pair]
+    decided = [first > second for first, second in in_order if first != second]
     return {
         "num_pairs": len(pairs),
         "consistency": rounded(same / len(pairs)),
-        "consistency_interval": [rounded(end) for end in wilson(same, len(pairs))],
+        "consistency_interval": [rounded(end) for end in wilson_interval(same, len(pairs))],
         "first_wins": rounded(sum(decided) / len(decided)) if decided else None,
-        "first_advantage": rounded(sum(first - second for first, second in shown) / len(shown)),
+        "first_advantage": rounded(sum(first - second for first, second in in_order) / len(in_order)),
     }
 
 
-def length_figures(reviews: Sequence[Review]) -> dict[str, Any]:
-    """Return whether longer answers win.
+def compute_length_metrics(reviews: Sequence[Review]) -> dict[str, Any]:
+    """Compute the judge's length bias.
 
     ``length_ratio``: characters of the second answers / of the first ones. ``length_correlation``: of an answer's share
     of both lengths with its lead in points. ``longer_wins``: share of decided reviews that the longer answer won.
@@ -154,8 +158,8 @@ def length_figures(reviews: Sequence[Review]) -> dict[str, Any]:
     }
 
 
-def sample_figures(reviews: Sequence[Review], figure: Figured) -> dict[str, Any]:
-    """Return a figure's mean and spread over the samples, the judge's own variance (MM-Vet's mean ± std)."""
+def compute_sample_metrics(reviews: Sequence[Review], figure: MetricFunction) -> dict[str, Any]:
+    """Compute a metric's mean and standard deviation over samples, the judge's variance (MM-Vet's mean ± std)."""
     samples = sorted({review.sample for review in reviews})
     values = [value for sample in samples if (value := figure([r for r in reviews if r.sample == sample])) is not None]
     if len(values) < 2:
@@ -163,8 +167,8 @@ def sample_figures(reviews: Sequence[Review], figure: Figured) -> dict[str, Any]
     return {"num_samples": len(values), "mean": rounded(plain.mean(values)), "std": rounded(plain.stdev(values))}
 
 
-def win_rates(reviews: Sequence[Review]) -> dict[tuple[str, str], dict[str, Any]]:
-    """Return for each two models how often the first won, tied and lost, and its win rate (a tie is half).
+def compute_win_rates(reviews: Sequence[Review]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Compute for each pair of models the first one's wins, ties, losses and win rate (a tie is half).
 
     Both orders of an item are one verdict: the sum of the leads decides.
     """
@@ -182,7 +186,7 @@ def win_rates(reviews: Sequence[Review]) -> dict[tuple[str, str], dict[str, Any]
             "tied": len(totals) - decided,
             "lost": lost,
             "win_rate": rounded((won + (len(totals) - decided) / 2) / len(totals)),
-            "interval_of_decided": [rounded(end) for end in wilson(won, decided)] if decided else None,
+            "interval_of_decided": [rounded(end) for end in wilson_interval(won, decided)] if decided else None,
         }
     return found
 

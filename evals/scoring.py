@@ -1,4 +1,4 @@
-"""From questions and answers to a result: joined, graded, added up, with its uncertainty, and honest about gaps."""
+"""Scoring: join answers to questions, grade them, aggregate with uncertainty, and report gaps."""
 
 import math
 import platform
@@ -7,18 +7,18 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from evals.answers import Answer, Joined, join
-from evals.benchmark import MISSING, Benchmark, Figure, Graded, Judge, Profile, Question, Total, graded
+from evals.answers import Answer, JoinedAnswers, match_answers
+from evals.benchmark import MISSING, Benchmark, Graded, Judge, MetricValue, Profile, Question, Total, join_grade
 from evals.files import check_complete
 from evals.published import whole_set
-from evals.statistics import Estimate, estimate_mean, jackknife, wilson
+from evals.statistics import Estimate, estimate_mean, jackknife, wilson_interval
 from llava_ray.errors import DataError
 
-MAX_MISSING = 0.02
+_MAX_MISSING = 0.02
 """Share of questions without a score beyond which there is no headline."""
-MAX_LISTED = 100
-NO_ERROR = 1e-9
-"""A standard error below it is none but for rounding."""
+_MAX_LISTED = 100
+_NO_ERROR = 1e-9
+"""A smaller standard error is a rounding error."""
 
 
 @dataclass(frozen=True)
@@ -28,24 +28,24 @@ class Result:
     benchmark: Benchmark
     profile: Profile
     rows: Sequence[Graded]
-    joined: Joined
+    joined: JoinedAnswers
     total: Total
     estimate: Estimate | None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def num_scored(self) -> int:
-        """Questions with an answer that was graded, understood or not."""
+        """Return the number of graded questions, parsed or not."""
         return self.num("scored") + self.num("unparsed")
 
     @property
     def complete(self) -> bool:
-        """Whether few enough scores are missing for a headline."""
-        return bool(self.rows) and self.num("missing") + self.num("failed") <= MAX_MISSING * len(self.rows)
+        """Return whether few enough scores are missing for a headline."""
+        return bool(self.rows) and self.num("missing") + self.num("failed") <= _MAX_MISSING * len(self.rows)
 
     @property
     def score(self) -> float | None:
-        """The headline, or None if more than 2 % are missing or failed."""
+        """Return the headline, or None if more than 2 % are missing or failed."""
         return self.total.headline if self.complete else None
 
     def num(self, state: str) -> int:
@@ -53,7 +53,7 @@ class Result:
         return sum(row.state == state for row in self.rows)
 
 
-def score(
+def score_answers(
     benchmark: Benchmark,
     questions: Sequence[Question],
     answers: Sequence[Answer],
@@ -70,28 +70,36 @@ def score(
             "submission with --output FOLDER, or point to a split with answers"
         )
     check_truths(benchmark, questions)
-    joined = join(questions, answers)
+    joined = match_answers(questions, answers)
     known = joined.answers
-    rows = [graded(q, benchmark.grade(q, known[q.id], profile, judge) if q.id in known else MISSING) for q in questions]
+    rows = [
+        join_grade(q, benchmark.grade(q, known[q.id], profile, judge) if q.id in known else MISSING) for q in questions
+    ]
     total = benchmark.add_up(rows, profile)
     return Result(
-        benchmark, profile, rows, joined, total, estimate(benchmark, rows, profile), versions() | dict(provenance or {})
+        benchmark,
+        profile,
+        rows,
+        joined,
+        total,
+        compute_metric(benchmark, rows, profile),
+        find_versions() | dict(provenance or {}),
     )
 
 
 def check_truths(benchmark: Benchmark, questions: Sequence[Question]) -> None:
-    """Raise DataError if some questions have answers to score by and others have none."""
+    """Check that all questions or none have correct answers. Raises DataError."""
     without = [question.id for question in questions if not question.truths]
     if len(without) < len(questions):
         check_complete(without, len(questions), f"the data of {benchmark.title} have no right answer", "the question")
 
 
-def estimate(
+def compute_metric(
     benchmark: Benchmark, rows: Sequence[Graded], profile: Profile, category: str | None = None
 ) -> Estimate | None:
-    """Return the headline, or the figure of a category's rows, with its error; None if there is no figure.
+    """Compute the headline, or a category's metric, with its error; None if it is undefined.
 
-    Of a mean it is exact, of anything else it comes from leaving out groups of clusters.
+    The error of a mean is exact, that of any other metric comes from the jackknife over clusters.
     """
     averaged = benchmark.averaged(rows, category)
     if averaged is not None:
@@ -101,32 +109,32 @@ def estimate(
 
     def figure(some: Sequence[Graded]) -> float | None:
         total = benchmark.add_up(some, profile) if some else Total(None)
-        return total.headline if category is None else total.categories.get(category, Figure(None, 0)).value
+        return total.headline if category is None else total.categories.get(category, MetricValue(None, 0)).value
 
     return jackknife(rows, cluster_of, figure)
 
 
 def cluster_of(row: Graded) -> str:
-    """Return what a row is counted with: its cluster, or itself."""
+    """Return the cluster of a row: its own id without one."""
     return row.cluster or row.id
 
 
-def category_intervals(result: Result) -> dict[str, dict[str, Any]]:
-    """Return the intervals of the categories' figures."""
+def _category_intervals(result: Result) -> dict[str, dict[str, Any]]:
+    """Compute the intervals of the categories' metrics."""
     benchmark, found = result.benchmark, {}
     for name in result.total.categories:
-        # A category that no row is in is that of all (ScienceQA's "all").
+        # A category without rows is that of all questions (ScienceQA's "all").
         rows = [row for row in result.rows if name in row.categories] or result.rows
         share = benchmark.averaged(rows, name) is not None
-        estimated = estimate(benchmark, rows, result.profile, name)
+        estimated = compute_metric(benchmark, rows, result.profile, name)
         found[name] = interval(estimated, share=share, maximum=benchmark.category_maximum)
     return found
 
 
-def summarise(result: Result) -> dict[str, Any]:
-    """Return a result as one JSON object; without a headline, ``score`` is null and ``withheld`` says why."""
+def summarize_result(result: Result) -> dict[str, Any]:
+    """Convert a result to a JSON object; without a headline, ``score`` is null and ``withheld`` has the reason."""
     joined, estimated = result.joined, result.estimate
-    intervals = category_intervals(result)
+    intervals = _category_intervals(result)
     categories = {
         name: {"score": rounded(figure.value), "num": figure.num, **intervals[name]}
         for name, figure in result.total.categories.items()
@@ -153,13 +161,13 @@ def summarise(result: Result) -> dict[str, Any]:
         "extra": len(joined.extra),
         "unparsed": result.num("unparsed"),
         "failed": result.num("failed"),
-        "figures": {name: rounded(value) for name, value in result.total.figures.items()},
+        "figures": {name: rounded(value) for name, value in result.total.metrics.items()},
         "categories": categories,
         "ids": {
-            "missing": joined.missing[:MAX_LISTED],
-            "duplicate": joined.duplicate[:MAX_LISTED],
-            "extra": joined.extra[:MAX_LISTED],
-            "unparsed": [row.id for row in result.rows if row.state == "unparsed"][:MAX_LISTED],
+            "missing": joined.missing[:_MAX_LISTED],
+            "duplicate": joined.duplicate[:_MAX_LISTED],
+            "extra": joined.extra[:_MAX_LISTED],
+            "unparsed": [row.id for row in result.rows if row.state == "unparsed"][:_MAX_LISTED],
         },
         "provenance": dict(result.provenance),
     }
@@ -173,30 +181,30 @@ def summarise_unscored(
     provenance: Mapping[str, Any],
     reason: str,
 ) -> dict[str, Any]:
-    """Return the summary of answers that cannot be scored here: what is missing, and why there is no number."""
-    joined = join(questions, answers)
-    nothing = Result(benchmark, profile, [], joined, Total(None), None, versions() | dict(provenance))
-    return summarise(nothing) | {
+    """Summarise answers that cannot be scored here: what is missing, and the reason."""
+    joined = match_answers(questions, answers)
+    nothing = Result(benchmark, profile, [], joined, Total(None), None, find_versions() | dict(provenance))
+    return summarize_result(nothing) | {
         "withheld": reason,
         "num_questions": len(questions),
         "whole_set": whole_set(benchmark.name, len(questions)),
     }
 
 
-def versions() -> dict[str, str]:
-    """Return what scored: our version and Python's."""
+def find_versions() -> dict[str, str]:
+    """Return our version and Python's."""
     try:
         ours = version("llava_ray")
-    except PackageNotFoundError:  # run from a folder that was never installed
+    except PackageNotFoundError:  # run from a source tree without installation
         ours = "unknown"
     return {"llava_ray": ours, "python": platform.python_version()}
 
 
 def interval(estimated: Estimate | None, *, share: bool = False, maximum: float | None = None) -> dict[str, Any]:
-    """Return the 95 % interval, if there is one; with a ``maximum`` it stays within 0 and that (or a value beyond it).
+    """Format the 95 % interval, if there is one; with a ``maximum`` it is clamped to 0 and that (or a larger value).
 
-    Where nothing differs, the error is 0 and says nothing: of a ``share`` of 0 or 100 % Wilson's interval does, of any
-    other figure with a maximum there is no interval.
+    If all scores are equal, the error of 0 is meaningless: a ``share`` of 0 or 100 % has Wilson's interval, any other
+    metric with a maximum has none.
     """
     if estimated is None or not math.isfinite(estimated.standard_error):
         num = estimated.num_clusters if estimated else 0
@@ -205,7 +213,7 @@ def interval(estimated: Estimate | None, *, share: bool = False, maximum: float 
     ends: list[float | None] | None = [rounded(low), rounded(high)]
     if maximum is not None:
         ends = [rounded(max(0.0, low)), rounded(min(max(maximum, estimated.value), high))]
-        if estimated.standard_error < NO_ERROR:
+        if estimated.standard_error < _NO_ERROR:
             ends = _wilson_ends(estimated) if share else None
     return {
         "confidence_interval": ends,
@@ -217,11 +225,11 @@ def interval(estimated: Estimate | None, *, share: bool = False, maximum: float 
 def _wilson_ends(estimated: Estimate) -> list[float | None] | None:
     num = estimated.num_clusters
     for value, right in ((0.0, 0), (100.0, num)):
-        if num and math.isclose(estimated.value, value, abs_tol=NO_ERROR):
-            return [rounded(100 * end) for end in wilson(right, num)]
+        if num and math.isclose(estimated.value, value, abs_tol=_NO_ERROR):
+            return [rounded(100 * end) for end in wilson_interval(right, num)]
     return None
 
 
 def rounded(value: float | None) -> float | None:
-    """Return a value with four decimals; numbers that are none stay out of JSON."""
+    """Round a value to four decimals; None for NaN and infinity, which JSON lacks."""
     return None if value is None or not math.isfinite(value) else round(value, 4)

@@ -7,15 +7,15 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-Z = 1.959963984540054  # 95 % of a normal distribution lie within so many standard errors
-MAX_GROUPS = 100
+Z = 1.959963984540054  # the 97.5 % quantile of the normal distribution
+_MAX_GROUPS = 100
 
 Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value, its standard error, and the number of clusters that this rests on."""
+    """A value, its standard error, and its number of clusters."""
 
     value: float
     standard_error: float
@@ -23,22 +23,22 @@ class Estimate:
 
     @property
     def low(self) -> float:
-        """Lower end of the 95 % interval."""
+        """Return the lower end of the 95 % interval."""
         return self.value - Z * self.standard_error
 
     @property
     def high(self) -> float:
-        """Upper end of the 95 % interval."""
+        """Return the upper end of the 95 % interval."""
         return self.value + Z * self.standard_error
 
 
 def proportion_error(proportion: float, num: int) -> float:
-    """Return the standard error of a share of ``num``."""
+    """Compute the standard error of a share of ``num``."""
     return math.sqrt(proportion * (1 - proportion) / num)
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Return the standard error of a mean of independent values; not known (inf) from one."""
+    """Compute the standard error of a mean of independent values; inf for a single one."""
     num = len(values)
     if num < 2:
         return math.inf
@@ -47,7 +47,7 @@ def standard_error(values: Sequence[float]) -> float:
 
 
 def clustered_error(values: Sequence[float], clusters: Sequence[Hashable]) -> float:
-    """Return the standard error of a mean whose values depend on each other within clusters.
+    """Compute the standard error of a mean of values that are correlated within clusters.
 
     The root of the sum of squared cluster sums of residuals, over n; no small-sample factor. One cluster: inf.
     """
@@ -60,8 +60,8 @@ def clustered_error(values: Sequence[float], clusters: Sequence[Hashable]) -> fl
     return math.sqrt(math.fsum(total**2 for total in residuals.values())) / len(values)
 
 
-def wilson(successes: int, num: int) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of a share."""
+def wilson_interval(successes: int, num: int) -> tuple[float, float]:
+    """Compute Wilson's 95 % interval of a share."""
     share, square = successes / num, Z**2
     middle = (share + square / (2 * num)) / (1 + square / num)
     half = Z / (1 + square / num) * math.sqrt(share * (1 - share) / num + square / (4 * num**2))
@@ -69,7 +69,7 @@ def wilson(successes: int, num: int) -> tuple[float, float]:
 
 
 def estimate_mean(values: Sequence[float], clusters: Sequence[Hashable]) -> Estimate:
-    """Return a mean with its error: clustered if any cluster has several values, else plain."""
+    """Estimate a mean with its error, clustered if any cluster has several values."""
     num_clusters = len(set(clusters))
     error = clustered_error(values, clusters) if num_clusters < len(values) else standard_error(values)
     return Estimate(sum(values) / len(values), error, num_clusters)
@@ -78,7 +78,7 @@ def estimate_mean(values: Sequence[float], clusters: Sequence[Hashable]) -> Esti
 def jackknife(
     rows: Sequence[Row], cluster: Callable[[Row], str], figure: Callable[[Sequence[Row]], float | None]
 ) -> Estimate | None:
-    """Return any figure with the error of leaving out groups of clusters in turn; None if there is no figure.
+    """Estimate any metric with its error by the jackknife over groups of clusters; None if it is undefined.
 
     The groups (at most 100) depend on the clusters' names alone, so the order of rows does not matter.
     """
@@ -86,7 +86,7 @@ def jackknife(
     if value is None:
         return None
     names = sorted({cluster(row) for row in rows}, key=lambda name: (zlib.crc32(name.encode()), name))
-    num_groups = min(len(names), MAX_GROUPS)
+    num_groups = min(len(names), _MAX_GROUPS)
     if num_groups < 2:
         return Estimate(value, math.inf, len(names))
     group_of = {name: number % num_groups for number, name in enumerate(names)}
@@ -102,5 +102,5 @@ def jackknife(
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float], clusters: Sequence[Hashable]) -> Estimate:
-    """Return the mean of first - second, question by question, with its error."""
+    """Estimate the mean of first - second, question by question, with its error."""
     return estimate_mean([one - other for one, other in zip(first, second, strict=True)], clusters)

@@ -3,26 +3,26 @@
     LlavaRayError
     ├── ConfigError        a recipe, flag or run name that cannot be used
     ├── DataError          something wrong with the data set as a whole
-    │   └── RecordError    one record that cannot be learnt from; names the record
+    │   └── RecordError    one record that cannot be trained on; names the record
     │       └── ImageError one image that cannot be read or is refused; names the image
     ├── TemplateError      a conversation that a template cannot render
     ├── ModelError         parts of a model that are missing or do not fit
     │   └── BundleError    a model folder that is not what its manifest says
     ├── CheckpointError    a training state that cannot be written or resumed
-    ├── TrainingError      a step that cannot be taken (nothing to learn)
-    │   └── DivergedError  a loss that is not finite; the same settings would come to it again
+    ├── TrainingError      a step that cannot be taken (no supervised token)
+    │   └── DivergedError  a loss that is not finite; the same settings would reach it again
     └── JudgeError         a request to a judge that brought no review
 
 Each message says what was found, where, and what to do. Every class is a ``ValueError`` or ``RuntimeError``
-as well, so callers that know nothing of llava_ray still catch the right family. ``Stopped`` is none of them: a run
-that was asked to stop has not failed.
+as well, so that callers who do not import llava_ray still catch the right family. ``Stopped`` stands outside the tree:
+a run that was asked to stop has not failed.
 """
 
 import signal
 
 
 class LlavaRayError(Exception):
-    """Anything that llava_ray itself refuses or cannot do."""
+    """The base of every error that llava_ray itself raises."""
 
 
 class ConfigError(LlavaRayError, ValueError):
@@ -30,14 +30,14 @@ class ConfigError(LlavaRayError, ValueError):
 
 
 class DataError(LlavaRayError, ValueError):
-    """Something wrong with a data set as a whole."""
+    """A fault of a data set as a whole."""
 
 
 class RecordError(DataError):
-    """One record that cannot be learnt from. ``reason`` is a short machine-readable word for counting."""
+    """One record that cannot be trained on; ``reason`` is a short machine-readable code that reports count."""
 
     def __init__(self, message: str, *, reason: str) -> None:
-        """Keep ``reason`` beside the message, so that reports can count by it."""
+        """Store ``reason`` beside the message, so that reports can count by it."""
         super().__init__(message)
         self.reason = reason
 
@@ -67,22 +67,22 @@ class CheckpointError(LlavaRayError, RuntimeError):
 
 
 class TrainingError(LlavaRayError, RuntimeError):
-    """A step that cannot be taken: nothing to learn from, or a loss that is not finite."""
+    """A step that cannot be taken: no supervised token, or a loss that is not finite."""
 
 
 class DivergedError(TrainingError):
-    """A loss that is not finite: starting again with the same settings would end there too."""
+    """A loss that is not finite: a restart with the same settings would reach it again."""
 
 
 class JudgeError(LlavaRayError, RuntimeError):
-    """A request to a judge that brought no review."""
+    """A request to a judge that returned no review."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A run that was asked to stop, by Ctrl-C or SIGTERM, and did; the message says what is kept."""
+    """A run that was asked to stop, by Ctrl-C or SIGTERM, and did; the message says what was saved."""
 
     def __init__(self, message: str = "", signal_number: int = signal.SIGINT) -> None:
-        """Keep which signal asked: a shell expects an exit code that says so."""
+        """Derive the exit code from the signal, as shells expect it (128 + number)."""
         super().__init__(message)
         self.exit_code = 128 + signal_number
 

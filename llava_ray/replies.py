@@ -1,8 +1,8 @@
-"""What a judge's free text says: two scores of 1 to 10, one score, or one grade of 0 to 1. Nothing is guessed.
+"""Verdicts in a judge's free text: two scores of 1 to 10, one score, or one grade of 0 to 1. Nothing is guessed.
 
-Read is what has the form of a verdict: a line of nothing but scores, scores after a word such as "Scores:", or scores
+A line counts if it has the form of a verdict: nothing but scores, scores after a word such as "Scores:", or scores
 with the labels of their answers, in any order. Numbers inside prose, ranges, other scales, negative numbers, and two
-verdicts that differ are no verdict. Thoughts (``<think>``) are left out first.
+conflicting verdicts do not count. Reasoning (``<think>``) is removed first.
 """
 
 import math
@@ -10,8 +10,8 @@ import re
 import unicodedata
 from dataclasses import dataclass, field
 
-BEST = 10.0
-MAX_READ = 100_000  # characters of a reply; no verdict is so long
+_MAX_SCORE = 10.0
+_MAX_READ = 100_000  # characters of a reply; no verdict is that long
 
 _NAMES = r"(?:think(?:ing)?|thoughts?|reason(?:ing)?|analysis|reflection|scratchpad|seed:think)"
 _OPEN = re.compile(
@@ -26,7 +26,7 @@ _BOXED = re.compile(r"\\(?:boxed|text|mathbf)\s*\{([^{}]*)\}")
 _DASHES = str.maketrans(dict.fromkeys("‐‑‒–—―−﹘﹣", "-"))
 _MARKS = str.maketrans(dict.fromkeys("*`\"'“”„‘’«»$", None))
 _BULLET = re.compile(r"^(?:[>#•·▪◦+\s]+|-(?=\s+\D)|\d{1,2}[.)](?=\s+[^\W\d]))+\s*")
-# How long the scale is: no score. Only the scale to 10 is ours.
+# A statement of the scale is not a score. Only the scale to 10 is accepted.
 _SCALE = re.compile(
     r"(?:\b(?:on|in|from|using|with)\s+)?(?:\b(?:a|the|an)\s+)?(?:\bscale\s*)?(?:\b(?:of|from|is|between)\s+)?"
     r"(?<![\d.])[01]\s*(?:-|to|through|\.\.\.?|(?<=between [01] )and)\s*10(?![\d.]*\d)(?:\s*(?:points?\s+)?scale\b)?"
@@ -56,12 +56,12 @@ _FILLERS = ("the", "final", "overall", "total", "my", "two", "both", "are", "is"
 _AGAIN = "actually finally correction corrected revised updated adjusted instead so in on conclusion summary reflection"
 _WORDS = dict.fromkeys(_KEYS, "k") | dict.fromkeys((*_FILLERS, *_AGAIN.split(), "respectively"), "w")
 _WORDS |= dict.fromkeys(("and", "vs", "versus"), ",")
-_WORDS |= dict.fromkeys(("because", "since"), "-")  # where the reasons begin
+_WORDS |= dict.fromkeys(("because", "since"), "-")  # where the explanation begins
 _WORDS |= dict.fromkeys(["reverse", "reversed", "swapped", "opposite", "descending", "ascending"], "r")
 _CODES = dict.fromkeys(",;&", ",") | dict.fromkeys(":=", ":") | dict.fromkeys("([{", "(") | dict.fromkeys(")]}", ")")
 _CODES |= {"|": "|", "-": "-"} | dict.fromkeys(".!", ".")
 
-# A line as a string of signs: S a score, N any other number, a and b the labels of the first and second answer, k a
+# A line is encoded as a string of signs: S a score, N any other number, a and b the labels of the two answers, k a
 # word for scores, w a word that says nothing, r one that turns the order round, x any other; , : ( ) | - . as they are.
 _REST = r"(?:[.,:\-(|;)]+[^SNab]*)?$"
 _LEAD = r"[w(|]*(?:k[kw(|]*(?:\(?a,?b\)?[kw(|]*)?|\(?a,?b\)?[kw(|]*)?[:\-]*"
@@ -82,34 +82,34 @@ _BAD_LABEL = re.compile(r"[ab][kw|]*[:\-|]+\(*N\)*[.,|)]*(?:$|[ab])")
 
 @dataclass(frozen=True)
 class _Line:
-    """One line: its signs, and the scores in it."""
+    """One line of a reply: its signs and its scores."""
 
     signs: str
     scores: tuple[float, ...]
 
     @property
     def is_numeric(self) -> bool:
-        """Whether it has numbers and no words."""
+        """Return whether the line has numbers and no words."""
         return bool(set(self.signs) & set("SN")) and not set(self.signs) & set("abkwxr")
 
 
 @dataclass
-class _Said:
-    """All the verdicts that a reply gives."""
+class _Verdicts:
+    """All verdicts found in a reply."""
 
     pairs: list[tuple[float, ...]] = field(default_factory=list)
     more: list[tuple[float, ...]] = field(default_factory=list)
-    """What may be verdicts and is none by itself: where it differs, nobody knows which one holds."""
+    """Possible verdicts that do not count alone: one that differs makes the reply ambiguous."""
     first: set[float] = field(default_factory=set)
     second: set[float] = field(default_factory=set)
 
 
-def spoken(reply: str) -> str | None:
-    """Return a reply without its thoughts and their marks; None where the thoughts do not end."""
-    text = reply[:MAX_READ]
+def remove_reasoning(reply: str) -> str | None:
+    """Return a reply without its reasoning; None where the reasoning does not end."""
+    text = reply[:_MAX_READ]
     while (close := _CLOSE.search(text)) is not None:
         text = text[close.end() :]
-    return None if _OPEN.search(text) or len(reply) > MAX_READ else text.strip()
+    return None if _OPEN.search(text) or len(reply) > _MAX_READ else text.strip()
 
 
 def parse_pair_strictly(review: str) -> tuple[float, float] | None:
@@ -123,33 +123,33 @@ def parse_pair_strictly(review: str) -> tuple[float, float] | None:
 
 
 def parse_pair(review: str) -> tuple[float, float] | None:
-    """Return the two scores of 1 to 10, of the first and of the second answer, if the reply says exactly these."""
-    lines = _read(review, 1.0, BEST)
-    said = _Said()
+    """Return the scores (1 to 10) of the first and the second answer, if the reply gives exactly these."""
+    lines = _read(review, 1.0, _MAX_SCORE)
+    verdicts = _Verdicts()
     if lines is None or any(_BAD_LABEL.search(line.signs) or _is_reversed(line) for line in lines):
         return None
     quiet = True
     for line in lines:
         found = _PAIR.match(line.signs)
         if found and len(line.scores) == 2:
-            if line.is_numeric and not quiet and not said.pairs:
+            if line.is_numeric and not quiet and not verdicts.pairs:
                 return None
-            (said.pairs if _is_verdict(found, quiet) else said.more).append(line.scores)
-        elif line.is_numeric and not said.pairs:
+            (verdicts.pairs if _is_verdict(found, quiet) else verdicts.more).append(line.scores)
+        elif line.is_numeric and not verdicts.pairs:
             return None
         elif _PAIR_INSIDE.search(line.signs) and len(line.scores) == 2:
-            said.more.append(line.scores)
-        _note_labelled(line, said)
+            verdicts.more.append(line.scores)
+        _add_labelled(line, verdicts)
         quiet = quiet and _is_quiet(line)
-    if len(said.first) == len(said.second) == 1:
-        said.pairs.append((*said.first, *said.second))
-    different = {*said.pairs, *said.more}
-    return (said.pairs[0][0], said.pairs[0][1]) if said.pairs and len(different) == 1 else None
+    if len(verdicts.first) == len(verdicts.second) == 1:
+        verdicts.pairs.append((*verdicts.first, *verdicts.second))
+    different = {*verdicts.pairs, *verdicts.more}
+    return (verdicts.pairs[0][0], verdicts.pairs[0][1]) if verdicts.pairs and len(different) == 1 else None
 
 
 def parse_score(review: str) -> float | None:
-    """Return the score of 1 to 10, if the reply says exactly one."""
-    return _only(_read(review, 1.0, BEST))
+    """Return the score (1 to 10), if the reply gives exactly one."""
+    return _only(_read(review, 1.0, _MAX_SCORE))
 
 
 def parse_first_word(reply: str) -> float | None:
@@ -162,41 +162,42 @@ def parse_first_word(reply: str) -> float | None:
 
 
 def parse_grade(reply: str) -> float | None:
-    """Return the grade of 0 to 1, if the reply says exactly one."""
+    """Return the grade (0 to 1), if the reply gives exactly one."""
     return _only(_read(reply, 0.0, 1.0))
 
 
 def _is_verdict(found: re.Match[str], quiet: bool) -> bool:
-    """Tell whether a line is a verdict by itself: by a word for scores, or as the first line with numbers.
+    """Return whether a line is a verdict by itself: by a word for scores, or as the first line with numbers.
 
-    "Overall 8 9", or "Final: 8 9" after other numbers, is none, but where it differs from the verdict, none is sure.
+    "Overall 8 9", or "Final: 8 9" after other numbers, is not one; but if it differs from the verdict, the reply is
+    ambiguous.
     """
     groups = found.groupdict()
     return bool(groups["led"]) or (quiet and groups["weak"] is None and not groups.get("other"))
 
 
 def _only(lines: list[_Line] | None) -> float | None:
-    """Return the only score of lines that give one answer's."""
-    said: set[float] = set()
+    """Return the single score that all lines agree on, None where there is none or they differ."""
+    verdicts: set[float] = set()
     more: set[float] = set()
     quiet = True
     for line in lines or ():
         found = _SINGLE.match(line.signs)
         if found and len(line.scores) == 1:
-            if line.is_numeric and not quiet and not said:
+            if line.is_numeric and not quiet and not verdicts:
                 return None
-            (said if _is_verdict(found, quiet) else more).add(line.scores[0])
-        elif line.is_numeric and not said:
+            (verdicts if _is_verdict(found, quiet) else more).add(line.scores[0])
+        elif line.is_numeric and not verdicts:
             return None
         elif len(_INSIDE.findall(line.signs)) == 1 == len(line.scores) and "N" not in line.signs:
-            said.add(line.scores[0])
+            verdicts.add(line.scores[0])
         quiet = quiet and _is_quiet(line)
-    return said.pop() if said and len(said | more) == 1 else None
+    return verdicts.pop() if verdicts and len(verdicts | more) == 1 else None
 
 
 def _read(reply: str, least: float, most: float) -> list[_Line] | None:
-    """Return a reply's lines that say anything; None where its thoughts do not end."""
-    text = spoken(reply)
+    """Return the reply's lines that are not empty; None where its reasoning does not end."""
+    text = remove_reasoning(reply)
     if text is None:
         return None
     text = unicodedata.normalize("NFKC", text).translate(_DASHES)
@@ -210,8 +211,8 @@ def _read(reply: str, least: float, most: float) -> list[_Line] | None:
 def _line(raw: str, least: float, most: float) -> _Line:
     text = re.sub(r"(?<!\w)_+|_+(?!\w)", "", raw.translate(_MARKS))
     text = _BULLET.sub("", " ".join(text.split()))
-    text = " ".join((_SCALE if most == BEST else _UNIT_SCALE).sub(" ", text).split())
-    if most == BEST:
+    text = " ".join((_SCALE if most == _MAX_SCORE else _UNIT_SCALE).sub(" ", text).split())
+    if most == _MAX_SCORE:
         text = _OF_TEN.sub(" ", text)
     signs, scores = [], []
     for token in _TOKEN.finditer(text):
@@ -231,7 +232,7 @@ def _sign(token: re.Match[str], least: float, most: float) -> str:
 
 
 def _is_score(token: re.Match[str], least: float, most: float) -> bool:
-    """Tell whether a number is a score of our scale, as it is or of the scale's end."""
+    """Return whether a number is a score of the scale, alone or followed by the scale's maximum ("8/10")."""
     try:
         value = float(re.match(r"[-+\d.]+", token["number"])[0])  # type: ignore[index]
     except ValueError:  # 8.5.1
@@ -241,25 +242,25 @@ def _is_score(token: re.Match[str], least: float, most: float) -> bool:
 
 
 def _is_quiet(line: _Line) -> bool:
-    """Tell whether a line before a verdict only leads to it: no numbers, no answer named out of order."""
+    """Return whether a line before a verdict only introduces it: no numbers, no answer named out of order."""
     labels = [sign for sign in line.signs if sign in "ab"]
     return not set(line.signs) & set("SNr") and labels[:1] != ["b"]
 
 
 def _is_reversed(line: _Line) -> bool:
-    """Tell whether a line is a legend that names the second answer first."""
+    """Return whether a line is a legend that names the second answer first."""
     return bool(re.fullmatch(r"[kw,|():.]*b[kw,|()\-]*a[kw,|():.]*", line.signs))
 
 
-def _note_labelled(line: _Line, said: _Said) -> None:
-    """Note the scores of a line that says whose they are."""
+def _add_labelled(line: _Line, verdicts: _Verdicts) -> None:
+    """Record the scores of a line that labels its answers."""
     if _IN_ORDER.match(line.signs):
-        said.first.add(line.scores[0])
-        said.second.add(line.scores[1])
+        verdicts.first.add(line.scores[0])
+        verdicts.second.add(line.scores[1])
     elif _IN_REVERSE.match(line.signs):
-        said.second.add(line.scores[0])
-        said.first.add(line.scores[1])
+        verdicts.second.add(line.scores[0])
+        verdicts.first.add(line.scores[1])
     elif _FIRST.match(line.signs):
-        said.first.add(line.scores[0])
+        verdicts.first.add(line.scores[0])
     elif _SECOND.match(line.signs):
-        said.second.add(line.scores[0])
+        verdicts.second.add(line.scores[0])

@@ -1,4 +1,4 @@
-"""Join a Ray cluster or start one, and say what was found."""
+"""Connection to a Ray cluster, joined or started, and the resources that a run takes of it."""
 
 import logging
 import math
@@ -10,9 +10,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import ray
 
+from llava_ray import invocation
 from llava_ray.config.sections import ClusterConfig
 from llava_ray.errors import ConfigError
 from llava_ray.log_file import LibraryLog
@@ -20,19 +22,18 @@ from llava_ray.placement import can_grow, find_pools, pool_resources
 from llava_ray.shared_storage import Places, check_shared
 from llava_ray.uploads import check_upload
 
-# CPUs kept for reading and decoding beside the train workers.
-DATA_CPUS = 1.0
-
-RUN_LIMIT = 512 * 10**6  # bytes of a working directory that Ray takes when a run joins a cluster
+# CPUs left for reading and decoding beside the train workers.
+_DATA_CPUS = 1.0
+_RUN_LIMIT = 512 * 10**6  # bytes: the largest working directory that Ray uploads when a run joins a cluster
 
 DASHBOARD_VARIABLE = "RAY_API_SERVER_ADDRESS"  # where Ray's State API looks first
 
-NOTHING_SHARED = Places()
+_NOTHING_SHARED = Places()
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one run takes of the cluster, resolved from its ClusterConfig."""
+    """The resources that one run takes of the cluster, resolved from its ClusterConfig."""
 
     num_workers: int
     cpus_per_worker: float
@@ -40,60 +41,60 @@ class Resources:
     accelerator_type: str | None
     gpus_per_worker: float = 1.0
     threads: int | None = None
-    """Threads a worker computes with where that is more than the CPUs that it reserves."""
+    """Compute threads of a worker, where that is more than the CPUs that it reserves."""
     cores: int = 1
-    """Cores that are this job's alone, for what runs while no worker does."""
+    """Cores exclusive to this job, for work that runs while no worker does."""
 
     @property
     def bundle(self) -> dict[str, float]:
-        """Return what each worker reserves."""
+        """Return the resources that each worker reserves."""
         return {"CPU": self.cpus_per_worker} | ({"GPU": self.gpus_per_worker} if self.use_gpu else {})
 
     @property
     def num_threads(self) -> int:
-        """Threads a worker may compute with."""
+        """Return the number of threads that a worker may compute with."""
         return self.threads or max(1, int(self.cpus_per_worker))
 
 
 @contextmanager
 def connected(
     cluster: ClusterConfig,
-    shared: Places = NOTHING_SHARED,
+    shared: Places = _NOTHING_SHARED,
     *,
     runs: int = 1,
     quiet: bool = False,
     storage_path: str | None = None,
 ) -> Iterator[Resources]:
-    """Join the cluster that ``cluster.address``, the job or the machine names, or start a local one; leave it after.
+    """Join the cluster that ``cluster.address``, the job or RAY_ADDRESS names, or start a local one for ``runs``.
 
-    A local one has room for ``runs`` at a time. What libraries and workers say goes to a file in ``storage_path``;
-    with ``quiet`` the workers' lines stay in Ray's own files. Yields what the run may take. Raises ConfigError when the
-    cluster cannot be reached, is too small, or its nodes do not all see what is ``shared``.
+    The output of libraries and workers goes to a file in ``storage_path``; with ``quiet`` the workers' lines stay in
+    Ray's own files. Yields the run's resources, and disconnects at the end. Raises ConfigError when the cluster cannot
+    be reached, is too small, or its nodes do not all see the ``shared`` places.
     """
-    if ray.is_initialized():  # a notebook or a test that has its own
+    if ray.is_initialized():  # a notebook or a test with its own connection
         check_shared(shared)
-        yield fitted(cluster)
+        yield fit_resources(cluster)
         return
     log = LibraryLog(storage_path)
     print(f"Starting Ray; the libraries' own lines go to {log.path}", flush=True)  # noqa: T201
     with log.taking_over():
-        with keeping_sigterm():
+        with _keeping_sigterm():
             started_here = start(cluster, runs=runs, quiet=quiet)
         log.take_workers_lines()
-        with leaving(started_here):
-            if can_grow():  # a node that is made first takes longer than the minute after which Ray Train asks again
+        with _leaving(started_here):
+            if can_grow():  # starting a node takes longer than the minute after which Ray Train asks again
                 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")
-            resources = fitted(cluster)
+            resources = fit_resources(cluster)
             if started_here and not resources.use_gpu:
-                resources = sharing_cores(resources, runs, given=cluster.cpus_per_worker != "auto")
+                resources = share_cores(resources, runs, given=cluster.cpus_per_worker != "auto")
             check_shared(shared)
-            tell(resources, "started here" if started_here else "joined")
+            _print_resources(resources, "started here" if started_here else "joined")
             yield resources
 
 
 @contextmanager
-def leaving(started_here: bool) -> Iterator[None]:
-    """Leave Ray at the end of the block."""
+def _leaving(started_here: bool) -> Iterator[None]:
+    """Disconnect from Ray at the end of the block."""
     try:
         yield
     finally:
@@ -103,16 +104,16 @@ def leaving(started_here: bool) -> Iterator[None]:
 
 
 @contextmanager
-def keeping_sigterm() -> Iterator[None]:
-    """Give SIGTERM back to whom it belonged: Ray takes it, and its libraries print a stack where it comes."""
+def _keeping_sigterm() -> Iterator[None]:
+    """Restore the SIGTERM handler afterwards: Ray replaces it, and its libraries print a stack trace on SIGTERM."""
     before = signal.getsignal(signal.SIGTERM)
     yield
     if callable(before) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, before)
 
 
-def tell(resources: Resources, how: str) -> None:
-    """Say to the person who started the run what was found, and what it takes."""
+def _print_resources(resources: Resources, how: str) -> None:
+    """Print the cluster that was found and the resources that the run takes."""
     total, pools = ray.cluster_resources(), sorted(find_pools())
     print(  # noqa: T201
         f"Ray: {how}, {len(ray.nodes())} node(s), {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs; "
@@ -126,32 +127,37 @@ def tell(resources: Resources, how: str) -> None:
 def start(cluster: ClusterConfig, *, runs: int = 1, quiet: bool = False) -> bool:
     """Connect this process to Ray; return whether a new local cluster had to be started.
 
-    A cluster that merely happens to run on this machine is not joined: it may be another run's own, and end with it.
+    A cluster that merely runs on this machine is not joined: it may belong to another run, and end with it.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # How often a run's controller looks at its workers: a dead one is noticed, and a finished run ends, this fast.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # Ray runs one tokenising task per CPU already
+    # How often a run's controller polls its workers: bounds the delay until a dead worker or a finished run is noticed.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     warnings_only = ray.LoggingConfig(log_level="WARNING")
-    # Ray Data sets levels of its own: each execution would be told of twice, across the run's one progress bar.
+    # Ray Data sets log levels of its own: each execution would be logged twice, across the run's progress bar.
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # a second working_dir would be refused there
+    inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # Ray refuses a second working_dir inside a job
     address = cluster.address or os.environ.get("RAY_ADDRESS") or ("auto" if inside_job else None)
     if address is None:
-        # Nobody takes this machine away with a warning: no process need watch for one.
+        # A local machine is not preempted: no process needs to watch for a notice.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         ray.init(
             address="local",
             num_cpus=local_cpus(cluster, runs),
-            dashboard_port=announced_port(),
+            dashboard_port=announce_port(),
             logging_config=warnings_only,
             log_to_driver=not quiet,
         )
         return True
-    # What a working directory leaves out is in .rayignore. Where llava_ray was installed, it is on the nodes already.
-    runtime_env = {} if inside_job or not (root() / ".rayignore").exists() else {"working_dir": str(root())}
-    if runtime_env:
-        check_upload(root(), RUN_LIMIT)
+    # .rayignore lists what the upload leaves out. An installed llava_ray is on the nodes already.
+    runtime_env: dict[str, Any] = {}
+    if not inside_job and (_root() / ".rayignore").exists():
+        check_upload(_root(), _RUN_LIMIT)
+        runtime_env["working_dir"] = str(_root())
+        if started_as := os.environ.get(
+            invocation.STARTED_AS_VARIABLE
+        ):  # workers' messages name commands as this process does
+            runtime_env["env_vars"] = {invocation.STARTED_AS_VARIABLE: started_as}
     try:
         ray.init(address=address, runtime_env=runtime_env, logging_config=warnings_only, log_to_driver=not quiet)
     except ConnectionError as error:
@@ -162,11 +168,11 @@ def start(cluster: ClusterConfig, *, runs: int = 1, quiet: bool = False) -> bool
     return False
 
 
-def announced_port() -> int:
-    """Return a free port for the dashboard of a local cluster, and tell its processes by their environment.
+def announce_port() -> int:
+    """Return a free port for a local cluster's dashboard, and announce it to all processes by an environment variable.
 
-    Ray's own watch over a run asks a dashboard whether the run's controller lives, and without an address the one of
-    any cluster on this machine: that knows no such controller, and the run would lose its reserved resources.
+    Ray Train asks a dashboard whether the run's controller is alive. Without an address it may ask that of another
+    cluster on this machine, which does not know the controller, and the run would lose its reserved resources.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -175,38 +181,38 @@ def announced_port() -> int:
     return port
 
 
-def root() -> Path:
+def _root() -> Path:
     """Return the folder that holds llava_ray, evals and pipelines."""
     return Path(__file__).resolve().parent.parent
 
 
 def local_cpus(cluster: ClusterConfig, runs: int = 1) -> int:
     """Return the logical CPUs of a local cluster: all there are, and enough for workers and data side by side."""
-    return max(num_cores(), math.ceil(runs * (worker_cpus(cluster) + DATA_CPUS) + DATA_CPUS))
+    return max(num_cores(), math.ceil(runs * (_worker_cpus(cluster) + _DATA_CPUS) + _DATA_CPUS))
 
 
-def worker_cpus(cluster: ClusterConfig) -> float:
-    """Return the CPUs that all workers of a run would like to have."""
+def _worker_cpus(cluster: ClusterConfig) -> float:
+    """Return the CPUs that all workers of a run ask for."""
     return cluster.num_workers * (1.0 if cluster.cpus_per_worker == "auto" else cluster.cpus_per_worker)
 
 
 def local_runs(cluster: ClusterConfig) -> int:
-    """Return how many runs at a time this machine's cores can carry."""
-    return max(1, int(num_cores() / worker_cpus(cluster)))
+    """Return how many runs this machine's cores can hold at a time."""
+    return max(1, int(num_cores() / _worker_cpus(cluster)))
 
 
-def sharing_cores(resources: Resources, runs: int, *, given: bool) -> Resources:
-    """Share this machine's cores out to the workers of ``runs`` runs at a time: each computes with its part of them.
+def share_cores(resources: Resources, runs: int, *, given: bool) -> Resources:
+    """Divide this machine's cores among the workers of ``runs`` concurrent runs.
 
-    What workers reserve stays as it is, so that the stream of data finds its CPUs; where that was ``given``, they
-    compute with as many.
+    The CPUs that workers reserve stay the same, so that the data stream finds its own; where they were ``given`` by the
+    user, workers compute with exactly that many.
     """
     threads = None if given else max(1, num_cores() // (runs * resources.num_workers))
     return replace(resources, threads=threads, cores=num_cores())
 
 
 def num_cores() -> int:
-    """Return the cores that this process may use: a container's quota and affinity count."""
+    """Return the number of cores that this process may use, by CPU affinity and container quota."""
     cores = min(os.cpu_count() or 1, len(os.sched_getaffinity(0)))
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -216,18 +222,17 @@ def num_cores() -> int:
 
 
 def runs_at_once(total: Mapping[str, float], resources: Resources) -> int:
-    """Return how many runs a cluster with these resources has room for; at least the one that fits."""
-    fitting = (total.get("CPU", 0.0)) / (resources.num_workers * resources.cpus_per_worker + DATA_CPUS)
+    """Return how many runs a cluster with these resources can hold; at least one."""
+    fitting = (total.get("CPU", 0.0)) / (resources.num_workers * resources.cpus_per_worker + _DATA_CPUS)
     if resources.use_gpu:
         fitting = min(fitting, total.get("GPU", 0.0) / (resources.num_workers * resources.gpus_per_worker))
     return max(1, int(fitting))
 
 
-def fitted(cluster: ClusterConfig) -> Resources:
+def fit_resources(cluster: ClusterConfig) -> Resources:
     """Resolve "auto" settings against the cluster; raise ConfigError when it is too small even when idle.
 
-    Where the cluster has a pool for training, only that counts. One that makes nodes when they are wanted is never too
-    small: the run waits for them.
+    Only the training pool counts, if there is one. An autoscaling cluster is never too small: the run waits for nodes.
     """
     total, growing, pools = pool_resources("train"), can_grow(), find_pools()
     cpus, gpus = total["CPU"], total["GPU"]
@@ -239,7 +244,7 @@ def fitted(cluster: ClusterConfig) -> Resources:
             f"{cluster.num_workers} workers want {cluster.gpus_per_worker:g} GPU each, {where} has {gpus:g}; "
             "lower cluster.num_workers or set cluster.use_gpu = false"
         )
-    data_cpus = 0.0 if "decode" in pools else DATA_CPUS
+    data_cpus = 0.0 if "decode" in pools else _DATA_CPUS
     room = cpus - data_cpus
     share = 1.0 if growing else min(1.0, math.floor(10 * room / cluster.num_workers) / 10)
     cpus_per_worker = share if cluster.cpus_per_worker == "auto" else cluster.cpus_per_worker

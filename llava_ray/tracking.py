@@ -1,4 +1,4 @@
-"""MLflow: one run per job, written from one process, the same run after any restart."""
+"""MLflow tracking: one run per job, written from one process, and continued after any restart."""
 
 import logging
 import time
@@ -13,11 +13,11 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from llava_ray.errors import ConfigError
 
-METRICS_PER_REQUEST = 1000  # MLflow's own limits
-PARAMS_PER_REQUEST = 100
-PARAM_LENGTH = 6000
+_METRICS_PER_REQUEST = 1000  # MLflow's own limits
+_PARAMS_PER_REQUEST = 100
+_PARAM_LENGTH = 6000
 
-PAGE = "http://127.0.0.1:5000"  # of `mlflow ui`
+_PAGE = "http://127.0.0.1:5000"  # of `mlflow ui`
 
 
 def default_tracking_uri(storage_path: str) -> str:
@@ -28,7 +28,7 @@ def default_tracking_uri(storage_path: str) -> str:
 
 
 def moved_tracking_uri(noted: str, storage_path: str) -> str:
-    """Return where a finished run is kept: the SQLite store that lies beside it if it, too, was copied or moved."""
+    """Return a finished run's tracking URI: the SQLite store beside it, if both were copied or moved together."""
     if noted.startswith("sqlite:///") and noted.endswith("/mlflow.db"):
         beside = default_tracking_uri(storage_path)
         if Path(beside.removeprefix("sqlite:///")).exists():
@@ -50,18 +50,18 @@ class TrackedRun:
     ) -> None:
         """Attach to the run tagged ``key`` (a run folder), or create it, below a parent if it has one.
 
-        One that was started with other ``settings`` (a hash) is left as it is: params never change in MLflow, and a
-        failed or replaced start's would stand beside this one's curves. Raises ConfigError if MLflow refuses.
+        An existing run with other ``settings`` (a hash) is left alone and a new one is created: params are immutable in
+        MLflow, so the old ones would be shown beside the new curves. Raises ConfigError if MLflow refuses.
         """
         self.tracking_uri = tracking_uri
-        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # that it made its tables is no news
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # hides the messages about creating tables
         try:
             self.client = MlflowClient(tracking_uri)
             experiment = self.client.get_experiment_by_name(experiment_name)
             experiment_id = (
                 experiment.experiment_id
                 if experiment
-                else self.client.create_experiment(experiment_name, artifact_location=artifact_location(tracking_uri))
+                else self.client.create_experiment(experiment_name, artifact_location=_artifact_location(tracking_uri))
             )
             found = list(self.client.search_runs([experiment_id], f"tags.`llava_ray.run` = '{key}'", max_results=1))
             if found and settings and found[0].data.tags.get("llava_ray.settings", settings) != settings:
@@ -76,14 +76,14 @@ class TrackedRun:
         self.client.update_run(self.run_id, status="RUNNING")
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Log a resolved config, flattened; values that are already there stay (MLflow's params never change)."""
+        """Log a resolved config, flattened; existing values stay (MLflow's params are immutable)."""
         known = self.client.get_run(self.run_id).data.params
-        fresh = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in flattened(params) if key not in known]
-        for start in range(0, len(fresh), PARAMS_PER_REQUEST):
-            self.client.log_batch(self.run_id, params=fresh[start : start + PARAMS_PER_REQUEST])
+        fresh = [Param(key, str(value)[:_PARAM_LENGTH]) for key, value in _flattened(params) if key not in known]
+        for start in range(0, len(fresh), _PARAMS_PER_REQUEST):
+            self.client.log_batch(self.run_id, params=fresh[start : start + _PARAMS_PER_REQUEST])
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
-        """Set tags: lineage, mostly."""
+        """Set tags, such as those of the run's lineage."""
         for key, value in tags.items():
             self.client.set_tag(self.run_id, key, value)
 
@@ -91,15 +91,15 @@ class TrackedRun:
         """Log the metrics of several steps."""
         now = int(time.time() * 1000)
         metrics = [Metric(key, value, now, step) for step, row in steps.items() for key, value in row.items()]
-        for start in range(0, len(metrics), METRICS_PER_REQUEST):
-            self.client.log_batch(self.run_id, metrics=metrics[start : start + METRICS_PER_REQUEST])
+        for start in range(0, len(metrics), _METRICS_PER_REQUEST):
+            self.client.log_batch(self.run_id, metrics=metrics[start : start + _METRICS_PER_REQUEST])
 
     def log_folder(self, folder: str, name: str) -> None:
-        """Keep a folder's files as the artifact ``name``."""
+        """Log a folder's files as the artifact ``name``."""
         self.client.log_artifacts(self.run_id, folder, name)
 
     def log_file(self, path: str) -> None:
-        """Keep one file as an artifact."""
+        """Log one file as an artifact."""
         self.client.log_artifact(self.run_id, path)
 
     def end(self, status: str = "FINISHED") -> None:
@@ -108,7 +108,7 @@ class TrackedRun:
 
 
 def check_store(tracking_uri: str | None) -> None:
-    """Raise ConfigError for a tracking URI that MLflow does not know; whether a server answers is not asked."""
+    """Raise ConfigError for a tracking URI that MLflow does not know; no server is contacted."""
     if tracking_uri is None or tracking_uri.startswith("http"):
         return
     try:
@@ -118,25 +118,25 @@ def check_store(tracking_uri: str | None) -> None:
 
 
 def describe_page(tracking_uri: str, run_id: str) -> str:
-    """Say how to see a run's experiment in MLflow: the command that serves a store of one's own, and the address."""
+    """Return how to open a run in MLflow: the command that serves a local store, and the address."""
     experiment = MlflowClient(tracking_uri).get_run(run_id).info.experiment_id
-    page = f"/#/experiments/{experiment}/runs"  # without the last word, MLflow opens its page of traces
+    page = f"/#/experiments/{experiment}/runs"  # without "runs", MLflow opens its page of traces
     if tracking_uri.startswith("http"):
         return f"{tracking_uri.rstrip('/')}{page}/{run_id}"
-    return f"mlflow ui --backend-store-uri {tracking_uri}  then  {PAGE}{page}  (run {run_id})"
+    return f"mlflow ui --backend-store-uri {tracking_uri}  then  {_PAGE}{page}  (run {run_id})"
 
 
-def artifact_location(tracking_uri: str) -> str | None:
-    """Keep artifacts beside a SQLite store (MLflow would use the working directory); a server knows its own place."""
+def _artifact_location(tracking_uri: str) -> str | None:
+    """Return a folder beside a SQLite store (MLflow would use the working directory); None where a server decides."""
     if not tracking_uri.startswith("sqlite:///"):
         return None
     return (Path(tracking_uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts").as_uri()
 
 
-def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield dotted keys with their values."""
     for key, value in values.items():
         if isinstance(value, Mapping):
-            yield from flattened(value, f"{prefix}{key}.")
+            yield from _flattened(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -1,1 +1,4 @@
-"""The commands: each reads like prose, and each `main(arguments)` can be called."""
+"""The commands, each with a `main(arguments)` that can be called.
+
+Part of the distribution llava_ray.
+"""

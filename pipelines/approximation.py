@@ -1,4 +1,4 @@
-"""export.py hub --approximate: what a tower in another form costs, measured before anything is written."""
+"""Approximate export of a tower in another architecture, with its loss measured before anything is written."""
 
 import math
 from collections import Counter
@@ -13,76 +13,76 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from llava_ray.data.records import Record
-    from llava_ray.model.bundle import LlavaParts
-    from llava_ray.model.model_files import ModelFiles
-    from llava_ray.model.siglip_form import FeatureDifference
+    from llava_ray.model.assembly import LlavaParts
+    from llava_ray.model.formats.hub.siglip_form import FeatureDifference
+    from llava_ray.model.formats.model_files import ModelFiles
 
-ENOUGH_COSINE = 0.95  # below it the model sees something else than it was trained on
-ROUNDING = 1e-6
-FURTHEST = 2.0  # one minus the cosine of opposite features
-AT_ONCE = 16
-MAX_NEW_TOKENS = 64
-MOST_SAMPLES = 200
-NO_ANSWER, NO_PLACE = "no answer that is learnt", "system_prompt"  # as preparation and training call it
+_ENOUGH_COSINE = 0.95  # below it the features differ too much from those in training
+_ROUNDING = 1e-6
+_FURTHEST = 2.0  # one minus the cosine of opposite features
+_AT_ONCE = 16
+_MAX_NEW_TOKENS = 64
+_MOST_SAMPLES = 200
+_NO_ANSWER, _NO_PLACE = "no answer that is learnt", "system_prompt"  # as preparation and training call it
 
 
 @dataclass(frozen=True)
 class Approximation:
-    """Whether a tower may be written in another form, and how far its features may move."""
+    """The flags of an approximate export."""
 
     approximate: bool = False
-    """Write a DINOv2 tower as a SigLIP, which vLLM takes, and measure how far its features move."""
+    """Write a DINOv2 tower as a SigLIP, which vLLM supports, and measure the change of its features."""
     images: tuple[Path, ...] = ()
-    """Pictures to measure that on; default: drawn ones."""
+    """Images for the measurement; default: generated ones."""
     samples: str | None = None
-    """Records with answers, in any form that data.data_path takes: says what accuracy is lost on them."""
+    """Records with answers, in any form of data.data_path, on which to measure the loss of accuracy."""
     image_folder: str | None = None
-    """Where their image paths start; default: beside them."""
+    """Folder of their images; default: the records' folder."""
     max_samples: int | None = None
-    """Ask only the first so many of them; default: 200."""
+    """Number of records to use; default: 200."""
     accept_difference: float | None = None
-    """With a mean cosine below 0.95, how far the features may be: one minus the cosine."""
+    """Largest accepted change of the features, one minus the mean cosine, if the cosine is below 0.95."""
 
     def check(self) -> None:
-        """Raise ConfigError for what would be ignored, and for numbers that cannot be meant."""
+        """Check the flags against each other, and their ranges. Raises ConfigError."""
         if not self.approximate and (self.images or self.samples or self.accept_difference is not None):
             raise ConfigError("--images, --samples and --accept_difference belong to --approximate: give it, or none")
         if self.samples is None and (self.image_folder is not None or self.max_samples is not None):
             raise ConfigError("--image_folder and --max_samples belong to --samples: give it, or none of them")
         if self.max_samples is not None and self.max_samples < 1:
             raise ConfigError(f"--max_samples {self.max_samples}: expected at least 1")
-        if self.accept_difference is not None and not 0 <= self.accept_difference <= FURTHEST:
+        if self.accept_difference is not None and not 0 <= self.accept_difference <= _FURTHEST:
             raise ConfigError(f"--accept_difference {self.accept_difference:g}: expected one minus a cosine, 0 to 2")
 
 
 @dataclass(frozen=True)
 class Loss:
-    """How many first questions of some records were answered as the record has it, before and after."""
+    """The numbers of correct answers to records' first questions, before and after."""
 
     num_samples: int
     before: int
     after: int
     left_out: Mapping[str, int] = field(default_factory=dict)
-    """How many more could not be asked, by reason."""
+    """Numbers of skipped records by reason."""
 
     def __str__(self) -> str:
-        """Put it into words."""
+        """Format the result."""
         was, now = self.before / self.num_samples, self.after / self.num_samples
         return (
             f"answers on {self.num_samples} samples: {was:.1%} right with the model's own tower, {now:.1%} with the "
-            f"approximate one ({100 * (now - was):+.1f} points){describe_left_out(self.left_out)}"
+            f"approximate one ({100 * (now - was):+.1f} points){_describe_left_out(self.left_out)}"
         )
 
 
-def describe_left_out(counts: Mapping[str, int]) -> str:
-    """Say how many samples were not asked, and why; nothing if all were."""
+def _describe_left_out(counts: Mapping[str, int]) -> str:
+    """Format the numbers of skipped samples by reason; empty without any."""
     reasons = ", ".join(f"{reason} ({count:,})" for reason, count in sorted(counts.items()))
     return f"; {sum(counts.values()):,} left out: {reasons}" if reasons else ""
 
 
 @dataclass(frozen=True)
-class Question:
-    """What a sample asks first: its prompt, its record's images with their number in it, and the answer."""
+class ApproximationQuestion:
+    """A sample's first question: its prompt, its record's images with their number, and the answer."""
 
     record: "Record"
     prompt: list[int]
@@ -91,11 +91,11 @@ class Question:
 
 
 def check_difference(difference: "FeatureDifference", accepted: float | None) -> None:
-    """Raise ConfigError unless a tower's features stay near enough, or are accepted as they are."""
+    """Check that a tower's features change little enough, or that the change is accepted. Raises ConfigError."""
     found = 1 - difference.mean_cosine
-    if found <= max(1 - ENOUGH_COSINE, accepted or 0.0) + ROUNDING:
+    if found <= max(1 - _ENOUGH_COSINE, accepted or 0.0) + _ROUNDING:
         return
-    rounded = f"{math.ceil(100 * (found - ROUNDING)) / 100:.2f}"
+    rounded = f"{math.ceil(100 * (found - _ROUNDING)) / 100:.2f}"
     raise ConfigError(
         f"the approximate tower is not this model's any more: {difference}. Nothing is written. Without loss: "
         "--transformers_only writes the tower as it is, for transformers, and the built-in engine serves the model as "
@@ -105,18 +105,18 @@ def check_difference(difference: "FeatureDifference", accepted: float | None) ->
 
 
 def bring_near(load: Callable[[], "LlavaParts"], opened: "ModelFiles", asked: Approximation) -> "ModelFiles":
-    """Return a model with its DINOv2 tower as a SigLIP, and say what that costs.
+    """Convert a model's DINOv2 tower to a SigLIP, and print the loss.
 
     ``load`` gives the model with its weights, for samples. Raises ConfigError if it costs more than is accepted.
     """
-    from llava_ray.model.siglip_form import approximate, open_images
+    from llava_ray.model.formats.hub.siglip_form import approximate, open_images
 
     near, difference = approximate(opened, open_images(asked.images))
     print(difference)
     if asked.samples is not None:
         print(
             measure_loss(
-                load(), near, read_samples(asked.samples, asked.image_folder, asked.max_samples or MOST_SAMPLES)
+                load(), near, read_samples(asked.samples, asked.image_folder, asked.max_samples or _MOST_SAMPLES)
             )
         )
     check_difference(difference, asked.accept_difference)
@@ -124,24 +124,24 @@ def bring_near(load: Callable[[], "LlavaParts"], opened: "ModelFiles", asked: Ap
 
 
 def measure_loss(parts: "LlavaParts", approximated: "ModelFiles", records: Iterable["Record | RecordError"]) -> Loss:
-    """Ask a model the first question of each sample with its own tower and with the approximate one.
+    """Evaluate the first question of each sample with the model's own tower and with the approximate one.
 
     Those that training would reject, or learn nothing from, are counted. Raises DataError where none is left.
     """
     questions, left_out = make_questions(parts, records)
     if not questions:
         raise DataError(
-            f"--samples holds no record to ask{describe_left_out(left_out)}; give records with answers that are learnt"
+            f"--samples holds no record to ask{_describe_left_out(left_out)}; give records with answers that are learnt"
         )
-    own = count_right(parts, questions)
-    other = count_right(replace(parts, tower=approximate_tower(parts, approximated)), questions)
+    own = _count_right(parts, questions)
+    other = _count_right(replace(parts, tower=_approximate_tower(parts, approximated)), questions)
     return Loss(len(questions), own, other, left_out)
 
 
 def read_samples(path: str, image_folder: str | None, most: int) -> Iterator["Record | RecordError"]:
-    """Yield the first records of some data, or why training would reject one. Raises DataError."""
+    """Yield the first records of some data, or the reason why training would reject one. Raises DataError."""
     from llava_ray.config.sections import MAX_IMAGE_PIXELS
-    from llava_ray.data.preview_records import read_records
+    from llava_ray.data.ordered_records import read_records
     from llava_ray.data.records import RawRecord
     from llava_ray.data.validation import check_images, fetch_images, read_record
 
@@ -158,72 +158,74 @@ def read_samples(path: str, image_folder: str | None, most: int) -> Iterator["Re
 
 def make_questions(
     parts: "LlavaParts", records: Iterable["Record | RecordError"]
-) -> tuple[list[Question], dict[str, int]]:
-    """Return what can be asked, and how many records cannot be, by reason."""
+) -> tuple[list[ApproximationQuestion], dict[str, int]]:
+    """Return the usable questions, and the numbers of skipped records by reason."""
     from llava_ray.chat.conversation import first_question
     from llava_ray.chat.tokens import tokenize_question
 
-    questions: list[Question] = []
+    questions: list[ApproximationQuestion] = []
     left_out: Counter[str] = Counter()
     for record in records:
         found = None if isinstance(record, RecordError) else first_question(record.turns)
         if isinstance(record, RecordError) or found is None:
-            left_out[record.reason if isinstance(record, RecordError) else NO_ANSWER] += 1
+            left_out[record.reason if isinstance(record, RecordError) else _NO_ANSWER] += 1
             continue
         system, asked, answer = found
         try:
             prompt = tokenize_question(system, asked, parts.template, parts.tokenizer)
         except (RecordError, TemplateError) as error:
-            left_out[error.reason if isinstance(error, RecordError) else NO_PLACE] += 1
+            left_out[error.reason if isinstance(error, RecordError) else _NO_PLACE] += 1
             continue
         num_images = sum(turn.value.count("<image>") for turn in asked)
-        questions.append(Question(record, prompt, num_images, answer.value))
+        questions.append(ApproximationQuestion(record, prompt, num_images, answer.value))
     return questions, dict(left_out)
 
 
-def approximate_tower(parts: "LlavaParts", approximated: "ModelFiles") -> Any:
-    """Return the tower that an approximated model has, taking the same layer."""
+def _approximate_tower(parts: "LlavaParts", approximated: "ModelFiles") -> Any:
+    """Return the tower of an approximated model, with the same selected layer."""
     from transformers import SiglipVisionModel
 
-    from llava_ray.model.part_configs import build
-    from llava_ray.model.published_names import VISION_TOWER
-    from llava_ray.model.siglip_form import load
-    from llava_ray.model.tower import VisionTower
+    from llava_ray.model.formats.hub.siglip_form import load_backbone
+    from llava_ray.model.formats.names import VISION_TOWER_PREFIX
+    from llava_ray.model.formats.part_configs import build_config
+    from llava_ray.model.network.tower import VisionTower
 
-    state = {name: tensor.load().float() for name, tensor in approximated.part(VISION_TOWER).items()}
-    backbone = load(SiglipVisionModel, build(approximated.tower_config, "the vision tower"), state)
+    state = {name: tensor.load().float() for name, tensor in approximated.part(VISION_TOWER_PREFIX).items()}
+    backbone = load_backbone(SiglipVisionModel, build_config(approximated.tower_config, "the vision tower"), state)
     return VisionTower(backbone, parts.manifest.mm_vision_select_layer, "patch", parts.s2_scales)
 
 
-def count_right(parts: "LlavaParts", questions: Sequence[Question]) -> int:
-    """Count the first questions that are answered, greedily, as the record has it."""
+def _count_right(parts: "LlavaParts", questions: Sequence[ApproximationQuestion]) -> int:
+    """Count the first questions that are answered, greedily, like the record."""
     from llava_ray.generate.decoding import answer_text, generate_batch
     from llava_ray.train.held_out import same
 
     right = 0
-    for start in range(0, len(questions), AT_ONCE):
-        some = questions[start : start + AT_ONCE]
-        shown = [open_first_images(parts, question) for question in some]
+    for start in range(0, len(questions), _AT_ONCE):
+        some = questions[start : start + _AT_ONCE]
+        shown = [_open_first_images(parts, question) for question in some]
         written = generate_batch(
             parts,
             [question.prompt for question in some],
             [pixels for pixels, _ in shown],
             image_sizes=[sizes for _, sizes in shown],
-            max_new_tokens=MAX_NEW_TOKENS,
+            max_new_tokens=_MAX_NEW_TOKENS,
         )
         said = [answer_text(parts, ids) for ids in written]
         right += sum(same(text, question.answer) for text, question in zip(said, some, strict=True))
     return right
 
 
-def open_first_images(parts: "LlavaParts", question: Question) -> tuple["Tensor | None", list[tuple[int, int]]]:
+def _open_first_images(
+    parts: "LlavaParts", question: ApproximationQuestion
+) -> tuple["Tensor | None", list[tuple[int, int]]]:
     """Return the normalised views of the images in a first question, and their sizes. Raises ImageError."""
     import numpy as np
 
     from llava_ray.config.sections import MAX_IMAGE_PIXELS
     from llava_ray.data.validation import fetch_images
     from llava_ray.images.geometry import crop_views
-    from llava_ray.images.processing import normalise
+    from llava_ray.images.processing import normalize_pixels
     from llava_ray.images.reading import open_image
 
     record = question.record
@@ -234,4 +236,4 @@ def open_first_images(parts: "LlavaParts", question: Question) -> tuple["Tensor 
     if not images:
         return None, []
     views = np.concatenate([crop_views(image, parts.image_spec) for image in images])
-    return normalise(views, parts.image_spec), [image.size for image in images]
+    return normalize_pixels(views, parts.image_spec), [image.size for image in images]

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Talk with a LLaVA of any layout in the terminal, or ask it one question.
+"""Chat with a LLaVA of any layout in the terminal, or ask it one question.
 
 python pipelines/chat.py MODEL --image photo.jpg --prompt "What is this?" --max_new_tokens 64 --temperature 0 --json
 python pipelines/chat.py llava-v1.5-7b-lora --model_base vicuna-7b-v1.5 --vision_tower clip-vit-large-patch14-336
@@ -13,25 +13,30 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from llava_ray.config.booleans import bare_switches, switches_of
+from llava_ray.config.booleans import find_boolean_parameters, strip_boolean_values
 from llava_ray.config.chat import ChatSettings
 from llava_ray.errors import LlavaRayError
+from llava_ray.invocation import command
 from pipelines.command import run_command
 from pipelines.places import check_models
 
 if TYPE_CHECKING:
     from llava_ray.generate.chat import ChatSession
 
-with contextlib.suppress(ImportError):  # some systems have none
+with contextlib.suppress(ImportError):  # not available on all systems
     import readline  # noqa: F401 - lets input() edit and remember lines
 
-HELP = "/image FILE shows an image with the next question, /clear begins anew; Ctrl-C stops an answer, Ctrl-D leaves."
+WHEN_STOPPED = "Stopped."
+_HELP = "/image FILE shows an image with the next question, /clear begins anew; Ctrl-C stops an answer, Ctrl-D leaves."
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Load the model; answer the prompt, or whatever is typed until Ctrl-D."""
+    """Load the model and answer the prompt, or lines from the terminal until Ctrl-D."""
     settings = tyro.cli(
-        ChatSettings, args=bare_switches(arguments, switches_of(ChatSettings)), use_underscores=True, prog="chat.py"
+        ChatSettings,
+        args=strip_boolean_values(arguments, find_boolean_parameters(ChatSettings)),
+        use_underscores=True,
+        prog=command("chat"),
     )
     from llava_ray.images.reading import read_bytes
 
@@ -48,15 +53,15 @@ def main(arguments: Sequence[str]) -> None:
     session = load_session(settings)
     print(describe_model(session.parts), file=sys.stderr)
     if settings.prompt is None:
-        print(HELP)
-        converse(session)
+        print(_HELP)
+        _converse(session)
     else:
         reply = session.ask(settings.prompt)
         print(json.dumps(vars(reply)) if settings.json else reply.text)
 
 
-def converse(session: "ChatSession") -> None:
-    """Answer line by line until the input ends; what cannot be done is said, and the conversation goes on."""
+def _converse(session: "ChatSession") -> None:
+    """Answer lines until the input ends; print errors and continue."""
     while True:
         try:
             line = input("> ").strip()
@@ -64,24 +69,24 @@ def converse(session: "ChatSession") -> None:
             print()
             return
         try:
-            obey(session, line)
+            _obey(session, line)
         except LlavaRayError as error:
             print(error, file=sys.stderr)
 
 
-def obey(session: "ChatSession", line: str) -> None:
+def _obey(session: "ChatSession", line: str) -> None:
     """Do what a line says."""
-    command, _, rest = line.partition(" ")
-    if command == "/image" and rest:
+    word, _, rest = line.partition(" ")
+    if word == "/image" and rest:
         session.show(rest.strip())
-    elif command == "/clear":
+    elif word == "/clear":
         session.clear()
     elif line.startswith("/"):
-        print(HELP)
+        print(_HELP)
     elif line:
         session.ask(line, on_text=lambda piece: print(piece, end="", flush=True))
         print()
 
 
 if __name__ == "__main__":
-    run_command(main, when_stopped="Stopped.")
+    run_command(main, when_stopped=WHEN_STOPPED)

@@ -1,4 +1,4 @@
-"""How every pipeline runs as a command: faults in one line, Ctrl-C without a traceback."""
+"""Execution of pipelines as commands: errors in one line, Ctrl-C without a traceback."""
 
 import argparse
 import atexit
@@ -12,27 +12,34 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import NoReturn
 
+from llava_ray import invocation
 from llava_ray.errors import ConfigError, LlavaRayError, Stopped
 
-INTERRUPTED = 130  # the shell's own code for Ctrl-C
+_INTERRUPTED = 130  # the shell's own code for Ctrl-C
 RESUMABLE = "Stopped. The same command goes on from what is done."
 
 
-def run_command(main: Callable[[Sequence[str]], object], *, when_stopped: str = RESUMABLE) -> None:
-    """Run ``main`` on the command line's arguments; exit with 1 and one line for what a user can mend.
+def run_command(
+    main: Callable[[Sequence[str]], object], arguments: Sequence[str] | None = None, *, when_stopped: str = RESUMABLE
+) -> None:
+    """Run ``main`` on arguments; exit with 1 and one line for what a user can mend.
 
-    ``when_stopped`` is said after Ctrl-C and SIGTERM, where ``main`` says nothing better.
+    Without ``arguments`` a script was started, and its command line is taken. ``when_stopped`` is said after Ctrl-C and
+    SIGTERM, where ``main`` says nothing better.
     """
     signal.signal(signal.SIGTERM, stop)
+    if arguments is None:
+        os.environ[invocation.STARTED_AS_VARIABLE] = invocation.SCRIPT
+        arguments = sys.argv[1:]
     try:
-        main(sys.argv[1:])
+        main(arguments)
     except LlavaRayError as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    except BrokenPipeError:  # whoever reads the output, such as head, has seen enough
+    except BrokenPipeError:  # the reader of the output, such as head, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or when_stopped, file=sys.stderr)
-        end(interrupt.exit_code if isinstance(interrupt, Stopped) else INTERRUPTED)
+        end(interrupt.exit_code if isinstance(interrupt, Stopped) else _INTERRUPTED)
 
 
 def end(code: int) -> NoReturn:
@@ -50,14 +57,14 @@ def end(code: int) -> NoReturn:
 
 
 def stop(number: int, frame: FrameType | None) -> None:
-    """Take SIGTERM as Ctrl-C is taken."""
+    """Handle SIGTERM like Ctrl-C."""
     del frame
     raise Stopped(signal_number=number)
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """Whether a run is only to be described, and what it has to fit: so much GPU memory, a cluster file."""
+    """The dry-run flags: whether to describe a run only, and the GPU memory or cluster that it has to fit."""
 
     dry_run: bool
     gpu_memory_gib: float | None
@@ -65,7 +72,7 @@ class DryRun:
 
 
 def split_dry_run(arguments: Sequence[str]) -> tuple[DryRun, list[str]]:
-    """Take ``--dry-run`` and what belongs to it out of a command line: a recipe's settings do not know them."""
+    """Parse ``--dry-run`` and its flags from a command line, and return the other arguments."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--dry-run", "--dry_run", action="store_true")
     parser.add_argument("--gpu_memory_gib", type=float)
@@ -79,7 +86,7 @@ def split_dry_run(arguments: Sequence[str]) -> tuple[DryRun, list[str]]:
 
 @contextmanager
 def timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
-    """Say that a stage begins, and note how long it took."""
+    """Print the start of a stage, and record its duration."""
     print(f"\n== {stage}", flush=True)
     start = time.perf_counter()
     yield

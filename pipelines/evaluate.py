@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Evaluate a LLaVA on benchmarks, score answers that are there already, compare two results.
+"""Evaluate a LLaVA on benchmarks, score existing answers, compare two results.
 
 python pipelines/evaluate.py run RECIPE --evaluate.model_path MODEL
 python pipelines/evaluate.py run --evaluate.model_path MODEL --evaluate.benchmarks gqa=data/gqa pope=data/pope
@@ -12,24 +12,25 @@ from collections.abc import Callable, Sequence
 
 import tyro
 
-from llava_ray.config.booleans import bare_switches, switches_of
+from llava_ray.config.booleans import find_boolean_parameters, strip_boolean_values
+from llava_ray.invocation import as_started, command
 from pipelines import evaluate_commands as commands
 from pipelines.command import run_command, spaced
 
-TOOLS: dict[str, Callable[..., object]] = {
+_TOOLS: dict[str, Callable[..., object]] = {
     "run": commands.run_with_settings,
-    "score": commands.score,
-    "compare": commands.compare,
+    "score": commands.run_score,
+    "compare": commands.run_compare,
 }
 
 
 def main(arguments: Sequence[str]) -> object:
-    """Run the subcommand that is named first: ``run`` takes a recipe, the tools plain arguments."""
+    """Run the subcommand of the first argument: ``run`` takes a recipe, the tools plain arguments."""
     if arguments[:1] == ["run"]:
         return commands.run(arguments[1:])
-    spelt = bare_switches(arguments, switches_of(*TOOLS.values()))
+    spelt = strip_boolean_values(arguments, find_boolean_parameters(*_TOOLS.values()))
     return tyro.extras.subcommand_cli_from_dict(
-        TOOLS, args=spelt, prog="evaluate.py", description=spaced(__doc__), use_underscores=True
+        _TOOLS, args=spelt, prog=command("evaluate"), description=as_started(spaced(__doc__)), use_underscores=True
     )
 
 

@@ -1,4 +1,4 @@
-"""The subcommands of evaluate.py. Each imports what it needs: scoring and comparing need no torch and no Ray."""
+"""The subcommands of `evaluate`. Each imports what it needs: scoring and comparing need no torch and no Ray."""
 
 import json as json_format
 import sys
@@ -9,14 +9,14 @@ from typing import Annotated
 import tyro
 
 from evals.benchmark import Profile
-from evals.published import asked_of
+from evals.published import format_count
 from pipelines.command import split_dry_run
 
-First = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
-Second = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="B")]
+_First = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
+_Second = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="B")]
 
 
-def score(  # noqa: PLR0913 - flags
+def run_score(  # noqa: PLR0913 - flags
     benchmark: str,
     data: Path,
     answers: Path,
@@ -27,7 +27,7 @@ def score(  # noqa: PLR0913 - flags
     tracking_uri: str | None = None,
     json: bool = False,
 ) -> None:
-    """Score an answers file, ours or LLaVA's, without any model.
+    """Score an answers file, ours or LLaVA's, without a model.
 
     Args:
         benchmark: Its name: vqav2, gqa, vizwiz, science_qa, textvqa, pope, mme, mmbench, mmbench_cn, seed_bench,
@@ -40,21 +40,23 @@ def score(  # noqa: PLR0913 - flags
         tracking_uri: Keep it in this MLflow too.
         json: Print one JSON object and nothing else.
     """
-    from evals.tables import headline, interval_text
-    from pipelines.evaluation_results import ScoreRequest, score_answers, track, write_results
+    from evals.tables import format_headline, format_interval
+    from pipelines.evaluation_results import ScoreRequest, log_evaluation, score_answers_file, write_results
 
-    scored = score_answers(ScoreRequest(benchmark, data, answers, profile, reviews))
+    scored = score_answers_file(ScoreRequest(benchmark, data, answers, profile, reviews))
     summary = scored.summary
     if output is not None:
         write_results(output, [scored])
     if tracking_uri is not None:
-        track(tracking_uri, str((output or answers).resolve()), [summary], output)
+        log_evaluation(tracking_uri, str((output or answers).resolve()), [summary], output)
     if json:
         print(json_format.dumps(summary, ensure_ascii=False))
         return
-    print(f"{summary['benchmark']} ({summary['profile']}): {summary['metric']} {headline(summary)}")
-    print(f"  95 % interval  {interval_text(summary)}")
-    print(f"  {'questions':<14} {asked_of(summary['benchmark'], summary['num_questions'], summary['num_questions'])}")
+    print(f"{summary['benchmark']} ({summary['profile']}): {summary['metric']} {format_headline(summary)}")
+    print(f"  95 % interval  {format_interval(summary)}")
+    print(
+        f"  {'questions':<14} {format_count(summary['benchmark'], summary['num_questions'], summary['num_questions'])}"
+    )
     for key in ("num_scored", "missing", "duplicate", "extra", "unparsed", "failed"):
         print(f"  {key:<14} {summary[key]:,}")
     if "withheld" in summary:
@@ -63,15 +65,15 @@ def score(  # noqa: PLR0913 - flags
         print(f"  report         {output}/report.html")
 
 
-def compare(first: First, second: Second, *, json: bool = False) -> None:
-    """Say how much better A is than B, question by question, with the 95 % interval of the difference.
+def run_compare(first: _First, second: _Second, *, json: bool = False) -> None:
+    """Compare results A and B, question by question, with the 95 % interval of the difference.
 
     Args:
         first: Folder of a result, as score and run write it.
         second: Folder of another result of the same benchmark and profile.
         json: Print one JSON object and nothing else.
     """
-    from evals.comparison import compare as compare_results
+    from evals.comparison import compare_results as compare_results
     from evals.comparison import read_result
 
     found = compare_results(read_result(first), read_result(second))
@@ -81,7 +83,7 @@ def compare(first: First, second: Second, *, json: bool = False) -> None:
     ends = found["confidence_interval"]
     span = f"{ends[0]:+.2f} to {ends[1]:+.2f}" if ends else "not known from one cluster"
     print(f"{found['benchmark']} ({found['profile']}): A - B = {found['difference']:+.2f}, 95 % interval {span}")
-    asked = asked_of(found["benchmark"], found["num_compared"], found["num_compared"])
+    asked = format_count(found["benchmark"], found["num_compared"], found["num_compared"])
     print(f"  {asked} questions: A better in {found['better']:,}, B in {found['worse']:,}")
     print(f"  The difference is {'' if found['significant'] else 'not '}significant.")
     for line in found["settings_that_differ"]:
@@ -97,15 +99,15 @@ def run_with_settings() -> None:
 
 
 def run(arguments: Sequence[str]) -> list[dict[str, object]]:
-    """Ask a model the questions of several benchmarks and score its answers; the same command goes on.
+    """Run a model on several benchmarks and score its answers; the same command resumes.
 
     With ``--dry-run`` only say what would be asked.
     """
     asked, arguments = split_dry_run(arguments)
     if asked.dry_run:
-        from pipelines.evaluation_dry_run import describe
+        from pipelines.evaluation_dry_run import describe_evaluation
 
-        for line in describe(arguments, asked.gpu_memory_gib):
+        for line in describe_evaluation(arguments, asked.gpu_memory_gib):
             print(line)
         return []
     from pipelines.evaluation_run import evaluate

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: results, grades, submission files, a report in HTML and Markdown, MLflow."""
+"""The outputs of an evaluation: results, grades, submission files, reports in HTML and Markdown, MLflow."""
 
 import hashlib
 import io
@@ -10,15 +10,15 @@ from typing import Any
 
 from PIL import Image
 
-from evals.answers import Answer, join, read_answers, read_reviews
+from evals.answers import Answer, match_answers, read_answers, read_reviews
 from evals.benchmark import Benchmark, Judge, Profile, Question
 from evals.catalogue import make_benchmark
 from evals.comparison import write_result
 from evals.files import as_json, hash_files
-from evals.published import comparison_note, published_figures
-from evals.scoring import Result, summarise, summarise_unscored
-from evals.scoring import score as score_benchmark
-from evals.tables import flat_metrics, markdown
+from evals.published import comparison_note, published_scores
+from evals.scoring import Result, summarise_unscored, summarize_result
+from evals.scoring import score_answers as score_benchmark
+from evals.tables import flat_metrics, format_markdown
 from llava_ray.config.sections import MAX_IMAGE_PIXELS
 from llava_ray.errors import DataError, ImageError
 from llava_ray.images.reading import open_image
@@ -27,14 +27,14 @@ from llava_ray.report.pieces import Picture
 from llava_ray.report.rendering import write_report
 
 PROVENANCE = "provenance.json"
-MAX_MISTAKES = 60
-THUMBNAIL = (320, 320)
-EXPERIMENT = "llava_ray evaluation"
+_MAX_MISTAKES = 60
+_THUMBNAIL = (320, 320)
+_EXPERIMENT = "llava_ray evaluation"
 
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """What to score: a benchmark's folder, an answers file, a rule, and a judge's replies where it takes some."""
+    """A scoring request: a benchmark's folder, an answers file, a profile, and a judge's replies if needed."""
 
     benchmark: str
     data: Path
@@ -45,7 +45,7 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class ScoredAnswers:
-    """A benchmark with its questions, answers and what came of them (None where only a server scores)."""
+    """A benchmark with its questions, answers and result (None where only a server can score)."""
 
     benchmark: Benchmark
     questions: Sequence[Question]
@@ -54,10 +54,10 @@ class ScoredAnswers:
     summary: dict[str, Any]
 
 
-def score_answers(
+def score_answers_file(
     request: ScoreRequest, max_questions: int | None = None, *, without_judge: bool = False
 ) -> ScoredAnswers:
-    """Read everything and score it, or the first ``max_questions`` only. Raises ConfigError, DataError.
+    """Read and score all questions, or the first ``max_questions``. Raises ConfigError or DataError.
 
     ``without_judge``: what needs a judge and has none comes back without a score, instead of as an error.
     """
@@ -66,18 +66,18 @@ def score_answers(
         raise DataError(f"there is no folder {request.data}; evals/README.md says what {benchmark.title} needs in it.")
     questions, answers = benchmark.read(request.data)[:max_questions], read_answers(request.answers)
     judge: Judge | None = read_reviews(request.reviews) if request.reviews else None
-    made = provenance(request, questions, answers)
-    if reason := why_unscored(benchmark, questions, request, without_judge=without_judge):
+    made = _describe_answers_origin(request, questions, answers)
+    if reason := _why_unscored(benchmark, questions, request, without_judge=without_judge):
         summary = summarise_unscored(benchmark, questions, answers, request.profile, made, reason)
-        return ScoredAnswers(benchmark, questions, join(questions, answers).answers, None, summary)
+        return ScoredAnswers(benchmark, questions, match_answers(questions, answers).answers, None, summary)
     result = score_benchmark(benchmark, questions, answers, request.profile, judge, made)
-    return ScoredAnswers(benchmark, questions, result.joined.answers, result, summarise(result))
+    return ScoredAnswers(benchmark, questions, result.joined.answers, result, summarize_result(result))
 
 
-def why_unscored(
+def _why_unscored(
     benchmark: Benchmark, questions: Sequence[Question], request: ScoreRequest, *, without_judge: bool
 ) -> str | None:
-    """Say why answers cannot be scored here, if they cannot."""
+    """Return the reason why answers cannot be scored here, or None."""
     if questions and not any(question.truths for question in questions):
         return "these questions come without answers: a server scores the submission file"
     if without_judge and request.profile in benchmark.needs_judge and request.reviews is None:
@@ -85,11 +85,13 @@ def why_unscored(
     return None
 
 
-def provenance(request: ScoreRequest, questions: Sequence[Question], answers: Sequence[Answer]) -> dict[str, Any]:
-    """Say what was scored by which rule, and how the answers were made, if a file beside them tells."""
+def _describe_answers_origin(
+    request: ScoreRequest, questions: Sequence[Question], answers: Sequence[Answer]
+) -> dict[str, Any]:
+    """Describe the scored data and profile, and the answers' generation if a file beside them has it."""
     prompts = [question.prompt for question in questions]
-    beside = request.answers.parent / PROVENANCE
-    told = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+    provenance_file = request.answers.parent / PROVENANCE
+    provenance = json.loads(provenance_file.read_text(encoding="utf-8")) if provenance_file.exists() else {}
     asked = next((answer.prompt for answer in answers if answer.prompt), prompts[0] if prompts else "")
     return {
         "profile": request.profile,
@@ -100,12 +102,12 @@ def provenance(request: ScoreRequest, questions: Sequence[Question], answers: Se
         "answers": str(request.answers),
         "answers_hash": hashlib.sha256(request.answers.read_bytes()).hexdigest()[:16],
         **({"reviews": str(request.reviews)} if request.reviews else {}),
-        **told,
+        **provenance,
     }
 
 
 def write_results(folder: Path, scored: Sequence[ScoredAnswers], *, own_folders: bool = False) -> None:
-    """Write the report, and of each benchmark result, grades and submission, in folders of their own if several."""
+    """Write the report, and each benchmark's result, grades and submission, in separate folders if several."""
     for one in scored:
         own = folder / one.benchmark.name if own_folders else folder
         own.mkdir(parents=True, exist_ok=True)
@@ -118,12 +120,14 @@ def write_results(folder: Path, scored: Sequence[ScoredAnswers], *, own_folders:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content)
     names = ", ".join(one.benchmark.title for one in scored)
-    (folder / "report.md").write_text(f"# {names}\n\n{markdown([one.summary for one in scored])}", encoding="utf-8")
-    write_report(folder / "report.html", evaluation_report(f"Evaluation: {names}", [shown(one) for one in scored]))
+    (folder / "report.md").write_text(
+        f"# {names}\n\n{format_markdown([one.summary for one in scored])}", encoding="utf-8"
+    )
+    write_report(folder / "report.html", evaluation_report(f"Evaluation: {names}", [_shown(one) for one in scored]))
 
 
-def shown(one: ScoredAnswers) -> Scored:
-    """Return what the report shows of a benchmark."""
+def _shown(one: ScoredAnswers) -> Scored:
+    """Return a benchmark's part of the report."""
     rows = [row for row in one.result.rows if row.score < 1] if one.result else []
     by_id = {question.id: question for question in one.questions}
     mistakes = [
@@ -137,15 +141,15 @@ def shown(one: ScoredAnswers) -> Scored:
             row.score,
             row.categories,
         )
-        for row in rows[:MAX_MISTAKES]
+        for row in rows[:_MAX_MISTAKES]
     ]
     kind, num = one.benchmark, len(one.questions)
-    published, note = published_figures(kind.name, num), comparison_note(kind.name, num)
+    published, note = published_scores(kind.name, num), comparison_note(kind.name, num)
     return Scored(kind.title, one.summary, kind.maximum, published, mistakes, len(rows), note)
 
 
 def thumbnails(question: Question) -> list[Picture]:
-    """Return a question's images, small; one that is not there or cannot be read is left out."""
+    """Return thumbnails of a question's images, without missing or unreadable ones."""
     pictures = []
     for number, source in enumerate(question.images, start=1):
         try:
@@ -153,21 +157,21 @@ def thumbnails(question: Question) -> list[Picture]:
             image = open_image(content, f"image {number} of question {question.id!r}", max_pixels=MAX_IMAGE_PIXELS)
         except (OSError, ImageError):  # scoring needs no images, so the report does without
             continue
-        image.thumbnail(THUMBNAIL, Image.Resampling.BILINEAR)
+        image.thumbnail(_THUMBNAIL, Image.Resampling.BILINEAR)
         file = io.BytesIO()
         image.convert("RGB").save(file, "JPEG", quality=80)
         pictures.append(Picture(file.getvalue(), f"image {number} of question {question.id}"))
     return pictures
 
 
-def track(
+def log_evaluation(
     tracking_uri: str,
     key: str,
     summaries: Sequence[Mapping[str, Any]],
     folder: Path | None,
-    experiment: str = EXPERIMENT,
+    experiment: str = _EXPERIMENT,
 ) -> str:
-    """Keep scores, settings and files in MLflow; the same key is the same run. Return the run's id."""
+    """Log scores, settings and files to MLflow; the same key is the same run. Return the run's id."""
     from llava_ray.tracking import TrackedRun
 
     run = TrackedRun(tracking_uri, experiment, Path(key).name, key)

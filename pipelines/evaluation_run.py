@@ -1,4 +1,4 @@
-"""evaluate.py run: benchmarks asked in one job, then scored; the same command goes on where it stopped."""
+"""The run of an evaluation: benchmarks are answered in one job, then scored; the same command resumes."""
 
 import time
 from collections.abc import Sequence
@@ -7,30 +7,37 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evals.catalogue import make_benchmark
-from evals.published import asked_of
-from evals.tables import headline, interval_text
+from evals.published import format_count
+from evals.tables import format_headline, format_interval
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import EvaluateConfig
 from llava_ray.errors import ConfigError
-from pipelines.evaluation_results import PROVENANCE, ScoredAnswers, ScoreRequest, score_answers, track, write_results
+from pipelines.evaluation_results import (
+    PROVENANCE,
+    ScoredAnswers,
+    ScoreRequest,
+    log_evaluation,
+    score_answers_file,
+    write_results,
+)
 from pipelines.places import check_files, check_models
 
 if TYPE_CHECKING:
     from llava_ray.shared_storage import Places
-    from pipelines.evaluation_asking import Asked
+    from pipelines.evaluation_asking import AskedBenchmark
 
 
 def evaluate(arguments: Sequence[str]) -> list[dict[str, Any]]:
-    """Ask what is not answered yet, score everything, write the report; return the summaries."""
+    """Answer open questions, score everything, write the report; return the summaries."""
     config = load_recipe(EvaluateConfig, arguments)
-    check_places(config)
+    _check_places(config)
     print(config.model_dump_json(indent=1, exclude_defaults=True), flush=True)
     from llava_ray.generate.answers import locate_model
     from llava_ray.runtime import connected
     from pipelines.evaluation_asking import (
         ask,
+        check_answer_settings,
         check_ranking,
-        check_settings,
         describe_answers,
         list_benchmarks,
         token_limit,
@@ -39,24 +46,24 @@ def evaluate(arguments: Sequence[str]) -> list[dict[str, Any]]:
     asking = config.evaluate
     model = locate_model(asking.model_path, asking.model_base, asking.vision_tower, asking.version)
     made = describe_answers(asking, model)
-    folder = run_folder(config)
+    folder = _run_folder(config)
     with ExitStack() as stack:
         asked = list_benchmarks(asking, folder)
         check_ranking(asking, asked)
         for one in asked:
             stack.enter_context(one.file)
             limit = {"max_new_tokens": token_limit(asking, one)}
-            check_settings(one.file.path.parent / PROVENANCE, made | limit, has_answers=bool(one.file.rows))
+            check_answer_settings(one.file.path.parent / PROVENANCE, made | limit, has_answers=bool(one.file.rows))
         if any(one.unanswered() for one in asked):
-            with connected(config.cluster, shared_places(config), storage_path=config.run.storage_path):
+            with connected(config.cluster, _shared_places(config), storage_path=config.run.storage_path):
                 ask(config, model, asked)
         for one in asked:
             one.file.arrange([question.id for question in one.questions])
-    return report(config, folder, asked)
+    return _report(config, folder, asked)
 
 
-def check_places(config: EvaluateConfig) -> None:
-    """Look for the model and the benchmarks' files. Raises ConfigError."""
+def _check_places(config: EvaluateConfig) -> None:
+    """Check that the model and the benchmarks' files exist. Raises ConfigError."""
     asking = config.evaluate
     check_models({f"evaluate.{key}": getattr(asking, key) for key in ("model_path", "model_base", "vision_tower")})
     for name, _, folder in (entry.partition("=") for entry in asking.benchmarks):
@@ -65,8 +72,8 @@ def check_places(config: EvaluateConfig) -> None:
         check_files({f"score.reviews, {name}": file})
 
 
-def shared_places(config: EvaluateConfig) -> "Places":
-    """Return what all nodes have to see: model and images. Answers are written here alone."""
+def _shared_places(config: EvaluateConfig) -> "Places":
+    """Return the paths that all nodes have to see: model and images. Answers are written by the driver."""
     from llava_ray.shared_storage import Places
 
     asking = config.evaluate
@@ -74,10 +81,10 @@ def shared_places(config: EvaluateConfig) -> "Places":
     return Places.of([], [asking.model_path, asking.model_base, asking.vision_tower, *folders])
 
 
-def run_folder(config: EvaluateConfig) -> Path:
+def _run_folder(config: EvaluateConfig) -> Path:
     """Return the run's folder, with its settings in it. Raises ConfigError."""
     if "://" in config.run.storage_path:
-        raise ConfigError("evaluate.py keeps answers in a local or mounted folder: set run.storage_path to one")
+        raise ConfigError("`evaluate run` keeps answers in a local or mounted folder: set run.storage_path to one")
     folder = Path(config.run.storage_path, str(config.run.name))
     if config.run.restart and folder.exists():
         folder.rename(folder.with_name(f"{folder.name}.{int(time.time())}"))
@@ -86,8 +93,8 @@ def run_folder(config: EvaluateConfig) -> Path:
     return folder
 
 
-def report(config: EvaluateConfig, folder: Path, asked: "Sequence[Asked]") -> list[dict[str, Any]]:
-    """Score everything, write reports and submissions, keep them in MLflow, and say where they are."""
+def _report(config: EvaluateConfig, folder: Path, asked: "Sequence[AskedBenchmark]") -> list[dict[str, Any]]:
+    """Score everything, write reports and submissions, log them to MLflow, and print their paths."""
     from llava_ray.tracking import default_tracking_uri, describe_page
 
     reviews = {
@@ -97,14 +104,14 @@ def report(config: EvaluateConfig, folder: Path, asked: "Sequence[Asked]") -> li
     for one in asked:
         name = one.benchmark.name
         request = ScoreRequest(name, one.data, one.file.path, config.score.profile, reviews.get(name))
-        scored.append(score_answers(request, config.evaluate.max_questions, without_judge=True))
+        scored.append(score_answers_file(request, config.evaluate.max_questions, without_judge=True))
     write_results(folder, scored, own_folders=True)
     summaries = [one.summary for one in scored]
     uri = config.tracking.tracking_uri or default_tracking_uri(config.run.storage_path)
-    run_id = track(uri, str(folder.resolve()), summaries, folder, config.tracking.experiment_name)
+    run_id = log_evaluation(uri, str(folder.resolve()), summaries, folder, config.tracking.experiment_name)
     for summary in summaries:
-        num = asked_of(summary["benchmark"], summary["num_questions"], summary["num_questions"])
-        figures = f"{headline(summary):>9}  {interval_text(summary)}  ({summary['metric']}, {num} questions)"
+        num = format_count(summary["benchmark"], summary["num_questions"], summary["num_questions"])
+        figures = f"{format_headline(summary):>9}  {format_interval(summary)}  ({summary['metric']}, {num} questions)"
         print(f"{summary['benchmark']:<16} {figures}")
         if "withheld" in summary:
             print(f"  {summary['withheld']}")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Bring a model into another layout, take a part of it, or look at what a folder is.
+"""Convert a model to another layout, export a part of it, or inspect a folder.
 
 python pipelines/export.py inspect runs/tune/model
 python pipelines/export.py hub runs/tune/model exported --vocabulary padded
@@ -13,31 +13,33 @@ from collections.abc import Callable, Sequence
 
 import tyro
 
-from llava_ray.config.booleans import bare_switches, switches_of
+from llava_ray.config.booleans import find_boolean_parameters, strip_boolean_values
+from llava_ray.invocation import as_started, command
 from pipelines import export_commands as commands
 from pipelines.command import run_command, spaced
 
+WHEN_STOPPED = "Stopped; nothing was written."
 SUBCOMMANDS: dict[str, Callable[..., None]] = {
-    "inspect": commands.inspect,
+    "inspect": commands.run_inspect,
     "hub": commands.hub,
     "original": commands.original,
     "bundle": commands.bundle,
     "projector": commands.projector,
     "adapter": commands.adapter,
-    "merge": commands.merge,
-    "consolidate": commands.consolidate,
-    "make-delta": commands.make_delta,
-    "apply-delta": commands.apply_delta,
+    "merge": commands.run_merge,
+    "consolidate": commands.run_consolidate,
+    "make-delta": commands.run_make_delta,
+    "apply-delta": commands.run_apply_delta,
 }
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the subcommand that is named first."""
-    spelt = bare_switches(arguments, switches_of(*SUBCOMMANDS.values()))
+    """Run the subcommand of the first argument."""
+    spelt = strip_boolean_values(arguments, find_boolean_parameters(*SUBCOMMANDS.values()))
     tyro.extras.subcommand_cli_from_dict(
-        SUBCOMMANDS, args=spelt, prog="export.py", description=spaced(__doc__), use_underscores=True
+        SUBCOMMANDS, args=spelt, prog=command("export"), description=as_started(spaced(__doc__)), use_underscores=True
     )
 
 
 if __name__ == "__main__":
-    run_command(main, when_stopped="Stopped; nothing was written.")
+    run_command(main, when_stopped=WHEN_STOPPED)

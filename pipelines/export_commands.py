@@ -1,4 +1,4 @@
-"""The subcommands of export.py. Each imports what it needs: torch takes seconds, and ``inspect`` needs none."""
+"""The subcommands of `export`. Each imports what it needs: torch takes seconds, and ``run_inspect`` needs none."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,57 +11,57 @@ from pipelines.approximation import Approximation, bring_near
 from pipelines.places import check_export
 
 if TYPE_CHECKING:
-    from llava_ray.model.exporting import Exported
-    from llava_ray.model.model_files import ModelFiles
+    from llava_ray.model.formats.export_folder import Exported
+    from llava_ray.model.formats.model_files import ModelFiles
 
 
 @dataclass(frozen=True)
-class Given:
-    """What a folder does not say of itself."""
+class ModelArguments:
+    """Flags for facts that a folder does not record."""
 
     model_base: str | None = None
-    """Where the language model lies that a bundle only names."""
+    """Folder of the language model that a bundle only references."""
     vision_tower: str | None = None
-    """Where the vision tower lies."""
+    """Folder of the vision tower."""
     version: str | None = None
     """Conversation template by LLaVA's name, for layouts that do not record it."""
 
 
-Model = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-Base = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="BASE")]
-Checkpoint = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-Delta = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DELTA")]
-Output = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")]
-BaseOrOutput = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="[BASE] OUTPUT")]
-OptionalOutput = Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="")]
-Parts = Annotated[Given, tyro.conf.OmitArgPrefixes]
-NOTHING = Given()
-Near = Annotated[Approximation, tyro.conf.OmitArgPrefixes]
-AS_IT_IS = Approximation()
+_Model = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+_Base = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="BASE")]
+_Checkpoint = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+_Delta = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DELTA")]
+_Output = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")]
+_BaseOrOutput = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="[BASE] OUTPUT")]
+_OptionalOutput = Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="")]
+_Parts = Annotated[ModelArguments, tyro.conf.OmitArgPrefixes]
+_NOTHING = ModelArguments()
+_Near = Annotated[Approximation, tyro.conf.OmitArgPrefixes]
+_AS_IT_IS = Approximation()
 
 
-def inspect(path: Model, *, json: bool = False) -> None:
-    """Say what a folder is: its parts, sizes, template, and what is missing.
+def run_inspect(path: _Model, *, json: bool = False) -> None:
+    """Inspect a folder: print its parts, sizes, template, and missing files.
 
     Args:
         path: A folder with a model in any layout.
         json: Say it as one JSON object.
     """
-    from llava_ray.model.inspection import inspect as look
-    from llava_ray.model.inspection import render
+    from llava_ray.model.formats.inspection import inspect as look
+    from llava_ray.model.formats.inspection import render_inspection
 
     found = look(path)
-    print(found.to_json() if json else render(found))
+    print(found.to_json() if json else render_inspection(found))
 
 
 def hub(
-    model: Model,
-    output: Output,
-    given: Parts = NOTHING,
+    model: _Model,
+    output: _Output,
+    given: _Parts = _NOTHING,
     *,
     vocabulary: Literal["auto", "kept", "padded", "truncated"] = "auto",
     transformers_only: bool = False,
-    near: Near = AS_IT_IS,
+    near: _Near = _AS_IT_IS,
 ) -> None:
     """Write the layout of llava-hf, which transformers, old and new, and vLLM load.
 
@@ -76,18 +76,18 @@ def hub(
     """
     near.check()
     check_export(model, output)
-    from llava_ray.model.hub_export import export_hub
+    from llava_ray.model.formats.hub.write import export_hub
 
-    opened = open_given(model, given)
+    opened = _open_given(model, given)
     if near.approximate:
         from llava_ray.model.loading import load_pretrained_model
 
         opened = bring_near(lambda: load_pretrained_model(model, **vars(given)), opened, near)
-    tell(export_hub(opened, output, vocabulary, for_vllm=not transformers_only))
+    _print_export(export_hub(opened, output, vocabulary, for_vllm=not transformers_only))
 
 
 def original(
-    model: Model, output: Output, given: Parts = NOTHING, *, vocabulary: Literal["kept", "truncated"] = "truncated"
+    model: _Model, output: _Output, given: _Parts = _NOTHING, *, vocabulary: Literal["kept", "truncated"] = "truncated"
 ) -> None:
     """Write the layout of liuhaotian/llava-v1.5, with the tower in its folder vision_tower.
 
@@ -98,13 +98,13 @@ def original(
         vocabulary: Leave out the rows that the hub layout adds (truncated), or keep them.
     """
     check_export(model, output)
-    from llava_ray.model.exporting import export_original
+    from llava_ray.model.formats.original.write import export_original
 
-    tell(export_original(open_given(model, given), output, vocabulary))
+    _print_export(export_original(_open_given(model, given), output, vocabulary))
 
 
 def bundle(
-    model: Model, output: Output, given: Parts = NOTHING, *, vocabulary: Literal["kept", "truncated"] = "truncated"
+    model: _Model, output: _Output, given: _Parts = _NOTHING, *, vocabulary: Literal["kept", "truncated"] = "truncated"
 ) -> None:
     """Write a llava_ray bundle with all parts inside.
 
@@ -115,28 +115,28 @@ def bundle(
         vocabulary: Leave out the rows that the hub layout adds (truncated), or keep them.
     """
     check_export(model, output)
-    from llava_ray.model.exporting import export_bundle
+    from llava_ray.model.formats.bundle.write import export_bundle
 
-    tell(export_bundle(open_given(model, given), output, vocabulary))
+    _print_export(export_bundle(_open_given(model, given), output, vocabulary))
 
 
-def projector(model: Model, output: Output, given: Parts = NOTHING) -> None:
+def projector(model: _Model, output: _Output, given: _Parts = _NOTHING) -> None:
     """Write the projector alone: mm_projector.bin and its config.json, as LLaVA's first stage leaves them."""
     check_export(model, output)
-    from llava_ray.model.exporting import export_projector
+    from llava_ray.model.formats.original.write import export_projector
 
-    tell(export_projector(open_given(model, given), output))
+    _print_export(export_projector(_open_given(model, given), output))
 
 
-def adapter(model: Model, output: Output, *, model_base: str | None = None) -> None:
+def adapter(model: _Model, output: _Output, *, model_base: str | None = None) -> None:
     """Write a bundle's adapter alone, as LLaVA's LoRA folder."""
     check_export(model, output)
-    from llava_ray.model.adapter_export import export_adapter
+    from llava_ray.model.lora_export import export_adapter
 
-    tell(export_adapter(model, output, model_base))
+    _print_export(export_adapter(model, output, model_base))
 
 
-def merge(model: Model, output: Output, given: Parts = NOTHING) -> None:
+def run_merge(model: _Model, output: _Output, given: _Parts = _NOTHING) -> None:
     """Merge an adapter into its language model, compare logits before and after, and write a bundle.
 
     Args:
@@ -145,25 +145,25 @@ def merge(model: Model, output: Output, given: Parts = NOTHING) -> None:
         given: What the folder does not say of itself.
     """
     check_export(model, output)
-    from llava_ray.model.adapter_export import export_merged
+    from llava_ray.model.lora_export import export_merged
 
-    tell(export_merged(model, output, **vars(given)))
+    _print_export(export_merged(model, output, **vars(given)))
 
 
-def consolidate(checkpoint: Checkpoint, output: Output) -> None:
+def run_consolidate(checkpoint: _Checkpoint, output: _Output) -> None:
     """Write the model of a run's checkpoint (step-… in its folder) as a bundle."""
     check_export(checkpoint, output)
-    from llava_ray.model.exporting import Exported
+    from llava_ray.model.formats.export_folder import Exported
     from llava_ray.train.consolidation import consolidate as gather
 
     gather(checkpoint, output)
-    tell(Exported(output))
+    _print_export(Exported(output))
 
 
-def make_delta(
-    model: Model, base_or_output: BaseOrOutput, output: OptionalOutput = None, *, model_base: Path | None = None
+def run_make_delta(
+    model: _Model, base_or_output: _BaseOrOutput, output: _OptionalOutput = None, *, model_base: Path | None = None
 ) -> None:
-    """Write a model as its difference, bit for bit, to the language model that it was tuned from.
+    """Write a model as its exact difference from the language model that it was tuned from.
 
     MODEL OUTPUT --model_base BASE, as the other subcommands take them, or MODEL BASE OUTPUT.
 
@@ -173,32 +173,32 @@ def make_delta(
         output: A folder that is not there yet.
         model_base: The language model that it was tuned from.
     """
-    from llava_ray.model.deltas import make_delta as make
-    from llava_ray.model.layout import Kind
-    from llava_ray.model.layouts import read_layout
+    from llava_ray.model.formats.deltas import make_delta as make
+    from llava_ray.model.formats.layout import LayoutKind
+    from llava_ray.model.formats.layouts import read_layout
 
     base, written = (model_base, base_or_output) if output is None else (base_or_output, output)
     if base is None or (output is not None and model_base is not None):
         raise ConfigError("make-delta takes MODEL OUTPUT --model_base BASE, or MODEL BASE OUTPUT")
     kinds = [read_layout(folder).kind for folder in (model, base)]
-    if kinds[0] is Kind.LANGUAGE_MODEL != kinds[1]:
+    if kinds[0] is LayoutKind.LANGUAGE_MODEL != kinds[1]:
         raise ConfigError(
             f"{model} is a plain language model and {base} is not: make-delta takes the model before its base, "
             f"make-delta {base} {model} {written}"
         )
-    tell(make(base, model, written))
+    _print_export(make(base, model, written))
 
 
-def apply_delta(base: Base, delta: Delta, output: Output) -> None:
-    """Make a model of a delta and its base, which has to be the right one."""
-    from llava_ray.model.deltas import apply_delta as apply
+def run_apply_delta(base: _Base, delta: _Delta, output: _Output) -> None:
+    """Build a model from a delta and its base, which is verified."""
+    from llava_ray.model.formats.deltas import apply_delta as apply
 
-    tell(apply(base, delta, output))
+    _print_export(apply(base, delta, output))
 
 
-def open_given(model: Path, given: Given) -> "ModelFiles":
-    """Open a model with what was given of it."""
-    from llava_ray.model.model_files import open_model
+def _open_given(model: Path, given: ModelArguments) -> "ModelFiles":
+    """Open a model with the given parts."""
+    from llava_ray.model.formats.model_opening import open_model
 
     opened = open_model(model, **vars(given))
     for note in opened.notes:
@@ -206,8 +206,8 @@ def open_given(model: Path, given: Given) -> "ModelFiles":
     return opened
 
 
-def tell(exported: "Exported") -> None:
-    """Say where it is, and what has to be known of it."""
+def _print_export(exported: "Exported") -> None:
+    """Print the path of an export, and notes about it."""
     print(f"Written to {exported.folder}")
     for note in exported.notes:
         print(f"  {note}")

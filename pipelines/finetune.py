@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Tune a LLaVA on a Ray cluster: alignment and instruction tuning alike, by recipe.
+"""Fine-tune a LLaVA on a Ray cluster, for alignment or instruction tuning, by recipe.
 
 python pipelines/finetune.py pipelines/recipes/finetune/llava_v1_5_7b.toml --data.data_path mix665k.json …
 python pipelines/finetune.py RECIPE --dry-run [--gpu_memory_gib 40]     # parts, steps, memory; starts nothing
@@ -14,32 +14,32 @@ from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import MODEL_PATHS, FinetuneConfig
 from pipelines.command import run_command, split_dry_run
 from pipelines.places import check_run_places
-from pipelines.prerequisites import missing_models, refuse_missing
+from pipelines.prerequisites import check_prerequisites, missing_models
 
 if TYPE_CHECKING:
     from llava_ray.shared_storage import Places
     from llava_ray.train.trainer import FinishedRun
 
 
-PROJECTOR = "model.pretrain_mm_mlp_adapter"
+_PROJECTOR = "model.pretrain_mm_mlp_adapter"
 
 
 def main(arguments: Sequence[str]) -> "FinishedRun | None":
-    """Prepare the data, tune, and say where the results are; or only say what would be done."""
+    """Prepare the data, fine-tune and print the results' paths, or describe the run with ``--dry-run``."""
     asked, arguments = split_dry_run(arguments)
     config = load_recipe(FinetuneConfig, arguments)
     missing = missing_models(config)
     if asked.dry_run:
-        # A projector's size is known without its file, that of a whole model of our own making is not.
-        refuse_missing(config, {key: command for key, command in missing.items() if key != PROJECTOR})
-        from llava_ray.train.dry_run import describe_run
+        # A projector's size is known without its file, that of a whole model from an earlier stage is not.
+        check_prerequisites(config, {key: command for key, command in missing.items() if key != _PROJECTOR})
+        from llava_ray.train.planning.dry_run import describe_run
 
         for line in describe_run(config, asked.gpu_memory_gib, asked.cluster_file):
             print(line)
-        if PROJECTOR in missing:
-            print(f"First {missing[PROJECTOR]}, which makes {config.model.pretrain_mm_mlp_adapter}")
+        if _PROJECTOR in missing:
+            print(f"First {missing[_PROJECTOR]}, which makes {config.model.pretrain_mm_mlp_adapter}")
         return None
-    refuse_missing(config, missing)
+    check_prerequisites(config, missing)
     check_run_places(config)
     print(config.model_dump_json(indent=1, exclude_defaults=True), flush=True)
     from llava_ray.data.preparation import prepare_data
@@ -48,15 +48,15 @@ def main(arguments: Sequence[str]) -> "FinishedRun | None":
     from llava_ray.train.trainer import finetune
 
     check_run(config)
-    with connected(config.cluster, shared_places(config), storage_path=config.run.storage_path) as resources:
+    with connected(config.cluster, _shared_places(config), storage_path=config.run.storage_path) as resources:
         prepared = prepare_data(config.data)
         finished = finetune(config, prepared, resources)
-    tell(finished)
+    _print_run(finished)
     return finished
 
 
-def shared_places(config: FinetuneConfig) -> "Places":
-    """Return what all nodes have to see."""
+def _shared_places(config: FinetuneConfig) -> "Places":
+    """Return the paths that all nodes have to see."""
     from llava_ray.shared_storage import Places
 
     data = config.data
@@ -64,8 +64,8 @@ def shared_places(config: FinetuneConfig) -> "Places":
     return Places.of([config.run.storage_path, data.cache_dir], [data.data_path, data.image_folder, *parts])
 
 
-def tell(finished: "FinishedRun") -> None:
-    """Say what came out, and where."""
+def _print_run(finished: "FinishedRun") -> None:
+    """Print the results and their paths."""
     from llava_ray.tracking import describe_page
 
     loss = finished.metrics.get("loss", float("nan"))

@@ -1,4 +1,4 @@
-"""Paths that a command is given: whether anything is there, before what takes seconds is imported or started."""
+"""Checks of a command's paths, before slow imports and starts."""
 
 import difflib
 import re
@@ -10,18 +10,18 @@ from llava_ray.config.space import Space
 from llava_ray.errors import ConfigError
 from llava_ray.reading import shown
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # owner/name, or a name alone
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # owner/name, or a name alone
 
 
 def check_run_places(config: FinetuneConfig, space: Space | None = None) -> None:
-    """Look for the models and data that a run names, and those that a sweep tries. Raises ConfigError."""
+    """Check that the models and data of a run or sweep exist. Raises ConfigError."""
     check_run_models(config, space)
     check_data_places(config.data)
     check_files({"held_out.path": config.held_out.path, "held_out.images": config.held_out.images})
 
 
 def check_run_models(config: FinetuneConfig, space: Space | None = None) -> None:
-    """Look for the models that a run names, and those that a sweep tries. Raises ConfigError."""
+    """Check that the models of a run or sweep exist. Raises ConfigError."""
     check_models({key: getattr(config.model, key.removeprefix("model.")) for key in MODEL_PATHS})
     for key, dimension in (space.dimensions if space else {}).items():
         if key in MODEL_PATHS:
@@ -30,12 +30,12 @@ def check_run_models(config: FinetuneConfig, space: Space | None = None) -> None
 
 
 def check_data_places(data: DataConfig) -> None:
-    """Look for the data that a run names. Raises ConfigError."""
+    """Check that the data of a run exist. Raises ConfigError."""
     check_files({"data.data_path": data.data_path, "data.image_folder": data.image_folder})
 
 
 def check_models(named: Mapping[str, str | None]) -> None:
-    """Raise ConfigError for a model, by its key, that is no folder or file here and can be no hub id either."""
+    """Check that a model, by its key, is a folder, a file or a possible hub id. Raises ConfigError."""
     for key, name in named.items():
         if name is None or exists(name):
             continue
@@ -44,34 +44,34 @@ def check_models(named: Mapping[str, str | None]) -> None:
                 f"{key} = {shown(name)}: models are read from folders that every node sees, or by hub id; copy it to "
                 "one and give its path"
             )
-        if not HUB_ID.fullmatch(name) or ("/" in name and exists(name.partition("/")[0])):
-            raise ConfigError(f"{key} = {shown(name)}: nothing is there{near(name)}")
+        if not _HUB_ID.fullmatch(name) or ("/" in name and exists(name.partition("/")[0])):
+            raise ConfigError(f"{key} = {shown(name)}: nothing is there{_near(name)}")
 
 
 def check_files(named: Mapping[str, str | None]) -> None:
-    """Raise ConfigError for a file or folder of this machine, by its key, that is not there."""
+    """Check that a local file or folder, by its key, exists. Raises ConfigError."""
     for key, name in named.items():
         if name is not None and "://" not in name and "*" not in name and not exists(name):
-            raise ConfigError(f"{key} = {shown(name)}: nothing is there{near(name)}")
+            raise ConfigError(f"{key} = {shown(name)}: nothing is there{_near(name)}")
 
 
 def check_export(model: Path, output: Path) -> None:
-    """Look for the model, and that nothing is where the export will be. Raises ConfigError."""
+    """Check that the model exists and the export's folder does not. Raises ConfigError."""
     check_models({"the model": str(model)})
     if exists(str(output)) and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"{output} is there already; an export overwrites nothing. Choose another folder.")
 
 
 def exists(name: str) -> bool:
-    """Tell whether there is a file or folder, also for names that none can have."""
+    """Return whether a file or folder exists; False for invalid names."""
     try:
         return Path(name).expanduser().exists()
     except (OSError, ValueError, RuntimeError):  # too long, a null byte, the home of nobody
         return False
 
 
-def near(name: str) -> str:
-    """Say what is there instead: a name that looks like it, or how far the path leads."""
+def _near(name: str) -> str:
+    """Return a hint for a missing path: a similar name, or its existing part."""
     try:
         path = Path(name).expanduser().absolute()
         there = next(parent for parent in path.parents if parent.is_dir())

@@ -10,19 +10,20 @@ from typing import TYPE_CHECKING
 
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import PrepareConfig
+from llava_ray.invocation import command
 from pipelines.command import run_command
 from pipelines.places import check_data_places
 
 if TYPE_CHECKING:
     from llava_ray.data.shards import PreparedData
 
-# Sections of a recipe for finetune.py that say nothing about data.
-OTHER_SECTIONS = ("model", "train", "lora", "tracking")
+# Sections of a fine-tuning recipe that do not concern data.
+_OTHER_SECTIONS = ("model", "train", "lora", "tracking")
 
 
 def main(arguments: Sequence[str]) -> "PreparedData":
-    """Prepare, and say what came out and where it is."""
-    config = load_recipe(PrepareConfig, arguments, ignore=OTHER_SECTIONS)
+    """Prepare the data and print the results."""
+    config = load_recipe(PrepareConfig, arguments, ignore=_OTHER_SECTIONS)
     check_data_places(config.data)
     from llava_ray.data.preparation import check_source, prepare_data
     from llava_ray.runtime import connected
@@ -32,12 +33,12 @@ def main(arguments: Sequence[str]) -> "PreparedData":
     shared = Places.of([config.data.cache_dir], [config.data.data_path, config.data.image_folder])
     with connected(config.cluster, shared, storage_path=config.run.storage_path):
         prepared = prepare_data(config.data)
-    tell(prepared)
+    _print_prepared(prepared)
     return prepared
 
 
-def tell(prepared: "PreparedData") -> None:
-    """Print counts, reasons, sizes and places."""
+def _print_prepared(prepared: "PreparedData") -> None:
+    """Print counts, reasons, sizes and paths."""
     from llava_ray.data.record_keys import describe_ignored
 
     num_records = prepared.num_samples + prepared.num_rejected
@@ -46,7 +47,7 @@ def tell(prepared: "PreparedData") -> None:
     print(f"  rejected   {prepared.num_rejected:>12,}  ({prepared.num_rejected / num_records:.2%})")
     for reason, count in sorted(prepared.rejected_reasons.items(), key=lambda item: -item[1]):
         print(f"    {reason:<18}{count:>5,}")
-    if prepared.reused and prepared.ignored_keys:  # otherwise said while it was prepared
+    if prepared.reused and prepared.ignored_keys:  # otherwise printed during preparation
         print(f"  {describe_ignored(prepared.ignored_keys)}")
     print(f"  shards     {len(prepared.shards):>12,}")
     print(f"  size       {prepared.num_bytes / 1e6:>12,.1f} MB")
@@ -54,7 +55,7 @@ def tell(prepared: "PreparedData") -> None:
     print(f"  folder     {prepared.path}")
     if prepared.num_rejected:
         print(f"  why        {prepared.rejected_path}")
-    print(f"Train on it: python pipelines/finetune.py RECIPE --data.data_path {prepared.path}")
+    print(f"Train on it: {command('finetune')} RECIPE --data.data_path {prepared.path}")
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from llava_ray.config.sections import MODEL_PATHS, FinetuneConfig
 from llava_ray.errors import ConfigError
+from llava_ray.invocation import command, recipe_argument
 
-RECIPES = Path(__file__).parent / "recipes"
+_RECIPES = Path(__file__).parent / "recipes"
 # What is made by a command that is no recipe: the beginning of the path, and the command.
-MADE_BY = {
-    "runs/cache/quickstart/words-language-model": "python pipelines/quickstart_sweep.py",
-    "runs/cache/quickstart": "python pipelines/quickstart.py",
-    "runs/quickstart": "python pipelines/quickstart.py",
+_MADE_BY = {
+    "runs/cache/quickstart/words-language-model": "quickstart_sweep",
+    "runs/cache/quickstart": "quickstart",
+    "runs/quickstart": "quickstart",
 }
 
 
@@ -20,23 +21,23 @@ def missing_models(config: FinetuneConfig) -> dict[str, str]:
     """Return for each model that is not there and that a command of ours makes, by its key, that command."""
     named = {key: getattr(config.model, key.removeprefix("model.")) for key in MODEL_PATHS}
     found = {key: find_maker(path) for key, path in named.items() if path and not Path(path).exists()}
-    return {key: command for key, command in found.items() if command}
+    return {key: maker for key, maker in found.items() if maker}
 
 
-def refuse_missing(config: FinetuneConfig, missing: Mapping[str, str]) -> None:
+def check_prerequisites(config: FinetuneConfig, missing: Mapping[str, str]) -> None:
     """Raise ConfigError that says what to run first."""
-    for key, command in missing.items():
+    for key, maker in missing.items():
         path = getattr(config.model, key.partition(".")[2])
-        raise ConfigError(f"{key} = {path!r} is not there yet: run {command} first, which makes it")
+        raise ConfigError(f"{key} = {path!r} is not there yet: run {maker} first, which makes it")
 
 
 def find_maker(path: str) -> str | None:
     """Return the command that makes a folder; None if none of ours does."""
-    for start, command in MADE_BY.items():
+    for start, name in _MADE_BY.items():
         if Path(path).is_relative_to(start):
-            return command
-    for recipe in sorted(RECIPES.glob("*/*.toml")):
+            return command(name)
+    for recipe in sorted(_RECIPES.glob("*/*.toml")):
         run = tomllib.loads(recipe.read_text(encoding="utf-8")).get("run", {})
         if run.get("name") and Path(path) == Path(run.get("storage_path", "runs"), run["name"], "model"):
-            return f"python pipelines/finetune.py pipelines/recipes/{recipe.relative_to(RECIPES)}"
+            return command("finetune", recipe_argument(recipe.parent.name, recipe.stem))
     return None

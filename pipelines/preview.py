@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Show what a model will see of your data, before any training: tokens, what is learnt of them, images, losses.
+"""Show how a model will see your data before training: tokens, supervised ones, images, losses.
 
 python pipelines/preview.py --model BUNDLE --data mix.json --image_folder images
 python pipelines/preview.py --tokenizer DIR --version vicuna_v1 --data mix.json --json
@@ -12,34 +12,36 @@ from pathlib import Path
 
 import tyro
 
-from llava_ray.config.booleans import bare_switches, switches_of
+from llava_ray.config.booleans import find_boolean_parameters, strip_boolean_values
 from llava_ray.config.preview import PreviewSettings
+from llava_ray.invocation import command
 from pipelines.command import run_command
 from pipelines.places import check_files, check_models
 
-NUM_IN_REPORT = 200
+WHEN_STOPPED = "Stopped; nothing was written."
+_NUM_IN_REPORT = 200
 
 
 def main(arguments: Sequence[str]) -> Path | None:
     """Write the report and return its path, or print the JSON lines."""
     settings = tyro.cli(
         PreviewSettings,
-        args=bare_switches(arguments, switches_of(PreviewSettings)),
+        args=strip_boolean_values(arguments, find_boolean_parameters(PreviewSettings)),
         use_underscores=True,
-        prog="preview.py",
+        prog=command("preview"),
     )
     check_models({key: getattr(settings, key) for key in ("model", "tokenizer", "model_base", "vision_tower")})
     check_files({key: getattr(settings, key) for key in ("data", "image_folder")})
-    from llava_ray.data.preview import Rejection, SampleView, token_viewer
-    from llava_ray.data.preview_losses import model_viewer
-    from llava_ray.data.preview_records import read_records
-    from llava_ray.data.preview_report import Findings, describe_findings, make_line, make_report, paint_samples
+    from llava_ray.data.ordered_records import read_records
     from llava_ray.data.record_keys import describe_ignored
+    from llava_ray.preview.losses import model_viewer
+    from llava_ray.preview.report import Findings, describe_findings, make_line, make_preview_report, paint_samples
+    from llava_ray.preview.samples import Rejection, SampleView, token_viewer
     from llava_ray.report.charts import check_plotting
     from llava_ray.report.rendering import write_report
 
     viewer, judge = model_viewer(settings) if settings.model else (token_viewer(settings), None)
-    records = read_records(settings.data, settings.max_samples or (None if settings.json else NUM_IN_REPORT))
+    records = read_records(settings.data, settings.max_samples or (None if settings.json else _NUM_IN_REPORT))
     seen = (viewer.view(record) for record in records)
     views = judge.add_losses(seen) if judge else seen
     if settings.json:
@@ -58,7 +60,7 @@ def main(arguments: Sequence[str]) -> Path | None:
         return None
     check_plotting()
     findings = Findings(settings, viewer, list(views))
-    path = write_report(Path(settings.output) / "report.html", make_report(findings))
+    path = write_report(Path(settings.output) / "report.html", make_preview_report(findings))
     if sys.stdout.isatty():
         print(paint_samples(findings))
     print(describe_findings(findings), f"Report: {path}", sep="\n")
@@ -66,4 +68,4 @@ def main(arguments: Sequence[str]) -> Path | None:
 
 
 if __name__ == "__main__":
-    run_command(main, when_stopped="Stopped; nothing was written.")
+    run_command(main, when_stopped=WHEN_STOPPED)

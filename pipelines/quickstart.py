@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train a small real LLaVA on this machine and show what it learnt: no GPU, no hub account.
+"""Train and evaluate a small real LLaVA on this machine, without a GPU or hub account.
 
 python pipelines/quickstart.py
 
@@ -22,24 +22,25 @@ if TYPE_CHECKING:
     from llava_ray.runtime import Resources
     from llava_ray.train.trainer import FinishedRun
 
-CACHE, FOLDER, RECIPES = Path("runs/cache/quickstart"), Path("runs/quickstart"), Path("pipelines/recipes/quickstart")
-NUM_TEST_QUESTIONS = 1_000
+CACHE, _FOLDER = Path("runs/cache/quickstart"), Path("runs/quickstart")
+RECIPES = Path(__file__).parent / "recipes/quickstart"
+_NUM_TEST_QUESTIONS = 1_000
 
 
 def main(arguments: Sequence[str]) -> float:
-    """Do every stage that is not done yet, write the report, return the held-out accuracy."""
+    """Run all unfinished stages, write the report, and return the held-out accuracy."""
     words = load_recipe(FinetuneConfig, [f"{RECIPES}/words.toml", *arguments])
     from llava_ray.report.charts import check_plotting
 
     check_plotting()
-    from evals import easy_vqa
-    from evals.easy_vqa_records import write_conversations, write_open_questions, write_words
     from llava_ray.generate.answers import Actors
-    from llava_ray.model.manifest import read_manifest, write_manifest
-    from llava_ray.model.registry_weights import make_language_model, make_vision_tower
+    from llava_ray.model.formats.manifest import read_manifest, write_manifest
+    from llava_ray.quickstart import easy_vqa
+    from llava_ray.quickstart.easy_vqa_records import write_conversations, write_open_questions, write_words
+    from llava_ray.quickstart.registry_weights import make_language_model, make_vision_tower
     from llava_ray.report.rendering import write_report
     from llava_ray.runtime import connected
-    from pipelines.quickstart_results import answer, make_report, tell, write_examples
+    from pipelines.quickstart_results import answer, make_quickstart_report, print_quickstart, write_examples
 
     seconds: dict[str, float] = {}
     with timed("weights", seconds):
@@ -60,25 +61,25 @@ def main(arguments: Sequence[str]) -> float:
             adapter = ["--model.pretrain_mm_mlp_adapter", aligned.folder.bundle]
             tuned = train(load_recipe(FinetuneConfig, [f"{RECIPES}/tune.toml", *adapter, *common]), resources)
         with timed("evaluate", seconds):
-            asked = easy_vqa.test_questions(NUM_TEST_QUESTIONS, seed=0)
+            asked = easy_vqa.test_questions(_NUM_TEST_QUESTIONS, seed=0)
             said = answer(tuned, asked, Actors(resources.num_workers, resources.cpus_per_worker))
-    shutil.copytree(tuned.folder.bundle, FOLDER / "model", dirs_exist_ok=True)
-    write_manifest(FOLDER / "model", read_manifest(Path(tuned.folder.bundle)), FOLDER / "model")
-    link_stage(spoken, "words")
-    if tuned.reused and (FOLDER / "report.json").exists():  # the times of the run that did the work
-        seconds = json.loads((FOLDER / "report.json").read_text())["seconds"]
-    report = easy_vqa.summarise(asked, said) | {"seconds": seconds}
-    (FOLDER / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    shutil.copytree(tuned.folder.bundle, _FOLDER / "model", dirs_exist_ok=True)
+    write_manifest(_FOLDER / "model", read_manifest(Path(tuned.folder.bundle)), _FOLDER / "model")
+    _link_stage(spoken, "words")
+    if tuned.reused and (_FOLDER / "report.json").exists():  # the times of the run that did the work
+        seconds = json.loads((_FOLDER / "report.json").read_text())["seconds"]
+    report = easy_vqa.compute_accuracies(asked, said) | {"seconds": seconds}
+    (_FOLDER / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     runs = {"words": spoken, "alignment": aligned, "instruction tuning": tuned}
-    write_report(FOLDER / "report.html", make_report(report, runs, asked, said))
-    write_examples(FOLDER, asked)
-    tell(FOLDER, report, tuned, data)
+    write_report(_FOLDER / "report.html", make_quickstart_report(report, runs, asked, said))
+    write_examples(_FOLDER, asked)
+    print_quickstart(_FOLDER, report, tuned, data)
     return float(report["held_out_accuracy"])
 
 
-def link_stage(finished: "FinishedRun", name: str) -> None:
-    """Let a stage be found under a name that the recipes know, beside the one that ends in a hash."""
-    link = FOLDER / name
+def _link_stage(finished: "FinishedRun", name: str) -> None:
+    """Link a stage's run under the name that recipes use, without the hash."""
+    link = _FOLDER / name
     if link.is_symlink():
         link.unlink()
     if not link.exists():
@@ -86,7 +87,7 @@ def link_stage(finished: "FinishedRun", name: str) -> None:
 
 
 def train(config: FinetuneConfig, resources: "Resources") -> "FinishedRun":
-    """Prepare and tune one stage, or find it done."""
+    """Prepare and fine-tune one stage, or reuse it."""
     from llava_ray.data.preparation import prepare_data
     from llava_ray.train.trainer import finetune
 

@@ -1,4 +1,4 @@
-"""What the quickstart asks, the page it makes of the answers, and what to do next."""
+"""The quickstart's evaluation, report and next steps."""
 
 import json
 import random
@@ -7,51 +7,52 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evals import easy_vqa
 from llava_ray.generate.answers import Actors, answer_questions
-from llava_ray.generate.questions import Question
-from llava_ray.report.pieces import Link, Links, Picture, Report, Verdict
+from llava_ray.generate.questions import ModelQuestion
+from llava_ray.invocation import command, recipe_argument
+from llava_ray.quickstart import easy_vqa
+from llava_ray.report.pieces import AnswerVerdict, Link, Links, Picture, Report
 from llava_ray.report.tuning import Accuracy, tuning_report
 from llava_ray.train.trainer import FinishedRun
 
-NUM_PICTURES = 24
-NEXT_STEPS = """
+_NUM_PICTURES = 24
+_NEXT_STEPS = """
 What next
-  curves and artifacts    .venv/bin/mlflow ui --backend-store-uri {tracking_uri}
-  what the model saw      .venv/bin/python pipelines/preview.py --model {folder}/model \\
+  curves and artifacts    {bin}mlflow ui --backend-store-uri {tracking_uri}
+  what the model saw      {bin}{preview} --model {folder}/model \\
                             --data {data} --image_folder {images}
-  your own data           .venv/bin/python pipelines/finetune.py pipelines/recipes/quickstart/yours.toml \\
+  your own data           {bin}{finetune} {yours} \\
                             --data.data_path {data} --data.image_folder {images}
                           (with your file and folder in place of these)
-  LLaVA-1.5, on 8 GPUs    .venv/bin/python pipelines/finetune.py \\
-                            pipelines/recipes/pretrain/llava_v1_5_7b.toml --dry-run
+  LLaVA-1.5, on 8 GPUs    {bin}{finetune} \\
+                            {pretrain} --dry-run
 """
 
 
-def answer(tuned: FinishedRun, asked: Sequence[easy_vqa.Question], actors: Actors) -> dict[str, str]:
-    """Ask the model, greedily and in batches, or find the run's answers."""
+def answer(tuned: FinishedRun, asked: Sequence[easy_vqa.ShapeQuestion], actors: Actors) -> dict[str, str]:
+    """Generate the model's answers, greedily in batches, or load them."""
     kept = Path(tuned.folder.path, "answers.json")
     if kept.exists():
         print(f"Reused: {kept}")
         return dict(json.loads(kept.read_text()))
-    questions = [Question(q.id, q.question, str(q.image)) for q in asked]
+    questions = [ModelQuestion(q.id, q.question, str(q.image)) for q in asked]
     given = answer_questions(tuned.folder.bundle, questions, max_new_tokens=8, batch_size=50, actors=actors)
     said = {a.id: a.answer for a in given}
     kept.write_text(json.dumps(said, indent=0))
     return said
 
 
-def make_report(
+def make_quickstart_report(
     report: Mapping[str, Any],
     runs: Mapping[str, FinishedRun],
-    asked: Sequence[easy_vqa.Question],
+    asked: Sequence[easy_vqa.ShapeQuestion],
     said: Mapping[str, str],
 ) -> Report:
-    """Lay out the page."""
+    """Build the report."""
     total = Accuracy("all", report["held_out_accuracy"], report["blind_accuracy"], report["num_test_questions"])
     kinds = [Accuracy(kind, p["model"], p["blind"], p["num_questions"]) for kind, p in report["by_kind"].items()]
     losses = {stage: run.read_losses() for stage, run in runs.items()}
-    pictures = [picture(q, said.get(q.id, "")) for q in random.Random(0).sample(list(asked), NUM_PICTURES)]
+    pictures = [_picture(q, said.get(q.id, "")) for q in random.Random(0).sample(list(asked), _NUM_PICTURES)]
     links = [Link("report.json", "report.json"), Link("the model, a bundle", "model/llava.json")]
     links += [Link(f"run: {stage}", f"{run.folder.name}/resolved.json") for stage, run in runs.items()]
     return tuning_report(
@@ -59,16 +60,16 @@ def make_report(
     )
 
 
-def picture(asked: easy_vqa.Question, said: str) -> Picture:
-    """Show a test image with what was asked, said and true."""
-    verdict: Verdict = "right" if easy_vqa.normalise(said) == asked.answer else "wrong"
+def _picture(asked: easy_vqa.ShapeQuestion, said: str) -> Picture:
+    """Return a test image with question, answer and truth."""
+    verdict: AnswerVerdict = "right" if easy_vqa.normalize_answer(said) == asked.answer else "wrong"
     content = Path(asked.image).read_bytes()
     return Picture(content, f"test image {asked.id}", "", asked.question, said, asked.answer, verdict)
 
 
-def write_examples(folder: Path, asked: Sequence[easy_vqa.Question]) -> None:
-    """Write questions about test images for the service's page: of the kinds that the model has learnt."""
-    drawn: dict[str, easy_vqa.Question] = {}
+def write_examples(folder: Path, asked: Sequence[easy_vqa.ShapeQuestion]) -> None:
+    """Write example questions about test images for the service's page."""
+    drawn: dict[str, easy_vqa.ShapeQuestion] = {}
     for question in asked:
         drawn.setdefault(question.kind, question)
     (folder / "examples").mkdir(exist_ok=True)
@@ -79,8 +80,8 @@ def write_examples(folder: Path, asked: Sequence[easy_vqa.Question]) -> None:
     (folder / "examples.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def tell(folder: Path, report: Mapping[str, Any], tuned: FinishedRun, data: Path) -> None:
-    """Say what came out, where it is, and what to do next."""
+def print_quickstart(folder: Path, report: Mapping[str, Any], tuned: FinishedRun, data: Path) -> None:
+    """Print the results, their paths and next steps."""
     print(f"\nHeld-out accuracy {report['held_out_accuracy']:.1%} on {report['num_test_questions']:,} test questions")
     print(f"Blind baseline    {report['blind_accuracy']:.1%} (most frequent answer, image unseen)")
     for kind, part in report["by_kind"].items():
@@ -88,4 +89,20 @@ def tell(folder: Path, report: Mapping[str, Any], tuned: FinishedRun, data: Path
     print("Seconds           " + ", ".join(f"{stage} {value:g}" for stage, value in report["seconds"].items()))
     print(f"\nReport   {folder}/report.html\nNumbers  {folder}/report.json\nModel    {folder}/model")
     images = easy_vqa.image_folder("train")
-    print(NEXT_STEPS.format(tracking_uri=tuned.tracking_uri, folder=folder, data=data, images=images))
+    print(describe_next_steps(tuned.tracking_uri, folder, data, images))
+
+
+def describe_next_steps(tracking_uri: str, folder: Path, data: Path, images: Path) -> str:
+    """Return commands to go on with, as they can be typed where this one was."""
+    preview, finetune = command("preview"), command("finetune")
+    return _NEXT_STEPS.format(
+        bin=".venv/bin/" if preview.startswith("python pipelines/") else "",  # `make` enters no environment
+        preview=preview,
+        finetune=finetune,
+        yours=recipe_argument("quickstart", "yours"),
+        pretrain=recipe_argument("pretrain", "llava_v1_5_7b"),
+        tracking_uri=tracking_uri,
+        folder=folder,
+        data=data,
+        images=images,
+    )

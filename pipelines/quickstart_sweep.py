@@ -3,7 +3,7 @@
 
 python pipelines/quickstart_sweep.py
 
-The parts and the language model that has learnt the words are those of quickstart.py; what of them is missing is made.
+The parts and the language model trained on words are those of the quickstart; missing ones are made.
 """
 
 import shutil
@@ -21,15 +21,15 @@ from pipelines.sweep import main as sweep
 if TYPE_CHECKING:
     from pipelines.sweep_results import Sweep
 
-RECIPE = "pipelines/recipes/sweep/quickstart.toml"
+_RECIPE = str(Path(__file__).parent / "recipes/sweep/quickstart.toml")
 
 
 def main(arguments: Sequence[str]) -> "Sweep | None":
-    """Make what the sweep starts from, then sweep."""
-    load_sweep([RECIPE, *arguments])
-    from evals import easy_vqa
-    from evals.easy_vqa_records import write_open_split, write_words
-    from llava_ray.model.registry_weights import make_language_model, make_vision_tower
+    """Prepare the sweep's inputs, then run it."""
+    load_sweep([_RECIPE, *arguments])
+    from llava_ray.quickstart import easy_vqa
+    from llava_ray.quickstart.easy_vqa_records import write_open_split, write_words
+    from llava_ray.quickstart.registry_weights import make_language_model, make_vision_tower
     from llava_ray.runtime import connected
 
     for weights in (make_vision_tower(CACHE), make_language_model(CACHE)):
@@ -39,14 +39,14 @@ def main(arguments: Sequence[str]) -> "Sweep | None":
     words = load_recipe(FinetuneConfig, [f"{RECIPES}/words.toml"])
     with connected(words.cluster, storage_path=words.run.storage_path) as resources:
         spoken = train(words, resources)
-    language_model = take_out(Path(spoken.folder.bundle), CACHE / "words-language-model")
+    language_model = _take_out(Path(spoken.folder.bundle), CACHE / "words-language-model")
     given = ["--model.model_name_or_path", str(language_model)]
     given += ["--data.image_folder", str(easy_vqa.image_folder("train"))]
-    return sweep([RECIPE, *given, *arguments])
+    return sweep([_RECIPE, *given, *arguments])
 
 
-def take_out(bundle: Path, folder: Path) -> Path:
-    """Copy a bundle's language model with its tokenizer: beside a projector it would take no other kind of one."""
+def _take_out(bundle: Path, folder: Path) -> Path:
+    """Copy a bundle's language model with its tokenizer, without its projector, whose type the sweep varies."""
     shutil.copytree(bundle / "language_model", folder, dirs_exist_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(bundle / name, folder)

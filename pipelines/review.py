@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Have answers reviewed by GPT-4 or any OpenAI-compatible judge: rate-limited, each call paid once, within a budget.
+"""Review answers with GPT-4 or any OpenAI-compatible judge: rate-limited, billed exactly once, within a budget.
 
 python pipelines/review.py RECIPE --questions F --references F --answers F --context F --judge.model M --output DIR
 python pipelines/review.py RECIPE --benchmark mm_vet --data data/mm_vet --answers F --budget.dollars 5 --dry-run
 python pipelines/review.py summarize REVIEWS.jsonl …
 
-Exit code 0: every review came to an end. 3: partial; the same command goes on, and pays nothing twice. 1: nothing was
-scored. 130, 143: stopped by Ctrl-C or SIGTERM; the same command goes on.
+Exit code 0: every review has ended. 3: partial; the same command resumes, and pays nothing twice. 1: nothing was
+scored. 130, 143: stopped by Ctrl-C or SIGTERM; the same command resumes.
 """
 
 import sys
@@ -20,40 +20,40 @@ from pipelines.command import run_command, split_dry_run
 if TYPE_CHECKING:
     from pipelines.review_run import Outcome
 
-PARTIAL = 3
-NOTHING = 1
-OF_SIGNALS = 128  # and the signal's number: the shell's own code
+_PARTIAL = 3
+_NOTHING = 1
+_OF_SIGNALS = 128  # plus the signal's number: the shell's convention
 
 
 def main(arguments: Sequence[str]) -> "Outcome | None":
-    """Review, say what a review would cost, or summarize review files."""
+    """Run a review, print its estimated cost, or summarize review files."""
     if arguments[:1] == ["summarize"]:
         from pipelines.review_summary import summarize
 
         summarize(arguments[1:])
         return None
     asked, others = split_dry_run(arguments)
-    load_settings(ReviewConfig, others)  # --help and a typo answer before the imports, which take seconds
-    from pipelines.review_run import describe, review
+    load_settings(ReviewConfig, others)  # handle --help and typos before the slow imports
+    from pipelines.review_run import describe_review, review
 
     if asked.dry_run:
-        describe(others)
+        describe_review(others)
         return None
     return review(others)
 
 
-def command(arguments: Sequence[str]) -> None:
+def main_with_exit_code(arguments: Sequence[str]) -> None:
     """Run, and exit with a code that says how far the review came."""
     outcome = main(arguments)
     if outcome is None:
         return
     if outcome.signal and not outcome.complete:
-        sys.exit(OF_SIGNALS + outcome.signal)
+        sys.exit(_OF_SIGNALS + outcome.signal)
     if not outcome.scored:
-        sys.exit(NOTHING)
+        sys.exit(_NOTHING)
     if not outcome.complete:
-        sys.exit(PARTIAL)
+        sys.exit(_PARTIAL)
 
 
 if __name__ == "__main__":
-    run_command(command)
+    run_command(main_with_exit_code)

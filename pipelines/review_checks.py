@@ -1,4 +1,4 @@
-"""What can be known before a review begins: its key, its money, its folder. Nothing is sent before all of it holds."""
+"""Checks before a review starts: key, budget and folder. Nothing is sent before they pass."""
 
 import ipaddress
 import os
@@ -11,22 +11,22 @@ from evals.files import read_lines
 from llava_ray.config.review import JudgeConfig, ReviewConfig
 from llava_ray.errors import ConfigError, DataError
 from llava_ray.review.calls import Call, CallPlan
-from llava_ray.review.ledger_file import writing
+from llava_ray.review.ledger_file import translate_write_errors
 
-BUDGET_FLAGS = ("--budget.dollars", "--dollars")
-USUAL_KEY = JudgeConfig.model_fields["api_key_env"].default
-BYTES_PER_CALL = 4_000  # of a ledger's lines and a report's rows, the judge's words left aside
-BYTES_PER_TOKEN = 4
-COPIES = 3  # of a judge's words: ledger, reviews.jsonl, LLaVA's review file
-LOCAL_ENDS = (".local", ".internal", ".lan", ".localdomain", ".svc")
+_BUDGET_FLAGS = ("--budget.dollars", "--dollars")
+_USUAL_KEY = JudgeConfig.model_fields["api_key_env"].default
+_BYTES_PER_CALL = 4_000  # of a ledger's lines and a report's rows, without the judge's text
+_BYTES_PER_TOKEN = 4
+_COPIES = 3  # of a judge's text: ledger, reviews.jsonl, LLaVA's review file
+_LOCAL_ENDS = (".local", ".internal", ".lan", ".localdomain", ".svc")
 
 
 def check_key(config: JudgeConfig, plan: CallPlan) -> None:
-    """Raise ConfigError where a judge wants a key and there is none, or the key is none that can be sent."""
+    """Check the judges' API key. Raises ConfigError if it is missing or cannot be sent."""
     name = config.api_key_env
     key = os.environ.get(name, "")
-    public = [judge.base_url for judge in plan.judges.values() if is_public(judge.base_url)]
-    if not key and (public or name != USUAL_KEY):
+    public = [judge.base_url for judge in plan.judges.values() if is_public_host(judge.base_url)]
+    if not key and (public or name != _USUAL_KEY):
         whom = public[0] if public else config.base_url
         raise ConfigError(
             f"the environment variable {name} (judge.api_key_env) is not set, and {whom} wants a key: export it (any "
@@ -39,25 +39,25 @@ def check_key(config: JudgeConfig, plan: CallPlan) -> None:
         )
 
 
-def is_public(base_url: str) -> bool:
-    """Tell whether an address is one of the internet's, whose judges want keys."""
+def is_public_host(base_url: str) -> bool:
+    """Return whether an address is public, so that its judge needs a key."""
     place = urlsplit(base_url)
     host = place.hostname or ""
     try:
         return place.scheme == "https" and ipaddress.ip_address(host).is_global
     except ValueError:
-        return place.scheme == "https" and "." in host and not host.endswith(LOCAL_ENDS)
+        return place.scheme == "https" and "." in host and not host.endswith(_LOCAL_ENDS)
 
 
 def budget_of(config: ReviewConfig, plan: CallPlan, arguments: Sequence[str]) -> float | None:
-    """Return the budget that holds: none where a judge's price is not known. Raises ConfigError if a flag asked for it.
+    """Return the effective budget: none if a judge's price is unknown. Raises ConfigError if a flag set it.
 
     A recipe's budget is of the recipe's judge; who names another one need not know its price.
     """
     unpriced = [judge.model for judge in plan.judges.values() if judge.price is None]
     if config.budget.dollars is None or not unpriced:
         return config.budget.dollars
-    if any(argument.partition("=")[0] in BUDGET_FLAGS for argument in arguments):
+    if any(argument.partition("=")[0] in _BUDGET_FLAGS for argument in arguments):
         raise ConfigError(
             f"budget.dollars needs the price of {', '.join(unpriced)}: give --judge.input_dollars and "
             "--judge.output_dollars (dollars for a million tokens; 0 for a judge of your own)"
@@ -66,7 +66,7 @@ def budget_of(config: ReviewConfig, plan: CallPlan, arguments: Sequence[str]) ->
 
 
 def unheld_budget(config: ReviewConfig, budget: float | None) -> str:
-    """Say that a recipe's budget does not hold, or ""."""
+    """Return a warning that a recipe's budget does not apply, or ""."""
     if config.budget.dollars is None or budget is not None:
         return ""
     return (
@@ -76,7 +76,7 @@ def unheld_budget(config: ReviewConfig, budget: float | None) -> str:
 
 
 def too_dear(budget: float | None, spent: float, waiting: Collection[Call]) -> str:
-    """Say that not even the cheapest call that is waiting fits into what is left of the budget, or ""."""
+    """Return the reason why not even the cheapest waiting call fits the remaining budget, or ""."""
     if budget is None or not waiting:
         return ""
     price = min(call.dollars for call in waiting)
@@ -90,7 +90,7 @@ def too_dear(budget: float | None, spent: float, waiting: Collection[Call]) -> s
 
 
 def check_output(output: Path, plan: CallPlan, keys: Collection[str]) -> None:
-    """Raise ConfigError where the folder holds the report of another review, which would be overwritten."""
+    """Check that no other review's report would be overwritten. Raises ConfigError."""
     path = output / "reviews.jsonl"
     try:
         rows = [review for row in read_lines(path) for review in row["reviews"]] if path.exists() else []
@@ -106,11 +106,11 @@ def check_output(output: Path, plan: CallPlan, keys: Collection[str]) -> None:
         )
 
 
-def check_room(output: Path, ledger: Path, num_waiting: int, tokens: int) -> None:
-    """Raise ConfigError where a folder cannot be written to, or its disk has too little room for what will come."""
-    need = num_waiting * (BYTES_PER_CALL + COPIES * BYTES_PER_TOKEN * tokens)
+def check_disk_room(output: Path, ledger: Path, num_waiting: int, tokens: int) -> None:
+    """Check that a folder is writable and its disk has enough space. Raises ConfigError."""
+    need = num_waiting * (_BYTES_PER_CALL + _COPIES * _BYTES_PER_TOKEN * tokens)
     for folder in {output, ledger.parent}:
-        with writing(folder):
+        with translate_write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             disk = shutil.disk_usage(folder)
         if disk.total and disk.free < need:

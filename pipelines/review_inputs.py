@@ -1,4 +1,4 @@
-"""What is reviewed: LLaVA-Bench's own files, or a benchmark's folder, as items."""
+"""The inputs of a review, from LLaVA-Bench's own files or a benchmark's folder, as items."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -8,14 +8,14 @@ from typing import Any
 
 from evals.answers import read_content
 from evals.benchmark import Question
+from evals.benchmarks.mm_vet import grading_request
 from evals.catalogue import make_benchmark
 from evals.files import check_complete, check_unique, need, need_text
-from evals.mm_vet import grading_request
 from llava_ray.config.review import ReviewSection
 from llava_ray.errors import DataError
 from llava_ray.review.calls import Item
-from llava_ray.review.rubric import Kind, Rubric, our_rubric, read_rubric, read_rules
-from pipelines.review_files import join_answers, read_contexts, read_rows
+from llava_ray.review.rubric import ReviewKind, Rubric, build_default_rubric, read_rubric, read_rules
+from pipelines.review_files import join_answers, read_contexts, read_question_rows
 
 REFERENCE = "reference"
 
@@ -32,7 +32,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything to review, and what is missing for it."""
+    """The items of a review, and missing answers."""
 
     questions: Sequence[Question]
     models: Sequence[str]
@@ -42,30 +42,30 @@ class Inputs:
 
 
 def choose_rubric(review: ReviewSection) -> Rubric:
-    """Return the rubric that the settings name. Raises ConfigError."""
-    kind: Kind = "grade" if is_graded(review) else "single" if review.mode == "single" else "pair"
+    """Load the rubric of the settings. Raises ConfigError."""
+    kind: ReviewKind = "grade" if _is_graded(review) else "single" if review.mode == "single" else "pair"
     if review.rules:
         return read_rules(Path(review.rules))
-    return read_rubric(Path(review.rubric), kind) if review.rubric else our_rubric(kind)
+    return read_rubric(Path(review.rubric), kind) if review.rubric else build_default_rubric(kind)
 
 
-def is_graded(review: ReviewSection) -> bool:
-    """Tell whether answers are graded from 0 to 1."""
+def _is_graded(review: ReviewSection) -> bool:
+    """Return whether answers are graded from 0 to 1."""
     return review.mode == "grade" or review.benchmark == "mm_vet"
 
 
 def read_inputs(review: ReviewSection) -> Inputs:
-    """Read and join everything by question id. Raises DataError."""
+    """Read all inputs and match them by question id. Raises DataError."""
     questions = _benchmark_questions(review) if review.benchmark else _question_files(review)
     questions = questions[: review.max_items]
-    if is_graded(review) and review.references:
+    if _is_graded(review) and review.references:
         truths = _references(review, questions).texts
         questions = [replace(question, truths=(truths[question.id],)) for question in questions]
     models = _named_apart([_answers(Path(path), questions) for path in review.answers])
     matches: Sequence[tuple[Answered, ...]]
     if review.mode == "pairwise":
         matches = list(itertools.combinations(models, 2))
-    elif is_graded(review) or review.mode == "single":
+    elif _is_graded(review) or review.mode == "single":
         matches = [(model,) for model in models]
     else:
         matches = [(_references(review, questions), model) for model in models]
@@ -94,7 +94,7 @@ def _question_files(review: ReviewSection) -> list[Question]:
     contexts = _contexts(review)
     folder = Path(review.image_folder) if review.image_folder else None
     questions = []
-    rows = read_rows(path, "questions (question_id, text)")
+    rows = read_question_rows(path, "questions (question_id, text)")
     check_unique([str(need(row, "question_id", path)) for row in rows], path, "question")
     for row in rows:
         name, image = str(row["question_id"]), str(row.get("image") or "")
@@ -134,12 +134,12 @@ def _references(review: ReviewSection, questions: Sequence[Question]) -> Answere
 
 
 def _named_apart(models: Sequence[Answered]) -> list[Answered]:
-    """Give models of the same name numbers."""
+    """Number models of the same name."""
     names = [model.name for model in models]
     return [
         model
         if names.count(model.name) == 1 and model.name != REFERENCE
-        # "a | b" joins two names in the ledger, so that no name may hold one
+        # "a | b" joins two names in the ledger, so that a name must not contain "|"
         else Answered(f"{model.name} ({number})", model.texts, model.ids, model.missing)
         for number, model in enumerate(models, start=1)
     ]
@@ -147,7 +147,7 @@ def _named_apart(models: Sequence[Answered]) -> list[Answered]:
 
 def _item(question: Question, match: Sequence[Answered], review: ReviewSection) -> Item:
     texts = tuple(side.texts[question.id] for side in match)
-    own_words = is_graded(review) and review.rubric is None
+    own_words = _is_graded(review) and review.rubric is None
     return Item(
         id=question.id,
         question=question.prompt,
@@ -173,7 +173,7 @@ def _image(question: Question) -> Path | None:
 
 
 def _rule_name(question: Question, review: ReviewSection) -> str:
-    """Return the rule of a question: LLaVA-Bench's, told in sentences, have names of their own in LLaVA's files."""
+    """Return the rubric category of a question: LLaVA-Bench's own have a prefix in LLaVA's files."""
     category = question.categories[0] if question.categories else "default"
     in_sentences = "caption" in (question.facts.get("row") or {}) or review.benchmark == "llava_bench"
     return f"llava_bench_{category}" if in_sentences and not category.startswith("llava_bench_") else category

@@ -1,4 +1,4 @@
-"""The end of a review: report.json, reviews.jsonl, LLaVA's review files, report.html, MLflow."""
+"""The outputs of a review: report.json, reviews.jsonl, LLaVA's review files, report.html, MLflow."""
 
 import platform
 import time
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.benchmark import Question
-from evals.scoring import versions
+from evals.scoring import find_versions
 from llava_ray.config.review import ReviewConfig
 from llava_ray.errors import ConfigError
 from llava_ray.reading import reason
@@ -25,46 +25,46 @@ from pipelines.review_results import (
     comparisons,
     question_rows,
     reason_of,
-    summarise,
+    summarize_reviews,
     top_reason,
-    write_json,
     write_llava_reviews,
+    write_review_json,
     write_rows,
 )
 
-MAX_DISAGREEMENTS, MAX_LISTED, MAX_WHY = 40, 200, 400
-EXPERIMENT = "llava_ray review"
+_MAX_DISAGREEMENTS, _MAX_LISTED, _MAX_WHY = 40, 200, 400
+_EXPERIMENT = "llava_ray review"
 
 
 def write_review(
     config: ReviewConfig, plan: CallPlan, inputs: Inputs, output: Path, ledger: Path, progress: Progress
 ) -> dict[str, Any]:
-    """Write everything a review leaves behind and return report.json's content."""
+    """Write all outputs of a review, and return report.json's contents."""
     judged = collect(plan, ledger)
-    results = summarise(config, plan, inputs, judged)
+    results = summarize_reviews(config, plan, inputs, judged)
     report = {
-        **completeness(judged, progress),
+        **_completeness(judged, progress),
         "results": results,
         "comparisons": comparisons(judged, inputs.models),
-        **accounts(config, plan, judged, read_account(ledger)),
-        "missing_answers": {name: list(ids[:MAX_LISTED]) for name, ids in inputs.missing.items()},
-        "without_scores": listed(judged, config.judge.max_tokens),
+        **_accounts(config, plan, judged, read_account(ledger)),
+        "missing_answers": {name: list(ids[:_MAX_LISTED]) for name, ids in inputs.missing.items()},
+        "without_scores": _listed(judged, config.judge.max_tokens),
         "warnings": warnings(config, plan),
-        "provenance": provenance(config, plan),
+        "provenance": _describe_judges(config, plan),
     }
     write_rows(output / "reviews.jsonl", judged)
     write_llava_reviews(output, judged)
-    write_json(output / "report.json", report)
-    shown, num = disagreements(judged, inputs.questions)
+    write_review_json(output / "report.json", report)
+    shown, num = _disagreements(judged, inputs.questions)
     title = f"Review: {config.review.benchmark or Path(str(config.review.questions)).stem}"
     write_report(output / "report.html", review_report(title, report, shown, num))
-    keep(config, output, report)
+    _keep(config, output, report)
     for one in results:
         score = "no result" if one["score"] is None else f"{one['score']:.2f}"
         print(f"{one['metric']}: {score}  ({one['match']})")
         if "withheld" in one:
             print(f"  {one['withheld']}")
-    tell_reasons(judged, config.judge.max_tokens)
+    _tell_reasons(judged, config.judge.max_tokens)
     if not report["complete"]:
         print(f"  partial: {report['partial_because']}")
     if not any(one["done"] for one in results):
@@ -72,25 +72,25 @@ def write_review(
     return report
 
 
-def tell_reasons(judged: Sequence[Judged], max_tokens: int) -> None:
-    """Say how many reviews have no scores, and why most of them have none."""
+def _tell_reasons(judged: Sequence[Judged], max_tokens: int) -> None:
+    """Print the number of reviews without scores, and the main reason."""
     num, most, why = top_reason(judged, max_tokens)
     if num:
         print(f"  {num:,} of {len(judged):,} reviews have no scores, {most:,} of them because: {why}")
 
 
-def completeness(judged: Sequence[Judged], progress: Progress) -> dict[str, Any]:
-    """Say whether every review came to an end (done, or failed and listed), and why not."""
+def _completeness(judged: Sequence[Judged], progress: Progress) -> dict[str, Any]:
+    """Return whether every review has ended (done, or failed and listed), or the reason why not."""
     num_open = sum(one.row is None for one in judged)
     if not num_open:
-        stopped = "" if progress.signal else progress.stopped  # what was under way was the rest
+        stopped = "" if progress.signal else progress.stopped  # the calls in flight were the last ones
         return {"complete": not stopped, "partial_because": stopped}
     spent = f"${progress.spent:.4f} of the budget are spent and the next call might not fit" if progress.broke else ""
     why = progress.stopped or spent or "it was interrupted"
     return {"complete": False, "partial_because": f"{num_open} of {len(judged)} reviews are open: {why}"}
 
 
-def accounts(config: ReviewConfig, plan: CallPlan, judged: Sequence[Judged], account: Account) -> dict[str, Any]:
+def _accounts(config: ReviewConfig, plan: CallPlan, judged: Sequence[Judged], account: Account) -> dict[str, Any]:
     """Return calls and cost of everything in the ledger."""
     priced = all(judge.price for judge in plan.judges.values())
     done = sum(one.row is not None and one.row["state"] == "done" for one in judged)
@@ -115,21 +115,26 @@ def accounts(config: ReviewConfig, plan: CallPlan, judged: Sequence[Judged], acc
     }
 
 
-def listed(judged: Sequence[Judged], max_tokens: int) -> list[dict[str, Any]]:
+def _listed(judged: Sequence[Judged], max_tokens: int) -> list[dict[str, Any]]:
     """Return the reviews that have no scores, each with its reason."""
     found = []
     for one in judged:
         review = one.review
         if review.state in ("failed", "unparsed"):
-            told = {"judge": one.call.judge, "match": one.call.pair, "order": one.call.order, "sample": one.call.sample}
+            call_fields = {
+                "judge": one.call.judge,
+                "match": one.call.pair,
+                "order": one.call.order,
+                "sample": one.call.sample,
+            }
             found.append(
-                {"question_id": one.item.id, **told, "state": review.state, "reason": reason_of(one, max_tokens)}
+                {"question_id": one.item.id, **call_fields, "state": review.state, "reason": reason_of(one, max_tokens)}
             )
-    return found[:MAX_LISTED]
+    return found[:_MAX_LISTED]
 
 
 def warnings(config: ReviewConfig, plan: CallPlan) -> list[str]:
-    """Return what a reader should know of the judges."""
+    """Return warnings about the judges."""
     aliases = [judge.model for judge in plan.judges.values() if judge.model in ALIASES]
     return [
         f"{name} is an alias that will mean another model one day; {ALIASES[name]} would not" for name in aliases
@@ -140,8 +145,8 @@ def warnings(config: ReviewConfig, plan: CallPlan) -> list[str]:
     )
 
 
-def provenance(config: ReviewConfig, plan: CallPlan) -> dict[str, Any]:
-    """Say who judged what by which rubric."""
+def _describe_judges(config: ReviewConfig, plan: CallPlan) -> dict[str, Any]:
+    """Describe judges, inputs and rubric."""
     judge = config.judge
     return {
         "judges": ", ".join(plan.judges),
@@ -157,13 +162,13 @@ def provenance(config: ReviewConfig, plan: CallPlan) -> dict[str, Any]:
         "questions": config.review.questions or f"{config.review.benchmark} in {config.review.data}",
         "answers": ", ".join(config.review.answers),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        **versions(),
+        **find_versions(),
         "machine": platform.machine(),
     }
 
 
-def disagreements(judged: Sequence[Judged], questions: Sequence[Question]) -> tuple[list[Disagreement], int]:
-    """Return the questions with different winners, the widest apart first, and how many there are."""
+def _disagreements(judged: Sequence[Judged], questions: Sequence[Question]) -> tuple[list[Disagreement], int]:
+    """Return questions with different winners, the largest disagreements first, and their number."""
     by_id = {question.id: question for question in questions}
     found: list[tuple[float, Mapping[str, Any]]] = []
     for row in question_rows(judged):
@@ -175,7 +180,7 @@ def disagreements(judged: Sequence[Judged], questions: Sequence[Question]) -> tu
         if spread:
             found.append((spread, row))
     found.sort(key=lambda pair: -pair[0])
-    return [_shown(row, by_id[row["question_id"]]) for _, row in found[:MAX_DISAGREEMENTS]], len(found)
+    return [_shown(row, by_id[row["question_id"]]) for _, row in found[:_MAX_DISAGREEMENTS]], len(found)
 
 
 def _shown(row: Mapping[str, Any], question: Question) -> Disagreement:
@@ -183,7 +188,7 @@ def _shown(row: Mapping[str, Any], question: Question) -> Disagreement:
         (
             f"{review['judge']}, {' | '.join(review['names'])}, {review['order']}",
             " ".join(f"{score:g}" for score in review["scores"] or ()) or review["state"],
-            str(review["content"] or review["reason"] or "")[:MAX_WHY],
+            str(review["content"] or review["reason"] or "")[:_MAX_WHY],
         )
         for review in row["reviews"]
     ]
@@ -195,18 +200,18 @@ def _sign(lead: float) -> int:
     return (lead > 0) - (lead < 0)
 
 
-def keep(config: ReviewConfig, output: Path, report: Mapping[str, Any]) -> None:
-    """Keep a review in MLflow; where that fails, its files are written nevertheless."""
+def _keep(config: ReviewConfig, output: Path, report: Mapping[str, Any]) -> None:
+    """Log a review to MLflow; a failure is printed, since its files are written already."""
     try:
-        track(config, output, report)
+        log_review(config, output, report)
     except ConfigError:
         raise
     except Exception as error:  # noqa: BLE001 - of its store, its files, its server
         print(f"  mlflow   not kept there: {reason(error)}")
 
 
-def track(config: ReviewConfig, output: Path, report: Mapping[str, Any]) -> None:
-    """Keep figures, settings and files in MLflow; the same folder is the same run."""
+def log_review(config: ReviewConfig, output: Path, report: Mapping[str, Any]) -> None:
+    """Log metrics, settings and files to MLflow; the same folder is the same run."""
     from llava_ray.tracking import TrackedRun, default_tracking_uri
 
     uri = config.tracking.tracking_uri or default_tracking_uri(str(output.parent))

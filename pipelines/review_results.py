@@ -1,4 +1,4 @@
-"""What a review leaves behind: a row per question, figures, LLaVA's own review files, a report, MLflow."""
+"""The results of a review: rows per question, metrics, and LLaVA's own review files."""
 
 import json
 import re
@@ -13,33 +13,33 @@ from pathlib import Path
 from typing import Any
 
 from evals.files import as_json
-from evals.ratings import Match, rate
+from evals.ratings import Match, compute_ratings
 from evals.reviews import (
-    Figured,
+    MetricFunction,
     Review,
-    State,
-    both_orders,
-    headline,
-    length_figures,
+    ReviewState,
+    compute_length_metrics,
+    compute_order_metrics,
+    compute_review_headline,
+    compute_sample_metrics,
+    compute_win_rates,
     mean_grade,
     mean_score,
-    order_figures,
-    relative,
-    sample_figures,
-    win_rates,
+    pair_orders,
+    review_relative_score,
 )
 from evals.scoring import rounded
 from llava_ray.config.review import ReviewConfig
 from llava_ray.replies import parse_first_word, parse_pair_strictly, parse_score
 from llava_ray.review.calls import Call, CallPlan, Item
-from llava_ray.review.ledger_file import read_final_rows, writing
-from llava_ray.review.rubric import Kind
-from llava_ray.review.verdict import NO_SCORES, Verdict, as_text, no_scores, read_verdict
+from llava_ray.review.ledger_file import read_final_rows, translate_write_errors
+from llava_ray.review.rubric import ReviewKind
+from llava_ray.review.verdict import NO_SCORES, ReviewVerdict, describe_missing_scores, format_verdict, read_verdict
 from pipelines.review_inputs import REFERENCE, Inputs
 
-UNFIT = re.compile(r"[^A-Za-z0-9_\-. :]+")  # MLflow's names of metrics
-FIGURES: dict[Kind, tuple[str, Figured]] = {
-    "pair": ("relative_score", relative),
+_UNFIT = re.compile(r"[^A-Za-z0-9_\-. :]+")  # characters that MLflow's metric names exclude
+_FIGURES: dict[ReviewKind, tuple[str, MetricFunction]] = {
+    "pair": ("relative_score", review_relative_score),
     "single": ("mean_score", mean_score),
     "grade": ("score", mean_grade),
 }
@@ -47,7 +47,7 @@ FIGURES: dict[Kind, tuple[str, Figured]] = {
 
 @dataclass(frozen=True)
 class Judged:
-    """A call, and its last line in the ledger (None: it has no end yet)."""
+    """A call with its final row in the ledger (None: not ended)."""
 
     call: Call
     item: Item
@@ -55,12 +55,12 @@ class Judged:
 
     @property
     def review(self) -> Review:
-        """Return it as figures take it: scores in the order of the item's answers."""
+        """Convert to a review with scores in the order of the item's answers."""
         row, item = self.row, self.item
         scores = None if row is None or row["state"] == "failed" or row["scores"] is None else tuple(row["scores"])
         if scores is not None and self.call.order == "swapped":
             scores = scores[::-1]
-        state: State = "done" if scores is not None else "unparsed"
+        state: ReviewState = "done" if scores is not None else "unparsed"
         if row is None or row["state"] == "failed":
             state = "open" if row is None else "failed"
         return Review(
@@ -77,71 +77,73 @@ class Judged:
 
 
 def collect(plan: CallPlan, ledger: Path) -> list[Judged]:
-    """Return every call of a plan with its last line in the ledger."""
+    """Return every call of a plan with its final row in the ledger."""
     rows = {row["key"]: row for row in read_final_rows(ledger)}
     return [Judged(call, plan.items[slot[0]], rows.get(call.key)) for slot, call in zip(plan.slots, plan, strict=True)]
 
 
-def summarise(config: ReviewConfig, plan: CallPlan, inputs: Inputs, judged: Sequence[Judged]) -> list[dict[str, Any]]:
-    """Return the figures of each judge and each match (a model, or two)."""
+def summarize_reviews(
+    config: ReviewConfig, plan: CallPlan, inputs: Inputs, judged: Sequence[Judged]
+) -> list[dict[str, Any]]:
+    """Compute the metrics of each judge and each match (a model, or two)."""
     groups: dict[tuple[str, str], list[Judged]] = defaultdict(list)
     for one in judged:
         groups[one.call.judge, one.call.pair].append(one)
-    return [_figures(config, plan, inputs, judge, some) for (judge, _), some in groups.items()]
+    return [_compute_metrics(config, plan, inputs, judge, some) for (judge, _), some in groups.items()]
 
 
-def _figures(
+def _compute_metrics(
     config: ReviewConfig, plan: CallPlan, inputs: Inputs, judge: str, judged: Sequence[Judged]
 ) -> dict[str, Any]:
     kind = plan.rubric.kind
-    name, figure = FIGURES[kind]
+    name, figure = _FIGURES[kind]
     reviews = [one.review for one in judged]
     model = judged[0].item.names[-1]
     # A question without the answer of either model has no review.
     missing = tuple(dict.fromkeys(item for name in judged[0].item.names for item in inputs.missing.get(name, ())))
     gaps = [Review(item, judged[0].item.names, "given", 0, "open") for item in missing]
     given = [review for review in reviews if review.order == "given"]
-    # The published figure is of the given order; a missing answer is a review that is not there.
-    found = headline([*given, *gaps], figure, config.review.max_failed)
-    told: dict[str, Any] = {
+    # The published score is of the given order; a missing answer counts as an open review.
+    found = compute_review_headline([*given, *gaps], figure, config.review.max_failed)
+    row: dict[str, Any] = {
         "judge": judge,
         "match": judged[0].call.pair,
         "model": model,
-        "metric": metric_name(config, judge, name, judged),
+        "metric": _metric_name(config, judge, name, judged),
         **found,
         "missing_answers": len(missing),
-        "samples": sample_figures(given, figure),
+        "samples": compute_sample_metrics(given, figure),
     }
     if kind == "pair":
         swapped = [review for review in reviews if review.order == "swapped"]
         means = mean_score(given, 0), mean_score(given, 1)
-        told |= {
+        row |= {
             "first_x10": None if means[0] is None else rounded(10 * means[0]),
             "second_x10": None if means[1] is None else rounded(10 * means[1]),
             "orders": {
-                "given": rounded(relative(given)),
-                "swapped": rounded(relative(swapped)),
-                "both": rounded(relative([review for pair in both_orders(reviews) for review in pair])),
+                "given": rounded(review_relative_score(given)),
+                "swapped": rounded(review_relative_score(swapped)),
+                "both": rounded(review_relative_score([review for pair in pair_orders(reviews) for review in pair])),
             },
-            **order_figures(reviews),
-            **length_figures(given),
+            **compute_order_metrics(reviews),
+            **compute_length_metrics(given),
         }
-    return told
+    return row
 
 
-def metric_name(config: ReviewConfig, judge: str, figure: str, judged: Sequence[Judged]) -> str:
-    """Return a figure's name with what it depends on: the judge's own id and the day of its last review."""
+def _metric_name(config: ReviewConfig, judge: str, figure: str, judged: Sequence[Judged]) -> str:
+    """Return a metric's name with the judge's own id and the day of its last review."""
     done = [one.row for one in judged if one.row is not None and one.row["state"] == "done"]
     said = sorted({str(row["model"]) for row in done if row["model"]})
     day = datetime.fromtimestamp(max((row["time"] for row in done), default=0.0), UTC).date().isoformat()
     what = config.review.benchmark or Path(str(config.review.questions)).stem
     names = [name for name in judged[0].item.names if name != REFERENCE]
     parts = (what, " vs ".join(names), figure, "+".join(said) or judge, day if done else "never")
-    return "/".join(UNFIT.sub("_", part) for part in parts)
+    return "/".join(_UNFIT.sub("_", part) for part in parts)
 
 
 def comparisons(judged: Sequence[Judged], models: Sequence[str]) -> dict[str, Any]:
-    """Return win rates and ratings of all models, by judge, where pairs were judged."""
+    """Compute win rates and ratings of all models, by judge, from pairs."""
     found: dict[str, Any] = {}
     by_judge: dict[str, list[Review]] = defaultdict(list)
     for one in judged:
@@ -151,8 +153,8 @@ def comparisons(judged: Sequence[Judged], models: Sequence[str]) -> dict[str, An
         scored = [review for review in reviews if review.scores is not None]
         if not scored:
             continue
-        ratings = rate([_match(review) for review in scored]) if len(models) > 1 else {}
-        rates = [{"first": a, "second": b, **rates} for (a, b), rates in win_rates(scored).items()]
+        ratings = compute_ratings([_match(review) for review in scored]) if len(models) > 1 else {}
+        rates = [{"first": a, "second": b, **rates} for (a, b), rates in compute_win_rates(scored).items()]
         rated = {name: {key: rounded(value) for key, value in asdict(one).items()} for name, one in ratings.items()}
         found[judge] = {"win_rates": rates, "ratings": rated}
     return found
@@ -204,7 +206,7 @@ def _review_row(one: Judged) -> dict[str, Any]:
 
 
 def write_llava_reviews(folder: Path, judged: Sequence[Judged]) -> list[Path]:
-    """Write what LLaVA's scripts and ``evaluate.py score --reviews`` read: a file for each judge and match.
+    """Write review files for LLaVA's scripts and ``evaluate.py score --reviews``, one per judge and match.
 
     Of the given order and the first sample, done ones only: a failure is no row, and no (-1, -1).
     """
@@ -226,11 +228,11 @@ def write_llava_reviews(folder: Path, judged: Sequence[Judged]) -> list[Path]:
 def _llava_row(one: Judged, row: Mapping[str, Any]) -> dict[str, Any]:
     item = one.item
     ids = item.answer_ids or (item.id,) * len(item.names)
-    content = llavas_content(row, one.call.kind)
-    told = {f"answer{number}_id": name for number, name in enumerate(ids, start=1)}
+    content = _llavas_content(row, one.call.kind)
+    fields = {f"answer{number}_id": name for number, name in enumerate(ids, start=1)}
     return {
         "question_id": item.id,
-        **told,
+        **fields,
         "category": item.category,
         "content": content,
         "tuple": list(row["scores"]),
@@ -241,17 +243,17 @@ def _file_name(text: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "-." else "-" for letter in text)
 
 
-def llavas_content(row: Mapping[str, Any], kind: Kind) -> str:
-    """Return a reply as it is where LLaVA's rule reads the scores in it, and else with them on a line before."""
+def _llavas_content(row: Mapping[str, Any], kind: ReviewKind) -> str:
+    """Return a reply unchanged if LLaVA's rule finds its scores, else with them on a line before it."""
     scores, said = tuple(row["scores"]), str(row["content"])
     if _read_by_llava(said, kind) == scores:
         return said
-    written = as_text(Verdict(scores, row["explanation"]))
+    written = format_verdict(ReviewVerdict(scores, row["explanation"]))
     again = read_verdict(written, kind, as_json=False)
-    return written if again and again.scores == scores else as_text(Verdict(scores))
+    return written if again and again.scores == scores else format_verdict(ReviewVerdict(scores))
 
 
-def _read_by_llava(said: str, kind: Kind) -> tuple[float, ...] | None:
+def _read_by_llava(said: str, kind: ReviewKind) -> tuple[float, ...] | None:
     if kind == "pair":
         return parse_pair_strictly(said)
     number = parse_first_word(said) if kind == "grade" else parse_score(said)
@@ -259,7 +261,7 @@ def _read_by_llava(said: str, kind: Kind) -> tuple[float, ...] | None:
 
 
 def top_reason(judged: Sequence[Judged], max_tokens: int) -> tuple[int, int, str]:
-    """Return how many reviews have no scores, how many of them for the commonest reason, and that reason.
+    """Return the number of reviews without scores, that of the most common reason, and the reason.
 
     What judges said instead of scores is one reason, with the first of it as an example.
     """
@@ -273,25 +275,25 @@ def top_reason(judged: Sequence[Judged], max_tokens: int) -> tuple[int, int, str
 
 
 def reason_of(one: Judged, max_tokens: int) -> str:
-    """Return why a review has no scores."""
+    """Return the reason why a review has no scores."""
     row = one.row or {}
     if row.get("reason"):
         return str(row["reason"])
-    return no_scores(str(row.get("content")), str(row.get("finish_reason") or ""), max_tokens)
+    return describe_missing_scores(str(row.get("content")), str(row.get("finish_reason") or ""), max_tokens)
 
 
-def write_json(path: Path, report: Mapping[str, Any]) -> None:
-    """Write the report for machines."""
+def write_review_json(path: Path, report: Mapping[str, Any]) -> None:
+    """Write report.json."""
     with replaced(path) as fresh:
         fresh.write_bytes(as_json(dict(report)))
 
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """Yield a place to write a file to, which then takes its place, whole or not at all. Raises ConfigError."""
+    """Yield a temporary path that replaces a file atomically. Raises ConfigError."""
     fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        with writing(path):
+        with translate_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield fresh
             fresh.replace(path)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM in a review: the first lets nothing new go, the second leaves at once."""
+"""Ctrl-C and SIGTERM in a review: the first stops new calls, the second exits at once."""
 
 import signal
 import threading
@@ -8,12 +8,12 @@ from types import FrameType
 
 from llava_ray.review.pool import Progress
 
-SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+_SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
 @contextmanager
 def stopping(progress: Progress) -> Iterator[None]:
-    """Have the first signal stop a job in order, and the next one raise KeyboardInterrupt.
+    """Install handlers: the first signal stops a job gracefully, the next raises KeyboardInterrupt.
 
     The handler says nothing itself: it may have come in the middle of a line.
     """
@@ -23,12 +23,12 @@ def stopping(progress: Progress) -> Iterator[None]:
         if progress.signal:
             raise KeyboardInterrupt
         progress.signal = number
-        progress.stopped = progress.stopped or f"it was stopped by {SIGNALS[signal.Signals(number)]}"
+        progress.stopped = progress.stopped or f"it was stopped by {_SIGNALS[signal.Signals(number)]}"
 
-    if threading.current_thread() is not threading.main_thread():  # only the main one may set handlers
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
-    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    before = {number: signal.signal(number, stop) for number in _SIGNALS}
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""review.py summarize: review files, ours or LLaVA's, as LLaVA's script sums them up, failures left out and counted."""
+"""Summaries of review files, ours or LLaVA's, by LLaVA's rule, with failures excluded and counted."""
 
 import json as json_format
 from collections import defaultdict
@@ -8,46 +8,50 @@ from typing import Annotated, Any
 
 import tyro
 
+from evals.benchmarks.llava_bench import relative_score
 from evals.files import need
-from evals.llava_bench import relative_score
 from evals.scoring import rounded
-from llava_ray.config.booleans import bare_switches
+from llava_ray.config.booleans import strip_boolean_values
 from llava_ray.errors import DataError
-from pipelines.review_files import read_rows
+from llava_ray.invocation import command
+from pipelines.review_files import read_question_rows
 
-Files = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
-MAX_FAILED = 0.02
-MOST = 1e6  # beyond, or not finite, a number is no score
+_Files = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+_MAX_FAILED = 0.02
+_MOST = 1e6  # a larger or not finite number is no score
 
 
 def summarize(arguments: Sequence[str]) -> list[dict[str, Any]]:
     """Print relative scores by category of each file; return them."""
     return tyro.cli(
-        _summarize, args=bare_switches(arguments, {"json"}), prog="review.py summarize", use_underscores=True
+        _summarize,
+        args=strip_boolean_values(arguments, {"json"}),
+        prog=command("review", "summarize"),
+        use_underscores=True,
     )
 
 
-def _summarize(files: Files, ignore: tuple[str, ...] = (), *, json: bool = False) -> list[dict[str, Any]]:
-    """Sum review files up: 100 x mean(second) / mean(first), of all and by category.
+def _summarize(files: _Files, ignore: tuple[str, ...] = (), *, json: bool = False) -> list[dict[str, Any]]:
+    """Summarize review files: 100 x mean(second) / mean(first), of all and by category.
 
     Args:
-        files: JSON lines with question_id, tuple and, mostly, category, as LLaVA's review scripts and review.py write.
+        files: JSON lines with question_id, tuple and, mostly, category, as LLaVA's review scripts and `review` write.
         ignore: Ids of questions to leave out.
         json: Print one JSON object a file and nothing else.
     """
     if not files:
         raise DataError("name at least one review file")
-    found = [summarize_file(path, set(ignore)) for path in files]
+    found = [_summarize_file(path, set(ignore)) for path in files]
     for one in found:
         print(json_format.dumps(one, ensure_ascii=False) if json else _text(one))
     return found
 
 
-def summarize_file(path: Path, ignore: set[str]) -> dict[str, Any]:
-    """Return a file's relative scores; a failure, (-1, -1) in LLaVA's files, is in no mean. Raises DataError."""
+def _summarize_file(path: Path, ignore: set[str]) -> dict[str, Any]:
+    """Compute a file's relative scores without failures, (-1, -1) in LLaVA's files. Raises DataError."""
     pairs: dict[str, list[tuple[float, float]]] = defaultdict(list)
     failed = num = 0
-    for row in read_rows(path, "reviews (question_id, tuple)"):
+    for row in read_question_rows(path, "reviews (question_id, tuple)"):
         if str(need(row, "question_id", path)) in ignore:
             continue
         num += 1
@@ -60,17 +64,17 @@ def summarize_file(path: Path, ignore: set[str]) -> dict[str, Any]:
         for name in dict.fromkeys(("all", str(row.get("category", "all")))):
             pairs[name].append((float(scores[0]), float(scores[1])))
     result: dict[str, Any] = {"file": str(path), "num_reviews": num, "failed": failed}
-    if failed > MAX_FAILED * num or not pairs:
+    if failed > _MAX_FAILED * num or not pairs:
         result["withheld"] = f"{failed} of {num} reviews failed; at most 2 % may"
-    figures = {name: _figures(some) for name, some in sorted(pairs.items())}
+    figures = {name: _compute_scores(some) for name, some in sorted(pairs.items())}
     return result | {"categories": figures}
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and -1 <= value <= MOST
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1 <= value <= _MOST
 
 
-def _figures(pairs: Sequence[tuple[float, float]]) -> dict[str, float | int | None]:
+def _compute_scores(pairs: Sequence[tuple[float, float]]) -> dict[str, float | int | None]:
     first, second = (sum(pair[side] for pair in pairs) / len(pairs) for side in (0, 1))
     return {
         "relative": rounded(relative_score(pairs)),

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Search a space of settings: many fine-tuning runs, stopped early, judged on held-out samples.
+"""Search a space of settings with many fine-tuning runs, early stopping and held-out evaluation.
 
 python pipelines/sweep.py pipelines/recipes/sweep/llava_v1_5_7b.toml --data.data_path blip_558k.json …
 python pipelines/sweep.py RECIPE --dry-run [--gpu_memory_gib 40]     # trials, steps, memory, time; starts nothing
 ray job submit --working-dir . -- python pipelines/sweep.py RECIPE --sweep.num_trials 32
 
-The same command goes on where a sweep was interrupted. The best run's model and recipe are in the sweep's folder.
+The same command resumes an interrupted sweep. The best run's model and recipe are in the sweep's folder.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from llava_ray.config.sweep_recipes import load_sweep
 from pipelines.command import run_command, split_dry_run
 from pipelines.places import check_run_models, check_run_places
-from pipelines.prerequisites import missing_models, refuse_missing
+from pipelines.prerequisites import check_prerequisites, missing_models
 from pipelines.sweep_stop import leaving
 
 if TYPE_CHECKING:
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str]) -> "Sweep | None":
-    """Make what trials share, run them, write the best one and the report, and say where they are.
+    """Prepare shared inputs, run the trials, export the best one, write the report, and print their paths.
 
     With ``--dry-run`` only say what would be done.
     """
     asked, arguments = split_dry_run(arguments)
     config, space = load_sweep(arguments)
-    refuse_missing(config, missing_models(config))
+    check_prerequisites(config, missing_models(config))
     if asked.dry_run:
         check_run_models(config, space)
         from llava_ray.sweep.dry_run import describe_sweep
@@ -44,8 +44,8 @@ def main(arguments: Sequence[str]) -> "Sweep | None":
     from llava_ray.sweep.folder import open_sweep
     from llava_ray.sweep.search import search
     from llava_ray.sweep.shared import absolute_space, check_sweep, common_config, share
-    from llava_ray.sweep.trial import tune_trial
-    from pipelines.sweep_results import closing, keep, tell, track
+    from llava_ray.sweep.trial import finetune_trial
+    from pipelines.sweep_results import closing_sweep, print_sweep, save_sweep, start_sweep_run
 
     check_plotting()
     check_sweep(config, space)
@@ -54,17 +54,17 @@ def main(arguments: Sequence[str]) -> "Sweep | None":
     print(json.dumps({"space": space.model_dump(exclude_defaults=True)["dimensions"]}, indent=1), flush=True)
     folder = open_sweep(config, space)
     start = time.perf_counter()
-    tracked = track(config, folder)
+    tracked = start_sweep_run(config, folder)
     cluster = connected(
         config.cluster, runs=local_runs(config.cluster), quiet=True, storage_path=config.run.storage_path
     )
-    with leaving(), closing(tracked), cluster as resources:
+    with leaving(), closing_sweep(tracked), cluster as resources:
         common = common_config(config, folder, tracked.tracking_uri, tracked.run_id)
         num_steps = share(common.base, space, resources)
         where = {"tracking_uri": tracked.tracking_uri, "experiment_name": config.tracking.experiment_name}
-        searched = search(common, space, folder, resources, tune_trial, num_steps, where)
-    finished = keep(config, common, space, searched, time.perf_counter() - start, tracked)
-    tell(finished)
+        searched = search(common, space, folder, resources, finetune_trial, num_steps, where)
+    finished = save_sweep(config, common, space, searched, time.perf_counter() - start, tracked)
+    print_sweep(finished)
     return finished
 
 

@@ -1,4 +1,4 @@
-"""What a sweep leaves behind: the best model and its recipe, the report, MLflow's parent run, and what to say."""
+"""The outputs of a sweep: the best model and its recipe, the report, MLflow's parent run."""
 
 import json
 from collections.abc import Iterator
@@ -7,33 +7,34 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava_ray.config.space import Space, SweepConfig
-from llava_ray.data.storage import read_file, write_file
+from llava_ray.data.storage import read_stored, write_stored
 from llava_ray.errors import LlavaRayError
-from llava_ray.report.rendering import render
-from llava_ray.sweep.page import make_page
-from llava_ray.sweep.results import Results, summarise
-from llava_ray.sweep.search import Searched
-from llava_ray.sweep.table import describe, draw_table
-from llava_ray.sweep.winner import export_best
+from llava_ray.invocation import command
+from llava_ray.report.rendering import render_report
+from llava_ray.sweep.page import build_sweep_page
+from llava_ray.sweep.results import Results, summarize_trials
+from llava_ray.sweep.search import SearchResult
+from llava_ray.sweep.table import describe_settings, format_table
+from llava_ray.sweep.winner import export_best_model
 from llava_ray.tracking import TrackedRun, default_tracking_uri, describe_page
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep that is over."""
+    """A finished sweep."""
 
     folder: str
     results: Results
     seconds: float
-    """Over all starts of the sweep."""
+    """Seconds over all starts of the sweep."""
     left: list[str]
-    """What its trials did not give back to the cluster."""
+    """Resources that its trials did not release."""
     tracking_uri: str
     mlflow_run_id: str
 
 
-def track(config: SweepConfig, folder: str) -> TrackedRun:
-    """Open the MLflow run that those of the trials are below."""
+def start_sweep_run(config: SweepConfig, folder: str) -> TrackedRun:
+    """Start the parent MLflow run of the trials' runs."""
     uri = config.tracking.tracking_uri or default_tracking_uri(config.run.storage_path)
     tracked = TrackedRun(uri, config.tracking.experiment_name, str(config.run.name), folder)
     tracked.log_params(config.model_dump(mode="json"))
@@ -41,8 +42,8 @@ def track(config: SweepConfig, folder: str) -> TrackedRun:
 
 
 @contextmanager
-def closing(tracked: TrackedRun) -> Iterator[None]:
-    """Mark the sweep's run FAILED or KILLED in MLflow when it does not end well."""
+def closing_sweep(tracked: TrackedRun) -> Iterator[None]:
+    """Mark the sweep's run FAILED or KILLED in MLflow when the block raises."""
     try:
         yield
     except KeyboardInterrupt:
@@ -53,27 +54,29 @@ def closing(tracked: TrackedRun) -> Iterator[None]:
         raise
 
 
-def keep(
-    config: SweepConfig, common: SweepConfig, space: Space, searched: Searched, seconds: float, tracked: TrackedRun
+def save_sweep(
+    config: SweepConfig, common: SweepConfig, space: Space, searched: SearchResult, seconds: float, tracked: TrackedRun
 ) -> Sweep:
-    """Write everything that a sweep leaves behind; the time of earlier starts is added."""
+    """Write all outputs of a sweep, with the time of earlier starts."""
     folder = searched.folder
-    results = summarise(common, space, searched.trials, searched.num_steps)
-    seconds += read_seconds(folder)
-    best = results.standings[0] if results.standings else None
+    results = summarize_trials(common, space, searched.trials, searched.num_steps)
+    seconds += _read_seconds(folder)
+    best = results.ranking[0] if results.ranking else None
     if best is not None:
-        export_best(config, common.base, best, folder)
-    report: dict[str, Any] = results.as_dict() | {
+        export_best_model(config, common.base, best, folder)
+    report: dict[str, Any] = results.to_dict() | {
         "seconds": round(seconds, 1),
         "concurrent_trials": searched.concurrent,
         "clean": not searched.left,
         "left": searched.left,
     }
-    write_file(f"{folder}/report.json", json.dumps(report, indent=1).encode())
-    write_file(f"{folder}/report.html", render(make_page(str(config.run.name), results, seconds)).encode())
+    write_stored(f"{folder}/report.json", json.dumps(report, indent=1).encode())
+    write_stored(
+        f"{folder}/report.html", render_report(build_sweep_page(str(config.run.name), results, seconds)).encode()
+    )
     if best is not None:
         metrics = {"held_out_loss": best.loss, "steps_saved": results.saved}
-        tracked.log_steps({results.num_steps: metrics | accuracy_of(best.accuracy)})
+        tracked.log_steps({results.num_steps: metrics | _accuracy_of(best.accuracy)})
         tracked.log_tags({"llava_ray.best": best.trials[0].id})
     if "://" not in folder:  # MLflow copies from this node's own files
         for name in ("report.html", "report.json", "trials.json", *(["best.toml"] if best else [])):
@@ -84,26 +87,28 @@ def keep(
     return Sweep(folder, results, seconds, searched.left, tracked.tracking_uri, tracked.run_id)
 
 
-def read_seconds(folder: str) -> float:
-    """Return the seconds that a report of this sweep has counted already, 0 without one."""
+def _read_seconds(folder: str) -> float:
+    """Return the seconds in an earlier report of this sweep, 0 without one."""
     try:
-        return float(json.loads(read_file(f"{folder}/report.json"))["seconds"])
+        return float(json.loads(read_stored(f"{folder}/report.json"))["seconds"])
     except FileNotFoundError:
         return 0.0
 
 
-def accuracy_of(value: float | None) -> dict[str, float]:
-    """Return the metric, if there is one."""
+def _accuracy_of(value: float | None) -> dict[str, float]:
+    """Return a metric as a dictionary, empty if it is None."""
     return {} if value is None else {"held_out_accuracy": value}
 
 
-def tell(sweep: Sweep) -> None:
-    """Say what came out, and where."""
+def print_sweep(sweep: Sweep) -> None:
+    """Print the results and their paths."""
     results, folder = sweep.results, sweep.folder
-    print("\n" + "\n".join(draw_table(results.trials, results.num_steps)))
-    if results.standings:
-        best = results.standings[0]
-        print(f"\nBest: trial {best.trials[0].number} ({describe(best.settings)}), held-out loss {best.loss:.4f}")
+    print("\n" + "\n".join(format_table(results.trials, results.num_steps)))
+    if results.ranking:
+        best = results.ranking[0]
+        print(
+            f"\nBest: trial {best.trials[0].number} ({describe_settings(best.settings)}), held-out loss {best.loss:.4f}"
+        )
     else:
         print("\nNo trial came to its end; the table says why.")
     if results.default:
@@ -114,6 +119,6 @@ def tell(sweep: Sweep) -> None:
     if sweep.left:
         print(f"Attention: the trials have not given back {', '.join(sweep.left)}")
     print(f"  report   {folder}/report.html\n  numbers  {folder}/report.json")
-    if results.standings:
-        print(f"  model    {folder}/best/model\n  recipe   python pipelines/finetune.py {folder}/best.toml")
+    if results.ranking:
+        print(f"  model    {folder}/best/model\n  recipe   {command('finetune')} {folder}/best.toml")
     print(f"  mlflow   {describe_page(sweep.tracking_uri, sweep.mlflow_run_id)}")

@@ -19,9 +19,28 @@ os.environ.update(
 )
 
 import pytest
+from jaxtyping import install_import_hook
+
+# Shapes and types of what these modules are called with are checked at every call, in test processes only. Nothing of
+# them may be imported before.
+SHAPES_CHECKED = [
+    "llava_ray.data.batches",
+    "llava_ray.data.packing",
+    "llava_ray.generate.builtin",
+    "llava_ray.images",
+    "llava_ray.model.network",
+    "llava_ray.objectives",
+]
+install_import_hook(SHAPES_CHECKED, "beartype.beartype")
 
 # What tests share is found here by Ray's workers too, which do not read pytest's pythonpath.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+
+
+@pytest.fixture(autouse=True)
+def started_as_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let messages name commands as for a library's user, whatever an earlier test has started as a script."""
+    monkeypatch.delenv("LLAVA_RAY_STARTED_AS", raising=False)
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +48,7 @@ def ray_cluster() -> Iterator[None]:
     """A private four-CPU (logical) cluster for the whole session."""
     import ray
 
-    from llava_ray.runtime import DASHBOARD_VARIABLE, announced_port
+    from llava_ray.runtime import DASHBOARD_VARIABLE, announce_port
 
     # Without a dashboard each run would end ten seconds later: Ray's watch over it waits for an answer.
     ray.init(
@@ -37,7 +56,7 @@ def ray_cluster() -> Iterator[None]:
         num_cpus=4,
         object_store_memory=300 * 2**20,
         include_dashboard=True,
-        dashboard_port=announced_port(),
+        dashboard_port=announce_port(),
         log_to_driver=False,
     )
     del os.environ[DASHBOARD_VARIABLE]  # this cluster's processes have it; commands that tests start have their own

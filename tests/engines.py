@@ -16,14 +16,15 @@ from llava_ray.chat.conversation import Turn
 from llava_ray.config.lora import LoraConfig
 from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import ImageError, RecordError
-from llava_ray.generate.builtin_engine import BuiltinEngine
+from llava_ray.generate.builtin.builtin_engine import BuiltinEngine
 from llava_ray.generate.engine import Engine, GenerationChunk, GenerationRequest, Sampling
 from llava_ray.generate.prompts import PromptMaker
 from llava_ray.generate.settings import EngineSettings
 from llava_ray.generate.vision_cache import VisionCache
-from llava_ray.model.adapters import add_adapter, merge
-from llava_ray.model.bundle import LlavaParts, assemble, save_bundle
+from llava_ray.model.assembly import LlavaParts, assemble, merge
 from llava_ray.model.loading import load_pretrained_model
+from llava_ray.model.lora.adapters import add_adapter
+from llava_ray.model.saving import save_bundle
 
 SHAPES = [(64, 48), (40, 70), (96, 20), (32, 32)]
 SMALL_GAP = 1e-3  # between the two likeliest tokens' logits: rounding may decide

@@ -36,10 +36,10 @@ from llava_ray.config.sections import ClusterConfig, FinetuneConfig
 from llava_ray.data.preparation import prepare_data
 from llava_ray.errors import ConfigError
 from llava_ray.placement import in_pool
-from llava_ray.runtime import Resources, connected, fitted
+from llava_ray.runtime import Resources, connected, fit_resources
 from llava_ray.shared_storage import Places, check_shared
+from llava_ray.train.ray_trainer import scaling
 from llava_ray.train.runs import committed_step
-from llava_ray.train.scaling import scaling
 from llava_ray.train.trainer import finetune
 
 SMALL = {"object_store_memory": 150 * 2**20}
@@ -79,7 +79,7 @@ def fixed(folder: Path) -> dict[str, Any]:
 def growing(folder: Path) -> dict[str, Any]:
     """Tune, and lose the node for training; another one comes, as an autoscaler makes it."""
     cluster, nodes = start_nodes(decode_cpus=8, labels={"pools": "decode.vision.train"})
-    fits = fitted(ClusterConfig(num_workers=64, use_gpu=True))  # not there yet, so not refused
+    fits = fit_resources(ClusterConfig(num_workers=64, use_gpu=True))  # not there yet, so not refused
     another: list[subprocess.Popen[bytes]] = []
 
     def replace() -> None:
@@ -153,7 +153,7 @@ def refusals() -> list[str]:
     """What is said of a run that is too big for its pool, and of folders that the nodes do not share."""
     said = []
     for attempt in (
-        lambda: fitted(ClusterConfig(num_workers=3, use_gpu=True)),
+        lambda: fit_resources(ClusterConfig(num_workers=3, use_gpu=True)),
         lambda: check_shared(Places(written=("memory://runs",))),  # every process has its own
         lambda: check_shared(Places(read=("/not/there",))),
     ):

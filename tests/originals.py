@@ -10,7 +10,7 @@ import peft
 import torch
 from safetensors.torch import save_file
 
-from llava_ray.model.bundle import LlavaParts
+from llava_ray.model.assembly import LlavaParts
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -7,11 +7,11 @@ from typing import Any
 import httpx
 from serving import EchoEngine
 
-from llava_ray.deployments.auth import ApiKey, digest
 from llava_ray.deployments.front import build_front
 from llava_ray.deployments.gateway import LocalGateway
+from llava_ray.deployments.http.auth import ApiKey, digest
+from llava_ray.deployments.http.routes import Front
 from llava_ray.deployments.replica import Replica
-from llava_ray.deployments.routes import Front
 from llava_ray.deployments.settings import ServeSettings
 
 KEY = "a key of more than sixteen characters"

@@ -8,8 +8,8 @@ from fakes import make_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from llava_ray.model.model_files import ModelFiles
-from llava_ray.model.projector import build_projector
+from llava_ray.model.formats.model_files import ModelFiles
+from llava_ray.model.network.projector import build_projector
 
 
 def make_original(folder: Path, language_model: Path, tower: Path, projector_type: str = "mlp2x_gelu") -> Path:

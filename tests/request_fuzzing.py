@@ -14,19 +14,19 @@ from request_mutations import Asked, make_request
 from request_oddities import SECRET
 from starlette.types import ASGIApp, Message
 
-from llava_ray.deployments.addresses import Network
-from llava_ray.deployments.auth import ApiKey, digest
 from llava_ray.deployments.front import build_front
 from llava_ray.deployments.gateway import LocalGateway
+from llava_ray.deployments.http.auth import ApiKey, digest
+from llava_ray.deployments.http.routes import Front
+from llava_ray.deployments.media.addresses import Network
 from llava_ray.deployments.replica import Replica
-from llava_ray.deployments.routes import Front
 from llava_ray.deployments.settings import ServeSettings
-from llava_ray.generate.builtin_engine import BuiltinEngine
+from llava_ray.generate.builtin.builtin_engine import BuiltinEngine
 from llava_ray.generate.settings import EngineSettings
 
 KEY = "a key of more than sixteen characters"
 # What is told to those who have data or a run in their hands.
-TRAINING_ADVICE = ("record", "data.image_folder", "data.max_image_pixels", "to learn from", "trained", "training")
+TRAINING_ADVICE = ("record", "data.image_folder", "data.max_image_pixels", "to train on", "trained", "training")
 
 
 class WrongAnswer(Exception):  # noqa: N818 - what a fuzzer finds

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llava_ray.review.ledger_file import read_rows
+from llava_ray.review.ledger_file import read_ledger_rows
 
 CATEGORIES = ("conv", "detail", "complex")
 WORDS = ("a red bus", "two dogs", "a table", "snow", "an old bridge", "a child with a kite", "a lamp", "blue water")
@@ -60,7 +60,7 @@ def flags(folder: Path, base_url: str, output: Path, *more: str, models: tuple[s
 def check_money(ledger: Path, cap: float) -> None:
     """Assert that what was spent and what is under way never came to more than the cap."""
     spent, under_way = 0.0, {}
-    for row in read_rows(ledger):
+    for row in read_ledger_rows(ledger):
         if row["state"] == "sent":
             under_way[row["lease"]] = row["dollars"]
         elif row.get("lease") in under_way:

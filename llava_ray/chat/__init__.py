@@ -1,1 +1,1 @@
-"""Conversations: what was said, how a template writes it down, and which tokens are learnt."""
+"""Conversations: their turns, the templates that render them, and the tokens that are supervised."""

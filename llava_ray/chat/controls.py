@@ -1,12 +1,12 @@
-"""Which tokens of a tokenizer are control, and how a text that spells them out is encoded without them.
+"""The control tokens of a tokenizer, and an encoding of text in which nobody can forge them.
 
-Control are the tokens that tell a model where turns, texts and images begin and end: all that the tokenizer calls
-special, and of its other added tokens those that the template writes around messages. An added token that is neither
-(``<think>``, ``<box>``, a run of spaces) is a word of the vocabulary like any other, and stays one in messages.
+Control tokens mark where turns, texts and images begin and end: all that the tokenizer calls special, and those of its
+other added tokens that the template writes around messages. Any other added token (``<think>``, ``<box>``, a run of
+spaces) is an ordinary word of the vocabulary, in messages too.
 
-A tokenizer looks for the spelling of such tokens in any text that it is given, whoever wrote it. `Controls.respelt`
-is the same tokenizer with names for them that no text can hold: the template's own are written by these names, and
-what a message spells out is text, in which neither added tokens nor the model's own vocabulary can find them.
+A tokenizer matches the spelling of such tokens in any text, whoever wrote it. `Controls.respelt` is the same tokenizer
+with random names in place of the spellings: the template's own tokens are written by these names, and a spelling in a
+message is then plain text, which neither the added tokens nor the model's own vocabulary match.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-    from llava_ray.chat.templates import Template
+    from llava_ray.chat.template import Template
 
 Range = tuple[int, int]
 
@@ -36,18 +36,18 @@ class Controls:
     tokenizer: Tokenizer
     spellings: Mapping[int, str]
     names: Mapping[int, str]
-    """What nobody can know, and so cannot write."""
+    """Random text for each token, which no message can contain by intent."""
     unknown: int | None
-    """The token of what the vocabulary has no piece for, which any text may hold."""
+    """The unknown token, which any text may produce."""
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
-        """Match any spelling, the longest first, as the tokenizer does."""
+        """Return a pattern of all spellings, the longest first, as the tokenizer matches them."""
         return re.compile("|".join(map(re.escape, sorted(self.spellings.values(), key=len, reverse=True))) or "(?!)")
 
     @cached_property
     def respelt(self) -> Tokenizer:
-        """Return the tokenizer with these names in the place of the spellings; all ids stay as they are."""
+        """Return the tokenizer with the random names in place of the spellings; all ids stay the same."""
         from tokenizers import Tokenizer
 
         names = {spelling: self.names[token] for token, spelling in self.spellings.items()}
@@ -58,7 +58,7 @@ class Controls:
         return Tokenizer.from_str(json.dumps(values))
 
     def find(self, ids: Sequence[int], offsets: Sequence[Range], text: str) -> list[tuple[int, int, int]]:
-        """Return id, start and stop of each control token of an encoded text, without white space that it took in."""
+        """Return id, start and stop of each control token of an encoded text, without white space that it absorbed."""
         found, known = [], self.spellings
         for index in [index for index, token in enumerate(ids) if token in known]:
             start, stop = offsets[index]
@@ -69,14 +69,14 @@ class Controls:
 
 
 def find_controls(tokenizer: PreTrainedTokenizerBase, template: Template | None) -> Controls:
-    """Return the tokenizer's control tokens where this template is used. Kept, and found anew when tokens are added."""
+    """Return the tokenizer's control tokens under this template. Cached until tokens are added."""
     known = _VOCABULARIES.get(tokenizer)
     if known is None or known.size != len(tokenizer):
         known = _VOCABULARIES[tokenizer] = _Vocabulary(tokenizer)
     return known.controls(template.frame if template and known.words else ())
 
 
-def find_control(content: str, tokenizer: PreTrainedTokenizerBase, template: Template | None) -> list[Range]:
+def find_control_ranges(content: str, tokenizer: PreTrainedTokenizerBase, template: Template | None) -> list[Range]:
     """Return where a text spells out control tokens."""
     controls = find_controls(tokenizer, template)
     encoded = tokenizer(content, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -85,14 +85,14 @@ def find_control(content: str, tokenizer: PreTrainedTokenizerBase, template: Tem
 
 
 class _Vocabulary:
-    """What a tokenizer calls special, and its other added tokens."""
+    """The special tokens and the other added tokens of a tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         untyped: Any = tokenizer
         added = {token: str(entry) for token, entry in untyped.added_tokens_decoder.items()}
         special = {token for token, entry in untyped.added_tokens_decoder.items() if entry.special}
         named = dict(zip(untyped.all_special_ids, untyped.all_special_tokens, strict=True))
-        # A single character is no control: nobody could write without it (a padding token that is "!").
+        # A single character is never control: ordinary text needs it (some padding token is "!").
         spelt = {**{token: added[token] for token in special}, **named}
         self.special = {token: spelling for token, spelling in spelt.items() if len(spelling) > 1}
         self.words = {
@@ -123,11 +123,11 @@ _VOCABULARIES: WeakKeyDictionary[PreTrainedTokenizerBase, _Vocabulary] = WeakKey
 
 
 def _rename(model: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Rename pieces of a tokenizer's model, and take out the merges that would write them."""
+    """Rename pieces of a tokenizer's model, and remove the merges that would produce them."""
     vocab, merges = model["vocab"], model.get("merges")
     if isinstance(vocab, dict):
         renamed: Any = {names.get(piece, piece): token for piece, token in vocab.items()}
-    else:  # pieces with their scores, the place of each its id
+    else:  # pieces with their scores; the index of each is its id
         renamed = [[names.get(piece, piece), score] for piece, score in vocab]
     model = {**model, "vocab": renamed}
     if model.get("unk_token") is not None:

@@ -1,9 +1,9 @@
-"""What was said: turns, the conversation they make, and LLaVA's JSON read into them."""
+"""Conversations as turns, and LLaVA's JSON parsed into them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -11,16 +11,18 @@ from llava_ray.errors import RecordError
 from llava_ray.reading import shown
 
 if TYPE_CHECKING:
-    from llava_ray.chat.templates import Template
+    pass
 
 IMAGE_TOKEN = "<image>"  # never in the vocabulary: text is split on it
-IMAGE_TOKEN_INDEX = -200  # stands for one whole image in a list of ids
-IGNORE_INDEX = -100  # a label that is not learnt
+# LLaVA's placeholder for an image in a list of ids. No vocabulary has negative ids, so it cannot collide with text, and
+# the embedding table need not grow; the model replaces it by image features before the language model runs.
+IMAGE_TOKEN_INDEX = -200
+IGNORE_INDEX = -100  # the label of unsupervised positions: PyTorch's cross-entropy skips it
 
-Role = Literal["human", "gpt", "system"]
+_Role = Literal["human", "gpt", "system"]
 
-# LLaVA's words, those of OpenAI's message lists, and who else answers in ShareGPT's dumps; in any case.
-ROLES: dict[str, Role] = {
+# LLaVA's role names, those of OpenAI's message lists, and the assistants of ShareGPT's dumps; in any letter case.
+_ROLES: dict[str, _Role] = {
     "human": "human",
     "user": "human",
     "gpt": "gpt",
@@ -32,69 +34,48 @@ ROLES: dict[str, Role] = {
     "system": "system",
     "developer": "system",
 }
-TOOL_ROLES = {"tool", "function", "function_call", "function_response", "tool_call", "tool_response", "observation"}
+_TOOL_ROLES = {"tool", "function", "function_call", "function_response", "tool_call", "tool_response", "observation"}
 
-UNLEARNT = "_unlearnt"  # behind the role of an answer that is not learnt, where turns are stored
+_UNLEARNT = "_unlearnt"  # suffix of the role of an unsupervised answer in stored turns (part of the shard format)
 
 
 @dataclass(frozen=True)
 class Turn:
     """One message. ``value`` may hold image markers.
 
-    A conversation may begin with one of the system: its text takes the place of the template's.
+    A conversation may begin with a system turn, whose text replaces the template's system prompt.
     """
 
-    role: Role
+    role: _Role
     value: str
-    learnt: bool = True
-    """Whether an answer is learnt; a question never is."""
+    supervised: bool = True
+    """Whether an answer is supervised; a question never is."""
 
     def to_row(self) -> dict[str, str]:
-        """Return what is stored of it."""
-        return {"role": self.role + ("" if self.learnt else UNLEARNT), "value": self.value}
+        """Convert the turn to its stored form."""
+        return {"role": self.role + ("" if self.supervised else _UNLEARNT), "value": self.value}
 
     @classmethod
     def from_row(cls, row: Mapping[str, str]) -> Turn:
-        """Read what `to_row` returned."""
-        role = row["role"].removesuffix(UNLEARNT)
-        return cls(cast("Role", role), row["value"], learnt=role == row["role"])
+        """Build a turn from what `to_row` returned."""
+        role = row["role"].removesuffix(_UNLEARNT)
+        return cls(cast("_Role", role), row["value"], supervised=role == row["role"])
 
 
 @dataclass(frozen=True)
 class Span:
-    """A piece of a written conversation, and whether the model learns to write it."""
+    """A piece of a rendered conversation; ``supervised`` if the model is trained to produce it."""
 
     text: str
-    learnt: bool
-    said: tuple[tuple[int, int], ...] = field(default=(), compare=False)
-    """Which characters are a message's (start and stop); all others are the template's."""
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """A template and the turns so far; asking and answering return a longer conversation."""
-
-    template: Template
-    turns: tuple[Turn, ...] = ()
-
-    def ask(self, question: str) -> Conversation:
-        """Return this conversation with a question at its end."""
-        return replace(self, turns=(*self.turns, Turn("human", question)))
-
-    def answer(self, answer: str) -> Conversation:
-        """Return this conversation with an answer at its end."""
-        return replace(self, turns=(*self.turns, Turn("gpt", answer)))
-
-    @property
-    def num_images(self) -> int:
-        """Count the image markers of all turns."""
-        return sum(turn.value.count(IMAGE_TOKEN) for turn in self.turns)
+    supervised: bool
+    message_ranges: tuple[tuple[int, int], ...] = field(default=(), compare=False)
+    """Ranges (start and stop) of characters from messages; all others are the template's."""
 
 
 def read_turns(conversations: Sequence[Mapping[str, object]]) -> tuple[Turn, ...]:
-    """Read a record's ``conversations`` list, in LLaVA's words or OpenAI's, into alternating turns.
+    """Read a record's ``conversations`` list, in LLaVA's form or OpenAI's, into alternating turns.
 
-    Leading turns of the system become one, as in serving. A leading answer is dropped, as the original did. Raises
+    Leading system turns are merged, as in serving. A leading answer is dropped, as the original did. Raises
     RecordError with reason ``roles`` (an unknown speaker), ``malformed`` (a turn without text), ``no_turns``,
     ``alternation`` or ``empty_answer``.
     """
@@ -105,44 +86,44 @@ def read_turns(conversations: Sequence[Mapping[str, object]]) -> tuple[Turn, ...
             reason="malformed",
         )
     turns = [_read_turn(entry, number) for number, entry in enumerate(conversations, start=1)]
-    told = list(takewhile(lambda turn: turn.role == "system", turns))
-    turns = turns[len(told) :]
+    system_turns = list(takewhile(lambda turn: turn.role == "system", turns))
+    turns = turns[len(system_turns) :]
     if turns and turns[0].role == "gpt":
         turns = turns[1:]
     check_turns(turns)
-    system = "\n".join(turn.value for turn in told)
+    system = "\n".join(turn.value for turn in system_turns)
     return (Turn("system", system), *turns) if system else tuple(turns)
 
 
 def split_system(turns: Sequence[Turn]) -> tuple[str | None, Sequence[Turn]]:
-    """Return the system's text, None where it says nothing, and the turns that follow it."""
+    """Return the system prompt (None where there is none) and the turns that follow it."""
     if turns and turns[0].role == "system":
         return turns[0].value, turns[1:]
     return None, turns
 
 
 def first_question(turns: Sequence[Turn]) -> tuple[str | None, Sequence[Turn], Turn] | None:
-    """Return the system's text, the turns up to the first learnt answer, and that answer; None where none is learnt."""
+    """Return the system prompt, the turns before the first supervised answer, and that answer; None without one."""
     system, spoken = split_system(turns)
-    place = next((index for index, turn in enumerate(spoken) if turn.role == "gpt" and turn.learnt), None)
+    place = next((index for index, turn in enumerate(spoken) if turn.role == "gpt" and turn.supervised), None)
     return None if place is None else (system, spoken[:place], spoken[place])
 
 
-def check_turns(turns: Sequence[Turn], *, learnt: bool = True) -> None:
-    """Raise RecordError unless the turns alternate, beginning with a question, and every answer says something.
+def check_turns(turns: Sequence[Turn], *, supervised: bool = True) -> None:
+    """Raise RecordError unless turns alternate, beginning with a question, and no supervised answer is empty.
 
-    One that is not ``learnt``, but was given before, may be empty.
+    An unsupervised answer, and with ``supervised=False`` any answer, may be empty.
     """
     if not turns:
         raise RecordError(
-            "the conversation has no turn to begin with; expected a human turn first. Remove the record.",
+            "the conversation has no turns; expected a human turn first. Remove the record.",
             reason="no_turns",
         )
     for index, turn in enumerate(turns):
-        expected: Role = "gpt" if index % 2 else "human"
+        expected: _Role = "gpt" if index % 2 else "human"
         if turn.role == "system":
             raise RecordError(
-                f"turn {index + 1} of {len(turns)} is the system's (begins {turn.value[:40]!r}); expected it before "
+                f"turn {index + 1} of {len(turns)} is a system turn (begins {turn.value[:40]!r}); expected it before "
                 "all others. Move it to the front, or remove it.",
                 reason="roles",
             )
@@ -150,13 +131,13 @@ def check_turns(turns: Sequence[Turn], *, learnt: bool = True) -> None:
             raise RecordError(
                 f"turn {index + 1} of {len(turns)} is from {turn.role!r} (begins {turn.value[:40]!r}); "
                 f"expected {expected!r}: human and gpt must alternate, human first. "
-                "Merge or remove neighbouring turns of one speaker.",
+                "Merge or remove adjacent turns of one speaker.",
                 reason="alternation",
             )
-        if learnt and turn.learnt and turn.role == "gpt" and not turn.value.strip():
+        if supervised and turn.supervised and turn.role == "gpt" and not turn.value.strip():
             raise RecordError(
                 f"turn {index + 1} of {len(turns)} is an empty answer ({turn.value!r}); "
-                "expected text to learn from. Remove the exchange.",
+                "expected text to train on. Remove the exchange.",
                 reason="empty_answer",
             )
 
@@ -172,12 +153,12 @@ def _read_turn(entry: Mapping[str, object], number: int) -> Turn:
     if role_key == "role" and entry.get("value") is None:
         text_key = "content"
     role, text = entry.get(role_key), entry.get(text_key)
-    known = ROLES.get(role.strip().lower()) if isinstance(role, str) else None
+    known = _ROLES.get(role.strip().lower()) if isinstance(role, str) else None
     if known is None:
-        tools = isinstance(role, str) and role.strip().lower() in TOOL_ROLES
+        tools = isinstance(role, str) and role.strip().lower() in _TOOL_ROLES
         raise RecordError(
-            f"turn {number}: {role_key!r} is {shown(role)}; expected one of {', '.join(ROLES)}. "
-            + ("Turns of tools cannot be learnt from: remove the record." if tools else "Mend or remove the turn."),
+            f"turn {number}: {role_key!r} is {shown(role)}; expected one of {', '.join(_ROLES)}. "
+            + ("Tool turns are not supported: remove the record." if tools else "Fix or remove the turn."),
             reason="roles",
         )
     if not isinstance(text, str):
@@ -186,11 +167,11 @@ def _read_turn(entry: Mapping[str, object], number: int) -> Turn:
             f"with {IMAGE_TOKEN} where an image stands.",
             reason="malformed",
         )
-    return Turn(known, text, learnt=entry.get("learnt") is not False)
+    return Turn(known, text, supervised=entry.get("learnt") is not False)
 
 
 def with_markers(question: str, num_images: int) -> str:
-    """Put a marker for each image in front of a question that has none."""
+    """Prepend a marker for each image to a question that has none."""
     return question if IMAGE_TOKEN in question else f"{IMAGE_TOKEN}\n" * num_images + question
 
 
@@ -200,5 +181,5 @@ def join_parts(parts: Iterable[str | None]) -> str:
 
 
 def break_markers(text: str) -> str:
-    """Take image markers apart where none may stand: each would wait for an image that is not there."""
+    """Break up image markers in text that has no images: each would otherwise wait for an image."""
     return text.replace(IMAGE_TOKEN, "< image >")

@@ -1,4 +1,4 @@
-"""A piece of a written conversation, encoded with no control tokens but the template's own."""
+"""Encoding of a piece of a rendered conversation with no control tokens but the template's own."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """The text between two images, encoded."""
+class EncodedText:
+    """The encoded text between two images."""
 
     start: int
-    """Where it stands in the whole text."""
+    """The position of its first character in the whole text."""
     text: str
     ids: Sequence[int]
     offsets: Sequence[Range]
-    """Which of its characters each token covers."""
+    """The range of characters that each token covers."""
 
 
-def without_forged(chunk: Chunk, said: bytes, controls: Controls) -> Chunk:
-    """Return a chunk in which no control token covers what a message says; ``said`` is not 0 there.
+def without_forged(chunk: EncodedText, owners: bytes, controls: Controls) -> EncodedText:
+    """Return a chunk in which no control token covers a message's characters; ``owners`` is not 0 there.
 
-    Most hold none, and are returned as they are. Raises RecordError for a tokenizer that cannot tell them apart.
+    Most chunks hold none and are returned unchanged. Raises RecordError for a tokenizer that cannot separate them.
     """
     found = controls.find(chunk.ids, chunk.offsets, chunk.text)
-    if any(any(said[start:stop]) for _, start, stop in found):
-        return encode_apart(chunk, _find_own(chunk, said, controls, found), controls)
+    if any(any(owners[start:stop]) for _, start, stop in found):
+        return encode_apart(chunk, _find_own(chunk, owners, controls, found), controls)
     return chunk
 
 
-def encode_apart(chunk: Chunk, own: Sequence[tuple[int, int, int]], controls: Controls) -> Chunk:
-    """Encode a chunk again with no control tokens but ``own`` (id, start and stop), which get names for this.
+def encode_apart(chunk: EncodedText, own: Sequence[tuple[int, int, int]], controls: Controls) -> EncodedText:
+    """Encode a chunk again with no control tokens but ``own`` (id, start and stop), written by their random names.
 
     Raises RecordError ("control_tokens") for a tokenizer that does not find these.
     """
     written, pieces, place = 0, [], 0
-    starts, origins = [0], [0]  # of the pieces, in the new text and in the chunk's: every second is a name
+    starts, origins = [0], [0]  # of the pieces, in the new text and in the chunk: every second piece is a name
     for token, start, stop in own:
         for piece, end in ((chunk.text[place:start], start), (controls.names[token], stop)):
             pieces.append(piece)
@@ -65,27 +65,27 @@ def encode_apart(chunk: Chunk, own: Sequence[tuple[int, int, int]], controls: Co
         )
 
     def origin(place: int) -> int:
-        """Return where a character of the new text comes from; those of a name from their token's first."""
+        """Map a position in the new text to the chunk; all positions in a name map to its token's start."""
         piece = bisect_right(starts, place) - 1
         return origins[piece] if piece % 2 else origins[piece] + place - starts[piece]
 
-    return Chunk(
+    return EncodedText(
         chunk.start, chunk.text, encoded.ids, [(origin(start), origin(stop)) for start, stop in encoded.offsets]
     )
 
 
 def _find_own(
-    chunk: Chunk, said: bytes, controls: Controls, found: Sequence[tuple[int, int, int]]
+    chunk: EncodedText, owners: bytes, controls: Controls, found: Sequence[tuple[int, int, int]]
 ) -> list[tuple[int, int, int]]:
-    """Return id, start and stop of the template's control tokens, with those that a forged one took characters of."""
+    """Return id, start and stop of the template's control tokens, those that a forged token overlaps included."""
     own = {}
     for token, start, stop in found:
         known = token != controls.unknown or chunk.text[start:stop] == controls.spellings[token]
-        if known and start < stop and not any(said[start:stop]):
+        if known and start < stop and not any(owners[start:stop]):
             own[start] = (token, start, stop)
     tokens = {spelling: token for token, spelling in controls.spellings.items()}
-    across = [(start, stop) for _, start, stop in found if any(said[start:stop]) and not all(said[start:stop])]
-    for stretch in re.finditer(rb"\0+", said) if across else ():
+    across = [(start, stop) for _, start, stop in found if any(owners[start:stop]) and not all(owners[start:stop])]
+    for stretch in re.finditer(rb"\0+", owners) if across else ():
         for match in controls.pattern.finditer(chunk.text, *stretch.span()):
             start, stop = match.span()
             if any(first < stop and start < last for first, last in across):

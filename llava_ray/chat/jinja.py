@@ -1,18 +1,18 @@
-"""A template of fixed strings as a Jinja chat template, for programs that know only those (transformers, vLLM).
+"""A template of fixed strings as a Jinja chat template, for programs that accept only those (transformers, vLLM).
 
-They tokenise what it writes as one text, so a message that spells out control tokens writes them there: only our own
-rendering keeps the two apart (`tokens`).
+They tokenise its output as one text, so a message that spells out control tokens forges them there: only our own
+rendering separates the two (see `tokens`).
 """
 
 from __future__ import annotations
 
 from llava_ray.chat.conversation import IMAGE_TOKEN
-from llava_ray.chat.templates import StringTemplate
+from llava_ray.chat.template import StringTemplate
 
-NO_SYSTEM = "this model was trained with one fixed system prompt, which its template writes: leave system messages out"
+_NO_SYSTEM = "this model was trained with one fixed system prompt, which its template writes: leave system messages out"
 
 # A message's text: its content, or the texts and image markers of its content's items.
-JOINED = (
+_JOINED = (
     "{% set ns = namespace(text='') %}"
     "{% if message['content'] is string %}{% set ns.text = message['content'] %}"
     "{% else %}{% for item in message['content'] %}"
@@ -22,12 +22,12 @@ JOINED = (
 
 
 def write_jinja(template: StringTemplate, *, bos: bool, joint: str = "") -> str:
-    """Return Jinja that writes conversations as ``template`` does, image markers moved to the front included.
+    """Return Jinja that renders conversations as ``template`` does, image markers moved to the front included.
 
     A message's content is a string with markers, or a list of ``{"type": "image"}`` and ``{"type": "text"}`` items.
-    ``bos`` writes the tokenizer's beginning-of-sequence token first. ``joint`` is put after that token and after an
-    image where no space follows: our tokenizer sees the text there as a beginning of its own, and SentencePiece, where
-    the text is one, has to be told so by a space.
+    ``bos`` writes the tokenizer's beginning-of-sequence token first. ``joint`` is inserted after that token and
+    after an image where no space follows: our tokenizer encodes the text behind an image as a text of its own, which
+    SentencePiece begins with a space; in one joined text that space has to be written.
     """
     first = template.opening
     for question, answer in template.examples:
@@ -37,19 +37,19 @@ def write_jinja(template: StringTemplate, *, bos: bool, joint: str = "") -> str:
     start = f"bos_token + {_quoted(joined)}" if bos else _quoted(first)
     answer = f"{{{{ {_quoted(template.cue + template.lead)} + ns.text + {_quoted(template.end)} }}}}"
     return (
-        f"{{% for message in messages %}}{JOINED}"
+        f"{{% for message in messages %}}{_JOINED}"
         "{% if message['role'] == 'user' %}"
         f"{{% if loop.first %}}{{{{ {start} }}}}{{% else %}}{{{{ {_quoted(template.question)} }}}}{{% endif %}}"
         f"{_content(template, joint)}{{{{ {_quoted(template.question_end)} }}}}"
         f"{{% elif message['role'] == 'assistant' %}}{answer}"
-        f"{{% else %}}{{{{ raise_exception({_quoted(NO_SYSTEM)}) }}}}"
+        f"{{% else %}}{{{{ raise_exception({_quoted(_NO_SYSTEM)}) }}}}"
         "{% endif %}{% endfor %}"
         f"{{% if add_generation_prompt %}}{{{{ {_quoted(template.cue)} }}}}{{% endif %}}"
     )
 
 
 def _content(template: StringTemplate, joint: str) -> str:
-    """Write a question: its markers where training puts them, the joints after them."""
+    """Return Jinja for a question: its markers where training puts them, the joints after them."""
     marker = _quoted(IMAGE_TOKEN)
     parts = f"ns.text.split({marker})"
     if template.only_images:

@@ -1,7 +1,7 @@
-"""Which characters of what a Jinja chat template wrote are a message's, and which are the template's.
+"""Separation of a Jinja chat template's output into characters from messages and characters of the template.
 
-A template is a program: it may trim a message, cut a thought out of it, or leave it out. So it is run once more, with
-private characters in the place of each message: where the two texts differ, and only there, stand messages.
+A template is a program: it may trim a message, remove its reasoning, or leave it out. So it is run a second time, with
+private-use characters in place of each message: where the two outputs differ, and only there, are messages.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ import jinja2
 
 from llava_ray.errors import RecordError
 
-Range = tuple[int, int]
-Message = dict[str, str]
+_Range = tuple[int, int]
+_Message = dict[str, str]
 
-FIRST_MARK, NUM_MARKS = 0xF0000, 0xFFFE  # a plane of private characters
-MARKED = re.compile(f"([{chr(FIRST_MARK)}-{chr(FIRST_MARK + NUM_MARKS - 1)}])\\1*")
+_FIRST_MARK, _NUM_MARKS = 0xF0000, 0xFFFE  # a plane of private-use characters
+_MARKED = re.compile(f"([{chr(_FIRST_MARK)}-{chr(_FIRST_MARK + _NUM_MARKS - 1)}])\\1*")
 
 
 def find_messages(
     text: str,
-    messages: Sequence[Message],
-    write: Callable[[list[Message]], str],
-    find_control: Callable[[str], list[Range]],
-) -> list[Range]:
-    """Return which characters of ``text``, which is what ``write`` makes of ``messages``, are theirs.
+    messages: Sequence[_Message],
+    write: Callable[[list[_Message]], str],
+    find_control: Callable[[str], list[_Range]],
+) -> list[_Range]:
+    """Return the ranges of ``text`` that come from ``messages``; ``text`` is ``write(messages)``.
 
-    White space around a message counts as the template's. Of a template that acts on the words of a message (one that
-    cuts its thoughts out) only the control tokens written out in messages are found, by ``find_control``. Raises
-    RecordError ("control_tokens") if it acts on these.
+    White space around a message counts as the template's. With a template that depends on a message's words (one that
+    removes reasoning) only the control tokens written out in messages are found, by ``find_control``. Raises
+    RecordError ("control_tokens") if it depends on these.
     """
     whole = _locate(text, messages, write, _core)
     if whole is not None:
@@ -48,25 +48,25 @@ def find_messages(
     return found
 
 
-def _core(content: str) -> list[Range]:
-    """Return the whole of a message but the white space around it, which templates look at."""
+def _core(content: str) -> list[_Range]:
+    """Return the range of a message without the surrounding white space, which templates may trim."""
     start = len(content) - len(content.lstrip())
     return [(start, len(content.rstrip()))] if start < len(content) else []
 
 
 def _locate(
     text: str,
-    messages: Sequence[Message],
-    write: Callable[[list[Message]], str],
-    choose: Callable[[str], Iterable[Range]],
-) -> list[Range] | None:
-    """Return where in ``text`` the chosen characters stand; None if it is not the same text without them."""
+    messages: Sequence[_Message],
+    write: Callable[[list[_Message]], str],
+    choose: Callable[[str], Iterable[_Range]],
+) -> list[_Range] | None:
+    """Return the ranges of the marked characters in ``text``; None if the rest of the two texts differs."""
     pieces: list[str] = []
-    marked: list[Message] = []
+    marked: list[_Message] = []
     for message in messages:
         content, written, place = message["content"], "", 0
         for start, stop in choose(content):
-            written += content[place:start] + chr(FIRST_MARK + len(pieces) % NUM_MARKS) * (stop - start)
+            written += content[place:start] + chr(_FIRST_MARK + len(pieces) % _NUM_MARKS) * (stop - start)
             pieces.append(content[start:stop])
             place = stop
         marked.append({**message, "content": written + content[place:]})
@@ -76,11 +76,11 @@ def _locate(
         return None
     if len(other) != len(text):
         return None
-    ranges: list[Range] = []
+    ranges: list[_Range] = []
     place = 0
-    for run in MARKED.finditer(other):
+    for run in _MARKED.finditer(other):
         start, stop = run.span()
-        candidates = pieces[ord(run[1]) - FIRST_MARK :: NUM_MARKS]
+        candidates = pieces[ord(run[1]) - _FIRST_MARK :: _NUM_MARKS]
         if other[place:start] != text[place:start] or text[start:stop] not in candidates:
             return None
         ranges.append((start, stop))

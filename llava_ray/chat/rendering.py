@@ -1,4 +1,4 @@
-"""Turns written down by a template, as spans that say what is learnt."""
+"""Rendering of turns by a template, as spans that are supervised or not."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from typing import cast
 
 import jinja2
 
-from llava_ray.chat.controls import find_control
+from llava_ray.chat.controls import find_control_ranges
 from llava_ray.chat.conversation import IMAGE_TOKEN, Span, Turn, break_markers, check_turns
 from llava_ray.chat.messages import find_messages
-from llava_ray.chat.templates import JinjaTemplate, StringTemplate, Template
+from llava_ray.chat.template import JinjaTemplate, StringTemplate, Template
 from llava_ray.errors import RecordError, TemplateError
 
 
 def render_prompt(turns: Sequence[Turn], template: Template, *, open_turn: bool = False) -> str:
-    """Write the turns down as one text; with ``open_turn`` it ends where an answer begins."""
+    """Render the turns as one text; with ``open_turn`` it ends where an answer begins."""
     return "".join(span.text for span in render_spans(turns, template, open_turn=open_turn))
 
 
 def render_spans(turns: Sequence[Turn], template: Template, *, open_turn: bool = False) -> list[Span]:
-    """Write the turns down as spans; joined, they are the prompt.
+    """Render the turns as spans; joined, they are the prompt.
 
-    Learnt are the answers (but those that are only read) with the space before them and the text that ends them.
-    Raises RecordError for turns that no template can write (see `check_turns`), TemplateError for turns that this one
-    cannot.
+    Supervised are the answers (but those that a record excludes) with the space before and the text that ends them:
+    without that end text a model would never learn to stop. Raises RecordError for turns that no template can render
+    (see `check_turns`), TemplateError for turns that this one cannot.
     """
-    check_turns(turns, learnt=not open_turn)
+    check_turns(turns, supervised=not open_turn)
     if open_turn and turns[-1].role != "human":
         raise TemplateError(
-            f"an open turn was asked for after an answer ({turns[-1].value[:40]!r}); expected a human turn last. "
+            f"an open turn was requested after an answer ({turns[-1].value[:40]!r}); expected a human turn last. "
             "Add a question, or render without open_turn."
         )
     if isinstance(template, JinjaTemplate):
@@ -44,8 +44,8 @@ def render_spans(turns: Sequence[Turn], template: Template, *, open_turn: bool =
 def place_images(turns: Sequence[Turn], template: Template) -> tuple[Turn, ...]:
     """Move a turn's image marker to the front, on a line of its own, inside the template's image tags.
 
-    Several markers in one turn stay where they stand: moving them would lose which text belongs to which image
-    (the original merged them into one). Placing twice changes nothing.
+    Several markers in one turn stay in place: moving them would lose which text belongs to which image (the original
+    merged them into one). Idempotent.
     """
     return tuple(
         replace(turn, value=_place_image(turn.value, *template.image_tags)) if IMAGE_TOKEN in turn.value else turn
@@ -56,7 +56,9 @@ def place_images(turns: Sequence[Turn], template: Template) -> tuple[Turn, ...]:
 def _place_image(text: str, before: str, after: str) -> str:
     text = text.replace(before + IMAGE_TOKEN + after, IMAGE_TOKEN)
     if text.count(IMAGE_TOKEN) == 1:
-        rest = break_markers(text.replace(IMAGE_TOKEN, "").strip())  # its ends may have become one
+        rest = break_markers(
+            text.replace(IMAGE_TOKEN, "").strip()
+        )  # removing the marker may have joined a new one from its two sides
         text = f"{IMAGE_TOKEN}\n{rest}".strip()
     return text.replace(IMAGE_TOKEN, before + IMAGE_TOKEN + after)
 
@@ -64,28 +66,32 @@ def _place_image(text: str, before: str, after: str) -> str:
 def _render_strings(turns: Sequence[Turn], template: StringTemplate, open_turn: bool) -> list[Span]:
     if template.only_images:
         turns = _keep_images(turns, template)
-    said: tuple[tuple[int, int], ...] = (template.said,) if any(template.said) else ()
+    ranges: tuple[tuple[int, int], ...] = (template.said,) if any(template.said) else ()
     spans, before = [], template.opening
     for question, answer in template.examples:
         written = question + template.question_end + template.cue + template.lead + answer + template.end
-        spans.append(Span(before + written, learnt=False, said=said))
-        before, said = template.question, ()
+        spans.append(Span(before + written, supervised=False, message_ranges=ranges))
+        before, ranges = template.question, ()
     for turn in turns:
         if turn.role == "human":
-            said += _said(turn.value, len(before), template)
-            spans.append(Span(before + turn.value + template.question_end, learnt=False, said=said))
-            before, said = template.question, ()
+            ranges += _message_ranges(turn.value, len(before), template)
+            spans.append(Span(before + turn.value + template.question_end, supervised=False, message_ranges=ranges))
+            before, ranges = template.question, ()
         else:
-            answered = _said(turn.value, len(template.lead), template)
-            spans.append(Span(template.cue, learnt=False))
-            spans.append(Span(template.lead + turn.value + template.end, learnt=turn.learnt, said=answered))
+            answer_ranges = _message_ranges(turn.value, len(template.lead), template)
+            spans.append(Span(template.cue, supervised=False))
+            spans.append(
+                Span(
+                    template.lead + turn.value + template.end, supervised=turn.supervised, message_ranges=answer_ranges
+                )
+            )
     if open_turn:
-        spans.append(Span(template.cue, learnt=False))
+        spans.append(Span(template.cue, supervised=False))
     return [span for span in spans if span.text]
 
 
-def _said(message: str, start: int, template: Template) -> tuple[tuple[int, int], ...]:
-    """Return which characters are a message's own: all but the template's tags around images."""
+def _message_ranges(message: str, start: int, template: Template) -> tuple[tuple[int, int], ...]:
+    """Return the ranges of a message's own characters: all but the template's tags around images."""
     before, after = template.image_tags
     ranges = []
     for part in message.split(before + IMAGE_TOKEN + after) if before or after else [message]:
@@ -95,7 +101,7 @@ def _said(message: str, start: int, template: Template) -> tuple[tuple[int, int]
 
 
 def _keep_images(turns: Sequence[Turn], template: StringTemplate) -> list[Turn]:
-    # Without questions a second exchange, or one without an image, would teach answers to nothing.
+    # They render no question text: a second exchange, or one without an image, would train an answer to nothing.
     num_images = turns[0].value.count(IMAGE_TOKEN)
     if len(turns) > 2 or not num_images:
         raise RecordError(
@@ -111,39 +117,39 @@ def _keep_images(turns: Sequence[Turn], template: StringTemplate) -> list[Turn]:
 def _render_jinja(turns: Sequence[Turn], template: JinjaTemplate, open_turn: bool) -> list[Span]:
     messages = _messages(turns, template)
     text = _apply_jinja(messages, template, add_generation_prompt=open_turn)
-    said = find_messages(
+    ranges = find_messages(
         text,
         messages,
         write=lambda marked: _apply_jinja(marked, template, add_generation_prompt=open_turn),
-        find_control=lambda content: find_control(content, template.tokenizer, template),
+        find_control=lambda content: find_control_ranges(content, template.tokenizer, template),
     )
     if any(template.image_tags):
-        said = [own for start, stop in said for own in _said(text[start:stop], start, template)]
+        ranges = [own for start, stop in ranges for own in _message_ranges(text[start:stop], start, template)]
     borders, written = [], 0
     for index, turn in enumerate(turns):
-        if turn.role == "human" or open_turn:  # of an open turn nothing is learnt
+        if turn.role == "human" or open_turn:  # nothing of an open turn is supervised
             continue
         start = _find_answer_start(text, turns[:index], template)
         stop = start + _measure_answer(text[start:], turn, template)
-        borders += [(written, start, False), (start, stop, turn.learnt)]
+        borders += [(written, start, False), (start, stop, turn.supervised)]
         written = stop
     borders.append((written, len(text), False))
     return [
-        Span(text[start:stop], learnt=learnt, said=_within(said, start, stop))
-        for start, stop, learnt in borders
+        Span(text[start:stop], supervised=supervised, message_ranges=_within(ranges, start, stop))
+        for start, stop, supervised in borders
         if start < stop
     ]
 
 
-def _within(said: Sequence[tuple[int, int]], start: int, stop: int) -> tuple[tuple[int, int], ...]:
-    clipped = ((max(first, start) - start, min(last, stop) - start) for first, last in said)
+def _within(ranges: Sequence[tuple[int, int]], start: int, stop: int) -> tuple[tuple[int, int], ...]:
+    clipped = ((max(first, start) - start, min(last, stop) - start) for first, last in ranges)
     return tuple((first, last) for first, last in clipped if first < last)
 
 
 def find_frame(template: JinjaTemplate) -> tuple[str, ...]:
-    """Return what a Jinja template writes around questions and answers, a thought before an answer left out.
+    """Return what a Jinja template writes around questions and answers, without empty reasoning before an answer.
 
-    A template that cannot write them says nothing of itself but its own source.
+    For a template that cannot render the probe turns, return its source instead.
     """
     try:
         spans = render_spans((Turn("human", "Q"), Turn("gpt", "A"), Turn("human", "Q")), template, open_turn=True)
@@ -151,8 +157,8 @@ def find_frame(template: JinjaTemplate) -> tuple[str, ...]:
         return (str(template.tokenizer.chat_template),)
     texts = []
     for span in spans:
-        place = span.said[-1][1] if span.learnt and span.said else 0
-        for first, last in () if span.learnt else span.said:
+        place = span.message_ranges[-1][1] if span.supervised and span.message_ranges else 0
+        for first, last in () if span.supervised else span.message_ranges:
             texts.append(span.text[place:first])
             place = last
         texts.append(span.text[place:])
@@ -166,15 +172,15 @@ def _find_answer_start(text: str, turns: Sequence[Turn], template: JinjaTemplate
         raise TemplateError(
             f"the tokenizer's chat template writes the first {len(turns)} turns in two ways: from character {same} on, "
             f"{text[same : same + 60]!r} within the conversation but {prompt[same : same + 60]!r} as a prompt for "
-            "generation. A model trained on the one would not know the other. "
-            "Choose a template from the table, such as 'chatml_direct', or mend the tokenizer's chat_template."
+            "generation. A model trained on the one would not recognise the other. "
+            "Choose a template from the table, such as 'chatml_direct', or fix the tokenizer's chat_template."
         )
     return len(prompt)
 
 
 def _measure_answer(rest: str, turn: Turn, template: JinjaTemplate) -> int:
-    # Templates may trim the answer, and may write something before it (an empty thought, say): find it,
-    # and the token of the vocabulary that ends it. Whitespace after that token is the template's, not learnt.
+    # Templates may trim the answer, and may write something before it (such as empty reasoning): find the answer and
+    # the vocabulary token that ends it. White space after that token belongs to the template and is not supervised.
     answer = turn.value.strip()
     start, end = rest.find(answer), None
     while start >= 0 and not (end := template.end.match(rest, start + len(answer))):
@@ -183,7 +189,7 @@ def _measure_answer(rest: str, turn: Turn, template: JinjaTemplate) -> int:
         raise TemplateError(
             f"the tokenizer's chat template does not write the answer {answer[:60]!r} followed by an end token where "
             f"its turn begins, but {rest[:80]!r}. Without an end token a model never learns to stop. "
-            "Choose a template from the table, such as 'chatml_direct', or mend the tokenizer's chat_template."
+            "Choose a template from the table, such as 'chatml_direct', or fix the tokenizer's chat_template."
         )
     return end.end()
 

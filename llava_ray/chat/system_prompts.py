@@ -1,4 +1,4 @@
-"""The texts that LLaVA's templates begin with. Published weights were trained on them: not a byte may change."""
+"""The system prompts of LLaVA's templates. Published weights were trained on them: not a byte may change."""
 
 VICUNA_HUMAN = (
     "A chat between a curious human and an artificial intelligence assistant. "

@@ -1,24 +1,24 @@
-"""How a conversation is written down: LLaVA's templates as one table of strings, and the tokenizer's own template.
+"""The table of LLaVA's conversation templates, and the template of a tokenizer.
 
-A written conversation is::
+A rendered conversation is::
 
     opening  Q question_end  cue  lead A end   question Q question_end  cue  lead A end   ...
-                                  ^^^^^^^^^^ learnt                          ^^^^^^^^^^
+                                  ^^^^^^^^^^ supervised                      ^^^^^^^^^^
 
-``cue`` is where an open turn stops and generation begins. ``lead`` is the space before an answer, which
-SentencePiece makes part of the answer's first piece. ``end`` tells the model to stop.
+Generation begins after ``cue``. ``lead`` is the space before an answer, which SentencePiece makes part of the answer's
+first piece. ``end`` makes the model stop.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from llava_ray.chat import system_prompts
-from llava_ray.chat.conversation import break_markers
-from llava_ray.errors import ConfigError, TemplateError
+from llava_ray.chat.template import JinjaTemplate, StringTemplate, Template
+from llava_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,98 +26,8 @@ if TYPE_CHECKING:
 CHAT_TEMPLATE = "chat_template"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Template:
-    """What every template says about itself.
-
-    ``stop`` is the text an answer ends with; ``image_tags`` stand on either side of an image marker;
-    ``add_bos`` is whether the tokenizer's beginning-of-sequence token goes in front of the written text.
-    """
-
-    name: str = ""
-    stop: str
-    image_tags: tuple[str, str] = ("", "")
-    add_bos: bool = True
-
-    @property
-    def frame(self) -> tuple[str, ...]:
-        """Return what it writes itself around messages."""
-        return self.image_tags
-
-    def with_system(self, system: str) -> Template:
-        """Return this template with another system prompt, in which no image can stand.
-
-        Raises TemplateError where it has none.
-        """
-        raise TemplateError(
-            f"template {self.name!r} has no place for a system prompt; leave it out, or put it into the first question."
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class StringTemplate(Template):
-    """A template made of fixed strings, in the places that the module's docstring draws.
-
-    ``examples`` are (question, answer) pairs written before the conversation and never learnt from.
-    With ``only_images`` nothing of a question is written but its image markers (stage-1 captions).
-    """
-
-    opening: str
-    question: str
-    question_end: str
-    cue: str
-    lead: str
-    end: str
-    examples: tuple[tuple[str, str], ...] = ()
-    only_images: bool = False
-    system: str = ""
-    """The system prompt within ``opening``."""
-    said: tuple[int, int] = (0, 0)
-    """Where in ``opening`` a system prompt stands that is not the table's own."""
-
-    @property
-    def frame(self) -> tuple[str, ...]:
-        """Return what it writes itself around messages."""
-        start, stop = self.said
-        opening = (self.opening[:start], self.opening[stop:])
-        return (*opening, self.question, self.question_end, self.cue, self.end, *self.image_tags)
-
-    def with_system(self, system: str) -> Template:
-        """Return this template with another system prompt. Raises TemplateError where it has none."""
-        if not self.system:
-            return super().with_system(system)
-        start = self.said[0] if any(self.said) else self.opening.index(self.system)
-        before, after = self.opening[:start], self.opening[start + len(self.system) :]
-        system = break_markers(system)
-        return replace(self, opening=before + system + after, system=system, said=(start, start + len(system)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class JinjaTemplate(Template):
-    """The Jinja chat template that travels with a tokenizer. It writes its own beginning-of-sequence token.
-
-    ``end`` matches any added token of the vocabulary, one of which must end each answer, and spaces before it.
-    """
-
-    tokenizer: PreTrainedTokenizerBase = field(repr=False, compare=False)
-    end: re.Pattern[str]
-    system: str | None = None
-    """A system message in front of the conversation; None for what the Jinja text does by itself."""
-    around: tuple[str, ...] = field(default=(), repr=False, compare=False)
-    """What the Jinja text writes around questions and answers."""
-
-    @property
-    def frame(self) -> tuple[str, ...]:
-        """Return what it writes itself around messages."""
-        return (*self.around, *self.image_tags)
-
-    def with_system(self, system: str) -> Template:
-        """Return this template with a system message, which its Jinja text may refuse when it is rendered."""
-        return replace(self, system=break_markers(system))
-
-
 def find_template(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Template:
-    """Return the template of that name; ``chat_template`` means the tokenizer's own.
+    """Find the template of that name; ``chat_template`` means the tokenizer's own.
 
     Raises ConfigError for an unknown name (the original fell back to vicuna_v1 in silence), and for
     ``chat_template`` without a tokenizer that has one.
@@ -144,7 +54,7 @@ def _tokenizer_template(tokenizer: PreTrainedTokenizerBase | None) -> JinjaTempl
             "(a base model's tokenizer rarely does). Add chat_template.jinja to its folder, or name one of: "
             f"{', '.join(sorted(TEMPLATES))}."
         )
-    from llava_ray.chat.rendering import find_frame  # which knows templates
+    from llava_ray.chat.rendering import find_frame  # which imports this module
 
     tokens = sorted(map(re.escape, tokenizer.get_added_vocab()), key=len, reverse=True)
     template = JinjaTemplate(

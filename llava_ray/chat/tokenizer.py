@@ -1,8 +1,8 @@
-"""A tokenizer from its files, splitting text as the model was trained on it.
+"""Loading of tokenizers such that they split text as in the model's training.
 
 transformers 5 builds a BPE tokenizer from a lone SentencePiece ``tokenizer.model`` (what Vicuna and LLaVA-1.5 ship)
 by ranking merges by piece id instead of by score. In Llama's and Mistral's vocabularies runs of spaces have low ids
-and the lowest scores, so two spaces before a word would come out as ``▁▁ What`` instead of ``▁ ▁What``.
+and the lowest scores, so two spaces before a word would become ``▁▁ What`` instead of ``▁ ▁What``.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from llava_ray.errors import ModelError
 from llava_ray.reading import LARGE_INT_BITS, check_plain, in_words, is_file, read_bounded, shown
 
-MAX_TOKENIZER_BYTES = 40 * 2**20  # the largest published are of 33 MB; parsed it takes 25 times as much memory
-FILES = {
+MAX_TOKENIZER_BYTES = 40 * 2**20  # the largest published has 33 MB; parsing takes 25 times that in memory
+_FILES = {
     "tokenizer.json": MAX_TOKENIZER_BYTES,
     "tokenizer.model": MAX_TOKENIZER_BYTES,
     "vocab.json": MAX_TOKENIZER_BYTES // 2,
@@ -26,7 +26,7 @@ FILES = {
     "chat_template.jinja": 2**20,
     "chat_template.json": 2**20,
 }
-REMEDY = "Expected a folder with tokenizer.json or tokenizer.model beside tokenizer_config.json, or a hub name."
+_REMEDY = "Expected a folder with tokenizer.json or tokenizer.model beside tokenizer_config.json, or a hub name."
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -37,52 +37,52 @@ if TYPE_CHECKING:
 def load_tokenizer(path: str | Path, config: PreTrainedConfig | None = None) -> PreTrainedTokenizerBase:
     """Load a fast tokenizer from a folder or a hub name, its merges in SentencePiece's order.
 
-    ``config`` is that of the language model, where config.json at ``path`` is another. Raises ModelError if there is
-    no tokenizer at ``path``.
+    ``config`` is the language model's, where the config.json at ``path`` is not. Raises ModelError if there is no
+    tokenizer at ``path``.
     """
     from transformers import AutoTokenizer
 
     known = {} if config is None else {"config": config}
-    check_files(Path(path))
-    with in_words("no tokenizer", REMEDY, says=f"can be loaded from {shown(str(path))}"):
-        # A folder may name code of its own: refused here at once, asked for at the terminal otherwise.
+    _check_files(Path(path))
+    with in_words("no tokenizer", _REMEDY, says=f"can be loaded from {shown(str(path))}"):
+        # A folder may name code of its own: without this flag transformers would ask at the terminal whether to run it.
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, **known)
-        return in_order(tokenizer)
+        return _in_order(tokenizer)
 
 
-def in_order(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Return a tokenizer whose merges are in SentencePiece's order, where it was made of SentencePiece's file."""
+def _in_order(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return the tokenizer with its merges in SentencePiece's order, if it was converted from a SentencePiece file."""
     from tokenizers.models import BPE
 
     if not tokenizer.is_fast:
         return tokenizer
     model, pieces = tokenizer.backend_tokenizer.model, _find_pieces(tokenizer)
     if isinstance(model, BPE) and pieces is not None:
-        tokenizer.backend_tokenizer.model = rank_merges(model, pieces)
+        tokenizer.backend_tokenizer.model = _rank_merges(model, pieces)
     if "legacy" in vars(tokenizer):
-        # LlamaTokenizer keeps this switch to itself; without it a saved copy loads as legacy=False.
+        # LlamaTokenizer does not save this switch itself; without it a saved copy loads as legacy=False.
         tokenizer.init_kwargs["legacy"] = vars(tokenizer)["legacy"]
     return tokenizer
 
 
-def check_files(folder: Path) -> None:
-    """Raise ModelError for files of a tokenizer that are too large to be any, or lead out of their folder."""
-    for name, limit in FILES.items():
+def _check_files(folder: Path) -> None:
+    """Raise ModelError for tokenizer files that are implausibly large or refer to files outside their folder."""
+    for name, limit in _FILES.items():
         file = folder / name
         if not is_file(file):
             continue
-        with in_words("no tokenizer", REMEDY, says=f"can be loaded from {file}"):
+        with in_words("no tokenizer", _REMEDY, says=f"can be loaded from {file}"):
             content = read_bounded(file, limit)
             values = json.loads(content) if file.suffix == ".json" else {}
         check_plain(values, str(file), bits=LARGE_INT_BITS)
         for key in ("tokenizer_file", "vocab_file", "merges_file") if name == "tokenizer_config.json" else ():
             named = values.get(key) if isinstance(values, dict) else None
-            if named is not None:  # transformers would read that instead of the folder's own
+            if named is not None:  # transformers would read that file instead of the folder's own
                 raise ModelError(f"{file}: {key} is {shown(named)}, a file of another folder; take the key out.")
 
 
-def rank_merges(model: BPE, pieces: SentencePieceProcessor) -> BPE:
-    """Return ``model`` with the merges that SentencePiece would make of these pieces, best score first."""
+def _rank_merges(model: BPE, pieces: SentencePieceProcessor) -> BPE:
+    """Return ``model`` with the merges that SentencePiece derives from these pieces, best score first."""
     from tokenizers.models import BPE
 
     vocab = {pieces.IdToPiece(token): token for token in range(pieces.GetPieceSize())}
@@ -108,7 +108,7 @@ def _find_pieces(tokenizer: PreTrainedTokenizerBase) -> SentencePieceProcessor |
 
     file = Path(tokenizer.init_kwargs.get("vocab_file") or "")
     if file.suffix != ".model" or file.with_name("tokenizer.json").exists():
-        return None  # a tokenizer.json goes before the model file, and keeps its merges in order
+        return None  # tokenizer.json takes precedence over the model file and stores its merges in order
     pieces = SentencePieceProcessor()
     try:
         pieces.Load(str(file))

@@ -1,13 +1,13 @@
-"""A written conversation as token ids and labels, in one pass.
+"""Token ids and labels of a rendered conversation, computed in one pass.
 
-The text between two images is tokenised once and whole, so ids are those of the plain prompt; the tokenizer's
-offsets say which characters each token covers, and a token is learnt if its last character is. Nothing is split on
-separators and no prefix is tokenised again to count it, so no text can throw the mask off.
+The text between two images is tokenised once as a whole, so the ids are those of the plain prompt. The tokenizer's
+offsets give the characters of each token, and a token is supervised if its last character is. Nothing is split on
+separators and no prefix is tokenised again to count it (as the original does), so no text can shift the mask.
 
-Text never becomes control: what a message spells out (``</s>``, ``<|im_end|>``) is encoded as ordinary text, in
-questions, answers and system prompts, so no message can end its turn and begin another. The template's own tokens are
-the only control ones (`controls` says which these are). Words that a tokenizer has no token for (``USER:``, ``###``,
-or ``<|im_end|>`` in Llama's vocabulary) are text wherever they stand, and cannot be told apart.
+Messages cannot forge control tokens: ``</s>`` or ``<|im_end|>`` in a question, answer or system prompt is encoded as
+ordinary text, so no message can end its turn and begin another. Only the template's own are control tokens (see
+`controls`). Separators for which a tokenizer has no token (``USER:``, ``###``, or ``<|im_end|>`` in Llama's vocabulary)
+are text wherever they occur, and cannot be distinguished.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from llava_ray.chat.controls import find_controls
 from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, Span, Turn
-from llava_ray.chat.encoding import Chunk, without_forged
+from llava_ray.chat.encoding import EncodedText, without_forged
 from llava_ray.chat.rendering import place_images, render_spans
 from llava_ray.errors import ConfigError, RecordError, TemplateError
 
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from llava_ray.chat.templates import Template
+    from llava_ray.chat.template import Template
 
 
 @dataclass(frozen=True)
 class TokenizedConversation:
-    """Ids with one -200 for each image, and labels of the same length with -100 where nothing is learnt."""
+    """Ids with one -200 for each image, and labels of the same length with -100 where nothing is supervised."""
 
     input_ids: list[int]
     labels: list[int]
 
     @property
     def num_supervised(self) -> int:
-        """Count the tokens that are learnt."""
+        """Count the supervised tokens."""
         return len(self.labels) - self.labels.count(IGNORE_INDEX)
 
     @property
@@ -50,13 +50,13 @@ class TokenizedConversation:
 def tokenize_conversation(
     turns: Sequence[Turn], template: Template, tokenizer: PreTrainedTokenizerBase
 ) -> TokenizedConversation:
-    """Return the ids and labels that training sees for these turns. Raises RecordError or TemplateError."""
+    """Return the ids and labels of these turns for training. Raises RecordError or TemplateError."""
     spans = render_spans(place_images(turns, template), template)
     return tokenize_spans(spans, tokenizer, add_bos=template.add_bos, template=template)
 
 
 def tokenize_prompt(turns: Sequence[Turn], template: Template, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids after which the model writes its answer: the same tokens that training put before one."""
+    """Return the ids of a prompt for generation: the same tokens that precede an answer in training."""
     spans = render_spans(place_images(turns, template), template, open_turn=True)
     return tokenize_spans(spans, tokenizer, add_bos=template.add_bos, template=template).input_ids
 
@@ -64,9 +64,9 @@ def tokenize_prompt(turns: Sequence[Turn], template: Template, tokenizer: PreTra
 def tokenize_question(
     system: str | None, turns: Sequence[Turn], template: Template, tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
-    """Return what `tokenize_prompt` does, with a record's own system text. Raises TemplateError where it has no place.
+    """Return the ids of `tokenize_prompt` with a record's own system prompt; None keeps the template's.
 
-    None is the template's.
+    Raises TemplateError for a template without a system prompt.
     """
     return tokenize_prompt(turns, template if system is None else template.with_system(system), tokenizer)
 
@@ -78,15 +78,16 @@ def tokenize_spans(
     add_bos: bool = True,
     template: Template | None = None,
 ) -> TokenizedConversation:
-    """Tokenise the joined text once, and label the tokens that end inside a learnt span.
+    """Tokenise the joined text once, and label the tokens that end inside a supervised span.
 
     A beginning-of-sequence token comes first if the tokenizer adds one, ``add_bos`` allows it and the template writes
     none. Raises what `encode_spans` does.
     """
-    learnt = b"".join((b"\1" if span.learnt else b"\0") * len(span.text) for span in spans)
+    is_supervised = b"".join((b"\1" if span.supervised else b"\0") * len(span.text) for span in spans)
     input_ids: list[int] = []
     labels: list[int] = []
     for chunk in encode_spans(spans, tokenizer, template):
+        # A chunk that does not begin the text follows an image, which stays one -200 until its size is known.
         if chunk.start:
             input_ids.append(IMAGE_TOKEN_INDEX)
             labels.append(IGNORE_INDEX)
@@ -95,9 +96,9 @@ def tokenize_spans(
             labels = [IGNORE_INDEX] * len(input_ids)
         input_ids += chunk.ids
         start = chunk.start
-        # A piece that stands for no character (the prefix space before a chunk) belongs to the one after it.
+        # A token of no characters (the prefix space before a chunk) takes the label of the character after it.
         labels += [
-            token if learnt[start + (last - 1 if last > first else first)] else IGNORE_INDEX
+            token if is_supervised[start + (last - 1 if last > first else first)] else IGNORE_INDEX
             for token, (first, last) in zip(chunk.ids, chunk.offsets, strict=True)
         ]
     return TokenizedConversation(input_ids, labels)
@@ -105,50 +106,50 @@ def tokenize_spans(
 
 def encode_spans(
     spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase, template: Template | None = None
-) -> list[Chunk]:
-    """Encode what stands before, between and after the images, control tokens that messages spell out as text.
+) -> list[EncodedText]:
+    """Encode the texts before, between and after the images, treating control tokens in messages as plain text.
 
-    Raises TemplateError if the tokenizer does not know which characters its tokens cover, RecordError
-    ("control_tokens") if it cannot tell a message's from the template's.
+    Raises TemplateError if the tokenizer gives no character offsets, RecordError ("control_tokens") if it cannot
+    distinguish a message's control tokens from the template's.
     """
     if not tokenizer.is_fast:
         raise TemplateError(
-            f"{type(tokenizer).__name__} gives no character offsets, which the mask is made from. "
+            f"{type(tokenizer).__name__} gives no character offsets, from which the mask is computed. "
             "Load it with AutoTokenizer.from_pretrained(..., use_fast=True), or convert it to a tokenizer.json."
         )
     text = "".join(span.text for span in spans)
-    said = _find_said(spans)
-    starts, texts = _split_images(text, said)
+    owners = _find_owners(spans)
+    starts, texts = _split_images(text, owners)
     encoded = tokenizer(
         texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
     )
-    chunks = list(map(Chunk, starts, texts, encoded["input_ids"], encoded["offset_mapping"]))
-    if not any(said):
+    chunks = list(map(EncodedText, starts, texts, encoded["input_ids"], encoded["offset_mapping"]))
+    if not any(owners):
         return chunks
     controls = find_controls(tokenizer, template)
-    return [without_forged(chunk, said[chunk.start : chunk.start + len(chunk.text)], controls) for chunk in chunks]
+    return [without_forged(chunk, owners[chunk.start : chunk.start + len(chunk.text)], controls) for chunk in chunks]
 
 
-def _find_said(spans: Sequence[Span]) -> bytes:
-    """Return a 0 for each of the template's characters, and for those of messages 1 and 2 in turn."""
+def _find_owners(spans: Sequence[Span]) -> bytes:
+    """Return one byte a character: 0 for the template's, alternating 1 and 2 for those of successive messages."""
     pieces: list[bytes] = []
     number = 0
     for span in spans:
         place = 0
-        for start, stop in span.said:
+        for start, stop in span.message_ranges:
             pieces += [b"\0" * (start - place), (b"\1", b"\2")[number % 2] * (stop - start)]
             place, number = stop, number + 1
         pieces.append(b"\0" * (len(span.text) - place))
     return b"".join(pieces)
 
 
-def _split_images(text: str, said: bytes) -> tuple[list[int], list[str]]:
-    """Split on image markers. One that a message and something beside it make together is none."""
+def _split_images(text: str, owners: bytes) -> tuple[list[int], list[str]]:
+    """Split on image markers. A match that crosses the border of a message is not a marker."""
     starts, texts, place = [0], [], 0
     found = text.find(IMAGE_TOKEN)
     while found >= 0:
         end = found + len(IMAGE_TOKEN)
-        if len(set(said[found:end])) == 1:
+        if len(set(owners[found:end])) == 1:
             texts.append(text[place:found])
             starts.append(place := end)
         found = text.find(IMAGE_TOKEN, end)
@@ -156,11 +157,11 @@ def _split_images(text: str, said: bytes) -> tuple[list[int], list[str]]:
 
 
 def _writes_bos(spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Tell whether the template itself begins with a beginning-of-sequence token."""
+    """Return whether the template itself begins with a beginning-of-sequence token."""
     bos = tokenizer.bos_token
     if bos is None or not spans:
         return False
-    start = spans[0].said[0][0] if spans[0].said else len(spans[0].text)
+    start = spans[0].message_ranges[0][0] if spans[0].message_ranges else len(spans[0].text)
     return spans[0].text[:start].startswith(str(bos))
 
 
@@ -170,9 +171,9 @@ def tokenizer_image_token(
     image_token_index: int = IMAGE_TOKEN_INDEX,
     return_tensors: str | None = None,
 ) -> list[int] | torch.Tensor:
-    """Tokenise a written prompt with one ``image_token_index`` for each marker, under LLaVA's own name.
+    """Tokenise a rendered prompt with one ``image_token_index`` for each marker; LLaVA's own function name.
 
-    The prompt is its writer's own, template and all: control tokens that it spells out are control tokens.
+    The whole prompt is trusted, template included: control tokens that it spells out are control tokens.
 
     Returns a list, or with ``return_tensors="pt"`` a 1-D int64 tensor. Raises ConfigError for any other value.
     """
@@ -192,15 +193,16 @@ def tokenizer_image_token(
 def expand_images(
     input_ids: Sequence[int], labels: Sequence[int], num_image_tokens: Sequence[int]
 ) -> tuple[list[int], list[int]]:
-    """Repeat each -200 as often as its image has tokens, with labels -100.
+    """Repeat each -200 once for each token of its image, with labels -100.
 
-    Raises RecordError with reason ``image_count`` if markers and images differ in number.
+    So every length is known before the model runs. Raises RecordError with reason ``image_count`` if markers and images
+    differ in number.
     """
     num_markers = input_ids.count(IMAGE_TOKEN_INDEX)
     if num_markers != len(num_image_tokens):
         raise RecordError(
             f"the conversation has {num_markers} {IMAGE_TOKEN} markers but {len(num_image_tokens)} images; "
-            "expected as many of one as of the other. Mend the record's markers or its list of images.",
+            "expected equal numbers. Fix the record's markers or its list of images.",
             reason="image_count",
         )
     counts = iter(num_image_tokens)
@@ -214,6 +216,6 @@ def expand_images(
 
 
 def _find_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    # What the tokenizer puts around nothing: its beginning-of-sequence token, if it adds one. Not an
+    # The tokens that the tokenizer adds to an empty text: its beginning-of-sequence token, if any. Not an
     # end-of-sequence token, which some add as well and which would end the text before the answer.
     return [token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id]

@@ -1,4 +1,4 @@
-"""Yes and no as people write them on a command line: true, yes, on, 1 and their opposites, in any case."""
+"""Boolean flags in all usual spellings: true, yes, on, 1 and their opposites, in any letter case."""
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -10,32 +10,32 @@ from pydantic import BaseModel
 from llava_ray.errors import ConfigError
 from llava_ray.reading import shown
 
-WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-NOTHING = ("none", "null")
-EXPECTED = "true or false (yes, no, on, off, 1 and 0 are understood)"
+_WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+_NOTHING = ("none", "null")
+_EXPECTED = "true or false (yes, no, on, off, 1 and 0 are understood)"
 
 
-def spell_out(schema: type[BaseModel], flags: Sequence[str]) -> list[str]:
-    """Return dotted flags with True or False, as tyro takes them, for each that is a switch of ``schema``.
+def write_out_booleans(schema: type[BaseModel], flags: Sequence[str]) -> list[str]:
+    """Return dotted flags with each boolean of ``schema`` written as True or False, as tyro expects.
 
-    A switch without a value is on. Raises ConfigError for a value that is neither.
+    A boolean flag without a value is true. Raises ConfigError for a value that is neither.
     """
     spelt: list[str] = []
-    for flag, values in grouped(flags):
+    for flag, values in _grouped(flags):
         key, equals, value = flag.removeprefix("--").partition("=")
-        annotation = annotation_of(schema, key)
-        if bool not in alternatives(annotation):
+        annotation = _annotation_of(schema, key)
+        if bool not in _alternatives(annotation):
             spelt += [flag, *values]
         elif equals:
-            spelt += [f"--{key}={word_for(key, value, annotation)}", *values]
+            spelt += [f"--{key}={_word_for(key, value, annotation)}", *values]
         else:
             first, *rest = values or ["true"]
-            spelt += [f"--{key}", word_for(key, first, annotation), *rest]
+            spelt += [f"--{key}", _word_for(key, first, annotation), *rest]
     return spelt
 
 
-def grouped(flags: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Yield each flag with the values that follow it; what stands in front of all flags is one by itself."""
+def _grouped(flags: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield each flag with the values that follow it; arguments before all flags form a group of their own."""
     group: list[str] = []
     for argument in flags:
         if argument.startswith("--") and group:
@@ -46,7 +46,7 @@ def grouped(flags: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
         yield group[0], group[1:]
 
 
-def annotation_of(schema: type[BaseModel], key: str) -> Any:
+def _annotation_of(schema: type[BaseModel], key: str) -> Any:
     """Return the type of a dotted key, None where there is no such key."""
     annotation: Any = schema
     for part in key.split("."):
@@ -57,42 +57,42 @@ def annotation_of(schema: type[BaseModel], key: str) -> Any:
     return annotation
 
 
-def alternatives(annotation: Any) -> list[Any]:
-    """Return the types of a union and the values of a literal, one by one."""
+def _alternatives(annotation: Any) -> list[Any]:
+    """Return the types of a union and the values of a literal as one flat list."""
     if annotation is None:
         return []
     parts = get_args(annotation)
     if get_origin(annotation) is Literal:
         return list(parts)
     if parts and not isinstance(annotation, type):
-        return [one for part in parts for one in alternatives(part)] + [None] * (type(None) in parts)
+        return [one for part in parts for one in _alternatives(part)] + [None] * (type(None) in parts)
     return [annotation]
 
 
-def as_switch(value: Any, annotation: Any) -> Any:
-    """Return what a recipe says of a switch, as true or false where it is a word or number for one."""
-    if not isinstance(value, str | int) or bool not in alternatives(annotation):
+def parse_boolean(value: Any, annotation: Any) -> Any:
+    """Convert a recipe's word or number for a boolean setting to true or false; return other values unchanged."""
+    if not isinstance(value, str | int) or bool not in _alternatives(annotation):
         return value
-    return WORDS.get(str(value).lower(), value)
+    return _WORDS.get(str(value).lower(), value)
 
 
-def word_for(key: str, value: str, annotation: Any) -> str:
-    """Return a switch's value as tyro takes it. Raises ConfigError."""
-    word, others = value.strip().lower(), alternatives(annotation)
-    if word in WORDS:
-        return str(WORDS[word])
-    if None in others and word in NOTHING:
+def _word_for(key: str, value: str, annotation: Any) -> str:
+    """Return a boolean flag's value as tyro expects it. Raises ConfigError."""
+    word, others = value.strip().lower(), _alternatives(annotation)
+    if word in _WORDS:
+        return str(_WORDS[word])
+    if None in others and word in _NOTHING:
         return "None"
     named = [other for other in others if isinstance(other, str)]
     if word in named:
         return word
-    raise ConfigError(f"{key!r} = {shown(value)}: expected {', '.join([*map(repr, named), EXPECTED])}")
+    raise ConfigError(f"{key!r} = {shown(value)}: expected {', '.join([*map(repr, named), _EXPECTED])}")
 
 
-def bare_switches(arguments: Sequence[str], names: Collection[str]) -> list[str]:
-    """Return a command line in which each of the named switches stands alone, or as its ``--no-`` form.
+def strip_boolean_values(arguments: Sequence[str], names: Collection[str]) -> list[str]:
+    """Return a command line in which each of the named boolean flags has no value, or its ``--no-`` form.
 
-    For commands whose switches take no value: ``--json yes`` is ``--json``, and ``--json=0`` is ``--no-json``.
+    For commands whose boolean flags take no value: ``--json yes`` is ``--json``, and ``--json=0`` is ``--no-json``.
     """
     bare: list[str] = []
     known = {name.replace("-", "_") for name in names}
@@ -104,15 +104,15 @@ def bare_switches(arguments: Sequence[str], names: Collection[str]) -> list[str]
             bare.append(argument)
             continue
         if not equals:
-            value = waiting.pop(0) if waiting and waiting[0].lower() in WORDS else "true"
-        if value.lower() not in WORDS:
-            raise ConfigError(f"--{name} = {shown(value)}: expected {EXPECTED}")
-        bare.append(f"--{name}" if WORDS[value.lower()] else f"--no-{name}")
+            value = waiting.pop(0) if waiting and waiting[0].lower() in _WORDS else "true"
+        if value.lower() not in _WORDS:
+            raise ConfigError(f"--{name} = {shown(value)}: expected {_EXPECTED}")
+        bare.append(f"--{name}" if _WORDS[value.lower()] else f"--no-{name}")
     return bare
 
 
-def switches_of(*callables: Callable[..., Any]) -> set[str]:
-    """Return the names of the parameters that are switches, those of dataclasses among them included."""
+def find_boolean_parameters(*callables: Callable[..., Any]) -> set[str]:
+    """Return the names of all boolean parameters, fields of dataclass parameters included."""
     names: set[str] = set()
     for one in callables:
         for name, parameter in inspect.signature(one).parameters.items():
@@ -120,5 +120,5 @@ def switches_of(*callables: Callable[..., Any]) -> set[str]:
             if annotation is bool:
                 names.add(name)
             elif isinstance(annotation, type) and is_dataclass(annotation):
-                names |= switches_of(annotation)
+                names |= find_boolean_parameters(annotation)
     return names

@@ -1,4 +1,4 @@
-"""What chat.py can be told."""
+"""Settings of a chat in the terminal."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -11,31 +11,31 @@ from llava_ray.errors import ConfigError
 
 @dataclass(frozen=True)
 class ChatSettings:
-    """Talk with a LLaVA, or ask it one question with --prompt."""
+    """Chat with a LLaVA, or ask it one question with --prompt."""
 
     model: Annotated[str, tyro.conf.Positional]
     """Folder or hub id: a llava_ray bundle, LLaVA's original layout (LoRA and projector-only too), or llava-hf's."""
     image: tuple[str, ...] = ()
     """Images of the first question: files or URLs."""
     prompt: str | None = None
-    """Ask only this. <image> says where an image stands; without it they stand in front."""
+    """Ask only this question. <image> marks the place of an image; without it the images come first."""
     max_new_tokens: int = 512
-    """At most so many tokens an answer."""
+    """Maximum length of an answer in tokens."""
     temperature: float = 0.2
-    """0 takes the likeliest token each time."""
+    """Sampling temperature; 0 decodes greedily."""
     json: bool = False
-    """With --prompt: the last line is one JSON object with ids, the new tokens, and text."""
+    """With --prompt: print one JSON object with the new tokens' ids and the text as the last line."""
     model_base: str | None = None
     """Language model under an adapter or a projector, where the folder does not name it."""
     vision_tower: str | None = None
-    """Vision tower, where the folder does not bring or name it."""
+    """Vision tower, where the folder neither holds nor names it."""
     version: str | None = None
-    """Conversation template, where the folder does not say it."""
+    """Conversation template, where the folder does not record it."""
     bits: Bits | None = None
-    """Of the language model's matrices, by default as it was trained; 8 and 4 need bitsandbytes."""
+    """Bits of the language model's matrices; default: as it was trained. 8 and 4 need bitsandbytes."""
 
     def __post_init__(self) -> None:
-        """Refuse what would be ignored."""
+        """Reject settings that would be ignored."""
         if self.json and self.prompt is None:
             raise ConfigError("--json writes one answer: give the question with --prompt")
         if self.max_new_tokens < 1:

@@ -1,7 +1,7 @@
-"""What a cluster file offers, and whether a recipe fits it. Reads Ray's own files and KubeRay's; needs neither Ray.
+"""The resources that a cluster file offers, and whether a recipe fits them: Ray's files and KubeRay's, without Ray.
 
-A file's node types have Ray's labels: ``pool`` says what a node is for (see ``llava_ray.placement``). Types of the same
-pool stand in for each other, such as spot and on-demand.
+Node types have Ray's labels: ``pool`` names a node's purpose (see ``llava_ray.placement``). Types of the same pool,
+such as spot and on-demand, are interchangeable.
 """
 
 from collections.abc import Mapping
@@ -15,18 +15,18 @@ from llava_ray.config.sections import ClusterConfig, FinetuneConfig
 from llava_ray.errors import ConfigError
 from llava_ray.reading import in_words, read_bounded, shown
 
-KUBERAY_SPECS = {"RayCluster": (), "RayJob": ("rayClusterSpec",), "RayService": ("rayClusterConfig",)}
-ACCELERATOR = "accelerator_type:"  # Ray's prefix of the resource that names a GPU
-MAX_BYTES = 2**17
-MAX_NODES = 10**6
-MAX_PAIRS = 10_000
-MAX_BRACKETS = 1000  # the time to read those that are never closed grows with their square
-DECODE_CPUS = 1.0  # at least, beside workers where there is no pool for decoding
+_KUBERAY_SPECS = {"RayCluster": (), "RayJob": ("rayClusterSpec",), "RayService": ("rayClusterConfig",)}
+_ACCELERATOR = "accelerator_type:"  # Ray's prefix of the resource that names a GPU
+_MAX_BYTES = 2**17
+_MAX_NODES = 10**6
+_MAX_PAIRS = 10_000
+_MAX_BRACKETS = 1000  # the time to parse unclosed ones grows with their square
+_DECODE_CPUS = 1.0  # at least, beside workers where there is no pool for decoding
 
 
 @dataclass(frozen=True)
 class NodeType:
-    """One kind of node: what it has, what it is for, and how many of it there may be."""
+    """One kind of node: its resources, its pool, and its maximum number."""
 
     name: str
     cpus: float
@@ -39,7 +39,7 @@ class NodeType:
 
 @dataclass(frozen=True)
 class ClusterFile:
-    """The node types of a file, and how many nodes there may be at the same time, the head included."""
+    """The node types of a file, and the maximum number of nodes at a time, the head included."""
 
     path: str
     node_types: tuple[NodeType, ...]
@@ -50,40 +50,40 @@ class ClusterFile:
         return [one for one in self.node_types if one.pool == pool] or list(self.node_types)
 
     def has_pool(self, pool: str) -> bool:
-        """Return whether nodes of that pool may come."""
+        """Return whether the cluster can have nodes of that pool."""
         return any(one.pool == pool and one.max_nodes for one in self.node_types)
 
     def places(self, pool: str, cpus: float, gpus: float, accelerator: str | None = None) -> int:
-        """Count the processes of that size which a pool's nodes hold together."""
+        """Count the processes of that size that fit on a pool's nodes together."""
         total, nodes_left = 0, self.max_nodes
         suited = [one for one in self.nodes(pool) if accelerator is None or accelerator in one.accelerators]
-        for one in sorted(suited, key=lambda one: -capacity(one, cpus, gpus)):
+        for one in sorted(suited, key=lambda one: -_capacity(one, cpus, gpus)):
             count = min(one.max_nodes, nodes_left)
-            total += count * capacity(one, cpus, gpus)
+            total += count * _capacity(one, cpus, gpus)
             nodes_left -= count
         return total
 
 
-def capacity(node: NodeType, cpus: float, gpus: float) -> int:
-    """Count the processes of that size which one node holds."""
+def _capacity(node: NodeType, cpus: float, gpus: float) -> int:
+    """Count the processes of that size that fit on one node."""
     rooms = [int(have / want) for have, want in ((node.cpus, cpus), (node.gpus, gpus)) if want > 0]
     return min(rooms) if rooms else 0
 
 
 def find_misfits(cluster: ClusterFile, config: FinetuneConfig) -> list[str]:
-    """Return why a run does not fit, in sentences with a remedy; nothing where it does."""
+    """Return the reasons why a run does not fit, each with its remedy; an empty list where it does."""
     wanted, data = config.cluster, config.data
-    gpu = 1.0 if takes_gpus(cluster, wanted) else 0.0
-    cpus = cpu_share(cluster, wanted.num_workers, gpu) if wanted.cpus_per_worker == "auto" else wanted.cpus_per_worker
+    gpu = 1.0 if _takes_gpus(cluster, wanted) else 0.0
+    cpus = _cpu_share(cluster, wanted.num_workers, gpu) if wanted.cpus_per_worker == "auto" else wanted.cpus_per_worker
     room = cluster.places("train", cpus, gpu, wanted.accelerator_type)
     misfits = []
     if room < wanted.num_workers:
         size = f"{cpus:g} CPU" + (f" + 1 {wanted.accelerator_type or 'GPU'}" if gpu else "")
         misfits.append(
-            f"{wanted.num_workers} workers x {size}: there is room for {room} ({listed(cluster.nodes('train'))}); "
+            f"{wanted.num_workers} workers x {size}: there is room for {room} ({_listed(cluster.nodes('train'))}); "
             "lower cluster.num_workers, or raise max_workers"
         )
-    if spare_cpus(cluster) - wanted.num_workers * cpus < 0:
+    if _spare_cpus(cluster) - wanted.num_workers * cpus < 0:
         misfits.append(
             "decoding images: no CPU is left beside the workers; lower cluster.cpus_per_worker, or add nodes"
         )
@@ -93,75 +93,75 @@ def find_misfits(cluster: ClusterFile, config: FinetuneConfig) -> list[str]:
         if found < data.num_vision_actors:
             misfits.append(
                 f"{data.num_vision_actors} actors for vision features: there is room for {found} "
-                f"({listed(cluster.nodes('vision'))}); lower data.num_vision_actors, or add nodes of pool vision"
+                f"({_listed(cluster.nodes('vision'))}); lower data.num_vision_actors, or add nodes of pool vision"
             )
     return misfits
 
 
-def takes_gpus(cluster: ClusterFile, wanted: ClusterConfig) -> bool:
+def _takes_gpus(cluster: ClusterFile, wanted: ClusterConfig) -> bool:
     """Return whether workers compute on GPUs; "auto" does where each finds one."""
     if wanted.use_gpu == "auto":
         return cluster.places("train", 0.0, 1.0, wanted.accelerator_type) >= wanted.num_workers
     return wanted.use_gpu
 
 
-def cpu_share(cluster: ClusterFile, num_workers: int, gpu: float) -> float:
-    """Return the CPUs that "auto" gives each worker: one, or less where they have to leave some for decoding."""
-    return 1.0 if gpu else max(0.1, min(1.0, int(10 * spare_cpus(cluster) / num_workers) / 10))
+def _cpu_share(cluster: ClusterFile, num_workers: int, gpu: float) -> float:
+    """Return the CPUs that "auto" gives each worker: one, or less where some must be left for decoding."""
+    return 1.0 if gpu else max(0.1, min(1.0, int(10 * _spare_cpus(cluster) / num_workers) / 10))
 
 
-def spare_cpus(cluster: ClusterFile) -> float:
-    """Return the CPUs of the nodes that train, without what decoding takes of them."""
+def _spare_cpus(cluster: ClusterFile) -> float:
+    """Return the CPUs of the training nodes without those that decoding needs."""
     cpus = sum(one.cpus * one.max_nodes for one in cluster.nodes("train"))
-    return cpus - (0.0 if cluster.has_pool("decode") else DECODE_CPUS)
+    return cpus - (0.0 if cluster.has_pool("decode") else _DECODE_CPUS)
 
 
-def listed(nodes: list[NodeType]) -> str:
-    """Name node types with what they have."""
+def _listed(nodes: list[NodeType]) -> str:
+    """Format node types with their resources."""
     return ", ".join(f"{one.max_nodes} x {one.name}: {one.cpus:g} CPU, {one.gpus:g} GPU" for one in nodes)
 
 
 def read_cluster_file(path: str | Path) -> ClusterFile:
     """Read a file of Ray's cluster launcher or of KubeRay.
 
-    Raises ConfigError where there is none, it is neither, or does not say what its nodes have.
+    Raises ConfigError where it does not exist, is neither, or does not state its nodes' resources.
     """
     file, what = Path(path), f"cluster file {str(path)!r}"
     try:
-        content = read_bounded(file, MAX_BYTES, ConfigError)
+        content = read_bounded(file, _MAX_BYTES, ConfigError)
     except OSError as error:
         raise ConfigError(f"cannot read {what}: {error}") from error
-    if content.count(b"[") + content.count(b"{") > MAX_BRACKETS:
-        raise ConfigError(f"cannot read {what}: it has more than {MAX_BRACKETS:,} opening brackets. Mend it.")
-    with in_words(f"cannot read {what}", "Mend it; the shipped ones are in clusters/.", ConfigError, ""):
+    if content.count(b"[") + content.count(b"{") > _MAX_BRACKETS:
+        raise ConfigError(f"cannot read {what}: it has more than {_MAX_BRACKETS:,} opening brackets. Fix it.")
+    with in_words(f"cannot read {what}", "Fix it; the shipped ones are in clusters/.", ConfigError, ""):
         documents = [some for some in yaml.load_all(content, _Loader) if isinstance(some, dict)]
     for document in documents:
         with in_words(what, "The shipped ones in clusters/ show what belongs there.", ConfigError, "lacks a key"):
-            if str(document.get("kind")) in KUBERAY_SPECS:
-                return read_kuberay(str(path), document)
+            if str(document.get("kind")) in _KUBERAY_SPECS:
+                return _read_kuberay(str(path), document)
             if "provider" in document:
-                return read_launcher(str(path), document)
+                return _read_launcher(str(path), document)
     raise ConfigError(
         f"{str(path)!r} is no cluster file: expected Ray's (cluster_name, provider, …) or KubeRay's (kind: "
-        f"{', '.join(KUBERAY_SPECS)}); the shipped ones are in clusters/"
+        f"{', '.join(_KUBERAY_SPECS)}); the shipped ones are in clusters/"
     )
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """Bounds what mappings take over of others (``<<: *name``): a few lines can stand for more than memory holds."""
+    """A loader that bounds merge keys (``<<: *name``): a few lines can expand to more than memory holds."""
 
     num_pairs = 0
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Put what a mapping takes over into it."""
+        """Expand the merge keys of a mapping, within bounds."""
         super().flatten_mapping(node)
         self.num_pairs += len(node.value)
-        if self.num_pairs > MAX_PAIRS:
-            raise yaml.constructor.ConstructorError(None, None, "too much is taken over", node.start_mark)
+        if self.num_pairs > _MAX_PAIRS:
+            raise yaml.constructor.ConstructorError(None, None, "too many merged keys", node.start_mark)
 
 
-def read_launcher(path: str, document: Mapping[str, Any]) -> ClusterFile:
-    """Read a file for ``ray up``."""
+def _read_launcher(path: str, document: Mapping[str, Any]) -> ClusterFile:
+    """Build a ClusterFile from a file for ``ray up``."""
     if document["provider"].get("type") == "local":
         workers = len(document["provider"].get("worker_ips", []))
         resources = document.get("metadata", {}).get("node_resources")
@@ -170,10 +170,10 @@ def read_launcher(path: str, document: Mapping[str, Any]) -> ClusterFile:
                 f"{path!r} names machines, but not what they have: add what the smallest of them has, such as "
                 "metadata: {node_resources: {CPU: 8, GPU: 1}}"
             )
-        return ClusterFile(path, (node_type("machine", resources, {}, 1 + workers),), 1 + workers)
+        return ClusterFile(path, (_node_type("machine", resources, {}, 1 + workers),), 1 + workers)
     most = int(document.get("max_workers", 2))
     types = tuple(
-        node_type(
+        _node_type(
             name,
             kind["resources"],
             kind.get("labels", {}),
@@ -184,40 +184,43 @@ def read_launcher(path: str, document: Mapping[str, Any]) -> ClusterFile:
     return ClusterFile(path, types, most + 1)
 
 
-def read_kuberay(path: str, document: Mapping[str, Any]) -> ClusterFile:
-    """Read a RayCluster, or the one inside a RayJob or RayService."""
+def _read_kuberay(path: str, document: Mapping[str, Any]) -> ClusterFile:
+    """Build a ClusterFile from a RayCluster, or the one inside a RayJob or RayService."""
     spec = document["spec"]
-    for key in KUBERAY_SPECS[document["kind"]]:
+    for key in _KUBERAY_SPECS[document["kind"]]:
         spec = spec[key]
     types = tuple(
-        node_type(
-            group.get("groupName", "head"), group_resources(group), group.get("labels", {}), group.get("maxReplicas", 1)
+        _node_type(
+            group.get("groupName", "head"),
+            _group_resources(group),
+            group.get("labels", {}),
+            group.get("maxReplicas", 1),
         )
         for group in (spec["headGroupSpec"], *spec.get("workerGroupSpecs", ()))
     )
     return ClusterFile(path, types, sum(one.max_nodes for one in types))
 
 
-def group_resources(group: Mapping[str, Any]) -> dict[str, float]:
-    """Return what a KubeRay group's nodes have: its own resources go before those of the container."""
+def _group_resources(group: Mapping[str, Any]) -> dict[str, float]:
+    """Return the resources of a KubeRay group's nodes: its own take precedence over the container's."""
     container = group["template"]["spec"]["containers"][0].get("resources", {})
     limits = {**container.get("requests", {}), **container.get("limits", {})}
-    found = {"CPU": quantity(limits.get("cpu", 0)), "GPU": quantity(limits.get("nvidia.com/gpu", 0))}
-    return found | {name: quantity(value) for name, value in group.get("resources", {}).items()}
+    found = {"CPU": _quantity(limits.get("cpu", 0)), "GPU": _quantity(limits.get("nvidia.com/gpu", 0))}
+    return found | {name: _quantity(value) for name, value in group.get("resources", {}).items()}
 
 
-def quantity(value: object) -> float:
-    """Read Kubernetes' numbers of CPUs and GPUs: "8", 8, "500m"."""
+def _quantity(value: object) -> float:
+    """Parse Kubernetes' quantities of CPUs and GPUs: "8", 8, "500m"."""
     text = str(value)
     return float(text.removesuffix("m")) / 1000 if text.endswith("m") else float(text)
 
 
-def node_type(name: str, resources: Mapping[str, float], labels: Mapping[str, str], max_nodes: int) -> NodeType:
-    """Make a NodeType of what the file says."""
+def _node_type(name: str, resources: Mapping[str, float], labels: Mapping[str, str], max_nodes: int) -> NodeType:
+    """Build a NodeType from a file's values."""
     for key, value in {**{key: resources.get(key, 0) for key in ("CPU", "GPU")}, "nodes": max_nodes}.items():
         number = float(value)
-        if not 0 <= number <= MAX_NODES or (key == "nodes" and number != int(number)):
-            raise ConfigError(f"{shown(name)} has {shown(value)} {key}, expected a number from 0 to {MAX_NODES:,}")
-    accelerators = frozenset(key.removeprefix(ACCELERATOR) for key in resources if key.startswith(ACCELERATOR))
+        if not 0 <= number <= _MAX_NODES or (key == "nodes" and number != int(number)):
+            raise ConfigError(f"{shown(name)} has {shown(value)} {key}, expected a number from 0 to {_MAX_NODES:,}")
+    accelerators = frozenset(key.removeprefix(_ACCELERATOR) for key in resources if key.startswith(_ACCELERATOR))
     cpus, gpus = (float(resources.get(key, 0)) for key in ("CPU", "GPU"))
     return NodeType(str(name), cpus, gpus, accelerators, labels.get("pool"), int(max_nodes))

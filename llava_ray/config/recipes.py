@@ -1,4 +1,4 @@
-"""Recipes: TOML written by people, flags laid over it, one validated config out.
+"""Recipes: a TOML file plus flags, resolved to one validated config.
 
 Precedence: defaults, then the recipe, then flags. A LLaVA flag given bare (``--mm_projector_lr 2e-5``) is
 accepted where its name is unique among the sections.
@@ -16,95 +16,106 @@ from typing import Any, TypeVar
 import tyro
 from pydantic import BaseModel, ValidationError
 
-from llava_ray.config.booleans import as_switch, spell_out
-from llava_ray.config.schema import Section, describe, describe_all, dotted_keys
+from llava_ray import invocation
+from llava_ray.config.booleans import parse_boolean, write_out_booleans
+from llava_ray.config.schema import ConfigSection, describe_all, describe_fault, dotted_keys
 from llava_ray.config.sections import EvaluateConfig, FinetuneConfig, PrepareConfig
+from llava_ray.config.shipped_recipes import find_recipe
 from llava_ray.config.space import SweepConfig
 from llava_ray.config.toml_files import read_toml_file
 from llava_ray.errors import ConfigError
-from llava_ray.reading import in_words, is_file, is_folder
+from llava_ray.reading import in_words
 
 Config = TypeVar("Config", FinetuneConfig, PrepareConfig, EvaluateConfig, SweepConfig)
-Settings = TypeVar("Settings", bound=Section)
+Settings = TypeVar("Settings", bound=ConfigSection)
 
-# What says where and how a run is carried out, not what is computed: it may change between start and resume.
+# Settings of where and how a run executes, not of what it computes: they may change between start and resume.
 NOT_HASHED = ("run", "cluster", "tracking", "held_out", "score", "actors")
 
-MAX_SAID = 500  # characters of what is wrong with flags
+_SUBCOMMANDS = {"evaluate": ("run",)}  # the one that takes settings, where there are several
 
-# LLaVA's flags that name something we do otherwise; the value is what to say.
-REPLACED_FLAGS = {
+_MAX_SAID = 500  # characters of what is wrong with flags
+
+# LLaVA's flags that have another form here, with the advice for each.
+_REPLACED_FLAGS = {
     "per_device_train_batch_size": "use --train.global_batch_size (per-device batch x devices x accumulation)",
     "gradient_accumulation_steps": "use --train.global_batch_size (per-device batch x devices x accumulation)",
     "output_dir": "use --run.storage_path and --run.name",
     "deepspeed": "use --train.zero_stage 0, 1, 2 or 3",
-    "report_to": "every run is kept in MLflow; use --tracking.tracking_uri to say where",
-    "dataloader_num_workers": "not needed: Ray Data decodes with the CPUs that are free",
-    "is_multimodal": "not needed: samples say themselves whether they have images",
+    "report_to": "every run is tracked in MLflow; set --tracking.tracking_uri to choose the store",
+    "dataloader_num_workers": "not needed: Ray Data decodes on the free CPUs",
+    "is_multimodal": "not needed: each sample records whether it has images",
     "lora_weight_path": "start from the adapter's bundle: --model.model_name_or_path",
     "save_strategy": "use --train.save_steps",
-    "evaluation_strategy": "not there: evaluate a bundle after training",
+    "evaluation_strategy": "not supported: evaluate a bundle after training",
 }
 
 
 def load_recipe(schema: type[Config], arguments: Sequence[str], *, ignore: Collection[str] = ()) -> Config:
-    """Read ``[RECIPE] --section.key value …`` into a validated ``schema`` whose run has a name.
+    """Load ``[RECIPE] --section.key value …`` into a validated ``schema`` whose run has a name.
 
-    ``ignore`` names sections a recipe may hold that this pipeline has no use for. Raises ConfigError for a recipe
-    that cannot be read and for unknown, missing or unfitting keys; ``--help`` prints every key and exits.
+    ``ignore`` names sections of a recipe that this command does not use. Raises ConfigError for a recipe that cannot be
+    read and for unknown, missing or invalid keys; ``--help`` prints every key and exits.
     """
     config = load_settings(schema, arguments, ignore=ignore)
-    recipe = recipe_of(arguments)
-    stem = Path(recipe).stem if recipe else schema.__name__.removesuffix("Config").lower()
+    recipe = _recipe_of(arguments)
+    stem = Path(recipe).stem if recipe else command_of(schema)
     return config if config.run.name else config.replaced({"run.name": f"{stem}-{settings_hash(config)}"})
 
 
 def load_settings(schema: type[Settings], arguments: Sequence[str], *, ignore: Collection[str] = ()) -> Settings:
     """Read ``[RECIPE] --section.key value …`` into a validated ``schema``; as ``load_recipe``, without a run's name."""
-    recipe = recipe_of(arguments)
+    named = _recipe_of(arguments)
+    recipe = find_recipe(named, command_of(schema)) if named else None
     values = {key: value for key, value in read_toml(recipe).items() if key not in ignore} if recipe else {}
-    refuse_unfitting(schema, values, recipe or "flags")
-    flags = [dotted_flag(schema, argument) for argument in arguments[1 if recipe else 0 :]]
-    parsed = read_flags(schema, spell_out(schema, flags), with_missing(schema, values))
-    with in_words(recipe or "flags", "Mend them.", ConfigError):
+    _check_known_keys(schema, values, recipe or "flags")
+    flags = [_dotted_flag(schema, argument) for argument in arguments[1 if recipe else 0 :]]
+    parsed = _read_flags(schema, write_out_booleans(schema, flags), _with_missing(schema, values))
+    with in_words(recipe or "flags", "Fix them.", ConfigError):
         given = parsed.model_dump()
     return schema.parsed(given)
 
 
-def read_flags(schema: type[Settings], flags: Sequence[str], default: Any) -> Settings:
-    """Lay flags over settings that are not validated yet. Raises ConfigError for a flag whose value does not fit."""
-    said = io.StringIO()
+def _read_flags(schema: type[Settings], flags: Sequence[str], default: Any) -> Settings:
+    """Apply flags to settings that are not validated yet. Raises ConfigError for a flag with an invalid value."""
+    output = io.StringIO()
     try:
-        with in_words("flags", "--help lists them all.", ConfigError), contextlib.redirect_stderr(said):
+        with in_words("flags", "--help lists them all.", ConfigError), contextlib.redirect_stderr(output):
             parsed: Settings = tyro.cli(
                 schema,
                 args=flags,
                 default=default,
                 config=(tyro.conf.FlagConversionOff,),
                 use_underscores=True,
-                prog=f"{schema.__name__.removesuffix('Config').lower()}.py [RECIPE]",
+                prog=invocation.command(command_of(schema), *_SUBCOMMANDS.get(command_of(schema), ()), "[RECIPE]"),
             )
     except SystemExit as left:
         if not left.code:
             raise  # --help
-        words = " ".join(re.sub(r"\x1b\[[\d;]*m|[─-╿]", " ", said.getvalue()).split())
-        raise ConfigError(f"flags: {words[:MAX_SAID]}") from left
+        words = " ".join(re.sub(r"\x1b\[[\d;]*m|[─-╿]", " ", output.getvalue()).split())
+        raise ConfigError(f"flags: {words[:_MAX_SAID]}") from left
     return parsed
 
 
-def recipe_of(arguments: Sequence[str]) -> str | None:
-    """Return the recipe that a command line begins with, if it does."""
+def command_of(schema: type[ConfigSection]) -> str:
+    """Return the command that takes these settings."""
+    return schema.__name__.removesuffix("Config").lower()
+
+
+def _recipe_of(arguments: Sequence[str]) -> str | None:
+    """Return the recipe at the start of a command line, None without one."""
     return arguments[0] if arguments and not arguments[0].startswith("-") else None
 
 
-def settings_hash(config: Section) -> str:
-    """Return 8 hex digits of everything in ``config`` that decides what is computed."""
+def settings_hash(config: ConfigSection) -> str:
+    """Return 8 hex digits of all settings in ``config`` that decide what is computed."""
+    # Sorted keys and JSON values: the hash must not depend on the order of fields or the version of pydantic.
     settings = config.model_dump(mode="json", exclude=set(NOT_HASHED))
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Return ``key: old -> new`` for each hashed setting in which two resolved configs differ."""
+    """Return ``key: old -> new`` for each hashed setting that differs between two resolved configs."""
     lines = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
@@ -118,30 +129,27 @@ def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -
 
 
 def read_toml(path: str) -> dict[str, Any]:
-    """Return a recipe's tables; raise ConfigError when there is no such file or it is not TOML."""
-    file = Path(path)
-    if not is_file(file) and not is_folder(file):
-        raise ConfigError(f"no recipe {path!r}; the shipped ones are pipelines/recipes/<stage>/*.toml")
-    return read_toml_file(file, "recipe")
+    """Return a recipe's tables; raise ConfigError when it cannot be read or is not TOML."""
+    return read_toml_file(Path(path), "recipe")
 
 
-def dotted_flag(schema: type[BaseModel], argument: str) -> str:
-    """Give a bare LLaVA flag its section: ``--bits`` becomes ``--lora.bits``."""
+def _dotted_flag(schema: type[BaseModel], argument: str) -> str:
+    """Add the section to a bare LLaVA flag: ``--bits`` becomes ``--lora.bits``."""
     if not argument.startswith("--") or argument == "--help":
         return argument
     name, equals, value = argument[2:].partition("=")
-    if name in REPLACED_FLAGS:
-        raise ConfigError(f"--{name}: {REPLACED_FLAGS[name]}")
+    if name in _REPLACED_FLAGS:
+        raise ConfigError(f"--{name}: {_REPLACED_FLAGS[name]}")
     homes = [key for key in dotted_keys(schema) if key.rpartition(".")[2] == name]
     if "." not in name and len(homes) == 1:
         name = homes[0]
     if name not in set(dotted_keys(schema)):
-        raise ConfigError(describe(schema, {"loc": tuple(name.split(".")), "type": "extra_forbidden"}))  # type: ignore[typeddict-item]
+        raise ConfigError(describe_fault(schema, {"loc": tuple(name.split(".")), "type": "extra_forbidden"}))  # type: ignore[typeddict-item]
     return f"--{name}{equals}{value}"
 
 
-def refuse_unfitting(schema: type[BaseModel], values: dict[str, Any], source: str) -> None:
-    """Raise ConfigError for anything wrong in ``values`` but missing keys, which flags may still bring."""
+def _check_known_keys(schema: type[BaseModel], values: dict[str, Any], source: str) -> None:
+    """Raise ConfigError for any fault of ``values`` except missing keys, which flags may still supply."""
     try:
         schema.model_validate(values)
     except ValidationError as error:
@@ -150,16 +158,16 @@ def refuse_unfitting(schema: type[BaseModel], values: dict[str, Any], source: st
             raise ConfigError(f"{source}: {describe_all(schema, details)}") from error
 
 
-def with_missing(schema: type[BaseModel], values: dict[str, Any]) -> Any:
-    """Build ``schema`` unvalidated, with tyro's mark where a required key has no value yet."""
+def _with_missing(schema: type[BaseModel], values: dict[str, Any]) -> Any:
+    """Build ``schema`` unvalidated, with tyro's marker where a required key has no value yet."""
     fields: dict[str, Any] = {}
     for name, field in schema.model_fields.items():
         annotation = field.annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            fields[name] = with_missing(annotation, values.get(name, {}))
+            fields[name] = _with_missing(annotation, values.get(name, {}))
         elif name in values:
-            value = as_switch(values[name], annotation)
-            fields[name] = tuple(value) if isinstance(value, list) else value  # as the schema has it; TOML knows lists
+            value = parse_boolean(values[name], annotation)
+            fields[name] = tuple(value) if isinstance(value, list) else value  # the schema has tuples, TOML has lists
         else:
             fields[name] = tyro.MISSING if field.is_required() else field.get_default()
     return schema.model_construct(**fields)

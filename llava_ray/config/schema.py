@@ -1,4 +1,4 @@
-"""The base of every settings section: closed, frozen, re-validated when changed."""
+"""The base class of settings sections: closed, frozen, validated again when changed."""
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,11 +10,11 @@ from pydantic_core import ErrorDetails
 from llava_ray.errors import ConfigError
 from llava_ray.reading import INT_BITS, MAX_SHOWN, shown
 
-MAX_FAULTS = 10
+_MAX_FAULTS = 10
 
 
-class Section(BaseModel):
-    """Settings that refuse unknown keys and cannot be assigned to."""
+class ConfigSection(BaseModel):
+    """Settings that reject unknown keys and assignment."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
@@ -23,17 +23,17 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def fits_in_64_bits(cls, value: Any) -> Any:
-        """Refuse numbers that no computer counts to: they would be taken, and fail far from here."""
+        """Reject integers beyond 64 bits: they would pass validation and overflow later, far from their source."""
         if isinstance(value, int) and value.bit_length() > INT_BITS:
             raise ValueError("expected a number of at most 64 bits")
         return value
 
     def replaced(self, changes: Mapping[str, Any]) -> Self:
-        """Return a copy with dotted keys changed, validated afresh, e.g. ``{"train.learning_rate": 1e-5}``.
+        """Return a copy with dotted keys changed, validated again, e.g. ``{"train.learning_rate": 1e-5}``.
 
-        Raises ConfigError for a key that does not exist or a value that does not fit.
+        Raises ConfigError for an unknown key or an invalid value.
         """
-        return self.parsed(merged(self.model_dump(), nested(changes)))
+        return self.parsed(merge_settings(self.model_dump(), nest_keys(changes)))
 
     @classmethod
     def parsed(cls, values: Mapping[str, Any], source: str = "") -> Self:
@@ -46,13 +46,13 @@ class Section(BaseModel):
 
 
 def describe_all(schema: type[BaseModel], details: Sequence[ErrorDetails]) -> str:
-    """Put pydantic's complaints into words; the first few of many."""
-    lines = [describe(schema, detail) for detail in details[:MAX_FAULTS]]
-    return "; ".join(lines) + (f"; and {len(details) - MAX_FAULTS} more" if len(details) > MAX_FAULTS else "")
+    """Format pydantic's errors, the first few of many."""
+    lines = [describe_fault(schema, detail) for detail in details[:_MAX_FAULTS]]
+    return "; ".join(lines) + (f"; and {len(details) - _MAX_FAULTS} more" if len(details) > _MAX_FAULTS else "")
 
 
-def describe(schema: type[BaseModel], detail: ErrorDetails) -> str:
-    """Put one pydantic complaint into words: the key, what was found, what to do."""
+def describe_fault(schema: type[BaseModel], detail: ErrorDetails) -> str:
+    """Format one pydantic error: the key, the value found, and the remedy."""
     path = ".".join(str(part) for part in detail["loc"])[:MAX_SHOWN]
     if detail["type"] == "extra_forbidden":
         leaves = {key.rpartition(".")[2]: key for key in dotted_keys(schema)}
@@ -75,7 +75,7 @@ def dotted_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
-def nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
+def nest_keys(dotted: Mapping[str, Any]) -> dict[str, Any]:
     """Turn ``{"a.b": 1}`` into ``{"a": {"b": 1}}``."""
     tree: dict[str, Any] = {}
     for key, value in dotted.items():
@@ -87,12 +87,12 @@ def nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay ``changes`` over ``base``, section by section."""
+def merge_settings(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge ``changes`` into ``base``, section by section."""
     result = dict(base)
     for key, value in changes.items():
         below = result.get(key)
-        result[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
+        result[key] = merge_settings(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
     return result
 
 

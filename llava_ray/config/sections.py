@@ -13,55 +13,38 @@ from pydantic import (
     model_validator,
 )
 
-from llava_ray.config.literals import read_literal
+from llava_ray.config.geometry import GeometrySettings
 from llava_ray.config.lora import LoraConfig
-from llava_ray.config.schema import Section
+from llava_ray.config.schema import ConfigSection
 
-PROJECTOR = "mlp([1-9][0-9]?)x_gelu"
-Pixels = Annotated[int, Field(gt=0, le=2**15)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 MAX_IMAGE_PIXELS = 178_956_970  # Pillow's own bomb limit
 # Settings that name a model or a part of one: a folder, a file or a hub id.
 MODEL_PATHS = ("model.model_name_or_path", "model.model_base", "model.vision_tower", "model.pretrain_mm_mlp_adapter")
 
 
-class ModelConfig(Section):
-    """Which parts make the model, and which of them learn."""
+class _ModelSources(ConfigSection):
+    """Where a model's parts are from."""
 
     model_name_or_path: str
-    """The language model (hub id or folder), or a LLaVA to go on from: a llava_ray bundle or any published layout."""
+    """The language model (hub id or folder), or a LLaVA to start from: a llava_ray bundle or any published layout."""
     model_base: str | None = None
     """Language model under an adapter or a projector-only folder that does not name it, or that has moved."""
     vision_tower: str | None = None
-    """CLIP, SigLIP, SigLIP 2 or DINOv2 (hub id or folder). A bundle brings its own."""
+    """CLIP, SigLIP, SigLIP 2 or DINOv2 (hub id or folder). A bundle includes its own."""
     version: str = "v1"
     """Conversation template by LLaVA's name, or "chat_template" for the tokenizer's own."""
-    mm_projector_type: str = "mlp2x_gelu"
-    """"linear", "mlpNx_gelu" or "identity"."""
-    mm_vision_select_layer: int | tuple[int, ...] = -2
-    """Index into the tower's hidden states; -2 is the output of the last block but one. Several are laid side by side
-    (on channels), in the order given."""
-    mm_vision_select_feature: Literal["patch", "cls_patch"] = "patch"
-    """"patch" drops the tower's prefix tokens (class and register tokens), "cls_patch" keeps them."""
-    mm_patch_merge_type: Literal["flat", "spatial", "spatial_unpad"] = "flat"
-    """How the views of an anyres image are joined: one after the other, line by line through all of them, or the latter
-    without the padding and with a learned vector at the end of each line (LLaVA-1.6)."""
-    image_grid_pinpoints: tuple[tuple[Pixels, Pixels], ...] | None = None
-    """Canvases (width, height) of anyres, in pixels; default: the bundle's, or LLaVA-1.6's for the tower's size."""
-    s2: bool = False
-    """Look at each image at several scales with the same tower; features are laid side by side (on channels)."""
-    s2_scales: tuple[Pixels, ...] | None = None
-    """Sides in pixels, multiples of the smallest; default: once, twice and three times the tower's size."""
-    mm_use_im_start_end: bool = False
-    """Put <im_start> and <im_end> around each image; new tokens begin as the mean of the old ones."""
-    mm_use_im_patch_token: bool = False
-    """Add <im_patch> to the vocabulary, as LLaVA's first models did; no text uses it."""
+
+
+class ModelConfig(GeometrySettings, _ModelSources):
+    """Which parts make the model, and which of them learn."""
+
     unfreeze_mm_vision_tower: bool = False
-    """Let the tower learn too."""
+    """Train the tower too."""
     pretrain_mm_mlp_adapter: str | None = None
     """Projector to start from: a bundle, or LLaVA's mm_projector.bin."""
     tune_mm_mlp_adapter: bool = False
-    """Learn the projector only (alignment, stage 1)."""
+    """Train the projector only (alignment, stage 1)."""
     freeze_backbone: bool = False
     """Freeze the language model, its head included."""
     freeze_mm_mlp_adapter: bool = False
@@ -71,31 +54,9 @@ class ModelConfig(Section):
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
     """Attention of the language model, by transformers' names."""
 
-    @field_validator("mm_projector_type")
-    @classmethod
-    def known_projector(cls, value: str) -> str:
-        """Refuse a projector that LLaVA does not know."""
-        if value not in ("linear", "identity") and not re.fullmatch(PROJECTOR, value):
-            raise ValueError('unknown projector; expected "linear", "identity" or "mlpNx_gelu" such as "mlp2x_gelu"')
-        return value
-
-    @field_validator("image_grid_pinpoints", "s2_scales", mode="before")
-    @classmethod
-    def written_out(cls, value: object) -> object:
-        """Take the texts that some of LLaVA's configs have: "[(336, 672), (672, 336)]", "336,672,1008"."""
-        return read_literal(value) if isinstance(value, str) else value
-
-    @field_validator("mm_vision_select_layer")
-    @classmethod
-    def some_layer(cls, value: int | tuple[int, ...]) -> int | tuple[int, ...]:
-        """Refuse no layer at all; a single one needs no list."""
-        if value == ():
-            raise ValueError("expected at least one layer, such as -2")
-        return value[0] if isinstance(value, tuple) and len(value) == 1 else value
-
     @model_validator(mode="after")
     def something_learns(self) -> Self:
-        """Refuse switches that leave nothing to learn or contradict each other."""
+        """Reject freezing switches that leave nothing to train or contradict each other."""
         if self.tune_mm_mlp_adapter and self.freeze_mm_mlp_adapter:
             raise ValueError("tune_mm_mlp_adapter and freeze_mm_mlp_adapter contradict each other: drop one")
         if self.tune_mm_mlp_adapter and self.unfreeze_mm_vision_tower:
@@ -107,71 +68,54 @@ class ModelConfig(Section):
             raise ValueError("freeze_backbone with freeze_mm_mlp_adapter leaves nothing to learn: drop one")
         return self
 
-    @model_validator(mode="after")
-    def scales_make_a_grid(self) -> Self:
-        """Refuse scales that S2 cannot lay over one another."""
-        if not self.s2:
-            if self.s2_scales is not None:
-                raise ValueError("s2_scales have no effect without s2 = true")
-            return self
-        if self.mm_vision_select_feature != "patch":
-            raise ValueError(
-                "s2 lays patches of several scales over one another and keeps no class token: set "
-                "mm_vision_select_feature = 'patch'"
-            )
-        scales = self.s2_scales
-        if scales is not None and (not scales or any(scale % min(scales) for scale in scales)):
-            raise ValueError(f"s2_scales = {scales}: expected multiples of the smallest, such as (336, 672, 1008)")
-        return self
 
-
-class DataConfig(Section):
-    """Which samples, and how they reach the model."""
+class DataConfig(ConfigSection):
+    """The samples, and how they reach the model."""
 
     data_path: str
-    """LLaVA JSON or JSONL, Parquet, WebDataset tars, or a folder that prepare.py wrote; local or any fsspec URL."""
+    """LLaVA JSON or JSONL, Parquet, WebDataset tars, or a prepared folder; local or any fsspec URL."""
     image_folder: str | None = None
-    """Where relative image paths start."""
+    """Folder of relative image paths; default: the folder of the data."""
     cache_dir: str = "runs/cache"
-    """Prepared shards and token lengths, keyed by content: made once, shared by all runs."""
+    """Folder of prepared shards and token lengths, keyed by content: written once, shared by all runs."""
     image_aspect_ratio: Literal["square", "pad", "anyres"] = "square"
     """"square" is the tower's own resize and centre crop, "pad" first makes the image square, "anyres" cuts it into
     several views (model.image_grid_pinpoints, model.mm_patch_merge_type)."""
     on_too_long: Literal["truncate", "split", "reject"] = "truncate"
-    """A sample over train.model_max_length: cut at the right (never inside an image), split at a turn, or rejected. One
+    """A sample over train.model_max_length is truncated (never inside an image), split at a turn, or rejected. One
     with an image that alone is longer is always rejected."""
     max_rejected: Fraction = 0.01
     """Share of rows that may be rejected before the run stops."""
     max_image_pixels: PositiveInt = MAX_IMAGE_PIXELS
-    """Larger images are refused from their header, before decoding (Pillow's own bomb limit)."""
+    """Larger images are rejected by their header, before decoding (default: Pillow's own bomb limit)."""
     max_samples: PositiveInt | None = None
     """Use only the first so many records: for trying things out."""
     samples_per_shard: PositiveInt = 2048
-    """At most so many samples in a shard."""
+    """Maximum samples in a shard."""
     shard_size_mb: PositiveInt = 64
-    """At most so many MB of images in a shard."""
+    """Maximum MB of images in a shard."""
     shuffle_window: NonNegativeInt = 4
     """Shards whose samples are shuffled together; each shard is read once an epoch. 0 keeps the order of the file, for
     a curriculum."""
     vision_features: Literal["inline", "streamed", "cached"] = "inline"
-    """Run the frozen tower in the train worker, stream its features from an actor pool, or compute them once and keep
+    """Run the frozen tower in the train worker, stream its features from an actor pool, or compute them once and store
     them in data.cache_dir for every run with the same data and tower."""
     num_vision_actors: PositiveInt = 1
-    """Size of that pool; each takes a GPU where the cluster has them."""
+    """Size of that pool; each actor uses a GPU where the cluster has them."""
     feature_cache_gb: PositiveFloat = 100.0
-    """GB that all cached features may take together: more is refused before anything is written, and what was used
-    longest ago makes room."""
+    """Maximum GB of all cached features: more is rejected before anything is written, and the least recently
+    used entries are deleted to make room."""
     num_decode_cpus: PositiveFloat = 0.5
     """CPUs that one image decoder reserves."""
     num_decoders: PositiveInt | None = None
-    """At most so many decoders; they start as they are needed. Default: as many as half of the CPUs hold that are there
+    """Maximum decoders, started on demand. Default: as many as fit on half of the CPUs available
     for decoding when the run starts."""
     lazy_preprocess: bool | None = None
     """LLaVA's flag; not needed: nothing is preprocessed ahead."""
 
 
-class TrainConfig(Section):
-    """How the parameters move."""
+class TrainConfig(ConfigSection):
+    """Optimisation of the parameters."""
 
     num_train_epochs: PositiveInt = 1
     """Passes over the data."""
@@ -190,17 +134,17 @@ class TrainConfig(Section):
     mm_vision_tower_lr: PositiveFloat | None = None
     """Peak learning rate of the tower (model.unfreeze_mm_vision_tower); default learning_rate."""
     weight_decay: NonNegativeFloat = 0.0
-    """AdamW's, on matrices only: biases and norms never decay."""
+    """AdamW's weight decay, of matrices only: biases and norms never decay."""
     adam_beta1: Fraction = 0.9
-    """Decay of AdamW's first moment."""
+    """AdamW's decay of the first moment."""
     adam_beta2: Fraction = 0.999
-    """Decay of AdamW's second moment."""
+    """AdamW's decay of the second moment."""
     adam_epsilon: PositiveFloat = 1e-8
     """AdamW's epsilon."""
     warmup_ratio: Fraction = 0.03
-    """Share of the steps with a rising learning rate."""
+    """Share of the steps with linear warm-up of the learning rate."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape after the warm-up."""
+    """Shape of the learning-rate schedule after the warm-up."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradients are clipped to this norm; 0 turns clipping off."""
     bf16: bool = True
@@ -210,26 +154,26 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass."""
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """DeepSpeed ZeRO: what is partitioned (1 optimiser, 2 + gradients, 3 + parameters)."""
+    """DeepSpeed ZeRO stage: partitions 1 optimiser states, 2 + gradients, 3 + parameters."""
     offload_optimizer: bool = False
-    """Keep the optimiser in CPU memory (ZeRO 1-3 on GPUs)."""
+    """Offload the optimiser states to CPU memory (ZeRO 1-3 on GPUs)."""
     seed: NonNegativeInt = 42
-    """Order of samples, new parameters, dropout."""
+    """Seed of the sample order, of new parameters and of dropout."""
     save_steps: PositiveInt = 500
-    """A resumable checkpoint every so many steps, and at the end."""
+    """Steps between resumable checkpoints; one is also saved at the end."""
     save_total_limit: PositiveInt = 1
-    """Checkpoints kept."""
+    """Number of checkpoints to keep."""
     group_by_modality_length: bool | None = None
     """LLaVA's flag; not needed: packing leaves no padding to save."""
 
     @property
     def row_length(self) -> int:
-        """Tokens in a packed row."""
+        """Return the tokens in a packed row."""
         return self.tokens_per_micro_batch or self.model_max_length
 
     @model_validator(mode="after")
     def rows_hold_samples(self) -> Self:
-        """Refuse rows shorter than the longest sample."""
+        """Reject rows shorter than the longest sample."""
         if self.row_length < self.model_max_length:
             raise ValueError(
                 f"tokens_per_micro_batch = {self.row_length} is below model_max_length = {self.model_max_length}: "
@@ -238,78 +182,78 @@ class TrainConfig(Section):
         return self
 
 
-class HeldOutConfig(Section):
-    """What a run looks at whenever it saves, and never learns from."""
+class HeldOutConfig(ConfigSection):
+    """Held-out data, evaluated whenever a run saves and never trained on."""
 
     path: str | None = None
-    """Held-out samples, in any form that data.data_path takes; None looks at nothing."""
+    """Held-out samples, in any form that data.data_path accepts; None evaluates nothing."""
     images: str | None = None
-    """Where their relative image paths start; default: data.image_folder."""
+    """Folder of their relative image paths; default: data.image_folder."""
     num_samples: PositiveInt = 512
-    """Use only the first so many records for the loss; of a folder that prepare.py wrote, all."""
+    """Use only the first so many records for the loss; all of a prepared folder."""
     num_answers: NonNegativeInt = 128
-    """Let the model answer the first so many of them; an answer counts if it is the record's own but for case."""
+    """Generate answers to the first so many of them; one is correct if it equals the record's, ignoring case."""
     max_new_tokens: PositiveInt = 16
-    """Longest answer in tokens."""
+    """Maximum length of an answer in tokens."""
 
 
-class RunConfig(Section):
-    """Where a run lives and how it survives."""
+class RunConfig(ConfigSection):
+    """A run's name and storage, and its tolerance of failures."""
 
     name: str | None = None
-    """Default: <recipe>-<8 hex digits of the settings, the models' fingerprints and the data>. The same name goes on
-    where it stopped."""
+    """Default: <recipe>-<8 hex digits of the settings, the models' fingerprints and the data>. The same name resumes
+    where the run stopped."""
     storage_path: str = "runs"
-    """Folder or URL shared by all nodes; the run's own folder lies in it."""
+    """Folder or URL shared by all nodes; the run's folder is created in it."""
     restart: bool = False
-    """Start over under a name that is already used with other settings; the old folder is set aside."""
+    """Start over under a name that is already used with other settings; the old folder is renamed."""
     max_failures: int = Field(default=3, ge=-1)
-    """Worker failures survived before the run gives up; -1 for any number."""
+    """Worker failures tolerated before the run fails; -1 for any number."""
 
     @field_validator("name")
     @classmethod
     def plain_name(cls, value: str | None) -> str | None:
-        """Refuse names that cannot be one folder."""
+        """Reject names that cannot be one folder."""
         if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
             raise ValueError("a run name is one folder: letters, digits, dot, dash and underscore")
         return value
 
 
-class TrackingConfig(Section):
-    """Where experiments are kept."""
+class TrackingConfig(ConfigSection):
+    """MLflow tracking of a run."""
 
     tracking_uri: str | None = None
     """Any MLflow tracking URI; default: SQLite in run.storage_path."""
     experiment_name: str = "llava_ray"
     """MLflow experiment."""
     log_model: bool = True
-    """Keep the final bundle as an MLflow artifact."""
+    """Log the final bundle as an MLflow artifact."""
     logging_steps: PositiveInt = 1
-    """Log metrics every so many steps."""
+    """Steps between logged metrics."""
     parent_run_id: str | None = None
     """MLflow run under which this one is shown, such as a sweep's."""
 
 
-class ClusterConfig(Section):
-    """What the run takes of the cluster."""
+class ClusterConfig(ConfigSection):
+    """The resources that a run takes of the cluster."""
 
     address: str | None = None
     """Ray address, "auto" for the one on this machine; default: the job's own, RAY_ADDRESS, or a new local one."""
     num_workers: PositiveInt = 2
     """Train workers (data-parallel ranks)."""
     use_gpu: bool | Literal["auto"] = "auto"
-    """One GPU a worker; "auto" takes them when the cluster has enough."""
+    """One GPU per worker; "auto" uses GPUs when the cluster has enough."""
     cpus_per_worker: PositiveFloat | Literal["auto"] = "auto"
     """CPUs a worker reserves and computes with; "auto" is one, or less on a cluster too small to leave the data stream
     any. On a cluster that the run starts itself, workers without a GPU then compute with all cores, shared out."""
     gpus_per_worker: PositiveFloat = 1.0
     """GPUs a worker reserves; less than one lets the single workers of several runs share a GPU."""
     accelerator_type: str | None = None
-    """E.g. "A100-80G"."""
+    """Ray's name of the GPU to use, e.g. "A100-80G"."""
 
     @model_validator(mode="after")
     def shares_are_of_one_worker(self) -> Self:
-        """Refuse what NCCL cannot do: two ranks of one run on one GPU; and a worker that drives several."""
+        """Reject two ranks of one run on one GPU, which NCCL cannot do, and several GPUs per worker."""
         if self.gpus_per_worker > 1 or (self.gpus_per_worker < 1 and self.num_workers > 1):
             raise ValueError(
                 f"gpus_per_worker = {self.gpus_per_worker:g} with num_workers = {self.num_workers}: a worker drives "
@@ -318,8 +262,8 @@ class ClusterConfig(Section):
         return self
 
 
-class FinetuneConfig(Section):
-    """Everything pipelines/finetune.py can be told."""
+class FinetuneConfig(ConfigSection):
+    """All settings of a fine-tuning run."""
 
     model: ModelConfig
     data: DataConfig
@@ -332,7 +276,7 @@ class FinetuneConfig(Section):
 
     @model_validator(mode="after")
     def answers_need_whole_weights(self) -> Self:
-        """Refuse answers from a model of which no worker has all."""
+        """Reject held-out answers where no worker has the whole model."""
         if self.held_out.path and self.held_out.num_answers and self.train.zero_stage == 3:
             raise ValueError(
                 "held_out.num_answers needs the whole model in each worker, which train.zero_stage = 3 takes apart: "
@@ -342,14 +286,14 @@ class FinetuneConfig(Section):
 
     @model_validator(mode="after")
     def offload_needs_zero(self) -> Self:
-        """Refuse an offload that DeepSpeed would ignore."""
+        """Reject an offload that DeepSpeed would ignore."""
         if self.train.offload_optimizer and self.train.zero_stage == 0:
             raise ValueError("train.offload_optimizer needs train.zero_stage 1, 2 or 3")
         return self
 
     @model_validator(mode="after")
     def adapter_fits(self) -> Self:
-        """Refuse an adapter where nothing of it would learn, and a quantised base that cannot be trained over."""
+        """Reject an adapter of which nothing would be trained, and a quantised base that cannot be trained."""
         still = [key for key in ("tune_mm_mlp_adapter", "freeze_backbone") if getattr(self.model, key)]
         if self.lora.lora_enable and still:
             raise ValueError(
@@ -370,7 +314,7 @@ class FinetuneConfig(Section):
 
     @model_validator(mode="after")
     def tower_learns_in_the_workers(self) -> Self:
-        """Refuse a tower that learns where it cannot, and a learning rate for one that does not."""
+        """Reject a trainable tower outside the train workers, and a learning rate for a frozen one."""
         if self.model.unfreeze_mm_vision_tower and self.data.vision_features != "inline":
             raise ValueError(
                 f"data.vision_features = {self.data.vision_features!r} takes features from a frozen tower, but "
@@ -382,49 +326,49 @@ class FinetuneConfig(Section):
 
     @model_validator(mode="after")
     def canvases_are_used(self) -> Self:
-        """Refuse canvases without anyres."""
+        """Reject canvases without anyres."""
         if self.model.image_grid_pinpoints is not None and self.data.image_aspect_ratio != "anyres":
             raise ValueError("model.image_grid_pinpoints has no effect without data.image_aspect_ratio = 'anyres'")
         return self
 
 
-class PrepareConfig(Section):
-    """Everything pipelines/prepare.py can be told."""
+class PrepareConfig(ConfigSection):
+    """All settings of a data preparation."""
 
     data: DataConfig
     run: RunConfig = RunConfig()
     cluster: ClusterConfig = ClusterConfig()
 
 
-class AskConfig(Section):
-    """Which model is asked which questions, and how it answers."""
+class AskConfig(ConfigSection):
+    """The model and the benchmarks of an evaluation, and how answers are generated."""
 
     model_path: str
     """A model of any layout: bundle, original, llava-hf, adapter."""
     model_base: str | None = None
     """Language model under an adapter that does not name it, or that has moved."""
     vision_tower: str | None = None
-    """Where the vision tower lies, for layouts that only name it."""
+    """Folder of the vision tower, for layouts that only name it."""
     version: str | None = None
     """Conversation template by LLaVA's name, for layouts that do not record it."""
     benchmarks: tuple[str, ...]
-    """Each NAME=FOLDER: a benchmark and its official files (evals/README.md). All are asked in one job."""
+    """Each NAME=FOLDER: a benchmark and its official files (evals/README.md). All are answered in one job."""
     max_questions: PositiveInt | None = None
-    """Ask only the first so many of each benchmark: for trying things out."""
+    """Answer only the first so many questions of each benchmark, for a trial run."""
     max_new_tokens: PositiveInt | None = None
-    """Longest answer in tokens; default: LLaVA's own for each benchmark (128 or 1024)."""
+    """Maximum length of an answer in tokens; default: LLaVA's own for each benchmark (128 or 1024)."""
     temperature: NonNegativeFloat = 0.0
-    """0 is greedy, as in all published tables."""
+    """Sampling temperature; 0 is greedy, as in all published tables."""
     batch_size: PositiveInt = 16
-    """Questions that an actor answers at once."""
+    """Questions that an actor answers in one batch."""
     ranking: Literal["letter", "text"] | None = None
-    """Instead of writing, take the option whose letter or text is likeliest (the mean over its tokens, its end
-    included): letters alone misjudge weak models. Questions without options are asked as always."""
+    """Instead of generating, choose the option whose letter or text is likeliest (the mean over its tokens, the end
+    token included): letters alone misjudge weak models. Questions without options are answered as usual."""
 
     @field_validator("benchmarks")
     @classmethod
     def names_and_folders(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        """Refuse no benchmark, one without a folder, and one that is there twice."""
+        """Reject an empty list, a benchmark without a folder, and duplicates."""
         names = [entry.partition("=")[0] for entry in value]
         if not value or not all(name and folder for name, _, folder in (entry.partition("=") for entry in value)):
             raise ValueError("expected NAME=FOLDER for at least one benchmark, such as gqa=data/gqa")
@@ -433,26 +377,26 @@ class AskConfig(Section):
         return value
 
 
-class ScoreConfig(Section):
-    """How answers are scored: may change between runs, the answers stay."""
+class ScoreConfig(ConfigSection):
+    """Scoring of answers; it may change between runs without answering again."""
 
     profile: Literal["llava", "official", "robust"] = "robust"
-    """Whose rule: LLaVA's tables', the benchmark authors', or ours, which never guesses."""
+    """The matching rule: that of LLaVA's tables, the benchmark authors', or ours, which never guesses."""
     reviews: tuple[str, ...] = ()
-    """Each NAME=FILE: a judge's replies, for benchmarks that need a judge; without, they are only answered."""
+    """Each NAME=FILE: a judge's replies, for benchmarks that need a judge; without them, they are only answered."""
 
 
-class ActorsConfig(Section):
-    """Who answers."""
+class ActorsConfig(ConfigSection):
+    """The actors that answer."""
 
     num_actors: PositiveInt | None = None
-    """Copies of the model; default: one a GPU of the cluster, or as many as fit its CPUs."""
+    """Copies of the model; default: one per GPU of the cluster, or as many as fit its CPUs."""
     cpus_per_actor: PositiveFloat | Literal["auto"] = "auto"
     """CPUs that each reserves and computes with; "auto" is one, or on one machine its share if num_actors is given."""
 
 
-class EvaluateConfig(Section):
-    """Everything pipelines/evaluate.py run can be told."""
+class EvaluateConfig(ConfigSection):
+    """All settings of an evaluation."""
 
     evaluate: AskConfig
     score: ScoreConfig = ScoreConfig()

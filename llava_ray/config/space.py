@@ -1,6 +1,6 @@
-"""What a sweep may change, and how it searches: the sections ``[space]`` and ``[sweep]`` of its recipe.
+"""The search space and the search settings of a sweep: sections ``[space]`` and ``[sweep]`` of its recipe.
 
-``[space]`` names settings of a fine-tuning run by their dotted keys and says where each is looked for::
+``[space]`` names settings of a fine-tuning run by their dotted keys, with the values to search::
 
     [space]
     "model.mm_projector_type" = { choice = ["linear", "mlp2x_gelu"] }
@@ -13,12 +13,13 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from llava_ray.config.schema import Section, dotted_keys
+from llava_ray.config.schema import ConfigSection, dotted_keys
 from llava_ray.config.sections import FinetuneConfig
+from llava_ray.invocation import command
 
-# What a trial may not change: where it runs, what all are judged by, and what a step is, at which they are compared.
-FIXED_SECTIONS = ("run", "tracking", "cluster", "held_out")
-FIXED_KEYS = (
+# Trials may not change where they run, what they are evaluated on, or what a step is: they are compared by step.
+_FIXED_SECTIONS = ("run", "tracking", "cluster", "held_out")
+_FIXED_KEYS = (
     "data.data_path",
     "data.max_samples",
     "train.global_batch_size",
@@ -29,23 +30,23 @@ FIXED_KEYS = (
 )
 
 
-class Dimension(Section):
-    """Where one setting is looked for: exactly one of the three."""
+class Dimension(ConfigSection):
+    """The search range of one setting: exactly one of choice, uniform and log_uniform."""
 
     choice: tuple[Any, ...] | None = None
     """Any of these values."""
     uniform: tuple[float, float] | None = None
-    """Between two numbers, evenly."""
+    """Uniform between two numbers."""
     log_uniform: tuple[PositiveFloat, PositiveFloat] | None = None
-    """Between two numbers, each factor of ten as likely as the next: for learning rates."""
+    """Log-uniform between two numbers, for learning rates."""
     num_points: Annotated[int, Field(ge=2)] = 4
-    """Points that a grid takes of a range, its ends included."""
+    """Grid points of a range, its ends included."""
     when: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
-    """Other dimensions' values under which this one matters; otherwise the recipe's own setting stays."""
+    """Values of other dimensions under which this one applies; otherwise the recipe's own setting is used."""
 
     @model_validator(mode="after")
     def one_kind(self) -> Self:
-        """Refuse no kind, several, an empty choice and a range that is none."""
+        """Reject no kind or several, an empty choice and an empty range."""
         given = [name for name in ("choice", "uniform", "log_uniform") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"{' and '.join(given) or 'no kind'} given; expected one of choice, uniform, log_uniform")
@@ -62,30 +63,30 @@ class Dimension(Section):
 
     @property
     def corners(self) -> tuple[Any, ...]:
-        """Return values which, if they are allowed, let one expect that all are."""
+        """Return the extreme values; if these are valid, values between them are expected to be."""
         return self.choice if self.choice is not None else tuple(self.bounds or ())
 
     def matters(self, settings: Mapping[str, Any]) -> bool:
-        """Tell whether the dimension counts beside these settings."""
+        """Return whether the dimension applies under these settings."""
         return all(settings.get(key) in values for key, values in self.when.items())
 
 
-class Space(Section):
+class Space(ConfigSection):
     """The dimensions by dotted key, in the order in which they are drawn."""
 
     dimensions: dict[str, Dimension]
 
     @model_validator(mode="after")
     def keys_are_settings(self) -> Self:
-        """Refuse unknown and fixed keys, and conditions on what is not drawn before."""
+        """Reject unknown and fixed keys, and conditions on dimensions that are not drawn before."""
         if not self.dimensions:
             raise ValueError('the space is empty; name at least one setting, such as "train.learning_rate"')
         known = set(dotted_keys(FinetuneConfig))
         seen: set[str] = set()
         for key, dimension in self.dimensions.items():
             if key not in known:
-                raise ValueError(f"{key!r} is no setting of a run; finetune.py --help lists them")
-            if key.partition(".")[0] in FIXED_SECTIONS or key in FIXED_KEYS:
+                raise ValueError(f"{key!r} is no setting of a run; {command('finetune', '--help')} lists them")
+            if key.partition(".")[0] in _FIXED_SECTIONS or key in _FIXED_KEYS:
                 raise ValueError(f"{key!r} is the same for all trials of a sweep, so that they can be compared")
             unknown = dimension.when.keys() - seen
             if unknown:
@@ -94,41 +95,41 @@ class Space(Section):
         return self
 
 
-class SearchConfig(Section):
-    """How the space is searched, and by what trials are judged."""
+class SearchConfig(ConfigSection):
+    """The search method, the metric and the scheduler."""
 
     method: Literal["grid", "random", "optuna"] = "random"
     """Every combination, independent draws, or Optuna's TPE, which learns from the trials that have ended."""
     num_trials: PositiveInt = 16
-    """Settings to try; a grid has its own number."""
+    """Number of settings to try; a grid determines its own."""
     num_seeds: PositiveInt = 1
-    """Runs of each setting with different seeds."""
+    """Runs per setting, with different seeds."""
     search_seed: int = 0
-    """Of the search itself; trials have train.seed."""
+    """Seed of the search; trials use train.seed."""
     metric: Literal["held_out_accuracy", "held_out_loss"] = "held_out_accuracy"
-    """What makes a trial the best; the other of the two decides between equals."""
+    """Metric that selects the best trial; the other of the two breaks ties."""
     weigh_cost: bool = False
-    """Let Optuna look for accurate and cheap trials at the same time; the report shows which are not beaten in both."""
+    """Let Optuna optimise accuracy and cost together; the report shows the Pareto front."""
     scheduler: Literal["asha", "hyperband", "median", "halving", "none"] = "asha"
-    """Which trials end early: ASHA's rungs, several brackets of them (asynchronous HyperBand), those below the median
-    of the others, none; or halving in rounds, in which all are compared before the best go on: it saves the most
-    where few run at a time."""
+    """Early stopping of trials: ASHA, asynchronous HyperBand (several brackets of ASHA), the median rule or none; or
+    successive halving in rounds, which compares all trials before the best continue and saves the most where few run at
+    a time."""
     stop_metric: Literal["held_out_loss", "held_out_accuracy"] = "held_out_loss"
-    """What the scheduler looks at; a loss tells trials apart earlier than an accuracy."""
+    """Metric of the scheduler; a loss separates trials earlier than an accuracy."""
     grace_steps: PositiveInt | None = None
-    """Steps that every trial may take; default: train.save_steps."""
+    """Minimum steps of every trial; default: train.save_steps."""
     reduction_factor: Annotated[float, Field(gt=1)] = 2.0
-    """One trial in so many goes on after a rung (or round), and each is so many times further."""
+    """One in so many trials continues after a rung (or round), and the next rung has so many times the steps."""
     max_concurrent_trials: PositiveInt | None = None
-    """Trials at a time; default: as many as the cluster has room for."""
+    """Maximum concurrent trials; default: as many as the cluster can hold."""
     max_retries: Annotated[int, Field(ge=0)] = 1
-    """Starts of a trial after one that failed; each goes on from its last checkpoint."""
+    """Restarts of a failed trial; each resumes from its last checkpoint."""
     include_default: bool = True
-    """Try the recipe's own settings too, to have something to beat."""
+    """Also try the recipe's own settings, as a baseline."""
 
     @model_validator(mode="after")
     def cost_is_optunas(self) -> Self:
-        """Refuse what has no effect or no meaning."""
+        """Reject settings without effect or meaning."""
         if self.weigh_cost and self.method != "optuna":
             raise ValueError("weigh_cost has no effect without method = 'optuna'")
         if self.weigh_cost and self.num_seeds > 1:
@@ -137,7 +138,7 @@ class SearchConfig(Section):
 
 
 class SweepConfig(FinetuneConfig):
-    """Everything pipelines/sweep.py can be told, but the space, which only a recipe holds."""
+    """All settings of a sweep except the space, which only a recipe holds."""
 
     sweep: SearchConfig = SearchConfig()
 
@@ -148,7 +149,7 @@ class SweepConfig(FinetuneConfig):
 
     @model_validator(mode="after")
     def trials_are_judged(self) -> Self:
-        """Refuse a sweep that could not tell its trials apart."""
+        """Reject a sweep without the held-out data or answers that its metrics need."""
         if not self.held_out.path:
             raise ValueError("a sweep judges its trials by held-out data: set held_out.path")
         asked = {self.sweep.metric, self.sweep.stop_metric}

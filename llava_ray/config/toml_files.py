@@ -1,4 +1,4 @@
-"""TOML files read within bounds: whatever is in them, at once, with errors that name the file."""
+"""Bounded reading of TOML files, with errors that name the file."""
 
 import re
 import tomllib
@@ -8,20 +8,20 @@ from typing import Any
 from llava_ray.errors import ConfigError
 from llava_ray.reading import check_plain, in_words, read_bounded, reason
 
-MAX_BYTES = 2**20
-MAX_KEY_PARTS = 32
-# Python's reader takes a time that grows with the square of the parts of a key.
-PART = r"""(?>[A-Za-z0-9_-]++|"(?>[^"\\\n]|\\.)*+"|'[^'\n]*+')[ \t]*+"""
-LONG_KEY = re.compile(rf"(?<![A-Za-z0-9_.-])(?>{PART}\.[ \t]*+){{{MAX_KEY_PARTS}}}")
+_MAX_BYTES = 2**20
+_MAX_KEY_PARTS = 32
+# The time of Python's parser grows with the square of the number of parts of a key.
+_PART = r"""(?>[A-Za-z0-9_-]++|"(?>[^"\\\n]|\\.)*+"|'[^'\n]*+')[ \t]*+"""
+_LONG_KEY = re.compile(rf"(?<![A-Za-z0-9_.-])(?>{_PART}\.[ \t]*+){{{_MAX_KEY_PARTS}}}")
 
 
 def read_toml_file(path: Path, what: str) -> dict[str, Any]:
-    """Return a TOML file's tables; ``what`` is what it should be, for messages.
+    """Read a TOML file's tables; ``what`` names its purpose in messages.
 
-    Raises ConfigError that names the file where it cannot be read, is no TOML, or holds what no settings are.
+    Raises ConfigError that names the file where it cannot be read, is not TOML, or holds values that no setting has.
     """
     try:
-        content = read_bounded(path, MAX_BYTES, ConfigError)
+        content = read_bounded(path, _MAX_BYTES, ConfigError)
         if content.startswith(b"\xef\xbb\xbf"):
             raise ConfigError(f"{what} {str(path)!r} begins with a byte order mark: save it as plain UTF-8.")
         text = content.decode()
@@ -31,15 +31,15 @@ def read_toml_file(path: Path, what: str) -> dict[str, Any]:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"cannot read {what} {str(path)!r}: {error}") from error
-    if found := LONG_KEY.search(text):
+    if found := _LONG_KEY.search(text):
         line = text.count("\n", 0, found.start()) + 1
-        raise ConfigError(f"{what} {str(path)!r}: line {line} has a key of more than {MAX_KEY_PARTS} parts; mend it.")
+        raise ConfigError(f"{what} {str(path)!r}: line {line} has a key of more than {_MAX_KEY_PARTS} parts; fix it.")
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{what} {str(path)!r} is not valid TOML: {error}") from error
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, hundreds of brackets
-        raise ConfigError(f"{what} {str(path)!r} cannot be read ({reason(error)}); mend it.") from error
-    with in_words(f"{what} {str(path)!r}", "Mend it.", ConfigError):
+        raise ConfigError(f"{what} {str(path)!r} cannot be read ({reason(error)}); fix it.") from error
+    with in_words(f"{what} {str(path)!r}", "Fix it.", ConfigError):
         check_plain(values, f"{what} {str(path)!r}", ConfigError)
     return values

@@ -1,5 +1,5 @@
 """From records to micro-batches: shards, token lengths, the plan, the stream. Imports ``model`` and below.
 
-``records`` → ``validation`` → ``shards`` is what ``preparation`` does with Ray Data; ``examples`` and ``lengths`` say
-how long each sample is; ``plan`` fixes every step from that; ``stream`` carries the plan out.
+``preparation`` runs ``records`` → ``validation`` → ``shards`` with Ray Data; ``examples`` and ``lengths`` compute how
+long each sample is; ``plan`` fixes every step from that; ``stream`` executes the plan.
 """

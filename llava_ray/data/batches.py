@@ -1,26 +1,22 @@
-"""The end of the stream inside a train worker: Arrow rows become tensors, grouped into steps."""
+"""The end of the stream inside a train worker: Arrow rows to tensors, grouped into steps."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from llava_ray.chat.conversation import IGNORE_INDEX
-from llava_ray.data.blocks import rows_of
-from llava_ray.data.descriptors import NO_STEP
-from llava_ray.data.features import unpacked_features, unpacked_pixels
+from llava_ray.data.packing import NO_STEP, unpack_block, unpack_features, unpack_pixels, unpack_tokens
 from llava_ray.data.settings import StreamSettings
 from llava_ray.images.anyres import Size
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One packed row of one rank. Holds pixels or features, by where the tower runs; neither without images."""
+    """One packed row of one rank, with pixels or features depending on where the tower runs; neither without images."""
 
     step: int
     rank: int
@@ -33,7 +29,7 @@ class MicroBatch:
     position_ids: Int[Tensor, "1 t"]
     labels: Int[Tensor, "1 t"]
     image_sizes: list[Size]
-    """(width, height) of each image before it was cut, in order; n views are theirs."""
+    """(width, height) of each image before it was cut into views, in order; together they have n views."""
     pixels: UInt8[Tensor, "n 3 h w"] | None
     features: Float[Tensor, "n p v"] | None
 
@@ -41,10 +37,10 @@ class MicroBatch:
 def iterate_steps(
     blocks: Iterable[pa.Table], rank: int, first_step: int, settings: StreamSettings
 ) -> Iterator[list[MicroBatch]]:
-    """Yield this rank's micro-batches step by step, from ``first_step`` on, checking order and place."""
+    """Yield this rank's micro-batches step by step, from ``first_step`` on, checking order and rank."""
     step, pending = first_step, []
     for block in blocks:
-        for row in rows_of(block).to_pylist():
+        for row in unpack_block(block).to_pylist():
             if row["step"] == NO_STEP:
                 continue
             if (row["step"], row["rank"]) != (step, rank):
@@ -60,16 +56,13 @@ def iterate_steps(
 
 
 def micro_batch(row: dict[str, Any], settings: StreamSettings) -> MicroBatch:
-    """Turn one row of the stream into tensors on the CPU."""
-    # A rank that has nothing to do in a round still takes part in it, with one token and no weight.
-    input_ids = np.asarray(row["input_ids"] or [0], np.int64)
-    labels = np.asarray(row["labels"] or [IGNORE_INDEX], np.int64)
-    position_ids = np.concatenate([np.arange(count) for count in row["num_tokens"] or [1]])
+    """Convert one row of the stream to tensors on the CPU."""
+    input_ids, position_ids, labels = unpack_tokens(row)
     pixels = features = None
     if row.get("pixels"):
-        pixels = torch.from_numpy(unpacked_pixels(row["pixels"], settings.image_spec.height, settings.image_spec.width))
+        pixels = torch.from_numpy(unpack_pixels(row["pixels"], settings.image_spec.height, settings.image_spec.width))
     elif row.get("features"):
-        features = unpacked_features(row["features"], settings)
+        features = unpack_features(row["features"], **settings.feature_form)
     return MicroBatch(
         step=row["step"],
         rank=row["rank"],

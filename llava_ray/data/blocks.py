@@ -1,8 +1,4 @@
-"""The stream's blocks: kept whole, as one row with one cell each, and set going early.
-
-Ray Data cuts and joins blocks between their rows as it sees fit. What must arrive together and at one place travels as
-one row; nothing is copied to make one or to read it.
-"""
+"""The stream's blocks as a worker receives them: requested early, so that its tasks start while the model loads."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,29 +6,20 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow as pa
 from ray.data import DataIterator
 
-COLUMN = "rows"
-PREFETCHED_BLOCKS = 2
-
-
-def as_one_row(table: pa.Table) -> pa.Table:
-    """Return a table of one row that holds all rows of ``table``, which has some."""
-    rows = table.combine_chunks().to_struct_array().chunk(0)
-    return pa.table({COLUMN: pa.ListArray.from_arrays(pa.array([0, len(rows)], pa.int32()), rows)})
-
-
-def rows_of(block: pa.Table) -> pa.Table:
-    """Return the rows that ``as_one_row`` laid together, of all of the block's rows."""
-    return pa.Table.from_batches([pa.RecordBatch.from_struct_array(cell.flatten()) for cell in block[COLUMN].chunks])
+_PREFETCHED_BLOCKS = 2
 
 
 def start_blocks(find_shard: Callable[[], DataIterator]) -> Iterator[pa.Table]:
-    """Set the stream going in a thread, so that its tasks start up while the model loads; yield its blocks."""
+    """Start the stream in a thread, so that its tasks start while the model loads; yield its blocks."""
 
     def first_block() -> tuple[pa.Table | None, Iterator[pa.Table]]:
-        batches = find_shard().iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCHED_BLOCKS)
+        batches = find_shard().iter_batches(
+            batch_size=None, batch_format="pyarrow", prefetch_batches=_PREFETCHED_BLOCKS
+        )
         blocks = iter(batches)
         return next(blocks, None), blocks
 
+    # A thread, because the first block waits for Ray Data's tasks to start: seconds in which the model can load.
     pool = ThreadPoolExecutor(1, "stream")
     started = pool.submit(first_block)
     pool.shutdown(wait=False)

@@ -1,4 +1,4 @@
-"""Raw records cut into chunks, one for each task of a preparation: which records, under which ids, in which order."""
+"""Raw records split into chunks, one for each task of a preparation, with their ids and their order."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -7,21 +7,21 @@ from itertools import islice, takewhile
 
 import numpy as np
 
-from llava_ray.data.json_files import clean_id, read_json, read_jsonl
-from llava_ray.data.parquet_files import parquet_layout, read_parquet
+from llava_ray.data.json_files import clean_id, read_json_records, read_jsonl
+from llava_ray.data.parquet_files import parquet_layout, read_parquet_records
 from llava_ray.data.records import RawRecord
 from llava_ray.data.tar_files import read_tar
 from llava_ray.images.reading import open_filesystem
 
-TEXT_READERS = {"json": read_json, "jsonl": read_jsonl}
+TEXT_READERS = {"json": read_json_records, "jsonl": read_jsonl}
 
-# LLaVA's mix lies sorted by source, and training shuffles only within windows of shards: mix the records once.
-SHUFFLE_SEED = 0
+# LLaVA's mix is sorted by source, and training shuffles only within windows of shards: shuffle all records once here.
+_SHUFFLE_SEED = 0
 
 
 @dataclass(frozen=True)
 class TextChunk:
-    """Records of JSON files, carried as they are written there."""
+    """Records of JSON files, as their raw text."""
 
     ids: tuple[str, ...]
     sources: tuple[str, ...]
@@ -34,7 +34,7 @@ class TextChunk:
 
 @dataclass(frozen=True)
 class ParquetChunk:
-    """Neighbouring row groups of one Parquet file, up to ``len(ids)`` rows."""
+    """Adjacent row groups of one Parquet file, up to ``len(ids)`` rows."""
 
     path: str
     name: str
@@ -44,14 +44,14 @@ class ParquetChunk:
 
     def read(self) -> Iterator[RawRecord]:
         """Yield the records, read from the file."""
-        rows = islice(read_parquet(self.path, self.row_groups), len(self.ids))
+        rows = islice(read_parquet_records(self.path, self.row_groups), len(self.ids))
         for row, (own_id, (values, unread)) in enumerate(zip(self.ids, rows, strict=True), start=self.first_row):
             yield RawRecord(own_id, f"{self.name}:{row}", values, ignored=unread)
 
 
 @dataclass(frozen=True)
 class TarChunk:
-    """One WebDataset tar, up to ``num_samples`` of it. Ids are ``<tar's name>/<key>``: keys repeat from tar to tar."""
+    """One WebDataset tar, up to ``num_samples`` of it. Ids are ``<tar's name>/<key>``, as keys repeat between tars."""
 
     path: str
     name: str
@@ -62,17 +62,17 @@ class TarChunk:
         taken: dict[str, int] = {}
         for sample in islice(read_tar(self.path), self.num_samples):
             key = clean_id(sample.key)
-            name = unused(f"{self.name.partition('.')[0]}/{key}", taken)
+            name = make_unique_id(f"{self.name.partition('.')[0]}/{key}", taken)
             yield RawRecord(name, f"{self.name}:{key}", sample.text, sample.images, sample.ignored)
 
 
-Chunk = TextChunk | ParquetChunk | TarChunk
+RecordChunk = TextChunk | ParquetChunk | TarChunk
 
 
 def make_chunks(
     kind: str, files: Sequence[str], chunk_size: int, max_samples: int | None, *, mixed: bool = True
-) -> Iterator[Chunk]:
-    """Cut records into chunks of about ``chunk_size``: JSON exactly and, if ``mixed``, shuffled; tables as they lie.
+) -> Iterator[RecordChunk]:
+    """Split records into chunks of about ``chunk_size``: JSON exactly and, if ``mixed``, shuffled; tables in order.
 
     Only the first ``max_samples`` records are taken.
     """
@@ -86,15 +86,16 @@ def make_chunks(
 
 def _text_chunks(
     kind: str, files: Sequence[str], chunk_size: int, max_samples: int | None, *, mixed: bool
-) -> Iterator[Chunk]:
-    rows = ((name, *row) for path, name in _named(files) for row in TEXT_READERS[kind](path))
+) -> Iterator[RecordChunk]:
+    rows = ((name, *row) for path, name in _with_names(files) for row in TEXT_READERS[kind](path))
     taken: dict[str, int] = {}
     ids, places, texts = [], [], []
     for index, (name, row, text, own_id) in enumerate(islice(rows, max_samples)):
-        ids.append(unused(str(index) if own_id is None else own_id, taken))
+        ids.append(make_unique_id(str(index) if own_id is None else own_id, taken))
         places.append((name, row))
         texts.append(text)
-    order = np.random.default_rng(SHUFFLE_SEED).permutation(len(ids)) if mixed else np.arange(len(ids))
+    # A fixed seed, not the run's: the folder of prepared data is shared by runs of all seeds.
+    order = np.random.default_rng(_SHUFFLE_SEED).permutation(len(ids)) if mixed else np.arange(len(ids))
     for start in range(0, len(order), chunk_size):
         chosen = order[start : start + chunk_size].tolist()
         yield TextChunk(
@@ -104,12 +105,12 @@ def _text_chunks(
         )
 
 
-def _parquet_chunks(files: Sequence[str], chunk_size: int, max_samples: int | None) -> Iterator[Chunk]:
+def _parquet_chunks(files: Sequence[str], chunk_size: int, max_samples: int | None) -> Iterator[RecordChunk]:
     taken: dict[str, int] = {}
     total = 0
-    for path, name in _named(files):
+    for path, name in _with_names(files):
         counts, own_ids = parquet_layout(path)
-        ids = [unused(str(total + row) if own is None else own, taken) for row, own in enumerate(own_ids)]
+        ids = [make_unique_id(str(total + row) if own is None else own, taken) for row, own in enumerate(own_ids)]
         ids = ids[: None if max_samples is None else max(0, max_samples - total)]
         total += len(ids)
         first_row = 0
@@ -121,7 +122,7 @@ def _parquet_chunks(files: Sequence[str], chunk_size: int, max_samples: int | No
 
 
 def _gather(counts: Sequence[int], limit: int) -> list[list[int]]:
-    """Group neighbours so that a group adds up to at most ``limit``, or is a single one."""
+    """Group adjacent row groups whose counts add up to at most ``limit``; a larger one is a group by itself."""
     groups: list[list[int]] = []
     size = limit + 1
     for index, count in enumerate(counts):
@@ -133,9 +134,9 @@ def _gather(counts: Sequence[int], limit: int) -> list[list[int]]:
     return groups
 
 
-def _tar_chunks(files: Sequence[str], max_samples: int | None) -> Iterator[Chunk]:
+def _tar_chunks(files: Sequence[str], max_samples: int | None) -> Iterator[RecordChunk]:
     left = max_samples
-    for path, name in _named(files):
+    for path, name in _with_names(files):
         if left is None:
             yield TarChunk(path, name)
             continue
@@ -145,16 +146,16 @@ def _tar_chunks(files: Sequence[str], max_samples: int | None) -> Iterator[Chunk
             yield TarChunk(path, name, num_samples)
 
 
-def _named(files: Sequence[str]) -> list[tuple[str, str]]:
-    """Return each path with what it is called below the folder of all: shards say nothing of where the data lay."""
+def _with_names(files: Sequence[str]) -> list[tuple[str, str]]:
+    """Return each path with its name below the common folder: shards must not depend on where the data is stored."""
     folders = [path.split("/")[:-1] for path in files]
     shared = takewhile(lambda names: len(set(names)) == 1, zip(*folders, strict=False))
     depth = len(list(shared))
     return [(path, "/".join(path.split("/")[depth:])) for path in files]
 
 
-def unused(name: str, taken: dict[str, int]) -> str:
-    """Return ``name``, or ``name#2``, ``name#3`` ... where it is taken: LLaVA's own mix repeats ids."""
+def make_unique_id(name: str, taken: dict[str, int]) -> str:
+    """Return ``name``, or ``name#2``, ``name#3`` ... if it is already used: LLaVA's own mix repeats ids."""
     number = taken.get(name, 0) + 1
     while number > 1 and f"{name}#{number}" in taken:
         number += 1
@@ -165,8 +166,8 @@ def unused(name: str, taken: dict[str, int]) -> str:
     return f"{name}#{number}"
 
 
-def fingerprint(kind: str, files: Sequence[str]) -> str:
-    """Return a hash of what the files hold: of every byte of JSON, of name, size and time of larger kinds."""
+def fingerprint_data(kind: str, files: Sequence[str]) -> str:
+    """Return a hash of the files: of every byte of JSON; of name, size and time of the larger Parquet and tar files."""
     digest = hashlib.sha256()
     for path in files:
         filesystem, place = open_filesystem(path)

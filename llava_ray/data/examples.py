@@ -1,6 +1,6 @@
-"""A record made ready to learn from: expanded ids, labels and the images that stayed.
+"""Training examples built from records: expanded ids, labels and the remaining images.
 
-Knows tokens, not pixels: how many tokens an image takes follows from its size.
+Works on tokens, not pixels: the number of tokens of an image follows from its size.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, Turn, split_system
-from llava_ray.chat.templates import Template
+from llava_ray.chat.template import Template
 from llava_ray.chat.tokens import TokenizedConversation, expand_images, tokenize_conversation
 from llava_ray.errors import RecordError, TemplateError
 from llava_ray.images.anyres import Size
@@ -25,25 +25,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Example:
-    """One sample as the model sees it; t tokens, image positions hold -200."""
+    """One sample in the form that the model takes; t tokens, image positions hold -200."""
 
     input_ids: Int32[np.ndarray, " t"]
     labels: Int32[np.ndarray, " t"]
     images: tuple[int, ...]
-    """Which of the record's images are in it, in order."""
+    """The indices of the record's images that it contains, in order."""
     image_tokens: tuple[int, ...] = ()
-    """How many positions each of them takes."""
+    """The number of positions of each of them."""
     truncated: bool = False
 
     @property
     def num_supervised(self) -> int:
-        """Count the tokens that are learnt. The first is never a target: nothing precedes it."""
+        """Count the supervised tokens. The first is never a target: nothing precedes it."""
         return int(np.count_nonzero(self.labels[1:] != IGNORE_INDEX))
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """How conversations become examples in one run."""
+    """The encoder of conversations to examples in one run."""
 
     tokenizer: "PreTrainedTokenizerBase"
     template: Template
@@ -56,13 +56,13 @@ class Encoder:
 
         ``image_sizes`` are the (width, height) of its images in pixels. Raises RecordError: "image_count",
         "image_too_long" for an image that would not fit alone, "nothing_to_learn", "system_prompt" where the template
-        has no place for the record's, or "too_long" where cutting is not allowed.
+        has no system prompt but the record does, or "too_long" where truncation is not allowed.
         """
         encoder, spoken = self.for_record(turns)
         return encoder.encode_spoken(spoken, image_sizes)
 
     def for_record(self, turns: Sequence[Turn]) -> tuple["Encoder", Sequence[Turn]]:
-        """Return the encoder with the system's text that the turns begin with in its template, and the other turns."""
+        """Return an encoder whose template has the turns' system prompt, and the turns after it."""
         system, spoken = split_system(turns)
         if system is None:
             return self, spoken
@@ -72,19 +72,19 @@ class Encoder:
             raise RecordError(str(error), reason="system_prompt") from error
 
     def encode_spoken(self, turns: Sequence[Turn], image_sizes: Sequence[Size]) -> list[Example]:
-        """Return the examples of turns of which none is the system's."""
+        """Return the examples of turns without a system turn."""
         counts = [self.image_tokens.count(*size) for size in image_sizes]
         self.check_images(counts, image_sizes)
         whole = self.example(turns, range(len(counts)), counts)
         if not whole.num_supervised:
-            raise nothing_to_learn(turns)
+            raise unsupervised_error(turns)
         if len(whole.input_ids) <= self.model_max_length:
             examples = [whole]
         elif self.on_too_long == "truncate":
             examples = [self.truncated(whole)]
         elif self.on_too_long == "split":
             examples = self.split(turns, counts)
-            if not all(turn.learnt for turn in turns):  # a part may hold none of those that are
+            if not all(turn.supervised for turn in turns):  # a part may then hold no supervised answer: drop it
                 examples = [example for example in examples if example.num_supervised]
         else:
             raise self.too_long(len(whole.input_ids), 'or set data.on_too_long to "truncate" or "split"')
@@ -97,7 +97,7 @@ class Encoder:
         return examples
 
     def check_images(self, counts: Sequence[int], image_sizes: Sequence[Size]) -> None:
-        """Raise RecordError for an image that is longer than a whole sample may be."""
+        """Raise RecordError for an image that alone exceeds the length limit."""
         for number, (count, (width, height)) in enumerate(zip(counts, image_sizes, strict=True), start=1):
             if count > self.model_max_length:
                 raise RecordError(
@@ -108,40 +108,42 @@ class Encoder:
                 )
 
     def example(self, turns: Sequence[Turn], images: Sequence[int], counts: Sequence[int]) -> Example:
-        """Tokenise turns that show the record's ``images``, each marker expanded to its tokens (``counts``, of all)."""
+        """Tokenise turns with these ``images`` of the record, markers expanded; ``counts`` has tokens per image."""
         tokenized: TokenizedConversation = tokenize_conversation(turns, self.template, self.tokenizer)
-        shown = tuple(counts[image] for image in images)
-        ids, labels = expand_images(tokenized.input_ids, tokenized.labels, shown)
-        return Example(np.asarray(ids, np.int32), np.asarray(labels, np.int32), tuple(images), shown)
+        lengths = tuple(counts[image] for image in images)
+        ids, labels = expand_images(tokenized.input_ids, tokenized.labels, lengths)
+        return Example(np.asarray(ids, np.int32), np.asarray(labels, np.int32), tuple(images), lengths)
 
     def truncated(self, example: Example) -> Example:
-        """Cut at the right like the original, but never inside an image: an image that does not fit goes whole."""
+        """Truncate at the right like the original, but never inside an image: one that does not fit is dropped."""
         end = self.model_max_length
         starts = image_starts(example)
         for start, count in zip(starts.tolist(), example.image_tokens, strict=True):
+            # Half of an image's features would be misread as those of a smaller image.
             if start < end < start + count:
                 end = start
-        kept = int(np.count_nonzero(starts < end))
+        num_images = int(np.count_nonzero(starts < end))
         return Example(
             example.input_ids[:end],
             example.labels[:end],
-            example.images[:kept],
-            example.image_tokens[:kept],
+            example.images[:num_images],
+            example.image_tokens[:num_images],
             truncated=True,
         )
 
     def split(self, turns: Sequence[Turn], counts: Sequence[int]) -> list[Example]:
-        """Cut between exchanges into as few examples as fit; each later one shows the images seen before it again."""
+        """Split between exchanges into as few examples as possible; later ones repeat the images of earlier turns."""
         exchanges = [tuple(turns[i : i + 2]) for i in range(0, len(turns), 2)]
         examples: list[Example] = []
         chunk: tuple[Turn, ...] = ()
-        seen: list[int] = []  # images of the chunk, those carried over included
+        seen: list[int] = []  # images of the chunk, repeated ones included
         next_image = 0
         for exchange in exchanges:
             new = list(range(next_image, next_image + sum(turn.value.count(IMAGE_TOKEN) for turn in exchange)))
             next_image += len(new)
             if chunk and len(self.example(chunk + exchange, seen + new, counts).input_ids) > self.model_max_length:
                 examples.append(self.example(chunk, seen, counts))
+                # Later questions refer to earlier images, so each part must show them again.
                 chunk = (Turn("human", f"{IMAGE_TOKEN}\n" * len(seen) + exchange[0].value), *exchange[1:])
             else:
                 chunk += exchange
@@ -153,7 +155,7 @@ class Encoder:
         return examples
 
     def too_long(self, num_tokens: int, remedy: str) -> RecordError:
-        """Say that a sample exceeds the limit."""
+        """Build the error for a sample over the length limit."""
         return RecordError(
             f"{num_tokens} tokens, over model_max_length = {self.model_max_length}; "
             f"raise it, drop the sample, {remedy}",
@@ -162,25 +164,25 @@ class Encoder:
 
 
 def encode_record(encoder: Encoder, turns: Sequence[Turn], sizes: Sequence[Size]) -> list[Example]:
-    """Return a record's examples. Raises RecordError, also for what a template cannot write of this record."""
+    """Return a record's examples. Raises RecordError, also for a record that the template cannot render."""
     try:
         return encoder.encode(turns, sizes)
     except TemplateError as error:
         raise RecordError(str(error), reason="template") from error
-    except jinja2.TemplateError as error:  # a chat template's own words
+    except jinja2.TemplateError as error:  # raised by the chat template itself
         message = f"the model's chat template refuses the messages: {reason(error)}"
         raise RecordError(message, reason="template") from error
 
 
-def nothing_to_learn(turns: Sequence[Turn]) -> RecordError:
-    """Say that no turn of a record is learnt from, whatever its length."""
+def unsupervised_error(turns: Sequence[Turn]) -> RecordError:
+    """Build the error for a record without a supervised turn."""
     num_answers = sum(turn.role == "gpt" for turn in turns)
     what = (
-        f"none of its {num_answers} answer(s) is to be learnt (weight, loss or train is 0 or false)"
+        f"none of its {num_answers} answer(s) is supervised (weight, loss or train is 0 or false)"
         if num_answers
-        else "the record has no answer, only a question: expected a turn of gpt after it"
+        else "the record has no answer, only a question: expected a gpt turn after it"
     )
-    return RecordError(f"nothing to learn: {what}. Mend or remove the record", reason="nothing_to_learn")
+    return RecordError(f"nothing to learn: {what}. Fix or remove the record", reason="nothing_to_learn")
 
 
 def image_starts(example: Example) -> Int64[np.ndarray, " k"]:

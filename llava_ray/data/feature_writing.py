@@ -1,4 +1,4 @@
-"""An entry of the feature cache computed with Ray Data: read and decode in tasks, the tower in actors, which write."""
+"""Computation of a feature-cache entry with Ray Data: tasks read and decode, actors run the tower and write."""
 
 import hashlib
 import json
@@ -16,72 +16,74 @@ from llava_ray.data.feature_cache import (
     cache_root,
     estimate_bytes,
     feature_key,
-    in_gb,
+    format_gb,
     is_complete,
+    location_key,
     make_room,
-    place_of,
-    touch,
+    mark_used,
     write_index,
 )
 from llava_ray.data.features import FeatureActor
 from llava_ray.data.settings import StreamSettings
-from llava_ray.data.shards import ROWS_PER_GROUP, PreparedData, read_rows
-from llava_ray.data.storage import list_sizes, write_file
-from llava_ray.data.stream import decoded
-from llava_ray.model.bundle import find_tower
-from llava_ray.model.manifest import fingerprint
+from llava_ray.data.shards import ROWS_PER_GROUP, PreparedData, read_shard_rows
+from llava_ray.data.stages import decode_views
+from llava_ray.data.storage import list_sizes, write_stored
+from llava_ray.model.assembly import find_tower
+from llava_ray.model.formats.manifest import fingerprint_weights
 from llava_ray.placement import in_pool
 
 if TYPE_CHECKING:
     from llava_ray.model.blueprint import Blueprint
 
 
-BLOCK = ("block", "shard", "first", "end")  # name; shard, its first row, and the one after the last
+_BLOCK = ("block", "shard", "first", "end")  # name; shard, its first row, and the one after the last
 
 
 def cache_features(prepared: PreparedData, blueprint: "Blueprint", settings: StreamSettings) -> str:
-    """Return the entry with the features of all of ``prepared``, computing it where it is not there yet.
+    """Return the cache entry with the features of all of ``prepared``, computing it if needed.
 
-    An interrupted one goes on with the blocks that are missing. Needs a connected Ray. Raises ConfigError for more
-    than the budget, DataError, ModelError.
+    An interrupted entry resumes with the missing blocks. Needs a connected Ray. Raises ConfigError where the features
+    exceed the budget, DataError, ModelError.
     """
-    tower = fingerprint(find_tower(settings.model).tower_source.folder)
+    tower = fingerprint_weights(find_tower(settings.model).tower_source.folder)
     key = feature_key(prepared, blueprint, tower=tower, bf16=settings.bf16)
     root = cache_root(settings.data)
     entry = f"{root}/{key.name}"
     if is_complete(entry):
-        touch(entry)
+        mark_used(entry)
         return entry
     width = settings.mm_hidden_size * (2 if settings.bf16 else 4)
     needed = estimate_bytes(prepared, settings.image_tokens, width)
     dropped = make_room(root, key.name, needed, int(settings.data.feature_cache_gb * 1e9))
-    print(  # noqa: T201 - said to the person who started the run
-        f"Features: up to {in_gb(needed)} into {entry}" + (f", after dropping {', '.join(dropped)}" if dropped else ""),
+    print(  # noqa: T201 - for the user who started the run
+        f"Features: up to {format_gb(needed)} into {entry}"
+        + (f", after evicting {', '.join(dropped)}" if dropped else ""),
         flush=True,
     )
-    touch(entry)
+    mark_used(entry)
+    # Renewed before the work, so that no other run evicts the entry while it is being written.
     blocks = [
         (block_name(number, first), number, first, min(first + ROWS_PER_GROUP, shard.num_rows))
         for number, shard in enumerate(prepared.shards)
         for first in range(0, shard.num_rows, ROWS_PER_GROUP)
     ]
-    there = list_sizes(entry)
-    write_blocks([block for block in blocks if f"{block[0]}.json" not in there], entry, settings)
+    existing = list_sizes(entry)
+    _write_blocks([block for block in blocks if f"{block[0]}.json" not in existing], entry, settings)
     num_images = write_index(entry, [name for name, *_ in blocks])
-    noted = vars(key) | {"num_images": num_images, "num_bytes": sum(list_sizes(entry).values())}
-    write_file(f"{entry}/{MANIFEST}", json.dumps(noted, indent=1).encode())
+    summary = vars(key) | {"num_images": num_images, "num_bytes": sum(list_sizes(entry).values())}
+    write_stored(f"{entry}/{MANIFEST}", json.dumps(summary, indent=1).encode())
     return entry
 
 
-def write_blocks(blocks: list[tuple[str, int, int, int]], entry: str, settings: StreamSettings) -> None:
-    """Compute and write the blocks, each as in BLOCK."""
+def _write_blocks(blocks: list[tuple[str, int, int, int]], entry: str, settings: StreamSettings) -> None:
+    """Compute and write the blocks, given as tuples of ``_BLOCK``."""
     if not blocks:
         return
-    dataset = ray.data.from_arrow([pa.Table.from_pylist([dict(zip(BLOCK, block, strict=True))]) for block in blocks])
-    dataset.context.target_max_block_size = None  # a block is a file: never cut one
+    dataset = ray.data.from_arrow([pa.Table.from_pylist([dict(zip(_BLOCK, block, strict=True))]) for block in blocks])
+    dataset.context.target_max_block_size = None  # a block becomes one file: never split it
     dataset.context.enable_progress_bars = False
     dataset = dataset.map_batches(
-        decode_block,
+        _decode_block,
         batch_size=None,
         batch_format="pyarrow",
         fn_kwargs={"settings": settings},
@@ -101,20 +103,20 @@ def write_blocks(blocks: list[tuple[str, int, int, int]], entry: str, settings: 
         pass
 
 
-def decode_block(table: pa.Table, settings: StreamSettings) -> pa.Table:
-    """Return one row: the block's name, the pixels of its different images, and whose they are."""
-    block, shard, first, end = (table[key][0].as_py() for key in BLOCK)
+def _decode_block(table: pa.Table, settings: StreamSettings) -> pa.Table:
+    """Return one row: the block's name, the pixels of its distinct images, and the records' images that use each."""
+    block, shard, first, end = (table[key][0].as_py() for key in _BLOCK)
     name, rows = settings.shard_names[shard], list(range(first, end))
     columns = ["id", "images", "widths", "heights"]
     pixels: dict[bytes, bytes] = {}
     users: list[tuple[int, bytes]] = []
-    for row, record in zip(rows, read_rows(settings.prepared_path, name, rows, columns).to_pylist(), strict=True):
+    for row, record in zip(rows, read_shard_rows(settings.prepared_path, name, rows, columns).to_pylist(), strict=True):
         sizes = zip(record["widths"], record["heights"], strict=True)
         for number, (image, size) in enumerate(zip(record["images"], sizes, strict=True)):
             digest = hashlib.sha256(image).digest()
             if digest not in pixels:
-                pixels[digest] = decoded(image, size, record["id"], settings)
-            users.append((place_of(shard, row, number), digest))
+                pixels[digest] = decode_views(image, size, record["id"], settings)
+            users.append((location_key(shard, row, number), digest))
     order = {digest: position for position, digest in enumerate(pixels)}
     view = 3 * settings.image_spec.height * settings.image_spec.width
     return pa.table(
@@ -129,25 +131,26 @@ def decode_block(table: pa.Table, settings: StreamSettings) -> pa.Table:
 
 
 class FeatureWriter(FeatureActor):
-    """Turn a block's pixels into features and write them."""
+    """An actor that turns a block's pixels into features and writes them."""
 
     def __init__(self, settings: StreamSettings, entry: str) -> None:
-        """Load the tower once."""
+        """Load the tower, once per actor."""
         torch.set_num_threads(settings.vision_threads)
         super().__init__(settings)
         self.entry = entry
         self.view_bytes = settings.image_tokens.num_features * settings.mm_hidden_size * (2 if settings.bf16 else 4)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Write the features, then where each image's lie, which makes the block complete; return its name."""
+        """Write the features, then each image's offset, which completes the block; return the block's name."""
         for row in self.replace_pixels(table).to_pylist():
             lengths = np.asarray(row["views"], np.int64) * self.view_bytes
             offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
             assert int(offsets[-1]) == len(row["features"])
-            where: list[list[Any]] = [
+            locations: list[list[Any]] = [
                 [place, int(offsets[image]), int(lengths[image])]
                 for place, image in zip(row["places"], row["image"], strict=True)
             ]
-            write_file(f"{self.entry}/{row['block']}.bin", row["features"])
-            write_file(f"{self.entry}/{row['block']}.json", json.dumps(where).encode())
+            # The offsets last: a block without its .json file is computed again after an interruption.
+            write_stored(f"{self.entry}/{row['block']}.bin", row["features"])
+            write_stored(f"{self.entry}/{row['block']}.json", json.dumps(locations).encode())
         return table.select(["block"])

@@ -1,7 +1,7 @@
-"""JSON and JSON lines files, plain or gzipped, in UTF-8 or with a mark of another encoding: split into their records.
+"""Splitting of JSON and JSON lines files, plain or gzipped, in UTF-8 or with another byte order mark, into records.
 
-Only split: what is wrong with one record (bytes that are no text, too many lists in each other) is said when it is
-read, so that the others are learnt from.
+Records are not validated here: a fault of one (bytes that are not text, deep nesting) is reported when that record is
+parsed, so that the others can be used.
 """
 
 import gzip
@@ -20,47 +20,47 @@ from llava_ray.images.reading import open_filesystem
 from llava_ray.reading import reason, shown
 
 JSON_WINDOW = 1 << 24  # characters
-JSON_GAP = re.compile(r"[\s,]*")
+_JSON_GAP = re.compile(r"[\s,]*")
 MAX_RECORD = 1 << 28  # characters of one record
-LINES_AHEAD = 200  # of a record that is written over several lines
+_LINES_AHEAD = 200  # searched for the end of a record that spans several lines
 
-GZIP = b"\x1f\x8b"
-MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+_GZIP = b"\x1f\x8b"
+_MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
-MAX_ID = 500  # characters
-SURROGATES = re.compile("[\ud800-\udfff]")
-NO_TEXT = re.compile("[\udc80-\udcff\0]")  # bytes that are not UTF-8 become these
+_MAX_ID = 500  # characters
+_SURROGATES = re.compile("[\ud800-\udfff]")
+_NO_TEXT = re.compile("[\udc80-\udcff\0]")  # bytes that are not UTF-8 are decoded to these
 
 
-def read_json(path: str) -> Iterator[tuple[int, bytes, str | None]]:
-    """Yield row (from 0), JSON text and id of each record of a LLaVA JSON file, holding one window of it at a time.
+def read_json_records(path: str) -> Iterator[tuple[int, bytes, str | None]]:
+    """Yield row (from 0), JSON text and id of each record of a LLaVA JSON file, with one window of it in memory.
 
-    Raises DataError where the text is no JSON: where the next record begins is then anybody's guess.
+    Raises DataError where the text is not JSON: the start of the next record is then unknown.
     """
-    with open_text(path) as stream:
+    with _open_text(path) as stream:
         for row, (text, value) in enumerate(split_json(stream, path)):
-            yield row, as_bytes(text), own_id(value)
+            yield row, _as_bytes(text), _own_id(value)
 
 
 def read_jsonl(path: str) -> Iterator[tuple[int, bytes, str | None]]:
-    """Yield line number (from 1), text and id of each line that is not empty; a line may hold no valid JSON.
+    """Yield line number (from 1), text and id of each line that is not empty; a line may be invalid JSON.
 
-    Raises DataError for JSON that is written over several lines, or as one list.
+    Raises DataError for JSON that spans several lines, or is one list.
     """
-    with open_text(path) as stream:
+    with _open_text(path) as stream:
         lines = iter(lambda: stream.readline(MAX_RECORD + 1), "")
-        ahead = list(islice(lines, LINES_AHEAD))
-        check_first_line(path, ahead)
+        ahead = list(islice(lines, _LINES_AHEAD))
+        _check_first_line(path, ahead)
         for number, line in enumerate(chain(ahead, lines), start=1):
             if len(line) > MAX_RECORD:
                 raise DataError(f"{path}: line {number} has more than {MAX_RECORD:,} characters; is it JSON lines?")
             stripped = line.strip()
             if stripped:
-                yield number, as_bytes(stripped), own_id(parsed_line(stripped))
+                yield number, _as_bytes(stripped), _own_id(_parsed_line(stripped))
 
 
-def parsed_line(line: str) -> Any:
-    """Return what a line says, None for one that is no JSON: it is rejected with its number."""
+def _parsed_line(line: str) -> Any:
+    """Parse a line; None for invalid JSON, which is rejected later with its line number."""
     try:
         value, end = find_value(line, 0)
     except json.JSONDecodeError:
@@ -68,13 +68,13 @@ def parsed_line(line: str) -> Any:
     return value if end == len(line) else None
 
 
-def check_first_line(path: str, lines: Sequence[str]) -> None:
-    """Raise DataError for a file whose first record goes on behind its line, or that is a list."""
+def _check_first_line(path: str, lines: Sequence[str]) -> None:
+    """Raise DataError for a file whose first record spans several lines, or that is a list."""
     start = next((number for number, line in enumerate(lines) if line.strip()), len(lines))
     first = lines[start].strip() if start < len(lines) else "{}"
     if first.startswith("[") and _is_all(first, lines[start + 1 :]):
         what = f"begins with a JSON list ({first[:30]!r})"
-    elif parsed_line(first) is None and starts_value("".join(lines[start:]).lstrip()):
+    elif _parsed_line(first) is None and _starts_value("".join(lines[start:]).lstrip()):
         what = f"its first record is written over several lines (the first is {first[:30]!r})"
     else:
         return
@@ -82,22 +82,22 @@ def check_first_line(path: str, lines: Sequence[str]) -> None:
 
 
 def _is_all(first: str, others: Sequence[str]) -> bool:
-    """Tell whether a list is all of a file, or goes on in its other lines; otherwise it is one record that is none."""
+    """Return whether a list on the first line is the whole file or continues below; else it is one bad record."""
     following = next((line.strip() for line in others if line.strip()), None)
     if following is None:
         return True
-    if parsed_line(first) is not None:
+    if _parsed_line(first) is not None:
         return False
-    return starts_value("\n".join([first, *others])) or not isinstance(parsed_line(following), dict)
+    return _starts_value("\n".join([first, *others])) or not isinstance(_parsed_line(following), dict)
 
 
-def starts_value(text: str) -> bool:
-    """Tell whether a text begins with an object or list of several lines."""
+def _starts_value(text: str) -> bool:
+    """Return whether a text begins with an object or list that spans several lines."""
     try:
         value, end = find_value(text, 0)
     except json.JSONDecodeError as error:
-        # So many lines that belong together are no line that is damaged.
-        return text.count("\n") + 1 >= LINES_AHEAD and error.pos >= text.rstrip().rfind("\n")
+        # So many lines of one value are not a single damaged line.
+        return text.count("\n") + 1 >= _LINES_AHEAD and error.pos >= text.rstrip().rfind("\n")
     return isinstance(value, dict | list) and "\n" in text[:end]
 
 
@@ -105,26 +105,26 @@ def split_json(stream: TextIO, name: str) -> Iterator[tuple[str, Any]]:
     """Yield text and value of each element of a JSON list, or of values that follow one another."""
     consumed = 0
     window = stream.read(JSON_WINDOW)
-    position = after_gap(window, 0)
+    position = _after_gap(window, 0)
     in_list = window[position : position + 1] == "["
     position += in_list
     while True:
-        position = after_gap(window, position)
+        position = _after_gap(window, position)
         if in_list and window[position : position + 1] == "]":
-            check_end(window, position + 1, stream, name)
+            _check_end(window, position + 1, stream, name)
             return
         try:
             value, end = find_value(window, position)
             if end == len(window) and isinstance(value, int | float) and (more := stream.read(JSON_WINDOW)):
-                window += more  # a number may go on
+                window += more  # a number may continue beyond the window
                 continue
         except json.JSONDecodeError as error:
-            # Perhaps only cut off by the window: reading as much again keeps the total work linear.
+            # Possibly just cut off by the window: doubling it keeps the total work linear.
             more = stream.read(max(JSON_WINDOW, len(window)))
             if not more and not in_list and position == len(window):
                 return
             if not more or len(window) - position > MAX_RECORD:
-                raise not_json(name, window, consumed, error) from error
+                raise _not_json(name, window, consumed, error) from error
             consumed += position
             window, position = window[position:] + more, 0
             continue
@@ -132,25 +132,25 @@ def split_json(stream: TextIO, name: str) -> Iterator[tuple[str, Any]]:
         position = end
 
 
-def check_end(window: str, position: int, stream: TextIO, name: str) -> None:
+def _check_end(window: str, position: int, stream: TextIO, name: str) -> None:
     """Raise DataError if anything but white space follows a list."""
     while window:
         rest = window[position:].strip()
         if rest:
             raise DataError(
-                f"{name}: more follows the end of its list ({rest[:30]!r}); expected one list of records. Join the "
-                "lists, or save a record a line (.jsonl)"
+                f"{name}: more text follows the end of its list ({rest[:30]!r}); expected one list of records. Join "
+                "the lists, or save a record a line (.jsonl)"
             )
         window, position = stream.read(JSON_WINDOW), 0
 
 
-def not_json(name: str, window: str, consumed: int, error: json.JSONDecodeError) -> DataError:
-    """Say where a file stops being JSON, and why that may be."""
+def _not_json(name: str, window: str, consumed: int, error: json.JSONDecodeError) -> DataError:
+    """Build the error that says where a file stops being JSON, and the likely reason."""
     if len(window) > MAX_RECORD:
         return DataError(
             f"{name}: its records are more than {MAX_RECORD:,} characters long; expected a list of records"
         )
-    if NO_TEXT.match(window, error.pos):
+    if _NO_TEXT.match(window, error.pos):
         return DataError(f"{name}: not UTF-8 at character {consumed + error.pos:,}; save it as UTF-8")
     return DataError(
         f"{name}: not JSON at character {consumed + error.pos:,} ({error.msg}, at "
@@ -160,51 +160,51 @@ def not_json(name: str, window: str, consumed: int, error: json.JSONDecodeError)
 
 
 @contextmanager
-def open_text(path: str) -> Iterator[TextIO]:
-    """Open a file as text; bytes that are none become half surrogate pairs. Raises DataError."""
+def _open_text(path: str) -> Iterator[TextIO]:
+    """Open a file as text; invalid bytes become lone surrogates. Raises DataError."""
     filesystem, place = open_filesystem(path)
     try:
         with filesystem.open(place, "rb") as raw:
             buffered = io.BufferedReader(raw) if not hasattr(raw, "peek") else raw
-            stream: Any = gzip.GzipFile(fileobj=buffered) if buffered.peek(2)[:2] == GZIP else buffered
+            stream: Any = gzip.GzipFile(fileobj=buffered) if buffered.peek(2)[:2] == _GZIP else buffered
             head = stream.peek(4)[:4]
-            encoding = next((name for mark, name in MARKS.items() if head.startswith(mark)), "utf-8-sig")
+            encoding = next((name for mark, name in _MARKS.items() if head.startswith(mark)), "utf-8-sig")
             errors = "surrogateescape" if encoding == "utf-8-sig" else "surrogatepass"
             yield io.TextIOWrapper(stream, encoding=encoding, errors=errors)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: the gzip file is damaged ({reason(error)}); fetch it again") from error
     except UnicodeError as error:
         raise DataError(
-            f"{path}: not the text that its first bytes promise ({reason(error)}); save it as UTF-8"
+            f"{path}: not text in the encoding of its byte order mark ({reason(error)}); save it as UTF-8"
         ) from error
     except OSError as error:
         raise DataError(f"{path} cannot be read ({reason(error)}); check the file and who may read it") from error
 
 
-def as_bytes(text: str) -> bytes:
-    """Return the bytes that a text was read from; from UTF-16 those in UTF-8, half surrogate pairs as what is none."""
+def _as_bytes(text: str) -> bytes:
+    """Encode a text as UTF-8 again; lone surrogates become the invalid bytes that they were read from."""
     try:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
         return text.encode("utf-8", "surrogatepass")
 
 
-def after_gap(window: str, position: int) -> int:
-    """Return where the next value begins."""
-    gap = JSON_GAP.match(window, position)
+def _after_gap(window: str, position: int) -> int:
+    """Return the position of the next value."""
+    gap = _JSON_GAP.match(window, position)
     return gap.end() if gap else position
 
 
-def own_id(value: object) -> str | None:
-    """Return a record's own id as a text that can be written anywhere, None where it has none."""
+def _own_id(value: object) -> str | None:
+    """Return a record's own id as printable text, None where it has none."""
     own = value.get("id") if isinstance(value, dict) else None
     return None if own is None else clean_id(own)
 
 
 def clean_id(own: object) -> str:
-    """Return an id as a text that can be written anywhere."""
+    """Return an id as text that any file or terminal accepts."""
     text = own if isinstance(own, str) else str(own) if isinstance(own, bool | float) else None
     if text is None:
-        text = str(own) if isinstance(own, int) and own.bit_length() < 4 * MAX_ID else shown(own)
-    text = SURROGATES.sub(lambda half: f"\\u{ord(half[0]):04x}", text).replace("\0", "\\0")
-    return text if len(text) <= MAX_ID else text[:MAX_ID] + "…"
+        text = str(own) if isinstance(own, int) and own.bit_length() < 4 * _MAX_ID else shown(own)
+    text = _SURROGATES.sub(lambda half: f"\\u{ord(half[0]):04x}", text).replace("\0", "\\0")
+    return text if len(text) <= _MAX_ID else text[:_MAX_ID] + "…"

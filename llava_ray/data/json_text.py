@@ -1,4 +1,4 @@
-"""JSON of which anybody may have written a piece: parsed within bounds, its records found even where they cannot be."""
+"""Bounded parsing of untrusted JSON, and a search for the end of values that are too deeply nested to parse."""
 
 import json
 import re
@@ -7,17 +7,17 @@ from typing import Any
 from llava_ray.errors import RecordError
 from llava_ray.reading import reason
 
-MAX_DIGITS = 4000  # Python itself refuses to read longer numbers
-STRUCTURE = re.compile(r'"(?:[^"\\]|\\.)*+"|"|[\[\]{}]', re.DOTALL)  # whole strings, one that is cut off, brackets
+_MAX_DIGITS = 4000  # Python itself refuses to parse longer numbers
+_STRUCTURE = re.compile(r'"(?:[^"\\]|\\.)*+"|"|[\[\]{}]', re.DOTALL)  # whole strings, an unterminated one, brackets
 
 
 def _bounded_int(digits: str) -> Any:
-    return int(digits) if len(digits) <= MAX_DIGITS else digits
+    return int(digits) if len(digits) <= _MAX_DIGITS else digits
 
 
 def _refused_int(digits: str) -> Any:
-    if len(digits) > MAX_DIGITS:
-        raise RecordError(f"a number of {len(digits):,} digits; mend it", reason="malformed")
+    if len(digits) > _MAX_DIGITS:
+        raise RecordError(f"a number of {len(digits):,} digits; fix it", reason="malformed")
     return int(digits)
 
 
@@ -26,28 +26,28 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise RecordError(f"the key {twice[:60]!r} stands there twice; expected it once", reason="malformed")
+        raise RecordError(f"the key {twice[:60]!r} occurs twice; expected it once", reason="malformed")
     return values
 
 
-SPLITTER = json.JSONDecoder(parse_int=_bounded_int)
-PARSER = json.JSONDecoder(parse_int=_refused_int, object_pairs_hook=_unique)
+_SPLITTER = json.JSONDecoder(parse_int=_bounded_int)
+_PARSER = json.JSONDecoder(parse_int=_refused_int, object_pairs_hook=_unique)
 
 
 def find_value(text: str, position: int) -> tuple[Any, int]:
-    """Return the value that begins at ``position`` and where it ends; None for one that is nested too deeply.
+    """Return the value that begins at ``position`` and its end; the value is None if nested too deeply.
 
-    Raises json.JSONDecodeError for what is no JSON, or not all of it.
+    Raises json.JSONDecodeError for invalid or incomplete JSON.
     """
     try:
-        return SPLITTER.raw_decode(text, position)
+        return _SPLITTER.raw_decode(text, position)
     except RecursionError:
         return None, _end_of(text, position)
 
 
 def _end_of(text: str, position: int) -> int:
     depth, place = 0, position
-    for match in STRUCTURE.finditer(text, position):
+    for match in _STRUCTURE.finditer(text, position):
         if match[0] in "[{":
             depth += 1
         elif match[0] in "]}":
@@ -61,7 +61,7 @@ def _end_of(text: str, position: int) -> int:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return what one record's text says. Raises RecordError ("malformed")."""
+    """Parse one record's text. Raises RecordError ("malformed")."""
     try:
         decoded = text.decode() if isinstance(text, bytes) else text
     except UnicodeDecodeError as error:
@@ -70,9 +70,9 @@ def parse_json(text: str | bytes) -> Any:
             reason="malformed",
         ) from error
     try:
-        return PARSER.decode(decoded)
+        return _PARSER.decode(decoded)
     except RecursionError as error:
-        raise RecordError("too many lists or objects in each other; mend it", reason="malformed") from error
+        raise RecordError("too many nested lists or objects; fix it", reason="malformed") from error
     except ValueError as error:
         if isinstance(error, RecordError):
             raise

@@ -1,14 +1,13 @@
-"""How many tokens each example has: measured once with Ray, kept beside the shards.
+"""The number of tokens of each example: computed once with Ray, and stored beside the shards.
 
-The file is keyed by everything that decides the lengths (shards, tokenizer, template, tokens an image takes, limit),
-so a second run with the same settings starts at once.
+The file is keyed by everything that decides the lengths (shards, tokenizer, template, tokens of an image, limit), so a
+second run with the same settings starts at once.
 """
 
 import hashlib
 import json
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -18,19 +17,15 @@ import ray
 from tqdm import tqdm
 
 from llava_ray.chat.conversation import Turn
-from llava_ray.config.sections import DataConfig, TrainConfig
-from llava_ray.data.examples import Encoder, encode_record
-from llava_ray.data.shards import PreparedData, read_rows
+from llava_ray.data.encoder_settings import EncoderSettings, load_encoder
+from llava_ray.data.examples import encode_record
+from llava_ray.data.shards import PreparedData, read_shard_rows
 from llava_ray.errors import DataError, RecordError
-from llava_ray.images.tokens import ImageTokens
 from llava_ray.log_file import terminal
 from llava_ray.placement import in_pool
 
-if TYPE_CHECKING:
-    from llava_ray.model.blueprint import Blueprint
-
-FORMAT_VERSION = 3  # 3: control tokens that messages spell out are text
-SAMPLES_WITHOUT_RAY = 10_000
+_FORMAT_VERSION = 3  # 3: control tokens in messages are encoded as text
+_SAMPLES_WITHOUT_RAY = 10_000
 
 SCHEMA = pa.schema(
     {
@@ -47,51 +42,8 @@ SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
-class EncoderSettings:
-    """What an Encoder is made from, small enough to send to every task: the tokenizer is all that it has to load."""
-
-    model_name_or_path: str
-    version: str
-    image_tokens: ImageTokens
-    mm_use_im_start_end: bool
-    mm_use_im_patch_token: bool
-    model_max_length: int
-    on_too_long: Any
-
-    @classmethod
-    def of(cls, blueprint: "Blueprint", data: DataConfig, train: TrainConfig) -> "EncoderSettings":
-        """Pick them from a model and a run's sections."""
-        config = blueprint.config
-        return cls(
-            blueprint.tokenizer_source.name,
-            config.version,
-            blueprint.image_tokens,
-            config.mm_use_im_start_end,
-            config.mm_use_im_patch_token,
-            train.model_max_length,
-            data.on_too_long,
-        )
-
-
-@lru_cache(maxsize=2)
-def load_encoder(settings: EncoderSettings) -> Encoder:
-    """Load the tokenizer once a process."""
-    from llava_ray.model.sources import find_source  # torch and transformers
-    from llava_ray.model.vocabulary import load_text_side
-
-    source = find_source(settings.model_name_or_path, "language model", weights=False)
-    tokenizer, _, template = load_text_side(
-        source.folder,
-        settings.version,
-        start_end=settings.mm_use_im_start_end,
-        patch=settings.mm_use_im_patch_token,
-    )
-    return Encoder(tokenizer, template, settings.image_tokens, settings.model_max_length, settings.on_too_long)
-
-
-@dataclass(frozen=True)
 class TokenLengths:
-    """One row per example (see SCHEMA), in shard order, and what could not become an example."""
+    """One row per example (see SCHEMA), in shard order, and the rejected records."""
 
     table: pa.Table
     num_rejected: int
@@ -103,24 +55,25 @@ class TokenLengths:
 
     @property
     def num_truncated(self) -> int:
-        """Count the examples that were cut."""
+        """Count the truncated examples."""
         return int(self.column("truncated").sum())
 
 
 def measure_lengths(prepared: PreparedData, settings: EncoderSettings, max_rejected: float) -> TokenLengths:
-    """Return the lengths of every example of ``prepared``, from the file where there is one.
+    """Return the lengths of every example of ``prepared``, from the file if it exists.
 
-    Raises DataError when more than ``max_rejected`` of the rows are lost here and in preparation together.
+    Raises DataError when more than ``max_rejected`` of the rows are rejected here and in preparation together.
     """
-    folder = f"{prepared.path}/tokens-{lengths_key(prepared, settings)}"
+    folder = f"{prepared.path}/tokens-{_lengths_key(prepared, settings)}"
     files, root = fsspec.core.url_to_fs(folder)
     path = f"{root}/lengths.parquet"
     if not files.exists(path):
         files.makedirs(root, exist_ok=True)
-        tables, rejected = measure_shards(prepared, settings)
+        tables, rejected = _measure_shards(prepared, settings)
         with files.open(f"{root}/rejected.jsonl", "w") as stream:
             stream.writelines(json.dumps(row) + "\n" for row in rejected)
-        refuse_too_many(prepared, rejected, max_rejected, f"{folder}/rejected.jsonl")
+        _check_rejected_share(prepared, rejected, max_rejected, f"{folder}/rejected.jsonl")
+        # Renamed when complete: the existence of the file means that every length is in it.
         with files.open(f"{path}.part", "wb") as stream:
             pq.write_table(pa.concat_tables(tables).replace_schema_metadata({"rejected": str(len(rejected))}), stream)
         files.mv(f"{path}.part", path)
@@ -129,22 +82,25 @@ def measure_lengths(prepared: PreparedData, settings: EncoderSettings, max_rejec
     return TokenLengths(table, int(table.schema.metadata[b"rejected"]), folder)
 
 
-def measure_shards(prepared: PreparedData, settings: EncoderSettings) -> tuple[list[pa.Table], list[dict[str, str]]]:
-    """Tokenise all shards, a Ray task each; a few thousand samples are done here before a task could start."""
+def _measure_shards(prepared: PreparedData, settings: EncoderSettings) -> tuple[list[pa.Table], list[dict[str, str]]]:
+    """Tokenise all shards, a Ray task each; a few thousand samples are faster in this process than a task starts."""
     shards = [(prepared.path, shard.name, index, settings) for index, shard in enumerate(prepared.shards)]
-    if prepared.num_samples <= SAMPLES_WITHOUT_RAY:
-        results = [measure_shard(*shard) for shard in shards]
+    # Below this, starting worker processes takes longer than tokenising here.
+    if prepared.num_samples <= _SAMPLES_WITHOUT_RAY:
+        results = [_measure_shard(*shard) for shard in shards]
     else:
-        measure = ray.remote(measure_shard).options(**in_pool("decode"))
+        measure = ray.remote(_measure_shard).options(**in_pool("decode"))
         pending = [measure.remote(*shard) for shard in shards]
         results = [ray.get(task) for task in tqdm(pending, desc="token lengths", unit="shard", file=terminal())]
     return [table for table, _ in results], [row for _, rows in results for row in rows]
 
 
-def measure_shard(path: str, name: str, index: int, settings: EncoderSettings) -> tuple[pa.Table, list[dict[str, str]]]:
-    """Return the example rows of one shard, and the rows that cannot be learnt from with their reasons."""
+def _measure_shard(
+    path: str, name: str, index: int, settings: EncoderSettings
+) -> tuple[pa.Table, list[dict[str, str]]]:
+    """Return the example rows of one shard, and the rejected rows with their reasons."""
     encoder = load_encoder(settings)
-    shard = read_rows(path, name, None, columns=["id", "turns", "widths", "heights", "source"]).to_pylist()
+    shard = read_shard_rows(path, name, None, columns=["id", "turns", "widths", "heights", "source"]).to_pylist()
     rows: list[tuple[Any, ...]] = []
     rejected: list[dict[str, str]] = []
     for number, record in enumerate(shard):
@@ -165,24 +121,26 @@ def measure_shard(path: str, name: str, index: int, settings: EncoderSettings) -
     return pa.table(columns, schema=SCHEMA), rejected
 
 
-def refuse_too_many(prepared: PreparedData, rejected: list[dict[str, str]], max_rejected: float, path: str) -> None:
-    """Raise DataError past the limit, with counts and first examples."""
+def _check_rejected_share(
+    prepared: PreparedData, rejected: list[dict[str, str]], max_rejected: float, path: str
+) -> None:
+    """Raise DataError for too many rejected rows, with counts and the first messages."""
     total = prepared.num_samples + prepared.num_rejected
     lost = len(rejected) + prepared.num_rejected
     if lost > max_rejected * total or lost == total:
         first = "; ".join(row["message"] for row in rejected[:3])
         raise DataError(
             f"{lost} of {total} rows are rejected, over data.max_rejected = {max_rejected:g}: {first}; "
-            f"all are in {path}; mend the data, or raise data.max_rejected"
+            f"all are in {path}; fix the data, or raise data.max_rejected"
         )
 
 
-def lengths_key(prepared: PreparedData, settings: EncoderSettings) -> str:
-    """Return 12 hex digits of all that decides token lengths."""
+def _lengths_key(prepared: PreparedData, settings: EncoderSettings) -> str:
+    """Return 12 hex digits of everything that decides token lengths."""
     encoder = load_encoder(settings)
     tokenizer = encoder.tokenizer
     parts = [
-        str(FORMAT_VERSION),
+        str(_FORMAT_VERSION),
         prepared.data_hash,
         tokenizer.backend_tokenizer.to_str(),
         str(tokenizer.chat_template),

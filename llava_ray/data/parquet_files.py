@@ -1,4 +1,4 @@
-"""Parquet tables read row group by row group; rows that are damaged are told as such, the others are read."""
+"""Reading of Parquet tables by row group; damaged rows are reported as faults, the others are read."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,19 +15,19 @@ from llava_ray.errors import DataError
 from llava_ray.images.reading import open_filesystem
 from llava_ray.reading import reason
 
-ROWS_AT_ONCE = 64
-# A file claims its own number of rows, and each is listed: beyond the first, so many for each of its bytes.
+_ROWS_AT_ONCE = 64
+# A file declares its own number of rows, and each is listed: bound it by the file's size.
 FREE_ROWS, ROWS_PER_BYTE = 1_000_000, 8
-# What Arrow raises on files that are damaged; an OSError may be the storage's.
-DAMAGE = (pa.ArrowException, OSError, ValueError, LookupError, TypeError, MemoryError, OverflowError, RuntimeError)
+# Raised by Arrow on damaged files; an OSError may also come from the storage.
+_DAMAGE = (pa.ArrowException, OSError, ValueError, LookupError, TypeError, MemoryError, OverflowError, RuntimeError)
 
 
 def parquet_layout(path: str) -> tuple[list[int], list[str | None]]:
-    """Return the number of rows of each row group, and every row's own id, None where it cannot be read.
+    """Return the number of rows of each row group, and every row's own id (None where it cannot be read).
 
-    Raises DataError for a file that is no Parquet table or holds no conversations.
+    Raises DataError for a file that is not a Parquet table or has no conversations.
     """
-    with open_parquet(path) as (file, num_bytes):
+    with _open_parquet(path) as (file, num_bytes):
         names = file.schema_arrow.names
         if not set(CONVERSATION_KEYS) & set(names):
             raise DataError(
@@ -47,14 +47,16 @@ def _ids_of(file: pq.ParquetFile, group: int, count: int) -> list[str | None]:
     try:
         column = file.read_row_group(group, columns=["id"], use_threads=False)["id"]
         ids = [None if value is None else clean_id(value) for value in column.to_pylist()]
-    except DAMAGE:
+    except _DAMAGE:
         return [None] * count
     return ids if len(ids) == count else [None] * count
 
 
-def read_parquet(path: str, row_groups: Sequence[int]) -> Iterator[tuple[dict[str, Any] | Fault, tuple[str, ...]]]:
-    """Yield the rows of some row groups, columns by name, or why one cannot be read; with the columns left unread."""
-    with open_parquet(path) as (file, _):
+def read_parquet_records(
+    path: str, row_groups: Sequence[int]
+) -> Iterator[tuple[dict[str, Any] | Fault, tuple[str, ...]]]:
+    """Yield the rows of some row groups (columns by name, or a Fault), each with the names of the unread columns."""
+    with _open_parquet(path) as (file, _):
         schema = file.schema_arrow
         wanted = [field.name for field in schema if is_read(field.name) or _may_say_more(field)]
         unread = tuple(name for name in schema.names if name not in wanted)
@@ -73,12 +75,12 @@ def read_parquet(path: str, row_groups: Sequence[int]) -> Iterator[tuple[dict[st
 
 
 def _may_say_more(field: pa.Field) -> bool:
-    """Tell whether a column's values may have to be refused, whatever it is called."""
+    """Return whether a column's values may need to be rejected, whatever its name."""
     return field.name not in ORIGINS and _may_hold_medium(field.type)
 
 
 def _may_hold_medium(kind: pa.DataType) -> bool:
-    """Tell whether a column of this type may hold bytes or texts: what they say has to be looked at, as of JSON."""
+    """Return whether a column of this type may hold bytes or texts, which are checked for media as in JSON."""
     if isinstance(kind, pa.BaseExtensionType):
         return _may_hold_medium(kind.storage_type)
     if isinstance(kind, pa.DictionaryType):
@@ -89,11 +91,11 @@ def _may_hold_medium(kind: pa.DataType) -> bool:
 
 
 def _rows_of(file: pq.ParquetFile, group: int, columns: list[str]) -> Iterator[dict[str, Any] | Fault]:
-    batches = file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False)
+    batches = file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False)
     while True:
         try:
             batch = next(batches, None)
-        except DAMAGE as error:
+        except _DAMAGE as error:
             yield Fault(
                 f"row group {group} of the table is damaged ({reason(error)}); fetch the file again", of_group=True
             )
@@ -102,7 +104,7 @@ def _rows_of(file: pq.ParquetFile, group: int, columns: list[str]) -> Iterator[d
             return
         try:
             rows: list[dict[str, Any] | Fault] = batch.to_pylist()
-        except DAMAGE:
+        except _DAMAGE:
             rows = [_row_of(batch, index) for index in range(batch.num_rows)]
         yield from rows
 
@@ -110,15 +112,15 @@ def _rows_of(file: pq.ParquetFile, group: int, columns: list[str]) -> Iterator[d
 def _row_of(batch: pa.RecordBatch, index: int) -> dict[str, Any] | Fault:
     try:
         [row] = batch.slice(index, 1).to_pylist()
-    except DAMAGE as error:
-        return Fault(f"a value of the table cannot be read ({reason(error)}); mend it, or fetch the file again")
+    except _DAMAGE as error:
+        return Fault(f"a value of the table cannot be read ({reason(error)}); fix it, or fetch the file again")
     values: dict[str, Any] = row
     return values
 
 
 @contextmanager
-def open_parquet(path: str) -> Iterator[tuple[pq.ParquetFile, int]]:
-    """Open a table and tell its size in bytes. Raises DataError."""
+def _open_parquet(path: str) -> Iterator[tuple[pq.ParquetFile, int]]:
+    """Open a table; yield it with its size in bytes. Raises DataError."""
     filesystem, place = open_filesystem(path)
     try:
         num_bytes = int(filesystem.size(place) or 0)
@@ -126,7 +128,7 @@ def open_parquet(path: str) -> Iterator[tuple[pq.ParquetFile, int]]:
             yield file, num_bytes
     except FileNotFoundError as error:
         raise DataError(f"{path} is gone; copy it back and start again") from error
-    except DAMAGE as error:
+    except _DAMAGE as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: not a whole Parquet file ({reason(error)}); fetch it again") from error

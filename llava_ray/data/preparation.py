@@ -1,7 +1,7 @@
-"""Raw records made into a prepared folder, once: tasks of Ray Data check, count and write, each a chunk of records.
+"""Preparation of raw records: Ray Data tasks check and write chunks of records to a prepared folder, once.
 
-Everything has a name that follows from the content of the data: a task that runs twice overwrites its own shards, an
-interrupted preparation goes on where it stopped, and two at the same time write the same bytes.
+Every name derives from the content of the data: a task that runs twice overwrites its own shards, an interrupted
+preparation resumes where it stopped, and two concurrent ones write the same bytes.
 """
 
 import hashlib
@@ -18,43 +18,43 @@ import ray.data
 from tqdm import tqdm
 
 from llava_ray.config.sections import DataConfig
-from llava_ray.data.chunks import Chunk, fingerprint, make_chunks
+from llava_ray.data.chunks import RecordChunk, fingerprint_data, make_chunks
 from llava_ray.data.record_keys import describe_ignored
 from llava_ray.data.records import RawRecord, Record, find_files
 from llava_ray.data.shards import (
-    FORMAT_VERSION,
     REJECTED,
+    SHARDS_VERSION,
     PreparedData,
     ShardInfo,
     ShardWriter,
     is_prepared,
     open_prepared,
-    write_manifest,
+    write_shards_manifest,
 )
-from llava_ray.data.storage import absolute, file_size, read_file, way_from, write_file
+from llava_ray.data.storage import absolute, file_size, read_stored, relative_path, write_stored
 from llava_ray.data.validation import check_images, fetch_images, read_record
 from llava_ray.errors import ConfigError, DataError, RecordError
 from llava_ray.log_file import terminal
 from llava_ray.placement import in_pool
 
-# Counted up with each change of what a record means, so that data prepared before is read again.
+# Incremented with each change of how a record is read, so that data prepared before is prepared again.
 # 2: media, tools, weights and system texts are obeyed or refused; 3: also flags that are false, second images, lists
-READER_VERSION = 3
-MAX_KEYS = 1000  # ignored ones that are counted by name
+_READER_VERSION = 3
+_MAX_KEYS = 1000  # ignored keys that are counted by name
 
 logger = logging.getLogger(__name__)
 
-# Records whose images are fetched ahead of the one that is checked: hides the latency of remote storage.
-NUM_FETCHING = 16
-NUM_AHEAD = 64
+# Records whose images are fetched ahead of the one being checked: hides the latency of remote storage.
+_NUM_FETCHING = 16
+_NUM_AHEAD = 64
 
-# Examples that a complaint about too many rejected rows shows.
-NUM_SHOWN = 3
+# Messages quoted in the error about too many rejected records.
+_NUM_SHOWN = 3
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What a task needs to know besides its records."""
+    """The settings of a task besides its records."""
 
     folder: str
     image_folder: str
@@ -65,7 +65,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class ChunkResult:
-    """What became of one chunk."""
+    """The result of one chunk: its shards and rejected records."""
 
     shards: tuple[ShardInfo, ...]
     rejected: tuple[dict[str, str], ...]
@@ -73,25 +73,25 @@ class ChunkResult:
     ignored_keys: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """Return text that `from_json` reads."""
+        """Convert to text for `from_json`."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "ChunkResult":
-        """Read what `to_json` wrote."""
+        """Build a result from the text of `to_json`."""
         values = json.loads(text)
         shards = tuple(ShardInfo(**shard) for shard in values["shards"])
         return cls(shards, tuple(values["rejected"]), values["ignored_keys"])
 
 
 def prepare_data(config: DataConfig, *, show_progress: bool = True) -> PreparedData:
-    """Return ``config.data_path`` as a prepared folder: opened if it is one, otherwise made in ``config.cache_dir``.
+    """Prepare ``config.data_path`` in ``config.cache_dir`` and return the folder; open it if it is prepared already.
 
-    The folder's name is a hash of the records and of every setting that changes the shards, so it is made once.
+    The folder's name is a hash of the records and of every setting that changes the shards, so it is written once.
     Image files are not part of the hash: after replacing some, delete the folder. Needs a running Ray.
 
     Raises DataError when more than ``config.max_rejected`` of the records are rejected (the good shards stay and are
-    reused), when nothing is left, or when data cannot be found or written.
+    reused), when none is left, or when data cannot be found or written.
     """
     if is_prepared(config.data_path):
         prepared = open_prepared(config.data_path)
@@ -102,12 +102,12 @@ def prepare_data(config: DataConfig, *, show_progress: bool = True) -> PreparedD
             )
     else:
         prepared = _prepare_raw(config, show_progress)
-    _refuse_lost(prepared.path, prepared.num_samples, prepared.rejected_reasons, config.max_rejected)
+    _check_lost_share(prepared.path, prepared.num_samples, prepared.rejected_reasons, config.max_rejected)
     return prepared
 
 
 def check_source(data_path: str) -> None:
-    """Raise DataError where nothing is there that could be prepared, or what was prepared is not whole."""
+    """Raise DataError where there is no data to prepare, or a prepared folder is incomplete."""
     if is_prepared(data_path):
         open_prepared(data_path)
     else:
@@ -118,11 +118,11 @@ def _prepare_raw(config: DataConfig, show_progress: bool) -> PreparedData:
     kind, files = find_files(absolute(config.data_path))
     image_folder = absolute(config.image_folder or files[0].rpartition("/")[0])
     settings = {
-        "format_version": FORMAT_VERSION,
-        "reader_version": READER_VERSION,
-        "content": fingerprint(kind, files),
-        "mixed": config.shuffle_window > 0,
-        "image_folder": way_from(absolute(config.cache_dir), image_folder),
+        "format_version": SHARDS_VERSION,
+        "reader_version": _READER_VERSION,
+        "content": fingerprint_data(kind, files),
+        "mixed": config.shuffle_window > 0,  # a curriculum keeps the order of the file
+        "image_folder": relative_path(absolute(config.cache_dir), image_folder),
         **config.model_dump(include={"max_image_pixels", "max_samples", "samples_per_shard", "shard_size_mb"}),
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
@@ -136,20 +136,20 @@ def _prepare_raw(config: DataConfig, show_progress: bool) -> PreparedData:
     results = _write_chunks(chunks, rules, show_progress)
     rejected = sorted((row for result in results for row in result.rejected), key=_place)
     reasons = Counter(row["reason"] for row in rejected)
-    write_file(f"{folder}/{REJECTED}", "".join(json.dumps(row) + "\n" for row in rejected).encode())
+    write_stored(f"{folder}/{REJECTED}", "".join(json.dumps(row) + "\n" for row in rejected).encode())
     shards = [shard for result in results for shard in result.shards]
-    _refuse_lost(folder, sum(shard.num_rows for shard in shards), reasons, config.max_rejected)
+    _check_lost_share(folder, sum(shard.num_rows for shard in shards), reasons, config.max_rejected)
     ignored = sum((Counter(result.ignored_keys) for result in results), Counter[str]())
     if ignored and show_progress:
         tqdm.write(describe_ignored(ignored))
-    write_manifest(
+    write_shards_manifest(
         folder,
         shards,
         reasons,
-        {"data_path": way_from(folder, absolute(config.data_path)), **settings},
-        dict(ignored.most_common(MAX_KEYS)),
+        {"data_path": relative_path(folder, absolute(config.data_path)), **settings},
+        dict(ignored.most_common(_MAX_KEYS)),
     )
-    return replace(open_prepared(folder), reused=False)  # opened, to see that all nodes wrote to the same storage
+    return replace(open_prepared(folder), reused=False)  # opening checks that all nodes wrote to the same storage
 
 
 def _open_finished(folder: str) -> PreparedData | None:
@@ -167,44 +167,44 @@ def _place(row: Mapping[str, str]) -> tuple[str, int, str]:
     return path, int(number) if number.isdigit() else 0, row["id"]
 
 
-def _refuse_lost(folder: str, num_samples: int, reasons: Mapping[str, int], max_rejected: float) -> None:
+def _check_lost_share(folder: str, num_samples: int, reasons: Mapping[str, int], max_rejected: float) -> None:
     """Raise DataError where too many records are rejected, or none is left."""
     lost = sum(reasons.values())
     if num_samples and lost <= max_rejected * (num_samples + lost):
         return
     if not num_samples and not lost:
-        raise DataError(f"{folder}: the data holds no record; check data.data_path and data.max_samples")
+        raise DataError(f"{folder}: the data has no records; check data.data_path and data.max_samples")
     counts = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
-    lines = read_file(f"{folder}/{REJECTED}").splitlines()[:NUM_SHOWN]
+    lines = read_stored(f"{folder}/{REJECTED}").splitlines()[:_NUM_SHOWN]
     raise DataError(
         f"{lost:,} of {num_samples + lost:,} records are rejected, more than data.max_rejected = {max_rejected:g} "
         f"allows: {counts}. The first: {'; '.join(json.loads(line)['message'] for line in lines)}. All are listed in "
-        f"{folder}/{REJECTED}. Mend the data and start again (finished shards are kept), or raise data.max_rejected"
+        f"{folder}/{REJECTED}. Fix the data and start again (finished shards are reused), or raise data.max_rejected"
     )
 
 
-def _write_chunks(chunks: Iterator[Chunk], rules: Rules, show_progress: bool) -> list[ChunkResult]:
-    """Let Ray Data write every chunk; return what became of each, in order."""
-    # Put away one by one: the object store may spill them, this process holds none.
+def _write_chunks(chunks: Iterator[RecordChunk], rules: Rules, show_progress: bool) -> list[ChunkResult]:
+    """Write every chunk with Ray Data; return their results in order."""
+    # Chunks go to the object store one by one, which may spill them to disk, so this process never holds them all.
     references = [
         ray.put(pa.table({"index": [index], "chunk": pa.array([pickle.dumps(chunk)], pa.large_binary())}))
         for index, chunk in enumerate(chunks)
     ]
     if not references:
         return []
-    written = ray.data.from_arrow_refs(references).map_batches(
-        write_chunk,
+    dataset = ray.data.from_arrow_refs(references).map_batches(
+        _write_chunk,
         batch_size=None,
         batch_format="pyarrow",
         fn_kwargs={"rules": rules},
         num_cpus=1,
         **in_pool("decode"),
     )
-    written.context.enable_progress_bars = False
-    written.context.print_on_execution_start = False
+    dataset.context.enable_progress_bars = False
+    dataset.context.print_on_execution_start = False
     results: dict[int, ChunkResult] = {}
     with tqdm(desc="preparing", unit=" samples", disable=not show_progress, file=terminal()) as bar:
-        for row in written.iter_rows():
+        for row in dataset.iter_rows():
             if row["error"] is not None:
                 raise DataError(row["error"])
             result = results[row["index"]] = ChunkResult.from_json(row["result"])
@@ -212,11 +212,11 @@ def _write_chunks(chunks: Iterator[Chunk], rules: Rules, show_progress: bool) ->
     return [results[index] for index in sorted(results)]
 
 
-def write_chunk(batch: pa.Table, rules: Rules) -> pa.Table:
+def _write_chunk(batch: pa.Table, rules: Rules) -> pa.Table:
     """Check one chunk's records and write the good ones; runs in a Ray task.
 
-    A chunk that was written before without a rejection is not read again; one with rejections is, in case they were
-    mended. A failing storage is told in the result, as Ray would wrap the exception in its own.
+    A chunk that was written before without rejections is reused; one with rejections is read again, in case the data
+    was fixed. A storage failure is returned as text, because Ray would wrap the exception in its own.
     """
     index, packed = batch["index"][0].as_py(), batch["chunk"][0].as_py()
     note = f"{rules.folder}/chunks/{index:05d}.json"
@@ -225,22 +225,22 @@ def write_chunk(batch: pa.Table, rules: Rules) -> pa.Table:
         result = _read_note(note, rules.folder)
         if result is None:
             result = _check_and_write(pickle.loads(packed), f"shard-{index:05d}", rules)
-            write_file(note, result.to_json().encode())
+            write_stored(note, result.to_json().encode())
     except DataError as error:
         failure = str(error)
-    told = pa.array([result.to_json() if result else None], pa.large_string())
-    return pa.table({"index": [index], "result": told, "error": pa.array([failure], pa.string())})
+    result_text = pa.array([result.to_json() if result else None], pa.large_string())
+    return pa.table({"index": [index], "result": result_text, "error": pa.array([failure], pa.string())})
 
 
 def _read_note(path: str, folder: str) -> ChunkResult | None:
     if file_size(path) is None:
         return None
-    result = ChunkResult.from_json(read_file(path))
+    result = ChunkResult.from_json(read_stored(path))
     whole = all(file_size(f"{folder}/{shard.name}") == shard.num_bytes for shard in result.shards)
     return result if whole and not result.rejected else None
 
 
-def _check_and_write(chunk: Chunk, prefix: str, rules: Rules) -> ChunkResult:
+def _check_and_write(chunk: RecordChunk, prefix: str, rules: Rules) -> ChunkResult:
     writer = ShardWriter(rules.folder, prefix, max_rows=rules.samples_per_shard, max_bytes=rules.shard_bytes)
     rejected, ignored = [], Counter[str]()
     for raw, pending in _fetch_ahead(chunk.read(), rules.image_folder):
@@ -250,19 +250,19 @@ def _check_and_write(chunk: Chunk, prefix: str, rules: Rules) -> ChunkResult:
             ignored.update(sample.record.ignored)
         except RecordError as error:
             rejected.append({"id": raw.id, "source": raw.source, "reason": error.reason, "message": str(error)})
-    return ChunkResult(tuple(writer.flush()), tuple(rejected), dict(ignored.most_common(MAX_KEYS)))
+    return ChunkResult(tuple(writer.flush()), tuple(rejected), dict(ignored.most_common(_MAX_KEYS)))
 
 
-Fetched = Future[tuple[Record, tuple[bytes, ...]]]
+_Fetched = Future[tuple[Record, tuple[bytes, ...]]]
 
 
-def _fetch_ahead(records: Iterator[RawRecord], image_folder: str) -> Iterator[tuple[RawRecord, Fetched]]:
-    """Yield records in order while the images of the next ones are on their way."""
-    waiting: deque[tuple[RawRecord, Fetched]] = deque()
-    with ThreadPoolExecutor(NUM_FETCHING) as pool:
+def _fetch_ahead(records: Iterator[RawRecord], image_folder: str) -> Iterator[tuple[RawRecord, _Fetched]]:
+    """Yield records in order while the images of the next ones are being fetched."""
+    waiting: deque[tuple[RawRecord, _Fetched]] = deque()
+    with ThreadPoolExecutor(_NUM_FETCHING) as pool:
         for raw in records:
             waiting.append((raw, pool.submit(_fetch, raw, image_folder)))
-            if len(waiting) == NUM_AHEAD:
+            if len(waiting) == _NUM_AHEAD:
                 yield waiting.popleft()
         yield from waiting
 

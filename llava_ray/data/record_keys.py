@@ -1,14 +1,14 @@
-"""Which keys of records, turns and parts are obeyed, which refused by name, which read past: a closed table.
+"""A closed table of the keys of records, turns and parts: those supported, those rejected, those ignored.
 
-What would change the meaning of a sample (another medium, tools, thoughts, weights, preferences) is never left out in
-silence: a record that has it is rejected. Any other key is read past, and counted by its name.
+A key that would change the meaning of a sample (another medium, tools, reasoning, weights, preferences) is never
+dropped in silence: the record is rejected. Any other key is ignored, and counted by its name.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from llava_ray.data.record_flags import PREFERENCES, WEIGHTS, is_flag, why_flag
-from llava_ray.data.record_media import ORIGINS, is_image_key, names_medium, why_lost
+from llava_ray.data.record_flags import PREFERENCES_FAULT, WEIGHTS_FAULT, find_flag_fault, is_flag
+from llava_ray.data.record_media import ORIGINS, find_lost_medium, is_image_key, names_medium
 from llava_ray.data.record_words import ABOUT, words_of
 from llava_ray.errors import RecordError
 from llava_ray.reading import shown
@@ -16,155 +16,158 @@ from llava_ray.reading import shown
 CONVERSATION_KEYS = ("conversations", "messages")
 IMAGE_KEYS = ("images", "image")
 SYSTEM_KEYS = ("system", "system_prompt")
-OBEYED = {"id", *CONVERSATION_KEYS, *IMAGE_KEYS, *SYSTEM_KEYS}
+_OBEYED = {"id", *CONVERSATION_KEYS, *IMAGE_KEYS, *SYSTEM_KEYS}
 WEIGHT_KEYS = ("weight", "loss", "train")
-# Of an image part, in other people's formats, where its image is.
-SOURCES_OF_PARTS = {"source", "src", "data", "base64", "b64", "b64_json", "bytes", "blob", "uri", "href", "file_id"}
-OBEYED_OF_TURNS = {"from", "value", "role", "content", *WEIGHT_KEYS}
+# Keys of an image part that hold its image in other formats.
+_SOURCES_OF_PARTS = {"source", "src", "data", "base64", "b64", "b64_json", "bytes", "blob", "uri", "href", "file_id"}
+_OBEYED_OF_TURNS = {"from", "value", "role", "content", *WEIGHT_KEYS}
 
-# Words of a key that tell what it holds, with what to do about it. Plurals and numbers behind them count as well.
-REFUSED_WORDS: dict[str, set[str]] = {
-    "video cannot be learnt from: take frames as `images`": {"video", "vid", "movie", "mp4", "frame"},
-    "audio cannot be learnt from": {"audio", "sound", "speech", "voice", "wav", "mp3", "waveform"},
-    "documents cannot be learnt from: show their pages as `images`": {"document", "pdf", "attachment", "file"},
-    "tools cannot be learnt from yet": {"tool", "function", "plugin", "observation"},
-    "thoughts apart from the answer cannot be learnt from: write them into it": {
+# Words of a key that reveal its content, with the remedy. Plurals and numbered keys count as well.
+_REFUSED_WORDS: dict[str, set[str]] = {
+    "video is not supported: use frames as `images`": {"video", "vid", "movie", "mp4", "frame"},
+    "audio is not supported": {"audio", "sound", "speech", "voice", "wav", "mp3", "waveform"},
+    "documents are not supported: use their pages as `images`": {"document", "pdf", "attachment", "file"},
+    "tools are not supported yet": {"tool", "function", "plugin", "observation"},
+    "reasoning outside the answer is not supported: write it into the answer": {
         "reasoning", "thinking", "thought", "think", "cot", "refusal", "scratchpad",
     },
-    PREFERENCES: {"chosen", "rejected", "preferred", "dispreferred", "preference"},
+    PREFERENCES_FAULT: {"chosen", "rejected", "preferred", "dispreferred", "preference"},
     "the turns belong into `conversations` or `messages`": {
         "prompt", "completion", "instruction", "history", "response", "query",
     },
-    WEIGHTS: {"weight", "loss", "mask", "masking", "label_mask"},
-    "places in images cannot be learnt from: write them into the turns": {
+    WEIGHTS_FAULT: {"weight", "loss", "mask", "masking", "label_mask"},
+    "regions of images are not supported: write them into the turns": {
         "bbox", "bboxe", "box", "boxe", "object", "segmentation", "polygon", "keypoint", "region",
     },
-    "the system's text belongs into `system`": {"system", "developer"},
+    "the system prompt belongs into `system`": {"system", "developer"},
     "the template is the model's (model.version)": {"template"},
 }  # fmt: skip
-REFUSED_NAMES = {
-    "prefix": "an answer is learnt whole",
-    "suffix": "an answer is learnt whole",
-    "train": WEIGHTS,
-    "kto_tag": PREFERENCES,
-    "train_on_input": "questions are never learnt",
-    "trainable": WEIGHTS,
+_REFUSED_NAMES = {
+    "prefix": "an answer is supervised as a whole",
+    "suffix": "an answer is supervised as a whole",
+    "train": WEIGHTS_FAULT,
+    "kto_tag": PREFERENCES_FAULT,
+    "train_on_input": "questions are never supervised",
+    "trainable": WEIGHTS_FAULT,
 }
-REFUSED_OF_TURNS = {
+_REFUSED_OF_TURNS = {
     "text": "the text belongs into `value` or `content`",
     "input": "the text belongs into `value` or `content`",
     "output": "the text belongs into `value` or `content`",
 }
 
-MAX_NAMED = 20  # keys in reports
-MAX_NAME = 60  # characters of a key in reports
-MAX_EMPTY = 100  # entries that are looked at
-EMPTY_TEXTS = {"", "[]", "{}", "null", "none"}
+_MAX_NAMED = 20  # keys in reports
+_MAX_NAME = 60  # characters of a key in reports
+_MAX_EMPTY = 100  # entries that are checked
+_EMPTY_TEXTS = {"", "[]", "{}", "null", "none"}
 
 
 def is_absent(value: Any) -> bool:
-    """Tell whether a key says nothing: tables fill those that a record does not have."""
+    """Return whether a value means that the key is absent: tables fill keys that a record does not have."""
     if value is None or value is False:
         return True
     if isinstance(value, str):
-        return len(value) < 8 and value.strip().lower() in EMPTY_TEXTS
+        return len(value) < 8 and value.strip().lower() in _EMPTY_TEXTS
     if isinstance(value, Mapping):
-        return len(value) <= MAX_EMPTY and all(inner is None for inner in value.values())
+        return len(value) <= _MAX_EMPTY and all(inner is None for inner in value.values())
     if isinstance(value, list | tuple):
-        return len(value) <= MAX_EMPTY and all(inner is None or inner in ("", [], {}) for inner in value)
+        return len(value) <= _MAX_EMPTY and all(inner is None or inner in ("", [], {}) for inner in value)
     return isinstance(value, bytes) and not value
 
 
 def printable(name: object) -> str:
-    """Return a key as reports write it: short, of characters that can be written anywhere."""
+    """Return a key for reports: short, and printable anywhere."""
     text = name if isinstance(name, str) else shown(name)
-    text = text if len(text) <= MAX_NAME else text[:MAX_NAME] + "…"
+    text = text if len(text) <= _MAX_NAME else text[:_MAX_NAME] + "…"
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
-def why_refused(name: str, obeyed: Iterable[str] = (), more: Mapping[str, str] | None = None) -> str | None:
-    """Return why a key with a value is refused, None for one that is obeyed or says nothing of the turns' meaning."""
+def _why_refused(name: str, obeyed: Iterable[str] = (), more: Mapping[str, str] | None = None) -> str | None:
+    """Return why a key with a value is rejected; None for one that is supported or does not change the meaning."""
     if name in obeyed:
         return None
     plain = "_".join(words_of(name))
-    named = {**REFUSED_NAMES, **(more or {})}.get(plain)
+    named = {**_REFUSED_NAMES, **(more or {})}.get(plain)
     words = set(words_of(name))
     if named or words & ABOUT:
         return named
-    return next((why for why, meant in REFUSED_WORDS.items() if words & meant), None)
+    return next((why for why, meant in _REFUSED_WORDS.items() if words & meant), None)
 
 
 def is_read(name: str) -> bool:
-    """Tell whether a table's column has to be read for its name: what is obeyed, and what might have to be refused."""
-    return name in OBEYED or is_image_key(name) or is_flag(name) or why_refused(name, OBEYED) is not None
+    """Return whether a table's column must be read: its key is supported, or might have to be rejected."""
+    return name in _OBEYED or is_image_key(name) or is_flag(name) or _why_refused(name, _OBEYED) is not None
 
 
 def check_keys(values: Mapping[str, Any], named: Sequence[Any], num_images: int) -> list[str]:
-    """Return the keys of a record that are read past. Raises RecordError ("unsupported") for one that changes it.
+    """Return the ignored keys of a record. Raises RecordError ("unsupported") for one that changes its meaning.
 
-    ``named`` is what its image parts say of its images, ``num_images`` their number.
+    ``named`` are the image references of its content parts, ``num_images`` their number.
     """
     images = [*named, *(values.get(name) for name in IMAGE_KEYS)]
     ignored = []
     for name, value in values.items():
-        if name in OBEYED or _says_nothing(name, value):
+        if name in _OBEYED or _says_nothing(name, value):
             continue
-        why = None if name in WEIGHT_KEYS and value == 1 else why_refused(name, OBEYED)
-        refuse_key(f"`{printable(name)}`", why or why_flag(name, value) or why_lost(name, value, images, num_images))
+        why = None if name in WEIGHT_KEYS and value == 1 else _why_refused(name, _OBEYED)
+        reject_key(
+            f"`{printable(name)}`",
+            why or find_flag_fault(name, value) or find_lost_medium(name, value, images, num_images),
+        )
         ignored.append(printable(name))
     return ignored
 
 
 def check_turn_keys(turn: Mapping[str, Any], where: str) -> list[str]:
-    """Return the keys of a turn that are read past. Raises RecordError ("unsupported")."""
+    """Return the ignored keys of a turn. Raises RecordError ("unsupported")."""
     ignored = []
     for name, value in turn.items():
-        if name in OBEYED_OF_TURNS or _says_nothing(name, value):
+        if name in _OBEYED_OF_TURNS or _says_nothing(name, value):
             continue
-        why = why_refused(name, OBEYED_OF_TURNS, REFUSED_OF_TURNS) or why_flag(name, value)
+        why = _why_refused(name, _OBEYED_OF_TURNS, _REFUSED_OF_TURNS) or find_flag_fault(name, value)
         if why is None and (is_image_key(name) or name in IMAGE_KEYS or _is_medium(name, value)):
             why = "images are listed in the record's `images`, or are parts of its content"
-        refuse_key(f"{where}: `{printable(name)}`", why)
+        reject_key(f"{where}: `{printable(name)}`", why)
         ignored.append(f"turns.{printable(name)}")
     return ignored
 
 
 def check_part_keys(part: Mapping[str, Any], obeyed: set[str], where: str, *, is_image: bool) -> list[str]:
-    """Return the keys of a part of a turn's content that are read past. Raises RecordError ("unsupported")."""
+    """Return the ignored keys of a part of a turn's content. Raises RecordError ("unsupported")."""
     ignored = []
     for name, value in part.items():
         if name in obeyed or _says_nothing(name, value):
             continue
-        why = why_refused(name, obeyed) or why_flag(name, value)
+        why = _why_refused(name, obeyed) or find_flag_fault(name, value)
         is_number = isinstance(value, bool | int | float)
-        is_source = is_image and not is_number and (name.lower() in SOURCES_OF_PARTS or is_image_key(name))
+        is_source = is_image and not is_number and (name.lower() in _SOURCES_OF_PARTS or is_image_key(name))
         if why is None and (is_source or _is_medium(name, value)):
             why = "the image of a part is taken from `image`, `image_url`, `path` or `url`"
-        refuse_key(f"{where}: `{printable(name)}`", why)
+        reject_key(f"{where}: `{printable(name)}`", why)
         ignored.append(f"parts.{printable(name)}")
     return ignored
 
 
 def _says_nothing(name: str, value: Any) -> bool:
-    return is_absent(value) and not (value is False and why_flag(name, value))
+    return is_absent(value) and not (value is False and find_flag_fault(name, value))
 
 
 def _is_medium(name: str, value: Any) -> bool:
-    """Tell whether a key of a turn or part holds a medium, and not only says something about one."""
+    """Return whether a key of a turn or part holds a medium, rather than metadata about one."""
     return not set(words_of(name)) & ABOUT and name not in ORIGINS and names_medium(value)
 
 
-def refuse_key(what: str, why: str | None) -> None:
-    """Raise RecordError ("unsupported") if there is a reason to."""
+def reject_key(what: str, why: str | None) -> None:
+    """Raise RecordError ("unsupported") if there is a reason."""
     if why is not None:
         raise RecordError(
-            f"{what} is not obeyed, and would be lost: {why}. Mend or remove the record", reason="unsupported"
+            f"{what} is not supported, and would be lost: {why}. Fix or remove the record", reason="unsupported"
         )
 
 
 def describe_ignored(counts: Mapping[str, int]) -> str:
-    """Return one line on the keys that were read past, the most frequent ones by name."""
+    """Return one line on the ignored keys, the most frequent by name."""
     named = sorted(counts.items(), key=lambda item: -item[1])
-    shown_keys = ", ".join(f"{name} ({count:,})" for name, count in named[:MAX_NAMED])
-    more = f", and {len(named) - MAX_NAMED:,} others" if len(named) > MAX_NAMED else ""
-    return f"Keys that nothing is learnt from, with the number of samples: {shown_keys}{more}"
+    shown_keys = ", ".join(f"{name} ({count:,})" for name, count in named[:_MAX_NAMED])
+    more = f", and {len(named) - _MAX_NAMED:,} others" if len(named) > _MAX_NAMED else ""
+    return f"Ignored keys, with the number of samples: {shown_keys}{more}"

@@ -1,4 +1,4 @@
-"""The turns of a record: roles in any words, content parts made text with image markers, weights obeyed."""
+"""Parsing of a record's turns: all usual role names, content parts joined to text with image markers, weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,37 +14,37 @@ from llava_ray.data.record_keys import (
     check_turn_keys,
     is_absent,
     printable,
-    refuse_key,
+    reject_key,
 )
 from llava_ray.errors import RecordError
 from llava_ray.reading import shown
 
-TEXT_PARTS = ("text", "input_text", "output_text")
-IMAGE_PARTS = ("image", "image_url", "input_image")
-IMAGE_NAMES = ("image", "image_url", "path", "url")
-OBEYED_OF_PARTS = {"text": {"type", "text"}, "image": {"type", "index", "detail", *IMAGE_NAMES}}
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_IMAGE_PARTS = ("image", "image_url", "input_image")
+_IMAGE_NAMES = ("image", "image_url", "path", "url")
+_OBEYED_OF_PARTS = {"text": {"type", "text"}, "image": {"type", "index", "detail", *_IMAGE_NAMES}}
 
 
 @dataclass
 class ReadTurns:
-    """What a record says, which images its content parts name, and which keys of turns and parts were read past."""
+    """The turns of a record, the images that its content parts name, and the ignored keys of turns and parts."""
 
     turns: tuple[Turn, ...] = ()
     images: list[Any] = field(default_factory=list)
-    """One for each image part, None for one that names no image."""
+    """One reference for each image part, None for one that names no image."""
     ignored: list[str] = field(default_factory=list)
 
 
 def read_record_turns(values: Mapping[str, Any]) -> ReadTurns:
-    """Read a record's turns, with the system's text from wherever it stands. Raises RecordError."""
+    """Parse a record's turns, with the system prompt from any of its places. Raises RecordError."""
     found = [(name, values[name]) for name in CONVERSATION_KEYS if values.get(name) is not None]
     full = [pair for pair in found if not is_absent(pair[1])]
     if len(full) > 1 and full[0][1] != full[1][1]:
         raise RecordError(
-            "both `conversations` and `messages` hold turns, and other ones; expected one of them", reason="malformed"
+            "`conversations` and `messages` hold different turns; expected one of them", reason="malformed"
         )
     name, listed = next(iter(full or found), ("conversations", None))
-    if isinstance(listed, str):  # Parquet tables often hold them as JSON text
+    if isinstance(listed, str):  # Parquet tables often store them as JSON text
         listed = _parse_turns(listed)
     if not isinstance(listed, list):
         raise RecordError(
@@ -61,11 +61,11 @@ def read_record_turns(values: Mapping[str, Any]) -> ReadTurns:
 
 
 def _hint(values: Mapping[str, Any]) -> str:
-    """Say where the records seem to lie, if not here."""
+    """Return a hint at the key that seems to hold the records, if any."""
     for name, value in list(values.items())[:20]:
         inner = value[0] if isinstance(value, list) and value else value
         if isinstance(inner, Mapping) and any(key in inner for key in CONVERSATION_KEYS):
-            return f". Records seem to lie under {printable(name)!r}: save them as one list"
+            return f". Records seem to be under {printable(name)!r}: save them as one list"
     return ""
 
 
@@ -79,59 +79,59 @@ def _parse_turns(text: str) -> Any:
 
 
 def _with_system(turns: tuple[Turn, ...], values: Mapping[str, Any]) -> tuple[Turn, ...]:
-    """Put the text of a record's ``system`` key in front, if it says anything."""
-    told, spoken = split_system(turns)
+    """Prepend the text of a record's ``system`` key, if it is not empty."""
+    system, spoken = split_system(turns)
     for name in SYSTEM_KEYS:
         text = values.get(name)
         if text is None or text == "":
             continue
         if not isinstance(text, str):
             raise RecordError(f"`{name}` is {type(text).__name__}; expected a text", reason="malformed")
-        if told not in (None, text):
+        if system not in (None, text):
             raise RecordError(
-                f"two texts of the system: {shown(told)} and, in `{name}`, {shown(text)}; expected one",
+                f"two system prompts: {shown(system)} and, in `{name}`, {shown(text)}; expected one",
                 reason="malformed",
             )
-        told = text
-    return (Turn("system", told), *spoken) if told else tuple(spoken)
+        system = text
+    return (Turn("system", system), *spoken) if system else tuple(spoken)
 
 
 def _read_entry(turn: Any, number: int, read: ReadTurns) -> Any:
-    """Return a turn as `read_turns` takes it: its own keys checked, its parts joined."""
+    """Return a turn in the form of `read_turns`: keys checked, parts joined."""
     if not isinstance(turn, Mapping):
-        return turn  # refused there
+        return turn  # `read_turns` rejects it
     where = f"turn {number}"
     read.ignored += check_turn_keys(turn, where)
-    entry: dict[str, Any] = {"learnt": _is_learnt(turn, where)}
+    entry: dict[str, Any] = {"learnt": _is_supervised(turn, where)}
     for one, other in (("role", "from"), ("content", "value")):
-        given = [name for name in (one, other) if turn.get(name) is not None]
-        if len(given) == 2 and turn[one] != turn[other]:
+        present = [name for name in (one, other) if turn.get(name) is not None]
+        if len(present) == 2 and turn[one] != turn[other]:
             raise RecordError(f"{where} has both `{one}` and `{other}`; expected one of them", reason="malformed")
-        entry |= {name: turn[name] for name in given}
+        entry |= {name: turn[name] for name in present}
     for name in ("content", "value"):
         if isinstance(entry.get(name), list):
             entry[name] = _join_parts(entry[name], where, read, str(entry.get("role", entry.get("from"))))
     return entry
 
 
-def _is_learnt(turn: Mapping[str, Any], where: str) -> bool:
-    """Obey the weight of a turn: 0 or 1, False or True. Raises RecordError for any other."""
-    learnt = True
+def _is_supervised(turn: Mapping[str, Any], where: str) -> bool:
+    """Return whether the weight of a turn (0 or 1, False or True) supervises it. Raises RecordError for any other."""
+    supervised = True
     for name in WEIGHT_KEYS:
         value = turn.get(name)
         if value is None:
             continue
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise RecordError(
-                f"{where}: `{name}` is {shown(value)}; expected 0 or 1 (false or true): an answer is learnt or it is "
-                "not. Round it, or remove the turn",
+                f"{where}: `{name}` is {shown(value)}; expected 0 or 1 (false or true): an answer is supervised "
+                "or not. Round it, or remove the turn",
                 reason="unsupported",
             )
         role = str(turn.get("role", turn.get("from"))).strip().lower()
         if value and role in ("human", "user", "system", "developer"):
-            refuse_key(f"{where}: `{name}` = {shown(value)} of {role!r}", "only answers are learnt")
-        learnt = learnt and bool(value)
-    return learnt
+            reject_key(f"{where}: `{name}` = {shown(value)} of {role!r}", "only answers are supervised")
+        supervised = supervised and bool(value)
+    return supervised
 
 
 def _join_parts(parts: list[Any], where: str, read: ReadTurns, role: str) -> str:
@@ -153,57 +153,57 @@ def _join_parts(parts: list[Any], where: str, read: ReadTurns, role: str) -> str
             texts.append(part["text"])
             continue
         if role.strip().lower() in ("system", "developer"):
-            raise RecordError(f"{place} is an image of the system; expected a text", reason="unsupported")
+            raise RecordError(f"{place} is an image in the system prompt; expected a text", reason="unsupported")
         texts.append(None)
         read.images.append(_image_of(part))
         index = part.get("index")
         if index is not None and index != len(read.images) - 1:
-            refuse_key(f"{place}: `index` = {shown(index)}", "images are taken in their order")
+            reject_key(f"{place}: `index` = {shown(index)}", "images are used in their order")
     return join_parts(texts)
 
 
 def _kind_of(part: Mapping[str, Any], place: str) -> str:
     """Return "text" or "image". Raises RecordError that names any other type."""
     kind = part.get("type")
-    if kind is None:  # some write {"image": ...} and {"text": ...} alone
-        given = [name for name in ("text", "image", "image_url") if part.get(name) is not None]
-        kind = given[0] if len(given) == 1 else None
-    if isinstance(kind, str) and kind in TEXT_PARTS:
+    if kind is None:  # some formats have {"image": ...} and {"text": ...} alone
+        present = [name for name in ("text", "image", "image_url") if part.get(name) is not None]
+        kind = present[0] if len(present) == 1 else None
+    if isinstance(kind, str) and kind in _TEXT_PARTS:
         return "text"
-    if isinstance(kind, str) and kind in IMAGE_PARTS:
+    if isinstance(kind, str) and kind in _IMAGE_PARTS:
         return "image"
     raise RecordError(
-        f"{place}: `type` is {shown(kind)}, which cannot be learnt from; expected "
-        f"{', '.join(map(repr, (*TEXT_PARTS, *IMAGE_PARTS)))}. Mend or remove the record",
+        f"{place}: `type` is {shown(kind)}, which is not supported; expected "
+        f"{', '.join(map(repr, (*_TEXT_PARTS, *_IMAGE_PARTS)))}. Fix or remove the record",
         reason="malformed" if kind is None else "unsupported",
     )
 
 
 def _check_part_keys(part: Mapping[str, Any], kind: str, place: str, read: ReadTurns) -> None:
-    """Raise RecordError for keys of another kind, and such as would be lost."""
+    """Raise RecordError for keys of another kind of part, and for keys that would be lost."""
     others = ("image", "image_url") if kind == "text" else ("text",)
     for name in others:
         if not is_absent(part.get(name)):
-            refuse_key(f"{place}: `{name}` of a part of type {shown(part.get('type'))}", "a part is a text or an image")
-    read.ignored += check_part_keys(part, OBEYED_OF_PARTS[kind], place, is_image=kind == "image")
+            reject_key(f"{place}: `{name}` of a part of type {shown(part.get('type'))}", "a part is a text or an image")
+    read.ignored += check_part_keys(part, _OBEYED_OF_PARTS[kind], place, is_image=kind == "image")
 
 
 def _image_of(part: Mapping[str, Any]) -> Any:
-    """Return what a part says of its image, None for nothing."""
-    given = [name for name in IMAGE_NAMES if not is_absent(part.get(name))]
-    told = [_image_at(part[name]) for name in given]
-    if any(other != told[0] for other in told[1:]):
-        names = " and ".join(f"`{name}`" for name in given)
-        raise RecordError(f"a part has {names}, and other images in them; expected one of them", reason="malformed")
-    return told[0] if told else None
+    """Return a part's reference to its image, None without one."""
+    present = [name for name in _IMAGE_NAMES if not is_absent(part.get(name))]
+    images = [_image_at(part[name]) for name in present]
+    if any(other != images[0] for other in images[1:]):
+        names = " and ".join(f"`{name}`" for name in present)
+        raise RecordError(f"{names} of a part hold different images; expected one of them", reason="malformed")
+    return images[0] if images else None
 
 
 def _image_at(value: Any) -> Any:
-    """Return what OpenAI's ``{"url": …}`` holds, anything else as it is."""
+    """Return the value of OpenAI's ``{"url": …}``, anything else unchanged."""
     is_wrapped = isinstance(value, Mapping) and not is_absent(value.get("url"))
     return value["url"] if is_wrapped else value
 
 
 def count_markers(turns: tuple[Turn, ...]) -> int:
-    """Count the image markers of what is spoken; in the system's text no image can stand."""
+    """Count the image markers of questions and answers; a system prompt cannot hold images."""
     return sum(turn.value.count(IMAGE_TOKEN) for turn in turns if turn.role != "system")

@@ -1,8 +1,8 @@
-"""The words of a key, and which of them say that it is about a thing and not the thing itself."""
+"""The words of a key, and those that mark it as metadata about a thing rather than the thing itself."""
 
 import re
 
-# A key with one of these words says something about a thing: it is not the thing.
+# A key with one of these words holds metadata about a thing, not the thing itself.
 ABOUT = {
     "id", "idx", "index", "num", "number", "n", "count", "has", "is", "length", "len", "duration", "source", "license",
     "score", "hash", "md5", "sha", "phash", "width", "height", "size", "resolution", "fps", "type", "format",
@@ -12,7 +12,7 @@ ABOUT = {
 
 
 def words_of(name: str) -> list[str]:
-    """Return a key's words in lower case, without numbers behind them and without the plural's s."""
+    """Split a key into words in lower case, without trailing numbers and the plural s."""
     split = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name[:200])
     words = [word.rstrip("0123456789") or word for word in re.split(r"[^a-z0-9]+", split.lower()) if word]
     return [word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word for word in words]

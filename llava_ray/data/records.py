@@ -1,4 +1,4 @@
-"""Records as people keep them: LLaVA's JSON, JSON lines, Parquet tables and WebDataset tars."""
+"""Raw records and their file formats: LLaVA's JSON, JSON lines, Parquet tables and WebDataset tars."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,9 +8,10 @@ from typing import Any
 from llava_ray.chat.conversation import Turn
 from llava_ray.errors import DataError
 from llava_ray.images.reading import open_filesystem
+from llava_ray.invocation import command
 
-# What a file's name says it holds.
-FORMATS = {
+# Formats by file extension.
+_FORMATS = {
     ".json": "json",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -25,52 +26,52 @@ FORMATS = {
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif", ".ppm"}
 
-# What the `datasets` library's save_to_disk leaves beside its Arrow files.
-SAVED_FILES = {"dataset_info.json", "state.json", "dataset_dict.json"}
+# Files that save_to_disk of the `datasets` library writes beside its Arrow files.
+_SAVED_FILES = {"dataset_info.json", "state.json", "dataset_dict.json"}
 
 
 @dataclass(frozen=True)
 class Record:
-    """One sample: what was said, about which images."""
+    """One sample: its turns and its images."""
 
     id: str
     turns: tuple[Turn, ...]
     images: tuple[bytes | str, ...]
-    """Encoded files, or paths and URLs still to be read."""
+    """Encoded image files, or paths and URLs that are not read yet."""
     source: str
     """file:row, for messages. Rows count from 0, lines of a .jsonl file from 1."""
     ignored: tuple[str, ...] = ()
-    """Keys that were read past."""
+    """Ignored keys."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a record cannot be read from its file."""
+    """The reason why a record cannot be read from its file."""
 
     message: str
     reason: str = "unreadable"
     of_group: bool = False
-    """Whether the rows behind it in the same row group cannot be read either."""
+    """Whether the following rows of the same row group cannot be read either."""
 
 
 @dataclass(frozen=True)
 class RawRecord:
-    """One record as it was found, not yet checked."""
+    """One record as stored in its file, not yet validated."""
 
     id: str
     source: str
     values: bytes | Mapping[str, Any] | Fault
     """JSON text, or columns by name."""
     images: tuple[bytes, ...] = ()
-    """Images that lie beside the record; they take the place of any that it names."""
+    """Images stored beside the record; they replace any that it names."""
     ignored: tuple[str, ...] = ()
     """Columns of its table, and files beside it, that are not read."""
 
 
 def find_files(data_path: str) -> tuple[str, list[str]]:
-    """Return the format and the sorted files of a path, URL, folder or pattern with ``*``.
+    """Find the format and the sorted files of a path, URL, folder or pattern with ``*``.
 
-    Raises DataError where there is nothing, where the format is unknown, or where formats are mixed.
+    Raises DataError where there are none, where the format is unknown, or where formats are mixed.
     """
     filesystem, place = open_filesystem(data_path)
     if "*" in place:
@@ -80,7 +81,7 @@ def find_files(data_path: str) -> tuple[str, list[str]]:
     else:
         found = [place] if filesystem.exists(place) else []
     if not found:
-        raise DataError(f"data_path {data_path!r}: nothing is there; give a file, a folder or a pattern with *")
+        raise DataError(f"data_path {data_path!r} does not exist; give a file, a folder or a pattern with *")
     if len(found) > 1:
         found = _without_traces(data_path, found)
     known = {path: kind for path in sorted(map(str, found)) if (kind := _format(path))}
@@ -89,7 +90,7 @@ def find_files(data_path: str) -> tuple[str, list[str]]:
         hint = " (Arrow files of `datasets`: write them with to_parquet())" if name.endswith(".arrow") else ""
         raise DataError(
             f"data_path {data_path!r}: {name!r} is of no known format{hint}; "
-            f"expected files ending in {', '.join(FORMATS)}, or a folder that prepare.py wrote"
+            f"expected files ending in {', '.join(_FORMATS)}, or a folder that {command('prepare')} wrote"
         )
     kinds = sorted(set(known.values()))
     if len(kinds) > 1:
@@ -98,19 +99,19 @@ def find_files(data_path: str) -> tuple[str, list[str]]:
 
 
 def _without_traces(data_path: str, found: list[Any]) -> list[Any]:
-    """Leave out what programs write beside data. Raises DataError for a folder of Arrow files."""
+    """Drop hidden and auxiliary files. Raises DataError for a folder of Arrow files."""
     names = {path: PurePosixPath(str(path)).name for path in found}
-    kept = [path for path, name in names.items() if not name.startswith(".") and name not in SAVED_FILES]
+    data_files = [path for path, name in names.items() if not name.startswith(".") and name not in _SAVED_FILES]
     if "dataset_dict.json" in names.values() or any(name.endswith(".arrow") for name in names.values()):
         raise DataError(
-            f"data_path {data_path!r}: an Arrow folder that save_to_disk of `datasets` wrote; write it as Parquet: "
+            f"data_path {data_path!r}: an Arrow folder written by save_to_disk of `datasets`; write it as Parquet: "
             "datasets.load_from_disk(folder).to_parquet('data.parquet'), each of its splits by itself"
         )
-    return kept or found
+    return data_files or found
 
 
 def _format(path: str) -> str | None:
-    return next((kind for suffix, kind in FORMATS.items() if path.lower().endswith(suffix)), None)
+    return next((kind for suffix, kind in _FORMATS.items() if path.lower().endswith(suffix)), None)
 
 
 def _unresolved(data_path: str, filesystem: Any, place: str) -> str:

@@ -1,16 +1,25 @@
-"""What the stages of the stream and the workers at its end are told."""
+"""Settings of the stream's stages and of the workers at its end."""
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 from llava_ray.config.sections import DataConfig, ModelConfig
-from llava_ray.data.lengths import EncoderSettings
+from llava_ray.data.encoder_settings import EncoderSettings
 from llava_ray.images.geometry import ImageSpec
 from llava_ray.images.tokens import ImageTokens
 
 
+class FeatureForm(TypedDict):
+    """Dtype and shape (p, v) of the features in a cell of the stream."""
+
+    bf16: bool
+    num_features: int
+    width: int
+
+
 @dataclass(frozen=True)
 class StreamSettings:
-    """What the stages of the stream need to know; sent to every task."""
+    """The settings of the stream's stages, sent to every task."""
 
     prepared_path: str
     shard_names: tuple[str, ...]
@@ -24,6 +33,11 @@ class StreamSettings:
     bf16: bool
     vision_gpus: int
     vision_threads: int = 1
-    """Threads that a tower computes with whose features are kept before anything learns."""
+    """Compute threads of a tower that fills the feature cache before training."""
     features: str | None = None
-    """Entry of the feature cache to read instead of images; see ``feature_cache``."""
+    """Entry of the feature cache to read instead of images (see ``feature_cache``)."""
+
+    @property
+    def feature_form(self) -> FeatureForm:
+        """Return dtype and shape of the features in a cell."""
+        return {"bf16": self.bf16, "num_features": self.image_tokens.num_features, "width": self.mm_hidden_size}

@@ -1,7 +1,8 @@
 """Prepared data: Parquet shards of checked samples, and the manifest that makes a folder complete.
 
-A shard holds encoded images, so that pixels are decoded last; its row groups are small, so that single rows can be
-read. The manifest ``prepared.json`` is written last: a folder without it is unfinished.
+A shard holds encoded images: as JPEG or PNG they are some ten to fifty times smaller than pixels, in storage and on the
+network, so they are decoded as late as possible. Row groups are small, so that single rows can be read. The manifest
+``prepared.json`` is written last: a folder without it is incomplete.
 """
 
 import hashlib
@@ -14,17 +15,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llava_ray.data.storage import absolute, file_size, list_sizes, read_file, write_file
+from llava_ray.data.storage import absolute, file_size, list_sizes, read_stored, write_stored
 from llava_ray.data.validation import Sample
 from llava_ray.errors import DataError
 from llava_ray.images.reading import open_filesystem
+from llava_ray.invocation import command
 
-FORMAT_VERSION = 1
-MANIFEST = "prepared.json"
+SHARDS_VERSION = 1
+_MANIFEST = "prepared.json"
 REJECTED = "rejected.jsonl"
 ROWS_PER_GROUP = 128
 
-SCHEMA = pa.schema(
+_SCHEMA = pa.schema(
     {
         "id": pa.string(),
         "turns": pa.list_(pa.struct({"role": pa.string(), "value": pa.string()})),
@@ -35,8 +37,8 @@ SCHEMA = pa.schema(
     }
 )
 
-# Images are compressed already; a dictionary or statistics over them would only cost.
-COMPRESSION = {
+# Images are compressed already; a dictionary or statistics over them would cost time and gain nothing.
+_COMPRESSION = {
     "id": "zstd",
     "turns.list.element.role": "zstd",
     "turns.list.element.value": "zstd",
@@ -64,50 +66,50 @@ class PreparedData:
     path: str
     shards: tuple[ShardInfo, ...]
     data_hash: str
-    """sha256 over the shards' own: the identity of the data, wherever the folder lies."""
+    """sha256 over the shards' own hashes: the identity of the data, wherever the folder is."""
     num_samples: int
     num_rejected: int
     rejected_reasons: dict[str, int]
     ignored_keys: dict[str, int] = field(default_factory=dict)
-    """Keys of records, turns and parts that were read past, with the number of samples that have them."""
+    """Ignored keys of records, turns and parts, with the number of samples that have them."""
     reused: bool = field(default=False, compare=False)
-    """Whether it was there already, rather than made just now."""
+    """Whether the folder existed already, rather than being written now."""
 
     @property
     def num_bytes(self) -> int:
-        """Add up the shards' sizes."""
+        """Return the total size of the shards."""
         return sum(shard.num_bytes for shard in self.shards)
 
     @property
     def rejected_path(self) -> str:
-        """Say where the rejected rows are listed."""
+        """Return the path of the list of rejected records."""
         return f"{self.path}/{REJECTED}"
 
 
 class ShardWriter:
-    """Writes samples to shards named ``<prefix>-00.parquet``, ``-01`` ..., each bounded in rows and bytes."""
+    """A writer of shards named ``<prefix>-00.parquet``, ``-01`` ..., each bounded in rows and bytes."""
 
     def __init__(self, folder: str, prefix: str, *, max_rows: int, max_bytes: int) -> None:
-        """Begin with no shard: none is written before there is a sample."""
+        """Prepare an empty writer; no shard is written before the first sample."""
         self.folder, self.prefix, self.max_rows, self.max_bytes = folder, prefix, max_rows, max_bytes
         self.shards: list[ShardInfo] = []
         self._rows: list[dict[str, Any]] = []
         self._num_bytes = 0
 
     def append(self, sample: Sample) -> None:
-        """Add a sample, first closing the shard if it would grow too large."""
+        """Add a sample, first writing the current shard if it would grow too large."""
         num_bytes = sum(len(image) for image in sample.record.images)
         if self._rows and (len(self._rows) == self.max_rows or self._num_bytes + num_bytes > self.max_bytes):
             self.flush()
-        self._rows.append(as_row(sample))
+        self._rows.append(to_row(sample))
         self._num_bytes += num_bytes
 
     def flush(self) -> list[ShardInfo]:
-        """Write the samples that are waiting; return all shards written so far."""
+        """Write the buffered samples; return all shards written so far."""
         if self._rows:
             name = f"{self.prefix}-{len(self.shards):02d}.parquet"
             content = encode_shard(self._rows)
-            write_file(f"{self.folder}/{name}", content)
+            write_stored(f"{self.folder}/{name}", content)
             digest = hashlib.sha256(content).hexdigest()
             self.shards.append(ShardInfo(name, len(self._rows), len(content), digest))
             self._rows, self._num_bytes = [], 0
@@ -115,19 +117,19 @@ class ShardWriter:
 
 
 def encode_shard(rows: Sequence[Mapping[str, Any]]) -> memoryview:
-    """Return one shard's Parquet file; the same rows give the same bytes."""
+    """Encode rows as a Parquet file; equal rows give equal bytes, which the data hash relies on."""
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(
-        sink, SCHEMA, compression=COMPRESSION, use_dictionary=False, write_statistics=False
+        sink, _SCHEMA, compression=_COMPRESSION, use_dictionary=False, write_statistics=False
     ) as writer:
         for start in range(0, len(rows), ROWS_PER_GROUP):
-            group = pa.Table.from_pylist(list(rows[start : start + ROWS_PER_GROUP]), SCHEMA)
+            group = pa.Table.from_pylist(list(rows[start : start + ROWS_PER_GROUP]), _SCHEMA)
             writer.write_table(group, row_group_size=ROWS_PER_GROUP)
     return memoryview(sink.getvalue())
 
 
-def as_row(sample: Sample) -> dict[str, Any]:
-    """Return a sample as SCHEMA has it."""
+def to_row(sample: Sample) -> dict[str, Any]:
+    """Convert a sample to a row of the shard schema."""
     record = sample.record
     return {
         "id": record.id,
@@ -139,26 +141,26 @@ def as_row(sample: Sample) -> dict[str, Any]:
     }
 
 
-def write_manifest(
+def write_shards_manifest(
     path: str,
     shards: Sequence[ShardInfo],
     rejected_reasons: Mapping[str, int],
     settings: Mapping[str, Any],
     ignored_keys: Mapping[str, int] | None = None,
 ) -> PreparedData:
-    """Make a folder complete. ``settings`` says how it came about."""
+    """Write the manifest that makes a folder complete; ``settings`` are those it was prepared with."""
     ordered = tuple(sorted(shards, key=lambda shard: shard.name))
     prepared = PreparedData(
         path=absolute(path),
         shards=ordered,
-        data_hash=hash_shards(ordered),
+        data_hash=_hash_shards(ordered),
         num_samples=sum(shard.num_rows for shard in ordered),
         num_rejected=sum(rejected_reasons.values()),
         rejected_reasons=dict(sorted(rejected_reasons.items())),
         ignored_keys=dict(ignored_keys or {}),
     )
     values = {
-        "format_version": FORMAT_VERSION,
+        "format_version": SHARDS_VERSION,
         "data_hash": prepared.data_hash,
         "num_records": prepared.num_samples + prepared.num_rejected,
         "num_samples": prepared.num_samples,
@@ -168,24 +170,24 @@ def write_manifest(
         "settings": dict(settings),
         "shards": [asdict(shard) for shard in ordered],
     }
-    write_file(f"{prepared.path}/{MANIFEST}", json.dumps(values, indent=1).encode())
+    write_stored(f"{prepared.path}/{_MANIFEST}", json.dumps(values, indent=1).encode())
     return prepared
 
 
-def hash_shards(shards: Sequence[ShardInfo]) -> str:
-    """Return one sha256 for all shards, in order."""
+def _hash_shards(shards: Sequence[ShardInfo]) -> str:
+    """Return one sha256 over those of all shards, in order."""
     return hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()
 
 
 def is_prepared(path: str) -> bool:
-    """Say whether a folder has a manifest."""
-    return file_size(f"{absolute(path)}/{MANIFEST}") is not None
+    """Return whether a folder has a manifest of prepared data."""
+    return file_size(f"{absolute(path)}/{_MANIFEST}") is not None
 
 
 def open_prepared(path: str) -> PreparedData:
-    """Read a folder's manifest and see that its shards are there, whole.
+    """Load a folder's manifest and check that all shards exist with their size.
 
-    Raises DataError where the folder is not a prepared one, of another format version, or incomplete.
+    Raises DataError where the folder is not prepared, of another format version, or incomplete.
     """
     path = absolute(path)
     values = _read_manifest(path)
@@ -205,36 +207,36 @@ def open_prepared(path: str) -> PreparedData:
         raise DataError(
             f"{path}: {len(wrong)} of {len(prepared.shards)} shards are missing or cut off, first {wrong[0]!r} "
             f"({sizes.get(wrong[0], 'no')} bytes found); copy the folder completely, or delete it and prepare again. "
-            "If several nodes have just made it, data.cache_dir is not on storage that they share"
+            "If several nodes have just written it, data.cache_dir is not on storage that they share"
         )
     return prepared
 
 
 def _read_manifest(path: str) -> dict[str, Any]:
     try:
-        values: dict[str, Any] = json.loads(read_file(f"{path}/{MANIFEST}"))
+        values: dict[str, Any] = json.loads(read_stored(f"{path}/{_MANIFEST}"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(
-            f"{path!r} is not a prepared folder: there is no {MANIFEST} in it; give data.data_path the raw records, or "
-            "run pipelines/prepare.py to the end"
+            f"{path!r} is not a prepared folder: there is no {_MANIFEST} in it; give data.data_path the raw "
+            f"records, or run {command('prepare')} to the end"
         ) from error
     except ValueError as error:
-        raise DataError(f"{path}/{MANIFEST} is damaged ({error}); delete the folder and prepare again") from error
+        raise DataError(f"{path}/{_MANIFEST} is damaged ({error}); delete the folder and prepare again") from error
     version = values.get("format_version") if isinstance(values, dict) else None
-    if version != FORMAT_VERSION:
+    if version != SHARDS_VERSION:
         raise DataError(
-            f"{path}/{MANIFEST} has format version {version!r}, this llava_ray reads {FORMAT_VERSION}; prepare the "
-            "data again with pipelines/prepare.py"
+            f"{path}/{_MANIFEST} has format version {version!r}, this llava_ray reads {SHARDS_VERSION}; prepare the "
+            f"data again with {command('prepare')}"
         )
     return values
 
 
-def read_rows(
+def read_shard_rows(
     prepared_path: str, shard_name: str, rows: Sequence[int] | None, columns: Sequence[str] | None = None
 ) -> pa.Table:
-    """Read rows of one shard, all of them for None, in the order asked; only the row groups that hold them are read.
+    """Read rows of one shard in the order requested (None for all), from only the row groups that hold them.
 
-    Raises DataError where the shard is missing, damaged or shorter than asked.
+    Raises DataError where the shard is missing, damaged or has fewer rows.
     """
     path = f"{prepared_path}/{shard_name}"
     filesystem, place = open_filesystem(path)
@@ -253,7 +255,7 @@ def _take_rows(file: pq.ParquetFile, rows: Sequence[int], columns: list[str] | N
     counts = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
     first = np.cumsum([0, *counts])  # the first row of each group, then the number of rows
     if wanted.size and (wanted.min() < 0 or wanted.max() >= first[-1]):
-        raise IndexError(f"rows up to {wanted.max()} asked for, it has {first[-1]}")
+        raise IndexError(f"rows up to {wanted.max()} requested, it has {first[-1]}")
     groups = np.unique(np.searchsorted(first, wanted, side="right") - 1)
     held = np.concatenate([wanted[:0], *(np.arange(first[i], first[i + 1]) for i in groups)])
     table = file.read_row_groups(groups.tolist(), columns, use_threads=False)

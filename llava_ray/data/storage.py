@@ -1,4 +1,4 @@
-"""Files on any filesystem: named once for all nodes, and written so that nobody ever sees half of one."""
+"""Files on any filesystem: paths that hold on all nodes, and atomic writes."""
 
 import os
 import uuid
@@ -9,28 +9,28 @@ from llava_ray.images.reading import open_filesystem
 
 
 def absolute(path: str) -> str:
-    """Return a URL as it is and a local path from the root: workers may run in another folder."""
+    """Return a local path as an absolute one, since workers may run in another folder; a URL unchanged."""
     return path.rstrip("/") if "://" in path else str(Path(path).expanduser().absolute())
 
 
-def way_from(folder: str, path: str) -> str:
-    """Return a local path below the current folder as the way to it from another one; any other path as it is.
+def relative_path(folder: str, path: str) -> str:
+    """Return a path below the current folder as a path relative to ``folder``; any other path unchanged.
 
-    What lies in one project keeps its way when all of it is moved or copied; what lies elsewhere stays.
+    Relative paths within a project stay valid when the whole project is moved or copied.
     """
     if "://" in folder or "://" in path or not Path(path).is_relative_to(Path.cwd()):
         return path
     return os.path.relpath(path, folder)
 
 
-def read_file(path: str) -> bytes:
+def read_stored(path: str) -> bytes:
     """Read a whole file; raises FileNotFoundError."""
     filesystem, place = open_filesystem(path)
     return bytes(filesystem.cat_file(place))
 
 
 def file_size(path: str) -> int | None:
-    """Return the size in bytes, or None where there is no such file; raises DataError where nobody may know."""
+    """Return the size in bytes, or None where the file does not exist; raises DataError where access is denied."""
     filesystem, place = open_filesystem(path)
     try:
         return int(filesystem.info(place)["size"])
@@ -41,9 +41,9 @@ def file_size(path: str) -> int | None:
 
 
 def list_sizes(folder: str) -> dict[str, int]:
-    """Return the sizes of a folder's files by name; empty where there is no such folder."""
+    """Return the sizes of a folder's files by name; empty where the folder does not exist."""
     filesystem, place = open_filesystem(folder)
-    filesystem.invalidate_cache()  # other processes write here
+    filesystem.invalidate_cache()  # fsspec caches listings, but other processes write here
     try:
         entries = filesystem.ls(place, detail=True)
     except (FileNotFoundError, NotADirectoryError):
@@ -51,12 +51,13 @@ def list_sizes(folder: str) -> dict[str, int]:
     return {entry["name"].rpartition("/")[2]: int(entry["size"]) for entry in entries if entry["type"] == "file"}
 
 
-def write_file(path: str, data: bytes | memoryview) -> None:
-    """Write a whole file under a temporary name and rename it: two writers cannot mix, a reader finds all or nothing.
+def write_stored(path: str, data: bytes | memoryview) -> None:
+    """Write a whole file under a temporary name and rename it, so that readers find all of it or nothing.
 
     Raises DataError that names the path where it cannot be written (permissions, a full disk).
     """
     filesystem, place = open_filesystem(path)
+    # A random suffix: two tasks that write the same file at once must not share a temporary one.
     temporary = f"{place}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         filesystem.makedirs(place.rpartition("/")[0], exist_ok=True)

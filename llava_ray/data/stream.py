@@ -1,43 +1,34 @@
-"""The plan carried out by Ray Data: descriptors → read and tokenise → decode → (frozen tower) → train workers.
+"""Execution of the plan by Ray Data: descriptors → read and tokenise → decode → (frozen tower) → train workers.
 
-Several of Ray's own processes import this module to pass it on, so it imports neither torch nor transformers.
+Several of Ray's own processes import this module to unpickle tasks, so it imports neither torch nor transformers.
 
 A block of the stream is a few micro-batches of one rank (see ``descriptors``). ``TrainStream`` is what Ray Train
 evaluates at every start of the workers: it begins at the committed step. ``DealToRanks`` then knows the world size and
 lays out the blocks, which ``streaming_split`` hands out by turns, so order and place are exact for any timing.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataIterator, Dataset, ExecutionOptions, TaskPoolStrategy
 from ray.train import DataConfig as TrainDataConfig
 
-from llava_ray.chat.conversation import Turn
-from llava_ray.data.blocks import as_one_row, rows_of
-from llava_ray.data.descriptors import ROWS_PER_BLOCK, describe_micro_batches
-from llava_ray.data.examples import Example
-from llava_ray.data.feature_cache import fetch_features, place_of
-from llava_ray.data.lengths import TokenLengths, load_encoder
+from llava_ray.data.descriptors import describe_micro_batches
+from llava_ray.data.lengths import TokenLengths
 from llava_ray.data.plan import Plan
 from llava_ray.data.settings import StreamSettings
-from llava_ray.data.shards import read_rows
-from llava_ray.errors import DataError
-from llava_ray.images.anyres import Size
-from llava_ray.images.geometry import crop_views
-from llava_ray.images.reading import open_image
+from llava_ray.data.stages import BlockImageDecoder, read_blocks
 from llava_ray.placement import can_grow, in_pool, pool_resources
 
-CPUS_PER_READER = 8
+_CPUS_PER_READER = 8
 
 # Of a pool that has no node yet; the smallest node that ours are made of has more. Decoders must not fill it: readers,
 # which nothing else may run, would have no place.
-GROWING_CPUS = 8.0
+_GROWING_CPUS = 8.0
 
 
 @dataclass(frozen=True)
@@ -53,10 +44,10 @@ class TrainStream:
 
 
 class DealToRanks(TrainDataConfig):
-    """Turn steps into each rank's micro-batches, once the world size is known."""
+    """A data config that turns steps into each rank's micro-batches, once the world size is known."""
 
     def __init__(self, plan: Plan, until: int, lengths: TokenLengths, settings: StreamSettings) -> None:
-        """Keep what is needed to deal; Ray Train sends this to its data manager."""
+        """Store what the assignment to ranks needs; Ray Train sends this object to its data manager."""
         super().__init__(enable_shard_locality=False)
         self.plan = plan
         self.until = until
@@ -85,7 +76,7 @@ class DealToRanks(TrainDataConfig):
 def stream(descriptors: list[pa.Table], settings: StreamSettings) -> Dataset:
     """Attach the stages to the descriptors. Every block is one row, of ROWS_PER_BLOCK micro-batches of one rank."""
     dataset = ray.data.from_arrow(descriptors) if descriptors else ray.data.from_items([])
-    cpus, total = settings.data.num_decode_cpus, decoding_cpus()
+    cpus, total = settings.data.num_decode_cpus, _decoding_cpus()
     decoding = in_pool("decode")
     dataset = dataset.map_batches(
         read_blocks,
@@ -93,14 +84,14 @@ def stream(descriptors: list[pa.Table], settings: StreamSettings) -> Dataset:
         batch_format="pyarrow",
         fn_kwargs={"settings": settings},
         # Reading is a small part of decoding. Ray would start as many as there is room for, and let them run far ahead.
-        compute=TaskPoolStrategy(size=max(1, int(total) // CPUS_PER_READER)),
+        compute=TaskPoolStrategy(size=max(1, int(total) // _CPUS_PER_READER)),
         num_cpus=cpus / 2,
         **decoding,
     )
     # Actors, because tasks of less than a CPU cost more than they do: Ray ends every process beyond the number of CPUs
     # that has nothing to do for a second, and starts another for the next task.
     dataset = dataset.map_batches(
-        ImageDecoder,
+        BlockImageDecoder,
         batch_size=None,
         batch_format="pyarrow",
         fn_constructor_kwargs={"settings": settings},
@@ -127,135 +118,6 @@ def stream(descriptors: list[pa.Table], settings: StreamSettings) -> Dataset:
     return dataset
 
 
-def decoding_cpus() -> float:
+def _decoding_cpus() -> float:
     """Return the CPUs that reading and decoding may count on: those of their pool, or of all nodes without one."""
-    return max(pool_resources("decode")["CPU"], GROWING_CPUS if can_grow() else 1.0)
-
-
-def read_blocks(descriptors: pa.Table, settings: StreamSettings) -> Iterator[pa.Table]:
-    """Yield the micro-batches of one window, a block at a time."""
-    yield from map(as_one_row, read_micro_batches(descriptors, settings))
-
-
-class ImageDecoder:
-    """Turn the encoded images of a block into pixels, or into the features that a cache has of them."""
-
-    def __init__(self, settings: StreamSettings) -> None:
-        """Keep what tells the size."""
-        self.settings = settings
-
-    def __call__(self, block: pa.Table) -> pa.Table:
-        """Decode, or look up."""
-        return as_one_row(find_images(rows_of(block), self.settings))
-
-
-def read_micro_batches(descriptors: pa.Table, settings: StreamSettings) -> Iterator[pa.Table]:
-    """Read the records of one window and yield its micro-batches, packed, images still encoded."""
-    encoder = load_encoder(settings.encoder)
-    records = fetch_records(descriptors, settings)
-    for start in range(0, descriptors.num_rows, ROWS_PER_BLOCK):
-        yield pa.Table.from_pylist(
-            [packed(row, records, encoder.encode) for row in descriptors.slice(start, ROWS_PER_BLOCK).to_pylist()],
-            schema=PACKED_SCHEMA,
-        )
-
-
-PACKED_SCHEMA = pa.schema(
-    {
-        "step": pa.int32(),
-        "rank": pa.int32(),
-        "num_supervised": pa.int32(),
-        "num_micro_batches": pa.int32(),
-        "ids": pa.list_(pa.string()),
-        "num_tokens": pa.list_(pa.int32()),
-        "input_ids": pa.list_(pa.int32()),
-        "labels": pa.list_(pa.int32()),
-        "images": pa.list_(pa.large_binary()),
-        "image_sizes": pa.list_(pa.list_(pa.int32(), 2)),  # (width, height) of each
-        "places": pa.list_(pa.int64()),  # of each in the feature cache
-    }
-)
-
-
-RECORD_COLUMNS = ["id", "turns", "images", "widths", "heights"]
-
-
-def fetch_records(descriptors: pa.Table, settings: StreamSettings) -> dict[tuple[int, int], dict[str, Any]]:
-    """Return the records that the descriptors name, each shard read once."""
-    wanted: dict[int, set[int]] = {}
-    for shards, rows in zip(descriptors["shard"].to_pylist(), descriptors["row"].to_pylist(), strict=True):
-        for shard, row in zip(shards, rows, strict=True):
-            wanted.setdefault(shard, set()).add(row)
-    records = {}
-    columns = [name for name in RECORD_COLUMNS if name != "images" or not settings.features]
-    for shard, row_set in wanted.items():
-        rows = sorted(row_set)
-        table = read_rows(settings.prepared_path, settings.shard_names[shard], rows, columns=columns)
-        records.update({(shard, row): record for row, record in zip(rows, table.to_pylist(), strict=True)})
-    return records
-
-
-def packed(
-    row: dict[str, Any],
-    records: dict[tuple[int, int], dict[str, Any]],
-    encode: Callable[[list[Turn], list[Size]], list[Example]],
-) -> dict[str, Any]:
-    """Lay one micro-batch's examples one behind the other."""
-    examples, ids, images, shown, places = [], [], [], [], []
-    for shard, number, part, num_tokens in zip(row["shard"], row["row"], row["part"], row["num_tokens"], strict=True):
-        record = records[shard, number]
-        sizes = list(zip(record["widths"], record["heights"], strict=True))
-        example = encode([Turn.from_row(turn) for turn in record["turns"]], sizes)[part]
-        if len(example.input_ids) != num_tokens:
-            raise AssertionError(f"{record['id']}: {len(example.input_ids)} tokens, the plan says {num_tokens}")
-        examples.append(example)
-        ids.append(record["id"])
-        images += [record["images"][i] for i in example.images if "images" in record]
-        shown += [sizes[i] for i in example.images]
-        places += [place_of(shard, number, i) for i in example.images]
-    common = {name: row[name] for name in ("step", "rank", "num_supervised", "num_micro_batches", "num_tokens")}
-    return common | {
-        "ids": ids,
-        "input_ids": np.concatenate([e.input_ids for e in examples]) if examples else [],
-        "labels": np.concatenate([e.labels for e in examples]) if examples else [],
-        "images": images,
-        "image_sizes": shown,
-        "places": places,
-    }
-
-
-def find_images(table: pa.Table, settings: StreamSettings) -> pa.Table:
-    """Replace each row's images by what the model takes of them: pixels, or features from a cache."""
-    return load_features(table, settings) if settings.features else decode_images(table, settings)
-
-
-def load_features(table: pa.Table, settings: StreamSettings) -> pa.Table:
-    """Replace each row's images by their features from the cache: bytes of (n, p, v) in the tower's dtype."""
-    assert settings.features is not None
-    places = table["places"].to_pylist()
-    parts = iter(fetch_features(settings.features, [place for row in places for place in row]))
-    cells = [b"".join(next(parts) for _ in row) for row in places]
-    position = table.column_names.index("images")
-    return table.set_column(position, "features", pa.array(cells, pa.large_binary()))
-
-
-def decode_images(table: pa.Table, settings: StreamSettings) -> pa.Table:
-    """Replace each row's encoded images by pixels: bytes of uint8 (n, 3, h, w), views before normalisation."""
-    columns = (table[name].to_pylist() for name in ("ids", "images", "image_sizes"))
-    pixels = [
-        b"".join(decoded(image, size, ", ".join(ids), settings) for image, size in zip(images, sizes, strict=True))
-        for ids, images, sizes in zip(*columns, strict=True)
-    ]
-    position = table.column_names.index("images")
-    return table.set_column(position, "pixels", pa.array(pixels, pa.large_binary()))
-
-
-def decoded(image: bytes, size: Sequence[int], name: str, settings: StreamSettings) -> bytes:
-    """Return one image's pixels; its views were planned for ``size``."""
-    opened = open_image(image, name, max_pixels=settings.data.max_image_pixels)
-    if opened.size != tuple(size):
-        raise DataError(
-            f"{name}: an image decodes to {opened.size} pixels, but was prepared as {tuple(size)}; another version of "
-            f"Pillow wrote {settings.prepared_path}: delete the folder and prepare again"
-        )
-    return crop_views(opened, settings.image_spec).tobytes()
+    return max(pool_resources("decode")["CPU"], _GROWING_CPUS if can_grow() else 1.0)

@@ -1,4 +1,4 @@
-"""WebDataset tars read sample by sample; damaged members are told as such, the others are read."""
+"""Reading of WebDataset tars by sample; damaged members are reported as faults, the others are read."""
 
 import tarfile
 from collections.abc import Iterator
@@ -12,15 +12,29 @@ from llava_ray.errors import DataError
 from llava_ray.images.reading import open_filesystem
 from llava_ray.reading import reason
 
-# Media beside a record that cannot be learnt from; any other file is read past.
-OTHER_MEDIA = {".mp4", ".mkv", ".webm", ".avi", ".mov", ".wav", ".mp3", ".flac", ".ogg", ".m4a", ".pdf", ".npy", ".npz"}
-MAX_MEMBER = 1 << 30  # bytes
-ERRORS: Any = tarfile  # its kinds of damage have no types in the stubs
+# Unsupported media beside a record; any other file is ignored.
+_OTHER_MEDIA = {
+    ".mp4",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".mov",
+    ".wav",
+    ".mp3",
+    ".flac",
+    ".ogg",
+    ".m4a",
+    ".pdf",
+    ".npy",
+    ".npz",
+}
+_MAX_MEMBER = 1 << 30  # bytes
+_ERRORS: Any = tarfile  # its header errors are missing in the stubs
 
 
 @dataclass(frozen=True)
-class Member:
-    """One file of a tar: what is in it, or why that cannot be known."""
+class TarMember:
+    """One file of a tar: its content, or why that cannot be read."""
 
     key: str
     suffix: str
@@ -29,7 +43,7 @@ class Member:
 
 @dataclass(frozen=True)
 class TarSample:
-    """Neighbouring files with one base name."""
+    """Adjacent files with one base name."""
 
     key: str
     text: bytes | Fault
@@ -38,14 +52,14 @@ class TarSample:
 
 
 class CheckedTar(tarfile.TarFile):
-    """A tar that counts what it skips: `tarfile` takes a damaged header for the end, and says nothing."""
+    """A tar that counts damaged blocks: `tarfile` itself takes a damaged header for the end, in silence."""
 
     num_damaged = 0
     has_end = False
 
 
 class CheckedHeader(tarfile.TarInfo):
-    """A header that is told apart from damage; blocks are skipped until the next one that is whole."""
+    """A header reader that distinguishes damage from the end; blocks are skipped until the next valid header."""
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> "CheckedHeader":
@@ -56,32 +70,32 @@ class CheckedHeader(tarfile.TarInfo):
             header = super().fromtarfile(tar)
             if header.size >= 0:
                 return header
-        except ERRORS.EOFHeaderError:
+        except _ERRORS.EOFHeaderError:
             tar.has_end = True
             raise
-        except ERRORS.EmptyHeaderError:
+        except _ERRORS.EmptyHeaderError:
             raise
-        except ERRORS.TruncatedHeaderError as error:
+        except _ERRORS.TruncatedHeaderError as error:
             if tar.has_end:
-                raise ERRORS.EmptyHeaderError("a few bytes behind the end") from error
+                raise _ERRORS.EmptyHeaderError("a few bytes behind the end") from error
             raise tarfile.ReadError("unexpected end of data") from error
         except (tarfile.HeaderError, ValueError, LookupError, TypeError, AttributeError, OverflowError):
             pass
         tar.num_damaged += 1
-        tar.offset = tar.fileobj.tell() - tarfile.BLOCKSIZE  # from where the next block is tried
-        raise ERRORS.InvalidHeaderError("damaged")
+        tar.offset = tar.fileobj.tell() - tarfile.BLOCKSIZE  # the next block is tried from here
+        raise _ERRORS.InvalidHeaderError("damaged")
 
 
 def read_tar(path: str) -> Iterator[TarSample]:
-    """Yield the samples of a tar. Images come in the order of the tar. Raises DataError for one that is cut off."""
+    """Yield the samples of a tar, images in the order of the tar. Raises DataError for a truncated tar."""
     for key, members in groupby(_members(path), key=lambda member: member.key):
         sample = _sample_of(key, list(members))
         if sample is not None:
             yield sample
 
 
-def _sample_of(key: str, members: list[Member]) -> TarSample | None:
-    """Put a sample together; None for files of which none is a record or medium."""
+def _sample_of(key: str, members: list[TarMember]) -> TarSample | None:
+    """Build a sample from its files; None if none of them is a record or medium."""
     texts = [member.content for member in members if member.suffix == ".json"]
     images = [member.content for member in members if member.suffix in IMAGE_SUFFIXES]
     faults = [member.content for member in members if isinstance(member.content, Fault)]
@@ -97,8 +111,8 @@ def _sample_of(key: str, members: list[Member]) -> TarSample | None:
     return TarSample(key, texts[0], tuple(image for image in images if isinstance(image, bytes)), tuple(sorted(others)))
 
 
-def _members(path: str) -> Iterator[Member]:
-    """Yield a tar's files; of those that are neither records nor images only the names."""
+def _members(path: str) -> Iterator[TarMember]:
+    """Yield a tar's files; without content if they are neither records nor images."""
     filesystem, place = open_filesystem(path)
     key, num_damaged = "", 0
     try:
@@ -114,26 +128,26 @@ def _members(path: str) -> Iterator[Member]:
                     continue
                 name = PurePosixPath(header.name)
                 key, suffix = str(name.parent / name.name.partition(".")[0]), name.suffix.lower()
-                yield Member(key, suffix, _content(tar, header, suffix))
+                yield TarMember(key, suffix, _content(tar, header, suffix))
             if tar.num_damaged > num_damaged:
                 yield _damage(key, tar.num_damaged - num_damaged)
     except Exception as error:
         raise DataError(f"{path}: the tar is damaged after {key!r} ({reason(error)}); fetch it again") from error
 
 
-def _damage(key: str, num_blocks: int) -> Member:
-    what = f"{num_blocks} damaged block(s) after {key!r} are no file; what stood there is lost: fetch the tar again"
-    return Member(f"{key}+damaged", "", Fault(what))
+def _damage(key: str, num_blocks: int) -> TarMember:
+    what = f"{num_blocks} damaged block(s) after {key!r} are unreadable; their content is lost: fetch the tar again"
+    return TarMember(f"{key}+damaged", "", Fault(what))
 
 
 def _content(tar: tarfile.TarFile, header: tarfile.TarInfo, suffix: str) -> bytes | Fault:
-    if suffix in OTHER_MEDIA:
-        return Fault(f"{suffix} beside the record cannot be learnt from: remove it, or the sample", "unsupported")
+    if suffix in _OTHER_MEDIA:
+        return Fault(f"{suffix} beside the record is not supported: remove it, or the sample", "unsupported")
     if suffix != ".json" and suffix not in IMAGE_SUFFIXES:
         return b""
     if not header.isreg() or header.issparse():
-        return Fault(f"{header.name!r} is a link, or not a whole file; expected the file itself")
-    if header.size > MAX_MEMBER:
-        return Fault(f"{header.name!r} has {header.size:,} bytes; expected at most {MAX_MEMBER:,}")
+        return Fault(f"{header.name!r} is a link or a sparse file; expected the file itself")
+    if header.size > _MAX_MEMBER:
+        return Fault(f"{header.name!r} has {header.size:,} bytes; expected at most {_MAX_MEMBER:,}")
     content = tar.extractfile(header)
     return content.read() if content else b""

@@ -1,6 +1,6 @@
-"""Raw records checked one by one: what can be learnt from becomes a Sample, the rest a RecordError with its reason.
+"""Validation of raw records: a valid one becomes a Sample, any other a RecordError with its reason.
 
-Reasons: ``malformed``, ``unreadable`` (damaged where it lies), ``unsupported`` (a key or part that would be lost),
+Reasons: ``malformed``, ``unreadable`` (damaged in its file), ``unsupported`` (a key or part that would be lost),
 ``no_turns``, ``roles``, ``alternation``, ``empty_answer``, ``image_count``, ``image_missing``, ``image_truncated``,
 ``image_too_large``, ``image_too_costly``, ``image_unreadable``.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from llava_ray.chat.conversation import IMAGE_TOKEN, Turn
 from llava_ray.data.json_text import parse_json
-from llava_ray.data.record_images import find_images
+from llava_ray.data.record_images import find_record_images
 from llava_ray.data.record_keys import check_keys
 from llava_ray.data.record_turns import count_markers, read_record_turns
 from llava_ray.data.records import Fault, RawRecord, Record
@@ -20,19 +20,19 @@ from llava_ray.errors import RecordError
 from llava_ray.images.reading import check_image, read_bytes
 from llava_ray.reading import shown
 
-MAX_MESSAGE = 2000  # characters
+_MAX_MESSAGE = 2000  # characters
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A record whose images are bytes and decode, with their upright (width, height) in pixels."""
+    """A record whose images are bytes that decode, with their upright (width, height) in pixels."""
 
     record: Record
     sizes: tuple[tuple[int, int], ...]
 
 
 def validate(raw: RawRecord, image_folder: str, *, max_pixels: int) -> Sample:
-    """Read and check one record; relative image paths start at ``image_folder``.
+    """Read and check one record; relative image paths are below ``image_folder``.
 
     Raises RecordError whose message names the record, what was found, what was expected and what to do.
     """
@@ -41,15 +41,15 @@ def validate(raw: RawRecord, image_folder: str, *, max_pixels: int) -> Sample:
 
 
 def read_record(raw: RawRecord, image_folder: str, *, unnamed_images: bool = False) -> Record:
-    """Read the turns and the places of the images, opening none of them.
+    """Parse the turns and find the images of a record, opening none of them.
 
-    With ``unnamed_images`` a record may have markers for images that it does not name; each is empty then.
+    With ``unnamed_images`` a record may have markers for images that it does not name; these are then empty.
     """
     with _naming(raw):
         values = parse_values(raw)
         read = read_record_turns(values)
         _check_text(read.turns)
-        images = raw.images or find_images(values, read.images, image_folder)
+        images = raw.images or find_record_images(values, read.images, image_folder)
         num_markers = count_markers(read.turns)
         ignored = check_keys(values, read.images, len(images))
         if unnamed_images and not images:
@@ -59,16 +59,16 @@ def read_record(raw: RawRecord, image_folder: str, *, unnamed_images: bool = Fal
 
 
 def fetch_images(record: Record, image_folder: str | None = None) -> tuple[bytes, ...]:
-    """Return the encoded images, read from where their paths and URLs lead.
+    """Read the encoded images from their paths and URLs.
 
-    Raises RecordError, and DataError where the storage of ``image_folder`` fails; without it any storage.
+    Raises RecordError, and DataError where the storage of ``image_folder`` (or any storage, without it) fails.
     """
     with _naming(record):
         return tuple(read_bytes(image, image_folder) if isinstance(image, str) else image for image in record.images)
 
 
 def check_images(record: Record, contents: Sequence[bytes], *, max_pixels: int) -> Sample:
-    """Decode the record's images, of which ``contents`` holds the bytes."""
+    """Decode the record's images from their ``contents``, and return the sample."""
     with _naming(record):
         sizes = tuple(
             check_image(content, _image_name(record, index), max_pixels=max_pixels)
@@ -79,15 +79,15 @@ def check_images(record: Record, contents: Sequence[bytes], *, max_pixels: int) 
 
 @contextmanager
 def _naming(record: RawRecord | Record) -> Iterator[None]:
-    """Put the record's id and place before the message of a RecordError, in characters that can be written anywhere."""
+    """Prefix the message of a RecordError with the record's id and source, in printable characters."""
     try:
         yield
     except RecordError as error:
         message = f"record {record.id!r} ({record.source}): {error}".encode("utf-8", "backslashreplace").decode()
-        message = message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + "…"
+        message = message if len(message) <= _MAX_MESSAGE else message[:_MAX_MESSAGE] + "…"
         raise type(error)(message, reason=error.reason) from error
     except RecursionError as error:
-        message = f"record {record.id!r} ({record.source}): too many lists or objects in each other; mend it"
+        message = f"record {record.id!r} ({record.source}): too many nested lists or objects; fix it"
         raise RecordError(message, reason="malformed") from error
 
 
@@ -97,7 +97,7 @@ def _image_name(record: Record, index: int) -> str:
 
 
 def parse_values(raw: RawRecord) -> Mapping[str, Any]:
-    """Return a record's keys and values. Raises RecordError."""
+    """Parse a record's keys and values. Raises RecordError."""
     values = raw.values
     if isinstance(values, Fault):
         raise RecordError(values.message, reason=values.reason)
@@ -124,7 +124,7 @@ def _check_text(turns: Sequence[Turn]) -> None:
             turn.value.encode()
         except UnicodeEncodeError as error:
             raise RecordError(
-                f"turn {number} holds half of a surrogate pair ({turn.value[error.start : error.end]!r} at character "
-                f"{error.start}), which is no text; remove it",
+                f"turn {number} holds a lone surrogate ({turn.value[error.start : error.end]!r} at character "
+                f"{error.start}), which is not valid text; remove it",
                 reason="malformed",
             ) from error

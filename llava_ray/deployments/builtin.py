@@ -1,4 +1,4 @@
-"""The built-in engine as a replica runs it: which device, which precision, how many threads."""
+"""The built-in engine of a replica: device, precision and number of threads."""
 
 import functools
 import os
@@ -6,23 +6,23 @@ import os
 import torch
 
 from llava_ray.deployments.settings import ModelSource, ServeSettings
-from llava_ray.generate.builtin_engine import BuiltinEngine
+from llava_ray.generate.builtin.builtin_engine import BuiltinEngine
 from llava_ray.generate.settings import EngineSettings
-from llava_ray.model.bundle import LlavaParts
+from llava_ray.model.assembly import LlavaParts
 from llava_ray.model.loading import load_pretrained_model
 
 
 def make_engine(source: ModelSource, settings: ServeSettings) -> BuiltinEngine:
-    """Return an engine that is not started yet."""
+    """Build the engine of a replica, not started."""
     bounds = EngineSettings(max_running=settings.max_num_seqs, max_model_len=settings.max_model_len)
-    loading = functools.partial(load, source.path, settings)
+    loading = functools.partial(_load_served_model, source.path, settings)
     return BuiltinEngine(loading, name=source.name, settings=bounds, adapters=dict(source.adapters))
 
 
-def load(path: str, settings: ServeSettings) -> LlavaParts:
+def _load_served_model(path: str, settings: ServeSettings) -> LlavaParts:
     """Load any layout of a LLaVA, on the replica's GPU if it has one. Raises ModelError."""
     on_gpu = settings.num_gpus > 0 and torch.cuda.is_available()
-    if not on_gpu:  # Ray lets a worker have as many threads as logical CPUs; a laptop's one replica may have them all
+    if not on_gpu:  # Ray limits threads to the logical CPUs; a single replica on a laptop may use all cores
         share = (os.cpu_count() or 1) // (settings.max_replicas * len(settings.model))
         torch.set_num_threads(max(1, int(settings.num_cpus), share))
     dtype = getattr(torch, settings.dtype) if settings.dtype != "auto" else torch.bfloat16 if on_gpu else torch.float32

@@ -1,4 +1,4 @@
-"""Which engine a service runs, by its name in the settings."""
+"""The engines of a service, by their names in the settings."""
 
 import importlib
 from collections.abc import Callable
@@ -8,20 +8,20 @@ from llava_ray.deployments.settings import ModelSource, ServeSettings
 from llava_ray.errors import ConfigError
 from llava_ray.generate.engine import Engine
 
-# Functions of a ModelSource and ServeSettings, named and not imported: each needs libraries that the others do not.
-ENGINES = {
+# Functions of a ModelSource and ServeSettings, imported on demand: each needs libraries that the others do not.
+_ENGINES = {
     "builtin": "llava_ray.deployments.builtin:make_engine",
     "vllm": "llava_ray.deployments.vllm:make_engine",
 }
 
 
 def make_engine(source: ModelSource, settings: ServeSettings) -> Engine:
-    """Return the engine of one replica, not started. Raises ConfigError for a name that leads to none."""
-    place = ENGINES.get(settings.engine, settings.engine)
+    """Build the engine of one replica, not started. Raises ConfigError for an unknown name."""
+    place = _ENGINES.get(settings.engine, settings.engine)
     module, colon, function = place.partition(":")
     if not colon:
         raise ConfigError(
-            f"engine {settings.engine!r}: expected one of {', '.join(map(repr, ENGINES))}, or 'module:function'"
+            f"engine {settings.engine!r}: expected one of {', '.join(map(repr, _ENGINES))}, or 'module:function'"
         )
     try:
         make: Callable[..., Any] = getattr(importlib.import_module(module), function)

@@ -1,4 +1,4 @@
-"""From a front to the replicas of a model: what API and page call, whether the models run here or on a cluster."""
+"""The gateway from a front to the replicas of its models, in this process or on a cluster."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
@@ -9,7 +9,7 @@ from prometheus_client.core import Metric
 
 from llava_ray.deployments.messages import Task
 from llava_ray.deployments.refusal import RefusalError, Refused, refuse
-from llava_ray.deployments.replica import Piece, Replica
+from llava_ray.deployments.replica import AnswerPiece, Replica
 from llava_ray.deployments.settings import ModelSource
 from llava_ray.generate.engine import ModelCard
 
@@ -19,26 +19,26 @@ class Gateway(Protocol):
 
     @property
     def sources(self) -> tuple[ModelSource, ...]:
-        """Return the models, in the order in which they are offered."""
+        """Return the models in display order."""
         ...
 
-    def run(self, task: Task, session: str) -> AsyncGenerator[list[Piece], None]:
-        """Stream an answer; tasks of one session go to one replica while it has room.
+    def run(self, task: Task, session: str) -> AsyncGenerator[list[AnswerPiece], None]:
+        """Stream an answer; tasks of one session go to one replica while it has capacity.
 
-        Leaving the iterator early cancels the task. Raises RefusalError, also in the middle.
+        Leaving the iterator early cancels the task. Raises RefusalError, also in mid-stream.
         """
         ...
 
     async def card(self, source: ModelSource) -> ModelCard:
-        """Return what a model is able to do. Raises RefusalError (503) if it is not there in time."""
+        """Return a model's capabilities. Raises RefusalError (503) if it is not available in time."""
         ...
 
     async def ready(self) -> dict[str, bool]:
-        """Return for each model whether it can take a request now."""
+        """Return whether each model can take a request now."""
         ...
 
     async def collect(self) -> dict[str, list[Metric]]:
-        """Return the counts of each process that is there."""
+        """Return the metrics of each running process."""
         ...
 
 
@@ -46,7 +46,7 @@ class LocalGateway:
     """Replicas in this process: for tests, notebooks and an app without Serve."""
 
     def __init__(self, replicas: Mapping[ModelSource, Replica]) -> None:
-        """One replica a model."""
+        """Initialise with one replica per model."""
         self.replicas = dict(replicas)
 
     @property
@@ -54,38 +54,38 @@ class LocalGateway:
         """Return the models."""
         return tuple(self.replicas)
 
-    async def run(self, task: Task, session: str) -> AsyncGenerator[list[Piece], None]:
+    async def run(self, task: Task, session: str) -> AsyncGenerator[list[AnswerPiece], None]:
         """Stream an answer. Raises RefusalError."""
         del session
-        source = find_source(self.sources, task.model)
+        source = find_served_model(self.sources, task.model)
         async with aclosing(self.replicas[source].run(task)) as items:
             async for item in items:
                 yield unwrapped(item)
 
     async def card(self, source: ModelSource) -> ModelCard:
-        """Return what a model is able to do."""
+        """Return a model's capabilities."""
         return self.replicas[source].card()
 
     async def ready(self) -> dict[str, bool]:
-        """Return for each model whether its engine lives."""
+        """Return whether each model's engine is alive."""
         await asyncio.sleep(0)
         return {source.name: True for source in self.sources}
 
     async def collect(self) -> dict[str, list[Metric]]:
-        """Return the counts of each replica."""
+        """Return the metrics of each replica."""
         return {source.name: replica.collect() for source, replica in self.replicas.items()}
 
 
-def find_source(sources: tuple[ModelSource, ...], name: str) -> ModelSource:
-    """Return the model that answers to this name. Raises RefusalError (404)."""
+def find_served_model(sources: tuple[ModelSource, ...], name: str) -> ModelSource:
+    """Return the model with this name. Raises RefusalError (404)."""
     for source in sources:
         if name in source.names:
             return source
     offered = ", ".join(name for source in sources for name in source.names)
-    raise refuse(404, f"no model is called {name[:100]!r}; there are: {offered}", "model_not_found", "model")
+    raise refuse(404, f"there is no model {name[:100]!r}; available: {offered}", "model_not_found", "model")
 
 
-def unwrapped(item: Refused | list[Piece]) -> list[Piece]:
+def unwrapped(item: Refused | list[AnswerPiece]) -> list[AnswerPiece]:
     """Return the pieces. Raises RefusalError for a refusal."""
     if isinstance(item, Refused):
         raise RefusalError(item)

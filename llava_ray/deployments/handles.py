@@ -10,28 +10,28 @@ from ray.exceptions import RayActorError, RayError, TaskCancelledError
 from ray.serve.exceptions import DeploymentUnavailableError, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
-from llava_ray.deployments.gateway import find_source, unwrapped
+from llava_ray.deployments.gateway import find_served_model, unwrapped
 from llava_ray.deployments.messages import Task
 from llava_ray.deployments.refusal import RefusalError, Refused, refuse
-from llava_ray.deployments.replica import Piece
+from llava_ray.deployments.replica import AnswerPiece
 from llava_ray.deployments.settings import ModelSource, ServeSettings
 from llava_ray.generate.engine import ModelCard
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
-ATTEMPTS = 3  # replicas that a task is tried on, as long as nothing of its answer has been passed on
-CARD_TIMEOUT_S = 10.0
-PING_TIMEOUT_S = 3.0
-SILENCE_S = 20.0  # without a piece or a sign of life; these come every merging.BEAT_S
+_ATTEMPTS = 3  # replicas that a task is tried on, until the first piece of its answer has been sent
+_CARD_TIMEOUT_S = 10.0
+_PING_TIMEOUT_S = 3.0
+_SILENCE_S = 20.0  # without a piece or a heartbeat, which come every merging._BEAT_S
 
-LOST = Refused(503, "the replica that wrote this answer was lost; ask again", "replica_lost", retry_after_s=1)
+_LOST = Refused(503, "the replica that generated this answer was lost; try again", "replica_lost", retry_after_s=1)
 
 
 class ServeGateway:
-    """Lives in an ingress replica."""
+    """The gateway in an ingress replica."""
 
     def __init__(self, handles: Mapping[ModelSource, DeploymentHandle], settings: ServeSettings) -> None:
-        """One handle a model."""
+        """Initialise with one handle per model."""
         self.handles = dict(handles)
         self.settings = settings
         self.cards: dict[ModelSource, ModelCard] = {}
@@ -41,21 +41,21 @@ class ServeGateway:
         """Return the models."""
         return tuple(self.handles)
 
-    async def run(self, task: Task, session: str) -> AsyncGenerator[list[Piece], None]:
-        """Stream an answer, from another replica if the first is full or dies before it has said anything.
+    async def run(self, task: Task, session: str) -> AsyncGenerator[list[AnswerPiece], None]:
+        """Stream an answer, retrying on another replica if the first is full or dies before its first piece.
 
         Raises RefusalError.
         """
-        handle = self.handles[find_source(self.sources, task.model)]
-        # A model that sleeps is waited for: it may take minutes to load.
-        patience = SILENCE_S if self.settings.min_replicas else None
-        for attempt in range(ATTEMPTS):
-            last = attempt == ATTEMPTS - 1
+        handle = self.handles[find_served_model(self.sources, task.model)]
+        # A model scaled to zero may take minutes to load: no timeout then.
+        timeout_s = _SILENCE_S if self.settings.min_replicas else None
+        for attempt in range(_ATTEMPTS):
+            last = attempt == _ATTEMPTS - 1
             started = False
             try:
-                # Full or dead, the session's own replica is not asked twice. By value: over gRPC, not as Ray's objects.
-                asked = handle.options(stream=True, session_id="" if attempt else session, _by_reference=False)
-                async for pieces in called(asked, task, patience):
+                # Retries ignore the session, whose replica is full or dead. By value: over gRPC, not as Ray objects.
+                method = handle.options(stream=True, session_id="" if attempt else session, _by_reference=False)
+                async for pieces in _called(method, task, timeout_s):
                     started = True
                     yield pieces
             except RefusalError as error:
@@ -63,74 +63,78 @@ class ServeGateway:
                 if started or last or not elsewhere:
                     raise
             except (RayActorError, TimeoutError) as error:
-                log.warning("request %s lost its replica: %s", task.request_id, type(error).__name__)
+                _log.warning("request %s lost its replica: %s", task.request_id, type(error).__name__)
                 if started or last:
-                    raise RefusalError(LOST) from error
+                    raise RefusalError(_LOST) from error
             else:
                 return
 
     async def card(self, source: ModelSource) -> ModelCard:
-        """Return what a model is able to do; it is asked once. Raises RefusalError."""
+        """Return a model's capabilities, cached after the first call. Raises RefusalError."""
         if source not in self.cards:
             try:
-                async with asyncio.timeout(CARD_TIMEOUT_S):
+                async with asyncio.timeout(_CARD_TIMEOUT_S):
                     self.cards[source] = await self.handles[source].card.remote()
             except (TimeoutError, RayError, DeploymentUnavailableError):
-                raise refuse(503, f"model {source.name!r} is not there yet; try again", "model_unavailable") from None
+                raise refuse(
+                    503, f"model {source.name!r} is not available yet; try again", "model_unavailable"
+                ) from None
         return self.cards[source]
 
     async def ready(self) -> dict[str, bool]:
-        """Ask one replica of each model; one that may sleep is not woken."""
+        """Return whether one replica of each model answers; do not wake models scaled to zero."""
         answers = await asyncio.gather(*(self.answers(source) for source in self.sources))
         return {source.name: answer for source, answer in zip(self.sources, answers, strict=True)}
 
     async def answers(self, source: ModelSource) -> bool:
-        """Whether a model has a replica that answers."""
+        """Return whether a model has a replica that answers."""
         if self.settings.min_replicas == 0 and source in self.cards:
             return True
         try:
-            async with asyncio.timeout(PING_TIMEOUT_S):
+            async with asyncio.timeout(_PING_TIMEOUT_S):
                 await self.handles[source].card.remote()
         except (TimeoutError, RayError, DeploymentUnavailableError):
             return False
         return True
 
     async def collect(self) -> dict[str, list[Metric]]:
-        """Ask every replica of every model."""
-        answers = await asyncio.gather(*(gathered(handle) for handle in self.handles.values()))
+        """Return the metrics of every replica of every model."""
+        answers = await asyncio.gather(*(collect_metrics(handle) for handle in self.handles.values()))
         return {name: metrics for answer in answers for name, metrics in answer.items()}
 
 
-async def called(handle: DeploymentHandle, task: Task, patience: float | None) -> AsyncGenerator[list[Piece], None]:
-    """Call a replica's ``run``; leaving early cancels it there.
+async def _called(
+    handle: DeploymentHandle, task: Task, timeout_s: float | None
+) -> AsyncGenerator[list[AnswerPiece], None]:
+    """Call a replica's ``run``; leaving the iterator early cancels it there.
 
-    Raises RefusalError, TimeoutError for a replica that has fallen silent (from the start, if it has not said anything
-    for ``patience`` seconds), and what Ray raises.
+    Raises RefusalError, TimeoutError for a replica without heartbeats (or without a first item within ``timeout_s``
+    seconds), and Ray's own errors.
     """
     response = handle.run.remote(task)
     items = aiter(response)
     ended = False
     try:
         while True:
-            async with asyncio.timeout(patience):
-                item: Refused | list[Piece] | None = await anext(items)
-            patience = SILENCE_S
+            async with asyncio.timeout(timeout_s):
+                item: Refused | list[AnswerPiece] | None = await anext(items)
+            timeout_s = _SILENCE_S
             if item is not None:
                 yield unwrapped(item)
     except StopAsyncIteration:
         ended = True
     except (DeploymentUnavailableError, RequestCancelledError, TaskCancelledError) as error:
         ended = True
-        raise RefusalError(LOST) from error
+        raise RefusalError(_LOST) from error
     finally:
         if not ended:
             response.cancel()
 
 
-async def gathered(handle: DeploymentHandle) -> dict[str, list[Metric]]:
-    """Return the counts of each replica of a deployment by its id; those that do not answer are left out."""
+async def collect_metrics(handle: DeploymentHandle) -> dict[str, list[Metric]]:
+    """Return the metrics of each replica of a deployment by its id, without those that do not answer."""
     try:
-        async with asyncio.timeout(PING_TIMEOUT_S):
+        async with asyncio.timeout(_PING_TIMEOUT_S):
             answers: list[Any] = await handle.broadcast("collect").results_async(return_exceptions=True)
     except (TimeoutError, RayError, DeploymentUnavailableError):
         return {}

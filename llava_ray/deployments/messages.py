@@ -1,19 +1,26 @@
-"""From a checked request to what engines take: turns with markers, images by address, one Sampling."""
+"""Conversion of validated requests to tasks: turns with markers, images by address, sampling settings."""
 
 from dataclasses import dataclass, field
 
 from llava_ray.chat.conversation import IMAGE_TOKEN, Turn, break_markers, join_parts
+from llava_ray.deployments.http.schema import (
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    GenerationFields,
+    ImagePart,
+    TextPart,
+)
 from llava_ray.deployments.refusal import refuse
-from llava_ray.deployments.schema import ChatRequest, CompletionRequest, GenerationFields, ImagePart, Message, TextPart
 from llava_ray.deployments.settings import ServeSettings
 from llava_ray.generate.engine import Sampling
 
-ROLES = {"user": "human", "assistant": "gpt"}
+_ROLES = {"user": "human", "assistant": "gpt"}
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a replica is asked to do: a request whose images are still addresses."""
+    """A replica's task: a request whose images are still addresses."""
 
     request_id: str
     model: str
@@ -26,19 +33,19 @@ class Task:
     sampling: Sampling = field(default_factory=Sampling)
     num_choices: int = 1
     stream: bool = True
-    """Whether pieces are wanted as they come, or all at the end."""
+    """Whether to send pieces as they come, or all at the end."""
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Return all that it says."""
+        """Return all texts of the task."""
         return (*(turn.value for turn in self.turns), self.system or "", self.prompt or "")
 
 
 def chat_task(request: ChatRequest, request_id: str, settings: ServeSettings) -> Task:
-    """Turn a chat into a task. Raises RefusalError for too many images or characters, or turns out of order."""
-    system = "\n".join(text_of(message) for message in request.messages if message.role in ("system", "developer"))
-    spoken = [message for message in request.messages if message.role in ROLES]
-    check_order(spoken)
+    """Convert a chat to a task. Raises RefusalError for too many images or characters, or turns out of order."""
+    system = "\n".join(_text_of(message) for message in request.messages if message.role in ("system", "developer"))
+    spoken = [message for message in request.messages if message.role in _ROLES]
+    _check_order(spoken)
     media = tuple(part.image_url.url for message in spoken for part in message.parts if isinstance(part, ImagePart))
     turns = tuple(as_turn(message) for message in spoken)
     if len(media) > settings.max_images:
@@ -48,7 +55,7 @@ def chat_task(request: ChatRequest, request_id: str, settings: ServeSettings) ->
             "too_many_images",
             "messages",
         )
-    check_length(sum(len(turn.value) for turn in turns) + len(system), settings, "messages")
+    _check_prompt_length(sum(len(turn.value) for turn in turns) + len(system), settings, "messages")
     wanted = request.max_completion_tokens or request.max_tokens
     top = (request.top_logprobs or 0) if request.logprobs else None
     return Task(
@@ -58,14 +65,14 @@ def chat_task(request: ChatRequest, request_id: str, settings: ServeSettings) ->
         system=system or None,
         media=media,
         sampling=sampling(request, wanted, top, settings),
-        num_choices=check_choices(request, settings),
+        num_choices=_check_choices(request, settings),
         stream=request.stream,
     )
 
 
 def completion_task(request: CompletionRequest, request_id: str, settings: ServeSettings) -> Task:
-    """Turn a completion into a task. Raises RefusalError for too many characters or image markers."""
-    check_length(len(request.prompt), settings, "prompt")
+    """Convert a completion to a task. Raises RefusalError for too many characters or image markers."""
+    _check_prompt_length(len(request.prompt), settings, "prompt")
     if IMAGE_TOKEN in request.prompt:
         raise refuse(
             400, f"{IMAGE_TOKEN} in a prompt: images are asked about in /v1/chat/completions", "image_marker", "prompt"
@@ -75,13 +82,13 @@ def completion_task(request: CompletionRequest, request_id: str, settings: Serve
         model=request.model,
         prompt=request.prompt,
         sampling=sampling(request, request.max_tokens, request.logprobs, settings),
-        num_choices=check_choices(request, settings),
+        num_choices=_check_choices(request, settings),
         stream=request.stream,
     )
 
 
 def sampling(request: GenerationFields, wanted: int | None, logprobs: int | None, settings: ServeSettings) -> Sampling:
-    """Take over what says how tokens are chosen."""
+    """Return the sampling settings of a request."""
     return Sampling(
         max_tokens=wanted or settings.max_tokens,
         temperature=request.temperature,
@@ -94,11 +101,11 @@ def sampling(request: GenerationFields, wanted: int | None, logprobs: int | None
     )
 
 
-def as_turn(message: Message) -> Turn:
-    """Write a message as training writes its content parts: each on a line of its own, a marker for each image.
+def as_turn(message: ChatMessage) -> Turn:
+    """Convert a message to a turn as in training: each part on its own line, a marker for each image.
 
-    A marker that somebody wrote into a text would stand for an image that is not there: it is taken apart. No two parts
-    make one together, for a line break stands between them.
+    A marker inside a user's text would refer to a missing image, so it is broken up. Two parts cannot form one, because
+    a line break separates them.
     """
     if message.role == "assistant" and any(isinstance(part, ImagePart) for part in message.parts):
         raise refuse(400, "an assistant's message holds an image; only a user's may", "image_role", "messages")
@@ -106,15 +113,15 @@ def as_turn(message: Message) -> Turn:
     return Turn("human" if message.role == "user" else "gpt", join_parts(texts))
 
 
-def text_of(message: Message) -> str:
-    """Return a system message's text; images have no place in it."""
+def _text_of(message: ChatMessage) -> str:
+    """Return a system message's text. Raises RefusalError for images in it."""
     if any(isinstance(part, ImagePart) for part in message.parts):
         raise refuse(400, f"a {message.role} message holds an image; only a user's may", "image_role", "messages")
     return break_markers(join_parts(part.text for part in message.parts if isinstance(part, TextPart)))
 
 
-def check_order(spoken: list[Message]) -> None:
-    """Raise RefusalError unless user and assistant alternate, the user first and last."""
+def _check_order(spoken: list[ChatMessage]) -> None:
+    """Check that user and assistant alternate, the user first and last. Raises RefusalError."""
     for index, message in enumerate(spoken):
         expected = "assistant" if index % 2 else "user"
         if message.role != expected:
@@ -126,11 +133,11 @@ def check_order(spoken: list[Message]) -> None:
                 "messages",
             )
     if len(spoken) % 2 == 0:
-        raise refuse(400, "the last message must be the user's: it is what is answered", "message_order", "messages")
+        raise refuse(400, "the last message must be the user's: it is the question", "message_order", "messages")
 
 
-def check_length(num_chars: int, settings: ServeSettings, param: str) -> None:
-    """Raise RefusalError before a tokenizer sees what no context can hold."""
+def _check_prompt_length(num_chars: int, settings: ServeSettings, param: str) -> None:
+    """Check the number of characters before tokenising. Raises RefusalError."""
     if num_chars > settings.max_text_chars:
         raise refuse(
             400,
@@ -140,8 +147,8 @@ def check_length(num_chars: int, settings: ServeSettings, param: str) -> None:
         )
 
 
-def check_choices(request: GenerationFields, settings: ServeSettings) -> int:
-    """Return n. Raises RefusalError over the service's limit."""
+def _check_choices(request: GenerationFields, settings: ServeSettings) -> int:
+    """Return n within the service's limit. Raises RefusalError."""
     if request.n > settings.max_choices:
         raise refuse(400, f"n = {request.n}; at most {settings.max_choices} (max_choices)", "too_many_choices", "n")
     return request.n

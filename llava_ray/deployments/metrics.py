@@ -1,4 +1,4 @@
-"""What is counted, under vLLM's names and units, so that its dashboards read ours; gathered from all replicas."""
+"""Metrics with vLLM's names and units, so that its dashboards work; collected from all replicas."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -9,7 +9,7 @@ from prometheus_client.registry import Collector
 from llava_ray.generate.engine import EngineStats
 
 # Seconds; vLLM's own buckets.
-FIRST_TOKEN = (
+_FIRST_TOKEN = (
     0.001,
     0.005,
     0.01,
@@ -32,49 +32,51 @@ FIRST_TOKEN = (
     160,
     640,
 )
-BETWEEN_TOKENS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
-WHOLE = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
-TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+_BETWEEN_TOKENS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+_WHOLE = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 
-LABELS = ("model_name",)
+_LABELS = ("model_name",)
 
 
 class ReplicaMetrics:
-    """The counts of one replica of a model."""
+    """The metrics of one replica of a model."""
 
     def __init__(self, model: str) -> None:
-        """Begin at zero."""
+        """Initialise the metrics at zero."""
         self.model = model
         self.registry = CollectorRegistry()
         self.first_token = self.histogram(
-            "vllm:time_to_first_token_seconds", "From arrival to the first token", FIRST_TOKEN
+            "vllm:time_to_first_token_seconds", "From arrival to the first token", _FIRST_TOKEN
         )
-        self.between_tokens = self.histogram("vllm:inter_token_latency_seconds", "Between two tokens", BETWEEN_TOKENS)
-        self.whole = self.histogram("vllm:e2e_request_latency_seconds", "From arrival to the last token", WHOLE)
+        self.between_tokens = self.histogram("vllm:inter_token_latency_seconds", "Between two tokens", _BETWEEN_TOKENS)
+        self.whole = self.histogram("vllm:e2e_request_latency_seconds", "From arrival to the last token", _WHOLE)
         self.queue = self.histogram(
-            "vllm:request_queue_time_seconds", "Waiting for a place in the running batch", WHOLE
+            "vllm:request_queue_time_seconds", "Waiting for a place in the running batch", _WHOLE
         )
-        self.prompt_tokens = self.histogram("vllm:request_prompt_tokens", "Tokens of a prompt, images included", TOKENS)
-        self.new_tokens = self.histogram("vllm:request_generation_tokens", "Tokens of an answer", TOKENS)
+        self.prompt_tokens = self.histogram(
+            "vllm:request_prompt_tokens", "Tokens of a prompt, images included", _TOKENS
+        )
+        self.new_tokens = self.histogram("vllm:request_generation_tokens", "Tokens of an answer", _TOKENS)
         self.media = self.histogram(
-            "llava_ray:media_read_seconds", "To fetch and check a request's images", FIRST_TOKEN
+            "llava_ray:media_read_seconds", "To fetch and check a request's images", _FIRST_TOKEN
         )
-        labels = (*LABELS, "finished_reason")
+        labels = (*_LABELS, "finished_reason")
         self.success = Counter("vllm:request_success", "Complete answers", labels, registry=self.registry)
-        labels = (*LABELS, "code")
+        labels = (*_LABELS, "code")
         self.refused = Counter("llava_ray:requests_refused", "Requests not answered", labels, registry=self.registry)
 
     def histogram(self, name: str, meaning: str, buckets: Sequence[float]) -> Histogram:
-        """Make one that knows its model."""
-        return Histogram(name, meaning, LABELS, buckets=buckets, registry=self.registry).labels(self.model)
+        """Create a histogram labelled with the model."""
+        return Histogram(name, meaning, _LABELS, buckets=buckets, registry=self.registry).labels(self.model)
 
     def collect(self, stats: EngineStats) -> list[Metric]:
-        """Return all counts as they are now, those of the engine included."""
-        return [*self.registry.collect(), *engine_metrics(stats, self.model)]
+        """Return all current metrics, the engine's included."""
+        return [*self.registry.collect(), *_engine_metrics(stats, self.model)]
 
 
-def engine_metrics(stats: EngineStats, model: str) -> list[Metric]:
-    """Put an engine's own counts under vLLM's names."""
+def _engine_metrics(stats: EngineStats, model: str) -> list[Metric]:
+    """Convert an engine's statistics to metrics with vLLM's names."""
     share = stats.kv_tokens_used / stats.kv_tokens_capacity if stats.kv_tokens_capacity else 0.0
     gauges: Mapping[str, tuple[str, float]] = {
         "vllm:num_requests_running": ("Answers being written", stats.num_running),
@@ -91,17 +93,17 @@ def engine_metrics(stats: EngineStats, model: str) -> list[Metric]:
     families: list[Metric] = []
     for kind, table in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
         for name, (meaning, value) in table.items():
-            family = kind(name, meaning, labels=LABELS)
+            family = kind(name, meaning, labels=_LABELS)
             family.add_metric([model], value)
             families.append(family)
     return families
 
 
 class IngressMetrics:
-    """The counts of one process of the API's front."""
+    """The metrics of one ingress process."""
 
     def __init__(self) -> None:
-        """Begin at zero."""
+        """Initialise the metrics at zero."""
         self.registry = CollectorRegistry()
         self.refused = Counter(
             "llava_ray:http_refused", "Requests refused by the API's front", ("code",), registry=self.registry
@@ -114,19 +116,19 @@ class IngressMetrics:
         )
 
     def collect(self) -> list[Metric]:
-        """Return all counts as they are now."""
+        """Return all current metrics."""
         return list(self.registry.collect())
 
 
-class Gathered(Collector):
-    """The counts of several processes under one heading each, told apart by the label ``engine``."""
+class CombinedMetrics(Collector):
+    """The metrics of several processes, distinguished by the label ``engine``."""
 
     def __init__(self, parts: Mapping[str, Iterable[Metric]]) -> None:
-        """Take the families of each process by its name."""
+        """Initialise with each process's metric families."""
         self.parts = parts
 
     def collect(self) -> Iterable[Metric]:
-        """Yield each family once."""
+        """Return each family once, with the samples of all processes."""
         families: dict[str, Metric] = {}
         for process, metrics in self.parts.items():
             for metric in metrics:
@@ -136,8 +138,8 @@ class Gathered(Collector):
         return families.values()
 
 
-def render(parts: Mapping[str, Iterable[Metric]]) -> bytes:
-    """Write Prometheus' text format."""
+def render_metrics(parts: Mapping[str, Iterable[Metric]]) -> bytes:
+    """Format metrics in Prometheus' text format."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(Gathered(parts))
+    registry.register(CombinedMetrics(parts))
     return generate_latest(registry)

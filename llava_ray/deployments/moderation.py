@@ -1,4 +1,4 @@
-"""Asks an OpenAI-compatible endpoint whether a request may be answered; without a verdict it may not."""
+"""Moderation of requests by an OpenAI-compatible endpoint; without a verdict they are rejected."""
 
 import asyncio
 import base64
@@ -12,10 +12,10 @@ import aiohttp
 from llava_ray.deployments.refusal import refuse
 from llava_ray.deployments.settings import ServeSettings
 
-ENVIRONMENT = "LLAVA_RAY_MODERATION_KEY"
+_ENVIRONMENT = "LLAVA_RAY_MODERATION_KEY"
 
-# How encoded images begin. A moderator that wants another format's name reads it from the bytes.
-BEGINNINGS = {
+# Signatures of image formats, for the media type of data URIs.
+_SIGNATURES = {
     b"\xff\xd8\xff": "image/jpeg",
     b"\x89PNG": "image/png",
     b"GIF8": "image/gif",
@@ -27,33 +27,33 @@ BEGINNINGS = {
 
 
 class Moderator:
-    """Holds the endpoint's address and key."""
+    """A client of the moderation endpoint."""
 
     def __init__(self, settings: ServeSettings, environment: Mapping[str, str] = os.environ) -> None:
-        """Moderate if the settings name an endpoint."""
+        """Initialise for the endpoint of the settings, if there is one."""
         self.url = settings.moderation_url
         self.model = settings.moderation_model
         self.timeout = aiohttp.ClientTimeout(total=settings.moderation_timeout_s)
-        self.key = environment.get(ENVIRONMENT)
+        self.key = environment.get(_ENVIRONMENT)
 
     async def check(self, texts: Sequence[str], images: Sequence[bytes]) -> None:
-        """Pass, or raise RefusalError: 400 for what is flagged, 503 where there is no verdict."""
+        """Check texts and images. Raises RefusalError: 400 if flagged, 503 without a verdict."""
         if self.url is None or not (images or any(text.strip() for text in texts)):
             return
         try:
-            body = await asyncio.to_thread(moderation_body, self.model, texts, images)
+            body = await asyncio.to_thread(_moderation_body, self.model, texts, images)
             flagged = await self.ask(body)
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError, TypeError):
             raise refuse(
                 503,
-                "the moderation service gives no verdict, and nothing is answered without one",
+                "the moderation service did not respond, and requests are rejected without its verdict",
                 "moderation_unavailable",
             ) from None
         if flagged:
-            raise refuse(400, "refused by moderation; ask something else", "content_policy_violation", "messages")
+            raise refuse(400, "rejected by moderation; change the question", "content_policy_violation", "messages")
 
     async def ask(self, body: bytes) -> bool:
-        """Return whether any result is flagged. Raises whatever keeps it from being known."""
+        """Return whether any result is flagged. Raises the client's errors, and ValueError for a bad response."""
         headers = {"content-type": "application/json"}
         if self.key:
             headers["authorization"] = f"Bearer {self.key}"
@@ -71,16 +71,16 @@ class Moderator:
             return any(verdicts)
 
 
-def moderation_body(model: str, texts: Sequence[str], images: Sequence[bytes]) -> bytes:
-    """Write the request: every text that says something, and every image as a data URI of the very bytes."""
+def _moderation_body(model: str, texts: Sequence[str], images: Sequence[bytes]) -> bytes:
+    """Format the request: every non-empty text, and every image as a data URI of its bytes."""
     entries: list[dict[str, Any]] = [{"type": "text", "text": text} for text in texts if text.strip()]
-    entries += [{"type": "image_url", "image_url": {"url": data_uri(data)}} for data in images]
+    entries += [{"type": "image_url", "image_url": {"url": _data_uri(data)}} for data in images]
     return json.dumps({"model": model, "input": entries}).encode()
 
 
-def data_uri(data: bytes) -> str:
-    """Write an encoded image as a data URI."""
+def _data_uri(data: bytes) -> str:
+    """Format an encoded image as a data URI."""
     kind = next(
-        (kind for beginning, kind in BEGINNINGS.items() if data.startswith(beginning)), "application/octet-stream"
+        (kind for beginning, kind in _SIGNATURES.items() if data.startswith(beginning)), "application/octet-stream"
     )
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"

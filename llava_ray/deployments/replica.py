@@ -1,4 +1,4 @@
-"""One copy of a model: takes tasks within its bound, reads their images, has both moderated, streams the answers."""
+"""A replica of a model: admits tasks, reads and moderates their images, and streams the answers."""
 
 import logging
 import time
@@ -8,10 +8,10 @@ from dataclasses import replace
 
 from prometheus_client.core import Metric
 
-from llava_ray.deployments.addresses import Network
 from llava_ray.deployments.admission import Admission
-from llava_ray.deployments.media import MediaReader, make_decoder
-from llava_ray.deployments.merging import MERGE_S, merged
+from llava_ray.deployments.media.addresses import Network
+from llava_ray.deployments.media.request_images import MediaReader, make_decoder
+from llava_ray.deployments.merging import MERGE_S, merge_streams
 from llava_ray.deployments.messages import Task
 from llava_ray.deployments.metrics import ReplicaMetrics
 from llava_ray.deployments.moderation import Moderator
@@ -22,17 +22,17 @@ from llava_ray.generate.engine import DecodesElsewhere, Engine, GenerationChunk,
 
 log = logging.getLogger(__name__)
 
-# A choice of the answer, by its index, and the next piece of it.
-Piece = tuple[int, GenerationChunk]
+# The index of a choice, and the next piece of it.
+AnswerPiece = tuple[int, GenerationChunk]
 
 
 class Replica:
-    """Wraps an engine that has been started. Knows nothing of Ray, HTTP or OpenAI."""
+    """A started engine with admission, moderation and metrics; independent of Ray, HTTP and OpenAI's API."""
 
     def __init__(
         self, engine: Engine, source: ModelSource, settings: ServeSettings, network: Network | None = None
     ) -> None:
-        """Serve ``engine`` under the names of ``source``."""
+        """Initialise for a started ``engine`` with the names of ``source``."""
         self.engine = engine
         self.source = source
         self.admission = Admission(settings.max_num_seqs, settings.max_queued_requests, settings.retry_after_s)
@@ -40,27 +40,27 @@ class Replica:
         decodes_elsewhere = isinstance(engine, DecodesElsewhere)
         if isinstance(engine, DecodesElsewhere):
             engine.use_decoder(self.decoder)
-        # Another engine decodes where it likes: all of an image is seen to be harmless before.
+        # An engine that decodes in its own process gets images that were decoded completely in the pool before.
         self.media = MediaReader(settings, network, self.decoder, decode_whole=not decodes_elsewhere)
         self.moderator = Moderator(settings)
         self.metrics = ReplicaMetrics(source.name)
 
     def card(self) -> ModelCard:
-        """Return what the model is able to do."""
+        """Return the model's capabilities."""
         return self.engine.card
 
     def check_health(self) -> None:
-        """Raise ModelError if the engine can no longer answer."""
+        """Check that the engine can still answer. Raises ModelError."""
         self.engine.check_health()
 
     def collect(self) -> list[Metric]:
-        """Return all counts as they are now."""
+        """Return all current metrics."""
         return self.metrics.collect(self.engine.stats())
 
-    async def run(self, task: Task) -> AsyncGenerator[Refused | list[Piece], None]:
-        """Yield the answer's pieces, or, once and last, why there are none (any more).
+    async def run(self, task: Task) -> AsyncGenerator[Refused | list[AnswerPiece], None]:
+        """Yield the answer's pieces, or, as the last item, the reason for its failure.
 
-        Refusals are values: they cross to other processes unchanged, and what is raised is an accident.
+        Refusals are values because they cross processes unchanged; an exception here is a bug or a crash.
         """
         try:
             with self.admission.admitted(task.num_choices):
@@ -78,10 +78,10 @@ class Replica:
             self.metrics.refused.labels(self.source.name, "engine_failed").inc()
             yield Refused(500, f"the engine failed: {error}", "engine_failed")
 
-    async def answer(self, task: Task) -> AsyncGenerator[list[Piece], None]:
-        """Read the images and let the engine write each choice. Raises RefusalError, RecordError, ModelError.
+    async def answer(self, task: Task) -> AsyncGenerator[list[AnswerPiece], None]:
+        """Read the images and generate each choice. Raises RefusalError, RecordError or ModelError.
 
-        What is moderated is what the model will see: the images' bytes, and not an address that may show another one.
+        Moderation gets the same bytes as the model, not an address whose content may change.
         """
         arrived = time.monotonic()
         images = await self.media.read_all(task.media) if task.media else ()
@@ -89,15 +89,15 @@ class Replica:
             self.metrics.media.observe(time.monotonic() - arrived)
         await self.moderator.check(task.texts, images)
         streams = [
-            self.timed(generation_request(task, index, images, self.source), arrived)
+            self.timed(_generation_request(task, index, images, self.source), arrived)
             for index in range(task.num_choices)
         ]
-        async with aclosing(merged(streams, MERGE_S if task.stream else None)) as pieces:
+        async with aclosing(merge_streams(streams, MERGE_S if task.stream else None)) as pieces:
             async for piece in pieces:
                 yield piece
 
     async def timed(self, request: GenerationRequest, arrived: float) -> AsyncGenerator[GenerationChunk, None]:
-        """Pass on one choice, and observe when its tokens come; leaving it cancels the request in the engine."""
+        """Yield one choice and record its latencies; leaving the iterator cancels the request in the engine."""
         metrics, num_prompt, num_new = self.metrics, 0, 0
         last: float | None = None
         async with aclosing(self.engine.generate(request)) as chunks:  # type: ignore[type-var]  # a generator
@@ -119,8 +119,8 @@ class Replica:
                 yield chunk
 
 
-def generation_request(task: Task, index: int, images: tuple[bytes, ...], source: ModelSource) -> GenerationRequest:
-    """Return what the engine takes for one choice; a given seed gives each choice its own."""
+def _generation_request(task: Task, index: int, images: tuple[bytes, ...], source: ModelSource) -> GenerationRequest:
+    """Build the engine's request for one choice; each choice has its own seed."""
     sampling = task.sampling
     if sampling.seed is not None and index:
         sampling = replace(sampling, seed=sampling.seed + index)

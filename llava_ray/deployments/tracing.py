@@ -1,4 +1,4 @@
-"""One MLflow trace a request: times and counts, never a text or an image."""
+"""One MLflow trace per request: times and counts, never a text or an image."""
 
 import time
 from collections.abc import AsyncGenerator
@@ -8,39 +8,39 @@ from typing import Any
 from prometheus_client.core import Metric
 
 from llava_ray.deployments.gateway import Gateway
+from llava_ray.deployments.http.responses import Choice
 from llava_ray.deployments.messages import Task
 from llava_ray.deployments.refusal import RefusalError
-from llava_ray.deployments.replica import Piece
-from llava_ray.deployments.responses import Choice
+from llava_ray.deployments.replica import AnswerPiece
 from llava_ray.deployments.settings import ModelSource
 from llava_ray.generate.engine import ModelCard
 
-EXPERIMENT = "llava_ray serving"
+_EXPERIMENT = "llava_ray serving"
 
 
 class TracedGateway:
-    """A gateway whose answers leave traces; they are sent by MLflow's own threads, and nobody waits for them."""
+    """A gateway that traces its answers; MLflow's own threads send the traces in the background."""
 
     def __init__(self, gateway: Gateway, tracking_uri: str) -> None:
-        """Connect to MLflow. Raises what MLflow raises if it cannot be reached: at the start, not in a request."""
-        import mlflow  # takes seconds to import, and only those who trace need it
+        """Connect to MLflow. Raises MLflow's error if it cannot be reached, at the start and not in a request."""
+        import mlflow  # takes seconds to import, and only tracing needs it
 
         self.gateway = gateway
         self.mlflow = mlflow
         mlflow.set_tracking_uri(tracking_uri)
-        self.experiment_id: str = mlflow.set_experiment(EXPERIMENT).experiment_id
+        self.experiment_id: str = mlflow.set_experiment(_EXPERIMENT).experiment_id
 
     @property
     def sources(self) -> tuple[ModelSource, ...]:
         """Return the models."""
         return self.gateway.sources
 
-    async def run(self, task: Task, session: str) -> AsyncGenerator[list[Piece], None]:
-        """Stream an answer, and trace how it went. Raises RefusalError."""
+    async def run(self, task: Task, session: str) -> AsyncGenerator[list[AnswerPiece], None]:
+        """Stream an answer and trace it. Raises RefusalError."""
         start, first, end = time.monotonic(), None, "cancelled"
         choices = [Choice() for _ in range(task.num_choices)]
         span = self.mlflow.start_span_no_context(
-            "answer", span_type="CHAT_MODEL", attributes=asked(task), experiment_id=self.experiment_id
+            "answer", span_type="CHAT_MODEL", attributes=_describe_request(task), experiment_id=self.experiment_id
         )
         try:
             async with aclosing(self.gateway.run(task, session)) as batches:
@@ -54,30 +54,30 @@ class TracedGateway:
             end = error.refused.code
             raise
         finally:
-            figures = {
+            attributes = {
                 "end": end,
                 "prompt_tokens": choices[0].num_prompt_tokens,
                 "generation_tokens": sum(choice.num_tokens for choice in choices),
                 "time_to_first_token_s": None if first is None else round(first - start, 4),
             }
-            span.set_attributes(figures)
+            span.set_attributes(attributes)
             span.end(status="OK" if end in ("stop", "length") else "ERROR")
 
     async def card(self, source: ModelSource) -> ModelCard:
-        """Return what a model is able to do."""
+        """Return a model's capabilities."""
         return await self.gateway.card(source)
 
     async def ready(self) -> dict[str, bool]:
-        """Return for each model whether it can take a request now."""
+        """Return whether each model can take a request now."""
         return await self.gateway.ready()
 
     async def collect(self) -> dict[str, list[Metric]]:
-        """Return the counts of each process."""
+        """Return the metrics of each process."""
         return await self.gateway.collect()
 
 
-def asked(task: Task) -> dict[str, Any]:
-    """Describe a request without what it says."""
+def _describe_request(task: Task) -> dict[str, Any]:
+    """Describe a request without its contents."""
     return {
         "request_id": task.request_id,
         "model": task.model,
@@ -91,5 +91,5 @@ def asked(task: Task) -> dict[str, Any]:
 
 
 def traced(gateway: Gateway, tracking_uri: str | None) -> Gateway:
-    """Return the gateway, with traces where there is somewhere to send them."""
+    """Return the gateway, with traces if there is a tracking server."""
     return gateway if tracking_uri is None else TracedGateway(gateway, tracking_uri)

@@ -1,12 +1,12 @@
-"""The vLLM engine as a replica runs it. Imports no vLLM before the engine starts."""
+"""The vLLM engine of a replica. vLLM is imported when the engine starts."""
 
 from llava_ray.deployments.settings import ModelSource, ServeSettings
 from llava_ray.generate.settings import EngineSettings, VllmSettings
-from llava_ray.generate.vllm_engine import VllmEngine
+from llava_ray.generate.vllm.vllm_engine import VllmEngine
 
 
 def make_engine(source: ModelSource, settings: ServeSettings) -> VllmEngine:
-    """Return an engine that is not started yet: on all GPUs of the replica, or on vLLM's CPU build without any."""
+    """Build an engine, not started, on all GPUs of the replica, or on vLLM's CPU build without any."""
     num_gpus = int(settings.num_gpus)
     dtype = "float32" if settings.dtype == "auto" and not settings.num_gpus else settings.dtype
     bounds = VllmSettings(

@@ -1,9 +1,9 @@
-"""Kills a replica whose event loop stands still, so that what it held of the cluster is free for another at once.
+"""A watchdog that kills a replica whose event loop hangs, so that its resources are free for another at once.
 
-A process that has been stopped (SIGSTOP) or hangs answers no health check. Serve gives it up after three of them, and
-then waits for ``drain_timeout_s`` for answers that it cannot finish; its CPUs and GPUs stay taken for so long.
+A process that is stopped (SIGSTOP) or hangs answers no health check. Serve gives it up after three of them, and then
+waits ``drain_timeout_s`` for answers that it cannot finish; its CPUs and GPUs stay occupied meanwhile.
 RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS would end that wait, but only in the environment in which the cluster's head was
-started, which a service cannot choose. A child process beside each replica holds on every cluster.
+started, which a service cannot choose. A child process per replica works on every cluster.
 """
 
 import asyncio
@@ -14,37 +14,37 @@ import sys
 from pathlib import Path
 from typing import IO
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
-PERIOD_S = 1.0
-PERIODS = 30  # as long as three health checks take
-
-
-def start_watchdog(period_s: float = PERIOD_S, periods: int = PERIODS) -> asyncio.Task[None]:
-    """Have this process killed when the running event loop has stood still for so many periods; keep the task."""
-    return asyncio.get_running_loop().create_task(send_beats(period_s, periods))
+_PERIOD_S = 1.0
+_PERIODS = 30  # as long as three health checks take
 
 
-async def send_beats(period_s: float, periods: int) -> None:
-    """Start the watchdog, and send it a sign of life each period; start another if somebody has ended it."""
-    child, pipe = start_child(period_s, periods)
+def start_watchdog(period_s: float = _PERIOD_S, periods: int = _PERIODS) -> asyncio.Task[None]:
+    """Start the watchdog of this process's event loop; the caller has to keep the returned task."""
+    return asyncio.get_running_loop().create_task(_send_beats(period_s, periods))
+
+
+async def _send_beats(period_s: float, periods: int) -> None:
+    """Start the child process, and send it a heartbeat each period; restart it if it has ended."""
+    child, pipe = _start_child(period_s, periods)
     try:
         while True:
             try:
                 pipe.write(b".")  # without effect while the pipe is full: the child has been stopped itself
             except BrokenPipeError:
-                log.warning("the watchdog of this replica ended with %s; starting another", child.wait())
-                child, pipe = start_child(period_s, periods)
+                _log.warning("the watchdog of this replica ended with %s; starting another", child.wait())
+                child, pipe = _start_child(period_s, periods)
             await asyncio.sleep(period_s)
     finally:
         child.kill()
         child.wait()
 
 
-def start_child(period_s: float, periods: int) -> tuple["subprocess.Popen[bytes]", IO[bytes]]:
-    """Start the process that watches, and return it with what it reads.
+def _start_child(period_s: float, periods: int) -> tuple["subprocess.Popen[bytes]", IO[bytes]]:
+    """Start the child process, and return it with the pipe that it reads.
 
-    It has a session of its own: what stops a whole process group leaves it running.
+    It runs in its own session, so that a signal to the replica's process group does not stop it too.
     """
     script = Path(__file__).with_name("watchdog_process.py")
     child = subprocess.Popen(

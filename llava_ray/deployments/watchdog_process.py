@@ -1,4 +1,4 @@
-"""The process that ``watchdog`` starts: kills its parent when that has sent nothing for too long.
+"""The child process of ``watchdog``: it kills its parent after too long without a heartbeat.
 
 Imports nothing that starts slowly or takes memory: there is one for each replica.
 """
@@ -10,9 +10,9 @@ import sys
 
 
 def main(parent: int, period_s: float, periods: int) -> None:
-    """Read the parent's signs of life from stdin, and kill it when so many periods in a row have passed without one.
+    """Read the parent's heartbeats from stdin, and kill it after so many periods in a row without one.
 
-    Periods are counted, not time: a machine that was suspended has not been silent.
+    Periods are counted, not time: time during which the machine was suspended must not count.
     """
     silent = 0
     while silent < periods:
@@ -25,7 +25,7 @@ def main(parent: int, period_s: float, periods: int) -> None:
             return  # the parent has ended
     if os.getppid() == parent:
         os.kill(parent, signal.SIGKILL)
-        print(f"replica process {parent} stood still for {period_s * periods:g} s: killed", file=sys.stderr)  # noqa: T201
+        print(f"replica process {parent} hung for {period_s * periods:g} s: killed", file=sys.stderr)  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Answers: batched decoding of one model (``decoding``), conversations (``chat``), whole data sets (``answers``)."""
+"""Generation: batched decoding (``decoding``), chats (``chat``), batch inference over data sets (``answers``)."""

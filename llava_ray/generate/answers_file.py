@@ -1,7 +1,7 @@
-"""Answers kept as they come: one JSON line each, on the disk before the next batch, each question once.
+"""An append-only file of answers: one JSON line each, on the disk before the next batch, each question once.
 
-A run that was killed goes on from the lines that are whole. The lines are LLaVA's own form, so any of its scripts
-reads them.
+A run that was killed resumes after the last complete line. The lines are in LLaVA's format, so its scripts read
+them.
 """
 
 import fcntl
@@ -16,14 +16,14 @@ from llava_ray.errors import ConfigError
 
 
 class AnswersFile:
-    """An answers file that one run writes at a time."""
+    """An answers file with a lock, so that one run writes it at a time."""
 
     def __init__(self, path: Path) -> None:
-        """Name the file; it is opened by ``with``."""
+        """Store the path; ``with`` opens the file."""
         self.path = path
 
     def __enter__(self) -> Self:
-        """Open the file, cut a line that was not finished. Raises ConfigError if another run is writing it."""
+        """Open and lock the file, and truncate an incomplete last line. Raises ConfigError if it is locked."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = self.path.open("a+b")
         try:
@@ -42,22 +42,22 @@ class AnswersFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close the file and let others write it."""
+        """Close the file and release its lock."""
         self.file.close()
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write rows (with ``question_id``) whose ids are new, and wait until they are on the disk."""
-        fresh = [row for row in rows if str(row["question_id"]) not in self.rows]
-        self.file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in fresh).encode())
+        """Append rows (with ``question_id``) whose ids are new, and wait until they are on the disk."""
+        new_rows = [row for row in rows if str(row["question_id"]) not in self.rows]
+        self.file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new_rows).encode())
         self.file.flush()
         os.fsync(self.file.fileno())
-        self.rows.update({str(row["question_id"]): dict(row) for row in fresh})
+        self.rows.update({str(row["question_id"]): dict(row) for row in new_rows})
 
     def arrange(self, ids: Sequence[str]) -> None:
-        """Put the lines into the order of the questions, so that a run that was disturbed leaves the same file.
+        """Sort the lines into the order of the questions, so that an interrupted run leaves the same file.
 
-        Answers to other questions (of a run that asked more) stay, at the end. The last thing to do before closing: the
-        lock is on the file that this replaces.
+        Answers to other questions (of a run with more of them) stay at the end. Call it last: the lock is on the file
+        that this replaces.
         """
         wanted = dict.fromkeys(ids)
         order = [name for name in ids if name in self.rows] + [name for name in self.rows if name not in wanted]

@@ -1,4 +1,4 @@
-"""A conversation with a model: several turns, several images, answers heard while they are written."""
+"""A chat with a model in memory: several turns, several images, streamed answers."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -19,15 +19,15 @@ from llava_ray.generate.answer_text import AnswerText
 from llava_ray.generate.decoding import decode, default_stops, expand_prompt, generate_batch
 from llava_ray.images.anyres import Size
 from llava_ray.images.geometry import crop_views
-from llava_ray.images.processing import normalise
+from llava_ray.images.processing import normalize_pixels
 from llava_ray.images.reading import open_image, read_bytes
-from llava_ray.model.bundle import LlavaParts
+from llava_ray.model.assembly import LlavaParts
 from llava_ray.model.loading import load_pretrained_model
 
 
 @dataclass(frozen=True)
-class Reply:
-    """The new tokens of an answer, without the one that ended it, and their text."""
+class ChatReply:
+    """The tokens of an answer, without its end token, and their text."""
 
     ids: list[int]
     text: str
@@ -35,7 +35,7 @@ class Reply:
 
 @dataclass
 class ChatSession:
-    """What has been said so far; of an interrupted answer, what it had come to."""
+    """The conversation so far; an interrupted answer is included as far as it was generated."""
 
     parts: LlavaParts
     max_new_tokens: int = 512
@@ -43,31 +43,31 @@ class ChatSession:
     turns: list[Turn] = field(default_factory=list)
     images: list[Image.Image] = field(default_factory=list)
     pending: list[Image.Image] = field(default_factory=list)
-    """Images that the next question shows."""
+    """Images for the next question."""
 
     def show(self, place: str) -> None:
         """Add an image (a path or URL) to the next question. Raises ImageError."""
         self.pending.append(open_image(read_bytes(place), place, max_pixels=MAX_IMAGE_PIXELS))
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Clear the conversation and its images."""
         self.turns, self.images, self.pending = [], [], []
 
-    def ask(self, question: str, on_text: Callable[[str], None] = lambda piece: None) -> Reply:
-        """Ask, and return the answer; ``on_text`` hears it piece by piece.
+    def ask(self, question: str, on_text: Callable[[str], None] = lambda piece: None) -> ChatReply:
+        """Ask a question and return the answer; ``on_text`` receives it piece by piece.
 
         A question without markers gets one in front for each new image. KeyboardInterrupt ends the answer early, not
         the conversation. Raises RecordError if markers and images differ in number, or the conversation has become
-        longer than the model can read.
+        longer than the model's context.
         """
         images = [*self.images, *self.pending]
         turns = [*self.turns, Turn("human", with_markers(question, len(self.pending)))]
         prompt = tokenize_prompt(turns, self.parts.template, self.parts.tokenizer)
         spec, sizes = self.parts.image_spec, [image.size for image in images]
-        views = [normalise(crop_views(image, spec), spec) for image in images]
-        check_room(self.parts, len(expand_prompt(self.parts, prompt, sizes)), self.max_new_tokens)
+        views = [normalize_pixels(crop_views(image, spec), spec) for image in images]
+        _check_positions(self.parts, len(expand_prompt(self.parts, prompt, sizes)), self.max_new_tokens)
         reply = self.write(prompt, torch.cat(views) if views else None, sizes, on_text)
-        if reply.text:  # no template takes an empty answer: where nothing was said, nothing was asked
+        if reply.text:  # no template accepts an empty answer: without one the question is dropped
             self.turns, self.images, self.pending = [*turns, Turn("gpt", break_markers(reply.text))], images, []
         return reply
 
@@ -77,21 +77,21 @@ class ChatSession:
         pixels: Float32[Tensor, "n 3 h w"] | None,
         sizes: Sequence[Size],
         on_text: Callable[[str], None],
-    ) -> Reply:
-        """Let the model answer; KeyboardInterrupt ends it at what it has come to."""
+    ) -> ChatReply:
+        """Generate the answer to a prompt; KeyboardInterrupt ends it early."""
         stops = default_stops(self.parts)
         text = AnswerText(functools.partial(decode, self.parts.tokenizer), (stops.text,) if stops.text else ())
         ids: list[int] = []
-        said: list[str] = []
+        pieces: list[str] = []
 
-        def hear(answers: Sequence[list[int]]) -> None:
+        def on_tokens(answers: Sequence[list[int]]) -> None:
             token = answers[0][-1]
             if token not in stops.ids:
                 ids.append(token)
-                say(text.push(token))
+                add_piece(text.push(token))
 
-        def say(piece: str) -> None:
-            said.append(piece)
+        def add_piece(piece: str) -> None:
+            pieces.append(piece)
             on_text(piece)
 
         with suppress(KeyboardInterrupt):
@@ -103,14 +103,14 @@ class ChatSession:
                 max_new_tokens=self.max_new_tokens,
                 temperature=self.temperature,
                 stops=stops,
-                on_tokens=hear,
+                on_tokens=on_tokens,
             )
-        say(text.finish())
-        return Reply(ids, "".join(said))
+        add_piece(text.finish())
+        return ChatReply(ids, "".join(pieces))
 
 
 def load_session(settings: ChatSettings) -> ChatSession:
-    """Load the model, on the GPU in bfloat16 if there is one, and show it the images. Raises ModelError."""
+    """Load the model, on the GPU in bfloat16 if there is one, and add the images. Raises ModelError."""
     on_gpu = torch.cuda.is_available()
     parts = load_pretrained_model(
         settings.model,
@@ -127,8 +127,8 @@ def load_session(settings: ChatSettings) -> ChatSession:
     return session
 
 
-def check_room(parts: LlavaParts, num_tokens: int, max_new_tokens: int) -> None:
-    """Raise RecordError if prompt and answer are longer than the language model has positions for."""
+def _check_positions(parts: LlavaParts, num_tokens: int, max_new_tokens: int) -> None:
+    """Check that prompt and answer fit the language model's positions. Raises RecordError."""
     positions = parts.language_config.get_text_config().to_dict().get("max_position_embeddings")
     if positions is not None and num_tokens + max_new_tokens > positions:
         raise RecordError(

@@ -1,6 +1,6 @@
-"""What every engine does: take a request, stream its tokens, and stop at once when it is told to.
+"""The interface of all engines: requests in, streams of tokens out, immediate cancellation.
 
-One engine serves one model, in one process, on its caller's event loop; the heavy steps run elsewhere (a thread, a
+One engine serves one model, in one process, on its caller's event loop; heavy computation runs elsewhere (a thread, a
 process of its own), so that a health check never waits for a prefill.
 """
 
@@ -17,42 +17,42 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the tokens of one answer are chosen, under the names of OpenAI's API."""
+    """Sampling settings of one answer, with the names of OpenAI's API."""
 
     max_tokens: int = 512
-    """At most so many new tokens; the engine refuses a request that its context cannot hold."""
+    """The most new tokens; the engine rejects a request that its context cannot hold."""
     temperature: float = 0.0
-    """0 takes the likeliest token each time."""
+    """0 is greedy."""
     top_p: float = 1.0
-    """Only the likeliest tokens whose probabilities add up to this."""
+    """Only the most likely tokens whose probabilities add up to this."""
     top_k: int = 0
-    """Only so many of the likeliest tokens; 0 for all."""
+    """Only so many of the most likely tokens; 0 for all."""
     stop: tuple[str, ...] = ()
-    """Texts that end the answer and are not part of it, beside those of the template."""
+    """Texts that end the answer and are not part of it, besides the template's."""
     seed: int | None = None
-    """The same seed gives the same answer, whoever else is being answered; None draws one."""
+    """The same seed gives the same answer, whatever else is in the batch; None draws one."""
     logprobs: int | None = None
-    """Of each token its log-probability, and those of so many likeliest ones; None for none."""
+    """Log-probabilities of each token and of so many most likely ones; None for none."""
     ignore_eos: bool = False
-    """Go on to max_tokens whatever the model says: for benchmarks."""
+    """Generate max_tokens tokens without stopping: for benchmarks."""
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One conversation to go on with, or one raw prompt."""
+    """A conversation to continue, or a raw prompt."""
 
     request_id: str
-    """Unique among the requests of its engine; what ``cancel`` takes."""
+    """Unique among the requests of its engine; the argument of ``cancel``."""
     turns: tuple[Turn, ...] = ()
     """The conversation in LLaVA's form (``<image>`` in a text marks an image); its last turn is the human's."""
     prompt: str | None = None
-    """Instead of turns: text that no template is laid around (``/v1/completions``)."""
+    """Instead of turns: text without a template (``/v1/completions``)."""
     images: tuple[bytes, ...] = ()
-    """Encoded images in the order of their markers. Already checked for size by who took them from outside."""
+    """Encoded images in the order of their markers. The server has checked their sizes."""
     system: str | None = None
     """A system prompt instead of the template's."""
     model: str | None = None
-    """Name of a LoRA adapter that the engine holds beside its base; None for the base."""
+    """Name of one of the engine's LoRA adapters; None for the base."""
     sampling: Sampling = field(default_factory=Sampling)
 
 
@@ -72,7 +72,7 @@ class GenerationChunk:
     """The next piece of an answer. The last one, and only that, has a finish_reason."""
 
     text: str
-    """New text; never half a character, never the beginning of a stop text that may still come to its end."""
+    """New text; never part of a character, never the beginning of a possible stop text."""
     token_ids: tuple[int, ...]
     """New tokens, the one that ended the answer left out; their text may come with a later chunk."""
     logprobs: tuple[TokenLogprob, ...] = ()
@@ -80,14 +80,14 @@ class GenerationChunk:
     num_prompt_tokens: int = 0
     """Tokens of the prompt, those of images included."""
     num_cached_images: int = 0
-    """Images whose features the engine still knew."""
+    """Images whose embeddings were in the cache."""
     queued_s: float = 0.0
-    """Seconds that the request waited for its place in the running batch."""
+    """Seconds that the request waited until it joined the running batch."""
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """What an engine is doing now, and has done since it started; scraped for metrics."""
+    """The engine's current load and its counters since the start; scraped for metrics."""
 
     num_running: int
     num_waiting: int
@@ -103,7 +103,7 @@ class EngineStats:
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a served model is able to do, for ``/v1/models`` and the page's picker."""
+    """The capabilities of a served model, for ``/v1/models`` and the page's model picker."""
 
     name: str
     max_model_len: int
@@ -113,8 +113,8 @@ class ModelCard:
     adapters: Sequence[str] = ()
 
 
-def refuse_twin(request_id: str, answered: Collection[str]) -> None:
-    """Raise RecordError if a request of this id is being answered."""
+def check_unique_request_id(request_id: str, answered: Collection[str]) -> None:
+    """Check that no running request has this id. Raises RecordError."""
     if request_id in answered:
         raise RecordError(
             f"a request with the id {request_id!r} is being answered; expected another id.", reason="request_id"
@@ -122,15 +122,15 @@ def refuse_twin(request_id: str, answered: Collection[str]) -> None:
 
 
 class Engine(Protocol):
-    """Continuous batching behind three verbs. Errors: RecordError for what a request got wrong, ModelError for ours."""
+    """Continuous batching. Errors: RecordError for an invalid request, ModelError for a failure of the engine."""
 
     @property
     def card(self) -> ModelCard:
-        """Return what the model is able to do."""
+        """Return the model's capabilities."""
         ...
 
     async def start(self) -> None:
-        """Load the model and begin to serve. Raises ModelError."""
+        """Load the model and start serving. Raises ModelError."""
         ...
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationChunk]:
@@ -142,26 +142,26 @@ class Engine(Protocol):
         ...
 
     async def cancel(self, request_id: str) -> None:
-        """Drop the request between two tokens and free its memory; nothing happens if it has already ended."""
+        """Cancel a request between two tokens and free its memory; do nothing if it has already ended."""
         ...
 
     def stats(self) -> EngineStats:
-        """Return what is going on, without waiting for the model."""
+        """Return the engine's statistics, without waiting for the model."""
         ...
 
     def check_health(self) -> None:
-        """Raise ModelError if the engine can no longer answer (its loop died)."""
+        """Check that the engine can still answer. Raises ModelError if its loop died."""
         ...
 
     async def stop(self) -> None:
-        """Cancel what is running and free the model."""
+        """Cancel all requests and free the model."""
         ...
 
 
 @runtime_checkable
 class DecodesElsewhere(Protocol):
-    """An engine that has its images decoded by whom it is told to, so that they can do it no harm."""
+    """An engine whose images can be decoded in another process, so that a malicious one cannot crash it."""
 
     def use_decoder(self, decoder: ImageDecoder) -> None:
-        """Have the images of all later requests decoded by ``decoder``."""
+        """Decode the images of all later requests with ``decoder``."""
         ...

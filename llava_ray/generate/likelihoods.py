@@ -1,7 +1,6 @@
-"""How likely whole answers are: for ranking the options of a multiple-choice question instead of writing a letter.
+"""Log-likelihoods of whole answers, to rank the options of a multiple-choice question.
 
-The answers are tokens and labels as training sees them, so what counts is all that the model was taught to write: the
-answer's words and the token that ends it.
+The answers are tokens and labels as in training, so all supervised tokens count: the answer's words and its end token.
 """
 
 from collections.abc import Sequence
@@ -15,21 +14,21 @@ from torch.nn.utils.rnn import pad_sequence
 from llava_ray.chat.conversation import IGNORE_INDEX
 from llava_ray.chat.tokens import TokenizedConversation
 from llava_ray.generate.decoding import read_prompts
-from llava_ray.generate.sampling import not_finite
+from llava_ray.generate.sampling import not_finite_error
 from llava_ray.images.anyres import Size
-from llava_ray.model.bundle import LlavaParts
+from llava_ray.model.assembly import LlavaParts
 
 
 @torch.inference_mode()
-def find_log_likelihoods(
+def compute_log_likelihoods(
     parts: LlavaParts,
     answered: Sequence[Sequence[TokenizedConversation]],
     pixels: Sequence[Float[Tensor, "_ 3 h w"] | None],
     image_sizes: Sequence[Sequence[Size]] | None = None,
 ) -> list[list[tuple[float, int]]]:
-    """Return of each question's conversations the answer's natural log-likelihood, and how many tokens it has.
+    """Compute the natural log-likelihood and number of tokens of the answer of each question's conversations.
 
-    The conversations of a question differ in its last answer alone. What they share is read once, with its images
+    The conversations of a question differ only in the last answer. Their common prefix is read once, with its images
     (``pixels`` and ``image_sizes`` as ``decoding.generate_batch`` takes them). Raises RecordError, and ModelError for
     logits that are not finite too.
     """
@@ -39,8 +38,8 @@ def find_log_likelihoods(
     owners = torch.tensor([number for number, some in enumerate(answered) for _ in some], device=device)
     starts = [len(prompt) for prompt, some in zip(prompts, answered, strict=True) for _ in some]
     whole = [one for some in answered for one in some]
-    ids = padded([one.input_ids[start:] for one, start in zip(whole, starts, strict=True)], IGNORE_INDEX, device)
-    labels = padded([one.labels[start:] for one, start in zip(whole, starts, strict=True)], IGNORE_INDEX, device)
+    ids = _padded([one.input_ids[start:] for one, start in zip(whole, starts, strict=True)], IGNORE_INDEX, device)
+    labels = _padded([one.labels[start:] for one, start in zip(whole, starts, strict=True)], IGNORE_INDEX, device)
     is_there, tokens = ids != IGNORE_INDEX, ids.clamp(min=0)
     rows.cache.batch_select_indices(owners)
     read = rows.mask[owners]
@@ -51,28 +50,28 @@ def find_log_likelihoods(
         past_key_values=rows.cache,
         use_cache=True,
     ).logits[:, :-1]
-    said = torch.cat([rows.logits[owners, None], after.float()], dim=1).log_softmax(-1)
-    counted = labels != IGNORE_INDEX
-    likelihoods = said.gather(-1, tokens[..., None])[..., 0].masked_fill(~counted, 0.0).double().sum(1)
+    log_probs = torch.cat([rows.logits[owners, None], after.float()], dim=1).log_softmax(-1)
+    is_supervised = labels != IGNORE_INDEX
+    likelihoods = log_probs.gather(-1, tokens[..., None])[..., 0].masked_fill(~is_supervised, 0.0).double().sum(1)
     for answer, (owner, finite) in enumerate(zip(owners.tolist(), likelihoods.isfinite().tolist(), strict=True)):
         if not finite:
-            raise not_finite(f"answer {answer + 1} of {len(whole)}, to question {owner + 1} of {len(answered)},")
-    pairs = zip(likelihoods.tolist(), counted.sum(1).tolist(), strict=True)
+            raise not_finite_error(f"answer {answer + 1} of {len(whole)}, to question {owner + 1} of {len(answered)},")
+    pairs = zip(likelihoods.tolist(), is_supervised.sum(1).tolist(), strict=True)
     return [[next(pairs) for _ in some] for some in answered]
 
 
 def shared_prompt(conversations: Sequence[TokenizedConversation]) -> list[int]:
-    """Return the ids with which all begin, as far as none of them is learnt."""
-    columns = zip(*(one.input_ids[: first_learnt(one)] for one in conversations), strict=False)
+    """Return the longest common prefix of ids, up to the first supervised one."""
+    columns = zip(*(one.input_ids[: _first_supervised(one)] for one in conversations), strict=False)
     return [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, columns)]
 
 
-def first_learnt(conversation: TokenizedConversation) -> int:
-    """Return where the answer begins."""
+def _first_supervised(conversation: TokenizedConversation) -> int:
+    """Return the position of the first supervised token."""
     return next(place for place, label in enumerate(conversation.labels) if label != IGNORE_INDEX)
 
 
-def padded(rows: Sequence[Sequence[int]], value: int, device: torch.device) -> Tensor:
-    """Return rows (n, longest), filled up at the right."""
+def _padded(rows: Sequence[Sequence[int]], value: int, device: torch.device) -> Tensor:
+    """Return rows (n, longest), padded on the right."""
     stacked = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
     return stacked.to(device)

@@ -1,4 +1,4 @@
-"""Requests made ready for the model: their token ids, their images as pixels or as what is known of them."""
+"""Preparation of requests for the model: token ids, and images as pixels or as cached embeddings."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,7 +9,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava_ray.chat.templates import Template
+from llava_ray.chat.template import Template
 from llava_ray.chat.tokens import expand_images, tokenize_prompt, tokenizer_image_token
 from llava_ray.config.sections import MAX_IMAGE_PIXELS
 from llava_ray.errors import RecordError, TemplateError
@@ -19,34 +19,34 @@ from llava_ray.generate.sampling import check_sampling
 from llava_ray.generate.vision_cache import VisionCache, image_key
 from llava_ray.images.anyres import Size
 from llava_ray.images.geometry import ImageSpec
-from llava_ray.images.processing import normalise
+from llava_ray.images.processing import normalize_pixels
 from llava_ray.images.views import OpenedImage, open_views
+from llava_ray.model.assembly import LlavaParts
 from llava_ray.model.blueprint import Blueprint
-from llava_ray.model.bundle import LlavaParts
-from llava_ray.model.llava import Llava
+from llava_ray.model.network.llava import Llava
 
 P = TypeVar("P", bound="PromptText")
 
 
 @dataclass
 class PromptImage:
-    """An image in a prompt: as preprocessed views, until the model has seen it."""
+    """An image in a prompt: preprocessed views until its embeddings are computed."""
 
     key: str
-    """Of its content and the projector that it is seen through."""
+    """Identifies its content and its projector."""
     num_tokens: int
     llava: Llava
-    """Whose projector that is."""
+    """The model with that projector."""
     size: Size = (0, 0)
     views: Float32[Tensor, "n 3 h w"] | None = None
     embeddings: Tensor | None = None
     first: int = 0
-    """Its place in the prompt."""
+    """Position of its first token in the prompt."""
 
 
 @dataclass
 class Prompt:
-    """All that the model is to read for one request, and what ends its answer."""
+    """The model's input for one request, and the stops of its answer."""
 
     ids: list[int]
     images: list[PromptImage]
@@ -63,25 +63,25 @@ class BegunPrompt:
     """Its ids, with one -200 for each image."""
     keys: list[str]
     known: list[Float32[Tensor, "_ d"] | None]
-    """The embeddings of images that the model has seen before."""
+    """Cached embeddings of the images; None for new images."""
 
     @property
     def unknown(self) -> list[int]:
-        """Return the places of the others."""
+        """Return the indices of images that are not cached."""
         return [index for index, known in enumerate(self.known) if known is None]
 
 
 class PromptText:
-    """The text side of requests to one model or adapter, whose weights it does not know. Safe in any thread."""
+    """Tokenisation of requests to one model or adapter, without its weights. Thread-safe."""
 
     def __init__(self, model: Blueprint, stops: Stops, max_model_len: int) -> None:
-        """``stops`` are the model's own; ``max_model_len`` bounds prompt and answer together."""
+        """Initialise with the model's own ``stops``; ``max_model_len`` bounds prompt and answer together."""
         self.model = model
         self.max_model_len = max_model_len
         self.stops = stops
 
     def read(self, request: GenerationRequest) -> list[int]:
-        """Return a request's ids with one -200 for each image. Raises RecordError for what it got wrong."""
+        """Return a request's ids with one -200 for each image. Raises RecordError for an invalid request."""
         check_sampling(request.sampling)
         short = self.tokenize(request)
         if not short:
@@ -96,7 +96,7 @@ class PromptText:
         if (request.prompt is None) == (not request.turns):
             raise RecordError("expected either turns or a prompt, and not both.", reason="turns")
         if request.prompt is not None:
-            # No template is laid around it, so it may write control tokens: the prompt is the sender's own, as in vLLM.
+            # Without a template control tokens are allowed: the whole prompt is the client's own, as in vLLM.
             ids = tokenizer_image_token(request.prompt, self.model.tokenizer)
             assert isinstance(ids, list)
             return ids
@@ -106,8 +106,8 @@ class PromptText:
             raise RecordError(str(error), reason="system_prompt") from error
         try:
             return tokenize_prompt(request.turns, template, self.model.tokenizer)
-        except jinja2.TemplateError as error:  # a template's own words for those who ask
-            raise RecordError(f"the model's chat template refuses the messages: {error}", reason="turns") from error
+        except jinja2.TemplateError as error:  # raised by the template itself, with its own message
+            raise RecordError(f"the model's chat template rejects the messages: {error}", reason="turns") from error
         except TemplateError as error:
             raise RecordError(str(error), reason="template") from error
 
@@ -117,10 +117,10 @@ class PromptText:
         return template if system is None else template.with_system(system)
 
     def find_stops(self, request: GenerationRequest) -> tuple[Stops, tuple[str, ...]]:
-        """Return the tokens and the texts that end the answer of a request.
+        """Return the tokens and texts that end the answer of a request.
 
-        A stop text that is a token of its own (``<|im_end|>``) is never decoded as that; a model may spell it out in
-        several others all the same.
+        A stop text that is a single token (``<|im_end|>``) is not decoded when it appears as that token; a model may
+        still spell it in several others.
         """
         added = self.model.tokenizer.get_added_vocab()
         texts = list(request.sampling.stop)
@@ -132,21 +132,21 @@ class PromptText:
         return stops, tuple(texts)
 
     def check_length(self, num_tokens: int, max_tokens: int) -> None:
-        """Raise RecordError if prompt and answer may be longer than the engine holds."""
+        """Check that prompt and answer fit the engine's context. Raises RecordError."""
         if num_tokens + max_tokens > self.max_model_len:
             raise RecordError(
                 f"the prompt has {num_tokens} tokens and max_tokens is {max_tokens}, but this engine holds "
-                f"{self.max_model_len} tokens of prompt and answer together. Shorten the conversation, or ask for "
+                f"{self.max_model_len} tokens of prompt and answer together. Shorten the conversation, or request "
                 "fewer new tokens.",
                 reason="too_long",
             )
 
 
 class PromptMaker(PromptText):
-    """Makes prompts for one model, or one adapter, in memory."""
+    """Builds prompts for one model, or one adapter, in memory."""
 
     def __init__(self, parts: LlavaParts, cache: VisionCache, max_model_len: int, projector: str = "") -> None:
-        """``projector`` tells several in one cache apart."""
+        """Initialise for a model; ``projector`` distinguishes the keys of several projectors in one cache."""
         super().__init__(parts, default_stops(parts), max_model_len)
         self.parts = parts
         self.cache = cache
@@ -154,13 +154,13 @@ class PromptMaker(PromptText):
 
     @property
     def view_spec(self) -> ImageSpec:
-        """Return how a decoder cuts images for `finish`."""
+        """Return the image settings with which a decoder prepares views for ``finish``."""
         return self.parts.image_spec
 
     def make(self, request: GenerationRequest) -> Prompt:
         """Tokenise and preprocess a request, and decode its images here.
 
-        Raises RecordError (ImageError for an image) for whatever the request got wrong.
+        Raises RecordError (ImageError for an image) for an invalid request.
         """
         begun = self.begin(request)
         opened = [
@@ -170,13 +170,13 @@ class PromptMaker(PromptText):
         return self.finish(request, begun, opened)
 
     def begin(self, request: GenerationRequest) -> BegunPrompt:
-        """Tokenise a request, and look up its images. Raises RecordError."""
+        """Tokenise a request and look up its images in the cache. Raises RecordError."""
         short = self.read(request)
         keys = [f"{image_key(data)}{self.projector}" for data in request.images]
         return BegunPrompt(short, keys, [self.cache.find(key) for key in keys])
 
     def finish(self, request: GenerationRequest, begun: BegunPrompt, opened: Sequence[OpenedImage]) -> Prompt:
-        """Make the prompt; ``opened`` are those of its images that are not known. Raises RecordError."""
+        """Build the prompt; ``opened`` are its images that are not cached. Raises RecordError."""
         new = iter(opened)
         images = [
             PromptImage(key, len(known), self.parts.llava, embeddings=known)
@@ -187,19 +187,19 @@ class PromptMaker(PromptText):
         counts = [image.num_tokens for image in images]
         ids = expand_images(begun.short, [IGNORE_INDEX] * len(begun.short), counts)[0]
         self.check_length(len(ids), request.sampling.max_tokens)
-        place_images(ids, images)
+        _place_images(ids, images)
         stops, texts = self.find_stops(request)
         return Prompt(ids, images, stops, texts, sum(image.embeddings is not None for image in images))
 
     def prepare(self, key: str, opened: OpenedImage) -> PromptImage:
-        """Return an image that the model has not seen yet."""
+        """Return a new image with preprocessed views."""
         count = self.parts.image_tokens.count(*opened.size)
-        views = normalise(opened.pixels, self.parts.image_spec)
+        views = normalize_pixels(opened.pixels, self.parts.image_spec)
         return PromptImage(key, count, self.parts.llava, opened.size, views)
 
 
-def place_images(ids: Sequence[int], images: Sequence[PromptImage]) -> None:
-    """Tell each image where in a prompt its tokens begin."""
+def _place_images(ids: Sequence[int], images: Sequence[PromptImage]) -> None:
+    """Set the position of each image's first token in a prompt."""
     place = 0
     for image in images:
         place = ids.index(IMAGE_TOKEN_INDEX, place)
@@ -207,8 +207,8 @@ def place_images(ids: Sequence[int], images: Sequence[PromptImage]) -> None:
         place += image.num_tokens
 
 
-def prompts_of(prompts: Mapping[str | None, P], name: str | None) -> P:
-    """Return who makes an adapter's prompts, the base's for None. Raises RecordError."""
+def find_prompt_maker(prompts: Mapping[str | None, P], name: str | None) -> P:
+    """Return the prompt maker of an adapter, the base's for None. Raises RecordError."""
     if name not in prompts:
         known = ", ".join(repr(other) for other in prompts if other is not None) or "its base only"
         raise RecordError(f"there is no adapter {name!r} here; this engine serves {known}.", reason="model")

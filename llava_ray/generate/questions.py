@@ -1,6 +1,6 @@
-"""Questions on their way to a model: as Arrow batches, their images decoded.
+"""Questions as Arrow batches with decoded images.
 
-Tasks that decode import this module and no torch: on two cores that import takes longer than their work.
+Decoding tasks import this module and not torch: on two cores that import takes longer than their work.
 """
 
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from llava_ray.images.reading import open_image, read_bytes
 
 
 @dataclass(frozen=True)
-class Question:
-    """What is asked: ``image`` is an encoded image, a path or URL to one, several of them, or None.
+class ModelQuestion:
+    """A question: ``image`` is an encoded image, a path or URL to one, several of them, or None.
 
-    A question with images and without a marker gets their markers in front. Where there are ``candidates`` no answer is
-    written, but each of them is weighed.
+    A question with images and without a marker gets their markers in front. With ``candidates`` no answer is generated;
+    the likelihood of each of them is computed.
     """
 
     id: str
@@ -29,14 +29,14 @@ class Question:
 
     @property
     def images(self) -> list[bytes | str]:
-        """Return its images as a list."""
+        """Return the images as a list."""
         if self.image is None:
             return []
         return [self.image] if isinstance(self.image, bytes | str) else list(self.image)
 
 
-def to_table(questions: Sequence[Question]) -> pa.Table:
-    """Return a batch of questions as Arrow columns: id, question, candidates, and of each image its data or path."""
+def to_table(questions: Sequence[ModelQuestion]) -> pa.Table:
+    """Return a batch of questions as Arrow columns: id, question, candidates, and each image's data or path."""
     images = [question.images for question in questions]
     data = [[image if isinstance(image, bytes) else None for image in some] for some in images]
     paths = [[image if isinstance(image, str) else None for image in some] for some in images]
@@ -51,7 +51,7 @@ def to_table(questions: Sequence[Question]) -> pa.Table:
     )
 
 
-def decode_images(table: pa.Table, spec: ImageSpec) -> pa.Table:
+def decode_question_images(table: pa.Table, spec: ImageSpec) -> pa.Table:
     """Replace images and paths by "pixels", bytes of all their views (n, 3, h, w), and "image_sizes".
 
     Raises ImageError.

@@ -1,4 +1,4 @@
-"""The next token of each row, each row under settings of its own."""
+"""Sampling of the next token of each row, each with its own settings."""
 
 import math
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ from torch import Tensor
 from llava_ray.errors import ModelError, RecordError
 from llava_ray.generate.engine import Sampling
 
-MAX_SEED = 2**63 - 1
-FEW = 256  # likeliest tokens among which the border of top_p is looked for before all are sorted
+_MAX_SEED = 2**63 - 1
+_FEW = 256  # most likely tokens among which the threshold of top_p is searched before all are sorted
 COLDEST = 1e-5  # temperatures below it, as in vLLM, are 0: logits divided by less leave fp32
 
 
 def check_sampling(sampling: Sampling) -> None:
-    """Raise RecordError for settings that no token can be chosen with."""
+    """Check the sampling settings. Raises RecordError."""
     problems = {
         "max_tokens": (sampling.max_tokens, sampling.max_tokens >= 1, "1 or more"),
         "temperature": (sampling.temperature, 0 <= sampling.temperature < math.inf, "0 (greedy) or more"),
@@ -32,31 +32,31 @@ def check_sampling(sampling: Sampling) -> None:
 
 def find_finite_rows(logits: Float[Tensor, "n vocab"]) -> list[bool]:
     """Return for each row whether all its logits are finite, before anything is masked with -inf."""
-    finite: list[bool] = logits.sum(-1).isfinite().tolist()  # ten times faster than looking at each
-    return finite if all(finite) else logits.isfinite().all(-1).tolist()  # huge ones may add up to infinity
+    finite: list[bool] = logits.sum(-1).isfinite().tolist()  # ten times faster than checking each
+    return finite if all(finite) else logits.isfinite().all(-1).tolist()  # the sum of huge ones may overflow
 
 
-def not_finite(where: str) -> ModelError:
-    """Return the error of logits that no token can be chosen by; ``where`` says which."""
+def not_finite_error(where: str) -> ModelError:
+    """Return the error for logits that are not finite; ``where`` says which."""
     return ModelError(
         f"the model's logits are not finite ({where} holds NaN or infinity): its weights are damaged, or this "
         "precision is too narrow for it. Use a checkpoint that has not diverged, or a wider dtype."
     )
 
 
-def choose_tokens(logits: Float[Tensor, "n vocab"], samplings: Sequence[Sampling], draws: Sequence[float]) -> list[int]:
-    """Return a token for each row: the likeliest, or one drawn.
+def sample_tokens(logits: Float[Tensor, "n vocab"], samplings: Sequence[Sampling], draws: Sequence[float]) -> list[int]:
+    """Sample a token for each row, or take the most likely one at temperature 0.
 
     ``draws`` are numbers of [0, 1), one a row: a row's token depends on its logits and its number alone. The number is
-    looked up in the sum of probabilities in the vocabulary's own order, which rounding hardly moves.
+    located in the cumulative probabilities in vocabulary order, which rounding hardly changes.
     """
     tokens: list[int] = logits.argmax(-1).tolist()
     drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature >= COLDEST]
     if drawn:
         some = [samplings[row] for row in drawn]
         temperatures = logits.new_tensor([sampling.temperature for sampling in some])
-        kept = keep_likely(logits[drawn] / temperatures.unsqueeze(1), some)
-        sums = kept.softmax(-1).double().cumsum(-1)
+        likely = _keep_likely(logits[drawn] / temperatures.unsqueeze(1), some)
+        sums = likely.softmax(-1).double().cumsum(-1)
         numbers = sums.new_tensor([draws[row] for row in drawn]).unsqueeze(1) * sums[:, -1:]
         found = torch.searchsorted(sums, numbers, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
         for row, token in zip(drawn, found.tolist(), strict=True):
@@ -64,21 +64,21 @@ def choose_tokens(logits: Float[Tensor, "n vocab"], samplings: Sequence[Sampling
     return tokens
 
 
-def keep_likely(scores: Float[Tensor, "n vocab"], samplings: Sequence[Sampling]) -> Float[Tensor, "n vocab"]:
-    """Put -inf at what top_k and then top_p leave out."""
+def _keep_likely(scores: Float[Tensor, "n vocab"], samplings: Sequence[Sampling]) -> Float[Tensor, "n vocab"]:
+    """Set the scores outside top_k and then top_p to -inf."""
     for row, sampling in enumerate(samplings):
         if 0 < sampling.top_k < scores.shape[1]:
-            border = scores[row].topk(sampling.top_k).values[-1]
-            scores[row].masked_fill_(scores[row] < border, -torch.inf)
+            threshold = scores[row].topk(sampling.top_k).values[-1]
+            scores[row].masked_fill_(scores[row] < threshold, -torch.inf)
         if sampling.top_p < 1:
-            scores[row].masked_fill_(scores[row] < find_border(scores[row], sampling.top_p), -torch.inf)
+            scores[row].masked_fill_(scores[row] < find_threshold(scores[row], sampling.top_p), -torch.inf)
     return scores
 
 
-def find_border(scores: Float[Tensor, " vocab"], top_p: float) -> Float[Tensor, ""]:
-    """Return the least score among the likeliest tokens whose probabilities add up to ``top_p``."""
+def find_threshold(scores: Float[Tensor, " vocab"], top_p: float) -> Float[Tensor, ""]:
+    """Return the least score among the most likely tokens whose probabilities add up to ``top_p``."""
     total = scores.logsumexp(0)
-    for count in (min(FEW, len(scores)), len(scores)):
+    for count in (min(_FEW, len(scores)), len(scores)):
         best = scores.topk(count).values
         sums = (best - total).exp().cumsum(0)
         needed = int((sums < top_p).sum())
@@ -87,10 +87,10 @@ def find_border(scores: Float[Tensor, " vocab"], top_p: float) -> Float[Tensor, 
     return scores.min()
 
 
-def find_logprobs(
+def compute_logprobs(
     logits: Float[Tensor, "n vocab"], tokens: Sequence[int], num_best: int
 ) -> list[tuple[float, list[tuple[int, float]]]]:
-    """Return each token's natural log-probability, and (id, log-probability) of its row's likeliest, best first."""
+    """Return each token's natural log-probability, and (id, log-probability) of its row's most likely, best first."""
     every = logits.log_softmax(-1)
     chosen = every.gather(1, torch.tensor(tokens, device=logits.device).unsqueeze(1)).squeeze(1).tolist()
     best = every.topk(min(num_best, every.shape[1]), dim=-1)

@@ -1,4 +1,4 @@
-"""Adapter folders loaded beside a base that is in memory: their terms, and what of LLaVA is their own.
+"""Adapter folders loaded for a base that is in memory: their terms, projectors and templates.
 
 An adapter may bring a projector (with image_newline) and a template; tower, tokenizer and the geometry of images are
 the base's, because all requests share them.
@@ -12,46 +12,49 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llava_ray.config.geometry import GEOMETRY_NAMES
 from llava_ray.errors import ModelError
-from llava_ray.generate.row_adapters import Name, RowAdapters
-from llava_ray.model.adapter_terms import Terms, lift_terms, load_terms
-from llava_ray.model.adapters import MERGE_TOLERANCE, has_adapter, measure_drift, probe
-from llava_ray.model.blueprint import Blueprint, find_layout, read_blueprint
-from llava_ray.model.bundle import LlavaParts
-from llava_ray.model.layout import CONFIG, EMBED_TOKENS, NON_LORA_FILE, Kind, Layout, check_whole
-from llava_ray.model.llava import Llava
+from llava_ray.generate.row_adapters import AdapterName, RowAdapters
+from llava_ray.invocation import command
+from llava_ray.model.assembly import LlavaParts
+from llava_ray.model.blueprint import Blueprint, read_blueprint
+from llava_ray.model.formats.layout import CONFIG, EMBED_TOKENS, NON_LORA_FILE, Layout, LayoutKind, check_whole
+from llava_ray.model.formats.part_sources import find_layout
+from llava_ray.model.formats.vocabulary import image_token_ids
 from llava_ray.model.loading import aspect_ratio, pretrained_config
+from llava_ray.model.lora.adapter_terms import Terms, extract_lora_weights, load_terms
+from llava_ray.model.lora.adapters import MERGE_TOLERANCE, compute_probe_logits, has_adapter, measure_drift
+from llava_ray.model.network.llava import Llava
+from llava_ray.model.network.quantization import find_dtype
 from llava_ray.model.parts import find_newline, load_projector
-from llava_ray.model.quantization import find_dtype
-from llava_ray.model.tensor_reading import read_tensors
-from llava_ray.model.vocabulary import image_token_ids
+from llava_ray.model.tensors.tensor_reading import read_tensors
 
 
 @dataclass(frozen=True)
 class ServedAdapter:
-    """An adapter beside its base."""
+    """An adapter with its base's parts."""
 
-    name: Name
-    """What requests call it; None for the base's own, where the base is a bundle with an adapter."""
+    name: AdapterName
+    """The name that requests use; None for the base's own adapter, where the base is a bundle with one."""
     terms: Terms
     parts: LlavaParts
     """The base's, with the adapter's own projector and template."""
 
     def has_own_projector(self, base: LlavaParts) -> bool:
-        """Tell whether it sees images otherwise than the base does."""
+        """Return whether its projector differs from the base's."""
         return self.parts.llava is not base.llava
 
 
 @dataclass(frozen=True)
 class ServedAdapters:
-    """All adapters of an engine, and what puts the base's own back over it."""
+    """All adapters of an engine, and a function that restores the base's own."""
 
     adapters: tuple[ServedAdapter, ...] = ()
-    put_back: Callable[[], None] = lambda: None
+    restore_base: Callable[[], None] = lambda: None
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return what requests may name."""
+        """Return the names that requests may use."""
         return tuple(adapter.name for adapter in self.adapters if adapter.name is not None)
 
 
@@ -59,18 +62,18 @@ NO_ADAPTERS = ServedAdapters()
 
 
 def load_adapters(base: LlavaParts, folders: Mapping[str, str | Path]) -> ServedAdapters:
-    """Load each folder (a bundle with an adapter, LLaVA's LoRA folder, or peft's) once, beside the base.
+    """Load each folder (a bundle with an adapter, LLaVA's LoRA folder, or peft's) once, for the base.
 
-    Where the base itself is such a bundle, its own adapter becomes one of them. The base is then as it was, less that.
+    Where the base itself is such a bundle, its own adapter becomes one of them and is removed from the base.
     Raises ModelError for an adapter of another base, or one that changes what requests share.
     """
     if not folders:
         return NO_ADAPTERS
     model, adapters = base.llava.language_model, list[ServedAdapter]()
-    put_back = NO_ADAPTERS.put_back
+    put_back = NO_ADAPTERS.restore_base
     if has_adapter(model):
-        terms, said, put_back = lift_terms(model, base.layout.folder)
-        check_terms(model, terms, said, base.layout.folder)
+        terms, expected, put_back = extract_lora_weights(model, base.layout.folder)
+        _check_terms(model, terms, expected, base.layout.folder)
         adapters.append(ServedAdapter(None, terms, base))
     try:
         adapters += [load_beside(base, name, folder) for name, folder in folders.items()]
@@ -81,36 +84,36 @@ def load_adapters(base: LlavaParts, folders: Mapping[str, str | Path]) -> Served
 
 
 def load_beside(base: LlavaParts, name: str, folder: str | Path) -> ServedAdapter:
-    """Load one adapter. Raises ModelError."""
+    """Load one adapter for the base. Raises ModelError."""
     layout, is_pefts = find_adapter(name, folder)
-    parts = base if is_pefts else parts_beside(base, name, layout)
+    parts = base if is_pefts else _parts_beside(base, name, layout)
     assert layout.adapter is not None
     model, fingerprint = base.llava.language_model, base.manifest.language_model.fingerprint
-    terms, said = load_terms(model, layout.adapter, base_fingerprint=fingerprint)
-    check_terms(model, terms, said, layout.adapter)
+    terms, expected = load_terms(model, layout.adapter, base_fingerprint=fingerprint)
+    _check_terms(model, terms, expected, layout.adapter)
     return ServedAdapter(name, terms, parts)
 
 
 def find_adapter(name: str, folder: str | Path) -> tuple[Layout, bool]:
-    """Return an adapter's folder, described, and whether it is peft's alone, without anything of LLaVA's.
+    """Return the layout of an adapter's folder, and whether it holds peft's files only.
 
     Raises ModelError for any other folder.
     """
     _, layout = find_layout(str(folder), weights=True)
     beside = [file for file in (CONFIG, NON_LORA_FILE) if (layout.folder / file).is_file()]
-    is_pefts = layout.kind is Kind.ORIGINAL_LORA and not beside
+    is_pefts = layout.kind is LayoutKind.ORIGINAL_LORA and not beside
     if not is_pefts:
         check_whole(layout)
     if layout.adapter is None:
         raise ModelError(
-            f"adapter {name!r}: {layout.folder} ({layout.kind}) is no adapter over a base; expected a bundle with an "
+            f"adapter {name!r}: {layout.folder} ({layout.kind}) is no adapter; expected a bundle with an "
             "adapter, LLaVA's LoRA folder or peft's. A whole model goes into model=."
         )
     return layout, is_pefts
 
 
 def read_beside(base: Blueprint, name: str, layout: Layout) -> Blueprint:
-    """Read what an adapter says of its model, which has to be the base's. Raises ModelError."""
+    """Read an adapter's own settings, and check them against the base's. Raises ModelError."""
     config = pretrained_config(
         layout,
         layout.folder,
@@ -119,35 +122,27 @@ def read_beside(base: Blueprint, name: str, layout: Layout) -> Blueprint:
         version=layout.settings.get("version") or base.config.version,
     )
     own = read_blueprint(config, aspect_ratio(layout), weights=True)
-    check_shared(base, own, name)
+    _check_shared(base, own, name)
     return own
 
 
-def parts_beside(base: LlavaParts, name: str, layout: Layout) -> LlavaParts:
-    """Return the base with what is an adapter's own; raises ModelError if it changes what requests share."""
+def _parts_beside(base: LlavaParts, name: str, layout: Layout) -> LlavaParts:
+    """Return the base with an adapter's own parts. Raises ModelError if it changes what requests share."""
     own, companions = read_beside(base, name, layout), read_tensors(layout.companions)
-    check_embeddings(base, companions.get(EMBED_TOKENS), name)
+    _check_embeddings(base, companions.get(EMBED_TOKENS), name)
     manifest = base.manifest.model_copy(update={"mm_projector_type": own.config.mm_projector_type})
     model = base.llava.language_model
     device, dtype = model.device, find_dtype(model)
     projector = load_projector(own, manifest, seed=0).to(device, dtype)
     newline = find_newline(own, companions, seed=0).to(device, dtype)
     llava = Llava(projector, model, base.mm_hidden_size, base.image_tokens, newline)
-    return replace(base, llava=base.llava if is_same(llava, base.llava) else llava.eval(), template=own.template)
+    return replace(base, llava=base.llava if _is_same(llava, base.llava) else llava.eval(), template=own.template)
 
 
-def check_shared(base: Blueprint, own: Blueprint, name: str) -> None:
-    """Raise ModelError if an adapter was trained with another tower, tokenizer or way of cutting images."""
-    found = {
-        "mm_vision_select_layer": (own.config.mm_vision_select_layer, base.config.mm_vision_select_layer),
-        "mm_vision_select_feature": (own.config.mm_vision_select_feature, base.config.mm_vision_select_feature),
-        "s2_scales": (own.s2_scales, base.s2_scales),
-        "mm_use_im_start_end": (own.config.mm_use_im_start_end, base.config.mm_use_im_start_end),
-        "mm_use_im_patch_token": (own.config.mm_use_im_patch_token, base.config.mm_use_im_patch_token),
-        "image_aspect_ratio": (own.image_spec.aspect_ratio, base.image_spec.aspect_ratio),
-        "image_grid_pinpoints": (own.image_spec.grid_pinpoints, base.image_spec.grid_pinpoints),
-        "mm_patch_merge_type": (own.image_tokens.merge_type, base.image_tokens.merge_type),
-    }
+def _check_shared(base: Blueprint, own: Blueprint, name: str) -> None:
+    """Check that an adapter was trained with the base's tower, tokenizer and image settings. Raises ModelError."""
+    shared = [name for name in GEOMETRY_NAMES if name != "mm_projector_type"]
+    found = {name: (getattr(own.geometry, name), getattr(base.geometry, name)) for name in shared}
     if own.manifest is not None and base.manifest is not None:
         towers = own.manifest.vision_tower.fingerprint[:12], base.manifest.vision_tower.fingerprint[:12]
         found["vision_tower (fingerprint)"] = towers
@@ -155,13 +150,13 @@ def check_shared(base: Blueprint, own: Blueprint, name: str) -> None:
         if mine != shared:
             raise ModelError(
                 f"adapter {name!r} ({own.layout.folder}) was trained with {key} {mine!r}, but "
-                f"{base.config.model_name_or_path} has {shared!r}, which all requests share. Serve it as a model of "
-                "its own: put it into model=."
+                f"{base.config.model_name_or_path} has {shared!r}, which all requests share. Serve it as a separate "
+                "model: put it into model=."
             )
 
 
-def check_embeddings(base: LlavaParts, embeddings: Tensor | None, name: str) -> None:
-    """Raise ModelError if the tokens around images have other embeddings with an adapter than with its base."""
+def _check_embeddings(base: LlavaParts, embeddings: Tensor | None, name: str) -> None:
+    """Check that an adapter keeps the base's embeddings of image tokens. Raises ModelError."""
     if embeddings is None:
         return
     ids = list(image_token_ids(base.tokenizer))
@@ -169,12 +164,12 @@ def check_embeddings(base: LlavaParts, embeddings: Tensor | None, name: str) -> 
     if len(embeddings) < len(ids) or not torch.equal(rows, embeddings[-len(ids) :].to(rows)):
         raise ModelError(
             f"adapter {name!r} brings embeddings of its own for the tokens around images, which all requests share. "
-            "Serve it as a model of its own: put it into model=."
+            "Serve it as a separate model: put it into model=."
         )
 
 
-def is_same(one: Llava, other: Llava) -> bool:
-    """Tell whether two models project images alike, number for number."""
+def _is_same(one: Llava, other: Llava) -> bool:
+    """Return whether two models have equal projectors."""
     mine, theirs = (
         {name: tensor for name, tensor in llava.state_dict().items() if not name.startswith("language_model.")}
         for llava in (one, other)
@@ -183,16 +178,16 @@ def is_same(one: Llava, other: Llava) -> bool:
 
 
 @torch.no_grad()
-def check_terms(model: PreTrainedModel, terms: Terms, expected: Tensor, folder: Path) -> None:
-    """Raise ModelError if the model with these terms does not say what it said with peft's layers over it."""
+def _check_terms(model: PreTrainedModel, terms: Terms, expected: Tensor, folder: Path) -> None:
+    """Check that the model with these terms gives the same logits as with peft's layers. Raises ModelError."""
     rows = RowAdapters(model, {"it": terms})
     try:
         rows.choose_one("it", len(expected))
-        drift = measure_drift(probe(model), expected)
+        drift = measure_drift(compute_probe_logits(model), expected)
     finally:
-        rows.take_off()
+        rows.remove()
     if not drift <= MERGE_TOLERANCE[find_dtype(model)]:
         raise ModelError(
             f"the adapter in {folder} does more than low-rank terms can say (logits of a fixed text differ by "
-            f"{drift:.2g} of their spread). Merge it (export.py merged) and serve the whole model."
+            f"{drift:.2g} of their spread). Merge it ({command('export', 'merge')}) and serve the whole model."
         )

@@ -1,4 +1,4 @@
-"""What the model has seen: embeddings of images by their content, bounded in bytes."""
+"""A cache of image embeddings by image content, bounded in bytes."""
 
 import hashlib
 from collections import OrderedDict
@@ -9,18 +9,18 @@ from torch import Tensor
 
 
 def image_key(data: bytes) -> str:
-    """Return what stands for an image: the hash of its encoded bytes, never a name that a client chose."""
+    """Return an image's key: the hash of its encoded bytes, never a name that a client chose."""
     return hashlib.sha256(data).hexdigest()
 
 
 class VisionCache:
-    """Embeddings (t, d) of images as the language model reads them; those not used for longest are dropped first.
+    """An LRU cache of the embeddings (t, d) of images.
 
-    Safe to use from several threads.
+    Thread-safe.
     """
 
     def __init__(self, max_bytes: int) -> None:
-        """Begin empty; 0 keeps nothing."""
+        """Initialise an empty cache; 0 bytes cache nothing."""
         self.max_bytes = max_bytes
         self.num_bytes = 0
         self.num_queries = 0
@@ -29,7 +29,7 @@ class VisionCache:
         self._lock = Lock()
 
     def find(self, key: str) -> Float[Tensor, "t d"] | None:
-        """Return an image's embeddings if they are known, and count the question."""
+        """Return an image's embeddings if they are cached, and count the query."""
         with self._lock:
             self.num_queries += 1
             found = self._images.get(key)
@@ -39,7 +39,7 @@ class VisionCache:
             return found
 
     def keep(self, key: str, embeddings: Float[Tensor, "t d"]) -> None:
-        """Remember an image, unless it is larger than all the room there is."""
+        """Add an image, unless it is larger than the whole cache."""
         with self._lock:
             if embeddings.nbytes > self.max_bytes:
                 return
@@ -50,5 +50,5 @@ class VisionCache:
                 self.num_bytes -= self._images.popitem(last=False)[1].nbytes
 
     def __len__(self) -> int:
-        """Count the images."""
+        """Return the number of images."""
         return len(self._images)

@@ -1,1 +1,1 @@
-"""Images: read safely, brought to the tower's geometry, normalised."""
+"""Images: safe reading, the tower's geometry, and normalisation."""

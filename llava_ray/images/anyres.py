@@ -1,4 +1,4 @@
-"""Images at any resolution, as LLaVA-1.6 takes them: cut into views of the tower's size, and whole, squashed into one.
+"""LLaVA-1.6's anyres: an image as one resized view of the whole plus views of the tower's size cut from a canvas.
 
 Names and rounding are the original's (llava/mm_utils.py, llava/model/llava_arch.py at c121f04). Sizes are (width,
 height) in pixels.
@@ -24,7 +24,7 @@ def default_grid_pinpoints(side: int) -> tuple[Size, ...]:
 
 
 def read_grid_pinpoints(value: str | Sequence[Sequence[int]]) -> tuple[Size, ...]:
-    """Read a config's image_grid_pinpoints: a list of (width, height), or its text. Raises ConfigError."""
+    """Parse a config's image_grid_pinpoints: a list of (width, height), or its text. Raises ConfigError."""
     try:
         pairs = ast.literal_eval(value) if isinstance(value, str) else value
         return tuple((int(width), int(height)) for width, height in pairs)
@@ -36,7 +36,7 @@ def read_grid_pinpoints(value: str | Sequence[Sequence[int]]) -> tuple[Size, ...
 
 
 def check_grid_pinpoints(grid_pinpoints: Sequence[Size], side: int) -> None:
-    """Raise ConfigError unless every canvas is made of whole views."""
+    """Raise ConfigError unless every canvas consists of whole views."""
     if not grid_pinpoints:
         raise ConfigError("image_grid_pinpoints is empty; anyres needs at least one canvas (width, height)")
     for width, height in grid_pinpoints:
@@ -49,9 +49,9 @@ def check_grid_pinpoints(grid_pinpoints: Sequence[Size], side: int) -> None:
 
 @lru_cache(maxsize=4096)
 def select_best_resolution(original_size: Size, possible_resolutions: tuple[Size, ...]) -> Size:
-    """Return the canvas that keeps most of an image's pixels; of equal ones that with the least waste, then the first.
+    """Select the canvas that keeps most of an image's pixels; of equal ones that with the least waste, then the first.
 
-    Nothing is gained beyond the image's own number of pixels.
+    More pixels than the image's own count as no gain.
     """
     original_width, original_height = original_size
 
@@ -66,7 +66,7 @@ def select_best_resolution(original_size: Size, possible_resolutions: tuple[Size
 
 
 def get_anyres_image_grid_shape(image_size: Size, grid_pinpoints: tuple[Size, ...], patch_size: int) -> Size:
-    """Return how many views of ``patch_size`` pixels lie beside and above one another on an image's canvas."""
+    """Return the columns and rows of views of ``patch_size`` pixels on an image's canvas."""
     width, height = select_best_resolution(image_size, grid_pinpoints)
     return width // patch_size, height // patch_size
 
@@ -82,10 +82,10 @@ def letterboxed_size(original_size: Size, target_resolution: Size) -> Size:
 
 
 def unpadded_margins(original_size: Size, current_size: Size) -> Size:
-    """Return the columns and rows to take off either edge of a grid that a letterboxed image lies on; one is 0.
+    """Return the columns and rows to crop from either edge of a letterboxed image's grid; one of them is 0.
 
-    ``current_size`` is the grid's (columns, rows). What is left may be a line more than the image covers, as in the
-    original, or nothing at all of an extreme strip.
+    ``current_size`` is the grid's (columns, rows). The rest may be a row more than the image covers, as in the
+    original, or empty for an extreme strip.
     """
     original_width, original_height = original_size
     width, height = current_size
@@ -97,9 +97,9 @@ def unpadded_margins(original_size: Size, current_size: Size) -> Size:
 def crop_anyres(
     image: Image.Image, grid_pinpoints: tuple[Size, ...], side: int, resample: Image.Resampling
 ) -> UInt8[np.ndarray, "v 3 side side"]:
-    """Return the views of an RGB image: first all of it squashed into one, then its canvas row by row.
+    """Cut an RGB image into views: first the whole image resized to one, then its canvas row by row.
 
-    The canvas is black where the image does not reach.
+    The canvas is black where the image does not cover it.
     """
     width, height = select_best_resolution(image.size, grid_pinpoints)
     fitted_width, fitted_height = letterboxed_size(image.size, (width, height))

@@ -1,7 +1,7 @@
-"""Images decoded in processes of their own, which are killed when one takes too long or its client has left.
+"""A pool of processes that decode images, and are killed when an image takes too long or its client has left.
 
-A few places are for everybody. An image that takes longer than most gives its place to the next one and goes on at a
-low priority, or waits until fewer such images are at work, so that slow images never hold up the others.
+A few slots are shared by all clients. An image that takes longer than most releases its slot and continues at a low
+priority, or waits until fewer such images are running, so that slow images never block the others.
 """
 
 import asyncio
@@ -14,33 +14,33 @@ import numpy as np
 
 from llava_ray.errors import ImageError
 from llava_ray.images.anyres import Size
-from llava_ray.images.decoder_starter import Answer, DecoderProcess, DecoderStarter
+from llava_ray.images.decoder_starter import DecoderProcess, DecoderReply, DecoderStarter
 from llava_ray.images.geometry import ImageSpec
 from llava_ray.images.views import OpenedImage
 
-WALL_PER_CPU = 3.0  # a busy machine may take so much longer
-MORE_MOMENTS = 3
+_WALL_PER_CPU = 3.0  # wall time may exceed CPU time by this factor on a busy machine
+_MORE_MOMENTS = 3
 
 
 @dataclass(frozen=True)
 class DecodeLimits:
-    """How many images are decoded at a time, and for how long."""
+    """Limits of concurrent images and of the time of one image."""
 
     cpu_s: float = 10.0
-    """Of processor time for one image."""
+    """Seconds of CPU time for one image."""
     num_places: int = 4
-    """Images at a time, of those that are quick."""
+    """Concurrent fast images."""
     num_slow: int = 8
-    """Images beside them that have given their place away."""
+    """Concurrent slow images, which have released their slot."""
     patience_s: float = 0.25
-    """After which an image gives its place away."""
+    """Seconds after which an image releases its slot."""
 
 
 class DecoderPool:
-    """A bounded number of decoder processes, started as they are needed. Follows ``views.ImageDecoder``."""
+    """A bounded number of decoder processes, started on demand. Implements ``views.ImageDecoder``."""
 
     def __init__(self, limits: DecodeLimits | None = None) -> None:
-        """Start nothing yet."""
+        """Create an empty pool; processes start on demand."""
         self.limits = limits or DecodeLimits()
         most = self.limits.num_places + self.limits.num_slow
         self._places = asyncio.Semaphore(self.limits.num_places)
@@ -52,7 +52,7 @@ class DecoderPool:
         self._closed = False
 
     async def check(self, data: bytes, name: str, *, max_pixels: int, max_frames: int, whole: bool) -> Size:
-        """Return an image's size after reading its header, or decoding all of it. Raises ImageError."""
+        """Return an image's size after reading its header, or after decoding the whole. Raises ImageError."""
         head = {"task": "check" if whole else "header", "max_pixels": max_pixels, "max_frames": max_frames}
         answer, _ = await self._run({**head, "name": name}, data)
         return _size(answer)
@@ -60,7 +60,7 @@ class DecoderPool:
     async def open_views(self, data: bytes, name: str, *, max_pixels: int, spec: ImageSpec | None) -> OpenedImage:
         """Decode an image and cut it into ``spec``'s views; leave it whole for None. Raises ImageError.
 
-        Those who ask for the same at the same time (the choices of one request) get one result.
+        Concurrent calls for the same image (the choices of one request) share one result.
         """
         key = (id(data), spec)
         shared = self._shared.get(key)
@@ -78,26 +78,26 @@ class DecoderPool:
         return OpenedImage(_size(answer), np.frombuffer(payload, np.uint8).reshape(answer["shape"]))
 
     def close(self) -> None:
-        """End the idle processes; those at work end with their images."""
+        """Stop the idle processes; busy ones end after their image."""
         self._closed = True
         while self._idle:
             self._idle.pop().kill()
         self._starter.close()
         self._threads.shutdown(wait=False)
 
-    async def _run(self, head: Mapping[str, Any], data: bytes) -> Answer:
+    async def _run(self, head: Mapping[str, Any], data: bytes) -> DecoderReply:
         limits = self.limits
-        bounds = {"cpu_s": limits.cpu_s, "wall_s": (1 + WALL_PER_CPU) * limits.cpu_s}
+        bounds = {"cpu_s": limits.cpu_s, "wall_s": (1 + _WALL_PER_CPU) * limits.cpu_s}
         answer = await self._ask({**head, **bounds}, data)
         if "error" in answer[0]:
             raise ImageError(answer[0]["error"], reason=answer[0]["reason"])
         return answer
 
-    async def _ask(self, head: Mapping[str, Any], data: bytes) -> Answer:
-        """Let one process answer; it is only used again if it did, and in time.
+    async def _ask(self, head: Mapping[str, Any], data: bytes) -> DecoderReply:
+        """Run a request in one process, which is reused only if it answered in time.
 
-        An image that is not quick never keeps its place. Where too many of them are at work already it is given up, and
-        begun anew when one has ended: however many there are, the quick ones go on.
+        A slow image never keeps its slot. Where too many of them are running already it is cancelled, and started again
+        when one has ended: fast images proceed however many slow ones there are.
         """
         limits, process, finished = self.limits, None, False
         await self._places.acquire()
@@ -116,12 +116,12 @@ class DecoderPool:
                 if process is None:
                     process, job = await self._begin(head, data)
                 process.lower_priority()
-                await asyncio.wait({job}, timeout=WALL_PER_CPU * limits.cpu_s)
+                await asyncio.wait({job}, timeout=_WALL_PER_CPU * limits.cpu_s)
             if not job.done():
                 raise _too_long(head["name"])
             answer = job.result()
             finished = True
-        except (EOFError, OSError) as error:  # ended by its own bounds, by the system's lack of memory, by a fault
+        except (EOFError, OSError) as error:  # killed by its limits, by the out-of-memory killer, or by a crash
             raise _too_long(head["name"]) from error
         finally:
             if held is not None:
@@ -130,32 +130,34 @@ class DecoderPool:
                 self._put_away(process, again=finished and held is self._places)
         return answer
 
-    async def _wait_a_moment(self, process: DecoderProcess, job: "asyncio.Future[Answer]") -> None:
-        """Wait for a quick image; where another place would have to be waited for, by its processor's clock too."""
+    async def _wait_a_moment(self, process: DecoderProcess, job: "asyncio.Future[DecoderReply]") -> None:
+        """Wait for a fast image; while no other slot is free, also until its CPU time is used up."""
         patience_s = self.limits.patience_s
         await asyncio.wait({job}, timeout=patience_s)
         border = process.processor_s() + patience_s
-        for _ in range(MORE_MOMENTS):
+        for _ in range(_MORE_MOMENTS):
             if job.done() or not self._slow.locked() or process.processor_s() >= border:
                 return
             await asyncio.wait({job}, timeout=patience_s)
 
     def _put_away(self, process: DecoderProcess, *, again: bool) -> None:
-        """Keep a process to be used again, or end it."""
+        """Return a process to the idle ones, or stop it."""
         if again and not self._closed:
             self._idle.append(process)
         else:
             process.kill()
 
-    async def _begin(self, head: Mapping[str, Any], data: bytes) -> "tuple[DecoderProcess, asyncio.Future[Answer]]":
-        """Let a process begin with an image."""
+    async def _begin(
+        self, head: Mapping[str, Any], data: bytes
+    ) -> "tuple[DecoderProcess, asyncio.Future[DecoderReply]]":
+        """Start decoding an image in a process."""
         process = await self._process()
         job = asyncio.get_running_loop().run_in_executor(self._threads, process.ask, head, data)
         job.add_done_callback(_forget)
         return process, job
 
     async def _process(self) -> DecoderProcess:
-        """Return one that is idle, or a new one."""
+        """Return an idle process, or a new one."""
         while self._idle:
             process = self._idle.pop()
             if process.is_alive():
@@ -165,9 +167,9 @@ class DecoderPool:
 
 @dataclass
 class Shared:
-    """A decoding that several wait for."""
+    """A decoding job that several callers await."""
 
-    task: "asyncio.Task[Answer]"
+    task: "asyncio.Task[DecoderReply]"
     num_waiting: int = 0
 
 
@@ -178,12 +180,12 @@ def _size(answer: Mapping[str, Any]) -> Size:
 
 def _too_long(name: str) -> ImageError:
     return ImageError(
-        f"{name}: decoding it took more time (image_decode_s) or memory than is allowed, or broke the decoder; send it "
-        "smaller, or saved anew as a plain PNG or JPEG",
+        f"{name}: decoding it took more time (image_decode_s) or memory than is allowed, or crashed the decoder; send "
+        "it smaller, or saved again as a plain PNG or JPEG",
         reason="image_too_costly",
     )
 
 
-def _forget(job: "asyncio.Future[Answer]") -> None:
+def _forget(job: "asyncio.Future[DecoderReply]") -> None:
     if not job.cancelled():
         job.exception()

@@ -1,4 +1,4 @@
-"""Decoder processes as the service sees them: started in milliseconds, asked, and killed."""
+"""The service's side of decoder processes: start, request and kill."""
 
 import io
 import os
@@ -16,36 +16,36 @@ from typing import Any
 from llava_ray.errors import LlavaRayError
 from llava_ray.images.decoder_process import READY, read_message, write_message
 
-PROJECT = Path(__file__).parents[2]
-ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
-LOW_PRIORITY = 15
-START_S = 60.0
+_PROJECT = Path(__file__).parents[2]
+_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+_LOW_PRIORITY = 15
+_START_S = 60.0
 
-Answer = tuple[dict[str, Any], bytearray]
+DecoderReply = tuple[dict[str, Any], bytearray]
 
 
 class DecoderProcess:
-    """One decoder. Everything may be called by any thread; ``ask`` blocks."""
+    """A handle of one decoder. All methods are thread-safe; ``ask`` blocks."""
 
     def __init__(self, requests: io.BufferedWriter, answers: io.BufferedReader) -> None:
-        """Wait until the process at the other ends is ready. Raises EOFError, OSError."""
+        """Wait until the process at the other end is ready. Raises EOFError, OSError."""
         self._requests, self._answers = requests, answers
         self.pid = int(read_message(answers)[0]["ready"])
-        self._handle = os.pidfd_open(self.pid)  # stays this process's, though its number be given to another
+        self._handle = os.pidfd_open(self.pid)  # unlike a pid, it never refers to another process later
         self.kill = weakref.finalize(self, _end, self._handle)
-        """End it at once."""
+        """Kill the process."""
 
-    def ask(self, head: Mapping[str, Any], data: bytes) -> Answer:
-        """Send a request and wait for the answer. Raises EOFError, OSError when the process ends before it."""
+    def ask(self, head: Mapping[str, Any], data: bytes) -> DecoderReply:
+        """Send a request and wait for the answer. Raises EOFError, OSError when the process ends first."""
         write_message(self._requests, head, data)
         return read_message(self._answers)
 
     def is_alive(self) -> bool:
-        """Say whether the process has not ended."""
+        """Return whether the process is still running."""
         return not select.select([self._handle], [], [], 0)[0]
 
     def processor_s(self) -> float:
-        """Return how long it has computed; 0 if it has ended."""
+        """Return the process's CPU time in seconds; 0 if it has ended."""
         try:
             fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         except OSError:
@@ -53,28 +53,28 @@ class DecoderProcess:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def lower_priority(self) -> None:
-        """Let others go first."""
+        """Lower the process's scheduling priority."""
         try:
-            os.setpriority(os.PRIO_PROCESS, self.pid, LOW_PRIORITY)
+            os.setpriority(os.PRIO_PROCESS, self.pid, _LOW_PRIORITY)
         except OSError:  # it has just ended
             return
 
 
 class DecoderStarter:
-    """Has decoders forked by a process that has loaded what they need, and starts that process once."""
+    """A starter of decoders, which forks them from a template process that is started once."""
 
     def __init__(self) -> None:
-        """Start nothing yet."""
+        """Create the starter; the template process starts on demand."""
         self._lock = threading.Lock()
         self._template: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
 
     def start(self) -> DecoderProcess:
-        """Return a new decoder. Raises LlavaRayError where none can start."""
+        """Start a new decoder. Raises LlavaRayError where none can start."""
         with self._lock:
             try:
                 return self._fork()
-            except (EOFError, OSError):  # the template has died; another one
+            except (EOFError, OSError):  # the template has died: start another one
                 self._stop()
             try:
                 return self._fork()
@@ -82,7 +82,7 @@ class DecoderStarter:
                 raise LlavaRayError(f"no process that decodes images can be started ({error!r})") from error
 
     def close(self) -> None:
-        """End the template; decoders go on until they are killed."""
+        """Stop the template; decoders run until they are killed."""
         with self._lock:
             self._stop()
 
@@ -102,15 +102,15 @@ class DecoderStarter:
         if self._control is not None:
             return self._control
         ours, theirs = socket.socketpair()
-        ours.settimeout(START_S)
-        path = os.pathsep.join([str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        ours.settimeout(_START_S)
+        path = os.pathsep.join([str(_PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])])
         with theirs:
             self._template = subprocess.Popen(
                 [sys.executable, "-P", "-m", "llava_ray.images.decoder_process", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                env={**os.environ, **ONE_THREAD, "PYTHONPATH": path},
+                env={**os.environ, **_ONE_THREAD, "PYTHONPATH": path},
             )
         weakref.finalize(self, _stop_template, self._template)
         if ours.recv(1) != READY:

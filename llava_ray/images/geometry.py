@@ -1,9 +1,9 @@
-"""The way from an image of any size to the pixels a vision tower takes; no torch, so decoding tasks stay light."""
+"""Preprocessing of images to the pixels of a vision tower; without torch, so that decoding tasks start fast."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isqrt, sqrt
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -13,16 +13,17 @@ from llava_ray.errors import ConfigError, ModelError
 from llava_ray.images.anyres import Size, check_grid_pinpoints, crop_anyres, default_grid_pinpoints
 from llava_ray.images.opening import to_rgb
 
-ASPECT_RATIOS = ("square", "pad", "anyres")
+_ASPECT_RATIOS = ("square", "pad", "anyres")
 
-# Beyond these an image would cost far more memory than it can tell: a strip of 1 x 100,000 pixels resized by its
-# short edge to 336, or laid on a square, holds billions of pixels.
-MAX_ELONGATION = 16
-MAX_CANVAS_PIXELS = 178_956_970
+# Bounds for extreme strips, which would cost far more memory than they have content: 1 x 100,000 pixels resized by the
+# short edge to 336, or padded to a square, become billions of pixels.
+_MAX_ELONGATION = 16
+_MAX_CANVAS_PIXELS = 178_956_970
 
 
+@runtime_checkable
 class ImageProcessor(Protocol):
-    """What is asked of a transformers image processor: its own settings."""
+    """The part of a transformers image processor that is used here: its settings."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings that preprocessor_config.json holds."""
@@ -30,31 +31,31 @@ class ImageProcessor(Protocol):
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """Everything a vision tower's image processor does, as values."""
+    """All steps of a vision tower's image processor, as values."""
 
     shortest_edge: int | None
-    """Resize so that the shorter side has this length; otherwise to ``resize_height`` x ``resize_width``."""
+    """Length of the shorter side after resizing; None resizes to ``resize_height`` x ``resize_width``."""
     resize_height: int | None
     resize_width: int | None
     crop_height: int | None
-    """Then cut this much from the centre; None leaves the resized image."""
+    """Size of the centre crop after resizing; None keeps the resized image."""
     crop_width: int | None
     mean: tuple[float, float, float]
-    """Per channel, on the 0..1 scale."""
+    """Mean per channel, on the 0..1 scale."""
     std: tuple[float, float, float]
     resample: int
-    """Pillow's number of the filter, 3 for bicubic."""
+    """Pillow's number of the resampling filter, 3 for bicubic."""
     rescale_factor: float
     aspect_ratio: str
     """LLaVA's image_aspect_ratio: "square", "pad" or "anyres"."""
     grid_pinpoints: tuple[Size, ...] = ()
-    """Canvases (width, height) of anyres, from which the best for each image is taken."""
+    """Canvases (width, height) of anyres, from which the best is selected for each image."""
 
     def __post_init__(self) -> None:
-        """Refuse an unknown aspect ratio (the original treated it as "square"), an open size and odd canvases."""
-        if self.aspect_ratio not in ASPECT_RATIOS:
+        """Reject an unknown aspect ratio (the original treated it as "square"), variable sizes and invalid canvases."""
+        if self.aspect_ratio not in _ASPECT_RATIOS:
             raise ConfigError(
-                f"image_aspect_ratio = {self.aspect_ratio!r} is unknown; expected one of {', '.join(ASPECT_RATIOS)}"
+                f"image_aspect_ratio = {self.aspect_ratio!r} is unknown; expected one of {', '.join(_ASPECT_RATIOS)}"
             )
         if not (self.crop_height and self.crop_width) and not (self.resize_height and self.resize_width):
             raise ModelError(
@@ -78,17 +79,17 @@ class ImageSpec:
         *,
         grid_pinpoints: Sequence[Size] | None = None,
         side: int | None = None,
-    ) -> Self:
-        """Read a transformers image processor (CLIP, SigLIP, SigLIP 2, DINOv2's BiT and their like).
+    ) -> "ImageSpec":
+        """Build the spec of a transformers image processor (CLIP, SigLIP, SigLIP 2, DINOv2's BiT and similar ones).
 
-        ``grid_pinpoints`` are the canvases of anyres, by default LLaVA-1.6's; ``side`` makes another size of the
-        result than the processor's (S2 wants its largest scale). Raises ModelError where the geometry is another,
-        ConfigError for an unknown ``aspect_ratio`` or impossible canvases.
+        ``grid_pinpoints`` are the canvases of anyres, by default LLaVA-1.6's; ``side`` overrides
+        the size of the result (S2 needs its largest scale). Raises ModelError for an unsupported geometry, ConfigError
+        for an unknown ``aspect_ratio`` or invalid canvases.
         """
         settings = image_processor.to_dict()
         size = _given(settings.get("size")) if settings.get("do_resize", True) else {}
         crop = _given(settings.get("crop_size")) if settings.get("do_center_crop") else {}
-        if settings.get("max_num_patches"):  # SigLIP 2 for any aspect ratio: here the square of as many patches
+        if settings.get("max_num_patches"):  # SigLIP 2 for any aspect ratio: use the square of as many patches
             size = dict.fromkeys(("height", "width"), isqrt(settings["max_num_patches"]) * settings["patch_size"])
         unknown = (set(size) | set(crop)) - {"shortest_edge", "height", "width"}
         if unknown or settings.get("do_pad"):
@@ -117,28 +118,28 @@ class ImageSpec:
         )
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Read what `to_dict` wrote, through JSON or not."""
+    def from_dict(cls, values: Mapping[str, Any]) -> "ImageSpec":
+        """Build a spec from the values of `to_dict`, also after a round trip through JSON."""
         tuples = {"mean": _triple(values["mean"]), "std": _triple(values["std"])}
         return cls(**{**values, **tuples, "grid_pinpoints": _sizes(values["grid_pinpoints"])})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values that JSON can hold."""
+        """Convert to plain values for JSON."""
         return asdict(self)
 
     @property
     def height(self) -> int:
-        """Rows of the result."""
+        """Return the height of the result in pixels."""
         return self.crop_height or self.resize_height or 0
 
     @property
     def width(self) -> int:
-        """Columns of the result."""
+        """Return the width of the result in pixels."""
         return self.crop_width or self.resize_width or 0
 
     @property
     def background(self) -> tuple[int, int, int]:
-        """Return the colour that padding takes, 0..255: the mean, rounded down as in the original."""
+        """Return the colour of padding, 0..255: the mean, rounded down as in the original."""
         red, green, blue = (int(value * 255) for value in self.mean)
         return red, green, blue
 
@@ -147,7 +148,7 @@ class ImageSpec:
 
 
 def expand2square(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """Lay an image on the centre of a square of its longer side; an odd pixel goes to the right or the bottom."""
+    """Pad an image to a square of its longer side, centred; an odd pixel goes to the right or the bottom."""
     width, height = image.size
     if width == height:
         return image
@@ -158,9 +159,10 @@ def expand2square(image: Image.Image, background: tuple[int, int, int]) -> Image
 
 
 def crop_views(image: Image.Image, spec: ImageSpec) -> UInt8[np.ndarray, "v 3 h w"]:
-    """Return what the tower takes of an image: one view, or with anyres several (see `anyres.crop_anyres`).
+    """Cut an image into the tower's views: one, or with anyres several (see `anyres.crop_anyres`).
 
-    Views have spec.height x spec.width pixels, not yet rescaled or normalised: the eight bits that travel.
+    Views have spec.height x spec.width pixels of 8 bits; rescaling and normalising happen on the device, which keeps
+    what is sent between processes four times smaller than floats.
     """
     if spec.aspect_ratio != "anyres":
         return crop_pixels(image, spec)[None]
@@ -168,7 +170,7 @@ def crop_views(image: Image.Image, spec: ImageSpec) -> UInt8[np.ndarray, "v 3 h 
 
 
 def crop_pixels(image: Image.Image, spec: ImageSpec) -> UInt8[np.ndarray, "3 h w"]:
-    """Return the one view of an image: padded if asked, resized and cropped bit for bit as transformers' processors do.
+    """Return the single view of an image: padded for "pad", resized and cropped bit for bit as transformers does.
 
     ``spec.aspect_ratio`` is "square" or "pad".
     """
@@ -185,7 +187,7 @@ def _resized(image: Image.Image, spec: ImageSpec) -> Image.Image:
     if spec.shortest_edge:
         image = _shortened(image)
         width, height = image.size
-        # Rounded down on the longer side, in the order of operations of transformers: other orders differ by a pixel.
+        # The longer side is rounded down in transformers' order of operations: other orders differ by a pixel.
         if width <= height:
             size = (spec.shortest_edge, int(spec.shortest_edge * height / width))
         else:
@@ -198,7 +200,7 @@ def _resized(image: Image.Image, spec: ImageSpec) -> Image.Image:
 
 
 def _centre(pixels: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> UInt8[np.ndarray, "height width 3"]:
-    """Cut out the centre; what is smaller than the cut is surrounded by black."""
+    """Crop the centre; a smaller image is padded with black."""
     missing = [max(0, height - pixels.shape[0]), max(0, width - pixels.shape[1])]
     if any(missing):
         before = [-(-gap // 2) for gap in missing]
@@ -208,9 +210,9 @@ def _centre(pixels: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> UInt
 
 
 def _shortened(image: Image.Image) -> Image.Image:
-    """Cut a strip's far ends, which a centre crop would drop after resizing them."""
+    """Crop the far ends of a strip, which the centre crop would drop after resizing."""
     width, height = image.size
-    limit = MAX_ELONGATION * min(width, height)
+    limit = _MAX_ELONGATION * min(width, height)
     if max(width, height) <= limit:
         return image
     left, top = max(0, (width - limit) // 2), max(0, (height - limit) // 2)
@@ -218,9 +220,9 @@ def _shortened(image: Image.Image) -> Image.Image:
 
 
 def _bounded(image: Image.Image) -> Image.Image:
-    """Shrink an image whose square canvas would not fit into memory, by whole factors and no further than one pixel."""
+    """Shrink an image whose padded square would not fit into memory, by whole factors, to at least one pixel."""
     width, height = image.size
-    factor = -int(-max(width, height) // sqrt(MAX_CANVAS_PIXELS))
+    factor = -int(-max(width, height) // sqrt(_MAX_CANVAS_PIXELS))
     return image if factor <= 1 else image.reduce((min(factor, width), min(factor, height)))
 
 

@@ -1,4 +1,4 @@
-"""Images opened safely: known formats only, containers walked and sizes checked first, every mode brought to RGB."""
+"""Safe opening of images: known formats only, containers and sizes checked first, every mode converted to RGB."""
 
 import io
 from collections.abc import Callable
@@ -9,16 +9,16 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from llava_ray.errors import ImageError
-from llava_ray.images.containers import Budget, identify, walk_container
+from llava_ray.images.containers import WorkBudget, identify_format, walk_container
 from llava_ray.images.containers.tiff import walk_exif
 from llava_ray.images.containers.webp import canvas_size
 
-# Formats that Pillow decodes itself. Others may start programs (EPS runs Ghostscript) or hold no raster image.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
+# Formats that Pillow decodes itself. Others may start programs (EPS runs Ghostscript) or are no raster images.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
 
-# Exif 2.32, tag 0x0112: how the stored rows and columns lie, and what turns them upright.
-ORIENTATION_TAG = 0x0112
-UPRIGHT = {
+# Exif 2.32, tag 0x0112: the orientation of the stored rows and columns, and the transposition to upright.
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -27,23 +27,23 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-SIDEWAYS = {5, 6, 7, 8}
-RAW_EXIF = "Raw profile type exif"  # a PNG text that Pillow reads as Exif
+_SIDEWAYS = {5, 6, 7, 8}
+_RAW_EXIF = "Raw profile type exif"  # a PNG text chunk that Pillow parses as Exif
 
 # Modes whose samples are wider than 8 bits; Pillow's own conversion clips them instead of scaling.
-DEEP_MODES = {"I", "I;16", "I;16B", "I;16L", "I;16N", "F"}
+_DEEP_MODES = {"I", "I;16", "I;16B", "I;16L", "I;16N", "F"}
 
-BAND_PIXELS = 2**22  # converted at a time, so that a large image is in memory twice and not five times
+BAND_PIXELS = 2**22  # converted at a time, so that a large image is in memory twice instead of five times
 
 T = TypeVar("T")
 
 
 def open_image(data: bytes, name: str, *, max_pixels: int) -> Image.Image:
-    """Decode ``data`` to an upright RGB image; ``name`` is what messages call it.
+    """Decode ``data`` to an upright RGB image; ``name`` identifies it in messages.
 
     The container is walked, and the header is checked against ``max_pixels``, before anything is decoded. The Exif
     orientation is applied, an animation gives its first frame, 16-bit grey is scaled to 8 bits, and transparent pixels
-    are laid on white, as a viewer shows them. RGB, grey and opaque palette images equal Pillow's ``convert("RGB")``.
+    are composed on white, as viewers show them. RGB, grey and opaque palette images equal Pillow's ``convert("RGB")``.
 
     Raises ImageError: ``image_too_large``, ``image_truncated``, ``image_unreadable`` or ``image_too_costly``.
     """
@@ -59,7 +59,7 @@ def check_image(data: bytes, name: str, *, max_pixels: int) -> tuple[int, int]:
 
 
 def check_header(data: bytes, name: str, *, max_pixels: int, max_frames: int | None = None) -> tuple[int, int]:
-    """Return (width, height) as the file's header has them; nothing is decoded.
+    """Return the (width, height) of the file's header, without decoding.
 
     Raises ImageError: ``image_too_large``, ``image_truncated``, ``image_unreadable``, ``image_too_costly`` or
     ``image_too_many_frames``.
@@ -68,13 +68,14 @@ def check_header(data: bytes, name: str, *, max_pixels: int, max_frames: int | N
 
 
 def open_header(data: bytes, name: str, *, max_pixels: int, max_frames: int | None = None) -> Image.Image:
-    """Walk the container, read the header, nothing more, and refuse what is too large or too costly to decode.
+    """Walk the container and read only the header; refuse an image that is too large or too costly to decode.
 
     Frames are counted where ``max_frames`` bounds them. Raises ImageError, as `check_header` says.
     """
-    kind = identify(data)
+    kind = identify_format(data)
     if kind not in _formats():
         raise _unidentified(data, name)
+    # Before Pillow opens the file, since opening alone parses metadata and may allocate a canvas.
     container = walk_container(kind, data, name, max_frames or 1)
     if kind == "WEBP":
         _check_size(canvas_size(data), name, max_pixels)
@@ -90,23 +91,23 @@ def open_header(data: bytes, name: str, *, max_pixels: int, max_frames: int | No
 
 
 def decode_image(image: Image.Image, name: str) -> Image.Image:
-    """Decode an image whose header has been opened, upright and in RGB. Raises ImageError."""
+    """Decode an opened image to upright RGB. Raises ImageError."""
     return _guarded(lambda: _decode_upright(image, name), name)
 
 
 def measure_image(image: Image.Image, name: str) -> tuple[int, int]:
-    """Decode an image whose header has been opened, cheaply, and return its upright size. Raises ImageError."""
+    """Decode an opened image as cheaply as possible, and return its upright size. Raises ImageError."""
     return _guarded(lambda: _measure(image, name), name)
 
 
 def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
-    """Bring a decoded image of any mode to RGB; transparent pixels are laid on white.
+    """Convert a decoded image of any mode to RGB; transparent pixels are composed on white.
 
     Raises ImageError with reason ``image_unreadable`` for a mode that has no agreed black and white.
     """
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
-    if image.mode in DEEP_MODES:
+    if image.mode in _DEEP_MODES:
         return _from_deep(image, name).convert("RGB")
     try:
         return _on_white(image) if image.has_transparency_data else image.convert("RGB")
@@ -120,11 +121,11 @@ def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
 @cache
 def _formats() -> tuple[str, ...]:
     Image.init()
-    return tuple(kind for kind in FORMATS if kind in Image.OPEN)  # a Pillow without AVIF still reads the others
+    return tuple(kind for kind in _FORMATS if kind in Image.OPEN)  # a Pillow without AVIF still reads the others
 
 
 def _guarded(function: Callable[[], T], name: str, size: int | None = None) -> T:
-    """Run a part of decoding: whatever it raises, the image is at fault, and only an ImageError comes out."""
+    """Run a part of decoding, and convert any exception to an ImageError: the image is at fault."""
     try:
         return function()
     except ImageError:
@@ -133,7 +134,7 @@ def _guarded(function: Callable[[], T], name: str, size: int | None = None) -> T
         raise ImageError(
             f"{name}: decoding it takes more memory than is allowed; scale it down", reason="image_too_costly"
         ) from error
-    except Exception as error:  # decoders raise nearly every type on damaged data, AssertionError among them
+    except Exception as error:  # decoders raise nearly any type on damaged data, even AssertionError
         raise _damaged(name, size, error) from error
 
 
@@ -143,7 +144,7 @@ def _open_header(kind: str, data: bytes, name: str, max_pixels: int) -> Image.Im
     except UnidentifiedImageError as error:
         raise ImageError(
             f"{name}: the file begins as a {kind}, but its header is damaged, or of a kind that Pillow does not "
-            "read; save it anew as a plain PNG or JPEG",
+            "read; save it again as a plain PNG or JPEG",
             reason="image_unreadable",
         ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -158,7 +159,7 @@ def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
 
 def _decode_upright(image: Image.Image, name: str) -> Image.Image:
     image.load()
-    upright = UPRIGHT.get(_orientation(image, name))
+    upright = _UPRIGHT.get(_orientation(image, name))
     rgb = to_rgb(image, name)
     return rgb if upright is None else rgb.transpose(upright)
 
@@ -166,15 +167,15 @@ def _decode_upright(image: Image.Image, name: str) -> Image.Image:
 def _measure(image: Image.Image, name: str) -> tuple[int, int]:
     width, height = image.size
     if image.format in ("JPEG", "MPO"):
-        # An eighth of the size, luminance only: every byte is still entropy-decoded, so a cut file is noticed.
+        # An eighth of the size, luminance only: every byte is still entropy-decoded, so a truncated file is detected.
         image.draft("L", (1, 1))
         image.load()
     else:
         image.load()
-        width, height = image.size  # TIFF turns itself upright while decoding
-    if image.mode in DEEP_MODES or image.mode == "LAB":
+        width, height = image.size  # Pillow turns a TIFF upright while decoding
+    if image.mode in _DEEP_MODES or image.mode == "LAB":
         to_rgb(image, name)
-    return (height, width) if _orientation(image, name) in SIDEWAYS else (width, height)
+    return (height, width) if _orientation(image, name) in _SIDEWAYS else (width, height)
 
 
 def _too_large(name: str, found: str, max_pixels: int) -> ImageError:
@@ -203,18 +204,18 @@ def _damaged(name: str, size: int | None, error: Exception) -> ImageError:
 
 def _orientation(image: Image.Image, name: str) -> int:
     try:
-        raw = image.info.get(RAW_EXIF)
-        if isinstance(raw, str) and "exif" not in image.info:  # compressed, so no walk of the container has seen it
-            walk_exif(bytes.fromhex("".join(raw.split("\n")[3:])), Budget(name))
-        return int(image.getexif().get(ORIENTATION_TAG, 1))
+        raw = image.info.get(_RAW_EXIF)
+        if isinstance(raw, str) and "exif" not in image.info:  # compressed, so the container's walk has not checked it
+            walk_exif(bytes.fromhex("".join(raw.split("\n")[3:])), WorkBudget(name))
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
     except ImageError:
         raise
-    except Exception:  # noqa: BLE001 - a broken Exif block does not make the pixels any worse, whatever it raises
+    except Exception:  # noqa: BLE001 - a broken Exif block does not affect the pixels, whatever it raises
         return 1
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """Lay a transparent image on white, some rows at a time."""
+    """Compose a transparent image on white, some rows at a time."""
     whole = Image.new("RGB", image.size)
     rows = max(1, BAND_PIXELS // max(1, image.width))
     for top in range(0, image.height, rows):

@@ -1,4 +1,4 @@
-"""Image files read from wherever they lie; what opens them is handed on from `opening`."""
+"""Reading of image files from any storage; the functions of `opening` are exported here too."""
 
 import errno
 import os
@@ -23,8 +23,8 @@ __all__ = ["check_header", "check_image", "open_filesystem", "open_image", "read
 def open_filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """Return the filesystem of a local path or URL, and the path on it.
 
-    fsspec's drivers come first (s3fs, gcsfs, ...); where one is not installed, pyarrow's own S3, GCS, Azure and HDFS
-    serve. Raises DataError for a scheme that neither knows.
+    fsspec's drivers are tried first (s3fs, gcsfs, ...); where one is not installed, pyarrow's own S3, GCS, Azure and
+    HDFS are used. Raises DataError for a scheme that neither supports.
     """
     scheme, _, rest = path.partition("://")
     if not rest:
@@ -49,17 +49,17 @@ def _arrow_filesystem(root: str, problem: str) -> tuple[fsspec.AbstractFileSyste
     return ArrowFSWrapper(filesystem), start.rstrip("/")
 
 
-# Of the system, about one name and not about the storage: too long, of no file, a loop of links, no such device.
-OF_ONE_NAME = {errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EILSEQ}
+# System errors about one path, not the storage: name too long, not a file, a loop of links, no such device.
+_OF_ONE_NAME = {errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EILSEQ}
 
 
 def read_bytes(path: str, home: str | None = None) -> bytes:
     """Read a file from a local path or any fsspec URL.
 
-    Raises ImageError with reason ``image_missing`` where there is no such file and ``image_unreadable`` where it may
-    not be read, is behind an address that nobody knows, or a web server does not give it; DataError where the storage
-    itself fails, which is no fault of the record. Given ``home``, the folder of all others, an address elsewhere is
-    the record's own choice, and so is what its storage does.
+    Raises ImageError with reason ``image_missing`` where the file does not exist and ``image_unreadable`` where access
+    is denied, the scheme is unknown, or a web server does not deliver it; DataError where the storage itself fails,
+    which is not the record's fault. With ``home``, the folder of all other images, a failure of any other storage is
+    the record's fault: only that record names it.
     """
     try:
         if "://" not in path:
@@ -71,11 +71,11 @@ def read_bytes(path: str, home: str | None = None) -> bytes:
     except LlavaRayError:
         raise
     except Exception as error:
-        raise _said_of(path, error, home) from error
+        raise _convert_failure(path, error, home) from error
 
 
-def _said_of(path: str, error: Exception, home: str | None) -> DataError:
-    """Return what a failure says: of one image, or of the storage."""
+def _convert_failure(path: str, error: Exception, home: str | None) -> DataError:
+    """Convert a failure to an ImageError of one image, or return a DataError of the storage."""
     name = shown(path)
     if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
         return ImageError(
@@ -85,12 +85,12 @@ def _said_of(path: str, error: Exception, home: str | None) -> DataError:
         return ImageError(
             f"image {name} may not be read ({reason(error)}); give this user read permission", reason="image_unreadable"
         )
-    # A NUL or half a surrogate pair in a name, a home of nobody: no OSError.
-    if isinstance(error, ValueError | RuntimeError) or (isinstance(error, OSError) and error.errno in OF_ONE_NAME):
+    # A NUL or a lone surrogate in a path, the home of an unknown user: not an OSError.
+    if isinstance(error, ValueError | RuntimeError) or (isinstance(error, OSError) and error.errno in _OF_ONE_NAME):
         return ImageError(
-            f"image {name} is no name that a file can have ({reason(error)}); check the record", reason="image_missing"
+            f"image {name} is not a valid file name ({reason(error)}); check the record", reason="image_missing"
         )
-    # Of a driver that takes other addresses, and of storage that only this record names.
+    # Errors of a driver for other addresses, and of storage that only this record names.
     is_elsewhere = "://" in path and home is not None and _root_of(path) != _root_of(home)
     if is_elsewhere or isinstance(error, TypeError | AttributeError):
         return ImageError(
@@ -106,7 +106,7 @@ def _said_of(path: str, error: Exception, home: str | None) -> DataError:
 
 
 def _root_of(path: str) -> tuple[str, str]:
-    """Return the scheme and the host (or bucket) of an address; none of a local path."""
+    """Return the scheme and the host (or bucket) of an address; empty for a local path."""
     scheme, _, rest = path.partition("://")
     return (scheme.lower(), rest.partition("/")[0].lower()) if rest else ("", "")
 
@@ -115,7 +115,7 @@ def _read_local(path: str) -> bytes:
     with Path(path).open("rb") as stream:
         kind = os.fstat(stream.fileno()).st_mode
         if stat.S_ISCHR(kind) or stat.S_ISBLK(kind):
-            raise OSError(errno.ENODEV, "a device, and no file")
+            raise OSError(errno.ENODEV, "a device, not a file")
         return stream.read()
 
 
@@ -124,6 +124,6 @@ def _open_place(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
         return open_filesystem(path)
     except OSError:
         raise
-    except Exception as error:  # one record's address, which says nothing of the others
-        said = str(error) if isinstance(error, DataError) else reason(error)
-        raise ImageError(f"image {shown(path)}: {said}", reason="image_unreadable") from error
+    except Exception as error:  # only this record's address is at fault
+        message = str(error) if isinstance(error, DataError) else reason(error)
+        raise ImageError(f"image {shown(path)}: {message}", reason="image_unreadable") from error

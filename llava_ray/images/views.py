@@ -1,7 +1,7 @@
-"""From an encoded image to the pixels that a model takes of it, in one step."""
+"""One-step conversion of an encoded image to the pixels of a model's views."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -13,16 +13,17 @@ from llava_ray.images.opening import open_image
 
 @dataclass(frozen=True)
 class OpenedImage:
-    """A decoded image as a model takes it."""
+    """A decoded image in the form that a model takes."""
 
     size: Size
-    """The whole image's, upright."""
+    """Size of the whole upright image."""
     pixels: np.ndarray[Any, np.dtype[np.uint8]]
-    """(v, 3, h, w): its views; or (h, w, 3): all of it, where no spec was given."""
+    """Pixels of its views (v, 3, h, w), or without a spec of the whole image (h, w, 3)."""
 
 
+@runtime_checkable
 class ImageDecoder(Protocol):
-    """Opens the images of an engine's requests, without holding its event loop up."""
+    """A decoder of the images of an engine's requests that does not block its event loop."""
 
     async def open_views(self, data: bytes, name: str, *, max_pixels: int, spec: ImageSpec | None) -> OpenedImage:
         """Decode an image and cut it into ``spec``'s views; leave it whole for None. Raises ImageError."""
@@ -35,5 +36,5 @@ def open_views(data: bytes, name: str, *, max_pixels: int, spec: ImageSpec | Non
 
 
 def cut_views(image: Image.Image, spec: ImageSpec | None) -> OpenedImage:
-    """Return an upright RGB image as a model takes it."""
+    """Cut an upright RGB image into ``spec``'s views; leave it whole for None."""
     return OpenedImage(image.size, np.asarray(image) if spec is None else crop_views(image, spec))

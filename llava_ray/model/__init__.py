@@ -1,6 +1,6 @@
-"""The model: a vision tower, a projector and a language model, composed of ordinary parts. No ray.
+"""The model: a vision tower, a projector and a language model, composed of ordinary modules. No ray.
 
-``tower``, ``projector`` and ``llava`` are the modules, ``freezing`` says what learns. ``bundle`` puts them together
-from a config and keeps them in one self-describing folder, which ``manifest`` describes. ``layouts`` finds out what
-any model folder is, without torch; ``loading`` loads it, and ``inspection`` tells of it.
+``network`` has the modules, ``lora`` their adapters, ``tensors`` the weight files and ``formats`` the layouts of model
+folders. ``assembly`` builds a model from a config, ``saving`` writes it as one self-describing folder (a bundle),
+``loading`` loads any model folder, and ``freezing`` sets which parameters are trained.
 """

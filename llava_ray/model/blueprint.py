@@ -1,4 +1,4 @@
-"""Everything that is known of a model before its weights are read."""
+"""A model's blueprint: everything that is known before its weights are read."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,61 +12,49 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from llava_ray.chat.templates import Template
+from llava_ray.chat.template import Template
+from llava_ray.config.geometry import ModelGeometry, compute_feature_width, is_addable
 from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import ModelError
 from llava_ray.images.geometry import ImageSpec
 from llava_ray.images.tokens import ImageTokens
-from llava_ray.model.image_geometry import find_s2_scales, read_image_geometry
-from llava_ray.model.layout import TOKENIZER_FILES, Kind, Layout, check_whole
-from llava_ray.model.layouts import read_layout
-from llava_ray.model.manifest import Manifest
-from llava_ray.model.preprocessor import check_preprocessor
-from llava_ray.model.published_layouts import PROCESSOR_FILES
-from llava_ray.model.sources import (
-    PartName,
+from llava_ray.model.formats.declared_sizes import read_config
+from llava_ray.model.formats.hub.read import PROCESSOR_FILES
+from llava_ray.model.formats.layout import CONFIG, TOKENIZER_FILES, Layout, LayoutKind, check_whole, is_timm
+from llava_ray.model.formats.manifest import Manifest
+from llava_ray.model.formats.part_sources import find_language_model, find_layout, find_vision_tower
+from llava_ray.model.formats.preprocessor import check_preprocessor
+from llava_ray.model.formats.sources import (
     Source,
-    find_part,
-    find_source,
     loading,
     make_config,
-    part_of,
 )
-from llava_ray.model.tensor_files import read_json
-from llava_ray.model.token_rows import check_rows
-from llava_ray.model.tower import feature_width, read_tower_config
-from llava_ray.model.vocabulary import image_token_ids, load_text_side
-from llava_ray.reading import is_file, is_folder
-
-LANGUAGE_MODEL: PartName = "language_model"
-VISION_TOWER: PartName = "vision_tower"
+from llava_ray.model.formats.timm_towers import make_timm_processor
+from llava_ray.model.formats.token_rows import check_rows
+from llava_ray.model.formats.tower_loading import read_tower_config
+from llava_ray.model.formats.vocabulary import image_token_ids, load_text_side
+from llava_ray.model.image_geometry import find_s2_scales, read_image_geometry
+from llava_ray.model.tensors.tensor_files import read_json_object
+from llava_ray.reading import is_file
 
 # LLaVA's own image processors in transformers: CLIP's with a way of making images square or tiles, which is ours here.
-LLAVA_PROCESSORS = ("LlavaImageProcessor", "LlavaNextImageProcessor")
-# Settings that may be added to a model, and what they are without.
-ADDABLE: dict[str, tuple[Any, ...]] = {
-    "mm_patch_merge_type": ("flat",),
-    "mm_use_im_start_end": (False,),
-    "mm_use_im_patch_token": (False,),
-    "s2_scales": (None, ()),
-    "image_grid_pinpoints": (None, ()),
-}
-# What must be the same in a base's config as in the config that an adapter or projector was trained with.
-SHAPE_KEYS = (
-    "model_type",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-    "rms_norm_eps",
-)
+_LLAVA_PROCESSORS = ("LlavaImageProcessor", "LlavaNextImageProcessor")
+
+
+@dataclass(frozen=True)
+class ResolvedParts:
+    """Where a model's parts are, and its config with the folder's values for what it leaves open."""
+
+    config: ModelConfig
+    root: Source
+    layout: Layout
+    language: Source
+    tower: Source
 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A model without its weights: all that the data path needs, cheap enough for every process.
+    """A model without its weights: everything that the data path needs, cheap enough for every process.
 
     ``layout`` is the folder that it goes on from; ``bundle`` and ``manifest`` are that folder's if it is a bundle.
     ``new_token_ids`` have no embeddings of their own in the language model's files.
@@ -90,18 +78,48 @@ class Blueprint:
 
     @property
     def hidden_size(self) -> int:
-        """Width of the language model's embeddings."""
+        """Return the width of the language model's embeddings."""
         return int(self.language_config.get_text_config().hidden_size)
 
     @property
     def mm_hidden_size(self) -> int:
         """Width of the tower's features, all layers and scales together."""
-        return feature_width(self.tower_config, self.config.mm_vision_select_layer, self.s2_scales)
+        width = int(self.tower_config.hidden_size)
+        return compute_feature_width(width, self.config.mm_vision_select_layer, self.s2_scales)
 
     @property
     def s2_scales(self) -> tuple[int, ...]:
-        """Sides in pixels at which the tower looks at an image; () without S2."""
+        """Return the sides in pixels of S2's scales; () without S2."""
         return find_s2_scales(self.config, self.image_processor)
+
+    @property
+    def geometry(self) -> ModelGeometry:
+        """The model's geometry, with nothing left open."""
+        return ModelGeometry.resolve(
+            self.config,
+            mm_hidden_size=self.mm_hidden_size,
+            hidden_size=self.hidden_size,
+            s2_scales=self.s2_scales,
+            image_aspect_ratio=self.image_spec.aspect_ratio,
+            image_grid_pinpoints=self.image_spec.grid_pinpoints,
+        )
+
+
+def resolve_parts(config: ModelConfig, *, weights: bool = False, offline: bool = False) -> ResolvedParts:
+    """Find out where the parts of a model are, for a run, an export or a dry run alike.
+
+    ``weights`` downloads those of hub ids as well, and refuses a folder that is not whole. ``offline`` downloads
+    nothing: a hub id is known by its config in the hub's cache, or by a built-in one. Raises ModelError for a part that
+    cannot be found, or settings that are not those of the projector which the folder brings.
+    """
+    root, layout = find_layout(config.model_name_or_path, weights=weights, offline=offline)
+    if weights:
+        check_whole(layout)
+    config = completed(config, layout)
+    check_projector_settings(config, layout)
+    language = find_language_model(config, root, layout, weights=weights, offline=offline)
+    tower = find_vision_tower(config, root, layout, weights=weights, offline=offline)
+    return ResolvedParts(config, root, layout, language, tower)
 
 
 def read_blueprint(config: ModelConfig, image_aspect_ratio: str, *, weights: bool = False) -> Blueprint:
@@ -110,13 +128,9 @@ def read_blueprint(config: ModelConfig, image_aspect_ratio: str, *, weights: boo
     ``weights`` downloads those of hub ids as well, and refuses a folder that is not whole. Raises ModelError or
     ConfigError.
     """
-    root, layout = find_layout(config.model_name_or_path, weights=weights)
-    if weights:
-        check_whole(layout)
-    config = completed(config, layout)
-    check_settings(config, layout)
-    language = find_language_model(config, root, layout, weights=weights)
-    tower = find_vision_tower(config, root, layout, weights=weights)
+    found = resolve_parts(config, weights=weights)
+    config, root, layout = found.config, found.root, found.layout
+    language, tower = found.language, found.tower
     has_tokenizer = any(is_file(root.folder / name) for name in TOKENIZER_FILES)
     tokenizer_source = root if has_tokenizer or layout.has_language_model else language
     tokenizer, new_ids, template = load_text_side(
@@ -147,110 +161,25 @@ def read_blueprint(config: ModelConfig, image_aspect_ratio: str, *, weights: boo
         tower_source=tower,
         tokenizer_source=tokenizer_source,
         layout=layout,
-        bundle=layout.folder if layout.kind is Kind.BUNDLE else None,
+        bundle=layout.folder if layout.kind is LayoutKind.BUNDLE else None,
         manifest=layout.manifest,
     )
 
 
-def find_layout(name: str, *, weights: bool) -> tuple[Source, Layout]:
-    """Find a model folder or hub id and what it is. Raises ModelError."""
-    root = find_source(name, "language model", weights=weights)
-    layout = read_layout(root.folder)
-    if layout.kind is Kind.ORIGINAL and not layout.tensors and root.name != str(root.folder):
-        # Without its weight files a hub's projector-only folder cannot be told from a whole model.
-        root = find_source(name, "language model")
-        layout = read_layout(root.folder)
-    if layout.kind is Kind.VISION_TOWER:
-        raise ModelError(f"{name} is a vision tower, not a language model; give it as vision_tower.")
-    if layout.folder != root.folder:  # a run's checkpoint, whose model lies below
-        root = Source(str(layout.folder), layout.folder, str(layout.folder))
-    return root, layout
-
-
-def find_language_model(config: ModelConfig, root: Source, layout: Layout, *, weights: bool) -> Source:
-    """Find the language model: inside the folder, else the base that is configured or named. Raises ModelError."""
-    if layout.has_language_model:
-        inside = part_of(layout, root.name, LANGUAGE_MODEL, weights=weights)
-        refuse_other(config.model_base, inside, LANGUAGE_MODEL, layout)
-        return inside
-    base = config.model_base or layout.base
-    if base is None:
-        raise ModelError(
-            f"{root.name} ({layout.kind}) holds no language model and does not name its base; give the one that it "
-            "was trained over as model_base."
-        )
-    if config.model_base is None:
-        check_there(base, LANGUAGE_MODEL, root, "model_base")
-    source = find_part(base, LANGUAGE_MODEL, weights=weights)
-    check_base(layout, source)
-    return source
-
-
-def find_vision_tower(config: ModelConfig, root: Source, layout: Layout, *, weights: bool) -> Source:
-    """Find the tower: inside the folder, else the one that is configured or named. Raises ModelError."""
-    if layout.has_vision_tower:
-        inside = part_of(layout, root.name, VISION_TOWER, weights=weights, settings_from=config.vision_tower)
-        if inside.beside == inside.folder:
-            refuse_other(config.vision_tower, inside, VISION_TOWER, layout)
-        return inside
-    named = layout.vision_tower
-    if named and is_folder(layout.folder / named):
-        named = str(layout.folder / named)
-    tower = config.vision_tower or named
-    if not tower:
-        raise ModelError(
-            f"{config.model_name_or_path} is a {layout.kind} that names no vision tower, and model.vision_tower is not "
-            "set; name a CLIP, SigLIP or DINOv2 tower, or start from a llava_ray bundle, which brings its own."
-        )
-    if config.vision_tower is None:
-        check_there(tower, VISION_TOWER, root, "vision_tower")
-    return find_part(tower, VISION_TOWER, weights=weights)
-
-
-def check_there(named: str, part: PartName, root: Source, setting: str) -> None:
-    """Raise ModelError if the folder of a part that a model names is not there."""
-    if Path(named).is_absolute() and not is_folder(Path(named)):
-        raise ModelError(
-            f"no such {part.replace('_', ' ')}: {root.name} names the folder {named}, which is not there. Copy both so "
-            f"that they lie to each other as before, or say where it is with {setting}."
-        )
-
-
-def refuse_other(given: str | None, inside: Source, part: PartName, layout: Layout) -> None:
-    """Raise ModelError if another part is configured than the one that the folder brings."""
-    if given is not None and given != inside.origin and str(Path(given).resolve()) != inside.origin:
-        raise ModelError(
-            f"{layout.folder} brings its own {part.replace('_', ' ')} (from {inside.origin}), but {given} is "
-            "configured; leave the setting out, or start from the plain language model."
-        )
-
-
-def check_base(layout: Layout, base: Source) -> None:
-    """Raise ModelError if an adapter or projector says that it was trained over another language model."""
-    if layout.language_config is None:
-        return
-    trained = make_config(layout.language_config, layout.folder, "language model").to_dict()
-    given = make_config(base.config, base.folder, "language model").to_dict()
-    for key in SHAPE_KEYS:
-        if trained.get(key) != given.get(key):
-            raise ModelError(
-                f"{base.name} is not the base that {layout.folder} was trained over: {key} is {given.get(key)!r} in "
-                f"its config.json, expected {trained.get(key)!r}. Give the right one as model_base"
-                + (f" ({layout.base})." if layout.base else ".")
-            )
-
-
 def load_image_processor(folder: Path) -> BaseImageProcessor:
-    """Load the image processor that lies beside a tower. Raises ModelError."""
+    """Load the image processor beside a tower. Raises ModelError."""
     processors: Any = AutoImageProcessor  # untyped in transformers
     for name in PROCESSOR_FILES:
         if is_file(folder / name):
-            read_json(folder / name)  # transformers reads it without bounds
+            read_json_object(folder / name)  # transformers reads it without bounds
+    config = read_config(folder / CONFIG) if is_file(folder / CONFIG) else {}
+    if is_timm(config):  # which says it there; transformers would look no further either
+        return make_timm_processor(config, str(folder / CONFIG))
     with loading(folder, "image processor"):
         # A folder may name code of its own: refused here at once, asked for at the terminal otherwise.
         image_processor: BaseImageProcessor = processors.from_pretrained(folder, trust_remote_code=False)
         settings = image_processor.to_dict()
-        if str(settings.get("image_processor_type")).removesuffix("Pil").removesuffix("Fast") in LLAVA_PROCESSORS:
+        if str(settings.get("image_processor_type")).removesuffix("Pil").removesuffix("Fast") in _LLAVA_PROCESSORS:
             known = CLIPImageProcessorPil().to_dict()
             kept = {key: value for key, value in settings.items() if key in known and key != "image_processor_type"}
             clip: Any = CLIPImageProcessorPil
@@ -261,7 +190,7 @@ def load_image_processor(folder: Path) -> BaseImageProcessor:
 
 
 def completed(config: ModelConfig, layout: Layout) -> ModelConfig:
-    """Return the config with the folder's values for what it leaves open."""
+    """Return the config with the folder's values for settings that are not set."""
     open_keys = ["image_grid_pinpoints"] + (["s2_scales"] if config.s2 else [])
     changes = {
         key: layout.settings[key] for key in open_keys if getattr(config, key) is None and layout.settings.get(key)
@@ -269,14 +198,14 @@ def completed(config: ModelConfig, layout: Layout) -> ModelConfig:
     return config.replaced(changes) if changes else config
 
 
-def check_settings(config: ModelConfig, layout: Layout) -> None:
+def check_projector_settings(config: ModelConfig, layout: Layout) -> None:
     """Raise ModelError where the config contradicts what the folder's projector was trained with.
 
-    What was trained without one of ADDABLE may go on with it, not the other way round.
+    What was trained without an addable setting may go on with it, not the other way round.
     """
     for key in sorted(layout.settings.keys() & ModelConfig.model_fields.keys() - {"version"}):
         found, expected = getattr(config, key), layout.settings[key]
-        if key in ADDABLE and expected in ADDABLE[key]:
+        if is_addable(key, expected):
             continue
         if found != expected:
             raise ModelError(

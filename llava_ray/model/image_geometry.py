@@ -1,4 +1,4 @@
-"""What a model makes of an image before its tower sees it, and how many tokens: from settings and configs alone."""
+"""The preprocessing of a model's images and the number of their tokens, from settings and configs alone."""
 
 from transformers import PreTrainedConfig
 
@@ -6,7 +6,7 @@ from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import ModelError
 from llava_ray.images.geometry import ImageProcessor, ImageSpec
 from llava_ray.images.tokens import ImageTokens
-from llava_ray.model.tower import find_family
+from llava_ray.model.network.tower_families import find_family
 
 
 def read_image_geometry(
@@ -15,7 +15,7 @@ def read_image_geometry(
     tower_config: PreTrainedConfig,
     image_processor: ImageProcessor,
 ) -> tuple[ImageSpec, ImageTokens]:
-    """Return how images become pixels, and how many positions they take.
+    """Return the preprocessing of images to pixels, and the rule of their positions.
 
     Raises ModelError or ConfigError where the settings, the image processor and the tower do not fit together.
     """
@@ -27,7 +27,7 @@ def read_image_geometry(
         side=max(scales, default=None),
     )
     height, width = (min(scales), min(scales)) if scales else (spec.height, spec.width)
-    check_image_size(tower_config, height, width)
+    _check_image_size(tower_config, height, width)
     family, patch_size = find_family(tower_config), int(tower_config.patch_size)
     tokens = ImageTokens(
         rows=height // patch_size,
@@ -41,7 +41,7 @@ def read_image_geometry(
 
 
 def find_s2_scales(config: ModelConfig, image_processor: ImageProcessor) -> tuple[int, ...]:
-    """Return the scales that the config asks for, by default once to three times the tower's size; () without S2.
+    """Return the configured scales, by default once to three times the tower's size; () without S2.
 
     Raises ModelError if the tower takes no squares.
     """
@@ -62,16 +62,16 @@ def choose_s2_scales(config: ModelConfig, side: int = 0) -> tuple[int, ...]:
     return tuple(sorted(config.s2_scales or (side, 2 * side, 3 * side)))
 
 
-def check_image_size(config: PreTrainedConfig, height: int, width: int) -> None:
-    """Raise ModelError if the images that reach the tower have another size than it takes."""
+def _check_image_size(config: PreTrainedConfig, height: int, width: int) -> None:
+    """Raise ModelError if preprocessed images have another size than the tower takes."""
     family, name = find_family(config), config.name_or_path or "the vision tower"
     if family.fixed_size and (height, width) != (config.image_size, config.image_size):
         raise ModelError(
             f"the image processor of {name} makes {height} x {width} pixels, but the tower takes {config.image_size} x "
-            f"{config.image_size}; mend crop_size or size in preprocessor_config.json, or model.s2_scales."
+            f"{config.image_size}; fix crop_size or size in preprocessor_config.json, or model.s2_scales."
         )
     if family.patchified and (height % config.patch_size or width % config.patch_size):
         raise ModelError(
             f"the image processor of {name} makes {height} x {width} pixels, but the tower takes whole patches of "
-            f"{config.patch_size} pixels; mend size in preprocessor_config.json, or model.s2_scales."
+            f"{config.patch_size} pixels; fix size in preprocessor_config.json, or model.s2_scales."
         )

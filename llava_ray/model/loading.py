@@ -1,4 +1,4 @@
-"""``load_pretrained_model``: one function for every layout that a LLaVA comes in."""
+"""``load_pretrained_model``: one function for all layouts of LLaVA models."""
 
 import logging
 from pathlib import Path
@@ -7,24 +7,24 @@ from typing import Any
 import torch
 
 from llava_ray.chat.conversation import IMAGE_TOKEN
-from llava_ray.chat.templates import CHAT_TEMPLATE, TEMPLATES
 from llava_ray.config.lora import Bits
 from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import ConfigError, ModelError
-from llava_ray.model.blueprint import Blueprint, find_layout, read_blueprint
-from llava_ray.model.bundle import LlavaParts, assemble
-from llava_ray.model.hub_manifest import OUR_KEY
-from llava_ray.model.layout import Kind, Layout
-from llava_ray.model.quantization import chosen
-from llava_ray.model.token_rows import image_token_note
+from llava_ray.model.assembly import LlavaParts, assemble
+from llava_ray.model.blueprint import Blueprint, read_blueprint
+from llava_ray.model.formats.layout import Layout, LayoutKind
+from llava_ray.model.formats.noted_settings import OUR_KEY
+from llava_ray.model.formats.part_sources import find_layout
+from llava_ray.model.formats.stated_settings import find_length, find_version
+from llava_ray.model.formats.token_rows import image_token_note
+from llava_ray.model.network.quantization import choose_quantization
 from llava_ray.reading import shown
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_LENGTH = 2048  # the original's, where a config says nothing
 
-# Values with which a setting asks for nothing, so that not knowing it loses nothing.
-NOTHING = (None, False, "flat")
+# Values that switch a setting off, so that an unknown setting may be ignored.
+_NOTHING = (None, False, "flat")
 
 
 def load_pretrained_model(
@@ -37,17 +37,17 @@ def load_pretrained_model(
     device: str | torch.device = "cpu",
     bits: Bits | None = None,
 ) -> LlavaParts:
-    """Load a LLaVA for use, in evaluation mode on ``device``; under LLaVA's own name.
+    """Load a LLaVA in evaluation mode on ``device``; LLaVA's own function name.
 
     ``model_path`` is a folder or hub id: a llava_ray bundle, a published model in the original or the llava-hf layout,
-    a LoRA or projector-only folder over ``model_base``, or a plain language model (its projector is then new and has
-    learnt nothing). What it is is read from its config.json, llava.json and tensor names, never from its name.
-    ``model_base``, ``vision_tower`` and ``version`` (the template) say what a folder does not say itself, or where it
-    lies now. ``bits`` 8 or 4 quantises the language model as it is read; by default a bundle's is kept
-    as it was trained. An adapter stays an adapter.
+    a LoRA or projector-only folder over ``model_base``, or a plain language model (its projector is then new and
+    untrained). Its kind is detected from its config.json, llava.json and tensor names, never from its name.
+    ``model_base``, ``vision_tower`` and ``version`` (the template) supply what a folder does not state, or the new
+    place of a part. ``bits`` 8 or 4 quantises the language model as it is loaded; by default a bundle's is loaded as
+    it was trained. An adapter is not merged.
 
-    Raises ModelError (BundleError for a bundle whose parts are not those it was made with) that names file and key,
-    before any weights are loaded wherever the files' headers can tell.
+    Raises ModelError (BundleError for a bundle whose parts have other fingerprints) that names file and key, before any
+    weights are loaded where the files' headers suffice.
     """
     _, layout = find_layout(str(model_path), weights=True)
     config = pretrained_config(layout, model_path, model_base, vision_tower, version)
@@ -56,9 +56,9 @@ def load_pretrained_model(
         aspect_ratio(layout),
         dtype=dtype,
         model_max_length=find_length(layout),
-        quantization=chosen(bits, layout.manifest.quantization if layout.manifest else None),
+        quantization=choose_quantization(bits, layout.manifest.quantization if layout.manifest else None),
     )
-    for note in notes_of(parts):
+    for note in _notes_of(parts):
         logger.warning(note)
     parts.tower.to(device)
     parts.llava.to(device).eval()
@@ -72,7 +72,7 @@ def read_pretrained_blueprint(
     vision_tower: str | Path | None = None,
     version: str | None = None,
 ) -> Blueprint:
-    """Read what ``load_pretrained_model`` would load, without its weights. Raises ModelError."""
+    """Read the blueprint of the model that ``load_pretrained_model`` would load. Raises ModelError."""
     _, layout = find_layout(str(model_path), weights=False)
     config = pretrained_config(layout, model_path, model_base, vision_tower, version)
     return read_blueprint(config, aspect_ratio(layout))
@@ -85,70 +85,48 @@ def pretrained_config(
     vision_tower: str | Path | None = None,
     version: str | None = None,
 ) -> ModelConfig:
-    """Return the config under which a model folder is what it says. Raises ModelError."""
-    given = {"model_base": model_base, "vision_tower": vision_tower}
-    values: dict[str, Any] = {key: str(value) for key, value in given.items() if value is not None}
+    """Build the model config that matches a model folder's own settings. Raises ModelError."""
+    overrides = {"model_base": model_base, "vision_tower": vision_tower}
+    values: dict[str, Any] = {key: str(value) for key, value in overrides.items() if value is not None}
     values |= {"model_name_or_path": str(model_path), "version": find_version(layout, version)}
     for key, value in layout.settings.items():
-        if value == ():  # none of them
+        if value == ():  # not set
             continue
         if key in ModelConfig.model_fields and key != "version":
             values[key] = value
-        elif key.startswith(("mm_", "s2")) and key != "mm_hidden_size" and value not in NOTHING:
-            raise ModelError(f"{layout.folder}: {key} is {shown(value)}, which cannot be honoured here.")
+        elif key.startswith(("mm_", "s2")) and key != "mm_hidden_size" and value not in _NOTHING:
+            raise ModelError(f"{layout.folder}: {key} is {shown(value)}, which is not supported here.")
     try:
         return ModelConfig.parsed(values)
     except ConfigError as error:
-        raise ModelError(f"the config of {layout.folder} ({layout.kind}) cannot be honoured: {error}") from error
-
-
-def find_version(layout: Layout, given: str | None) -> str:
-    """Return the conversation template: given, said by the folder, or known for its kind. Raises ModelError."""
-    version = given or layout.settings.get("version")
-    if version is None:
-        raise ModelError(
-            f"{layout.folder} ({layout.kind}) does not say which conversation template it was trained with, and the "
-            "wrong one makes it answer nonsense. Give it as version: v1 for Vicuna-based LLaVA-1.5 and 1.6, "
-            f"{CHAT_TEMPLATE} for the tokenizer's own, or one of {', '.join(sorted(TEMPLATES))}."
-        )
-    return str(version)
+        raise ModelError(f"the config of {layout.folder} ({layout.kind}) is not supported: {error}") from error
 
 
 def describe_model(blueprint: Blueprint) -> str:
-    """Say in one line what was found, and which template it is spoken to with."""
+    """Describe a model in one line: its kind, its template and the parts outside the folder."""
     layout, version = blueprint.layout, blueprint.config.version
     parts = [f"language model {blueprint.language_source.name}"] if not layout.has_language_model else []
     parts += [f"tower {blueprint.tower_source.name}"] if not layout.has_vision_tower else []
     parts += ["adapter"] if layout.adapter else []
-    parts += ["its projector is new and has learnt nothing"] if not layout.settings else []
+    parts += ["its projector is new and untrained"] if not layout.settings else []
     if version != layout.settings.get("version"):
         origin = "as given"
     elif layout.manifest is not None or OUR_KEY in layout.config:
         origin = "its own"
     else:
         origin = "that of published models like it"
-    told = [f"{blueprint.config.model_name_or_path}: {layout.kind}, template {version!r} ({origin})", *parts]
-    return "; ".join([", ".join(told), *notes_of(blueprint)])
+    facts = [f"{blueprint.config.model_name_or_path}: {layout.kind}, template {version!r} ({origin})", *parts]
+    return "; ".join([", ".join(facts), *_notes_of(blueprint)])
 
 
-def notes_of(blueprint: Blueprint) -> tuple[str, ...]:
-    """Return what a user should know of a model, a sentence each."""
+def _notes_of(blueprint: Blueprint) -> tuple[str, ...]:
+    """Return notes for the user on a model, one sentence each."""
     layout = blueprint.layout
     token = blueprint.tokenizer.get_added_vocab().get(IMAGE_TOKEN)
-    note = image_token_note(layout.config, token) if layout.kind is Kind.HUB else None
+    note = image_token_note(layout.config, token) if layout.kind is LayoutKind.HUB else None
     return (*layout.notes, note) if note else layout.notes
 
 
 def aspect_ratio(layout: Layout) -> str:
-    """Return how a model's images become the tower's size; "square" where nothing says."""
+    """Return a model's image_aspect_ratio; "square" where it is not recorded."""
     return str(layout.settings.get("image_aspect_ratio", "square"))
-
-
-def find_length(layout: Layout) -> int:
-    """Return the longest sequence that a model was trained for, at most its language model's positions."""
-    positions = (layout.language_config or {}).get("max_position_embeddings")
-    positions = positions if type(positions) is int else None
-    length = layout.settings.get("model_max_length") or DEFAULT_LENGTH
-    if type(length) is not int or length < 0:
-        raise ModelError(f"{layout.folder}: model_max_length is {shown(length)}, expected a number of tokens; mend it.")
-    return int(min(length, positions or length))

@@ -1,7 +1,7 @@
-"""Line charts and histograms as SVG that takes its colours and fonts from the page around it.
+"""Line charts and histograms as SVG with the colours and fonts of the surrounding page.
 
-Each is drawn twice, for a wide and a narrow page: shrunk letters cannot be read. Matplotlib is used without pyplot,
-so nothing global changes.
+Each is drawn twice, for wide and narrow pages, because shrunk text is illegible. Matplotlib is used without pyplot, so
+no global state changes.
 """
 
 import hashlib
@@ -20,26 +20,26 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTHS = {"wide": 720, "narrow": 340}  # CSS pixels
-HEIGHT = 260
-POINTS_PER_INCH = 72  # of an SVG file: one unit of the drawing is one pixel of the page
-MAX_BINS = 40
+_HEIGHT = 260
+_POINTS_PER_INCH = 72  # of an SVG file: one unit of the drawing is one pixel of the page
+_MAX_BINS = 40
 
-# Drawn in colours that nobody uses, which are then replaced by the page's own, light or dark.
-SERIES = [f"#0{i}fe0{i}" for i in range(1, 6)]
-INK, MUTED, LINE = "#06fe06", "#07fe07", "#08fe08"
-PAGE_COLOURS = {colour: f"var(--series-{i})" for i, colour in enumerate(SERIES, start=1)} | {
-    INK: "var(--ink)",
-    MUTED: "var(--muted)",
-    LINE: "var(--line)",
+# Placeholder colours, replaced by the page's CSS variables, light or dark.
+_SERIES = [f"#0{i}fe0{i}" for i in range(1, 6)]
+_INK, _MUTED, _LINE = "#06fe06", "#07fe07", "#08fe08"
+_PAGE_COLOURS = {colour: f"var(--series-{i})" for i, colour in enumerate(_SERIES, start=1)} | {
+    _INK: "var(--ink)",
+    _MUTED: "var(--muted)",
+    _LINE: "var(--line)",
 }
 
 SETTINGS: dict[str, Any] = {
-    "svg.fonttype": "none",  # letters stay letters
-    "svg.hashsalt": "llava_ray",  # the same chart gives the same bytes
-    "text.parse_math": False,  # a dollar in a name is a dollar
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "llava_ray",  # reproducible output
+    "text.parse_math": False,  # a dollar sign is no mathematics
     "font.size": 12,
-    "axes.edgecolor": LINE,
-    "axes.labelcolor": MUTED,
+    "axes.edgecolor": _LINE,
+    "axes.labelcolor": _MUTED,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.spines.left": False,
@@ -48,12 +48,12 @@ SETTINGS: dict[str, Any] = {
     "axes.axisbelow": True,
     "axes.labelpad": 8,
     "axes.xmargin": 0.01,
-    "grid.color": LINE,
+    "grid.color": _LINE,
     "grid.linewidth": 1,
-    "xtick.color": LINE,
-    "ytick.color": LINE,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
+    "xtick.color": _LINE,
+    "ytick.color": _LINE,
+    "xtick.labelcolor": _MUTED,
+    "ytick.labelcolor": _MUTED,
     "ytick.major.size": 0,
     "ytick.minor.size": 0,
     "lines.linewidth": 2,
@@ -65,9 +65,9 @@ SETTINGS: dict[str, Any] = {
 
 
 def check_plotting() -> None:
-    """Raise ConfigError where charts cannot be drawn, before hours of work that end in a report."""
+    """Check that matplotlib is installed, before hours of work that end in a report. Raises ConfigError."""
     try:
-        import matplotlib  # noqa: F401  (only whether it is there)
+        import matplotlib  # noqa: F401  (only whether it is installed)
     except ImportError as error:
         raise ConfigError(
             "reports with charts need matplotlib, which is not installed; pip install 'llava_ray[report]'"
@@ -75,13 +75,13 @@ def check_plotting() -> None:
 
 
 def draw_chart(chart: Chart, width: int) -> str:
-    """Return an SVG element ``width`` pixels wide, without a size of its own. Raises ConfigError."""
+    """Draw a chart as an SVG element ``width`` pixels wide, without a fixed size. Raises ConfigError."""
     check_plotting()
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(SETTINGS):
-        figure = Figure(figsize=(width / POINTS_PER_INCH, HEIGHT / POINTS_PER_INCH), facecolor="none")
+        figure = Figure(figsize=(width / _POINTS_PER_INCH, _HEIGHT / _POINTS_PER_INCH), facecolor="none")
         figure.set_layout_engine("tight", pad=0.2)
         axes = figure.add_subplot(facecolor="none")
         if isinstance(chart, ParallelChart):
@@ -95,23 +95,23 @@ def draw_chart(chart: Chart, width: int) -> str:
             axes.locator_params(axis="x", nbins=4 if width < WIDTHS["wide"] else 8)
         sink = io.StringIO()
         figure.savefig(sink, format="svg", metadata={"Date": None, "Creator": None, "Type": None, "Format": None})
-    return _inlined(sink.getvalue())
+    return _inline_svg(sink.getvalue())
 
 
-def colour_of(index: int) -> str:
-    """Return the page's colour of a line."""
-    return PAGE_COLOURS[SERIES[index % len(SERIES)]]
+def _colour_of(index: int) -> str:
+    """Return the CSS colour of a line."""
+    return _PAGE_COLOURS[_SERIES[index % len(_SERIES)]]
 
 
 def list_lines(chart: LineChart | ParallelChart) -> list[tuple[str, str]]:
-    """Return name and colour of each line that a legend names; a faint one belongs to the line of its colour."""
+    """Return name and colour of each line of the legend; faint lines share the entry of their colour."""
     lines = chart.paths if isinstance(chart, ParallelChart) else chart.series
     names = list(dict.fromkeys(line.name for line in lines))
-    return [(name, colour_of(index)) for index, name in enumerate(names)]
+    return [(name, _colour_of(index)) for index, name in enumerate(names)]
 
 
 def describe_chart(chart: Chart) -> str:
-    """Say in words what a chart shows, for readers who cannot see it."""
+    """Describe a chart in words, for screen readers."""
     if isinstance(chart, ParallelChart):
         return f"{chart.title}: {', '.join(axis.name for axis in chart.axes)}. {chart.summary}"
     if isinstance(chart, LineChart):
@@ -129,7 +129,7 @@ def describe_chart(chart: Chart) -> str:
 
 
 def _drawable(text: str) -> str:
-    """Replace halves of surrogate pairs, for which matplotlib's fonts raise TypeError."""
+    """Replace lone surrogates, for which matplotlib's fonts raise TypeError."""
     return text.encode(errors="replace").decode()
 
 
@@ -142,30 +142,30 @@ def _draw_lines(axes: "Axes", chart: LineChart) -> None:
 
     names = list(dict.fromkeys(series.name for series in chart.series))
     for series in chart.series:
-        colour = SERIES[names.index(series.name) % len(SERIES)]
-        look = {"alpha": 0.28, "linewidth": 1.2, "zorder": 1} if series.faint else {"zorder": 2}
+        colour = _SERIES[names.index(series.name) % len(_SERIES)]
+        style = {"alpha": 0.28, "linewidth": 1.2, "zorder": 1} if series.faint else {"zorder": 2}
         dot = len(series.y) == 1 and not series.ends_early
-        axes.plot(series.x, series.y, color=colour, marker="o" if dot else None, **look)
+        axes.plot(series.x, series.y, color=colour, marker="o" if dot else None, **style)
         if series.ends_early:
             axes.plot(series.x[-1:], series.y[-1:], color=colour, marker="x", markersize=7, markeredgewidth=2)
     if chart.log_y:
         axes.set_yscale("log")
         low, high = axes.get_ylim()
-        plain = FuncFormatter(lambda value, _: f"{value:g}")  # not as mathematical markup
+        plain = FuncFormatter(lambda value, _: f"{value:g}")  # without mathematical markup
         axes.yaxis.set_major_formatter(plain)
         axes.yaxis.set_minor_formatter(plain if high < 10 * low else NullFormatter())
-    axes.set_title(_drawable(chart.y_label), loc="left", color=MUTED, fontsize=12)
+    axes.set_title(_drawable(chart.y_label), loc="left", color=_MUTED, fontsize=12)
 
 
 def _draw_parallel(axes: "Axes", chart: ParallelChart, width: int) -> None:
     names = list(dict.fromkeys(path.name for path in chart.paths))
     for path in chart.paths:
-        look = {"alpha": 0.35, "linewidth": 1.2, "zorder": 1} if path.faint else {"zorder": 2}
+        style = {"alpha": 0.35, "linewidth": 1.2, "zorder": 1} if path.faint else {"zorder": 2}
         known = [(x, height) for x, height in enumerate(path.heights) if height is not None]
-        axes.plot(*zip(*known, strict=True), color=SERIES[names.index(path.name) % len(SERIES)], **look)
+        axes.plot(*zip(*known, strict=True), color=_SERIES[names.index(path.name) % len(_SERIES)], **style)
     size = 12 if width >= WIDTHS["wide"] else 10
     for x, axis in enumerate(chart.axes):
-        axes.axvline(x, color=LINE, linewidth=1, zorder=0)
+        axes.axvline(x, color=_LINE, linewidth=1, zorder=0)
         last = x == len(chart.axes) - 1
         for height, label in axis.ticks:
             axes.annotate(
@@ -175,14 +175,14 @@ def _draw_parallel(axes: "Axes", chart: ParallelChart, width: int) -> None:
                 textcoords="offset points",
                 ha="right" if last else "left",
                 va="top" if height == 1 else "bottom",
-                color=MUTED,
+                color=_MUTED,
                 fontsize=size - 1,
                 zorder=3,
             )
         place = "left" if x == 0 else "right" if last else "center"
-        # On a narrow page neighbouring names would run into one another on one line.
+        # On a narrow page neighbouring names would overlap on one line.
         above = 1.06 if width >= WIDTHS["wide"] or x % 2 == 0 else 1.14
-        axes.text(x, above, _drawable(axis.name), ha=place, va="bottom", color=INK, fontsize=size)
+        axes.text(x, above, _drawable(axis.name), ha=place, va="bottom", color=_INK, fontsize=size)
     axes.set_xlim(-0.02, len(chart.axes) - 1 + 0.02)
     axes.set_ylim(-0.05, 1.05)
     axes.set_xticks([])
@@ -194,12 +194,12 @@ def _draw_histogram(axes: "Axes", chart: Histogram, width: int) -> None:
     from matplotlib.ticker import MaxNLocator
 
     values = [value for value in chart.values if math.isfinite(value)]
-    most = MAX_BINS if width >= WIDTHS["wide"] else MAX_BINS // 2
+    most = _MAX_BINS if width >= WIDTHS["wide"] else _MAX_BINS // 2
     num_bins = min(most, len(set(values)), 1 + 2 * math.isqrt(len(values)))
     if values:
-        axes.hist(values, bins=num_bins, color=SERIES[0], rwidth=0.92)
+        axes.hist(values, bins=num_bins, color=_SERIES[0], rwidth=0.92)
     if chart.limit is not None:
-        axes.axvline(chart.limit, color=SERIES[1], linewidth=1.5)
+        axes.axvline(chart.limit, color=_SERIES[1], linewidth=1.5)
         near_the_end = chart.limit > sum(axes.get_xlim()) / 2
         axes.annotate(
             _drawable(chart.limit_label),
@@ -209,14 +209,14 @@ def _draw_histogram(axes: "Axes", chart: Histogram, width: int) -> None:
             textcoords="offset points",
             ha="right" if near_the_end else "left",
             va="top",
-            color=SERIES[1],
+            color=_SERIES[1],
         )
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title(_drawable(chart.y_label), loc="left", color=MUTED, fontsize=12)
+    axes.set_title(_drawable(chart.y_label), loc="left", color=_MUTED, fontsize=12)
 
 
-def _inlined(document: str) -> str:
-    """Take the SVG element out of its file: colours of the page, names that no other chart has."""
+def _inline_svg(document: str) -> str:
+    """Extract the SVG element from its file, with the page's colours and unique ids."""
     svg = document[document.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'^<svg[^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 aria-hidden="true" focusable="false">', svg)
@@ -224,6 +224,6 @@ def _inlined(document: str) -> str:
     svg = re.sub(r'\bid="', f'id="c{unique}-', svg)
     svg = re.sub(r'xlink:href="#', f'href="#c{unique}-', svg)
     svg = svg.replace("url(#", f"url(#c{unique}-")
-    for drawn, shown in PAGE_COLOURS.items():
-        svg = svg.replace(drawn, shown)
+    for drawn, replacement in _PAGE_COLOURS.items():
+        svg = svg.replace(drawn, replacement)
     return svg

@@ -1,4 +1,4 @@
-"""The report of an evaluation: scores beside published ones, categories, and a look at what went wrong."""
+"""The report of an evaluation: scores with published ones, categories, and wrong answers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ from llava_ray.report.pieces import (
     bar_chart,
 )
 
-MAX_FACTS = 4
+_MAX_FACTS = 4
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """An answer that is not right: what was shown and asked, said and true."""
+    """A wrong answer, with its images, prompt and truth."""
 
     id: str
     prompt: str
@@ -39,7 +39,7 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Scored:
-    """A benchmark's summary (as ``evals.scoring.summarise`` writes it) with what stands beside it."""
+    """A benchmark's summary (of ``evals.scoring.summarize_result``) with published scores and mistakes."""
 
     title: str
     summary: Mapping[str, Any]
@@ -47,16 +47,16 @@ class Scored:
     published: Mapping[str, float]
     mistakes: Sequence[Mistake]
     num_mistakes: int
-    """How many there are in all; only some are shown."""
+    """The number of all mistakes; only some are shown."""
     note: str | None = None
-    """Why no published figures stand beside it."""
+    """The reason for missing published scores."""
 
 
 def evaluation_report(title: str, scored: Sequence[Scored]) -> Report:
-    """Lay out the page."""
+    """Build the report."""
     facts = [
         Fact(one.title, _headline(one.summary), f"{one.summary['metric']}, {one.summary['profile']}")
-        for one in scored[:MAX_FACTS]
+        for one in scored[:_MAX_FACTS]
     ]
     counts = sum(one.summary["num_scored"] for one in scored)
     withheld = [one for one in scored if one.summary["score"] is None]
@@ -67,7 +67,7 @@ def evaluation_report(title: str, scored: Sequence[Scored]) -> Report:
         [
             Section("Scores", [*_warnings(withheld), _score_table(scored), *_bars(scored)]),
             *(Section(one.title, _details(one)) for one in scored),
-            Section("How it was measured", [_provenance(one) for one in scored]),
+            Section("Method", [_provenance(one) for one in scored]),
         ],
         facts,
     )
@@ -81,15 +81,15 @@ def _score_table(scored: Sequence[Scored]) -> Table:
     rows: list[list[Cell]] = []
     for one in scored:
         found = one.summary
-        asked = f"{found['num_scored']:,} of {found.get('whole_set') or found['num_questions']:,}"
+        counts = f"{found['num_scored']:,} of {found.get('whole_set') or found['num_questions']:,}"
         gaps: list[Cell] = [found[key] for key in ("missing", "duplicate", "extra", "unparsed", "failed")]
-        rows.append([one.title, _headline(found), _interval(found), asked, *gaps])
+        rows.append([one.title, _headline(found), _interval(found), counts, *gaps])
     header = ["benchmark", "score", "95 % interval", "scored", "missing", "duplicate", "extra", "unparsed", "failed"]
     return Table(header, rows)
 
 
 def _bars(scored: Sequence[Scored]) -> list[Piece]:
-    """Bars of all headlines on one scale, each as a share of what can be reached; the mark is a published model."""
+    """Return bars of all scores as shares of their maximum; the mark is a published model."""
     rows = []
     model = next((next(iter(one.published)) for one in scored if one.published), "")
     for one in scored:
@@ -114,7 +114,7 @@ def _details(one: Scored) -> list[Piece]:
             rows.append([name, bar, _interval(category), category["num"]])
         pieces.append(Table(header, rows, "By category"))
     if found["figures"] and not found.get("withheld"):
-        pieces.append(Table(["figure", "value"], [[name, value] for name, value in found["figures"].items()]))
+        pieces.append(Table(["metric", "value"], [[name, value] for name, value in found["figures"].items()]))
     if one.note:
         pieces.append(Note(f"{one.note}."))
     if one.published:
@@ -126,12 +126,12 @@ def _details(one: Scored) -> list[Piece]:
 
 def _browser(one: Scored) -> list[Piece]:
     if not one.mistakes:
-        return [Note("Every answer is right.")] if one.summary["num_scored"] else []
-    shown = f"{len(one.mistakes):,} of {one.num_mistakes:,} answers that are not fully right"
-    lone = [mistake for mistake in one.mistakes if len(mistake.pictures) == 1]
+        return [Note("Every answer is correct.")] if one.summary["num_scored"] else []
+    caption = f"{len(one.mistakes):,} of {one.num_mistakes:,} answers that are not fully correct"
+    single = [mistake for mistake in one.mistakes if len(mistake.pictures) == 1]
     others = [mistake for mistake in one.mistakes if len(mistake.pictures) != 1]
-    gallery = [Gallery([_picture(mistake) for mistake in lone])] if lone else []
-    return [Note(shown), *gallery, *(_card(mistake) for mistake in others)]
+    gallery = [Gallery([_picture(mistake) for mistake in single])] if single else []
+    return [Note(caption), *gallery, *(_card(mistake) for mistake in others)]
 
 
 def _picture(mistake: Mistake) -> Picture:

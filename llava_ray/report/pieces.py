@@ -1,19 +1,19 @@
-"""What a report is made of: plain values that know nothing of HTML.
+"""The elements of a report: plain values, independent of HTML.
 
-Every piece has a ``kind``, by which the template chooses how to draw it. All text is taken literally.
+Every piece has a ``kind``, by which the template selects its markup. All text is escaped.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-Verdict = Literal["right", "wrong"]
-TokenKind = Literal["context", "learnt", "image", "cut"]
+AnswerVerdict = Literal["right", "wrong"]
+_TokenKind = Literal["context", "learnt", "image", "cut"]
 
 
 @dataclass(frozen=True)
 class Note:
-    """A paragraph set apart; ``warning`` for what the reader should act on."""
+    """A highlighted paragraph; ``warning`` if the reader should act on it."""
 
     kind: ClassVar[str] = "note"
     text: str
@@ -22,7 +22,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Fact:
-    """A number worth large type, with what it is and a few words about it."""
+    """A key number, with its label and a short detail."""
 
     label: str
     value: str
@@ -31,7 +31,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Facts:
-    """A row of facts."""
+    """A row of key numbers."""
 
     kind: ClassVar[str] = "facts"
     facts: Sequence[Fact]
@@ -49,18 +49,18 @@ class Bar:
 
     @property
     def percent(self) -> float:
-        """Length of the bar, 0..100."""
+        """Return the length of the bar, 0 to 100."""
         return _percent(self.value, self.maximum)
 
     @property
     def reference_percent(self) -> float | None:
-        """Place of the mark, 0..100."""
+        """Return the position of the mark, 0 to 100."""
         return None if self.reference is None else _percent(self.reference, self.maximum)
 
 
 @dataclass(frozen=True)
 class Link:
-    """A table cell or list entry that leads to a ``#anchor`` of this report, a relative path or an http(s) URL."""
+    """A link to a ``#anchor`` of this report, a relative path or an http(s) URL."""
 
     kind: ClassVar[str] = "link"
     text: str
@@ -72,27 +72,27 @@ Cell = str | int | float | Bar | Link | None
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under a header; numbers are aligned at the right, None is a dash. The first column names the row."""
+    """Rows under a header; numbers are right-aligned, None is a dash. The first column is the row's name."""
 
     kind: ClassVar[str] = "table"
     header: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     title: str = ""
     legend: str = ""
-    """What the mark of its bars means."""
+    """The meaning of the bars' mark."""
 
     @property
     def numeric(self) -> list[bool]:
-        """Tell for each column whether it holds numbers."""
+        """Return whether each column holds numbers."""
         columns = list(zip(*self.rows, strict=True)) or [()] * len(self.header)
         return [any(isinstance(cell, int | float) for cell in column) for column in columns]
 
 
 @dataclass(frozen=True)
 class Series:
-    """A line through n points; a ``faint`` one stands behind the others (raw values behind a smoothed line).
+    """A line through n points; a ``faint`` one is drawn behind the others (raw values behind a smoothed line).
 
-    ``ends_early`` marks its last point with a cross: it would have gone on.
+    ``ends_early`` marks the last point of a stopped line with a cross.
     """
 
     name: str
@@ -116,7 +116,7 @@ class LineChart:
 
 @dataclass(frozen=True)
 class Axis:
-    """An upright axis: its name, and where (0 at the bottom to 1 at the top) which values are written."""
+    """A vertical axis: its name, and ticks as (height from 0 to 1, label)."""
 
     name: str
     ticks: Sequence[tuple[float, str]]
@@ -124,7 +124,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Path:
-    """A line from axis to axis, at a height (0 to 1) on each, None where it has no value; ``name`` is its colour's."""
+    """A line across the axes, with a height (0 to 1) on each, None without a value; ``name`` selects its colour."""
 
     name: str
     heights: Sequence[float | None]
@@ -133,19 +133,19 @@ class Path:
 
 @dataclass(frozen=True)
 class ParallelChart:
-    """Parallel coordinates: how things with several properties compare in each."""
+    """Parallel coordinates: a comparison in several properties."""
 
     kind: ClassVar[str] = "chart"
     title: str
     axes: Sequence[Axis]
     paths: Sequence[Path]
     summary: str
-    """What there is to see, in words."""
+    """A description for screen readers."""
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """How values are distributed, with a vertical line at ``limit``."""
+    """A distribution of values, with a vertical line at ``limit``."""
 
     kind: ClassVar[str] = "chart"
     title: str
@@ -158,7 +158,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image file (PNG, JPEG, WebP or GIF), what it shows in words, and what was asked and said about it."""
+    """An image file (PNG, JPEG, WebP or GIF) with a description, question, answer and truth."""
 
     content: bytes = field(repr=False)
     alt: str
@@ -166,7 +166,7 @@ class Picture:
     question: str = ""
     answer: str = ""
     truth: str = ""
-    verdict: Verdict | None = None
+    verdict: AnswerVerdict | None = None
 
 
 @dataclass(frozen=True)
@@ -178,24 +178,24 @@ class Gallery:
 
 
 @dataclass(frozen=True)
-class Token:
-    """A piece of a text as a model takes it: "learnt", "context", "image" or "cut" off."""
+class ReportToken:
+    """A token of a text: "learnt" (supervised), "context", "image" or "cut" (truncated)."""
 
     text: str
-    kind: TokenKind
+    kind: _TokenKind
 
 
 @dataclass(frozen=True)
 class TokenText:
-    """A text as tokens, those that are learnt marked one by one."""
+    """A text as tokens, with the supervised ones highlighted."""
 
     kind: ClassVar[str] = "tokens"
-    tokens: Sequence[Token]
+    tokens: Sequence[ReportToken]
 
 
 @dataclass(frozen=True)
 class Links:
-    """A list of places to go on to."""
+    """A list of links."""
 
     kind: ClassVar[str] = "links"
     links: Sequence[Link]
@@ -203,14 +203,14 @@ class Links:
 
 @dataclass(frozen=True)
 class Card:
-    """A frame around what belongs to one thing, pictures first; links of the report lead to ``anchor``."""
+    """A frame around the pieces of one item, pictures first; ``anchor`` is its link target."""
 
     kind: ClassVar[str] = "card"
     title: str
     pieces: Sequence["Piece"]
     pictures: Sequence[Picture] = ()
     facts: str = ""
-    """A few words beside the title."""
+    """A short text beside the title."""
     anchor: str = ""
 
 
@@ -219,7 +219,7 @@ Piece = Note | Facts | Table | LineChart | ParallelChart | Histogram | Gallery |
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a report under its own heading."""
+    """A section of a report with its heading."""
 
     title: str
     pieces: Sequence[Piece]
@@ -228,7 +228,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """A page: title, a summary in a sentence or two, the facts that matter most, and sections."""
+    """A report: title, a summary of one or two sentences, key numbers, and sections."""
 
     title: str
     summary: str
@@ -245,22 +245,22 @@ def bar_chart(
     legend: str = "",
     percent: bool = True,
 ) -> Table:
-    """Return bars of ``rows`` (name, value, reference), e.g. accuracy by kind beside a baseline.
+    """Build a table of bars from ``rows`` (name, value, reference), e.g. accuracy by kind with a baseline.
 
-    ``legend`` says what the reference is; ``percent`` writes values and references as percentages.
+    ``legend`` names the reference; ``percent`` formats values and references as percentages.
     """
 
-    def written(value: float) -> str:
+    def format_value(value: float) -> str:
         return f"{value:.1%}" if percent else f"{value:.4g}"
 
-    beside = bool(legend)
+    has_reference = bool(legend)
     cells: list[list[Cell]] = []
     for name, value, reference in rows:
-        bar = Bar(value, written(value), maximum, reference)
-        cells.append([name, bar, *([None if reference is None else written(reference)] if beside else [])])
-    return Table([*header, *([legend] if beside else [])], cells, title, legend)
+        bar = Bar(value, format_value(value), maximum, reference)
+        cells.append([name, bar, *([None if reference is None else format_value(reference)] if has_reference else [])])
+    return Table([*header, *([legend] if has_reference else [])], cells, title, legend)
 
 
 def _percent(value: float, maximum: float) -> float:
-    # Written so that NaN, which compares as false, draws nothing.
+    # The comparisons are false for NaN, which then draws nothing.
     return 100 * min(value / maximum, 1.0) if maximum > 0 and value > 0 else 0.0

@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs nothing else: no script, font, style sheet or image from elsewhere."""
+"""Rendering of a report as one self-contained HTML file, without external scripts, fonts, styles or images."""
 
 import base64
 import math
@@ -16,13 +16,13 @@ from llava_ray.report.charts import WIDTHS, Chart, describe_chart, draw_chart, l
 from llava_ray.report.pieces import Bar, LineChart, Link, ParallelChart, Report
 
 # The first bytes of the formats that browsers draw.
-MEDIA_TYPES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp", b"GIF8": "image/gif"}
+_MEDIA_TYPES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp", b"GIF8": "image/gif"}
 
 
 def write_report(path: str | Path, report: Report) -> Path:
-    """Write a report to a file, whole or not at all, and return its path. Raises ConfigError."""
+    """Write a report to a file, atomically, and return its path. Raises ConfigError."""
     target = Path(path)
-    page = render(report)
+    page = render_report(report)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -38,10 +38,10 @@ def write_report(path: str | Path, report: Report) -> Path:
     return target
 
 
-def render(report: Report) -> str:
-    """Return a report as HTML, halves of surrogate pairs replaced, so that it can be written.
+def render_report(report: Report) -> str:
+    """Render a report as HTML, with lone surrogates replaced so that it can be encoded.
 
-    Raises ConfigError for a chart without matplotlib, an unsafe link, or a picture that browsers do not draw.
+    Raises ConfigError for a chart without matplotlib, an unsafe link, or a picture in an unsupported format.
     """
     return _template().render(report=report).encode(errors="replace").decode()
 
@@ -81,14 +81,14 @@ def _number(value: float) -> str:
 
 
 def _data_uri(content: bytes) -> str:
-    kind = next((kind for start, kind in MEDIA_TYPES.items() if content.startswith(start)), None)
+    kind = next((kind for start, kind in _MEDIA_TYPES.items() if content.startswith(start)), None)
     if kind is None:
         raise ConfigError(f"a report's picture begins {content[:8]!r}; expected PNG, JPEG, WebP or GIF: convert it")
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _drawings(chart: Chart) -> list[tuple[str, Markup]]:
-    # Markup: matplotlib has escaped what is text in it.
+    # Markup: matplotlib has escaped its text.
     return [(name, Markup(draw_chart(chart, width))) for name, width in WIDTHS.items()]
 
 

@@ -1,4 +1,4 @@
-"""The report of a review: figures with their judge, what the order and the length do, and where verdicts disagree."""
+"""The report of a review: scores by judge, effects of order and length, and disagreements."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,28 +6,28 @@ from typing import Any
 
 from llava_ray.report.pieces import Bar, Card, Cell, Fact, Note, Picture, Piece, Report, Section, Table
 
-MAX_FACTS = 4
-COUNTS = ("done", "unparsed", "failed", "open")
+_MAX_FACTS = 4
+_COUNTS = ("done", "unparsed", "failed", "open")
 
 
 @dataclass(frozen=True)
 class Disagreement:
-    """A question on which orders, samples or judges came to different winners."""
+    """A question on which orders, samples or judges have different winners."""
 
     title: str
     question: str
     answers: Mapping[str, str]
     verdicts: Sequence[tuple[str, str, str]]
-    """Who and in which order, the scores, why."""
+    """Judge and order, scores, explanation."""
     pictures: Sequence[Picture] = ()
 
 
 def review_report(
     title: str, report: Mapping[str, Any], disagreements: Sequence[Disagreement], num_disagreements: int
 ) -> Report:
-    """Lay out the page; ``report`` is what report.json holds."""
+    """Build the report; ``report`` is the contents of report.json."""
     results = report["results"]
-    facts = [Fact(one["model"], _score(one), f"{one['metric']}") for one in results[:MAX_FACTS]]
+    facts = [Fact(one["model"], _score(one), f"{one['metric']}") for one in results[:_MAX_FACTS]]
     facts.append(Fact("Cost", _dollars(report["cost"]["dollars"]), f"{report['calls']['sent']:,} calls sent"))
     done = sum(one["done"] for one in results)
     sections = [
@@ -39,7 +39,7 @@ def review_report(
             [_browsed(disagreements, num_disagreements), *(_card(one) for one in disagreements)],
         ),
         Section("Calls and cost", [_calls(report)]),
-        Section("How it was measured", [Table(["setting", "value"], _settings(report["provenance"]))]),
+        Section("Method", [Table(["setting", "value"], _settings(report["provenance"]))]),
     ]
     state = "complete" if report["complete"] else "partial"
     return Report(title, f"{done:,} reviews of the published order have scores; the job is {state}.", sections, facts)
@@ -60,8 +60,8 @@ def _scores(results: Sequence[Mapping[str, Any]]) -> Table:
     rows: list[list[Cell]] = []
     for one in results:
         means: list[Cell] = [one.get("first_x10"), one.get("second_x10")]
-        rows.append([one["match"], one["judge"], _score(one), _interval(one), *means, *(one[name] for name in COUNTS)])
-    header = ["match", "judge", "score", "95 % interval", "first x 10", "second x 10", *COUNTS]
+        rows.append([one["match"], one["judge"], _score(one), _interval(one), *means, *(one[name] for name in _COUNTS)])
+    header = ["match", "judge", "score", "95 % interval", "first x 10", "second x 10", *_COUNTS]
     return Table(header, rows)
 
 
@@ -83,7 +83,7 @@ def _categories(results: Sequence[Mapping[str, Any]]) -> list[Piece]:
 def _bias(results: Sequence[Mapping[str, Any]]) -> list[Piece]:
     compared = [one for one in results if "orders" in one]
     if not compared:
-        return [Note("One answer at a time: there is no order.")]
+        return [Note("Single answers: there is no order.")]
     orders: list[list[Cell]] = []
     lengths: list[list[Cell]] = []
     for one in compared:
@@ -97,7 +97,7 @@ def _bias(results: Sequence[Mapping[str, Any]]) -> list[Piece]:
         Table(of_orders, orders),
         Note(
             "Consistency: share of questions with the same winner in both orders. First wins: share of decided reviews "
-            "won by the answer shown first; 0.5 is fair. First's points: what the first place is worth."
+            "won by the answer shown first; 0.5 is fair. First's points: the advantage of the first place."
         ),
         Table(of_lengths, lengths),
         Note(
@@ -162,4 +162,4 @@ def _interval(one: Mapping[str, Any]) -> str | None:
 
 
 def _dollars(value: float | None) -> str:
-    return "not known" if value is None else f"${value:,.4f}" if value < 1 else f"${value:,.2f}"
+    return "unknown" if value is None else f"${value:,.4f}" if value < 1 else f"${value:,.2f}"

@@ -1,4 +1,4 @@
-"""The report of a sweep: its trials in a table, how they went, what mattered, and what to try next."""
+"""The report of a sweep: trials, learning curves, importance of settings, cost and next steps."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -21,25 +21,25 @@ from llava_ray.report.pieces import (
     bar_chart,
 )
 
-Value = str | float
-Kind = Literal["the best", "to the end", "stopped early", "diverged or failed"]
-BEST: Kind = "the best"
-WHOLE: Kind = "to the end"
-EARLY: Kind = "stopped early"
-BAD: Kind = "diverged or failed"
-NUM_TICKS = 5
+_Value = str | float
+TrialKind = Literal["the best", "to the end", "stopped early", "diverged or failed"]
+BEST_KIND: TrialKind = "the best"
+WHOLE: TrialKind = "to the end"
+EARLY: TrialKind = "stopped early"
+BAD: TrialKind = "diverged or failed"
+_NUM_TICKS = 5
 
 
 @dataclass(frozen=True)
 class TrialRow:
-    """A trial as the report shows it; ``steps`` are those at which it was looked at."""
+    """A trial in the report; ``steps`` are those of its evaluations."""
 
     number: int
-    settings: Mapping[str, Value]
+    settings: Mapping[str, _Value]
     seed: int
-    kind: Kind
+    kind: TrialKind
     state: str
-    """How it ended, with the reason."""
+    """Its final state, with the reason."""
     steps: Sequence[int]
     losses: Sequence[float]
     accuracies: Sequence[float]
@@ -49,7 +49,7 @@ class TrialRow:
 
 @dataclass(frozen=True)
 class SweepSummary:
-    """What a sweep has shown, in words and numbers."""
+    """The results of a sweep, in words and numbers."""
 
     title: str
     summary: str
@@ -62,15 +62,15 @@ class SweepSummary:
     seconds: float
     importance: Mapping[str, float]
     advice: Sequence[str]
-    unbeaten: Sequence[Sequence[Cell]]
-    """Number, loss, accuracy and seconds of those that no other beats in quality and cost."""
+    pareto_front: Sequence[Sequence[Cell]]
+    """Number, loss, accuracy and seconds of the trials on the Pareto front of quality and cost."""
 
 
 def sweep_report(summary: SweepSummary, rows: Sequence[TrialRow], links: Links) -> Report:
-    """Lay out a sweep's report."""
-    best = next((row for row in rows if row.kind == BEST), None)
+    """Build a sweep's report."""
+    best = next((row for row in rows if row.kind == BEST_KIND), None)
     facts = [
-        Fact("trials", str(len(rows)), ", ".join(count_kinds(rows))),
+        Fact("trials", str(len(rows)), ", ".join(_count_kinds(rows))),
         Fact("steps saved", f"{summary.saved:.0%}", "of whole runs, by stopping early"),
         Fact("time", f"{summary.seconds:.0f} s", "all trials and features"),
     ]
@@ -79,29 +79,29 @@ def sweep_report(summary: SweepSummary, rows: Sequence[TrialRow], links: Links) 
     elif best is not None:
         facts.insert(0, Fact("held-out loss", f"{best.losses[-1]:.4f}", f"the best, trial {best.number}"))
     verdict = [Note(summary.default, warning=summary.beats_default is not True)] if summary.default else []
-    seen = [row for row in rows if row.steps]
+    evaluated = [row for row in rows if row.steps]
     sections = [
-        Section("Trials", [*verdict, trial_table(rows, summary.num_steps)], summary.best),
-        Section("How settings compare", [parallel_chart(seen)] if len(seen) > 1 else []),
-        Section("How they went", curves(seen), "A cross marks a trial that was stopped early."),
-        Section("What mattered", importance_of(summary.importance)),
-        Section("Cost", [cost_chart(rows), *unbeaten_table(summary.unbeaten)]),
-        Section("What to try next", [Note(sentence) for sentence in summary.advice]),
-        Section("Where things are", [links]),
+        Section("Trials", [*verdict, _trial_table(rows, summary.num_steps)], summary.best),
+        Section("Settings and results", [parallel_chart(evaluated)] if len(evaluated) > 1 else []),
+        Section("Learning curves", _curves(evaluated), "A cross marks a trial that was stopped early."),
+        Section("Importance of settings", _importance_of(summary.importance)),
+        Section("Cost", [_cost_chart(rows), *_pareto_table(summary.pareto_front)]),
+        Section("Next steps", [Note(sentence) for sentence in summary.advice]),
+        Section("Files", [links]),
     ]
     return Report(summary.title, summary.summary, [section for section in sections if section.pieces], facts)
 
 
-def count_kinds(rows: Sequence[TrialRow]) -> list[str]:
-    """Say how many trials ended in which way."""
-    kinds = [WHOLE if row.kind == BEST else row.kind for row in rows]
+def _count_kinds(rows: Sequence[TrialRow]) -> list[str]:
+    """Return the number of trials by final state."""
+    kinds = [WHOLE if row.kind == BEST_KIND else row.kind for row in rows]
     return [f"{kinds.count(kind)} {kind}" for kind in (WHOLE, EARLY, BAD) if kind in kinds]
 
 
-def trial_table(rows: Sequence[TrialRow], num_steps: int) -> Table:
-    """Return all trials with what held-out samples said last, the best first, then by it within each kind."""
+def _trial_table(rows: Sequence[TrialRow], num_steps: int) -> Table:
+    """Return all trials with their last held-out metrics, the best first, sorted by them within each kind."""
     keys = list(dict.fromkeys(key for row in rows for key in row.settings))
-    order = [BEST, WHOLE, EARLY, BAD]
+    order = [BEST_KIND, WHOLE, EARLY, BAD]
 
     def place(row: TrialRow) -> tuple[int, float, float]:
         accuracy = -row.accuracies[-1] if row.accuracies else 0.0
@@ -109,8 +109,8 @@ def trial_table(rows: Sequence[TrialRow], num_steps: int) -> Table:
 
     cells: list[list[Cell]] = [
         [
-            f"{row.number}" + (" ★" if row.kind == BEST else ""),
-            *(written(row.settings[key]) if key in row.settings else None for key in keys),
+            f"{row.number}" + (" ★" if row.kind == BEST_KIND else ""),
+            *(_format_setting(row.settings[key]) if key in row.settings else None for key in keys),
             str(row.seed),
             f"{row.steps[-1] if row.steps else 0}/{num_steps}",
             row.losses[-1] if row.losses else None,
@@ -120,18 +120,18 @@ def trial_table(rows: Sequence[TrialRow], num_steps: int) -> Table:
         ]
         for row in sorted(rows, key=place)
     ]
-    header = ["trial", *keys, "seed", "steps", "loss", "accuracy", "seconds", "how it ended"]
+    header = ["trial", *keys, "seed", "steps", "loss", "accuracy", "seconds", "state"]
     return Table(header, cells)
 
 
-def written(value: Value) -> str:
-    """Write a setting."""
+def _format_setting(value: _Value) -> str:
+    """Format a setting's value."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def curves(rows: Sequence[TrialRow]) -> list[LineChart]:
-    """Return held-out loss and accuracy over the steps, a colour for each kind of end."""
-    order = {BEST: 0, WHOLE: 1, EARLY: 2, BAD: 3}
+def _curves(rows: Sequence[TrialRow]) -> list[LineChart]:
+    """Return charts of held-out loss and accuracy over the steps, with a colour for each kind of trial."""
+    order = {BEST_KIND: 0, WHOLE: 1, EARLY: 2, BAD: 3}
     rows = sorted(rows, key=lambda row: order[row.kind])
 
     def lines(values: Mapping[int, Sequence[float]]) -> list[Series]:
@@ -151,9 +151,9 @@ def curves(rows: Sequence[TrialRow]) -> list[LineChart]:
 
 
 def parallel_chart(rows: Sequence[TrialRow]) -> ParallelChart:
-    """Return the settings side by side, with the last loss and accuracy at the end."""
+    """Build parallel coordinates of the settings with the last loss and accuracy."""
     keys = list(dict.fromkeys(key for row in rows for key in row.settings))
-    columns: dict[str, list[Value | None]] = {key: [row.settings.get(key) for row in rows] for key in keys}
+    columns: dict[str, list[_Value | None]] = {key: [row.settings.get(key) for row in rows] for key in keys}
     columns["held-out loss"] = [row.losses[-1] for row in rows]
     if all(row.accuracies for row in rows):
         columns["accuracy"] = [row.accuracies[-1] for row in rows]
@@ -162,20 +162,22 @@ def parallel_chart(rows: Sequence[TrialRow]) -> ParallelChart:
         axis, places = scaled(name, values)
         axes.append(axis)
         heights.append(places)
-    order = [BEST, WHOLE, EARLY, BAD]
+    order = [BEST_KIND, WHOLE, EARLY, BAD]
     numbered = sorted(range(len(rows)), key=lambda index: order.index(rows[index].kind))
     paths = [
         Path(rows[index].kind, [column[index] for column in heights], faint=rows[index].kind in (EARLY, BAD))
         for index in numbered
     ]
-    best = next((row for row in rows if row.kind == BEST), None)
-    said = f"The best is trial {best.number}: " if best else "There is no best: "
-    described = ", ".join(f"{key} {written(value)}" for key, value in best.settings.items()) if best else "none ended"
-    return ParallelChart("Settings and results", axes, paths, said + described + ".")
+    best = next((row for row in rows if row.kind == BEST_KIND), None)
+    prefix = f"The best is trial {best.number}: " if best else "There is no best: "
+    described = (
+        ", ".join(f"{key} {_format_setting(value)}" for key, value in best.settings.items()) if best else "none ended"
+    )
+    return ParallelChart("Settings and results", axes, paths, prefix + described + ".")
 
 
-def scaled(name: str, values: Sequence[Value | None]) -> tuple[Axis, list[float | None]]:
-    """Return an axis and each value's height on it; numbers over several powers of ten by their logarithm."""
+def scaled(name: str, values: Sequence[_Value | None]) -> tuple[Axis, list[float | None]]:
+    """Return an axis and each value's height on it; a wide range of numbers is scaled by its logarithm."""
     known = [value for value in values if value is not None]
     if not all(isinstance(value, int | float) for value in known):
         names = sorted({str(value) for value in known})
@@ -193,29 +195,29 @@ def scaled(name: str, values: Sequence[Value | None]) -> tuple[Axis, list[float 
         return math.log(value / low) / math.log(high / low) if log else (value - low) / (high - low)
 
     distinct = sorted(set(numbers))
-    shown = distinct if len(distinct) <= NUM_TICKS and name not in ("held-out loss", "accuracy") else [low, high]
-    return Axis(name, [(height(value), f"{value:.3g}") for value in dict.fromkeys(shown)]), [
+    ticks = distinct if len(distinct) <= _NUM_TICKS and name not in ("held-out loss", "accuracy") else [low, high]
+    return Axis(name, [(height(value), f"{value:.3g}") for value in dict.fromkeys(ticks)]), [
         None if value is None or not math.isfinite(float(value)) else height(float(value)) for value in values
     ]
 
 
-def importance_of(shares: Mapping[str, float]) -> list[Table]:
-    """Return a bar for each setting, the most important first."""
+def _importance_of(shares: Mapping[str, float]) -> list[Table]:
+    """Return bars of the settings' importance, the most important first."""
     if not shares:
         return []
     rows = [(key, share, None) for key, share in sorted(shares.items(), key=lambda item: -item[1])]
     return [bar_chart("Share of the differences in held-out loss that a setting explains alone", ("setting", ""), rows)]
 
 
-def cost_chart(rows: Sequence[TrialRow]) -> Table:
-    """Return each trial's seconds as bars."""
+def _cost_chart(rows: Sequence[TrialRow]) -> Table:
+    """Return bars of each trial's seconds."""
     most = max(row.seconds for row in rows)
     bars = [(f"trial {row.number} ({row.kind})", row.seconds, None) for row in sorted(rows, key=lambda r: r.number)]
     return bar_chart("Seconds of each trial", ("trial", "seconds"), bars, maximum=most or 1.0, percent=False)
 
 
-def unbeaten_table(rows: Sequence[Sequence[Cell]]) -> list[Table]:
-    """Return what no other setting beats in both quality and cost, where there is a choice."""
+def _pareto_table(rows: Sequence[Sequence[Cell]]) -> list[Table]:
+    """Return the Pareto front of quality and cost, if it has several settings."""
     if len(rows) < 2:
         return []
-    return [Table(["trial", "held-out loss", "accuracy", "seconds"], rows, "Not beaten in both quality and cost")]
+    return [Table(["trial", "held-out loss", "accuracy", "seconds"], rows, "Pareto front of quality and cost")]

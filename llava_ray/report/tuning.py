@@ -1,4 +1,4 @@
-"""The report of a tuning: what it learnt, how the loss fell, and a look at its answers."""
+"""The report of a fine-tuning: accuracy, loss curves and sample answers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from llava_ray.report.pieces import (
     bar_chart,
 )
 
-SMOOTHING = 0.9
+_SMOOTHING = 0.9
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Held-out accuracy of the model beside the best guess without the image, for all questions or one kind."""
+    """Held-out accuracy of the model and of the blind baseline, for all questions or one kind."""
 
     name: str
     model: float
@@ -38,7 +38,7 @@ def tuning_report(
     seconds: Mapping[str, float],
     links: Links,
 ) -> Report:
-    """Lay out a tuning's report; the first accuracy is that over all questions, ``losses`` are by stage and step."""
+    """Build a fine-tuning's report; the first accuracy is that of all questions, ``losses`` are by stage and step."""
     total = accuracies[0]
     facts = [
         Fact("held-out accuracy", f"{total.model:.1%}", f"{total.num_questions:,} test questions"),
@@ -54,19 +54,19 @@ def tuning_report(
         f"{total.model:.1%} of {total.num_questions:,} held-out questions answered right. Without the image, the most "
         f"frequent answer to each question gets {total.blind:.1%}.",
         [
-            Section("What it learnt", [accuracy, *no_better]),
-            Section("Loss", [loss_chart(stage, values) for stage, values in losses.items()]),
+            Section("Accuracy", [accuracy, *no_better]),
+            Section("Loss", [_loss_chart(stage, values) for stage, values in losses.items()]),
             Section(
                 "Test images", [Gallery(pictures)], "Questions about images never seen in training, drawn at random."
             ),
             Section("Time", [times]),
-            Section("Where things are", [links]),
+            Section("Files", [links]),
         ],
         facts,
     )
 
 
-def loss_chart(stage: str, losses: Sequence[float]) -> LineChart:
+def _loss_chart(stage: str, losses: Sequence[float]) -> LineChart:
     """Draw a stage's loss, the raw values faint behind a smoothed line."""
     steps = list(range(1, len(losses) + 1))
     raw = Series("each step", steps, losses, faint=True)
@@ -74,10 +74,10 @@ def loss_chart(stage: str, losses: Sequence[float]) -> LineChart:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Return the exponential moving average, without the pull towards 0 at its start."""
+    """Compute the exponential moving average, corrected for the bias towards 0 at its start."""
     averages, sum_of_values, sum_of_weights = [], 0.0, 0.0
     for value in values:
-        sum_of_values = SMOOTHING * sum_of_values + value
-        sum_of_weights = SMOOTHING * sum_of_weights + 1
+        sum_of_values = _SMOOTHING * sum_of_values + value
+        sum_of_weights = _SMOOTHING * sum_of_weights + 1
         averages.append(sum_of_values / sum_of_weights)
     return averages

@@ -1,4 +1,4 @@
-"""Reviews by a judge behind an API: rubric, verdicts, limiter, ledger, reviewers. It knows no benchmark, no torch.
+"""Reviews by a judge behind an API: rubric, verdicts, limiter, ledger, reviewers. Independent of benchmarks and torch.
 
 rubric, verdict, calls, prices, headers, faults, rates and ledger_file are pure; limiter, ledger, reviewer and pool are
 Ray's.

@@ -1,6 +1,6 @@
-"""Calls to actors that may be killed and come back: said again until they are heard, for a while.
+"""Calls to actors that may be killed and restarted: repeated until they succeed, for a limited time.
 
-Only what may be said twice is called so. What spends money never is.
+Only idempotent methods are called this way, never one that spends money.
 """
 
 import asyncio
@@ -14,29 +14,29 @@ from tenacity import AsyncRetrying, Retrying, retry_if_exception_type, stop_afte
 
 from llava_ray.errors import LlavaRayError
 
-PATIENCE_S = 120.0
-POLICY: dict[str, Any] = {
+_RETRY_S = 120.0
+_POLICY: dict[str, Any] = {
     "retry": retry_if_exception_type(RayActorError),
-    "stop": stop_after_delay(PATIENCE_S),
+    "stop": stop_after_delay(_RETRY_S),
     "wait": wait_random_exponential(multiplier=0.05, max=2.0),
     "reraise": True,
 }
 
 
-async def say(actor: ActorHandle, method: str, *arguments: Any) -> Any:
-    """Call an actor from another one. Raises RayActorError if it does not come back."""
-    return await AsyncRetrying(sleep=asyncio.sleep, **POLICY)(_called, actor, method, *arguments)
+async def call_async(actor: ActorHandle, method: str, *arguments: Any) -> Any:
+    """Call an actor from another one. Raises RayActorError if it is not restarted in time."""
+    return await AsyncRetrying(sleep=asyncio.sleep, **_POLICY)(_called, actor, method, *arguments)
 
 
-def tell(actor: ActorHandle, method: str, *arguments: Any) -> Any:
-    """Call an actor from the driver. Raises RayActorError if it does not come back, and our own errors as they are."""
-    return Retrying(sleep=time.sleep, **POLICY)(lambda: heard(getattr(actor, method).remote(*arguments)))
+def call_sync(actor: ActorHandle, method: str, *arguments: Any) -> Any:
+    """Call an actor from the driver. Raises RayActorError if it is not restarted, and the actor's own errors."""
+    return Retrying(sleep=time.sleep, **_POLICY)(lambda: get_result(getattr(actor, method).remote(*arguments)))
 
 
-def heard(answer: ray.ObjectRef) -> Any:
-    """Return an actor's answer. Raises our own errors as they were raised there, through however many actors."""
+def get_result(reference: ray.ObjectRef) -> Any:
+    """Wait for an actor's result. Raises our own errors as raised there, through any number of actors."""
     try:
-        return ray.get(answer)
+        return ray.get(reference)
     except RayTaskError as error:
         cause: BaseException | None = error
         while isinstance(cause, RayTaskError):

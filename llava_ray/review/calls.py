@@ -1,4 +1,4 @@
-"""Items to be judged, and the calls that they take: one request each, under a key that is the hash of all it says."""
+"""Items to be judged, and their calls: one request each, with a key that hashes its contents."""
 
 import base64
 import hashlib
@@ -12,40 +12,40 @@ from typing import Any, Literal
 from llava_ray.config.review import JudgeConfig
 from llava_ray.errors import DataError
 from llava_ray.review.prices import Price, find_price
-from llava_ray.review.rubric import AS_JSON, Kind, Rubric, compose
-from llava_ray.review.verdict import schema
+from llava_ray.review.rubric import AS_JSON, ReviewKind, Rubric, compose_request
+from llava_ray.review.verdict import build_response_format
 
-Order = Literal["given", "swapped"]
-TOKENS_PER_MESSAGE = 16  # roles, separators, the schema's own; generous
-BYTES_PER_TOKEN = 3  # of English text about 4.5
-REASONING = re.compile(r"(?:.*/)?(?:o[1-9]|gpt-[5-9])(?![\w])", re.IGNORECASE)
-MEDIA_TYPES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp", b"GIF8": "image/gif"}
+_Order = Literal["given", "swapped"]
+_TOKENS_PER_MESSAGE = 16  # roles, separators, the schema's own; generous
+_BYTES_PER_TOKEN = 3  # of English text about 4.5
+_REASONING = re.compile(r"(?:.*/)?(?:o[1-9]|gpt-[5-9])(?![\w])", re.IGNORECASE)
+_MEDIA_TYPES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp", b"GIF8": "image/gif"}
 
 
 @dataclass(frozen=True)
 class Item:
-    """One question with the answers to judge: one, or two of which the first is Assistant 1 of the given order."""
+    """A question with one answer to judge, or two, the first of which is Assistant 1 in the given order."""
 
     id: str
     question: str
     answers: tuple[str, ...]
     names: tuple[str, ...]
-    """Who gave each answer: "reference", or a model's name."""
+    """The source of each answer: "reference", or a model's name."""
     category: str = "default"
     context: Any = None
     image: Path | None = None
     cluster: str = ""
-    """What it shares with other items, mostly the image: they are not independent."""
+    """The unit of correlated items, mostly the image: they are not independent in statistics."""
     request: str | None = None
-    """The whole text of the request, where a benchmark words it itself."""
+    """The whole text of the request, where a benchmark defines it."""
     answer_ids: tuple[str, ...] = ()
     categories: tuple[str, ...] = ()
-    """Under which it is counted; default: its category."""
+    """Categories in which it is counted; default: its category."""
 
 
 @dataclass(frozen=True)
 class JudgeSpec:
-    """One judge: a model at an address, with its settings and price (None: not known)."""
+    """A judge: a model at an address, with its settings and price (None: unknown)."""
 
     model: str
     base_url: str
@@ -54,43 +54,43 @@ class JudgeSpec:
 
     @property
     def name(self) -> str:
-        """What it is called in reports: the model, with its address where that is not OpenAI's."""
+        """Return the name in reports: the model, with its address unless it is OpenAI's."""
         host = self.base_url.partition("://")[2].removesuffix("/v1")
         return self.model if host == "api.openai.com" else f"{self.model} at {host}"
 
     @property
     def as_json(self) -> bool:
-        """Whether the reply is held to the schema."""
+        """Return whether replies follow the JSON schema."""
         return self.config.response_format == "json_schema"
 
 
 @dataclass(frozen=True)
 class Call:
-    """One request: who is asked what, under which key, and what it can take and cost at most."""
+    """One request to a judge, with its key and upper bounds of tokens and cost."""
 
     key: str
     judge: str
     item_id: str
     pair: str
-    """Who is judged: the names of the item's answers."""
-    order: Order
+    """The names of the item's answers."""
+    order: _Order
     sample: int
-    kind: Kind
+    kind: ReviewKind
     body: dict[str, Any]
     tokens: int
-    """Estimate of prompt and output, for the rate."""
+    """Estimated tokens of prompt and output, for the rate limit."""
     dollars: float
-    """The most it can cost: as many prompt tokens as the text has bytes, and the longest output."""
+    """Upper bound of the cost: one prompt token per byte of the text, and the longest output."""
     image: Path | None = None
     image_content: bytes = b""
 
-    def loaded(self) -> "Call":
-        """Return the call with its image's content, to travel. Raises DataError."""
-        return self if self.image is None else replace(self, image_content=read_image_bytes(self.image, self.item_id))
+    def with_image_content(self) -> "Call":
+        """Return the call with its image's content, for another process. Raises DataError."""
+        return self if self.image is None else replace(self, image_content=_read_image_bytes(self.image, self.item_id))
 
 
 def list_judges(config: JudgeConfig) -> list[JudgeSpec]:
-    """Return all judges of a job, the first one first. Raises ConfigError for a price that is not known."""
+    """Return all judges of a job, the main one first. Raises ConfigError for an unknown price."""
     judges = [(config.model, config.base_url)]
     for entry in config.others:
         model, _, address = entry.partition("=")
@@ -99,17 +99,17 @@ def list_judges(config: JudgeConfig) -> list[JudgeSpec]:
 
 
 class CallPlan:
-    """All calls of a job, by number; a call's text is made when it is asked for, so that a plan stays small."""
+    """All calls of a job, by number; a call's text is built on access, so that a plan stays small."""
 
     def __init__(
         self, items: Sequence[Item], rubric: Rubric, judges: Sequence[JudgeSpec], *, both_orders: bool, samples: int
     ) -> None:
-        """List the calls, item by item, so that a job that is stopped has whole items."""
+        """List the calls, item by item, so that a stopped job has complete items."""
         self.items = items
         self.rubric = rubric
         self.judges = {judge.name: judge for judge in judges}
         self.image_hashes: dict[Path, str] = {}
-        swaps: tuple[Order, ...] = ("given", "swapped") if both_orders and rubric.kind == "pair" else ("given",)
+        swaps: tuple[_Order, ...] = ("given", "swapped") if both_orders and rubric.kind == "pair" else ("given",)
         self.slots = [
             (number, judge.name, order, sample)
             for number in range(len(items))
@@ -119,29 +119,29 @@ class CallPlan:
         ]
 
     def __len__(self) -> int:
-        """Return how many calls there are."""
+        """Return the number of calls."""
         return len(self.slots)
 
     def __getitem__(self, index: int) -> Call:
-        """Return a call. Raises DataError for an image that cannot be sent."""
+        """Build a call. Raises DataError for an image that cannot be sent."""
         number, judge, order, sample = self.slots[index]
         return self.call(self.items[number], self.judges[judge], order, sample)
 
     def __iter__(self) -> Iterator[Call]:
-        """Go through all calls."""
+        """Iterate over all calls."""
         return (self[index] for index in range(len(self)))
 
-    def call(self, item: Item, judge: JudgeSpec, order: Order, sample: int) -> Call:
-        """Word one request and hash it."""
+    def call(self, item: Item, judge: JudgeSpec, order: _Order, sample: int) -> Call:
+        """Build one request and its key."""
         answers = item.answers if order == "given" else item.answers[::-1]
         rubric = self.rubric
         if item.request is None:
-            text = compose(rubric, item.category, item.context, item.question, answers, as_json=judge.as_json)
+            text = compose_request(rubric, item.category, item.context, item.question, answers, as_json=judge.as_json)
         else:
             text = item.request + (AS_JSON if judge.as_json else "")
         image = item.image if judge.config.sees_images else None
         image_hash = self.hash_of(image, item) if image else ""
-        body = request_body(judge, rubric, text, sample)
+        body = _request_body(judge, rubric, text, sample)
         canonical = {
             "judge": [judge.base_url, judge.model],
             "rubric": rubric.version,
@@ -152,24 +152,24 @@ class CallPlan:
         }
         key = hashlib.sha256(json.dumps(canonical, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
         prompt_bytes = sum(len(message["content"].encode()) for message in body["messages"])
-        extra = 2 * TOKENS_PER_MESSAGE + (judge.config.tokens_per_image if image else 0)
+        extra = 2 * _TOKENS_PER_MESSAGE + (judge.config.tokens_per_image if image else 0)
         if judge.as_json:
             extra += len(json.dumps(body["response_format"]))
         longest = judge.config.max_tokens
         most = judge.price.cost(prompt_bytes + extra, longest) if judge.price else 0.0
-        tokens = -(-prompt_bytes // BYTES_PER_TOKEN) + extra + longest
+        tokens = -(-prompt_bytes // _BYTES_PER_TOKEN) + extra + longest
         pair = " | ".join(item.names)
         return Call(key, judge.name, item.id, pair, order, sample, rubric.kind, body, tokens, most, image)
 
     def hash_of(self, image: Path, item: Item) -> str:
-        """Return the hash of an image's content, read once. Raises DataError."""
+        """Compute the hash of an image's content, cached. Raises DataError."""
         if image not in self.image_hashes:
-            self.image_hashes[image] = hashlib.sha256(read_image_bytes(image, item.id)).hexdigest()
+            self.image_hashes[image] = hashlib.sha256(_read_image_bytes(image, item.id)).hexdigest()
         return self.image_hashes[image]
 
 
-def request_body(judge: JudgeSpec, rubric: Rubric, text: str, sample: int) -> dict[str, Any]:
-    """Return the parameters of a chat completion, images left out."""
+def _request_body(judge: JudgeSpec, rubric: Rubric, text: str, sample: int) -> dict[str, Any]:
+    """Return the parameters of a chat completion, without images."""
     config = judge.config
     messages = [{"role": "system", "content": rubric.system}] if rubric.system else []
     body: dict[str, Any] = {
@@ -181,40 +181,40 @@ def request_body(judge: JudgeSpec, rubric: Rubric, text: str, sample: int) -> di
     if config.seed is not None:
         body["seed"] = config.seed + sample
     if judge.as_json:
-        body["response_format"] = schema(rubric.kind)
+        body["response_format"] = build_response_format(rubric.kind)
     return body
 
 
 def token_limit_name(config: JudgeConfig, model: str) -> str:
-    """Return how the endpoint calls the limit of a reply: OpenAI's reasoning models refuse the older name."""
+    """Return the endpoint's name for the reply's token limit: OpenAI's reasoning models reject the older one."""
     if config.token_limit_name != "auto":
         return config.token_limit_name
-    return "max_completion_tokens" if REASONING.match(model) else "max_tokens"
+    return "max_completion_tokens" if _REASONING.match(model) else "max_tokens"
 
 
 def with_image(body: Mapping[str, Any], content: bytes) -> dict[str, Any]:
-    """Return a request whose last message shows an image before its text."""
+    """Return a request whose last message has an image before its text."""
     *others, last = body["messages"]
     encoded = base64.b64encode(content).decode()
-    shown = {"type": "image_url", "image_url": {"url": f"data:{media_type(content)};base64,{encoded}"}}
-    parts = [shown, {"type": "text", "text": last["content"]}]
+    image = {"type": "image_url", "image_url": {"url": f"data:{_media_type(content)};base64,{encoded}"}}
+    parts = [image, {"type": "text", "text": last["content"]}]
     return {**body, "messages": [*others, {**last, "content": parts}]}
 
 
-def media_type(content: bytes) -> str | None:
-    """Return what an encoded image is, by its first bytes; None for what judges do not take."""
-    return next((kind for start, kind in MEDIA_TYPES.items() if content.startswith(start)), None)
+def _media_type(content: bytes) -> str | None:
+    """Return the media type of an encoded image; None if judges do not accept it."""
+    return next((kind for start, kind in _MEDIA_TYPES.items() if content.startswith(start)), None)
 
 
-def read_image_bytes(path: Path, item: str) -> bytes:
-    """Read an image file as it is. Raises DataError."""
+def _read_image_bytes(path: Path, item: str) -> bytes:
+    """Read an image file without decoding. Raises DataError."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(
             f"item {item!r}: cannot read the image {path}: {error.strerror}; check --image_folder"
         ) from error
-    if media_type(content) is None:
+    if _media_type(content) is None:
         raise DataError(
             f"item {item!r}: {path} is no PNG, JPEG, WebP or GIF file, and judges take no other: convert it"
         )

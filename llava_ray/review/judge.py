@@ -1,4 +1,4 @@
-"""One request to a judge over OpenAI's API: its reply, or a fault that says whether it may have been paid."""
+"""One request to a judge over OpenAI's API: its reply, or an error that says whether it may have been billed."""
 
 import asyncio
 import json
@@ -15,7 +15,7 @@ from llava_ray.review.faults import RequestError, body_fault, connection_fault, 
 from llava_ray.review.headers import Reported, read_headers
 
 NO_KEY = "none"
-MAX_TOKENS = 2**40  # beyond, a count is none
+_MAX_TOKENS = 2**40  # a larger count is invalid
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Usage:
 
 
 @dataclass(frozen=True)
-class Reply:
-    """What a judge said, and what it took."""
+class JudgeReply:
+    """A judge's reply with its usage."""
 
     content: str
     usage: Usage | None
@@ -39,15 +39,15 @@ class Reply:
     reported: Reported = field(default_factory=Reported)
 
 
-class Judge(Protocol):
-    """Whoever answers a chat completion."""
+class JudgeClient(Protocol):
+    """A client for chat completions."""
 
-    async def ask(self, body: Mapping[str, Any]) -> Reply:
-        """Send one request, once. Raises RequestError."""
+    async def ask(self, body: Mapping[str, Any]) -> JudgeReply:
+        """Send one request without retries. Raises RequestError."""
         ...
 
     async def close(self) -> None:
-        """Hang up."""
+        """Close the connections."""
         ...
 
 
@@ -55,14 +55,14 @@ class OpenAIJudge:
     """A judge behind an OpenAI-compatible endpoint."""
 
     def __init__(self, client: AsyncOpenAI, spec: JudgeSpec) -> None:
-        """Keep the client."""
+        """Initialise with a client."""
         self.client = client
         self.spec = spec
         self.timeout_s = spec.config.timeout_s
 
     @classmethod
     def connect(cls, spec: JudgeSpec) -> Self:
-        """Make a client that sends a request once: who may send again is decided elsewhere."""
+        """Build a judge whose client does not retry: retries need a new lease."""
         return cls(
             AsyncOpenAI(
                 base_url=spec.base_url,
@@ -73,10 +73,10 @@ class OpenAIJudge:
             spec,
         )
 
-    async def ask(self, body: Mapping[str, Any]) -> Reply:
-        """Send one request, once. Raises RequestError."""
+    async def ask(self, body: Mapping[str, Any]) -> JudgeReply:
+        """Send one request without retries. Raises RequestError."""
         try:
-            # The client's own timeout starts anew with every piece of a slow body.
+            # The client's own timeout restarts with every chunk of a slow body.
             async with asyncio.timeout(self.timeout_s):
                 raw = await self.client.chat.completions.with_raw_response.create(**body)
         except TimeoutError as error:
@@ -88,52 +88,52 @@ class OpenAIJudge:
         return read_reply(raw.http_response.content, read_headers(raw.headers), self.spec)
 
     async def close(self) -> None:
-        """Hang up."""
+        """Close the connections."""
         await self.client.close()
 
 
-def read_reply(content: bytes, reported: Reported, spec: JudgeSpec | None = None) -> Reply:
-    """Read a chat completion. Raises RequestError: what came may have been paid."""
+def read_reply(content: bytes, reported: Reported, spec: JudgeSpec | None = None) -> JudgeReply:
+    """Parse a chat completion. Raises RequestError, since an invalid reply may have been billed."""
     try:
         data = json.loads(content)
         if spec and isinstance(data, dict) and "choices" not in data and ("error" in data or "message" in data):
             raise body_fault(data, spec, reported)
         choice = data["choices"][0]
-        text = read_text(choice["message"]["content"]) or choice["message"].get("refusal") or ""
+        text = _read_reply_text(choice["message"]["content"]) or choice["message"].get("refusal") or ""
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise content_fault(content, spec, reported, f"{type(error).__name__}: {error}"[:200]) from error
     if not isinstance(text, str):
         raise content_fault(content, spec, reported, "its content is no text")
-    return Reply(
-        whole(text),
+    return JudgeReply(
+        _valid_utf8(text),
         read_usage(data.get("usage")),
-        whole(str(data.get("model") or "")),
-        whole(str(data.get("system_fingerprint") or "")),
-        whole(str(choice.get("finish_reason") or "")),
+        _valid_utf8(str(data.get("model") or "")),
+        _valid_utf8(str(data.get("system_fingerprint") or "")),
+        _valid_utf8(str(choice.get("finish_reason") or "")),
         reported,
     )
 
 
-def read_text(content: Any) -> Any:
-    """Return a reply's text; of several parts, those that are text."""
+def _read_reply_text(content: Any) -> Any:
+    """Return a reply's text; the joined text parts if there are several."""
     if not isinstance(content, list):
         return content
     return "".join(part["text"] for part in content if part["type"] == "text")
 
 
-def whole(text: str) -> str:
-    """Return a text with a question mark for each half of a character: files can hold it."""
+def _valid_utf8(text: str) -> str:
+    """Replace lone surrogates by question marks, so that files can hold the text."""
     return text.encode("utf-8", "replace").decode()
 
 
 def read_usage(usage: Any) -> Usage | None:
-    """Return the tokens that a reply reports; None where it reports none."""
+    """Parse the tokens that a reply reports; None if it reports none."""
     if not isinstance(usage, dict):
         return None
     details = usage.get("prompt_tokens_details")
     cached = details.get("cached_tokens") if isinstance(details, dict) else None
     numbers: tuple[Any, ...] = (usage.get("prompt_tokens"), cached or 0, usage.get("completion_tokens") or 0)
-    if not all(type(number) is int and 0 <= number <= MAX_TOKENS for number in numbers):
+    if not all(type(number) is int and 0 <= number <= _MAX_TOKENS for number in numbers):
         return None
     prompt, cached, output = numbers
     return Usage(prompt, min(prompt, cached), output)

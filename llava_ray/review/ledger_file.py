@@ -1,8 +1,12 @@
-"""The ledger: what was asked and what came of it, line by line, on the disk before it counts.
+"""The ledger: an append-only log of calls and their results, on the disk before they count.
 
-A call (a key) is claimed → sent → done or failed. An attempt that brought nothing is ``returned``: "refused" (it cost
-nothing), "uncertain" (it may have been paid) or "wasted" (paid, and no scores in it). A line is whole or is not there;
-one process writes at a time. ``done`` lines are a cache for every later run.
+A call (a key) is claimed → sent → done or failed. An attempt without result is ``returned``: "refused" (not billed),
+"uncertain" (it may have been billed) or "wasted" (billed, without scores). A line is complete or absent; one process
+writes at a time. ``done`` lines are a cache for every later run.
+
+The ``sent`` row is on the disk *before* the request leaves: after a crash every request that may have been billed is
+known, and counts with its largest cost. Written afterwards, a crash in between would lose a paid call, and the budget
+would be exceeded unnoticed.
 """
 
 import contextlib
@@ -19,31 +23,31 @@ from typing import Any, Literal
 
 from llava_ray.errors import ConfigError, DataError
 
-State = Literal["new", "claimed", "sent", "done", "failed"]
-FINAL = ("done", "failed")
-COUNTED = (*FINAL, "refused", "uncertain", "wasted")
-LOCK_RETRY_S = 0.1
+_State = Literal["new", "claimed", "sent", "done", "failed"]
+_FINAL = ("done", "failed")
+_COUNTED = (*_FINAL, "refused", "uncertain", "wasted")
+_LOCK_RETRY_S = 0.1
 BATCH = "batch/"
-"""How the name of whoever sends in batches begins: its calls outlive the job, and are asked for by the next one."""
-MAX_RECENT = 100_000
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Prefix of a batch's owner: its calls outlive the job, and the next one polls them."""
+_MAX_RECENT = 100_000
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass
 class Entry:
-    """Where a call stands."""
+    """The state of a call."""
 
-    state: State = "new"
+    state: _State = "new"
     by: str = ""
     lease: str = ""
-    """The attempt that was sent last."""
+    """The last attempt that was sent."""
     dollars: float = 0.0
-    """The most that it can cost."""
+    """The upper bound of its cost."""
 
 
 @dataclass
 class Account:
-    """What the calls in a ledger have cost and how often it took more than one."""
+    """The totals of a ledger: costs, tokens and numbers of attempts."""
 
     spent: float = 0.0
     sent: int = 0
@@ -59,30 +63,30 @@ class Account:
 
 @dataclass(frozen=True)
 class Sent:
-    """An attempt, as a limiter that starts anew has to know it."""
+    """An attempt, as a restarted limiter needs it."""
 
     lease: str
     judge: str
     time: float
-    """When, in seconds since 1970."""
+    """Seconds since 1970."""
     tokens: float
     dollars: float
 
 
 @dataclass(frozen=True)
-class Standing:
-    """What a limiter that starts anew takes over."""
+class LedgerState:
+    """The state that a restarted limiter restores."""
 
     spent: float
     recent: list[Sent]
-    """What was sent within the window, back or not."""
+    """Attempts that were sent within the window, finished or not."""
     under_way: list[Sent]
-    """What is not back."""
+    """Attempts without a reply."""
 
 
 @dataclass
 class LedgerFile:
-    """One ledger, open for writing. What a job of another ``session`` has sent and not got back is uncertain."""
+    """A ledger open for writing. Attempts of another ``session`` without a reply are uncertain."""
 
     path: Path
     session: str
@@ -91,19 +95,19 @@ class LedgerFile:
     account: Account = field(default_factory=Account)
     epoch: str = ""
     costs: dict[str, float] = field(default_factory=dict)
-    """What the last attempts cost, by lease."""
+    """Costs of the last attempts, by lease."""
     batches: dict[str, str] = field(default_factory=dict)
-    """Ids of batches at the endpoint, by who sent them."""
-    recent: deque[Sent] = field(default_factory=lambda: deque(maxlen=MAX_RECENT))
-    """The last attempts, in the order in which they were sent."""
+    """Ids of batches at the endpoint, by owner."""
+    recent: deque[Sent] = field(default_factory=lambda: deque(maxlen=_MAX_RECENT))
+    """The last attempts, in order of sending."""
     end: int = 0
-    """How many bytes of whole lines there are."""
+    """Bytes of complete lines."""
 
     def __post_init__(self) -> None:
-        """Open, lock, cut a line that was not finished, and read the others. Raises ConfigError, DataError."""
-        with writing(self.path):
+        """Open and lock the file, truncate a partial last line, and load the rest. Raises ConfigError or DataError."""
+        with translate_write_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            check_ordinary(self.path)
+            _check_ordinary(self.path)
             self.file = self.path.open("a+b", buffering=0)
         try:
             self._lock()
@@ -115,23 +119,24 @@ class LedgerFile:
             self._take_over()
 
     def close(self) -> None:
-        """Let others write."""
+        """Close the file and release its lock."""
         self.file.close()
 
     def claim(self, keys: Sequence[str], by: str) -> list[str]:
-        """Give calls to a reviewer; return those that it got: not those that are done or another's."""
-        got = []
+        """Assign calls to a reviewer; return those assigned, without finished ones and those of others."""
+        claimed = []
         for key in keys:
             entry = self.entries.get(key)
             if entry is None or entry.state in ("new", "failed") or (entry.by == by and entry.state == "claimed"):
-                got.append(key)
+                claimed.append(key)
                 self._write({"state": "claimed", "key": key, "by": by})
-        return got
+        return claimed
 
     def send(self, row: Mapping[str, Any]) -> str:
-        """Note that a call is about to be sent; return why it must not be, or "".
+        """Record that a call is about to be sent; return the reason why it must not be, or "".
 
-        ``row``: key, by, epoch (of the limiter that let it go), lease, judge, tokens, dollars. Said twice, it is one.
+        ``row``: key, by, epoch (of the limiter that granted it), lease, judge, tokens, dollars. Idempotent. A stale
+        epoch is rejected: that limiter was killed, and its successor does not know the lease.
         """
         entry = self.entries.get(row["key"])
         if entry is None or entry.by != row["by"]:
@@ -145,65 +150,65 @@ class LedgerFile:
         self._write({"state": "sent", "time": round(time.time(), 3), **row})
         return ""
 
-    def give_back(self, row: Mapping[str, Any]) -> None:
-        """Note that an attempt brought nothing: key, lease, outcome, reason, dollars."""
+    def record_returned(self, row: Mapping[str, Any]) -> None:
+        """Record an attempt without result: key, lease, outcome, reason, dollars."""
         entry = self.entries.get(row["key"])
         if entry is not None and entry.state == "sent" and entry.lease == row["lease"]:
             self._write({"state": "returned", **row})
 
     def release(self, keys: Sequence[str]) -> None:
-        """Let calls that are claimed be claimed by others."""
+        """Release claimed calls, so that others can claim them."""
         for key in keys:
             if self.entries[key].state == "claimed":
                 self._write({"state": "claimed", "key": key, "by": ""})
 
     def finish(self, row: Mapping[str, Any]) -> None:
-        """Note a call's end, once: state "done" (with reply, verdict, dollars, usage) or "failed" (with reason)."""
+        """Record a call's end, once: state "done" (with reply, verdict, dollars, usage) or "failed" (with reason)."""
         entry = self.entries.get(row["key"])
-        if entry is None or entry.state not in FINAL:
+        if entry is None or entry.state not in _FINAL:
             self._write(dict(row))
 
     def abandon(self, by: str, reason: str) -> dict[str, float]:
-        """Take everything from a reviewer that is gone; return what its leases cost, those that are uncertain the most.
+        """Release all calls of a dead reviewer; return the costs of its leases, the largest for uncertain ones.
 
-        Whoever was killed between its last word here and its last word to the limiter has left a lease there.
+        A reviewer that was killed between its last row here and its settlement has left a lease with the limiter.
         """
         lost = {lease: dollars for lease, dollars in self.costs.items() if lease.startswith(f"{by}/")}
         for key, entry in self.entries.items():
             if entry.by == by and entry.state in ("claimed", "sent"):
                 if entry.state == "sent":
                     lost[entry.lease] = entry.dollars
-                    self.give_back(_uncertain(key, entry, reason))
+                    self.record_returned(_uncertain(key, entry, reason))
                 self._write({"state": "claimed", "key": key, "by": ""})
         return lost
 
     def name_batch(self, by: str, batch: str) -> None:
-        """Note the endpoint's id of a batch."""
+        """Record the endpoint's id of a batch."""
         self._write({"state": "batch", "by": by, "id": batch})
         self.sync()
 
     def in_batches(self) -> dict[str, list[str]]:
-        """Return the calls that are out in batches, by who sent them."""
+        """Return the calls in open batches, by owner."""
         found: dict[str, list[str]] = {}
         for key, entry in self.entries.items():
             if entry.state == "sent" and entry.by.startswith(BATCH):
                 found.setdefault(entry.by, []).append(key)
         return found
 
-    def adopt(self, epoch: str, window_s: float) -> Standing:
-        """Take orders from a limiter that starts anew, and from no other."""
+    def register_limiter(self, epoch: str, window_s: float) -> LedgerState:
+        """Accept leases of a new limiter only, and return the state that it restores."""
         self._write({"state": "limiter", "epoch": epoch})
         since = time.time() - window_s
         open_leases = {entry.lease: entry.dollars for entry in self.entries.values() if entry.state == "sent"}
-        return Standing(
+        return LedgerState(
             self.account.spent,
             [sent for sent in self.recent if sent.time >= since],
             [sent for sent in self.recent if sent.lease in open_leases],
         )
 
     def sync(self) -> None:
-        """Wait until everything is on the disk. Raises ConfigError."""
-        with writing(self.path):
+        """Wait until all rows are on the disk. Raises ConfigError."""
+        with translate_write_errors(self.path):
             os.fsync(self.file.fileno())
 
     def _lock(self) -> None:
@@ -217,7 +222,7 @@ class LedgerFile:
                         f"another review is writing {self.path}: wait for it (it then costs nothing again), or choose "
                         "another --output or --ledger"
                     ) from error
-                time.sleep(LOCK_RETRY_S)
+                time.sleep(_LOCK_RETRY_S)
             else:
                 return
 
@@ -228,10 +233,10 @@ class LedgerFile:
                 if not line.endswith(b"\n"):
                     break
                 self.end += len(line)
-                row = parse_line(line, self.path)
+                row = _parse_line(line, self.path)
                 session = row["session"] if row["state"] == "session" else session
                 self._apply(row)
-        with writing(self.path):
+        with translate_write_errors(self.path):
             self.file.truncate(self.end)
         return session
 
@@ -241,21 +246,21 @@ class LedgerFile:
             if entry.state == "sent" and entry.by.startswith(BATCH):
                 continue
             if entry.state == "sent":
-                self.give_back(_uncertain(key, entry, "the job that sent it was stopped"))
+                self.record_returned(_uncertain(key, entry, "the job that sent it was stopped"))
             if entry.state == "claimed":
                 self._write({"state": "claimed", "key": key, "by": ""})
         self.sync()
 
     def _write(self, row: Mapping[str, Any]) -> None:
         line = json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-        with writing(self.path):
+        with translate_write_errors(self.path):
             try:
                 rest = memoryview(line)
                 while rest:
                     rest = rest[self.file.write(rest) :]
             except OSError:
                 with contextlib.suppress(OSError):
-                    self.file.truncate(self.end)  # a line is whole or is not there
+                    self.file.truncate(self.end)  # remove the partial line
                 raise
         self.end += len(line)
         self._apply(row)
@@ -272,7 +277,7 @@ class LedgerFile:
         if state == "claimed":
             entry.by, entry.state = row["by"], "claimed" if row["by"] else "new"
             return
-        add_to_account(self.account, row)
+        _add_to_account(self.account, row)
         if state == "sent":
             entry.state, entry.lease, entry.dollars = "sent", row["lease"], row["dollars"]
             self.recent.append(Sent(row["lease"], row["judge"], row["time"], row["tokens"], row["dollars"]))
@@ -280,16 +285,16 @@ class LedgerFile:
         entry.state = "claimed" if state == "returned" else state
         if "lease" in row:
             self.costs[row["lease"]] = row.get("dollars", 0.0)
-            if len(self.costs) > MAX_RECENT:
+            if len(self.costs) > _MAX_RECENT:
                 del self.costs[next(iter(self.costs))]
 
 
-def add_to_account(account: Account, row: Mapping[str, Any]) -> None:
-    """Count a line in."""
+def _add_to_account(account: Account, row: Mapping[str, Any]) -> None:
+    """Add a row to the totals."""
     if row["state"] == "sent":
         account.sent += 1
     name = row.get("outcome") if row["state"] == "returned" else row["state"]
-    if name not in COUNTED:
+    if name not in _COUNTED:
         return
     setattr(account, name, getattr(account, name) + 1)
     account.spent += row.get("dollars", 0.0)
@@ -300,42 +305,42 @@ def add_to_account(account: Account, row: Mapping[str, Any]) -> None:
 
 
 def read_account(path: Path) -> Account:
-    """Return the sums over a ledger's lines. Raises DataError."""
+    """Compute the totals of a ledger. Raises DataError."""
     account = Account()
-    for row in read_rows(path):
-        add_to_account(account, row)
+    for row in read_ledger_rows(path):
+        _add_to_account(account, row)
     return account
 
 
 def read_final_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Go through the done and failed lines of a ledger that may be in use. Raises DataError."""
-    for row in read_rows(path):
-        if row["state"] in FINAL:
+    """Yield the done and failed rows of a ledger that may be in use. Raises DataError."""
+    for row in read_ledger_rows(path):
+        if row["state"] in _FINAL:
             yield row
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Go through a ledger's whole lines; none where there is no file. Raises ConfigError, DataError."""
-    check_ordinary(path)
+def read_ledger_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield a ledger's complete rows; none if there is no file. Raises ConfigError, DataError."""
+    _check_ordinary(path)
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), path.open("rb") as file:
         for line in file:
             if line.endswith(b"\n"):
-                yield parse_line(line, path)
+                yield _parse_line(line, path)
 
 
-def check_ordinary(path: Path) -> None:
-    """Raise ConfigError for a folder or a device in a ledger's place."""
+def _check_ordinary(path: Path) -> None:
+    """Check that a ledger's path is not a folder or device. Raises ConfigError."""
     if path.exists() and not path.is_file():
         raise ConfigError(f"{path} is no ordinary file, and no ledger can be kept in it: choose another --ledger")
 
 
-def parse_line(line: bytes, path: Path) -> dict[str, Any]:
-    """Return a line's row. Raises DataError."""
+def _parse_line(line: bytes, path: Path) -> dict[str, Any]:
+    """Parse a line. Raises DataError."""
     try:
         row = json.loads(line)
     except ValueError as error:
         raise DataError(
-            f"{path} is damaged: {error} in {line[:60]!r}; remove that line, its call is paid again"
+            f"{path} is damaged: {error} in {line[:60]!r}; remove that line; its call will be billed again"
         ) from error
     if not isinstance(row, dict) or "state" not in row:
         raise DataError(f"{path} is no ledger: it has a line {line[:60]!r}; choose another --ledger")
@@ -343,15 +348,15 @@ def parse_line(line: bytes, path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failure to write a file into ConfigError, which names it and says what to do."""
+def translate_write_errors(path: Path) -> Iterator[None]:
+    """Translate an OSError of writing a file to a ConfigError with the remedy."""
     try:
         yield
     except OSError as error:
-        told = error.strerror or str(error)
-        remedy = "make room there" if error.errno in NO_ROOM else "see to it"
+        message = error.strerror or str(error)
+        remedy = "free some space" if error.errno in _NO_ROOM else "check the folder"
         raise ConfigError(
-            f"cannot write {path}: {told}; {remedy}, or choose another --output, and the same command goes on"
+            f"cannot write {path}: {message}; {remedy}, or choose another --output, and run the command again"
         ) from error
 
 

@@ -1,14 +1,14 @@
-"""What judges cost, with the day on which it was so."""
+"""Prices of judges, with their date."""
 
 from dataclasses import dataclass
 
 from llava_ray.config.review import JudgeConfig
 
 AS_OF = "2025-04-14"
-BATCH_SHARE = 0.5  # of the price, over OpenAI's Batch API
-MILLION = 1_000_000
+_BATCH_SHARE = 0.5  # of the price, with OpenAI's Batch API
+_MILLION = 1_000_000
 
-# Dollars a million tokens: prompt, cached prompt, output.
+# Dollars per million tokens: prompt, cached prompt, output.
 PRICES = {
     "gpt-4-0613": (30.0, 30.0, 60.0),
     "gpt-4-turbo-2024-04-09": (10.0, 10.0, 30.0),
@@ -29,20 +29,20 @@ ALIASES = {
 
 @dataclass(frozen=True)
 class Price:
-    """Dollars a million tokens."""
+    """Dollars per million tokens."""
 
     prompt: float
     cached: float
     output: float
 
     def cost(self, prompt_tokens: int, output_tokens: int, cached_tokens: int = 0) -> float:
-        """Return the dollars that a call takes; ``cached_tokens`` are among the prompt's."""
-        fresh = prompt_tokens - cached_tokens
-        return (fresh * self.prompt + cached_tokens * self.cached + output_tokens * self.output) / MILLION
+        """Compute the dollars of a call; ``cached_tokens`` are among the prompt's."""
+        uncached = prompt_tokens - cached_tokens
+        return (uncached * self.prompt + cached_tokens * self.cached + output_tokens * self.output) / _MILLION
 
 
 def find_price(config: JudgeConfig, model: str) -> Price | None:
-    """Return a model's price from the settings or the table; None if neither knows it."""
+    """Return a model's price from the settings or the table; None if neither has it."""
     if config.input_dollars is not None and config.output_dollars is not None:
         cached = config.input_dollars if config.cached_input_dollars is None else config.cached_input_dollars
         listed: tuple[float, float, float] | None = (config.input_dollars, cached, config.output_dollars)
@@ -50,5 +50,5 @@ def find_price(config: JudgeConfig, model: str) -> Price | None:
         listed = PRICES.get(ALIASES.get(model, model))
     if listed is None:
         return None
-    share = BATCH_SHARE if config.delivery == "batch" and config.input_dollars is None else 1.0
+    share = _BATCH_SHARE if config.delivery == "batch" and config.input_dollars is None else 1.0
     return Price(*(dollars * share for dollars in listed))

@@ -1,9 +1,9 @@
-"""How fast requests may go: requests and tokens in sliding windows, paced, as many in flight as the endpoint bears.
+"""Rate limiting: requests and tokens in sliding windows, paced, with adaptive concurrency.
 
-Pure: the time comes in with every call. A lease counts from the moment it is granted until a window after the moment
-by which its request must have arrived: the reply's, or ``arrival_s`` after the grant, whichever is first. Any window of
-the endpoint's own clock then holds at most the limit, wherever in between the request really arrived: when the last
-one of them was granted, all the others still counted.
+Pure: the time is an argument of every call. A lease counts from its grant until one window after the latest moment at
+which its request can have arrived: the reply's, or ``arrival_s`` after the grant, whichever is first. Any window of the
+endpoint's own clock then holds at most the limit, whenever in between the request really arrived: when the last of
+them was granted, all the others still counted.
 """
 
 import heapq
@@ -15,20 +15,20 @@ from dataclasses import dataclass, field
 from llava_ray.config.review import LimitsConfig
 from llava_ray.review.headers import Quota, Reported
 
-PACE = 1.25
-"""How much faster than the limit requests may go, to make up for time in which nobody asked; the windows still hold."""
+_PACE = 1.25
+"""Pace relative to the limit: faster, to make up for idle time; the windows still bound the total."""
 FIRST_CONCURRENCY = 8.0
-CUT, CUT_COOLDOWN_S = 0.7, 2.0
-SATURATED = 0.8
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 60.0
-LONGEST_RESET_S = 60.0
+_CUT, _CUT_COOLDOWN_S = 0.7, 2.0
+_SATURATED = 0.8
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 60.0
+_LONGEST_RESET_S = 60.0
 
 
 class Window:
-    """One limit: what counts now, the pace, and what others have used of it."""
+    """One limit: the amounts that count now, the pace, and the use by other clients."""
 
     def __init__(self, per_minute: float | None, limits: LimitsConfig, now: float) -> None:
-        """Start with what may be sent at once, and nothing used."""
+        """Initialise with a full burst and nothing used."""
         self.configured = per_minute
         self.length = limits.window_s
         self.burst_s = limits.burst_s
@@ -43,16 +43,16 @@ class Window:
 
     @property
     def rate(self) -> float:
-        """What may go in a second."""
-        return PACE * self.limit / self.length
+        """Return the amount per second."""
+        return _PACE * self.limit / self.length
 
     @property
     def capacity(self) -> float:
-        """What may be sent at once after a rest."""
+        """Return the largest burst."""
         return max(1.0, self.rate * self.burst_s)
 
     def take(self, amount: float, until: float) -> int:
-        """Count an amount until a moment; return its number."""
+        """Count an amount until a time; return its number."""
         number = next(self.numbers)
         self.amounts[number] = amount
         self.used += amount
@@ -62,20 +62,20 @@ class Window:
         return number
 
     def correct(self, number: int, amount: float, until: float) -> None:
-        """Count another amount instead, until another moment."""
+        """Replace a counted amount and its end time."""
         before = self.amounts.pop(number, None)
-        if before is None:  # its time is over; what is counted too late is counted nevertheless
+        if before is None:  # it has expired already: count it nevertheless
             before = amount
             self.used += amount
         self.used += amount - before
-        # Beyond the capacity, too: what was set aside for longer answers than came is still to be used.
+        # May exceed the capacity: tokens that were reserved for longer answers than came can still be used.
         self.level += before - amount
         fresh = next(self.numbers)
         self.amounts[fresh] = amount
         heapq.heappush(self.ends, (until, fresh))
 
     def delay(self, amount: float, now: float) -> float:
-        """Return the seconds until the amount may go, as far as is known now; 0 for at once."""
+        """Compute the seconds until an amount is allowed, as far as known now; 0 for at once."""
         self._advance(now)
         if not math.isfinite(self.limit):
             return 0.0
@@ -87,11 +87,11 @@ class Window:
         return max(pace, self.ends[0][0] - now if self.ends else self.length / 10)
 
     def fits(self, amount: float) -> bool:
-        """Tell whether an amount can ever go."""
+        """Return whether an amount is within the limit at all."""
         return amount <= self.limit
 
     def observe(self, quota: Quota, now: float) -> None:
-        """Take over what the endpoint says: a lower limit than ours, and what others have used."""
+        """Update from the endpoint's headers: a lower limit than ours, and the use by other clients."""
         if quota.limit is not None:
             self.limit = min(self._in_window(self.configured), self._in_window(quota.limit))
             self.level = min(self.level, self.capacity)
@@ -118,7 +118,7 @@ class Window:
 
 @dataclass
 class Flight:
-    """A request that is under way, as the rate sees it."""
+    """A request in flight."""
 
     granted: float
     numbers: tuple[int, int]
@@ -126,8 +126,8 @@ class Flight:
 
 
 @dataclass
-class Gate:
-    """The rate of one judge: both windows, the concurrency, and pauses that the endpoint asked for."""
+class RateLimit:
+    """The rate limit of one judge: both windows, the concurrency, and pauses requested by the endpoint."""
 
     limits: LimitsConfig
     now: float
@@ -141,37 +141,37 @@ class Gate:
     num_refused_in_row: int = 0
 
     def __post_init__(self) -> None:
-        """Open."""
+        """Create the windows."""
         self.requests = Window(self.limits.requests_per_minute, self.limits, self.now)
         self.tokens = Window(self.limits.tokens_per_minute, self.limits, self.now)
         self.concurrency = min(FIRST_CONCURRENCY, self.limits.max_concurrency)
 
     def delay(self, tokens: float, now: float) -> float:
-        """Return the seconds until a request may go, as far as is known; inf: when another one has come back."""
+        """Compute the seconds until a request is allowed, as far as known; inf: after another one returns."""
         if len(self.flights) >= int(self.concurrency):
             return math.inf
         return max(self.closed_until - now, self.requests.delay(1, now), self.tokens.delay(tokens, now), 0.0)
 
     def refusal(self, tokens: float) -> str | None:
-        """Say why a request can never go, if it cannot."""
+        """Return the reason why a request can never be allowed, or None."""
         if self.tokens.fits(tokens):
             return None
-        return f"it may take {tokens:g} tokens, and the limit lets {self.tokens.limit:g} go at a time"
+        return f"it may take {tokens:g} tokens, and the limit is {self.tokens.limit:g} per window"
 
     def grant(self, lease: str, tokens: float, now: float) -> None:
-        """Let a request go."""
+        """Grant a request and count it."""
         until = now + self.limits.arrival_s + self.limits.window_s
         self.flights[lease] = Flight(now, (self.requests.take(1, until), self.tokens.take(tokens, until)), tokens)
 
     def restore(self, lease: str, tokens: float, age: float, now: float, *, returned: bool) -> None:
-        """Count a request that an earlier limiter let go, ``age`` seconds ago."""
+        """Count a request that an earlier limiter granted ``age`` seconds ago."""
         until = now - age + self.limits.arrival_s + self.limits.window_s
         numbers = (self.requests.take(1, until), self.tokens.take(tokens, until))
         if not returned:
             self.flights[lease] = Flight(now - age, numbers, tokens)
 
     def settle(self, lease: str, tokens: float, now: float, *, unused: bool = False) -> None:
-        """Take a request back: what it really used; ``unused``: it was never sent."""
+        """Settle a request with its real use; ``unused``: it was never sent."""
         flight = self.flights.pop(lease, None)
         if flight is None:
             return
@@ -180,40 +180,40 @@ class Gate:
         self.tokens.correct(flight.numbers[1], 0 if unused else tokens, until)
 
     def succeed(self) -> None:
-        """Let more in flight where the limit is made use of: doubling until the first refusal, then one by one."""
+        """Raise the concurrency if it is used: doubling until the first refusal, then additively (slow start, AIMD)."""
         self.num_refused_in_row = 0
-        if len(self.flights) + 1 >= SATURATED * self.concurrency:
+        if len(self.flights) + 1 >= _SATURATED * self.concurrency:
             step = 1.0 if self.growing_fast else 1.0 / self.concurrency
             self.concurrency = min(float(self.limits.max_concurrency), self.concurrency + step)
 
     def throttle(self, retry_after: float | None, now: float) -> None:
-        """Take a 429: fewer in flight, and nothing goes for as long as was asked, or ever longer."""
-        if now - self.last_cut > CUT_COOLDOWN_S:
+        """Handle a 429: reduce the concurrency, and pause as requested or with exponential backoff."""
+        if now - self.last_cut > _CUT_COOLDOWN_S:
             self.last_cut, self.growing_fast = now, False
-            self.concurrency = max(1.0, self.concurrency * CUT)
+            self.concurrency = max(1.0, self.concurrency * _CUT)
             self.num_refused_in_row += 1
-        backoff = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(self.num_refused_in_row - 1, 10))
+        backoff = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(self.num_refused_in_row - 1, 10))
         self.close(now + (backoff if retry_after is None else retry_after))
 
     def trouble(self) -> None:
-        """Take a fault of the endpoint's: grow no faster."""
+        """Handle a server error: end the slow start."""
         self.growing_fast = False
 
     def observe(self, reported: Reported, now: float) -> None:
-        """Take over what a reply's headers say."""
+        """Update from a reply's headers."""
         for window, quota in ((self.requests, reported.requests), (self.tokens, reported.tokens)):
             window.observe(quota, now)
             if quota.remaining == 0 and quota.reset_s:
-                self.close(now + min(quota.reset_s, LONGEST_RESET_S))
+                self.close(now + min(quota.reset_s, _LONGEST_RESET_S))
 
     def close(self, until: float) -> None:
-        """Let nothing go before a moment."""
+        """Pause until a time."""
         self.closed_until = max(self.closed_until, until)
 
 
 @dataclass
-class Purse:
-    """What may be spent, what is spent, and what those under way can cost at most."""
+class Budget:
+    """The budget: its cap, the spent dollars, and the largest costs of calls in flight."""
 
     cap: float | None
     spent: float = 0.0
@@ -221,26 +221,26 @@ class Purse:
 
     @property
     def leased(self) -> float:
-        """The most that all those under way can still cost."""
+        """Return the largest cost of all calls in flight."""
         return math.fsum(self.leases.values())
 
     def affords(self, dollars: float) -> bool:
-        """Tell whether a call that costs at most so much may go now."""
+        """Return whether a call of at most so many dollars is allowed now."""
         return self.cap is None or self.spent + self.leased + dollars <= self.cap
 
-    def can_ever_afford(self, dollars: float) -> bool:
-        """Tell whether it may go once all those under way have come back for nothing."""
+    def can_afford_eventually(self, dollars: float) -> bool:
+        """Return whether it would be allowed if all calls in flight cost nothing."""
         return self.cap is None or self.spent + dollars <= self.cap
 
     def lease(self, lease: str, dollars: float) -> None:
-        """Set a call's largest cost aside."""
+        """Reserve a call's largest cost."""
         self.leases[lease] = dollars
 
     def settle(self, lease: str, dollars: float) -> None:
-        """Take a call back with its real cost; one that is not known here was accounted for already."""
+        """Settle a call with its real cost; ignore a lease that was settled already."""
         if self.leases.pop(lease, None) is not None:
             self.spent += dollars
 
     def held_by(self, prefix: str) -> Iterator[str]:
-        """Go through the leases whose names start so."""
+        """Yield the leases with a prefix."""
         return (lease for lease in self.leases if lease.startswith(prefix))

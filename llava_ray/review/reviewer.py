@@ -1,8 +1,8 @@
-"""A reviewer: sends calls, many at a time, each only with a lease and after the ledger knows of it.
+"""A reviewer: sends calls concurrently, each with a lease and after the ledger has recorded it.
 
 For each attempt: lease from the limiter → ``sent`` in the ledger, on the disk → the request → ``done``, ``failed`` or
-``returned`` in the ledger, on the disk → the lease settled. Whoever is killed in between, the ledger tells what may
-have been paid.
+``returned`` in the ledger, on the disk → the lease settled. Whichever process is killed in between, the ledger shows
+what may have been billed.
 """
 
 import asyncio
@@ -17,48 +17,48 @@ from ray.actor import ActorHandle
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_random_exponential
 
 from llava_ray.config.review import LimitsConfig
-from llava_ray.replies import spoken
-from llava_ray.review.actors import say
+from llava_ray.replies import remove_reasoning
+from llava_ray.review.actors import call_async
+from llava_ray.review.call_batching import CallBatcher
 from llava_ray.review.calls import Call, JudgeSpec, with_image
-from llava_ray.review.faults import Kind as FaultKind
+from llava_ray.review.faults import FaultKind as FaultKind
 from llava_ray.review.faults import RequestError
-from llava_ray.review.gathering import Gatherer
 from llava_ray.review.headers import Reported
-from llava_ray.review.judge import Judge, OpenAIJudge, Reply, Usage
-from llava_ray.review.limiter import Granted, Mood, Refused, Settlement, Wish
-from llava_ray.review.verdict import Verdict, no_scores, read_verdict
+from llava_ray.review.judge import JudgeClient, JudgeReply, OpenAIJudge, Usage
+from llava_ray.review.limiter import LeaseGranted, LeaseRefused, LeaseRequest, Settlement, SettlementOutcome
+from llava_ray.review.verdict import ReviewVerdict, describe_missing_scores, read_verdict
 
-MOODS: dict[FaultKind, Mood] = {
+_OUTCOMES: dict[FaultKind, SettlementOutcome] = {
     "throttled": "throttled",
     "trouble": "trouble",
     "rejected": "fine",
-    "fatal": "halt",
+    "fatal": "stop",
     "unparsed": "fine",
 }
-LATE = "not sent: the ledger took too long to note it; is its disk slow? raise limits.arrival_s"
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
+_LATE = "not sent: the ledger took too long to record it; is its disk slow? raise limits.arrival_s"
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 
 
 @dataclass
 class Summary:
-    """What became of some calls, counted."""
+    """The numbers of calls by result."""
 
     done: int = 0
     unparsed: int = 0
     failed: int = 0
     broke: int = 0
-    """Did not fit into the budget."""
+    """Over the budget."""
     halted: int = 0
-    """Were not sent, or not again, because the job stops."""
+    """Not sent, or not again, because the job stops."""
     others: int = 0
-    """Were done already, or are another reviewer's."""
+    """Done already, or another reviewer's."""
     failed_in_row: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
 class Attempts:
-    """How often one call was tried."""
+    """The attempts of one call."""
 
     troubles: int = 0
     reasks: int = 0
@@ -66,11 +66,11 @@ class Attempts:
 
 
 class NotSentError(Exception):
-    """A call that ends without an attempt: "broke", "halted" or "others" (see Summary)."""
+    """A call without an attempt: "broke", "halted" or "others" (see Summary)."""
 
 
 class Reviewer:
-    """Sends calls to judges; run as a Ray actor (see ``start_reviewer``). It has no state that would be missed."""
+    """Sends calls to judges; runs as a Ray actor (see ``start_reviewer``), without state worth keeping."""
 
     def __init__(
         self,
@@ -80,24 +80,26 @@ class Reviewer:
         limiter: ActorHandle,
         ledger: ActorHandle,
     ) -> None:
-        """Make a client for each judge."""
+        """Connect to each judge."""
         self.name = name
         self.specs = judges
         self.limits = limits
         self.limiter, self.ledger = limiter, ledger
-        self.judges: dict[str, Judge] = {key: OpenAIJudge.connect(spec) for key, spec in judges.items()}
+        self.judges: dict[str, JudgeClient] = {key: OpenAIJudge.connect(spec) for key, spec in judges.items()}
         self.acquires = {key: self._acquirer(key) for key in judges}
-        self.sends: Gatherer[dict[str, Any], str] = Gatherer(lambda rows: say(ledger, "send", rows))
-        self.returns: Gatherer[dict[str, Any], None] = Gatherer(lambda rows: say(ledger, "give_back", rows))
-        self.finishes: Gatherer[dict[str, Any], None] = Gatherer(lambda rows: say(ledger, "finish", rows))
-        self.settles: Gatherer[Settlement, None] = Gatherer(lambda some: say(limiter, "settle", some))
+        self.sends: CallBatcher[dict[str, Any], str] = CallBatcher(lambda rows: call_async(ledger, "send", rows))
+        self.returns: CallBatcher[dict[str, Any], None] = CallBatcher(
+            lambda rows: call_async(ledger, "record_returned", rows)
+        )
+        self.finishes: CallBatcher[dict[str, Any], None] = CallBatcher(lambda rows: call_async(ledger, "finish", rows))
+        self.settles: CallBatcher[Settlement, None] = CallBatcher(lambda some: call_async(limiter, "settle", some))
         self.num_leases = 0
 
     async def review(self, calls: Sequence[Call]) -> Summary:
-        """Make calls, all at once as far as the limiter lets them go; count what became of them."""
-        got = set(await say(self.ledger, "claim", [call.key for call in calls], self.name))
-        summary = Summary(others=len(calls) - len(got))
-        await asyncio.gather(*(self._review(call, summary) for call in calls if call.key in got))
+        """Make calls concurrently, as the limiter allows; return the numbers of results."""
+        claimed = set(await call_async(self.ledger, "claim", [call.key for call in calls], self.name))
+        summary = Summary(others=len(calls) - len(claimed))
+        await asyncio.gather(*(self._review(call, summary) for call in calls if call.key in claimed))
         return summary
 
     async def _review(self, call: Call, summary: Summary) -> None:
@@ -132,74 +134,74 @@ class Reviewer:
         try:
             reply = await self.judges[call.judge].ask(self._body(call))
         except RequestError as fault:
-            await self._returned(call, lease, fault, time.monotonic())
+            await self._record_failure(call, lease, fault, time.monotonic())
             raise
-        came, spec = time.monotonic(), self.specs[call.judge]
+        received, spec = time.monotonic(), self.specs[call.judge]
         usage = reply.usage or Usage(call.tokens - spec.config.max_tokens, 0, spec.config.max_tokens)
-        dollars = call.dollars  # where the endpoint does not say what it took
+        dollars = call.dollars  # where the endpoint does not report usage
         if reply.usage and spec.price:
             dollars = spec.price.cost(usage.prompt, usage.output, usage.cached)
         verdict = read_verdict(reply.content, call.kind, as_json=spec.as_json)
-        says_nothing = not spoken(reply.content)
-        if says_nothing or (verdict is None and attempts.reasks < spec.config.reasks):
-            reason = no_scores(reply.content, reply.finish_reason, spec.config.max_tokens)
-            empty = RequestError("unparsed", "wasted", reason, reply.reported, says_nothing)
-            await self._returned(call, lease, empty, came, dollars, usage)
+        is_empty = not remove_reasoning(reply.content)
+        if is_empty or (verdict is None and attempts.reasks < spec.config.reasks):
+            reason = describe_missing_scores(reply.content, reply.finish_reason, spec.config.max_tokens)
+            empty = RequestError("unparsed", "wasted", reason, reply.reported, is_empty)
+            await self._record_failure(call, lease, empty, received, dollars, usage)
             raise empty
-        await self.finishes(done_row(call, lease, reply, verdict, usage, dollars))
-        await self._settle(call, lease, "fine", usage.prompt + usage.output, dollars, came, reply)
+        await self.finishes(build_done_row(call, lease, reply, verdict, usage, dollars))
+        await self._settle(call, lease, "fine", usage.prompt + usage.output, dollars, received, reply)
         return verdict is not None
 
     async def _lease(self, call: Call) -> str:
-        """Wait until a call may go and the ledger knows it; return the lease. Raises NotSentError, RequestError."""
+        """Acquire a lease and record it in the ledger; return the lease. Raises NotSentError or RequestError."""
         while True:
             self.num_leases += 1
             lease = f"{self.name}/{self.num_leases}"
-            answer = await self.acquires[call.judge](Wish(lease, call.tokens, call.dollars))
-            if isinstance(answer, Refused):
+            answer = await self.acquires[call.judge](LeaseRequest(lease, call.tokens, call.dollars))
+            if isinstance(answer, LeaseRefused):
                 if answer.why == "too large":
                     raise RequestError("rejected", "refused", answer.reason)
                 raise NotSentError(answer.why)
             granted = time.monotonic()
-            refusal = await self.sends(sent_row(call, lease, self.name, answer.epoch))
-            # Later, it might arrive later than the windows were computed for.
+            refusal = await self.sends(build_sent_row(call, lease, self.name, answer.epoch))
+            # If sent later, the request could arrive after the time that the windows assume.
             late = time.monotonic() - granted > self.limits.arrival_s / 2
             if not refusal and not late:
                 return lease
-            fault = RequestError("trouble", "refused", LATE)
+            fault = RequestError("trouble", "refused", _LATE)
             if not refusal:
-                await self.returns(returned_row(call, lease, fault, 0.0, None))
+                await self.returns(build_returned_row(call, lease, fault, 0.0, None))
             await self._settle(call, lease, "unused", 0, 0.0, time.monotonic())
             if refusal == "not yours":
                 raise NotSentError("others")
-            if refusal != "stale":  # then another limiter has to be asked, and nothing else is wrong
+            if refusal != "stale":  # stale: the limiter was restarted, so acquire again
                 raise fault
 
     def _body(self, call: Call) -> dict[str, Any]:
         return with_image(call.body, call.image_content) if call.image_content else call.body
 
-    async def _returned(
+    async def _record_failure(
         self,
         call: Call,
         lease: str,
         fault: RequestError,
-        came: float,
+        received: float,
         dollars: float = 0.0,
         usage: Usage | None = None,
     ) -> None:
-        """Note an attempt that brought nothing; one that may have been paid counts with all that it can have cost."""
+        """Record a failed attempt; one that may have been billed counts with its largest cost."""
         cost = call.dollars if fault.outcome == "uncertain" else dollars
-        await self.returns(returned_row(call, lease, fault, cost, usage))
+        await self.returns(build_returned_row(call, lease, fault, cost, usage))
         tokens = 0.0 if fault.outcome == "refused" else call.tokens
         if usage is not None:
             tokens = usage.prompt + usage.output
         settlement = Settlement(
             lease,
             call.judge,
-            MOODS[fault.kind],
+            _OUTCOMES[fault.kind],
             tokens,
             cost,
-            time.monotonic() - came,
+            time.monotonic() - received,
             fault.reported,
             f"{call.judge}: {fault.reason}" if len(self.specs) > 1 else fault.reason,
             fault.systematic,
@@ -207,21 +209,28 @@ class Reviewer:
         await self.settles(settlement)
 
     async def _settle(
-        self, call: Call, lease: str, mood: Mood, tokens: float, dollars: float, came: float, reply: Reply | None = None
+        self,
+        call: Call,
+        lease: str,
+        outcome: SettlementOutcome,
+        tokens: float,
+        dollars: float,
+        received: float,
+        reply: JudgeReply | None = None,
     ) -> None:
-        age = time.monotonic() - came
+        age = time.monotonic() - received
         reported = reply.reported if reply else Reported()
-        await self.settles(Settlement(lease, call.judge, mood, tokens, dollars, age, reported))
+        await self.settles(Settlement(lease, call.judge, outcome, tokens, dollars, age, reported))
 
     async def _fail(self, call: Call, reason: str) -> None:
-        await self.finishes({"state": "failed", **described(call), "reason": reason})
+        await self.finishes({"state": "failed", **describe_call(call), "reason": reason})
 
-    def _acquirer(self, judge: str) -> Gatherer[Wish, Granted | Refused]:
-        return Gatherer(lambda wishes: say(self.limiter, "acquire", judge, wishes))
+    def _acquirer(self, judge: str) -> CallBatcher[LeaseRequest, LeaseGranted | LeaseRefused]:
+        return CallBatcher(lambda requests: call_async(self.limiter, "acquire", judge, requests))
 
 
 def _may_retry(fault: RequestError, attempts: Attempts, spec: JudgeSpec) -> bool:
-    """Count a fault, and say whether the call may be made again."""
+    """Count a fault, and return whether the call may be retried."""
     if fault.kind in ("rejected", "fatal") or time.monotonic() - attempts.started > spec.config.patience_s:
         return False
     if fault.kind == "unparsed":
@@ -232,19 +241,19 @@ def _may_retry(fault: RequestError, attempts: Attempts, spec: JudgeSpec) -> bool
 
 
 def _wait(state: RetryCallState) -> float:
-    """Wait before the next attempt: full jitter, ever longer, never less than was asked for.
+    """Compute the wait before the next attempt: exponential with full jitter, at least the requested time.
 
-    After a 429 the limiter lets nothing go for long enough, so that the call itself need not wait.
+    After a 429 the limiter pauses all requests, so that the call itself need not wait.
     """
     fault = state.outcome.exception() if state.outcome else None
     if not isinstance(fault, RequestError) or fault.kind in ("throttled", "unparsed"):
         return 0.0
-    asked = fault.reported.retry_after_s or 0.0
-    return max(asked, wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S)(state))
+    requested = fault.reported.retry_after_s or 0.0
+    return max(requested, wait_random_exponential(multiplier=_FIRST_WAIT_S, max=_LONGEST_WAIT_S)(state))
 
 
-def described(call: Call) -> dict[str, Any]:
-    """Return what every row tells of its call."""
+def describe_call(call: Call) -> dict[str, Any]:
+    """Return the fields of a call in every row."""
     return {
         "key": call.key,
         "judge": call.judge,
@@ -255,8 +264,8 @@ def described(call: Call) -> dict[str, Any]:
     }
 
 
-def sent_row(call: Call, lease: str, by: str, epoch: str) -> dict[str, Any]:
-    """Return the ledger's row of a call that is about to be sent."""
+def build_sent_row(call: Call, lease: str, by: str, epoch: str) -> dict[str, Any]:
+    """Build the ledger's row of a call that is about to be sent."""
     return {
         "key": call.key,
         "by": by,
@@ -268,19 +277,21 @@ def sent_row(call: Call, lease: str, by: str, epoch: str) -> dict[str, Any]:
     }
 
 
-def returned_row(call: Call, lease: str, fault: RequestError, dollars: float, usage: Usage | None) -> dict[str, Any]:
-    """Return the ledger's row of an attempt that brought nothing."""
+def build_returned_row(
+    call: Call, lease: str, fault: RequestError, dollars: float, usage: Usage | None
+) -> dict[str, Any]:
+    """Build the ledger's row of an attempt without result."""
     row = {"key": call.key, "lease": lease, "outcome": fault.outcome, "reason": fault.reason, "dollars": dollars}
     return row | ({"usage": asdict(usage)} if usage else {})
 
 
-def done_row(
-    call: Call, lease: str, reply: Reply, verdict: Verdict | None, usage: Usage, dollars: float
+def build_done_row(
+    call: Call, lease: str, reply: JudgeReply, verdict: ReviewVerdict | None, usage: Usage, dollars: float
 ) -> dict[str, Any]:
-    """Return the ledger's row of a call that was answered."""
+    """Build the ledger's row of an answered call."""
     return {
         "state": "done",
-        **described(call),
+        **describe_call(call),
         "lease": lease,
         "content": reply.content,
         "scores": verdict.scores if verdict else None,
@@ -297,7 +308,7 @@ def done_row(
 def start_reviewer(
     name: str, judges: Mapping[str, JudgeSpec], limits: LimitsConfig, limiter: ActorHandle, ledger: ActorHandle
 ) -> ActorHandle:
-    """Start a reviewer anywhere in the cluster. Killed, it does not come back by itself: the pool starts another."""
-    # It waits, mostly: it reserves no CPU, so that no cluster is too busy for it.
+    """Start a reviewer anywhere in the cluster; if it is killed, the pool starts another."""
+    # It mostly waits for the network: it reserves no CPU, so that it fits into any cluster.
     kind = ray.remote(Reviewer).options(num_cpus=0, max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD")
     return kind.remote(name, judges, limits, limiter, ledger)

@@ -1,4 +1,4 @@
-"""What a judge is asked, per category, as data: our own words, a rule file in LLaVA's format, or your own rubric."""
+"""Rubrics: the judge's instructions per category, our own, from a rule file in LLaVA's format, or custom."""
 
 import hashlib
 import json
@@ -11,15 +11,15 @@ from llava_ray.config.toml_files import read_toml_file
 from llava_ray.errors import ConfigError, DataError
 from llava_ray.reading import MAX_SHOWN, in_words, read_bounded
 
-MAX_RULE_BYTES = 2**20
+_MAX_RULE_BYTES = 2**20
 
-Kind = Literal["pair", "single", "grade"]
+ReviewKind = Literal["pair", "single", "grade"]
 """Two answers with a score of 1 to 10 each; one answer with a score of 1 to 10; one with a grade of 0 to 1."""
 
-SYSTEM = (
+_SYSTEM = (
     "You are a helpful and precise assistant for checking the quality of the answer."  # LLaVA's, also of our rubric
 )
-ROLE = "Assistant"
+_ROLE = "Assistant"
 
 _PAIR = (
     "Rate how helpful, relevant, accurate and detailed each of the two answers above is, on a scale of 1 to 10, 10 "
@@ -31,7 +31,7 @@ _SINGLE = (
     "Rate how helpful, relevant, accurate and detailed the answer above is, on a scale of 1 to 10, 10 being best."
     "{told}{wanted}\nOn the first line write only the score. From the second line on, explain it."
 )
-_TOLD = {
+_CONTEXT_SENTENCES = {
     "text": "",
     "boxes": " The question is about an image, given to you under [Context] as sentences and as boxes of its objects: "
     "(x1, y1, x2, y2) from 0 to 1, left, top, right, bottom.",
@@ -40,7 +40,7 @@ _TOLD = {
 _CONV = " It belongs to a conversation: what was asked should be answered directly and rightly."
 _DETAIL = " It asks for a description: what is there should be there, and nothing else."
 _COMPLEX = " It asks for reasoning: the conclusion should follow from what the image shows."
-# category: how the image is told, what a good answer is
+# category: how the image is described, what a good answer is
 _OURS = {
     "conv": ("boxes", _CONV),
     "detail": ("boxes", _DETAIL),
@@ -59,32 +59,32 @@ AS_JSON = (
 
 @dataclass(frozen=True)
 class Rule:
-    """What is asked about one category."""
+    """The instructions for one category."""
 
     prompt: str
-    role: str = ROLE
+    role: str = _ROLE
 
 
 @dataclass(frozen=True)
 class Rubric:
-    """Rules by category. ``literal``: LLaVA's own requests, byte by byte, also where the original slips."""
+    """Rules by category. ``literal``: LLaVA's own requests, byte by byte, including the original's errors."""
 
     name: str
-    kind: Kind
+    kind: ReviewKind
     rules: Mapping[str, Rule]
-    system: str = SYSTEM
+    system: str = _SYSTEM
     literal: bool = False
 
     @property
     def version(self) -> str:
-        """Name and 8 hex digits of everything that is asked."""
-        told = [
+        """Return the name and 8 hex digits of a hash of all instructions."""
+        contents = [
             self.kind,
             self.system,
             self.literal,
             {key: [r.prompt, r.role] for key, r in sorted(self.rules.items())},
         ]
-        return f"{self.name}-{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]}"
+        return f"{self.name}-{hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:8]}"
 
     def rule(self, category: str) -> Rule:
         """Return a category's rule, or the default one, which literal rubrics do not have. Raises DataError."""
@@ -95,11 +95,11 @@ class Rubric:
         return found
 
 
-def our_rubric(kind: Kind) -> Rubric:
-    """Return the rubric in our own words."""
+def build_default_rubric(kind: ReviewKind) -> Rubric:
+    """Build our own rubric."""
     template = _SINGLE if kind == "single" else _PAIR
     rules = {
-        name: Rule(template.format(told=_TOLD[told], wanted=wanted, role=ROLE))
+        name: Rule(template.format(told=_CONTEXT_SENTENCES[told], wanted=wanted, role=_ROLE))
         for name, (told, wanted) in _OURS.items()
     }
     return Rubric("llava_ray", kind, rules)
@@ -110,15 +110,15 @@ def read_rules(path: Path) -> Rubric:
     with in_words(
         f"{path}", "Expected JSON of categories, each with a role and a prompt.", ConfigError, "is no rule file"
     ):
-        content = json.loads(read_bounded(path, MAX_RULE_BYTES, ConfigError).decode("utf-8-sig"))
+        content = json.loads(read_bounded(path, _MAX_RULE_BYTES, ConfigError).decode("utf-8-sig"))
         rules = {name: Rule(rule["prompt"], rule["role"]) for name, rule in content.items()}
         if not all(isinstance(text, str) for rule in rules.values() for text in (rule.prompt, rule.role)):
             raise TypeError("a role or prompt is no text")
     return Rubric(path.stem, "pair", rules, literal=True)
 
 
-def read_rubric(path: Path, kind: Kind) -> Rubric:
-    """Read a rubric of one's own. Raises ConfigError.
+def read_rubric(path: Path, kind: ReviewKind) -> Rubric:
+    """Load a custom rubric. Raises ConfigError.
 
     TOML: optional ``name`` and ``system``; a table ``[prompts]`` with a text for each category or for ``default``.
     """
@@ -130,18 +130,18 @@ def read_rubric(path: Path, kind: Kind) -> Rubric:
             f"the rubric {path} has {', '.join(unknown)[:MAX_SHOWN] or 'no usable [prompts]'}; expected name, system, "
             "role and a table [prompts] of texts by category"
         )
-    role = str(content.get("role", ROLE))
+    role = str(content.get("role", _ROLE))
     rules = {name: Rule(text, role) for name, text in prompts.items()}
-    return Rubric(str(content.get("name", path.stem)), kind, rules, str(content.get("system", SYSTEM)))
+    return Rubric(str(content.get("name", path.stem)), kind, rules, str(content.get("system", _SYSTEM)))
 
 
-def compose(
+def compose_request(
     rubric: Rubric, category: str, context: Any, question: str, answers: Sequence[str], *, as_json: bool
 ) -> str:
-    """Return the text of a request in LLaVA's form; ``context`` is a row of a context file, or None."""
+    """Build the text of a request in LLaVA's form; ``context`` is a row of a context file, or None."""
     rule = rubric.rule(category)
-    told = _tell_literally(context) if rubric.literal else tell(context)
-    blocks = [f"[Context]\n{told}"] if told or rubric.literal else []
+    described = _describe_literally(context) if rubric.literal else _describe_context(context)
+    blocks = [f"[Context]\n{described}"] if described or rubric.literal else []
     blocks.append(f"[Question]\n{question}")
     for number, answer in enumerate(answers, start=1):
         name = f"{rule.role} {number}" if len(answers) > 1 else rule.role
@@ -150,15 +150,15 @@ def compose(
     return "".join(f"{block}\n\n" for block in blocks)
 
 
-def tell(context: Any) -> str:
-    """Return what a context row says of an image: its captions, then its boxes."""
+def _describe_context(context: Any) -> str:
+    """Format a context row's captions, then its boxes."""
     if context is None:
         return ""
-    return "\n\n".join(part for part in (_lines(_captions(context)), boxes(context)) if part)
+    return "\n\n".join(part for part in (_lines(_captions(context)), _boxes(context)) if part)
 
 
-def boxes(context: Mapping[str, Any]) -> str:
-    """Return a context's boxes, a line each."""
+def _boxes(context: Mapping[str, Any]) -> str:
+    """Format a context's boxes, one per line."""
     return "\n".join(f"{box['category']}: {box['bbox']}" for box in context.get("instances", ()))
 
 
@@ -172,9 +172,9 @@ def _lines(captions: Any) -> str:
     return captions if isinstance(captions, str) else "\n".join(captions)
 
 
-def _tell_literally(context: Any) -> str:
-    """Say it as the original does, which takes a caption that is one text apart into letters, one a line."""
+def _describe_literally(context: Any) -> str:
+    """Format a context as the original does, which splits a caption that is one text into letters, one per line."""
     if context is None:
         return ""
-    told = "\n".join(_captions(context))
-    return f"{told}\n\n{boxes(context)}" if "instances" in context else told
+    described = "\n".join(_captions(context))
+    return f"{described}\n\n{_boxes(context)}" if "instances" in context else described

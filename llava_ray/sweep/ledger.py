@@ -1,27 +1,27 @@
-"""A sweep's trials on storage: ``trials.json``, rewritten whole after every event by the one process that drives."""
+"""A sweep's trials on storage: ``trials.json``, rewritten after every event by the driver alone."""
 
 import json
 import time
 
-from llava_ray.data.storage import read_file, write_file
+from llava_ray.data.storage import read_stored, write_stored
 from llava_ray.errors import CheckpointError
-from llava_ray.sweep.sampling import Settings
-from llava_ray.sweep.trials import ENDED, Look, State, Trial
+from llava_ray.sweep.sampling import TrialSettings
+from llava_ray.sweep.trials import ENDED, Evaluation, Trial, TrialState
 
 LEDGER = "trials.json"
 
 
-class Ledger:
-    """All trials that were ever started, by id, in the order of their first start."""
+class TrialLedger:
+    """All started trials, by id, in order of their first start."""
 
     def __init__(self, folder: str) -> None:
-        """Read what earlier starts of this sweep have written. Raises CheckpointError where it cannot be read."""
+        """Load the trials of earlier starts of this sweep. Raises CheckpointError if the file is unreadable."""
         self.path = f"{folder}/{LEDGER}"
         self.trials = {trial.id: trial for trial in read_ledger(folder)}
         self._started: dict[str, float] = {}
 
-    def start(self, name: str, settings: Settings, seed: int) -> Trial:
-        """Note that a trial's processes start, for the first time or again."""
+    def start(self, name: str, settings: TrialSettings, seed: int) -> Trial:
+        """Record the start of a trial, the first one or a restart."""
         trial = self.trials.setdefault(name, Trial(name, len(self.trials) + 1, settings, seed))
         trial.state, trial.reason = "running", ""
         trial.attempts += 1
@@ -29,16 +29,16 @@ class Ledger:
         self.write()
         return trial
 
-    def see(self, name: str, look: Look) -> Trial:
-        """Note what held-out samples said."""
+    def add_evaluation(self, name: str, evaluation: Evaluation) -> Trial:
+        """Record a trial's evaluation."""
         trial = self.trials[name]
-        trial.see(look)
+        trial.add_evaluation(evaluation)
         self.count_time(trial)
         self.write()
         return trial
 
-    def end(self, name: str, state: State, reason: str = "") -> Trial:
-        """Note how a trial ended."""
+    def end(self, name: str, state: TrialState, reason: str = "") -> Trial:
+        """Record the end of a trial."""
         trial = self.trials[name]
         trial.state, trial.reason = state, reason
         self.count_time(trial)
@@ -53,23 +53,23 @@ class Ledger:
         self._started[trial.id] = now
 
     def write(self) -> None:
-        """Write everything."""
-        write_file(self.path, json.dumps([trial.as_dict() for trial in self.trials.values()], indent=1).encode())
+        """Write all trials."""
+        write_stored(self.path, json.dumps([trial.to_dict() for trial in self.trials.values()], indent=1).encode())
 
 
 def read_ledger(folder: str) -> list[Trial]:
-    """Return the trials that are noted in a sweep's folder. Raises CheckpointError where that cannot be read."""
+    """Load the trials of a sweep's folder. Raises CheckpointError if the file is unreadable."""
     try:
-        return [Trial.read(values) for values in json.loads(read_file(f"{folder}/{LEDGER}"))]
+        return [Trial.from_dict(values) for values in json.loads(read_stored(f"{folder}/{LEDGER}"))]
     except FileNotFoundError:
         return []
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
             f"{folder}/{LEDGER} cannot be read ({error}): restore it from a backup, or start over with "
-            "--run.restart True (the old folder is kept aside)"
+            "--run.restart True (the old folder is moved aside)"
         ) from error
 
 
-def unfinished(trials: list[Trial]) -> list[Trial]:
+def list_unfinished(trials: list[Trial]) -> list[Trial]:
     """Return the trials that have not ended."""
     return [trial for trial in trials if trial.state not in ENDED]

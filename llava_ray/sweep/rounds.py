@@ -1,8 +1,8 @@
-"""Successive halving in rounds: all trials run to the same step, and the best of them go on. Pure.
+"""Successive halving in rounds: all trials run to the same step, and the best of them continue. Pure.
 
-Ray's own ASHA decides as each trial arrives, which keeps a large cluster busy; where few run at a time, most trials
-are the best so far when they come and go on for that alone. Its HyperBand pauses trials, and a paused run would have
-to be killed and started again at the same moment. Here a run ends by itself at the step where it is compared.
+Ray's own ASHA decides as each trial reports, which keeps a large cluster busy; where few run at a time, most trials
+are the best so far when they report, and continue for that reason alone. Its HyperBand pauses trials, and a paused run
+would have to be killed and restarted. Here a run ends by itself at the step where it is compared.
 
 Source: Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter Optimization" (2016).
 """
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from statistics import mean
 
 from llava_ray.config.space import SearchConfig
-from llava_ray.sweep.judgement import badness
-from llava_ray.sweep.sampling import identity
+from llava_ray.sweep.sampling import settings_key
+from llava_ray.sweep.trial_ranking import sort_key
 from llava_ray.sweep.trials import ENDED, Trial
 
 
 @dataclass(frozen=True)
 class Round:
-    """All trials that are left run up to the step ``until``; ``share`` of all settings go on after it."""
+    """A round: all remaining trials run up to the step ``until``, after which ``share`` of all settings continue."""
 
     until: int
     share: float
@@ -37,30 +37,30 @@ def plan_rounds(search: SearchConfig, num_steps: int, grace_steps: int) -> list[
     return [*rounds, Round(num_steps, 1.0)]
 
 
-def is_over(trials: Sequence[Trial], until: int, num_trials: int) -> bool:
-    """Tell whether all of a sweep's trials have been started and have ended, or come to ``until`` and beyond."""
-    there = [
+def is_round_complete(trials: Sequence[Trial], until: int, num_trials: int) -> bool:
+    """Return whether all of a sweep's trials have started, and have ended or reached ``until``."""
+    complete = [
         trial.state in ENDED or trial.steps > until or (trial.state == "waiting" and trial.steps == until)
         for trial in trials
     ]
-    return len(trials) >= num_trials and all(there)
+    return len(trials) >= num_trials and all(complete)
 
 
-def losers(trials: Sequence[Trial], this: Round, metric: str) -> list[Trial]:
-    """Return the trials that do not go on after a round: a setting goes on with all its seeds, by their mean.
+def find_eliminated(trials: Sequence[Trial], this: Round, metric: str) -> list[Trial]:
+    """Return the trials that are eliminated after a round: settings compete by the mean over their seeds.
 
-    Those that failed on the way count among all settings, so that more do not go on because of them; the same is
-    returned when some have been told already.
+    Failed trials count among all settings, so that no more continue because of them; the result is the same when some
+    have been eliminated already.
     """
-    settings = {identity(trial.settings) for trial in trials}
+    settings = {settings_key(trial.settings) for trial in trials}
     groups: dict[str, list[Trial]] = {}
     for trial in trials:
         if trial.state not in ENDED:
-            groups.setdefault(identity(trial.settings), []).append(trial)
+            groups.setdefault(settings_key(trial.settings), []).append(trial)
 
-    def standing(group: Sequence[Trial]) -> float:
-        looks = [trial.look(this.until) for trial in group]
-        return mean(badness(look.value(metric) if look else None, metric) for look in looks)
+    def sort_key_of(group: Sequence[Trial]) -> float:
+        evaluations = [trial.evaluation_at(this.until) for trial in group]
+        return mean(sort_key(evaluation.value(metric) if evaluation else None, metric) for evaluation in evaluations)
 
-    ranked = sorted(groups.values(), key=standing)
+    ranked = sorted(groups.values(), key=sort_key_of)
     return [trial for group in ranked[max(1, int(this.share * len(settings) + 1e-9)) :] for trial in group]

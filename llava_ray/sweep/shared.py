@@ -1,9 +1,10 @@
-"""What all trials of a sweep share, made before the first one starts: paths, data, features, the number of steps."""
+"""State shared by all trials of a sweep, prepared before the first one: paths, data, features, number of steps."""
 
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
+from llava_ray.config.geometry import FEATURE_KEYS
 from llava_ray.config.sections import MODEL_PATHS, FinetuneConfig
 from llava_ray.config.space import Space, SweepConfig
 from llava_ray.config.sweep_recipes import corners
@@ -11,27 +12,18 @@ from llava_ray.data.preparation import check_source, prepare_data
 from llava_ray.data.storage import absolute
 from llava_ray.model.blueprint import read_blueprint
 from llava_ray.runtime import Resources
-from llava_ray.sweep.sampling import Settings
+from llava_ray.sweep.sampling import TrialSettings
 from llava_ray.sweep.searching import check_optuna
 from llava_ray.tracking import check_store
 from llava_ray.train.runs import absolute_paths
 from llava_ray.train.trainer import held_out_samples, make_plan, stream_settings
 
 # Settings of which the frozen tower's features depend.
-FEATURE_KEYS = (
-    "model.vision_tower",
-    "model.mm_vision_select_layer",
-    "model.mm_vision_select_feature",
-    "model.s2",
-    "model.s2_scales",
-    "model.image_grid_pinpoints",
-    "data.image_aspect_ratio",
-    "train.bf16",
-)
+_FEATURE_KEYS = ("model.vision_tower", *FEATURE_KEYS, "train.bf16")
 
 
 def common_config(config: SweepConfig, folder: str, tracking_uri: str, parent_run_id: str) -> SweepConfig:
-    """Return the sweep's config as every trial starts from: paths that hold anywhere, its folder, its MLflow run."""
+    """Return the config that every trial starts from, with absolute paths, the sweep's folder and MLflow run."""
     paths = {"data.cache_dir": absolute(config.data.cache_dir), "data.data_path": absolute(config.data.data_path)}
     if config.data.image_folder:
         paths["data.image_folder"] = absolute(config.data.image_folder)
@@ -51,7 +43,7 @@ def common_config(config: SweepConfig, folder: str, tracking_uri: str, parent_ru
 
 
 def absolute_space(space: Space) -> Space:
-    """Return the space with folders of models that mean the same in every process."""
+    """Return the space with absolute paths of models."""
     dimensions = space.model_dump()["dimensions"]
     for key in MODEL_PATHS:
         for value in (dimensions.get(key) or {}).get("choice") or ():
@@ -62,7 +54,7 @@ def absolute_space(space: Space) -> Space:
 
 
 def check_sweep(config: SweepConfig, space: Space) -> None:
-    """Raise what the sweep would raise after its start; needs no Ray.
+    """Check a sweep before its start, without Ray.
 
     Raises ConfigError, DataError, or ModelError for a corner of the space whose parts do not fit.
     """
@@ -79,9 +71,9 @@ def check_sweep(config: SweepConfig, space: Space) -> None:
 
 
 def share(config: FinetuneConfig, space: Space, resources: Resources) -> int:
-    """Prepare data, lengths and features that trials will find ready; return the steps of a whole run."""
+    """Prepare data, lengths and features for all trials; return the steps of a whole run."""
     prepared = prepare_data(config.data)
-    for settings in feature_variants(space):
+    for settings in _feature_variants(space):
         variant = config.replaced(settings)
         blueprint = read_blueprint(variant.model, variant.data.image_aspect_ratio)
         held_out_samples(variant, blueprint, resources)
@@ -90,10 +82,10 @@ def share(config: FinetuneConfig, space: Space, resources: Resources) -> int:
     return plan.num_steps
 
 
-def feature_variants(space: Space) -> Iterator[Settings]:
-    """Yield the settings under which features differ, each combination that the space has."""
-    dimensions = {key: part for key, part in space.dimensions.items() if key in FEATURE_KEYS}
-    seen: list[Settings] = []
+def _feature_variants(space: Space) -> Iterator[TrialSettings]:
+    """Yield the combinations of settings that features depend on."""
+    dimensions = {key: part for key, part in space.dimensions.items() if key in _FEATURE_KEYS}
+    seen: list[TrialSettings] = []
     for values in itertools.product(*(part.choice or () for part in dimensions.values())):
         wanted = dict(zip(dimensions, values, strict=True))
         settings = {key: value for key, value in wanted.items() if dimensions[key].matters(wanted)}

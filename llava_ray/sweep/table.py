@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from llava_ray.sweep.sampling import Settings
+from llava_ray.sweep.sampling import TrialSettings
 from llava_ray.sweep.trials import Trial
 
-MARKS = {"finished": "done", "stopped": "stopped early"}
-REASON_WIDTH = 60
+_MARKS = {"finished": "done", "stopped": "stopped early"}
+_REASON_WIDTH = 60
 
 
 def short_key(key: str) -> str:
@@ -14,27 +14,27 @@ def short_key(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-def written(value: object) -> str:
-    """Write a value as short as it can be read."""
+def _format_value(value: object) -> str:
+    """Format a value in short form."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def describe(settings: Settings) -> str:
-    """Write settings in one line."""
-    return ", ".join(f"{short_key(key)} {written(value)}" for key, value in settings.items())
+def describe_settings(settings: TrialSettings) -> str:
+    """Format settings in one line."""
+    return ", ".join(f"{short_key(key)} {_format_value(value)}" for key, value in settings.items())
 
 
-def state_of(trial: Trial) -> str:
-    """Say how a trial stands, with the reason where it did not end well."""
+def describe_state(trial: Trial) -> str:
+    """Describe a trial's state, with the reason of a failure."""
     reason = f": {trial.reason}" if trial.reason else ""
-    return MARKS.get(trial.state, trial.state) + reason
+    return _MARKS.get(trial.state, trial.state) + reason
 
 
-def draw_table(trials: Sequence[Trial], num_steps: int, width: int = 120) -> list[str]:
-    """Return a line for each trial under a header, at most ``width`` characters each."""
+def format_table(trials: Sequence[Trial], num_steps: int, width: int = 120) -> list[str]:
+    """Format a line for each trial under a header, at most ``width`` characters each."""
     keys = list(dict.fromkeys(key for trial in trials for key in trial.settings))
     header = ["", *map(short_key, keys), "seed", "step", "loss", "accuracy", "s", ""]
-    rows = [header, *(draw_row(trial, keys, num_steps) for trial in trials)]
+    rows = [header, *(_format_row(trial, keys, num_steps) for trial in trials)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header) - 1)]
     lines = []
     for row in rows:
@@ -43,17 +43,17 @@ def draw_table(trials: Sequence[Trial], num_steps: int, width: int = 120) -> lis
     return lines
 
 
-def draw_row(trial: Trial, keys: Sequence[str], num_steps: int) -> list[str]:
-    """Return a trial's cells."""
+def _format_row(trial: Trial, keys: Sequence[str], num_steps: int) -> list[str]:
+    """Format a trial's cells."""
     last = trial.curve[-1] if trial.curve else None
     accuracy = last.held_out_accuracy if last else None
     return [
         str(trial.number),
-        *(written(trial.settings[key]) if key in trial.settings else "-" for key in keys),
+        *(_format_value(trial.settings[key]) if key in trial.settings else "-" for key in keys),
         str(trial.seed),
         f"{trial.steps}/{num_steps}",
         f"{last.held_out_loss:.4f}" if last else "-",
         f"{accuracy:.1%}" if accuracy is not None else "-",
         f"{trial.seconds:.0f}",
-        state_of(trial),
+        describe_state(trial),
     ]

@@ -1,4 +1,4 @@
-"""What Tune runs for each trial: an ordinary fine-tuning run of its own name, which reports at every checkpoint."""
+"""The function of Tune's trials: an ordinary fine-tuning run, which reports at every checkpoint."""
 
 import json
 from collections.abc import Callable
@@ -9,97 +9,99 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from llava_ray.config.sections import FinetuneConfig
-from llava_ray.data.storage import read_file
+from llava_ray.data.storage import read_stored
 from llava_ray.errors import ConfigError, DataError, DivergedError, LlavaRayError, ModelError
 from llava_ray.runtime import Resources
-from llava_ray.sweep.sampling import Settings
-from llava_ray.sweep.trials import ACCURACY, LOSS, Look, State
+from llava_ray.sweep.sampling import TrialSettings
+from llava_ray.sweep.trials import ACCURACY, LOSS, Evaluation, TrialState
 
-# A key of a report that ends a trial: how it ended. Tune itself knows only "terminated" and "error".
-ENDED, REASON = "ended", "reason"
-GIVEN = "trial"
-REPEATER_INDEX = "__trial_index__"  # of Ray's Repeater, which runs a setting several times
+# Keys of a trial's last report: its state and the reason. Tune itself has only "terminated" and "error".
+ENDED_KEY, REASON = "ended", "reason"
+TRIAL_KEY = "trial"
+_REPEATER_INDEX = "__trial_index__"  # of Ray's Repeater, which runs a setting several times
 
 
 @dataclass(frozen=True)
-class Job:
-    """What every trial of a sweep is told."""
+class TrialJob:
+    """Everything that a sweep's trials need."""
 
     base: FinetuneConfig
-    """The recipe, with the sweep's storage and MLflow run, and names that mean the same everywhere."""
+    """The recipe, with the sweep's storage and MLflow run, and absolute paths."""
     resources: Resources
     objective: Callable[[FinetuneConfig, Resources, int], None]
-    """What carries out a trial's run up to a step and reports to Tune; the tests of scheduling alone have another."""
+    """The function that trains up to a step and reports to Tune; tests of scheduling replace it."""
     until: int
-    """The step that trials go to."""
+    """The step at which trials end."""
 
 
-def make_trainable(job: Job) -> Callable[[dict[str, Any]], None]:
-    """Return the function that Tune runs in a process of its own for each trial."""
+def build_trainable(job: TrialJob) -> Callable[[dict[str, Any]], None]:
+    """Build the function that Tune runs in a separate process for each trial."""
 
-    def trial(given: dict[str, Any]) -> None:
-        run_trial(given, job)
+    def trial(arguments: dict[str, Any]) -> None:
+        _run_trial(arguments, job)
 
     return trial
 
 
-def run_trial(given: dict[str, Any], job: Job) -> None:
-    """Carry out one trial; what a new start cannot mend ends it with a reason, all else is left to Tune to retry."""
+def _run_trial(arguments: dict[str, Any], job: TrialJob) -> None:
+    """Run one trial; permanent errors end it with a reason, all others are raised for Tune to retry."""
     try:
-        name = run_name(given, tune.get_context().get_trial_id())
-        job.objective(trial_config(job.base, given, name), job.resources, job.until)
+        name = run_name(arguments, tune.get_context().get_trial_id())
+        job.objective(build_trial_config(job.base, arguments, name), job.resources, job.until)
     except DivergedError as error:
-        end("diverged", str(error))
+        report_end("diverged", str(error))
     except (ConfigError, DataError, ModelError) as error:
-        end("failed", f"{type(error).__name__}: {error}")
+        report_end("failed", f"{type(error).__name__}: {error}")
     except LlavaRayError as error:  # Ray Train has retried within the run
-        end("failed", str(error))
+        report_end("failed", str(error))
 
 
-def end(state: State, reason: str) -> None:
-    """Tell the driver how the trial ended."""
-    tune.report({ENDED: state, REASON: reason})
+def report_end(state: TrialState, reason: str) -> None:
+    """Report the end of the trial to the driver."""
+    tune.report({ENDED_KEY: state, REASON: reason})
 
 
-def trial_config(base: FinetuneConfig, given: dict[str, Any], name: str) -> FinetuneConfig:
-    """Return the run that a trial is. Raises ConfigError."""
-    settings, seed = read_given(given, base.train.seed)
+def build_trial_config(base: FinetuneConfig, arguments: dict[str, Any], name: str) -> FinetuneConfig:
+    """Build the config of a trial's run. Raises ConfigError."""
+    settings, seed = parse_trial_arguments(arguments, base.train.seed)
     return base.replaced({**settings, "train.seed": seed, "run.name": name})
 
 
-def run_name(given: dict[str, Any], trial_id: str | None) -> str:
-    """Return the name of a trial's run: Tune's id of it, that of its first round if there are several."""
-    return str(given.get(GIVEN, {}).get("id", trial_id))
+def run_name(arguments: dict[str, Any], trial_id: str | None) -> str:
+    """Return the name of a trial's run: Tune's id, that of the first round if there are several."""
+    return str(arguments.get(TRIAL_KEY, {}).get("id", trial_id))
 
 
-def read_given(given: dict[str, Any], base_seed: int) -> tuple[Settings, int]:
-    """Take apart what Tune gives a trial: a row of our own list, or Optuna's suggestion."""
-    if GIVEN in given:
-        return dict(given[GIVEN]["settings"]), int(given[GIVEN]["seed"])
-    settings = {key: value for key, value in given.items() if key != REPEATER_INDEX}
-    return settings, base_seed + int(given.get(REPEATER_INDEX, 0))
+def parse_trial_arguments(arguments: dict[str, Any], base_seed: int) -> tuple[TrialSettings, int]:
+    """Parse the arguments of a trial: an entry of our own list, or Optuna's suggestion."""
+    if TRIAL_KEY in arguments:
+        return dict(arguments[TRIAL_KEY]["settings"]), int(arguments[TRIAL_KEY]["seed"])
+    settings = {key: value for key, value in arguments.items() if key != _REPEATER_INDEX}
+    return settings, base_seed + int(arguments.get(_REPEATER_INDEX, 0))
 
 
-def tune_trial(config: FinetuneConfig, resources: Resources, until: int) -> None:
-    """Tune, and report every look at the held-out samples; first those that an earlier start has taken already."""
+def finetune_trial(config: FinetuneConfig, resources: Resources, until: int) -> None:
+    """Fine-tune and report every held-out evaluation, first those of earlier starts."""
     from llava_ray.data.preparation import prepare_data  # torch and transformers, which only trials need
     from llava_ray.train.runs import committed_step
-    from llava_ray.train.trainer import advance
+    from llava_ray.train.trainer import train_until
 
-    for look in read_looks(config, committed_step(config.run.storage_path, str(config.run.name))):
-        tune.report(look.as_report())
+    for evaluation in read_evaluations(config, committed_step(config.run.storage_path, str(config.run.name))):
+        tune.report(evaluation.to_report())
     prepared = prepare_data(config.data, show_progress=False)
-    finished = advance(config, prepared, resources, until=until, callbacks=[TuneReportCallback()], show_progress=False)
-    ended = {ENDED: "finished", "num_steps": finished.num_steps} if finished else {ENDED: "waiting"}
-    tune.report({REASON: ""} | ended | read_looks(config, until)[-1].as_report())
+    finished = train_until(
+        config, prepared, resources, until=until, callbacks=[TuneReportCallback()], show_progress=False
+    )
+    ended = {ENDED_KEY: "finished", "num_steps": finished.num_steps} if finished else {ENDED_KEY: "waiting"}
+    tune.report({REASON: ""} | ended | read_evaluations(config, until)[-1].to_report())
 
 
-def read_looks(config: FinetuneConfig, last_step: int) -> list[Look]:
-    """Return what the run's own metrics say of held-out samples, up to a step."""
+def read_evaluations(config: FinetuneConfig, last_step: int) -> list[Evaluation]:
+    """Load the held-out evaluations from a run's metrics, up to a step."""
     try:
-        lines = read_file(f"{config.run.storage_path}/{config.run.name}/metrics.jsonl").splitlines()
+        lines = read_stored(f"{config.run.storage_path}/{config.run.name}/metrics.jsonl").splitlines()
     except FileNotFoundError:
         return []
     rows = (json.loads(line) for line in lines)
-    looks = [Look(row["step"] + 1, row[LOSS], row.get(ACCURACY)) for row in rows if LOSS in row]
-    return [look for look in looks if look.step <= last_step]
+    evaluations = [Evaluation(row["step"] + 1, row[LOSS], row.get(ACCURACY)) for row in rows if LOSS in row]
+    return [evaluation for evaluation in evaluations if evaluation.step <= last_step]

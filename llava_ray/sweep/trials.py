@@ -1,29 +1,29 @@
-"""What is known of a trial: its settings, what held-out samples said as it went, and how it ended."""
+"""The record of a trial: its settings, evaluations and final state."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
-State = Literal["waiting", "running", "finished", "stopped", "diverged", "failed"]
-ENDED: tuple[State, ...] = ("finished", "stopped", "diverged", "failed")
+TrialState = Literal["waiting", "running", "finished", "stopped", "diverged", "failed"]
+ENDED: tuple[TrialState, ...] = ("finished", "stopped", "diverged", "failed")
 LOSS, ACCURACY = "held_out_loss", "held_out_accuracy"
 LOWER_IS_BETTER = {LOSS: True, ACCURACY: False}
 
 
 @dataclass(frozen=True)
-class Look:
-    """What held-out samples said after ``step`` steps."""
+class Evaluation:
+    """The held-out metrics after ``step`` steps."""
 
     step: int
     held_out_loss: float
     held_out_accuracy: float | None = None
 
     def value(self, metric: str) -> float | None:
-        """Return one of the two."""
+        """Return a metric by name."""
         return self.held_out_loss if metric == LOSS else self.held_out_accuracy
 
-    def as_report(self) -> dict[str, Any]:
-        """Return what a run reports to Tune, without what was not looked at."""
+    def to_report(self) -> dict[str, Any]:
+        """Return the report to Tune, without missing metrics."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
@@ -36,33 +36,35 @@ class Trial:
     settings: dict[str, Any]
     """Along the space's dimensions; the rest is the recipe's."""
     seed: int
-    state: State = "waiting"
+    state: TrialState = "waiting"
     reason: str = ""
-    """Why it failed or diverged, in the words of the error."""
+    """The error message of a failed or diverged trial."""
     attempts: int = 0
-    """Starts, those after a failure or an interrupted sweep and of further rounds included."""
+    """Number of starts, including retries, resumed sweeps and later rounds."""
     seconds: float = 0.0
-    """That its processes have run, over all attempts."""
-    curve: list[Look] = field(default_factory=list)
+    """Time of its processes over all attempts."""
+    curve: list[Evaluation] = field(default_factory=list)
 
     @property
     def steps(self) -> int:
-        """Return the steps that are known to be done."""
+        """Return the steps of the last evaluation."""
         return self.curve[-1].step if self.curve else 0
 
-    def look(self, step: int) -> Look | None:
-        """Return what was seen at ``step``, if anything was."""
-        return next((look for look in self.curve if look.step == step), None)
+    def evaluation_at(self, step: int) -> Evaluation | None:
+        """Return the evaluation at ``step``, if there is one."""
+        return next((evaluation for evaluation in self.curve if evaluation.step == step), None)
 
-    def see(self, look: Look) -> None:
-        """Add a look; one at a step that is known replaces it: a trial that lost a worker repeats steps."""
-        self.curve = sorted([*(old for old in self.curve if old.step != look.step), look], key=lambda one: one.step)
+    def add_evaluation(self, evaluation: Evaluation) -> None:
+        """Add an evaluation, replacing one at the same step: a trial that lost a worker repeats steps."""
+        self.curve = sorted(
+            [*(old for old in self.curve if old.step != evaluation.step), evaluation], key=lambda one: one.step
+        )
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain values that ``read`` takes."""
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to plain values, for ``from_dict``."""
         return asdict(self)
 
     @classmethod
-    def read(cls, values: Mapping[str, Any]) -> Self:
-        """Make a trial of what ``as_dict`` gave."""
-        return cls(**{**values, "curve": [Look(**look) for look in values["curve"]]})
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build a trial from the values of ``to_dict``."""
+        return cls(**{**values, "curve": [Evaluation(**evaluation) for evaluation in values["curve"]]})

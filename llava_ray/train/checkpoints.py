@@ -2,8 +2,8 @@
 
 A checkpoint folder holds ``zero/`` (each rank's shards), ``rng_rank{r}.pt``, ``trainer_state.json`` and ``COMPLETE``.
 Frozen parameters are not in it: they come from the base, which ``trainer_state.json`` names with its fingerprint.
-Where little learns (an adapter, or the projector alone) ``model/`` is a bundle, so that a checkpoint can be used as it
-is; ``consolidation`` makes one of the others.
+Where few parameters are trainable (an adapter, or the projector alone) ``model/`` is a bundle, so that the checkpoint
+can be used as it is; ``consolidation`` makes a bundle from the others.
 """
 
 import errno
@@ -24,32 +24,33 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from torch import nn
 
 from llava_ray.errors import CheckpointError
-from llava_ray.model.bundle import LlavaParts, save_bundle
-from llava_ray.model.manifest import Manifest
-from llava_ray.train.finish import describe_training, find_contents, gather_tensors
+from llava_ray.model.assembly import LlavaParts
+from llava_ray.model.formats.layout import COMPLETE, TRAINER_STATE
+from llava_ray.model.formats.manifest import Manifest
+from llava_ray.model.saving import save_bundle
+from llava_ray.train.final_model import describe_training, find_contents, gather_tensors
 from llava_ray.train.settings import LoopSettings
 from llava_ray.train.universal import load_for_other_world_size
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-TAG, MODEL = "zero", "model"
-STATE_FILE, COMPLETE = "trainer_state.json", "COMPLETE"
-# Of the resolved settings, those that say which model it is.
-MODEL_SETTINGS = {"model", "data", "train", "lora"}
+ZERO_TAG, MODEL_FOLDER = "zero", "model"
+# The sections of the resolved settings that determine the model.
+_MODEL_SETTINGS = {"model", "data", "train", "lora"}
 
-# What torch's file writer says of a disk that takes no more, by where in the file it notices.
-FAILED_WRITES = ("PytorchStreamWriter", "file write failed", "iostream error", "inline_container.cc")
+# Parts of the messages with which torch's file writer reports a full disk.
+_FAILED_WRITES = ("PytorchStreamWriter", "file write failed", "iostream error", "inline_container.cc")
 
-# Ray uploads in the background and never says "slow down": more unfinished saves than this would fill the disk.
-MAX_UNFINISHED_UPLOADS = 2
+# Ray uploads in the background without backpressure: more unfinished uploads than this could fill the local disk.
+_MAX_UNFINISHED_UPLOADS = 2
 
 
 class Checkpointer:
     """Save and restore one rank's part of the training state."""
 
     def __init__(self, engine: "DeepSpeedEngine", parts: LlavaParts, settings: LoopSettings) -> None:
-        """Clear what a killed upload of this rank may have left on the local disk."""
+        """Initialise for this rank, and delete files that a killed upload may have left on the local disk."""
         self.engine = engine
         self.parts = parts
         slim_states(engine.module)
@@ -60,50 +61,51 @@ class Checkpointer:
         shutil.rmtree(self.local, ignore_errors=True)
 
     def restore(self) -> int:
-        """Load the committed checkpoint, if there is one, and return the step to go on with."""
+        """Load the committed checkpoint, if there is one, and return the step to resume at."""
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
             return 0
         with checkpoint.as_directory() as folder:
-            state = json.loads(Path(folder, STATE_FILE).read_text())
+            state = json.loads(Path(folder, TRAINER_STATE).read_text())
             if state["plan_hash"] != self.settings.plan_hash:
                 raise CheckpointError(
                     f"{checkpoint.path} was made with plan {state['plan_hash']}, this run's is "
                     f"{self.settings.plan_hash}: the data or their order changed; restore them, or start over with "
                     "--run.restart True"
                 )
-            refuse_other_base(state, self.parts.manifest, checkpoint.path)
+            check_same_base(state, self.parts.manifest, checkpoint.path)
             if state["world_size"] == self.world_size or self.engine.zero_optimization_stage() == 0:
-                self.engine.load_checkpoint(folder, tag=TAG, custom_load_fn=load_trainable)
+                self.engine.load_checkpoint(folder, tag=ZERO_TAG, custom_load_fn=load_trainable)
             else:
-                load_for_other_world_size(self.engine, Path(folder), TAG)
+                load_for_other_world_size(self.engine, Path(folder), ZERO_TAG)
             self.restore_randomness(Path(folder), state)
         if self.engine.global_steps != state["step"]:
             raise CheckpointError(
-                f"{checkpoint.path}: the engine stands at step {self.engine.global_steps}, trainer_state.json says "
-                f"{state['step']}; delete this checkpoint to go on from the one before"
+                f"{checkpoint.path}: the engine is at step {self.engine.global_steps}, trainer_state.json says "
+                f"{state['step']}; delete this checkpoint to resume from the one before"
             )
         return int(state["step"])
 
-    def rehearse(self) -> None:
-        """Save once for nothing before the first step, so that a full or read-only disk shows now, not after hours."""
-        self.write(self.local / "rehearsal", step=0)
+    def save_dry_run(self) -> None:
+        """Save a throw-away checkpoint before the first step, so that a full or read-only disk is found now."""
+        self.write(self.local / "dry-run", step=0)
         shutil.rmtree(self.local, ignore_errors=True)
 
     def is_due(self, step: int) -> bool:
-        """Tell whether a checkpoint is due when ``step`` steps are done."""
+        """Return whether a checkpoint is due after ``step`` steps."""
         return step % self.settings.config.train.save_steps == 0 or step == self.settings.until
 
-    def save(self, step: int, judged: dict[str, float]) -> None:
-        """Save when ``step`` steps are done; ``judged`` is what held-out samples said of the model."""
-        while self.local.exists() and len(list(self.local.iterdir())) >= MAX_UNFINISHED_UPLOADS:
+    def save(self, step: int, held_out_metrics: dict[str, float]) -> None:
+        """Save a checkpoint after ``step`` steps; ``held_out_metrics`` holds the held-out metrics."""
+        while self.local.exists() and len(list(self.local.iterdir())) >= _MAX_UNFINISHED_UPLOADS:
             time.sleep(0.2)
         folder = self.local / f"step-{step:08d}"
         self.write(folder, step)
-        # The ledger must hold every step up to here before the checkpoint counts.
+        # Order matters: the ledger is on storage before Ray can commit the checkpoint. A kill between the two leaves
+        # ledger rows that the resumed run rewrites; the other order would leave steps without rows.
         ray.get(self.settings.journal.flush.remote())
         ray.train.report(
-            {"step": step, "num_steps": self.settings.num_steps} | judged,
+            {"step": step, "num_steps": self.settings.num_steps} | held_out_metrics,
             checkpoint=Checkpoint.from_directory(str(folder)),
             checkpoint_dir_name=folder.name,
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
@@ -111,28 +113,29 @@ class Checkpointer:
         )
 
     def write(self, folder: Path, step: int) -> None:
-        """Write this rank's files of a checkpoint; raise CheckpointError when the disk does not take them."""
+        """Write this rank's files of a checkpoint. Raises CheckpointError when the disk is full or read-only."""
         try:
             folder.mkdir(parents=True)
             self.engine.save_checkpoint(
-                str(folder), tag=TAG, client_state={"step": step}, exclude_frozen_parameters=True
+                str(folder), tag=ZERO_TAG, client_state={"step": step}, exclude_frozen_parameters=True
             )
-            torch.save(random_state(), folder / f"rng_rank{self.rank}.pt")
-            self.write_model(folder / MODEL, step)
+            torch.save(_random_state(), folder / f"rng_rank{self.rank}.pt")
+            self.write_model(folder / MODEL_FOLDER, step)
             if self.rank == 0:
-                (folder / STATE_FILE).write_text(json.dumps(self.describe(step), indent=1))
+                (folder / TRAINER_STATE).write_text(json.dumps(self.describe(step), indent=1))
+                # Written last: its presence shows that rank 0 wrote everything before it.
                 (folder / COMPLETE).touch()
         except (OSError, RuntimeError) as error:
-            if not disk_trouble(error):
+            if not _disk_trouble(error):
                 raise
             free = shutil.disk_usage(self.local.anchor).free / 2**30
             raise CheckpointError(
                 f"cannot write the checkpoint of step {step} to {folder} ({free:.1f} GiB free there): {error}; "
-                "make room or set TMPDIR, then start the run again: it goes on from the last whole checkpoint"
+                "free some space or set TMPDIR, then start the run again: it resumes from the last complete checkpoint"
             ) from error
 
     def write_model(self, folder: Path, step: int) -> None:
-        """Write the model as a bundle where little of it learns; collective."""
+        """Write the model as a bundle where few of its parameters are trainable; collective."""
         include = find_contents(self.settings.config)
         if include != "all":
             tensors = gather_tensors(self.engine, self.parts, include)
@@ -142,7 +145,7 @@ class Checkpointer:
                 save_bundle(folder, self.parts, tensors, include=include, training=training, place=place)
 
     def describe(self, step: int) -> dict[str, Any]:
-        """Return the contents of trainer_state.json: the position, and which model it is with its base."""
+        """Return the contents of trainer_state.json: the position in the run, the model and its base."""
         config = self.settings.config
         return {
             "step": step,
@@ -152,82 +155,82 @@ class Checkpointer:
             "seed": config.train.seed,
             "zero_stage": config.train.zero_stage,
             "training": describe_training(self.settings, step),
-            "config": config.model_dump(mode="json", include=MODEL_SETTINGS),
+            "config": config.model_dump(mode="json", include=_MODEL_SETTINGS),
             "manifest": self.parts.manifest.model_dump(mode="json"),
         }
 
     def restore_randomness(self, folder: Path, state: dict[str, Any]) -> None:
-        """Bring back this rank's RNG states, or derive new ones where the number of ranks changed."""
+        """Restore this rank's RNG states, or derive new ones where the number of ranks changed."""
         if state["world_size"] == self.world_size:
-            set_random_state(torch.load(folder / f"rng_rank{self.rank}.pt", weights_only=False))
+            _set_random_state(torch.load(folder / f"rng_rank{self.rank}.pt", weights_only=False))
         else:
             seed_all(state["seed"], state["step"], self.rank)
 
 
-def refuse_other_base(state: dict[str, Any], found: Manifest, checkpoint: str) -> None:
+def check_same_base(state: dict[str, Any], found: Manifest, checkpoint: str) -> None:
     """Raise CheckpointError if the frozen weights are not those that the checkpoint was trained with."""
     made_with = Manifest.model_validate(state["manifest"])
     for part in ("language_model", "vision_tower"):
-        was, now = getattr(made_with, part), getattr(found, part)
-        if was.fingerprint != now.fingerprint:
+        then, now = getattr(made_with, part), getattr(found, part)
+        if then.fingerprint != now.fingerprint:
             raise CheckpointError(
-                f"{checkpoint} was made with the {part.replace('_', ' ')} {was.base} (fingerprint "
-                f"{was.fingerprint[:12]}), but {now.base} holds other weights now ({now.fingerprint[:12]}); "
-                "put the old ones back, or start over with --run.restart True"
+                f"{checkpoint} was made with the {part.replace('_', ' ')} {then.base} (fingerprint "
+                f"{then.fingerprint[:12]}), but {now.base} holds other weights now ({now.fingerprint[:12]}); "
+                "restore the old ones, or start over with --run.restart True"
             )
 
 
 def slim_states(module: nn.Module) -> None:
-    """Keep out of every later ``state_dict`` what no checkpoint needs.
+    """Remove from every later ``state_dict`` the entries that no checkpoint needs.
 
-    DeepSpeed leaves frozen parameters out by name; what remains are the second names of those that are tied (a head of
-    the embeddings' size), and the scales of quantised ones, which stand beside them under names of their own.
+    DeepSpeed leaves frozen parameters out by name. What remains are the second names of tied parameters (a head of
+    the embeddings' size) and the scales of quantised ones, which are stored under names of their own.
     """
-    kept = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
-    kept |= {name for name, parameter in module.named_parameters(remove_duplicate=False) if parameter.requires_grad}
+    needed = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
+    needed |= {name for name, parameter in module.named_parameters(remove_duplicate=False) if parameter.requires_grad}
 
     def drop(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         del module, metadata
-        for name in [name for name in state if name.removeprefix(prefix) not in kept]:
+        for name in [name for name in state if name.removeprefix(prefix) not in needed]:
             del state[name]
 
     module.register_state_dict_post_hook(drop)
 
 
 def load_trainable(src: dict[str, torch.Tensor], dst: nn.Module) -> None:
-    """Load a state without its frozen parameters, and refuse one that lacks anything that learns.
+    """Load a state without frozen parameters. Raises CheckpointError if a trainable tensor is missing.
 
-    DeepSpeed passes both by these names.
+    DeepSpeed calls it with the keyword arguments ``src`` and ``dst``.
     """
     missing = set(dst.load_state_dict(src, strict=False).missing_keys)
     lost = missing - {name for name, parameter in dst.named_parameters() if not parameter.requires_grad}
-    lost -= tied_names(dst)
+    lost -= _tied_names(dst)
     if lost:
         raise CheckpointError(f"the checkpoint lacks {sorted(lost)[:5]} ({len(lost)} in all): it is not this model's")
 
 
-def tied_names(module: nn.Module) -> set[str]:
+def _tied_names(module: nn.Module) -> set[str]:
     """Return the second names of tied parameters, which no checkpoint repeats."""
     return {name for name, _ in module.named_parameters(remove_duplicate=False)} - {
         name for name, _ in module.named_parameters()
     }
 
 
-def disk_trouble(error: BaseException) -> bool:
-    """Tell whether an error is the disk's: torch wraps a full disk in a RuntimeError of its file writer."""
+def _disk_trouble(error: BaseException) -> bool:
+    """Return whether the disk caused an error: torch wraps a full disk in a RuntimeError of its file writer."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-    return any(words in str(error) for words in FAILED_WRITES)
+    return any(words in str(error) for words in _FAILED_WRITES)
 
 
-def random_state() -> dict[str, Any]:
+def _random_state() -> dict[str, Any]:
     """Return the states of every random number generator a step may use."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
 
 
-def set_random_state(state: dict[str, Any]) -> None:
-    """Set what ``random_state`` returned."""
+def _set_random_state(state: dict[str, Any]) -> None:
+    """Restore the states that ``_random_state`` returned."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

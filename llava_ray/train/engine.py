@@ -1,6 +1,6 @@
-"""The DeepSpeed engine around what learns; a frozen tower stays outside it.
+"""The DeepSpeed engine around the trainable parts; a frozen tower stays outside it.
 
-DeepSpeed is imported inside the functions: only workers need it, and it takes seconds and speaks up when imported.
+DeepSpeed is imported inside the functions: only workers need it, and its import takes seconds and prints.
 """
 
 import warnings
@@ -15,7 +15,7 @@ from torch.optim import AdamW
 from llava_ray.config.lora import Quantization
 from llava_ray.config.sections import FinetuneConfig, TrainConfig
 from llava_ray.model.adaptation import adapt
-from llava_ray.model.bundle import LlavaParts, assemble
+from llava_ray.model.assembly import LlavaParts, assemble
 from llava_ray.model.freezing import freeze
 from llava_ray.train.groups import parameter_groups
 from llava_ray.train.schedule import schedule
@@ -26,22 +26,22 @@ if TYPE_CHECKING:
 
 
 class ShardedLoading:
-    """Let transformers partition what it loads inside this block, so that no rank ever holds the whole model."""
+    """Context in which transformers partitions the weights it loads, so that no rank ever holds the whole model."""
 
     def __init__(self, train: TrainConfig) -> None:
-        """Take the run's ZeRO settings; below stage 3 the block does nothing."""
+        """Store the run's ZeRO settings; below stage 3 the block does nothing."""
         self.train = train
         self.config: Any = None
 
     def __enter__(self) -> None:
-        """Make transformers see the configuration: it looks for the living object."""
+        """Activate ZeRO-3 initialisation: transformers holds a weak reference to the configuration object."""
         if self.train.zero_stage == 3:
             from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
             self.config = HfDeepSpeedConfig(zero_config(self.train))
 
     def __exit__(self, *error: object) -> None:
-        """Let go of it, or every later model would be partitioned too."""
+        """Release the configuration, or every later model would be partitioned too."""
         self.config = None
 
 
@@ -65,35 +65,35 @@ def assemble_for(
 def load_parts(
     config: FinetuneConfig, device: torch.device, say: Callable[[str], object] = lambda line: None
 ) -> LlavaParts:
-    """Load the model, freeze what the switches say, and put the tower where it will be used; ``say`` what learns."""
+    """Load the model, freeze its parts as configured, and move the tower to its device; ``say`` what is trainable."""
     import deepspeed
 
     transformers.utils.logging.disable_progress_bar()
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where quantised weights are put as they are read
-    warnings.filterwarnings("ignore", ".*all_gather_into_tensor", FutureWarning)  # DeepSpeed's to mend
+    warnings.filterwarnings("ignore", ".*all_gather_into_tensor", FutureWarning)  # DeepSpeed's own call
     # Its new name is not there yet in the oldest transformers that we support.
     warnings.filterwarnings("ignore", ".*gradient_checkpointing_enable", FutureWarning)
-    # Its shared-memory collectives want a compiler and half a minute at first use; gloo is there already.
+    # Its shared-memory collectives need a compiler and half a minute at first use; gloo is always available.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
     parts = assemble_for(config, ShardedLoading(config.train), config.lora.quantization)
-    with ShardedLoading(config.train):  # PEFT looks for it as well
+    with ShardedLoading(config.train):  # PEFT checks for it as well
         adapt(parts, config.lora, config.train.seed)
-    learning = freeze(parts.llava, parts.tower, config.model, parts.new_token_ids)
-    say(f"What learns: {'; '.join(map(str, learning))}")
+    trainable = freeze(parts.llava, parts.tower, config.model, parts.new_token_ids)
+    say(f"Trainable: {'; '.join(map(str, trainable))}")
     if config.data.vision_features == "inline":
         parts.tower.to(device)
     if config.train.gradient_checkpointing:
         parts.llava.language_model.gradient_checkpointing_enable({"use_reentrant": False})
         if config.model.unfreeze_mm_vision_tower:
-            parts.tower.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+            parts.tower.enable_checkpointing()
     parts.llava.train()
     return parts
 
 
 def build_engine(parts: LlavaParts, config: FinetuneConfig, num_steps: int) -> "DeepSpeedEngine":
-    """Wrap all that learns with AdamW, the schedule and the run's ZeRO stage."""
+    """Build the engine around the trainable parts, with AdamW, the schedule and the run's ZeRO stage."""
     import deepspeed
 
     train = config.train
@@ -104,7 +104,7 @@ def build_engine(parts: LlavaParts, config: FinetuneConfig, num_steps: int) -> "
         "eps": train.adam_epsilon,
     }
     if train.offload_optimizer:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiled at first use, so only when asked for
+        from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiled at first use, so only when configured
 
         optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
     else:

@@ -6,21 +6,23 @@ from torch import nn
 
 from llava_ray.config.sections import TrainConfig
 from llava_ray.errors import TrainingError
-from llava_ray.model.llava import Llava
-from llava_ray.model.published_names import IMAGE_NEWLINE
+from llava_ray.model.formats.names import IMAGE_NEWLINE
+from llava_ray.model.network.llava import Llava
 
 
 def parameter_groups(llava: Llava, train: TrainConfig) -> list[dict[str, Any]]:
-    """Return AdamW's groups over what learns; matrices decay, biases and norms (fewer than two dimensions) do not.
+    """Return AdamW's groups of trainable parameters; matrices decay, biases and norms (below two dimensions) do not.
 
-    Each group has a "name". Raises TrainingError when nothing learns.
+    Each group has a "name". Raises TrainingError when nothing is trainable.
     """
     # Under ZeRO-3 a parameter is a slice; DeepSpeed keeps its true shape in ds_shape.
-    learning = [
+    trainable = [
         (name, p, len(getattr(p, "ds_shape", p.shape))) for name, p in llava.named_parameters() if p.requires_grad
     ]
-    if not learning:
-        raise TrainingError("nothing learns: every parameter is frozen; check the model section's freezing switches")
+    if not trainable:
+        raise TrainingError(
+            "nothing is trainable: every parameter is frozen; check the model section's freezing switches"
+        )
     rates = {
         "projector": train.mm_projector_lr or train.learning_rate,
         "language_model": train.learning_rate,
@@ -30,7 +32,7 @@ def parameter_groups(llava: Llava, train: TrainConfig) -> list[dict[str, Any]]:
     for part, rate in rates.items():
         for decays in (True, False):
             members: list[nn.Parameter] = [
-                p for name, p, num_axes in learning if find_part(name) == part and (num_axes >= 2) == decays
+                p for name, p, num_axes in trainable if _find_part(name) == part and (num_axes >= 2) == decays
             ]
             if members:
                 decay = train.weight_decay if decays else 0.0
@@ -39,7 +41,7 @@ def parameter_groups(llava: Llava, train: TrainConfig) -> list[dict[str, Any]]:
     return groups
 
 
-def find_part(name: str) -> str:
-    """Return which part's learning rate a parameter follows: image_newline is learnt with the projector."""
+def _find_part(name: str) -> str:
+    """Return the part whose learning rate a parameter uses: image_newline is trained with the projector."""
     part = name.partition(".")[0]
     return "projector" if part == IMAGE_NEWLINE else part

@@ -1,7 +1,7 @@
-"""Held-out samples, looked at whenever a run saves: their loss, and the share of answers that are right.
+"""Held-out evaluation at every save: the samples' loss, and the share of correct answers.
 
-Each rank keeps its part in memory, images as what the frozen tower makes of them (as pixels where the tower learns).
-Nothing is learnt from them, and no random number is drawn: a run's own curve is the same with and without.
+Each rank keeps its part in memory, images as features of the frozen tower (as pixels where the tower is trainable).
+No gradient is computed and no random number is drawn: a run's own loss curve is the same with and without.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,25 +16,26 @@ from torch import Tensor
 from llava_ray.chat.conversation import Turn, first_question
 from llava_ray.chat.tokens import tokenize_question
 from llava_ray.data.batches import MicroBatch, micro_batch
-from llava_ray.data.descriptors import NO_STEP, describe_micro_batches
-from llava_ray.data.feature_cache import fetch_features, place_of
-from llava_ray.data.features import unpacked_features, unpacked_pixels
+from llava_ray.data.descriptors import describe_micro_batches
+from llava_ray.data.feature_cache import fetch_features, location_key
+from llava_ray.data.packing import NO_STEP, unpack_features, unpack_pixels
 from llava_ray.data.settings import StreamSettings
-from llava_ray.data.stream import decoded, fetch_records, find_images, read_micro_batches
+from llava_ray.data.stages import add_images, decode_views, fetch_records, read_micro_batches
 from llava_ray.generate.decoding import answer_text, generate_batch
 from llava_ray.images.anyres import Size
-from llava_ray.images.processing import normalise
-from llava_ray.model.bundle import LlavaParts
+from llava_ray.images.processing import normalize_pixels
+from llava_ray.model.assembly import LlavaParts
+from llava_ray.objectives.objective import Objective, PackedRow
 from llava_ray.train.settings import HeldOut
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-ANSWERS_AT_ONCE = 32
+_ANSWERS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
-class Asked:
+class HeldOutQuestion:
     """A question for the model, the views of its images as pixels or features (n, ...), and the record's answer."""
 
     prompt: list[int]
@@ -43,59 +44,68 @@ class Asked:
     answer: str
 
 
-class Examiner:
+class HeldOutEvaluator:
     """One rank's part of the held-out samples."""
 
-    def __init__(self, held_out: HeldOut | None, parts: LlavaParts, rank: int, world_size: int) -> None:
-        """Read the samples, and run a frozen tower over their images, once; None looks at nothing."""
+    def __init__(
+        self, held_out: HeldOut | None, parts: LlavaParts, objective: Objective, rank: int, world_size: int
+    ) -> None:
+        """Read the samples, and run a frozen tower over their images once; with None ``evaluate`` returns nothing."""
         self.held_out = held_out
         self.parts = parts
+        self.objective = objective
         self.batches: list[tuple[MicroBatch, Tensor | None]] = []
-        self.asked: list[Asked] = []
+        self.asked: list[HeldOutQuestion] = []
         if held_out is None:
             return
         self.tower_learns = held_out.stream.model.unfreeze_mm_vision_tower
-        for batch in read_batches(held_out, rank, world_size):
+        for batch in _read_batches(held_out, rank, world_size):
             self.batches.append((batch, self.kept(batch.features if batch.pixels is None else batch.pixels)))
-        for asked in read_questions(held_out, parts, rank, world_size):
-            self.asked.append(Asked(asked.prompt, self.kept(asked.images), asked.sizes, asked.answer))
+        for asked in _read_questions(held_out, parts, rank, world_size):
+            self.asked.append(HeldOutQuestion(asked.prompt, self.kept(asked.images), asked.sizes, asked.answer))
 
-    def examine(self, engine: "DeepSpeedEngine", device: torch.device) -> dict[str, float]:
-        """Return ``held_out_loss`` and ``held_out_accuracy`` over all ranks; collective."""
+    def evaluate(self, engine: "DeepSpeedEngine", device: torch.device) -> dict[str, float]:
+        """Return ``held_out_loss``, the objective's metrics and ``held_out_accuracy`` over all ranks; collective."""
         if self.held_out is None:
             return {}
         engine.eval()
         try:
             with torch.no_grad():
-                counts = torch.tensor([*self.losses(engine, device), *self.answers(device)], device=device)
+                sums = torch.tensor([*self.losses(engine, device), *self.answers(device)], device=device)
         finally:
             engine.train()
-        dist.all_reduce(counts)
-        loss, tokens, right, asked = counts.tolist()
-        return {"held_out_loss": loss / tokens} | ({"held_out_accuracy": right / asked} if asked else {})
+        dist.all_reduce(sums)
+        loss, *totals, num_terms, right, asked = sums.tolist()
+        metrics = zip(self.objective.metric_names, totals, strict=True)
+        judged = {"held_out_loss": loss / num_terms} | {
+            f"held_out_{name}": total / num_terms for name, total in metrics
+        }
+        return judged | ({"held_out_accuracy": right / asked} if asked else {})
 
-    def losses(self, engine: "DeepSpeedEngine", device: torch.device) -> tuple[float, float]:
-        """Return the sum of the losses of this rank's supervised tokens, and their number."""
-        total, tokens = 0.0, 0
+    def losses(self, engine: "DeepSpeedEngine", device: torch.device) -> list[float]:
+        """Return the sums of this rank's losses and of the objective's metrics, and the number of their terms."""
+        names = self.objective.metric_names
+        total, totals, num_terms = 0.0, [0.0] * len(names), 0
         for batch, images in self.batches:
-            features = None if images is None else self.features(images).to(device)
-            losses = engine(
+            row = PackedRow(
                 batch.input_ids.to(device),
                 batch.position_ids.to(device),
                 batch.labels.to(device),
-                features=features,
+                features=None if images is None else self.features(images).to(device),
                 image_sizes=batch.image_sizes,
             )
-            total += float(losses.sum())
-            tokens += len(losses)
-        return total, tokens
+            output = self.objective.compute(engine, row)
+            total += float(output.loss_sum)
+            totals = [known + float(output.metrics[name]) for known, name in zip(totals, names, strict=True)]
+            num_terms += output.num_terms
+        return [total, *totals, num_terms]
 
     def answers(self, device: torch.device) -> tuple[float, float]:
-        """Return how many of this rank's answers are right, and how many were asked for."""
+        """Return the number of this rank's correct answers, and of its questions."""
         assert self.held_out is not None
         right = 0
-        for start in range(0, len(self.asked), ANSWERS_AT_ONCE):
-            some = self.asked[start : start + ANSWERS_AT_ONCE]
+        for start in range(0, len(self.asked), _ANSWERS_AT_ONCE):
+            some = self.asked[start : start + _ANSWERS_AT_ONCE]
             written = generate_batch(
                 self.parts,
                 [asked.prompt for asked in some],
@@ -109,31 +119,31 @@ class Examiner:
         return right, len(self.asked)
 
     def kept(self, images: Tensor | None) -> Tensor | None:
-        """Return what is kept of some views: features, unless the tower still changes."""
+        """Return the form in which views are kept in memory: features, or pixels while the tower is trainable."""
         return images if images is None or self.tower_learns else self.features(images).cpu()
 
     def features(self, images: Tensor) -> Tensor:
-        """Return the features of views that are pixels (uint8), others as they are."""
+        """Return the features of views that are pixels (uint8), and others unchanged."""
         if images.dtype != torch.uint8:
             return images
         assert self.held_out is not None
         spec = self.held_out.stream.image_spec
-        return self.parts.tower.extract(images, lambda views: normalise(views, spec))
+        return self.parts.tower.extract(images, lambda views: normalize_pixels(views, spec))
 
 
-def read_batches(held_out: HeldOut, rank: int, world_size: int) -> Iterator[MicroBatch]:
-    """Yield this rank's packed rows, as many as every other rank's."""
+def _read_batches(held_out: HeldOut, rank: int, world_size: int) -> Iterator[MicroBatch]:
+    """Yield this rank's packed rows; every rank has the same number of them."""
     settings, plan = held_out.stream, held_out.plan
     steps = list(range(plan.num_steps))
     for window in describe_micro_batches(plan, held_out.lengths, steps, settings.row_length, world_size):
         mine = [row == rank for row in window["rank"].to_pylist()]
         for table in read_micro_batches(window.filter(pa.array(mine)), settings):
-            rows = find_images(table, settings).to_pylist()
+            rows = add_images(table, settings).to_pylist()
             yield from (micro_batch(row, settings) for row in rows if row["step"] != NO_STEP)
 
 
-def read_questions(held_out: HeldOut, parts: LlavaParts, rank: int, world_size: int) -> Iterator[Asked]:
-    """Yield this rank's questions: the first turns of every ``world_size``-th of the records that are asked."""
+def _read_questions(held_out: HeldOut, parts: LlavaParts, rank: int, world_size: int) -> Iterator[HeldOutQuestion]:
+    """Yield this rank's questions: the first turns of every ``world_size``-th record."""
     places = zip(*(held_out.lengths.table[name].to_pylist() for name in ("shard", "row", "part")), strict=True)
     records = [(shard, row) for shard, row, part in places if part == 0][: held_out.num_answers]
     mine = records[rank::world_size]
@@ -145,24 +155,26 @@ def read_questions(held_out: HeldOut, parts: LlavaParts, rank: int, world_size: 
 
 def make_question(
     settings: StreamSettings, parts: LlavaParts, place: tuple[int, int], record: Mapping[str, Any]
-) -> Asked:
-    """Return a record's turns up to its first learnt answer, with the images that belong to them, and that answer."""
+) -> HeldOutQuestion:
+    """Return a record's turns up to its first supervised answer, with their images, and that answer."""
     found = first_question([Turn.from_row(turn) for turn in record["turns"]])
     assert found is not None  # the plan has none without a learnt answer
     system, asked, answer = found
     num_images = sum(turn.value.count("<image>") for turn in asked)
     sizes = list(zip(record["widths"], record["heights"], strict=True))[:num_images]
     if settings.features:
-        cells = fetch_features(settings.features, [place_of(*place, number) for number in range(len(sizes))])
-        images = unpacked_features(b"".join(cells), settings) if sizes else None
+        cells = fetch_features(settings.features, [location_key(*place, number) for number in range(len(sizes))])
+        images = unpack_features(b"".join(cells), **settings.feature_form) if sizes else None
     else:
         shown = zip(record["images"], sizes, strict=False)
-        cell = b"".join(decoded(image, size, record["id"], settings) for image, size in shown)
+        cell = b"".join(decode_views(image, size, record["id"], settings) for image, size in shown)
         spec = settings.image_spec
-        images = torch.from_numpy(unpacked_pixels(cell, spec.height, spec.width)) if sizes else None
-    return Asked(tokenize_question(system, asked, parts.template, parts.tokenizer), images, sizes, answer.value)
+        images = torch.from_numpy(unpack_pixels(cell, spec.height, spec.width)) if sizes else None
+    return HeldOutQuestion(
+        tokenize_question(system, asked, parts.template, parts.tokenizer), images, sizes, answer.value
+    )
 
 
 def same(said: str, answer: str) -> bool:
-    """Tell whether an answer is the record's own but for case, white space and one final period."""
+    """Return whether an answer equals the record's, ignoring case, white space and one final period."""
     return said.strip().lower().removesuffix(".") == answer.strip().lower().removesuffix(".")

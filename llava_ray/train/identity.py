@@ -1,4 +1,4 @@
-"""What decides a run's result, whatever folders are called: fingerprints of its models, the hash of its prepared data.
+"""A run's identity, independent of folder names: fingerprints of its models, the hash of its prepared data.
 
 Only the edges of weight files are read and no folder of images is walked, so it takes no time for models of any size.
 """
@@ -10,35 +10,35 @@ from pathlib import Path
 from typing import Any
 
 from llava_ray.config.recipes import NOT_HASHED, settings_hash
-from llava_ray.config.schema import merged, nested
+from llava_ray.config.schema import merge_settings, nest_keys
 from llava_ray.config.sections import MODEL_PATHS, FinetuneConfig
 from llava_ray.errors import ConfigError
-from llava_ray.model.layout import PROJECTOR_FILE
-from llava_ray.model.manifest import edges_of, is_bundle, read_manifest
+from llava_ray.model.formats.layout import PROJECTOR_FILE
+from llava_ray.model.formats.manifest import edges_of, is_bundle, read_manifest
 from llava_ray.reading import is_file, is_folder
 
 DATA_PATHS = ("data.data_path", "data.image_folder", "data.cache_dir")
 DATA = "data"  # the key of the data in an identity
 # Of a model's folder: weights, configs, tokenizer.
-MODEL_SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".jinja", ".txt")
-NUM_SHOWN = 12  # digits of a fingerprint in a message
+_MODEL_SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".jinja", ".txt")
+_SHORT_DIGITS = 12  # digits of a fingerprint in a message
 NUM_DIGITS = 8  # of a hash in a run's name
 
 Identity = Mapping[str, str]
 
 
-def identify(config: FinetuneConfig, data_hash: str) -> Identity:
+def identify_run(config: FinetuneConfig, data_hash: str) -> Identity:
     """Return the fingerprint of each model that a run names, by its key, and the hash of its prepared data.
 
     Raises BundleError for a bundle whose manifest cannot be read.
     """
     settings = config.model_dump()
-    named = {key: look_up(settings, key) for key in MODEL_PATHS}
+    named = {key: _look_up(settings, key) for key in MODEL_PATHS}
     return {key: identify_model(name) for key, name in named.items() if name} | {DATA: data_hash}
 
 
 def identify_model(name: str) -> str:
-    """Return what makes a model the same wherever it lies: of a folder or file a hash, a hub id itself."""
+    """Return a model's identity wherever it is stored: a hash of a folder or file, a hub id as it is."""
     folder = Path(name).expanduser()
     if is_file(folder):
         return edges_of(folder)
@@ -50,13 +50,13 @@ def identify_model(name: str) -> str:
     if is_bundle(folder):
         manifest = read_manifest(folder)
         parts = {"language_model", "vision_tower"}
-        said = manifest.model_dump(mode="json", exclude={*parts, "libraries", "training"})
-        said |= {part: getattr(manifest, part).fingerprint for part in parts}
-        digest.update(json.dumps(said, sort_keys=True).encode())
+        description = manifest.model_dump(mode="json", exclude={*parts, "libraries", "training"})
+        description |= {part: getattr(manifest, part).fingerprint for part in parts}
+        digest.update(json.dumps(description, sort_keys=True).encode())
         files = [folder / PROJECTOR_FILE]
     else:
         inside = [*folder.iterdir(), *(folder / "vision_tower").glob("*")]
-        files = sorted(file for file in inside if file.suffix in MODEL_SUFFIXES)
+        files = sorted(file for file in inside if file.suffix in _MODEL_SUFFIXES)
     for file in files:
         if is_file(file):
             digest.update(f"{file.relative_to(folder)} {edges_of(file)}\n".encode())
@@ -64,61 +64,61 @@ def identify_model(name: str) -> str:
 
 
 def identity_hash(config: FinetuneConfig, identity: Identity) -> str:
-    """Return 8 hex digits of all that decides a run's result: settings that are not the default, and the identity."""
+    """Return 8 hex digits of everything that determines a run's result: non-default settings, and the identity."""
     settings = config.model_dump(mode="json", exclude=set(NOT_HASHED), exclude_defaults=True)
     paths = {*MODEL_PATHS, *DATA_PATHS}
-    kept = {
+    hashed = {
         section: {key: value for key, value in values.items() if f"{section}.{key}" not in paths}
         for section, values in settings.items()
     }
-    text = json.dumps([kept, dict(identity)], sort_keys=True)
+    text = json.dumps([hashed, dict(identity)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:NUM_DIGITS]
 
 
 def recipe_of_name(config: FinetuneConfig) -> str | None:
-    """Return the recipe in a run's name if nobody gave the name, so that its end is a hash of the settings."""
+    """Return the recipe in a generated run name, which ends in a hash of the settings; None for a user's name."""
     recipe, _, key = str(config.run.name).rpartition("-")
     return recipe if recipe and key == settings_hash(config) else None
 
 
 def comparable(
-    noted: Mapping[str, Any], config: FinetuneConfig, identity: Identity
+    saved_settings: Mapping[str, Any], config: FinetuneConfig, identity: Identity
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the settings that a run has noted and those of now, alike where only a path or a new default differs.
+    """Return a run's saved settings and the current ones, made equal where only a path or a new default differs.
 
-    A model at the same path that is another one by now is told apart.
+    A model at an unchanged path whose contents changed makes them differ.
     """
     now = config.model_dump(mode="json")
-    was = {key: value for key, value in noted.items() if key != "identity"}
-    known: Identity = noted.get("identity") or {}
-    then = with_new_defaults(was)
+    saved = {key: value for key, value in saved_settings.items() if key != "identity"}
+    known: Identity = saved_settings.get("identity") or {}
+    then = _with_new_defaults(saved)
     same, other_then, other_now = {}, {}, {}
     for key in MODEL_PATHS:
         if key not in known or key not in identity:
             continue
         if known[key] == identity[key]:
-            same[key] = look_up(now, key)
-        elif look_up(then, key) == look_up(now, key):
-            other_then[key] = f"{look_up(then, key)} with fingerprint {known[key][:NUM_SHOWN]}"
-            other_now[key] = f"{look_up(now, key)} with fingerprint {identity[key][:NUM_SHOWN]}"
+            same[key] = _look_up(now, key)
+        elif _look_up(then, key) == _look_up(now, key):
+            other_then[key] = f"{_look_up(then, key)} with fingerprint {known[key][:_SHORT_DIGITS]}"
+            other_now[key] = f"{_look_up(now, key)} with fingerprint {identity[key][:_SHORT_DIGITS]}"
     if known.get(DATA) == identity[DATA]:
-        same |= {key: look_up(now, key) for key in DATA_PATHS}
-    elif DATA in known and look_up(then, DATA_PATHS[0]) == look_up(now, DATA_PATHS[0]):
-        path = look_up(now, DATA_PATHS[0])
-        other_then[DATA_PATHS[0]] = f"{path} with data {known[DATA][:NUM_SHOWN]}"
-        other_now[DATA_PATHS[0]] = f"{path} with data {identity[DATA][:NUM_SHOWN]}"
-    return merged(then, nested(same | other_then)), merged(now, nested(other_now))
+        same |= {key: _look_up(now, key) for key in DATA_PATHS}
+    elif DATA in known and _look_up(then, DATA_PATHS[0]) == _look_up(now, DATA_PATHS[0]):
+        path = _look_up(now, DATA_PATHS[0])
+        other_then[DATA_PATHS[0]] = f"{path} with data {known[DATA][:_SHORT_DIGITS]}"
+        other_now[DATA_PATHS[0]] = f"{path} with data {identity[DATA][:_SHORT_DIGITS]}"
+    return merge_settings(then, nest_keys(same | other_then)), merge_settings(now, nest_keys(other_now))
 
 
-def with_new_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return noted settings with those that have come since at their defaults; as they are if they fit no more."""
+def _with_new_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return saved settings with defaults for newer ones; unchanged if they are no longer valid."""
     try:
         return FinetuneConfig.parsed(settings).model_dump(mode="json")
     except ConfigError:
         return dict(settings)
 
 
-def look_up(settings: Mapping[str, Any], key: str) -> Any:
-    """Return the setting with a dotted key; None where it is not there."""
+def _look_up(settings: Mapping[str, Any], key: str) -> Any:
+    """Return the setting with a dotted key; None if it is absent."""
     section, _, name = key.partition(".")
     return (settings.get(section) or {}).get(name)

@@ -1,8 +1,7 @@
-"""What every train worker runs: set up, then batch → forward → loss → backward → step → report → checkpoint."""
+"""The training loop of every worker: set-up, then batch → forward → loss → backward → step → report → checkpoint."""
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import pyarrow as pa
 import ray
@@ -12,21 +11,21 @@ import torch.distributed as dist
 from ray.train.torch import get_device
 
 from llava_ray.data.batches import MicroBatch, iterate_steps
-from llava_ray.data.settings import StreamSettings
 from llava_ray.errors import DivergedError
-from llava_ray.images.processing import normalise
-from llava_ray.model.bundle import LlavaParts
+from llava_ray.invocation import command
+from llava_ray.objectives.table import OBJECTIVES
 from llava_ray.train.allocation import keep_freed_memory
 from llava_ray.train.checkpoints import Checkpointer, seed_all
 from llava_ray.train.engine import build_engine, load_parts
-from llava_ray.train.finish import write_bundle
-from llava_ray.train.held_out import Examiner
+from llava_ray.train.final_model import save_final_model
+from llava_ray.train.held_out import HeldOutEvaluator
+from llava_ray.train.objective import StepLoss, build_row
 from llava_ray.train.settings import LoopSettings
 from llava_ray.train.speed import Meter
 
 
 def train_loop(settings: LoopSettings, blocks: Iterator[pa.Table]) -> None:
-    """Tune from where the committed checkpoint stands; write the bundle after the plan's last step."""
+    """Train from the committed checkpoint; write the final bundle after the plan's last step."""
     config, journal = settings.config, settings.journal
     rank, world_size = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
     torch.set_num_threads(settings.num_threads)
@@ -45,9 +44,10 @@ def train_loop(settings: LoopSettings, blocks: Iterator[pa.Table]) -> None:
     journal.rewind.remote(rank, first_step, world_size)
     if first_step == 0:
         journal.enter.remote("trying to write a checkpoint")
-        checkpointer.rehearse()
+        checkpointer.save_dry_run()
     journal.enter.remote("first batch")
-    examiner = Examiner(settings.held_out, parts, rank, world_size)
+    objective = OBJECTIVES[settings.objective]
+    examiner = HeldOutEvaluator(settings.held_out, parts, objective, rank, world_size)
     meter = Meter(parts.llava, device, world_size)
 
     told: ray.ObjectRef | None = None
@@ -55,26 +55,21 @@ def train_loop(settings: LoopSettings, blocks: Iterator[pa.Table]) -> None:
     for step in range(first_step, settings.until):
         with meter.waiting():
             batches = next(steps)
-        loss = torch.zeros((), device=device)
+        step_loss = StepLoss(objective, device)
         for batch in batches:
-            images = find_images(batch, parts, settings.stream, device)
-            losses = engine(
-                batch.input_ids.to(device), batch.position_ids.to(device), batch.labels.to(device), **images
-            )
-            micro_loss = losses.sum() / batch.num_supervised
-            # DeepSpeed averages gradients over ranks; ours are already parts of one mean over the step's tokens.
-            engine.backward(micro_loss * world_size, scale_wrt_gas=False)
-            loss += micro_loss.detach()
+            output = objective.compute(engine, build_row(batch, parts, settings.stream, device))
+            # DeepSpeed averages gradients over ranks; ours are already parts of one mean over the step's terms.
+            engine.backward(step_loss.add(output, batch) * world_size, scale_wrt_gas=False)
         engine.step()
-        dist.all_reduce(loss)
-        stopping = agree_to_stop(told, device)
-        refuse_not_finite(loss.item(), step, batches)
-        metrics = meter.measure(loss.item(), batches, engine, config.train.row_length)
+        loss, objective_metrics = step_loss.reduce()
+        stopping = _agree_to_stop(told, device)
+        _check_loss_finite(loss, step, batches)
+        metrics = meter.measure(loss, batches, engine, config.train.row_length) | objective_metrics
         samples = [sample for batch in batches for sample in batch.ids]
         judged: dict[str, float] = {}
         if checkpointer.is_due(step + 1):
-            with meter.aside():
-                judged = examiner.examine(engine, device)
+            with meter.excluded_from_timing():
+                judged = examiner.evaluate(engine, device)
         told = journal.record.remote(rank, step, metrics | judged, samples)
         if stopping or checkpointer.is_due(step + 1):
             checkpointer.save(step + 1, judged)
@@ -82,11 +77,11 @@ def train_loop(settings: LoopSettings, blocks: Iterator[pa.Table]) -> None:
             return
     if settings.until == settings.num_steps:
         journal.enter.remote("writing the model")
-        write_bundle(engine, parts, settings)
+        save_final_model(engine, parts, settings)
 
 
-def agree_to_stop(told: ray.ObjectRef | None, device: torch.device) -> bool:
-    """Tell whether any rank has heard, from what the journal ``told`` of an earlier step, that the run is to stop.
+def _agree_to_stop(told: ray.ObjectRef | None, device: torch.device) -> bool:
+    """Return whether any rank has learned, from the recorder's answer to an earlier step, that the run is to stop.
 
     All ranks have to leave the loop after the same step. Collective.
     """
@@ -96,23 +91,11 @@ def agree_to_stop(told: ray.ObjectRef | None, device: torch.device) -> bool:
     return bool(stop.item())
 
 
-def find_images(batch: MicroBatch, parts: LlavaParts, stream: StreamSettings, device: torch.device) -> dict[str, Any]:
-    """Return what Llava takes of the batch's images: streamed features, those of the frozen tower here, or pixels."""
-    sizes: dict[str, Any] = {"image_sizes": batch.image_sizes}
-    if batch.features is not None:
-        return sizes | {"features": batch.features.to(device)}
-    if batch.pixels is None:
-        return sizes
-    if stream.model.unfreeze_mm_vision_tower:
-        return sizes | {"pixels": normalise(batch.pixels.to(device), stream.image_spec)}
-    return sizes | {"features": parts.tower.extract(batch.pixels, lambda views: normalise(views, stream.image_spec))}
-
-
-def refuse_not_finite(loss: float, step: int, batches: list[MicroBatch]) -> None:
-    """Stop at a loss that is not a number, naming the samples this rank had."""
+def _check_loss_finite(loss: float, step: int, batches: list[MicroBatch]) -> None:
+    """Raise DivergedError for a loss that is not finite, naming this rank's samples."""
     if not math.isfinite(loss):
         ids = ", ".join(sample for batch in batches for sample in batch.ids)
         raise DivergedError(
-            f"step {step}: the loss is {loss}; this rank's samples were {ids}. Look at them with preview.py; "
+            f"step {step}: the loss is {loss}; this rank's samples were {ids}. Look at them with {command('preview')}; "
             "if they are sound, lower train.learning_rate"
         )

@@ -1,17 +1,17 @@
-"""What can be known of a run before Ray starts: whether its data and its model can be read, and its name is free."""
+"""Checks before Ray starts: the run's data and model can be read, and its name is free."""
 
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.preparation import check_source
 from llava_ray.data.storage import absolute
 from llava_ray.model.blueprint import read_blueprint
 from llava_ray.tracking import check_store
-from llava_ray.train.identity import DATA, identify, recipe_of_name
+from llava_ray.train.identity import DATA, identify_run, recipe_of_name
 from llava_ray.train.runs import RunFolder, find_run
 
 
 def check_run(config: FinetuneConfig) -> None:
-    """Raise what the run would raise after its start. Raises ConfigError, DataError, ModelError."""
-    check_name(config)
+    """Check a run's name, data, model and store before it starts. Raises ConfigError, DataError or ModelError."""
+    _check_name(config)
     check_source(config.data.data_path)
     if config.held_out.path is not None:
         check_source(config.held_out.path)
@@ -19,13 +19,13 @@ def check_run(config: FinetuneConfig) -> None:
     check_store(config.tracking.tracking_uri)
 
 
-def check_name(config: FinetuneConfig) -> None:
-    """Raise ConfigError for a name that was given to a run with other settings or models.
+def _check_name(config: FinetuneConfig) -> None:
+    """Check that no run with other settings or models has the name. Raises ConfigError.
 
     Whether its data are the same is known once they are prepared.
     """
     run = RunFolder(absolute(config.run.storage_path), str(config.run.name))
     if config.run.restart or recipe_of_name(config) is not None or not run.is_claimed:
         return
-    noted = run.noted_settings() or {}
-    find_run(config, identify(config, (noted.get("identity") or {}).get(DATA, "")))
+    saved = run.noted_settings() or {}
+    find_run(config, identify_run(config, (saved.get("identity") or {}).get(DATA, "")))

@@ -1,4 +1,4 @@
-"""A run's name, folder and committed position: the same name goes on, other settings under it are refused."""
+"""A run's name, folder and committed position: the same name resumes, other settings under it are an error."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ from ray.train import Checkpoint, Result, UserCallback
 
 from llava_ray.config.recipes import differing_keys
 from llava_ray.config.sections import MODEL_PATHS, FinetuneConfig
-from llava_ray.data.storage import absolute, read_file, write_file
+from llava_ray.data.storage import absolute, read_stored, write_stored
 from llava_ray.errors import CheckpointError, ConfigError
 from llava_ray.train.identity import NUM_DIGITS, Identity, comparable, identity_hash, recipe_of_name
 
@@ -22,7 +22,7 @@ SNAPSHOT_COPY = f"{SNAPSHOT}.copy"
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where one run keeps everything: ``storage_path/name``."""
+    """The folder of one run: ``storage_path/name``."""
 
     storage_path: str
     name: str
@@ -34,107 +34,107 @@ class RunFolder:
 
     @property
     def bundle(self) -> str:
-        """Return where the final model lies."""
+        """Return the path of the final model."""
         return f"{self.path}/model"
 
     @property
     def is_claimed(self) -> bool:
-        """Tell whether there is anything that a start with other settings would lose: a commit, or the end."""
+        """Return whether the run has a committed checkpoint or has finished, which a new run would overwrite."""
         files, inner = fsspec.core.url_to_fs(self.path)
-        kept = (f"{inner}/finished.json", f"{inner}/{SNAPSHOT_COPY}")
-        return any(map(files.exists, kept)) or bool(named_checkpoints(files, f"{inner}/{SNAPSHOT}"))
+        markers = (f"{inner}/finished.json", f"{inner}/{SNAPSHOT_COPY}")
+        return any(map(files.exists, markers)) or bool(_named_checkpoints(files, f"{inner}/{SNAPSHOT}"))
 
     def noted_settings(self) -> dict[str, Any] | None:
-        """Return the settings that the run was started with, None where none are noted. Raises ConfigError."""
+        """Load the settings that the run was started with; None if none are saved. Raises ConfigError."""
         try:
-            noted = json.loads(read_file(f"{self.path}/resolved.json"))
+            saved = json.loads(read_stored(f"{self.path}/resolved.json"))
         except FileNotFoundError:
             return None
         except ValueError as error:
-            noted = error
-        if not isinstance(noted, dict):
+            saved = error
+        if not isinstance(saved, dict):
             raise ConfigError(
-                f"{self.path}/resolved.json holds no settings; give another --run.name, or start over with "
+                f"{self.path}/resolved.json holds no settings; choose another --run.name, or start over with "
                 "--run.restart True"
             )
-        return noted
+        return saved
 
     def finished(self, data_hash: str) -> dict[str, Any] | None:
-        """Return what was noted when the run ended, or None. Raises ConfigError if it had learnt from other data."""
+        """Load the record of a finished run, or None. Raises ConfigError if it was trained on other data."""
         try:
-            noted: dict[str, Any] = json.loads(read_file(f"{self.path}/finished.json"))
+            saved: dict[str, Any] = json.loads(read_stored(f"{self.path}/finished.json"))
         except FileNotFoundError:
             return None
-        if noted["data_hash"] != data_hash:
+        if saved["data_hash"] != data_hash:
             raise ConfigError(
-                f"run {self.name!r} in {self.storage_path} is finished, but data.data_path holds other data now (hash "
-                f"{noted['data_hash']} -> {data_hash}): give another --run.name, or start over with --run.restart True"
+                f"run {self.name!r} in {self.storage_path} is finished, but data.data_path now holds other data (hash "
+                f"{saved['data_hash']} -> {data_hash}): choose another --run.name or start over with --run.restart True"
             )
-        return noted
+        return saved
 
 
 def find_run(config: FinetuneConfig, identity: Identity) -> RunFolder:
-    """Return the folder of a run, which may be there already; nothing is written.
+    """Return the folder of a run, which may exist already; write nothing.
 
-    A name that nobody gave ends in a hash of what decides the result; one made under the older rule, with a hash of
-    the settings as they are written, goes on. Raises ConfigError when the name is used with other settings.
+    A generated name ends in a hash of the run's identity; a run named by the older rule, with a hash of the settings
+    as they are written, is resumed. Raises ConfigError when the name is used with other settings.
     """
     assert config.run.name is not None
     run = RunFolder(absolute(config.run.storage_path), config.run.name)
     recipe = recipe_of_name(config)
     if recipe is not None:
         new = RunFolder(run.storage_path, f"{recipe}-{identity_hash(config, identity)}")
-        run = new if new.is_claimed else find_older(run, recipe, config, identity) or new
-    noted = run.noted_settings() if run.is_claimed else None
-    if noted is not None and not config.run.restart:
-        changed = differing_keys(*comparable(noted, config, identity))
+        run = new if new.is_claimed else _find_older(run, recipe, config, identity) or new
+    saved = run.noted_settings() if run.is_claimed else None
+    if saved is not None and not config.run.restart:
+        changed = differing_keys(*comparable(saved, config, identity))
         if changed:
             raise ConfigError(
                 f"run {run.name!r} in {run.storage_path} was made with other settings ({'; '.join(changed)}): give "
-                "another --run.name, go back to the old settings to go on, or start over with --run.restart True"
+                "another --run.name, restore the old settings to resume it, or start over with --run.restart True"
             )
     return run
 
 
-def find_older(written: RunFolder, recipe: str, config: FinetuneConfig, identity: Identity) -> RunFolder | None:
-    """Return the run that these settings had before names were made of fingerprints; None if there is none.
+def _find_older(named: RunFolder, recipe: str, config: FinetuneConfig, identity: Identity) -> RunFolder | None:
+    """Return the run of these settings that was named by the older rule; None if there is none.
 
-    It is found by its settings too: those that have come since have changed the hash in its name.
+    It is also searched by its saved settings, because settings added later changed the hash in its name.
     """
-    if written.is_claimed:
-        return written
-    files, inner = fsspec.core.url_to_fs(written.storage_path)
+    if named.is_claimed:
+        return named
+    files, inner = fsspec.core.url_to_fs(named.storage_path)
     for place in sorted(files.glob(f"{inner}/{recipe}-{'[0-9a-f]' * NUM_DIGITS}/resolved.json")):
-        run = RunFolder(written.storage_path, str(place).split("/")[-2])
-        noted = run.noted_settings()
-        is_older = noted is not None and "identity" not in noted and run.is_claimed
-        if is_older and noted and not differing_keys(*comparable(noted, config, identity)):
+        run = RunFolder(named.storage_path, str(place).split("/")[-2])
+        saved = run.noted_settings()
+        is_older = saved is not None and "identity" not in saved and run.is_claimed
+        if is_older and saved and not differing_keys(*comparable(saved, config, identity)):
             return run
     return None
 
 
 def claim_run(run: RunFolder, config: FinetuneConfig, identity: Identity) -> None:
-    """Note a run's settings in ``resolved.json`` as it starts; with run.restart an older folder is set aside first.
+    """Save a run's settings in ``resolved.json`` as it starts; with run.restart first move an older folder aside.
 
     The name is taken only once a checkpoint is committed. Raises DataError when the folder cannot be written.
     """
     files, inner = fsspec.core.url_to_fs(run.path)
     if config.run.restart and files.exists(f"{inner}/resolved.json"):
         files.mv(inner, f"{inner}.replaced-{time.strftime('%Y%m%d-%H%M%S')}", recursive=True)
-    noted = config.model_dump(mode="json") | {"identity": dict(identity)}
-    write_file(f"{run.path}/resolved.json", json.dumps(noted, indent=1).encode())
+    saved = config.model_dump(mode="json") | {"identity": dict(identity)}
+    write_stored(f"{run.path}/resolved.json", json.dumps(saved, indent=1).encode())
 
 
 def absolute_paths(config: FinetuneConfig) -> dict[str, str]:
-    """Return the changes that make the model's folders mean the same in every process; hub ids stay as they are."""
-    given = {key: getattr(config.model, key.removeprefix("model.")) for key in MODEL_PATHS}
-    return {key: str(Path(path).resolve()) for key, path in given.items() if path and Path(path).exists()}
+    """Return changes that make the paths of the model's folders absolute; hub ids stay as they are."""
+    paths = {key: getattr(config.model, key.removeprefix("model.")) for key in MODEL_PATHS}
+    return {key: str(Path(path).resolve()) for key, path in paths.items() if path and Path(path).exists()}
 
 
 def committed_step(storage_path: str, name: str) -> int:
-    """Return the step that the next start of the workers goes on with, 0 for a fresh run.
+    """Return the step at which the next start of the workers resumes, 0 for a fresh run.
 
-    Reads the snapshot that Ray itself resumes from, never a note of ours, which could be one step off after a kill.
+    Reads the snapshot that Ray itself resumes from, not a file of ours, which could be one step off after a kill.
     """
     try:
         checkpoint = Result.from_path(f"{storage_path}/{name}").checkpoint
@@ -150,43 +150,44 @@ class SnapshotKeeper(UserCallback):
     """Copy Ray's snapshot after each commit: Ray rewrites it in place, and a torn one would stop every resume."""
 
     def __init__(self, run: RunFolder) -> None:
-        """Know where the run is."""
+        """Store the run's folder."""
         self.run = run
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
-        """Keep a copy once the snapshot names the new checkpoint."""
+        """Copy the snapshot once it names the new checkpoint."""
         del run_context, metrics
         if checkpoint is not None:
             files, inner = fsspec.core.url_to_fs(self.run.path)
-            write_file(f"{self.run.path}/{SNAPSHOT_COPY}", files.cat_file(f"{inner}/{SNAPSHOT}"))
+            write_stored(f"{self.run.path}/{SNAPSHOT_COPY}", files.cat_file(f"{inner}/{SNAPSHOT}"))
 
 
-def mend_run(run: RunFolder) -> None:
-    """Before a start: put back a torn snapshot, and delete checkpoint folders that were never committed.
+def repair_run(run: RunFolder) -> None:
+    """Restore a torn snapshot from its copy, and delete uncommitted checkpoint folders, before a start.
 
     Raises CheckpointError when neither the snapshot nor its copy can be read.
     """
     files, inner = fsspec.core.url_to_fs(run.path)
     snapshot, copy = f"{inner}/{SNAPSHOT}", f"{inner}/{SNAPSHOT_COPY}"
-    committed = named_checkpoints(files, snapshot)
+    committed = _named_checkpoints(files, snapshot)
     if not committed and files.exists(copy):
-        committed = named_checkpoints(files, copy)
+        committed = _named_checkpoints(files, copy)
         if not committed:
             raise CheckpointError(
                 f"{run.path}/{SNAPSHOT} and its copy are unreadable; restore one from a backup, or start over "
-                "with --run.restart True (the old folder is kept aside)"
+                "with --run.restart True (the old folder is moved aside)"
             )
         files.cp_file(copy, snapshot)
     elif not committed and files.exists(snapshot):  # the first one was torn: nothing had been committed before it
         files.rm(snapshot)
+    # A checkpoint counts only once the snapshot names it: other folders are uploads that a kill interrupted.
     for folder in files.glob(f"{inner}/step-*"):
         if Path(folder).name not in committed:
             with contextlib.suppress(FileNotFoundError):
                 files.rm(folder, recursive=True)
 
 
-def named_checkpoints(files: fsspec.AbstractFileSystem, path: str) -> set[str]:
-    """Return the checkpoint folders that a snapshot names; none when it is not there or torn."""
+def _named_checkpoints(files: fsspec.AbstractFileSystem, path: str) -> set[str]:
+    """Return the checkpoint folders that a snapshot names; none if it is missing or torn."""
     try:
         snapshot = json.loads(files.cat_file(path))
     except (FileNotFoundError, NotADirectoryError, ValueError):

@@ -1,4 +1,4 @@
-"""The learning rate over a run's steps."""
+"""The learning rate schedule."""
 
 import math
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from llava_ray.config.sections import TrainConfig
 
 # The share of the learning rate that is left after a share of the steps.
-SHAPES: dict[str, Callable[[float], float]] = {
+_SHAPES: dict[str, Callable[[float], float]] = {
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
     "linear": lambda done: 1 - done,
     "constant": lambda done: 1.0,
@@ -23,7 +23,7 @@ def schedule(optimizer: Optimizer, train: TrainConfig, num_steps: int) -> LRSche
     compiler along: three seconds of every worker's start.
     """
     num_warmup = math.ceil(train.warmup_ratio * num_steps)
-    shape = SHAPES[train.lr_scheduler_type]
+    shape = _SHAPES[train.lr_scheduler_type]
 
     def factor(step: int) -> float:
         if step < num_warmup:

@@ -1,6 +1,6 @@
-"""What every train worker is told.
+"""Settings of every train worker.
 
-Ray's own processes pass it on and unpack it: nothing here imports torch, transformers or MLflow.
+Ray's own processes unpickle them: nothing here imports torch, transformers or MLflow.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from llava_ray.data.settings import StreamSettings
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The samples that are looked at beside a run's own, with everything that a worker needs to read it."""
+    """The held-out samples, with everything that a worker needs to read them."""
 
     stream: StreamSettings
     plan: Plan
@@ -26,14 +26,14 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """All that a worker is told."""
+    """Everything that a worker needs to run the training loop."""
 
     config: FinetuneConfig
     stream: StreamSettings
     num_steps: int
     """Of the whole run."""
     until: int
-    """The step that this start goes to: ``num_steps``, or less where a sweep compares runs on their way."""
+    """The step at which this start ends: ``num_steps``, or less where a sweep compares unfinished runs."""
     plan_hash: str
     data_hash: str
     run_folder: str
@@ -41,3 +41,5 @@ class LoopSettings:
     num_threads: int
     journal: ActorHandle
     held_out: HeldOut | None = None
+    objective: str = "cross_entropy"
+    """A key of ``OBJECTIVES``."""

@@ -1,4 +1,4 @@
-"""What a step cost: time, tokens, padding, waiting for data, memory, share of the device's peak."""
+"""The metrics of a step: time, tokens, padding, waiting for data, memory, share of the device's peak."""
 
 import resource
 import time
@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from llava_ray.data.batches import MicroBatch
-from llava_ray.model.llava import Llava, find_targets
-from llava_ray.model.quantization import count_elements
+from llava_ray.model.network.llava import Llava
+from llava_ray.model.network.quantization import count_elements
+from llava_ray.objectives.objective import find_supervised
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 # Dense bf16 peak in FLOP/s, from the makers' data sheets, by torch's device name.
-PEAK_FLOPS = {
+_PEAK_FLOPS = {
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
     "NVIDIA A10G": 70e12,
@@ -26,31 +27,31 @@ PEAK_FLOPS = {
 
 
 class Meter:
-    """Measure one rank's steps; figures for the whole run assume that ranks are alike, which packing sees to."""
+    """Measure one rank's steps; metrics of the whole run assume that ranks are alike, which packing ensures."""
 
     def __init__(self, llava: Llava, device: torch.device, world_size: int) -> None:
-        """Count parameters now, while their true sizes are known."""
-        # A tower that learns is left out like a frozen one: it sees views, not the tokens that are counted here.
+        """Count the parameters of one forward pass per token."""
+        # A trainable tower is left out like a frozen one: it processes views, not the tokens counted here.
         counted = [p for name, p in llava.named_parameters() if not name.startswith("vision_tower.")]
         sizes = [(count_elements(p), p.requires_grad) for p in counted]
         # Forward 2, gradient of activations 2, gradient of weights 2 FLOPs a parameter and token.
-        self.flops_per_token = sum(6 * size if learns else 4 * size for size, learns in sizes)
+        self.flops_per_token = sum(6 * size if trainable else 4 * size for size, trainable in sizes)
         self.device = device
         self.world_size = world_size
-        self.peak = PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self.peak = _PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self.waited = 0.0
         self.last = time.perf_counter()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time what is spent waiting for data."""
+        """Measure the time that the block spends waiting for data."""
         start = time.perf_counter()
         yield
         self.waited = time.perf_counter() - start
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Leave what happens inside out of the next step's time."""
+    def excluded_from_timing(self) -> Iterator[None]:
+        """Exclude the block from the next step's time."""
         start = time.perf_counter()
         yield
         self.last += time.perf_counter() - start
@@ -62,7 +63,7 @@ class Meter:
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
         num_tokens = sum(sum(batch.num_tokens) for batch in batches)
-        supervised = sum(len(find_targets(batch.labels, batch.position_ids)[0]) for batch in batches)
+        supervised = sum(len(find_supervised(batch.labels, batch.position_ids)[0]) for batch in batches)
         rates = dict(zip((g["name"] for g in engine.optimizer.param_groups), engine.get_lr(), strict=True))
         metrics = {
             "loss": loss,
@@ -81,7 +82,7 @@ class Meter:
                 rate for name, rate in rates.items() if name.startswith("vision_tower")
             )
         norm = engine.get_global_grad_norm()
-        if norm is not None:  # DeepSpeed does not tell it at stage 0 in fp32
+        if norm is not None:  # DeepSpeed does not compute it at stage 0 in fp32
             metrics["grad_norm"] = float(norm)
         if self.peak:
             metrics["mfu"] = self.flops_per_token * num_tokens / seconds / self.peak

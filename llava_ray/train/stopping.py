@@ -1,4 +1,4 @@
-"""What ends a run before its end: Ctrl-C and SIGTERM, which let it save first, and workers that failed too often."""
+"""The early end of a run: Ctrl-C and SIGTERM, which let it save first, and workers that failed too often."""
 
 import contextlib
 import signal
@@ -15,64 +15,64 @@ from ray.train.torch import TorchTrainer
 
 from llava_ray.errors import CheckpointError, LlavaRayError, Stopped, TrainingError
 from llava_ray.log_file import terminal
-from llava_ray.train.journal import TRAINING, Standing
-from llava_ray.train.runs import RunFolder, committed_step, mend_run
+from llava_ray.train.run_recorder import TRAINING, RunProgress
+from llava_ray.train.runs import RunFolder, committed_step, repair_run
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-PATIENCE_S = 5.0  # for the journal's answer while somebody waits for the run to stop
-SAVING = "Stopping: the step that is under way ends, and a checkpoint is saved. Once more to leave at once."
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_PATIENCE_S = 5.0  # for the recorder's answer while the user waits for the run to stop
+_SAVING = "Stopping after the current step, with a checkpoint. Press Ctrl-C again to exit at once."
 
 
 class Stopping:
-    """Obey signals: the first lets workers that are training save a checkpoint, the next ends them at once."""
+    """Handle signals: the first lets training workers save a checkpoint, the next ends them at once."""
 
     def __init__(self, journal: ActorHandle) -> None:
-        """Know whom to tell."""
+        """Store the recorder to notify."""
         self.journal = journal
-        self.heard: list[int] = []
+        self.received: list[int] = []
 
     def listen(self, controller: ActorHandle) -> None:
-        """Take the signals over, with Ray's ``controller`` of the run to end."""
+        """Install the signal handlers; the second signal aborts the run through Ray's ``controller``."""
 
-        def hear(number: int, frame: FrameType | None) -> None:
+        def on_signal(number: int, frame: FrameType | None) -> None:
             del frame
-            self.heard.append(number)
-            if len(self.heard) == 1 and self.is_training():
+            self.received.append(number)
+            if len(self.received) == 1 and self.is_training():
                 self.journal.stop.remote()
-                print(f"\n{SAVING}", file=terminal(), flush=True)
-            elif len(self.heard) <= 2:
-                with contextlib.suppress(RayActorError):  # it ends itself
+                print(f"\n{_SAVING}", file=terminal(), flush=True)
+            elif len(self.received) <= 2:
+                with contextlib.suppress(RayActorError):  # it exits while it aborts
                     ray.get(controller.abort.remote())
                 sys.exit(0)
             else:
                 sys.exit(0)
 
-        for number in SIGNALS:
-            signal.signal(number, hear)
+        for number in _SIGNALS:
+            signal.signal(number, on_signal)
 
     def is_training(self) -> bool:
-        """Tell whether there is anything to save."""
+        """Return whether the workers are training, so that there is something to save."""
         try:
-            standing: Standing = ray.get(self.journal.progress.remote(), timeout=PATIENCE_S)
+            progress: RunProgress = ray.get(self.journal.progress.remote(), timeout=_PATIENCE_S)
         except RayError:
             return False
-        return standing.state == TRAINING
+        return progress.state == TRAINING
 
     @contextlib.contextmanager
     def restoring(self) -> Iterator[None]:
-        """Give the signals back at the end of the block."""
-        before = {number: signal.getsignal(number) for number in SIGNALS}
+        """Restore the previous signal handlers at the end of the block."""
+        before = {number: signal.getsignal(number) for number in _SIGNALS}
         try:
             yield
         finally:
             for number, handler in before.items():
-                # Only the main thread may; a sweep's trials run in others, and take none over.
+                # Only the main thread may set handlers; a sweep's trials run in others, and install none.
                 with contextlib.suppress(ValueError):
                     signal.signal(number, handler)
 
 
 class StoppableTrainer(TorchTrainer):
-    """Ray's trainer, whose answer to Ctrl-C (workers ended wherever they are) is replaced by ours."""
+    """Ray's trainer with our handling of Ctrl-C; its own kills the workers wherever they are."""
 
     stopping: Stopping
 
@@ -81,7 +81,7 @@ class StoppableTrainer(TorchTrainer):
 
 
 def fit(trainer: StoppableTrainer, run: RunFolder, journal: ActorHandle, until: int) -> None:
-    """Run the trainer up to the step ``until``; put what failed in the workers into our own words.
+    """Run the trainer up to the step ``until``, and translate worker failures to our own errors.
 
     Raises Stopped after a signal, once the workers are gone.
     """
@@ -90,38 +90,38 @@ def fit(trainer: StoppableTrainer, run: RunFolder, journal: ActorHandle, until: 
         with trainer.stopping.restoring():
             trainer.fit()
     except (SystemExit, RayError, TrainingFailedError) as error:
-        if trainer.stopping.heard or isinstance(error, SystemExit):
+        if trainer.stopping.received or isinstance(error, SystemExit):
             raise stopped(trainer.stopping, run, until) from error
-        raise in_our_words(error, run) from error
-    if trainer.stopping.heard and committed_step(run.storage_path, run.name) < until:
+        raise _translate_error(error, run) from error
+    if trainer.stopping.received and committed_step(run.storage_path, run.name) < until:
         raise stopped(trainer.stopping, run, until)
 
 
 def stopped(stopping: Stopping, run: RunFolder, until: int) -> Stopped:
-    """Return what to raise after a signal: where the run goes on."""
-    with contextlib.suppress(CheckpointError):  # torn, and said by the next start
-        mend_run(run)
+    """Return the exception to raise after a signal, which says where the run resumes."""
+    with contextlib.suppress(CheckpointError):  # torn snapshot: reported by the next start
+        repair_run(run)
     step = committed_step(run.storage_path, run.name)
-    number = stopping.heard[0] if stopping.heard else signal.SIGINT
+    number = stopping.received[0] if stopping.received else signal.SIGINT
     if not step:
-        return Stopped("Stopped before the first checkpoint. The same command begins at the first step.", number)
+        return Stopped("Stopped before the first checkpoint. The same command starts at the first step.", number)
     with contextlib.suppress(RayError):
-        done = ray.get(stopping.journal.progress.remote(), timeout=PATIENCE_S).done
+        done = ray.get(stopping.journal.progress.remote(), timeout=_PATIENCE_S).done
         if done > step:
-            lost = f"the last checkpoint: {done - step} step(s) after it are taken again."
-            return Stopped(f"Stopped. The same command goes on from step {step} of {until}, {lost}", number)
-    return Stopped(f"Stopped. The same command goes on from step {step} of {until}; its checkpoint is saved.", number)
+            lost = f"the last checkpoint: {done - step} step(s) after it are repeated."
+            return Stopped(f"Stopped. The same command resumes from step {step} of {until}, {lost}", number)
+    return Stopped(f"Stopped. The same command resumes from step {step} of {until}; its checkpoint is saved.", number)
 
 
-def in_our_words(error: BaseException, run: RunFolder) -> LlavaRayError:
-    """Return the worker's own error where it is one of ours, or else what a user can do."""
+def _translate_error(error: BaseException, run: RunFolder) -> LlavaRayError:
+    """Return the worker's own error where it is one of ours, or else a TrainingError with the remedy."""
     if isinstance(error, WorkerGroupError):
         for failure in error.worker_failures.values():
             cause = getattr(failure, "_base_exc", failure)  # Ray wraps a worker's exception with its traceback
             if isinstance(cause, LlavaRayError):
                 return cause
         return TrainingError(
-            f"run {run.name!r} stopped after too many worker failures: {error}; it goes on from its last checkpoint "
-            "when started again; run.max_failures says how many to survive"
+            f"run {run.name!r} stopped after too many worker failures: {error}; it resumes from its last "
+            "checkpoint when started again; run.max_failures sets how many failures are tolerated"
         )
-    return TrainingError(f"run {run.name!r} stopped: {error}; start it again to go on")
+    return TrainingError(f"run {run.name!r} stopped: {error}; start it again to resume")

@@ -4,49 +4,45 @@ import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 
 import ray
 from ray.actor import ActorHandle
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, UserCallback
-from ray.train.torch import TorchConfig
+from ray.train import UserCallback
 
 from llava_ray.config.recipes import settings_hash
 from llava_ray.config.sections import FinetuneConfig
+from llava_ray.data.encoder_settings import EncoderSettings
 from llava_ray.data.feature_writing import cache_features
-from llava_ray.data.lengths import EncoderSettings, TokenLengths, measure_lengths
+from llava_ray.data.lengths import TokenLengths, measure_lengths
 from llava_ray.data.plan import Plan
 from llava_ray.data.preparation import prepare_data
 from llava_ray.data.settings import StreamSettings
 from llava_ray.data.shards import PreparedData, is_prepared
-from llava_ray.data.storage import read_file, write_file
-from llava_ray.data.stream import DealToRanks, TrainStream
+from llava_ray.data.storage import read_stored, write_stored
 from llava_ray.model.blueprint import Blueprint, read_blueprint
 from llava_ray.runtime import Resources
 from llava_ray.tracking import default_tracking_uri, moved_tracking_uri
-from llava_ray.train.identity import identify, identity_hash
-from llava_ray.train.journal import open_journal
-from llava_ray.train.progress import closing, progress_bar
+from llava_ray.train.identity import identify_run, identity_hash
+from llava_ray.train.progress import closing_run, progress_bar
+from llava_ray.train.ray_trainer import build_trainer
+from llava_ray.train.run_recorder import start_recorder
 from llava_ray.train.runs import (
     RunFolder,
-    SnapshotKeeper,
     absolute_paths,
     claim_run,
     committed_step,
     find_run,
-    mend_run,
+    repair_run,
 )
-from llava_ray.train.scaling import scaling, worker_environment
 from llava_ray.train.settings import HeldOut, LoopSettings
-from llava_ray.train.stopping import StoppableTrainer, fit
-from llava_ray.train.worker import run_worker
+from llava_ray.train.stopping import fit
 
-HELD_OUT_BATCH = 64  # held-out samples that are packed together
+_HELD_OUT_BATCH = 64  # held-out samples that are packed into one step
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What a run leaves behind."""
+    """The result of a finished run."""
 
     folder: RunFolder
     num_steps: int
@@ -56,27 +52,27 @@ class FinishedRun:
     mlflow_run_id: str
     data_hash: str
     reused: bool = False
-    """Whether it had been finished before, so that nothing was done now."""
+    """Whether it was already finished, so that nothing was done."""
 
     def read_losses(self) -> list[float]:
-        """Return the loss of every step."""
-        rows = read_file(f"{self.folder.path}/metrics.jsonl").decode().splitlines()
+        """Load the loss of every step."""
+        rows = read_stored(f"{self.folder.path}/metrics.jsonl").decode().splitlines()
         return [json.loads(row)["loss"] for row in rows]
 
 
 def finetune(
     config: FinetuneConfig, prepared: PreparedData, resources: Resources, *, show_progress: bool = True
 ) -> FinishedRun:
-    """Tune to the end, going on where a run of the same name stopped. Needs a connected Ray.
+    """Fine-tune to the last step, resuming a run of the same name. Needs a connected Ray.
 
     Raises ConfigError, DataError, ModelError, CheckpointError or TrainingError; whatever was committed stays.
     """
-    finished = advance(config, prepared, resources, show_progress=show_progress)
+    finished = train_until(config, prepared, resources, show_progress=show_progress)
     assert finished is not None  # only a run with ``until`` stops before its end
     return finished
 
 
-def advance(
+def train_until(
     config: FinetuneConfig,
     prepared: PreparedData,
     resources: Resources,
@@ -85,18 +81,18 @@ def advance(
     callbacks: Sequence[UserCallback] = (),
     show_progress: bool = True,
 ) -> FinishedRun | None:
-    """Tune up to the step ``until`` (default: the last), with a checkpoint there; return None short of the end.
+    """Fine-tune up to the step ``until`` (default: the last), with a checkpoint there; return None before the end.
 
-    Everything but the place where it stops is as in the whole run, and the next call goes on from there.
-    ``callbacks`` are Ray Train's, and hear of every checkpoint with what held-out samples said of it. Raises as
+    Everything but the stopping point is as in the whole run, and the next call resumes there.
+    ``callbacks`` are Ray Train's, and receive every checkpoint with its held-out metrics. Raises as
     ``finetune`` does.
     """
-    identity = identify(config, prepared.data_hash)
+    identity = identify_run(config, prepared.data_hash)
     run = find_run(config, identity)
-    noted = None if config.run.restart else run.finished(prepared.data_hash)
-    if noted is not None:
-        uri = config.tracking.tracking_uri or moved_tracking_uri(noted["tracking_uri"], config.run.storage_path)
-        return FinishedRun(run, reused=True, **noted | {"tracking_uri": uri})
+    saved = None if config.run.restart else run.finished(prepared.data_hash)
+    if saved is not None:
+        uri = config.tracking.tracking_uri or moved_tracking_uri(saved["tracking_uri"], config.run.storage_path)
+        return FinishedRun(run, reused=True, **saved | {"tracking_uri": uri})
     config = config.replaced(absolute_paths(config) | {"run.name": run.name})
     blueprint = read_blueprint(config.model, config.data.image_aspect_ratio)
     lengths, plan = make_plan(config, prepared, blueprint)
@@ -105,8 +101,8 @@ def advance(
     held_out = held_out_samples(config, blueprint, resources)
     tracking_uri = config.tracking.tracking_uri or default_tracking_uri(config.run.storage_path)
     claim_run(run, config, identity)
-    mend_run(run)
-    journal = open_journal(run, config, tracking_uri, identity_hash(config, identity))
+    repair_run(run)
+    journal = start_recorder(run, config, tracking_uri, identity_hash(config, identity))
     settings = LoopSettings(
         config=config,
         stream=stream,
@@ -120,34 +116,18 @@ def advance(
         num_threads=resources.num_threads,
         journal=journal,
     )
-    trainer = StoppableTrainer(
-        run_worker,
-        train_loop_config={"settings": settings},
-        torch_config=TorchConfig(backend="nccl" if resources.use_gpu else "gloo"),
-        scaling_config=scaling(resources),
-        run_config=RunConfig(
-            name=run.name,
-            storage_path=run.storage_path,
-            failure_config=FailureConfig(max_failures=config.run.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=config.train.save_total_limit),
-            callbacks=[SnapshotKeeper(run), *callbacks],
-            logging_config=LoggingConfig(log_level="WARNING"),
-            worker_runtime_env={"env_vars": worker_environment(config, resources)},
-        ),
-        datasets={"train": TrainStream(partial(committed_step, run.storage_path, run.name), until)},
-        dataset_config=DealToRanks(plan, until, lengths, settings.stream),
-    )
+    trainer = build_trainer(settings, run, plan, lengths, resources, callbacks)
     first_step = committed_step(run.storage_path, run.name)
-    with closing(journal), progress_bar(journal, plan.num_steps, first_step) if show_progress else nullcontext():
+    with closing_run(journal), progress_bar(journal, plan.num_steps, first_step) if show_progress else nullcontext():
         fit(trainer, run, journal, until)
     if until < plan.num_steps:
         ray.get(journal.flush.remote())
         return None
-    return note_finished(config, run, plan, prepared, journal, tracking_uri)
+    return _note_finished(config, run, plan, prepared, journal, tracking_uri)
 
 
 def make_plan(config: FinetuneConfig, prepared: PreparedData, blueprint: Blueprint) -> tuple[TokenLengths, Plan]:
-    """Measure the examples (or find them measured) and fix every step."""
+    """Measure the examples' lengths (or load them) and build the plan of every step."""
     encoder = EncoderSettings.of(blueprint, config.data, config.train)
     lengths = measure_lengths(prepared, encoder, config.data.max_rejected)
     plan = Plan(
@@ -159,7 +139,7 @@ def make_plan(config: FinetuneConfig, prepared: PreparedData, blueprint: Bluepri
         shuffle_window=config.data.shuffle_window,
         max_steps=config.train.max_steps,
     )
-    print(  # noqa: T201 - said to the person who started the run
+    print(  # noqa: T201 - for the person who started the run
         f"Plan: {len(plan.num_tokens)} examples ({lengths.num_truncated} truncated, {lengths.num_rejected} rejected), "
         f"{plan.num_steps} steps of {plan.global_batch_size} samples; lengths in {lengths.path}",
         flush=True,
@@ -170,7 +150,7 @@ def make_plan(config: FinetuneConfig, prepared: PreparedData, blueprint: Bluepri
 def stream_settings(
     config: FinetuneConfig, prepared: PreparedData, blueprint: Blueprint, resources: Resources
 ) -> StreamSettings:
-    """Gather what the tasks of the stream are told; features that are to be cached are computed here."""
+    """Build the settings of the stream's tasks; features that are to be cached are computed here."""
     settings = StreamSettings(
         prepared_path=prepared.path,
         shard_names=tuple(shard.name for shard in prepared.shards),
@@ -191,13 +171,13 @@ def stream_settings(
 
 
 def held_out_samples(config: FinetuneConfig, blueprint: Blueprint, resources: Resources) -> HeldOut | None:
-    """Prepare what the run looks at beside its own data, or None."""
-    asked = config.held_out
-    if asked.path is None:
+    """Prepare the held-out samples of a run, or return None."""
+    settings_held_out = config.held_out
+    if settings_held_out.path is None:
         return None
-    folder = asked.images or config.data.image_folder
-    most = None if is_prepared(asked.path) else asked.num_samples
-    changes = {"data_path": asked.path, "image_folder": folder, "max_samples": most}
+    folder = settings_held_out.images or config.data.image_folder
+    most = None if is_prepared(settings_held_out.path) else settings_held_out.num_samples
+    changes = {"data_path": settings_held_out.path, "image_folder": folder, "max_samples": most}
     config = config.replaced({f"data.{key}": value for key, value in changes.items()} | {"data.shuffle_window": 0})
     prepared = prepare_data(config.data, show_progress=False)
     settings = stream_settings(config, prepared, blueprint, resources)
@@ -205,18 +185,18 @@ def held_out_samples(config: FinetuneConfig, blueprint: Blueprint, resources: Re
     plan = Plan(
         lengths.column("num_tokens"),
         lengths.column("shard"),
-        global_batch_size=HELD_OUT_BATCH,
+        global_batch_size=_HELD_OUT_BATCH,
         num_epochs=1,
         seed=0,
         shuffle_window=0,
     )
-    return HeldOut(settings, plan, lengths, asked.num_answers, asked.max_new_tokens)
+    return HeldOut(settings, plan, lengths, settings_held_out.num_answers, settings_held_out.max_new_tokens)
 
 
-def note_finished(
+def _note_finished(
     config: FinetuneConfig, run: RunFolder, plan: Plan, prepared: PreparedData, journal: ActorHandle, tracking_uri: str
 ) -> FinishedRun:
-    """Close the MLflow run with lineage and artifacts, and note in the folder that the run is over."""
+    """Close the MLflow run with lineage and artifacts, and save ``finished.json`` in the run's folder."""
     lineage = {
         "data_path": config.data.data_path,
         "data_hash": prepared.data_hash,
@@ -232,12 +212,12 @@ def note_finished(
     tags = {f"llava_ray.{key}": value for key, value in lineage.items()}
     run_id = ray.get(journal.close.remote("FINISHED", tags, artifacts, files))
     metrics = ray.get(journal.progress.remote()).metrics
-    noted = {
+    saved = {
         "num_steps": plan.num_steps,
         "metrics": metrics,
         "tracking_uri": tracking_uri,
         "mlflow_run_id": run_id,
         "data_hash": prepared.data_hash,
     }
-    write_file(f"{run.path}/finished.json", json.dumps(noted, indent=1).encode())
-    return FinishedRun(run, **noted)
+    write_stored(f"{run.path}/finished.json", json.dumps(saved, indent=1).encode())
+    return FinishedRun(run, **saved)

@@ -1,4 +1,4 @@
-"""Resume with another number of workers: DeepSpeed's universal checkpoints, with two of its defects mended."""
+"""Resume with another number of workers: DeepSpeed's universal checkpoints, with two of its defects worked around."""
 
 import tempfile
 from pathlib import Path
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def load_for_other_world_size(engine: "DeepSpeedEngine", folder: Path, tag: str) -> None:
-    """Convert a ZeRO 1-3 checkpoint once a node, and load it into this world size. Collective."""
+    """Convert a ZeRO 1-3 checkpoint once per node, and load it into this world size. Collective."""
     from deepspeed.checkpoint import ds_to_universal
 
     node_rank = ray.train.get_context().get_node_rank()
@@ -32,12 +32,14 @@ def load_for_other_world_size(engine: "DeepSpeedEngine", folder: Path, tag: str)
     dist.barrier()
     # At stage 3 DeepSpeed 0.19 copies group 0's settings onto all groups and lets them share one step counter.
     optimizer = engine.optimizer.optimizer
-    kept = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    saved_settings = [
+        {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+    ]
     engine._config.load_universal_checkpoint = True
     engine.load_checkpoint(str(target), tag=tag, load_module_strict=False)
     engine._config.load_universal_checkpoint = False
     for group, settings_before, rate in zip(
-        optimizer.param_groups, kept, engine.lr_scheduler.get_last_lr(), strict=True
+        optimizer.param_groups, saved_settings, engine.lr_scheduler.get_last_lr(), strict=True
     ):
         group.update(settings_before, lr=rate)
     for state in optimizer.state.values():

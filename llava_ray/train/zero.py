@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration from ours: ZeRO stages as settings, nothing else of DeepSpeed's left to chance."""
+"""DeepSpeed's configuration from ours: the ZeRO stage as a setting, everything else fixed."""
 
 from typing import Any
 

@@ -21,9 +21,9 @@ from bench_engine import NEW_TOKENS, NUM_CORES, Numbers, hear, load_whole
 from outcome import keep_result
 
 from llava_ray.config.lora import LoraConfig
-from llava_ray.generate.builtin_engine import BuiltinEngine
-from llava_ray.model.adapters import add_adapter
-from llava_ray.model.bundle import save_bundle
+from llava_ray.generate.builtin.builtin_engine import BuiltinEngine
+from llava_ray.model.lora.adapters import add_adapter
+from llava_ray.model.saving import save_bundle
 
 CLIENTS, NUM_ADAPTERS, RANK = 32, 4, 16
 TARGETS = {"mixed_over_base": 0.8, "idle_over_without": 0.97}

@@ -28,14 +28,14 @@ from outcome import keep_result
 from PIL import Image
 
 from llava_ray.chat.conversation import Turn
-from llava_ray.generate.builtin_engine import BuiltinEngine
+from llava_ray.generate.builtin.builtin_engine import BuiltinEngine
+from llava_ray.generate.builtin.running_batch import RunningBatch
 from llava_ray.generate.engine import GenerationRequest, Sampling
 from llava_ray.generate.prompts import PromptMaker
-from llava_ray.generate.running_batch import RunningBatch
 from llava_ray.generate.vision_cache import VisionCache
-from llava_ray.model.bundle import LlavaParts
+from llava_ray.model.assembly import LlavaParts
 from llava_ray.model.loading import load_pretrained_model
-from llava_ray.model.registry_weights import make_language_model, make_vision_tower
+from llava_ray.quickstart.registry_weights import make_language_model, make_vision_tower
 
 NUM_CORES = 2
 IMAGE_SIZE = 112  # 64 image tokens

@@ -23,16 +23,16 @@ import torch
 from outcome import keep_result
 from PIL import Image
 
-from evals import easy_vqa
 from llava_ray.chat.conversation import Turn
 from llava_ray.chat.tokens import tokenize_prompt
 from llava_ray.generate.answers import Actors, Decoding, locate_model, stream_answers, with_markers
 from llava_ray.generate.decoding import answer_text, generate_batch
-from llava_ray.generate.questions import Question
+from llava_ray.generate.questions import ModelQuestion
 from llava_ray.images.geometry import crop_views
-from llava_ray.images.processing import normalise
-from llava_ray.model.bundle import LlavaParts
+from llava_ray.images.processing import normalize_pixels
+from llava_ray.model.assembly import LlavaParts
 from llava_ray.model.loading import load_pretrained_model
+from llava_ray.quickstart import easy_vqa
 
 NUM_CORES = 2
 TARGET = 5.0
@@ -42,7 +42,7 @@ def main() -> None:
     """Time the loop, the pool, and the pool on more questions; print and keep the figures."""
     options = parse_options()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:NUM_CORES])
-    asked = [Question(q.id, q.question, str(q.image)) for q in easy_vqa.test_questions(options.num_many, seed=0)]
+    asked = [ModelQuestion(q.id, q.question, str(q.image)) for q in easy_vqa.test_questions(options.num_many, seed=0)]
     parity = asked[:: max(1, len(asked) // options.num_loop)][: options.num_loop]
     torch.set_num_threads(NUM_CORES)
     parts = load_pretrained_model(options.model)
@@ -83,17 +83,17 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def answer_alone(parts: LlavaParts, question: Question, max_new_tokens: int) -> str:
+def answer_alone(parts: LlavaParts, question: ModelQuestion, max_new_tokens: int) -> str:
     """Answer one question the way a plain loop does: open, preprocess, generate, decode."""
     image = Image.open(str(question.image)).convert("RGB")
-    pixels = normalise(crop_views(image, parts.image_spec), parts.image_spec)
+    pixels = normalize_pixels(crop_views(image, parts.image_spec), parts.image_spec)
     turns = [Turn("human", with_markers(question.question, 1))]
     prompt = tokenize_prompt(turns, parts.template, parts.tokenizer)
     ids = generate_batch(parts, [prompt], [pixels], image_sizes=[[image.size]], max_new_tokens=max_new_tokens)[0]
     return answer_text(parts, ids)
 
 
-def time_pool(options: argparse.Namespace, asked: list[Question]) -> tuple[float, float, dict[str, str]]:
+def time_pool(options: argparse.Namespace, asked: list[ModelQuestion]) -> tuple[float, float, dict[str, str]]:
     """Return seconds, peak memory in MB of this process and its children, and the answers."""
     model = locate_model(options.model, None, None, None)
     decoding = Decoding(options.max_new_tokens, 0.0, options.batch_size)

@@ -34,8 +34,8 @@ CASES = [
     ("float16", "float16", "bin"),
 ]
 INSPECT = (
-    "import sys; from pathlib import Path; from llava_ray.model.inspection import inspect, render;"
-    "print(render(inspect(Path(sys.argv[1])))); assert 'torch' not in sys.modules"
+    "import sys; from pathlib import Path; from llava_ray.model.formats.inspection import inspect, render_inspection;"
+    "print(render_inspection(inspect(Path(sys.argv[1])))); assert 'torch' not in sys.modules"
 )
 
 
@@ -90,7 +90,8 @@ def write_model(folder: Path, tower: Path, stored: str, layout: str, *, num_laye
     from originals import write_original
 
     from llava_ray.config.sections import ModelConfig
-    from llava_ray.model.bundle import assemble, save_bundle
+    from llava_ray.model.assembly import assemble
+    from llava_ray.model.saving import save_bundle
 
     transformers.utils.logging.disable_progress_bar()
     base = folder.with_name("base")

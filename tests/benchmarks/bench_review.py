@@ -33,7 +33,7 @@ from llava_ray.review.judge import OpenAIJudge
 from llava_ray.review.ledger import close_ledger, open_ledger
 from llava_ray.review.ledger_file import read_account
 from llava_ray.review.pool import Pool, Progress
-from pipelines.review_run import Job, prepare
+from pipelines.review_run import ReviewJob, prepare
 
 TARGET = 150.0
 MAX_GROWTH = 0.15
@@ -70,7 +70,7 @@ def main() -> None:
     keep_result(result, options.output)
 
 
-async def bare_rate(job: Job) -> float:
+async def bare_rate(job: ReviewJob) -> float:
     """Return the requests a second of a loop that does nothing else."""
     (spec,) = job.plan.judges.values()
     client = OpenAIJudge.connect(spec)
@@ -87,7 +87,7 @@ async def bare_rate(job: Job) -> float:
     return len(bodies) / (time.perf_counter() - start)
 
 
-def review_rate(job: Job) -> dict[str, Any]:
+def review_rate(job: ReviewJob) -> dict[str, Any]:
     """Review everything; return rates, the start-up, and the memory at a fifth of the way and at the end."""
     job.output.mkdir(parents=True)
     start = time.perf_counter()
@@ -127,7 +127,7 @@ def own_memory() -> float:
     return sum(size.rss - size.shared for size in sizes) / 2**20
 
 
-def check(job: Job, judge: Remote) -> None:
+def check(job: ReviewJob, judge: Remote) -> None:
     """Stop where not every review was made exactly once: the comparison would be unfair."""
     account, paid = read_account(job.ledger), judge.stats()["paid"]
     bare = min(NUM_BARE, len(job.plan))

@@ -34,7 +34,7 @@ from llava_ray.deployments import api
 from llava_ray.deployments.engines import make_engine
 from llava_ray.deployments.settings import ServeSettings
 from llava_ray.generate.engine import GenerationRequest, Sampling
-from llava_ray.model.bundle import save_bundle
+from llava_ray.model.saving import save_bundle
 
 NUM_TOKENS = 64
 TARGET = 0.15

@@ -26,12 +26,13 @@ from ray.data import DataIterator
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.batches import iterate_steps
 from llava_ray.data.blocks import start_blocks
-from llava_ray.data.lengths import EncoderSettings, TokenLengths, measure_lengths
+from llava_ray.data.encoder_settings import EncoderSettings
+from llava_ray.data.lengths import TokenLengths, measure_lengths
 from llava_ray.data.plan import Plan
 from llava_ray.data.preparation import prepare_data
 from llava_ray.data.shards import PreparedData
 from llava_ray.data.stream import DealToRanks, StreamSettings, TrainStream
-from llava_ray.images.processing import normalise
+from llava_ray.images.processing import normalize_pixels
 from llava_ray.model.blueprint import Blueprint, read_blueprint
 
 WORLD_SIZE = 2
@@ -49,7 +50,7 @@ class Consumer:
             for batch in batches:
                 if batch.pixels is not None:
                     first = first or time.time()
-                    num_images += len(normalise(batch.pixels, settings.image_spec))
+                    num_images += len(normalize_pixels(batch.pixels, settings.image_spec))
         return num_images, first, time.time()
 
 

@@ -23,12 +23,12 @@ os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
 
 from outcome import keep_result
 
-from evals import easy_vqa
-from evals.easy_vqa_records import write_open_split
 from llava_ray.config.space import SweepConfig
 from llava_ray.config.sweep_recipes import load_sweep
-from llava_ray.sweep.sampling import Settings, identity
-from llava_ray.sweep.searching import list_given
+from llava_ray.quickstart import easy_vqa
+from llava_ray.quickstart.easy_vqa_records import write_open_split
+from llava_ray.sweep.sampling import TrialSettings, settings_key
+from llava_ray.sweep.searching import list_trial_arguments
 from pipelines.quickstart import CACHE
 
 ROOT = Path(__file__).parents[2]
@@ -51,13 +51,13 @@ def main() -> None:
     report = json.loads(Path(config.run.storage_path, "sweep/report.json").read_text())
     ends: list[dict[str, Any]] = []
     alone, busy = 0.0, []
-    for number, trial in enumerate(list_given(space, config.sweep, config.base)):
+    for number, trial in enumerate(list_trial_arguments(space, config.sweep, config.base)):
         seconds, share, end = run_alone(trial, given, options.folder, f"alone-{number}")
         alone += seconds
         busy.append(share * seconds)
         ends.append({"settings": trial["settings"], "seconds": round(seconds, 1)} | end)
     best = min(ends, key=lambda row: (-row["held_out_accuracy"], row["held_out_loss"]))
-    kept = next(row for row in ends if identity(row["settings"]) == identity(report["best"]["settings"]))
+    kept = next(row for row in ends if settings_key(row["settings"]) == settings_key(report["best"]["settings"]))
     result = {
         "num_trials": len(ends),
         "sweep_seconds": round(swept, 1),
@@ -70,7 +70,7 @@ def main() -> None:
         "busy_cores_one_by_one": round(sum(busy) / alone, 2),
         "best_in_truth": best,
         "best_of_sweep_in_truth": kept,
-        "true_best_kept": identity(best["settings"]) == identity(kept["settings"]),
+        "true_best_kept": settings_key(best["settings"]) == settings_key(kept["settings"]),
         "one_by_one": ends,
         "states": report["states"],
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}",
@@ -105,7 +105,7 @@ def run_alone(
     recipe = folder / f"{name}.toml"
     text = (ROOT / RECIPE).read_text()
     recipe.write_text("[model]" + text.partition("[model]")[2])  # a run knows neither space nor sweep
-    changes: Settings = {**ALONE, **trial["settings"], "train.seed": trial["seed"], "run.name": name}
+    changes: TrialSettings = {**ALONE, **trial["settings"], "train.seed": trial["seed"], "run.name": name}
     changes["run.storage_path"] = str(folder)
     flags = [word for key, value in changes.items() for word in (f"--{key}", str(value))]
     seconds, busy = timed(["pipelines/finetune.py", str(recipe), *given, *flags])

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from evals import easy_vqa
-from evals.easy_vqa_records import write_conversations
-from llava_ray.model.registry_weights import make_language_model, make_vision_tower
+from llava_ray.quickstart import easy_vqa
+from llava_ray.quickstart.easy_vqa_records import write_conversations
+from llava_ray.quickstart.registry_weights import make_language_model, make_vision_tower
 
 ROOT = Path(__file__).parents[2]
 NEEDED = ("sshd", "ssh-keygen", "rsync", "unshare", "ip")

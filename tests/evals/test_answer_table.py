@@ -11,9 +11,9 @@ import pytest
 
 from evals.benchmark import Grade, Question
 from evals.catalogue import make_benchmark
-from evals.letters import parse_letter
-from evals.plain_text import plain
-from evals.yes_no import parse_yes_no
+from evals.matching.letters import parse_letter
+from evals.matching.plain_text import to_plain_text
+from evals.matching.yes_no import parse_yes_no
 
 ROWS = [json.loads(line) for line in (Path(__file__).parent / "answer_table.jsonl").read_text("utf-8").splitlines()]
 RULES = {
@@ -91,7 +91,7 @@ MARKED = re.compile(r"""[.,;:!?"'“”‘’«»「」*_`~<>{}\\$#。！…]"""
 @pytest.mark.parametrize("change", CHANGES)
 def test_how_an_answer_is_set_does_not_change_its_value(change: str) -> None:
     """Of the rows without marks of their own: what stands around or between their characters means nothing."""
-    rows = [row for row in ROWS if plain(row["reply"]) and not MARKED.search(row["reply"])]
+    rows = [row for row in ROWS if to_plain_text(row["reply"]) and not MARKED.search(row["reply"])]
     changed = [(row, value(row, CHANGES[change](row["reply"]))) for row in rows]
     assert len(rows) > 400
     assert [(row, found) for row, found in changed if not same(found, row["expected"])] == []

@@ -4,31 +4,31 @@ from pathlib import Path
 
 import pytest
 
-from evals import easy_vqa
 from evals.answers import Answer
-from evals.custom import Custom
-from evals.easy_vqa import COLOUR, SHAPE, YES_NO, Count, Question
-from evals.scoring import score
+from evals.benchmarks.custom import Custom
+from evals.scoring import score_answers
 from llava_ray.errors import DataError
+from llava_ray.quickstart import easy_vqa
+from llava_ray.quickstart.easy_vqa import COLOUR, SHAPE, YES_NO, Count, ShapeQuestion
 
 PICTURE = Path("0.png")
 
 
 @pytest.fixture(scope="module")
-def train() -> list[Question]:
-    return easy_vqa.questions("train")
+def train() -> list[ShapeQuestion]:
+    return easy_vqa.read_questions("train")
 
 
 @pytest.fixture(scope="module")
-def test() -> list[Question]:
-    return easy_vqa.questions("test")
+def test() -> list[ShapeQuestion]:
+    return easy_vqa.read_questions("test")
 
 
-def ask(text: str, answer: str, image: Path = PICTURE, number: int = 0) -> Question:
-    return Question(f"train-{number:06d}", image, text, answer, easy_vqa.KINDS[answer])
+def ask(text: str, answer: str, image: Path = PICTURE, number: int = 0) -> ShapeQuestion:
+    return ShapeQuestion(f"train-{number:06d}", image, text, answer, easy_vqa.KINDS[answer])
 
 
-def test_both_splits_are_read_whole(train: list[Question], test: list[Question]) -> None:
+def test_both_splits_are_read_whole(train: list[ShapeQuestion], test: list[ShapeQuestion]) -> None:
     assert (len(train), len({question.image for question in train})) == (38_575, 4_000)
     assert (len(test), len({question.image for question in test})) == (9_673, 1_000)
     assert Counter(question.kind for question in train)[YES_NO] == 28_407
@@ -52,17 +52,17 @@ def test_both_splits_are_read_whole(train: list[Question], test: list[Question])
     ],
 )
 def test_captions_say_what_is_known_and_no_more(asked: list[tuple[str, str]], caption: str) -> None:
-    assert easy_vqa.describe(ask(text, answer) for text, answer in asked) == caption
+    assert easy_vqa.describe_scene(ask(text, answer) for text, answer in asked) == caption
 
 
 def test_too_many_questions_are_refused() -> None:
     with pytest.raises(DataError, match=r"0 test questions .* expected 1 to 9673"):
         easy_vqa.test_questions(0, seed=0)
     with pytest.raises(DataError, match="no split 'val'; expected one of train, test"):
-        easy_vqa.questions("val")
+        easy_vqa.read_questions("val")
 
 
-def test_the_test_sample_keeps_the_shares_of_the_kinds(test: list[Question]) -> None:
+def test_the_test_sample_keeps_the_shares_of_the_kinds(test: list[ShapeQuestion]) -> None:
     sample = easy_vqa.test_questions(1_000, seed=4)
     assert Counter(question.kind for question in sample) == {YES_NO: 738, SHAPE: 130, COLOUR: 132}
     assert len({question.id for question in sample}) == 1_000
@@ -76,7 +76,7 @@ def test_answers_are_right_but_for_case_space_and_one_period() -> None:
     asked = [ask("what color is the shape?", "red", number=number) for number in range(6)]
     asked.append(ask("is there a circle?", "yes", number=6))
     said = ["red", " Red.\n", "red..", "reddish", "blue"]
-    score = easy_vqa.accuracy(
+    score = easy_vqa.score_shape_answers(
         dict(zip((question.id for question in asked), said, strict=False)) | {"other": "red"}, asked
     )
     assert score.total == Count(2, 7)
@@ -84,14 +84,14 @@ def test_answers_are_right_but_for_case_space_and_one_period() -> None:
     assert score.missing == ("train-000005", "train-000006")
     assert score.total.accuracy == 2 / 7
     with pytest.raises(DataError, match="no questions to score"):
-        easy_vqa.accuracy({}, [])
+        easy_vqa.score_shape_answers({}, [])
 
 
-def test_guessing_by_the_wording_alone_gets_two_thirds(test: list[Question]) -> None:
+def test_guessing_by_the_wording_alone_gets_two_thirds(test: list[ShapeQuestion]) -> None:
     blind = easy_vqa.blind_answers()
     assert len(blind) == 107
     assert (blind["is there a red shape?"], blind["is there not a red shape?"]) == ("no", "yes")
-    score = easy_vqa.accuracy({question.id: blind[question.question] for question in test}, test)
+    score = easy_vqa.score_shape_answers({question.id: blind[question.question] for question in test}, test)
     assert score.total == Count(6_475, 9_673)
     assert score.by_kind[YES_NO] == Count(5_890, 7_136)
 
@@ -99,12 +99,12 @@ def test_guessing_by_the_wording_alone_gets_two_thirds(test: list[Question]) -> 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "easy_vqa", None)
     with pytest.raises(DataError, match=r"easy-vqa cannot be imported .*llava_ray\[quickstart\]"):
-        easy_vqa.questions("train")
+        easy_vqa.read_questions("train")
 
 
 def test_the_summary_sets_the_model_beside_the_blind_guess() -> None:
     asked = easy_vqa.test_questions(200, seed=0)
-    summary = easy_vqa.summarise(asked, {question.id: question.answer for question in asked[:150]})
+    summary = easy_vqa.compute_accuracies(asked, {question.id: question.answer for question in asked[:150]})
     assert summary["held_out_accuracy"] == 150 / 200
     assert summary["missing_answers"] == 50
     assert 0.5 < summary["blind_accuracy"] < 0.8
@@ -117,8 +117,8 @@ def test_as_a_benchmark_of_your_own_it_scores_the_same_to_the_question(tmp_path:
     said = {q.id: forms[n % 7].format(q.answer.upper() if n % 2 else q.answer) for n, q in enumerate(asked) if n % 50}
     benchmark = Custom()
     questions = benchmark.read(easy_vqa.write_benchmark(tmp_path, asked))
-    result = score(benchmark, questions, [Answer(name, text) for name, text in said.items()], "robust")
-    own = easy_vqa.accuracy(said, asked)
+    result = score_answers(benchmark, questions, [Answer(name, text) for name, text in said.items()], "robust")
+    own = easy_vqa.score_shape_answers(said, asked)
     assert result.total.headline == pytest.approx(100 * own.total.accuracy)
     for kind, count in own.by_kind.items():
         assert result.total.categories[kind].value == pytest.approx(100 * count.accuracy)

@@ -3,8 +3,13 @@
 import json
 from collections import Counter
 
-from evals import easy_vqa
-from evals.easy_vqa_records import write_conversations, write_open_questions, write_open_split, write_words
+from llava_ray.quickstart import easy_vqa
+from llava_ray.quickstart.easy_vqa_records import (
+    write_conversations,
+    write_open_questions,
+    write_open_split,
+    write_words,
+)
 
 
 def test_plain_balanced_questions_come_first_and_then_the_natural_mix(tmp_path):
@@ -35,7 +40,7 @@ def test_conversations_ask_every_train_question_once_in_an_order_that_hangs_on_t
     files = [write_conversations(tmp_path / str(n), seed=seed) for n, seed in enumerate((1, 1, 2))]
     first, again, other = (file.read_text() for file in files)
     assert first == again != other
-    by_id = {question.id: question for question in easy_vqa.questions("train")}
+    by_id = {question.id: question for question in easy_vqa.read_questions("train")}
     records = json.loads(first)
     assert len(records) == len(by_id)
     for record in records:
@@ -52,7 +57,7 @@ def test_open_questions_are_those_for_a_colour_or_a_shape(tmp_path):
     records = json.loads(write_open_questions(tmp_path, seed=1).read_text())
     answers = {record["conversations"][1]["value"] for record in records}
     assert answers == {*easy_vqa.COLOURS, *easy_vqa.SHAPES}
-    assert len(records) == sum(question.answer not in ("yes", "no") for question in easy_vqa.questions("train"))
+    assert len(records) == sum(question.answer not in ("yes", "no") for question in easy_vqa.read_questions("train"))
 
 
 def test_held_out_images_are_in_no_question_that_is_learnt(tmp_path):

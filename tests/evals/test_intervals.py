@@ -5,14 +5,14 @@ from collections.abc import Sequence
 
 import pytest
 
-from evals.answers import Joined
+from evals.answers import JoinedAnswers
 from evals.benchmark import Benchmark, Graded
+from evals.benchmarks.mmbench import ROTATION
 from evals.catalogue import BENCHMARKS, make_benchmark
-from evals.mmbench import ROTATION
-from evals.scoring import Result, estimate, summarise
-from evals.statistics import wilson
+from evals.scoring import Result, compute_metric, summarize_result
+from evals.statistics import wilson_interval
 
-NOTHING_AMISS = Joined({}, (), (), (), ())
+NOTHING_AMISS = JoinedAnswers({}, (), (), (), ())
 
 
 def rows(name: str, num: int, rng: random.Random, share: float) -> list[Graded]:
@@ -46,7 +46,9 @@ def rows(name: str, num: int, rng: random.Random, share: float) -> list[Graded]:
 
 def summary(benchmark: Benchmark, some: Sequence[Graded]) -> dict:
     total = benchmark.add_up(some, "robust")
-    return summarise(Result(benchmark, "robust", some, NOTHING_AMISS, total, estimate(benchmark, some, "robust")))
+    return summarize_result(
+        Result(benchmark, "robust", some, NOTHING_AMISS, total, compute_metric(benchmark, some, "robust"))
+    )
 
 
 def check(ends: Sequence[float] | None, value: float | None, maximum: float) -> None:
@@ -72,10 +74,10 @@ def test_intervals_stay_within_what_a_score_can_be(name: str) -> None:
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_shares_of_nothing_and_of_all_have_wilsons_interval(name: str, num: int, share: float) -> None:
     found = summary(make_benchmark(name), rows(name, 60, random.Random(1), share))
-    ends = [100 * end for end in wilson(round(share * num), num)]  # science_qa: of the half with an image
+    ends = [100 * end for end in wilson_interval(round(share * num), num)]  # science_qa: of the half with an image
     assert found["confidence_interval"] == pytest.approx(ends, abs=1e-3)
     for one in found["categories"].values():
-        ends = [100 * end for end in wilson(round(share * one["num"]), one["num"])]
+        ends = [100 * end for end in wilson_interval(round(share * one["num"]), one["num"])]
         assert one["confidence_interval"] == pytest.approx(ends, abs=1e-3)
 
 

@@ -32,7 +32,7 @@ def test_two_rows_that_differ_are_refused_by_id(tmp_path: Path, name: str) -> No
     said = told(tmp_path, name, FOUND[name])
     assert name in said
     assert "'0'" in said or "'000.jpg'" in said
-    assert "leave one of each" in said
+    assert "keep one of each" in said
 
 
 @pytest.mark.parametrize("name", ["answers_gpt4.jsonl", "context.jsonl"])
@@ -64,7 +64,7 @@ def test_two_reviews_of_a_question_are_refused_where_they_differ(tmp_path: Path)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert read_reviews(path).replies == {"1": "8 9"}
     path.write_text(path.read_text() + json.dumps({"question_id": 1, "content": "7 9"}) + "\n")
-    with pytest.raises(DataError, match=r"reviews.jsonl has different reviews of '1'; leave one of each"):
+    with pytest.raises(DataError, match=r"reviews.jsonl has different reviews of '1'; keep one of each"):
         read_reviews(path)
 
 

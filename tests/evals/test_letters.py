@@ -2,12 +2,12 @@
 
 import pytest
 
-from evals.ai2d import AI2D
 from evals.benchmark import Question
-from evals.letters import parse_letter, parse_mmbench, parse_mmmu, parse_science_qa
-from evals.realworldqa import RealWorldQA
-from evals.science_qa import ScienceQA
-from evals.seed_bench import SEEDBench
+from evals.benchmarks.ai2d import AI2D
+from evals.benchmarks.realworldqa import RealWorldQA
+from evals.benchmarks.science_qa import ScienceQA
+from evals.benchmarks.seed_bench import SEEDBench
+from evals.matching.letters import parse_letter, parse_mmbench, parse_mmmu, parse_science_qa
 
 ANIMALS = ("teddy bear", "rabbit", "cat", "dog")
 LONG = "The correct answer is **B**. Because the ears are long and A is a bear"

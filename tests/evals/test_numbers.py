@@ -2,13 +2,13 @@
 
 import pytest
 
-from evals.benchmark import FAILED, Grade, Graded, Question, graded
-from evals.docvqa import DocVQA
-from evals.llava_bench import LLaVABench
-from evals.mm_vet import MMVet
-from evals.mmbench import MMBench
-from evals.numbers import anls, edit_distance, relaxed_accuracy
-from evals.open_answers import open_answer_is_right
+from evals.benchmark import FAILED, Grade, Graded, Question, join_grade
+from evals.benchmarks.docvqa import DocVQA
+from evals.benchmarks.llava_bench import LLaVABench
+from evals.benchmarks.mm_vet import MMVet
+from evals.benchmarks.mmbench import MMBench
+from evals.matching.numbers import anls, edit_distance, relaxed_accuracy
+from evals.matching.open_answers import open_answer_is_right
 from llava_ray.replies import parse_first_word, parse_grade, parse_pair, parse_pair_strictly
 
 
@@ -84,16 +84,16 @@ def circular_rows(said: str, gold: str = "CDAB") -> list[Graded]:
         Question(str(7 + k * 10**6), "?", truths=(g,), options=("a", "b", "c", "d"), group="7")
         for k, g in enumerate(gold)
     ]
-    rows = [graded(q, MMBench().grade(q, s, "official")) for q, s in zip(questions, said, strict=False)]
-    return rows + [graded(q, Grade(0, None, "missing")) for q in questions[len(said) :]]
+    rows = [join_grade(q, MMBench().grade(q, s, "official")) for q, s in zip(questions, said, strict=False)]
+    return rows + [join_grade(q, Grade(0, None, "missing")) for q in questions[len(said) :]]
 
 
 def test_mmb_1_2_and_6() -> None:
     one, two = (MMBench().add_up(circular_rows(said), "official") for said in ("CDAB", "CDAC"))
-    assert (one.headline, one.figures["vanilla"], one.figures["mean"]) == (100, 100, 100)
-    assert (two.headline, two.figures["vanilla"], two.figures["mean"]) == (0, 100, 75)
+    assert (one.headline, one.metrics["vanilla"], one.metrics["mean"]) == (100, 100, 100)
+    assert (two.headline, two.metrics["vanilla"], two.metrics["mean"]) == (0, 100, 75)
     six = MMBench().add_up(circular_rows("CDA"), "robust")
-    assert (six.headline, six.figures["incomplete"]) == (None, 1)
+    assert (six.headline, six.metrics["incomplete"]) == (None, 1)
 
 
 def test_mmb_4_the_text_of_the_option() -> None:
@@ -105,26 +105,26 @@ def test_mmb_4_the_text_of_the_option() -> None:
     ]
     for profile in ("official", "robust"):
         rows = [
-            graded(q, MMBench().grade(q, "cat", profile))
+            join_grade(q, MMBench().grade(q, "cat", profile))
             for k, options in enumerate(rotations)
             for q in [Question(str(7 + k * 10**6), "?", truths=("CDAB"[k],), options=options, group="7")]
         ]
         total = MMBench().add_up(rows, profile)
-        assert (total.headline, total.figures["vanilla"], total.figures["mean"]) == (100, 100, 100)
+        assert (total.headline, total.metrics["vanilla"], total.metrics["mean"]) == (100, 100, 100)
 
 
 def review_rows(pairs: list[tuple[float, float]], failures: int = 0) -> list[Graded]:
     asked = Question("1", "?", truths=("reference",), categories=("conv",))
-    good = [graded(asked, Grade(b / 10, f"{a} {b}")) for a, b in pairs]
-    return good + [graded(asked, FAILED)] * failures
+    good = [join_grade(asked, Grade(b / 10, f"{a} {b}")) for a, b in pairs]
+    return good + [join_grade(asked, FAILED)] * failures
 
 
 def test_lbw_1_3_and_4() -> None:
     bench = LLaVABench()
     one = bench.add_up(review_rows([(8, 7), (9, 6), (10, 8)]), "robust")
     assert one.headline == pytest.approx(77.8, abs=0.05)
-    assert one.figures["reference x 10"] == pytest.approx(90)
-    assert one.figures["answer x 10"] == pytest.approx(70)
+    assert one.metrics["reference x 10"] == pytest.approx(90)
+    assert one.metrics["answer x 10"] == pytest.approx(70)
     assert bench.add_up(review_rows([], 3), "llava").headline == pytest.approx(100)
     assert bench.add_up(review_rows([], 3), "robust").headline is None
     assert bench.add_up(review_rows([(8, 4), (8, 4)], 2), "llava").headline == pytest.approx(42.9, abs=0.05)

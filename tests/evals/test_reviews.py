@@ -5,17 +5,17 @@ import random
 
 import pytest
 
-from evals.ratings import Match, bradley_terry, rate
+from evals.ratings import Match, bradley_terry, compute_ratings
 from evals.reviews import (
     Review,
-    headline,
-    length_figures,
+    compute_length_metrics,
+    compute_order_metrics,
+    compute_review_headline,
+    compute_sample_metrics,
+    compute_win_rates,
     mean_grade,
     mean_score,
-    order_figures,
-    relative,
-    sample_figures,
-    win_rates,
+    review_relative_score,
 )
 
 PAIR = ("reference", "model")
@@ -29,54 +29,61 @@ def reviews(*scores: tuple[float, float] | None, order: str = "given", state: st
 
 
 def test_the_published_figure_is_the_ratio_of_means() -> None:
-    found = headline(reviews((8, 7), (9, 6), (10, 8)), relative, 0.02)
+    found = compute_review_headline(reviews((8, 7), (9, 6), (10, 8)), review_relative_score, 0.02)
     assert found["score"] == pytest.approx(77.7778, abs=1e-4)
     some = reviews((8, 7), (9, 6), (10, 8))
     assert (10 * mean_score(some, 0), 10 * mean_score(some, 1)) == (90, 70)
 
 
 def test_an_outage_is_no_result() -> None:
-    found = headline(reviews(None, None, None), relative, 0.02)
+    found = compute_review_headline(reviews(None, None, None), review_relative_score, 0.02)
     assert (found["score"], found["computed_score"], found["failed"]) == (None, None, 3)
     assert found["withheld"] == "no review has scores"
-    assert headline(reviews(None, None, None), relative, 1.0)["withheld"] == "no review has scores"
+    assert (
+        compute_review_headline(reviews(None, None, None), review_relative_score, 1.0)["withheld"]
+        == "no review has scores"
+    )
 
 
 def test_failures_are_in_no_mean() -> None:
     some = reviews((8, 4), (8, 4), None, None)
-    assert relative(some) == 50.0
-    found = headline(some, relative, 0.02)
+    assert review_relative_score(some) == 50.0
+    found = compute_review_headline(some, review_relative_score, 0.02)
     assert (found["score"], found["computed_score"]) == (None, 50.0)
     assert found["withheld"] == "2 of 4 reviews have no scores (2 failed); at most 2% may lack them"
-    assert headline(some, relative, 0.5)["score"] == 50.0
-    unparsed = headline(reviews((8, 4), None, state="unparsed"), relative, 0.1)
+    assert compute_review_headline(some, review_relative_score, 0.5)["score"] == 50.0
+    unparsed = compute_review_headline(reviews((8, 4), None, state="unparsed"), review_relative_score, 0.1)
     assert "1 unparsed" in unparsed["withheld"]
 
 
 def test_mm_vet_counts_a_question_in_each_of_its_abilities() -> None:
     rows = [(1.0, ("rec", "ocr")), (0.5, ("rec",)), (0.0, ("math", "ocr"))]
     some = [Review(f"q{n}", ("m",), "given", 0, "done", (g,), (5,), c) for n, (g, c) in enumerate(rows)]
-    found = headline(some, mean_grade, 0.02)
+    found = compute_review_headline(some, mean_grade, 0.02)
     assert found["score"] == 50.0
     assert {name: one["score"] for name, one in found["categories"].items()} == {"rec": 75.0, "ocr": 50.0, "math": 0.0}
 
 
 def test_samples_show_the_judges_own_spread() -> None:
     some = [Review("q", ("m",), "given", n, "done", (grade,), (5,), ()) for n, grade in enumerate((0.5, 0.7))]
-    assert sample_figures(some, mean_grade) == {"num_samples": 2, "mean": 60.0, "std": pytest.approx(14.1421, abs=1e-4)}
-    assert sample_figures(some[:1], mean_grade) == {"num_samples": 1}
+    assert compute_sample_metrics(some, mean_grade) == {
+        "num_samples": 2,
+        "mean": 60.0,
+        "std": pytest.approx(14.1421, abs=1e-4),
+    }
+    assert compute_sample_metrics(some[:1], mean_grade) == {"num_samples": 1}
 
 
 def test_a_judge_that_likes_the_first_place_is_found_out() -> None:
     # Scores are in the answers' order: in "swapped", the second answer was shown first.
     given = reviews((9, 7), (9, 7), (8, 8), (5, 9))
     swapped = reviews((7, 9), (9, 7), (8, 8), None, order="swapped")
-    found = order_figures([*given, *swapped])
+    found = compute_order_metrics([*given, *swapped])
     assert found["num_pairs"] == 3
     assert found["consistency"] == pytest.approx(2 / 3, abs=1e-4)
     assert found["first_wins"] == pytest.approx(3 / 4)  # of 4 decided: the first place won both of q0 and one of q1
     assert found["first_advantage"] == pytest.approx((2 + 2 + 2 - 2) / 6, abs=1e-4)
-    assert order_figures(given)["consistency"] is None
+    assert compute_order_metrics(given)["consistency"] is None
 
 
 def test_a_judge_that_likes_length_is_found_out() -> None:
@@ -86,10 +93,10 @@ def test_a_judge_that_likes_length_is_found_out() -> None:
         lengths = (draw.randint(10, 100), draw.randint(10, 100))
         lead = (lengths[1] - lengths[0]) / 20
         some.append(Review(f"q{n}", PAIR, "given", 0, "done", (5, 5 + lead), lengths))
-    found = length_figures(some)
+    found = compute_length_metrics(some)
     assert found["length_correlation"] > 0.9
     assert found["longer_wins"] == 1.0
-    assert length_figures([])["length_ratio"] is None
+    assert compute_length_metrics([])["length_ratio"] is None
 
 
 def test_both_orders_of_an_item_are_one_verdict() -> None:
@@ -100,7 +107,7 @@ def test_both_orders_of_an_item_are_one_verdict() -> None:
         Review("b", ("x", "y"), "swapped", 0, "done", (7, 6)),
         Review("c", ("x", "y"), "given", 0, "failed"),
     ]
-    found = win_rates(some)["x", "y"]
+    found = compute_win_rates(some)["x", "y"]
     assert (found["won"], found["tied"], found["lost"], found["win_rate"]) == (1, 1, 0, 0.75)
 
 
@@ -112,7 +119,7 @@ def test_ratings_are_those_the_results_were_drawn_from() -> None:
         first, second = draw.sample(sorted(true), 2)
         chance = 1 / (1 + 10 ** ((true[second] - true[first]) / 400))
         matches.append(Match(first, second, float(draw.random() < chance), f"i{number}"))
-    found = rate(matches[:600])
+    found = compute_ratings(matches[:600])
     assert list(found) == ["a", "b", "c"]
     assert all(one.low <= one.rating <= one.high for one in found.values())
     exact = bradley_terry(matches)

@@ -5,11 +5,11 @@ import re
 
 import pytest
 
-from evals.answers import Recorded
+from evals.answers import RecordedJudge
 from evals.benchmark import Benchmark, Grade, Question
+from evals.benchmarks.llava_bench import LLaVABench
+from evals.benchmarks.mm_vet import MMVet
 from evals.catalogue import BENCHMARKS, make_benchmark
-from evals.llava_bench import LLaVABench
-from evals.mm_vet import MMVet
 from llava_ray.errors import ConfigError
 
 LINE = re.compile(r"""^ {8}('.*'|".*") \| (?:(.*?) \| )?(.+)$""", re.MULTILINE)
@@ -42,7 +42,7 @@ def question(kind: type[Benchmark], truth: str) -> Question:
 
 def graded(kind: type[Benchmark], said: str, truth: str) -> Grade:
     if kind in (LLaVABench, MMVet):
-        return kind().grade(question(kind, "right"), "an answer", "robust", Recorded({"1": said}))
+        return kind().grade(question(kind, "right"), "an answer", "robust", RecordedJudge({"1": said}))
     return kind().grade(question(kind, truth), said, "robust")
 
 

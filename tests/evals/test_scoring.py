@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from evals.answers import Answer, Recorded, join, read_answers, read_reviews
+from evals.answers import Answer, RecordedJudge, match_answers, read_answers, read_reviews
 from evals.benchmark import Question
-from evals.custom import Custom
-from evals.llava_bench import LLaVABench
-from evals.scoring import score, summarise
-from evals.tables import flat_metrics, headline, interval_text, markdown
+from evals.benchmarks.custom import Custom
+from evals.benchmarks.llava_bench import LLaVABench
+from evals.scoring import score_answers, summarize_result
+from evals.tables import flat_metrics, format_headline, format_interval, format_markdown
 from llava_ray.errors import DataError
 
 
@@ -32,33 +32,33 @@ def said(num: int, text: str = "yes") -> list[Answer]:
 
 
 def test_the_first_of_several_answers_counts_and_they_are_told() -> None:
-    joined = join(asked(2), [*said(2), Answer("q0", "no"), Answer("q1", "yes"), Answer("q9", "yes")])
+    joined = match_answers(asked(2), [*said(2), Answer("q0", "no"), Answer("q1", "yes"), Answer("q9", "yes")])
     assert joined.answers == {"q0": "yes", "q1": "yes"}
     assert (joined.duplicate, joined.conflicting, joined.extra, joined.missing) == (("q0", "q1"), ("q0",), ("q9",), ())
 
 
 def test_two_questions_of_one_id_are_damage() -> None:
     with pytest.raises(DataError, match="two questions have the id 'q0'"):
-        join([*asked(1), *asked(1)], [])
+        match_answers([*asked(1), *asked(1)], [])
 
 
 def test_all_right_is_not_certain() -> None:
-    found = summarise(score(Custom(), asked(10), said(10), "robust"))
+    found = summarize_result(score_answers(Custom(), asked(10), said(10), "robust"))
     assert found["score"] == 100
     assert found["confidence_interval"] == pytest.approx([72.25, 100], abs=0.01)
     assert found["categories"]["odd"]["confidence_interval"] == pytest.approx([56.55, 100], abs=0.01)
-    assert interval_text(found) == "72.25 to 100.00"
+    assert format_interval(found) == "72.25 to 100.00"
 
 
 def test_questions_about_one_image_are_one_cluster() -> None:
     answers = [Answer(f"q{i}", "yes" if i % 2 else "no") for i in range(20)]
-    wide, narrow = (summarise(score(Custom(), asked(20, images=n), answers, "robust")) for n in (2, 20))
+    wide, narrow = (summarize_result(score_answers(Custom(), asked(20, images=n), answers, "robust")) for n in (2, 20))
     assert (wide["num_clusters"], narrow["num_clusters"]) == (2, 20)
     assert wide["standard_error"] > 2 * narrow["standard_error"]
 
 
 def test_an_unparsed_answer_is_wrong_and_counted_apart() -> None:
-    found = summarise(score(Custom(), asked(4), [*said(3), Answer("q3", " ")], "robust"))
+    found = summarize_result(score_answers(Custom(), asked(4), [*said(3), Answer("q3", " ")], "robust"))
     assert (found["score"], found["unparsed"], found["missing"], found["ids"]["unparsed"]) == (75, 1, 0, ["q3"])
 
 
@@ -69,20 +69,20 @@ def test_failed_reviews_are_left_out_and_withhold_the_headline() -> None:
     ]
     answers = [Answer(str(i), "x") for i in range(100)]
     for failures, shown in ((2, 87.5), (3, None)):
-        judge = Recorded({str(i): "8 7\nfine" for i in range(failures, 100)})
-        found = summarise(score(LLaVABench(), questions, answers, "robust", judge))
+        judge = RecordedJudge({str(i): "8 7\nfine" for i in range(failures, 100)})
+        found = summarize_result(score_answers(LLaVABench(), questions, answers, "robust", judge))
         assert (found["score"], found["failed"], found["num_scored"]) == (shown, failures, 100 - failures)
         assert found["computed_score"] == 87.5
-    assert headline(found) == "withheld"
-    assert "3 of 100 questions have no score" in markdown([found])
+    assert format_headline(found) == "withheld"
+    assert "3 of 100 questions have no score" in format_markdown([found])
     assert "llava_bench/robust/score" not in flat_metrics(found)
 
 
 def test_nothing_to_score_is_an_error() -> None:
     with pytest.raises(DataError, match="hold no questions"):
-        score(Custom(), [], [], "robust")
+        score_answers(Custom(), [], [], "robust")
     with pytest.raises(DataError, match="only its server scores them"):
-        score(Custom(), [Question("1", "?")], [], "robust")
+        score_answers(Custom(), [Question("1", "?")], [], "robust")
 
 
 def test_answers_files_of_every_form(tmp_path: Path) -> None:
@@ -103,5 +103,5 @@ def test_answers_files_of_every_form(tmp_path: Path) -> None:
 
 
 def test_bars_and_newlines_do_not_break_a_table() -> None:
-    found = summarise(score(Custom(), asked(2), said(2), "robust", provenance={"prompt": "a | b\nc"}))
-    assert "| prompt | a \\| b c |" in markdown([found])
+    found = summarize_result(score_answers(Custom(), asked(2), said(2), "robust", provenance={"prompt": "a | b\nc"}))
+    assert "| prompt | a \\| b c |" in format_markdown([found])

@@ -9,7 +9,7 @@ from evals.statistics import (
     paired_difference,
     proportion_error,
     standard_error,
-    wilson,
+    wilson_interval,
 )
 
 
@@ -27,7 +27,7 @@ def test_error_of_a_share() -> None:
     [(43, 60, 0.5923, 0.8149), (0, 10, 0, 0.2775), (10, 10, 0.7225, 1), (500, 1000, 0.4691, 0.5309)],
 )
 def test_wilson(successes: int, num: int, low: float, high: float) -> None:
-    assert wilson(successes, num) == pytest.approx((low, high), abs=5e-5)
+    assert wilson_interval(successes, num) == pytest.approx((low, high), abs=5e-5)
 
 
 def test_clusters_widen_the_error() -> None:

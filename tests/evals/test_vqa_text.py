@@ -3,8 +3,14 @@
 import pytest
 
 from evals.benchmark import Question
-from evals.vqa_text import llava_accuracy, normalise_evalai, normalise_official, official_accuracy, robust_accuracy
-from evals.vqav2 import VQAv2, grade_by_humans
+from evals.benchmarks.vqav2 import VQAv2, grade_by_humans
+from evals.matching.vqa_text import (
+    llava_accuracy,
+    normalise_evalai,
+    normalise_official,
+    official_accuracy,
+    robust_accuracy,
+)
 from llava_ray.errors import DataError
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 
-from evals.benchmark import Graded, Question, graded
-from evals.gqa import GQA
-from evals.hallusion_bench import HallusionBench, grade_verdict
-from evals.mme import MME
-from evals.pope import POPE
-from evals.yes_no import parse_mme, parse_pope, parse_yes_no
+from evals.benchmark import Graded, Question, join_grade
+from evals.benchmarks.gqa import GQA
+from evals.benchmarks.hallusion_bench import HallusionBench, grade_verdict
+from evals.benchmarks.mme import MME
+from evals.benchmarks.pope import POPE
+from evals.matching.yes_no import parse_mme, parse_pope, parse_yes_no
 
 
 @pytest.mark.parametrize(
@@ -35,19 +35,19 @@ def test_pope_reads_yes_where_we_read_nothing(text: str, pope: str, robust: str 
 def pope_rows(said: str, gold: str) -> list[Graded]:
     names = {"y": "yes", "n": "no"}
     questions = [Question(str(i), "?", truths=(names[g],), categories=("random",)) for i, g in enumerate(gold)]
-    return [graded(q, POPE().grade(q, names[s], "llava")) for q, s in zip(questions, said, strict=True)]
+    return [join_grade(q, POPE().grade(q, names[s], "llava")) for q, s in zip(questions, said, strict=True)]
 
 
 def test_pope_1() -> None:
     total = POPE().add_up(pope_rows("yyynnnnn", "yynynnnn"), "llava")
     assert total.headline == pytest.approx(66.6667, abs=1e-3)
-    found = [total.figures[key] for key in ("accuracy", "precision", "recall", "f1", "yes_ratio")]
+    found = [total.metrics[key] for key in ("accuracy", "precision", "recall", "f1", "yes_ratio")]
     assert found == pytest.approx([75, 66.6667, 66.6667, 66.6667, 37.5], abs=1e-3)
 
 
 def test_pope_3_without_any_yes_is_zero_and_no_crash() -> None:
     total = POPE().add_up(pope_rows("nnnn", "yynn"), "robust")
-    found = [total.figures[key] for key in ("accuracy", "precision", "recall", "f1", "yes_ratio")]
+    found = [total.metrics[key] for key in ("accuracy", "precision", "recall", "f1", "yes_ratio")]
     assert found == [50, 0, 0, 0, 0]
     assert total.headline == 0
 
@@ -95,7 +95,7 @@ def test_mme_1_to_3() -> None:
     assert MME().add_up([*existence, *mme_rows("count", [[1, 0]])], "llava").headline == 175
     assert MME().add_up([*existence, *mme_rows("count", [[0, 0]])], "llava").headline == 125
     both = MME().add_up([*existence, *mme_rows("code_reasoning", [[1, 1]])], "llava")
-    assert both.figures == {"perception": 125, "cognition": 200}
+    assert both.metrics == {"perception": 125, "cognition": 200}
 
 
 @pytest.mark.parametrize(
@@ -132,8 +132,8 @@ def test_hb_1() -> None:
             cluster=f"{category}_x_{set_id}",
             group="no figure" if alone else "figure",
         )
-        rows.append(graded(question, grade_verdict(words[check], no_figure=alone)))
+        rows.append(join_grade(question, grade_verdict(words[check], no_figure=alone)))
     total = HallusionBench().add_up(rows, "official")
     assert total.headline == pytest.approx(71.43, abs=0.01)
-    assert total.figures["fAcc"] == pytest.approx(33.33, abs=0.01)
-    assert total.figures["qAcc"] == pytest.approx(50)
+    assert total.metrics["fAcc"] == pytest.approx(33.33, abs=0.01)
+    assert total.metrics["qAcc"] == pytest.approx(50)

@@ -6,8 +6,8 @@ import pytest
 
 from llava_ray.config.sections import ClusterConfig
 from llava_ray.placement import can_grow, find_pools, in_pool, pool_options, pool_resources, pool_selector, pools_among
-from llava_ray.runtime import fitted
-from llava_ray.shared_storage import DRIVER, Places, look, mark, write_mark
+from llava_ray.runtime import fit_resources
+from llava_ray.shared_storage import DRIVER, Places, check_from_node, mark_name, write_mark
 
 TOKEN = "token"
 
@@ -30,18 +30,18 @@ def test_a_machine_without_labels_has_no_pools(ray_cluster: None) -> None:
     assert (find_pools(), can_grow()) == (frozenset(), False)
     assert (in_pool("decode"), pool_selector("train")) == ({}, None)
     assert pool_resources("train") == {"CPU": 4.0, "GPU": 0.0}
-    assert fitted(ClusterConfig(num_workers=2)).cpus_per_worker == 1.0
+    assert fit_resources(ClusterConfig(num_workers=2)).cpus_per_worker == 1.0
 
 
 def test_a_node_sees_what_the_driver_wrote_and_says_what_it_does_not_see(tmp_path: Path) -> None:
     shared, apart = str(tmp_path / "shared"), str(tmp_path / "apart")
     write_mark(shared, TOKEN, DRIVER)
-    assert look(Places((shared,), (str(tmp_path),)), TOKEN, "node") == []
-    assert (tmp_path / "shared" / mark(TOKEN, "node")).exists()
-    faults = look(Places((shared, apart), (str(tmp_path / "data.json"),)), TOKEN, "node")
+    assert check_from_node(Places((shared,), (str(tmp_path),)), TOKEN, "node") == []
+    assert (tmp_path / "shared" / mark_name(TOKEN, "node")).exists()
+    faults = check_from_node(Places((shared, apart), (str(tmp_path / "data.json"),)), TOKEN, "node")
     assert faults == [
-        f"{apart!r}: what another node wrote there is not to be seen",
-        f"{str(tmp_path / 'data.json')!r}: is not there",
+        f"{apart!r}: a file that another node wrote there is not visible",
+        f"{str(tmp_path / 'data.json')!r}: does not exist",
     ]
 
 

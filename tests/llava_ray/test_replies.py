@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from llava_ray.replies import parse_grade, parse_pair, parse_pair_strictly, parse_score, spoken
+from llava_ray.replies import parse_grade, parse_pair, parse_pair_strictly, parse_score, remove_reasoning
 
 # reply: (score of the first answer, score of the second), or None where there is no verdict
 PAIRS: dict[str, tuple[float, float] | None] = {
@@ -375,9 +375,9 @@ def test_llavas_own_rule_reads_numbers_that_are_numbers() -> None:
 
 
 def test_thoughts_end_or_nothing_is_said() -> None:
-    assert spoken("<think>a</think> b") == "b"
-    assert spoken("<think>a") is None
-    assert spoken("b") == "b"
+    assert remove_reasoning("<think>a</think> b") == "b"
+    assert remove_reasoning("<think>a") is None
+    assert remove_reasoning("b") == "b"
 
 
 def test_long_replies_take_no_time() -> None:

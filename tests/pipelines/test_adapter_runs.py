@@ -11,21 +11,22 @@ import torch
 from samples import write_recipe
 from test_finetune import committed, finish, ledger, started, wait_for_step
 
-from evals import easy_vqa
-from evals.easy_vqa_records import write_conversations
 from llava_ray.chat.conversation import IMAGE_TOKEN, Turn
 from llava_ray.chat.tokens import tokenize_prompt
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import FinetuneConfig, ModelConfig
 from llava_ray.generate.decoding import answer_text, generate_batch
 from llava_ray.images.geometry import crop_pixels
-from llava_ray.images.processing import normalise
+from llava_ray.images.processing import normalize_pixels
 from llava_ray.images.reading import open_image
-from llava_ray.model.adapters import has_adapter, merge
-from llava_ray.model.bundle import LlavaParts, assemble, save_bundle
+from llava_ray.model.assembly import LlavaParts, assemble, merge
 from llava_ray.model.loading import load_pretrained_model
-from llava_ray.model.quantization import find_quantization
-from llava_ray.model.registry_weights import make_language_model, make_vision_tower
+from llava_ray.model.lora.adapters import has_adapter
+from llava_ray.model.network.quantization import find_quantization
+from llava_ray.model.saving import save_bundle
+from llava_ray.quickstart import easy_vqa
+from llava_ray.quickstart.easy_vqa_records import write_conversations
+from llava_ray.quickstart.registry_weights import make_language_model, make_vision_tower
 
 pytestmark = [pytest.mark.ray, pytest.mark.verify, pytest.mark.timeout(1200)]
 
@@ -76,7 +77,7 @@ def ask(parts: LlavaParts) -> list[str]:
         turn = Turn("human", f"{IMAGE_TOKEN}\n{question.question}")
         prompts.append(tokenize_prompt([turn], parts.template, parts.tokenizer))
         image = open_image(Path(question.image).read_bytes(), question.id, max_pixels=10**7)
-        pixels.append(normalise(crop_pixels(image, parts.image_spec)[None], parts.image_spec))
+        pixels.append(normalize_pixels(crop_pixels(image, parts.image_spec)[None], parts.image_spec))
     return [answer_text(parts, ids) for ids in generate_batch(parts, prompts, pixels, max_new_tokens=16)]
 
 

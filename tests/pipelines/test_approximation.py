@@ -99,7 +99,7 @@ def test_the_first_question_is_the_turns_before_the_first_learnt_answer() -> Non
     turns = [
         Turn("system", "s"),
         Turn("human", "a"),
-        Turn("gpt", "b", learnt=False),
+        Turn("gpt", "b", supervised=False),
         Turn("human", "c"),
         Turn("gpt", "d"),
     ]

@@ -94,7 +94,7 @@ def test_hub_ids_and_urls_of_data_are_nobodys_paths():
 def test_data_of_no_format_models_that_are_none_and_used_names_are_refused_before_ray(folder, tmp_path_factory):
     from samples import small_run, write_recipe
 
-    from llava_ray.train.identity import identify
+    from llava_ray.train.identity import identify_run
     from llava_ray.train.runs import SNAPSHOT_COPY, RunFolder, claim_run
 
     recipe = str(folder / "recipe.toml")
@@ -107,7 +107,7 @@ def test_data_of_no_format_models_that_are_none_and_used_names_are_refused_befor
 
     own = tmp_path_factory.mktemp("used")
     config: FinetuneConfig = small_run(own, num_samples=4, **{"run.name": "used"})
-    claim_run(RunFolder(config.run.storage_path, "used"), config, identify(config, "0123"))
+    claim_run(RunFolder(config.run.storage_path, "used"), config, identify_run(config, "0123"))
     (own / "runs/used" / SNAPSHOT_COPY).write_text(json.dumps({}))  # a checkpoint was committed once
     given = [str(write_recipe(own, config)), "--run.name", "used", "--train.learning_rate", "0.5"]
     with pytest.raises(ConfigError, match=r"made with other settings \(train\.learning_rate: 0\.01 -> 0\.5\)"):

@@ -15,9 +15,10 @@ from fakes import make_language_model, make_vision_tower
 from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import ConfigError, ImageError, ModelError, RecordError
 from llava_ray.generate import chat
-from llava_ray.generate.chat import ChatSession, Reply
+from llava_ray.generate.chat import ChatReply, ChatSession
 from llava_ray.generate.decoding import answer_text
-from llava_ray.model.bundle import LlavaParts, assemble, save_bundle
+from llava_ray.model.assembly import LlavaParts, assemble
+from llava_ray.model.saving import save_bundle
 from pipelines.chat import main
 from pipelines.command import run_command
 
@@ -96,7 +97,7 @@ def test_a_lora_folder_over_its_base(tmp_path: Path, capsys) -> None:
     assert first.err.rstrip().endswith("adapter")
     main([str(folder / "base"), "--version", "v1", *asked])
     second = capsys.readouterr()
-    assert "its projector is new and has learnt nothing" in second.err
+    assert "its projector is new and untrained" in second.err
     assert json.loads(first.out.splitlines()[-1])["ids"] != json.loads(second.out.splitlines()[-1])["ids"]
 
 
@@ -161,7 +162,7 @@ def test_turns_and_images_add_up(parts, image) -> None:
 
 def test_an_answer_that_writes_a_marker_asks_for_no_image(parts, monkeypatch) -> None:
     session = ChatSession(parts, 4, 0.0)
-    monkeypatch.setattr(session, "write", lambda *_: Reply([], "It is <image>.</s>"))
+    monkeypatch.setattr(session, "write", lambda *_: ChatReply([], "It is <image>.</s>"))
     session.ask("Who?")
     session.ask("Who?")
     assert [turn.value.count("<image>") for turn in session.turns] == [0] * 4

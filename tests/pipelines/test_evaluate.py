@@ -310,7 +310,7 @@ def test_faults_say_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str
     with pytest.raises(DataError, match=r"has no testdev_balanced_questions\.json.*see evals/README.md"):
         score("gqa", tmp_path, answers, capsys)
     folder = write_benchmark("llava_bench", tmp_path / "llava_bench")
-    with pytest.raises(DataError, match="needs a judge: give its reviews with --reviews"):
+    with pytest.raises(DataError, match="needs a judge: provide its reviews with --reviews"):
         score("llava_bench", folder, write_answers(answers, {"0": "x"}), capsys)
     (tmp_path / "bad.jsonl").write_text('{"question_id": 1, "text": "x"}\n{broken\n')
     with pytest.raises(DataError, match=r"bad.jsonl, line 2 is not JSON"):

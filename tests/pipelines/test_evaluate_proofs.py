@@ -16,15 +16,16 @@ import torch
 from benchmark_files import encoded
 from PIL import Image
 
-from evals import easy_vqa
 from llava_ray.chat.conversation import IMAGE_TOKEN, Turn
 from llava_ray.chat.tokens import tokenize_prompt
 from llava_ray.config.sections import ModelConfig
 from llava_ray.generate.decoding import generate_batch
 from llava_ray.images.geometry import crop_views
-from llava_ray.images.processing import normalise
-from llava_ray.model.bundle import LlavaParts, assemble, save_bundle
+from llava_ray.images.processing import normalize_pixels
+from llava_ray.model.assembly import LlavaParts, assemble
 from llava_ray.model.loading import load_pretrained_model
+from llava_ray.model.saving import save_bundle
+from llava_ray.quickstart import easy_vqa
 from pipelines.evaluate import main
 
 pytestmark = pytest.mark.verify
@@ -160,7 +161,8 @@ def test_batches_answer_as_each_question_alone(bundle: Path) -> None:
     prompts = [tokenize_prompt([Turn("human", text)], parts.template, parts.tokenizer) for text in asked]
     spec = parts.image_spec
     colours = [
-        normalise(crop_views(Image.new("RGB", (40, 30), (i * 40, 90, 255 - i * 40)), spec), spec) for i in range(6)
+        normalize_pixels(crop_views(Image.new("RGB", (40, 30), (i * 40, 90, 255 - i * 40)), spec), spec)
+        for i in range(6)
     ]
     pixels = [colours[i % 6] for i in range(NUM_QUESTIONS)]
     batched: list[list[int]] = []

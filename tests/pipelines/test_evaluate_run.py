@@ -12,10 +12,11 @@ from evals.catalogue import make_benchmark
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import AskConfig, EvaluateConfig, ModelConfig
 from llava_ray.errors import ConfigError
-from llava_ray.generate.answers import Answer
-from llava_ray.model.bundle import assemble, save_bundle
+from llava_ray.generate.answers import GeneratedAnswer
+from llava_ray.model.assembly import assemble
+from llava_ray.model.saving import save_bundle
 from pipelines.evaluate import main
-from pipelines.evaluation_asking import SAME_ANSWERS, as_asked, check_settings, keep, list_benchmarks
+from pipelines.evaluation_asking import SAME_ANSWERS, as_asked, check_answer_settings, list_benchmarks, save_answers
 
 RECIPES = Path(__file__).resolve().parents[2] / "pipelines/recipes/evaluate"
 
@@ -120,7 +121,7 @@ def test_what_is_likeliest_is_kept_as_a_letter(data: Path, tmp_path: Path) -> No
     assert not as_asked(asked, question).candidates
     likelihoods = tuple((-9.0 + place, 2) for place in range(len(question.options)))
     with asked.file:
-        keep([Answer(asked.key(question.id), "", likelihoods)], [asked], "m")
+        save_answers([GeneratedAnswer(asked.key(question.id), "", likelihoods)], [asked], "m")
         row = asked.file.rows[question.id]
     assert row["text"] == "ABCDEFGH"[len(question.options) - 1]
     assert row["metadata"]["mean_log_likelihoods"][0] == -4.5
@@ -177,7 +178,7 @@ def test_the_rule_and_the_actors_do_not_make_another_run() -> None:
 
 def test_a_run_without_an_answer_claims_no_settings(tmp_path: Path) -> None:
     made = dict.fromkeys(SAME_ANSWERS, "one")
-    check_settings(tmp_path / "provenance.json", made, has_answers=False)
-    check_settings(tmp_path / "provenance.json", made | {"model_hash": "two"}, has_answers=False)
+    check_answer_settings(tmp_path / "provenance.json", made, has_answers=False)
+    check_answer_settings(tmp_path / "provenance.json", made | {"model_hash": "two"}, has_answers=False)
     with pytest.raises(ConfigError, match="made with another model_hash"):
-        check_settings(tmp_path / "provenance.json", made, has_answers=True)
+        check_answer_settings(tmp_path / "provenance.json", made, has_answers=True)

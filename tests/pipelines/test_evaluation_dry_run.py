@@ -10,7 +10,8 @@ from benchmark_files import write_benchmark
 
 from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import ConfigError, DataError, ModelError
-from llava_ray.model.bundle import assemble, save_bundle
+from llava_ray.model.assembly import assemble
+from llava_ray.model.saving import save_bundle
 from pipelines.evaluate import main
 
 Describe = Callable[..., str]
@@ -83,7 +84,7 @@ def test_what_cannot_be_is_refused(describe: Describe, tmp_path: Path) -> None:
         describe(["gqa"])
     with pytest.raises(DataError, match=r"score.reviews: there is no file no.jsonl"):
         describe(["llava_bench"], "--score.reviews", "llava_bench=no.jsonl")
-    with pytest.raises(ModelError, match="no/such is no folder here"):
+    with pytest.raises(ModelError, match="'no/such' is no folder here"):
         describe(["pope"], "--evaluate.model_path", "no/such")
     with pytest.raises(ConfigError, match=r"the model needs about .* GiB on a GPU, the GPU has 0.1 GiB"):
         describe(["pope"], "--gpu_memory_gib", "0.1")

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from samples import write_samples
 
 from llava_ray.errors import ConfigError, ModelError
-from llava_ray.model.manifest import read_manifest
-from llava_ray.model.model_files import open_model
-from llava_ray.model.siglip_form import FeatureDifference, approximate, draw_images
+from llava_ray.model.formats.hub.siglip_form import FeatureDifference, approximate, draw_images
+from llava_ray.model.formats.manifest import read_manifest
+from llava_ray.model.formats.model_opening import open_model
 from pipelines.approximation import Loss, check_difference, measure_loss, read_samples
 from pipelines.export import SUBCOMMANDS, main
 
@@ -70,13 +70,14 @@ def test_deltas(folder: Path, bundle: Path, tmp_path: Path, capsys) -> None:
     with pytest.raises(ConfigError, match="make-delta takes MODEL OUTPUT --model_base BASE, or MODEL BASE OUTPUT"):
         main(["make-delta", str(bundle), str(tmp_path / "delta")])
     main(["apply-delta", str(folder / "base"), str(tmp_path / "delta"), str(tmp_path / "result")])
-    assert "every tensor is, bit for bit" in capsys.readouterr().out
+    assert "every tensor is bit for bit that of the model from which the delta was made" in capsys.readouterr().out
     assert read(tmp_path / "result/llava.json") == read(bundle / "llava.json")
 
 
 def test_a_dinov2_needs_a_word(folder: Path, tmp_path: Path, capsys) -> None:
     from llava_ray.config.sections import ModelConfig
-    from llava_ray.model.bundle import assemble, save_bundle
+    from llava_ray.model.assembly import assemble
+    from llava_ray.model.saving import save_bundle
 
     tower = fakes.make_vision_tower(tmp_path / "dinov2", "dinov2")
     config = ModelConfig(model_name_or_path=str(folder / "base"), vision_tower=str(tower))
@@ -93,7 +94,8 @@ def test_a_dinov2_needs_a_word(folder: Path, tmp_path: Path, capsys) -> None:
 
 def test_an_approximation_that_is_far_off_is_refused_with_its_cost(folder: Path, tmp_path: Path, capsys) -> None:
     from llava_ray.config.sections import ModelConfig
-    from llava_ray.model.bundle import assemble, save_bundle
+    from llava_ray.model.assembly import assemble
+    from llava_ray.model.saving import save_bundle
 
     tower = fakes.make_vision_tower(tmp_path / "dinov2", "dinov2", seed=4)
     weights = load_file(tower / "model.safetensors")
@@ -137,7 +139,8 @@ def test_what_an_approximation_may_cost(cosine: float, accepted: float | None, i
 
 def test_right_answers_are_counted_with_both_towers(folder: Path, tmp_path: Path, monkeypatch) -> None:
     from llava_ray.config.sections import ModelConfig
-    from llava_ray.model.bundle import assemble, save_bundle
+    from llava_ray.model.assembly import assemble
+    from llava_ray.model.saving import save_bundle
 
     tower = fakes.make_vision_tower(tmp_path / "dinov2", "dinov2", seed=4)
     config = ModelConfig(model_name_or_path=str(folder / "base"), vision_tower=str(tower))

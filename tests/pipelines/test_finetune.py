@@ -126,7 +126,7 @@ def test_ctrl_c_and_kills_of_a_worker_and_of_the_driver_leave_the_same_ledger(re
     interrupted = committed(recipe, "stopped")
     assert 4 <= interrupted < 48
     said = (recipe.parent / "stopped.log").read_text()
-    assert f"Stopped. The same command goes on from step {interrupted} of 48; its checkpoint is saved." in said
+    assert f"Stopped. The same command resumes from step {interrupted} of 48; its checkpoint is saved." in said
     assert len(ledger(recipe, "stopped").splitlines()) == interrupted
     assert mlflow_status(recipe, "stopped") == "KILLED"
     assert not NOISE.findall(said)
@@ -144,7 +144,7 @@ def test_ctrl_c_and_kills_of_a_worker_and_of_the_driver_leave_the_same_ledger(re
     assert committed(recipe, "stopped") >= wounded + 8
     finish(recipe, "stopped")
     log = (recipe.parent / "stopped.log").read_text()
-    assert "Stopped. The same command goes on" in log
+    assert "Stopped. The same command resumes" in log
     assert "Finished: 48 steps" in log
     assert ledger(recipe, "stopped") == undisturbed
     assert read_losses(recipe, "stopped") == pytest.approx(read_losses(recipe, "undisturbed"), rel=1e-5)
@@ -203,7 +203,7 @@ def test_a_full_disk_stops_the_run_with_its_remedy_and_loses_nothing(recipe, und
         assert process.wait(timeout=300) == 1
     log = (recipe.parent / "full.log").read_text()
     assert "CheckpointError: cannot write the checkpoint of step" in log
-    assert "make room or set TMPDIR" in log
+    assert "free some space or set TMPDIR" in log
     assert committed(recipe, "full") >= 4
     finish(recipe, "full")
     assert ledger(recipe, "full") == undisturbed

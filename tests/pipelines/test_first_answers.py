@@ -32,6 +32,7 @@ ANSWERED_AT_ONCE = {
     "quickstart": [["--help"], ["--train.learning_rat", "1"]],
     "quickstart_sweep": [["--help"], ["--sweep.num_trialz", "1"]],
     "review": [["--help"], ["nope.toml"], ["--judge.modle", "x"], ["summarize", "--help"]],
+    "serve": [["--help"], [], ["modle=x"], ["--modle", "x"], ["model=x", "max_num_seqs=many"], ["nope.yaml"]],
     "sweep": [["--help"], ["nope.toml"], ["{sweep}/quickstart.toml", "--sweep.num_trialz", "1"], []],
 }
 RECIPES = {name: str(ROOT / "pipelines/recipes" / name) for name in ("quickstart", "sweep")}

@@ -8,15 +8,17 @@ import pytest
 from fakes import make_language_model, make_vision_tower
 from samples import write_samples
 
-from evals import easy_vqa
+from llava_ray import invocation
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import FinetuneConfig, ModelConfig
-from llava_ray.deployments.page_examples import read_examples
+from llava_ray.deployments.chat_page.examples import read_examples
 from llava_ray.errors import ConfigError, ModelError
-from llava_ray.model.bundle import assemble, save_bundle
+from llava_ray.model.assembly import assemble
+from llava_ray.model.saving import save_bundle
+from llava_ray.quickstart import easy_vqa
 from pipelines import evaluate, finetune, preview, review, sweep
-from pipelines.prerequisites import find_maker, missing_models, refuse_missing
-from pipelines.quickstart_results import NEXT_STEPS, write_examples
+from pipelines.prerequisites import check_prerequisites, find_maker, missing_models
+from pipelines.quickstart_results import describe_next_steps, write_examples
 
 pytestmark = pytest.mark.slow
 
@@ -24,6 +26,12 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "pipelines/recipes"
 RECIPES = sorted(path for stage in ("pretrain", "finetune", "quickstart") for path in (FOLDER / stage).glob("*.toml"))
 QUICKSTART = [path for path in RECIPES if path.parent.name == "quickstart"]
+
+
+@pytest.fixture(autouse=True)
+def scripts_of_a_clone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages name the commands as scripts."""
+    monkeypatch.setenv(invocation.STARTED_AS_VARIABLE, invocation.SCRIPT)
 
 
 def name(path: Path) -> str:
@@ -107,14 +115,14 @@ def test_models_that_no_command_of_ours_makes_are_left_to_others(ready, monkeypa
     assert find_maker("runs/another/model") is None
     config = load_recipe(FinetuneConfig, [str(FOLDER / "quickstart/yours.toml")])
     assert missing_models(config) == {}
-    refuse_missing(config, {})
+    check_prerequisites(config, {})
 
 
 def test_the_next_steps_that_the_quickstart_prints_can_be_typed(ready, monkeypatch, capsys):
     monkeypatch.chdir(ready)
     cache = Path("runs/cache/quickstart")
     data, images = cache / "data.json", cache / "images"
-    told = NEXT_STEPS.format(tracking_uri="sqlite:///x", folder="runs/quickstart", data=data, images=images)
+    told = describe_next_steps("sqlite:///x", Path("runs/quickstart"), data, images)
     commands = [shlex.split(line) for line in re.findall(r"\.venv/bin/python (.*)", told.replace("\\\n", " "))]
     scripts = [words[0] for words in commands]
     assert scripts == ["pipelines/preview.py", "pipelines/finetune.py", "pipelines/finetune.py"]
@@ -127,6 +135,18 @@ def test_the_next_steps_that_the_quickstart_prints_can_be_typed(ready, monkeypat
     said = capsys.readouterr().out
     assert f"Data  {data}, 8 samples" in said
     assert "Model " in said
+
+
+def test_the_next_steps_name_the_console_script_where_that_was_used(monkeypatch):
+    monkeypatch.setenv(invocation.STARTED_AS_VARIABLE, invocation.CONSOLE_SCRIPT)
+    told = describe_next_steps("sqlite:///x", Path("runs/quickstart"), Path("data.json"), Path("images"))
+    commands = [line.split()[:4] for line in re.findall(r"llava-ray .*", told.replace("\\\n", " "))]
+    assert [words[:3] for words in commands[1:]] == [
+        ["llava-ray", "finetune", "quickstart/yours"],
+        ["llava-ray", "finetune", "pretrain/llava_v1_5_7b"],
+    ]
+    assert commands[0] == ["llava-ray", "preview", "--model", "runs/quickstart/model"]
+    assert not re.search(r"\.venv|\.py|\.toml", told)
 
 
 def test_the_questions_that_the_page_begins_with_are_the_quickstarts_own(tmp_path):

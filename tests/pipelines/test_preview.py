@@ -22,12 +22,13 @@ from llava_ray.chat.conversation import read_turns
 from llava_ray.chat.templates import find_template
 from llava_ray.chat.tokens import expand_images, tokenize_conversation
 from llava_ray.config.sections import ModelConfig
-from llava_ray.data import preview_losses
 from llava_ray.errors import BundleError, ConfigError, ModelError
 from llava_ray.images.geometry import ImageSpec
 from llava_ray.images.processing import crop_pixels, process_images
-from llava_ray.model.bundle import assemble, save_bundle
+from llava_ray.model.assembly import assemble
 from llava_ray.model.loading import load_pretrained_model
+from llava_ray.model.saving import save_bundle
+from llava_ray.preview import losses
 from pipelines.preview import main
 
 pytestmark = pytest.mark.slow
@@ -310,10 +311,8 @@ def test_the_script_runs_by_itself_and_keeps_stdout_clean(tmp_path):
 
 def test_samples_without_a_finite_loss_are_named(folder, tmp_path, capsys, monkeypatch):
     """Two of eight, in rows that are packed with others: valid JSON, counted on the screen, first in the report."""
-    load = preview_losses.load_pretrained_model
-    monkeypatch.setattr(
-        preview_losses, "load_pretrained_model", lambda *some, **named: spoil(load(*some, **named), "~")
-    )
+    load = losses.load_pretrained_model
+    monkeypatch.setattr(losses, "load_pretrained_model", lambda *some, **named: spoil(load(*some, **named), "~"))
     texts = ["red", "a ~ b", "blue", "what is it", "~", "yes", "no", "circle"]
     turns = [[{"from": "human", "value": text}, {"from": "gpt", "value": "it is red"}] for text in texts]
     data = tmp_path / "data.json"

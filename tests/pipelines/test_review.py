@@ -12,9 +12,9 @@ from review_files import flags, write_lines, write_review_files
 from scripted_judge import Remote, score_of, scripted_judge
 
 from llava_ray.errors import ConfigError, DataError
-from llava_ray.review.ledger_file import LedgerFile, read_rows
+from llava_ray.review.ledger_file import LedgerFile, read_ledger_rows
 from pipelines.evaluate import main as evaluate
-from pipelines.review import command, main
+from pipelines.review import main, main_with_exit_code
 from pipelines.review_run import Outcome
 
 PRICE = ("--judge.input_dollars", "1", "--judge.output_dollars", "2")
@@ -159,7 +159,7 @@ def test_no_more_credit_stops_at_once_and_the_exit_code_says_partial(
     judge.play(quota=7)
     output = tmp_path / "out"
     with pytest.raises(SystemExit) as left:
-        command(flags(files, judge.base_url, output, *PRICE))
+        main_with_exit_code(flags(files, judge.base_url, output, *PRICE))
     assert left.value.code == 3  # partial
     report = json.loads((output / "report.json").read_text())
     assert not report["complete"]
@@ -178,7 +178,7 @@ def test_the_budget_holds_to_the_last_call(review: Review, judge: Remote, tmp_pa
     assert not outcome.complete
     assert "of the budget are spent" in outcome.report["partial_because"]
     spent, under_way, largest = 0.0, {}, 0.0
-    for row in read_rows(tmp_path / "out/ledger.jsonl"):
+    for row in read_ledger_rows(tmp_path / "out/ledger.jsonl"):
         if row["state"] == "sent":
             under_way[row["lease"]] = row["dollars"]
             largest = max(largest, row["dollars"])

@@ -11,10 +11,10 @@ import pipelines.review_run
 from llava_ray.config.review import JudgeConfig
 from llava_ray.errors import ConfigError
 from llava_ray.review.calls import CallPlan, Item, list_judges, token_limit_name
-from llava_ray.review.rubric import our_rubric
+from llava_ray.review.rubric import build_default_rubric
 from pipelines import review_checks
 from pipelines.review import main
-from pipelines.review_checks import check_key, check_output, is_public
+from pipelines.review_checks import check_key, check_output, is_public_host
 
 RECIPE = str(Path(__file__).resolve().parents[2] / "pipelines/recipes/review/llava_bench.toml")
 LOCAL = "http://127.0.0.1:9/v1"
@@ -27,7 +27,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         raise AssertionError("Ray was started")
 
     monkeypatch.setattr(pipelines.review_run, "connected", started)
-    monkeypatch.setattr(pipelines.review_report, "track", lambda *others: None)
+    monkeypatch.setattr(pipelines.review_report, "log_review", lambda *others: None)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     return write_review_files(tmp_path / "files", 8)
 
@@ -35,7 +35,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def plan_of(**settings: object) -> tuple[JudgeConfig, CallPlan]:
     config = JudgeConfig.parsed({"model": "m", **settings})
     item = Item("q", "?", ("a", "b"), ("reference", "model"))
-    return config, CallPlan([item], our_rubric("pair"), list_judges(config), both_orders=False, samples=1)
+    return config, CallPlan([item], build_default_rubric("pair"), list_judges(config), both_orders=False, samples=1)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def plan_of(**settings: object) -> tuple[JudgeConfig, CallPlan]:
 )
 def test_judges_of_the_internet_want_a_key(address: str, public: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    assert is_public(address) == public
+    assert is_public_host(address) == public
     config, plan = plan_of(base_url=address)
     if public:
         with pytest.raises(ConfigError, match="environment variable OPENAI_API_KEY"):

@@ -15,7 +15,7 @@ from scripted_judge import Remote, scripted_judge
 
 from llava_ray.errors import ConfigError
 from llava_ray.review.ledger_file import read_account, read_final_rows
-from pipelines.review import command, main
+from pipelines.review import main, main_with_exit_code
 
 PRICE = ("--judge.input_dollars", "1", "--judge.output_dollars", "2")
 NUM = 20
@@ -122,7 +122,7 @@ def output(folder: Path, request: pytest.FixtureRequest) -> Path:
 
 def exit_code(arguments: list[str]) -> int:
     try:
-        command(arguments)
+        main_with_exit_code(arguments)
     except SystemExit as left:
         return int(left.code or 0)
     return 0

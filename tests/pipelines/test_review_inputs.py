@@ -8,10 +8,10 @@ from benchmark_files import write_benchmark
 from review_files import flags, write_lines, write_review_files
 
 from evals.benchmark import Question
-from evals.custom import Custom
-from evals.llava_bench import LLaVABench
-from evals.science_qa import ScienceQA
-from evals.scoring import score
+from evals.benchmarks.custom import Custom
+from evals.benchmarks.llava_bench import LLaVABench
+from evals.benchmarks.science_qa import ScienceQA
+from evals.scoring import score_answers
 from llava_ray.errors import DataError
 from pipelines.review import main
 
@@ -48,7 +48,7 @@ def test_llava_bench_names_the_questions_without_reference_or_description(tmp_pa
 def test_questions_without_a_right_answer_beside_others_that_have_one_are_named() -> None:
     questions = [Question(str(i), "?", truths=("yes",) if i else (), facts={"rule": "exact"}) for i in range(3)]
     with pytest.raises(DataError, match="data of Custom have no right answer for 1 of 3 questions: 0; add it"):
-        score(Custom(), questions, [], "robust")
+        score_answers(Custom(), questions, [], "robust")
 
 
 def test_a_wording_that_not_all_questions_have_is_no_wording(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from review_files import write_lines
 from serving import asking, data_uri
 
 from llava_ray.config.sections import ModelConfig
-from llava_ray.model.bundle import assemble, save_bundle
+from llava_ray.model.assembly import assemble
+from llava_ray.model.saving import save_bundle
 from pipelines.review import main
 from pipelines.review_run import Outcome
 

@@ -11,11 +11,11 @@ from llava_ray.errors import ConfigError
 from llava_ray.review.calls import CallPlan, Item, list_judges
 from llava_ray.review.headers import Quota, Reported
 from llava_ray.review.judge import RequestError
-from llava_ray.review.ledger_file import Sent, Standing
-from llava_ray.review.limiter import Granted, Refused, Settlement, Wish
+from llava_ray.review.ledger_file import LedgerState, Sent
+from llava_ray.review.limiter import LeaseGranted, LeaseRefused, LeaseRequest, Settlement
 from llava_ray.review.prices import PRICES, find_price
 from llava_ray.review.reviewer import Summary
-from llava_ray.review.rubric import our_rubric
+from llava_ray.review.rubric import build_default_rubric
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "pipelines/recipes/review").glob("*.toml"))
 INPUTS = ("--questions", "q.jsonl", "--references", "r.jsonl", "--answers", "a.jsonl", "b.jsonl")
@@ -64,17 +64,17 @@ def test_inputs_that_do_not_fit_are_refused(settings: dict[str, object], told: s
 def test_what_travels_survives_it() -> None:
     spec = list_judges(JudgeConfig(model="gpt-4o"))[0]
     item = Item("q", "?", ("a", "b"), ("reference", "model"))
-    call = CallPlan([item], our_rubric("pair"), [spec], both_orders=False, samples=1)[0]
+    call = CallPlan([item], build_default_rubric("pair"), [spec], both_orders=False, samples=1)[0]
     reported = Reported(Quota(1, 0, 2.0), Quota(), 3.0)
     travellers = [
         spec,
         call,
         LimitsConfig(requests_per_minute=3),
-        Wish("r/1", 10, 0.1),
-        Granted("e"),
-        Refused("broke", "why"),
+        LeaseRequest("r/1", 10, 0.1),
+        LeaseGranted("e"),
+        LeaseRefused("broke", "why"),
         Settlement("r/1", "j", "fine", 10, 0.1, 0.0, reported),
-        Standing(0.5, [Sent("r/1", "j", 1.0, 10, 0.1)], []),
+        LedgerState(0.5, [Sent("r/1", "j", 1.0, 10, 0.1)], []),
         Summary(done=3),
     ]
     for traveller in travellers:

@@ -6,17 +6,17 @@ import pytest
 from fakes import make_language_model, make_vision_tower
 from samples import write_mixed_samples, write_samples
 
-from evals import easy_vqa
-from evals.easy_vqa_records import write_conversations, write_open_questions, write_words
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.config.sweep_recipes import load_sweep
 from llava_ray.data.preparation import prepare_data
-from llava_ray.model.adapters import has_adapter
 from llava_ray.model.loading import load_pretrained_model
-from llava_ray.model.quantization import find_quantization
-from llava_ray.model.registry_weights import make_language_model as make_smollm2
-from llava_ray.model.registry_weights import make_vision_tower as make_dinov2
+from llava_ray.model.lora.adapters import has_adapter
+from llava_ray.model.network.quantization import find_quantization
+from llava_ray.quickstart import easy_vqa
+from llava_ray.quickstart.easy_vqa_records import write_conversations, write_open_questions, write_words
+from llava_ray.quickstart.registry_weights import make_language_model as make_smollm2
+from llava_ray.quickstart.registry_weights import make_vision_tower as make_dinov2
 from llava_ray.runtime import connected
 from llava_ray.train.trainer import FinishedRun, finetune
 

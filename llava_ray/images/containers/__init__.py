@@ -1,7 +1,7 @@
-"""The bytes around the pixels, walked before any decoder sees them: in linear time, with bounds on all that repeats.
+"""Walks over image containers before any decoder runs: in linear time, with bounds on everything that repeats.
 
-A decoder that trusts a file's counts and pointers can be held up for minutes, or made to fill the memory, by a small
-file. The walks go where Pillow and its libraries go. A file that is merely broken passes: its decoder says how.
+A small file can keep a decoder that trusts its counts and pointers busy for minutes, or make it fill the memory. The
+walks follow the same structures as Pillow and its libraries. A merely broken file passes: its decoder reports that.
 """
 
 import struct
@@ -10,17 +10,17 @@ from dataclasses import dataclass
 
 from llava_ray.images.containers.avif import walk_avif
 from llava_ray.images.containers.bmp import walk_bmp
-from llava_ray.images.containers.budget import Budget
+from llava_ray.images.containers.budget import WorkBudget
 from llava_ray.images.containers.gif import walk_gif
 from llava_ray.images.containers.jpeg import walk_jpeg
 from llava_ray.images.containers.jpeg2000 import walk_jpeg2000
 from llava_ray.images.containers.netpbm import walk_netpbm
 from llava_ray.images.containers.png import walk_png
-from llava_ray.images.containers.tiff import MAGICS as TIFF_MAGICS
+from llava_ray.images.containers.tiff import TIFF_MAGICS as TIFF_MAGICS
 from llava_ray.images.containers.tiff import walk_tiff
 from llava_ray.images.containers.webp import walk_webp
 
-__all__ = ["Budget", "Container", "identify", "walk_container"]
+__all__ = ["Container", "WorkBudget", "identify", "walk_container"]
 
 JP2_MAGIC = b"\x00\x00\x00\x0cjP  \x0d\x0a\x87\x0a"
 MAGICS = {
@@ -33,21 +33,21 @@ MAGICS = {
     "PPM": tuple(b"P" + bytes([kind]) for kind in b"0123456fy"),
 }
 
-Walk = Callable[[bytes, Budget, int], int]
+Walk = Callable[[bytes, WorkBudget, int], int]
 
 
 @dataclass(frozen=True)
 class Container:
-    """What a walk has found."""
+    """The result of a walk."""
 
     format: str
-    """Pillow's name."""
+    """Pillow's name of the format."""
     num_frames: int
-    """Of GIF and TIFF, whose headers do not say it; counted no further than asked. 1 for other formats."""
+    """Frames of GIF and TIFF, whose headers do not state them; counted up to the limit. 1 for other formats."""
 
 
-def identify(data: bytes) -> str | None:
-    """Return Pillow's name of a file's format from its first bytes; None for none that is read here."""
+def identify_format(data: bytes) -> str | None:
+    """Return Pillow's name of a file's format from its first bytes; None for an unsupported one."""
     for kind, magics in MAGICS.items():
         if data.startswith(magics):
             return kind
@@ -57,7 +57,7 @@ def identify(data: bytes) -> str | None:
 
 
 def walk_container(kind: str, data: bytes, name: str, max_frames: int) -> Container:
-    """Walk a file of a format that `identify` has named; frames are counted up to ``max_frames + 1``.
+    """Walk a file of a format that `identify_format` returned; frames are counted up to ``max_frames + 1``.
 
     Raises ImageError with reason ``image_too_costly`` for more blocks, entries or referenced bytes than any ordinary
     file has.
@@ -74,6 +74,6 @@ def walk_container(kind: str, data: bytes, name: str, max_frames: int) -> Contai
         "PPM": walk_netpbm,
     }
     try:
-        return Container(kind, walks[kind](data, Budget(name), max_frames))
-    except (struct.error, IndexError):  # cut off: nothing is left to be walked
+        return Container(kind, walks[kind](data, WorkBudget(name), max_frames))
+    except (struct.error, IndexError):  # truncated: nothing is left to walk
         return Container(kind, 1)

@@ -3,25 +3,25 @@
 import struct
 from collections.abc import Collection, Iterator
 
-from llava_ray.images.containers.budget import Budget
+from llava_ray.images.containers.budget import WorkBudget
 
-MAX_BOXES = 8192
-MAX_DEPTH = 12
+_MAX_BOXES = 8192
+_MAX_DEPTH = 12
 
 
 def walk_boxes(
-    data: bytes, budget: Budget, parents: Collection[bytes], skipped: dict[bytes, int]
+    data: bytes, budget: WorkBudget, parents: Collection[bytes], skipped: dict[bytes, int]
 ) -> Iterator[tuple[bytes, int, int]]:
-    """Yield (kind, start, end) of each box's content, those inside ``parents`` too.
+    """Yield (kind, start, end) of each box's content, boxes inside ``parents`` included.
 
-    ``skipped`` says how many bytes of a parent come before its first box.
+    ``skipped`` is the number of bytes of a parent before its first box.
     """
     waiting = [(0, len(data), 0)]
     while waiting:
         place, end, depth = waiting.pop()
         while place + 8 <= end:
             length, kind = struct.unpack_from(">L4s", data, place)
-            budget.take("boxes", MAX_BOXES)
+            budget.take("boxes", _MAX_BOXES)
             start = place + 8
             if length == 1 and place + 16 <= end:
                 [length] = struct.unpack_from(">Q", data, place + 8)
@@ -30,6 +30,6 @@ def walk_boxes(
             if stop < start:
                 break
             yield kind, start, stop
-            if kind in parents and depth < MAX_DEPTH:
+            if kind in parents and depth < _MAX_DEPTH:
                 waiting.append((start + skipped.get(kind, 0), stop, depth + 1))
             place = stop

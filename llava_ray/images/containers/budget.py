@@ -1,15 +1,15 @@
-"""What one file may make its readers do: counted while its container is walked, refused beyond any ordinary file."""
+"""The work that one file may cause: counted while its container is walked, and refused beyond any ordinary file."""
 
 from collections import Counter
 
 from llava_ray.errors import ImageError
 
 
-class Budget:
-    """Counts one file's blocks, entries and referenced bytes."""
+class WorkBudget:
+    """A counter of one file's blocks, entries and referenced bytes."""
 
     def __init__(self, name: str) -> None:
-        """``name`` is what messages call the file."""
+        """Start counting for a file that messages call ``name``."""
         self.name = name
         self._taken = Counter[str]()
 
@@ -19,6 +19,6 @@ class Budget:
         if self._taken[what] > limit:
             raise ImageError(
                 f"{self.name}: more than {limit:,} {what}, far beyond any ordinary file, and reading them would cost "
-                "too much; save the picture anew, without its metadata",
+                "too much; save the picture again, without its metadata",
                 reason="image_too_costly",
             )

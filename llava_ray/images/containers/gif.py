@@ -1,57 +1,57 @@
-"""GIF's blocks (GIF89a, appendix A), which also say how many frames there are."""
+"""Walk over GIF's blocks (GIF89a, appendix A), which also counts the frames."""
 
-from llava_ray.images.containers.budget import Budget
+from llava_ray.images.containers.budget import WorkBudget
 
-EXTENSION, IMAGE, END = 0x21, 0x2C, 0x3B
-COMMENT, APPLICATION = 0xFE, 0xFF
+_EXTENSION, _IMAGE, _END = 0x21, 0x2C, 0x3B
+_COMMENT, _APPLICATION = 0xFE, 0xFF
 
-MAX_EXTENSIONS = 4096
-MAX_COMMENT_BYTES = 2**18
-MAX_COMMENT_BLOCKS = 8192  # each is joined to those before it, into new bytes
-MAX_STRAY_BYTES = 2**16  # between blocks, read one by one
-MAX_BLOCKS = 2**18
-USUAL_BLOCK_BYTES = 32  # of a picture's data; encoders write 255
+_MAX_EXTENSIONS = 4096
+_MAX_COMMENT_BYTES = 2**18
+_MAX_COMMENT_BLOCKS = 8192  # Pillow appends each to the previous ones, copying all of them
+_MAX_STRAY_BYTES = 2**16  # between blocks, read one by one
+_MAX_BLOCKS = 2**18
+_USUAL_BLOCK_BYTES = 32  # of image data; encoders write 255
 
 
-def walk_gif(data: bytes, budget: Budget, max_frames: int) -> int:
-    """Walk the blocks as Pillow reads them, no further than ``max_frames`` pictures. Returns the number of pictures."""
+def walk_gif(data: bytes, budget: WorkBudget, max_frames: int) -> int:
+    """Walk the blocks as Pillow reads them, up to ``max_frames`` frames. Returns the number of frames."""
     walker = GifWalker(data, budget)
-    place = 13 + colour_table(data[10:11])
+    place = 13 + _colour_table(data[10:11])
     count = 0
     while place < len(data) and count <= max_frames:
         kind = data[place]
-        if kind == END:
+        if kind == _END:
             break
-        if kind == IMAGE:
+        if kind == _IMAGE:
             count += 1
             if count > max_frames:
                 break
-            place = walker.after_blocks(place + 11 + colour_table(data[place + 9 : place + 10]))
-        elif kind == EXTENSION:
-            budget.take("GIF extensions", MAX_EXTENSIONS)
+            place = walker.after_blocks(place + 11 + _colour_table(data[place + 9 : place + 10]))
+        elif kind == _EXTENSION:
+            budget.take("GIF extensions", _MAX_EXTENSIONS)
             place = walker.after_extension(place)
-        else:  # decoders look on for the next block
-            budget.take("stray bytes between GIF blocks", MAX_STRAY_BYTES)
+        else:  # decoders search on for the next block
+            budget.take("stray bytes between GIF blocks", _MAX_STRAY_BYTES)
             place += 1
     return max(1, count)
 
 
-def colour_table(flags: bytes) -> int:
-    """Return the bytes of the colour table that a byte of flags announces."""
+def _colour_table(flags: bytes) -> int:
+    """Return the size of the colour table that a flags byte declares."""
     return 3 * 2 ** ((flags[0] & 7) + 1) if flags and flags[0] & 0x80 else 0
 
 
 class GifWalker:
-    """Skips chains of sub-blocks, each led by its length."""
+    """A walker over chains of sub-blocks, each preceded by its length."""
 
-    def __init__(self, data: bytes, budget: Budget) -> None:
-        """Count into ``budget``."""
+    def __init__(self, data: bytes, budget: WorkBudget) -> None:
+        """Count the sub-blocks of ``data`` in ``budget``."""
         self.data = data
         self.budget = budget
-        self.most_blocks = MAX_BLOCKS + len(data) // USUAL_BLOCK_BYTES
+        self.most_blocks = _MAX_BLOCKS + len(data) // _USUAL_BLOCK_BYTES
 
     def after_blocks(self, place: int) -> int:
-        """Return where a chain has ended."""
+        """Return the position after a chain."""
         data, count = self.data, 0
         while place < len(data) and data[place]:
             place += 1 + data[place]
@@ -61,21 +61,21 @@ class GifWalker:
         return place + 1
 
     def after_extension(self, place: int) -> int:
-        """Return where an extension has ended for Pillow, which reads on behind an empty first sub-block."""
+        """Return the position after an extension as Pillow reads it, which continues after an empty first sub-block."""
         label = self.data[place + 1]
-        if label == COMMENT:
+        if label == _COMMENT:
             return self.after_comment(place + 2)
         first = self.data[place + 2]
         following = place + 3 + first
-        if label == APPLICATION and self.data.startswith(b"NETSCAPE2.0", place + 3):
+        if label == _APPLICATION and self.data.startswith(b"NETSCAPE2.0", place + 3):
             following += 1 + self.data[following]
         return self.after_blocks(following)
 
     def after_comment(self, place: int) -> int:
-        """Return where a comment has ended."""
+        """Return the position after a comment."""
         data = self.data
         while place < len(data) and data[place]:
-            self.budget.take("sub-blocks of GIF comments", MAX_COMMENT_BLOCKS)
-            self.budget.take("bytes of GIF comments", MAX_COMMENT_BYTES, data[place])
+            self.budget.take("sub-blocks of GIF comments", _MAX_COMMENT_BLOCKS)
+            self.budget.take("bytes of GIF comments", _MAX_COMMENT_BYTES, data[place])
             place += 1 + data[place]
         return place + 1

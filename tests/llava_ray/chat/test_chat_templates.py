@@ -4,7 +4,8 @@ import pickle
 import pytest
 
 from llava_ray.chat import system_prompts
-from llava_ray.chat.templates import TEMPLATES, JinjaTemplate, find_template
+from llava_ray.chat.template import JinjaTemplate
+from llava_ray.chat.templates import TEMPLATES, find_template
 from llava_ray.errors import ConfigError
 
 NAMES = [

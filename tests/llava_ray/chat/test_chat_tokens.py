@@ -146,9 +146,9 @@ def test_tokenizer_image_token_puts_sentinels_between_texts(llama_tokenizer):
 
 
 def test_a_bos_in_the_text_is_not_doubled(llama_tokenizer):
-    tokens = tokenize_spans([Span("<s>Hi", learnt=False)], llama_tokenizer)
+    tokens = tokenize_spans([Span("<s>Hi", supervised=False)], llama_tokenizer)
     assert tokens.input_ids.count(llama_tokenizer.bos_token_id) == 1
-    assert tokenize_spans([Span("Hi", learnt=False)], llama_tokenizer, add_bos=False).input_ids[0] != 1
+    assert tokenize_spans([Span("Hi", supervised=False)], llama_tokenizer, add_bos=False).input_ids[0] != 1
 
 
 def test_no_end_is_written_by_a_tokenizer_that_adds_one(make_byte_tokenizer):
@@ -163,7 +163,7 @@ def test_no_end_is_written_by_a_tokenizer_that_adds_one(make_byte_tokenizer):
 
 @pytest.mark.parametrize("learnt", [False, True])
 def test_a_piece_across_a_border_belongs_where_it_ends(llama_tokenizer, learnt):
-    tokens = tokenize_spans([Span("a>", learnt=not learnt), Span("<b", learnt=learnt)], llama_tokenizer)
+    tokens = tokenize_spans([Span("a>", supervised=not learnt), Span("<b", supervised=learnt)], llama_tokenizer)
     assert llama_tokenizer.convert_ids_to_tokens(tokens.input_ids) == ["<s>", "▁a", "><", "b"]
     assert [label != IGNORE_INDEX for label in tokens.labels] == [False, not learnt, learnt, learnt]
 
@@ -173,7 +173,7 @@ def test_a_tokenizer_without_offsets_is_refused():
         is_fast = False
 
     with pytest.raises(TemplateError, match=r"SlowTokenizer gives no character offsets.*use_fast=True"):
-        tokenize_spans([Span("Hi", learnt=True)], SlowTokenizer())
+        tokenize_spans([Span("Hi", supervised=True)], SlowTokenizer())
 
 
 def test_images_expand_to_their_tokens():
@@ -223,7 +223,7 @@ def test_learnt_tokens_are_the_answers_and_nothing_else(llama_tokenizers, make_b
                     run.append(label)
                 elif run:
                     runs, run = [*runs, run], []
-            answers = [span.text for span in spans if span.learnt]
+            answers = [span.text for span in spans if span.supervised]
             # Legacy tokenizers decode "</s>a" with a space before the a: compare all but spaces.
             written = ["".join(tokenizer.decode(run).split()) for run in runs]
             assert written == ["".join(answer.split()) for answer in answers]

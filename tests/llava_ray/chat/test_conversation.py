@@ -1,6 +1,7 @@
 import pytest
 
-from llava_ray.chat.conversation import Conversation, Turn, check_turns, read_turns, with_markers
+from llava_ray.chat.conversation import Turn, check_turns, read_turns, with_markers
+from llava_ray.chat.template import Conversation
 from llava_ray.chat.templates import TEMPLATES
 from llava_ray.errors import RecordError
 
@@ -29,7 +30,7 @@ def test_a_leading_answer_is_dropped_as_in_the_original():
         ([ANSWERED, ANSWERED, ASKED], "alternation", "turn 1 of 2 is from 'gpt'"),
         ([ASKED, ASKED, ANSWERED], "alternation", "turn 2 of 3 is from 'human'"),
         ([ASKED, {"from": "gpt", "value": " \n"}], "empty_answer", "turn 2 of 2"),
-        ([ASKED, {"from": "system", "value": "Be kind."}, ANSWERED], "roles", "turn 2 of 3 is the system's"),
+        ([ASKED, {"from": "system", "value": "Be kind."}, ANSWERED], "roles", "turn 2 of 3 is a system turn"),
         ([{"from": "system", "value": "Be kind."}], "no_turns", "human turn first"),
         ([{"role": "tool", "content": "4"}], "roles", "turn 1: 'role' is 'tool'"),
         ([{"value": "4"}], "roles", "turn 1: 'from' is None"),

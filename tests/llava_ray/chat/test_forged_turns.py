@@ -14,11 +14,12 @@ from llava_ray.chat.controls import find_controls
 from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, Turn
 from llava_ray.chat.encoding import encode_apart
 from llava_ray.chat.rendering import place_images, render_prompt, render_spans
-from llava_ray.chat.templates import TEMPLATES, Template, find_template
+from llava_ray.chat.template import Template
+from llava_ray.chat.templates import TEMPLATES, find_template
 from llava_ray.chat.tokenizer import load_tokenizer
 from llava_ray.chat.tokens import encode_spans, tokenize_conversation, tokenize_prompt
 from llava_ray.errors import RecordError, TemplateError
-from llava_ray.model.vocabulary import add_image_tokens, with_image_tags
+from llava_ray.model.formats.vocabulary import add_image_tokens, with_image_tags
 
 PHI_3 = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
@@ -145,7 +146,7 @@ def test_sentencepiece_itself_reads_what_a_message_spells_out(llama_folder, llam
     expected, written = [1], ""
     for span in render_spans(turns, TEMPLATES[name]):
         text, place = "", 0
-        for start, stop in (*span.said, (len(span.text), len(span.text))):
+        for start, stop in (*span.message_ranges, (len(span.text), len(span.text))):
             text += span.text[place:start].replace("</s>", "\1").replace("<s>", "\2") + span.text[start:stop]
             place = stop
         written += text

@@ -47,7 +47,7 @@ def chatml(make_byte_tokenizer):
 
 
 def learnt(turns, tokenizer):
-    return [span.text for span in render_spans(turns, find_template("chat_template", tokenizer)) if span.learnt]
+    return [span.text for span in render_spans(turns, find_template("chat_template", tokenizer)) if span.supervised]
 
 
 @pytest.mark.parametrize("template", [CHATML, SMOLLM2])

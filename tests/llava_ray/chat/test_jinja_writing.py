@@ -12,7 +12,7 @@ from llava_ray.chat.templates import TEMPLATES
 from llava_ray.chat.tokenizer import load_tokenizer
 from llava_ray.chat.tokens import tokenize_prompt
 from llava_ray.errors import RecordError
-from llava_ray.model.exported_tokenizer import add_image_token, write_template
+from llava_ray.model.formats.exported_tokenizer import add_image_token, write_template
 
 WORDS = {"human": "user", "gpt": "assistant"}
 CONVERSATIONS = [

@@ -4,7 +4,8 @@ import pytest
 
 from llava_ray.chat.conversation import Span, Turn
 from llava_ray.chat.rendering import place_images, render_prompt, render_spans
-from llava_ray.chat.templates import TEMPLATES, Template
+from llava_ray.chat.template import Template
+from llava_ray.chat.templates import TEMPLATES
 from llava_ray.errors import RecordError, TemplateError
 
 ASKED = (Turn("human", "<image>\nHi"), Turn("gpt", "Hello."), Turn("human", "More?"))
@@ -45,7 +46,7 @@ def test_what_is_learnt_follows_the_prompt_for_generation(name):
     spans = render_spans((*ASKED, Turn("gpt", "No.")), TEMPLATES[name])
     assert all(span.text for span in spans)
     assert "".join(span.text for span in spans[:-1]) == render_prompt(ASKED, TEMPLATES[name], open_turn=True)
-    assert [span.learnt for span in spans][-1]
+    assert [span.supervised for span in spans][-1]
 
 
 @pytest.mark.parametrize(
@@ -61,13 +62,13 @@ def test_what_is_learnt_follows_the_prompt_for_generation(name):
 )
 def test_learnt_spans_are_answers_with_their_ends(name, learnt):
     spans = render_spans((*ASKED, Turn("gpt", "No.")), TEMPLATES[name])
-    assert [span.text for span in spans if span.learnt] == learnt
+    assert [span.text for span in spans if span.supervised] == learnt
 
 
 def test_v0_writes_its_example_and_does_not_learn_it():
     spans = render_spans(EXCHANGE, TEMPLATES["v0"])
     assert "renewable energy sources" in spans[0].text
-    assert [span.text for span in spans if span.learnt] == [" Hello.###"]
+    assert [span.text for span in spans if span.supervised] == [" Hello.###"]
 
 
 def test_llama_2_begins_without_the_separator_the_tokenizer_adds():
@@ -85,7 +86,7 @@ def test_plain_renders_where_the_original_raised():
     # get_prompt of the original adds None to a string here (TypeError); its training code goes around it.
     turns = (Turn("human", "Describe.\n<image>"), Turn("gpt", "A cat."))
     spans = render_spans(turns, TEMPLATES["plain"])
-    assert spans == [Span("<image>", learnt=False), Span("A cat.\n", learnt=True)]
+    assert spans == [Span("<image>", supervised=False), Span("A cat.\n", supervised=True)]
     assert render_prompt(turns[:1], TEMPLATES["plain"], open_turn=True) == "<image>"
 
 
@@ -113,7 +114,7 @@ def test_a_last_question_without_answer_is_written_and_closed():
 
 
 def test_an_open_turn_needs_a_question_before_it():
-    with pytest.raises(TemplateError, match="open turn was asked for after an answer"):
+    with pytest.raises(TemplateError, match="open turn was requested after an answer"):
         render_spans(EXCHANGE, TEMPLATES["v1"], open_turn=True)
 
 

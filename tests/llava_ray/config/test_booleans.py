@@ -2,7 +2,7 @@
 
 import pytest
 
-from llava_ray.config.booleans import bare_switches, spell_out, switches_of
+from llava_ray.config.booleans import find_boolean_parameters, strip_boolean_values, write_out_booleans
 from llava_ray.config.chat import ChatSettings
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import FinetuneConfig
@@ -15,8 +15,8 @@ ON, OFF = ("true", "True", "TRUE", "yes", "Yes", "1", "on", " true "), ("false",
 
 @pytest.mark.parametrize(("word", "expected"), [*((word, True) for word in ON), *((word, False) for word in OFF)])
 def test_every_spelling_of_yes_and_no_is_understood(word, expected):
-    assert spell_out(FinetuneConfig, ["--train.bf16", word]) == ["--train.bf16", str(expected)]
-    assert spell_out(FinetuneConfig, [f"--train.bf16={word}"]) == [f"--train.bf16={expected}"]
+    assert write_out_booleans(FinetuneConfig, ["--train.bf16", word]) == ["--train.bf16", str(expected)]
+    assert write_out_booleans(FinetuneConfig, [f"--train.bf16={word}"]) == [f"--train.bf16={expected}"]
 
 
 def test_a_switch_without_a_value_is_on():
@@ -29,9 +29,9 @@ def test_a_switch_without_a_value_is_on():
 
 def test_a_switch_that_may_be_something_else_takes_that_too():
     for word, expected in (("AUTO", "auto"), ("No", "False"), ("1", "True")):
-        assert spell_out(FinetuneConfig, ["--cluster.use_gpu", word])[1] == expected
+        assert write_out_booleans(FinetuneConfig, ["--cluster.use_gpu", word])[1] == expected
     for word, expected in (("none", "None"), ("NULL", "None"), ("yes", "True")):
-        assert spell_out(FinetuneConfig, ["--data.lazy_preprocess", word])[1] == expected
+        assert write_out_booleans(FinetuneConfig, ["--data.lazy_preprocess", word])[1] == expected
     config = load_recipe(FinetuneConfig, [*NEEDED, "--cluster.use_gpu", "Auto", "--data.lazy_preprocess", "none"])
     assert (config.cluster.use_gpu, config.data.lazy_preprocess) == ("auto", None)
 
@@ -43,7 +43,7 @@ def test_anything_else_is_refused_by_key(word):
 
 
 def test_values_of_other_settings_are_left_as_they_are(tmp_path):
-    assert spell_out(FinetuneConfig, ["--run.name", "yes", "--train.seed", "1", "stray"]) == [
+    assert write_out_booleans(FinetuneConfig, ["--run.name", "yes", "--train.seed", "1", "stray"]) == [
         *["--run.name", "yes", "--train.seed", "1", "stray"]
     ]
     recipe = tmp_path / "recipe.toml"
@@ -53,10 +53,14 @@ def test_values_of_other_settings_are_left_as_they_are(tmp_path):
 
 
 def test_switches_that_take_no_value_understand_one():
-    names = switches_of(ChatSettings, *SUBCOMMANDS.values())
+    names = find_boolean_parameters(ChatSettings, *SUBCOMMANDS.values())
     assert {"json", "approximate", "transformers_only"} <= names
-    assert bare_switches(["m", "--json", "Yes", "--prompt", "no"], names) == ["m", "--json", "--prompt", "no"]
-    assert bare_switches(["m", "--json=0", "--transformers-only"], names) == ["m", "--no-json", "--transformers-only"]
-    assert bare_switches(["inspect", "--json", "folder"], names) == ["inspect", "--json", "folder"]
+    assert strip_boolean_values(["m", "--json", "Yes", "--prompt", "no"], names) == ["m", "--json", "--prompt", "no"]
+    assert strip_boolean_values(["m", "--json=0", "--transformers-only"], names) == [
+        "m",
+        "--no-json",
+        "--transformers-only",
+    ]
+    assert strip_boolean_values(["inspect", "--json", "folder"], names) == ["inspect", "--json", "folder"]
     with pytest.raises(ConfigError, match=r"--json = 'maybe': expected true or false"):
-        bare_switches(["m", "--json=maybe"], names)
+        strip_boolean_values(["m", "--json=maybe"], names)

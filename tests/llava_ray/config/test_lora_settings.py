@@ -60,9 +60,9 @@ def test_quantisation_follows_the_bits() -> None:
         ({"lora.bits": 4}, r"lora.bits = 4: quantised weights cannot learn; set lora.lora_enable = true"),
         (QLORA | {"train.zero_stage": 3}, r"ZeRO 3 cannot partition quantised weights; set train.zero_stage = 2"),
         ({"lora.bits": 5}, r"'lora.bits' = 5"),
-        ({"lora.use_dora": True}, "use_dora does nothing without lora_enable"),
-        ({"lora.lora_target_modules": ("q_proj",)}, "lora_target_modules does nothing without lora_enable"),
-        ({"lora.lora_enable": True, "lora.lora_target_modules": ()}, "an empty list leaves nothing to learn"),
+        ({"lora.use_dora": True}, "use_dora has no effect without lora_enable"),
+        ({"lora.lora_target_modules": ("q_proj",)}, "lora_target_modules has no effect without lora_enable"),
+        ({"lora.lora_enable": True, "lora.lora_target_modules": ()}, "an empty list leaves nothing to train"),
         ({"lora.lora_dropout": 1.0}, r"'lora.lora_dropout' = 1.0"),
     ],
 )

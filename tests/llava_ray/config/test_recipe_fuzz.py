@@ -94,7 +94,7 @@ def make_target() -> Callable[[int], str]:
     from llava_ray.config.review import ReviewConfig
     from llava_ray.config.sections import EvaluateConfig, FinetuneConfig
     from llava_ray.config.sweep_recipes import load_sweep
-    from llava_ray.deployments.auth import read_api_keys
+    from llava_ray.deployments.http.auth import read_api_keys
     from llava_ray.review.rubric import read_rubric
 
     recipes = {file: file.read_text() for file in sorted((ROOT / "pipelines/recipes").rglob("*.toml"))}

@@ -10,10 +10,10 @@ from llava_ray.data.feature_cache import (
     FeatureKey,
     block_name,
     fetch_features,
-    in_gb,
+    format_gb,
     list_entries,
+    location_key,
     make_room,
-    place_of,
     read_index,
     write_index,
 )
@@ -54,7 +54,7 @@ def test_what_may_be_in_use_is_never_dropped_and_nothing_is_when_that_is_not_eno
 def test_more_than_the_budget_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ConfigError, match=r"up to 2e-06 GB, over data.feature_cache_gb = 1e-06.*'streamed'"):
         make_room(str(tmp_path), "new", 2000, 1000)
-    assert in_gb(1.25e9) == "1.25 GB"
+    assert format_gb(1.25e9) == "1.25 GB"
 
 
 def test_an_index_finds_each_images_bytes_and_only_those(tmp_path):
@@ -62,15 +62,19 @@ def test_an_index_finds_each_images_bytes_and_only_those(tmp_path):
     for shard, content in ((0, b"aabbb"), (1, b"cccc")):
         name = block_name(shard, 0)
         (tmp_path / f"{name}.bin").write_bytes(content)
-    first = [[place_of(0, 0, 0), 0, 2], [place_of(0, 1, 0), 2, 3], [place_of(0, 1, 1), 0, 2]]  # an image twice
+    first = [
+        [location_key(0, 0, 0), 0, 2],
+        [location_key(0, 1, 0), 2, 3],
+        [location_key(0, 1, 1), 0, 2],
+    ]  # an image twice
     (tmp_path / f"{block_name(0, 0)}.json").write_text(json.dumps(first))
-    (tmp_path / f"{block_name(1, 0)}.json").write_text(json.dumps([[place_of(1, 5, 2), 0, 4]]))
+    (tmp_path / f"{block_name(1, 0)}.json").write_text(json.dumps([[location_key(1, 5, 2), 0, 4]]))
     assert write_index(entry, [block_name(0, 0), block_name(1, 0)]) == 4
-    wanted = [place_of(1, 5, 2), place_of(0, 1, 1), place_of(0, 1, 0)]
+    wanted = [location_key(1, 5, 2), location_key(0, 1, 1), location_key(0, 1, 0)]
     assert fetch_features(entry, wanted) == [b"cccc", b"aa", b"bbb"]
     assert fetch_features(entry, []) == []
     with pytest.raises(DataError, match="lacks features"):
-        fetch_features(entry, [place_of(2, 0, 0)])
+        fetch_features(entry, [location_key(2, 0, 0)])
 
 
 def test_an_entry_that_is_gone_says_what_to_do(tmp_path):

@@ -10,8 +10,8 @@ from test_stream_images import prepare_here, stream_here
 
 from llava_ray.data.feature_cache import estimate_bytes
 from llava_ray.data.feature_writing import cache_features
-from llava_ray.data.stream import decode_images, load_features
-from llava_ray.images.processing import normalise
+from llava_ray.data.stages import decode_block_images, load_features
+from llava_ray.images.processing import normalize_pixels
 from llava_ray.model.blueprint import read_blueprint
 
 
@@ -28,9 +28,9 @@ def test_an_entry_written_by_ray_holds_what_the_tower_says_of_every_image(tmp_pa
     assert noted["num_bytes"] > 0
     assert estimate_bytes(prepared, settings.image_tokens, width) >= Path(entry, "00000-000000.bin").stat().st_size
 
-    pixels = decode_images(there.table, settings)
+    pixels = decode_block_images(there.table, settings)
     expected = [
-        there.parts.tower.extract(batch.pixels, lambda views: normalise(views, settings.image_spec))
+        there.parts.tower.extract(batch.pixels, lambda views: normalize_pixels(views, settings.image_spec))
         for batch in there.batches(pixels)
         if batch.pixels is not None
     ]

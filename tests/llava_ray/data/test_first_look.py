@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from llava_ray.data.first_look import count_samples, first_samples
+from llava_ray.data.first_look import count_samples, measure_first_samples
 
 IMAGE_RECORD = {
     "image": "a.jpg",
@@ -56,20 +56,20 @@ def test_files_are_counted_and_measured_as_training_reads_them(name: str, tmp_pa
     content, count, lengths = FILES[name]
     (tmp_path / name).write_bytes(content)
     assert count_samples(str(tmp_path / name)) == count
-    assert first_samples(str(tmp_path / name)) == lengths
+    assert measure_first_samples(str(tmp_path / name)) == lengths
 
 
 @pytest.mark.parametrize("path", ["s3://bucket/data.json", "/no/such.json", "."])
 def test_what_is_not_here_is_not_looked_at(path: str) -> None:
     assert count_samples(path) is None
-    assert first_samples(path) == []
+    assert measure_first_samples(path) == []
 
 
 def test_both_dry_runs_say_the_same_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from samples import small_run
 
     from llava_ray.errors import DataError
-    from llava_ray.train.dry_run import count_of_run, steps_of_run, tell_data
+    from llava_ray.train.planning.dry_run import count_of_run, steps_of_run, tell_data
 
     (tmp_path / "a.jsonl").write_text(f"{LINE}\n" * 10)
     (tmp_path / "none.jsonl").write_text("")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from llava_ray.data.plan import Plan, deal, pack
+from llava_ray.data.plan import Plan, assign_to_ranks, pack
 
 
 def make_plan(**changes) -> Plan:
@@ -63,14 +63,14 @@ def test_pack_fills_rows_without_overflow_or_loss():
 
 
 def test_pack_refuses_what_cannot_fit():
-    with pytest.raises(ValueError, match="600 tokens cannot lie in a row of 512"):
+    with pytest.raises(ValueError, match="600 tokens does not fit into a row of 512"):
         pack([10, 600], 512)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_deal_gives_every_rank_as_many_rows_and_every_position_once(world_size):
     lengths = make_plan().num_tokens[:41].tolist()
-    dealt = deal(lengths, 512, world_size)
+    dealt = assign_to_ranks(lengths, 512, world_size)
     assert len(dealt) == world_size
     assert len({len(rows) for rows in dealt}) == 1
     assert sorted(i for rows in dealt for row in rows for i in row) == list(range(41))
@@ -78,19 +78,19 @@ def test_deal_gives_every_rank_as_many_rows_and_every_position_once(world_size):
 
 def test_deal_balances_tokens():
     lengths = make_plan().num_tokens[:128].tolist()
-    loads = [sum(lengths[i] for row in rows for i in row) for rows in deal(lengths, 512, 4)]
+    loads = [sum(lengths[i] for row in rows for i in row) for rows in assign_to_ranks(lengths, 512, 4)]
     assert max(loads) / min(loads) < 1.2
 
 
 def test_rows_are_filled_evenly_rather_than_one_after_the_other():
-    assert sorted(sum(len(row) * 40 for row in rows) for rows in deal([40] * 30, 1000, 2)) == [600, 600]
+    assert sorted(sum(len(row) * 40 for row in rows) for rows in assign_to_ranks([40] * 30, 1000, 2)) == [600, 600]
 
 
 def test_what_only_fits_tightly_is_not_spread_beyond_the_limit():
     lengths = [6, 6, 5, 5, 5, 3]
-    for rows in deal(lengths, 11, 1):
+    for rows in assign_to_ranks(lengths, 11, 1):
         assert all(sum(lengths[i] for i in row) <= 11 for row in rows)
 
 
 def test_ranks_without_samples_get_empty_rows():
-    assert deal([5], 16, 3) == [[[0]], [[]], [[]]]
+    assert assign_to_ranks([5], 16, 3) == [[[0]], [[]], [[]]]

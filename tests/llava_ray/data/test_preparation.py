@@ -22,7 +22,7 @@ from PIL import Image
 
 from llava_ray.config.sections import DataConfig
 from llava_ray.data.preparation import prepare_data
-from llava_ray.data.shards import PreparedData, read_rows
+from llava_ray.data.shards import PreparedData, read_shard_rows
 from llava_ray.errors import ConfigError, DataError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -56,7 +56,7 @@ def write_json(folder: Path, records: Sequence[dict[str, Any]]) -> DataConfig:
 
 
 def rows_of(prepared: PreparedData) -> list[dict[str, Any]]:
-    return [row for shard in prepared.shards for row in read_rows(prepared.path, shard.name, None).to_pylist()]
+    return [row for shard in prepared.shards for row in read_shard_rows(prepared.path, shard.name, None).to_pylist()]
 
 
 def rejected_of(prepared: PreparedData) -> list[dict[str, str]]:
@@ -208,7 +208,7 @@ ODD = {
     "page": ({"image": "{base}/page"}, "image_unreadable", "<html>"),
     "missing": ({"image": "gone.jpg"}, "image_missing", "gone.jpg"),
     "base64": ({"image": "iVBORw0KGgo" + "A" * 5000}, "image_unreadable", "base64"),
-    "NUL": ({"image": "a\0.jpg"}, "image_missing", "no name"),
+    "NUL": ({"image": "a\0.jpg"}, "image_missing", "not a valid file name"),
     "video": ({"video": "a.mp4"}, "unsupported", "`video`"),
     "tools": ({"tools": [{"type": "function"}]}, "unsupported", "`tools`"),
     "part": ({"conversations": None, "messages": [{"role": "user", "content": ["?"]}]}, "malformed", "part 1 is str"),
@@ -217,7 +217,7 @@ ODD = {
 }  # fmt: skip
 ODD_TEXTS = {
     "bytes": (b'{"id": "\xe9"}', "malformed", "not UTF-8"),
-    "deep": (b'{"id": ' + b"[" * 3000 + b"]" * 3000 + b"}", "malformed", "too many lists"),
+    "deep": (b'{"id": ' + b"[" * 3000 + b"]" * 3000 + b"}", "malformed", "too many nested lists"),
     "digits": (b'{"id": ' + b"9" * 5000 + b"}", "malformed", "5,000 digits"),
 }
 
@@ -294,7 +294,7 @@ def test_lost_shard_is_made_again(config: DataConfig) -> None:
 @pytest.mark.parametrize("records", [[], [record(0, image="gone.jpg")]])
 def test_nothing_left_is_an_error_at_any_limit(records: list[dict[str, Any]], tmp_path: Path) -> None:
     config = write_json(tmp_path, records).replaced({"max_rejected": 1.0})
-    with pytest.raises(DataError, match=r"holds no record|1 of 1 records are rejected"):
+    with pytest.raises(DataError, match=r"the data has no records|1 of 1 records are rejected"):
         prepare_data(config, show_progress=False)
 
 

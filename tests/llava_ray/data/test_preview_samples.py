@@ -19,12 +19,12 @@ from llava_ray.chat.tokenizer import load_tokenizer
 from llava_ray.chat.tokens import tokenize_conversation
 from llava_ray.config.preview import PreviewSettings
 from llava_ray.data.examples import Encoder
-from llava_ray.data.preview import Rejection, SampleView, token_viewer
-from llava_ray.data.preview_records import read_records
-from llava_ray.data.preview_tokens import collapse_images, join_tokens, split_tokens
+from llava_ray.data.ordered_records import read_records
 from llava_ray.errors import ConfigError, DataError, ModelError
 from llava_ray.images.tokens import ImageTokens
-from llava_ray.report.pieces import Token
+from llava_ray.preview.samples import Rejection, SampleView, token_viewer
+from llava_ray.preview.tokens import collapse_images, join_tokens, split_tokens
+from llava_ray.report.pieces import ReportToken
 
 CAT = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
 
@@ -67,9 +67,9 @@ def test_tokens_are_the_rendered_text_cut_at_the_ids(tokenizer_folder, version):
         tokens = split_tokens(turns, encoder)
         tokenized = tokenize_conversation(turns, template, tokenizer)
         assert len(tokens) == len(tokenized.input_ids)
-        assert tokens[0] == Token("<s>", "context")
+        assert tokens[0] == ReportToken("<s>", "context")
         assert "".join(token.text for token in tokens[1:]) == render_prompt(place_images(turns, template), template)
-        learnt = "".join(span.text for span in render_spans(place_images(turns, template), template) if span.learnt)
+        learnt = "".join(span.text for span in render_spans(place_images(turns, template), template) if span.supervised)
         shown = "".join(token.text for token in tokens if token.kind == "learnt")
         assert shown == learnt.replace(IMAGE_TOKEN, "")
         images = [token == IMAGE_TOKEN_INDEX for token in tokenized.input_ids]
@@ -193,7 +193,7 @@ def test_a_stop_string_of_several_tokens_is_warned_of(view_all, version, warned)
     warnings = viewer.warnings()
     assert len(warnings) == warned
     if warned:
-        assert "'v0' stops at '###', but the last token that is learnt of an answer is '#'" in warnings[0]
+        assert "'v0' stops at '###', but the last supervised token of an answer is '#'" in warnings[0]
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_a_stop_string_of_several_tokens_is_warned_of(view_all, version, warned)
         ({"tokenizer": "HERE"}, ConfigError, "found --tokenizer .*, --version None"),
         ({"tokenizer": "/nowhere", "version": "v1"}, ModelError, "no such tokenizer: '/nowhere' is neither a folder"),
         ({"tokenizer": "HERE", "version": "vicuna"}, ConfigError, "no conversation template is called 'vicuna'"),
-        ({"tokenizer": "HERE", "version": "v1", "data": "/nowhere.json"}, DataError, "nothing is there"),
+        ({"tokenizer": "HERE", "version": "v1", "data": "/nowhere.json"}, DataError, "does not exist"),
     ],
 )
 def test_what_is_missing_is_named(tmp_path, tokenizer_folder, settings, error, message):

@@ -14,8 +14,8 @@ from test_record_keys import PNG
 
 from llava_ray.data import json_files
 from llava_ray.data.chunks import make_chunks
+from llava_ray.data.ordered_records import read_records
 from llava_ray.data.parquet_files import parquet_layout
-from llava_ray.data.preview_records import read_records
 from llava_ray.data.records import Fault, RawRecord, find_files
 from llava_ray.data.validation import validate
 from llava_ray.errors import DataError, RecordError
@@ -81,7 +81,7 @@ REFUSED = {
     "one.jsonl": (f"[\n{LINE}\n]\n".encode(), "begins with a JSON list"),
     "many.jsonl": (("[\n" + f"{LINE},\n" * 300).encode(), "begins with a JSON list"),
     "empty.jsonl": (b"[]\n\n", "begins with a JSON list"),
-    "concat.json": (f"[{LINE}][{LINE}]".encode(), "more follows the end of its list"),
+    "concat.json": (f"[{LINE}][{LINE}]".encode(), "more text follows the end of its list"),
     "single.json": (str([RECORD]).encode(), "not JSON at character 2"),
     "utf16_bare.json": (f"[{LINE}]".encode("utf-16-le"), "not UTF-8 at character 1"),
     "cut.json.gz": (gzip.compress(f"[{LINE}]".encode())[:-9], "the gzip file is damaged"),

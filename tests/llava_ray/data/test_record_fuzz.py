@@ -10,9 +10,9 @@ from fuzzing import NUM_INPUTS, Target, fuzz, fuzz_at_length
 from record_mutations import PNG, make_file
 
 from llava_ray.data.chunks import make_chunks
-from llava_ray.data.preview_records import read_records
+from llava_ray.data.ordered_records import read_records
 from llava_ray.data.records import RawRecord, find_files
-from llava_ray.data.shards import as_row, encode_shard
+from llava_ray.data.shards import encode_shard, to_row
 from llava_ray.data.validation import validate
 from llava_ray.errors import DataError, RecordError
 
@@ -59,7 +59,7 @@ def read_all(path: Path, folder: Path, num_records: int, damaged: bool) -> str:
             counts[error.reason] += 1
             continue
         counts["read"] += 1
-        rows.append(as_row(sample))
+        rows.append(to_row(sample))
     encode_shard(rows)
     rejected = sum(counts.values()) - counts["read"]
     return f"{kind} {'read' if not rejected else 'partly' if counts['read'] else 'rejected'}"

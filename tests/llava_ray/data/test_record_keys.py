@@ -71,7 +71,7 @@ REFUSED = {
 def test_keys_that_would_be_lost_are_refused_by_name(key: str) -> None:
     error = refused({key: REFUSED[key], "conversations": [ASK, SAY]})
     assert error.reason == "unsupported"
-    assert f"`{key}` is not obeyed" in str(error)
+    assert f"`{key}` is not supported" in str(error)
 
 
 @pytest.mark.parametrize("absent", [None, "", [], {}, False, "[]", "null", [None], {"bytes": None, "path": None}])
@@ -120,24 +120,28 @@ def test_keys_of_turns_that_would_be_lost_are_refused_by_name(key: str, turn: di
 @pytest.mark.parametrize(
     ("values", "reason", "words"),
     [
-        ({"conversations": [ASK, SAY], "messages": [USER, {**ASSISTANT, "content": "No."}]}, "malformed", "other ones"),
+        (
+            {"conversations": [ASK, SAY], "messages": [USER, {**ASSISTANT, "content": "No."}]},
+            "malformed",
+            "hold different turns",
+        ),
         (
             {"image": "a.png", "images": ["b.png"], "conversations": [IMAGE_ASK, SAY]},
             "malformed",
             "`image` and `images`",
         ),
-        ({"system": "a", "system_prompt": "b", "conversations": [ASK, SAY]}, "malformed", "two texts of the system"),
+        ({"system": "a", "system_prompt": "b", "conversations": [ASK, SAY]}, "malformed", "two system prompts"),
         ({"system": ["a"], "conversations": [ASK, SAY]}, "malformed", "`system` is list"),
         ({"messages": [{**ASK, "content": "Ho"}, SAY]}, "malformed", "both `content` and `value`"),
-        ({"messages": [{**USER, "weight": 1}, ASSISTANT]}, "unsupported", "only answers are learnt"),
-        ({"messages": [{"role": "tool", "content": "4"}, ASSISTANT]}, "roles", "'tool'.*Turns of tools"),
-        ({"conversations": [ASK, {"from": "function_call", "value": "{}"}]}, "roles", "Turns of tools"),
-        ({"conversations": [ASK, {"from": "system", "value": "Be"}, SAY]}, "roles", "turn 2 of 3 is the system's"),
-        (b'{"conversations": [], "conversations": []}', "malformed", "'conversations' stands there twice"),
+        ({"messages": [{**USER, "weight": 1}, ASSISTANT]}, "unsupported", "only answers are supervised"),
+        ({"messages": [{"role": "tool", "content": "4"}, ASSISTANT]}, "roles", "'tool'.*Tool turns"),
+        ({"conversations": [ASK, {"from": "function_call", "value": "{}"}]}, "roles", "Tool turns"),
+        ({"conversations": [ASK, {"from": "system", "value": "Be"}, SAY]}, "roles", "turn 2 of 3 is a system turn"),
+        (b'{"conversations": [], "conversations": []}', "malformed", "'conversations' occurs twice"),
         (b'{"id": ' + b"9" * 5000 + b"}", "malformed", "a number of 5,000 digits"),
-        (b'{"id": ' + b"[" * 5000 + b"]" * 5000 + b"}", "malformed", "too many lists"),
+        (b'{"id": ' + b"[" * 5000 + b"]" * 5000 + b"}", "malformed", "too many nested lists"),
         (b'{"id": "\xe9"}', "malformed", "not UTF-8"),
-        ({"data": [{"conversations": []}]}, "no_turns", "seem to lie under 'data'"),
+        ({"data": [{"conversations": []}]}, "no_turns", "seem to be under 'data'"),
     ],
 )
 def test_what_contradicts_itself_is_refused(values: Any, reason: str, words: str) -> None:
@@ -222,11 +226,11 @@ def test_images_as_base64_are_decoded(image: Any) -> None:
 @pytest.mark.parametrize(
     ("image", "words"),
     [
-        ({"bytes": "%%no"}, "not whole base64"),
+        ({"bytes": "%%no"}, "not valid base64"),
         ({"bytes": [137, 80]}, "expected a path"),
         ("data:image/png,abc", "expected data:image/png;base64"),
-        ("data:image/png;base64,@@@", "not whole base64"),
-        ("iVBORw0KGgo" + "A" * 4002, "not whole base64"),
+        ("data:image/png;base64,@@@", "not valid base64"),
+        ("iVBORw0KGgo" + "A" * 4002, "not valid base64"),
         (7, "expected a path"),
     ],
 )
@@ -296,7 +300,7 @@ def test_a_template_without_a_place_for_it_rejects_the_record(tokenizer) -> None
 def test_an_answer_of_no_weight_is_read_and_not_learnt(tokenizer, mark, version) -> None:
     turns = [ASK, {**SAY, **mark}, {**ASK, **mark}, {**SAY, "weight": 1}]
     record = read({"conversations": turns})
-    assert [turn.learnt for turn in record.turns] == [True, False, False, True]
+    assert [turn.supervised for turn in record.turns] == [True, False, False, True]
     assert tuple(Turn.from_row(turn.to_row()) for turn in record.turns) == record.turns
     [example] = encoder(tokenizer, version).encode(record.turns, [])
     [whole] = encoder(tokenizer, version).encode(read({"conversations": [ASK, SAY] * 2}).turns, [])

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from llava_ray.data import json_files
-from llava_ray.data.chunks import ParquetChunk, TarChunk, TextChunk, fingerprint, make_chunks, unused
-from llava_ray.data.json_files import read_json, read_jsonl, split_json
+from llava_ray.data.chunks import ParquetChunk, TarChunk, TextChunk, fingerprint_data, make_chunks, make_unique_id
+from llava_ray.data.json_files import read_json_records, read_jsonl, split_json
 from llava_ray.data.records import RawRecord, find_files
 from llava_ray.errors import DataError
 
@@ -57,7 +57,7 @@ def test_json_list_is_split_at_its_records(indent: int | None, tmp_path: Path) -
     for ensure_ascii in (True, False):
         text = json.dumps(entries, indent=indent, ensure_ascii=ensure_ascii)
         (tmp_path / "a.json").write_text(f"\ufeff \n{text}\n", encoding="utf-8")
-        read = list(read_json(str(tmp_path / "a.json")))
+        read = list(read_json_records(str(tmp_path / "a.json")))
         assert [row for row, _, _ in read] == list(range(20))
         assert [json.loads(text) for _, text, _ in read] == entries
         assert [own for _, _, own in read] == [str(i) for i in range(20)]
@@ -92,7 +92,7 @@ def test_empty_lists_and_files_hold_nothing() -> None:
 def test_json_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b"\x80\x02}q\x00.")
     with pytest.raises(DataError, match=r"a\.json: not UTF-8"):
-        list(read_json(str(tmp_path / "a.json")))
+        list(read_json_records(str(tmp_path / "a.json")))
 
 
 def test_json_lines_are_numbered_as_in_an_editor(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_repeated_and_missing_ids_are_told_apart(tmp_path: Path) -> None:
 
 def test_unused_names_never_collide() -> None:
     taken: dict[str, int] = {}
-    names = [unused(name, taken) for name in ["a#2", "a", "a", "a#2", "a", "a#3"]]
+    names = [make_unique_id(name, taken) for name in ["a#2", "a", "a", "a#2", "a", "a#3"]]
     assert len(set(names)) == 6
 
 
@@ -222,11 +222,11 @@ def test_folders_and_patterns_name_files_below_their_common_folder(tmp_path: Pat
 @pytest.mark.parametrize(
     ("names", "data_path", "message"),
     [
-        ([], "gone.json", "nothing is there"),
+        ([], "gone.json", "does not exist"),
         (["a.csv"], "a.csv", r"'a\.csv' is of no known format; expected files ending in \.json"),
         (["a.csv"], "", "no known format"),
         (["a.json", "b.parquet"], "", "mixes json and parquet"),
-        ([], "*.json", "nothing is there"),
+        ([], "*.json", "does not exist"),
     ],
 )
 def test_what_cannot_be_records_is_refused(names: list[str], data_path: str, message: str, tmp_path: Path) -> None:
@@ -241,12 +241,12 @@ def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
     prints = []
     for text in ("[]", "[1]", "[]"):
         path.write_text(text)
-        prints.append(fingerprint("json", [str(path)]))
+        prints.append(fingerprint_data("json", [str(path)]))
     assert prints[0] == prints[2] != prints[1]
     write_parquet(tmp_path / "a.parquet", [entry(1)])
-    before = fingerprint("parquet", [str(tmp_path / "a.parquet")])
+    before = fingerprint_data("parquet", [str(tmp_path / "a.parquet")])
     write_parquet(tmp_path / "a.parquet", [entry(1), entry(2)])
-    assert fingerprint("parquet", [str(tmp_path / "a.parquet")]) != before
+    assert fingerprint_data("parquet", [str(tmp_path / "a.parquet")]) != before
 
 
 def test_chunks_are_of_their_kind(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from llava_ray.data.shards import (
     ShardWriter,
     is_prepared,
     open_prepared,
-    read_rows,
-    write_manifest,
+    read_shard_rows,
+    write_shards_manifest,
 )
 from llava_ray.data.validation import Sample
 from llava_ray.errors import DataError
@@ -34,7 +34,7 @@ def write_folder(path: str, num_samples: int = NUM_SAMPLES) -> PreparedData:
     writer = ShardWriter(path, "shard-00000", max_rows=200, max_bytes=1 << 20)
     for index in range(num_samples):
         writer.append(sample(index))
-    return write_manifest(path, writer.flush(), {"image_missing": 2}, {"data_path": "data.json"})
+    return write_shards_manifest(path, writer.flush(), {"image_missing": 2}, {"data_path": "data.json"})
 
 
 @pytest.fixture(params=["{}/prepared", "file://{}/prepared", "memory://prepared-{}"])
@@ -65,7 +65,7 @@ def test_the_same_samples_give_the_same_bytes(tmp_path: Path) -> None:
 
 def test_rows_come_in_the_order_asked(folder: str) -> None:
     prepared = write_folder(folder)
-    table = read_rows(prepared.path, prepared.shards[0].name, [150, 3, 199, 3, 0])
+    table = read_shard_rows(prepared.path, prepared.shards[0].name, [150, 3, 199, 3, 0])
     assert table["id"].to_pylist() == ["id-150", "id-3", "id-199", "id-3", "id-0"]
     row = table.to_pylist()[0]
     assert row["turns"] == [
@@ -78,10 +78,10 @@ def test_rows_come_in_the_order_asked(folder: str) -> None:
 
 def test_all_rows_and_some_columns(folder: str) -> None:
     prepared = write_folder(folder)
-    table = read_rows(prepared.path, prepared.shards[1].name, None, columns=["id", "widths"])
+    table = read_shard_rows(prepared.path, prepared.shards[1].name, None, columns=["id", "widths"])
     assert table.column_names == ["id", "widths"]
     assert table["id"].to_pylist() == [f"id-{index}" for index in range(200, 300)]
-    assert read_rows(prepared.path, prepared.shards[1].name, []).num_rows == 0
+    assert read_shard_rows(prepared.path, prepared.shards[1].name, []).num_rows == 0
 
 
 def test_only_the_row_groups_asked_for_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +94,7 @@ def test_only_the_row_groups_asked_for_are_read(tmp_path: Path, monkeypatch: pyt
         return read_row_groups(file, groups, *arguments, **options)
 
     monkeypatch.setattr(pq.ParquetFile, "read_row_groups", watched)
-    read_rows(prepared.path, prepared.shards[0].name, [130, 199])
+    read_shard_rows(prepared.path, prepared.shards[0].name, [130, 199])
     assert read == [[1]]
 
 
@@ -113,19 +113,19 @@ def test_no_samples_make_no_shard(tmp_path: Path) -> None:
 def test_text_only_samples_have_empty_lists(tmp_path: Path) -> None:
     writer = ShardWriter(str(tmp_path), "shard", max_rows=9, max_bytes=9)
     writer.append(Sample(Record("a", (Turn("human", "Hi"), Turn("gpt", "Hello \N{GRINNING FACE}")), (), "x:0"), ()))
-    row = read_rows(str(tmp_path), writer.flush()[0].name, [0]).to_pylist()[0]
+    row = read_shard_rows(str(tmp_path), writer.flush()[0].name, [0]).to_pylist()[0]
     assert (row["images"], row["widths"], row["turns"][1]["value"]) == ([], [], "Hello \N{GRINNING FACE}")
 
 
 def test_row_beyond_the_end_is_refused(tmp_path: Path) -> None:
     prepared = write_folder(str(tmp_path))
     with pytest.raises(DataError, match=r"shard-00000-01\.parquet.*it has 100"):
-        read_rows(prepared.path, prepared.shards[1].name, [100])
+        read_shard_rows(prepared.path, prepared.shards[1].name, [100])
 
 
 def test_folder_without_manifest_is_refused(folder: str) -> None:
     assert not is_prepared(folder)
-    with pytest.raises(DataError, match=r"not a prepared folder.*pipelines/prepare\.py"):
+    with pytest.raises(DataError, match=r"not a prepared folder.*run llava-ray prepare"):
         open_prepared(folder)
 
 
@@ -136,12 +136,12 @@ def test_missing_and_cut_shards_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"1 of 2 shards.*shard-00000-01\.parquet' \(100 bytes"):
         open_prepared(str(tmp_path))
     with pytest.raises(DataError, match=r"shard-00000-01\.parquet cannot be read"):
-        read_rows(prepared.path, shard.name, [0])
+        read_shard_rows(prepared.path, shard.name, [0])
     shard.unlink()
     with pytest.raises(DataError, match=r"no bytes found.*prepare again"):
         open_prepared(str(tmp_path))
     with pytest.raises(DataError, match=r"shard-00000-01\.parquet is gone"):
-        read_rows(prepared.path, shard.name, None)
+        read_shard_rows(prepared.path, shard.name, None)
 
 
 @pytest.mark.parametrize(

@@ -8,25 +8,27 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from losses import sample_losses
 from samples import SHAPES, small_run, write_mixed_samples
 
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.batches import MicroBatch, micro_batch
-from llava_ray.data.descriptors import NO_STEP, describe_micro_batches
+from llava_ray.data.descriptors import describe_micro_batches
+from llava_ray.data.encoder_settings import EncoderSettings
 from llava_ray.data.features import FeatureActor
-from llava_ray.data.lengths import EncoderSettings, TokenLengths, measure_lengths
+from llava_ray.data.lengths import TokenLengths, measure_lengths
+from llava_ray.data.packing import NO_STEP
 from llava_ray.data.plan import Plan
 from llava_ray.data.records import RawRecord
 from llava_ray.data.settings import StreamSettings
-from llava_ray.data.shards import PreparedData, ShardWriter, write_manifest
-from llava_ray.data.stream import decode_images, read_micro_batches
+from llava_ray.data.shards import PreparedData, ShardWriter, write_shards_manifest
+from llava_ray.data.stages import decode_block_images, read_micro_batches
 from llava_ray.data.validation import validate
 from llava_ray.errors import DataError
 from llava_ray.images.geometry import crop_views
-from llava_ray.images.processing import normalise
+from llava_ray.images.processing import normalize_pixels
 from llava_ray.images.reading import open_image
-from llava_ray.model.bundle import LlavaParts, assemble
-from llava_ray.model.losses import sample_losses
+from llava_ray.model.assembly import LlavaParts, assemble
 
 pytestmark = pytest.mark.slow
 
@@ -54,7 +56,7 @@ def prepare_here(config: FinetuneConfig, folder: Path) -> PreparedData:
     for index, record in enumerate(json.loads(Path(config.data.data_path).read_text())):
         raw = RawRecord(record["id"], f"data.json:{index}", record)
         writer.append(validate(raw, str(config.data.image_folder), max_pixels=10**9))
-    return write_manifest(str(folder), writer.flush(), {}, {})
+    return write_shards_manifest(str(folder), writer.flush(), {}, {})
 
 
 def stream_here(folder: Path, **changes: object) -> Streamed:
@@ -89,7 +91,7 @@ def streamed(tmp_path_factory: pytest.TempPathFactory) -> Streamed:
 
 
 def test_views_of_all_images_travel_as_bytes_in_order(streamed: Streamed) -> None:
-    decoded = decode_images(streamed.table, streamed.settings)
+    decoded = decode_block_images(streamed.table, streamed.settings)
     assert decoded.schema.field("pixels").type == pa.large_binary()
     records = {r["id"]: r for r in json.loads(Path(streamed.config.data.data_path).read_text())}
     seen: set[int] = set()
@@ -113,7 +115,7 @@ def test_views_of_all_images_travel_as_bytes_in_order(streamed: Streamed) -> Non
 def test_text_only_samples_and_several_images_are_among_them(streamed: Streamed) -> None:
     assert set(streamed.lengths.column("num_images").tolist()) == {0, 1, 2, 3}
     assert streamed.lengths.num_rejected == 0
-    for batch in streamed.batches(decode_images(streamed.table, streamed.settings)):
+    for batch in streamed.batches(decode_block_images(streamed.table, streamed.settings)):
         counted = sum(streamed.settings.image_tokens.count(*size) for size in batch.image_sizes)
         assert int((batch.input_ids == -200).sum()) == counted
 
@@ -126,7 +128,7 @@ def losses(parts: LlavaParts, batch: MicroBatch, features: torch.Tensor | None) 
 @pytest.mark.parametrize("changes", [{}, {"model.s2": True}], ids=["one scale", "s2"])
 def test_streamed_features_are_those_of_the_worker(changes: dict[str, object], tmp_path: Path) -> None:
     streamed = stream_here(tmp_path, **changes)
-    decoded = decode_images(streamed.table, streamed.settings)
+    decoded = decode_block_images(streamed.table, streamed.settings)
     actor = FeatureActor(streamed.settings)
     ahead = actor.replace_pixels(decoded)
     assert "pixels" not in ahead.column_names
@@ -135,7 +137,7 @@ def test_streamed_features_are_those_of_the_worker(changes: dict[str, object], t
         features = None
         if inline.pixels is not None:
             num_with_images += 1
-            features = streamed.parts.tower(normalise(inline.pixels, streamed.settings.image_spec))
+            features = streamed.parts.tower(normalize_pixels(inline.pixels, streamed.settings.image_spec))
             torch.testing.assert_close(batch.features, features, rtol=0, atol=1e-5)
         expected, found = losses(streamed.parts, inline, features), losses(streamed.parts, batch, batch.features)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
@@ -143,7 +145,7 @@ def test_streamed_features_are_those_of_the_worker(changes: dict[str, object], t
 
 
 def test_packed_rows_have_the_losses_of_each_sample_alone(streamed: Streamed) -> None:
-    decoded = decode_images(streamed.table, streamed.settings)
+    decoded = decode_block_images(streamed.table, streamed.settings)
     actor = FeatureActor(streamed.settings)
     num_packed = 0
     for batch in streamed.batches(actor.replace_pixels(decoded)):
@@ -196,7 +198,7 @@ def test_an_image_of_another_size_than_was_prepared_is_an_error(streamed: Stream
     field = streamed.table.schema.field("image_sizes")
     changed = streamed.table.set_column(position, field, pa.array(sizes, field.type))
     with pytest.raises(DataError, match=r"decodes to \(\d+, \d+\) pixels, but was prepared as"):
-        decode_images(changed, streamed.settings)
+        decode_block_images(changed, streamed.settings)
 
 
 def test_lengths_are_measured_again_for_other_canvases(streamed: Streamed, tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ import pyarrow as pa
 import pytest
 from commands import imported
 
-from llava_ray.data.descriptors import NO_STEP, ROWS_PER_BLOCK, describe_micro_batches
+from llava_ray.data.descriptors import describe_micro_batches
 from llava_ray.data.lengths import SCHEMA, TokenLengths
+from llava_ray.data.packing import NO_STEP, ROWS_PER_BLOCK
 from llava_ray.data.plan import Plan
 
 
@@ -60,6 +61,13 @@ def test_starting_later_gives_the_same_steps():
 @pytest.mark.slow
 def test_what_rays_own_processes_import_is_light():
     # The controller and the data manager of a run only pass these on, decoding needs no more: seconds on each start.
-    modules = ("data.stream", "generate.questions", "train.runs", "train.settings", "train.journal", "train.worker")
+    modules = (
+        "data.stream",
+        "generate.questions",
+        "train.runs",
+        "train.settings",
+        "train.run_recorder",
+        "train.worker",
+    )
     found = imported(*(f"llava_ray.{module}" for module in modules))
     assert not {"torch", "transformers", "mlflow"} & found

@@ -16,15 +16,15 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving import EchoEngine, asking, data_uri, served
 from starlette.types import Receive, Scope, Send
 
-from llava_ray.deployments.auth import ApiKey, digest
 from llava_ray.deployments.front import build_front
 from llava_ray.deployments.gateway import LocalGateway
+from llava_ray.deployments.http.auth import ApiKey, digest
+from llava_ray.deployments.http.routes import Front
 from llava_ray.deployments.replica import Replica
-from llava_ray.deployments.routes import Front
 from llava_ray.deployments.settings import ServeSettings
 from llava_ray.deployments.tracing import traced
 from llava_ray.generate.engine import GenerationChunk
-from llava_ray.generate.sampling import not_finite
+from llava_ray.generate.sampling import not_finite_error
 
 pytestmark = pytest.mark.slow
 
@@ -158,7 +158,7 @@ def test_models_and_adapters_are_listed_with_what_they_can_do(echo: Service) -> 
     assert echo.openai.chat.completions.create(**{**asking("ahoy"), "model": "pirate"}).choices[0].message.content == (
         "pirate ahoy"
     )
-    with pytest.raises(openai.NotFoundError, match="there are: echo, pirate"):
+    with pytest.raises(openai.NotFoundError, match="available: echo, pirate"):
         echo.openai.chat.completions.create(**{**asking("hello"), "model": "gpt-4"})
 
 
@@ -324,7 +324,7 @@ class Spoiled(EchoEngine):
 
     async def words(self, *arguments: Any) -> AsyncGenerator[GenerationChunk, None]:
         yield await anext(super().words(*arguments))
-        raise not_finite("token 2 of this answer")
+        raise not_finite_error("token 2 of this answer")
 
 
 def test_logits_that_are_not_finite_are_a_500_that_says_so() -> None:

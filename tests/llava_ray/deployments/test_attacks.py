@@ -21,12 +21,12 @@ from pictures import picture
 from PIL import Image
 from serving import EchoEngine, asking, data_uri, served
 
-from llava_ray.deployments.addresses import Network, is_public
-from llava_ray.deployments.auth import ApiKey, digest
 from llava_ray.deployments.front import build_front
 from llava_ray.deployments.gateway import LocalGateway
+from llava_ray.deployments.http.auth import ApiKey, digest
+from llava_ray.deployments.http.routes import Front
+from llava_ray.deployments.media.addresses import Network, is_public
 from llava_ray.deployments.replica import Replica
-from llava_ray.deployments.routes import Front
 from llava_ray.deployments.settings import ServeSettings
 
 pytestmark = pytest.mark.slow

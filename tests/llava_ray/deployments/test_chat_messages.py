@@ -8,9 +8,9 @@ import pytest
 from llava_ray.chat.conversation import IMAGE_TOKEN
 from llava_ray.data.records import RawRecord
 from llava_ray.data.validation import read_record
+from llava_ray.deployments.http.schema import ChatMessage, ChatRequest, CompletionRequest
 from llava_ray.deployments.messages import Task, as_turn, chat_task, completion_task
 from llava_ray.deployments.refusal import RefusalError
-from llava_ray.deployments.schema import ChatRequest, CompletionRequest, Message
 from llava_ray.deployments.settings import ServeSettings
 
 SETTINGS = ServeSettings.parsed({"model": "m", "max_images": 64})
@@ -39,7 +39,7 @@ def chat(*messages: dict[str, object]) -> Task:
     ],
 )
 def test_each_part_stands_on_a_line_of_its_own(parts: list[dict[str, object]], expected: str) -> None:
-    assert as_turn(Message.model_validate({"role": "user", "content": parts})).value == expected
+    assert as_turn(ChatMessage.model_validate({"role": "user", "content": parts})).value == expected
 
 
 def test_a_record_and_a_request_with_the_same_parts_are_the_same_text() -> None:

@@ -14,12 +14,12 @@ from serving import EchoEngine, asking, data_uri, served
 
 from llava_ray.deployments.front import build_front
 from llava_ray.deployments.gateway import LocalGateway
-from llava_ray.deployments.media import MediaReader
+from llava_ray.deployments.http.routes import Front
+from llava_ray.deployments.media.request_images import MediaReader
 from llava_ray.deployments.replica import Replica
-from llava_ray.deployments.routes import Front
 from llava_ray.deployments.settings import ServeSettings
-from llava_ray.generate.builtin_engine import BuiltinEngine
-from llava_ray.generate.vllm_engine import VllmEngine
+from llava_ray.generate.builtin.builtin_engine import BuiltinEngine
+from llava_ray.generate.vllm.vllm_engine import VllmEngine
 from llava_ray.images.decoder_pool import DecoderPool
 
 pytestmark = pytest.mark.slow

@@ -9,14 +9,14 @@ import httpx
 import pytest
 from serving import EchoEngine, asking, served
 
-from llava_ray.deployments.auth import ApiKey, digest
+from llava_ray.deployments.chat_page.sessions import UnreadEvents
 from llava_ray.deployments.front import build_front
 from llava_ray.deployments.gateway import LocalGateway
-from llava_ray.deployments.limits import FORWARDED, AddressRates, HeldAmounts, client_address
-from llava_ray.deployments.page_sessions import UnreadEvents
+from llava_ray.deployments.http.auth import ApiKey, digest
+from llava_ray.deployments.http.limits import FORWARDED, AddressRates, HeldAmounts, client_address
+from llava_ray.deployments.http.routes import Front
 from llava_ray.deployments.refusal import RefusalError
 from llava_ray.deployments.replica import Replica
-from llava_ray.deployments.routes import Front
 from llava_ray.deployments.settings import ServeSettings
 from llava_ray.errors import ConfigError
 
@@ -57,7 +57,7 @@ def test_held_amounts_are_bounded_for_each_and_for_all() -> None:
 
 
 def test_addresses_have_rates_of_their_own_and_few_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llava_ray.deployments.limits.MAX_ADDRESSES", 3)
+    monkeypatch.setattr("llava_ray.deployments.http.limits.MAX_ADDRESSES", 3)
     now = [0.0]
     rates = AddressRates(8, lambda: now[0])
     assert [rates.admit("a", "logins") is None for _ in range(3)] == [True, True, False]

@@ -11,11 +11,11 @@ from browser import DOWN, ENTER, ESCAPE, Browser, chromium
 from pictures import picture
 from serving import EchoEngine, served, write_examples
 
-from llava_ray.deployments.auth import ApiKey, digest
 from llava_ray.deployments.front import build_front
 from llava_ray.deployments.gateway import LocalGateway
+from llava_ray.deployments.http.auth import ApiKey, digest
+from llava_ray.deployments.http.routes import Front
 from llava_ray.deployments.replica import Replica
-from llava_ray.deployments.routes import Front
 from llava_ray.deployments.settings import ServeSettings
 
 pytestmark = pytest.mark.browser
@@ -179,13 +179,13 @@ def test_votes_and_flags_are_kept_only_with_consent(fresh: Page) -> None:
     fresh.ask("between us")
     fresh.is_done("between us")
     fresh.click("upvote")
-    fresh.browser.until(lambda: "your upvote is counted." in fresh.browser.text("#status"))
+    fresh.browser.until(lambda: "your upvote was counted." in fresh.browser.text("#status"))
     assert not any("between us" in json.dumps(record) for record in fresh.records())
     fresh.browser.click("#agreed input")
     fresh.ask("for all")
     fresh.is_done("for all")
     fresh.click("flag")
-    fresh.browser.until(lambda: "your flag is counted with the conversation" in fresh.browser.text("#status"))
+    fresh.browser.until(lambda: "your flag was counted with the conversation" in fresh.browser.text("#status"))
     assert [record["type"] for record in fresh.records()][-2:] == ["chat", "flag"]
 
 

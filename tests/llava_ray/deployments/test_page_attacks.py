@@ -17,7 +17,7 @@ from pictures import picture
 from serving import served, write_examples
 from starlette.routing import Mount, Route
 
-from llava_ray.deployments.page_guard import ROUTES
+from llava_ray.deployments.chat_page.guard import ROUTES
 
 pytestmark = pytest.mark.slow
 
@@ -31,15 +31,15 @@ HANDLERS = {
     "answer": ASKED,
     "ask_example": ["chatbot"],
     "answer_1": ASKED,
-    "take_back": ["chatbot"],
+    "undo": ["chatbot"],
     "answer_2": ASKED,
     "end": [],
     "edit_last": ["chatbot"],
-    "start_anew": [],
+    "new_chat": [],
     "count": ASKED,
     "count_1": ASKED,
     "count_2": ASKED,
-    "write_down": ASKED,
+    "log_turn": ASKED,
     "js_fn": ["textbox"],
 }
 ORDINARY: dict[str, Any] = {
@@ -183,7 +183,7 @@ def test_no_handler_reads_what_was_not_uploaded(
     ],
 )
 def test_what_no_chatbot_sends_is_refused(client: PageClient, value: Any) -> None:
-    response = client.join(client.number_of("write_down"), data_of("write_down", 0, value))
+    response = client.join(client.number_of("log_turn"), data_of("log_turn", 0, value))
     assert (response.status_code, response.json()["error"]["code"]) == (400, "page_event")
 
 
@@ -205,11 +205,11 @@ def test_an_example_is_the_servers_own(client: PageClient, folder: Path) -> None
 
 def test_an_uploaded_image_is_exported(client: PageClient) -> None:
     path = client.upload(picture(40, 30))
-    client.join(client.number_of("write_down"), data_of("write_down", 0, chat_with(image_part(path))))
+    client.join(client.number_of("log_turn"), data_of("log_turn", 0, chat_with(image_part(path))))
     assert "data:image/png;base64," in client.outcome()["data"][0]
 
 
-@pytest.mark.parametrize("name", ["answer", "write_down"])
+@pytest.mark.parametrize("name", ["answer", "log_turn"])
 def test_one_upload_named_sixty_times_is_not_read(client: PageClient, name: str) -> None:
     path = client.upload(b"x" * 500_000)
     before = psutil.Process().memory_info().rss
@@ -218,7 +218,7 @@ def test_one_upload_named_sixty_times_is_not_read(client: PageClient, name: str)
     assert psutil.Process().memory_info().rss - before < 20_000_000
 
 
-@pytest.mark.parametrize("name", ["answer", "write_down"])
+@pytest.mark.parametrize("name", ["answer", "log_turn"])
 def test_more_bytes_than_a_request_may_have_are_not_read(client: PageClient, name: str) -> None:
     path = client.upload(b"x" * 500_000)
     client.join(client.number_of(name), data_of(name, 0, chat_with(*[image_part(path)] * 2)))
@@ -272,7 +272,7 @@ def test_with_a_login_only_what_the_page_uses_is_there(folder: Path, locked: str
     assert shown <= {path for path in shown if any(re.fullmatch(route.path, path) for route in ROUTES)}
     for path in ("/gradio_api/info", "/gradio_api/openapi.json", "/gradio_api/token", "/monitoring", "/openapi.json"):
         assert client.http.get(path).status_code == 404
-    for path in ("/gradio_api/run/write_down", "/gradio_api/call/write_down", "/gradio_api/component_server"):
+    for path in ("/gradio_api/run/log_turn", "/gradio_api/call/log_turn", "/gradio_api/component_server"):
         assert client.http.post(path, json={"data": []}).status_code == 404
     assert client.http.get("/?deep_link=x").status_code == 404
     assert client.http.get("/version").status_code == 401  # the API's: its key, not the page's login
@@ -382,7 +382,7 @@ def test_votes_uploads_and_exports_count_as_requests(folder: Path) -> None:
     with served(app) as address:
         client = PageClient(address)
         said = []
-        for name in ("count", "write_down", "count", "write_down", "count", "write_down"):
+        for name in ("count", "log_turn", "count", "log_turn", "count", "log_turn"):
             client.join(client.number_of(name), data_of(name, 0, chat_with({"type": "text", "text": "x"})))
             said.append("more than 16 requests a minute" in str(client.outcome()))
         assert said == [False] * 4 + [True] * 2
@@ -391,7 +391,7 @@ def test_votes_uploads_and_exports_count_as_requests(folder: Path) -> None:
 
 
 def test_events_and_logins_have_a_size(client: PageClient) -> None:
-    response = client.join(client.number_of("take_back"), [[{"role": "user", "content": "x" * 3_000_000}]])
+    response = client.join(client.number_of("undo"), [[{"role": "user", "content": "x" * 3_000_000}]])
     assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
     assert client.http.post("/login", content=b"x" * 20_000).status_code == 413
 
@@ -400,7 +400,7 @@ def test_events_without_a_reader_are_bounded(folder: Path) -> None:
     app, front = build_page(max_body_bytes=1 << 20, max_bytes_in_flight=4 << 20, max_bytes_in_flight_per_key=4 << 20)
     with served(app) as address:
         client = PageClient(address)
-        number, text = client.number_of("take_back"), [{"role": "user", "content": "x" * 500_000}]
+        number, text = client.number_of("undo"), [{"role": "user", "content": "x" * 500_000}]
         statuses = [client.join(number, [text]).status_code for _ in range(5)]
         assert statuses == [200, 200, 429, 429, 429]
         for outcome in client.outcomes(2):

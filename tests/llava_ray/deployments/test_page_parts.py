@@ -8,20 +8,20 @@ from pathlib import Path
 import pytest
 from pictures import picture
 
-from llava_ray.deployments.page_answers import until
-from llava_ray.deployments.page_chat import (
-    Figures,
+from llava_ray.deployments.chat_page.answers import iterate_until
+from llava_ray.deployments.chat_page.chat import (
+    AnswerMetrics,
     Parameters,
     chat_request,
     export,
     last_question,
     openai_messages,
-    questions,
+    to_user_messages,
 )
-from llava_ray.deployments.page_log import ConversationLog
-from llava_ray.deployments.page_uploads import Uploads
+from llava_ray.deployments.chat_page.log import ConversationLog
+from llava_ray.deployments.chat_page.uploads import Uploads
+from llava_ray.deployments.http.schema import ChatRequest
 from llava_ray.deployments.refusal import RefusalError
-from llava_ray.deployments.schema import ChatRequest
 from llava_ray.generate.engine import GenerationChunk
 
 PARAMETERS = Parameters("llava", 0.2, 0.7, 64)
@@ -40,8 +40,11 @@ def red(tmp_path: Path) -> str:
 
 
 def test_a_box_with_images_becomes_one_question(red: str, uploads: Uploads) -> None:
-    history = [*questions({"text": " what? ", "files": [red, red]}), {"role": "assistant", "content": "a square"}]
-    history += questions({"text": "sure?", "files": []})
+    history = [
+        *to_user_messages({"text": " what? ", "files": [red, red]}),
+        {"role": "assistant", "content": "a square"},
+    ]
+    history += to_user_messages({"text": "sure?", "files": []})
     asked, answered, again = openai_messages(history, uploads)
     assert [part["type"] for part in asked["content"]] == ["image_url", "image_url", "text"]
     assert answered == {"role": "assistant", "content": [{"type": "text", "text": "a square"}]}
@@ -51,7 +54,7 @@ def test_a_box_with_images_becomes_one_question(red: str, uploads: Uploads) -> N
 
 
 def test_what_gradio_normalised_reads_the_same(red: str, uploads: Uploads) -> None:
-    plain = questions({"text": "what?", "files": [red]})
+    plain = to_user_messages({"text": "what?", "files": [red]})
     normal = [
         {"role": "user", "content": [{"type": "file", "file": {"path": red}}]},
         {"role": "user", "content": [{"type": "text", "text": "what?"}]},
@@ -61,16 +64,16 @@ def test_what_gradio_normalised_reads_the_same(red: str, uploads: Uploads) -> No
 
 def test_a_question_that_the_api_would_refuse_is_refused_in_the_same_words(uploads: Uploads) -> None:
     with pytest.raises(RefusalError, match="temperature: Input should be less than or equal to 2"):
-        chat_request(questions({"text": "what?"}), Parameters("llava", 3.0), uploads)
+        chat_request(to_user_messages({"text": "what?"}), Parameters("llava", 3.0), uploads)
 
 
 def test_an_image_that_was_deleted_is_asked_for_again(tmp_path: Path, uploads: Uploads) -> None:
     with pytest.raises(RefusalError, match="attach it again"):
-        chat_request(questions({"text": "what?", "files": [str(tmp_path / "gone.png")]}), PARAMETERS, uploads)
+        chat_request(to_user_messages({"text": "what?", "files": [str(tmp_path / "gone.png")]}), PARAMETERS, uploads)
 
 
 def test_an_export_is_a_request_that_can_be_sent(red: str, uploads: Uploads) -> None:
-    history = questions({"text": "what?", "files": [red]})
+    history = to_user_messages({"text": "what?", "files": [red]})
     assert ChatRequest.model_validate_json(export(history, PARAMETERS, uploads)) == chat_request(
         history, PARAMETERS, uploads
     ).model_copy(update={"stream": False})
@@ -85,7 +88,7 @@ def test_where_the_last_question_begins(roles: str, begin: int) -> None:
 
 
 def test_figures_are_said_in_one_line() -> None:
-    figures = Figures(started=10.0)
+    figures = AnswerMetrics(started=10.0)
     assert str(figures) == ""
     figures.add(
         [
@@ -99,7 +102,7 @@ def test_figures_are_said_in_one_line() -> None:
 
 def test_a_log_names_images_by_hash_and_keeps_each_once(tmp_path: Path, red: str, uploads: Uploads) -> None:
     log = ConversationLog(tmp_path / "log", days=30, now=lambda: 0.0)
-    history = [*questions({"text": "what?", "files": [red]}), {"role": "assistant", "content": "a square"}]
+    history = [*to_user_messages({"text": "what?", "files": [red]}), {"role": "assistant", "content": "a square"}]
     log.write("chat", history, PARAMETERS, uploads, "3 tokens")
     log.write("upvote", history, PARAMETERS, uploads)
     lines = (tmp_path / "log" / "1970-01-01-conv.jsonl").read_text().splitlines()
@@ -113,13 +116,13 @@ def test_a_log_names_images_by_hash_and_keeps_each_once(tmp_path: Path, red: str
 def test_old_logs_go_and_their_images_with_them(tmp_path: Path, red: str, uploads: Uploads) -> None:
     now = [0.0]
     log = ConversationLog(tmp_path / "log", days=2, now=lambda: now[0])
-    log.write("chat", questions({"text": "old", "files": [red]}), PARAMETERS, uploads)
+    log.write("chat", to_user_messages({"text": "old", "files": [red]}), PARAMETERS, uploads)
     (tmp_path / "blue.png").write_bytes(picture(colour="blue"))
     now[0] = 2.0 * DAY
-    log.write("chat", questions({"text": "new", "files": [str(tmp_path / "blue.png")]}), PARAMETERS, uploads)
+    log.write("chat", to_user_messages({"text": "new", "files": [str(tmp_path / "blue.png")]}), PARAMETERS, uploads)
     assert len(list((tmp_path / "log").glob("*.jsonl"))) == 2
     now[0] = 3.0 * DAY
-    log.write("chat", questions({"text": "newer"}), PARAMETERS, uploads)
+    log.write("chat", to_user_messages({"text": "newer"}), PARAMETERS, uploads)
     assert sorted(path.name for path in (tmp_path / "log").glob("*.jsonl")) == [
         "1970-01-03-conv.jsonl",
         "1970-01-04-conv.jsonl",
@@ -140,6 +143,6 @@ def test_a_stream_that_is_stopped_is_closed_while_it_waits() -> None:
     async def run() -> list[int]:
         stop = asyncio.Event()
         asyncio.get_running_loop().call_later(0.05, stop.set)
-        return [item async for item in until(endless(), stop)]
+        return [item async for item in iterate_until(endless(), stop)]
 
     assert (asyncio.run(run()), closed) == ([1], [True])

@@ -13,8 +13,8 @@ from page_client import PageClient, build_page, chat_with, image_part
 from pictures import picture
 from serving import served
 
-from llava_ray.deployments.page_uploads import LEAST_FILE_BYTES, PARTIAL_S, Uploads
-from llava_ray.deployments.routes import Front
+from llava_ray.deployments.chat_page.uploads import LEAST_FILE_BYTES, PARTIAL_S, Uploads
+from llava_ray.deployments.http.routes import Front
 
 FORM = {"content-type": "multipart/form-data; boundary=X"}
 
@@ -123,7 +123,7 @@ def test_no_spelling_of_a_deep_link_is_followed(page: tuple[PageClient, Front], 
 @pytest.mark.parametrize("number", [b"NaN", b"Infinity", b"-Infinity", b"1e999"])
 def test_a_slider_has_a_number(page: tuple[PageClient, Front], number: bytes) -> None:
     client, _ = page
-    begin = b'{"fn_index": %d, "session_hash": "s", "data": [[], "echo", ' % client.number_of("write_down")
+    begin = b'{"fn_index": %d, "session_hash": "s", "data": [[], "echo", ' % client.number_of("log_turn")
     for place in range(3):
         numbers = b", ".join(number if other == place else b"1" for other in range(3))
         response = client.http.post("/gradio_api/queue/join", content=begin + numbers + b", false]}")
@@ -134,7 +134,7 @@ def test_a_slider_has_a_number(page: tuple[PageClient, Front], number: bytes) ->
 def test_a_chat_and_a_body_of_one_user_have_one_allowance(page: tuple[PageClient, Front]) -> None:
     client, front = page
     path = client.upload(b"x" * 700_000)
-    number, data = client.number_of("write_down"), [chat_with(image_part(path)), "echo", 0.2, 0.7, 16, False]
+    number, data = client.number_of("log_turn"), [chat_with(image_part(path)), "echo", 0.2, 0.7, 16, False]
     held: list[dict[str, int]] = []
     take = front.bytes_in_flight.take
 

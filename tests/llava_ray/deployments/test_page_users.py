@@ -6,8 +6,8 @@ import pytest
 from page_client import KEY_OF_BOB, PageClient, build_page
 from serving import served
 
-from llava_ray.deployments.auth import ANYBODY, ApiKey
-from llava_ray.deployments.page_sessions import MAX_OWNERS, SessionOwners
+from llava_ray.deployments.chat_page.sessions import MAX_OWNERS, SessionOwners
+from llava_ray.deployments.http.auth import ANYBODY, ApiKey
 from llava_ray.deployments.refusal import RefusalError
 
 ALICE, BOB = ApiKey("alice", "a" * 64), ApiKey("bob", "b" * 64)
@@ -27,7 +27,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def test_another_user_cannot_read_cancel_or_use_a_session(address: str) -> None:
     alice, bob = PageClient(address), PageClient(address, local_address="127.0.0.2")
     assert (alice.log_in().status_code, bob.log_in("bob", KEY_OF_BOB).status_code) == (200, 200)
-    number = alice.number_of("take_back")
+    number = alice.number_of("undo")
     event = alice.join(number, [SAID]).json()["event_id"]
     bob.session = alice.session
     cancel = {"session_hash": alice.session, "fn_index": number, "event_id": event}

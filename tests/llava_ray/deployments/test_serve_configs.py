@@ -33,7 +33,7 @@ def test_a_serve_file_builds(file: Path, tmp_path: Path) -> None:
         models = [one for one in bound._bound_deployment.init_args if isinstance(one, dict)]
         for deployment in (options, *(model._bound_deployment for found in models for model in found.values())):
             variables = deployment.ray_actor_options["runtime_env"]["env_vars"]
-            assert variables[message_sizes.VARIABLE] == str(message_sizes.MAX_MESSAGE_BYTES)
+            assert variables[message_sizes.GRPC_SIZE_VARIABLE] == str(message_sizes.MAX_MESSAGE_BYTES)
 
 
 def test_there_are_files() -> None:
@@ -56,8 +56,8 @@ def test_a_body_that_no_message_can_hold_is_refused_at_start(num_bytes: int, err
 
 def test_a_process_without_our_limit_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """A Serve file's ray_actor_options replace the application's own."""
-    monkeypatch.setenv(message_sizes.VARIABLE, str(message_sizes.MAX_MESSAGE_BYTES))
+    monkeypatch.setenv(message_sizes.GRPC_SIZE_VARIABLE, str(message_sizes.MAX_MESSAGE_BYTES))
     message_sizes.check_environment("model-echo")
-    monkeypatch.delenv(message_sizes.VARIABLE)
+    monkeypatch.delenv(message_sizes.GRPC_SIZE_VARIABLE)
     with pytest.raises(ConfigError, match=r"'model-echo': RAY_SERVE_\w+ is None .* give num_cpus, num_gpus"):
         message_sizes.check_environment("model-echo")

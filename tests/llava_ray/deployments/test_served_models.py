@@ -13,16 +13,16 @@ from serving import asking, data_uri
 
 from llava_ray.chat.conversation import Turn
 from llava_ray.deployments.builtin import make_engine
-from llava_ray.deployments.chat_page import ChatPage
+from llava_ray.deployments.chat_page.page import ChatPage
 from llava_ray.deployments.front import build_front
 from llava_ray.deployments.gateway import LocalGateway
+from llava_ray.deployments.http.routes import Front
 from llava_ray.deployments.replica import Replica
-from llava_ray.deployments.routes import Front
 from llava_ray.deployments.settings import ServeSettings
 from llava_ray.generate.decoding import answer_text
 from llava_ray.generate.engine import Engine, GenerationRequest, Sampling
-from llava_ray.model.bundle import save_bundle
 from llava_ray.model.loading import load_pretrained_model
+from llava_ray.model.saving import save_bundle
 
 pytestmark = pytest.mark.slow
 

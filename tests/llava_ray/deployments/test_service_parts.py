@@ -10,15 +10,15 @@ import pytest
 from pydantic import ValidationError
 from serving import write_examples
 
-from llava_ray.deployments.addresses import is_public, matches
 from llava_ray.deployments.admission import Admission
-from llava_ray.deployments.applications import found
-from llava_ray.deployments.auth import ENVIRONMENT, Guard, digest, read_api_keys
-from llava_ray.deployments.merging import merged, with_beats
+from llava_ray.deployments.applications import with_absolute_paths
+from llava_ray.deployments.chat_page.examples import read_examples
+from llava_ray.deployments.http.auth import ENVIRONMENT, Guard, digest, read_api_keys
+from llava_ray.deployments.http.schema import ChatMessage
+from llava_ray.deployments.media.addresses import is_public, matches
+from llava_ray.deployments.merging import merge_streams, with_heartbeats
 from llava_ray.deployments.messages import as_turn
-from llava_ray.deployments.page_examples import read_examples
 from llava_ray.deployments.refusal import RefusalError, Refused
-from llava_ray.deployments.schema import Message
 from llava_ray.deployments.settings import ServeSettings
 from llava_ray.errors import ConfigError
 
@@ -59,7 +59,7 @@ def test_a_model_is_called_by_its_folder_or_as_one_says(path: str, name: str) ->
 def test_a_models_folder_is_known_by_its_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine/model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "mine")
-    assert found(ServeSettings.parsed({"model": "model"})).sources[0].name == "mine"
+    assert with_absolute_paths(ServeSettings.parsed({"model": "model"})).sources[0].name == "mine"
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_a_models_folder_is_known_by_its_whole_path(tmp_path: Path, monkeypatch:
         ([{"txt": "x"}], r"entry 0 is {'txt': 'x'}; expected"),
         ([{"image": "a.png"}], "entry 0 has no text"),
         ([{"text": "x", "image": "gone.png"}], "entry 0: no image .*gone.png"),
-        ([{"text": "x", "image": "examples.json"}], "entry 0: .*give another image"),
+        ([{"text": "x", "image": "examples.json"}], "entry 0: .*choose another image"),
     ],
 )
 def test_examples_that_cannot_be_shown_are_named(written: object, message: str, tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_examples_are_those_of_a_file_or_none(tmp_path: Path) -> None:
         ({"model": ""}, "expected model=PATH"),
         ({"max_queue": 3}, "max_queued_requests"),
         ({"min_replicas": 3}, "min_replicas 3 > max_replicas 1"),
-        ({"model": "a/llava,b/llava"}, "called the same"),
+        ({"model": "a/llava,b/llava"}, "have the same name"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(changed: dict[str, object], message: str) -> None:
@@ -166,7 +166,7 @@ async def counting(count: int, pause_s: float, closed: list[int]) -> AsyncGenera
 
 def test_merging_keeps_each_streams_order_and_joins_what_is_near() -> None:
     async def run() -> list[list[tuple[int, int]]]:
-        return [batch async for batch in merged([counting(100, 0.001, []), counting(50, 0.001, [])])]
+        return [batch async for batch in merge_streams([counting(100, 0.001, []), counting(50, 0.001, [])])]
 
     batches = asyncio.run(run())
     for index, count in ((0, 100), (1, 50)):
@@ -176,7 +176,7 @@ def test_merging_keeps_each_streams_order_and_joins_what_is_near() -> None:
 
 def test_merging_without_pauses_gives_all_at_the_end() -> None:
     async def run() -> list[list[tuple[int, int]]]:
-        return [batch async for batch in merged([counting(3, 0.0, []), counting(2, 0.01, [])], None)]
+        return [batch async for batch in merge_streams([counting(3, 0.0, []), counting(2, 0.01, [])], None)]
 
     [batch] = asyncio.run(run())
     assert sorted(batch) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
@@ -186,7 +186,7 @@ def test_a_stream_that_has_nothing_to_say_gives_signs_of_life() -> None:
     closed: list[int] = []
 
     async def run() -> list[int | None]:
-        return [item async for item in with_beats(counting(3, 0.05, closed), 0.02)]
+        return [item async for item in with_heartbeats(counting(3, 0.05, closed), 0.02)]
 
     items = asyncio.run(run())
     assert [item for item in items if item is not None] == [0, 1, 2]
@@ -198,7 +198,7 @@ def test_leaving_a_stream_with_signs_of_life_closes_it() -> None:
     closed: list[int] = []
 
     async def run() -> None:
-        async with aclosing(with_beats(counting(1000, 0.05, closed), 0.02)) as items:
+        async with aclosing(with_heartbeats(counting(1000, 0.05, closed), 0.02)) as items:
             async for _ in items:
                 break
 
@@ -210,7 +210,7 @@ def test_leaving_a_merged_stream_closes_all_of_them() -> None:
     closed: list[int] = []
 
     async def run() -> None:
-        stream = merged([counting(1000, 0.001, closed), counting(2000, 0.001, closed)])
+        stream = merge_streams([counting(1000, 0.001, closed), counting(2000, 0.001, closed)])
         await anext(stream)
         await stream.aclose()
 
@@ -265,5 +265,5 @@ def test_which_hosts_an_entry_lets_in(host: str, port: int, entry: str, fits: bo
 def test_images_stand_where_they_were_sent_and_markers_in_texts_are_none() -> None:
     image = {"type": "image_url", "image_url": {"url": "data:,"}}
     text = {"type": "text", "text": "is <image> like"}
-    message = Message.model_validate({"role": "user", "content": [image, text, image]})
+    message = ChatMessage.model_validate({"role": "user", "content": [image, text, image]})
     assert as_turn(message).value == "<image>\nis < image > like\n<image>"

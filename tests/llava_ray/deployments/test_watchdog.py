@@ -80,7 +80,7 @@ def test_a_process_that_stands_still_is_killed(
     assert seconds > PERIOD_S * (PERIODS - 2)
     until(lambda: ended(child), 2)
     assert process.stderr is not None
-    assert process.stderr.read() == f"replica process {process.pid} stood still for 1 s: killed\n"
+    assert process.stderr.read() == f"replica process {process.pid} hung for 1 s: killed\n"
 
 
 def test_one_that_turns_or_pauses_is_not(process: subprocess.Popen[str]) -> None:

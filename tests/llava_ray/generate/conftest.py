@@ -11,10 +11,9 @@ from originals import copy_golden
 
 from llava_ray.images.anyres import Size
 from llava_ray.images.geometry import crop_views
-from llava_ray.images.processing import normalise
+from llava_ray.images.processing import normalize_pixels
 from llava_ray.images.reading import open_image
-from llava_ray.model.adapters import merge
-from llava_ray.model.bundle import LlavaParts
+from llava_ray.model.assembly import LlavaParts, merge
 from llava_ray.model.loading import load_pretrained_model
 
 
@@ -33,7 +32,7 @@ class GoldenModel:
     def views(self, image: str) -> tuple[torch.Tensor, Size]:
         """The same, and the image's size."""
         opened = open_image((self.folder / "images" / image).read_bytes(), image, max_pixels=10**6)
-        return normalise(crop_views(opened, self.parts.image_spec), self.parts.image_spec), opened.size
+        return normalize_pixels(crop_views(opened, self.parts.image_spec), self.parts.image_spec), opened.size
 
 
 @pytest.fixture(scope="session")

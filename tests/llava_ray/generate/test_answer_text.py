@@ -8,7 +8,7 @@ import fakes
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from llava_ray.generate.answer_text import AnswerText, longest_beginning
+from llava_ray.generate.answer_text import AnswerText, find_stop_prefix
 
 TEXTS = ["is it red?\n\nYes,  it is.", "Größe: 你好 👋🏽 ñ", " a ### b\n", "", "  ", "👩‍👩‍👧‍👦" * 9, "\ta\n" * 30]
 
@@ -82,7 +82,7 @@ def test_stop_texts(tokenizer: PreTrainedTokenizerBase, stops: tuple[str, ...], 
 
 
 def test_longest_beginning() -> None:
-    assert longest_beginning("ab#", ("###",)) == 1
-    assert longest_beginning("ab##", ("###", "#b")) == 2
-    assert longest_beginning("abab", ("abac", "babx")) == 3
-    assert longest_beginning("ab", ()) == longest_beginning("", ("x",)) == longest_beginning("ab", ("b",)) == 0
+    assert find_stop_prefix("ab#", ("###",)) == 1
+    assert find_stop_prefix("ab##", ("###", "#b")) == 2
+    assert find_stop_prefix("abab", ("abac", "babx")) == 3
+    assert find_stop_prefix("ab", ()) == find_stop_prefix("", ("x",)) == find_stop_prefix("ab", ("b",)) == 0

@@ -14,11 +14,12 @@ from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import DataError, ModelError
 from llava_ray.generate.answers import Actors, answer_questions
 from llava_ray.generate.decoding import answer_text, generate_batch
-from llava_ray.generate.questions import Question, decode_images, to_table
+from llava_ray.generate.questions import ModelQuestion, decode_question_images, to_table
 from llava_ray.images.geometry import crop_views
-from llava_ray.images.processing import normalise
-from llava_ray.model.bundle import assemble, save_bundle
+from llava_ray.images.processing import normalize_pixels
+from llava_ray.model.assembly import assemble
 from llava_ray.model.loading import load_pretrained_model
+from llava_ray.model.saving import save_bundle
 
 COLOURS = ["red", "green", "blue", "yellow", "white"]
 
@@ -42,21 +43,21 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def questions(tmp_path: Path) -> list[Question]:
+def questions(tmp_path: Path) -> list[ModelQuestion]:
     """Images as bytes and as a file, several of them, and a question without one."""
     (tmp_path / "red.png").write_bytes(encoded("red"))
-    with_images = [Question(f"q{i}", f"What is {i}?", encoded(COLOURS[i % 5])) for i in range(9)]
+    with_images = [ModelQuestion(f"q{i}", f"What is {i}?", encoded(COLOURS[i % 5])) for i in range(9)]
     return [
         *with_images,
-        Question("file", "What is 0?", str(tmp_path / "red.png")),
-        Question("text", "No image?"),
-        Question("two", "Is <image> like <image>?", [encoded("green"), str(tmp_path / "red.png")]),
+        ModelQuestion("file", "What is 0?", str(tmp_path / "red.png")),
+        ModelQuestion("text", "No image?"),
+        ModelQuestion("two", "Is <image> like <image>?", [encoded("green"), str(tmp_path / "red.png")]),
     ]
 
 
-def test_images_are_decoded_from_bytes_and_files(bundle: Path, questions: list[Question]) -> None:
+def test_images_are_decoded_from_bytes_and_files(bundle: Path, questions: list[ModelQuestion]) -> None:
     spec = load_pretrained_model(bundle).image_spec
-    table = decode_images(to_table(questions), spec)
+    table = decode_question_images(to_table(questions), spec)
     assert table.column_names == ["id", "question", "candidates", "pixels", "image_sizes"]
     pixels = table["pixels"].to_pylist()
     assert pixels[0] == pixels[9] == crop_views(Image.new("RGB", (40, 30), "red"), spec).tobytes()
@@ -67,12 +68,12 @@ def test_images_are_decoded_from_bytes_and_files(bundle: Path, questions: list[Q
 
 def test_ids_tell_answers_apart(bundle: Path) -> None:
     with pytest.raises(DataError, match="two questions have the id 'a'"):
-        answer_questions(bundle, [Question("a", "x"), Question("a", "y")])
+        answer_questions(bundle, [ModelQuestion("a", "x"), ModelQuestion("a", "y")])
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_answers_are_those_of_decoding_alone(bundle: Path, questions: list[Question]) -> None:
+def test_answers_are_those_of_decoding_alone(bundle: Path, questions: list[ModelQuestion]) -> None:
     heard: list[tuple[int, int]] = []
     answers = answer_questions(
         bundle,
@@ -89,7 +90,7 @@ def test_answers_are_those_of_decoding_alone(bundle: Path, questions: list[Quest
     parts = load_pretrained_model(bundle)
     for question, answer in zip(questions, answers, strict=True):
         images = [Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) for image in question.images]
-        views = [normalise(crop_views(image, parts.image_spec), parts.image_spec) for image in images]
+        views = [normalize_pixels(crop_views(image, parts.image_spec), parts.image_spec) for image in images]
         turns = [Turn("human", with_markers(question.question, len(images)))]
         prompt = tokenize_prompt(turns, parts.template, parts.tokenizer)
         pixels, sizes = torch.cat(views) if views else None, [image.size for image in images]
@@ -110,6 +111,6 @@ def test_logits_that_are_not_finite_end_it_in_our_words(
     with torch.no_grad():
         parts.llava.language_model.get_output_embeddings().weight[7] = 3e38
     save_bundle(tmp_path / "wide", parts)
-    asked = [Question(f"q{index}", "What?", candidates=candidates) for index in range(3)]
+    asked = [ModelQuestion(f"q{index}", "What?", candidates=candidates) for index in range(3)]
     with pytest.raises(ModelError, match=r"logits are not finite .*batch of questions 'q0' to 'q2'"):
         answer_questions(tmp_path / "wide", asked)

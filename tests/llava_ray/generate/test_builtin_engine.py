@@ -29,12 +29,12 @@ from engines import (
 
 from llava_ray.chat.templates import find_template
 from llava_ray.errors import ModelError, RecordError
-from llava_ray.generate.builtin_engine import BuiltinEngine
+from llava_ray.generate.builtin.builtin_engine import BuiltinEngine
+from llava_ray.generate.builtin.running_batch import RunningBatch
 from llava_ray.generate.decoding import answer_text
 from llava_ray.generate.engine import GenerationRequest, Sampling
-from llava_ray.generate.running_batch import RunningBatch
 from llava_ray.generate.settings import EngineSettings
-from llava_ray.model.bundle import LlavaParts
+from llava_ray.model.assembly import LlavaParts
 
 pytestmark = pytest.mark.slow
 
@@ -300,7 +300,7 @@ def test_a_model_that_cannot_be_batched_is_refused(llama: LlavaParts) -> None:
     attention = layers[1].self_attn
     layers[1].self_attn = _Recurrent()
     try:
-        with pytest.raises(ModelError, match="does not say what it says alone"):
+        with pytest.raises(ModelError, match="differs from itself alone"):
             answer_all(llama, [request()])
     finally:
         layers[1].self_attn = attention

@@ -14,7 +14,7 @@ from llava_ray.generate.decoding import Stops, answer_text, default_stops, expan
 from llava_ray.generate.engine import GenerationRequest, Sampling
 from llava_ray.generate.prompts import PromptMaker
 from llava_ray.generate.vision_cache import VisionCache
-from llava_ray.model.bundle import LlavaParts, assemble
+from llava_ray.model.assembly import LlavaParts, assemble
 
 pytestmark = pytest.mark.slow
 

@@ -25,15 +25,16 @@ from engines import (
 )
 
 from llava_ray.errors import ModelError, RecordError
-from llava_ray.generate.builtin_engine import BuiltinEngine
+from llava_ray.generate.builtin.builtin_engine import BuiltinEngine
 from llava_ray.generate.decoding import answer_text
 from llava_ray.generate.engine import Engine, GenerationRequest, Sampling
 from llava_ray.generate.prompts import PromptMaker
 from llava_ray.generate.settings import EngineSettings, VllmSettings
 from llava_ray.generate.vision_cache import VisionCache
-from llava_ray.generate.vllm_engine import VllmEngine
-from llava_ray.model.bundle import LlavaParts, save_bundle
+from llava_ray.generate.vllm.vllm_engine import VllmEngine
+from llava_ray.model.assembly import LlavaParts
 from llava_ray.model.loading import load_pretrained_model
+from llava_ray.model.saving import save_bundle
 
 pytestmark = pytest.mark.slow
 
@@ -287,5 +288,5 @@ def test_vllms_own_bounds_are_the_requests_fault(running: Running) -> None:
     if running.name != "vllm":
         assert running.answer([request(temperature=5.0)])[0].finish_reason == "length"
         return
-    with pytest.raises(RecordError, match="vLLM refuses the request: temperature"):
+    with pytest.raises(RecordError, match="vLLM rejects the request: temperature"):
         running.answer([request(temperature=5.0)])

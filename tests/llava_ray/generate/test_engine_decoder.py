@@ -8,7 +8,7 @@ import pytest
 from engines import ask, make_image, make_parts, request, started
 
 from llava_ray.errors import ImageError
-from llava_ray.generate.vllm_prompts import as_image
+from llava_ray.generate.vllm.vllm_prompts import as_image
 from llava_ray.images.decoder_pool import DecoderPool
 from llava_ray.images.geometry import ImageSpec, crop_views
 from llava_ray.images.reading import open_image

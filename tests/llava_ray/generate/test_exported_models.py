@@ -10,12 +10,13 @@ from llava_ray.chat.conversation import Turn
 from llava_ray.chat.tokens import tokenize_prompt
 from llava_ray.generate.decoding import Stops, generate_batch
 from llava_ray.images.geometry import crop_views
-from llava_ray.images.processing import normalise
+from llava_ray.images.processing import normalize_pixels
 from llava_ray.images.reading import open_image
-from llava_ray.model.exporting import export_bundle, export_original
-from llava_ray.model.hub_export import export_hub
+from llava_ray.model.formats.bundle.write import export_bundle
+from llava_ray.model.formats.hub.write import export_hub
+from llava_ray.model.formats.model_opening import open_model
+from llava_ray.model.formats.original.write import export_original
 from llava_ray.model.loading import load_pretrained_model
-from llava_ray.model.model_files import open_model
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +30,7 @@ def test_exported_and_loaded_again_it_answers_the_same(name: str, export, tmp_pa
     assert parts.template.name == "vicuna_v1"
     for case in json.loads((GOLDEN / name / "expected.json").read_text())["generations"][:3]:
         image = open_image((GOLDEN / name / "images" / case["image"]).read_bytes(), case["image"], max_pixels=10**6)
-        views = normalise(crop_views(image, parts.image_spec), parts.image_spec)
+        views = normalize_pixels(crop_views(image, parts.image_spec), parts.image_spec)
         prompt = tokenize_prompt([Turn("human", case["question"])], parts.template, parts.tokenizer)
         answer = generate_batch(
             parts, [prompt], [views], image_sizes=[[image.size]], max_new_tokens=12, stops=Stops(frozenset())

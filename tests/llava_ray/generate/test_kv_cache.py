@@ -5,33 +5,33 @@ import random
 import pytest
 import torch
 
-from llava_ray.generate.kv_cache import KvCache, Row, longest_row, row_length
+from llava_ray.generate.builtin.kv_cache import CacheSlot, KvCache, longest_slot, slot_length
 
 
 def test_row_lengths() -> None:
-    assert [row_length(count) for count in (1, 128, 129, 193, 257, 385, 513)] == [128, 128, 192, 256, 384, 512, 768]
-    assert [longest_row(count) for count in (100, 128, 191, 192, 8192)] == [0, 128, 128, 192, 8192]
-    assert all(row_length(count) >= count and row_length(count) < 1.51 * max(count, 128) for count in range(1, 5000))
+    assert [slot_length(count) for count in (1, 128, 129, 193, 257, 385, 513)] == [128, 128, 192, 256, 384, 512, 768]
+    assert [longest_slot(count) for count in (100, 128, 191, 192, 8192)] == [0, 128, 128, 192, 8192]
+    assert all(slot_length(count) >= count and slot_length(count) < 1.51 * max(count, 128) for count in range(1, 5000))
 
 
-def write(row: Row, value: float) -> None:
+def write(row: CacheSlot, value: float) -> None:
     like = torch.zeros(1, 2, 1, 4)
     for index in range(2):
-        layer = row.shelf.layer(index, like, like)
+        layer = row.size_class.layer(index, like, like)
         layer.keys[row.index] = value
         layer.values[row.index] = -value
 
 
-def holds(row: Row, value: float) -> bool:
+def holds(row: CacheSlot, value: float) -> bool:
     return all(
         bool((layer.keys[row.index] == value).all() and (layer.values[row.index] == -value).all())
-        for layer in row.shelf.layers.values()
+        for layer in row.size_class.layers.values()
     )
 
 
 def test_rows_keep_their_contents() -> None:
     draw, cache = random.Random(0), KvCache(128 * 20)
-    rows: dict[float, Row] = {}
+    rows: dict[float, CacheSlot] = {}
     refused = 0
     for value in range(1, 400):
         row = cache.reserve(draw.choice([5, 128, 150, 300]))
@@ -43,11 +43,11 @@ def test_rows_keep_their_contents() -> None:
             write(row, float(value))
             rows[value] = row
         assert all(holds(other, number) for number, other in rows.items())
-        assert cache.num_reserved == sum(other.shelf.length for other in rows.values()) <= cache.num_allocated
+        assert cache.num_reserved == sum(other.size_class.length for other in rows.values()) <= cache.num_allocated
         assert cache.num_allocated <= cache.capacity
-        for shelf in cache.shelves.values():
-            assert [other.index for other in shelf.rows] == list(range(len(shelf.rows)))
-            assert all(len(layer.keys) == shelf.num_places for layer in shelf.layers.values())
+        for size_class in cache.size_classes.values():
+            assert [other.index for other in size_class.rows] == list(range(len(size_class.rows)))
+            assert all(len(layer.keys) == size_class.num_slots for layer in size_class.layers.values())
     assert refused > 5
 
 

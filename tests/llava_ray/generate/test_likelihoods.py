@@ -12,8 +12,8 @@ from llava_ray.chat.tokens import TokenizedConversation, tokenize_conversation
 from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import ModelError
 from llava_ray.generate.decoding import expand_prompt, find_sizes
-from llava_ray.generate.likelihoods import find_log_likelihoods, shared_prompt
-from llava_ray.model.bundle import LlavaParts, assemble
+from llava_ray.generate.likelihoods import compute_log_likelihoods, shared_prompt
+from llava_ray.model.assembly import LlavaParts, assemble
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +61,7 @@ def test_batched_likelihoods_are_those_of_each_answer_alone(parts: LlavaParts) -
     size = (3, fakes.IMAGE_SIZE, fakes.IMAGE_SIZE)
     pixels = [torch.randn(1, *size), None, torch.randn(2, *size)]
     conversations = answered(parts)
-    found = find_log_likelihoods(parts, conversations, pixels)
+    found = compute_log_likelihoods(parts, conversations, pixels)
     for some, views, likelihoods in zip(conversations, pixels, found, strict=True):
         assert len(likelihoods) == len(some)
         for one, (total, count) in zip(some, likelihoods, strict=True):
@@ -89,6 +89,6 @@ def test_an_answer_of_no_finite_likelihood_is_named(tmp_path: Path) -> None:
         ]
         for answers in (("cat", "dog"), ("cat", "a ~ b"))
     ]
-    assert all(total < 0 for total, _ in find_log_likelihoods(parts, conversations[:1], [None])[0])
+    assert all(total < 0 for total, _ in compute_log_likelihoods(parts, conversations[:1], [None])[0])
     with pytest.raises(ModelError, match=r"logits are not finite \(answer 4 of 4, to question 2 of 2"):
-        find_log_likelihoods(parts, conversations, [None, None])
+        compute_log_likelihoods(parts, conversations, [None, None])

@@ -7,17 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from losses import token_losses
 
 from llava_ray.chat.conversation import Turn, read_turns
 from llava_ray.chat.tokens import expand_images, tokenize_conversation, tokenize_prompt
 from llava_ray.config.sections import ModelConfig
 from llava_ray.generate.decoding import Stops, generate_batch
 from llava_ray.images.geometry import crop_pixels
-from llava_ray.images.processing import normalise
+from llava_ray.images.processing import normalize_pixels
 from llava_ray.images.reading import open_image
-from llava_ray.model.adapters import has_adapter, load_adapter, merge
-from llava_ray.model.bundle import LlavaParts, assemble, save_bundle
+from llava_ray.model.assembly import LlavaParts, assemble, merge
 from llava_ray.model.loading import load_pretrained_model
+from llava_ray.model.lora.adapters import has_adapter, load_adapter
+from llava_ray.model.saving import save_bundle
 
 pytestmark = pytest.mark.slow
 
@@ -57,7 +59,9 @@ def read_pixels(parts: LlavaParts, image: str | None) -> torch.Tensor | None:
     if image is None:
         return None
     data = (SOURCE / "images" / image).read_bytes()
-    return normalise(crop_pixels(open_image(data, image, max_pixels=10**6), parts.image_spec)[None], parts.image_spec)
+    return normalize_pixels(
+        crop_pixels(open_image(data, image, max_pixels=10**6), parts.image_spec)[None], parts.image_spec
+    )
 
 
 KINDS = pytest.mark.parametrize("kind", ["adapter", "merged", "adapter bundle", "merged bundle"])
@@ -78,7 +82,7 @@ def test_losses_are_the_originals(kind: str, with_image: bool, parts_of) -> None
         positions = torch.arange(len(ids))[None]
         features = None if pixels is None else parts.tower(pixels)
         with torch.no_grad():
-            losses = parts.llava(torch.tensor([ids]), positions, torch.tensor([labels]), features)
+            losses = token_losses(parts.llava, torch.tensor([ids]), positions, torch.tensor([labels]), features)
         assert len(losses) == case["supervised"]
         assert losses.mean().item() == pytest.approx(case["loss"], abs=1e-4)
 

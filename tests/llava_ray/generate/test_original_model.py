@@ -7,14 +7,14 @@ import peft
 import pytest
 import torch
 import transformers
+from losses import sample_losses
 from originals import GOLDEN
 
 from llava_ray.chat.conversation import Turn, read_turns
 from llava_ray.chat.tokens import expand_images, tokenize_conversation, tokenize_prompt
 from llava_ray.generate.decoding import Stops, expand_prompt, generate_batch
-from llava_ray.model.bundle import save_bundle
 from llava_ray.model.loading import load_pretrained_model
-from llava_ray.model.losses import sample_losses
+from llava_ray.model.saving import save_bundle
 
 pytestmark = pytest.mark.slow
 

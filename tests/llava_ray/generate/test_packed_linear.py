@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from llava_ray.generate import packed_linear
-from llava_ray.generate.packed_linear import (
+from llava_ray.generate.builtin import packed_linear
+from llava_ray.generate.builtin.packed_linear import (
     NOWHERE,
     PackedLinear,
     can_pack,
-    find_wide_rows,
+    measure_wide_rows,
     num_packed_bytes,
     pack_linears,
 )
@@ -37,7 +37,7 @@ def test_products_are_those_of_the_plain_layer(num_rows: int, bias: bool, dtype:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_model_is_packed_within_its_memory(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    monkeypatch.setattr(packed_linear, "find_wide_rows", lambda layers: 16)
+    monkeypatch.setattr(packed_linear, "measure_wide_rows", lambda layers: 16)
     model = make_model(dtype)
     before = dict(model.named_modules())
     most = sum(num_packed_bytes(layer) for layer in model if isinstance(layer, nn.Linear))
@@ -52,5 +52,5 @@ def test_a_model_is_packed_within_its_memory(monkeypatch: pytest.MonkeyPatch, dt
 
 
 def test_the_faster_precision_is_measured() -> None:
-    rows = find_wide_rows([nn.Linear(64, 96).bfloat16() for _ in range(3)])
+    rows = measure_wide_rows([nn.Linear(64, 96).bfloat16() for _ in range(3)])
     assert rows in (*packed_linear.TRIED, NOWHERE)

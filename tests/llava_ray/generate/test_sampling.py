@@ -9,10 +9,10 @@ from llava_ray.errors import RecordError
 from llava_ray.generate.engine import Sampling
 from llava_ray.generate.sampling import (
     check_sampling,
-    choose_tokens,
-    find_border,
+    compute_logprobs,
     find_finite_rows,
-    find_logprobs,
+    find_threshold,
+    sample_tokens,
 )
 
 LOGITS = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
@@ -20,7 +20,7 @@ LOGITS = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
 
 def shares(sampling: Sampling, num_draws: int = 400) -> list[float]:
     draws = [(index + 0.5) / num_draws for index in range(num_draws)]
-    tokens = choose_tokens(LOGITS.repeat(num_draws, 1), [sampling] * num_draws, draws)
+    tokens = sample_tokens(LOGITS.repeat(num_draws, 1), [sampling] * num_draws, draws)
     counts = Counter(tokens)
     return [round(counts[token] / num_draws, 3) for token in range(4)]
 
@@ -44,21 +44,21 @@ def test_distributions(sampling: Sampling, expected: list[float]) -> None:
 
 def test_rows_do_not_mix() -> None:
     settings = [Sampling(), Sampling(temperature=1, top_k=1), Sampling(temperature=1), Sampling(temperature=1)]
-    assert choose_tokens(LOGITS.repeat(4, 1), settings, [0.9, 0.9, 0.9, 0.0]) == [0, 0, 2, 0]
-    assert choose_tokens(LOGITS, [Sampling(temperature=1)], [1 - 2**-53]) == [3]
+    assert sample_tokens(LOGITS.repeat(4, 1), settings, [0.9, 0.9, 0.9, 0.0]) == [0, 0, 2, 0]
+    assert sample_tokens(LOGITS, [Sampling(temperature=1)], [1 - 2**-53]) == [3]
 
 
 def test_the_border_of_top_p_in_a_flat_distribution() -> None:
     flat = torch.linspace(0, 1e-3, 3000)
-    kept = flat >= find_border(flat, 0.9)
+    kept = flat >= find_threshold(flat, 0.9)
     assert float(flat.softmax(0)[kept].sum()) == pytest.approx(0.9, abs=1e-3)
 
 
 def test_logprobs() -> None:
-    [(mine, best)] = find_logprobs(LOGITS + 3, [2], 2)
+    [(mine, best)] = compute_logprobs(LOGITS + 3, [2], 2)
     assert mine == pytest.approx(-1.897, abs=1e-3)
     assert [token for token, _ in best] == [0, 1]
-    assert find_logprobs(LOGITS, [0], 0)[0][1] == []
+    assert compute_logprobs(LOGITS, [0], 0)[0][1] == []
 
 
 @pytest.mark.parametrize(

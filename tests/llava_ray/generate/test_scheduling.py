@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from llava_ray.generate.scheduling import WaitingLine, share_chunk
+from llava_ray.generate.builtin.scheduling import WaitingQueue, split_prefill_chunk
 
 
 @dataclass(eq=False)
@@ -12,7 +12,7 @@ class Asked:
 
 
 def test_nobody_overtakes() -> None:
-    line: WaitingLine[Asked] = WaitingLine()
+    line: WaitingQueue[Asked] = WaitingQueue()
     asked = [Asked(size) for size in (5, 50, 5)]
     for one in asked:
         line.join(one)
@@ -33,7 +33,7 @@ def test_nobody_overtakes() -> None:
 
 def test_a_chunk_is_shared_in_order() -> None:
     running = [Asked(0, 9), Asked(6, 4), Asked(3), Asked(100), Asked(1)]
-    readings = share_chunk(running, 12)
+    readings = split_prefill_chunk(running, 12)
     assert [(running.index(reading.request), reading.num_tokens) for reading in readings] == [(1, 6), (2, 3), (3, 3)]
-    assert readings[0].places == (4, 10)
-    assert share_chunk(running[:1], 12) == share_chunk([], 12) == []
+    assert readings[0].slots == (4, 10)
+    assert split_prefill_chunk(running[:1], 12) == split_prefill_chunk([], 12) == []

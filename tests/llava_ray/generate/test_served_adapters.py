@@ -27,8 +27,8 @@ from engines import (
 from llava_ray.errors import BundleError, ModelError, RecordError
 from llava_ray.generate.engine import GenerationRequest
 from llava_ray.generate.served_adapters import load_beside
-from llava_ray.model.bundle import LlavaParts
-from llava_ray.model.layout import ADAPTER_FOLDER
+from llava_ray.model.assembly import LlavaParts
+from llava_ray.model.formats.layout import ADAPTER_FOLDER
 from llava_ray.model.loading import load_pretrained_model
 
 pytestmark = pytest.mark.slow
@@ -186,6 +186,6 @@ def test_adapters_of_other_models_and_whole_models_are_refused(
     other = write_adapter(tmp_path / "other", make_parts(tmp_path, seed=5), seed=1)
     with pytest.raises((ModelError, BundleError), match="base"):
         load_beside(base, "other", other)
-    with pytest.raises(ModelError, match="no adapter over a base"):
+    with pytest.raises(ModelError, match="is no adapter"):
         load_beside(base, "whole", base.language_source.folder)
     assert dict(base.llava.named_modules()) == modules

@@ -15,12 +15,13 @@ from llava_ray.deployments.vllm import make_engine
 from llava_ray.errors import BundleError, ModelError
 from llava_ray.generate.decoding import Stops, default_stops
 from llava_ray.generate.settings import VllmSettings
-from llava_ray.generate.vllm_answer import VllmAnswer
-from llava_ray.generate.vllm_engine import engine_arguments
-from llava_ray.generate.vllm_model import prepare_model
-from llava_ray.generate.vllm_prompts import VllmPrompt
-from llava_ray.model.bundle import LlavaParts, assemble, save_bundle
+from llava_ray.generate.vllm.vllm_answer import VllmAnswer
+from llava_ray.generate.vllm.vllm_engine import engine_arguments
+from llava_ray.generate.vllm.vllm_model import prepare_model
+from llava_ray.generate.vllm.vllm_prompts import VllmPrompt
+from llava_ray.model.assembly import LlavaParts, assemble
 from llava_ray.model.loading import load_pretrained_model
+from llava_ray.model.saving import save_bundle
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_an_adapter_gets_the_names_of_a_language_model_inside_a_llava(root: Path
     [
         ({"use_dora": True}, "use_dora = True; vLLM expects False"),
         ({"lora_bias": "all"}, "bias = 'all'"),
-        ({"own_projector": True}, "has a projector of its own, and vLLM knows one for all"),
+        ({"own_projector": True}, "has its own projector, and vLLM supports one for all"),
     ],
 )
 def test_adapters_that_vllm_cannot_serve_are_refused(

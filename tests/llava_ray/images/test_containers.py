@@ -24,7 +24,7 @@ from hostile_images import (
 from PIL import Image, ImageCms, PngImagePlugin
 
 from llava_ray.errors import ImageError
-from llava_ray.images.containers import identify
+from llava_ray.images.containers import identify_format
 from llava_ray.images.reading import check_header, check_image, open_image
 
 LIMIT = 50_000_000
@@ -80,7 +80,7 @@ def test_what_pillow_writes_is_read(kind: str, mode: str) -> None:
         data = encoded(noise(mode=mode), kind)
     except (OSError, ValueError, KeyError):
         pytest.skip(f"Pillow writes no {kind} of mode {mode}")
-    assert identify(data) == kind
+    assert identify_format(data) == kind
     assert check_header(data, "x", max_pixels=LIMIT, max_frames=1) == (40, 30)
     if mode == "F" or (kind, mode) == ("TIFF", "YCbCr"):  # no agreed white; Pillow cannot read what it wrote
         return
@@ -208,7 +208,7 @@ def test_only_the_formats_that_are_named_are_opened() -> None:
         b"gimp xcf" + bytes(50),
         b"P7\n",
     ):
-        assert identify(data) is None
+        assert identify_format(data) is None
         with pytest.raises(ImageError) as caught:
             check_header(data, "x", max_pixels=LIMIT)
         assert caught.value.reason == "image_unreadable"

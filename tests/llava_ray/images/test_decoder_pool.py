@@ -153,9 +153,9 @@ def test_what_takes_too_much_memory_is_refused() -> None:
 
 def test_memory_beyond_the_bound_is_the_images_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, so that the bound can be set below what an ordinary image takes."""
-    monkeypatch.setattr(decoder_process, "decoded", lambda *_: bytearray(2**50))
+    monkeypatch.setattr(decoder_process, "answer_request", lambda *_: bytearray(2**50))
     head = {"name": "image 1", "cpu_s": 10, "wall_s": 10}
-    answer, payload = decoder_process.answered(head, picture(), 0)
+    answer, payload = decoder_process.answer_safely(head, picture(), 0)
     assert (answer["reason"], payload) == ("image_too_costly", b"")
 
 

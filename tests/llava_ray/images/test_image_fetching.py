@@ -124,7 +124,7 @@ def test_pauses_are_read_in_any_form(header: str | None, seconds: float) -> None
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("/slow", "no whole answer within 0.5 s"),
+        ("/slow", "no complete answer within 0.5 s"),
         ("/reset", "4 tries"),
         ("/endless", "more than 1,048,576 bytes"),
         ("/long", "1,000,000,000,000 bytes"),
@@ -151,7 +151,7 @@ def test_a_dead_host_is_soon_left_alone(base: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(fetching, "LEAVE_AFTER", 4)
     for number in range(10):
         error = refused(f"{base}/status/500/{number}")
-    assert "not asked for: the last 4 files of this host failed, with the host answered 500" in str(error)
+    assert "not requested: the last 4 files of this host failed, with the host answered 500" in str(error)
     assert sum(ASKED.values()) == 4 + 4 + 1 + 1
     monkeypatch.setattr(fetching, "ASK_EVERY_S", 0.0)
     fetching._HOSTS[base.removeprefix("http://")].ask_at = 0.0

@@ -15,7 +15,7 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2Imag
 
 from llava_ray.errors import ConfigError, ModelError
 from llava_ray.images.geometry import ImageProcessor, ImageSpec
-from llava_ray.images.processing import crop_pixels, expand2square, normalise, process_images
+from llava_ray.images.processing import crop_pixels, expand2square, normalize_pixels, process_images
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "v15_mlp_pad"
 SIZES = [(64, 48), (48, 64), (50, 50), (333, 77), (31, 200), (20, 11), (1, 9)]
@@ -137,7 +137,7 @@ def test_normalise_takes_arrays_and_tensors() -> None:
     spec = ImageSpec.from_processor(PROCESSORS["clip"], "square")
     pixels = crop_pixels(picture(60, 40), spec)[None]
     assert pixels.dtype == np.uint8 and pixels.flags.c_contiguous
-    assert torch.equal(normalise(pixels, spec), normalise(torch.from_numpy(pixels), spec))
+    assert torch.equal(normalize_pixels(pixels, spec), normalize_pixels(torch.from_numpy(pixels), spec))
 
 
 @pytest.mark.parametrize("aspect_ratio", ["square", "pad"])

@@ -10,7 +10,7 @@ import torch
 
 from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_ray.config.sections import ModelConfig
-from llava_ray.model.bundle import LlavaParts, assemble
+from llava_ray.model.assembly import LlavaParts, assemble
 
 
 @dataclass(frozen=True)

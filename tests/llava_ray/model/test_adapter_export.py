@@ -4,18 +4,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from losses import token_losses
 from published import read
 from safetensors.torch import load_file
 
 from llava_ray.config.lora import LoraConfig
 from llava_ray.errors import ModelError
 from llava_ray.model.adaptation import adapt
-from llava_ray.model.adapter_export import base_dtype, export_adapter, export_merged
-from llava_ray.model.bundle import save_bundle
-from llava_ray.model.exporting import export_original
+from llava_ray.model.formats.manifest import read_manifest
+from llava_ray.model.formats.model_opening import open_model
+from llava_ray.model.formats.original.write import export_original
 from llava_ray.model.loading import load_pretrained_model
-from llava_ray.model.manifest import read_manifest
-from llava_ray.model.model_files import open_model
+from llava_ray.model.lora_export import base_dtype, export_adapter, export_merged
+from llava_ray.model.saving import save_bundle
 
 pytestmark = pytest.mark.slow
 
@@ -38,18 +39,18 @@ def test_merged_it_computes_the_same(bundle, folders, samples, pack, tmp_path: P
     export_merged(bundle, tmp_path / "merged")
     before, after = load_pretrained_model(bundle), load_pretrained_model(tmp_path / "merged")
     with torch.no_grad():
-        expected = before.llava(*pack(before, samples(before.image_tokens.num_features)).inputs)
-        found = after.llava(*pack(after, samples(after.image_tokens.num_features)).inputs)
+        expected = token_losses(before.llava, *pack(before, samples(before.image_tokens.num_features)).inputs)
+        found = token_losses(after.llava, *pack(after, samples(after.image_tokens.num_features)).inputs)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert read_manifest(tmp_path / "merged").language_model.inside
     assert after.manifest.training == {"run": "test"}
     export_original(open_model(tmp_path / "merged"), tmp_path / "original")
-    with pytest.raises(ModelError, match="is there already"):
+    with pytest.raises(ModelError, match="exists already"):
         export_merged(bundle, tmp_path / "merged")
 
 
 def test_an_unmerged_bundle_is_not_exported_as_if_it_were_whole(bundle) -> None:
-    with pytest.raises(ModelError, match=r"an adapter that is not merged .* export.py merge"):
+    with pytest.raises(ModelError, match=r"an adapter that is not merged .* llava-ray export merge"):
         open_model(bundle)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import fakes
 import pytest
 import torch
+from losses import token_losses
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -15,23 +16,23 @@ from transformers import AutoModelForCausalLM
 from llava_ray.config.lora import LoraConfig
 from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import BundleError, ModelError
-from llava_ray.model import adapters
 from llava_ray.model.adaptation import adapt
-from llava_ray.model.adapters import (
-    adapter_parameters,
-    add_adapter,
-    find_targets,
-    has_adapter,
-    load_adapter,
-    merge,
-    probe,
-    save_adapter,
-    take_off,
-)
-from llava_ray.model.bundle import LlavaParts, assemble, save_bundle
+from llava_ray.model.assembly import LlavaParts, assemble, merge
+from llava_ray.model.formats.manifest import read_manifest
 from llava_ray.model.freezing import freeze
 from llava_ray.model.loading import load_pretrained_model
-from llava_ray.model.manifest import read_manifest
+from llava_ray.model.lora import adapters
+from llava_ray.model.lora.adapters import (
+    adapter_parameters,
+    add_adapter,
+    compute_probe_logits,
+    find_target_modules,
+    has_adapter,
+    load_adapter,
+    remove_adapter,
+    save_adapter,
+)
+from llava_ray.model.saving import save_bundle
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +62,7 @@ def adapted(folders, lora: LoraConfig = LORA, language_model: str = "llama", **s
 
 def losses(parts: LlavaParts, samples, pack) -> torch.Tensor:
     with torch.no_grad():
-        result: torch.Tensor = parts.llava(*pack(parts, samples(parts.image_tokens.num_features)).inputs)
+        result: torch.Tensor = token_losses(parts.llava, *pack(parts, samples(parts.image_tokens.num_features)).inputs)
     return result
 
 
@@ -202,7 +203,7 @@ def damage(folder: Path, kind: str) -> None:
     [
         ("no settings", r"adapter_config.json is not there"),
         ("no weights", r"neither adapter_model.safetensors nor adapter_model.bin is there"),
-        ("truncated", r"adapter_model.safetensors is (cut off|no whole safetensors)"),
+        ("truncated", r"adapter_model.safetensors is (cut off|not a whole safetensors)"),
         ("a tensor missing", r"1 tensors in .* do not fit .*, the first is model\..*: found none"),
         ("whole modules", r"adapter_config.json trains whole modules .*\['embed_tokens'\]"),
         ("prompts", r"adapter_config.json describes an adapter of type .*PROMPT_TUNING; expected LORA"),
@@ -259,7 +260,7 @@ def test_a_merge_that_changes_the_logits_is_refused(folders, monkeypatch: pytest
 
 def test_an_adapter_over_a_tied_head_cannot_be_merged_unseen(folders) -> None:
     parts = adapted(folders, LORA.replaced({"lora_target_modules": ("lm_head",)}), "llama_tied")
-    with pytest.raises(ModelError, match=r"merging changed the logits .*or reaches a tied head"):
+    with pytest.raises(ModelError, match=r"merging changed the logits .*or affects a tied head"):
         merge(parts)
 
 
@@ -286,16 +287,18 @@ def test_bundles_that_would_lose_the_adapter_are_refused(folders, tmp_path: Path
 
 def test_taking_an_adapter_off_gives_the_base_back(folders) -> None:
     parts, plain = adapted(folders), folders.assemble()
-    take_off(parts.llava.language_model)
-    assert torch.equal(probe(parts.llava.language_model), probe(plain.llava.language_model))
+    remove_adapter(parts.llava.language_model)
+    assert torch.equal(
+        compute_probe_logits(parts.llava.language_model), compute_probe_logits(plain.llava.language_model)
+    )
 
 
 @pytest.mark.parametrize("target", ["k_proj2", "mm_projector.0", "encoder.layers.0.mlp.fc1", "norm"])
 def test_targets_that_are_not_there_are_refused(target: str, folders) -> None:
     with pytest.raises(
-        ModelError, match=rf"names '{target}', which is no Linear of the language model; it has down_pr"
+        ModelError, match=rf"names '{target}', which is not a Linear of the language model; it has down_pr"
     ):
-        find_targets(folders.assemble().llava.language_model, ("q_proj", target))
+        find_target_modules(folders.assemble().llava.language_model, ("q_proj", target))
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -317,7 +320,7 @@ def test_the_projector_has_an_adapter_only_when_it_is_named(kind: str, folders, 
 def test_a_tower_that_does_not_learn_has_no_layers_to_adapt(folders) -> None:
     named = LORA.replaced({"lora_target_modules": ("q_proj", "vision_tower.encoder.layers.0.mlp.fc1")})
     with pytest.raises(
-        ModelError, match=r"names 'vision_tower.*has only projector.0, projector.2. A tower learns with"
+        ModelError, match=r"names 'vision_tower.*have only projector.0, projector.2. A tower is trainable with"
     ):
         adapt(folders.assemble(), named, seed=0)
 
@@ -358,7 +361,7 @@ def test_going_on_with_a_bundles_adapter(folders, samples, pack, tmp_path: Path)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lora_enable": False}, "holds an adapter over .*; set lora.lora_enable = true to go on"),
+        ({"lora_enable": False}, "holds an adapter over .*; set lora.lora_enable = true to continue"),
         ({"lora_r": 8}, r"lora.lora_r is 8, but the adapter in .* was trained with 4"),
         ({"use_dora": True}, "lora.use_dora is True"),
         ({"bits": 4}, r"lora.bits is 4, but .* was trained with 16"),
@@ -378,7 +381,7 @@ def test_gradients_reach_a_checkpointed_adapter_though_nothing_before_it_learns(
         parts.llava.train()
         if checkpointing:
             parts.llava.language_model.gradient_checkpointing_enable({"use_reentrant": False})
-        parts.llava(*pack(parts, samples(parts.image_tokens.num_features)).inputs).sum().backward()
+        token_losses(parts.llava, *pack(parts, samples(parts.image_tokens.num_features)).inputs).sum().backward()
         found = adapter_parameters(parts.llava.language_model)
         return {name: parameter.grad for name, parameter in found.items() if parameter.grad is not None}
 

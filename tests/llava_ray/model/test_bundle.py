@@ -10,15 +10,17 @@ import fakes
 import pytest
 import torch
 import transformers
+from losses import token_losses
 from safetensors import safe_open
 
 from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import BundleError, ModelError
+from llava_ray.model.assembly import assemble, load_tower
 from llava_ray.model.blueprint import read_blueprint
-from llava_ray.model.bundle import assemble, load_tower, save_bundle
+from llava_ray.model.formats.manifest import absolute_base, read_manifest, relative_base
+from llava_ray.model.formats.saved_weights import replacing, sanitize_generation_config
 from llava_ray.model.loading import load_pretrained_model, read_pretrained_blueprint
-from llava_ray.model.manifest import absolute_base, read_manifest, relative_base
-from llava_ray.model.weights import replacing, sanitize_generation_config
+from llava_ray.model.saving import save_bundle
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +35,7 @@ def tensor_names(folder: Path) -> set[str]:
 
 def losses(parts, samples, pack) -> torch.Tensor:
     with torch.no_grad():
-        result: torch.Tensor = parts.llava(*pack(parts, samples(parts.image_tokens.num_features)).inputs)
+        result: torch.Tensor = token_losses(parts.llava, *pack(parts, samples(parts.image_tokens.num_features)).inputs)
     return result
 
 
@@ -262,7 +264,7 @@ def test_going_on_from_a_bundle(folders, samples, pack, tmp_path: Path) -> None:
     assert (manifest.version, manifest.image_aspect_ratio, manifest.model_max_length) == ("v1", "square", 512)
     with pytest.raises(ModelError, match=r"mm_vision_select_layer is -2, .* trained with -1; set it so"):
         assemble(config.replaced({"mm_vision_select_layer": -2}), "square")
-    with pytest.raises(ModelError, match=r"brings its own vision tower .*elsewhere is configured"):
+    with pytest.raises(ModelError, match=r"includes its own vision tower .*elsewhere is configured"):
         assemble(config.replaced({"vision_tower": "elsewhere"}), "square")
     same_tower = config.replaced({"vision_tower": str(folders.tower())})
     assert assemble(same_tower, "square").manifest.vision_tower == manifest.vision_tower
@@ -321,7 +323,7 @@ def test_a_bundle_is_replaced_only_when_the_new_one_is_whole(folders, tmp_path: 
 
 def test_other_folders_are_not_overwritten(folders, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(BundleError, match="is there already and is no llava_ray bundle"):
+    with pytest.raises(BundleError, match="exists already and is not a llava_ray bundle"):
         save_bundle(tmp_path, folders.assemble())
     assert (tmp_path / "thesis.txt").exists()
 

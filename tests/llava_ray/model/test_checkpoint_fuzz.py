@@ -24,11 +24,12 @@ def make_folders(root: Path) -> dict[str, Path]:
 
     from llava_ray.config.lora import LoraConfig
     from llava_ray.config.sections import ModelConfig
-    from llava_ray.model.adapters import add_adapter
-    from llava_ray.model.bundle import assemble, save_bundle
-    from llava_ray.model.deltas import make_delta
-    from llava_ray.model.hub_export import export_hub
-    from llava_ray.model.model_files import open_model
+    from llava_ray.model.assembly import assemble
+    from llava_ray.model.formats.deltas import make_delta
+    from llava_ray.model.formats.hub.write import export_hub
+    from llava_ray.model.formats.model_opening import open_model
+    from llava_ray.model.lora.adapters import add_adapter
+    from llava_ray.model.saving import save_bundle
 
     small = {"intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 16}
     base = make_language_model(root / "base", **small)
@@ -99,7 +100,7 @@ def silence() -> None:
 def make_reader() -> Callable[[int], str]:
     """Return what inspects, plans and loads a damaged model."""
     silence()
-    from llava_ray.model.inspection import inspect
+    from llava_ray.model.formats.inspection import inspect
     from llava_ray.model.loading import load_pretrained_model, read_pretrained_blueprint
 
     root = Path(tempfile.mkdtemp())
@@ -131,11 +132,12 @@ def check_words(error: LlavaRayError) -> None:
 def make_exporter() -> Callable[[int], str]:
     """Return what exports a damaged model by one of the verbs."""
     silence()
-    from llava_ray.model.adapter_export import export_adapter, export_merged
-    from llava_ray.model.deltas import apply_delta, make_delta
-    from llava_ray.model.exporting import export_bundle, export_original, export_projector
-    from llava_ray.model.hub_export import export_hub
-    from llava_ray.model.model_files import open_model
+    from llava_ray.model.formats.bundle.write import export_bundle
+    from llava_ray.model.formats.deltas import apply_delta, make_delta
+    from llava_ray.model.formats.hub.write import export_hub
+    from llava_ray.model.formats.model_opening import open_model
+    from llava_ray.model.formats.original.write import export_original, export_projector
+    from llava_ray.model.lora_export import export_adapter, export_merged
     from llava_ray.train.consolidation import consolidate
 
     root = Path(tempfile.mkdtemp())
@@ -171,15 +173,16 @@ def make_exporter() -> Callable[[int], str]:
 
 def as_checkpoint(model: Path) -> Path:
     """Put a model where a run's checkpoint has it."""
-    from llava_ray.train.checkpoints import COMPLETE, MODEL, STATE_FILE, TAG
+    from llava_ray.model.formats.layout import COMPLETE, TRAINER_STATE
+    from llava_ray.train.checkpoints import MODEL_FOLDER, ZERO_TAG
 
     folder = model.with_name("checkpoint")
     shutil.rmtree(folder, ignore_errors=True)
-    (folder / TAG).mkdir(parents=True)
-    for name in (COMPLETE, "rng_rank0.pt", f"{TAG}/mp_rank_00_model_states.pt"):
+    (folder / ZERO_TAG).mkdir(parents=True)
+    for name in (COMPLETE, "rng_rank0.pt", f"{ZERO_TAG}/mp_rank_00_model_states.pt"):
         (folder / name).touch()
-    (folder / STATE_FILE).write_text('{"world_size": 1, "zero_stage": 0, "config": {}}')
-    model.rename(folder / MODEL)
+    (folder / TRAINER_STATE).write_text('{"world_size": 1, "zero_stage": 0, "config": {}}')
+    model.rename(folder / MODEL_FOLDER)
     return folder
 
 

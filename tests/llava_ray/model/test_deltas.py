@@ -10,11 +10,11 @@ from published import assert_same_weights, make_original, read
 from safetensors.torch import load_file, save_file
 
 from llava_ray.errors import ModelError
-from llava_ray.model.bundle import save_bundle
-from llava_ray.model.deltas import apply_delta, make_delta
-from llava_ray.model.hub_export import export_hub
+from llava_ray.model.formats.deltas import apply_delta, make_delta
+from llava_ray.model.formats.hub.write import export_hub
+from llava_ray.model.formats.model_opening import open_model
 from llava_ray.model.loading import load_pretrained_model
-from llava_ray.model.model_files import open_model
+from llava_ray.model.saving import save_bundle
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_a_damaged_delta_is_refused(base, folders, tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "delta/model.safetensors")
     tensors["model.norm.weight"][3] += 1
     save_file(tensors, tmp_path / "delta/model.safetensors")
-    with pytest.raises(ModelError, match=r"delta/model.safetensors: model.norm.weight does not come out as it was"):
+    with pytest.raises(ModelError, match=r"delta/model.safetensors: model.norm.weight is not restored exactly"):
         apply_delta(base, tmp_path / "delta", tmp_path / "result")
     assert not (tmp_path / "result").exists()
 

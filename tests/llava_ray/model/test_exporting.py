@@ -5,19 +5,21 @@ from pathlib import Path
 import fakes
 import pytest
 import torch
+from losses import token_losses
 from originals import copy_golden
 from published import assert_same_weights, make_original, read
 
 from llava_ray.chat.conversation import read_turns
 from llava_ray.chat.tokens import tokenize_conversation
 from llava_ray.errors import BundleError, ModelError
-from llava_ray.model.exporting import export_bundle, export_original, export_projector
-from llava_ray.model.hub_export import export_hub
+from llava_ray.model.formats.bundle.write import export_bundle
+from llava_ray.model.formats.hub.write import export_hub
+from llava_ray.model.formats.manifest import read_manifest
+from llava_ray.model.formats.model_opening import open_model
+from llava_ray.model.formats.original.write import export_original, export_projector
+from llava_ray.model.formats.projector_files import load_projector_weights
 from llava_ray.model.loading import load_pretrained_model
-from llava_ray.model.manifest import read_manifest
-from llava_ray.model.model_files import open_model
-from llava_ray.model.projector import load_projector_weights
-from llava_ray.model.weight_files import held, write_file
+from llava_ray.model.tensors.weight_files import wrap_tensor, write_weight_file
 
 pytestmark = pytest.mark.slow
 
@@ -91,8 +93,8 @@ def test_what_the_bundle_computes_is_what_the_original_did(tmp_path: Path, folde
     loaded = load_pretrained_model(tmp_path / "bundle")
     built = folders.assemble(pretrain_mm_mlp_adapter=str(tmp_path / "projector/mm_projector.bin"))
     with torch.no_grad():
-        expected = built.llava(*pack(built, samples(built.image_tokens.num_features)).inputs)
-        found = loaded.llava(*pack(loaded, samples(loaded.image_tokens.num_features)).inputs)
+        expected = token_losses(built.llava, *pack(built, samples(built.image_tokens.num_features)).inputs)
+        found = token_losses(loaded.llava, *pack(loaded, samples(loaded.image_tokens.num_features)).inputs)
     assert torch.equal(found, expected)
 
 
@@ -124,7 +126,7 @@ def test_a_bundle_from_the_original_splits_text_the_same_way(tmp_path: Path) -> 
 
 
 def test_a_bundle_that_names_its_parts_becomes_one_that_holds_them(folders, tmp_path: Path) -> None:
-    from llava_ray.model.bundle import save_bundle
+    from llava_ray.model.saving import save_bundle
 
     save_bundle(tmp_path / "named", folders.assemble(), include="projector")
     export_bundle(open_model(tmp_path / "named"), tmp_path / "whole")
@@ -136,7 +138,7 @@ def test_a_bundle_that_names_its_parts_becomes_one_that_holds_them(folders, tmp_
 
 
 def test_a_wrong_base_is_refused(folders, tmp_path: Path) -> None:
-    from llava_ray.model.bundle import save_bundle
+    from llava_ray.model.saving import save_bundle
 
     save_bundle(tmp_path / "named", folders.assemble(), include="projector")
     other = fakes.make_language_model(tmp_path / "other", seed=9)
@@ -158,7 +160,7 @@ def test_a_wrong_base_is_refused(folders, tmp_path: Path) -> None:
 def test_the_original_layout_refuses_what_its_code_cannot_load(
     language_model, tower, message, folders, tmp_path
 ) -> None:
-    from llava_ray.model.bundle import save_bundle
+    from llava_ray.model.saving import save_bundle
 
     save_bundle(tmp_path / "bundle", folders.assemble(language_model, tower))
     with pytest.raises(ModelError, match=message):
@@ -171,7 +173,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(folders, tmp_path: Path
     model = open_model(source, version="v1", vision_tower=str(folders.tower()))
     export_bundle(model, tmp_path / "bundle")
     before = (tmp_path / "bundle/llava.json").read_bytes()
-    with pytest.raises(ModelError, match="is there already; an export overwrites nothing"):
+    with pytest.raises(ModelError, match="exists already; an export overwrites nothing"):
         export_original(model, tmp_path / "bundle")
     assert (tmp_path / "bundle/llava.json").read_bytes() == before
     (source / "model.safetensors").write_bytes(b"gone")
@@ -204,7 +206,7 @@ def test_a_layout_that_does_not_name_its_template_asks_for_it(folders, tmp_path:
 
 
 def test_other_folders_are_refused_by_name(folders, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=f"{tmp_path} is no model that is known here"):
+    with pytest.raises(ModelError, match=f"{tmp_path} is not a known kind of model folder"):
         open_model(tmp_path)
     with pytest.raises(ModelError, match=r"is a plain language model, without projector and tower"):
         open_model(folders.language_model())
@@ -212,6 +214,6 @@ def test_other_folders_are_refused_by_name(folders, tmp_path: Path) -> None:
 
 def test_a_model_without_its_projector_is_refused(folders, tmp_path: Path) -> None:
     source = make_original(tmp_path / "source", folders.language_model(), folders.tower())
-    write_file(source / "model.safetensors", {"model.norm.weight": held(torch.ones(fakes.WIDTH))})
+    write_weight_file(source / "model.safetensors", {"model.norm.weight": wrap_tensor(torch.ones(fakes.WIDTH))})
     with pytest.raises(ModelError, match="no tensor of the projector is in its weight files"):
         open_model(source, version="v1", vision_tower=str(folders.tower()))

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig
 
 from llava_ray.errors import ModelError
-from llava_ray.model.foreign_formats import (
+from llava_ray.quickstart.foreign_formats import (
     CLASS_POSITION,
     PATCH_POSITIONS,
     build_tokenizer,

@@ -19,16 +19,16 @@ from originals import copy_golden
 from safetensors.torch import load_file, save_file
 
 from llava_ray.errors import ModelError
-from llava_ray.model.bundle import save_bundle
-from llava_ray.model.declared_sizes import check_declared
-from llava_ray.model.exporting import export_bundle
-from llava_ray.model.hub_export import export_hub
-from llava_ray.model.inspection import inspect
+from llava_ray.model.formats.bundle.write import export_bundle
+from llava_ray.model.formats.declared_sizes import check_declared
+from llava_ray.model.formats.hub.write import export_hub
+from llava_ray.model.formats.inspection import inspect
+from llava_ray.model.formats.manifest import fingerprint_weights
+from llava_ray.model.formats.model_opening import open_model
 from llava_ray.model.loading import describe_model, load_pretrained_model, read_pretrained_blueprint
-from llava_ray.model.manifest import fingerprint
-from llava_ray.model.model_files import open_model
-from llava_ray.model.tensor_files import read_json, read_tensor_file
-from llava_ray.model.tensor_reading import check_finite, read_tensor
+from llava_ray.model.saving import save_bundle
+from llava_ray.model.tensors.tensor_files import read_json_object, read_tensor_file
+from llava_ray.model.tensors.tensor_reading import check_finite, read_tensor
 
 ATTACK = Path(__file__).parents[2] / "attack"
 READERS = (inspect, read_pretrained_blueprint, load_pretrained_model, open_model)
@@ -153,11 +153,11 @@ TENSOR = '{"dtype": "F32", "shape": [1], "data_offsets": [%d, %d]}'
     [
         (f'{{"a": {TENSOR % (0, 4)}, "b": {TENSOR % (0, 4)}}}', bytes(4), "b overlaps|'b' overlaps"),
         (f'{{"a": {TENSOR % (4, 8)}}}', bytes(8), "leaves a gap"),
-        (f'{{"a": {TENSOR % (0, 4)}, "a": {TENSOR % (4, 8)}}}', bytes(8), "'a' stands there twice"),
+        (f'{{"a": {TENSOR % (0, 4)}, "a": {TENSOR % (4, 8)}}}', bytes(8), "'a' occurs twice"),
         ('{"a": {"dtype": "F32", "shape": [4294967296, 4294967296], "data_offsets": [0, 0]}}', b"", "0 bytes for F32"),
         ('{"a": {"dtype": "F32", "shape": [true], "data_offsets": [0, 4]}}', bytes(4), "not lists of sizes"),
         ('{"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}', bytes(4), "is none of"),
-        ('{"a": {"dtype": "F32", "shape": [NaN], "data_offsets": [0, 4]}}', bytes(4), "NaN is no JSON"),
+        ('{"a": {"dtype": "F32", "shape": [NaN], "data_offsets": [0, 4]}}', bytes(4), "NaN is not JSON"),
         ('{"a": {"dtype": "F32", "shape": [%s], "data_offsets": [0, 4]}}' % ("9" * 5000), bytes(4), "4300 digits"),
         (str(deep(100_000)), b"", "RecursionError"),
         ('{"a": 1}' + " " * 2**24, b"", "announces a header of 16,777,224 bytes"),
@@ -174,7 +174,7 @@ def test_a_hostile_header_is_refused(header: str, body: bytes, says: str, tmp_pa
     [
         ('{"a": {"b": [1, %s]}}' % ("9" * 50), r"a\.b\.1 is 9{50}, beyond 101 bits"),
         ('{"a": NaN}', "NaN is no value"),
-        (f'{{"a": {deep(70)}}}', "more than 64 lists or tables"),
+        (f'{{"a": {deep(70)}}}', "more than 64 nested lists or tables"),
         (str(deep(100_000)), "is not JSON"),
         ('{"a": "%s"}' % ("x" * 2**24), "has more than 16,777,216 bytes"),
     ],
@@ -182,7 +182,7 @@ def test_a_hostile_header_is_refused(header: str, body: bytes, says: str, tmp_pa
 def test_hostile_json_is_refused(text: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ModelError, match=rf"config\.json.*{says}"):
-        read_json(tmp_path / "config.json")
+        read_json_object(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_every_language_models_own_sizes_are_taken() -> None:
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    from llava_ray.model.layouts import TOWER_TYPES
+    from llava_ray.model.formats.layouts import TOWER_TYPES
 
     transformers.logging.set_verbosity_error()
     checked = 0
@@ -304,7 +304,7 @@ def test_a_model_with_nan_is_neither_loaded_nor_exported(part: str, bundle: Path
     save_file(tensors, file, {"format": "pt"})
     manifest = json.loads((model / "llava.json").read_text())
     for inside in ("language_model", "vision_tower"):  # as if it had been saved so
-        manifest[inside]["fingerprint"] = fingerprint(model / inside)
+        manifest[inside]["fingerprint"] = fingerprint_weights(model / inside)
     (model / "llava.json").write_text(json.dumps(manifest))
     with pytest.raises(ModelError, match=rf"{file}: tensor .* holds 1 of"):
         load_pretrained_model(model)
@@ -429,11 +429,11 @@ def test_pipes_and_links_are_no_models_files(bundle: Path, tmp_path: Path) -> No
         load_pretrained_model(model)
     (model / "llava.json").unlink()
     (model / "llava.json").symlink_to("/dev/zero")
-    with pytest.raises(ModelError, match="is no model"):
+    with pytest.raises(ModelError, match="is not a known kind of model"):
         load_pretrained_model(model)
 
 
 def test_weights_that_link_to_a_device_are_not_read(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").symlink_to("/dev/zero")
     with pytest.raises(ModelError, match=r"model\.safetensors is not an ordinary file"):
-        fingerprint(tmp_path)
+        fingerprint_weights(tmp_path)

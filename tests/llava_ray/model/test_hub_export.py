@@ -13,10 +13,11 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaNext
 
 from llava_ray.chat.conversation import IMAGE_TOKEN_INDEX
 from llava_ray.errors import ModelError
-from llava_ray.model.bundle import LlavaParts, save_bundle
-from llava_ray.model.hub_export import export_hub
+from llava_ray.model.assembly import LlavaParts
+from llava_ray.model.formats.hub.write import export_hub
+from llava_ray.model.formats.model_opening import open_model
 from llava_ray.model.loading import load_pretrained_model
-from llava_ray.model.model_files import open_model
+from llava_ray.model.saving import save_bundle
 
 pytestmark = pytest.mark.slow
 
@@ -171,7 +172,7 @@ def test_a_table_with_room_is_kept_as_it_is(folders, tmp_path: Path) -> None:
 
     spacious = fakes.make_language_model(tmp_path / "spacious", vocab_size=310)
     from llava_ray.config.sections import ModelConfig
-    from llava_ray.model.bundle import assemble
+    from llava_ray.model.assembly import assemble
 
     parts = assemble(ModelConfig(model_name_or_path=str(spacious), vision_tower=str(folders.tower())), "pad")
     export_hub(open_model(make_bundle(tmp_path / "bundle", parts)), tmp_path / "hub", "kept")
@@ -199,10 +200,10 @@ def test_what_it_cannot_express_is_refused_by_part(settings, tower, message, fol
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"s2_scales": (32, 64)}, r"vision tower: .* s2 looks at several scales \(32, 64\)"),
+        ({"s2_scales": (32, 64)}, r"vision tower: .* s2 uses several scales \(32, 64\)"),
         (
             {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial"},
-            "image_newline: .* mm_patch_merge_type is 'spatial', the layout knows spatial_unpad",
+            "image_newline: .* mm_patch_merge_type is 'spatial', the layout supports spatial_unpad",
         ),
         (
             {

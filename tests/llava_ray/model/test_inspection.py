@@ -10,8 +10,9 @@ import originals
 import pytest
 
 from llava_ray.errors import ModelError
-from llava_ray.model.bundle import LlavaParts, save_bundle
-from llava_ray.model.inspection import InspectedPart, inspect, render
+from llava_ray.model.assembly import LlavaParts
+from llava_ray.model.formats.inspection import InspectedPart, inspect, render_inspection
+from llava_ray.model.saving import save_bundle
 
 ROOT = Path(__file__).parents[3]
 
@@ -59,7 +60,7 @@ def test_v16(tmp_path: Path) -> None:
     assert named(found, "image_newline").num_parameters == 32
     assert found.template == "v1"
     assert found.missing == ()
-    assert "  nothing is missing" in render(found)
+    assert "  nothing is missing" in render_inspection(found)
 
 
 @pytest.mark.parametrize("include", ["all", "projector"])
@@ -79,11 +80,11 @@ def test_what_is_missing_is_told_not_raised(parts, tmp_path: Path) -> None:
     found = inspect(folder)
     assert len(found.missing) == 3
     assert found.missing[0].startswith("shard model-00003-of-00003.safetensors is not there")
-    assert render(found).count("  missing: ") == 3
+    assert render_inspection(found).count("  missing: ") == 3
 
 
 def test_what_is_damaged_is_raised(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="is no model that is known here"):
+    with pytest.raises(ModelError, match="is not a known kind of model folder"):
         inspect(tmp_path)
 
 
@@ -92,7 +93,7 @@ def test_the_text_and_the_json_tell_the_same(parts, folders, tmp_path: Path) -> 
     told = json.loads(found.to_json())
     assert told["kind"] == "llava-hf"
     assert [part["name"] for part in told["parts"]] == ["language_model", "vision_tower", "projector"]
-    text = render(found)
+    text = render_inspection(found)
     assert "kind" in text
     assert "projector       2,624 parameters in 4 tensors, 0.01 MiB, float32" in text
     assert inspect(folders.tower()).missing == ()
@@ -103,8 +104,9 @@ def test_a_folder_of_7b_takes_less_than_two_seconds(tmp_path: Path) -> None:
     """Python's own start included; the files hold headers only."""
     folder = originals.write_7b(tmp_path / "7b")
     code = (
-        "import sys; from pathlib import Path; from llava_ray.model.inspection import inspect, render;"
-        "print(render(inspect(Path(sys.argv[1])))); assert 'torch' not in sys.modules"
+        "import sys; from pathlib import Path;"
+        "from llava_ray.model.formats.inspection import inspect, render_inspection;"
+        "print(render_inspection(inspect(Path(sys.argv[1])))); assert 'torch' not in sys.modules"
     )
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, cwd=ROOT, check=True)

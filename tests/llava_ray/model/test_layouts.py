@@ -14,12 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava_ray.errors import BundleError, ModelError
-from llava_ray.model.bundle import LlavaParts, assemble, save_bundle
-from llava_ray.model.layout import Kind
-from llava_ray.model.layouts import TOWER_TYPES, read_layout
-from llava_ray.model.loading import find_version, load_pretrained_model
-from llava_ray.model.published_settings import hub_settings, original_language_config, original_settings
-from llava_ray.model.tower import FAMILIES, WITH_TEXT_PART
+from llava_ray.model.assembly import LlavaParts, assemble
+from llava_ray.model.formats.hub.settings import read_hub_settings
+from llava_ray.model.formats.layout import LayoutKind
+from llava_ray.model.formats.layouts import TOWER_TYPES, read_layout
+from llava_ray.model.formats.original.settings import original_language_config, read_original_settings
+from llava_ray.model.formats.stated_settings import find_version
+from llava_ray.model.loading import load_pretrained_model
+from llava_ray.model.network.tower_families import FAMILIES, WITH_TEXT_PART
+from llava_ray.model.saving import save_bundle
 
 pytestmark = pytest.mark.slow
 
@@ -72,7 +75,7 @@ def test_language_model_and_template_of_an_original(
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
     layout = read_layout(tmp_path)
     assert layout.language_config == original_language_config(layout.config)
-    assert (layout.kind, layout.language_config["model_type"]) == (Kind.ORIGINAL, language_model)
+    assert (layout.kind, layout.language_config["model_type"]) == (LayoutKind.ORIGINAL, language_model)
     assert layout.settings["version"] == version
     if version is None:
         with pytest.raises(ModelError, match=r"does not say which conversation template.* v1 for Vicuna.*vicuna_v1"):
@@ -101,7 +104,7 @@ def test_template_of_a_hub_folder(config: dict[str, Any], version: str | None, t
     config |= {"vision_config": {"model_type": "clip_vision_model"}, "image_grid_pinpoints": [[336, 672]]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     layout = read_layout(tmp_path)
-    assert (layout.kind, layout.settings["version"]) == (Kind.HUB, version)
+    assert (layout.kind, layout.settings["version"]) == (LayoutKind.HUB, version)
 
 
 def test_settings_of_v16(tmp_path: Path) -> None:
@@ -161,9 +164,9 @@ def test_feature_of_a_hub_folder(tower: str, strategy: str, feature: str | None)
     }
     if feature is None:
         with pytest.raises(ModelError, match=f"here: vision_feature_select_strategy '{strategy}'.*'{tower}'"):
-            hub_settings(config, "here")
+            read_hub_settings(config, "here")
     else:
-        assert hub_settings(config, "here")["mm_vision_select_feature"] == feature
+        assert read_hub_settings(config, "here")["mm_vision_select_feature"] == feature
 
 
 @pytest.mark.parametrize("key", ["projector_hidden_act", "multimodal_projector_bias"])
@@ -184,18 +187,18 @@ def test_what_an_export_of_ours_noted_counts(parts, tmp_path: Path) -> None:
 @pytest.mark.parametrize("written", ["[(336, 672), (672, 336)]", [[336, 672], [672, 336]]])
 def test_lists_may_be_written_as_text(written: object) -> None:
     config = V15 | {"image_aspect_ratio": "anyres", "image_grid_pinpoints": written, "s2": True}
-    settings = original_settings(config, "here")
+    settings = read_original_settings(config, "here")
     assert settings["image_grid_pinpoints"] == ((336, 672), (672, 336))
     assert settings["s2_scales"] == (336, 672, 1008)
-    with pytest.raises(ModelError, match="here: '336 to 1008' is no list of numbers"):
-        original_settings(config | {"s2_scales": "336 to 1008"}, "here")
+    with pytest.raises(ModelError, match="here: '336 to 1008' is not a list of numbers"):
+        read_original_settings(config | {"s2_scales": "336 to 1008"}, "here")
 
 
 def test_names_decide_nothing(parts, tmp_path: Path) -> None:
     """The original chose class, template and adapter by what a folder is called."""
     for name in ("vicuna-lora-mpt-mistral", "llava-v1.6-34b", "x"):
         folder = originals.write_original(tmp_path / name, parts)
-        assert read_layout(folder).kind is Kind.ORIGINAL
+        assert read_layout(folder).kind is LayoutKind.ORIGINAL
 
 
 # What is wrong with a folder, and what is said of it.
@@ -204,7 +207,7 @@ def test_names_decide_nothing(parts, tmp_path: Path) -> None:
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(
-        ModelError, match=rf"{tmp_path} is no model .* neither llava\.json, config\.json nor adapter_con"
+        ModelError, match=rf"{tmp_path} is not a known kind of model .* neither llava\.json, config\.json nor "
     ):
         load_pretrained_model(tmp_path)
 
@@ -237,7 +240,7 @@ def test_missing_shard(ending: str, parts, load, tmp_path: Path) -> None:
     [lost] = folder.glob(f"*-00002-of-00003.{ending}")
     lost.unlink()
     with pytest.raises(
-        ModelError, match=rf"is not whole: shard {lost.name} is not there, which .*index\.json says hol"
+        ModelError, match=rf"is incomplete: shard {lost.name} is not there, which .*index\.json says hol"
     ):
         load(folder)
 
@@ -249,7 +252,7 @@ def test_shard_that_holds_less_than_its_index_says(parts, load, tmp_path: Path) 
     name = sorted(tensors)[0]
     del tensors[name]
     save_file(tensors, file)
-    with pytest.raises(ModelError, match=rf"is not whole: {name} is not in {file.name}"):
+    with pytest.raises(ModelError, match=rf"is incomplete: {name} is not in {file.name}"):
         load(folder)
 
 
@@ -274,7 +277,7 @@ def test_truncated_safetensors(write, parts, load, tmp_path: Path) -> None:
 def test_empty_file(parts, load, tmp_path: Path) -> None:
     folder = originals.write_original(tmp_path / "model", parts)
     (folder / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ModelError, match=r"model\.safetensors is no whole safetensors file: it has 0 bytes"):
+    with pytest.raises(ModelError, match=r"model\.safetensors is not a whole safetensors file: it has 0 bytes"):
         load(folder)
 
 
@@ -326,7 +329,7 @@ def test_half_written_lora(name: str, says: str, parts, load, folders, tmp_path:
     """As the original's periodic checkpoints are."""
     folder = originals.write_lora(tmp_path / "lora", parts)
     (folder / name).unlink()
-    with pytest.raises(ModelError, match=rf"lora \(original LLaVA, LoRA over a base\) is not whole: {says}"):
+    with pytest.raises(ModelError, match=rf"lora \(original LLaVA, LoRA over a base\) is incomplete: {says}"):
         load(folder, folders.language_model())
 
 
@@ -337,7 +340,7 @@ def test_half_written_bundle(name: str, parts, tmp_path: Path) -> None:
     save_bundle(tmp_path / "bundle", parts)
     lost = tmp_path / "bundle" / name
     shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
-    with pytest.raises(ModelError, match=rf"bundle \(llava_ray bundle\) is not whole: .*{name.partition('/')[0]}"):
+    with pytest.raises(ModelError, match=rf"bundle \(llava_ray bundle\) is incomplete: .*{name.partition('/')[0]}"):
         load_pretrained_model(tmp_path / "bundle")
 
 
@@ -350,7 +353,7 @@ def test_half_written_checkpoint(parts, tmp_path: Path) -> None:
 
 def test_training_state_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "trainer_state.json").write_text("{}")
-    with pytest.raises(ModelError, match=r"is a training state without a model; the same finetune\.py command"):
+    with pytest.raises(ModelError, match=r"is a training state without a model; the same .*finetune command"):
         load_pretrained_model(tmp_path)
 
 
@@ -398,7 +401,7 @@ def test_wrong_base_of_a_bundle(parts, folders, tmp_path: Path) -> None:
 
 def test_base_that_is_not_wanted(parts, load, folders, tmp_path: Path) -> None:
     folder = originals.write_original(tmp_path / "model", parts)
-    with pytest.raises(ModelError, match=r"brings its own language model .*configured; leave the setting out"):
+    with pytest.raises(ModelError, match=r"includes its own language model .*configured; leave the setting out"):
         load(folder, folders.language_model())
 
 
@@ -441,9 +444,7 @@ def test_projector_of_another_type(parts, load, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"does not fit: it is mlp2x_gelu .* expected linear"):
         load(folder)
     change(folder / "config.json", mm_projector_type="resampler9")
-    with pytest.raises(
-        ModelError, match=r"config of .*model \(original LLaVA\) cannot be honoured: .*mm_projector_type"
-    ):
+    with pytest.raises(ModelError, match=r"config of .*model \(original LLaVA\) is not supported: .*mm_projector_type"):
         load(folder)
 
 
@@ -501,8 +502,9 @@ def test_settings_that_contradict_the_folder(parts, folders, tmp_path: Path) -> 
 def test_layouts_are_read_without_torch(parts, tmp_path: Path) -> None:
     folder = originals.write_original(tmp_path / "model", parts, ending="bin", num_shards=2)
     code = (
-        "import sys; from pathlib import Path; from llava_ray.model.inspection import inspect, render;"
-        f"print(render(inspect(Path({str(folder)!r}))));"
+        "import sys; from pathlib import Path;"
+        "from llava_ray.model.formats.inspection import inspect, render_inspection;"
+        f"print(render_inspection(inspect(Path({str(folder)!r}))));"
         "assert not {'torch', 'transformers', 'safetensors'} & sys.modules.keys()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[3])

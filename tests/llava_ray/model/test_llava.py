@@ -3,12 +3,10 @@
 import fakes
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
+from losses import sample_losses, token_losses
 
-from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava_ray.chat.conversation import IMAGE_TOKEN_INDEX
 from llava_ray.errors import ModelError
-from llava_ray.model.llava import LOGITS_CHUNK, find_targets, token_losses
-from llava_ray.model.losses import sample_losses
 
 pytestmark = pytest.mark.slow
 
@@ -52,7 +50,7 @@ def test_losses_are_those_of_the_language_model_alone(folders, samples, pack) ->
     parts = folders.assemble()
     sample = samples(parts.image_tokens.num_features)[1]
     with torch.no_grad():
-        losses = parts.llava(*pack(parts, [sample]).inputs)
+        losses = token_losses(parts.llava, *pack(parts, [sample]).inputs)
         expected = parts.llava.language_model(input_ids=sample.input_ids, labels=sample.labels).loss
     torch.testing.assert_close(losses.mean(), expected)
 
@@ -61,7 +59,7 @@ def test_head_runs_on_supervised_positions_only(folders, samples, pack) -> None:
     parts = folders.assemble()
     seen = []
     parts.llava.language_model.lm_head.register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
-    losses = parts.llava(*pack(parts, samples(parts.image_tokens.num_features)).inputs)
+    losses = token_losses(parts.llava, *pack(parts, samples(parts.image_tokens.num_features)).inputs)
     assert seen == [(1, 13, fakes.WIDTH)]
     assert losses.shape == (13,)
 
@@ -82,14 +80,14 @@ def test_more_features_than_positions_are_refused(folders, samples, pack) -> Non
     with pytest.raises(ModelError, match="48 image positions in input_ids, but 32 image features"):
         parts.llava.embed(row.input_ids, row.features[:2])
     with pytest.raises(ModelError, match="48 image positions in input_ids, but 0 image features"):
-        parts.llava(row.input_ids, row.position_ids, row.labels)
+        token_losses(parts.llava, row.input_ids, row.position_ids, row.labels)
 
 
 @pytest.mark.parametrize("chosen", [[1], [3], [1, 3]], ids=["text", "nothing to learn", "both"])
 def test_everything_has_a_gradient_without_images(chosen: list[int], folders, samples, pack) -> None:
     parts = folders.assemble()
     row = pack(parts, [samples(parts.image_tokens.num_features)[index] for index in chosen])
-    losses = parts.llava(*row.inputs)
+    losses = token_losses(parts.llava, *row.inputs)
     assert losses.shape == (2 if 1 in chosen else 0,)
     losses.sum().backward()
     for name, parameter in parts.llava.named_parameters():
@@ -103,18 +101,19 @@ def test_no_features_as_an_empty_tensor(folders, samples, pack) -> None:
     row = pack(parts, [samples(parts.image_tokens.num_features)[1]])
     empty = torch.zeros(0, parts.image_tokens.num_features, fakes.TOWER_WIDTH)
     torch.testing.assert_close(
-        parts.llava(row.input_ids, row.position_ids, row.labels, empty), parts.llava(*row.inputs)
+        token_losses(parts.llava, row.input_ids, row.position_ids, row.labels, empty),
+        token_losses(parts.llava, *row.inputs),
     )
 
 
 def test_gradient_of_a_packed_row_is_the_sum_of_the_separate_ones(folders, samples, pack) -> None:
     parts = folders.assemble()
     chosen = samples(parts.image_tokens.num_features)[:3]
-    parts.llava(*pack(parts, chosen).inputs).sum().backward()
+    token_losses(parts.llava, *pack(parts, chosen).inputs).sum().backward()
     packed = {name: p.grad.clone() for name, p in parts.llava.named_parameters()}
     parts.llava.zero_grad()
     for sample in chosen:
-        parts.llava(*pack(parts, [sample]).inputs).sum().backward()
+        token_losses(parts.llava, *pack(parts, [sample]).inputs).sum().backward()
     for name, parameter in parts.llava.named_parameters():
         torch.testing.assert_close(packed[name], parameter.grad, rtol=1e-4, atol=1e-4, msg=name)
 
@@ -124,47 +123,24 @@ def test_bfloat16_losses_are_fp32(folders, samples, pack) -> None:
     parts.tower.bfloat16()
     parts.llava.bfloat16()
     row = pack(parts, samples(parts.image_tokens.num_features))
-    losses = parts.llava(*row.inputs)
+    losses = token_losses(parts.llava, *row.inputs)
     assert losses.dtype == torch.float32
-    expected = exact.llava(*pack(exact, samples(parts.image_tokens.num_features)).inputs)
+    expected = token_losses(exact.llava, *pack(exact, samples(parts.image_tokens.num_features)).inputs)
     torch.testing.assert_close(losses, expected, rtol=0.1, atol=0.3)
     losses.sum().backward()
     assert all(p.grad is not None for p in parts.llava.parameters())
 
 
-def test_chunked_losses_and_their_gradients() -> None:
-    logits = torch.randn(LOGITS_CHUNK + 5, 11).bfloat16().requires_grad_()
-    targets = torch.arange(len(logits)) % 11
-    losses = token_losses(logits, targets)
-    losses.sum().backward()
-    whole = logits.detach().float().requires_grad_()
-    expected = cross_entropy(whole, targets, reduction="none")
-    expected.sum().backward()
-    assert torch.equal(losses, expected)
-    assert torch.equal(logits.grad, whole.grad.bfloat16())
-
-
-def test_a_first_token_is_never_a_target(folders) -> None:
-    """Whatever stands before a sample in its row must not learn to predict it."""
-    parts = folders.assemble()
-    labels = torch.tensor([[IGNORE_INDEX, 5, 6, 7]])
-    positions = torch.tensor([[0, 1, 0, 1]])
-    predicting, targets = find_targets(labels, positions)
-    assert predicting.tolist() == [0, 2]
-    assert targets.tolist() == [5, 7]
-    assert parts.llava(torch.tensor([[1, 5, 6, 7]]), positions, labels).shape == (2,)
-
-
 def test_gradient_checkpointing_changes_nothing(folders, samples, pack) -> None:
     parts = folders.assemble()
     row = pack(parts, samples(parts.image_tokens.num_features))
-    expected = parts.llava(*row.inputs)
+    expected = token_losses(parts.llava, *row.inputs)
     expected.sum().backward()
     gradients = {name: p.grad.clone() for name, p in parts.llava.named_parameters()}
     parts.llava.zero_grad()
     parts.llava.language_model.gradient_checkpointing_enable({"use_reentrant": False})
     parts.llava.train()
-    losses = parts.llava(*row.inputs)
+    losses = token_losses(parts.llava, *row.inputs)
     losses.sum().backward()
     torch.testing.assert_close(losses, expected)
     for name, parameter in parts.llava.named_parameters():

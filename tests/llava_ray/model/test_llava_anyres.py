@@ -6,16 +6,16 @@ import fakes
 import numpy as np
 import pytest
 import torch
+from losses import sample_losses, token_losses
 from PIL import Image
 
 from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_ray.errors import ModelError
 from llava_ray.images.geometry import crop_views
-from llava_ray.images.processing import normalise
+from llava_ray.images.processing import normalize_pixels
 from llava_ray.images.tokens import NEWLINE
-from llava_ray.model.bundle import LlavaParts, assemble
-from llava_ray.model.llava import Llava
-from llava_ray.model.losses import sample_losses
+from llava_ray.model.assembly import LlavaParts, assemble
+from llava_ray.model.network.llava import Llava
 
 MERGE_TYPES = ["flat", "spatial", "spatial_unpad"]
 SIZES = [[(64, 48)], [], [(20, 90), (33, 33)], [(64, 64), (30, 20), (96, 20)]]
@@ -40,7 +40,7 @@ def make_samples(parts: LlavaParts) -> list[AnyresSample]:
         views = []
         for width, height in sizes:
             picture = Image.fromarray(draw.integers(0, 255, (height, width, 3), np.uint8))
-            views.append(normalise(crop_views(picture, parts.image_spec), parts.image_spec))
+            views.append(normalize_pixels(crop_views(picture, parts.image_spec), parts.image_spec))
             ids += [20 + number, *[IMAGE_TOKEN_INDEX] * parts.image_tokens.count(width, height)]
         answer = [40 + number] * (num_supervised - 1) + [2]
         ids += [60, 61, *answer]
@@ -82,13 +82,13 @@ def test_packed_equals_separate(tower: str, merge_type: str, folders) -> None:
 def test_gradient_of_a_packed_row_is_the_sum_of_the_separate_ones(merge_type: str, folders) -> None:
     parts = anyres(folders, merge_type)
     samples = make_samples(parts)
-    parts.llava(**row_of(parts, samples)).sum().backward()
+    token_losses(parts.llava, **row_of(parts, samples)).sum().backward()
     packed = {name: p.grad.clone() for name, p in parts.llava.named_parameters()}
     assert ("image_newline" in packed) == (merge_type == "spatial_unpad")
     assert all(gradient.any() for gradient in packed.values())
     parts.llava.zero_grad()
     for sample in samples:
-        parts.llava(**row_of(parts, [sample])).sum().backward()
+        token_losses(parts.llava, **row_of(parts, [sample])).sum().backward()
     for name, parameter in parts.llava.named_parameters():
         torch.testing.assert_close(packed[name], parameter.grad, rtol=1e-4, atol=1e-4, msg=name)
 
@@ -107,7 +107,7 @@ def test_each_feature_stands_where_its_image_has_it(folders) -> None:
 
 def test_a_row_without_images_touches_all_that_only_images_use(folders) -> None:
     parts = anyres(folders)
-    losses = parts.llava(**row_of(parts, [make_samples(parts)[1]]))
+    losses = token_losses(parts.llava, **row_of(parts, [make_samples(parts)[1]]))
     losses.sum().backward()
     for name in ("image_newline", "projector.0.weight"):
         assert not parts.llava.get_parameter(name).grad.any(), name
@@ -125,9 +125,9 @@ def test_features_of_other_sizes_are_refused(folders) -> None:
     parts = anyres(folders)
     row = row_of(parts, make_samples(parts)[:1])
     with pytest.raises(ModelError, match=r"80 image features, but images of \[\(96, 20\)\] pixels have 64 with anyres"):
-        parts.llava(**row | {"image_sizes": [(96, 20)]})
+        token_losses(parts.llava, **row | {"image_sizes": [(96, 20)]})
     with pytest.raises(ModelError, match=r"80 image features, but images of .* pixels have 0"):
-        parts.llava(**row | {"image_sizes": []})
+        token_losses(parts.llava, **row | {"image_sizes": []})
 
 
 def test_unpadding_needs_its_vector(folders) -> None:
@@ -140,5 +140,5 @@ def test_one_view_of_a_model_with_a_newline_takes_no_newline(folders) -> None:
     parts = assemble(folders.config(mm_patch_merge_type="spatial_unpad"), "pad")
     samples = make_samples(parts)
     assert parts.image_tokens.count(64, 48) == 16
-    parts.llava(**row_of(parts, samples)).sum().backward()
+    token_losses(parts.llava, **row_of(parts, samples)).sum().backward()
     assert not parts.llava.image_newline.grad.any()

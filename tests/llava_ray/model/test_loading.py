@@ -10,16 +10,17 @@ import peft
 import pytest
 import torch
 import transformers
+from losses import token_losses
 from safetensors.torch import load_file, save_file
 
 from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import ModelError
-from llava_ray.model.adapters import merge
+from llava_ray.model.assembly import LlavaParts, assemble, load_tower, merge
 from llava_ray.model.blueprint import read_blueprint
-from llava_ray.model.bundle import LlavaParts, assemble, load_tower, save_bundle
-from llava_ray.model.layout import Kind
+from llava_ray.model.formats.layout import LayoutKind
+from llava_ray.model.formats.manifest import read_manifest
 from llava_ray.model.loading import describe_model, load_pretrained_model, read_pretrained_blueprint
-from llava_ray.model.manifest import read_manifest
+from llava_ray.model.saving import save_bundle
 
 pytestmark = pytest.mark.slow
 
@@ -47,21 +48,24 @@ def write_exported_original(folder: Path, parts: LlavaParts) -> Path:
     return folder
 
 
-LAYOUTS: dict[str, tuple[Writer, Kind]] = {
-    "bundle": (write_bundle, Kind.BUNDLE),
-    "checkpoint": (write_checkpoint, Kind.BUNDLE),
-    "original": (originals.write_original, Kind.ORIGINAL),
-    "original, shards": (lambda f, p: originals.write_original(f, p, num_shards=3), Kind.ORIGINAL),
-    "original, bin": (lambda f, p: originals.write_original(f, p, ending="bin"), Kind.ORIGINAL),
-    "original, bin shards": (lambda f, p: originals.write_original(f, p, ending="bin", num_shards=2), Kind.ORIGINAL),
-    "original with tower": (lambda f, p: originals.write_original(f, p, with_tower=True), Kind.ORIGINAL),
-    "original, exported": (write_exported_original, Kind.ORIGINAL),
-    "lora": (originals.write_lora, Kind.ORIGINAL_LORA),
-    "lora, bin": (lambda f, p: originals.write_lora(f, p, ending="bin"), Kind.ORIGINAL_LORA),
-    "projector": (originals.write_projector_only, Kind.ORIGINAL_PROJECTOR),
-    "hub": (originals.write_hub, Kind.HUB),
-    "hub, new names": (lambda f, p: originals.write_hub(f, p, rename=originals.new_hub_name), Kind.HUB),
-    "hub, shards": (lambda f, p: originals.write_hub(f, p, num_shards=2), Kind.HUB),
+LAYOUTS: dict[str, tuple[Writer, LayoutKind]] = {
+    "bundle": (write_bundle, LayoutKind.BUNDLE),
+    "checkpoint": (write_checkpoint, LayoutKind.BUNDLE),
+    "original": (originals.write_original, LayoutKind.ORIGINAL),
+    "original, shards": (lambda f, p: originals.write_original(f, p, num_shards=3), LayoutKind.ORIGINAL),
+    "original, bin": (lambda f, p: originals.write_original(f, p, ending="bin"), LayoutKind.ORIGINAL),
+    "original, bin shards": (
+        lambda f, p: originals.write_original(f, p, ending="bin", num_shards=2),
+        LayoutKind.ORIGINAL,
+    ),
+    "original with tower": (lambda f, p: originals.write_original(f, p, with_tower=True), LayoutKind.ORIGINAL),
+    "original, exported": (write_exported_original, LayoutKind.ORIGINAL),
+    "lora": (originals.write_lora, LayoutKind.ORIGINAL_LORA),
+    "lora, bin": (lambda f, p: originals.write_lora(f, p, ending="bin"), LayoutKind.ORIGINAL_LORA),
+    "projector": (originals.write_projector_only, LayoutKind.ORIGINAL_PROJECTOR),
+    "hub": (originals.write_hub, LayoutKind.HUB),
+    "hub, new names": (lambda f, p: originals.write_hub(f, p, rename=originals.new_hub_name), LayoutKind.HUB),
+    "hub, shards": (lambda f, p: originals.write_hub(f, p, num_shards=2), LayoutKind.HUB),
 }
 
 
@@ -89,19 +93,21 @@ def base(parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def losses(samples, pack) -> Callable[[LlavaParts], torch.Tensor]:
     def of(parts: LlavaParts) -> torch.Tensor:
         with torch.no_grad():
-            result: torch.Tensor = parts.llava(*pack(parts, samples(parts.image_tokens.num_features)).inputs)
+            result: torch.Tensor = token_losses(
+                parts.llava, *pack(parts, samples(parts.image_tokens.num_features)).inputs
+            )
         return result
 
     return of
 
 
-def needed(kind: Kind, folders, base: Path) -> dict[str, str]:
+def needed(kind: LayoutKind, folders, base: Path) -> dict[str, str]:
     """What a folder of that kind does not say itself."""
-    if kind is Kind.BUNDLE:
+    if kind is LayoutKind.BUNDLE:
         return {}
-    if kind is Kind.HUB:
+    if kind is LayoutKind.HUB:
         return {"version": "v1"}
-    over = {"model_base": str(base)} if kind in (Kind.ORIGINAL_LORA, Kind.ORIGINAL_PROJECTOR) else {}
+    over = {"model_base": str(base)} if kind in (LayoutKind.ORIGINAL_LORA, LayoutKind.ORIGINAL_PROJECTOR) else {}
     return {**over, "vision_tower": str(folders.tower()), "version": "v1"}
 
 
@@ -114,7 +120,7 @@ def test_every_layout_is_the_same_model(name: str, parts, folders, base, losses,
     assert torch.equal(losses(loaded), losses(parts))
     assert not any(module.training for module in [loaded.llava, loaded.tower])
     assert loaded.tokenizer.get_vocab() == parts.tokenizer.get_vocab()
-    expected_ratio = "square" if kind is Kind.HUB else "pad"
+    expected_ratio = "square" if kind is LayoutKind.HUB else "pad"
     assert (loaded.template.name, loaded.image_spec.aspect_ratio) == ("v1", expected_ratio)
     assert describe_model(loaded).startswith(f"{folder}: {kind}, template 'v1'")
 
@@ -140,7 +146,7 @@ def test_a_blueprint_reads_no_weights(name: str, parts, folders, base, tmp_path:
         if file.name != "mm_projector.bin":  # which says what the folder is
             file.unlink()
     blueprint = read_pretrained_blueprint(folder, **needed(kind, folders, base))
-    assert blueprint.layout.missing or kind is Kind.ORIGINAL_PROJECTOR
+    assert blueprint.layout.missing or kind is LayoutKind.ORIGINAL_PROJECTOR
     assert blueprint.image_tokens.num_features == 16
 
 
@@ -254,7 +260,7 @@ def test_other_bits_are_refused(parts, folders, base, tmp_path: Path) -> None:
 
 def test_plain_language_model_gets_a_new_projector(folders) -> None:
     loaded = load_pretrained_model(folders.language_model(), vision_tower=folders.tower(), version="v1")
-    assert loaded.layout.kind is Kind.LANGUAGE_MODEL
+    assert loaded.layout.kind is LayoutKind.LANGUAGE_MODEL
     assert "projector is new" in describe_model(loaded)
 
 

@@ -10,9 +10,9 @@ import torch
 import transformers
 
 from llava_ray.errors import ModelError
-from llava_ray.model.bundle import assemble
-from llava_ray.model.packing import PROVEN, check_packing
-from llava_ray.model.sources import load_padding_tokenizer
+from llava_ray.model.assembly import assemble
+from llava_ray.model.formats.sources import load_padding_tokenizer
+from llava_ray.model.network.packing import PROVEN, check_packing
 
 
 @pytest.mark.parametrize("key", ["model_name_or_path", "vision_tower"])
@@ -41,13 +41,13 @@ def damaged(folders, tmp_path: Path) -> Path:
 def test_cut_weights(damaged: Path, folders) -> None:
     file = damaged / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(ModelError, match=r"damaged/model\.safetensors is no whole safetensors file"):
+    with pytest.raises(ModelError, match=r"damaged/model\.safetensors is not a whole safetensors file"):
         assemble(folders.config(model_name_or_path=str(damaged)), "pad")
 
 
 def test_no_weights(damaged: Path, folders) -> None:
     (damaged / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"damaged \(plain language model\) is not whole: it holds no weights"):
+    with pytest.raises(ModelError, match=r"damaged \(plain language model\) is incomplete: it holds no weights"):
         assemble(folders.config(model_name_or_path=str(damaged)), "pad")
 
 

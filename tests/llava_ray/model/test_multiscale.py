@@ -7,8 +7,8 @@ from torch.nn.functional import interpolate
 
 from llava_ray.errors import ConfigError, ModelError
 from llava_ray.model.blueprint import read_blueprint
-from llava_ray.model.multiscale import merge_chessboard, split_chessboard
-from llava_ray.model.tower import load_vision_tower
+from llava_ray.model.formats.tower_loading import load_vision_tower
+from llava_ray.model.network.multiscale import merge_chessboard, split_chessboard
 
 SIDE = fakes.IMAGE_SIZE
 GRID = SIDE // fakes.PATCH

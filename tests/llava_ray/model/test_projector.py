@@ -7,7 +7,8 @@ from safetensors.torch import save_file
 from torch.nn.functional import gelu, linear
 
 from llava_ray.errors import ModelError
-from llava_ray.model.projector import adopt_projector, build_projector, load_projector_weights
+from llava_ray.model.formats.projector_files import load_projector_weights
+from llava_ray.model.network.projector import adopt_projector, build_projector
 
 
 def test_two_layers_have_llavas_tensor_names_and_exact_gelu() -> None:
@@ -106,7 +107,7 @@ def test_no_file_names_the_path(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["broken.safetensors", "mm_projector.bin"])
 def test_damaged_file_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"not a model")
-    with pytest.raises(ModelError, match=rf"{name} is (no whole safetensors file|cut off, damaged)"):
+    with pytest.raises(ModelError, match=rf"{name} is (not a whole safetensors file|cut off, damaged)"):
         load_projector_weights(tmp_path / name)
 
 

@@ -1,7 +1,8 @@
 import pytest
 
-from llava_ray.model.published_layouts import hub_name, original_name
-from llava_ray.model.published_names import VISION_TOWER, bare_tower_name, to_hub, to_original
+from llava_ray.model.formats.hub.names import from_hub, to_hub
+from llava_ray.model.formats.names import VISION_TOWER_PREFIX, bare_tower_name
+from llava_ray.model.formats.original.names import from_original, to_original
 
 # ours, the original's, the hub's as older programs know it, the hub's as transformers has named it since 4.52
 NAMES = [
@@ -48,23 +49,23 @@ NAMES = [
 
 def ours_of(name: str) -> str:
     """A tower's tensors have one level less than some versions of transformers write."""
-    own = name.removeprefix(VISION_TOWER)
-    return name if own == name else VISION_TOWER + bare_tower_name(own)
+    own = name.removeprefix(VISION_TOWER_PREFIX)
+    return name if own == name else VISION_TOWER_PREFIX + bare_tower_name(own)
 
 
 @pytest.mark.parametrize(("ours", "original", "hub", "new_hub"), NAMES)
 def test_there_and_back(ours: str, original: str, hub: str, new_hub: str) -> None:
     assert to_original(ours) == original
     assert to_hub(ours, vision_model=True) == hub
-    assert ours_of(original_name(original)) == ours_of(hub_name(hub)) == ours_of(hub_name(new_hub)) == ours
+    assert ours_of(from_original(original)) == ours_of(from_hub(hub)) == ours_of(from_hub(new_hub)) == ours
 
 
 def test_a_dinov2_has_no_vision_model_level() -> None:
     name = "vision_tower.encoder.layer.0.norm1.weight"
     assert to_hub(name, vision_model=False) == name
-    assert hub_name(name) == name
+    assert from_hub(name) == name
 
 
 def test_a_linear_projector() -> None:
     assert to_original("projector.weight") == "model.mm_projector.weight"
-    assert original_name("model.mm_projector.weight") == "projector.weight"
+    assert from_original("model.mm_projector.weight") == "projector.weight"

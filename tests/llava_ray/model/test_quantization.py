@@ -6,23 +6,25 @@ from typing import Literal
 
 import pytest
 import torch
+from losses import token_losses
 from torch import nn
 
 from llava_ray.config.lora import LoraConfig, Quantization
 from llava_ray.errors import BundleError, ModelError
 from llava_ray.generate.decoding import Stops, generate_batch
 from llava_ray.model.adaptation import adapt
-from llava_ray.model.adapters import adapter_parameters, has_adapter, merge
-from llava_ray.model.bundle import LlavaParts, assemble, save_bundle
+from llava_ray.model.assembly import LlavaParts, assemble, merge
+from llava_ray.model.formats.manifest import read_manifest
 from llava_ray.model.freezing import freeze
 from llava_ray.model.loading import load_pretrained_model
-from llava_ray.model.manifest import read_manifest
-from llava_ray.model.quantization import (
+from llava_ray.model.lora.adapters import adapter_parameters, has_adapter
+from llava_ray.model.network.quantization import (
     bitsandbytes_config,
-    chosen,
+    choose_quantization,
     count_elements,
     find_quantization,
 )
+from llava_ray.model.saving import save_bundle
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +55,7 @@ def quantised(folders, lora: LoraConfig = QLORA, **settings: object) -> LlavaPar
 
 def losses(parts: LlavaParts, samples, pack) -> torch.Tensor:
     with torch.no_grad():
-        result: torch.Tensor = parts.llava(*pack(parts, samples(parts.image_tokens.num_features)).inputs)
+        result: torch.Tensor = token_losses(parts.llava, *pack(parts, samples(parts.image_tokens.num_features)).inputs)
     return result
 
 
@@ -91,7 +93,7 @@ def test_computing_changes_nothing_of_what_was_quantised(folders, samples, pack)
         if isinstance(layer, nn.Dropout):
             layer.p = 0.0
     row = pack(parts, samples(parts.image_tokens.num_features))
-    trained: torch.Tensor = parts.llava(*row.inputs).detach()
+    trained: torch.Tensor = token_losses(parts.llava, *row.inputs).detach()
     parts.llava.eval()
     for _ in range(2):
         assert torch.allclose(losses(parts, samples, pack), trained, atol=1e-6)
@@ -147,11 +149,11 @@ def test_a_bundle_is_loaded_in_other_bits_when_asked(folders, samples, pack, tmp
 
 def test_bits_as_trained_unless_they_are_given() -> None:
     trained = Quantization(bits=4, quant_type="fp4", double_quant=False)
-    assert chosen(None, trained) == chosen(4, trained) == trained
-    assert chosen(16, trained) is None
-    assert chosen(8, trained) == Quantization(bits=8)
-    assert chosen(4, None) == Quantization(bits=4)
-    assert chosen(None, None) is None
+    assert choose_quantization(None, trained) == choose_quantization(4, trained) == trained
+    assert choose_quantization(16, trained) is None
+    assert choose_quantization(8, trained) == Quantization(bits=8)
+    assert choose_quantization(4, None) == Quantization(bits=4)
+    assert choose_quantization(None, None) is None
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -165,7 +167,7 @@ def test_an_adapter_learns_over_a_quantised_base(bits: Literal[4, 8], folders, s
     optimizer = torch.optim.AdamW(learning, lr=1e-2)
     curve = []
     for _ in range(8):
-        loss = parts.llava(*row.inputs).mean()
+        loss = token_losses(parts.llava, *row.inputs).mean()
         loss.backward()
         assert all(parameter.grad is not None and parameter.grad.any() for parameter in learning)
         optimizer.step()
@@ -176,7 +178,7 @@ def test_an_adapter_learns_over_a_quantised_base(bits: Literal[4, 8], folders, s
 
 def test_a_quantised_model_is_not_written_as_a_whole(folders, tmp_path: Path) -> None:
     parts = assemble(folders.config(), "pad", quantization=Quantization(bits=4))
-    with pytest.raises(BundleError, match="is quantised, and a bundle holds weights as they are"):
+    with pytest.raises(BundleError, match="is quantised, and a bundle holds unquantised weights"):
         save_bundle(tmp_path / "bundle", parts, include="all")
     save_bundle(tmp_path / "bundle", parts, include="projector")
     assert load_pretrained_model(tmp_path / "bundle").manifest.quantization == Quantization(bits=4)

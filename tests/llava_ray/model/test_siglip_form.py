@@ -11,19 +11,19 @@ from published import read
 from transformers import Dinov2Config, Dinov2Model, LlavaForConditionalGeneration, SiglipVisionModel
 
 from llava_ray.errors import ModelError
-from llava_ray.model.bundle import save_bundle
-from llava_ray.model.hub_export import export_hub
-from llava_ray.model.model_files import open_model
-from llava_ray.model.published_names import VISION_TOWER
-from llava_ray.model.siglip_form import (
+from llava_ray.model.formats.hub.siglip_form import (
     approximate,
-    compare,
     draw_images,
-    load,
+    load_backbone,
+    measure_feature_difference,
     open_images,
     siglip_config,
     siglip_tensors,
 )
+from llava_ray.model.formats.hub.write import export_hub
+from llava_ray.model.formats.model_opening import open_model
+from llava_ray.model.formats.names import VISION_TOWER_PREFIX
+from llava_ray.model.saving import save_bundle
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +36,16 @@ def model(folders, tmp_path_factory):
 def state_of(model) -> dict[str, torch.Tensor]:
     """The tower's tensors, with scales that do not leave everything as it is."""
     torch.manual_seed(3)
-    state = {name: tensor.load() for name, tensor in model.part(VISION_TOWER).items()}
+    state = {name: tensor.load() for name, tensor in model.part(VISION_TOWER_PREFIX).items()}
     return {n: t + 0.5 * torch.randn_like(t) if "layer_scale" in n or "bias" in n else t for n, t in state.items()}
 
 
 def test_it_is_the_dinov2_without_its_class_token(model) -> None:
     """LayerScale folded in and positions interpolated lose nothing: compared with the blocks run on patches alone."""
     state = state_of(model)
-    original = load(Dinov2Model, Dinov2Config(**model.tower_config), state)
+    original = load_backbone(Dinov2Model, Dinov2Config(**model.tower_config), state)
     tensors = siglip_tensors(original, state, fakes.IMAGE_SIZE)
-    form = load(SiglipVisionModel, siglip_config(original.config, fakes.IMAGE_SIZE), tensors)
+    form = load_backbone(SiglipVisionModel, siglip_config(original.config, fakes.IMAGE_SIZE), tensors)
     pixels = torch.randn(2, 3, fakes.IMAGE_SIZE, fakes.IMAGE_SIZE)
     with torch.no_grad():
         hidden = original.embeddings(pixels)[:, 1:]
@@ -85,7 +85,7 @@ def test_pictures_can_be_given(model, tmp_path: Path) -> None:
 def test_the_difference_is_what_it_says() -> None:
     before = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])
     after = torch.tensor([[[1.0, 0.0], [2.0, 0.0]]])
-    difference = compare(before, after)
+    difference = measure_feature_difference(before, after)
     assert (difference.mean_cosine, difference.lowest_cosine) == (0.5, 0.0)
     assert difference.relative_distance == pytest.approx((8 / 5) ** 0.5)
 

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from llava_ray.errors import ModelError
-from llava_ray.model.tensor_files import read_tensor_file, read_weights
-from llava_ray.model.tensor_reading import LazyTensor, map_tensor, read_tensor, read_tensors
+from llava_ray.model.tensors.tensor_files import read_tensor_file, read_weights
+from llava_ray.model.tensors.tensor_reading import LazyTensor, map_tensor, read_tensor, read_tensors
 
 DTYPES = (
     torch.float64,

@@ -5,13 +5,15 @@ from pathlib import Path
 import fakes
 import pytest
 import torch
+from losses import token_losses
 from transformers import AutoModel
 
 from llava_ray.config.sections import FinetuneConfig, TrainConfig
 from llava_ray.errors import ConfigError
-from llava_ray.model.bundle import LlavaParts, save_bundle
+from llava_ray.model.assembly import LlavaParts
 from llava_ray.model.freezing import freeze
 from llava_ray.model.loading import load_pretrained_model
+from llava_ray.model.saving import save_bundle
 from llava_ray.train.groups import parameter_groups
 
 
@@ -45,7 +47,7 @@ def test_every_row_touches_every_parameter_that_learns(kind: str, settings, fold
     row, text = pack(parts, [with_image]) if scale == 1 else None, pack(parts, [without])
     pixels = with_image.pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     ids, positions, labels = with_image.input_ids, with_image.position_ids, with_image.labels
-    parts.llava(ids, positions, labels, pixels=pixels).sum().backward()
+    token_losses(parts.llava, ids, positions, labels, pixels=pixels).sum().backward()
     learning = {name: p for name, p in parts.llava.named_parameters() if p.requires_grad}
     tower_names = [name for name in learning if name.startswith("vision_tower.")]
     assert tower_names
@@ -55,14 +57,17 @@ def test_every_row_touches_every_parameter_that_learns(kind: str, settings, fold
     ]
     assert not quiet
     parts.llava.zero_grad()
-    parts.llava(*text.inputs).sum().backward()
+    token_losses(parts.llava, *text.inputs).sum().backward()
     for name, parameter in learning.items():
         assert parameter.grad is not None, name
         if name in tower_names:
             assert not parameter.grad.any(), name
     if row is not None:
         torch.testing.assert_close(
-            parts.llava(ids, positions, labels, pixels=pixels), parts.llava(*row.inputs), rtol=0, atol=1e-5
+            token_losses(parts.llava, ids, positions, labels, pixels=pixels),
+            token_losses(parts.llava, *row.inputs),
+            rtol=0,
+            atol=1e-5,
         )
 
 
@@ -95,7 +100,9 @@ def test_a_bundle_holds_the_tower_as_it_has_become(kind: str, include, folders, 
     parts = tuned(folders, kind)
     optimizer = torch.optim.SGD([p for p in parts.llava.parameters() if p.requires_grad], lr=0.1)
     sample = samples(parts.image_tokens.num_features)[0]
-    parts.llava(sample.input_ids, sample.position_ids, sample.labels, pixels=sample.pixels).sum().backward()
+    token_losses(
+        parts.llava, sample.input_ids, sample.position_ids, sample.labels, pixels=sample.pixels
+    ).sum().backward()
     optimizer.step()
     # As gathered from an engine: names of Llava, and nothing of the tower's blocks that were set aside.
     save_bundle(tmp_path / "bundle", parts, dict(parts.llava.state_dict()), include=include)

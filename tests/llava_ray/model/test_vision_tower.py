@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
 
 from llava_ray.errors import ModelError
-from llava_ray.model.tower import load_vision_tower
+from llava_ray.model.formats.tower_loading import load_vision_tower
 
 pytestmark = pytest.mark.slow
 
@@ -94,7 +94,7 @@ def test_many_views_are_extracted_a_few_at_a_time(folders, monkeypatch: pytest.M
     views = torch.randn(7, 3, fakes.IMAGE_SIZE, fakes.IMAGE_SIZE)
     expected, seen = tower(views / 2), []
     tower.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
-    monkeypatch.setattr("llava_ray.model.tower.IMAGES_PER_FORWARD", 3)
+    monkeypatch.setattr("llava_ray.model.network.tower.IMAGES_PER_FORWARD", 3)
     torch.testing.assert_close(tower.extract(views, lambda some: some / 2), expected)
     assert seen == [3, 3, 1]
 

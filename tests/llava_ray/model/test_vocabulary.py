@@ -5,15 +5,17 @@ from pathlib import Path
 import fakes
 import pytest
 import torch
+from losses import token_losses
 
 from llava_ray.chat.conversation import IMAGE_TOKEN_INDEX, Turn
 from llava_ray.chat.tokens import tokenize_conversation, tokenize_prompt
 from llava_ray.errors import ModelError
 from llava_ray.generate.decoding import Stops, generate_batch
-from llava_ray.model.bundle import LlavaParts, save_bundle
-from llava_ray.model.embeddings import extend_embeddings
+from llava_ray.model.assembly import LlavaParts
 from llava_ray.model.freezing import freeze
 from llava_ray.model.loading import load_pretrained_model
+from llava_ray.model.network.embeddings import extend_embeddings
+from llava_ray.model.saving import save_bundle
 
 pytestmark = pytest.mark.slow
 
@@ -80,7 +82,7 @@ def align(parts: LlavaParts, samples) -> None:
     ids = torch.cat([sample.input_ids[:, :1], around[0], sample.input_ids[:, 1:], around[1]], 1)
     labels = torch.cat([sample.labels[:, :1], sample.labels[:, :1], sample.labels[:, 1:], sample.labels[:, :1]], 1)
     optimizer = torch.optim.AdamW([p for p in parts.llava.parameters() if p.requires_grad], lr=0.1, weight_decay=0.0)
-    losses = parts.llava(ids, torch.arange(ids.shape[1])[None], labels, parts.tower(sample.pixels))
+    losses = token_losses(parts.llava, ids, torch.arange(ids.shape[1])[None], labels, parts.tower(sample.pixels))
     losses.sum().backward()
     optimizer.step()
 
@@ -143,9 +145,9 @@ def test_the_originals_adapter_brings_its_rows(num_rows: int, folders, tmp_path:
 
 def test_rows_of_another_model_are_refused(folders) -> None:
     model = folders.assemble().llava.language_model
-    with pytest.raises(ModelError, match=r"brings \(2, 5\) embeddings, but 2 new tokens of width 32"):
+    with pytest.raises(ModelError, match=r"has \(2, 5\) embeddings, but 2 new tokens of width 32"):
         extend_embeddings(model, [300, 301], torch.zeros(2, 5))
-    with pytest.raises(ModelError, match=r"brings \(1, 32\) embeddings, but 2 new tokens"):
+    with pytest.raises(ModelError, match=r"has \(1, 32\) embeddings, but 2 new tokens"):
         extend_embeddings(model, [300, 301], torch.zeros(1, 32))
 
 

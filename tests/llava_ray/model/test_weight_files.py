@@ -10,7 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 from llava_ray.errors import ModelError
-from llava_ray.model.weight_files import held, read_file, read_folder, write_file, write_folder
+from llava_ray.model.tensors.weight_files import (
+    read_folder,
+    read_weight_file,
+    wrap_tensor,
+    write_folder,
+    write_weight_file,
+)
 
 TENSORS = {
     "b": torch.randn(3, 5, dtype=torch.bfloat16),
@@ -31,19 +37,21 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> b
 
 
 def test_what_is_written_is_what_the_library_reads(tmp_path: Path) -> None:
-    write_file(tmp_path / "x.safetensors", {name: held(tensor) for name, tensor in TENSORS.items()}, {"k": "v"})
+    write_weight_file(
+        tmp_path / "x.safetensors", {name: wrap_tensor(tensor) for name, tensor in TENSORS.items()}, {"k": "v"}
+    )
     assert same(load_file(tmp_path / "x.safetensors"), TENSORS)
-    assert same({n: t.load() for n, t in read_file(tmp_path / "x.safetensors").items()}, TENSORS)
+    assert same({n: t.load() for n, t in read_weight_file(tmp_path / "x.safetensors").items()}, TENSORS)
 
 
 def test_an_empty_file_can_be_written(tmp_path: Path) -> None:
-    write_file(tmp_path / "x.safetensors", {})
+    write_weight_file(tmp_path / "x.safetensors", {})
     assert load_file(tmp_path / "x.safetensors") == {}
 
 
 def test_shards_and_index(tmp_path: Path) -> None:
     tensors = {f"t{i}": torch.full((100,), float(i)) for i in range(5)}
-    files = write_folder(tmp_path, {n: held(t) for n, t in tensors.items()}, max_shard_bytes=900)
+    files = write_folder(tmp_path, {n: wrap_tensor(t) for n, t in tensors.items()}, max_shard_bytes=900)
     assert [file.name for file in files] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 2000
@@ -56,7 +64,7 @@ def test_torch_pickles_are_read_too(tmp_path: Path) -> None:
 
 
 def test_a_missing_shard_is_named_with_a_tensor(tmp_path: Path) -> None:
-    write_folder(tmp_path, {f"t{i}": held(torch.ones(100)) for i in range(4)}, max_shard_bytes=900)
+    write_folder(tmp_path, {f"t{i}": wrap_tensor(torch.ones(100)) for i in range(4)}, max_shard_bytes=900)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     message = "shard model-00002-of-00002.safetensors is not there, .* holds 2 tensors, the first is t2"
     with pytest.raises(ModelError, match=message):
@@ -66,11 +74,11 @@ def test_a_missing_shard_is_named_with_a_tensor(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_memory_is_that_of_one_tensor(tmp_path: Path) -> None:
     """240 MB in 60 tensors pass through a process that may grow by 100 MB: torch itself and a few tensors."""
-    write_folder(tmp_path, {f"t{i}": held(torch.ones(1_000_000)) for i in range(60)}, max_shard_bytes=10**8)
+    write_folder(tmp_path, {f"t{i}": wrap_tensor(torch.ones(1_000_000)) for i in range(60)}, max_shard_bytes=10**8)
     script = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from llava_ray.model.weight_files import read_folder, write_folder\n"
+        "from llava_ray.model.tensors.weight_files import read_folder, write_folder\n"
         "def anonymous():\n"
         "    return int(next(l for l in open('/proc/self/status') if l.startswith('RssAnon')).split()[1])\n"
         "folder = Path(sys.argv[1])\n"

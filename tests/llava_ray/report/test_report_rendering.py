@@ -17,14 +17,14 @@ from llava_ray.report.pieces import (
     Note,
     Picture,
     Report,
+    ReportToken,
     Section,
     Series,
     Table,
-    Token,
     TokenText,
     bar_chart,
 )
-from llava_ray.report.rendering import render, write_report
+from llava_ray.report.rendering import render_report, write_report
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -71,7 +71,7 @@ class Page(HTMLParser):
 
 
 def page_of(*pieces):
-    return Page(render(Report("Title", "Summary", [Section("Section", pieces)])))
+    return Page(render_report(Report("Title", "Summary", [Section("Section", pieces)])))
 
 
 def everything(text="plain"):
@@ -83,7 +83,14 @@ def everything(text="plain"):
         LineChart(text, [Series(text, [0, 1], [2, 1]), Series(text + "2", [0, 1], [2, 1])], text, text),
         Histogram(text, [1, 2, 2], text, text, limit=2, limit_label=text),
         Gallery([picture]),
-        TokenText([Token(text, "context"), Token(text, "learnt"), Token(text, "image"), Token(text, "cut")]),
+        TokenText(
+            [
+                ReportToken(text, "context"),
+                ReportToken(text, "learnt"),
+                ReportToken(text, "image"),
+                ReportToken(text, "cut"),
+            ]
+        ),
         Links([Link(text, "https://example.org/?a=1&b=2")]),
         Card(text, [Note(text)], [picture], text, "there"),
     ]
@@ -91,7 +98,7 @@ def everything(text="plain"):
 
 
 def test_a_report_is_one_well_formed_page_that_asks_for_nothing_else():
-    text = render(everything())
+    text = render_report(everything())
     page = Page(text)
     assert page.well_formed
     assert text.startswith("<!doctype html>")
@@ -105,11 +112,11 @@ def test_a_report_is_one_well_formed_page_that_asks_for_nothing_else():
 
 
 def test_all_text_is_taken_literally():
-    page = Page(render(everything(HOSTILE)))
+    page = Page(render_report(everything(HOSTILE)))
     assert page.well_formed
     assert not page.all("script")
     assert not [attrs for tag, attrs, _ in page.elements if "onload" in attrs]
-    plain = Page(render(everything("word")))
+    plain = Page(render_report(everything("word")))
     assert [tag for tag, _, _ in page.elements if tag not in ("path", "g", "text")] == [
         tag for tag, _, _ in plain.elements if tag not in ("path", "g", "text")
     ]
@@ -118,7 +125,7 @@ def test_all_text_is_taken_literally():
 
 
 def test_headings_and_pictures_can_be_heard():
-    page = Page(render(everything()))
+    page = Page(render_report(everything()))
     levels = [int(tag[1]) for tag, _, _ in page.elements if tag in ("h1", "h2", "h3")]
     assert levels == [1, 2, 3, 2, 2, 2]
     assert all(attrs["alt"] for attrs, _ in page.all("img"))
@@ -155,8 +162,13 @@ def test_a_bar_of_nothing_is_empty(value):
 
 
 def test_learnt_tokens_are_marked_one_by_one():
-    tokens = [Token("ASK:", "context"), Token(" Yes", "learnt"), Token("\n", "learnt"), Token("image", "image")]
-    page = page_of(TokenText([*tokens, Token(" more", "cut")]))
+    tokens = [
+        ReportToken("ASK:", "context"),
+        ReportToken(" Yes", "learnt"),
+        ReportToken("\n", "learnt"),
+        ReportToken("image", "image"),
+    ]
+    page = page_of(TokenText([*tokens, ReportToken(" more", "cut")]))
     assert [text for _, text in page.all("mark")] == [" Yes", "↵\n"]
     assert [text for _, text in page.all("s")] == [" more"]
     assert page.all("p", **{"class": "tokens"})[0][1] == "ASK: Yes↵\nimage more"
@@ -176,7 +188,7 @@ def test_cards_are_where_links_lead():
 
 
 def test_contents_lead_to_sections_once_there_are_many():
-    few, many = (Page(render(Report("T", "S", [Section(f"Part {i}", [])] * n))) for i, n in ((1, 3), (2, 4)))
+    few, many = (Page(render_report(Report("T", "S", [Section(f"Part {i}", [])] * n))) for i, n in ((1, 3), (2, 4)))
     assert not few.all("nav")
     assert {attrs["href"] for attrs, _ in many.all("a")} == {"#part-2"}
     assert many.all("h2", id="part-2")
@@ -194,7 +206,7 @@ def test_a_picture_of_another_format_is_refused():
 
 
 def test_the_same_report_is_the_same_page():
-    assert render(everything()) == render(everything())
+    assert render_report(everything()) == render_report(everything())
 
 
 def test_a_report_is_written_whole_in_a_new_folder(tmp_path):

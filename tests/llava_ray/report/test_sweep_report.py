@@ -5,10 +5,10 @@ import re
 
 from llava_ray.report.charts import WIDTHS, describe_chart, draw_chart
 from llava_ray.report.pieces import Links, ParallelChart
-from llava_ray.report.rendering import render
+from llava_ray.report.rendering import render_report
 from llava_ray.report.sweep import (
     BAD,
-    BEST,
+    BEST_KIND,
     EARLY,
     WHOLE,
     SweepSummary,
@@ -27,7 +27,7 @@ def row(number: int, kind: str, rate: float, losses: list[float], state: str = "
 
 ROWS = [
     row(1, WHOLE, 1e-3, [0.9, 0.5, 0.4]),
-    row(2, BEST, 1e-2, [0.8, 0.4, 0.2]),
+    row(2, BEST_KIND, 1e-2, [0.8, 0.4, 0.2]),
     row(3, EARLY, 3e-2, [0.95], "stopped early"),
     row(4, BAD, 1.0, [], "diverged: step 3: the loss is nan"),
 ]
@@ -42,12 +42,12 @@ SUMMARY = SweepSummary(
     seconds=100.0,
     importance={"learning_rate": 0.8, "mm_projector_type": 0.1},
     advice=["Try lower learning rates."],
-    unbeaten=[["trial 2", 0.2, "80.0%", 12], ["trial 1", 0.4, "60.0%", 10]],
+    pareto_front=[["trial 2", 0.2, "80.0%", 12], ["trial 1", 0.4, "60.0%", 10]],
 )
 
 
 def test_the_page_shows_each_trial_as_what_it_is():
-    page = render(sweep_report(SUMMARY, ROWS, Links([])))
+    page = render_report(sweep_report(SUMMARY, ROWS, Links([])))
     for text in (
         "2 ★",
         "stopped early",
@@ -57,12 +57,11 @@ def test_the_page_shows_each_trial_as_what_it_is():
         "The best beats the recipe&#39;s own settings.",
         "Try lower learning rates.",
         "Settings and results",
-        "How settings compare",
         "30/30",
-        "How they went",
-        "What mattered",
+        "Learning curves",
+        "Importance of settings",
         "Cost",
-        "Not beaten in both quality and cost",
+        "Pareto front of quality and cost",
     ):
         assert text in page
     assert "Attention" not in page
@@ -70,11 +69,11 @@ def test_the_page_shows_each_trial_as_what_it_is():
 
 def test_a_best_that_does_not_beat_the_default_is_a_warning():
     summary = SweepSummary(**{**vars(SUMMARY), "beats_default": False, "default": "It does not beat it."})
-    assert "Attention" in render(sweep_report(summary, ROWS, Links([])))
+    assert "Attention" in render_report(sweep_report(summary, ROWS, Links([])))
 
 
 def test_a_sweep_in_which_all_failed_still_has_its_page():
-    page = render(sweep_report(SUMMARY, [row(1, BAD, 1.0, [], "failed: DataError: no")], Links([])))
+    page = render_report(sweep_report(SUMMARY, [row(1, BAD, 1.0, [], "failed: DataError: no")], Links([])))
     assert "failed: DataError: no" in page
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from llava_ray.report.pieces import Link, Links, Note
-from llava_ray.report.rendering import render
+from llava_ray.report.rendering import render_report
 from llava_ray.report.tuning import Accuracy, smoothed, tuning_report
 
 
@@ -19,7 +19,7 @@ def test_numbers_stand_in_summary_and_page():
     report = make(0.93)
     assert "93.0% of 1,000 held-out questions" in report.summary
     assert "71.8%" in report.summary
-    page = render(report)
+    page = render_report(report)
     assert "colour (125)" in page
     assert "42 s" in page
 
@@ -38,5 +38,5 @@ def test_smoothing_starts_at_the_first_value_and_follows_slowly():
 
 
 def test_a_logarithmic_axis_is_labelled_in_plain_numbers():
-    page = render(make(0.93))
+    page = render_report(make(0.93))
     assert "mathdefault" not in page

@@ -13,7 +13,7 @@ from llava_ray.errors import JudgeError
 from llava_ray.review.batches import Batches, batch_client
 from llava_ray.review.ledger_file import LedgerFile, read_account, read_final_rows
 from llava_ray.review.pool import Progress
-from llava_ray.review.rates import Purse
+from llava_ray.review.rates import Budget
 
 PRICE = ("--judge.input_dollars", "1", "--judge.output_dollars", "2")
 
@@ -25,20 +25,20 @@ def judge() -> Iterator[Remote]:
 
 
 @pytest.fixture
-def job(judge: Remote, tmp_path: Path) -> review_run.Job:
+def job(judge: Remote, tmp_path: Path) -> review_run.ReviewJob:
     judge.play()
     files = write_review_files(tmp_path / "files", 30)
     delivery = ("--judge.delivery", "batch", "--judge.max_tokens", "64")
     return review_run.prepare(flags(files, judge.base_url, tmp_path / "out", *PRICE, *delivery))
 
 
-def run(job: review_run.Job, cap: float | None = None, session: str = "s") -> Progress:
+def run(job: review_run.ReviewJob, cap: float | None = None, session: str = "s") -> Progress:
     """Send what is waiting in batches, without waiting between looks."""
     (spec,) = job.plan.judges.values()
     ledger = LedgerFile(job.ledger, session)
     progress = Progress(len(job.plan), 0)
     try:
-        batches = Batches(job.plan, spec, ledger, batch_client(spec), Purse(cap), 0.0, lambda seconds: None)
+        batches = Batches(job.plan, spec, ledger, batch_client(spec), Budget(cap), 0.0, lambda seconds: None)
         for _ in batches.run(job.waiting(), progress):
             pass
     finally:
@@ -46,7 +46,7 @@ def run(job: review_run.Job, cap: float | None = None, session: str = "s") -> Pr
     return progress
 
 
-def test_all_come_back_once(job: review_run.Job, judge: Remote) -> None:
+def test_all_come_back_once(job: review_run.ReviewJob, judge: Remote) -> None:
     judge.play(batch_s=0.2)
     progress = run(job)
     assert (progress.done, progress.failed, judge.stats()["batches"]) == (60, 0, 1)
@@ -57,7 +57,7 @@ def test_all_come_back_once(job: review_run.Job, judge: Remote) -> None:
     assert job.waiting() == []
 
 
-def test_what_expired_or_failed_goes_out_again(job: review_run.Job, judge: Remote) -> None:
+def test_what_expired_or_failed_goes_out_again(job: review_run.ReviewJob, judge: Remote) -> None:
     judge.play(expire=0.2, batch_faults=0.2)
     progress = run(job)
     assert progress.done == 60
@@ -68,7 +68,7 @@ def test_what_expired_or_failed_goes_out_again(job: review_run.Job, judge: Remot
     assert account.refused > 10
 
 
-def test_what_never_comes_is_listed(job: review_run.Job, judge: Remote) -> None:
+def test_what_never_comes_is_listed(job: review_run.ReviewJob, judge: Remote) -> None:
     judge.play(batch_faults=1.0)
     progress = run(job)
     assert (progress.done, progress.failed, judge.stats()["batches"]) == (0, 60, 5)
@@ -76,7 +76,7 @@ def test_what_never_comes_is_listed(job: review_run.Job, judge: Remote) -> None:
 
 
 @pytest.mark.parametrize("noted", [True, False])
-def test_a_killed_jobs_batch_is_found_again(job: review_run.Job, judge: Remote, noted: bool) -> None:
+def test_a_killed_jobs_batch_is_found_again(job: review_run.ReviewJob, judge: Remote, noted: bool) -> None:
     judge.play(batch_s=0.3)
 
     class KilledError(Exception):
@@ -91,20 +91,20 @@ def test_a_killed_jobs_batch_is_found_again(job: review_run.Job, judge: Remote, 
     if not noted:
         ledger.name_batch = lambda by, batch: None  # type: ignore[method-assign]
     with pytest.raises(KilledError):
-        list(Killed(job.plan, spec, ledger, batch_client(spec), Purse(None)).run(job.waiting(), Progress(60, 0)))
+        list(Killed(job.plan, spec, ledger, batch_client(spec), Budget(None)).run(job.waiting(), Progress(60, 0)))
     ledger.close()
     progress = run(job, session="next")
     assert (progress.done, judge.stats()["batches"]) == (60, 1)
     assert read_account(job.ledger).uncertain == 0
 
 
-def test_a_batch_whose_answer_was_lost_is_not_sent_twice(job: review_run.Job, judge: Remote) -> None:
+def test_a_batch_whose_answer_was_lost_is_not_sent_twice(job: review_run.ReviewJob, judge: Remote) -> None:
     judge.play(lose_create=True)
     assert run(job).done == 60
     assert judge.stats()["batches"] == 1
 
 
-def test_the_budget_holds(job: review_run.Job, judge: Remote) -> None:
+def test_the_budget_holds(job: review_run.ReviewJob, judge: Remote) -> None:
     largest = max(call.dollars for call in job.plan)
     progress = run(job, cap=5 * largest)
     account = read_account(job.ledger)
@@ -114,11 +114,11 @@ def test_the_budget_holds(job: review_run.Job, judge: Remote) -> None:
     assert progress.failed == 0
 
 
-def test_an_endpoint_without_batches_is_told(job: review_run.Job, judge: Remote) -> None:
+def test_an_endpoint_without_batches_is_told(job: review_run.ReviewJob, judge: Remote) -> None:
     judge.call("/script", {})
     (spec,) = job.plan.judges.values()
     wrong = batch_client(spec).with_options(base_url=judge.base_url + "/nowhere")
     ledger = LedgerFile(job.ledger, "s")
-    with pytest.raises(JudgeError, match="the same command goes on"):
-        list(Batches(job.plan, spec, ledger, wrong, Purse(None)).run(job.waiting(), Progress(60, 0)))
+    with pytest.raises(JudgeError, match="the same command resumes"):
+        list(Batches(job.plan, spec, ledger, wrong, Budget(None)).run(job.waiting(), Progress(60, 0)))
     ledger.close()

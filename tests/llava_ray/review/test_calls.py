@@ -12,14 +12,14 @@ from llava_ray.config.review import JudgeConfig
 from llava_ray.errors import DataError
 from llava_ray.review.calls import CallPlan, Item, list_judges, with_image
 from llava_ray.review.prices import find_price
-from llava_ray.review.rubric import Rule, our_rubric
+from llava_ray.review.rubric import Rule, build_default_rubric
 
 ITEM = Item("q1", "What?", ("A bus.", "Two dogs."), ("reference", "model"), "conv", {"caption": "A bus."})
 
 
 def plan(items: list[Item], *, both_orders: bool = True, samples: int = 1, **judge: Any) -> CallPlan:
     config = JudgeConfig(**{"model": "gpt-4-0613", **judge})
-    return CallPlan(items, our_rubric("pair"), list_judges(config), both_orders=both_orders, samples=samples)
+    return CallPlan(items, build_default_rubric("pair"), list_judges(config), both_orders=both_orders, samples=samples)
 
 
 def key(item: Item = ITEM, **judge: Any) -> str:
@@ -43,7 +43,7 @@ def test_the_same_call_has_the_same_key_and_any_change_another() -> None:
     assert len(changed) == 11
     assert key() == key(dataclasses.replace(ITEM, id="another question in the same words", names=("a", "b")))
     assert key(base_url="https://api.openai.com/v1/") == key()
-    other = our_rubric("pair")
+    other = build_default_rubric("pair")
     other = dataclasses.replace(other, rules={"conv": Rule("Rate.")})
     found = CallPlan([ITEM], other, list_judges(JudgeConfig(model="gpt-4-0613")), both_orders=True, samples=1)
     assert found[0].key not in changed
@@ -72,7 +72,7 @@ def test_an_image_is_part_of_the_key_and_travels_beside_the_text(tmp_path: Path)
     red = plan([seen], sees_images=True)[0]
     assert key(seen) == key()  # not sent: not part of the request
     assert red.key != key()
-    body = with_image(red.body, red.loaded().image_content)
+    body = with_image(red.body, red.with_image_content().image_content)
     image, text = body["messages"][-1]["content"]
     assert base64.b64decode(image["image_url"]["url"].removeprefix("data:image/png;base64,")) == path.read_bytes()
     assert text["text"] == red.body["messages"][-1]["content"]
@@ -80,10 +80,10 @@ def test_an_image_is_part_of_the_key_and_travels_beside_the_text(tmp_path: Path)
     assert plan([seen], sees_images=True)[0].key != red.key
     path.write_bytes(b"BM")
     with pytest.raises(DataError, match="is no PNG, JPEG, WebP or GIF"):
-        plan([seen], sees_images=True)[0].loaded()
+        plan([seen], sees_images=True)[0].with_image_content()
     path.unlink()
     with pytest.raises(DataError, match="item 'q1': cannot read the image"):
-        plan([seen], sees_images=True)[0].loaded()
+        plan([seen], sees_images=True)[0].with_image_content()
 
 
 def test_the_largest_cost_is_one() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from llava_ray.config.review import JudgeConfig
 from llava_ray.review.calls import list_judges
-from llava_ray.review.faults import RequestError, content_fault, plain, told_fault
+from llava_ray.review.faults import RequestError, content_fault, error_fault, to_plain_line
 from llava_ray.review.headers import Reported
 from llava_ray.review.judge import Usage, read_reply, read_usage
 
@@ -14,7 +14,7 @@ from llava_ray.review.judge import Usage, read_reply, read_usage
 
 
 def fault(status: int, told: str, **body: Any) -> RequestError:
-    return told_fault(status, told, body, SPEC, Reported(), f"HTTP {status}: ")
+    return error_fault(status, told, body, SPEC, Reported(), f"HTTP {status}: ")
 
 
 @pytest.mark.parametrize(
@@ -53,15 +53,15 @@ def test_an_error_that_nobody_knows_is_systematic_where_nothing_else_comes() -> 
 
 
 def test_who_asks_to_wait_for_a_day_is_not_waited_for() -> None:
-    found = told_fault(429, "Daily limit", {}, SPEC, Reported(retry_after_s=86_400.0), "")
+    found = error_fault(429, "Daily limit", {}, SPEC, Reported(retry_after_s=86_400.0), "")
     assert found.kind == "fatal"
     assert "asks to wait 86,400 s" in found.reason
 
 
 def test_what_a_server_says_is_one_line_that_a_terminal_takes() -> None:
-    assert plain("a\n\tb\x1b[31m\0c") == "a b [31m c"
-    assert plain("<html><head><TITLE>\nSign in</title>") == "a web page (Sign in)"
-    assert len(plain("x" * 10_000)) < 400
+    assert to_plain_line("a\n\tb\x1b[31m\0c") == "a b [31m c"
+    assert to_plain_line("<html><head><TITLE>\nSign in</title>") == "a web page (Sign in)"
+    assert len(to_plain_line("x" * 10_000)) < 400
     assert len(fault(400, "x" * 10_000).reason) <= 600
 
 

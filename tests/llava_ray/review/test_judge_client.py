@@ -10,7 +10,7 @@ from scripted_judge import Remote, scripted_judge
 from llava_ray.config.review import JudgeConfig
 from llava_ray.review.calls import list_judges
 from llava_ray.review.headers import Reported
-from llava_ray.review.judge import OpenAIJudge, Reply, RequestError, Usage, read_reply
+from llava_ray.review.judge import JudgeReply, OpenAIJudge, RequestError, Usage, read_reply
 
 pytestmark = pytest.mark.slow
 
@@ -23,8 +23,8 @@ def judge() -> Iterator[Remote]:
         yield remote
 
 
-def ask(base_url: str) -> Reply:
-    async def once() -> Reply:
+def ask(base_url: str) -> JudgeReply:
+    async def once() -> JudgeReply:
         (spec,) = list_judges(JudgeConfig(model="m", base_url=base_url, timeout_s=1.0))
         client = OpenAIJudge.connect(spec)
         try:

@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from llava_ray.review.headers import Quota, duration, read_headers
+from llava_ray.review.headers import Quota, parse_duration, read_headers
 
 NOW = datetime(2026, 11, 24, 12, 0, 0, tzinfo=UTC)
 
@@ -31,7 +31,7 @@ def test_retry_after(headers: dict[str, str], seconds: float | None) -> None:
     [("6m0s", 360), ("1s", 1), ("20ms", 0.02), ("1h2m3.5s", 3723.5), ("12.5", 12.5), ("-1", None), ("?", None)],
 )
 def test_durations(text: str, seconds: float | None) -> None:
-    assert duration(text) == seconds
+    assert parse_duration(text) == seconds
 
 
 def test_quotas() -> None:

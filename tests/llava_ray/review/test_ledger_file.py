@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llava_ray.errors import ConfigError, DataError
-from llava_ray.review.ledger_file import LedgerFile, read_account, read_final_rows, read_rows
+from llava_ray.review.ledger_file import LedgerFile, read_account, read_final_rows, read_ledger_rows
 
 
 def sent(key: str, lease: str = "r1/1", by: str = "r1", epoch: str = "e", dollars: float = 0.5) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def path(tmp_path: Path) -> Path:
 
 def started(path: Path, session: str = "s") -> LedgerFile:
     ledger = LedgerFile(path, session)
-    ledger.adopt("e", 60)
+    ledger.register_limiter("e", 60)
     return ledger
 
 
@@ -55,10 +55,10 @@ def test_what_brought_nothing_may_go_again(path: Path) -> None:
     ledger.claim(["a"], "r1")
     ledger.send(sent("a"))
     returned = {"key": "a", "lease": "r1/1", "outcome": "refused", "reason": "HTTP 429", "dollars": 0.0}
-    ledger.give_back(returned)
-    ledger.give_back(returned)
+    ledger.record_returned(returned)
+    ledger.record_returned(returned)
     assert ledger.send(sent("a", "r1/2")) == ""
-    ledger.give_back(returned | {"lease": "r1/2", "outcome": "uncertain", "dollars": 0.5})
+    ledger.record_returned(returned | {"lease": "r1/2", "outcome": "uncertain", "dollars": 0.5})
     assert (ledger.account.refused, ledger.account.uncertain, ledger.account.spent) == (1, 1, 0.5)
 
 
@@ -106,7 +106,7 @@ def test_half_a_line_never_was(path: Path, cut: int) -> None:
     again = LedgerFile(path, "s")
     assert again.entries["a"].state == "sent"
     again.finish(done("a"))
-    assert [row["state"] for row in read_rows(path)][-1] == "done"
+    assert [row["state"] for row in read_ledger_rows(path)][-1] == "done"
 
 
 def test_one_job_writes_at_a_time(path: Path) -> None:
@@ -123,11 +123,11 @@ def test_a_new_limiter_hears_what_counts(path: Path) -> None:
     ledger.send(sent("a"))
     ledger.send(sent("b", "r1/2"))
     ledger.finish(done("a"))
-    standing = ledger.adopt("f", 60)
+    standing = ledger.register_limiter("f", 60)
     assert standing.spent == pytest.approx(0.1)
     assert [one.lease for one in standing.recent] == ["r1/1", "r1/2"]
     assert [(one.lease, one.dollars) for one in standing.under_way] == [("r1/2", 0.5)]
-    assert ledger.adopt("g", -1).recent == []
+    assert ledger.register_limiter("g", -1).recent == []
 
 
 def test_a_failed_call_may_be_tried_by_a_later_job(path: Path) -> None:
@@ -173,14 +173,14 @@ def test_a_full_disk_leaves_whole_lines_and_says_what_to_do(tmp_path: Path, room
     ledger.claim(["a"], "r")
     before = ledger.path.read_bytes()
     ledger.file = FullDisk(ledger.file, room)  # type: ignore[assignment]
-    with pytest.raises(ConfigError, match=r"cannot write .*ledger\.jsonl: No space left on device; make room there"):
+    with pytest.raises(ConfigError, match=r"cannot write .*ledger\.jsonl: No space left on device; free some space"):
         ledger.claim(["b"], "r")
     assert ledger.path.read_bytes() == before
     assert "b" not in ledger.entries
     ledger.file.room = 1000  # type: ignore[attr-defined]
     ledger.claim(["b"], "r")
     ledger.close()
-    assert [row.get("key") for row in read_rows(tmp_path / "ledger.jsonl")] == [None, "a", "b"]
+    assert [row.get("key") for row in read_ledger_rows(tmp_path / "ledger.jsonl")] == [None, "a", "b"]
 
 
 def test_a_device_or_folder_is_no_ledger(tmp_path: Path) -> None:

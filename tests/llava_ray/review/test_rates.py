@@ -6,14 +6,14 @@ import pytest
 
 from llava_ray.config.review import LimitsConfig
 from llava_ray.review.headers import Quota, Reported
-from llava_ray.review.rates import Gate, Purse
+from llava_ray.review.rates import Budget, RateLimit
 
 
 def run_gate(
     limits: LimitsConfig, seconds: float, latency: float, tokens: float = 100, real: float = 60, seed: int = 0
 ):
     """Drive a gate with endless demand; return (arrival, tokens) of each request, arriving anywhere in its flight."""
-    draw, now, gate = random.Random(seed), 0.0, Gate(limits, 0.0)
+    draw, now, gate = random.Random(seed), 0.0, RateLimit(limits, 0.0)
     flying: list[tuple[float, str]] = []
     arrivals = []
     number = 0
@@ -73,7 +73,7 @@ def test_short_windows_are_smoother() -> None:
 
 
 def test_what_is_not_used_comes_back() -> None:
-    gate = Gate(LimitsConfig(tokens_per_minute=6000, burst_s=60), 0.0)
+    gate = RateLimit(LimitsConfig(tokens_per_minute=6000, burst_s=60), 0.0)
     gate.grant("a", 6000, 0.0)
     assert gate.delay(1, 1.0) > 0
     gate.settle("a", 10, 1.0)
@@ -85,7 +85,7 @@ def test_what_is_not_used_comes_back() -> None:
 
 
 def test_concurrency_grows_where_it_is_used_and_is_cut_once_a_storm() -> None:
-    gate = Gate(LimitsConfig(max_concurrency=64), 0.0)
+    gate = RateLimit(LimitsConfig(max_concurrency=64), 0.0)
     for step in range(200):
         now = step * 0.01
         while gate.delay(1, now) == 0:
@@ -107,7 +107,7 @@ def test_concurrency_grows_where_it_is_used_and_is_cut_once_a_storm() -> None:
 
 
 def test_a_refusal_closes_the_gate_for_as_long_as_was_asked_and_longer_each_time() -> None:
-    gate = Gate(LimitsConfig(), 0.0)
+    gate = RateLimit(LimitsConfig(), 0.0)
     gate.throttle(7.0, 0.0)
     assert gate.delay(1, 0.0) == 7.0
     pauses = []
@@ -123,7 +123,7 @@ def test_a_refusal_closes_the_gate_for_as_long_as_was_asked_and_longer_each_time
 
 
 def test_headers_lower_the_limit_and_tell_of_others() -> None:
-    gate = Gate(LimitsConfig(requests_per_minute=600, burst_s=60, max_concurrency=1000), 0.0)
+    gate = RateLimit(LimitsConfig(requests_per_minute=600, burst_s=60, max_concurrency=1000), 0.0)
     gate.concurrency = 1000
     gate.observe(Reported(Quota(limit=60, remaining=50, reset_s=10)), 0.0)
     for number in range(50):
@@ -139,14 +139,14 @@ def test_headers_lower_the_limit_and_tell_of_others() -> None:
 
 
 def test_a_limit_nobody_set_is_learnt() -> None:
-    gate = Gate(LimitsConfig(), 0.0)
+    gate = RateLimit(LimitsConfig(), 0.0)
     gate.observe(Reported(tokens=Quota(limit=1000, remaining=100)), 0.0)
     assert gate.delay(200, 0.0) > 0
     assert gate.refusal(2000) is not None
 
 
 def test_counts_are_forgotten_where_there_is_no_limit() -> None:
-    gate = Gate(LimitsConfig(max_concurrency=10), 0.0)
+    gate = RateLimit(LimitsConfig(max_concurrency=10), 0.0)
     for number in range(20_000):
         now = number * 0.1
         assert gate.delay(10, now) == 0
@@ -157,13 +157,13 @@ def test_counts_are_forgotten_where_there_is_no_limit() -> None:
 
 
 def test_a_purse_sets_the_worst_case_aside() -> None:
-    purse = Purse(1.0)
+    purse = Budget(1.0)
     purse.lease("a", 0.6)
     assert not purse.affords(0.5)
-    assert purse.can_ever_afford(0.5)
+    assert purse.can_afford_eventually(0.5)
     purse.settle("a", 0.2)
     assert purse.affords(0.8)
     purse.settle("a", 0.2)  # said twice
     assert purse.spent == pytest.approx(0.2)
-    assert not purse.can_ever_afford(0.81)
-    assert Purse(None).affords(1e9)
+    assert not purse.can_afford_eventually(0.81)
+    assert Budget(None).affords(1e9)

@@ -14,11 +14,11 @@ from scripted_judge import Remote, scripted_judge
 
 from llava_ray.config.review import JudgeConfig, LimitsConfig
 from llava_ray.review.calls import Call, CallPlan, Item, list_judges
-from llava_ray.review.ledger import Ledger
+from llava_ray.review.ledger import LedgerActor
 from llava_ray.review.ledger_file import read_account, read_final_rows
 from llava_ray.review.limiter import Limiter
 from llava_ray.review.reviewer import Reviewer, Summary
-from llava_ray.review.rubric import our_rubric
+from llava_ray.review.rubric import build_default_rubric
 
 pytestmark = pytest.mark.slow
 
@@ -47,11 +47,13 @@ class Scene:
         )
         self.specs = {spec.name: spec for spec in list_judges(config)}
         items = [Item(f"q{n}", f"What is {n}?", (f"A {n}.", f"B {n}."), ("reference", "model")) for n in range(num)]
-        self.plan = CallPlan(items, our_rubric("pair"), list(self.specs.values()), both_orders=True, samples=1)
+        self.plan = CallPlan(
+            items, build_default_rubric("pair"), list(self.specs.values()), both_orders=True, samples=1
+        )
         self.limits = LimitsConfig(**limits)
         self.path = folder / "ledger.jsonl"
         self.session = 0
-        self.ledger = LocalActor(lambda: Ledger(str(self.path), f"session {self.session}"))
+        self.ledger = LocalActor(lambda: LedgerActor(str(self.path), f"session {self.session}"))
         self.limiter = LocalActor(lambda: Limiter(self.limits, cap, 60.0, self.ledger))  # type: ignore[arg-type]
         self.num_reviewers = 0
 
@@ -156,7 +158,7 @@ def test_killed_at_any_point_nothing_is_lost_and_nothing_paid_twice(judge: Remot
     cap = 0.5
     stormy = Scene(judge, tmp_path / "stormy", 200, cap=cap, requests_per_minute=60_000, window_s=1.0)
     num_kills = asyncio.run(storm(stormy, random.Random(5)))
-    purse = stormy.limiter.instance.purse
+    purse = stormy.limiter.instance.budget
     stormy.end()
     assert num_kills == NUM_KILLS
     assert {row["key"]: row["scores"] for row in read_final_rows(stormy.path)} == expected
@@ -202,7 +204,7 @@ async def storm(scene: Scene, draw: random.Random) -> int:
             reviewer, _ = running.pop(task)
             await end(task, reviewer)
             lost = await scene.ledger.abandon.remote(reviewer.name, "it died")
-            await scene.limiter.forget.remote(reviewer.name, lost)
+            await scene.limiter.release_owner.remote(reviewer.name, lost)
         for task in [task for task in running if task.done()]:
             task.result()
             await close([running.pop(task)[0]])

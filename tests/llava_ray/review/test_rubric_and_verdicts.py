@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from llava_ray.errors import ConfigError, DataError
-from llava_ray.review.rubric import compose, our_rubric, read_rubric, read_rules
-from llava_ray.review.verdict import Verdict, as_text, read_verdict, schema
+from llava_ray.review.rubric import build_default_rubric, compose_request, read_rubric, read_rules
+from llava_ray.review.verdict import ReviewVerdict, build_response_format, format_verdict, read_verdict
 
 RULES = {
     "conv": {"role": "Assistant", "prompt": "Rate the two."},
@@ -33,20 +33,22 @@ def rules(tmp_path: Path) -> Path:
 def test_requests_under_a_rule_file_are_llavas_byte_by_byte(rules: Path) -> None:
     rubric = read_rules(rules)
     told = {"image": "a.jpg", "caption": ["One sentence.", "Another."]}
-    assert compose(rubric, "llava_bench_conv", told, "What?", ("A bus.", "A dog."), as_json=False) == BENCH
+    assert compose_request(rubric, "llava_bench_conv", told, "What?", ("A bus.", "A dog."), as_json=False) == BENCH
     boxes = [{"category": "dog", "bbox": [0.1, 0.2, 0.3, 0.4]}, {"category": "bus", "bbox": [0, 0, 1, 1]}]
     told = {"captions": ["One sentence."], "instances": boxes}
-    assert compose(rubric, "conv", told, "What?", ("A bus.", "A dog."), as_json=False) == VISUAL
+    assert compose_request(rubric, "conv", told, "What?", ("A bus.", "A dog."), as_json=False) == VISUAL
     # The original joins a caption that is one text letter by letter.
-    literal = compose(rubric, "conv", {"caption": "ab"}, "?", ("x", "y"), as_json=False)
+    literal = compose_request(rubric, "conv", {"caption": "ab"}, "?", ("x", "y"), as_json=False)
     assert literal.startswith("[Context]\na\nb\n\n[Question]")
-    assert "[Context]\nab\n\n" in compose(our_rubric("pair"), "conv", {"caption": "ab"}, "?", ("x", "y"), as_json=False)
+    assert "[Context]\nab\n\n" in compose_request(
+        build_default_rubric("pair"), "conv", {"caption": "ab"}, "?", ("x", "y"), as_json=False
+    )
 
 
 def test_a_category_without_a_rule_is_refused(rules: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no rule for category 'detail'; it has conv, llava_bench_conv"):
         read_rules(rules).rule("detail")
-    assert our_rubric("pair").rule("anything") == our_rubric("pair").rule("default")
+    assert build_default_rubric("pair").rule("anything") == build_default_rubric("pair").rule("default")
     (tmp_path / "bad.json").write_text('{"conv": "text"}')
     with pytest.raises(ConfigError, match="is no rule file"):
         read_rules(tmp_path / "bad.json")
@@ -57,7 +59,7 @@ def test_a_rubric_of_ones_own(tmp_path: Path) -> None:
     path.write_text('system = "Be strict."\n[prompts]\ndefault = "Rate."\n')
     rubric = read_rubric(path, "single")
     assert (rubric.system, rubric.rule("conv").prompt, rubric.name) == ("Be strict.", "Rate.", "mine")
-    assert compose(rubric, "conv", None, "What?", ("A.",), as_json=False) == (
+    assert compose_request(rubric, "conv", None, "What?", ("A.",), as_json=False) == (
         "[Question]\nWhat?\n\n[Assistant]\nA.\n\n[End of Assistant]\n\n[System]\nRate.\n\n"
     )
     path.write_text('prompt = "Rate."')
@@ -66,8 +68,8 @@ def test_a_rubric_of_ones_own(tmp_path: Path) -> None:
 
 
 def test_any_change_of_words_is_another_version() -> None:
-    assert our_rubric("pair").version != our_rubric("single").version
-    assert our_rubric("pair").version == our_rubric("pair").version
+    assert build_default_rubric("pair").version != build_default_rubric("single").version
+    assert build_default_rubric("pair").version == build_default_rubric("pair").version
 
 
 @pytest.mark.parametrize(
@@ -106,28 +108,28 @@ def test_one_number(reply: str, score: float | None) -> None:
 
 
 def test_a_schema_is_kept_to_the_letter() -> None:
-    asked = schema("pair")["json_schema"]
+    asked = build_response_format("pair")["json_schema"]
     assert asked["strict"]
     assert asked["schema"]["required"] == ["explanation", "score_1", "score_2"]
     assert not asked["schema"]["additionalProperties"]
     good = {"explanation": "why", "score_1": 8, "score_2": 7}
-    assert read_verdict(json.dumps(good), "pair", as_json=True) == Verdict((8, 7), "why")
+    assert read_verdict(json.dumps(good), "pair", as_json=True) == ReviewVerdict((8, 7), "why")
     bad = [good | {"score_1": "8"}, good | {"score_1": 11}, good | {"score_1": True}, good | {"x": 1}, [good], 8]
     for content in [*map(json.dumps, bad), "8 7", json.dumps(good)[:-1], '{"explanation": "", "score_1": NaN}']:
         assert read_verdict(content, "pair", as_json=True) is None
-    assert read_verdict('{"explanation": "", "correctness": 0.5}', "grade", as_json=True) == Verdict((0.5,))
+    assert read_verdict('{"explanation": "", "correctness": 0.5}', "grade", as_json=True) == ReviewVerdict((0.5,))
 
 
 def test_a_verdict_is_written_as_llavas_scripts_read_it() -> None:
-    assert as_text(Verdict((8, 7.5), "Because.")) == "8 7.5\nBecause."
-    assert as_text(Verdict((0.5,))) == "0.5"
+    assert format_verdict(ReviewVerdict((8, 7.5), "Because.")) == "8 7.5\nBecause."
+    assert format_verdict(ReviewVerdict((0.5,))) == "0.5"
 
 
 def test_json_is_read_behind_thoughts_and_in_a_fence_and_nothing_else() -> None:
     good = '{"explanation": "why", "score_1": 8, "score_2": 7}'
     for reply in (good, f"<think>3 4</think>\n{good}", f"```json\n{good}\n```", f"```\n{good}\n```\n"):
-        assert read_verdict(reply, "pair", as_json=True) == Verdict((8, 7), "why")
-    assert read_verdict(good, "pair", as_json=False) == Verdict((8, 7), "why")  # though it was asked for lines
+        assert read_verdict(reply, "pair", as_json=True) == ReviewVerdict((8, 7), "why")
+    assert read_verdict(good, "pair", as_json=False) == ReviewVerdict((8, 7), "why")  # though it was asked for lines
     twice = '{"explanation": "", "score_1": 8, "score_1": 3, "score_2": 7}'
     huge = '{"explanation": "", "score_1": 8, "score_2": 1' + "0" * 400 + "}"
     for reply in (f"<think>{good}", f"{good}\n{good}", f"So: {good}", twice, huge, "[" * 50_000, "1" * 5000):
@@ -135,4 +137,4 @@ def test_json_is_read_behind_thoughts_and_in_a_fence_and_nothing_else() -> None:
 
 
 def test_thoughts_are_no_part_of_the_explanation() -> None:
-    assert read_verdict("<think>a\nb</think>\n8 7\nGood.", "pair", as_json=False) == Verdict((8, 7), "Good.")
+    assert read_verdict("<think>a\nb</think>\n8 7\nGood.", "pair", as_json=False) == ReviewVerdict((8, 7), "Good.")

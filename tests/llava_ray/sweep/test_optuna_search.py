@@ -6,7 +6,7 @@ from llava_ray.config.space import Space, SweepConfig
 
 pytest.importorskip("optuna")
 
-from llava_ray.sweep.searching import list_given, make_optuna
+from llava_ray.sweep.searching import build_optuna, list_trial_arguments
 
 SPACE = Space.parsed(
     {
@@ -31,7 +31,7 @@ def config_of(**search: object) -> SweepConfig:
 
 def test_it_learns_from_what_ended_and_goes_on_after_a_restart(tmp_path):
     config = config_of()
-    searcher = make_optuna(SPACE, config.sweep, config.base)
+    searcher = build_optuna(SPACE, config.sweep, config.base)
     first = searcher.suggest("t0")
     assert first == {"train.learning_rate": 2e-5, "model.mm_vision_select_layer": -2}  # the recipe's own
     searcher.on_trial_complete("t0", {"held_out_accuracy": 0.1})
@@ -43,7 +43,7 @@ def test_it_learns_from_what_ended_and_goes_on_after_a_restart(tmp_path):
         near = 1 - abs(settings["train.learning_rate"] - 1e-3)
         searcher.on_trial_complete(name, {"held_out_accuracy": near} if number % 5 else {"ended": "diverged"})
     searcher.save(str(tmp_path / "state"))
-    again = make_optuna(SPACE, config.sweep, config.base)
+    again = build_optuna(SPACE, config.sweep, config.base)
     again.restore(str(tmp_path / "state"))
     late = [again.suggest(f"late{number}")["train.learning_rate"] for number in range(10)]
     assert late == [searcher.suggest(f"late{number}")["train.learning_rate"] for number in range(10)]
@@ -52,7 +52,7 @@ def test_it_learns_from_what_ended_and_goes_on_after_a_restart(tmp_path):
 
 def test_cost_is_a_second_objective():
     config = config_of(weigh_cost=True)
-    searcher = make_optuna(SPACE, config.sweep, config.base)
+    searcher = build_optuna(SPACE, config.sweep, config.base)
     searcher.suggest("a")
     searcher.on_trial_result("a", {"ended": "finished"})
     searcher.on_trial_complete("a", {"held_out_accuracy": 0.5, "time_total_s": 10.0})
@@ -61,6 +61,6 @@ def test_cost_is_a_second_objective():
 
 def test_seeds_of_a_setting_stand_together():
     config = config_of(method="random", num_trials=3, num_seeds=2)
-    given = list_given(SPACE, config.sweep, config.base)
+    given = list_trial_arguments(SPACE, config.sweep, config.base)
     assert [row["seed"] for row in given] == [42, 43] * 3
     assert given[0]["settings"] == given[1]["settings"] != given[2]["settings"]

@@ -5,8 +5,8 @@ import pytest
 from llava_ray import runtime
 from llava_ray.config.sections import ClusterConfig
 from llava_ray.errors import ConfigError
-from llava_ray.runtime import Resources, local_cpus, local_runs, runs_at_once, sharing_cores
-from llava_ray.sweep.cleanliness import Group, check_state_api, find_orphans
+from llava_ray.runtime import Resources, local_cpus, local_runs, runs_at_once, share_cores
+from llava_ray.sweep.cluster_usage import Group, check_state_api, find_orphans
 
 
 @pytest.mark.parametrize(
@@ -38,11 +38,11 @@ def test_a_local_cluster_has_room_for_the_trials_that_its_cores_carry(monkeypatc
 )
 def test_cores_are_shared_out_to_the_workers_that_there_are(monkeypatch, cores, workers, runs, threads):
     monkeypatch.setattr(runtime, "num_cores", lambda: cores)
-    shared = sharing_cores(Resources(workers, 1.0, False, None), runs, given=False)
+    shared = share_cores(Resources(workers, 1.0, False, None), runs, given=False)
     assert shared.num_threads == threads
     assert shared.cores == cores
     assert shared.bundle == {"CPU": 1.0}  # reserved is what it was: the stream of data finds its CPUs
-    assert sharing_cores(Resources(workers, 3.5, False, None), runs, given=True).num_threads == 3
+    assert share_cores(Resources(workers, 3.5, False, None), runs, given=True).num_threads == 3
 
 
 def test_a_quota_of_cores_counts(monkeypatch):
@@ -75,5 +75,5 @@ def test_what_nccl_cannot_do_is_refused():
 
 @pytest.mark.parametrize("where", [None, "http://127.0.0.1:9"])
 def test_a_cluster_without_a_dashboard_is_refused(where):
-    with pytest.raises(ConfigError, match="dashboard does not answer"):
+    with pytest.raises(ConfigError, match="dashboard does not respond"):
         check_state_api(where)

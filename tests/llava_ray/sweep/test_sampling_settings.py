@@ -12,12 +12,12 @@ from llava_ray.errors import ConfigError
 from llava_ray.sweep.sampling import (
     Suggest,
     default_settings,
-    draws,
-    grid,
-    identity,
-    lies_inside,
+    draw_settings,
+    is_inside,
+    list_grid,
+    list_points,
     list_settings,
-    points,
+    settings_key,
 )
 
 BASE = FinetuneConfig.parsed({"model": {"model_name_or_path": "m"}, "data": {"data_path": "d"}})
@@ -34,17 +34,17 @@ SPACE = Space.parsed(
 
 
 def test_a_grid_has_every_combination_and_no_setting_that_does_not_matter():
-    found = list(grid(SPACE))
+    found = list(list_grid(SPACE))
     assert len(found) == 2 * (1 + 2) * 3
-    assert len({identity(settings) for settings in found}) == len(found)
+    assert len({settings_key(settings) for settings in found}) == len(found)
     assert all(("lora.lora_r" in settings) == settings["lora.lora_enable"] for settings in found)
-    assert points(SPACE.dimensions["train.learning_rate"]) == [1e-4, 1e-3, 1e-2]
+    assert list_points(SPACE.dimensions["train.learning_rate"]) == [1e-4, 1e-3, 1e-2]
 
 
 def test_draws_repeat_by_seed_and_spread_as_declared():
-    first = list(itertools.islice(draws(SPACE, 3), 4000))
-    assert first == list(itertools.islice(draws(SPACE, 3), 4000))
-    assert first != list(itertools.islice(draws(SPACE, 4), 4000))
+    first = list(itertools.islice(draw_settings(SPACE, 3), 4000))
+    assert first == list(itertools.islice(draw_settings(SPACE, 3), 4000))
+    assert first != list(itertools.islice(draw_settings(SPACE, 4), 4000))
     rates = sorted(settings["train.learning_rate"] for settings in first)
     assert rates[0] >= 1e-4
     assert rates[-1] <= 1e-2
@@ -63,9 +63,9 @@ def test_the_recipes_own_settings_come_first_and_once():
     assert len(list_settings(SPACE, SearchConfig(method="grid"), inside)) == 18
     assert len(list_settings(SPACE, SearchConfig(method="random", num_trials=7), BASE)) == 7
     without = SearchConfig(method="random", num_trials=7, include_default=False)
-    assert not lies_inside(SPACE, own)
-    assert lies_inside(SPACE, default_settings(SPACE, inside))
-    assert identity(own) not in map(identity, list_settings(SPACE, without, BASE))
+    assert not is_inside(SPACE, own)
+    assert is_inside(SPACE, default_settings(SPACE, inside))
+    assert settings_key(own) not in map(settings_key, list_settings(SPACE, without, BASE))
 
 
 def test_more_draws_than_there_are_settings_are_refused():
@@ -75,8 +75,8 @@ def test_more_draws_than_there_are_settings_are_refused():
 
 
 def test_equal_settings_are_one_however_they_are_written():
-    assert identity({"a": 1, "b": (1, 2)}) == identity({"b": [1, 2], "a": 1.0})
-    assert identity({"a": True}) != identity({"a": 1})
+    assert settings_key({"a": 1, "b": (1, 2)}) == settings_key({"b": [1, 2], "a": 1.0})
+    assert settings_key({"a": True}) != settings_key({"a": 1})
 
 
 class FakeOptuna:

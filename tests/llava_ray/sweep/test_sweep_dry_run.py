@@ -8,9 +8,9 @@ from samples import small_run, write_recipe, write_samples
 from llava_ray.config.sections import MODEL_PATHS
 from llava_ray.config.space import Space, SweepConfig
 from llava_ray.config.sweep_recipes import load_sweep
-from llava_ray.data.first_look import first_samples
+from llava_ray.data.first_look import measure_first_samples
 from llava_ray.errors import ConfigError
-from llava_ray.sweep.dry_run import describe_sweep, largest_trial, steps_in_all
+from llava_ray.sweep.dry_run import count_all_steps, describe_sweep, find_largest_trial
 from pipelines.sweep import main
 
 ROOT = Path(__file__).parents[3]
@@ -61,11 +61,11 @@ def test_trials_steps_memory_and_time_are_told_and_nothing_is_made(
 )
 def test_steps_of_schedulers_that_decide_as_they_go(recipe: Path, scheduler: str, fewest: int, most: int) -> None:
     config, _ = described(recipe, "--sweep.scheduler", scheduler)
-    assert steps_in_all(config, 8, 16) == (fewest, most)
+    assert count_all_steps(config, 8, 16) == (fewest, most)
 
 
 def test_the_largest_trial_is_of_the_largest_part(recipe: Path) -> None:
-    settings, card, memory = largest_trial(*described(recipe))
+    settings, card, memory = find_largest_trial(*described(recipe))
     assert settings["model.mm_projector_type"] == "mlp2x_gelu"
     assert memory.total > 0
     projector = card.part("projector")
@@ -75,11 +75,11 @@ def test_the_largest_trial_is_of_the_largest_part(recipe: Path) -> None:
 
 def test_samples_are_looked_at_for_their_length(recipe: Path) -> None:
     config, _ = described(recipe)
-    looked_at = first_samples(config.data.data_path)
+    looked_at = measure_first_samples(config.data.data_path)
     assert len(looked_at) == 64
     assert all(characters > 0 for characters, _ in looked_at)
     assert {images for _, images in looked_at} <= {0, 1}
-    assert first_samples("s3://bucket/data.json") == []
+    assert measure_first_samples("s3://bucket/data.json") == []
 
 
 def test_what_does_not_fit_or_is_not_there_is_refused(recipe: Path) -> None:
@@ -94,10 +94,10 @@ def test_what_does_not_fit_or_is_not_there_is_refused(recipe: Path) -> None:
 def test_the_shipped_recipes_say_what_they_are_or_what_to_run_first() -> None:
     config, space = described(ROOT / "pipelines/recipes/sweep/llava_v1_5_7b.toml")
     text = "\n".join(describe_sweep(config, space, 80))
-    assert "Attention: there is no blip_laion_cc_sbu_558k.json here yet (data.data_path)" in text
+    assert "Warning: blip_laion_cc_sbu_558k.json does not exist yet (data.data_path)" in text
     assert "Trials  24 (optuna: 24 settings)" in text
     assert "Steps   390 of a whole run, 1,080 to 9,360 in all (ASHA ends trials early)" in text
     config, _ = described(ROOT / "pipelines/recipes/sweep/quickstart.toml")
     if not Path(config.model.model_name_or_path).exists():
-        with pytest.raises(ConfigError, match=r"run python pipelines/quickstart_sweep\.py first, which makes it"):
+        with pytest.raises(ConfigError, match=r"run llava-ray quickstart sweep first, which makes it"):
             main([str(ROOT / "pipelines/recipes/sweep/quickstart.toml"), "--dry-run"])

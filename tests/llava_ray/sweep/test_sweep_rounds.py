@@ -3,14 +3,16 @@
 import pytest
 
 from llava_ray.config.space import SearchConfig
-from llava_ray.sweep.rounds import Round, is_over, losers, plan_rounds
-from llava_ray.sweep.trials import LOSS, Look, State, Trial
+from llava_ray.sweep.rounds import Round, find_eliminated, is_round_complete, plan_rounds
+from llava_ray.sweep.trials import LOSS, Evaluation, Trial, TrialState
 
 HALVING = SearchConfig(scheduler="halving")
 
 
-def trial(number: int, loss: float, *, rate: float | None = None, state: State = "waiting", step: int = 10) -> Trial:
-    curve = [Look(step, loss)] if loss >= 0 else []
+def trial(
+    number: int, loss: float, *, rate: float | None = None, state: TrialState = "waiting", step: int = 10
+) -> Trial:
+    curve = [Evaluation(step, loss)] if loss >= 0 else []
     return Trial(f"t{number}", number, {"train.learning_rate": rate or number}, 0, state, curve=curve)
 
 
@@ -33,29 +35,29 @@ def test_the_last_round_is_the_whole_run_wherever_the_others_end():
 
 def test_the_better_half_goes_on():
     trials = [trial(number, loss) for number, loss in enumerate([0.5, 0.9, 0.4, float("nan"), 0.6], start=1)]
-    assert names(losers(trials, Round(10, 0.5), LOSS)) == ["t2", "t4", "t5"]
+    assert names(find_eliminated(trials, Round(10, 0.5), LOSS)) == ["t2", "t4", "t5"]
 
 
 def test_one_always_goes_on():
-    assert names(losers([trial(1, 0.5), trial(2, 0.4)], Round(10, 0.125), LOSS)) == ["t1"]
+    assert names(find_eliminated([trial(1, 0.5), trial(2, 0.4)], Round(10, 0.125), LOSS)) == ["t1"]
 
 
 def test_those_that_failed_make_no_room_for_more_to_be_dropped():
     trials = [trial(1, 0.5), trial(2, -1, state="failed"), trial(3, 0.4), trial(4, 0.6, state="diverged")]
-    assert losers(trials, Round(10, 0.5), LOSS) == []
+    assert find_eliminated(trials, Round(10, 0.5), LOSS) == []
 
 
 def test_a_setting_goes_on_with_all_its_seeds_by_their_mean():
     trials = [trial(1, 0.1, rate=1e-2), trial(2, 0.9, rate=1e-2), trial(3, 0.3, rate=1e-3), trial(4, 0.4, rate=1e-3)]
-    assert names(losers(trials, Round(10, 0.5), LOSS)) == ["t1", "t2"]
+    assert names(find_eliminated(trials, Round(10, 0.5), LOSS)) == ["t1", "t2"]
 
 
 def test_a_driver_killed_while_it_told_them_tells_the_rest():
     this = Round(10, 0.5)
     trials = [trial(number, number / 10) for number in range(1, 9)]
-    told = losers(trials, this, LOSS)
+    told = find_eliminated(trials, this, LOSS)
     told[0].state = "stopped"
-    assert names(losers(trials, this, LOSS)) == names(told[1:])
+    assert names(find_eliminated(trials, this, LOSS)) == names(told[1:])
 
 
 @pytest.mark.parametrize(
@@ -70,5 +72,5 @@ def test_a_driver_killed_while_it_told_them_tells_the_rest():
 )
 def test_a_round_is_over_when_all_have_come_to_its_end(state, step, over):
     trials = [trial(1, 0.5), trial(2, 0.5, state=state, step=step)]
-    assert is_over(trials, 10, 2) is over
-    assert not is_over(trials, 10, 3)
+    assert is_round_complete(trials, 10, 2) is over
+    assert not is_round_complete(trials, 10, 3)

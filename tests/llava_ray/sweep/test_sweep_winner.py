@@ -11,15 +11,15 @@ from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.config.space import Space, SweepConfig
 from llava_ray.errors import ConfigError
-from llava_ray.model.manifest import read_manifest, write_manifest
-from llava_ray.report.rendering import render
+from llava_ray.model.formats.manifest import read_manifest, write_manifest
+from llava_ray.report.rendering import render_report
 from llava_ray.sweep.folder import open_sweep
-from llava_ray.sweep.page import make_page
-from llava_ray.sweep.results import summarise
-from llava_ray.sweep.trial import read_given, read_looks, trial_config
-from llava_ray.sweep.trials import Look, Trial
-from llava_ray.sweep.watching import Screen
-from llava_ray.sweep.winner import export_best
+from llava_ray.sweep.page import build_sweep_page
+from llava_ray.sweep.results import summarize_trials
+from llava_ray.sweep.trial import build_trial_config, parse_trial_arguments, read_evaluations
+from llava_ray.sweep.trial_events import Screen
+from llava_ray.sweep.trials import Evaluation, Trial
+from llava_ray.sweep.winner import export_best_model
 
 SPACE = Space.parsed({"dimensions": {"train.learning_rate": {"choice": [1e-3, 1e-2]}}})
 
@@ -38,9 +38,29 @@ def config_of(folder: Path, **changes: object) -> SweepConfig:
 
 
 TRIALS = [
-    Trial("a", 1, {"train.learning_rate": 2e-5}, 42, "finished", "", 1, 9.0, [Look(4, 0.9, 0.3), Look(8, 0.8, 0.5)]),
-    Trial("b", 2, {"train.learning_rate": 1e-3}, 42, "finished", "", 1, 8.0, [Look(4, 0.5, 0.6), Look(8, 0.2, 0.9)]),
-    Trial("c", 3, {"train.learning_rate": 1e-2}, 42, "stopped", "", 2, 4.0, [Look(4, 2.0, 0.0)]),
+    Trial(
+        "a",
+        1,
+        {"train.learning_rate": 2e-5},
+        42,
+        "finished",
+        "",
+        1,
+        9.0,
+        [Evaluation(4, 0.9, 0.3), Evaluation(8, 0.8, 0.5)],
+    ),
+    Trial(
+        "b",
+        2,
+        {"train.learning_rate": 1e-3},
+        42,
+        "finished",
+        "",
+        1,
+        8.0,
+        [Evaluation(4, 0.5, 0.6), Evaluation(8, 0.2, 0.9)],
+    ),
+    Trial("c", 3, {"train.learning_rate": 1e-2}, 42, "stopped", "", 2, 4.0, [Evaluation(4, 2.0, 0.0)]),
 ]
 
 
@@ -54,8 +74,8 @@ def test_the_best_is_exported_as_a_bundle_and_a_recipe_that_gives_the_same_run(t
     (folder / "best/model/old.txt").write_text("of an earlier start")
     config = config_of(tmp_path)
     common = config.replaced({"run.storage_path": str(folder / "trials"), "tracking.parent_run_id": "p"})
-    results = summarise(config, SPACE, TRIALS, 8)
-    export_best(config, common.base, results.standings[0], str(folder))
+    results = summarize_trials(config, SPACE, TRIALS, 8)
+    export_best_model(config, common.base, results.ranking[0], str(folder))
     assert [path.name for path in (folder / "best/model").iterdir()] == ["llava.json"]
     assert read_manifest(folder / "best/model").language_model.base == str(base)
     assert str(tmp_path) not in (folder / "best/model/llava.json").read_text()
@@ -69,36 +89,39 @@ def test_the_best_is_exported_as_a_bundle_and_a_recipe_that_gives_the_same_run(t
 
 
 def test_the_report_has_everything_that_was_found(tmp_path):
-    results = summarise(config_of(tmp_path), SPACE, TRIALS, 8)
-    report = json.loads(json.dumps(results.as_dict()))
+    results = summarize_trials(config_of(tmp_path), SPACE, TRIALS, 8)
+    report = json.loads(json.dumps(results.to_dict()))
     assert report["best"]["id"] == "b"
     assert report["beats_default"] is True
     assert report["states"] == {"finished": 2, "stopped": 1}
     assert report["steps_saved"] == pytest.approx(4 / 24, abs=1e-4)
-    page = render(make_page("s", results, 21.0))
+    page = render_report(build_sweep_page("s", results, 21.0))
     assert "beats the recipe&#39;s own settings" in page
     assert "learning_rate" in page
-    nothing = summarise(config_of(tmp_path), SPACE, TRIALS[2:], 8)
-    assert nothing.as_dict()["best"] is None
-    assert "No trial came to its end." in render(make_page("s", nothing, 21.0))
+    nothing = summarize_trials(config_of(tmp_path), SPACE, TRIALS[2:], 8)
+    assert nothing.to_dict()["best"] is None
+    assert "No trial finished." in render_report(build_sweep_page("s", nothing, 21.0))
 
 
 def test_a_trial_is_the_recipe_with_its_settings_seed_and_name(tmp_path):
     base = config_of(tmp_path).base
-    config = trial_config(base, {"trial": {"settings": {"train.learning_rate": 1e-3}, "seed": 7}}, "t1")
+    config = build_trial_config(base, {"trial": {"settings": {"train.learning_rate": 1e-3}, "seed": 7}}, "t1")
     assert (config.train.learning_rate, config.train.seed, config.run.name) == (1e-3, 7, "t1")
-    assert read_given({"train.learning_rate": 1e-3, "__trial_index__": 2}, 42) == ({"train.learning_rate": 1e-3}, 44)
+    assert parse_trial_arguments({"train.learning_rate": 1e-3, "__trial_index__": 2}, 42) == (
+        {"train.learning_rate": 1e-3},
+        44,
+    )
 
 
 def test_looks_are_read_from_the_runs_own_metrics(tmp_path):
-    config = trial_config(config_of(tmp_path).base, {}, "t1")
-    assert read_looks(config, 8) == []
+    config = build_trial_config(config_of(tmp_path).base, {}, "t1")
+    assert read_evaluations(config, 8) == []
     rows = [{"step": 3, "loss": 1.0, "held_out_loss": 0.5, "held_out_accuracy": 0.25}, {"step": 4, "loss": 1.0}]
     rows += [{"step": 7, "loss": 0.5, "held_out_loss": 0.4}]
     (tmp_path / "t1").mkdir()
     (tmp_path / "t1/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert read_looks(config, 8) == [Look(4, 0.5, 0.25), Look(8, 0.4)]
-    assert read_looks(config, 4) == [Look(4, 0.5, 0.25)]
+    assert read_evaluations(config, 8) == [Evaluation(4, 0.5, 0.25), Evaluation(8, 0.4)]
+    assert read_evaluations(config, 4) == [Evaluation(4, 0.5, 0.25)]
 
 
 def test_a_sweeps_name_belongs_to_its_settings(tmp_path):

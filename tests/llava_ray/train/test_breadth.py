@@ -7,6 +7,7 @@ import fakes
 import numpy as np
 import pytest
 import torch
+from losses import token_losses
 from PIL import Image
 
 from llava_ray.chat.conversation import Turn
@@ -15,8 +16,8 @@ from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.examples import Encoder
 from llava_ray.generate.decoding import Stops, generate_batch
 from llava_ray.images.geometry import crop_views
-from llava_ray.images.processing import normalise
-from llava_ray.model.bundle import LlavaParts, assemble
+from llava_ray.images.processing import normalize_pixels
+from llava_ray.model.assembly import LlavaParts, assemble
 from llava_ray.model.freezing import freeze
 from llava_ray.train.groups import parameter_groups
 
@@ -83,7 +84,7 @@ def prepare(parts: LlavaParts) -> tuple[torch.Tensor, list[tuple[int, int]]]:
     draw = np.random.default_rng(0)
     pictures = [Image.fromarray(draw.integers(0, 255, (height, width, 3), np.uint8)) for width, height in SIZES]
     views = np.concatenate([crop_views(picture, parts.image_spec) for picture in pictures])
-    return normalise(views, parts.image_spec), SIZES
+    return normalize_pixels(views, parts.image_spec), SIZES
 
 
 def step_and_answer(config: FinetuneConfig, image_aspect_ratio: str) -> None:
@@ -100,11 +101,11 @@ def step_and_answer(config: FinetuneConfig, image_aspect_ratio: str) -> None:
     else:
         inputs["features"] = parts.tower.extract(views)
     optimizer = torch.optim.AdamW(parameter_groups(parts.llava, config.train))
-    before = parts.llava(**inputs).mean()
+    before = token_losses(parts.llava, **inputs).mean()
     before.backward()
     optimizer.step()
     with torch.no_grad():
-        after = parts.llava(**inputs).mean()
+        after = token_losses(parts.llava, **inputs).mean()
     assert torch.isfinite(before)
     assert after < before - 0.01
     parts.llava.eval()

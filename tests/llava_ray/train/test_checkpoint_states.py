@@ -10,7 +10,7 @@ from torch import nn
 from llava_ray.config.lora import LoraConfig
 from llava_ray.config.sections import ModelConfig
 from llava_ray.model.adaptation import adapt
-from llava_ray.model.bundle import LlavaParts, assemble
+from llava_ray.model.assembly import LlavaParts, assemble
 from llava_ray.model.freezing import freeze
 from llava_ray.train.checkpoints import load_trainable, slim_states
 

@@ -14,9 +14,9 @@ from samples import small_run
 
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.errors import CheckpointError
-from llava_ray.model.adapters import has_adapter
+from llava_ray.model.formats.manifest import read_manifest
 from llava_ray.model.loading import load_pretrained_model
-from llava_ray.model.manifest import read_manifest
+from llava_ray.model.lora.adapters import has_adapter
 from llava_ray.train.consolidation import consolidate
 
 pytestmark = pytest.mark.slow
@@ -48,10 +48,10 @@ def train_and_save(rank: int, folder: Path, port: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
     torch.set_num_threads(1)
-    from llava_ray.model.bundle import save_bundle
+    from llava_ray.model.saving import save_bundle
     from llava_ray.train.checkpoints import Checkpointer
     from llava_ray.train.engine import build_engine, load_parts
-    from llava_ray.train.finish import find_contents, gather_tensors
+    from llava_ray.train.final_model import find_contents, gather_tensors
     from llava_ray.train.settings import LoopSettings
 
     for name, changes in CASES.items():
@@ -190,7 +190,7 @@ def test_a_tensor_that_learnt_and_is_not_there_is_refused(saved: Path, tmp_path:
     state = torch.load(file, weights_only=False)
     del state["module"]["language_model.model.norm.weight"]
     torch.save(state, file)
-    with pytest.raises(CheckpointError, match=r"lacks 1 tensors that learnt, the first is language_model.model.norm"):
+    with pytest.raises(CheckpointError, match=r"lacks 1 trained tensors, the first is language_model.model.norm"):
         consolidate(tmp_path / STEP, tmp_path / "model")
 
 

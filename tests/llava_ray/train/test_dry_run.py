@@ -13,10 +13,10 @@ from samples import small_run, write_recipe
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.errors import ConfigError
-from llava_ray.train.dry_run import describe_run
-from llava_ray.train.fitting import find_ways
-from llava_ray.train.memory import GIB
-from llava_ray.train.sizing import estimate_run
+from llava_ray.train.planning.dry_run import describe_run
+from llava_ray.train.planning.fitting import suggest_memory_fixes
+from llava_ray.train.planning.memory import GIB
+from llava_ray.train.planning.sizing import estimate_run
 from pipelines.command import split_dry_run
 
 pytestmark = pytest.mark.slow
@@ -73,7 +73,7 @@ def test_what_cannot_fit_is_refused_with_what_would() -> None:
 def test_each_way_out_is_found_and_really_fits(name, flags, gib, way) -> None:
     config = recipe(name, *flags)
     assert estimate_run(config).total > gib * GIB
-    ways = find_ways(config, gib * GIB)
+    ways = suggest_memory_fixes(config, gib * GIB)
     assert any(said.startswith(way) for said, _ in ways)
     for said, needed in ways:  # as flags: they can be pasted
         assert estimate_run(recipe(name, *flags, *said.split())).total == needed <= gib * GIB
@@ -82,14 +82,14 @@ def test_each_way_out_is_found_and_really_fits(name, flags, gib, way) -> None:
 def test_several_changes_are_joined_where_one_is_not_enough() -> None:
     flags = ["--cluster.num_workers", "1", "--train.zero_stage", "0", "--train.gradient_checkpointing", "False"]
     config = recipe("finetune/llava_v1_5_7b", *flags)
-    [(said, needed)] = find_ways(config, 20 * GIB)
+    [(said, needed)] = suggest_memory_fixes(config, 20 * GIB)
     assert said.startswith("--train.gradient_checkpointing True --train.offload_optimizer True")
     assert needed <= 20 * GIB
 
 
 def test_nothing_helps_a_gpu_that_is_far_too_small() -> None:
     config = recipe("finetune/llava_v1_5_13b")
-    with pytest.raises(ConfigError, match="No setting we know makes it fit"):
+    with pytest.raises(ConfigError, match="No known setting makes it fit"):
         list(describe_run(config, 1))
 
 
@@ -151,7 +151,10 @@ def test_adapters_are_counted_and_offered() -> None:
     text = "\n".join(describe_run(with_adapter, 24))
     assert re.search(r"adapter +319,815,680 +319,815,680  LoRA, r 128", text)  # as the original's LoRA of that rank
     assert re.search(r"language_model +6,738,415,616 +0", text)
-    said = [said for said, _ in find_ways(recipe("finetune/llava_v1_5_7b", "--cluster.num_workers", "1"), 24 * GIB)]
+    said = [
+        said
+        for said, _ in suggest_memory_fixes(recipe("finetune/llava_v1_5_7b", "--cluster.num_workers", "1"), 24 * GIB)
+    ]
     assert "--lora.lora_enable True" in said
     assert "--lora.lora_enable True --lora.bits 4 --train.zero_stage 2" in said
 

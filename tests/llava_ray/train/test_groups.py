@@ -39,5 +39,5 @@ def test_frozen_parameters_are_in_no_group():
 
 
 def test_nothing_to_learn_is_an_error():
-    with pytest.raises(TrainingError, match="nothing learns"):
+    with pytest.raises(TrainingError, match="nothing is trainable"):
         parameter_groups(Two().requires_grad_(False), TrainConfig())

@@ -38,7 +38,7 @@ def test_a_question_has_the_system_and_all_before_the_first_answer_that_is_learn
     tokenizer, template = load_tokenizer(make_tokenizer(tmp_path)), find_template("v1")
     settings, parts = SimpleNamespace(features=None, image_spec=SimpleNamespace(width=8, height=8)), SimpleNamespace()
     parts.tokenizer, parts.template = tokenizer, template
-    turns = [Turn("human", "a"), Turn("gpt", "bad", learnt=False), Turn("human", "b"), Turn("gpt", "good")]
+    turns = [Turn("human", "a"), Turn("gpt", "bad", supervised=False), Turn("human", "b"), Turn("gpt", "good")]
 
     def asked(*turns):
         record = {"id": "r", "turns": [turn.to_row() for turn in turns], "widths": [], "heights": [], "images": []}

@@ -11,8 +11,9 @@ from samples import small_run
 from llava_ray.config.recipes import settings_hash
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.errors import ConfigError
-from llava_ray.model.bundle import assemble, save_bundle
-from llava_ray.train.identity import identify, identify_model, identity_hash
+from llava_ray.model.assembly import assemble
+from llava_ray.model.saving import save_bundle
+from llava_ray.train.identity import identify_model, identify_run, identity_hash
 from llava_ray.train.runs import RunFolder, claim_run, find_run
 
 pytestmark = pytest.mark.slow
@@ -55,7 +56,7 @@ def finish(run: RunFolder, data_hash: str = DATA) -> None:
 
 def start(config: FinetuneConfig, data_hash: str = DATA) -> RunFolder:
     """Find a run, note its settings, and finish it."""
-    identity = identify(config, data_hash)
+    identity = identify_run(config, data_hash)
     run = find_run(config, identity)
     claim_run(run, config, identity)
     finish(run, data_hash)
@@ -91,20 +92,20 @@ def test_hub_ids_stay_and_single_files_count(tmp_path):
 
 
 def test_a_run_has_the_same_name_in_a_copied_project_and_another_for_all_that_counts(project, copied):
-    names = {find_run(config, identify(config, DATA)).name for config in map(config_in, (project, copied))}
+    names = {find_run(config, identify_run(config, DATA)).name for config in map(config_in, (project, copied))}
     assert len(names) == 1
     config = config_in(copied)
     others = [(config_in(copied, **{"train.seed": 7}), DATA), (config, "e" * 64)]
     others.append((config_in(copied, **{"model.pretrain_mm_mlp_adapter": None}), DATA))
-    names |= {find_run(other, identify(other, data)).name for other, data in others}
+    names |= {find_run(other, identify_run(other, data)).name for other, data in others}
     fakes.make_language_model(copied / "language_model", seed=9)
-    names.add(find_run(config, identify(config, DATA)).name)
+    names.add(find_run(config, identify_run(config, DATA)).name)
     assert len(names) == 5
 
 
 def test_settings_that_are_the_default_do_not_count(project):
     config = config_in(project)
-    identity = identify(config, DATA)
+    identity = identify_run(config, DATA)
     assert identity_hash(config.replaced({"train.warmup_ratio": 0.03}), identity) == identity_hash(config, identity)
 
 
@@ -115,7 +116,7 @@ def test_a_finished_run_is_found_in_a_copied_project(project, copied):
         start(config)
     shutil.copytree(project / "runs", copied / "runs")
     for config in (config_in(copied).replaced(name), config_in(copied)):
-        run = find_run(config, identify(config, DATA))
+        run = find_run(config, identify_run(config, DATA))
         assert run.path.startswith(str(copied))
         assert run.finished(DATA) is not None
 
@@ -130,9 +131,9 @@ def test_a_run_named_under_the_older_rule_goes_on(settings_have_come_since, proj
         del noted["train"]["tf32"]
     finish(older)
     Path(older.path, "resolved.json").write_text(json.dumps(noted))
-    assert find_run(config, identify(config, DATA)) == older
+    assert find_run(config, identify_run(config, DATA)) == older
     other = config_in(project, **{"run.storage_path": str(tmp_path), "train.seed": 3})
-    assert find_run(other, identify(other, DATA)).name not in (older.name, other.run.name)
+    assert find_run(other, identify_run(other, DATA)).name not in (older.name, other.run.name)
 
 
 def test_another_model_or_other_data_at_the_same_path_are_refused_under_a_given_name(copied):
@@ -141,10 +142,10 @@ def test_another_model_or_other_data_at_the_same_path_are_refused_under_a_given_
     with pytest.raises(
         ConfigError, match=r"data.data_path: '.*json with data dddddddddddd' -> '.* with data eeeeeeeeeeee'"
     ):
-        find_run(config, identify(config, "e" * 64))
+        find_run(config, identify_run(config, "e" * 64))
     fakes.make_language_model(copied / "language_model", seed=9)
     with pytest.raises(ConfigError, match=r"model.model_name_or_path: '.*language_model with fingerprint"):
-        find_run(config, identify(config, DATA))
+        find_run(config, identify_run(config, DATA))
 
 
 def test_damaged_settings_of_a_run_are_named(copied):
@@ -152,4 +153,4 @@ def test_damaged_settings_of_a_run_are_named(copied):
     run = start(config)
     Path(run.path, "resolved.json").write_text("[")
     with pytest.raises(ConfigError, match=r"resolved.json holds no settings.*--run.restart True"):
-        find_run(config, identify(config, DATA))
+        find_run(config, identify_run(config, DATA))

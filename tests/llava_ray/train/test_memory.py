@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from llava_ray.train.memory import (
+from llava_ray.train.planning.memory import (
     GIB,
     GPU_MEMORY_GIB,
     Blocks,
@@ -15,7 +15,7 @@ from llava_ray.train.memory import (
     activation_bytes,
     buffer_bytes,
     bytes_per_quantized,
-    estimate,
+    estimate_memory,
     gradient_bytes,
     layer_bytes,
     logits_bytes,
@@ -82,16 +82,16 @@ def test_vicuna_7b_by_hand() -> None:
     # 4 views of 577 tokens
     assert vision_bytes(SIZES, RUN) == 4 * 3 * 336**2 * 6 + 4 * 577 * 2 * (6 * 1024 + 2 * 4096)
     # The optimiser's fp32 gradients need more than the activations that they take the place of.
-    memory = estimate(SIZES, RUN)
+    memory = estimate_memory(SIZES, RUN)
     assert memory.activations == step_bytes(SIZES, RUN) - logits_bytes(SIZES, RUN)
     assert memory.total / GIB == pytest.approx(19.8, abs=0.2)
 
 
 def test_each_setting_moves_what_it_should() -> None:
     def changed(**changes) -> ModelSizes:
-        return estimate(SIZES, dataclasses.replace(RUN, **changes))
+        return estimate_memory(SIZES, dataclasses.replace(RUN, **changes))
 
-    usual = estimate(SIZES, RUN)
+    usual = estimate_memory(SIZES, RUN)
     assert changed(gradient_checkpointing=False).activations > 3 * usual.activations
     assert changed(row_length=512).logits < 0.6 * usual.logits
     offloaded = changed(offload_optimizer=True)

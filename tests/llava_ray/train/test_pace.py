@@ -3,8 +3,8 @@
 import pytest
 
 from llava_ray.config.sections import ClusterConfig
-from llava_ray.train.memory import GPU_MEMORY_GIB
-from llava_ray.train.pace import PEAKS, Pace, find_pace, in_words, known_pace, measure_cpu
+from llava_ray.train.planning.memory import GPU_MEMORY_GIB
+from llava_ray.train.planning.pace import PEAKS, Pace, find_pace, format_duration, known_pace, measure_cpu
 
 
 def test_every_gpu_whose_memory_is_known_has_a_pace() -> None:
@@ -35,4 +35,4 @@ def test_a_cpu_is_measured() -> None:
     [(0.01, "1 s"), (40, "40 s"), (150, "2 min"), (7_200, "2.0 h"), (40_000, "11 h"), (400_000, "4.6 d")],
 )
 def test_durations_in_words(seconds: float, words: str) -> None:
-    assert in_words(seconds) == words
+    assert format_duration(seconds) == words

@@ -8,8 +8,8 @@ from ray.exceptions import RayActorError
 
 from llava_ray.errors import Stopped
 from llava_ray.train import stopping
-from llava_ray.train.journal import TRAINING, Standing
 from llava_ray.train.progress import StepBar
+from llava_ray.train.run_recorder import TRAINING, RunProgress
 from llava_ray.train.runs import RunFolder
 from llava_ray.train.stopping import fit
 
@@ -26,7 +26,7 @@ class Actor:
 
     def __init__(self, state=TRAINING, done=6):
         self.calls = []
-        self.progress = Remote(lambda: Standing(state, 0, done, {}, None, []))
+        self.progress = Remote(lambda: RunProgress(state, 0, done, {}, None, []))
         self.stop = Remote(lambda: self.calls.append("stop"))
         self.abort = Remote(self.give_up)
 
@@ -53,7 +53,7 @@ def committed(monkeypatch):
     steps = {"step": 4}
     monkeypatch.setattr(stopping.ray, "get", lambda value, timeout=None: value)
     monkeypatch.setattr(stopping, "committed_step", lambda *_: steps["step"])
-    monkeypatch.setattr(stopping, "mend_run", lambda _: None)
+    monkeypatch.setattr(stopping, "repair_run", lambda _: None)
     return steps
 
 
@@ -69,14 +69,14 @@ def test_the_first_signal_saves_and_the_second_leaves(committed, capsys):
     committed["step"] = 6  # the workers have obeyed
     stopped = stop(actor, [signal.SIGTERM])
     assert actor.calls == ["stop"]
-    assert str(stopped) == "Stopped. The same command goes on from step 6 of 48; its checkpoint is saved."
+    assert str(stopped) == "Stopped. The same command resumes from step 6 of 48; its checkpoint is saved."
     assert stopped.exit_code == 143
-    assert "a checkpoint is saved" in capsys.readouterr().err
+    assert "with a checkpoint" in capsys.readouterr().err
 
     committed["step"] = 4
     stopped = stop(actor := Actor(), [signal.SIGINT, signal.SIGINT])
     assert actor.calls == ["stop", "abort"]
-    assert "goes on from step 4 of 48, the last checkpoint: 2 step(s) after it are taken again" in str(stopped)
+    assert "resumes from step 4 of 48, the last checkpoint: 2 step(s) after it are repeated" in str(stopped)
     assert stopped.exit_code == 130
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
@@ -85,7 +85,7 @@ def test_before_the_first_step_there_is_nothing_to_save(committed):
     committed["step"] = 0
     stopped = stop(actor := Actor("loading the model", 0), [signal.SIGINT])
     assert actor.calls == ["abort"]
-    assert "before the first checkpoint. The same command begins at the first step" in str(stopped)
+    assert "before the first checkpoint. The same command starts at the first step" in str(stopped)
 
 
 def test_a_run_that_reaches_its_end_while_it_is_stopped_has_finished(committed):
@@ -97,9 +97,9 @@ def test_the_bar_starts_at_the_restored_step_and_its_rate_is_that_of_the_steps()
     drawn = io.StringIO()
     with StepBar(total=100, initial=40, unit="step", desc="starting workers", file=drawn, ncols=100) as bar:
         bar.start_t -= 300  # five minutes until the workers are there
-        bar.show(Standing("loading the model", None, 47, {}, None, []))
-        bar.show(Standing("first batch", 40, 40, {}, None, []))
-        bar.show(Standing(TRAINING, 40, 50, {"loss": 1.5}, 2.0, []))
+        bar.show(RunProgress("loading the model", None, 47, {}, None, []))
+        bar.show(RunProgress("first batch", 40, 40, {}, None, []))
+        bar.show(RunProgress(TRAINING, 40, 50, {"loss": 1.5}, 2.0, []))
     starting, loading, first, training = drawn.getvalue().split("\r")[1:5]
     assert "starting workers:  40%" in starting
     assert "loading the model:  40%" in loading  # steps of an earlier start that no checkpoint has do not count

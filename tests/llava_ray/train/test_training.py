@@ -11,7 +11,7 @@ import torch
 from originals import write_original
 from samples import small_run, write_samples
 
-from llava_ray.data.plan import Plan, deal
+from llava_ray.data.plan import Plan, assign_to_ranks
 from llava_ray.data.preparation import prepare_data
 from llava_ray.errors import ConfigError
 from llava_ray.model.loading import load_pretrained_model
@@ -84,7 +84,7 @@ def test_the_reference_has_text_only_micro_batches_and_steps_of_different_counts
     table = max(map(pq.read_table, paths), key=len)  # the other is of what is held out
     num_tokens, num_images = (table.column(name).to_numpy() for name in ("num_tokens", "num_images"))
     plan = Plan(num_tokens, table.column("shard").to_numpy(), 8, 3, seed=42, shuffle_window=2, max_steps=20)
-    dealt = {step: deal(num_tokens[plan.step(step)].tolist(), ROW_LENGTH, 2) for step in range(20)}
+    dealt = {step: assign_to_ranks(num_tokens[plan.step(step)].tolist(), ROW_LENGTH, 2) for step in range(20)}
     assert len({len(ranks[0]) for ranks in dealt.values()}) > 1
     rows = [plan.step(step)[row] for step, ranks in dealt.items() for rank in ranks for row in rank if row]
     assert any(num_images[row].sum() == 0 for row in rows)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from samples import small_run, write_mixed_samples
 
-from llava_ray.data.plan import Plan, deal
+from llava_ray.data.plan import Plan, assign_to_ranks
 from llava_ray.data.preparation import prepare_data
 from llava_ray.model.loading import load_pretrained_model
 from llava_ray.runtime import connected
@@ -88,7 +88,7 @@ def test_in_a_round_one_rank_may_see_images_and_the_other_none(tuned_by_two: Fin
     uneven = 0
     for step in range(STEPS):
         members = plan.step(step)
-        dealt = deal(num_tokens[members].tolist(), ROW_LENGTH, 2)
+        dealt = assign_to_ranks(num_tokens[members].tolist(), ROW_LENGTH, 2)
         for rows in zip(*dealt, strict=True):
             uneven += len({bool(num_images[members[row]].sum()) for row in rows}) == 2
     assert uneven

@@ -1,0 +1,1 @@
+"""Rules that parse answers: letters, yes or no, numbers, short texts. They never guess."""

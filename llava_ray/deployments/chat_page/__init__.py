@@ -1,0 +1,1 @@
+"""The chat page, in Gradio, over the same models and limits as the API."""

@@ -1,0 +1,1 @@
+"""OpenAI's HTTP API: middleware, request schemas and responses."""

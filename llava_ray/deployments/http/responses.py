@@ -1,0 +1,185 @@
+"""OpenAI's response objects, written from an engine's pieces."""
+
+import functools
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from llava_ray.deployments.replica import AnswerPiece
+from llava_ray.generate.engine import GenerationChunk, TokenLogprob
+
+_LEAST_LOGPROB = -9999.0
+
+
+@functools.cache
+def find_system_fingerprint() -> str:
+    """Return the package's version as OpenAI's system fingerprint."""
+    try:
+        return f"llava_ray-{version('llava_ray')}"
+    except PackageNotFoundError:  # run from its source tree
+        return "llava_ray"
+
+
+@dataclass
+class Choice:
+    """One answer so far."""
+
+    text: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+    num_prompt_tokens: int = 0
+    num_tokens: int = 0
+
+    def add(self, chunk: GenerationChunk) -> None:
+        """Append a piece to the answer."""
+        self.text += chunk.text
+        self.logprobs += chunk.logprobs
+        self.finish_reason = chunk.finish_reason or self.finish_reason
+        self.num_prompt_tokens = max(self.num_prompt_tokens, chunk.num_prompt_tokens)
+        self.num_tokens += len(chunk.token_ids)
+
+
+async def collect_choices(pieces: AsyncIterator[list[AnswerPiece]], num_choices: int) -> list[Choice]:
+    """Read an answer to its end."""
+    choices = [Choice() for _ in range(num_choices)]
+    async for batch in pieces:
+        for index, chunk in batch:
+            choices[index].add(chunk)
+    return choices
+
+
+def usage(choices: Sequence[Choice]) -> dict[str, int]:
+    """Count the tokens; the prompt once for all choices."""
+    num_prompt, num_new = max(choice.num_prompt_tokens for choice in choices), sum(c.num_tokens for c in choices)
+    return {"prompt_tokens": num_prompt, "completion_tokens": num_new, "total_tokens": num_prompt + num_new}
+
+
+@dataclass(frozen=True)
+class ChatForm:
+    """The format of chat responses."""
+
+    request_id: str
+    model: str
+    with_logprobs: bool = False
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def head(self, kind: str) -> dict[str, Any]:
+        """Return the common fields of every object."""
+        return {
+            "id": self.request_id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": find_system_fingerprint(),
+        }
+
+    def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        """Format a complete answer."""
+        return {
+            **self.head("chat.completion"),
+            "choices": [
+                {
+                    "index": index,
+                    "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                    "logprobs": self.logprobs(choice.logprobs),
+                    "finish_reason": choice.finish_reason,
+                }
+                for index, choice in enumerate(choices)
+            ],
+            "usage": usage(choices),
+        }
+
+    def first(self, num_choices: int) -> list[dict[str, Any]]:
+        """Format the first events of a stream, with the role."""
+        return [self.event(index, {"role": "assistant", "content": ""}, None, None) for index in range(num_choices)]
+
+    def next(self, index: int, before: Choice, chunk: GenerationChunk) -> dict[str, Any]:
+        """Format a piece as an event."""
+        del before
+        delta = {"content": chunk.text} if chunk.text or chunk.finish_reason is None else {}
+        return self.event(index, delta, self.logprobs(chunk.logprobs), chunk.finish_reason)
+
+    def event(self, index: int, delta: dict[str, Any], logprobs: Any, finish_reason: str | None) -> dict[str, Any]:
+        """Format one event of a stream."""
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        return {**self.head("chat.completion.chunk"), "choices": [choice]}
+
+    def last(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        """Format the event with token counts."""
+        return {**self.head("chat.completion.chunk"), "choices": [], "usage": usage(choices)}
+
+    def logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        """Format a piece's log-probabilities."""
+        if not self.with_logprobs:
+            return None
+        return {
+            "content": [
+                {
+                    **_chat_token(token.text, token.logprob),
+                    "top_logprobs": [_chat_token(text, logprob) for _, text, logprob in token.top],
+                }
+                for token in tokens
+            ],
+            "refusal": None,
+        }
+
+
+def _chat_token(text: str, logprob: float) -> dict[str, Any]:
+    """Format one token of a chat."""
+    return {"token": text, "logprob": _as_number(logprob), "bytes": list(text.encode())}
+
+
+def _as_number(logprob: float) -> float:
+    """Clamp a log-probability to OpenAI's minimum, since JSON has no infinity."""
+    return max(logprob, _LEAST_LOGPROB)
+
+
+@dataclass(frozen=True)
+class CompletionForm(ChatForm):
+    """The format of completion responses."""
+
+    def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        """Format a complete answer."""
+        formatted = [
+            self.choice(index, choice.text, self.tokens(choice.logprobs, 0), choice.finish_reason)
+            for index, choice in enumerate(choices)
+        ]
+        return {**self.head("text_completion"), "choices": formatted, "usage": usage(choices)}
+
+    def first(self, num_choices: int) -> list[dict[str, Any]]:
+        """Return no events before the first piece."""
+        del num_choices
+        return []
+
+    def next(self, index: int, before: Choice, chunk: GenerationChunk) -> dict[str, Any]:
+        """Format a piece as an event."""
+        logprobs = self.tokens(chunk.logprobs, len(before.text))
+        return {
+            **self.head("text_completion"),
+            "choices": [self.choice(index, chunk.text, logprobs, chunk.finish_reason)],
+        }
+
+    def last(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        """Format the event with token counts."""
+        return {**self.head("text_completion"), "choices": [], "usage": usage(choices)}
+
+    def choice(self, index: int, text: str, logprobs: Any, finish_reason: str | None) -> dict[str, Any]:
+        """Format one choice."""
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    def tokens(self, tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any] | None:
+        """Format a piece's log-probabilities in the completions API's form."""
+        if not self.with_logprobs:
+            return None
+        offsets = []
+        for token in tokens:
+            offsets.append(offset)
+            offset += len(token.text)
+        return {
+            "tokens": [token.text for token in tokens],
+            "token_logprobs": [_as_number(token.logprob) for token in tokens],
+            "top_logprobs": [{text: _as_number(logprob) for _, text, logprob in token.top} for token in tokens],
+            "text_offset": offsets,
+        }

@@ -1,0 +1,233 @@
+"""Request schemas in OpenAI's form: closed models, so that no field is silently ignored."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+
+from llava_ray.deployments.http.complaints import describe_invalid_request, wrong_field
+from llava_ray.deployments.http.message_fields import (
+    IMAGE,
+    TEXT,
+    as_content,
+    as_image_url,
+    as_message,
+    as_part,
+    part_kind,
+)
+from llava_ray.deployments.http.neutral_fields import (
+    IGNORED,
+    NEUTRAL,
+    OF_CHATS,
+    OF_COMPLETIONS,
+    OF_PARTS,
+    OF_STREAMS,
+    Neutral,
+    is_neutral,
+)
+
+__all__ = ["ChatRequest", "CompletionRequest", "describe_invalid_request", "read_request"]
+
+_MAX_STOPS = 4
+_MAX_STOP_CHARS = 256
+_MAX_TOP_LOGPROBS = 20
+MAX_MESSAGES = 1000
+MAX_PARTS = 256
+_SEEDS = 2**63
+
+
+def _as_texts(value: Any) -> Any:
+    """Convert one text to a list of one."""
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, list | tuple):
+        raise ValueError("expected a text, or a list of texts")  # noqa: TRY004 - pydantic counts only ValueError
+    return value
+
+
+_Stops = Annotated[
+    tuple[Annotated[str, Field(min_length=1, max_length=_MAX_STOP_CHARS)], ...],
+    BeforeValidator(_as_texts),
+    Field(max_length=_MAX_STOPS),
+]
+
+
+class _ClosedModel(BaseModel):
+    """A model that rejects unknown fields, NaN and infinity; its errors never repeat values."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+    ignored: ClassVar[frozenset[str]] = frozenset()
+    """Fields that have no effect."""
+    neutral: ClassVar[Neutral] = {}
+    """Fields with the values that have no effect."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def only_what_is_asked(cls, values: Any) -> Any:
+        """Drop fields without effect, and nulls."""
+        if isinstance(values, cls):
+            return values
+        if not isinstance(values, dict):
+            raise ValueError("expected a JSON object")  # noqa: TRY004 - pydantic counts only ValueError as a refusal
+        values = {name: value for name, value in values.items() if value is not None and name not in cls.ignored}
+        values = {name: value for name, value in values.items() if not is_neutral(cls.neutral, name, value)}
+        return cls.prepared(values)
+
+    @classmethod
+    def prepared(cls, values: dict[str, Any]) -> Mapping[str, Any]:
+        """Normalise alternative forms of the fields."""
+        return values
+
+
+class ImageUrl(_ClosedModel):
+    """An image's address, or the image as a data URI."""
+
+    ignored = OF_PARTS
+
+    url: str
+    detail: Literal["auto", "low", "high"] = "auto"
+    """Accepted; the model's own image settings apply."""
+
+
+class TextPart(_ClosedModel):
+    """A piece of text."""
+
+    ignored = OF_PARTS
+
+    type: Literal["text"]
+    text: str
+
+
+class ImagePart(_ClosedModel):
+    """An image, at this place in the message."""
+
+    ignored = OF_PARTS
+
+    type: Literal["image_url"]
+    image_url: Annotated[ImageUrl, BeforeValidator(as_image_url)]
+
+
+_Part = Annotated[
+    Annotated[Annotated[TextPart, Tag(TEXT)] | Annotated[ImagePart, Tag(IMAGE)], Discriminator(part_kind)],
+    BeforeValidator(as_part),
+]
+
+
+class ChatMessage(_ClosedModel):
+    """One message of a chat."""
+
+    ignored = frozenset({"cache_control"})
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[tuple[_Part, ...], BeforeValidator(as_content), Field(max_length=MAX_PARTS)]
+    name: str | None = None
+
+    @classmethod
+    def prepared(cls, values: dict[str, Any]) -> Mapping[str, Any]:
+        """Normalise an assistant message as servers return it."""
+        return as_message(values)
+
+    @property
+    def parts(self) -> tuple[TextPart | ImagePart, ...]:
+        """Return the content as parts."""
+        return self.content
+
+
+class StreamOptions(_ClosedModel):
+    """Options of a stream."""
+
+    neutral = OF_STREAMS
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+    """Accepted and of no effect."""
+
+
+class GenerationFields(_ClosedModel):
+    """The common fields of chats and completions."""
+
+    ignored = IGNORED
+
+    model: str = Field(min_length=1, max_length=512)
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=-1, le=1_000_000)
+    """As in vLLM; 0 and -1 are all tokens."""
+    max_tokens: int | None = Field(default=None, ge=1, le=1_000_000)
+    n: int = Field(default=1, ge=1, le=128)
+    stop: _Stops = ()
+    seed: int | None = Field(default=None, ge=-_SEEDS, lt=_SEEDS)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    ignore_eos: bool = False
+    """As in vLLM, for benchmarks."""
+
+    @model_validator(mode="after")
+    def options_of_streams(self) -> Self:
+        """Reject stream_options without stream, as OpenAI does."""
+        if self.stream_options is not None and not self.stream:
+            raise wrong_field("stream_options", "only allowed with stream = true")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        """Return whether the last event of a stream has token counts."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class ChatRequest(GenerationFields):
+    """``POST /v1/chat/completions``."""
+
+    neutral = {**NEUTRAL, **OF_CHATS}
+
+    messages: tuple[ChatMessage, ...] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=1_000_000)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=_MAX_TOP_LOGPROBS)
+
+    @model_validator(mode="after")
+    def top_needs_logprobs(self) -> Self:
+        """Reject top_logprobs without logprobs, as OpenAI does."""
+        if self.top_logprobs and not self.logprobs:
+            raise wrong_field("top_logprobs", "only allowed with logprobs = true")
+        return self
+
+
+class CompletionRequest(GenerationFields):
+    """``POST /v1/completions``: text to continue, without a template."""
+
+    neutral = {**NEUTRAL, **OF_COMPLETIONS}
+
+    prompt: str = Field(min_length=1)
+    logprobs: int | None = Field(default=None, ge=0, le=5)
+
+    @classmethod
+    def prepared(cls, values: dict[str, Any]) -> Mapping[str, Any]:
+        """Accept a list of one prompt, as some clients send it."""
+        prompt = values.get("prompt")
+        if not isinstance(prompt, list):
+            return values
+        if len(prompt) != 1 or not isinstance(prompt[0], str):
+            raise wrong_field("prompt", "expected a text, or a list of one text; send several in several requests")
+        return {**values, "prompt": prompt[0]}
+
+
+Request = TypeVar("Request", bound=GenerationFields)
+
+
+def read_request(kind: type[Request], body: bytes) -> Request:
+    """Parse and validate a body. Raises RefusalError (400) that names the field, the expectation and the remedy."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise describe_invalid_request(error, kind.neutral) from None  # the context would hold the whole payload

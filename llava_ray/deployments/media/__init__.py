@@ -1,0 +1,1 @@
+"""Images of requests: data URIs and addresses, fetched within limits."""

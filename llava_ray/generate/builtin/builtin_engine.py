@@ -1,0 +1,255 @@
+"""The built-in engine: continuous batching over a transformers model, on CPU or GPU.
+
+The caller's event loop only accepts requests and delivers chunks. Requests are prepared in one thread, where their
+images are decoded too unless a decoder is set; the model runs in another, step after step, and checks for new and
+cancelled requests between two steps.
+"""
+
+import asyncio
+import functools
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Condition, Thread
+
+import torch
+
+from llava_ray.config.sections import MAX_IMAGE_PIXELS
+from llava_ray.errors import ModelError
+from llava_ray.generate.builtin.running_batch import RunningBatch, RunningRequest, StepResults
+from llava_ray.generate.engine import (
+    EngineStats,
+    GenerationChunk,
+    GenerationRequest,
+    ModelCard,
+    check_unique_request_id,
+)
+from llava_ray.generate.prompts import Prompt, PromptMaker, find_prompt_maker
+from llava_ray.generate.row_adapters import AdapterName
+from llava_ray.generate.served_adapters import ServedAdapters, load_adapters
+from llava_ray.generate.settings import EngineSettings
+from llava_ray.generate.vision_cache import VisionCache
+from llava_ray.images.views import ImageDecoder
+from llava_ray.model.assembly import LlavaParts
+
+
+class _AnswerStream:
+    """The chunks that one caller awaits, then the end or an error. Used on the event loop only."""
+
+    def __init__(self) -> None:
+        """Initialise an empty stream."""
+        self.queue: asyncio.Queue[GenerationChunk | Exception | None] = asyncio.Queue()
+        self.running: RunningRequest | None = None
+        self.cancelled = False
+
+
+@dataclass(frozen=True)
+class _LoadedModel:
+    """The state between start and stop."""
+
+    parts: LlavaParts
+    prompts: Mapping[AdapterName, PromptMaker]
+    """Of each adapter; of the base under None."""
+    batch: RunningBatch
+    card: ModelCard
+
+
+class BuiltinEngine:
+    """An ``engine.Engine`` over the model that ``load`` returns.
+
+    The engine owns that model between ``start`` and ``stop``: its attention is replaced, so nothing else can use it.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], LlavaParts],
+        *,
+        name: str = "llava",
+        settings: EngineSettings | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
+        make_batch: Callable[[LlavaParts, VisionCache, EngineSettings, ServedAdapters], RunningBatch] = RunningBatch,
+    ) -> None:
+        """Initialise an engine that calls ``load`` once, in a thread; ``name`` is the model's on its card.
+
+        ``adapters`` are folders of LoRA adapters for that model, by the names that requests use.
+        """
+        self.load = load
+        self.make_batch = make_batch
+        self.name = name
+        self.settings = settings or EngineSettings()
+        self.adapters = dict(adapters or {})
+        self._loaded: _LoadedModel | None = None
+        self._streams: dict[str, _AnswerStream] = {}
+        self._failure: BaseException | None = None
+        self._changed = Condition()
+        self._to_add: list[RunningRequest] = []
+        self._to_drop: list[RunningRequest] = []
+        self._stopping = False
+        self._thread: Thread | None = None
+        self.decoder: ImageDecoder | None = None
+        self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare-requests")
+
+    @property
+    def card(self) -> ModelCard:
+        """Return the model's capabilities. Raises ModelError before the engine has started."""
+        return self._ready().card
+
+    async def start(self) -> None:
+        """Load the model and start serving. Raises ModelError."""
+        if self._thread is not None:
+            raise ModelError("the engine has started already; start it once.")
+        self._loop = asyncio.get_running_loop()
+        self._loaded = await self._loop.run_in_executor(self._preparing, self._load)
+        self._thread = Thread(target=self._serve, args=(self._loaded.batch,), name="model-steps", daemon=True)
+        self._thread.start()
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationChunk]:
+        """Stream the answer; see ``engine.Engine.generate``. The stream of a cancelled request just ends."""
+        loaded = self._ready()
+        check_unique_request_id(request.request_id, self._streams)
+        prompts = find_prompt_maker(loaded.prompts, request.model)
+        stream = self._streams[request.request_id] = _AnswerStream()
+        try:
+            prompt = await self._prepare(prompts, request)
+            if stream.cancelled:
+                return
+            self._join(loaded.batch, stream, request, prompt)
+            while (item := await stream.queue.get()) is not None:
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+                if item.finish_reason is not None:
+                    return
+        finally:
+            del self._streams[request.request_id]
+            if stream.running is not None:
+                self._leave(stream.running)
+
+    async def cancel(self, request_id: str) -> None:
+        """Cancel a request between two tokens and free its memory; do nothing if it has already ended."""
+        stream = self._streams.get(request_id)
+        if stream is not None:
+            stream.cancelled = True
+            stream.queue.put_nowait(None)
+            if stream.running is not None:
+                self._leave(stream.running)
+
+    def stats(self) -> EngineStats:
+        """Return the engine's statistics, without waiting for the model."""
+        return self._ready().batch.stats(num_joining=len(self._to_add))
+
+    def check_health(self) -> None:
+        """Check that the engine can still answer. Raises ModelError if its loop died."""
+        self._ready()
+        if self._failure is not None:
+            raise ModelError(f"the engine's loop died: {self._failure!r}. Restart it.") from self._failure
+        if self._thread is None or not self._thread.is_alive():
+            raise ModelError("the engine's loop is not running. Restart it.")
+
+    async def stop(self) -> None:
+        """Cancel all requests and free the model."""
+        for request_id in list(self._streams):
+            await self.cancel(request_id)
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self._thread is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
+        self._preparing.shutdown(wait=False)
+        self._loaded = None
+
+    def use_decoder(self, decoder: ImageDecoder) -> None:
+        """Decode the images of all later requests with ``decoder``."""
+        self.decoder = decoder
+
+    async def _prepare(self, prompts: PromptMaker, request: GenerationRequest) -> Prompt:
+        """Build a prompt; its images are decoded one by one, so that no request occupies every decoder."""
+        prepare = functools.partial(self._loop.run_in_executor, self._preparing)
+        if self.decoder is None or not request.images:
+            return await prepare(prompts.make, request)
+        begun = await prepare(prompts.begin, request)
+        opened = [
+            await self.decoder.open_views(
+                request.images[index], f"image {index + 1}", max_pixels=MAX_IMAGE_PIXELS, spec=prompts.view_spec
+            )
+            for index in begun.unknown
+        ]
+        return await prepare(prompts.finish, request, begun, opened)
+
+    def _ready(self) -> _LoadedModel:
+        if self._loaded is None:
+            raise ModelError("the engine is not running; await its start first.")
+        return self._loaded
+
+    def _load(self) -> _LoadedModel:
+        parts = self.load()
+        cache = VisionCache(self.settings.image_cache_bytes)
+        served = load_adapters(parts, self.adapters)
+        batch = self.make_batch(parts, cache, self.settings, served)
+        card = ModelCard(
+            name=self.name,
+            max_model_len=batch.max_model_len,
+            vision=True,
+            template=parts.config.version,
+            adapters=served.names,
+        )
+        makers: dict[AdapterName, PromptMaker] = {None: PromptMaker(parts, cache, batch.max_model_len)}
+        for adapter in served.adapters:
+            own = f" by {adapter.name}" if adapter.has_own_projector(parts) else ""
+            makers[adapter.name] = PromptMaker(adapter.parts, cache, batch.max_model_len, own)
+        return _LoadedModel(parts, makers, batch, card)
+
+    def _join(self, batch: RunningBatch, stream: _AnswerStream, request: GenerationRequest, prompt: Prompt) -> None:
+        self.check_health()
+        stream.running = batch.request(request, prompt, stream.queue)
+        with self._changed:
+            self._to_add.append(stream.running)
+            self._changed.notify()
+
+    def _leave(self, running: RunningRequest) -> None:
+        with self._changed:
+            if not running.ended:
+                running.ended = True
+                self._to_drop.append(running)
+                self._changed.notify()
+
+    @torch.inference_mode()
+    def _serve(self, batch: RunningBatch) -> None:
+        """Run steps until the engine stops; runs in its own thread."""
+        try:
+            while True:
+                with self._changed:
+                    while not (self._stopping or self._to_add or self._to_drop or batch.has_work):
+                        self._changed.wait()
+                    joining, self._to_add = self._to_add, []
+                    leaving, self._to_drop = self._to_drop, []
+                batch.add(joining)
+                batch.drop(leaving)
+                if self._stopping:
+                    break
+                self._deliver_soon(batch.step())
+        except BaseException as error:  # noqa: BLE001 - whatever it was, all waiting callers must receive it
+            self._failure = error
+            self._call(self._fail_all, error)
+        finally:
+            batch.close()
+            torch.cuda.empty_cache()
+
+    def _deliver_soon(self, results: StepResults) -> None:
+        if results:
+            self._call(self._deliver, results)
+
+    def _deliver(self, results: StepResults) -> None:
+        for running, result in results:
+            running.queue.put_nowait(result)
+
+    def _fail_all(self, error: BaseException) -> None:
+        for stream in self._streams.values():
+            stream.queue.put_nowait(
+                ModelError(f"the engine died while it answered: {error!r}. Retry with another replica.")
+            )
+
+    def _call(self, function: Callable[..., None], *arguments: object) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(functools.partial(function, *arguments))

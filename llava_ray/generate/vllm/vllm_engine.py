@@ -1,0 +1,311 @@
+"""The vLLM engine: ``engine.Engine`` over vLLM's own asynchronous engine, which runs in separate processes.
+
+Prompts are ours, token for token: vLLM gets ids and, where an image is one view, the view as we cut it. Answers are
+detokenised here too, so that stop texts and incomplete characters are handled as by the built-in engine.
+"""
+
+import asyncio
+import functools
+import os
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_ray.config.sections import MAX_IMAGE_PIXELS
+from llava_ray.errors import ModelError, RecordError
+from llava_ray.generate.engine import (
+    EngineStats,
+    GenerationChunk,
+    GenerationRequest,
+    ModelCard,
+    check_unique_request_id,
+)
+from llava_ray.generate.prompts import find_prompt_maker
+from llava_ray.generate.settings import VllmSettings
+from llava_ray.generate.vllm.vllm_answer import VllmAnswer
+from llava_ray.generate.vllm.vllm_model import VllmModel, prepare_model
+from llava_ray.generate.vllm.vllm_prompts import VllmPrompt, VllmPrompts
+from llava_ray.images.views import ImageDecoder
+from llava_ray.model.blueprint import Blueprint
+
+_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM accepts
+
+
+@dataclass
+class Counts:
+    """vLLM's statistics, updated every step; implements its "stat logger"."""
+
+    num_waiting: int = 0
+    kv_share: float = 0.0
+    image_queries: int = 0
+    image_hits: int = 0
+
+    def record(
+        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+    ) -> None:
+        """Record the statistics of a step."""
+        del iteration_stats, engine_idx
+        if scheduler_stats is not None:
+            self.num_waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
+            self.kv_share = scheduler_stats.kv_cache_usage
+        if mm_cache_stats is not None:
+            self.image_queries += mm_cache_stats.queries
+            self.image_hits += mm_cache_stats.hits
+
+    def log_engine_initialized(self) -> None:
+        """Do nothing."""
+
+    def log(self) -> None:
+        """Do nothing."""
+
+    def record_sleep_state(self, is_awake: int, level: int) -> None:
+        """Do nothing."""
+
+
+@dataclass(frozen=True)
+class _RunningEngine:
+    """The state between start and stop."""
+
+    llm: Any
+    prompts: Mapping[str | None, VllmPrompts]
+    adapters: Mapping[str, Any]
+    """vLLM's LoRARequest of each adapter."""
+    card: ModelCard
+    kv_tokens: int
+
+
+@dataclass
+class _RequestStream:
+    """A request that is being answered."""
+
+    cancelled: bool = False
+
+
+@dataclass
+class Totals:
+    """Counters since the start."""
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    cancelled: int = 0
+
+
+class VllmEngine:
+    """An ``engine.Engine`` over a model folder of any layout that vLLM can serve."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        name: str = "llava",
+        settings: VllmSettings | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
+    ) -> None:
+        """Initialise without loading; ``adapters`` are folders of LoRA adapters for that model."""
+        self.path = path
+        self.name = name
+        self.settings = settings or VllmSettings()
+        self.adapters = dict(adapters or {})
+        self.counts = Counts()
+        self.totals = Totals()
+        self._loaded: _RunningEngine | None = None
+        self._streams: dict[str, _RequestStream] = {}
+        self.decoder: ImageDecoder | None = None
+        self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare-requests")
+
+    @property
+    def card(self) -> ModelCard:
+        """Return the model's capabilities. Raises ModelError before the engine has started."""
+        return self._ready().card
+
+    async def start(self) -> None:
+        """Export the model if necessary, and load it. Raises ModelError."""
+        if self._loaded is not None:
+            raise ModelError("the engine has started already; start it once.")
+        self._loaded = await asyncio.get_running_loop().run_in_executor(self._preparing, self._load)
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationChunk]:
+        """Stream the answer; see ``engine.Engine.generate``. The stream of a cancelled request just ends."""
+        loaded = self._ready()
+        check_unique_request_id(request.request_id, self._streams)
+        prompts = find_prompt_maker(loaded.prompts, request.model)
+        stream, ended = _RequestStream(), False
+        self._streams[request.request_id] = stream
+        try:
+            prompt = await self._prepare(prompts, request)
+            answer = VllmAnswer(prompt, prompts.model.tokenizer, request)
+            async with aclosing(self._outputs(loaded, stream, request, prompt)) as outputs:
+                async for output in outputs:
+                    chunk = answer.take(output)
+                    self.totals.new_tokens += len(chunk.token_ids)
+                    ended = chunk.finish_reason is not None
+                    yield chunk
+                    if ended:
+                        return
+        finally:
+            self.totals.cancelled += not ended
+            del self._streams[request.request_id]
+
+    async def cancel(self, request_id: str) -> None:
+        """Cancel a request between two tokens and free its memory; do nothing if it has already ended."""
+        stream = self._streams.get(request_id)
+        if stream is not None:
+            stream.cancelled = True
+            await self._ready().llm.abort(request_id)
+
+    def stats(self) -> EngineStats:
+        """Return the engine's statistics, without waiting for the model."""
+        loaded, num_requests = self._ready(), len(self._streams)
+        num_waiting = min(
+            self.counts.num_waiting, num_requests
+        )  # vLLM's value is of its last step, and it takes none without requests
+        return EngineStats(
+            num_running=num_requests - num_waiting,
+            num_waiting=num_waiting,
+            kv_tokens_used=round(self.counts.kv_share * loaded.kv_tokens) if num_requests else 0,
+            kv_tokens_capacity=loaded.kv_tokens,
+            prompt_tokens=self.totals.prompt_tokens,
+            generation_tokens=self.totals.new_tokens,
+            image_cache_hits=self.counts.image_hits,
+            image_cache_queries=self.counts.image_queries,
+            num_cancelled=self.totals.cancelled,
+        )
+
+    def check_health(self) -> None:
+        """Check that the engine can still answer. Raises ModelError if its process died."""
+        if self._ready().llm.errored:
+            raise ModelError("vLLM's engine process died; its log says why. Restart it.")
+
+    async def stop(self) -> None:
+        """Cancel all requests and free the model."""
+        for request_id in list(self._streams):
+            await self.cancel(request_id)
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None:
+            await asyncio.get_running_loop().run_in_executor(None, loaded.llm.shutdown)
+        self._preparing.shutdown(wait=False)
+
+    def use_decoder(self, decoder: ImageDecoder) -> None:
+        """Decode the images of all later requests with ``decoder``."""
+        self.decoder = decoder
+
+    async def _prepare(self, prompts: VllmPrompts, request: GenerationRequest) -> VllmPrompt:
+        """Build a prompt; its images are decoded one by one, so that no request occupies every decoder."""
+        prepare = functools.partial(asyncio.get_running_loop().run_in_executor, self._preparing)
+        if self.decoder is None or not request.images:
+            return await prepare(prompts.make, request)
+        short = await prepare(prompts.read, request)
+        opened = [
+            await self.decoder.open_views(data, f"image {number}", max_pixels=MAX_IMAGE_PIXELS, spec=prompts.view_spec)
+            for number, data in enumerate(request.images, start=1)
+        ]
+        return await prepare(prompts.finish, request, short, opened)
+
+    def _ready(self) -> _RunningEngine:
+        if self._loaded is None:
+            raise ModelError("the engine is not running; await its start first.")
+        return self._loaded
+
+    async def _outputs(
+        self, loaded: _RunningEngine, stream: _RequestStream, request: GenerationRequest, prompt: VllmPrompt
+    ) -> AsyncGenerator[Any, None]:
+        """Yield vLLM's outputs until the answer ends or is cancelled. Raises RecordError or ModelError."""
+        from vllm.exceptions import VLLMClientError
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        if stream.cancelled:
+            return
+        has_counted_prompt = False
+        try:
+            adapter = loaded.adapters.get(request.model or "")
+            generated = loaded.llm.generate(prompt.inputs, prompt.params, request.request_id, lora_request=adapter)
+            async with aclosing(generated) as outputs:
+                async for output in outputs:
+                    if stream.cancelled:
+                        return
+                    if not has_counted_prompt:
+                        has_counted_prompt, self.totals.prompt_tokens = (
+                            True,
+                            self.totals.prompt_tokens + len(output.prompt_token_ids),
+                        )
+                    yield output
+        except VLLMClientError as error:
+            raise RecordError(f"vLLM rejects the request: {error}", reason="engine") from error
+        except (EngineDeadError, EngineGenerateError) as error:
+            cause = error.__cause__ or error
+            raise ModelError(f"vLLM failed while it answered: {cause!r}. Retry with another replica.") from error
+
+    def _load(self) -> _RunningEngine:
+        try:
+            from vllm.v1.engine.async_llm import AsyncLLM
+        except ImportError as error:
+            raise ModelError(
+                f"engine=vllm needs vLLM, which cannot be imported ({error}): pip install 'llava_ray[vllm]' in an "
+                "environment of its own."
+            ) from error
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.lora.request import LoRARequest
+
+        model = prepare_model(self.path, self.settings.cache_dir, self.adapters)
+        # On a CPU it would bind its threads to whole NUMA nodes, other replicas' cores too.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        try:
+            llm = AsyncLLM.from_engine_args(
+                AsyncEngineArgs(**engine_arguments(model, self.settings)), stat_loggers=[lambda *_: self.counts]
+            )
+        except (RuntimeError, ValueError, OSError) as error:
+            raise ModelError(f"vLLM cannot load {model.folder}: {error}") from error
+        config = llm.vllm_config
+        max_model_len: int = config.model_config.max_model_len
+        card = ModelCard(
+            name=self.name,
+            max_model_len=max_model_len,
+            vision=True,
+            template=model.blueprint.config.version,
+            adapters=tuple(self.adapters),
+        )
+        blueprints: dict[str | None, Blueprint] = {adapter.name: adapter.blueprint for adapter in model.adapters}
+        blueprints[None] = model.blueprint
+        return _RunningEngine(
+            llm,
+            {name: VllmPrompts(own, model, max_model_len) for name, own in blueprints.items()},
+            {
+                adapter.name: LoRARequest(adapter.name, number, str(adapter.folder))
+                for number, adapter in enumerate(model.adapters, start=1)
+            },
+            card,
+            config.cache_config.num_gpu_blocks * config.cache_config.block_size,
+        )
+
+
+def engine_arguments(model: VllmModel, settings: VllmSettings) -> dict[str, Any]:
+    """Return the arguments of vLLM's engine."""
+    ranks = [adapter.rank for adapter in model.adapters]
+    lora = {
+        "enable_lora": True,
+        # One place more than adapters: on a CPU vLLM 0.32 looks up requests without one at index -1, which is the last
+        # place, and has to be empty.
+        "max_loras": len(ranks) + 1,
+        "max_cpu_loras": len(ranks) + 1,
+        "max_lora_rank": next(rank for rank in _LORA_RANKS if rank >= max(ranks)),
+    }
+    bounds = {
+        "max_model_len": settings.max_model_len,
+        "kv_cache_memory_bytes": settings.kv_cache_bytes,
+        "tensor_parallel_size": settings.num_gpus or 1,
+        "max_num_seqs": settings.max_running,
+    }
+    return {
+        "model": str(model.folder),
+        "dtype": settings.dtype,
+        "generation_config": "vllm",  # sampling follows the request, not the model's defaults
+        "limit_mm_per_prompt": {"image": settings.max_images},
+        "max_logprobs": -1,
+        "enforce_eager": not settings.num_gpus,
+        "disable_log_stats": True,
+        **{key: value for key, value in bounds.items() if value is not None},
+        **(lora if ranks else {}),
+    }

@@ -1,0 +1,1 @@
+"""llava_ray's own layout: a self-describing folder."""

@@ -1,0 +1,1 @@
+"""The layout of transformers' LLaVA classes (llava-hf), which vLLM takes too."""

@@ -1,0 +1,1 @@
+"""LoRA adapters: injection into a model, loading, saving and merging."""

@@ -1,0 +1,1 @@
+"""Training objectives: a model and a packed row in, losses and metrics out."""

@@ -1,0 +1,116 @@
+"""The interface of an objective, which training, held-out evaluation and preview compute.
+
+An objective sums losses over terms (supervised tokens, or pairs of answers); the loss of a step is that sum over all
+its micro-batches and ranks, divided by the step's number of terms, so it does not depend on how samples are packed.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from llava_ray.chat.conversation import IGNORE_INDEX
+from llava_ray.images.anyres import Size
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """Samples packed into one row of t tokens, on the model's device; see ``Llava.forward`` for the images."""
+
+    input_ids: Int[Tensor, "1 t"]
+    position_ids: Int[Tensor, "1 t"]
+    labels: Int[Tensor, "1 t"]
+    features: Float[Tensor, "n p v"] | None = None
+    image_sizes: Sequence[Size] = ()
+    pixels: Float[Tensor, "n 3 h w"] | None = None
+
+
+@runtime_checkable
+class LogitsModel(Protocol):
+    """A ``Llava``, or an engine that wraps it: takes the arguments of ``Llava.forward``, returns logits (s, vocab)."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the logits at the positions that were asked for."""
+        ...
+
+
+@runtime_checkable
+class StepTotals(Protocol):
+    """The totals of a whole step, over all ranks; every micro-batch carries them."""
+
+    @property
+    def num_supervised(self) -> int:
+        """Return the number of supervised tokens."""
+        ...
+
+
+@dataclass(frozen=True)
+class ObjectiveOutput:
+    """The losses of a row's terms, and where in the row each term stands."""
+
+    losses: Float[Tensor, " n"]
+    positions: Int[Tensor, " n"]
+    metrics: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)
+    """Sums over the same terms; means of them are logged beside the loss."""
+
+    @property
+    def loss_sum(self) -> Float[Tensor, ""]:
+        """Return the sum of the losses. It can always be differentiated, also without any term."""
+        return self.losses.sum()
+
+    @property
+    def num_terms(self) -> int:
+        """Return the number of terms."""
+        return len(self.losses)
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """A loss to train with. A new one is a file beside this one and an entry in ``OBJECTIVES``."""
+
+    @property
+    def metric_names(self) -> Sequence[str]:
+        """Return the keys of ``ObjectiveOutput.metrics``: every rank reduces the same ones, whatever its rows hold."""
+        ...
+
+    def compute(self, model: LogitsModel, row: PackedRow) -> ObjectiveOutput:
+        """Run the model on a row and return the losses of its terms.
+
+        The model must be called once, with images or without: ranks would otherwise wait for each other forever.
+        """
+        ...
+
+    def num_step_terms(self, totals: StepTotals) -> int:
+        """Return the number of terms of the whole step, over all ranks, by which its sum of losses is divided."""
+        ...
+
+
+def find_supervised(
+    labels: Int[Tensor, "1 t"], position_ids: Int[Tensor, "1 t"]
+) -> tuple[Int[Tensor, " s"], Int[Tensor, " s"]]:
+    """Return the positions that predict a supervised token, and those tokens.
+
+    Labels are shifted here: position i predicts ``labels[i + 1]``. A sample's first token (position 0) is never
+    predicted: the token before it belongs to another sample.
+    """
+    following = labels[0, 1:].masked_fill(position_ids[0, 1:] == 0, IGNORE_INDEX)
+    predicting = (following != IGNORE_INDEX).nonzero().squeeze(1)
+    return predicting, following[predicting]
+
+
+def mean_by_sample(
+    output: ObjectiveOutput, position_ids: Int[Tensor, "1 t"]
+) -> tuple[Float[Tensor, " m"], Int[Tensor, " m"]]:
+    """Return the mean loss of each packed sample over its terms, and their number.
+
+    A sample without terms has loss NaN and number 0.
+    """
+    sample_of_position = (position_ids[0] == 0).cumsum(0) - 1
+    owner = sample_of_position[output.positions]
+    num_samples = int(sample_of_position[-1]) + 1
+    counts = torch.bincount(owner, minlength=num_samples)
+    sums = output.losses.new_zeros(num_samples).index_add(0, owner, output.losses)
+    return sums / counts, counts

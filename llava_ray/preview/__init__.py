@@ -1,0 +1,1 @@
+"""Previews of data as a model will see it before any training: tokens, labels, images, losses."""

@@ -1,0 +1,56 @@
+"""A run's objective: what a train worker gives it of a micro-batch, and how a step's losses become one number."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llava_ray.data.batches import MicroBatch
+from llava_ray.data.settings import StreamSettings
+from llava_ray.images.processing import normalize_pixels
+from llava_ray.model.assembly import LlavaParts
+from llava_ray.objectives.objective import Objective, ObjectiveOutput, PackedRow
+
+
+def build_row(batch: MicroBatch, parts: LlavaParts, stream: StreamSettings, device: torch.device) -> PackedRow:
+    """Return a micro-batch on the device, with streamed features, the frozen tower's computed here, or pixels."""
+    features = pixels = None
+    if batch.features is not None:
+        features = batch.features.to(device)
+    elif batch.pixels is not None and stream.model.unfreeze_mm_vision_tower:
+        pixels = normalize_pixels(batch.pixels.to(device), stream.image_spec)
+    elif batch.pixels is not None:
+        features = parts.tower.extract(batch.pixels, lambda views: normalize_pixels(views, stream.image_spec))
+    return PackedRow(
+        batch.input_ids.to(device),
+        batch.position_ids.to(device),
+        batch.labels.to(device),
+        features=features,
+        image_sizes=batch.image_sizes,
+        pixels=pixels,
+    )
+
+
+class StepLoss:
+    """The loss and the objective's metrics of one step, summed over its micro-batches and then over ranks."""
+
+    def __init__(self, objective: Objective, device: torch.device) -> None:
+        """Start from zero."""
+        self.objective = objective
+        self.loss = torch.zeros((), device=device)
+        self.metrics = torch.zeros(len(objective.metric_names), device=device)
+
+    def add(self, output: ObjectiveOutput, batch: MicroBatch) -> Tensor:
+        """Add a micro-batch's share and return its part of the step's loss, to be differentiated."""
+        num_terms = self.objective.num_step_terms(batch)
+        micro_loss = output.loss_sum / num_terms
+        self.loss += micro_loss.detach()
+        for index, name in enumerate(self.objective.metric_names):
+            self.metrics[index] += output.metrics[name].detach() / num_terms
+        return micro_loss
+
+    def reduce(self) -> tuple[float, dict[str, float]]:
+        """Return the step's loss and metrics over all ranks; collective."""
+        dist.all_reduce(self.loss)
+        if len(self.metrics):  # on every rank or on none
+            dist.all_reduce(self.metrics)
+        return self.loss.item(), dict(zip(self.objective.metric_names, self.metrics.tolist(), strict=True))

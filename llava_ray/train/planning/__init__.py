@@ -1,0 +1,1 @@
+"""Planning of a run before its start: parameters, memory, time, and settings that fit."""
