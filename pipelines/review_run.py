@@ -1,7 +1,6 @@
 """The run of a review: items → calls → reviewers → ledger → metrics; the same command resumes."""
 
 import os
-import sys
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 from llava_ray.config.recipes import load_settings
 from llava_ray.config.review import BudgetConfig, ReviewConfig
 from llava_ray.errors import ConfigError
+from llava_ray.log_file import terminal
 from llava_ray.review.batches import Batches, batch_client
 from llava_ray.review.calls import Call, CallPlan, list_judges
 from llava_ray.review.ledger import close_ledger, open_ledger
@@ -184,14 +184,14 @@ def _work(job: ReviewJob, waiting: Sequence[int], progress: Progress) -> None:
             for seen in pool.run(waiting, job.config.review.num_reviewers, progress):
                 if seen.signal and not told:
                     told = True
-                    print(_stop_line(job, seen), file=sys.stderr, flush=True)
+                    print(_stop_line(job, seen), file=terminal(), flush=True)
                 if time.monotonic() - spoken > _SECONDS_BETWEEN_LINES:
                     spoken = time.monotonic()
                     print(_line(seen, priced=job.priced), flush=True)
     except KeyboardInterrupt:
         print(
             f"Left at once: {progress.under_way} calls were under way; they count as paid, and are asked again.",
-            file=sys.stderr,
+            file=terminal(),
         )
         raise
     finally:
