@@ -257,7 +257,7 @@ def test_a_disk_that_is_full_is_one_line_and_the_same_command_goes_on(tmp_path: 
             before = read_account(disk / "out/ledger.jsonl")
             print(f"full: exit {code}: {last}")
             assert code == 1
-            assert last.startswith(f"ConfigError: cannot write {disk}/out/ledger.jsonl: No space left on device; make")
+            assert last.startswith(f"ConfigError: cannot write {disk}/out/ledger.jsonl: No space left on device; free")
             assert "Traceback" not in told
             (disk / "ballast").unlink()
             assert Driver(arguments, log).wait() == 0
