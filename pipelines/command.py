@@ -5,6 +5,7 @@ import atexit
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import NoReturn
 from llava_ray import invocation
 from llava_ray.errors import ConfigError, LlavaRayError, Stopped
 
+SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 _INTERRUPTED = 130  # the shell's own code for Ctrl-C
 RESUMABLE = "Stopped. The same command goes on from what is done."
 
@@ -60,6 +62,20 @@ def stop(number: int, frame: FrameType | None) -> None:
     """Handle SIGTERM like Ctrl-C."""
     del frame
     raise Stopped(signal_number=number)
+
+
+@contextmanager
+def handling_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Install a handler of Ctrl-C and SIGTERM until the block ends; none outside the main thread, which alone may."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 @dataclass(frozen=True)

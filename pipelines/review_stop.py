@@ -1,14 +1,12 @@
 """Ctrl-C and SIGTERM in a review: the first stops new calls, the second exits at once."""
 
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from llava_ray.review.pool import Progress
-
-_SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+from pipelines.command import SIGNALS, handling_signals
 
 
 @contextmanager
@@ -23,14 +21,7 @@ def stopping(progress: Progress) -> Iterator[None]:
         if progress.signal:
             raise KeyboardInterrupt
         progress.signal = number
-        progress.stopped = progress.stopped or f"it was stopped by {_SIGNALS[signal.Signals(number)]}"
+        progress.stopped = progress.stopped or f"it was stopped by {SIGNALS[signal.Signals(number)]}"
 
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+    with handling_signals(stop):
         yield
-        return
-    before = {number: signal.signal(number, stop) for number in _SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from llava_ray.errors import Stopped
-from pipelines.command import RESUMABLE
-from pipelines.sweep_stop import AT_ONCE, LEAVING, SIGNALS, leaving
+from pipelines.command import RESUMABLE, SIGNALS
+from pipelines.sweep_stop import AT_ONCE, LEAVING, leaving
 
 
 @pytest.mark.parametrize("number", SIGNALS)
