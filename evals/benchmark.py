@@ -11,11 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
-from llava_ray.errors import ConfigError
-
 Profile = Literal["llava", "official", "robust"]
 """The scoring rule: LLaVA's (parity with its tables), the benchmark authors' script, or ours, which never guesses."""
-_PROFILES: tuple[Profile, ...] = ("llava", "official", "robust")
 
 _State = Literal["scored", "unparsed", "missing", "failed"]
 """``unparsed``: the rule finds no answer in the text (it scores 0). ``failed``: the judge gave no score."""
@@ -190,11 +187,3 @@ def grade_choice(parsed: str | None, truths: Sequence[str]) -> Grade:
 def list_options(options: Sequence[str]) -> str:
     """Format options as LLaVA does, one per line after its letter."""
     return "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
-
-
-def _check_profile(name: str) -> Profile:
-    """Check the name of a profile and return it. Raises ConfigError."""
-    for profile in _PROFILES:
-        if name == profile:
-            return profile
-    raise ConfigError(f"there is no scorer profile {name!r}; expected one of {', '.join(_PROFILES)}")

@@ -22,7 +22,6 @@ from evals.files import find_all, read_utf8
 from evals.matching.yes_no import parse_mme, parse_yes_no
 from llava_ray.errors import DataError
 
-_PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 _COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 _INSTRUCTION = "Please answer yes or no."
 _QUESTIONS_PER_IMAGE = 2

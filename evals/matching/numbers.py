@@ -28,11 +28,6 @@ def relaxed_accuracy(answer: str, truth: str) -> bool:
     return answer.lower() == truth.lower()
 
 
-def _robust_relaxed_accuracy(answer: str, truth: str) -> bool:
-    """Return whether an answer is correct by the robust rule; unparsed ones are not."""
-    return _grade_number(answer, truth) is True
-
-
 def _grade_number(answer: str, truth: str) -> bool | None:
     """Return whether the only stated number is within 5 % of the truth; None if there is none.
 

@@ -125,7 +125,6 @@ _MONTH = re.compile(
 )
 _DAYS = range(1, 32)
 _TAIL = re.compile(r"(?:\banswer is|=|≈)\s*", re.IGNORECASE)
-_WORDS_AFTER = re.compile(r"(?:[^\W\d]|[%°/$€£¥'^. -])*")
 _MAX_WORDS_AFTER = 2
 
 

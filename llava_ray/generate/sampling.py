@@ -10,7 +10,6 @@ from torch import Tensor
 from llava_ray.errors import ModelError, RecordError
 from llava_ray.generate.engine import Sampling
 
-_MAX_SEED = 2**63 - 1
 _FEW = 256  # most likely tokens among which the threshold of top_p is searched before all are sorted
 COLDEST = 1e-5  # temperatures below it, as in vLLM, are 0: logits divided by less leave fp32
 

@@ -6,7 +6,6 @@ from llava_ray.sweep.sampling import TrialSettings
 from llava_ray.sweep.trials import Trial
 
 _MARKS = {"finished": "done", "stopped": "stopped early"}
-_REASON_WIDTH = 60
 
 
 def short_key(key: str) -> str:
