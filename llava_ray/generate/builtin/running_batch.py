@@ -121,8 +121,8 @@ class RunningBatch:
         """Remove cancelled requests and free their slots."""
         for running in leaving:
             if running in self.running:
-                self._release(running)
                 self.num_cancelled += 1
+                self._release(running)
             elif self.waiting.leave(running):
                 self.num_cancelled += 1
 
@@ -179,9 +179,9 @@ class RunningBatch:
 
     def _release(self, running: RunningRequest) -> None:
         assert running.row is not None
-        self.running.remove(running)
         self.kv.release(running.row)
         running.row = None
+        self.running.remove(running)  # last: another thread reads the statistics, and sees its memory freed by then
 
     def _next_token(self, running: RunningRequest) -> SequenceInput:
         assert running.row is not None
