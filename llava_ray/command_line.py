@@ -11,7 +11,7 @@ from pathlib import Path
 from llava_ray import invocation
 from llava_ray.errors import ConfigError, LlavaRayError
 from llava_ray.own_packages import check_own_packages
-from llava_ray.reading import shown
+from llava_ray.reading import short_repr
 
 # In the order in which a newcomer needs them. The words stand here so that --help imports no command.
 COMMANDS = {
@@ -57,7 +57,7 @@ def _find_command(given: Sequence[str]) -> tuple[str, list[str]]:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"no command {shown(name)}; {hint}There are {', '.join(COMMANDS)}.")
+        raise ConfigError(f"no command {short_repr(name)}; {hint}There are {', '.join(COMMANDS)}.")
     return name, rest
 
 

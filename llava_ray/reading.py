@@ -27,12 +27,12 @@ _shortened.maxstring = _shortened.maxother = MAX_SHOWN
 _shortened.maxlist = _shortened.maxtuple = _shortened.maxdict = _shortened.maxset = 20
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """Return a short text of a value for messages, whatever its size."""
     return _shortened.repr(value)
 
 
-def reason(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Return an error's type and first line, in characters that every terminal accepts."""
     try:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -44,7 +44,7 @@ def reason(error: BaseException) -> str:
 
 
 @contextmanager
-def in_words(
+def wrap_errors(
     what: str,
     remedy: str,
     kind: type[ModelError | ConfigError | CheckpointError] = ModelError,
@@ -59,7 +59,7 @@ def in_words(
     except (LlavaRayError, KeyboardInterrupt, SystemExit, GeneratorExit, BrokenPipeError):
         raise
     except BaseException as error:
-        raise kind(f"{f'{what} {says}'.strip()} ({reason(error)}). {remedy}") from error
+        raise kind(f"{f'{what} {says}'.strip()} ({describe_error(error)}). {remedy}") from error
 
 
 def is_file(path: Path) -> bool:
@@ -96,8 +96,8 @@ def check_plain(
         value, key, depth = stack.pop()
         if isinstance(value, dict | list):
             if depth == _MAX_DEPTH:
-                raise kind(f"{where}: {shown(key)} has more than {_MAX_DEPTH} nested lists or tables; fix it.")
+                raise kind(f"{where}: {short_repr(key)} has more than {_MAX_DEPTH} nested lists or tables; fix it.")
             inside = value.items() if isinstance(value, dict) else enumerate(value)
             stack += [(item, f"{key}.{name}" if key else str(name), depth + 1) for name, item in inside if item]
         elif isinstance(value, int) and value.bit_length() > bits:
-            raise kind(f"{where}: {key[:MAX_SHOWN]} is {shown(value)}, beyond {bits + 1} bits; fix it.")
+            raise kind(f"{where}: {key[:MAX_SHOWN]} is {short_repr(value)}, beyond {bits + 1} bits; fix it.")

@@ -8,7 +8,7 @@ from pathlib import Path
 from llava_ray.config.sections import MODEL_PATHS, DataConfig, FinetuneConfig
 from llava_ray.config.space import Space
 from llava_ray.errors import ConfigError
-from llava_ray.reading import shown
+from llava_ray.reading import short_repr
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # owner/name, or a name alone
 
@@ -41,18 +41,19 @@ def check_models(named: Mapping[str, str | None]) -> None:
             continue
         if "://" in name:
             raise ConfigError(
-                f"{key} = {shown(name)}: models are read from folders that every node sees, or by hub id; copy it to "
+                f"{key} = {short_repr(name)}: models are read from folders that every node sees, or by hub "
+                "id; copy it to "
                 "one and give its path"
             )
         if not _HUB_ID.fullmatch(name) or ("/" in name and exists(name.partition("/")[0])):
-            raise ConfigError(f"{key} = {shown(name)}: nothing is there{_near(name)}")
+            raise ConfigError(f"{key} = {short_repr(name)}: nothing is there{_near(name)}")
 
 
 def check_files(named: Mapping[str, str | None]) -> None:
     """Check that a local file or folder, by its key, exists. Raises ConfigError."""
     for key, name in named.items():
         if name is not None and "://" not in name and "*" not in name and not exists(name):
-            raise ConfigError(f"{key} = {shown(name)}: nothing is there{_near(name)}")
+            raise ConfigError(f"{key} = {short_repr(name)}: nothing is there{_near(name)}")
 
 
 def check_export(model: Path, output: Path) -> None:
@@ -81,4 +82,4 @@ def _near(name: str) -> str:
         return "; check the spelling"
     if alike and alike[0] != wanted:
         return f"; did you mean {str(there / alike[0])!r}?"
-    return f"; {str(there)!r} holds no {shown(wanted)}"
+    return f"; {str(there)!r} holds no {short_repr(wanted)}"

@@ -10,7 +10,7 @@ from evals.benchmark import Question
 from evals.scoring import find_versions
 from llava_ray.config.review import ReviewConfig
 from llava_ray.errors import ConfigError
-from llava_ray.reading import reason
+from llava_ray.reading import describe_error
 from llava_ray.report.rendering import write_report
 from llava_ray.report.review import Disagreement, review_report
 from llava_ray.review.calls import CallPlan
@@ -207,7 +207,7 @@ def _keep(config: ReviewConfig, output: Path, report: Mapping[str, Any]) -> None
     except ConfigError:
         raise
     except Exception as error:  # noqa: BLE001 - of its store, its files, its server
-        print(f"  mlflow   not kept there: {reason(error)}")
+        print(f"  mlflow   not kept there: {describe_error(error)}")
 
 
 def log_review(config: ReviewConfig, output: Path, report: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from llava_ray.deployments.settings import ServeSettings
 from llava_ray.errors import ConfigError
 from llava_ray.invocation import as_started, command
-from llava_ray.reading import shown
+from llava_ray.reading import short_repr
 from pipelines.command import run_command
 from pipelines.places import check_files, check_models
 
@@ -66,7 +66,7 @@ def _check_settings(words: Sequence[str]) -> None:
         key, equals, value = word.partition("=")
         if not equals or not value:
             hint = f"; did you mean model={word}?" if not equals and Path(word).exists() else ""
-            raise ConfigError(f"{shown(word)}: expected key=value{hint}")
+            raise ConfigError(f"{short_repr(word)}: expected key=value{hint}")
         if key in values:
             raise ConfigError(f"{key} is given twice; several values stand in one, with commas")
         values[key] = value

@@ -8,7 +8,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Literal, cast
 
 from llava_ray.errors import RecordError
-from llava_ray.reading import shown
+from llava_ray.reading import short_repr
 
 if TYPE_CHECKING:
     pass
@@ -157,7 +157,7 @@ def _read_turn(entry: Mapping[str, object], number: int) -> Turn:
     if known is None:
         tools = isinstance(role, str) and role.strip().lower() in _TOOL_ROLES
         raise RecordError(
-            f"turn {number}: {role_key!r} is {shown(role)}; expected one of {', '.join(_ROLES)}. "
+            f"turn {number}: {role_key!r} is {short_repr(role)}; expected one of {', '.join(_ROLES)}. "
             + ("Tool turns are not supported: remove the record." if tools else "Fix or remove the turn."),
             reason="roles",
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_ray.errors import ModelError
-from llava_ray.reading import LARGE_INT_BITS, check_plain, in_words, is_file, read_bounded, shown
+from llava_ray.reading import LARGE_INT_BITS, check_plain, is_file, read_bounded, short_repr, wrap_errors
 
 MAX_TOKENIZER_BYTES = 40 * 2**20  # the largest published has 33 MB; parsing takes 25 times that in memory
 _FILES = {
@@ -44,7 +44,7 @@ def load_tokenizer(path: str | Path, config: PreTrainedConfig | None = None) -> 
 
     known = {} if config is None else {"config": config}
     _check_files(Path(path))
-    with in_words("no tokenizer", _REMEDY, says=f"can be loaded from {shown(str(path))}"):
+    with wrap_errors("no tokenizer", _REMEDY, says=f"can be loaded from {short_repr(str(path))}"):
         # A folder may name code of its own: without this flag transformers would ask at the terminal whether to run it.
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, **known)
         return _in_order(tokenizer)
@@ -71,14 +71,14 @@ def _check_files(folder: Path) -> None:
         file = folder / name
         if not is_file(file):
             continue
-        with in_words("no tokenizer", _REMEDY, says=f"can be loaded from {file}"):
+        with wrap_errors("no tokenizer", _REMEDY, says=f"can be loaded from {file}"):
             content = read_bounded(file, limit)
             values = json.loads(content) if file.suffix == ".json" else {}
         check_plain(values, str(file), bits=LARGE_INT_BITS)
         for key in ("tokenizer_file", "vocab_file", "merges_file") if name == "tokenizer_config.json" else ():
             named = values.get(key) if isinstance(values, dict) else None
             if named is not None:  # transformers would read that file instead of the folder's own
-                raise ModelError(f"{file}: {key} is {shown(named)}, a file of another folder; take the key out.")
+                raise ModelError(f"{file}: {key} is {short_repr(named)}, a file of another folder; take the key out.")
 
 
 def _rank_merges(model: BPE, pieces: SentencePieceProcessor) -> BPE:

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 
 from llava_ray.errors import ConfigError
-from llava_ray.reading import shown
+from llava_ray.reading import short_repr
 
 _WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _NOTHING = ("none", "null")
@@ -86,7 +86,7 @@ def _word_for(key: str, value: str, annotation: Any) -> str:
     named = [other for other in others if isinstance(other, str)]
     if word in named:
         return word
-    raise ConfigError(f"{key!r} = {shown(value)}: expected {', '.join([*map(repr, named), _EXPECTED])}")
+    raise ConfigError(f"{key!r} = {short_repr(value)}: expected {', '.join([*map(repr, named), _EXPECTED])}")
 
 
 def strip_boolean_values(arguments: Sequence[str], names: Collection[str]) -> list[str]:
@@ -106,7 +106,7 @@ def strip_boolean_values(arguments: Sequence[str], names: Collection[str]) -> li
         if not equals:
             value = waiting.pop(0) if waiting and waiting[0].lower() in _WORDS else "true"
         if value.lower() not in _WORDS:
-            raise ConfigError(f"--{name} = {shown(value)}: expected {_EXPECTED}")
+            raise ConfigError(f"--{name} = {short_repr(value)}: expected {_EXPECTED}")
         bare.append(f"--{name}" if _WORDS[value.lower()] else f"--no-{name}")
     return bare
 

@@ -13,7 +13,7 @@ import yaml
 
 from llava_ray.config.sections import ClusterConfig, FinetuneConfig
 from llava_ray.errors import ConfigError
-from llava_ray.reading import in_words, read_bounded, shown
+from llava_ray.reading import read_bounded, short_repr, wrap_errors
 
 _KUBERAY_SPECS = {"RayCluster": (), "RayJob": ("rayClusterSpec",), "RayService": ("rayClusterConfig",)}
 _ACCELERATOR = "accelerator_type:"  # Ray's prefix of the resource that names a GPU
@@ -133,10 +133,10 @@ def read_cluster_file(path: str | Path) -> ClusterFile:
         raise ConfigError(f"cannot read {what}: {error}") from error
     if content.count(b"[") + content.count(b"{") > _MAX_BRACKETS:
         raise ConfigError(f"cannot read {what}: it has more than {_MAX_BRACKETS:,} opening brackets. Fix it.")
-    with in_words(f"cannot read {what}", "Fix it; the shipped ones are in clusters/.", ConfigError, ""):
+    with wrap_errors(f"cannot read {what}", "Fix it; the shipped ones are in clusters/.", ConfigError, ""):
         documents = [some for some in yaml.load_all(content, _Loader) if isinstance(some, dict)]
     for document in documents:
-        with in_words(what, "The shipped ones in clusters/ show what belongs there.", ConfigError, "lacks a key"):
+        with wrap_errors(what, "The shipped ones in clusters/ show what belongs there.", ConfigError, "lacks a key"):
             if str(document.get("kind")) in _KUBERAY_SPECS:
                 return _read_kuberay(str(path), document)
             if "provider" in document:
@@ -220,7 +220,9 @@ def _node_type(name: str, resources: Mapping[str, float], labels: Mapping[str, s
     for key, value in {**{key: resources.get(key, 0) for key in ("CPU", "GPU")}, "nodes": max_nodes}.items():
         number = float(value)
         if not 0 <= number <= _MAX_NODES or (key == "nodes" and number != int(number)):
-            raise ConfigError(f"{shown(name)} has {shown(value)} {key}, expected a number from 0 to {_MAX_NODES:,}")
+            raise ConfigError(
+                f"{short_repr(name)} has {short_repr(value)} {key}, expected a number from 0 to {_MAX_NODES:,}"
+            )
     accelerators = frozenset(key.removeprefix(_ACCELERATOR) for key in resources if key.startswith(_ACCELERATOR))
     cpus, gpus = (float(resources.get(key, 0)) for key in ("CPU", "GPU"))
     return NodeType(str(name), cpus, gpus, accelerators, labels.get("pool"), int(max_nodes))

@@ -24,7 +24,7 @@ from llava_ray.config.shipped_recipes import find_recipe
 from llava_ray.config.space import SweepConfig
 from llava_ray.config.toml_files import read_toml_file
 from llava_ray.errors import ConfigError
-from llava_ray.reading import in_words
+from llava_ray.reading import wrap_errors
 
 Config = TypeVar("Config", FinetuneConfig, PrepareConfig, EvaluateConfig, SweepConfig)
 Settings = TypeVar("Settings", bound=ConfigSection)
@@ -71,7 +71,7 @@ def load_settings(schema: type[Settings], arguments: Sequence[str], *, ignore: C
     _check_known_keys(schema, values, recipe or "flags")
     flags = [_dotted_flag(schema, argument) for argument in arguments[1 if recipe else 0 :]]
     parsed = _read_flags(schema, write_out_booleans(schema, flags), _with_missing(schema, values))
-    with in_words(recipe or "flags", "Fix them.", ConfigError):
+    with wrap_errors(recipe or "flags", "Fix them.", ConfigError):
         given = parsed.model_dump()
     return schema.parsed(given)
 
@@ -80,7 +80,7 @@ def _read_flags(schema: type[Settings], flags: Sequence[str], default: Any) -> S
     """Apply flags to settings that are not validated yet. Raises ConfigError for a flag with an invalid value."""
     output = io.StringIO()
     try:
-        with in_words("flags", "--help lists them all.", ConfigError), contextlib.redirect_stderr(output):
+        with wrap_errors("flags", "--help lists them all.", ConfigError), contextlib.redirect_stderr(output):
             parsed: Settings = tyro.cli(
                 schema,
                 args=flags,

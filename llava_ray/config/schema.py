@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
 from llava_ray.errors import ConfigError
-from llava_ray.reading import INT_BITS, MAX_SHOWN, shown
+from llava_ray.reading import INT_BITS, MAX_SHOWN, short_repr
 
 _MAX_FAULTS = 10
 
@@ -62,7 +62,7 @@ def describe_fault(schema: type[BaseModel], detail: ErrorDetails) -> str:
     if detail["type"] == "missing":
         return f"{path!r} is required and was not given; set it in the recipe or as --{path}"
     message = detail["msg"].removeprefix("Value error, ")
-    return f"{path!r} = {shown(detail['input'])}: {message[:MAX_SHOWN]}" if path else message
+    return f"{path!r} = {short_repr(detail['input'])}: {message[:MAX_SHOWN]}" if path else message
 
 
 def dotted_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:

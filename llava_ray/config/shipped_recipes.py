@@ -5,7 +5,7 @@ from pathlib import Path
 
 from llava_ray import invocation
 from llava_ray.errors import ConfigError
-from llava_ray.reading import MAX_SHOWN, shown
+from llava_ray.reading import MAX_SHOWN, short_repr
 
 _FOLDER = Path(__file__).parents[2] / "pipelines/recipes"
 _TYPED_FOLDER = "pipelines/recipes/"  # how a clone's recipes are named from its root
@@ -35,7 +35,7 @@ def find_recipe(given: str, command: str) -> str:
     if len(found) == 1:
         return str(_FOLDER / f"{found[0]}{_SUFFIX}")
     if found:
-        raise ConfigError(f"recipe {shown(given)} may be {' or '.join(found)}: name it with its stage")
+        raise ConfigError(f"recipe {short_repr(given)} may be {' or '.join(found)}: name it with its stage")
     raise ConfigError(_describe_unknown(given, name, names, command))
 
 
@@ -53,7 +53,7 @@ def _describe_unknown(given: str, name: str, names: list[str], command: str) -> 
     alike = list(dict.fromkeys(by_spelling[spelling] for spelling in near))
     hint = f"did you mean {' or '.join(alike)}? " if alike else ""
     return (
-        f"no recipe {shown(given)}: no such file, and no shipped recipe of that name; {hint}"
+        f"no recipe {short_repr(given)}: no such file, and no shipped recipe of that name; {hint}"
         f"{invocation.command(command)} takes {', '.join(names) or 'none'}, or the path of a TOML file"
     )
 

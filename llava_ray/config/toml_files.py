@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_ray.errors import ConfigError
-from llava_ray.reading import check_plain, in_words, read_bounded, reason
+from llava_ray.reading import check_plain, describe_error, read_bounded, wrap_errors
 
 _MAX_BYTES = 2**20
 _MAX_KEY_PARTS = 32
@@ -39,7 +39,7 @@ def read_toml_file(path: Path, what: str) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{what} {str(path)!r} is not valid TOML: {error}") from error
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, hundreds of brackets
-        raise ConfigError(f"{what} {str(path)!r} cannot be read ({reason(error)}); fix it.") from error
-    with in_words(f"{what} {str(path)!r}", "Fix it.", ConfigError):
+        raise ConfigError(f"{what} {str(path)!r} cannot be read ({describe_error(error)}); fix it.") from error
+    with wrap_errors(f"{what} {str(path)!r}", "Fix it.", ConfigError):
         check_plain(values, f"{what} {str(path)!r}", ConfigError)
     return values

@@ -17,7 +17,7 @@ from llava_ray.chat.tokens import TokenizedConversation, expand_images, tokenize
 from llava_ray.errors import RecordError, TemplateError
 from llava_ray.images.anyres import Size
 from llava_ray.images.tokens import ImageTokens
-from llava_ray.reading import reason
+from llava_ray.reading import describe_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -170,7 +170,7 @@ def encode_record(encoder: Encoder, turns: Sequence[Turn], sizes: Sequence[Size]
     except TemplateError as error:
         raise RecordError(str(error), reason="template") from error
     except jinja2.TemplateError as error:  # raised by the chat template itself
-        message = f"the model's chat template refuses the messages: {reason(error)}"
+        message = f"the model's chat template refuses the messages: {describe_error(error)}"
         raise RecordError(message, reason="template") from error
 
 

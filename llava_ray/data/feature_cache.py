@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from llava_ray.config.geometry import FEATURE_NAMES
 from llava_ray.data.shards import PreparedData, read_shard_rows
-from llava_ray.data.storage import absolute, file_size, list_sizes, read_stored, write_stored
+from llava_ray.data.storage import absolute_path, file_size, list_sizes, read_stored, write_stored
 from llava_ray.errors import ConfigError, DataError
 from llava_ray.images.reading import open_filesystem
 from llava_ray.images.tokens import ImageTokens
@@ -76,7 +76,7 @@ def feature_key(prepared: PreparedData, blueprint: "Blueprint", *, tower: str, b
 
 def cache_root(data: "DataConfig") -> str:
     """Return the folder of all entries."""
-    return f"{absolute(data.cache_dir)}/features"
+    return f"{absolute_path(data.cache_dir)}/features"
 
 
 def is_complete(entry: str) -> bool:

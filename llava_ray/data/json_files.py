@@ -17,7 +17,7 @@ from typing import Any, TextIO
 from llava_ray.data.json_text import find_value
 from llava_ray.errors import DataError
 from llava_ray.images.reading import open_filesystem
-from llava_ray.reading import reason, shown
+from llava_ray.reading import describe_error, short_repr
 
 JSON_WINDOW = 1 << 24  # characters
 _JSON_GAP = re.compile(r"[\s,]*")
@@ -172,13 +172,15 @@ def _open_text(path: str) -> Iterator[TextIO]:
             errors = "surrogateescape" if encoding == "utf-8-sig" else "surrogatepass"
             yield io.TextIOWrapper(stream, encoding=encoding, errors=errors)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: the gzip file is damaged ({reason(error)}); fetch it again") from error
+        raise DataError(f"{path}: the gzip file is damaged ({describe_error(error)}); fetch it again") from error
     except UnicodeError as error:
         raise DataError(
-            f"{path}: not text in the encoding of its byte order mark ({reason(error)}); save it as UTF-8"
+            f"{path}: not text in the encoding of its byte order mark ({describe_error(error)}); save it as UTF-8"
         ) from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({reason(error)}); check the file and who may read it") from error
+        raise DataError(
+            f"{path} cannot be read ({describe_error(error)}); check the file and who may read it"
+        ) from error
 
 
 def _as_bytes(text: str) -> bytes:
@@ -205,6 +207,6 @@ def clean_id(own: object) -> str:
     """Return an id as text that any file or terminal accepts."""
     text = own if isinstance(own, str) else str(own) if isinstance(own, bool | float) else None
     if text is None:
-        text = str(own) if isinstance(own, int) and own.bit_length() < 4 * _MAX_ID else shown(own)
+        text = str(own) if isinstance(own, int) and own.bit_length() < 4 * _MAX_ID else short_repr(own)
     text = _SURROGATES.sub(lambda half: f"\\u{ord(half[0]):04x}", text).replace("\0", "\\0")
     return text if len(text) <= _MAX_ID else text[:_MAX_ID] + "…"

@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 from llava_ray.errors import RecordError
-from llava_ray.reading import reason
+from llava_ray.reading import describe_error
 
 _MAX_DIGITS = 4000  # Python itself refuses to parse longer numbers
 _STRUCTURE = re.compile(r'"(?:[^"\\]|\\.)*+"|"|[\[\]{}]', re.DOTALL)  # whole strings, an unterminated one, brackets
@@ -77,6 +77,6 @@ def parse_json(text: str | bytes) -> Any:
         if isinstance(error, RecordError):
             raise
         raise RecordError(
-            f"not JSON ({reason(error).partition(': ')[2]}; begins {text[:40]!r}); expected one object",
+            f"not JSON ({describe_error(error).partition(': ')[2]}; begins {text[:40]!r}); expected one object",
             reason="malformed",
         ) from error

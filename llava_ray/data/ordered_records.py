@@ -8,7 +8,7 @@ from llava_ray.chat.conversation import Turn
 from llava_ray.data.chunks import TEXT_READERS, make_chunks, make_unique_id
 from llava_ray.data.records import RawRecord, Record, find_files
 from llava_ray.data.shards import is_prepared, open_prepared, read_shard_rows
-from llava_ray.data.storage import absolute
+from llava_ray.data.storage import absolute_path
 
 _RECORDS_PER_CHUNK = 256
 
@@ -18,7 +18,7 @@ def read_records(data_path: str, max_samples: int | None = None) -> Iterator[Raw
     if is_prepared(data_path):
         yield from islice(_prepared_records(data_path), max_samples)
         return
-    kind, files = find_files(absolute(data_path))
+    kind, files = find_files(absolute_path(data_path))
     if kind in TEXT_READERS:
         yield from islice(_text_records(kind, files), max_samples)
         return

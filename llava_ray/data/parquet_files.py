@@ -13,7 +13,7 @@ from llava_ray.data.record_media import ORIGINS
 from llava_ray.data.records import Fault
 from llava_ray.errors import DataError
 from llava_ray.images.reading import open_filesystem
-from llava_ray.reading import reason
+from llava_ray.reading import describe_error
 
 _ROWS_AT_ONCE = 64
 # A file declares its own number of rows, and each is listed: bound it by the file's size.
@@ -97,7 +97,8 @@ def _rows_of(file: pq.ParquetFile, group: int, columns: list[str]) -> Iterator[d
             batch = next(batches, None)
         except _DAMAGE as error:
             yield Fault(
-                f"row group {group} of the table is damaged ({reason(error)}); fetch the file again", of_group=True
+                f"row group {group} of the table is damaged ({describe_error(error)}); fetch the file again",
+                of_group=True,
             )
             return
         if batch is None:
@@ -113,7 +114,7 @@ def _row_of(batch: pa.RecordBatch, index: int) -> dict[str, Any] | Fault:
     try:
         [row] = batch.slice(index, 1).to_pylist()
     except _DAMAGE as error:
-        return Fault(f"a value of the table cannot be read ({reason(error)}); fix it, or fetch the file again")
+        return Fault(f"a value of the table cannot be read ({describe_error(error)}); fix it, or fetch the file again")
     values: dict[str, Any] = row
     return values
 
@@ -131,4 +132,4 @@ def _open_parquet(path: str) -> Iterator[tuple[pq.ParquetFile, int]]:
     except _DAMAGE as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{path}: not a whole Parquet file ({reason(error)}); fetch it again") from error
+        raise DataError(f"{path}: not a whole Parquet file ({describe_error(error)}); fetch it again") from error

@@ -31,7 +31,7 @@ from llava_ray.data.shards import (
     open_prepared,
     write_shards_manifest,
 )
-from llava_ray.data.storage import absolute, file_size, read_stored, relative_path, write_stored
+from llava_ray.data.storage import absolute_path, file_size, read_stored, relative_path, write_stored
 from llava_ray.data.validation import check_images, fetch_images, read_record
 from llava_ray.errors import ConfigError, DataError, RecordError
 from llava_ray.log_file import terminal
@@ -111,22 +111,22 @@ def check_source(data_path: str) -> None:
     if is_prepared(data_path):
         open_prepared(data_path)
     else:
-        find_files(absolute(data_path))
+        find_files(absolute_path(data_path))
 
 
 def _prepare_raw(config: DataConfig, show_progress: bool) -> PreparedData:
-    kind, files = find_files(absolute(config.data_path))
-    image_folder = absolute(config.image_folder or files[0].rpartition("/")[0])
+    kind, files = find_files(absolute_path(config.data_path))
+    image_folder = absolute_path(config.image_folder or files[0].rpartition("/")[0])
     settings = {
         "format_version": SHARDS_VERSION,
         "reader_version": _READER_VERSION,
         "content": fingerprint_data(kind, files),
         "mixed": config.shuffle_window > 0,  # a curriculum keeps the order of the file
-        "image_folder": relative_path(absolute(config.cache_dir), image_folder),
+        "image_folder": relative_path(absolute_path(config.cache_dir), image_folder),
         **config.model_dump(include={"max_image_pixels", "max_samples", "samples_per_shard", "shard_size_mb"}),
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    folder = f"{absolute(config.cache_dir)}/prepared-{key}"
+    folder = f"{absolute_path(config.cache_dir)}/prepared-{key}"
     if finished := _open_finished(folder):
         if show_progress:
             tqdm.write(f"Prepared data reused: {finished.num_samples:,} samples in {folder}")
@@ -146,7 +146,7 @@ def _prepare_raw(config: DataConfig, show_progress: bool) -> PreparedData:
         folder,
         shards,
         reasons,
-        {"data_path": relative_path(folder, absolute(config.data_path)), **settings},
+        {"data_path": relative_path(folder, absolute_path(config.data_path)), **settings},
         dict(ignored.most_common(_MAX_KEYS)),
     )
     return replace(open_prepared(folder), reused=False)  # opening checks that all nodes wrote to the same storage

@@ -6,7 +6,7 @@ from typing import Any
 from llava_ray.data.record_keys import IMAGE_KEYS, is_absent
 from llava_ray.errors import RecordError
 from llava_ray.images.base64_text import decode_base64, decode_image_text, decode_record_uri
-from llava_ray.reading import shown
+from llava_ray.reading import short_repr
 
 _MAX_IMAGES = 65_535  # of one record: the feature cache numbers them with 16 bits
 
@@ -59,7 +59,7 @@ def _find_image(entry: Any, image_folder: str) -> bytes | str:
         return source
     if not isinstance(source, str) or not source:
         raise RecordError(
-            f"an image is given as {type(source).__name__} ({shown(source)[:60]}); "
+            f"an image is given as {type(source).__name__} ({short_repr(source)[:60]}); "
             "expected a path, bytes, or an object with bytes or path",
             reason="malformed",
         )

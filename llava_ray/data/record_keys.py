@@ -11,7 +11,7 @@ from llava_ray.data.record_flags import PREFERENCES_FAULT, WEIGHTS_FAULT, find_f
 from llava_ray.data.record_media import ORIGINS, find_lost_medium, is_image_key, names_medium
 from llava_ray.data.record_words import ABOUT, words_of
 from llava_ray.errors import RecordError
-from llava_ray.reading import shown
+from llava_ray.reading import short_repr
 
 CONVERSATION_KEYS = ("conversations", "messages")
 IMAGE_KEYS = ("images", "image")
@@ -77,7 +77,7 @@ def is_absent(value: Any) -> bool:
 
 def printable(name: object) -> str:
     """Return a key for reports: short, and printable anywhere."""
-    text = name if isinstance(name, str) else shown(name)
+    text = name if isinstance(name, str) else short_repr(name)
     text = text if len(text) <= _MAX_NAME else text[:_MAX_NAME] + "…"
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 

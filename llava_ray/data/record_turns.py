@@ -17,7 +17,7 @@ from llava_ray.data.record_keys import (
     reject_key,
 )
 from llava_ray.errors import RecordError
-from llava_ray.reading import shown
+from llava_ray.reading import short_repr
 
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _IMAGE_PARTS = ("image", "image_url", "input_image")
@@ -89,7 +89,7 @@ def _with_system(turns: tuple[Turn, ...], values: Mapping[str, Any]) -> tuple[Tu
             raise RecordError(f"`{name}` is {type(text).__name__}; expected a text", reason="malformed")
         if system not in (None, text):
             raise RecordError(
-                f"two system prompts: {shown(system)} and, in `{name}`, {shown(text)}; expected one",
+                f"two system prompts: {short_repr(system)} and, in `{name}`, {short_repr(text)}; expected one",
                 reason="malformed",
             )
         system = text
@@ -123,13 +123,13 @@ def _is_supervised(turn: Mapping[str, Any], where: str) -> bool:
             continue
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise RecordError(
-                f"{where}: `{name}` is {shown(value)}; expected 0 or 1 (false or true): an answer is supervised "
+                f"{where}: `{name}` is {short_repr(value)}; expected 0 or 1 (false or true): an answer is supervised "
                 "or not. Round it, or remove the turn",
                 reason="unsupported",
             )
         role = str(turn.get("role", turn.get("from"))).strip().lower()
         if value and role in ("human", "user", "system", "developer"):
-            reject_key(f"{where}: `{name}` = {shown(value)} of {role!r}", "only answers are supervised")
+            reject_key(f"{where}: `{name}` = {short_repr(value)} of {role!r}", "only answers are supervised")
         supervised = supervised and bool(value)
     return supervised
 
@@ -158,7 +158,7 @@ def _join_parts(parts: list[Any], where: str, read: ReadTurns, role: str) -> str
         read.images.append(_image_of(part))
         index = part.get("index")
         if index is not None and index != len(read.images) - 1:
-            reject_key(f"{place}: `index` = {shown(index)}", "images are used in their order")
+            reject_key(f"{place}: `index` = {short_repr(index)}", "images are used in their order")
     return join_parts(texts)
 
 
@@ -173,7 +173,7 @@ def _kind_of(part: Mapping[str, Any], place: str) -> str:
     if isinstance(kind, str) and kind in _IMAGE_PARTS:
         return "image"
     raise RecordError(
-        f"{place}: `type` is {shown(kind)}, which is not supported; expected "
+        f"{place}: `type` is {short_repr(kind)}, which is not supported; expected "
         f"{', '.join(map(repr, (*_TEXT_PARTS, *_IMAGE_PARTS)))}. Fix or remove the record",
         reason="malformed" if kind is None else "unsupported",
     )
@@ -184,7 +184,9 @@ def _check_part_keys(part: Mapping[str, Any], kind: str, place: str, read: ReadT
     others = ("image", "image_url") if kind == "text" else ("text",)
     for name in others:
         if not is_absent(part.get(name)):
-            reject_key(f"{place}: `{name}` of a part of type {shown(part.get('type'))}", "a part is a text or an image")
+            reject_key(
+                f"{place}: `{name}` of a part of type {short_repr(part.get('type'))}", "a part is a text or an image"
+            )
     read.ignored += check_part_keys(part, _OBEYED_OF_PARTS[kind], place, is_image=kind == "image")
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llava_ray.data.storage import absolute, file_size, list_sizes, read_stored, write_stored
+from llava_ray.data.storage import absolute_path, file_size, list_sizes, read_stored, write_stored
 from llava_ray.data.validation import Sample
 from llava_ray.errors import DataError
 from llava_ray.images.reading import open_filesystem
@@ -151,7 +151,7 @@ def write_shards_manifest(
     """Write the manifest that makes a folder complete; ``settings`` are those it was prepared with."""
     ordered = tuple(sorted(shards, key=lambda shard: shard.name))
     prepared = PreparedData(
-        path=absolute(path),
+        path=absolute_path(path),
         shards=ordered,
         data_hash=_hash_shards(ordered),
         num_samples=sum(shard.num_rows for shard in ordered),
@@ -181,7 +181,7 @@ def _hash_shards(shards: Sequence[ShardInfo]) -> str:
 
 def is_prepared(path: str) -> bool:
     """Return whether a folder has a manifest of prepared data."""
-    return file_size(f"{absolute(path)}/{_MANIFEST}") is not None
+    return file_size(f"{absolute_path(path)}/{_MANIFEST}") is not None
 
 
 def open_prepared(path: str) -> PreparedData:
@@ -189,7 +189,7 @@ def open_prepared(path: str) -> PreparedData:
 
     Raises DataError where the folder is not prepared, of another format version, or incomplete.
     """
-    path = absolute(path)
+    path = absolute_path(path)
     values = _read_manifest(path)
     prepared = PreparedData(
         path=path,

@@ -8,7 +8,7 @@ from llava_ray.errors import DataError
 from llava_ray.images.reading import open_filesystem
 
 
-def absolute(path: str) -> str:
+def absolute_path(path: str) -> str:
     """Return a local path as an absolute one, since workers may run in another folder; a URL unchanged."""
     return path.rstrip("/") if "://" in path else str(Path(path).expanduser().absolute())
 

@@ -10,7 +10,7 @@ from typing import Any
 from llava_ray.data.records import IMAGE_SUFFIXES, Fault
 from llava_ray.errors import DataError
 from llava_ray.images.reading import open_filesystem
-from llava_ray.reading import reason
+from llava_ray.reading import describe_error
 
 # Unsupported media beside a record; any other file is ignored.
 _OTHER_MEDIA = {
@@ -132,7 +132,9 @@ def _members(path: str) -> Iterator[TarMember]:
             if tar.num_damaged > num_damaged:
                 yield _damage(key, tar.num_damaged - num_damaged)
     except Exception as error:
-        raise DataError(f"{path}: the tar is damaged after {key!r} ({reason(error)}); fetch it again") from error
+        raise DataError(
+            f"{path}: the tar is damaged after {key!r} ({describe_error(error)}); fetch it again"
+        ) from error
 
 
 def _damage(key: str, num_blocks: int) -> TarMember:

@@ -18,7 +18,7 @@ from llava_ray.data.record_turns import count_markers, read_record_turns
 from llava_ray.data.records import Fault, RawRecord, Record
 from llava_ray.errors import RecordError
 from llava_ray.images.reading import check_image, read_bytes
-from llava_ray.reading import shown
+from llava_ray.reading import short_repr
 
 _MAX_MESSAGE = 2000  # characters
 
@@ -93,7 +93,7 @@ def _naming(record: RawRecord | Record) -> Iterator[None]:
 
 def _image_name(record: Record, index: int) -> str:
     image = record.images[index]
-    return f"image {shown(image)}" if isinstance(image, str) else f"image {index + 1} of {len(record.images)}"
+    return f"image {short_repr(image)}" if isinstance(image, str) else f"image {index + 1} of {len(record.images)}"
 
 
 def parse_values(raw: RawRecord) -> Mapping[str, Any]:

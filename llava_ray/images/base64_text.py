@@ -7,7 +7,7 @@ from urllib.parse import unquote_to_bytes
 
 from llava_ray.errors import ImageError
 from llava_ray.images.containers import identify_format
-from llava_ray.reading import shown
+from llava_ray.reading import short_repr
 
 _DATA_URI = re.compile(r'\s*data:((?:"[^"]{0,500}"|[^",]){0,1000}),', re.IGNORECASE)
 # The first base64 characters of image files: PNG, JPEG, GIF, RIFF, TIFF, BMP, JPEG 2000 and AVIF.
@@ -41,7 +41,7 @@ def decode_record_uri(text: str) -> bytes:
     head = _DATA_URI.match(text[:2000])
     if head is None or "base64" not in (part.strip().lower() for part in head[1].split(";")):
         raise ImageError(
-            f"an image is given as {shown(text[:60])}: expected data:image/png;base64,…", reason="image_unreadable"
+            f"an image is given as {short_repr(text[:60])}: expected data:image/png;base64,…", reason="image_unreadable"
         )
     payload = text[head.end() :]
     if "%" in payload:
@@ -57,6 +57,6 @@ def decode_base64(text: str) -> bytes:
     except (binascii.Error, ValueError) as error:
         raise ImageError(
             f"an image is given as {len(text):,} characters of text that are not valid base64 ({error}; begins "
-            f"{shown(text[:40])}); expected a path, or base64 of the file",
+            f"{short_repr(text[:40])}); expected a path, or base64 of the file",
             reason="image_unreadable",
         ) from error

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import fsspec.asyn
 
 from llava_ray.errors import ImageError
-from llava_ray.reading import reason, shown
+from llava_ray.reading import describe_error, short_repr
 
 MAX_BYTES = 1 << 28
 _CHUNK = 1 << 16
@@ -105,11 +105,11 @@ def _try(filesystem: Any, url: str) -> bytes:
     except TimeoutError as error:  # fsspec's and asyncio's own are subclasses
         raise _Busy(f"no complete answer within {ONE_TRY_S:g} s") from error
     except ValueError as error:  # raised by aiohttp for an invalid URL
-        raise _unreadable(url, f"not a valid URL ({reason(error)})") from error
+        raise _unreadable(url, f"not a valid URL ({describe_error(error)})") from error
     except Exception as error:  # aiohttp's many kinds of connection errors
         if getattr(error, "status", None):  # too many redirects, an answer that is not HTTP
-            raise _unreadable(url, reason(error)) from error
-        raise _Busy(reason(error)) from error
+            raise _unreadable(url, describe_error(error)) from error
+        raise _Busy(describe_error(error)) from error
 
 
 async def _get(filesystem: Any, url: str) -> bytes:
@@ -134,7 +134,7 @@ def _check_status(status: int, headers: Any, url: str) -> None:
         raise _Busy(f"the host answered {status}{phrase}", _asked_pause(headers.get("retry-after")))
     if status in _GONE:
         raise ImageError(
-            f"image {shown(url)} does not exist: the host answered {status}{phrase}; fix the link, or drop it",
+            f"image {short_repr(url)} does not exist: the host answered {status}{phrase}; fix the link, or drop it",
             reason="image_missing",
         )
     raise _unreadable(url, f"the host answered {status}{phrase}")
@@ -156,5 +156,6 @@ def _asked_pause(header: str | None) -> float:
 
 def _unreadable(url: str, what: str) -> ImageError:
     return ImageError(
-        f"image {shown(url)} cannot be fetched: {what}; fix the link, or remove the record", reason="image_unreadable"
+        f"image {short_repr(url)} cannot be fetched: {what}; fix the link, or remove the record",
+        reason="image_unreadable",
     )

@@ -15,7 +15,7 @@ from fsspec.implementations.arrow import ArrowFSWrapper
 from llava_ray.errors import DataError, ImageError, LlavaRayError
 from llava_ray.images.fetching import fetch_image
 from llava_ray.images.opening import check_header, check_image, open_image, to_rgb
-from llava_ray.reading import reason, shown
+from llava_ray.reading import describe_error, short_repr
 
 __all__ = ["check_header", "check_image", "open_filesystem", "open_image", "read_bytes", "to_rgb"]
 
@@ -76,25 +76,27 @@ def read_bytes(path: str, home: str | None = None) -> bytes:
 
 def _convert_failure(path: str, error: Exception, home: str | None) -> DataError:
     """Convert a failure to an ImageError of one image, or return a DataError of the storage."""
-    name = shown(path)
+    name = short_repr(path)
     if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
         return ImageError(
             f"image {name} does not exist; check data.image_folder, or fetch the file", reason="image_missing"
         )
     if isinstance(error, PermissionError):
         return ImageError(
-            f"image {name} may not be read ({reason(error)}); give this user read permission", reason="image_unreadable"
+            f"image {name} may not be read ({describe_error(error)}); give this user read permission",
+            reason="image_unreadable",
         )
     # A NUL or a lone surrogate in a path, the home of an unknown user: not an OSError.
     if isinstance(error, ValueError | RuntimeError) or (isinstance(error, OSError) and error.errno in _OF_ONE_NAME):
         return ImageError(
-            f"image {name} is not a valid file name ({reason(error)}); check the record", reason="image_missing"
+            f"image {name} is not a valid file name ({describe_error(error)}); check the record", reason="image_missing"
         )
     # Errors of a driver for other addresses, and of storage that only this record names.
     is_elsewhere = "://" in path and home is not None and _root_of(path) != _root_of(home)
     if is_elsewhere or isinstance(error, TypeError | AttributeError):
         return ImageError(
-            f"image {name} cannot be read ({reason(error)}); check the address, or copy the file to data.image_folder",
+            f"image {name} cannot be read ({describe_error(error)}); check the address, or copy the file to "
+            "data.image_folder",
             reason="image_unreadable",
         )
     remedy = (
@@ -102,7 +104,7 @@ def _convert_failure(path: str, error: Exception, home: str | None) -> DataError
         if isinstance(error, OSError)
         else "check the address and your credentials, and start again"
     )
-    return DataError(f"reading image {name} failed ({reason(error)}): {remedy}; finished shards are kept")
+    return DataError(f"reading image {name} failed ({describe_error(error)}): {remedy}; finished shards are kept")
 
 
 def _root_of(path: str) -> tuple[str, str]:
@@ -125,5 +127,5 @@ def _open_place(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     except OSError:
         raise
     except Exception as error:  # only this record's address is at fault
-        message = str(error) if isinstance(error, DataError) else reason(error)
-        raise ImageError(f"image {shown(path)}: {message}", reason="image_unreadable") from error
+        message = str(error) if isinstance(error, DataError) else describe_error(error)
+        raise ImageError(f"image {short_repr(path)}: {message}", reason="image_unreadable") from error

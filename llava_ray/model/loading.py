@@ -18,7 +18,7 @@ from llava_ray.model.formats.part_sources import find_layout
 from llava_ray.model.formats.stated_settings import find_length, find_version
 from llava_ray.model.formats.token_rows import image_token_note
 from llava_ray.model.network.quantization import choose_quantization
-from llava_ray.reading import shown
+from llava_ray.reading import short_repr
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def pretrained_config(
         if key in ModelConfig.model_fields and key != "version":
             values[key] = value
         elif key.startswith(("mm_", "s2")) and key != "mm_hidden_size" and value not in _NOTHING:
-            raise ModelError(f"{layout.folder}: {key} is {shown(value)}, which is not supported here.")
+            raise ModelError(f"{layout.folder}: {key} is {short_repr(value)}, which is not supported here.")
     try:
         return ModelConfig.parsed(values)
     except ConfigError as error:

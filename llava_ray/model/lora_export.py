@@ -18,7 +18,7 @@ from llava_ray.model.formats.sources import find_source
 from llava_ray.model.lora.adapter_files import read_adapter
 from llava_ray.model.tensors.tensor_files import read_json_object
 from llava_ray.model.tensors.weight_files import read_weight_file
-from llava_ray.reading import is_file, shown
+from llava_ray.reading import is_file, short_repr
 
 _WRITTEN = (ADAPTER_CONFIG, ADAPTER_FILE)
 
@@ -96,5 +96,5 @@ def base_dtype(model: Path, model_base: str | None) -> torch.dtype:
     name = config.get("dtype", config.get("torch_dtype")) or "float32"
     dtype = getattr(torch, name.removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ModelError(f"{file}: dtype is {shown(name)}, expected one such as bfloat16; fix it.")
+        raise ModelError(f"{file}: dtype is {short_repr(name)}, expected one such as bfloat16; fix it.")
     return dtype

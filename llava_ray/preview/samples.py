@@ -19,7 +19,7 @@ from llava_ray.data.examples import Encoder, Example, encode_record
 from llava_ray.data.json_files import clean_id
 from llava_ray.data.records import RawRecord, Record, find_files
 from llava_ray.data.shards import is_prepared
-from llava_ray.data.storage import absolute
+from llava_ray.data.storage import absolute_path
 from llava_ray.data.validation import fetch_images, parse_values, read_record
 from llava_ray.errors import ConfigError, ImageError, RecordError, TemplateError
 from llava_ray.images.anyres import Size
@@ -28,7 +28,7 @@ from llava_ray.images.reading import open_image
 from llava_ray.images.tokens import ImageTokens
 from llava_ray.model.formats.sources import find_source
 from llava_ray.preview.tokens import collapse_images, join_tokens, split_tokens
-from llava_ray.reading import shown as excerpt
+from llava_ray.reading import short_repr as excerpt
 from llava_ray.report.pieces import ReportToken
 
 _UNKNOWN_SIZE = (1, 1)  # stands for an image that is not opened and counts as one token
@@ -185,8 +185,8 @@ def token_viewer(settings: PreviewSettings) -> Viewer:
 def find_image_folder(settings: PreviewSettings) -> str:
     """Return the folder of relative image paths, by default the data's own."""
     if settings.image_folder is not None or is_prepared(settings.data):
-        return absolute(settings.image_folder or settings.data)
-    _, files = find_files(absolute(settings.data))
+        return absolute_path(settings.image_folder or settings.data)
+    _, files = find_files(absolute_path(settings.data))
     return files[0].rpartition("/")[0]
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from llava_ray.config.toml_files import read_toml_file
 from llava_ray.errors import ConfigError, DataError
-from llava_ray.reading import MAX_SHOWN, in_words, read_bounded
+from llava_ray.reading import MAX_SHOWN, read_bounded, wrap_errors
 
 _MAX_RULE_BYTES = 2**20
 
@@ -107,7 +107,7 @@ def build_default_rubric(kind: ReviewKind) -> Rubric:
 
 def read_rules(path: Path) -> Rubric:
     """Read a rule file in LLaVA's format, ``{category: {"role", "prompt"}}``. Raises ConfigError."""
-    with in_words(
+    with wrap_errors(
         f"{path}", "Expected JSON of categories, each with a role and a prompt.", ConfigError, "is no rule file"
     ):
         content = json.loads(read_bounded(path, _MAX_RULE_BYTES, ConfigError).decode("utf-8-sig"))

@@ -14,7 +14,7 @@ from llava_ray.config.recipes import differing_keys
 from llava_ray.config.schema import flat_settings
 from llava_ray.config.sections import MODEL_PATHS
 from llava_ray.config.space import Space, SweepConfig
-from llava_ray.data.storage import absolute, file_size, read_stored, relative_path, write_stored
+from llava_ray.data.storage import absolute_path, file_size, read_stored, relative_path, write_stored
 from llava_ray.errors import ConfigError
 from llava_ray.images.reading import open_filesystem
 from llava_ray.sweep.ledger import LEDGER
@@ -30,7 +30,7 @@ def open_sweep(config: SweepConfig, space: Space) -> str:
 
     Its name is taken once a trial has started.
     """
-    folder = f"{absolute(config.run.storage_path)}/{config.run.name}"
+    folder = f"{absolute_path(config.run.storage_path)}/{config.run.name}"
     identity = _identify_sweep(config)
     settings = config.model_dump(mode="json") | {"space": space.model_dump(mode="json")["dimensions"]}
     try:
@@ -57,7 +57,8 @@ def _identify_sweep(config: SweepConfig) -> dict[str, str]:
     named = flat_settings(config)
     models = {key: identify_model(str(named[key])) for key in MODEL_PATHS if named[key]}
     data = [
-        relative_path(str(Path.cwd()), absolute(path)) if path else "" for path in (named[key] for key in DATA_PATHS)
+        relative_path(str(Path.cwd()), absolute_path(path)) if path else ""
+        for path in (named[key] for key in DATA_PATHS)
     ]
     return models | {DATA: hashlib.sha256("\0".join(data).encode()).hexdigest()}
 

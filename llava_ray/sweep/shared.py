@@ -9,7 +9,7 @@ from llava_ray.config.sections import MODEL_PATHS, FinetuneConfig
 from llava_ray.config.space import Space, SweepConfig
 from llava_ray.config.sweep_recipes import corners
 from llava_ray.data.preparation import check_source, prepare_data
-from llava_ray.data.storage import absolute
+from llava_ray.data.storage import absolute_path
 from llava_ray.model.blueprint import read_blueprint
 from llava_ray.runtime import Resources
 from llava_ray.sweep.sampling import TrialSettings
@@ -24,13 +24,16 @@ _FEATURE_KEYS = ("model.vision_tower", *FEATURE_KEYS, "train.bf16")
 
 def common_config(config: SweepConfig, folder: str, tracking_uri: str, parent_run_id: str) -> SweepConfig:
     """Return the config that every trial starts from, with absolute paths, the sweep's folder and MLflow run."""
-    paths = {"data.cache_dir": absolute(config.data.cache_dir), "data.data_path": absolute(config.data.data_path)}
+    paths = {
+        "data.cache_dir": absolute_path(config.data.cache_dir),
+        "data.data_path": absolute_path(config.data.data_path),
+    }
     if config.data.image_folder:
-        paths["data.image_folder"] = absolute(config.data.image_folder)
+        paths["data.image_folder"] = absolute_path(config.data.image_folder)
     if config.held_out.path:
-        paths["held_out.path"] = absolute(config.held_out.path)
+        paths["held_out.path"] = absolute_path(config.held_out.path)
     if config.held_out.images:
-        paths["held_out.images"] = absolute(config.held_out.images)
+        paths["held_out.images"] = absolute_path(config.held_out.images)
     trials = {
         "run.storage_path": f"{folder}/trials",
         "run.max_failures": config.sweep.max_retries,

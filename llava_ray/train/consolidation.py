@@ -20,7 +20,7 @@ from llava_ray.model.formats.saved_weights import replacing
 from llava_ray.model.freezing import freeze
 from llava_ray.model.saving import save_bundle
 from llava_ray.model.tensors.tensor_files import read_json_object
-from llava_ray.reading import shown
+from llava_ray.reading import short_repr
 from llava_ray.train.checkpoints import MODEL_FOLDER, ZERO_TAG, check_same_base
 from llava_ray.train.engine import assemble_for
 
@@ -62,8 +62,9 @@ def _read_state(folder: Path) -> dict[str, Any]:
         raise _half_written(folder, TRAINER_STATE) from error
     if type(world_size) is not int or stage not in (0, 1, 2, 3) or not isinstance(state.get("config"), dict):
         raise CheckpointError(
-            f"{folder / TRAINER_STATE} does not say how its run was set up (world_size {shown(world_size)}, zero_stage "
-            f"{shown(stage)}, config); it was edited or damaged: use another checkpoint of the run."
+            f"{folder / TRAINER_STATE} does not say how its run was set up (world_size "
+            f"{short_repr(world_size)}, zero_stage "
+            f"{short_repr(stage)}, config); it was edited or damaged: use another checkpoint of the run."
         )
     needed = {COMPLETE: 1, ZERO_TAG: 1, "rng_rank*.pt": world_size}
     needed[f"{ZERO_TAG}/*_model_states.pt"] = world_size if stage == 3 else 1

@@ -2,7 +2,7 @@
 
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.preparation import check_source
-from llava_ray.data.storage import absolute
+from llava_ray.data.storage import absolute_path
 from llava_ray.model.blueprint import read_blueprint
 from llava_ray.tracking import check_store
 from llava_ray.train.identity import DATA, identify_run, recipe_of_name
@@ -24,7 +24,7 @@ def _check_name(config: FinetuneConfig) -> None:
 
     Whether its data are the same is known once they are prepared.
     """
-    run = RunFolder(absolute(config.run.storage_path), str(config.run.name))
+    run = RunFolder(absolute_path(config.run.storage_path), str(config.run.name))
     if config.run.restart or recipe_of_name(config) is not None or not run.is_claimed:
         return
     saved = run.noted_settings() or {}

@@ -12,7 +12,7 @@ from ray.train import Checkpoint, Result, UserCallback
 
 from llava_ray.config.recipes import differing_keys
 from llava_ray.config.sections import MODEL_PATHS, FinetuneConfig
-from llava_ray.data.storage import absolute, read_stored, write_stored
+from llava_ray.data.storage import absolute_path, read_stored, write_stored
 from llava_ray.errors import CheckpointError, ConfigError
 from llava_ray.train.identity import NUM_DIGITS, Identity, comparable, identity_hash, recipe_of_name
 
@@ -80,7 +80,7 @@ def find_run(config: FinetuneConfig, identity: Identity) -> RunFolder:
     as they are written, is resumed. Raises ConfigError when the name is used with other settings.
     """
     assert config.run.name is not None
-    run = RunFolder(absolute(config.run.storage_path), config.run.name)
+    run = RunFolder(absolute_path(config.run.storage_path), config.run.name)
     recipe = recipe_of_name(config)
     if recipe is not None:
         new = RunFolder(run.storage_path, f"{recipe}-{identity_hash(config, identity)}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llava_ray.config.sections import MAX_IMAGE_PIXELS
 from llava_ray.errors import ConfigError, ImageError
 from llava_ray.images.reading import open_image
-from llava_ray.reading import in_words, is_file, read_bounded, shown
+from llava_ray.reading import is_file, read_bounded, short_repr, wrap_errors
 
 if TYPE_CHECKING:
     from gradio.components.chatbot import ExampleMessage
@@ -29,7 +29,7 @@ def read_examples(file: str | None) -> list[ExampleMessage]:
     if file is None:
         return []
     path = Path(file).expanduser()
-    with in_words(f"page_examples {file}", "Give a JSON file with a list of texts and images.", ConfigError):
+    with wrap_errors(f"page_examples {file}", "Give a JSON file with a list of texts and images.", ConfigError):
         rows = json.loads(read_bounded(path, _MAX_BYTES, ConfigError))
     if not isinstance(rows, list) or len(rows) > _MAX_EXAMPLES:
         raise ConfigError(f"page_examples {file}: expected a list of at most {_MAX_EXAMPLES} examples")
@@ -40,7 +40,9 @@ def read_examples(file: str | None) -> list[ExampleMessage]:
 def _read_example(row: Any, where: str, file: Path, place: Path) -> ExampleMessage:
     """Return one example, its image copied to ``place``. Raises ConfigError."""
     if not isinstance(row, dict) or row.keys() - _KEYS or not all(isinstance(value, str) for value in row.values()):
-        raise ConfigError(f'{where} is {shown(row)}; expected {{"text": "…", "image": "…"}}, the image if there is one')
+        raise ConfigError(
+            f'{where} is {short_repr(row)}; expected {{"text": "…", "image": "…"}}, the image if there is one'
+        )
     if not row.get("text"):
         raise ConfigError(f"{where} has no text; add the question")
     if "image" not in row:

@@ -8,7 +8,7 @@ from typing import Any
 
 from llava_ray.errors import ModelError
 from llava_ray.model.tensors.tensor_files import read_json_object
-from llava_ray.reading import MAX_SHOWN, shown
+from llava_ray.reading import MAX_SHOWN, short_repr
 
 _MAX_COUNT = 1024  # of layers, labels, …: objects that are created one by one
 _MAX_SIZE = 2**24
@@ -90,6 +90,7 @@ def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
 
 def _unfit(where: str, key: str, value: object, expected: str) -> ModelError:
     return ModelError(
-        f"{where}: {key[:MAX_SHOWN]} is {shown(value)}, expected {expected}. The file was edited or damaged: copy it "
+        f"{where}: {key[:MAX_SHOWN]} is {short_repr(value)}, expected {expected}. The file was edited or "
+        "damaged: copy it "
         "again."
     )

@@ -11,7 +11,7 @@ from llava_ray.model.formats.manifest import faults_of
 from llava_ray.model.tensors.tensor_files import read_json_object
 from llava_ray.model.tensors.tensor_reading import BITS
 from llava_ray.model.tensors.weight_files import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE, Stored, read_folder
-from llava_ray.reading import shown
+from llava_ray.reading import short_repr
 
 DELTA_FILE = "delta.json"
 DELTA_VERSION = 1
@@ -52,7 +52,7 @@ def read_note(file: Path) -> DeltaNote:
     """Read delta.json. Raises ModelError that names the key."""
     values = read_json_object(file)
     if values.get("format_version") != DELTA_VERSION:
-        raise ModelError(f"{file} is of format {shown(values.get('format_version'))}, expected {DELTA_VERSION}.")
+        raise ModelError(f"{file} is of format {short_repr(values.get('format_version'))}, expected {DELTA_VERSION}.")
     try:
         return DeltaNote.model_validate(values)
     except ValidationError as error:
@@ -64,15 +64,18 @@ def check_note(noted: DeltaNote, source: Path, base: Base) -> None:
     places = set(weight_places(source))
     for place, note in noted.places.items():
         if place not in places:
-            raise ModelError(f"{source / DELTA_FILE}: places has {shown(place)}, no folder with weights in {source}.")
+            raise ModelError(
+                f"{source / DELTA_FILE}: places has {short_repr(place)}, no folder with weights in {source}."
+            )
         stored = read_folder(source / place)
         for name in sorted(stored.keys() - note.sha256.keys()):
-            raise ModelError(f"{source / DELTA_FILE}: places.{place}.sha256 lacks {shown(name)}; copy it again.")
+            raise ModelError(f"{source / DELTA_FILE}: places.{place}.sha256 lacks {short_repr(name)}; copy it again.")
         for name, own in note.tensors.items():
             tensor, old, dtype = stored.get(name), base.tensors.get(own), DTYPES.get(note.dtypes.get(name, ""))
             if tensor is None or old is None or dtype is None or tensor.dtype != BITS[dtype.itemsize]:
                 raise ModelError(
-                    f"{source / DELTA_FILE}: places.{place} says that {shown(name)} is {shown(own)} of {base.folder} "
+                    f"{source / DELTA_FILE}: places.{place} says that {short_repr(name)} is "
+                    f"{short_repr(own)} of {base.folder} "
                     "and a difference; one of them is not there, or of another dtype. Copy the delta again."
                 )
             if not old.shape or old.shape[1:] != tensor.shape[1:] or old.shape[0] > tensor.shape[0]:

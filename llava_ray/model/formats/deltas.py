@@ -31,7 +31,7 @@ from llava_ray.model.formats.model_opening import open_model
 from llava_ray.model.formats.names import COMPUTED, LANGUAGE_MODEL_PREFIX
 from llava_ray.model.tensors.tensor_reading import BITS, check_finite
 from llava_ray.model.tensors.weight_files import Stored, read_folder, write_folder
-from llava_ray.reading import in_words, shown
+from llava_ray.reading import short_repr, wrap_errors
 
 
 def make_delta(base: str | Path, target: str | Path, output: str | Path) -> Exported:
@@ -92,7 +92,7 @@ def apply_delta(base: str | Path, delta: str | Path, output: str | Path) -> Expo
     if known.fingerprint != noted.base_fingerprint:
         raise ModelError(
             f"{base} is not the base of {delta}: its fingerprint is {known.fingerprint[:12]}, expected "
-            f"{noted.base_fingerprint[:12]}, that of {shown(noted.base)[1:-1]}. Give that model."
+            f"{noted.base_fingerprint[:12]}, that of {short_repr(noted.base)[1:-1]}. Give that model."
         )
     check_note(noted, source, known)
     with new_folder(output) as new:
@@ -131,7 +131,7 @@ def _copy_others(source: Path, new: Path) -> None:
                 raise ModelError(f"{path} is a link to another folder; replace it by the model's own files.")
         return ignored(folder, names)
 
-    with in_words(f"{source}", "Copy the folder again.", says="cannot be copied"):
+    with wrap_errors(f"{source}", "Copy the folder again.", says="cannot be copied"):
         shutil.copytree(source, new, dirs_exist_ok=True, ignore=ignore)
 
 

@@ -23,7 +23,7 @@ from llava_ray.model.formats.manifest import MANIFEST_FILE, is_bundle
 from llava_ray.model.formats.original.read import read_lora, read_original
 from llava_ray.model.formats.original.settings import is_original
 from llava_ray.model.tensors.tensor_files import read_weights
-from llava_ray.reading import in_words, shown
+from llava_ray.reading import short_repr, wrap_errors
 
 TOWER_TYPES = (
     "clip",
@@ -43,7 +43,7 @@ def read_layout(folder: Path) -> Layout:
     Files that are merely absent (such as weights that were not downloaded) are listed in ``missing``: see
     ``check_whole``.
     """
-    with in_words(f"{folder}", "Copy the folder again.", says="cannot be read as a model"):
+    with wrap_errors(f"{folder}", "Copy the folder again.", says="cannot be read as a model"):
         return _read_layout(folder)
 
 
@@ -65,7 +65,7 @@ def _read_layout(folder: Path) -> Layout:
     is_tower = model_type in TOWER_TYPES or is_timm(config)
     if not is_tower and (model_type is None or str(model_type).startswith("llava")):
         raise ModelError(
-            f"{folder / CONFIG}: model_type {shown(model_type)} is of no known layout. Known are the original's "
+            f"{folder / CONFIG}: model_type {short_repr(model_type)} is of no known layout. Known are the original's "
             "(llava, llava_llama, llava_mistral, with mm_vision_tower beside), transformers' llava and llava_next "
             "(with text_config and vision_config), llava_ray bundles and plain language models."
         )

@@ -44,7 +44,7 @@ from llava_ray.model.formats.token_rows import check_layout_rows, find_image_tok
 from llava_ray.model.network.tower_families import WITH_TEXT_PART
 from llava_ray.model.tensors.tensor_files import StoredTensor
 from llava_ray.model.tensors.weight_files import Stored, to_stored
-from llava_ray.reading import in_words, is_file
+from llava_ray.reading import is_file, wrap_errors
 
 
 def open_model(
@@ -72,7 +72,7 @@ def open_model(
             "programs holds. Keep the bundle."
         )
     noted = find_noted(layout.config, str(layout.folder / CONFIG))
-    with in_words(f"{layout.folder} ({layout.kind})", "Copy the folder again.", says="cannot be described"):
+    with wrap_errors(f"{layout.folder} ({layout.kind})", "Copy the folder again.", says="cannot be described"):
         manifest = _describe(layout, language, tower, version)
     language_config = fill_defaults(
         {**_language_architecture(language), **language.config}, f"{language.folder / CONFIG}"

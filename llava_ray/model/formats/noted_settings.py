@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from llava_ray.errors import ModelError
 from llava_ray.model.formats.manifest import Manifest, absolute_base, faults_of, with_bases
-from llava_ray.reading import shown
+from llava_ray.reading import short_repr
 
 # The key under which our export stores settings that a layout has no key for.
 OUR_KEY = "llava_ray"
@@ -76,8 +76,11 @@ def reconcile_settings(
 
 def describe_change(key: str, value: object, exported: object) -> str:
     """Return the note that a file has another value than was exported."""
-    return f"{key} is {shown(value)}, but the model was exported with {shown(exported)}; the file's own value is used"
+    return (
+        f"{key} is {short_repr(value)}, but the model was exported with {short_repr(exported)}; the "
+        "file's own value is used"
+    )
 
 
 def _unfit(where: str, key: str, value: object, expected: str) -> ModelError:
-    return ModelError(f"{where}: {key} is {shown(value)}, expected {expected}; fix it, or export the model again.")
+    return ModelError(f"{where}: {key} is {short_repr(value)}, expected {expected}; fix it, or export the model again.")

@@ -9,7 +9,7 @@ from typing import Any
 
 from llava_ray.model.formats.declared_sizes import check_declared
 from llava_ray.model.network.tower_families import WITH_TEXT_PART, find_family
-from llava_ray.reading import in_words, shown
+from llava_ray.reading import short_repr, wrap_errors
 
 
 def fill_defaults(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -44,9 +44,9 @@ def build_config(config: Mapping[str, Any], where: str) -> Any:
 
     check_declared(config, where)
     auto: Any = AutoConfig  # untyped in transformers
-    kind = shown(config.get("model_type"))
+    kind = short_repr(config.get("model_type"))
     remedy = f"Expected a config (this one is of type {kind}) that the installed transformers knows; copy it again."
-    with in_words(where, remedy):
+    with wrap_errors(where, remedy):
         return auto.for_model(**config)
 
 

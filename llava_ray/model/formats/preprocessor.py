@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from llava_ray.errors import ModelError
-from llava_ray.reading import shown
+from llava_ray.reading import short_repr
 
 _MAX_SIDE = 2**13
 _MAX_PATCHES = 2**16
@@ -45,7 +45,7 @@ def _is_finite(value: object) -> bool:
 
 
 def _unfit(where: str, key: str, value: object, expected: str) -> ModelError:
-    return ModelError(f"{where}: {key} is {shown(value)}, expected {expected}; fix it, or copy the file again.")
+    return ModelError(f"{where}: {key} is {short_repr(value)}, expected {expected}; fix it, or copy the file again.")
 
 
 _CHECKS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (

@@ -20,7 +20,7 @@ from llava_ray.model.formats.layout import CONFIG, NON_LORA_FILE, ORIGINAL_PROJE
 from llava_ray.model.formats.layouts import TOWER_TYPES, read_layout
 from llava_ray.model.formats.original.settings import is_original, original_language_config
 from llava_ray.model.tensors.tensor_files import NO_WEIGHTS, StoredTensor
-from llava_ray.reading import MAX_SHOWN, in_words, is_file, is_folder, shown
+from llava_ray.reading import MAX_SHOWN, is_file, is_folder, short_repr, wrap_errors
 
 PartName = Literal["language_model", "vision_tower"]
 
@@ -60,7 +60,7 @@ def find_source(name: str | Path, part: str, *, weights: bool = True, offline: b
     try:
         folder = Path(name).expanduser()
     except (TypeError, RuntimeError) as error:  # not text, or the home of an unknown user
-        raise ModelError(f"no such {part}: {shown(name)} is neither a folder nor a hub id.") from error
+        raise ModelError(f"no such {part}: {short_repr(name)} is neither a folder nor a hub id.") from error
     if is_folder(folder):
         return Source(str(folder.resolve()), folder.resolve(), str(folder.resolve()))
     if offline:
@@ -71,7 +71,8 @@ def find_source(name: str | Path, part: str, *, weights: bool = True, offline: b
             found = Path(snapshot_download(str(name), allow_patterns=[*_SMALL_FILES, "*.bin"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ModelError(
-            f"no such {part}: {shown(str(name))} is neither a folder here ({str(folder.absolute())[:MAX_SHOWN]}) nor a "
+            f"no such {part}: {short_repr(str(name))} is neither a folder here "
+            f"({str(folder.absolute())[:MAX_SHOWN]}) nor a "
             f"model that the hub provides ({type(error).__name__}). "
             "Check the spelling; without network, download it elsewhere and give the folder, which every node must see."
         ) from error
@@ -173,7 +174,7 @@ def _words(part: str) -> str:
 def loading(path: str | Path, part: str) -> AbstractContextManager[None]:
     """Convert a failure to load to a ModelError that names the part, its place, and the reason."""
     remedy = "Expected a folder as transformers' save_pretrained writes it; copy it again, or point at another."
-    return in_words(f"the {part} in {path}", remedy, says="cannot be loaded")
+    return wrap_errors(f"the {part} in {path}", remedy, says="cannot be loaded")
 
 
 def make_config(values: Mapping[str, Any], where: str | Path, part: str) -> PreTrainedConfig:
@@ -182,7 +183,7 @@ def make_config(values: Mapping[str, Any], where: str | Path, part: str) -> PreT
     model_type = str(values.get("model_type"))
     if model_type not in CONFIG_MAPPING:
         raise ModelError(
-            f"the {part} in {where} is of an unknown architecture: model_type is {shown(model_type)} in its "
+            f"the {part} in {where} is of an unknown architecture: model_type is {short_repr(model_type)} in its "
             f"config.json, which transformers {transformers_version} does not know. Check the "
             "file, or install a version that does."
         )

@@ -3,7 +3,7 @@
 from llava_ray.chat.templates import CHAT_TEMPLATE, TEMPLATES
 from llava_ray.errors import ModelError
 from llava_ray.model.formats.layout import Layout
-from llava_ray.reading import shown
+from llava_ray.reading import short_repr
 
 _DEFAULT_LENGTH = 2048  # the original's, where a config says nothing
 
@@ -26,5 +26,7 @@ def find_length(layout: Layout) -> int:
     positions = positions if type(positions) is int else None
     length = layout.settings.get("model_max_length") or _DEFAULT_LENGTH
     if type(length) is not int or length < 0:
-        raise ModelError(f"{layout.folder}: model_max_length is {shown(length)}, expected a number of tokens; fix it.")
+        raise ModelError(
+            f"{layout.folder}: model_max_length is {short_repr(length)}, expected a number of tokens; fix it."
+        )
     return int(min(length, positions or length))

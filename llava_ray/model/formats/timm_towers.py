@@ -19,7 +19,7 @@ from llava_ray.model.formats.preprocessor import check_preprocessor
 from llava_ray.model.formats.sources import Source
 from llava_ray.model.network.timm_tower import TimmConfig, build_timm, make_timm_config
 from llava_ray.model.tensors.tensor_reading import read_tensors
-from llava_ray.reading import shown
+from llava_ray.reading import short_repr
 
 _WEIGHTS = "model.safetensors"
 _FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
@@ -97,4 +97,4 @@ def make_timm_processor(values: Mapping[str, Any], where: str) -> CLIPImageProce
 
 
 def _unfit(where: str, key: str, value: object, expected: str) -> ModelError:
-    return ModelError(f"{where}: pretrained_cfg.{key} is {shown(value)}, expected {expected}; mend it.")
+    return ModelError(f"{where}: pretrained_cfg.{key} is {short_repr(value)}, expected {expected}; mend it.")

@@ -9,7 +9,7 @@ from llava_ray.chat.tokenizer import MAX_TOKENIZER_BYTES
 from llava_ray.errors import ModelError
 from llava_ray.model.formats.layout import EMBED_TOKENS, Layout
 from llava_ray.model.tensors.tensor_files import StoredTensor, read_json_object
-from llava_ray.reading import is_file, shown
+from llava_ray.reading import is_file, short_repr
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,7 +74,8 @@ def image_token_note(config: Mapping[str, Any], token: int | None) -> str | None
     if index is None or token is None or index == token:
         return None
     return (
-        f"image_token_index is {shown(index)} in its config.json, but its tokenizer's {IMAGE_TOKEN} is {token}, which "
+        f"image_token_index is {short_repr(index)} in its config.json, but its tokenizer's {IMAGE_TOKEN} is "
+        f"{token}, which "
         "is used here; other programs will find no place for images"
     )
 
@@ -88,7 +89,7 @@ def _check_token_in_rows(first: _NumberedToken, number: int, rows: int, model: s
     """Raise ModelError that names the token without a row, and the remedy."""
     raise ModelError(
         f"the tokenizer in {first.file} has {number} tokens without a row in the embeddings of {model}, which have "
-        f"{rows:,}: the first is {shown(first.text)} with the id {first.number}. Take these tokens out of "
+        f"{rows:,}: the first is {short_repr(first.text)} with the id {first.number}. Take these tokens out of "
         "tokenizer.json, tokenizer_config.json and added_tokens.json, or copy the weights that were saved with this "
         "tokenizer."
     )

@@ -14,7 +14,7 @@ from llava_ray.model.formats.layout import ADAPTER_CONFIG, ADAPTER_FILE, ADAPTER
 from llava_ray.model.formats.original.names import PEFT_PREFIX
 from llava_ray.model.tensors.tensor_files import StoredTensor, read_json_object, read_metadata, read_tensor_file
 from llava_ray.model.tensors.tensor_reading import read_tensors
-from llava_ray.reading import in_words, is_file, shown
+from llava_ray.reading import is_file, short_repr, wrap_errors
 
 _MAX_RANK = 2**16
 _ALL_LINEAR = "all-linear"
@@ -77,7 +77,7 @@ def _read_adapter_config(folder: Path) -> Any:
     if not is_file(file):
         raise ModelError(f"{folder} holds no adapter: {ADAPTER_CONFIG} is not there.")
     _check_settings(read_json_object(file), str(file))
-    with in_words(f"{file}", "Copy it again.", says="cannot be read as an adapter's settings"):
+    with wrap_errors(f"{file}", "Copy it again.", says="cannot be read as an adapter's settings"):
         config = peft.PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, peft.LoraConfig):
         raise ModelError(
@@ -85,7 +85,7 @@ def _read_adapter_config(folder: Path) -> Any:
         )
     if config.modules_to_save:
         raise ModelError(
-            f"{file} trains whole modules beside the adapter (modules_to_save = {shown(config.modules_to_save)}), "
+            f"{file} trains whole modules beside the adapter (modules_to_save = {short_repr(config.modules_to_save)}), "
             "which is not read here; merge it with the library that wrote it."
         )
     return config
@@ -96,7 +96,7 @@ def _check_settings(values: Mapping[str, Any], where: str) -> None:
     for key in _STRUCTURAL:
         if values.get(key):
             raise ModelError(
-                f"{where}: {key} is {shown(values[key])}, which is not read here; merge it with the library that "
+                f"{where}: {key} is {short_repr(values[key])}, which is not read here; merge it with the library that "
                 "wrote it."
             )
     _check_scales(values, where)
@@ -149,7 +149,7 @@ def _with_targets(config: Any, stored: Mapping[str, StoredTensor]) -> Any:
 
 
 def _unfit(where: str, key: str, value: object, expected: str) -> ModelError:
-    return ModelError(f"{where}: {key} is {shown(value)}, expected {expected}; copy the file again.")
+    return ModelError(f"{where}: {key} is {short_repr(value)}, expected {expected}; copy the file again.")
 
 
 def _without_foreign_parts(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:

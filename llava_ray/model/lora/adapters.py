@@ -22,7 +22,7 @@ from llava_ray.model.formats.manifest import ManifestPart
 from llava_ray.model.formats.original.names import PEFT_PREFIX
 from llava_ray.model.lora.adapter_files import AdapterFiles, read_adapter
 from llava_ray.model.network.quantization import dequantize, find_dtype, find_quantization
-from llava_ray.reading import in_words
+from llava_ray.reading import wrap_errors
 
 ADAPTER = "default"  # PEFT's own name for the only one
 OTHER_PARTS = ("projector", "vision_tower")
@@ -113,7 +113,7 @@ def load_adapter(
     check_base(files, base_fingerprint)
     files.config.inference_mode = not learns
     remedy = f"It was trained over {files.base or 'another model'}; point at that one, or copy the adapter again."
-    with in_words(f"{files.folder}", remedy, says="is an adapter of another language model"):
+    with wrap_errors(f"{files.folder}", remedy, says="is an adapter of another language model"):
         inject_adapter(language_model, files.config, seed=0)
     expected = {n: tuple(t.shape) for n, t in adapter_tensors(language_model, language_model.state_dict()).items()}
     found = {name: tuple(tensor.shape) for name, tensor in files.tensors.items()}

@@ -12,7 +12,7 @@ from typing import IO, NamedTuple
 
 from llava_ray.errors import ModelError
 from llava_ray.model.tensors.tensor_pickle import Code, PickledTensor, read_tensor_pickle
-from llava_ray.reading import MAX_SHOWN, in_words, shown
+from llava_ray.reading import MAX_SHOWN, short_repr, wrap_errors
 
 _MAX_PICKLE_BYTES = 16 * 2**20
 _MAX_DIRECTORY_BYTES = 16 * 2**20  # of an archive; parsed, it takes up to 15 times as much memory
@@ -36,7 +36,7 @@ def read_pickle(file: Path) -> dict[str, PickledTensor]:
     remedy = "Copy it again. (Files older than PyTorch 1.6 have to be saved again by a newer one.)"
     with (
         file.open("rb") as stream,
-        in_words(f"{file}", remedy, says="is cut off, damaged or no PyTorch file of tensors"),
+        wrap_errors(f"{file}", remedy, says="is cut off, damaged or no PyTorch file of tensors"),
     ):
         _check_directory(stream)
         with zipfile.ZipFile(stream) as archive:
@@ -89,20 +89,20 @@ def _find_members(archive: zipfile.ZipFile, stream: IO[bytes]) -> dict[str, _Arc
     members: dict[str, _ArchiveMember] = {}
     for info in archive.infolist():
         if info.filename in members:
-            raise ValueError(f"{shown(info.filename)} is in it twice")
+            raise ValueError(f"{short_repr(info.filename)} is in it twice")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-            raise ValueError(f"{shown(info.filename)} is compressed or encrypted, which PyTorch's never are")
+            raise ValueError(f"{short_repr(info.filename)} is compressed or encrypted, which PyTorch's never are")
         # Compressed members are refused above: their bytes could not be read in place, and may expand without bound.
         stream.seek(info.header_offset)
         local = stream.read(30)
         if local[:4] != b"PK\3\4" or len(local) < 30:
-            raise ValueError(f"{shown(info.filename)} is not where the directory says")
+            raise ValueError(f"{short_repr(info.filename)} is not where the directory says")
         name_length, extra_length = struct.unpack("<26x2H", local)
         members[info.filename] = _ArchiveMember(info.header_offset + 30 + name_length + extra_length, info.file_size)
     end = 0
     for name, member in sorted(members.items(), key=lambda item: item[1]):
         if member.num_bytes and member.offset < end:
-            raise ValueError(f"{shown(name)} overlaps the member before it")
+            raise ValueError(f"{short_repr(name)} overlaps the member before it")
         end = max(end, member.offset + member.num_bytes)
     if end > archive.start_dir:
         raise ValueError("a member reaches beyond the members' part of the file")

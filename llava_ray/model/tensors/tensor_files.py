@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from llava_ray.errors import ModelError
 from llava_ray.model.tensors.pickled_tensors import read_pickle
-from llava_ray.reading import LARGE_INT_BITS, MAX_SHOWN, check_plain, in_words, is_file, read_bounded, shown
+from llava_ray.reading import LARGE_INT_BITS, MAX_SHOWN, check_plain, is_file, read_bounded, short_repr, wrap_errors
 
 # Stored by older versions of transformers, and computed by newer ones.
 _COMPUTED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
@@ -159,7 +159,8 @@ def _read_shards(index: Path) -> WeightFiles:
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", "..") or "\0" in shard:
             raise ModelError(
-                f"{index}: weight_map says that {shown(name)} is in {shown(shard)}, which names no file of this "
+                f"{index}: weight_map says that {short_repr(name)} is in {short_repr(shard)}, which names no "
+                "file of this "
                 "folder; copy it again."
             )
         expected.setdefault(shard, []).append(name)
@@ -197,7 +198,7 @@ def _read_safetensors(file: Path) -> dict[str, StoredTensor]:
                 "tensors in several files."
             )
         text = stream.read(length)
-    with in_words(f"{file}", "Copy it again.", says="has a damaged safetensors header"):
+    with wrap_errors(f"{file}", "Copy it again.", says="has a damaged safetensors header"):
         header = json.loads(text.decode(), object_pairs_hook=_without_duplicates, parse_constant=_reject_constant)
         header.pop("__metadata__", None)
         tensors = {name: _from_header(file, name, entry, 8 + length) for name, entry in header.items()}
@@ -211,7 +212,7 @@ def _read_safetensors(file: Path) -> dict[str, StoredTensor]:
 
 def read_metadata(file: Path) -> dict[str, str]:
     """Return the metadata of a .safetensors file whose header has been checked. Raises ModelError."""
-    with in_words(f"{file}", "Copy it again.", says="has a damaged safetensors header"), file.open("rb") as stream:
+    with wrap_errors(f"{file}", "Copy it again.", says="has a damaged safetensors header"), file.open("rb") as stream:
         length = min(int.from_bytes(stream.read(8), "little"), _MAX_HEADER_BYTES)
         noted = json.loads(stream.read(length)).get("__metadata__") or {}
         return {key: value for key, value in noted.items() if isinstance(value, str)}
@@ -222,7 +223,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"{shown(twice)} occurs twice")
+        raise ValueError(f"{short_repr(twice)} occurs twice")
     return values
 
 
@@ -233,15 +234,17 @@ def _reject_constant(word: str) -> float:
 def _from_header(file: Path, name: str, entry: Any, start: int) -> StoredTensor:
     label = name[:MAX_SHOWN]
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str) or entry["dtype"] not in _DTYPES:
-        raise ValueError(f"{label}: the dtype in {shown(entry)} is none of {', '.join(_DTYPES)}")
+        raise ValueError(f"{label}: the dtype in {short_repr(entry)} is none of {', '.join(_DTYPES)}")
     dtype, element_size = _DTYPES[entry["dtype"]]
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        raise ValueError(f"{label}: shape {shown(shape)} and data_offsets {shown(offsets)} are not lists of sizes")
+        raise ValueError(
+            f"{label}: shape {short_repr(shape)} and data_offsets {short_repr(offsets)} are not lists of sizes"
+        )
     begin, end = offsets
     if min(begin, 0, *shape) < 0 or end - begin != math.prod(shape) * element_size:
-        raise ValueError(f"{label}: {end - begin} bytes for {entry['dtype']} {shown(shape)}")
+        raise ValueError(f"{label}: {end - begin} bytes for {entry['dtype']} {short_repr(shape)}")
     return StoredTensor(file, name, dtype, tuple(shape), _contiguous(tuple(shape)), start + begin, element_size)
 
 
@@ -259,7 +262,7 @@ def _find_end(file: Path, tensors: dict[str, StoredTensor], start: int) -> int:
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.num_bytes)):
         if tensor.offset != end:
             fault = "overlaps the tensor before it" if tensor.offset < end else "leaves a gap before it"
-            raise ModelError(f"{file} is damaged: {shown(tensor.name)} {fault}. Copy it again.")
+            raise ModelError(f"{file} is damaged: {short_repr(tensor.name)} {fault}. Copy it again.")
         end = tensor.offset + tensor.num_bytes
     return end
 

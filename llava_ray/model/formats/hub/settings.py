@@ -13,7 +13,7 @@ from llava_ray.model.formats.config_values import to_tuples
 from llava_ray.model.formats.manifest import Manifest
 from llava_ray.model.formats.noted_settings import find_noted, reconcile_settings
 from llava_ray.model.formats.part_configs import num_prefix_tokens, to_older_config
-from llava_ray.reading import shown
+from llava_ray.reading import short_repr
 
 _CLASSES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
 
@@ -144,7 +144,7 @@ def _own_hub_settings(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _flipped(grid: Any, where: str) -> tuple[tuple[Any, Any], ...]:
     """Swap each (height, width) to (width, height). Raises ModelError for anything but pairs."""
     if not isinstance(grid, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in grid):
-        raise ModelError(f"{where}: image_grid_pinpoints is {shown(grid)}, expected pairs of numbers; fix it.")
+        raise ModelError(f"{where}: image_grid_pinpoints is {short_repr(grid)}, expected pairs of numbers; fix it.")
     return tuple((width, height) for height, width in grid)
 
 
@@ -154,7 +154,8 @@ def _hub_feature(config: Mapping[str, Any], where: str) -> str:
     table = _FEATURES_WITHOUT_CLASS_TOKEN if tower in _WITHOUT_CLASS_TOKEN else _FEATURES
     if not isinstance(strategy, str) or strategy not in table or (tower in _WITH_REGISTERS and strategy == "default"):
         raise ModelError(
-            f"{where}: vision_feature_select_strategy {shown(strategy)} with a tower of type {tower!r} drops a patch "
+            f"{where}: vision_feature_select_strategy {short_repr(strategy)} with a tower of type {tower!r} "
+            "drops a patch "
             "or keeps a register, which no setting of LLaVA's does; expected 'full'."
         )
     return table[strategy]

@@ -14,7 +14,7 @@ from llava_ray.model.formats.config_values import to_tuples
 from llava_ray.model.formats.manifest import Manifest
 from llava_ray.model.formats.noted_settings import OUR_KEY
 from llava_ray.model.formats.part_configs import to_older_config
-from llava_ray.reading import shown
+from llava_ray.reading import short_repr
 
 # LLaVA's keys; the rest are the language model's.
 _LLAVAS = re.compile(r"(mm_|use_mm_|tune_mm_|freeze_mm_|unfreeze_mm_|image_|tokenizer_|s2$|s2_|llava_ray$)")
@@ -117,6 +117,8 @@ def read_original_settings(config: Mapping[str, Any], where: str) -> dict[str, A
         settings |= {"s2": True, "s2_scales": to_tuples(config.get("s2_scales", "336,672,1008"), where)}
     if length := config.get("tokenizer_model_max_length"):
         if type(length) is not int or not 0 < length <= 2**24:
-            raise ModelError(f"{where}: tokenizer_model_max_length is {shown(length)}, expected a number of tokens.")
+            raise ModelError(
+                f"{where}: tokenizer_model_max_length is {short_repr(length)}, expected a number of tokens."
+            )
         settings["model_max_length"] = length
     return settings
