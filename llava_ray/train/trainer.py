@@ -13,12 +13,13 @@ from llava_ray.config.recipes import settings_hash
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.encoder_settings import EncoderSettings
 from llava_ray.data.feature_writing import cache_features
-from llava_ray.data.lengths import TokenLengths, measure_lengths
+from llava_ray.data.lengths import measure_lengths
 from llava_ray.data.plan import Plan
 from llava_ray.data.preparation import prepare_data
 from llava_ray.data.settings import StreamSettings
 from llava_ray.data.shards import PreparedData, is_prepared
 from llava_ray.data.storage import read_stored, write_stored
+from llava_ray.data.token_lengths import TokenLengths
 from llava_ray.model.blueprint import Blueprint, read_blueprint
 from llava_ray.runtime import Resources
 from llava_ray.tracking import default_tracking_uri, moved_tracking_uri
