@@ -59,7 +59,7 @@ def describe_micro_batches(
 def describe_window(
     window: Window, lengths: TokenLengths, row_length: int, world_size: int, cost: SampleCost | None = None
 ) -> pa.Table:
-    """Return the micro-batches of a window: blocks of ROWS_PER_BLOCK rows of rank 0, 1, …, 0, 1, …"""
+    """Return the micro-batches of a window, in blocks of ROWS_PER_BLOCK rows of rank 0, 1, …, 0, 1, … by turns."""
     examples = lengths.take(np.frombuffer(window["examples"], np.int32), _COLUMNS)
     num_tokens, supervised, num_images = (
         examples.column(name).to_numpy() for name in ("num_tokens", "num_supervised", "num_images")

@@ -15,10 +15,12 @@ from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from llava_ray.config.sections import FinetuneConfig
-from llava_ray.data.storage import read_stored, write_stored
+from llava_ray.images.reading import open_filesystem
 from llava_ray.train.runs import RunFolder
+from llava_ray.train.step_file import StepFile
 
 _SECONDS_BETWEEN_LOGS = 5.0
+_LONGEST_ROW = 2**16  # bytes of a step's metrics
 _RATE_WINDOW = 50  # the window over which the rate is computed
 
 TRAINING = "training"
@@ -53,14 +55,14 @@ class RunRecorder:
         self.tracked = TrackedRun(**tracked)
         self.tracked.log_params(params)
         self.logging_steps = logging_steps
-        self.ledger: dict[int, list[str]] = {
-            row["step"]: row["samples"] for row in _read_rows(f"{run_folder}/ledger.jsonl")
-        }
-        self.metrics: dict[int, dict[str, float]] = {
-            row.pop("step"): row for row in _read_rows(f"{run_folder}/metrics.jsonl")
-        }
+        self.ledger = StepFile(f"{run_folder}/ledger.jsonl")
+        self.metrics = StepFile(f"{run_folder}/metrics.jsonl")
+        self.last = self.ledger.last
+        """The last step that all ranks have recorded."""
+        self.last_metrics = _last_row(self.metrics)
+        self.unlogged: dict[int, dict[str, float]] = {}
+        """Metrics that MLflow does not have yet."""
         self.partial: dict[int, dict[int, list[str]]] = {}
-        self.logged = max(self.metrics, default=-1)
         self.log_time = time.monotonic()
         self.world_size = 0
         self.state = "starting workers"
@@ -88,10 +90,13 @@ class RunRecorder:
         del rank
         self.world_size = world_size
         self.partial.clear()
-        for steps in (self.ledger, self.metrics):
-            for step in [step for step in steps if step >= first_step]:
-                del steps[step]
-        self.logged = min(self.logged, first_step - 1)
+        if self.metrics.last >= first_step:
+            self.last_metrics = {}
+        for file in (self.ledger, self.metrics):
+            file.rewind(first_step)
+        self.last_metrics = self.last_metrics or _last_row(self.metrics)
+        self.unlogged = {step: row for step, row in self.unlogged.items() if step < first_step}
+        self.last = min(self.last, first_step - 1)
         self.first = first_step
         self.ended.clear()
 
@@ -100,9 +105,12 @@ class RunRecorder:
         by_rank = self.partial.setdefault(step, {})
         by_rank[rank] = samples
         if rank == 0:
-            self.metrics[step] = metrics
+            self.metrics.add(step, metrics)
+            self.unlogged[step] = metrics
         if len(by_rank) == self.world_size:
-            self.ledger[step] = sorted(sample for ids in self.partial.pop(step).values() for sample in ids)
+            samples = sorted(sample for ids in self.partial.pop(step).values() for sample in ids)
+            self.ledger.add(step, {"samples": samples})
+            self.last, self.last_metrics = step, self.unlogged.get(step, {})
             self.ended.append((step, time.monotonic()))
             self.state = TRAINING
             if time.monotonic() - self.log_time > _SECONDS_BETWEEN_LOGS:
@@ -112,27 +120,30 @@ class RunRecorder:
     def log(self) -> None:
         """Log new steps to MLflow."""
         self.log_time = time.monotonic()
-        new = {step: row for step, row in self.metrics.items() if step > self.logged and step in self.ledger}
+        new = {step: row for step, row in self.unlogged.items() if step <= self.last}
         self.tracked.log_steps({step: row for step, row in new.items() if step % self.logging_steps == 0})
-        self.logged = max(new, default=self.logged)
+        self.unlogged = {step: row for step, row in self.unlogged.items() if step > self.last}
 
-    def flush(self) -> None:
-        """Write ledger and metrics; return only when they are on storage."""
-        ledger = [{"step": step, "samples": self.ledger[step]} for step in sorted(self.ledger)]
-        metrics = [{"step": step} | self.metrics[step] for step in sorted(self.metrics)]
-        for name, rows in (("ledger", ledger), ("metrics", metrics)):
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            write_stored(f"{self.run_folder}/{name}.jsonl", text.encode())
+    def flush(self, num_steps: int = 0) -> bool:
+        """Append new rows to ledger and metrics; return only when they are on storage.
+
+        With ``num_steps`` nothing is written, and False returned, before all ranks have recorded that many steps: a
+        rank that saves a checkpoint after them may be ahead of the records of others.
+        """
+        if self.last + 1 < num_steps:
+            return False
+        self.ledger.flush()
+        self.metrics.flush()
         self.log()
+        return True
 
     def progress(self) -> RunProgress:
         """Return the run's progress."""
-        last = max(self.ledger, default=-1)
         rate = None
         if len(self.ended) > 1:
             (first, start), (end, now) = self.ended[0], self.ended[-1]
             rate = (end - first) / max(now - start, 1e-9)
-        return RunProgress(self.state, self.first, last + 1, self.metrics.get(last, {}), rate, list(self.said))
+        return RunProgress(self.state, self.first, self.last + 1, self.last_metrics, rate, list(self.said))
 
     def close(self, status: str, tags: dict[str, str], artifacts: dict[str, str], files: list[str]) -> str:
         """Flush, log tags, artifacts (name → folder) and files, end the MLflow run and return its id."""
@@ -161,10 +172,13 @@ def start_recorder(run: RunFolder, config: FinetuneConfig, tracking_uri: str, se
     return actor.remote(run.path, tracked, config.model_dump(mode="json"), config.tracking.logging_steps)
 
 
-def _read_rows(path: str) -> list[dict[str, Any]]:
-    """Return the rows of a JSONL file; none when there is no file."""
-    try:
-        lines = read_stored(path).splitlines()
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in lines]
+def _last_row(file: StepFile) -> dict[str, float]:
+    """Return the last row on storage without its step; {} where there is none."""
+    if file.last < 0:
+        return {}
+    files, place = open_filesystem(file.path)
+    with files.open(place, "rb") as stream:
+        stream.seek(max(0, file.size - _LONGEST_ROW))
+        row: dict[str, float] = json.loads(stream.read(min(file.size, _LONGEST_ROW)).splitlines()[-1])
+    del row["step"]
+    return row

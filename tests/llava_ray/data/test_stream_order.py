@@ -68,7 +68,7 @@ def test_starting_later_gives_the_same_steps(planned):
 
 
 def test_a_start_at_a_late_step_packs_nothing_before_a_window_is_read(planned, monkeypatch):
-    plan, lengths = planned
+    plan, _ = planned
     monkeypatch.setattr("llava_ray.data.descriptors.assign_to_ranks", None)
     windows = list(plan_windows(plan, range(17, plan.num_steps), 256, 2))
     assert [window["first_step"] for window in windows] == [17, 25]

@@ -164,6 +164,21 @@ def test_replayed_steps_stand_once_and_a_second_start_goes_on_in_the_same_mlflow
     assert (run.info.status, run.data.params["train.seed"]) == ("FINISHED", "1")
 
 
+def test_a_flush_for_a_checkpoint_waits_for_the_records_of_all_ranks(tmp_path):
+    journal = open_journal(tmp_path)
+    for rank in range(2):
+        journal.rewind(rank, 0, 2)
+    journal.record(0, 0, {"loss": 1.0}, ["a"])
+    assert journal.flush(1) is False
+    assert not (tmp_path / "run/ledger.jsonl").exists()
+    journal.record(1, 0, {}, ["b"])
+    assert journal.flush(1) is True
+    assert (tmp_path / "run/ledger.jsonl").read_text() == '{"step": 0, "samples": ["a", "b"]}\n'
+    assert journal.progress().metrics == {"loss": 1.0}
+    assert open_journal(tmp_path).progress().metrics == {"loss": 1.0}
+    assert journal.unlogged == {}
+
+
 def test_a_start_with_other_settings_gets_an_mlflow_run_of_its_own(tmp_path):
     told = {"tracking_uri": f"sqlite:///{tmp_path}/mlflow.db", "experiment_name": "e", "name": "n", "key": "k"}
     failed = TrackedRun(**told, settings="one")
