@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -170,8 +171,8 @@ def run_reader(folder: Path, size: int) -> dict[str, float]:
     lengths, plan = open_plan(folder)
     windows = list(plan_windows(plan, range(plan.num_steps), ROW_LENGTH, WORLD_SIZE))
     chosen = [windows[0], windows[len(windows) // 2], windows[-1]] * 3
-    seconds = [timed(lambda window=window: describe_window(window, lengths, ROW_LENGTH, WORLD_SIZE)) for window in chosen]
-    median = round(statistics.median(seconds), 4)
+    pack = partial(describe_window, lengths=lengths, row_length=ROW_LENGTH, world_size=WORLD_SIZE)
+    median = round(statistics.median(timed(partial(pack, window)) for window in chosen), 4)
     return {"seconds": median, "peak_gib": peak_gib(), "samples_in_window": sum(windows[0]["sizes"])}
 
 
@@ -183,7 +184,8 @@ def run_ledger(folder: Path, size: int) -> dict[str, float]:
     num_steps, flushes = size // BATCH, []
     start = time.perf_counter()
     for step in range(num_steps):
-        ledger.add(step, {"samples": sorted(map(str, range(100_000_000 + BATCH * step, 100_000_000 + BATCH * (step + 1))))})
+        numbers = range(100_000_000 + BATCH * step, 100_000_000 + BATCH * (step + 1))
+        ledger.add(step, {"samples": sorted(map(str, numbers))})
         metrics.add(step, {"loss": 1.0 / (step + 1), "learning_rate": 2e-5, "samples_per_second": 12.5})
         if (step + 1) % SAVE_STEPS == 0:
             flushes.append(timed(lambda: (ledger.flush(), metrics.flush())))

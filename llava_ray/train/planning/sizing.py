@@ -22,7 +22,7 @@ def measure_sizes(summary: ModelSummary) -> ModelSizes:
     text: Any = language.config.get_text_config()
     totals = {part.name: part for part in summary.parts}
     tables = [p.numel() for name, p in language.named_parameters() if ".layers." not in name and p.dim() == 2]
-    blocks = [sum(p.numel() for p in block.parameters()) for block in _find_blocks(language)]
+    blocks = [sum(p.numel() for p in block.parameters()) for block in find_blocks(language)]
     scales = summary.tower.s2_scales or (summary.image_side,)
     return ModelSizes(
         language_model=totals["language_model"].num_total,
@@ -44,7 +44,7 @@ def measure_sizes(summary: ModelSummary) -> ModelSizes:
     )
 
 
-def _find_blocks(model: nn.Module) -> list[nn.Module]:
+def find_blocks(model: nn.Module) -> list[nn.Module]:
     """Return a language model's transformer blocks: its longest list of modules."""
     lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
     return max(lists, key=len, default=[])
@@ -70,7 +70,7 @@ def _tower_blocks(tower: VisionTower) -> Blocks:
     config: Any = tower.config
     width = int(config.hidden_size)
     inner = config.to_dict().get("intermediate_size") or int(width * config.mlp_ratio)
-    depth = max(len(_find_blocks(tower.backbone)), 1)
+    depth = max(len(find_blocks(tower.backbone)), 1)
     return Blocks(depth, width, inner, int(config.num_attention_heads), width, gated=False)
 
 
