@@ -114,7 +114,7 @@ class _Flow:
 
 
 def _count_block(flow: _Flow, block: nn.Module) -> tuple[float, int]:
-    """Return a block's operations in its layers for each row, and the passes of its attention: 1, or 3 with gradients."""
+    """Return a block's operations in its matrices for each row, and its attention's passes: 1, or 3 with gradients."""
     own = {id(parameter) for _, layer in _linears(block) for parameter in layer.parameters()}
     norms = (parameter for parameter in block.parameters() if id(parameter) not in own)
     flow.learns = flow.learns or (not flow.frozen and any(parameter.requires_grad for parameter in norms))

@@ -48,7 +48,7 @@ def train_loop(settings: LoopSettings, blocks: Iterator[pa.Table]) -> None:
     journal.enter.remote("first batch")
     objective = OBJECTIVES[settings.objective]
     examiner = HeldOutEvaluator(settings.held_out, parts, objective, rank, world_size)
-    meter = Meter(parts.llava, device, world_size)
+    meter = Meter(parts, device, world_size)
 
     told: ray.ObjectRef | None = None
     steps = iterate_steps(blocks, rank, first_step, settings.stream)
@@ -57,12 +57,18 @@ def train_loop(settings: LoopSettings, blocks: Iterator[pa.Table]) -> None:
             batches = next(steps)
         step_loss = StepLoss(objective, device)
         for batch in batches:
-            output = objective.compute(engine, build_row(batch, parts, settings.stream, device))
-            # DeepSpeed averages gradients over ranks; ours are already parts of one mean over the step's terms.
-            engine.backward(step_loss.add(output, batch) * world_size, scale_wrt_gas=False)
-        engine.step()
-        loss, objective_metrics = step_loss.reduce()
-        stopping = _agree_to_stop(told, device)
+            row = build_row(batch, parts, settings.stream, device, meter.phase)
+            with meter.phase("forward"):
+                output = objective.compute(engine, row)
+                micro_loss = step_loss.add(output, batch)
+            with meter.phase("backward"):
+                # DeepSpeed averages gradients over ranks; ours are already parts of one mean over the step's terms.
+                engine.backward(micro_loss * world_size, scale_wrt_gas=False)
+        with meter.phase("optimizer"):
+            engine.step()
+        with meter.phase("communication"):
+            loss, objective_metrics = step_loss.reduce()
+            stopping = _agree_to_stop(told, device)
         _check_loss_finite(loss, step, batches)
         metrics = meter.measure(loss, batches, engine, config.train.row_length) | objective_metrics
         samples = [sample for batch in batches for sample in batch.ids]

@@ -24,6 +24,7 @@ from llava_ray.model.blueprint import Blueprint, read_blueprint
 from llava_ray.runtime import Resources
 from llava_ray.tracking import default_tracking_uri, moved_tracking_uri
 from llava_ray.train.identity import identify_run, identity_hash
+from llava_ray.train.planning.costs import estimate_cost
 from llava_ray.train.progress import closing_run, progress_bar
 from llava_ray.train.ray_trainer import build_trainer
 from llava_ray.train.run_recorder import start_recorder
@@ -165,6 +166,7 @@ def stream_settings(
         bf16=config.train.bf16,
         vision_gpus=1 if resources.use_gpu else 0,
         vision_threads=max(1, resources.cores // config.data.num_vision_actors),
+        cost=estimate_cost(config, blueprint),
     )
     if config.data.vision_features != "cached":
         return settings
