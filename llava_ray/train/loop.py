@@ -28,12 +28,8 @@ def train_loop(settings: LoopSettings, blocks: Iterator[pa.Table]) -> None:
     """Train from the committed checkpoint; write the final bundle after the plan's last step."""
     config, journal = settings.config, settings.journal
     rank, world_size = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
-    torch.set_num_threads(settings.num_threads)
-    keep_freed_memory()
-    torch.backends.cuda.matmul.allow_tf32 = config.train.tf32
     device = get_device()
-
-    seed_all(config.train.seed, 0, rank)
+    _set_up(settings, rank)
     journal.enter.remote("loading the model")
     parts = load_parts(config, device, say=journal.say.remote)
     journal.enter.remote("starting DeepSpeed")
@@ -84,6 +80,14 @@ def train_loop(settings: LoopSettings, blocks: Iterator[pa.Table]) -> None:
     if settings.until == settings.num_steps:
         journal.enter.remote("writing the model")
         save_final_model(engine, parts, settings)
+
+
+def _set_up(settings: LoopSettings, rank: int) -> None:
+    """Set this process's threads, memory, precision and seeds."""
+    torch.set_num_threads(settings.num_threads)
+    keep_freed_memory()
+    torch.backends.cuda.matmul.allow_tf32 = settings.config.train.tf32
+    seed_all(settings.config.train.seed, 0, rank)
 
 
 def _agree_to_stop(told: ray.ObjectRef | None, device: torch.device) -> bool:

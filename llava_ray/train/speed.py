@@ -1,4 +1,4 @@
-"""The metrics of a step: time and its phases, tokens, padding, memory, useful operations, share of the device's peak."""
+"""The metrics of a step: time and its phases, tokens, padding, memory, useful operations and their share of a peak."""
 
 import resource
 import time

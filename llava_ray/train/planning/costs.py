@@ -37,13 +37,16 @@ def _image_cost(config: FinetuneConfig, blueprint: Blueprint) -> float:
     width = int(tower.hidden_size)
     inner = int(getattr(tower, "intermediate_size", None) or width * getattr(tower, "mlp_ratio", 4))
     side = min(blueprint.s2_scales) if blueprint.s2_scales else blueprint.image_spec.height
-    positions = (side // int(tower.patch_size)) ** 2 + find_family(tower).num_prefix_tokens(tower)
+    patches = (side // int(tower.patch_size)) ** 2
+    positions = patches + find_family(tower).num_prefix_tokens(tower)
     block = 2 * positions * (4 * width**2 + 2 * width * inner) + 4 * width * positions**2
     squares = sum((scale // side) ** 2 for scale in blueprint.s2_scales) or 1
     # An image cut into views has a view of the whole and about as many tiles as its canvas has on average.
     views = 1 + _mean_tiles(blueprint)
-    passes = 3 if config.model.unfreeze_mm_vision_tower else 1
-    return float(passes * views * squares * max(find_depths(tower, config.model.mm_vision_select_layer)) * block)
+    blocks = max(find_depths(tower, config.model.mm_vision_select_layer)) * block
+    patching = 2 * patches * 3 * int(tower.patch_size) ** 2 * width
+    learns = config.model.unfreeze_mm_vision_tower
+    return float(views * squares * ((3 * blocks + 2 * patching) if learns else blocks + patching))
 
 
 def _mean_tiles(blueprint: Blueprint) -> float:
