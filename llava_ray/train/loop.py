@@ -20,6 +20,7 @@ from llava_ray.train.engine import build_engine, load_parts
 from llava_ray.train.final_model import save_final_model
 from llava_ray.train.held_out import HeldOutEvaluator
 from llava_ray.train.objective import StepLoss, build_row
+from llava_ray.train.profiling import StepProfiler
 from llava_ray.train.settings import LoopSettings
 from llava_ray.train.speed import Meter
 
@@ -45,10 +46,12 @@ def train_loop(settings: LoopSettings, blocks: Iterator[pa.Table]) -> None:
     objective = OBJECTIVES[settings.objective]
     examiner = HeldOutEvaluator(settings.held_out, parts, objective, rank, world_size)
     meter = Meter(parts, device, world_size)
+    profiler = StepProfiler(settings.profile, settings.run_folder, rank, journal.say.remote)
 
     told: ray.ObjectRef | None = None
     steps = iterate_steps(blocks, rank, first_step, settings.stream)
     for step in range(first_step, settings.until):
+        profiler.start(step)
         with meter.waiting():
             batches = next(steps)
         step_loss = StepLoss(objective, device)
@@ -66,6 +69,7 @@ def train_loop(settings: LoopSettings, blocks: Iterator[pa.Table]) -> None:
             loss, objective_metrics = step_loss.reduce()
             stopping = _agree_to_stop(told, device)
         _check_loss_finite(loss, step, batches)
+        profiler.end(step)
         metrics = meter.measure(loss, batches, engine, config.train.row_length) | objective_metrics
         samples = [sample for batch in batches for sample in batch.ids]
         judged: dict[str, float] = {}

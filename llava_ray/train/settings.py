@@ -41,5 +41,7 @@ class LoopSettings:
     num_threads: int
     journal: ActorHandle
     held_out: HeldOut | None = None
+    profile: tuple[int, int] | None = None
+    """The first and the last step to profile."""
     objective: str = "cross_entropy"
     """A key of ``OBJECTIVES``."""

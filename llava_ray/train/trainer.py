@@ -20,6 +20,7 @@ from llava_ray.data.settings import StreamSettings
 from llava_ray.data.shards import PreparedData, is_prepared
 from llava_ray.data.storage import read_stored, write_stored
 from llava_ray.data.token_lengths import TokenLengths
+from llava_ray.errors import ConfigError
 from llava_ray.model.blueprint import Blueprint, read_blueprint
 from llava_ray.runtime import Resources
 from llava_ray.tracking import default_tracking_uri, moved_tracking_uri
@@ -63,13 +64,18 @@ class FinishedRun:
 
 
 def finetune(
-    config: FinetuneConfig, prepared: PreparedData, resources: Resources, *, show_progress: bool = True
+    config: FinetuneConfig,
+    prepared: PreparedData,
+    resources: Resources,
+    *,
+    profile: tuple[int, int] | None = None,
+    show_progress: bool = True,
 ) -> FinishedRun:
     """Fine-tune to the last step, resuming a run of the same name. Needs a connected Ray.
 
-    Raises ConfigError, DataError, ModelError, CheckpointError or TrainingError; whatever was committed stays.
+    ``profile`` names the first and the last step of which a trace is written. Raises ConfigError, DataError, ModelError, CheckpointError or TrainingError; whatever was committed stays.
     """
-    finished = train_until(config, prepared, resources, show_progress=show_progress)
+    finished = train_until(config, prepared, resources, profile=profile, show_progress=show_progress)
     assert finished is not None  # only a run with ``until`` stops before its end
     return finished
 
@@ -81,6 +87,7 @@ def train_until(
     *,
     until: int | None = None,
     callbacks: Sequence[UserCallback] = (),
+    profile: tuple[int, int] | None = None,
     show_progress: bool = True,
 ) -> FinishedRun | None:
     """Fine-tune up to the step ``until`` (default: the last), with a checkpoint there; return None before the end.
@@ -99,6 +106,8 @@ def train_until(
     blueprint = read_blueprint(config.model, config.data.image_aspect_ratio)
     lengths, plan = make_plan(config, prepared, blueprint)
     until = min(until or plan.num_steps, plan.num_steps)
+    if profile is not None and profile[1] >= until:
+        raise ConfigError(f"--profile names the step {profile[1]}, the last of this run is {until - 1}; name others")
     stream = stream_settings(config, prepared, blueprint, resources)
     held_out = held_out_samples(config, blueprint, resources)
     tracking_uri = config.tracking.tracking_uri or default_tracking_uri(config.run.storage_path)
@@ -109,6 +118,7 @@ def train_until(
         config=config,
         stream=stream,
         held_out=held_out,
+        profile=profile,
         num_steps=plan.num_steps,
         until=until,
         plan_hash=plan.hash,
@@ -120,6 +130,8 @@ def train_until(
     )
     trainer = build_trainer(settings, run, plan, lengths, resources, callbacks)
     first_step = committed_step(run.storage_path, run.name)
+    if profile is not None and profile[1] < first_step:
+        print(f"Nothing is profiled: the run resumes at step {first_step}", flush=True)  # noqa: T201
     with closing_run(journal), progress_bar(journal, plan.num_steps, first_step) if show_progress else nullcontext():
         fit(trainer, run, journal, until)
     if until < plan.num_steps:
