@@ -8,6 +8,7 @@ import ray
 import ray.train
 import torch
 import torch.distributed as dist
+from ray.actor import ActorHandle
 from ray.train.torch import get_device
 
 from llava_ray.data.batches import MicroBatch, iterate_steps
@@ -36,12 +37,8 @@ def train_loop(settings: LoopSettings, blocks: Iterator[pa.Table]) -> None:
     journal.enter.remote("starting DeepSpeed")
     engine = build_engine(parts, config, settings.num_steps)
     checkpointer = Checkpointer(engine, parts, settings)
-    journal.enter.remote("looking for a checkpoint")
-    first_step = checkpointer.restore()
+    first_step = _resume(checkpointer, journal)
     journal.rewind.remote(rank, first_step, world_size)
-    if first_step == 0:
-        journal.enter.remote("trying to write a checkpoint")
-        checkpointer.save_dry_run()
     journal.enter.remote("first batch")
     objective = OBJECTIVES[settings.objective]
     examiner = HeldOutEvaluator(settings.held_out, parts, objective, rank, world_size)
@@ -59,10 +56,9 @@ def train_loop(settings: LoopSettings, blocks: Iterator[pa.Table]) -> None:
             row = build_row(batch, parts, settings.stream, device, meter.phase)
             with meter.phase("forward"):
                 output = objective.compute(engine, row)
-                micro_loss = step_loss.add(output, batch)
             with meter.phase("backward"):
                 # DeepSpeed averages gradients over ranks; ours are already parts of one mean over the step's terms.
-                engine.backward(micro_loss * world_size, scale_wrt_gas=False)
+                engine.backward(step_loss.add(output, batch) * world_size, scale_wrt_gas=False)
         with meter.phase("optimizer"):
             engine.step()
         with meter.phase("communication"):
@@ -92,6 +88,16 @@ def _set_up(settings: LoopSettings, rank: int) -> None:
     keep_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = settings.config.train.tf32
     seed_all(settings.config.train.seed, 0, rank)
+
+
+def _resume(checkpointer: Checkpointer, journal: ActorHandle) -> int:
+    """Restore the committed checkpoint and return its step; before the first step try to write one."""
+    journal.enter.remote("looking for a checkpoint")
+    first_step = checkpointer.restore()
+    if first_step == 0:
+        journal.enter.remote("trying to write a checkpoint")
+        checkpointer.save_dry_run()
+    return first_step
 
 
 def _agree_to_stop(told: ray.ObjectRef | None, device: torch.device) -> bool:

@@ -73,7 +73,9 @@ def finetune(
 ) -> FinishedRun:
     """Fine-tune to the last step, resuming a run of the same name. Needs a connected Ray.
 
-    ``profile`` names the first and the last step of which a trace is written. Raises ConfigError, DataError, ModelError, CheckpointError or TrainingError; whatever was committed stays.
+    ``profile`` names the first and the last step of which a trace is written.
+
+    Raises ConfigError, DataError, ModelError, CheckpointError or TrainingError; whatever was committed stays.
     """
     finished = train_until(config, prepared, resources, profile=profile, show_progress=show_progress)
     assert finished is not None  # only a run with ``until`` stops before its end
