@@ -7,6 +7,7 @@ killed and resumed has the same bytes as one that never was. ``metrics.jsonl`` h
 import json
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.images.reading import open_filesystem
+from llava_ray.optional_trackers import Tracker, open_trackers, wandb_environment
+from llava_ray.reading import describe_error
 from llava_ray.train.runs import RunFolder
 from llava_ray.train.step_file import StepFile
 
@@ -47,13 +50,25 @@ class RunProgress:
 class RunRecorder:
     """Collect the ranks' records; run as a Ray actor (see ``start_recorder``)."""
 
-    def __init__(self, run_folder: str, tracked: dict[str, Any], params: dict[str, Any], logging_steps: int) -> None:
-        """Load the ledger and metrics that earlier starts of this run have written."""
+    def __init__(
+        self,
+        run_folder: str,
+        tracked: dict[str, Any],
+        params: dict[str, Any],
+        logging_steps: int,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        """Open the ledger and metrics that earlier starts of this run have written, and the trackers.
+
+        ``environment`` holds variables for trackers beside MLflow, which ``params`` name.
+        """
         from llava_ray.tracking import TrackedRun  # MLflow; whoever holds this actor's handle imports this module
 
         self.run_folder = run_folder
         self.tracked = TrackedRun(**tracked)
         self.tracked.log_params(params)
+        names = params.get("tracking", {}).get("report_to", ())
+        self.others = open_trackers(names, run_folder, tracked["experiment_name"], params, environment or {})
         self.logging_steps = logging_steps
         self.ledger = StepFile(f"{run_folder}/ledger.jsonl")
         self.metrics = StepFile(f"{run_folder}/metrics.jsonl")
@@ -121,8 +136,20 @@ class RunRecorder:
         """Log new steps to MLflow."""
         self.log_time = time.monotonic()
         new = {step: row for step, row in self.unlogged.items() if step <= self.last}
-        self.tracked.log_steps({step: row for step, row in new.items() if step % self.logging_steps == 0})
+        logged = {step: row for step, row in new.items() if step % self.logging_steps == 0}
+        self.tracked.log_steps(logged)
+        self._tell_others(lambda tracker: tracker.log_steps(logged))
         self.unlogged = {step: row for step, row in self.unlogged.items() if step > self.last}
+
+    def _tell_others(self, tell: Callable[[Tracker], None]) -> None:
+        """Tell the trackers beside MLflow something; one that fails is given up, and the run goes on."""
+        for tracker in list(self.others):
+            try:
+                tell(tracker)
+            except Exception as error:  # noqa: BLE001 - whatever a foreign library and its server raise
+                self.others.remove(tracker)
+                name = type(tracker).__name__
+                self.say(f"{name} is not written to any more: {describe_error(error)}. MLflow has all metrics.")
 
     def flush(self, num_steps: int = 0) -> bool:
         """Append new rows to ledger and metrics; return only when they are on storage.
@@ -154,6 +181,8 @@ class RunRecorder:
         for name, folder in artifacts.items():
             self.tracked.log_folder(folder, name)
         self.tracked.end(status)
+        self._tell_others(lambda tracker: tracker.end(status))
+        self.others = []
         return self.tracked.run_id
 
 
@@ -169,7 +198,9 @@ def start_recorder(run: RunFolder, config: FinetuneConfig, tracking_uri: str, se
     }
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(RunRecorder).options(num_cpus=0, scheduling_strategy=here)
-    return actor.remote(run.path, tracked, config.model_dump(mode="json"), config.tracking.logging_steps)
+    environment = wandb_environment() if "wandb" in config.tracking.report_to else {}
+    params = config.model_dump(mode="json")
+    return actor.remote(run.path, tracked, params, config.tracking.logging_steps, environment)
 
 
 def _last_row(file: StepFile) -> dict[str, float]:
