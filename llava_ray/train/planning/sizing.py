@@ -9,6 +9,7 @@ from llava_ray.config.sections import FinetuneConfig
 from llava_ray.model.network.tower import VisionTower
 from llava_ray.model.summary import ModelSummary, count_positions, summarize_model
 from llava_ray.train.planning.memory import Blocks, Memory, ModelSizes, RunSettings, estimate_memory
+from llava_ray.train.zero import FUSED_ADAM, zero_config
 
 
 def estimate_run(config: FinetuneConfig) -> Memory:
@@ -87,6 +88,9 @@ def run_settings(config: FinetuneConfig) -> RunSettings:
         inline_tower=config.data.vision_features == "inline",
         anyres=config.data.image_aspect_ratio == "anyres",
         eager_attention=config.model.attn_implementation == "eager",
+        masked_attention=config.model.attn_implementation != "flash_attention_2",
+        fused_optimizer=FUSED_ADAM,
+        fp32_gradients=zero_config(train).get("data_types", {}).get("grad_accum_dtype") == "fp32",
         bits=lora.bits,
         double_quant=lora.double_quant,
         lora_dropout=lora.lora_enable and lora.lora_dropout > 0,
