@@ -7,7 +7,7 @@ import hashlib
 import importlib.util
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -85,7 +85,10 @@ class TensorBoardRun:
         self.writer.close()
 
 
-_TRACKERS = {"wandb": WandbRun, "tensorboard": TensorBoardRun}
+_TRACKERS: dict[str, Callable[[str, str, str, Mapping[str, Any]], Tracker]] = {
+    "wandb": WandbRun,
+    "tensorboard": TensorBoardRun,
+}
 
 
 def check_trackers(names: Sequence[str], storage_path: str) -> None:
