@@ -109,7 +109,7 @@ def build_engine(parts: LlavaParts, config: FinetuneConfig, num_steps: int) -> "
         optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
     else:
         # On a CPU as it always was: fused arithmetic rounds differently.
-        optimizer = AdamW(groups, **settings, fused=FUSED_ADAM and torch.cuda.is_available() or None)
+        optimizer = AdamW(groups, **settings, fused=(FUSED_ADAM and torch.cuda.is_available()) or None)
     engine, *_ = deepspeed.initialize(
         model=parts.llava,
         optimizer=optimizer,
