@@ -54,7 +54,7 @@ def assemble_for(
     return assemble(
         config.model,
         config.data.image_aspect_ratio,
-        dtype=torch.bfloat16 if config.train.bf16 else torch.float32,
+        dtype=torch.bfloat16 if config.train.uses_bf16 else torch.float32,
         seed=config.train.seed,
         model_max_length=config.train.model_max_length,
         language_model_context=language_model_context,
