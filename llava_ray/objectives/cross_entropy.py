@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from llava_ray.objectives.objective import LogitsModel, ObjectiveOutput, PackedRow, StepTotals, find_supervised
+from llava_ray.objectives.objective import LogitsModel, ObjectiveOutput, PackedRow, StepTotals
 
 LOGITS_CHUNK = 512  # supervised tokens whose logits are in fp32 at one time
 
@@ -20,15 +20,8 @@ class CrossEntropy:
 
     def compute(self, model: LogitsModel, row: PackedRow) -> ObjectiveOutput:
         """Return the fp32 cross-entropy of each supervised token, in order. Raises ModelError as ``Llava`` does."""
-        predicting, targets = find_supervised(row.labels, row.position_ids)
-        logits = model(
-            row.input_ids,
-            row.position_ids,
-            predicting,
-            features=row.features,
-            image_sizes=row.image_sizes,
-            pixels=row.pixels,
-        )
+        predicting, targets = row.find_supervised()
+        logits = model(row.input_ids, row.position_ids, predicting, **row.model_inputs)
         return ObjectiveOutput(compute_token_losses(logits, targets), predicting)
 
     def num_step_terms(self, totals: StepTotals) -> int:
