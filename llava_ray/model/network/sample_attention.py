@@ -91,9 +91,9 @@ class _Scores:
 
 def attend_samples(  # noqa: PLR0913 - transformers' signature
     module: Any,
-    query: Float[Tensor, "1 h t d"],
-    key: Float[Tensor, "1 kv t d"],
-    value: Float[Tensor, "1 kv t e"],
+    query: Float[Tensor, "b h t d"],
+    key: Float[Tensor, "b kv u d"],
+    value: Float[Tensor, "b kv u e"],
     attention_mask: Tensor | None,
     *,
     borders: SampleBorders | None = None,
