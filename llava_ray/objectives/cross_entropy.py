@@ -21,8 +21,9 @@ class CrossEntropy:
     def compute(self, model: LogitsModel, row: PackedRow) -> ObjectiveOutput:
         """Return the fp32 cross-entropy of each supervised token, in order. Raises ModelError as ``Llava`` does."""
         predicting, targets = row.find_supervised()
-        logits = model(row.input_ids, row.position_ids, predicting, **row.model_inputs)
-        return ObjectiveOutput(compute_token_losses(logits, targets), predicting)
+        found = model(row.input_ids, row.position_ids, predicting, **row.model_inputs, targets=targets)
+        losses = found if found.ndim == 1 else compute_token_losses(found, targets)
+        return ObjectiveOutput(losses, predicting)
 
     def num_step_terms(self, totals: StepTotals) -> int:
         """Return the number of supervised tokens of the whole step."""

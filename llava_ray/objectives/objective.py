@@ -75,10 +75,13 @@ class PackedRow:
 
 @runtime_checkable
 class LogitsModel(Protocol):
-    """A ``Llava``, or an engine that wraps it: takes the arguments of ``Llava.forward``, returns logits (s, vocab)."""
+    """A ``Llava``, or an engine that wraps it: takes the arguments of ``Llava.forward``, returns logits (s, vocab).
+
+    Asked with ``targets``, it may return the cross-entropy of each (s,) instead, which takes less memory.
+    """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the logits at the positions that were asked for."""
+        """Return the logits, or losses, at the positions that were asked for."""
         ...
 
 

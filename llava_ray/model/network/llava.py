@@ -8,6 +8,7 @@ a mask, which transformers builds from the positions.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +20,7 @@ from llava_ray.errors import ModelError
 from llava_ray.images.anyres import Size
 from llava_ray.images.tokens import NEWLINE, ImageTokens
 from llava_ray.model.network.attention_switch import SampleAttention
+from llava_ray.model.network.head_loss import compute_head_losses, find_plain_head
 from llava_ray.model.network.sample_attention import SampleBorders
 from llava_ray.model.network.tower import VisionTower
 
@@ -86,8 +88,12 @@ class Llava(nn.Module):
         pixels: Float[Tensor, "n 3 h w"] | None = None,
         borders: SampleBorders | None = None,
         image_positions: Int[Tensor, " m"] | None = None,
-    ) -> Float[Tensor, "s vocab"]:
+        targets: Int[Tensor, " s"] | None = None,
+    ) -> Float[Tensor, "s vocab"] | Float[Tensor, " s"]:
         """Return the logits of a packed row at the positions ``predicting``, in order.
+
+        Given the ``targets`` that these positions are to predict, a model whose head is plain returns their losses
+        instead (cross-entropy in fp32), without holding the logits of all.
 
         ``features`` are those of all views of all images, ``image_sizes`` each image's (width, height) in pixels,
         which anyres needs; ``pixels`` stand for the features where the tower has been adopted. ``borders`` are needed
@@ -101,15 +107,20 @@ class Llava(nn.Module):
                 features = tower(pixels)
             elif features is None:
                 blank = tower.blank_features()
-        logits: Tensor = self.language_model(
-            inputs_embeds=self.embed(input_ids, features, image_sizes, blank, image_positions),
-            position_ids=position_ids,
+        inputs: dict[str, Any] = {
+            "inputs_embeds": self.embed(input_ids, features, image_sizes, blank, image_positions),
+            "position_ids": position_ids,
             # With a cache, transformers no longer sees the borders between samples.
-            use_cache=False,
-            logits_to_keep=predicting,
+            "use_cache": False,
             **({"borders": borders} if self.sample_attention else {}),
-        ).logits
-        return logits[0]
+        }
+        head = None if targets is None else find_plain_head(self.language_model)
+        if head is None or targets is None:
+            logits: Tensor = self.language_model(**inputs, logits_to_keep=predicting).logits
+            return logits[0]
+        hidden: Tensor = self.language_model.base_model(**inputs).last_hidden_state
+        softcap = getattr(self.language_model.config, "final_logit_softcapping", None)
+        return compute_head_losses(head, hidden[:, predicting], targets, softcap)
 
     def embed(
         self,
