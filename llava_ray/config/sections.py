@@ -53,8 +53,20 @@ class ModelConfig(GeometrySettings, _ModelSources):
     """Freeze the projector."""
     freeze_embeddings: bool = False
     """Freeze the token embeddings (and the head where it is tied to them)."""
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
-    """Attention of the language model, by transformers' names."""
+    attn_implementation: Literal["sdpa", "masked_sdpa", "eager"] = "sdpa"
+    """Attention of the language model in training: "sdpa" computes each sample of a packed row by itself (on recent
+    GPUs in bf16 with Flash Attention), "masked_sdpa" the whole row under a mask, "eager" so too, without SDPA."""
+
+    @field_validator("attn_implementation", mode="before")
+    @classmethod
+    def attention_exists(cls, value: object) -> object:
+        """Reject former values with what to set for them."""
+        if value in ("flash_attention_2", "flex_attention"):
+            raise ValueError(
+                'no longer supported; set attn_implementation = "sdpa", which attends within each sample of a row, with '
+                "Flash Attention on GPUs that have it"
+            )
+        return value
 
     @model_validator(mode="after")
     def something_learns(self) -> Self:

@@ -82,6 +82,8 @@ def load_parts(
         adapt(parts, config.lora, config.train.seed)
     trainable = freeze(parts.llava, parts.tower, config.model, parts.new_token_ids)
     say(f"Trainable: {'; '.join(map(str, trainable))}")
+    if config.model.attn_implementation == "sdpa":
+        parts.llava.attend_by_sample()
     if config.data.vision_features == "inline":
         parts.tower.to(device)
     if config.train.gradient_checkpointing:
