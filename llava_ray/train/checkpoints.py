@@ -45,6 +45,8 @@ _FAILED_WRITES = ("PytorchStreamWriter", "file write failed", "iostream error", 
 # Ray uploads in the background without backpressure: more unfinished uploads than this could fill the local disk.
 _MAX_UNFINISHED_UPLOADS = 2
 
+_RECORD_SECONDS = 0.02  # between two looks whether the other ranks' records have come
+
 
 class Checkpointer:
     """Save and restore one rank's part of the training state."""
@@ -102,8 +104,10 @@ class Checkpointer:
         folder = self.local / f"step-{step:08d}"
         self.write(folder, step)
         # Order matters: the ledger is on storage before Ray can commit the checkpoint. A kill between the two leaves
-        # ledger rows that the resumed run rewrites; the other order would leave steps without rows.
-        ray.get(self.settings.journal.flush.remote())
+        # ledger rows that the resumed run rewrites; the other order would leave steps without rows. Ray commits when
+        # every rank has reported, so it is enough that one waits for the rows of all.
+        while self.rank == 0 and not ray.get(self.settings.journal.flush.remote(step)):
+            time.sleep(_RECORD_SECONDS)
         ray.train.report(
             {"step": step, "num_steps": self.settings.num_steps} | held_out_metrics,
             checkpoint=Checkpoint.from_directory(str(folder)),

@@ -19,7 +19,7 @@ from llava_ray.model.assembly import LlavaParts, assemble
 from llava_ray.model.freezing import freeze
 from llava_ray.train.groups import parameter_groups
 from llava_ray.train.schedule import schedule
-from llava_ray.train.zero import zero_config
+from llava_ray.train.zero import FUSED_ADAM, zero_config
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -110,7 +110,8 @@ def build_engine(parts: LlavaParts, config: FinetuneConfig, num_steps: int) -> "
 
         optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
     else:
-        optimizer = AdamW(groups, **settings)
+        # On a CPU as it always was: fused arithmetic rounds differently.
+        optimizer = AdamW(groups, **settings, fused=(FUSED_ADAM and torch.cuda.is_available()) or None)
     engine, *_ = deepspeed.initialize(
         model=parts.llava,
         optimizer=optimizer,

@@ -136,7 +136,7 @@ class HeldOutEvaluator:
 def _read_batches(held_out: HeldOut, rank: int, world_size: int) -> Iterator[MicroBatch]:
     """Yield this rank's packed rows; every rank has the same number of them."""
     settings, plan = held_out.stream, held_out.plan
-    steps = list(range(plan.num_steps))
+    steps = range(plan.num_steps)
     for window in describe_micro_batches(plan, held_out.lengths, steps, settings.row_length, world_size):
         mine = [row == rank for row in window["rank"].to_pylist()]
         for table in read_micro_batches(window.filter(pa.array(mine)), settings):
@@ -146,7 +146,7 @@ def _read_batches(held_out: HeldOut, rank: int, world_size: int) -> Iterator[Mic
 
 def _read_questions(held_out: HeldOut, parts: LlavaParts, rank: int, world_size: int) -> Iterator[HeldOutQuestion]:
     """Yield this rank's questions: the first turns of every ``world_size``-th record."""
-    places = zip(*(held_out.lengths.table[name].to_pylist() for name in ("shard", "row", "part")), strict=True)
+    places = zip(*(held_out.lengths.column(name).tolist() for name in ("shard", "row", "part")), strict=True)
     records = [(shard, row) for shard, row, part in places if part == 0][: held_out.num_answers]
     mine = records[rank::world_size]
     shards, rows = [shard for shard, _ in mine], [row for _, row in mine]

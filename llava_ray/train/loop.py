@@ -8,6 +8,7 @@ import ray
 import ray.train
 import torch
 import torch.distributed as dist
+from ray.actor import ActorHandle
 from ray.train.torch import get_device
 
 from llava_ray.data.batches import MicroBatch, iterate_steps
@@ -20,6 +21,7 @@ from llava_ray.train.engine import build_engine, load_parts
 from llava_ray.train.final_model import save_final_model
 from llava_ray.train.held_out import HeldOutEvaluator
 from llava_ray.train.objective import StepLoss, build_row
+from llava_ray.train.profiling import StepProfiler
 from llava_ray.train.settings import LoopSettings
 from llava_ray.train.speed import Meter
 
@@ -28,42 +30,42 @@ def train_loop(settings: LoopSettings, blocks: Iterator[pa.Table]) -> None:
     """Train from the committed checkpoint; write the final bundle after the plan's last step."""
     config, journal = settings.config, settings.journal
     rank, world_size = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
-    torch.set_num_threads(settings.num_threads)
-    keep_freed_memory()
-    torch.backends.cuda.matmul.allow_tf32 = config.train.tf32
     device = get_device()
-
-    seed_all(config.train.seed, 0, rank)
+    _set_up(settings, rank)
     journal.enter.remote("loading the model")
     parts = load_parts(config, device, say=journal.say.remote)
     journal.enter.remote("starting DeepSpeed")
     engine = build_engine(parts, config, settings.num_steps)
     checkpointer = Checkpointer(engine, parts, settings)
-    journal.enter.remote("looking for a checkpoint")
-    first_step = checkpointer.restore()
+    first_step = _resume(checkpointer, journal)
     journal.rewind.remote(rank, first_step, world_size)
-    if first_step == 0:
-        journal.enter.remote("trying to write a checkpoint")
-        checkpointer.save_dry_run()
     journal.enter.remote("first batch")
     objective = OBJECTIVES[settings.objective]
     examiner = HeldOutEvaluator(settings.held_out, parts, objective, rank, world_size)
-    meter = Meter(parts.llava, device, world_size)
+    meter = Meter(parts, device, world_size)
+    profiler = StepProfiler(settings.profile, settings.run_folder, rank, journal.say.remote)
 
     told: ray.ObjectRef | None = None
     steps = iterate_steps(blocks, rank, first_step, settings.stream)
     for step in range(first_step, settings.until):
+        profiler.start(step)
         with meter.waiting():
             batches = next(steps)
         step_loss = StepLoss(objective, device)
         for batch in batches:
-            output = objective.compute(engine, build_row(batch, parts, settings.stream, device))
-            # DeepSpeed averages gradients over ranks; ours are already parts of one mean over the step's terms.
-            engine.backward(step_loss.add(output, batch) * world_size, scale_wrt_gas=False)
-        engine.step()
-        loss, objective_metrics = step_loss.reduce()
-        stopping = _agree_to_stop(told, device)
+            row = build_row(batch, parts, settings.stream, device, meter.phase)
+            with meter.phase("forward"):
+                output = objective.compute(engine, row)
+            with meter.phase("backward"):
+                # DeepSpeed averages gradients over ranks; ours are already parts of one mean over the step's terms.
+                engine.backward(step_loss.add(output, batch) * world_size, scale_wrt_gas=False)
+        with meter.phase("optimizer"):
+            engine.step()
+        with meter.phase("communication"):
+            loss, objective_metrics = step_loss.reduce()
+            stopping = _agree_to_stop(told, device)
         _check_loss_finite(loss, step, batches)
+        profiler.end(step)
         metrics = meter.measure(loss, batches, engine, config.train.row_length) | objective_metrics
         samples = [sample for batch in batches for sample in batch.ids]
         judged: dict[str, float] = {}
@@ -78,6 +80,24 @@ def train_loop(settings: LoopSettings, blocks: Iterator[pa.Table]) -> None:
     if settings.until == settings.num_steps:
         journal.enter.remote("writing the model")
         save_final_model(engine, parts, settings)
+
+
+def _set_up(settings: LoopSettings, rank: int) -> None:
+    """Set this process's threads, memory, precision and seeds."""
+    torch.set_num_threads(settings.num_threads)
+    keep_freed_memory()
+    torch.backends.cuda.matmul.allow_tf32 = settings.config.train.tf32
+    seed_all(settings.config.train.seed, 0, rank)
+
+
+def _resume(checkpointer: Checkpointer, journal: ActorHandle) -> int:
+    """Restore the committed checkpoint and return its step; before the first step try to write one."""
+    journal.enter.remote("looking for a checkpoint")
+    first_step = checkpointer.restore()
+    if first_step == 0:
+        journal.enter.remote("trying to write a checkpoint")
+        checkpointer.save_dry_run()
+    return first_step
 
 
 def _agree_to_stop(told: ray.ObjectRef | None, device: torch.device) -> bool:

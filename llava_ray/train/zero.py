@@ -4,6 +4,9 @@ from typing import Any
 
 from llava_ray.config.sections import TrainConfig
 
+FUSED_ADAM = True
+"""Whether AdamW updates in one kernel on GPUs: it is faster and holds one copy of the weights less."""
+
 
 def zero_config(train: TrainConfig) -> dict[str, Any]:
     """Return the DeepSpeed configuration of a run.
