@@ -12,6 +12,7 @@ from llava_ray.data.plan import Plan
 from llava_ray.data.stream import DealToRanks, TrainStream
 from llava_ray.placement import pool_selector
 from llava_ray.runtime import Resources
+from llava_ray.train.failures import FailureTeller
 from llava_ray.train.runs import RunFolder, SnapshotKeeper, committed_step
 from llava_ray.train.settings import LoopSettings
 from llava_ray.train.stopping import StoppableTrainer
@@ -61,7 +62,7 @@ def build_trainer(
             storage_path=run.storage_path,
             failure_config=FailureConfig(max_failures=config.run.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=config.train.save_total_limit),
-            callbacks=[SnapshotKeeper(run), *callbacks],
+            callbacks=[SnapshotKeeper(run), FailureTeller(settings.journal), *callbacks],
             logging_config=LoggingConfig(log_level="WARNING"),
             worker_runtime_env={"env_vars": worker_environment(config, resources)},
         ),

@@ -16,6 +16,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.storage import read_stored, write_stored
+from llava_ray.errors import LlavaRayError
+from llava_ray.train.rank_watch import Orders, Position, RankWatch
 from llava_ray.train.runs import RunFolder
 
 _SECONDS_BETWEEN_LOGS = 5.0
@@ -68,6 +70,8 @@ class RunRecorder:
         self.ended: deque[tuple[int, float]] = deque(maxlen=_RATE_WINDOW)
         self.said: list[str] = []
         self.stopping = False
+        self.ranks = RankWatch()
+        self.failure: LlavaRayError | None = None
 
     def enter(self, state: str) -> None:
         """Set the workers' current phase."""
@@ -77,6 +81,36 @@ class RunRecorder:
         """Add a line for the person who started the run, once."""
         if line not in self.said:  # restarted workers send it again
             self.said.append(line)
+
+    def beat(self, rank: int, position: Position) -> Orders:
+        """Note where a rank is and return what it has to know."""
+        return self.ranks.beat(rank, position)
+
+    def report_hang(self, rank: int, stacks: str) -> None:
+        """Note the stacks of a rank that has made no progress for too long."""
+        self.ranks.add_stacks(rank, stacks)
+
+    def tell_hang(self) -> None:
+        """Say which ranks hang where, once all that answer have had the time to report."""
+        described = self.ranks.describe_hang()
+        if described is not None:
+            self.say(f"No worker makes progress, so all are replaced and resume.\n{described}")
+
+    def tell_failure(self, rank: int, told: str) -> str:
+        """Say why a rank's worker failed and where it was; a hang has been described. Return it."""
+        if self.ranks.stacks:
+            return "no worker made progress"
+        line = f"{told} (last seen: {self.ranks.describe(rank)})"
+        self.say(line)
+        return line
+
+    def fail(self, error: LlavaRayError) -> None:
+        """Note why the workers end the run, all after the same step; the same settings would reach it again."""
+        self.failure = error
+
+    def ended_by(self) -> LlavaRayError | None:
+        """Return why the workers ended the run; None if they did not."""
+        return self.failure
 
     def stop(self) -> None:
         """Request a stop after the current step; the workers receive it as the answer to their next record."""

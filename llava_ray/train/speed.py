@@ -76,6 +76,7 @@ class Meter:
             "data_wait_seconds": self.waited,
             "step_seconds": seconds,
             "memory_gib": self.memory() / 2**30,
+            "skipped_steps": float(engine.skipped_steps),
         }
         if any(name.startswith("vision_tower") for name in rates):
             metrics["mm_vision_tower_lr"] = next(
