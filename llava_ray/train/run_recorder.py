@@ -42,6 +42,8 @@ class RunProgress:
     """Over the last steps; None before there are two."""
     said: list[str]
     """Lines for the person who started the run, all so far."""
+    failure: LlavaRayError | None = None
+    """Why the workers ended the run, if they did."""
 
 
 class RunRecorder:
@@ -108,10 +110,6 @@ class RunRecorder:
         """Note why the workers end the run, all after the same step; the same settings would reach it again."""
         self.failure = error
 
-    def ended_by(self) -> LlavaRayError | None:
-        """Return why the workers ended the run; None if they did not."""
-        return self.failure
-
     def stop(self) -> None:
         """Request a stop after the current step; the workers receive it as the answer to their next record."""
         self.stopping = True
@@ -166,7 +164,8 @@ class RunRecorder:
         if len(self.ended) > 1:
             (first, start), (end, now) = self.ended[0], self.ended[-1]
             rate = (end - first) / max(now - start, 1e-9)
-        return RunProgress(self.state, self.first, last + 1, self.metrics.get(last, {}), rate, list(self.said))
+        metrics = self.metrics.get(last, {})
+        return RunProgress(self.state, self.first, last + 1, metrics, rate, list(self.said), self.failure)
 
     def close(self, status: str, tags: dict[str, str], artifacts: dict[str, str], files: list[str]) -> str:
         """Flush, log tags, artifacts (name → folder) and files, end the MLflow run and return its id."""

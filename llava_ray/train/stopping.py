@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.train import TrainingFailedError
 from ray.train.torch import TorchTrainer
 
-from llava_ray.errors import CheckpointError, LlavaRayError, Stopped
+from llava_ray.errors import CheckpointError, Stopped
 from llava_ray.log_file import terminal
 from llava_ray.train.failures import translate_error
 from llava_ray.train.run_recorder import TRAINING, RunProgress
@@ -94,9 +94,9 @@ def fit(trainer: StoppableTrainer, run: RunFolder, journal: ActorHandle, until: 
         if trainer.stopping.received or isinstance(error, SystemExit):
             raise stopped(trainer.stopping, run, until) from error
         raise translate_error(error, run.name, journal) from error
-    failure: LlavaRayError | None = ray.get(journal.ended_by.remote())
-    if failure is not None:
-        raise failure
+    progress: RunProgress = ray.get(journal.progress.remote())
+    if progress.failure is not None:
+        raise progress.failure
     if trainer.stopping.received and committed_step(run.storage_path, run.name) < until:
         raise stopped(trainer.stopping, run, until)
 
