@@ -14,7 +14,7 @@ from llava_ray.data.batches import describe_row, iterate_steps
 from llava_ray.model.assembly import LlavaParts
 from llava_ray.objectives.table import OBJECTIVES
 from llava_ray.train.allocation import keep_freed_memory
-from llava_ray.train.checkpoints import Checkpointer, seed_all
+from llava_ray.train.checkpoints import Checkpointer
 from llava_ray.train.engine import build_engine, load_parts
 from llava_ray.train.final_model import save_final_model
 from llava_ray.train.heartbeat import Heartbeat
@@ -22,6 +22,7 @@ from llava_ray.train.held_out import HeldOutEvaluator
 from llava_ray.train.nonfinite import StepGuard
 from llava_ray.train.objective import StepLoss, build_row
 from llava_ray.train.out_of_memory import naming_memory
+from llava_ray.train.randomness import seed_all
 from llava_ray.train.settings import LoopSettings
 from llava_ray.train.speed import Meter
 
