@@ -1,5 +1,6 @@
 """Ray Train's trainer of a run: its workers, its stream, its checkpoints."""
 
+import os
 from collections.abc import Sequence
 from functools import partial
 
@@ -17,6 +18,11 @@ from llava_ray.train.runs import RunFolder, SnapshotKeeper, committed_step
 from llava_ray.train.settings import LoopSettings
 from llava_ray.train.stopping import StoppableTrainer
 from llava_ray.train.worker import run_worker
+
+# How long Ray's controller waits for a worker that does not answer: the only one there is, or all, may be stopped.
+_HEALTH_CHECK = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
+_SHORTEST_HEALTH_CHECK_S = 60.0
+_health_check_of_user = os.environ.get(_HEALTH_CHECK)
 
 
 def scaling(resources: Resources) -> ScalingConfig:
@@ -52,6 +58,8 @@ def build_trainer(
 ) -> StoppableTrainer:
     """Build Ray Train's trainer of a run: its workers, its stream, its checkpoints."""
     config, until = settings.config, settings.until
+    if config.run.hang_minutes and _health_check_of_user is None:  # Ray passes this variable on to its controller
+        os.environ[_HEALTH_CHECK] = str(max(_SHORTEST_HEALTH_CHECK_S, config.run.hang_minutes * 60))
     return StoppableTrainer(
         run_worker,
         train_loop_config={"settings": settings},

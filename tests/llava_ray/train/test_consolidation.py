@@ -149,22 +149,22 @@ def flatten(state: Any, place: str = "") -> Iterator[tuple[str, Any]]:
         yield place, state
 
 
-def differing(one: Path, other: Path) -> set[str]:
-    """Return the last keys of what differs between two checkpoints."""
+def differing(one: Path, other: Path) -> dict[str, Any]:
+    """Return what differs between two checkpoints, as it is in the first, by its place."""
     states = [dict(flatten(read_states(folder))) for folder in (one, other)]
     assert states[0].keys() == states[1].keys()
     assert len(states[0]) > 50
-    same = {
-        key: torch.equal(value, states[1][key]) if isinstance(value, torch.Tensor) else value == states[1][key]
+    return {
+        key: value
         for key, value in states[0].items()
+        if not (torch.equal(value, states[1][key]) if isinstance(value, torch.Tensor) else value == states[1][key])
     }
-    return {key.rpartition(".")[2] for key, is_same in same.items() if not is_same}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_staged_checkpoint_is_that_of_its_moment(name: str, saved: Path) -> None:
     for rank in range(2):
-        assert differing(saved / name / f"rank{rank}" / STEP, saved / name / f"staged/rank{rank}" / STEP) == set()
+        assert differing(saved / name / f"rank{rank}" / STEP, saved / name / f"staged/rank{rank}" / STEP) == {}
     bundles = [saved / name / part / STEP / "model" for part in ("rank0", "staged/rank0")]
     found, expected = map(weights, bundles)
     assert found.keys() == expected.keys()
@@ -173,10 +173,10 @@ def test_a_staged_checkpoint_is_that_of_its_moment(name: str, saved: Path) -> No
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_left_out_changes_neither_weights_nor_optimiser(name: str, saved: Path) -> None:
-    counters = {"global_steps", "global_samples", "skipped_steps", "overflow", "step", "last_epoch", "_step_count"}
     changed = differing(saved / name / "before/rank0" / STEP, saved / name / "left out/rank0" / STEP)
-    assert changed - counters - {"0", "1", "2", "3"} == set()
-    assert {"global_steps", "skipped_steps"} <= changed
+    assert not [key for key, value in changed.items() if isinstance(value, torch.Tensor)]
+    assert not [key for key in changed if key.endswith(".step")]
+    assert {"global_steps", "skipped_steps"} <= {key.rpartition(".")[2] for key in changed}
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("full")])
