@@ -175,6 +175,9 @@ class TrainConfig(ConfigSection):
     """Offload the optimiser states to CPU memory (ZeRO 1-3 on GPUs)."""
     seed: NonNegativeInt = 42
     """Seed of the sample order, of new parameters and of dropout."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A step whose loss is not finite stops the run, or is skipped: weights and optimiser stay as they are. Ten such
+    steps in a row stop the run all the same. May be changed when a run is resumed."""
     save_steps: PositiveInt = 500
     """Steps between resumable checkpoints; one is also saved at the end."""
     save_total_limit: PositiveInt = 1
@@ -231,6 +234,10 @@ class RunConfig(ConfigSection):
     """Start over under a name that is already used with other settings; the old folder is renamed."""
     max_failures: int = Field(default=3, ge=-1)
     """Worker failures tolerated before the run fails; -1 for any number."""
+    hang_minutes: NonNegativeFloat = 2.0
+    """Minutes without progress of any worker after which their stacks are printed and they are replaced, which counts
+    as a failure; half as long where one does not answer, ten times as long while loading and saving, and never less
+    than ten steps. 0 waits for ever."""
 
     @field_validator("name")
     @classmethod

@@ -4,7 +4,6 @@ A Llama of 58 M parameters with 32,000 words and a CLIP of 20 M with 256 patches
 as in LLaVA's mix of 665,000.
 """
 
-import json
 import random
 from pathlib import Path
 
@@ -18,10 +17,44 @@ from llava_ray.data.records import RawRecord
 from llava_ray.data.shards import ShardWriter, write_shards_manifest
 from llava_ray.data.validation import validate
 
-_WORDS = (
-    "the a of and to in is on with man woman dog cat car red blue green street table standing sitting holding large "
-    "small near behind wooden water sky grass building people two three image shows"
-).split()
+_WORDS = [
+    "the",
+    "a",
+    "of",
+    "and",
+    "to",
+    "in",
+    "is",
+    "on",
+    "with",
+    "man",
+    "woman",
+    "dog",
+    "cat",
+    "car",
+    "red",
+    "blue",
+    "green",
+    "street",
+    "table",
+    "standing",
+    "sitting",
+    "holding",
+    "large",
+    "small",
+    "near",
+    "behind",
+    "wooden",
+    "water",
+    "sky",
+    "grass",
+    "building",
+    "people",
+    "two",
+    "three",
+    "image",
+    "shows",
+]
 
 
 def make_fixture(folder: Path, num_samples: int) -> None:
