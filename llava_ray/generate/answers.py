@@ -116,7 +116,9 @@ def stream_answers(
     if twice := next((name for name, count in counts.items() if count > 1), None):
         raise DataError(f"two questions have the id {twice!r}; answers are matched by id: make ids unique.")
     if both := next((question.id for question in questions if question.candidates and question.follow_ups), None):
-        raise DataError(f"question {both!r} has candidates and follow_ups; a follow-up needs a generated answer: drop one.")
+        raise DataError(
+            f"question {both!r} has candidates and follow_ups; a follow-up needs a generated answer: drop one."
+        )
     if not questions:
         return
     num_gpus = int(pool_resources("train")["GPU"])  # a model answers on the GPUs that could train it
@@ -214,9 +216,7 @@ class AnswerActor:
                 histories[index].append(Turn("human", break_markers(question)))
         return answers
 
-    def write(
-        self, conversations: list[list[Turn]], pixels: list[Tensor | None], sizes: list[list[Size]]
-    ) -> list[str]:
+    def write(self, conversations: list[list[Turn]], pixels: list[Tensor | None], sizes: list[list[Size]]) -> list[str]:
         """Generate the answers to the last question of each conversation."""
         answers = generate_batch(
             self.parts,

@@ -132,9 +132,7 @@ def score_shape_answers(answers: Mapping[str, str], questions: Sequence[ShapeQue
     )
 
 
-def compute_accuracies(
-    conversations: Sequence[Sequence[ShapeQuestion]], answers: Mapping[str, str]
-) -> dict[str, Any]:
+def compute_accuracies(conversations: Sequence[Sequence[ShapeQuestion]], answers: Mapping[str, str]) -> dict[str, Any]:
     """Compute the accuracies of the model and of the blind baseline: in total, by kind and by position."""
     frequent = blind_answers()
     questions = [question for conversation in conversations for question in conversation]
