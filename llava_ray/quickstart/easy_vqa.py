@@ -85,7 +85,7 @@ def test_questions(num: int, seed: int) -> list[ShapeQuestion]:
 
 
 def test_conversations(num: int, seed: int) -> list[tuple[ShapeQuestion, ...]]:
-    """Draw ``num`` conversations of the test split, three questions about an image of its own each. Raises DataError."""
+    """Draw ``num`` conversations of the test split, each three questions about one image. Raises DataError."""
     by_image: dict[Path, list[ShapeQuestion]] = defaultdict(list)
     for question in read_questions("test"):
         by_image[question.image].append(question)

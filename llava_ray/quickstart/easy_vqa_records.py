@@ -1,8 +1,9 @@
 """easy-vqa as LLaVA records for training: conversations about images, and about scenes described in words.
 
 A conversation asks several questions about one image, as LLaVA's mix does: the model learns to answer with a history
-before the question, and the image's tokens serve all of its questions. Whether a word of the question fits the scene, inverted by "not", is a parity: from a mix of both a small model learns
-neither. The text-only curriculum has plain yes-or-no questions first, balanced, then the natural mix.
+before the question, and the image's tokens serve all of its questions. Whether a word of the question fits the scene,
+inverted by "not", is a parity: from a mix of both a small model learns neither. The text-only curriculum has plain
+yes-or-no questions first, balanced, then the natural mix.
 """
 
 import json
