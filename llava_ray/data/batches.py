@@ -77,3 +77,8 @@ def micro_batch(row: dict[str, Any], settings: StreamSettings) -> MicroBatch:
         pixels=pixels,
         features=features,
     )
+
+
+def describe_row(batch: MicroBatch) -> str:
+    """Return what a row holds, for people."""
+    return f"row of {len(batch.ids)} samples, {sum(batch.num_tokens)} tokens and {len(batch.image_sizes)} images"

@@ -6,16 +6,16 @@ Where few parameters are trainable (an adapter, or the projector alone) ``model/
 can be used as it is; ``consolidation`` makes a bundle from the others.
 """
 
-import errno
+import contextlib
 import json
-import random
 import shutil
 import tempfile
+import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import ray
 import ray.train
 import torch
@@ -23,13 +23,16 @@ import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointUploadMode
 from torch import nn
 
-from llava_ray.errors import CheckpointError
+from llava_ray.errors import CheckpointError, LlavaRayError
 from llava_ray.model.assembly import LlavaParts
 from llava_ray.model.formats.layout import COMPLETE, TRAINER_STATE
 from llava_ray.model.formats.manifest import Manifest
 from llava_ray.model.saving import save_bundle
+from llava_ray.train.disk_errors import naming_disk
 from llava_ray.train.final_model import describe_training, find_contents, gather_tensors
+from llava_ray.train.randomness import random_state, seed_all, set_random_state
 from llava_ray.train.settings import LoopSettings
+from llava_ray.train.staging import Write, stageable_bytes, staging
 from llava_ray.train.universal import load_for_other_world_size
 
 if TYPE_CHECKING:
@@ -38,12 +41,6 @@ if TYPE_CHECKING:
 ZERO_TAG, MODEL_FOLDER = "zero", "model"
 # The sections of the resolved settings that determine the model.
 _MODEL_SETTINGS = {"model", "data", "train", "lora"}
-
-# Parts of the messages with which torch's file writer reports a full disk.
-_FAILED_WRITES = ("PytorchStreamWriter", "file write failed", "iostream error", "inline_container.cc")
-
-# Ray uploads in the background without backpressure: more unfinished uploads than this could fill the local disk.
-_MAX_UNFINISHED_UPLOADS = 2
 
 _RECORD_SECONDS = 0.02  # between two looks whether the other ranks' records have come
 
@@ -61,6 +58,9 @@ class Checkpointer:
         name = settings.config.run.name
         self.local = Path(tempfile.gettempdir()) / f"llava_ray-{name}-{settings.plan_hash}-rank{self.rank}"
         shutil.rmtree(self.local, ignore_errors=True)
+        self.ended = threading.Event()  # of the save that is on its way
+        self.ended.set()
+        self.failure: LlavaRayError | None = None
 
     def restore(self) -> int:
         """Load the committed checkpoint, if there is one, and return the step to resume at."""
@@ -98,55 +98,96 @@ class Checkpointer:
         return step % self.settings.config.train.save_steps == 0 or step == self.settings.until
 
     def save(self, step: int, held_out_metrics: dict[str, float]) -> None:
-        """Save a checkpoint after ``step`` steps; ``held_out_metrics`` holds the held-out metrics."""
-        while self.local.exists() and len(list(self.local.iterdir())) >= _MAX_UNFINISHED_UPLOADS:
-            time.sleep(0.2)
+        """Save a checkpoint after ``step`` steps; ``held_out_metrics`` holds the held-out metrics.
+
+        The state is copied to host memory; a thread of Ray's then writes and commits it while training goes on. One
+        save is on its way at most: this waits for the one before, and raises its error.
+        """
+        self.wait()
         folder = self.local / f"step-{step:08d}"
-        self.write(folder, step)
-        # Order matters: the ledger is on storage before Ray can commit the checkpoint. A kill between the two leaves
-        # ledger rows that the resumed run rewrites; the other order would leave steps without rows. Ray commits when
-        # every rank has reported, so it is enough that one waits for the rows of all.
-        while self.rank == 0 and not ray.get(self.settings.journal.flush.remote(step)):
-            time.sleep(_RECORD_SECONDS)
+        writes = self.stage(folder, step, stageable_bytes(ray.train.get_context().get_local_world_size()))
+        self.ended = threading.Event()
         ray.train.report(
             {"step": step, "num_steps": self.settings.num_steps} | held_out_metrics,
             checkpoint=Checkpoint.from_directory(str(folder)),
             checkpoint_dir_name=folder.name,
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=partial(self.upload, writes, step, self.ended),
             delete_local_checkpoint_after_upload=True,
         )
 
+    def wait(self) -> None:
+        """Wait until no save is on its way. Raises the error of the last one if it failed."""
+        self.ended.wait()
+        if self.failure is not None:
+            raise self.failure
+
+    def upload(
+        self, writes: list[Write], step: int, ended: threading.Event, local: Checkpoint, name: str
+    ) -> Checkpoint:
+        """Write a staged checkpoint and copy it to the run's storage; Ray calls this in a thread and then commits it.
+
+        Raises CheckpointError when a disk is full or read-only; what was written is deleted.
+        """
+        storage = ray.train.get_context().get_storage()
+        folder = Path(local.path)
+        try:
+            with naming_disk(folder, step, "set TMPDIR"):
+                for write in writes:
+                    write()
+            # Order matters: the ledger is on storage before Ray can commit the checkpoint. A kill between the two
+            # leaves ledger rows that the resumed run rewrites; the other order would leave steps without rows. Ray
+            # commits when every rank has reported, so it is enough that one waits for the rows of all.
+            while self.rank == 0 and not ray.get(self.settings.journal.flush.remote(step)):
+                time.sleep(_RECORD_SECONDS)
+            with naming_disk(Path(storage.experiment_fs_path, name), step, "choose another run.storage_path"):
+                stored: Checkpoint = storage.persist_current_checkpoint(local, name)
+        except LlavaRayError as error:  # any other Ray may try again
+            self.failure = error
+            self._delete(folder, storage.storage_filesystem, f"{storage.experiment_fs_path}/{name}")
+            ended.set()
+            raise
+        writes.clear()
+        ended.set()
+        return stored
+
+    def _delete(self, local: Path, files: Any, stored: str) -> None:
+        """Delete this rank's files of a checkpoint that could not be written, here and on storage."""
+        for file in [file.relative_to(local) for file in local.rglob("*") if file.is_file()]:
+            with contextlib.suppress(OSError):  # not copied; other ranks write into the same folder
+                files.delete_file(f"{stored}/{file}")
+        shutil.rmtree(local, ignore_errors=True)
+
     def write(self, folder: Path, step: int) -> None:
         """Write this rank's files of a checkpoint. Raises CheckpointError when the disk is full or read-only."""
-        try:
-            folder.mkdir(parents=True)
-            self.engine.save_checkpoint(
-                str(folder), tag=ZERO_TAG, client_state={"step": step}, exclude_frozen_parameters=True
-            )
-            torch.save(_random_state(), folder / f"rng_rank{self.rank}.pt")
-            self.write_model(folder / MODEL_FOLDER, step)
-            if self.rank == 0:
-                (folder / TRAINER_STATE).write_text(json.dumps(self.describe(step), indent=1))
-                # Written last: its presence shows that rank 0 wrote everything before it.
-                (folder / COMPLETE).touch()
-        except (OSError, RuntimeError) as error:
-            if not _disk_trouble(error):
-                raise
-            free = shutil.disk_usage(self.local.anchor).free / 2**30
-            raise CheckpointError(
-                f"cannot write the checkpoint of step {step} to {folder} ({free:.1f} GiB free there): {error}; "
-                "free some space or set TMPDIR, then start the run again: it resumes from the last complete checkpoint"
-            ) from error
+        writes = self.stage(folder, step, 0.0)
+        with naming_disk(folder, step, "set TMPDIR"):
+            for write in writes:
+                write()
 
-    def write_model(self, folder: Path, step: int) -> None:
-        """Write the model as a bundle where few of its parameters are trainable; collective."""
+    def stage(self, folder: Path, step: int, most_bytes: float) -> list[Write]:
+        """Copy this rank's part of a checkpoint, at most so many bytes, and return what writes it; collective.
+
+        What does not fit is written at once. Raises CheckpointError when the disk is full or read-only.
+        """
+        with naming_disk(folder, step, "set TMPDIR"):
+            folder.mkdir(parents=True)
+            with staging(self.engine, most_bytes) as writes:
+                self.engine.save_checkpoint(
+                    str(folder), tag=ZERO_TAG, client_state={"step": step}, exclude_frozen_parameters=True
+                )
+        writes.append(partial(torch.save, random_state(), folder / f"rng_rank{self.rank}.pt"))
         include = find_contents(self.settings.config)
-        if include != "all":
+        if include != "all":  # where few parameters are trainable, the model is there as a bundle too
             tensors = gather_tensors(self.engine, self.parts, include)
             if self.rank == 0:
-                place = f"{self.settings.run_folder}/{folder.parent.name}/{folder.name}"
-                training = describe_training(self.settings, step)
-                save_bundle(folder, self.parts, tensors, include=include, training=training, place=place)
+                place = f"{self.settings.run_folder}/{folder.name}/{MODEL_FOLDER}"
+                told = {"include": include, "training": describe_training(self.settings, step), "place": place}
+                writes.append(partial(save_bundle, folder / MODEL_FOLDER, self.parts, tensors, **told))
+        if self.rank == 0:
+            # Written last: its presence shows that rank 0 wrote everything before it.
+            writes.append(partial(_complete, folder, json.dumps(self.describe(step), indent=1)))
+        return writes
 
     def describe(self, step: int) -> dict[str, Any]:
         """Return the contents of trainer_state.json: the position in the run, the model and its base."""
@@ -166,7 +207,7 @@ class Checkpointer:
     def restore_randomness(self, folder: Path, state: dict[str, Any]) -> None:
         """Restore this rank's RNG states, or derive new ones where the number of ranks changed."""
         if state["world_size"] == self.world_size:
-            _set_random_state(torch.load(folder / f"rng_rank{self.rank}.pt", weights_only=False))
+            set_random_state(torch.load(folder / f"rng_rank{self.rank}.pt", weights_only=False))
         else:
             seed_all(state["seed"], state["step"], self.rank)
 
@@ -220,31 +261,7 @@ def _tied_names(module: nn.Module) -> set[str]:
     }
 
 
-def _disk_trouble(error: BaseException) -> bool:
-    """Return whether the disk caused an error: torch wraps a full disk in a RuntimeError of its file writer."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-    return any(words in str(error) for words in _FAILED_WRITES)
-
-
-def _random_state() -> dict[str, Any]:
-    """Return the states of every random number generator a step may use."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    """Restore the states that ``_random_state`` returned."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def seed_all(*parts: int) -> None:
-    """Seed every generator from several numbers, e.g. (seed, step, rank)."""
-    seed = int(np.random.SeedSequence(parts).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+def _complete(folder: Path, state: str) -> None:
+    """Write rank 0's last files of a checkpoint."""
+    (folder / TRAINER_STATE).write_text(state)
+    (folder / COMPLETE).touch()

@@ -54,7 +54,7 @@ def assemble_for(
     return assemble(
         config.model,
         config.data.image_aspect_ratio,
-        dtype=torch.bfloat16 if config.train.bf16 else torch.float32,
+        dtype=torch.bfloat16 if config.train.uses_bf16 else torch.float32,
         seed=config.train.seed,
         model_max_length=config.train.model_max_length,
         language_model_context=language_model_context,
@@ -82,6 +82,8 @@ def load_parts(
         adapt(parts, config.lora, config.train.seed)
     trainable = freeze(parts.llava, parts.tower, config.model, parts.new_token_ids)
     say(f"Trainable: {'; '.join(map(str, trainable))}")
+    if config.model.attn_implementation == "sdpa":
+        parts.llava.attend_by_sample()
     if config.data.vision_features == "inline":
         parts.tower.to(device)
     if config.train.gradient_checkpointing:

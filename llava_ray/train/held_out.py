@@ -87,10 +87,11 @@ class HeldOutEvaluator:
         names = self.objective.metric_names
         total, totals, num_terms = 0.0, [0.0] * len(names), 0
         for batch, images in self.batches:
-            row = PackedRow(
-                batch.input_ids.to(device),
-                batch.position_ids.to(device),
-                batch.labels.to(device),
+            row = PackedRow.on_device(
+                batch.input_ids,
+                batch.position_ids,
+                batch.labels,
+                device,
                 features=None if images is None else self.features(images).to(device),
                 image_sizes=batch.image_sizes,
             )
@@ -106,14 +107,15 @@ class HeldOutEvaluator:
         right = 0
         for start in range(0, len(self.asked), _ANSWERS_AT_ONCE):
             some = self.asked[start : start + _ANSWERS_AT_ONCE]
-            written = generate_batch(
-                self.parts,
-                [asked.prompt for asked in some],
-                [asked.images for asked in some],
-                image_sizes=[asked.sizes for asked in some],
-                max_new_tokens=self.held_out.max_new_tokens,
-                extract=lambda images: self.features(images).to(device),
-            )
+            with self.parts.llava.own_attention():  # these batches are padded, not packed
+                written = generate_batch(
+                    self.parts,
+                    [asked.prompt for asked in some],
+                    [asked.images for asked in some],
+                    image_sizes=[asked.sizes for asked in some],
+                    max_new_tokens=self.held_out.max_new_tokens,
+                    extract=lambda images: self.features(images).to(device),
+                )
             said = [answer_text(self.parts, ids) for ids in written]
             right += sum(same(text, asked.answer) for text, asked in zip(said, some, strict=True))
         return right, len(self.asked)

@@ -11,13 +11,15 @@ from typing import Any
 
 from llava_ray.config.recipes import NOT_HASHED, settings_hash
 from llava_ray.config.schema import merge_settings, nest_keys
-from llava_ray.config.sections import MODEL_PATHS, FinetuneConfig
+from llava_ray.config.sections import AUTOMATIC_SETTINGS, MODEL_PATHS, FinetuneConfig
 from llava_ray.errors import ConfigError
 from llava_ray.model.formats.layout import PROJECTOR_FILE
 from llava_ray.model.formats.manifest import edges_of, is_bundle, read_manifest
 from llava_ray.reading import is_file, is_folder
 
 DATA_PATHS = ("data.data_path", "data.image_folder", "data.cache_dir")
+# A run may be resumed with another: after steps that were not finite, it decides how to go on.
+ON_NONFINITE = "train.on_nonfinite"
 DATA = "data"  # the key of the data in an identity
 # Of a model's folder: weights, configs, tokenizer.
 _MODEL_SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".jinja", ".txt")
@@ -66,7 +68,7 @@ def identify_model(name: str) -> str:
 def identity_hash(config: FinetuneConfig, identity: Identity) -> str:
     """Return 8 hex digits of everything that determines a run's result: non-default settings, and the identity."""
     settings = config.model_dump(mode="json", exclude=set(NOT_HASHED), exclude_defaults=True)
-    paths = {*MODEL_PATHS, *DATA_PATHS}
+    paths = {*MODEL_PATHS, *DATA_PATHS, ON_NONFINITE}
     hashed = {
         section: {key: value for key, value in values.items() if f"{section}.{key}" not in paths}
         for section, values in settings.items()
@@ -92,7 +94,7 @@ def comparable(
     saved = {key: value for key, value in saved_settings.items() if key != "identity"}
     known: Identity = saved_settings.get("identity") or {}
     then = _with_new_defaults(saved)
-    same, other_then, other_now = {}, {}, {}
+    same, other_then, other_now = {ON_NONFINITE: _look_up(now, ON_NONFINITE)}, {}, {}
     for key in MODEL_PATHS:
         if key not in known or key not in identity:
             continue
@@ -107,6 +109,8 @@ def comparable(
         path = _look_up(now, DATA_PATHS[0])
         other_then[DATA_PATHS[0]] = f"{path} with data {known[DATA][:_SHORT_DIGITS]}"
         other_now[DATA_PATHS[0]] = f"{path} with data {identity[DATA][:_SHORT_DIGITS]}"
+    # What a run decided for itself is kept; "auto" again is no other setting.
+    same |= {key: "auto" for key in AUTOMATIC_SETTINGS if _look_up(now, key) == "auto"}
     return merge_settings(then, nest_keys(same | other_then)), merge_settings(now, nest_keys(other_now))
 
 

@@ -1,101 +1,126 @@
 """The training loop of every worker: set-up, then batch → forward → loss → backward → step → report → checkpoint."""
 
-import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import ray
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.actor import ActorHandle
 from ray.train.torch import get_device
 
-from llava_ray.data.batches import MicroBatch, iterate_steps
-from llava_ray.errors import DivergedError
-from llava_ray.invocation import command
+from llava_ray.data.batches import describe_row, iterate_steps
+from llava_ray.model.assembly import LlavaParts
 from llava_ray.objectives.table import OBJECTIVES
 from llava_ray.train.allocation import keep_freed_memory
-from llava_ray.train.checkpoints import Checkpointer, seed_all
+from llava_ray.train.checkpoints import Checkpointer
 from llava_ray.train.engine import build_engine, load_parts
 from llava_ray.train.final_model import save_final_model
+from llava_ray.train.heartbeat import Heartbeat
 from llava_ray.train.held_out import HeldOutEvaluator
+from llava_ray.train.nonfinite import StepGuard
 from llava_ray.train.objective import StepLoss, build_row
+from llava_ray.train.out_of_memory import naming_memory
 from llava_ray.train.profiling import StepProfiler
+from llava_ray.train.randomness import seed_all
 from llava_ray.train.settings import LoopSettings
 from llava_ray.train.speed import Meter
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 
 def train_loop(settings: LoopSettings, blocks: Iterator[pa.Table]) -> None:
     """Train from the committed checkpoint; write the final bundle after the plan's last step."""
+    rank, config = ray.train.get_context().get_world_rank(), settings.config
+    heart = Heartbeat(settings.journal, rank, config.run.hang_minutes)
+    with heart.watching(), naming_memory(rank, config, lambda: heart.doing):
+        _train(settings, blocks, heart)
+
+
+def _train(settings: LoopSettings, blocks: Iterator[pa.Table], heart: Heartbeat) -> None:
+    """Train from the committed checkpoint, as ``train_loop`` does, under a heartbeat."""
     config, journal = settings.config, settings.journal
     rank, world_size = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
     device = get_device()
-    _set_up(settings, rank)
-    journal.enter.remote("loading the model")
-    parts = load_parts(config, device, say=journal.say.remote)
-    journal.enter.remote("starting DeepSpeed")
-    engine = build_engine(parts, config, settings.num_steps)
+    engine, parts = _load(settings, rank, device, heart)
     checkpointer = Checkpointer(engine, parts, settings)
-    first_step = _resume(checkpointer, journal)
+    first_step = _resume(checkpointer, heart)
     journal.rewind.remote(rank, first_step, world_size)
-    journal.enter.remote("first batch")
+    heart.enter("first batch")
     objective = OBJECTIVES[settings.objective]
     examiner = HeldOutEvaluator(settings.held_out, parts, objective, rank, world_size)
     meter = Meter(parts, device, world_size)
+    guard = StepGuard(engine, parts, settings, device)
     profiler = StepProfiler(settings.profile, settings.run_folder, rank, journal.say.remote)
 
     told: ray.ObjectRef | None = None
     steps = iterate_steps(blocks, rank, first_step, settings.stream)
     for step in range(first_step, settings.until):
+        heart.mark(heart.phase_of(step, first_step), f"step {step}, waiting for data")
         profiler.start(step)
         with meter.waiting():
             batches = next(steps)
         step_loss = StepLoss(objective, device)
         for batch in batches:
+            heart.mark(heart.phase, f"step {step}, {describe_row(batch)}")
             row = build_row(batch, parts, settings.stream, device, meter.phase)
             with meter.phase("forward"):
                 output = objective.compute(engine, row)
+            guard.keep(batch, output)
             with meter.phase("backward"):
                 # DeepSpeed averages gradients over ranks; ours are already parts of one mean over the step's terms.
                 engine.backward(step_loss.add(output, batch) * world_size, scale_wrt_gas=False)
-        with meter.phase("optimizer"):
-            engine.step()
+        heart.mark(heart.phase, f"step {step}, optimiser")
+        loss, objective_metrics = guard.step(step_loss, meter.phase)
         with meter.phase("communication"):
-            loss, objective_metrics = step_loss.reduce()
             stopping = _agree_to_stop(told, device)
-        _check_loss_finite(loss, step, batches)
         profiler.end(step)
+        diverged = guard.check(step, loss)
+        if diverged is not None:
+            # Every rank returns: Ray then commits checkpoints that are still on their way, and repeats nothing.
+            ray.get(journal.fail.remote(diverged))
+            return
         metrics = meter.measure(loss, batches, engine, config.train.row_length) | objective_metrics
         samples = [sample for batch in batches for sample in batch.ids]
         judged: dict[str, float] = {}
         if checkpointer.is_due(step + 1):
+            heart.mark("held-out evaluation", f"step {step}, held-out evaluation")
             with meter.excluded_from_timing():
                 judged = examiner.evaluate(engine, device)
         told = journal.record.remote(rank, step, metrics | judged, samples)
         if stopping or checkpointer.is_due(step + 1):
+            heart.mark("saving", f"step {step}, saving")
             checkpointer.save(step + 1, judged)
         if stopping and step + 1 < settings.until:
             return
     if settings.until == settings.num_steps:
-        journal.enter.remote("writing the model")
+        heart.enter("writing the model")
         save_final_model(engine, parts, settings)
 
 
-def _set_up(settings: LoopSettings, rank: int) -> None:
-    """Set this process's threads, memory, precision and seeds."""
+def _load(
+    settings: LoopSettings, rank: int, device: torch.device, heart: Heartbeat
+) -> tuple["DeepSpeedEngine", LlavaParts]:
+    """Load the model and build the engine around it."""
+    config = settings.config
     torch.set_num_threads(settings.num_threads)
     keep_freed_memory()
-    torch.backends.cuda.matmul.allow_tf32 = settings.config.train.tf32
-    seed_all(settings.config.train.seed, 0, rank)
+    torch.backends.cuda.matmul.allow_tf32 = config.train.tf32
+    seed_all(config.train.seed, 0, rank)
+    heart.enter("loading the model")
+    parts = load_parts(config, device, say=settings.journal.say.remote)
+    heart.enter("starting DeepSpeed")
+    return build_engine(parts, config, settings.num_steps), parts
 
 
-def _resume(checkpointer: Checkpointer, journal: ActorHandle) -> int:
+def _resume(checkpointer: Checkpointer, heart: Heartbeat) -> int:
     """Restore the committed checkpoint and return its step; before the first step try to write one."""
-    journal.enter.remote("looking for a checkpoint")
+    heart.enter("looking for a checkpoint")
     first_step = checkpointer.restore()
     if first_step == 0:
-        journal.enter.remote("trying to write a checkpoint")
+        heart.enter("trying to write a checkpoint")
         checkpointer.save_dry_run()
     return first_step
 
@@ -109,13 +134,3 @@ def _agree_to_stop(told: ray.ObjectRef | None, device: torch.device) -> bool:
     stop = torch.tensor(int(heard), device=device)
     dist.all_reduce(stop, dist.ReduceOp.MAX)
     return bool(stop.item())
-
-
-def _check_loss_finite(loss: float, step: int, batches: list[MicroBatch]) -> None:
-    """Raise DivergedError for a loss that is not finite, naming this rank's samples."""
-    if not math.isfinite(loss):
-        ids = ", ".join(sample for batch in batches for sample in batch.ids)
-        raise DivergedError(
-            f"step {step}: the loss is {loss}; this rank's samples were {ids}. Look at them with {command('preview')}; "
-            "if they are sound, lower train.learning_rate"
-        )

@@ -11,6 +11,7 @@ from llava_ray.data.batches import MicroBatch
 from llava_ray.data.settings import StreamSettings
 from llava_ray.images.processing import normalize_pixels
 from llava_ray.model.assembly import LlavaParts
+from llava_ray.model.network.transfer import to_device
 from llava_ray.objectives.objective import Objective, ObjectiveOutput, PackedRow
 
 
@@ -31,13 +32,14 @@ def build_row(
             features = parts.tower.extract(batch.pixels, lambda views: normalize_pixels(views, stream.image_spec))
     with phase("copy"):
         if batch.features is not None:
-            features = batch.features.to(device)
+            features = to_device(batch.features, device)
         elif batch.pixels is not None and stream.model.unfreeze_mm_vision_tower:
-            pixels = normalize_pixels(batch.pixels.to(device), stream.image_spec)
-        return PackedRow(
-            batch.input_ids.to(device),
-            batch.position_ids.to(device),
-            batch.labels.to(device),
+            pixels = normalize_pixels(to_device(batch.pixels, device), stream.image_spec)
+        return PackedRow.on_device(
+            batch.input_ids,
+            batch.position_ids,
+            batch.labels,
+            device,
             features=features,
             image_sizes=batch.image_sizes,
             pixels=pixels,

@@ -1,5 +1,6 @@
 """Ray Train's trainer of a run: its workers, its stream, its checkpoints."""
 
+import os
 from collections.abc import Sequence
 from functools import partial
 
@@ -12,10 +13,16 @@ from llava_ray.data.stream import DealToRanks, TrainStream
 from llava_ray.data.token_lengths import TokenLengths
 from llava_ray.placement import pool_selector
 from llava_ray.runtime import Resources
+from llava_ray.train.failures import FailureTeller
 from llava_ray.train.runs import RunFolder, SnapshotKeeper, committed_step
 from llava_ray.train.settings import LoopSettings
 from llava_ray.train.stopping import StoppableTrainer
 from llava_ray.train.worker import run_worker
+
+# How long Ray's controller waits for a worker that does not answer: the only one there is, or all, may be stopped.
+_HEALTH_CHECK = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
+_SHORTEST_HEALTH_CHECK_S = 60.0
+_health_check_of_user = os.environ.get(_HEALTH_CHECK)
 
 
 def scaling(resources: Resources) -> ScalingConfig:
@@ -51,6 +58,8 @@ def build_trainer(
 ) -> StoppableTrainer:
     """Build Ray Train's trainer of a run: its workers, its stream, its checkpoints."""
     config, until = settings.config, settings.until
+    if config.run.hang_minutes and _health_check_of_user is None:  # Ray passes this variable on to its controller
+        os.environ[_HEALTH_CHECK] = str(max(_SHORTEST_HEALTH_CHECK_S, config.run.hang_minutes * 60))
     return StoppableTrainer(
         run_worker,
         train_loop_config={"settings": settings},
@@ -61,7 +70,7 @@ def build_trainer(
             storage_path=run.storage_path,
             failure_config=FailureConfig(max_failures=config.run.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=config.train.save_total_limit),
-            callbacks=[SnapshotKeeper(run), *callbacks],
+            callbacks=[SnapshotKeeper(run), FailureTeller(settings.journal), *callbacks],
             logging_config=LoggingConfig(log_level="WARNING"),
             worker_runtime_env={"env_vars": worker_environment(config, resources)},
         ),

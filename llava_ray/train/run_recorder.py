@@ -16,9 +16,11 @@ from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from llava_ray.config.sections import FinetuneConfig
+from llava_ray.errors import LlavaRayError
 from llava_ray.images.reading import open_filesystem
 from llava_ray.optional_trackers import Tracker, open_trackers, wandb_environment
 from llava_ray.reading import describe_error
+from llava_ray.train.rank_watch import Orders, Position, RankWatch
 from llava_ray.train.runs import RunFolder
 from llava_ray.train.step_file import StepFile
 
@@ -45,6 +47,8 @@ class RunProgress:
     """Over the last steps; None before there are two."""
     said: list[str]
     """Lines for the person who started the run, all so far."""
+    failure: LlavaRayError | None = None
+    """Why the workers ended the run, if they did."""
 
 
 class RunRecorder:
@@ -85,6 +89,8 @@ class RunRecorder:
         self.ended: deque[tuple[int, float]] = deque(maxlen=_RATE_WINDOW)
         self.said: list[str] = []
         self.stopping = False
+        self.ranks = RankWatch()
+        self.failure: LlavaRayError | None = None
 
     def enter(self, state: str) -> None:
         """Set the workers' current phase."""
@@ -94,6 +100,32 @@ class RunRecorder:
         """Add a line for the person who started the run, once."""
         if line not in self.said:  # restarted workers send it again
             self.said.append(line)
+
+    def beat(self, rank: int, position: Position) -> Orders:
+        """Note where a rank is and return what it has to know."""
+        return self.ranks.beat(rank, position)
+
+    def report_hang(self, rank: int, stacks: str) -> None:
+        """Note the stacks of a rank that has made no progress for too long."""
+        self.ranks.add_stacks(rank, stacks)
+
+    def tell_hang(self) -> None:
+        """Say which ranks hang where, once all that answer have had the time to report."""
+        described = self.ranks.describe_hang()
+        if described is not None:
+            self.say(f"No worker makes progress, so all are replaced and resume.\n{described}")
+
+    def tell_failure(self, rank: int, told: str) -> str:
+        """Say why a rank's worker failed and where it was; a hang has been described. Return it."""
+        if self.ranks.stacks:
+            return "no worker made progress"
+        line = f"{told} (last seen: {self.ranks.describe(rank)})"
+        self.say(line)
+        return line
+
+    def fail(self, error: LlavaRayError) -> None:
+        """Note why the workers end the run, all after the same step; the same settings would reach it again."""
+        self.failure = error
 
     def stop(self) -> None:
         """Request a stop after the current step; the workers receive it as the answer to their next record."""
@@ -170,7 +202,9 @@ class RunRecorder:
         if len(self.ended) > 1:
             (first, start), (end, now) = self.ended[0], self.ended[-1]
             rate = (end - first) / max(now - start, 1e-9)
-        return RunProgress(self.state, self.first, self.last + 1, self.last_metrics, rate, list(self.said))
+        return RunProgress(
+            self.state, self.first, self.last + 1, self.last_metrics, rate, list(self.said), self.failure
+        )
 
     def close(self, status: str, tags: dict[str, str], artifacts: dict[str, str], files: list[str]) -> str:
         """Flush, log tags, artifacts (name → folder) and files, end the MLflow run and return its id."""

@@ -76,6 +76,7 @@ class Meter:
             "step_seconds": seconds,
             "memory_gib": self.memory() / 2**30,
             "useful_tflops": flops / seconds / 1e12,
+            "skipped_steps": float(engine.skipped_steps),
         } | self.phases.end_step()
         if any(name.startswith("vision_tower") for name in rates):
             metrics["mm_vision_tower_lr"] = next(

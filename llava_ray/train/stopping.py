@@ -10,11 +10,12 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError
-from ray.train import TrainingFailedError, WorkerGroupError
+from ray.train import TrainingFailedError
 from ray.train.torch import TorchTrainer
 
-from llava_ray.errors import CheckpointError, LlavaRayError, Stopped, TrainingError
+from llava_ray.errors import CheckpointError, Stopped
 from llava_ray.log_file import terminal
+from llava_ray.train.failures import translate_error
 from llava_ray.train.run_recorder import TRAINING, RunProgress
 from llava_ray.train.runs import RunFolder, committed_step, repair_run
 
@@ -92,7 +93,10 @@ def fit(trainer: StoppableTrainer, run: RunFolder, journal: ActorHandle, until: 
     except (SystemExit, RayError, TrainingFailedError) as error:
         if trainer.stopping.received or isinstance(error, SystemExit):
             raise stopped(trainer.stopping, run, until) from error
-        raise _translate_error(error, run) from error
+        raise translate_error(error, run.name, journal) from error
+    progress: RunProgress = ray.get(journal.progress.remote())
+    if progress.failure is not None:
+        raise progress.failure
     if trainer.stopping.received and committed_step(run.storage_path, run.name) < until:
         raise stopped(trainer.stopping, run, until)
 
@@ -111,17 +115,3 @@ def stopped(stopping: Stopping, run: RunFolder, until: int) -> Stopped:
             lost = f"the last checkpoint: {done - step} step(s) after it are repeated."
             return Stopped(f"Stopped. The same command resumes from step {step} of {until}, {lost}", number)
     return Stopped(f"Stopped. The same command resumes from step {step} of {until}; its checkpoint is saved.", number)
-
-
-def _translate_error(error: BaseException, run: RunFolder) -> LlavaRayError:
-    """Return the worker's own error where it is one of ours, or else a TrainingError with the remedy."""
-    if isinstance(error, WorkerGroupError):
-        for failure in error.worker_failures.values():
-            cause = getattr(failure, "_base_exc", failure)  # Ray wraps a worker's exception with its traceback
-            if isinstance(cause, LlavaRayError):
-                return cause
-        return TrainingError(
-            f"run {run.name!r} stopped after too many worker failures: {error}; it resumes from its last "
-            "checkpoint when started again; run.max_failures sets how many failures are tolerated"
-        )
-    return TrainingError(f"run {run.name!r} stopped: {error}; start it again to resume")

@@ -25,6 +25,7 @@ from llava_ray.model.blueprint import Blueprint, read_blueprint
 from llava_ray.runtime import Resources
 from llava_ray.tracking import default_tracking_uri, moved_tracking_uri
 from llava_ray.train.identity import identify_run, identity_hash
+from llava_ray.train.planning.automatic import Workers, decide_settings
 from llava_ray.train.planning.costs import estimate_cost
 from llava_ray.train.progress import closing_run, progress_bar
 from llava_ray.train.ray_trainer import build_trainer
@@ -104,6 +105,10 @@ def train_until(
     if saved is not None:
         uri = config.tracking.tracking_uri or moved_tracking_uri(saved["tracking_uri"], config.run.storage_path)
         return FinishedRun(run, reused=True, **saved | {"tracking_uri": uri})
+    begun = run.noted_settings() if run.is_claimed and not config.run.restart else None
+    config, decided = decide_settings(config, Workers.of(resources), begun)
+    if show_progress:
+        print(*decided, sep="\n", end="\n" * bool(decided), flush=True)  # noqa: T201 - for the person who started the run
     config = config.replaced(absolute_paths(config) | {"run.name": run.name})
     blueprint = read_blueprint(config.model, config.data.image_aspect_ratio)
     lengths, plan = make_plan(config, prepared, blueprint)
@@ -177,7 +182,7 @@ def stream_settings(
         mm_hidden_size=blueprint.mm_hidden_size,
         row_length=config.train.row_length,
         data=config.data,
-        bf16=config.train.bf16,
+        bf16=config.train.uses_bf16,
         vision_gpus=1 if resources.use_gpu else 0,
         vision_threads=max(1, resources.cores // config.data.num_vision_actors),
         cost=estimate_cost(config, blueprint),

@@ -27,7 +27,7 @@ def zero_config(train: TrainConfig) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "gradient_clipping": train.max_grad_norm,
-        "bf16": {"enabled": train.bf16},
+        "bf16": {"enabled": train.uses_bf16},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,

@@ -82,7 +82,7 @@ def run_settings(config: FinetuneConfig) -> RunSettings:
         zero_stage=train.zero_stage,
         num_workers=config.cluster.num_workers,
         row_length=train.row_length,
-        bf16=train.bf16,
+        bf16=train.uses_bf16,
         gradient_checkpointing=train.gradient_checkpointing,
         offload_optimizer=train.offload_optimizer,
         inline_tower=config.data.vision_features == "inline",

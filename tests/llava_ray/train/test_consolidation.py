@@ -1,8 +1,10 @@
 """Checkpoints without a cluster: two DeepSpeed processes save, at every ZeRO stage; what they saved is a model."""
 
 import json
+import math
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,7 @@ def train_and_save(rank: int, folder: Path, port: int) -> None:
     from llava_ray.train.checkpoints import Checkpointer
     from llava_ray.train.engine import build_engine, load_parts
     from llava_ray.train.final_model import find_contents, gather_tensors
+    from llava_ray.train.nonfinite import leaving_out
     from llava_ray.train.settings import LoopSettings
 
     for name, changes in CASES.items():
@@ -67,6 +70,14 @@ def train_and_save(rank: int, folder: Path, port: int) -> None:
         if rank == 0:
             save_bundle(folder / name / "memory", parts, tensors, include=find_contents(config))
             (folder / name / "losses.json").write_text(json.dumps(losses))
+        writes = checkpointer.stage(folder / name / "staged" / f"rank{rank}" / STEP, 3, math.inf)
+        step_loss(engine, rank, 3, seen)  # training goes on before a word is written
+        for write in writes:
+            write()
+        checkpointer.write(folder / name / "before" / f"rank{rank}" / STEP, 4)
+        with leaving_out(engine):
+            step_loss(engine, rank, 4, seen)
+        checkpointer.write(folder / name / "left out" / f"rank{rank}" / STEP, 4)
 
 
 def step_loss(engine: Any, rank: int, step: int, seen: tuple[int, ...]) -> float:
@@ -118,6 +129,54 @@ def test_a_checkpoint_becomes_the_model_that_was_in_memory(name: str, saved: Pat
         "plan_hash": "plan",
     }
     load_pretrained_model(tmp_path / "model")
+
+
+def read_states(folder: Path) -> dict[str, Any]:
+    """Return what DeepSpeed and we wrote of each rank, by the files' places."""
+    files = sorted(file for file in folder.rglob("*.pt"))
+    return {str(file.relative_to(folder)): torch.load(file, weights_only=False) for file in files}
+
+
+def flatten(state: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield tensors and plain values of a state by their places."""
+    if isinstance(state, dict):
+        for key, value in state.items():
+            yield from flatten(value, f"{place}.{key}")
+    elif isinstance(state, list | tuple):
+        for index, value in enumerate(state):
+            yield from flatten(value, f"{place}.{index}")
+    elif isinstance(state, torch.Tensor | int | float | str | bool | None):
+        yield place, state
+
+
+def differing(one: Path, other: Path) -> dict[str, Any]:
+    """Return what differs between two checkpoints, as it is in the first, by its place."""
+    states = [dict(flatten(read_states(folder))) for folder in (one, other)]
+    assert states[0].keys() == states[1].keys()
+    assert len(states[0]) > 50
+    return {
+        key: value
+        for key, value in states[0].items()
+        if not (torch.equal(value, states[1][key]) if isinstance(value, torch.Tensor) else value == states[1][key])
+    }
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_staged_checkpoint_is_that_of_its_moment(name: str, saved: Path) -> None:
+    for rank in range(2):
+        assert differing(saved / name / f"rank{rank}" / STEP, saved / name / f"staged/rank{rank}" / STEP) == {}
+    bundles = [saved / name / part / STEP / "model" for part in ("rank0", "staged/rank0")]
+    found, expected = map(weights, bundles)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in found)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_left_out_changes_neither_weights_nor_optimiser(name: str, saved: Path) -> None:
+    changed = differing(saved / name / "before/rank0" / STEP, saved / name / "left out/rank0" / STEP)
+    assert not [key for key, value in changed.items() if isinstance(value, torch.Tensor)]
+    assert not [key for key in changed if key.endswith(".step")]
+    assert {"global_steps", "skipped_steps"} <= {key.rpartition(".")[2] for key in changed}
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("full")])
