@@ -83,13 +83,14 @@ def _train(settings: LoopSettings, blocks: Iterator[pa.Table], heart: Heartbeat)
             ray.get(journal.fail.remote(diverged))
             return
         metrics = meter.measure(loss, batches, engine, config.train.row_length) | objective_metrics
-        samples = [sample for batch in batches for sample in batch.ids]
         judged: dict[str, float] = {}
         if checkpointer.is_due(step + 1):
             heart.mark("held-out evaluation", f"step {step}, held-out evaluation")
             with meter.excluded_from_timing():
                 judged = examiner.evaluate(engine, device)
-        told = journal.record.remote(rank, step, metrics | judged, samples)
+        told = journal.record.remote(
+            rank, step, metrics | judged, [sample for batch in batches for sample in batch.ids]
+        )
         if stopping or checkpointer.is_due(step + 1):
             heart.mark("saving", f"step {step}, saving")
             checkpointer.save(step + 1, judged)
