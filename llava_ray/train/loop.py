@@ -98,7 +98,8 @@ def _load(
     """Load the model and build the engine around it."""
     config = settings.config
     torch.set_num_threads(settings.num_threads)
-    keep_freed_memory()
+    if device.type == "cpu":  # a GPU's host would keep the memory through which the weights came
+        keep_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = config.train.tf32
     seed_all(config.train.seed, 0, rank)
     heart.enter("loading the model")
