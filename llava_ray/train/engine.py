@@ -125,7 +125,7 @@ def _gradient_type(train: TrainConfig, *, cuda: bool) -> dict[str, Any]:
     """Return DeepSpeed's setting for gradients that are added up in fp32, where bf16 would lose the smaller ones.
 
     On CPUs it is left out: it would change the losses of runs that are under way by half a per cent. Below ZeRO 2
-    DeepSpeed has no such setting, or keeps other files for it.
+    DeepSpeed has no such setting, or keeps other files for it; an offloaded optimiser adds up in fp32 itself.
     """
-    wanted = cuda and train.bf16 and train.zero_stage >= 2
+    wanted = cuda and train.bf16 and train.zero_stage >= 2 and not train.offload_optimizer
     return {"data_types": {"grad_accum_dtype": "fp32"}} if wanted else {}
