@@ -26,7 +26,7 @@ sweep: $(READY)  ## Search projector and learning rate for the quickstart's alig
 	$(BIN)/python pipelines/quickstart_sweep.py
 
 serve: $(READY)  ## Serve the quickstart's model: API and page on http://127.0.0.1:8000
-	RAY_ADDRESS=$${RAY_ADDRESS:-local} $(BIN)/serve run llava_ray.deployments:app model=runs/quickstart/model page_examples=runs/quickstart/examples.json
+	$(BIN)/python pipelines/serve.py model=runs/quickstart/model page_examples=runs/quickstart/examples.json
 
 check: $(READY) lint  ## What to wait for while working: style, types, layers, pages, pure tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m $(PURE)

@@ -4,14 +4,18 @@
 python pipelines/finetune.py pipelines/recipes/finetune/llava_v1_5_7b.toml --data.data_path mix665k.json …
 python pipelines/finetune.py RECIPE --dry-run [--gpu_memory_gib 40]     # parts, steps, memory; starts nothing
 python pipelines/finetune.py RECIPE --dry-run --cluster_file clusters/a100.yaml     # … and whether it fits there
+python pipelines/finetune.py RECIPE --profile 20-22     # a trace of these steps, for ui.perfetto.dev
 ray job submit --working-dir . -- python pipelines/finetune.py RECIPE --train.learning_rate 1e-5
 """
 
+import argparse
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import MODEL_PATHS, FinetuneConfig
+from llava_ray.errors import ConfigError
 from pipelines.command import run_command, split_dry_run
 from pipelines.places import check_run_places
 from pipelines.prerequisites import check_prerequisites, missing_models
@@ -21,12 +25,14 @@ if TYPE_CHECKING:
     from llava_ray.train.trainer import FinishedRun
 
 
+_STEPS = "give a step as metrics.jsonl numbers it, or the first and the last of several: --profile 20-22"
 _PROJECTOR = "model.pretrain_mm_mlp_adapter"
 
 
 def main(arguments: Sequence[str]) -> "FinishedRun | None":
     """Prepare the data, fine-tune and print the results' paths, or describe the run with ``--dry-run``."""
     asked, arguments = split_dry_run(arguments)
+    profile, arguments = split_profile(arguments)
     config = load_recipe(FinetuneConfig, arguments)
     missing = missing_models(config)
     if asked.dry_run:
@@ -50,9 +56,29 @@ def main(arguments: Sequence[str]) -> "FinishedRun | None":
     check_run(config)
     with connected(config.cluster, _shared_places(config), storage_path=config.run.storage_path) as resources:
         prepared = prepare_data(config.data)
-        finished = finetune(config, prepared, resources)
+        finished = finetune(config, prepared, resources, profile=profile)
     _print_run(finished)
     return finished
+
+
+def split_profile(arguments: Sequence[str]) -> tuple[tuple[int, int] | None, list[str]]:
+    """Parse ``--profile STEPS`` from a command line, and return its first and last step, and the other arguments.
+
+    Raises ConfigError unless STEPS is a step's number, or the first and the last with a dash between.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--profile")
+    try:
+        asked, others = parser.parse_known_args(list(arguments))
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{error}; {_STEPS}") from error
+    if asked.profile is None:
+        return None, others
+    found = re.fullmatch(r"(\d{1,12})(?:-(\d{1,12}))?", asked.profile)
+    first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+    if last < first:
+        raise ConfigError(f"--profile {asked.profile}: {_STEPS}")
+    return (first, last), others
 
 
 def _shared_places(config: FinetuneConfig) -> "Places":

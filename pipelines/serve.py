@@ -9,6 +9,7 @@ The first word may be app (API and page, the default), api or page. It serves un
 """
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ _CONFIG_FILES = (".yaml", ".yml")
 _OWN_ENGINES = ("builtin", "vllm")  # others may take models from anywhere
 # Options of `serve run` that people need; its help lists more.
 _OPTIONS = {
-    "address": "Ray cluster to serve on; default: one that is started here",
+    "address": "Ray cluster to serve on, auto for the one here; default: RAY_ADDRESS, or a new local one",
     "name": "name of the application",
     "route_prefix": "path under which it answers",
     "working_dir": "folder that the cluster's nodes get a copy of",
@@ -86,6 +87,9 @@ def run_serve(arguments: Sequence[str]) -> None:
     import click
     from ray.serve.scripts import cli
 
+    if not any(argument.startswith("--address=") for argument in arguments):
+        # Serve would join whatever cluster it finds on this machine: another run's, or one that is ending.
+        os.environ.setdefault("RAY_ADDRESS", "local")
     try:
         cli.main(["run", *arguments], prog_name="serve", standalone_mode=False)
     except click.ClickException as error:

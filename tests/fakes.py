@@ -1,6 +1,7 @@
 """Tiny random models and a small tokenizer, written as the folders that real ones come in."""
 
 import string
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,18 @@ TOWERS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-def make_tokenizer(folder: Path) -> Path:
-    """Write a byte-level BPE tokenizer of 300 tokens that adds <s>, and return ``folder``."""
+def make_tokenizer(folder: Path, more_words: Sequence[str] = ()) -> Path:
+    """Write a byte-level BPE tokenizer of 300 tokens that adds <s>, and return ``folder``.
+
+    With ``more_words``, which stand between spaces, it has a token for each of them too.
+    """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=SPECIAL_TOKENS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=3000 if more_words else 300,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     words = [
         "what",
@@ -68,7 +74,8 @@ def make_tokenizer(folder: Path) -> Path:
         "red",
         "blue",
     ]
-    tokenizer.train_from_iterator([*words, *string.ascii_letters], trainer)
+    spaced = [" ".join(("", *more_words, ""))] * 2 if more_words else []
+    tokenizer.train_from_iterator([*words, *spaced, *string.ascii_letters], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)]
     )

@@ -42,7 +42,6 @@ _REPLACED_FLAGS = {
     "gradient_accumulation_steps": "use --train.global_batch_size (per-device batch x devices x accumulation)",
     "output_dir": "use --run.storage_path and --run.name",
     "deepspeed": "use --train.zero_stage 0, 1, 2 or 3",
-    "report_to": "every run is tracked in MLflow; set --tracking.tracking_uri to choose the store",
     "dataloader_num_workers": "not needed: Ray Data decodes on the free CPUs",
     "is_multimodal": "not needed: each sample records whether it has images",
     "lora_weight_path": "start from the adapter's bundle: --model.model_name_or_path",

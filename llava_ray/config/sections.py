@@ -19,6 +19,8 @@ from llava_ray.config.schema import ConfigSection
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 MAX_IMAGE_PIXELS = 178_956_970  # Pillow's own bomb limit
+# Settings that may be "auto" and are decided as a run begins.
+AUTOMATIC_SETTINGS = ("train.bf16", "train.tokens_per_micro_batch")
 # Settings that name a model or a part of one: a folder, a file or a hub id.
 MODEL_PATHS = ("model.model_name_or_path", "model.model_base", "model.vision_tower", "model.pretrain_mm_mlp_adapter")
 
@@ -51,8 +53,20 @@ class ModelConfig(GeometrySettings, _ModelSources):
     """Freeze the projector."""
     freeze_embeddings: bool = False
     """Freeze the token embeddings (and the head where it is tied to them)."""
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
-    """Attention of the language model, by transformers' names."""
+    attn_implementation: Literal["sdpa", "masked_sdpa", "eager"] = "sdpa"
+    """Attention of the language model in training: "sdpa" computes each sample of a packed row by itself (on recent
+    GPUs in bf16 with Flash Attention), "masked_sdpa" the whole row under a mask, "eager" so too, without SDPA."""
+
+    @field_validator("attn_implementation", mode="before")
+    @classmethod
+    def attention_exists(cls, value: object) -> object:
+        """Reject former values with what to set for them."""
+        if value in ("flash_attention_2", "flex_attention"):
+            raise ValueError(
+                'no longer supported; set attn_implementation = "sdpa", which attends within each sample of a row, with '
+                "Flash Attention on GPUs that have it"
+            )
+        return value
 
     @model_validator(mode="after")
     def something_learns(self) -> Self:
@@ -125,8 +139,9 @@ class TrainConfig(ConfigSection):
     """Samples in a step over all workers (LLaVA: per-device batch x devices x accumulation)."""
     model_max_length: PositiveInt = 2048
     """Longest sample in tokens, image tokens included."""
-    tokens_per_micro_batch: PositiveInt | None = None
-    """Tokens in a packed row; default model_max_length."""
+    tokens_per_micro_batch: PositiveInt | Literal["auto"] | None = None
+    """Tokens in a packed row; default model_max_length. "auto" is the longest, up to 16,384, that the workers' GPUs are
+    estimated to have memory for: long rows save GPUs from waiting for one another."""
     learning_rate: PositiveFloat = 2e-5
     """Peak learning rate."""
     mm_projector_lr: PositiveFloat | None = None
@@ -147,8 +162,9 @@ class TrainConfig(ConfigSection):
     """Shape of the learning-rate schedule after the warm-up."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradients are clipped to this norm; 0 turns clipping off."""
-    bf16: bool = True
-    """Compute in bfloat16 with fp32 master weights."""
+    bf16: bool | Literal["auto"] = True
+    """Compute in bfloat16 with fp32 master weights; "auto" does so where the workers' GPUs have it or their processor
+    multiplies it faster, which is measured."""
     tf32: bool = True
     """Allow TensorFloat-32 on NVIDIA GPUs."""
     gradient_checkpointing: bool = True
@@ -170,9 +186,15 @@ class TrainConfig(ConfigSection):
     """LLaVA's flag; not needed: packing leaves no padding to save."""
 
     @property
+    def uses_bf16(self) -> bool:
+        """Return whether to compute in bfloat16; "auto" has been decided before anything asks."""
+        return self.bf16 is True
+
+    @property
     def row_length(self) -> int:
         """Return the tokens in a packed row."""
-        return self.tokens_per_micro_batch or self.model_max_length
+        length = self.tokens_per_micro_batch
+        return length if isinstance(length, int) else self.model_max_length
 
     @model_validator(mode="after")
     def rows_hold_samples(self) -> Self:
@@ -227,8 +249,11 @@ class RunConfig(ConfigSection):
 
 
 class TrackingConfig(ConfigSection):
-    """MLflow tracking of a run."""
+    """Tracking of a run."""
 
+    report_to: tuple[Literal["mlflow", "wandb", "tensorboard"], ...] = ("mlflow",)
+    """Where metrics go: MLflow always, and beside it wandb (experiment_name is its project; extra wandb) and
+    tensorboard (event files in the run's folder; extra tensorboard)."""
     tracking_uri: str | None = None
     """Any MLflow tracking URI; default: SQLite in run.storage_path."""
     experiment_name: str = "llava_ray"

@@ -1,59 +1,96 @@
-"""Descriptors of a plan's micro-batches: small tables of the examples in each, by rank and in stream order."""
+"""Descriptors of a plan's micro-batches: small tables of the examples in each, by rank and in stream order.
 
-from typing import Any
+The stream is cut into windows of whole steps. A window is known by its examples alone, so a run of any length starts
+at any step at once; the task that reads a window also packs its rows and looks up where their records are.
+
+Ray's own processes import this module to pass windows on, so it imports neither Ray nor torch.
+"""
+
+from collections.abc import Iterator
+from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
 
-from llava_ray.data.lengths import TokenLengths
 from llava_ray.data.packing import NO_STEP, ROWS_PER_BLOCK
-from llava_ray.data.plan import Plan, assign_to_ranks
+from llava_ray.data.plan import Plan, SampleCost, assign_to_ranks
+from llava_ray.data.token_lengths import TokenLengths
+
+_COLUMNS = ("shard", "row", "part", "num_tokens", "num_supervised", "num_images")
+_PLACES = ("shard", "row", "part", "num_tokens")
+
+# A window's last blocks may be part empty: with this many in each rank, a quarter at most.
+_BLOCKS_PER_RANK = 2
+
+
+class Window(TypedDict):
+    """Consecutive steps that one task reads: their number of examples each, and all examples as int32 bytes."""
+
+    first_step: int
+    sizes: list[int]
+    examples: bytes
+
+
+def plan_windows(plan: Plan, steps: range, row_length: int, world_size: int) -> Iterator[Window]:
+    """Yield the windows of consecutive ``steps``, each about one shuffle window, so that it reads each shard once."""
+    length = _steps_per_window(plan, row_length, world_size)
+    for first in range(steps.start, steps.stop, length):
+        members = [plan.step(step) for step in range(first, min(first + length, steps.stop))]
+        examples = np.concatenate(members).astype(np.int32)
+        yield {"first_step": first, "sizes": [len(some) for some in members], "examples": examples.tobytes()}
+
+
+def _steps_per_window(plan: Plan, row_length: int, world_size: int) -> int:
+    """Return how many steps hold a shuffle window's examples, and for each rank a few blocks at least."""
+    examples = len(plan.num_tokens) * max(1, plan.shuffle_window) // max(1, plan.num_shards)
+    tokens = float(plan.num_tokens.mean()) * plan.global_batch_size
+    rows_of_rank = max(1, round(tokens / row_length / world_size))
+    return max(-(-examples // plan.global_batch_size), -(-_BLOCKS_PER_RANK * ROWS_PER_BLOCK // rows_of_rank), 1)
 
 
 def describe_micro_batches(
-    plan: Plan, lengths: TokenLengths, steps: list[int], row_length: int, world_size: int
-) -> list[pa.Table]:
-    """Return the micro-batches of ``steps`` in stream order, a table for each read task.
+    plan: Plan, lengths: TokenLengths, steps: range, row_length: int, world_size: int
+) -> Iterator[pa.Table]:
+    """Yield the micro-batches of ``steps`` in stream order, a table for each window."""
+    for window in plan_windows(plan, steps, row_length, world_size):
+        yield describe_window(window, lengths, row_length, world_size)
 
-    Within the stream, blocks of ROWS_PER_BLOCK rows go to rank 0, 1, …, 0, 1, … A task's blocks together hold about
-    one shuffle window, so that it reads each of its shards once.
-    """
+
+def describe_window(
+    window: Window, lengths: TokenLengths, row_length: int, world_size: int, cost: SampleCost | None = None
+) -> pa.Table:
+    """Return the micro-batches of a window, in blocks of ROWS_PER_BLOCK rows of rank 0, 1, …, 0, 1, … by turns."""
+    examples = lengths.take(np.frombuffer(window["examples"], np.int32), _COLUMNS)
+    num_tokens, supervised, num_images = (
+        examples.column(name).to_numpy() for name in ("num_tokens", "num_supervised", "num_images")
+    )
+    costs = (cost or SampleCost()).estimate(num_tokens, num_images)
     by_rank: list[list[dict[str, Any]]] = [[] for _ in range(world_size)]
-    supervised = lengths.column("num_supervised")
-    for step in steps:
+    first = 0
+    for step, size in enumerate(window["sizes"], window["first_step"]):
+        end = first + size
+        dealt = assign_to_ranks(num_tokens[first:end].tolist(), row_length, world_size, costs[first:end].tolist())
         # The loss is divided by the supervised tokens of the whole step, so every micro-batch carries that sum: no rank
         # needs to ask the others for it.
-        members = plan.step(step)
-        dealt = assign_to_ranks(plan.num_tokens[members].tolist(), row_length, world_size)
-        common = {"step": step, "num_supervised": int(supervised[members].sum()), "num_micro_batches": len(dealt[0])}
+        num_supervised = int(supervised[first:end].sum())
+        common = {"step": step, "num_supervised": num_supervised, "num_micro_batches": len(dealt[0])}
         for rank, rows in enumerate(dealt):
-            by_rank[rank] += [common | {"rank": rank, "examples": members[row].tolist()} for row in rows]
-    # Blocks are dealt to ranks in turn, which is exact only if all ranks have the same number of full blocks.
+            by_rank[rank] += [common | {"rank": rank, "examples": [first + i for i in row]} for row in rows]
+        first = end
+    # Blocks are dealt to ranks in turn, which is exact only if every window gives all ranks the same number of them.
     for rank, micro_batches in enumerate(by_rank):
         filler = {"step": NO_STEP, "num_supervised": 0, "num_micro_batches": 0, "rank": rank, "examples": []}
         micro_batches += [filler] * (-len(micro_batches) % ROWS_PER_BLOCK)
-    window = len(plan.num_tokens) * max(1, plan.shuffle_window) // len(np.unique(plan.shard))
-    return _grouped(by_rank, lengths.table, window)
+    starts = range(0, len(by_rank[0]), ROWS_PER_BLOCK)
+    rows = [row for start in starts for rank_rows in by_rank for row in rank_rows[start : start + ROWS_PER_BLOCK]]
+    return _located(rows, examples)
 
 
-def _grouped(by_rank: list[list[dict[str, Any]]], table: pa.Table, window: int) -> list[pa.Table]:
-    """Cut the ranks' rows into tables of whole block rounds holding about ``window`` examples each."""
-    tables, rows, num_examples = [], [], 0
-    for start in range(0, len(by_rank[0]), ROWS_PER_BLOCK):
-        round_rows = [row for rank_rows in by_rank for row in rank_rows[start : start + ROWS_PER_BLOCK]]
-        rows += round_rows
-        num_examples += sum(len(row["examples"]) for row in round_rows)
-        if num_examples >= window or start + ROWS_PER_BLOCK >= len(by_rank[0]):
-            tables.append(_located(rows, table))
-            rows, num_examples = [], 0
-    return tables
-
-
-def _located(rows: list[dict[str, Any]], table: pa.Table) -> pa.Table:
-    """Replace example numbers by the location of their records: (shard, row, part)."""
+def _located(rows: list[dict[str, Any]], examples: pa.Table) -> pa.Table:
+    """Replace the numbers of a window's examples by the location of their records: (shard, row, part)."""
     flat = np.asarray([i for row in rows for i in row["examples"]], np.int64)
     ends = np.cumsum([0] + [len(row["examples"]) for row in rows])
-    places = table.select(["shard", "row", "part", "num_tokens"]).take(flat).combine_chunks()
+    places = examples.select(_PLACES).take(flat).combine_chunks()
     nested = {
         name: pa.ListArray.from_arrays(pa.array(ends, pa.int32()), places.column(name).combine_chunks())
         for name in places.column_names

@@ -6,11 +6,11 @@ second run with the same settings starts at once.
 
 import hashlib
 import json
-from dataclasses import dataclass
-from typing import Any
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any, BinaryIO
 
 import fsspec
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
@@ -20,43 +20,15 @@ from llava_ray.chat.conversation import Turn
 from llava_ray.data.encoder_settings import EncoderSettings, load_encoder
 from llava_ray.data.examples import encode_record
 from llava_ray.data.shards import PreparedData, read_shard_rows
+from llava_ray.data.token_lengths import LENGTHS_FILE, SCHEMA, TokenLengths
 from llava_ray.errors import DataError, RecordError
 from llava_ray.log_file import terminal
 from llava_ray.placement import in_pool
 
 _FORMAT_VERSION = 3  # 3: control tokens in messages are encoded as text
 _SAMPLES_WITHOUT_RAY = 10_000
-
-SCHEMA = pa.schema(
-    {
-        "shard": pa.int32(),
-        "row": pa.int32(),
-        "part": pa.int32(),
-        "id": pa.string(),
-        "num_tokens": pa.int32(),
-        "num_supervised": pa.int32(),
-        "num_images": pa.int32(),
-        "truncated": pa.bool_(),
-    }
-)
-
-
-@dataclass(frozen=True)
-class TokenLengths:
-    """One row per example (see SCHEMA), in shard order, and the rejected records."""
-
-    table: pa.Table
-    num_rejected: int
-    path: str
-
-    def column(self, name: str) -> np.ndarray:
-        """Return one column as an array of n."""
-        return self.table.column(name).to_numpy()
-
-    @property
-    def num_truncated(self) -> int:
-        """Count the truncated examples."""
-        return int(self.column("truncated").sum())
+_ROWS_PER_GROUP = 2**18  # in the file: a task of the stream reads the groups that hold its examples
+_SHARDS_AT_ONCE = 1_000  # whose lengths are counted or wait to be written
 
 
 def measure_lengths(prepared: PreparedData, settings: EncoderSettings, max_rejected: float) -> TokenLengths:
@@ -66,33 +38,54 @@ def measure_lengths(prepared: PreparedData, settings: EncoderSettings, max_rejec
     """
     folder = f"{prepared.path}/tokens-{_lengths_key(prepared, settings)}"
     files, root = fsspec.core.url_to_fs(folder)
-    path = f"{root}/lengths.parquet"
+    path = f"{root}/{LENGTHS_FILE}"
     if not files.exists(path):
         files.makedirs(root, exist_ok=True)
-        tables, rejected = _measure_shards(prepared, settings)
+        # Renamed when complete: the existence of the file means that every length is in it.
+        with files.open(f"{path}.part", "wb") as stream:
+            rejected = _write_lengths(stream, _measure_shards(prepared, settings))
         with files.open(f"{root}/rejected.jsonl", "w") as stream:
             stream.writelines(json.dumps(row) + "\n" for row in rejected)
         _check_rejected_share(prepared, rejected, max_rejected, f"{folder}/rejected.jsonl")
-        # Renamed when complete: the existence of the file means that every length is in it.
-        with files.open(f"{path}.part", "wb") as stream:
-            pq.write_table(pa.concat_tables(tables).replace_schema_metadata({"rejected": str(len(rejected))}), stream)
         files.mv(f"{path}.part", path)
-    with files.open(path, "rb") as stream:
-        table = pq.read_table(stream)
-    return TokenLengths(table, int(table.schema.metadata[b"rejected"]), folder)
+    return TokenLengths.open(folder)
 
 
-def _measure_shards(prepared: PreparedData, settings: EncoderSettings) -> tuple[list[pa.Table], list[dict[str, str]]]:
+def _write_lengths(stream: BinaryIO, shards: Iterable[tuple[pa.Table, list[dict[str, str]]]]) -> list[dict[str, str]]:
+    """Write the shards' rows as they come, in groups, and return the rejected ones."""
+    rejected: list[dict[str, str]] = []
+    waiting: list[pa.Table] = []
+    with pq.ParquetWriter(stream, SCHEMA) as writer:
+        for table, refused in shards:
+            waiting.append(table)
+            rejected += refused
+            if sum(map(len, waiting)) >= _ROWS_PER_GROUP:
+                writer.write_table(pa.concat_tables(waiting))
+                waiting = []
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting))
+        writer.add_key_value_metadata({"rejected": str(len(rejected))})
+    return rejected
+
+
+def _measure_shards(
+    prepared: PreparedData, settings: EncoderSettings
+) -> Iterator[tuple[pa.Table, list[dict[str, str]]]]:
     """Tokenise all shards, a Ray task each; a few thousand samples are faster in this process than a task starts."""
     shards = [(prepared.path, shard.name, index, settings) for index, shard in enumerate(prepared.shards)]
     # Below this, starting worker processes takes longer than tokenising here.
     if prepared.num_samples <= _SAMPLES_WITHOUT_RAY:
-        results = [_measure_shard(*shard) for shard in shards]
-    else:
-        measure = ray.remote(_measure_shard).options(**in_pool("decode"))
-        pending = [measure.remote(*shard) for shard in shards]
-        results = [ray.get(task) for task in tqdm(pending, desc="token lengths", unit="shard", file=terminal())]
-    return [table for table, _ in results], [row for _, rows in results for row in rows]
+        yield from (_measure_shard(*shard) for shard in shards)
+        return
+    measure = ray.remote(_measure_shard).options(**in_pool("decode"))
+    pending: deque[ray.ObjectRef] = deque()
+    with tqdm(total=len(shards), desc="token lengths", unit="shard", file=terminal()) as bar:
+        for number in range(len(shards) + _SHARDS_AT_ONCE):
+            if number < len(shards):
+                pending.append(measure.remote(*shards[number]))
+            if number >= _SHARDS_AT_ONCE and pending:
+                yield ray.get(pending.popleft())
+                bar.update()
 
 
 def _measure_shard(

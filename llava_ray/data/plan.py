@@ -10,9 +10,18 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
-from jaxtyping import Int, Int32
+from jaxtyping import Float, Int, Int32
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """The examples of one prepared folder; ``shard`` is the shard of each one."""
+
+    num_tokens: Int32[np.ndarray, " n"]
+    shard: Int32[np.ndarray, " n"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,11 +35,44 @@ class Plan:
     seed: int
     shuffle_window: int
     max_steps: int | None = None
+    draws: tuple[tuple[int, int], ...] = ()
+    """For each source its number of examples and how many of them an epoch draws; () draws each example once."""
+
+    @classmethod
+    def of_sources(cls, sources: Sequence[tuple[Source, int]], **settings: Any) -> "Plan":
+        """Build the plan of several sources, each with the number of examples that an epoch draws from it.
+
+        A source that is drawn more often than it has examples repeats them. Examples and shards are numbered through
+        all sources.
+        """
+        shards, first = [], 0
+        for source, number in sources:
+            if number and not len(source.shard):
+                raise ValueError(f"an epoch draws {number} examples from a source that has none")
+            shards.append(source.shard + np.int32(first))
+            first += int(source.shard.max(initial=-1)) + 1
+        draws = tuple((len(source.shard), number) for source, number in sources)
+        return cls(
+            np.concatenate([source.num_tokens for source, _ in sources]),
+            np.concatenate(shards),
+            draws=() if len(draws) == 1 and draws[0][0] == draws[0][1] else draws,
+            **settings,
+        )
+
+    @property
+    def examples_per_epoch(self) -> int:
+        """Count the examples of one epoch, repeated ones as often as they are drawn."""
+        return sum(number for _, number in self.draws) if self.draws else len(self.num_tokens)
+
+    @cached_property
+    def num_shards(self) -> int:
+        """Count the shards."""
+        return len(_ShardMembers(self.shard).names)
 
     @property
     def steps_per_epoch(self) -> int:
         """Count the steps of one pass; nothing is dropped or repeated."""
-        return -(-len(self.num_tokens) // self.global_batch_size)
+        return -(-self.examples_per_epoch // self.global_batch_size)
 
     @property
     def num_steps(self) -> int:
@@ -42,25 +84,48 @@ class Plan:
     def hash(self) -> str:
         """Return 16 hex digits that change whenever the examples of any step would."""
         digest = hashlib.sha256(repr((self.global_batch_size, self.seed, self.shuffle_window)).encode())
-        digest.update(self.num_tokens.tobytes())
-        digest.update(self.shard.tobytes())
-        digest.update(self.order(0).tobytes())  # detects a numpy version that draws other permutations
+        # As they stand in memory: 100 million examples are not copied to be hashed.
+        digest.update(np.ascontiguousarray(self.num_tokens).data)
+        digest.update(np.ascontiguousarray(self.shard).data)
+        if self.draws:
+            digest.update(repr(self.draws).encode())
+        digest.update(self.order(0).data)  # detects a numpy version that draws other permutations
         return digest.hexdigest()[:16]
 
     def order(self, epoch: int) -> Int[np.ndarray, " n"]:
-        """Return the epoch's permutation: shards shuffled, then the examples of each window of shards.
+        """Return the epoch's order: shards shuffled, then the examples of each window of shards.
 
-        With windows, every shard is read once per epoch. A window of 0 disables shuffling, for a curriculum.
+        With windows, every shard is read once per epoch. A window of 0 disables shuffling, for a curriculum. Several
+        sources are drawn from evenly, each at its share of the epoch.
         """
+        if not self.draws:
+            return self._pass(0, len(self.shard), [self.seed, epoch])
+        orders, ranks, first = [], [], 0
+        for number, (size, draws) in enumerate(self.draws):
+            # A source's first pass is drawn as it would be alone, the others by numbers of their own.
+            repeats = range(-(-draws // size) if size else 0)
+            seeds = [[self.seed, epoch, *([number, again] if number or again else [])] for again in repeats]
+            passes = [self._pass(first, first + size, seed) for seed in seeds]
+            orders.append(np.concatenate([np.empty(0, np.int64), *passes])[:draws])
+            ranks.append((np.arange(draws) + 0.5) / max(draws, 1))
+            first += size
+        return np.concatenate(orders)[np.argsort(np.concatenate(ranks), kind="stable")]
+
+    def _pass(self, first: int, end: int, seed: list[int]) -> Int[np.ndarray, " m"]:
+        """Return one pass over the examples ``first`` to ``end``, in the order that ``seed`` draws."""
         if self.shuffle_window == 0:
-            return np.arange(len(self.shard))
+            return np.arange(first, end)
         # Seeded by (seed, epoch), not one running generator: any epoch's order can be computed alone, so a run can
         # resume at any step and every process computes the same plan.
-        draw = np.random.default_rng([self.seed, epoch])
-        shards = draw.permutation(np.unique(self.shard))
-        windows = [shards[i : i + self.shuffle_window] for i in range(0, len(shards), self.shuffle_window)]
-        members = (np.flatnonzero(np.isin(self.shard, window)) for window in windows)
-        return np.concatenate([draw.permutation(indices) for indices in members])
+        draw = np.random.default_rng(seed)
+        members = _ShardMembers(self.shard[first:end])
+        shards = draw.permutation(members.names)
+        order, filled = np.empty(end - first, np.int64), 0
+        for start in range(0, len(shards), self.shuffle_window):
+            examples = draw.permutation(members.of(shards[start : start + self.shuffle_window]))
+            order[filled : filled + len(examples)] = examples
+            filled += len(examples)
+        return order + first if first else order
 
     def step(self, number: int) -> Int[np.ndarray, " b"]:
         """Return the examples of step ``number``, counted from 0."""
@@ -68,16 +133,57 @@ class Plan:
         return _order(self, epoch)[within * self.global_batch_size : (within + 1) * self.global_batch_size]
 
 
-@lru_cache(maxsize=2)
+class _ShardMembers:
+    """Which examples each shard has, found by offsets: the time to list them all is linear in their number."""
+
+    def __init__(self, shard: Int32[np.ndarray, " n"]) -> None:
+        """Find where each shard's examples stand; they are sorted by shard unless someone built the plan otherwise."""
+        self.positions = None
+        if np.any(shard[1:] < shard[:-1]):
+            self.positions = np.argsort(shard, kind="stable")
+            shard = shard[self.positions]
+        self.starts = np.flatnonzero(np.concatenate([[True], shard[1:] != shard[:-1]])[: len(shard)])
+        self.ends = np.append(self.starts[1:], len(shard))[: len(self.starts)]
+        self.names = shard[self.starts]
+
+    def of(self, shards: Int[np.ndarray, " s"]) -> Int[np.ndarray, " m"]:
+        """Return the examples of ``shards``, in ascending order."""
+        places = np.searchsorted(self.names, np.sort(shards))
+        ranges = [np.arange(self.starts[place], self.ends[place]) for place in places]
+        found = np.concatenate(ranges)
+        return found if self.positions is None else np.sort(self.positions[found])
+
+
+@lru_cache(maxsize=1)  # steps come in order; at 100 million examples an epoch's order takes 0.8 GB
 def _order(plan: Plan, epoch: int) -> Int[np.ndarray, " n"]:
     return plan.order(epoch)
 
 
-def assign_to_ranks(num_tokens: Sequence[int], row_length: int, world_size: int) -> list[list[list[int]]]:
+@dataclass(frozen=True)
+class SampleCost:
+    """What training on a sample costs in time, in any unit: for each token, each pair of tokens, and each image.
+
+    Pairs are of a token and an earlier one, which attention compares.
+    """
+
+    token: float = 1.0
+    pair: float = 0.0
+    image: float = 0.0
+
+    def estimate(self, num_tokens: Int[np.ndarray, " n"], num_images: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+        """Return the cost of each sample."""
+        tokens = num_tokens.astype(np.float64)
+        return self.token * tokens + self.pair * tokens**2 / 2 + self.image * num_images
+
+
+def assign_to_ranks(
+    num_tokens: Sequence[int], row_length: int, world_size: int, costs: Sequence[float] | None = None
+) -> list[list[list[int]]]:
     """Pack one step into rows and assign them to ranks: ``result[rank][micro_batch]`` is a row, a list of positions.
 
-    Every rank gets the same number of rows, because collectives need equal numbers of forward passes, and about the
-    same number of tokens; with fewer examples than ranks some rows are empty.
+    Every rank gets the same number of rows, because collectives need equal numbers of forward passes, and rows of
+    about the same ``costs`` (of each example; default: its tokens), in each micro-batch and in all. With fewer examples
+    than ranks some rows are empty.
     """
     rows = pack(num_tokens, row_length)
     rows += [[] for _ in range(-len(rows) % world_size)]
@@ -86,14 +192,27 @@ def assign_to_ranks(num_tokens: Sequence[int], row_length: int, world_size: int)
     even = _balance_rows(num_tokens, len(rows))
     if all(count_row_tokens(num_tokens, row) <= row_length for row in even):
         rows = even
+    # How samples make up rows does not depend on costs: what a sample's neighbours are would change with the model.
     rows.sort(key=lambda row: -count_row_tokens(num_tokens, row))
+    if world_size == 1:
+        return [[sorted(row) for row in rows]]
+    return _deal_rows(rows, num_tokens if costs is None else costs, world_size)
+
+
+def _deal_rows(rows: list[list[int]], costs: Sequence[float], world_size: int) -> list[list[list[int]]]:
+    """Deal rows in rounds, most costly first: in each round the rank with the least so far gets the most costly row.
+
+    The rows of a round run at the same time, and where collectives join each micro-batch (ZeRO 3) ranks wait for the
+    slowest of them.
+    """
+    weighed = sorted(((sum(costs[position] for position in row), row) for row in rows), key=lambda pair: -pair[0])
     dealt: list[list[list[int]]] = [[] for _ in range(world_size)]
-    loads = [0] * world_size
-    for row in rows:
-        free = [rank for rank in range(world_size) if len(dealt[rank]) < len(rows) // world_size]
-        rank = min(free, key=lambda rank: (loads[rank], rank))
-        dealt[rank].append(sorted(row))
-        loads[rank] += count_row_tokens(num_tokens, row)
+    loads = [0.0] * world_size
+    for start in range(0, len(weighed), world_size):
+        ranks = sorted(range(world_size), key=lambda rank: (loads[rank], rank))
+        for rank, (cost, row) in zip(ranks, weighed[start : start + world_size], strict=True):
+            dealt[rank].append(sorted(row))
+            loads[rank] += cost
     return dealt
 
 

@@ -1,10 +1,11 @@
 """Settings of the stream's stages and of the workers at its end."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypedDict
 
 from llava_ray.config.sections import DataConfig, ModelConfig
 from llava_ray.data.encoder_settings import EncoderSettings
+from llava_ray.data.plan import SampleCost
 from llava_ray.images.geometry import ImageSpec
 from llava_ray.images.tokens import ImageTokens
 
@@ -34,6 +35,8 @@ class StreamSettings:
     vision_gpus: int
     vision_threads: int = 1
     """Compute threads of a tower that fills the feature cache before training."""
+    cost: SampleCost = field(default_factory=SampleCost)
+    """The time that a sample takes, by which rows are dealt to ranks."""
     features: str | None = None
     """Entry of the feature cache to read instead of images (see ``feature_cache``)."""
 

@@ -232,7 +232,7 @@ def _read_manifest(path: str) -> dict[str, Any]:
 
 
 def read_shard_rows(
-    prepared_path: str, shard_name: str, rows: Sequence[int] | None, columns: Sequence[str] | None = None
+    prepared_path: str, shard_name: str, rows: Sequence[int] | np.ndarray | None, columns: Sequence[str] | None = None
 ) -> pa.Table:
     """Read rows of one shard in the order requested (None for all), from only the row groups that hold them.
 
@@ -250,7 +250,7 @@ def read_shard_rows(
         raise DataError(f"shard {path} cannot be read ({error}); delete the folder and prepare again") from error
 
 
-def _take_rows(file: pq.ParquetFile, rows: Sequence[int], columns: list[str] | None) -> pa.Table:
+def _take_rows(file: pq.ParquetFile, rows: Sequence[int] | np.ndarray, columns: list[str] | None) -> pa.Table:
     wanted = np.asarray(rows, np.int64)
     counts = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
     first = np.cumsum([0, *counts])  # the first row of each group, then the number of rows

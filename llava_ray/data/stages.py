@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from llava_ray.data.descriptors import describe_window
 from llava_ray.data.encoder_settings import load_encoder
 from llava_ray.data.feature_cache import fetch_features
 from llava_ray.data.packing import (
@@ -20,6 +21,7 @@ from llava_ray.data.packing import (
 )
 from llava_ray.data.settings import StreamSettings
 from llava_ray.data.shards import read_shard_rows
+from llava_ray.data.token_lengths import TokenLengths
 from llava_ray.errors import DataError
 from llava_ray.images.geometry import crop_views
 from llava_ray.images.reading import open_image
@@ -27,9 +29,13 @@ from llava_ray.images.reading import open_image
 _RECORD_COLUMNS = ["id", "turns", "images", "widths", "heights"]
 
 
-def read_blocks(descriptors: pa.Table, settings: StreamSettings) -> Iterator[pa.Table]:
-    """Yield the micro-batches of one window, a block at a time."""
-    yield from map(pack_block, read_micro_batches(descriptors, settings))
+def read_blocks(
+    windows: pa.Table, settings: StreamSettings, lengths: TokenLengths, world_size: int
+) -> Iterator[pa.Table]:
+    """Yield the micro-batches of windows (see ``descriptors.Window``), a block at a time."""
+    for window in windows.to_pylist():
+        descriptors = describe_window(window, lengths, settings.row_length, world_size, settings.cost)
+        yield from map(pack_block, read_micro_batches(descriptors, settings))
 
 
 class BlockImageDecoder:

@@ -69,7 +69,34 @@ def write_stored(path: str, data: bytes | memoryview) -> None:
                 filesystem.rm_file(temporary)
             raise
     except OSError as error:
-        raise DataError(
-            f"cannot write {path!r} ({len(data):,} bytes): {error}; make room or choose a folder that can be written, "
-            "data.cache_dir or run.storage_path"
-        ) from error
+        raise _unwritable(path, len(data), error) from error
+
+
+def write_tail(path: str, start: int, data: bytes) -> None:
+    """Replace everything after the first ``start`` bytes of a file by ``data``; return when it is on storage.
+
+    A local file is changed in place; a store without such writes, as S3, gets the whole file anew. A kill in between
+    leaves the first ``start`` bytes and a part of ``data``. Raises DataError as ``write_stored`` does.
+    """
+    if "://" in path:
+        write_stored(path, (read_stored(path)[:start] if start else b"") + data)
+        return
+    place = Path(path)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with place.open("r+b" if start else "wb") as file:
+            file.truncate(start)
+            file.seek(start)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise _unwritable(path, len(data), error) from error
+
+
+def _unwritable(path: str, size: int, error: OSError) -> DataError:
+    """Return the error of a file that cannot be written, with the remedy."""
+    return DataError(
+        f"cannot write {path!r} ({size:,} bytes): {error}; make room or choose a folder that can be written, "
+        "data.cache_dir or run.storage_path"
+    )

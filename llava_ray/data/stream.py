@@ -1,4 +1,4 @@
-"""Execution of the plan by Ray Data: descriptors → read and tokenise → decode → (frozen tower) → train workers.
+"""Execution of the plan by Ray Data: windows of steps → read and tokenise → decode → (frozen tower) → train workers.
 
 Several of Ray's own processes import this module to unpickle tasks, so it imports neither torch nor transformers.
 
@@ -17,11 +17,11 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataIterator, Dataset, ExecutionOptions, TaskPoolStrategy
 from ray.train import DataConfig as TrainDataConfig
 
-from llava_ray.data.descriptors import describe_micro_batches
-from llava_ray.data.lengths import TokenLengths
+from llava_ray.data.descriptors import Window, plan_windows
 from llava_ray.data.plan import Plan
 from llava_ray.data.settings import StreamSettings
 from llava_ray.data.stages import BlockImageDecoder, read_blocks
+from llava_ray.data.token_lengths import TokenLengths
 from llava_ray.placement import can_grow, in_pool, pool_resources
 
 _CPUS_PER_READER = 8
@@ -64,25 +64,26 @@ class DealToRanks(TrainDataConfig):
     ) -> list[dict[str, DataIterator]]:
         """Return each rank's iterator; called again with the new world size whenever the workers restart."""
         # Counting needs no execution, and the steps that remain are always the last ones.
-        steps = list(range(self.until - datasets["train"].count(), self.until))
-        descriptors = describe_micro_batches(self.plan, self.lengths, steps, self.settings.row_length, world_size)
-        dataset = stream(descriptors, self.settings)
+        steps = range(self.until - datasets["train"].count(), self.until)
+        windows = plan_windows(self.plan, steps, self.settings.row_length, world_size)
+        dataset = stream(list(windows), self.lengths, self.settings, world_size)
         dataset.context.execution_options = ExecutionOptions(preserve_order=True)
         dataset.context.enable_progress_bars = False  # the run has one bar of its own
         dataset.context.memory_usage_poll_interval_s = None  # walks all pages of the object store each second
         return [{"train": split} for split in dataset.streaming_split(world_size, equal=False)]
 
 
-def stream(descriptors: list[pa.Table], settings: StreamSettings) -> Dataset:
-    """Attach the stages to the descriptors. Every block is one row, of ROWS_PER_BLOCK micro-batches of one rank."""
-    dataset = ray.data.from_arrow(descriptors) if descriptors else ray.data.from_items([])
+def stream(windows: list[Window], lengths: TokenLengths, settings: StreamSettings, world_size: int) -> Dataset:
+    """Attach the stages to the windows. Every block is one row, of ROWS_PER_BLOCK micro-batches of one rank."""
+    # A task for each window, whatever Ray would choose.
+    dataset = ray.data.from_items(windows, override_num_blocks=max(1, len(windows)))
     cpus, total = settings.data.num_decode_cpus, _decoding_cpus()
     decoding = in_pool("decode")
     dataset = dataset.map_batches(
         read_blocks,
         batch_size=None,
         batch_format="pyarrow",
-        fn_kwargs={"settings": settings},
+        fn_kwargs={"settings": settings, "lengths": lengths, "world_size": world_size},
         # Reading is a small part of decoding. Ray would start as many as there is room for, and let them run far ahead.
         compute=TaskPoolStrategy(size=max(1, int(total) // _CPUS_PER_READER)),
         num_cpus=cpus / 2,

@@ -131,7 +131,7 @@ def _members(path: str) -> Iterator[TarMember]:
                 yield TarMember(key, suffix, _content(tar, header, suffix))
             if tar.num_damaged > num_damaged:
                 yield _damage(key, tar.num_damaged - num_damaged)
-    except Exception as error:
+    except Exception as error:  # tarfile, zlib, lzma and the file system each raise their own on damage
         raise DataError(
             f"{path}: the tar is damaged after {key!r} ({describe_error(error)}); fetch it again"
         ) from error

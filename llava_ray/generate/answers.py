@@ -34,6 +34,8 @@ class GeneratedAnswer:
     answer: str
     likelihoods: tuple[tuple[float, int], ...] = ()
     """Each candidate's natural log-likelihood as the whole answer, and its number of tokens."""
+    later_answers: tuple[str, ...] = ()
+    """The answers to the question's follow-ups, in order."""
 
 
 @dataclass(frozen=True)
@@ -79,19 +81,19 @@ def answer_questions(  # noqa: PLR0913 - the model, the questions, and the actor
     actors: Actors = _ONE_ACTOR,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[GeneratedAnswer]:
-    """Answer every question, in order, on a running Ray cluster.
+    """Answer every question with its follow-ups, in order, on a running Ray cluster.
 
     The model is of any layout, see ``load_pretrained_model``. Each actor loads it once; where the cluster has GPUs it
     takes one and computes in bfloat16. ``on_progress`` receives the number of answers and of questions. Raises
     DataError for an id that occurs twice, ModelError; errors of an image or of the weights are raised by Ray unchanged.
     """
     model = locate_model(model_path, model_base, vision_tower, version)
-    answers: dict[str, str] = {}
+    answers: dict[str, GeneratedAnswer] = {}
     for batch in stream_answers(model, questions, Decoding(max_new_tokens, temperature, batch_size), actors):
-        answers.update({answer.id: answer.answer for answer in batch})
+        answers.update({answer.id: answer for answer in batch})
         if on_progress is not None:
             on_progress(len(answers), len(questions))
-    return [GeneratedAnswer(question.id, answers[question.id]) for question in questions]
+    return [answers[question.id] for question in questions]
 
 
 def locate_model(
@@ -107,12 +109,16 @@ def stream_answers(
 ) -> Iterator[list[GeneratedAnswer]]:
     """Yield answers batch by batch, as they arrive, so that a caller can store them at once.
 
-    A killed actor is replaced and its batch is repeated. All questions have candidates, or none. Raises as
-    ``answer_questions``.
+    A killed actor is replaced and its batch is repeated. All questions have candidates, or none; none has candidates
+    and follow-ups. Raises as ``answer_questions``.
     """
     counts = Counter(question.id for question in questions)
     if twice := next((name for name, count in counts.items() if count > 1), None):
         raise DataError(f"two questions have the id {twice!r}; answers are matched by id: make ids unique.")
+    if both := next((question.id for question in questions if question.candidates and question.follow_ups), None):
+        raise DataError(
+            f"question {both!r} has candidates and follow_ups; a follow-up needs a generated answer: drop one."
+        )
     if not questions:
         return
     num_gpus = int(pool_resources("train")["GPU"])  # a model answers on the GPUs that could train it
@@ -143,10 +149,10 @@ def stream_answers(
     for batch in answered.iter_batches(batch_size=None, batch_format="pyarrow"):
         for failure in filter(None, batch["failure"].to_pylist()):
             raise ModelError(failure)
-        columns = (batch[key].to_pylist() for key in ("id", "answer", "likelihoods", "num_tokens"))
+        columns = (batch[key].to_pylist() for key in ("id", "answers", "likelihoods", "num_tokens"))
         yield [
-            GeneratedAnswer(name, answer, tuple(zip(likelihoods, counts, strict=True)))
-            for name, answer, likelihoods, counts in zip(*columns, strict=True)
+            GeneratedAnswer(name, answers[0], tuple(zip(likelihoods, counts, strict=True)), tuple(answers[1:]))
+            for name, answers, likelihoods, counts in zip(*columns, strict=True)
         ]
 
 
@@ -164,39 +170,57 @@ class AnswerActor:
         self.temperature = temperature
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Return the columns id, answer, likelihoods and num_tokens of candidates, and the model's failure."""
+        """Return the columns id, answers, likelihoods and num_tokens of candidates, and the model's failure."""
         pixels = [self.pixels(cell) for cell in table["pixels"].to_pylist()]
         sizes = [[(width, height) for width, height in some] for some in table["image_sizes"].to_pylist()]
         turns = [
             Turn("human", with_markers(question, len(some)))
             for question, some in zip(table["question"].to_pylist(), sizes, strict=True)
         ]
-        candidates = table["candidates"].to_pylist()
-        answers, failure = [""] * len(turns), None
+        candidates, follow_ups = table["candidates"].to_pylist(), table["follow_ups"].to_pylist()
+        answers, failure = [[""] for _ in turns], None
         likelihoods: list[list[tuple[float, int]]] = [[] for _ in turns]
         try:
             if any(candidates):
                 likelihoods = self.compute_likelihoods(turns, candidates, pixels, sizes)
             else:
-                answers = self.write(turns, pixels, sizes)
+                answers = self.converse(turns, follow_ups, pixels, sizes)
         except ModelError as error:  # as a value: Ray Data would turn an exception into the text of its traceback
             ids = table["id"].to_pylist()
             failure = f"{error} (In the batch of questions {ids[0]!r} to {ids[-1]!r}.)"
         return pa.table(
             {
                 "id": table["id"],
-                "answer": pa.array(answers, pa.string()),
+                "answers": pa.array(answers, pa.list_(pa.string())),
                 "likelihoods": pa.array([[one for one, _ in some] for some in likelihoods], pa.list_(pa.float64())),
                 "num_tokens": pa.array([[count for _, count in some] for some in likelihoods], pa.list_(pa.int64())),
                 "failure": pa.array([failure] * len(turns), pa.string()),
             }
         )
 
-    def write(self, turns: list[Turn], pixels: list[Tensor | None], sizes: list[list[Size]]) -> list[str]:
-        """Generate the answers to questions."""
+    def converse(
+        self, turns: list[Turn], follow_ups: list[list[str]], pixels: list[Tensor | None], sizes: list[list[Size]]
+    ) -> list[list[str]]:
+        """Generate the answers to questions, then those to their follow-ups: all the first ones together, and so on."""
+        histories = [[turn] for turn in turns]
+        answers: list[list[str]] = [[] for _ in turns]
+        asked = list(range(len(turns)))
+        while asked:
+            said = self.write(*([of_all[index] for index in asked] for of_all in (histories, pixels, sizes)))
+            for index, answer in zip(asked, said, strict=True):
+                answers[index].append(answer)
+            asked = [index for index in asked if len(answers[index]) <= len(follow_ups[index])]
+            for index in asked:
+                question = follow_ups[index][len(answers[index]) - 1]
+                histories[index].append(Turn("gpt", break_markers(answers[index][-1])))
+                histories[index].append(Turn("human", break_markers(question)))
+        return answers
+
+    def write(self, conversations: list[list[Turn]], pixels: list[Tensor | None], sizes: list[list[Size]]) -> list[str]:
+        """Generate the answers to the last question of each conversation."""
         answers = generate_batch(
             self.parts,
-            [tokenize_prompt([turn], self.parts.template, self.parts.tokenizer) for turn in turns],
+            [tokenize_prompt(turns, self.parts.template, self.parts.tokenizer) for turns in conversations],
             pixels,
             image_sizes=sizes,
             max_new_tokens=self.max_new_tokens,

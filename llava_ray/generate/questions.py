@@ -19,13 +19,15 @@ class ModelQuestion:
     """A question: ``image`` is an encoded image, a path or URL to one, several of them, or None.
 
     A question with images and without a marker gets their markers in front. With ``candidates`` no answer is generated;
-    the likelihood of each of them is computed.
+    the likelihood of each of them is computed. ``follow_ups`` are later questions of the same conversation, each asked
+    with the earlier ones and the model's own answers before it; an image marker in them is text.
     """
 
     id: str
     question: str
     image: bytes | str | Sequence[bytes | str] | None = None
     candidates: Sequence[str] = ()
+    follow_ups: Sequence[str] = ()
 
     @property
     def images(self) -> list[bytes | str]:
@@ -36,7 +38,7 @@ class ModelQuestion:
 
 
 def to_table(questions: Sequence[ModelQuestion]) -> pa.Table:
-    """Return a batch of questions as Arrow columns: id, question, candidates, and each image's data or path."""
+    """Return a batch of questions as Arrow columns: id, question, follow_ups, candidates, each image's data or path."""
     images = [question.images for question in questions]
     data = [[image if isinstance(image, bytes) else None for image in some] for some in images]
     paths = [[image if isinstance(image, str) else None for image in some] for some in images]
@@ -44,6 +46,7 @@ def to_table(questions: Sequence[ModelQuestion]) -> pa.Table:
         {
             "id": pa.array([question.id for question in questions], pa.string()),
             "question": pa.array([question.question for question in questions], pa.string()),
+            "follow_ups": pa.array([list(question.follow_ups) for question in questions], pa.list_(pa.string())),
             "candidates": pa.array([list(question.candidates) for question in questions], pa.list_(pa.string())),
             "images": pa.array(data, pa.list_(pa.large_binary())),
             "paths": pa.array(paths, pa.list_(pa.string())),

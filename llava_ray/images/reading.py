@@ -70,7 +70,7 @@ def read_bytes(path: str, home: str | None = None) -> bytes:
         return bytes(filesystem.cat_file(place))
     except LlavaRayError:
         raise
-    except Exception as error:
+    except Exception as error:  # each file system has exceptions of its own
         raise _convert_failure(path, error, home) from error
 
 

@@ -63,7 +63,8 @@ def load_language_model(
     """
     config, wanted = blueprint.language_config, blueprint.config.attn_implementation
     # SDPA is transformers' default, with eager attention for models without it (Gemma 2), which refuse it by name.
-    attention = None if wanted == "sdpa" else wanted
+    # A training run switches "sdpa" to attention by sample (Llava.attend_by_sample).
+    attention = "eager" if wanted == "eager" else None
     model = load_pretrained(
         MODEL_FOR_CAUSAL_LM_MAPPING,
         config,

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from llava_ray.objectives.objective import LogitsModel, ObjectiveOutput, PackedRow, StepTotals, find_supervised
+from llava_ray.objectives.objective import LogitsModel, ObjectiveOutput, PackedRow, StepTotals
 
 LOGITS_CHUNK = 512  # supervised tokens whose logits are in fp32 at one time
 
@@ -20,16 +20,10 @@ class CrossEntropy:
 
     def compute(self, model: LogitsModel, row: PackedRow) -> ObjectiveOutput:
         """Return the fp32 cross-entropy of each supervised token, in order. Raises ModelError as ``Llava`` does."""
-        predicting, targets = find_supervised(row.labels, row.position_ids)
-        logits = model(
-            row.input_ids,
-            row.position_ids,
-            predicting,
-            features=row.features,
-            image_sizes=row.image_sizes,
-            pixels=row.pixels,
-        )
-        return ObjectiveOutput(compute_token_losses(logits, targets), predicting)
+        predicting, targets = row.find_supervised()
+        found = model(row.input_ids, row.position_ids, predicting, **row.model_inputs, targets=targets)
+        losses = found if found.ndim == 1 else compute_token_losses(found, targets)
+        return ObjectiveOutput(losses, predicting)
 
     def num_step_terms(self, totals: StepTotals) -> int:
         """Return the number of supervised tokens of the whole step."""

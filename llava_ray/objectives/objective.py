@@ -6,19 +6,25 @@ its micro-batches and ranks, divided by the step's number of terms, so it does n
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llava_ray.chat.conversation import IGNORE_INDEX
+from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_ray.images.anyres import Size
+from llava_ray.model.network.sample_attention import SampleBorders
+from llava_ray.model.network.transfer import to_device
 
 
 @dataclass(frozen=True)
 class PackedRow:
-    """Samples packed into one row of t tokens, on the model's device; see ``Llava.forward`` for the images."""
+    """Samples packed into one row of t tokens, on the model's device; see ``Llava.forward`` for the images.
+
+    What follows from the tokens is None where nobody has computed it ahead (``on_device`` does).
+    """
 
     input_ids: Int[Tensor, "1 t"]
     position_ids: Int[Tensor, "1 t"]
@@ -26,14 +32,56 @@ class PackedRow:
     features: Float[Tensor, "n p v"] | None = None
     image_sizes: Sequence[Size] = ()
     pixels: Float[Tensor, "n 3 h w"] | None = None
+    predicted: tuple[Int[Tensor, " s"], Int[Tensor, " s"]] | None = None
+    """The positions that predict a supervised token, and those tokens."""
+    borders: SampleBorders | None = None
+    image_positions: Int[Tensor, " m"] | None = None
+
+    @classmethod
+    def on_device(
+        cls,
+        input_ids: Int[Tensor, "1 t"],
+        position_ids: Int[Tensor, "1 t"],
+        labels: Int[Tensor, "1 t"],
+        device: torch.device,
+        **images: Any,
+    ) -> "PackedRow":
+        """Move a row to the device, from CPU tensors of its tokens, with all that needs counting.
+
+        Counting on a GPU would make its host wait for all work that it has queued. ``images`` are the fields of images.
+        """
+        supervised = find_supervised(labels, position_ids)
+        starts = (position_ids[0] == 0).nonzero().squeeze(1).tolist()
+        lengths = [end - start for start, end in pairwise([*starts, position_ids.shape[1]])]
+        image_positions = (input_ids[0] == IMAGE_TOKEN_INDEX).nonzero().squeeze(1)
+        return cls(
+            *(to_device(tensor, device) for tensor in (input_ids, position_ids, labels)),
+            predicted=(to_device(supervised[0], device), to_device(supervised[1], device)),
+            borders=SampleBorders.of(lengths, device),
+            image_positions=to_device(image_positions, device),
+            **images,
+        )
+
+    def find_supervised(self) -> tuple[Int[Tensor, " s"], Int[Tensor, " s"]]:
+        """Return the positions that predict a supervised token, and those tokens."""
+        return self.predicted or find_supervised(self.labels, self.position_ids)
+
+    @property
+    def model_inputs(self) -> dict[str, Any]:
+        """Return what the model takes beside the tokens, their positions and what is to be predicted."""
+        names = ("features", "image_sizes", "pixels", "borders", "image_positions")
+        return {name: getattr(self, name) for name in names}
 
 
 @runtime_checkable
 class LogitsModel(Protocol):
-    """A ``Llava``, or an engine that wraps it: takes the arguments of ``Llava.forward``, returns logits (s, vocab)."""
+    """A ``Llava``, or an engine that wraps it: takes the arguments of ``Llava.forward``, returns logits (s, vocab).
+
+    Asked with ``targets``, it may return the cross-entropy of each (s,) instead, which takes less memory.
+    """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the logits at the positions that were asked for."""
+        """Return the logits, or losses, at the positions that were asked for."""
         ...
 
 

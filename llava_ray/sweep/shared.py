@@ -15,6 +15,7 @@ from llava_ray.runtime import Resources
 from llava_ray.sweep.sampling import TrialSettings
 from llava_ray.sweep.searching import check_optuna
 from llava_ray.tracking import check_store
+from llava_ray.train.planning.automatic import Workers, decide_settings
 from llava_ray.train.runs import absolute_paths
 from llava_ray.train.trainer import held_out_samples, make_plan, stream_settings
 
@@ -77,7 +78,7 @@ def share(config: FinetuneConfig, space: Space, resources: Resources) -> int:
     """Prepare data, lengths and features for all trials; return the steps of a whole run."""
     prepared = prepare_data(config.data)
     for settings in _feature_variants(space):
-        variant = config.replaced(settings)
+        variant, _ = decide_settings(config.replaced(settings), Workers.of(resources))
         blueprint = read_blueprint(variant.model, variant.data.image_aspect_ratio)
         held_out_samples(variant, blueprint, resources)
         stream_settings(variant, prepared, blueprint, resources)

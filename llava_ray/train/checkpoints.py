@@ -11,6 +11,7 @@ import json
 import shutil
 import tempfile
 import threading
+import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 ZERO_TAG, MODEL_FOLDER = "zero", "model"
 # The sections of the resolved settings that determine the model.
 _MODEL_SETTINGS = {"model", "data", "train", "lora"}
+
+_RECORD_SECONDS = 0.02  # between two looks whether the other ranks' records have come
 
 
 class Checkpointer:
@@ -133,8 +136,10 @@ class Checkpointer:
                 for write in writes:
                     write()
             # Order matters: the ledger is on storage before Ray can commit the checkpoint. A kill between the two
-            # leaves ledger rows that the resumed run rewrites; the other order would leave steps without rows.
-            ray.get(self.settings.journal.flush.remote())
+            # leaves ledger rows that the resumed run rewrites; the other order would leave steps without rows. Ray
+            # commits when every rank has reported, so it is enough that one waits for the rows of all.
+            while self.rank == 0 and not ray.get(self.settings.journal.flush.remote(step)):
+                time.sleep(_RECORD_SECONDS)
             with naming_disk(Path(storage.experiment_fs_path, name), step, "choose another run.storage_path"):
                 stored: Checkpoint = storage.persist_current_checkpoint(local, name)
         except LlavaRayError as error:  # any other Ray may try again

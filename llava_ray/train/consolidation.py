@@ -97,7 +97,7 @@ def _read_tensors(folder: Path, state: Mapping[str, Any]) -> Iterator[tuple[str,
             # Below stage 3 rank 0 holds whole parameters; the others' files are optimiser state.
             file = folder / ZERO_TAG / "mp_rank_00_model_states.pt"
             tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=False)["module"]
-    except Exception as error:
+    except Exception as error:  # unpickling damaged files raises almost anything
         raise CheckpointError(
             f"{folder / ZERO_TAG} cannot be read ({error}); use another checkpoint of the run."
         ) from error

@@ -19,7 +19,7 @@ from llava_ray.model.assembly import LlavaParts, assemble
 from llava_ray.model.freezing import freeze
 from llava_ray.train.groups import parameter_groups
 from llava_ray.train.schedule import schedule
-from llava_ray.train.zero import zero_config
+from llava_ray.train.zero import FUSED_ADAM, zero_config
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -54,7 +54,7 @@ def assemble_for(
     return assemble(
         config.model,
         config.data.image_aspect_ratio,
-        dtype=torch.bfloat16 if config.train.bf16 else torch.float32,
+        dtype=torch.bfloat16 if config.train.uses_bf16 else torch.float32,
         seed=config.train.seed,
         model_max_length=config.train.model_max_length,
         language_model_context=language_model_context,
@@ -82,6 +82,8 @@ def load_parts(
         adapt(parts, config.lora, config.train.seed)
     trainable = freeze(parts.llava, parts.tower, config.model, parts.new_token_ids)
     say(f"Trainable: {'; '.join(map(str, trainable))}")
+    if config.model.attn_implementation == "sdpa":
+        parts.llava.attend_by_sample()
     if config.data.vision_features == "inline":
         parts.tower.to(device)
     if config.train.gradient_checkpointing:
@@ -110,22 +112,12 @@ def build_engine(parts: LlavaParts, config: FinetuneConfig, num_steps: int) -> "
     else:
         # One pass over weights, gradients and moments, on GPUs without a copy of all of them, on CPUs in a sixth of the
         # time; losses differ by 2e-7. A resumed run keeps what its checkpoint says.
-        optimizer = AdamW(groups, fused=True, **settings)
+        optimizer = AdamW(groups, fused=FUSED_ADAM, **settings)
     engine, *_ = deepspeed.initialize(
         model=parts.llava,
         optimizer=optimizer,
         lr_scheduler=lambda wrapped: schedule(wrapped, train, num_steps),
-        config=zero_config(train) | _gradient_type(train, cuda=torch.cuda.is_available()),
+        config=zero_config(train, gpu=torch.cuda.is_available()),
         dist_init_required=False,
     )
     return engine
-
-
-def _gradient_type(train: TrainConfig, *, cuda: bool) -> dict[str, Any]:
-    """Return DeepSpeed's setting for gradients that are added up in fp32, where bf16 would lose the smaller ones.
-
-    On CPUs it is left out: it would change the losses of runs that are under way by half a per cent. Below ZeRO 2
-    DeepSpeed has no such setting, or keeps other files for it; an offloaded optimiser adds up in fp32 itself.
-    """
-    wanted = cuda and train.bf16 and train.zero_stage >= 2 and not train.offload_optimizer
-    return {"data_types": {"grad_accum_dtype": "fp32"}} if wanted else {}

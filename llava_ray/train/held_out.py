@@ -87,10 +87,11 @@ class HeldOutEvaluator:
         names = self.objective.metric_names
         total, totals, num_terms = 0.0, [0.0] * len(names), 0
         for batch, images in self.batches:
-            row = PackedRow(
-                batch.input_ids.to(device),
-                batch.position_ids.to(device),
-                batch.labels.to(device),
+            row = PackedRow.on_device(
+                batch.input_ids,
+                batch.position_ids,
+                batch.labels,
+                device,
                 features=None if images is None else self.features(images).to(device),
                 image_sizes=batch.image_sizes,
             )
@@ -106,14 +107,15 @@ class HeldOutEvaluator:
         right = 0
         for start in range(0, len(self.asked), _ANSWERS_AT_ONCE):
             some = self.asked[start : start + _ANSWERS_AT_ONCE]
-            written = generate_batch(
-                self.parts,
-                [asked.prompt for asked in some],
-                [asked.images for asked in some],
-                image_sizes=[asked.sizes for asked in some],
-                max_new_tokens=self.held_out.max_new_tokens,
-                extract=lambda images: self.features(images).to(device),
-            )
+            with self.parts.llava.own_attention():  # these batches are padded, not packed
+                written = generate_batch(
+                    self.parts,
+                    [asked.prompt for asked in some],
+                    [asked.images for asked in some],
+                    image_sizes=[asked.sizes for asked in some],
+                    max_new_tokens=self.held_out.max_new_tokens,
+                    extract=lambda images: self.features(images).to(device),
+                )
             said = [answer_text(self.parts, ids) for ids in written]
             right += sum(same(text, asked.answer) for text, asked in zip(said, some, strict=True))
         return right, len(self.asked)
@@ -134,7 +136,7 @@ class HeldOutEvaluator:
 def _read_batches(held_out: HeldOut, rank: int, world_size: int) -> Iterator[MicroBatch]:
     """Yield this rank's packed rows; every rank has the same number of them."""
     settings, plan = held_out.stream, held_out.plan
-    steps = list(range(plan.num_steps))
+    steps = range(plan.num_steps)
     for window in describe_micro_batches(plan, held_out.lengths, steps, settings.row_length, world_size):
         mine = [row == rank for row in window["rank"].to_pylist()]
         for table in read_micro_batches(window.filter(pa.array(mine)), settings):
@@ -144,7 +146,7 @@ def _read_batches(held_out: HeldOut, rank: int, world_size: int) -> Iterator[Mic
 
 def _read_questions(held_out: HeldOut, parts: LlavaParts, rank: int, world_size: int) -> Iterator[HeldOutQuestion]:
     """Yield this rank's questions: the first turns of every ``world_size``-th record."""
-    places = zip(*(held_out.lengths.table[name].to_pylist() for name in ("shard", "row", "part")), strict=True)
+    places = zip(*(held_out.lengths.column(name).tolist() for name in ("shard", "row", "part")), strict=True)
     records = [(shard, row) for shard, row, part in places if part == 0][: held_out.num_answers]
     mine = records[rank::world_size]
     shards, rows = [shard for shard, _ in mine], [row for _, row in mine]

@@ -11,7 +11,7 @@ from typing import Any
 
 from llava_ray.config.recipes import NOT_HASHED, settings_hash
 from llava_ray.config.schema import merge_settings, nest_keys
-from llava_ray.config.sections import MODEL_PATHS, FinetuneConfig
+from llava_ray.config.sections import AUTOMATIC_SETTINGS, MODEL_PATHS, FinetuneConfig
 from llava_ray.errors import ConfigError
 from llava_ray.model.formats.layout import PROJECTOR_FILE
 from llava_ray.model.formats.manifest import edges_of, is_bundle, read_manifest
@@ -109,6 +109,8 @@ def comparable(
         path = _look_up(now, DATA_PATHS[0])
         other_then[DATA_PATHS[0]] = f"{path} with data {known[DATA][:_SHORT_DIGITS]}"
         other_now[DATA_PATHS[0]] = f"{path} with data {identity[DATA][:_SHORT_DIGITS]}"
+    # What a run decided for itself is kept; "auto" again is no other setting.
+    same |= {key: "auto" for key in AUTOMATIC_SETTINGS if _look_up(now, key) == "auto"}
     return merge_settings(then, nest_keys(same | other_then)), merge_settings(now, nest_keys(other_now))
 
 

@@ -22,6 +22,7 @@ from llava_ray.train.held_out import HeldOutEvaluator
 from llava_ray.train.nonfinite import StepGuard
 from llava_ray.train.objective import StepLoss, build_row
 from llava_ray.train.out_of_memory import naming_memory
+from llava_ray.train.profiling import StepProfiler
 from llava_ray.train.randomness import seed_all
 from llava_ray.train.settings import LoopSettings
 from llava_ray.train.speed import Meter
@@ -50,38 +51,44 @@ def _train(settings: LoopSettings, blocks: Iterator[pa.Table], heart: Heartbeat)
     heart.enter("first batch")
     objective = OBJECTIVES[settings.objective]
     examiner = HeldOutEvaluator(settings.held_out, parts, objective, rank, world_size)
-    meter = Meter(parts.llava, device, world_size)
+    meter = Meter(parts, device, world_size)
     guard = StepGuard(engine, parts, settings, device)
+    profiler = StepProfiler(settings.profile, settings.run_folder, rank, journal.say.remote)
 
     told: ray.ObjectRef | None = None
     steps = iterate_steps(blocks, rank, first_step, settings.stream)
     for step in range(first_step, settings.until):
         heart.mark(heart.phase_of(step, first_step), f"step {step}, waiting for data")
+        profiler.start(step)
         with meter.waiting():
             batches = next(steps)
         step_loss = StepLoss(objective, device)
         for batch in batches:
             heart.mark(heart.phase, f"step {step}, {describe_row(batch)}")
-            output = objective.compute(engine, build_row(batch, parts, settings.stream, device))
+            row = build_row(batch, parts, settings.stream, device, meter.phase)
+            with meter.phase("forward"):
+                output = objective.compute(engine, row)
             guard.keep(batch, output)
-            # DeepSpeed averages gradients over ranks; ours are already parts of one mean over the step's terms.
-            engine.backward(step_loss.add(output, batch) * world_size, scale_wrt_gas=False)
+            with meter.phase("backward"):
+                # DeepSpeed averages gradients over ranks; ours are already parts of one mean over the step's terms.
+                engine.backward(step_loss.add(output, batch) * world_size, scale_wrt_gas=False)
         heart.mark(heart.phase, f"step {step}, optimiser")
-        loss, objective_metrics = guard.step(step_loss)
-        stopping = _agree_to_stop(told, device)
+        loss, objective_metrics = guard.step(step_loss, meter.phase)
+        with meter.phase("communication"):
+            stopping = _agree_to_stop(told, device)
+        profiler.end(step)
         diverged = guard.check(step, loss)
         if diverged is not None:
             # Every rank returns: Ray then commits checkpoints that are still on their way, and repeats nothing.
             ray.get(journal.fail.remote(diverged))
             return
         metrics = meter.measure(loss, batches, engine, config.train.row_length) | objective_metrics
-        samples = [sample for batch in batches for sample in batch.ids]
         judged: dict[str, float] = {}
         if checkpointer.is_due(step + 1):
             heart.mark("held-out evaluation", f"step {step}, held-out evaluation")
             with meter.excluded_from_timing():
                 judged = examiner.evaluate(engine, device)
-        told = journal.record.remote(rank, step, metrics | judged, samples)
+        told = journal.record.remote(rank, step, metrics | judged, [name for batch in batches for name in batch.ids])
         if stopping or checkpointer.is_due(step + 1):
             heart.mark("saving", f"step {step}, saving")
             checkpointer.save(step + 1, judged)

@@ -1,8 +1,8 @@
 """Steps whose loss or gradients are not finite: which samples did it, and whether the run stops or leaves them out."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -43,19 +43,29 @@ class StepGuard:
         """Keep the losses of a row of this step, without their graph."""
         self.rows.append((batch, ObjectiveOutput(output.losses.detach(), output.positions)))
 
-    def step(self, step_loss: StepLoss) -> tuple[float, dict[str, float]]:
+    def step(
+        self, step_loss: StepLoss, phase: Callable[[str], AbstractContextManager[None]]
+    ) -> tuple[float, dict[str, float]]:
         """End the step, taken or left out, and return its loss and metrics over all ranks; collective.
 
         Gradients that are not finite make DeepSpeed leave it out by itself. The learning rate goes on in any case.
+        ``phase`` measures a block under a name.
         """
-        early = step_loss.reduce() if self.skips else None  # before the step, which it decides
+        early = None
+        if self.skips:  # before the step, which it decides
+            with phase("communication"):
+                early = step_loss.reduce()
         before = self.engine.skipped_steps
-        with leaving_out(self.engine) if early and not math.isfinite(early[0]) else nullcontext():
+        skipping = leaving_out(self.engine) if early and not math.isfinite(early[0]) else nullcontext()
+        with skipping, phase("optimizer"):
             self.engine.step()
         self.skipped = self.engine.skipped_steps > before
         if self.skipped and getattr(self.engine.optimizer, "overflow", False):
             self.engine.lr_scheduler.step()
-        return early or step_loss.reduce()
+        if early is not None:
+            return early
+        with phase("communication"):
+            return step_loss.reduce()
 
     def check(self, step: int, loss: float) -> DivergedError | None:
         """Look at the loss of the step that has ended; say what was wrong, and return an error if the run must stop.

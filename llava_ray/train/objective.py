@@ -1,5 +1,8 @@
 """A run's objective: what a train worker gives it of a micro-batch, and how a step's losses become one number."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -8,26 +11,39 @@ from llava_ray.data.batches import MicroBatch
 from llava_ray.data.settings import StreamSettings
 from llava_ray.images.processing import normalize_pixels
 from llava_ray.model.assembly import LlavaParts
+from llava_ray.model.network.transfer import to_device
 from llava_ray.objectives.objective import Objective, ObjectiveOutput, PackedRow
 
 
-def build_row(batch: MicroBatch, parts: LlavaParts, stream: StreamSettings, device: torch.device) -> PackedRow:
-    """Return a micro-batch on the device, with streamed features, the frozen tower's computed here, or pixels."""
+def build_row(
+    batch: MicroBatch,
+    parts: LlavaParts,
+    stream: StreamSettings,
+    device: torch.device,
+    phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
+) -> PackedRow:
+    """Return a micro-batch on the device, with streamed features, the frozen tower's computed here, or pixels.
+
+    ``phase`` measures a block under a name: "copy", or "forward" for the tower.
+    """
     features = pixels = None
-    if batch.features is not None:
-        features = batch.features.to(device)
-    elif batch.pixels is not None and stream.model.unfreeze_mm_vision_tower:
-        pixels = normalize_pixels(batch.pixels.to(device), stream.image_spec)
-    elif batch.pixels is not None:
-        features = parts.tower.extract(batch.pixels, lambda views: normalize_pixels(views, stream.image_spec))
-    return PackedRow(
-        batch.input_ids.to(device),
-        batch.position_ids.to(device),
-        batch.labels.to(device),
-        features=features,
-        image_sizes=batch.image_sizes,
-        pixels=pixels,
-    )
+    if batch.pixels is not None and not stream.model.unfreeze_mm_vision_tower:
+        with phase("forward"):
+            features = parts.tower.extract(batch.pixels, lambda views: normalize_pixels(views, stream.image_spec))
+    with phase("copy"):
+        if batch.features is not None:
+            features = to_device(batch.features, device)
+        elif batch.pixels is not None and stream.model.unfreeze_mm_vision_tower:
+            pixels = normalize_pixels(to_device(batch.pixels, device), stream.image_spec)
+        return PackedRow.on_device(
+            batch.input_ids,
+            batch.position_ids,
+            batch.labels,
+            device,
+            features=features,
+            image_sizes=batch.image_sizes,
+            pixels=pixels,
+        )
 
 
 class StepLoss:

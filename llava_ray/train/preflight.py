@@ -4,6 +4,7 @@ from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.preparation import check_source
 from llava_ray.data.storage import absolute_path
 from llava_ray.model.blueprint import read_blueprint
+from llava_ray.optional_trackers import check_trackers
 from llava_ray.tracking import check_store
 from llava_ray.train.identity import DATA, identify_run, recipe_of_name
 from llava_ray.train.runs import RunFolder, find_run
@@ -17,6 +18,7 @@ def check_run(config: FinetuneConfig) -> None:
         check_source(config.held_out.path)
     read_blueprint(config.model, config.data.image_aspect_ratio)
     check_store(config.tracking.tracking_uri)
+    check_trackers(config.tracking.report_to, config.run.storage_path)
 
 
 def _check_name(config: FinetuneConfig) -> None:

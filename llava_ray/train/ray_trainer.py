@@ -8,9 +8,9 @@ from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig,
 from ray.train.torch import TorchConfig
 
 from llava_ray.config.sections import FinetuneConfig
-from llava_ray.data.lengths import TokenLengths
 from llava_ray.data.plan import Plan
 from llava_ray.data.stream import DealToRanks, TrainStream
+from llava_ray.data.token_lengths import TokenLengths
 from llava_ray.placement import pool_selector
 from llava_ray.runtime import Resources
 from llava_ray.train.failures import FailureTeller

@@ -7,6 +7,7 @@ killed and resumed has the same bytes as one that never was. ``metrics.jsonl`` h
 import json
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +16,16 @@ from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from llava_ray.config.sections import FinetuneConfig
-from llava_ray.data.storage import read_stored, write_stored
 from llava_ray.errors import LlavaRayError
+from llava_ray.images.reading import open_filesystem
+from llava_ray.optional_trackers import Tracker, open_trackers, wandb_environment
+from llava_ray.reading import describe_error
 from llava_ray.train.rank_watch import Orders, Position, RankWatch
 from llava_ray.train.runs import RunFolder
+from llava_ray.train.step_file import StepFile
 
 _SECONDS_BETWEEN_LOGS = 5.0
+_LONGEST_ROW = 2**16  # bytes of a step's metrics
 _RATE_WINDOW = 50  # the window over which the rate is computed
 
 TRAINING = "training"
@@ -49,22 +54,34 @@ class RunProgress:
 class RunRecorder:
     """Collect the ranks' records; run as a Ray actor (see ``start_recorder``)."""
 
-    def __init__(self, run_folder: str, tracked: dict[str, Any], params: dict[str, Any], logging_steps: int) -> None:
-        """Load the ledger and metrics that earlier starts of this run have written."""
+    def __init__(
+        self,
+        run_folder: str,
+        tracked: dict[str, Any],
+        params: dict[str, Any],
+        logging_steps: int,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        """Open the ledger and metrics that earlier starts of this run have written, and the trackers.
+
+        ``environment`` holds variables for trackers beside MLflow, which ``params`` name.
+        """
         from llava_ray.tracking import TrackedRun  # MLflow; whoever holds this actor's handle imports this module
 
         self.run_folder = run_folder
         self.tracked = TrackedRun(**tracked)
         self.tracked.log_params(params)
+        names = params.get("tracking", {}).get("report_to", ())
+        self.others = open_trackers(names, run_folder, tracked["experiment_name"], params, environment or {})
         self.logging_steps = logging_steps
-        self.ledger: dict[int, list[str]] = {
-            row["step"]: row["samples"] for row in _read_rows(f"{run_folder}/ledger.jsonl")
-        }
-        self.metrics: dict[int, dict[str, float]] = {
-            row.pop("step"): row for row in _read_rows(f"{run_folder}/metrics.jsonl")
-        }
+        self.ledger = StepFile(f"{run_folder}/ledger.jsonl")
+        self.metrics = StepFile(f"{run_folder}/metrics.jsonl")
+        self.last = self.ledger.last
+        """The last step that all ranks have recorded."""
+        self.last_metrics = _last_row(self.metrics)
+        self.unlogged: dict[int, dict[str, float]] = {}
+        """Metrics that MLflow does not have yet."""
         self.partial: dict[int, dict[int, list[str]]] = {}
-        self.logged = max(self.metrics, default=-1)
         self.log_time = time.monotonic()
         self.world_size = 0
         self.state = "starting workers"
@@ -120,10 +137,13 @@ class RunRecorder:
         del rank
         self.world_size = world_size
         self.partial.clear()
-        for steps in (self.ledger, self.metrics):
-            for step in [step for step in steps if step >= first_step]:
-                del steps[step]
-        self.logged = min(self.logged, first_step - 1)
+        if self.metrics.last >= first_step:
+            self.last_metrics = {}
+        for file in (self.ledger, self.metrics):
+            file.rewind(first_step)
+        self.last_metrics = self.last_metrics or _last_row(self.metrics)
+        self.unlogged = {step: row for step, row in self.unlogged.items() if step < first_step}
+        self.last = min(self.last, first_step - 1)
         self.first = first_step
         self.ended.clear()
 
@@ -132,9 +152,12 @@ class RunRecorder:
         by_rank = self.partial.setdefault(step, {})
         by_rank[rank] = samples
         if rank == 0:
-            self.metrics[step] = metrics
+            self.metrics.add(step, metrics)
+            self.unlogged[step] = metrics
         if len(by_rank) == self.world_size:
-            self.ledger[step] = sorted(sample for ids in self.partial.pop(step).values() for sample in ids)
+            samples = sorted(sample for ids in self.partial.pop(step).values() for sample in ids)
+            self.ledger.add(step, {"samples": samples})
+            self.last, self.last_metrics = step, self.unlogged.get(step, {})
             self.ended.append((step, time.monotonic()))
             self.state = TRAINING
             if time.monotonic() - self.log_time > _SECONDS_BETWEEN_LOGS:
@@ -144,28 +167,44 @@ class RunRecorder:
     def log(self) -> None:
         """Log new steps to MLflow."""
         self.log_time = time.monotonic()
-        new = {step: row for step, row in self.metrics.items() if step > self.logged and step in self.ledger}
-        self.tracked.log_steps({step: row for step, row in new.items() if step % self.logging_steps == 0})
-        self.logged = max(new, default=self.logged)
+        new = {step: row for step, row in self.unlogged.items() if step <= self.last}
+        logged = {step: row for step, row in new.items() if step % self.logging_steps == 0}
+        self.tracked.log_steps(logged)
+        self._tell_others(lambda tracker: tracker.log_steps(logged))
+        self.unlogged = {step: row for step, row in self.unlogged.items() if step > self.last}
 
-    def flush(self) -> None:
-        """Write ledger and metrics; return only when they are on storage."""
-        ledger = [{"step": step, "samples": self.ledger[step]} for step in sorted(self.ledger)]
-        metrics = [{"step": step} | self.metrics[step] for step in sorted(self.metrics)]
-        for name, rows in (("ledger", ledger), ("metrics", metrics)):
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            write_stored(f"{self.run_folder}/{name}.jsonl", text.encode())
+    def _tell_others(self, tell: Callable[[Tracker], None]) -> None:
+        """Tell the trackers beside MLflow something; one that fails is given up, and the run goes on."""
+        for tracker in list(self.others):
+            try:
+                tell(tracker)
+            except Exception as error:  # noqa: BLE001 - whatever a foreign library and its server raise
+                self.others.remove(tracker)
+                name = type(tracker).__name__
+                self.say(f"{name} is not written to any more: {describe_error(error)}. MLflow has all metrics.")
+
+    def flush(self, num_steps: int = 0) -> bool:
+        """Append new rows to ledger and metrics; return only when they are on storage.
+
+        With ``num_steps`` nothing is written, and False returned, before all ranks have recorded that many steps: a
+        rank that saves a checkpoint after them may be ahead of the records of others.
+        """
+        if self.last + 1 < num_steps:
+            return False
+        self.ledger.flush()
+        self.metrics.flush()
         self.log()
+        return True
 
     def progress(self) -> RunProgress:
         """Return the run's progress."""
-        last = max(self.ledger, default=-1)
         rate = None
         if len(self.ended) > 1:
             (first, start), (end, now) = self.ended[0], self.ended[-1]
             rate = (end - first) / max(now - start, 1e-9)
-        metrics = self.metrics.get(last, {})
-        return RunProgress(self.state, self.first, last + 1, metrics, rate, list(self.said), self.failure)
+        return RunProgress(
+            self.state, self.first, self.last + 1, self.last_metrics, rate, list(self.said), self.failure
+        )
 
     def close(self, status: str, tags: dict[str, str], artifacts: dict[str, str], files: list[str]) -> str:
         """Flush, log tags, artifacts (name → folder) and files, end the MLflow run and return its id."""
@@ -176,6 +215,8 @@ class RunRecorder:
         for name, folder in artifacts.items():
             self.tracked.log_folder(folder, name)
         self.tracked.end(status)
+        self._tell_others(lambda tracker: tracker.end(status))
+        self.others = []
         return self.tracked.run_id
 
 
@@ -191,13 +232,18 @@ def start_recorder(run: RunFolder, config: FinetuneConfig, tracking_uri: str, se
     }
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(RunRecorder).options(num_cpus=0, scheduling_strategy=here)
-    return actor.remote(run.path, tracked, config.model_dump(mode="json"), config.tracking.logging_steps)
+    environment = wandb_environment() if "wandb" in config.tracking.report_to else {}
+    params = config.model_dump(mode="json")
+    return actor.remote(run.path, tracked, params, config.tracking.logging_steps, environment)
 
 
-def _read_rows(path: str) -> list[dict[str, Any]]:
-    """Return the rows of a JSONL file; none when there is no file."""
-    try:
-        lines = read_stored(path).splitlines()
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in lines]
+def _last_row(file: StepFile) -> dict[str, float]:
+    """Return the last row on storage without its step; {} where there is none."""
+    if file.last < 0:
+        return {}
+    files, place = open_filesystem(file.path)
+    with files.open(place, "rb") as stream:
+        stream.seek(max(0, file.size - _LONGEST_ROW))
+        row: dict[str, float] = json.loads(stream.read(min(file.size, _LONGEST_ROW)).splitlines()[-1])
+    del row["step"]
+    return row

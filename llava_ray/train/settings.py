@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from ray.actor import ActorHandle
 
 from llava_ray.config.sections import FinetuneConfig
-from llava_ray.data.lengths import TokenLengths
 from llava_ray.data.plan import Plan
 from llava_ray.data.settings import StreamSettings
+from llava_ray.data.token_lengths import TokenLengths
 
 
 @dataclass(frozen=True)
@@ -41,5 +41,7 @@ class LoopSettings:
     num_threads: int
     journal: ActorHandle
     held_out: HeldOut | None = None
+    profile: tuple[int, int] | None = None
+    """The first and the last step to profile."""
     objective: str = "cross_entropy"
     """A key of ``OBJECTIVES``."""

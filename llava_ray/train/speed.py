@@ -1,46 +1,44 @@
-"""The metrics of a step: time, tokens, padding, waiting for data, memory, share of the device's peak."""
+"""The metrics of a step: time and its phases, tokens, padding, memory, useful operations and their share of a peak."""
 
 import resource
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 
 from llava_ray.data.batches import MicroBatch
-from llava_ray.model.network.llava import Llava
-from llava_ray.model.network.quantization import count_elements
+from llava_ray.model.assembly import LlavaParts
 from llava_ray.objectives.objective import find_supervised
+from llava_ray.train.flops import StepWork, UsefulFlops
+from llava_ray.train.phases import PhaseClock
+from llava_ray.train.planning.peaks import find_peak
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
-
-# Dense bf16 peak in FLOP/s, from the makers' data sheets, by torch's device name.
-_PEAK_FLOPS = {
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A10G": 70e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
 
 
 class Meter:
     """Measure one rank's steps; metrics of the whole run assume that ranks are alike, which packing ensures."""
 
-    def __init__(self, llava: Llava, device: torch.device, world_size: int) -> None:
-        """Count the parameters of one forward pass per token."""
-        # A trainable tower is left out like a frozen one: it processes views, not the tokens counted here.
-        counted = [p for name, p in llava.named_parameters() if not name.startswith("vision_tower.")]
-        sizes = [(count_elements(p), p.requires_grad) for p in counted]
-        # Forward 2, gradient of activations 2, gradient of weights 2 FLOPs a parameter and token.
-        self.flops_per_token = sum(6 * size if trainable else 4 * size for size, trainable in sizes)
+    def __init__(self, parts: LlavaParts, device: torch.device, world_size: int) -> None:
+        """Count the model's operations, and watch the collectives of its engine, which exists."""
+        from deepspeed.comm import comm
+
+        self.parts = parts
+        self.flops = UsefulFlops.measure(parts.llava, parts.tower, parts.image_spec.height)
+        self.phases = PhaseClock(device)
+        self.phases.watch_collectives(comm.cdb)
         self.device = device
         self.world_size = world_size
-        self.peak = _PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self.peak = find_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self.waited = 0.0
         self.last = time.perf_counter()
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Measure the block as one of a step's ``PHASES``."""
+        return self.phases.phase(name)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -64,6 +62,7 @@ class Meter:
         seconds, self.last = now - self.last, now
         num_tokens = sum(sum(batch.num_tokens) for batch in batches)
         supervised = sum(len(find_supervised(batch.labels, batch.position_ids)[0]) for batch in batches)
+        flops = self.flops.count(self.work_of(batches, supervised))
         rates = dict(zip((g["name"] for g in engine.optimizer.param_groups), engine.get_lr(), strict=True))
         metrics = {
             "loss": loss,
@@ -76,8 +75,9 @@ class Meter:
             "data_wait_seconds": self.waited,
             "step_seconds": seconds,
             "memory_gib": self.memory() / 2**30,
+            "useful_tflops": flops / seconds / 1e12,
             "skipped_steps": float(engine.skipped_steps),
-        }
+        } | self.phases.end_step()
         if any(name.startswith("vision_tower") for name in rates):
             metrics["mm_vision_tower_lr"] = next(
                 rate for name, rate in rates.items() if name.startswith("vision_tower")
@@ -86,8 +86,15 @@ class Meter:
         if norm is not None:  # DeepSpeed does not compute it at stage 0 in fp32
             metrics["grad_norm"] = float(norm)
         if self.peak:
-            metrics["mfu"] = self.flops_per_token * num_tokens / seconds / self.peak
+            metrics["mfu"] = flops / seconds / self.peak
         return metrics
+
+    def work_of(self, batches: list[MicroBatch], num_supervised: int) -> StepWork:
+        """Return what this rank had to compute for its micro-batches."""
+        num_views = [sum(self.parts.image_tokens.num_views(*size) for size in batch.image_sizes) for batch in batches]
+        here = sum(views for batch, views in zip(batches, num_views, strict=True) if batch.pixels is not None)
+        num_features = sum(num_views) * self.parts.image_tokens.num_features
+        return StepWork([n for batch in batches for n in batch.num_tokens], num_supervised, num_features, here)
 
     def memory(self) -> int:
         """Return this rank's peak memory in bytes: the GPU's, or the process's resident set."""

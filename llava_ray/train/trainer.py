@@ -13,16 +13,20 @@ from llava_ray.config.recipes import settings_hash
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.encoder_settings import EncoderSettings
 from llava_ray.data.feature_writing import cache_features
-from llava_ray.data.lengths import TokenLengths, measure_lengths
+from llava_ray.data.lengths import measure_lengths
 from llava_ray.data.plan import Plan
 from llava_ray.data.preparation import prepare_data
 from llava_ray.data.settings import StreamSettings
 from llava_ray.data.shards import PreparedData, is_prepared
 from llava_ray.data.storage import read_stored, write_stored
+from llava_ray.data.token_lengths import TokenLengths
+from llava_ray.errors import ConfigError
 from llava_ray.model.blueprint import Blueprint, read_blueprint
 from llava_ray.runtime import Resources
 from llava_ray.tracking import default_tracking_uri, moved_tracking_uri
 from llava_ray.train.identity import identify_run, identity_hash
+from llava_ray.train.planning.automatic import Workers, decide_settings
+from llava_ray.train.planning.costs import estimate_cost
 from llava_ray.train.progress import closing_run, progress_bar
 from llava_ray.train.ray_trainer import build_trainer
 from llava_ray.train.run_recorder import start_recorder
@@ -61,13 +65,20 @@ class FinishedRun:
 
 
 def finetune(
-    config: FinetuneConfig, prepared: PreparedData, resources: Resources, *, show_progress: bool = True
+    config: FinetuneConfig,
+    prepared: PreparedData,
+    resources: Resources,
+    *,
+    profile: tuple[int, int] | None = None,
+    show_progress: bool = True,
 ) -> FinishedRun:
     """Fine-tune to the last step, resuming a run of the same name. Needs a connected Ray.
 
+    ``profile`` names the first and the last step of which a trace is written.
+
     Raises ConfigError, DataError, ModelError, CheckpointError or TrainingError; whatever was committed stays.
     """
-    finished = train_until(config, prepared, resources, show_progress=show_progress)
+    finished = train_until(config, prepared, resources, profile=profile, show_progress=show_progress)
     assert finished is not None  # only a run with ``until`` stops before its end
     return finished
 
@@ -79,6 +90,7 @@ def train_until(
     *,
     until: int | None = None,
     callbacks: Sequence[UserCallback] = (),
+    profile: tuple[int, int] | None = None,
     show_progress: bool = True,
 ) -> FinishedRun | None:
     """Fine-tune up to the step ``until`` (default: the last), with a checkpoint there; return None before the end.
@@ -93,10 +105,16 @@ def train_until(
     if saved is not None:
         uri = config.tracking.tracking_uri or moved_tracking_uri(saved["tracking_uri"], config.run.storage_path)
         return FinishedRun(run, reused=True, **saved | {"tracking_uri": uri})
+    begun = run.noted_settings() if run.is_claimed and not config.run.restart else None
+    config, decided = decide_settings(config, Workers.of(resources), begun)
+    if show_progress:
+        print(*decided, sep="\n", end="\n" * bool(decided), flush=True)  # noqa: T201 - for the person who started the run
     config = config.replaced(absolute_paths(config) | {"run.name": run.name})
     blueprint = read_blueprint(config.model, config.data.image_aspect_ratio)
     lengths, plan = make_plan(config, prepared, blueprint)
     until = min(until or plan.num_steps, plan.num_steps)
+    if profile is not None and profile[1] >= until:
+        raise ConfigError(f"--profile names the step {profile[1]}, the last of this run is {until - 1}; name others")
     stream = stream_settings(config, prepared, blueprint, resources)
     held_out = held_out_samples(config, blueprint, resources)
     tracking_uri = config.tracking.tracking_uri or default_tracking_uri(config.run.storage_path)
@@ -107,6 +125,7 @@ def train_until(
         config=config,
         stream=stream,
         held_out=held_out,
+        profile=profile,
         num_steps=plan.num_steps,
         until=until,
         plan_hash=plan.hash,
@@ -118,6 +137,8 @@ def train_until(
     )
     trainer = build_trainer(settings, run, plan, lengths, resources, callbacks)
     first_step = committed_step(run.storage_path, run.name)
+    if profile is not None and profile[1] < first_step:
+        print(f"Nothing is profiled: the run resumes at step {first_step}", flush=True)  # noqa: T201
     with closing_run(journal), progress_bar(journal, plan.num_steps, first_step) if show_progress else nullcontext():
         fit(trainer, run, journal, until)
     if until < plan.num_steps:
@@ -161,9 +182,10 @@ def stream_settings(
         mm_hidden_size=blueprint.mm_hidden_size,
         row_length=config.train.row_length,
         data=config.data,
-        bf16=config.train.bf16,
+        bf16=config.train.uses_bf16,
         vision_gpus=1 if resources.use_gpu else 0,
         vision_threads=max(1, resources.cores // config.data.num_vision_actors),
+        cost=estimate_cost(config, blueprint),
     )
     if config.data.vision_features != "cached":
         return settings

@@ -27,11 +27,12 @@ from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.batches import iterate_steps
 from llava_ray.data.blocks import start_blocks
 from llava_ray.data.encoder_settings import EncoderSettings
-from llava_ray.data.lengths import TokenLengths, measure_lengths
+from llava_ray.data.lengths import measure_lengths
 from llava_ray.data.plan import Plan
 from llava_ray.data.preparation import prepare_data
 from llava_ray.data.shards import PreparedData
 from llava_ray.data.stream import DealToRanks, StreamSettings, TrainStream
+from llava_ray.data.token_lengths import TokenLengths
 from llava_ray.images.processing import normalize_pixels
 from llava_ray.model.blueprint import Blueprint, read_blueprint
 

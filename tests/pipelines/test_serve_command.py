@@ -1,5 +1,6 @@
 """The serve command: what it hands to Serve's own, and what it refuses before Ray is imported."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,29 @@ def test_what_cannot_be_served_is_refused_in_a_line(line: str, said: str, monkey
         read_command_line(line.split())
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "found", "expected"),
+    [
+        (["model=model"], None, "local"),
+        (["model=model"], "ray://head:10001", "ray://head:10001"),
+        (["--address=auto", "model=model"], None, None),
+    ],
+)
+def test_a_cluster_that_happens_to_run_here_is_not_joined(
+    line: list[str], found: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.serve import scripts
+
+    monkeypatch.setenv("RAY_ADDRESS", "to be restored")
+    monkeypatch.delenv("RAY_ADDRESS")
+    if found:
+        monkeypatch.setenv("RAY_ADDRESS", found)
+    seen: list[str | None] = []
+    monkeypatch.setattr(scripts.cli, "main", lambda *_, **__: seen.append(os.environ.get("RAY_ADDRESS")))
+    serve.run_serve(line)
+    assert seen == [expected]
 
 
 @pytest.mark.slow

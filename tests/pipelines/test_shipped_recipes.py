@@ -56,7 +56,8 @@ def test_the_published_hyper_parameters_are_kept(recipe):
     assert lora is recipe.stem.endswith("lora")
     assert config.train.learning_rate == (1e-3 if pretrain else 2e-4 if lora else 2e-5)
     assert config.train.global_batch_size == (256 if pretrain else 128)
-    assert config.train.zero_stage == (2 if pretrain or config.lora.bits < 16 else 3)
+    assert config.train.zero_stage == (2 if pretrain or lora else 3)  # 3 gathers frozen weights in every pass
+    assert config.train.tokens_per_micro_batch == "auto"
     assert config.model.version == ("plain" if pretrain else "v1")
     assert config.model.tune_mm_mlp_adapter is pretrain
     next_one = "v1_6" in recipe.stem

@@ -187,7 +187,7 @@ class PageMiddleware:
         except RefusalError:
             raise
         except Exception:
-            if not failed:
+            if not failed:  # after a refusal, whatever the broken-off upload raises in Gradio is expected
                 raise
         finally:
             reading.release()

@@ -3,6 +3,8 @@
 import inspect
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from llava_ray.errors import ModelError
@@ -27,8 +29,7 @@ def check_packing(language_model: PreTrainedModel) -> None:
             f"language models of type {model_type!r} take no {' and no '.join(sorted(lacking))}, which packed training "
             f"needs. Choose another; {', '.join(sorted(PROVEN))} are tested."
         )
-    # Under ZeRO 3 a partitioned parameter has no elements here, so a forward pass outside the engine is impossible.
-    if not next(language_model.get_input_embeddings().parameters()).numel():
+    if is_partitioned(language_model):
         raise ModelError(
             f"language models of type {model_type!r} have to be probed before they are trained, which cannot be done "
             "while ZeRO 3 has their weights partitioned. Set train.zero_stage to 2 or less."
@@ -43,13 +44,30 @@ def check_packing(language_model: PreTrainedModel) -> None:
 @torch.no_grad()
 def _sees_borders(language_model: PreTrainedModel) -> bool:
     """Return whether a sample's logits stay the same when another sample precedes it in the row."""
-    embeddings = language_model.get_input_embeddings()
-    ids = torch.arange(8, device=language_model.device)[None]
-    # Two samples of four tokens in one row. Only the positions, which restart at 0, tell the model where the second
-    # begins: transformers derives its block-diagonal mask from them, without a cache.
-    position_ids = ids % 4
-    embedded = embeddings(ids)
+    embedded, position_ids = embed_probe(language_model)
     packed = language_model(inputs_embeds=embedded, position_ids=position_ids, use_cache=False).logits[:, 4:]
     alone = language_model(inputs_embeds=embedded[:, 4:], position_ids=position_ids[:, 4:], use_cache=False).logits
-    # Relative to the spread: kernels for other lengths round differently, but a leak changes logits by far more.
+    return are_close(packed, alone)
+
+
+def is_partitioned(language_model: PreTrainedModel) -> bool:
+    """Return whether ZeRO 3 has partitioned the weights: a forward pass outside the engine is then impossible."""
+    return not next(language_model.get_input_embeddings().parameters()).numel()
+
+
+def embed_probe(language_model: PreTrainedModel) -> tuple[Float[Tensor, "1 8 d"], Int[Tensor, "1 8"]]:
+    """Return embeddings and positions of two samples of four tokens in one row.
+
+    Only the positions, which restart at 0, tell the model where the second begins: transformers derives its
+    block-diagonal mask from them, without a cache.
+    """
+    ids = torch.arange(8, device=language_model.device)[None]
+    return language_model.get_input_embeddings()(ids), ids % 4
+
+
+def are_close(packed: Float[Tensor, "1 4 vocab"], alone: Float[Tensor, "1 4 vocab"]) -> bool:
+    """Return whether two logits differ by rounding alone.
+
+    Relative to the spread: kernels for other lengths round differently, but a leak changes logits by far more.
+    """
     return torch.allclose(packed.float(), alone.float(), rtol=0.02, atol=0.02 * float(alone.float().std()))

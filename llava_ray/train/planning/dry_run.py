@@ -14,6 +14,7 @@ from llava_ray.data.first_look import count_samples
 from llava_ray.errors import ConfigError, DataError
 from llava_ray.invocation import command
 from llava_ray.model.summary import ModelSummary, summarize_model
+from llava_ray.train.planning.automatic import Workers, decide_settings
 from llava_ray.train.planning.fitting import suggest_memory_fixes
 from llava_ray.train.planning.memory import GIB, GPU_MEMORY_GIB, Memory, estimate_memory
 from llava_ray.train.planning.sizing import measure_sizes, run_settings
@@ -55,6 +56,9 @@ def describe_run(
         yield from _describe_cluster(cluster, config)
         yield f"Upload {check_upload(Path.cwd()) / MB:.1f} MB with ray job submit --working-dir ."
     device = find_device(config, gpu_memory_gib, cluster)
+    workers = Workers({device.name: device.memory_gib} if device.is_gpu else None)
+    config, decided = decide_settings(config, workers)
+    yield from decided
     summary = summarize_model(config)
     yield from _describe_parts(summary)
     yield from tell_data(config)
@@ -167,7 +171,7 @@ def tell_memory(memory: Memory, config: FinetuneConfig, device: Device) -> Itera
     train, cluster = config.train, config.cluster
     yield (
         f"Memory of each worker ({cluster.num_workers}): ZeRO {train.zero_stage}, a row of {train.row_length:,} "
-        f"tokens, {'bf16' if train.bf16 else 'fp32'}"
+        f"tokens, {'bf16' if train.uses_bf16 else 'fp32'}"
         + (", gradient checkpointing" if train.gradient_checkpointing else "")
         + (", optimiser offloaded" if train.offload_optimizer else "")
     )

@@ -19,7 +19,7 @@ def suggest_memory_fixes(config: FinetuneConfig, memory: float) -> list[tuple[st
     Each is tried alone, and only the smallest sufficient step of each kind is returned; if none suffices alone, they
     are combined one after another until they do.
     """
-    changes, needs = list(_changes_to_try(config)), _estimator()
+    changes, needs = list(_changes_to_try(config)), memory_estimator()
     fixes: dict[frozenset[str], tuple[str, float]] = {}
     for change in changes:
         needed = needs(config.replaced(change))
@@ -36,7 +36,7 @@ def suggest_memory_fixes(config: FinetuneConfig, memory: float) -> list[tuple[st
     return []
 
 
-def _estimator() -> Callable[[FinetuneConfig], float]:
+def memory_estimator() -> Callable[[FinetuneConfig], float]:
     """Return a function that computes the bytes that a run needs, and measures each model once.
 
     Few of the settings that are tried change the model's summary.

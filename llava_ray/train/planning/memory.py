@@ -21,6 +21,7 @@ _MAX_LIVE = 1_000_000_000
 _SUB_GROUP = 1_000_000_000
 
 _LOGITS_CHUNK = 512  # tokens whose logits are in fp32 at one time (objectives/cross_entropy.py)
+_HEAD_CHUNK = 256  # tokens whose logits a chunked head has at one time
 _IMAGES_PER_FORWARD = 64  # of a frozen tower
 
 # CUDA context, NCCL's buffers, cuBLAS workspaces, fragmentation: no formula gives it.
@@ -99,6 +100,14 @@ class RunSettings:
     offload_optimizer: bool = False
     inline_tower: bool = True
     eager_attention: bool = False
+    masked_attention: bool = False
+    """Whether attention is over the whole row, under a mask that keeps samples apart."""
+    chunked_head: bool = False
+    """Whether head and cross-entropy are computed together, so that the logits of a row never exist."""
+    fused_optimizer: bool = True
+    """Whether AdamW updates in one kernel; otherwise it holds one fp32 value a parameter more."""
+    fp32_gradients: bool = False
+    """Whether gradients are added up and reduced in fp32."""
     bits: Literal[4, 8, 16] = 16
     double_quant: bool = True
     anyres: bool = False
@@ -177,10 +186,14 @@ def bytes_per_quantized(run: RunSettings) -> float:
 
 
 def gradient_bytes(sizes: ModelSizes, run: RunSettings) -> float:
-    """Return the bytes of gradients in the weights' dtype: a W-th from stage 2 on, none on the GPU with offload."""
+    """Return the bytes of gradients, in the weights' dtype or fp32: a W-th from stage 2 on, none there with offload.
+
+    Below stage 2 gradients that are added up in fp32 come beside those of one backward pass.
+    """
+    width = 4 if run.fp32_gradients else run.width
     if run.zero_stage < 2:
-        return run.width * sizes.trainable
-    return 0.0 if run.offload_optimizer else run.width * sizes.trainable / run.num_workers
+        return (run.width + (width if width != run.width else 0)) * sizes.trainable
+    return 0.0 if run.offload_optimizer else width * sizes.trainable / run.num_workers
 
 
 def optimizer_bytes(sizes: ModelSizes, run: RunSettings) -> float:
@@ -190,11 +203,14 @@ def optimizer_bytes(sizes: ModelSizes, run: RunSettings) -> float:
 
 
 def step_bytes(sizes: ModelSizes, run: RunSettings) -> float:
-    """Return the bytes of gradients cast to fp32 for the optimiser, on the GPU."""
+    """Return the bytes of gradients cast to fp32 for the optimiser, on the GPU, and of what it computes beside them.
+
+    AdamW that is not fused takes the square roots of all second moments at once, in fp32.
+    """
     if run.offload_optimizer:
         return 0.0
     own = sizes.trainable / (run.num_workers if run.zero_stage else 1)
-    return 4 * (min(own, _SUB_GROUP) if run.zero_stage == 3 else own)
+    return (4 if run.fused_optimizer else 8) * (min(own, _SUB_GROUP) if run.zero_stage == 3 else own)
 
 
 def layer_bytes(blocks: Blocks, run: RunSettings) -> float:
@@ -229,11 +245,23 @@ def activation_bytes(sizes: ModelSizes, run: RunSettings) -> float:
     else:
         saved = blocks.num_layers * layer
     ends = run.width * (sizes.mm_hidden_size + 5 * blocks.hidden_size)  # the projector, and embeddings with features
-    return row * (saved + working + ends)
+    return row * (saved + working + ends) + mask_bytes(run)
+
+
+def mask_bytes(run: RunSettings) -> float:
+    """Return the bytes of the mask of a whole row, a boolean and what is added to scores for each pair of tokens."""
+    return (1 + run.width) * run.row_length**2 if run.masked_attention or run.eager_attention else 0.0
 
 
 def logits_bytes(sizes: ModelSizes, run: RunSettings) -> float:
-    """Return the bytes of a row's logits and gradients; in bf16 also a chunk in fp32, three times (cross-entropy)."""
+    """Return the bytes of a row's logits and gradients; in bf16 also a chunk in fp32, three times (cross-entropy).
+
+    A chunked head holds one chunk of them, gradients of its input and, where it learns, its own in fp32.
+    """
+    if run.chunked_head:
+        width = sizes.blocks.hidden_size
+        head = 4 * sizes.vocab_size * width if sizes.trainable >= sizes.language_model else 0
+        return (2 * run.width + 8) * _HEAD_CHUNK * sizes.vocab_size + run.width * run.row_length * width + head
     own = 2 * run.width * run.row_length * sizes.vocab_size
     if run.bf16:
         return own + 3 * 4 * min(_LOGITS_CHUNK, run.row_length) * sizes.vocab_size

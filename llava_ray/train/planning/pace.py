@@ -5,23 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llava_ray.config.sections import ClusterConfig
+from llava_ray.train.planning.peaks import PEAKS
 
-# Dense half-precision FLOP/s and memory bytes/s, from the makers' data sheets, by Ray's names of accelerators.
-PEAKS: dict[str, tuple[float, float]] = {
-    "T4": (65e12, 0.32e12),
-    "P100": (18.7e12, 0.73e12),
-    "V100": (125e12, 0.9e12),
-    "A10G": (70e12, 0.6e12),
-    "L4": (121e12, 0.3e12),
-    "L40S": (362e12, 0.86e12),
-    "A100": (312e12, 1.55e12),
-    "A100-40G": (312e12, 1.55e12),
-    "A100-80G": (312e12, 2.0e12),
-    "H100": (989e12, 3.35e12),
-    "H20": (148e12, 4.0e12),
-    "H200": (989e12, 4.8e12),
-    "B200": (2250e12, 8.0e12),
-}
 _REACHED = 0.35
 """Share of the peak that models of this size reach on a GPU."""
 _SIDE = 768  # of the matrices that a CPU is measured with

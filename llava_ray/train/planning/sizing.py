@@ -9,6 +9,7 @@ from llava_ray.config.sections import FinetuneConfig
 from llava_ray.model.network.tower import VisionTower
 from llava_ray.model.summary import ModelSummary, count_positions, summarize_model
 from llava_ray.train.planning.memory import Blocks, Memory, ModelSizes, RunSettings, estimate_memory
+from llava_ray.train.zero import FUSED_ADAM, zero_config
 
 
 def estimate_run(config: FinetuneConfig) -> Memory:
@@ -22,7 +23,7 @@ def measure_sizes(summary: ModelSummary) -> ModelSizes:
     text: Any = language.config.get_text_config()
     totals = {part.name: part for part in summary.parts}
     tables = [p.numel() for name, p in language.named_parameters() if ".layers." not in name and p.dim() == 2]
-    blocks = [sum(p.numel() for p in block.parameters()) for block in _find_blocks(language)]
+    blocks = [sum(p.numel() for p in block.parameters()) for block in find_blocks(language)]
     scales = summary.tower.s2_scales or (summary.image_side,)
     return ModelSizes(
         language_model=totals["language_model"].num_total,
@@ -44,7 +45,7 @@ def measure_sizes(summary: ModelSummary) -> ModelSizes:
     )
 
 
-def _find_blocks(model: nn.Module) -> list[nn.Module]:
+def find_blocks(model: nn.Module) -> list[nn.Module]:
     """Return a language model's transformer blocks: its longest list of modules."""
     lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
     return max(lists, key=len, default=[])
@@ -70,7 +71,7 @@ def _tower_blocks(tower: VisionTower) -> Blocks:
     config: Any = tower.config
     width = int(config.hidden_size)
     inner = config.to_dict().get("intermediate_size") or int(width * config.mlp_ratio)
-    depth = max(len(_find_blocks(tower.backbone)), 1)
+    depth = max(len(find_blocks(tower.backbone)), 1)
     return Blocks(depth, width, inner, int(config.num_attention_heads), width, gated=False)
 
 
@@ -81,12 +82,15 @@ def run_settings(config: FinetuneConfig) -> RunSettings:
         zero_stage=train.zero_stage,
         num_workers=config.cluster.num_workers,
         row_length=train.row_length,
-        bf16=train.bf16,
+        bf16=train.uses_bf16,
         gradient_checkpointing=train.gradient_checkpointing,
         offload_optimizer=train.offload_optimizer,
         inline_tower=config.data.vision_features == "inline",
         anyres=config.data.image_aspect_ratio == "anyres",
         eager_attention=config.model.attn_implementation == "eager",
+        masked_attention=config.model.attn_implementation != "flash_attention_2",
+        fused_optimizer=FUSED_ADAM,
+        fp32_gradients=zero_config(train, gpu=True)["data_types"]["grad_accum_dtype"] == "fp32",
         bits=lora.bits,
         double_quant=lora.double_quant,
         lora_dropout=lora.lora_enable and lora.lora_dropout > 0,

@@ -15,8 +15,8 @@ ON, OFF = ("true", "True", "TRUE", "yes", "Yes", "1", "on", " true "), ("false",
 
 @pytest.mark.parametrize(("word", "expected"), [*((word, True) for word in ON), *((word, False) for word in OFF)])
 def test_every_spelling_of_yes_and_no_is_understood(word, expected):
-    assert write_out_booleans(FinetuneConfig, ["--train.bf16", word]) == ["--train.bf16", str(expected)]
-    assert write_out_booleans(FinetuneConfig, [f"--train.bf16={word}"]) == [f"--train.bf16={expected}"]
+    assert write_out_booleans(FinetuneConfig, ["--train.tf32", word]) == ["--train.tf32", str(expected)]
+    assert write_out_booleans(FinetuneConfig, [f"--train.tf32={word}"]) == [f"--train.tf32={expected}"]
 
 
 def test_a_switch_without_a_value_is_on():
@@ -38,8 +38,8 @@ def test_a_switch_that_may_be_something_else_takes_that_too():
 
 @pytest.mark.parametrize("word", ["maybe", "2", "", "tru", "none", "auto"])
 def test_anything_else_is_refused_by_key(word):
-    with pytest.raises(ConfigError, match=r"'train\.bf16' = .*expected true or false"):
-        load_recipe(FinetuneConfig, [*NEEDED, f"--train.bf16={word}"])
+    with pytest.raises(ConfigError, match=r"'train\.tf32' = .*expected true or false"):
+        load_recipe(FinetuneConfig, [*NEEDED, f"--train.tf32={word}"])
 
 
 def test_values_of_other_settings_are_left_as_they_are(tmp_path):

@@ -16,13 +16,14 @@ from llava_ray.data.batches import MicroBatch, micro_batch
 from llava_ray.data.descriptors import describe_micro_batches
 from llava_ray.data.encoder_settings import EncoderSettings
 from llava_ray.data.features import FeatureActor
-from llava_ray.data.lengths import TokenLengths, measure_lengths
+from llava_ray.data.lengths import measure_lengths
 from llava_ray.data.packing import NO_STEP
 from llava_ray.data.plan import Plan
 from llava_ray.data.records import RawRecord
 from llava_ray.data.settings import StreamSettings
 from llava_ray.data.shards import PreparedData, ShardWriter, write_shards_manifest
 from llava_ray.data.stages import decode_block_images, read_micro_batches
+from llava_ray.data.token_lengths import TokenLengths
 from llava_ray.data.validation import validate
 from llava_ray.errors import DataError
 from llava_ray.images.geometry import crop_views
@@ -80,7 +81,7 @@ def stream_here(folder: Path, **changes: object) -> Streamed:
         bf16=False,
         vision_gpus=0,
     )
-    descriptors = describe_micro_batches(plan, lengths, list(range(plan.num_steps)), config.train.row_length, 1)
+    descriptors = describe_micro_batches(plan, lengths, range(plan.num_steps), config.train.row_length, 1)
     table = pa.concat_tables([part for some in descriptors for part in read_micro_batches(some, settings)])
     return Streamed(config, parts, lengths, settings, table)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from llava_ray.chat.conversation import Turn, with_markers
+from llava_ray.chat.conversation import Turn, break_markers, with_markers
 from llava_ray.chat.tokens import tokenize_prompt
 from llava_ray.config.sections import ModelConfig
 from llava_ray.errors import DataError, ModelError
@@ -52,23 +52,31 @@ def questions(tmp_path: Path) -> list[ModelQuestion]:
         ModelQuestion("file", "What is 0?", str(tmp_path / "red.png")),
         ModelQuestion("text", "No image?"),
         ModelQuestion("two", "Is <image> like <image>?", [encoded("green"), str(tmp_path / "red.png")]),
+        ModelQuestion("talk", "What is 7?", encoded("blue"), follow_ups=["And 8?", "And the <image> 9?"]),
     ]
 
 
 def test_images_are_decoded_from_bytes_and_files(bundle: Path, questions: list[ModelQuestion]) -> None:
     spec = load_pretrained_model(bundle).image_spec
     table = decode_question_images(to_table(questions), spec)
-    assert table.column_names == ["id", "question", "candidates", "pixels", "image_sizes"]
+    assert table.column_names == ["id", "question", "follow_ups", "candidates", "pixels", "image_sizes"]
     pixels = table["pixels"].to_pylist()
     assert pixels[0] == pixels[9] == crop_views(Image.new("RGB", (40, 30), "red"), spec).tobytes()
     assert pixels[10] == b""
     assert pixels[11] == crop_views(Image.new("RGB", (40, 30), "green"), spec).tobytes() + pixels[9]
-    assert table["image_sizes"].to_pylist() == [[[40, 30]]] * 10 + [[], [[40, 30]] * 2]
+    assert table["image_sizes"].to_pylist() == [[[40, 30]]] * 10 + [[], [[40, 30]] * 2, [[40, 30]]]
+    assert table["follow_ups"].to_pylist() == [[]] * 12 + [["And 8?", "And the <image> 9?"]]
 
 
 def test_ids_tell_answers_apart(bundle: Path) -> None:
     with pytest.raises(DataError, match="two questions have the id 'a'"):
         answer_questions(bundle, [ModelQuestion("a", "x"), ModelQuestion("a", "y")])
+
+
+def test_follow_ups_need_generated_answers(bundle: Path) -> None:
+    asked = [ModelQuestion("a", "x"), ModelQuestion("b", "y", candidates=("yes", "no"), follow_ups=["z"])]
+    with pytest.raises(DataError, match="question 'b' has candidates and follow_ups"):
+        answer_questions(bundle, asked)
 
 
 @pytest.mark.ray
@@ -85,17 +93,21 @@ def test_answers_are_those_of_decoding_alone(bundle: Path, questions: list[Model
     )
     assert [answer.id for answer in answers] == [question.id for question in questions]
     assert sorted(heard) == heard
-    assert heard[-1] == (12, 12)
+    assert heard[-1] == (13, 13)
 
     parts = load_pretrained_model(bundle)
     for question, answer in zip(questions, answers, strict=True):
         images = [Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) for image in question.images]
         views = [normalize_pixels(crop_views(image, parts.image_spec), parts.image_spec) for image in images]
-        turns = [Turn("human", with_markers(question.question, len(images)))]
-        prompt = tokenize_prompt(turns, parts.template, parts.tokenizer)
+        turns: list[Turn] = []
         pixels, sizes = torch.cat(views) if views else None, [image.size for image in images]
-        alone = generate_batch(parts, [prompt], [pixels], image_sizes=[sizes], max_new_tokens=6)[0]
-        assert answer.answer == answer_text(parts, alone)
+        texts = [with_markers(question.question, len(images)), *map(break_markers, question.follow_ups)]
+        for text, said in zip(texts, (answer.answer, *answer.later_answers), strict=True):
+            turns.append(Turn("human", text))
+            prompt = tokenize_prompt(turns, parts.template, parts.tokenizer)
+            alone = generate_batch(parts, [prompt], [pixels], image_sizes=[sizes], max_new_tokens=6)[0]
+            assert said == answer_text(parts, alone)
+            turns.append(Turn("gpt", said))
     assert len({answer.answer for answer in answers}) > 1
     assert answers[0].answer == answers[9].answer
 

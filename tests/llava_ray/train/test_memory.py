@@ -107,6 +107,32 @@ def test_each_setting_moves_what_it_should() -> None:
     assert changed(zero_stage=2).buffers == 2 * changed(zero_stage=1).buffers == 2e9
 
 
+def test_what_the_optimiser_gradients_masks_and_the_head_add() -> None:
+    own = 6_759_395_328 / 8
+
+    def changed(**changes) -> RunSettings:
+        return dataclasses.replace(RUN, **changes)
+
+    assert step_bytes(SIZES, changed(fused_optimizer=False)) - step_bytes(SIZES, RUN) == 4 * own
+    assert 4 * own / GIB == pytest.approx(3.15, abs=0.01)
+    assert gradient_bytes(SIZES, changed(fp32_gradients=True)) - gradient_bytes(SIZES, RUN) == 2 * own
+    assert gradient_bytes(SIZES, changed(fp32_gradients=True, zero_stage=0)) == 6 * 6_759_395_328
+    fp32 = changed(fp32_gradients=True, bf16=False)
+    assert gradient_bytes(SIZES, fp32) == gradient_bytes(SIZES, changed(bf16=False))
+    # A mask of a row of 4,096 and its bf16 bias are 0.05 GiB, of 32,768 3 GiB.
+    for row, gib in ((4096, 0.05), (8192, 0.2), (32768, 3.0)):
+        masked = activation_bytes(SIZES, changed(row_length=row, masked_attention=True))
+        assert (masked - activation_bytes(SIZES, changed(row_length=row))) / GIB == pytest.approx(gib, abs=0.015)
+    # Without the logits of the row: 256 tokens of them, the gradients of 2,048 hidden states and the head's own.
+    chunked = logits_bytes(SIZES, changed(chunked_head=True))
+    assert chunked == 12 * 256 * 32000 + 2 * 2048 * 4096 + 4 * 32000 * 4096
+    aligned = dataclasses.replace(SIZES, trainable=SIZES.projector)
+    assert logits_bytes(aligned, changed(chunked_head=True)) == 12 * 256 * 32000 + 2 * 2048 * 4096
+    assert logits_bytes(SIZES, changed(chunked_head=True, row_length=16384)) < 0.4 * logits_bytes(
+        SIZES, changed(row_length=16384)
+    )
+
+
 def test_a_tower_that_learns_is_partitioned_and_keeps_its_activations() -> None:
     learning = dataclasses.replace(SIZES, tower_learns=True, trainable=SIZES.trainable + SIZES.vision_tower)
     assert weight_bytes(learning, RUN) == 2 * (6_759_395_328 + 290_000_000) / 8

@@ -164,6 +164,48 @@ def test_replayed_steps_stand_once_and_a_second_start_goes_on_in_the_same_mlflow
     assert (run.info.status, run.data.params["train.seed"]) == ("FINISHED", "1")
 
 
+def test_a_flush_for_a_checkpoint_waits_for_the_records_of_all_ranks(tmp_path):
+    journal = open_journal(tmp_path)
+    for rank in range(2):
+        journal.rewind(rank, 0, 2)
+    journal.record(0, 0, {"loss": 1.0}, ["a"])
+    assert journal.flush(1) is False
+    assert not (tmp_path / "run/ledger.jsonl").exists()
+    journal.record(1, 0, {}, ["b"])
+    assert journal.flush(1) is True
+    assert (tmp_path / "run/ledger.jsonl").read_text() == '{"step": 0, "samples": ["a", "b"]}\n'
+    assert journal.progress().metrics == {"loss": 1.0}
+    assert open_journal(tmp_path).progress().metrics == {"loss": 1.0}
+    assert journal.unlogged == {}
+
+
+def test_a_tracker_that_fails_is_given_up_and_told_and_the_run_goes_on(tmp_path):
+    class Tracker:
+        def __init__(self, *, works: bool) -> None:
+            self.works = works
+            self.steps: list[int] = []
+
+        def log_steps(self, steps: dict[int, dict[str, float]]) -> None:
+            if not self.works:
+                raise ConnectionError("no route to host")
+            self.steps += steps
+
+        def end(self, status: str) -> None:
+            self.steps.append(-1)
+
+    journal = open_journal(tmp_path)
+    good, bad = Tracker(works=True), Tracker(works=False)
+    journal.others = [bad, good]
+    journal.rewind(0, 0, 1)
+    for step in range(2):
+        journal.record(0, step, {"loss": 1.0}, ["a"])
+        journal.flush(step + 1)
+    assert [line.partition(":")[0] for line in journal.progress().said] == ["Tracker is not written to any more"]
+    assert "no route to host" in journal.progress().said[0]
+    journal.close("FINISHED", {}, {}, [])
+    assert (good.steps, bad.steps) == ([0, 1, -1], [])
+
+
 def test_a_start_with_other_settings_gets_an_mlflow_run_of_its_own(tmp_path):
     told = {"tracking_uri": f"sqlite:///{tmp_path}/mlflow.db", "experiment_name": "e", "name": "n", "key": "k"}
     failed = TrackedRun(**told, settings="one")

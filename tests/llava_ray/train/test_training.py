@@ -16,6 +16,7 @@ from llava_ray.data.preparation import prepare_data
 from llava_ray.errors import ConfigError
 from llava_ray.model.loading import load_pretrained_model
 from llava_ray.runtime import connected
+from llava_ray.train.phases import PHASES
 from llava_ray.train.trainer import FinishedRun, finetune
 
 pytestmark = pytest.mark.ray
@@ -27,13 +28,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("training")
 
 
-def run(folder: Path, name: str, **changes: Any) -> FinishedRun:
+def run(folder: Path, name: str, *, profile: tuple[int, int] | None = None, **changes: Any) -> FinishedRun:
     """Prepare and tune as pipelines/finetune.py does."""
     dotted = {key.replace("__", "."): value for key, value in changes.items()}
     fixed = {"run.name": name, "tracking.log_model": False, "train.model_max_length": ROW_LENGTH}
     config = small_run(folder, **fixed | dotted)
     with connected(config.cluster) as resources:
-        return finetune(config, prepare_data(config.data), resources)
+        return finetune(config, prepare_data(config.data), resources, profile=profile)
 
 
 def read_jsonl(path: str) -> list[dict[str, Any]]:
@@ -50,7 +51,8 @@ TWENTY_STEPS = {"train__max_steps": 20, "train__num_train_epochs": 3, "train__lr
 def reference(ray_cluster, folder: Path) -> FinishedRun:
     """The run that others are compared with: ZeRO 2, two workers, a look at held-out samples."""
     write_samples(folder / "held_out", 24, seed=5)
-    return run(folder, "reference", **held_out(folder))
+    everywhere = {"tracking__report_to": ("mlflow", "tensorboard")}
+    return run(folder, "reference", profile=(4, 5), **held_out(folder), **everywhere)
 
 
 def held_out(folder: Path) -> dict[str, Any]:
@@ -69,6 +71,22 @@ def test_a_run_learns_and_leaves_a_ledger_metrics_and_a_bundle(reference, folder
     assert sorted(sample for row in ledger[:8] for sample in row["samples"]) == [f"s{i:04d}" for i in range(64)]
     parts = load_pretrained_model(reference.folder.bundle)
     assert parts.manifest.training["steps"] == 20
+
+
+def test_every_step_says_where_its_time_went_and_what_it_computed(reference):
+    for row in read_jsonl(f"{reference.folder.path}/metrics.jsonl"):
+        phases = {name: row[f"{name}_seconds"] for name in ("data_wait", *PHASES)}
+        assert min(phases[name] for name in ("forward", "backward", "optimizer", "communication")) > 0
+        assert sum(phases.values()) <= row["step_seconds"] * 1.01 + 0.01
+        assert row["useful_tflops"] > 0
+        assert "mfu" not in row  # no CPU has a peak that is known
+
+
+def test_steps_are_profiled_and_metrics_reported_where_asked(reference):
+    folder = Path(reference.folder.path)
+    names = [f"steps-00000004-00000005-rank{rank}.json.gz" for rank in range(2)]
+    assert sorted(path.name for path in folder.glob("profile/*")) == names
+    assert list(folder.glob("tensorboard/events*"))
 
 
 def test_held_out_samples_are_looked_at_whenever_the_run_saves(reference):

@@ -1,0 +1,182 @@
+"""Attention over a packed row, sample by sample: no mask of the whole row, no work for pairs of tokens in two samples.
+
+transformers' models call it as their attention function and pass ``borders`` on to it. transformers builds no mask for a
+name that it does not know, a padding mask neither: the function refuses to run without borders.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int32
+from torch import Tensor
+from torch.nn.functional import dropout as drop_out
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from llava_ray.errors import ModelError
+from llava_ray.model.network.transfer import to_device
+
+NAME = "llava_ray_samples"
+
+# Arguments by which some models change what attention computes, none of which is done here.
+_UNSUPPORTED = ("s_aux", "sinks", "position_bias", "cache", "head_mask")
+_MAX_HEAD_SIZE = 256
+# Flash Attention's backward pass for heads wider than this runs on data-centre GPUs only.
+_MAX_SMALL_HEAD_SIZE = 192
+_DATA_CENTRE = ((8, 0), (9, 0), (10, 0))
+
+
+@dataclass(frozen=True, eq=False)
+class SampleBorders:
+    """Where the samples of a packed row lie. ``ends`` are 0 and the end of each sample, on the row's device."""
+
+    lengths: tuple[int, ...]
+    ends: Int32[Tensor, " n"]
+    windows: list[int | None] = field(default_factory=list)
+    """The sliding window of each call of attention so far."""
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> "SampleBorders":
+        """Return the borders of samples of these lengths, one behind the other; no device is waited for."""
+        kept = tuple(int(length) for length in lengths)
+        return cls(kept, to_device(torch.tensor([0, *accumulate(kept)], dtype=torch.int32), device))
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """How a layer weighs the earlier tokens of a sample."""
+
+    scaling: float
+    dropout: float
+    window: int | None
+    softcap: float | None
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Float[Tensor, "1 h t e"]:
+        """Compute causal attention within one sample; query heads may share keys."""
+        num_tokens, shared = query.shape[2], query.shape[1] != key.shape[1]
+        windowed = self.window is not None and num_tokens > self.window
+        if self.softcap is not None:
+            return self._attend_capped(query, key, value, self._hidden(num_tokens, query.device))
+        mask = ~self._hidden(num_tokens, query.device) if windowed else None
+        return scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            mask,
+            dropout_p=self.dropout,
+            is_causal=mask is None,
+            scale=self.scaling,
+            enable_gqa=shared,
+        )
+
+    def _attend_capped(self, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor) -> Float[Tensor, "1 h t e"]:
+        """Compute attention whose scores are bounded, which no fused kernel does; softmax in fp32."""
+        num_groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(num_groups, 1), value.repeat_interleave(num_groups, 1)
+        scores = torch.matmul(query, key.transpose(2, 3)) * self.scaling
+        assert self.softcap is not None
+        scores = torch.tanh(scores / self.softcap) * self.softcap
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1, dtype=torch.float32).to(query.dtype)
+        return torch.matmul(drop_out(weights, self.dropout), value)
+
+    def _hidden(self, num_tokens: int, device: torch.device) -> Tensor:
+        """Return which (query, key) pairs are later tokens, or earlier ones outside the window."""
+        positions = torch.arange(num_tokens, device=device)
+        ahead = positions - positions[:, None]
+        return ahead > 0 if self.window is None else (ahead > 0) | (ahead <= -self.window)
+
+
+def attend_samples(  # noqa: PLR0913 - transformers' signature
+    module: Any,
+    query: Float[Tensor, "b h t d"],
+    key: Float[Tensor, "b kv u d"],
+    value: Float[Tensor, "b kv u e"],
+    attention_mask: Tensor | None,
+    *,
+    borders: SampleBorders | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Float[Tensor, "1 t h e"], None]:
+    """Compute causal attention within each sample of a packed row, as an attention function of transformers.
+
+    Raises ModelError without borders, with a mask, or for attention of another kind.
+    """
+    checked = _check_borders(borders, query, key, attention_mask)
+    _check_kind(module, others)
+    checked.windows.append(sliding_window)
+    # Half precision on recent GPUs: one kernel for all samples. Everywhere else, and for what it cannot do: a loop.
+    scores = _Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, dropout, sliding_window, softcap)
+    if fits_kernel(query, value, dropout, softcap):
+        return _attend_at_once(query, key, value, checked, scores).unsqueeze(0), None
+    parts = (tensor.split(list(checked.lengths), dim=2) for tensor in (query, key, value))
+    outputs = [scores.attend(*sample).transpose(1, 2) for sample in zip(*parts, strict=True)]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), None
+
+
+def fits_kernel(query: Tensor, value: Tensor, dropout: float, softcap: float | None) -> bool:
+    """Return whether torch's Flash Attention for rows of samples can do this."""
+    size = query.shape[-1]
+    if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16) or dropout or softcap is not None:
+        return False
+    if size % 8 or size > _MAX_HEAD_SIZE or value.shape[-1] != size:
+        return False
+    capability = torch.cuda.get_device_capability(query.device)
+    return capability >= (8, 0) and (size <= _MAX_SMALL_HEAD_SIZE or capability in _DATA_CENTRE)
+
+
+def _attend_at_once(
+    query: Tensor, key: Tensor, value: Tensor, borders: SampleBorders, scores: _Scores
+) -> Float[Tensor, "t h e"]:
+    """Compute attention of all samples in one kernel on a GPU."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    longest = max(borders.lengths)
+    windowed = scores.window is not None and longest > scores.window
+    attended: Tensor = varlen_attn(
+        *(tensor[0].transpose(0, 1) for tensor in (query, key, value)),
+        borders.ends,
+        borders.ends,
+        longest,
+        longest,
+        scale=scores.scaling,
+        window_size=(scores.window - 1 if windowed and scores.window is not None else -1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return attended
+
+
+def _check_borders(borders: SampleBorders | None, query: Tensor, key: Tensor, mask: Tensor | None) -> SampleBorders:
+    """Return the borders. Raises ModelError if they are missing or are not those of this row."""
+    num_rows, num_tokens = query.shape[0], query.shape[2]
+    if borders is None:
+        raise ModelError(
+            f"attention by sample got a batch of {num_rows} x {num_tokens} tokens without the borders of its samples; "
+            "it is for packed training rows alone. Give Llava.forward the borders, or call the model while its "
+            "SampleAttention is paused."
+        )
+    if mask is not None:
+        raise ModelError(f"attention by sample got a mask of shape {tuple(mask.shape)}; it knows borders alone.")
+    if num_rows != 1 or key.shape[2] != num_tokens or sum(borders.lengths) != num_tokens:
+        raise ModelError(
+            f"attention by sample got {num_rows} row(s) of {num_tokens} tokens with {key.shape[2]} keys, but borders of "
+            f"{len(borders.lengths)} samples of {sum(borders.lengths)} tokens together; expected one row of as many."
+        )
+    return borders
+
+
+def _check_kind(module: Any, others: dict[str, Any]) -> None:
+    """Raise ModelError for attention that is not plain causal attention."""
+    found = [name for name in _UNSUPPORTED if others.get(name) is not None]
+    if not getattr(module, "is_causal", True) or others.get("is_causal") is False:
+        found.append("attention to later tokens")
+    if found:
+        raise ModelError(f"attention by sample does not know {' or '.join(found)} of {type(module).__name__}")
+
+
+AttentionInterface.register(NAME, attend_samples)
