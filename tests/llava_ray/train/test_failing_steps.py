@@ -2,6 +2,7 @@
 
 import math
 import threading
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -212,7 +213,7 @@ def make_guard(policy: str, journal: Journal, monkeypatch: pytest.MonkeyPatch) -
 
 def run_step(guard: StepGuard, loss: float, losses: list[float], step: int = 3) -> DivergedError | None:
     guard.keep(make_batch(), ObjectiveOutput(torch.tensor(losses, dtype=torch.float32), torch.tensor([1, 4, 5, 7])))
-    guard.step(SimpleNamespace(reduce=lambda: (loss, {})))
+    guard.step(SimpleNamespace(reduce=lambda: (loss, {})), lambda name: nullcontext())
     return guard.check(step, loss)
 
 

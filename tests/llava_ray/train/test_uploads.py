@@ -35,8 +35,9 @@ def checkpointer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Checkpointe
     """One rank's checkpointer, with a step that is staged; it has no engine."""
     made = object.__new__(Checkpointer)
     made.flushed = []  # type: ignore[attr-defined]
-    journal = SimpleNamespace(flush=SimpleNamespace(remote=lambda: made.flushed.append(1)))  # type: ignore[attr-defined]
-    made.settings, made.failure, made.ended = SimpleNamespace(journal=journal), None, threading.Event()
+    journal = SimpleNamespace(flush=SimpleNamespace(remote=lambda step: made.flushed.append(step) or True))  # type: ignore[attr-defined]
+    made.rank, made.failure, made.ended = 0, None, threading.Event()
+    made.settings = SimpleNamespace(journal=journal)
     monkeypatch.setattr(checkpoints.ray, "get", lambda value: value)
     (tmp_path / "local").mkdir()
     return made
@@ -52,7 +53,7 @@ def test_what_was_staged_is_on_storage_before_ray_commits_it(checkpointer, monke
     writes = [lambda: (tmp_path / "local/a").write_text("a")]
     assert upload(checkpointer, Storage(tmp_path / "run"), writes, monkeypatch, tmp_path) == "step-8"
     assert (tmp_path / "run/step-8/a").read_text() == "a"
-    assert checkpointer.flushed
+    assert checkpointer.flushed == [8]
     assert not writes  # the memory is free
     checkpointer.wait()
 
