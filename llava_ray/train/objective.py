@@ -11,6 +11,10 @@ from llava_ray.model.assembly import LlavaParts
 from llava_ray.model.network.transfer import to_device
 from llava_ray.objectives.objective import Objective, ObjectiveOutput, PackedRow
 
+# In bf16 oneDNN compiles its matrix kernels for each length of a row, about a tenth of the time of a row whose length is
+# new. Rows of a multiple of this many tokens find most of them compiled, for 2 % more tokens.
+_REPEATED_LENGTH = 64
+
 
 def build_row(batch: MicroBatch, parts: LlavaParts, stream: StreamSettings, device: torch.device) -> PackedRow:
     """Return a micro-batch on the device, with streamed features, the frozen tower's computed here, or pixels."""
@@ -26,6 +30,7 @@ def build_row(batch: MicroBatch, parts: LlavaParts, stream: StreamSettings, devi
         batch.position_ids,
         batch.labels,
         device,
+        multiple=_REPEATED_LENGTH if stream.bf16 and device.type == "cpu" else 1,
         features=features,
         image_sizes=batch.image_sizes,
         pixels=pixels,

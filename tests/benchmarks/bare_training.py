@@ -37,7 +37,9 @@ CPU = torch.device("cpu")
 Loss = Callable[[Sequence[MicroBatch]], float]
 
 
-def read_steps(config: FinetuneConfig, parts: LlavaParts, num_steps: int) -> tuple[list[list[MicroBatch]], StreamSettings]:
+def read_steps(
+    config: FinetuneConfig, parts: LlavaParts, num_steps: int
+) -> tuple[list[list[MicroBatch]], StreamSettings]:
     """Return the micro-batches of a run's first steps, images decoded."""
     config = config.replaced({"data.vision_features": "inline"})
     prepared = prepare_data(config.data, show_progress=False)
@@ -104,7 +106,9 @@ def padded(parts: LlavaParts, settings: StreamSettings) -> Loss:
         samples = [sample for batch in batches for sample in _split(batch)]
         width = max(len(ids) for ids, _ in samples)
         ids = torch.stack([torch.nn.functional.pad(ids, (0, width - len(ids))) for ids, _ in samples])
-        labels = [torch.nn.functional.pad(labels, (0, width - len(labels)), value=IGNORE_INDEX) for _, labels in samples]
+        labels = [
+            torch.nn.functional.pad(labels, (0, width - len(labels)), value=IGNORE_INDEX) for _, labels in samples
+        ]
         mask = torch.stack([torch.arange(width) < len(ids) for ids, _ in samples]).long()
         pixels = [batch.pixels for batch in batches if batch.pixels is not None]
         features = None
@@ -124,9 +128,7 @@ def padded(parts: LlavaParts, settings: StreamSettings) -> Loss:
 
 def _split(batch: MicroBatch) -> list[tuple[Tensor, Tensor]]:
     """Return the ids and labels of each sample of a row."""
-    return list(
-        zip(batch.input_ids[0].split(batch.num_tokens), batch.labels[0].split(batch.num_tokens), strict=True)
-    )
+    return list(zip(batch.input_ids[0].split(batch.num_tokens), batch.labels[0].split(batch.num_tokens), strict=True))
 
 
 def _with(batch: MicroBatch, **changes) -> MicroBatch:
@@ -208,5 +210,3 @@ def _profiling(trace: Path | None):
             profiler.export_chrome_trace(str(trace))
 
     return profiled() if trace else nullcontext()
-
-

@@ -70,7 +70,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--only", help=f"rows to measure, with commas: {', '.join(ROWS)}")
     parser.add_argument("--steps", type=int, default=8, help=f"steps of each row; the first {NUM_WARM} do not count")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of the bare rows")
-    parser.add_argument("--profile", action="store_true", help="print where the last step of a bare row spends its time")
+    parser.add_argument(
+        "--profile", action="store_true", help="print where the last step of a bare row spends its time"
+    )
     parser.add_argument("--folder", type=Path, help="where the fixture is written; default: the temporary folder")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--row", help=argparse.SUPPRESS)
@@ -100,9 +102,7 @@ def time_bare(options: argparse.Namespace) -> dict[str, float]:
 
     torch.set_num_threads(options.threads)
     way, num_workers, bf16, features = ROWS[options.row]
-    config = make_config(
-        options.folder, bf16=bf16, features=features, num_workers=num_workers, num_steps=options.steps
-    )
+    config = make_config(options.folder, bf16=bf16, features=features, num_workers=num_workers, num_steps=options.steps)
     trace = options.folder / f"{options.row}.trace.json" if options.profile else None
     return time_steps(config, way=way, num_steps=options.steps, num_warm=NUM_WARM, trace=trace)
 
@@ -180,7 +180,8 @@ def _processor() -> str:
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     name = next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")), "")
     known = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag}" in text]
-    return f"{name or platform.processor()} ({', '.join(known)}), {os.cpu_count()} CPUs, Python {platform.python_version()}"
+    named = f"{name or platform.processor()} ({', '.join(known)})"
+    return f"{named}, {os.cpu_count()} CPUs, Python {platform.python_version()}"
 
 
 if __name__ == "__main__":

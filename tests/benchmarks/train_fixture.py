@@ -4,7 +4,6 @@ A Llama of 58 M parameters with 32,000 words and a CLIP of 20 M with 256 patches
 as in LLaVA's mix of 665,000.
 """
 
-import json
 import random
 from pathlib import Path
 
@@ -19,9 +18,10 @@ from llava_ray.data.shards import ShardWriter, write_shards_manifest
 from llava_ray.data.validation import validate
 
 _WORDS = (
-    "the a of and to in is on with man woman dog cat car red blue green street table standing sitting holding large "
-    "small near behind wooden water sky grass building people two three image shows"
-).split()
+    *("the", "a", "of", "and", "to", "in", "is", "on", "with", "near", "behind", "shows", "image", "two", "three"),
+    *("man", "woman", "dog", "cat", "car", "street", "table", "water", "sky", "grass", "building", "people"),
+    *("red", "blue", "green", "large", "small", "wooden", "standing", "sitting", "holding"),
+)
 
 
 def make_fixture(folder: Path, num_samples: int) -> None:
@@ -30,7 +30,12 @@ def make_fixture(folder: Path, num_samples: int) -> None:
 
     torch.manual_seed(0)
     tower = transformers.CLIPVisionConfig(
-        hidden_size=384, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=6, image_size=224, patch_size=14
+        hidden_size=384,
+        intermediate_size=1536,
+        num_hidden_layers=12,
+        num_attention_heads=6,
+        image_size=224,
+        patch_size=14,
     )
     transformers.CLIPVisionModel(tower).save_pretrained(folder / "tower")
     transformers.CLIPImageProcessorPil(
@@ -53,7 +58,9 @@ def make_fixture(folder: Path, num_samples: int) -> None:
     for record in records:
         if "image" in record:
             low = pixels.integers(0, 255, (12, 16, 3), dtype=np.uint8)
-            image = Image.fromarray(low).resize((640, 480), Image.Resampling.BICUBIC).filter(ImageFilter.GaussianBlur(2))
+            image = (
+                Image.fromarray(low).resize((640, 480), Image.Resampling.BICUBIC).filter(ImageFilter.GaussianBlur(2))
+            )
             image.save(folder / "images" / str(record["image"]), quality=90)
     writer = ShardWriter(str(folder / "data"), "shard-00000", max_rows=10**6, max_bytes=10**9)
     for number, record in enumerate(records):

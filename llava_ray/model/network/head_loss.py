@@ -73,7 +73,7 @@ class _HeadLoss(torch.autograd.Function):
         return of_hidden, _cast(of_weight, weight), _cast(of_bias, weight), None, None
 
 
-def _sweep(  # noqa: PLR0913
+def _sweep(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,

@@ -27,7 +27,9 @@ def make_states(num_tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torc
 
 def plain_losses(head, states, targets, softcap) -> torch.Tensor:
     logits = head(states)[0].float()
-    return cross_entropy(logits if softcap is None else torch.tanh(logits / softcap) * softcap, targets, reduction="none")
+    return cross_entropy(
+        logits if softcap is None else torch.tanh(logits / softcap) * softcap, targets, reduction="none"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -215,16 +215,18 @@ def test_a_type_that_cannot_be_done_is_named_with_the_remedy(kind, settings, rea
     if kind == "llama":  # which passes no window on: stands for a type that limits attention by its mask alone
         model.config.model_type, model.config.layer_types = "windowed", ["sliding_attention"] * 2
     before = model.config._attn_implementation
-    named = rf"type '{model.config.model_type}': attention cannot be computed .*{reason}.*attn_implementation = .masked_sdpa"
-    with pytest.raises(ModelError, match=named):
+    with pytest.raises(
+        ModelError, match=rf"cannot be computed .*{reason}.*attn_implementation = .masked_sdpa"
+    ) as raised:
         SampleAttention(model)
+    assert f"type {model.config.model_type!r}" in str(raised.value)
     assert model.config._attn_implementation == before
 
 
 def test_former_names_are_refused_with_what_to_set() -> None:
     for name in ("flash_attention_2", "flex_attention"):
         with pytest.raises(
-            ConfigError, match='attn_implementation.*no longer supported; set attn_implementation = "sdpa"'
+            ConfigError, match=r'attn_implementation.*no longer supported; set attn_implementation = "sdpa"'
         ):
             ModelConfig.parsed({"model_name_or_path": "a", "attn_implementation": name})
 
@@ -239,3 +241,22 @@ def test_a_row_on_its_way_to_the_device_has_all_that_needs_counting() -> None:
     assert row.image_positions is not None and row.image_positions.tolist() == [1, 2]
     for found, expected in zip(row.find_supervised(), PackedRow(ids, positions, labels).find_supervised(), strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.slow
+def test_filler_of_a_row_changes_nothing(folders) -> None:
+    llava = folders.assemble().llava
+    llava.attend_by_sample()
+    ids = torch.cat(text_samples())[None]
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    found = []
+    for multiple in (1, 64):
+        row = PackedRow.on_device(ids, positions, ids.clone(), CPU, multiple=multiple)
+        llava.zero_grad()
+        output = OBJECTIVES["cross_entropy"].compute(llava, row)
+        output.loss_sum.backward()
+        found.append((output.losses.detach(), {name: p.grad.clone() for name, p in llava.named_parameters()}))
+    assert row.input_ids.shape == (1, 64)
+    assert row.borders is not None
+    assert row.borders.lengths == (*LENGTHS, 64 - sum(LENGTHS))
+    assert_equal(found[1], found[0])
