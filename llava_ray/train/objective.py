@@ -11,7 +11,7 @@ from llava_ray.model.assembly import LlavaParts
 from llava_ray.model.network.transfer import to_device
 from llava_ray.objectives.objective import Objective, ObjectiveOutput, PackedRow
 
-# In bf16 oneDNN compiles its matrix kernels for each length of a row, about a tenth of the time of a row whose length is
+# In bf16 oneDNN compiles its matrix kernels for each length of a row: a tenth of the time of a row whose length is
 # new. Rows of a multiple of this many tokens find most of them compiled, for 2 % more tokens.
 _REPEATED_LENGTH = 64
 

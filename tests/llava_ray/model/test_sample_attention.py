@@ -260,3 +260,22 @@ def test_filler_of_a_row_changes_nothing(folders) -> None:
     assert row.borders is not None
     assert row.borders.lengths == (*LENGTHS, 64 - sum(LENGTHS))
     assert_equal(found[1], found[0])
+
+
+@pytest.mark.slow
+def test_steps_have_the_losses_of_the_whole_row_under_a_mask(folders) -> None:
+    """A run that was started with the mask goes on without it."""
+    steps = [text_samples(lengths) for lengths in ((5, 9, 3), (12, 4), (7, 7, 7), (20,), (3, 30), (6, 2, 9), (8, 8), (15,))]
+    curves = []
+    for by_sample in (False, True):
+        llava = folders.assemble("mistral").llava
+        if by_sample:
+            llava.attend_by_sample()
+        optimizer = torch.optim.AdamW(llava.parameters(), lr=1e-3)
+        curve = []
+        for samples in steps:
+            curve.append(float(losses_and_gradients(llava, samples)[0].mean()))
+            optimizer.step()
+        curves.append(curve)
+    assert curves[1] == pytest.approx(curves[0], abs=1e-5)
+    assert curves[0][0] != curves[0][-1]
