@@ -64,7 +64,9 @@ class PackedRow:
         lengths = [end - start for start, end in pairwise([*starts, position_ids.shape[1]])]
         image_positions = (input_ids[0] == IMAGE_TOKEN_INDEX).nonzero().squeeze(1)
         return cls(
-            *(to_device(tensor, device) for tensor in (input_ids, position_ids, labels)),
+            to_device(input_ids, device),
+            to_device(position_ids, device),
+            to_device(labels, device),
             predicted=(to_device(supervised[0], device), to_device(supervised[1], device)),
             borders=SampleBorders.of(lengths, device),
             image_positions=to_device(image_positions, device),

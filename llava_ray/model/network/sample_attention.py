@@ -139,17 +139,20 @@ def _attend_at_once(
     from torch.nn.attention.varlen import varlen_attn
 
     longest = max(borders.lengths)
-    windowed = scores.window is not None and longest > scores.window
-    attended: Tensor = varlen_attn(
-        *(tensor[0].transpose(0, 1) for tensor in (query, key, value)),
+    reach = -1 if scores.window is None or longest <= scores.window else scores.window - 1
+    attended = varlen_attn(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
         borders.ends,
         borders.ends,
         longest,
         longest,
         scale=scores.scaling,
-        window_size=(scores.window - 1 if windowed and scores.window is not None else -1, 0),
+        window_size=(reach, 0),  # earlier tokens within reach, no later ones
         enable_gqa=query.shape[1] != key.shape[1],
     )
+    assert isinstance(attended, Tensor)  # a pair only where more is asked for
     return attended
 
 

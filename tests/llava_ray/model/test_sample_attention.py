@@ -1,12 +1,14 @@
 """Attention by sample: equal to separate samples, refused where it would be wrong, gone outside training."""
 
 import json
+from itertools import pairwise
 
 import fakes
 import pytest
 import torch
 import transformers
 from losses import cross_entropy_of
+from torch.nn.attention import varlen
 
 from llava_ray.config.lora import LoraConfig
 from llava_ray.config.sections import ModelConfig
@@ -180,6 +182,35 @@ def test_each_sample_is_attended_to_as_the_formula_says(key_heads, settings, dty
     torch.testing.assert_close(found.float(), expected.transpose(1, 2), rtol=0, atol=bound)
 
 
+@pytest.mark.parametrize("window", [None, 3, 99])
+def test_the_kernel_of_gpus_is_asked_for_the_same(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernel(query, key, value, ends, key_ends, longest, longest_key, *, scale, window_size, enable_gqa):
+        """What its documentation says, sample by sample; queries (t, h, d)."""
+        assert ends is key_ends
+        assert ends.dtype == torch.int32
+        assert longest == longest_key == int(ends.diff().max())
+        assert enable_gqa == (query.shape[1] != key.shape[1])
+        left, right = window_size
+        outputs = []
+        for start, end in pairwise(ends.tolist()):
+            some = [part[start:end].transpose(0, 1) for part in (query, key, value)]
+            some[1:] = [part.repeat_interleave(len(some[0]) // len(part), 0) for part in some[1:]]
+            ahead = torch.arange(end - start) - torch.arange(end - start)[:, None]
+            hidden = (ahead > right) | ((ahead < -left) if left >= 0 else False)
+            scores = (some[0] @ some[1].transpose(1, 2) * scale).masked_fill(hidden, -torch.inf)
+            outputs.append((scores.softmax(-1) @ some[2]).transpose(0, 1))
+        return torch.cat(outputs)
+
+    torch.manual_seed(0)
+    query, key, value = torch.randn(1, 4, 12, 8), torch.randn(1, 2, 12, 8), torch.randn(1, 2, 12, 8)
+    borders = SampleBorders.of((5, 1, 6), CPU)
+    expected, _ = attend_samples(None, query, key, value, None, borders=borders, sliding_window=window)
+    monkeypatch.setattr(sample_attention, "fits_kernel", lambda *given: True)
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    found, _ = attend_samples(None, query, key, value, None, borders=borders, sliding_window=window)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+
+
 def test_the_kernel_of_gpus_is_not_asked_for_on_the_cpu() -> None:
     query = torch.randn(1, 2, 8, 64).bfloat16()
     assert not fits_kernel(query, query, 0.0, None)
@@ -265,7 +296,9 @@ def test_filler_of_a_row_changes_nothing(folders) -> None:
 @pytest.mark.slow
 def test_steps_have_the_losses_of_the_whole_row_under_a_mask(folders) -> None:
     """A run that was started with the mask goes on without it."""
-    steps = [text_samples(lengths) for lengths in ((5, 9, 3), (12, 4), (7, 7, 7), (20,), (3, 30), (6, 2, 9), (8, 8), (15,))]
+    steps = [
+        text_samples(lengths) for lengths in ((5, 9, 3), (12, 4), (7, 7, 7), (20,), (3, 30), (6, 2, 9), (8, 8), (15,))
+    ]
     curves = []
     for by_sample in (False, True):
         llava = folders.assemble("mistral").llava
