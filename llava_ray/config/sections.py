@@ -63,8 +63,8 @@ class ModelConfig(GeometrySettings, _ModelSources):
         """Reject former values with what to set for them."""
         if value in ("flash_attention_2", "flex_attention"):
             raise ValueError(
-                'no longer supported; set attn_implementation = "sdpa", which attends within each sample of a row, with '
-                "Flash Attention on GPUs that have it"
+                'no longer supported; set attn_implementation = "sdpa", which attends within each sample of a row and '
+                "uses Flash Attention on GPUs that have it"
             )
         return value
 

@@ -88,9 +88,7 @@ def _train(settings: LoopSettings, blocks: Iterator[pa.Table], heart: Heartbeat)
             heart.mark("held-out evaluation", f"step {step}, held-out evaluation")
             with meter.excluded_from_timing():
                 judged = examiner.evaluate(engine, device)
-        told = journal.record.remote(
-            rank, step, metrics | judged, [sample for batch in batches for sample in batch.ids]
-        )
+        told = journal.record.remote(rank, step, metrics | judged, [name for batch in batches for name in batch.ids])
         if stopping or checkpointer.is_due(step + 1):
             heart.mark("saving", f"step {step}, saving")
             checkpointer.save(step + 1, judged)
@@ -107,7 +105,8 @@ def _load(
     """Load the model and build the engine around it."""
     config = settings.config
     torch.set_num_threads(settings.num_threads)
-    keep_freed_memory()
+    if device.type == "cpu":  # a GPU's host would keep the memory through which the weights came
+        keep_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = config.train.tf32
     seed_all(config.train.seed, 0, rank)
     heart.enter("loading the model")

@@ -39,7 +39,9 @@ def scaling(resources: Resources) -> ScalingConfig:
 def worker_environment(config: FinetuneConfig, resources: Resources) -> dict[str, str]:
     """Return the environment variables of the train workers; Ray does not pass on the driver's own."""
     variables = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(resources.num_threads)}
-    if not resources.use_gpu:
+    if resources.use_gpu:  # rows of different lengths would leave gaps that nothing fits into
+        variables["PYTORCH_CUDA_ALLOC_CONF"] = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    else:
         variables["DS_ACCELERATOR"] = "cpu"
     if config.lora.quantization is None:
         # We compile nothing, but DeepSpeed decorates an optimizer that we do not use: importing the compiler for it

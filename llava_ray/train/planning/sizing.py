@@ -92,7 +92,7 @@ def run_settings(config: FinetuneConfig) -> RunSettings:
         eager_attention=config.model.attn_implementation == "eager",
         masked_attention=config.model.attn_implementation == "masked_sdpa",
         fused_optimizer=FUSED_ADAM,
-        fp32_gradients=zero_config(train).get("data_types", {}).get("grad_accum_dtype") == "fp32",
+        fp32_gradients=zero_config(train, gpu=True)["data_types"]["grad_accum_dtype"] == "fp32",
         bits=lora.bits,
         double_quant=lora.double_quant,
         lora_dropout=lora.lora_enable and lora.lora_dropout > 0,

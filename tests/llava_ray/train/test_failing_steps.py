@@ -2,6 +2,7 @@
 
 import math
 import threading
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +13,10 @@ from ray.train import WorkerGroupError
 
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.batches import MicroBatch
-from llava_ray.errors import DivergedError, TrainingError
+from llava_ray.errors import ConfigError, DivergedError, TrainingError
 from llava_ray.objectives.objective import ObjectiveOutput
 from llava_ray.train import failures, heartbeat, nonfinite
+from llava_ray.train.engine import check_bf16
 from llava_ray.train.failures import describe_failure, find_cause, translate_error
 from llava_ray.train.heartbeat import TRAINING, Heartbeat, Patience, describe_stacks
 from llava_ray.train.nonfinite import MOST_IN_A_ROW, StepGuard, find_bad_features, find_bad_losses
@@ -212,7 +214,7 @@ def make_guard(policy: str, journal: Journal, monkeypatch: pytest.MonkeyPatch) -
 
 def run_step(guard: StepGuard, loss: float, losses: list[float], step: int = 3) -> DivergedError | None:
     guard.keep(make_batch(), ObjectiveOutput(torch.tensor(losses, dtype=torch.float32), torch.tensor([1, 4, 5, 7])))
-    guard.step(SimpleNamespace(reduce=lambda: (loss, {})))
+    guard.step(SimpleNamespace(reduce=lambda: (loss, {})), lambda name: nullcontext())
     return guard.check(step, loss)
 
 
@@ -299,3 +301,16 @@ class TestMemory:
         assert "gradient_checkpointing" not in str(caught.value)
         assert "zero_stage" not in str(caught.value)
         assert "lora.bits = 4" in str(caught.value)
+
+
+@pytest.mark.parametrize("supported", [False, True])
+def test_a_gpu_without_bf16_is_named_with_the_remedy(supported, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    train = CONFIG.replaced({"train.bf16": True}).train
+    check_bf16(train, torch.device("cpu"))
+    if supported:
+        check_bf16(train, torch.device("cuda"))
+    else:
+        with pytest.raises(ConfigError, match=r"Tesla T4 has no bfloat16.*train.bf16 = false"):
+            check_bf16(train, torch.device("cuda"))

@@ -2,16 +2,21 @@
 
 import json
 import os
+import platform
+import random
 import signal
+import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from subprocess import Popen
+from typing import Any
 
 import pytest
-from commands import members, running
+from commands import kill_one, members, running
 from samples import small_run, write_recipe
 
 from llava_ray.train.runs import SNAPSHOT, SNAPSHOT_COPY
@@ -91,3 +96,119 @@ def test_a_rank_that_is_stopped_is_named_with_the_stacks_of_the_others_and_repla
     assert f"(pid {victims[1]} on" in said
     assert "does not answer" in said
     assert "loop.py" in said, "the stack of the rank that waits for it"
+
+
+LORA = {"lora.lora_enable": True, "lora.lora_r": 4, "lora.lora_alpha": 8}
+CASES: dict[str, dict[str, Any]] = {
+    "full, ZeRO 2": {"train.zero_stage": 2},
+    "full, ZeRO 3": {"train.zero_stage": 3},
+    "LoRA, ZeRO 2": LORA | {"train.zero_stage": 2},
+    "LoRA, ZeRO 3": LORA | {"train.zero_stage": 3},
+    "QLoRA, ZeRO 2": LORA | {"train.zero_stage": 2, "lora.bits": 4},
+}
+DRIVER = "driver"
+# Of each case: whom a SIGKILL meets, and whether while a checkpoint is being written.
+KILLS = [(WORKER, False), (WORKER, True), (CONTROLLER, False), (DRIVER, True), (WORKER, False), (DRIVER, False)]
+EPOCHS, STEPS = 12, 96
+SETTLED_S = 6.0  # until what a killed driver had started has noticed and gone
+
+
+@pytest.fixture(scope="module")
+def storm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data and models of all cases."""
+    folder = tmp_path_factory.mktemp("storm")
+    small_run(folder)
+    return folder
+
+
+def make_recipe(folder: Path, case: str) -> Path:
+    """Write the recipe of a case into a folder of its own and return its path."""
+    changes = {"train.num_train_epochs": EPOCHS, "train.save_steps": 4, "tracking.log_model": False}
+    config = small_run(folder, **changes | CASES[case])
+    own = folder / case.replace(" ", "").replace(",", "-")
+    own.mkdir()
+    return write_recipe(own, config.replaced({"run.storage_path": str(own / "runs")}))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(storm_folder: Path) -> tuple[bytes, list[float]]:
+    """Ledger and losses of a run that nobody disturbed; the plan is the same in all cases."""
+    (storm_folder / "undisturbed").mkdir()
+    config = small_run(storm_folder, **{"train.num_train_epochs": EPOCHS, "tracking.log_model": False})
+    recipe = write_recipe(
+        storm_folder / "undisturbed", config.replaced({"run.storage_path": str(storm_folder / "undisturbed/runs")})
+    )
+    with started(recipe, "undisturbed") as process:
+        assert process.wait(timeout=1200) == 0, read_log(recipe, "undisturbed")[-3000:]
+    return ledger(recipe, "undisturbed"), losses(recipe, "undisturbed")
+
+
+@pytest.fixture(scope="module")
+def results() -> Iterator[list[dict[str, Any]]]:
+    """All kills, saved at the end."""
+    sys.path.append(str(RESULT.parents[1]))
+    rows: list[dict[str, Any]] = []
+    yield rows
+    result = {
+        "command": "pytest -m verify tests/llava_ray/train/test_kill_storm.py",
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
+        "kills": len(rows),
+        "median_seconds_to_next_checkpoint": statistics.median(row["seconds"] for row in rows) if rows else None,
+        "rows": rows,
+    }
+    from outcome import keep_result  # of tests/benchmarks
+
+    keep_result(result, RESULT if len(rows) >= len(CASES) * len(KILLS) else None)
+
+
+@pytest.mark.verify
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("case", CASES)
+def test_a_storm_of_kills_loses_nothing_that_was_committed(
+    case: str, storm_folder: Path, undisturbed: tuple[bytes, list[float]], results: list[dict[str, Any]]
+) -> None:
+    if "QLoRA" in case:
+        pytest.importorskip("bitsandbytes")
+    recipe, draw = make_recipe(storm_folder, case), random.Random(case)
+    rows: list[dict[str, Any]] = []
+    while len(rows) < len(KILLS) or committed(recipe, "stormy") < STEPS:
+        with started(recipe, "stormy", "--run.max_failures", "-1") as process:
+            for victim, saving in KILLS[len(rows) :]:
+                rows.append(
+                    {"case": case, "victim": victim, "saving": saving} | strike(process, recipe, victim, saving, draw)
+                )
+                if victim != WORKER:
+                    break
+            else:
+                assert process.wait(timeout=1200) == 0, read_log(recipe, "stormy")[-3000:]
+                break
+            process.wait(timeout=120)
+        time.sleep(SETTLED_S)
+    results += rows
+    assert [row for row in rows if row["after"] < row["before"]] == [], "a committed checkpoint was lost"
+    assert ledger(recipe, "stormy") == undisturbed[0]
+    if case == "full, ZeRO 2":
+        assert losses(recipe, "stormy") == pytest.approx(undisturbed[1], rel=1e-5)
+    assert not list(Path(tempfile.gettempdir()).glob("llava_ray-stormy-*/step-*")), "nothing half-written is left"
+
+
+def strike(process: Popen[bytes], recipe: Path, victim: str, saving: bool, draw: random.Random) -> dict[str, Any]:
+    """Send SIGKILL to a process of a run once it has saved again; return what was committed before and after."""
+    name, before = "stormy", committed(recipe, "stormy")
+    started_at = time.monotonic()
+    wait_until(process, lambda: committed(recipe, name) > before, recipe, name)
+    seconds = time.monotonic() - started_at
+    caught = False
+    if saving:
+        end = time.monotonic() + 60
+        while not caught and time.monotonic() < end:
+            caught = bool(list(Path(tempfile.gettempdir()).glob(f"llava_ray-{name}-*/step-*/zero/*.pt")))
+    else:
+        time.sleep(draw.uniform(0, 2))
+    before = committed(recipe, name)
+    if victim == DRIVER:
+        process.kill()
+    else:
+        assert kill_one(victim, process.pid, draw.randrange(2))
+    time.sleep(0.5)
+    return {"before": before, "after": committed(recipe, name), "caught_saving": caught, "seconds": round(seconds, 1)}

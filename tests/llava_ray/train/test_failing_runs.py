@@ -1,0 +1,44 @@
+"""Real runs with a sample that is not finite: it is named, and the run stops, or goes on without its step."""
+
+import json
+from pathlib import Path
+
+import pytest
+from test_training import run
+
+from llava_ray.data.feature_cache import location_key, read_index
+from llava_ray.errors import DivergedError
+
+pytestmark = pytest.mark.ray
+
+BAD = "s0021"  # the sixth row of the second shard of 16
+
+
+def poison(entry: Path) -> None:
+    """Overwrite the cached features of one sample's image with NaN."""
+    index = read_index(str(entry))
+    [row] = (index.place == location_key(1, 5, 0)).nonzero()[0]
+    with (entry / f"{index.files[index.file[row]]}.bin").open("r+b") as file:
+        file.seek(int(index.offset[row]))
+        file.write(b"\xff" * int(index.length[row]))
+
+
+def test_a_sample_with_nan_features_is_named_and_its_step_can_be_skipped(ray_cluster: None, tmp_path: Path) -> None:
+    settings = {"data__vision_features": "cached", "train__max_steps": 10, "train__num_train_epochs": 2}
+    run(tmp_path, "first", **settings | {"train__max_steps": 1})
+    [entry] = (tmp_path / "cache/features").iterdir()
+    poison(entry)
+    with pytest.raises(DivergedError, match=f"image features are not finite: {BAD}.*train.on_nonfinite") as caught:
+        run(tmp_path, "poisoned", **settings)
+    step = int(str(caught.value).partition(":")[0].removeprefix("step "))
+    committed = sorted(path.name for path in (tmp_path / "runs/poisoned").glob("step-*"))
+    assert committed == ([f"step-{step // 3 * 3:08d}"] if step >= 3 else [])
+
+    finished = run(tmp_path, "poisoned", **settings, train__on_nonfinite="skip")
+    rows = [json.loads(line) for line in Path(f"{finished.folder.path}/metrics.jsonl").read_text().splitlines()]
+    ledger = [json.loads(line) for line in Path(f"{finished.folder.path}/ledger.jsonl").read_text().splitlines()]
+    hit = [row["step"] for row in ledger if BAD in row["samples"]]
+    assert hit[0] == step
+    assert rows[-1]["skipped_steps"] == len(hit)
+    assert [row["step"] for row in rows if row["loss"] != row["loss"]] == hit
+    assert all(row["loss"] < 20 for row in rows if row["step"] not in hit)
