@@ -252,8 +252,8 @@ class TrackingConfig(ConfigSection):
     """Tracking of a run."""
 
     report_to: tuple[Literal["mlflow", "wandb", "tensorboard"], ...] = ("mlflow",)
-    """Where a training run's metrics go: MLflow always, and beside it wandb (experiment_name is its project; extra wandb) and
-    tensorboard (event files in the run's folder; extra tensorboard)."""
+    """Where a training run's metrics go: MLflow always, and beside it wandb (experiment_name is its project; extra
+    wandb) and tensorboard (event files in the run's folder; extra tensorboard)."""
     tracking_uri: str | None = None
     """Any MLflow tracking URI; default: SQLite in run.storage_path."""
     experiment_name: str = "llava_ray"
