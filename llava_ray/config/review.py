@@ -13,7 +13,7 @@ from pydantic import (
 )
 
 from llava_ray.config.schema import ConfigSection
-from llava_ray.config.sections import ClusterConfig, TrackingConfig
+from llava_ray.config.sections import ClusterConfig, TrackingConfig, check_mlflow_alone
 
 
 class ReviewSection(ConfigSection):
@@ -185,3 +185,9 @@ class ReviewConfig(ConfigSection):
     budget: BudgetConfig = BudgetConfig()
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig(num_workers=1)
+
+    @model_validator(mode="after")
+    def results_go_to_mlflow(self) -> Self:
+        """Reject trackers that nothing would be written to."""
+        check_mlflow_alone(self.tracking)
+        return self

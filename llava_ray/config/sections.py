@@ -266,6 +266,16 @@ class TrackingConfig(ConfigSection):
     """MLflow run under which this one is shown, such as a sweep's."""
 
 
+def check_mlflow_alone(tracking: TrackingConfig) -> None:
+    """Reject trackers that only training runs write to."""
+    others = [name for name in tracking.report_to if name != "mlflow"]
+    if others:
+        raise ValueError(
+            f"tracking.report_to names {others[0]!r}, which only training runs write to; leave it out: results are in "
+            "MLflow"
+        )
+
+
 class ClusterConfig(ConfigSection):
     """The resources that a run takes of the cluster."""
 
@@ -436,3 +446,9 @@ class EvaluateConfig(ConfigSection):
     run: RunConfig = RunConfig()
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig(num_workers=1)
+
+    @model_validator(mode="after")
+    def results_go_to_mlflow(self) -> Self:
+        """Reject trackers that nothing would be written to."""
+        check_mlflow_alone(self.tracking)
+        return self

@@ -11,6 +11,7 @@ from llava_ray.config.sweep_recipes import corners
 from llava_ray.data.preparation import check_source, prepare_data
 from llava_ray.data.storage import absolute_path
 from llava_ray.model.blueprint import read_blueprint
+from llava_ray.optional_trackers import check_trackers
 from llava_ray.runtime import Resources
 from llava_ray.sweep.sampling import TrialSettings
 from llava_ray.sweep.searching import check_optuna
@@ -72,6 +73,7 @@ def check_sweep(config: SweepConfig, space: Space) -> None:
         variant = base.replaced(settings)
         read_blueprint(variant.model, variant.data.image_aspect_ratio)
     check_store(config.tracking.tracking_uri)
+    check_trackers(config.tracking.report_to, config.run.storage_path)
 
 
 def share(config: FinetuneConfig, space: Space, resources: Resources) -> int:

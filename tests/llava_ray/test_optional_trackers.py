@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from llava_ray.config.sections import FinetuneConfig, TrackingConfig
+from llava_ray.config.review import ReviewConfig
+from llava_ray.config.sections import EvaluateConfig, FinetuneConfig, TrackingConfig
 from llava_ray.errors import ConfigError
 from llava_ray.optional_trackers import check_trackers, open_trackers, wandb_environment
 
@@ -113,6 +114,18 @@ def test_report_to_is_a_list_as_elsewhere():
     assert config.tracking.report_to == ("wandb", "tensorboard")
     with pytest.raises(ConfigError, match="report_to"):
         FinetuneConfig.parsed({"model": {}, "data": {"data_path": "x"}, "tracking": {"report_to": ["comet"]}})
+
+
+@pytest.mark.parametrize(
+    ("schema", "rest"),
+    [
+        (EvaluateConfig, {"evaluate": {"model_path": "x", "benchmarks": ["gqa=x"]}}),
+        (ReviewConfig, {"review": {"answers": ["x"], "questions": "q", "references": "r"}, "judge": {"model": "x"}}),
+    ],
+)
+def test_other_jobs_refuse_trackers_that_they_do_not_write_to(schema, rest):
+    with pytest.raises(ConfigError, match=r"report_to names 'wandb', which only training runs write to"):
+        schema.parsed(rest | {"tracking": {"report_to": ["mlflow", "wandb"]}})
 
 
 @pytest.mark.slow
