@@ -85,7 +85,8 @@ class TestPatience:
 
     def test_a_silent_rank_halves_the_time_and_loading_takes_longer(self):
         assert self.over(Patience(4), 4, silent=(1,)) == [False, False, True, True]
-        assert self.over(Patience(4), 42, training=False).index(True) == 40
+        assert self.over(Patience(4), 34, training=False).index(True) == 32
+        assert self.over(Patience(4), 18, training=False, silent=(1,)).index(True) == 16
 
     def test_ten_times_the_slowest_step_is_not_too_long(self):
         patience = Patience(4)
