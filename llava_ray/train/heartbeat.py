@@ -20,6 +20,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from llava_ray.train.rank_watch import STACKS_BEATS, Orders, Position
+from llava_ray.train.run_recorder import TRAINING
 
 _SECONDS_A_BEAT = 5.0
 _BEATS_A_LIMIT = 24  # at least: short limits have short heartbeats
@@ -27,7 +28,6 @@ _PATIENT = 8  # times longer while loading and saving, which have no steps to me
 _SLOWEST = 10  # times the longest step so far is not yet a hang
 _FRAMES = 24  # of the loop's thread; others show their last few
 _FRAMES_OF_OTHERS = 4
-TRAINING = "training"
 
 
 class Patience:

@@ -30,7 +30,7 @@ def cache(config: FinetuneConfig) -> None:
 def poison(entry: Path) -> None:
     """Overwrite the cached features of one sample's image with NaN."""
     index = read_index(str(entry))
-    [row] = (index.place == location_key(1, 5, 0)).nonzero()[0]
+    [row] = (index.places == location_key(1, 5, 0)).nonzero()[0]
     with (entry / f"{index.files[index.file[row]]}.bin").open("r+b") as file:
         file.seek(int(index.offset[row]))
         file.write(b"\xff" * int(index.length[row]))

@@ -18,10 +18,11 @@ from llava_ray.objectives.objective import ObjectiveOutput
 from llava_ray.train import failures, heartbeat, nonfinite
 from llava_ray.train.engine import check_bf16
 from llava_ray.train.failures import describe_failure, find_cause, translate_error
-from llava_ray.train.heartbeat import TRAINING, Heartbeat, Patience, describe_stacks
+from llava_ray.train.heartbeat import Heartbeat, Patience, describe_stacks
 from llava_ray.train.nonfinite import MOST_IN_A_ROW, StepGuard, find_bad_features, find_bad_losses
 from llava_ray.train.out_of_memory import naming_memory
 from llava_ray.train.rank_watch import SILENT_BEATS, Orders, Position, RankWatch
+from llava_ray.train.run_recorder import TRAINING
 
 CONFIG = FinetuneConfig.parsed(
     {
