@@ -31,7 +31,7 @@ _FRAMES_OF_OTHERS = 4
 
 
 class Patience:
-    """How long a rank has seen no progress, in heartbeats, and whether that is too long."""
+    """Count the heartbeats for which a rank has seen no progress, and find whether they are too many."""
 
     def __init__(self, limit: int) -> None:
         """Begin with nothing seen; ``limit`` heartbeats without progress are too long while training."""
