@@ -104,9 +104,11 @@ def check_trackers(names: Sequence[str], storage_path: str) -> None:
             f"tracking.report_to names 'tensorboard', which writes files beside the run, but run.storage_path = "
             f"{storage_path!r} is no folder; leave it out: MLflow has the same metrics"
         )
-    if "wandb" in names and os.environ.get("WANDB_MODE", "online") in ("online", "shared"):
+    online = os.environ.get("WANDB_MODE", "online") in ("online", "shared")
+    if "wandb" in names and online and not os.environ.get("WANDB_API_KEY"):
         import wandb
 
+        # What wandb login has stored, without a call to the server.
         if not wandb.api.api_key:
             raise ConfigError(
                 "tracking.report_to names 'wandb', but nobody is logged in there: run wandb login or set "

@@ -63,8 +63,8 @@ class ModelConfig(GeometrySettings, _ModelSources):
         """Reject former values with what to set for them."""
         if value in ("flash_attention_2", "flex_attention"):
             raise ValueError(
-                'no longer supported; set attn_implementation = "sdpa", which attends within each sample of a row, with '
-                "Flash Attention on GPUs that have it"
+                'no longer supported; set attn_implementation = "sdpa", which attends within each sample of a row and '
+                "uses Flash Attention on GPUs that have it"
             )
         return value
 
@@ -252,8 +252,8 @@ class TrackingConfig(ConfigSection):
     """Tracking of a run."""
 
     report_to: tuple[Literal["mlflow", "wandb", "tensorboard"], ...] = ("mlflow",)
-    """Where metrics go: MLflow always, and beside it wandb (experiment_name is its project; extra wandb) and
-    tensorboard (event files in the run's folder; extra tensorboard)."""
+    """Where a training run's metrics go: MLflow always, and beside it wandb (experiment_name is its project; extra
+    wandb) and tensorboard (event files in the run's folder; extra tensorboard)."""
     tracking_uri: str | None = None
     """Any MLflow tracking URI; default: SQLite in run.storage_path."""
     experiment_name: str = "llava_ray"

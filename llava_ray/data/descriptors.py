@@ -82,8 +82,8 @@ def describe_window(
         filler = {"step": NO_STEP, "num_supervised": 0, "num_micro_batches": 0, "rank": rank, "examples": []}
         micro_batches += [filler] * (-len(micro_batches) % ROWS_PER_BLOCK)
     starts = range(0, len(by_rank[0]), ROWS_PER_BLOCK)
-    rows = [row for start in starts for rank_rows in by_rank for row in rank_rows[start : start + ROWS_PER_BLOCK]]
-    return _located(rows, examples)
+    ordered = [row for start in starts for rank_rows in by_rank for row in rank_rows[start : start + ROWS_PER_BLOCK]]
+    return _located(ordered, examples)
 
 
 def _located(rows: list[dict[str, Any]], examples: pa.Table) -> pa.Table:

@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_ray.images.anyres import Size
@@ -44,18 +45,28 @@ class PackedRow:
         position_ids: Int[Tensor, "1 t"],
         labels: Int[Tensor, "1 t"],
         device: torch.device,
+        *,
+        multiple: int = 1,
         **images: Any,
     ) -> "PackedRow":
         """Move a row to the device, from CPU tensors of its tokens, with all that needs counting.
 
-        Counting on a GPU would make its host wait for all work that it has queued. ``images`` are the fields of images.
+        Counting on a GPU would make its host wait for all work that it has queued. Unsupervised tokens, a sample of
+        their own, fill the row to a ``multiple`` of tokens. ``images`` are the fields of images.
         """
+        num_filler = -input_ids.shape[1] % multiple
+        if num_filler:
+            input_ids = pad(input_ids, (0, num_filler))
+            labels = pad(labels, (0, num_filler), value=IGNORE_INDEX)
+            position_ids = torch.cat([position_ids, torch.arange(num_filler)[None]], dim=1)
         supervised = find_supervised(labels, position_ids)
         starts = (position_ids[0] == 0).nonzero().squeeze(1).tolist()
         lengths = [end - start for start, end in pairwise([*starts, position_ids.shape[1]])]
         image_positions = (input_ids[0] == IMAGE_TOKEN_INDEX).nonzero().squeeze(1)
         return cls(
-            *(to_device(tensor, device) for tensor in (input_ids, position_ids, labels)),
+            to_device(input_ids, device),
+            to_device(position_ids, device),
+            to_device(labels, device),
             predicted=(to_device(supervised[0], device), to_device(supervised[1], device)),
             borders=SampleBorders.of(lengths, device),
             image_positions=to_device(image_positions, device),

@@ -3,7 +3,7 @@
 A conversation asks several questions about one image, as LLaVA's mix does: the model learns to answer with a history
 before the question, and the image's tokens serve all of its questions. Whether a word of the question fits the scene,
 inverted by "not", is a parity: from a mix of both a small model learns neither. The text-only curriculum has plain
-yes-or-no questions first, balanced, then the natural mix.
+questions first, yes and no balanced, then the natural mix.
 """
 
 import json
@@ -76,7 +76,7 @@ def _write_images(
 
 
 def write_words(folder: Path, *, num_first: int, num_natural: int, seed: int) -> Path:
-    """Write ``num_first`` balanced, mostly plain yes-or-no questions, then ``num_natural`` of all kinds, as one file.
+    """Write ``num_first`` questions without most negations, yes and no balanced, then ``num_natural``, as one file.
 
     They are asked in conversations about a caption. Text-only LLaVA JSON, to be trained on in this order
     (``data.shuffle_window = 0``). Raises DataError.
@@ -114,9 +114,12 @@ def _draw_conversations(
 
 
 def _draw_plain(pool: Sequence[ShapeQuestion], rng: random.Random) -> list[ShapeQuestion]:
-    """Draw yes-or-no questions, each wording balanced, with few negations, in random order."""
+    """Draw questions of all kinds, yes and no balanced in each wording, with few negations, in random order.
+
+    A quarter ask for a colour or a shape: a model that has only ever said yes or no has to unlearn that.
+    """
     groups: dict[str, dict[str, list[ShapeQuestion]]] = defaultdict(lambda: defaultdict(list))
-    for question in pool:
+    for question in (some for some in pool if some.kind == YES_NO):
         groups[question.question][question.answer].append(question)
     drawn: list[ShapeQuestion] = []
     for wording, by_answer in groups.items():
@@ -125,6 +128,8 @@ def _draw_plain(pool: Sequence[ShapeQuestion], rng: random.Random) -> list[Shape
             num = round(num * _NEGATED_SHARE)
         for answer in ("yes", "no"):
             drawn += rng.sample(by_answer[answer], num)
+    open_questions = [question for question in pool if question.kind != YES_NO]
+    drawn += rng.sample(open_questions, len(drawn) // 3)
     rng.shuffle(drawn)
     return drawn
 

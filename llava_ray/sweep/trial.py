@@ -1,6 +1,5 @@
 """The function of Tune's trials: an ordinary fine-tuning run, which reports at every checkpoint."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,11 +8,11 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from llava_ray.config.sections import FinetuneConfig
-from llava_ray.data.storage import read_stored
 from llava_ray.errors import ConfigError, DataError, DivergedError, LlavaRayError, ModelError
 from llava_ray.runtime import Resources
 from llava_ray.sweep.sampling import TrialSettings
 from llava_ray.sweep.trials import ACCURACY, LOSS, Evaluation, TrialState
+from llava_ray.train.step_file import read_rows
 
 # Keys of a trial's last report: its state and the reason. Tune itself has only "terminated" and "error".
 ENDED_KEY, REASON = "ended", "reason"
@@ -99,9 +98,8 @@ def finetune_trial(config: FinetuneConfig, resources: Resources, until: int) -> 
 def read_evaluations(config: FinetuneConfig, last_step: int) -> list[Evaluation]:
     """Load the held-out evaluations from a run's metrics, up to a step."""
     try:
-        lines = read_stored(f"{config.run.storage_path}/{config.run.name}/metrics.jsonl").splitlines()
+        rows = read_rows(f"{config.run.storage_path}/{config.run.name}/metrics.jsonl")
     except FileNotFoundError:
         return []
-    rows = (json.loads(line) for line in lines)
     evaluations = [Evaluation(row["step"] + 1, row[LOSS], row.get(ACCURACY)) for row in rows if LOSS in row]
     return [evaluation for evaluation in evaluations if evaluation.step <= last_step]

@@ -126,8 +126,9 @@ class Checkpointer:
             tensors = gather_tensors(self.engine, self.parts, include)
             if self.rank == 0:
                 place = f"{self.settings.run_folder}/{folder.name}/{MODEL_FOLDER}"
-                told = {"include": include, "training": describe_training(self.settings, step), "place": place}
-                writes.append(partial(save_bundle, folder / MODEL_FOLDER, self.parts, tensors, **told))
+                training = describe_training(self.settings, step)
+                save = partial(save_bundle, include=include, training=training, place=place)
+                writes.append(partial(save, folder / MODEL_FOLDER, self.parts, tensors))
         if self.rank == 0:
             # Written last: its presence shows that rank 0 wrote everything before it.
             writes.append(partial(_complete, folder, json.dumps(self.describe(step), indent=1)))

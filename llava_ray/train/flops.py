@@ -47,11 +47,14 @@ class UsefulFlops:
     """For each layer: operations for each pair of a token and an earlier one, and how far attention reaches."""
 
     @classmethod
-    def measure(cls, llava: Llava, tower: VisionTower, image_side: int) -> "UsefulFlops":
-        """Count the operations of a model whose parts are frozen as they will be; ``image_side`` is a view's."""
+    def measure(cls, llava: Llava, tower: VisionTower | None, image_side: int = 0) -> "UsefulFlops":
+        """Count the operations of a model whose parts are frozen as they will be; ``image_side`` is a view's.
+
+        Without a tower its features are given, and nothing is counted for views.
+        """
         flow = _Flow()
         adopted = "vision_tower" in dict(llava.named_children())
-        view = _count_tower(flow if adopted else _Flow(frozen=True), tower, image_side)
+        view = 0.0 if tower is None else _count_tower(flow if adopted else _Flow(frozen=True), tower, image_side)
         feature = flow.count(_linears(llava.projector))
         model = llava.language_model
         newline = llava.image_newline

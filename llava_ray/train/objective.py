@@ -14,6 +14,10 @@ from llava_ray.model.assembly import LlavaParts
 from llava_ray.model.network.transfer import to_device
 from llava_ray.objectives.objective import Objective, ObjectiveOutput, PackedRow
 
+# In bf16 oneDNN compiles its matrix kernels for each length of a row: a tenth of the time of a row whose length is
+# new. Rows of a multiple of this many tokens find most of them compiled, for 2 % more tokens.
+_REPEATED_LENGTH = 64
+
 
 def build_row(
     batch: MicroBatch,
@@ -40,6 +44,7 @@ def build_row(
             batch.position_ids,
             batch.labels,
             device,
+            multiple=_REPEATED_LENGTH if stream.bf16 and device.type == "cpu" else 1,
             features=features,
             image_sizes=batch.image_sizes,
             pixels=pixels,

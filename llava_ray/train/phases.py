@@ -25,7 +25,6 @@ _COLLECTIVES = (
     "reduce",
     "reduce_scatter",
     "reduce_scatter_tensor",
-    "reduce_scatter_coalesced",
     "broadcast",
     "barrier",
     "all_to_all_single",
@@ -86,7 +85,8 @@ class PhaseClock:
         """Measure how long the collectives of DeepSpeed's ``backend`` block a process without a GPU."""
         if not self.on_gpu:
             for name in _COLLECTIVES:
-                setattr(backend, name, self._timed(getattr(backend, name)))
+                if hasattr(backend, name):
+                    setattr(backend, name, self._timed(getattr(backend, name)))
 
     def _timed(self, collective: Callable[..., Any]) -> Callable[..., Any]:
         """Return a collective that adds the time in which it, or the wait for it, blocks."""

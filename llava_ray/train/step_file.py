@@ -7,7 +7,7 @@ in memory or written twice. A line that a kill cut off is dropped when the file 
 import json
 from typing import Any
 
-from llava_ray.data.storage import write_tail
+from llava_ray.data.storage import read_stored, write_tail
 from llava_ray.errors import DataError
 from llava_ray.images.reading import open_filesystem
 
@@ -74,3 +74,9 @@ class StepFile:
                 "file from a backup, or start over with --run.restart True"
             )
         return int(step)
+
+
+def read_rows(path: str) -> list[dict[str, Any]]:
+    """Return the complete rows of a file, which may be written to meanwhile. Raises FileNotFoundError."""
+    complete, _, _ = read_stored(path).rpartition(b"\n")
+    return [json.loads(line) for line in complete.splitlines()]

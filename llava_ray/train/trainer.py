@@ -18,7 +18,7 @@ from llava_ray.data.plan import Plan
 from llava_ray.data.preparation import prepare_data
 from llava_ray.data.settings import StreamSettings
 from llava_ray.data.shards import PreparedData, is_prepared
-from llava_ray.data.storage import read_stored, write_stored
+from llava_ray.data.storage import write_stored
 from llava_ray.data.token_lengths import TokenLengths
 from llava_ray.errors import ConfigError
 from llava_ray.model.blueprint import Blueprint, read_blueprint
@@ -39,6 +39,7 @@ from llava_ray.train.runs import (
     repair_run,
 )
 from llava_ray.train.settings import HeldOut, LoopSettings
+from llava_ray.train.step_file import read_rows
 from llava_ray.train.stopping import fit
 
 _HELD_OUT_BATCH = 64  # held-out samples that are packed into one step
@@ -60,8 +61,7 @@ class FinishedRun:
 
     def read_losses(self) -> list[float]:
         """Load the loss of every step."""
-        rows = read_stored(f"{self.folder.path}/metrics.jsonl").decode().splitlines()
-        return [json.loads(row)["loss"] for row in rows]
+        return [row["loss"] for row in read_rows(f"{self.folder.path}/metrics.jsonl")]
 
 
 def finetune(

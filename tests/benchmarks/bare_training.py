@@ -67,7 +67,7 @@ class Optimizer:
         self.own = [p for p in parts.llava.parameters() if p.requires_grad]
         self.half = self.own[0].dtype != torch.float32
         self.master = [p.detach().float().requires_grad_() for p in self.own] if self.half else self.own
-        self.adamw = torch.optim.AdamW(self.master, lr=2e-5, weight_decay=0.0)
+        self.adamw = torch.optim.AdamW(self.master, lr=2e-5, weight_decay=0.0, fused=True)
 
     def step(self) -> None:
         """Clip, step and clear the gradients."""

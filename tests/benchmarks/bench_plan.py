@@ -50,14 +50,17 @@ def main() -> None:
     parser.add_argument("--part", choices=PARTS, help="(used by the benchmark itself)")
     options = parser.parse_args()
     if options.part:
-        print(json.dumps(globals()[f"run_{options.part}"](options.folder, options.sizes[0])))
+        found = globals()[f"run_{options.part}"](options.folder, options.sizes[0])
+        print(json.dumps(found | {"process_cpu_seconds": round(time.process_time(), 2)}))
         return
+    load = os.getloadavg()[0]
     found = {size: measure(size, options.folder) for size in options.sizes}
     largest = found[max(found)]
     planning = sum(largest[part]["seconds"] for part in ("driver", "manager"))
     result = {
         "command": "python tests/benchmarks/bench_plan.py",
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}",
+        "load_average_before": round(load, 1),
         "samples": found,
         "planning_seconds": round(planning, 1),
         "planning_peak_gib": max(largest[part]["peak_gib"] for part in ("driver", "manager")),

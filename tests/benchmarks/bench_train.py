@@ -180,7 +180,8 @@ def _processor() -> str:
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     name = next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")), "")
     known = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag}" in text]
-    return f"{name or platform.processor()} ({', '.join(known)}), {os.cpu_count()} CPUs, Python {platform.python_version()}"
+    named = f"{name or platform.processor()} ({', '.join(known)})"
+    return f"{named}, {os.cpu_count()} CPUs, Python {platform.python_version()}"
 
 
 if __name__ == "__main__":

@@ -17,44 +17,11 @@ from llava_ray.data.records import RawRecord
 from llava_ray.data.shards import ShardWriter, write_shards_manifest
 from llava_ray.data.validation import validate
 
-_WORDS = [
-    "the",
-    "a",
-    "of",
-    "and",
-    "to",
-    "in",
-    "is",
-    "on",
-    "with",
-    "man",
-    "woman",
-    "dog",
-    "cat",
-    "car",
-    "red",
-    "blue",
-    "green",
-    "street",
-    "table",
-    "standing",
-    "sitting",
-    "holding",
-    "large",
-    "small",
-    "near",
-    "behind",
-    "wooden",
-    "water",
-    "sky",
-    "grass",
-    "building",
-    "people",
-    "two",
-    "three",
-    "image",
-    "shows",
-]
+_WORDS = (
+    *("the", "a", "of", "and", "to", "in", "is", "on", "with", "near", "behind", "shows", "image", "two", "three"),
+    *("man", "woman", "dog", "cat", "car", "street", "table", "water", "sky", "grass", "building", "people"),
+    *("red", "blue", "green", "large", "small", "wooden", "standing", "sitting", "holding"),
+)
 
 
 def make_fixture(folder: Path, num_samples: int) -> None:

@@ -34,13 +34,21 @@ def compute_head_losses(
 
     The head is called as a module, so that its hooks see it.
     """
-    # An attribute of the instance hides the class's ``forward`` during this one call.
-    head.forward = lambda states: _HeadLoss.apply(states[0], head.weight, head.bias, targets, softcap)  # type: ignore[method-assign]
+
+    def forward(states: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():  # autograd's functions are not told
+            return _sweep(states[0], head.weight, head.bias, targets, softcap, (False, False, False))[1]
+        losses: Tensor = _HeadLoss.apply(states[0], head.weight, head.bias, targets, softcap)
+        return losses
+
+    # An attribute of the instance hides the class's method during this one call.
+    instance: Any = head
+    instance.forward = forward
     try:
-        losses: Tensor = head(hidden)
+        found: Tensor = head(hidden)
     finally:
-        del head.forward
-    return losses
+        del instance.forward
+    return found
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -57,7 +65,7 @@ class _HeadLoss(torch.autograd.Function):
         return losses
 
     @staticmethod
-    def backward(ctx: Any, factors: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, factors: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients."""
         hidden, weight, bias, targets = ctx.saved_tensors
         of_hidden, of_weight, of_bias = ctx.gradients
@@ -93,19 +101,15 @@ def _sweep(
     for start in range(0, len(hidden), CHUNK):
         place = slice(start, start + CHUNK)
         states, wanted_tokens = hidden[place], targets[place, None]
-        scores = linear(states, weight, bias).float()
-        capped = None if softcap is None else scores.div_(softcap).tanh_()
-        scores = scores if capped is None else capped * softcap
-        log_shares = scores.log_softmax(-1)
+        log_shares, bends = _log_shares(linear(states, weight, bias).float(), softcap)
         losses.append(-log_shares.gather(1, wanted_tokens).squeeze(1))
         if not any(wanted):
             continue
         slopes = log_shares.exp_()
         slopes.scatter_add_(1, wanted_tokens, slopes.new_full(wanted_tokens.shape, -1.0))
-        if capped is not None:
-            slopes.mul_(1 - capped.square_())
-        if factors is not None:
-            slopes.mul_(factors[place, None])
+        for factor in (bends, None if factors is None else factors[place, None]):
+            if factor is not None:
+                slopes.mul_(factor)
         own = slopes.to(weight.dtype)
         if of_hidden is not None:
             torch.mm(own, weight, out=of_hidden[place])
@@ -114,6 +118,14 @@ def _sweep(
         if of_bias is not None:
             of_bias += slopes.sum(0)
     return (of_hidden, of_weight, of_bias), torch.cat(losses) if losses else hidden.new_zeros(0, dtype=torch.float32)
+
+
+def _log_shares(scores: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+    """Return the log-softmax of a head's output, capped if it is to be, and the derivative of that cap."""
+    if softcap is None:
+        return scores.log_softmax(-1), None
+    capped = scores.div_(softcap).tanh_()
+    return (capped * softcap).log_softmax(-1), 1 - capped.square()
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

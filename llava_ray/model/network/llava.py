@@ -2,8 +2,8 @@
 
 Positions of image features hold IMAGE_TOKEN_INDEX (-200), once per feature, so every length is known before the model
 runs and the vocabulary need not grow. A training batch is one packed row: ``position_ids`` restart at 0 with each
-sample. Attention computes each sample by itself where ``attend_by_sample`` was called, and otherwise the whole row under
-a mask, which transformers builds from the positions.
+sample. Where ``attend_by_sample`` was called, attention computes each sample by itself, and otherwise the whole row
+under a mask that transformers builds from the positions.
 """
 
 from collections.abc import Sequence
@@ -78,7 +78,7 @@ class Llava(nn.Module):
         table = self.language_model.get_input_embeddings().weight
         return next(name for name, parameter in self.named_parameters() if parameter is table)
 
-    def forward(
+    def forward(  # noqa: PLR0913 - what a row has
         self,
         input_ids: Int[Tensor, "1 t"],
         position_ids: Int[Tensor, "1 t"],
@@ -86,6 +86,7 @@ class Llava(nn.Module):
         features: Float[Tensor, "n p v"] | None = None,
         image_sizes: Sequence[Size] = (),
         pixels: Float[Tensor, "n 3 h w"] | None = None,
+        *,
         borders: SampleBorders | None = None,
         image_positions: Int[Tensor, " m"] | None = None,
         targets: Int[Tensor, " s"] | None = None,

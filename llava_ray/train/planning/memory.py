@@ -21,7 +21,7 @@ _MAX_LIVE = 1_000_000_000
 _SUB_GROUP = 1_000_000_000
 
 _LOGITS_CHUNK = 512  # tokens whose logits are in fp32 at one time (objectives/cross_entropy.py)
-_HEAD_CHUNK = 256  # tokens whose logits a chunked head has at one time
+HEAD_CHUNK = 256  # tokens whose logits exist at one time (model/network/head_loss.py)
 _IMAGES_PER_FORWARD = 64  # of a frozen tower
 
 # CUDA context, NCCL's buffers, cuBLAS workspaces, fragmentation: no formula gives it.
@@ -86,6 +86,8 @@ class ModelSizes:
     passes_per_view: int = 1
     """Forwards of the tower for one view: with S2 one for each square of each scale."""
     tower_learns: bool = False
+    plain_head: bool = False
+    """Whether head and cross-entropy can be computed together, so that the logits of a row never exist."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,6 @@ class RunSettings:
     eager_attention: bool = False
     masked_attention: bool = False
     """Whether attention is over the whole row, under a mask that keeps samples apart."""
-    chunked_head: bool = False
-    """Whether head and cross-entropy are computed together, so that the logits of a row never exist."""
     fused_optimizer: bool = True
     """Whether AdamW updates in one kernel; otherwise it holds one fp32 value a parameter more."""
     fp32_gradients: bool = False
@@ -256,12 +256,12 @@ def mask_bytes(run: RunSettings) -> float:
 def logits_bytes(sizes: ModelSizes, run: RunSettings) -> float:
     """Return the bytes of a row's logits and gradients; in bf16 also a chunk in fp32, three times (cross-entropy).
 
-    A chunked head holds one chunk of them, gradients of its input and, where it learns, its own in fp32.
+    A plain head, below stage 3, holds a chunk of them, gradients of its input and, where it learns, its own in fp32.
     """
-    if run.chunked_head:
+    if sizes.plain_head and run.zero_stage < 3:
         width = sizes.blocks.hidden_size
         head = 4 * sizes.vocab_size * width if sizes.trainable >= sizes.language_model else 0
-        return (2 * run.width + 8) * _HEAD_CHUNK * sizes.vocab_size + run.width * run.row_length * width + head
+        return (2 * run.width + 8) * HEAD_CHUNK * sizes.vocab_size + run.width * run.row_length * width + head
     own = 2 * run.width * run.row_length * sizes.vocab_size
     if run.bf16:
         return own + 3 * 4 * min(_LOGITS_CHUNK, run.row_length) * sizes.vocab_size

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from llava_ray.config.sections import FinetuneConfig
+from llava_ray.model.network.head_loss import find_plain_head
 from llava_ray.model.network.tower import VisionTower
 from llava_ray.model.summary import ModelSummary, count_positions, summarize_model
 from llava_ray.train.planning.memory import Blocks, Memory, ModelSizes, RunSettings, estimate_memory
@@ -42,6 +43,7 @@ def measure_sizes(summary: ModelSummary) -> ModelSizes:
         image_side=max(scales),
         passes_per_view=summary.tower.passes_per_view,
         tower_learns=totals["vision_tower"].num_trainable > 0,
+        plain_head=find_plain_head(language) is not None,
     )
 
 
@@ -88,7 +90,7 @@ def run_settings(config: FinetuneConfig) -> RunSettings:
         inline_tower=config.data.vision_features == "inline",
         anyres=config.data.image_aspect_ratio == "anyres",
         eager_attention=config.model.attn_implementation == "eager",
-        masked_attention=config.model.attn_implementation != "flash_attention_2",
+        masked_attention=config.model.attn_implementation == "masked_sdpa",
         fused_optimizer=FUSED_ADAM,
         fp32_gradients=zero_config(train, gpu=True)["data_types"]["grad_accum_dtype"] == "fp32",
         bits=lora.bits,

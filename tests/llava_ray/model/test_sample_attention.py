@@ -1,12 +1,14 @@
 """Attention by sample: equal to separate samples, refused where it would be wrong, gone outside training."""
 
 import json
+from itertools import pairwise
 
 import fakes
 import pytest
 import torch
 import transformers
 from losses import cross_entropy_of
+from torch.nn.attention import varlen
 
 from llava_ray.config.lora import LoraConfig
 from llava_ray.config.sections import ModelConfig
@@ -180,6 +182,35 @@ def test_each_sample_is_attended_to_as_the_formula_says(key_heads, settings, dty
     torch.testing.assert_close(found.float(), expected.transpose(1, 2), rtol=0, atol=bound)
 
 
+@pytest.mark.parametrize("window", [None, 3, 99])
+def test_the_kernel_of_gpus_is_asked_for_the_same(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernel(query, key, value, ends, key_ends, longest, longest_key, *, scale, window_size, enable_gqa):
+        """What its documentation says, sample by sample; queries (t, h, d)."""
+        assert ends is key_ends
+        assert ends.dtype == torch.int32
+        assert longest == longest_key == int(ends.diff().max())
+        assert enable_gqa == (query.shape[1] != key.shape[1])
+        left, right = window_size
+        outputs = []
+        for start, end in pairwise(ends.tolist()):
+            some = [part[start:end].transpose(0, 1) for part in (query, key, value)]
+            some[1:] = [part.repeat_interleave(len(some[0]) // len(part), 0) for part in some[1:]]
+            ahead = torch.arange(end - start) - torch.arange(end - start)[:, None]
+            hidden = (ahead > right) | ((ahead < -left) if left >= 0 else False)
+            scores = (some[0] @ some[1].transpose(1, 2) * scale).masked_fill(hidden, -torch.inf)
+            outputs.append((scores.softmax(-1) @ some[2]).transpose(0, 1))
+        return torch.cat(outputs)
+
+    torch.manual_seed(0)
+    query, key, value = torch.randn(1, 4, 12, 8), torch.randn(1, 2, 12, 8), torch.randn(1, 2, 12, 8)
+    borders = SampleBorders.of((5, 1, 6), CPU)
+    expected, _ = attend_samples(None, query, key, value, None, borders=borders, sliding_window=window)
+    monkeypatch.setattr(sample_attention, "fits_kernel", lambda *given: True)
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    found, _ = attend_samples(None, query, key, value, None, borders=borders, sliding_window=window)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+
+
 def test_the_kernel_of_gpus_is_not_asked_for_on_the_cpu() -> None:
     query = torch.randn(1, 2, 8, 64).bfloat16()
     assert not fits_kernel(query, query, 0.0, None)
@@ -215,16 +246,18 @@ def test_a_type_that_cannot_be_done_is_named_with_the_remedy(kind, settings, rea
     if kind == "llama":  # which passes no window on: stands for a type that limits attention by its mask alone
         model.config.model_type, model.config.layer_types = "windowed", ["sliding_attention"] * 2
     before = model.config._attn_implementation
-    named = rf"type '{model.config.model_type}': attention cannot be computed .*{reason}.*attn_implementation = .masked_sdpa"
-    with pytest.raises(ModelError, match=named):
+    with pytest.raises(
+        ModelError, match=rf"cannot be computed .*{reason}.*attn_implementation = .masked_sdpa"
+    ) as raised:
         SampleAttention(model)
+    assert f"type {model.config.model_type!r}" in str(raised.value)
     assert model.config._attn_implementation == before
 
 
 def test_former_names_are_refused_with_what_to_set() -> None:
     for name in ("flash_attention_2", "flex_attention"):
         with pytest.raises(
-            ConfigError, match='attn_implementation.*no longer supported; set attn_implementation = "sdpa"'
+            ConfigError, match=r'attn_implementation.*no longer supported; set attn_implementation = "sdpa"'
         ):
             ModelConfig.parsed({"model_name_or_path": "a", "attn_implementation": name})
 
@@ -239,3 +272,43 @@ def test_a_row_on_its_way_to_the_device_has_all_that_needs_counting() -> None:
     assert row.image_positions is not None and row.image_positions.tolist() == [1, 2]
     for found, expected in zip(row.find_supervised(), PackedRow(ids, positions, labels).find_supervised(), strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.slow
+def test_filler_of_a_row_changes_nothing(folders) -> None:
+    llava = folders.assemble().llava
+    llava.attend_by_sample()
+    ids = torch.cat(text_samples())[None]
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    found = []
+    for multiple in (1, 64):
+        row = PackedRow.on_device(ids, positions, ids.clone(), CPU, multiple=multiple)
+        llava.zero_grad()
+        output = OBJECTIVES["cross_entropy"].compute(llava, row)
+        output.loss_sum.backward()
+        found.append((output.losses.detach(), {name: p.grad.clone() for name, p in llava.named_parameters()}))
+    assert row.input_ids.shape == (1, 64)
+    assert row.borders is not None
+    assert row.borders.lengths == (*LENGTHS, 64 - sum(LENGTHS))
+    assert_equal(found[1], found[0])
+
+
+@pytest.mark.slow
+def test_steps_have_the_losses_of_the_whole_row_under_a_mask(folders) -> None:
+    """A run that was started with the mask goes on without it."""
+    steps = [
+        text_samples(lengths) for lengths in ((5, 9, 3), (12, 4), (7, 7, 7), (20,), (3, 30), (6, 2, 9), (8, 8), (15,))
+    ]
+    curves = []
+    for by_sample in (False, True):
+        llava = folders.assemble("mistral").llava
+        if by_sample:
+            llava.attend_by_sample()
+        optimizer = torch.optim.AdamW(llava.parameters(), lr=1e-3)
+        curve = []
+        for samples in steps:
+            curve.append(float(losses_and_gradients(llava, samples)[0].mean()))
+            optimizer.step()
+        curves.append(curve)
+    assert curves[1] == pytest.approx(curves[0], abs=1e-5)
+    assert curves[0][0] != curves[0][-1]

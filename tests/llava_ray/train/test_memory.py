@@ -6,9 +6,11 @@ import pytest
 import torch
 import transformers
 
+from llava_ray.model.network import head_loss
 from llava_ray.train.planning.memory import (
     GIB,
     GPU_MEMORY_GIB,
+    HEAD_CHUNK,
     Blocks,
     ModelSizes,
     RunSettings,
@@ -124,13 +126,14 @@ def test_what_the_optimiser_gradients_masks_and_the_head_add() -> None:
         masked = activation_bytes(SIZES, changed(row_length=row, masked_attention=True))
         assert (masked - activation_bytes(SIZES, changed(row_length=row))) / GIB == pytest.approx(gib, abs=0.015)
     # Without the logits of the row: 256 tokens of them, the gradients of 2,048 hidden states and the head's own.
-    chunked = logits_bytes(SIZES, changed(chunked_head=True))
-    assert chunked == 12 * 256 * 32000 + 2 * 2048 * 4096 + 4 * 32000 * 4096
-    aligned = dataclasses.replace(SIZES, trainable=SIZES.projector)
-    assert logits_bytes(aligned, changed(chunked_head=True)) == 12 * 256 * 32000 + 2 * 2048 * 4096
-    assert logits_bytes(SIZES, changed(chunked_head=True, row_length=16384)) < 0.4 * logits_bytes(
-        SIZES, changed(row_length=16384)
-    )
+    plain, stage_2 = dataclasses.replace(SIZES, plain_head=True), changed(zero_stage=2)
+    assert HEAD_CHUNK == head_loss.CHUNK
+    assert logits_bytes(plain, stage_2) == 12 * 256 * 32000 + 2 * 2048 * 4096 + 4 * 32000 * 4096
+    aligned = dataclasses.replace(plain, trainable=SIZES.projector)
+    assert logits_bytes(aligned, stage_2) == 12 * 256 * 32000 + 2 * 2048 * 4096
+    assert logits_bytes(plain, RUN) == logits_bytes(SIZES, RUN)
+    longer = changed(zero_stage=2, row_length=16384)
+    assert logits_bytes(plain, longer) < 0.4 * logits_bytes(SIZES, longer)
 
 
 def test_a_tower_that_learns_is_partitioned_and_keeps_its_activations() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from llava_ray.errors import DataError
 from llava_ray.train import step_file
-from llava_ray.train.step_file import StepFile
+from llava_ray.train.step_file import StepFile, read_rows
 
 
 def old_text(steps: range) -> str:
@@ -82,6 +82,17 @@ def test_a_row_that_a_kill_cut_off_is_dropped(path, cut):
     add(file, range(3, 5))
     file.flush()
     assert path.read_text() == old_text(range(5))
+
+
+def test_a_reader_meanwhile_sees_complete_rows(path):
+    path.parent.mkdir()
+    for cut in range(len(old_text(range(2, 3)))):
+        path.write_text(old_text(range(3))[: -cut or None])
+        assert [row["step"] for row in read_rows(str(path))] == [0, 1] + [2] * (cut == 0)
+    path.write_text("")
+    assert read_rows(str(path)) == []
+    with pytest.raises(FileNotFoundError):
+        read_rows(f"{path}x")
 
 
 def test_a_rewind_without_new_rows_cuts_the_file_too(path):
