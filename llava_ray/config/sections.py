@@ -234,9 +234,9 @@ class RunConfig(ConfigSection):
     """Start over under a name that is already used with other settings; the old folder is renamed."""
     max_failures: int = Field(default=3, ge=-1)
     """Worker failures tolerated before the run fails; -1 for any number."""
-    hang_minutes: NonNegativeFloat = 2.0
+    hang_minutes: NonNegativeFloat = 3.0
     """Minutes without progress of any worker after which their stacks are printed and they are replaced, which counts
-    as a failure; half as long where one does not answer, ten times as long while loading and saving, and never less
+    as a failure; half as long where one does not answer, eight times as long while loading and saving, and never less
     than ten steps. 0 waits for ever."""
 
     @field_validator("name")

@@ -6,12 +6,9 @@ Where few parameters are trainable (an adapter, or the projector alone) ``model/
 can be used as it is; ``consolidation`` makes a bundle from the others.
 """
 
-import contextlib
 import json
 import shutil
 import tempfile
-import threading
-import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +17,9 @@ import ray
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.train import Checkpoint, CheckpointUploadMode
 from torch import nn
 
-from llava_ray.errors import CheckpointError, LlavaRayError
+from llava_ray.errors import CheckpointError
 from llava_ray.model.assembly import LlavaParts
 from llava_ray.model.formats.layout import COMPLETE, TRAINER_STATE
 from llava_ray.model.formats.manifest import Manifest
@@ -34,6 +30,7 @@ from llava_ray.train.randomness import random_state, seed_all, set_random_state
 from llava_ray.train.settings import LoopSettings
 from llava_ray.train.staging import Write, stageable_bytes, staging
 from llava_ray.train.universal import load_for_other_world_size
+from llava_ray.train.uploads import Uploads
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -41,8 +38,6 @@ if TYPE_CHECKING:
 ZERO_TAG, MODEL_FOLDER = "zero", "model"
 # The sections of the resolved settings that determine the model.
 _MODEL_SETTINGS = {"model", "data", "train", "lora"}
-
-_RECORD_SECONDS = 0.02  # between two looks whether the other ranks' records have come
 
 
 class Checkpointer:
@@ -58,9 +53,7 @@ class Checkpointer:
         name = settings.config.run.name
         self.local = Path(tempfile.gettempdir()) / f"llava_ray-{name}-{settings.plan_hash}-rank{self.rank}"
         shutil.rmtree(self.local, ignore_errors=True)
-        self.ended = threading.Event()  # of the save that is on its way
-        self.ended.set()
-        self.failure: LlavaRayError | None = None
+        self.uploads = Uploads(settings.journal, self.rank)
 
     def restore(self) -> int:
         """Load the committed checkpoint, if there is one, and return the step to resume at."""
@@ -103,60 +96,11 @@ class Checkpointer:
         The state is copied to host memory; a thread of Ray's then writes and commits it while training goes on. One
         save is on its way at most: this waits for the one before, and raises its error.
         """
-        self.wait()
+        self.uploads.wait()
         folder = self.local / f"step-{step:08d}"
         writes = self.stage(folder, step, stageable_bytes(ray.train.get_context().get_local_world_size()))
-        self.ended = threading.Event()
-        ray.train.report(
-            {"step": step, "num_steps": self.settings.num_steps} | held_out_metrics,
-            checkpoint=Checkpoint.from_directory(str(folder)),
-            checkpoint_dir_name=folder.name,
-            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-            checkpoint_upload_fn=partial(self.upload, writes, step, self.ended),
-            delete_local_checkpoint_after_upload=True,
-        )
-
-    def wait(self) -> None:
-        """Wait until no save is on its way. Raises the error of the last one if it failed."""
-        self.ended.wait()
-        if self.failure is not None:
-            raise self.failure
-
-    def upload(
-        self, writes: list[Write], step: int, ended: threading.Event, local: Checkpoint, name: str
-    ) -> Checkpoint:
-        """Write a staged checkpoint and copy it to the run's storage; Ray calls this in a thread and then commits it.
-
-        Raises CheckpointError when a disk is full or read-only; what was written is deleted.
-        """
-        storage = ray.train.get_context().get_storage()
-        folder = Path(local.path)
-        try:
-            with naming_disk(folder, step, "set TMPDIR"):
-                for write in writes:
-                    write()
-            # Order matters: the ledger is on storage before Ray can commit the checkpoint. A kill between the two
-            # leaves ledger rows that the resumed run rewrites; the other order would leave steps without rows. Ray
-            # commits when every rank has reported, so it is enough that one waits for the rows of all.
-            while self.rank == 0 and not ray.get(self.settings.journal.flush.remote(step)):
-                time.sleep(_RECORD_SECONDS)
-            with naming_disk(Path(storage.experiment_fs_path, name), step, "choose another run.storage_path"):
-                stored: Checkpoint = storage.persist_current_checkpoint(local, name)
-        except LlavaRayError as error:  # any other Ray may try again
-            self.failure = error
-            self._delete(folder, storage.storage_filesystem, f"{storage.experiment_fs_path}/{name}")
-            ended.set()
-            raise
-        writes.clear()
-        ended.set()
-        return stored
-
-    def _delete(self, local: Path, files: Any, stored: str) -> None:
-        """Delete this rank's files of a checkpoint that could not be written, here and on storage."""
-        for file in [file.relative_to(local) for file in local.rglob("*") if file.is_file()]:
-            with contextlib.suppress(OSError):  # not copied; other ranks write into the same folder
-                files.delete_file(f"{stored}/{file}")
-        shutil.rmtree(local, ignore_errors=True)
+        metrics = {"step": step, "num_steps": self.settings.num_steps} | held_out_metrics
+        self.uploads.start(folder, step, writes, metrics)
 
     def write(self, folder: Path, step: int) -> None:
         """Write this rank's files of a checkpoint. Raises CheckpointError when the disk is full or read-only."""

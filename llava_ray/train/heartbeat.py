@@ -20,18 +20,18 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from llava_ray.train.rank_watch import STACKS_BEATS, Orders, Position
+from llava_ray.train.run_recorder import TRAINING
 
 _SECONDS_A_BEAT = 5.0
 _BEATS_A_LIMIT = 24  # at least: short limits have short heartbeats
-_PATIENT = 10  # times longer while loading and saving, which have no steps to measure by
+_PATIENT = 8  # times longer while loading and saving, which have no steps to measure by; NCCL waits 30 minutes
 _SLOWEST = 10  # times the longest step so far is not yet a hang
 _FRAMES = 24  # of the loop's thread; others show their last few
 _FRAMES_OF_OTHERS = 4
-TRAINING = "training"
 
 
 class Patience:
-    """How long a rank has seen no progress, in heartbeats, and whether that is too long."""
+    """Count the heartbeats for which a rank has seen no progress, and find whether they are too many."""
 
     def __init__(self, limit: int) -> None:
         """Begin with nothing seen; ``limit`` heartbeats without progress are too long while training."""
@@ -51,10 +51,8 @@ class Patience:
             self.seen, self.idle = seen, 0
             return False
         self.idle += 1
-        if not training:
-            return self.idle >= self.limit * _PATIENT
         limit = self.limit // 2 if orders.silent else self.limit
-        return self.idle >= max(limit, _SLOWEST * self.longest)
+        return self.idle >= (max(limit, _SLOWEST * self.longest) if training else limit * _PATIENT)
 
 
 class Heartbeat:

@@ -12,7 +12,7 @@ STACKS_BEATS = 2  # heartbeats within which the other ranks have sent their stac
 
 @dataclass(frozen=True)
 class Position:
-    """Where a rank's loop is; sent with every heartbeat."""
+    """The position of a rank's loop; sent with every heartbeat."""
 
     process: str
     """Its process, for people: pid and host. Another one at the same rank is a restarted worker."""
@@ -26,7 +26,7 @@ class Position:
 
 @dataclass(frozen=True)
 class Orders:
-    """What the recorder answers to a heartbeat."""
+    """The recorder's answer to a heartbeat."""
 
     total_marks: int
     """Of all ranks: while it grows, some rank makes progress."""

@@ -61,7 +61,7 @@ def build_trainer(
     """Build Ray Train's trainer of a run: its workers, its stream, its checkpoints."""
     config, until = settings.config, settings.until
     if config.run.hang_minutes and _health_check_of_user is None:  # Ray passes this variable on to its controller
-        os.environ[_HEALTH_CHECK] = str(max(_SHORTEST_HEALTH_CHECK_S, config.run.hang_minutes * 60))
+        os.environ[_HEALTH_CHECK] = str(max(_SHORTEST_HEALTH_CHECK_S, config.run.hang_minutes * 60 / 2))
     return StoppableTrainer(
         run_worker,
         train_loop_config={"settings": settings},

@@ -120,7 +120,7 @@ class RunRecorder:
         if self.ranks.stacks:
             return "no worker made progress"
         line = f"{told} (last seen: {self.ranks.describe(rank)})"
-        self.say(line)
+        self.say(line[0].upper() + line[1:])
         return line
 
     def fail(self, error: LlavaRayError) -> None:

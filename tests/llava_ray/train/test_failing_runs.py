@@ -4,20 +4,33 @@ import json
 from pathlib import Path
 
 import pytest
+from samples import small_run
 from test_training import run
 
+from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.feature_cache import location_key, read_index
+from llava_ray.data.preparation import prepare_data
 from llava_ray.errors import DivergedError
+from llava_ray.model.blueprint import read_blueprint
+from llava_ray.runtime import connected
+from llava_ray.train.trainer import stream_settings
 
 pytestmark = pytest.mark.ray
 
 BAD = "s0021"  # the sixth row of the second shard of 16
 
 
+def cache(config: FinetuneConfig) -> None:
+    """Compute the features of all images, as a run does before its first step."""
+    with connected(config.cluster) as resources:
+        blueprint = read_blueprint(config.model, config.data.image_aspect_ratio)
+        stream_settings(config, prepare_data(config.data), blueprint, resources)
+
+
 def poison(entry: Path) -> None:
     """Overwrite the cached features of one sample's image with NaN."""
     index = read_index(str(entry))
-    [row] = (index.place == location_key(1, 5, 0)).nonzero()[0]
+    [row] = (index.places == location_key(1, 5, 0)).nonzero()[0]
     with (entry / f"{index.files[index.file[row]]}.bin").open("r+b") as file:
         file.seek(int(index.offset[row]))
         file.write(b"\xff" * int(index.length[row]))
@@ -25,7 +38,7 @@ def poison(entry: Path) -> None:
 
 def test_a_sample_with_nan_features_is_named_and_its_step_can_be_skipped(ray_cluster: None, tmp_path: Path) -> None:
     settings = {"data__vision_features": "cached", "train__max_steps": 10, "train__num_train_epochs": 2}
-    run(tmp_path, "first", **settings | {"train__max_steps": 1})
+    cache(small_run(tmp_path, **{key.replace("__", "."): value for key, value in settings.items()}))
     [entry] = (tmp_path / "cache/features").iterdir()
     poison(entry)
     with pytest.raises(DivergedError, match=f"image features are not finite: {BAD}.*train.on_nonfinite") as caught:

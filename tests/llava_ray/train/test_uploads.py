@@ -2,7 +2,6 @@
 
 import errno
 import shutil
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +11,9 @@ import torch
 from pyarrow.fs import LocalFileSystem
 
 from llava_ray.errors import CheckpointError
-from llava_ray.train import checkpoints, staging
-from llava_ray.train.checkpoints import Checkpointer
+from llava_ray.train import staging
 from llava_ray.train.staging import StagedFiles, copy_tensors, free_memory
+from llava_ray.train.uploads import Uploads
 
 
 class Storage:
@@ -30,32 +29,35 @@ class Storage:
         return name
 
 
+class Journal:
+    """The recorder, of which only the ledger matters."""
+
+    def __init__(self) -> None:
+        self.flushed: list[int] = []
+        self.flush = SimpleNamespace(remote=lambda step: self.flushed.append(step) or True)
+
+
 @pytest.fixture
-def checkpointer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Checkpointer:
-    """One rank's checkpointer, with a step that is staged; it has no engine."""
-    made = object.__new__(Checkpointer)
-    made.flushed = []  # type: ignore[attr-defined]
-    journal = SimpleNamespace(flush=SimpleNamespace(remote=lambda step: made.flushed.append(step) or True))  # type: ignore[attr-defined]
-    made.rank, made.failure, made.ended = 0, None, threading.Event()
-    made.settings = SimpleNamespace(journal=journal)
-    monkeypatch.setattr(checkpoints.ray, "get", lambda value: value)
+def uploads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Uploads:
+    """Rank 0's uploads, and a folder for what it stages."""
+    monkeypatch.setattr("llava_ray.train.uploads.ray.get", lambda value: value)
     (tmp_path / "local").mkdir()
-    return made
+    return Uploads(Journal(), 0)
 
 
-def upload(checkpointer: Checkpointer, storage: Storage, writes: list[Any], monkeypatch: Any, folder: Path) -> Any:
+def upload(uploads: Uploads, storage: Storage, writes: list[Any], monkeypatch: Any, folder: Path) -> Any:
     context = SimpleNamespace(get_storage=lambda: storage)
-    monkeypatch.setattr(checkpoints.ray.train, "get_context", lambda: context)
-    return checkpointer.upload(writes, 8, checkpointer.ended, SimpleNamespace(path=str(folder / "local")), "step-8")
+    monkeypatch.setattr("llava_ray.train.uploads.ray.train.get_context", lambda: context)
+    return uploads.upload(writes, 8, uploads.ended, SimpleNamespace(path=str(folder / "local")), "step-8")
 
 
-def test_what_was_staged_is_on_storage_before_ray_commits_it(checkpointer, monkeypatch, tmp_path):
+def test_what_was_staged_is_on_storage_before_ray_commits_it(uploads, monkeypatch, tmp_path):
     writes = [lambda: (tmp_path / "local/a").write_text("a")]
-    assert upload(checkpointer, Storage(tmp_path / "run"), writes, monkeypatch, tmp_path) == "step-8"
+    assert upload(uploads, Storage(tmp_path / "run"), writes, monkeypatch, tmp_path) == "step-8"
     assert (tmp_path / "run/step-8/a").read_text() == "a"
-    assert checkpointer.flushed == [8]
+    assert uploads.journal.flushed == [8]
     assert not writes  # the memory is free
-    checkpointer.wait()
+    uploads.wait()
 
 
 FULL = [
@@ -67,9 +69,7 @@ FULL = [
 
 @pytest.mark.parametrize("error", FULL, ids=["os", "torch", "arrow"])
 @pytest.mark.parametrize("where", ["local", "storage"])
-def test_a_disk_that_fills_up_is_named_and_nothing_half_written_stays(
-    error, where, checkpointer, monkeypatch, tmp_path
-):
+def test_a_disk_that_fills_up_is_named_and_nothing_half_written_stays(error, where, uploads, monkeypatch, tmp_path):
     (tmp_path / "run/step-8").mkdir(parents=True)
     (tmp_path / "run/step-8/of another rank").touch()
 
@@ -82,21 +82,21 @@ def test_a_disk_that_fills_up_is_named_and_nothing_half_written_stays(
     named = tmp_path / ("local" if where == "local" else "run/step-8")
     remedy = "set TMPDIR" if where == "local" else "choose another run.storage_path"
     with pytest.raises(CheckpointError, match=f"step 8 to {named} .*GiB free there.*{remedy}.*last complete"):
-        upload(checkpointer, storage, writes, monkeypatch, tmp_path)
+        upload(uploads, storage, writes, monkeypatch, tmp_path)
     assert not (tmp_path / "local").exists()
     assert [path.name for path in (tmp_path / "run/step-8").iterdir()] == ["of another rank"]
     with pytest.raises(CheckpointError, match="step 8"):  # at the next save, if Ray has not ended the worker before
-        checkpointer.wait()
+        uploads.wait()
 
 
-def test_an_error_that_ray_may_try_again_keeps_what_is_written(checkpointer, monkeypatch, tmp_path):
+def test_an_error_that_ray_may_try_again_keeps_what_is_written(uploads, monkeypatch, tmp_path):
     storage = Storage(tmp_path / "run", OSError("AWS Error SLOW_DOWN"))
     writes = [lambda: (tmp_path / "local/a").write_text("a")]
     with pytest.raises(OSError, match="SLOW_DOWN"):
-        upload(checkpointer, storage, writes, monkeypatch, tmp_path)
+        upload(uploads, storage, writes, monkeypatch, tmp_path)
     storage.error = None
-    assert upload(checkpointer, storage, writes, monkeypatch, tmp_path) == "step-8"
-    checkpointer.wait()
+    assert upload(uploads, storage, writes, monkeypatch, tmp_path) == "step-8"
+    uploads.wait()
 
 
 def test_a_copy_shares_nothing_with_its_state_and_keeps_its_shape():
