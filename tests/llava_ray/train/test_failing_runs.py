@@ -18,7 +18,7 @@ from llava_ray.train.trainer import stream_settings
 
 pytestmark = pytest.mark.ray
 
-BAD = "s0021"  # the sixth row of the second shard of 16
+SHARD, ROW = 1, 5  # of the sample
 
 
 def cache(config: FinetuneConfig) -> None:
@@ -28,8 +28,8 @@ def cache(config: FinetuneConfig) -> None:
         stream_settings(config, prepare_data(config.data), blueprint, resources)
 
 
-def poison(entry: Path) -> None:
-    """Overwrite the cached features of one sample's image with NaN."""
+def poison(entry: Path) -> str:
+    """Overwrite the cached features of one sample's image with NaN, and return the sample's id."""
     index = read_index(str(entry))
     [row] = (index.places == location_key(SHARD, ROW, 0)).nonzero()[0]
     with (entry / f"{index.files[index.file[row]]}.bin").open("r+b") as file:
