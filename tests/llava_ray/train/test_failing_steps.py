@@ -31,6 +31,7 @@ CONFIG = FinetuneConfig.parsed(
         "train": {"gradient_checkpointing": False},
     }
 )
+STREAM = SimpleNamespace(bf16=False, model=CONFIG.model)
 
 
 def at(process: str, marks: int = 1, doing: str = "step 3, optimiser") -> Position:
@@ -209,7 +210,7 @@ def make_guard(policy: str, journal: Journal, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(nonfinite.dist, "get_world_size", lambda: 1)
     monkeypatch.setattr(nonfinite.dist, "all_gather_object", lambda into, mine: into.__setitem__(0, mine))
     config = CONFIG.replaced({"train.on_nonfinite": policy})
-    settings = SimpleNamespace(config=config, journal=journal, stream=None)
+    settings = SimpleNamespace(config=config, journal=journal, stream=STREAM)
     parts = SimpleNamespace(llava=SimpleNamespace(arrange=lambda count, sizes: None))
     return StepGuard(Engine(), parts, settings, torch.device("cpu"))
 
@@ -227,7 +228,7 @@ class TestNonFinite:
 
     def test_the_sample_of_a_nan_feature_is_named(self):
         parts = SimpleNamespace(llava=SimpleNamespace(arrange=lambda count, sizes: None))
-        settings = SimpleNamespace(stream=None)
+        settings = SimpleNamespace(stream=STREAM)
         features = torch.zeros(1, 2, 4)
         assert find_bad_features(make_batch(features=features), parts, settings, torch.device("cpu")) == []
         features[0, 1, 2] = math.nan
