@@ -38,7 +38,7 @@ class SampleAttention:
 
     def switch_on(self) -> None:
         """Attend by sample from now on, and refuse masks: transformers drops them without a word."""
-        self._choose(sample_attention.NAME)
+        self._choose(sample_attention.SAMPLE_ATTENTION)
         decoder: nn.Module = self.language_model.base_model
         self._guard = self._guard or decoder.register_forward_pre_hook(_refuse_mask, with_kwargs=True)
 

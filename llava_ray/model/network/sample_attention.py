@@ -19,7 +19,7 @@ from transformers import AttentionInterface
 from llava_ray.errors import ModelError
 from llava_ray.model.network.transfer import to_device
 
-NAME = "llava_ray_samples"
+SAMPLE_ATTENTION = "llava_ray_samples"
 
 # Arguments by which some models change what attention computes, none of which is done here.
 _UNSUPPORTED = ("s_aux", "sinks", "position_bias", "cache", "head_mask")
@@ -184,4 +184,4 @@ def _check_kind(module: Any, others: dict[str, Any]) -> None:
         raise ModelError(f"attention by sample does not know {' or '.join(found)} of {type(module).__name__}")
 
 
-AttentionInterface.register(NAME, attend_samples)
+AttentionInterface.register(SAMPLE_ATTENTION, attend_samples)

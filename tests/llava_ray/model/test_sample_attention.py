@@ -108,10 +108,10 @@ def test_outside_training_rows_the_former_attention_is_back(folders, tmp_path) -
     parts.llava.attend_by_sample()
     with parts.llava.own_attention():
         assert generate_batch(parts, prompts, [None, None], max_new_tokens=5) == expected
-    assert parts.llava.language_model.config._attn_implementation == sample_attention.NAME
+    assert parts.llava.language_model.config._attn_implementation == sample_attention.SAMPLE_ATTENTION
     save_bundle(tmp_path / "bundle", parts)
     written = "".join(file.read_text() for file in (tmp_path / "bundle").rglob("*.json"))
-    assert sample_attention.NAME not in written
+    assert sample_attention.SAMPLE_ATTENTION not in written
     assert "_attn_implementation" not in json.loads((tmp_path / "bundle/language_model/config.json").read_text())
 
 
@@ -230,7 +230,7 @@ def tiny(kind: str, **settings):
 def test_other_types_are_tried_before_training(kind: str) -> None:
     model = tiny(kind)
     SampleAttention(model)
-    assert model.config._attn_implementation == sample_attention.NAME
+    assert model.config._attn_implementation == sample_attention.SAMPLE_ATTENTION
 
 
 @pytest.mark.slow
