@@ -206,7 +206,11 @@ class AnswerActor:
         answers: list[list[str]] = [[] for _ in turns]
         asked = list(range(len(turns)))
         while asked:
-            said = self.write(*([of_all[index] for index in asked] for of_all in (histories, pixels, sizes)))
+            said = self.write(
+                [histories[index] for index in asked],
+                [pixels[index] for index in asked],
+                [sizes[index] for index in asked],
+            )
             for index, answer in zip(asked, said, strict=True):
                 answers[index].append(answer)
             asked = [index for index in asked if len(answers[index]) <= len(follow_ups[index])]
