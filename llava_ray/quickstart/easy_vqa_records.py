@@ -1,9 +1,9 @@
-"""easy-vqa as LLaVA records for training: conversations about images, and about scenes described in words.
+"""easy-vqa as LLaVA records for training: conversations about images, open questions, scenes described in words.
 
 A conversation asks several questions about one image, as LLaVA's mix does: the model learns to answer with a history
-before the question, and the image's tokens serve all of its questions. Whether a word of the question fits the scene,
-inverted by "not", is a parity: from a mix of both a small model learns neither. The text-only curriculum has plain
-questions first, yes and no balanced, then the natural mix.
+before the question, and the image's tokens serve all of its questions. Scenes in words are asked about once each.
+Whether a word of the question fits the scene, inverted by "not", is a parity: from a mix of both a small model learns
+neither. The text-only curriculum has plain yes-or-no questions first, balanced, then the natural mix.
 """
 
 import json
@@ -26,7 +26,6 @@ from llava_ray.quickstart.easy_vqa import (
 _NEGATED_SHARE = 0.1  # of the negated questions included in the first part
 _COLOUR_AND_SHAPE = 2
 _NUM_ASKED = (2, 5)  # fewest and most questions of a conversation; what is left of an image may be one
-_ALONE = (1, 1)
 
 
 def write_conversations(folder: Path, *, seed: int) -> Path:
@@ -34,15 +33,27 @@ def write_conversations(folder: Path, *, seed: int) -> Path:
 
     Images are relative to ``image_folder("train")``. Raises DataError.
     """
-    return _write_images(folder / "conversations.json", read_questions("train"), seed)
+    rng = random.Random(seed)
+    by_image: dict[Path, list[ShapeQuestion]] = defaultdict(list)
+    for question in read_questions("train"):
+        by_image[question.image].append(question)
+    conversations: list[list[ShapeQuestion]] = []
+    for about in by_image.values():
+        rng.shuffle(about)
+        while about:
+            num = rng.randint(*_NUM_ASKED)
+            conversations.append(about[:num])
+            del about[:num]
+    rng.shuffle(conversations)
+    return _write_images(folder / "conversations.json", conversations)
 
 
 def write_open_questions(folder: Path, *, seed: int) -> Path:
-    """Write every train question for a colour or a shape, as ``write_conversations`` does; return the file.
+    """Write every train question for a colour or a shape, each alone, in random order; return the file.
 
     For aligning a projector: a colour carries three bits about an image, a yes or no less than one.
     """
-    return _write_images(folder / "open.json", [q for q in read_questions("train") if q.kind != YES_NO], seed)
+    return _write_alone(folder / "open.json", [q for q in read_questions("train") if q.kind != YES_NO], seed)
 
 
 def write_open_split(folder: Path, *, num_held_out_images: int, seed: int) -> tuple[Path, Path]:
@@ -55,31 +66,31 @@ def write_open_split(folder: Path, *, num_held_out_images: int, seed: int) -> tu
     held_out = set(random.Random(seed).sample(images, num_held_out_images))
     training = [question for question in questions if question.image not in held_out]
     judged = [question for question in questions if question.image in held_out]
-    return (
-        _write_images(folder / "open_train.json", training, seed, _ALONE),
-        _write_images(folder / "open_held_out.json", judged, seed, _ALONE),
+    return _write_alone(folder / "open_train.json", training, seed), _write_alone(
+        folder / "open_held_out.json", judged, seed
     )
 
 
-def _write_images(
-    file: Path, questions: Sequence[ShapeQuestion], seed: int, num_asked: tuple[int, int] = _NUM_ASKED
-) -> Path:
-    """Write questions about images as conversations in random order."""
-    by_image: dict[str, list[ShapeQuestion]] = defaultdict(list)
-    for question in questions:
-        by_image[question.image.name].append(question)
+def _write_alone(file: Path, questions: list[ShapeQuestion], seed: int) -> Path:
+    """Write questions about images, each alone, in random order."""
+    random.Random(seed).shuffle(questions)
+    return _write_images(file, [[question] for question in questions])
+
+
+def _write_images(file: Path, conversations: Iterable[Sequence[ShapeQuestion]]) -> Path:
+    """Write conversations, each about one image, under the id of its first question."""
     records = [
-        {"id": asked[0].id, "image": image, "conversations": _turns("<image>", asked)}
-        for image, asked in _draw_conversations(by_image, random.Random(seed), num_asked)
+        {"id": asked[0].id, "image": asked[0].image.name, "conversations": _turns("<image>", asked)}
+        for asked in conversations
     ]
     return _write_records(file, records)
 
 
 def write_words(folder: Path, *, num_first: int, num_natural: int, seed: int) -> Path:
-    """Write ``num_first`` questions without most negations, yes and no balanced, then ``num_natural``, as one file.
+    """Write ``num_first`` balanced, mostly plain yes-or-no questions, then ``num_natural`` of all kinds, as one file.
 
-    They are asked in conversations about a caption. Text-only LLaVA JSON, to be trained on in this order
-    (``data.shuffle_window = 0``). Raises DataError.
+    Each is asked about a caption. Text-only LLaVA JSON, to be trained on in this order (``data.shuffle_window = 0``).
+    Raises DataError.
     """
     rng = random.Random(seed)
     by_image: dict[Path, list[ShapeQuestion]] = defaultdict(list)
@@ -88,38 +99,18 @@ def write_words(folder: Path, *, num_first: int, num_natural: int, seed: int) ->
     captions = {image: describe_scene(about) for image, about in by_image.items()}
     whole = {i for i, text in captions.items() if len({*COLOURS, *SHAPES} & {*text.split()}) == _COLOUR_AND_SHAPE}
     pool = [question for question in read_questions("train") if question.image in whole]
-    records: list[dict[str, Any]] = []
-    for part in (_draw_plain(pool, rng)[:num_first], rng.sample(pool, num_natural)):
-        by_caption: dict[str, list[ShapeQuestion]] = defaultdict(list)
-        for question in part:
-            by_caption[captions[question.image]].append(question)
-        for caption, asked in _draw_conversations(by_caption, rng):
-            records.append({"id": f"words-{len(records):05d}", "conversations": _turns(caption, asked)})
+    chosen = _draw_plain(pool, rng)[:num_first] + rng.sample(pool, num_natural)
+    records = [
+        {"id": f"words-{number:05d}", "conversations": _turns(captions[question.image], [question])}
+        for number, question in enumerate(chosen)
+    ]
     return _write_records(folder / "words.json", records)
 
 
-def _draw_conversations(
-    by_scene: Mapping[str, Sequence[ShapeQuestion]], rng: random.Random, num_asked: tuple[int, int] = _NUM_ASKED
-) -> list[tuple[str, list[ShapeQuestion]]]:
-    """Divide each scene's questions, in random order, into conversations of a random length; return all, shuffled."""
-    drawn: list[tuple[str, list[ShapeQuestion]]] = []
-    for scene, questions in by_scene.items():
-        left = rng.sample(questions, len(questions))
-        while left:
-            num = rng.randint(*num_asked)
-            drawn.append((scene, left[:num]))
-            left = left[num:]
-    rng.shuffle(drawn)
-    return drawn
-
-
 def _draw_plain(pool: Sequence[ShapeQuestion], rng: random.Random) -> list[ShapeQuestion]:
-    """Draw questions of all kinds, yes and no balanced in each wording, with few negations, in random order.
-
-    A quarter ask for a colour or a shape: a model that has only ever said yes or no has to unlearn that.
-    """
+    """Draw yes-or-no questions, each wording balanced, with few negations, in random order."""
     groups: dict[str, dict[str, list[ShapeQuestion]]] = defaultdict(lambda: defaultdict(list))
-    for question in (some for some in pool if some.kind == YES_NO):
+    for question in pool:
         groups[question.question][question.answer].append(question)
     drawn: list[ShapeQuestion] = []
     for wording, by_answer in groups.items():
@@ -128,8 +119,6 @@ def _draw_plain(pool: Sequence[ShapeQuestion], rng: random.Random) -> list[Shape
             num = round(num * _NEGATED_SHARE)
         for answer in ("yes", "no"):
             drawn += rng.sample(by_answer[answer], num)
-    open_questions = [question for question in pool if question.kind != YES_NO]
-    drawn += rng.sample(open_questions, len(drawn) // 3)
     rng.shuffle(drawn)
     return drawn
 
