@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from functools import partial
 
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
-from ray.train.torch import TorchConfig
 
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.lengths import TokenLengths
@@ -12,6 +11,7 @@ from llava_ray.data.plan import Plan
 from llava_ray.data.stream import DealToRanks, TrainStream
 from llava_ray.placement import pool_selector
 from llava_ray.runtime import Resources
+from llava_ray.train.process_group import ProcessGroupConfig
 from llava_ray.train.runs import RunFolder, SnapshotKeeper, committed_step
 from llava_ray.train.settings import LoopSettings
 from llava_ray.train.stopping import StoppableTrainer
@@ -54,7 +54,7 @@ def build_trainer(
     return StoppableTrainer(
         run_worker,
         train_loop_config={"settings": settings},
-        torch_config=TorchConfig(backend="nccl" if resources.use_gpu else "gloo"),
+        backend_config=ProcessGroupConfig("nccl" if resources.use_gpu else "gloo"),
         scaling_config=scaling(resources),
         run_config=RunConfig(
             name=run.name,

@@ -4,6 +4,7 @@
 killed and resumed has the same bytes as one that never was. ``metrics.jsonl`` has a line per step with its metrics.
 """
 
+import datetime
 import json
 import time
 from collections import deque
@@ -45,8 +46,8 @@ class RunProgress:
 class RunRecorder:
     """Collect the ranks' records; run as a Ray actor (see ``start_recorder``)."""
 
-    def __init__(self, run_folder: str, tracked: dict[str, Any], params: dict[str, Any], logging_steps: int) -> None:
-        """Load the ledger and metrics that earlier starts of this run have written."""
+    def __init__(self, run_folder: str, tracked: dict[str, Any], params: dict[str, Any], logging_steps: int, started: float | None = None) -> None:
+        """Load the ledger and metrics that earlier starts of this run have written; ``started`` is the time of this."""
         from llava_ray.tracking import TrackedRun  # MLflow; whoever holds this actor's handle imports this module
 
         self.run_folder = run_folder
@@ -67,6 +68,8 @@ class RunRecorder:
         self.first: int | None = None
         self.ended: deque[tuple[int, float]] = deque(maxlen=_RATE_WINDOW)
         self.said: list[str] = []
+        self.started = time.time() if started is None else started
+        self.stepped = False
         self.stopping = False
 
     def enter(self, state: str) -> None:
@@ -105,9 +108,17 @@ class RunRecorder:
             self.ledger[step] = sorted(sample for ids in self.partial.pop(step).values() for sample in ids)
             self.ended.append((step, time.monotonic()))
             self.state = TRAINING
+            self._say_first_step()
             if time.monotonic() - self.log_time > _SECONDS_BETWEEN_LOGS:
                 self.log()
         return self.stopping
+
+    def _say_first_step(self) -> None:
+        """Say how long the start took, once: restarted workers do not count."""
+        if not self.stepped:
+            self.stepped = True
+            now = datetime.datetime.now().time().isoformat("milliseconds")
+            self.say(f"First step done at {now}, {time.time() - self.started:.1f} s after the run was started")
 
     def log(self) -> None:
         """Log new steps to MLflow."""
@@ -158,7 +169,7 @@ def start_recorder(run: RunFolder, config: FinetuneConfig, tracking_uri: str, se
     }
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(RunRecorder).options(num_cpus=0, scheduling_strategy=here)
-    return actor.remote(run.path, tracked, config.model_dump(mode="json"), config.tracking.logging_steps)
+    return actor.remote(run.path, tracked, config.model_dump(mode="json"), config.tracking.logging_steps, time.time())
 
 
 def _read_rows(path: str) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError
 from ray.train import TrainingFailedError, WorkerGroupError
-from ray.train.torch import TorchTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from llava_ray.errors import CheckpointError, LlavaRayError, Stopped, TrainingError
 from llava_ray.log_file import terminal
@@ -71,7 +71,7 @@ class Stopping:
                     signal.signal(number, handler)
 
 
-class StoppableTrainer(TorchTrainer):
+class StoppableTrainer(DataParallelTrainer):
     """Ray's trainer with our handling of Ctrl-C; its own kills the workers wherever they are."""
 
     stopping: Stopping
