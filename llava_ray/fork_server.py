@@ -1,0 +1,145 @@
+"""The process that forks a local cluster's workers: imports modules once, then forks for each request.
+
+python -m llava_ray.fork_server LISTENER MODULE …     # by worker_forks; ends with its standard input
+"""
+
+import atexit
+import contextlib
+import gc
+import importlib
+import json
+import logging
+import os
+import runpy
+import select
+import signal
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+_HEADER = 8  # bytes: a request's length
+_OWNER = 0  # standard input
+
+
+def main(listener: socket.socket, modules: list[str]) -> None:
+    """Import the modules, and fork a worker for each request, until the owner's end of standard input is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the command's: it stops the run, and then this process
+    keep_random_ids_apart()
+    for name in modules:
+        with contextlib.suppress(Exception):  # the worker that needs it says what is wrong with it
+            importlib.import_module(name)
+    if not draws_apart():
+        return
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system takes ended workers away
+    gc.collect()
+    gc.freeze()  # or the first collection in each worker would copy all pages
+    while True:
+        ready, _, _ = select.select([listener, _OWNER], [], [])
+        if _OWNER in ready:
+            return
+        answer(listener)
+
+
+def keep_random_ids_apart() -> None:
+    """Let Ray draw the ids of actor classes from the system while modules are imported.
+
+    Ray's own generator would be seeded by the first of them, and all forks would draw the same ids from it, for
+    placement groups among others.
+    """
+    import ray.actor
+
+    class SystemsRandom:
+        """What ``ray.actor`` uses of ActorClassID."""
+
+        @staticmethod
+        def from_random() -> Any:
+            """Draw an id."""
+            return ray.ActorClassID(os.urandom(ray.ActorClassID.size()))
+
+    ray.actor.ActorClassID = SystemsRandom
+
+
+def draws_apart() -> bool:
+    """Return whether two forks draw different ids from Ray's generator: it has not been seeded yet."""
+    drawn = []
+    for _ in range(2):
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            import ray
+
+            os.write(writing, ray.WorkerID.from_random().binary())
+            os._exit(0)
+        os.close(writing)
+        drawn.append(os.read(reading, 64))
+        os.close(reading)
+        os.waitpid(child, 0)
+    return drawn[0] != drawn[1]
+
+
+def answer(listener: socket.socket) -> None:
+    """Fork the worker that a request asks for, and tell its number."""
+    connection, _ = listener.accept()
+    files: list[int] = []
+    with connection, contextlib.suppress(OSError, ValueError):  # it has gone
+        header, files, _, _ = socket.recv_fds(connection, _HEADER, 3)
+        length, message = int.from_bytes(header, "big"), bytearray()
+        while len(message) < length and (part := connection.recv(length - len(message))):
+            message += part
+        request = json.loads(message)
+        worker = os.fork()
+        if worker == 0:
+            listener.close()
+            connection.close()
+            become_worker(request, files)
+        connection.sendall(str(worker).encode())
+    for number in files:
+        os.close(number)
+
+
+def become_worker(request: dict[str, Any], files: list[int]) -> NoReturn:
+    """Go on as a worker of Ray, as if its script had been started with the request's arguments."""
+    code: Any = 1
+    try:
+        take_over(request, files)
+        from ray._private import workers
+
+        script = str(Path(next(iter(workers.__path__))) / "default_worker.py")
+        sys.path[0] = str(Path(script).parent)
+        sys.argv = [script, *request["arguments"]]
+        runpy.run_path(script, run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:  # noqa: BLE001 - into the worker's own log
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(BaseException):
+            atexit._run_exitfuncs()
+            logging.shutdown()
+        os._exit(code)
+
+
+def take_over(request: dict[str, Any], files: list[int]) -> None:
+    """Take the files, folder, environment and signals that the requesting process had."""
+    for number, own in zip(files, (0, 1, 2), strict=True):
+        os.dup2(number, own)
+        os.close(number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked"])
+    os.chdir(request["folder"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    import ray._raylet
+
+    ray._raylet.Config.initialize("")  # read Ray's settings in the environment again
+    if torch := sys.modules.get("torch"):  # which read OMP_NUM_THREADS when it was imported
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+if __name__ == "__main__":
+    main(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])
+    os._exit(0)
