@@ -35,8 +35,9 @@ def main(listener: socket.socket, modules: list[str]) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system takes ended workers away
     gc.collect()
     gc.freeze()  # or the first collection in each worker would copy all pages
+    waited: list[Any] = [listener, _OWNER]
     while True:
-        ready, _, _ = select.select([listener, _OWNER], [], [])
+        ready, _, _ = select.select(waited, [], [])
         if _OWNER in ready:
             return
         answer(listener)

@@ -17,6 +17,8 @@ from ray._private import parameter, services
 from llava_ray.forked_worker import SERVER_VARIABLE
 from llava_ray.worker_forks import WORKER_SCRIPT
 
+NO_DASHBOARD_VARIABLE = "LLAVA_RAY_NO_DASHBOARD"  # tells all processes of the cluster that nobody answers for it
+
 
 @contextlib.contextmanager
 def lean_start(*, dashboard: bool) -> Iterator[None]:
@@ -30,6 +32,7 @@ def lean_start(*, dashboard: bool) -> Iterator[None]:
                 mock.patch.object(parameter, "RayParams", functools.partial(parameter.RayParams, **changed))
             )
         if not dashboard:
+            os.environ[NO_DASHBOARD_VARIABLE] = "1"
             with contextlib.suppress(AttributeError):
                 replaced.enter_context(mock.patch.object(services, "start_api_server", _start_no_dashboard))
             # The agent that reports to the dashboard starts in a form of its own, without HTTP and metrics.

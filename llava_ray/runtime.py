@@ -17,10 +17,12 @@ import ray
 from llava_ray import invocation
 from llava_ray.config.sections import ClusterConfig
 from llava_ray.errors import ConfigError
+from llava_ray.local_ray import NO_DASHBOARD_VARIABLE, lean_start
 from llava_ray.log_file import LibraryLog
 from llava_ray.placement import can_grow, find_pools, pool_resources
 from llava_ray.shared_storage import Places, check_shared
 from llava_ray.uploads import check_upload
+from llava_ray.worker_forks import set_defaults, set_local_defaults, starts_here
 
 # CPUs left for reading and decoding beside the train workers.
 _DATA_CPUS = 1.0
@@ -64,6 +66,7 @@ def connected(
     runs: int = 1,
     quiet: bool = False,
     storage_path: str | None = None,
+    dashboard: bool = False,
 ) -> Iterator[Resources]:
     """Join the cluster that ``cluster.address``, the job or RAY_ADDRESS names, or start a local one for ``runs``.
 
@@ -79,7 +82,7 @@ def connected(
     print(f"Starting Ray; the libraries' own lines go to {log.path}", flush=True)  # noqa: T201
     with log.taking_over():
         with _keeping_sigterm():
-            started_here = start(cluster, runs=runs, quiet=quiet)
+            started_here = start(cluster, runs=runs, quiet=quiet, dashboard=dashboard)
         log.take_workers_lines()
         with _leaving(started_here):
             if can_grow():  # starting a node takes longer than the minute after which Ray Train asks again
@@ -101,6 +104,7 @@ def _leaving(started_here: bool) -> Iterator[None]:
         ray.shutdown()
         if started_here:
             os.environ.pop(DASHBOARD_VARIABLE, None)
+            os.environ.pop(NO_DASHBOARD_VARIABLE, None)
 
 
 @contextmanager
@@ -124,31 +128,29 @@ def _print_resources(resources: Resources, how: str) -> None:
     )
 
 
-def start(cluster: ClusterConfig, *, runs: int = 1, quiet: bool = False) -> bool:
+def start(cluster: ClusterConfig, *, runs: int = 1, quiet: bool = False, dashboard: bool = False) -> bool:
     """Connect this process to Ray; return whether a new local cluster had to be started.
 
+    ``dashboard`` starts Ray's page and its State API with a local one, which takes seconds.
     A cluster that merely runs on this machine is not joined: it may belong to another run, and end with it.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # Ray runs one tokenising task per CPU already
-    # How often a run's controller polls its workers: bounds the delay until a dead worker or a finished run is noticed.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    set_defaults()
     warnings_only = ray.LoggingConfig(log_level="WARNING")
-    # Ray Data sets log levels of its own: each execution would be logged twice, across the run's progress bar.
-    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # Ray refuses a second working_dir inside a job
-    address = cluster.address or os.environ.get("RAY_ADDRESS") or ("auto" if inside_job else None)
-    if address is None:
-        # A local machine is not preempted: no process needs to watch for a notice.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        ray.init(
-            address="local",
-            num_cpus=local_cpus(cluster, runs),
-            dashboard_port=announce_port(),
-            logging_config=warnings_only,
-            log_to_driver=not quiet,
-        )
+    if starts_here(cluster.address):
+        set_local_defaults()
+        # A sweep's runs need the dashboard: Ray Train asks it whether the controller of a run that Tune ended is alive.
+        with lean_start(dashboard=runs > 1 or dashboard):
+            ray.init(
+                address="local",
+                num_cpus=local_cpus(cluster, runs),
+                dashboard_port=announce_port(),
+                logging_config=warnings_only,
+                log_to_driver=not quiet,
+            )
         return True
+    address = cluster.address or os.environ.get("RAY_ADDRESS") or "auto"
     # .rayignore lists what the upload leaves out. An installed llava_ray is on the nodes already.
     runtime_env: dict[str, Any] = {}
     if not inside_job and (_root() / ".rayignore").exists():

@@ -4,7 +4,7 @@ Ray's own ``TorchConfig`` imports torch in every process that holds it: two proc
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -15,10 +15,14 @@ _SHUTDOWN_S = 30.0
 
 @dataclass
 class ProcessGroupConfig(BackendConfig):
-    """The process group of the workers: ``gloo`` or ``nccl``."""
+    """The process group of the workers, ``gloo`` or ``nccl``, and the environment in which they import torch.
+
+    A runtime environment of Ray's would have the same effect, but Ray starts each process of one twice.
+    """
 
     backend: str
     timeout_s: int = 1800
+    environment: dict[str, str] = field(default_factory=dict)
 
     @property
     def backend_cls(self) -> type[Backend]:
@@ -57,6 +61,7 @@ class _ProcessGroup(Backend):
 
 def _join(address: str, port: int, rank: int, size: int, config: ProcessGroupConfig) -> None:
     """Join the process group; runs in a worker."""
+    os.environ.update(config.environment)
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
     from ray.train.torch import config as rays  # torch
 

@@ -16,6 +16,7 @@ from llava_ray.train.runs import RunFolder, SnapshotKeeper, committed_step
 from llava_ray.train.settings import LoopSettings
 from llava_ray.train.stopping import StoppableTrainer
 from llava_ray.train.worker import run_worker
+from llava_ray.worker_forks import import_environment
 
 
 def scaling(resources: Resources) -> ScalingConfig:
@@ -30,15 +31,9 @@ def scaling(resources: Resources) -> ScalingConfig:
 
 
 def worker_environment(config: FinetuneConfig, resources: Resources) -> dict[str, str]:
-    """Return the environment variables of the train workers; Ray does not pass on the driver's own."""
+    """Return the environment variables of the train workers, which they set before they import torch."""
     variables = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(resources.num_threads)}
-    if not resources.use_gpu:
-        variables["DS_ACCELERATOR"] = "cpu"
-    if config.lora.quantization is None:
-        # We compile nothing, but DeepSpeed decorates an optimizer that we do not use: importing the compiler for it
-        # takes seconds of every start. bitsandbytes does compile.
-        variables["TORCHDYNAMO_DISABLE"] = "1"
-    return variables
+    return variables | import_environment(config, use_gpu=resources.use_gpu)
 
 
 def build_trainer(
@@ -54,7 +49,9 @@ def build_trainer(
     return StoppableTrainer(
         run_worker,
         train_loop_config={"settings": settings},
-        backend_config=ProcessGroupConfig("nccl" if resources.use_gpu else "gloo"),
+        backend_config=ProcessGroupConfig(
+            "nccl" if resources.use_gpu else "gloo", environment=worker_environment(config, resources)
+        ),
         scaling_config=scaling(resources),
         run_config=RunConfig(
             name=run.name,
@@ -63,7 +60,6 @@ def build_trainer(
             checkpoint_config=CheckpointConfig(num_to_keep=config.train.save_total_limit),
             callbacks=[SnapshotKeeper(run), *callbacks],
             logging_config=LoggingConfig(log_level="WARNING"),
-            worker_runtime_env={"env_vars": worker_environment(config, resources)},
         ),
         datasets={"train": TrainStream(partial(committed_step, run.storage_path, run.name), until)},
         dataset_config=DealToRanks(plan, until, lengths, settings.stream),

@@ -46,7 +46,14 @@ class RunProgress:
 class RunRecorder:
     """Collect the ranks' records; run as a Ray actor (see ``start_recorder``)."""
 
-    def __init__(self, run_folder: str, tracked: dict[str, Any], params: dict[str, Any], logging_steps: int, started: float | None = None) -> None:
+    def __init__(
+        self,
+        run_folder: str,
+        tracked: dict[str, Any],
+        params: dict[str, Any],
+        logging_steps: int,
+        started: float | None = None,
+    ) -> None:
         """Load the ledger and metrics that earlier starts of this run have written; ``started`` is the time of this."""
         from llava_ray.tracking import TrackedRun  # MLflow; whoever holds this actor's handle imports this module
 

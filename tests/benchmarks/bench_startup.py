@@ -7,8 +7,8 @@ Needs a folder in which the quickstart has run: its data are prepared, its model
 """
 
 import argparse
+import contextlib
 import datetime
-import json
 import os
 import platform
 import re
@@ -82,20 +82,19 @@ class Watch:
     def sample(self) -> None:
         """Read /proc once."""
         now, table = time.time(), {}
-        for entry in os.listdir("/proc"):
+        for entry in os.listdir("/proc"):  # noqa: PTH208 - twenty times a second
             if entry.isdigit():
-                try:
-                    text = Path(f"/proc/{entry}/stat").read_text()
-                except OSError:
-                    continue
-                fields = text.rpartition(")")[2].split()
-                table[int(entry)] = fields
+                with contextlib.suppress(OSError), open(f"/proc/{entry}/stat") as file:  # noqa: PTH123
+                    table[int(entry)] = file.read().rpartition(")")[2].split()
         known = {pid for pid, _ in self.processes}
         inside = {self.root}
         grown = True
         while grown:  # a process whose parent has died belongs to the benchmark, which adopts it
-            more = {pid for pid, fields in table.items() if int(fields[1]) in inside or (
-                pid in known or int(fields[1]) == os.getpid())}
+            more = {
+                pid
+                for pid, fields in table.items()
+                if int(fields[1]) in inside or (pid in known or int(fields[1]) == os.getpid())
+            }
             grown = not more <= inside
             inside |= more
         inside.discard(os.getpid())
