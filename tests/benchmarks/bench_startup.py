@@ -137,7 +137,8 @@ def start_once(folder: Path, recipe: str, extra: list[str]) -> dict[str, Any]:
         )
         watch = Watch(process.pid)
         ended = None
-        threading.Timer(PATIENCE_S, process.kill).start()
+        patience = threading.Timer(PATIENCE_S, process.kill)
+        patience.start()
         lines = []
         assert process.stdout is not None
         for line in process.stdout:
@@ -147,6 +148,7 @@ def start_once(folder: Path, recipe: str, extra: list[str]) -> dict[str, Any]:
                 ended = moment_of(found[1], began)
                 process.send_signal(signal.SIGINT)
         code = process.wait()
+        patience.cancel()
         watch.close()
     if ended is None:
         raise SystemExit(f"the run ended with {code} before its first step:\n{''.join(lines)[-3000:]}")
