@@ -1,7 +1,4 @@
-"""The process that forks a local cluster's workers: imports modules once, then forks for each request.
-
-python -m llava_ray.fork_server LISTENER MODULE …     # by worker_forks; ends with its standard input
-"""
+"""The process that forks a local cluster's workers: imports modules once, then forks for each request."""
 
 import atexit
 import contextlib
@@ -16,31 +13,48 @@ import signal
 import socket
 import sys
 import traceback
+import weakref
 from pathlib import Path
 from typing import Any, NoReturn
 
 _HEADER = 8  # bytes: a request's length
-_OWNER = 0  # standard input
 
 
-def main(listener: socket.socket, modules: list[str]) -> None:
-    """Import the modules, and fork a worker for each request, until the owner's end of standard input is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the command's: it stops the run, and then this process
-    keep_random_ids_apart()
-    for name in modules:
-        with contextlib.suppress(Exception):  # the worker that needs it says what is wrong with it
-            importlib.import_module(name)
-    if not draws_apart():
-        return
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system takes ended workers away
-    gc.collect()
-    gc.freeze()  # or the first collection in each worker would copy all pages
-    waited: list[Any] = [listener, _OWNER]
-    while True:
-        ready, _, _ = select.select(waited, [], [])
-        if _OWNER in ready:
-            return
-        answer(listener)
+def serve(listener: socket.socket, owner: socket.socket, modules: list[str]) -> NoReturn:
+    """Import the modules, and fork a worker for each request, until the owner's end of the pair is closed."""
+    try:
+        leave_the_owners_things({listener.fileno(), owner.fileno()})
+        import ray._raylet
+
+        ray._raylet.setproctitle("llava-ray: forks workers")
+        for name in modules:
+            with contextlib.suppress(Exception):  # the worker that needs it says what is wrong with it
+                importlib.import_module(name)
+        if draws_apart():
+            gc.collect()
+            gc.freeze()  # or the first collection in each worker would copy all pages
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system takes ended workers away
+            while owner not in (ready := select.select([listener, owner], [], [])[0]):
+                if ready:
+                    answer(listener, owner)
+    finally:
+        os._exit(0)
+
+
+def leave_the_owners_things(keep: set[int]) -> None:
+    """Close the owner's files, and forget what it does on signals and at its end: none of it is this process's."""
+    # Ctrl-C is for the owner, which stops the run and then this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    atexit._clear()
+    weakref.finalize._registry.clear()  # type: ignore[attr-defined]  # temporary folders, for one
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for number in (0, 1, 2):
+        os.dup2(nothing, number)
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - numbers
+        if int(name) > 2 and int(name) not in keep:
+            with contextlib.suppress(OSError):
+                os.close(int(name))
 
 
 def keep_random_ids_apart() -> None:
@@ -80,7 +94,7 @@ def draws_apart() -> bool:
     return drawn[0] != drawn[1]
 
 
-def answer(listener: socket.socket) -> None:
+def answer(listener: socket.socket, owner: socket.socket) -> None:
     """Fork the worker that a request asks for, and tell its number."""
     connection, _ = listener.accept()
     files: list[int] = []
@@ -92,8 +106,8 @@ def answer(listener: socket.socket) -> None:
         request = json.loads(message)
         worker = os.fork()
         if worker == 0:
-            listener.close()
-            connection.close()
+            for mine in (listener, owner, connection):
+                mine.close()
             become_worker(request, files)
         connection.sendall(str(worker).encode())
     for number in files:
@@ -105,7 +119,10 @@ def become_worker(request: dict[str, Any], files: list[int]) -> NoReturn:
     code: Any = 1
     try:
         take_over(request, files)
+        import ray
         from ray._private import workers
+
+        atexit.register(ray.shutdown, True)  # as Ray registered it when it was imported
 
         script = str(Path(next(iter(workers.__path__))) / "default_worker.py")
         sys.path[0] = str(Path(script).parent)
@@ -131,6 +148,9 @@ def take_over(request: dict[str, Any], files: list[int]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked"])
+    sys.stdin = sys.__stdin__ = open(0, closefd=False)  # noqa: SIM115 - for as long as the process lives
+    sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.__stderr__ = open(2, "w", closefd=False)  # noqa: SIM115
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
@@ -139,8 +159,3 @@ def take_over(request: dict[str, Any], files: list[int]) -> None:
     ray._raylet.Config.initialize("")  # read Ray's settings in the environment again
     if torch := sys.modules.get("torch"):  # which read OMP_NUM_THREADS when it was imported
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-
-
-if __name__ == "__main__":
-    main(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])
-    os._exit(0)

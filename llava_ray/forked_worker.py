@@ -17,12 +17,12 @@ SERVER_VARIABLE = "LLAVA_RAY_FORK_SERVER"  # the server's socket
 def ask_for_worker(address: str) -> bool:
     """Let the fork server start a worker with this process's arguments, environment and files; return whether it did.
 
-    The mask of signals is passed on as well: Ray blocks Ctrl-C in all that it starts, so that it reaches the driver alone.
+    The mask of signals is passed on as well: Ray blocks Ctrl-C in all that it starts, which is for the driver alone.
     """
     request = {
         "arguments": sys.argv[1:],
         "environment": dict(os.environ),
-        "folder": os.getcwd(),
+        "folder": os.getcwd(),  # noqa: PTH109 - pathlib takes as long to import as all the rest
         "blocked": [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])],
     }
     message = json.dumps(request).encode()

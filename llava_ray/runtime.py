@@ -22,7 +22,7 @@ from llava_ray.log_file import LibraryLog
 from llava_ray.placement import can_grow, find_pools, pool_resources
 from llava_ray.shared_storage import Places, check_shared
 from llava_ray.uploads import check_upload
-from llava_ray.worker_forks import set_defaults, set_local_defaults, starts_here
+from llava_ray.worker_forks import leave_forks, set_defaults, set_local_defaults, starts_here, use_forks
 
 # CPUs left for reading and decoding beside the train workers.
 _DATA_CPUS = 1.0
@@ -105,6 +105,7 @@ def _leaving(started_here: bool) -> Iterator[None]:
         if started_here:
             os.environ.pop(DASHBOARD_VARIABLE, None)
             os.environ.pop(NO_DASHBOARD_VARIABLE, None)
+            leave_forks()
 
 
 @contextmanager
@@ -141,6 +142,7 @@ def start(cluster: ClusterConfig, *, runs: int = 1, quiet: bool = False, dashboa
     if starts_here(cluster.address):
         set_local_defaults()
         # A sweep's runs need the dashboard: Ray Train asks it whether the controller of a run that Tune ended is alive.
+        use_forks()
         with lean_start(dashboard=runs > 1 or dashboard):
             ray.init(
                 address="local",

@@ -1,39 +1,53 @@
 """A local cluster's workers, forked from one process that has imported what they need.
 
 A worker of Ray is a fresh interpreter, which imports Ray, torch, transformers and DeepSpeed anew: seconds for each of a
-dozen processes, most of a run's start. Here the command starts a server of its own first. It imports all that, once and
-while the command itself is still looking at its settings, and waits. The raylet starts ``forked_worker`` in place of
-Ray's script of a worker, and the server forks one, which goes on as Ray's script does.
+dozen processes, most of a run's start. Here the command forks a server of itself before it connects to Ray, while it
+has one thread and has imported most of that anyway. The server imports the rest and waits. The raylet starts
+``forked_worker`` in place of Ray's script of a worker, and the server forks one, which goes on as Ray's script does.
 
 Only for a cluster on this machine that the command starts itself, and only without a GPU, whose driver does not survive
-a fork. Where the server is missing or has died, workers start as Ray starts them.
+a fork. Where there is no server, or it has died, workers start as Ray starts them.
 """
 
 import contextlib
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.forked_worker import SERVER_VARIABLE
 
 WORKER_SCRIPT = Path(__file__).with_name("forked_worker.py")
-WORKER_IMPORTS = "llava_ray.train.worker_imports"  # of a fine-tuning run
 SWITCH = "LLAVA_RAY_FORKED_WORKERS"  # "0": every worker is a fresh interpreter
+_WORKER_IMPORTS = "llava_ray.train.worker_imports"
 _GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd")
-_WAIT_S = 10.0
-# Two values that Ray keeps from the moment of its import. A worker is one of no job until it gets a task, as those are
-# that Ray starts ahead of need; and it ends with the process of the second, which is that of the command, as the raylet does.
-_NO_JOB_YET = {"RAY_JOB_ID": "ffffffff"}
+_TOO_LATE = ("ray", "numpy", "torch")  # modules that would have been imported with other settings
+_HARMLESS_THREAD = "jemalloc_bg_thd"  # survives a fork; Arrow starts it when it is imported
+
+
+@dataclass
+class _Forks:
+    """The server of this process: prepared for, then started, at most once."""
+
+    prepared: bool = False
+    environment: dict[str, str] = field(default_factory=dict)
+    """That of the imports, as they differ from the user's."""
+    address: str | None = None
+    owner: socket.socket | None = None
+    """The server ends with this end of the pair."""
+
+
+_forks = _Forks()
 
 
 def starts_here(address: str | None) -> bool:
-    """Return whether a command starts a cluster of its own: neither ``cluster.address``, a job nor RAY_ADDRESS names one."""
+    """Return whether a command starts a cluster: neither ``cluster.address``, RAY_ADDRESS nor a job names one."""
     return not address and not os.environ.get("RAY_ADDRESS") and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ
 
 
@@ -66,42 +80,97 @@ def import_environment(config: FinetuneConfig, *, use_gpu: bool = False) -> dict
 def can_fork() -> bool:
     """Return whether workers on this machine may be forked."""
     gpus = any(Path(device).exists() for device in _GPU_DRIVERS)
-    return sys.platform == "linux" and not gpus and os.environ.get(SWITCH) != "0" and SERVER_VARIABLE not in os.environ
+    return sys.platform == "linux" and not gpus and os.environ.get(SWITCH) != "0"
+
+
+def prepare_forks(config: FinetuneConfig) -> None:
+    """Import Ray such that workers can be forked from this process, if it is to start a cluster here.
+
+    Does nothing where it is too late for that, as in a notebook that has imported torch.
+    """
+    if _forks.prepared or not (starts_here(config.cluster.address) and can_fork()):
+        return
+    if any(name in sys.modules for name in _TOO_LATE):
+        return
+    set_local_defaults()
+    # NumPy's library starts threads, which no fork would have; Ray's workers have one as well.
+    _forks.environment = {"OPENBLAS_NUM_THREADS": "1", **import_environment(config)}
+    # Two values that Ray keeps from its import on. A worker is one of no job until it gets a task, as those are that
+    # Ray starts ahead of need; and it ends with the process named second: this one, with which the raylet ends too.
+    kept = {"RAY_JOB_ID": "ffffffff", "RAY_RAYLET_PID": str(os.getpid())}
+    with _environment(_forks.environment | kept):
+        from llava_ray.fork_server import keep_random_ids_apart
+
+        keep_random_ids_apart()
+    os.environ.update(_forks.environment)
+    _forks.prepared = True
+
+
+def use_forks() -> None:
+    """Let the workers of a cluster that this process starts from now on be forked, if it has been prepared for that."""
+    if _forks.address is None and _forks.prepared and _has_one_thread():
+        _start_server()
+    if _forks.address is not None:
+        os.environ[SERVER_VARIABLE] = _forks.address
+
+
+def leave_forks() -> None:
+    """Start the workers of later clusters as Ray does, until ``use_forks`` is called again."""
+    os.environ.pop(SERVER_VARIABLE, None)
+
+
+def stop_forks() -> None:
+    """End the server, if there is one; the process does so by itself when it ends."""
+    leave_forks()
+    if _forks.owner is not None and _forks.address is not None:
+        _forks.owner.close()
+        shutil.rmtree(Path(_forks.address).parent, ignore_errors=True)
+        _forks.owner = _forks.address = None
+
+
+def _start_server() -> None:
+    """Fork the server. Its parent keeps none of the settings that were for imports alone."""
+    import atexit
+
+    from llava_ray import fork_server
+
+    folder = Path(tempfile.mkdtemp(prefix="llava-ray-"))
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(folder / "forks"))
+    listener.listen(128)
+    ours, theirs = socket.socketpair()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if os.fork() == 0:
+        ours.close()
+        fork_server.serve(listener, theirs, [_WORKER_IMPORTS])
+    listener.close()
+    theirs.close()
+    for name in _forks.environment:
+        os.environ.pop(name, None)
+    _forks.address, _forks.owner = str(folder / "forks"), ours
+    atexit.register(stop_forks)
+
+
+def _has_one_thread() -> bool:
+    """Return whether this process has no threads that a fork would lack."""
+    try:
+        names = [task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    except OSError:
+        return False
+    return threading.active_count() == 1 and sum(name != _HARMLESS_THREAD for name in names) == 1
 
 
 @contextlib.contextmanager
-def forking_workers(address: str | None, modules: Sequence[str], environment: Mapping[str, str]) -> Iterator[None]:
-    """Let workers of a cluster that this process starts be forked, with ``modules`` imported, until the block ends.
-
-    ``address`` is the setting cluster.address: a cluster that is joined starts its own. ``environment`` is what the
-    modules are imported with.
-    """
-    if not (starts_here(address) and can_fork()):
-        yield
-        return
-    set_local_defaults()
-    folder = Path(tempfile.mkdtemp(prefix="llava-ray-"))
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        listener.bind(str(folder / "forks"))
-        listener.listen(128)
-        server = subprocess.Popen(
-            [sys.executable, "-m", "llava_ray.fork_server", str(listener.fileno()), *modules],
-            stdin=subprocess.PIPE,  # its end is the server's
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            pass_fds=[listener.fileno()],
-            env={**os.environ, **_NO_JOB_YET, "RAY_RAYLET_PID": str(os.getpid()), **environment},
-        )
-    os.environ[SERVER_VARIABLE] = str(folder / "forks")
+def _environment(changes: Mapping[str, str]) -> Iterator[None]:
+    """Change the environment inside the block."""
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
     try:
         yield
     finally:
-        os.environ.pop(SERVER_VARIABLE, None)
-        assert server.stdin is not None
-        server.stdin.close()
-        try:
-            server.wait(_WAIT_S)
-        except subprocess.TimeoutExpired:  # still importing
-            server.kill()
-            server.wait()
-        shutil.rmtree(folder, ignore_errors=True)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

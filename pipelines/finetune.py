@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import MODEL_PATHS, FinetuneConfig
-from llava_ray.worker_forks import WORKER_IMPORTS, forking_workers, import_environment
+from llava_ray.worker_forks import prepare_forks
 from pipelines.command import run_command, split_dry_run
 from pipelines.places import check_run_places
 from pipelines.prerequisites import check_prerequisites, missing_models
@@ -43,14 +43,7 @@ def main(arguments: Sequence[str]) -> "FinishedRun | None":
     check_prerequisites(config, missing)
     check_run_places(config)
     print(config.model_dump_json(indent=1, exclude_defaults=True), flush=True)
-    with forking_workers(config.cluster.address, [WORKER_IMPORTS], import_environment(config)):
-        finished = _run(config)
-    _print_run(finished)
-    return finished
-
-
-def _run(config: FinetuneConfig) -> "FinishedRun":
-    """Check, prepare and fine-tune."""
+    prepare_forks(config)
     from llava_ray.data.preparation import prepare_data
     from llava_ray.runtime import connected
     from llava_ray.train.preflight import check_run
@@ -59,7 +52,9 @@ def _run(config: FinetuneConfig) -> "FinishedRun":
     check_run(config)
     with connected(config.cluster, _shared_places(config), storage_path=config.run.storage_path) as resources:
         prepared = prepare_data(config.data)
-        return finetune(config, prepared, resources)
+        finished = finetune(config, prepared, resources)
+    _print_run(finished)
+    return finished
 
 
 def _shared_places(config: FinetuneConfig) -> "Places":

@@ -45,6 +45,7 @@ NAMES = {
     "monitor.py": "Ray: autoscaler's monitor",
     "process_reaper": "Ray: reaper",
     "finetune.py": "driver",
+    "llava-ray: forks": "fork server",
     "setup_worker.py": "Ray: starting a worker",
     "default_worker.py": "Ray: starting a worker",
     "ray::": "",
