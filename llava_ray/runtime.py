@@ -141,9 +141,8 @@ def start(cluster: ClusterConfig, *, runs: int = 1, quiet: bool = False, dashboa
     inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # Ray refuses a second working_dir inside a job
     if starts_here(cluster.address):
         set_local_defaults()
-        # A sweep's runs need the dashboard: Ray Train asks it whether the controller of a run that Tune ended is alive.
         use_forks()
-        with lean_start(dashboard=runs > 1 or dashboard):
+        with lean_start(dashboard=dashboard):
             ray.init(
                 address="local",
                 num_cpus=local_cpus(cluster, runs),

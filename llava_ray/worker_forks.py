@@ -9,14 +9,12 @@ Only for a cluster on this machine that the command starts itself, and only with
 a fork. Where there is no server, or it has died, workers start as Ray starts them.
 """
 
-import contextlib
 import os
 import shutil
 import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,8 +34,8 @@ class _Forks:
     """The server of this process: prepared for, then started, at most once."""
 
     prepared: bool = False
-    environment: dict[str, str] = field(default_factory=dict)
-    """That of the imports, as they differ from the user's."""
+    replaced: dict[str, str | None] = field(default_factory=dict)
+    """The user's values of the variables that were set for the imports."""
     address: str | None = None
     owner: socket.socket | None = None
     """The server ends with this end of the pair."""
@@ -93,16 +91,19 @@ def prepare_forks(config: FinetuneConfig) -> None:
     if any(name in sys.modules for name in _TOO_LATE):
         return
     set_local_defaults()
-    # NumPy's library starts threads, which no fork would have; Ray's workers have one as well.
-    _forks.environment = {"OPENBLAS_NUM_THREADS": "1", **import_environment(config)}
+    # NumPy's and torch's libraries start threads, which a fork would lack; Ray's workers begin with one as well.
+    threads = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    changes = threads | import_environment(config)
     # Two values that Ray keeps from its import on. A worker is one of no job until it gets a task, as those are that
     # Ray starts ahead of need; and it ends with the process named second: this one, with which the raylet ends too.
     kept = {"RAY_JOB_ID": "ffffffff", "RAY_RAYLET_PID": str(os.getpid())}
-    with _environment(_forks.environment | kept):
-        from llava_ray.fork_server import keep_random_ids_apart
+    _forks.replaced = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes | kept)
+    from llava_ray.fork_server import keep_random_ids_apart
 
-        keep_random_ids_apart()
-    os.environ.update(_forks.environment)
+    keep_random_ids_apart()
+    for name in kept:
+        del os.environ[name]
     _forks.prepared = True
 
 
@@ -146,8 +147,11 @@ def _start_server() -> None:
         fork_server.serve(listener, theirs, [_WORKER_IMPORTS])
     listener.close()
     theirs.close()
-    for name in _forks.environment:
-        os.environ.pop(name, None)
+    for name, value in _forks.replaced.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
     _forks.address, _forks.owner = str(folder / "forks"), ours
     atexit.register(stop_forks)
 
@@ -159,18 +163,3 @@ def _has_one_thread() -> bool:
     except OSError:
         return False
     return threading.active_count() == 1 and sum(name != _HARMLESS_THREAD for name in names) == 1
-
-
-@contextlib.contextmanager
-def _environment(changes: Mapping[str, str]) -> Iterator[None]:
-    """Change the environment inside the block."""
-    before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

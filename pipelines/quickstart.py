@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import FinetuneConfig
+from llava_ray.worker_forks import prepare_forks
 from pipelines.command import run_command, timed
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ _NUM_TEST_QUESTIONS = 1_000
 def main(arguments: Sequence[str]) -> float:
     """Run all unfinished stages, write the report, and return the held-out accuracy."""
     words = load_recipe(FinetuneConfig, [f"{RECIPES}/words.toml", *arguments])
+    prepare_forks(words)
     from llava_ray.report.charts import check_plotting
 
     check_plotting()

@@ -27,6 +27,8 @@ _RECIPE = str(Path(__file__).parent / "recipes/sweep/quickstart.toml")
 def main(arguments: Sequence[str]) -> "Sweep | None":
     """Prepare the sweep's inputs, then run it."""
     load_sweep([_RECIPE, *arguments])
+    words = load_recipe(FinetuneConfig, [f"{RECIPES}/words.toml"])
+    prepare_forks(words)
     from llava_ray.quickstart import easy_vqa
     from llava_ray.quickstart.easy_vqa_records import write_open_split, write_words
     from llava_ray.quickstart.registry_weights import make_language_model, make_vision_tower
@@ -36,7 +38,6 @@ def main(arguments: Sequence[str]) -> "Sweep | None":
         print(f"{'Reused' if weights.reused else 'Converted'}: {weights.path}")
     write_words(CACHE, num_first=3_200, num_natural=5_760, seed=0)
     write_open_split(CACHE, num_held_out_images=500, seed=0)
-    words = load_recipe(FinetuneConfig, [f"{RECIPES}/words.toml"])
     with connected(words.cluster, storage_path=words.run.storage_path) as resources:
         spoken = train(words, resources)
     language_model = _take_out(Path(spoken.folder.bundle), CACHE / "words-language-model")
