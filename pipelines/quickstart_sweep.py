@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.config.sweep_recipes import load_sweep
+from llava_ray.worker_forks import prepare_forks
 from pipelines.command import run_command
 from pipelines.quickstart import CACHE, RECIPES, train
 from pipelines.sweep import main as sweep
