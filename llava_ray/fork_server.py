@@ -141,10 +141,12 @@ def become_worker(request: dict[str, Any], files: list[int]) -> NoReturn:
 
 
 def take_over(request: dict[str, Any], files: list[int]) -> None:
-    """Take the files, folder, environment and signals that the requesting process had."""
+    """Take the files, folder, environment, group and signals that the requesting process had."""
     for number, own in zip(files, (0, 1, 2), strict=True):
         os.dup2(number, own)
         os.close(number)
+    if request["leads_group"]:
+        os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked"])

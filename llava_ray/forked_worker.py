@@ -23,6 +23,7 @@ def ask_for_worker(address: str) -> bool:
         "arguments": sys.argv[1:],
         "environment": dict(os.environ),
         "folder": os.getcwd(),  # noqa: PTH109 - pathlib takes as long to import as all the rest
+        "leads_group": os.getpgrp() == os.getpid(),
         "blocked": [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])],
     }
     message = json.dumps(request).encode()
