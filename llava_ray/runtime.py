@@ -19,7 +19,7 @@ from llava_ray.config.sections import ClusterConfig
 from llava_ray.errors import ConfigError
 from llava_ray.local_ray import NO_DASHBOARD_VARIABLE, lean_start
 from llava_ray.log_file import LibraryLog
-from llava_ray.placement import can_grow, find_pools, pool_resources
+from llava_ray.placement import alive_nodes, can_grow, find_pools, pool_resources
 from llava_ray.shared_storage import Places, check_shared
 from llava_ray.uploads import check_upload
 from llava_ray.worker_forks import leave_forks, set_defaults, set_local_defaults, starts_here, use_forks
@@ -43,7 +43,7 @@ class Resources:
     accelerator_type: str | None
     gpus_per_worker: float = 1.0
     threads: int | None = None
-    """Compute threads of a worker, where that is more than the CPUs that it reserves."""
+    """Compute threads of a worker, where they are not as many as the CPUs that it reserves."""
     cores: int = 1
     """Cores exclusive to this job, for work that runs while no worker does."""
 
@@ -76,7 +76,7 @@ def connected(
     """
     if ray.is_initialized():  # a notebook or a test with its own connection
         check_shared(shared)
-        yield fit_resources(cluster)
+        yield share_node(fit_resources(cluster), given=cluster.cpus_per_worker != "auto")
         return
     log = LibraryLog(storage_path)
     print(f"Starting Ray; the libraries' own lines go to {log.path}", flush=True)  # noqa: T201
@@ -90,6 +90,8 @@ def connected(
             resources = fit_resources(cluster)
             if started_here and not resources.use_gpu:
                 resources = share_cores(resources, runs, given=cluster.cpus_per_worker != "auto")
+            elif not started_here and not dashboard:  # how many runs a sweep has there at a time is not known yet
+                resources = share_node(resources, given=cluster.cpus_per_worker != "auto")
             check_shared(shared)
             _print_resources(resources, "started here" if started_here else "joined")
             yield resources
@@ -212,6 +214,28 @@ def share_cores(resources: Resources, runs: int, *, given: bool) -> Resources:
     """
     threads = None if given else max(1, num_cores() // (runs * resources.num_workers))
     return replace(resources, threads=threads, cores=num_cores())
+
+
+def local_threads(cluster: ClusterConfig) -> int:
+    """Return the threads of each worker of one run that starts a cluster on this machine, without GPUs."""
+    given = cluster.cpus_per_worker != "auto"
+    cpus = 1.0 if cluster.cpus_per_worker == "auto" else cluster.cpus_per_worker
+    resources = Resources(cluster.num_workers, cpus, use_gpu=False, accelerator_type=None)
+    return share_cores(resources, 1, given=given).num_threads
+
+
+def share_node(resources: Resources, *, given: bool) -> Resources:
+    """Divide this machine's cores among the workers, where it is the only node of the cluster that is connected.
+
+    One worker on two cores would leave one of them idle: a worker reserves no more than one, for others to fit in. On
+    more nodes it cannot be known which of them get how many workers.
+    """
+    nodes = alive_nodes()
+    alone = len(nodes) == 1 and nodes[0]["NodeID"] == ray.get_runtime_context().get_node_id() and not can_grow()
+    if given or resources.use_gpu or not alone:
+        return resources
+    cores = min(num_cores(), int(nodes[0]["Resources"].get("CPU", 1)))
+    return replace(resources, threads=max(1, cores // resources.num_workers))
 
 
 def num_cores() -> int:

@@ -95,7 +95,8 @@ def become_worker(request, files):
 
 fork_server.become_worker = become_worker
 fork_server.keep_random_ids_apart()
-fork_server.serve(socket.socket(fileno=int(sys.argv[1])), socket.socket(fileno=int(sys.argv[2])), ["decimal", "no.such"])
+listener, owner = (socket.socket(fileno=int(number)) for number in sys.argv[1:])
+fork_server.serve(listener, owner, ["decimal", "no.such"])
 """
 
 
