@@ -41,7 +41,7 @@ def train_loop(settings: LoopSettings, blocks: Iterator[pa.Table]) -> None:
     checkpointer = Checkpointer(engine, parts, settings)
     journal.enter.remote("looking for a checkpoint")
     first_step = checkpointer.restore()
-    journal.rewind.remote(rank, first_step, world_size)
+    rewound = journal.rewind.remote(rank, first_step, world_size)
     if first_step == 0:
         journal.enter.remote("trying to write a checkpoint")
         checkpointer.save_dry_run()
@@ -50,6 +50,7 @@ def train_loop(settings: LoopSettings, blocks: Iterator[pa.Table]) -> None:
     examiner = HeldOutEvaluator(settings.held_out, parts, objective, rank, world_size)
     meter = Meter(parts.llava, device, world_size)
 
+    ray.get(rewound)  # by every rank before the first step: a late one would drop what others have recorded of it
     told: ray.ObjectRef | None = None
     steps = iterate_steps(blocks, rank, first_step, settings.stream)
     for step in range(first_step, settings.until):
