@@ -26,6 +26,7 @@ SWITCH = "LLAVA_RAY_FORKED_WORKERS"  # "0": every worker is a fresh interpreter
 _WORKER_IMPORTS = "llava_ray.train.worker_imports"
 _GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd")
 _TOO_LATE = ("ray", "numpy", "torch")  # modules that would have been imported with other settings
+_OPENING = ("mlflow", "sqlalchemy")  # modules that keep connections
 _HARMLESS_THREAD = "jemalloc_bg_thd"  # survives a fork; Arrow starts it when it is imported
 
 
@@ -107,10 +108,19 @@ def prepare_forks(config: FinetuneConfig) -> None:
     _forks.prepared = True
 
 
-def use_forks() -> None:
-    """Let the workers of a cluster that this process starts from now on be forked, if it has been prepared for that."""
-    if _forks.address is None and _forks.prepared and _has_one_thread():
+def start_forks() -> None:
+    """Fork the server, if this process has been prepared for it and has no thread that a fork would lack.
+
+    To be called when most has been imported, but before anything is opened: workers would have the same connection to a
+    database, for one.
+    """
+    too_late = any(name in sys.modules for name in _OPENING)
+    if _forks.address is None and _forks.prepared and _has_one_thread() and not too_late:
         _start_server()
+
+
+def use_forks() -> None:
+    """Let the workers of a cluster that this process starts from now on be forked, if there is a server."""
     if _forks.address is not None:
         os.environ[SERVER_VARIABLE] = _forks.address
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.config.sweep_recipes import load_sweep
-from llava_ray.worker_forks import prepare_forks
+from llava_ray.worker_forks import prepare_forks, start_forks
 from pipelines.command import run_command
 from pipelines.quickstart import CACHE, RECIPES, train
 from pipelines.sweep import main as sweep
@@ -35,6 +35,7 @@ def main(arguments: Sequence[str]) -> "Sweep | None":
     from llava_ray.quickstart.registry_weights import make_language_model, make_vision_tower
     from llava_ray.runtime import connected
 
+    start_forks()
     for weights in (make_vision_tower(CACHE), make_language_model(CACHE)):
         print(f"{'Reused' if weights.reused else 'Converted'}: {weights.path}")
     write_words(CACHE, num_first=3_200, num_natural=5_760, seed=0)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llava_ray.config.sweep_recipes import load_sweep
-from llava_ray.worker_forks import prepare_forks
+from llava_ray.worker_forks import prepare_forks, start_forks
 from pipelines.command import run_command, split_dry_run
 from pipelines.places import check_run_models, check_run_places
 from pipelines.prerequisites import check_prerequisites, missing_models
@@ -49,6 +49,7 @@ def main(arguments: Sequence[str]) -> "Sweep | None":
     from llava_ray.sweep.trial import finetune_trial
     from pipelines.sweep_results import closing_sweep, print_sweep, save_sweep, start_sweep_run
 
+    start_forks()
     check_plotting()
     check_sweep(config, space)
     space = absolute_space(space)
