@@ -36,7 +36,7 @@ def serve(listener: socket.socket, owner: socket.socket, modules: list[str]) -> 
             signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system takes ended workers away
             while owner not in (ready := select.select([listener, owner], [], [])[0]):
                 if ready:
-                    answer(listener, owner)
+                    fork_for_request(listener, owner)
     finally:
         os._exit(0)
 
@@ -94,7 +94,7 @@ def draws_apart() -> bool:
     return drawn[0] != drawn[1]
 
 
-def answer(listener: socket.socket, owner: socket.socket) -> None:
+def fork_for_request(listener: socket.socket, owner: socket.socket) -> None:
     """Fork the worker that a request asks for, and tell its number."""
     connection, _ = listener.accept()
     files: list[int] = []

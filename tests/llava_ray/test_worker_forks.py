@@ -151,4 +151,4 @@ def test_a_torn_request_forks_nothing(tmp_path, monkeypatch):
             client.connect(address)
             socket.send_fds(client, [(100).to_bytes(8, "big")], [0, 1, 2])
             client.sendall(b'{"argum')
-        fork_server.answer(listener, listener)
+        fork_server.fork_for_request(listener, listener)
