@@ -125,7 +125,7 @@ class RunRecorder:
         if not self.stepped:
             self.stepped = True
             now = datetime.datetime.now().time().isoformat("milliseconds")
-            self.say(f"First step done at {now}, {time.time() - self.started:.1f} s after the run was started")
+            self.say(f"First step done at {now}, {time.time() - self.started:.1f} s after its workers were asked for")
 
     def log(self) -> None:
         """Log new steps to MLflow."""
