@@ -31,7 +31,6 @@ def serve(listener: socket.socket, owner: socket.socket, modules: list[str]) -> 
             with contextlib.suppress(Exception):  # the worker that needs it says what is wrong with it
                 importlib.import_module(name)
         if draws_apart():
-            gc.collect()
             gc.freeze()  # or the first collection in each worker would copy all pages
             signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system takes ended workers away
             while owner not in (ready := select.select([listener, owner], [], [])[0]):
@@ -154,6 +153,7 @@ def take_over(request: dict[str, Any], files: list[int]) -> None:
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
     os.chdir(request["folder"])
+    gc.enable()
     os.environ.clear()
     os.environ.update(request["environment"])
     import ray._raylet

@@ -4,7 +4,8 @@
 python tests/benchmarks/bench_startup.py --output tests/benchmarks/results/startup.json
 
 Needs a folder in which the quickstart has run: its data are prepared, its models are there. The run itself has a new
-folder, with a copy of the quickstart's MLflow store if there is one. Everything that descends from the command counts, Ray's own processes too.
+folder, with a copy of the quickstart's MLflow store if there is one. Everything that descends from the command counts,
+Ray's own processes too.
 """
 
 import argparse
