@@ -52,6 +52,7 @@ NAMES = {
     "llava-ray: forks": "fork server",
     "setup_worker.py": "Ray: starting a worker",
     "default_worker.py": "Ray: starting a worker",
+    "forked_worker.py": "asking for a fork",
     "ray::": "",
 }
 
