@@ -17,10 +17,12 @@ import ray
 from llava_ray import invocation
 from llava_ray.config.sections import ClusterConfig
 from llava_ray.errors import ConfigError
+from llava_ray.local_ray import NO_DASHBOARD_VARIABLE, lean_start
 from llava_ray.log_file import LibraryLog
-from llava_ray.placement import can_grow, find_pools, pool_resources
+from llava_ray.placement import alive_nodes, can_grow, find_pools, pool_resources
 from llava_ray.shared_storage import Places, check_shared
 from llava_ray.uploads import check_upload
+from llava_ray.worker_forks import leave_forks, set_defaults, set_local_defaults, starts_here, use_forks
 
 # CPUs left for reading and decoding beside the train workers.
 _DATA_CPUS = 1.0
@@ -41,7 +43,7 @@ class Resources:
     accelerator_type: str | None
     gpus_per_worker: float = 1.0
     threads: int | None = None
-    """Compute threads of a worker, where that is more than the CPUs that it reserves."""
+    """Compute threads of a worker, where they are not as many as the CPUs that it reserves."""
     cores: int = 1
     """Cores exclusive to this job, for work that runs while no worker does."""
 
@@ -64,6 +66,7 @@ def connected(
     runs: int = 1,
     quiet: bool = False,
     storage_path: str | None = None,
+    dashboard: bool = False,
 ) -> Iterator[Resources]:
     """Join the cluster that ``cluster.address``, the job or RAY_ADDRESS names, or start a local one for ``runs``.
 
@@ -73,13 +76,13 @@ def connected(
     """
     if ray.is_initialized():  # a notebook or a test with its own connection
         check_shared(shared)
-        yield fit_resources(cluster)
+        yield share_node(fit_resources(cluster), given=cluster.cpus_per_worker != "auto")
         return
     log = LibraryLog(storage_path)
     print(f"Starting Ray; the libraries' own lines go to {log.path}", flush=True)  # noqa: T201
     with log.taking_over():
         with _keeping_sigterm():
-            started_here = start(cluster, runs=runs, quiet=quiet)
+            started_here = start(cluster, runs=runs, quiet=quiet, dashboard=dashboard)
         log.take_workers_lines()
         with _leaving(started_here):
             if can_grow():  # starting a node takes longer than the minute after which Ray Train asks again
@@ -87,6 +90,8 @@ def connected(
             resources = fit_resources(cluster)
             if started_here and not resources.use_gpu:
                 resources = share_cores(resources, runs, given=cluster.cpus_per_worker != "auto")
+            elif not started_here and not dashboard:  # how many runs a sweep has there at a time is not known yet
+                resources = share_node(resources, given=cluster.cpus_per_worker != "auto")
             check_shared(shared)
             _print_resources(resources, "started here" if started_here else "joined")
             yield resources
@@ -101,6 +106,8 @@ def _leaving(started_here: bool) -> Iterator[None]:
         ray.shutdown()
         if started_here:
             os.environ.pop(DASHBOARD_VARIABLE, None)
+            os.environ.pop(NO_DASHBOARD_VARIABLE, None)
+            leave_forks()
 
 
 @contextmanager
@@ -124,31 +131,29 @@ def _print_resources(resources: Resources, how: str) -> None:
     )
 
 
-def start(cluster: ClusterConfig, *, runs: int = 1, quiet: bool = False) -> bool:
+def start(cluster: ClusterConfig, *, runs: int = 1, quiet: bool = False, dashboard: bool = False) -> bool:
     """Connect this process to Ray; return whether a new local cluster had to be started.
 
+    ``dashboard`` starts Ray's page and its State API with a local one, which takes seconds.
     A cluster that merely runs on this machine is not joined: it may belong to another run, and end with it.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # Ray runs one tokenising task per CPU already
-    # How often a run's controller polls its workers: bounds the delay until a dead worker or a finished run is noticed.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    set_defaults()
     warnings_only = ray.LoggingConfig(log_level="WARNING")
-    # Ray Data sets log levels of its own: each execution would be logged twice, across the run's progress bar.
-    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # Ray refuses a second working_dir inside a job
-    address = cluster.address or os.environ.get("RAY_ADDRESS") or ("auto" if inside_job else None)
-    if address is None:
-        # A local machine is not preempted: no process needs to watch for a notice.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        ray.init(
-            address="local",
-            num_cpus=local_cpus(cluster, runs),
-            dashboard_port=announce_port(),
-            logging_config=warnings_only,
-            log_to_driver=not quiet,
-        )
+    if starts_here(cluster.address):
+        set_local_defaults()
+        use_forks()
+        with lean_start(dashboard=dashboard):
+            ray.init(
+                address="local",
+                num_cpus=local_cpus(cluster, runs),
+                dashboard_port=announce_port(),
+                logging_config=warnings_only,
+                log_to_driver=not quiet,
+            )
         return True
+    address = cluster.address or os.environ.get("RAY_ADDRESS") or "auto"
     # .rayignore lists what the upload leaves out. An installed llava_ray is on the nodes already.
     runtime_env: dict[str, Any] = {}
     if not inside_job and (_root() / ".rayignore").exists():
@@ -209,6 +214,28 @@ def share_cores(resources: Resources, runs: int, *, given: bool) -> Resources:
     """
     threads = None if given else max(1, num_cores() // (runs * resources.num_workers))
     return replace(resources, threads=threads, cores=num_cores())
+
+
+def local_threads(cluster: ClusterConfig) -> int:
+    """Return the threads of each worker of one run that starts a cluster on this machine, without GPUs."""
+    given = cluster.cpus_per_worker != "auto"
+    cpus = 1.0 if cluster.cpus_per_worker == "auto" else cluster.cpus_per_worker
+    resources = Resources(cluster.num_workers, cpus, use_gpu=False, accelerator_type=None)
+    return share_cores(resources, 1, given=given).num_threads
+
+
+def share_node(resources: Resources, *, given: bool) -> Resources:
+    """Divide this machine's cores among the workers, where it is the only node of the cluster that is connected.
+
+    One worker on two cores would leave one of them idle: a worker reserves no more than one, for others to fit in. On
+    more nodes it cannot be known which of them get how many workers.
+    """
+    nodes = alive_nodes()
+    alone = len(nodes) == 1 and nodes[0]["NodeID"] == ray.get_runtime_context().get_node_id() and not can_grow()
+    if given or resources.use_gpu or not alone:
+        return resources
+    cores = min(num_cores(), int(nodes[0]["Resources"].get("CPU", 1)))
+    return replace(resources, threads=max(1, cores // resources.num_workers))
 
 
 def num_cores() -> int:

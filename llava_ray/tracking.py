@@ -1,15 +1,13 @@
-"""MLflow tracking: one run per job, written from one process, and continued after any restart."""
+"""MLflow tracking: one run per job, written from one process, and continued after any restart.
+
+MLflow takes seconds to import: only functions that ask it something do.
+"""
 
 import logging
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-from mlflow import MlflowClient
-from mlflow.entities import Metric, Param
-from mlflow.exceptions import MlflowException
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from llava_ray.errors import ConfigError
 
@@ -53,6 +51,10 @@ class TrackedRun:
         An existing run with other ``settings`` (a hash) is left alone and a new one is created: params are immutable in
         MLflow, so the old ones would be shown beside the new curves. Raises ConfigError if MLflow refuses.
         """
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+        from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
         self.tracking_uri = tracking_uri
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # hides the messages about creating tables
         try:
@@ -77,6 +79,8 @@ class TrackedRun:
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log a resolved config, flattened; existing values stay (MLflow's params are immutable)."""
+        from mlflow.entities import Param
+
         known = self.client.get_run(self.run_id).data.params
         fresh = [Param(key, str(value)[:_PARAM_LENGTH]) for key, value in _flattened(params) if key not in known]
         for start in range(0, len(fresh), _PARAMS_PER_REQUEST):
@@ -89,6 +93,8 @@ class TrackedRun:
 
     def log_steps(self, steps: Mapping[int, Mapping[str, float]]) -> None:
         """Log the metrics of several steps."""
+        from mlflow.entities import Metric
+
         now = int(time.time() * 1000)
         metrics = [Metric(key, value, now, step) for step, row in steps.items() for key, value in row.items()]
         for start in range(0, len(metrics), _METRICS_PER_REQUEST):
@@ -111,6 +117,9 @@ def check_store(tracking_uri: str | None) -> None:
     """Raise ConfigError for a tracking URI that MLflow does not know; no server is contacted."""
     if tracking_uri is None or tracking_uri.startswith("http"):
         return
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
     try:
         MlflowClient(tracking_uri).search_experiments(max_results=1)
     except (MlflowException, ImportError, OSError) as error:
@@ -119,6 +128,8 @@ def check_store(tracking_uri: str | None) -> None:
 
 def describe_page(tracking_uri: str, run_id: str) -> str:
     """Return how to open a run in MLflow: the command that serves a local store, and the address."""
+    from mlflow import MlflowClient
+
     experiment = MlflowClient(tracking_uri).get_run(run_id).info.experiment_id
     page = f"/#/experiments/{experiment}/runs"  # without "runs", MLflow opens its page of traces
     if tracking_uri.startswith("http"):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import MODEL_PATHS, FinetuneConfig
 from llava_ray.errors import ConfigError
+from llava_ray.worker_forks import prepare_forks, start_forks
 from pipelines.command import run_command, split_dry_run
 from pipelines.places import check_run_places
 from pipelines.prerequisites import check_prerequisites, missing_models
@@ -48,11 +49,13 @@ def main(arguments: Sequence[str]) -> "FinishedRun | None":
     check_prerequisites(config, missing)
     check_run_places(config)
     print(config.model_dump_json(indent=1, exclude_defaults=True), flush=True)
+    prepare_forks(config)
     from llava_ray.data.preparation import prepare_data
     from llava_ray.runtime import connected
     from llava_ray.train.preflight import check_run
     from llava_ray.train.trainer import finetune
 
+    start_forks()
     check_run(config)
     with connected(config.cluster, _shared_places(config), storage_path=config.run.storage_path) as resources:
         prepared = prepare_data(config.data)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import FinetuneConfig
+from llava_ray.worker_forks import prepare_forks, start_forks
 from pipelines.command import run_command, timed
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ _NUM_TEST_CONVERSATIONS = 400  # of three questions each
 def main(arguments: Sequence[str]) -> float:
     """Run all unfinished stages, write the report, and return the held-out accuracy."""
     words = load_recipe(FinetuneConfig, [f"{RECIPES}/words.toml", *arguments])
+    prepare_forks(words)
     from llava_ray.report.charts import check_plotting
 
     check_plotting()
@@ -42,6 +44,7 @@ def main(arguments: Sequence[str]) -> float:
     from llava_ray.runtime import connected
     from pipelines.quickstart_results import answer, make_quickstart_report, print_quickstart, write_examples
 
+    start_forks()
     seconds: dict[str, float] = {}
     with timed("weights", seconds):
         for weights in (make_vision_tower(CACHE), make_language_model(CACHE)):

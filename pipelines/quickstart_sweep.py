@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.config.sweep_recipes import load_sweep
+from llava_ray.worker_forks import prepare_forks, start_forks
 from pipelines.command import run_command
 from pipelines.quickstart import CACHE, RECIPES, train
 from pipelines.sweep import main as sweep
@@ -27,16 +28,18 @@ _RECIPE = str(Path(__file__).parent / "recipes/sweep/quickstart.toml")
 def main(arguments: Sequence[str]) -> "Sweep | None":
     """Prepare the sweep's inputs, then run it."""
     load_sweep([_RECIPE, *arguments])
+    words = load_recipe(FinetuneConfig, [f"{RECIPES}/words.toml"])
+    prepare_forks(words)
     from llava_ray.quickstart import easy_vqa
     from llava_ray.quickstart.easy_vqa_records import write_open_split, write_words
     from llava_ray.quickstart.registry_weights import make_language_model, make_vision_tower
     from llava_ray.runtime import connected
 
+    start_forks()
     for weights in (make_vision_tower(CACHE), make_language_model(CACHE)):
         print(f"{'Reused' if weights.reused else 'Converted'}: {weights.path}")
     write_words(CACHE, num_first=3_200, num_natural=5_760, seed=0)
     write_open_split(CACHE, num_held_out_images=500, seed=0)
-    words = load_recipe(FinetuneConfig, [f"{RECIPES}/words.toml"])
     with connected(words.cluster, storage_path=words.run.storage_path) as resources:
         spoken = train(words, resources)
     language_model = _take_out(Path(spoken.folder.bundle), CACHE / "words-language-model")

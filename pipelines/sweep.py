@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llava_ray.config.sweep_recipes import load_sweep
+from llava_ray.worker_forks import prepare_forks, start_forks
 from pipelines.command import run_command, split_dry_run
 from pipelines.places import check_run_models, check_run_places
 from pipelines.prerequisites import check_prerequisites, missing_models
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str]) -> "Sweep | None":
             print(line)
         return None
     check_run_places(config, space)
+    prepare_forks(config)
     from llava_ray.report.charts import check_plotting
     from llava_ray.runtime import connected, local_runs
     from llava_ray.sweep.folder import open_sweep
@@ -47,6 +49,7 @@ def main(arguments: Sequence[str]) -> "Sweep | None":
     from llava_ray.sweep.trial import finetune_trial
     from pipelines.sweep_results import closing_sweep, print_sweep, save_sweep, start_sweep_run
 
+    start_forks()
     check_plotting()
     check_sweep(config, space)
     space = absolute_space(space)
@@ -56,7 +59,11 @@ def main(arguments: Sequence[str]) -> "Sweep | None":
     start = time.perf_counter()
     tracked = start_sweep_run(config, folder)
     cluster = connected(
-        config.cluster, runs=local_runs(config.cluster), quiet=True, storage_path=config.run.storage_path
+        config.cluster,
+        runs=local_runs(config.cluster),
+        quiet=True,
+        storage_path=config.run.storage_path,
+        dashboard=True,  # Ray Train asks it whether the controller of a trial that Tune has ended is alive
     )
     with leaving(), closing_sweep(tracked), cluster as resources:
         common = common_config(config, folder, tracked.tracking_uri, tracked.run_id)

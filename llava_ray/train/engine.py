@@ -18,6 +18,7 @@ from llava_ray.errors import ConfigError
 from llava_ray.model.adaptation import adapt
 from llava_ray.model.assembly import LlavaParts, assemble
 from llava_ray.model.freezing import freeze
+from llava_ray.train.deepspeed_import import import_deepspeed
 from llava_ray.train.groups import parameter_groups
 from llava_ray.train.schedule import schedule
 from llava_ray.train.zero import FUSED_ADAM, zero_config
@@ -67,8 +68,7 @@ def load_parts(
     config: FinetuneConfig, device: torch.device, say: Callable[[str], object] = lambda line: None
 ) -> LlavaParts:
     """Load the model, freeze its parts as configured, and move the tower to its device; ``say`` what is trainable."""
-    import deepspeed
-
+    deepspeed = import_deepspeed()
     check_bf16(config.train, device)
     transformers.utils.logging.disable_progress_bar()
     if device.type == "cuda":
@@ -98,8 +98,7 @@ def load_parts(
 
 def build_engine(parts: LlavaParts, config: FinetuneConfig, num_steps: int) -> "DeepSpeedEngine":
     """Build the engine around the trainable parts, with AdamW, the schedule and the run's ZeRO stage."""
-    import deepspeed
-
+    deepspeed = import_deepspeed()
     train = config.train
     groups = parameter_groups(parts.llava, train)
     settings: dict[str, Any] = {

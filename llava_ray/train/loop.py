@@ -47,7 +47,8 @@ def _train(settings: LoopSettings, blocks: Iterator[pa.Table], heart: Heartbeat)
     engine, parts = _load(settings, rank, device, heart)
     checkpointer = Checkpointer(engine, parts, settings)
     first_step = _resume(checkpointer, heart)
-    journal.rewind.remote(rank, first_step, world_size)
+    # By every rank before the first step: a late call would drop what others have recorded of it.
+    ray.get(journal.rewind.remote(rank, first_step, world_size))
     heart.enter("first batch")
     objective = OBJECTIVES[settings.objective]
     examiner = HeldOutEvaluator(settings.held_out, parts, objective, rank, world_size)

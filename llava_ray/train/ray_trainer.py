@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from functools import partial
 
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
-from ray.train.torch import TorchConfig
 
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.plan import Plan
@@ -14,10 +13,12 @@ from llava_ray.data.token_lengths import TokenLengths
 from llava_ray.placement import pool_selector
 from llava_ray.runtime import Resources
 from llava_ray.train.failures import FailureTeller
+from llava_ray.train.process_group import ProcessGroupConfig
 from llava_ray.train.runs import RunFolder, SnapshotKeeper, committed_step
 from llava_ray.train.settings import LoopSettings
 from llava_ray.train.stopping import StoppableTrainer
 from llava_ray.train.worker import run_worker
+from llava_ray.worker_forks import import_environment
 
 # How long Ray's controller waits for a worker that does not answer: the only one there is, or all, may be stopped.
 _HEALTH_CHECK = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
@@ -37,17 +38,11 @@ def scaling(resources: Resources) -> ScalingConfig:
 
 
 def worker_environment(config: FinetuneConfig, resources: Resources) -> dict[str, str]:
-    """Return the environment variables of the train workers; Ray does not pass on the driver's own."""
+    """Return the environment variables of the train workers, which they set before they import torch."""
     variables = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(resources.num_threads)}
     if resources.use_gpu:  # rows of different lengths would leave gaps that nothing fits into
         variables["PYTORCH_CUDA_ALLOC_CONF"] = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    else:
-        variables["DS_ACCELERATOR"] = "cpu"
-    if config.lora.quantization is None:
-        # We compile nothing, but DeepSpeed decorates an optimizer that we do not use: importing the compiler for it
-        # takes seconds of every start. bitsandbytes does compile.
-        variables["TORCHDYNAMO_DISABLE"] = "1"
-    return variables
+    return variables | import_environment(config, use_gpu=resources.use_gpu)
 
 
 def build_trainer(
@@ -65,7 +60,9 @@ def build_trainer(
     return StoppableTrainer(
         run_worker,
         train_loop_config={"settings": settings},
-        torch_config=TorchConfig(backend="nccl" if resources.use_gpu else "gloo"),
+        backend_config=ProcessGroupConfig(
+            "nccl" if resources.use_gpu else "gloo", environment=worker_environment(config, resources)
+        ),
         scaling_config=scaling(resources),
         run_config=RunConfig(
             name=run.name,
@@ -74,7 +71,6 @@ def build_trainer(
             checkpoint_config=CheckpointConfig(num_to_keep=config.train.save_total_limit),
             callbacks=[SnapshotKeeper(run), FailureTeller(settings.journal), *callbacks],
             logging_config=LoggingConfig(log_level="WARNING"),
-            worker_runtime_env={"env_vars": worker_environment(config, resources)},
         ),
         datasets={"train": TrainStream(partial(committed_step, run.storage_path, run.name), until)},
         dataset_config=DealToRanks(plan, until, lengths, settings.stream),

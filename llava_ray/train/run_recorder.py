@@ -4,6 +4,7 @@
 killed and resumed has the same bytes as one that never was. ``metrics.jsonl`` has a line per step with its metrics.
 """
 
+import datetime
 import json
 import time
 from collections import deque
@@ -61,10 +62,12 @@ class RunRecorder:
         params: dict[str, Any],
         logging_steps: int,
         environment: dict[str, str] | None = None,
+        started: float | None = None,
     ) -> None:
         """Open the ledger and metrics that earlier starts of this run have written, and the trackers.
 
-        ``environment`` holds variables for trackers beside MLflow, which ``params`` name.
+        ``environment`` holds variables for trackers beside MLflow, which ``params`` name; ``started`` is the time of
+        this start.
         """
         from llava_ray.tracking import TrackedRun  # MLflow; whoever holds this actor's handle imports this module
 
@@ -88,6 +91,8 @@ class RunRecorder:
         self.first: int | None = None
         self.ended: deque[tuple[int, float]] = deque(maxlen=_RATE_WINDOW)
         self.said: list[str] = []
+        self.started = time.time() if started is None else started
+        self.stepped = False
         self.stopping = False
         self.ranks = RankWatch()
         self.failure: LlavaRayError | None = None
@@ -160,9 +165,17 @@ class RunRecorder:
             self.last, self.last_metrics = step, self.unlogged.get(step, {})
             self.ended.append((step, time.monotonic()))
             self.state = TRAINING
+            self._say_first_step()
             if time.monotonic() - self.log_time > _SECONDS_BETWEEN_LOGS:
                 self.log()
         return self.stopping
+
+    def _say_first_step(self) -> None:
+        """Say how long the start took, once: restarted workers do not count."""
+        if not self.stepped:
+            self.stepped = True
+            now = datetime.datetime.now().time().isoformat("milliseconds")
+            self.say(f"First step done at {now}, {time.time() - self.started:.1f} s after its workers were asked for")
 
     def log(self) -> None:
         """Log new steps to MLflow."""
@@ -234,7 +247,7 @@ def start_recorder(run: RunFolder, config: FinetuneConfig, tracking_uri: str, se
     actor = ray.remote(RunRecorder).options(num_cpus=0, scheduling_strategy=here)
     environment = wandb_environment() if "wandb" in config.tracking.report_to else {}
     params = config.model_dump(mode="json")
-    return actor.remote(run.path, tracked, params, config.tracking.logging_steps, environment)
+    return actor.remote(run.path, tracked, params, config.tracking.logging_steps, environment, time.time())
 
 
 def _last_row(file: StepFile) -> dict[str, float]:

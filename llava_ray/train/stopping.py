@@ -1,8 +1,10 @@
 """The early end of a run: Ctrl-C and SIGTERM, which let it save first, and workers that failed too often."""
 
 import contextlib
+import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -11,9 +13,14 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError
 from ray.train import TrainingFailedError
-from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from llava_ray.errors import CheckpointError, Stopped
+from llava_ray.forked_worker import SERVER_VARIABLE
+from llava_ray.local_ray import NO_DASHBOARD_VARIABLE
 from llava_ray.log_file import terminal
 from llava_ray.train.failures import translate_error
 from llava_ray.train.run_recorder import TRAINING, RunProgress
@@ -72,10 +79,43 @@ class Stopping:
                     signal.signal(number, handler)
 
 
-class StoppableTrainer(TorchTrainer):
+class LocalWorkerGroup(WorkerGroup):
+    """Ray's group of workers without a runtime environment, where all processes have the driver's own anyway."""
+
+    def _get_worker_runtime_env(self, custom_runtime_env: Any) -> dict[str, Any]:
+        return dict(custom_runtime_env)
+
+
+class LocalController(TrainController):
+    """Ray's controller with such workers."""
+
+    worker_group_cls = LocalWorkerGroup
+
+
+class StoppableTrainer(DataParallelTrainer):
     """Ray's trainer with our handling of Ctrl-C; its own kills the workers wherever they are."""
 
     stopping: Stopping
+
+    def _create_default_callbacks(self) -> list[Any]:
+        """Return Ray's callbacks, without the one that asks a dashboard for ten seconds where there is none.
+
+        It frees the resources of a run whose controller has died. Without a dashboard, the cluster ends with the run.
+        """
+        callbacks = super()._create_default_callbacks()
+        if NO_DASHBOARD_VARIABLE in os.environ:
+            callbacks = [one for one in callbacks if not isinstance(one, PlacementGroupCleanerCallback)]
+        return callbacks
+
+    def _initialize_and_run_controller(self, **settings: Any) -> Any:
+        """Start the controller as Ray does; in a local cluster without a runtime environment, a start of its own."""
+        if SERVER_VARIABLE not in os.environ:
+            return super()._initialize_and_run_controller(**settings)
+        controller = ray.remote(num_cpus=0)(LocalController).remote(**settings)
+        if threading.current_thread() is threading.main_thread():  # a sweep's trials run in others
+            self._register_sigint_handler(controller)
+        ray.get(controller.run.remote())
+        return ray.get(controller.get_result.remote())
 
     def _register_sigint_handler(self, controller: Any) -> None:
         self.stopping.listen(controller)

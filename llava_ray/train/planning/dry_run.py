@@ -14,11 +14,13 @@ from llava_ray.data.first_look import count_samples
 from llava_ray.errors import ConfigError, DataError
 from llava_ray.invocation import command
 from llava_ray.model.summary import ModelSummary, summarize_model
+from llava_ray.runtime import local_threads, num_cores
 from llava_ray.train.planning.automatic import Workers, decide_settings
 from llava_ray.train.planning.fitting import suggest_memory_fixes
 from llava_ray.train.planning.memory import GIB, GPU_MEMORY_GIB, Memory, estimate_memory
 from llava_ray.train.planning.sizing import measure_sizes, run_settings
 from llava_ray.uploads import MB, check_upload
+from llava_ray.worker_forks import starts_here
 
 _LABELS = {
     "weights": "weights",
@@ -66,6 +68,8 @@ def describe_run(
     if not device.is_gpu:
         memory = replace(memory, reserved=0.0)
     yield from tell_memory(memory, config, device)
+    if not device.is_gpu and cluster is None and starts_here(config.cluster.address):
+        yield f"Compute threads of each worker: {local_threads(config.cluster)}, on {num_cores()} core(s) here"
     if device.is_gpu and device.memory_gib is not None and memory.total > device.memory_gib * GIB:
         fixes = [
             f"  {fix}  ({needed / GIB:.1f} GiB)"

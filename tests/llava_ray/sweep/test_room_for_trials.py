@@ -1,11 +1,13 @@
 """How many trials a cluster has room for, and settings of shares of a GPU."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from llava_ray import runtime
 from llava_ray.config.sections import ClusterConfig
 from llava_ray.errors import ConfigError
-from llava_ray.runtime import Resources, local_cpus, local_runs, runs_at_once, share_cores
+from llava_ray.runtime import Resources, local_cpus, local_runs, local_threads, runs_at_once, share_cores, share_node
 from llava_ray.sweep.cluster_usage import Group, check_state_api, find_orphans
 
 
@@ -43,6 +45,30 @@ def test_cores_are_shared_out_to_the_workers_that_there_are(monkeypatch, cores, 
     assert shared.cores == cores
     assert shared.bundle == {"CPU": 1.0}  # reserved is what it was: the stream of data finds its CPUs
     assert share_cores(Resources(workers, 3.5, False, None), runs, given=True).num_threads == 3
+    assert local_threads(ClusterConfig(num_workers=workers)) == max(1, cores // workers)
+    assert local_threads(ClusterConfig(num_workers=workers, cpus_per_worker=3.5)) == 3
+
+
+@pytest.mark.parametrize(
+    ("nodes", "given", "use_gpu", "threads"),
+    [
+        ([("here", 8.0)], False, False, 8),
+        ([("here", 2.0)], False, False, 2),  # as many as the cluster was given
+        ([("here", 16.0)], False, False, 8),  # of logical ones, as many as there are
+        ([("here", 8.0)], True, False, 1),
+        ([("here", 8.0)], False, True, 1),
+        ([("there", 8.0)], False, False, 1),
+        ([("here", 8.0), ("there", 8.0)], False, False, 1),
+    ],
+)
+def test_the_only_node_of_a_joined_cluster_is_shared_out_too(monkeypatch, nodes, given, use_gpu, threads):
+    monkeypatch.setattr(runtime, "num_cores", lambda: 8)
+    rows = [{"NodeID": name, "Alive": True, "Labels": {}, "Resources": {"CPU": cpus}} for name, cpus in nodes]
+    monkeypatch.setattr(runtime.ray, "nodes", lambda: rows)
+    monkeypatch.setattr(runtime.ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "here"))
+    shared = share_node(Resources(1, 1.0, use_gpu, None), given=given)
+    assert shared.num_threads == threads
+    assert shared.bundle["CPU"] == 1.0
 
 
 def test_a_quota_of_cores_counts(monkeypatch):

@@ -238,7 +238,9 @@ def test_the_rate_is_that_of_the_last_steps_and_a_stop_is_heard_with_the_next_re
     assert (standing.state, standing.done, standing.steps_per_second) == ("training", 44, 0.5)
     journal.say("What learns: all")
     journal.say("What learns: all")
-    assert journal.progress().said == ["What learns: all"]
+    first, said = journal.progress().said
+    assert first.startswith("First step done at ")  # of four
+    assert said == "What learns: all"
     journal.stop()
     assert journal.record(0, 44, {"loss": 1.0}, ["a"]) is True
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
