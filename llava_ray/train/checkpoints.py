@@ -30,7 +30,7 @@ from llava_ray.train.randomness import random_state, seed_all, set_random_state
 from llava_ray.train.settings import LoopSettings
 from llava_ray.train.staging import Write, stageable_bytes, staging
 from llava_ray.train.universal import load_for_other_world_size
-from llava_ray.train.uploads import Uploads
+from llava_ray.train.uploads import CheckpointUploads
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -53,7 +53,7 @@ class Checkpointer:
         name = settings.config.run.name
         self.local = Path(tempfile.gettempdir()) / f"llava_ray-{name}-{settings.plan_hash}-rank{self.rank}"
         shutil.rmtree(self.local, ignore_errors=True)
-        self.uploads = Uploads(settings.journal, self.rank)
+        self.uploads = CheckpointUploads(settings.journal, self.rank)
 
     def restore(self) -> int:
         """Load the committed checkpoint, if there is one, and return the step to resume at."""

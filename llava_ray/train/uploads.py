@@ -20,7 +20,7 @@ from llava_ray.train.staging import Write
 _RECORD_SECONDS = 0.02  # between two looks whether the other ranks' records have come
 
 
-class Uploads:
+class CheckpointUploads:
     """Write and commit one rank's checkpoints."""
 
     def __init__(self, journal: ActorHandle, rank: int) -> None:

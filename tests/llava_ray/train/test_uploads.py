@@ -13,7 +13,7 @@ from pyarrow.fs import LocalFileSystem
 from llava_ray.errors import CheckpointError
 from llava_ray.train import staging
 from llava_ray.train.staging import StagedFiles, copy_tensors, free_memory
-from llava_ray.train.uploads import Uploads
+from llava_ray.train.uploads import CheckpointUploads
 
 
 class Storage:
@@ -38,14 +38,14 @@ class Journal:
 
 
 @pytest.fixture
-def uploads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Uploads:
+def uploads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> CheckpointUploads:
     """Rank 0's uploads, and a folder for what it stages."""
     monkeypatch.setattr("llava_ray.train.uploads.ray.get", lambda value: value)
     (tmp_path / "local").mkdir()
-    return Uploads(Journal(), 0)
+    return CheckpointUploads(Journal(), 0)
 
 
-def upload(uploads: Uploads, storage: Storage, writes: list[Any], monkeypatch: Any, folder: Path) -> Any:
+def upload(uploads: CheckpointUploads, storage: Storage, writes: list[Any], monkeypatch: Any, folder: Path) -> Any:
     context = SimpleNamespace(get_storage=lambda: storage)
     monkeypatch.setattr("llava_ray.train.uploads.ray.train.get_context", lambda: context)
     return uploads.upload(writes, 8, uploads.ended, SimpleNamespace(path=str(folder / "local")), "step-8")
