@@ -122,10 +122,13 @@ def take_step(engine: Any, num_tokens: int) -> float:
     """Take a step on random tokens and return its seconds."""
     import torch
 
+    from llava_ray.model.network.sample_attention import SampleBorders
+
     start = time.perf_counter()
     ids = torch.randint(5, 300, (1, num_tokens))
     predicting = torch.arange(0, num_tokens - 1, 2)
-    logits = engine(ids, torch.arange(num_tokens)[None], predicting)
+    borders = SampleBorders.of([num_tokens], torch.device("cpu"))
+    logits = engine(ids, torch.arange(num_tokens)[None], predicting, borders=borders)
     engine.backward(torch.nn.functional.cross_entropy(logits.float(), ids[0, predicting + 1]), scale_wrt_gas=False)
     engine.step()
     return time.perf_counter() - start

@@ -19,6 +19,7 @@ from llava_ray.errors import CheckpointError
 from llava_ray.model.formats.manifest import read_manifest
 from llava_ray.model.loading import load_pretrained_model
 from llava_ray.model.lora.adapters import has_adapter
+from llava_ray.model.network.sample_attention import SampleBorders
 from llava_ray.train.consolidation import consolidate
 
 pytestmark = pytest.mark.slow
@@ -87,7 +88,8 @@ def step_loss(engine: Any, rank: int, step: int, seen: tuple[int, ...]) -> float
     ids[0, 2:18] = -200
     image = {"pixels" if len(seen) == 3 else "features": torch.randn(1, *seen, generator=draw)}
     labels = ids.masked_fill(ids < 0, -100)
-    loss = engine(ids, torch.arange(40)[None], labels, **image).sum() / 46
+    borders = SampleBorders.of([40], torch.device("cpu"))
+    loss = engine(ids, torch.arange(40)[None], labels, borders=borders, **image).sum() / 46
     engine.backward(loss * 2, scale_wrt_gas=False)
     engine.step()
     total = loss.detach().clone()
