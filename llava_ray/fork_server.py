@@ -65,7 +65,7 @@ def keep_random_ids_apart() -> None:
     import ray.actor
 
     class SystemsRandom:
-        """What ``ray.actor`` uses of ActorClassID."""
+        """The part of ActorClassID that ``ray.actor`` uses."""
 
         @staticmethod
         def from_random() -> Any:

@@ -23,7 +23,7 @@ from pipelines.prerequisites import check_prerequisites, missing_models
 
 if TYPE_CHECKING:
     from llava_ray.shared_storage import Places
-    from llava_ray.train.trainer import FinishedRun
+    from llava_ray.train.finished_run import FinishedRun
 
 
 _STEPS = "give a step as metrics.jsonl numbers it, or the first and the last of several: --profile 20-22"

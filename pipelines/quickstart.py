@@ -21,7 +21,7 @@ from pipelines.command import run_command, timed
 
 if TYPE_CHECKING:
     from llava_ray.runtime import Resources
-    from llava_ray.train.trainer import FinishedRun
+    from llava_ray.train.finished_run import FinishedRun
 
 CACHE, _FOLDER = Path("runs/cache/quickstart"), Path("runs/quickstart")
 RECIPES = Path(__file__).parent / "recipes/quickstart"

@@ -13,7 +13,7 @@ from llava_ray.invocation import command, recipe_argument
 from llava_ray.quickstart import easy_vqa
 from llava_ray.report.pieces import AnswerVerdict, Link, Links, Picture, Report
 from llava_ray.report.tuning import Accuracy, tuning_report
-from llava_ray.train.trainer import FinishedRun
+from llava_ray.train.finished_run import FinishedRun
 
 _NUM_PICTURES = 24
 _NEXT_STEPS = """

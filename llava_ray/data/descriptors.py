@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from llava_ray.data.packing import NO_STEP, ROWS_PER_BLOCK
-from llava_ray.data.plan import Plan, SampleCost, assign_to_ranks
+from llava_ray.data.plan import Plan
+from llava_ray.data.row_assignment import SampleCost, assign_to_ranks
 from llava_ray.data.token_lengths import TokenLengths
 
 _COLUMNS = ("shard", "row", "part", "num_tokens", "num_supervised", "num_images")
@@ -23,7 +24,7 @@ _PLACES = ("shard", "row", "part", "num_tokens")
 _BLOCKS_PER_RANK = 2
 
 
-class Window(TypedDict):
+class StepWindow(TypedDict):
     """Consecutive steps that one task reads: their number of examples each, and all examples as int32 bytes."""
 
     first_step: int
@@ -31,7 +32,7 @@ class Window(TypedDict):
     examples: bytes
 
 
-def plan_windows(plan: Plan, steps: range, row_length: int, world_size: int) -> Iterator[Window]:
+def plan_windows(plan: Plan, steps: range, row_length: int, world_size: int) -> Iterator[StepWindow]:
     """Yield the windows of consecutive ``steps``, each about one shuffle window, so that it reads each shard once."""
     length = _steps_per_window(plan, row_length, world_size)
     for first in range(steps.start, steps.stop, length):
@@ -57,7 +58,7 @@ def describe_micro_batches(
 
 
 def describe_window(
-    window: Window, lengths: TokenLengths, row_length: int, world_size: int, cost: SampleCost | None = None
+    window: StepWindow, lengths: TokenLengths, row_length: int, world_size: int, cost: SampleCost | None = None
 ) -> pa.Table:
     """Return the micro-batches of a window, in blocks of ROWS_PER_BLOCK rows of rank 0, 1, …, 0, 1, … by turns."""
     examples = lengths.take(np.frombuffer(window["examples"], np.int32), _COLUMNS)

@@ -5,7 +5,7 @@ from typing import TypedDict
 
 from llava_ray.config.sections import DataConfig, ModelConfig
 from llava_ray.data.encoder_settings import EncoderSettings
-from llava_ray.data.plan import SampleCost
+from llava_ray.data.row_assignment import SampleCost
 from llava_ray.images.geometry import ImageSpec
 from llava_ray.images.tokens import ImageTokens
 

@@ -32,7 +32,7 @@ _RECORD_COLUMNS = ["id", "turns", "images", "widths", "heights"]
 def read_blocks(
     windows: pa.Table, settings: StreamSettings, lengths: TokenLengths, world_size: int
 ) -> Iterator[pa.Table]:
-    """Yield the micro-batches of windows (see ``descriptors.Window``), a block at a time."""
+    """Yield the micro-batches of windows (see ``descriptors.StepWindow``), a block at a time."""
     for window in windows.to_pylist():
         descriptors = describe_window(window, lengths, settings.row_length, world_size, settings.cost)
         yield from map(pack_block, read_micro_batches(descriptors, settings))

@@ -17,7 +17,7 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataIterator, Dataset, ExecutionOptions, TaskPoolStrategy
 from ray.train import DataConfig as TrainDataConfig
 
-from llava_ray.data.descriptors import Window, plan_windows
+from llava_ray.data.descriptors import StepWindow, plan_windows
 from llava_ray.data.plan import Plan
 from llava_ray.data.settings import StreamSettings
 from llava_ray.data.stages import BlockImageDecoder, read_blocks
@@ -73,7 +73,7 @@ class DealToRanks(TrainDataConfig):
         return [{"train": split} for split in dataset.streaming_split(world_size, equal=False)]
 
 
-def stream(windows: list[Window], lengths: TokenLengths, settings: StreamSettings, world_size: int) -> Dataset:
+def stream(windows: list[StepWindow], lengths: TokenLengths, settings: StreamSettings, world_size: int) -> Dataset:
     """Attach the stages to the windows. Every block is one row, of ROWS_PER_BLOCK micro-batches of one rank."""
     # A task for each window, whatever Ray would choose.
     dataset = ray.data.from_items(windows, override_num_blocks=max(1, len(windows)))

@@ -24,7 +24,7 @@ _INNER = ("o_proj", "out_proj", "dense", "proj", "wo", "down_proj", "fc2", "w2",
 
 @dataclass(frozen=True)
 class StepWork:
-    """What a step has to compute on one rank."""
+    """The work of a step on one rank."""
 
     num_tokens: Sequence[int]
     """Of each sample."""

@@ -5,7 +5,6 @@ killed and resumed has the same bytes as one that never was. ``metrics.jsonl`` h
 """
 
 import datetime
-import json
 import time
 from collections import deque
 from collections.abc import Callable
@@ -18,7 +17,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.errors import LlavaRayError
-from llava_ray.images.reading import open_filesystem
 from llava_ray.optional_trackers import Tracker, open_trackers, wandb_environment
 from llava_ray.reading import describe_error
 from llava_ray.train.rank_watch import Orders, Position, RankWatch
@@ -26,7 +24,6 @@ from llava_ray.train.runs import RunFolder
 from llava_ray.train.step_file import StepFile
 
 _SECONDS_BETWEEN_LOGS = 5.0
-_LONGEST_ROW = 2**16  # bytes of a step's metrics
 _RATE_WINDOW = 50  # the window over which the rate is computed
 
 TRAINING = "training"
@@ -81,7 +78,7 @@ class RunRecorder:
         self.metrics = StepFile(f"{run_folder}/metrics.jsonl")
         self.last = self.ledger.last
         """The last step that all ranks have recorded."""
-        self.last_metrics = _last_row(self.metrics)
+        self.last_metrics = self.metrics.read_last()
         self.unlogged: dict[int, dict[str, float]] = {}
         """Metrics that MLflow does not have yet."""
         self.partial: dict[int, dict[int, list[str]]] = {}
@@ -146,7 +143,7 @@ class RunRecorder:
             self.last_metrics = {}
         for file in (self.ledger, self.metrics):
             file.rewind(first_step)
-        self.last_metrics = self.last_metrics or _last_row(self.metrics)
+        self.last_metrics = self.last_metrics or self.metrics.read_last()
         self.unlogged = {step: row for step, row in self.unlogged.items() if step < first_step}
         self.last = min(self.last, first_step - 1)
         self.first = first_step
@@ -248,15 +245,3 @@ def start_recorder(run: RunFolder, config: FinetuneConfig, tracking_uri: str, se
     environment = wandb_environment() if "wandb" in config.tracking.report_to else {}
     params = config.model_dump(mode="json")
     return actor.remote(run.path, tracked, params, config.tracking.logging_steps, environment, time.time())
-
-
-def _last_row(file: StepFile) -> dict[str, float]:
-    """Return the last row on storage without its step; {} where there is none."""
-    if file.last < 0:
-        return {}
-    files, place = open_filesystem(file.path)
-    with files.open(place, "rb") as stream:
-        stream.seek(max(0, file.size - _LONGEST_ROW))
-        row: dict[str, float] = json.loads(stream.read(min(file.size, _LONGEST_ROW)).splitlines()[-1])
-    del row["step"]
-    return row

@@ -11,6 +11,8 @@ from llava_ray.data.storage import read_stored, write_tail
 from llava_ray.errors import DataError
 from llava_ray.images.reading import open_filesystem
 
+_LONGEST_ROW = 2**16  # bytes
+
 
 class StepFile:
     """The rows of one file: those on storage by number of bytes, those that are not yet there in memory."""
@@ -47,6 +49,17 @@ class StepFile:
         self.size += len(text)
         self.last = max(self.waiting, default=self.last)
         self.waiting, self.changed = {}, False
+
+    def read_last(self) -> dict[str, Any]:
+        """Return the last row on storage without its step; {} where there is none."""
+        if self.last < 0:
+            return {}
+        files, place = open_filesystem(self.path)
+        with files.open(place, "rb") as stream:
+            stream.seek(max(0, self.size - _LONGEST_ROW))
+            row: dict[str, Any] = json.loads(stream.read(min(self.size, _LONGEST_ROW)).splitlines()[-1])
+        del row["step"]
+        return row
 
     def _measure(self, before: int | None) -> None:
         """Find where the rows of steps below ``before`` end, and the last of them; None for all rows."""

@@ -1,15 +1,12 @@
 """One fine-tuning run on a Ray cluster, from resolved settings to a bundle."""
 
-import json
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import ray
-from ray.actor import ActorHandle
 from ray.train import UserCallback
 
-from llava_ray.config.recipes import settings_hash
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.encoder_settings import EncoderSettings
 from llava_ray.data.feature_writing import cache_features
@@ -18,12 +15,12 @@ from llava_ray.data.plan import Plan
 from llava_ray.data.preparation import prepare_data
 from llava_ray.data.settings import StreamSettings
 from llava_ray.data.shards import PreparedData, is_prepared
-from llava_ray.data.storage import write_stored
 from llava_ray.data.token_lengths import TokenLengths
 from llava_ray.errors import ConfigError
 from llava_ray.model.blueprint import Blueprint, read_blueprint
 from llava_ray.runtime import Resources
-from llava_ray.tracking import default_tracking_uri, moved_tracking_uri
+from llava_ray.tracking import default_tracking_uri
+from llava_ray.train.finished_run import FinishedRun, note_finished, reuse_finished
 from llava_ray.train.identity import identify_run, identity_hash
 from llava_ray.train.planning.automatic import Workers, decide_settings
 from llava_ray.train.planning.costs import estimate_cost
@@ -31,7 +28,6 @@ from llava_ray.train.progress import closing_run, progress_bar
 from llava_ray.train.ray_trainer import build_trainer
 from llava_ray.train.run_recorder import start_recorder
 from llava_ray.train.runs import (
-    RunFolder,
     absolute_paths,
     claim_run,
     committed_step,
@@ -39,29 +35,9 @@ from llava_ray.train.runs import (
     repair_run,
 )
 from llava_ray.train.settings import HeldOut, LoopSettings
-from llava_ray.train.step_file import read_rows
 from llava_ray.train.stopping import fit
 
 _HELD_OUT_BATCH = 64  # held-out samples that are packed into one step
-
-
-@dataclass(frozen=True)
-class FinishedRun:
-    """The result of a finished run."""
-
-    folder: RunFolder
-    num_steps: int
-    metrics: dict[str, float]
-    """Of the last step."""
-    tracking_uri: str
-    mlflow_run_id: str
-    data_hash: str
-    reused: bool = False
-    """Whether it was already finished, so that nothing was done."""
-
-    def read_losses(self) -> list[float]:
-        """Load the loss of every step."""
-        return [row["loss"] for row in read_rows(f"{self.folder.path}/metrics.jsonl")]
 
 
 def finetune(
@@ -101,14 +77,12 @@ def train_until(
     """
     identity = identify_run(config, prepared.data_hash)
     run = find_run(config, identity)
-    saved = None if config.run.restart else run.finished(prepared.data_hash)
-    if saved is not None:
-        uri = config.tracking.tracking_uri or moved_tracking_uri(saved["tracking_uri"], config.run.storage_path)
-        return FinishedRun(run, reused=True, **saved | {"tracking_uri": uri})
+    if (finished := reuse_finished(config, run, prepared)) is not None:
+        return finished
     begun = run.noted_settings() if run.is_claimed and not config.run.restart else None
     config, decided = decide_settings(config, Workers.of(resources), begun)
-    if show_progress:
-        print(*decided, sep="\n", end="\n" * bool(decided), flush=True)  # noqa: T201 - for the person who started the run
+    if show_progress and decided:
+        print(*decided, sep="\n", flush=True)  # noqa: T201 - for the person who started the run
     config = config.replaced(absolute_paths(config) | {"run.name": run.name})
     blueprint = read_blueprint(config.model, config.data.image_aspect_ratio)
     lengths, plan = make_plan(config, prepared, blueprint)
@@ -144,7 +118,7 @@ def train_until(
     if until < plan.num_steps:
         ray.get(journal.flush.remote())
         return None
-    return _note_finished(config, run, plan, prepared, journal, tracking_uri)
+    return note_finished(config, run, plan, prepared, journal, tracking_uri)
 
 
 def make_plan(config: FinetuneConfig, prepared: PreparedData, blueprint: Blueprint) -> tuple[TokenLengths, Plan]:
@@ -213,33 +187,3 @@ def held_out_samples(config: FinetuneConfig, blueprint: Blueprint, resources: Re
         shuffle_window=0,
     )
     return HeldOut(settings, plan, lengths, settings_held_out.num_answers, settings_held_out.max_new_tokens)
-
-
-def _note_finished(
-    config: FinetuneConfig, run: RunFolder, plan: Plan, prepared: PreparedData, journal: ActorHandle, tracking_uri: str
-) -> FinishedRun:
-    """Close the MLflow run with lineage and artifacts, and save ``finished.json`` in the run's folder."""
-    lineage = {
-        "data_path": config.data.data_path,
-        "data_hash": prepared.data_hash,
-        "plan_hash": plan.hash,
-        "model_name_or_path": config.model.model_name_or_path,
-        "vision_tower": str(config.model.vision_tower),
-        "settings_hash": settings_hash(config),
-        "bundle": run.bundle,
-    }
-    local = "://" not in run.path  # MLflow copies from this node's own files
-    artifacts = {"model": run.bundle} if config.tracking.log_model and local else {}
-    files = [f"{run.path}/{name}" for name in ("resolved.json", "ledger.jsonl", "metrics.jsonl")] if local else []
-    tags = {f"llava_ray.{key}": value for key, value in lineage.items()}
-    run_id = ray.get(journal.close.remote("FINISHED", tags, artifacts, files))
-    metrics = ray.get(journal.progress.remote()).metrics
-    saved = {
-        "num_steps": plan.num_steps,
-        "metrics": metrics,
-        "tracking_uri": tracking_uri,
-        "mlflow_run_id": run_id,
-        "data_hash": prepared.data_hash,
-    }
-    write_stored(f"{run.path}/finished.json", json.dumps(saved, indent=1).encode())
-    return FinishedRun(run, **saved)

@@ -11,8 +11,8 @@ from llava_ray.generate.answers import Actors, GeneratedAnswer
 from llava_ray.generate.questions import ModelQuestion
 from llava_ray.quickstart import easy_vqa
 from llava_ray.report.rendering import render_report
+from llava_ray.train.finished_run import FinishedRun
 from llava_ray.train.runs import RunFolder
-from llava_ray.train.trainer import FinishedRun
 from pipelines import quickstart_results
 
 CONVERSATIONS = easy_vqa.test_conversations(30, seed=0)

@@ -18,7 +18,8 @@ from llava_ray.quickstart.easy_vqa_records import write_conversations, write_ope
 from llava_ray.quickstart.registry_weights import make_language_model as make_smollm2
 from llava_ray.quickstart.registry_weights import make_vision_tower as make_dinov2
 from llava_ray.runtime import connected
-from llava_ray.train.trainer import FinishedRun, finetune
+from llava_ray.train.finished_run import FinishedRun
+from llava_ray.train.trainer import finetune
 
 ROOT = Path(__file__).parents[2]
 OTHERS = ("evaluate", "review", "sweep")  # stages whose recipes are not runs

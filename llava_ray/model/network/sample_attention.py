@@ -31,7 +31,7 @@ _DATA_CENTRE = ((8, 0), (9, 0), (10, 0))
 
 @dataclass(frozen=True, eq=False)
 class SampleBorders:
-    """Where the samples of a packed row lie. ``ends`` are 0 and the end of each sample, on the row's device."""
+    """The places of the samples in a packed row. ``ends`` are 0 and the end of each sample, on the row's device."""
 
     lengths: tuple[int, ...]
     ends: Int32[Tensor, " n"]
@@ -47,7 +47,7 @@ class SampleBorders:
 
 @dataclass(frozen=True)
 class _Scores:
-    """How a layer weighs the earlier tokens of a sample."""
+    """The weighing of a sample's earlier tokens by a layer."""
 
     scaling: float
     dropout: float

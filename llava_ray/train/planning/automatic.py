@@ -32,7 +32,7 @@ _SHAPE = (512, 1024, 2048)  # of the matrices multiplied: a row of tokens and a 
 
 @dataclass(frozen=True)
 class Workers:
-    """What train workers compute with: their GPUs' names and memory in GiB where known; None without GPUs."""
+    """The devices of train workers: their GPUs' names and memory in GiB where known; None without GPUs."""
 
     gpus: Mapping[str, float | None] | None
 

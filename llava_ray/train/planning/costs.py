@@ -3,7 +3,7 @@
 from typing import Any
 
 from llava_ray.config.sections import FinetuneConfig
-from llava_ray.data.plan import SampleCost
+from llava_ray.data.row_assignment import SampleCost
 from llava_ray.model.blueprint import Blueprint
 from llava_ray.model.network.tower_families import find_depths, find_family
 

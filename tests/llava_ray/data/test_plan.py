@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from llava_ray.data.plan import Plan, SampleCost, Source, assign_to_ranks, pack
+from llava_ray.data.plan import Plan, PlanSource
+from llava_ray.data.row_assignment import SampleCost, assign_to_ranks, pack
 
 
 def make_plan(**changes) -> Plan:
@@ -87,10 +88,10 @@ def test_hashes_of_plans_stay_as_they_were():
     assert hashes == HASHES
 
 
-def make_sources() -> tuple[Source, Source]:
+def make_sources() -> tuple[PlanSource, PlanSource]:
     draw = np.random.default_rng(3)
-    few = Source(draw.integers(20, 400, 30).astype(np.int32), np.repeat(np.arange(3), 10).astype(np.int32))
-    return few, Source(draw.integers(20, 400, 200).astype(np.int32), np.repeat(np.arange(10), 20).astype(np.int32))
+    few = PlanSource(draw.integers(20, 400, 30).astype(np.int32), np.repeat(np.arange(3), 10).astype(np.int32))
+    return few, PlanSource(draw.integers(20, 400, 200).astype(np.int32), np.repeat(np.arange(10), 20).astype(np.int32))
 
 
 def test_one_source_drawn_once_is_the_plan_without_sources():
@@ -117,7 +118,7 @@ def test_sources_are_drawn_as_often_as_asked_evenly_through_the_epoch():
         assert 5 <= int((plan.step(step) < 30).sum()) <= 6
     assert list(order) != list(plan.order(1))
     with pytest.raises(ValueError, match="draws 3 examples from a source that has none"):
-        Plan.of_sources([(Source(few.num_tokens[:0], few.shard[:0]), 3)], **settings)
+        Plan.of_sources([(PlanSource(few.num_tokens[:0], few.shard[:0]), 3)], **settings)
 
 
 def test_pack_fills_rows_without_overflow_or_loss():

@@ -17,9 +17,10 @@ from llava_ray.model.network import sample_attention
 from llava_ray.model.network.sample_attention import SampleBorders, attend_samples
 from llava_ray.model.summary import summarize_model
 from llava_ray.runtime import connected
+from llava_ray.train.finished_run import FinishedRun
 from llava_ray.train.planning.memory import GIB, estimate_memory
 from llava_ray.train.planning.sizing import measure_sizes, run_settings
-from llava_ray.train.trainer import FinishedRun, finetune, train_until
+from llava_ray.train.trainer import finetune, train_until
 
 DEVICE = torch.device("cuda")
 

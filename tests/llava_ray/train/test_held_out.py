@@ -15,8 +15,9 @@ from llava_ray.chat.tokens import tokenize_prompt
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.preparation import prepare_data
 from llava_ray.runtime import connected
+from llava_ray.train.finished_run import FinishedRun
 from llava_ray.train.held_out import make_question, same
-from llava_ray.train.trainer import FinishedRun, finetune
+from llava_ray.train.trainer import finetune
 
 
 def run(config: FinetuneConfig) -> FinishedRun:

@@ -11,13 +11,15 @@ import torch
 from originals import write_original
 from samples import small_run, write_samples
 
-from llava_ray.data.plan import Plan, assign_to_ranks
+from llava_ray.data.plan import Plan
 from llava_ray.data.preparation import prepare_data
+from llava_ray.data.row_assignment import assign_to_ranks
 from llava_ray.errors import ConfigError
 from llava_ray.model.loading import load_pretrained_model
 from llava_ray.runtime import connected
+from llava_ray.train.finished_run import FinishedRun
 from llava_ray.train.phases import PHASES
-from llava_ray.train.trainer import FinishedRun, finetune
+from llava_ray.train.trainer import finetune
 
 pytestmark = pytest.mark.ray
 

@@ -8,12 +8,14 @@ import torch
 from safetensors.torch import load_file
 from samples import small_run, write_mixed_samples
 
-from llava_ray.data.plan import Plan, assign_to_ranks
+from llava_ray.data.plan import Plan
 from llava_ray.data.preparation import prepare_data
+from llava_ray.data.row_assignment import assign_to_ranks
 from llava_ray.model.loading import load_pretrained_model
 from llava_ray.runtime import connected
 from llava_ray.train.consolidation import consolidate
-from llava_ray.train.trainer import FinishedRun, finetune
+from llava_ray.train.finished_run import FinishedRun
+from llava_ray.train.trainer import finetune
 
 # `make test` runs LLaVA-1.6's recipe: tiles, several images, and a tower that learns.
 pytestmark = [pytest.mark.ray, pytest.mark.verify]

@@ -1,0 +1,74 @@
+"""The result of a finished run: closed in MLflow, saved in the run's folder, and found again by the next start."""
+
+import json
+from dataclasses import dataclass
+
+import ray
+from ray.actor import ActorHandle
+
+from llava_ray.config.recipes import settings_hash
+from llava_ray.config.sections import FinetuneConfig
+from llava_ray.data.plan import Plan
+from llava_ray.data.shards import PreparedData
+from llava_ray.data.storage import write_stored
+from llava_ray.tracking import moved_tracking_uri
+from llava_ray.train.runs import RunFolder
+from llava_ray.train.step_file import read_rows
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """The result of a finished run."""
+
+    folder: RunFolder
+    num_steps: int
+    metrics: dict[str, float]
+    """Of the last step."""
+    tracking_uri: str
+    mlflow_run_id: str
+    data_hash: str
+    reused: bool = False
+    """Whether it was already finished, so that nothing was done."""
+
+    def read_losses(self) -> list[float]:
+        """Load the loss of every step."""
+        return [row["loss"] for row in read_rows(f"{self.folder.path}/metrics.jsonl")]
+
+
+def reuse_finished(config: FinetuneConfig, run: RunFolder, prepared: PreparedData) -> FinishedRun | None:
+    """Return the result of a run that has finished before, None where there is still something to do."""
+    saved = None if config.run.restart else run.finished(prepared.data_hash)
+    if saved is None:
+        return None
+    uri = config.tracking.tracking_uri or moved_tracking_uri(saved["tracking_uri"], config.run.storage_path)
+    return FinishedRun(run, reused=True, **saved | {"tracking_uri": uri})
+
+
+def note_finished(
+    config: FinetuneConfig, run: RunFolder, plan: Plan, prepared: PreparedData, journal: ActorHandle, tracking_uri: str
+) -> FinishedRun:
+    """Close the MLflow run with lineage and artifacts, and save ``finished.json`` in the run's folder."""
+    lineage = {
+        "data_path": config.data.data_path,
+        "data_hash": prepared.data_hash,
+        "plan_hash": plan.hash,
+        "model_name_or_path": config.model.model_name_or_path,
+        "vision_tower": str(config.model.vision_tower),
+        "settings_hash": settings_hash(config),
+        "bundle": run.bundle,
+    }
+    local = "://" not in run.path  # MLflow copies from this node's own files
+    artifacts = {"model": run.bundle} if config.tracking.log_model and local else {}
+    files = [f"{run.path}/{name}" for name in ("resolved.json", "ledger.jsonl", "metrics.jsonl")] if local else []
+    tags = {f"llava_ray.{key}": value for key, value in lineage.items()}
+    run_id = ray.get(journal.close.remote("FINISHED", tags, artifacts, files))
+    metrics = ray.get(journal.progress.remote()).metrics
+    saved = {
+        "num_steps": plan.num_steps,
+        "metrics": metrics,
+        "tracking_uri": tracking_uri,
+        "mlflow_run_id": run_id,
+        "data_hash": prepared.data_hash,
+    }
+    write_stored(f"{run.path}/finished.json", json.dumps(saved, indent=1).encode())
+    return FinishedRun(run, **saved)
