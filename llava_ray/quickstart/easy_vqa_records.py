@@ -1,9 +1,9 @@
 """easy-vqa as LLaVA records for training: conversations about images, open questions, scenes described in words.
 
 A conversation asks several questions about one image, as LLaVA's mix does: the model learns to answer with a history
-before the question, and the image's tokens serve all of its questions. Scenes in words are asked about once each.
-Whether a word of the question fits the scene, inverted by "not", is a parity: from a mix of both a small model learns
-neither. The text-only curriculum has plain yes-or-no questions first, balanced, then the natural mix.
+before the question, and the image's tokens serve all of its questions. Whether a word of
+the question fits the scene, inverted by "not", is a parity: from a mix of both a small model learns neither. The
+text-only curriculum has plain yes-or-no questions first, balanced and alone, then the natural mix in conversations.
 """
 
 import json
@@ -33,19 +33,10 @@ def write_conversations(folder: Path, *, seed: int) -> Path:
 
     Images are relative to ``image_folder("train")``. Raises DataError.
     """
-    rng = random.Random(seed)
-    by_image: dict[Path, list[ShapeQuestion]] = defaultdict(list)
+    by_image: dict[str, list[ShapeQuestion]] = defaultdict(list)
     for question in read_questions("train"):
-        by_image[question.image].append(question)
-    conversations: list[list[ShapeQuestion]] = []
-    for about in by_image.values():
-        rng.shuffle(about)
-        while about:
-            num = rng.randint(*_NUM_ASKED)
-            conversations.append(about[:num])
-            del about[:num]
-    rng.shuffle(conversations)
-    return _write_images(folder / "conversations.json", conversations)
+        by_image[question.image.name].append(question)
+    return _write_images(folder / "conversations.json", _draw_conversations(by_image, random.Random(seed)))
 
 
 def write_open_questions(folder: Path, *, seed: int) -> Path:
@@ -74,14 +65,13 @@ def write_open_split(folder: Path, *, num_held_out_images: int, seed: int) -> tu
 def _write_alone(file: Path, questions: list[ShapeQuestion], seed: int) -> Path:
     """Write questions about images, each alone, in random order."""
     random.Random(seed).shuffle(questions)
-    return _write_images(file, [[question] for question in questions])
+    return _write_images(file, [(question.image.name, [question]) for question in questions])
 
 
-def _write_images(file: Path, conversations: Iterable[Sequence[ShapeQuestion]]) -> Path:
-    """Write conversations, each about one image, under the id of its first question."""
+def _write_images(file: Path, conversations: Iterable[tuple[str, Sequence[ShapeQuestion]]]) -> Path:
+    """Write images and the questions asked about each, under the id of the first."""
     records = [
-        {"id": asked[0].id, "image": asked[0].image.name, "conversations": _turns("<image>", asked)}
-        for asked in conversations
+        {"id": asked[0].id, "image": image, "conversations": _turns("<image>", asked)} for image, asked in conversations
     ]
     return _write_records(file, records)
 
@@ -89,8 +79,8 @@ def _write_images(file: Path, conversations: Iterable[Sequence[ShapeQuestion]]) 
 def write_words(folder: Path, *, num_first: int, num_natural: int, seed: int) -> Path:
     """Write ``num_first`` balanced, mostly plain yes-or-no questions, then ``num_natural`` of all kinds, as one file.
 
-    Each is asked about a caption. Text-only LLaVA JSON, to be trained on in this order (``data.shuffle_window = 0``).
-    Raises DataError.
+    They are asked about captions, the first ones alone, the others in conversations. Text-only LLaVA JSON, to be
+    trained on in this order (``data.shuffle_window = 0``). Raises DataError.
     """
     rng = random.Random(seed)
     by_image: dict[Path, list[ShapeQuestion]] = defaultdict(list)
@@ -99,12 +89,31 @@ def write_words(folder: Path, *, num_first: int, num_natural: int, seed: int) ->
     captions = {image: describe_scene(about) for image, about in by_image.items()}
     whole = {i for i, text in captions.items() if len({*COLOURS, *SHAPES} & {*text.split()}) == _COLOUR_AND_SHAPE}
     pool = [question for question in read_questions("train") if question.image in whole]
-    chosen = _draw_plain(pool, rng)[:num_first] + rng.sample(pool, num_natural)
+    plain = _draw_plain(pool, rng)[:num_first]
+    by_caption: dict[str, list[ShapeQuestion]] = defaultdict(list)
+    for question in rng.sample(pool, num_natural):
+        by_caption[captions[question.image]].append(question)
+    scenes = [(captions[question.image], [question]) for question in plain] + _draw_conversations(by_caption, rng)
     records = [
-        {"id": f"words-{number:05d}", "conversations": _turns(captions[question.image], [question])}
-        for number, question in enumerate(chosen)
+        {"id": f"words-{number:05d}", "conversations": _turns(caption, asked)}
+        for number, (caption, asked) in enumerate(scenes)
     ]
     return _write_records(folder / "words.json", records)
+
+
+def _draw_conversations(
+    by_scene: Mapping[str, Sequence[ShapeQuestion]], rng: random.Random
+) -> list[tuple[str, Sequence[ShapeQuestion]]]:
+    """Divide each scene's questions, in random order, into conversations of a random length; return all, shuffled."""
+    drawn: list[tuple[str, Sequence[ShapeQuestion]]] = []
+    for scene, questions in by_scene.items():
+        left = rng.sample(questions, len(questions))
+        while left:
+            num = rng.randint(*_NUM_ASKED)
+            drawn.append((scene, left[:num]))
+            left = left[num:]
+    rng.shuffle(drawn)
+    return drawn
 
 
 def _draw_plain(pool: Sequence[ShapeQuestion], rng: random.Random) -> list[ShapeQuestion]:
