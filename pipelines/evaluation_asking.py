@@ -17,7 +17,8 @@ from evals.files import as_json
 from evals.ranking import LogLikelihood, Ranking, find_best_letter, list_candidates, ranking_prompt
 from llava_ray.config.sections import AskConfig, EvaluateConfig
 from llava_ray.errors import ConfigError
-from llava_ray.generate.answers import Actors, Decoding, GeneratedAnswer, ModelToLoad, stream_answers
+from llava_ray.generate.answer_actor import ModelToLoad
+from llava_ray.generate.answers import Actors, Decoding, GeneratedAnswer, stream_answers
 from llava_ray.generate.answers_file import AnswersFile
 from llava_ray.generate.questions import ModelQuestion
 from llava_ray.model.formats.manifest import fingerprint_weights, library_versions

@@ -23,9 +23,9 @@ import torch
 from outcome import keep_result
 from PIL import Image
 
-from llava_ray.chat.conversation import Turn
+from llava_ray.chat.conversation import Turn, with_markers
 from llava_ray.chat.tokens import tokenize_prompt
-from llava_ray.generate.answers import Actors, Decoding, locate_model, stream_answers, with_markers
+from llava_ray.generate.answers import Actors, Decoding, locate_model, stream_answers
 from llava_ray.generate.decoding import answer_text, generate_batch
 from llava_ray.generate.questions import ModelQuestion
 from llava_ray.images.geometry import crop_views
