@@ -7,7 +7,7 @@ from llava_ray.log_file import LibraryLog, terminal
 
 
 def test_the_error_stream_and_handlers_that_hold_it_write_to_the_file_until_the_end(tmp_path, capsys):
-    logger = logging.getLogger("some.library")
+    logger = logging.getLogger("third.party")
     logger.propagate = False
     logger.addHandler(logging.StreamHandler())  # made before, as Ray's and transformers' are
     screen = sys.stderr

@@ -19,8 +19,7 @@ from pathlib import Path
 import pytest
 from commands import free_port, kill_one, running
 from samples import small_run, write_recipe
-
-from llava_ray.train.runs import SNAPSHOT, SNAPSHOT_COPY
+from watched_runs import committed, ledger
 
 pytestmark = pytest.mark.ray
 
@@ -51,28 +50,12 @@ def finish(recipe: Path, name: str) -> None:
     assert code == 0, (recipe.parent / f"{name}.log").read_text()[-3000:]
 
 
-def committed(recipe: Path, name: str) -> int:
-    """Return the step of the run's committed checkpoint."""
-    for file in (SNAPSHOT, SNAPSHOT_COPY):  # Ray rewrites its own in place: a kill, or a look just then, finds it torn
-        try:
-            snapshot = json.loads((recipe.parent / "runs" / name / file).read_text())
-            return max(int(row["checkpoint_dir_name"].removeprefix("step-")) for row in snapshot["checkpoint_results"])
-        except (OSError, ValueError):
-            continue
-    return 0
-
-
 def wait_for_step(recipe: Path, name: str, step: int) -> None:
     """Wait until a checkpoint of at least ``step`` is committed."""
     end = time.monotonic() + PATIENCE
     while committed(recipe, name) < step:
         assert time.monotonic() < end, (recipe.parent / f"{name}.log").read_text()[-3000:]
         time.sleep(0.1)
-
-
-def ledger(recipe: Path, name: str) -> bytes:
-    """Return the run's ledger."""
-    return (recipe.parent / "runs" / name / "ledger.jsonl").read_bytes()
 
 
 @pytest.fixture(scope="module")

@@ -97,4 +97,4 @@ def make_timm_processor(values: Mapping[str, Any], where: str) -> CLIPImageProce
 
 
 def _unfit(where: str, key: str, value: object, expected: str) -> ModelError:
-    return ModelError(f"{where}: pretrained_cfg.{key} is {short_repr(value)}, expected {expected}; mend it.")
+    return ModelError(f"{where}: pretrained_cfg.{key} is {short_repr(value)}, expected {expected}; fix it.")

@@ -18,8 +18,7 @@ from typing import Any
 import pytest
 from commands import kill_one, members, running
 from samples import small_run, write_recipe
-
-from llava_ray.train.runs import SNAPSHOT, SNAPSHOT_COPY
+from watched_runs import committed, ledger
 
 pytestmark = pytest.mark.ray
 
@@ -40,17 +39,6 @@ def started(recipe: Path, name: str, *flags: str) -> AbstractContextManager[Pope
     return running(command, recipe.parent / f"{name}.log")
 
 
-def committed(recipe: Path, name: str) -> int:
-    """Return the step of the run's committed checkpoint."""
-    for file in (SNAPSHOT, SNAPSHOT_COPY):  # a look just while Ray rewrites its own finds it torn
-        try:
-            snapshot = json.loads((recipe.parent / "runs" / name / file).read_text())
-            return max(int(row["checkpoint_dir_name"].removeprefix("step-")) for row in snapshot["checkpoint_results"])
-        except (OSError, ValueError):
-            continue
-    return 0
-
-
 def wait_until(
     process: Popen[bytes], is_true: Callable[[], bool], recipe: Path, name: str, patience: float = PATIENCE
 ) -> float:
@@ -61,11 +49,6 @@ def wait_until(
         assert waiting, read_log(recipe, name)[-3000:]
         time.sleep(0.1)
     return time.monotonic() - start
-
-
-def ledger(recipe: Path, name: str) -> bytes:
-    """Return a run's ledger."""
-    return (recipe.parent / "runs" / name / "ledger.jsonl").read_bytes()
 
 
 def losses(recipe: Path, name: str) -> list[float]:
