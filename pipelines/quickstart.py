@@ -5,7 +5,7 @@ python pipelines/quickstart.py
 
 DINOv2-small and SmolLM2-135M, cut to a few layers, come from registry packages, images and questions from easy-vqa.
 The language model learns to answer about scenes in words, a projector is aligned, the whole is tuned on images, each
-with DeepSpeed under Ray Train, and the test split is asked.
+with DeepSpeed under Ray Train, and the test split is asked, in conversations of three questions about an image.
 """
 
 import json
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 CACHE, _FOLDER = Path("runs/cache/quickstart"), Path("runs/quickstart")
 RECIPES = Path(__file__).parent / "recipes/quickstart"
-_NUM_TEST_QUESTIONS = 1_000
+_NUM_TEST_CONVERSATIONS = 400  # of three questions each
 
 
 def main(arguments: Sequence[str]) -> float:
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> float:
         for weights in (make_vision_tower(CACHE), make_language_model(CACHE)):
             print(f"{'Reused' if weights.reused else 'Converted'}: {weights.path}")
     with timed("data", seconds):
-        write_words(CACHE, num_first=3_200, num_natural=5_760, seed=0)
+        write_words(CACHE, num_first=3_200, num_natural=7_200, seed=0)
         write_open_questions(CACHE, seed=0)
         data = write_conversations(CACHE, seed=0)
     with connected(words.cluster, storage_path=words.run.storage_path) as resources:
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> float:
             adapter = ["--model.pretrain_mm_mlp_adapter", aligned.folder.bundle]
             tuned = train(load_recipe(FinetuneConfig, [f"{RECIPES}/tune.toml", *adapter, *common]), resources)
         with timed("evaluate", seconds):
-            asked = easy_vqa.test_questions(_NUM_TEST_QUESTIONS, seed=0)
+            asked = easy_vqa.test_conversations(_NUM_TEST_CONVERSATIONS, seed=0)
             said = answer(tuned, asked, Actors(resources.num_workers, resources.cpus_per_worker))
     shutil.copytree(tuned.folder.bundle, _FOLDER / "model", dirs_exist_ok=True)
     write_manifest(_FOLDER / "model", read_manifest(Path(tuned.folder.bundle)), _FOLDER / "model")
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str]) -> float:
     (_FOLDER / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     runs = {"words": spoken, "alignment": aligned, "instruction tuning": tuned}
     write_report(_FOLDER / "report.html", make_quickstart_report(report, runs, asked, said))
-    write_examples(_FOLDER, asked)
+    write_examples(_FOLDER, [question for conversation in asked for question in conversation])
     print_quickstart(_FOLDER, report, tuned, data)
     return float(report["held_out_accuracy"])
 

@@ -29,15 +29,27 @@ What next
 """
 
 
-def answer(tuned: FinishedRun, asked: Sequence[easy_vqa.ShapeQuestion], actors: Actors) -> dict[str, str]:
-    """Generate the model's answers, greedily in batches, or load them."""
+def answer(
+    tuned: FinishedRun, conversations: Sequence[Sequence[easy_vqa.ShapeQuestion]], actors: Actors
+) -> dict[str, str]:
+    """Generate the model's answers by question id, greedily in batches, or load them.
+
+    A later question of a conversation is asked with the model's own answers to the earlier ones before it.
+    """
     kept = Path(tuned.folder.path, "answers.json")
     if kept.exists():
         print(f"Reused: {kept}")
         return dict(json.loads(kept.read_text()))
-    questions = [ModelQuestion(q.id, q.question, str(q.image)) for q in asked]
+    questions = [
+        ModelQuestion(first.id, first.question, str(first.image), follow_ups=[q.question for q in later])
+        for first, *later in conversations
+    ]
     given = answer_questions(tuned.folder.bundle, questions, max_new_tokens=8, batch_size=50, actors=actors)
-    said = {a.id: a.answer for a in given}
+    said = {
+        question.id: text
+        for conversation, answered in zip(conversations, given, strict=True)
+        for question, text in zip(conversation, (answered.answer, *answered.later_answers), strict=True)
+    }
     kept.write_text(json.dumps(said, indent=0))
     return said
 
@@ -45,26 +57,35 @@ def answer(tuned: FinishedRun, asked: Sequence[easy_vqa.ShapeQuestion], actors: 
 def make_quickstart_report(
     report: Mapping[str, Any],
     runs: Mapping[str, FinishedRun],
-    asked: Sequence[easy_vqa.ShapeQuestion],
+    conversations: Sequence[Sequence[easy_vqa.ShapeQuestion]],
     said: Mapping[str, str],
 ) -> Report:
     """Build the report."""
     total = Accuracy("all", report["held_out_accuracy"], report["blind_accuracy"], report["num_test_questions"])
-    kinds = [Accuracy(kind, p["model"], p["blind"], p["num_questions"]) for kind, p in report["by_kind"].items()]
+    kinds, positions = (
+        [Accuracy(name, part["model"], part["blind"], part["num_questions"]) for name, part in report[key].items()]
+        for key in ("by_kind", "by_position")
+    )
     losses = {stage: run.read_losses() for stage, run in runs.items()}
-    pictures = [_picture(q, said.get(q.id, "")) for q in random.Random(0).sample(list(asked), _NUM_PICTURES)]
+    rng = random.Random(0)
+    pictures = [
+        _picture(some[: rng.randint(1, len(some))], said) for some in rng.sample(list(conversations), _NUM_PICTURES)
+    ]
     links = [Link("report.json", "report.json"), Link("the model, a bundle", "model/llava.json")]
     links += [Link(f"run: {stage}", f"{run.folder.name}/resolved.json") for stage, run in runs.items()]
     return tuning_report(
-        "A small LLaVA, trained here", [total, *kinds], losses, pictures, report["seconds"], Links(links)
+        "A small LLaVA, trained here", [total, *kinds], positions, losses, pictures, report["seconds"], Links(links)
     )
 
 
-def _picture(asked: easy_vqa.ShapeQuestion, said: str) -> Picture:
-    """Return a test image with question, answer and truth."""
-    verdict: AnswerVerdict = "right" if easy_vqa.normalize_answer(said) == asked.answer else "wrong"
-    content = Path(asked.image).read_bytes()
-    return Picture(content, f"test image {asked.id}", "", asked.question, said, asked.answer, verdict)
+def _picture(asked: Sequence[easy_vqa.ShapeQuestion], said: Mapping[str, str]) -> Picture:
+    """Return a test image with the last question, answer and truth; the turns before it are the caption."""
+    *earlier, last = asked
+    answer = said.get(last.id, "")
+    verdict: AnswerVerdict = "right" if easy_vqa.normalize_answer(answer) == last.answer else "wrong"
+    before = " ".join(f"{question.question} {said.get(question.id, '')}" for question in earlier)
+    content = last.image.read_bytes()
+    return Picture(content, f"test image {last.id}", before, last.question, answer, last.answer, verdict)
 
 
 def write_examples(folder: Path, asked: Sequence[easy_vqa.ShapeQuestion]) -> None:
@@ -86,6 +107,8 @@ def print_quickstart(folder: Path, report: Mapping[str, Any], tuned: FinishedRun
     print(f"Blind baseline    {report['blind_accuracy']:.1%} (most frequent answer, image unseen)")
     for kind, part in report["by_kind"].items():
         print(f"  {kind:<8} {part['model']:.1%}  (blind {part['blind']:.1%}, {part['num_questions']} questions)")
+    places = [f"{place} questions {part['model']:.1%}" for place, part in report["by_position"].items()]
+    print(f"By place in a conversation about an image: {', '.join(places)}")
     print("Seconds           " + ", ".join(f"{stage} {value:g}" for stage, value in report["seconds"].items()))
     print(f"\nReport   {folder}/report.html\nNumbers  {folder}/report.json\nModel    {folder}/model")
     images = easy_vqa.image_folder("train")

@@ -22,6 +22,7 @@ SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 KINDS = {"yes": YES_NO, "no": YES_NO} | dict.fromkeys(SHAPES, SHAPE) | dict.fromkeys(COLOURS, COLOUR)
 NEGATIONS = ("not", "no")
+POSITIONS = ("first", "second", "third")  # of a question in a conversation
 _READERS = {"train": "get_train_questions", "test": "get_test_questions"}
 
 
@@ -83,6 +84,17 @@ def test_questions(num: int, seed: int) -> list[ShapeQuestion]:
     return sorted(drawn, key=lambda question: question.id)
 
 
+def test_conversations(num: int, seed: int) -> list[tuple[ShapeQuestion, ...]]:
+    """Draw ``num`` conversations of the test split, each three questions about one image. Raises DataError."""
+    by_image: dict[Path, list[ShapeQuestion]] = defaultdict(list)
+    for question in read_questions("test"):
+        by_image[question.image].append(question)
+    pool = [about for about in by_image.values() if len(about) >= len(POSITIONS)]
+    _check_number(num, len(pool), "test conversations")
+    rng = random.Random(seed)
+    return [tuple(rng.sample(about, len(POSITIONS))) for about in rng.sample(pool, num)]
+
+
 def describe_scene(known: Iterable[ShapeQuestion]) -> str:
     """Describe an image by what its questions and answers reveal: "a red circle", "a red shape", "a circle"."""
     shape, colour = "shape", ""
@@ -120,21 +132,24 @@ def score_shape_answers(answers: Mapping[str, str], questions: Sequence[ShapeQue
     )
 
 
-def compute_accuracies(questions: Sequence[ShapeQuestion], answers: Mapping[str, str]) -> dict[str, Any]:
-    """Compute the accuracies of the model and of the blind baseline."""
+def compute_accuracies(conversations: Sequence[Sequence[ShapeQuestion]], answers: Mapping[str, str]) -> dict[str, Any]:
+    """Compute the accuracies of the model and of the blind baseline: in total, by kind and by position."""
     frequent = blind_answers()
-    model = score_shape_answers(answers, questions)
-    blind = score_shape_answers({q.id: frequent.get(q.question, "") for q in questions}, questions)
-    kinds = {
-        kind: {"model": part.accuracy, "blind": blind.by_kind[kind].accuracy, "num_questions": part.num_questions}
-        for kind, part in model.by_kind.items()
-    }
+    questions = [question for conversation in conversations for question in conversation]
+    guesses = {question.id: frequent.get(question.question, "") for question in questions}
+    model, blind = (score_shape_answers(some, questions) for some in (answers, guesses))
+    kinds = {kind: _beside_blind(part, blind.by_kind[kind]) for kind, part in model.by_kind.items()}
+    positions = {}
+    for name, asked in zip(POSITIONS, zip(*conversations, strict=True), strict=True):
+        ours, theirs = (score_shape_answers(some, asked).total for some in (answers, guesses))
+        positions[name] = _beside_blind(ours, theirs)
     return {
         "held_out_accuracy": model.total.accuracy,
         "blind_accuracy": blind.total.accuracy,
         "num_test_questions": len(questions),
         "missing_answers": len(model.missing),
         "by_kind": kinds,
+        "by_position": positions,
     }
 
 
@@ -152,6 +167,10 @@ def write_benchmark(folder: Path, questions: Sequence[ShapeQuestion]) -> Path:
 def normalize_answer(answer: str) -> str:
     """Return an answer in lower case, without space around it and without one final period."""
     return exact(answer)
+
+
+def _beside_blind(model: Count, blind: Count) -> dict[str, Any]:
+    return {"model": model.accuracy, "blind": blind.accuracy, "num_questions": model.num_questions}
 
 
 @functools.cache

@@ -22,7 +22,7 @@ _SMOOTHING = 0.9
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Held-out accuracy of the model and of the blind baseline, for all questions or one kind."""
+    """Held-out accuracy of the model and of the blind baseline, for all questions or some."""
 
     name: str
     model: float
@@ -33,20 +33,27 @@ class Accuracy:
 def tuning_report(
     title: str,
     accuracies: Sequence[Accuracy],
+    by_position: Sequence[Accuracy],
     losses: Mapping[str, Sequence[float]],
     pictures: Sequence[Picture],
     seconds: Mapping[str, float],
     links: Links,
 ) -> Report:
-    """Build a fine-tuning's report; the first accuracy is that of all questions, ``losses`` are by stage and step."""
+    """Build a fine-tuning's report; the first accuracy is that of all questions, the others are by kind.
+
+    ``by_position`` are the accuracies of the first, the second ... questions of conversations, ``losses`` are by stage
+    and step.
+    """
     total = accuracies[0]
     facts = [
         Fact("held-out accuracy", f"{total.model:.1%}", f"{total.num_questions:,} test questions"),
         Fact("blind baseline", f"{total.blind:.1%}", "most frequent answer, image unseen"),
         Fact("time", f"{sum(seconds.values()):.0f} s", "all stages"),
     ]
-    rows = [(f"{a.name} ({a.num_questions:,})", a.model, a.blind) for a in accuracies]
-    accuracy = bar_chart("Accuracy by kind of question", ("questions", "model"), rows, legend="blind baseline")
+    charts = [
+        _accuracy_chart("Accuracy by kind of question", accuracies),
+        _accuracy_chart("Accuracy by place in the conversation", by_position),
+    ]
     no_better = [] if total.model > total.blind else [Note("The model is no better than guessing blind.", warning=True)]
     times = Table(["stage", "seconds"], [[stage, round(value, 1)] for stage, value in seconds.items()])
     return Report(
@@ -54,7 +61,7 @@ def tuning_report(
         f"{total.model:.1%} of {total.num_questions:,} held-out questions answered right. Without the image, the most "
         f"frequent answer to each question gets {total.blind:.1%}.",
         [
-            Section("Accuracy", [accuracy, *no_better]),
+            Section("Accuracy", [*charts, *no_better]),
             Section("Loss", [_loss_chart(stage, values) for stage, values in losses.items()]),
             Section(
                 "Test images", [Gallery(pictures)], "Questions about images never seen in training, drawn at random."
@@ -64,6 +71,12 @@ def tuning_report(
         ],
         facts,
     )
+
+
+def _accuracy_chart(title: str, accuracies: Sequence[Accuracy]) -> Table:
+    """Draw accuracies beside those of the blind baseline."""
+    rows = [(f"{a.name} ({a.num_questions:,})", a.model, a.blind) for a in accuracies]
+    return bar_chart(title, ("questions", "model"), rows, legend="blind baseline")
 
 
 def _loss_chart(stage: str, losses: Sequence[float]) -> LineChart:

@@ -103,12 +103,39 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_summary_sets_the_model_beside_the_blind_guess() -> None:
-    asked = easy_vqa.test_questions(200, seed=0)
-    summary = easy_vqa.compute_accuracies(asked, {question.id: question.answer for question in asked[:150]})
-    assert summary["held_out_accuracy"] == 150 / 200
-    assert summary["missing_answers"] == 50
+    conversations = easy_vqa.test_conversations(100, seed=0)
+    asked = [question for conversation in conversations for question in conversation]
+    right = {question.id: question.answer for question in asked}
+    missed, wrong = [some[1] for some in conversations[:30]], [some[2] for some in conversations[:10]]
+    said = {name: text for name, text in right.items() if name not in {q.id for q in missed}}
+    summary = easy_vqa.compute_accuracies(conversations, said | {question.id: "maybe" for question in wrong})
+    assert summary["held_out_accuracy"] == 260 / 300
+    assert summary["num_test_questions"] == 300
+    assert summary["missing_answers"] == 30
     assert 0.5 < summary["blind_accuracy"] < 0.8
-    assert sum(kind["num_questions"] for kind in summary["by_kind"].values()) == 200
+    assert sum(kind["num_questions"] for kind in summary["by_kind"].values()) == 300
+    places = summary["by_position"]
+    assert {name: (part["model"], part["num_questions"]) for name, part in places.items()} == {
+        "first": (1.0, 100),
+        "second": (0.7, 100),
+        "third": (0.9, 100),
+    }
+    blind = sum(part["blind"] for part in places.values()) / 3
+    assert blind == pytest.approx(summary["blind_accuracy"])
+
+
+def test_test_conversations_ask_three_different_questions_about_an_image_of_their_own() -> None:
+    conversations = easy_vqa.test_conversations(400, seed=0)
+    assert {len({question.id for question in some}) for some in conversations} == {3}
+    assert all(len({question.image for question in some}) == 1 for some in conversations)
+    assert len({some[0].image for some in conversations}) == 400
+    for position in range(3):  # each kind with about its share of the whole, whatever came before
+        kinds = Counter(some[position].kind for some in conversations)
+        assert 0.65 < kinds[YES_NO] / 400 < 0.82
+        assert min(kinds[SHAPE], kinds[COLOUR]) > 30
+    assert conversations == easy_vqa.test_conversations(400, seed=0) != easy_vqa.test_conversations(400, seed=1)
+    with pytest.raises(DataError, match=r"1001 test conversations .* expected 1 to 997"):
+        easy_vqa.test_conversations(1001, seed=0)
 
 
 def test_as_a_benchmark_of_your_own_it_scores_the_same_to_the_question(tmp_path: Path) -> None:

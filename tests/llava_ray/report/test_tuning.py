@@ -9,9 +9,10 @@ from llava_ray.report.tuning import Accuracy, smoothed, tuning_report
 
 def make(model: float):
     accuracies = [Accuracy("all", model, 0.718, 1000), Accuracy("colour", 0.99, 0.2, 125)]
+    by_position = [Accuracy("first", 0.97, 0.6, 334), Accuracy("second", 0.961, 0.6, 333)]
     losses = {"alignment": [3.0, 2.0], "instruction tuning": [1.0]}
     return tuning_report(
-        "Title", accuracies, losses, [], {"align": 30.0, "tune": 12.5}, Links([Link("here", "model/")])
+        "Title", accuracies, by_position, losses, [], {"align": 30.0, "tune": 12.5}, Links([Link("here", "model/")])
     )
 
 
@@ -21,6 +22,8 @@ def test_numbers_stand_in_summary_and_page():
     assert "71.8%" in report.summary
     page = render_report(report)
     assert "colour (125)" in page
+    assert "second (333)" in page
+    assert "96.1%" in page
     assert "42 s" in page
 
 
