@@ -8,11 +8,14 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from llava_ray.config.sections import TrainConfig
 
+_DECAY_SHARE = 0.3  # of the steps after the warm-up, in "warmup_stable_decay"
+
 # The share of the learning rate that is left after a share of the steps.
 _SHAPES: dict[str, Callable[[float], float]] = {
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
     "linear": lambda done: 1 - done,
     "constant": lambda done: 1.0,
+    "warmup_stable_decay": lambda done: min(1.0, (1 - done) / _DECAY_SHARE),
 }
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from commands import imported
-from transformers import get_scheduler
+from transformers import get_scheduler, get_wsd_schedule
 
 from llava_ray.config.sections import TrainConfig
 from llava_ray.train.schedule import schedule
@@ -37,6 +37,13 @@ def test_rates_are_those_of_transformers(shape, num_steps, warmup):
     assert rates(schedule(ours, train, num_steps), ours, num_steps) == pytest.approx(
         rates(expected, theirs, num_steps), abs=1e-20
     )
+
+
+def test_a_stable_rate_falls_over_the_last_three_tenths():
+    train = TrainConfig(lr_scheduler_type="warmup_stable_decay", warmup_ratio=0.05, learning_rate=2e-5)
+    ours, theirs = adam(), adam()
+    expected = get_wsd_schedule(theirs, 10, 57, num_training_steps=200, decay_type="linear")
+    assert rates(schedule(ours, train, 200), ours, 200) == pytest.approx(rates(expected, theirs, 200), abs=1e-20)
 
 
 @pytest.mark.slow
