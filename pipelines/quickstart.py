@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> float:
         for weights in (make_vision_tower(CACHE), make_language_model(CACHE)):
             print(f"{'Reused' if weights.reused else 'Converted'}: {weights.path}")
     with timed("data", seconds):
-        write_words(CACHE, num_first=3_200, num_natural=7_200, seed=0)
+        write_words(CACHE, seed=0)
         write_open_questions(CACHE, seed=0)
         data = write_conversations(CACHE, seed=0)
     with connected(words.cluster, storage_path=words.run.storage_path) as resources:

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> "Sweep | None":
     start_forks()
     for weights in (make_vision_tower(CACHE), make_language_model(CACHE)):
         print(f"{'Reused' if weights.reused else 'Converted'}: {weights.path}")
-    write_words(CACHE, num_first=3_200, num_natural=7_200, seed=0)
+    write_words(CACHE, seed=0)
     write_open_split(CACHE, num_held_out_images=500, seed=0)
     with connected(words.cluster, storage_path=words.run.storage_path) as resources:
         spoken = train(words, resources)

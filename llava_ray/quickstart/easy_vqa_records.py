@@ -1,15 +1,16 @@
 """easy-vqa as LLaVA records for training: conversations about images, open questions, scenes described in words.
 
 A conversation asks several questions about one image, as LLaVA's mix does: the model learns to answer with a history
-before the question, and the image's tokens serve all of its questions. Whether a word of
-the question fits the scene, inverted by "not", is a parity: from a mix of both a small model learns neither. The
-text-only curriculum has plain yes-or-no questions first, balanced and alone, then the natural mix in conversations.
+before the question, and the image's tokens serve all of its questions. Whether a word of the question fits the scene,
+inverted by "not", is a parity: from a mix of both a small model learns neither. The text-only curriculum has plain
+questions first, balanced and alone, then the natural mix, alone and at last in conversations.
 """
 
 import json
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,23 @@ from llava_ray.quickstart.easy_vqa import (
 _NEGATED_SHARE = 0.1  # of the negated questions included in the first part
 _COLOUR_AND_SHAPE = 2
 _NUM_ASKED = (2, 5)  # fewest and most questions of a conversation; what is left of an image may be one
+
+
+@dataclass(frozen=True)
+class WordsCurriculum:
+    """Numbers of questions about captions, in the order in which they are trained on."""
+
+    num_plain: int = 4_800
+    """Yes-or-no questions, each wording balanced, few negated, each alone; mixed with the next ones."""
+    num_open: int = 1_200
+    """Questions for a colour or a shape, each alone."""
+    num_alone: int = 1_600
+    """Questions of all kinds, each alone."""
+    num_in_conversations: int = 9_000
+    """Questions of all kinds, in conversations."""
+
+
+_ALL_WORDS = WordsCurriculum()
 
 
 def write_conversations(folder: Path, *, seed: int) -> Path:
@@ -76,11 +94,10 @@ def _write_images(file: Path, conversations: Iterable[tuple[str, Sequence[ShapeQ
     return _write_records(file, records)
 
 
-def write_words(folder: Path, *, num_first: int, num_natural: int, seed: int) -> Path:
-    """Write ``num_first`` balanced, mostly plain yes-or-no questions, then ``num_natural`` of all kinds, as one file.
+def write_words(folder: Path, curriculum: WordsCurriculum = _ALL_WORDS, *, seed: int) -> Path:
+    """Write questions about captions as one file of text-only LLaVA JSON; return it.
 
-    They are asked about captions, the first ones alone, the others in conversations. Text-only LLaVA JSON, to be
-    trained on in this order (``data.shuffle_window = 0``). Raises DataError.
+    To be trained on in this order (``data.shuffle_window = 0``). Raises DataError.
     """
     rng = random.Random(seed)
     by_image: dict[Path, list[ShapeQuestion]] = defaultdict(list)
@@ -89,11 +106,14 @@ def write_words(folder: Path, *, num_first: int, num_natural: int, seed: int) ->
     captions = {image: describe_scene(about) for image, about in by_image.items()}
     whole = {i for i, text in captions.items() if len({*COLOURS, *SHAPES} & {*text.split()}) == _COLOUR_AND_SHAPE}
     pool = [question for question in read_questions("train") if question.image in whole]
-    plain = _draw_plain(pool, rng)[:num_first]
+    first = _draw_plain(pool, rng)[: curriculum.num_plain]
+    first += rng.sample([question for question in pool if question.kind != YES_NO], curriculum.num_open)
+    rng.shuffle(first)
+    alone = [*first, *rng.sample(pool, curriculum.num_alone)]
     by_caption: dict[str, list[ShapeQuestion]] = defaultdict(list)
-    for question in rng.sample(pool, num_natural):
+    for question in rng.sample(pool, curriculum.num_in_conversations):
         by_caption[captions[question.image]].append(question)
-    scenes = [(captions[question.image], [question]) for question in plain] + _draw_conversations(by_caption, rng)
+    scenes = [(captions[question.image], [question]) for question in alone] + _draw_conversations(by_caption, rng)
     records = [
         {"id": f"words-{number:05d}", "conversations": _turns(caption, asked)}
         for number, (caption, asked) in enumerate(scenes)

@@ -5,6 +5,7 @@ from collections import Counter
 
 from llava_ray.quickstart import easy_vqa
 from llava_ray.quickstart.easy_vqa_records import (
+    WordsCurriculum,
     write_conversations,
     write_open_questions,
     write_open_split,
@@ -21,24 +22,27 @@ def list_turns(record):
 
 
 def test_plain_balanced_questions_come_first_and_then_the_natural_mix(tmp_path):
-    records = json.loads(write_words(tmp_path, num_first=1000, num_natural=2000, seed=0).read_text())
+    curriculum = WordsCurriculum(num_plain=1000, num_open=200, num_alone=300, num_in_conversations=1500)
+    records = json.loads(write_words(tmp_path, curriculum, seed=0).read_text())
     assert all("image" not in record and "<image>" not in str(record) for record in records)
     assert len({record["id"] for record in records}) == len(records)
     turns = [turn for record in records for turn in list_turns(record)]
     assert len(turns) == 3000
-    answers = Counter(answer for _, answer in turns[:1000])
-    assert set(answers) == {"yes", "no"}
+    answers = Counter(answer for _, answer in turns[:1200])
+    assert answers["yes"] + answers["no"] == 1000
     assert abs(answers["yes"] - answers["no"]) < 100
-    negated = sum(" not " in question or " no " in question for question, _ in turns[:1000])
+    halves = [Counter(answer in ("yes", "no") for _, answer in some) for some in (turns[:600], turns[600:1200])]
+    assert all(60 < half[False] < 140 for half in halves)  # those for a colour or a shape are mixed in
+    negated = sum(" not " in question or " no " in question for question, _ in turns[:1200])
     assert 20 < negated < 150
-    natural = Counter(answer for _, answer in turns[1000:])
-    assert {"circle", "red", "yes", "no"} <= set(natural)
-    assert {len(list_turns(record)) for record in records[:1000]} == {1}
-    assert {len(list_turns(record)) for record in records[1000:]} == {1, 2, 3, 4, 5}
+    for natural in (turns[1200:1500], turns[1500:]):
+        assert {"circle", "red", "yes", "no"} <= {answer for _, answer in natural}
+    assert {len(list_turns(record)) for record in records[:1500]} == {1}
+    assert {len(list_turns(record)) for record in records[1500:]} == {1, 2, 3, 4, 5}
 
 
 def test_a_scene_tells_a_colour_and_a_shape_and_its_answers_fit(tmp_path):
-    records = json.loads(write_words(tmp_path, num_first=300, num_natural=300, seed=0).read_text())
+    records = json.loads(write_words(tmp_path, WordsCurriculum(300, 100, 100, 300), seed=0).read_text())
     for record in records:
         scene = record["conversations"][0]["value"].split("\n")[0]
         article, colour, shape = scene.split()

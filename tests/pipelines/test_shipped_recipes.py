@@ -14,7 +14,7 @@ from llava_ray.model.loading import load_pretrained_model
 from llava_ray.model.lora.adapters import has_adapter
 from llava_ray.model.network.quantization import find_quantization
 from llava_ray.quickstart import easy_vqa
-from llava_ray.quickstart.easy_vqa_records import write_conversations, write_open_questions, write_words
+from llava_ray.quickstart.easy_vqa_records import WordsCurriculum, write_conversations, write_open_questions, write_words
 from llava_ray.quickstart.registry_weights import make_language_model as make_smollm2
 from llava_ray.quickstart.registry_weights import make_vision_tower as make_dinov2
 from llava_ray.runtime import connected
@@ -143,7 +143,7 @@ def test_the_quickstart_recipes_run_on_64_samples_of_the_real_data(folder, ray_c
         load_recipe(FinetuneConfig, [str(ROOT / f"pipelines/recipes/quickstart/{stage}.toml")])
         for stage in ("words", "align", "tune")
     )
-    scenes = {"data.data_path": str(write_words(folder, num_first=32, num_natural=32, seed=0))}
+    scenes = {"data.data_path": str(write_words(folder, WordsCurriculum(24, 8, 16, 32), seed=0))}
     parts = {
         "model.vision_tower": str(make_dinov2(cache).path),
         "model.model_name_or_path": str(make_smollm2(cache).path),
