@@ -39,7 +39,7 @@ class WordsCurriculum:
     """Questions for a colour or a shape, each alone."""
     num_alone: int = 1_600
     """Questions of all kinds, each alone."""
-    num_in_conversations: int = 9_000
+    num_in_conversations: int = 5_500
     """Questions of all kinds, in conversations."""
 
 
