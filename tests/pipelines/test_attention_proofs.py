@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "runs/quickstart"
 RESULTS = ROOT / "tests/benchmarks/results/attention_losses.json"
 NUM_STEPS = 8
-CLOSE = 1e-5
+CLOSE = 1e-5  # of a loss, which begins at 18.6
 
 
 def train(folder: Path, stage: str, attention: str) -> tuple[list[float], bytes]:
@@ -43,7 +42,7 @@ def test_first_losses_and_the_ledger_are_those_of_masked_attention(tmp_path: Pat
     for stage in ("words", "align", "tune"):
         (by_sample, one), (masked, other) = (train(tmp_path, stage, how) for how in ("sdpa", "masked_sdpa"))
         assert one == other
-        assert by_sample == pytest.approx(masked, rel=0, abs=CLOSE)
+        assert by_sample == pytest.approx(masked, rel=CLOSE, abs=0)
         assert len(by_sample) == NUM_STEPS
         found[stage] = {"by_sample": by_sample, "masked": masked}
-    RESULTS.write_text(json.dumps({"processor": platform.processor(), "losses": found}, indent=1) + "\n")
+    RESULTS.write_text(json.dumps({"losses": found}, indent=1) + "\n")
