@@ -178,6 +178,10 @@ class TrainConfig(ConfigSection):
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A step whose loss is not finite stops the run, or is skipped: weights and optimiser stay as they are. Ten such
     steps in a row stop the run all the same. May be changed when a run is resumed."""
+    fetch_loss_steps: PositiveInt | Literal["auto"] = "auto"
+    """Steps between two looks at the losses, for which the host of a GPU waits until all steps are computed: so much
+    later a loss that is not finite, or Ctrl-C, ends the run. "auto" is 10 on GPUs, 1 on CPUs; 1 with
+    on_nonfinite = "skip". A checkpoint looks first."""
     save_steps: PositiveInt = 500
     """Steps between resumable checkpoints; one is also saved at the end."""
     save_total_limit: PositiveInt = 1

@@ -37,7 +37,9 @@ class StepFile:
 
         A skipped step has such a loss, and JSON knows no NaN.
         """
-        known = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+        known = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+        }
         self.waiting[step] = json.dumps({"step": step} | known, allow_nan=False)
 
     def rewind(self, first_step: int) -> None:

@@ -1,6 +1,7 @@
 """The tuning report: the numbers it is given, in words, bars and curves."""
 
 import math
+
 import pytest
 
 from llava_ray.report.pieces import Link, Links, Note

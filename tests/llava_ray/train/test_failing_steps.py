@@ -263,8 +263,8 @@ def make_guard(policy: str, journal: Journal, monkeypatch: pytest.MonkeyPatch) -
 
 def run_step(guard: StepGuard, loss: float, losses: list[float], step: int = 3) -> DivergedError | None:
     guard.keep(make_batch(), ObjectiveOutput(torch.tensor(losses, dtype=torch.float32), torch.tensor([1, 4, 5, 7])))
-    guard.step(SimpleNamespace(reduce=lambda: (loss, {})), lambda name: nullcontext())
-    return guard.check(step, loss)
+    read = SimpleNamespace(reduce=lambda: None, read=lambda: (loss, {}))
+    return guard.check(step, loss, guard.step(read, lambda name: nullcontext()))
 
 
 class TestNonFinite:

@@ -159,7 +159,9 @@ def test_a_rewind_reads_the_end_of_a_long_file_alone(path, monkeypatch):
     path.write_text(old_text(range(20_000)))
     file = StepFile(str(path))
     read: list[int] = []
-    monkeypatch.setattr(step_file, "open_filesystem", lambda place, own=step_file.open_filesystem: Counting(own, place, read))
+    monkeypatch.setattr(
+        step_file, "open_filesystem", lambda place, own=step_file.open_filesystem: Counting(own, place, read)
+    )
     for first in (19_990, 19_000, 12_345):
         read.clear()
         file.rewind(first)
