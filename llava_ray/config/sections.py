@@ -208,7 +208,7 @@ class TrainConfig(ConfigSection):
 
     @model_validator(mode="after")
     def whole_blocks_are_compiled(self) -> Self:
-        """Reject compiling where torch would compile nothing: within checkpoints, around weights that ZeRO 3 gathers."""
+        """Reject compiling where torch cannot: within checkpoints, and weights that ZeRO 3 gathers."""
         if self.torch_compile and self.gradient_checkpointing:
             raise ValueError(
                 "torch_compile = true with gradient_checkpointing = true: torch compiles nothing inside a checkpoint; "

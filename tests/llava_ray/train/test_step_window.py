@@ -95,9 +95,9 @@ def test_a_window_changes_when_steps_are_recorded_and_nothing_else(monkeypatch: 
         assert [one for one in told if isinstance(one[0], int)] == [(n, exact[n], n) for n in range(6)]
         assert [one for one in told if one[0] == "save"] == [("save", n, {"held_out_loss": 0.5}) for n in (4, 6)]
         assert told.index(("save", 4, {"held_out_loss": 0.5})) > told.index((3, exact[3], 3))  # with its rows known
-    assert [str(one[0]) for one in found[1]] == "look 0 look 1 look 2 look 3 save look 4 look 5 save".split()
-    assert [str(one[0]) for one in found[3]] == "look 0 1 2 look 3 save look 4 5 save".split()
-    assert [str(one[0]) for one in found[10]] == "look 0 1 2 3 save look 4 5 save".split()
+    assert " ".join(str(one[0]) for one in found[1]) == "look 0 look 1 look 2 look 3 save look 4 look 5 save"
+    assert " ".join(str(one[0]) for one in found[3]) == "look 0 1 2 look 3 save look 4 5 save"
+    assert " ".join(str(one[0]) for one in found[10]) == "look 0 1 2 3 save look 4 5 save"
 
 
 @pytest.mark.parametrize("size", [1, 3, 10])
