@@ -170,6 +170,12 @@ class TrainConfig(ConfigSection):
     """Allow TensorFloat-32 on NVIDIA GPUs."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass."""
+    use_liger_kernel: bool | Literal["auto"] = "auto"
+    """Compute norms, rotary embeddings and gated MLPs of the language model with Liger's kernels; "auto" does so on
+    NVIDIA GPUs where liger-kernel is installed (extra gpu). May be changed when a run is resumed."""
+    torch_compile: bool = False
+    """Compile the language model's blocks (torch.compile). It takes minutes at every start, so measure whether it pays;
+    not with gradient_checkpointing or zero_stage = 3. May be changed when a run is resumed."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage: partitions 1 optimiser states, 2 + gradients, 3 + parameters."""
     offload_optimizer: bool = False
@@ -179,6 +185,10 @@ class TrainConfig(ConfigSection):
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A step whose loss is not finite stops the run, or is skipped: weights and optimiser stay as they are. Ten such
     steps in a row stop the run all the same. May be changed when a run is resumed."""
+    fetch_loss_steps: PositiveInt | Literal["auto"] = "auto"
+    """Steps between two looks at the losses, for which the host of a GPU waits until all steps are computed: so much
+    later a loss that is not finite, or Ctrl-C, ends the run. "auto" is 10 on GPUs, 1 on CPUs; 1 with
+    on_nonfinite = "skip". A checkpoint looks first."""
     save_steps: PositiveInt = 500
     """Steps between resumable checkpoints; one is also saved at the end."""
     save_total_limit: PositiveInt = 1
@@ -196,6 +206,21 @@ class TrainConfig(ConfigSection):
         """Return the tokens in a packed row."""
         length = self.tokens_per_micro_batch
         return length if isinstance(length, int) else self.model_max_length
+
+    @model_validator(mode="after")
+    def whole_blocks_are_compiled(self) -> Self:
+        """Reject compiling where torch cannot: within checkpoints, and weights that ZeRO 3 gathers."""
+        if self.torch_compile and self.gradient_checkpointing:
+            raise ValueError(
+                "torch_compile = true with gradient_checkpointing = true: torch compiles nothing inside a checkpoint; "
+                "set one of them to false"
+            )
+        if self.torch_compile and self.zero_stage == 3:
+            raise ValueError(
+                "torch_compile = true with zero_stage = 3: the compiler cannot look through weights that are gathered "
+                "layer by layer; set zero_stage = 2 or torch_compile = false"
+            )
+        return self
 
     @model_validator(mode="after")
     def rows_hold_samples(self) -> Self:

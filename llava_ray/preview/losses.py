@@ -1,5 +1,6 @@
 """Losses of a model on each sample, in fp32, with several samples packed into a row."""
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from llava_ray.config.preview import PreviewSettings
 from llava_ray.data.examples import Encoder
-from llava_ray.errors import ConfigError
+from llava_ray.errors import ConfigError, ModelError
 from llava_ray.images.geometry import ImageSpec
 from llava_ray.images.processing import normalize_pixels
 from llava_ray.model.assembly import LlavaParts
@@ -69,11 +70,12 @@ class LossScorer:
         labels = np.concatenate([sample.example.labels for sample in samples])
         positions = np.concatenate([np.arange(sample.num_tokens) for sample in samples])
         input_ids, position_ids, row_labels = (
-            torch.from_numpy(values.astype(np.int64))[None].to(device) for values in (ids, positions, labels)
+            torch.from_numpy(values.astype(np.int64))[None] for values in (ids, positions, labels)
         )
         sizes = [size for sample in samples for size in sample.image_sizes]
-        packed = PackedRow(input_ids, position_ids, row_labels, self.features(samples), sizes)
-        losses, _ = mean_by_sample(self.objective.compute(self.parts.llava, packed), position_ids)
+        features = self.features(samples)
+        packed = PackedRow.on_device(input_ids, position_ids, row_labels, device, features=features, image_sizes=sizes)
+        losses, _ = mean_by_sample(self.objective.compute(self.parts.llava, packed), packed.position_ids)
         return [float(loss) for loss in losses]
 
     def features(self, samples: Sequence[SampleView]) -> Float[Tensor, "n p v"] | None:
@@ -107,6 +109,8 @@ def model_viewer(settings: PreviewSettings) -> tuple[Viewer, LossScorer]:
         version=settings.version,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
+    with contextlib.suppress(ModelError):  # whose attention cannot: the row under a mask gives the same losses
+        parts.llava.attend_by_sample()  # as training does
     length = settings.model_max_length or parts.manifest.model_max_length
     ratio = settings.image_aspect_ratio or parts.manifest.image_aspect_ratio
     spec, tokens = read_image_geometry(parts.config, ratio, parts.tower_config, parts.image_processor)

@@ -134,7 +134,8 @@ def _drawable(text: str) -> str:
 
 
 def _describe_line(name: str, values: Sequence[float]) -> str:
-    return f"{name}: from {values[0]:.4g} to {values[-1]:.4g}."
+    known = [value for value in values if math.isfinite(value)]
+    return f"{name}: from {known[0]:.4g} to {known[-1]:.4g}." if known else f"{name}: no values."
 
 
 def _draw_lines(axes: "Axes", chart: LineChart) -> None:

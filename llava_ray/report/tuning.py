@@ -1,5 +1,6 @@
 """The report of a fine-tuning: accuracy, loss curves and sample answers."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -87,10 +88,14 @@ def _loss_chart(stage: str, losses: Sequence[float]) -> LineChart:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Compute the exponential moving average, corrected for the bias towards 0 at its start."""
+    """Compute the exponential moving average, corrected for the bias towards 0 at its start.
+
+    A value that is not finite (of a skipped step) counts for nothing: the average stays as it was.
+    """
     averages, sum_of_values, sum_of_weights = [], 0.0, 0.0
     for value in values:
-        sum_of_values = _SMOOTHING * sum_of_values + value
-        sum_of_weights = _SMOOTHING * sum_of_weights + 1
-        averages.append(sum_of_values / sum_of_weights)
+        if math.isfinite(value):
+            sum_of_values = _SMOOTHING * sum_of_values + value
+            sum_of_weights = _SMOOTHING * sum_of_weights + 1
+        averages.append(sum_of_values / sum_of_weights if sum_of_weights else math.nan)
     return averages

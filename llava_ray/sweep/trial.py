@@ -1,5 +1,6 @@
 """The function of Tune's trials: an ordinary fine-tuning run, which reports at every checkpoint."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -101,5 +102,9 @@ def read_evaluations(config: FinetuneConfig, last_step: int) -> list[Evaluation]
         rows = read_rows(f"{config.run.storage_path}/{config.run.name}/metrics.jsonl")
     except FileNotFoundError:
         return []
-    evaluations = [Evaluation(row["step"] + 1, row[LOSS], row.get(ACCURACY)) for row in rows if LOSS in row]
+    evaluations = [
+        Evaluation(row["step"] + 1, math.nan if row[LOSS] is None else row[LOSS], row.get(ACCURACY))
+        for row in rows
+        if LOSS in row
+    ]
     return [evaluation for evaluation in evaluations if evaluation.step <= last_step]

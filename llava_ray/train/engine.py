@@ -18,6 +18,8 @@ from llava_ray.errors import ConfigError
 from llava_ray.model.adaptation import adapt
 from llava_ray.model.assembly import LlavaParts, assemble
 from llava_ray.model.freezing import freeze
+from llava_ray.model.network.kernels import use_kernels
+from llava_ray.train.compiling import compile_blocks
 from llava_ray.train.deepspeed_import import import_deepspeed
 from llava_ray.train.groups import parameter_groups
 from llava_ray.train.schedule import schedule
@@ -84,8 +86,13 @@ def load_parts(
         adapt(parts, config.lora, config.train.seed)
     trainable = freeze(parts.llava, parts.tower, config.model, parts.new_token_ids)
     say(f"Trainable: {'; '.join(map(str, trainable))}")
+    kernels = use_kernels(parts.llava.language_model, config.train.use_liger_kernel, device)
+    if kernels:
+        say(f"Liger's kernels: {', '.join(kernels)}")
     if config.model.attn_implementation == "sdpa":
         parts.llava.attend_by_sample()
+    if config.train.torch_compile:
+        say(f"Compiled: {compile_blocks(parts.llava.language_model)} blocks, which takes the first steps a while")
     if config.data.vision_features == "inline":
         parts.tower.to(device)
     if config.train.gradient_checkpointing:

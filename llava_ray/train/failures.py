@@ -7,8 +7,18 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError
 from ray.train import UserCallback, WorkerGroupError
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2.api.exceptions import TrainingFailedError
 
-from llava_ray.errors import LlavaRayError, TrainingError
+from llava_ray.errors import (
+    ConfigError,
+    DivergedError,
+    LlavaRayError,
+    ModelError,
+    RecordError,
+    TemplateError,
+    TrainingError,
+)
 
 _PATIENCE_S = 5.0  # for the recorder's answer
 _MAX_SHOWN = 600  # characters of an error that is not ours
@@ -22,6 +32,23 @@ SAVE_MEMORY = (
     "train.gradient_checkpointing = true, raise train.zero_stage, train.offload_optimizer = true, or train an adapter "
     "(lora.lora_enable)"
 )
+
+
+# Errors that a worker meets again however often it is started. Others may pass: a disk that is full, a store that does
+# not answer (DataError, CheckpointError), memory that another process took (TrainingError).
+_PERMANENT = (ConfigError, ModelError, TemplateError, RecordError, DivergedError)
+
+
+class EndAtOnce(DefaultFailurePolicy):
+    """Ray Train's count of tolerated failures, which ends a run at once where new workers would fail again."""
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        """Return whether workers are started again, or the run ends with the error."""
+        if isinstance(training_failed_error, WorkerGroupError):
+            cause = find_cause(training_failed_error.worker_failures)[1]
+            if isinstance(cause, _PERMANENT):
+                return FailureDecision.RAISE
+        return super().make_decision(training_failed_error)
 
 
 class FailureTeller(UserCallback):

@@ -1,6 +1,7 @@
 """The result of a finished run: closed in MLflow, saved in the run's folder, and found again by the next start."""
 
 import json
+import math
 from dataclasses import dataclass
 
 import ray
@@ -31,8 +32,9 @@ class FinishedRun:
     """Whether it was already finished, so that nothing was done."""
 
     def read_losses(self) -> list[float]:
-        """Load the loss of every step."""
-        return [row["loss"] for row in read_rows(f"{self.folder.path}/metrics.jsonl")]
+        """Load the loss of every step; NaN where it was not finite and the step was skipped."""
+        losses = (row["loss"] for row in read_rows(f"{self.folder.path}/metrics.jsonl"))
+        return [math.nan if loss is None else loss for loss in losses]
 
 
 def reuse_finished(config: FinetuneConfig, run: RunFolder, prepared: PreparedData) -> FinishedRun | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from llava_ray.model.network.attention_shape import AttentionShape
 from llava_ray.model.network.llava import Llava
 from llava_ray.model.network.tower import VisionTower
 from llava_ray.model.summary import count_positions
@@ -62,8 +63,7 @@ class UsefulFlops:
         flow.learns = flow.learns or _trains(embeddings) or (newline is not None and newline.requires_grad)
         token, pairs = 0.0, []
         text: Any = model.config.get_text_config()
-        heads = int(text.num_attention_heads)
-        width = heads * int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+        width = AttentionShape.of(text).width
         for number, block in enumerate(find_blocks(model)):
             linear, share = _count_block(flow, block)
             token += linear

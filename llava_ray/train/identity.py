@@ -18,8 +18,9 @@ from llava_ray.model.formats.manifest import edges_of, is_bundle, read_manifest
 from llava_ray.reading import is_file, is_folder
 
 DATA_PATHS = ("data.data_path", "data.image_folder", "data.cache_dir")
-# A run may be resumed with another: after steps that were not finite, it decides how to go on.
-ON_NONFINITE = "train.on_nonfinite"
+# A run may be resumed with others: they decide how to go on after steps that were not finite, and how, not what, is
+# computed.
+CHANGEABLE = ("train.on_nonfinite", "train.fetch_loss_steps", "train.use_liger_kernel", "train.torch_compile")
 DATA = "data"  # the key of the data in an identity
 # Of a model's folder: weights, configs, tokenizer.
 _MODEL_SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".jinja", ".txt")
@@ -68,7 +69,7 @@ def identify_model(name: str) -> str:
 def identity_hash(config: FinetuneConfig, identity: Identity) -> str:
     """Return 8 hex digits of everything that determines a run's result: non-default settings, and the identity."""
     settings = config.model_dump(mode="json", exclude=set(NOT_HASHED), exclude_defaults=True)
-    paths = {*MODEL_PATHS, *DATA_PATHS, ON_NONFINITE}
+    paths = {*MODEL_PATHS, *DATA_PATHS, *CHANGEABLE}
     hashed = {
         section: {key: value for key, value in values.items() if f"{section}.{key}" not in paths}
         for section, values in settings.items()
@@ -94,7 +95,7 @@ def comparable(
     saved = {key: value for key, value in saved_settings.items() if key != "identity"}
     known: Identity = saved_settings.get("identity") or {}
     then = _with_new_defaults(saved)
-    same, other_then, other_now = {ON_NONFINITE: _look_up(now, ON_NONFINITE)}, {}, {}
+    same, other_then, other_now = {key: _look_up(now, key) for key in CHANGEABLE}, {}, {}
     for key in MODEL_PATHS:
         if key not in known or key not in identity:
             continue

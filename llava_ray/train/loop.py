@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from ray.train.torch import get_device
 
-from llava_ray.data.batches import describe_row, iterate_steps
+from llava_ray.data.batches import MicroBatch, describe_row, iterate_steps
 from llava_ray.model.assembly import LlavaParts
 from llava_ray.objectives.table import OBJECTIVES
 from llava_ray.train.allocation import keep_freed_memory
@@ -19,13 +19,14 @@ from llava_ray.train.engine import build_engine, load_parts
 from llava_ray.train.final_model import save_final_model
 from llava_ray.train.heartbeat import Heartbeat
 from llava_ray.train.held_out import HeldOutEvaluator
-from llava_ray.train.nonfinite import StepGuard
-from llava_ray.train.objective import StepLoss, build_row
+from llava_ray.train.nonfinite import StepEnd, StepGuard
+from llava_ray.train.objective import RowsAhead, StepLoss
 from llava_ray.train.out_of_memory import naming_memory
 from llava_ray.train.profiling import StepProfiler
 from llava_ray.train.randomness import seed_all
 from llava_ray.train.settings import LoopSettings
 from llava_ray.train.speed import Meter
+from llava_ray.train.step_window import EndedStep, StepWindow
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -36,68 +37,92 @@ def train_loop(settings: LoopSettings, blocks: Iterator[pa.Table]) -> None:
     rank, config = ray.train.get_context().get_world_rank(), settings.config
     heart = Heartbeat(settings.journal, rank, config.run.hang_minutes)
     with heart.watching(), naming_memory(rank, config, lambda: heart.doing):
-        _train(settings, blocks, heart)
+        loop = _Loop(settings, heart)
+        if loop.run(blocks) and settings.until == settings.num_steps:
+            heart.enter("writing the model")
+            save_final_model(loop.engine, loop.parts, settings)
 
 
-def _train(settings: LoopSettings, blocks: Iterator[pa.Table], heart: Heartbeat) -> None:
-    """Train from the committed checkpoint, as ``train_loop`` does, under a heartbeat."""
-    config, journal = settings.config, settings.journal
-    rank, world_size = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
-    device = get_device()
-    engine, parts = _load(settings, rank, device, heart)
-    checkpointer = Checkpointer(engine, parts, settings)
-    first_step = _resume(checkpointer, heart)
-    # By every rank before the first step: a late call would drop what others have recorded of it.
-    ray.get(journal.rewind.remote(rank, first_step, world_size))
-    heart.enter("first batch")
-    objective = OBJECTIVES[settings.objective]
-    examiner = HeldOutEvaluator(settings.held_out, parts, objective, rank, world_size)
-    meter = Meter(parts, device, world_size)
-    guard = StepGuard(engine, parts, settings, device)
-    profiler = StepProfiler(settings.profile, settings.run_folder, rank, journal.say.remote)
+class _Loop:
+    """The steps of one worker."""
 
-    told: ray.ObjectRef | None = None
-    steps = iterate_steps(blocks, rank, first_step, settings.stream)
-    for step in range(first_step, settings.until):
-        heart.mark(heart.phase_of(step, first_step), f"step {step}, waiting for data")
-        profiler.start(step)
-        with meter.waiting():
-            batches = next(steps)
-        step_loss = StepLoss(objective, device)
-        for batch in batches:
-            heart.mark(heart.phase, f"step {step}, {describe_row(batch)}")
-            row = build_row(batch, parts, settings.stream, device, meter.phase)
-            with meter.phase("forward"):
-                output = objective.compute(engine, row)
-            guard.keep(batch, output)
-            with meter.phase("backward"):
+    def __init__(self, settings: LoopSettings, heart: Heartbeat) -> None:
+        """Load the model and restore the committed checkpoint; collective."""
+        config, context = settings.config, ray.train.get_context()
+        self.settings, self.heart, self.journal = settings, heart, settings.journal
+        self.rank, self.world_size, self.device = context.get_world_rank(), context.get_world_size(), get_device()
+        self.engine, self.parts = _load(settings, self.rank, self.device, heart)
+        self.checkpointer = Checkpointer(self.engine, self.parts, settings)
+        self.first_step = _resume(self.checkpointer, heart)
+        # By every rank before the first step: a late call would drop what others have recorded of it.
+        ray.get(self.journal.rewind.remote(self.rank, self.first_step, self.world_size))
+        heart.enter("first batch")
+        self.objective = OBJECTIVES[settings.objective]
+        self.examiner = HeldOutEvaluator(settings.held_out, self.parts, self.objective, self.rank, self.world_size)
+        self.meter = Meter(self.parts, self.device, self.world_size)
+        self.guard = StepGuard(self.engine, self.parts, settings, self.device)
+        self.profiler = StepProfiler(settings.profile, settings.run_folder, self.rank, self.journal.say.remote)
+        self.rows = RowsAhead(self.parts, settings.stream, self.device, self.meter.phase)
+        self.window = StepWindow(config.train, self.device)
+        self.told: ray.ObjectRef | None = None
+
+    def run(self, blocks: Iterator[pa.Table]) -> bool:
+        """Take the steps to the last; return False where the run ends before."""
+        steps = iterate_steps(blocks, self.rank, self.first_step, self.settings.stream)
+        for step in range(self.first_step, self.settings.until):
+            self.heart.mark(self.heart.phase_of(step, self.first_step), f"step {step}, waiting for data")
+            self.profiler.start(step)
+            with self.meter.waiting():
+                batches = next(steps)
+            step_loss, end = self._compute(step, batches)
+            due, stopping = self.checkpointer.is_due(step + 1), False
+            looking = due or self.window.is_full
+            if looking:
+                with self.meter.phase("communication"):
+                    stopping = _agree_to_stop(self.told, self.device)
+            self.profiler.end(step)
+            notes = self.meter.note(batches, self.engine, self.settings.config.train.row_length)
+            self.window.add(EndedStep(step, batches, step_loss, end, notes))
+            if looking and not self._look(step, due=due, stopping=stopping):
+                return False
+        return True
+
+    def _compute(self, step: int, batches: list[MicroBatch]) -> tuple[StepLoss, StepEnd]:
+        """Compute a step's rows and let the optimiser step; collective."""
+        step_loss = StepLoss(self.objective, self.device)
+        for batch, build in self.rows.of(batches):
+            self.heart.mark(self.heart.phase, f"step {step}, {describe_row(batch)}")
+            row = build()
+            with self.meter.phase("forward"):
+                output = self.objective.compute(self.engine, row)
+            self.guard.keep(batch, output)
+            with self.meter.phase("backward"):
                 # DeepSpeed averages gradients over ranks; ours are already parts of one mean over the step's terms.
-                engine.backward(step_loss.add(output, batch) * world_size, scale_wrt_gas=False)
-        heart.mark(heart.phase, f"step {step}, optimiser")
-        loss, objective_metrics = guard.step(step_loss, meter.phase)
-        with meter.phase("communication"):
-            stopping = _agree_to_stop(told, device)
-        profiler.end(step)
-        diverged = guard.check(step, loss)
-        if diverged is not None:
-            # Every rank returns: Ray then commits checkpoints that are still on their way, and repeats nothing.
-            ray.get(journal.fail.remote(diverged))
-            return
-        metrics = meter.measure(loss, batches, engine, config.train.row_length) | objective_metrics
-        judged: dict[str, float] = {}
-        if checkpointer.is_due(step + 1):
-            heart.mark("held-out evaluation", f"step {step}, held-out evaluation")
-            with meter.excluded_from_timing():
-                judged = examiner.evaluate(engine, device)
-        told = journal.record.remote(rank, step, metrics | judged, [name for batch in batches for name in batch.ids])
-        if stopping or checkpointer.is_due(step + 1):
-            heart.mark("saving", f"step {step}, saving")
-            checkpointer.save(step + 1, judged)
-        if stopping and step + 1 < settings.until:
-            return
-    if settings.until == settings.num_steps:
-        heart.enter("writing the model")
-        save_final_model(engine, parts, settings)
+                self.engine.backward(step_loss.add(output, batch) * self.world_size, scale_wrt_gas=False)
+        self.heart.mark(self.heart.phase, f"step {step}, optimiser")
+        return step_loss, self.guard.step(step_loss, self.meter.phase)
+
+    def _look(self, step: int, *, due: bool, stopping: bool) -> bool:
+        """Look at the losses of the steps up to ``step``, record them and save; return whether the run goes on."""
+        fetched = list(self.window.fetch())
+        seconds, judged = self.meter.take_seconds(len(fetched)), {}
+        for ended, loss, objective_metrics in fetched:
+            diverged = self.guard.check(ended.step, loss, ended.end)
+            if diverged is not None:
+                # Every rank returns: Ray then commits checkpoints that are still on their way, and repeats nothing.
+                ray.get(self.journal.fail.remote(diverged))
+                return False
+            metrics = self.meter.measure(loss, ended.notes, seconds) | objective_metrics
+            if due and ended.step == step:
+                self.heart.mark("held-out evaluation", f"step {step}, held-out evaluation")
+                with self.meter.excluded_from_timing():
+                    judged = self.examiner.evaluate(self.engine, self.device)
+            ids = [name for batch in ended.batches for name in batch.ids]
+            self.told = self.journal.record.remote(self.rank, ended.step, metrics | judged, ids)
+        if stopping or due:
+            self.heart.mark("saving", f"step {step}, saving")
+            self.checkpointer.save(step + 1, judged)
+        return not stopping or step + 1 == self.settings.until
 
 
 def _load(

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,15 @@ MOST_IN_A_ROW = 10  # skipped steps after which the run stops: it learns nothing
 _MAX_NAMED = 20
 
 
+@dataclass(frozen=True)
+class StepEnd:
+    """What is kept of a step until its loss has been looked at."""
+
+    rows: list[tuple[MicroBatch, ObjectiveOutput]]
+    skipped: bool
+    """Whether it was left out, for its loss or by DeepSpeed for its gradients."""
+
+
 class StepGuard:
     """Take each optimiser step or leave it out, as ``train.on_nonfinite`` says; alike on all ranks."""
 
@@ -36,51 +46,48 @@ class StepGuard:
         self.device = device
         self.skips = settings.config.train.on_nonfinite == "skip"
         self.rows: list[tuple[MicroBatch, ObjectiveOutput]] = []
-        self.skipped = False
         self.in_a_row = 0
 
     def keep(self, batch: MicroBatch, output: ObjectiveOutput) -> None:
         """Keep the losses of a row of this step, without their graph."""
         self.rows.append((batch, ObjectiveOutput(output.losses.detach(), output.positions)))
 
-    def step(
-        self, step_loss: StepLoss, phase: Callable[[str], AbstractContextManager[None]]
-    ) -> tuple[float, dict[str, float]]:
-        """End the step, taken or left out, and return its loss and metrics over all ranks; collective.
+    def step(self, step_loss: StepLoss, phase: Callable[[str], AbstractContextManager[None]]) -> StepEnd:
+        """End the step, taken or left out, and reduce its loss and metrics over all ranks; collective.
 
         Gradients that are not finite make DeepSpeed leave it out by itself. The learning rate goes on in any case.
-        ``phase`` measures a block under a name.
+        ``phase`` measures a block under a name. Only where steps may be left out for their loss is it looked at here.
         """
-        early = None
+        finite = True
         if self.skips:  # before the step, which it decides
             with phase("communication"):
-                early = step_loss.reduce()
+                step_loss.reduce()
+                finite = math.isfinite(step_loss.read()[0])
         before = self.engine.skipped_steps
-        skipping = leaving_out(self.engine) if early and not math.isfinite(early[0]) else nullcontext()
-        with skipping, phase("optimizer"):
+        with nullcontext() if finite else leaving_out(self.engine), phase("optimizer"):
             self.engine.step()
-        self.skipped = self.engine.skipped_steps > before
-        if self.skipped and getattr(self.engine.optimizer, "overflow", False):
+        skipped = self.engine.skipped_steps > before
+        if skipped and getattr(self.engine.optimizer, "overflow", False):
             self.engine.lr_scheduler.step()
-        if early is not None:
-            return early
-        with phase("communication"):
-            return step_loss.reduce()
-
-    def check(self, step: int, loss: float) -> DivergedError | None:
-        """Look at the loss of the step that has ended; say what was wrong, and return an error if the run must stop.
-
-        Collective where the loss is not finite: every rank names its samples.
-        """
+        if not self.skips:
+            with phase("communication"):
+                step_loss.reduce()
         rows, self.rows = self.rows, []
+        return StepEnd(rows, skipped)
+
+    def check(self, step: int, loss: float, end: StepEnd) -> DivergedError | None:
+        """Look at the loss of a step that has ended; say what was wrong, and return an error if the run must stop.
+
+        To be called for every step in order. Collective where the loss is not finite: every rank names its samples.
+        """
         if math.isfinite(loss):
-            self.in_a_row = self.in_a_row + 1 if self.skipped else 0
-            if not self.skipped:
+            self.in_a_row = self.in_a_row + 1 if end.skipped else 0
+            if not end.skipped:
                 return None
             found = f"step {step}: the gradients are not finite (the loss is {loss:.4g})"
         else:
             self.in_a_row += 1
-            found = f"step {step}: the loss is {loss}; {self._name_everywhere(rows)}"
+            found = f"step {step}: the loss is {loss}; {self._name_everywhere(end.rows)}"
         if (self.skips or math.isfinite(loss)) and self.in_a_row < MOST_IN_A_ROW:
             self.settings.journal.say.remote(
                 f"Skipped {found}. Weights and optimiser stay as they were; metric skipped_steps counts such steps."

@@ -1,10 +1,13 @@
 """A run's objective: what a train worker gives it of a micro-batch, and how a step's losses become one number."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
+from jaxtyping import UInt8
 from torch import Tensor
 
 from llava_ray.data.batches import MicroBatch
@@ -19,6 +22,50 @@ from llava_ray.objectives.objective import Objective, ObjectiveOutput, PackedRow
 _REPEATED_LENGTH = 64
 
 
+@dataclass(frozen=True)
+class CopiedRow:
+    """A micro-batch on the device, before its images have been made what the model takes."""
+
+    row: PackedRow
+    pixels: UInt8[Tensor, "n 3 h w"] | None
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield what was copied."""
+        row = self.row
+        borders = None if row.borders is None else row.borders.ends
+        for tensor in (row.input_ids, row.position_ids, row.labels, row.features, row.image_positions, self.pixels):
+            if tensor is not None:
+                yield tensor
+        yield from row.predicted or ()
+        if borders is not None:
+            yield borders
+
+
+def copy_row(batch: MicroBatch, stream: StreamSettings, device: torch.device) -> CopiedRow:
+    """Copy a micro-batch to the device; a GPU's host does not wait for it."""
+    pixels = batch.pixels
+    row = PackedRow.on_device(
+        batch.input_ids,
+        batch.position_ids,
+        batch.labels,
+        device,
+        multiple=_REPEATED_LENGTH if stream.bf16 and device.type == "cpu" else 1,
+        features=None if batch.features is None else to_device(batch.features, device),
+        image_sizes=batch.image_sizes,
+    )
+    return CopiedRow(row, None if pixels is None else to_device(pixels, device))
+
+
+def finish_row(copied: CopiedRow, parts: LlavaParts, stream: StreamSettings) -> PackedRow:
+    """Return the row with the frozen tower's features, or with normalised pixels where the tower is trained."""
+    if copied.pixels is None:
+        return copied.row
+    if stream.model.unfreeze_mm_vision_tower:
+        return replace(copied.row, pixels=normalize_pixels(copied.pixels, stream.image_spec))
+    features = parts.tower.extract(copied.pixels, lambda views: normalize_pixels(views, stream.image_spec))
+    return replace(copied.row, features=features)
+
+
 def build_row(
     batch: MicroBatch,
     parts: LlavaParts,
@@ -30,25 +77,55 @@ def build_row(
 
     ``phase`` measures a block under a name: "copy", or "forward" for the tower.
     """
-    features = pixels = None
-    if batch.pixels is not None and not stream.model.unfreeze_mm_vision_tower:
-        with phase("forward"):
-            features = parts.tower.extract(batch.pixels, lambda views: normalize_pixels(views, stream.image_spec))
     with phase("copy"):
-        if batch.features is not None:
-            features = to_device(batch.features, device)
-        elif batch.pixels is not None and stream.model.unfreeze_mm_vision_tower:
-            pixels = normalize_pixels(to_device(batch.pixels, device), stream.image_spec)
-        return PackedRow.on_device(
-            batch.input_ids,
-            batch.position_ids,
-            batch.labels,
-            device,
-            multiple=_REPEATED_LENGTH if stream.bf16 and device.type == "cpu" else 1,
-            features=features,
-            image_sizes=batch.image_sizes,
-            pixels=pixels,
-        )
+        copied = copy_row(batch, stream, device)
+    with phase("forward"):
+        return finish_row(copied, parts, stream)
+
+
+class RowsAhead:
+    """Build the rows of a step. A GPU gets those of the next micro-batch while it computes with the one before."""
+
+    def __init__(
+        self,
+        parts: LlavaParts,
+        stream: StreamSettings,
+        device: torch.device,
+        phase: Callable[[str], AbstractContextManager[None]],
+    ) -> None:
+        """Copy in a CUDA stream of its own, where the device is a GPU."""
+        self.parts, self.stream, self.device, self.phase = parts, stream, device, phase
+        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def of(self, batches: Sequence[MicroBatch]) -> Iterator[tuple[MicroBatch, Callable[[], PackedRow]]]:
+        """Yield each micro-batch of a step, and what builds its row."""
+        if self.side is None:
+            for batch in batches:
+                yield batch, partial(build_row, batch, self.parts, self.stream, self.device, self.phase)
+            return
+        ahead = None
+        for batch in batches:
+            now, ahead = ahead, (batch, *self._start(batch))
+            if now is not None:
+                yield now[0], partial(self._finish, *now[1:])
+        if ahead is not None:
+            yield ahead[0], partial(self._finish, *ahead[1:])
+
+    def _start(self, batch: MicroBatch) -> tuple[CopiedRow, torch.cuda.Event]:
+        """Start copying a micro-batch beside what the GPU computes; return it with the event of its arrival."""
+        assert self.side is not None
+        with torch.cuda.stream(self.side), self.phase("copy"):
+            copied = copy_row(batch, self.stream, self.device)
+            return copied, self.side.record_event()
+
+    def _finish(self, copied: CopiedRow, arrived: torch.cuda.Event) -> PackedRow:
+        """Let the GPU wait for a row's copy, not the host, and go on with it."""
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(arrived)
+        for tensor in copied.tensors():  # their memory was the side stream's: it must not be given away too early
+            tensor.record_stream(current)
+        with self.phase("forward"):
+            return finish_row(copied, self.parts, self.stream)
 
 
 class StepLoss:
@@ -69,9 +146,12 @@ class StepLoss:
             self.metrics[index] += output.metrics[name].detach() / num_terms
         return micro_loss
 
-    def reduce(self) -> tuple[float, dict[str, float]]:
-        """Return the step's loss and metrics over all ranks; collective."""
+    def reduce(self) -> None:
+        """Sum loss and metrics over all ranks; collective, and no GPU is waited for."""
         dist.all_reduce(self.loss)
         if len(self.metrics):  # on every rank or on none
             dist.all_reduce(self.metrics)
+
+    def read(self) -> tuple[float, dict[str, float]]:
+        """Return loss and metrics, once they are reduced; waits for the device."""
         return self.loss.item(), dict(zip(self.objective.metric_names, self.metrics.tolist(), strict=True))

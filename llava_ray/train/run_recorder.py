@@ -5,9 +5,10 @@ killed and resumed has the same bytes as one that never was. ``metrics.jsonl`` h
 """
 
 import datetime
+import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +79,7 @@ class RunRecorder:
         self.metrics = StepFile(f"{run_folder}/metrics.jsonl")
         self.last = self.ledger.last
         """The last step that all ranks have recorded."""
-        self.last_metrics = self.metrics.read_last()
+        self.last_metrics = finite(self.metrics.read_last())
         self.unlogged: dict[int, dict[str, float]] = {}
         """Metrics that MLflow does not have yet."""
         self.partial: dict[int, dict[int, list[str]]] = {}
@@ -143,7 +144,7 @@ class RunRecorder:
             self.last_metrics = {}
         for file in (self.ledger, self.metrics):
             file.rewind(first_step)
-        self.last_metrics = self.last_metrics or self.metrics.read_last()
+        self.last_metrics = self.last_metrics or finite(self.metrics.read_last())
         self.unlogged = {step: row for step, row in self.unlogged.items() if step < first_step}
         self.last = min(self.last, first_step - 1)
         self.first = first_step
@@ -155,7 +156,7 @@ class RunRecorder:
         by_rank[rank] = samples
         if rank == 0:
             self.metrics.add(step, metrics)
-            self.unlogged[step] = metrics
+            self.unlogged[step] = finite(metrics)
         if len(by_rank) == self.world_size:
             samples = sorted(sample for ids in self.partial.pop(step).values() for sample in ids)
             self.ledger.add(step, {"samples": samples})
@@ -228,6 +229,11 @@ class RunRecorder:
         self._tell_others(lambda tracker: tracker.end(status))
         self.others = []
         return self.tracked.run_id
+
+
+def finite(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    """Return the metrics that are finite numbers: a skipped step has a loss that no chart or average can hold."""
+    return {key: value for key, value in metrics.items() if value is not None and math.isfinite(value)}
 
 
 def start_recorder(run: RunFolder, config: FinetuneConfig, tracking_uri: str, settings: str) -> ActorHandle:

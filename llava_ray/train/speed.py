@@ -4,9 +4,11 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from llava_ray.data.batches import MicroBatch
 from llava_ray.model.assembly import LlavaParts
@@ -17,6 +19,19 @@ from llava_ray.train.planning.peaks import find_peak
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
+
+
+@dataclass(frozen=True)
+class StepNotes:
+    """What the host knows of a step on this rank when it has ended there."""
+
+    num_samples: int
+    num_tokens: int
+    num_supervised: int
+    flops: float
+    metrics: dict[str, float]
+    norm: float | Tensor | None
+    """Of the gradients; perhaps still on its way from the device."""
 
 
 class Meter:
@@ -54,39 +69,52 @@ class Meter:
         yield
         self.last += time.perf_counter() - start
 
-    def measure(
-        self, loss: float, batches: list[MicroBatch], engine: "DeepSpeedEngine", row_length: int
-    ) -> dict[str, float]:
-        """Return the metrics of the step that has just ended."""
-        now = time.perf_counter()
-        seconds, self.last = now - self.last, now
+    def note(self, batches: list[MicroBatch], engine: "DeepSpeedEngine", row_length: int) -> StepNotes:
+        """Note what the host knows of the step that has just ended; no GPU is waited for."""
         num_tokens = sum(sum(batch.num_tokens) for batch in batches)
         supervised = sum(len(find_supervised(batch.labels, batch.position_ids)[0]) for batch in batches)
-        flops = self.flops.count(self.work_of(batches, supervised))
         rates = dict(zip((g["name"] for g in engine.optimizer.param_groups), engine.get_lr(), strict=True))
         metrics = {
-            "loss": loss,
             "learning_rate": next((rate for name, rate in rates.items() if name.startswith("language")), 0.0),
             "mm_projector_lr": next((rate for name, rate in rates.items() if name.startswith("projector")), 0.0),
-            "samples_per_second": self.world_size * sum(len(batch.ids) for batch in batches) / seconds,
-            "tokens_per_second": self.world_size * num_tokens / seconds,
-            "supervised_tokens_per_second": self.world_size * supervised / seconds,
             "padding_share": 1 - num_tokens / (len(batches) * row_length),
             "data_wait_seconds": self.waited,
-            "step_seconds": seconds,
-            "memory_gib": self.memory() / 2**30,
-            "useful_tflops": flops / seconds / 1e12,
             "skipped_steps": float(engine.skipped_steps),
         } | self.phases.end_step()
         if any(name.startswith("vision_tower") for name in rates):
             metrics["mm_vision_tower_lr"] = next(
                 rate for name, rate in rates.items() if name.startswith("vision_tower")
             )
-        norm = engine.get_global_grad_norm()
-        if norm is not None:  # DeepSpeed does not compute it at stage 0 in fp32
-            metrics["grad_norm"] = float(norm)
+        return StepNotes(
+            num_samples=sum(len(batch.ids) for batch in batches),
+            num_tokens=num_tokens,
+            num_supervised=supervised,
+            flops=self.flops.count(self.work_of(batches, supervised)),
+            metrics=metrics,
+            norm=engine.get_global_grad_norm(),  # None: DeepSpeed does not compute it at stage 0 in fp32
+        )
+
+    def take_seconds(self, num_steps: int) -> float:
+        """Return the seconds of each of the steps since this was last asked; one by one a GPU's host does not know."""
+        now = time.perf_counter()
+        seconds, self.last = (now - self.last) / num_steps, now
+        return seconds
+
+    def measure(self, loss: float, notes: StepNotes, seconds: float) -> dict[str, float]:
+        """Return the metrics of a step that took so many seconds."""
+        metrics = {
+            "loss": loss,
+            "samples_per_second": self.world_size * notes.num_samples / seconds,
+            "tokens_per_second": self.world_size * notes.num_tokens / seconds,
+            "supervised_tokens_per_second": self.world_size * notes.num_supervised / seconds,
+            "step_seconds": seconds,
+            "memory_gib": self.memory() / 2**30,
+            "useful_tflops": notes.flops / seconds / 1e12,
+        } | notes.metrics
+        if notes.norm is not None:
+            metrics["grad_norm"] = float(notes.norm)
         if self.peak:
-            metrics["mfu"] = flops / seconds / self.peak
+            metrics["mfu"] = notes.flops / seconds / self.peak
         return metrics
 
     def work_of(self, batches: list[MicroBatch], num_supervised: int) -> StepWork:

@@ -5,6 +5,7 @@ in memory or written twice. A line that a kill cut off is dropped when the file 
 """
 
 import json
+import math
 from typing import Any
 
 from llava_ray.data.storage import read_stored, write_tail
@@ -18,7 +19,10 @@ class StepFile:
     """The rows of one file: those on storage by number of bytes, those that are not yet there in memory."""
 
     def __init__(self, path: str) -> None:
-        """Find the complete rows that earlier starts have written. Raises DataError for a damaged file."""
+        """Find the complete rows that earlier starts have written. Raises DataError for a damaged file.
+
+        Reads the whole file, once a start: an hour's damage must not be found after a day's training.
+        """
         self.path = path
         self.waiting: dict[int, str] = {}
         self.size = 0
@@ -26,18 +30,24 @@ class StepFile:
         """The last step on storage; -1 without one."""
         self.changed = False
         """Whether there are bytes on storage behind the first ``size``."""
-        self._measure(None)
+        self._measure()
 
     def add(self, step: int, row: dict[str, Any]) -> None:
-        """Add a step's row, to be written with the next flush."""
-        self.waiting[step] = json.dumps({"step": step} | row)
+        """Add a step's row, to be written with the next flush; a number that is not finite becomes null.
+
+        A skipped step has such a loss, and JSON knows no NaN.
+        """
+        known = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+        }
+        self.waiting[step] = json.dumps({"step": step} | known, allow_nan=False)
 
     def rewind(self, first_step: int) -> None:
         """Drop the rows from ``first_step`` on; those on storage go with the next flush."""
         for step in [step for step in self.waiting if step >= first_step]:
             del self.waiting[step]
         if self.last >= first_step:
-            self._measure(first_step)
+            self._cut(first_step)
 
     def flush(self) -> None:
         """Append the rows that wait; return when they are on storage. Raises DataError where it cannot be written."""
@@ -61,9 +71,8 @@ class StepFile:
         del row["step"]
         return row
 
-    def _measure(self, before: int | None) -> None:
-        """Find where the rows of steps below ``before`` end, and the last of them; None for all rows."""
-        self.size, self.last, self.changed = 0, -1, False
+    def _measure(self) -> None:
+        """Find where the complete rows end, and the last of them."""
         files, place = open_filesystem(self.path)
         try:
             stream = files.open(place, "rb")
@@ -71,22 +80,43 @@ class StepFile:
             return
         with stream:
             for number, line in enumerate(stream, 1):
-                step = None if not line.endswith(b"\n") else self._step_of(line, number)
-                if step is None or (before is not None and step >= before):
+                if not line.endswith(b"\n"):
                     self.changed = True
                     return
+                step = _step_of(line)
+                if step is None or step <= self.last:
+                    raise DataError(
+                        f"{self.path}: line {number} is not the row of a step after {self.last}: {line[:60]!r}; "
+                        "restore the file from a backup, or start over with --run.restart True"
+                    )
                 self.size, self.last = self.size + len(line), step
 
-    def _step_of(self, line: bytes, number: int) -> int:
-        """Return the step of a line. Raises DataError unless it begins as ``add`` writes it."""
-        head, _, _ = line.partition(b",")
-        key, _, step = head.rstrip(b"}\n").partition(b":")
-        if key != b'{"step"' or not step.strip().isdigit() or int(step) <= self.last:
-            raise DataError(
-                f"{self.path}: line {number} is not the row of a step after {self.last}: {line[:60]!r}; restore the "
-                "file from a backup, or start over with --run.restart True"
-            )
-        return int(step)
+    def _cut(self, before: int) -> None:
+        """Find where the rows of steps below ``before`` end, from the end of the file: few are ever repeated."""
+        files, place = open_filesystem(self.path)
+        length = _LONGEST_ROW
+        with files.open(place, "rb") as stream:
+            while True:
+                start = max(0, self.size - length)
+                stream.seek(start)
+                lines = stream.read(self.size - start).splitlines(keepends=True)
+                if start:
+                    start += len(lines.pop(0))  # which may begin in the middle of a row
+                steps = [_step_of(line) for line in lines]
+                kept = [step for step in steps if step is not None and step < before]
+                if kept or not start:
+                    break
+                length *= 4
+        self.size = start + sum(len(line) for line in lines[: len(kept)])
+        self.last = kept[-1] if kept else -1
+        self.changed = True
+
+
+def _step_of(line: bytes) -> int | None:
+    """Return the step of a line; None unless it begins as ``StepFile.add`` writes it."""
+    head, _, _ = line.partition(b",")
+    key, _, step = head.rstrip(b"}\n").partition(b":")
+    return int(step) if key == b'{"step"' and step.strip().isdigit() else None
 
 
 def read_rows(path: str) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from llava_ray.errors import CheckpointError, Stopped
 from llava_ray.forked_worker import SERVER_VARIABLE
 from llava_ray.local_ray import NO_DASHBOARD_VARIABLE
 from llava_ray.log_file import terminal
-from llava_ray.train.failures import translate_error
+from llava_ray.train.failures import EndAtOnce, translate_error
 from llava_ray.train.run_recorder import TRAINING, RunProgress
 from llava_ray.train.runs import RunFolder, committed_step, repair_run
 
@@ -109,6 +109,7 @@ class StoppableTrainer(DataParallelTrainer):
 
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
         """Start the controller as Ray does; in a local cluster without a runtime environment, a start of its own."""
+        settings["failure_policy"] = EndAtOnce(self.run_config.failure_config)
         if SERVER_VARIABLE not in os.environ:
             return super()._initialize_and_run_controller(**settings)
         controller = ray.remote(num_cpus=0)(LocalController).remote(**settings)

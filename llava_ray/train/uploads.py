@@ -13,7 +13,8 @@ import ray.train
 from ray.actor import ActorHandle
 from ray.train import Checkpoint, CheckpointUploadMode
 
-from llava_ray.errors import LlavaRayError
+from llava_ray.errors import CheckpointError, LlavaRayError
+from llava_ray.reading import describe_error
 from llava_ray.train.disk_errors import naming_disk
 from llava_ray.train.staging import Write
 
@@ -56,9 +57,9 @@ class CheckpointUploads:
 
         Raises CheckpointError when a disk is full or read-only; what was written is deleted.
         """
-        storage = ray.train.get_context().get_storage()
         folder = Path(local.path)
         try:
+            storage = ray.train.get_context().get_storage()
             with naming_disk(folder, step, "set TMPDIR"):
                 for write in writes:
                     write()
@@ -69,14 +70,23 @@ class CheckpointUploads:
                 time.sleep(_RECORD_SECONDS)
             with naming_disk(Path(storage.experiment_fs_path, name), step, "choose another run.storage_path"):
                 stored: Checkpoint = storage.persist_current_checkpoint(local, name)
-        except LlavaRayError as error:  # any other Ray may try again
+        except LlavaRayError as error:
             self.failure = error
             self._delete(folder, storage.storage_filesystem, f"{storage.experiment_fs_path}/{name}")
-            ended.set()
             raise
-        writes.clear()
-        ended.set()
-        return stored
+        except Exception as error:
+            # Ray ends this worker for it, or calls this again; until then a save that waits must not wait for ever.
+            self.failure = CheckpointError(
+                f"the checkpoint after step {step} could not be stored: {describe_error(error)}. The run resumes from "
+                "the last complete checkpoint"
+            )
+            raise
+        else:
+            self.failure = None
+            writes.clear()
+            return stored
+        finally:
+            ended.set()
 
     def _delete(self, local: Path, files: Any, stored: str) -> None:
         """Delete this rank's files of a checkpoint that could not be written, here and on storage."""

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from matrix_rate import measure_matrix_rate
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from useful_flops import ModelFlops, measure_matrix_rate
 
 from llava_ray.chat.conversation import IGNORE_INDEX
 from llava_ray.config.sections import FinetuneConfig
@@ -26,10 +26,12 @@ from llava_ray.data.stages import add_images, read_micro_batches
 from llava_ray.images.processing import normalize_pixels
 from llava_ray.model.assembly import LlavaParts
 from llava_ray.model.freezing import freeze
+from llava_ray.objectives.objective import find_supervised
 from llava_ray.objectives.table import OBJECTIVES
 from llava_ray.runtime import Resources
 from llava_ray.train.allocation import keep_freed_memory
 from llava_ray.train.engine import assemble_for
+from llava_ray.train.flops import StepWork, UsefulFlops
 from llava_ray.train.objective import build_row
 from llava_ray.train.trainer import make_plan, stream_settings
 
@@ -162,6 +164,18 @@ def group_by_length(steps: list[list[MicroBatch]]) -> list[list[MicroBatch]]:
     return groups[::2] + groups[1::2]  # short and long ones in turn
 
 
+def count_work(parts: LlavaParts, batches: Sequence[MicroBatch], *, inline: bool) -> float:
+    """Return the useful operations of a step, as a run counts them; the tower's only where it runs here."""
+    num_images = sum(len(batch.image_sizes) for batch in batches)
+    work = StepWork(
+        [length for batch in batches for length in batch.num_tokens],
+        sum(len(find_supervised(batch.labels, batch.position_ids)[0]) for batch in batches),
+        num_images * parts.image_tokens.num_features,
+        num_images if inline else 0,
+    )
+    return UsefulFlops.measure(parts.llava, parts.tower, parts.image_spec.height).count(work)
+
+
 def time_steps(
     config: FinetuneConfig, *, way: str, num_steps: int, num_warm: int, trace: Path | None = None
 ) -> dict[str, float]:
@@ -177,7 +191,7 @@ def time_steps(
         steps, compute = group_by_length(steps), padded(parts, settings)
     else:
         compute = packed(parts, settings, features if cached else None)
-    optimizer, counted = Optimizer(parts), ModelFlops.of(parts)
+    optimizer = Optimizer(parts)
     matrix_rate = measure_matrix_rate(torch.bfloat16 if config.train.bf16 else torch.float32)
     rates, seconds = [], []
     for number, batches in enumerate(steps):
@@ -188,7 +202,7 @@ def time_steps(
         took = time.perf_counter() - start
         if number >= num_warm:
             seconds.append(took)
-            rates.append(counted.count(batches, inline=not cached) / took)
+            rates.append(count_work(parts, batches, inline=not cached) / took)
     return {
         "useful_gflops": statistics.median(rates) / 1e9,
         "step_seconds": statistics.median(seconds),

@@ -109,12 +109,12 @@ def time_bare(options: argparse.Namespace) -> dict[str, float]:
 
 def time_run(folder: Path, num_workers: int, bf16: bool, features: str, num_steps: int) -> dict[str, float]:
     """Time the steps of a run that a user would start, by its own metrics."""
-    from bare_training import read_steps
+    from bare_training import count_work, read_steps
     from samples import write_recipe
     from train_fixture import make_config
-    from useful_flops import ModelFlops
 
     from llava_ray.model.assembly import assemble
+    from llava_ray.model.freezing import freeze
 
     config = make_config(folder, bf16=bf16, features=features, num_workers=num_workers, num_steps=num_steps)
     recipe = write_recipe(folder, config)
@@ -124,9 +124,9 @@ def time_run(folder: Path, num_workers: int, bf16: bool, features: str, num_step
     lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
     seconds = [json.loads(line)["step_seconds"] for line in lines][NUM_WARM:]
     parts = assemble(config.model, "square")
-    counted = ModelFlops.of(parts)
+    freeze(parts.llava, parts.tower, config.model)
     steps, _ = read_steps(config, parts, num_steps)
-    work = [counted.count(batches, inline=features == "inline") for batches in steps[NUM_WARM:]]
+    work = [count_work(parts, batches, inline=features == "inline") for batches in steps[NUM_WARM:]]
     return {
         "useful_gflops": statistics.median(work_ / took / 1e9 for work_, took in zip(work, seconds, strict=True)),
         "step_seconds": statistics.median(seconds),

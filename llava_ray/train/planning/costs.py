@@ -5,6 +5,7 @@ from typing import Any
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.row_assignment import SampleCost
 from llava_ray.model.blueprint import Blueprint
+from llava_ray.model.network.attention_shape import AttentionShape
 from llava_ray.model.network.tower_families import find_depths, find_family
 
 
@@ -15,17 +16,16 @@ def estimate_cost(config: FinetuneConfig, blueprint: Blueprint) -> SampleCost:
     would not change it. An image whose features are computed elsewhere costs no more than its tokens.
     """
     text: Any = blueprint.language_config.get_text_config()
-    heads, hidden = int(text.num_attention_heads), int(text.hidden_size)
-    head_width = int(getattr(text, "head_dim", None) or hidden // heads)
-    keys = int(getattr(text, "num_key_value_heads", None) or heads)
+    hidden, attention = int(text.hidden_size), AttentionShape.of(text)
     inner = int(getattr(text, "intermediate_size", None) or 4 * hidden)
-    layer = 2 * hidden * head_width * (heads + keys) + 3 * hidden * inner
+    projections = 2 * hidden * attention.head_width * (attention.num_heads + attention.num_keys)
+    layer = projections + 3 * hidden * inner
     # Forward, gradients of activations and, where the weights themselves learn, of these.
     still = config.model.tune_mm_mlp_adapter or config.model.freeze_backbone or config.lora.lora_enable
     passes = 2 if still else 3
     layers = int(text.num_hidden_layers)
     return SampleCost(
-        token=2 * passes * layers * layer, pair=12 * layers * heads * head_width, image=_image_cost(config, blueprint)
+        token=2 * passes * layers * layer, pair=12 * layers * attention.width, image=_image_cost(config, blueprint)
     )
 
 

@@ -256,16 +256,18 @@ def mask_bytes(run: RunSettings) -> float:
 def logits_bytes(sizes: ModelSizes, run: RunSettings) -> float:
     """Return the bytes of a row's logits and gradients; in bf16 also a chunk in fp32, three times (cross-entropy).
 
-    A plain head, below stage 3, holds a chunk of them, gradients of its input and, where it learns, its own in fp32.
+    A plain head, below stage 3, holds a chunk of them, gradients of its input and, where it learns, its own in fp32
+    with those of a chunk.
     """
     if sizes.plain_head and run.zero_stage < 3:
         width = sizes.blocks.hidden_size
-        head = 4 * sizes.vocab_size * width if sizes.trainable >= sizes.language_model else 0
+        own = 4 + (run.width if run.bf16 else 0)
+        head = own * sizes.vocab_size * width if sizes.trainable >= sizes.language_model else 0
         return (2 * run.width + 8) * HEAD_CHUNK * sizes.vocab_size + run.width * run.row_length * width + head
-    own = 2 * run.width * run.row_length * sizes.vocab_size
+    row = 2 * run.width * run.row_length * sizes.vocab_size
     if run.bf16:
-        return own + 3 * 4 * min(_LOGITS_CHUNK, run.row_length) * sizes.vocab_size
-    return own + 4 * run.row_length * sizes.vocab_size
+        return row + 3 * 4 * min(_LOGITS_CHUNK, run.row_length) * sizes.vocab_size
+    return row + 4 * run.row_length * sizes.vocab_size
 
 
 def vision_bytes(sizes: ModelSizes, run: RunSettings) -> float:

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from llava_ray.config.sections import FinetuneConfig
+from llava_ray.model.network.attention_shape import AttentionShape
 from llava_ray.model.network.head_loss import find_plain_head
 from llava_ray.model.network.tower import VisionTower
 from llava_ray.model.summary import ModelSummary, count_positions, summarize_model
@@ -55,15 +56,13 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
 
 def _language_blocks(text: Any, linears: Mapping[str, tuple[int, int]]) -> Blocks:
     """Return the shapes of a language model's blocks from its config."""
-    heads = int(text.num_attention_heads)
-    values = text.to_dict()
-    width = values.get("head_dim") or text.hidden_size // heads
+    attention = AttentionShape.of(text)
     return Blocks(
         num_layers=int(text.num_hidden_layers),
         hidden_size=int(text.hidden_size),
         intermediate_size=int(text.intermediate_size),
-        num_heads=heads,
-        attention_width=heads * width,
+        num_heads=attention.num_heads,
+        attention_width=attention.width,
         gated=any("gate" in name for name in linears),
     )
 

@@ -1,5 +1,7 @@
 """The tuning report: the numbers it is given, in words, bars and curves."""
 
+import math
+
 import pytest
 
 from llava_ray.report.pieces import Link, Links, Note
@@ -38,6 +40,9 @@ def test_a_model_no_better_than_blind_is_said_to_be():
 def test_smoothing_starts_at_the_first_value_and_follows_slowly():
     assert smoothed([2.0, 2.0]) == pytest.approx([2.0, 2.0])
     assert smoothed([1.0, 0.0])[1] == pytest.approx(0.9 / 1.9)
+    skipped = smoothed([math.nan, 1.0, math.nan, math.inf, 0.0])
+    assert math.isnan(skipped[0])
+    assert skipped[1:] == pytest.approx([1.0, 1.0, 1.0, 0.9 / 1.9])
 
 
 def test_a_logarithmic_axis_is_labelled_in_plain_numbers():

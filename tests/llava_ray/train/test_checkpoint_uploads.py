@@ -2,6 +2,7 @@
 
 import errno
 import shutil
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -92,8 +93,12 @@ def test_a_disk_that_fills_up_is_named_and_nothing_half_written_stays(error, whe
 def test_an_error_that_ray_may_try_again_keeps_what_is_written(uploads, monkeypatch, tmp_path):
     storage = Storage(tmp_path / "run", OSError("AWS Error SLOW_DOWN"))
     writes = [lambda: (tmp_path / "local/a").write_text("a")]
+    uploads.ended = threading.Event()  # as a started save leaves it
     with pytest.raises(OSError, match="SLOW_DOWN"):
         upload(uploads, storage, writes, monkeypatch, tmp_path)
+    assert uploads.ended.is_set()  # a later save would wait for ever
+    with pytest.raises(CheckpointError, match=r"after step 8 could not be stored: .*SLOW_DOWN.*last complete"):
+        uploads.wait()
     storage.error = None
     assert upload(uploads, storage, writes, monkeypatch, tmp_path) == "step-8"
     uploads.wait()

@@ -9,15 +9,24 @@ from typing import Any
 import pytest
 import torch
 from ray.exceptions import RayActorError
-from ray.train import WorkerGroupError
+from ray.train import FailureConfig, WorkerGroupError
 
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.batches import MicroBatch
-from llava_ray.errors import ConfigError, DivergedError, TrainingError
+from llava_ray.errors import (
+    BundleError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    ModelError,
+    RecordError,
+    TrainingError,
+)
 from llava_ray.objectives.objective import ObjectiveOutput
-from llava_ray.train import failures, heartbeat, nonfinite
+from llava_ray.train import failures, heartbeat, nonfinite, stopping
 from llava_ray.train.engine import check_bf16
-from llava_ray.train.failures import describe_failure, find_cause, translate_error
+from llava_ray.train.failures import EndAtOnce, describe_failure, find_cause, translate_error
 from llava_ray.train.heartbeat import Heartbeat, Patience, describe_stacks
 from llava_ray.train.nonfinite import MOST_IN_A_ROW, StepGuard, find_bad_features, find_bad_losses
 from llava_ray.train.out_of_memory import naming_memory
@@ -180,6 +189,43 @@ class TestFailures:
         assert translate_error(WorkerGroupError("words", {0: ours}), "tune", journal) is ours
 
 
+PERMANENT = [
+    ConfigError("no bfloat16"),
+    ModelError("attention cannot be computed sample by sample"),
+    BundleError("other weights"),
+    RecordError("record 'a': no image", reason="image_unreadable"),
+    DivergedError("step 3: the loss is nan"),
+]
+PASSING = [
+    died(),
+    RuntimeError("NCCL error"),
+    TrainingError("rank 1 ran out of memory"),
+    CheckpointError("No space left on device"),
+    DataError("shard 3 cannot be read"),
+]
+
+
+@pytest.mark.parametrize("error", [*PERMANENT, *PASSING], ids=lambda error: type(error).__name__)
+def test_a_run_ends_at_once_where_new_workers_would_fail_again(error):
+    policy = EndAtOnce(FailureConfig(max_failures=1))
+    failed = WorkerGroupError("words", {0: RuntimeError("[gloo] Connection closed by peer"), 1: error})
+    decided = [policy.make_decision(failed).value for _ in range(2)]
+    assert decided == (["RAISE", "RAISE"] if error in PERMANENT else ["RETRY", "RAISE"])
+
+
+def test_a_trainer_gives_its_controller_that_policy(monkeypatch):
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(
+        stopping.DataParallelTrainer, "_initialize_and_run_controller", lambda self, **settings: given.update(settings)
+    )
+    monkeypatch.delenv(stopping.SERVER_VARIABLE, raising=False)
+    trainer = object.__new__(stopping.StoppableTrainer)
+    trainer.run_config = SimpleNamespace(failure_config=FailureConfig(max_failures=7))
+    trainer._initialize_and_run_controller(failure_policy=None, callbacks=[])
+    assert isinstance(given["failure_policy"], EndAtOnce)
+    assert given["failure_policy"].failure_config.max_failures == 7
+
+
 def make_batch(**changes: Any) -> MicroBatch:
     """Return a row of three samples of 3, 4 and 2 tokens, with an image of two features in the second."""
     fields: dict[str, Any] = {
@@ -217,8 +263,8 @@ def make_guard(policy: str, journal: Journal, monkeypatch: pytest.MonkeyPatch) -
 
 def run_step(guard: StepGuard, loss: float, losses: list[float], step: int = 3) -> DivergedError | None:
     guard.keep(make_batch(), ObjectiveOutput(torch.tensor(losses, dtype=torch.float32), torch.tensor([1, 4, 5, 7])))
-    guard.step(SimpleNamespace(reduce=lambda: (loss, {})), lambda name: nullcontext())
-    return guard.check(step, loss)
+    read = SimpleNamespace(reduce=lambda: None, read=lambda: (loss, {}))
+    return guard.check(step, loss, guard.step(read, lambda name: nullcontext()))
 
 
 class TestNonFinite:

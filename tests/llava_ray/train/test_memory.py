@@ -128,11 +128,13 @@ def test_what_the_optimiser_gradients_masks_and_the_head_add() -> None:
     # Without the logits of the row: 256 tokens of them, the gradients of 2,048 hidden states and the head's own.
     plain, stage_2 = dataclasses.replace(SIZES, plain_head=True), changed(zero_stage=2)
     assert HEAD_CHUNK == head_loss.CHUNK
-    assert logits_bytes(plain, stage_2) == 12 * 256 * 32000 + 2 * 2048 * 4096 + 4 * 32000 * 4096
+    assert logits_bytes(plain, stage_2) == 12 * 256 * 32000 + 2 * 2048 * 4096 + (4 + 2) * 32000 * 4096
+    in_fp32 = changed(zero_stage=2, bf16=False)
+    assert logits_bytes(plain, in_fp32) == 16 * 256 * 32000 + 4 * 2048 * 4096 + 4 * 32000 * 4096
     aligned = dataclasses.replace(plain, trainable=SIZES.projector)
     assert logits_bytes(aligned, stage_2) == 12 * 256 * 32000 + 2 * 2048 * 4096
     assert logits_bytes(plain, RUN) == logits_bytes(SIZES, RUN)
-    longer = changed(zero_stage=2, row_length=16384)
+    longer = changed(zero_stage=2, row_length=32768)
     assert logits_bytes(plain, longer) < 0.4 * logits_bytes(SIZES, longer)
 
 

@@ -53,7 +53,8 @@ def test_a_steps_loss_is_bit_equal_to_the_sum_of_its_parts(reduced: list[torch.T
         micro_loss = losses.sum() / batch.num_supervised
         expected += micro_loss.detach()
         assert torch.equal(part, micro_loss)
-    assert step.reduce() == (expected.item(), {})
+    step.reduce()
+    assert step.read() == (expected.item(), {})
     assert len(reduced) == 1, "no other collective than that of the loss"
 
 
@@ -62,7 +63,8 @@ def test_another_objective_brings_its_normalisation_and_its_metrics(reduced: lis
     for losses in ([0.5, 2.0], [0.25]):
         row = SimpleNamespace(input_ids=torch.tensor(losses))
         step.add(objective.compute(lambda ids: ids, row), SimpleNamespace(num_pairs=4))
-    assert step.reduce() == (pytest.approx(2.75 / 4), {"won": 0.5})
+    step.reduce()
+    assert step.read() == (pytest.approx(2.75 / 4), {"won": 0.5})
     assert len(reduced) == 2
 
 

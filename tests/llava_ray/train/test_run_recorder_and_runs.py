@@ -1,7 +1,9 @@
 """The run's folder and its journal, without a cluster: names, torn snapshots, replayed steps, one MLflow run."""
 
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from mlflow import MlflowClient
@@ -10,6 +12,7 @@ from samples import small_run
 from llava_ray.config.sections import MODEL_PATHS, FinetuneConfig
 from llava_ray.errors import CheckpointError, ConfigError, DataError
 from llava_ray.tracking import TrackedRun, describe_page, moved_tracking_uri
+from llava_ray.train.finished_run import FinishedRun
 from llava_ray.train.identity import identify_run
 from llava_ray.train.run_recorder import RunRecorder
 from llava_ray.train.runs import (
@@ -177,6 +180,29 @@ def test_a_flush_for_a_checkpoint_waits_for_the_records_of_all_ranks(tmp_path):
     assert journal.progress().metrics == {"loss": 1.0}
     assert open_journal(tmp_path).progress().metrics == {"loss": 1.0}
     assert journal.unlogged == {}
+
+
+def test_a_skipped_steps_loss_is_null_and_in_no_chart(tmp_path):
+    journal = open_journal(tmp_path)
+    journal.rewind(0, 0, 1)
+    for step, loss in enumerate((2.0, math.nan, 1.0, math.inf)):
+        journal.record(0, step, {"loss": loss, "grad_norm": loss, "skipped_steps": float(step % 2)}, ["a"])
+    run_id = journal.close("FINISHED", {}, {}, [])
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert [row["loss"] for row in rows] == [2.0, None, 1.0, None]
+    known = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_metric_history(run_id, "loss")
+    assert [(metric.step, metric.value) for metric in known] == [(0, 2.0), (2, 1.0)]
+    assert journal.progress().metrics == open_journal(tmp_path).progress().metrics == {"skipped_steps": 1.0}
+    folder = SimpleNamespace(path=str(tmp_path / "run"))
+    losses = FinishedRun(folder, 4, {}, "", run_id, "").read_losses()
+    assert (losses[0], losses[2]) == (2.0, 1.0)
+    assert math.isnan(losses[1])
+    assert math.isnan(losses[3])
 
 
 def test_a_tracker_that_fails_is_given_up_and_told_and_the_run_goes_on(tmp_path):

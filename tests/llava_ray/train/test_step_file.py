@@ -152,3 +152,44 @@ def test_a_store_that_cannot_append_gets_the_same_bytes():
     file.flush()
     assert fsspec.filesystem("memory").cat("/runs/run/ledger.jsonl").decode() == old_text(range(6))
     assert StepFile("memory://runs/run/ledger.jsonl").last == 5
+
+
+def test_a_rewind_reads_the_end_of_a_long_file_alone(path, monkeypatch):
+    path.parent.mkdir()
+    path.write_text(old_text(range(20_000)))
+    file = StepFile(str(path))
+    read: list[int] = []
+    monkeypatch.setattr(
+        step_file, "open_filesystem", lambda place, own=step_file.open_filesystem: Counting(own, place, read)
+    )
+    for first in (19_990, 19_000, 12_345):
+        read.clear()
+        file.rewind(first)
+        assert (file.last, file.size) == (first - 1, len(old_text(range(first))))
+        assert sum(read) < 8 * len(old_text(range(first, 20_000))) + 2 * 2**16
+    file.flush()
+    assert path.read_text() == old_text(range(12_345))
+
+
+class Counting:
+    """A filesystem that notes how many bytes are read."""
+
+    def __init__(self, own, place: str, read: list[int]) -> None:
+        (self.files, self.place), self.read = own(place), read
+
+    def __iter__(self):
+        return iter((self, self.place))
+
+    def open(self, place: str, mode: str):
+        stream = self.files.open(place, mode)
+        whole, read = stream.read, self.read
+        stream.read = lambda size=-1: read.append(len(data := whole(size))) or data
+        return stream
+
+
+def test_a_number_that_is_not_finite_is_null(path):
+    file = StepFile(str(path))
+    file.add(0, {"loss": float("nan"), "grad_norm": float("inf"), "step_seconds": 0.5})
+    file.flush()
+    assert path.read_text() == '{"step": 0, "loss": null, "grad_norm": null, "step_seconds": 0.5}\n'
+    assert file.read_last() == {"loss": None, "grad_norm": None, "step_seconds": 0.5}
