@@ -53,7 +53,7 @@ def read_steps(
 def _steps(plan: Plan, lengths, settings: StreamSettings, num_steps: int) -> Iterator[list[MicroBatch]]:
     """Yield the micro-batches of each step."""
     by_step: dict[int, list[MicroBatch]] = {}
-    for window in describe_micro_batches(plan, lengths, list(range(num_steps)), settings.row_length, 1):
+    for window in describe_micro_batches(plan, lengths, range(num_steps), settings.row_length, 1):
         for table in read_micro_batches(window, settings):
             for row in add_images(table, settings).to_pylist():
                 if row["step"] != NO_STEP:
