@@ -107,9 +107,10 @@ def _recipe_of(arguments: Sequence[str]) -> str | None:
 
 
 def settings_hash(config: ConfigSection) -> str:
-    """Return 8 hex digits of all settings in ``config`` that decide what is computed."""
-    # Sorted keys and JSON values: the hash must not depend on the order of fields or the version of pydantic.
-    settings = config.model_dump(mode="json", exclude=set(NOT_HASHED))
+    """Return 8 hex digits of all settings in ``config`` that decide what is computed and are not the default."""
+    # Sorted keys and JSON values: the hash must not depend on the order of fields or the version of pydantic. Without
+    # defaults: it stays when a later version adds a setting.
+    settings = config.model_dump(mode="json", exclude=set(NOT_HASHED), exclude_defaults=True)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
