@@ -51,18 +51,25 @@ def started_as_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
 def ray_cluster() -> Iterator[None]:
     """A private four-CPU (logical) cluster for the whole session."""
     import ray
+    from session_forks import forking_workers
 
+    from llava_ray.forked_worker import SERVER_VARIABLE
+    from llava_ray.local_ray import lean_start
     from llava_ray.runtime import DASHBOARD_VARIABLE, announce_port
 
-    # Without a dashboard each run would end ten seconds later: Ray's watch over it waits for an answer.
-    ray.init(
-        address="local",
-        num_cpus=4,
-        object_store_memory=300 * 2**20,
-        include_dashboard=True,
-        dashboard_port=announce_port(),
-        log_to_driver=False,
-    )
-    del os.environ[DASHBOARD_VARIABLE]  # this cluster's processes have it; commands that tests start have their own
-    yield
-    ray.shutdown()
+    with forking_workers():
+        # Without a dashboard each run would end ten seconds later: Ray's watch over it waits for an answer.
+        with lean_start(dashboard=True):
+            ray.init(
+                address="local",
+                num_cpus=4,
+                object_store_memory=300 * 2**20,
+                include_dashboard=True,
+                dashboard_port=announce_port(),
+                log_to_driver=False,
+            )
+        # This cluster's processes have them; commands that tests start have their own.
+        for name in (DASHBOARD_VARIABLE, SERVER_VARIABLE):
+            os.environ.pop(name, None)
+        yield
+        ray.shutdown()
