@@ -41,6 +41,13 @@ install_import_hook(SHAPES_CHECKED, "beartype.beartype")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let ``-n 2 --dist loadgroup`` run the tests on the shared cluster in one process, and each other file in one."""
+    for item in items:
+        shared = "ray_cluster" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("cluster" if shared else item.path.name))
+
+
 @pytest.fixture(autouse=True)
 def started_as_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let messages name commands as for a library's user, whatever an earlier test has started as a script."""
