@@ -104,7 +104,8 @@ def _print_run(finished: "FinishedRun") -> None:
     print(f"  model    {finished.folder.bundle}")
     print(f"  ledger   {finished.folder.path}/ledger.jsonl")
     print(f"  metrics  {finished.folder.path}/metrics.jsonl")
-    print(f"  mlflow   {describe_page(finished.tracking_uri, finished.mlflow_run_id)}")
+    page = describe_page(finished.tracking_uri, finished.mlflow_run_id, finished.mlflow_experiment_id)
+    print(f"  mlflow   {page}")
 
 
 if __name__ == "__main__":

@@ -229,6 +229,10 @@ class RunRecorder:
         self.others = []
         return self.tracked.run_id
 
+    def experiment(self) -> str:
+        """Return the id of the MLflow run's experiment."""
+        return self.tracked.experiment_id
+
 
 def start_recorder(run: RunFolder, config: FinetuneConfig, tracking_uri: str, settings: str) -> ActorHandle:
     """Start the recorder on the driver's node, for the lifetime of the job; ``settings`` is a hash of the settings."""
