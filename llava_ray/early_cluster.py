@@ -27,6 +27,7 @@ class _Owner:
 
     pid: int
     num_cpus: int
+    dashboard: bool
     said: int
     """The pipe on which it says where the cluster is."""
     held: int
@@ -36,8 +37,8 @@ class _Owner:
 _owner: _Owner | None = None
 
 
-def start_early(num_cpus: int) -> None:
-    """Let another process start a cluster without a dashboard, if this one has been prepared to fork its workers."""
+def start_early(num_cpus: int, *, dashboard_port: int, dashboard: bool) -> None:
+    """Let another process start a cluster, if this one has been prepared to fork its workers."""
     global _owner
     if _owner is not None or not forks_prepared():
         return
@@ -47,10 +48,10 @@ def start_early(num_cpus: int) -> None:
     if pid == 0:
         os.close(said)
         os.close(held)
-        _own_cluster(num_cpus, saying, holding)
+        _own_cluster(num_cpus, dashboard_port, dashboard, saying, holding)
     os.close(saying)
     os.close(holding)
-    _owner = _Owner(pid, num_cpus, said, held)
+    _owner = _Owner(pid, num_cpus, dashboard, said, held)
 
 
 def join_early(num_cpus: int, *, dashboard: bool, **options: Any) -> bool:
@@ -63,13 +64,14 @@ def join_early(num_cpus: int, *, dashboard: bool, **options: Any) -> bool:
         return False
     with os.fdopen(os.dup(owner.said)) as file:
         found = json.loads(file.readline() or "{}")  # nothing is said where the start failed
-    if not found or owner.num_cpus != num_cpus or dashboard:
+    if not found or (owner.num_cpus, owner.dashboard) != (num_cpus, dashboard):
         end_early()
         return False
     if found["auth"] is not None and os.environ.get(_AUTH_VARIABLE) != found["auth"]:
         os.environ[_AUTH_VARIABLE] = found["auth"]
         ray._raylet.Config.initialize("")
-    os.environ[NO_DASHBOARD_VARIABLE] = "1"
+    if not dashboard:
+        os.environ[NO_DASHBOARD_VARIABLE] = "1"
     ray.init(address=found["address"], **options)
     return True
 
@@ -85,7 +87,7 @@ def end_early() -> None:
             os.waitpid(owner.pid, 0)
 
 
-def _own_cluster(num_cpus: int, saying: int, holding: int) -> NoReturn:
+def _own_cluster(num_cpus: int, dashboard_port: int, dashboard: bool, saying: int, holding: int) -> NoReturn:
     """Start the cluster, say where it is, and end it when the other end of ``holding`` is closed."""
     from llava_ray.fork_server import leave_the_owners_things
 
@@ -96,10 +98,11 @@ def _own_cluster(num_cpus: int, saying: int, holding: int) -> NoReturn:
         undo_import_settings()
         set_local_defaults()
         use_forks()
-        with lean_start(dashboard=False):
+        with lean_start(dashboard=dashboard):
             ray.init(
                 address="local",
                 num_cpus=num_cpus,
+                dashboard_port=dashboard_port,
                 logging_config=ray.LoggingConfig(log_level="WARNING"),
                 log_to_driver=False,
             )

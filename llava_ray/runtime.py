@@ -178,14 +178,13 @@ def start(cluster: ClusterConfig, *, runs: int = 1, quiet: bool = False, dashboa
     return False
 
 
-def start_ahead(cluster: ClusterConfig) -> None:
-    """Start the local cluster of one run while this process imports the rest, if ``start`` will ask for one.
+def start_ahead(cluster: ClusterConfig, *, runs: int = 1, dashboard: bool = False) -> None:
+    """Start the local cluster for which ``start`` will ask, if it will, while this process imports the rest.
 
     To be called between ``prepare_forks`` and ``start_forks``.
     """
     if starts_here(cluster.address) and forks_prepared():
-        announce_port()
-        start_early(local_cpus(cluster))
+        start_early(local_cpus(cluster, runs), dashboard_port=announce_port(), dashboard=dashboard)
 
 
 def announce_port() -> int:
