@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before ray is imported: no token file in the developer's home, no usage report, one thread a process.
 os.environ.update(
@@ -41,11 +42,23 @@ install_import_hook(SHAPES_CHECKED, "beartype.beartype")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let ``-n 2 --dist loadgroup`` run the tests on the shared cluster in one process, and each other file in one."""
-    for item in items:
-        shared = "ray_cluster" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("cluster" if shared else item.path.name))
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Let ``--dist loadgroup`` give the files whose tests share one cluster to one process, and each other file to one.
+
+    xdist's own groups are marks, which it adds to tests' names; this version of pytest does not let it.
+    """
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class SharedClusterScheduling(LoadFileScheduling):
+        """By file, but those that name the cluster's fixture together."""
+
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return "ray_cluster" if "ray_cluster" in (config.rootpath / file).read_text() else file
+
+    return SharedClusterScheduling(config, log)
 
 
 @pytest.fixture(autouse=True)
