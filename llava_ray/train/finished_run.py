@@ -63,8 +63,7 @@ def note_finished(
     artifacts = {"model": run.bundle} if config.tracking.log_model and local else {}
     files = [f"{run.path}/{name}" for name in ("resolved.json", "ledger.jsonl", "metrics.jsonl")] if local else []
     tags = {f"llava_ray.{key}": value for key, value in lineage.items()}
-    run_id = ray.get(journal.close.remote("FINISHED", tags, artifacts, files))
-    experiment_id = ray.get(journal.experiment.remote())
+    run_id, experiment_id = ray.get(journal.close.remote("FINISHED", tags, artifacts, files))
     metrics = ray.get(journal.progress.remote()).metrics
     saved = {
         "num_steps": plan.num_steps,
