@@ -12,6 +12,8 @@ $(shell rm -rf $(VENV))
 endif
 VLLM := .venv-vllm
 TIMM := .venv-timm
+# Of the others, collecting alone takes long. Those whose tests share one cluster run in one process (tests/conftest.py).
+RAY_FILES = $(filter-out tests/llava_ray/deployments/%,$(shell grep -rl --include='test_*.py' 'mark\.ray' tests))
 PURE := "not ray and not slow and not browser and not verify and not gpu"
 
 .PHONY: help quickstart sweep serve check test test-timm test-vllm verify lint docs clean
@@ -31,10 +33,12 @@ serve: $(READY)  ## Serve the quickstart's model: API and page on http://127.0.0
 check: $(READY) lint  ## What to wait for while working: style, types, layers, pages, pure tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m $(PURE)
 
-test: $(READY) lint  ## Everything CI runs; half an hour on two slow cores
+test: $(READY) lint  ## Everything CI runs; a quarter of an hour on two slow cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m $(PURE)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "(slow or browser) and not ray and not verify and not gpu"
-	$(BIN)/python -m pytest -m "ray and not verify and not gpu"
+	# Those of the service first, and alone: they have bounds of time.
+	$(BIN)/python -m pytest -m "ray and not verify and not gpu" tests/llava_ray/deployments
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "ray and not verify and not gpu" $(RAY_FILES)
 
 test-timm: $(TIMM)/.ready  ## timm's vision transformers as towers
 	PYTHONPATH=$(TIMM) $(BIN)/python -m pytest tests/llava_ray/model/test_timm_towers.py

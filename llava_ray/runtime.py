@@ -16,13 +16,21 @@ import ray
 
 from llava_ray import invocation
 from llava_ray.config.sections import ClusterConfig
+from llava_ray.early_cluster import end_early, join_early, start_early
 from llava_ray.errors import ConfigError
 from llava_ray.local_ray import NO_DASHBOARD_VARIABLE, lean_start
 from llava_ray.log_file import LibraryLog
 from llava_ray.placement import alive_nodes, can_grow, find_pools, pool_resources
 from llava_ray.shared_storage import Places, check_shared
 from llava_ray.uploads import check_upload
-from llava_ray.worker_forks import leave_forks, set_defaults, set_local_defaults, starts_here, use_forks
+from llava_ray.worker_forks import (
+    forks_prepared,
+    leave_forks,
+    set_defaults,
+    set_local_defaults,
+    starts_here,
+    use_forks,
+)
 
 # CPUs left for reading and decoding beside the train workers.
 _DATA_CPUS = 1.0
@@ -105,6 +113,7 @@ def _leaving(started_here: bool) -> Iterator[None]:
     finally:
         ray.shutdown()
         if started_here:
+            end_early()
             os.environ.pop(DASHBOARD_VARIABLE, None)
             os.environ.pop(NO_DASHBOARD_VARIABLE, None)
             leave_forks()
@@ -144,14 +153,10 @@ def start(cluster: ClusterConfig, *, runs: int = 1, quiet: bool = False, dashboa
     if starts_here(cluster.address):
         set_local_defaults()
         use_forks()
-        with lean_start(dashboard=dashboard):
-            ray.init(
-                address="local",
-                num_cpus=local_cpus(cluster, runs),
-                dashboard_port=announce_port(),
-                logging_config=warnings_only,
-                log_to_driver=not quiet,
-            )
+        cpus, own = local_cpus(cluster, runs), {"logging_config": warnings_only, "log_to_driver": not quiet}
+        if not join_early(cpus, dashboard=dashboard, **own):
+            with lean_start(dashboard=dashboard):
+                ray.init(address="local", num_cpus=cpus, dashboard_port=announce_port(), **own)
         return True
     address = cluster.address or os.environ.get("RAY_ADDRESS") or "auto"
     # .rayignore lists what the upload leaves out. An installed llava_ray is on the nodes already.
@@ -171,6 +176,15 @@ def start(cluster: ClusterConfig, *, runs: int = 1, quiet: bool = False, dashboa
             "a local one"
         ) from error
     return False
+
+
+def start_ahead(cluster: ClusterConfig, *, runs: int = 1, dashboard: bool = False) -> None:
+    """Start the local cluster for which ``start`` will ask, if it will, while this process imports the rest.
+
+    To be called between ``prepare_forks`` and ``start_forks``.
+    """
+    if starts_here(cluster.address) and forks_prepared():
+        start_early(local_cpus(cluster, runs), dashboard_port=announce_port(), dashboard=dashboard)
 
 
 def announce_port() -> int:

@@ -75,6 +75,7 @@ class TrackedRun:
         except MlflowException as error:
             raise ConfigError(f"MLflow at {tracking_uri!r}: {error}; check tracking.tracking_uri") from error
         self.run_id: str = run.info.run_id
+        self.experiment_id: str = experiment_id
         self.client.update_run(self.run_id, status="RUNNING")
 
     def log_params(self, params: Mapping[str, Any]) -> None:
@@ -126,11 +127,15 @@ def check_store(tracking_uri: str | None) -> None:
         raise ConfigError(f"MLflow at {tracking_uri!r}: {error}; check tracking.tracking_uri") from error
 
 
-def describe_page(tracking_uri: str, run_id: str) -> str:
-    """Return how to open a run in MLflow: the command that serves a local store, and the address."""
-    from mlflow import MlflowClient
+def describe_page(tracking_uri: str, run_id: str, experiment: str | None = None) -> str:
+    """Return how to open a run in MLflow: the command that serves a local store, and the address.
 
-    experiment = MlflowClient(tracking_uri).get_run(run_id).info.experiment_id
+    Without the ``experiment`` that the run belongs to, MLflow is asked for it, and imported: that takes seconds.
+    """
+    if experiment is None:
+        from mlflow import MlflowClient
+
+        experiment = MlflowClient(tracking_uri).get_run(run_id).info.experiment_id
     page = f"/#/experiments/{experiment}/runs"  # without "runs", MLflow opens its page of traces
     if tracking_uri.startswith("http"):
         return f"{tracking_uri.rstrip('/')}{page}/{run_id}"

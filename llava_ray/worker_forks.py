@@ -39,6 +39,8 @@ class _Forks:
     replaced: dict[str, str | None] = field(default_factory=dict)
     """The user's values of the variables that were set for the imports."""
     address: str | None = None
+    listener: socket.socket | None = None
+    """Workers may ask before there is a server: they wait."""
     owner: socket.socket | None = None
     """The server ends with this end of the pair."""
 
@@ -107,7 +109,22 @@ def prepare_forks(config: FinetuneConfig) -> None:
     for name in kept:
         del os.environ[name]
     gc.disable()  # until the fork: a fifth of the time that the imports take, for nothing
+    _listen()
     _forks.prepared = True
+
+
+def forks_prepared() -> bool:
+    """Return whether this process has been prepared for the server, and has not started it yet."""
+    return _forks.prepared and _forks.listener is not None
+
+
+def undo_import_settings() -> None:
+    """Restore the user's values of the variables that were set for the imports."""
+    for name, value in _forks.replaced.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def start_forks() -> None:
@@ -117,8 +134,12 @@ def start_forks() -> None:
     database, for one.
     """
     too_late = any(name in sys.modules for name in _OPENING)
-    if _forks.address is None and _forks.prepared and _has_one_thread() and not too_late:
-        _start_server()
+    if forks_prepared():
+        if _has_one_thread() and not too_late:
+            _start_server()
+        else:
+            stop_forks()
+        undo_import_settings()
     gc.enable()
 
 
@@ -136,37 +157,40 @@ def leave_forks() -> None:
 def stop_forks() -> None:
     """End the server, if there is one; the process does so by itself when it ends."""
     leave_forks()
-    if _forks.owner is not None and _forks.address is not None:
-        _forks.owner.close()
+    for end in (_forks.listener, _forks.owner):
+        if end is not None:
+            end.close()
+    if _forks.address is not None:
         shutil.rmtree(Path(_forks.address).parent, ignore_errors=True)
-        _forks.owner = _forks.address = None
+    _forks.listener = _forks.owner = _forks.address = None
+
+
+def _listen() -> None:
+    """Make the socket at which workers are asked for."""
+    import atexit
+
+    folder = Path(tempfile.mkdtemp(prefix="llava-ray-"))
+    _forks.address = str(folder / "forks")
+    _forks.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    _forks.listener.bind(_forks.address)
+    _forks.listener.listen(128)
+    atexit.register(stop_forks)
 
 
 def _start_server() -> None:
-    """Fork the server. Its parent keeps none of the settings that were for imports alone."""
-    import atexit
-
+    """Fork the server."""
     from llava_ray import fork_server
 
-    folder = Path(tempfile.mkdtemp(prefix="llava-ray-"))
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.bind(str(folder / "forks"))
-    listener.listen(128)
+    assert _forks.listener is not None
     ours, theirs = socket.socketpair()
     sys.stdout.flush()
     sys.stderr.flush()
     if os.fork() == 0:
         ours.close()
-        fork_server.serve(listener, theirs, [_WORKER_IMPORTS])
-    listener.close()
+        fork_server.serve(_forks.listener, theirs, [_WORKER_IMPORTS])
+    _forks.listener.close()
     theirs.close()
-    for name, value in _forks.replaced.items():
-        if value is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = value
-    _forks.address, _forks.owner = str(folder / "forks"), ours
-    atexit.register(stop_forks)
+    _forks.listener, _forks.owner = None, ours
 
 
 def _has_one_thread() -> bool:

@@ -50,8 +50,10 @@ def main(arguments: Sequence[str]) -> "FinishedRun | None":
     check_run_places(config)
     print(config.model_dump_json(indent=1, exclude_defaults=True), flush=True)
     prepare_forks(config)
+    from llava_ray.runtime import connected, start_ahead
+
+    start_ahead(config.cluster)
     from llava_ray.data.preparation import prepare_data
-    from llava_ray.runtime import connected
     from llava_ray.train.preflight import check_run
     from llava_ray.train.trainer import finetune
 
@@ -102,7 +104,8 @@ def _print_run(finished: "FinishedRun") -> None:
     print(f"  model    {finished.folder.bundle}")
     print(f"  ledger   {finished.folder.path}/ledger.jsonl")
     print(f"  metrics  {finished.folder.path}/metrics.jsonl")
-    print(f"  mlflow   {describe_page(finished.tracking_uri, finished.mlflow_run_id)}")
+    page = describe_page(finished.tracking_uri, finished.mlflow_run_id, finished.mlflow_experiment_id)
+    print(f"  mlflow   {page}")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,9 @@ def main(arguments: Sequence[str]) -> float:
     """Run all unfinished stages, write the report, and return the held-out accuracy."""
     words = load_recipe(FinetuneConfig, [f"{RECIPES}/words.toml", *arguments])
     prepare_forks(words)
+    from llava_ray.runtime import connected, start_ahead
+
+    start_ahead(words.cluster)
     from llava_ray.report.charts import check_plotting
 
     check_plotting()
@@ -41,7 +44,6 @@ def main(arguments: Sequence[str]) -> float:
     from llava_ray.quickstart.easy_vqa_records import write_conversations, write_open_questions, write_words
     from llava_ray.quickstart.registry_weights import make_language_model, make_vision_tower
     from llava_ray.report.rendering import write_report
-    from llava_ray.runtime import connected
     from pipelines.quickstart_results import answer, make_quickstart_report, print_quickstart, write_examples
 
     start_forks()

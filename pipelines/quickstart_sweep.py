@@ -30,10 +30,12 @@ def main(arguments: Sequence[str]) -> "Sweep | None":
     load_sweep([_RECIPE, *arguments])
     words = load_recipe(FinetuneConfig, [f"{RECIPES}/words.toml"])
     prepare_forks(words)
+    from llava_ray.runtime import connected, start_ahead
+
+    start_ahead(words.cluster)
     from llava_ray.quickstart import easy_vqa
     from llava_ray.quickstart.easy_vqa_records import write_open_split, write_words
     from llava_ray.quickstart.registry_weights import make_language_model, make_vision_tower
-    from llava_ray.runtime import connected
 
     start_forks()
     for weights in (make_vision_tower(CACHE), make_language_model(CACHE)):

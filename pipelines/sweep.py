@@ -11,7 +11,7 @@ The same command resumes an interrupted sweep. The best run's model and recipe a
 import json
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llava_ray.config.sweep_recipes import load_sweep
 from llava_ray.worker_forks import prepare_forks, start_forks
@@ -41,8 +41,12 @@ def main(arguments: Sequence[str]) -> "Sweep | None":
         return None
     check_run_places(config, space)
     prepare_forks(config)
+    from llava_ray.runtime import connected, local_runs, start_ahead
+
+    # Ray Train asks the dashboard whether the controller of a trial that Tune has ended is alive.
+    local: dict[str, Any] = {"runs": local_runs(config.cluster), "dashboard": True}
+    start_ahead(config.cluster, **local)
     from llava_ray.report.charts import check_plotting
-    from llava_ray.runtime import connected, local_runs
     from llava_ray.sweep.folder import open_sweep
     from llava_ray.sweep.search import search
     from llava_ray.sweep.shared import absolute_space, check_sweep, common_config, share
@@ -58,13 +62,7 @@ def main(arguments: Sequence[str]) -> "Sweep | None":
     folder = open_sweep(config, space)
     start = time.perf_counter()
     tracked = start_sweep_run(config, folder)
-    cluster = connected(
-        config.cluster,
-        runs=local_runs(config.cluster),
-        quiet=True,
-        storage_path=config.run.storage_path,
-        dashboard=True,  # Ray Train asks it whether the controller of a trial that Tune has ended is alive
-    )
+    cluster = connected(config.cluster, **local, quiet=True, storage_path=config.run.storage_path)
     with leaving(), closing_sweep(tracked), cluster as resources:
         common = common_config(config, folder, tracked.tracking_uri, tracked.run_id)
         num_steps = share(common.base, space, resources)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before ray is imported: no token file in the developer's home, no usage report, one thread a process.
 os.environ.update(
@@ -41,6 +42,25 @@ install_import_hook(SHAPES_CHECKED, "beartype.beartype")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 
 
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Let ``--dist loadgroup`` give the files whose tests share one cluster to one process, and each other file to one.
+
+    xdist's own groups are marks, which it adds to tests' names; this version of pytest does not let it.
+    """
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class SharedClusterScheduling(LoadFileScheduling):
+        """By file, but those that name the cluster's fixture together."""
+
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return "ray_cluster" if "ray_cluster" in (config.rootpath / file).read_text() else file
+
+    return SharedClusterScheduling(config, log)
+
+
 @pytest.fixture(autouse=True)
 def started_as_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let messages name commands as for a library's user, whatever an earlier test has started as a script."""
@@ -51,18 +71,25 @@ def started_as_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
 def ray_cluster() -> Iterator[None]:
     """A private four-CPU (logical) cluster for the whole session."""
     import ray
+    from session_forks import forking_workers
 
+    from llava_ray.forked_worker import SERVER_VARIABLE
+    from llava_ray.local_ray import lean_start
     from llava_ray.runtime import DASHBOARD_VARIABLE, announce_port
 
-    # Without a dashboard each run would end ten seconds later: Ray's watch over it waits for an answer.
-    ray.init(
-        address="local",
-        num_cpus=4,
-        object_store_memory=300 * 2**20,
-        include_dashboard=True,
-        dashboard_port=announce_port(),
-        log_to_driver=False,
-    )
-    del os.environ[DASHBOARD_VARIABLE]  # this cluster's processes have it; commands that tests start have their own
-    yield
-    ray.shutdown()
+    with forking_workers():
+        # Without a dashboard each run would end ten seconds later: Ray's watch over it waits for an answer.
+        with lean_start(dashboard=True):
+            ray.init(
+                address="local",
+                num_cpus=4,
+                object_store_memory=300 * 2**20,
+                include_dashboard=True,
+                dashboard_port=announce_port(),
+                log_to_driver=False,
+            )
+        # This cluster's processes have them; commands that tests start have their own.
+        for name in (DASHBOARD_VARIABLE, SERVER_VARIABLE):
+            os.environ.pop(name, None)
+        yield
+        ray.shutdown()

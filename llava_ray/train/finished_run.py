@@ -28,6 +28,8 @@ class FinishedRun:
     tracking_uri: str
     mlflow_run_id: str
     data_hash: str
+    mlflow_experiment_id: str | None = None
+    """None where it was not noted."""
     reused: bool = False
     """Whether it was already finished, so that nothing was done."""
 
@@ -63,13 +65,14 @@ def note_finished(
     artifacts = {"model": run.bundle} if config.tracking.log_model and local else {}
     files = [f"{run.path}/{name}" for name in ("resolved.json", "ledger.jsonl", "metrics.jsonl")] if local else []
     tags = {f"llava_ray.{key}": value for key, value in lineage.items()}
-    run_id = ray.get(journal.close.remote("FINISHED", tags, artifacts, files))
+    run_id, experiment_id = ray.get(journal.close.remote("FINISHED", tags, artifacts, files))
     metrics = ray.get(journal.progress.remote()).metrics
     saved = {
         "num_steps": plan.num_steps,
         "metrics": metrics,
         "tracking_uri": tracking_uri,
         "mlflow_run_id": run_id,
+        "mlflow_experiment_id": experiment_id,
         "data_hash": prepared.data_hash,
     }
     write_stored(f"{run.path}/finished.json", json.dumps(saved, indent=1).encode())

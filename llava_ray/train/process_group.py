@@ -4,10 +4,12 @@ Ray's own ``TorchConfig`` imports torch in every process that holds it: two proc
 """
 
 import os
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.train.backend import Backend, BackendConfig
 
 _SHUTDOWN_S = 30.0
@@ -53,10 +55,23 @@ class _ProcessGroup(Backend):
         ray.get(joining)
 
     def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        """Let the workers leave; those that are gone are not waited for long."""
+        """Let the workers leave; once one is found gone, the others are ended without it, as they hang."""
         del backend_config
-        leaving = worker_group.execute_async(_leave, len(worker_group) > 1)
-        ray.wait(leaving, num_returns=len(leaving), timeout=_SHUTDOWN_S)
+        wait_for_all(worker_group.execute_async(_leave, len(worker_group) > 1), _SHUTDOWN_S)
+
+
+def wait_for_all(calls: list[ray.ObjectRef], seconds: float) -> bool:
+    """Wait for calls of workers, and return whether all were answered; stop waiting once one has failed."""
+    end = time.monotonic() + seconds
+    while calls:
+        done, calls = ray.wait(calls, timeout=max(0.0, end - time.monotonic()))
+        try:
+            ray.get(done)
+        except RayError:
+            return False
+        if not done:
+            return False
+    return True
 
 
 def _join(address: str, port: int, rank: int, size: int, config: ProcessGroupConfig) -> None:

@@ -217,8 +217,8 @@ class RunRecorder:
             self.state, self.first, self.last + 1, self.last_metrics, rate, list(self.said), self.failure
         )
 
-    def close(self, status: str, tags: dict[str, str], artifacts: dict[str, str], files: list[str]) -> str:
-        """Flush, log tags, artifacts (name → folder) and files, end the MLflow run and return its id."""
+    def close(self, status: str, tags: dict[str, str], artifacts: dict[str, str], files: list[str]) -> tuple[str, str]:
+        """Flush, log tags, artifacts (name → folder) and files, end the MLflow run; return its id and experiment's."""
         self.flush()
         self.tracked.log_tags(tags)
         for path in files:
@@ -228,7 +228,7 @@ class RunRecorder:
         self.tracked.end(status)
         self._tell_others(lambda tracker: tracker.end(status))
         self.others = []
-        return self.tracked.run_id
+        return self.tracked.run_id, self.tracked.experiment_id
 
 
 def finite(metrics: Mapping[str, float | None]) -> dict[str, float]:

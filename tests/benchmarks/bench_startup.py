@@ -50,6 +50,7 @@ NAMES = {
     "process_reaper": "Ray: reaper",
     "finetune.py": "driver",
     "llava-ray: forks": "fork server",
+    "llava-ray: owns": "owner of the cluster",
     "setup_worker.py": "Ray: starting a worker",
     "default_worker.py": "Ray: starting a worker",
     "forked_worker.py": "asking for a fork",

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
-from commands import free_port, kill_one, running
+from commands import free_port, kill_one, members, running
 from samples import small_run, write_recipe
 from watched_runs import committed, ledger
 
@@ -123,7 +123,7 @@ def test_ctrl_c_and_kills_of_a_worker_and_of_the_driver_leave_the_same_ledger(re
         wait_for_step(recipe, "stopped", wounded + 8)  # the run has gone on by itself
         assert process.poll() is None
         process.kill()
-    time.sleep(6)  # the killed driver's cluster takes a few seconds to notice and go
+    wait_for_end(process.pid)
     assert committed(recipe, "stopped") >= wounded + 8
     finish(recipe, "stopped")
     log = (recipe.parent / "stopped.log").read_text()
@@ -131,6 +131,14 @@ def test_ctrl_c_and_kills_of_a_worker_and_of_the_driver_leave_the_same_ledger(re
     assert "Finished: 48 steps" in log
     assert ledger(recipe, "stopped") == undisturbed
     assert read_losses(recipe, "stopped") == pytest.approx(read_losses(recipe, "undisturbed"), rel=1e-5)
+
+
+def wait_for_end(session: int) -> None:
+    """Wait until what a killed driver had started has noticed and gone."""
+    end = time.monotonic() + PATIENCE
+    while left := members(session):
+        assert time.monotonic() < end, left
+        time.sleep(0.1)
 
 
 def mlflow_status(recipe: Path, name: str) -> str:

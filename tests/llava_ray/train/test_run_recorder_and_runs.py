@@ -157,7 +157,8 @@ def test_replayed_steps_stand_once_and_a_second_start_goes_on_in_the_same_mlflow
     for step in range(2, 4):
         for rank in range(2):
             second.record(rank, step, {"loss": 1.0 / (step + 1)}, [f"{step}-{rank}"])
-    run_id = second.close("FINISHED", {"llava_ray.bundle": "b"}, {}, [])
+    run_id, experiment_id = second.close("FINISHED", {"llava_ray.bundle": "b"}, {}, [])
+    assert experiment_id == second.tracked.experiment_id
     assert run_id == first.tracked.run_id
     ledger = [json.loads(line) for line in (tmp_path / "run/ledger.jsonl").read_text().splitlines()]
     assert ledger == [{"step": step, "samples": [f"{step}-0", f"{step}-1"]} for step in range(4)]
@@ -275,3 +276,6 @@ def test_the_rate_is_that_of_the_last_steps_and_a_stop_is_heard_with_the_next_re
     experiment = client.get_run(journal.tracked.run_id).info.experiment_id
     page = describe_page(f"sqlite:///{tmp_path}/mlflow.db", journal.tracked.run_id)
     assert f"http://127.0.0.1:5000/#/experiments/{experiment}/runs" in page
+    assert page == describe_page(
+        f"sqlite:///{tmp_path}/mlflow.db", journal.tracked.run_id, journal.tracked.experiment_id
+    )
