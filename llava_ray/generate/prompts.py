@@ -1,6 +1,6 @@
 """Preparation of requests for the model: token ids, and images as pixels or as cached embeddings."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -9,12 +9,15 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava_ray.chat.template import Template
+from llava_ray.chat.template import StringTemplate, Template
 from llava_ray.chat.tokens import expand_images, tokenize_prompt, tokenizer_image_token
 from llava_ray.config.sections import MAX_IMAGE_PIXELS
 from llava_ray.errors import RecordError, TemplateError
+from llava_ray.generate.answer_text import AnswerText
+from llava_ray.generate.constraints.answer_grammar import AnswerGrammar
+from llava_ray.generate.constraints.compiling import GrammarCompiler
 from llava_ray.generate.decoding import Stops, default_stops
-from llava_ray.generate.engine import GenerationRequest
+from llava_ray.generate.engine import Constraint, GenerationRequest
 from llava_ray.generate.sampling import check_sampling
 from llava_ray.generate.vision_cache import VisionCache, image_key
 from llava_ray.images.anyres import Size
@@ -53,6 +56,14 @@ class Prompt:
     stops: Stops
     stop_texts: tuple[str, ...]
     num_cached_images: int = field(default=0)
+    grammar: AnswerGrammar | None = None
+    """What the answer may be; None for any text."""
+
+    def answer_text(self, decode: Callable[[Sequence[int]], str], *, strip: bool) -> AnswerText:
+        """Return an empty answer; one that a grammar restricts is exactly what the grammar has accepted."""
+        if self.grammar is None:
+            return AnswerText(decode, self.stop_texts, strip=strip)
+        return AnswerText(self.grammar.decode, self.stop_texts, strip=False, lead=self.grammar.lead)
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,7 @@ class PromptText:
         self.model = model
         self.max_model_len = max_model_len
         self.stops = stops
+        self.grammars = GrammarCompiler(model.tokenizer, stops.ids)
 
     def read(self, request: GenerationRequest) -> list[int]:
         """Return a request's ids with one -200 for each image. Raises RecordError for an invalid request."""
@@ -111,6 +123,25 @@ class PromptText:
         except TemplateError as error:
             raise RecordError(str(error), reason="template") from error
 
+    def find_constraint(self, request: GenerationRequest) -> Constraint | None:
+        """Return what the answer may be; None for any text. Raises RecordError."""
+        return request.sampling.constraint
+
+    def make_grammar(self, request: GenerationRequest) -> AnswerGrammar | None:
+        """Compile what the answer may be; takes up to seconds. Raises RecordError for what cannot be held."""
+        constraint = self.find_constraint(request)
+        if constraint is None:
+            return None
+        lead = self.find_lead(request, constraint)
+        grammar = self.grammars.grammar(constraint, lead)
+        return AnswerGrammar(self.grammars.matcher(grammar), self.grammars, constraint.field, lead)
+
+    def find_lead(self, request: GenerationRequest, constraint: Constraint) -> str:
+        """Return the space that the template writes before an answer, as the model was trained."""
+        template = self.model.template
+        has_lead = isinstance(template, StringTemplate) and request.prompt is None and constraint.kind != "grammar"
+        return template.lead if has_lead and isinstance(template, StringTemplate) else ""
+
     def template(self, system: str | None) -> Template:
         """Return the model's template, with another system prompt where one is given. Raises TemplateError."""
         template = self.model.template
@@ -126,7 +157,9 @@ class PromptText:
         texts = list(request.sampling.stop)
         ids = {added[stop] for stop in texts if stop in added}
         stops = replace(self.stops, ids=frozenset(ids))
-        if not request.sampling.ignore_eos:
+        if self.find_constraint(request) is not None:  # the grammar decides where the answer may end
+            stops = replace(stops, ids=frozenset(ids | self.stops.ids))
+        elif not request.sampling.ignore_eos:
             stops = replace(stops, ids=frozenset(ids | self.stops.ids))
             texts += [self.stops.text] if self.stops.text and request.prompt is None else []
         return stops, tuple(texts)
@@ -205,6 +238,14 @@ def _place_images(ids: Sequence[int], images: Sequence[PromptImage]) -> None:
         place = ids.index(IMAGE_TOKEN_INDEX, place)
         image.first = place
         place += image.num_tokens
+
+
+def share_grammars(prompts: Mapping[str | None, PromptText]) -> None:
+    """Let adapters with the tokenizer and end tokens of their base use its grammars."""
+    base = prompts[None]
+    for one in prompts.values():
+        if one.model.tokenizer is base.model.tokenizer and one.stops.ids == base.stops.ids:
+            one.grammars = base.grammars
 
 
 def find_prompt_maker(prompts: Mapping[str | None, P], name: str | None) -> P:

@@ -1,0 +1,69 @@
+"""The grammar of one answer: which tokens may follow, computed in another thread while the model runs."""
+
+import time
+from concurrent.futures import Executor
+from threading import Event
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llava_ray.errors import RecordError
+from llava_ray.generate.constraints.compiling import GrammarCompiler
+from llava_ray.generate.constraints.schemas import REASON
+
+if TYPE_CHECKING:
+    import llguidance
+
+_SLOW_S = 0.01  # a mask that took longer is computed apart from the others
+
+
+class AnswerGrammar:
+    """A grammar and the part of it that the answer has followed. One thread at a time uses it."""
+
+    def __init__(self, matcher: "llguidance.LLMatcher", compiler: GrammarCompiler, field: str, lead: str = "") -> None:
+        """Initialise at the beginning of an answer; ``lead`` is written first and is no part of its text."""
+        self.matcher = matcher
+        self.decode = compiler.decode
+        self.field = field
+        self.lead = lead
+        self.allowed: np.ndarray | None = None
+        """Whether each token of the tokenizer may follow; None until it is computed, and after an error."""
+        self.begun = 0.0
+        self.is_slow = True  # the first mask builds tables
+        self._ready = Event()
+
+    def begin(self, quick: Executor, slow: Executor) -> None:
+        """Begin to compute which tokens may follow."""
+        self._ready.clear()
+        self.begun = time.monotonic()
+        (slow if self.is_slow else quick).submit(self._compute)
+
+    def _compute(self) -> None:
+        start = time.monotonic()
+        try:
+            mask = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
+            allowed = np.unpackbits(mask, bitorder="little").view(np.bool_)
+            self.allowed = None if self.matcher.is_error() or not allowed.any() else allowed
+        except Exception:  # noqa: BLE001 - whatever it was, the answer must end with an error, not wait
+            self.allowed = None
+        self.is_slow = time.monotonic() - start > _SLOW_S
+        self._ready.set()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until the tokens are known; return whether they are."""
+        return self._ready.wait(seconds)
+
+    def advance(self, token: int) -> bool:
+        """Append a token; return whether nothing may follow it any more. Raises RecordError for one not allowed."""
+        if not self.matcher.consume_token(token):
+            raise self.failed()
+        return self.matcher.is_stopped()
+
+    def failed(self) -> RecordError:
+        """Return the error for a grammar that cannot be followed further."""
+        why = self.matcher.get_error().partition("<")[0].strip()[:200] or "no token may follow"
+        return RecordError(
+            f"{self.field} cannot be held any further in this answer ({why}); send a simpler one.",
+            reason=REASON,
+            field=self.field,
+        )
