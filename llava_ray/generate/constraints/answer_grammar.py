@@ -24,6 +24,7 @@ class AnswerGrammar:
         """Initialise at the beginning of an answer; ``lead`` is written first and is no part of its text."""
         self.matcher = matcher
         self.decode = compiler.decode
+        self.end_tokens = compiler.end_tokens
         self.field = field
         self.lead = lead
         self.allowed: np.ndarray | None = None
@@ -43,6 +44,8 @@ class AnswerGrammar:
         try:
             mask = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
             allowed = np.unpackbits(mask, bitorder="little").view(np.bool_)
+            if not self.matcher.is_accepting():  # an end token may be a word of the vocabulary, too
+                allowed[self.end_tokens] = False
             self.allowed = None if self.matcher.is_error() or not allowed.any() else allowed
         except Exception:  # noqa: BLE001 - whatever it was, the answer must end with an error, not wait
             self.allowed = None

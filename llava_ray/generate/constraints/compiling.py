@@ -36,7 +36,7 @@ class GrammarCompiler:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, end_tokens: Collection[int]) -> None:
         """Initialise for a tokenizer; ``end_tokens`` end an answer, where the grammar allows its end."""
         self._tokenizer = tokenizer
-        self._end_tokens = sorted(end_tokens)
+        self.end_tokens = sorted(end_tokens)
         self._building = threading.Lock()
         self._lock = threading.Lock()
         self._tables: llguidance.LLTokenizer | None = None
@@ -48,7 +48,7 @@ class GrammarCompiler:
         """Return the tokenizer's tables, built on the first call. Raises ModelError."""
         with self._building:
             if self._tables is None:
-                self._tables, self._starter = _build(self._tokenizer, self._end_tokens)
+                self._tables, self._starter = _build(self._tokenizer, self.end_tokens)
             return self._tables
 
     def grammar(self, constraint: Constraint, lead: str = "") -> str:
