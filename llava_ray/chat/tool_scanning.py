@@ -38,19 +38,18 @@ class CallScanner:
         self._text += text
         before = self._place
         if self._place == 0 and not self._text.startswith("{") and not self._bare:
-            verdict = self._read_bare_name(names)
-            if verdict is not None:
-                return len(text) if verdict is False else 0, verdict
-            if not self._bare:
-                self._text = self._text[: -len(text)] if text else self._text
+            end = self._text.find("{", 0, _MAX_NAME)
+            if self._read_bare_name(end, names) is False:
+                return end if end >= 0 else _MAX_NAME, False
+            if not self._bare:  # the name is not whole: it is pushed again
+                self._text = ""
                 return 0, None
         while self._place < len(self._text) and not self.is_complete:
-            if self._read(self._text[self._place]) is False:
-                return len(self._text) - before, False
+            self._read(self._text[self._place])
             self._place += 1
             if self.name and self.name not in names:
-                return len(self._text) - before, False
-        self.begun = self.begun or (bool(self.name) and self._arguments is not None)
+                return self._place - before, False
+            self.begun = self.begun or (bool(self.name) and self._arguments is not None)
         if self.is_complete and not self._finish():
             return self._place - before, False
         return self._place - before, None
@@ -66,9 +65,8 @@ class CallScanner:
         self._told = end
         return name, self._text[start:end]
 
-    def _read_bare_name(self, names: Collection[str]) -> bool | None:
-        """Read the name before bare arguments; return False for an unknown one, None for an unfinished one."""
-        end = self._text.find("{")
+    def _read_bare_name(self, end: int, names: Collection[str]) -> bool | None:
+        """Read the name before bare arguments, which begin at ``end``; return False for an unknown one."""
         if end < 0:
             return False if len(self._text) > _MAX_NAME else None
         name = self._text[:end].strip().removesuffix(_ARGS_MARK).strip()
@@ -78,14 +76,13 @@ class CallScanner:
         self._arguments = [end]
         return None
 
-    def _read(self, character: str) -> bool | None:
-        """Read one character; return False where it cannot be JSON."""
+    def _read(self, character: str) -> None:
         if self._in_string:
             self._read_in_string(character)
         elif character == '"':
             self._in_string, self._string_start = True, self._place
         elif character in "{[":
-            if self._depth == 1 and self._key in self.keys and character == "{" and not self._bare:
+            if self._depth == 1 and self._key in self.keys and character == "{" and self._arguments is None:
                 self._arguments = [self._place]
             self._depth += 1
             self._expects_key = character == "{" and self._depth == 1
@@ -94,7 +91,6 @@ class CallScanner:
             self._close()
         elif character == "," and self._depth == 1:
             self._expects_key, self._key = True, None
-        return None
 
     def _read_in_string(self, character: str) -> None:
         if self._escaped:
@@ -113,7 +109,7 @@ class CallScanner:
             return
         if self._expects_key:
             self._key, self._expects_key = value, False
-        elif self._key == "name":
+        elif self._key == "name" and not self.begun:
             self.name = value
 
     def _close(self) -> None:
