@@ -151,9 +151,7 @@ def first_question(turns: Sequence[Turn]) -> tuple[str | None, Sequence[Turn], T
     Calls of tools are no answer.
     """
     system, spoken = split_system(turns)
-    answers = (
-        index for index, turn in enumerate(spoken) if turn.role == "gpt" and turn.supervised and not turn.calls
-    )
+    answers = (index for index, turn in enumerate(spoken) if turn.role == "gpt" and turn.supervised and not turn.calls)
     place = next(answers, None)
     return None if place is None else (system, spoken[:place], spoken[place])
 

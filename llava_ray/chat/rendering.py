@@ -220,7 +220,11 @@ def _messages(turns: Sequence[Turn], template: JinjaTemplate) -> list[dict[str, 
 
 
 def _apply_jinja(
-    messages: list[dict[str, Any]], template: JinjaTemplate, tools: list[Any] | None = None, *, add_generation_prompt: bool
+    messages: list[dict[str, Any]],
+    template: JinjaTemplate,
+    tools: list[Any] | None = None,
+    *,
+    add_generation_prompt: bool,
 ) -> str:
     text = template.tokenizer.apply_chat_template(
         messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt

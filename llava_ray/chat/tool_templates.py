@@ -146,8 +146,6 @@ def _probe(tokenizer: PreTrainedTokenizerBase) -> ToolSupport | None:
 
 def _write(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> str | None:
     try:
-        return str(
-            tokenizer.apply_chat_template(messages, tools=[_TOOL], tokenize=False, add_generation_prompt=True)
-        )
+        return str(tokenizer.apply_chat_template(messages, tools=[_TOOL], tokenize=False, add_generation_prompt=True))
     except (jinja2.TemplateError, TypeError, ValueError, LookupError):
         return None

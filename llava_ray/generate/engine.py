@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
 from llava_ray.chat.conversation import Turn
+from llava_ray.chat.tool_formats import CallDelta
 from llava_ray.errors import RecordError
 from llava_ray.images.views import ImageDecoder
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]  # engines themselves end with one of the first two
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,8 @@ class GenerationChunk:
     """Images whose embeddings were in the cache."""
     queued_s: float = 0.0
     """Seconds that the request waited until it joined the running batch."""
+    calls: tuple[CallDelta, ...] = ()
+    """Pieces of tool calls, once the service has separated them from the text."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Preparation of requests for the model: token ids, and images as pixels or as cached embeddings."""
 
+import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -9,14 +11,17 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava_ray.chat.template import StringTemplate, Template
+from llava_ray.chat.template import JinjaTemplate, StringTemplate, Template
+from llava_ray.chat.tool_formats import TOOL_FORMATS, ToolFormat
+from llava_ray.chat.tool_templates import find_tool_support
 from llava_ray.chat.tokens import expand_images, tokenize_prompt, tokenizer_image_token
 from llava_ray.config.sections import MAX_IMAGE_PIXELS
 from llava_ray.errors import RecordError, TemplateError
 from llava_ray.generate.answer_text import AnswerText
 from llava_ray.generate.constraints.answer_grammar import AnswerGrammar
+from llava_ray.generate.constraints.call_grammars import call_constraint
 from llava_ray.generate.constraints.compiling import GrammarCompiler
-from llava_ray.generate.decoding import Stops, default_stops
+from llava_ray.generate.decoding import Stops, decode_with_marks, default_stops
 from llava_ray.generate.engine import Constraint, GenerationRequest
 from llava_ray.generate.sampling import check_sampling
 from llava_ray.generate.vision_cache import VisionCache, image_key
@@ -58,12 +63,26 @@ class Prompt:
     num_cached_images: int = field(default=0)
     grammar: AnswerGrammar | None = None
     """What the answer may be; None for any text."""
+    decode: Callable[[Sequence[int]], str] | None = None
+    """Decodes an answer that may call tools; None for the tokenizer's own way."""
 
     def answer_text(self, decode: Callable[[Sequence[int]], str], *, strip: bool) -> AnswerText:
-        """Return an empty answer; one that a grammar restricts is exactly what the grammar has accepted."""
-        if self.grammar is None:
-            return AnswerText(decode, self.stop_texts, strip=strip)
-        return AnswerText(self.grammar.decode, self.stop_texts, strip=False, lead=self.grammar.lead)
+        """Return an empty answer; ``decode`` is the tokenizer's own way."""
+        return begin_answer(self.grammar, self.decode, decode, self.stop_texts, strip=strip)
+
+
+def begin_answer(
+    grammar: AnswerGrammar | None,
+    of_tools: Callable[[Sequence[int]], str] | None,
+    decode: Callable[[Sequence[int]], str],
+    stop_texts: tuple[str, ...],
+    *,
+    strip: bool,
+) -> AnswerText:
+    """Return an empty answer; without tools one that a grammar restricts is exactly what it has accepted."""
+    if of_tools is not None or grammar is None:
+        return AnswerText(of_tools or decode, stop_texts, strip=strip)
+    return AnswerText(grammar.decode, stop_texts, strip=False, lead=grammar.lead)
 
 
 @dataclass(frozen=True)
@@ -91,10 +110,14 @@ class PromptText:
         self.max_model_len = max_model_len
         self.stops = stops
         self.grammars = GrammarCompiler(model.tokenizer, stops.ids)
+        self.named_tool_format: str | None = None
+        """The format of calls that a setting names; None for the one that the chat template shows."""
 
     def read(self, request: GenerationRequest) -> list[int]:
         """Return a request's ids with one -200 for each image. Raises RecordError for an invalid request."""
         check_sampling(request.sampling)
+        if find_offered(request):
+            self.tool_format()
         short = self.tokenize(request)
         if not short:
             raise RecordError("the prompt has no tokens; expected at least one.", reason="empty_prompt")
@@ -125,7 +148,45 @@ class PromptText:
 
     def find_constraint(self, request: GenerationRequest) -> Constraint | None:
         """Return what the answer may be; None for any text. Raises RecordError."""
-        return request.sampling.constraint
+        tools = find_offered(request)
+        if not tools or request.tool_choice.mode == "auto":
+            return request.sampling.constraint
+        return call_constraint(json.loads(tools), request.tool_choice, self.tool_format(), self.special_marks())
+
+    def tool_format(self) -> ToolFormat:
+        """Return the format of the model's calls. Raises RecordError for a model without tools."""
+        name = self.find_tool_format()
+        if name is None:
+            raise RecordError(
+                "this model cannot call tools: its chat template has none, or writes calls in no known format "
+                f"(known: {', '.join(TOOL_FORMATS)}). Leave tools out, or use another model.",
+                reason="tools",
+                field="tools",
+            )
+        return TOOL_FORMATS[name]
+
+    def find_tool_format(self) -> str | None:
+        """Return the name of the format of the model's calls; None for a model without tools."""
+        template = self.model.template
+        support = find_tool_support(self.model.tokenizer) if isinstance(template, JinjaTemplate) else None
+        return None if support is None else self.named_tool_format or support.format
+
+    def special_marks(self) -> dict[str, int]:
+        """Return the special tokens that mark calls, which the tokenizer's own decoding leaves out."""
+        one = self.tool_format()
+        special = set(self.model.tokenizer.all_special_ids) | {
+            token for token, entry in self.model.tokenizer.added_tokens_decoder.items() if entry.special
+        }
+        added = self.model.tokenizer.get_added_vocab()
+        marks = (one.start, one.optional_start, one.end, "[ARGS]")
+        return {mark: added[mark] for mark in marks if mark in added and added[mark] in special}
+
+    def tool_decoder(self, request: GenerationRequest) -> Callable[[Sequence[int]], str] | None:
+        """Return a decoding that keeps the marks of calls; None for a request without tools."""
+        if not find_offered(request):
+            return None
+        spelt = {token: mark for mark, token in self.special_marks().items()}
+        return functools.partial(decode_with_marks, self.model.tokenizer, spelt)
 
     def make_grammar(self, request: GenerationRequest) -> AnswerGrammar | None:
         """Compile what the answer may be; takes up to seconds. Raises RecordError for what cannot be held."""
@@ -133,8 +194,7 @@ class PromptText:
         if constraint is None:
             return None
         lead = self.find_lead(request, constraint)
-        grammar = self.grammars.grammar(constraint, lead)
-        return AnswerGrammar(self.grammars.matcher(grammar), self.grammars, constraint.field, lead)
+        return AnswerGrammar(self.grammars.grammar(constraint, lead), self.grammars, constraint.field, lead)
 
     def find_lead(self, request: GenerationRequest, constraint: Constraint) -> str:
         """Return the space that the template writes before an answer, as the model was trained."""
@@ -222,7 +282,8 @@ class PromptMaker(PromptText):
         self.check_length(len(ids), request.sampling.max_tokens)
         _place_images(ids, images)
         stops, texts = self.find_stops(request)
-        return Prompt(ids, images, stops, texts, sum(image.embeddings is not None for image in images))
+        num_cached = sum(image.embeddings is not None for image in images)
+        return Prompt(ids, images, stops, texts, num_cached, decode=self.tool_decoder(request))
 
     def prepare(self, key: str, opened: OpenedImage) -> PromptImage:
         """Return a new image with preprocessed views."""
@@ -238,6 +299,17 @@ def _place_images(ids: Sequence[int], images: Sequence[PromptImage]) -> None:
         place = ids.index(IMAGE_TOKEN_INDEX, place)
         image.first = place
         place += image.num_tokens
+
+
+def find_offered(request: GenerationRequest) -> str:
+    """Return the tools that a request's answer may call, as a JSON list; empty without any."""
+    return request.turns[0].tools if request.turns else ""
+
+
+def list_tool_formats(prompts: Mapping[str | None, PromptText], name: str) -> dict[str, str]:
+    """Return the format of calls of each model or adapter that has tools; ``name`` is the base's."""
+    found = {own or name: one.find_tool_format() for own, one in prompts.items()}
+    return {own: tool_format for own, tool_format in found.items() if tool_format is not None}
 
 
 def share_grammars(prompts: Mapping[str | None, PromptText]) -> None:

@@ -39,9 +39,7 @@ class ResponseFormat(ClosedModel):
         if (self.type == "json_schema") != (self.json_schema is not None):
             is_missing = self.json_schema is None
             words = (
-                "missing; expected an object with name and schema"
-                if is_missing
-                else 'only with type = "json_schema"'
+                "missing; expected an object with name and schema" if is_missing else 'only with type = "json_schema"'
             )
             raise wrong_field("json_schema", words)
         return self

@@ -94,7 +94,9 @@ class ToolFields(ClosedModel):
         names = [tool.function.name for tool in self.tools]
         for index, name in enumerate(names):
             if name in names[:index]:
-                raise wrong_field(f"tools.{index}.function.name", f"{excerpt(name)} is the name of an earlier tool, too")
+                raise wrong_field(
+                    f"tools.{index}.function.name", f"{excerpt(name)} is the name of an earlier tool, too"
+                )
         choice = self.tool_choice
         if not names and (isinstance(choice, NamedTool) or choice == "required"):
             raise wrong_field("tool_choice", "only allowed with tools")

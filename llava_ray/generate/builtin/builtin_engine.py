@@ -25,7 +25,7 @@ from llava_ray.generate.engine import (
     ModelCard,
     check_unique_request_id,
 )
-from llava_ray.generate.prompts import Prompt, PromptMaker, find_prompt_maker, share_grammars
+from llava_ray.generate.prompts import Prompt, PromptMaker, find_prompt_maker, list_tool_formats, share_grammars
 from llava_ray.generate.row_adapters import AdapterName
 from llava_ray.generate.served_adapters import ServedAdapters, load_adapters
 from llava_ray.generate.settings import EngineSettings
@@ -70,15 +70,18 @@ class BuiltinEngine:
         adapters: Mapping[str, str | Path] | None = None,
         make_batch: Callable[[LlavaParts, VisionCache, EngineSettings, ServedAdapters], RunningBatch] = RunningBatch,
         prepare_grammars: bool = False,
+        tool_format: str | None = None,
     ) -> None:
         """Initialise an engine that calls ``load`` once, in a thread; ``name`` is the model's on its card.
 
         ``adapters`` are folders of LoRA adapters for that model, by the names that requests use. With
-        ``prepare_grammars`` the first constrained request need not wait for the tokenizer's tables.
+        ``prepare_grammars`` the first constrained request need not wait for the tokenizer's tables. ``tool_format``
+        names the format of calls; by default it is the one that the chat template shows.
         """
         self.load = load
         self.make_batch = make_batch
         self.prepare_grammars = prepare_grammars
+        self.tool_format = tool_format
         self.name = name
         self.settings = settings or EngineSettings()
         self.adapters = dict(adapters or {})
@@ -199,18 +202,21 @@ class BuiltinEngine:
         cache = VisionCache(self.settings.image_cache_bytes)
         served = load_adapters(parts, self.adapters)
         batch = self.make_batch(parts, cache, self.settings, served)
+        makers: dict[AdapterName, PromptMaker] = {None: PromptMaker(parts, cache, batch.max_model_len)}
+        for adapter in served.adapters:
+            own = f" by {adapter.name}" if adapter.has_own_projector(parts) else ""
+            makers[adapter.name] = PromptMaker(adapter.parts, cache, batch.max_model_len, own)
+        share_grammars(makers)
+        for maker in makers.values():
+            maker.named_tool_format = self.tool_format
         card = ModelCard(
             name=self.name,
             max_model_len=batch.max_model_len,
             vision=True,
             template=parts.config.version,
             adapters=served.names,
+            tool_formats=list_tool_formats(makers, self.name),
         )
-        makers: dict[AdapterName, PromptMaker] = {None: PromptMaker(parts, cache, batch.max_model_len)}
-        for adapter in served.adapters:
-            own = f" by {adapter.name}" if adapter.has_own_projector(parts) else ""
-            makers[adapter.name] = PromptMaker(adapter.parts, cache, batch.max_model_len, own)
-        share_grammars(makers)
         return _LoadedModel(parts, makers, batch, card)
 
     def _join(self, batch: RunningBatch, stream: _AnswerStream, request: GenerationRequest, prompt: Prompt) -> None:

@@ -20,9 +20,10 @@ _SLOW_S = 0.01  # a mask that took longer is computed apart from the others
 class AnswerGrammar:
     """A grammar and the part of it that the answer has followed. One thread at a time uses it."""
 
-    def __init__(self, matcher: "llguidance.LLMatcher", compiler: GrammarCompiler, field: str, lead: str = "") -> None:
-        """Initialise at the beginning of an answer; ``lead`` is written first and is no part of its text."""
-        self.matcher = matcher
+    def __init__(self, text: str, compiler: GrammarCompiler, field: str, lead: str = "") -> None:
+        """Initialise for a checked grammar; ``lead`` is written first in an answer and is no part of its text."""
+        self.text = text
+        self.matcher: llguidance.LLMatcher = compiler.matcher(text)
         self.decode = compiler.decode
         self.end_tokens = compiler.end_tokens
         self.field = field

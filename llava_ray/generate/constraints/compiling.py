@@ -110,9 +110,7 @@ class GrammarCompiler:
             timer.cancel()
             process.kill()
         if "error" in reply:
-            raise RecordError(
-                f"{field} cannot be held: {reply['error']}. Change it.", reason=REASON, field=field
-            )
+            raise RecordError(f"{field} cannot be held: {reply['error']}. Change it.", reason=REASON, field=field)
         return str(reply["grammar"])
 
 
@@ -124,7 +122,9 @@ def _keep(kept: "OrderedDict[Any, Any]", key: Any, value: Any) -> None:
         kept.popitem(last=False)
 
 
-def _build(tokenizer: PreTrainedTokenizerBase, end_tokens: list[int]) -> tuple["llguidance.LLTokenizer", CheckerStarter]:
+def _build(
+    tokenizer: PreTrainedTokenizerBase, end_tokens: list[int]
+) -> tuple["llguidance.LLTokenizer", CheckerStarter]:
     try:
         import llguidance
     except ImportError as error:

@@ -60,7 +60,8 @@ def _check_keywords(node: Any, place: str, depth: int) -> None:
     for name in node:
         if name not in _HELD and name not in _DESCRIBING and not name.startswith("x-"):
             raise _refuse(
-                f"{place}.{name[:_MAX_SHOWN]}", "this keyword cannot be held in an answer; leave it out, or check it there"
+                f"{place}.{name[:_MAX_SHOWN]}",
+                "this keyword cannot be held in an answer; leave it out, or check it there",
             )
     if "x-guidance" in node:
         raise _refuse(f"{place}.x-guidance", "options of the library are not the request's; leave it out")

@@ -1,0 +1,39 @@
+"""Separation of an answer's tool calls from its text, piece by piece."""
+
+import json
+from dataclasses import replace
+
+from llava_ray.chat.tool_formats import TOOL_FORMATS, CallReader
+from llava_ray.generate.engine import GenerationChunk, GenerationRequest, ModelCard
+from llava_ray.generate.prompts import find_offered
+
+
+class AnswerCalls:
+    """The calls of one answer."""
+
+    def __init__(self, reader: CallReader) -> None:
+        """Initialise for an answer that ``reader`` reads."""
+        self.reader = reader
+        self.has_called = False
+
+    @classmethod
+    def of_request(cls, request: GenerationRequest, card: ModelCard) -> "AnswerCalls | None":
+        """Return the reader of an answer that may call tools; None for any other."""
+        tools = find_offered(request)
+        tool_format = card.tool_formats.get(request.model or card.name)
+        if not tools or tool_format is None:  # the engine refuses tools without a format
+            return None
+        names = [tool["function"]["name"] for tool in json.loads(tools)]
+        return cls(CallReader(TOOL_FORMATS[tool_format], names, most=None if request.tool_choice.parallel else 1))
+
+    def separate(self, chunk: GenerationChunk) -> GenerationChunk:
+        """Return a piece with its calls apart from its text; an answer with calls ends with ``tool_calls``."""
+        told = self.reader.push(chunk.text)
+        text, calls, reason = told.text, told.calls, chunk.finish_reason
+        if reason is not None:
+            rest = self.reader.finish()
+            text, calls = text + rest.text, calls + rest.calls
+            if reason == "stop" and (self.has_called or calls):
+                reason = "tool_calls"
+        self.has_called = self.has_called or bool(calls)
+        return replace(chunk, text=text, calls=calls, finish_reason=reason)
