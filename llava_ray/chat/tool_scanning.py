@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
+from typing import Any
 
 _ARGS_MARK = "[ARGS]"
 _KEYS = ("arguments", "parameters")
@@ -123,25 +124,23 @@ class CallScanner:
         """Check the whole call; find what was not found as it came. Return whether it is one."""
         if self.begun:  # pieces of it may have been passed on: as with OpenAI, arguments may be no JSON
             return True
-        start = self._arguments[0] if self._bare and self._arguments else 0
-        try:
-            value = json.loads(self._text[start : self._place])
-        except (ValueError, RecursionError):
-            return False
-        if self._bare:
-            return True
-        if not isinstance(value, dict) or not self.name:
+        value = _read_object(self._text[: self._place])
+        if value is None or not self.name:
             return False
         given = next((value[key] for key in self.keys if key in value), {})
         if isinstance(given, str):  # some models write the arguments as a text
-            try:
-                given = json.loads(given)
-            except (ValueError, RecursionError):
-                return False
+            given = _read_object(given)
         if not isinstance(given, dict):
             return False
-        if self._arguments is None:
-            self._text = self._text[: self._place] + json.dumps(given, ensure_ascii=False)
-            self._arguments = [self._place, len(self._text)]
+        self._text = self._text[: self._place] + json.dumps(given, ensure_ascii=False)
+        self._arguments = [self._place, len(self._text)]
         self.begun = True
         return True
+
+
+def _read_object(text: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None

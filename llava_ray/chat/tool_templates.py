@@ -1,4 +1,4 @@
-"""What a tokenizer's chat template does with tools: whether it writes them, and how it writes the calls of an answer."""
+"""What a tokenizer's chat template does with tools: whether it writes them, and how it writes calls."""
 
 from __future__ import annotations
 

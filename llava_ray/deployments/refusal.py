@@ -28,8 +28,8 @@ _MAX_CHARS = 1000  # of a message
 # Reasons of RecordErrors whose messages are about the request itself.
 _PASSED_THROUGH = frozenset(
     {
-        "sampling", "empty_prompt", "too_long", "system_prompt", "turns", "model", "engine", "structured_output", "tools",
-        "control_tokens",
+        "sampling", "empty_prompt", "too_long", "system_prompt", "turns", "model", "engine", "structured_output",
+        "tools", "control_tokens",
     }
 )  # fmt: skip
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_ray.chat.template import JinjaTemplate, StringTemplate, Template
+from llava_ray.chat.tokens import expand_images, tokenize_prompt, tokenizer_image_token
 from llava_ray.chat.tool_formats import TOOL_FORMATS, ToolFormat
 from llava_ray.chat.tool_templates import find_tool_support
-from llava_ray.chat.tokens import expand_images, tokenize_prompt, tokenizer_image_token
 from llava_ray.config.sections import MAX_IMAGE_PIXELS
 from llava_ray.errors import RecordError, TemplateError
 from llava_ray.generate.answer_text import AnswerText

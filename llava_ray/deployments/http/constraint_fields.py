@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from llava_ray.deployments.http.closed_model import ClosedModel
 from llava_ray.deployments.http.complaints import wrong_field
+from llava_ray.deployments.http.neutral_fields import Neutral
 from llava_ray.generate.engine import Constraint
 
 ANY_OBJECT = {"type": "object"}
@@ -48,7 +49,11 @@ class ResponseFormat(ClosedModel):
 class StructuredOutputs(ClosedModel):
     """vLLM's ``structured_outputs``: one of its fields."""
 
-    neutral = {"disable_any_whitespace": (False,), "disable_additional_properties": (False,), "json_object": (False,)}
+    neutral: ClassVar[Neutral] = {
+        "disable_any_whitespace": (False,),
+        "disable_additional_properties": (False,),
+        "json_object": (False,),
+    }
 
     schema_: _Schema | None = Field(default=None, alias="json")
     regex: _Text | None = None
@@ -91,9 +96,8 @@ class ConstraintFields(ClosedModel):
         if wanted is not None:
             if wanted.json_object:
                 yield Constraint("json", json.dumps(ANY_OBJECT), "structured_outputs.json_object")
-            for name, value in (
-                ("json", wanted.schema_), ("regex", wanted.regex), ("choice", wanted.choice), ("grammar", wanted.grammar)
-            ):  # fmt: skip
+            values = {"json": wanted.schema_, "regex": wanted.regex, "choice": wanted.choice, "grammar": wanted.grammar}
+            for name, value in values.items():
                 yield from _one(name, value, f"structured_outputs.{name}")
         yield from _one("json", self.guided_json, "guided_json")
         yield from _one("regex", self.guided_regex, "guided_regex")

@@ -1,7 +1,7 @@
 """Request schemas in OpenAI's form: closed models, so that no field is silently ignored."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
@@ -24,6 +24,7 @@ from llava_ray.deployments.http.neutral_fields import (
     OF_COMPLETIONS,
     OF_PARTS,
     OF_STREAMS,
+    Neutral,
 )
 from llava_ray.deployments.http.tool_fields import CalledTool, ToolFields
 
@@ -166,7 +167,7 @@ class GenerationFields(ConstraintFields):
 class ChatRequest(GenerationFields, ToolFields):
     """``POST /v1/chat/completions``."""
 
-    neutral = {**NEUTRAL, **OF_CHATS}
+    neutral: ClassVar[Neutral] = {**NEUTRAL, **OF_CHATS}
 
     messages: tuple[ChatMessage, ...] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=1_000_000)
@@ -195,7 +196,7 @@ class ChatRequest(GenerationFields, ToolFields):
 class CompletionRequest(GenerationFields):
     """``POST /v1/completions``: text to continue, without a template."""
 
-    neutral = {**NEUTRAL, **OF_COMPLETIONS}
+    neutral: ClassVar[Neutral] = {**NEUTRAL, **OF_COMPLETIONS}
 
     prompt: str = Field(min_length=1)
     logprobs: int | None = Field(default=None, ge=0, le=5)

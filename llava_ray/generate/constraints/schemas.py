@@ -106,15 +106,13 @@ class _Finite:
             return False
         if "const" in node or "enum" in node:
             return True
-        if not all(map(self.ends, _listed(node, "allOf"))):
+        options = [found for name in ("anyOf", "oneOf") if (found := _listed(node, name))]
+        if not all(map(self.ends, _listed(node, "allOf"))) or not all(any(map(self.ends, one)) for one in options):
             return False
-        for name in ("anyOf", "oneOf"):
-            if (options := _listed(node, name)) and not any(map(self.ends, options)):
-                return False
         kinds = node.get("type")
-        if kinds is None:
-            return True
-        return any(self.kind_ends(node, kind) for kind in ([kinds] if isinstance(kinds, str) else kinds))
+        return kinds is None or any(
+            self.kind_ends(node, kind) for kind in ([kinds] if isinstance(kinds, str) else kinds)
+        )
 
     def kind_ends(self, node: Mapping[str, Any], kind: Any) -> bool:
         if kind == "object":
