@@ -12,7 +12,7 @@ HERMES = """\
 {%- if tools %}{{- '<|im_start|>system\\n' }}
 {%- if messages[0]['role'] == 'system' %}{{- messages[0]['content'] + '\\n\\n' }}{%- endif %}
 {{- "# Tools\\n<tools>" }}{%- for tool in tools %}{{- "\\n" }}{{- tool | tojson }}{%- endfor %}
-{{- "\\n</tools>\\nReturn <tool_call>\\n{\\"name\\": <function-name>, \\"arguments\\": <args>}\\n</tool_call><|im_end|>\\n" }}
+{{- "\\n</tools>\\nReturn <tool_call>\\n{\\"name\\": <name>, \\"arguments\\": <args>}\\n</tool_call><|im_end|>\\n" }}
 {%- elif messages[0]['role'] == 'system' %}{{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
 {%- endif %}
 {%- for message in messages %}
@@ -59,7 +59,7 @@ MISTRAL = """\
 {{- '[INST] ' + message.content + '[/INST]' }}
 {%- elif message.tool_calls %}{{- '[TOOL_CALLS] [' }}
 {%- for call in message.tool_calls %}
-{%- if call.id is undefined or call.id | length != 9 %}{{- raise_exception('call ids have nine characters') }}{%- endif %}
+{%- if call.id is undefined or call.id | length != 9 %}{{- raise_exception('ids have nine characters') }}{%- endif %}
 {{- '{"name": "' + call.function.name + '", "arguments": ' }}{{- call.function.arguments | tojson }}
 {{- ', "id": "' + call.id + '"}' }}{%- if not loop.last %}{{- ', ' }}{%- endif %}
 {%- endfor %}{{- ']' + eos_token }}

@@ -20,6 +20,7 @@ from tool_models import make_tool_parts
 
 from llava_ray.deployments.front import build_front
 from llava_ray.deployments.gateway import LocalGateway
+from llava_ray.deployments.http.routes import Front
 from llava_ray.deployments.replica import Replica
 from llava_ray.deployments.settings import ServeSettings
 from llava_ray.generate.builtin.builtin_engine import BuiltinEngine
@@ -77,8 +78,8 @@ def service(root: Path, name: str) -> Iterator[Service]:
 
     loop = Loop()
     engine = loop.run(begin())
-    front = build_front(LocalGateway({source: Replica(OnLoop(engine, loop.loop), source, made)}), made, ())
-    with served(front) as address:
+    gateway = LocalGateway({source: Replica(OnLoop(engine, loop.loop), source, made)})
+    with served(build_front(Front(gateway, made, ()))) as address:
         yield Service(address)
     loop.run(engine.stop())
     loop.loop.call_soon_threadsafe(loop.loop.stop)
