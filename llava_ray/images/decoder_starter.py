@@ -35,6 +35,15 @@ class DecoderProcess:
         self.kill = weakref.finalize(self, _end, self._handle)
         """Kill the process."""
 
+    def close(self) -> None:
+        """Kill the process, and close the pipes to it."""
+        self.kill()
+        for pipe in (self._requests, self._answers):
+            try:
+                pipe.close()
+            except OSError:  # a request that it has not read
+                continue
+
     def ask(self, head: Mapping[str, Any], data: bytes) -> DecoderReply:
         """Send a request and wait for the answer. Raises EOFError, OSError when the process ends first."""
         write_message(self._requests, head, data)

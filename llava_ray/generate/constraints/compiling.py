@@ -108,7 +108,7 @@ class GrammarCompiler:
             ) from error
         finally:
             timer.cancel()
-            process.kill()
+            process.close()
         if "error" in reply:
             raise RecordError(f"{field} cannot be held: {reply['error']}. Change it.", reason=REASON, field=field)
         return str(reply["grammar"])
@@ -145,7 +145,7 @@ def _build(
     starter = CheckerStarter(str(file), ",".join(map(str, end_tokens)))
     weakref.finalize(starter, _remove, file)
     try:
-        starter.start().kill()
+        starter.start().close()
     except LlavaRayError as error:
         raise ModelError(str(error)) from error
     return tables, starter
