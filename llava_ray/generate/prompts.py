@@ -151,7 +151,7 @@ class PromptText:
         tools = find_offered(request)
         if not tools or request.tool_choice.mode == "auto":
             return request.sampling.constraint
-        return call_constraint(json.loads(tools), request.tool_choice, self.tool_format(), self.special_marks())
+        return call_constraint(json.loads(tools), request.tool_choice, self.tool_format(), self.mark_tokens())
 
     def tool_format(self) -> ToolFormat:
         """Return the format of the model's calls. Raises RecordError for a model without tools."""
@@ -171,21 +171,16 @@ class PromptText:
         support = find_tool_support(self.model.tokenizer) if isinstance(template, JinjaTemplate) else None
         return None if support is None else self.named_tool_format or support.format
 
-    def special_marks(self) -> dict[str, int]:
-        """Return the special tokens that mark calls, which the tokenizer's own decoding leaves out."""
-        one = self.tool_format()
-        special = set(self.model.tokenizer.all_special_ids) | {
-            token for token, entry in self.model.tokenizer.added_tokens_decoder.items() if entry.special
-        }
-        added = self.model.tokenizer.get_added_vocab()
-        marks = (one.start, one.optional_start, one.end, "[ARGS]")
-        return {mark: added[mark] for mark in marks if mark in added and added[mark] in special}
+    def mark_tokens(self) -> dict[str, int]:
+        """Return the tokens of the vocabulary that mark calls; the tokenizer's own decoding leaves some of them out."""
+        one, added = self.tool_format(), self.model.tokenizer.get_added_vocab()
+        return {mark: added[mark] for mark in (one.start, one.optional_start, one.end, "[ARGS]") if mark in added}
 
     def tool_decoder(self, request: GenerationRequest) -> Callable[[Sequence[int]], str] | None:
         """Return a decoding that keeps the marks of calls; None for a request without tools."""
         if not find_offered(request):
             return None
-        spelt = {token: mark for mark, token in self.special_marks().items()}
+        spelt = {token: mark for mark, token in self.mark_tokens().items()}
         return functools.partial(decode_with_marks, self.model.tokenizer, spelt)
 
     def make_grammar(self, request: GenerationRequest) -> AnswerGrammar | None:

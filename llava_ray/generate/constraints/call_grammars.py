@@ -14,7 +14,7 @@ _NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additional
 def call_constraint(
     tools: Sequence[Mapping[str, Any]], choice: ToolChoice, tool_format: ToolFormat, marks: Mapping[str, int]
 ) -> Constraint:
-    """Return the grammar of an answer that calls as ``choice`` requires; ``marks`` are texts that are special tokens.
+    """Return the grammar of an answer that calls as ``choice`` requires; ``marks`` are texts that are tokens.
 
     Raises RecordError for a function whose parameters cannot be held.
     """
@@ -30,7 +30,7 @@ def call_constraint(
         rules += write(f"call_{index}", function["name"], schema, tool_format, field)
         names.append(f"call_{index}")
     first = f"{_mark(tool_format.start, marks)} " if tool_format.start else ""
-    end = f" {quote(chr(10) + tool_format.end)}" if tool_format.end else ""
+    end = f" {quote(chr(10))} {_mark(tool_format.end, marks)}" if tool_format.end else ""
     call = f"{first}{quote(chr(10))} call{end}" if end else "call"
     separator = quote(tool_format.separator or "\n")
     more = f" ({separator} one)*" if choice.parallel else ""
