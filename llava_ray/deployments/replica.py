@@ -17,7 +17,7 @@ from llava_ray.deployments.metrics import ReplicaMetrics
 from llava_ray.deployments.moderation import Moderator
 from llava_ray.deployments.refusal import RefusalError, Refused, from_record_error
 from llava_ray.deployments.settings import ModelSource, ServeSettings
-from llava_ray.deployments.tool_calls import AnswerCalls
+from llava_ray.deployments.tool_calls import AnswerCalls, check_abilities
 from llava_ray.errors import LlavaRayError, RecordError
 from llava_ray.generate.engine import DecodesElsewhere, Engine, GenerationChunk, GenerationRequest, ModelCard
 
@@ -85,6 +85,7 @@ class Replica:
         Moderation gets the same bytes as the model, not an address whose content may change.
         """
         arrived = time.monotonic()
+        check_abilities(task, self.engine.card, self.source.name)
         images = await self.media.read_all(task.media) if task.media else ()
         if images:
             self.metrics.media.observe(time.monotonic() - arrived)

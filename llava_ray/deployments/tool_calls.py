@@ -4,8 +4,31 @@ import json
 from dataclasses import replace
 
 from llava_ray.chat.tool_formats import TOOL_FORMATS, CallReader
+from llava_ray.deployments.messages import Task
+from llava_ray.deployments.refusal import refuse
 from llava_ray.generate.engine import GenerationChunk, GenerationRequest, ModelCard
 from llava_ray.generate.prompts import find_offered
+
+
+def check_abilities(task: Task, card: ModelCard, source_name: str) -> None:
+    """Check that the engine does what a task asks for beside text; ``source_name`` names the base. Raises RefusalError."""
+    constraint = task.sampling.constraint
+    if constraint is not None and not card.holds_constraints:
+        raise refuse(
+            400,
+            f"{constraint.field}: this model's engine cannot restrict its answers; leave it out",
+            "structured_output",
+            constraint.field,
+        )
+    model = card.name if task.model == source_name else task.model
+    if task.turns and task.turns[0].tools and model not in card.tool_formats:
+        raise refuse(
+            400,
+            "this model cannot call tools: its chat template has none, or writes calls in no known format "
+            f"(known: {', '.join(TOOL_FORMATS)}); leave tools out, or use another model",
+            "tools",
+            "tools",
+        )
 
 
 class AnswerCalls:
@@ -20,9 +43,9 @@ class AnswerCalls:
     def of_request(cls, request: GenerationRequest, card: ModelCard) -> "AnswerCalls | None":
         """Return the reader of an answer that may call tools; None for any other."""
         tools = find_offered(request)
-        tool_format = card.tool_formats.get(request.model or card.name)
-        if not tools or tool_format is None:  # the engine refuses tools without a format
+        if not tools:
             return None
+        tool_format = card.tool_formats[request.model or card.name]
         names = [tool["function"]["name"] for tool in json.loads(tools)]
         return cls(CallReader(TOOL_FORMATS[tool_format], names, most=None if request.tool_choice.parallel else 1))
 

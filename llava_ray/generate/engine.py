@@ -140,6 +140,8 @@ class ModelCard:
     vision: bool
     template: str
     adapters: Sequence[str] = ()
+    holds_constraints: bool = False
+    """Whether the engine holds answers to the ``constraint`` of a request."""
     tool_formats: Mapping[str, str] = field(default_factory=dict)
     """The format of tool calls (``chat.tool_formats``) of each model and adapter whose template has tools."""
 

@@ -121,7 +121,7 @@ class Front:
                     "streaming": True,
                     "logprobs": True,
                     "tools": name in card.tool_formats,
-                    "structured_output": True,
+                    "structured_output": card.holds_constraints,
                 },
                 "template": card.template,
             }

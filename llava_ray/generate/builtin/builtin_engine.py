@@ -215,6 +215,7 @@ class BuiltinEngine:
             vision=True,
             template=parts.config.version,
             adapters=served.names,
+            holds_constraints=True,
             tool_formats=list_tool_formats(makers, self.name),
         )
         return _LoadedModel(parts, makers, batch, card)

@@ -291,6 +291,7 @@ class VllmEngine:
             vision=True,
             template=model.blueprint.config.version,
             adapters=tuple(self.adapters),
+            holds_constraints=True,
             tool_formats=list_tool_formats(prompts, self.name),
         )
         return _RunningEngine(
