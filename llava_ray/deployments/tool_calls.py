@@ -11,7 +11,7 @@ from llava_ray.generate.prompts import find_offered
 
 
 def check_abilities(task: Task, card: ModelCard, source_name: str) -> None:
-    """Check that the engine does what a task asks for beside text; ``source_name`` names the base. Raises RefusalError."""
+    """Check that the engine does what a task asks for; ``source_name`` names the base. Raises RefusalError."""
     constraint = task.sampling.constraint
     if constraint is not None and not card.holds_constraints:
         raise refuse(

@@ -21,7 +21,6 @@ from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
-import llguidance
 import numpy as np
 import torch
 from outcome import keep_result
