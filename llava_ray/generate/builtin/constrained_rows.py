@@ -17,9 +17,9 @@ from llava_ray.errors import RecordError
 if TYPE_CHECKING:
     from llava_ray.generate.builtin.running_batch import RunningRequest
 
-_PATIENCE_S = 0.02  # of a step for all masks together
-_IDLE_S = 0.05  # of a step that has nothing else to do
-_LIMIT_S = 5.0  # for one mask, after which the answer ends
+_PATIENCE_S = 0.02  # of a step, for all masks that were quick before
+_IDLE_S = 0.05  # of a step that has nothing else to do, for the others
+_LIMIT_S = 30.0  # for one mask, after which the answer ends
 
 
 class ConstrainedRows:
@@ -42,14 +42,16 @@ class ConstrainedRows:
         held = [running for running in others if running.held is not None]
         if not held and not any(running.prompt.grammar for running in rows):
             return rows, logits
-        until = time.monotonic() + (_PATIENCE_S if rows else _IDLE_S)
+        now = time.monotonic()
+        until = now + _PATIENCE_S
         ready, parts = [], []
         for place, running in enumerate(rows):
             assert logits is not None
-            if _is_ready(running, until):
+            if _is_ready(running, now if _is_slow(running) else until):
                 ready.append(place)
             else:
                 running.held = logits[place].clone()
+        until = now if rows else now + _IDLE_S
         released = [running for running in held if _is_ready(running, until)]
         for running in released:
             assert running.held is not None
@@ -88,6 +90,10 @@ class ConstrainedRows:
         """Stop the threads."""
         self._quick.shutdown(wait=False, cancel_futures=True)
         self._slow.shutdown(wait=False, cancel_futures=True)
+
+
+def _is_slow(running: "RunningRequest") -> bool:
+    return running.prompt.grammar is not None and running.prompt.grammar.is_slow
 
 
 def _is_ready(running: "RunningRequest", until: float) -> bool:
