@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from llava_ray.errors import RecordError
 if TYPE_CHECKING:
     from llava_ray.generate.builtin.running_batch import RunningRequest
 
-_PATIENCE_S = 0.02  # of a step, for all masks that were quick before
+_PATIENCE_S = 0.02  # of a step, for all masks together
 _IDLE_S = 0.05  # of a step that has nothing else to do, for the others
 _LIMIT_S = 30.0  # for one mask, after which the answer ends
 
@@ -47,10 +48,14 @@ class ConstrainedRows:
         ready, parts = [], []
         for place, running in enumerate(rows):
             assert logits is not None
-            if _is_ready(running, now if _is_slow(running) else until):
+            grammar = running.prompt.grammar
+            # A step waits for a late mask once; it must not be slowed down by a grammar that is always late.
+            if grammar is None or _is_ready(running, now if grammar.is_late else until):
                 ready.append(place)
             else:
                 running.held = logits[place].clone()
+            if grammar is not None:
+                grammar.is_late = running.held is not None
         until = now if rows else now + _IDLE_S
         released = [running for running in held if _is_ready(running, until)]
         for running in released:
@@ -68,7 +73,7 @@ class ConstrainedRows:
         failed = [
             (running, running.prompt.grammar.failed())
             for running in rows
-            if running.prompt.grammar is not None and running.prompt.grammar.allowed is None
+            if running.prompt.grammar is not None and running.prompt.grammar.forbidden is None
         ]
         if not failed:
             return list(rows), logits, []
@@ -78,13 +83,20 @@ class ConstrainedRows:
 
     def mask(self, rows: "Sequence[RunningRequest]", logits: Tensor) -> None:
         """Set the logits of tokens that may not follow to -inf, in place."""
-        for place, running in enumerate(rows):
-            grammar = running.prompt.grammar
-            if grammar is not None:
-                assert grammar.allowed is not None
-                allowed = torch.from_numpy(grammar.allowed[: logits.shape[1]]).to(logits.device)
-                logits[place, : len(allowed)].masked_fill_(~allowed, -torch.inf)
-                logits[place, len(allowed) :] = -torch.inf
+        known = {place: running.prompt.grammar for place, running in enumerate(rows)}
+        masks = {place: grammar.forbidden for place, grammar in known.items() if grammar is not None}
+        if not masks:
+            return
+        width = min(logits.shape[1], *(len(mask) for mask in masks.values() if mask is not None))
+        forbidden = torch.from_numpy(np.stack([mask[:width] for mask in masks.values() if mask is not None]))
+        forbidden = forbidden.to(logits.device)
+        if len(masks) == len(rows):
+            logits[:, :width].masked_fill_(forbidden, -torch.inf)
+            logits[:, width:] = -torch.inf
+        else:
+            places = torch.tensor(list(masks), device=logits.device)
+            logits[places, :width] = logits[places, :width].masked_fill(forbidden, -torch.inf)
+            logits[places, width:] = -torch.inf
 
     def close(self) -> None:
         """Stop the threads."""
@@ -92,15 +104,11 @@ class ConstrainedRows:
         self._slow.shutdown(wait=False, cancel_futures=True)
 
 
-def _is_slow(running: "RunningRequest") -> bool:
-    return running.prompt.grammar is not None and running.prompt.grammar.is_slow
-
-
 def _is_ready(running: "RunningRequest", until: float) -> bool:
     grammar = running.prompt.grammar
     if grammar is None or grammar.wait(max(0.0, until - time.monotonic())):
         return True
     if time.monotonic() - grammar.begun > _LIMIT_S:
-        grammar.allowed = None
+        grammar.forbidden = None
         return True
     return False

@@ -14,7 +14,7 @@ from llava_ray.generate.constraints.schemas import REASON
 if TYPE_CHECKING:
     import llguidance
 
-_SLOW_S = 0.01  # a mask that took longer is computed apart from the others
+_SLOW_S = 0.05  # a mask that took longer is computed apart from the others
 
 
 class AnswerGrammar:
@@ -28,10 +28,12 @@ class AnswerGrammar:
         self.end_tokens = compiler.end_tokens
         self.field = field
         self.lead = lead
-        self.allowed: np.ndarray | None = None
-        """Whether each token of the tokenizer may follow; None until it is computed, and after an error."""
+        self.forbidden: np.ndarray | None = None
+        """Whether each token of the tokenizer may not follow; None until it is computed, and after an error."""
         self.begun = 0.0
         self.is_slow = True  # the first mask builds tables
+        self.is_late = False
+        """Whether the last mask was not ready when it was needed."""
         self._ready = Event()
 
     def begin(self, quick: Executor, slow: Executor) -> None:
@@ -44,12 +46,12 @@ class AnswerGrammar:
         start = time.monotonic()
         try:
             mask = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
-            allowed = np.unpackbits(mask, bitorder="little").view(np.bool_)
+            forbidden = np.unpackbits(~mask, bitorder="little").view(np.bool_)
             if not self.matcher.is_accepting():  # an end token may be a word of the vocabulary, too
-                allowed[self.end_tokens] = False
-            self.allowed = None if self.matcher.is_error() or not allowed.any() else allowed
+                forbidden[self.end_tokens] = True
+            self.forbidden = None if self.matcher.is_error() or forbidden.all() else forbidden
         except Exception:  # noqa: BLE001 - whatever it was, the answer must end with an error, not wait
-            self.allowed = None
+            self.forbidden = None
         self.is_slow = time.monotonic() - start > _SLOW_S
         self._ready.set()
 
