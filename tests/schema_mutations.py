@@ -18,8 +18,8 @@ KEYWORDS = [
 ]  # fmt: skip
 ODD: list[Any] = [
     None, True, False, 0, -1, 1, 2**63, 10**30, 1e308, 0.1, "", "a", "#", "#/$defs/node", "#/properties/id", "\x00",
-    "\U0001f600", [], ["string"], ["string", "null"], [{}], {}, {"type": "string"}, {"a": {}}, {"$ref": "#"}, "^a$", "(a|b)*c",
-    "[", "date", 10_000, {"type": "object", "required": ["a"]}, {"not": {}}, [[]],
+    "\U0001f600", [], ["string"], ["string", "null"], [{}], {}, {"type": "string"}, {"a": {}}, {"$ref": "#"},
+    "^a$", "(a|b)*c", "[", "date", 10_000, {"type": "object", "required": ["a"]}, {"not": {}}, [[]],
 ]  # fmt: skip
 PATTERNS = [
     "[a-z]{2,9}", r"\d+(\.\d+)?", "(yes|no)( please)?", "a{3,}", "(a|b)*a(a|b){5}", r"[^\"\\]*", r"\p{Lu}\w+", "x?y?z?",
@@ -30,7 +30,8 @@ GRAMMARS = [
     "start: NUMBER\n%import common.NUMBER\n", 'start: %json {"type": "integer"}\n', 'start: x{2,4}\nx: "x" | "y"\n',
 ]  # fmt: skip
 PIECES = [
-    *"()[]{}|*+?^$./:", "{1000}", "{0,9}", "\\", "\\p{", '"', "start", "::=", "\n", "é", "<[2]>", "%json {", "%lark", "&", "~",
+    *"()[]{}|*+?^$./:", "{1000}", "{0,9}", "\\", "\\p{", '"', "start", "::=", "\n", "é", "<[2]>", "%json {",
+    "%lark", "&", "~",
 ]  # fmt: skip
 
 

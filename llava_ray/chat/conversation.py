@@ -6,13 +6,11 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
-from typing import TYPE_CHECKING, Literal, cast
+from typing import Literal, cast
 
+from llava_ray.chat.tool_call import ToolCall, read_calls
 from llava_ray.errors import RecordError
 from llava_ray.reading import short_repr
-
-if TYPE_CHECKING:
-    pass
 
 IMAGE_TOKEN = "<image>"  # never in the vocabulary: text is split on it
 # LLaVA's placeholder for an image in a list of ids. No vocabulary has negative ids, so it cannot collide with text, and
@@ -47,16 +45,6 @@ _CALLING_ROLES = {"function_call", "tool_call"}  # of turns whose text is the ca
 # Suffixes of the roles of stored turns (part of the shard format).
 _UNLEARNT = "_unlearnt"  # an unsupervised answer
 _WITH_TOOLS = "_with_tools"  # a turn whose value is a JSON object of all its fields
-
-
-@dataclass(frozen=True)
-class ToolCall:
-    """A call of a function in an answer."""
-
-    name: str
-    arguments: str
-    """A JSON object."""
-    id: str = ""
 
 
 @dataclass(frozen=True)
@@ -238,53 +226,11 @@ def _read_turn(entry: Mapping[str, object], number: int) -> Turn:
             f"with {IMAGE_TOKEN} where an image stands.",
             reason="malformed",
         )
+    calls = tuple(replace(call, arguments=break_markers(call.arguments)) for call in calls)
     turn = Turn(known, text, supervised=entry.get("learnt") is not False, calls=calls)
     if known != "tool":
         return turn
     return replace(turn, call_id=str(entry.get("tool_call_id") or ""), name=str(entry.get("name") or ""))
-
-
-def read_calls(value: object, place: str) -> tuple[ToolCall, ...]:
-    """Read the calls of an answer: OpenAI's list, one call or a list of calls, or JSON text of them.
-
-    Raises RecordError ("unsupported"), which names ``place``.
-    """
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise _bad_call(place, f"{short_repr(value)} is not JSON") from error
-    if value is None:
-        return ()
-    return tuple(
-        _read_call(call, f"{place} {number}")
-        for number, call in enumerate(value if isinstance(value, list) else [value], start=1)
-    )
-
-
-def _read_call(call: object, place: str) -> ToolCall:
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    name = function.get("name") if isinstance(function, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(name, str) or not name:
-        raise _bad_call(place, "it has no function with a name")
-    arguments = function.get("arguments", function.get("parameters"))
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except (ValueError, RecursionError) as error:
-            raise _bad_call(place, f"the arguments of {short_repr(name)} are not JSON") from error
-    if not isinstance(arguments, Mapping):
-        raise _bad_call(place, f"the arguments of {short_repr(name)} are {type(arguments).__name__}, not an object")
-    known = call.get("id") if isinstance(call, Mapping) else None
-    return ToolCall(name, break_markers(json.dumps(arguments, ensure_ascii=False)), str(known or ""))
-
-
-def _bad_call(place: str, words: str) -> RecordError:
-    return RecordError(
-        f'{place}: {words}; expected calls such as {{"function": {{"name": ..., "arguments": {{...}}}}}}. '
-        "Fix or remove the record.",
-        reason="unsupported",
-    )
 
 
 def with_markers(question: str, num_images: int) -> str:

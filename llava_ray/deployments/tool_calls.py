@@ -7,7 +7,7 @@ from llava_ray.chat.tool_formats import TOOL_FORMATS, CallReader
 from llava_ray.deployments.messages import Task
 from llava_ray.deployments.refusal import refuse
 from llava_ray.generate.engine import GenerationChunk, GenerationRequest, ModelCard
-from llava_ray.generate.prompts import find_offered
+from llava_ray.generate.model_tools import find_offered
 
 
 def check_abilities(task: Task, card: ModelCard, source_name: str) -> None:

@@ -1,6 +1,5 @@
 """Preparation of requests for the model: token ids, and images as pixels or as cached embeddings."""
 
-import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,18 +10,18 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava_ray.chat.template import JinjaTemplate, StringTemplate, Template
+from llava_ray.chat.template import Template
 from llava_ray.chat.tokens import expand_images, tokenize_prompt, tokenizer_image_token
-from llava_ray.chat.tool_formats import TOOL_FORMATS, ToolFormat
-from llava_ray.chat.tool_templates import find_tool_support
 from llava_ray.config.sections import MAX_IMAGE_PIXELS
 from llava_ray.errors import RecordError, TemplateError
 from llava_ray.generate.answer_text import AnswerText
 from llava_ray.generate.constraints.answer_grammar import AnswerGrammar
+from llava_ray.generate.constraints.answer_start import begin_answer, find_lead
 from llava_ray.generate.constraints.call_grammars import call_constraint
 from llava_ray.generate.constraints.compiling import GrammarCompiler
-from llava_ray.generate.decoding import Stops, decode_with_marks, default_stops
+from llava_ray.generate.decoding import Stops, default_stops
 from llava_ray.generate.engine import Constraint, GenerationRequest
+from llava_ray.generate.model_tools import ModelTools, find_offered
 from llava_ray.generate.sampling import check_sampling
 from llava_ray.generate.vision_cache import VisionCache, image_key
 from llava_ray.images.anyres import Size
@@ -71,20 +70,6 @@ class Prompt:
         return begin_answer(self.grammar, self.decode, decode, self.stop_texts, strip=strip)
 
 
-def begin_answer(
-    grammar: AnswerGrammar | None,
-    of_tools: Callable[[Sequence[int]], str] | None,
-    decode: Callable[[Sequence[int]], str],
-    stop_texts: tuple[str, ...],
-    *,
-    strip: bool,
-) -> AnswerText:
-    """Return an empty answer; without tools one that a grammar restricts is exactly what it has accepted."""
-    if of_tools is not None or grammar is None:
-        return AnswerText(of_tools or decode, stop_texts, strip=strip)
-    return AnswerText(grammar.decode, stop_texts, strip=False, lead=grammar.lead)
-
-
 @dataclass(frozen=True)
 class BegunPrompt:
     """A request before its images are decoded."""
@@ -110,14 +95,13 @@ class PromptText:
         self.max_model_len = max_model_len
         self.stops = stops
         self.grammars = GrammarCompiler(model.tokenizer, stops.ids)
-        self.named_tool_format: str | None = None
-        """The format of calls that a setting names; None for the one that the chat template shows."""
+        self.tools = ModelTools(model)
 
     def read(self, request: GenerationRequest) -> list[int]:
         """Return a request's ids with one -200 for each image. Raises RecordError for an invalid request."""
         check_sampling(request.sampling)
         if find_offered(request):
-            self.tool_format()
+            self.tools.format()
         short = self.tokenize(request)
         if not short:
             raise RecordError("the prompt has no tokens; expected at least one.", reason="empty_prompt")
@@ -151,51 +135,15 @@ class PromptText:
         tools = find_offered(request)
         if not tools or request.tool_choice.mode == "auto":
             return request.sampling.constraint
-        return call_constraint(json.loads(tools), request.tool_choice, self.tool_format(), self.mark_tokens())
-
-    def tool_format(self) -> ToolFormat:
-        """Return the format of the model's calls. Raises RecordError for a model without tools."""
-        name = self.find_tool_format()
-        if name is None:
-            raise RecordError(
-                "this model cannot call tools: its chat template has none, or writes calls in no known format "
-                f"(known: {', '.join(TOOL_FORMATS)}). Leave tools out, or use another model.",
-                reason="tools",
-                field="tools",
-            )
-        return TOOL_FORMATS[name]
-
-    def find_tool_format(self) -> str | None:
-        """Return the name of the format of the model's calls; None for a model without tools."""
-        template = self.model.template
-        support = find_tool_support(self.model.tokenizer) if isinstance(template, JinjaTemplate) else None
-        return None if support is None else self.named_tool_format or support.format
-
-    def mark_tokens(self) -> dict[str, int]:
-        """Return the tokens of the vocabulary that mark calls; the tokenizer's own decoding leaves some of them out."""
-        one, added = self.tool_format(), self.model.tokenizer.get_added_vocab()
-        return {mark: added[mark] for mark in (one.start, one.optional_start, one.end, "[ARGS]") if mark in added}
-
-    def tool_decoder(self, request: GenerationRequest) -> Callable[[Sequence[int]], str] | None:
-        """Return a decoding that keeps the marks of calls; None for a request without tools."""
-        if not find_offered(request):
-            return None
-        spelt = {token: mark for mark, token in self.mark_tokens().items()}
-        return functools.partial(decode_with_marks, self.model.tokenizer, spelt)
+        return call_constraint(json.loads(tools), request.tool_choice, self.tools.format(), self.tools.mark_tokens())
 
     def make_grammar(self, request: GenerationRequest) -> AnswerGrammar | None:
         """Compile what the answer may be; takes up to seconds. Raises RecordError for what cannot be held."""
         constraint = self.find_constraint(request)
         if constraint is None:
             return None
-        lead = self.find_lead(request, constraint)
+        lead = find_lead(self.model.template, request, constraint)
         return AnswerGrammar(self.grammars.grammar(constraint, lead), self.grammars, constraint.field, lead)
-
-    def find_lead(self, request: GenerationRequest, constraint: Constraint) -> str:
-        """Return the space that the template writes before an answer, as the model was trained."""
-        template = self.model.template
-        has_lead = isinstance(template, StringTemplate) and request.prompt is None and constraint.kind != "grammar"
-        return template.lead if has_lead and isinstance(template, StringTemplate) else ""
 
     def template(self, system: str | None) -> Template:
         """Return the model's template, with another system prompt where one is given. Raises TemplateError."""
@@ -212,11 +160,10 @@ class PromptText:
         texts = list(request.sampling.stop)
         ids = {added[stop] for stop in texts if stop in added}
         stops = replace(self.stops, ids=frozenset(ids))
-        if self.find_constraint(request) is not None:  # the grammar decides where the answer may end
+        is_held = self.find_constraint(request) is not None  # the grammar decides where the answer may end
+        if is_held or not request.sampling.ignore_eos:
             stops = replace(stops, ids=frozenset(ids | self.stops.ids))
-        elif not request.sampling.ignore_eos:
-            stops = replace(stops, ids=frozenset(ids | self.stops.ids))
-            texts += [self.stops.text] if self.stops.text and request.prompt is None else []
+            texts += [self.stops.text] if self.stops.text and request.prompt is None and not is_held else []
         return stops, tuple(texts)
 
     def check_length(self, num_tokens: int, max_tokens: int) -> None:
@@ -278,7 +225,7 @@ class PromptMaker(PromptText):
         _place_images(ids, images)
         stops, texts = self.find_stops(request)
         num_cached = sum(image.embeddings is not None for image in images)
-        return Prompt(ids, images, stops, texts, num_cached, decode=self.tool_decoder(request))
+        return Prompt(ids, images, stops, texts, num_cached, decode=self.tools.decoder(request))
 
     def prepare(self, key: str, opened: OpenedImage) -> PromptImage:
         """Return a new image with preprocessed views."""
@@ -294,25 +241,6 @@ def _place_images(ids: Sequence[int], images: Sequence[PromptImage]) -> None:
         place = ids.index(IMAGE_TOKEN_INDEX, place)
         image.first = place
         place += image.num_tokens
-
-
-def find_offered(request: GenerationRequest) -> str:
-    """Return the tools that a request's answer may call, as a JSON list; empty without any."""
-    return request.turns[0].tools if request.turns else ""
-
-
-def list_tool_formats(prompts: Mapping[str | None, PromptText], name: str) -> dict[str, str]:
-    """Return the format of calls of each model or adapter that has tools; ``name`` is the base's."""
-    found = {own or name: one.find_tool_format() for own, one in prompts.items()}
-    return {own: tool_format for own, tool_format in found.items() if tool_format is not None}
-
-
-def share_grammars(prompts: Mapping[str | None, PromptText]) -> None:
-    """Let adapters with the tokenizer and end tokens of their base use its grammars."""
-    base = prompts[None]
-    for one in prompts.values():
-        if one.model.tokenizer is base.model.tokenizer and one.stops.ids == base.stops.ids:
-            one.grammars = base.grammars
 
 
 def find_prompt_maker(prompts: Mapping[str | None, P], name: str | None) -> P:

@@ -28,7 +28,7 @@ def find_system_fingerprint() -> str:
 
 
 @dataclass
-class Call:
+class AnswerCall:
     """One tool call so far."""
 
     name: str = ""
@@ -45,7 +45,7 @@ class Choice:
     """One answer so far."""
 
     text: str = ""
-    calls: list[Call] = field(default_factory=list)
+    calls: list[AnswerCall] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
     num_prompt_tokens: int = 0
@@ -62,10 +62,10 @@ class Choice:
         self.num_prompt_tokens = max(self.num_prompt_tokens, chunk.num_prompt_tokens)
         self.num_tokens += len(chunk.token_ids)
 
-    def call(self, index: int) -> Call:
+    def call(self, index: int) -> AnswerCall:
         """Return the call of that index, begun where it is new."""
         while len(self.calls) <= index:
-            self.calls.append(Call())
+            self.calls.append(AnswerCall())
         return self.calls[index]
 
     def message(self) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from llava_ray.generate.engine import (
     ModelCard,
     check_unique_request_id,
 )
-from llava_ray.generate.prompts import Prompt, PromptMaker, find_prompt_maker, list_tool_formats, share_grammars
+from llava_ray.generate.model_tools import list_tool_formats, share_grammars
+from llava_ray.generate.prompts import Prompt, PromptMaker, find_prompt_maker
 from llava_ray.generate.row_adapters import AdapterName
 from llava_ray.generate.served_adapters import ServedAdapters, load_adapters
 from llava_ray.generate.settings import EngineSettings
@@ -208,7 +209,7 @@ class BuiltinEngine:
             makers[adapter.name] = PromptMaker(adapter.parts, cache, batch.max_model_len, own)
         share_grammars(makers)
         for maker in makers.values():
-            maker.named_tool_format = self.tool_format
+            maker.tools.named_format = self.tool_format
         card = ModelCard(
             name=self.name,
             max_model_len=batch.max_model_len,

@@ -9,7 +9,7 @@ import numpy as np
 
 from llava_ray.errors import RecordError
 from llava_ray.generate.constraints.compiling import GrammarCompiler
-from llava_ray.generate.constraints.schemas import REASON
+from llava_ray.generate.constraints.schemas import STRUCTURED_OUTPUT
 
 if TYPE_CHECKING:
     import llguidance
@@ -70,6 +70,6 @@ class AnswerGrammar:
         why = self.matcher.get_error().partition("<")[0].strip()[:200] or "no token may follow"
         return RecordError(
             f"{self.field} cannot be held any further in this answer ({why}); send a simpler one.",
-            reason=REASON,
+            reason=STRUCTURED_OUTPUT,
             field=self.field,
         )

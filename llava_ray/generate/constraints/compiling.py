@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llava_ray.errors import LlavaRayError, ModelError, RecordError
 from llava_ray.generate.constraints.grammars import write_grammar
-from llava_ray.generate.constraints.schemas import REASON
+from llava_ray.generate.constraints.schemas import STRUCTURED_OUTPUT
 from llava_ray.generate.engine import Constraint
 from llava_ray.images.decoder_starter import DecoderStarter
 
@@ -103,14 +103,16 @@ class GrammarCompiler:
             raise RecordError(
                 f"{field}: compiling it takes more time or memory than is allowed; send a simpler one, with fewer "
                 "alternatives and smaller repetitions.",
-                reason=REASON,
+                reason=STRUCTURED_OUTPUT,
                 field=field,
             ) from error
         finally:
             timer.cancel()
             process.close()
         if "error" in reply:
-            raise RecordError(f"{field} cannot be held: {reply['error']}. Change it.", reason=REASON, field=field)
+            raise RecordError(
+                f"{field} cannot be held: {reply['error']}. Change it.", reason=STRUCTURED_OUTPUT, field=field
+            )
         return str(reply["grammar"])
 
 

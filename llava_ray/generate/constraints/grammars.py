@@ -4,14 +4,13 @@ import json
 from typing import Any
 
 from llava_ray.errors import RecordError
-from llava_ray.generate.constraints.schemas import REASON, check_schema
+from llava_ray.generate.constraints.schemas import STRUCTURED_OUTPUT, check_schema
 from llava_ray.generate.engine import Constraint
 
 MAX_CHARS = 131_072
 # White space between the tokens of JSON: none, one space, or a new line with its indentation. Without a limit a model
 # may write nothing else.
 _SPACE = r"[ ]|\n[ ]{0,32}"
-ANY_OBJECT = '{"type":"object"}'
 
 
 def write_grammar(constraint: Constraint, lead: str = "") -> str:
@@ -19,19 +18,19 @@ def write_grammar(constraint: Constraint, lead: str = "") -> str:
 
     A client's own grammar is returned unchanged, with no lead. Raises RecordError that names the field.
     """
-    check_length(constraint)
+    check_constraint_length(constraint)
     if constraint.kind == "grammar":
         return constraint.text
     start = f"start: {quote(lead)} body" if lead else "start: body"
     return f"{start}\nbody: {_BODIES[constraint.kind](constraint)}\n"
 
 
-def check_length(constraint: Constraint) -> None:
+def check_constraint_length(constraint: Constraint) -> None:
     """Check the length of a constraint's text. Raises RecordError."""
     if len(constraint.text) > MAX_CHARS:
         raise RecordError(
             f"{constraint.field} has {len(constraint.text):,} characters; expected at most {MAX_CHARS:,}.",
-            reason=REASON,
+            reason=STRUCTURED_OUTPUT,
             field=constraint.field,
         )
 
@@ -53,7 +52,7 @@ def _json_body(constraint: Constraint) -> str:
     except (ValueError, RecursionError) as error:
         raise RecordError(
             f"{constraint.field} is not JSON ({str(error)[:100]}); expected a JSON Schema.",
-            reason=REASON,
+            reason=STRUCTURED_OUTPUT,
             field=constraint.field,
         ) from error
     return write_json(schema, constraint.field)

@@ -6,7 +6,7 @@ from typing import Any
 from llava_ray.errors import RecordError
 from llava_ray.reading import short_repr
 
-REASON = "structured_output"
+STRUCTURED_OUTPUT = "structured_output"
 MAX_DEPTH = 64
 _MAX_SHOWN = 60  # characters of a key in a path
 _MAX_PATH = 200
@@ -47,7 +47,7 @@ def check_schema(schema: Any, field: str) -> None:
 
 def _refuse(field: str, words: str) -> RecordError:
     field = field if len(field) <= _MAX_PATH else f"{field[:_MAX_PATH]}…"
-    return RecordError(f"{field}: {words}", reason=REASON, field=field)
+    return RecordError(f"{field}: {words}", reason=STRUCTURED_OUTPUT, field=field)
 
 
 def _check_keywords(node: Any, place: str, depth: int) -> None:

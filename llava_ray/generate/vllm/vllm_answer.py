@@ -8,9 +8,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from llava_ray.errors import ModelError
+from llava_ray.generate.constraints.answer_start import begin_answer
 from llava_ray.generate.decoding import decode
 from llava_ray.generate.engine import FinishReason, GenerationChunk, GenerationRequest, TokenLogprob
-from llava_ray.generate.prompts import begin_answer
 from llava_ray.generate.sampling import not_finite_error
 from llava_ray.generate.vllm.vllm_prompts import VllmPrompt
 

@@ -23,7 +23,8 @@ from llava_ray.generate.engine import (
     ModelCard,
     check_unique_request_id,
 )
-from llava_ray.generate.prompts import find_prompt_maker, list_tool_formats, share_grammars
+from llava_ray.generate.model_tools import list_tool_formats, share_grammars
+from llava_ray.generate.prompts import find_prompt_maker
 from llava_ray.generate.settings import VllmSettings
 from llava_ray.generate.vllm.vllm_answer import VllmAnswer
 from llava_ray.generate.vllm.vllm_model import VllmModel, prepare_model
@@ -284,7 +285,7 @@ class VllmEngine:
         }
         share_grammars(prompts)
         for one in prompts.values():
-            one.named_tool_format = self.tool_format
+            one.tools.named_format = self.tool_format
         card = ModelCard(
             name=self.name,
             max_model_len=max_model_len,
