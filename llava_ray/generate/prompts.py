@@ -139,8 +139,7 @@ class PromptText:
 
     def make_grammar(self, request: GenerationRequest) -> AnswerGrammar | None:
         """Compile what the answer may be; takes up to seconds. Raises RecordError for what cannot be held."""
-        constraint = self.find_constraint(request)
-        if constraint is None:
+        if (constraint := self.find_constraint(request)) is None:
             return None
         lead = find_lead(self.model.template, request, constraint)
         return AnswerGrammar(self.grammars.grammar(constraint, lead), self.grammars, constraint.field, lead)
