@@ -127,7 +127,7 @@ class CallScanner:
         value = _read_object(self._text[: self._place])
         if value is None or not self.name:
             return False
-        given = next((value[key] for key in self.keys if key in value), {})
+        given: Any = next((value[key] for key in self.keys if key in value), {})
         if isinstance(given, str):  # some models write the arguments as a text
             given = _read_object(given)
         if not isinstance(given, dict):
