@@ -61,6 +61,11 @@ def find_offered(request: GenerationRequest) -> str:
     return request.turns[0].tools if request.turns else ""
 
 
+def may_be_held(request: GenerationRequest) -> bool:
+    """Return whether a grammar may restrict the answer of a request."""
+    return request.sampling.constraint is not None or bool(find_offered(request))
+
+
 def list_tool_formats(prompts: Mapping[str | None, "PromptText"], name: str) -> dict[str, str]:
     """Return the format of calls of each model or adapter that has tools; ``name`` is the base's."""
     found = {own or name: one.tools.find_format() for own, one in prompts.items()}

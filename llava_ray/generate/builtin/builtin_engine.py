@@ -25,7 +25,7 @@ from llava_ray.generate.engine import (
     ModelCard,
     check_unique_request_id,
 )
-from llava_ray.generate.model_tools import list_tool_formats, share_grammars
+from llava_ray.generate.model_tools import list_tool_formats, may_be_held, share_grammars
 from llava_ray.generate.prompts import Prompt, PromptMaker, find_prompt_maker
 from llava_ray.generate.row_adapters import AdapterName
 from llava_ray.generate.served_adapters import ServedAdapters, load_adapters
@@ -121,7 +121,9 @@ class BuiltinEngine:
         prompts = find_prompt_maker(loaded.prompts, request.model)
         stream = self._streams[request.request_id] = _AnswerStream()
         try:
-            grammar = await self._loop.run_in_executor(self._compiling, prompts.make_grammar, request)
+            grammar = None
+            if may_be_held(request):  # others never wait for grammars
+                grammar = await self._loop.run_in_executor(self._compiling, prompts.make_grammar, request)
             prompt = await self._prepare(prompts, request)
             prompt.grammar = grammar
             if stream.cancelled:

@@ -23,7 +23,7 @@ from llava_ray.generate.engine import (
     ModelCard,
     check_unique_request_id,
 )
-from llava_ray.generate.model_tools import list_tool_formats, share_grammars
+from llava_ray.generate.model_tools import list_tool_formats, may_be_held, share_grammars
 from llava_ray.generate.prompts import find_prompt_maker
 from llava_ray.generate.settings import VllmSettings
 from llava_ray.generate.vllm.vllm_answer import VllmAnswer
@@ -142,8 +142,8 @@ class VllmEngine:
         stream, ended = _RequestStream(), False
         self._streams[request.request_id] = stream
         try:
-            # Apart from the other preparations, which it must not delay; it is kept for the next line.
-            await asyncio.get_running_loop().run_in_executor(self._compiling, prompts.make_grammar, request)
+            if may_be_held(request):  # in a thread of its own, and kept for the preparation: others never wait for it
+                await asyncio.get_running_loop().run_in_executor(self._compiling, prompts.make_grammar, request)
             prompt = await self._prepare(prompts, request)
             answer = VllmAnswer(prompt, prompts.model.tokenizer, request)
             async with aclosing(self._outputs(loaded, stream, request, prompt)) as outputs:
