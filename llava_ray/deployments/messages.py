@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from llava_ray.chat.conversation import IMAGE_TOKEN, ToolCall, Turn, break_markers, join_parts
+from llava_ray.chat.conversation import IMAGE_TOKEN, Turn, break_markers, join_parts
+from llava_ray.chat.tool_call import ToolCall
 from llava_ray.deployments.http.schema import (
     ChatMessage,
     ChatRequest,

@@ -4,7 +4,7 @@ import tempfile
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +82,7 @@ class GrammarCompiler:
                 _keep(self._compiled, grammar, known)
         return known.deep_copy()
 
-    def decode(self, ids: "list[int] | tuple[int, ...]") -> str:
+    def decode(self, ids: Sequence[int]) -> str:
         """Decode an answer to exactly the bytes that its grammar has accepted."""
         return self.tables().decode_str(list(ids))
 
@@ -135,7 +135,7 @@ def _build(
         ) from error
     if not end_tokens or not tokenizer.is_fast:
         raise ModelError("structured answers need a fast tokenizer with an end token, which this model does not have.")
-    backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    backend: Any = tokenizer.backend_tokenizer
     text = backend.to_str()
     try:
         tables = llguidance.LLTokenizer(text, eos_token=end_tokens)

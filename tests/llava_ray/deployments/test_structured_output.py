@@ -61,8 +61,8 @@ class Service:
     """An address with an engine behind it."""
 
     def __init__(self, address: str) -> None:
-        self.http = httpx.Client(base_url=address, timeout=60)
-        self.openai = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60)
+        self.http = httpx.Client(base_url=address, timeout=120)
+        self.openai = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120)
 
     def ask(self, **fields: Any) -> httpx.Response:
         return self.http.post("/v1/chat/completions", json={**asking("which?"), "model": "tiny", **fields})
