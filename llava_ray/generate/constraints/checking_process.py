@@ -21,7 +21,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 from llava_ray.generate.constraints.limits import grammar_limits
 from llava_ray.images.decoder_process import READY, read_message, write_message
 
-CPU_S = 0.5
+CPU_S = 0.7
 _SPARE_BYTES = 512 * 2**20
 _NUM_STEPS = 24  # tokens that are drawn as a trial
 _SHOWN_CHARS = 300

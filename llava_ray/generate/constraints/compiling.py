@@ -19,7 +19,7 @@ from llava_ray.images.decoder_starter import DecoderStarter
 if TYPE_CHECKING:
     import llguidance
 
-_CHECK_S = 3.0  # of wall time, on a busy machine; the process ends after half a second of processor time
+_CHECK_S = 20.0  # of wall time, on a busy machine; the process ends after less than a second of processor time
 _MOST_KEPT = 32  # compiled grammars
 
 
@@ -94,12 +94,16 @@ class GrammarCompiler:
     def _check(self, constraint: Constraint, grammar: str) -> str:
         assert self._starter is not None
         field = constraint.field
-        process = self._starter.start()
-        timer = threading.Timer(_CHECK_S, process.kill)
+        process, late = self._starter.start(), threading.Event()
+        timer = threading.Timer(_CHECK_S, lambda: (late.set(), process.kill()))
         timer.start()
         try:
             reply, _ = process.ask({"grammar": grammar, "convert": constraint.kind == "grammar"}, b"")
         except (EOFError, OSError) as error:
+            if late.is_set():  # not known to be the grammar's fault, and so not kept
+                raise ModelError(
+                    f"{field} was not compiled within {_CHECK_S:g} s: this machine is busy. Retry."
+                ) from error
             raise RecordError(
                 f"{field}: compiling it takes more time or memory than is allowed; send a simpler one, with fewer "
                 "alternatives and smaller repetitions.",
