@@ -14,7 +14,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -75,13 +75,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clients", type=int, nargs="+", default=CLIENTS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     language_model = make_language_model(options.weights, num_layers=options.layers).path
     tower = make_vision_tower(options.weights, image_size=112).path
     result = {
         "masks": measure_masks(language_model),
-        "engine": asyncio.run(measure_engine(language_model, tower, options.rounds)),
+        "engine": asyncio.run(measure_engine(language_model, tower, options.rounds, options.clients)),
     }
     keep_result(
         {
@@ -174,7 +175,7 @@ def with_xgrammar(tokenizer: Any) -> Callable[[Any], Matcher]:
     return compile_schema
 
 
-async def measure_engine(language_model: Path, tower: Path, rounds: int) -> dict[str, Any]:
+async def measure_engine(language_model: Path, tower: Path, rounds: int, numbers: Sequence[int]) -> dict[str, Any]:
     """Return tokens a second with and without a schema, measured in turns, by the number of clients."""
     parts = load_pretrained_model(language_model, vision_tower=tower, version="chat_template", dtype=torch.bfloat16)
     engine = BuiltinEngine(lambda: parts)
@@ -182,7 +183,7 @@ async def measure_engine(language_model: Path, tower: Path, rounds: int) -> dict
     await run_clients(engine, 2, constrained=True)
     await run_clients(engine, 2, constrained=False)
     found = {}
-    for clients in CLIENTS:
+    for clients in numbers:
         rates: dict[bool, list[float]] = {True: [], False: []}
         for _ in range(rounds):
             for constrained in (False, True):

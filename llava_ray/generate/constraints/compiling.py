@@ -95,7 +95,12 @@ class GrammarCompiler:
         assert self._starter is not None
         field = constraint.field
         process, late = self._starter.start(), threading.Event()
-        timer = threading.Timer(_CHECK_S, lambda: (late.set(), process.kill()))
+
+        def give_up() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(_CHECK_S, give_up)
         timer.start()
         try:
             reply, _ = process.ask({"grammar": grammar, "convert": constraint.kind == "grammar"}, b"")
