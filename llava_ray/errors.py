@@ -36,14 +36,15 @@ class DataError(LlavaRayError, ValueError):
 class RecordError(DataError):
     """One record that cannot be trained on; ``reason`` is a short machine-readable code that reports count."""
 
-    def __init__(self, message: str, *, reason: str) -> None:
-        """Store ``reason`` beside the message, so that reports can count by it."""
+    def __init__(self, message: str, *, reason: str, field: str | None = None) -> None:
+        """Store ``reason`` beside the message, so that reports can count by it; ``field`` is a request's field."""
         super().__init__(message)
         self.reason = reason
+        self.field = field
 
     def __reduce__(self) -> tuple[object, ...]:
         """Survive pickling between Ray processes in spite of the keyword argument."""
-        return (_rebuild, (type(self), str(self), self.reason))
+        return (_rebuild, (type(self), str(self), self.reason, self.field))
 
 
 class ImageError(RecordError):
@@ -87,5 +88,5 @@ class Stopped(KeyboardInterrupt):
         self.exit_code = 128 + signal_number
 
 
-def _rebuild(kind: type[RecordError], message: str, reason: str) -> RecordError:
-    return kind(message, reason=reason)
+def _rebuild(kind: type[RecordError], message: str, reason: str, field: str | None = None) -> RecordError:
+    return kind(message, reason=reason, field=field)

@@ -49,6 +49,22 @@ def make_request(seed: int) -> Asked:
     return asked
 
 
+TOOLS = [
+    {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {}}}}},
+    {"type": "function", "function": {"name": "g", "description": "x", "strict": True}},
+]
+CHOICE = {"type": "function", "function": {"name": "f"}}
+CALLS = [
+    {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}},
+    {"id": "2", "type": "function", "function": {"name": "g", "arguments": ""}},
+]
+RESULTS = [{"role": "tool", "tool_call_id": call, "content": "4"} for call in ("2", "1")]
+FORMATS = [
+    {"type": "json_object"},
+    {"type": "json_schema", "json_schema": {"name": "a", "strict": True, "schema": {"type": "object"}}},
+]
+
+
 def chat(draw: random.Random) -> dict[str, Any]:
     """A chat that would be answered."""
     turns: list[dict[str, Any]] = []
@@ -56,6 +72,10 @@ def chat(draw: random.Random) -> dict[str, Any]:
         turns.append({"role": draw.choice(["system", "developer"]), "content": draw.choice(["be brief", ""])})
     for _ in range(draw.choice([0, 0, 1, 2])):
         turns += [{"role": "user", "content": words(draw)}, copy.deepcopy(ANSWER)]
+        if draw.random() < 0.2:
+            turns[-1] |= {"content": None, "tool_calls": copy.deepcopy(CALLS)}
+            turns += copy.deepcopy(RESULTS)
+            turns.append(copy.deepcopy(ANSWER))
         if draw.random() < 0.3:
             turns[-1]["content"] = draw.choice([None, "", [], [{"type": "refusal", "refusal": "no"}], words(draw)])
     parts = [image_part(draw) for _ in range(draw.choice([0, 1, 1, 2, 3]))]
@@ -82,8 +102,11 @@ def options(draw: random.Random) -> dict[str, Any]:
         "stream": draw.random() < 0.4,
         "logprobs": True,
         "max_completion_tokens": 2,
-        "tools": [],
-        "response_format": {"type": "text"},
+        "tools": draw.choice([[], [], copy.deepcopy(TOOLS)]),
+        "response_format": copy.deepcopy(draw.choice([{"type": "text"}, {"type": "text"}, *FORMATS])),
+        "guided_choice": draw.choice([None, None, ["a", "b"]]),
+        "structured_outputs": copy.deepcopy(draw.choice([None, {}, {"regex": "a"}, {"json": {"type": "object"}}])),
+        "tool_choice": copy.deepcopy(draw.choice([None, "none", "auto", "required", CHOICE])),
     }
     chosen = {name: given[name] for name in draw.sample(sorted(given), draw.randrange(5))}
     if chosen.get("stream"):

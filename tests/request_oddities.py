@@ -42,7 +42,9 @@ KEYS = [
     "stream", "stream_options", "ignore_eos", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "user",
     "top_logprobs", "response_format", "tools", "tool_choice", "functions", "modalities", "prompt", "echo", "suffix",
     "best_of", "role", "content", "name", "refusal", "annotations", "audio", "function_call", "tool_calls", "type",
-    "text", "image_url", "url", "detail", "cache_control", "uuid", "reasoning_content", "include_usage", "__class__",
+    "text", "image_url", "url", "detail", "guided_json", "guided_regex", "structured_outputs", "json_schema", "schema",
+    "regex", "choice", "grammar", "tool_call_id", "function", "parameters", "arguments", "strict",
+    "parallel_tool_calls", "cache_control", "uuid", "reasoning_content", "include_usage", "__class__",
     "",
     "a\0b", "x" * 3000, SECRET,
 ]  # fmt: skip

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jinja2
 
 from llava_ray.errors import RecordError
 
 _Range = tuple[int, int]
-_Message = dict[str, str]
+_Message = dict[str, Any]
 
 _FIRST_MARK, _NUM_MARKS = 0xF0000, 0xFFFE  # a plane of private-use characters
 _MARKED = re.compile(f"([{chr(_FIRST_MARK)}-{chr(_FIRST_MARK + _NUM_MARKS - 1)}])\\1*")

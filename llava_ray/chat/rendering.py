@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import jinja2
 
@@ -13,6 +13,7 @@ from llava_ray.chat.controls import find_control_ranges
 from llava_ray.chat.conversation import IMAGE_TOKEN, Span, Turn, break_markers, check_turns
 from llava_ray.chat.messages import find_messages
 from llava_ray.chat.template import JinjaTemplate, StringTemplate, Template
+from llava_ray.chat.tool_templates import find_tools, tool_fields, with_tool_frame
 from llava_ray.errors import RecordError, TemplateError
 
 
@@ -29,11 +30,12 @@ def render_spans(turns: Sequence[Turn], template: Template, *, open_turn: bool =
     (see `check_turns`), TemplateError for turns that this one cannot.
     """
     check_turns(turns, supervised=not open_turn)
-    if open_turn and turns[-1].role != "human":
+    if open_turn and turns[-1].role == "gpt":
         raise TemplateError(
             f"an open turn was requested after an answer ({turns[-1].value[:40]!r}); expected a human turn last. "
             "Add a question, or render without open_turn."
         )
+    template = with_tool_frame(template, turns)
     if isinstance(template, JinjaTemplate):
         return _render_jinja(turns, template, open_turn)
     if isinstance(template, StringTemplate):
@@ -115,22 +117,25 @@ def _keep_images(turns: Sequence[Turn], template: StringTemplate) -> list[Turn]:
 
 
 def _render_jinja(turns: Sequence[Turn], template: JinjaTemplate, open_turn: bool) -> list[Span]:
-    messages = _messages(turns, template)
-    text = _apply_jinja(messages, template, add_generation_prompt=open_turn)
+    messages, tools = _messages(turns, template), find_tools(turns)
+    text = _apply_jinja(messages, template, tools, add_generation_prompt=open_turn)
     ranges = find_messages(
         text,
         messages,
-        write=lambda marked: _apply_jinja(marked, template, add_generation_prompt=open_turn),
+        write=lambda marked: _apply_jinja(marked, template, tools, add_generation_prompt=open_turn),
         find_control=lambda content: find_control_ranges(content, template.tokenizer, template),
     )
     if any(template.image_tags):
         ranges = [own for start, stop in ranges for own in _message_ranges(text[start:stop], start, template)]
     borders, written = [], 0
     for index, turn in enumerate(turns):
-        if turn.role == "human" or open_turn:  # nothing of an open turn is supervised
+        if turn.role != "gpt" or open_turn:  # nothing of an open turn is supervised
             continue
         start = _find_answer_start(text, turns[:index], template)
-        stop = start + _measure_answer(text[start:], turn, template)
+        if turn.calls:
+            stop = _find_calls_end(text, start, turns[: index + 1], template)
+        else:
+            stop = start + _measure_answer(text[start:], turn, template)
         borders += [(written, start, False), (start, stop, turn.supervised)]
         written = stop
     borders.append((written, len(text), False))
@@ -166,7 +171,7 @@ def find_frame(template: JinjaTemplate) -> tuple[str, ...]:
 
 
 def _find_answer_start(text: str, turns: Sequence[Turn], template: JinjaTemplate) -> int:
-    prompt = _apply_jinja(_messages(turns, template), template, add_generation_prompt=True)
+    prompt = _apply_jinja(_messages(turns, template), template, find_tools(turns), add_generation_prompt=True)
     if not text.startswith(prompt):
         same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, prompt, strict=False)))
         raise TemplateError(
@@ -194,12 +199,34 @@ def _measure_answer(rest: str, turn: Turn, template: JinjaTemplate) -> int:
     return end.end()
 
 
-def _messages(turns: Sequence[Turn], template: JinjaTemplate) -> list[dict[str, str]]:
-    words = {"human": "user", "gpt": "assistant"}
-    messages = [] if template.system is None else [{"role": "system", "content": template.system}]
-    return [*messages, *({"role": words[turn.role], "content": turn.value} for turn in turns)]
+def _find_calls_end(text: str, start: int, turns: Sequence[Turn], template: JinjaTemplate) -> int:
+    """Return where the last turn, which calls tools, ends: behind the vocabulary token that ends it."""
+    turn = _apply_jinja(_messages(turns, template), template, find_tools(turns), add_generation_prompt=False)
+    stop = len(turn.rstrip())
+    ends = [end for end in template.end.finditer(text[start:stop]) if end.end() == stop - start]
+    if not ends or not text.startswith(turn[:stop]):
+        raise TemplateError(
+            "the tokenizer's chat template does not end the calls of an answer with an end token, or writes them in "
+            f"another way in the midst of a conversation: {text[start : start + 80]!r}. Without an end token a model "
+            "never learns to stop. Fix the tokenizer's chat_template, or remove the records with tools."
+        )
+    return stop
 
 
-def _apply_jinja(messages: list[dict[str, str]], template: JinjaTemplate, *, add_generation_prompt: bool) -> str:
-    text = template.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+def _messages(turns: Sequence[Turn], template: JinjaTemplate) -> list[dict[str, Any]]:
+    words = {"human": "user", "gpt": "assistant", "tool": "tool"}
+    messages: list[dict[str, Any]] = [] if template.system is None else [{"role": "system", "content": template.system}]
+    return [*messages, *({"role": words[turn.role], "content": turn.value, **tool_fields(turn)} for turn in turns)]
+
+
+def _apply_jinja(
+    messages: list[dict[str, Any]],
+    template: JinjaTemplate,
+    tools: list[Any] | None = None,
+    *,
+    add_generation_prompt: bool,
+) -> str:
+    text = template.tokenizer.apply_chat_template(
+        messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+    )
     return cast("str", text)

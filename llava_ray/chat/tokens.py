@@ -20,6 +20,7 @@ from llava_ray.chat.controls import find_controls
 from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, Span, Turn
 from llava_ray.chat.encoding import EncodedText, without_forged
 from llava_ray.chat.rendering import place_images, render_spans
+from llava_ray.chat.tool_templates import with_tool_frame
 from llava_ray.errors import ConfigError, RecordError, TemplateError
 
 if TYPE_CHECKING:
@@ -51,12 +52,14 @@ def tokenize_conversation(
     turns: Sequence[Turn], template: Template, tokenizer: PreTrainedTokenizerBase
 ) -> TokenizedConversation:
     """Return the ids and labels of these turns for training. Raises RecordError or TemplateError."""
+    template = with_tool_frame(template, turns)
     spans = render_spans(place_images(turns, template), template)
     return tokenize_spans(spans, tokenizer, add_bos=template.add_bos, template=template)
 
 
 def tokenize_prompt(turns: Sequence[Turn], template: Template, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the ids of a prompt for generation: the same tokens that precede an answer in training."""
+    template = with_tool_frame(template, turns)
     spans = render_spans(place_images(turns, template), template, open_turn=True)
     return tokenize_spans(spans, tokenizer, add_bos=template.add_bos, template=template).input_ids
 

@@ -5,6 +5,7 @@ Works on tokens, not pixels: the number of tokens of an image follows from its s
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 import jinja2
@@ -133,7 +134,8 @@ class Encoder:
 
     def split(self, turns: Sequence[Turn], counts: Sequence[int]) -> list[Example]:
         """Split between exchanges into as few examples as possible; later ones repeat the images of earlier turns."""
-        exchanges = [tuple(turns[i : i + 2]) for i in range(0, len(turns), 2)]
+        starts = [index for index, turn in enumerate(turns) if turn.role == "human"]
+        exchanges = [tuple(turns[start:stop]) for start, stop in pairwise([*starts, len(turns)])]
         examples: list[Example] = []
         chunk: tuple[Turn, ...] = ()
         seen: list[int] = []  # images of the chunk, repeated ones included
@@ -144,7 +146,8 @@ class Encoder:
             if chunk and len(self.example(chunk + exchange, seen + new, counts).input_ids) > self.model_max_length:
                 examples.append(self.example(chunk, seen, counts))
                 # Later questions refer to earlier images, so each part must show them again.
-                chunk = (Turn("human", f"{IMAGE_TOKEN}\n" * len(seen) + exchange[0].value), *exchange[1:])
+                shown = f"{IMAGE_TOKEN}\n" * len(seen) + exchange[0].value
+                chunk = (replace(exchange[0], value=shown, tools=turns[0].tools), *exchange[1:])
             else:
                 chunk += exchange
             seen += new

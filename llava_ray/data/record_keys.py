@@ -16,18 +16,23 @@ from llava_ray.reading import short_repr
 CONVERSATION_KEYS = ("conversations", "messages")
 IMAGE_KEYS = ("images", "image")
 SYSTEM_KEYS = ("system", "system_prompt")
-_OBEYED = {"id", *CONVERSATION_KEYS, *IMAGE_KEYS, *SYSTEM_KEYS}
+TOOLS_KEY = "tools"
+_OBEYED = {"id", *CONVERSATION_KEYS, *IMAGE_KEYS, *SYSTEM_KEYS, TOOLS_KEY}
 WEIGHT_KEYS = ("weight", "loss", "train")
 # Keys of an image part that hold its image in other formats.
 _SOURCES_OF_PARTS = {"source", "src", "data", "base64", "b64", "b64_json", "bytes", "blob", "uri", "href", "file_id"}
 _OBEYED_OF_TURNS = {"from", "value", "role", "content", *WEIGHT_KEYS}
+_OF_ANSWERS = {"tool_calls"}
+_OF_RESULTS = {"tool_call_id", "name"}
 
 # Words of a key that reveal its content, with the remedy. Plurals and numbered keys count as well.
 _REFUSED_WORDS: dict[str, set[str]] = {
     "video is not supported: use frames as `images`": {"video", "vid", "movie", "mp4", "frame"},
     "audio is not supported": {"audio", "sound", "speech", "voice", "wav", "mp3", "waveform"},
     "documents are not supported: use their pages as `images`": {"document", "pdf", "attachment", "file"},
-    "tools are not supported yet": {"tool", "function", "plugin", "observation"},
+    "tools belong into `tools`, their calls into `tool_calls` of an answer": {
+        "tool", "function", "plugin", "observation",
+    },
     "reasoning outside the answer is not supported: write it into the answer": {
         "reasoning", "thinking", "thought", "think", "cot", "refusal", "scratchpad",
     },
@@ -118,11 +123,12 @@ def check_keys(values: Mapping[str, Any], named: Sequence[Any], num_images: int)
     return ignored
 
 
-def check_turn_keys(turn: Mapping[str, Any], where: str) -> list[str]:
-    """Return the ignored keys of a turn. Raises RecordError ("unsupported")."""
+def check_turn_keys(turn: Mapping[str, Any], where: str, role: str | None) -> list[str]:
+    """Return the ignored keys of a turn of this role. Raises RecordError ("unsupported")."""
     ignored = []
+    obeyed = _OBEYED_OF_TURNS | (_OF_ANSWERS if role == "gpt" else _OF_RESULTS if role == "tool" else set())
     for name, value in turn.items():
-        if name in _OBEYED_OF_TURNS or _says_nothing(name, value):
+        if name in obeyed or _says_nothing(name, value):
             continue
         why = _why_refused(name, _OBEYED_OF_TURNS, _REFUSED_OF_TURNS) or find_flag_fault(name, value)
         if why is None and (is_image_key(name) or name in IMAGE_KEYS or _is_medium(name, value)):

@@ -4,11 +4,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from llava_ray.chat.conversation import IMAGE_TOKEN, Turn, join_parts, read_turns, split_system
+from llava_ray.chat.conversation import (
+    IMAGE_TOKEN,
+    Turn,
+    find_role,
+    join_parts,
+    read_turns,
+    split_system,
+)
 from llava_ray.data.json_text import parse_json
 from llava_ray.data.record_keys import (
     CONVERSATION_KEYS,
     SYSTEM_KEYS,
+    TOOLS_KEY,
     WEIGHT_KEYS,
     check_part_keys,
     check_turn_keys,
@@ -16,6 +24,7 @@ from llava_ray.data.record_keys import (
     printable,
     reject_key,
 )
+from llava_ray.data.record_tools import attach_tools
 from llava_ray.errors import RecordError
 from llava_ray.reading import short_repr
 
@@ -56,7 +65,7 @@ def read_record_turns(values: Mapping[str, Any]) -> ReadTurns:
         )
     read = ReadTurns()
     entries = [_read_entry(turn, number, read) for number, turn in enumerate(listed, start=1)]
-    read.turns = _with_system(read_turns(entries), values)
+    read.turns = _with_system(attach_tools(read_turns(entries), values.get(TOOLS_KEY)), values)
     return read
 
 
@@ -101,13 +110,14 @@ def _read_entry(turn: Any, number: int, read: ReadTurns) -> Any:
     if not isinstance(turn, Mapping):
         return turn  # `read_turns` rejects it
     where = f"turn {number}"
-    read.ignored += check_turn_keys(turn, where)
+    read.ignored += check_turn_keys(turn, where, find_role(turn.get("role") or turn.get("from")))
     entry: dict[str, Any] = {"learnt": _is_supervised(turn, where)}
     for one, other in (("role", "from"), ("content", "value")):
         present = [name for name in (one, other) if turn.get(name) is not None]
         if len(present) == 2 and turn[one] != turn[other]:
             raise RecordError(f"{where} has both `{one}` and `{other}`; expected one of them", reason="malformed")
         entry |= {name: turn[name] for name in present}
+    entry |= {name: turn[name] for name in ("tool_calls", "tool_call_id", "name") if not is_absent(turn.get(name))}
     for name in ("content", "value"):
         if isinstance(entry.get(name), list):
             entry[name] = _join_parts(entry[name], where, read, str(entry.get("role", entry.get("from"))))

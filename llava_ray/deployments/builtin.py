@@ -16,7 +16,14 @@ def make_engine(source: ModelSource, settings: ServeSettings) -> BuiltinEngine:
     """Build the engine of a replica, not started."""
     bounds = EngineSettings(max_running=settings.max_num_seqs, max_model_len=settings.max_model_len)
     loading = functools.partial(_load_served_model, source.path, settings)
-    return BuiltinEngine(loading, name=source.name, settings=bounds, adapters=dict(source.adapters))
+    return BuiltinEngine(
+        loading,
+        name=source.name,
+        settings=bounds,
+        adapters=dict(source.adapters),
+        prepare_grammars=True,
+        tool_format=settings.tool_format,
+    )
 
 
 def _load_served_model(path: str, settings: ServeSettings) -> LlavaParts:

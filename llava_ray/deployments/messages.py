@@ -1,8 +1,11 @@
 """Conversion of validated requests to tasks: turns with markers, images by address, sampling settings."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from llava_ray.chat.conversation import IMAGE_TOKEN, Turn, break_markers, join_parts
+from llava_ray.chat.tool_call import ToolCall
 from llava_ray.deployments.http.schema import (
     ChatMessage,
     ChatRequest,
@@ -13,9 +16,9 @@ from llava_ray.deployments.http.schema import (
 )
 from llava_ray.deployments.refusal import refuse
 from llava_ray.deployments.settings import ServeSettings
-from llava_ray.generate.engine import Sampling
+from llava_ray.generate.engine import Sampling, ToolChoice
 
-_ROLES = {"user": "human", "assistant": "gpt"}
+_ROLES: dict[str, Literal["human", "gpt", "tool"]] = {"user": "human", "assistant": "gpt", "tool": "tool"}
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Task:
     media: tuple[str, ...] = ()
     """Data URIs and addresses, in the order of their markers."""
     sampling: Sampling = field(default_factory=Sampling)
+    tool_choice: ToolChoice = field(default_factory=ToolChoice)
+    """For turns with tools."""
     num_choices: int = 1
     stream: bool = True
     """Whether to send pieces as they come, or all at the end."""
@@ -38,7 +43,9 @@ class Task:
     @property
     def texts(self) -> tuple[str, ...]:
         """Return all texts of the task."""
-        return (*(turn.value for turn in self.turns), self.system or "", self.prompt or "")
+        calls = (call.arguments for turn in self.turns for call in turn.calls)
+        tools = (turn.tools for turn in self.turns if turn.tools)
+        return (*(turn.value for turn in self.turns), self.system or "", self.prompt or "", *calls, *tools)
 
 
 def chat_task(request: ChatRequest, request_id: str, settings: ServeSettings) -> Task:
@@ -47,7 +54,7 @@ def chat_task(request: ChatRequest, request_id: str, settings: ServeSettings) ->
     spoken = [message for message in request.messages if message.role in _ROLES]
     _check_order(spoken)
     media = tuple(part.image_url.url for message in spoken for part in message.parts if isinstance(part, ImagePart))
-    turns = tuple(as_turn(message) for message in spoken)
+    turns = with_tools([as_turn(message) for message in spoken], request.offered_tools)
     if len(media) > settings.max_images:
         raise refuse(
             400,
@@ -55,7 +62,7 @@ def chat_task(request: ChatRequest, request_id: str, settings: ServeSettings) ->
             "too_many_images",
             "messages",
         )
-    _check_prompt_length(sum(len(turn.value) for turn in turns) + len(system), settings, "messages")
+    _check_prompt_length(sum(map(_count_chars, turns)) + len(system), settings, "messages")
     wanted = request.max_completion_tokens or request.max_tokens
     top = (request.top_logprobs or 0) if request.logprobs else None
     return Task(
@@ -65,6 +72,7 @@ def chat_task(request: ChatRequest, request_id: str, settings: ServeSettings) ->
         system=system or None,
         media=media,
         sampling=sampling(request, wanted, top, settings),
+        tool_choice=request.choice,
         num_choices=_check_choices(request, settings),
         stream=request.stream,
     )
@@ -98,6 +106,7 @@ def sampling(request: GenerationFields, wanted: int | None, logprobs: int | None
         seed=request.seed,
         logprobs=logprobs,
         ignore_eos=request.ignore_eos,
+        constraint=request.constraint(),
     )
 
 
@@ -107,10 +116,21 @@ def as_turn(message: ChatMessage) -> Turn:
     A marker inside a user's text would refer to a missing image, so it is broken up. Two parts cannot form one, because
     a line break separates them.
     """
-    if message.role == "assistant" and any(isinstance(part, ImagePart) for part in message.parts):
-        raise refuse(400, "an assistant's message holds an image; only a user's may", "image_role", "messages")
+    if message.role != "user" and any(isinstance(part, ImagePart) for part in message.parts):
+        raise refuse(400, f"the {message.role}'s message holds an image; only a user's may", "image_role", "messages")
     texts = (break_markers(part.text) if isinstance(part, TextPart) else None for part in message.parts)
-    return Turn("human" if message.role == "user" else "gpt", join_parts(texts))
+    calls = tuple(
+        ToolCall(call.function.name, break_markers(call.function.arguments or "{}"), call.id)
+        for call in message.tool_calls
+    )
+    return Turn(_ROLES[message.role], join_parts(texts), calls=calls, call_id=message.tool_call_id or "")
+
+
+def with_tools(turns: Sequence[Turn], tools: str) -> tuple[Turn, ...]:
+    """Attach the tools to the first turn, and the functions' names to the results of their calls."""
+    names = {call.id: call.name for turn in turns for call in turn.calls}
+    named = [replace(turn, name=names[turn.call_id]) if turn.role == "tool" else turn for turn in turns]
+    return (replace(named[0], tools=break_markers(tools)), *named[1:])
 
 
 def _text_of(message: ChatMessage) -> str:
@@ -121,19 +141,50 @@ def _text_of(message: ChatMessage) -> str:
 
 
 def _check_order(spoken: list[ChatMessage]) -> None:
-    """Check that user and assistant alternate, the user first and last. Raises RefusalError."""
+    """Check that user and assistant alternate, the user first, and that the results of calls follow these.
+
+    Raises RefusalError.
+    """
+    pending: list[str] = []  # calls without results
+    before = ""
     for index, message in enumerate(spoken):
-        expected = "assistant" if index % 2 else "user"
-        if message.role != expected:
+        expected = ("tool",) if pending else _FOLLOWING[before]
+        if message.role not in expected:
+            words = " or ".join(f"the {role}'s" for role in expected)
+            tools = f": the results of the calls {', '.join(map(repr, pending))[:100]} are missing" if pending else ""
             raise refuse(
                 400,
-                f"message {index + 1} that is not a system message is the {message.role}'s, expected the {expected}'s: "
-                "they alternate, the user first; join neighbouring messages of one role",
+                f"message {index + 1} that is not a system message is the {message.role}'s, expected {words}{tools}; "
+                "user and assistant alternate, the user first; join neighbouring messages of one role",
                 "message_order",
                 "messages",
             )
-    if len(spoken) % 2 == 0:
-        raise refuse(400, "the last message must be the user's: it is the question", "message_order", "messages")
+        if message.role == "tool":
+            if message.tool_call_id not in pending:
+                raise refuse(
+                    400,
+                    f"message {index + 1} that is not a system message answers no call of the message before: its "
+                    "tool_call_id is none of theirs, or was answered already",
+                    "tool_call_id",
+                    "messages",
+                )
+            pending.remove(message.tool_call_id)
+        else:
+            pending = [call.id for call in message.tool_calls]
+            if len(set(pending)) < len(pending):
+                raise refuse(400, "two calls of a message have the same id", "tool_call_id", "messages")
+        before = message.role
+    if before not in ("user", "tool") or pending:
+        missing = "the results of the last message's calls are missing" if pending else "it is the question"
+        raise refuse(400, f"the last message must be the user's, or a tool's: {missing}", "message_order", "messages")
+
+
+# The roles that may follow a role, after all calls have their results.
+_FOLLOWING = {"": ("user",), "user": ("assistant",), "assistant": ("user",), "tool": ("assistant", "user")}
+
+
+def _count_chars(turn: Turn) -> int:
+    return len(turn.value) + len(turn.tools) + sum(len(call.name) + len(call.arguments) for call in turn.calls)
 
 
 def _check_prompt_length(num_chars: int, settings: ServeSettings, param: str) -> None:

@@ -26,7 +26,12 @@ _TYPES = {
 _MAX_CHARS = 1000  # of a message
 
 # Reasons of RecordErrors whose messages are about the request itself.
-_PASSED_THROUGH = frozenset({"sampling", "empty_prompt", "too_long", "system_prompt", "turns", "model", "engine"})
+_PASSED_THROUGH = frozenset(
+    {
+        "sampling", "empty_prompt", "too_long", "system_prompt", "turns", "model", "engine", "structured_output",
+        "tools", "control_tokens",
+    }
+)  # fmt: skip
 
 # The messages to clients for other reasons; ``{name}`` is, for example, "image 2".
 _CLIENT_MESSAGES = {
@@ -103,6 +108,7 @@ def from_record_error(error: RecordError, param: str = "messages") -> Refused:
 
     The errors' own messages address users with data or a model at hand; a client has neither.
     """
+    param = error.field or param
     if error.reason in _PASSED_THROUGH:
         return Refused(400, str(error), error.reason, param)
     image = re.match(r"image \d+", str(error))

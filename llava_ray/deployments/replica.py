@@ -17,6 +17,7 @@ from llava_ray.deployments.metrics import ReplicaMetrics
 from llava_ray.deployments.moderation import Moderator
 from llava_ray.deployments.refusal import RefusalError, Refused, from_record_error
 from llava_ray.deployments.settings import ModelSource, ServeSettings
+from llava_ray.deployments.tool_calls import AnswerCalls, check_abilities
 from llava_ray.errors import LlavaRayError, RecordError
 from llava_ray.generate.engine import DecodesElsewhere, Engine, GenerationChunk, GenerationRequest, ModelCard
 
@@ -84,6 +85,7 @@ class Replica:
         Moderation gets the same bytes as the model, not an address whose content may change.
         """
         arrived = time.monotonic()
+        check_abilities(task, self.engine.card, self.source.name)
         images = await self.media.read_all(task.media) if task.media else ()
         if images:
             self.metrics.media.observe(time.monotonic() - arrived)
@@ -100,8 +102,10 @@ class Replica:
         """Yield one choice and record its latencies; leaving the iterator cancels the request in the engine."""
         metrics, num_prompt, num_new = self.metrics, 0, 0
         last: float | None = None
+        calls = AnswerCalls.of_request(request, self.engine.card)
         async with aclosing(self.engine.generate(request)) as chunks:  # type: ignore[type-var]  # a generator
-            async for chunk in chunks:
+            async for piece in chunks:
+                chunk = piece if calls is None else calls.separate(piece)
                 now = time.monotonic()
                 if last is None:
                     metrics.first_token.observe(now - arrived)
@@ -132,4 +136,5 @@ def _generation_request(task: Task, index: int, images: tuple[bytes, ...], sourc
         system=task.system,
         model=None if task.model == source.name else task.model,
         sampling=sampling,
+        tool_choice=task.tool_choice,
     )

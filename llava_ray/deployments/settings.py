@@ -40,6 +40,8 @@ class ServeSettings(ConfigSection):
     """Tokens of prompt and answer together; default: the model's own."""
     max_tokens: PositiveInt = 512
     """New tokens of requests without max_tokens."""
+    tool_format: Literal["hermes", "llama_json", "mistral", "pythonic"] | None = None
+    """Format of the tool calls that models write; default: the one that a model's chat template shows."""
 
     min_replicas: NonNegativeInt = 1
     """Minimum replicas of each model; 0 unloads it while there are no requests."""

@@ -18,4 +18,10 @@ def make_engine(source: ModelSource, settings: ServeSettings) -> VllmEngine:
         max_images=settings.max_images,
         cache_dir=settings.export_dir,
     )
-    return VllmEngine(source.path, name=source.name, settings=bounds, adapters=dict(source.adapters))
+    return VllmEngine(
+        source.path,
+        name=source.name,
+        settings=bounds,
+        adapters=dict(source.adapters),
+        tool_format=settings.tool_format,
+    )

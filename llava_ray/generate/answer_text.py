@@ -41,12 +41,18 @@ class AnswerText:
     """
 
     def __init__(
-        self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = (), *, strip: bool = True
+        self,
+        decode: Callable[[Sequence[int]], str],
+        stops: Sequence[str] = (),
+        *,
+        strip: bool = True,
+        lead: str = "",
     ) -> None:
-        """Initialise an empty answer."""
+        """Initialise an empty answer; ``lead`` is what it begins with that is no part of its text."""
         self.detokenizer = Detokenizer(decode)
         self.stops = tuple(stops)
         self.strip = strip
+        self.lead = lead
         self.stopped = False
         self.has_begun = False
         self.pending = ""
@@ -54,6 +60,8 @@ class AnswerText:
     def push(self, token: int) -> str:
         """Add a token and return the text that is final now; ``stopped`` is set once a stop text is found."""
         self.pending += self.detokenizer.push(token)
+        if self.lead and self.pending:
+            self.pending, self.lead = self.pending.removeprefix(self.lead), ""
         ends = [found for stop in self.stops if (found := self.pending.find(stop)) >= 0]
         if ends:
             self.stopped = True

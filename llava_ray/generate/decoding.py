@@ -3,7 +3,7 @@
 Greedy answers are those of each prompt alone: padding is masked, positions count from each prompt's own first token.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -148,6 +148,16 @@ def find_stops(model: Blueprint, declared: int | Sequence[int] | None) -> Stops:
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """Decode tokens to text, without special ones."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def decode_with_marks(tokenizer: PreTrainedTokenizerBase, marks: Mapping[int, str], ids: Sequence[int]) -> str:
+    """Decode tokens to text, without special ones but these marks."""
+    pieces, start = [], 0
+    for place, token in enumerate(ids):
+        if token in marks:
+            pieces += [decode(tokenizer, ids[start:place]), marks[token]]
+            start = place + 1
+    return "".join([*pieces, decode(tokenizer, ids[start:])])
 
 
 def answer_text(parts: LlavaParts, ids: Sequence[int]) -> str:

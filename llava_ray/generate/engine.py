@@ -4,15 +4,38 @@ One engine serves one model, in one process, on its caller's event loop; heavy c
 process of its own), so that a health check never waits for a prefill.
 """
 
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
 from llava_ray.chat.conversation import Turn
+from llava_ray.chat.tool_formats import CallDelta
 from llava_ray.errors import RecordError
 from llava_ray.images.views import ImageDecoder
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]  # engines themselves end with one of the first two
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """A set of texts, one of which an answer must be."""
+
+    kind: Literal["json", "regex", "choice", "grammar"]
+    text: str
+    """A JSON Schema, a regular expression, a JSON list of texts, or a grammar in Lark's or GBNF's syntax."""
+    field: str
+    """The field of the request, for error messages."""
+
+
+@dataclass(frozen=True)
+class ToolChoice:
+    """Whether an answer may or must call the tools of its conversation."""
+
+    mode: Literal["auto", "required", "named"] = "auto"
+    name: str = ""
+    """The only function that may be called, for ``named``."""
+    parallel: bool = True
+    """Whether one answer may hold several calls."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +58,8 @@ class Sampling:
     """Log-probabilities of each token and of so many most likely ones; None for none."""
     ignore_eos: bool = False
     """Generate max_tokens tokens without stopping: for benchmarks."""
+    constraint: Constraint | None = None
+    """What the answer may be; None for any text."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +79,8 @@ class GenerationRequest:
     model: str | None = None
     """Name of one of the engine's LoRA adapters; None for the base."""
     sampling: Sampling = field(default_factory=Sampling)
+    tool_choice: ToolChoice = field(default_factory=ToolChoice)
+    """For turns with tools."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +110,8 @@ class GenerationChunk:
     """Images whose embeddings were in the cache."""
     queued_s: float = 0.0
     """Seconds that the request waited until it joined the running batch."""
+    calls: tuple[CallDelta, ...] = ()
+    """Pieces of tool calls, once the service has separated them from the text."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +140,10 @@ class ModelCard:
     vision: bool
     template: str
     adapters: Sequence[str] = ()
+    holds_constraints: bool = False
+    """Whether the engine holds answers to the ``constraint`` of a request."""
+    tool_formats: Mapping[str, str] = field(default_factory=dict)
+    """The format of tool calls (``chat.tool_formats``) of each model and adapter whose template has tools."""
 
 
 def check_unique_request_id(request_id: str, answered: Collection[str]) -> None:

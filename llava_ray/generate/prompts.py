@@ -1,6 +1,7 @@
 """Preparation of requests for the model: token ids, and images as pixels or as cached embeddings."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -13,8 +14,14 @@ from llava_ray.chat.template import Template
 from llava_ray.chat.tokens import expand_images, tokenize_prompt, tokenizer_image_token
 from llava_ray.config.sections import MAX_IMAGE_PIXELS
 from llava_ray.errors import RecordError, TemplateError
+from llava_ray.generate.answer_text import AnswerText
+from llava_ray.generate.constraints.answer_grammar import AnswerGrammar
+from llava_ray.generate.constraints.answer_start import begin_answer, find_lead
+from llava_ray.generate.constraints.call_grammars import call_constraint
+from llava_ray.generate.constraints.compiling import GrammarCompiler
 from llava_ray.generate.decoding import Stops, default_stops
-from llava_ray.generate.engine import GenerationRequest
+from llava_ray.generate.engine import Constraint, GenerationRequest
+from llava_ray.generate.model_tools import ModelTools, find_offered
 from llava_ray.generate.sampling import check_sampling
 from llava_ray.generate.vision_cache import VisionCache, image_key
 from llava_ray.images.anyres import Size
@@ -53,6 +60,14 @@ class Prompt:
     stops: Stops
     stop_texts: tuple[str, ...]
     num_cached_images: int = field(default=0)
+    grammar: AnswerGrammar | None = None
+    """What the answer may be; None for any text."""
+    decode: Callable[[Sequence[int]], str] | None = None
+    """Decodes an answer that may call tools; None for the tokenizer's own way."""
+
+    def answer_text(self, decode: Callable[[Sequence[int]], str], *, strip: bool) -> AnswerText:
+        """Return an empty answer; ``decode`` is the tokenizer's own way."""
+        return begin_answer(self.grammar, self.decode, decode, self.stop_texts, strip=strip)
 
 
 @dataclass(frozen=True)
@@ -79,10 +94,14 @@ class PromptText:
         self.model = model
         self.max_model_len = max_model_len
         self.stops = stops
+        self.grammars = GrammarCompiler(model.tokenizer, stops.ids)
+        self.tools = ModelTools(model)
 
     def read(self, request: GenerationRequest) -> list[int]:
         """Return a request's ids with one -200 for each image. Raises RecordError for an invalid request."""
         check_sampling(request.sampling)
+        if find_offered(request):
+            self.tools.format()
         short = self.tokenize(request)
         if not short:
             raise RecordError("the prompt has no tokens; expected at least one.", reason="empty_prompt")
@@ -111,6 +130,20 @@ class PromptText:
         except TemplateError as error:
             raise RecordError(str(error), reason="template") from error
 
+    def find_constraint(self, request: GenerationRequest) -> Constraint | None:
+        """Return what the answer may be; None for any text. Raises RecordError."""
+        tools = find_offered(request)
+        if not tools or request.tool_choice.mode == "auto":
+            return request.sampling.constraint
+        return call_constraint(json.loads(tools), request.tool_choice, self.tools.format(), self.tools.mark_tokens())
+
+    def make_grammar(self, request: GenerationRequest) -> AnswerGrammar | None:
+        """Compile what the answer may be; takes up to seconds. Raises RecordError for what cannot be held."""
+        if (constraint := self.find_constraint(request)) is None:
+            return None
+        lead = find_lead(self.model.template, request, constraint)
+        return AnswerGrammar(self.grammars.grammar(constraint, lead), self.grammars, constraint.field, lead)
+
     def template(self, system: str | None) -> Template:
         """Return the model's template, with another system prompt where one is given. Raises TemplateError."""
         template = self.model.template
@@ -126,9 +159,10 @@ class PromptText:
         texts = list(request.sampling.stop)
         ids = {added[stop] for stop in texts if stop in added}
         stops = replace(self.stops, ids=frozenset(ids))
-        if not request.sampling.ignore_eos:
+        is_held = self.find_constraint(request) is not None  # the grammar decides where the answer may end
+        if is_held or not request.sampling.ignore_eos:
             stops = replace(stops, ids=frozenset(ids | self.stops.ids))
-            texts += [self.stops.text] if self.stops.text and request.prompt is None else []
+            texts += [self.stops.text] if self.stops.text and request.prompt is None and not is_held else []
         return stops, tuple(texts)
 
     def check_length(self, num_tokens: int, max_tokens: int) -> None:
@@ -189,7 +223,8 @@ class PromptMaker(PromptText):
         self.check_length(len(ids), request.sampling.max_tokens)
         _place_images(ids, images)
         stops, texts = self.find_stops(request)
-        return Prompt(ids, images, stops, texts, sum(image.embeddings is not None for image in images))
+        num_cached = sum(image.embeddings is not None for image in images)
+        return Prompt(ids, images, stops, texts, num_cached, decode=self.tools.decoder(request))
 
     def prepare(self, key: str, opened: OpenedImage) -> PromptImage:
         """Return a new image with preprocessed views."""

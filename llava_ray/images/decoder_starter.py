@@ -25,7 +25,7 @@ DecoderReply = tuple[dict[str, Any], bytearray]
 
 
 class DecoderProcess:
-    """A handle of one decoder. All methods are thread-safe; ``ask`` blocks."""
+    """A handle of one forked process. All methods are thread-safe; ``ask`` blocks."""
 
     def __init__(self, requests: io.BufferedWriter, answers: io.BufferedReader) -> None:
         """Wait until the process at the other end is ready. Raises EOFError, OSError."""
@@ -34,6 +34,15 @@ class DecoderProcess:
         self._handle = os.pidfd_open(self.pid)  # unlike a pid, it never refers to another process later
         self.kill = weakref.finalize(self, _end, self._handle)
         """Kill the process."""
+
+    def close(self) -> None:
+        """Kill the process, and close the pipes to it."""
+        self.kill()
+        for pipe in (self._requests, self._answers):
+            try:
+                pipe.close()
+            except OSError:  # a request that it has not read
+                continue
 
     def ask(self, head: Mapping[str, Any], data: bytes) -> DecoderReply:
         """Send a request and wait for the answer. Raises EOFError, OSError when the process ends first."""
@@ -63,8 +72,12 @@ class DecoderProcess:
 class DecoderStarter:
     """A starter of decoders, which forks them from a template process that is started once."""
 
-    def __init__(self) -> None:
-        """Create the starter; the template process starts on demand."""
+    module = "llava_ray.images.decoder_process"
+    purpose = "decodes images"
+
+    def __init__(self, *arguments: str) -> None:
+        """Create the starter; the template process starts on demand, with these further arguments."""
+        self._arguments = arguments
         self._lock = threading.Lock()
         self._template: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
@@ -79,7 +92,7 @@ class DecoderStarter:
             try:
                 return self._fork()
             except (EOFError, OSError) as error:
-                raise LlavaRayError(f"no process that decodes images can be started ({error!r})") from error
+                raise LlavaRayError(f"no process that {self.purpose} can be started ({error!r})") from error
 
     def close(self) -> None:
         """Stop the template; decoders run until they are killed."""
@@ -106,7 +119,7 @@ class DecoderStarter:
         path = os.pathsep.join([str(_PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])])
         with theirs:
             self._template = subprocess.Popen(
-                [sys.executable, "-P", "-m", "llava_ray.images.decoder_process", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", self.module, str(theirs.fileno()), *self._arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
@@ -116,7 +129,7 @@ class DecoderStarter:
         if ours.recv(1) != READY:
             code = self._template.wait()
             raise LlavaRayError(
-                f"the process that decodes images did not start (exit code {code}); the log of this process says why"
+                f"the process that {self.purpose} did not start (exit code {code}); the log of this process says why"
             )
         self._control = ours
         return ours

@@ -8,6 +8,7 @@ import numpy as np
 from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, Turn
 from llava_ray.chat.rendering import place_images, render_spans
 from llava_ray.chat.tokens import encode_spans, tokenize_conversation
+from llava_ray.chat.tool_templates import with_tool_frame
 from llava_ray.data.examples import Encoder, Example, image_starts
 from llava_ray.report.pieces import ReportToken
 
@@ -26,7 +27,7 @@ def split_tokens(turns: Sequence[Turn], encoder: Encoder) -> list[ReportToken]:
     beginning-of-sequence token comes before the prompt.
     """
     encoder, turns = encoder.for_record(turns)
-    template, tokenizer = encoder.template, encoder.tokenizer
+    template, tokenizer = with_tool_frame(encoder.template, turns), encoder.tokenizer
     tokenized = tokenize_conversation(turns, template, tokenizer)
     pieces: list[str] = []
     for chunk in encode_spans(render_spans(place_images(turns, template), template), tokenizer, template):

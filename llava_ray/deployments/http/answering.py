@@ -119,6 +119,7 @@ def _joined(pieces: list[AnswerPiece]) -> list[AnswerPiece]:
                 finish_reason=chunk.finish_reason,
                 num_prompt_tokens=max(before.num_prompt_tokens, chunk.num_prompt_tokens),
                 num_cached_images=max(before.num_cached_images, chunk.num_cached_images),
+                calls=before.calls + chunk.calls,
             )
         )
     return list(joined.items())

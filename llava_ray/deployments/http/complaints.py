@@ -56,7 +56,7 @@ def describe_invalid_request(error: ValidationError, neutral: Neutral | None = N
     if detail["type"] == "extra_forbidden":
         name = str(detail["loc"][-1])[:_SHOWN_CHARS]
         if name in TOOL_FIELDS:
-            return refuse(400, f"unknown field {path!r}: tools and functions are not supported", "unknown_field", path)
+            return refuse(400, f"unknown field {path!r}: send functions as tools", "unknown_field", path)
         accepted = (neutral or {}).get(name, ()) if len(detail["loc"]) == 1 else ()
         if accepted:
             values = " or ".join(map(format_json, accepted))

@@ -13,7 +13,6 @@ IGNORED = frozenset(
     {
         "include_reasoning",
         "metadata",
-        "parallel_tool_calls",
         "prediction",  # would only save time
         "prompt_cache_key",
         "prompt_cache_retention",
@@ -56,7 +55,6 @@ NEUTRAL: Neutral = {
     "stop_token_ids": ([],),
     "structured_outputs": ({},),
     "thinking": ({"type": "disabled"},),
-    "tool_choice": ("none", "auto"),
     "tools": ([],),
     "typical_p": (1,),
     "use_beam_search": (False,),
@@ -73,7 +71,9 @@ OF_COMPLETIONS: Neutral = {
     "add_special_tokens": (True,),
     "echo": (False,),
     "logprobs": (False,),
+    "parallel_tool_calls": (True, False),
     "suffix": ("",),
+    "tool_choice": ("none", "auto"),
 }
 OF_STREAMS: Neutral = {"continuous_usage_stats": (False,)}
 
@@ -82,7 +82,7 @@ OF_PARTS = frozenset({"cache_control", "uuid"})
 
 # Metadata of an assistant message that is not part of its text. No template uses them.
 OF_ANSWERS = frozenset({"annotations", "reasoning", "reasoning_content"})
-TOOL_FIELDS = frozenset({"tools", "tool_choice", "functions", "function_call", "tool_calls", "tool_call_id"})
+TOOL_FIELDS = frozenset({"functions", "function_call"})
 ANSWER_NEUTRAL: Neutral = {"tool_calls": ([],), "refusal": ("",)}
 
 

@@ -1,16 +1,21 @@
 """OpenAI's response objects, written from an engine's pieces."""
 
 import functools
+import secrets
+import string
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from llava_ray.chat.tool_formats import CallDelta
 from llava_ray.deployments.replica import AnswerPiece
 from llava_ray.generate.engine import GenerationChunk, TokenLogprob
 
 _LEAST_LOGPROB = -9999.0
+# Of a call's id: some chat templates accept only nine letters and digits.
+_ID_CHARACTERS, _ID_LENGTH = string.ascii_letters + string.digits, 9
 
 
 @functools.cache
@@ -23,10 +28,24 @@ def find_system_fingerprint() -> str:
 
 
 @dataclass
+class AnswerCall:
+    """One tool call so far."""
+
+    name: str = ""
+    arguments: str = ""
+    id: str = field(default_factory=lambda: "".join(secrets.choice(_ID_CHARACTERS) for _ in range(_ID_LENGTH)))
+
+    def format(self) -> dict[str, Any]:
+        """Format the whole call."""
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+
+
+@dataclass
 class Choice:
     """One answer so far."""
 
     text: str = ""
+    calls: list[AnswerCall] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
     num_prompt_tokens: int = 0
@@ -35,10 +54,25 @@ class Choice:
     def add(self, chunk: GenerationChunk) -> None:
         """Append a piece to the answer."""
         self.text += chunk.text
+        for call in chunk.calls:
+            self.call(call.index).name += call.name
+            self.call(call.index).arguments += call.arguments
         self.logprobs += chunk.logprobs
         self.finish_reason = chunk.finish_reason or self.finish_reason
         self.num_prompt_tokens = max(self.num_prompt_tokens, chunk.num_prompt_tokens)
         self.num_tokens += len(chunk.token_ids)
+
+    def call(self, index: int) -> AnswerCall:
+        """Return the call of that index, begun where it is new."""
+        while len(self.calls) <= index:
+            self.calls.append(AnswerCall())
+        return self.calls[index]
+
+    def message(self) -> dict[str, Any]:
+        """Format the message of a chat; one of calls alone has no content."""
+        calls = {"tool_calls": [call.format() for call in self.calls]} if self.calls else {}
+        content = None if self.calls and not self.text else self.text
+        return {"role": "assistant", "content": content, "refusal": None, **calls}
 
 
 async def collect_choices(pieces: AsyncIterator[list[AnswerPiece]], num_choices: int) -> list[Choice]:
@@ -82,7 +116,7 @@ class ChatForm:
             "choices": [
                 {
                     "index": index,
-                    "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                    "message": choice.message(),
                     "logprobs": self.logprobs(choice.logprobs),
                     "finish_reason": choice.finish_reason,
                 }
@@ -97,8 +131,10 @@ class ChatForm:
 
     def next(self, index: int, before: Choice, chunk: GenerationChunk) -> dict[str, Any]:
         """Format a piece as an event."""
-        del before
-        delta = {"content": chunk.text} if chunk.text or chunk.finish_reason is None else {}
+        is_silent = not chunk.text and (chunk.calls or chunk.finish_reason is not None)
+        delta: dict[str, Any] = {} if is_silent else {"content": chunk.text}
+        if chunk.calls:
+            delta["tool_calls"] = [_call_delta(call, before) for call in chunk.calls]
         return self.event(index, delta, self.logprobs(chunk.logprobs), chunk.finish_reason)
 
     def event(self, index: int, delta: dict[str, Any], logprobs: Any, finish_reason: str | None) -> dict[str, Any]:
@@ -124,6 +160,13 @@ class ChatForm:
             ],
             "refusal": None,
         }
+
+
+def _call_delta(call: CallDelta, choice: Choice) -> dict[str, Any]:
+    """Format a piece of a call; the first has its id and name."""
+    head = {"id": choice.call(call.index).id, "type": "function"} if call.name else {}
+    named = {"name": call.name} if call.name else {}
+    return {"index": call.index, **head, "function": {**named, "arguments": call.arguments}}
 
 
 def _chat_token(text: str, logprob: float) -> dict[str, Any]:

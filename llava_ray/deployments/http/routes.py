@@ -120,7 +120,8 @@ class Front:
                     "completions": True,
                     "streaming": True,
                     "logprobs": True,
-                    "tools": False,
+                    "tools": name in card.tool_formats,
+                    "structured_output": card.holds_constraints,
                 },
                 "template": card.template,
             }

@@ -3,18 +3,11 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
+from llava_ray.deployments.http.closed_model import ClosedModel
 from llava_ray.deployments.http.complaints import describe_invalid_request, wrong_field
+from llava_ray.deployments.http.constraint_fields import ConstraintFields
 from llava_ray.deployments.http.message_fields import (
     IMAGE,
     TEXT,
@@ -32,8 +25,8 @@ from llava_ray.deployments.http.neutral_fields import (
     OF_PARTS,
     OF_STREAMS,
     Neutral,
-    is_neutral,
 )
+from llava_ray.deployments.http.tool_fields import CalledTool, ToolFields
 
 __all__ = ["ChatRequest", "CompletionRequest", "describe_invalid_request", "read_request"]
 
@@ -61,35 +54,7 @@ _Stops = Annotated[
 ]
 
 
-class _ClosedModel(BaseModel):
-    """A model that rejects unknown fields, NaN and infinity; its errors never repeat values."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
-
-    ignored: ClassVar[frozenset[str]] = frozenset()
-    """Fields that have no effect."""
-    neutral: ClassVar[Neutral] = {}
-    """Fields with the values that have no effect."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def only_what_is_asked(cls, values: Any) -> Any:
-        """Drop fields without effect, and nulls."""
-        if isinstance(values, cls):
-            return values
-        if not isinstance(values, dict):
-            raise ValueError("expected a JSON object")  # noqa: TRY004 - pydantic counts only ValueError as a refusal
-        values = {name: value for name, value in values.items() if value is not None and name not in cls.ignored}
-        values = {name: value for name, value in values.items() if not is_neutral(cls.neutral, name, value)}
-        return cls.prepared(values)
-
-    @classmethod
-    def prepared(cls, values: dict[str, Any]) -> Mapping[str, Any]:
-        """Normalise alternative forms of the fields."""
-        return values
-
-
-class ImageUrl(_ClosedModel):
+class ImageUrl(ClosedModel):
     """An image's address, or the image as a data URI."""
 
     ignored = OF_PARTS
@@ -99,7 +64,7 @@ class ImageUrl(_ClosedModel):
     """Accepted; the model's own image settings apply."""
 
 
-class TextPart(_ClosedModel):
+class TextPart(ClosedModel):
     """A piece of text."""
 
     ignored = OF_PARTS
@@ -108,7 +73,7 @@ class TextPart(_ClosedModel):
     text: str
 
 
-class ImagePart(_ClosedModel):
+class ImagePart(ClosedModel):
     """An image, at this place in the message."""
 
     ignored = OF_PARTS
@@ -123,19 +88,33 @@ _Part = Annotated[
 ]
 
 
-class ChatMessage(_ClosedModel):
+class ChatMessage(ClosedModel):
     """One message of a chat."""
 
     ignored = frozenset({"cache_control"})
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[tuple[_Part, ...], BeforeValidator(as_content), Field(max_length=MAX_PARTS)]
     name: str | None = None
+    tool_calls: tuple[CalledTool, ...] = Field(default=(), max_length=MAX_PARTS)
+    """The calls of an assistant's message, behind its content."""
+    tool_call_id: str | None = Field(default=None, min_length=1, max_length=256)
+    """The call that a tool's message answers."""
 
     @classmethod
     def prepared(cls, values: dict[str, Any]) -> Mapping[str, Any]:
         """Normalise an assistant message as servers return it."""
         return as_message(values)
+
+    @model_validator(mode="after")
+    def fields_of_tools(self) -> Self:
+        """Reject calls of other roles than the assistant's, and results without their call."""
+        if self.tool_calls and self.role != "assistant":
+            raise wrong_field("tool_calls", f"a {self.role} message calls no tools; only an assistant's does")
+        if (self.tool_call_id is None) == (self.role == "tool"):
+            words = "missing; expected the id of the call that this message answers"
+            raise wrong_field("tool_call_id", words if self.role == "tool" else "only a tool message has one")
+        return self
 
     @property
     def parts(self) -> tuple[TextPart | ImagePart, ...]:
@@ -143,7 +122,7 @@ class ChatMessage(_ClosedModel):
         return self.content
 
 
-class StreamOptions(_ClosedModel):
+class StreamOptions(ClosedModel):
     """Options of a stream."""
 
     neutral = OF_STREAMS
@@ -153,7 +132,7 @@ class StreamOptions(_ClosedModel):
     """Accepted and of no effect."""
 
 
-class GenerationFields(_ClosedModel):
+class GenerationFields(ConstraintFields):
     """The common fields of chats and completions."""
 
     ignored = IGNORED
@@ -185,10 +164,10 @@ class GenerationFields(_ClosedModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class ChatRequest(GenerationFields):
+class ChatRequest(GenerationFields, ToolFields):
     """``POST /v1/chat/completions``."""
 
-    neutral = {**NEUTRAL, **OF_CHATS}
+    neutral: ClassVar[Neutral] = {**NEUTRAL, **OF_CHATS}
 
     messages: tuple[ChatMessage, ...] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=1_000_000)
@@ -202,11 +181,22 @@ class ChatRequest(GenerationFields):
             raise wrong_field("top_logprobs", "only allowed with logprobs = true")
         return self
 
+    @model_validator(mode="after")
+    def tools_or_constraint(self) -> Self:
+        """Reject a constraint of answers that may call tools: it would forbid the calls."""
+        constraint = self.constraint()
+        if constraint is not None and self.offered_tools:
+            raise wrong_field(
+                constraint.field.partition(".")[0],
+                'not together with tools that may be called: send it with the tool results, with tool_choice = "none"',
+            )
+        return self
+
 
 class CompletionRequest(GenerationFields):
     """``POST /v1/completions``: text to continue, without a template."""
 
-    neutral = {**NEUTRAL, **OF_COMPLETIONS}
+    neutral: ClassVar[Neutral] = {**NEUTRAL, **OF_COMPLETIONS}
 
     prompt: str = Field(min_length=1)
     logprobs: int | None = Field(default=None, ge=0, le=5)

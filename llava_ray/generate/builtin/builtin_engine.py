@@ -25,6 +25,7 @@ from llava_ray.generate.engine import (
     ModelCard,
     check_unique_request_id,
 )
+from llava_ray.generate.model_tools import list_tool_formats, may_be_held, share_grammars
 from llava_ray.generate.prompts import Prompt, PromptMaker, find_prompt_maker
 from llava_ray.generate.row_adapters import AdapterName
 from llava_ray.generate.served_adapters import ServedAdapters, load_adapters
@@ -69,13 +70,19 @@ class BuiltinEngine:
         settings: EngineSettings | None = None,
         adapters: Mapping[str, str | Path] | None = None,
         make_batch: Callable[[LlavaParts, VisionCache, EngineSettings, ServedAdapters], RunningBatch] = RunningBatch,
+        prepare_grammars: bool = False,
+        tool_format: str | None = None,
     ) -> None:
         """Initialise an engine that calls ``load`` once, in a thread; ``name`` is the model's on its card.
 
-        ``adapters`` are folders of LoRA adapters for that model, by the names that requests use.
+        ``adapters`` are folders of LoRA adapters for that model, by the names that requests use. With
+        ``prepare_grammars`` the first constrained request need not wait for the tokenizer's tables. ``tool_format``
+        names the format of calls; by default it is the one that the chat template shows.
         """
         self.load = load
         self.make_batch = make_batch
+        self.prepare_grammars = prepare_grammars
+        self.tool_format = tool_format
         self.name = name
         self.settings = settings or EngineSettings()
         self.adapters = dict(adapters or {})
@@ -89,6 +96,7 @@ class BuiltinEngine:
         self._thread: Thread | None = None
         self.decoder: ImageDecoder | None = None
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare-requests")
+        self._compiling = ThreadPoolExecutor(4, thread_name_prefix="compile-grammars")
 
     @property
     def card(self) -> ModelCard:
@@ -103,6 +111,8 @@ class BuiltinEngine:
         self._loaded = await self._loop.run_in_executor(self._preparing, self._load)
         self._thread = Thread(target=self._serve, args=(self._loaded.batch,), name="model-steps", daemon=True)
         self._thread.start()
+        if self.prepare_grammars:
+            self._compiling.submit(self._loaded.prompts[None].grammars.tables)  # an error comes with the first request
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationChunk]:
         """Stream the answer; see ``engine.Engine.generate``. The stream of a cancelled request just ends."""
@@ -111,7 +121,11 @@ class BuiltinEngine:
         prompts = find_prompt_maker(loaded.prompts, request.model)
         stream = self._streams[request.request_id] = _AnswerStream()
         try:
+            grammar = None
+            if may_be_held(request):  # others never wait for grammars
+                grammar = await self._loop.run_in_executor(self._compiling, prompts.make_grammar, request)
             prompt = await self._prepare(prompts, request)
+            prompt.grammar = grammar
             if stream.cancelled:
                 return
             self._join(loaded.batch, stream, request, prompt)
@@ -157,6 +171,10 @@ class BuiltinEngine:
         if self._thread is not None:
             await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
         self._preparing.shutdown(wait=False)
+        self._compiling.shutdown(wait=False)
+        if self._loaded is not None:
+            for prompts in self._loaded.prompts.values():
+                prompts.grammars.close()
         self._loaded = None
 
     def use_decoder(self, decoder: ImageDecoder) -> None:
@@ -187,17 +205,22 @@ class BuiltinEngine:
         cache = VisionCache(self.settings.image_cache_bytes)
         served = load_adapters(parts, self.adapters)
         batch = self.make_batch(parts, cache, self.settings, served)
+        makers: dict[AdapterName, PromptMaker] = {None: PromptMaker(parts, cache, batch.max_model_len)}
+        for adapter in served.adapters:
+            own = f" by {adapter.name}" if adapter.has_own_projector(parts) else ""
+            makers[adapter.name] = PromptMaker(adapter.parts, cache, batch.max_model_len, own)
+        share_grammars(makers)
+        for maker in makers.values():
+            maker.tools.named_format = self.tool_format
         card = ModelCard(
             name=self.name,
             max_model_len=batch.max_model_len,
             vision=True,
             template=parts.config.version,
             adapters=served.names,
+            holds_constraints=True,
+            tool_formats=list_tool_formats(makers, self.name),
         )
-        makers: dict[AdapterName, PromptMaker] = {None: PromptMaker(parts, cache, batch.max_model_len)}
-        for adapter in served.adapters:
-            own = f" by {adapter.name}" if adapter.has_own_projector(parts) else ""
-            makers[adapter.name] = PromptMaker(adapter.parts, cache, batch.max_model_len, own)
         return _LoadedModel(parts, makers, batch, card)
 
     def _join(self, batch: RunningBatch, stream: _AnswerStream, request: GenerationRequest, prompt: Prompt) -> None:

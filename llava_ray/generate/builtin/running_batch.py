@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from llava_ray.errors import ModelError
+from llava_ray.errors import LlavaRayError, ModelError, RecordError
 from llava_ray.generate.answer_text import AnswerText
 from llava_ray.generate.builtin.batching import RowModel, SequenceInput
+from llava_ray.generate.builtin.constrained_rows import ConstrainedRows
 from llava_ray.generate.builtin.kv_cache import CacheSlot, KvCache, longest_slot
 from llava_ray.generate.builtin.packed_linear import pack_linears
 from llava_ray.generate.builtin.prompt_images import embed_images, find_overlapping, visible_part
@@ -31,7 +32,7 @@ from llava_ray.model.assembly import LlavaParts
 _CPU_CHUNK, _GPU_CHUNK = 256, 2048
 
 # The results of a step: the next chunk of an answer, or its error.
-StepResults = list[tuple["RunningRequest", GenerationChunk | ModelError]]
+StepResults = list[tuple["RunningRequest", GenerationChunk | LlavaRayError]]
 
 
 @dataclass(eq=False)
@@ -53,6 +54,8 @@ class RunningRequest:
     """Seconds in the waiting queue, once it is admitted."""
     ended: bool = False
     """Whether its last chunk was delivered or its caller disconnected."""
+    held: Tensor | None = None
+    """Logits of its next token, until its grammar has decided which tokens may follow."""
 
     @property
     def num_unread(self) -> int:
@@ -98,13 +101,14 @@ class RunningBatch:
         self.waiting: WaitingQueue[RunningRequest] = WaitingQueue()
         self.running: list[RunningRequest] = []
         self.num_prompt_tokens = self.num_new_tokens = self.num_cancelled = 0
+        self.constrained = ConstrainedRows()
+        self._undo.append(self.constrained.close)
 
     def request(
         self, request: GenerationRequest, prompt: Prompt, queue: "Queue[GenerationChunk | Exception | None]"
     ) -> RunningRequest:
         """Build the state of a request, for ``add``."""
-        decoder = functools.partial(decode, self.parts.tokenizer)
-        text = AnswerText(decoder, prompt.stop_texts, strip=request.prompt is None)
+        text = prompt.answer_text(functools.partial(decode, self.parts.tokenizer), strip=request.prompt is None)
         return RunningRequest(request, prompt, queue, text, random.Random(request.sampling.seed))
 
     @property
@@ -130,18 +134,18 @@ class RunningBatch:
         """Prefill a chunk of new prompts, decode one token of every answer, and return the results."""
         self._admit()
         chunks = split_prefill_chunk(self.running, self.chunk)
-        decoding = [running for running in self.running if not running.num_unread]
+        decoding = [running for running in self.running if not running.num_unread and running.held is None]
         self._encode_images(chunks)
         inputs = [self._next_token(running) for running in decoding]
         inputs += [self._prompt_chunk(chunk) for chunk in chunks]
-        if not inputs:  # the last request has just been cancelled
-            return []
-        wanted, logits = self.model.run(inputs)
+        # Without inputs the last request has just been cancelled, or all wait for their grammars.
+        wanted, logits = self.model.run(inputs) if inputs else ([], None)
         for chunk in chunks:
             chunk.request.num_read += chunk.num_tokens
             self.num_prompt_tokens += chunk.num_tokens
         participants = [*decoding, *(chunk.request for chunk in chunks)]
-        return self._write([participants[place] for place in wanted], logits) if wanted else []
+        rows, logits = self.constrained.exchange([participants[place] for place in wanted], logits, self.running)
+        return [] if logits is None or not rows else self._write(rows, logits)
 
     def stats(self, *, num_joining: int = 0) -> EngineStats:
         """Return the statistics of the batch."""
@@ -171,6 +175,7 @@ class RunningBatch:
         admitted = self.waiting.admit(self.max_running - len(self.running), self._reserve_slot)
         for running in admitted:
             running.queued_s = time.monotonic() - running.joined
+            self.constrained.begin(running)
         self.running += admitted
 
     def _reserve_slot(self, running: RunningRequest) -> bool:
@@ -225,32 +230,42 @@ class RunningBatch:
         results: StepResults = []
         if not all(finite):
             results += [
-                (running, self._fail(running)) for running, good in zip(decoding, finite, strict=True) if not good
+                (running, self._fail(running, not_finite_error(f"token {len(running.new_ids) + 1} of this answer")))
+                for running, good in zip(decoding, finite, strict=True)
+                if not good
             ]
             good_rows = [row for row, good in enumerate(finite) if good]
             decoding, logits = [decoding[row] for row in good_rows], logits[good_rows]
+        decoding, logits, failed = self.constrained.split_failed(decoding, logits)
+        results += [(running, self._fail(running, error)) for running, error in failed]
         return results + self._sample(decoding, logits) if decoding else results
 
-    def _fail(self, running: RunningRequest) -> ModelError:
-        """End a request whose logits are not finite; the others continue."""
+    def _fail(self, running: RunningRequest, error: LlavaRayError) -> LlavaRayError:
+        """End a request with an error; the others continue."""
         running.ended = True
         self._release(running)
-        return not_finite_error(f"token {len(running.new_ids) + 1} of this answer")
+        return error
 
     def _sample(self, decoding: Sequence[RunningRequest], logits: Tensor) -> StepResults:
         samplings = [running.request.sampling for running in decoding]
         draws = [running.draws.random() if running.request.sampling.temperature else 0.0 for running in decoding]
-        tokens = sample_tokens(logits, samplings, draws)
         with_logprobs = [row for row, sampling in enumerate(samplings) if sampling.logprobs is not None]
+        of_model = logits[with_logprobs] if with_logprobs else logits  # a copy, of what the model itself finds likely
+        self.constrained.mask(decoding, logits)
+        tokens = sample_tokens(logits, samplings, draws)
         logprobs: dict[int, TokenLogprob] = {}
         if with_logprobs:
             most = max(samplings[row].logprobs or 0 for row in with_logprobs)
-            found = compute_logprobs(logits[with_logprobs], [tokens[row] for row in with_logprobs], most)
+            found = compute_logprobs(of_model, [tokens[row] for row in with_logprobs], most)
             for row, (mine, best) in zip(with_logprobs, found, strict=True):
                 logprobs[row] = self._logprob(tokens[row], mine, best[: samplings[row].logprobs])
         results: StepResults = []
         for row, (running, token) in enumerate(zip(decoding, tokens, strict=True)):
-            chunk = self._append(running, token, logprobs.get(row))
+            try:
+                chunk = self._append(running, token, logprobs.get(row))
+            except RecordError as error:
+                results.append((running, self._fail(running, error)))
+                continue
             if chunk.finish_reason is not None:
                 running.ended = True
                 self._release(running)
@@ -271,8 +286,12 @@ class RunningBatch:
                 ids = (token,)
                 running.new_ids.append(token)
                 self.num_new_tokens += 1
-                if len(running.new_ids) == running.request.sampling.max_tokens:
+                if running.prompt.grammar is not None and running.prompt.grammar.advance(token):
+                    text, reason = text + running.text.finish(), "stop"
+                elif len(running.new_ids) == running.request.sampling.max_tokens:
                     text, reason = text + running.text.finish(), "length"
+                else:
+                    self.constrained.begin(running)
         return GenerationChunk(
             text,
             ids,

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from llava_ray.errors import ModelError
-from llava_ray.generate.answer_text import AnswerText
+from llava_ray.generate.constraints.answer_start import begin_answer
 from llava_ray.generate.decoding import decode
 from llava_ray.generate.engine import FinishReason, GenerationChunk, GenerationRequest, TokenLogprob
 from llava_ray.generate.sampling import not_finite_error
@@ -23,7 +23,13 @@ class VllmAnswer:
         self.stops = prompt.stops
         self.tokenizer = tokenizer
         self.num_logprobs = request.sampling.logprobs
-        self.text = AnswerText(functools.partial(decode, tokenizer), prompt.stop_texts, strip=request.prompt is None)
+        self.text = begin_answer(
+            prompt.grammar,
+            prompt.decode,
+            functools.partial(decode, tokenizer),
+            prompt.stop_texts,
+            strip=request.prompt is None,
+        )
 
     def take(self, output: Any) -> GenerationChunk:
         """Convert an output (``RequestOutput`` of new tokens only) to a chunk. Raises ModelError if vLLM failed."""

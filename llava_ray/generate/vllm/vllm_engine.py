@@ -23,6 +23,7 @@ from llava_ray.generate.engine import (
     ModelCard,
     check_unique_request_id,
 )
+from llava_ray.generate.model_tools import list_tool_formats, may_be_held, share_grammars
 from llava_ray.generate.prompts import find_prompt_maker
 from llava_ray.generate.settings import VllmSettings
 from llava_ray.generate.vllm.vllm_answer import VllmAnswer
@@ -103,8 +104,13 @@ class VllmEngine:
         name: str = "llava",
         settings: VllmSettings | None = None,
         adapters: Mapping[str, str | Path] | None = None,
+        tool_format: str | None = None,
     ) -> None:
-        """Initialise without loading; ``adapters`` are folders of LoRA adapters for that model."""
+        """Initialise without loading; ``adapters`` are folders of LoRA adapters for that model.
+
+        ``tool_format`` names the format of calls; by default it is the one that the chat template shows.
+        """
+        self.tool_format = tool_format
         self.path = path
         self.name = name
         self.settings = settings or VllmSettings()
@@ -115,6 +121,7 @@ class VllmEngine:
         self._streams: dict[str, _RequestStream] = {}
         self.decoder: ImageDecoder | None = None
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare-requests")
+        self._compiling = ThreadPoolExecutor(4, thread_name_prefix="compile-grammars")
 
     @property
     def card(self) -> ModelCard:
@@ -135,6 +142,8 @@ class VllmEngine:
         stream, ended = _RequestStream(), False
         self._streams[request.request_id] = stream
         try:
+            if may_be_held(request):  # in a thread of its own, and kept for the preparation: others never wait for it
+                await asyncio.get_running_loop().run_in_executor(self._compiling, prompts.make_grammar, request)
             prompt = await self._prepare(prompts, request)
             answer = VllmAnswer(prompt, prompts.model.tokenizer, request)
             async with aclosing(self._outputs(loaded, stream, request, prompt)) as outputs:
@@ -186,7 +195,10 @@ class VllmEngine:
         loaded, self._loaded = self._loaded, None
         if loaded is not None:
             await asyncio.get_running_loop().run_in_executor(None, loaded.llm.shutdown)
+            for prompts in loaded.prompts.values():
+                prompts.grammars.close()
         self._preparing.shutdown(wait=False)
+        self._compiling.shutdown(wait=False)
 
     def use_decoder(self, decoder: ImageDecoder) -> None:
         """Decode the images of all later requests with ``decoder``."""
@@ -246,6 +258,7 @@ class VllmEngine:
                 f"engine=vllm needs vLLM, which cannot be imported ({error}): pip install 'llava_ray[vllm]' in an "
                 "environment of its own."
             ) from error
+        from vllm.config import StructuredOutputsConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.lora.request import LoRARequest
 
@@ -254,24 +267,37 @@ class VllmEngine:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         try:
             llm = AsyncLLM.from_engine_args(
-                AsyncEngineArgs(**engine_arguments(model, self.settings)), stat_loggers=[lambda *_: self.counts]
+                AsyncEngineArgs(
+                    **engine_arguments(model, self.settings),
+                    # Of its libraries the one that our grammars are checked with.
+                    structured_outputs_config=StructuredOutputsConfig(backend="guidance"),
+                ),
+                stat_loggers=[lambda *_: self.counts],
             )
         except (RuntimeError, ValueError, OSError) as error:
             raise ModelError(f"vLLM cannot load {model.folder}: {error}") from error
         config = llm.vllm_config
         max_model_len: int = config.model_config.max_model_len
+        blueprints: dict[str | None, Blueprint] = {adapter.name: adapter.blueprint for adapter in model.adapters}
+        blueprints[None] = model.blueprint
+        prompts: dict[str | None, VllmPrompts] = {
+            name: VllmPrompts(own, model, max_model_len) for name, own in blueprints.items()
+        }
+        share_grammars(prompts)
+        for one in prompts.values():
+            one.tools.named_format = self.tool_format
         card = ModelCard(
             name=self.name,
             max_model_len=max_model_len,
             vision=True,
             template=model.blueprint.config.version,
             adapters=tuple(self.adapters),
+            holds_constraints=True,
+            tool_formats=list_tool_formats(prompts, self.name),
         )
-        blueprints: dict[str | None, Blueprint] = {adapter.name: adapter.blueprint for adapter in model.adapters}
-        blueprints[None] = model.blueprint
         return _RunningEngine(
             llm,
-            {name: VllmPrompts(own, model, max_model_len) for name, own in blueprints.items()},
+            prompts,
             {
                 adapter.name: LoRARequest(adapter.name, number, str(adapter.folder))
                 for number, adapter in enumerate(model.adapters, start=1)

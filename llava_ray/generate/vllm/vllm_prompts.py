@@ -1,6 +1,6 @@
 """Preparation of requests for vLLM: our token ids with its image token, images, and its sampling parameters."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ from PIL import Image
 from llava_ray.chat.conversation import IMAGE_TOKEN_INDEX
 from llava_ray.config.sections import MAX_IMAGE_PIXELS
 from llava_ray.errors import RecordError
+from llava_ray.generate.constraints.answer_grammar import AnswerGrammar
 from llava_ray.generate.decoding import Stops, find_stops
 from llava_ray.generate.engine import GenerationRequest, Sampling
 from llava_ray.generate.prompts import PromptText
@@ -27,6 +28,10 @@ class VllmPrompt:
     params: Any
     stops: Stops
     stop_texts: tuple[str, ...]
+    grammar: AnswerGrammar | None = None
+    """What the answer may be; vLLM holds it, and here it only decodes the answer."""
+    decode: Callable[[Sequence[int]], str] | None = None
+    """Decodes an answer that may call tools; None for the tokenizer's own way."""
 
 
 class VllmPrompts(PromptText):
@@ -66,7 +71,9 @@ class VllmPrompts(PromptText):
             inputs["multi_modal_data"] = {"image": [as_image(image) for image in opened]}
             inputs["multi_modal_uuids"] = {"image": [image_key(data) for data in request.images]}
         stops, texts = self.find_stops(request)
-        return VllmPrompt(inputs, _sampling_params(request.sampling, stops), stops, texts)
+        grammar = self.make_grammar(request)
+        params = _sampling_params(request.sampling, stops, None if grammar is None else grammar.text)
+        return VllmPrompt(inputs, params, stops, texts, grammar, self.tools.decoder(request))
 
 
 def as_image(opened: OpenedImage) -> Image.Image:
@@ -75,11 +82,11 @@ def as_image(opened: OpenedImage) -> Image.Image:
     return Image.fromarray(pixels if pixels.ndim == 3 else pixels[0].transpose(1, 2, 0).copy())
 
 
-def _sampling_params(sampling: Sampling, stops: Stops) -> Any:
+def _sampling_params(sampling: Sampling, stops: Stops, grammar: str | None = None) -> Any:
     """Build vLLM's SamplingParams; detokenisation and stops are ours (``vllm_answer``). Raises RecordError."""
     from vllm import SamplingParams
     from vllm.exceptions import VLLMClientError
-    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     try:
         return SamplingParams(
@@ -90,6 +97,7 @@ def _sampling_params(sampling: Sampling, stops: Stops) -> Any:
             seed=sampling.seed,
             logprobs=sampling.logprobs,
             ignore_eos=True,  # only our own stop tokens end an answer
+            structured_outputs=None if grammar is None else StructuredOutputsParams(grammar=grammar),
             stop_token_ids=sorted(stops.ids),
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,

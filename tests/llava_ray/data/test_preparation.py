@@ -212,7 +212,7 @@ ODD = {
     "video": ({"video": "a.mp4"}, "unsupported", "`video`"),
     "tools": ({"tools": [{"type": "function"}]}, "unsupported", "`tools`"),
     "part": ({"conversations": None, "messages": [{"role": "user", "content": ["?"]}]}, "malformed", "part 1 is str"),
-    "tool turn": ({"conversations": [ASK, {"from": "tool", "value": "b"}]}, "roles", "'tool'"),
+    "tool turn": ({"conversations": [ASK, {"from": "tool", "value": "b"}]}, "alternation", "'tool'"),
     "half a pair": ({"conversations": [ASK, {"from": "gpt", "value": "\ud800"}]}, "malformed", "surrogate"),
 }  # fmt: skip
 ODD_TEXTS = {

@@ -315,7 +315,7 @@ def test_wrong_and_missing_keys(attacked: Attacked) -> None:
         (json.dumps(asking("x", n=1000)).encode(), "invalid_value", "n"),
         (json.dumps(asking("x", n=100)).encode(), "too_many_choices", "n"),
         (json.dumps(asking("x", seed=2**80)).encode(), "invalid_value", "seed"),
-        (json.dumps(asking("x", tools=[{}])).encode(), "unknown_field", "tools"),
+        (json.dumps(asking("x", tools=[{}])).encode(), "invalid_value", "tools.0.type"),
         (json.dumps(asking("x", logit_bias={"1": 1})).encode(), "invalid_value", "logit_bias"),
         (json.dumps(asking("x", stream_options={"include_usage": True})).encode(), "invalid_value", "stream_options"),
         (json.dumps(asking("x" * 500_000)).encode(), "text_too_long", "messages"),
@@ -325,7 +325,7 @@ def test_wrong_and_missing_keys(attacked: Attacked) -> None:
         (
             json.dumps({"model": "echo", "messages": [{"role": "tool", "content": "x"}]}).encode(),
             "invalid_value",
-            "messages.0.role",
+            "messages.0.tool_call_id",
         ),
         (
             json.dumps({"model": "echo", "messages": [{"role": "assistant", "content": "x"}]}).encode(),

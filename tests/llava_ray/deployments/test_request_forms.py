@@ -130,13 +130,13 @@ def test_fields_that_ask_for_nothing(echo: Service, fields: dict[str, Any]) -> N
         {"min_p": 0.1},
         {"repetition_penalty": 1.1},
         {"repetition_penalty": True},
-        {"response_format": {"type": "json_object"}},
+        {"response_format": "json"},
         {"tool_choice": "required"},
         {"extra_body": {"top_k": 1}},
         {"chat_template_kwargs": {"x": 1}},
         {"add_generation_prompt": False},
         {"continue_final_message": True},
-        {"guided_json": {}},
+        {"guided_decoding_backend": "outlines"},
         {"presence_penalty": 1},
         {"logit_bias": {"1" * 1000: 1}},
     ],
@@ -277,3 +277,21 @@ def test_a_damaged_data_uri_says_what_is_wrong(echo: Service, place: str, said: 
     refused = echo.http.post("/v1/chat/completions", json=asking("what?", place))
     assert (refused.status_code, error_of(refused)["code"]) == (400, "media_data_uri")
     assert said in str(error_of(refused)["message"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"guided_regex": "a"}, "guided_regex"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    ],
+    ids=str,
+)
+def test_engines_that_cannot_restrict_answers_are_not_asked_to(
+    echo: Service, fields: dict[str, Any], param: str
+) -> None:
+    refused = echo.http.post("/v1/chat/completions", json=asking("x", **fields))
+    assert (refused.status_code, error_of(refused)["param"]) == (400, param)
+    capabilities = echo.http.get("/v1/models/echo").json()["capabilities"]
+    assert (capabilities["tools"], capabilities["structured_output"]) == (False, False)

@@ -1,6 +1,7 @@
 """What vLLM is given and what is made of its answers, without vLLM: exports, refusals, settings, chunks."""
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,13 +13,14 @@ from safetensors import safe_open
 from llava_ray.config.sections import ModelConfig
 from llava_ray.deployments.settings import ServeSettings
 from llava_ray.deployments.vllm import make_engine
-from llava_ray.errors import BundleError, ModelError
+from llava_ray.errors import BundleError, ModelError, RecordError
 from llava_ray.generate.decoding import Stops, default_stops
+from llava_ray.generate.engine import Constraint
 from llava_ray.generate.settings import VllmSettings
 from llava_ray.generate.vllm.vllm_answer import VllmAnswer
 from llava_ray.generate.vllm.vllm_engine import engine_arguments
 from llava_ray.generate.vllm.vllm_model import prepare_model
-from llava_ray.generate.vllm.vllm_prompts import VllmPrompt
+from llava_ray.generate.vllm.vllm_prompts import VllmPrompt, VllmPrompts
 from llava_ray.model.assembly import LlavaParts, assemble
 from llava_ray.model.loading import load_pretrained_model
 from llava_ray.model.saving import save_bundle
@@ -153,3 +155,32 @@ def test_logprobs_are_the_likeliest_best_first(parts: LlavaParts) -> None:
 def test_what_vllm_could_not_write_is_an_error(parts: LlavaParts) -> None:
     with pytest.raises(ModelError, match="ended the answer with 'error'"):
         answer(parts).take(output([], "error"))
+
+
+def test_constraints_are_passed_as_grammars(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the names of vLLM's present API, which is not installed here."""
+
+    class Params(SimpleNamespace):
+        def __init__(self, **fields: object) -> None:
+            super().__init__(**fields)
+
+    kinds = SimpleNamespace(StructuredOutputsParams=Params, RequestOutputKind=SimpleNamespace(DELTA="delta"))
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=Params))
+    monkeypatch.setitem(sys.modules, "vllm.exceptions", SimpleNamespace(VLLMClientError=ValueError))
+    monkeypatch.setitem(sys.modules, "vllm.sampling_params", kinds)
+    model = prepare_model(root / "model", tmp_path, {})
+    prompts = VllmPrompts(model.blueprint, model, 2048)
+    plain = prompts.make(request("is it?", ignore_eos=False))
+    assert (plain.params.structured_outputs, plain.grammar) == (None, None)
+    held = prompts.make(request("is it?", constraint=Constraint("choice", '["red"]', "guided_choice")))
+    assert held.params.structured_outputs.grammar == 'start: " " body\nbody: "red"\n'
+    assert vars(held.params.structured_outputs).keys() == {"grammar"}
+    answer = VllmAnswer(held, model.blueprint.tokenizer, request("is it?"))
+    ids = model.blueprint.tokenizer.convert_tokens_to_ids(["Ġ", "r", "e", "d"])  # "red" ends this model's answers
+    output = SimpleNamespace(
+        outputs=[SimpleNamespace(token_ids=ids, finish_reason=None, logprobs=None)], metrics=None, prompt_token_ids=[1]
+    )
+    assert answer.take(output).text == "red"
+    with pytest.raises(RecordError, match="guided_regex"):
+        prompts.make(request("is it?", constraint=Constraint("regex", "(", "guided_regex")))
+    prompts.grammars.close()
