@@ -119,6 +119,7 @@ def _joined(pieces: list[AnswerPiece]) -> list[AnswerPiece]:
                 finish_reason=chunk.finish_reason,
                 num_prompt_tokens=max(before.num_prompt_tokens, chunk.num_prompt_tokens),
                 num_cached_images=max(before.num_cached_images, chunk.num_cached_images),
+                num_cached_tokens=max(before.num_cached_tokens, chunk.num_cached_tokens),
             )
         )
     return list(joined.items())

@@ -41,9 +41,10 @@ class SequenceInput:
     row: CacheSlot
     start: int
     ids: Sequence[int]
-    wants_next: bool = True
-    """Whether to compute the next token's logits; False before the end of a prompt."""
+    num_wanted: int = 1
+    """How many of the last tokens' logits to compute: 0 before the end of a prompt, more than 1 to check a draft."""
     is_prompt: bool = False
+    """Whether there may be several ids: part of a prompt, or an answer's next token with a draft."""
     images: Sequence[ImageSpan] = field(default=())
     adapter: AdapterName = None
     """The adapter of these tokens."""
@@ -100,7 +101,7 @@ class RowModel:
         first, row = cache.reserve(1), cache.reserve(_PROBE_LENGTH)
         assert first is not None
         assert row is not None
-        self.run([SequenceInput(row, 0, ids[:5], wants_next=False, is_prompt=True)])
+        self.run([SequenceInput(row, 0, ids[:5], num_wanted=0, is_prompt=True)])
         inputs = [SequenceInput(row, 5, ids[5:-1], is_prompt=True), SequenceInput(first, 0, ids[:3], is_prompt=True)]
         wanted, logits = self.run(inputs)
         found = [logits[wanted.index(0)], self.run([SequenceInput(row, _PROBE_LENGTH - 1, ids[-1:])])[1][0]]
@@ -115,7 +116,7 @@ class RowModel:
 
     @torch.inference_mode()
     def run(self, inputs: Sequence[SequenceInput]) -> tuple[list[int], Float[Tensor, "n vocab"]]:
-        """Run one forward pass; return the indices of inputs that want a next token, and their fp32 logits."""
+        """Run one forward pass; return the inputs' fp32 logits and the index of the input that each belongs to."""
         order = sorted(range(len(inputs)), key=lambda index: _batch_order(inputs[index]))
         ordered = [inputs[index] for index in order]
         ids: list[int] = [0 if token < 0 else token for one in ordered for token in one.ids]
@@ -135,7 +136,7 @@ class RowModel:
             logits_to_keep=step.last,
             step=step,
         )
-        wanted = [index for index in order if inputs[index].wants_next]
+        wanted = [index for index in order for _ in range(inputs[index].num_wanted)]
         return wanted, output.logits[0].float()
 
     def _plan(self, ordered: Sequence[SequenceInput], like: Tensor) -> BatchStep:
@@ -148,8 +149,7 @@ class RowModel:
                 if is_prompt:
                     parts.append(PromptChunk(TokenSpan(one.row, one.start, len(one.ids)), len(positions)))
                 positions += range(one.start, one.start + len(one.ids))
-                if one.wants_next:
-                    last.append(len(positions) - 1)
+                last += range(len(positions) - one.num_wanted, len(positions))
             if not is_prompt:
                 spans = [TokenSpan(one.row, one.start, 1) for one in inputs]
                 parts.append(NextTokens(inputs[0].row.size_class, spans, first, like))
