@@ -62,7 +62,7 @@ class ServeSettings(ConfigSection):
     """Most tokens of a greedy answer that are guessed from its prompt and checked at once; 0 guesses none (builtin)."""
     engine_max_waiting_tokens: PositiveInt | None = _of_engine("max_waiting_tokens")
     """Tokens of prompts and answers that wait for memory in a replica; a request beyond them is rejected with 429.
-    Default: eight times what its KV memory holds (builtin)."""
+    Default: 32 times what its KV memory holds (builtin)."""
     engine_image_cache_bytes: NonNegativeInt = _of_engine("image_cache_bytes", 256 * _MIB)
     """Memory of the embeddings of images already seen (builtin)."""
     engine_packed_weight_bytes: NonNegativeInt = _of_engine("packed_weight_bytes", 4096 * _MIB)

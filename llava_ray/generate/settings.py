@@ -27,7 +27,7 @@ class EngineSettings:
     max_model_len: int | None = None
     """Tokens of one prompt and answer together; None for the language model's positions."""
     max_waiting_tokens: int | None = None
-    """Tokens of prompts and answers that wait for memory; a request beyond them is refused. None for eight times what
+    """Tokens of prompts and answers that wait for memory; a request beyond them is refused. None for 32 times what
     the KV cache holds."""
     packed_weight_bytes: int = 4 * 2**30
     """On a CPU, memory for packed copies of the weight matrices; a model that needs more has none."""

@@ -35,7 +35,7 @@ from llava_ray.model.assembly import LlavaParts
 # use the device well (a CPU is compute-bound at a few hundred rows, a GPU at a few thousand).
 _CPU_CHUNK, _GPU_CHUNK = 256, 2048
 
-_WAITING_SHARE = 8  # tokens that wait at most, over those that the cache holds: a queue of a few times all answers
+_WAITING_SHARE = 32  # tokens that wait at most, over those that the cache holds: what comes later waits for minutes
 
 # Tokens of drafts that a step checks: their share of its time stays small. A GPU has computing power to spare.
 _CPU_DRAFTS, _GPU_DRAFTS = 32, 256
@@ -105,19 +105,19 @@ class RunningBatch:
             self._undo.append(adapters.remove)
             self.model = RowModel(model, adapters)
             self._undo.append(self.model.restore)
+            self.memory = choose_kv_memory(
+                settings,
+                token_bytes=self.model.cache_bytes,
+                wanted_len=_find_wanted_len(parts, settings),
+                device=model.device,
+                free=find_device_memory(model.device),
+            )
         except BaseException:
             self._restore_model()
             raise
         on_cpu = model.device.type == "cpu"
         self.chunk = settings.prefill_chunk or (_CPU_CHUNK if on_cpu else _GPU_CHUNK)
         self.max_running = settings.max_running
-        self.memory = choose_kv_memory(
-            settings,
-            token_bytes=self.model.cache_bytes,
-            wanted_len=_find_wanted_len(parts, settings),
-            device=model.device,
-            free=find_device_memory(model.device),
-        )
         capacity, self.max_model_len = self.memory.capacity, self.memory.max_model_len
         self.limit_reason = self.memory.limit_reason
         self.kv = KvCache(capacity, int(capacity * settings.prefix_cache_share))
