@@ -45,7 +45,7 @@ def _own_groups() -> Iterator[tuple[Path, tuple[str, str, str]]]:
         lines = []
     paths = {("memory", _NAMES_1): "/", ("", _NAMES_2): "/"}  # a container sees its own group at the mount
     for line in lines:
-        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
         if not controllers:
             paths["", _NAMES_2] = path
         elif "memory" in controllers.split(","):

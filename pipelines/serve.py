@@ -120,7 +120,10 @@ def _describe_settings() -> str:
     lines = ["settings:"]
     for name, field in ServeSettings.model_fields.items():
         default = "" if field.is_required() else f" (default: {field.default})"
-        lines += [f"  {spell_key(name, field)}{default}", *(f"      {line}" for line in str(field.description).splitlines())]
+        lines += [
+            f"  {spell_key(name, field)}{default}",
+            *(f"      {line}" for line in str(field.description).splitlines()),
+        ]
     return "\n".join(lines)
 
 

@@ -67,5 +67,5 @@ def _contents_of(pending_request: PendingRequest) -> Contents | None:
     known = getattr(pending_request, "_contents", None)
     if known is None:
         known = read_contents(task)
-        pending_request._contents = known  # type: ignore[attr-defined]
-    return known  # type: ignore[no-any-return]
+        pending_request._contents = known
+    return known

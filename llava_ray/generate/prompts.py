@@ -138,8 +138,8 @@ class PromptText:
         if num_tokens + max_tokens > self.max_model_len:
             raise RecordError(
                 f"the prompt has {num_tokens} tokens and max_tokens is {max_tokens}, but this engine holds "
-                f"{self.max_model_len} tokens of prompt and answer together{self.limit_reason}. Shorten the conversation, or request "
-                "fewer new tokens.",
+                f"{self.max_model_len} tokens of prompt and answer together{self.limit_reason}. Shorten the "
+                "conversation, or request fewer new tokens.",
                 reason="too_long",
             )
 

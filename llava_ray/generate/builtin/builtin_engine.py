@@ -216,8 +216,8 @@ class BuiltinEngine:
         waiting = joining + batch.num_waiting_tokens
         if waiting and waiting + num_tokens > batch.max_waiting_tokens:
             raise BusyError(
-                f"{waiting:,} tokens wait for memory, and this request has {num_tokens:,} of prompt and answer; at most "
-                f"{batch.max_waiting_tokens:,} may wait (max_waiting_tokens). Try again later, or ask for less."
+                f"{waiting:,} tokens wait for memory, and this request has {num_tokens:,} of prompt and answer; at "
+                f"most {batch.max_waiting_tokens:,} may wait (max_waiting_tokens). Try again later, or ask for less."
             )
 
     def _leave(self, running: RunningRequest) -> None:

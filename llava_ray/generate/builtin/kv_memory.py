@@ -65,8 +65,8 @@ def choose_kv_memory(
     if longest < wanted_len and settings.max_model_len:
         raise ModelError(
             f"{holds}, and its longest slot {longest:,}, but max_model_len is {wanted_len:,}, which needs "
-            f"{wanted_len * token_bytes / _GIB:.2f} GiB; set it lower, or give the cache more memory: kv_cache_bytes or "
-            "memory_share."
+            f"{wanted_len * token_bytes / _GIB:.2f} GiB; set it lower, or give the cache more memory: kv_cache_bytes "
+            "or memory_share."
         )
     most = min(wanted_len, longest)
     limit = f" (its KV cache has {capacity:,} tokens, the model {wanted_len:,})" if longest < wanted_len else ""

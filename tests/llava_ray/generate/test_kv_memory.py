@@ -15,7 +15,12 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def choose(
-    *, free: float | None = 8, device: torch.device = CPU, token_bytes: int = 2**19, wanted_len: int = 4096, **settings: object
+    *,
+    free: float | None = 8,
+    device: torch.device = CPU,
+    token_bytes: int = 2**19,
+    wanted_len: int = 4096,
+    **settings: object,
 ) -> KvMemory:
     found = None if free is None else FreeMemory(int(free * GIB), "of this machine")
     made = EngineSettings(**settings)  # type: ignore[arg-type]

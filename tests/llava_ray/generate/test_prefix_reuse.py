@@ -68,7 +68,9 @@ def num_common(one: Sequence[int], other: Sequence[int]) -> int:
     return next((place for place, (mine, its) in pairs if mine != its), min(len(one), len(other)))
 
 
-async def converse(engine: BuiltinEngine, parts: LlavaParts, name: str, *, is_first: bool = False) -> list[tuple[int, int]]:
+async def converse(
+    engine: BuiltinEngine, parts: LlavaParts, name: str, *, is_first: bool = False
+) -> list[tuple[int, int]]:
     """Hold a chat of eight turns, and check that each reads only what is new; return (tokens read, all) of each."""
     turns: list[Turn] = []
     images: list[bytes] = []
@@ -217,7 +219,9 @@ def test_guesses_change_no_answer(llama: LlavaParts) -> None:
         request("circle", "sure", logprobs=2, max_tokens=40),
         request("red", "stopping", stop=("e",), max_tokens=100),
     ]
-    ending = [replace(one, request_id=f"e{one.request_id}", sampling=replace(one.sampling, ignore_eos=False)) for one in asked]
+    ending = [
+        replace(one, request_id=f"e{one.request_id}", sampling=replace(one.sampling, ignore_eos=False)) for one in asked
+    ]
     every = [*asked, *others, *ending]
 
     async def run(num_guessed: int) -> tuple[list[Answered], int, int, int]:
@@ -249,7 +253,9 @@ def test_a_request_beyond_the_memory_is_refused_with_the_numbers(
         engine = await started(llama, kv_cache_tokens=400)
         try:
             assert engine.card.max_model_len == 384
-            with pytest.raises(RecordError, match=r"holds 384 tokens .* \(its KV cache has 400 tokens, the model 2,048\)"):
+            with pytest.raises(
+                RecordError, match=r"holds 384 tokens .* \(its KV cache has 400 tokens, the model 2,048\)"
+            ):
                 await ask(engine, request(max_tokens=380))
         finally:
             await engine.stop()

@@ -11,7 +11,6 @@ import torch
 from pyarrow.fs import LocalFileSystem
 
 from llava_ray.errors import CheckpointError
-from llava_ray.train import staging
 from llava_ray.train.staging import StagedFiles, copy_tensors, free_memory
 from llava_ray.train.uploads import CheckpointUploads
 
