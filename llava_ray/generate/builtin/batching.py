@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from llava_ray.errors import ModelError
 from llava_ray.generate.builtin import row_attention
 from llava_ray.generate.builtin.kv_cache import SHORTEST, CacheSlot, KvCache
+from llava_ray.generate.builtin.plain_layers import has_plain_layers, run_plain_layers
 from llava_ray.generate.builtin.row_attention import BatchStep, NextTokens, PromptChunk, TokenSpan
 from llava_ray.generate.row_adapters import AdapterName, RowAdapters
 from llava_ray.generate.sampling import not_finite_error
@@ -62,6 +63,7 @@ class RowModel:
         self.adapters = adapters
         self.embed = language_model.get_input_embeddings()
         self.device = language_model.device
+        self.has_plain_layers = has_plain_layers(language_model)
         self._attention = language_model.config._attn_implementation
         self.cache_bytes = 0
         """Memory of keys and values of one token."""
@@ -129,6 +131,14 @@ class RowModel:
             first += len(one.ids)
         if self.adapters is not None:
             self.adapters.choose([one.adapter for one in ordered], [len(one.ids) for one in ordered], step.last)
+        logits = self._forward(embedded, step)
+        wanted = [index for index in order for _ in range(inputs[index].num_wanted)]
+        return wanted, logits.float()
+
+    def _forward(self, embedded: Float[Tensor, "1 t d"], step: BatchStep) -> Float[Tensor, "n vocab"]:
+        """Return the logits at the step's last tokens."""
+        if self.has_plain_layers:
+            return run_plain_layers(self.language_model, embedded, step)
         output = self.language_model(
             inputs_embeds=embedded,
             position_ids=step.positions,
@@ -136,8 +146,8 @@ class RowModel:
             logits_to_keep=step.last,
             step=step,
         )
-        wanted = [index for index in order for _ in range(inputs[index].num_wanted)]
-        return wanted, output.logits[0].float()
+        logits: Tensor = output.logits[0]
+        return logits
 
     def _plan(self, ordered: Sequence[SequenceInput], like: Tensor) -> BatchStep:
         parts: list[NextTokens | PromptChunk] = []

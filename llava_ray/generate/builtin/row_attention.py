@@ -41,6 +41,8 @@ class NextTokens:
         self.num_rows = indices[-1] + 1
         self.rows = torch.tensor(indices, device=like.device)
         self.positions = torch.tensor(positions, device=like.device)
+        self.lines: Tensor | None = None
+        """Of the cache, as a list of vectors: where each head of each token goes."""
         self.gaps = self.num_rows != len(spans)  # slots in between without a token in this step
         self.masks: dict[int | None, Tensor] = {}
 
@@ -64,8 +66,8 @@ class NextTokens:
         """Write keys and values to the cache and return the attention output (t, heads, e) of these tokens."""
         layer = self.size_class.layer(layer_index, key, value)
         mine = slice(self.first, self.last)
-        layer.keys[self.rows, :, self.positions] = key[0, :, mine].transpose(0, 1)
-        layer.values[self.rows, :, self.positions] = value[0, :, mine].transpose(0, 1)
+        self._write(layer.keys, key[0, :, mine])
+        self._write(layer.values, value[0, :, mine])
         keys, values = (outputs[: self.num_rows, :, : self.width] for outputs in (layer.keys, layer.values))
         queries = query[0, :, mine].transpose(0, 1)
         if self.gaps:
@@ -74,6 +76,15 @@ class NextTokens:
         grouped = queries.reshape(self.num_rows, keys.shape[1], -1, queries.shape[-1])
         outputs = attention.apply(grouped, keys, values, self.mask(attention.window, query)).flatten(1, 2)
         return outputs[self.rows] if self.gaps else outputs
+
+
+    def _write(self, cache: Float[Tensor, "rows kv length d"], new: Float[Tensor, "kv t d"]) -> None:
+        """Write one token of each row: as one copy of lines, several times faster than by three indices."""
+        num_heads, length = cache.shape[1:3]
+        if self.lines is None or len(self.lines) != num_heads * len(self.rows):
+            heads = torch.arange(num_heads, device=cache.device).unsqueeze(1)
+            self.lines = ((self.rows * num_heads + heads) * length + self.positions).flatten()
+        cache.view(-1, cache.shape[3]).index_copy_(0, self.lines, new.flatten(0, 1))
 
 
 class PromptChunk:
@@ -158,10 +169,22 @@ def _attend_rows(  # noqa: PLR0913 - transformers' signature
     **_: Any,
 ) -> tuple[Float[Tensor, "1 t h e"], None]:
     """Compute attention with the signature of transformers' attention functions."""
-    step.num_calls += 1
     attention = AttentionSettings(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
-    outputs = [part.attend(module.layer_idx, query, key, value, attention) for part in step.parts]
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).unsqueeze(0), None
+    return attend_parts(step, module.layer_idx, query, key, value, attention).unsqueeze(0), None
+
+
+def attend_parts(  # noqa: PLR0913 - what a layer's attention depends on
+    step: BatchStep,
+    layer_index: int,
+    query: Float[Tensor, "1 h t d"],
+    key: Float[Tensor, "1 kv t d"],
+    value: Float[Tensor, "1 kv t e"],
+    attention: AttentionSettings,
+) -> Float[Tensor, "t h e"]:
+    """Write keys and values of all tokens of a step to the cache, and return their attention outputs."""
+    step.num_calls += 1
+    outputs = [part.attend(layer_index, query, key, value, attention) for part in step.parts]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 AttentionInterface.register(NAME, _attend_rows)
