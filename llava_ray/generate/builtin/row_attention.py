@@ -77,7 +77,6 @@ class NextTokens:
         outputs = attention.apply(grouped, keys, values, self.mask(attention.window, query)).flatten(1, 2)
         return outputs[self.rows] if self.gaps else outputs
 
-
     def _write(self, cache: Float[Tensor, "rows kv length d"], new: Float[Tensor, "kv t d"]) -> None:
         """Write one token of each row: as one copy of lines, several times faster than by three indices."""
         num_heads, length = cache.shape[1:3]
@@ -173,7 +172,7 @@ def _attend_rows(  # noqa: PLR0913 - transformers' signature
     return attend_parts(step, module.layer_idx, query, key, value, attention).unsqueeze(0), None
 
 
-def attend_parts(  # noqa: PLR0913 - what a layer's attention depends on
+def attend_parts(
     step: BatchStep,
     layer_index: int,
     query: Float[Tensor, "1 h t d"],
