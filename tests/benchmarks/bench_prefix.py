@@ -51,7 +51,7 @@ def main() -> None:
             "chat": known,
             "chat_without_cache": unknown,
             "turn_8_first_token_over_uncached": round(last[0] / last[1], 3),
-            "same_answers": [one["ids"] for one in (guessed, plain)][0] == plain["ids"],
+            "same_answers": guessed["ids"] == plain["ids"],
             "repeated": {key: value for key, value in guessed.items() if key != "ids"},
             "repeated_without_guesses": {key: value for key, value in plain.items() if key != "ids"},
             "guesses_speedup": round(guessed["tokens_per_second"] / plain["tokens_per_second"], 2),

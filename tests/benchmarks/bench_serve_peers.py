@@ -19,7 +19,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
@@ -36,6 +35,7 @@ from llava_ray.model.loading import load_pretrained_model
 from llava_ray.model.saving import save_bundle
 from llava_ray.quickstart.registry_weights import make_language_model
 
+ROOT = Path(__file__).parents[2]
 CLIENTS = (1, 8, 32)
 KV_GIB = 2
 MAX_MODEL_LEN = 2048
