@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 from llava_ray.generate.builtin.kv_cache import CacheSlot, SizeClass
 
 NAME = "llava_ray_rows"
+_FEW_TOKENS = 16  # of a chunk whose heads are joined: the draft of an answer
 
 
 @dataclass(frozen=True)
@@ -115,12 +116,17 @@ class PromptChunk:
         layer.keys[index, :, self.start : self.end] = key[0, :, mine]
         layer.values[index, :, self.start : self.end] = value[0, :, mine]
         keys, values = (outputs[index : index + 1, :, : self.end] for outputs in (layer.keys, layer.values))
-        num_groups = query.shape[1] // keys.shape[1]
-        if num_groups > 1:
-            keys, values = keys.repeat_interleave(num_groups, 1), values.repeat_interleave(num_groups, 1)
+        queries, num_groups = query[:, :, mine], query.shape[1] // keys.shape[1]
         whole = self.start == 0 and (attention.window is None or attention.window >= self.end)
         mask = None if whole and not attention.softcap else self.mask(attention.window, query)
-        return attention.apply(query[:, :, mine], keys, values, mask)[0].transpose(0, 1)
+        if mask is not None and num_groups > 1 and self.last - self.first <= _FEW_TOKENS:
+            # As for next tokens: the heads that share keys are so many queries of one.
+            grouped = queries.reshape(1, keys.shape[1], -1, queries.shape[-1])
+            found = attention.apply(grouped, keys, values, mask.repeat(num_groups, 1))
+            return found.reshape(query.shape[1], -1, values.shape[-1]).transpose(0, 1)
+        if num_groups > 1 and (attention.softcap or query.device.type != "cpu"):  # else the kernel shares them itself
+            keys, values = keys.repeat_interleave(num_groups, 1), values.repeat_interleave(num_groups, 1)
+        return attention.apply(queries, keys, values, mask)[0].transpose(0, 1)
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,10 @@ class AttentionSettings:
         """Compute attention; causal without a mask."""
         if self.softcap is None:
             causal = mask is None and query.shape[2] > 1
-            return scaled_dot_product_attention(query, keys, values, mask, scale=self.scaling, is_causal=causal)
+            shared = query.shape[1] != keys.shape[1]
+            return scaled_dot_product_attention(
+                query, keys, values, mask, scale=self.scaling, is_causal=causal, enable_gqa=shared
+            )
         scores = torch.matmul(query, keys.transpose(-1, -2)) * self.scaling
         scores = torch.tanh(scores / self.softcap) * self.softcap
         weights = (scores if mask is None else scores + mask).softmax(-1, dtype=torch.float32).to(query.dtype)

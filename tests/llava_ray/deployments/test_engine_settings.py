@@ -1,11 +1,13 @@
 """What an engine is told by the service's settings, and what the service tells about its memory."""
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator
 
 import pytest
 from serving import EchoEngine
 
+from llava_ray.deployments.applications import log_where_serve_does
 from llava_ray.deployments.builtin import make_engine as make_builtin
 from llava_ray.deployments.http.responses import Choice, usage
 from llava_ray.deployments.messages import Task
@@ -84,6 +86,20 @@ def test_metrics_tell_memory_and_what_was_known() -> None:
     assert values["llava_ray:prefix_cache_tokens"] == 128
     assert values["vllm:spec_decode_num_draft_tokens_total"] == 30
     assert values["vllm:spec_decode_num_accepted_tokens_total"] == 25
+
+
+def test_a_replica_logs_where_serve_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", records.append)
+    ours = logging.getLogger("llava_ray")
+    monkeypatch.setattr(ours, "handlers", [])
+    monkeypatch.setattr(ours, "level", ours.level)
+    monkeypatch.setattr(logging.getLogger("ray.serve"), "handlers", [handler])
+    for _ in range(2):
+        log_where_serve_does()
+    logging.getLogger("llava_ray.generate").info("KV cache: 2 GiB")
+    assert [record.getMessage() for record in records] == ["KV cache: 2 GiB"]
 
 
 def test_usage_says_how_much_of_the_prompt_was_known() -> None:
