@@ -72,7 +72,7 @@ class Replica:
             yield error.refused
         except RecordError as error:
             self.metrics.refused.labels(self.source.name, error.reason).inc()
-            yield from_record_error(error)
+            yield from_record_error(error, "messages" if task.prompt is None else "prompt")
         except BusyError as error:
             self.metrics.refused.labels(self.source.name, "queue_full").inc()
             yield Refused(429, str(error), "queue_full", retry_after_s=self.admission.retry_after_s)

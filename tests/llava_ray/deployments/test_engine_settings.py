@@ -16,7 +16,7 @@ from llava_ray.deployments.refusal import Refused
 from llava_ray.deployments.replica import Replica
 from llava_ray.deployments.settings import ServeSettings
 from llava_ray.deployments.vllm import make_engine as make_vllm
-from llava_ray.errors import BusyError, ConfigError
+from llava_ray.errors import BusyError, ConfigError, RecordError
 from llava_ray.generate.engine import EngineStats, GenerationChunk, GenerationRequest
 from llava_ray.generate.settings import EngineSettings
 
@@ -75,6 +75,25 @@ def test_a_busy_engine_asks_to_come_back() -> None:
         return [item async for item in replica.run(Task("id", "echo", prompt="hi"))]
 
     assert asyncio.run(run()) == [Refused(429, "5,000 tokens wait", "queue_full", retry_after_s=settings.retry_after_s)]
+
+
+@pytest.mark.parametrize(
+    ("task", "param"), [(Task("id", "echo"), "messages"), (Task("id", "echo", prompt="hi"), "prompt")]
+)
+def test_a_request_that_can_never_fit_is_refused_with_its_field(task: Task, param: str) -> None:
+    class Small(EchoEngine):
+        async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
+            raise RecordError("this engine holds 384 tokens (its KV cache has 400)", reason="too_long")
+            yield  # a generator
+
+    settings = ServeSettings.parsed({"model": "echo@x"})
+    replica = Replica(Small(), settings.sources[0], settings)
+
+    async def run() -> list[object]:
+        return [item async for item in replica.run(task)]
+
+    [refused] = asyncio.run(run())
+    assert refused == Refused(400, "this engine holds 384 tokens (its KV cache has 400)", "too_long", param)
 
 
 def test_metrics_tell_memory_and_what_was_known() -> None:

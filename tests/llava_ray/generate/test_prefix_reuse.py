@@ -121,8 +121,6 @@ def test_each_turn_of_a_chat_reads_only_what_is_new(llama: LlavaParts) -> None:
         {},
         {"prefix_cache_share": 0.0},
         {"kv_cache_tokens": 1024, "prefix_cache_share": 0.9},
-        {"kv_cache_tokens": 4096, "prefix_cache_share": 0.1},
-        {"speculative_tokens": 0},
     ],
 )
 def test_answers_are_those_of_generate_whatever_is_known(
