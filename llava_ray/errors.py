@@ -8,6 +8,7 @@
     ├── TemplateError      a conversation that a template cannot render
     ├── ModelError         parts of a model that are missing or do not fit
     │   └── BundleError    a model folder that is not what its manifest says
+    ├── BusyError          a request that an engine has no room for now
     ├── CheckpointError    a training state that cannot be written or resumed
     ├── TrainingError      a step that cannot be taken (no supervised token)
     │   └── DivergedError  a loss that is not finite; the same settings would reach it again
@@ -57,6 +58,10 @@ class TemplateError(LlavaRayError, ValueError):
 
 class ModelError(LlavaRayError, ValueError):
     """Parts of a model that are missing or do not fit together."""
+
+
+class BusyError(LlavaRayError, RuntimeError):
+    """A request that an engine has no room for now; the same one may find room later."""
 
 
 class BundleError(ModelError):

@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava_ray.deployments.settings import ServeSettings
+from llava_ray.deployments.settings import ServeSettings, spell_key
 from llava_ray.errors import ConfigError
 from llava_ray.invocation import as_started, command
 from llava_ray.reading import short_repr
@@ -120,7 +120,10 @@ def _describe_settings() -> str:
     lines = ["settings:"]
     for name, field in ServeSettings.model_fields.items():
         default = "" if field.is_required() else f" (default: {field.default})"
-        lines += [f"  {name}{default}", *(f"      {line}" for line in str(field.description).splitlines())]
+        lines += [
+            f"  {spell_key(name, field)}{default}",
+            *(f"      {line}" for line in str(field.description).splitlines()),
+        ]
     return "\n".join(lines)
 
 

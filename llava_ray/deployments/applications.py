@@ -1,5 +1,6 @@
 """The applications of Ray Serve: one deployment per model, and an ingress in front of them."""
 
+import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -51,12 +52,22 @@ _CALLS_PER_INGRESS = 100.0
 INGRESS_CPUS = 0.1
 
 
+def log_where_serve_does() -> None:
+    """Write this package's messages, the engine's memory among them, to the log of the replica."""
+    ours = logging.getLogger("llava_ray")
+    ours.setLevel(logging.INFO)
+    for handler in logging.getLogger("ray.serve").handlers:
+        if handler not in ours.handlers:
+            ours.addHandler(handler)
+
+
 class ModelDeployment:
     """A replica of a model on a Ray worker."""
 
     async def __init__(self, source: ModelSource, settings: ServeSettings) -> None:  # type: ignore[misc]
         """Load the model; Serve awaits this in the replica's own loop. Raises ModelError, ConfigError."""
         message_sizes.check_environment(_deployment_name(source))
+        log_where_serve_does()
         self.engine = make_engine(source, settings)
         await self.engine.start()
         self.replica = Replica(self.engine, source, settings)

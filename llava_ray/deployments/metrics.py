@@ -82,12 +82,19 @@ def _engine_metrics(stats: EngineStats, model: str) -> list[Metric]:
         "vllm:num_requests_running": ("Answers being written", stats.num_running),
         "vllm:num_requests_waiting": ("Requests that the engine has not begun", stats.num_waiting),
         "vllm:kv_cache_usage_perc": ("Share of the KV memory in use, 0 to 1", share),
+        "llava_ray:kv_cache_tokens": ("Tokens that the KV memory holds", stats.kv_tokens_capacity),
+        "llava_ray:kv_cache_bytes": ("Bytes of the KV memory", stats.kv_bytes),
+        "llava_ray:prefix_cache_tokens": ("Tokens of known text in the KV memory", stats.prefix_cache_tokens),
     }
     counters: Mapping[str, tuple[str, float]] = {
         "vllm:prompt_tokens": ("Tokens read", stats.prompt_tokens),
         "vllm:generation_tokens": ("Tokens written", stats.generation_tokens),
         "vllm:mm_cache_queries": ("Images asked about", stats.image_cache_queries),
         "vllm:mm_cache_hits": ("Images whose features were still known", stats.image_cache_hits),
+        "vllm:prefix_cache_queries": ("Tokens of prompts", stats.prefix_cache_queries),
+        "vllm:prefix_cache_hits": ("Of them, those that were still in the KV memory", stats.prefix_cache_hits),
+        "vllm:spec_decode_num_draft_tokens": ("Tokens that were guessed", stats.draft_tokens),
+        "vllm:spec_decode_num_accepted_tokens": ("Of them, those that were right", stats.accepted_tokens),
         "llava_ray:requests_cancelled": ("Requests whose client left", stats.num_cancelled),
     }
     families: list[Metric] = []

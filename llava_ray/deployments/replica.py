@@ -18,7 +18,7 @@ from llava_ray.deployments.moderation import Moderator
 from llava_ray.deployments.refusal import RefusalError, Refused, from_record_error
 from llava_ray.deployments.settings import ModelSource, ServeSettings
 from llava_ray.deployments.tool_calls import AnswerCalls, check_abilities
-from llava_ray.errors import LlavaRayError, RecordError
+from llava_ray.errors import BusyError, LlavaRayError, RecordError
 from llava_ray.generate.engine import DecodesElsewhere, Engine, GenerationChunk, GenerationRequest, ModelCard
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,10 @@ class Replica:
             yield error.refused
         except RecordError as error:
             self.metrics.refused.labels(self.source.name, error.reason).inc()
-            yield from_record_error(error)
+            yield from_record_error(error, "messages" if task.prompt is None else "prompt")
+        except BusyError as error:
+            self.metrics.refused.labels(self.source.name, "queue_full").inc()
+            yield Refused(429, str(error), "queue_full", retry_after_s=self.admission.retry_after_s)
         except LlavaRayError as error:
             log.exception("request %s failed", task.request_id)
             self.metrics.refused.labels(self.source.name, "engine_failed").inc()

@@ -1,10 +1,11 @@
 """Settings of a service: every key of ``serve run llava_ray.deployments:app key=value``."""
 
 import ipaddress
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AliasChoices, BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import model_validator as validator_of_whole
+from pydantic.fields import FieldInfo
 
 from llava_ray.config.schema import ConfigSection
 
@@ -18,6 +19,11 @@ def split(value: object) -> object:
 
 
 _Texts = Annotated[tuple[str, ...], BeforeValidator(split)]
+
+
+def _of_engine(name: str, default: Any = None) -> Any:
+    """Return the field of an engine's setting, ``engine.NAME`` in a command or file."""
+    return Field(default=default, validation_alias=AliasChoices(f"engine.{name}", f"engine_{name}"))
 
 
 class ServeSettings(ConfigSection):
@@ -42,6 +48,27 @@ class ServeSettings(ConfigSection):
     """New tokens of requests without max_tokens."""
     tool_format: Literal["hermes", "llama_json", "mistral", "pythonic"] | None = None
     """Format of the tool calls that models write; default: the one that a model's chat template shows."""
+    engine_kv_cache_bytes: PositiveInt | None = _of_engine("kv_cache_bytes")
+    """Memory of keys and values in a replica; default: ``engine.memory_share`` of what is free."""
+    engine_kv_cache_tokens: PositiveInt | None = _of_engine("kv_cache_tokens")
+    """The same in tokens (builtin)."""
+    engine_memory_share: Annotated[float, Field(gt=0, le=1)] | None = _of_engine("memory_share")
+    """Share of the memory that a device, or the control group, has free once the model is loaded, for keys and values;
+    default: 0.8 of a GPU, a quarter of what is free on a CPU, both divided by the replicas that may share it. With
+    vllm: of all memory of a GPU, the weights included."""
+    engine_prefix_cache_share: Annotated[float, Field(ge=0, le=1)] = _of_engine("prefix_cache_share", 0.5)
+    """Most of the KV memory that keeps text already read for later requests that begin with it; 0 keeps none."""
+    engine_prefill_chunk: PositiveInt | None = _of_engine("prefill_chunk")
+    """Prompt tokens of one step, which bounds the pause of running streams; default: 256 on a CPU, 2,048 on a GPU."""
+    engine_speculative_tokens: NonNegativeInt = _of_engine("speculative_tokens", 8)
+    """Most tokens of a greedy answer that are guessed from its prompt and checked at once; 0 guesses none (builtin)."""
+    engine_max_waiting_tokens: PositiveInt | None = _of_engine("max_waiting_tokens")
+    """Tokens of prompts and answers that wait for memory in a replica; a request beyond them is rejected with 429.
+    Default: 32 times what its KV memory holds (builtin)."""
+    engine_image_cache_bytes: NonNegativeInt = _of_engine("image_cache_bytes", 256 * _MIB)
+    """Memory of the embeddings of images already seen (builtin)."""
+    engine_packed_weight_bytes: NonNegativeInt = _of_engine("packed_weight_bytes", 4096 * _MIB)
+    """On a CPU, memory for packed copies of the weight matrices; a model that needs more has none (builtin)."""
 
     min_replicas: NonNegativeInt = 1
     """Minimum replicas of each model; 0 unloads it while there are no requests."""
@@ -171,6 +198,13 @@ class ServeSettings(ConfigSection):
         return self
 
     @property
+    def sharing_replicas(self) -> float:
+        """Return how many replicas may share one machine's memory, or one GPU's."""
+        if self.num_gpus:
+            return max(1.0, 1 / self.num_gpus)
+        return float(max(1, self.max_replicas) * len(self.model))
+
+    @property
     def sources(self) -> tuple["ModelSource", ...]:
         """Return each model with the adapters that are served over it."""
         adapters = tuple(_split_name(text) for text in self.adapters)
@@ -178,6 +212,12 @@ class ServeSettings(ConfigSection):
             ModelSource(name=name, path=path, adapters=adapters if index == 0 else ())
             for index, (name, path) in enumerate(map(_split_name, self.model))
         )
+
+
+def spell_key(name: str, field: FieldInfo) -> str:
+    """Return how a setting is written in a command or file."""
+    alias = field.validation_alias
+    return str(alias.choices[0]) if isinstance(alias, AliasChoices) else name
 
 
 class ModelSource(ConfigSection):

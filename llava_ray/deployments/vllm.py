@@ -1,8 +1,10 @@
 """The vLLM engine of a replica. vLLM is imported when the engine starts."""
 
 from llava_ray.deployments.settings import ModelSource, ServeSettings
-from llava_ray.generate.settings import EngineSettings, VllmSettings
+from llava_ray.generate.settings import VllmSettings
 from llava_ray.generate.vllm.vllm_engine import VllmEngine
+
+_CPU_KV_BYTES = 2 * 2**30  # vLLM allocates them at once, however much is free
 
 
 def make_engine(source: ModelSource, settings: ServeSettings) -> VllmEngine:
@@ -14,7 +16,10 @@ def make_engine(source: ModelSource, settings: ServeSettings) -> VllmEngine:
         max_model_len=settings.max_model_len,
         dtype="bfloat16" if dtype == "auto" else dtype,
         num_gpus=max(1, num_gpus) if settings.num_gpus else 0,
-        kv_cache_bytes=None if settings.num_gpus else EngineSettings.kv_cache_bytes,
+        kv_cache_bytes=settings.engine_kv_cache_bytes or (None if settings.num_gpus else _CPU_KV_BYTES),
+        memory_share=settings.engine_memory_share,
+        prefill_chunk=settings.engine_prefill_chunk,
+        prefix_cache=settings.engine_prefix_cache_share > 0,
         max_images=settings.max_images,
         cache_dir=settings.export_dir,
     )

@@ -112,6 +112,8 @@ class GenerationChunk:
     """Seconds that the request waited until it joined the running batch."""
     calls: tuple[CallDelta, ...] = ()
     """Pieces of tool calls, once the service has separated them from the text."""
+    num_cached_tokens: int = 0
+    """Tokens of the prompt whose keys and values were in the cache."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,18 @@ class EngineStats:
     image_cache_hits: int
     image_cache_queries: int
     num_cancelled: int
+    kv_bytes: int = 0
+    """Memory of the KV cache, as far as it is known."""
+    prefix_cache_queries: int = 0
+    """Tokens of all prompts."""
+    prefix_cache_hits: int = 0
+    """Of them, those whose keys and values were in the cache."""
+    prefix_cache_tokens: int = 0
+    """Tokens of known text in the cache now."""
+    draft_tokens: int = 0
+    """Tokens that were guessed (speculative decoding)."""
+    accepted_tokens: int = 0
+    """Of them, those that were right."""
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,8 @@ class PromptText:
         """Initialise with the model's own ``stops``; ``max_model_len`` bounds prompt and answer together."""
         self.model = model
         self.max_model_len = max_model_len
+        self.limit_reason = ""
+        """What bounds ``max_model_len``, where it is not the model."""
         self.stops = stops
         self.grammars = GrammarCompiler(model.tokenizer, stops.ids)
         self.tools = ModelTools(model)
@@ -170,8 +172,8 @@ class PromptText:
         if num_tokens + max_tokens > self.max_model_len:
             raise RecordError(
                 f"the prompt has {num_tokens} tokens and max_tokens is {max_tokens}, but this engine holds "
-                f"{self.max_model_len} tokens of prompt and answer together. Shorten the conversation, or request "
-                "fewer new tokens.",
+                f"{self.max_model_len} tokens of prompt and answer together{self.limit_reason}. Shorten the "
+                "conversation, or request fewer new tokens.",
                 reason="too_long",
             )
 

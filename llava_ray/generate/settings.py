@@ -14,12 +14,21 @@ class EngineSettings:
     kv_cache_tokens: int | None = None
     """Most tokens of prompts and answers in the cache, reserved ones included; None for what fits into
     ``kv_cache_bytes``."""
-    kv_cache_bytes: int = 2 * 2**30
-    """Memory of keys and values."""
+    kv_cache_bytes: int | None = None
+    """Memory of keys and values; None for ``memory_share`` of what the device has free."""
+    memory_share: float | None = None
+    """Of the device's free memory, once the model is loaded; None for 0.8 of a GPU, 0.25 on a CPU."""
+    prefix_cache_share: float = 0.5
+    """Most of that memory that keeps known text for later requests; 0 keeps none."""
+    speculative_tokens: int = 8
+    """Most tokens of a greedy answer that are guessed from its prompt and checked at once; 0 guesses none."""
     image_cache_bytes: int = 256 * 2**20
     """Memory of the embeddings of images already seen."""
     max_model_len: int | None = None
     """Tokens of one prompt and answer together; None for the language model's positions."""
+    max_waiting_tokens: int | None = None
+    """Tokens of prompts and answers that wait for memory; a request beyond them is refused. None for 32 times what
+    the KV cache holds."""
     packed_weight_bytes: int = 4 * 2**30
     """On a CPU, memory for packed copies of the weight matrices; a model that needs more has none."""
 
@@ -38,6 +47,12 @@ class VllmSettings:
     """GPUs of tensor parallelism; 0 for the CPU build."""
     kv_cache_bytes: int | None = None
     """Memory of keys and values; None for what is left of a GPU."""
+    memory_share: float | None = None
+    """Of a GPU's memory, for all that the engine holds; None leaves it to vLLM."""
+    prefill_chunk: int | None = None
+    """Tokens of one step, of all requests together."""
+    prefix_cache: bool = True
+    """Whether to keep known text for later requests."""
     max_images: int = 8
     """Images of one request."""
     cache_dir: str = "~/.cache/llava_ray/vllm"

@@ -3,15 +3,15 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llava_ray.free_memory import find_free_memory
+
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-_CGROUP = Path("/sys/fs/cgroup")
 _SPARE = 1.25  # times the copy must be free: training needs some of it in the meantime
 
 Write = Callable[[], None]
@@ -93,17 +93,5 @@ def stageable_bytes(num_ranks: int) -> float:
 
 def free_memory() -> float:
     """Return the bytes of memory that this node, or the container, has left; 0 where that is unknown."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = float(next(line.split()[1] for line in lines if line.startswith("MemAvailable"))) * 1024
-    except (OSError, StopIteration, ValueError):
-        return 0.0
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            free = min(free, float((_CGROUP / limit).read_text()) - float((_CGROUP / used).read_text()))
-        except (OSError, ValueError):  # no such cgroup, or "max"
-            continue
-    return max(0.0, free)
+    found = find_free_memory()
+    return 0.0 if found is None else float(found.num_bytes)

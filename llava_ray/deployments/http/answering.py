@@ -120,6 +120,7 @@ def _joined(pieces: list[AnswerPiece]) -> list[AnswerPiece]:
                 num_prompt_tokens=max(before.num_prompt_tokens, chunk.num_prompt_tokens),
                 num_cached_images=max(before.num_cached_images, chunk.num_cached_images),
                 calls=before.calls + chunk.calls,
+                num_cached_tokens=max(before.num_cached_tokens, chunk.num_cached_tokens),
             )
         )
     return list(joined.items())

@@ -50,6 +50,7 @@ class Choice:
     finish_reason: str | None = None
     num_prompt_tokens: int = 0
     num_tokens: int = 0
+    num_cached_tokens: int = 0
 
     def add(self, chunk: GenerationChunk) -> None:
         """Append a piece to the answer."""
@@ -61,6 +62,7 @@ class Choice:
         self.finish_reason = chunk.finish_reason or self.finish_reason
         self.num_prompt_tokens = max(self.num_prompt_tokens, chunk.num_prompt_tokens)
         self.num_tokens += len(chunk.token_ids)
+        self.num_cached_tokens = max(self.num_cached_tokens, chunk.num_cached_tokens)
 
     def call(self, index: int) -> AnswerCall:
         """Return the call of that index, begun where it is new."""
@@ -84,10 +86,12 @@ async def collect_choices(pieces: AsyncIterator[list[AnswerPiece]], num_choices:
     return choices
 
 
-def usage(choices: Sequence[Choice]) -> dict[str, int]:
-    """Count the tokens; the prompt once for all choices."""
+def usage(choices: Sequence[Choice]) -> dict[str, Any]:
+    """Count the tokens; the prompt once for all choices, cached as far as it was before the first of them."""
     num_prompt, num_new = max(choice.num_prompt_tokens for choice in choices), sum(c.num_tokens for c in choices)
-    return {"prompt_tokens": num_prompt, "completion_tokens": num_new, "total_tokens": num_prompt + num_new}
+    return {"prompt_tokens": num_prompt, "completion_tokens": num_new, "total_tokens": num_prompt + num_new} | {
+        "prompt_tokens_details": {"cached_tokens": min(choice.num_cached_tokens for choice in choices)}
+    }
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from llava_ray.errors import ModelError
 from llava_ray.generate.builtin import row_attention
 from llava_ray.generate.builtin.kv_cache import SHORTEST, CacheSlot, KvCache
+from llava_ray.generate.builtin.plain_layers import has_plain_layers, run_plain_layers
 from llava_ray.generate.builtin.row_attention import BatchStep, NextTokens, PromptChunk, TokenSpan
 from llava_ray.generate.row_adapters import AdapterName, RowAdapters
 from llava_ray.generate.sampling import not_finite_error
@@ -41,9 +42,10 @@ class SequenceInput:
     row: CacheSlot
     start: int
     ids: Sequence[int]
-    wants_next: bool = True
-    """Whether to compute the next token's logits; False before the end of a prompt."""
+    num_wanted: int = 1
+    """How many of the last tokens' logits to compute: 0 before the end of a prompt, more than 1 to check a draft."""
     is_prompt: bool = False
+    """Whether there may be several ids: part of a prompt, or an answer's next token with a draft."""
     images: Sequence[ImageSpan] = field(default=())
     adapter: AdapterName = None
     """The adapter of these tokens."""
@@ -61,6 +63,7 @@ class RowModel:
         self.adapters = adapters
         self.embed = language_model.get_input_embeddings()
         self.device = language_model.device
+        self.has_plain_layers = has_plain_layers(language_model)
         self._attention = language_model.config._attn_implementation
         self.cache_bytes = 0
         """Memory of keys and values of one token."""
@@ -100,7 +103,7 @@ class RowModel:
         first, row = cache.reserve(1), cache.reserve(_PROBE_LENGTH)
         assert first is not None
         assert row is not None
-        self.run([SequenceInput(row, 0, ids[:5], wants_next=False, is_prompt=True)])
+        self.run([SequenceInput(row, 0, ids[:5], num_wanted=0, is_prompt=True)])
         inputs = [SequenceInput(row, 5, ids[5:-1], is_prompt=True), SequenceInput(first, 0, ids[:3], is_prompt=True)]
         wanted, logits = self.run(inputs)
         found = [logits[wanted.index(0)], self.run([SequenceInput(row, _PROBE_LENGTH - 1, ids[-1:])])[1][0]]
@@ -115,7 +118,7 @@ class RowModel:
 
     @torch.inference_mode()
     def run(self, inputs: Sequence[SequenceInput]) -> tuple[list[int], Float[Tensor, "n vocab"]]:
-        """Run one forward pass; return the indices of inputs that want a next token, and their fp32 logits."""
+        """Run one forward pass; return the inputs' fp32 logits and the index of the input that each belongs to."""
         order = sorted(range(len(inputs)), key=lambda index: _batch_order(inputs[index]))
         ordered = [inputs[index] for index in order]
         ids: list[int] = [0 if token < 0 else token for one in ordered for token in one.ids]
@@ -128,6 +131,14 @@ class RowModel:
             first += len(one.ids)
         if self.adapters is not None:
             self.adapters.choose([one.adapter for one in ordered], [len(one.ids) for one in ordered], step.last)
+        logits = self._forward(embedded, step)
+        wanted = [index for index in order for _ in range(inputs[index].num_wanted)]
+        return wanted, logits.float()
+
+    def _forward(self, embedded: Float[Tensor, "1 t d"], step: BatchStep) -> Float[Tensor, "n vocab"]:
+        """Return the logits at the step's last tokens."""
+        if self.has_plain_layers:
+            return run_plain_layers(self.language_model, embedded, step)
         output = self.language_model(
             inputs_embeds=embedded,
             position_ids=step.positions,
@@ -135,8 +146,8 @@ class RowModel:
             logits_to_keep=step.last,
             step=step,
         )
-        wanted = [index for index in order if inputs[index].wants_next]
-        return wanted, output.logits[0].float()
+        logits: Tensor = output.logits[0]
+        return logits
 
     def _plan(self, ordered: Sequence[SequenceInput], like: Tensor) -> BatchStep:
         parts: list[NextTokens | PromptChunk] = []
@@ -148,8 +159,7 @@ class RowModel:
                 if is_prompt:
                     parts.append(PromptChunk(TokenSpan(one.row, one.start, len(one.ids)), len(positions)))
                 positions += range(one.start, one.start + len(one.ids))
-                if one.wants_next:
-                    last.append(len(positions) - 1)
+                last += range(len(positions) - one.num_wanted, len(positions))
             if not is_prompt:
                 spans = [TokenSpan(one.row, one.start, 1) for one in inputs]
                 parts.append(NextTokens(inputs[0].row.size_class, spans, first, like))

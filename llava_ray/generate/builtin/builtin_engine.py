@@ -16,7 +16,7 @@ from threading import Condition, Thread
 import torch
 
 from llava_ray.config.sections import MAX_IMAGE_PIXELS
-from llava_ray.errors import ModelError
+from llava_ray.errors import BusyError, ModelError
 from llava_ray.generate.builtin.running_batch import RunningBatch, RunningRequest, StepResults
 from llava_ray.generate.engine import (
     EngineStats,
@@ -212,6 +212,7 @@ class BuiltinEngine:
         share_grammars(makers)
         for maker in makers.values():
             maker.tools.named_format = self.tool_format
+            maker.limit_reason = batch.limit_reason
         card = ModelCard(
             name=self.name,
             max_model_len=batch.max_model_len,
@@ -225,10 +226,21 @@ class BuiltinEngine:
 
     def _join(self, batch: RunningBatch, stream: _AnswerStream, request: GenerationRequest, prompt: Prompt) -> None:
         self.check_health()
+        self._check_queue(batch, len(prompt.ids) + request.sampling.max_tokens)
         stream.running = batch.request(request, prompt, stream.queue)
         with self._changed:
             self._to_add.append(stream.running)
             self._changed.notify()
+
+    def _check_queue(self, batch: RunningBatch, num_tokens: int) -> None:
+        """Check that the tokens that wait for memory are not too many. Raises BusyError."""
+        joining = sum(running.num_tokens for running in list(self._to_add))
+        waiting = joining + batch.num_waiting_tokens
+        if waiting and waiting + num_tokens > batch.max_waiting_tokens:
+            raise BusyError(
+                f"{waiting:,} tokens wait for memory, and this request has {num_tokens:,} of prompt and answer; at "
+                f"most {batch.max_waiting_tokens:,} may wait (max_waiting_tokens). Try again later, or ask for less."
+            )
 
     def _leave(self, running: RunningRequest) -> None:
         with self._changed:

@@ -6,6 +6,7 @@ import time
 from asyncio import Queue
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from torch import Tensor
 
@@ -13,8 +14,12 @@ from llava_ray.errors import LlavaRayError, ModelError, RecordError
 from llava_ray.generate.answer_text import AnswerText
 from llava_ray.generate.builtin.batching import RowModel, SequenceInput
 from llava_ray.generate.builtin.constrained_rows import ConstrainedRows
-from llava_ray.generate.builtin.kv_cache import CacheSlot, KvCache, longest_slot
+from llava_ray.generate.builtin.drafts import DraftSource, count_accepted, may_draft
+from llava_ray.generate.builtin.kv_cache import CacheSlot, KvCache
+from llava_ray.generate.builtin.kv_memory import choose_kv_memory, find_device_memory
 from llava_ray.generate.builtin.packed_linear import pack_linears
+from llava_ray.generate.builtin.prefix_keys import BlockKeys, KeyRoots
+from llava_ray.generate.builtin.prefix_reuse import find_readers, forget_prefix, keep_prefix
 from llava_ray.generate.builtin.prompt_images import embed_images, find_overlapping, visible_part
 from llava_ray.generate.builtin.scheduling import PrefillChunk, WaitingQueue, split_prefill_chunk
 from llava_ray.generate.decoding import decode
@@ -31,6 +36,11 @@ from llava_ray.model.assembly import LlavaParts
 # use the device well (a CPU is compute-bound at a few hundred rows, a GPU at a few thousand).
 _CPU_CHUNK, _GPU_CHUNK = 256, 2048
 
+_WAITING_SHARE = 32  # tokens that wait at most, over those that the cache holds: what comes later waits for minutes
+
+# Tokens of drafts that a step checks: their share of its time stays small. A GPU has computing power to spare.
+_CPU_DRAFTS, _GPU_DRAFTS = 32, 256
+
 # The results of a step: the next chunk of an answer, or its error.
 StepResults = list[tuple["RunningRequest", GenerationChunk | LlavaRayError]]
 
@@ -44,9 +54,18 @@ class RunningRequest:
     queue: "Queue[GenerationChunk | Exception | None]"
     text: AnswerText
     draws: random.Random
+    keys: BlockKeys
+    drafts: DraftSource | None = None
+    """Guesses of its next tokens, where its answer allows them."""
+    draft: list[int] = field(default_factory=list)
+    """The guess that the step checks."""
     row: CacheSlot | None = None
     num_read: int = 0
-    """Tokens of the prompt that are in the cache."""
+    """Tokens of the prompt that are in its slot."""
+    num_written: int = 0
+    """Tokens of prompt and answer that are in its slot."""
+    num_reused: int = 0
+    """Of them, those copied from the cache of known text."""
     new_ids: list[int] = field(default_factory=list)
     joined: float = field(default_factory=time.monotonic)
     """When it joined the waiting queue."""
@@ -89,27 +108,48 @@ class RunningBatch:
             self._undo.append(adapters.remove)
             self.model = RowModel(model, adapters)
             self._undo.append(self.model.restore)
+            self.memory = choose_kv_memory(
+                settings,
+                token_bytes=self.model.cache_bytes,
+                wanted_len=_find_wanted_len(parts, settings),
+                device=model.device,
+                free=find_device_memory(model.device),
+            )
         except BaseException:
             self._restore_model()
             raise
         on_cpu = model.device.type == "cpu"
         self.chunk = settings.prefill_chunk or (_CPU_CHUNK if on_cpu else _GPU_CHUNK)
         self.max_running = settings.max_running
-        capacity = settings.kv_cache_tokens or settings.kv_cache_bytes // self.model.cache_bytes
-        self.kv = KvCache(capacity)
-        self.max_model_len = _find_max_model_len(parts, settings, capacity)
+        capacity, self.max_model_len = self.memory.capacity, self.memory.max_model_len
+        self.limit_reason = self.memory.limit_reason
+        self.kv = KvCache(capacity, int(capacity * settings.prefix_cache_share))
+        self.max_waiting_tokens = settings.max_waiting_tokens or _WAITING_SHARE * capacity
+        self.roots = KeyRoots()
+        self.longest_draft = settings.speculative_tokens
+        self.draft_budget = _CPU_DRAFTS if on_cpu else _GPU_DRAFTS
         self.waiting: WaitingQueue[RunningRequest] = WaitingQueue()
         self.running: list[RunningRequest] = []
         self.num_prompt_tokens = self.num_new_tokens = self.num_cancelled = 0
         self.constrained = ConstrainedRows()
         self._undo.append(self.constrained.close)
+        self.num_drafted = self.num_accepted = 0
 
     def request(
         self, request: GenerationRequest, prompt: Prompt, queue: "Queue[GenerationChunk | Exception | None]"
     ) -> RunningRequest:
         """Build the state of a request, for ``add``."""
         text = prompt.answer_text(functools.partial(decode, self.parts.tokenizer), strip=request.prompt is None)
-        return RunningRequest(request, prompt, queue, text, random.Random(request.sampling.seed))
+        keys = BlockKeys(self.roots.find(request.model), prompt.ids, prompt.images)
+        drafts = None
+        if self.longest_draft and prompt.grammar is None and may_draft(request.sampling):
+            drafts = DraftSource(self.longest_draft)
+        return RunningRequest(request, prompt, queue, text, random.Random(request.sampling.seed), keys, drafts)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Return the tokens of all requests that wait for memory."""
+        return self.waiting.num_tokens
 
     @property
     def has_work(self) -> bool:
@@ -133,16 +173,17 @@ class RunningBatch:
     def step(self) -> StepResults:
         """Prefill a chunk of new prompts, decode one token of every answer, and return the results."""
         self._admit()
-        chunks = split_prefill_chunk(self.running, self.chunk)
         decoding = [running for running in self.running if not running.num_unread and running.held is None]
+        chunks = split_prefill_chunk(find_readers(self.kv, self.running), self.chunk)
         self._encode_images(chunks)
+        self._make_drafts(decoding)
         inputs = [self._next_token(running) for running in decoding]
         inputs += [self._prompt_chunk(chunk) for chunk in chunks]
         # Without inputs the last request has just been cancelled, or all wait for their grammars.
         wanted, logits = self.model.run(inputs) if inputs else ([], None)
-        for chunk in chunks:
-            chunk.request.num_read += chunk.num_tokens
-            self.num_prompt_tokens += chunk.num_tokens
+        self._count_read(chunks)
+        for running in decoding:
+            running.num_written += 1
         participants = [*decoding, *(chunk.request for chunk in chunks)]
         rows, logits = self.constrained.exchange([participants[place] for place in wanted], logits, self.running)
         return [] if logits is None or not rows else self._write(rows, logits)
@@ -154,17 +195,23 @@ class RunningBatch:
             num_waiting=len(self.waiting) + num_joining,
             kv_tokens_used=self.kv.num_reserved,
             kv_tokens_capacity=self.kv.capacity,
-            prompt_tokens=self.num_prompt_tokens,
+            kv_bytes=self.memory.num_bytes,
+            prompt_tokens=self.num_prompt_tokens + self.kv.prefixes.num_hits,
             generation_tokens=self.num_new_tokens,
             image_cache_hits=self.images.num_hits,
             image_cache_queries=self.images.num_queries,
             num_cancelled=self.num_cancelled,
+            prefix_cache_queries=self.kv.prefixes.num_queries,
+            prefix_cache_hits=self.kv.prefixes.num_hits,
+            prefix_cache_tokens=self.kv.prefixes.num_tokens,
+            draft_tokens=self.num_drafted,
+            accepted_tokens=self.num_accepted,
         )
 
     def close(self) -> None:
         """Drop all requests and restore the model."""
         self.running, self.waiting = [], WaitingQueue()
-        self.kv.size_classes.clear()
+        self.kv.clear()
         self._restore_model()
 
     def _restore_model(self) -> None:
@@ -184,14 +231,37 @@ class RunningBatch:
 
     def _release(self, running: RunningRequest) -> None:
         assert running.row is not None
+        keep_prefix(self.kv, running)
         self.kv.release(running.row)
         running.row = None
         self.running.remove(running)  # last: another thread reads the statistics, and sees its memory freed by then
 
     def _next_token(self, running: RunningRequest) -> SequenceInput:
         assert running.row is not None
-        place = len(running.prompt.ids) + len(running.new_ids) - 1
-        return SequenceInput(running.row, place, running.new_ids[-1:], adapter=running.request.model)
+        ids = [running.new_ids[-1], *running.draft]
+        return SequenceInput(
+            running.row, running.num_written, ids, len(ids), is_prompt=len(ids) > 1, adapter=running.request.model
+        )
+
+    def _make_drafts(self, decoding: Sequence[RunningRequest]) -> None:
+        """Guess what the answers continue with, as far as checking it costs little beside the step itself."""
+        most = min(self.longest_draft, self.draft_budget // len(decoding)) if decoding else 0
+        for running in decoding:
+            left = running.request.sampling.max_tokens - len(running.new_ids) - 1
+            running.draft = running.drafts.draft(min(most, left)) if running.drafts and min(most, left) > 1 else []
+
+    def _count_read(self, chunks: Sequence[PrefillChunk[RunningRequest]]) -> None:
+        """Record which parts of prompts a step has read, and keep them for others."""
+        for chunk in chunks:
+            running = chunk.request
+            running.num_read += chunk.num_tokens
+            running.num_written = running.num_read
+            self.num_prompt_tokens += chunk.num_tokens
+            keep_prefix(self.kv, running)
+            if not running.num_unread:
+                self.kv.prefixes.count(len(running.prompt.ids), running.num_reused)
+                if running.drafts is not None:
+                    running.drafts.extend(running.prompt.ids)
 
     def _prompt_chunk(self, chunk: PrefillChunk[RunningRequest]) -> SequenceInput:
         running = chunk.request
@@ -201,7 +271,7 @@ class RunningBatch:
             running.row,
             start,
             running.prompt.ids[start:end],
-            wants_next=end == len(running.prompt.ids),
+            num_wanted=int(end == len(running.prompt.ids)),
             is_prompt=True,
             images=[visible_part(image, start, end) for image in find_overlapping(running.prompt.images, start, end)],
             adapter=running.request.model,
@@ -226,23 +296,49 @@ class RunningBatch:
             image.embeddings, image.views = unknown[image.key].embeddings, None
 
     def _write(self, decoding: Sequence[RunningRequest], logits: Tensor) -> StepResults:
+        """Write the next token of each answer; ``decoding`` has the request of each row, several times with a draft."""
+        decoding, logits = self._check_drafts(decoding, logits)
         finite = find_finite_rows(logits)
         results: StepResults = []
         if not all(finite):
+            bad = dict.fromkeys(running for running, good in zip(decoding, finite, strict=True) if not good)
             results += [
                 (running, self._fail(running, not_finite_error(f"token {len(running.new_ids) + 1} of this answer")))
-                for running, good in zip(decoding, finite, strict=True)
-                if not good
+                for running in bad
             ]
-            good_rows = [row for row, good in enumerate(finite) if good]
+            good_rows = [row for row, running in enumerate(decoding) if running not in bad]
             decoding, logits = [decoding[row] for row in good_rows], logits[good_rows]
         decoding, logits, failed = self.constrained.split_failed(decoding, logits)
         results += [(running, self._fail(running, error)) for running, error in failed]
         return results + self._sample(decoding, logits) if decoding else results
 
+    def _check_drafts(
+        self, decoding: Sequence[RunningRequest], logits: Tensor
+    ) -> tuple[Sequence[RunningRequest], Tensor]:
+        """Drop the rows after a wrong guess, before anything else sees them; count the right ones as written."""
+        if not any(running.draft for running in decoding):
+            return decoding, logits
+        chosen: list[int] = logits.argmax(-1).tolist()
+        kept: list[int] = []
+        first = 0
+        for running, rows in groupby(decoding):
+            last = first + len(list(rows))
+            accepted = count_accepted(running.draft, chosen[first:last])
+            if running.draft and running.drafts is not None:
+                running.drafts.learn(len(running.draft), accepted)
+                self.num_drafted += len(running.draft)
+                self.num_accepted += accepted
+                running.num_written += accepted
+                running.draft = []
+            kept += range(first, first + accepted + 1)
+            first = last
+        return [decoding[row] for row in kept], logits[kept]
+
     def _fail(self, running: RunningRequest, error: LlavaRayError) -> LlavaRayError:
         """End a request with an error; the others continue."""
         running.ended = True
+        forget_prefix(self.kv, running)
+        running.num_written = 0  # nothing of it is kept
         self._release(running)
         return error
 
@@ -261,6 +357,8 @@ class RunningBatch:
                 logprobs[row] = self._logprob(tokens[row], mine, best[: samplings[row].logprobs])
         results: StepResults = []
         for row, (running, token) in enumerate(zip(decoding, tokens, strict=True)):
+            if running.ended:  # with a token before, of the same draft
+                continue
             try:
                 chunk = self._append(running, token, logprobs.get(row))
             except RecordError as error:
@@ -285,6 +383,8 @@ class RunningBatch:
             else:
                 ids = (token,)
                 running.new_ids.append(token)
+                if running.drafts is not None:
+                    running.drafts.extend(ids)
                 self.num_new_tokens += 1
                 if running.prompt.grammar is not None and running.prompt.grammar.advance(token):
                     text, reason = text + running.text.finish(), "stop"
@@ -300,6 +400,7 @@ class RunningBatch:
             len(running.prompt.ids),
             running.prompt.num_cached_images,
             running.queued_s,
+            running.num_reused,
         )
 
     def _logprob(self, token: int, logprob: float, best: Sequence[tuple[int, float]]) -> TokenLogprob:
@@ -308,12 +409,10 @@ class RunningBatch:
         return TokenLogprob(token, str(decode([token])), logprob, top)
 
 
-def _find_max_model_len(parts: LlavaParts, settings: EngineSettings, capacity: int) -> int:
+def _find_wanted_len(parts: LlavaParts, settings: EngineSettings) -> int:
     """Return the most tokens of prompt and answer. Raises ModelError for more than the model's positions."""
     positions = parts.language_config.get_text_config().to_dict().get("max_position_embeddings")
     wanted = settings.max_model_len or positions or parts.manifest.model_max_length
     if positions is not None and wanted > positions:
         raise ModelError(f"max_model_len is {wanted}, but the language model has {positions} positions; set it lower.")
-    if not longest_slot(capacity):
-        raise ModelError(f"the KV cache holds {capacity} tokens, less than one slot; give it more memory.")
-    return int(min(wanted, longest_slot(capacity)))
+    return int(wanted)

@@ -18,6 +18,10 @@ class HasPrompt(Protocol):
     def num_unread(self) -> int:
         """Return the number of prompt tokens that are not in the cache yet."""
 
+    @property
+    def num_tokens(self) -> int:
+        """Return the most tokens of prompt and answer."""
+
 
 R = TypeVar("R", bound=HasPrompt)
 
@@ -41,6 +45,8 @@ class WaitingQueue(Generic[R]):
     def __init__(self) -> None:
         """Initialise an empty queue."""
         self._queue: deque[R] = deque()
+        self.num_tokens = 0
+        """Tokens of prompts and answers that wait."""
 
     def __len__(self) -> int:
         """Return the number of waiting requests."""
@@ -49,12 +55,14 @@ class WaitingQueue(Generic[R]):
     def join(self, request: R) -> None:
         """Append a request."""
         self._queue.append(request)
+        self.num_tokens += request.num_tokens
 
     def leave(self, request: R) -> bool:
         """Remove a request before it is admitted; return whether it was waiting."""
         was_waiting = request in self._queue
         if was_waiting:
             self._queue.remove(request)
+            self.num_tokens -= request.num_tokens
         return was_waiting
 
     def admit(self, most: int, reserve_slot: Callable[[R], bool]) -> list[R]:
@@ -62,6 +70,7 @@ class WaitingQueue(Generic[R]):
         admitted: list[R] = []
         while self._queue and len(admitted) < most and reserve_slot(self._queue[0]):
             admitted.append(self._queue.popleft())
+            self.num_tokens -= admitted[-1].num_tokens
         return admitted
 
 

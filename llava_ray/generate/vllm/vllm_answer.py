@@ -54,7 +54,10 @@ class VllmAnswer:
         logprobs = tuple(self.logprob(token, row) for token, row in zip(ids, rows, strict=False))
         stats = output.metrics
         queued_s = max(0.0, stats.scheduled_ts - stats.queued_ts) if stats is not None else 0.0
-        return GenerationChunk(text, tuple(ids), logprobs, reason, len(output.prompt_token_ids), queued_s=queued_s)
+        num_prompt, num_cached = len(output.prompt_token_ids), getattr(output, "num_cached_tokens", None) or 0
+        return GenerationChunk(
+            text, tuple(ids), logprobs, reason, num_prompt, queued_s=queued_s, num_cached_tokens=num_cached
+        )
 
     def logprob(self, token: int, row: Mapping[int, Any]) -> TokenLogprob:
         """Return a token's log-probability and the highest ones, best first. Raises ModelError for NaN."""

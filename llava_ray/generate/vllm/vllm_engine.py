@@ -43,6 +43,8 @@ class Counts:
     kv_share: float = 0.0
     image_queries: int = 0
     image_hits: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
 
     def record(
         self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
@@ -52,6 +54,10 @@ class Counts:
         if scheduler_stats is not None:
             self.num_waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
             self.kv_share = scheduler_stats.kv_cache_usage
+            prefixes = getattr(scheduler_stats, "prefix_cache_stats", None)
+            if prefixes is not None:
+                self.prefix_queries += prefixes.queries
+                self.prefix_hits += prefixes.hits
         if mm_cache_stats is not None:
             self.image_queries += mm_cache_stats.queries
             self.image_hits += mm_cache_stats.hits
@@ -181,6 +187,8 @@ class VllmEngine:
             image_cache_hits=self.counts.image_hits,
             image_cache_queries=self.counts.image_queries,
             num_cancelled=self.totals.cancelled,
+            prefix_cache_queries=self.counts.prefix_queries,
+            prefix_cache_hits=self.counts.prefix_hits,
         )
 
     def check_health(self) -> None:
@@ -323,6 +331,9 @@ def engine_arguments(model: VllmModel, settings: VllmSettings) -> dict[str, Any]
         "kv_cache_memory_bytes": settings.kv_cache_bytes,
         "tensor_parallel_size": settings.num_gpus or 1,
         "max_num_seqs": settings.max_running,
+        "gpu_memory_utilization": settings.memory_share if settings.num_gpus else None,
+        "max_num_batched_tokens": settings.prefill_chunk,
+        "enable_prefix_caching": None if settings.prefix_cache else False,
     }
     return {
         "model": str(model.folder),

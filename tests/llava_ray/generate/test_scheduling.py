@@ -10,6 +10,10 @@ class Asked:
     num_unread: int
     num_read: int = 0
 
+    @property
+    def num_tokens(self) -> int:
+        return self.num_read + self.num_unread
+
 
 def test_nobody_overtakes() -> None:
     line: WaitingQueue[Asked] = WaitingQueue()
@@ -23,12 +27,14 @@ def test_nobody_overtakes() -> None:
         room[0] -= one.num_unread if fits else 0
         return fits
 
+    assert line.num_tokens == 60
     assert line.admit(8, find_room) == asked[:1]
+    assert line.num_tokens == 55
     assert line.admit(8, find_room) == []
     assert (line.leave(asked[1]), line.leave(asked[1])) == (True, False)
     assert line.admit(0, find_room) == []
     assert line.admit(8, find_room) == asked[2:]
-    assert len(line) == 0
+    assert (len(line), line.num_tokens) == (0, 0)
 
 
 def test_a_chunk_is_shared_in_order() -> None:

@@ -12,7 +12,6 @@ import torch
 from pyarrow.fs import LocalFileSystem
 
 from llava_ray.errors import CheckpointError
-from llava_ray.train import staging
 from llava_ray.train.staging import StagedFiles, copy_tensors, free_memory
 from llava_ray.train.uploads import CheckpointUploads
 
@@ -132,7 +131,7 @@ def test_what_memory_does_not_hold_is_written_at_once():
 def test_free_memory_is_that_of_the_container_where_it_has_less(monkeypatch, tmp_path):
     free = free_memory()
     assert free > 2**20
-    monkeypatch.setattr(staging, "_CGROUP", tmp_path)
+    monkeypatch.setattr("llava_ray.free_memory._CGROUP", tmp_path)
     (tmp_path / "memory.max").write_text("3000000")
     (tmp_path / "memory.current").write_text("1000000")
     assert free_memory() == 2_000_000
