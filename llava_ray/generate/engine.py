@@ -110,10 +110,10 @@ class GenerationChunk:
     """Images whose embeddings were in the cache."""
     queued_s: float = 0.0
     """Seconds that the request waited until it joined the running batch."""
-    calls: tuple[CallDelta, ...] = ()
-    """Pieces of tool calls, once the service has separated them from the text."""
     num_cached_tokens: int = 0
     """Tokens of the prompt whose keys and values were in the cache."""
+    calls: tuple[CallDelta, ...] = ()
+    """Pieces of tool calls, once the service has separated them from the text."""
 
 
 @dataclass(frozen=True)
