@@ -159,8 +159,8 @@ class TrainConfig(ConfigSection):
     warmup_ratio: Fraction = 0.03
     """Share of the steps with linear warm-up of the learning rate."""
     lr_scheduler_type: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = "cosine"
-    """Shape of the learning-rate schedule after the warm-up; "warmup_stable_decay" holds the rate, and lets it fall to zero
-    over the last three tenths of the steps."""
+    """Shape of the learning-rate schedule after the warm-up; "warmup_stable_decay" holds the rate, and lets it fall to
+    zero over the last three tenths of the steps."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradients are clipped to this norm; 0 turns clipping off."""
     bf16: bool | Literal["auto"] = True

@@ -37,9 +37,9 @@ class WordsCurriculum:
     """Yes-or-no questions, each wording balanced, few negated, each alone; mixed with the next ones."""
     num_open: int = 1_200
     """Questions for a colour or a shape, each alone."""
-    num_alone: int = 1_600
+    num_alone: int = 1_200
     """Questions of all kinds, each alone."""
-    num_in_conversations: int = 5_500
+    num_in_conversations: int = 7_500
     """Questions of all kinds, in conversations."""
 
 

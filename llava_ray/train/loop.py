@@ -19,6 +19,7 @@ from llava_ray.train.engine import build_engine, load_parts
 from llava_ray.train.final_model import save_final_model
 from llava_ray.train.heartbeat import Heartbeat
 from llava_ray.train.held_out import HeldOutEvaluator
+from llava_ray.train.loss_window import EndedStep, LossWindow
 from llava_ray.train.nonfinite import StepEnd, StepGuard
 from llava_ray.train.objective import RowsAhead, StepLoss
 from llava_ray.train.out_of_memory import naming_memory
@@ -26,7 +27,6 @@ from llava_ray.train.profiling import StepProfiler
 from llava_ray.train.randomness import seed_all
 from llava_ray.train.settings import LoopSettings
 from llava_ray.train.speed import Meter
-from llava_ray.train.step_window import EndedStep, StepWindow
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -63,7 +63,7 @@ class _Loop:
         self.guard = StepGuard(self.engine, self.parts, settings, self.device)
         self.profiler = StepProfiler(settings.profile, settings.run_folder, self.rank, self.journal.say.remote)
         self.rows = RowsAhead(self.parts, settings.stream, self.device, self.meter.phase)
-        self.window = StepWindow(config.train, self.device)
+        self.window = LossWindow(config.train, self.device)
         self.told: ray.ObjectRef | None = None
 
     def run(self, blocks: Iterator[pa.Table]) -> bool:

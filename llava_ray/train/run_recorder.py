@@ -5,10 +5,9 @@ killed and resumed has the same bytes as one that never was. ``metrics.jsonl`` h
 """
 
 import datetime
-import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +21,7 @@ from llava_ray.optional_trackers import Tracker, open_trackers, wandb_environmen
 from llava_ray.reading import describe_error
 from llava_ray.train.rank_watch import Orders, Position, RankWatch
 from llava_ray.train.runs import RunFolder
-from llava_ray.train.step_file import StepFile
+from llava_ray.train.step_file import StepFile, finite
 
 _SECONDS_BETWEEN_LOGS = 5.0
 _RATE_WINDOW = 50  # the window over which the rate is computed
@@ -229,11 +228,6 @@ class RunRecorder:
         self._tell_others(lambda tracker: tracker.end(status))
         self.others = []
         return self.tracked.run_id, self.tracked.experiment_id
-
-
-def finite(metrics: Mapping[str, float | None]) -> dict[str, float]:
-    """Return the metrics that are finite numbers: a skipped step has a loss that no chart or average can hold."""
-    return {key: value for key, value in metrics.items() if value is not None and math.isfinite(value)}
 
 
 def start_recorder(run: RunFolder, config: FinetuneConfig, tracking_uri: str, settings: str) -> ActorHandle:

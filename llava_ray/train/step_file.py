@@ -6,6 +6,7 @@ in memory or written twice. A line that a kill cut off is dropped when the file 
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from llava_ray.data.storage import read_stored, write_tail
@@ -123,3 +124,8 @@ def read_rows(path: str) -> list[dict[str, Any]]:
     """Return the complete rows of a file, which may be written to meanwhile. Raises FileNotFoundError."""
     complete, _, _ = read_stored(path).rpartition(b"\n")
     return [json.loads(line) for line in complete.splitlines()]
+
+
+def finite(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    """Return the metrics that are finite numbers: a skipped step has a loss that no chart or average can hold."""
+    return {key: value for key, value in metrics.items() if value is not None and math.isfinite(value)}

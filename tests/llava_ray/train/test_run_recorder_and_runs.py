@@ -188,7 +188,7 @@ def test_a_skipped_steps_loss_is_null_and_in_no_chart(tmp_path):
     journal.rewind(0, 0, 1)
     for step, loss in enumerate((2.0, math.nan, 1.0, math.inf)):
         journal.record(0, step, {"loss": loss, "grad_norm": loss, "skipped_steps": float(step % 2)}, ["a"])
-    run_id = journal.close("FINISHED", {}, {}, [])
+    run_id, _ = journal.close("FINISHED", {}, {}, [])
 
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is not JSON")

@@ -26,7 +26,7 @@ class EndedStep:
     notes: StepNotes
 
 
-class StepWindow:
+class LossWindow:
     """The steps since the last look at their losses, in order; as many on every rank."""
 
     def __init__(self, train: TrainConfig, device: torch.device) -> None:

@@ -13,17 +13,17 @@ from llava_ray.errors import DivergedError
 from llava_ray.objectives.table import OBJECTIVES
 from llava_ray.train import loop as loops
 from llava_ray.train import objective as rows_module
+from llava_ray.train.loss_window import EndedStep, LossWindow
 from llava_ray.train.nonfinite import StepEnd
 from llava_ray.train.objective import RowsAhead, StepLoss
 from llava_ray.train.speed import StepNotes
-from llava_ray.train.step_window import EndedStep, StepWindow
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 NOTES = StepNotes(1, 4, 2, 1e9, {"skipped_steps": 0.0}, None)
 
 
-def make_window(device: torch.device = CPU, **settings: Any) -> StepWindow:
-    return StepWindow(TrainConfig.parsed(settings), device)
+def make_window(device: torch.device = CPU, **settings: Any) -> LossWindow:
+    return LossWindow(TrainConfig.parsed(settings), device)
 
 
 def test_how_often_losses_are_looked_at() -> None:
