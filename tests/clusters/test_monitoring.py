@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import fakes
 import httpx
 import pytest
 import yaml
@@ -52,6 +53,7 @@ needs_prometheus = pytest.mark.skipif(
 def tiny_service(root: Path) -> Iterator[str]:
     """A service over a tiny model on the built-in engine, and over one whose engine is broken; yield its address."""
     parts = make_parts(root)
+    parts.llava.language_model.generation_config.eos_token_id = fakes.EOS  # long answers, which repeat themselves
     settings = ServeSettings.parsed({"model": "tiny@here,broken@there", "max_num_seqs": "3", "max_queued_requests": "1"})
     engine, broken = BuiltinEngine(lambda: parts, name="tiny", settings=EngineSettings(max_running=3)), EchoEngine()
     broken.broken = "the weights are not numbers"
@@ -61,10 +63,12 @@ def tiny_service(root: Path) -> Iterator[str]:
     }
     front = Front(LocalGateway(replicas), settings, (ApiKey("all", digest(KEY)),))
     front.metrics.votes.labels("tiny", "upvote").inc()  # as the page does
-    with served(_with_engine(build_front(front), engine)) as address:
-        yield address
-    for replica in replicas.values():
-        replica.decoder.close()
+    try:
+        with served(_with_engine(build_front(front), engine)) as address:
+            yield address
+    finally:
+        for replica in replicas.values():
+            replica.decoder.close()
 
 
 def _with_engine(app: ASGIApp, engine: Engine) -> ASGIApp:
@@ -93,7 +97,7 @@ def requests_to(address: str) -> Iterator[None]:
         while not ended.wait(0.05):
             for fields, headers, status in (
                 (asking(LONG, model="tiny", max_tokens=2), key, 200),
-                (asking(LONG, image, model="tiny", max_tokens=12, stream=True), key, 200),
+                (asking(LONG, image, model="tiny", max_tokens=40, temperature=0, stream=True), key, 200),
                 (asking("x", model="tiny", n=5), key, 429),  # more than are answered or may wait
                 (asking("x", model="broken"), key, 500),
                 (asking("x", model="nobody"), key, 404),
@@ -104,10 +108,12 @@ def requests_to(address: str) -> Iterator[None]:
 
     asking_thread = threading.Thread(target=ask, daemon=True)
     asking_thread.start()
-    yield
-    assert asking_thread.is_alive(), "a request was answered otherwise than it should; see above"
-    ended.set()
-    asking_thread.join(PATIENCE_S)
+    try:
+        yield
+        assert asking_thread.is_alive(), "a request was answered otherwise than it should; see above"
+    finally:
+        ended.set()
+        asking_thread.join(PATIENCE_S)
 
 
 class Prometheus:
@@ -200,7 +206,7 @@ def test_every_expression_has_values(tmp_path: Path) -> None:
             while pending and time.monotonic() - start < PATIENCE_S:
                 pending = {name: told for name, told in pending.items() if not prometheus.values(told)}
                 time.sleep(0.2)
-            assert pending == {}
+            assert not pending, pending
             until(lambda: prometheus.states().get("LlavaRayEngineFailed") == "firing", tmp_path / "log")
         assert prometheus.states().keys() <= {"LlavaRayEngineFailed", "LlavaRayServerErrors", "LlavaRayQueueFull"} | {
             "LlavaRayWrongKeys",  # in the clock of a fast machine
