@@ -54,13 +54,13 @@ def tiny_service(root: Path) -> Iterator[str]:
     """A service over a tiny model on the built-in engine, and over one whose engine is broken; yield its address."""
     parts = make_parts(root)
     parts.llava.language_model.generation_config.eos_token_id = fakes.EOS  # long answers, which repeat themselves
-    settings = ServeSettings.parsed({"model": "tiny@here,broken@there", "max_num_seqs": "3", "max_queued_requests": "1"})
+    settings = ServeSettings.parsed(
+        {"model": "tiny@here,broken@there", "max_num_seqs": "3", "max_queued_requests": "1"}
+    )
     engine, broken = BuiltinEngine(lambda: parts, name="tiny", settings=EngineSettings(max_running=3)), EchoEngine()
     broken.broken = "the weights are not numbers"
     engines: list[Engine] = [engine, broken]
-    replicas = {
-        source: Replica(one, source, settings) for source, one in zip(settings.sources, engines, strict=True)
-    }
+    replicas = {source: Replica(one, source, settings) for source, one in zip(settings.sources, engines, strict=True)}
     front = Front(LocalGateway(replicas), settings, (ApiKey("all", digest(KEY)),))
     front.metrics.votes.labels("tiny", "upvote").inc()  # as the page does
     try:
@@ -139,12 +139,12 @@ class Prometheus:
 
 @contextmanager
 def prometheus_of(service: str, folder: Path) -> Iterator[Prometheus]:
-    """The shipped configuration with this service's address and key, and twice a second instead of four a minute."""
+    """The shipped configuration with this service's address and key, and once a second instead of four times a minute."""
     (folder / "key").write_text(KEY)
     text = (MONITORING / "prometheus.yml").read_text()
     for old, new, count in (
         ("127.0.0.1:8000", service.removeprefix("http://"), 1),
-        ("15s", "500ms", 2),
+        ("15s", "1s", 2),
         ("- alerts.yml", f"- {MONITORING / 'alerts.yml'}", 1),
         ("# authorization:", "authorization:", 1),
         ("/etc/llava_ray/prometheus.key", str(folder / "key"), 1),
@@ -208,9 +208,8 @@ def test_every_expression_has_values(tmp_path: Path) -> None:
                 time.sleep(0.2)
             assert not pending, pending
             until(lambda: prometheus.states().get("LlavaRayEngineFailed") == "firing", tmp_path / "log")
-        assert prometheus.states().keys() <= {"LlavaRayEngineFailed", "LlavaRayServerErrors", "LlavaRayQueueFull"} | {
-            "LlavaRayWrongKeys",  # in the clock of a fast machine
-        }
+        firing = {name for name, state in prometheus.states().items() if state == "firing"}
+        assert firing == {"LlavaRayEngineFailed"}  # others wait for minutes
         check_variables(prometheus)
         [group] = prometheus.get("rules")["groups"]
         assert {rule["name"]: rule["lastError"] for rule in group["rules"] if "lastError" in rule} == {}
@@ -232,11 +231,11 @@ def test_a_service_that_is_gone_is_an_alert(tmp_path: Path) -> None:
     [source] = settings.sources
     replica = Replica(EchoEngine(), source, settings)
     keys = (ApiKey("all", digest(KEY)),)
-    with served(build_front(Front(LocalGateway({source: replica}), settings, keys))) as service:
-        with prometheus_of(service, tmp_path) as prometheus:
-            assert prometheus.states() == {}
-            (tmp_path / "key").write_text("another key of sixteen characters")  # as good as gone
-            until(lambda: prometheus.states() == {"LlavaRayDown": "pending"}, tmp_path / "log")
+    app = build_front(Front(LocalGateway({source: replica}), settings, keys))
+    with served(app) as service, prometheus_of(service, tmp_path) as prometheus:
+        until(lambda: prometheus.states() == {}, tmp_path / "log")
+        (tmp_path / "key").write_text("another key of sixteen characters")  # as good as gone
+        until(lambda: prometheus.states() == {"LlavaRayDown": "pending"}, tmp_path / "log")
     replica.decoder.close()
 
 
@@ -250,7 +249,9 @@ def test_alerts_fire_when_they_should_and_not_otherwise(tmp_path: Path) -> None:
         said = {"summary": case["summary"], "description": rule["annotations"]["description"]}
         fired = {"exp_labels": case["labels"] | rule["labels"], "exp_annotations": said}
         tests += [unit_test(name, case["fires"], [fired]), unit_test(name, case["silent"], [])]
-    (tmp_path / "tests.yml").write_text(yaml.safe_dump({"rule_files": [str(MONITORING / "alerts.yml")], "tests": tests}))
+    (tmp_path / "tests.yml").write_text(
+        yaml.safe_dump({"rule_files": [str(MONITORING / "alerts.yml")], "tests": tests})
+    )
     promtool("test", "rules", tmp_path / "tests.yml")
 
 
