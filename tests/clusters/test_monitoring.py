@@ -139,7 +139,7 @@ class Prometheus:
 
 @contextmanager
 def prometheus_of(service: str, folder: Path) -> Iterator[Prometheus]:
-    """The shipped configuration with this service's address and key, and once a second instead of four times a minute."""
+    """A Prometheus with the shipped configuration: with this service's address and key, and once a second."""
     (folder / "key").write_text(KEY)
     text = (MONITORING / "prometheus.yml").read_text()
     for old, new, count in (
@@ -207,6 +207,7 @@ def test_every_expression_has_values(tmp_path: Path) -> None:
                 pending = {name: told for name, told in pending.items() if not prometheus.values(told)}
                 time.sleep(0.2)
             assert not pending, pending
+            assert prometheus.values('llava_ray:http_refused_total{code="model_not_found"}')
             until(lambda: prometheus.states().get("LlavaRayEngineFailed") == "firing", tmp_path / "log")
         firing = {name for name, state in prometheus.states().items() if state == "firing"}
         assert firing == {"LlavaRayEngineFailed"}  # others wait for minutes
