@@ -5,15 +5,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 
 from llava_ray.deployments.http.middleware import AuthMiddleware, BodyMiddleware, OpenRequestsMiddleware
-from llava_ray.deployments.http.routes import (
-    SESSION_HEADER,
-    Front,
-    add_api,
-    add_health,
-    on_http_error,
-    on_refusal,
-    on_unhandled_error,
-)
+from llava_ray.deployments.http.routes import SESSION_HEADER, Front, add_api, add_health
 from llava_ray.deployments.refusal import RefusalError
 
 
@@ -24,9 +16,9 @@ def build_front(front: Front, *, with_api: bool = True, with_page: bool = False)
     add_health(app, front)
     if with_api:
         add_api(app, front)
-    app.add_exception_handler(RefusalError, on_refusal)
-    app.add_exception_handler(HTTPException, on_http_error)
-    app.add_exception_handler(Exception, on_unhandled_error)
+    app.add_exception_handler(RefusalError, front.on_refusal)
+    app.add_exception_handler(HTTPException, front.on_http_error)
+    app.add_exception_handler(Exception, front.on_unhandled_error)
     settings, on_refused = front.settings, front.count_refused
     # The last middleware added is the outermost: size and rate limits apply before a body is read.
     app.add_middleware(

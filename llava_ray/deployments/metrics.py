@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -38,6 +38,11 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 5
 
 _LABELS = ("model_name",)
 
+# Counted from zero, not from their first case: a rate needs a value before it, and alerts wait for these.
+_REASONS = ("stop", "length")
+_REPLICA_CODES = ("queue_full", "engine_failed")
+_INGRESS_CODES = ("too_many_open_requests", "too_many_bytes_in_flight", "invalid_api_key", "internal_error")
+
 
 class ReplicaMetrics:
     """The metrics of one replica of a model."""
@@ -65,6 +70,10 @@ class ReplicaMetrics:
         self.success = Counter("vllm:request_success", "Complete answers", labels, registry=self.registry)
         labels = (*_LABELS, "code")
         self.refused = Counter("llava_ray:requests_refused", "Requests not answered", labels, registry=self.registry)
+        for reason in _REASONS:
+            self.success.labels(model, reason)
+        for code in _REPLICA_CODES:
+            self.refused.labels(model, code)
 
     def histogram(self, name: str, meaning: str, buckets: Sequence[float]) -> Histogram:
         """Create a histogram labelled with the model."""
@@ -121,6 +130,16 @@ class IngressMetrics:
         self.responses = Counter(
             "llava_ray:http_responses", "Responses by route and status", ("route", "status"), registry=self.registry
         )
+        self.min_replicas = Gauge("llava_ray:min_replicas", "Fewest replicas, as set", _LABELS, registry=self.registry)
+        self.max_replicas = Gauge("llava_ray:max_replicas", "Most replicas, as set", _LABELS, registry=self.registry)
+        for code in _INGRESS_CODES:
+            self.refused.labels(code)
+
+    def set_replicas(self, models: Iterable[str], minimum: int, maximum: int) -> None:
+        """Set the bounds of each model's number of replicas."""
+        for model in models:
+            self.min_replicas.labels(model).set(minimum)
+            self.max_replicas.labels(model).set(maximum)
 
     def collect(self) -> list[Metric]:
         """Return all current metrics."""

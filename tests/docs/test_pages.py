@@ -158,6 +158,8 @@ OTHERS: dict[str, Callable[..., None]] = {
     "serve": _serve,
     "curl": _curl,
     "pytest": _paths,
+    "prometheus": _paths,
+    "promtool": _paths,
     "mlflow": lambda words: None,
     "source": lambda words: None,
     "export": lambda words: None,

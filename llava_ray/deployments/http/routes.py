@@ -50,6 +50,8 @@ class Front:
             max(settings.max_bytes_in_flight, settings.max_body_bytes),
             max(settings.max_bytes_in_flight_per_key, settings.max_body_bytes),
         )
+        names = [source.name for source in self.gateway.sources]
+        self.metrics.set_replicas(names, settings.min_replicas, settings.max_replicas)
 
     def count_refused(self, refused: Refused) -> None:
         """Count a refusal in the metrics."""
@@ -88,6 +90,28 @@ class Front:
         if body.stream:
             return EventStream(pieces, form, task.num_choices, count, with_usage=body.include_usage)
         return StreamedAnswer(pieces, form, task.num_choices, count)
+
+    async def on_refusal(self, request: Request, error: Exception) -> Response:
+        """Count a refusal and respond with it."""
+        assert isinstance(error, RefusalError)
+        del request
+        self.count_refused(error.refused)
+        return refused_response(error.refused)
+
+    async def on_http_error(self, request: Request, error: Exception) -> Response:
+        """Convert the framework's own errors (no such path, wrong method) to OpenAI's form."""
+        assert isinstance(error, HTTPException)
+        code = {404: "unknown_path", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+        refused = Refused(error.status_code, f"{_place_of(request)}: {error.detail}", code)
+        response = await self.on_refusal(request, RefusalError(refused))
+        response.headers.update(error.headers or {})
+        return response
+
+    async def on_unhandled_error(self, request: Request, error: Exception) -> Response:
+        """Respond 500; the cause is in the log."""
+        del error
+        refused = Refused(500, "internal server error; see the service's log", "internal_error")
+        return await self.on_refusal(request, RefusalError(refused))
 
     async def models(self) -> dict[str, Any]:
         """List the models and adapters with their capabilities."""
@@ -178,28 +202,6 @@ def _place_of(request: Request) -> str:
 async def _version() -> dict[str, str]:
     """Respond with the version."""
     return {"version": find_system_fingerprint()}
-
-
-async def on_refusal(request: Request, error: Exception) -> Response:
-    """Respond with a refusal."""
-    assert isinstance(error, RefusalError)
-    del request
-    return refused_response(error.refused)
-
-
-async def on_http_error(request: Request, error: Exception) -> Response:
-    """Convert the framework's own errors (no such path, wrong method) to OpenAI's form."""
-    assert isinstance(error, HTTPException)
-    code = {404: "unknown_path", 405: "method_not_allowed"}.get(error.status_code, "http_error")
-    response = refused_response(Refused(error.status_code, f"{_place_of(request)}: {error.detail}", code))
-    response.headers.update(error.headers or {})
-    return response
-
-
-async def on_unhandled_error(request: Request, error: Exception) -> Response:
-    """Respond 500; the cause is in the log."""
-    del request, error
-    return refused_response(Refused(500, "internal server error; see the service's log", "internal_error"))
 
 
 async def _read_off_loop(kind: type[R], body: bytes) -> R:
