@@ -14,7 +14,11 @@ from llava_ray.model.loading import load_pretrained_model
 
 def make_engine(source: ModelSource, settings: ServeSettings) -> BuiltinEngine:
     """Build the engine of a replica, not started."""
-    bounds = EngineSettings(max_running=settings.max_num_seqs, max_model_len=settings.max_model_len)
+    bounds = EngineSettings(
+        max_running=settings.max_num_seqs,
+        max_model_len=settings.max_model_len,
+        max_lora_rank=settings.max_lora_rank if settings.loads_adapters else None,
+    )
     loading = functools.partial(_load_served_model, source.path, settings)
     return BuiltinEngine(loading, name=source.name, settings=bounds, adapters=dict(source.adapters))
 

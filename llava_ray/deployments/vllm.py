@@ -17,5 +17,7 @@ def make_engine(source: ModelSource, settings: ServeSettings) -> VllmEngine:
         kv_cache_bytes=None if settings.num_gpus else EngineSettings.kv_cache_bytes,
         max_images=settings.max_images,
         cache_dir=settings.export_dir,
+        max_lora_rank=settings.max_lora_rank if settings.loads_adapters else None,
+        max_loaded_adapters=settings.max_loaded_adapters,
     )
     return VllmEngine(source.path, name=source.name, settings=bounds, adapters=dict(source.adapters))

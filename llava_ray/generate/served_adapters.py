@@ -4,12 +4,13 @@ An adapter may bring a projector (with image_newline) and a template; tower, tok
 the base's, because all requests share them.
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llava_ray.config.geometry import GEOMETRY_NAMES
@@ -61,13 +62,45 @@ class ServedAdapters:
 NO_ADAPTERS = ServedAdapters()
 
 
-def load_adapters(base: LlavaParts, folders: Mapping[str, str | Path]) -> ServedAdapters:
+class AdapterLoader:
+    """Loads adapters for a base while it answers requests.
+
+    They are checked in a second model that shares the base's weights but none of its modules.
+    """
+
+    def __init__(self, base: LlavaParts, max_rank: int) -> None:
+        """Initialise before the base is prepared for batching, and after `load_adapters`."""
+        self.base = base
+        self.max_rank = max_rank
+        model = base.llava.language_model
+        shared = {id(tensor): tensor for tensor in (*base.llava.parameters(), *base.llava.buffers())}
+        for name, bias in model.named_parameters():
+            if name.endswith("bias"):  # peft writes an adapter's trained biases into the model
+                shared[id(bias)] = nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.second = replace(base, llava=copy.deepcopy(base.llava, shared))
+
+    def load(self, name: str, folder: str | Path) -> ServedAdapter:
+        """Load one adapter; only one thread may call it at a time. Raises ModelError."""
+        loaded = load_beside(self.second, name, folder)
+        rank = max((len(term.down) for term in loaded.terms.values()), default=0)
+        if rank > self.max_rank:
+            raise ModelError(
+                f"the adapter in {folder} has rank {rank}; at most {self.max_rank} is served here (max_lora_rank). "
+                "Start the service with a larger one, or train the adapter with a smaller lora_r."
+            )
+        if loaded.has_own_projector(self.second):
+            return loaded
+        return replace(loaded, parts=replace(loaded.parts, llava=self.base.llava))
+
+
+def load_adapters(base: LlavaParts, folders: Mapping[str, str | Path], *, extract_own: bool = False) -> ServedAdapters:
     """Load each folder (a bundle with an adapter, LLaVA's LoRA folder, or peft's) once, for the base.
 
-    Where the base itself is such a bundle, its own adapter becomes one of them and is removed from the base.
+    Where the base itself is such a bundle, its own adapter becomes one of them and is removed from the base; without
+    ``folders`` only with ``extract_own``.
     Raises ModelError for an adapter of another base, or one that changes what requests share.
     """
-    if not folders:
+    if not folders and not extract_own:
         return NO_ADAPTERS
     model, adapters = base.llava.language_model, list[ServedAdapter]()
     put_back = NO_ADAPTERS.restore_base
@@ -136,6 +169,7 @@ def _parts_beside(base: LlavaParts, name: str, layout: Layout) -> LlavaParts:
     projector = load_projector(own, manifest, seed=0).to(device, dtype)
     newline = find_newline(own, companions, seed=0).to(device, dtype)
     llava = Llava(projector, model, base.mm_hidden_size, base.image_tokens, newline)
+    _check_finite({key: part for key, part in llava.state_dict().items() if _is_beside(key)}, layout.folder)
     return replace(base, llava=base.llava if _is_same(llava, base.llava) else llava.eval(), template=own.template)
 
 
@@ -171,15 +205,31 @@ def _check_embeddings(base: LlavaParts, embeddings: Tensor | None, name: str) ->
 def _is_same(one: Llava, other: Llava) -> bool:
     """Return whether two models have equal projectors."""
     mine, theirs = (
-        {name: tensor for name, tensor in llava.state_dict().items() if not name.startswith("language_model.")}
-        for llava in (one, other)
+        {name: tensor for name, tensor in llava.state_dict().items() if _is_beside(name)} for llava in (one, other)
     )
     return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def _is_beside(name: str) -> bool:
+    """Return whether a tensor of a model is none of its language model's."""
+    return not name.startswith("language_model.")
+
+
+def _check_finite(tensors: Mapping[str, Tensor | None], folder: Path) -> None:
+    """Check that an adapter's tensors have neither NaN nor infinite values. Raises ModelError that names the first."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not bool(tensor.isfinite().all()):
+            raise ModelError(
+                f"the adapter in {folder} has values in {name} that are not finite (NaN or infinite). Its training "
+                "diverged, or the file is damaged: copy it again, or use an earlier checkpoint."
+            )
 
 
 @torch.no_grad()
 def _check_terms(model: PreTrainedModel, terms: Terms, expected: Tensor, folder: Path) -> None:
     """Check that the model with these terms gives the same logits as with peft's layers. Raises ModelError."""
+    for name, term in terms.items():
+        _check_finite({f"{name} ({key})": tensor for key, tensor in vars(term).items()}, folder)
     rows = RowAdapters(model, {"it": terms})
     try:
         rows.choose_one("it", len(expected))

@@ -27,7 +27,7 @@ from llava_ray.generate.engine import (
 )
 from llava_ray.generate.prompts import Prompt, PromptMaker, find_prompt_maker
 from llava_ray.generate.row_adapters import AdapterName
-from llava_ray.generate.served_adapters import ServedAdapters, load_adapters
+from llava_ray.generate.served_adapters import AdapterLoader, ServedAdapter, ServedAdapters, load_adapters
 from llava_ray.generate.settings import EngineSettings
 from llava_ray.generate.vision_cache import VisionCache
 from llava_ray.images.views import ImageDecoder
@@ -42,6 +42,7 @@ class _AnswerStream:
         self.queue: asyncio.Queue[GenerationChunk | Exception | None] = asyncio.Queue()
         self.running: RunningRequest | None = None
         self.cancelled = False
+        self.adapter: AdapterName = None
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,12 @@ class _LoadedModel:
     """The state between start and stop."""
 
     parts: LlavaParts
-    prompts: Mapping[AdapterName, PromptMaker]
+    prompts: dict[AdapterName, PromptMaker]
     """Of each adapter; of the base under None."""
     batch: RunningBatch
     card: ModelCard
+    loader: AdapterLoader | None
+    """Loads adapters after the start, where the settings ask for it."""
 
 
 class BuiltinEngine:
@@ -85,10 +88,13 @@ class BuiltinEngine:
         self._changed = Condition()
         self._to_add: list[RunningRequest] = []
         self._to_drop: list[RunningRequest] = []
+        self._between: list[tuple[Callable[[], None], asyncio.Future[None]]] = []
+        """Calls that the thread of the steps makes before its next step."""
         self._stopping = False
         self._thread: Thread | None = None
         self.decoder: ImageDecoder | None = None
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare-requests")
+        self._loading = ThreadPoolExecutor(1, thread_name_prefix="load-adapters")
 
     @property
     def card(self) -> ModelCard:
@@ -110,6 +116,7 @@ class BuiltinEngine:
         check_unique_request_id(request.request_id, self._streams)
         prompts = find_prompt_maker(loaded.prompts, request.model)
         stream = self._streams[request.request_id] = _AnswerStream()
+        stream.adapter = request.model
         try:
             prompt = await self._prepare(prompts, request)
             if stream.cancelled:
@@ -157,7 +164,27 @@ class BuiltinEngine:
         if self._thread is not None:
             await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
         self._preparing.shutdown(wait=False)
+        self._loading.shutdown(wait=False)
         self._loaded = None
+
+    async def load_adapter(self, name: str, folder: str | Path) -> None:
+        """Load another adapter while requests are answered; see ``engine.LoadsAdapters``."""
+        loaded = self._ready()
+        if loaded.loader is None:
+            raise ModelError("this engine loads adapters at its start only; give max_lora_rank in its settings.")
+        if name in loaded.prompts:
+            raise ModelError(f"there is an adapter {name!r} already; remove it first.")
+        found = await self._loop.run_in_executor(self._loading, loaded.loader.load, name, folder)
+        await self._between_steps(functools.partial(loaded.batch.adapters.add, name, found.terms))
+        loaded.prompts[name] = self._prompt_maker(found, loaded.parts, loaded.batch)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Remove an adapter; see ``engine.LoadsAdapters``."""
+        loaded = self._ready()
+        if any(stream.adapter == name for stream in self._streams.values()):
+            raise ModelError(f"the adapter {name!r} is being used; remove it when its requests have ended.")
+        if loaded.prompts.pop(name, None) is not None:
+            await self._between_steps(functools.partial(loaded.batch.adapters.discard, name))
 
     def use_decoder(self, decoder: ImageDecoder) -> None:
         """Decode the images of all later requests with ``decoder``."""
@@ -185,7 +212,9 @@ class BuiltinEngine:
     def _load(self) -> _LoadedModel:
         parts = self.load()
         cache = VisionCache(self.settings.image_cache_bytes)
-        served = load_adapters(parts, self.adapters)
+        max_rank = self.settings.max_lora_rank
+        served = load_adapters(parts, self.adapters, extract_own=max_rank is not None)
+        loader = None if max_rank is None else AdapterLoader(parts, max_rank)
         batch = self.make_batch(parts, cache, self.settings, served)
         card = ModelCard(
             name=self.name,
@@ -195,10 +224,23 @@ class BuiltinEngine:
             adapters=served.names,
         )
         makers: dict[AdapterName, PromptMaker] = {None: PromptMaker(parts, cache, batch.max_model_len)}
-        for adapter in served.adapters:
-            own = f" by {adapter.name}" if adapter.has_own_projector(parts) else ""
-            makers[adapter.name] = PromptMaker(adapter.parts, cache, batch.max_model_len, own)
-        return _LoadedModel(parts, makers, batch, card)
+        makers |= {adapter.name: self._prompt_maker(adapter, parts, batch) for adapter in served.adapters}
+        return _LoadedModel(parts, makers, batch, card, loader)
+
+    def _prompt_maker(self, adapter: ServedAdapter, base: LlavaParts, batch: RunningBatch) -> PromptMaker:
+        own = f" by {adapter.name}" if adapter.has_own_projector(base) else ""
+        return PromptMaker(adapter.parts, batch.images, batch.max_model_len, own)
+
+    async def _between_steps(self, call: Callable[[], None]) -> None:
+        """Let the thread of the steps make a call before its next step. Raises its error, or ModelError."""
+        self.check_health()
+        done: asyncio.Future[None] = self._loop.create_future()
+        with self._changed:
+            if self._stopping:
+                raise ModelError("the engine is stopping.")
+            self._between.append((call, done))
+            self._changed.notify()
+        await done
 
     def _join(self, batch: RunningBatch, stream: _AnswerStream, request: GenerationRequest, prompt: Prompt) -> None:
         self.check_health()
@@ -220,12 +262,15 @@ class BuiltinEngine:
         try:
             while True:
                 with self._changed:
-                    while not (self._stopping or self._to_add or self._to_drop or batch.has_work):
+                    while not (self._stopping or self._to_add or self._to_drop or self._between or batch.has_work):
                         self._changed.wait()
                     joining, self._to_add = self._to_add, []
                     leaving, self._to_drop = self._to_drop, []
+                    between, self._between = self._between, []
                 batch.add(joining)
                 batch.drop(leaving)
+                for call, done in between:
+                    self._run_between(call, done)
                 if self._stopping:
                     break
                 self._deliver_soon(batch.step())
@@ -233,8 +278,22 @@ class BuiltinEngine:
             self._failure = error
             self._call(self._fail_all, error)
         finally:
+            with self._changed:
+                self._stopping = True
+                between, self._between = self._between, []
+            for _, done in between:
+                self._call(_settle, done, ModelError("the engine has stopped."))
             batch.close()
             torch.cuda.empty_cache()
+
+    def _run_between(self, call: Callable[[], None], done: "asyncio.Future[None]") -> None:
+        """Make a call between two steps; its error is its caller's alone."""
+        failure: Exception | None = None
+        try:
+            call()
+        except Exception as error:  # noqa: BLE001 - the caller raises it
+            failure = error
+        self._call(_settle, done, failure)
 
     def _deliver_soon(self, results: StepResults) -> None:
         if results:
@@ -253,3 +312,13 @@ class BuiltinEngine:
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(functools.partial(function, *arguments))
+
+
+def _settle(done: "asyncio.Future[None]", failure: Exception | None) -> None:
+    """Set the result of a call, unless its caller has gone."""
+    if done.cancelled():
+        return
+    if failure is None:
+        done.set_result(None)
+    else:
+        done.set_exception(failure)

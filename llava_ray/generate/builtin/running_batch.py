@@ -82,9 +82,9 @@ class RunningBatch:
         self._undo: list[Callable[[], object]] = [served.restore_base]
         try:
             self._undo.append(pack_linears([model, parts.tower.backbone], settings.packed_weight_bytes))
-            adapters = RowAdapters(model, {adapter.name: adapter.terms for adapter in served.adapters})
-            self._undo.append(adapters.remove)
-            self.model = RowModel(model, adapters)
+            self.adapters = RowAdapters(model, {adapter.name: adapter.terms for adapter in served.adapters})
+            self._undo.append(self.adapters.remove)
+            self.model = RowModel(model, self.adapters)
             self._undo.append(self.model.restore)
         except BaseException:
             self._restore_model()
