@@ -14,12 +14,7 @@ from llava_ray.model.loading import load_pretrained_model
 from llava_ray.model.lora.adapters import has_adapter
 from llava_ray.model.network.quantization import find_quantization
 from llava_ray.quickstart import easy_vqa
-from llava_ray.quickstart.easy_vqa_records import (
-    WordsCurriculum,
-    write_conversations,
-    write_open_questions,
-    write_words,
-)
+from llava_ray.quickstart.easy_vqa_records import WordsCurriculum, write_conversations, write_open_questions, write_words
 from llava_ray.quickstart.registry_weights import make_language_model as make_smollm2
 from llava_ray.quickstart.registry_weights import make_vision_tower as make_dinov2
 from llava_ray.runtime import connected
