@@ -308,9 +308,7 @@ async def posted(body: object, key: str = ADMIN, **told: object) -> httpx.Respon
     """What a service without any replica's engine started answers."""
     from serving import EchoEngine
 
-    settings = ServeSettings.parsed(
-        {"model": "echo@x", "admin_keys": "admin", "allowed_adapter_paths": "/tmp", **told}  # noqa: S108 - nothing is read
-    )
+    settings = ServeSettings.parsed({"model": "echo@x", "admin_keys": "admin", "allowed_adapter_paths": "/tmp", **told})
     [source] = settings.sources
     front = Front(LocalGateway({source: Replica(EchoEngine(), source, settings)}), settings, KEYS if key else ())
     transport = httpx.ASGITransport(build_front(front))
@@ -325,7 +323,7 @@ def test_who_may_load_adapters() -> None:
     assert error_of(asyncio.run(posted(body, "wrong"))) == (401, "invalid_api_key", None)
     assert error_of(asyncio.run(posted(body, USER))) == (403, "not_admin", None)
     assert error_of(asyncio.run(posted(body, ""))) == (403, "not_admin", None)
-    closed = asyncio.run(posted(body, admin_keys="", allowed_adapter_paths="/tmp"))  # noqa: S108
+    closed = asyncio.run(posted(body, admin_keys="", allowed_adapter_paths="/tmp"))
     assert error_of(closed) == (404, "adapters_closed", None)
     assert "admin_keys" in closed.text
     with pytest.raises(ConfigError, match="no API key of the name 'bob'"):
