@@ -56,7 +56,7 @@ def test_each_is_what_it_is_alone_whatever_came_and_went_before(model: PreTraine
     base = logits(model, rows, None)
     present: list[str] = []
     order = torch.Generator().manual_seed(1)
-    for _ in range(60):
+    for _ in range(30):
         name = f"{int(torch.randint(12, (), generator=order))}"
         if name in present:
             rows.discard(name)
@@ -65,7 +65,7 @@ def test_each_is_what_it_is_alone_whatever_came_and_went_before(model: PreTraine
             rows.add(name, known[name])
             present.append(name)
         assert torch.equal(logits(model, rows, None), base)
-        for other in present[-2:]:
+        for other in present[-1:]:
             torch.testing.assert_close(logits(model, rows, other), alone[other], rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(logits(model, rows, other, present[0]), alone[other], rtol=1e-4, atol=1e-4)
             assert torch.equal(logits(model, rows, None, other), logits(model, rows, None, present[0]))

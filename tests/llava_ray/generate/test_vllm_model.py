@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import fakes
 import pytest
+import torch
 from engines import make_parts, request, write_adapter
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from llava_ray.config.sections import ModelConfig
 from llava_ray.deployments.settings import ServeSettings
@@ -61,6 +63,19 @@ def test_an_adapter_gets_the_names_of_a_language_model_inside_a_llava(root: Path
     assert (arguments["enable_lora"], arguments["max_loras"], arguments["max_lora_rank"]) == (True, 2, 8)
     assert (arguments["max_num_seqs"], arguments["kv_cache_memory_bytes"]) == (4, 100)
     assert "max_model_len" not in arguments
+    later = engine_arguments(model, VllmSettings(max_lora_rank=60, max_loaded_adapters=9))
+    assert (later["max_loras"], later["max_cpu_loras"], later["max_lora_rank"]) == (6, 12, 64)
+
+
+def test_an_adapter_that_does_not_fit_is_refused_before_vllm_runs_it(root: Path, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "wide", load_pretrained_model(root / "model"), seed=1)
+    file = folder / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    first = next(name for name in tensors if "lora_B" in name)
+    for changed, message in ((torch.ones(7, 4), "is 7 wide, expected"), (tensors[first] * torch.nan, "not finite")):
+        save_file(tensors | {first: changed}, file, {"format": "pt"})
+        with pytest.raises(ModelError, match=message):
+            prepare_model(root / "model", tmp_path / "cache", {"wide": folder})
 
 
 @pytest.mark.parametrize(
