@@ -123,12 +123,6 @@ def _check_projector(base: Blueprint, layout: Layout, name: str) -> None:
 
 def _check_plain(files: AdapterFiles, name: str) -> None:
     """Check that an adapter has no settings that vLLM does not support. Raises ModelError."""
-    for key, tensor in files.tensors.items():
-        if not bool(tensor.isfinite().all()):
-            raise ModelError(
-                f"adapter {name!r} ({files.folder}) has values in {key} that are not finite. Its training diverged, "
-                "or the file is damaged: copy it again, or use an earlier checkpoint."
-            )
     for setting, plain in {"use_dora": False, "bias": "none", "lora_bias": False, "rank_pattern": {}}.items():
         found = getattr(files.config, setting)
         if found != plain:
