@@ -228,7 +228,7 @@ class BuiltinEngine:
         return _LoadedModel(parts, makers, batch, card, loader)
 
     def _prompt_maker(self, adapter: ServedAdapter, base: LlavaParts, batch: RunningBatch) -> PromptMaker:
-        own = f" by {adapter.name}" if adapter.has_own_projector(base) else ""
+        own = f" by {adapter.name}" if adapter.has_own_features(base) else ""
         return PromptMaker(adapter.parts, batch.images, batch.max_model_len, own)
 
     async def _between_steps(self, call: Callable[[], None]) -> None:

@@ -213,7 +213,7 @@ class RunningBatch:
         unknown = {image.key: image for _, image in begun}
         if not unknown:
             return
-        for key, embeddings in zip(unknown, embed_images(self.parts.tower, list(unknown.values())), strict=True):
+        for key, embeddings in zip(unknown, embed_images(list(unknown.values())), strict=True):
             unknown[key].embeddings = embeddings
             self.images.keep(key, embeddings)
         for prompt, image in begun:

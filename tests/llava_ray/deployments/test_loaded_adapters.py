@@ -35,7 +35,7 @@ pytestmark = pytest.mark.slow
 ADMIN, USER = "an admin's key, long enough", "a user's key, also long enough"
 KEYS = (ApiKey("admin", digest(ADMIN)), ApiKey("user", digest(USER)))
 QUESTION = "what is it?"
-ALL = {"plain": {}, "seeing": {"own_projector": True}, "dora": {"use_dora": True, "lora_r": 3}}
+ALL = {"plain": {}, "seeing": {"own_projector": True, "own_tower": True}, "dora": {"use_dora": True, "lora_r": 3}}
 
 
 @pytest.fixture(scope="module")

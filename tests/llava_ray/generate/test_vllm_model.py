@@ -72,7 +72,10 @@ def test_an_adapter_that_does_not_fit_is_refused_before_vllm_runs_it(root: Path,
     file = folder / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)
     first = next(name for name in tensors if "lora_B" in name)
-    for changed, message in ((torch.ones(7, 4), "is 7 wide, expected"), (tensors[first] * torch.nan, "NaN or infinite")):
+    for changed, message in (
+        (torch.ones(7, 4), "is 7 wide, expected"),
+        (tensors[first] * torch.nan, "NaN or infinite"),
+    ):
         save_file(tensors | {first: changed}, file, {"format": "pt"})
         with pytest.raises(ModelError, match=message):
             prepare_model(root / "model", tmp_path / "cache", {"wide": folder})
@@ -84,6 +87,7 @@ def test_an_adapter_that_does_not_fit_is_refused_before_vllm_runs_it(root: Path,
         ({"use_dora": True}, "use_dora = True; vLLM expects False"),
         ({"lora_bias": "all"}, "bias = 'all'"),
         ({"own_projector": True}, "has its own projector, and vLLM supports one for all"),
+        ({"own_tower": True}, "vision_tower 'a tower of its own'"),
     ],
 )
 def test_adapters_that_vllm_cannot_serve_are_refused(
