@@ -278,6 +278,9 @@ def test_bad_adapters_are_refused_by_field_and_disturb_nobody(root: Path, tmp_pa
             elsewhere = await client.load("x", root / "adapters" / "plain", base_model_name="other")
             assert error_of(elsewhere) == (404, "model_not_found", "base_model_name")
             client.replica.engine.check_health()
+            assert (await client.load("again", root / "adapters" / "plain")).status_code == 200
+            assert await client.text("again", 60) == expected["plain"]
+            assert await client.text("base", 60) == expected["base"]
 
     asyncio.run(run())
 
