@@ -47,7 +47,7 @@ def address() -> Iterator[str]:
 
 
 def find(folder: Path, address: str, name: str, revision: str | None = None, **limits: float) -> Path:
-    bounds = {"max_bytes": 10_000, "cache_bytes": 10_000, "timeout_s": 1.0, "max_redirects": 2, **limits}
+    bounds = {"max_bytes": 10_000, "cache_bytes": 10_000, "timeout_s": 60.0, "max_redirects": 2, **limits}
     downloads = AdapterDownloads(folder, DownloadLimits([f"{address}/adapters"], **bounds))  # type: ignore[arg-type]
     adapter = AdapterRef(name, f"{address}/adapters/{name}", "base", revision or name)
     return asyncio.run(downloads.find(adapter))
