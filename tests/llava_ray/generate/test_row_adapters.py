@@ -86,7 +86,7 @@ def test_an_overflow_in_one_is_no_others(model: PreTrainedModel) -> None:
         together = layer(inputs)[0]
         assert not together[4:].isfinite().all()
         rows.choose([None, "good"], [2, 4], torch.arange(6))
-        torch.testing.assert_close(together[:4], layer(inputs)[0, :4])
+        torch.testing.assert_close(together[:4], layer(inputs)[0, :4], rtol=1e-4, atol=1e-3)
         assert together[:4].isfinite().all()
     finally:
         rows.remove()
