@@ -14,7 +14,7 @@ from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from llava_ray.deployments import message_sizes
-from llava_ray.deployments.adapters.places import AdapterRef
+from llava_ray.deployments.adapters.methods import AdapterMethods
 from llava_ray.deployments.engines import make_engine
 from llava_ray.deployments.front import build_front
 from llava_ray.deployments.handles import ServeGateway, collect_metrics
@@ -53,7 +53,7 @@ _CALLS_PER_INGRESS = 100.0
 INGRESS_CPUS = 0.1
 
 
-class ModelDeployment:
+class ModelDeployment(AdapterMethods):
     """A replica of a model on a Ray worker."""
 
     async def __init__(self, source: ModelSource, settings: ServeSettings) -> None:  # type: ignore[misc]
@@ -73,18 +73,6 @@ class ModelDeployment:
     async def card(self) -> ModelCard:
         """Return the model's capabilities."""
         return self.replica.card()
-
-    async def load_adapter(self, adapter: AdapterRef) -> Refused | None:
-        """Load an adapter; return a refusal if it cannot be served."""
-        return await self.replica.load_adapter(adapter)
-
-    async def count_adapter_users(self, adapter: AdapterRef) -> int:
-        """Return the number of requests that use an adapter."""
-        return self.replica.adapters.users[adapter.revision]
-
-    async def drop_adapter(self, adapter: AdapterRef) -> None:
-        """Remove an adapter, when its last request has ended."""
-        await self.replica.adapters.drop(adapter)
 
     async def collect(self) -> tuple[str, list[Metric]]:
         """Return this replica's id and metrics."""

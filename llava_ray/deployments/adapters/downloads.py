@@ -12,7 +12,7 @@ from pathlib import Path
 import aiohttp
 from yarl import URL
 
-from llava_ray.deployments.adapters.places import PARAM, AdapterRef, check_url, is_allowed_url, too_many_bytes
+from llava_ray.deployments.adapters.places import PARAM, AdapterRef, adapter_too_large, check_url, is_allowed_url
 from llava_ray.deployments.refusal import RefusalError, refuse
 
 _CHUNK = 256 * 1024
@@ -188,7 +188,7 @@ class _Download:
             async for chunk in response.content.iter_chunked(_CHUNK):
                 self.num_bytes += len(chunk)
                 if self.num_bytes > self.limits.max_bytes:
-                    raise too_many_bytes(self.num_bytes, self.limits.max_bytes)
+                    raise adapter_too_large(self.num_bytes, self.limits.max_bytes)
                 file.write(chunk)
 
 

@@ -141,10 +141,10 @@ def _check_files(folder: Path, roots: Sequence[Path], max_bytes: int, outside: R
             400, f"lora_path: its files cannot be read ({type(error).__name__})", "bad_adapter", PARAM
         ) from None
     if num_bytes > max_bytes:
-        raise too_many_bytes(num_bytes, max_bytes)
+        raise adapter_too_large(num_bytes, max_bytes)
 
 
-def too_many_bytes(found: int, max_bytes: int) -> RefusalError:
+def adapter_too_large(found: int, max_bytes: int) -> RefusalError:
     """Return the refusal of an adapter whose files are too large."""
     return refuse(
         400,

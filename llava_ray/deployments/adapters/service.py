@@ -10,7 +10,7 @@ from llava_ray.deployments.adapters.registry import AdapterRegistry
 from llava_ray.deployments.refusal import refuse
 from llava_ray.deployments.settings import ServeSettings
 
-NAME = "lora_name"
+_NAME = "lora_name"
 
 
 class ReplicaCalls(Protocol):
@@ -68,9 +68,9 @@ class AdapterService:
             if old is None and len(await self.registry.list_all()) >= self.settings.max_adapters:
                 raise refuse(
                     400,
-                    f"{NAME}: {self.settings.max_adapters} adapters are loaded (max_adapters); unload one first",
+                    f"{_NAME}: {self.settings.max_adapters} adapters are loaded (max_adapters); unload one first",
                     "too_many_adapters",
-                    NAME,
+                    _NAME,
                 )
             await self.replicas[base].load(adapter)
             if not await self.registry.add(adapter, replacing=replacing):  # through another ingress meanwhile
@@ -87,14 +87,14 @@ class AdapterService:
             if adapter is None:
                 of_start = any(name in source.names for source in self.settings.sources)
                 words = "is part of the service's settings and stays" if of_start else "cannot be found"
-                raise refuse(404, f"{NAME}: the lora adapter {name[:100]!r} {words}", "adapter_not_found", NAME)
+                raise refuse(404, f"{_NAME}: the lora adapter {name[:100]!r} {words}", "adapter_not_found", _NAME)
             num_users = await self.replicas[adapter.base].count_users(adapter)
             if num_users:
                 raise refuse(
                     409,
-                    f"{NAME}: {num_users} requests use the adapter {name!r}; unload it when they have ended",
+                    f"{_NAME}: {num_users} requests use the adapter {name!r}; unload it when they have ended",
                     "adapter_in_use",
-                    NAME,
+                    _NAME,
                 )
             await self.registry.remove(name)
             await self.replicas[adapter.base].drop(adapter)
@@ -104,7 +104,7 @@ class AdapterService:
         sources = self.settings.sources
         if any(name in source.names for source in sources):
             raise refuse(
-                400, f"{NAME}: {name!r} is a model of the service's settings; choose another", "name_taken", NAME
+                400, f"{_NAME}: {name!r} is a model of the service's settings; choose another", "name_taken", _NAME
             )
         models = [source.name for source in sources]
         if base is not None and base not in models:
@@ -117,8 +117,8 @@ def _already_loaded(name: str) -> Exception:
     """Return vLLM's refusal of a name that is taken."""
     return refuse(
         400,
-        f"{NAME}: the lora adapter {name!r} has already been loaded; unload it first, or replace it with "
+        f"{_NAME}: the lora adapter {name!r} has already been loaded; unload it first, or replace it with "
         "load_inplace = true",
         "already_loaded",
-        NAME,
+        _NAME,
     )

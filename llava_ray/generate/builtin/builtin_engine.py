@@ -17,6 +17,7 @@ import torch
 
 from llava_ray.config.sections import MAX_IMAGE_PIXELS
 from llava_ray.errors import ModelError
+from llava_ray.generate.adapter_loading import AdapterLoader
 from llava_ray.generate.builtin.running_batch import RunningBatch, RunningRequest, StepResults
 from llava_ray.generate.engine import (
     EngineStats,
@@ -27,7 +28,7 @@ from llava_ray.generate.engine import (
 )
 from llava_ray.generate.prompts import Prompt, PromptMaker, find_prompt_maker
 from llava_ray.generate.row_adapters import AdapterName
-from llava_ray.generate.served_adapters import AdapterLoader, ServedAdapter, ServedAdapters, load_adapters
+from llava_ray.generate.served_adapters import ServedAdapter, ServedAdapters, load_adapters
 from llava_ray.generate.settings import EngineSettings
 from llava_ray.generate.vision_cache import VisionCache
 from llava_ray.images.views import ImageDecoder
