@@ -69,7 +69,15 @@ def spoil(parts: LlavaParts, character: str) -> LlavaParts:
     return parts
 
 
-def write_adapter(folder: Path, parts: LlavaParts, *, seed: int, own_projector: bool = False, **lora: object) -> Path:
+def write_adapter(
+    folder: Path,
+    parts: LlavaParts,
+    *,
+    seed: int,
+    own_projector: bool = False,
+    own_tower: bool = False,
+    **lora: object,
+) -> Path:
     """Write a bundle with an adapter, as after training, over a model that is of no more use afterwards."""
     settings = {"lora_enable": True, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
     add_adapter(parts.llava.language_model, LoraConfig.parsed(settings | lora), seed=seed)
@@ -79,7 +87,17 @@ def write_adapter(folder: Path, parts: LlavaParts, *, seed: int, own_projector: 
     with torch.no_grad():
         for parameter in learns:
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    save_bundle(folder, parts)
+    tensors = None
+    if own_tower:
+        tower = parts.tower.backbone.state_dict()
+        own = {
+            f"vision_tower.{key}": tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
+            if tensor.is_floating_point()
+            else tensor
+            for key, tensor in tower.items()
+        }
+        tensors = parts.llava.state_dict() | own
+    save_bundle(folder, parts, tensors)
     return folder
 
 

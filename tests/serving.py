@@ -51,6 +51,11 @@ class EchoEngine:
         self.num_tokens = 0
         self.num_prompt_tokens = 0
         self.broken: str | None = None
+        self.loaded: dict[str, Path] = {}
+        """Adapters that were loaded after the start, with their folders."""
+        self.num_loads = 0
+        self.load_s = 0.0
+        self.load_error: Exception | None = None
 
     @property
     def card(self) -> ModelCard:
@@ -107,6 +112,21 @@ class EchoEngine:
             if reason is not None:
                 return
             await asyncio.sleep(self.token_s)
+
+    async def load_adapter(self, name: str, folder: str | Path) -> None:
+        self.num_loads += 1
+        await asyncio.sleep(self.load_s)
+        if self.load_error is not None:
+            raise self.load_error
+        if not (Path(folder) / "adapter_config.json").is_file():
+            raise ModelError(f"{folder} holds no adapter")
+        assert name not in self.loaded
+        self.loaded[name] = Path(folder)
+
+    async def unload_adapter(self, name: str) -> None:
+        await asyncio.sleep(0)
+        assert not any(request.model == name for request in self.seen if request.request_id in self.running)
+        del self.loaded[name]
 
     async def cancel(self, request_id: str) -> None:
         raise NotImplementedError  # the service leaves the iterator

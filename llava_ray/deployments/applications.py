@@ -1,6 +1,7 @@
 """The applications of Ray Serve: one deployment per model, and an ingress in front of them."""
 
 import logging
+import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -14,10 +15,11 @@ from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from llava_ray.deployments import message_sizes
+from llava_ray.deployments.adapters.methods import AdapterMethods
 from llava_ray.deployments.engines import make_engine
 from llava_ray.deployments.front import build_front
 from llava_ray.deployments.handles import ServeGateway, collect_metrics
-from llava_ray.deployments.http.auth import ApiKey, read_api_keys
+from llava_ray.deployments.http.auth import ApiKey, check_admin_keys, read_api_keys
 from llava_ray.deployments.http.routes import Front
 from llava_ray.deployments.merging import with_heartbeats
 from llava_ray.deployments.messages import Task
@@ -61,7 +63,7 @@ def log_where_serve_does() -> None:
             ours.addHandler(handler)
 
 
-class ModelDeployment:
+class ModelDeployment(AdapterMethods):
     """A replica of a model on a Ray worker."""
 
     async def __init__(self, source: ModelSource, settings: ServeSettings) -> None:  # type: ignore[misc]
@@ -109,14 +111,18 @@ class Ingress:
         *,
         with_api: bool,
         with_page: bool,
+        service_id: str = "",
     ) -> None:
-        """Initialise with a handle per model name; without them use the application ``settings.api_app``."""
+        """Initialise with a handle per model name; without them use the application ``settings.api_app``.
+
+        ``service_id`` is the same for all ingresses of one service, also after a restart.
+        """
         message_sizes.check_environment("api" if with_api else "page")
         self.with_api, self.with_page = with_api, with_page
         if handles is None:
             handles = {source.name: _handle_elsewhere(source, settings) for source in settings.sources}
         handles_of = {source: handles[source.name] for source in settings.sources}
-        self.gateway = traced(ServeGateway(handles_of, settings), settings.mlflow_tracking_uri)
+        self.gateway = traced(ServeGateway(handles_of, settings, service_id), settings.mlflow_tracking_uri)
         self.fronts: DeploymentHandle | None = None
         self.front = Front(self.gateway, settings, keys, collect=self.collect_all)
         self.watchdog = start_watchdog()
@@ -157,6 +163,7 @@ def _application(args: dict[str, Any], *, with_api: bool, with_page: bool) -> Ap
     settings = with_absolute_paths(ServeSettings.parsed(args))
     message_sizes.check_sizes(settings)
     keys = read_api_keys(settings.api_keys_file)
+    check_admin_keys(settings.admin_keys, keys)
     page_only = with_page and not with_api
     models = None if page_only else {source.name: _model_deployment(source, settings) for source in settings.sources}
     ingress = serve.deployment(Ingress, name="page" if page_only else "api").options(
@@ -171,7 +178,9 @@ def _application(args: dict[str, Any], *, with_api: bool, with_page: bool) -> Ap
             else _scaling(settings, settings.min_ingress_replicas, settings.max_ingress_replicas, _CALLS_PER_INGRESS)
         ),
     )
-    bound: Application = ingress.bind(settings, keys, models, with_api=with_api, with_page=with_page)
+    bound: Application = ingress.bind(
+        settings, keys, models, with_api=with_api, with_page=with_page, service_id=uuid.uuid4().hex
+    )
     return bound
 
 
@@ -237,6 +246,7 @@ def with_absolute_paths(settings: ServeSettings) -> ServeSettings:
         {
             "model": tuple(map(absolute, settings.model)),
             "adapters": tuple(map(absolute, settings.adapters)),
+            "allowed_adapter_paths": tuple(map(absolute, settings.allowed_adapter_paths)),
             "page_examples": settings.page_examples and absolute(settings.page_examples),
         }
     )

@@ -7,6 +7,9 @@ from typing import Protocol
 
 from prometheus_client.core import Metric
 
+from llava_ray.deployments.adapters.places import AdapterRef
+from llava_ray.deployments.adapters.registry import LocalRegistry
+from llava_ray.deployments.adapters.service import AdapterService
 from llava_ray.deployments.messages import Task
 from llava_ray.deployments.refusal import RefusalError, Refused, refuse
 from llava_ray.deployments.replica import AnswerPiece, Replica
@@ -20,6 +23,11 @@ class Gateway(Protocol):
     @property
     def sources(self) -> tuple[ModelSource, ...]:
         """Return the models in display order."""
+        ...
+
+    @property
+    def adapters(self) -> AdapterService:
+        """Return the adapters that are loaded while the service runs."""
         ...
 
     def run(self, task: Task, session: str) -> AsyncGenerator[list[AnswerPiece], None]:
@@ -48,6 +56,9 @@ class LocalGateway:
     def __init__(self, replicas: Mapping[ModelSource, Replica]) -> None:
         """Initialise with one replica per model."""
         self.replicas = dict(replicas)
+        calls = {source.name: LocalCalls(replica) for source, replica in self.replicas.items()}
+        settings = next(iter(self.replicas.values())).settings
+        self.adapters = AdapterService(settings, LocalRegistry(), calls)
 
     @property
     def sources(self) -> tuple[ModelSource, ...]:
@@ -57,7 +68,7 @@ class LocalGateway:
     async def run(self, task: Task, session: str) -> AsyncGenerator[list[AnswerPiece], None]:
         """Stream an answer. Raises RefusalError."""
         del session
-        source = find_served_model(self.sources, task.model)
+        source = find_model_of(self.sources, task)
         async with aclosing(self.replicas[source].run(task)) as items:
             async for item in items:
                 yield unwrapped(item)
@@ -74,6 +85,36 @@ class LocalGateway:
     async def collect(self) -> dict[str, list[Metric]]:
         """Return the metrics of each replica."""
         return {source.name: replica.collect() for source, replica in self.replicas.items()}
+
+
+class LocalCalls:
+    """Calls to the only replica of a model, in this process."""
+
+    def __init__(self, replica: Replica) -> None:
+        """Initialise for a replica."""
+        self.replica = replica
+
+    async def load(self, adapter: AdapterRef) -> None:
+        """Load an adapter. Raises RefusalError."""
+        refused = await self.replica.load_adapter(adapter)
+        if refused is not None:
+            raise RefusalError(refused)
+
+    async def load_everywhere(self, adapter: AdapterRef) -> None:
+        """Do nothing: there is no other replica."""
+
+    async def count_users(self, adapter: AdapterRef) -> int:
+        """Return the number of requests that use an adapter."""
+        return self.replica.adapters.users[adapter.revision]
+
+    async def drop(self, adapter: AdapterRef) -> None:
+        """Remove an adapter, when its last request has ended."""
+        await self.replica.adapters.drop(adapter)
+
+
+def find_model_of(sources: tuple[ModelSource, ...], task: Task) -> ModelSource:
+    """Return the model of a task. Raises RefusalError (404)."""
+    return find_served_model(sources, task.model if task.adapter is None else task.adapter.base)
 
 
 def find_served_model(sources: tuple[ModelSource, ...], name: str) -> ModelSource:

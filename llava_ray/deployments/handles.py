@@ -10,7 +10,10 @@ from ray.exceptions import RayActorError, RayError, TaskCancelledError
 from ray.serve.exceptions import DeploymentUnavailableError, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
-from llava_ray.deployments.gateway import find_served_model, unwrapped
+from llava_ray.deployments.adapters.places import AdapterRef
+from llava_ray.deployments.adapters.registry import ClusterRegistry
+from llava_ray.deployments.adapters.service import AdapterService
+from llava_ray.deployments.gateway import find_model_of, unwrapped
 from llava_ray.deployments.messages import Task
 from llava_ray.deployments.refusal import RefusalError, Refused, refuse
 from llava_ray.deployments.replica import AnswerPiece
@@ -22,6 +25,7 @@ _log = logging.getLogger(__name__)
 _ATTEMPTS = 3  # replicas that a task is tried on, until the first piece of its answer has been sent
 _CARD_TIMEOUT_S = 10.0
 _PING_TIMEOUT_S = 3.0
+_LOADING_S = 300.0  # for loading an adapter, or the model first where it is scaled to zero
 _SILENCE_S = 20.0  # without a piece or a heartbeat, which come every merging._BEAT_S
 
 _LOST = Refused(503, "the replica that generated this answer was lost; try again", "replica_lost", retry_after_s=1)
@@ -30,10 +34,14 @@ _LOST = Refused(503, "the replica that generated this answer was lost; try again
 class ServeGateway:
     """The gateway in an ingress replica."""
 
-    def __init__(self, handles: Mapping[ModelSource, DeploymentHandle], settings: ServeSettings) -> None:
-        """Initialise with one handle per model."""
+    def __init__(
+        self, handles: Mapping[ModelSource, DeploymentHandle], settings: ServeSettings, service_id: str = ""
+    ) -> None:
+        """Initialise with one handle per model; ``service_id`` is that of all ingresses of one service."""
         self.handles = dict(handles)
         self.settings = settings
+        calls = {source.name: HandleCalls(handle, settings) for source, handle in self.handles.items()}
+        self.adapters = AdapterService(settings, ClusterRegistry(service_id), calls)
         self.cards: dict[ModelSource, ModelCard] = {}
 
     @property
@@ -46,7 +54,7 @@ class ServeGateway:
 
         Raises RefusalError.
         """
-        handle = self.handles[find_served_model(self.sources, task.model)]
+        handle = self.handles[find_model_of(self.sources, task)]
         # A model scaled to zero may take minutes to load: no timeout then.
         timeout_s = _SILENCE_S if self.settings.min_replicas else None
         for attempt in range(_ATTEMPTS):
@@ -101,6 +109,51 @@ class ServeGateway:
         """Return the metrics of every replica of every model."""
         answers = await asyncio.gather(*(collect_metrics(handle) for handle in self.handles.values()))
         return {name: metrics for answer in answers for name, metrics in answer.items()}
+
+
+class HandleCalls:
+    """Calls to all replicas of a model about its adapters."""
+
+    def __init__(self, handle: DeploymentHandle, settings: ServeSettings) -> None:
+        """Initialise for a model's handle."""
+        self.handle = handle
+        # For the download and the loading; a model scaled to zero is loaded first, which may take minutes.
+        self.timeout_s = settings.adapter_timeout_s + _LOADING_S
+
+    async def load(self, adapter: AdapterRef) -> None:
+        """Load an adapter in one replica. Raises RefusalError."""
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                refused: Refused | None = await self.handle.load_adapter.remote(adapter)
+        except (TimeoutError, RayError, DeploymentUnavailableError, RequestCancelledError):
+            raise refuse(503, "no replica could load the adapter; try again", "replica_lost") from None
+        if refused is not None:
+            raise RefusalError(refused)
+
+    async def load_everywhere(self, adapter: AdapterRef) -> None:
+        """Load an adapter in all replicas; one that fails loads it with its first request."""
+        answers = await self.broadcast("load_adapter", adapter, timeout_s=self.timeout_s)
+        for answer in answers:
+            if answer is not None:
+                _log.warning("a replica has not loaded the adapter %s: %s", adapter.name, answer)
+
+    async def count_users(self, adapter: AdapterRef) -> int:
+        """Return the number of requests that use an adapter, in the replicas that answer."""
+        answers = await self.broadcast("count_adapter_users", adapter, timeout_s=_PING_TIMEOUT_S)
+        return sum(answer for answer in answers if isinstance(answer, int))
+
+    async def drop(self, adapter: AdapterRef) -> None:
+        """Remove an adapter from all replicas, when its last request has ended."""
+        await self.broadcast("drop_adapter", adapter, timeout_s=_PING_TIMEOUT_S)
+
+    async def broadcast(self, method: str, adapter: AdapterRef, *, timeout_s: float) -> list[Any]:
+        """Call a method of all replicas; exceptions are among the answers."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                answers: list[Any] = await self.handle.broadcast(method, adapter).results_async(return_exceptions=True)
+        except (TimeoutError, RayError, DeploymentUnavailableError) as error:
+            return [error]
+        return answers
 
 
 async def _called(

@@ -6,6 +6,7 @@ from typing import Literal
 
 from llava_ray.chat.conversation import IMAGE_TOKEN, Turn, break_markers, join_parts
 from llava_ray.chat.tool_call import ToolCall
+from llava_ray.deployments.adapters.places import AdapterRef
 from llava_ray.deployments.http.schema import (
     ChatMessage,
     ChatRequest,
@@ -27,7 +28,7 @@ class Task:
 
     request_id: str
     model: str
-    """A name of the replica's ModelSource: its own, or one of its adapters'."""
+    """A name of the replica's ModelSource: its own, one of its adapters', or that of ``adapter``."""
     turns: tuple[Turn, ...] = ()
     prompt: str | None = None
     system: str | None = None
@@ -39,6 +40,8 @@ class Task:
     num_choices: int = 1
     stream: bool = True
     """Whether to send pieces as they come, or all at the end."""
+    adapter: AdapterRef | None = None
+    """The adapter that ``model`` names, if it was loaded while the service runs: the replica may not know it yet."""
 
     @property
     def texts(self) -> tuple[str, ...]:

@@ -3,11 +3,13 @@
 import logging
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
 
 from prometheus_client.core import Metric
 
+from llava_ray.deployments.adapters.loaded import ReplicaAdapters, for_request
+from llava_ray.deployments.adapters.places import AdapterRef
 from llava_ray.deployments.admission import Admission
 from llava_ray.deployments.media.addresses import Network
 from llava_ray.deployments.media.request_images import MediaReader, make_decoder
@@ -36,6 +38,7 @@ class Replica:
         """Initialise for a started ``engine`` with the names of ``source``."""
         self.engine = engine
         self.source = source
+        self.settings = settings
         self.admission = Admission(settings.max_num_seqs, settings.max_queued_requests, settings.retry_after_s)
         self.decoder = make_decoder(settings)
         decodes_elsewhere = isinstance(engine, DecodesElsewhere)
@@ -45,6 +48,7 @@ class Replica:
         self.media = MediaReader(settings, network, self.decoder, decode_whole=not decodes_elsewhere)
         self.moderator = Moderator(settings)
         self.metrics = ReplicaMetrics(source.name)
+        self.adapters = ReplicaAdapters(engine, settings)
 
     def card(self) -> ModelCard:
         """Return the model's capabilities."""
@@ -57,6 +61,14 @@ class Replica:
     def collect(self) -> list[Metric]:
         """Return all current metrics."""
         return self.metrics.collect(self.engine.stats())
+
+    async def load_adapter(self, adapter: AdapterRef) -> Refused | None:
+        """Load an adapter; return a refusal, as a value, if it cannot be served."""
+        try:
+            await self.adapters.load(adapter)
+        except RefusalError as error:
+            return error.refused
+        return None
 
     async def run(self, task: Task) -> AsyncGenerator[Refused | list[AnswerPiece], None]:
         """Yield the answer's pieces, or, as the last item, the reason for its failure.
@@ -93,13 +105,27 @@ class Replica:
         if images:
             self.metrics.media.observe(time.monotonic() - arrived)
         await self.moderator.check(task.texts, images)
-        streams = [
-            self.timed(_generation_request(task, index, images, self.source), arrived)
-            for index in range(task.num_choices)
-        ]
-        async with aclosing(merge_streams(streams, MERGE_S if task.stream else None)) as pieces:
+        async with AsyncExitStack() as stack:
+            model = await self.find_adapter(task, stack)
+            streams = [
+                self.timed(_generation_request(task, index, images, model), arrived)
+                for index in range(task.num_choices)
+            ]
+            pieces = await stack.enter_async_context(aclosing(merge_streams(streams, MERGE_S if task.stream else None)))
             async for piece in pieces:
                 yield piece
+
+    async def find_adapter(self, task: Task, stack: AsyncExitStack) -> str | None:
+        """Return the engine's name of a task's adapter, None for the base; it stays until ``stack`` is left.
+
+        Raises RefusalError.
+        """
+        if task.adapter is None:
+            return None if task.model == self.source.name else task.model
+        try:
+            return await stack.enter_async_context(self.adapters.used(task.adapter))
+        except RefusalError as error:
+            raise RefusalError(for_request(error.refused)) from error
 
     async def timed(self, request: GenerationRequest, arrived: float) -> AsyncGenerator[GenerationChunk, None]:
         """Yield one choice and record its latencies; leaving the iterator cancels the request in the engine."""
@@ -126,7 +152,7 @@ class Replica:
                 yield chunk
 
 
-def _generation_request(task: Task, index: int, images: tuple[bytes, ...], source: ModelSource) -> GenerationRequest:
+def _generation_request(task: Task, index: int, images: tuple[bytes, ...], model: str | None) -> GenerationRequest:
     """Build the engine's request for one choice; each choice has its own seed."""
     sampling = task.sampling
     if sampling.seed is not None and index:
@@ -137,7 +163,7 @@ def _generation_request(task: Task, index: int, images: tuple[bytes, ...], sourc
         prompt=task.prompt,
         images=images,
         system=task.system,
-        model=None if task.model == source.name else task.model,
+        model=model,
         sampling=sampling,
         tool_choice=task.tool_choice,
     )

@@ -8,6 +8,7 @@ from pydantic import model_validator as validator_of_whole
 from pydantic.fields import FieldInfo
 
 from llava_ray.config.schema import ConfigSection
+from llava_ray.deployments.adapters.places import is_plain_url
 
 _MIB = 2**20
 _RUN_MODEL = "model"  # the name of every run's bundle, which does not identify a model
@@ -152,6 +153,28 @@ class ServeSettings(ConfigSection):
     """Rate of each key without its own limit (of all clients together where there are no keys); default: no limit."""
     logins_per_minute: PositiveInt = 20
     """Login attempts on the page from one address, with bursts of a quarter of them."""
+    admin_keys: _Texts = ()
+    """Names of the API keys that may load and unload adapters while the service runs; none by default."""
+    allowed_adapter_paths: _Texts = ()
+    """Folders under which such adapters may lie, with links resolved; the same on all machines. None by default."""
+    allowed_adapter_urls: _Texts = ()
+    """Addresses under which such adapters' folders may lie, such as ``https://example.org/adapters/``; none by
+    default."""
+    max_adapters: PositiveInt = 1000
+    """Adapters that were loaded while the service runs and are known to it."""
+    max_loaded_adapters: PositiveInt = 32
+    """Those of them in the memory of one replica; the least recently used one makes room, and its next request loads it
+    again."""
+    max_lora_rank: PositiveInt = 256
+    """Largest rank of such an adapter."""
+    max_adapter_bytes: PositiveInt = 4096 * _MIB
+    """Bytes of the files of such an adapter."""
+    adapter_cache_dir: str = "~/.cache/llava_ray/adapters"
+    """Folder for downloaded adapters; shared by a machine's replicas."""
+    adapter_cache_bytes: PositiveInt = 16384 * _MIB
+    """Bytes of downloaded adapters; the least recently used ones are deleted beyond them."""
+    adapter_timeout_s: PositiveFloat = 300.0
+    """Seconds for the download of one adapter."""
     cors_allowed_origins: _Texts = ()
     """Origins whose pages may call the API from a browser; none by default."""
     moderation_url: str | None = None
@@ -196,6 +219,24 @@ class ServeSettings(ConfigSection):
         if len(set(names)) < len(names):
             raise ValueError(f"two models have the same name: {', '.join(names)}; name them, NAME@PATH")
         return self
+
+    @validator_of_whole(mode="after")
+    def adapters_consistent(self) -> Self:
+        """Check the settings of adapters that are loaded while the service runs."""
+        for entry in self.allowed_adapter_urls:
+            if not is_plain_url(entry):
+                raise ValueError(
+                    f"allowed_adapter_urls: {entry[:200]!r} is no address such as https://example.org/adapters/ "
+                    "(without user, query and dots as parts of its path)"
+                )
+        if self.admin_keys and not (self.allowed_adapter_paths or self.allowed_adapter_urls):
+            raise ValueError("admin_keys: set allowed_adapter_paths or allowed_adapter_urls too, or leave it out")
+        return self
+
+    @property
+    def loads_adapters(self) -> bool:
+        """Return whether adapters can be loaded while the service runs."""
+        return bool(self.admin_keys and (self.allowed_adapter_paths or self.allowed_adapter_urls))
 
     @property
     def sharing_replicas(self) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 
 from prometheus_client.core import Metric
 
+from llava_ray.deployments.adapters.service import AdapterService
 from llava_ray.deployments.gateway import Gateway
 from llava_ray.deployments.http.responses import Choice
 from llava_ray.deployments.messages import Task
@@ -34,6 +35,11 @@ class TracedGateway:
     def sources(self) -> tuple[ModelSource, ...]:
         """Return the models."""
         return self.gateway.sources
+
+    @property
+    def adapters(self) -> AdapterService:
+        """Return the adapters that are loaded while the service runs."""
+        return self.gateway.adapters
 
     async def run(self, task: Task, session: str) -> AsyncGenerator[list[AnswerPiece], None]:
         """Stream an answer and trace it. Raises RefusalError."""

@@ -22,6 +22,8 @@ def make_engine(source: ModelSource, settings: ServeSettings) -> VllmEngine:
         prefix_cache=settings.engine_prefix_cache_share > 0,
         max_images=settings.max_images,
         cache_dir=settings.export_dir,
+        max_lora_rank=settings.max_lora_rank if settings.loads_adapters else None,
+        max_loaded_adapters=settings.max_loaded_adapters,
     )
     return VllmEngine(
         source.path,

@@ -6,6 +6,7 @@ process of its own), so that a health check never waits for a prefill.
 
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 from llava_ray.chat.conversation import Turn
@@ -211,4 +212,23 @@ class DecodesElsewhere(Protocol):
 
     def use_decoder(self, decoder: ImageDecoder) -> None:
         """Decode the images of all later requests with ``decoder``."""
+        ...
+
+
+@runtime_checkable
+class LoadsAdapters(Protocol):
+    """An engine that loads and removes LoRA adapters while it answers requests.
+
+    A name is never used for two adapters: whatever an engine keeps by name stays true.
+    """
+
+    async def load_adapter(self, name: str, folder: str | Path) -> None:
+        """Load an adapter's folder; requests may name it afterwards. No other request is disturbed.
+
+        Raises ModelError for an adapter that cannot be served; nothing has changed then.
+        """
+        ...
+
+    async def unload_adapter(self, name: str) -> None:
+        """Remove an adapter and free its memory; do nothing without it. Raises ModelError while a request uses it."""
         ...

@@ -31,6 +31,7 @@ from llava_ray.images.views import OpenedImage, open_views
 from llava_ray.model.assembly import LlavaParts
 from llava_ray.model.blueprint import Blueprint
 from llava_ray.model.network.llava import Llava
+from llava_ray.model.network.tower import VisionTower
 
 P = TypeVar("P", bound="PromptText")
 
@@ -40,10 +41,11 @@ class PromptImage:
     """An image in a prompt: preprocessed views until its embeddings are computed."""
 
     key: str
-    """Identifies its content and its projector."""
+    """Identifies its content, its tower and its projector."""
     num_tokens: int
     llava: Llava
     """The model with that projector."""
+    tower: VisionTower
     size: Size = (0, 0)
     views: Float32[Tensor, "n 3 h w"] | None = None
     embeddings: Tensor | None = None
@@ -215,7 +217,7 @@ class PromptMaker(PromptText):
         """Build the prompt; ``opened`` are its images that are not cached. Raises RecordError."""
         new = iter(opened)
         images = [
-            PromptImage(key, len(known), self.parts.llava, embeddings=known)
+            PromptImage(key, len(known), self.parts.llava, self.parts.tower, embeddings=known)
             if known is not None
             else self.prepare(key, next(new))
             for key, known in zip(begun.keys, begun.known, strict=True)
@@ -232,7 +234,7 @@ class PromptMaker(PromptText):
         """Return a new image with preprocessed views."""
         count = self.parts.image_tokens.count(*opened.size)
         views = normalize_pixels(opened.pixels, self.parts.image_spec)
-        return PromptImage(key, count, self.parts.llava, opened.size, views)
+        return PromptImage(key, count, self.parts.llava, self.parts.tower, opened.size, views)
 
 
 def _place_images(ids: Sequence[int], images: Sequence[PromptImage]) -> None:

@@ -1,6 +1,6 @@
 """Adapter folders loaded for a base that is in memory: their terms, projectors and templates.
 
-An adapter may bring a projector (with image_newline) and a template; tower, tokenizer and the geometry of images are
+An adapter may bring a projector (with image_newline), a tower and a template; tokenizer and the geometry of images are
 the base's, because all requests share them.
 """
 
@@ -26,7 +26,8 @@ from llava_ray.model.lora.adapter_terms import Terms, extract_lora_weights, load
 from llava_ray.model.lora.adapters import MERGE_TOLERANCE, compute_probe_logits, has_adapter, measure_drift
 from llava_ray.model.network.llava import Llava
 from llava_ray.model.network.quantization import find_dtype
-from llava_ray.model.parts import find_newline, load_projector
+from llava_ray.model.network.tower import VisionTower
+from llava_ray.model.parts import find_newline, load_projector, load_tower_of
 from llava_ray.model.tensors.tensor_reading import read_tensors
 
 
@@ -38,11 +39,11 @@ class ServedAdapter:
     """The name that requests use; None for the base's own adapter, where the base is a bundle with one."""
     terms: Terms
     parts: LlavaParts
-    """The base's, with the adapter's own projector and template."""
+    """The base's, with the adapter's own projector, tower and template."""
 
-    def has_own_projector(self, base: LlavaParts) -> bool:
-        """Return whether its projector differs from the base's."""
-        return self.parts.llava is not base.llava
+    def has_own_features(self, base: LlavaParts) -> bool:
+        """Return whether it makes other embeddings of an image than the base: by its projector or tower."""
+        return self.parts.llava is not base.llava or self.parts.tower is not base.tower
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,14 @@ class ServedAdapters:
 NO_ADAPTERS = ServedAdapters()
 
 
-def load_adapters(base: LlavaParts, folders: Mapping[str, str | Path]) -> ServedAdapters:
+def load_adapters(base: LlavaParts, folders: Mapping[str, str | Path], *, extract_own: bool = False) -> ServedAdapters:
     """Load each folder (a bundle with an adapter, LLaVA's LoRA folder, or peft's) once, for the base.
 
-    Where the base itself is such a bundle, its own adapter becomes one of them and is removed from the base.
+    Where the base itself is such a bundle, its own adapter becomes one of them and is removed from the base; without
+    ``folders`` only with ``extract_own``.
     Raises ModelError for an adapter of another base, or one that changes what requests share.
     """
-    if not folders:
+    if not folders and not extract_own:
         return NO_ADAPTERS
     model, adapters = base.llava.language_model, list[ServedAdapter]()
     put_back = NO_ADAPTERS.restore_base
@@ -112,8 +114,11 @@ def find_adapter(name: str, folder: str | Path) -> tuple[Layout, bool]:
     return layout, is_pefts
 
 
-def read_beside(base: Blueprint, name: str, layout: Layout) -> Blueprint:
-    """Read an adapter's own settings, and check them against the base's. Raises ModelError."""
+def read_beside(base: Blueprint, name: str, layout: Layout, *, own_tower: bool = False) -> Blueprint:
+    """Read an adapter's own settings, and check them against the base's. Raises ModelError.
+
+    With ``own_tower`` it may have a tower inside that is not the base's.
+    """
     config = pretrained_config(
         layout,
         layout.folder,
@@ -122,13 +127,13 @@ def read_beside(base: Blueprint, name: str, layout: Layout) -> Blueprint:
         version=layout.settings.get("version") or base.config.version,
     )
     own = read_blueprint(config, aspect_ratio(layout), weights=True)
-    _check_shared(base, own, name)
+    _check_shared(base, own, name, own_tower=own_tower)
     return own
 
 
 def _parts_beside(base: LlavaParts, name: str, layout: Layout) -> LlavaParts:
     """Return the base with an adapter's own parts. Raises ModelError if it changes what requests share."""
-    own, companions = read_beside(base, name, layout), read_tensors(layout.companions)
+    own, companions = read_beside(base, name, layout, own_tower=True), read_tensors(layout.companions)
     _check_embeddings(base, companions.get(EMBED_TOKENS), name)
     manifest = base.manifest.model_copy(update={"mm_projector_type": own.config.mm_projector_type})
     model = base.llava.language_model
@@ -136,14 +141,46 @@ def _parts_beside(base: LlavaParts, name: str, layout: Layout) -> LlavaParts:
     projector = load_projector(own, manifest, seed=0).to(device, dtype)
     newline = find_newline(own, companions, seed=0).to(device, dtype)
     llava = Llava(projector, model, base.mm_hidden_size, base.image_tokens, newline)
-    return replace(base, llava=base.llava if _is_same(llava, base.llava) else llava.eval(), template=own.template)
+    _check_finite({key: part for key, part in llava.state_dict().items() if _is_beside(key)}, layout.folder)
+    return replace(
+        base,
+        llava=base.llava if _is_same(llava, base.llava) else llava.eval(),
+        tower=_tower_beside(base, own),
+        template=own.template,
+    )
 
 
-def _check_shared(base: Blueprint, own: Blueprint, name: str) -> None:
-    """Check that an adapter was trained with the base's tower, tokenizer and image settings. Raises ModelError."""
+def _tower_beside(base: LlavaParts, own: Blueprint) -> VisionTower:
+    """Return an adapter's own tower, the base's if it has none. Raises ModelError."""
+    if not _has_own_tower(base, own):
+        return base.tower
+    like = next(base.tower.parameters())
+    tower = load_tower_of(own, like.dtype).to(like.device).eval()
+    _check_finite(tower.state_dict(), own.layout.folder)
+    return tower
+
+
+def _has_own_tower(base: Blueprint, own: Blueprint) -> bool:
+    """Return whether an adapter's folder holds a tower that is not known to be the base's."""
+    if not own.layout.has_vision_tower:
+        return False
+    towers = [one.manifest and one.manifest.vision_tower.fingerprint for one in (base, own)]
+    return towers[0] is None or towers[0] != towers[1]
+
+
+def _check_shared(base: Blueprint, own: Blueprint, name: str, *, own_tower: bool) -> None:
+    """Check that an adapter was trained with the base's tokenizer, image settings and tower. Raises ModelError.
+
+    With ``own_tower`` a tower inside its folder may have other weights, but not another form.
+    """
     shared = [name for name in GEOMETRY_NAMES if name != "mm_projector_type"]
     found = {name: (getattr(own.geometry, name), getattr(base.geometry, name)) for name in shared}
-    if own.manifest is not None and base.manifest is not None:
+    if _has_own_tower(base, own):
+        found["image_processor"] = own.image_spec, base.image_spec
+        found["image_tokens"] = own.image_tokens, base.image_tokens
+        found["mm_hidden_size"] = own.mm_hidden_size, base.mm_hidden_size
+        found["vision_tower"] = ("a tower of its own", "a tower of its own" if own_tower else "another one")
+    elif own.manifest is not None and base.manifest is not None:
         towers = own.manifest.vision_tower.fingerprint[:12], base.manifest.vision_tower.fingerprint[:12]
         found["vision_tower (fingerprint)"] = towers
     for key, (mine, shared) in found.items():
@@ -171,15 +208,31 @@ def _check_embeddings(base: LlavaParts, embeddings: Tensor | None, name: str) ->
 def _is_same(one: Llava, other: Llava) -> bool:
     """Return whether two models have equal projectors."""
     mine, theirs = (
-        {name: tensor for name, tensor in llava.state_dict().items() if not name.startswith("language_model.")}
-        for llava in (one, other)
+        {name: tensor for name, tensor in llava.state_dict().items() if _is_beside(name)} for llava in (one, other)
     )
     return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def _is_beside(name: str) -> bool:
+    """Return whether a tensor of a model is none of its language model's."""
+    return not name.startswith("language_model.")
+
+
+def _check_finite(tensors: Mapping[str, Tensor | None], folder: Path) -> None:
+    """Check that an adapter's tensors have neither NaN nor infinite values. Raises ModelError that names the first."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not bool(tensor.isfinite().all()):
+            raise ModelError(
+                f"the adapter in {folder} has values in {name} that are not finite (NaN or infinite). Its training "
+                "diverged, or the file is damaged: copy it again, or use an earlier checkpoint."
+            )
 
 
 @torch.no_grad()
 def _check_terms(model: PreTrainedModel, terms: Terms, expected: Tensor, folder: Path) -> None:
     """Check that the model with these terms gives the same logits as with peft's layers. Raises ModelError."""
+    for name, term in terms.items():
+        _check_finite({f"{name} ({key})": tensor for key, tensor in vars(term).items()}, folder)
     rows = RowAdapters(model, {"it": terms})
     try:
         rows.choose_one("it", len(expected))

@@ -31,6 +31,8 @@ class EngineSettings:
     the KV cache holds."""
     packed_weight_bytes: int = 4 * 2**30
     """On a CPU, memory for packed copies of the weight matrices; a model that needs more has none."""
+    max_lora_rank: int | None = None
+    """Largest rank of adapters that are loaded after the start; None for an engine that loads none then."""
 
 
 @dataclass(frozen=True)
@@ -57,3 +59,7 @@ class VllmSettings:
     """Images of one request."""
     cache_dir: str = "~/.cache/llava_ray/vllm"
     """Folder for exports of models that are not in the hub layout."""
+    max_lora_rank: int | None = None
+    """Largest rank of adapters that are loaded after the start; None for an engine that loads none then."""
+    max_loaded_adapters: int = 32
+    """Adapters in memory that were loaded after the start."""

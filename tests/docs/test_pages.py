@@ -139,9 +139,11 @@ def _serve(words: Sequence[str]) -> None:
 
 
 def _curl(words: Sequence[str]) -> None:
+    from llava_ray.deployments.http.adapter_routes import LoadRequest, UnloadRequest
     from llava_ray.deployments.http.schema import ChatRequest
 
-    ChatRequest.model_validate(json.loads(words[words.index("-d") + 1]))
+    kinds = {"load_lora_adapter": LoadRequest, "unload_lora_adapter": UnloadRequest, "completions": ChatRequest}
+    kinds[words[1].rpartition("/")[2]].model_validate(json.loads(words[words.index("-d") + 1]))
 
 
 def _marked(words: Sequence[str], command: Command) -> None:

@@ -55,6 +55,16 @@ def read_api_keys(file: str | None, environment: Mapping[str, str] = os.environ)
     return tuple(keys)
 
 
+def check_admin_keys(names: Sequence[str], keys: Sequence[ApiKey]) -> None:
+    """Check that the admins' keys exist. Raises ConfigError."""
+    missing = sorted(set(names) - {key.name for key in keys})
+    if missing:
+        raise ConfigError(
+            f"admin_keys: there is no API key of the name {missing[0][:MAX_SHOWN]!r}; add it to api_keys_file or "
+            f"{ENVIRONMENT}"
+        )
+
+
 def _keys_of_file(path: Path) -> list[ApiKey]:
     """Read ``[keys.NAME]`` tables. Raises ConfigError."""
     tables = read_toml_file(path, "api_keys_file").get("keys")

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -13,6 +13,7 @@ from prometheus_client.core import Metric
 from starlette.exceptions import HTTPException
 
 from llava_ray.deployments.gateway import Gateway, find_served_model
+from llava_ray.deployments.http.adapter_routes import add_adapter_routes
 from llava_ray.deployments.http.answering import EventStream, StreamedAnswer, refused_response
 from llava_ray.deployments.http.auth import ApiKey, Guard
 from llava_ray.deployments.http.limits import HeldAmounts
@@ -60,7 +61,7 @@ class Front:
     async def chat(self, request: Request) -> Response:
         """Respond to a chat request."""
         body = await _read_off_loop(ChatRequest, await request.body())
-        task = self.checked(body)
+        task = await self.located(chat_task(body, f"chatcmpl-{uuid.uuid4().hex}", self.settings))
         form = ChatForm(task.request_id, task.model, body.logprobs)
         return self.respond(body, task, form, request)
 
@@ -73,10 +74,21 @@ class Front:
     async def complete(self, request: Request) -> Response:
         """Respond to a completion request."""
         body = await _read_off_loop(CompletionRequest, await request.body())
-        task = completion_task(body, f"cmpl-{uuid.uuid4().hex}", self.settings)
-        find_served_model(self.gateway.sources, task.model)
+        task = await self.located(completion_task(body, f"cmpl-{uuid.uuid4().hex}", self.settings))
         form = CompletionForm(task.request_id, task.model, body.logprobs is not None)
         return self.respond(body, task, form, request)
+
+    async def located(self, task: Task) -> Task:
+        """Return a task with the adapter that it names, if that was loaded while the service runs.
+
+        Raises RefusalError (404) for a name that nothing has.
+        """
+        if any(task.model in source.names for source in self.gateway.sources):
+            return task
+        adapter = await self.gateway.adapters.find(task.model)
+        if adapter is None:
+            find_served_model(self.gateway.sources, task.model)
+        return replace(task, adapter=adapter)
 
     def respond(self, body: GenerationFields, task: Task, form: ChatForm, request: Request) -> Response:
         """Return the response that runs a task, whole or as a stream."""
@@ -122,12 +134,14 @@ class Front:
 
     async def one_model(self, name: str) -> dict[str, Any]:
         """Describe one model."""
-        source = find_served_model(self.gateway.sources, name)
+        adapter = await self.gateway.adapters.find(name)
+        source = find_served_model(self.gateway.sources, name if adapter is None else adapter.base)
         return next(one for one in await self.describe(source) if one["id"] == name)
 
     async def describe(self, source: ModelSource) -> list[dict[str, Any]]:
         """Describe a model and its adapters. Raises RefusalError (503) if it has not been loaded yet."""
         card = await self.gateway.card(source)
+        loaded = [one.name for one in await self.gateway.adapters.list_all() if one.base == source.name]
         return [
             {
                 "id": name,
@@ -149,7 +163,7 @@ class Front:
                 },
                 "template": card.template,
             }
-            for name in source.names
+            for name in (*source.names, *loaded)
         ]
 
     async def ready(self) -> Response:
@@ -172,6 +186,7 @@ def add_api(app: FastAPI, front: Front) -> None:
     app.add_api_route("/v1/completions", front.complete, methods=["POST"], response_model=None)
     app.add_api_route("/v1/models", front.models, methods=["GET"])
     app.add_api_route("/v1/models/{name:path}", front.one_model, methods=["GET"])
+    add_adapter_routes(app, front.gateway, front.settings)
     app.add_api_route("/metrics", front.counts, methods=["GET"], response_model=None)
     # The page, mounted at the root, would otherwise handle unknown API paths.
     app.add_api_route("/v1/{path:path}", unknown_path, methods=["GET", "POST", "PUT", "DELETE"], response_model=None)

@@ -17,6 +17,7 @@ import torch
 
 from llava_ray.config.sections import MAX_IMAGE_PIXELS
 from llava_ray.errors import BusyError, ModelError
+from llava_ray.generate.adapter_loading import AdapterLoader
 from llava_ray.generate.builtin.running_batch import RunningBatch, RunningRequest, StepResults
 from llava_ray.generate.engine import (
     EngineStats,
@@ -28,7 +29,7 @@ from llava_ray.generate.engine import (
 from llava_ray.generate.model_tools import list_tool_formats, may_be_held, share_grammars
 from llava_ray.generate.prompts import Prompt, PromptMaker, find_prompt_maker
 from llava_ray.generate.row_adapters import AdapterName
-from llava_ray.generate.served_adapters import ServedAdapters, load_adapters
+from llava_ray.generate.served_adapters import ServedAdapter, ServedAdapters, load_adapters
 from llava_ray.generate.settings import EngineSettings
 from llava_ray.generate.vision_cache import VisionCache
 from llava_ray.images.views import ImageDecoder
@@ -43,6 +44,7 @@ class _AnswerStream:
         self.queue: asyncio.Queue[GenerationChunk | Exception | None] = asyncio.Queue()
         self.running: RunningRequest | None = None
         self.cancelled = False
+        self.adapter: AdapterName = None
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,12 @@ class _LoadedModel:
     """The state between start and stop."""
 
     parts: LlavaParts
-    prompts: Mapping[AdapterName, PromptMaker]
+    prompts: dict[AdapterName, PromptMaker]
     """Of each adapter; of the base under None."""
     batch: RunningBatch
     card: ModelCard
+    loader: AdapterLoader | None
+    """Loads adapters after the start, where the settings ask for it."""
 
 
 class BuiltinEngine:
@@ -92,11 +96,14 @@ class BuiltinEngine:
         self._changed = Condition()
         self._to_add: list[RunningRequest] = []
         self._to_drop: list[RunningRequest] = []
+        self._between: list[tuple[Callable[[], None], asyncio.Future[None]]] = []
+        """Calls that the thread of the steps makes before its next step."""
         self._stopping = False
         self._thread: Thread | None = None
         self.decoder: ImageDecoder | None = None
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare-requests")
         self._compiling = ThreadPoolExecutor(4, thread_name_prefix="compile-grammars")
+        self._loading = ThreadPoolExecutor(1, thread_name_prefix="load-adapters")
 
     @property
     def card(self) -> ModelCard:
@@ -120,6 +127,7 @@ class BuiltinEngine:
         check_unique_request_id(request.request_id, self._streams)
         prompts = find_prompt_maker(loaded.prompts, request.model)
         stream = self._streams[request.request_id] = _AnswerStream()
+        stream.adapter = request.model
         try:
             grammar = None
             if may_be_held(request):  # others never wait for grammars
@@ -175,7 +183,28 @@ class BuiltinEngine:
         if self._loaded is not None:
             for prompts in self._loaded.prompts.values():
                 prompts.grammars.close()
+        self._loading.shutdown(wait=False)
         self._loaded = None
+
+    async def load_adapter(self, name: str, folder: str | Path) -> None:
+        """Load another adapter while requests are answered; see ``engine.LoadsAdapters``."""
+        loaded = self._ready()
+        if loaded.loader is None:
+            raise ModelError("this engine loads adapters at its start only; give max_lora_rank in its settings.")
+        if name in loaded.prompts:
+            raise ModelError(f"there is an adapter {name!r} already; remove it first.")
+        found = await self._loop.run_in_executor(self._loading, loaded.loader.load, name, folder)
+        await self._between_steps(functools.partial(loaded.batch.adapters.add, name, found.terms))
+        loaded.prompts[name] = self._prompt_maker(found, loaded.parts, loaded.batch)
+        share_grammars(loaded.prompts)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Remove an adapter; see ``engine.LoadsAdapters``."""
+        loaded = self._ready()
+        if any(stream.adapter == name for stream in self._streams.values()):
+            raise ModelError(f"the adapter {name!r} is being used; remove it when its requests have ended.")
+        if loaded.prompts.pop(name, None) is not None:
+            await self._between_steps(functools.partial(loaded.batch.adapters.discard, name))
 
     def use_decoder(self, decoder: ImageDecoder) -> None:
         """Decode the images of all later requests with ``decoder``."""
@@ -203,16 +232,13 @@ class BuiltinEngine:
     def _load(self) -> _LoadedModel:
         parts = self.load()
         cache = VisionCache(self.settings.image_cache_bytes)
-        served = load_adapters(parts, self.adapters)
+        max_rank = self.settings.max_lora_rank
+        served = load_adapters(parts, self.adapters, extract_own=max_rank is not None)
+        loader = None if max_rank is None else AdapterLoader(parts, max_rank)
         batch = self.make_batch(parts, cache, self.settings, served)
-        makers: dict[AdapterName, PromptMaker] = {None: PromptMaker(parts, cache, batch.max_model_len)}
-        for adapter in served.adapters:
-            own = f" by {adapter.name}" if adapter.has_own_projector(parts) else ""
-            makers[adapter.name] = PromptMaker(adapter.parts, cache, batch.max_model_len, own)
+        makers: dict[AdapterName, PromptMaker] = {None: self._prompt_maker(None, parts, batch)}
+        makers |= {adapter.name: self._prompt_maker(adapter, parts, batch) for adapter in served.adapters}
         share_grammars(makers)
-        for maker in makers.values():
-            maker.tools.named_format = self.tool_format
-            maker.limit_reason = batch.limit_reason
         card = ModelCard(
             name=self.name,
             max_model_len=batch.max_model_len,
@@ -222,7 +248,26 @@ class BuiltinEngine:
             holds_constraints=True,
             tool_formats=list_tool_formats(makers, self.name),
         )
-        return _LoadedModel(parts, makers, batch, card)
+        return _LoadedModel(parts, makers, batch, card, loader)
+
+    def _prompt_maker(self, adapter: ServedAdapter | None, base: LlavaParts, batch: RunningBatch) -> PromptMaker:
+        """Return what makes the prompts of the base or of an adapter."""
+        own = f" by {adapter.name}" if adapter is not None and adapter.has_own_features(base) else ""
+        maker = PromptMaker(base if adapter is None else adapter.parts, batch.images, batch.max_model_len, own)
+        maker.tools.named_format = self.tool_format
+        maker.limit_reason = batch.limit_reason
+        return maker
+
+    async def _between_steps(self, call: Callable[[], None]) -> None:
+        """Let the thread of the steps make a call before its next step. Raises its error, or ModelError."""
+        self.check_health()
+        done: asyncio.Future[None] = self._loop.create_future()
+        with self._changed:
+            if self._stopping:
+                raise ModelError("the engine is stopping.")
+            self._between.append((call, done))
+            self._changed.notify()
+        await done
 
     def _join(self, batch: RunningBatch, stream: _AnswerStream, request: GenerationRequest, prompt: Prompt) -> None:
         self.check_health()
@@ -255,12 +300,15 @@ class BuiltinEngine:
         try:
             while True:
                 with self._changed:
-                    while not (self._stopping or self._to_add or self._to_drop or batch.has_work):
+                    while not (self._stopping or self._to_add or self._to_drop or self._between or batch.has_work):
                         self._changed.wait()
                     joining, self._to_add = self._to_add, []
                     leaving, self._to_drop = self._to_drop, []
+                    between, self._between = self._between, []
                 batch.add(joining)
                 batch.drop(leaving)
+                for call, done in between:
+                    self._run_between(call, done)
                 if self._stopping:
                     break
                 self._deliver_soon(batch.step())
@@ -268,8 +316,22 @@ class BuiltinEngine:
             self._failure = error
             self._call(self._fail_all, error)
         finally:
+            with self._changed:
+                self._stopping = True
+                between, self._between = self._between, []
+            for _, done in between:
+                self._call(_settle, done, ModelError("the engine has stopped."))
             batch.close()
             torch.cuda.empty_cache()
+
+    def _run_between(self, call: Callable[[], None], done: "asyncio.Future[None]") -> None:
+        """Make a call between two steps; its error is its caller's alone."""
+        failure: Exception | None = None
+        try:
+            call()
+        except Exception as error:  # noqa: BLE001 - the caller raises it
+            failure = error
+        self._call(_settle, done, failure)
 
     def _deliver_soon(self, results: StepResults) -> None:
         if results:
@@ -288,3 +350,13 @@ class BuiltinEngine:
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(functools.partial(function, *arguments))
+
+
+def _settle(done: "asyncio.Future[None]", failure: Exception | None) -> None:
+    """Set the result of a call, unless its caller has gone."""
+    if done.cancelled():
+        return
+    if failure is None:
+        done.set_result(None)
+    else:
+        done.set_exception(failure)

@@ -10,7 +10,6 @@ from llava_ray.generate.builtin.batching import ImageSpan
 from llava_ray.generate.prompts import PromptImage
 from llava_ray.model.network.llava import Llava
 from llava_ray.model.network.quantization import find_dtype
-from llava_ray.model.network.tower import VisionTower
 
 
 def find_overlapping(images: Sequence[PromptImage], start: int, end: int) -> list[PromptImage]:
@@ -25,17 +24,21 @@ def visible_part(image: PromptImage, start: int, end: int) -> ImageSpan:
     return ImageSpan(first - start, last - start, image.embeddings[first - image.first : last - image.first])
 
 
-def embed_images(tower: VisionTower, images: Sequence[PromptImage]) -> list[Tensor]:
-    """Compute the embeddings of images, with one pass of the tower over all of them."""
-    views = [image.views for image in images if image.views is not None]
-    features = tower.extract(torch.cat(views)).split([len(some) for some in views])
+def embed_images(images: Sequence[PromptImage]) -> list[Tensor]:
+    """Compute the embeddings of images, with one pass of each tower over all of its own."""
     embedded: dict[int, Tensor] = {}
-    for llava in dict.fromkeys(image.llava for image in images):
-        mine = [place for place, image in enumerate(images) if image.llava is llava]
-        parts = _project_images(
-            llava, torch.cat([features[place] for place in mine]), [images[place] for place in mine]
+    for tower in dict.fromkeys(image.tower for image in images):
+        of_tower = [place for place, image in enumerate(images) if image.tower is tower]
+        views = [found for place in of_tower if (found := images[place].views) is not None]
+        features = dict(
+            zip(of_tower, tower.extract(torch.cat(views)).split([len(some) for some in views]), strict=True)
         )
-        embedded |= zip(mine, parts, strict=True)
+        for llava in dict.fromkeys(images[place].llava for place in of_tower):
+            mine = [place for place in of_tower if images[place].llava is llava]
+            parts = _project_images(
+                llava, torch.cat([features[place] for place in mine]), [images[place] for place in mine]
+            )
+            embedded |= zip(mine, parts, strict=True)
     return [embedded[place] for place in range(len(images))]
 
 

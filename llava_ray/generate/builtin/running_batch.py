@@ -104,9 +104,9 @@ class RunningBatch:
         self._undo: list[Callable[[], object]] = [served.restore_base]
         try:
             self._undo.append(pack_linears([model, parts.tower.backbone], settings.packed_weight_bytes))
-            adapters = RowAdapters(model, {adapter.name: adapter.terms for adapter in served.adapters})
-            self._undo.append(adapters.remove)
-            self.model = RowModel(model, adapters)
+            self.adapters = RowAdapters(model, {adapter.name: adapter.terms for adapter in served.adapters})
+            self._undo.append(self.adapters.remove)
+            self.model = RowModel(model, self.adapters)
             self._undo.append(self.model.restore)
             self.memory = choose_kv_memory(
                 settings,
@@ -288,7 +288,7 @@ class RunningBatch:
         unknown = {image.key: image for _, image in begun}
         if not unknown:
             return
-        for key, embeddings in zip(unknown, embed_images(self.parts.tower, list(unknown.values())), strict=True):
+        for key, embeddings in zip(unknown, embed_images(list(unknown.values())), strict=True):
             unknown[key].embeddings = embeddings
             self.images.keep(key, embeddings)
         for prompt, image in begun:

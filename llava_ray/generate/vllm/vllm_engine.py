@@ -6,8 +6,9 @@ detokenised here too, so that stop texts and incomplete characters are handled a
 
 import asyncio
 import functools
+import itertools
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -27,12 +28,13 @@ from llava_ray.generate.model_tools import list_tool_formats, may_be_held, share
 from llava_ray.generate.prompts import find_prompt_maker
 from llava_ray.generate.settings import VllmSettings
 from llava_ray.generate.vllm.vllm_answer import VllmAnswer
-from llava_ray.generate.vllm.vllm_model import VllmModel, prepare_model
+from llava_ray.generate.vllm.vllm_model import VllmModel, prepare_adapter, prepare_model
 from llava_ray.generate.vllm.vllm_prompts import VllmPrompt, VllmPrompts
 from llava_ray.images.views import ImageDecoder
 from llava_ray.model.blueprint import Blueprint
 
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM accepts
+_LATER_IN_BATCH = 4  # adapters loaded after the start that one of vLLM's batches may have; each takes GPU memory
 
 
 @dataclass
@@ -77,9 +79,12 @@ class _RunningEngine:
     """The state between start and stop."""
 
     llm: Any
-    prompts: Mapping[str | None, VllmPrompts]
-    adapters: Mapping[str, Any]
+    model: VllmModel
+    prompts: dict[str | None, VllmPrompts]
+    adapters: dict[str, Any]
     """vLLM's LoRARequest of each adapter."""
+    numbers: Iterator[int]
+    """Numbers of the next adapters."""
     card: ModelCard
     kv_tokens: int
 
@@ -89,6 +94,7 @@ class _RequestStream:
     """A request that is being answered."""
 
     cancelled: bool = False
+    adapter: str | None = None
 
 
 @dataclass
@@ -145,7 +151,7 @@ class VllmEngine:
         loaded = self._ready()
         check_unique_request_id(request.request_id, self._streams)
         prompts = find_prompt_maker(loaded.prompts, request.model)
-        stream, ended = _RequestStream(), False
+        stream, ended = _RequestStream(adapter=request.model), False
         self._streams[request.request_id] = stream
         try:
             if may_be_held(request):  # in a thread of its own, and kept for the preparation: others never wait for it
@@ -207,6 +213,44 @@ class VllmEngine:
                 prompts.grammars.close()
         self._preparing.shutdown(wait=False)
         self._compiling.shutdown(wait=False)
+
+    async def load_adapter(self, name: str, folder: str | Path) -> None:
+        """Load another adapter while requests are answered; see ``engine.LoadsAdapters``."""
+        from vllm.lora.request import LoRARequest
+
+        loaded, largest = self._ready(), self.settings.max_lora_rank
+        if largest is None:
+            raise ModelError("this engine loads adapters at its start only; give max_lora_rank in its settings.")
+        if name in loaded.prompts:
+            raise ModelError(f"there is an adapter {name!r} already; remove it first.")
+        adapter = await asyncio.get_running_loop().run_in_executor(
+            None, prepare_adapter, loaded.model.blueprint, name, folder, self.settings.cache_dir
+        )
+        if adapter.rank > largest:
+            raise ModelError(
+                f"the adapter in {folder} has rank {adapter.rank}; at most {largest} is served here (max_lora_rank). "
+                "Start the service with a larger one, or train the adapter with a smaller lora_r."
+            )
+        request = LoRARequest(name, next(loaded.numbers), str(adapter.folder))
+        try:
+            await loaded.llm.add_lora(request)
+        except (RuntimeError, ValueError, OSError) as error:
+            self.check_health()
+            raise ModelError(f"vLLM cannot load the adapter in {folder}: {error}") from error
+        loaded.adapters[name] = request
+        prompts = loaded.prompts[name] = VllmPrompts(adapter.blueprint, loaded.model, loaded.card.max_model_len)
+        prompts.tools.named_format = self.tool_format
+        share_grammars(loaded.prompts)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Remove an adapter; see ``engine.LoadsAdapters``."""
+        loaded = self._ready()
+        if any(stream.adapter == name for stream in self._streams.values()):
+            raise ModelError(f"the adapter {name!r} is being used; remove it when its requests have ended.")
+        request = loaded.adapters.pop(name, None)
+        if request is not None:
+            del loaded.prompts[name]
+            await loaded.llm.remove_lora(request.lora_int_id)
 
     def use_decoder(self, decoder: ImageDecoder) -> None:
         """Decode the images of all later requests with ``decoder``."""
@@ -305,11 +349,13 @@ class VllmEngine:
         )
         return _RunningEngine(
             llm,
+            model,
             prompts,
             {
                 adapter.name: LoRARequest(adapter.name, number, str(adapter.folder))
                 for number, adapter in enumerate(model.adapters, start=1)
             },
+            itertools.count(len(model.adapters) + 1),
             card,
             config.cache_config.num_gpu_blocks * config.cache_config.block_size,
         )
@@ -318,13 +364,19 @@ class VllmEngine:
 def engine_arguments(model: VllmModel, settings: VllmSettings) -> dict[str, Any]:
     """Return the arguments of vLLM's engine."""
     ranks = [adapter.rank for adapter in model.adapters]
+    num_loras = len(ranks) + 1
+    num_later = 0
+    if settings.max_lora_rank is not None:
+        # While one is loaded, the one that makes room for it is still there.
+        num_later = settings.max_loaded_adapters + 1
+        ranks.append(min(settings.max_lora_rank, _LORA_RANKS[-1]))
     lora = {
         "enable_lora": True,
         # One place more than adapters: on a CPU vLLM 0.32 looks up requests without one at index -1, which is the last
         # place, and has to be empty.
-        "max_loras": len(ranks) + 1,
-        "max_cpu_loras": len(ranks) + 1,
-        "max_lora_rank": next(rank for rank in _LORA_RANKS if rank >= max(ranks)),
+        "max_loras": num_loras + min(num_later, _LATER_IN_BATCH),
+        "max_cpu_loras": num_loras + num_later,
+        "max_lora_rank": next((rank for rank in _LORA_RANKS if rank >= max(ranks, default=0)), _LORA_RANKS[-1]),
     }
     bounds = {
         "max_model_len": settings.max_model_len,

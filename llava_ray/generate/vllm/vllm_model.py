@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,7 @@ def prepare_model(path: str | Path, cache_dir: str | Path, adapters: Mapping[str
         blueprint,
         find_stops(blueprint, generation.get("eos_token_id")),
         int(config["image_token_index"] if "image_token_index" in config else config["image_token_id"]),
-        tuple(_prepare_adapter(blueprint, name, place, cache) for name, place in adapters.items()),
+        tuple(prepare_adapter(blueprint, name, place, cache) for name, place in adapters.items()),
     )
 
 
@@ -88,7 +89,7 @@ def _exported(layout: Layout, cache_dir: Path) -> Path:
     return make_once(place, sources, write).path
 
 
-def _prepare_adapter(base: Blueprint, name: str, place: str | Path, cache_dir: Path) -> VllmAdapter:
+def prepare_adapter(base: Blueprint, name: str, place: str | Path, cache_dir: str | Path) -> VllmAdapter:
     """Return an adapter for ``base``, its tensors renamed as those inside a LLaVA. Raises ModelError."""
     layout, is_pefts = find_adapter(name, place)
     own = base if is_pefts else read_beside(base, name, layout)
@@ -98,8 +99,11 @@ def _prepare_adapter(base: Blueprint, name: str, place: str | Path, cache_dir: P
     files = read_adapter(layout.adapter)
     check_base(files, base.manifest.language_model.fingerprint if base.manifest else None)
     _check_plain(files, name)
+    _check_shapes(base.layout, files, name)
     sources = {"adapter": fingerprint_weights(files.folder), "export": _EXPORT}
-    folder = make_once(cache_dir / f"{name}-{_digest(sources)}", sources, lambda new: _write_adapter(files, new)).path
+    plain = re.sub(r"[^\w-]", "-", name)  # a name may be a path for others, here it is part of one
+    folder = Path(cache_dir).expanduser() / f"{plain}-{_digest(sources)}"
+    folder = make_once(folder, sources, lambda new: _write_adapter(files, new)).path
     return VllmAdapter(name, folder, int(files.config.r), own)
 
 
@@ -125,6 +129,26 @@ def _check_plain(files: AdapterFiles, name: str) -> None:
             raise ModelError(
                 f"adapter {name!r} ({files.folder}) has {setting} = {found!r}; vLLM expects {plain!r}. Serve it with "
                 f"engine=builtin, or merge it ({command('export', 'merge')}) and put it into model=."
+            )
+
+
+def _check_shapes(base: Layout, files: AdapterFiles, name: str) -> None:
+    """Check that an adapter's matrices fit the base's, where it holds them. Raises ModelError.
+
+    vLLM would find out in the middle of a step, and end with all its requests.
+    """
+    weights = base.part("language_model")
+    for key, tensor in files.tensors.items():
+        layer, _, kind = key.removesuffix(".weight").rpartition(".")
+        weight = weights.get(f"{layer}.weight")
+        if not weights or kind not in ("lora_A", "lora_B"):
+            continue
+        expected = None if weight is None else weight.shape[1] if kind == "lora_A" else weight.shape[0]
+        found = tensor.shape[1] if kind == "lora_A" else tensor.shape[0]
+        if found != expected:
+            raise ModelError(
+                f"adapter {name!r} ({files.folder}) does not fit the language model: {key} is {found} wide, expected "
+                f"{expected or 'no such layer'}. It was trained over {files.base or 'another model'}."
             )
 
 

@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import httpx
 import openai
@@ -21,6 +22,7 @@ from llava_ray.deployments.settings import ServeSettings
 
 pytestmark = pytest.mark.ray
 
+ADMIN = "an admin's key, long enough"
 SETTINGS = {
     "model": "echo@echo?token_s=0.02,other@echo",
     "adapters": "pirate@somewhere",
@@ -215,12 +217,47 @@ def test_a_killed_replica_ends_its_streams_with_an_error_and_others_take_the_res
     assert pids[0] not in replica_pids(client)
 
 
-def replica_pids(client: openai.OpenAI, count: int = 2) -> list[int]:
+def test_an_adapter_is_known_to_all_ingresses_and_replicas_and_to_new_ones(address: str, tmp_path: Path) -> None:
+    from ray import serve
+
+    from llava_ray.deployments import api
+
+    (tmp_path / "adapters" / "one").mkdir(parents=True)
+    (tmp_path / "adapters" / "one" / "adapter_config.json").write_text("{}")
+    (tmp_path / "keys.toml").write_text(f'[keys.admin]\nkey = "{ADMIN}"\n')
+    own = {"admin_keys": "admin", "allowed_adapter_paths": str(tmp_path / "adapters"), "min_ingress_replicas": "2"}
+    told = {"model": "echo", "adapters": "", "max_ingress_replicas": "2", "api_keys_file": str(tmp_path / "keys.toml")}
+    serve.run(api(SETTINGS | own | told), name="adapters", route_prefix="/adapters")
+    place = f"{address}/adapters/v1"
+    key = {"authorization": f"Bearer {ADMIN}"}
+    try:
+        with httpx.Client(headers=key, timeout=60) as http:
+            named = {"lora_name": "one", "lora_path": str(tmp_path / "adapters" / "one")}
+            loaded = http.post(f"{place}/load_lora_adapter", json=named)
+            assert loaded.text == "Success: LoRA adapter 'one' added successfully."
+            with openai.OpenAI(base_url=place, api_key=ADMIN, max_retries=0, timeout=30) as client:
+                pids = replica_pids(client, model="one")
+                assert len(pids) == 2
+                for _ in range(10):
+                    assert [model.id for model in client.models.list()] == ["echo", "one"]
+                os.kill(pids[0], signal.SIGKILL)
+                until(lambda: len(set(replica_pids(client, model="one")) - set(pids)) == 1, 60)
+                assert http.post(f"{place}/load_lora_adapter", json=named).status_code == 400
+                assert http.post(f"{place}/unload_lora_adapter", json={"lora_name": "one"}).status_code == 200
+                for _ in range(10):
+                    with pytest.raises(openai.NotFoundError):
+                        client.chat.completions.create(**{**asking("hello"), "model": "one"})
+    finally:
+        serve.delete("adapters")
+
+
+def replica_pids(client: openai.OpenAI, count: int = 2, model: str = "echo") -> list[int]:
     """The processes of the model's replicas, as they say themselves."""
     found = set[int]()
     for index in range(40):
-        answer = client.chat.completions.create(**asking(f"PID {index}")).choices[0].message.content
-        found.add(int(answer.split()[0]))
+        asked = {**asking(f"PID {index}"), "model": model}
+        answer = client.chat.completions.create(**asked).choices[0].message.content
+        found.add(int(answer.split()[model != "echo"]))  # an adapter's name comes first
         if len(found) == count:
             break
     return sorted(found)

@@ -37,6 +37,7 @@ ADAPTERS: dict[str, dict[str, object]] = {
     "plain": {"seed": 1},
     "seeing": {"seed": 2, "own_projector": True, "lora_r": 3},
     "dora": {"seed": 3, "use_dora": True, "lora_target_modules": ("q_proj", "up_proj", "down_proj")},
+    "looking": {"seed": 5, "own_tower": True},
     "rslora": {"seed": 4, "use_rslora": True, "lora_r": 6, "lora_target_modules": ("lm_head", "v_proj")},
 }
 
@@ -130,14 +131,14 @@ def test_an_image_is_kept_once_for_each_projector(base: LlavaParts, folders: dic
     async def run() -> list[int]:
         engine = await started(base, folders)
         image, cached = make_image(3), []
-        for number, name in enumerate([None, "plain", "dora", "seeing", "seeing"]):
+        for number, name in enumerate([None, "plain", "dora", "seeing", "seeing", "looking", "looking"]):
             answer = await ask(engine, replace(request("is it?", f"{number}", image), model=name))
             cached.append(answer.chunks[0].num_cached_images)
         assert engine.card.adapters == tuple(folders)
         await engine.stop()
         return cached
 
-    assert asyncio.run(run()) == [0, 1, 1, 0, 1]
+    assert asyncio.run(run()) == [0, 1, 1, 0, 1, 0, 1]
 
 
 def test_the_model_is_given_back(base: LlavaParts, folders: dict[str, Path]) -> None:

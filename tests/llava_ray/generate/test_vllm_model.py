@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import fakes
 import pytest
+import torch
 from engines import make_parts, request, write_adapter
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from llava_ray.config.sections import ModelConfig
 from llava_ray.deployments.settings import ServeSettings
@@ -67,6 +69,22 @@ def test_an_adapter_gets_the_names_of_a_language_model_inside_a_llava(root: Path
     assert engine_arguments(model, VllmSettings(prefix_cache=False))["enable_prefix_caching"] is False
     on_gpu = engine_arguments(model, VllmSettings(memory_share=0.7, num_gpus=1, prefill_chunk=9))
     assert (on_gpu["gpu_memory_utilization"], on_gpu["max_num_batched_tokens"]) == (0.7, 9)
+    later = engine_arguments(model, VllmSettings(max_lora_rank=60, max_loaded_adapters=9))
+    assert (later["max_loras"], later["max_cpu_loras"], later["max_lora_rank"]) == (6, 12, 64)
+
+
+def test_an_adapter_that_does_not_fit_is_refused_before_vllm_runs_it(root: Path, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "wide", load_pretrained_model(root / "model"), seed=1)
+    file = folder / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    first = next(name for name in tensors if "lora_B" in name)
+    for changed, message in (
+        (torch.ones(7, 4), "is 7 wide, expected"),
+        (tensors[first] * torch.nan, "NaN or infinite"),
+    ):
+        save_file(tensors | {first: changed}, file, {"format": "pt"})
+        with pytest.raises(ModelError, match=message):
+            prepare_model(root / "model", tmp_path / "cache", {"wide": folder})
 
 
 @pytest.mark.parametrize(
@@ -75,6 +93,7 @@ def test_an_adapter_gets_the_names_of_a_language_model_inside_a_llava(root: Path
         ({"use_dora": True}, "use_dora = True; vLLM expects False"),
         ({"lora_bias": "all"}, "bias = 'all'"),
         ({"own_projector": True}, "has its own projector, and vLLM supports one for all"),
+        ({"own_tower": True}, "vision_tower 'a tower of its own'"),
     ],
 )
 def test_adapters_that_vllm_cannot_serve_are_refused(
