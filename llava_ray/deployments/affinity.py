@@ -28,7 +28,7 @@ class Beginning:
 
 
 @dataclass(frozen=True)
-class Contents:
+class CacheableContents:
     """What a request holds that a cache may know."""
 
     beginnings: tuple[Beginning, ...]
@@ -38,7 +38,7 @@ class Contents:
     images: tuple[bytes, ...]
 
 
-def read_contents(task: Task) -> Contents:
+def read_contents(task: Task) -> CacheableContents:
     """Return the beginnings and images of a task; the adapter is part of each."""
     images = tuple(_hash_medium(medium) for medium in task.media)
     digest = hashlib.blake2b(f"{task.model}\0{task.system or ''}".encode("utf-8", "surrogatepass"), digest_size=16)
@@ -59,7 +59,7 @@ def read_contents(task: Task) -> Contents:
         digest.update(b"\0turn")
         found.append(Beginning(digest.digest(), size))
         ends.append(size)
-    return Contents(tuple(found), ends[-3] if len(ends) > 2 else ends[-1], images)
+    return CacheableContents(tuple(found), ends[-3] if len(ends) > 2 else ends[-1], images)
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Placements:
     max_keys: int = _MAX_KEYS
     _holders: OrderedDict[bytes, tuple[str, ...]] = field(default_factory=OrderedDict)
 
-    def record(self, contents: Contents, replica: str) -> None:
+    def record(self, contents: CacheableContents, replica: str) -> None:
         """Remember that a replica got a request."""
         for key in (*(one.key for one in contents.beginnings), *contents.images):
             others = tuple(other for other in self._holders.pop(key, ()) if other != replica)
@@ -77,7 +77,7 @@ class Placements:
         while len(self._holders) > self.max_keys:
             self._holders.popitem(last=False)
 
-    def find_holders(self, contents: Contents, replicas: Collection[str]) -> list[str]:
+    def find_holders(self, contents: CacheableContents, replicas: Collection[str]) -> list[str]:
         """Return those of ``replicas`` that hold most of a request: its text, else its images; none if too little."""
         for beginning in reversed(contents.beginnings):
             if beginning.size < max(_LEAST_SIZE, contents.known_size / 2):

@@ -8,7 +8,7 @@ from ray.serve._private.replica_result import ReplicaResult
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 from ray.serve.request_router import PendingRequest, RunningReplica
 
-from llava_ray.deployments.affinity import Contents, Placements, rank_replicas, read_contents
+from llava_ray.deployments.affinity import CacheableContents, Placements, rank_replicas, read_contents
 from llava_ray.deployments.messages import Task
 
 # A request leaves its replica when that has so many more requests than the least busy of two others.
@@ -59,7 +59,7 @@ class SessionRouter(ConsistentHashRouter):
         return self.replica_queue_len_cache.get(replica.replica_id) or 0
 
 
-def _contents_of(pending_request: PendingRequest) -> Contents | None:
+def _contents_of(pending_request: PendingRequest) -> CacheableContents | None:
     """Return what a request holds, read once; None for calls without a task."""
     task = pending_request.args[0] if pending_request.args else None
     if not isinstance(task, Task):
