@@ -29,7 +29,7 @@ def train(folder: Path, stage: str, attention: str) -> tuple[list[float], bytes]
     if stage != "words":
         command += ["--data.image_folder", str(easy_vqa.image_folder("train"))]
     if stage == "tune":
-        [aligned] = QUICKSTART.glob("align-*/model")
+        aligned = max(QUICKSTART.glob("align-*/model"), key=lambda folder: folder.stat().st_mtime)
         command += ["--model.pretrain_mm_mlp_adapter", str(aligned)]
     subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
     lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
