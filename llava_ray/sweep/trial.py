@@ -1,6 +1,5 @@
 """The function of Tune's trials: an ordinary fine-tuning run, which reports at every checkpoint."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from llava_ray.errors import ConfigError, DataError, DivergedError, LlavaRayErro
 from llava_ray.runtime import Resources
 from llava_ray.sweep.sampling import TrialSettings
 from llava_ray.sweep.trials import ACCURACY, LOSS, Evaluation, TrialState
-from llava_ray.train.step_file import read_rows
+from llava_ray.train.step_file import as_number, read_rows
 
 # Keys of a trial's last report: its state and the reason. Tune itself has only "terminated" and "error".
 ENDED_KEY, REASON = "ended", "reason"
@@ -102,9 +101,5 @@ def read_evaluations(config: FinetuneConfig, last_step: int) -> list[Evaluation]
         rows = read_rows(f"{config.run.storage_path}/{config.run.name}/metrics.jsonl")
     except FileNotFoundError:
         return []
-    evaluations = [
-        Evaluation(row["step"] + 1, math.nan if row[LOSS] is None else row[LOSS], row.get(ACCURACY))
-        for row in rows
-        if LOSS in row
-    ]
+    evaluations = [Evaluation(row["step"] + 1, as_number(row[LOSS]), row.get(ACCURACY)) for row in rows if LOSS in row]
     return [evaluation for evaluation in evaluations if evaluation.step <= last_step]

@@ -1,7 +1,6 @@
 """The result of a finished run: closed in MLflow, saved in the run's folder, and found again by the next start."""
 
 import json
-import math
 from dataclasses import dataclass
 
 import ray
@@ -14,7 +13,7 @@ from llava_ray.data.shards import PreparedData
 from llava_ray.data.storage import write_stored
 from llava_ray.tracking import moved_tracking_uri
 from llava_ray.train.runs import RunFolder
-from llava_ray.train.step_file import read_rows
+from llava_ray.train.step_file import as_number, read_rows
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,7 @@ class FinishedRun:
 
     def read_losses(self) -> list[float]:
         """Load the loss of every step; NaN where it was not finite and the step was skipped."""
-        losses = (row["loss"] for row in read_rows(f"{self.folder.path}/metrics.jsonl"))
-        return [math.nan if loss is None else loss for loss in losses]
+        return [as_number(row["loss"]) for row in read_rows(f"{self.folder.path}/metrics.jsonl")]
 
 
 def reuse_finished(config: FinetuneConfig, run: RunFolder, prepared: PreparedData) -> FinishedRun | None:

@@ -129,3 +129,8 @@ def read_rows(path: str) -> list[dict[str, Any]]:
 def finite(metrics: Mapping[str, float | None]) -> dict[str, float]:
     """Return the metrics that are finite numbers: a skipped step has a loss that no chart or average can hold."""
     return {key: value for key, value in metrics.items() if value is not None and math.isfinite(value)}
+
+
+def as_number(value: float | None) -> float:
+    """Return a number of a row: NaN for the null that ``StepFile.add`` writes for one that is not finite."""
+    return math.nan if value is None else value

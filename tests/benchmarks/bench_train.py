@@ -13,7 +13,6 @@ the same run. Takes about ten minutes on two cores.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -165,23 +164,16 @@ def summarize(found: dict[str, dict[str, float]], options: argparse.Namespace) -
         if one in found and other in found:  # the tower's work is saved: seconds, not rates
             saved = found[other]["step_seconds"] / found[one]["step_seconds"]
             ratios[f"{one} / inline, samples"] = {"ratio": round(saved, 3), "target": 1.1}
+    from outcome import describe_processor
+
     return {
         "command": " ".join(sys.argv),
-        "processor": _processor(),
+        "processor": describe_processor(),
         "threads": options.threads,
         "matrix_gflops": {dtype: round(rate, 1) for dtype, rate in matrix.items()},
         "rows": rows,
         "ratios": ratios,
     }
-
-
-def _processor() -> str:
-    """Return the processor's name and the instructions that matter."""
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    name = next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")), "")
-    known = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag}" in text]
-    named = f"{name or platform.processor()} ({', '.join(known)})"
-    return f"{named}, {os.cpu_count()} CPUs, Python {platform.python_version()}"
 
 
 if __name__ == "__main__":

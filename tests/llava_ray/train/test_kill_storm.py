@@ -25,7 +25,7 @@ pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[3]
 RESULT = ROOT / "tests/benchmarks/results/kill_storm.json"
 PATIENCE = 600  # seconds until a checkpoint must have come, on a machine that has much to do
-WORKER, CONTROLLER = "ray::RayTrainWorker", "ray::TrainController"
+WORKER, CONTROLLER = "ray::RayTrainWorker", "ray::LocalController"
 
 
 def read_log(recipe: Path, name: str) -> str:
