@@ -11,7 +11,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,7 +24,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 import fakes
 import torch
 from bench_engine import NEW_TOKENS, Heard, Numbers, make_request, time_generate
-from outcome import keep_result
+from outcome import describe_processor, keep_result
 
 from llava_ray.generate.builtin.builtin_engine import BuiltinEngine
 from llava_ray.generate.engine import Engine, GenerationRequest
@@ -175,8 +174,9 @@ def compare(runs: list[tuple[str, dict[str, Any]]], threads: int) -> dict[str, A
         **over,
         "targets": TARGETS,
         "new_tokens": NEW_TOKENS,
-        "machine": f"{platform.machine()}, {threads} threads, Python {platform.python_version()}, "
-        f"torch {torch.__version__}",
+        "processor": describe_processor(),
+        "command": " ".join(sys.argv),
+        "load": round(os.getloadavg()[0], 1),
     }
 
 

@@ -11,8 +11,8 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 import numpy as np
 import torch
-from outcome import keep_result
+from outcome import describe_processor, keep_result
 from transformers import AutoTokenizer, LlamaTokenizerFast
 
 from llava_ray.chat.conversation import Turn
@@ -89,8 +89,9 @@ def main() -> None:
             **result,
             "overhead_share": max(one["overhead_share"] for one in result["engine"].values()),
             "targets": TARGET,
-            "machine": f"{platform.machine()}, {options.threads} threads, Python {platform.python_version()}, "
-            f"torch {torch.__version__}, load {os.getloadavg()[0]:.1f}",
+            "processor": describe_processor(),
+            "command": " ".join(sys.argv),
+            "load": round(os.getloadavg()[0], 1),
         },
         options.output,
     )

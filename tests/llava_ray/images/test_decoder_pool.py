@@ -1,6 +1,7 @@
 """Processes that decode: the same pixels as here, killed beyond their bounds, freed when the client leaves."""
 
 import asyncio
+import contextlib
 import io
 import os
 import signal
@@ -63,8 +64,9 @@ def children() -> list[psutil.Process]:
 
 async def gone(process: psutil.Process) -> None:
     async with asyncio.timeout(2):
-        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-            await asyncio.sleep(0.01)
+        with contextlib.suppress(psutil.NoSuchProcess):  # ended between the two questions
+            while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                await asyncio.sleep(0.01)
 
 
 async def views(pool: DecoderPool, data: bytes, spec: ImageSpec | None = SPEC) -> Any:
