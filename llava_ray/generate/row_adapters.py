@@ -72,7 +72,10 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, inputs: Float[Tensor, "1 t i"]) -> Float[Tensor, "1 t o"]:
         """Apply the layer, and add each token's adapter term."""
-        outputs: Tensor = self.plain(inputs)
+        return self.adapt(inputs, self.plain(inputs))
+
+    def adapt(self, inputs: Float[Tensor, "1 t i"], outputs: Float[Tensor, "1 t o"]) -> Float[Tensor, "1 t o"]:
+        """Add each token's adapter term to the outputs of the layer itself."""
         adapters = self.choice.last if self.is_head else self.choice.every
         if adapters is None:
             return outputs

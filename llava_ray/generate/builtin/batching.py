@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from llava_ray.errors import ModelError
 from llava_ray.generate.builtin import row_attention
 from llava_ray.generate.builtin.kv_cache import SHORTEST, CacheSlot, KvCache
-from llava_ray.generate.builtin.plain_layers import has_plain_layers, run_plain_layers
+from llava_ray.generate.builtin.plain_layers import PlainLayers, has_plain_layers
 from llava_ray.generate.builtin.row_attention import BatchStep, NextTokens, PromptChunk, TokenSpan
 from llava_ray.generate.row_adapters import AdapterName, RowAdapters
 from llava_ray.generate.sampling import not_finite_error
@@ -63,7 +63,7 @@ class RowModel:
         self.adapters = adapters
         self.embed = language_model.get_input_embeddings()
         self.device = language_model.device
-        self.has_plain_layers = has_plain_layers(language_model)
+        self.plain_layers = PlainLayers(language_model) if has_plain_layers(language_model) else None
         self._attention = language_model.config._attn_implementation
         self.cache_bytes = 0
         """Memory of keys and values of one token."""
@@ -137,8 +137,8 @@ class RowModel:
 
     def _forward(self, embedded: Float[Tensor, "1 t d"], step: BatchStep) -> Float[Tensor, "n vocab"]:
         """Return the logits at the step's last tokens."""
-        if self.has_plain_layers:
-            return run_plain_layers(self.language_model, embedded, step)
+        if self.plain_layers is not None:
+            return self.plain_layers.run(embedded, step)
         output = self.language_model(
             inputs_embeds=embedded,
             position_ids=step.positions,

@@ -1,8 +1,9 @@
 """The built-in engine: continuous batching over a transformers model, on CPU or GPU.
 
 The caller's event loop only accepts requests and delivers chunks. Requests are prepared in one thread, where their
-images are decoded too unless a decoder is set; the model runs in another, step after step, and checks for new and
-cancelled requests between two steps.
+images are decoded too unless a decoder is set; the model is loaded and runs in another, step after step, and checks for
+new and cancelled requests between two steps. Only that thread computes with several cores: OpenMP lets the cores of a
+team sleep between two operations once a process has more threads in teams than cores, which slows a step by a third.
 """
 
 import asyncio
@@ -12,12 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Condition, Thread
+from typing import Any
 
 import torch
 
 from llava_ray.config.sections import MAX_IMAGE_PIXELS
 from llava_ray.errors import BusyError, ModelError
 from llava_ray.generate.adapter_loading import AdapterLoader
+from llava_ray.generate.builtin.cores import use_one_core
 from llava_ray.generate.builtin.running_batch import RunningBatch, RunningRequest, StepResults
 from llava_ray.generate.engine import (
     EngineStats,
@@ -101,9 +104,9 @@ class BuiltinEngine:
         self._stopping = False
         self._thread: Thread | None = None
         self.decoder: ImageDecoder | None = None
-        self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare-requests")
-        self._compiling = ThreadPoolExecutor(4, thread_name_prefix="compile-grammars")
-        self._loading = ThreadPoolExecutor(1, thread_name_prefix="load-adapters")
+        self._preparing = ThreadPoolExecutor(1, "prepare-requests", initializer=use_one_core)
+        self._compiling = ThreadPoolExecutor(4, "compile-grammars", initializer=use_one_core)
+        self._loading = ThreadPoolExecutor(1, "load-adapters", initializer=use_one_core)
 
     @property
     def card(self) -> ModelCard:
@@ -115,9 +118,15 @@ class BuiltinEngine:
         if self._thread is not None:
             raise ModelError("the engine has started already; start it once.")
         self._loop = asyncio.get_running_loop()
-        self._loaded = await self._loop.run_in_executor(self._preparing, self._load)
-        self._thread = Thread(target=self._serve, args=(self._loaded.batch,), name="model-steps", daemon=True)
-        self._thread.start()
+        loading: asyncio.Future[_LoadedModel] = self._loop.create_future()
+        thread = Thread(target=self._run, args=(loading,), name="model-steps", daemon=True)
+        thread.start()
+        try:
+            self._loaded = await loading
+        except asyncio.CancelledError:
+            self._stopping = True
+            raise
+        self._thread = thread
         if self.prepare_grammars:
             self._compiling.submit(self._loaded.prompts[None].grammars.tables)  # an error comes with the first request
 
@@ -294,9 +303,19 @@ class BuiltinEngine:
                 self._to_drop.append(running)
                 self._changed.notify()
 
+    def _run(self, loading: "asyncio.Future[_LoadedModel]") -> None:
+        """Load the model, and run its steps until the engine stops; runs in its own thread."""
+        try:
+            loaded = self._load()
+        except BaseException as error:  # noqa: BLE001 - whatever it was, start raises it
+            self._call(_settle, loading, None, error)
+            return
+        self._call(_settle, loading, loaded)
+        self._serve(loaded.batch)
+
     @torch.inference_mode()
     def _serve(self, batch: RunningBatch) -> None:
-        """Run steps until the engine stops; runs in its own thread."""
+        """Run steps until the engine stops."""
         try:
             while True:
                 with self._changed:
@@ -320,7 +339,7 @@ class BuiltinEngine:
                 self._stopping = True
                 between, self._between = self._between, []
             for _, done in between:
-                self._call(_settle, done, ModelError("the engine has stopped."))
+                self._call(_settle, done, None, ModelError("the engine has stopped."))
             batch.close()
             torch.cuda.empty_cache()
 
@@ -331,7 +350,7 @@ class BuiltinEngine:
             call()
         except Exception as error:  # noqa: BLE001 - the caller raises it
             failure = error
-        self._call(_settle, done, failure)
+        self._call(_settle, done, None, failure)
 
     def _deliver_soon(self, results: StepResults) -> None:
         if results:
@@ -352,11 +371,11 @@ class BuiltinEngine:
             self._loop.call_soon_threadsafe(functools.partial(function, *arguments))
 
 
-def _settle(done: "asyncio.Future[None]", failure: Exception | None) -> None:
-    """Set the result of a call, unless its caller has gone."""
+def _settle(done: "asyncio.Future[Any]", result: Any, failure: BaseException | None = None) -> None:
+    """Set the result of a call, or its error, unless its caller has gone."""
     if done.cancelled():
         return
     if failure is None:
-        done.set_result(None)
+        done.set_result(result)
     else:
         done.set_exception(failure)

@@ -40,6 +40,41 @@ class PackedLinear(nn.Module):
             return _multiply(inputs, self.narrow, self.bias)
         return nn.functional.linear(inputs, self.weight, self.bias)
 
+    def drop_copies(self) -> None:
+        """Free the packed copies; the layer still works, through its own weights."""
+        self.narrow = self.wide = None
+
+
+class JoinedLinear:
+    """Layers with the same input as one product: fewer and larger products keep the cores busier."""
+
+    def __init__(self, layers: Sequence[PackedLinear]) -> None:
+        """Pack the layers' weights together; their own copies are freed."""
+        self.sizes = [len(layer.weight) for layer in layers]
+        weight = torch.cat([layer.weight.detach() for layer in layers])
+        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+        self.dtype = torch.float32 if layers[0].narrow is None else weight.dtype
+        self.packed = _pack(weight.to(self.dtype))
+        self.bias = torch.cat(biases).to(self.dtype) if biases else None
+        for layer in layers:
+            layer.drop_copies()
+
+    def __call__(self, inputs: Float[Tensor, "... i"]) -> tuple[Tensor, ...]:
+        """Return the outputs of each layer."""
+        outputs = _multiply(inputs.to(self.dtype), self.packed, self.bias).to(inputs.dtype)
+        return outputs.split(self.sizes, -1)
+
+
+def join_linears(layers: Sequence[nn.Module]) -> JoinedLinear | None:
+    """Join layers with the same input; None where they are not packed in the same way for any number of rows."""
+    packed = [layer for layer in layers if isinstance(layer, PackedLinear)]
+    with_bias = sum(layer.bias is not None for layer in packed)
+    if len(packed) < len(layers) or with_bias not in (0, len(packed)):
+        return None
+    narrow = all(layer.narrow is not None and layer.wide is None for layer in packed)
+    wide = all(layer.wide is not None and layer.num_wide_rows <= 1 for layer in packed)
+    return JoinedLinear(packed) if narrow or wide else None
+
 
 def _pack(weight: Float[Tensor, "o i"]) -> Tensor:
     """Return a matrix in oneDNN's own layout, as torch's compiler does to a frozen model."""

@@ -9,6 +9,7 @@ from llava_ray.generate.builtin.packed_linear import (
     NOWHERE,
     PackedLinear,
     can_pack,
+    join_linears,
     measure_wide_rows,
     num_packed_bytes,
     pack_linears,
@@ -54,3 +55,29 @@ def test_a_model_is_packed_within_its_memory(monkeypatch: pytest.MonkeyPatch, dt
 def test_the_faster_precision_is_measured() -> None:
     rows = measure_wide_rows([nn.Linear(64, 96).bfloat16() for _ in range(3)])
     assert rows in (*packed_linear.TRIED, NOWHERE)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("dtype", "num_wide_rows"), [(torch.bfloat16, NOWHERE), (torch.float32, 1)])
+def test_joined_layers_are_each_of_them(dtype: torch.dtype, num_wide_rows: int, bias: bool) -> None:
+    plain = [nn.Linear(64, size, bias=bias).to(dtype) for size in (96, 32, 32)]
+    layers = [PackedLinear(layer, num_wide_rows) for layer in plain]
+    if layers[0].narrow is None and dtype == torch.bfloat16:
+        pytest.skip("this processor has no bfloat16 instructions")
+    inputs = torch.randn(1, 5, 64).to(dtype)
+    with torch.inference_mode():
+        before = [layer(inputs) for layer in layers]
+        joined = join_linears(layers)
+        assert joined is not None
+        assert [layer.narrow is None and layer.wide is None for layer in layers] == [True] * 3
+        for found, expected, layer in zip(joined(inputs), before, layers, strict=True):
+            torch.testing.assert_close(found, expected)
+            torch.testing.assert_close(layer(inputs), expected)
+
+
+def test_what_is_not_packed_alike_is_not_joined() -> None:
+    plain = [nn.Linear(64, 32), nn.Linear(64, 32)]
+    assert join_linears(plain) is None
+    assert join_linears([PackedLinear(plain[0], 1), plain[1]]) is None
+    assert join_linears([PackedLinear(plain[0], 1), PackedLinear(plain[1], NOWHERE)]) is None
+    assert join_linears([PackedLinear(plain[0], 1), PackedLinear(nn.Linear(64, 32, bias=False), 1)]) is None

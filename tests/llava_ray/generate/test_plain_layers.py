@@ -11,6 +11,8 @@ from llava_ray.generate.builtin.batching import RowModel, SequenceInput
 from llava_ray.generate.builtin.kv_cache import KvCache
 from llava_ray.generate.builtin.packed_linear import pack_linears
 from llava_ray.generate.builtin.plain_layers import has_plain_layers
+from llava_ray.generate.row_adapters import RowAdapters
+from llava_ray.model.lora.adapter_terms import LayerTerm
 
 PLAIN = {"llama", "llama_tied", "mistral", "qwen2"}
 
@@ -41,9 +43,41 @@ def test_the_same_bits(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     undo = pack_linears([model], 2**30)
     rows = RowModel(model)
     ours = run_steps(rows)
-    rows.has_plain_layers = False
+    rows.plain_layers = None
     assert torch.equal(ours, run_steps(rows))
     assert float(ours.std()) > 0
+    rows.restore()
+    undo()
+
+
+@torch.inference_mode()
+def test_adapters_come_and_go_over_joined_projections(tmp_path: Path) -> None:
+    folder = fakes.make_language_model(tmp_path, "qwen2")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    undo = pack_linears([model], 2**30)
+    adapters = RowAdapters(model, {})
+    rows = RowModel(model, adapters)
+    base = run_steps(rows)
+    names = [f"model.layers.1.{name}" for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")]
+    layers = {name: model.get_submodule(name).weight for name in names}
+    draw = torch.Generator().manual_seed(3)
+    adapters.add(
+        "mine",
+        {
+            name: LayerTerm(*(torch.randn(shape, generator=draw).bfloat16() for shape in ((2, size), (2, out))))
+            for name, (out, size) in ((name, weight.shape) for name, weight in layers.items())
+        },
+    )
+    assert torch.equal(run_steps(rows), base)
+    slot = KvCache(4096).reserve(50)
+    assert slot is not None
+    inputs = [SequenceInput(slot, 0, list(range(40)), is_prompt=True, adapter="mine")]
+    ours = rows.run(inputs)[1]
+    plain, rows.plain_layers = rows.plain_layers, None
+    torch.testing.assert_close(rows.run(inputs)[1], ours)
+    rows.plain_layers = plain
+    adapters.discard("mine")
+    assert torch.equal(run_steps(rows), base)
     rows.restore()
     undo()
 
