@@ -1,7 +1,7 @@
 """Preparation of requests for vLLM: our token ids with its image token, images, and its sampling parameters."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image
@@ -72,8 +72,18 @@ class VllmPrompts(PromptText):
             inputs["multi_modal_uuids"] = {"image": [image_key(data) for data in request.images]}
         stops, texts = self.find_stops(request)
         grammar = self.make_grammar(request)
+        if grammar is not None:
+            stops = replace(stops, ids=self.keep_special(stops.ids))
         params = _sampling_params(request.sampling, stops, None if grammar is None else grammar.text)
         return VllmPrompt(inputs, params, stops, texts, grammar, self.tools.decoder(request))
+
+    def keep_special(self, ids: Collection[int]) -> frozenset[int]:
+        """Return the stop tokens that are no text, and the one with which vLLM's grammars end.
+
+        The grammars take all other tokens for words of the answer.
+        """
+        tokenizer = self.model.tokenizer
+        return frozenset(ids) & frozenset(tokenizer.added_tokens_decoder) | {tokenizer.eos_token_id}
 
 
 def as_image(opened: OpenedImage) -> Image.Image:

@@ -2,12 +2,14 @@
 
 import asyncio
 import importlib.util
+import json
 import random
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jsonschema
 import pytest
 from engines import (
     WRONG,
@@ -27,7 +29,7 @@ from engines import (
 from llava_ray.errors import ModelError, RecordError
 from llava_ray.generate.builtin.builtin_engine import BuiltinEngine
 from llava_ray.generate.decoding import answer_text
-from llava_ray.generate.engine import Engine, GenerationRequest, Sampling
+from llava_ray.generate.engine import Constraint, Engine, GenerationRequest, Sampling
 from llava_ray.generate.prompts import PromptMaker
 from llava_ray.generate.settings import EngineSettings, VllmSettings
 from llava_ray.generate.vision_cache import VisionCache
@@ -290,3 +292,50 @@ def test_vllms_own_bounds_are_the_requests_fault(running: Running) -> None:
         return
     with pytest.raises(RecordError, match="vLLM rejects the request: temperature"):
         running.answer([request(temperature=5.0)])
+
+
+OBJECT = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 6},
+        "tags": {"type": "array", "items": {"enum": ["a", "b"]}},
+    },
+    "required": ["name", "tags"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "schema"),
+    [
+        ("json", json.dumps(OBJECT), OBJECT),
+        (
+            "json",
+            '{"type": "integer", "minimum": 3, "maximum": 700}',
+            {"type": "integer", "minimum": 3, "maximum": 700},
+        ),
+        ("regex", r"[a-c]{2}/\d", {"pattern": r"^[a-c]{2}/\d$"}),
+        ("choice", '["yes", "no way"]', {"enum": ["yes", "no way"]}),
+        ("grammar", 'start: "<" inner ">"\ninner: inner "x" | "y"', {"pattern": "^<yx*>$"}),
+    ],
+)
+def test_answers_are_held_to_a_constraint(running: Running, kind: Any, text: str, schema: Any) -> None:
+    names = (None, "first", None)
+    sampling = {"max_tokens": 200, "temperature": 1.0, "ignore_eos": False, "constraint": Constraint(kind, text, "it")}
+    asked = [replace(request("is it?", f"r{seed}", seed=seed, **sampling), model=names[seed]) for seed in range(3)]
+    plain = request(max_tokens=20)
+    alone = running.answer([plain])[0]
+    *held, beside = running.answer([*asked, plain])
+    assert beside.ids == alone.ids
+    assert any(answer.finish_reason == "stop" for answer in held)
+    for answer in held:
+        if answer.finish_reason == "stop":
+            jsonschema.validate(json.loads(answer.text) if kind == "json" else answer.text, schema)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"), [("json", '{"type": "object", "minProperties": 3, "maxProperties": 1}'), ("regex", "(")]
+)
+def test_what_no_answer_can_be_is_refused(running: Running, kind: Any, text: str) -> None:
+    with pytest.raises(RecordError, match=r"^it"):
+        running.answer([request(constraint=Constraint(kind, text, "it"))])
