@@ -16,7 +16,10 @@ from llava_ray.review.rubric import AS_JSON, ReviewKind, Rubric, compose_request
 from llava_ray.review.verdict import build_response_format
 
 _Order = Literal["given", "swapped"]
+_OPENAI = "api.openai.com"
 _TOKENS_PER_MESSAGE = 16  # roles, separators, the schema's own; generous
+_TOKENS_OF_SCORES = 100  # of a verdict's names, numbers and marks
+_SHORTEST = 40  # characters of an explanation that is bounded
 _BYTES_PER_TOKEN = 3  # of English text about 4.5
 _REASONING = re.compile(r"(?:.*/)?(?:o[1-9]|gpt-[5-9])(?![\w])", re.IGNORECASE)
 _MEDIA_TYPES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp", b"GIF8": "image/gif"}
@@ -55,8 +58,17 @@ class JudgeSpec:
     @property
     def name(self) -> str:
         """Return the name in reports: the model, with its address unless it is OpenAI's."""
-        host = self.base_url.partition("://")[2].removesuffix("/v1")
-        return self.model if host == "api.openai.com" else f"{self.model} at {host}"
+        return self.model if self.is_openais else f"{self.model} at {self.host}"
+
+    @property
+    def host(self) -> str:
+        """Return the host of the judge's address, with its port and path."""
+        return self.base_url.partition("://")[2].removesuffix("/v1")
+
+    @property
+    def is_openais(self) -> bool:
+        """Return whether OpenAI itself answers."""
+        return self.host == _OPENAI
 
     @property
     def as_json(self) -> bool:
@@ -145,7 +157,7 @@ class CallPlan:
         canonical = {
             "judge": [judge.base_url, judge.model],
             "rubric": rubric.version,
-            "body": body,
+            "body": _identify_body(body, rubric),
             "order": order,
             "image": image_hash,
             "sample": sample,
@@ -181,8 +193,17 @@ def _request_body(judge: JudgeSpec, rubric: Rubric, text: str, sample: int) -> d
     if config.seed is not None:
         body["seed"] = config.seed + sample
     if judge.as_json:
-        body["response_format"] = build_response_format(rubric.kind)
+        # So that a model that never stops explaining still gives its scores; OpenAI's schemas have no maxLength.
+        longest = None if judge.is_openais else max(_SHORTEST, config.max_tokens - _TOKENS_OF_SCORES)
+        body["response_format"] = build_response_format(rubric.kind, longest)
     return body
+
+
+def _identify_body(body: dict[str, Any], rubric: Rubric) -> dict[str, Any]:
+    """Return what tells calls apart: a schema's bounds do not, so that replies of earlier versions are found again."""
+    if "response_format" not in body:
+        return body
+    return body | {"response_format": build_response_format(rubric.kind, with_bounds=False)}
 
 
 def token_limit_name(config: JudgeConfig, model: str) -> str:

@@ -29,9 +29,14 @@ class ReviewVerdict:
     explanation: str = ""
 
 
-def build_response_format(kind: ReviewKind) -> dict[str, Any]:
-    """Build ``response_format`` with a strict schema; the explanation precedes the scores that follow from it."""
-    fields = {"explanation": {"type": "string"}} | {name: {"type": "number"} for name in _SCORES[kind]}
+def build_response_format(kind: ReviewKind, longest: int | None = None, *, with_bounds: bool = True) -> dict[str, Any]:
+    """Build ``response_format`` with a strict schema; the explanation precedes the scores that follow from it.
+
+    ``longest`` bounds the characters of the explanation. Without bounds scores and explanation are any.
+    """
+    bounds = {"minimum": _LOWEST[kind], "maximum": _HIGHEST[kind]} if with_bounds else {}
+    explanation: dict[str, Any] = {"type": "string"} | ({"maxLength": longest} if longest and with_bounds else {})
+    fields = {"explanation": explanation} | {name: {"type": "number", **bounds} for name in _SCORES[kind]}
     body = {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
     return {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": body}}
 

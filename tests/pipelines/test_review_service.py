@@ -40,6 +40,18 @@ def service(settings: dict[str, str]) -> Iterator[str]:
         serve.shutdown()
 
 
+def make_bundle(folder: Path) -> Path:
+    """The quickstart's model where it is there, a random one otherwise."""
+    if QUICKSTART.exists():
+        return QUICKSTART
+    config = ModelConfig(
+        model_name_or_path=str(fakes.make_language_model(folder / "language_model")),
+        vision_tower=str(fakes.make_vision_tower(folder / "tower")),
+    )
+    save_bundle(folder / "bundle", assemble(config, "pad"))
+    return folder / "bundle"
+
+
 def write_questions(folder: Path, answer: Callable[[str], str]) -> list[str]:
     """Questions about images of one colour, with answers; the flags that name them."""
     (folder / "images").mkdir()
@@ -80,14 +92,7 @@ def test_an_echo_judges(tmp_path: Path) -> None:
 @pytest.mark.verify
 def test_one_real_model_judges_another(tmp_path: Path) -> None:
     """The quickstart's model where it is there, answers about images; a second served one reviews the answers."""
-    bundle = QUICKSTART
-    if not bundle.exists():
-        config = ModelConfig(
-            model_name_or_path=str(fakes.make_language_model(tmp_path / "language_model")),
-            vision_tower=str(fakes.make_vision_tower(tmp_path / "tower")),
-        )
-        bundle = tmp_path / "bundle"
-        save_bundle(bundle, assemble(config, "pad"))
+    bundle = make_bundle(tmp_path)
     with service({"model": f"ours@{bundle},judge@{bundle}"}) as address:
         client = openai.OpenAI(base_url=address, api_key="none", timeout=120)
 
@@ -107,3 +112,26 @@ def test_one_real_model_judges_another(tmp_path: Path) -> None:
     assert found["done"] + found["unparsed"] == 4
     assert (outcome.report["calls"]["sent"], found["failed"]) == (8, 0)
     assert (found["score"] is None) == (found["unparsed"] > 0)
+
+
+@pytest.mark.verify
+def test_a_schema_holds_our_own_model_as_judge(tmp_path: Path) -> None:
+    """200 reviews by the quickstart's model, which writes no scores of its own accord: all can be read."""
+    questions = [
+        {"question_id": f"{number}", "text": f"Is {number} more than {number % 7}?", "category": "conv"}
+        for number in range(100)
+    ]
+    answers = [{"question_id": f"{number}", "text": f"It is {number}.", "model_id": "ours"} for number in range(100)]
+    references = [{"question_id": f"{number}", "text": "Yes."} for number in range(100)]
+    named = {"questions": questions, "references": references, "answers": answers}
+    files = [(f"--{name}", str(write_lines(tmp_path / f"{name}.jsonl", rows))) for name, rows in named.items()]
+    with service({"model": f"judge@{make_bundle(tmp_path)}"}) as address:
+        whose = ["--judge.model", "judge", "--judge.base_url", address, "--judge.response_format", "json_schema"]
+        whose += ["--judge.max_tokens", "256"]
+        outcome = main([*(part for pair in files for part in pair), *whose, "--output", str(tmp_path / "out")])
+    assert isinstance(outcome, Outcome)
+    (found,) = outcome.report["results"]
+    print(outcome.report["calls"], found)
+    assert outcome.complete
+    assert outcome.report["calls"]["sent"] == 200  # both orders of 100
+    assert (found["done"], found["unparsed"], found["failed"]) == (100, 0, 0)

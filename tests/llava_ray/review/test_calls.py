@@ -41,6 +41,7 @@ def test_the_same_call_has_the_same_key_and_any_change_another() -> None:
         key(response_format="json_schema"),
     }
     assert len(changed) == 11
+    assert key(response_format="json_schema") == "7d555ab4984b38da2fb4a1d3573588b9"  # as before its scores had bounds
     assert key() == key(dataclasses.replace(ITEM, id="another question in the same words", names=("a", "b")))
     assert key(base_url="https://api.openai.com/v1/") == key()
     other = build_default_rubric("pair")
@@ -105,3 +106,13 @@ def test_prices() -> None:
     assert half is not None
     assert table.cost(1000, 1000, 400) == pytest.approx(600 * 2.5e-6 + 400 * 1.25e-6 + 1e-2)
     assert half.cost(1000, 1000) == pytest.approx(table.cost(1000, 1000) / 2)
+
+
+def test_only_explanations_of_other_judges_than_openais_are_bounded() -> None:
+    def explanation(**judge: Any) -> Any:
+        body = plan([ITEM], response_format="json_schema", **judge)[0].body
+        return body["response_format"]["json_schema"]["schema"]["properties"]["explanation"]
+
+    assert explanation() == {"type": "string"}
+    assert explanation(base_url="http://127.0.0.1:8000/v1") == {"type": "string", "maxLength": 924}
+    assert explanation(base_url="http://127.0.0.1:8000/v1", max_tokens=16) == {"type": "string", "maxLength": 40}

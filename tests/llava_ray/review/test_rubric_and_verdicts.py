@@ -112,6 +112,7 @@ def test_a_schema_is_kept_to_the_letter() -> None:
     assert asked["strict"]
     assert asked["schema"]["required"] == ["explanation", "score_1", "score_2"]
     assert not asked["schema"]["additionalProperties"]
+    assert asked["schema"]["properties"]["score_2"] == {"type": "number", "minimum": 1.0, "maximum": 10.0}
     good = {"explanation": "why", "score_1": 8, "score_2": 7}
     assert read_verdict(json.dumps(good), "pair", as_json=True) == ReviewVerdict((8, 7), "why")
     bad = [good | {"score_1": "8"}, good | {"score_1": 11}, good | {"score_1": True}, good | {"x": 1}, [good], 8]
