@@ -11,7 +11,7 @@ import os
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +161,9 @@ class VllmEngine:
             async with aclosing(self._outputs(loaded, stream, request, prompt)) as outputs:
                 async for output in outputs:
                     chunk = answer.take(output)
+                    if getattr(output, "prompt_logprobs", None):
+                        read = functools.partial(asyncio.get_running_loop().run_in_executor, self._preparing)
+                        chunk = replace(chunk, prompt_logprobs=await read(answer.read_prompt, output))
                     self.totals.new_tokens += len(chunk.token_ids)
                     ended = chunk.finish_reason is not None
                     yield chunk
