@@ -90,3 +90,10 @@ class LogitEdits:
             scores = torch.where(scores > 0, scores / self.repetition, scores * self.repetition)
             scores = scores.clamp(-_LARGEST, _LARGEST)
         logits[ids] = scores - self.frequency * counts - self.presence * (counts > 0)
+
+
+def edit_rows(edits: Sequence[LogitEdits | None], logits: Float[Tensor, "n vocab"]) -> None:
+    """Change the logits of each row by its own edits, in place."""
+    for row, mine in enumerate(edits):
+        if mine is not None:
+            mine.apply(logits[row])

@@ -231,8 +231,8 @@ class BuiltinEngine:
 
     async def _with_scores(self, chunk: GenerationChunk, scores: PromptScores, parts: LlavaParts) -> GenerationChunk:
         """Add the scores of a prompt to its answer's first chunk; decoding their tokens takes time."""
-        read = functools.partial(self._loop.run_in_executor, self._preparing, scores.read)
-        return replace(chunk, prompt_logprobs=await read(parts.tokenizer.decode))
+        read = functools.partial(scores.read, parts.tokenizer.decode)
+        return replace(chunk, prompt_logprobs=await self._loop.run_in_executor(self._preparing, read))
 
     def _ready(self) -> _LoadedModel:
         if self._loaded is None:

@@ -45,9 +45,9 @@ class PromptScores:
         best = every.topk(min(self.num_best, every.shape[1]), dim=-1)
         self._parts.append((chosen.squeeze(1).cpu(), ranks.cpu(), best.indices.cpu(), best.values.cpu()))
 
-    def read(self, decode: Callable[[list[int]], str]) -> PromptLogprobs:
+    def read(self, decode: Callable[[list[int]], str | list[str]]) -> PromptLogprobs:
         """Return the scores of the whole prompt; ``decode`` gives the text of a token."""
-        text = functools.cache(lambda token: decode([token]))
+        text = functools.cache(lambda token: str(decode([token])))
         scored = itertools.chain.from_iterable(map(_read_part, self._parts))
         found: list[tuple[RankedLogprob, ...] | None] = [None]
         for token, (logprob, rank, best) in zip(self.ids[1:], scored, strict=True):

@@ -25,7 +25,7 @@ from llava_ray.generate.builtin.prompt_scores import PromptScores, bound_scored,
 from llava_ray.generate.builtin.scheduling import PrefillChunk, WaitingQueue, split_prefill_chunk
 from llava_ray.generate.decoding import decode
 from llava_ray.generate.engine import EngineStats, FinishReason, GenerationChunk, GenerationRequest
-from llava_ray.generate.logit_edits import LogitEdits, edits_logits
+from llava_ray.generate.logit_edits import LogitEdits, edit_rows, edits_logits
 from llava_ray.generate.logprobs import TokenLogprob
 from llava_ray.generate.prompts import Prompt
 from llava_ray.generate.row_adapters import RowAdapters
@@ -368,9 +368,7 @@ class RunningBatch:
         draws = [running.draws.random() if running.request.sampling.temperature else 0.0 for running in decoding]
         with_logprobs = [row for row, sampling in enumerate(samplings) if sampling.logprobs is not None]
         of_model = logits[with_logprobs] if with_logprobs else logits  # a copy, of what the model itself finds likely
-        for row, running in enumerate(decoding):
-            if running.edits is not None:
-                running.edits.apply(logits[row])
+        edit_rows([running.edits for running in decoding], logits)
         self.constrained.mask(decoding, logits)
         tokens = sample_tokens(logits, samplings, draws)
         logprobs: dict[int, TokenLogprob] = {}

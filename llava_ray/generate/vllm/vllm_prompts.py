@@ -77,9 +77,7 @@ class VllmPrompts(PromptText):
         stops, texts = self.find_stops(request)
         grammar = self.make_grammar(request)
         params = _sampling_params(request.sampling, stops, None if grammar is None else grammar.text)
-        return VllmPrompt(
-            inputs, params, stops, texts, grammar, self.tools.decoder(request), short, self.image_token
-        )
+        return VllmPrompt(inputs, params, stops, texts, grammar, self.tools.decoder(request), short, self.image_token)
 
 
 def as_image(opened: OpenedImage) -> Image.Image:
