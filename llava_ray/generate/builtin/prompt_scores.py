@@ -51,9 +51,11 @@ class PromptScores:
         scored = itertools.chain.from_iterable(map(_read_part, self._parts))
         found: list[tuple[RankedLogprob, ...] | None] = [None]
         for token, (logprob, rank, best) in zip(self.ids[1:], scored, strict=True):
+            if token < 0:
+                found.append(None)
+                continue
             entries: list[_Entry] = [(token, logprob, rank), *(one for one in best if one[0] != token)]
-            named = tuple(RankedLogprob(other, text(other), value, place) for other, value, place in entries)
-            found.append(named if token >= 0 else None)
+            found.append(tuple(RankedLogprob(other, text(other), value, place) for other, value, place in entries))
         return tuple(found)
 
 

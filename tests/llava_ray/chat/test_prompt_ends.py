@@ -9,9 +9,11 @@ from llava_ray.chat.conversation import IMAGE_TOKEN_INDEX, Turn
 from llava_ray.chat.prompt_ends import render_to_end
 from llava_ray.chat.rendering import place_images, render_prompt
 from llava_ray.chat.templates import TEMPLATES, find_template
-from llava_ray.chat.tool_call import ToolCall
 from llava_ray.chat.tokens import tokenize_conversation, tokenize_prompt
+from llava_ray.chat.tool_call import ToolCall
 from llava_ray.errors import RecordError
+from llava_ray.generate.answer_text import AnswerText
+from llava_ray.generate.decoding import decode
 
 ASKED = (Turn("human", "<image>\nWhat is it?"), Turn("gpt", "A cat."), Turn("human", "Really?"))
 BEGUN = (*ASKED, Turn("gpt", "Yes, it"))
@@ -66,7 +68,9 @@ def test_an_empty_beginning_is_none(make_byte_tokenizer: Any, empty: str) -> Non
     tokenizer = make_byte_tokenizer("<|im_end|>", "<|im_start|>", chat_template=CHATML)
     for template in (TEMPLATES["v1"], find_template("chat_template", tokenizer)):
         opened = render_prompt(ASKED, template, open_turn=True)
-        assert text_of((*ASKED, Turn("gpt", empty)), template, "continued") == text_of(ASKED, template, "open") == opened
+        assert (
+            text_of((*ASKED, Turn("gpt", empty)), template, "continued") == text_of(ASKED, template, "open") == opened
+        )
 
 
 def test_a_beginning_forges_no_control_tokens(make_byte_tokenizer: Any) -> None:
@@ -96,3 +100,13 @@ def test_a_template_that_leaves_the_message_out_is_refused(make_byte_tokenizer: 
     template = find_template("chat_template", tokenizer)
     with pytest.raises(RecordError, match="does not write the last message"):
         render_to_end(BEGUN, template, "continued")
+
+
+def test_the_space_of_a_continuation_is_kept(llama_tokenizers: Any) -> None:
+    """SentencePiece's decoding leaves out the space of a first word."""
+    for tokenizer in llama_tokenizers.values():
+        ids = tokenizer("A cat is here. Sure", add_special_tokens=False)["input_ids"]
+        for place in range(1, len(ids)):
+            text = AnswerText(lambda some, mine=tokenizer: decode(mine, some), strip=False, before=[-200, *ids[:place]])
+            said = "".join(map(text.push, ids[place:])) + text.finish()
+            assert decode(tokenizer, ids[:place]) + said == "A cat is here. Sure"
