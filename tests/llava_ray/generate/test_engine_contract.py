@@ -301,7 +301,7 @@ def test_penalties_and_biases_follow_the_formulas(running: Running, models: Mode
         for place, one in enumerate(make_requests(2 * len(EDITS), seed=31))
         if not one.images or running.name == "builtin"  # vLLM counts the token in the place of an image, too
     ]
-    plain = make_requests(6, seed=32)
+    plain = [replace(one, request_id=f"plain{one.request_id}") for one in make_requests(6, seed=32)]
     answers = running.answer([*asked, *plain])
     for one, answer in zip(asked, answers, strict=False):
         follow(models.wholes[None], one, answer)
