@@ -151,6 +151,13 @@ class VllmEngine:
         loaded = self._ready()
         check_unique_request_id(request.request_id, self._streams)
         prompts = find_prompt_maker(loaded.prompts, request.model)
+        if request.sampling.prompt_logprobs is not None and uses_lora(loaded.model, self.settings):
+            raise RecordError(
+                "prompt_logprobs: vLLM cannot compute them where it serves adapters; leave the field out, or use a "
+                "service of this model without adapters.",
+                reason="sampling",
+                field="prompt_logprobs",
+            )
         stream, ended = _RequestStream(adapter=request.model), False
         self._streams[request.request_id] = stream
         try:
@@ -364,6 +371,11 @@ class VllmEngine:
         )
 
 
+def uses_lora(model: VllmModel, settings: VllmSettings) -> bool:
+    """Return whether the engine is prepared for adapters."""
+    return bool(model.adapters) or settings.max_lora_rank is not None
+
+
 def engine_arguments(model: VllmModel, settings: VllmSettings) -> dict[str, Any]:
     """Return the arguments of vLLM's engine."""
     ranks = [adapter.rank for adapter in model.adapters]
@@ -399,5 +411,5 @@ def engine_arguments(model: VllmModel, settings: VllmSettings) -> dict[str, Any]
         "enforce_eager": not settings.num_gpus,
         "disable_log_stats": True,
         **{key: value for key, value in bounds.items() if value is not None},
-        **(lora if ranks else {}),
+        **(lora if uses_lora(model, settings) else {}),
     }

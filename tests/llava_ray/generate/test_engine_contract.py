@@ -316,7 +316,23 @@ def test_min_p_leaves_the_likeliest(running: Running, models: Models) -> None:
     assert answer.ids == by_transformers(models.wholes[None], replace(asked, sampling=NEVER)).ids
 
 
-def test_scores_of_prompts(running: Running, models: Models) -> None:
+def test_scores_of_prompts(running: Running, models: Models, tmp_path: Path) -> None:
+    if running.name == "builtin":
+        check_scores(running, models)
+        return
+    with pytest.raises(RecordError, match="prompt_logprobs: vLLM cannot compute them") as caught:
+        running.answer([request(prompt_logprobs=0)])  # it would end vLLM's process
+    assert caught.value.field == "prompt_logprobs"
+    alone = Running(make_vllm(replace(models, adapters={}), tmp_path), "vllm")
+    alone.run(alone.engine.start())
+    try:
+        check_scores(alone, models)
+    finally:
+        alone.run(alone.engine.stop())
+        alone.loop.close()
+
+
+def check_scores(running: Running, models: Models) -> None:
     asked = request("is it red or blue? " * 3, "scored", make_image(1), max_tokens=3, prompt_logprobs=2)
     plain = replace(asked, request_id="plain", sampling=replace(asked.sampling, prompt_logprobs=None))
     [before] = running.answer([plain])
