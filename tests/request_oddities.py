@@ -44,6 +44,7 @@ KEYS = [
     "best_of", "role", "content", "name", "refusal", "annotations", "audio", "function_call", "tool_calls", "type",
     "text", "image_url", "url", "detail", "guided_json", "guided_regex", "structured_outputs", "json_schema", "schema",
     "regex", "choice", "grammar", "tool_call_id", "function", "parameters", "arguments", "strict",
+    "min_p", "repetition_penalty", "prompt_logprobs", "continue_final_message", "add_generation_prompt",
     "parallel_tool_calls", "cache_control", "uuid", "reasoning_content", "include_usage", "__class__",
     "",
     "a\0b", "x" * 3000, SECRET,

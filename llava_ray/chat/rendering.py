@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -39,7 +39,7 @@ def render_spans(turns: Sequence[Turn], template: Template, *, open_turn: bool =
     if isinstance(template, JinjaTemplate):
         return _render_jinja(turns, template, open_turn)
     if isinstance(template, StringTemplate):
-        return _render_strings(turns, template, open_turn)
+        return render_strings(turns, template, open_turn)
     raise TemplateError(f"{type(template).__name__} cannot be rendered; get templates from find_template.")
 
 
@@ -65,7 +65,8 @@ def _place_image(text: str, before: str, after: str) -> str:
     return text.replace(IMAGE_TOKEN, before + IMAGE_TOKEN + after)
 
 
-def _render_strings(turns: Sequence[Turn], template: StringTemplate, open_turn: bool) -> list[Span]:
+def render_strings(turns: Sequence[Turn], template: StringTemplate, open_turn: bool) -> list[Span]:
+    """Render checked turns by a template of fixed strings."""
     if template.only_images:
         turns = _keep_images(turns, template)
     ranges: tuple[tuple[int, int], ...] = (template.said,) if any(template.said) else ()
@@ -117,16 +118,14 @@ def _keep_images(turns: Sequence[Turn], template: StringTemplate) -> list[Turn]:
 
 
 def _render_jinja(turns: Sequence[Turn], template: JinjaTemplate, open_turn: bool) -> list[Span]:
-    messages, tools = _messages(turns, template), find_tools(turns)
-    text = _apply_jinja(messages, template, tools, add_generation_prompt=open_turn)
-    ranges = find_messages(
-        text,
-        messages,
-        write=lambda marked: _apply_jinja(marked, template, tools, add_generation_prompt=open_turn),
-        find_control=lambda content: find_control_ranges(content, template.tokenizer, template),
-    )
-    if any(template.image_tags):
-        ranges = [own for start, stop in ranges for own in _message_ranges(text[start:stop], start, template)]
+    messages, tools = list_messages(turns, template), find_tools(turns)
+
+    def write(messages: list[dict[str, Any]]) -> str:
+        """Write messages as the template does."""
+        return apply_jinja(messages, template, tools, add_generation_prompt=open_turn)
+
+    text = write(messages)
+    ranges = locate_messages(text, messages, template, write)
     borders, written = [], 0
     for index, turn in enumerate(turns):
         if turn.role != "gpt" or open_turn:  # nothing of an open turn is supervised
@@ -144,6 +143,21 @@ def _render_jinja(turns: Sequence[Turn], template: JinjaTemplate, open_turn: boo
         for start, stop, supervised in borders
         if start < stop
     ]
+
+
+def locate_messages(
+    text: str, messages: list[dict[str, Any]], template: JinjaTemplate, write: Callable[[list[dict[str, Any]]], str]
+) -> list[tuple[int, int]]:
+    """Return the ranges of ``write(messages)``, which is ``text``, that are characters of messages."""
+    ranges = find_messages(
+        text,
+        messages,
+        write=write,
+        find_control=lambda content: find_control_ranges(content, template.tokenizer, template),
+    )
+    if any(template.image_tags):
+        ranges = [own for start, stop in ranges for own in _message_ranges(text[start:stop], start, template)]
+    return ranges
 
 
 def _within(ranges: Sequence[tuple[int, int]], start: int, stop: int) -> tuple[tuple[int, int], ...]:
@@ -171,7 +185,7 @@ def find_frame(template: JinjaTemplate) -> tuple[str, ...]:
 
 
 def _find_answer_start(text: str, turns: Sequence[Turn], template: JinjaTemplate) -> int:
-    prompt = _apply_jinja(_messages(turns, template), template, find_tools(turns), add_generation_prompt=True)
+    prompt = apply_jinja(list_messages(turns, template), template, find_tools(turns), add_generation_prompt=True)
     if not text.startswith(prompt):
         same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, prompt, strict=False)))
         raise TemplateError(
@@ -201,7 +215,7 @@ def _measure_answer(rest: str, turn: Turn, template: JinjaTemplate) -> int:
 
 def _find_calls_end(text: str, start: int, turns: Sequence[Turn], template: JinjaTemplate) -> int:
     """Return where the last turn, which calls tools, ends: behind the vocabulary token that ends it."""
-    turn = _apply_jinja(_messages(turns, template), template, find_tools(turns), add_generation_prompt=False)
+    turn = apply_jinja(list_messages(turns, template), template, find_tools(turns), add_generation_prompt=False)
     stop = len(turn.rstrip())
     ends = [end for end in template.end.finditer(text[start:stop]) if end.end() == stop - start]
     if not ends or not text.startswith(turn[:stop]):
@@ -213,19 +227,21 @@ def _find_calls_end(text: str, start: int, turns: Sequence[Turn], template: Jinj
     return stop
 
 
-def _messages(turns: Sequence[Turn], template: JinjaTemplate) -> list[dict[str, Any]]:
+def list_messages(turns: Sequence[Turn], template: JinjaTemplate) -> list[dict[str, Any]]:
+    """Return turns as the messages of a chat template, its system prompt first."""
     words = {"human": "user", "gpt": "assistant", "tool": "tool"}
     messages: list[dict[str, Any]] = [] if template.system is None else [{"role": "system", "content": template.system}]
     return [*messages, *({"role": words[turn.role], "content": turn.value, **tool_fields(turn)} for turn in turns)]
 
 
-def _apply_jinja(
+def apply_jinja(
     messages: list[dict[str, Any]],
     template: JinjaTemplate,
     tools: list[Any] | None = None,
     *,
     add_generation_prompt: bool,
 ) -> str:
+    """Write messages by a tokenizer's chat template."""
     text = template.tokenizer.apply_chat_template(
         messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
     )

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from llava_ray.chat.controls import find_controls
 from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, Span, Turn
 from llava_ray.chat.encoding import EncodedText, without_forged
+from llava_ray.chat.prompt_ends import PromptEnd, render_to_end
 from llava_ray.chat.rendering import place_images, render_spans
 from llava_ray.chat.tool_templates import with_tool_frame
 from llava_ray.errors import ConfigError, RecordError, TemplateError
@@ -57,10 +58,15 @@ def tokenize_conversation(
     return tokenize_spans(spans, tokenizer, add_bos=template.add_bos, template=template)
 
 
-def tokenize_prompt(turns: Sequence[Turn], template: Template, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids of a prompt for generation: the same tokens that precede an answer in training."""
+def tokenize_prompt(
+    turns: Sequence[Turn], template: Template, tokenizer: PreTrainedTokenizerBase, *, end: PromptEnd = "open"
+) -> list[int]:
+    """Return the ids of a prompt for generation: the same tokens that precede an answer in training.
+
+    ``end`` is where the prompt ends: where an answer begins, or as `prompt_ends.render_to_end` says.
+    """
     template = with_tool_frame(template, turns)
-    spans = render_spans(place_images(turns, template), template, open_turn=True)
+    spans = render_to_end(place_images(turns, template), template, end)
     return tokenize_spans(spans, tokenizer, add_bos=template.add_bos, template=template).input_ids
 
 

@@ -40,6 +40,8 @@ class Task:
     num_choices: int = 1
     stream: bool = True
     """Whether to send pieces as they come, or all at the end."""
+    continue_final_message: bool = False
+    add_generation_prompt: bool = True
     adapter: AdapterRef | None = None
     """The adapter that ``model`` names, if it was loaded while the service runs: the replica may not know it yet."""
 
@@ -55,7 +57,7 @@ def chat_task(request: ChatRequest, request_id: str, settings: ServeSettings) ->
     """Convert a chat to a task. Raises RefusalError for too many images or characters, or turns out of order."""
     system = "\n".join(_text_of(message) for message in request.messages if message.role in ("system", "developer"))
     spoken = [message for message in request.messages if message.role in _ROLES]
-    _check_order(spoken)
+    _check_order(spoken, request)
     media = tuple(part.image_url.url for message in spoken for part in message.parts if isinstance(part, ImagePart))
     turns = with_tools([as_turn(message) for message in spoken], request.offered_tools)
     if len(media) > settings.max_images:
@@ -78,6 +80,8 @@ def chat_task(request: ChatRequest, request_id: str, settings: ServeSettings) ->
         tool_choice=request.choice,
         num_choices=_check_choices(request, settings),
         stream=request.stream,
+        continue_final_message=request.continue_final_message,
+        add_generation_prompt=request.add_generation_prompt,
     )
 
 
@@ -110,6 +114,12 @@ def sampling(request: GenerationFields, wanted: int | None, logprobs: int | None
         logprobs=logprobs,
         ignore_eos=request.ignore_eos,
         constraint=request.constraint(),
+        min_p=request.min_p,
+        logit_bias=request.logit_bias,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        repetition_penalty=request.repetition_penalty,
+        prompt_logprobs=request.prompt_logprobs,
     )
 
 
@@ -143,10 +153,10 @@ def _text_of(message: ChatMessage) -> str:
     return break_markers(join_parts(part.text for part in message.parts if isinstance(part, TextPart)))
 
 
-def _check_order(spoken: list[ChatMessage]) -> None:
+def _check_order(spoken: list[ChatMessage], request: ChatRequest) -> None:
     """Check that user and assistant alternate, the user first, and that the results of calls follow these.
 
-    Raises RefusalError.
+    The last message must be what the request's prompt may end with. Raises RefusalError.
     """
     pending: list[str] = []  # calls without results
     before = ""
@@ -177,7 +187,22 @@ def _check_order(spoken: list[ChatMessage]) -> None:
             if len(set(pending)) < len(pending):
                 raise refuse(400, "two calls of a message have the same id", "tool_call_id", "messages")
         before = message.role
-    if before not in ("user", "tool") or pending:
+    _check_last(before, pending, request)
+
+
+def _check_last(last: str, pending: list[str], request: ChatRequest) -> None:
+    """Check the role of the last message, after which the calls ``pending`` have no results. Raises RefusalError."""
+    if request.continue_final_message:
+        if last != "assistant" or pending:
+            found = "calls tools" if pending else f"is the {last}'s" if last else "is missing"
+            raise refuse(
+                400,
+                f"continue_final_message: the last message {found}; expected the beginning of an answer, an assistant "
+                "message of text",
+                "message_order",
+                "continue_final_message",
+            )
+    elif pending or last not in (("user", "tool") if request.add_generation_prompt else ("user", "tool", "assistant")):
         missing = "the results of the last message's calls are missing" if pending else "it is the question"
         raise refuse(400, f"the last message must be the user's, or a tool's: {missing}", "message_order", "messages")
 

@@ -157,6 +157,8 @@ def _generation_request(task: Task, index: int, images: tuple[bytes, ...], model
     sampling = task.sampling
     if sampling.seed is not None and index:
         sampling = replace(sampling, seed=sampling.seed + index)
+    if index:  # they have one prompt
+        sampling = replace(sampling, prompt_logprobs=None)
     return GenerationRequest(
         request_id=f"{task.request_id}-{index}",
         turns=task.turns,
@@ -166,4 +168,6 @@ def _generation_request(task: Task, index: int, images: tuple[bytes, ...], model
         model=model,
         sampling=sampling,
         tool_choice=task.tool_choice,
+        continue_final_message=task.continue_final_message,
+        add_generation_prompt=task.add_generation_prompt,
     )

@@ -11,11 +11,12 @@ _MOST_BYTES = 8  # tokens without a complete character, after which their bytes 
 class Detokenizer:
     """Decodes a growing list of tokens, a window at a time."""
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
-        """Initialise with the tokenizer's own ``decode``."""
+    def __init__(self, decode: Callable[[Sequence[int]], str], before: Sequence[int] = ()) -> None:
+        """Initialise with the tokenizer's own ``decode``; ``before`` are tokens that the list continues."""
         self.decode = decode
-        self.window: list[int] = []
-        self.known = ""
+        images = [place for place, token in enumerate(before[-_OVERLAP:], start=1) if token < 0]
+        self.window = list(before[-_OVERLAP:])[max(images, default=0) :]
+        self.known = decode(self.window) if self.window else ""
         self.num_unfinished = 0
 
     def push(self, token: int) -> str:
@@ -47,9 +48,13 @@ class AnswerText:
         *,
         strip: bool = True,
         lead: str = "",
+        before: Sequence[int] = (),
     ) -> None:
-        """Initialise an empty answer; ``lead`` is what it begins with that is no part of its text."""
-        self.detokenizer = Detokenizer(decode)
+        """Initialise an empty answer; ``lead`` is what it begins with that is no part of its text.
+
+        ``before`` are the tokens of a text that it continues.
+        """
+        self.detokenizer = Detokenizer(decode, before)
         self.stops = tuple(stops)
         self.strip = strip
         self.lead = lead

@@ -12,6 +12,7 @@ from typing import Literal, Protocol, runtime_checkable
 from llava_ray.chat.conversation import Turn
 from llava_ray.chat.tool_formats import CallDelta
 from llava_ray.errors import RecordError
+from llava_ray.generate.logprobs import PromptLogprobs, TokenLogprob
 from llava_ray.images.views import ImageDecoder
 
 FinishReason = Literal["stop", "length", "tool_calls"]  # engines themselves end with one of the first two
@@ -61,6 +62,18 @@ class Sampling:
     """Generate max_tokens tokens without stopping: for benchmarks."""
     constraint: Constraint | None = None
     """What the answer may be; None for any text."""
+    min_p: float = 0.0
+    """Only tokens at least this likely, as a share of the likeliest one's probability; 0 for all. Before top_k."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(id, addition to its logit) of tokens, in the prompt maker's vocabulary."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens that the answer has."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit as often as the answer has it."""
+    repetition_penalty: float = 1.0
+    """Divides the logits of tokens that prompt or answer have (multiplies negative ones)."""
+    prompt_logprobs: int | None = None
+    """Log-probabilities of the prompt's tokens and of so many most likely ones at each place; None for none."""
 
 
 @dataclass(frozen=True)
@@ -82,17 +95,15 @@ class GenerationRequest:
     sampling: Sampling = field(default_factory=Sampling)
     tool_choice: ToolChoice = field(default_factory=ToolChoice)
     """For turns with tools."""
+    continue_final_message: bool = False
+    """Whether the last turn is the beginning of the answer, which is continued."""
+    add_generation_prompt: bool = True
+    """Whether the template writes what comes before an answer, unless the last turn is continued."""
 
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """A token, its text, its natural log-probability before temperature, and the likeliest others."""
-
-    token_id: int
-    text: str
-    logprob: float
-    top: tuple[tuple[int, str, float], ...] = ()
-    """(id, text, log-probability) of the likeliest tokens, best first."""
+    @property
+    def opens_answer(self) -> bool:
+        """Return whether the prompt ends where the template has an answer begin."""
+        return self.prompt is None and self.add_generation_prompt and not self.continue_final_message
 
 
 @dataclass(frozen=True)
@@ -115,6 +126,8 @@ class GenerationChunk:
     """Tokens of the prompt whose keys and values were in the cache."""
     calls: tuple[CallDelta, ...] = ()
     """Pieces of tool calls, once the service has separated them from the text."""
+    prompt_logprobs: PromptLogprobs = ()
+    """Of the prompt, in the first piece of an answer whose request asks for them."""
 
 
 @dataclass(frozen=True)

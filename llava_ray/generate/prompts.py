@@ -1,5 +1,6 @@
 """Preparation of requests for the model: token ids, and images as pixels or as cached embeddings."""
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,7 +10,8 @@ import jinja2
 from jaxtyping import Float32
 from torch import Tensor
 
-from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava_ray.chat.conversation import IGNORE_INDEX
+from llava_ray.chat.prompt_ends import CONTINUED, PromptEnd
 from llava_ray.chat.template import Template
 from llava_ray.chat.tokens import expand_images, tokenize_prompt, tokenizer_image_token
 from llava_ray.config.sections import MAX_IMAGE_PIXELS
@@ -21,36 +23,18 @@ from llava_ray.generate.constraints.call_grammars import call_constraint
 from llava_ray.generate.constraints.compiling import GrammarCompiler
 from llava_ray.generate.decoding import Stops, default_stops
 from llava_ray.generate.engine import Constraint, GenerationRequest
+from llava_ray.generate.image_places import PromptImage, place_prompt_images
+from llava_ray.generate.logit_edits import check_biased_tokens
 from llava_ray.generate.model_tools import ModelTools, find_offered
 from llava_ray.generate.sampling import check_sampling
 from llava_ray.generate.vision_cache import VisionCache, image_key
-from llava_ray.images.anyres import Size
 from llava_ray.images.geometry import ImageSpec
 from llava_ray.images.processing import normalize_pixels
 from llava_ray.images.views import OpenedImage, open_views
 from llava_ray.model.assembly import LlavaParts
 from llava_ray.model.blueprint import Blueprint
-from llava_ray.model.network.llava import Llava
-from llava_ray.model.network.tower import VisionTower
 
 P = TypeVar("P", bound="PromptText")
-
-
-@dataclass
-class PromptImage:
-    """An image in a prompt: preprocessed views until its embeddings are computed."""
-
-    key: str
-    """Identifies its content, its tower and its projector."""
-    num_tokens: int
-    llava: Llava
-    """The model with that projector."""
-    tower: VisionTower
-    size: Size = (0, 0)
-    views: Float32[Tensor, "n 3 h w"] | None = None
-    embeddings: Tensor | None = None
-    first: int = 0
-    """Position of its first token in the prompt."""
 
 
 @dataclass
@@ -67,9 +51,9 @@ class Prompt:
     decode: Callable[[Sequence[int]], str] | None = None
     """Decodes an answer that may call tools; None for the tokenizer's own way."""
 
-    def answer_text(self, decode: Callable[[Sequence[int]], str], *, strip: bool) -> AnswerText:
-        """Return an empty answer; ``decode`` is the tokenizer's own way."""
-        return begin_answer(self.grammar, self.decode, decode, self.stop_texts, strip=strip)
+    def answer_text(self, decode: Callable[[Sequence[int]], str], request: GenerationRequest) -> AnswerText:
+        """Return an empty answer to a request; ``decode`` is the tokenizer's own way."""
+        return begin_answer(self, decode, request, self.ids)
 
 
 @dataclass(frozen=True)
@@ -104,6 +88,8 @@ class PromptText:
     def read(self, request: GenerationRequest) -> list[int]:
         """Return a request's ids with one -200 for each image. Raises RecordError for an invalid request."""
         check_sampling(request.sampling)
+        if request.sampling.logit_bias:
+            check_biased_tokens(request.sampling, *self.known_tokens)
         if find_offered(request):
             self.tools.format()
         short = self.tokenize(request)
@@ -118,6 +104,8 @@ class PromptText:
         """Return the ids with one -200 for each image. Raises RecordError."""
         if (request.prompt is None) == (not request.turns):
             raise RecordError("expected either turns or a prompt, and not both.", reason="turns")
+        if request.prompt is not None and request.continue_final_message:
+            raise RecordError("a prompt has no last message to continue.", reason="turns", field=CONTINUED)
         if request.prompt is not None:
             # Without a template control tokens are allowed: the whole prompt is the client's own, as in vLLM.
             ids = tokenizer_image_token(request.prompt, self.model.tokenizer)
@@ -128,11 +116,19 @@ class PromptText:
         except TemplateError as error:
             raise RecordError(str(error), reason="system_prompt") from error
         try:
-            return tokenize_prompt(request.turns, template, self.model.tokenizer)
+            return tokenize_prompt(request.turns, template, self.model.tokenizer, end=_find_end(request))
         except jinja2.TemplateError as error:  # raised by the template itself, with its own message
             raise RecordError(f"the model's chat template rejects the messages: {error}", reason="turns") from error
         except TemplateError as error:
             raise RecordError(str(error), reason="template") from error
+
+    @functools.cached_property
+    def known_tokens(self) -> tuple[int, frozenset[int]]:
+        """Return the size of the model's vocabulary, and the tokenizer's ids."""
+        num_rows = self.model.language_config.get_text_config().vocab_size
+        return max(num_rows, *(token + 1 for token in self.model.new_token_ids), 0), frozenset(
+            self.model.tokenizer.get_vocab().values()
+        )
 
     def find_constraint(self, request: GenerationRequest) -> Constraint | None:
         """Return what the answer may be; None for any text. Raises RecordError."""
@@ -225,7 +221,7 @@ class PromptMaker(PromptText):
         counts = [image.num_tokens for image in images]
         ids = expand_images(begun.short, [IGNORE_INDEX] * len(begun.short), counts)[0]
         self.check_length(len(ids), request.sampling.max_tokens)
-        _place_images(ids, images)
+        place_prompt_images(ids, images)
         stops, texts = self.find_stops(request)
         num_cached = sum(image.embeddings is not None for image in images)
         return Prompt(ids, images, stops, texts, num_cached, decode=self.tools.decoder(request))
@@ -237,13 +233,11 @@ class PromptMaker(PromptText):
         return PromptImage(key, count, self.parts.llava, self.parts.tower, opened.size, views)
 
 
-def _place_images(ids: Sequence[int], images: Sequence[PromptImage]) -> None:
-    """Set the position of each image's first token in a prompt."""
-    place = 0
-    for image in images:
-        place = ids.index(IMAGE_TOKEN_INDEX, place)
-        image.first = place
-        place += image.num_tokens
+def _find_end(request: GenerationRequest) -> PromptEnd:
+    """Return where the prompt of a request's turns ends."""
+    if request.continue_final_message:
+        return "continued"
+    return "open" if request.add_generation_prompt else "closed"
 
 
 def find_prompt_maker(prompts: Mapping[str | None, P], name: str | None) -> P:

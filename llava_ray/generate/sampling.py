@@ -11,6 +11,8 @@ from llava_ray.errors import ModelError, RecordError
 from llava_ray.generate.engine import Sampling
 
 _FEW = 256  # most likely tokens among which the threshold of top_p is searched before all are sorted
+MAX_BIASES = 1024  # tokens of a logit_bias
+MAX_BIAS, MAX_PENALTY = 100.0, 2.0  # as in OpenAI's API
 COLDEST = 1e-5  # temperatures below it, as in vLLM, are 0: logits divided by less leave fp32
 
 
@@ -23,10 +25,24 @@ def check_sampling(sampling: Sampling) -> None:
         "top_k": (sampling.top_k, sampling.top_k >= 0, "0 (all) or more"),
         "logprobs": (sampling.logprobs, (sampling.logprobs or 0) >= 0, "0 or more"),
         "stop": (sampling.stop, all(sampling.stop), "texts that are not empty"),
+        "min_p": (sampling.min_p, 0 <= sampling.min_p <= 1, "0 to 1"),
+        "presence_penalty": (sampling.presence_penalty, abs(sampling.presence_penalty) <= MAX_PENALTY, "-2 to 2"),
+        "frequency_penalty": (sampling.frequency_penalty, abs(sampling.frequency_penalty) <= MAX_PENALTY, "-2 to 2"),
+        "repetition_penalty": (
+            sampling.repetition_penalty,
+            0 < sampling.repetition_penalty < math.inf,
+            "more than 0 (1 changes nothing)",
+        ),
+        "prompt_logprobs": (sampling.prompt_logprobs, (sampling.prompt_logprobs or 0) >= 0, "0 or more"),
+        "logit_bias": (
+            f"of {len(sampling.logit_bias)} tokens",
+            len(sampling.logit_bias) <= MAX_BIASES and all(abs(bias) <= MAX_BIAS for _, bias in sampling.logit_bias),
+            f"at most {MAX_BIASES} tokens, each with a number from -100 to 100",
+        ),
     }
     for name, (value, good, expected) in problems.items():
         if not good:
-            raise RecordError(f"{name} is {value}; expected {expected}.", reason="sampling")
+            raise RecordError(f"{name} is {value}; expected {expected}.", reason="sampling", field=name)
 
 
 def find_finite_rows(logits: Float[Tensor, "n vocab"]) -> list[bool]:
@@ -64,8 +80,11 @@ def sample_tokens(logits: Float[Tensor, "n vocab"], samplings: Sequence[Sampling
 
 
 def _keep_likely(scores: Float[Tensor, "n vocab"], samplings: Sequence[Sampling]) -> Float[Tensor, "n vocab"]:
-    """Set the scores outside top_k and then top_p to -inf."""
+    """Set the scores outside min_p, then top_k, then top_p to -inf, in vLLM's order."""
     for row, sampling in enumerate(samplings):
+        if sampling.min_p > 0:
+            threshold = scores[row].max() + math.log(sampling.min_p)
+            scores[row].masked_fill_(scores[row] < threshold, -torch.inf)
         if 0 < sampling.top_k < scores.shape[1]:
             threshold = scores[row].topk(sampling.top_k).values[-1]
             scores[row].masked_fill_(scores[row] < threshold, -torch.inf)

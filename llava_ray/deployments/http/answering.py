@@ -121,6 +121,7 @@ def _joined(pieces: list[AnswerPiece]) -> list[AnswerPiece]:
                 num_cached_images=max(before.num_cached_images, chunk.num_cached_images),
                 calls=before.calls + chunk.calls,
                 num_cached_tokens=max(before.num_cached_tokens, chunk.num_cached_tokens),
+                prompt_logprobs=before.prompt_logprobs,
             )
         )
     return list(joined.items())

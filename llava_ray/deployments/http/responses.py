@@ -10,10 +10,11 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from llava_ray.chat.tool_formats import CallDelta
+from llava_ray.deployments.http.logprob_forms import as_json_logprob, format_prompt_logprobs
 from llava_ray.deployments.replica import AnswerPiece
-from llava_ray.generate.engine import GenerationChunk, TokenLogprob
+from llava_ray.generate.engine import GenerationChunk
+from llava_ray.generate.logprobs import PromptLogprobs, TokenLogprob
 
-_LEAST_LOGPROB = -9999.0
 # Of a call's id: some chat templates accept only nine letters and digits.
 _ID_CHARACTERS, _ID_LENGTH = string.ascii_letters + string.digits, 9
 
@@ -51,6 +52,7 @@ class Choice:
     num_prompt_tokens: int = 0
     num_tokens: int = 0
     num_cached_tokens: int = 0
+    prompt_logprobs: PromptLogprobs = ()
 
     def add(self, chunk: GenerationChunk) -> None:
         """Append a piece to the answer."""
@@ -63,6 +65,7 @@ class Choice:
         self.num_prompt_tokens = max(self.num_prompt_tokens, chunk.num_prompt_tokens)
         self.num_tokens += len(chunk.token_ids)
         self.num_cached_tokens = max(self.num_cached_tokens, chunk.num_cached_tokens)
+        self.prompt_logprobs = self.prompt_logprobs or chunk.prompt_logprobs
 
     def call(self, index: int) -> AnswerCall:
         """Return the call of that index, begun where it is new."""
@@ -127,6 +130,7 @@ class ChatForm:
                 for index, choice in enumerate(choices)
             ],
             "usage": usage(choices),
+            **format_prompt_logprobs(choices[0].prompt_logprobs),
         }
 
     def first(self, num_choices: int) -> list[dict[str, Any]]:
@@ -175,12 +179,7 @@ def _call_delta(call: CallDelta, choice: Choice) -> dict[str, Any]:
 
 def _chat_token(text: str, logprob: float) -> dict[str, Any]:
     """Format one token of a chat."""
-    return {"token": text, "logprob": _as_number(logprob), "bytes": list(text.encode())}
-
-
-def _as_number(logprob: float) -> float:
-    """Clamp a log-probability to OpenAI's minimum, since JSON has no infinity."""
-    return max(logprob, _LEAST_LOGPROB)
+    return {"token": text, "logprob": as_json_logprob(logprob), "bytes": list(text.encode())}
 
 
 @dataclass(frozen=True)
@@ -189,8 +188,9 @@ class CompletionForm(ChatForm):
 
     def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
         """Format a complete answer."""
+        prompt = format_prompt_logprobs(choices[0].prompt_logprobs)
         formatted = [
-            self.choice(index, choice.text, self.tokens(choice.logprobs, 0), choice.finish_reason)
+            {**self.choice(index, choice.text, self.tokens(choice.logprobs, 0), choice.finish_reason), **prompt}
             for index, choice in enumerate(choices)
         ]
         return {**self.head("text_completion"), "choices": formatted, "usage": usage(choices)}
@@ -226,7 +226,7 @@ class CompletionForm(ChatForm):
             offset += len(token.text)
         return {
             "tokens": [token.text for token in tokens],
-            "token_logprobs": [_as_number(token.logprob) for token in tokens],
-            "top_logprobs": [{text: _as_number(logprob) for _, text, logprob in token.top} for token in tokens],
+            "token_logprobs": [as_json_logprob(token.logprob) for token in tokens],
+            "top_logprobs": [{text: as_json_logprob(logprob) for _, text, logprob in token.top} for token in tokens],
             "text_offset": offsets,
         }

@@ -26,13 +26,13 @@ from llava_ray.deployments.http.neutral_fields import (
     OF_STREAMS,
     Neutral,
 )
+from llava_ray.deployments.http.sampling_fields import MAX_TOP_LOGPROBS, PromptEndFields, SamplingFields
 from llava_ray.deployments.http.tool_fields import CalledTool, ToolFields
 
 __all__ = ["ChatRequest", "CompletionRequest", "describe_invalid_request", "read_request"]
 
 _MAX_STOPS = 4
 _MAX_STOP_CHARS = 256
-_MAX_TOP_LOGPROBS = 20
 MAX_MESSAGES = 1000
 MAX_PARTS = 256
 _SEEDS = 2**63
@@ -132,7 +132,7 @@ class StreamOptions(ClosedModel):
     """Accepted and of no effect."""
 
 
-class GenerationFields(ConstraintFields):
+class GenerationFields(ConstraintFields, SamplingFields):
     """The common fields of chats and completions."""
 
     ignored = IGNORED
@@ -158,13 +158,20 @@ class GenerationFields(ConstraintFields):
             raise wrong_field("stream_options", "only allowed with stream = true")
         return self
 
+    @model_validator(mode="after")
+    def prompt_logprobs_of_whole_answers(self) -> Self:
+        """Reject prompt_logprobs in a stream, as vLLM does."""
+        if self.prompt_logprobs is not None and self.stream:
+            raise wrong_field("prompt_logprobs", "not together with stream = true")
+        return self
+
     @property
     def include_usage(self) -> bool:
         """Return whether the last event of a stream has token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class ChatRequest(GenerationFields, ToolFields):
+class ChatRequest(GenerationFields, ToolFields, PromptEndFields):
     """``POST /v1/chat/completions``."""
 
     neutral: ClassVar[Neutral] = {**NEUTRAL, **OF_CHATS}
@@ -172,7 +179,7 @@ class ChatRequest(GenerationFields, ToolFields):
     messages: tuple[ChatMessage, ...] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=1_000_000)
     logprobs: bool = False
-    top_logprobs: int | None = Field(default=None, ge=0, le=_MAX_TOP_LOGPROBS)
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
 
     @model_validator(mode="after")
     def top_needs_logprobs(self) -> Self:

@@ -10,7 +10,7 @@ import asyncio
 import functools
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Condition, Thread
 from typing import Any
@@ -21,6 +21,7 @@ from llava_ray.config.sections import MAX_IMAGE_PIXELS
 from llava_ray.errors import BusyError, ModelError
 from llava_ray.generate.adapter_loading import AdapterLoader
 from llava_ray.generate.builtin.cores import use_one_core
+from llava_ray.generate.builtin.prompt_scores import PromptScores
 from llava_ray.generate.builtin.running_batch import RunningBatch, RunningRequest, StepResults
 from llava_ray.generate.engine import (
     EngineStats,
@@ -146,9 +147,13 @@ class BuiltinEngine:
             if stream.cancelled:
                 return
             self._join(loaded.batch, stream, request, prompt)
+            num_chunks = 0
             while (item := await stream.queue.get()) is not None:
                 if isinstance(item, Exception):
                     raise item
+                if stream.running is not None and stream.running.scores is not None and not num_chunks:
+                    item = await self._with_scores(item, stream.running.scores, loaded.parts)
+                num_chunks += 1
                 yield item
                 if item.finish_reason is not None:
                     return
@@ -232,6 +237,11 @@ class BuiltinEngine:
             for index in begun.unknown
         ]
         return await prepare(prompts.finish, request, begun, opened)
+
+    async def _with_scores(self, chunk: GenerationChunk, scores: PromptScores, parts: LlavaParts) -> GenerationChunk:
+        """Add the scores of a prompt to its answer's first chunk; decoding their tokens takes time."""
+        read = functools.partial(scores.read, parts.tokenizer.decode)
+        return replace(chunk, prompt_logprobs=await self._loop.run_in_executor(self._preparing, read))
 
     def _ready(self) -> _LoadedModel:
         if self._loaded is None:

@@ -23,6 +23,10 @@ class ReadsPrompt(Protocol):
     """Of them, those copied from the cache."""
     new_ids: list[int]
 
+    @property
+    def reads_known(self) -> bool:
+        """Return whether it copies what is known, in place of reading it."""
+
 
 R = TypeVar("R", bound=ReadsPrompt)
 
@@ -37,9 +41,10 @@ def find_readers(kv: KvCache, running: Iterable[R]) -> list[R]:
     for request in running:
         if request.num_read == len(request.prompt.ids):
             continue
-        load_prefix(kv, request)
+        if request.reads_known:
+            load_prefix(kv, request)
         next_key = _next_key(kv, request)
-        if next_key is None or next_key not in being_read:
+        if next_key is None or next_key not in being_read or not request.reads_known:
             readers.append(request)
         if next_key is not None:
             being_read.add(next_key)

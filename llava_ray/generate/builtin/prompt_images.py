@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llava_ray.generate.builtin.batching import ImageSpan
-from llava_ray.generate.prompts import PromptImage
+from llava_ray.generate.image_places import PromptImage
 from llava_ray.model.network.llava import Llava
 from llava_ray.model.network.quantization import find_dtype
 

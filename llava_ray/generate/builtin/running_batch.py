@@ -21,9 +21,12 @@ from llava_ray.generate.builtin.packed_linear import pack_linears
 from llava_ray.generate.builtin.prefix_keys import BlockKeys, KeyRoots
 from llava_ray.generate.builtin.prefix_reuse import find_readers, forget_prefix, keep_prefix
 from llava_ray.generate.builtin.prompt_images import embed_images, find_overlapping, visible_part
+from llava_ray.generate.builtin.prompt_scores import PromptScores, bound_scored, score_prompts
 from llava_ray.generate.builtin.scheduling import PrefillChunk, WaitingQueue, split_prefill_chunk
 from llava_ray.generate.decoding import decode
-from llava_ray.generate.engine import EngineStats, FinishReason, GenerationChunk, GenerationRequest, TokenLogprob
+from llava_ray.generate.engine import EngineStats, FinishReason, GenerationChunk, GenerationRequest
+from llava_ray.generate.logit_edits import LogitEdits, edit_rows, edits_logits
+from llava_ray.generate.logprobs import TokenLogprob
 from llava_ray.generate.prompts import Prompt
 from llava_ray.generate.row_adapters import RowAdapters
 from llava_ray.generate.sampling import compute_logprobs, find_finite_rows, not_finite_error, sample_tokens
@@ -75,11 +78,20 @@ class RunningRequest:
     """Whether its last chunk was delivered or its caller disconnected."""
     held: Tensor | None = None
     """Logits of its next token, until its grammar has decided which tokens may follow."""
+    edits: LogitEdits | None = None
+    """Changes of its logits that the request asks for."""
+    scores: PromptScores | None = None
+    """Log-probabilities of its prompt, where the request asks for them."""
 
     @property
     def num_unread(self) -> int:
         """Return the number of prompt tokens that are not in the cache yet."""
         return len(self.prompt.ids) - self.num_read
+
+    @property
+    def reads_known(self) -> bool:
+        """Return whether it copies what is known of its prompt: that has no logits."""
+        return self.scores is None
 
     @property
     def num_tokens(self) -> int:
@@ -139,12 +151,18 @@ class RunningBatch:
         self, request: GenerationRequest, prompt: Prompt, queue: "Queue[GenerationChunk | Exception | None]"
     ) -> RunningRequest:
         """Build the state of a request, for ``add``."""
-        text = prompt.answer_text(functools.partial(decode, self.parts.tokenizer), strip=request.prompt is None)
+        sampling = request.sampling
+        text = prompt.answer_text(functools.partial(decode, self.parts.tokenizer), request)
         keys = BlockKeys(self.roots.find(request.model), prompt.ids, prompt.images)
         drafts = None
-        if self.longest_draft and prompt.grammar is None and may_draft(request.sampling):
+        if self.longest_draft and prompt.grammar is None and may_draft(sampling):
             drafts = DraftSource(self.longest_draft)
-        return RunningRequest(request, prompt, queue, text, random.Random(request.sampling.seed), keys, drafts)
+        running = RunningRequest(request, prompt, queue, text, random.Random(sampling.seed), keys, drafts)
+        if edits_logits(sampling):
+            running.edits = LogitEdits(sampling, prompt.ids, self.model.device)
+        if sampling.prompt_logprobs is not None:
+            running.scores = PromptScores(prompt.ids, sampling.prompt_logprobs)
+        return running
 
     @property
     def num_waiting_tokens(self) -> int:
@@ -174,13 +192,15 @@ class RunningBatch:
         """Prefill a chunk of new prompts, decode one token of every answer, and return the results."""
         self._admit()
         decoding = [running for running in self.running if not running.num_unread and running.held is None]
-        chunks = split_prefill_chunk(find_readers(self.kv, self.running), self.chunk)
+        chunks = bound_scored(split_prefill_chunk(find_readers(self.kv, self.running), self.chunk))
         self._encode_images(chunks)
         self._make_drafts(decoding)
         inputs = [self._next_token(running) for running in decoding]
         inputs += [self._prompt_chunk(chunk) for chunk in chunks]
         # Without inputs the last request has just been cancelled, or all wait for their grammars.
         wanted, logits = self.model.run(inputs) if inputs else ([], None)
+        if logits is not None:
+            wanted, logits = score_prompts(chunks, len(decoding), wanted, logits)
         self._count_read(chunks)
         for running in decoding:
             running.num_written += 1
@@ -271,7 +291,7 @@ class RunningBatch:
             running.row,
             start,
             running.prompt.ids[start:end],
-            num_wanted=int(end == len(running.prompt.ids)),
+            num_wanted=int(end == len(running.prompt.ids)) if running.scores is None else end - start,
             is_prompt=True,
             images=[visible_part(image, start, end) for image in find_overlapping(running.prompt.images, start, end)],
             adapter=running.request.model,
@@ -299,6 +319,7 @@ class RunningBatch:
         """Write the next token of each answer; ``decoding`` has the request of each row, several times with a draft."""
         decoding, logits = self._check_drafts(decoding, logits)
         finite = find_finite_rows(logits)
+        finite = [good and not _is_spoilt(running) for running, good in zip(decoding, finite, strict=True)]
         results: StepResults = []
         if not all(finite):
             bad = dict.fromkeys(running for running, good in zip(decoding, finite, strict=True) if not good)
@@ -347,6 +368,7 @@ class RunningBatch:
         draws = [running.draws.random() if running.request.sampling.temperature else 0.0 for running in decoding]
         with_logprobs = [row for row, sampling in enumerate(samplings) if sampling.logprobs is not None]
         of_model = logits[with_logprobs] if with_logprobs else logits  # a copy, of what the model itself finds likely
+        edit_rows([running.edits for running in decoding], logits)
         self.constrained.mask(decoding, logits)
         tokens = sample_tokens(logits, samplings, draws)
         logprobs: dict[int, TokenLogprob] = {}
@@ -385,6 +407,8 @@ class RunningBatch:
                 running.new_ids.append(token)
                 if running.drafts is not None:
                     running.drafts.extend(ids)
+                if running.edits is not None:
+                    running.edits.count(token)
                 self.num_new_tokens += 1
                 if running.prompt.grammar is not None and running.prompt.grammar.advance(token):
                     text, reason = text + running.text.finish(), "stop"
@@ -407,6 +431,11 @@ class RunningBatch:
         decode = self.parts.tokenizer.decode
         top = tuple((other, str(decode([other])), value) for other, value in best)
         return TokenLogprob(token, str(decode([token])), logprob, top)
+
+
+def _is_spoilt(running: RunningRequest) -> bool:
+    """Return whether the logits of a request's prompt were not finite."""
+    return running.scores is not None and not running.scores.is_finite
 
 
 def _find_wanted_len(parts: LlavaParts, settings: EngineSettings) -> int:

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from llava_ray.errors import ModelError
 from llava_ray.generate.constraints.answer_start import begin_answer
 from llava_ray.generate.decoding import decode
-from llava_ray.generate.engine import FinishReason, GenerationChunk, GenerationRequest, TokenLogprob
+from llava_ray.generate.engine import FinishReason, GenerationChunk, GenerationRequest
+from llava_ray.generate.logprobs import PromptLogprobs, RankedLogprob, TokenLogprob
 from llava_ray.generate.sampling import not_finite_error
 from llava_ray.generate.vllm.vllm_prompts import VllmPrompt
 
@@ -23,13 +24,8 @@ class VllmAnswer:
         self.stops = prompt.stops
         self.tokenizer = tokenizer
         self.num_logprobs = request.sampling.logprobs
-        self.text = begin_answer(
-            prompt.grammar,
-            prompt.decode,
-            functools.partial(decode, tokenizer),
-            prompt.stop_texts,
-            strip=request.prompt is None,
-        )
+        self.image_token = prompt.image_token
+        self.text = begin_answer(prompt, functools.partial(decode, tokenizer), request, prompt.text_ids)
 
     def take(self, output: Any) -> GenerationChunk:
         """Convert an output (``RequestOutput`` of new tokens only) to a chunk. Raises ModelError if vLLM failed."""
@@ -58,6 +54,24 @@ class VllmAnswer:
         return GenerationChunk(
             text, tuple(ids), logprobs, reason, num_prompt, queued_s=queued_s, num_cached_tokens=num_cached
         )
+
+    def read_prompt(self, output: Any) -> PromptLogprobs:
+        """Return the log-probabilities of the prompt's tokens, which come with the first output.
+
+        Raises ModelError for NaN.
+        """
+        text = functools.cache(self.decode_token)
+        found: list[tuple[RankedLogprob, ...] | None] = []
+        for token, row in zip(output.prompt_token_ids, output.prompt_logprobs, strict=True):
+            if row is None or token == self.image_token:
+                found.append(None)
+                continue
+            if not math.isfinite(row[token].logprob):
+                raise not_finite_error("a token of the prompt")
+            others = sorted((one for one in row.items() if one[0] != token), key=lambda pair: pair[1].rank)
+            entries = [(token, row[token]), *others]
+            found.append(tuple(RankedLogprob(other, text(other), one.logprob, one.rank) for other, one in entries))
+        return tuple(found)
 
     def logprob(self, token: int, row: Mapping[int, Any]) -> TokenLogprob:
         """Return a token's log-probability and the highest ones, best first. Raises ModelError for NaN."""

@@ -11,7 +11,7 @@ import os
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,13 @@ class VllmEngine:
         loaded = self._ready()
         check_unique_request_id(request.request_id, self._streams)
         prompts = find_prompt_maker(loaded.prompts, request.model)
+        if request.sampling.prompt_logprobs is not None and uses_lora(loaded.model, self.settings):
+            raise RecordError(
+                "prompt_logprobs: vLLM cannot compute them where it serves adapters; leave the field out, or use a "
+                "service of this model without adapters.",
+                reason="sampling",
+                field="prompt_logprobs",
+            )
         stream, ended = _RequestStream(adapter=request.model), False
         self._streams[request.request_id] = stream
         try:
@@ -161,6 +168,9 @@ class VllmEngine:
             async with aclosing(self._outputs(loaded, stream, request, prompt)) as outputs:
                 async for output in outputs:
                     chunk = answer.take(output)
+                    if getattr(output, "prompt_logprobs", None):
+                        read = functools.partial(asyncio.get_running_loop().run_in_executor, self._preparing)
+                        chunk = replace(chunk, prompt_logprobs=await read(answer.read_prompt, output))
                     self.totals.new_tokens += len(chunk.token_ids)
                     ended = chunk.finish_reason is not None
                     yield chunk
@@ -361,6 +371,11 @@ class VllmEngine:
         )
 
 
+def uses_lora(model: VllmModel, settings: VllmSettings) -> bool:
+    """Return whether the engine is prepared for adapters."""
+    return bool(model.adapters) or settings.max_lora_rank is not None
+
+
 def engine_arguments(model: VllmModel, settings: VllmSettings) -> dict[str, Any]:
     """Return the arguments of vLLM's engine."""
     ranks = [adapter.rank for adapter in model.adapters]
@@ -396,5 +411,5 @@ def engine_arguments(model: VllmModel, settings: VllmSettings) -> dict[str, Any]
         "enforce_eager": not settings.num_gpus,
         "disable_log_stats": True,
         **{key: value for key, value in bounds.items() if value is not None},
-        **(lora if ranks else {}),
+        **(lora if uses_lora(model, settings) else {}),
     }

@@ -32,6 +32,10 @@ class VllmPrompt:
     """What the answer may be; vLLM holds it, and here it only decodes the answer."""
     decode: Callable[[Sequence[int]], str] | None = None
     """Decodes an answer that may call tools; None for the tokenizer's own way."""
+    text_ids: Sequence[int] = ()
+    """Its ids, with one -200 for each image."""
+    image_token: int | None = None
+    """The id in the place of images in vLLM's own ids."""
 
 
 class VllmPrompts(PromptText):
@@ -75,7 +79,7 @@ class VllmPrompts(PromptText):
         if grammar is not None:
             stops = replace(stops, ids=self.keep_special(stops.ids))
         params = _sampling_params(request.sampling, stops, None if grammar is None else grammar.text)
-        return VllmPrompt(inputs, params, stops, texts, grammar, self.tools.decoder(request))
+        return VllmPrompt(inputs, params, stops, texts, grammar, self.tools.decoder(request), short, self.image_token)
 
     def keep_special(self, ids: Collection[int]) -> frozenset[int]:
         """Return the stop tokens that are no text, and the one with which vLLM's grammars end.
@@ -105,7 +109,13 @@ def _sampling_params(sampling: Sampling, stops: Stops, grammar: str | None = Non
             top_p=sampling.top_p,
             top_k=sampling.top_k,
             seed=sampling.seed,
+            min_p=sampling.min_p,
+            logit_bias=dict(sampling.logit_bias) or None,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            repetition_penalty=sampling.repetition_penalty,
             logprobs=sampling.logprobs,
+            prompt_logprobs=sampling.prompt_logprobs,
             ignore_eos=True,  # only our own stop tokens end an answer
             structured_outputs=None if grammar is None else StructuredOutputsParams(grammar=grammar),
             stop_token_ids=sorted(stops.ids),

@@ -316,7 +316,7 @@ def test_wrong_and_missing_keys(attacked: Attacked) -> None:
         (json.dumps(asking("x", n=100)).encode(), "too_many_choices", "n"),
         (json.dumps(asking("x", seed=2**80)).encode(), "invalid_value", "seed"),
         (json.dumps(asking("x", tools=[{}])).encode(), "invalid_value", "tools.0.type"),
-        (json.dumps(asking("x", logit_bias={"1": 1})).encode(), "invalid_value", "logit_bias"),
+        (json.dumps(asking("x", logit_bias={"1": 101})).encode(), "invalid_value", "logit_bias"),
         (json.dumps(asking("x", stream_options={"include_usage": True})).encode(), "invalid_value", "stream_options"),
         (json.dumps(asking("x" * 500_000)).encode(), "text_too_long", "messages"),
         (json.dumps(asking("x", *["data:,"] * 9)).encode(), "too_many_images", "messages"),

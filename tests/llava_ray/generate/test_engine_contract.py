@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import jsonschema
 import pytest
 from engines import (
+    NEVER,
     WRONG,
     Answered,
     Expected,
@@ -25,7 +26,9 @@ from engines import (
     request,
     write_adapter,
 )
+from test_sampling_requests import EDITS, follow, logits_of, prompt_of
 
+from llava_ray.chat.conversation import Turn
 from llava_ray.errors import ModelError, RecordError
 from llava_ray.generate.builtin.builtin_engine import BuiltinEngine
 from llava_ray.generate.decoding import answer_text
@@ -339,3 +342,75 @@ def test_answers_are_held_to_a_constraint(running: Running, kind: Any, text: str
 def test_what_no_answer_can_be_is_refused(running: Running, kind: Any, text: str) -> None:
     with pytest.raises(RecordError, match=r"^it"):
         running.answer([request(constraint=Constraint(kind, text, "it"))])
+
+
+def test_penalties_and_biases_follow_the_formulas(running: Running, models: Models) -> None:
+    asked = [
+        replace(one, sampling=replace(one.sampling, max_tokens=16, **EDITS[place % len(EDITS)]))
+        for place, one in enumerate(make_requests(2 * len(EDITS), seed=31))
+        if not one.images or running.name == "builtin"  # vLLM counts the token in the place of an image, too
+    ]
+    plain = [replace(one, request_id=f"plain{one.request_id}") for one in make_requests(6, seed=32)]
+    answers = running.answer([*asked, *plain])
+    for one, answer in zip(asked, answers, strict=False):
+        follow(models.wholes[None], one, answer)
+    assert count_differing(answers[len(asked) :], models.expected(plain)) == 0
+    with pytest.raises(RecordError, match="logit_bias"):
+        running.answer([request(logit_bias=((10**8, 1.0),))])
+
+
+def test_min_p_leaves_the_likeliest(running: Running, models: Models) -> None:
+    asked = request(name="hot", max_tokens=8, temperature=2.0, seed=1, min_p=1.0)
+    [answer] = running.answer([asked])
+    assert answer.ids == by_transformers(models.wholes[None], replace(asked, sampling=NEVER)).ids
+
+
+def test_scores_of_prompts(running: Running, models: Models, tmp_path: Path) -> None:
+    if running.name == "builtin":
+        check_scores(running, models)
+        return
+    with pytest.raises(RecordError, match="prompt_logprobs: vLLM cannot compute them") as caught:
+        running.answer([request(prompt_logprobs=0)])  # it would end vLLM's process
+    assert caught.value.field == "prompt_logprobs"
+    alone = Running(make_vllm(replace(models, adapters={}), tmp_path), "vllm")
+    alone.run(alone.engine.start())
+    try:
+        check_scores(alone, models)
+    finally:
+        alone.run(alone.engine.stop())
+        alone.loop.close()
+
+
+def check_scores(running: Running, models: Models) -> None:
+    asked = request("is it red or blue? " * 3, "scored", make_image(1), max_tokens=3, prompt_logprobs=2)
+    plain = replace(asked, request_id="plain", sampling=replace(asked.sampling, prompt_logprobs=None))
+    [before] = running.answer([plain])
+    scored, other = running.answer([asked, replace(plain, request_id="other")])
+    assert scored.ids == before.ids == other.ids
+    prompt = prompt_of(models.wholes[None], asked)
+    wanted = logits_of(models.wholes[None], prompt, []).log_softmax(-1)
+    rows = scored.chunks[0].prompt_logprobs
+    assert not any(chunk.prompt_logprobs for chunk in [*scored.chunks[1:], *before.chunks])
+    assert [row is None for row in rows] == [not place or token < 0 for place, token in enumerate(prompt.ids)]
+    for place, (token, row) in enumerate(zip(prompt.ids, rows, strict=True)):
+        for one in row or ():
+            assert one.logprob == pytest.approx(float(wanted[place - 1, one.token_id]), abs=2e-3)
+        if row is not None:
+            assert row[0].token_id == token
+            assert len(row) == (2 if row[0].rank <= 2 else 3)
+
+
+def test_a_message_is_continued(running: Running, models: Models) -> None:
+    asked = request("is it red?", "begun", make_image(2), max_tokens=6)
+    begun = replace(asked, turns=(*asked.turns, Turn("gpt", "It is blue and")), continue_final_message=True)
+    [answer] = running.answer([begun])
+    assert count_differing([answer], models.expected([replace(begun, sampling=answer_length(answer))])) == 0
+    ids = prompt_of(models.wholes[None], begun).ids
+    decode = models.wholes[None].tokenizer.decode
+    assert decode(ids[-8:]) + answer.text == decode([*ids[-8:], *answer.ids]).rstrip("\N{REPLACEMENT CHARACTER}")
+    with pytest.raises(RecordError, match="continue_final_message"):
+        running.answer([replace(asked, continue_final_message=True)])
+
+
+def answer_length(answered: Answered) -> Sampling:
+    return replace(NEVER, max_tokens=len(answered.ids))

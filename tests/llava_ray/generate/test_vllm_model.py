@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -175,6 +176,33 @@ def test_logprobs_are_the_likeliest_best_first(parts: LlavaParts) -> None:
     assert [(token, value) for token, _, value in told.top] == [(5, -0.1), (6, -2.0)]
 
 
+def test_scores_of_prompts_are_read_without_those_of_images(parts: LlavaParts) -> None:
+    def entry(logprob: float, rank: int) -> SimpleNamespace:
+        return SimpleNamespace(logprob=logprob, rank=rank)
+
+    prompt = VllmPrompt({}, None, Stops(frozenset({fakes.EOS})), (), image_token=9)
+    writing = VllmAnswer(prompt, parts.tokenizer, request(prompt_logprobs=2))
+    rows = [None, {9: entry(-7.0, 8)}, {6: entry(-1.0, 2), 5: entry(-0.5, 1)}, {8: entry(-4.0, 7), 5: entry(-0.5, 1)}]
+    told = writing.read_prompt(SimpleNamespace(prompt_token_ids=[1, 9, 6, 8], prompt_logprobs=rows))
+    assert told[:2] == (None, None)
+    text = parts.tokenizer.decode
+    assert told[2:] == (
+        ((6, text([6]), -1.0, 2), (5, text([5]), -0.5, 1)),
+        ((8, text([8]), -4.0, 7), (5, text([5]), -0.5, 1)),
+    )
+    rows[3] = {8: entry(float("nan"), 7)}
+    with pytest.raises(ModelError, match="not finite"):
+        writing.read_prompt(SimpleNamespace(prompt_token_ids=[1, 9, 6, 8], prompt_logprobs=rows))
+
+
+def test_what_vllm_continues_keeps_its_space(parts: LlavaParts) -> None:
+    ids = parts.tokenizer.encode("a red circle", add_special_tokens=False)
+    place = len(parts.tokenizer.encode("a", add_special_tokens=False))
+    prompt = VllmPrompt({}, None, Stops(frozenset({fakes.EOS})), (), text_ids=[-200, *ids[:place]])
+    begun = replace(request(), continue_final_message=True)
+    assert VllmAnswer(prompt, parts.tokenizer, begun).take(output(ids[place:], "length")).text == " red circle"
+
+
 def test_what_vllm_could_not_write_is_an_error(parts: LlavaParts) -> None:
     with pytest.raises(ModelError, match="ended the answer with 'error'"):
         answer(parts).take(output([], "error"))
@@ -193,7 +221,14 @@ def test_constraints_are_passed_as_grammars(root: Path, tmp_path: Path, monkeypa
     monkeypatch.setitem(sys.modules, "vllm.sampling_params", kinds)
     model = prepare_model(root / "model", tmp_path, {})
     prompts = VllmPrompts(model.blueprint, model, 2048)
+    edits = {"presence_penalty": 1.0, "frequency_penalty": -1.0, "repetition_penalty": 1.5, "min_p": 0.1}
+    edited = prompts.make(request("is it?", **edits, logit_bias=((5, 2.0),), prompt_logprobs=2)).params
+    assert {name: getattr(edited, name) for name in edits} == edits
+    assert (edited.logit_bias, edited.prompt_logprobs) == ({5: 2.0}, 2)
+    with pytest.raises(RecordError, match="logit_bias names tokens"):
+        prompts.make(request("is it?", logit_bias=((10**6, 2.0),)))
     plain = prompts.make(request("is it?", ignore_eos=False))
+    assert (plain.params.logit_bias, plain.params.prompt_logprobs, plain.params.repetition_penalty) == (None, None, 1)
     assert (plain.params.structured_outputs, plain.grammar) == (None, None)
     held = prompts.make(request("is it?", constraint=Constraint("choice", '["red"]', "guided_choice")))
     assert held.params.structured_outputs.grammar == 'start: " " body\nbody: "red"\n'
