@@ -212,7 +212,7 @@ class CompletionRequest(GenerationFields):
         return {**values, "prompt": prompt[0]}
 
 
-Request = TypeVar("Request", bound=GenerationFields)
+Request = TypeVar("Request", bound=ClosedModel)
 
 
 def read_request(kind: type[Request], body: bytes) -> Request:
