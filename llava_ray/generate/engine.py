@@ -12,6 +12,7 @@ from typing import Literal, Protocol, runtime_checkable
 from llava_ray.chat.conversation import Turn
 from llava_ray.chat.tool_formats import CallDelta
 from llava_ray.errors import RecordError
+from llava_ray.generate.readings import Features, PromptReading
 from llava_ray.images.views import ImageDecoder
 
 FinishReason = Literal["stop", "length", "tool_calls"]  # engines themselves end with one of the first two
@@ -82,6 +83,13 @@ class GenerationRequest:
     sampling: Sampling = field(default_factory=Sampling)
     tool_choice: ToolChoice = field(default_factory=ToolChoice)
     """For turns with tools."""
+    prompt_ids: tuple[int, ...] = ()
+    """Instead of turns and prompt: its tokens."""
+    add_special_tokens: bool = True
+    """Whether a raw prompt that is only read (``ReadsPrompts``) begins with the tokenizer's own token."""
+    features: Features | None = None
+    """What to return, as one normalised vector, instead of an answer: the language model's last state of the prompt,
+    or the mean features of the only image, with neither turns nor prompt."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,8 @@ class GenerationChunk:
     """Tokens of the prompt whose keys and values were in the cache."""
     calls: tuple[CallDelta, ...] = ()
     """Pieces of tool calls, once the service has separated them from the text."""
+    reading: PromptReading | None = None
+    """The result of a request that asks for no answer."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +169,8 @@ class ModelCard:
     """Whether the engine holds answers to the ``constraint`` of a request."""
     tool_formats: Mapping[str, str] = field(default_factory=dict)
     """The format of tool calls (``chat.tool_formats``) of each model and adapter whose template has tools."""
+    has_features: bool = False
+    """Whether the engine returns the ``features`` of a request."""
 
 
 def check_unique_request_id(request_id: str, answered: Collection[str]) -> None:

@@ -116,8 +116,10 @@ class PromptText:
 
     def tokenize(self, request: GenerationRequest) -> list[int]:
         """Return the ids with one -200 for each image. Raises RecordError."""
-        if (request.prompt is None) == (not request.turns):
+        if (request.prompt is not None) + bool(request.turns) + bool(request.prompt_ids) != 1:
             raise RecordError("expected either turns or a prompt, and not both.", reason="turns")
+        if request.prompt_ids:
+            return list(request.prompt_ids)
         if request.prompt is not None:
             # Without a template control tokens are allowed: the whole prompt is the client's own, as in vLLM.
             ids = tokenizer_image_token(request.prompt, self.model.tokenizer)

@@ -18,6 +18,7 @@ from llava_ray.deployments.http.answering import EventStream, StreamedAnswer, re
 from llava_ray.deployments.http.auth import ApiKey, Guard
 from llava_ray.deployments.http.closed_model import ClosedModel
 from llava_ray.deployments.http.limits import HeldAmounts
+from llava_ray.deployments.http.reading_routes import add_reading_routes
 from llava_ray.deployments.http.responses import ChatForm, CompletionForm, find_system_fingerprint
 from llava_ray.deployments.http.responses_api.route import add_responses
 from llava_ray.deployments.http.schema import ChatRequest, CompletionRequest, GenerationFields, read_request
@@ -108,15 +109,18 @@ class Front:
         return StreamedAnswer(pieces, form, task.num_choices, count)
 
     def start(
-        self, task: Task, request: Request
+        self, task: Task, request: Request, *, session: str | None = None
     ) -> tuple[AsyncGenerator[list[AnswerPiece], None], Callable[[int], None]]:
-        """Return the pieces of a task's answer, and what counts its status in the end."""
+        """Return the pieces of a task's answer, and what counts its status in the end.
+
+        Without a ``session`` in the header or here, its first texts stand for it.
+        """
         route = str(request.scope["path"])  # request.url is built from the Host header, which may be anything
 
         def count(status: int) -> None:
             self.metrics.responses.labels(route, str(status)).inc()
 
-        named = request.headers.get(SESSION_HEADER)
+        named = request.headers.get(SESSION_HEADER) or session
         return self.gateway.run(task, _hashed(named) if named else _session_of(task)), count
 
     async def on_refusal(self, request: Request, error: Exception) -> Response:
@@ -203,6 +207,7 @@ def add_api(app: FastAPI, front: Front) -> None:
     app.add_api_route("/v1/models", front.models, methods=["GET"])
     app.add_api_route("/v1/models/{name:path}", front.one_model, methods=["GET"])
     add_responses(app, front)
+    add_reading_routes(app, front)
     add_adapter_routes(app, front.gateway, front.settings)
     app.add_api_route("/metrics", front.counts, methods=["GET"], response_model=None)
     # The page, mounted at the root, would otherwise handle unknown API paths.

@@ -7,7 +7,7 @@ cancelled requests between two steps.
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from llava_ray.config.sections import MAX_IMAGE_PIXELS
 from llava_ray.errors import BusyError, ModelError
 from llava_ray.generate.adapter_loading import AdapterLoader
+from llava_ray.generate.builtin.features import as_vector_chunk, pool_image
 from llava_ray.generate.builtin.running_batch import RunningBatch, RunningRequest, StepResults
 from llava_ray.generate.engine import (
     EngineStats,
@@ -27,11 +28,13 @@ from llava_ray.generate.engine import (
     check_unique_request_id,
 )
 from llava_ray.generate.model_tools import list_tool_formats, may_be_held, share_grammars
+from llava_ray.generate.prompt_reading import decode_images, read_text, read_tokens
 from llava_ray.generate.prompts import Prompt, PromptMaker, find_prompt_maker
+from llava_ray.generate.readings import PromptReading
 from llava_ray.generate.row_adapters import AdapterName
 from llava_ray.generate.served_adapters import ServedAdapter, ServedAdapters, load_adapters
 from llava_ray.generate.settings import EngineSettings
-from llava_ray.generate.vision_cache import VisionCache
+from llava_ray.generate.vision_cache import VisionCache, image_key
 from llava_ray.images.views import ImageDecoder
 from llava_ray.model.assembly import LlavaParts
 
@@ -98,6 +101,8 @@ class BuiltinEngine:
         self._to_drop: list[RunningRequest] = []
         self._between: list[tuple[Callable[[], None], asyncio.Future[None]]] = []
         """Calls that the thread of the steps makes before its next step."""
+        self._pooling = asyncio.Lock()
+        """Held by the only image whose features are pooled before the next step."""
         self._stopping = False
         self._thread: Thread | None = None
         self.decoder: ImageDecoder | None = None
@@ -129,6 +134,9 @@ class BuiltinEngine:
         stream = self._streams[request.request_id] = _AnswerStream()
         stream.adapter = request.model
         try:
+            if request.features is not None and request.features != "language":
+                yield await self._pool_image(loaded, prompts, request)
+                return
             grammar = None
             if may_be_held(request):  # others never wait for grammars
                 grammar = await self._loop.run_in_executor(self._compiling, prompts.make_grammar, request)
@@ -206,6 +214,37 @@ class BuiltinEngine:
         if loaded.prompts.pop(name, None) is not None:
             await self._between_steps(functools.partial(loaded.batch.adapters.discard, name))
 
+    async def read_prompt(self, request: GenerationRequest) -> PromptReading:
+        """Return the tokens of a request; see ``engine.ReadsPrompts``."""
+        prompts = find_prompt_maker(self._ready().prompts, request.model)
+        opened = await decode_images(request.images, prompts.view_spec, self.decoder, self._preparing)
+        return await self._loop.run_in_executor(self._preparing, read_tokens, prompts, request, opened)
+
+    async def read_ids(self, token_ids: Sequence[int], model: str | None, field: str) -> str:
+        """Return the text of tokens; see ``engine.ReadsPrompts``."""
+        prompts = find_prompt_maker(self._ready().prompts, model)
+        return await self._loop.run_in_executor(self._preparing, read_text, prompts, token_ids, field)
+
+    async def _pool_image(
+        self, loaded: _LoadedModel, prompts: PromptMaker, request: GenerationRequest
+    ) -> GenerationChunk:
+        """Return the features of a request's only image, one image at a time, between two steps."""
+        of_tower = request.features == "tower"
+        key = f"{image_key(request.images[0])}{prompts.projector}"
+        known = prompts.cache.find(key)
+        if known is not None and not of_tower:
+            return as_vector_chunk(known.float().mean(0), len(known))
+        [opened] = await decode_images(request.images, prompts.view_spec, self.decoder, self._preparing)
+        image = await self._loop.run_in_executor(self._preparing, prompts.prepare, key, opened)
+        found: list[GenerationChunk] = []
+
+        def pool() -> None:
+            found.append(as_vector_chunk(pool_image(image, of_tower, loaded.batch.images), image.num_tokens))
+
+        async with self._pooling:
+            await self._between_steps(pool)
+        return found[0]
+
     def use_decoder(self, decoder: ImageDecoder) -> None:
         """Decode the images of all later requests with ``decoder``."""
         self.decoder = decoder
@@ -247,6 +286,7 @@ class BuiltinEngine:
             adapters=served.names,
             holds_constraints=True,
             tool_formats=list_tool_formats(makers, self.name),
+            has_features=True,
         )
         return _LoadedModel(parts, makers, batch, card, loader)
 

@@ -53,7 +53,9 @@ def run_plain_layers(
         normed, mlp = _normalize(layer.post_attention_layernorm, hidden), layer.mlp
         hidden = hidden + mlp.down_proj(mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed))
     head: Any = model.lm_head
-    logits: Tensor = head(_normalize(inner.norm, hidden)[:, step.last])
+    states = _normalize(inner.norm, hidden)[:, step.last]
+    step.states = states[0]
+    logits: Tensor = head(states)
     return logits[0]
 
 

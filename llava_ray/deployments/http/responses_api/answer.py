@@ -8,7 +8,7 @@ from starlette.responses import JSONResponse, Response
 
 from llava_ray.deployments.http.answering import AnswerResponse, EventResponse, join_pieces
 from llava_ray.deployments.http.responses_api.conversion import renamed
-from llava_ray.deployments.http.responses_api.events import Event, ResponseWriter
+from llava_ray.deployments.http.responses_api.events import ResponseEvent, ResponseWriter
 from llava_ray.deployments.refusal import Refused
 from llava_ray.deployments.replica import AnswerPiece
 
@@ -54,7 +54,7 @@ class ResponsesStream(EventResponse, ResponsesAnswer):
         return _format_all(self.writer.end())
 
 
-def _format_all(events: list[Event]) -> str:
+def _format_all(events: list[ResponseEvent]) -> str:
     return "".join(f"event: {event['type']}\ndata: {_dump(event)}\n\n" for event in events)
 
 

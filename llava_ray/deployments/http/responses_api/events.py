@@ -11,7 +11,7 @@ from llava_ray.deployments.http.responses_api.fields import ResponsesRequest
 from llava_ray.deployments.refusal import Refused
 from llava_ray.generate.engine import GenerationChunk
 
-Event = dict[str, Any]
+ResponseEvent = dict[str, Any]
 
 _CODES = {429: "rate_limit_exceeded"}  # OpenAI's error codes of failed responses, by status; other codes are ours
 
@@ -33,12 +33,12 @@ class ResponseWriter:
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     """Of tokens whose text has not come yet."""
 
-    def begin(self) -> list[Event]:
+    def begin(self) -> list[ResponseEvent]:
         """Return the events before the first piece."""
         response = self.response("in_progress")
         return [self.event("created", response=response), self.event("in_progress", response=response)]
 
-    def add(self, chunk: GenerationChunk) -> list[Event]:
+    def add(self, chunk: GenerationChunk) -> list[ResponseEvent]:
         """Append a piece, and return its events."""
         if self.request.with_logprobs:
             self.logprobs += chat_logprobs(chunk.logprobs)
@@ -48,7 +48,7 @@ class ResponseWriter:
         self.choice.add(chunk)
         return events
 
-    def end(self) -> list[Event]:
+    def end(self) -> list[ResponseEvent]:
         """Return the events after the last piece."""
         events = [] if self.items else self._add_text("")
         status = "incomplete" if self.choice.finish_reason == "length" else "completed"
@@ -56,7 +56,7 @@ class ResponseWriter:
         self.completed_at = int(time.time()) if status == "completed" else None
         return [*events, self.event(status, response=self.response(status))]
 
-    def fail(self, refused: Refused) -> list[Event]:
+    def fail(self, refused: Refused) -> list[ResponseEvent]:
         """Return the last event of an answer that failed."""
         message = refused.body()["error"]["message"]
         code = _CODES.get(refused.status, "server_error" if refused.status >= 500 else refused.code)
@@ -99,7 +99,7 @@ class ResponseWriter:
             "user": None,
         }
 
-    def event(self, kind: str, **fields: Any) -> Event:
+    def event(self, kind: str, **fields: Any) -> ResponseEvent:
         """Format one event with the next number."""
         self.num_events += 1
         return {"type": f"response.{kind}", "sequence_number": self.num_events - 1, **fields}
@@ -123,13 +123,13 @@ class ResponseWriter:
         """Return where the open item is."""
         return {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1}
 
-    def _open(self, item: dict[str, Any]) -> list[Event]:
+    def _open(self, item: dict[str, Any]) -> list[ResponseEvent]:
         events = self._close("completed")
         self.items.append(item)
         return [*events, self.event("output_item.added", output_index=len(self.items) - 1, item=_copied(item))]
 
-    def _add_text(self, text: str) -> list[Event]:
-        events: list[Event] = []
+    def _add_text(self, text: str) -> list[ResponseEvent]:
+        events: list[ResponseEvent] = []
         if not (self.items and self.items[-1]["type"] == "message" and self.items[-1]["status"] == "in_progress"):
             message = {"type": "message", "id": _new_id("msg"), "status": "in_progress", "role": "assistant"}
             events = self._open({**message, "content": []})
@@ -146,8 +146,8 @@ class ResponseWriter:
             )
         return events
 
-    def _add_call(self, call: CallDelta) -> list[Event]:
-        events: list[Event] = []
+    def _add_call(self, call: CallDelta) -> list[ResponseEvent]:
+        events: list[ResponseEvent] = []
         if call.index != self.call or self.items[-1]["status"] != "in_progress":
             call_id = self.choice.call(call.index).id
             head = {"type": "function_call", "id": _new_id("fc"), "status": "in_progress", "call_id": call_id}
@@ -158,13 +158,13 @@ class ResponseWriter:
             events.append(self.event("function_call_arguments.delta", **self._place, delta=call.arguments))
         return events
 
-    def _close(self, status: str) -> list[Event]:
+    def _close(self, status: str) -> list[ResponseEvent]:
         """End the open item, if there is one."""
         if not self.items or self.items[-1]["status"] != "in_progress":
             return []
         item = self.items[-1]
         item["status"] = status
-        events: list[Event] = []
+        events: list[ResponseEvent] = []
         if item["type"] == "function_call":
             ended = {"name": item["name"], "arguments": item["arguments"]}
             events.append(self.event("function_call_arguments.done", **self._place, **ended))

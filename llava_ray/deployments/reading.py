@@ -1,0 +1,117 @@
+"""A replica's work on tasks that ask for no answer."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+
+from llava_ray.deployments.messages import Task
+from llava_ray.deployments.reading_jobs import ReadingJob
+from llava_ray.deployments.refusal import refuse
+from llava_ray.errors import RecordError
+from llava_ray.generate.engine import Engine, GenerationChunk, GenerationRequest, Sampling
+from llava_ray.generate.readings import PromptReading, ReadsPrompts
+
+Generate = Callable[[GenerationRequest], AsyncGenerator[GenerationChunk, None]]
+
+AT_ONCE = 8  # inputs of one request that are in the engine at the same time
+
+
+def count_places(task: Task, max_num_seqs: int) -> int:
+    """Return how many of a replica's places a task takes."""
+    return task.num_choices if task.job is None else min(task.num_choices, AT_ONCE, max_num_seqs)
+
+
+async def decode_inputs(engine: Engine, job: ReadingJob, model: str | None) -> tuple[str, ...]:
+    """Return the texts of a job's tokens, which moderation sees too. Raises RecordError, or RefusalError."""
+    if not job.token_ids:
+        return ()
+    reader = _find_reader(engine)
+    fields = [job.field if len(job.token_ids) == 1 else f"{job.field}.{i}" for i in range(len(job.token_ids))]
+    return tuple([await reader.read_ids(ids, model, name) for ids, name in zip(job.token_ids, fields, strict=True)])
+
+
+def start_reading(
+    engine: Engine, task: Task, job: ReadingJob, images: Sequence[bytes], model: str | None, generate: Generate
+) -> list[AsyncGenerator[GenerationChunk, None]]:
+    """Return a stream of one chunk for each result of a job; ``generate`` runs a request for features."""
+    if job.kind == "tokenize":
+        return [_tokenize(engine, task, job, images, model)]
+    if job.kind == "detokenize":
+        return [_detokenize(engine, job, model)]
+    requests = _feature_requests(task, job, images, model)
+    places = asyncio.Semaphore(AT_ONCE)
+    return [
+        _embed(generate, request, places, index, job.field if len(requests) == 1 else f"{job.field}.{index}")
+        for index, request in enumerate(requests)
+    ]
+
+
+async def _tokenize(
+    engine: Engine, task: Task, job: ReadingJob, images: Sequence[bytes], model: str | None
+) -> AsyncGenerator[GenerationChunk, None]:
+    reading = await _find_reader(engine).read_prompt(
+        GenerationRequest(
+            task.request_id,
+            task.turns,
+            task.prompt,
+            tuple(images),
+            task.system,
+            model,
+            tool_choice=task.tool_choice,
+            add_special_tokens=job.add_special_tokens,
+        )
+    )
+    yield _as_chunk(reading)
+
+
+async def _detokenize(engine: Engine, job: ReadingJob, model: str | None) -> AsyncGenerator[GenerationChunk, None]:
+    [text] = await decode_inputs(engine, job, model) or ("",)
+    yield _as_chunk(PromptReading(text=text))
+
+
+def _as_chunk(reading: PromptReading) -> GenerationChunk:
+    return GenerationChunk("", (), finish_reason="stop", num_prompt_tokens=len(reading.token_ids), reading=reading)
+
+
+async def _embed(
+    generate: Generate, request: GenerationRequest, places: asyncio.Semaphore, index: int, field: str
+) -> AsyncGenerator[GenerationChunk, None]:
+    """Run one request for features as soon as there is a place; its errors name ``field``, and its image by number."""
+    async with places, aclosing(generate(request)) as chunks:
+        try:
+            async for chunk in chunks:
+                yield chunk
+        except RecordError as error:
+            words = str(error)
+            if request.features != "language":  # the engine knows of this image alone
+                words = words.replace("image 1", f"image {index + 1}", 1)
+            raise type(error)(words, reason=error.reason, field=error.field or field) from error
+
+
+def _feature_requests(
+    task: Task, job: ReadingJob, images: Sequence[bytes], model: str | None
+) -> list[GenerationRequest]:
+    """Return one request for each vector."""
+    names = (f"{task.request_id}-{index}" for index in range(task.num_choices))
+    one = Sampling(max_tokens=1)
+    if job.features != "language":
+        return [
+            GenerationRequest(name, images=(image,), model=model, features=job.features)
+            for name, image in zip(names, images, strict=True)
+        ]
+    if task.turns:
+        turns, system = task.turns, task.system
+        return [GenerationRequest(next(names), turns, None, tuple(images), system, model, one, features="language")]
+    texts = [GenerationRequest(name, prompt=text, model=model, sampling=one, features="language")
+             for name, text in zip(names, job.texts, strict=False)]  # fmt: skip
+    return texts or [
+        GenerationRequest(name, model=model, sampling=one, prompt_ids=ids, features="language")
+        for name, ids in zip(names, job.token_ids, strict=True)
+    ]
+
+
+def _find_reader(engine: Engine) -> ReadsPrompts:
+    """Return the engine, if it reads prompts. Raises RefusalError."""
+    if not isinstance(engine, ReadsPrompts):
+        raise refuse(400, "this model's engine does not tell tokens", "engine", "model")
+    return engine

@@ -1,0 +1,68 @@
+"""Reading of prompts without an answer: the tokens of a request, and the text of tokens."""
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import Executor
+
+from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava_ray.chat.tokens import expand_images
+from llava_ray.config.sections import MAX_IMAGE_PIXELS
+from llava_ray.errors import RecordError
+from llava_ray.generate.engine import GenerationRequest
+from llava_ray.generate.prompts import PromptText
+from llava_ray.generate.readings import PromptReading
+from llava_ray.images.geometry import ImageSpec
+from llava_ray.images.views import ImageDecoder, OpenedImage, open_views
+
+
+async def decode_images(
+    images: Sequence[bytes], spec: ImageSpec | None, decoder: ImageDecoder | None, executor: Executor
+) -> list[OpenedImage]:
+    """Decode images one by one, here in a thread where there is no decoder. Raises ImageError."""
+    loop, opened = asyncio.get_running_loop(), []
+    for number, data in enumerate(images, start=1):
+        name = f"image {number}"
+        if decoder is None:
+            opened.append(
+                await loop.run_in_executor(
+                    executor, lambda data=data, name=name: open_views(data, name, max_pixels=MAX_IMAGE_PIXELS, spec=spec)
+                )
+            )
+        else:
+            opened.append(await decoder.open_views(data, name, max_pixels=MAX_IMAGE_PIXELS, spec=spec))
+    return opened
+
+
+def read_tokens(prompts: PromptText, request: GenerationRequest, opened: Sequence[OpenedImage]) -> PromptReading:
+    """Return the tokens of a request of any length, with one -200 for each feature of an image. Raises RecordError."""
+    tokenizer = prompts.model.tokenizer
+    if request.prompt is not None and not request.add_special_tokens:
+        short: list[int] = tokenizer(request.prompt, add_special_tokens=False, verbose=False)["input_ids"]
+    else:
+        short = prompts.tokenize(request)
+    counts = [prompts.model.image_tokens.count(*image.size) for image in opened]
+    ids = expand_images(short, [IGNORE_INDEX] * len(short), counts)[0]
+    texts: list[str] = tokenizer.convert_ids_to_tokens([0 if token == IMAGE_TOKEN_INDEX else token for token in ids])
+    spelt = (IMAGE_TOKEN if token == IMAGE_TOKEN_INDEX else text for token, text in zip(ids, texts, strict=True))
+    return PromptReading(tuple(ids), tuple(spelt))
+
+
+def read_text(prompts: PromptText, token_ids: Sequence[int], field: str) -> str:
+    """Return the text of tokens, control tokens included. Raises RecordError for tokens that the model has not."""
+    check_token_ids(prompts, token_ids, field)
+    text = prompts.model.tokenizer.decode(list(token_ids), skip_special_tokens=False)
+    assert isinstance(text, str)
+    return text
+
+
+def check_token_ids(prompts: PromptText, token_ids: Sequence[int], field: str) -> None:
+    """Check that a tokenizer has all of the tokens. Raises RecordError."""
+    size = len(prompts.model.tokenizer)
+    for place, token in enumerate(token_ids):
+        if not 0 <= token < size:
+            hint = " (-200 stands for an image's feature, which has no text)" if token == IMAGE_TOKEN_INDEX else ""
+            raise RecordError(
+                f"token {place + 1} is {token}; this model has tokens from 0 to {size - 1}{hint}.",
+                reason="tokens",
+                field=field,
+            )
