@@ -92,21 +92,24 @@ def _feature_requests(
     task: Task, job: ReadingJob, images: Sequence[bytes], model: str | None
 ) -> list[GenerationRequest]:
     """Return one request for each vector."""
-    names = (f"{task.request_id}-{index}" for index in range(task.num_choices))
     one = Sampling(max_tokens=1)
-    if job.features != "language":
+    name, features = task.request_id, job.features
+    if features != "language":
         return [
-            GenerationRequest(name, images=(image,), model=model, features=job.features)
-            for name, image in zip(names, images, strict=True)
+            GenerationRequest(f"{name}-{index}", images=(image,), model=model, features=features)
+            for index, image in enumerate(images)
         ]
     if task.turns:
         turns, system = task.turns, task.system
-        return [GenerationRequest(next(names), turns, None, tuple(images), system, model, one, features="language")]
-    texts = [GenerationRequest(name, prompt=text, model=model, sampling=one, features="language")
-             for name, text in zip(names, job.texts, strict=False)]  # fmt: skip
-    return texts or [
-        GenerationRequest(name, model=model, sampling=one, prompt_ids=ids, features="language")
-        for name, ids in zip(names, job.token_ids, strict=True)
+        return [GenerationRequest(f"{name}-0", turns, None, tuple(images), system, model, one, features=features)]
+    if job.texts:
+        return [
+            GenerationRequest(f"{name}-{index}", prompt=text, model=model, sampling=one, features=features)
+            for index, text in enumerate(job.texts)
+        ]
+    return [
+        GenerationRequest(f"{name}-{index}", model=model, sampling=one, prompt_ids=ids, features=features)
+        for index, ids in enumerate(job.token_ids)
     ]
 
 
