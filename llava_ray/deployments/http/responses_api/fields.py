@@ -49,7 +49,7 @@ class TextFields(ClosedModel):
 
     neutral: ClassVar[Neutral] = {"verbosity": ("medium",)}
 
-    format: TextFormat = TextFormat(type="text")
+    format: TextFormat = Field(default_factory=lambda: TextFormat(type="text"))
 
 
 class FunctionTool(FunctionDefinition):
@@ -137,7 +137,7 @@ class ResponsesRequest(ClosedModel):
     seed: int | None = Field(default=None, ge=-_SEEDS, lt=_SEEDS)
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     include: tuple[str, ...] = Field(default=(), max_length=16)
-    text: TextFields = TextFields()
+    text: TextFields = Field(default_factory=TextFields)
     tools: tuple[Annotated[FunctionTool, BeforeValidator(_as_tool)], ...] = Field(default=(), max_length=_MAX_TOOLS)
     tool_choice: Annotated[
         str | NamedFunction | None,
