@@ -83,6 +83,8 @@ async def _embed(
                 yield chunk
         except RecordError as error:
             words = str(error)
+            if error.reason == "too_long":
+                words = words.partition(". Shorten")[0] + ". Send less."
             if request.features != "language":  # the engine knows of this image alone
                 words = words.replace("image 1", f"image {index + 1}", 1)
             raise type(error)(words, reason=error.reason, field=error.field or field) from error

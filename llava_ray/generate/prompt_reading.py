@@ -7,10 +7,9 @@ from concurrent.futures import Executor
 from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava_ray.chat.tokens import expand_images
 from llava_ray.config.sections import MAX_IMAGE_PIXELS
-from llava_ray.errors import RecordError
 from llava_ray.generate.engine import GenerationRequest
 from llava_ray.generate.prompts import PromptText
-from llava_ray.generate.readings import PromptReading
+from llava_ray.generate.readings import PromptReading, check_token_ids
 from llava_ray.images.geometry import ImageSpec
 from llava_ray.images.views import ImageDecoder, OpenedImage, open_views
 
@@ -49,20 +48,7 @@ def read_tokens(prompts: PromptText, request: GenerationRequest, opened: Sequenc
 
 def read_text(prompts: PromptText, token_ids: Sequence[int], field: str) -> str:
     """Return the text of tokens, control tokens included. Raises RecordError for tokens that the model has not."""
-    check_token_ids(prompts, token_ids, field)
+    check_token_ids(token_ids, len(prompts.model.tokenizer), field)
     text = prompts.model.tokenizer.decode(list(token_ids), skip_special_tokens=False)
     assert isinstance(text, str)
     return text
-
-
-def check_token_ids(prompts: PromptText, token_ids: Sequence[int], field: str) -> None:
-    """Check that a tokenizer has all of the tokens. Raises RecordError."""
-    size = len(prompts.model.tokenizer)
-    for place, token in enumerate(token_ids):
-        if not 0 <= token < size:
-            hint = " (-200 stands for an image's feature, which has no text)" if token == IMAGE_TOKEN_INDEX else ""
-            raise RecordError(
-                f"token {place + 1} is {token}; this model has tokens from 0 to {size - 1}{hint}.",
-                reason="tokens",
-                field=field,
-            )

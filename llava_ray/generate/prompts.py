@@ -22,6 +22,7 @@ from llava_ray.generate.constraints.compiling import GrammarCompiler
 from llava_ray.generate.decoding import Stops, default_stops
 from llava_ray.generate.engine import Constraint, GenerationRequest
 from llava_ray.generate.model_tools import ModelTools, find_offered
+from llava_ray.generate.readings import check_token_ids
 from llava_ray.generate.sampling import check_sampling
 from llava_ray.generate.vision_cache import VisionCache, image_key
 from llava_ray.images.anyres import Size
@@ -119,6 +120,7 @@ class PromptText:
         if (request.prompt is not None) + bool(request.turns) + bool(request.prompt_ids) != 1:
             raise RecordError("expected either turns or a prompt, and not both.", reason="turns")
         if request.prompt_ids:
+            check_token_ids(request.prompt_ids, len(self.model.tokenizer), "prompt")
             return list(request.prompt_ids)
         if request.prompt is not None:
             # Without a template control tokens are allowed: the whole prompt is the client's own, as in vLLM.

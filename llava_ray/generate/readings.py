@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
+from llava_ray.chat.conversation import IMAGE_TOKEN_INDEX
+from llava_ray.errors import RecordError
+
 if TYPE_CHECKING:
     from llava_ray.generate.engine import GenerationRequest
 
@@ -36,3 +39,15 @@ class ReadsPrompts(Protocol):
         Raises RecordError about ``field`` of the request for tokens out of range.
         """
         ...
+
+
+def check_token_ids(token_ids: Sequence[int], num_tokens: int, field: str) -> None:
+    """Check that tokens are among a tokenizer's ``num_tokens``. Raises RecordError about ``field`` of the request."""
+    for place, token in enumerate(token_ids):
+        if not 0 <= token < num_tokens:
+            hint = " (-200 stands for an image's feature, which has no text)" if token == IMAGE_TOKEN_INDEX else ""
+            raise RecordError(
+                f"token {place + 1} is {token}; this model has tokens from 0 to {num_tokens - 1}{hint}.",
+                reason="tokens",
+                field=field,
+            )

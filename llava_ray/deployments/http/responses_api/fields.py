@@ -112,7 +112,7 @@ class ResponsesRequest(ClosedModel):
         "background": (False,),
         "context_management": ([],),
         "extra_body": ({},),
-        "reasoning": ({}, {"effort": "none"}),
+        "reasoning": ({}, {"effort": "none"}, {"effort": None}, {"summary": None}, {"effort": None, "summary": None}),
         "store": (False,),
         "truncation": ("disabled",),
         "min_p": (0,),
