@@ -1,6 +1,7 @@
 """Reading of prompts without an answer: the tokens of a request, and the text of tokens."""
 
 import asyncio
+import functools
 from collections.abc import Sequence
 from concurrent.futures import Executor
 
@@ -22,11 +23,8 @@ async def decode_images(
     for number, data in enumerate(images, start=1):
         name = f"image {number}"
         if decoder is None:
-            opened.append(
-                await loop.run_in_executor(
-                    executor, lambda data=data, name=name: open_views(data, name, max_pixels=MAX_IMAGE_PIXELS, spec=spec)
-                )
-            )
+            opening = functools.partial(open_views, data, name, max_pixels=MAX_IMAGE_PIXELS, spec=spec)
+            opened.append(await loop.run_in_executor(executor, opening))
         else:
             opened.append(await decoder.open_views(data, name, max_pixels=MAX_IMAGE_PIXELS, spec=spec))
     return opened
@@ -41,7 +39,8 @@ def read_tokens(prompts: PromptText, request: GenerationRequest, opened: Sequenc
         short = prompts.tokenize(request)
     counts = [prompts.model.image_tokens.count(*image.size) for image in opened]
     ids = expand_images(short, [IGNORE_INDEX] * len(short), counts)[0]
-    texts: list[str] = tokenizer.convert_ids_to_tokens([0 if token == IMAGE_TOKEN_INDEX else token for token in ids])
+    texts = tokenizer.convert_ids_to_tokens([0 if token == IMAGE_TOKEN_INDEX else token for token in ids])
+    assert isinstance(texts, list)
     spelt = (IMAGE_TOKEN if token == IMAGE_TOKEN_INDEX else text for token, text in zip(ids, texts, strict=True))
     return PromptReading(tuple(ids), tuple(spelt))
 

@@ -76,6 +76,4 @@ def _chat(fields: dict[str, Any], request_id: str, settings: ServeSettings) -> T
 def _check_markers(text: str, field: str) -> None:
     """Check that a raw text has no place of an image. Raises RefusalError."""
     if IMAGE_TOKEN in text:
-        raise refuse(
-            400, f"{field}: {IMAGE_TOKEN} in a text; send images as parts of messages", "image_marker", field
-        )
+        raise refuse(400, f"{field}: {IMAGE_TOKEN} in a text; send images as parts of messages", "image_marker", field)

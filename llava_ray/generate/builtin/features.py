@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from llava_ray.errors import ModelError
 from llava_ray.generate.builtin.prompt_images import embed_images
 from llava_ray.generate.engine import GenerationChunk
 from llava_ray.generate.prompts import PromptImage
@@ -24,12 +25,14 @@ def pool_image(image: PromptImage, of_tower: bool, cache: VisionCache) -> Float[
 
 
 def as_vector_chunk(
-    vector: Float[Tensor, " d"], num_tokens: int, *, queued_s: float = 0.0, num_cached_tokens: int = 0
+    vector: Float[Tensor, " d"] | None, num_tokens: int, *, queued_s: float = 0.0, num_cached_tokens: int = 0
 ) -> GenerationChunk:
     """Return the only chunk of a request for features: the vector of length 1. Raises ModelError if it is not finite.
 
     ``num_tokens`` are those that the model has read.
     """
+    if vector is None:
+        raise ModelError("this language model has no states before its head. Ask for the features of images.")
     wide = vector.float()
     unit = torch.nn.functional.normalize(wide, dim=0)
     if not bool(unit.isfinite().all()) or not bool(wide.isfinite().all()):

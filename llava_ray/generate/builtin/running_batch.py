@@ -327,10 +327,9 @@ class RunningBatch:
             if not running.request.features:
                 continue
             try:
-                if self.model.states is None:
-                    raise ModelError("this language model has no states before its head. Ask for other features.")
+                states = self.model.states
                 chunk = as_vector_chunk(
-                    self.model.states[place],
+                    None if states is None else states[place],
                     len(running.prompt.ids),
                     queued_s=running.queued_s,
                     num_cached_tokens=running.num_reused,

@@ -73,7 +73,9 @@ def test_every_request_has_fields_and_an_example() -> None:
 
 def test_all_references_lead_somewhere() -> None:
     def references(value: Any) -> Iterator[str]:
-        for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        for key, inner in (
+            value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        ):
             if key == "$ref":
                 yield inner
             else:

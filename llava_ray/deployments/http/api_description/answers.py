@@ -29,9 +29,7 @@ def _ref(name: str) -> Schema:
 _TOKEN = {"token": _TEXT, "logprob": _NUMBER, "bytes": _list(_COUNT)}
 _HEAD = {"id": _TEXT, "created": _COUNT, "model": _TEXT, "system_fingerprint": _TEXT}
 _FINISH: Schema = {"enum": ["stop", "length", "tool_calls"]}
-_CALL = _object(
-    {"id": _TEXT, "type": {"const": "function"}, "function": _object({"name": _TEXT, "arguments": _TEXT})}
-)
+_CALL = _object({"id": _TEXT, "type": {"const": "function"}, "function": _object({"name": _TEXT, "arguments": _TEXT})})
 _OUTPUT_TEXT = _object(
     {
         "type": {"const": "output_text"},
@@ -79,9 +77,7 @@ _MODEL = _object(
 )
 
 SCHEMAS: dict[str, Schema] = {
-    "Error": _object(
-        {"error": _object({"message": _TEXT, "type": _TEXT, "param": _or_null(_TEXT), "code": _TEXT})}
-    ),
+    "Error": _object({"error": _object({"message": _TEXT, "type": _TEXT, "param": _or_null(_TEXT), "code": _TEXT})}),
     "Usage": _object(
         {
             "prompt_tokens": _COUNT,

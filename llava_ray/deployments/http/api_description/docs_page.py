@@ -95,8 +95,8 @@ def _render_schema(schema: Mapping[str, Any]) -> str:
         return f"{text}<p>{_type_of(schema)}</p>"
     required = schema.get("required", ())
     rows = "".join(
-        f"<tr><td><code>{_escape(name)}</code>{' (required)' if name in required else ''}</td><td>{_type_of(field)}</td>"
-        f"<td>{_escape(field.get('description', ''))}</td></tr>"
+        f"<tr><td><code>{_escape(name)}</code>{' (required)' if name in required else ''}</td>"
+        f"<td>{_type_of(field)}</td><td>{_escape(field.get('description', ''))}</td></tr>"
         for name, field in schema["properties"].items()
     )
     return f"{text}<table><tr><th>Field</th><th>Type</th><th></th></tr>{rows}</table>"

@@ -42,9 +42,9 @@ class Operation:
 
 
 OPERATIONS = (
-    Operation("/v1/chat/completions", "Answer a chat about texts and images", "ChatCompletion", ChatRequest, streams=True),
-    Operation("/v1/completions", "Continue a text, without a template", "TextCompletion", CompletionRequest, streams=True),
-    Operation("/v1/responses", "Answer a conversation (OpenAI's Responses API)", "Response", ResponsesRequest, streams=True),
+    Operation("/v1/chat/completions", "Answer a chat with images", "ChatCompletion", ChatRequest, streams=True),
+    Operation("/v1/completions", "Continue a raw text", "TextCompletion", CompletionRequest, streams=True),
+    Operation("/v1/responses", "Answer a conversation, as OpenAI's", "Response", ResponsesRequest, streams=True),
     Operation("/v1/embeddings", "Return features of texts, chats or images", "Embeddings", EmbeddingsRequest),
     Operation("/tokenize", "Return the tokens of a prompt or a chat", "Tokens", TokenizeRequest),
     Operation("/detokenize", "Return the text of tokens", "Text", DetokenizeRequest),

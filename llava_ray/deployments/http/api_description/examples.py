@@ -63,7 +63,10 @@ def list_examples(settings: ServeSettings) -> dict[str, Examples]:
         },
         "/v1/responses": {
             "text": {
-                "model": model, "instructions": "Be brief.", "input": "Which colour is the sky?", "max_output_tokens": 16
+                "model": model,
+                "instructions": "Be brief.",
+                "input": "Which colour is the sky?",
+                "max_output_tokens": 16,
             },
             "image": {
                 "model": model,
