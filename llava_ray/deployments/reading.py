@@ -13,12 +13,12 @@ from llava_ray.generate.readings import PromptReading, ReadsPrompts
 
 Generate = Callable[[GenerationRequest], AsyncGenerator[GenerationChunk, None]]
 
-AT_ONCE = 8  # inputs of one request that are in the engine at the same time
+_AT_ONCE = 8  # inputs of one request that are in the engine at the same time
 
 
 def count_places(task: Task, max_num_seqs: int) -> int:
     """Return how many of a replica's places a task takes."""
-    return task.num_choices if task.job is None else min(task.num_choices, AT_ONCE, max_num_seqs)
+    return task.num_choices if task.job is None else min(task.num_choices, _AT_ONCE, max_num_seqs)
 
 
 async def decode_inputs(engine: Engine, job: ReadingJob, model: str | None) -> tuple[str, ...]:
@@ -39,7 +39,7 @@ def start_reading(
     if job.kind == "detokenize":
         return [_detokenize(engine, job, model)]
     requests = _feature_requests(task, job, images, model)
-    places = asyncio.Semaphore(AT_ONCE)
+    places = asyncio.Semaphore(_AT_ONCE)
     return [
         _embed(generate, request, places, index, job.field if len(requests) == 1 else f"{job.field}.{index}")
         for index, request in enumerate(requests)

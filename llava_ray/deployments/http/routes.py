@@ -1,7 +1,6 @@
 """The HTTP API, OpenAI's: chats, completions, models; and health, readiness and metrics."""
 
 import asyncio
-import hashlib
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ from llava_ray.deployments.http.reading_routes import add_reading_routes
 from llava_ray.deployments.http.responses import ChatForm, CompletionForm, find_system_fingerprint
 from llava_ray.deployments.http.responses_api.route import add_responses
 from llava_ray.deployments.http.schema import ChatRequest, CompletionRequest, GenerationFields, read_request
+from llava_ray.deployments.http.session_keys import find_session, hash_session
 from llava_ray.deployments.messages import Task, chat_task, completion_task
 from llava_ray.deployments.metrics import IngressMetrics, render_metrics
 from llava_ray.deployments.refusal import RefusalError, Refused, refuse
@@ -121,7 +121,7 @@ class Front:
             self.metrics.responses.labels(route, str(status)).inc()
 
         named = request.headers.get(SESSION_HEADER) or session
-        return self.gateway.run(task, _hashed(named) if named else _session_of(task)), count
+        return self.gateway.run(task, hash_session(named) if named else find_session(task)), count
 
     async def on_refusal(self, request: Request, error: Exception) -> Response:
         """Count a refusal and respond with it."""
@@ -239,16 +239,3 @@ def _place_of(request: Request) -> str:
 async def _version() -> dict[str, str]:
     """Respond with the version."""
     return {"version": find_system_fingerprint()}
-
-
-def _session_of(task: Task) -> str:
-    """Return a chat's session key from its constant parts: model, system prompt, first question, first image."""
-    first = task.turns[0].value if task.turns else task.prompt or ""
-    image = task.media[0] if task.media else ""
-    start = "\0".join((task.model, task.system or "", first[:_LONG_BODY], str(len(image)), image[-_LONG_BODY:]))
-    return _hashed(start)
-
-
-def _hashed(name: str) -> str:
-    """Hash a session's name to a short ASCII string."""
-    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()

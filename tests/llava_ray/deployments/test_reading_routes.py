@@ -4,6 +4,7 @@ import base64
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from llava_ray.deployments.http.schema import read_request
 from llava_ray.deployments.reading import count_places
 from llava_ray.deployments.refusal import RefusalError
 from llava_ray.deployments.settings import ServeSettings
+from llava_ray.generate.engine import ModelCard
 
 IMAGE, OTHER = data_uri(picture(30, 20)), data_uri(picture(30, 20, colour="blue"))
 ABOUT_IMAGE = asking("what?", IMAGE)["messages"]
@@ -223,9 +225,19 @@ def test_answers_beside_embeddings_stay_as_they_are(tiny: Service) -> None:
         thread.join(60)
 
 
+class OnlyAnswers(EchoEngine):
+    """Neither returns features nor reads prompts."""
+
+    read_prompt = read_ids = None  # type: ignore[assignment]
+
+    @property
+    def card(self) -> ModelCard:
+        return replace(super().card, has_features=False)
+
+
 @pytest.mark.slow
 def test_an_engine_without_features_or_tokens_says_so() -> None:
-    with echoing(EchoEngine()) as running:
+    with echoing(OnlyAnswers()) as running:
         for path, fields in (("/v1/embeddings", {"input": "a"}), ("/tokenize", {"prompt": "a"})):
             response = running.http.post(path, json={"model": "echo", **fields})
             error = response.json()["error"]

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any, Literal
 
 import httpx
@@ -19,13 +19,14 @@ from test_structured_output import PARAMETERS, Service, service
 from llava_ray.chat.tool_formats import CallDelta
 from llava_ray.deployments.front import build_front
 from llava_ray.deployments.gateway import LocalGateway
+from llava_ray.deployments.http.responses_api.answer import ResponsesAnswer
 from llava_ray.deployments.http.responses_api.conversion import as_chat, rename_fields
 from llava_ray.deployments.http.responses_api.events import ResponseWriter
 from llava_ray.deployments.http.responses_api.fields import ResponsesRequest
 from llava_ray.deployments.http.routes import Front
 from llava_ray.deployments.http.schema import read_request
 from llava_ray.deployments.refusal import RefusalError, Refused
-from llava_ray.deployments.replica import Replica
+from llava_ray.deployments.replica import AnswerPiece, Replica
 from llava_ray.deployments.settings import ServeSettings
 from llava_ray.errors import ModelError
 from llava_ray.generate.engine import GenerationChunk, TokenLogprob
@@ -111,6 +112,23 @@ def test_text_and_calls_are_items_in_their_order() -> None:
     for kind in kinds:
         open_items += {"output_item.added": 1, "output_item.done": -1}.get(kind, 0)
         assert open_items in (0, 1)
+
+
+def test_a_whole_response_is_that_of_the_stream() -> None:
+    chunks = [GenerationChunk("a", (1,)), GenerationChunk("", (2,), calls=(CallDelta(0, "f", "{}"),))]
+    chunks.append(GenerationChunk("b", (3,), finish_reason="tool_calls"))
+
+    async def pieces() -> AsyncGenerator[list[AnswerPiece], None]:
+        for chunk in chunks:
+            yield [(0, chunk)]
+
+    async def read() -> Any:
+        return (await ResponsesAnswer(pieces(), ResponseWriter("resp_1", asked()), lambda status: None).read()).body
+
+    _, streamed = write(*chunks)
+    whole = json.loads(asyncio.run(read()))
+    assert [item["type"] for item in whole["output"]] == [item["type"] for item in streamed["output"]]
+    assert whole.keys() == streamed.keys()
 
 
 def test_log_probabilities_wait_for_their_text() -> None:
