@@ -374,6 +374,8 @@ def test_the_official_client_parses_answers_and_calls(hermes: Service) -> None:
     assert isinstance(parsed.output_parsed, Answer)
     with hermes.openai.responses.stream(model="tiny", input="which?", text_format=Answer) as stream:
         assert isinstance(stream.get_final_response().output_parsed, Answer)
+    again = [{"role": "user", "content": "which?"}, *parsed.output, {"role": "user", "content": "sure?"}]
+    assert hermes.openai.responses.create(model="tiny", input=again, max_output_tokens=2).output  # type: ignore[arg-type]
     any_object = hermes.openai.responses.create(
         model="tiny", input="which?", text={"format": {"type": "json_object"}}, max_output_tokens=300, temperature=0
     )

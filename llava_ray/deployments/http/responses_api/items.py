@@ -28,7 +28,7 @@ _OF_OUTPUT = frozenset({"id", "status", "phase"})
 class InputText(ClosedModel):
     """A piece of text, of a user or of an earlier answer."""
 
-    ignored = frozenset({"annotations", "logprobs"})
+    ignored = frozenset({"annotations", "logprobs", "parsed"})  # the last is added by OpenAI's client
 
     type: Literal["input_text", "output_text"]
     text: str
@@ -119,7 +119,7 @@ class MessageItem(ClosedModel):
 class FunctionCallItem(CalledFunction):
     """A call in an earlier answer."""
 
-    ignored = _OF_OUTPUT
+    ignored = _OF_OUTPUT | {"parsed_arguments"}
 
     type: Literal["function_call"]
     call_id: str = Field(min_length=1, max_length=256)
