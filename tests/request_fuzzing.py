@@ -93,6 +93,8 @@ def check_answer(asked: Asked, kind: bytes, body: bytes) -> str:
     """A right answer's word."""
     if kind.startswith(b"text/event-stream"):
         events = body.decode().removesuffix("\n\n").split("\n\n")
+        if "responses" in asked.path:
+            return check_response_events([read(event.partition("data: ")[2]) for event in events])
         if events[-1] != "data: [DONE]":
             raise WrongAnswer(f"a stream ends with {events[-1][:600]!r}")
         for event in events[:-1]:
@@ -103,6 +105,15 @@ def check_answer(asked: Asked, kind: bytes, body: bytes) -> str:
         if "completions" in asked.path and not value["choices"]:
             raise WrongAnswer("no choices")
     return "200"
+
+
+def check_response_events(events: list[dict[str, Any]]) -> str:
+    """The word of a right sequence of a response's events."""
+    if [event["sequence_number"] for event in events] != list(range(len(events))):
+        raise WrongAnswer("events are not numbered in order")
+    if events[-1]["type"] not in ("response.completed", "response.incomplete"):
+        raise WrongAnswer(f"a stream ends with {str(events[-1])[:600]}")
+    return "200 response stream"
 
 
 def check_error(body: bytes) -> str:
@@ -132,8 +143,8 @@ def read(text: str) -> Any:
     return json.loads(text, parse_constant=refuse)
 
 
-def make_target() -> Callable[[int], str]:
-    """A front without keys and one with, over one replica."""
+def make_target(make: Callable[[int], Asked] = make_request) -> Callable[[int], str]:
+    """A front without keys and one with, over one replica, that get the requests of ``make``."""
     root = Path(tempfile.mkdtemp(prefix="request-fuzz-"))
     (root / "images").mkdir()
     (root / "images" / "red.png").write_bytes(picture())
@@ -162,7 +173,7 @@ def make_target() -> Callable[[int], str]:
     fronts = [build_front(Front(gateway, settings)), build_front(Front(gateway, settings, keys))]
 
     def target(seed: int) -> str:
-        asked = make_request(seed)
+        asked = make(seed)
         guarded = seed % 5 == 0
         answer = call(fronts[guarded], asked, f"Bearer {KEY}" if guarded else None)
         return check(asked, *loop.run_until_complete(answer))

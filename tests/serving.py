@@ -7,9 +7,10 @@ import io
 import json
 import os
 import socket
+import struct
 import threading
 import urllib.parse
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from pathlib import Path
 
 import uvicorn
@@ -20,6 +21,7 @@ from starlette.types import ASGIApp
 from llava_ray.deployments.settings import ModelSource, ServeSettings
 from llava_ray.errors import ModelError, RecordError
 from llava_ray.generate.engine import EngineStats, GenerationChunk, GenerationRequest, ModelCard, TokenLogprob
+from llava_ray.generate.readings import PromptReading
 
 
 class EchoEngine:
@@ -59,7 +61,9 @@ class EchoEngine:
 
     @property
     def card(self) -> ModelCard:
-        return ModelCard(self.name, max_model_len=2048, vision=True, template="v1", adapters=self.adapters)
+        return ModelCard(
+            self.name, max_model_len=2048, vision=True, template="v1", adapters=self.adapters, has_features=True
+        )
 
     async def start(self) -> None:
         await asyncio.sleep(0)
@@ -68,6 +72,10 @@ class EchoEngine:
         self.seen.append(request)
         if self.broken is not None:
             raise ModelError(self.broken)
+        if request.features is not None:
+            read = PromptReading(vector=struct.pack("<2f", 1.0, len(request.prompt or "")))
+            yield GenerationChunk("", (), finish_reason="stop", num_prompt_tokens=1, reading=read)
+            return
         said = request.turns[-1].value if request.turns else request.prompt or ""
         markers = sum(turn.value.count("<image>") for turn in request.turns)
         if markers != len(request.images):
@@ -91,6 +99,13 @@ class EchoEngine:
             self.running.discard(request.request_id)
             self.waiting.discard(request.request_id)
             self.num_cancelled += not finished
+
+    async def read_prompt(self, request: GenerationRequest) -> PromptReading:
+        text = request.prompt or "".join(turn.value for turn in request.turns)
+        return PromptReading(tuple(range(len(text.split()))), tuple(text.split()))
+
+    async def read_ids(self, token_ids: Sequence[int], model: str | None, field: str) -> str:
+        return " ".join(map(str, token_ids))
 
     async def words(
         self, request: GenerationRequest, words: list[str], num_prompt: int

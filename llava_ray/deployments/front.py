@@ -4,6 +4,7 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 
+from llava_ray.deployments.http.api_description.docs_page import add_docs
 from llava_ray.deployments.http.middleware import AuthMiddleware, BodyMiddleware, OpenRequestsMiddleware
 from llava_ray.deployments.http.routes import SESSION_HEADER, Front, add_api, add_health
 from llava_ray.deployments.refusal import RefusalError
@@ -16,6 +17,8 @@ def build_front(front: Front, *, with_api: bool = True, with_page: bool = False)
     add_health(app, front)
     if with_api:
         add_api(app, front)
+        if front.settings.api_docs:
+            add_docs(app, front)
     app.add_exception_handler(RefusalError, front.on_refusal)
     app.add_exception_handler(HTTPException, front.on_http_error)
     app.add_exception_handler(Exception, front.on_unhandled_error)

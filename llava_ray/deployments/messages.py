@@ -15,6 +15,7 @@ from llava_ray.deployments.http.schema import (
     ImagePart,
     TextPart,
 )
+from llava_ray.deployments.reading_jobs import ReadingJob
 from llava_ray.deployments.refusal import refuse
 from llava_ray.deployments.settings import ServeSettings
 from llava_ray.generate.engine import Sampling, ToolChoice
@@ -44,13 +45,16 @@ class Task:
     add_generation_prompt: bool = True
     adapter: AdapterRef | None = None
     """The adapter that ``model`` names, if it was loaded while the service runs: the replica may not know it yet."""
+    job: ReadingJob | None = None
+    """What is asked for instead of an answer."""
 
     @property
     def texts(self) -> tuple[str, ...]:
         """Return all texts of the task."""
         calls = (call.arguments for turn in self.turns for call in turn.calls)
         tools = (turn.tools for turn in self.turns if turn.tools)
-        return (*(turn.value for turn in self.turns), self.system or "", self.prompt or "", *calls, *tools)
+        inputs = () if self.job is None else self.job.texts
+        return (*(turn.value for turn in self.turns), self.system or "", self.prompt or "", *calls, *tools, *inputs)
 
 
 def chat_task(request: ChatRequest, request_id: str, settings: ServeSettings) -> Task:
@@ -60,14 +64,8 @@ def chat_task(request: ChatRequest, request_id: str, settings: ServeSettings) ->
     _check_order(spoken, request)
     media = tuple(part.image_url.url for message in spoken for part in message.parts if isinstance(part, ImagePart))
     turns = with_tools([as_turn(message) for message in spoken], request.offered_tools)
-    if len(media) > settings.max_images:
-        raise refuse(
-            400,
-            f"{len(media)} images; at most {settings.max_images} a request (max_images)",
-            "too_many_images",
-            "messages",
-        )
-    _check_prompt_length(sum(map(_count_chars, turns)) + len(system), settings, "messages")
+    check_image_count(media, settings, "messages")
+    check_prompt_length(sum(map(_count_chars, turns)) + len(system), settings, "messages")
     wanted = request.max_completion_tokens or request.max_tokens
     top = (request.top_logprobs or 0) if request.logprobs else None
     return Task(
@@ -87,7 +85,7 @@ def chat_task(request: ChatRequest, request_id: str, settings: ServeSettings) ->
 
 def completion_task(request: CompletionRequest, request_id: str, settings: ServeSettings) -> Task:
     """Convert a completion to a task. Raises RefusalError for too many characters or image markers."""
-    _check_prompt_length(len(request.prompt), settings, "prompt")
+    check_prompt_length(len(request.prompt), settings, "prompt")
     if IMAGE_TOKEN in request.prompt:
         raise refuse(
             400, f"{IMAGE_TOKEN} in a prompt: images are asked about in /v1/chat/completions", "image_marker", "prompt"
@@ -215,7 +213,15 @@ def _count_chars(turn: Turn) -> int:
     return len(turn.value) + len(turn.tools) + sum(len(call.name) + len(call.arguments) for call in turn.calls)
 
 
-def _check_prompt_length(num_chars: int, settings: ServeSettings, param: str) -> None:
+def check_image_count(media: Sequence[str], settings: ServeSettings, param: str) -> None:
+    """Check the number of images. Raises RefusalError."""
+    if len(media) > settings.max_images:
+        raise refuse(
+            400, f"{len(media)} images; at most {settings.max_images} a request (max_images)", "too_many_images", param
+        )
+
+
+def check_prompt_length(num_chars: int, settings: ServeSettings, param: str) -> None:
     """Check the number of characters before tokenising. Raises RefusalError."""
     if num_chars > settings.max_text_chars:
         raise refuse(

@@ -29,7 +29,7 @@ _MAX_CHARS = 1000  # of a message
 _PASSED_THROUGH = frozenset(
     {
         "sampling", "empty_prompt", "too_long", "system_prompt", "turns", "model", "engine", "structured_output",
-        "tools", "control_tokens",
+        "tools", "control_tokens", "tokens",
     }
 )  # fmt: skip
 

@@ -1,5 +1,6 @@
 """A replica of a model: admits tasks, reads and moderates their images, and streams the answers."""
 
+import functools
 import logging
 import time
 from collections.abc import AsyncGenerator
@@ -17,6 +18,7 @@ from llava_ray.deployments.merging import MERGE_S, merge_streams
 from llava_ray.deployments.messages import Task
 from llava_ray.deployments.metrics import ReplicaMetrics
 from llava_ray.deployments.moderation import Moderator
+from llava_ray.deployments.reading import count_places, decode_inputs, start_reading
 from llava_ray.deployments.refusal import RefusalError, Refused, from_record_error
 from llava_ray.deployments.settings import ModelSource, ServeSettings
 from llava_ray.deployments.tool_calls import AnswerCalls, check_abilities
@@ -76,7 +78,7 @@ class Replica:
         Refusals are values because they cross processes unchanged; an exception here is a bug or a crash.
         """
         try:
-            with self.admission.admitted(task.num_choices):
+            with self.admission.admitted(count_places(task, self.settings.max_num_seqs)):
                 async with aclosing(self.answer(task)) as pieces:
                     async for piece in pieces:
                         yield piece
@@ -85,7 +87,8 @@ class Replica:
             yield error.refused
         except RecordError as error:
             self.metrics.refused.labels(self.source.name, error.reason).inc()
-            yield from_record_error(error, "messages" if task.prompt is None else "prompt")
+            field = "messages" if task.job is None else task.job.field
+            yield from_record_error(error, field if task.prompt is None else "prompt")
         except BusyError as error:
             self.metrics.refused.labels(self.source.name, "queue_full").inc()
             yield Refused(429, str(error), "queue_full", retry_after_s=self.admission.retry_after_s)
@@ -107,10 +110,15 @@ class Replica:
         await self.moderator.check(task.texts, images)
         async with AsyncExitStack() as stack:
             model = await self.find_adapter(task, stack)
-            streams = [
-                self.timed(_generation_request(task, index, images, model), arrived)
-                for index in range(task.num_choices)
-            ]
+            if task.job is None:
+                streams = [
+                    self.timed(_generation_request(task, index, images, model), arrived)
+                    for index in range(task.num_choices)
+                ]
+            else:
+                await self.moderator.check(await decode_inputs(self.engine, task.job, model), ())
+                generate = functools.partial(self.timed, arrived=arrived)
+                streams = start_reading(self.engine, task, task.job, images, model, generate)
             pieces = await stack.enter_async_context(aclosing(merge_streams(streams, MERGE_S if task.stream else None)))
             async for piece in pieces:
                 yield piece
@@ -137,7 +145,8 @@ class Replica:
                 chunk = piece if calls is None else calls.separate(piece)
                 now = time.monotonic()
                 if last is None:
-                    metrics.first_token.observe(now - arrived)
+                    if chunk.reading is None:
+                        metrics.first_token.observe(now - arrived)
                     metrics.queue.observe(chunk.queued_s)
                 else:
                     for _ in chunk.token_ids:
@@ -148,7 +157,8 @@ class Replica:
                     metrics.success.labels(self.source.name, chunk.finish_reason).inc()
                     metrics.whole.observe(now - arrived)
                     metrics.prompt_tokens.observe(num_prompt)
-                    metrics.new_tokens.observe(num_new)
+                    if chunk.reading is None:
+                        metrics.new_tokens.observe(num_new)
                 yield chunk
 
 

@@ -175,6 +175,8 @@ class ServeSettings(ConfigSection):
     """Bytes of downloaded adapters; the least recently used ones are deleted beyond them."""
     adapter_timeout_s: PositiveFloat = 300.0
     """Seconds for the download of one adapter."""
+    api_docs: bool = False
+    """Whether /docs and /redoc (one page, without scripts and other hosts) and /openapi.json describe the API."""
     cors_allowed_origins: _Texts = ()
     """Origins whose pages may call the API from a browser; none by default."""
     moderation_url: str | None = None

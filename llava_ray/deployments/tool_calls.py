@@ -12,6 +12,13 @@ from llava_ray.generate.model_tools import find_offered
 
 def check_abilities(task: Task, card: ModelCard, source_name: str) -> None:
     """Check that the engine does what a task asks for; ``source_name`` names the base. Raises RefusalError."""
+    if task.job is not None and task.job.kind == "embed" and not card.has_features:
+        raise refuse(
+            400,
+            "this model's engine only generates and returns no features; serve the model with engine=builtin for them",
+            "engine",
+            "model",
+        )
     constraint = task.sampling.constraint
     if constraint is not None and not card.holds_constraints:
         raise refuse(

@@ -13,6 +13,7 @@ from llava_ray.chat.conversation import Turn
 from llava_ray.chat.tool_formats import CallDelta
 from llava_ray.errors import RecordError
 from llava_ray.generate.logprobs import PromptLogprobs, TokenLogprob
+from llava_ray.generate.readings import Features, PromptReading
 from llava_ray.images.views import ImageDecoder
 
 FinishReason = Literal["stop", "length", "tool_calls"]  # engines themselves end with one of the first two
@@ -99,6 +100,13 @@ class GenerationRequest:
     """Whether the last turn is the beginning of the answer, which is continued."""
     add_generation_prompt: bool = True
     """Whether the template writes what comes before an answer, unless the last turn is continued."""
+    prompt_ids: tuple[int, ...] = ()
+    """Instead of turns and prompt: its tokens."""
+    add_special_tokens: bool = True
+    """Whether a raw prompt that is only read (``ReadsPrompts``) begins with the tokenizer's own token."""
+    features: Features | None = None
+    """What to return, as one normalised vector, instead of an answer: the language model's last state of the prompt,
+    or the mean features of the only image, with neither turns nor prompt."""
 
     @property
     def opens_answer(self) -> bool:
@@ -128,6 +136,8 @@ class GenerationChunk:
     """Pieces of tool calls, once the service has separated them from the text."""
     prompt_logprobs: PromptLogprobs = ()
     """Of the prompt, in the first piece of an answer whose request asks for them."""
+    reading: PromptReading | None = None
+    """The result of a request that asks for no answer."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +182,8 @@ class ModelCard:
     """Whether the engine holds answers to the ``constraint`` of a request."""
     tool_formats: Mapping[str, str] = field(default_factory=dict)
     """The format of tool calls (``chat.tool_formats``) of each model and adapter whose template has tools."""
+    has_features: bool = False
+    """Whether the engine returns the ``features`` of a request."""
 
 
 def check_unique_request_id(request_id: str, answered: Collection[str]) -> None:

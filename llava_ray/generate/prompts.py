@@ -26,6 +26,7 @@ from llava_ray.generate.engine import Constraint, GenerationRequest
 from llava_ray.generate.image_places import PromptImage, place_prompt_images
 from llava_ray.generate.logit_edits import check_biased_tokens
 from llava_ray.generate.model_tools import ModelTools, find_offered
+from llava_ray.generate.readings import check_token_ids
 from llava_ray.generate.sampling import check_sampling
 from llava_ray.generate.vision_cache import VisionCache, image_key
 from llava_ray.images.geometry import ImageSpec
@@ -102,10 +103,13 @@ class PromptText:
 
     def tokenize(self, request: GenerationRequest) -> list[int]:
         """Return the ids with one -200 for each image. Raises RecordError."""
-        if (request.prompt is None) == (not request.turns):
+        if (request.prompt is not None) + bool(request.turns) + bool(request.prompt_ids) != 1:
             raise RecordError("expected either turns or a prompt, and not both.", reason="turns")
         if request.prompt is not None and request.continue_final_message:
             raise RecordError("a prompt has no last message to continue.", reason="turns", field=CONTINUED)
+        if request.prompt_ids:
+            check_token_ids(request.prompt_ids, len(self.model.tokenizer), "prompt")
+            return list(request.prompt_ids)
         if request.prompt is not None:
             # Without a template control tokens are allowed: the whole prompt is the client's own, as in vLLM.
             ids = tokenizer_image_token(request.prompt, self.model.tokenizer)

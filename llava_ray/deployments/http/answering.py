@@ -21,21 +21,13 @@ _EVENT_HEADERS = {
 }
 
 
-class StreamedAnswer(Response):
+class AnswerResponse(Response):
     """A response that is generated while the client waits, and cancelled when it disconnects."""
 
-    def __init__(
-        self,
-        pieces: AsyncGenerator[list[AnswerPiece], None],
-        form: ChatForm,
-        num_choices: int,
-        on_end: Callable[[int], None],
-    ) -> None:
-        """Initialise for ``pieces`` in ``form``; ``on_end`` receives the status."""
+    def __init__(self, pieces: AsyncGenerator[list[AnswerPiece], None], on_end: Callable[[int], None]) -> None:
+        """Initialise for ``pieces``; ``on_end`` receives the status."""
         super().__init__()
         self.pieces = pieces
-        self.form = form
-        self.num_choices = num_choices
         self.on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -50,21 +42,39 @@ class StreamedAnswer(Response):
     async def write(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the whole answer as one JSON object."""
         try:
-            choices = await collect_choices(self.pieces, self.num_choices)
-            response = JSONResponse(self.form.whole(choices))
+            response: Response = await self.read()
         except RefusalError as error:
             response = refused_response(error.refused)
         self.status_code = response.status_code
         await response(scope, receive, send)
 
+    async def read(self) -> Response:
+        """Read the whole answer. Raises RefusalError."""
+        raise NotImplementedError
 
-class EventStream(StreamedAnswer):
-    """A streamed answer as server-sent events; its status is known with the first piece."""
 
-    def __init__(self, *arguments: Any, with_usage: bool) -> None:
-        """Initialise as StreamedAnswer; ``with_usage`` adds an event with token counts."""
-        super().__init__(*arguments)
-        self.with_usage = with_usage
+class StreamedAnswer(AnswerResponse):
+    """An answer in one of the forms of chats and completions."""
+
+    def __init__(
+        self,
+        pieces: AsyncGenerator[list[AnswerPiece], None],
+        form: ChatForm,
+        num_choices: int,
+        on_end: Callable[[int], None],
+    ) -> None:
+        """Initialise for ``pieces`` in ``form``; ``on_end`` receives the status."""
+        super().__init__(pieces, on_end)
+        self.form = form
+        self.num_choices = num_choices
+
+    async def read(self) -> Response:
+        """Read all choices and format them. Raises RefusalError."""
+        return JSONResponse(self.form.whole(await collect_choices(self.pieces, self.num_choices)))
+
+
+class EventResponse(AnswerResponse):
+    """An answer as server-sent events; its status is known with the first piece."""
 
     async def write(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send events as pieces arrive; a failure before the first is an HTTP error, a later one an event."""
@@ -77,34 +87,71 @@ class EventStream(StreamedAnswer):
         self.status_code = 200
         headers = [(name.encode(), value.encode()) for name, value in _EVENT_HEADERS.items()]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        choices = [Choice() for _ in range(self.num_choices)]
         try:
-            await self.send_events(send, self.form.first(self.num_choices) + self.events(first, choices))
+            await _send_text(send, self.begin() + self.tell(first), more=True)
             async for pieces in self.pieces:
-                await self.send_events(send, self.events(pieces, choices))
+                await _send_text(send, self.tell(pieces), more=True)
         except RefusalError as error:
             self.status_code = error.refused.status
-            await _send_text(send, _event(error.refused.body()), more=False)
+            await _send_text(send, self.fail(error.refused), more=False)
             return
-        end = _event(self.form.last(choices)) if self.with_usage else ""
-        await _send_text(send, end + "data: [DONE]\n\n", more=False)
+        await _send_text(send, self.end(), more=False)
 
-    def events(self, pieces: list[AnswerPiece], choices: list[Choice]) -> list[dict[str, Any]]:
-        """Convert pieces to events, joining those of one choice."""
+    def begin(self) -> str:
+        """Return the events before the first piece."""
+        raise NotImplementedError
+
+    def tell(self, pieces: list[AnswerPiece]) -> str:
+        """Return the events of pieces, joining those of one choice."""
+        raise NotImplementedError
+
+    def fail(self, refused: Refused) -> str:
+        """Return the last event of an answer that failed."""
+        raise NotImplementedError
+
+    def end(self) -> str:
+        """Return the events after the last piece."""
+        raise NotImplementedError
+
+
+class EventStream(EventResponse, StreamedAnswer):
+    """A streamed answer in one of the forms of chats and completions."""
+
+    def __init__(self, *arguments: Any, with_usage: bool) -> None:
+        """Initialise as StreamedAnswer; ``with_usage`` adds an event with token counts."""
+        super().__init__(*arguments)
+        self.with_usage = with_usage
+        self.choices = [Choice() for _ in range(self.num_choices)]
+
+    def begin(self) -> str:
+        """Return the events before the first piece."""
+        return self.format_all(self.form.first(self.num_choices))
+
+    def tell(self, pieces: list[AnswerPiece]) -> str:
+        """Return the events of pieces, joining those of one choice."""
         events = []
-        for index, chunk in _joined(pieces):
-            events.append(self.form.next(index, choices[index], chunk))
-            choices[index].add(chunk)
-        return events
+        for index, chunk in join_pieces(pieces):
+            events.append(self.form.next(index, self.choices[index], chunk))
+            self.choices[index].add(chunk)
+        return self.format_all(events)
 
-    async def send_events(self, send: Send, events: list[dict[str, Any]]) -> None:
-        """Send several events in one message."""
+    def fail(self, refused: Refused) -> str:
+        """Return the event of an answer that failed."""
+        return format_event(refused.body())
+
+    def end(self) -> str:
+        """Return the event with token counts, where it is asked for, and the mark of the end."""
+        end = format_event(self.form.last(self.choices)) if self.with_usage else ""
+        return end + "data: [DONE]\n\n"
+
+    def format_all(self, events: list[dict[str, Any]]) -> str:
+        """Format several events."""
         if self.with_usage:
             events = [{**one, "usage": None} for one in events]
-        await _send_text(send, "".join(_event(one) for one in events), more=True)
+        return "".join(format_event(one) for one in events)
 
 
-def _joined(pieces: list[AnswerPiece]) -> list[AnswerPiece]:
+def join_pieces(pieces: list[AnswerPiece]) -> list[AnswerPiece]:
     """Join the pieces of each choice into one."""
     joined: dict[int, GenerationChunk] = {}
     for index, chunk in pieces:
@@ -127,7 +174,7 @@ def _joined(pieces: list[AnswerPiece]) -> list[AnswerPiece]:
     return list(joined.items())
 
 
-def _event(value: dict[str, Any]) -> str:
+def format_event(value: dict[str, Any]) -> str:
     """Format one server-sent event."""
     return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
 

@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from llava_ray.deployments.http.neutral_fields import Neutral, is_neutral
 
@@ -11,7 +13,9 @@ from llava_ray.deployments.http.neutral_fields import Neutral, is_neutral
 class ClosedModel(BaseModel):
     """A model that rejects unknown fields, NaN and infinity; its errors never repeat values."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True, use_attribute_docstrings=True
+    )
 
     ignored: ClassVar[frozenset[str]] = frozenset()
     """Fields that have no effect."""
@@ -29,6 +33,17 @@ class ClosedModel(BaseModel):
         values = {name: value for name, value in values.items() if value is not None and name not in cls.ignored}
         values = {name: value for name, value in values.items() if not is_neutral(cls.neutral, name, value)}
         return cls.prepared(values)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Describe the fields without effect too, which the schema would otherwise forbid."""
+        schema = handler(core_schema)
+        fields = handler.resolve_ref_schema(schema).setdefault("properties", {})
+        for name in sorted(cls.ignored):
+            fields.setdefault(name, {"description": "Accepted and of no effect."})
+        for name, values in sorted(cls.neutral.items()):
+            fields.setdefault(name, {"enum": list(values), "description": "Accepted and of no effect."})
+        return schema
 
     @classmethod
     def prepared(cls, values: dict[str, Any]) -> Mapping[str, Any]:

@@ -13,8 +13,8 @@ from llava_ray.deployments.http.limits import HeldAmounts, client_address, holde
 from llava_ray.deployments.refusal import Refused
 
 # Paths that need a key. The rest is health, or the page with its own login.
-GUARDED = ("/v1/", "/metrics", "/version")
-_COUNTED = "/v1/"
+GUARDED = ("/v1/", "/metrics", "/version", "/tokenize", "/detokenize", "/docs", "/redoc", "/openapi.json")
+_COUNTED = ("/v1/", "/tokenize", "/detokenize")
 
 # Answered at any load: health checks decide whether this process is restarted.
 UNCOUNTED = ("/health", "/ready")

@@ -159,13 +159,7 @@ class ChatForm:
         if not self.with_logprobs:
             return None
         return {
-            "content": [
-                {
-                    **_chat_token(token.text, token.logprob),
-                    "top_logprobs": [_chat_token(text, logprob) for _, text, logprob in token.top],
-                }
-                for token in tokens
-            ],
+            "content": chat_logprobs(tokens),
             "refusal": None,
         }
 
@@ -175,6 +169,17 @@ def _call_delta(call: CallDelta, choice: Choice) -> dict[str, Any]:
     head = {"id": choice.call(call.index).id, "type": "function"} if call.name else {}
     named = {"name": call.name} if call.name else {}
     return {"index": call.index, **head, "function": {**named, "arguments": call.arguments}}
+
+
+def chat_logprobs(tokens: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
+    """Format the log-probabilities of tokens in a chat's form."""
+    return [
+        {
+            **_chat_token(token.text, token.logprob),
+            "top_logprobs": [_chat_token(text, logprob) for _, text, logprob in token.top],
+        }
+        for token in tokens
+    ]
 
 
 def _chat_token(text: str, logprob: float) -> dict[str, Any]:

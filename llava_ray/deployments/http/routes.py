@@ -1,9 +1,8 @@
 """The HTTP API, OpenAI's: chats, completions, models; and health, readiness and metrics."""
 
 import asyncio
-import hashlib
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -16,18 +15,23 @@ from llava_ray.deployments.gateway import Gateway, find_served_model
 from llava_ray.deployments.http.adapter_routes import add_adapter_routes
 from llava_ray.deployments.http.answering import EventStream, StreamedAnswer, refused_response
 from llava_ray.deployments.http.auth import ApiKey, Guard
+from llava_ray.deployments.http.closed_model import ClosedModel
 from llava_ray.deployments.http.limits import HeldAmounts
+from llava_ray.deployments.http.reading_routes import add_reading_routes
 from llava_ray.deployments.http.responses import ChatForm, CompletionForm, find_system_fingerprint
+from llava_ray.deployments.http.responses_api.route import add_responses
 from llava_ray.deployments.http.schema import ChatRequest, CompletionRequest, GenerationFields, read_request
+from llava_ray.deployments.http.session_keys import find_session, hash_session
 from llava_ray.deployments.messages import Task, chat_task, completion_task
 from llava_ray.deployments.metrics import IngressMetrics, render_metrics
 from llava_ray.deployments.refusal import RefusalError, Refused, refuse
+from llava_ray.deployments.replica import AnswerPiece
 from llava_ray.deployments.settings import ModelSource, ServeSettings
 
 SESSION_HEADER = "x-session-id"
 _LONG_BODY = 256 * 1024  # bytes; parsing fewer takes less than a millisecond
 
-R = TypeVar("R", bound=GenerationFields)
+R = TypeVar("R", bound=ClosedModel)
 
 
 @dataclass
@@ -58,9 +62,16 @@ class Front:
         """Count a refusal in the metrics."""
         self.metrics.refused.labels(refused.code).inc()
 
+    async def read(self, kind: type[R], request: Request) -> R:
+        """Parse a request; a long one in a thread, so that it does not block other streams. Raises RefusalError."""
+        body = await request.body()
+        if len(body) < _LONG_BODY:
+            return read_request(kind, body)
+        return await asyncio.to_thread(read_request, kind, body)
+
     async def chat(self, request: Request) -> Response:
         """Respond to a chat request."""
-        body = await _read_off_loop(ChatRequest, await request.body())
+        body = await self.read(ChatRequest, request)
         task = await self.located(chat_task(body, f"chatcmpl-{uuid.uuid4().hex}", self.settings))
         form = ChatForm(task.request_id, task.model, body.logprobs)
         return self.respond(body, task, form, request)
@@ -73,7 +84,7 @@ class Front:
 
     async def complete(self, request: Request) -> Response:
         """Respond to a completion request."""
-        body = await _read_off_loop(CompletionRequest, await request.body())
+        body = await self.read(CompletionRequest, request)
         task = await self.located(completion_task(body, f"cmpl-{uuid.uuid4().hex}", self.settings))
         form = CompletionForm(task.request_id, task.model, body.logprobs is not None)
         return self.respond(body, task, form, request)
@@ -92,16 +103,25 @@ class Front:
 
     def respond(self, body: GenerationFields, task: Task, form: ChatForm, request: Request) -> Response:
         """Return the response that runs a task, whole or as a stream."""
+        pieces, count = self.start(task, request)
+        if body.stream:
+            return EventStream(pieces, form, task.num_choices, count, with_usage=body.include_usage)
+        return StreamedAnswer(pieces, form, task.num_choices, count)
+
+    def start(
+        self, task: Task, request: Request, *, session: str | None = None
+    ) -> tuple[AsyncGenerator[list[AnswerPiece], None], Callable[[int], None]]:
+        """Return the pieces of a task's answer, and what counts its status in the end.
+
+        Without a ``session`` in the header or here, its first texts stand for it.
+        """
         route = str(request.scope["path"])  # request.url is built from the Host header, which may be anything
 
         def count(status: int) -> None:
             self.metrics.responses.labels(route, str(status)).inc()
 
-        named = request.headers.get(SESSION_HEADER)
-        pieces = self.gateway.run(task, _hashed(named) if named else _session_of(task))
-        if body.stream:
-            return EventStream(pieces, form, task.num_choices, count, with_usage=body.include_usage)
-        return StreamedAnswer(pieces, form, task.num_choices, count)
+        named = request.headers.get(SESSION_HEADER) or session
+        return self.gateway.run(task, hash_session(named) if named else find_session(task)), count
 
     async def on_refusal(self, request: Request, error: Exception) -> Response:
         """Count a refusal and respond with it."""
@@ -186,6 +206,8 @@ def add_api(app: FastAPI, front: Front) -> None:
     app.add_api_route("/v1/completions", front.complete, methods=["POST"], response_model=None)
     app.add_api_route("/v1/models", front.models, methods=["GET"])
     app.add_api_route("/v1/models/{name:path}", front.one_model, methods=["GET"])
+    add_responses(app, front)
+    add_reading_routes(app, front)
     add_adapter_routes(app, front.gateway, front.settings)
     app.add_api_route("/metrics", front.counts, methods=["GET"], response_model=None)
     # The page, mounted at the root, would otherwise handle unknown API paths.
@@ -217,23 +239,3 @@ def _place_of(request: Request) -> str:
 async def _version() -> dict[str, str]:
     """Respond with the version."""
     return {"version": find_system_fingerprint()}
-
-
-async def _read_off_loop(kind: type[R], body: bytes) -> R:
-    """Parse a request; a long one in a thread, so that it does not block other streams. Raises RefusalError."""
-    if len(body) < _LONG_BODY:
-        return read_request(kind, body)
-    return await asyncio.to_thread(read_request, kind, body)
-
-
-def _session_of(task: Task) -> str:
-    """Return a chat's session key from its constant parts: model, system prompt, first question, first image."""
-    first = task.turns[0].value if task.turns else task.prompt or ""
-    image = task.media[0] if task.media else ""
-    start = "\0".join((task.model, task.system or "", first[:_LONG_BODY], str(len(image)), image[-_LONG_BODY:]))
-    return _hashed(start)
-
-
-def _hashed(name: str) -> str:
-    """Hash a session's name to a short ASCII string."""
-    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()

@@ -47,9 +47,10 @@ def _as_texts(value: Any) -> Any:
     return value
 
 
+_Stop = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_CHARS)]
 _Stops = Annotated[
-    tuple[Annotated[str, Field(min_length=1, max_length=_MAX_STOP_CHARS)], ...],
-    BeforeValidator(_as_texts),
+    tuple[_Stop, ...],
+    BeforeValidator(_as_texts, json_schema_input_type=_Stop | tuple[_Stop, ...]),
     Field(max_length=_MAX_STOPS),
 ]
 
@@ -79,7 +80,7 @@ class ImagePart(ClosedModel):
     ignored = OF_PARTS
 
     type: Literal["image_url"]
-    image_url: Annotated[ImageUrl, BeforeValidator(as_image_url)]
+    image_url: Annotated[ImageUrl, BeforeValidator(as_image_url, json_schema_input_type=str | ImageUrl)]
 
 
 _Part = Annotated[
@@ -94,7 +95,11 @@ class ChatMessage(ClosedModel):
     ignored = frozenset({"cache_control"})
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[tuple[_Part, ...], BeforeValidator(as_content), Field(max_length=MAX_PARTS)]
+    content: Annotated[
+        tuple[_Part, ...],
+        BeforeValidator(as_content, json_schema_input_type=str | tuple[_Part, ...]),
+        Field(max_length=MAX_PARTS),
+    ]
     name: str | None = None
     tool_calls: tuple[CalledTool, ...] = Field(default=(), max_length=MAX_PARTS)
     """The calls of an assistant's message, behind its content."""
@@ -219,7 +224,7 @@ class CompletionRequest(GenerationFields):
         return {**values, "prompt": prompt[0]}
 
 
-Request = TypeVar("Request", bound=GenerationFields)
+Request = TypeVar("Request", bound=ClosedModel)
 
 
 def read_request(kind: type[Request], body: bytes) -> Request:

@@ -1,8 +1,10 @@
 """One forward pass for many requests: the next token of decoding requests, prompt chunks of new ones."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -49,6 +51,8 @@ class SequenceInput:
     images: Sequence[ImageSpan] = field(default=())
     adapter: AdapterName = None
     """The adapter of these tokens."""
+    wants_states: bool = False
+    """Whether the states of the wanted tokens are needed besides their logits."""
 
 
 class RowModel:
@@ -65,6 +69,8 @@ class RowModel:
         self.device = language_model.device
         self.plain_layers = PlainLayers(language_model) if has_plain_layers(language_model) else None
         self._attention = language_model.config._attn_implementation
+        self.states: Float[Tensor, "n d"] | None = None
+        """The states that the logits of the last run were computed from, if an input wanted them."""
         self.cache_bytes = 0
         """Memory of keys and values of one token."""
         try:
@@ -131,9 +137,25 @@ class RowModel:
             first += len(one.ids)
         if self.adapters is not None:
             self.adapters.choose([one.adapter for one in ordered], [len(one.ids) for one in ordered], step.last)
-        logits = self._forward(embedded, step)
+        wants_states = any(one.wants_states for one in inputs)
+        with self._keeping_states(step) if wants_states else nullcontext():
+            logits = self._forward(embedded, step)
+        self.states = step.states if wants_states else None
         wanted = [index for index in order for _ in range(inputs[index].num_wanted)]
         return wanted, logits.float()
+
+    @contextmanager
+    def _keeping_states(self, step: BatchStep) -> Iterator[None]:
+        """Keep the states before the head, whatever the model does with them afterwards."""
+
+        def keep(_module: Any, _arguments: Any, output: Any) -> None:
+            step.states = output[0][0, step.last]
+
+        hook = self.language_model.base_model.register_forward_hook(keep)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def _forward(self, embedded: Float[Tensor, "1 t d"], step: BatchStep) -> Float[Tensor, "n vocab"]:
         """Return the logits at the step's last tokens."""

@@ -8,7 +8,7 @@ team sleep between two operations once a process has more threads in teams than 
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from llava_ray.config.sections import MAX_IMAGE_PIXELS
 from llava_ray.errors import BusyError, ModelError
 from llava_ray.generate.adapter_loading import AdapterLoader
 from llava_ray.generate.builtin.cores import use_one_core
+from llava_ray.generate.builtin.features import as_vector_chunk, pool_image
 from llava_ray.generate.builtin.prompt_scores import PromptScores
 from llava_ray.generate.builtin.running_batch import RunningBatch, RunningRequest, StepResults
 from llava_ray.generate.engine import (
@@ -31,11 +32,13 @@ from llava_ray.generate.engine import (
     check_unique_request_id,
 )
 from llava_ray.generate.model_tools import list_tool_formats, may_be_held, share_grammars
+from llava_ray.generate.prompt_reading import decode_images, read_text, read_tokens
 from llava_ray.generate.prompts import Prompt, PromptMaker, find_prompt_maker
+from llava_ray.generate.readings import PromptReading
 from llava_ray.generate.row_adapters import AdapterName
 from llava_ray.generate.served_adapters import ServedAdapter, ServedAdapters, load_adapters
 from llava_ray.generate.settings import EngineSettings
-from llava_ray.generate.vision_cache import VisionCache
+from llava_ray.generate.vision_cache import VisionCache, image_key
 from llava_ray.images.views import ImageDecoder
 from llava_ray.model.assembly import LlavaParts
 
@@ -102,6 +105,8 @@ class BuiltinEngine:
         self._to_drop: list[RunningRequest] = []
         self._between: list[tuple[Callable[[], None], asyncio.Future[None]]] = []
         """Calls that the thread of the steps makes before its next step."""
+        self._pooling = asyncio.Lock()
+        """Held by the only image whose features are pooled before the next step."""
         self._stopping = False
         self._thread: Thread | None = None
         self.decoder: ImageDecoder | None = None
@@ -139,24 +144,15 @@ class BuiltinEngine:
         stream = self._streams[request.request_id] = _AnswerStream()
         stream.adapter = request.model
         try:
-            grammar = None
-            if may_be_held(request):  # others never wait for grammars
-                grammar = await self._loop.run_in_executor(self._compiling, prompts.make_grammar, request)
+            if request.features is not None and request.features != "language":
+                yield await self._pool_image(loaded, prompts, request)
+                return
             prompt = await self._prepare(prompts, request)
-            prompt.grammar = grammar
             if stream.cancelled:
                 return
             self._join(loaded.batch, stream, request, prompt)
-            num_chunks = 0
-            while (item := await stream.queue.get()) is not None:
-                if isinstance(item, Exception):
-                    raise item
-                if stream.running is not None and stream.running.scores is not None and not num_chunks:
-                    item = await self._with_scores(item, stream.running.scores, loaded.parts)
-                num_chunks += 1
-                yield item
-                if item.finish_reason is not None:
-                    return
+            async for chunk in self._chunks(stream, loaded.parts):
+                yield chunk
         finally:
             del self._streams[request.request_id]
             if stream.running is not None:
@@ -220,11 +216,63 @@ class BuiltinEngine:
         if loaded.prompts.pop(name, None) is not None:
             await self._between_steps(functools.partial(loaded.batch.adapters.discard, name))
 
+    async def read_prompt(self, request: GenerationRequest) -> PromptReading:
+        """Return the tokens of a request; see ``engine.ReadsPrompts``."""
+        prompts = find_prompt_maker(self._ready().prompts, request.model)
+        opened = await decode_images(request.images, prompts.view_spec, self.decoder, self._preparing)
+        return await self._loop.run_in_executor(self._preparing, read_tokens, prompts, request, opened)
+
+    async def read_ids(self, token_ids: Sequence[int], model: str | None, field: str) -> str:
+        """Return the text of tokens; see ``engine.ReadsPrompts``."""
+        prompts = find_prompt_maker(self._ready().prompts, model)
+        return await self._loop.run_in_executor(self._preparing, read_text, prompts, token_ids, field)
+
+    async def _pool_image(
+        self, loaded: _LoadedModel, prompts: PromptMaker, request: GenerationRequest
+    ) -> GenerationChunk:
+        """Return the features of a request's only image, one image at a time, between two steps."""
+        of_tower = request.features == "tower"
+        key = f"{image_key(request.images[0])}{prompts.projector}"
+        known = prompts.cache.find(key)
+        if known is not None and not of_tower:
+            return as_vector_chunk(known.float().mean(0), len(known))
+        [opened] = await decode_images(request.images, prompts.view_spec, self.decoder, self._preparing)
+        image = await self._loop.run_in_executor(self._preparing, prompts.prepare, key, opened)
+        found: list[GenerationChunk] = []
+
+        def pool() -> None:
+            found.append(as_vector_chunk(pool_image(image, of_tower, loaded.batch.images), image.num_tokens))
+
+        async with self._pooling:
+            await self._between_steps(pool)
+        return found[0]
+
     def use_decoder(self, decoder: ImageDecoder) -> None:
         """Decode the images of all later requests with ``decoder``."""
         self.decoder = decoder
 
+    async def _chunks(self, stream: _AnswerStream, parts: LlavaParts) -> AsyncIterator[GenerationChunk]:
+        """Yield the chunks of an answer, the first with the scores of its prompt where they are asked for."""
+        scores = stream.running.scores if stream.running is not None else None
+        while (item := await stream.queue.get()) is not None:
+            if isinstance(item, Exception):
+                raise item
+            if scores is not None:
+                item, scores = await self._with_scores(item, scores, parts), None
+            yield item
+            if item.finish_reason is not None:
+                return
+
     async def _prepare(self, prompts: PromptMaker, request: GenerationRequest) -> Prompt:
+        """Build a prompt, with the grammar of its answer if it has one; others never wait for grammars."""
+        if not may_be_held(request):
+            return await self._make_prompt(prompts, request)
+        grammar = await self._loop.run_in_executor(self._compiling, prompts.make_grammar, request)
+        prompt = await self._make_prompt(prompts, request)
+        prompt.grammar = grammar
+        return prompt
+
+    async def _make_prompt(self, prompts: PromptMaker, request: GenerationRequest) -> Prompt:
         """Build a prompt; its images are decoded one by one, so that no request occupies every decoder."""
         prepare = functools.partial(self._loop.run_in_executor, self._preparing)
         if self.decoder is None or not request.images:
@@ -266,6 +314,7 @@ class BuiltinEngine:
             adapters=served.names,
             holds_constraints=True,
             tool_formats=list_tool_formats(makers, self.name),
+            has_features=True,
         )
         return _LoadedModel(parts, makers, batch, card, loader)
 

@@ -65,7 +65,9 @@ class PlainLayers:
             hidden = hidden + _attend(layer.self_attn, attention(normed), cos, sin, step)
             gate, up = mlp(_normalize(layer.post_attention_layernorm, hidden))
             hidden = hidden + layer.mlp.down_proj(layer.mlp.act_fn(gate) * up)
-        logits: Tensor = self.model.lm_head(_normalize(inner.norm, hidden)[:, step.last])
+        states = _normalize(inner.norm, hidden)[:, step.last]
+        step.states = states[0]
+        logits: Tensor = self.model.lm_head(states)
         return logits[0]
 
 

@@ -159,6 +159,8 @@ class BatchStep:
     positions: Int[Tensor, "1 t"]
     last: Int[Tensor, " n"]
     """Positions of the tokens whose logits are needed."""
+    states: Float[Tensor, "n d"] | None = None
+    """The states of these tokens before the language model's head, where they are known."""
     num_calls: int = field(default=0)
     """Number of calls of attention: one per layer, if the model uses this function everywhere."""
 

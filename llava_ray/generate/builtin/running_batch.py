@@ -15,6 +15,7 @@ from llava_ray.generate.answer_text import AnswerText
 from llava_ray.generate.builtin.batching import RowModel, SequenceInput
 from llava_ray.generate.builtin.constrained_rows import ConstrainedRows
 from llava_ray.generate.builtin.drafts import DraftSource, count_accepted, may_draft
+from llava_ray.generate.builtin.features import as_vector_chunk
 from llava_ray.generate.builtin.kv_cache import CacheSlot, KvCache
 from llava_ray.generate.builtin.kv_memory import choose_kv_memory, find_device_memory
 from llava_ray.generate.builtin.packed_linear import pack_linears
@@ -155,7 +156,7 @@ class RunningBatch:
         text = prompt.answer_text(functools.partial(decode, self.parts.tokenizer), request)
         keys = BlockKeys(self.roots.find(request.model), prompt.ids, prompt.images)
         drafts = None
-        if self.longest_draft and prompt.grammar is None and may_draft(sampling):
+        if self.longest_draft and prompt.grammar is None and request.features is None and may_draft(sampling):
             drafts = DraftSource(self.longest_draft)
         running = RunningRequest(request, prompt, queue, text, random.Random(sampling.seed), keys, drafts)
         if edits_logits(sampling):
@@ -205,8 +206,9 @@ class RunningBatch:
         for running in decoding:
             running.num_written += 1
         participants = [*decoding, *(chunk.request for chunk in chunks)]
-        rows, logits = self.constrained.exchange([participants[place] for place in wanted], logits, self.running)
-        return [] if logits is None or not rows else self._write(rows, logits)
+        results, rows, logits = self._take_features([participants[place] for place in wanted], logits)
+        rows, logits = self.constrained.exchange(rows, logits, self.running)
+        return results if logits is None or not rows else results + self._write(rows, logits)
 
     def stats(self, *, num_joining: int = 0) -> EngineStats:
         """Return the statistics of the batch."""
@@ -295,6 +297,7 @@ class RunningBatch:
             is_prompt=True,
             images=[visible_part(image, start, end) for image in find_overlapping(running.prompt.images, start, end)],
             adapter=running.request.model,
+            wants_states=running.request.features is not None,
         )
 
     def _encode_images(self, chunks: Sequence[PrefillChunk[RunningRequest]]) -> None:
@@ -332,6 +335,34 @@ class RunningBatch:
         decoding, logits, failed = self.constrained.split_failed(decoding, logits)
         results += [(running, self._fail(running, error)) for running, error in failed]
         return results + self._sample(decoding, logits) if decoding else results
+
+    def _take_features(
+        self, rows: list[RunningRequest], logits: Tensor | None
+    ) -> tuple[StepResults, list[RunningRequest], Tensor | None]:
+        """End the requests for features with their vectors; return the rows and logits of the others."""
+        if not any(running.request.features for running in rows):
+            return [], rows, logits
+        assert logits is not None
+        results: StepResults = []
+        for place, running in enumerate(rows):
+            if not running.request.features:
+                continue
+            try:
+                states = self.model.states
+                chunk = as_vector_chunk(
+                    None if states is None else states[place],
+                    len(running.prompt.ids),
+                    queued_s=running.queued_s,
+                    num_cached_tokens=running.num_reused,
+                )
+            except ModelError as error:
+                results.append((running, self._fail(running, error)))
+                continue
+            running.ended = True
+            self._release(running)
+            results.append((running, chunk))
+        kept = [place for place, running in enumerate(rows) if not running.request.features]
+        return results, [rows[place] for place in kept], logits[kept] if kept else None
 
     def _check_drafts(
         self, decoding: Sequence[RunningRequest], logits: Tensor

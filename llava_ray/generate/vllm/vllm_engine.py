@@ -8,7 +8,7 @@ import asyncio
 import functools
 import itertools
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -25,7 +25,9 @@ from llava_ray.generate.engine import (
     check_unique_request_id,
 )
 from llava_ray.generate.model_tools import list_tool_formats, may_be_held, share_grammars
+from llava_ray.generate.prompt_reading import decode_images, read_text, read_tokens
 from llava_ray.generate.prompts import find_prompt_maker
+from llava_ray.generate.readings import PromptReading
 from llava_ray.generate.settings import VllmSettings
 from llava_ray.generate.vllm.vllm_answer import VllmAnswer
 from llava_ray.generate.vllm.vllm_model import VllmModel, prepare_adapter, prepare_model
@@ -149,6 +151,8 @@ class VllmEngine:
     async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationChunk]:
         """Stream the answer; see ``engine.Engine.generate``. The stream of a cancelled request just ends."""
         loaded = self._ready()
+        if request.features is not None:
+            raise RecordError("vLLM runs here to generate; it returns no features.", reason="engine", field="model")
         check_unique_request_id(request.request_id, self._streams)
         prompts = find_prompt_maker(loaded.prompts, request.model)
         if request.sampling.prompt_logprobs is not None and uses_lora(loaded.model, self.settings):
@@ -261,6 +265,18 @@ class VllmEngine:
         if request is not None:
             del loaded.prompts[name]
             await loaded.llm.remove_lora(request.lora_int_id)
+
+    async def read_prompt(self, request: GenerationRequest) -> PromptReading:
+        """Return the tokens of a request; see ``engine.ReadsPrompts``."""
+        prompts = find_prompt_maker(self._ready().prompts, request.model)
+        opened = await decode_images(request.images, prompts.view_spec, self.decoder, self._preparing)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._preparing, read_tokens, prompts, request, opened)
+
+    async def read_ids(self, token_ids: Sequence[int], model: str | None, field: str) -> str:
+        """Return the text of tokens; see ``engine.ReadsPrompts``."""
+        prompts = find_prompt_maker(self._ready().prompts, model)
+        return await asyncio.get_running_loop().run_in_executor(self._preparing, read_text, prompts, token_ids, field)
 
     def use_decoder(self, decoder: ImageDecoder) -> None:
         """Decode the images of all later requests with ``decoder``."""

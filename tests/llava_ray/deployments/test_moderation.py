@@ -5,7 +5,7 @@ It is shown what the model will see: the images' bytes, wherever they came from,
 
 import asyncio
 import base64
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,31 @@ def test_texts_of_all_messages_and_of_completions_are_moderated(moderated: Moder
     assert httpx.post(f"{moderated.address}/v1/chat/completions", json=asked).status_code == 400
     completed = httpx.post(f"{moderated.address}/v1/completions", json={"model": "echo", "prompt": "poison"})
     assert completed.json()["error"]["code"] == "content_policy_violation"
+
+
+def test_other_routes_are_moderated(moderated: Moderated, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def read_ids(token_ids: Sequence[int], model: str | None, field: str) -> str:
+        return " ".join("poison" if token == 666 else "good" for token in token_ids)
+
+    monkeypatch.setattr(moderated.engine, "read_ids", read_ids)
+    for path, fields, param in (
+        ("/v1/responses", {"input": "poison"}, "input"),
+        ("/v1/responses", {"input": "a", "instructions": "poison"}, "input"),
+        ("/v1/embeddings", {"input": ["a", "poison"]}, "input"),
+        ("/v1/embeddings", {"input": [[1], [1, 666]]}, "input"),
+        ("/v1/embeddings", {"messages": asking("poison")["messages"]}, "messages"),
+        ("/tokenize", {"prompt": "poison"}, "prompt"),
+        ("/detokenize", {"tokens": [666]}, "tokens"),
+    ):
+        moderated.engine.seen.clear()
+        response = httpx.post(f"{moderated.address}{path}", json={"model": "echo", **fields})
+        error = response.json()["error"]
+        assert (response.status_code, error["code"], error["param"]) == (400, "content_policy_violation", param), path
+        assert moderated.engine.seen == []
+    moderated.heard.clear()
+    image = {"input": [data_uri(picture())], "features": "projector"}
+    assert httpx.post(f"{moderated.address}/v1/embeddings", json={"model": "echo", **image}).status_code == 200
+    assert moderated.moderated_images == [picture()]
 
 
 def test_what_is_refused_anyway_is_not_moderated(moderated: Moderated) -> None:

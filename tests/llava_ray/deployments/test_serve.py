@@ -90,6 +90,20 @@ def test_a_plain_http_client_streams_it_too(address: str) -> None:
     assert (text, usage["completion_tokens"], lines[-1]) == ("40x30 what is this?", 4, "[DONE]")
 
 
+def test_responses_features_and_tokens(address: str, client: openai.OpenAI) -> None:
+    asked = [{"role": "user", "content": [{"type": "input_image", "image_url": data_uri(picture())},
+                                          {"type": "input_text", "text": "what is this?"}]}]  # fmt: skip
+    events = list(client.responses.create(model="echo", input=asked, stream=True))  # type: ignore[arg-type]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert events[-1].response.output_text == "40x30 what is this?"
+    texts = ["a" * number for number in range(1, 30)]
+    found = client.embeddings.create(model="pirate", input=texts).data
+    assert [one.embedding for one in found] == [[1.0, number] for number in range(1, 30)]
+    read = httpx.post(f"{address}/tokenize", json={"model": "other", "prompt": "a b", "return_token_strs": True})
+    assert read.json() == {"count": 2, "max_model_len": 2048, "tokens": [0, 1], "token_strs": ["a", "b"]}
+    assert httpx.post(f"{address}/detokenize", json={"tokens": [4, 2]}).json() == {"prompt": "4 2"}
+
+
 def test_models_adapters_readiness_and_metrics_of_all_replicas(address: str, client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["echo", "pirate", "other"]
     for name, said in (("other", "hello"), ("pirate", "pirate hello")):

@@ -95,6 +95,14 @@ class OnLoop:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
 
+    async def read_prompt(self, *arguments: Any) -> Any:
+        return await asyncio.wrap_future(
+            asyncio.run_coroutine_threadsafe(self.engine.read_prompt(*arguments), self.loop)
+        )
+
+    async def read_ids(self, *arguments: Any) -> Any:
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self.engine.read_ids(*arguments), self.loop))
+
     async def generate(self, request: Any) -> Any:
         ours, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
 
