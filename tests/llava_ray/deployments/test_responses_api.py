@@ -14,7 +14,7 @@ import pydantic
 import pytest
 from pictures import picture
 from serving import EchoEngine, data_uri, served
-from test_structured_output import PARAMETERS, Service, service
+from tool_service import PARAMETERS, Service, service
 
 from llava_ray.chat.tool_formats import CallDelta
 from llava_ray.deployments.front import build_front
