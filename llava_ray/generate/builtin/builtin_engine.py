@@ -12,10 +12,6 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Condition, Thread
-from typing import Any
-
-import torch
 
 from llava_ray.config.sections import MAX_IMAGE_PIXELS
 from llava_ray.errors import BusyError, ModelError
@@ -23,7 +19,8 @@ from llava_ray.generate.adapter_loading import AdapterLoader
 from llava_ray.generate.builtin.cores import use_one_core
 from llava_ray.generate.builtin.features import as_vector_chunk, pool_image
 from llava_ray.generate.builtin.prompt_scores import PromptScores
-from llava_ray.generate.builtin.running_batch import RunningBatch, RunningRequest, StepResults
+from llava_ray.generate.builtin.running_batch import RunningBatch, RunningRequest
+from llava_ray.generate.builtin.step_thread import StepThread
 from llava_ray.generate.engine import (
     EngineStats,
     GenerationChunk,
@@ -99,16 +96,9 @@ class BuiltinEngine:
         self.adapters = dict(adapters or {})
         self._loaded: _LoadedModel | None = None
         self._streams: dict[str, _AnswerStream] = {}
-        self._failure: BaseException | None = None
-        self._changed = Condition()
-        self._to_add: list[RunningRequest] = []
-        self._to_drop: list[RunningRequest] = []
-        self._between: list[tuple[Callable[[], None], asyncio.Future[None]]] = []
-        """Calls that the thread of the steps makes before its next step."""
+        self._steps = StepThread(self._fail_all)
         self._pooling = asyncio.Lock()
         """Held by the only image whose features are pooled before the next step."""
-        self._stopping = False
-        self._thread: Thread | None = None
         self.decoder: ImageDecoder | None = None
         self._preparing = ThreadPoolExecutor(1, "prepare-requests", initializer=use_one_core)
         self._compiling = ThreadPoolExecutor(4, "compile-grammars", initializer=use_one_core)
@@ -121,18 +111,10 @@ class BuiltinEngine:
 
     async def start(self) -> None:
         """Load the model and start serving. Raises ModelError."""
-        if self._thread is not None:
+        if self._steps.is_started:
             raise ModelError("the engine has started already; start it once.")
         self._loop = asyncio.get_running_loop()
-        loading: asyncio.Future[_LoadedModel] = self._loop.create_future()
-        thread = Thread(target=self._run, args=(loading,), name="model-steps", daemon=True)
-        thread.start()
-        try:
-            self._loaded = await loading
-        except asyncio.CancelledError:
-            self._stopping = True
-            raise
-        self._thread = thread
+        self._loaded = await self._steps.start(self._load)
         if self.prepare_grammars:
             self._compiling.submit(self._loaded.prompts[None].grammars.tables)  # an error comes with the first request
 
@@ -156,7 +138,7 @@ class BuiltinEngine:
         finally:
             del self._streams[request.request_id]
             if stream.running is not None:
-                self._leave(stream.running)
+                self._steps.drop(stream.running)
 
     async def cancel(self, request_id: str) -> None:
         """Cancel a request between two tokens and free its memory; do nothing if it has already ended."""
@@ -165,29 +147,22 @@ class BuiltinEngine:
             stream.cancelled = True
             stream.queue.put_nowait(None)
             if stream.running is not None:
-                self._leave(stream.running)
+                self._steps.drop(stream.running)
 
     def stats(self) -> EngineStats:
         """Return the engine's statistics, without waiting for the model."""
-        return self._ready().batch.stats(num_joining=len(self._to_add))
+        return self._ready().batch.stats(num_joining=len(self._steps.joining()))
 
     def check_health(self) -> None:
         """Check that the engine can still answer. Raises ModelError if its loop died."""
         self._ready()
-        if self._failure is not None:
-            raise ModelError(f"the engine's loop died: {self._failure!r}. Restart it.") from self._failure
-        if self._thread is None or not self._thread.is_alive():
-            raise ModelError("the engine's loop is not running. Restart it.")
+        self._steps.check_alive()
 
     async def stop(self) -> None:
         """Cancel all requests and free the model."""
         for request_id in list(self._streams):
             await self.cancel(request_id)
-        with self._changed:
-            self._stopping = True
-            self._changed.notify()
-        if self._thread is not None:
-            await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
+        await self._steps.stop()
         self._preparing.shutdown(wait=False)
         self._compiling.shutdown(wait=False)
         if self._loaded is not None:
@@ -204,7 +179,7 @@ class BuiltinEngine:
         if name in loaded.prompts:
             raise ModelError(f"there is an adapter {name!r} already; remove it first.")
         found = await self._loop.run_in_executor(self._loading, loaded.loader.load, name, folder)
-        await self._between_steps(functools.partial(loaded.batch.adapters.add, name, found.terms))
+        await self._steps.call(functools.partial(loaded.batch.adapters.add, name, found.terms))
         loaded.prompts[name] = self._prompt_maker(found, loaded.parts, loaded.batch)
         share_grammars(loaded.prompts)
 
@@ -214,7 +189,7 @@ class BuiltinEngine:
         if any(stream.adapter == name for stream in self._streams.values()):
             raise ModelError(f"the adapter {name!r} is being used; remove it when its requests have ended.")
         if loaded.prompts.pop(name, None) is not None:
-            await self._between_steps(functools.partial(loaded.batch.adapters.discard, name))
+            await self._steps.call(functools.partial(loaded.batch.adapters.discard, name))
 
     async def read_prompt(self, request: GenerationRequest) -> PromptReading:
         """Return the tokens of a request; see ``engine.ReadsPrompts``."""
@@ -244,7 +219,7 @@ class BuiltinEngine:
             found.append(as_vector_chunk(pool_image(image, of_tower, loaded.batch.images), image.num_tokens))
 
         async with self._pooling:
-            await self._between_steps(pool)
+            await self._steps.call(pool)
         return found[0]
 
     def use_decoder(self, decoder: ImageDecoder) -> None:
@@ -326,28 +301,15 @@ class BuiltinEngine:
         maker.limit_reason = batch.limit_reason
         return maker
 
-    async def _between_steps(self, call: Callable[[], None]) -> None:
-        """Let the thread of the steps make a call before its next step. Raises its error, or ModelError."""
-        self.check_health()
-        done: asyncio.Future[None] = self._loop.create_future()
-        with self._changed:
-            if self._stopping:
-                raise ModelError("the engine is stopping.")
-            self._between.append((call, done))
-            self._changed.notify()
-        await done
-
     def _join(self, batch: RunningBatch, stream: _AnswerStream, request: GenerationRequest, prompt: Prompt) -> None:
         self.check_health()
         self._check_queue(batch, len(prompt.ids) + request.sampling.max_tokens)
         stream.running = batch.request(request, prompt, stream.queue)
-        with self._changed:
-            self._to_add.append(stream.running)
-            self._changed.notify()
+        self._steps.add(stream.running)
 
     def _check_queue(self, batch: RunningBatch, num_tokens: int) -> None:
         """Check that the tokens that wait for memory are not too many. Raises BusyError."""
-        joining = sum(running.num_tokens for running in list(self._to_add))
+        joining = sum(running.num_tokens for running in self._steps.joining())
         waiting = joining + batch.num_waiting_tokens
         if waiting and waiting + num_tokens > batch.max_waiting_tokens:
             raise BusyError(
@@ -355,86 +317,8 @@ class BuiltinEngine:
                 f"most {batch.max_waiting_tokens:,} may wait (max_waiting_tokens). Try again later, or ask for less."
             )
 
-    def _leave(self, running: RunningRequest) -> None:
-        with self._changed:
-            if not running.ended:
-                running.ended = True
-                self._to_drop.append(running)
-                self._changed.notify()
-
-    def _run(self, loading: "asyncio.Future[_LoadedModel]") -> None:
-        """Load the model, and run its steps until the engine stops; runs in its own thread."""
-        try:
-            loaded = self._load()
-        except BaseException as error:  # noqa: BLE001 - whatever it was, start raises it
-            self._call(_settle, loading, None, error)
-            return
-        self._call(_settle, loading, loaded)
-        self._serve(loaded.batch)
-
-    @torch.inference_mode()
-    def _serve(self, batch: RunningBatch) -> None:
-        """Run steps until the engine stops."""
-        try:
-            while True:
-                with self._changed:
-                    while not (self._stopping or self._to_add or self._to_drop or self._between or batch.has_work):
-                        self._changed.wait()
-                    joining, self._to_add = self._to_add, []
-                    leaving, self._to_drop = self._to_drop, []
-                    between, self._between = self._between, []
-                batch.add(joining)
-                batch.drop(leaving)
-                for call, done in between:
-                    self._run_between(call, done)
-                if self._stopping:
-                    break
-                self._deliver_soon(batch.step())
-        except BaseException as error:  # noqa: BLE001 - whatever it was, all waiting callers must receive it
-            self._failure = error
-            self._call(self._fail_all, error)
-        finally:
-            with self._changed:
-                self._stopping = True
-                between, self._between = self._between, []
-            for _, done in between:
-                self._call(_settle, done, None, ModelError("the engine has stopped."))
-            batch.close()
-            torch.cuda.empty_cache()
-
-    def _run_between(self, call: Callable[[], None], done: "asyncio.Future[None]") -> None:
-        """Make a call between two steps; its error is its caller's alone."""
-        failure: Exception | None = None
-        try:
-            call()
-        except Exception as error:  # noqa: BLE001 - the caller raises it
-            failure = error
-        self._call(_settle, done, None, failure)
-
-    def _deliver_soon(self, results: StepResults) -> None:
-        if results:
-            self._call(self._deliver, results)
-
-    def _deliver(self, results: StepResults) -> None:
-        for running, result in results:
-            running.queue.put_nowait(result)
-
     def _fail_all(self, error: BaseException) -> None:
         for stream in self._streams.values():
             stream.queue.put_nowait(
                 ModelError(f"the engine died while it answered: {error!r}. Retry with another replica.")
             )
-
-    def _call(self, function: Callable[..., None], *arguments: object) -> None:
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(functools.partial(function, *arguments))
-
-
-def _settle(done: "asyncio.Future[Any]", result: Any, failure: BaseException | None = None) -> None:
-    """Set the result of a call, or its error, unless its caller has gone."""
-    if done.cancelled():
-        return
-    if failure is None:
-        done.set_result(result)
-    else:
-        done.set_exception(failure)
