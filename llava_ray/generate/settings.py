@@ -1,6 +1,7 @@
 """Settings of the engines: memory and batch limits."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class EngineSettings:
     """On a CPU, memory for packed copies of the weight matrices; a model that needs more has none."""
     max_lora_rank: int | None = None
     """Largest rank of adapters that are loaded after the start; None for an engine that loads none then."""
+    quantization: Literal["int8"] | None = None
+    """Of the language model's weights in memory, on a CPU; None for those that were loaded."""
 
 
 @dataclass(frozen=True)
