@@ -9,6 +9,7 @@ from pydantic.fields import FieldInfo
 
 from llava_ray.config.schema import ConfigSection
 from llava_ray.deployments.adapters.places import is_plain_url
+from llava_ray.deployments.quantization import check_quantization
 
 _MIB = 2**20
 _RUN_MODEL = "model"  # the name of every run's bundle, which does not identify a model
@@ -70,6 +71,9 @@ class ServeSettings(ConfigSection):
     """Memory of the embeddings of images already seen (builtin)."""
     engine_packed_weight_bytes: NonNegativeInt = _of_engine("packed_weight_bytes", 4096 * _MIB)
     """On a CPU, memory for packed copies of the weight matrices; a model that needs more has none (builtin)."""
+    engine_quantization: str | None = _of_engine("quantization")
+    """Form of the language model's weights in memory: int8 (builtin, on a CPU), or one of vLLM's names, such as
+    bitsandbytes, fp8, awq or gptq; default: as they are on disk."""
 
     min_replicas: NonNegativeInt = 1
     """Minimum replicas of each model; 0 unloads it while there are no requests."""
@@ -204,6 +208,7 @@ class ServeSettings(ConfigSection):
         """Check the settings against each other."""
         if not self.model:
             raise ValueError("model: no path given; expected model=PATH")
+        check_quantization(self.engine, self.engine_quantization, on_gpu=self.num_gpus > 0)
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas {self.min_replicas} > max_replicas {self.max_replicas}")
         if self.min_ingress_replicas > self.max_ingress_replicas:

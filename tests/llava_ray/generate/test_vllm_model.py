@@ -65,7 +65,10 @@ def test_an_adapter_gets_the_names_of_a_language_model_inside_a_llava(root: Path
     assert (arguments["enable_lora"], arguments["max_loras"], arguments["max_lora_rank"]) == (True, 2, 8)
     assert (arguments["max_num_seqs"], arguments["kv_cache_memory_bytes"]) == (4, 100)
     assert "max_model_len" not in arguments
-    assert "enable_prefix_caching" not in arguments  # vLLM's own default
+    assert not {"enable_prefix_caching", "quantization", "load_format"} & arguments.keys()  # vLLM's own defaults
+    awq = engine_arguments(model, VllmSettings(quantization="awq"))
+    assert (awq["quantization"], "load_format" in awq) == ("awq", False)
+    assert engine_arguments(model, VllmSettings(quantization="bitsandbytes"))["load_format"] == "bitsandbytes"
     assert engine_arguments(model, VllmSettings(prefix_cache=False))["enable_prefix_caching"] is False
     on_gpu = engine_arguments(model, VllmSettings(memory_share=0.7, num_gpus=1, prefill_chunk=9))
     assert (on_gpu["gpu_memory_utilization"], on_gpu["max_num_batched_tokens"]) == (0.7, 9)
