@@ -12,6 +12,7 @@ from llava_ray.deployments.adapters.places import is_plain_url
 from llava_ray.deployments.quantization import check_quantization
 
 _MIB = 2**20
+_HUB_SCHEME = "hf://"
 _RUN_MODEL = "model"  # the name of every run's bundle, which does not identify a model
 
 
@@ -32,8 +33,8 @@ class ServeSettings(ConfigSection):
     """The settings of one application: its models, replicas and limits."""
 
     model: _Texts = Field(validation_alias=AliasChoices("model", "models"))
-    """Bundles, or folders or hub ids of any LLaVA; several with commas. ``NAME@PATH`` names one, otherwise
-    its folder's name does; for a run's ``…/NAME/model``, NAME."""
+    """Bundles, or folders or hub ids (``org/name``, ``hf://org/name@revision``) of any LLaVA; several with commas.
+    ``NAME@PATH`` names one, otherwise its folder's name does; for a run's ``…/NAME/model``, NAME."""
     adapters: _Texts = ()
     """LoRA folders for the first model, ``NAME@PATH`` or PATH: requests name each as a model."""
     engine: str = "builtin"
@@ -283,11 +284,15 @@ class ModelSource(ConfigSection):
 
 
 def _split_name(text: str) -> tuple[str, str]:
-    """Split ``NAME@PATH``; a bare path is named by its last part, or the one before if that is "model"."""
+    """Split ``NAME@PATH``; a bare path is named by its last part, or the one before if that is "model".
+
+    The ``@`` of ``hf://org/name@revision`` is that of a revision.
+    """
     name, at, path = text.partition("@")
-    if at:
+    if at and not text.startswith(_HUB_SCHEME):
         return name, path
-    parts = [part for part in text.split("/") if part not in ("", ".")]
+    bare = name if text.startswith(_HUB_SCHEME) else text
+    parts = [part for part in bare.split("/") if part not in ("", ".")]
     if len(parts) > 1 and parts[-1] == _RUN_MODEL:
         parts.pop()
     return (parts[-1] if parts else text), text
