@@ -165,7 +165,9 @@ def test_without_network_the_cache_is_used(
     found = find_source("org/tiny", "language model").folder
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert find_source("org/tiny", "language model").folder == found
-    with pytest.raises(ModelError, match=r"HF_HUB_OFFLINE is set, and it is not in the hub's cache.*Check the spelling"):
+    with pytest.raises(
+        ModelError, match=r"HF_HUB_OFFLINE is set, and it is not in the hub's cache.*Check the spelling"
+    ):
         find_source("org/other", "language model")
 
 
