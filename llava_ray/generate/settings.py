@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Literal
 
-
 BUILTIN_QUANTIZATIONS = ("int8",)
 # vLLM's names. The first ones quantise a model as it is loaded, the others are of models that are quantised on disk.
 VLLM_QUANTIZATIONS = (

@@ -72,8 +72,8 @@ def download(hub_id: HubId, part: str, *, weights: bool) -> Path:
         return _download(hub_id, weights=weights)
     except GatedRepoError as error:
         raise ModelError(
-            f"{part} {str(hub_id)!r}: its publisher has to grant access first. Ask for it on the model's page, then log "
-            "in on every node (hf auth login, or HF_TOKEN)."
+            f"{part} {str(hub_id)!r}: its publisher has to grant access first. Ask for it on the model's page, then "
+            "log in on every node (hf auth login, or HF_TOKEN)."
         ) from error
     except RevisionNotFoundError as error:
         raise ModelError(

@@ -184,7 +184,7 @@ def test_a_revision_that_is_not_there(hub: FakeHub, published: dict[str, bytes])
 
 def test_a_gated_repository(hub: FakeHub, published: dict[str, bytes]) -> None:
     hub.gated.add("org/tiny")
-    with pytest.raises(ModelError, match="its publisher has to grant access first.*HF_TOKEN"):
+    with pytest.raises(ModelError, match=r"its publisher has to grant access first.*HF_TOKEN"):
         find_source("org/tiny", "language model")
 
 
@@ -207,7 +207,7 @@ def test_how_ids_are_written() -> None:
     assert parse_hub_id("hf://org/name@main") == parse_hub_id(Path("hf://org/name@main")) == HubId("org/name", "main")
     assert not is_hub_url("org/name")
     for wrong in ("hf://", "hf://a/b/c", "hf://../b", "hf:///etc"):
-        with pytest.raises(ModelError if wrong != "hf://../b" else (ModelError,), match="names no model|hub"):
+        with pytest.raises(ModelError, match=r"names no model on the hub|is no possible id"):
             find_source(wrong, "language model")
 
 

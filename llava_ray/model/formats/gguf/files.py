@@ -1,4 +1,4 @@
-"""Writing of GGUF files, one tensor in memory at a time. The package gguf is an extra, imported inside the functions."""
+"""Writing of GGUF files, one tensor in memory at a time. The package gguf is an extra, imported on demand."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

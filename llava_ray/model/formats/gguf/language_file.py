@@ -56,7 +56,7 @@ def _find_architecture(config: Mapping[str, Any]) -> str:
     if window and config.get("use_sliding_window", True) and window < config["max_position_embeddings"]:
         raise _unread(
             "language model",
-            f"its attention has a sliding window of {window:,} tokens, which llama.cpp's {_ARCHITECTURES[kind]} has not",
+            f"its attention has a sliding window of {window:,} tokens, and llama.cpp's {_ARCHITECTURES[kind]} none",
         )
     return _ARCHITECTURES[kind]
 

@@ -1,6 +1,7 @@
 """A vision tower and its projector as the file ``mmproj`` of llama.cpp."""
 
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,13 @@ from llava_ray.config.geometry import find_unknown_elsewhere
 from llava_ray.errors import ModelError
 from llava_ray.model.formats.gguf.files import TensorType, write_gguf
 from llava_ray.model.formats.hub.processor import pixels_of
+from llava_ray.model.formats.manifest import Manifest
 from llava_ray.model.formats.model_files import ModelFiles
 from llava_ray.model.formats.names import PROJECTOR_PREFIX, VISION_TOWER_PREFIX, bare_tower_name
 from llava_ray.model.tensors.weight_files import Stored
 
 _TOWERS = ("clip_vision_model", "siglip_vision_model")
+_ACTIVATIONS = ("quick_gelu", "gelu_pytorch_tanh")
 _OUTSIDE = {
     "embeddings.class_embedding": "v.class_embd",
     "embeddings.patch_embedding.weight": "v.patch_embd.weight",
@@ -66,32 +69,38 @@ def write_vision(model: ModelFiles, file: Path, wanted: TensorType) -> None:
 
 def check_vision_for_gguf(model: ModelFiles) -> None:
     """Check that llama.cpp computes the features of a model's images. Raises ModelError that names what it does not."""
-    manifest, config = model.manifest, model.tower_config
-    kind = config["model_type"]
+    for part, why in (*_find_tower_faults(model.manifest, model.tower_config), *_find_image_faults(model)):
+        raise _unread(part, why)
+
+
+def _find_tower_faults(manifest: Manifest, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the part and the reason of each property of tower and projector that llama.cpp does not compute."""
+    kind, activation, layer = config["model_type"], config.get("hidden_act"), manifest.mm_vision_select_layer
     if kind not in _TOWERS:
-        raise _unread("vision tower", f"it is {kind!r}, and llama.cpp's LLaVA takes CLIP and SigLIP")
-    if config["hidden_act"] not in ("quick_gelu", "gelu_pytorch_tanh"):
-        raise _unread(
-            "vision tower",
-            f"its hidden_act is {config['hidden_act']!r}, llama.cpp has quick_gelu and gelu_pytorch_tanh",
-        )
-    if not isinstance(manifest.mm_vision_select_layer, int):
-        raise _unread("vision tower", f"features of several layers {manifest.mm_vision_select_layer} are selected")
+        yield "vision tower", f"it is {kind!r}, and llama.cpp's LLaVA takes CLIP and SigLIP"
+    if activation not in _ACTIVATIONS:
+        yield "vision tower", f"its hidden_act is {activation!r}, and llama.cpp has {' and '.join(_ACTIVATIONS)}"
+    if not isinstance(layer, int):
+        yield "vision tower", f"features of several layers {layer} are selected"
     if manifest.mm_vision_select_feature != "patch":
-        raise _unread("vision tower", f"mm_vision_select_feature is {manifest.mm_vision_select_feature!r}, not 'patch'")
+        yield "vision tower", f"mm_vision_select_feature is {manifest.mm_vision_select_feature!r}, not 'patch'"
     if manifest.s2:
-        raise _unread("vision tower", f"s2 uses several scales {manifest.s2_scales}")
+        yield "vision tower", f"s2 uses several scales {manifest.s2_scales}"
     if manifest.mm_projector_type != "mlp2x_gelu":
-        raise _unread("projector", f"it is {manifest.mm_projector_type!r}, and llama.cpp's is mlp2x_gelu")
+        yield "projector", f"it is {manifest.mm_projector_type!r}, and llama.cpp's is mlp2x_gelu"
+
+
+def _find_image_faults(model: ModelFiles) -> Iterator[tuple[str, str]]:
+    """Yield the part and the reason of each way of showing images that llama.cpp has not."""
+    manifest, size = model.manifest, model.tower_config["image_size"]
     if manifest.image_aspect_ratio == "anyres":
-        raise _unread("images", "image_aspect_ratio is 'anyres', whose cropped views llama.cpp joins in another way")
+        yield "images", "image_aspect_ratio is 'anyres', whose cropped views llama.cpp joins in another way"
     if manifest.mm_use_im_start_end or manifest.mm_use_im_patch_token:
-        raise _unread("images", "tokens of their own stand around or for them, which llama.cpp does not write")
+        yield "images", "tokens of their own stand around or for them, which llama.cpp does not write"
     if unknown := find_unknown_elsewhere(manifest):
-        raise _unread("settings", f"{unknown} is {getattr(manifest, unknown)!r}")
-    size = (config["image_size"], config["image_size"])
-    if tuple(pixels_of(model.preprocessor)) != size:
-        raise _unread("images", f"they are {pixels_of(model.preprocessor)} pixels, and the tower takes {size}")
+        yield "settings", f"{unknown} is {getattr(manifest, unknown)!r}"
+    if tuple(pixels_of(model.preprocessor)) != (size, size):
+        yield "images", f"they are {pixels_of(model.preprocessor)} pixels, and the tower takes {size}"
 
 
 def count_blocks(model: ModelFiles) -> int:
