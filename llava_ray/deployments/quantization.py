@@ -1,4 +1,4 @@
-"""Which engine can hold a model's weights in which form."""
+"""The forms of weights in memory that each engine has."""
 
 from llava_ray.generate.settings import BUILTIN_QUANTIZATIONS, VLLM_QUANTIZATIONS
 

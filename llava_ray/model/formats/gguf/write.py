@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
+from llava_ray.chat.templates import CHAT_TEMPLATE
 from llava_ray.model.formats.export_folder import Exported, new_folder, with_vocabulary
 from llava_ray.model.formats.gguf.files import TensorType, import_gguf
 from llava_ray.model.formats.gguf.language_file import check_language_model_for_gguf, write_language_model
 from llava_ray.model.formats.gguf.vision_file import check_vision_for_gguf, write_vision
 from llava_ray.model.formats.model_files import ModelFiles
-
-CHAT_TEMPLATE = "chat_template"  # the version of models that use their language model's own
 
 
 def export_gguf(
