@@ -56,7 +56,7 @@ def parse_hub_id(name: str | Path) -> HubId:
     found = _WRITTEN.fullmatch(str(name))
     if found is None:
         return HubId(str(name))
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", found["name"]):
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", found["name"]):
         raise ModelError(
             f"{short_repr(str(name))} names no model on the hub; expected hf://org/name or hf://org/name@revision."
         )

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from llava_ray.errors import ModelError
 from llava_ray.model.formats.gguf.vision_file import check_vision_for_gguf, count_blocks
+from llava_ray.model.formats.gguf.vocabulary_keys import find_vocabulary
 from llava_ray.model.formats.gguf.write import export_gguf
 from llava_ray.model.formats.model_files import ModelFiles
 from llava_ray.model.formats.model_opening import open_model
@@ -67,6 +68,13 @@ def test_the_keys_are_the_models(written: Path, opened: ModelFiles) -> None:
     assert len(values["tokenizer.ggml.tokens"]) == config["vocab_size"] == values["llama.vocab_size"]
     assert values["tokenizer.ggml.bos_token_id"] == 1
     assert values["tokenizer.ggml.add_bos_token"] is True
+
+
+def test_rows_without_a_token_are_unused(opened: ModelFiles) -> None:
+    found = find_vocabulary(opened, num_rows=303)
+    assert found.tokens[300:] == ["[PAD300]", "[PAD301]", "[PAD302]"]
+    assert set(found.types[300:]) == {gguf.TokenType.UNUSED}
+    assert found.types[1] == gguf.TokenType.CONTROL
 
 
 def test_mmproj_is_what_llama_cpp_expects(written: Path, opened: ModelFiles) -> None:

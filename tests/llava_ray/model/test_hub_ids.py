@@ -207,7 +207,7 @@ def test_how_ids_are_written() -> None:
     assert parse_hub_id("hf://org/name@main") == parse_hub_id(Path("hf://org/name@main")) == HubId("org/name", "main")
     assert not is_hub_url("org/name")
     for wrong in ("hf://", "hf://a/b/c", "hf://../b", "hf:///etc"):
-        with pytest.raises(ModelError, match=r"names no model on the hub|is no possible id"):
+        with pytest.raises(ModelError, match="names no model on the hub"):
             find_source(wrong, "language model")
 
 
