@@ -43,7 +43,7 @@ class Int8Linear(nn.Linear):
         """Return the weights in the model's precision, computed anew: for code that reads a Linear's attributes."""
         if self.rounded is None:
             unpacked, _ = torch.ops.quantized.linear_unpack(self.packed)
-            return unpacked.dequantize().to(self.dtype)  # type: ignore[no-any-return]
+            return unpacked.dequantize().to(self.dtype)
         return (self.rounded.float() * self.scales[:, None]).to(self.dtype)
 
     def forward(self, inputs: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
@@ -59,7 +59,7 @@ class Int8Linear(nn.Linear):
         """Return the products of rows between -1 and 1."""
         if self.rounded is None:
             steps = _input_steps()
-            return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(  # type: ignore[no-any-return]
+            return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
                 rows, 1 / steps, steps + 1, self.packed
             )
         if not len(rows):
