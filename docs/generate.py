@@ -50,6 +50,7 @@ _TOOLS: dict[str, tuple[str, ...]] = {
         "inspect",
         "hub",
         "original",
+        "gguf",
         "bundle",
         "projector",
         "adapter",

@@ -34,7 +34,8 @@ class Places:
     @classmethod
     def of(cls, written: Sequence[str], read: Sequence[str | None]) -> "Places":
         """Make local paths absolute; drop hub ids and unset values from ``read``."""
-        here = [_absolute(name) for name in read if name and ("://" in name or Path(name).expanduser().exists())]
+        local = [name for name in read if name and not name.startswith("hf:/")]
+        here = [_absolute(name) for name in local if "://" in name or Path(name).expanduser().exists()]
         return cls(tuple(map(_absolute, written)), tuple(here))
 
 

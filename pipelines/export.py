@@ -6,6 +6,7 @@ python pipelines/export.py hub runs/tune/model exported --vocabulary padded
 python pipelines/export.py hub runs/quickstart/model exported --transformers_only     # a DINOv2 tower, as it is
 python pipelines/export.py make-delta runs/tune/model delta --model_base vicuna-7b-v1.5
 python pipelines/export.py original llava-1.5-7b-hf llava-v1.5-7b --version v1
+python pipelines/export.py gguf runs/tune/model exported --type q8_0                  # for llama.cpp
 python pipelines/export.py merge runs/lora/model merged
 """
 
@@ -23,6 +24,7 @@ SUBCOMMANDS: dict[str, Callable[..., None]] = {
     "inspect": commands.run_inspect,
     "hub": commands.hub,
     "original": commands.original,
+    "gguf": commands.gguf,
     "bundle": commands.bundle,
     "projector": commands.projector,
     "adapter": commands.adapter,

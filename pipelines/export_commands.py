@@ -103,6 +103,29 @@ def original(
     _print_export(export_original(_open_given(model, given), output, vocabulary))
 
 
+def gguf(
+    model: _Model,
+    output: _Output,
+    given: _Parts = _NOTHING,
+    *,
+    type: Literal["f32", "f16", "bf16", "q8_0"] = "f16",
+    language_model_only: bool = False,
+) -> None:
+    """Write llama.cpp's files: the language model, and mmproj, its eyes (a CLIP or SigLIP tower and the projector).
+
+    Args:
+        model: A bundle, or a model in the original or the hub layout.
+        output: A folder that is not there yet.
+        given: What the folder does not say of itself.
+        type: Precision of the language model's matrices; mmproj is in f32 or f16.
+        language_model_only: Leave out mmproj, for a tower or projector that llama.cpp does not read.
+    """
+    check_export(model, output)
+    from llava_ray.model.formats.gguf.write import export_gguf
+
+    _print_export(export_gguf(_open_given(model, given), output, type, language_model_only=language_model_only))
+
+
 def bundle(
     model: _Model, output: _Output, given: _Parts = _NOTHING, *, vocabulary: Literal["kept", "truncated"] = "truncated"
 ) -> None:

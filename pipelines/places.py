@@ -12,6 +12,8 @@ from llava_ray.reading import short_repr
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # owner/name, or a name alone
 
+_HUB_URL = re.compile(rf"hf:/{{1,2}}{_HUB_ID.pattern}(@[^\s@]+)?")  # with one slash once it was a Path
+
 
 def check_run_places(config: FinetuneConfig, space: Space | None = None) -> None:
     """Check that the models and data of a run or sweep exist. Raises ConfigError."""
@@ -37,16 +39,17 @@ def check_data_places(data: DataConfig) -> None:
 def check_models(named: Mapping[str, str | None]) -> None:
     """Check that a model, by its key, is a folder, a file or a possible hub id. Raises ConfigError."""
     for key, name in named.items():
-        if name is None or exists(name):
+        if name is None or _HUB_URL.fullmatch(name) or exists(name):
             continue
-        if "://" in name:
+        if "://" in name or name.startswith("hf:"):
             raise ConfigError(
-                f"{key} = {short_repr(name)}: models are read from folders that every node sees, or by hub "
-                "id; copy it to "
-                "one and give its path"
+                f"{key} = {short_repr(name)}: models are read from folders that every node sees, or by hub id "
+                "(org/name, or hf://org/name@revision); copy it to a folder and give its path"
             )
-        if not _HUB_ID.fullmatch(name) or ("/" in name and exists(name.partition("/")[0])):
+        if not _HUB_ID.fullmatch(name):
             raise ConfigError(f"{key} = {short_repr(name)}: nothing is there{_near(name)}")
+        if "/" in name and exists(name.partition("/")[0]):
+            raise ConfigError(f"{key} = {short_repr(name)}: nothing is there{_near(name)} (hf://{name} is on the hub)")
 
 
 def check_files(named: Mapping[str, str | None]) -> None:

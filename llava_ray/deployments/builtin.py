@@ -29,6 +29,7 @@ def make_engine(source: ModelSource, settings: ServeSettings) -> BuiltinEngine:
         max_waiting_tokens=settings.engine_max_waiting_tokens,
         packed_weight_bytes=settings.engine_packed_weight_bytes,
         max_lora_rank=settings.max_lora_rank if settings.loads_adapters else None,
+        quantization="int8" if settings.engine_quantization else None,
     )
     loading = functools.partial(_load_served_model, source.path, settings)
     return BuiltinEngine(

@@ -9,8 +9,10 @@ from pydantic.fields import FieldInfo
 
 from llava_ray.config.schema import ConfigSection
 from llava_ray.deployments.adapters.places import is_plain_url
+from llava_ray.deployments.quantization import check_quantization
 
 _MIB = 2**20
+_HUB_SCHEME = "hf://"
 _RUN_MODEL = "model"  # the name of every run's bundle, which does not identify a model
 
 
@@ -31,8 +33,8 @@ class ServeSettings(ConfigSection):
     """The settings of one application: its models, replicas and limits."""
 
     model: _Texts = Field(validation_alias=AliasChoices("model", "models"))
-    """Bundles, or folders or hub ids of any LLaVA; several with commas. ``NAME@PATH`` names one, otherwise
-    its folder's name does; for a run's ``…/NAME/model``, NAME."""
+    """Bundles, or folders or hub ids (``org/name``, ``hf://org/name@revision``) of any LLaVA; several with commas.
+    ``NAME@PATH`` names one, otherwise its folder's name does; for a run's ``…/NAME/model``, NAME."""
     adapters: _Texts = ()
     """LoRA folders for the first model, ``NAME@PATH`` or PATH: requests name each as a model."""
     engine: str = "builtin"
@@ -70,6 +72,9 @@ class ServeSettings(ConfigSection):
     """Memory of the embeddings of images already seen (builtin)."""
     engine_packed_weight_bytes: NonNegativeInt = _of_engine("packed_weight_bytes", 4096 * _MIB)
     """On a CPU, memory for packed copies of the weight matrices; a model that needs more has none (builtin)."""
+    engine_quantization: str | None = _of_engine("quantization")
+    """Form of the language model's weights in memory: int8 (builtin, on a CPU), or one of vLLM's names, such as
+    bitsandbytes, fp8, awq or gptq; default: as they are on disk."""
 
     min_replicas: NonNegativeInt = 1
     """Minimum replicas of each model; 0 unloads it while there are no requests."""
@@ -206,6 +211,7 @@ class ServeSettings(ConfigSection):
         """Check the settings against each other."""
         if not self.model:
             raise ValueError("model: no path given; expected model=PATH")
+        check_quantization(self.engine, self.engine_quantization, on_gpu=self.num_gpus > 0)
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas {self.min_replicas} > max_replicas {self.max_replicas}")
         if self.min_ingress_replicas > self.max_ingress_replicas:
@@ -280,11 +286,15 @@ class ModelSource(ConfigSection):
 
 
 def _split_name(text: str) -> tuple[str, str]:
-    """Split ``NAME@PATH``; a bare path is named by its last part, or the one before if that is "model"."""
+    """Split ``NAME@PATH``; a bare path is named by its last part, or the one before if that is "model".
+
+    The ``@`` of ``hf://org/name@revision`` is that of a revision.
+    """
     name, at, path = text.partition("@")
-    if at:
+    if at and not text.startswith(_HUB_SCHEME):
         return name, path
-    parts = [part for part in text.split("/") if part not in ("", ".")]
+    bare = name if text.startswith(_HUB_SCHEME) else text
+    parts = [part for part in bare.split("/") if part not in ("", ".")]
     if len(parts) > 1 and parts[-1] == _RUN_MODEL:
         parts.pop()
     return (parts[-1] if parts else text), text

@@ -24,6 +24,7 @@ def make_engine(source: ModelSource, settings: ServeSettings) -> VllmEngine:
         cache_dir=settings.export_dir,
         max_lora_rank=settings.max_lora_rank if settings.loads_adapters else None,
         max_loaded_adapters=settings.max_loaded_adapters,
+        quantization=settings.engine_quantization,
     )
     return VllmEngine(
         source.path,

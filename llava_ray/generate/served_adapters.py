@@ -24,6 +24,7 @@ from llava_ray.model.formats.vocabulary import image_token_ids
 from llava_ray.model.loading import aspect_ratio, pretrained_config
 from llava_ray.model.lora.adapter_terms import Terms, extract_lora_weights, load_terms
 from llava_ray.model.lora.adapters import MERGE_TOLERANCE, compute_probe_logits, has_adapter, measure_drift
+from llava_ray.model.network.int8_linear import has_int8_weights
 from llava_ray.model.network.llava import Llava
 from llava_ray.model.network.quantization import find_dtype
 from llava_ray.model.network.tower import VisionTower
@@ -239,7 +240,8 @@ def _check_terms(model: PreTrainedModel, terms: Terms, expected: Tensor, folder:
         drift = measure_drift(compute_probe_logits(model), expected)
     finally:
         rows.remove()
-    if not drift <= MERGE_TOLERANCE[find_dtype(model)]:
+    precision = torch.bfloat16 if has_int8_weights(model) else find_dtype(model)
+    if not drift <= MERGE_TOLERANCE[precision]:
         raise ModelError(
             f"the adapter in {folder} does more than low-rank terms can say (logits of a fixed text differ by "
             f"{drift:.2g} of their spread). Merge it ({command('export', 'merge')}) and serve the whole model."

@@ -1,6 +1,29 @@
 """Settings of the engines: memory and batch limits."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+BUILTIN_QUANTIZATIONS = ("int8",)
+# vLLM's names. The first ones quantise a model as it is loaded, the others are of models that are quantised on disk.
+VLLM_QUANTIZATIONS = (
+    "bitsandbytes",
+    "fp8",
+    "fp8_per_tensor",
+    "fp8_per_block",
+    "fp8_per_channel",
+    "int8_per_channel_weight_only",
+    "experts_int8",
+    "awq",
+    "awq_marlin",
+    "auto_awq",
+    "gptq",
+    "gptq_marlin",
+    "auto_gptq",
+    "compressed-tensors",
+    "modelopt",
+    "quark",
+    "torchao",
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +56,8 @@ class EngineSettings:
     """On a CPU, memory for packed copies of the weight matrices; a model that needs more has none."""
     max_lora_rank: int | None = None
     """Largest rank of adapters that are loaded after the start; None for an engine that loads none then."""
+    quantization: Literal["int8"] | None = None
+    """Of the language model's weights in memory, on a CPU; None for those that were loaded."""
 
 
 @dataclass(frozen=True)
@@ -63,3 +88,5 @@ class VllmSettings:
     """Largest rank of adapters that are loaded after the start; None for an engine that loads none then."""
     max_loaded_adapters: int = 32
     """Adapters in memory that were loaded after the start."""
+    quantization: str | None = None
+    """vLLM's name of the weights' quantisation; None for what the model's config.json says."""

@@ -25,6 +25,7 @@ from llava_ray.model.network.projector import adopt_projector, build_projector_o
 from llava_ray.model.network.quantization import bitsandbytes_config, set_compute_dtype
 from llava_ray.model.network.tower import VisionTower
 from llava_ray.model.tensors.tensor_reading import read_tensors
+from llava_ray.reading import short_repr
 
 
 def load_tower_of(blueprint: Blueprint, dtype: torch.dtype) -> VisionTower:
@@ -42,12 +43,28 @@ def load_tower_of(blueprint: Blueprint, dtype: torch.dtype) -> VisionTower:
 def check_language_model(blueprint: Blueprint) -> None:
     """Raise ModelError for anything but a causal language model, or if its config and weights differ in size."""
     config = blueprint.language_config
+    _check_not_quantized(blueprint)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(
             f"{blueprint.language_source.folder}/config.json: models of type {config.model_type!r} do not generate "
             "text; expected a causal language model."
         )
     check_amount(MODEL_FOR_CAUSAL_LM_MAPPING, config, blueprint.language_source, "language model")
+
+
+def _check_not_quantized(blueprint: Blueprint) -> None:
+    """Raise ModelError for weights that are stored in a quantised form, such as AWQ or GPTQ."""
+    for config in (blueprint.layout.config, blueprint.language_source.config):
+        stored = config.get("quantization_config")
+        method = stored.get("quant_method") if isinstance(stored, Mapping) else stored
+        if method not in (None, "bitsandbytes"):
+            name = short_repr(str(method))
+            raise ModelError(
+                f"{blueprint.language_source.folder}: its weights are quantised on disk ({name} in "
+                "quantization_config of its config.json), which vLLM reads and nothing else here. Serve it with "
+                f"engine=vllm engine.quantization={method if isinstance(method, str) else 'METHOD'}, or use the model "
+                "that it was made from."
+            )
 
 
 def load_language_model(

@@ -38,6 +38,7 @@ from llava_ray.generate.settings import EngineSettings
 from llava_ray.generate.vision_cache import VisionCache, image_key
 from llava_ray.images.views import ImageDecoder
 from llava_ray.model.assembly import LlavaParts
+from llava_ray.model.network.int8_linear import round_to_int8
 
 
 class _AnswerStream:
@@ -273,6 +274,8 @@ class BuiltinEngine:
 
     def _load(self) -> _LoadedModel:
         parts = self.load()
+        if self.settings.quantization is not None:
+            round_to_int8(parts.llava.language_model)
         cache = VisionCache(self.settings.image_cache_bytes)
         max_rank = self.settings.max_lora_rank
         served = load_adapters(parts, self.adapters, extract_own=max_rank is not None)

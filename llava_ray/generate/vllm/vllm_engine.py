@@ -32,6 +32,7 @@ from llava_ray.generate.settings import VllmSettings
 from llava_ray.generate.vllm.vllm_answer import VllmAnswer
 from llava_ray.generate.vllm.vllm_model import VllmModel, prepare_adapter, prepare_model
 from llava_ray.generate.vllm.vllm_prompts import VllmPrompt, VllmPrompts
+from llava_ray.generate.vllm.vllm_quantization import check_known
 from llava_ray.images.views import ImageDecoder
 from llava_ray.model.blueprint import Blueprint
 
@@ -231,7 +232,11 @@ class VllmEngine:
     async def load_adapter(self, name: str, folder: str | Path) -> None:
         """Load another adapter while requests are answered; see ``engine.LoadsAdapters``."""
         from vllm.lora.request import LoRARequest
+        from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+        from vllm.plugins import load_general_plugins
 
+        load_general_plugins()  # some bring quantizations
+        check_known(self.settings.quantization, QUANTIZATION_METHODS)
         loaded, largest = self._ready(), self.settings.max_lora_rank
         if largest is None:
             raise ModelError("this engine loads adapters at its start only; give max_lora_rank in its settings.")
@@ -417,6 +422,8 @@ def engine_arguments(model: VllmModel, settings: VllmSettings) -> dict[str, Any]
         "gpu_memory_utilization": settings.memory_share if settings.num_gpus else None,
         "max_num_batched_tokens": settings.prefill_chunk,
         "enable_prefix_caching": None if settings.prefix_cache else False,
+        "quantization": settings.quantization,
+        "load_format": "bitsandbytes" if settings.quantization == "bitsandbytes" else None,
     }
     return {
         "model": str(model.folder),

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers import __version__ as transformers_version
 
@@ -15,17 +15,15 @@ from llava_ray.chat.tokenizer import load_tokenizer
 from llava_ray.errors import ModelError
 from llava_ray.model.formats.declared_sizes import check_declared, read_config
 from llava_ray.model.formats.hub.settings import hub_language_config, is_hub
+from llava_ray.model.formats.hub_ids import HubId, download, is_hub_url, parse_hub_id
 from llava_ray.model.formats.known_models import KNOWN_CONFIGS
-from llava_ray.model.formats.layout import CONFIG, NON_LORA_FILE, ORIGINAL_PROJECTOR_FILE, Layout, LayoutKind
+from llava_ray.model.formats.layout import CONFIG, Layout, LayoutKind
 from llava_ray.model.formats.layouts import TOWER_TYPES, read_layout
 from llava_ray.model.formats.original.settings import is_original, original_language_config
 from llava_ray.model.tensors.tensor_files import NO_WEIGHTS, StoredTensor
-from llava_ray.reading import MAX_SHOWN, is_file, is_folder, short_repr, wrap_errors
+from llava_ray.reading import is_file, is_folder, short_repr, wrap_errors
 
 PartName = Literal["language_model", "vision_tower"]
-
-_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
-_WEIGHT_FILES = ["*.safetensors", ORIGINAL_PROJECTOR_FILE, NON_LORA_FILE]
 
 
 @dataclass(frozen=True)
@@ -57,35 +55,29 @@ def find_source(name: str | Path, part: str, *, weights: bool = True, offline: b
     ``offline`` fetches nothing: see ``_find_offline``. Raises ModelError that names the path and the remedy when there
     is nothing to be found.
     """
-    try:
-        folder = Path(name).expanduser()
-    except (TypeError, RuntimeError) as error:  # not text, or the home of an unknown user
-        raise ModelError(f"no such {part}: {short_repr(name)} is neither a folder nor a hub id.") from error
-    if is_folder(folder):
-        return Source(str(folder.resolve()), folder.resolve(), str(folder.resolve()))
+    if is_hub_url(name):
+        hub_id = parse_hub_id(name)
+    else:
+        try:
+            folder = Path(name).expanduser()
+        except (TypeError, RuntimeError) as error:  # not text, or the home of an unknown user
+            raise ModelError(f"no such {part}: {short_repr(name)} is neither a folder nor a hub id.") from error
+        if is_folder(folder):
+            return Source(str(folder.resolve()), folder.resolve(), str(folder.resolve()))
+        hub_id = HubId(str(name))
     if offline:
-        return _find_offline(str(name), part)
-    try:
-        found = Path(snapshot_download(str(name), allow_patterns=[*_SMALL_FILES, *(_WEIGHT_FILES if weights else [])]))
-        if weights and not list(found.glob("*.safetensors")):
-            found = Path(snapshot_download(str(name), allow_patterns=[*_SMALL_FILES, "*.bin"]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise ModelError(
-            f"no such {part}: {short_repr(str(name))} is neither a folder here "
-            f"({str(folder.absolute())[:MAX_SHOWN]}) nor a "
-            f"model that the hub provides ({type(error).__name__}). "
-            "Check the spelling; without network, download it elsewhere and give the folder, which every node must see."
-        ) from error
-    return Source(str(name), found, str(name))
+        return _find_offline(hub_id, part)
+    return Source(str(hub_id), download(hub_id, part, weights=weights), str(hub_id))
 
 
-def _find_offline(name: str, part: str) -> Source:
+def _find_offline(hub_id: HubId, part: str) -> Source:
     """Find a hub id in the hub's cache, or its config among those that are built in.
 
     Raises ModelError where a download would be needed.
     """
+    name = str(hub_id)
     try:
-        cached = try_to_load_from_cache(name, CONFIG)
+        cached = try_to_load_from_cache(hub_id.name, CONFIG, revision=hub_id.revision)
     except HFValidationError:
         cached = None
     if isinstance(cached, str):
@@ -95,7 +87,7 @@ def _find_offline(name: str, part: str) -> Source:
     raise ModelError(
         f"the size of the {part} cannot be known: {name!r} is no folder here, its config is not in the hub's cache, "
         f"and it is none of {', '.join(KNOWN_CONFIGS)}. A dry run downloads nothing: fetch its config.json first "
-        f"(hf download {name} config.json), or give a folder."
+        f"(hf download {hub_id.name} config.json), or give a folder."
     )
 
 

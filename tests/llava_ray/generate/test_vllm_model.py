@@ -25,6 +25,8 @@ from llava_ray.generate.vllm.vllm_engine import engine_arguments
 from llava_ray.generate.vllm.vllm_model import prepare_model
 from llava_ray.generate.vllm.vllm_prompts import VllmPrompt, VllmPrompts
 from llava_ray.model.assembly import LlavaParts, assemble
+from llava_ray.model.formats.hub.write import export_hub
+from llava_ray.model.formats.model_opening import open_model
 from llava_ray.model.loading import load_pretrained_model
 from llava_ray.model.saving import save_bundle
 
@@ -54,6 +56,22 @@ def test_a_bundle_is_exported_once(root: Path, parts: LlavaParts, tmp_path: Path
     assert (again.folder, again.image_token, again.stops) == (model.folder, model.image_token, model.stops)
 
 
+def test_a_model_that_is_quantised_on_disk_is_vllms_alone(root: Path, tmp_path: Path) -> None:
+    hub = export_hub(open_model(root / "model"), tmp_path / "awq").folder
+    file = hub / "model.safetensors"
+    packed = {
+        name.replace("proj.weight", "proj.qweight") if "language_model" in name else name: tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(packed, file, {"format": "pt"})
+    config = json.loads((hub / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 128}
+    (hub / "config.json").write_text(json.dumps(config))
+    assert prepare_model(hub, tmp_path / "cache", {}).folder == hub
+    with pytest.raises(ModelError, match=r"'awq' in quantization_config.*engine=vllm engine.quantization=awq"):
+        load_pretrained_model(hub)
+
+
 def test_an_adapter_gets_the_names_of_a_language_model_inside_a_llava(root: Path, tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "plain", load_pretrained_model(root / "model"), seed=1, lora_r=6)
     model = prepare_model(root / "model", tmp_path / "cache", {"it": folder})
@@ -66,7 +84,10 @@ def test_an_adapter_gets_the_names_of_a_language_model_inside_a_llava(root: Path
     assert (arguments["enable_lora"], arguments["max_loras"], arguments["max_lora_rank"]) == (True, 2, 8)
     assert (arguments["max_num_seqs"], arguments["kv_cache_memory_bytes"]) == (4, 100)
     assert "max_model_len" not in arguments
-    assert "enable_prefix_caching" not in arguments  # vLLM's own default
+    assert not {"enable_prefix_caching", "quantization", "load_format"} & arguments.keys()  # vLLM's own defaults
+    awq = engine_arguments(model, VllmSettings(quantization="awq"))
+    assert (awq["quantization"], "load_format" in awq) == ("awq", False)
+    assert engine_arguments(model, VllmSettings(quantization="bitsandbytes"))["load_format"] == "bitsandbytes"
     assert engine_arguments(model, VllmSettings(prefix_cache=False))["enable_prefix_caching"] is False
     on_gpu = engine_arguments(model, VllmSettings(memory_share=0.7, num_gpus=1, prefill_chunk=9))
     assert (on_gpu["gpu_memory_utilization"], on_gpu["max_num_batched_tokens"]) == (0.7, 9)
