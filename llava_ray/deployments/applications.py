@@ -16,6 +16,7 @@ from ray.serve.handle import DeploymentHandle
 
 from llava_ray.deployments import message_sizes
 from llava_ray.deployments.adapters.methods import AdapterMethods
+from llava_ray.deployments.bundles import BundleCall, BundledItem, ReplicaBundles, StreamMessage, StreamPlace
 from llava_ray.deployments.engines import make_engine
 from llava_ray.deployments.front import build_front
 from llava_ray.deployments.handles import ServeGateway, collect_metrics
@@ -23,8 +24,7 @@ from llava_ray.deployments.http.auth import ApiKey, check_admin_keys, read_api_k
 from llava_ray.deployments.http.routes import Front
 from llava_ray.deployments.merging import with_heartbeats
 from llava_ray.deployments.messages import Task
-from llava_ray.deployments.refusal import Refused
-from llava_ray.deployments.replica import AnswerPiece, Replica
+from llava_ray.deployments.replica import Replica
 from llava_ray.deployments.routing import SessionRouter
 from llava_ray.deployments.settings import ModelSource, ServeSettings
 from llava_ray.deployments.tracing import traced
@@ -73,13 +73,21 @@ class ModelDeployment(AdapterMethods):
         self.engine = make_engine(source, settings)
         await self.engine.start()
         self.replica = Replica(self.engine, source, settings)
+        self.bundles = ReplicaBundles(serve.get_replica_context().replica_id.unique_id)
         self.watchdog = start_watchdog()
 
-    async def run(self, task: Task) -> AsyncGenerator[Refused | list[AnswerPiece] | None, None]:
+    async def run(self, task: Task, place: StreamPlace) -> AsyncGenerator[StreamMessage, None]:
         """Stream an answer with heartbeats: without them a stopped process would not be noticed."""
-        async with aclosing(with_heartbeats(self.replica.run(task))) as items:
-            async for item in items:
-                yield item
+        stream = with_heartbeats(self.replica.run(task))
+        async with aclosing(self.bundles.send(place, stream, may_bundle=task.stream)) as messages:
+            async for message in messages:
+                yield message
+
+    async def carry(self, call: BundleCall) -> AsyncGenerator[list[tuple[int, BundledItem]], None]:
+        """Carry the streams of an ingress, bundled."""
+        async with aclosing(self.bundles.carry(call)) as bundles:
+            async for bundle in bundles:
+                yield bundle
 
     async def card(self) -> ModelCard:
         """Return the model's capabilities."""
