@@ -33,7 +33,7 @@ SILENCE_S = 20.0  # without a piece or a heartbeat, which come every merging.BEA
 _OPEN_S = 10.0  # for a call that carries to reach its replica
 _MIN_STREAMS = 2  # a lone stream is as cheap alone
 
-_Arrival = BundledItem | StreamStart | StreamEnd | Exception | None  # None is the end of a stream's own call
+_Arrival = BundledItem | StreamEnd | Exception | None  # None is the end of a stream's own call
 
 
 class _Stream:
@@ -74,7 +74,7 @@ class StreamCalls:
         number, stream = next(self.numbers), _Stream()
         self.streams[number] = stream
         response = self.handle.options(session_id=session).run.remote(task, StreamPlace(self.ingress_id, number))
-        reading = asyncio.create_task(_read(aiter(response), stream, timeout_s))
+        reading = asyncio.create_task(self.read(aiter(response), stream, timeout_s))
         try:
             async with aclosing(self.items(stream)) as items:
                 async for item in items:
@@ -98,8 +98,6 @@ class StreamCalls:
                 is_closed = True
             elif isinstance(arrival, Exception):
                 raise arrival
-            elif isinstance(arrival, StreamStart):
-                self.note_start(stream, arrival)
             elif isinstance(arrival, StreamEnd):
                 expected = arrival.num_items
             else:
@@ -107,15 +105,13 @@ class StreamCalls:
                 yield arrival
 
     def note_start(self, stream: _Stream, start: StreamStart) -> None:
-        """Note a stream's replica; open a call that carries where it has several. Raises RefusalError."""
+        """Note a stream's replica; open a call that carries where it has several."""
         if stream.start is None:
             self.at_replica[start.replica_id] += 1
         stream.start = start
         if start.is_bundled:
             for item in stream.early:
                 stream.arrived.put_nowait(item)
-            if start.replica_id not in self.carriers:  # it has been lost meanwhile, and what it carried
-                raise RefusalError(LOST)
         elif self.at_replica[start.replica_id] >= _MIN_STREAMS and start.replica_id not in self.carriers:
             # Outside of this request's context, with which Serve would cancel it.
             opening = self.carry(start.replica_id)
@@ -141,19 +137,20 @@ class StreamCalls:
         finally:
             del self.carriers[replica_id]
 
-
-async def _read(messages: Any, stream: _Stream, timeout_s: float | None) -> None:
-    """Read a stream's own call to its end, or an error."""
-    try:
-        while True:
-            async with asyncio.timeout(timeout_s):
-                message: StreamMessage = await anext(messages)
-            timeout_s = SILENCE_S
-            if message is not None:
-                stream.arrived.put_nowait(message)
-    except StopAsyncIteration:
-        stream.arrived.put_nowait(None)
-    except (DeploymentUnavailableError, RequestCancelledError, TaskCancelledError):
-        stream.arrived.put_nowait(RefusalError(LOST))
-    except Exception as error:  # noqa: BLE001 - raised again by the reader of the stream
-        stream.arrived.put_nowait(error)
+    async def read(self, messages: Any, stream: _Stream, timeout_s: float | None) -> None:
+        """Read a stream's own call to its end, or an error."""
+        try:
+            while True:
+                async with asyncio.timeout(timeout_s):
+                    message: StreamMessage = await anext(messages)
+                timeout_s = SILENCE_S
+                if isinstance(message, StreamStart):
+                    self.note_start(stream, message)
+                elif message is not None:
+                    stream.arrived.put_nowait(message)
+        except StopAsyncIteration:
+            stream.arrived.put_nowait(None)
+        except (DeploymentUnavailableError, RequestCancelledError, TaskCancelledError):
+            stream.arrived.put_nowait(RefusalError(LOST))
+        except Exception as error:  # noqa: BLE001 - raised again by the reader of the stream
+            stream.arrived.put_nowait(error)
