@@ -2,8 +2,7 @@
 
 import logging
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,16 @@ from ray.serve.handle import DeploymentHandle
 
 from llava_ray.deployments import message_sizes
 from llava_ray.deployments.adapters.methods import AdapterMethods
-from llava_ray.deployments.bundles import BundleCall, BundledItem, ReplicaBundles, StreamMessage, StreamPlace
+from llava_ray.deployments.bundles import ReplicaBundles
 from llava_ray.deployments.engines import make_engine
 from llava_ray.deployments.front import build_front
 from llava_ray.deployments.handles import ServeGateway, collect_metrics
 from llava_ray.deployments.http.auth import ApiKey, check_admin_keys, read_api_keys
 from llava_ray.deployments.http.routes import Front
-from llava_ray.deployments.merging import with_heartbeats
-from llava_ray.deployments.messages import Task
 from llava_ray.deployments.replica import Replica
 from llava_ray.deployments.routing import SessionRouter
 from llava_ray.deployments.settings import ModelSource, ServeSettings
+from llava_ray.deployments.stream_methods import StreamMethods
 from llava_ray.deployments.tracing import traced
 from llava_ray.deployments.watchdog import start_watchdog
 from llava_ray.generate.engine import ModelCard
@@ -63,7 +61,7 @@ def log_where_serve_does() -> None:
             ours.addHandler(handler)
 
 
-class ModelDeployment(AdapterMethods):
+class ModelDeployment(AdapterMethods, StreamMethods):
     """A replica of a model on a Ray worker."""
 
     async def __init__(self, source: ModelSource, settings: ServeSettings) -> None:  # type: ignore[misc]
@@ -75,19 +73,6 @@ class ModelDeployment(AdapterMethods):
         self.replica = Replica(self.engine, source, settings)
         self.bundles = ReplicaBundles(serve.get_replica_context().replica_id.unique_id)
         self.watchdog = start_watchdog()
-
-    async def run(self, task: Task, place: StreamPlace) -> AsyncGenerator[StreamMessage, None]:
-        """Stream an answer with heartbeats: without them a stopped process would not be noticed."""
-        stream = with_heartbeats(self.replica.run(task))
-        async with aclosing(self.bundles.send(place, stream, may_bundle=task.stream)) as messages:
-            async for message in messages:
-                yield message
-
-    async def carry(self, call: BundleCall) -> AsyncGenerator[list[tuple[int, BundledItem]], None]:
-        """Carry the streams of an ingress, bundled."""
-        async with aclosing(self.bundles.carry(call)) as bundles:
-            async for bundle in bundles:
-                yield bundle
 
     async def card(self) -> ModelCard:
         """Return the model's capabilities."""
