@@ -42,6 +42,8 @@ class _Stream:
     def __init__(self) -> None:
         self.arrived: asyncio.Queue[_Arrival] = asyncio.Queue()
         self.start: StreamStart | None = None
+        self.has_ended = False
+        """Whether its own call has ended, by itself or by Serve."""
         self.early: list[BundledItem] = []
         """Items of bundles that overtook the messages of the stream's own call from before it was bundled."""
 
@@ -83,7 +85,8 @@ class StreamCalls:
             del self.streams[number]
             if stream.start is not None:
                 self.at_replica[stream.start.replica_id] -= 1
-            if not reading.done():
+                self.at_replica += Counter()  # without those of no streams
+            if not stream.has_ended:
                 response.cancel()
                 reading.cancel()
                 await asyncio.gather(reading, return_exceptions=True)
@@ -149,8 +152,10 @@ class StreamCalls:
                 elif message is not None:
                     stream.arrived.put_nowait(message)
         except StopAsyncIteration:
+            stream.has_ended = True
             stream.arrived.put_nowait(None)
         except (DeploymentUnavailableError, RequestCancelledError, TaskCancelledError):
+            stream.has_ended = True
             stream.arrived.put_nowait(RefusalError(LOST))
         except Exception as error:  # noqa: BLE001 - raised again by the reader of the stream
             stream.arrived.put_nowait(error)

@@ -39,7 +39,7 @@ class SessionRouter(ConsistentHashRouter):
         first = pending_request.args[0] if pending_request is not None and pending_request.args else None
         if isinstance(first, BundleCall):
             named = [one for one in candidate_replicas if one.replica_id.unique_id == first.replica_id]
-            return [named] if named else []
+            return [named or candidate_replicas[:1]]  # another ends it at once, while no candidate would be waited for
         if pending_request is None or not pending_request.metadata.session_id:
             return [random.sample(candidate_replicas, min(2, len(candidate_replicas)))]
         pending_request.routing_context.should_backoff = True

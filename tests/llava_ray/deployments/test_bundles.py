@@ -130,7 +130,7 @@ def test_every_stream_arrives_whole_and_in_order_and_most_of_it_bundled() -> Non
         texts = await asyncio.gather(*(later(index) for index in range(16)))
         assert texts == [expected(f"q{index}") for index in range(16)]
         assert not calls.streams
-        assert set(calls.at_replica.values()) == {0}
+        assert not calls.at_replica
         while replica.bundles.bundles or calls.carriers:  # nothing is left open
             await asyncio.sleep(0.005)
 
@@ -170,6 +170,16 @@ def test_a_slow_client_delays_no_other_and_gets_all() -> None:
         assert await slow == expected("slow")
 
     run(test)
+
+
+def test_a_silent_replicas_call_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle_reading, "SILENCE_S", 0.2)
+
+    async def test(replica: FakeReplica, calls: StreamCalls) -> None:
+        with pytest.raises(TimeoutError):
+            await said(calls, task("q"))
+
+    assert [call.cancelled for call in run(test, step_s=5.0).calls] == [True]
 
 
 def test_a_refusal_ends_its_own_stream_alone() -> None:
@@ -226,7 +236,7 @@ def test_items_that_never_come_are_not_waited_for_without_end(monkeypatch: pytes
     run(test)
 
 
-def test_a_call_that_carries_goes_to_its_replica_or_nowhere() -> None:
+def test_a_call_that_carries_goes_to_its_replica_and_waits_for_none() -> None:
     router = object.__new__(SessionRouter)
     replicas = [SimpleNamespace(replica_id=SimpleNamespace(unique_id=name)) for name in ("a", "b", "c")]
 
@@ -235,7 +245,7 @@ def test_a_call_that_carries_goes_to_its_replica_or_nowhere() -> None:
         return asyncio.run(router.choose_replicas(replicas, pending))  # type: ignore[arg-type]
 
     assert chosen("b") == [[replicas[1]]]
-    assert chosen("d") == []
+    assert chosen("d") == [[replicas[0]]]
 
 
 def test_a_replica_carries_for_itself_and_once_for_an_ingress() -> None:
