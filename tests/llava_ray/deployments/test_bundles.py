@@ -22,7 +22,7 @@ FULL = Refused(429, "the queue is full", "queue_full", retry_after_s=1)
 
 
 class FakeReplica:
-    """A replica with a handle to it in one process: messages of different calls overtake each other at random."""
+    """A replica with a handle to it in one process: messages of different calls overtake each other."""
 
     def __init__(self, step_s: float = 0.002) -> None:
         self.bundles = ReplicaBundles("r1")
@@ -36,7 +36,8 @@ class FakeReplica:
         return self
 
     def called(self, messages: AsyncGenerator[Any, None], *, carries: bool = False) -> "FakeCall":
-        self.calls.append(FakeCall(messages, carries=carries, delay_s=self.step_s * (len(self.calls) % 5)))
+        delay_s = 0.0 if carries else self.step_s * 3 * (len(self.calls) % 5)
+        self.calls.append(FakeCall(messages, carries=carries, delay_s=delay_s))
         return self.calls[-1]
 
     async def answer(self, task: Task, place: StreamPlace) -> AsyncGenerator[Any, None]:
