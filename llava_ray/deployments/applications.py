@@ -2,8 +2,7 @@
 
 import logging
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,16 @@ from ray.serve.handle import DeploymentHandle
 
 from llava_ray.deployments import message_sizes
 from llava_ray.deployments.adapters.methods import AdapterMethods
+from llava_ray.deployments.bundles import ReplicaBundles
 from llava_ray.deployments.engines import make_engine
 from llava_ray.deployments.front import build_front
 from llava_ray.deployments.handles import ServeGateway, collect_metrics
 from llava_ray.deployments.http.auth import ApiKey, check_admin_keys, read_api_keys
 from llava_ray.deployments.http.routes import Front
-from llava_ray.deployments.merging import with_heartbeats
-from llava_ray.deployments.messages import Task
-from llava_ray.deployments.refusal import Refused
-from llava_ray.deployments.replica import AnswerPiece, Replica
+from llava_ray.deployments.replica import Replica
 from llava_ray.deployments.routing import SessionRouter
 from llava_ray.deployments.settings import ModelSource, ServeSettings
+from llava_ray.deployments.stream_methods import StreamMethods
 from llava_ray.deployments.tracing import traced
 from llava_ray.deployments.watchdog import start_watchdog
 from llava_ray.generate.engine import ModelCard
@@ -63,7 +61,7 @@ def log_where_serve_does() -> None:
             ours.addHandler(handler)
 
 
-class ModelDeployment(AdapterMethods):
+class ModelDeployment(AdapterMethods, StreamMethods):
     """A replica of a model on a Ray worker."""
 
     async def __init__(self, source: ModelSource, settings: ServeSettings) -> None:  # type: ignore[misc]
@@ -73,13 +71,8 @@ class ModelDeployment(AdapterMethods):
         self.engine = make_engine(source, settings)
         await self.engine.start()
         self.replica = Replica(self.engine, source, settings)
+        self.bundles = ReplicaBundles(serve.get_replica_context().replica_id.unique_id)
         self.watchdog = start_watchdog()
-
-    async def run(self, task: Task) -> AsyncGenerator[Refused | list[AnswerPiece] | None, None]:
-        """Stream an answer with heartbeats: without them a stopped process would not be noticed."""
-        async with aclosing(with_heartbeats(self.replica.run(task))) as items:
-            async for item in items:
-                yield item
 
     async def card(self) -> ModelCard:
         """Return the model's capabilities."""

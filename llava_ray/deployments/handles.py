@@ -2,18 +2,22 @@
 
 import asyncio
 import logging
+import uuid
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from typing import Any
 
 from prometheus_client.core import Metric
-from ray.exceptions import RayActorError, RayError, TaskCancelledError
+from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import DeploymentUnavailableError, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
 from llava_ray.deployments.adapters.places import AdapterRef
 from llava_ray.deployments.adapters.registry import ClusterRegistry
 from llava_ray.deployments.adapters.service import AdapterService
-from llava_ray.deployments.gateway import find_model_of, unwrapped
+from llava_ray.deployments.bundle_reading import SILENCE_S, StreamCalls
+from llava_ray.deployments.bundles import LOST
+from llava_ray.deployments.gateway import find_model_of
 from llava_ray.deployments.messages import Task
 from llava_ray.deployments.refusal import RefusalError, Refused, refuse
 from llava_ray.deployments.replica import AnswerPiece
@@ -26,9 +30,6 @@ _ATTEMPTS = 3  # replicas that a task is tried on, until the first piece of its 
 _CARD_TIMEOUT_S = 10.0
 _PING_TIMEOUT_S = 3.0
 _LOADING_S = 300.0  # for loading an adapter, or the model first where it is scaled to zero
-_SILENCE_S = 20.0  # without a piece or a heartbeat, which come every merging._BEAT_S
-
-_LOST = Refused(503, "the replica that generated this answer was lost; try again", "replica_lost", retry_after_s=1)
 
 
 class ServeGateway:
@@ -43,6 +44,8 @@ class ServeGateway:
         calls = {source.name: HandleCalls(handle, settings) for source, handle in self.handles.items()}
         self.adapters = AdapterService(settings, ClusterRegistry(service_id), calls)
         self.cards: dict[ModelSource, ModelCard] = {}
+        process_id = uuid.uuid4().hex
+        self.streams = {source: StreamCalls(handle, process_id) for source, handle in self.handles.items()}
 
     @property
     def sources(self) -> tuple[ModelSource, ...]:
@@ -54,18 +57,18 @@ class ServeGateway:
 
         Raises RefusalError.
         """
-        handle = self.handles[find_model_of(self.sources, task)]
+        calls = self.streams[find_model_of(self.sources, task)]
         # A model scaled to zero may take minutes to load: no timeout then.
-        timeout_s = _SILENCE_S if self.settings.min_replicas else None
+        timeout_s = SILENCE_S if self.settings.min_replicas else None
         for attempt in range(_ATTEMPTS):
             last = attempt == _ATTEMPTS - 1
             started = False
             try:
-                # Retries ignore the session, whose replica is full or dead. By value: over gRPC, not as Ray objects.
-                method = handle.options(stream=True, session_id="" if attempt else session, _by_reference=False)
-                async for pieces in _called(method, task, timeout_s):
-                    started = True
-                    yield pieces
+                # Retries ignore the session, whose replica is full or dead.
+                async with aclosing(calls.call(task, "" if attempt else session, timeout_s)) as answer:
+                    async for pieces in answer:
+                        started = True
+                        yield pieces
             except RefusalError as error:
                 elsewhere = error.refused.code == "queue_full" and self.settings.max_replicas > 1
                 if started or last or not elsewhere:
@@ -73,7 +76,7 @@ class ServeGateway:
             except (RayActorError, TimeoutError) as error:
                 _log.warning("request %s lost its replica: %s", task.request_id, type(error).__name__)
                 if started or last:
-                    raise RefusalError(_LOST) from error
+                    raise RefusalError(LOST) from error
             else:
                 return
 
@@ -154,34 +157,6 @@ class HandleCalls:
         except (TimeoutError, RayError, DeploymentUnavailableError) as error:
             return [error]
         return answers
-
-
-async def _called(
-    handle: DeploymentHandle, task: Task, timeout_s: float | None
-) -> AsyncGenerator[list[AnswerPiece], None]:
-    """Call a replica's ``run``; leaving the iterator early cancels it there.
-
-    Raises RefusalError, TimeoutError for a replica without heartbeats (or without a first item within ``timeout_s``
-    seconds), and Ray's own errors.
-    """
-    response = handle.run.remote(task)
-    items = aiter(response)
-    ended = False
-    try:
-        while True:
-            async with asyncio.timeout(timeout_s):
-                item: Refused | list[AnswerPiece] | None = await anext(items)
-            timeout_s = _SILENCE_S
-            if item is not None:
-                yield unwrapped(item)
-    except StopAsyncIteration:
-        ended = True
-    except (DeploymentUnavailableError, RequestCancelledError, TaskCancelledError) as error:
-        ended = True
-        raise RefusalError(_LOST) from error
-    finally:
-        if not ended:
-            response.cancel()
 
 
 async def collect_metrics(handle: DeploymentHandle) -> dict[str, list[Metric]]:

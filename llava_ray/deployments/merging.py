@@ -8,7 +8,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 MERGE_S = 0.02  # the longest delay of a piece to batch it with the next ones
-_BEAT_S = 5.0  # interval of heartbeats of a silent stream
+BEAT_S = 5.0  # interval of heartbeats of a silent stream
 
 _END = None
 
@@ -62,7 +62,7 @@ async def _pump(
         queue.put_nowait(error)
 
 
-async def with_heartbeats(stream: AsyncGenerator[T, None], beat_s: float = _BEAT_S) -> AsyncGenerator[T | None, None]:
+async def with_heartbeats(stream: AsyncGenerator[T, None], beat_s: float = BEAT_S) -> AsyncGenerator[T | None, None]:
     """Yield a stream's items, and None whenever nothing has come for ``beat_s``; close the stream at the end."""
     pending: asyncio.Task[T] | None = None
     async with aclosing(stream):

@@ -9,6 +9,7 @@ from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 from ray.serve.request_router import PendingRequest, RunningReplica
 
 from llava_ray.deployments.affinity import CacheableContents, Placements, rank_replicas, read_contents
+from llava_ray.deployments.bundles import BundleCall
 from llava_ray.deployments.messages import Task
 
 # A request leaves its replica when that has so many more requests than the least busy of two others.
@@ -35,6 +36,10 @@ class SessionRouter(ConsistentHashRouter):
         """Return ranked lists of candidates; in each Serve takes the replica with the shortest queue."""
         if not candidate_replicas:
             return []
+        first = pending_request.args[0] if pending_request is not None and pending_request.args else None
+        if isinstance(first, BundleCall):
+            named = [one for one in candidate_replicas if one.replica_id.unique_id == first.replica_id]
+            return [named or candidate_replicas[:1]]  # another ends it at once, while no candidate would be waited for
         if pending_request is None or not pending_request.metadata.session_id:
             return [random.sample(candidate_replicas, min(2, len(candidate_replicas)))]
         pending_request.routing_context.should_backoff = True

@@ -21,6 +21,9 @@ _EVENT_HEADERS = {
 }
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # dumps makes an encoder for each event
+
+
 class AnswerResponse(Response):
     """A response that is generated while the client waits, and cancelled when it disconnects."""
 
@@ -176,7 +179,7 @@ def join_pieces(pieces: list[AnswerPiece]) -> list[AnswerPiece]:
 
 def format_event(value: dict[str, Any]) -> str:
     """Format one server-sent event."""
-    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {_encode(value)}\n\n"
 
 
 async def _send_text(send: Send, text: str, *, more: bool) -> None:
