@@ -18,7 +18,8 @@ from pictures import picture
 from PIL import Image
 from starlette.types import ASGIApp
 
-from llava_ray.deployments.settings import ModelSource, ServeSettings
+from llava_ray.deployments.model_source import ModelSource
+from llava_ray.deployments.settings import ServeSettings
 from llava_ray.errors import ModelError, RecordError
 from llava_ray.generate.engine import EngineStats, GenerationChunk, GenerationRequest, ModelCard, TokenLogprob
 from llava_ray.generate.readings import PromptReading

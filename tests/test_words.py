@@ -20,6 +20,7 @@ LONG_FILES = {
     "llava_ray/config/sections.py",
     "llava_ray/data/preparation.py",
     "llava_ray/data/shards.py",
+    "llava_ray/deployments/settings.py",
     "llava_ray/deployments/chat_page/page.py",
     "llava_ray/generate/builtin/builtin_engine.py",
     "llava_ray/generate/builtin/running_batch.py",

@@ -19,7 +19,7 @@ from llava_ray.chat.tool_scanning import CallScanner
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """How one family of models writes calls."""
+    """The form in which one family of models writes calls."""
 
     name: str
     start: str = ""

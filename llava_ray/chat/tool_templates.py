@@ -42,7 +42,7 @@ _TRACES = (
 
 @dataclass(frozen=True)
 class ToolSupport:
-    """How a chat template writes tools."""
+    """The form in which a chat template writes tools."""
 
     format: str | None
     """The name of the format of its calls (`tool_formats`); None for one that is not known."""

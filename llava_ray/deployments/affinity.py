@@ -29,7 +29,7 @@ class Beginning:
 
 @dataclass(frozen=True)
 class CacheableContents:
-    """What a request holds that a cache may know."""
+    """The parts of a request that a cache may know."""
 
     beginnings: tuple[Beginning, ...]
     """Growing: the last is the whole text."""

@@ -21,9 +21,10 @@ from llava_ray.deployments.front import build_front
 from llava_ray.deployments.handles import ServeGateway, collect_metrics
 from llava_ray.deployments.http.auth import ApiKey, check_admin_keys, read_api_keys
 from llava_ray.deployments.http.routes import Front
+from llava_ray.deployments.model_source import ModelSource
 from llava_ray.deployments.replica import Replica
 from llava_ray.deployments.routing import SessionRouter
-from llava_ray.deployments.settings import ModelSource, ServeSettings
+from llava_ray.deployments.settings import ServeSettings
 from llava_ray.deployments.stream_methods import StreamMethods
 from llava_ray.deployments.tracing import traced
 from llava_ray.deployments.watchdog import start_watchdog

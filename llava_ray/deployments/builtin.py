@@ -5,7 +5,8 @@ import os
 
 import torch
 
-from llava_ray.deployments.settings import ModelSource, ServeSettings
+from llava_ray.deployments.model_source import ModelSource
+from llava_ray.deployments.settings import ServeSettings
 from llava_ray.generate.builtin.builtin_engine import BuiltinEngine
 from llava_ray.generate.builtin.kv_memory import find_default_share
 from llava_ray.generate.settings import EngineSettings

@@ -4,7 +4,8 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from llava_ray.deployments.settings import ModelSource, ServeSettings
+from llava_ray.deployments.model_source import ModelSource
+from llava_ray.deployments.settings import ServeSettings
 from llava_ray.errors import ConfigError
 from llava_ray.generate.engine import Engine
 

@@ -11,9 +11,9 @@ from llava_ray.deployments.adapters.places import AdapterRef
 from llava_ray.deployments.adapters.registry import LocalRegistry
 from llava_ray.deployments.adapters.service import AdapterService
 from llava_ray.deployments.messages import Task
+from llava_ray.deployments.model_source import ModelSource
 from llava_ray.deployments.refusal import RefusalError, Refused, refuse
 from llava_ray.deployments.replica import AnswerPiece, Replica
-from llava_ray.deployments.settings import ModelSource
 from llava_ray.generate.engine import ModelCard
 
 

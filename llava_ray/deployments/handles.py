@@ -19,9 +19,10 @@ from llava_ray.deployments.bundle_reading import SILENCE_S, StreamCalls
 from llava_ray.deployments.bundles import LOST
 from llava_ray.deployments.gateway import find_model_of
 from llava_ray.deployments.messages import Task
+from llava_ray.deployments.model_source import ModelSource
 from llava_ray.deployments.refusal import RefusalError, Refused, refuse
 from llava_ray.deployments.replica import AnswerPiece
-from llava_ray.deployments.settings import ModelSource, ServeSettings
+from llava_ray.deployments.settings import ServeSettings
 from llava_ray.generate.engine import ModelCard
 
 _log = logging.getLogger(__name__)

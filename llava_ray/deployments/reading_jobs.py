@@ -8,7 +8,7 @@ from llava_ray.generate.readings import Features
 
 @dataclass(frozen=True)
 class ReadingJob:
-    """What a task asks for instead of an answer; without texts and tokens, about its turns, prompt or images."""
+    """A wish of a task that asks for no answer; without texts and tokens, about its turns, prompt or images."""
 
     kind: Literal["tokenize", "detokenize", "embed"]
     texts: tuple[str, ...] = ()

@@ -17,13 +17,15 @@ from llava_ray.deployments.media.request_images import MediaReader, make_decoder
 from llava_ray.deployments.merging import MERGE_S, merge_streams
 from llava_ray.deployments.messages import Task
 from llava_ray.deployments.metrics import ReplicaMetrics
+from llava_ray.deployments.model_source import ModelSource
 from llava_ray.deployments.moderation import Moderator
 from llava_ray.deployments.reading import count_places, decode_inputs, start_reading
 from llava_ray.deployments.refusal import RefusalError, Refused, from_record_error
-from llava_ray.deployments.settings import ModelSource, ServeSettings
+from llava_ray.deployments.settings import ServeSettings
 from llava_ray.deployments.tool_calls import AnswerCalls, check_abilities
 from llava_ray.errors import BusyError, LlavaRayError, RecordError
-from llava_ray.generate.engine import DecodesElsewhere, Engine, GenerationChunk, GenerationRequest, ModelCard
+from llava_ray.generate.engine import Engine, GenerationChunk, GenerationRequest, ModelCard
+from llava_ray.generate.engine_abilities import DecodesElsewhere
 
 log = logging.getLogger(__name__)
 

@@ -9,11 +9,10 @@ from pydantic.fields import FieldInfo
 
 from llava_ray.config.schema import ConfigSection
 from llava_ray.deployments.adapters.places import is_plain_url
+from llava_ray.deployments.model_source import ModelSource, split_model_name
 from llava_ray.deployments.quantization import check_quantization
 
 _MIB = 2**20
-_HUB_SCHEME = "hf://"
-_RUN_MODEL = "model"  # the name of every run's bundle, which does not identify a model
 
 
 def split(value: object) -> object:
@@ -254,12 +253,12 @@ class ServeSettings(ConfigSection):
         return float(max(1, self.max_replicas) * len(self.model))
 
     @property
-    def sources(self) -> tuple["ModelSource", ...]:
+    def sources(self) -> tuple[ModelSource, ...]:
         """Return each model with the adapters that are served over it."""
-        adapters = tuple(_split_name(text) for text in self.adapters)
+        adapters = tuple(split_model_name(text) for text in self.adapters)
         return tuple(
             ModelSource(name=name, path=path, adapters=adapters if index == 0 else ())
-            for index, (name, path) in enumerate(map(_split_name, self.model))
+            for index, (name, path) in enumerate(map(split_model_name, self.model))
         )
 
 
@@ -267,34 +266,3 @@ def spell_key(name: str, field: FieldInfo) -> str:
     """Return how a setting is written in a command or file."""
     alias = field.validation_alias
     return str(alias.choices[0]) if isinstance(alias, AliasChoices) else name
-
-
-class ModelSource(ConfigSection):
-    """One deployment of a model."""
-
-    name: str
-    """The model's name in requests."""
-    path: str
-    """Folder or hub id."""
-    adapters: tuple[tuple[str, str], ...] = ()
-    """(name, folder) of each of its LoRA adapters."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Return the names for requests, its own first."""
-        return (self.name, *(name for name, _ in self.adapters))
-
-
-def _split_name(text: str) -> tuple[str, str]:
-    """Split ``NAME@PATH``; a bare path is named by its last part, or the one before if that is "model".
-
-    The ``@`` of ``hf://org/name@revision`` is that of a revision.
-    """
-    name, at, path = text.partition("@")
-    if at and not text.startswith(_HUB_SCHEME):
-        return name, path
-    bare = name if text.startswith(_HUB_SCHEME) else text
-    parts = [part for part in bare.split("/") if part not in ("", ".")]
-    if len(parts) > 1 and parts[-1] == _RUN_MODEL:
-        parts.pop()
-    return (parts[-1] if parts else text), text

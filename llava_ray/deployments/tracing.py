@@ -11,9 +11,9 @@ from llava_ray.deployments.adapters.service import AdapterService
 from llava_ray.deployments.gateway import Gateway
 from llava_ray.deployments.http.responses import Choice
 from llava_ray.deployments.messages import Task
+from llava_ray.deployments.model_source import ModelSource
 from llava_ray.deployments.refusal import RefusalError
 from llava_ray.deployments.replica import AnswerPiece
-from llava_ray.deployments.settings import ModelSource
 from llava_ray.generate.engine import ModelCard
 
 _EXPERIMENT = "llava_ray serving"

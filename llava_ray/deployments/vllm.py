@@ -1,6 +1,7 @@
 """The vLLM engine of a replica. vLLM is imported when the engine starts."""
 
-from llava_ray.deployments.settings import ModelSource, ServeSettings
+from llava_ray.deployments.model_source import ModelSource
+from llava_ray.deployments.settings import ServeSettings
 from llava_ray.generate.settings import VllmSettings
 from llava_ray.generate.vllm.vllm_engine import VllmEngine
 

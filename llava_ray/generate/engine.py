@@ -6,15 +6,14 @@ process of its own), so that a health check never waits for a prefill.
 
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol
 
 from llava_ray.chat.conversation import Turn
+from llava_ray.chat.prompt_ends import PromptEnd
 from llava_ray.chat.tool_formats import CallDelta
 from llava_ray.errors import RecordError
 from llava_ray.generate.logprobs import PromptLogprobs, TokenLogprob
 from llava_ray.generate.readings import Features, PromptReading
-from llava_ray.images.views import ImageDecoder
 
 FinishReason = Literal["stop", "length", "tool_calls"]  # engines themselves end with one of the first two
 
@@ -107,6 +106,13 @@ class GenerationRequest:
     features: Features | None = None
     """What to return, as one normalised vector, instead of an answer: the language model's last state of the prompt,
     or the mean features of the only image, with neither turns nor prompt."""
+
+    @property
+    def prompt_end(self) -> PromptEnd:
+        """Return where the prompt of the turns ends."""
+        if self.continue_final_message:
+            return "continued"
+        return "open" if self.add_generation_prompt else "closed"
 
     @property
     def opens_answer(self) -> bool:
@@ -228,32 +234,4 @@ class Engine(Protocol):
 
     async def stop(self) -> None:
         """Cancel all requests and free the model."""
-        ...
-
-
-@runtime_checkable
-class DecodesElsewhere(Protocol):
-    """An engine whose images can be decoded in another process, so that a malicious one cannot crash it."""
-
-    def use_decoder(self, decoder: ImageDecoder) -> None:
-        """Decode the images of all later requests with ``decoder``."""
-        ...
-
-
-@runtime_checkable
-class LoadsAdapters(Protocol):
-    """An engine that loads and removes LoRA adapters while it answers requests.
-
-    A name is never used for two adapters: whatever an engine keeps by name stays true.
-    """
-
-    async def load_adapter(self, name: str, folder: str | Path) -> None:
-        """Load an adapter's folder; requests may name it afterwards. No other request is disturbed.
-
-        Raises ModelError for an adapter that cannot be served; nothing has changed then.
-        """
-        ...
-
-    async def unload_adapter(self, name: str) -> None:
-        """Remove an adapter and free its memory; do nothing without it. Raises ModelError while a request uses it."""
         ...

@@ -11,7 +11,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from llava_ray.chat.conversation import IGNORE_INDEX
-from llava_ray.chat.prompt_ends import CONTINUED, PromptEnd
+from llava_ray.chat.prompt_ends import CONTINUED
 from llava_ray.chat.template import Template
 from llava_ray.chat.tokens import expand_images, tokenize_prompt, tokenizer_image_token
 from llava_ray.config.sections import MAX_IMAGE_PIXELS
@@ -120,7 +120,7 @@ class PromptText:
         except TemplateError as error:
             raise RecordError(str(error), reason="system_prompt") from error
         try:
-            return tokenize_prompt(request.turns, template, self.model.tokenizer, end=_find_end(request))
+            return tokenize_prompt(request.turns, template, self.model.tokenizer, end=request.prompt_end)
         except jinja2.TemplateError as error:  # raised by the template itself, with its own message
             raise RecordError(f"the model's chat template rejects the messages: {error}", reason="turns") from error
         except TemplateError as error:
@@ -235,13 +235,6 @@ class PromptMaker(PromptText):
         count = self.parts.image_tokens.count(*opened.size)
         views = normalize_pixels(opened.pixels, self.parts.image_spec)
         return PromptImage(key, count, self.parts.llava, self.parts.tower, opened.size, views)
-
-
-def _find_end(request: GenerationRequest) -> PromptEnd:
-    """Return where the prompt of a request's turns ends."""
-    if request.continue_final_message:
-        return "continued"
-    return "open" if request.add_generation_prompt else "closed"
 
 
 def find_prompt_maker(prompts: Mapping[str | None, P], name: str | None) -> P:

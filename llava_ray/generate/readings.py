@@ -15,7 +15,7 @@ Features = Literal["language", "projector", "tower"]
 
 @dataclass(frozen=True)
 class PromptReading:
-    """What a request was read as, if it asks for no answer."""
+    """The result of a request that asks for no answer."""
 
     token_ids: tuple[int, ...] = ()
     token_texts: tuple[str, ...] = ()

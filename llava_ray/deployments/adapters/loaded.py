@@ -16,7 +16,8 @@ from llava_ray.deployments.adapters.places import PARAM, AdapterRef, find_folder
 from llava_ray.deployments.refusal import RefusalError, Refused, refuse
 from llava_ray.deployments.settings import ServeSettings
 from llava_ray.errors import LlavaRayError
-from llava_ray.generate.engine import Engine, LoadsAdapters
+from llava_ray.generate.engine import Engine
+from llava_ray.generate.engine_abilities import LoadsAdapters
 
 _log = logging.getLogger(__name__)
 

@@ -24,9 +24,10 @@ from llava_ray.deployments.http.schema import ChatRequest, CompletionRequest, Ge
 from llava_ray.deployments.http.session_keys import find_session, hash_session
 from llava_ray.deployments.messages import Task, chat_task, completion_task
 from llava_ray.deployments.metrics import IngressMetrics, render_metrics
+from llava_ray.deployments.model_source import ModelSource
 from llava_ray.deployments.refusal import RefusalError, Refused, refuse
 from llava_ray.deployments.replica import AnswerPiece
-from llava_ray.deployments.settings import ModelSource, ServeSettings
+from llava_ray.deployments.settings import ServeSettings
 
 SESSION_HEADER = "x-session-id"
 _LONG_BODY = 256 * 1024  # bytes; parsing fewer takes less than a millisecond

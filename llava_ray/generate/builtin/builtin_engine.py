@@ -173,7 +173,7 @@ class BuiltinEngine:
         self._loaded = None
 
     async def load_adapter(self, name: str, folder: str | Path) -> None:
-        """Load another adapter while requests are answered; see ``engine.LoadsAdapters``."""
+        """Load another adapter while requests are answered; see ``engine_abilities.LoadsAdapters``."""
         loaded = self._ready()
         if loaded.loader is None:
             raise ModelError("this engine loads adapters at its start only; give max_lora_rank in its settings.")
@@ -185,7 +185,7 @@ class BuiltinEngine:
         share_grammars(loaded.prompts)
 
     async def unload_adapter(self, name: str) -> None:
-        """Remove an adapter; see ``engine.LoadsAdapters``."""
+        """Remove an adapter; see ``engine_abilities.LoadsAdapters``."""
         loaded = self._ready()
         if any(stream.adapter == name for stream in self._streams.values()):
             raise ModelError(f"the adapter {name!r} is being used; remove it when its requests have ended.")

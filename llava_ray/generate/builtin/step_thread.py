@@ -14,7 +14,7 @@ from llava_ray.generate.engine import GenerationChunk
 
 
 class HasBatch(Protocol):
-    """What was loaded, with the batch whose steps are run."""
+    """A loaded model with the batch whose steps are run."""
 
     @property
     def batch(self) -> RunningBatch:

@@ -81,7 +81,7 @@ def _inner(node: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 class _Finite:
-    """Whether some finite value satisfies a schema, as far as references decide it: the least fixed point."""
+    """The references that some finite value satisfies, as far as references decide it: the least fixed point."""
 
     def __init__(self, root: Mapping[str, Any]) -> None:
         self.root = root

@@ -230,7 +230,7 @@ class VllmEngine:
         self._compiling.shutdown(wait=False)
 
     async def load_adapter(self, name: str, folder: str | Path) -> None:
-        """Load another adapter while requests are answered; see ``engine.LoadsAdapters``."""
+        """Load another adapter while requests are answered; see ``engine_abilities.LoadsAdapters``."""
         from vllm.lora.request import LoRARequest
         from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
         from vllm.plugins import load_general_plugins
@@ -262,7 +262,7 @@ class VllmEngine:
         share_grammars(loaded.prompts)
 
     async def unload_adapter(self, name: str) -> None:
-        """Remove an adapter; see ``engine.LoadsAdapters``."""
+        """Remove an adapter; see ``engine_abilities.LoadsAdapters``."""
         loaded = self._ready()
         if any(stream.adapter == name for stream in self._streams.values()):
             raise ModelError(f"the adapter {name!r} is being used; remove it when its requests have ended.")
