@@ -37,7 +37,7 @@ _Arrival = BundledItem | StreamEnd | Exception | None  # None is the end of a st
 
 
 class _Stream:
-    """The items that have arrived for one stream, by its call or in bundles; for a slow client it grows by text only."""
+    """The items that have arrived for one stream, by its call or in bundles; a slow client adds text only."""
 
     def __init__(self) -> None:
         self.arrived: asyncio.Queue[_Arrival] = asyncio.Queue()

@@ -27,7 +27,7 @@ def build_front(front: Front, *, with_api: bool = True, with_page: bool = False)
     app.add_middleware(
         BodyMiddleware, settings.max_body_bytes, settings.body_timeout_s, front.bytes_in_flight, on_refused
     )
-    app.add_middleware(AuthMiddleware, front.guard, on_refused)
+    app.add_middleware(AuthMiddleware, front.guard, on_refused, api_docs=settings.api_docs)
     if with_page:
         from llava_ray.deployments.chat_page.page import (
             mount_page,  # Gradio takes seconds to import, and not every service has the page

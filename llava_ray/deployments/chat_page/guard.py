@@ -18,7 +18,7 @@ from llava_ray.deployments.chat_page.sessions import SessionOwners, UnreadEvents
 from llava_ray.deployments.http.auth import ANYBODY, ApiKey
 from llava_ray.deployments.http.bodies import BodyReading, forward_body, replay_body
 from llava_ray.deployments.http.limits import AddressRates, holder_of
-from llava_ray.deployments.http.middleware import GUARDED, UNCOUNTED, route_path, send_refused
+from llava_ray.deployments.http.middleware import UNCOUNTED, guarded_paths, route_path, send_refused
 from llava_ray.deployments.http.routes import Front
 from llava_ray.deployments.refusal import RefusalError, Refused, refuse
 
@@ -95,6 +95,7 @@ class PageMiddleware:
         self.app = app
         self.front = front
         self.settings = front.settings
+        self.paths_of_api = guarded_paths(api_docs=front.settings.api_docs)
         self.find_user = find_user
         self.events = events
         self.unread = UnreadEvents(front.bytes_in_flight, drop_session)
@@ -103,7 +104,7 @@ class PageMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Forward a request of the page, or respond 4xx."""
-        if scope["type"] != "http" or route_path(scope).startswith(GUARDED) or route_path(scope) in UNCOUNTED:
+        if scope["type"] != "http" or route_path(scope).startswith(self.paths_of_api) or route_path(scope) in UNCOUNTED:
             await self.app(scope, receive, send)
             return
         try:

@@ -13,13 +13,19 @@ from llava_ray.deployments.http.limits import HeldAmounts, client_address, holde
 from llava_ray.deployments.refusal import Refused
 
 # Paths that need a key. The rest is health, or the page with its own login.
-GUARDED = ("/v1/", "/metrics", "/version", "/tokenize", "/detokenize", "/docs", "/redoc", "/openapi.json")
+GUARDED = ("/v1/", "/metrics", "/version", "/tokenize", "/detokenize")
+_DESCRIPTION = ("/docs", "/redoc", "/openapi.json")
 _COUNTED = ("/v1/", "/tokenize", "/detokenize")
 
 # Answered at any load: health checks decide whether this process is restarted.
 UNCOUNTED = ("/health", "/ready")
 
 _OnRefused = Callable[[Refused], None]
+
+
+def guarded_paths(*, api_docs: bool) -> tuple[str, ...]:
+    """Return the beginnings of all paths that need a key; without ``api_docs`` its paths do not exist."""
+    return GUARDED + _DESCRIPTION if api_docs else GUARDED
 
 
 def route_path(scope: Scope) -> str:
@@ -89,15 +95,16 @@ class OpenRequestsMiddleware:
 class AuthMiddleware:
     """Authenticates before the body is read; sets ``scope["api_key"]``."""
 
-    def __init__(self, app: ASGIApp, guard: Guard, on_refused: _OnRefused) -> None:
+    def __init__(self, app: ASGIApp, guard: Guard, on_refused: _OnRefused, *, api_docs: bool) -> None:
         """Initialise in front of ``app``."""
         self.app = app
+        self.paths = guarded_paths(api_docs=api_docs)
         self.guard = guard
         self.on_refused = on_refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Forward the request, or respond 401 or 429. CORS preflights are answered before they arrive here."""
-        if scope["type"] != "http" or not route_path(scope).startswith(GUARDED):
+        if scope["type"] != "http" or not route_path(scope).startswith(self.paths):
             await self.app(scope, receive, send)
             return
         found = self.check(

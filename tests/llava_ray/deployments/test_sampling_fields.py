@@ -10,7 +10,7 @@ import pytest
 from serving import asking
 from test_structured_output import Service, service
 
-from llava_ray.deployments.http.answering import _joined
+from llava_ray.deployments.http.answering import join_pieces
 from llava_ray.deployments.http.logprob_forms import format_prompt_logprobs
 from llava_ray.deployments.http.schema import ChatRequest, CompletionRequest, read_request
 from llava_ray.deployments.messages import chat_task, completion_task
@@ -176,7 +176,7 @@ def test_prompt_logprobs_in_vllms_form() -> None:
     }
     assert format_prompt_logprobs(()) == {}
     first, later = GenerationChunk("a", (1,), prompt_logprobs=rows), GenerationChunk("b", (2,))
-    assert _joined([(0, first), (0, later)])[0][1].prompt_logprobs == rows
+    assert join_pieces([(0, first), (0, later)])[0][1].prompt_logprobs == rows
 
 
 @pytest.fixture(scope="module")

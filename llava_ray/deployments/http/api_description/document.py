@@ -10,7 +10,7 @@ from pydantic.json_schema import models_json_schema
 from llava_ray.deployments.http.adapter_routes import LoadRequest, UnloadRequest
 from llava_ray.deployments.http.api_description.answers import SCHEMAS
 from llava_ray.deployments.http.api_description.examples import Examples, list_examples
-from llava_ray.deployments.http.middleware import GUARDED
+from llava_ray.deployments.http.middleware import guarded_paths
 from llava_ray.deployments.http.reading_fields import DetokenizeRequest, EmbeddingsRequest, TokenizeRequest
 from llava_ray.deployments.http.responses import find_system_fingerprint
 from llava_ray.deployments.http.responses_api.fields import ResponsesRequest
@@ -73,7 +73,7 @@ def describe_api(settings: ServeSettings, *, with_keys: bool) -> dict[str, Any]:
     paths: dict[str, Any] = {}
     for operation in OPERATIONS:
         described = _describe(operation, names, examples.get(operation.path, {}))
-        if with_keys and operation.path.startswith(GUARDED):
+        if with_keys and operation.path.startswith(guarded_paths(api_docs=True)):
             described["security"] = [{"key": []}]
         paths.setdefault(operation.path, {})[operation.method] = described
     components: dict[str, Any] = {
