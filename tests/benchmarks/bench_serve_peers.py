@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """The built-in engine beside vLLM's CPU build: the same model, prompts and images, at 1, 8 and 32 clients.
 
-Each engine runs in a process and an environment of its own, ours before and after vLLM; ``generate`` of transformers
+Each engine runs in a process and an environment of its own, ours and vLLM's in turns; ``generate`` of transformers
 answers the same questions one at a time. vLLM's environment is that of ``make test-vllm``; without it only ours runs.
 
     python tests/benchmarks/bench_serve_peers.py --output tests/benchmarks/results/serve_peers.json
@@ -61,7 +61,7 @@ def main() -> None:
         print(_RESULT + json.dumps(measured), flush=True)
         return
     has_vllm = options.vllm.exists()
-    order = ["generate", "builtin", *(["vllm", "builtin"] if has_vllm else [])]
+    order = ["generate", "builtin", *(["vllm", "builtin", "vllm"] if has_vllm else [])]
     runs = [(name, measure_elsewhere(name, model, options)) for name in order]
     keep_result(compare(runs, options.threads), options.output)
 
@@ -159,25 +159,30 @@ async def hear(engine: Engine, request: GenerationRequest) -> Heard:
 
 
 def compare(runs: list[tuple[str, dict[str, Any]]], threads: int) -> dict[str, Any]:
-    """Return all measurements, and ours (the mean of all runs) over the others."""
-    ours = [measured for name, measured in runs if name == "builtin"]
-    others = {name: measured for name, measured in runs if name != "builtin"}
-    rates = {str(count): statistics.mean(one[str(count)]["tokens_per_second"] for one in ours) for count in CLIENTS}
-    alone = others["generate"]["tokens_per_second"]
-    over = {f"over_generate_{count}": round(rate / alone, 2) for count, rate in rates.items()}
-    if "vllm" in others:
-        theirs = {str(count): others["vllm"][str(count)]["tokens_per_second"] for count in CLIENTS}
-        over |= {f"over_vllm_{count}": round(rate / theirs[count], 3) for count, rate in rates.items()}
+    """Return all measurements, and our rates (the means of all runs) over the others'."""
+    engines = {name: [measured for other, measured in runs if other == name] for name in ("builtin", "vllm")}
+    [alone] = [measured for name, measured in runs if name == "generate"]
+    ours = mean_rates(engines["builtin"])
+    over = {f"over_generate_{count}": round(rate / alone["tokens_per_second"], 2) for count, rate in ours.items()}
+    if engines["vllm"]:
+        theirs = mean_rates(engines["vllm"])
+        over |= {f"over_vllm_{count}": round(rate / theirs[count], 3) for count, rate in ours.items()}
     return {
-        "builtin": ours,
-        **others,
+        **engines,
+        "generate": alone,
         **over,
         "targets": TARGETS,
         "new_tokens": NEW_TOKENS,
+        "threads": threads,
         "processor": describe_processor(),
         "command": " ".join(sys.argv),
         "load": round(os.getloadavg()[0], 1),
     }
+
+
+def mean_rates(runs: list[dict[str, Any]]) -> dict[int, float]:
+    """Return the mean tokens a second of an engine's runs, by clients."""
+    return {count: statistics.mean(one[str(count)]["tokens_per_second"] for one in runs) for count in CLIENTS if runs}
 
 
 if __name__ == "__main__":
