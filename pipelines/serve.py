@@ -5,11 +5,13 @@ python pipelines/serve.py model=runs/quickstart/model page_examples=runs/quickst
 python pipelines/serve.py api model=a@MODEL,b@MODEL api_keys_file=keys.toml --name api --route_prefix /
 python pipelines/serve.py clusters/serve/laptop.yaml          # a config file of Ray Serve
 
-The first word may be app (API and page, the default), api or page. It serves until Ctrl-C.
+The first word may be app (API and page, the default), api or page. It serves until Ctrl-C or SIGTERM; answers that are
+being written then are cut.
 """
 
 import argparse
 import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from llava_ray.deployments.settings import ServeSettings, spell_key
 from llava_ray.errors import ConfigError
 from llava_ray.invocation import as_started, command
 from llava_ray.reading import short_repr
-from pipelines.command import run_command
+from pipelines.command import run_command, stop
 from pipelines.places import check_files, check_models
 
 WHEN_STOPPED = "Stopped."
@@ -85,17 +87,26 @@ def _check_settings(words: Sequence[str]) -> None:
 def run_serve(arguments: Sequence[str]) -> None:
     """Run Serve's own command in this process, until it ends. Raises ConfigError for what it refuses."""
     import click
+    from ray._private import worker
     from ray.serve.scripts import cli
 
     if not any(argument.startswith("--address=") for argument in arguments):
         # Serve would join whatever cluster it finds on this machine: another run's, or one that is ending.
         os.environ.setdefault("RAY_ADDRESS", "local")
+    worker._post_init_hooks.append(_handle_sigterm)  # Ray's start replaces the handler by one that ends the process
     try:
         cli.main(["run", *arguments], prog_name="serve", standalone_mode=False)
     except click.ClickException as error:
         raise ConfigError(f"serve run: {error.format_message()}") from error
     except click.Abort:  # its word for Ctrl-C while things are being started
         raise KeyboardInterrupt from None
+    finally:
+        worker._post_init_hooks.remove(_handle_sigterm)
+
+
+def _handle_sigterm() -> None:
+    """Handle SIGTERM as Serve does Ctrl-C: it ends its processes."""
+    signal.signal(signal.SIGTERM, stop)
 
 
 def _make_parser() -> argparse.ArgumentParser:

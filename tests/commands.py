@@ -1,8 +1,10 @@
 """Commands as people start them, each in a process group of its own."""
 
+import contextlib
 import fcntl
 import os
 import pty
+import random
 import signal
 import socket
 import subprocess
@@ -80,10 +82,12 @@ def imported(*modules: str) -> set[str]:
 
 
 def free_port() -> int:
-    """Return a port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port that nobody listens on, below those that the system gives away: Ray's processes take such ones."""
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            port = random.randrange(20_000, 32_000)
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def members(session: int) -> dict[int, str]:

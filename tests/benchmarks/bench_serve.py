@@ -233,7 +233,14 @@ def main() -> None:
     overhead = {clients: round(1 - medians["http"][clients] / rate, 3) for clients, rate in medians["bare"].items()}
     ways = ("RAY_SERVE_PROXY_USE_GRPC", "RAY_SERVE_ENABLE_DIRECT_INGRESS")
     variables = {name: os.environ[name] for name in ways if name in os.environ}
-    figures = {"processor": describe_processor(), "command": " ".join(sys.argv), **variables, **values, "turns": turns, "tokens_per_s": medians}
+    figures = {
+        "processor": describe_processor(),
+        "command": " ".join(sys.argv),
+        **variables,
+        **values,
+        "turns": turns,
+        "tokens_per_s": medians,
+    }
     keep_result({**figures, "overhead": overhead, "target_overhead_32": TARGET}, asked.output)
 
 

@@ -1,9 +1,17 @@
 """The serve command: what it hands to Serve's own, and what it refuses before Ray is imported."""
 
+import contextlib
 import os
+import signal
+import sys
+import time
 from pathlib import Path
 
+import openai
+import psutil
 import pytest
+from commands import free_port, running
+from serving import asking
 
 from llava_ray.errors import ConfigError
 from pipelines import serve
@@ -121,3 +129,34 @@ def test_serve_understands_what_it_is_given(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(scripts.run, "callback", interrupt)
     with pytest.raises(KeyboardInterrupt):
         serve.run_serve(given)
+
+
+SERVICE = """
+http_options: {{host: 127.0.0.1, port: {port}}}
+applications:
+  - import_path: llava_ray.deployments:api
+    args: {{model: "echo@echo?token_s=0.1", engine: "serving:make_engine", num_cpus: 0.1}}
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_service_and_its_processes(number: signal.Signals, folder: Path) -> None:
+    port, log = free_port(), folder / "log"
+    (folder / "service.yaml").write_text(SERVICE.format(port=port))
+    command = [sys.executable, "-m", "llava_ray", "serve", "service.yaml"]
+    with running(command, log, PYTHONPATH=str(Path(__file__).parents[1])) as process:
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        for _ in range(600):
+            with contextlib.suppress(openai.OpenAIError):
+                client.models.list()
+                break
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.2)
+        assert client.chat.completions.create(**asking("a b")).choices[0].finish_reason == "stop"
+        processes = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(number)
+        assert process.wait(60) == 0
+    assert "SIGTERM received" not in log.read_text()  # with which Ray begins a page of addresses
+    assert "Traceback" not in log.read_text()
+    assert psutil.wait_procs(processes, timeout=20)[1] == []
