@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from llava_ray.deployments.http.closed_model import ClosedModel
 from llava_ray.deployments.http.complaints import wrong_field
@@ -31,6 +31,9 @@ def _as_bias(name: Any, bias: Any) -> tuple[int, float]:
     return int(name), float(bias)
 
 
+_BIASES = WithJsonSchema(
+    {"type": "object", "additionalProperties": {"type": "number", "minimum": -MAX_BIAS, "maximum": MAX_BIAS}}
+)
 _Penalty = Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY, strict=True)]
 
 
@@ -41,7 +44,8 @@ class SamplingFields(ClosedModel):
     presence_penalty: _Penalty = 0.0
     frequency_penalty: _Penalty = 0.0
     repetition_penalty: float = Field(default=1.0, gt=0, strict=True)
-    logit_bias: Annotated[tuple[tuple[int, float], ...], BeforeValidator(as_biases)] = ()
+    logit_bias: Annotated[tuple[tuple[int, float], ...], BeforeValidator(as_biases), _BIASES] = ()
+    """Numbers by token id; an id is written as a text."""
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS, strict=True)
 
 

@@ -2,6 +2,7 @@
 
 import html
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -90,13 +91,13 @@ def _curl(path: str, body: Any, with_key: bool) -> str:
 
 def _render_schema(schema: Mapping[str, Any]) -> str:
     """Render an object's fields as a table, any other schema by its type."""
-    text = f"<p>{_escape(schema['description'])}</p>" if schema.get("description") else ""
+    text = f"<p>{_prose(schema['description'])}</p>" if schema.get("description") else ""
     if not schema.get("properties"):
         return f"{text}<p>{_type_of(schema)}</p>"
     required = schema.get("required", ())
     rows = "".join(
         f"<tr><td><code>{_escape(name)}</code>{' (required)' if name in required else ''}</td>"
-        f"<td>{_type_of(field)}</td><td>{_escape(field.get('description', ''))}</td></tr>"
+        f"<td>{_type_of(field)}</td><td>{_prose(field.get('description', ''))}</td></tr>"
         for name, field in schema["properties"].items()
     )
     return f"{text}<table><tr><th>Field</th><th>Type</th><th></th></tr>{rows}</table>"
@@ -121,6 +122,11 @@ def _type_of(schema: Mapping[str, Any]) -> str:
 
 def _code(text: str) -> str:
     return f"<pre>{_escape(text)}</pre>"
+
+
+def _prose(text: str) -> str:
+    """Escape a text with words of code between two backticks each."""
+    return re.sub(r"``(.+?)``", r"<code>\1</code>", _escape(text))
 
 
 def _escape(text: object) -> str:
