@@ -1,17 +1,22 @@
 """Adapters that come and go over HTTP, over the built-in engine itself, while requests are answered."""
 
 import asyncio
+import gc
 import json
+import random
 import shutil
+import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import torch
 from engines import by_transformers, make_parts, merged, with_ends, write_adapter
-from pictures import picture
+from pictures import noise, picture
 from safetensors.torch import load_file, save_file
 from serving import asking, data_uri
 
@@ -208,6 +213,62 @@ def test_fifty_adapters_while_streams_run(root: Path) -> None:
             assert columns <= 64
 
     asyncio.run(run())
+
+
+@pytest.mark.verify
+@pytest.mark.timeout(1800)
+def test_memory_stays_flat_while_adapters_come_and_go(root: Path) -> None:
+    """5,000 short requests: texts, images, schemas, cancelled ones; an adapter is loaded or dropped all the time."""
+    names = [f"churn/{number}" for number in range(12)]
+    for number, name in enumerate(names):
+        shutil.copytree(root / "adapters" / list(ALL)[number % 3], root / "adapters" / name, dirs_exist_ok=True)
+    schema = {"type": "object", "properties": {"x": {"enum": [1, 2]}}, "required": ["x"], "additionalProperties": False}
+    draw, process, counts = random.Random(3), psutil.Process(), Counter[str]()
+
+    async def one(client: Client, number: int) -> None:
+        image = (data_uri(noise(3 * (1000 + (20 + number % 60) ** 2))),) if number % 3 else ()
+        body = asking(
+            f"{number % 500} is it? " * draw.randint(1, 8), *image, max_tokens=draw.randint(1, 12), seed=number
+        )
+        if number % 5 == 0:
+            body["response_format"] = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        known = [name for name in await client.models() if name != "base"]
+        body["model"] = draw.choice(known) if known and number % 2 else "base"
+        asked = asyncio.create_task(client.post("/v1/chat/completions", body, USER))
+        if number % 11 == 0:
+            await asyncio.sleep(0.02)
+            asked.cancel()
+        try:
+            counts[str((await asked).status_code)] += 1
+        except asyncio.CancelledError:
+            counts["cancelled"] += 1
+
+    async def change(client: Client) -> None:
+        while True:
+            name = draw.choice(names)
+            is_known = name in await client.models()
+            done = await (client.unload(name) if is_known else client.load(name, root / "adapters" / name))
+            counts[f"adapters {done.status_code}"] += 1
+            await asyncio.sleep(0.05)
+
+    async def run() -> list[int]:
+        bounds = {"engine.kv_cache_tokens": 4096, "engine.image_cache_bytes": 2**20}  # else they fill for an hour
+        async with service(root, max_loaded_adapters=6, **bounds) as client:
+            changing, sizes = asyncio.create_task(change(client)), []
+            for first in range(0, 5000, 50):
+                await asyncio.gather(*(one(client, number) for number in range(first, first + 50)))
+                gc.collect()
+                sizes.append(process.memory_info().rss // 2**20)
+            changing.cancel()
+            return sizes
+
+    begun = time.monotonic()
+    sizes = asyncio.run(run())
+    print(f"{time.monotonic() - begun:.0f} s, {dict(counts)}, MiB {sizes[::10]}, then {sizes[-1]}")
+    assert set(counts) <= {"200", "404", "429", "cancelled", "adapters 200", "adapters 409", "adapters 429"}
+    assert counts["200"] > 4000
+    assert counts["adapters 200"] > 100
+    assert sizes[-1] - sizes[30] < 48
 
 
 def damaged(root: Path, name: str) -> Path:
