@@ -10,7 +10,7 @@ second part asks for a text to be continued that the prompt holds twice; it is t
 import argparse
 import asyncio
 import os
-import platform
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 import torch
 from bench_engine import hear, load_whole, make_request
-from outcome import keep_result
+from outcome import describe_processor, keep_result
 
 from llava_ray.chat.conversation import Turn
 from llava_ray.generate.builtin.builtin_engine import BuiltinEngine
@@ -57,8 +57,8 @@ def main() -> None:
             "repeated_without_guesses": {key: value for key, value in plain.items() if key != "ids"},
             "guesses_speedup": round(guessed["tokens_per_second"] / plain["tokens_per_second"], 2),
             "targets": TARGETS,
-            "machine": f"{platform.machine()}, {options.threads} threads, Python {platform.python_version()}, "
-            f"torch {torch.__version__}",
+            "processor": describe_processor(),
+            "command": " ".join(sys.argv),
         },
         options.output,
     )
