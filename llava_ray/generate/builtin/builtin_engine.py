@@ -190,7 +190,7 @@ class BuiltinEngine:
         if any(stream.adapter == name for stream in self._streams.values()):
             raise ModelError(f"the adapter {name!r} is being used; remove it when its requests have ended.")
         if loaded.prompts.pop(name, None) is not None:
-            await self._steps.call(functools.partial(loaded.batch.adapters.discard, name))
+            await self._steps.call(functools.partial(loaded.batch.discard_adapter, name))
 
     async def read_prompt(self, request: GenerationRequest) -> PromptReading:
         """Return the tokens of a request; see ``engine.ReadsPrompts``."""

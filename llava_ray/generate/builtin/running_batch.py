@@ -210,6 +210,11 @@ class RunningBatch:
         rows, logits = self.constrained.exchange(rows, logits, self.running)
         return results if logits is None or not rows else results + self._write(rows, logits)
 
+    def discard_adapter(self, name: str) -> None:
+        """Remove an adapter between two steps; no request of the next steps may have it."""
+        self.adapters.discard(name)
+        self.roots.renew(name)
+
     def stats(self, *, num_joining: int = 0) -> EngineStats:
         """Return the statistics of the batch."""
         return EngineStats(
