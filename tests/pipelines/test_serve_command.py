@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -140,8 +139,7 @@ applications:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_service_and_its_processes(number: signal.Signals, folder: Path) -> None:
+def test_sigterm_ends_the_service_and_its_processes(folder: Path) -> None:
     port, log = free_port(), folder / "log"
     (folder / "service.yaml").write_text(SERVICE.format(port=port))
     command = [sys.executable, "-m", "llava_ray", "serve", "service.yaml"]
@@ -155,7 +153,7 @@ def test_a_signal_ends_the_service_and_its_processes(number: signal.Signals, fol
             time.sleep(0.2)
         assert client.chat.completions.create(**asking("a b")).choices[0].finish_reason == "stop"
         processes = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(number)
+        process.terminate()
         assert process.wait(60) == 0
     assert "SIGTERM received" not in log.read_text()  # with which Ray begins a page of addresses
     assert "Traceback" not in log.read_text()
