@@ -16,12 +16,20 @@ from llava_ray.images.views import ImageDecoder, OpenedImage, open_views
 
 
 async def decode_images(
-    images: Sequence[bytes], spec: ImageSpec | None, decoder: ImageDecoder | None, executor: Executor
+    images: Sequence[bytes],
+    spec: ImageSpec | None,
+    decoder: ImageDecoder | None,
+    executor: Executor,
+    *,
+    only: Sequence[int] | None = None,
 ) -> list[OpenedImage]:
-    """Decode images one by one, here in a thread where there is no decoder. Raises ImageError."""
+    """Decode a request's images, or those at the indices ``only``; in a thread where there is no decoder.
+
+    One by one, so that no request occupies every decoder. Raises ImageError.
+    """
     loop, opened = asyncio.get_running_loop(), []
-    for number, data in enumerate(images, start=1):
-        name = f"image {number}"
+    for index in range(len(images)) if only is None else only:
+        name, data = f"image {index + 1}", images[index]
         if decoder is None:
             opening = functools.partial(open_views, data, name, max_pixels=MAX_IMAGE_PIXELS, spec=spec)
             opened.append(await loop.run_in_executor(executor, opening))

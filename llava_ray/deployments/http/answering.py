@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any
@@ -24,7 +25,7 @@ _EVENT_HEADERS = {
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # dumps makes an encoder for each event
 
 
-class AnswerResponse(Response):
+class AnswerResponse(Response, ABC):
     """A response that is generated while the client waits, and cancelled when it disconnects."""
 
     def __init__(self, pieces: AsyncGenerator[list[AnswerPiece], None], on_end: Callable[[int], None]) -> None:
@@ -51,9 +52,9 @@ class AnswerResponse(Response):
         self.status_code = response.status_code
         await response(scope, receive, send)
 
+    @abstractmethod
     async def read(self) -> Response:
         """Read the whole answer. Raises RefusalError."""
-        raise NotImplementedError
 
 
 class StreamedAnswer(AnswerResponse):
@@ -100,21 +101,21 @@ class EventResponse(AnswerResponse):
             return
         await _send_text(send, self.end(), more=False)
 
+    @abstractmethod
     def begin(self) -> str:
         """Return the events before the first piece."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tell(self, pieces: list[AnswerPiece]) -> str:
         """Return the events of pieces, joining those of one choice."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fail(self, refused: Refused) -> str:
         """Return the last event of an answer that failed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def end(self) -> str:
         """Return the events after the last piece."""
-        raise NotImplementedError
 
 
 class EventStream(EventResponse, StreamedAnswer):

@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llava_ray.config.sections import MAX_IMAGE_PIXELS
 from llava_ray.errors import BusyError, ModelError
 from llava_ray.generate.adapter_loading import AdapterLoader
 from llava_ray.generate.builtin.cores import use_one_core
@@ -249,17 +248,14 @@ class BuiltinEngine:
         return prompt
 
     async def _make_prompt(self, prompts: PromptMaker, request: GenerationRequest) -> Prompt:
-        """Build a prompt; its images are decoded one by one, so that no request occupies every decoder."""
+        """Build a prompt; only images that are not cached are decoded."""
         prepare = functools.partial(self._loop.run_in_executor, self._preparing)
         if self.decoder is None or not request.images:
             return await prepare(prompts.make, request)
         begun = await prepare(prompts.begin, request)
-        opened = [
-            await self.decoder.open_views(
-                request.images[index], f"image {index + 1}", max_pixels=MAX_IMAGE_PIXELS, spec=prompts.view_spec
-            )
-            for index in begun.unknown
-        ]
+        opened = await decode_images(
+            request.images, prompts.view_spec, self.decoder, self._preparing, only=begun.unknown
+        )
         return await prepare(prompts.finish, request, begun, opened)
 
     async def _with_scores(self, chunk: GenerationChunk, scores: PromptScores, parts: LlavaParts) -> GenerationChunk:

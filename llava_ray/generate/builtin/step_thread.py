@@ -8,9 +8,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from llava_ray.errors import LlavaRayError, ModelError
+from llava_ray.errors import ModelError
 from llava_ray.generate.builtin.running_batch import RunningBatch, RunningRequest, StepResults
-from llava_ray.generate.engine import GenerationChunk
 
 
 class HasBatch(Protocol):
@@ -160,8 +159,7 @@ class StepThread:
 def _deliver(results: StepResults) -> None:
     """Give each request its chunk or error."""
     for running, result in results:
-        item: GenerationChunk | LlavaRayError = result
-        running.queue.put_nowait(item)
+        running.queue.put_nowait(result)
 
 
 def _settle(done: "asyncio.Future[Any]", result: Any, failure: BaseException | None = None) -> None:

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llava_ray.config.sections import MAX_IMAGE_PIXELS
 from llava_ray.errors import ModelError, RecordError
 from llava_ray.generate.engine import (
     EngineStats,
@@ -293,10 +292,7 @@ class VllmEngine:
         if self.decoder is None or not request.images:
             return await prepare(prompts.make, request)
         short = await prepare(prompts.read, request)
-        opened = [
-            await self.decoder.open_views(data, f"image {number}", max_pixels=MAX_IMAGE_PIXELS, spec=prompts.view_spec)
-            for number, data in enumerate(request.images, start=1)
-        ]
+        opened = await decode_images(request.images, prompts.view_spec, self.decoder, self._preparing)
         return await prepare(prompts.finish, request, short, opened)
 
     def _ready(self) -> _RunningEngine:
