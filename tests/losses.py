@@ -5,12 +5,12 @@ from typing import Any
 from torch import Tensor
 
 from llava_ray.objectives.objective import ObjectiveOutput, PackedRow, mean_by_sample
-from llava_ray.objectives.table import OBJECTIVES
+from llava_ray.objectives.table import build_objective
 
 
 def cross_entropy_of(llava: Any, *row: Any, **named: Any) -> ObjectiveOutput:
     """Takes the fields of a PackedRow."""
-    return OBJECTIVES["cross_entropy"].compute(llava, PackedRow(*row, **named))
+    return build_objective("cross_entropy").compute(llava, PackedRow(*row, **named))
 
 
 def token_losses(llava: Any, *row: Any, **named: Any) -> Tensor:

@@ -15,6 +15,7 @@ from pydantic import (
 
 from llava_ray.config.geometry import GeometrySettings
 from llava_ray.config.lora import LoraConfig
+from llava_ray.config.preference import PairObjectiveName, WithPreferences
 from llava_ray.config.schema import ConfigSection
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -90,6 +91,9 @@ class DataConfig(ConfigSection):
     """LLaVA JSON or JSONL, Parquet, WebDataset tars, or a prepared folder; local or any fsspec URL."""
     image_folder: str | None = None
     """Folder of relative image paths; default: the folder of the data."""
+    kind: Literal["auto", "instruction", "preferences"] = "auto"
+    """What the records are: conversations to learn, or preferences (a question with a chosen and a rejected answer).
+    "auto" follows train.objective."""
     cache_dir: str = "runs/cache"
     """Folder of prepared shards and token lengths, keyed by content: written once, shared by all runs."""
     image_aspect_ratio: Literal["square", "pad", "anyres"] = "square"
@@ -127,10 +131,18 @@ class DataConfig(ConfigSection):
     lazy_preprocess: bool | None = None
     """LLaVA's flag; not needed: nothing is preprocessed ahead."""
 
+    @property
+    def kind_of_records(self) -> Literal["instruction", "preferences"]:
+        """Return what the records are; "auto" has been decided where a run's objective is known."""
+        return "instruction" if self.kind == "auto" else self.kind
+
 
 class TrainConfig(ConfigSection):
     """Optimisation of the parameters."""
 
+    objective: Literal["cross_entropy"] | PairObjectiveName = "cross_entropy"
+    """The loss: "cross_entropy" of the answers, or from pairs of answers (docs/preferences.md) "dpo", "ipo", "hinge",
+    "robust", "dpo_norm" (averages over tokens), "simpo", "orpo"."""
     num_train_epochs: PositiveInt = 1
     """Passes over the data."""
     max_steps: PositiveInt | None = None
@@ -238,6 +250,8 @@ class HeldOutConfig(ConfigSection):
 
     path: str | None = None
     """Held-out samples, in any form that data.data_path accepts; None evaluates nothing."""
+    kind: Literal["auto", "instruction", "preferences"] = "auto"
+    """What they are (see data.kind); "auto": as data.kind. A run over pairs may be evaluated on conversations."""
     images: str | None = None
     """Folder of their relative image paths; default: data.image_folder."""
     num_samples: PositiveInt = 512
@@ -330,7 +344,7 @@ class ClusterConfig(ConfigSection):
         return self
 
 
-class FinetuneConfig(ConfigSection):
+class FinetuneConfig(WithPreferences):
     """All settings of a fine-tuning run."""
 
     model: ModelConfig

@@ -22,6 +22,7 @@ from llava_ray.data.chunks import RecordChunk, fingerprint_data, make_chunks
 from llava_ray.data.record_keys import describe_ignored
 from llava_ray.data.records import RawRecord, Record, find_files
 from llava_ray.data.shards import (
+    PREFERENCES,
     REJECTED,
     SHARDS_VERSION,
     PreparedData,
@@ -61,6 +62,8 @@ class Rules:
     max_pixels: int
     samples_per_shard: int
     shard_bytes: int
+    pairs: bool = False
+    """Whether the records are preferences."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,11 @@ def prepare_data(config: DataConfig, *, show_progress: bool = True) -> PreparedD
                 f"data.max_samples = {config.max_samples} cuts raw records, but {prepared.path} is prepared already, "
                 f"with {prepared.num_samples}; point data.data_path at the raw records, or leave max_samples out"
             )
+        if prepared.kind != config.kind_of_records:
+            raise ConfigError(
+                f"{prepared.path} holds {prepared.kind} records, but {config.kind_of_records} records are wanted "
+                "(data.kind, which follows train.objective); point data.data_path at others"
+            )
     else:
         prepared = _prepare_raw(config, show_progress)
     _check_lost_share(prepared.path, prepared.num_samples, prepared.rejected_reasons, config.max_rejected)
@@ -125,13 +133,18 @@ def _prepare_raw(config: DataConfig, show_progress: bool) -> PreparedData:
         "image_folder": relative_path(absolute_path(config.cache_dir), image_folder),
         **config.model_dump(include={"max_image_pixels", "max_samples", "samples_per_shard", "shard_size_mb"}),
     }
+    pairs = config.kind_of_records == PREFERENCES
+    if pairs:  # absent for instructions: folders prepared before there were preferences keep their names
+        settings["kind"] = PREFERENCES
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     folder = f"{absolute_path(config.cache_dir)}/prepared-{key}"
     if finished := _open_finished(folder):
         if show_progress:
             tqdm.write(f"Prepared data reused: {finished.num_samples:,} samples in {folder}")
         return finished
-    rules = Rules(folder, image_folder, config.max_image_pixels, config.samples_per_shard, config.shard_size_mb * 10**6)
+    rules = Rules(
+        folder, image_folder, config.max_image_pixels, config.samples_per_shard, config.shard_size_mb * 10**6, pairs
+    )
     chunks = make_chunks(kind, files, config.samples_per_shard, config.max_samples, mixed=config.shuffle_window > 0)
     results = _write_chunks(chunks, rules, show_progress)
     rejected = sorted((row for result in results for row in result.rejected), key=_place)
@@ -243,7 +256,7 @@ def _read_note(path: str, folder: str) -> ChunkResult | None:
 def _check_and_write(chunk: RecordChunk, prefix: str, rules: Rules) -> ChunkResult:
     writer = ShardWriter(rules.folder, prefix, max_rows=rules.samples_per_shard, max_bytes=rules.shard_bytes)
     rejected, ignored = [], Counter[str]()
-    for raw, pending in _fetch_ahead(chunk.read(), rules.image_folder):
+    for raw, pending in _fetch_ahead(chunk.read(), rules):
         try:
             sample = check_images(*pending.result(), max_pixels=rules.max_pixels)
             writer.append(sample)
@@ -256,17 +269,17 @@ def _check_and_write(chunk: RecordChunk, prefix: str, rules: Rules) -> ChunkResu
 _Fetched = Future[tuple[Record, tuple[bytes, ...]]]
 
 
-def _fetch_ahead(records: Iterator[RawRecord], image_folder: str) -> Iterator[tuple[RawRecord, _Fetched]]:
+def _fetch_ahead(records: Iterator[RawRecord], rules: Rules) -> Iterator[tuple[RawRecord, _Fetched]]:
     """Yield records in order while the images of the next ones are being fetched."""
     waiting: deque[tuple[RawRecord, _Fetched]] = deque()
     with ThreadPoolExecutor(_NUM_FETCHING) as pool:
         for raw in records:
-            waiting.append((raw, pool.submit(_fetch, raw, image_folder)))
+            waiting.append((raw, pool.submit(_fetch, raw, rules)))
             if len(waiting) == _NUM_AHEAD:
                 yield waiting.popleft()
         yield from waiting
 
 
-def _fetch(raw: RawRecord, image_folder: str) -> tuple[Record, tuple[bytes, ...]]:
-    record = read_record(raw, image_folder)
-    return record, fetch_images(record, image_folder)
+def _fetch(raw: RawRecord, rules: Rules) -> tuple[Record, tuple[bytes, ...]]:
+    record = read_record(raw, rules.image_folder, pairs=rules.pairs)
+    return record, fetch_images(record, rules.image_folder)

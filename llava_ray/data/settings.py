@@ -37,6 +37,8 @@ class StreamSettings:
     """Compute threads of a tower that fills the feature cache before training."""
     cost: SampleCost = field(default_factory=SampleCost)
     """The time that a sample takes, by which rows are dealt to ranks."""
+    reference: str | None = None
+    """Folder of the reference's log-probabilities of each preference (see ``reference``)."""
     features: str | None = None
     """Entry of the feature cache to read instead of images (see ``feature_cache``)."""
 

@@ -4,6 +4,7 @@ Several of Ray's own processes import this module to pass it on, so it imports n
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -19,6 +20,7 @@ from llava_ray.data.packing import (
     replace_cells,
     unpack_block,
 )
+from llava_ray.data.record_examples import encode_row
 from llava_ray.data.settings import StreamSettings
 from llava_ray.data.shards import read_shard_rows
 from llava_ray.data.token_lengths import TokenLengths
@@ -26,7 +28,7 @@ from llava_ray.errors import DataError
 from llava_ray.images.geometry import crop_views
 from llava_ray.images.reading import open_image
 
-_RECORD_COLUMNS = ["id", "turns", "images", "widths", "heights"]
+_RECORD_COLUMNS = ["id", "turns", "rejected", "images", "widths", "heights"]
 
 
 def read_blocks(
@@ -34,7 +36,9 @@ def read_blocks(
 ) -> Iterator[pa.Table]:
     """Yield the micro-batches of windows (see ``descriptors.StepWindow``), a block at a time."""
     for window in windows.to_pylist():
-        descriptors = describe_window(window, lengths, settings.row_length, world_size, settings.cost)
+        descriptors = describe_window(
+            window, lengths, settings.row_length, world_size, settings.cost, settings.reference
+        )
         yield from map(pack_block, read_micro_batches(descriptors, settings))
 
 
@@ -52,7 +56,7 @@ class BlockImageDecoder:
 
 def read_micro_batches(descriptors: pa.Table, settings: StreamSettings) -> Iterator[pa.Table]:
     """Read the records of one window and yield its micro-batches, packed, images still encoded."""
-    encode = load_encoder(settings.encoder).encode
+    encode = partial(encode_row, load_encoder(settings.encoder))
     records = fetch_records(descriptors, settings)
     for start in range(0, descriptors.num_rows, ROWS_PER_BLOCK):
         rows = descriptors.slice(start, ROWS_PER_BLOCK).to_pylist()

@@ -25,6 +25,7 @@ SCHEMA = pa.schema(
         "id": pa.string(),
         "num_tokens": pa.int32(),
         "num_supervised": pa.int32(),
+        "num_chosen": pa.int32(),  # of them, in a preference's chosen answer; 0 for a conversation
         "num_images": pa.int32(),
         "truncated": pa.bool_(),
     }

@@ -16,18 +16,24 @@ LOGITS_CHUNK = 512  # supervised tokens whose logits are in fp32 at one time
 class CrossEntropy:
     """The mean negative log-likelihood of the supervised tokens."""
 
+    num_kinds = 1
     metric_names: Sequence[str] = ()
 
     def compute(self, model: LogitsModel, row: PackedRow) -> ObjectiveOutput:
         """Return the fp32 cross-entropy of each supervised token, in order. Raises ModelError as ``Llava`` does."""
-        predicting, targets = row.find_supervised()
-        found = model(row.input_ids, row.position_ids, predicting, **row.model_inputs, targets=targets)
-        losses = found if found.ndim == 1 else compute_token_losses(found, targets)
+        predicting, losses = compute_row_losses(model, row)
         return ObjectiveOutput(losses, predicting)
 
-    def num_step_terms(self, totals: StepTotals) -> int:
+    def num_step_terms(self, totals: StepTotals) -> Sequence[int]:
         """Return the number of supervised tokens of the whole step."""
-        return totals.num_supervised
+        return (totals.num_supervised,)
+
+
+def compute_row_losses(model: LogitsModel, row: PackedRow) -> tuple[Int[Tensor, " s"], Float[Tensor, " s"]]:
+    """Return the position that predicts each supervised token of a row, and the token's cross-entropy in fp32."""
+    predicting, targets = row.find_supervised()
+    found = model(row.input_ids, row.position_ids, predicting, **row.model_inputs, targets=targets)
+    return predicting, found if found.ndim == 1 else compute_token_losses(found, targets)
 
 
 def compute_token_losses(logits: Float[Tensor, "s vocab"], targets: Int[Tensor, " s"]) -> Float[Tensor, " s"]:

@@ -16,9 +16,10 @@ from llava_ray.runtime import Resources
 from llava_ray.sweep.sampling import TrialSettings
 from llava_ray.sweep.searching import check_optuna
 from llava_ray.tracking import check_store
+from llava_ray.train.identity import identify_run
 from llava_ray.train.planning.automatic import Workers, decide_settings
 from llava_ray.train.runs import absolute_paths
-from llava_ray.train.trainer import held_out_samples, make_plan, stream_settings
+from llava_ray.train.trainer import held_out_samples, make_plan, plan_stream, 
 
 # Settings of which the frozen tower's features depend.
 _FEATURE_KEYS = ("model.vision_tower", *FEATURE_KEYS, "train.bf16")
@@ -77,13 +78,14 @@ def check_sweep(config: SweepConfig, space: Space) -> None:
 
 
 def share(config: FinetuneConfig, space: Space, resources: Resources) -> int:
-    """Prepare data, lengths and features for all trials; return the steps of a whole run."""
+    """Prepare data, lengths, features and the reference for all trials; return the steps of a whole run."""
     prepared = prepare_data(config.data)
     for settings in _feature_variants(space):
         variant, _ = decide_settings(config.replaced(settings), Workers.of(resources))
         blueprint = read_blueprint(variant.model, variant.data.image_aspect_ratio)
-        held_out_samples(variant, blueprint, resources)
-        stream_settings(variant, prepared, blueprint, resources)
+        identity = identify_run(variant, prepared.data_hash)
+        held_out_samples(variant, blueprint, identity, resources)
+        plan_stream(variant, prepared, blueprint, identity, resources)
     _, plan = make_plan(config, prepared, read_blueprint(config.model, config.data.image_aspect_ratio))
     return plan.num_steps
 

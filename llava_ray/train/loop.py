@@ -12,7 +12,7 @@ from ray.train.torch import get_device
 
 from llava_ray.data.batches import MicroBatch, describe_row, iterate_steps
 from llava_ray.model.assembly import LlavaParts
-from llava_ray.objectives.table import OBJECTIVES
+from llava_ray.objectives.table import build_objective
 from llava_ray.train.allocation import keep_freed_memory
 from llava_ray.train.checkpoints import Checkpointer
 from llava_ray.train.engine import build_engine, load_parts
@@ -25,6 +25,7 @@ from llava_ray.train.objective import RowsAhead, StepLoss
 from llava_ray.train.out_of_memory import naming_memory
 from llava_ray.train.profiling import StepProfiler
 from llava_ray.train.randomness import seed_all
+from llava_ray.train.reference import check_reference
 from llava_ray.train.settings import LoopSettings
 from llava_ray.train.speed import Meter
 
@@ -57,13 +58,14 @@ class _Loop:
         # By every rank before the first step: a late call would drop what others have recorded of it.
         ray.get(self.journal.rewind.remote(self.rank, self.first_step, self.world_size))
         heart.enter("first batch")
-        self.objective = OBJECTIVES[settings.objective]
+        self.objective = build_objective(config.train.objective, config.preference)
         self.examiner = HeldOutEvaluator(settings.held_out, self.parts, self.objective, self.rank, self.world_size)
         self.meter = Meter(self.parts, self.device, self.world_size)
         self.guard = StepGuard(self.engine, self.parts, settings, self.device)
         self.profiler = StepProfiler(settings.profile, settings.run_folder, self.rank, self.journal.say.remote)
         self.rows = RowsAhead(self.parts, settings.stream, self.device, self.meter.phase)
         self.window = LossWindow(config.train, self.device)
+        self.dtype = torch.bfloat16 if config.train.uses_bf16 else torch.float32
         self.told: ray.ObjectRef | None = None
 
     def run(self, blocks: Iterator[pa.Table]) -> bool:
@@ -90,9 +92,11 @@ class _Loop:
     def _compute(self, step: int, batches: list[MicroBatch]) -> tuple[StepLoss, StepEnd]:
         """Compute a step's rows and let the optimiser step; collective."""
         step_loss = StepLoss(self.objective, self.device)
-        for batch, build in self.rows.of(batches):
+        for number, (batch, build) in enumerate(self.rows.of(batches)):
             self.heart.mark(self.heart.phase, f"step {step}, {describe_row(batch)}")
             row = build()
+            if step == 0 and number == 0 and getattr(self.objective, "needs_reference", False):
+                check_reference(self.engine, batch, row, self.dtype)
             with self.meter.phase("forward"):
                 output = self.objective.compute(self.engine, row)
             self.guard.keep(batch, output)

@@ -31,29 +31,34 @@ class CopiedRow:
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield what was copied."""
-        row = self.row
-        borders = None if row.borders is None else row.borders.ends
-        for tensor in (row.input_ids, row.position_ids, row.labels, row.features, row.image_positions, self.pixels):
-            if tensor is not None:
-                yield tensor
-        yield from row.predicted or ()
-        if borders is not None:
-            yield borders
+        row, pairs = self.row, self.row.pairs
+        copied = [row.input_ids, row.position_ids, row.labels, row.features, row.image_positions, self.pixels]
+        copied += [*(row.predicted or ()), None if row.borders is None else row.borders.ends]
+        copied += [] if pairs is None else [pairs.owners, pairs.num_tokens, pairs.positions, pairs.reference]
+        yield from (tensor for tensor in copied if tensor is not None)
 
 
 def copy_row(batch: MicroBatch, stream: StreamSettings, device: torch.device) -> CopiedRow:
     """Copy a micro-batch to the device; a GPU's host does not wait for it."""
     pixels = batch.pixels
-    row = PackedRow.on_device(
+    multiple = _REPEATED_LENGTH if stream.bf16 and device.type == "cpu" else 1
+    row = move_row(batch, device, batch.features, multiple=multiple)
+    return CopiedRow(row, None if pixels is None else to_device(pixels, device))
+
+
+def move_row(batch: MicroBatch, device: torch.device, features: Tensor | None, *, multiple: int = 1) -> PackedRow:
+    """Return a micro-batch's row on the device, with the features of its images."""
+    return PackedRow.on_device(
         batch.input_ids,
         batch.position_ids,
         batch.labels,
         device,
-        multiple=_REPEATED_LENGTH if stream.bf16 and device.type == "cpu" else 1,
-        features=None if batch.features is None else to_device(batch.features, device),
+        multiple=multiple,
+        branches=[None if pair is None else (pair.shared, pair.shared + pair.chosen) for pair in batch.pairs],
+        reference=batch.reference,
+        features=None if features is None else to_device(features, device),
         image_sizes=batch.image_sizes,
     )
-    return CopiedRow(row, None if pixels is None else to_device(pixels, device))
 
 
 def finish_row(copied: CopiedRow, parts: LlavaParts, stream: StreamSettings) -> PackedRow:
@@ -139,11 +144,15 @@ class StepLoss:
 
     def add(self, output: ObjectiveOutput, batch: MicroBatch) -> Tensor:
         """Add a micro-batch's share and return its part of the step's loss, to be differentiated."""
-        num_terms = self.objective.num_step_terms(batch)
-        micro_loss = output.loss_sum / num_terms
+        num_terms = [max(1, number) for number in self.objective.num_step_terms(batch)]
+        if output.kinds is None:
+            micro_loss = output.loss_sum / num_terms[0]
+        else:
+            sums = output.sums(len(num_terms))
+            micro_loss = (sums / torch.tensor(num_terms, device=sums.device)).sum()
         self.loss += micro_loss.detach()
         for index, name in enumerate(self.objective.metric_names):
-            self.metrics[index] += output.metrics[name].detach() / num_terms
+            self.metrics[index] += output.metrics[name].detach() / num_terms[0]
         return micro_loss
 
     def reduce(self) -> None:

@@ -43,5 +43,3 @@ class LoopSettings:
     held_out: HeldOut | None = None
     profile: tuple[int, int] | None = None
     """The first and the last step to profile."""
-    objective: str = "cross_entropy"
-    """A key of ``OBJECTIVES``."""

@@ -14,18 +14,19 @@ from llava_ray.data.lengths import measure_lengths
 from llava_ray.data.plan import Plan
 from llava_ray.data.preparation import prepare_data
 from llava_ray.data.settings import StreamSettings
-from llava_ray.data.shards import PreparedData, is_prepared
+from llava_ray.data.shards import PREFERENCES, PreparedData, is_prepared
 from llava_ray.data.token_lengths import TokenLengths
 from llava_ray.errors import ConfigError
 from llava_ray.model.blueprint import Blueprint, read_blueprint
 from llava_ray.runtime import Resources
 from llava_ray.tracking import default_tracking_uri
 from llava_ray.train.finished_run import FinishedRun, note_finished, reuse_finished
-from llava_ray.train.identity import identify_run, identity_hash
+from llava_ray.train.identity import Identity, identify_run, identity_hash
 from llava_ray.train.planning.automatic import Workers, decide_settings
 from llava_ray.train.planning.costs import estimate_cost
 from llava_ray.train.progress import closing_run, progress_bar
 from llava_ray.train.ray_trainer import build_trainer
+from llava_ray.train.reference import cache_reference
 from llava_ray.train.run_recorder import start_recorder
 from llava_ray.train.runs import (
     absolute_paths,
@@ -85,12 +86,11 @@ def train_until(
         print(*decided, sep="\n", flush=True)  # noqa: T201 - for the person who started the run
     config = config.replaced(absolute_paths(config) | {"run.name": run.name})
     blueprint = read_blueprint(config.model, config.data.image_aspect_ratio)
-    lengths, plan = make_plan(config, prepared, blueprint)
+    lengths, plan, stream = plan_stream(config, prepared, blueprint, identity, resources)
     until = min(until or plan.num_steps, plan.num_steps)
     if profile is not None and profile[1] >= until:
         raise ConfigError(f"--profile names the step {profile[1]}, the last of this run is {until - 1}; name others")
-    stream = stream_settings(config, prepared, blueprint, resources)
-    held_out = held_out_samples(config, blueprint, resources)
+    held_out = held_out_samples(config, blueprint, identity, resources)
     tracking_uri = config.tracking.tracking_uri or default_tracking_uri(config.run.storage_path)
     claim_run(run, config, identity)
     repair_run(run)
@@ -119,6 +119,15 @@ def train_until(
         ray.get(journal.flush.remote())
         return None
     return note_finished(config, run, plan, prepared, journal, tracking_uri)
+
+
+def plan_stream(
+    config: FinetuneConfig, prepared: PreparedData, blueprint: Blueprint, identity: Identity, resources: Resources
+) -> tuple[TokenLengths, Plan, StreamSettings]:
+    """Build the plan of every step and the settings of the stream, with all that is computed before the run."""
+    lengths, plan = make_plan(config, prepared, blueprint)
+    stream = stream_settings(config, prepared, blueprint, resources)
+    return lengths, plan, replace(stream, reference=cache_reference(config, stream, lengths, identity, resources))
 
 
 def make_plan(config: FinetuneConfig, prepared: PreparedData, blueprint: Blueprint) -> tuple[TokenLengths, Plan]:
@@ -166,7 +175,9 @@ def stream_settings(
     return replace(settings, features=cache_features(prepared, blueprint, settings))
 
 
-def held_out_samples(config: FinetuneConfig, blueprint: Blueprint, resources: Resources) -> HeldOut | None:
+def held_out_samples(
+    config: FinetuneConfig, blueprint: Blueprint, identity: Identity, resources: Resources
+) -> HeldOut | None:
     """Prepare the held-out samples of a run, or return None."""
     settings_held_out = config.held_out
     if settings_held_out.path is None:
@@ -175,9 +186,13 @@ def held_out_samples(config: FinetuneConfig, blueprint: Blueprint, resources: Re
     most = None if is_prepared(settings_held_out.path) else settings_held_out.num_samples
     changes = {"data_path": settings_held_out.path, "image_folder": folder, "max_samples": most}
     config = config.replaced({f"data.{key}": value for key, value in changes.items()} | {"data.shuffle_window": 0})
-    prepared = prepare_data(config.data, show_progress=False)
+    kind = config.data.kind if settings_held_out.kind == "auto" else settings_held_out.kind
+    data = config.data.replaced({"kind": kind})
+    prepared = prepare_data(data, show_progress=False)
     settings = stream_settings(config, prepared, blueprint, resources)
     lengths = measure_lengths(prepared, settings.encoder, config.data.max_rejected)
+    if data.kind_of_records == PREFERENCES:
+        settings = replace(settings, reference=cache_reference(config, settings, lengths, identity, resources))
     plan = Plan(
         lengths.column("num_tokens"),
         lengths.column("shard"),

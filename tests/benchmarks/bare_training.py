@@ -27,7 +27,7 @@ from llava_ray.images.processing import normalize_pixels
 from llava_ray.model.assembly import LlavaParts
 from llava_ray.model.freezing import freeze
 from llava_ray.objectives.objective import find_supervised
-from llava_ray.objectives.table import OBJECTIVES
+from llava_ray.objectives.table import build_objective
 from llava_ray.runtime import Resources
 from llava_ray.train.allocation import keep_freed_memory
 from llava_ray.train.engine import assemble_for
@@ -92,7 +92,7 @@ def packed(parts: LlavaParts, settings: StreamSettings, features: dict[int, Tens
         for batch in batches:
             if features is not None and id(batch) in features:
                 batch = _with(batch, pixels=None, features=features[id(batch)])
-            output = OBJECTIVES["cross_entropy"].compute(parts.llava, build_row(batch, parts, settings, CPU))
+            output = build_objective("cross_entropy").compute(parts.llava, build_row(batch, parts, settings, CPU))
             loss = output.loss_sum / batch.num_supervised
             loss.backward()
             total += float(loss.detach())
