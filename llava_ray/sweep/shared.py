@@ -19,7 +19,7 @@ from llava_ray.tracking import check_store
 from llava_ray.train.identity import identify_run
 from llava_ray.train.planning.automatic import Workers, decide_settings
 from llava_ray.train.runs import absolute_paths
-from llava_ray.train.trainer import held_out_samples, make_plan, plan_stream, 
+from llava_ray.train.trainer import held_out_samples, make_plan, plan_stream
 
 # Settings of which the frozen tower's features depend.
 _FEATURE_KEYS = ("model.vision_tower", *FEATURE_KEYS, "train.bf16")
