@@ -8,6 +8,7 @@ import json
 import sys
 from collections import defaultdict
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -178,8 +179,8 @@ def main(path: str) -> None:
         found[name] = rows
     assert all(len(set(map(len, rows))) == 1 for rows in found.values())
     assert all(one != other for one, other in pairwise(map(str, found.values())))
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump({"trl": trl.__version__, "torch": torch.__version__, "losses": found}, file)
+    text = json.dumps({"trl": trl.__version__, "torch": torch.__version__, "losses": found})
+    Path(path).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

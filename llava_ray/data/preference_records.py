@@ -128,6 +128,11 @@ def _read_sides(values: Mapping[str, Any]) -> tuple[list[Any], list[list[Any]]]:
     num_shared = min(len(shared), *(len(side) - 1 for side in sides))
     while num_shared and _is_answer(sides[0][num_shared - 1]):
         num_shared -= 1
+    if not num_shared and _written(sides[0][0]) == _written(sides[1][0]):
+        raise RecordError(
+            "chosen and rejected show different images with the same question; expected the same images on both sides",
+            reason="image_mismatch",
+        )
     if not num_shared:
         raise RecordError(
             "`chosen` and `rejected` without a `prompt`, and they do not begin with the same question; add the prompt",
