@@ -36,7 +36,7 @@ def sides_of(example: Example) -> tuple[tuple[list[int], list[int]], tuple[list[
     return (ids[:end], labels[:end]), (ids[:shared] + ids[end:], labels[:shared] + labels[end:])
 
 
-@pytest.mark.parametrize("template", ["v1", "llama_3", "v0"])
+@pytest.mark.parametrize("template", ["v1", "llama_2", "v0"])
 @pytest.mark.parametrize("earlier", [[], EARLIER])
 def test_both_sides_are_the_conversations_that_they_would_be_alone(tokenizer, template, earlier) -> None:
     encoder = make(tokenizer, template=template)
