@@ -78,9 +78,7 @@ class AnswerActor:
         if any(asked.seeds):
             prompts = self.tokenize(asked.conversations)
             sampled = sample_batch(self.parts, prompts, pixels, asked.seeds, self.sampling, asked.sizes)
-            return [
-                _Result(samples=[(answer_text(self.parts, ids), ended) for ids, ended in some]) for some in sampled
-            ]
+            return [_Result(samples=[(answer_text(self.parts, ids), ended) for ids, ended in some]) for some in sampled]
         if any(asked.candidates):
             found = self.compute_likelihoods(asked.conversations, asked.candidates, pixels, asked.sizes)
             return [_Result(likelihoods=some) for some in found]
