@@ -8,6 +8,7 @@ from pathlib import Path
 from evals.benchmark import Benchmark
 from llava_ray.config.preferences import PERTURBATIONS, PreferencesConfig
 from llava_ray.errors import ConfigError, DataError
+from pipelines.preference_jobs import SamplingJob
 from pipelines.preference_judging import Judgement, is_judgeable, judge_pairs
 from pipelines.preference_pairs import (
     AnswerPair,
@@ -21,7 +22,6 @@ from pipelines.preference_pairs import (
     normalise,
 )
 from pipelines.preference_questions import PromptSource, PromptToAnswer
-from pipelines.preference_sampling import SamplingJob
 from pipelines.preference_words import WordGroups, find_words, read_words, replace_words
 
 _TRUTH = "truth"

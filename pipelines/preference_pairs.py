@@ -32,7 +32,7 @@ class CandidateAnswer:
     model: int = 0
     """The number of the model that gave it."""
     sample: int = 0
-    origin: Mapping[str, Any] = field(default_factory=dict)
+    origin: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """Model, fingerprint, seed and settings, for the provenance."""
     ended: bool = True
 
@@ -170,7 +170,7 @@ def judge_pair(leads: Sequence[float | None], *, is_open: bool) -> Verdict:
     return {1: "first", -1: "second", 0: "tied"}[signs.pop()]  # type: ignore[return-value]
 
 
-def measure_lengths(pairs: Sequence[DecidedPair]) -> dict[str, float | int | None]:
+def measure_length_bias(pairs: Sequence[DecidedPair]) -> dict[str, float | int | None]:
     """Return the length bias: how often the chosen answer is the longer one, and by how much on average."""
     leads = [pair.lead_in_length for pair in pairs]
     longer, shorter = sum(lead > 0 for lead in leads), sum(lead < 0 for lead in leads)

@@ -17,15 +17,15 @@ from llava_ray.report.preferences import PreferenceExample, preferences_report
 from llava_ray.report.rendering import write_report
 from pipelines.evaluation_results import thumbnails
 from pipelines.preference_deciding import Decisions
+from pipelines.preference_jobs import SamplingJob
 from pipelines.preference_pairs import (
     CandidateAnswer,
     DecidedPair,
     balance_pair_lengths,
     draw,
-    measure_lengths,
+    measure_length_bias,
 )
 from pipelines.preference_questions import ImageFolder, PromptSource, PromptToAnswer
-from pipelines.preference_sampling import SamplingJob
 from pipelines.review_results import replaced, write_review_json
 
 PREFERENCES_FILE = "preferences.jsonl"
@@ -71,8 +71,8 @@ def summarize_preferences(
         "decided": len(decided),
         "written": len(kept),
         "questions_with_pairs": len({one.pair.question for one in kept}),
-        "lengths": measure_lengths(kept),
-        "lengths_before_balancing": measure_lengths(decided) if settings.balance_lengths else None,
+        "lengths": measure_length_bias(kept),
+        "lengths_before_balancing": measure_length_bias(decided) if settings.balance_lengths else None,
         "order": dict(judgement.order) if judgement else None,
         "calls": dict(judgement.calls) if judgement else None,
         "dollars": judgement.dollars if judgement else 0.0,

@@ -56,9 +56,10 @@ def make_preferences(config: PreferencesConfig) -> PreferencesMade:
     """
     _check_preference_places(config)
     from pipelines.preference_deciding import Decider, check_scores
+    from pipelines.preference_jobs import list_samplings
     from pipelines.preference_questions import read_prompts_to_answer
     from pipelines.preference_results import log_preferences, summarize_preferences, write_preferences
-    from pipelines.preference_sampling import drop_unreadable, list_samplings, sample_answers
+    from pipelines.preference_sampling import drop_unreadable, sample_answers
 
     settings, folder, counts = config.preferences, Path(config.preferences.output), Counter[str]()
     source = read_prompts_to_answer(settings)
@@ -124,7 +125,7 @@ def _explain_no_pairs(config: PreferencesConfig, summary: Mapping[str, Any]) -> 
     remedy = {
         "judge": "no pair has a winner in both orders; ask more questions, or another judge",
         "benchmark": "no question has a right and a wrong answer; sample more answers (preferences.num_samples)",
-        "answer": "no question has a right and a wrong answer; sample more answers, or set preferences.chosen = 'truth'",
+        "answer": "no question has a right and a wrong answer; sample more, or set preferences.chosen = 'truth'",
     }.get(settings.rule, "no perturbed answer differs; raise preferences.noise_steps, or give other words")
     if settings.balance_lengths and summary["decided"]:
         remedy = "balancing lengths dropped all pairs: set preferences.balance_lengths = false"
