@@ -177,8 +177,8 @@ def check_scores(config: PreferencesConfig, source: PromptSource) -> None:
     settings, benchmark = config.preferences, source.benchmark
     if benchmark is not None and settings.rule == "benchmark" and settings.profile in benchmark.needs_judge:
         raise ConfigError(
-            f"{benchmark.title} needs a judge under preferences.profile = {settings.profile!r}, and none of its answers "
-            "can be scored by rule: set preferences.rule = 'judge'"
+            f"{benchmark.title} needs a judge under preferences.profile = {settings.profile!r}; no rule can score its "
+            "answers: set preferences.rule = 'judge'"
         )
     if not any(prompt.truths for prompt in source.prompts):
         raise DataError(

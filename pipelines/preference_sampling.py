@@ -70,7 +70,7 @@ def _progress(sampling: SamplingJob) -> str:
 
 
 def _check_settings(sampling: SamplingJob) -> None:
-    """Save how answers are sampled. Raises ConfigError if the file has answers sampled otherwise, or to other prompts."""
+    """Save how answers are sampled. Raises ConfigError if the file's were sampled otherwise, or to other prompts."""
     settings = sampling.settings
     blueprint = read_pretrained_blueprint(**vars(sampling.model.location))
     noise = f", noise {settings.noise_steps}" if sampling.kind == "noised_image" else ""

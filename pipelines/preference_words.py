@@ -13,9 +13,14 @@ from llava_ray.errors import DataError
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 _BEFORE_OBJECTS = frozenset({"a", "an", "the", "of", "with", "two", "three", "four", "several", "some", "many"})
-_NO_OBJECTS = frozenset(
-    ["a", "an", "the", "this", "that", "these", "those", "there", "here", "it", "its", "he", "she", "his", "her", "they", "them", "their", "and", "or", "but", "not", "no", "yes", "is", "are", "was", "were", "be", "been", "has", "have", "had", "do", "does", "of", "in", "on", "at", "by", "to", "from", "with", "without", "for", "as", "than", "then", "so", "very", "more", "most", "some", "any", "one", "two", "three", "four", "other", "same", "first", "second", "left", "right", "top", "bottom", "front", "back", "middle", "side", "image", "picture", "photo", "scene", "background", "foreground", "large", "small", "big", "little", "few", "lot", "number", "group", "pair", "kind", "type", "which", "what", "who", "how"]
+_NO_OBJECTS_LISTED = (
+    "a an the this that these those there here it its he she his her they them their and or but not no yes is are was "
+    "were be been has have had do does of in on at by to from with without for as than then so very more most some any "
+    "one two three four other same first second left right top bottom front back middle side image picture photo scene "
+    "background foreground large small big little few lot number group pair kind type which what who how beside near "
+    "under over behind between"
 )
+_NO_OBJECTS = frozenset(_NO_OBJECTS_LISTED.split())
 _MIN_LETTERS = 3
 _MOST_IN_PHRASE = 3
 _MOST_WORDS = 5000

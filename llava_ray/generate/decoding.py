@@ -117,6 +117,8 @@ def read_prompts(
 class Rows:
     """The unfinished answers: their cache, mask and next logits, one row each."""
 
+    logits: Tensor
+
     def __init__(self, parts: LlavaParts, embeddings: Float[Tensor, "b t d"], mask: Bool[Tensor, "b t"]) -> None:
         """Prefill the prompts."""
         self.language_model = parts.llava.language_model
@@ -153,7 +155,7 @@ class Rows:
             use_cache=True,
             logits_to_keep=1,
         )
-        self.logits: Tensor = output.logits[:, -1].float()
+        self.logits = output.logits[:, -1].float()
 
 
 def default_stops(parts: LlavaParts) -> Stops:

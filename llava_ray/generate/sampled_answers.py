@@ -1,7 +1,7 @@
 """Several sampled answers to each prompt, whose images and prompt are computed once.
 
-Each answer has its own seed and draws one number a token, so that it depends on its prompt and seed and not on what else
-is in the batch, but for the rounding of batched arithmetic.
+Each answer has its own seed and draws one number a token, so that it depends on its prompt and seed and not on what
+else is in the batch, but for the rounding of batched arithmetic.
 """
 
 import random
