@@ -12,7 +12,7 @@ PreferenceRule = Literal["judge", "benchmark", "answer", "noised_image", "swappe
 PERTURBATIONS: tuple[PreferenceRule, ...] = ("noised_image", "swapped_image", "replaced_words")
 MIN_ANSWERS = 2
 # Of [preferences]: of where and how fast preferences are made, not of what they are.
-_NOT_OF_THE_RESULT = {"output", "ledger", "num_reviewers", "max_rejected"}
+_NOT_OF_THE_RESULT = {"output", "ledger", "num_reviewers", "max_rejected", "batch_size"}
 
 
 class PreferencesSection(ConfigSection):

@@ -48,7 +48,7 @@ class AnswerActor:
         self.sampling = Sampling(max_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Return the columns id, answers, likelihoods and num_tokens of candidates, samples, and the model's failure."""
+        """Return the columns id, answers, likelihoods and num_tokens of candidates, samples, and failures."""
         questions = Questions.of(table)
         readable = [index for index, failure in enumerate(questions.unreadable) if not failure]
         results = [_Result() for _ in questions.ids]
