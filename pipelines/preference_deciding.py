@@ -128,11 +128,11 @@ class Decider:
     def _answered_otherwise(self, prompt: PromptToAnswer) -> Iterator[AnswerPair]:
         """Yield pairs of an answer and the one with the same number to the perturbed image."""
         settings = self.config.preferences
-        chosen = self._chosen(prompt)
         others = [job for job in self.samplings if job.kind == settings.rule]
-        if not any(prompt in job.prompts for job in others):
+        if not all(job.images.get(prompt.id) for job in others):
             self.counts["questions_without_other_image"] += 1
             return
+        chosen = self._chosen(prompt)
         answers = [answer for job in others for answer in job.answers(prompt)]
         self.counts["perturbed_answers"] += len(answers)
         for other in drop_unusable(answers, self.counts, keep_cut_off=settings.cut_off == "keep"):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_ray.config.preferences import PreferencesConfig, PreferencesSection
+from llava_ray.errors import ConfigError
 from llava_ray.generate.answer_actor import ModelToLoad
 from llava_ray.generate.answers import GeneratedAnswer, locate_model
 from llava_ray.generate.answers_file import AnswersFile
@@ -129,12 +130,14 @@ class SamplingJob:
 
 
 def list_models(settings: PreferencesSection) -> list[SampledModel]:
-    """Return the models with their identities. Raises ModelError."""
-    found = []
+    """Return the models with their identities. Raises ConfigError for the same one twice, ModelError."""
+    found: dict[str, SampledModel] = {}
     for number, path in enumerate(settings.models):
         location = locate_model(path, settings.model_base, settings.vision_tower, settings.version)
-        found.append(SampledModel(number, path, model_hash(location.model_path), location))
-    return found
+        model = SampledModel(number, path, model_hash(location.model_path), location)
+        if (first := found.setdefault(model.fingerprint, model)) is not model:
+            raise ConfigError(f"preferences.models: {path} and {first.path} are the same model; leave one of them out")
+    return list(found.values())
 
 
 def list_samplings(config: PreferencesConfig, source: PromptSource, folder: Path) -> list[SamplingJob]:
@@ -144,11 +147,13 @@ def list_samplings(config: PreferencesConfig, source: PromptSource, folder: Path
     if settings.rule in ("noised_image", "swapped_image"):
         kinds.append("noised_image" if settings.rule == "noised_image" else "swapped_image")
     own = {prompt.id: prompt.images for prompt in source.prompts}
+    # A question whose image cannot be perturbed is not asked at all.
+    other = own | (swap_images(source.prompts, settings.seed) if settings.rule == "swapped_image" else {})
     found = []
     for model in list_models(settings):
         for kind in kinds:
-            images = swap_images(source.prompts, settings.seed) if kind == "swapped_image" else own
-            prompts = source.prompts if kind == "sample" else [one for one in source.prompts if images.get(one.id)]
+            images = other if kind == "swapped_image" else own
+            prompts = [one for one in source.prompts if kinds[-1] == "sample" or other[one.id]]
             file = AnswersFile(folder / "answers" / model.folder / f"{kind}.jsonl")
             found.append(SamplingJob(model, kind, settings, source.max_new_tokens, prompts, images, file))
     return found

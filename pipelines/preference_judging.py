@@ -53,15 +53,17 @@ def judge_pairs(
     """
     job = plan_calls(config, prompts, pairs, folder)
     done = {row["key"] for row in read_final_rows(job.ledger) if row["state"] == "done"}
-    by_key = {call.key: (index, call) for index, call in reversed(list(enumerate(job.plan)))}
-    waiting = sorted(index for key, (index, _) in by_key.items() if key not in done)
+    by_key: dict[str, int] = {}
+    for index, call in enumerate(job.plan):
+        by_key.setdefault(call.key, index)  # equal questions about one image have one call
+    waiting = [index for key, index in by_key.items() if key not in done]
     progress = Progress(len(by_key), len(by_key) - len(waiting))
     if waiting:
         check_key(config.judge, job.plan)
         check_disk_room(folder, job.ledger, len(waiting), min(config.judge.max_tokens, _TYPICAL_OUTPUT))
         print(f"{len(by_key):,} reviews of {len(pairs):,} pairs, {progress.cached:,} in the ledger already", flush=True)
         spent = sum(row.get("dollars", 0.0) for row in read_ledger_rows(job.ledger) if row["state"] != "sent")
-        calls = [call for index, call in by_key.values() if index in set(waiting)] if job.budget is not None else []
+        calls = [job.plan[index] for index in waiting] if job.budget is not None else []
         if why := too_dear(job.budget, spent, calls):
             if not progress.cached:
                 raise ConfigError(why)
@@ -84,7 +86,9 @@ def plan_calls(
             f"budget.dollars needs the price of {', '.join(unpriced)}: give --judge.input_dollars and "
             "--judge.output_dollars (dollars for a million tokens; 0 for a judge of your own)"
         )
-    items = [_item(prompts[pair.question], pair, images, config) for pair in pairs]
+    shown = {name: prompts[name].images[0] for name in {pair.question for pair in pairs} if prompts[name].images}
+    sent = {name: _judges_image(image, images) for name, image in sorted(shown.items()) if judge.sees_images}
+    items = [_item(prompts[pair.question], pair, sent.get(pair.question), config) for pair in pairs]
     plan = CallPlan(items, rubric, judges, both_orders=True, samples=1)
     ledger = Path(settings.ledger) if settings.ledger else folder / "ledger.jsonl"
     return CallJob(plan, ledger, judge, config.limits, config.budget.dollars, settings.num_reviewers, config.cluster)
@@ -95,7 +99,7 @@ def is_judgeable(prompt: PromptToAnswer, config: PreferencesConfig) -> bool:
     return len(prompt.images) < 2 or not config.judge.sees_images
 
 
-def _item(prompt: PromptToAnswer, pair: AnswerPair, images: ImageFolder, config: PreferencesConfig) -> Item:
+def _item(prompt: PromptToAnswer, pair: AnswerPair, image: Path | None, config: PreferencesConfig) -> Item:
     """Return a pair as the item of a review."""
     shown = config.preferences.show_truth and prompt.truths
     return Item(
@@ -104,7 +108,7 @@ def _item(prompt: PromptToAnswer, pair: AnswerPair, images: ImageFolder, config:
         answers=(pair.first.text, pair.second.text),
         names=(pair.first.label, pair.second.label),
         context={"caption": [f"Reference answer: {prompt.truths[0]}"]} if shown else None,
-        image=_judges_image(prompt.images[0], images) if prompt.images and config.judge.sees_images else None,
+        image=image,
         cluster=prompt.id,
     )
 
@@ -145,7 +149,8 @@ def _read_judgement(job: CallJob, pairs: Sequence[AnswerPair], progress: Progres
     if not decided and progress.stopped and not progress.signal:
         raise JudgeError(f"no pair was judged: {progress.stopped}; the same command goes on from what is done")
     stopped = progress.stopped or ("the next call might not fit into the budget" if progress.broke else "")
-    rows = [row for row in read_ledger_rows(job.ledger) if row.get("key") in {one.call.key for one in judged}]
+    keys = {one.call.key for one in judged}
+    rows = [row for row in read_ledger_rows(job.ledger) if row.get("key") in keys]
     states = Counter(row.get("outcome", row["state"]) for row in rows)
     dollars = sum(row.get("dollars", 0.0) for row in rows if row["state"] != "sent")
     return Judgement(

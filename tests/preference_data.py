@@ -75,18 +75,20 @@ def settings(bundle: Path, output: Path, source: Mapping[str, str], **more: Any)
 
 
 def write_sampled(config: PreferencesConfig, text_of: Callable[[str, int], str], kind: str = "sample") -> Path:
-    """Write answers of a kind as if the model had sampled them."""
+    """Write answers of a kind as if the models had sampled them; a second model's numbers follow the first one's."""
     from pipelines.preference_jobs import list_samplings
     from pipelines.preference_questions import read_prompts_to_answer
 
     source = read_prompts_to_answer(config.preferences)
-    (job,) = (one for one in list_samplings(config, source, Path(config.preferences.output)) if one.kind == kind)
-    with job.file:
-        for prompt in job.prompts:
-            for sample, key in enumerate(job.keys(prompt)):
-                row = {"question_id": key, "prompt": prompt.prompt[-1]["content"], "seed": job.seed(prompt, sample)}
-                job.file.append([row | {"text": text_of(prompt.id, sample), "ended": True}])
-    return job.file.path
+    jobs = [one for one in list_samplings(config, source, Path(config.preferences.output)) if one.kind == kind]
+    for job in jobs:
+        first = job.model.number * job.settings.num_samples
+        with job.file:
+            for prompt in job.prompts:
+                for sample, key in enumerate(job.keys(prompt)):
+                    row = {"question_id": key, "prompt": prompt.prompt[-1]["content"], "seed": job.seed(prompt, sample)}
+                    job.file.append([row | {"text": text_of(prompt.id, first + sample), "ended": True}])
+    return jobs[0].file.path
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

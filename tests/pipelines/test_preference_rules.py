@@ -1,6 +1,7 @@
 """Rules that know the truth, perturbations and verdicts, from answers and ledgers that are there already: no Ray."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -101,6 +102,22 @@ def test_a_benchmarks_scorer_tells_right_from_wrong(of_colours: Settings) -> Non
     }
     assert balanced.summary["counts"]["dropped_for_length"] == 1
     assert make_preferences(config).path.read_bytes() == before
+
+
+def test_answers_of_several_models_are_compared(of_colours: Settings, bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(bundle, tmp_path / "same")
+    both = {"preferences__models": [str(bundle), str(tmp_path / "same")], "preferences__num_samples": 1}
+    with pytest.raises(ConfigError, match=r"same and .*bundle are the same model"):
+        make_preferences(of_colours(**both))
+    (tmp_path / "same/README.md").write_text("Another one.")
+    config = of_colours(**both, preferences__temperature=0.0)
+    write_sampled(config, lambda name, sample: "green" if name == "c1" else ["red", "blue"][sample])
+    made = make_preferences(config)
+    assert [pair[0] for pair in contents(made)] == ["c0", "c2", "c3", "c5"]
+    found = [rows(made.path)[0]["provenance"][side] for side in ("chosen", "rejected")]
+    assert [side["label"] for side in found] == ["0.0", "1.0"]
+    assert [side["model"] for side in found] == ["bundle", "same"]
+    assert found[0]["fingerprint"] != found[1]["fingerprint"]
 
 
 def test_the_datas_own_answer_can_be_the_chosen_one(of_records: Settings) -> None:
