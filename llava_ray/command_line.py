@@ -23,6 +23,7 @@ COMMANDS = {
     "serve": "Serve models: OpenAI's API and a chat page.",
     "evaluate": "Evaluate on benchmarks, score answer files, compare two results.",
     "review": "Have answers reviewed by a judge behind an API, within a budget.",
+    "preferences": "Sample answers, tell the better of two by a judge or a rule, and write preferences.",
     "sweep": "Search a space of settings with many runs.",
     "export": "Inspect a model folder or bring it into another layout.",
 }

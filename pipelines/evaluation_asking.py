@@ -15,7 +15,7 @@ from evals.benchmark import Question as BenchmarkQuestion
 from evals.catalogue import make_benchmark
 from evals.files import as_json
 from evals.ranking import LogLikelihood, Ranking, find_best_letter, list_candidates, ranking_prompt
-from llava_ray.config.sections import AskConfig, EvaluateConfig
+from llava_ray.config.sections import ActorsConfig, AskConfig, EvaluateConfig
 from llava_ray.errors import ConfigError
 from llava_ray.generate.answer_actor import ModelToLoad
 from llava_ray.generate.answers import Actors, Decoding, GeneratedAnswer, stream_answers
@@ -77,7 +77,7 @@ def ask(config: EvaluateConfig, model: ModelToLoad, asked: Sequence[AskedBenchma
     spoken = time.monotonic()
     for (limit, _), questions in streams.items():
         decoding = Decoding(limit, config.evaluate.temperature, config.evaluate.batch_size)
-        for batch in stream_answers(model, questions, decoding, _pool(config)):
+        for batch in stream_answers(model, questions, decoding, size_pool(config.actors)):
             save_answers(batch, asked, Path(model.model_path).name)
             if time.monotonic() - spoken > _SECONDS_BETWEEN_LINES:
                 spoken = time.monotonic()
@@ -112,9 +112,9 @@ def as_asked(one: AskedBenchmark, question: BenchmarkQuestion, ranking: Ranking 
     return ModelQuestion(one.key(question.id), shown, images or None, list_candidates(question, ranking))
 
 
-def _pool(config: EvaluateConfig) -> Actors:
+def size_pool(given: ActorsConfig) -> Actors:
     """Return the pool of actors: one per GPU, or as many as leave CPUs for decoding."""
-    total, given = pool_resources("train"), config.actors
+    total = pool_resources("train")
     room = total["CPU"] - _DATA_CPUS
     alone = given.num_actors and not total["GPU"] and len(alive_nodes()) == 1
     shared = max(1.0, room // given.num_actors) if given.num_actors and alone else 1.0

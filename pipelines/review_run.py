@@ -2,7 +2,6 @@
 
 import os
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,23 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from llava_ray.config.recipes import load_settings
-from llava_ray.config.review import BudgetConfig, ReviewConfig
+from llava_ray.config.review import ReviewConfig
 from llava_ray.errors import ConfigError
-from llava_ray.log_file import terminal
-from llava_ray.review.batches import Batches, batch_client
 from llava_ray.review.calls import Call, CallPlan, list_judges
-from llava_ray.review.ledger import close_ledger, open_ledger
-from llava_ray.review.ledger_file import LedgerFile, read_account, read_final_rows
-from llava_ray.review.pool import Pool, Progress
-from llava_ray.review.rates import Budget
-from llava_ray.runtime import connected
+from llava_ray.review.ledger_file import read_account, read_final_rows
+from llava_ray.review.pool import Progress
+from pipelines.review_calls import CallJob, make_calls
 from pipelines.review_checks import budget_of, check_disk_room, check_key, check_output, too_dear, unheld_budget
 from pipelines.review_inputs import Inputs, choose_rubric, read_inputs
 from pipelines.review_report import write_review
 from pipelines.review_results import replaced
-from pipelines.review_stop import stopping
 
-_SECONDS_BETWEEN_LINES = 5.0
 _TYPICAL_OUTPUT = 250  # tokens of a review
 
 
@@ -63,9 +56,16 @@ class ReviewJob:
         return [call.key for call in self.plan]
 
     @property
+    def calls(self) -> CallJob:
+        """Return the calls, with the settings by which they are made."""
+        config = self.config
+        num = config.review.num_reviewers
+        return CallJob(self.plan, self.ledger, config.judge, config.limits, self.budget, num, config.cluster)
+
+    @property
     def priced(self) -> bool:
         """Return whether the judges' prices are known."""
-        return all(judge.price for judge in self.plan.judges.values())
+        return self.calls.priced
 
     def waiting(self) -> list[int]:
         """Return the calls that have no reply in the ledger, by number."""
@@ -154,11 +154,7 @@ def review(arguments: Sequence[str]) -> Outcome:
     if note := unheld_budget(job.config, job.budget):
         print(f"  {note}")
     if waiting and not progress.broke:
-        if job.config.judge.delivery == "batch":
-            _work_in_batches(job, waiting, progress)
-        else:
-            with connected(job.config.cluster):
-                _work(job, waiting, progress)
+        make_calls(job.calls, waiting, progress)
     report = write_review(job.config, job.plan, job.inputs, job.output, job.ledger, progress)
     print(f"  report   {job.output}/report.html   ({time.monotonic() - started:.0f} s)")
     return Outcome(report["complete"], report, progress.signal)
@@ -172,66 +168,3 @@ def _note_budget(job: ReviewJob, waiting: Sequence[int], progress: Progress) -> 
         raise ConfigError(why)
     if why:
         progress.broke, progress.spent, progress.stopped = len(waiting), spent, why
-
-
-def _work(job: ReviewJob, waiting: Sequence[int], progress: Progress) -> None:
-    """Open the ledger and make the calls. Raises ConfigError if another review is writing the ledger."""
-    ledger = open_ledger(job.ledger, session=uuid.uuid4().hex[:12])
-    pool = Pool(job.plan, job.config.limits, BudgetConfig(dollars=job.budget), ledger)
-    spoken, told = -_SECONDS_BETWEEN_LINES, False
-    try:
-        with stopping(progress):
-            for seen in pool.run(waiting, job.config.review.num_reviewers, progress):
-                if seen.signal and not told:
-                    told = True
-                    print(_stop_line(job, seen), file=terminal(), flush=True)
-                if time.monotonic() - spoken > _SECONDS_BETWEEN_LINES:
-                    spoken = time.monotonic()
-                    print(_line(seen, priced=job.priced), flush=True)
-    except KeyboardInterrupt:
-        print(
-            f"Left at once: {progress.under_way} calls were under way; they count as paid, and are asked again.",
-            file=terminal(),
-        )
-        raise
-    finally:
-        pool.close()
-        close_ledger(ledger)
-    print(_line(progress, priced=job.priced), flush=True)
-
-
-def _stop_line(job: ReviewJob, progress: Progress) -> str:
-    """Format the message of the first signal."""
-    return (
-        f"Stopping: nothing new is sent; waiting for {progress.under_way} calls under way, "
-        f"{job.config.judge.timeout_s:g} s at most (they are paid). Once more leaves at once."
-    )
-
-
-def _work_in_batches(job: ReviewJob, waiting: Sequence[int], progress: Progress) -> None:
-    """Send calls over the Batch API and wait for them. Raises ConfigError, JudgeError."""
-    ledger = LedgerFile(job.ledger, uuid.uuid4().hex[:12])
-    budget = Budget(job.budget)
-    try:
-        for name, spec in job.plan.judges.items():
-            indices = [index for index in waiting if job.plan.slots[index][1] == name]
-            batches = Batches(job.plan, spec, ledger, batch_client(spec), budget, job.config.judge.batch_poll_s)
-            for seen in batches.run(indices, progress):
-                print(_line(seen, priced=job.priced), flush=True)
-    finally:
-        ledger.close()
-
-
-def _line(progress: Progress, *, priced: bool) -> str:
-    """Format the progress of the job."""
-    left = progress.remaining_s
-    parts = [
-        f"{progress.cached + progress.done + progress.failed:,}/{progress.total:,} reviewed",
-        f"{progress.rate:.1f}/s",
-        *([f"${progress.spent:.4f} spent"] if priced else []),
-        *([f"{left:.0f} s left"] if left else []),
-        *(f"{getattr(progress, name):,} {name}" for name in ("unparsed", "failed", "broke") if getattr(progress, name)),
-        *([f"{progress.num_deaths} reviewers replaced"] if progress.num_deaths else []),
-        *([f"stopped: {progress.stopped}"] if progress.stopped else []),
-    ]
-    return "  ".join(parts)

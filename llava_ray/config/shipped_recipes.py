@@ -18,6 +18,7 @@ _STAGES = {
     "prepare": _OF_A_RUN,
     "evaluate": ("evaluate",),
     "review": ("review",),
+    "preferences": ("preferences",),
     "sweep": ("sweep",),
 }
 

@@ -3,7 +3,7 @@
 Greedy answers are those of each prompt alone: padding is masked, positions count from each prompt's own first token.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,21 +61,39 @@ def generate_batch(  # noqa: PLR0913 - LLaVA's own arguments, and callbacks
     stops = stops or default_stops(parts)
     rows = read_prompts(parts, prompts, pixels, image_sizes, extract)
     generator = torch.Generator(rows.logits.device).manual_seed(seed)
-    answers: list[list[int]] = [[] for _ in prompts]
-    unfinished = [True] * len(prompts)
+    answers = continue_rows(
+        parts, rows, lambda logits, _: _pick_tokens(logits, temperature, generator), max_new_tokens, stops, on_tokens
+    )
+    return [answer[:-1] if answer and answer[-1] in stops.ids else answer for answer in answers]
+
+
+def continue_rows(
+    parts: LlavaParts,
+    rows: "Rows",
+    pick: Callable[[Float[Tensor, "b vocab"], Sequence[int]], list[int]],
+    max_new_tokens: int,
+    stops: Stops,
+    on_tokens: Callable[[Sequence[list[int]]], None] | None = None,
+) -> list[list[int]]:
+    """Generate until every row has ended or has ``max_new_tokens``; return their tokens, end tokens included.
+
+    ``pick`` chooses tokens from the logits and the numbers of their rows. Raises ModelError for NaN or infinity.
+    """
+    answers: list[list[int]] = [[] for _ in rows.indices]
+    unfinished = [True] * len(answers)
     for step in range(max_new_tokens):
         _check_logits(rows, unfinished, step)
-        tokens = _pick_tokens(rows.logits, temperature, generator)
-        for index, token in zip(rows.indices, tokens.tolist(), strict=True):
+        tokens = pick(rows.logits, rows.indices)
+        for index, token in zip(rows.indices, tokens, strict=True):
             if unfinished[index]:
                 answers[index].append(token)
-                unfinished[index] = not _has_ended(parts, answers[index], stops)
+                unfinished[index] = not has_ended(parts, answers[index], stops)
         if on_tokens is not None:
             on_tokens(answers)
         if step + 1 == max_new_tokens or not any(unfinished):
             break
-        rows.advance(tokens, [unfinished[index] for index in rows.indices])
-    return [answer[:-1] if answer and answer[-1] in stops.ids else answer for answer in answers]
+        rows.advance(torch.tensor(tokens, device=rows.logits.device), [unfinished[index] for index in rows.indices])
+    return answers
 
 
 def read_prompts(
@@ -99,6 +117,8 @@ def read_prompts(
 class Rows:
     """The unfinished answers: their cache, mask and next logits, one row each."""
 
+    logits: Tensor
+
     def __init__(self, parts: LlavaParts, embeddings: Float[Tensor, "b t d"], mask: Bool[Tensor, "b t"]) -> None:
         """Prefill the prompts."""
         self.language_model = parts.llava.language_model
@@ -106,6 +126,14 @@ class Rows:
         self.mask = mask
         self.cache = DynamicCache(config=self.language_model.config)
         self._run(embeddings, (mask.cumsum(1) - 1).clamp(min=0))
+
+    def repeat(self, counts: Sequence[int]) -> None:
+        """Make so many rows of each prompt, which are then continued independently; call it before ``advance``."""
+        copied = [row for row, count in enumerate(counts) for _ in range(count)]
+        source = torch.tensor(copied, device=self.mask.device, dtype=torch.long)
+        self.indices = list(range(len(copied)))
+        self.mask, self.logits = self.mask[source], self.logits[source]
+        self.cache.batch_select_indices(source)
 
     def advance(self, tokens: Int[Tensor, " b"], unfinished: list[bool]) -> None:
         """Feed each row its new token; drop finished rows once they are half of the batch."""
@@ -127,7 +155,7 @@ class Rows:
             use_cache=True,
             logits_to_keep=1,
         )
-        self.logits: Tensor = output.logits[:, -1].float()
+        self.logits = output.logits[:, -1].float()
 
 
 def default_stops(parts: LlavaParts) -> Stops:
@@ -148,16 +176,6 @@ def find_stops(model: Blueprint, declared: int | Sequence[int] | None) -> Stops:
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """Decode tokens to text, without special ones."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=True))
-
-
-def decode_with_marks(tokenizer: PreTrainedTokenizerBase, marks: Mapping[int, str], ids: Sequence[int]) -> str:
-    """Decode tokens to text, without special ones but these marks."""
-    pieces, start = [], 0
-    for place, token in enumerate(ids):
-        if token in marks:
-            pieces += [decode(tokenizer, ids[start:place]), marks[token]]
-            start = place + 1
-    return "".join([*pieces, decode(tokenizer, ids[start:])])
 
 
 def answer_text(parts: LlavaParts, ids: Sequence[int]) -> str:
@@ -214,14 +232,15 @@ def _check_logits(rows: Rows, unfinished: Sequence[bool], step: int) -> None:
             raise not_finite_error(f"token {step + 1} of the answer to prompt {index + 1} of {len(unfinished)}")
 
 
-def _pick_tokens(logits: Float[Tensor, "b vocab"], temperature: float, generator: torch.Generator) -> Int[Tensor, " b"]:
+def _pick_tokens(logits: Float[Tensor, "b vocab"], temperature: float, generator: torch.Generator) -> list[int]:
     """Return the most likely token of each row, or a sampled one."""
-    if temperature < COLDEST:
-        return logits.argmax(-1)
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(1)
+    cold = temperature < COLDEST
+    drawn = logits if cold else torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+    tokens: list[int] = (drawn.argmax(-1) if cold else drawn.squeeze(1)).tolist()
+    return tokens
 
 
-def _has_ended(parts: LlavaParts, answer: list[int], stops: Stops) -> bool:
+def has_ended(parts: LlavaParts, answer: list[int], stops: Stops) -> bool:
     """Return whether the newest token completes an answer."""
     if answer[-1] in stops.ids:
         return True

@@ -4,11 +4,13 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from transformers import PreTrainedTokenizerBase
+
 from llava_ray.chat.template import JinjaTemplate
 from llava_ray.chat.tool_formats import TOOL_FORMATS, ToolFormat
 from llava_ray.chat.tool_templates import find_tool_support
 from llava_ray.errors import RecordError
-from llava_ray.generate.decoding import decode_with_marks
+from llava_ray.generate.decoding import decode
 from llava_ray.generate.engine import GenerationRequest
 from llava_ray.model.blueprint import Blueprint
 
@@ -78,3 +80,13 @@ def share_grammars(prompts: Mapping[str | None, "PromptText"]) -> None:
     for one in prompts.values():
         if one.model.tokenizer is base.model.tokenizer and one.stops.ids == base.stops.ids:
             one.grammars = base.grammars
+
+
+def decode_with_marks(tokenizer: PreTrainedTokenizerBase, marks: Mapping[int, str], ids: Sequence[int]) -> str:
+    """Decode tokens to text, without special ones but these marks."""
+    pieces, start = [], 0
+    for place, token in enumerate(ids):
+        if token in marks:
+            pieces += [decode(tokenizer, ids[start:place]), marks[token]]
+            start = place + 1
+    return "".join([*pieces, decode(tokenizer, ids[start:])])

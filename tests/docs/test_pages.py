@@ -15,7 +15,12 @@ from pages import DOCS, PAGES, ROOT, Command, read_commands, write_project
 
 COMMANDS = [command for page in PAGES for command in read_commands(page)]
 PIPELINES = {path.stem for path in (ROOT / "pipelines").glob("*.py")} | {"serve"}
-WITH_RECIPE = {"finetune": ("pretrain", "finetune", "quickstart"), "sweep": ("sweep",), "review": ("review",)}
+WITH_RECIPE = {
+    "finetune": ("pretrain", "finetune", "quickstart"),
+    "sweep": ("sweep",),
+    "review": ("review",),
+    "preferences": ("preferences",),
+}
 
 
 def _our_command(words: Sequence[str]) -> tuple[str, list[str]] | None:
@@ -59,7 +64,7 @@ def test_our_commands_run(command, name, arguments, project, monkeypatch, capsys
 
 
 def _has_dry_run(name: str, arguments: list[str]) -> bool:
-    return name in ("finetune", "sweep", "review") or (name == "evaluate" and arguments[0] == "run")
+    return name in ("finetune", "sweep", "review", "preferences") or (name == "evaluate" and arguments[0] == "run")
 
 
 def _with_recipe(name: str, arguments: list[str]) -> list[str]:

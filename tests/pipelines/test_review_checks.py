@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from review_files import flags, write_review_files
 
+import pipelines.review_calls
 import pipelines.review_report
-import pipelines.review_run
 from llava_ray.config.review import JudgeConfig
 from llava_ray.errors import ConfigError
 from llava_ray.review.calls import CallPlan, Item, list_judges, token_limit_name
@@ -26,7 +26,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def started(*others: object) -> None:
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr(pipelines.review_run, "connected", started)
+    monkeypatch.setattr(pipelines.review_calls, "connected", started)
     monkeypatch.setattr(pipelines.review_report, "log_review", lambda *others: None)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     return write_review_files(tmp_path / "files", 8)
