@@ -16,7 +16,9 @@ def read_pictured_rows(path: Path) -> list[PicturedRow]:
     images: dict[str, bytes] = {}
     for number, row in enumerate(read_table(path), start=2):
         if None in row or None in row.values():
-            raise DataError(f"{path}, line {number}: a row has not as many cells as the header; obtain the table again.")
+            raise DataError(
+                f"{path}, line {number}: a row has not as many cells as the header; obtain the table again."
+            )
         index = need(row, "index", path).strip()
         if not index.isascii() or not index.isdigit():
             raise DataError(f"{path}, line {number}: the index is {index!r}, no number; obtain the table again.")
@@ -28,7 +30,9 @@ def read_pictured_rows(path: Path) -> list[PicturedRow]:
         rows.append((row, str(int(cell)) if cell else ""))
     lost = [row["index"] for row, source in rows if source and source not in images]
     if lost:
-        raise DataError(f"{path}: the images of rows {list_first(lost)} are those of rows without one; obtain it again.")
+        raise DataError(
+            f"{path}: the images of rows {list_first(lost)} are those of rows without one; obtain it again."
+        )
     return [(row, images[source] if source else None) for row, source in rows]
 
 

@@ -80,7 +80,9 @@ class MMBench(Benchmark):
         """Read the table, each row a question."""
         path = self._table = find(folder, *self.patterns)
         if self.version not in path.stem.upper() or (not self.version and _V11 in path.stem.upper()):
-            raise DataError(f"{path} is a table of another version of MMBench, not of {self.title}: score it as that one.")
+            raise DataError(
+                f"{path} is a table of another version of MMBench, not of {self.title}: score it as that one."
+            )
         return [self._question(row, image, path) for row, image in read_pictured_rows(path)]
 
     def grade(self, question: Question, answer: str, profile: Profile, judge: Judge | None = None) -> Grade:

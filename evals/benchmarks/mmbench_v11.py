@@ -41,7 +41,9 @@ class MMBenchV11(MMBench):
             groups.setdefault(question.group, []).append(question)
         lacking = [name for name, some in groups.items() if not _has_all_rotations(some)]
         if lacking:
-            raise DataError(f"{self._table} lacks rotations of questions {list_first(lacking)}; obtain the table again.")
+            raise DataError(
+                f"{self._table} lacks rotations of questions {list_first(lacking)}; obtain the table again."
+            )
         return questions
 
     def grade(self, question: Question, answer: str, profile: Profile, judge: Judge | None = None) -> Grade:

@@ -31,6 +31,7 @@ _DISCIPLINES = {
     "Materials Mechanical_Engineering",
 }
 _DISCIPLINE_OF = {subject: name for name, subjects in _DISCIPLINES.items() for subject in subjects.split()}
+_FEW = 4
 _SEEN = (
     LETTER_PRO[1:] + " The last line of your response should be of the following format: 'Answer: $LETTER' (without "
     "quotes) where LETTER is one of options."
@@ -69,14 +70,15 @@ class MMMUPro(Benchmark):
     folder: ClassVar[str] = "standard (10 options)"
     setting: ClassVar[str] = "standard"
     """The setting's name in the authors' files of answers."""
-    most_options: ClassVar[int] = 10
+    has_many_options: ClassVar[bool] = True
 
     def read(self, folder: Path) -> list[Question]:
         """Read the setting's files."""
-        names = [f"{self.folder.replace('[', '[[]')}/test-*.parquet", "test-*.parquet"]
-        paths = find_all(folder, *names)
+        paths = find_all(folder, f"{self.folder}/test-*.parquet", "test-*.parquet")
         questions = [self._question(row, path) for path in paths for row in read_parquet_rows(path)]
         check_unique([question.id for question in questions], paths[0].parent, "question")
+        if paths[0].parent.name != self.folder:
+            self._check_setting(questions, paths[0])
         return questions
 
     def grade(self, question: Question, answer: str, profile: Profile, judge: Judge | None = None) -> Grade:
@@ -89,6 +91,15 @@ class MMMUPro(Benchmark):
         rows = [{**question.facts["row"], "response": answers.get(question.id, "")} for question in questions]
         return {f"llava_ray_{self.setting}_direct.jsonl": as_lines(rows)}
 
+    def _check_setting(self, questions: Sequence[Question], path: Path) -> None:
+        """Check by the number of options that files are of this setting. Raises DataError."""
+        many = sum(len(question.options) > _FEW for question in questions)
+        if (2 * many > len(questions)) != self.has_many_options:
+            raise DataError(
+                f"{path}: {many} of {len(questions)} questions have more than {_FEW} options; is this another setting "
+                f"than {self.title}? Keep its files in {self.folder}/."
+            )
+
     def _prompt(self, row: Mapping[str, Any], options: Sequence[str], path: Path) -> tuple[str, tuple[bytes, ...]]:
         return place_images(need(row, "question", path) + list_options(options) + LETTER_PRO, row, path)
 
@@ -96,11 +107,6 @@ class MMMUPro(Benchmark):
         name, subject = need(row, "id", path), str(need(row, "subject", path))
         options = tuple(map(str, read_literal(need(row, "options", path), name, path)))
         truth = str(need(row, "answer", path))
-        if not 1 < len(options) <= self.most_options:
-            raise DataError(
-                f"{path}: question {name!r} has {len(options)} options; {self.title} has 2 to {self.most_options}. "
-                "Is this the folder of another setting?"
-            )
         if truth not in tuple(LETTERS[: len(options)]):
             raise DataError(f"{path}: the answer to {name!r} is {truth!r}, none of its {len(options)} options.")
         prompt, images = self._prompt(row, options, path)
@@ -120,7 +126,7 @@ class MMMUPro4(MMMUPro):
     name = "mmmu_pro_4"
     title = "MMMU-Pro (4 options)"
     folder = "standard (4 options)"
-    most_options = 4
+    has_many_options = False
 
 
 class MMMUProVision(MMMUPro):

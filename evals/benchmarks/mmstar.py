@@ -92,9 +92,7 @@ def _rows(path: Path) -> Iterator[tuple[dict[str, Any], bytes | None]]:
 def _question(row: Mapping[str, Any], image: bytes | None, path: Path) -> Question:
     name, text = str(need(row, "index", path)), str(need(row, "question", path))
     truth = str(need(row, "answer", path)).strip().upper()
-    listed = [
-        str(row[letter]) for letter in LETTERS if str(row.get(letter) or "").strip().lower() not in _NOTHING
-    ]
+    listed = [str(row[letter]) for letter in LETTERS if str(row.get(letter) or "").strip().lower() not in _NOTHING]
     options = tuple(listed or _options_within(text) or "ABCD")
     if truth not in tuple(LETTERS[: len(options)]):
         raise DataError(f"{path}: the answer to question {name!r} is {truth!r}, none of its {len(options)} options.")
