@@ -5,7 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from evals.benchmark import FAILED, LETTERS, UNPARSED, Benchmark, Grade, Judge, Profile, Question, grade_choice
-from evals.files import as_json, check_complete, check_unique, find, need, picture, read_json_value, read_parquet_rows
+from evals.files import (
+    as_json,
+    check_complete,
+    check_unique,
+    find_all,
+    need,
+    picture,
+    read_json_value,
+    read_parquet_rows,
+)
 from evals.matching.letters import parse_letter
 from evals.matching.math_answers import extract_plainly, normalise_extraction, parse_list, parse_number
 from llava_ray.errors import DataError
@@ -22,6 +31,10 @@ _HINTS = {
 _DECIMALS = {1: ("one decimal place", "1.2, 1.3, 1.4"), 2: ("two decimal places", "1.23, 1.34, 1.45")}
 _CHOICE, _FREE = "multi_choice", "free_form"
 _KEYS = ("language", "source", "category", "task", "context", "grade")
+_PLACES = ("testmini.json", "test.json") + tuple(
+    f"{folder}{name}.parquet" for name in ("testmini-*", "test-*", "*") for folder in ("data/", "")
+)
+_MAX_EXTRACTION = 2_000  # characters; a longer reply is no extraction
 _REQUEST = (
     "Extract the final answer from a response to a question. Reply with nothing but the answer, in the form that the "
     "hint asks for: an option's letter, an integer, a floating-point number or a Python list."
@@ -65,11 +78,12 @@ class MathVista(Benchmark):
 
     def read(self, folder: Path) -> list[Question]:
         """Read the questions of one split."""
-        path = find(folder, "testmini.json", "test.json", "data/testmini-*.parquet", "testmini-*.parquet", "*.parquet")
-        rows = list(_rows(path))
-        check_unique([str(row["pid"]) for row in rows], path, "question")
-        queries = _queries(folder, [str(row["pid"]) for row in rows])
-        return [_question(row, queries, folder, path) for row in rows]
+        paths = find_all(folder, *_PLACES)
+        rows = [(row, path) for path in paths for row in _rows(path)]
+        names = [str(row["pid"]) for row, _ in rows]
+        check_unique(names, paths[0], "question")
+        queries = _queries(folder, names)
+        return [_question(row, queries, folder, path) for row, path in rows]
 
     def grade(self, question: Question, answer: str, profile: Profile, judge: Judge | None = None) -> Grade:
         """Grade an answer, by the judge's extraction where the official rule needs one. Raises DataError."""
@@ -86,7 +100,7 @@ class MathVista(Benchmark):
                     "--reviews FILE or --profile robust"
                 )
             extraction = judge(question.id, extraction_request(question, answer))
-        if extraction is None or not extraction.strip():
+        if extraction is None or not 0 < len(extraction.strip()) <= _MAX_EXTRACTION:
             return FAILED
         parsed = normalise_extraction(extraction, kind, question.options, precision)
         return grade_choice(parsed, [_text_of(question, truth) for truth in question.truths])
@@ -130,7 +144,7 @@ def _grade_robustly(question: Question, answer: str) -> Grade:
         numbers = parse_list(answer)
         return UNPARSED if numbers is None else Grade(float(numbers == parse_list(truth)), str(numbers))
     number = parse_number(answer)
-    if number is None or number in (float("inf"), float("-inf")) or number != number:  # noqa: PLR0124 - NaN
+    if number is None:
         return UNPARSED
     places = precision if kind == "float" else 0
     same = round(number, places) == round(float(truth), places) and (kind == "float" or number == float(truth))
@@ -185,7 +199,7 @@ def _question(row: Mapping[str, Any], queries: Mapping[str, str], folder: Path, 
         str(row.get("image") or name),
         facts={
             "answer_type": kind,
-            "precision": int(row.get("precision") or 0),
+            "precision": int(row["precision"]) if kind == "float" else 0,
             "row": {key: value for key, value in row.items() if key != "decoded_image"},
         },
     )
@@ -198,11 +212,22 @@ def _check_form(row: Mapping[str, Any], name: str, path: Path) -> None:
         fault = f"the question type {form!r} with the answer type {kind!r}"
     elif form == _CHOICE and not row.get("choices"):
         fault = "choices to make, but none to choose from"
-    elif kind == "float" and row.get("precision") is None:
-        fault = "a float as its answer, but no precision"
+    elif kind == "float" and not _is_count(row.get("precision")):
+        fault = f"a float as its answer, but the precision {row.get('precision')!r}"
     else:
         return
     raise DataError(f"{path}: problem {name!r} has {fault}; obtain the file again.")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int | float) and value in range(1, 16)
+
+
+def _is_of(kind: str, answer: str) -> bool:
+    """Return whether a right answer has the form of its type."""
+    if kind == "list":
+        return parse_list(answer) is not None
+    return normalise_extraction(answer, kind, (), 15) is not None
 
 
 def _truths(row: Mapping[str, Any], choices: Sequence[str], name: str, path: Path) -> tuple[str, ...]:
@@ -211,6 +236,8 @@ def _truths(row: Mapping[str, Any], choices: Sequence[str], name: str, path: Pat
     if not answer:
         return ()
     if not choices:
+        if not _is_of(row["answer_type"], answer):
+            raise DataError(f"{path}: the answer to problem {name!r} is {answer!r}, no {row['answer_type']}.")
         return (answer,)
     letters = tuple(letter for letter, choice in zip(LETTERS, choices, strict=False) if choice == answer)
     if not letters:
@@ -220,7 +247,7 @@ def _truths(row: Mapping[str, Any], choices: Sequence[str], name: str, path: Pat
 
 def _build_query(row: Mapping[str, Any], choices: Sequence[str], kind: str) -> str:
     """Build the authors' prompt without examples: a hint, the question with its unit, and the choices."""
-    precision = int(row.get("precision") or 0)
+    precision = int(row["precision"]) if kind == "float" else 0
     places = _DECIMALS.get(precision, (f"{precision} decimal places", "1.2, 1.3, 1.4"))
     lines = [f"Hint: {_HINTS[kind].format(*places) if kind == 'float' else _HINTS[kind]}"]
     lines.append(f"Question: {row['question']}" + (f" (Unit: {row['unit']})" if row.get("unit") else ""))

@@ -39,7 +39,7 @@ _SEEN = (
 
 
 class MMMUPro(Benchmark):
-    """Letters of up to ten options, averaged over questions (micro).
+    r"""Letters of up to ten options, averaged over questions (micro).
 
     Obtain: https://huggingface.co/datasets/MMMU/MMMU_Pro. The folder holds ``standard (10 options)/test-*.parquet``
     (images are inside). The authors' overall score is the mean of this setting and ``mmmu_pro_vision``. The prompt is
@@ -53,7 +53,7 @@ class MMMUPro(Benchmark):
         'J' | J | 1
         '(F) silver' | F | 1
         'Answer: H' | H | 1
-        'It is a heavy metal.\\n\\nAnswer: D' | D | 1
+        'It is a heavy metal.\n\nAnswer: D' | D | 1
         'The answer is (I).' | I | 1
         'zinc' | E | 1
         'C. iron' | C | 1

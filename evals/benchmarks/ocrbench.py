@@ -135,14 +135,16 @@ def _rows(folder: Path) -> Iterator[tuple[dict[str, Any], Path]]:
         if not isinstance(rows, list):
             raise DataError(f"{listed} holds no list of questions; is this the official file?")
         for row in rows:
-            yield {**row, "image": folder / "OCRBench_Images" / str(need(row, "image_path", listed))}, listed
+            image = folder / "OCRBench_Images" / str(need(row, "image_path", listed))
+            yield {**row, "image": image}, listed
     elif any(folder.glob("*.tsv")):
         path = find(folder, "OCRBench*.tsv", "*.tsv")
         for cells, image in read_pictured_rows(path):
             kind, answers = need(cells, "category", path), _list_of(need(cells, "answer", path))
             yield {"question": need(cells, "question", path), "answers": answers, "type": kind, "image": image}, path
     else:
-        for path in find_all(folder, "OCRBench.json", "test-*.parquet", "data/test-*.parquet"):
+        places = ("OCRBench.json", "test-*.parquet", "data/test-*.parquet", "*.parquet", "data/*.parquet")
+        for path in find_all(folder, *places):
             for row in read_parquet_rows(path):
                 names = {"dataset": "dataset_name", "question_type": "type", "answer": "answers"}
                 image = picture(need(row, "image", path), path)

@@ -1,6 +1,7 @@
 """MathVista's answers: the authors' extraction and normalisation, and a robust reading of numbers and lists."""
 
 import ast
+import math
 import re
 from collections.abc import Sequence
 
@@ -50,7 +51,7 @@ def normalise_extraction(extraction: str, answer_type: str, choices: Sequence[st
 def parse_number(answer: str) -> float | None:
     """Return the only number that an answer states last, None in doubt."""
     said = parse_open_answer(answer)
-    return said.number.value if said and said.number else None
+    return said.number.value if said and said.number and math.isfinite(said.number.value) else None
 
 
 def parse_list(text: str) -> list[float] | None:

@@ -18,7 +18,7 @@ from pipelines.evaluate import main
 
 pytestmark = pytest.mark.slow
 
-PERFECT = {"mme": 600.0, "llava_bench": 100 * 9 / 8}
+PERFECT = {"mme": 600.0, "llava_bench": 100 * 9 / 8, "ocrbench": 4.0}
 SUBMISSIONS = {
     "vqav2": "vqav2_upload.json",
     "gqa": "testdev_balanced_predictions.json",
@@ -32,8 +32,17 @@ SUBMISSIONS = {
     "mmmu": "mmmu_upload.json",
     "docvqa": "docvqa_upload.json",
     "hallusion_bench": "HallusionBench_result.json",
+    "mmbench_v11": "MMBench_DEV_EN_V11.xlsx",
+    "mmbench_v11_cn": "MMBench_DEV_CN_V11.xlsx",
+    "mmstar": "MMStar.xlsx",
+    "mmmu_pro": "llava_ray_standard_direct.jsonl",
+    "mmmu_pro_4": "llava_ray_standard_direct.jsonl",
+    "mmmu_pro_vision": "llava_ray_vision_direct.jsonl",
+    "mathvista": "output_testmini.json",
+    "ocrbench": "OCRBench_result.json",
+    "blink": "blink_val_predictions.json",
 }
-REVIEWS = {"hallusion_bench": "correct", "llava_bench": "8 9\nBoth are fine.", "mm_vet": "1.0"}
+REVIEWS = {"hallusion_bench": "correct", "llava_bench": "8 9\nBoth are fine.", "mm_vet": "1.0", "mathvista": "(C)"}
 
 
 def read(name: str, folder: Path) -> tuple[Benchmark, list[Question]]:
