@@ -21,6 +21,7 @@ from evals.benchmark import (
     percentage,
 )
 from evals.files import as_json, check_unique, find_all, need, picture, read_parquet_rows
+from evals.judging import list_judge_requests
 from evals.matching.letters import parse_letter
 from llava_ray.errors import DataError
 
@@ -111,7 +112,8 @@ class Blink(Benchmark):
             letter = parse_blink(said, len(question.options)) or parse_letter(said, question.options)
             predictions[question.id] = f"({letter})" if letter else _NONE
         split = questions[0].id.partition("_")[0] if questions else "val"
-        return {f"blink_{split}_predictions.json": as_json(predictions)}
+        requests = list_judge_requests(questions, answers, _needs_judge, matching_request)
+        return {f"blink_{split}_predictions.json": as_json(predictions), **requests}
 
 
 def parse_blink(answer: str, num_options: int) -> str | None:
@@ -132,6 +134,10 @@ def matching_request(question: Question, answer: str) -> str:
     return f"{_REQUEST}\n\nQuestion: {question.facts['question']}\nOptions:\n{options}\nAnswer: {answer}\nOption:"
 
 
+def _needs_judge(question: Question, answer: str) -> bool:
+    return parse_blink(answer, len(question.options)) is None
+
+
 def _grade_reply(reply: str | None, question: Question) -> Grade:
     reply = (reply or "").strip()
     if reply.startswith(_NONE):
@@ -146,7 +152,8 @@ def _question(row: Mapping[str, Any], path: Path) -> Question:
     match = _ID.fullmatch(name)
     if match is None:
         raise DataError(f"{path}: the id {name!r} is none of BLINK's (SPLIT_TASK_NUMBER); is this the official file?")
-    options = tuple(map(str, need(row, "choices", path)))
+    choices = need(row, "choices", path)
+    options = tuple(map(str, choices)) if isinstance(choices, list) else ()
     letters = LETTERS[: len(options)]
     if not 1 < len(options) <= _MAX_OPTIONS:
         raise DataError(f"{path}: question {name!r} has {len(options)} options; expected 2 to {_MAX_OPTIONS}.")

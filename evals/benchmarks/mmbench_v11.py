@@ -8,6 +8,7 @@ from evals.benchmark import FAILED, LETTER_CN, UNPARSED, Grade, Judge, Profile, 
 from evals.benchmarks.mmbench import ROTATION, MMBench
 from evals.benchmarks.spreadsheet import SheetCell, write_xlsx
 from evals.files import list_first, read_table
+from evals.judging import list_judge_requests
 from evals.matching.letters import parse_mmbench
 from llava_ray.errors import DataError
 
@@ -30,8 +31,14 @@ class MMBenchV11(MMBench):
 
     name = "mmbench_v11"
     title = "MMBench v1.1"
-    patterns = ("MMBench_DEV_EN_V11*.tsv", "MMBench_TEST_EN_V11*.tsv", "*EN_V11*.tsv", "*en_v11*.tsv", "*.tsv")
-    version: ClassVar[str] = "V11"
+    patterns: ClassVar[tuple[str, ...]] = (
+        "MMBench_DEV_EN_V11*.tsv",
+        "MMBench_TEST_EN_V11*.tsv",
+        "*EN_V11*.tsv",
+        "*en_v11*.tsv",
+        "*.tsv",
+    )
+    version = "V11"
 
     def read(self, folder: Path) -> list[Question]:
         """Read the table, with all rotations of each question. Raises DataError."""
@@ -51,7 +58,7 @@ class MMBenchV11(MMBench):
         grade = super().grade(question, answer, profile)
         if profile == "robust" or judge is None or grade.state != "unparsed":
             return grade
-        return _grade_reply(judge(question.id, extraction_request(question, answer)), question)
+        return _grade_reply(judge(question.id, option_request(question, answer)), question)
 
     def submit(self, questions: Sequence[Question], answers: Mapping[str, str]) -> dict[str, bytes]:
         """Build the server's table: all columns but the image, and the prediction."""
@@ -63,7 +70,8 @@ class MMBenchV11(MMBench):
             index = int(row.pop("index"))
             table = table or [["index", *row, "prediction"]]
             table.append([index, *row.values(), answers.get(str(index), "")])
-        return {f"{self._table.stem}.xlsx": write_xlsx(table)}
+        requests = list_judge_requests(questions, answers, _needs_judge, option_request)
+        return {f"{self._table.stem}.xlsx": write_xlsx(table), **requests}
 
 
 class MMBenchV11CN(MMBenchV11):
@@ -75,12 +83,16 @@ class MMBenchV11CN(MMBenchV11):
     name = "mmbench_v11_cn"
     title = "MMBench-CN v1.1"
     patterns = ("MMBench_DEV_CN_V11*.tsv", "MMBench_TEST_CN_V11*.tsv", "*CN_V11*.tsv", "*cn_v11*.tsv")
-    instruction: ClassVar[str] = LETTER_CN
+    instruction = LETTER_CN
 
 
-def extraction_request(question: Question, answer: str) -> str:
+def option_request(question: Question, answer: str) -> str:
     """Build the judge's request for the option that an answer means."""
     return f"{_REQUEST}\n\n{question.prompt}\n\nAnswer: {answer}\nLetter:"
+
+
+def _needs_judge(question: Question, answer: str) -> bool:
+    return parse_mmbench(answer, question.options) is None
 
 
 def _grade_reply(reply: str | None, question: Question) -> Grade:

@@ -118,6 +118,9 @@ def read_literal(text: Any, name: str, path: Path) -> list[Any]:
     if isinstance(text, list):
         return text
     try:
-        return list(ast.literal_eval(str(text)))
-    except (ValueError, SyntaxError, TypeError) as error:
-        raise DataError(f"{path}: question {name!r} has options {text!r}; expected a list.") from error
+        value = ast.literal_eval(str(text))
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        value = None
+    if not isinstance(value, list | tuple):
+        raise DataError(f"{path}: question {name!r} has options {text!r:.200}; expected a list.")
+    return list(value)

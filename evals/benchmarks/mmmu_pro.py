@@ -101,10 +101,10 @@ class MMMUPro(Benchmark):
             )
 
     def _prompt(self, row: Mapping[str, Any], options: Sequence[str], path: Path) -> tuple[str, tuple[bytes, ...]]:
-        return place_images(need(row, "question", path) + list_options(options) + LETTER_PRO, row, path)
+        return place_images(str(need(row, "question", path)) + list_options(options) + LETTER_PRO, row, path)
 
     def _question(self, row: Mapping[str, Any], path: Path) -> Question:
-        name, subject = need(row, "id", path), str(need(row, "subject", path))
+        name, subject = str(need(row, "id", path)), str(need(row, "subject", path))
         options = tuple(map(str, read_literal(need(row, "options", path), name, path)))
         truth = str(need(row, "answer", path))
         if truth not in tuple(LETTERS[: len(options)]):

@@ -109,7 +109,7 @@ def _options_within(text: str) -> list[str]:
     """Return the options at the end of a question, "Options: A: cat, B: dog"; none where they are not in order."""
     _, mark, tail = text.rpartition("Options:")
     tail = f", {tail.strip()}"
-    starts = []
+    starts: list[re.Match[str]] = []
     for letter in LETTERS if mark else "":
         found = re.compile(rf"[,\s]\s*{letter}[:.]\s").search(tail, starts[-1].end() - 1 if starts else 0)
         if found is None:

@@ -135,8 +135,8 @@ def _rows(folder: Path) -> Iterator[tuple[dict[str, Any], Path]]:
         if not isinstance(rows, list):
             raise DataError(f"{listed} holds no list of questions; is this the official file?")
         for row in rows:
-            image = folder / "OCRBench_Images" / str(need(row, "image_path", listed))
-            yield {**row, "image": image}, listed
+            file = folder / "OCRBench_Images" / str(need(row, "image_path", listed))
+            yield {**row, "image": file}, listed
     elif any(folder.glob("*.tsv")):
         path = find(folder, "OCRBench*.tsv", "*.tsv")
         for cells, image in read_pictured_rows(path):
@@ -147,8 +147,8 @@ def _rows(folder: Path) -> Iterator[tuple[dict[str, Any], Path]]:
         for path in find_all(folder, *places):
             for row in read_parquet_rows(path):
                 names = {"dataset": "dataset_name", "question_type": "type", "answer": "answers"}
-                image = picture(need(row, "image", path), path)
-                yield {names.get(key, key): value for key, value in row.items()} | {"image": image}, path
+                content = picture(need(row, "image", path), path)
+                yield {names.get(key, key): value for key, value in row.items()} | {"image": content}, path
 
 
 def _list_of(cell: str) -> Any:

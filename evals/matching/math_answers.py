@@ -11,6 +11,7 @@ from evals.matching.open_answers import parse_open_answer
 from evals.matching.plain_text import to_plain_text
 
 _IN_BRACKETS = re.compile(r"\(([a-zA-Z])\)")
+_QUOTED = re.compile(r'The answer is "(.*)"\.')
 _LIST = re.compile(r"\[[^\[\]]*\]")
 _MAX_LIST = 2_000  # characters
 
@@ -25,6 +26,12 @@ def extract_plainly(answer: str, answer_type: str, choices: Sequence[str]) -> st
         return str(float(answer)) if answer_type == "float" else None
     except (ValueError, OverflowError):
         return None
+
+
+def extract_quickly(answer: str) -> str | None:
+    """Return what the authors' quick rule extracts: the quoted text after "The answer is", with a full stop."""
+    found = _QUOTED.search(answer)
+    return found[1] if found else None
 
 
 def normalise_extraction(extraction: str, answer_type: str, choices: Sequence[str], precision: int) -> str | None:
