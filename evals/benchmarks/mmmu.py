@@ -89,14 +89,14 @@ class MMMU(Benchmark):
 
 def _question(row: Mapping[str, Any], path: Path) -> Question:
     name, text = need(row, "id", path), need(row, "question", path)
-    options = tuple(map(str, read_literal(row["options"], name, path)))
+    options = tuple(map(str, read_python_list(row["options"], name, path)))
     is_open = row.get("question_type") == _OPEN or not options
-    prompt, content = place_images(
+    prompt, content = place_numbered_images(
         text + ("" if is_open else list_options(options)) + (SHORT if is_open else LETTER), row, path
     )
     gold = row.get("answer")
     truths = (
-        tuple(map(str, read_literal(gold, name, path) if str(gold).startswith("[") else [gold]))
+        tuple(map(str, read_python_list(gold, name, path) if str(gold).startswith("[") else [gold]))
         if gold not in (None, "?")
         else ()
     )
@@ -104,7 +104,7 @@ def _question(row: Mapping[str, Any], path: Path) -> Question:
     return Question(name, prompt, content, truths, () if is_open else options, (subject,), name)
 
 
-def place_images(text: str, row: Mapping[str, Any], path: Path) -> tuple[str, tuple[bytes, ...]]:
+def place_numbered_images(text: str, row: Mapping[str, Any], path: Path) -> tuple[str, tuple[bytes, ...]]:
     """Return a prompt with its images where the text refers to them; without references all come first."""
     images = {n: row.get(f"image_{n}") for n in range(1, _MAX_IMAGES + 1)}
     available = [number for number, cell in images.items() if cell is not None]
@@ -113,7 +113,7 @@ def place_images(text: str, row: Mapping[str, Any], path: Path) -> tuple[str, tu
     return _MARKER.sub(lambda mark: "<image>" if int(mark[1]) in available else "", text), content
 
 
-def read_literal(text: Any, name: str, path: Path) -> list[Any]:
+def read_python_list(text: Any, name: str, path: Path) -> list[Any]:
     """Return a list that stands in a cell as Python writes it. Raises DataError."""
     if isinstance(text, list):
         return text
