@@ -115,5 +115,5 @@ def _options_within(text: str) -> list[str]:
         if found is None:
             break
         starts.append(found)
-    ends = [start.start() for start in starts[1:]] + [len(tail)]
+    ends = [start.start() for start in starts[1:]] + [len(tail)] * bool(starts)
     return [tail[start.end() : end].strip(" ,\n") for start, end in zip(starts, ends, strict=True)]

@@ -22,7 +22,7 @@ from llava_ray.errors import DataError
         ("It is about 6.66%.\n\nAnswer: G", "G"),
         ("the sum matches option \\( \\text{G} \\).\n\nAnswer: G", "G"),
         ("Answer: B is wrong.\nAnswer: C", "C"),
-        ("I'm sorry, I can't help with that.", None),
+        ("I'm sorry, I can't help with that.", "I"),  # as their own files have it
         ("I think it is (C) or (F)", "F"),
         ("Answer: C or D", "D"),  # two after the label: MMMU's rule, the last one
         ("J", "J"),
@@ -35,10 +35,6 @@ from llava_ray.errors import DataError
 )
 def test_the_authors_rule(answer: str, letter: str | None) -> None:
     assert parse_mmmu_pro(answer, METALS) == letter
-
-
-def test_i_is_a_letter_as_with_the_authors() -> None:
-    assert parse_mmmu_pro("I am sorry", METALS) == "I"
 
 
 def test_prompts_and_images_are_the_authors(tmp_path: Path) -> None:
@@ -85,9 +81,7 @@ def test_another_settings_files_are_refused(tmp_path: Path) -> None:
     parquet(tmp_path / "4", "test-0.parquet", mmmu_pro_rows(4))
     parquet(tmp_path / "10", "test-0.parquet", mmmu_pro_rows(10))
     assert len(MMMUPro().read(tmp_path / "10")) == len(MMMUPro4().read(tmp_path / "4")) == 2
-    with pytest.raises(
-        DataError, match=r"0 of 2 questions have more than 4 options; is this another setting than MMMU-Pro \(10"
-    ):
+    with pytest.raises(DataError, match=r"0 of 2 questions have more than 4 options; is this another setting than"):
         MMMUPro().read(tmp_path / "4")
     with pytest.raises(DataError, match="2 of 2 questions have more than 4 options"):
         MMMUPro4().read(tmp_path / "10")
@@ -101,7 +95,7 @@ def test_another_settings_files_are_refused(tmp_path: Path) -> None:
         ({"answer": "K"}, "the answer to 'test_Art_113' is 'K', none of its 10 options"),
         ({"answer": "AB"}, "the answer to 'test_Art_113' is 'AB'"),
         ({"options": "gold, tin"}, "question 'test_Art_113' has options 'gold, tin'; expected a list"),
-        ({"options": "'gold'"}, "expected a list"),
+        ({"options": "'gold'"}, ".*expected a list"),
         ({"image_1": None, "image_2": None}, "question 'test_Art_113' has no image"),
     ],
 )
