@@ -108,9 +108,7 @@ def test_without_reviews_no_official_figure_of_answers_in_words(questions: dict[
     benchmark = MathVista()
     assert benchmark.grade(questions["3"], 'The answer is "145°".', "official").score == 1
     for profile in ("llava", "official"):
-        with pytest.raises(
-            DataError, match=r"extract answers such as that to '3': use --reviews FILE or --profile robust"
-        ):
+        with pytest.raises(DataError, match="such as that to '3': use --reviews FILE or --profile robust"):
             benchmark.grade(questions["3"], "(C)", profile)
     assert benchmark.grade(questions["3"], "(C)", "robust").score == 1
 
@@ -142,9 +140,7 @@ def test_their_file_of_queries_comes_first_and_has_to_be_whole(tmp_path: Path) -
     put(folder, "query.json", {str(n): f"Query {n}" for n in range(1, 9)})
     assert [question.prompt for question in read_problems(folder)] == [f"Query {n}" for n in range(1, 5)]
     put(folder, "query.json", {"1": "Query 1"})
-    with pytest.raises(
-        DataError, match=r"query.json has no query for 3 of 4 questions: 2, 3, 4; add it, or leave the file"
-    ):
+    with pytest.raises(DataError, match=r"query.json has no query for 3 of 4 questions: 2, 3, 4; add it, or leave"):
         read_problems(folder)
 
 
@@ -200,7 +196,7 @@ def test_the_test_split_has_no_answers_and_is_submitted(tmp_path: Path) -> None:
 )
 def test_damaged_problems_are_named(tmp_path: Path, change: dict[str, Any], fault: str) -> None:
     put(tmp_path, "testmini.json", {"2": mathvista_row("2", "How many?", "1000", "integer") | change})
-    with pytest.raises(DataError, match=rf"testmini.json: (?:the|problem).*{fault}"):
+    with pytest.raises(DataError, match=rf"testmini.json: .*{fault}"):
         read_problems(tmp_path)
 
 

@@ -1,5 +1,6 @@
 """OCRBench: containment as the authors' script does it, points of five components, three forms of the data."""
 
+import base64
 import json
 from pathlib import Path
 
@@ -71,8 +72,6 @@ def test_all_thousand_points(tmp_path: Path) -> None:
 
 
 def test_the_tables_of_others_are_the_same(tmp_path: Path) -> None:
-    import base64
-
     kinds = ("Regular Text Recognition", "Handwritten Mathematical Expression Recognition")
     truths = (["CENTRE"], [FORMULA])
     rows = [
@@ -117,7 +116,7 @@ def test_damaged_rows_are_named(tmp_path: Path, change: dict[str, object], fault
 
 def test_a_file_of_another_form_is_named(tmp_path: Path) -> None:
     put(tmp_path, "OCRBench.json", {"a": 1})
-    with pytest.raises(DataError, match="OCRBench.json holds no list of questions"):
+    with pytest.raises(DataError, match=r"OCRBench.json holds no list of questions"):
         OCRBench().read(tmp_path)
     put(tmp_path, "OCRBench.json", [7])
     with pytest.raises(DataError, match=r"OCRBench.json: a row has no 'image_path'"):
