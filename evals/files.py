@@ -106,7 +106,7 @@ def read_parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
         with pq.ParquetFile(path) as file:
             for number in range(file.num_row_groups):
                 yield from file.read_row_group(number).to_pylist()
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:  # bytes that are no text are a ValueError
         raise DataError(f"{path} cannot be read as Parquet: {error}; obtain it again.") from error
 
 

@@ -115,7 +115,7 @@ def _is_of(kind: str, answer: str) -> bool:
     """Return whether a right answer has the form of its type."""
     if kind == "list":
         return parse_list(answer) is not None
-    return normalise_extraction(answer, kind, (), 15) is not None
+    return normalise_extraction(answer, kind, (), 15) not in (None, "nan", "inf", "-inf")
 
 
 def _truths(row: Mapping[str, Any], choices: Sequence[str], name: str, path: Path) -> tuple[str, ...]:

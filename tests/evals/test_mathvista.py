@@ -190,6 +190,7 @@ def test_the_test_split_has_no_answers_and_is_submitted(tmp_path: Path) -> None:
         ({"metadata": None}, "the metadata None"),
         ({"metadata": {"skills": "algebraic"}}, "the metadata"),
         ({"answer": "many"}, "the answer to problem '2' is 'many', no integer"),
+        ({"answer": "nan", "answer_type": "float", "precision": 1}, "the answer to problem '2' is 'nan', no float"),
         ({"answer": "7", "choices": ["6", "8"], "question_type": "multi_choice", "answer_type": "text"}, "none of its"),
         ({"pid": "7"}, "the problem '2' has the pid '7'"),
     ],
