@@ -146,6 +146,16 @@ def need_text(row: Any, key: str, path: Path) -> str:
     return value
 
 
+def need_words(row: Any, key: str, name: str, path: Path) -> str:
+    """Return a required text of the question ``name``, which is not blank. Raises DataError."""
+    value = need(row, key, path)
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(
+            f"{path}: {key!r} of question {name!r} is {value!r:.80}; expected a text. Obtain the file again."
+        )
+    return value
+
+
 def list_first(names: Sequence[str]) -> str:
     """Format the first ids of a list."""
     return ", ".join(map(repr, names[:_MAX_NAMED])) + (

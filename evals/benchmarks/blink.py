@@ -20,7 +20,7 @@ from evals.benchmark import (
     grade_choice,
     percentage,
 )
-from evals.files import as_json, check_unique, find_all, need, picture, read_parquet_rows
+from evals.files import as_json, check_unique, find_all, need, need_words, picture, read_parquet_rows
 from evals.judging import list_judge_requests
 from evals.matching.letters import parse_letter
 from llava_ray.errors import DataError
@@ -153,7 +153,7 @@ def _question(row: Mapping[str, Any], path: Path) -> Question:
     if match is None:
         raise DataError(f"{path}: the id {name!r} is none of BLINK's (SPLIT_TASK_NUMBER); is this the official file?")
     choices = need(row, "choices", path)
-    options = tuple(map(str, choices)) if isinstance(choices, list) else ()
+    options = tuple(choice for choice in choices if isinstance(choice, str)) if isinstance(choices, list) else ()
     letters = LETTERS[: len(options)]
     if not 1 < len(options) <= _MAX_OPTIONS:
         raise DataError(f"{path}: question {name!r} has {len(options)} options; expected 2 to {_MAX_OPTIONS}.")
@@ -165,11 +165,11 @@ def _question(row: Mapping[str, Any], path: Path) -> Question:
         raise DataError(f"{path}: question {name!r} has no image; obtain the file again.")
     return Question(
         name,
-        str(need(row, "prompt", path)),
+        need_words(row, "prompt", name, path),
         images,
         () if answer == _HIDDEN else (answer[1],),
         options,
         (match[2],),
         name,
-        facts={"question": str(need(row, "question", path))},
+        facts={"question": need_words(row, "question", name, path)},
     )

@@ -5,7 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from evals.benchmark import LETTERS, Question
-from evals.files import check_complete, check_unique, find_all, need, picture, read_json_value, read_parquet_rows
+from evals.files import (
+    check_complete,
+    check_unique,
+    find_all,
+    need,
+    need_words,
+    picture,
+    read_json_value,
+    read_parquet_rows,
+)
 from evals.matching.math_answers import normalise_extraction, parse_list
 from llava_ray.errors import DataError
 
@@ -75,7 +84,7 @@ def _question(row: Mapping[str, Any], queries: Mapping[str, str], folder: Path, 
     return Question(
         name,
         str(query),
-        (picture(image, path) if image is not None else folder / str(need(row, "image", path)),),
+        (picture(image, path) if image is not None else folder / need_words(row, "image", name, path),),
         _truths(row, choices, name, path),
         choices,
         (f"question type: {row['question_type']}", f"answer type: {kind}", *categories),
@@ -93,18 +102,22 @@ def _check_form(row: Mapping[str, Any], name: str, path: Path) -> None:
     kind, form, choices, labels = (
         need(row, key, path) for key in ("answer_type", "question_type", "choices", "metadata")
     )
-    need(row, "question", path)
-    if not isinstance(labels, dict) or not isinstance(labels.get("skills") or [], list):
+    need_words(row, "question", name, path)
+    if not isinstance(labels, dict) or not _are_texts(labels.get("skills") or []):
         fault = f"the metadata {labels!r:.80}"
-    elif form not in (_CHOICE, _FREE) or kind not in _HINTS or (form == _CHOICE) != (kind == "text"):
+    elif form not in (_CHOICE, _FREE) or kind not in tuple(_HINTS) or (form == _CHOICE) != (kind == "text"):
         fault = f"the question type {form!r} with the answer type {kind!r}"
-    elif form == _CHOICE and not (isinstance(choices, list) and 1 < len(choices) <= len(LETTERS)):
+    elif form == _CHOICE and not (_are_texts(choices) and 1 < len(choices) <= len(LETTERS)):
         fault = f"the choices {choices!r:.80}"
     elif kind == "float" and not _is_count(row.get("precision")):
         fault = f"a float as its answer, but the precision {row.get('precision')!r}"
     else:
         return
     raise DataError(f"{path}: problem {name!r} has {fault}; obtain the file again.")
+
+
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
 def _is_count(value: Any) -> bool:

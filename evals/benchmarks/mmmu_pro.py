@@ -16,7 +16,7 @@ from evals.benchmark import (
     list_options,
 )
 from evals.benchmarks.mmmu import place_numbered_images, read_python_list
-from evals.files import as_lines, check_unique, find_all, need, picture, read_parquet_rows
+from evals.files import as_lines, check_unique, find_all, need, need_words, picture, read_parquet_rows
 from evals.matching.letters import parse_letter, parse_mmmu_pro
 from llava_ray.errors import DataError
 
@@ -101,10 +101,13 @@ class MMMUPro(Benchmark):
             )
 
     def _prompt(self, row: Mapping[str, Any], options: Sequence[str], path: Path) -> tuple[str, tuple[bytes, ...]]:
-        return place_numbered_images(str(need(row, "question", path)) + list_options(options) + LETTER_PRO, row, path)
+        return place_numbered_images(
+            need_words(row, "question", str(row["id"]), path) + list_options(options) + LETTER_PRO, row, path
+        )
 
     def _question(self, row: Mapping[str, Any], path: Path) -> Question:
-        name, subject = str(need(row, "id", path)), str(need(row, "subject", path))
+        name = need_words(row, "id", str(row.get("id")), path)
+        subject = need_words(row, "subject", name, path)
         options = tuple(map(str, read_python_list(need(row, "options", path), name, path)))
         truth = str(need(row, "answer", path))
         if truth not in tuple(LETTERS[: len(options)]):

@@ -7,7 +7,7 @@ from typing import Any
 
 from evals.benchmark import LETTER, LETTERS, Benchmark, Grade, Judge, Profile, Question, grade_choice, list_options
 from evals.benchmarks.spreadsheet import SheetCell, write_xlsx
-from evals.files import check_unique, find, need, picture, read_parquet_rows
+from evals.files import check_unique, find, need, need_words, picture, read_parquet_rows
 from evals.matching.letters import parse_letter
 from evals.pictured_table import read_pictured_rows
 from llava_ray.errors import DataError
@@ -90,15 +90,18 @@ def _rows(path: Path) -> Iterator[tuple[dict[str, Any], bytes | None]]:
 
 
 def _question(row: Mapping[str, Any], image: bytes | None, path: Path) -> Question:
-    name, text = str(need(row, "index", path)), str(need(row, "question", path))
+    name = str(need(row, "index", path))
+    text = need_words(row, "question", name, path)
     truth = str(need(row, "answer", path)).strip().upper()
     listed = [str(row[letter]) for letter in LETTERS if str(row.get(letter) or "").strip().lower() not in _NOTHING]
     options = tuple(listed or _options_within(text) or "ABCD")
     if truth not in tuple(LETTERS[: len(options)]):
         raise DataError(f"{path}: the answer to question {name!r} is {truth!r}, none of its {len(options)} options.")
+    if not name.isdigit():
+        raise DataError(f"{path}: the index {name!r} is no number; obtain the file again.")
     if image is None:
         raise DataError(f"{path}: question {name!r} has no image; obtain the file again.")
-    ability, axis = need(row, "category", path), need(row, "l2_category", path)
+    ability, axis = (need_words(row, key, name, path) for key in ("category", "l2_category"))
     prompt = text + (list_options(listed) if listed else "") + LETTER
     return Question(
         name, prompt, (image,), (truth,), options, (ability, f"{ability} ({axis})"), name, facts={"row": row}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.benchmark import UNPARSED, Benchmark, Grade, Graded, Judge, Profile, Question, Total, by_category, percentage
-from evals.files import as_json, find, find_all, need, picture, read_json_value, read_parquet_rows
+from evals.files import as_json, find, find_all, need, need_words, picture, read_json_value, read_parquet_rows
 from evals.matching.plain_text import to_plain_text, without_label
 from evals.pictured_table import read_pictured_rows
 from llava_ray.errors import DataError
@@ -135,7 +135,11 @@ def _rows(folder: Path) -> Iterator[tuple[dict[str, Any], Path]]:
         if not isinstance(rows, list):
             raise DataError(f"{listed} holds no list of questions; is this the official file?")
         for row in rows:
-            file = folder / "OCRBench_Images" / str(need(row, "image_path", listed))
+            file = (
+                folder
+                / "OCRBench_Images"
+                / need_words(row, "image_path", str(row.get("id") if isinstance(row, dict) else row), listed)
+            )
             yield {**row, "image": file}, listed
     elif any(folder.glob("*.tsv")):
         path = find(folder, "OCRBench*.tsv", "*.tsv")
@@ -163,8 +167,9 @@ def _question(name: str, row: Mapping[str, Any], path: Path) -> Question:
     kind, found = str(need(row, "type", path)), need(row, "answers", path)
     if kind not in _KINDS:
         raise DataError(f"{path}: row {name} is of the type {kind!r}, none of OCRBench's; is this the official file?")
-    truths = tuple(map(str, found if isinstance(found, list | tuple) else [found]))
-    if not any(truth.strip() for truth in truths) or found is None:
+    found = found if isinstance(found, list | tuple) else [found]
+    truths = tuple(str(truth) for truth in found if isinstance(truth, str | int | float) and str(truth).strip())
+    if not truths or len(truths) < len(found):
         raise DataError(f"{path}: row {name} has no right answer; obtain the file again.")
     image = row["image"]
     if image is None:
@@ -174,9 +179,9 @@ def _question(name: str, row: Mapping[str, Any], path: Path) -> Question:
     aliases = (f"{source}/{row['id']}",) if source and "id" in row else ()
     return Question(
         name,
-        str(need(row, "question", path)),
+        need_words(row, "question", name, path),
         (image,),
-        tuple(truth for truth in truths if truth.strip()),
+        truths,
         categories=tuple(dict.fromkeys(part for part in (kind, source) if part)),
         cluster=str(row.get("image_path") or name),
         aliases=aliases,
