@@ -134,12 +134,8 @@ def _rows(folder: Path) -> Iterator[tuple[dict[str, Any], Path]]:
         rows = read_json_value(listed)
         if not isinstance(rows, list):
             raise DataError(f"{listed} holds no list of questions; is this the official file?")
-        for row in rows:
-            file = (
-                folder
-                / "OCRBench_Images"
-                / need_words(row, "image_path", str(row.get("id") if isinstance(row, dict) else row), listed)
-            )
+        for number, row in enumerate(rows):
+            file = folder / "OCRBench_Images" / need_words(row, "image_path", str(number), listed)
             yield {**row, "image": file}, listed
     elif any(folder.glob("*.tsv")):
         path = find(folder, "OCRBench*.tsv", "*.tsv")
@@ -158,9 +154,10 @@ def _rows(folder: Path) -> Iterator[tuple[dict[str, Any], Path]]:
 def _list_of(cell: str) -> Any:
     """Return a cell's list, which stands there as Python writes it, or the cell."""
     try:
-        return ast.literal_eval(cell)
-    except (ValueError, SyntaxError):
+        value = ast.literal_eval(cell)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return cell
+    return value if isinstance(value, list | tuple) else cell  # "12.50" is no number here
 
 
 def _question(name: str, row: Mapping[str, Any], path: Path) -> Question:
@@ -168,7 +165,7 @@ def _question(name: str, row: Mapping[str, Any], path: Path) -> Question:
     if kind not in _KINDS:
         raise DataError(f"{path}: row {name} is of the type {kind!r}, none of OCRBench's; is this the official file?")
     found = found if isinstance(found, list | tuple) else [found]
-    truths = tuple(str(truth) for truth in found if isinstance(truth, str | int | float) and str(truth).strip())
+    truths = tuple(truth for truth in found if isinstance(truth, str) and truth.strip())
     if not truths or len(truths) < len(found):
         raise DataError(f"{path}: row {name} has no right answer; obtain the file again.")
     image = row["image"]

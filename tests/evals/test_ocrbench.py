@@ -73,7 +73,7 @@ def test_all_thousand_points(tmp_path: Path) -> None:
 
 def test_the_tables_of_others_are_the_same(tmp_path: Path) -> None:
     kinds = ("Regular Text Recognition", "Handwritten Mathematical Expression Recognition")
-    truths = (["CENTRE"], [FORMULA])
+    truths = (["CENTRE", "12.50"], [FORMULA])
     rows = [
         {"dataset": ("IIIT5K", "HME100k")[n], "question": "?", "question_type": kinds[n], "answer": truths[n]}
         | {"image": {"bytes": encoded(n), "path": None}}
@@ -85,7 +85,7 @@ def test_the_tables_of_others_are_the_same(tmp_path: Path) -> None:
     put(tmp_path / "kit", "OCRBench.tsv", "".join("\t".join(line) + "\n" for line in lines))
     for form in ("hub", "kit"):
         first, second = OCRBench().read(tmp_path / form)
-        assert (first.id, first.truths, first.categories[0]) == ("0", ("CENTRE",), kinds[0])
+        assert (first.id, first.truths, first.categories[0]) == ("0", ("CENTRE", "12.50"), kinds[0])
         assert OCRBench().grade(second, r"\frac{1}{x}", "official").score == 1
         assert isinstance(first.images[0], bytes)
 
@@ -105,6 +105,9 @@ def test_the_result_file_has_predictions_and_results(tmp_path: Path) -> None:
         ({"answers": []}, "row 0 has no right answer"),
         ({"answers": ""}, "row 0 has no right answer"),
         ({"answers": None}, "row 0 has no right answer"),
+        ({"answers": 12.5}, "row 0 has no right answer"),
+        ({"answers": ["under", 7]}, "row 0 has no right answer"),
+        ({"question": None}, "'question' of question '0' is None, no text"),
     ],
 )
 def test_damaged_rows_are_named(tmp_path: Path, change: dict[str, object], fault: str) -> None:
