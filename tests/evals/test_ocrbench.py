@@ -107,7 +107,7 @@ def test_the_result_file_has_predictions_and_results(tmp_path: Path) -> None:
         ({"answers": None}, "row 0 has no right answer"),
         ({"answers": 12.5}, "row 0 has no right answer"),
         ({"answers": ["under", 7]}, "row 0 has no right answer"),
-        ({"question": None}, "'question' of question '0' is None, no text"),
+        ({"question": None}, "'question' of question '0' is None; expected a text"),
     ],
 )
 def test_damaged_rows_are_named(tmp_path: Path, change: dict[str, object], fault: str) -> None:

@@ -116,7 +116,9 @@ def test_every_official_format_goes_through(name: str, tmp_path: Path, capsys: p
     assert "data:image/jpeg" in (out / "report.html").read_text() or not questions[0].images
 
 
-@pytest.mark.parametrize("name", ["pope", "mmbench", "textvqa", "mme", "science_qa"])
+@pytest.mark.parametrize(
+    "name", ["pope", "mmbench", "textvqa", "mme", "science_qa", "mmbench_v11", "mmstar", "mmmu_pro", "ocrbench"]
+)
 def test_shuffled_doubled_and_foreign_answers_change_nothing(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
