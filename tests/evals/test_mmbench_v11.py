@@ -110,6 +110,12 @@ def test_lost_rows_are_named(tmp_path: Path, kept: tuple[int, ...], fault: str) 
         MMBenchV11().read(tmp_path)
 
 
+def test_rotations_with_a_gap_are_named(tmp_path: Path) -> None:
+    put(tmp_path, NAME, mmbench_v11_table().replace("2000008\t", "3000008\t"))
+    with pytest.raises(DataError, match=rf"{NAME} lacks rotations of questions '8'"):
+        MMBenchV11().read(tmp_path)
+
+
 def test_a_row_that_was_cut_off_is_named(tmp_path: Path) -> None:
     put(tmp_path, NAME, mmbench_v11_table()[:-40])
     with pytest.raises(DataError, match=rf"{NAME}, line 8: a row has not as many cells as the header"):

@@ -22,6 +22,7 @@ from llava_ray.errors import DataError
         ("It is about 6.66%.\n\nAnswer: G", "G"),
         ("the sum matches option \\( \\text{G} \\).\n\nAnswer: G", "G"),
         ("Answer: B is wrong.\nAnswer: C", "C"),
+        ("It is not (B).\nAnswer: unclear\nAnswer: C", "C"),
         ("I'm sorry, I can't help with that.", "I"),  # as their own files have it
         ("I think it is (C) or (F)", "F"),
         ("Answer: C or D", "D"),  # two after the label: MMMU's rule, the last one

@@ -81,6 +81,7 @@ def test_every_official_format_goes_through(name: str, tmp_path: Path, capsys: p
     benchmark, questions = read(name, folder)
     put_reviews(name, folder, questions)
     assert all(image.exists() for question in questions for image in question.images if isinstance(image, Path))
+    assert all(question.prompt.count("<image>") in (0, len(question.images)) for question in questions)
     right = truths(questions)
     answers = write_answers(tmp_path / "answers.jsonl", right)
     out = tmp_path / "out"
