@@ -62,6 +62,7 @@ BENCHMARKS: dict[str, type[Benchmark]] = {kind.name: kind for kind in _KINDS}
 
 # Common aliases.
 _ALIASES = {"sqa": "science_qa", "seed": "seed_bench", "llavaw": "llava_bench", "llavabenchinthewild": "llava_bench"}
+_ALIASES |= {"mmbenchv1.1": "mmbench_v11", "mmbenchcnv1.1": "mmbench_v11_cn", "mmmupro10": "mmmu_pro"}
 
 
 def make_benchmark(name: str) -> Benchmark:

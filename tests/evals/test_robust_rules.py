@@ -70,5 +70,6 @@ def test_every_docstring_says_how_to_obtain_the_data_and_has_ten_vectors(name: s
 def test_names_are_forgiving_and_unknown_ones_are_not() -> None:
     assert make_benchmark("MMBench-CN").name == "mmbench_cn"
     assert make_benchmark("ScienceQA").name == "science_qa"
+    assert make_benchmark("MMBench-v1.1").name == "mmbench_v11"
     with pytest.raises(ConfigError, match="no benchmark 'imagenet'; expected one of vqav2, gqa"):
         make_benchmark("imagenet")
