@@ -18,6 +18,7 @@ _OTHER_STARTS = {
     b"PK": "a zip archive",
     b"PAR1": "Parquet",
 }
+_ESCAPED = "backslashreplace"  # a lone surrogate of an answer becomes its JSON escape
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 
 
@@ -191,9 +192,9 @@ def hash_files(folder: Path) -> str:
 
 def as_json(value: Any) -> bytes:
     """Format a value as the bytes of a JSON file."""
-    return json.dumps(value, ensure_ascii=False, indent=1).encode()
+    return json.dumps(value, ensure_ascii=False, indent=1).encode(errors=_ESCAPED)
 
 
 def as_lines(rows: list[Any]) -> bytes:
     """Format rows as the bytes of a file of JSON lines."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(errors=_ESCAPED)

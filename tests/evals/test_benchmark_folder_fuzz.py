@@ -105,7 +105,7 @@ def make_target() -> Callable[[int], str]:
         questions = benchmark.read(copy)
         answers = [Answer(question.id, generator.choice(TEXTS)) for question in questions]
         judge = RecordedJudge({question.id: generator.choice(TEXTS) for question in questions})
-        benchmark.submit(questions, {answer.id: answer.text.encode(errors="replace").decode() for answer in answers})
+        benchmark.submit(questions, {answer.id: answer.text for answer in answers})
         for profile in ("robust", "official"):
             found = summarize_result(score_answers(benchmark, questions, answers, profile, judge))
             format_markdown([found])

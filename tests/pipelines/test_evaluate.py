@@ -365,5 +365,12 @@ def test_scoring_loads_neither_torch_nor_ray(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["score"] == 100
 
 
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_half_a_character_in_an_answer_stops_no_submission(name: str, tmp_path: Path) -> None:
+    benchmark, questions = read(name, write_benchmark(name, tmp_path))
+    files = benchmark.submit(questions, {question.id: "x\ud800" for question in questions})
+    assert all(content.decode() for file, content in files.items() if not file.endswith(".xlsx"))
+
+
 def test_every_benchmark_has_a_tiny_folder() -> None:
     assert WRITERS.keys() == BENCHMARKS.keys()
