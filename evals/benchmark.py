@@ -20,6 +20,7 @@ _State = Literal["scored", "unparsed", "missing", "failed"]
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 LETTER_CN = "\n请直接回答选项字母。"
+LETTER_PRO = "\nAnswer with the option letter from the given choices directly."
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
