@@ -2,6 +2,8 @@
 
 from evals.benchmark import Benchmark
 from evals.benchmarks.ai2d import AI2D
+from evals.benchmarks.amber import AMBERDiscriminative, AMBERGenerative
+from evals.benchmarks.chair import CHAIR
 from evals.benchmarks.chartqa import ChartQA
 from evals.benchmarks.custom import Custom
 from evals.benchmarks.docvqa import DocVQA
@@ -11,7 +13,9 @@ from evals.benchmarks.llava_bench import LLaVABench
 from evals.benchmarks.mm_vet import MMVet
 from evals.benchmarks.mmbench import MMBench, MMBenchCN
 from evals.benchmarks.mme import MME
+from evals.benchmarks.mmhal_bench import MMHalBench
 from evals.benchmarks.mmmu import MMMU
+from evals.benchmarks.object_halbench import ObjectHalBench
 from evals.benchmarks.pope import POPE
 from evals.benchmarks.realworldqa import RealWorldQA
 from evals.benchmarks.science_qa import ScienceQA
@@ -40,6 +44,11 @@ _KINDS: tuple[type[Benchmark], ...] = (
     AI2D,
     RealWorldQA,
     HallusionBench,
+    CHAIR,
+    AMBERGenerative,
+    AMBERDiscriminative,
+    MMHalBench,
+    ObjectHalBench,
     Custom,
 )
 BENCHMARKS: dict[str, type[Benchmark]] = {kind.name: kind for kind in _KINDS}
