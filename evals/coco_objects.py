@@ -1,4 +1,4 @@
-"""COCO's ground truth for object hallucination: an image's annotated objects, and those that people name in captions."""
+"""COCO's ground truth for object hallucination: an image's annotated objects, and those named in its captions."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from evals.files import check_complete, find, list_first, need, read_json_value,
 from evals.matching.object_words import ObjectVocabulary
 from llava_ray.errors import DataError
 
-_ANIMALS = "bird cat dog horse sheep cow elephant bear zebra giraffe animal cub".split()
+_ANIMALS = ["bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub"]
 _VEHICLES = ("jet", "train")
 
 
@@ -42,9 +42,9 @@ def read_object_vocabulary(path: Path, pairs: Sequence[str]) -> ObjectVocabulary
 
 
 def read_coco_images(folder: Path, splits: Sequence[str]) -> dict[int, CocoImage]:
-    """Read images with objects and captions from ``captions_SPLIT.json`` and ``instances_SPLIT.json``. Raises DataError.
+    """Read images with objects and captions from ``captions_SPLIT.json`` and ``instances_SPLIT.json``.
 
-    Of the splits those whose captions the folder (or its ``annotations/``) has.
+    Raises DataError. Of the splits those whose captions the folder (or its ``annotations/``) has.
     """
     named = [split for split in splits if any(_places(folder, f"captions_{split}.json"))]
     if not named:

@@ -1,4 +1,4 @@
-"""Judges' prompts out of benchmark authors' scripts, so that they are the authors' to the letter and no copy of them."""
+"""Judges' prompts out of benchmark authors' scripts: theirs to the letter, and not copied."""
 
 import ast
 from pathlib import Path

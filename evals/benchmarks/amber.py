@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from evals.amber_files import AMBER_SOURCE, find_amber_image, need_words, read_amber_queries, read_amber_words
 from evals.benchmark import (
     SHORT,
     UNPARSED,
@@ -18,14 +19,13 @@ from evals.benchmark import (
     grade_choice,
     split_by_category,
 )
-from evals.files import as_json, check_unique, find, find_all, list_first, need, read_json_value, read_utf8
+from evals.files import as_json, list_first, need
 from evals.matching.amber_objects import AmberWords, count_amber_objects, find_plain_nouns
 from evals.matching.noun_tools import are_similar, tag_nouns
 from evals.matching.object_counts import read_counts, share_of
 from evals.matching.yes_no import parse_yes_no
 from llava_ray.errors import DataError
 
-_WHERE = "https://github.com/junyangwang0410/AMBER"
 _KINDS: Mapping[str, tuple[str, ...]] = {
     "discriminative-hallucination": ("existence",),
     "discriminative-attribute-state": ("attribute", "attribute state"),
@@ -39,16 +39,16 @@ _KINDS: Mapping[str, tuple[str, ...]] = {
 class AMBERGenerative(Benchmark):
     """100 - CHAIR: the share of named objects that are there; beside it CHAIR, Cover, Hal and Cog.
 
-    CHAIR: hallucinated ones among the named objects. Cover: objects that are there and are named. Hal: descriptions with
-    a hallucinated object. Cog: objects that people would imagine beside, and that are named. AMBER's own total score is
-    the mean of this headline and the F1 of ``amber_discriminative``. Figures are not rounded to tenths.
+    CHAIR: hallucinated ones among the named objects. Cover: objects that are there and are named. Hal: descriptions
+    with a hallucinated object. Cog: objects that people would imagine beside, and that are named. AMBER's own total
+    score is the mean of this headline and the F1 of ``amber_discriminative``. Figures are not rounded to tenths.
 
     Obtain: https://github.com/junyangwang0410/AMBER and its images. The folder is the repository or its ``data/``:
     ``query/query_generative.json``, ``annotations.json``, ``relation.json``, ``safe_words.txt``, and ``image/``.
 
     llava and official: the authors' script, which finds nouns by NLTK's tagger and takes words for the same whose
-    ``en_core_web_lg`` vectors are nearer than 0.8; both have to be installed. robust: words of AMBER's vocabulary in the
-    singular, without a tagger (words such as "can" and "watch" only right after an article, a number or "with") and
+    ``en_core_web_lg`` vectors are nearer than 0.8; both have to be installed. robust: words of AMBER's vocabulary in
+    the singular, without a tagger (words such as "can" and "watch" only right after an article, a number or "with") and
     without vectors, so that of two words for one thing only those count that ``relation.json`` puts together: CHAIR is
     higher than the official one, and the two are not comparable. An empty description is unparsed.
 
@@ -77,19 +77,19 @@ class AMBERGenerative(Benchmark):
 
     def read(self, folder: Path) -> list[Question]:
         """Read descriptions' images with their objects."""
-        words = _read_words(folder)
+        words = read_amber_words(folder)
         questions = []
-        for row, note, path in _read_queries(folder, "generative"):
-            truth, imagined = (_texts(need(note, key, path), note, path) for key in ("truth", "hallu"))
+        for row, note, path in read_amber_queries(folder, "generative"):
+            truth, imagined = (need_words(need(note, key, path), note, path) for key in ("truth", "hallu"))
             unknown = [name for name in (*truth, *imagined) if name not in words.related]
             if unknown or not truth:
                 raise DataError(
                     f"{path}: question {note['id']} has "
                     + (f"{list_first(unknown)}, which relation.json lacks" if unknown else "no object that is there")
-                    + f"; obtain both files again from {_WHERE}."
+                    + f"; obtain both files again from {AMBER_SOURCE}."
                 )
             facts = {"words": words, "objects": truth, "imagined": imagined}
-            image = _find_image(folder, row["image"])
+            image = find_amber_image(folder, row["image"])
             questions.append(
                 Question(str(row["id"]), row["query"], (image,), (", ".join(truth),), cluster=row["image"], facts=facts)
             )
@@ -161,14 +161,14 @@ class AMBERDiscriminative(Benchmark):
     def read(self, folder: Path) -> list[Question]:
         """Read yes-or-no questions."""
         questions = []
-        for row, note, path in _read_queries(folder, "discriminative"):
+        for row, note, path in read_amber_queries(folder, "discriminative"):
             kind, truth = str(need(note, "type", path)), str(need(note, "truth", path)).lower()
             if kind not in _KINDS or truth not in ("yes", "no"):
                 raise DataError(
-                    f"{path}: question {note['id']} has type {kind!r} and truth {truth!r}; expected yes or no of one of "
-                    f"{', '.join(_KINDS)}. Obtain it again from {_WHERE}."
+                    f"{path}: question {note['id']} has type {kind!r} and truth {truth!r}; expected yes or no of one "
+                    f"of {', '.join(_KINDS)}. Obtain it again from {AMBER_SOURCE}."
                 )
-            image = _find_image(folder, row["image"])
+            image = find_amber_image(folder, row["image"])
             questions.append(
                 Question(
                     str(row["id"]), row["query"] + SHORT, (image,), (truth,), (), _KINDS[kind], cluster=row["image"]
@@ -211,60 +211,3 @@ def _no_metrics(rows: Sequence[Graded]) -> dict[str, float]:
 
 def _responses(questions: Sequence[Question], answers: Mapping[str, str]) -> list[dict[str, Any]]:
     return [{"id": int(q.id), "response": answers.get(q.id, "")} for q in questions]
-
-
-def _places(name: str) -> tuple[str, str]:
-    return name, f"data/{name}"
-
-
-def _read_words(folder: Path) -> AmberWords:
-    """Read the vocabulary. Raises DataError."""
-    path = find(folder, *_places("relation.json"))
-    related = read_json_value(path)
-    if not isinstance(related, dict) or not all(
-        isinstance(words, list) and all(isinstance(word, str) for word in words) for words in related.values()
-    ):
-        raise DataError(f"{path} is no object of lists of words; obtain it again from {_WHERE}.")
-    safe = read_utf8(find(folder, *_places("safe_words.txt"))).splitlines()
-    return AmberWords(related, frozenset(word.strip() for word in safe if word.strip()))
-
-
-def _read_queries(folder: Path, task: str) -> list[tuple[dict[str, Any], Any, Path]]:
-    """Return the queries of a task, each with its annotation and the annotations' file. Raises DataError."""
-    names = (f"query_{task}", "query_all", f"query_{task}-*")
-    paths = find_all(folder, *(place for name in names for place in _places(f"query/{name}.json")))
-    notes_path = find(folder, *_places("annotations.json"))
-    notes = {str(need(note, "id", notes_path)): note for note in read_json_value(notes_path)}
-    rows = [
-        {"id": str(need(row, "id", path))} | {key: str(need(row, key, path)) for key in ("image", "query")}
-        for path in paths
-        for row in read_json_value(path)
-    ]
-    path = paths[0]
-    check_unique([row["id"] for row in rows], path, "query")
-    if odd := [row["id"] for row in rows if not row["id"].isascii() or not row["id"].isdigit()]:
-        raise DataError(f"{path}: the ids {list_first(odd)} are no numbers; obtain it again from {_WHERE}.")
-    if lost := [row["id"] for row in rows if row["id"] not in notes]:
-        raise DataError(
-            f"{notes_path} has no annotation of {len(lost):,} of the {len(rows):,} queries in {path.name}: "
-            f"{list_first(lost)}; obtain both files again from {_WHERE}."
-        )
-    kinds = {row["id"]: str(need(notes[row["id"]], "type", notes_path)) for row in rows}
-    wanted = [row for row in rows if (kinds[row["id"]] == "generative") == (task == "generative")]
-    if not wanted or (len(wanted) < len(rows) and path.stem != "query_all"):
-        raise DataError(
-            f"{path} and {notes_path} disagree on which queries are {task}; obtain both again from {_WHERE}."
-        )
-    return [(row, notes[row["id"]], notes_path) for row in wanted]
-
-
-def _texts(value: Any, note: Any, path: Path) -> tuple[str, ...]:
-    """Return a list of words. Raises DataError."""
-    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
-        raise DataError(f"{path}: question {note['id']} has {value!r:.80} where a list of words should be.")
-    return tuple(value)
-
-
-def _find_image(folder: Path, name: str) -> Path:
-    places = [folder / place / name for place in ("image", "images", "../image", ".")]
-    return next((path for path in places if path.exists()), places[0])

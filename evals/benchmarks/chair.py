@@ -18,11 +18,34 @@ from llava_ray.errors import DataError
 
 _PROMPT = "Please describe this image in detail."
 _SPLITS = ("val2014", "all2014", "val2017")
-_PAIRS = (
-    "motor bike,motor cycle,air plane,traffic light,street light,traffic signal,stop light,fire hydrant,stop sign,"
-    "parking meter,suit case,sports ball,baseball bat,baseball glove,tennis racket,wine glass,hot dog,cell phone,"
-    "mobile phone,teddy bear,hair drier,potted plant,bow tie,laptop computer,stove top oven,home plate"
-).split(",")
+_PAIRS = [
+    "motor bike",
+    "motor cycle",
+    "air plane",
+    "traffic light",
+    "street light",
+    "traffic signal",
+    "stop light",
+    "fire hydrant",
+    "stop sign",
+    "parking meter",
+    "suit case",
+    "sports ball",
+    "baseball bat",
+    "baseball glove",
+    "tennis racket",
+    "wine glass",
+    "hot dog",
+    "cell phone",
+    "mobile phone",
+    "teddy bear",
+    "hair drier",
+    "potted plant",
+    "bow tie",
+    "laptop computer",
+    "stove top oven",
+    "home plate",
+]
 
 
 class CHAIR(Benchmark):

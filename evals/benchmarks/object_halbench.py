@@ -45,17 +45,17 @@ class ObjectHalBench(Benchmark):
 
     Obtain: ``eval/`` of https://github.com/RLHF-V/RLHF-V (or RLAIF-V) and COCO's 2014 train/val annotations. The folder
     holds ``obj_halbench_300_with_image.jsonl`` and ``synonyms_refine.txt`` (both also in ``data/``),
-    ``captions_val2014.json``, ``instances_val2014.json`` (also in ``annotations/``; and ``…train2014.json`` if images are
-    of that part) and, for the authors' prompt, ``eval_gpt_obj_halbench.py``, which is read and not run; without it the
-    judge is asked in our own words. Images are in the questions' file, or in ``val2014/``. Reviews are
+    ``captions_val2014.json``, ``instances_val2014.json`` (also in ``annotations/``; and ``…train2014.json`` if images
+    are of that part) and, for the authors' prompt, ``eval_gpt_obj_halbench.py``, which is read and not run; without it
+    the judge is asked in our own words. Images are in the questions' file, or in ``val2014/``. Reviews are
     ``{"question_id", "content"}`` lines, ids COCO's. The authors' judge is ``gpt-3.5-turbo-0613``, and takes the prompt
     as a system message; here it is the user's.
 
     llava and official: the authors' script, which finds the nouns of each name by spaCy's ``en_core_web_trf`` and those
-    of captions by NLTK; both have to be installed. An answer of up to three words names nothing. robust: of each name the
-    longest end that is a word of the vocabulary, in the singular ("wooden kitchen table" is a table, where the official
-    rule takes "kitchen table" for no object of COCO); the two are not comparable. A reply without exactly one list is
-    left out and counted.
+    of captions by NLTK; both have to be installed. An answer of up to three words names nothing. robust: of each name
+    the longest end that is a word of the vocabulary, in the singular ("wooden kitchen table" is a table, where the
+    official rule takes "kitchen table" for no object of COCO); the two are not comparable. A reply without exactly one
+    list is left out and counted.
 
     Robust, review | truth | score::
 

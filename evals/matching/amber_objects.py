@@ -1,5 +1,6 @@
 """Counting of AMBER's objects in a description: hallucinated, covered and imagined ones."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -7,13 +8,11 @@ from functools import cached_property
 from evals.matching.object_counts import ObjectCounts
 from evals.matching.object_words import split_words, to_singular
 
-_AMBIGUOUS = frozenset(
-    "can leave hot watch sound support switch note lock drink drawing painting sailing file ring".split()
-)
-"""Words that are often no noun: they count in the plural, or right after a word of ``_LEADS``."""
-_LEADS = frozenset(
-    "a an the this that these those its his her their our my your some any each every another one two three four five "
-    "six seven eight nine ten several many few of with and or".split()
+_AMBIGUOUS = re.compile("can|leave|hot|watch|sound|support|switch|note|lock|drink|drawing|painting|sailing|file|ring")
+"""Words that are often no noun: they count in the plural, or right after one of ``_LEADS``."""
+_LEADS = re.compile(
+    "an?|the|this|that|these|those|its|his|her|their|our|my|your|some|any|each|every|another|one|two|three|four|five|"
+    "six|seven|eight|nine|ten|several|many|few|of|with|and|or"
 )
 _Fits = Callable[[str, str], bool]
 
@@ -38,9 +37,9 @@ def find_plain_nouns(text: str, vocabulary: frozenset[str]) -> list[str]:
     found = []
     for before, word in zip(["", *words], words, strict=False):
         name = word if word in by_case else to_singular(word)
-        if name not in by_case or (name == word and name in _AMBIGUOUS and before not in _LEADS):
-            continue
-        found.append(by_case[name])
+        doubtful = name == word and _AMBIGUOUS.fullmatch(name) and not _LEADS.fullmatch(before)
+        if name in by_case and not doubtful:
+            found.append(by_case[name])
     return found
 
 

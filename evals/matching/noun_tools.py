@@ -75,8 +75,8 @@ def _load(module: str, how: str) -> Any:
 
 def _lacking(what: str, how: str) -> DataError:
     return DataError(
-        f"the authors' own rule needs {what}, which is not installed here: {how}; or score with --profile robust, which "
-        "needs none, or give the submission file to the authors' script."
+        f"the authors' own rule needs {what}, which is not installed here: {how}; or score with --profile robust, "
+        "which needs none, or give the submission file to the authors' script."
     )
 
 
