@@ -24,17 +24,22 @@ class CocoImage:
 
 
 def read_object_vocabulary(path: Path, pairs: Sequence[str]) -> ObjectVocabulary:
-    """Read synonyms of COCO's objects: a line an object, with its name first. Raises DataError.
+    """Read synonyms of COCO's objects: a line an object, with its name first. Raises DataError."""
+    found = build_object_vocabulary(read_utf8(path).splitlines(), pairs)
+    if not found.objects:
+        raise DataError(f"{path} is empty: it should hold a line of synonyms for each of COCO's 80 objects.")
+    return found
 
-    ``pairs``: two words that are read as one. Of an animal a "baby" or "adult" is no person, nor is a "passenger" of a
-    vehicle.
+
+def build_object_vocabulary(synonyms: Sequence[str], pairs: Sequence[str]) -> ObjectVocabulary:
+    """Build a vocabulary from lines of synonyms; ``pairs`` are two words that are read as one.
+
+    Of an animal a "baby" or "adult" is no person, nor is the "passenger" of a vehicle.
     """
     objects: dict[str, str] = {}
-    for line in read_utf8(path).splitlines():
+    for line in synonyms:
         words = [word.strip() for word in line.split(", ") if word.strip()]
         objects |= dict.fromkeys(words, words[0] if words else "")
-    if not objects:
-        raise DataError(f"{path} is empty: it should hold a line of synonyms for each of COCO's 80 objects.")
     joined = {pair: pair for pair in pairs}
     joined |= {f"{age} {animal}": animal for animal in _ANIMALS for age in ("baby", "adult")}
     joined |= {f"passenger {vehicle}": vehicle for vehicle in _VEHICLES}

@@ -63,7 +63,7 @@ class AMBERGenerative(Benchmark):
         'You can see a dog.' | dog | 1
         'A can beside a dog.' | dog | 0
         'A watch and a dog' | dog | 0
-        'People watch the dog.' | dog, man | 1
+        'People sit and watch the dog.' | dog, man | 1
         'An orange light near the dog' | dog | 1
         'Nothing of note.' | dog | 1
         '' | dog | unparsed

@@ -12,7 +12,7 @@ _AMBIGUOUS = re.compile("can|leave|hot|watch|sound|support|switch|note|lock|drin
 """Words that are often no noun: they count in the plural, or right after one of ``_LEADS``."""
 _LEADS = re.compile(
     "an?|the|this|that|these|those|its|his|her|their|our|my|your|some|any|each|every|another|one|two|three|four|five|"
-    "six|seven|eight|nine|ten|several|many|few|of|with|and|or"
+    "six|seven|eight|nine|ten|several|many|few|with"
 )
 _Fits = Callable[[str, str], bool]
 
