@@ -179,7 +179,7 @@ def _bare_names(listed: str, vocabulary: ObjectVocabulary) -> list[str]:
     """Return of a listed name, and of each part around a word such as "of", the longest end that the vocabulary has."""
     names, part = [], list[str]()
     for word in [*split_words(listed, literally=False), _BETWEEN[0]]:
-        if word not in _BETWEEN:
+        if word not in _BETWEEN and any(char.isalnum() for char in word):
             part.append(vocabulary.singular(word))
             continue
         joined = vocabulary.join_pairs(part)

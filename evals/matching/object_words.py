@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-_CLITICS = re.compile(r"(?:'s|'re|'ve|'ll|'d|'m|n't|')+$")
-_TOKENS = re.compile(r"[^\W_](?:[\w'.\-/]*[\w'])?")
-_INSIDE = re.compile(r"[-/.]")
+_CLITICS = re.compile(r"(?<=.)((?:'s|'re|'ve|'ll|'d|'m|n't|')+)$")
+_TOKENS = re.compile(r"[\w/-](?:[\w'./-]*[\w'/-])?|[^\w\s]")
+_INSIDE = re.compile(r"(?<=\w)[-/.](?=\w)")
 _STOPS = re.compile(r"\.{2,}|--+")
 _APOSTROPHES = str.maketrans(dict.fromkeys("’‘ʼ", "'"))
 _UNCHANGED = ("scissors",)
@@ -28,14 +28,14 @@ _ENDINGS = (
 
 
 def split_words(text: str, *, literally: bool = True) -> list[str]:
-    """Split a text into words in lower case, without punctuation and without endings such as 's and n't.
+    """Split a text into words in lower case and marks, which divide words; an ending such as 's is a mark.
 
     ``literally``: as NLTK does, a hyphen, slash or full stop inside a word does not split it.
     """
     if not literally:
         text = _INSIDE.sub(" ", text)
-    plain = _STOPS.sub(" ", text.lower().translate(_APOSTROPHES))
-    return [word for token in _TOKENS.findall(plain) if (word := _CLITICS.sub("", token))]
+    plain = _STOPS.sub(" . ", text.lower().translate(_APOSTROPHES))
+    return [part for token in _TOKENS.findall(plain) for part in _CLITICS.split(token) if part]
 
 
 def to_singular(word: str) -> str:
