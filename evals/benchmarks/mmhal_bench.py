@@ -106,7 +106,9 @@ class MMHalBench(Benchmark):
             if not isinstance(contents, list) or not all(isinstance(one, str) for one in contents):
                 raise DataError(f"{path}: image_content of question {number} is no list of texts but {contents!r:.80}.")
             file = need_text(row, "image_src", path).rpartition("/")[2]
-            facts = {"row": row, "prompt": prompt, "contents": ", ".join(contents)}
+            shown = ", ".join(contents)
+            told = f"In the image: {shown}\nAnswer by a human: {need_text(row, 'gt_answer', path)}"
+            facts = {"official_row": row, "prompt": prompt, "contents": shown, "context": told}
             questions.append(
                 Question(
                     str(number),
@@ -148,7 +150,7 @@ class MMHalBench(Benchmark):
 
     def submit(self, questions: Sequence[Question], answers: Mapping[str, str]) -> dict[str, bytes]:
         """Build the response file for the authors' eval_gpt4.py."""
-        rows = [{**q.facts["row"], "model_answer": answers.get(q.id, "")} for q in questions]
+        rows = [{**q.facts["official_row"], "model_answer": answers.get(q.id, "")} for q in questions]
         return {"mmhal_responses.json": as_json(rows)}
 
 

@@ -98,7 +98,7 @@ class ObjectHalBench(Benchmark):
         check_known_images(ids, images, folder, vocabulary)
         questions = []
         for number, row in zip(ids, rows, strict=True):
-            facts = {"row": row, "image": images[number], "vocabulary": vocabulary, "prompt": prompt}
+            facts = {"image": images[number], "vocabulary": vocabulary, "prompt": prompt}
             truth = describe_objects(list_true_objects(images[number], vocabulary, literally=False))
             image = _picture(row, folder, images[number], path)
             text = need_text(row, "question", path)
