@@ -269,35 +269,6 @@ def test_benchmarks_are_scored_with_the_reviews(judge: Remote, tmp_path: Path) -
         assert result["score"] == pytest.approx(found["score"], abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("name", "said", "reviewed", "scored"),
-    [
-        ("mmhal_bench", "The hydrant is red.\nRating: 5, very informative", 5.0, 5.0),
-        ("object_halbench", '["dog", "cat", "sky"]', 3.0, 0.0),
-    ],
-)
-def test_judged_hallucination_is_scored_with_the_reviews(
-    judge: Remote, tmp_path: Path, name: str, said: str, reviewed: float, scored: float
-) -> None:
-    judge.play(content=said)
-    data = write_benchmark(name, tmp_path / name)
-    ids = range(3) if name == "mmhal_bench" else (9, 25, 30)
-    answers = write_lines(
-        tmp_path / "answers.jsonl", [{"question_id": n, "text": f"It shows number {n}."} for n in ids]
-    )
-    about = ("--benchmark", name, "--data", str(data), "--answers", str(answers))
-    whose = ("--judge.model", "scripted", "--judge.base_url", judge.base_url)
-    outcome = main([*about, *whose, "--output", str(tmp_path / "out")])
-    assert isinstance(outcome, Outcome)
-    (found,) = outcome.report["results"]
-    assert (found["score"], found["done"], outcome.complete) == (reviewed, 3, True)
-    (reviews,) = (tmp_path / "out").glob("review_*.jsonl")
-    assert {json.loads(line)["content"] for line in reviews.read_text().splitlines()} == {said}
-    evaluate(["score", *about, "--reviews", str(reviews), "--output", str(tmp_path / "scored")])
-    result = json.loads((tmp_path / "scored" / "result.json").read_text())
-    assert (result["score"], result["num_scored"], result["failed"]) == (scored, 3, 0)
-
-
 def test_a_dry_run_sends_nothing(
     files: Path, judge: Remote, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
