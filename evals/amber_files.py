@@ -29,7 +29,8 @@ def read_amber_words(folder: Path) -> AmberWords:
 def read_amber_queries(folder: Path, task: str) -> list[tuple[dict[str, Any], Any, Path]]:
     """Return the queries of a task, each with its annotation and the annotations' file. Raises DataError."""
     names = (f"query_{task}", "query_all", f"query_{task}-*")
-    paths = find_all(folder, *(place for name in names for place in _places(f"query/{name}.json")))
+    places = (place for name in names for place in (*_places(f"query/{name}.json"), f"{name}.json"))
+    paths = find_all(folder, *places)
     notes_path = find(folder, *_places("annotations.json"))
     notes = {str(need(note, "id", notes_path)): note for note in read_json_value(notes_path)}
     rows = [

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,16 +71,16 @@ def _add_split(folder: Path, split: str, images: dict[int, CocoImage]) -> None:
     )
     content = read_json_value(captions)
     for row in need(content, "images", captions):
-        images[_number(row, "id", captions)] = CocoImage(str(need(row, "file_name", captions)))
+        images[read_coco_id(row, "id", captions)] = CocoImage(str(need(row, "file_name", captions)))
     told: dict[int, list[str]] = defaultdict(list)
     for row in need(content, "annotations", captions):
-        told[_number(row, "image_id", captions)].append(str(need(row, "caption", captions)))
+        told[read_coco_id(row, "image_id", captions)].append(str(need(row, "caption", captions)))
     content = read_json_value(instances)
     names = {
         need(row, "id", instances): str(need(row, "name", instances)) for row in need(content, "categories", instances)
     }
     for row in need(content, "annotations", instances):
-        image, category = _number(row, "image_id", instances), need(row, "category_id", instances)
+        image, category = read_coco_id(row, "image_id", instances), need(row, "category_id", instances)
         if category not in names:
             raise DataError(f"{instances}: an annotation of image {image} has the unknown category {category!r}.")
         if image in images:
@@ -89,13 +90,13 @@ def _add_split(folder: Path, split: str, images: dict[int, CocoImage]) -> None:
             images[number].captions = texts
 
 
-def _number(row: Any, key: str, path: Path) -> int:
-    """Return a row's whole number. Raises DataError."""
+def read_coco_id(row: Any, key: str, path: Path) -> int:
+    """Return COCO's id, a whole number or its digits, out of a row. Raises DataError."""
     value = need(row, key, path)
-    try:
-        return int(value)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{path}: the {key} {value!r:.80} is no COCO image id (a whole number).") from error
+    if isinstance(value, int | str) and not isinstance(value, bool):
+        with suppress(ValueError):
+            return int(value)
+    raise DataError(f"{path}: the {key} {value!r:.80} is no COCO id (a whole number); obtain the file again.")
 
 
 def check_known_images(

@@ -32,7 +32,7 @@ def parse_rating_loosely(reply: str) -> int | None:
 
 
 def _to_rating(number: str, scale: str) -> int | None:
-    fits = number.isascii() and number.isdigit() and int(number) <= MAX_RATING and len(number) == 1
+    fits = len(number) == 1 and number.isascii() and number.isdigit() and int(number) <= MAX_RATING
     return int(number) if fits and scale in ("", f"/{MAX_RATING}") else None
 
 

@@ -21,7 +21,7 @@ from evals.benchmark import (
 )
 from evals.files import as_json, list_first, need
 from evals.matching.amber_objects import AmberWords, count_amber_objects, find_plain_nouns
-from evals.matching.noun_tools import are_similar, tag_nouns
+from evals.matching.noun_tools import are_similar, describe_missing_tools, tag_nouns
 from evals.matching.object_counts import read_counts, share_of
 from evals.matching.yes_no import parse_yes_no
 from llava_ray.errors import DataError
@@ -107,6 +107,10 @@ class AMBERGenerative(Benchmark):
             nouns = find_plain_nouns(answer, words.vocabulary)
             counts = count_amber_objects(nouns, facts["objects"], facts["imagined"], words, lambda noun, word: False)
         return Grade(float(not counts.hallucinated), counts.to_json())
+
+    def lacks(self, profile: Profile) -> str | None:
+        """Return which of the authors' tools is missing."""
+        return None if profile == "robust" else describe_missing_tools("nltk", "spacy")
 
     def add_up(self, rows: Sequence[Graded], profile: Profile) -> Total:
         """Compute 100 - CHAIR, CHAIR, Cover, Hal and Cog in per cent."""

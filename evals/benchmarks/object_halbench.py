@@ -12,12 +12,13 @@ from evals.coco_objects import (
     describe_objects,
     find_coco_image,
     list_true_objects,
+    read_coco_id,
     read_coco_images,
     read_object_vocabulary,
 )
-from evals.files import as_lines, check_unique, find, need, need_text, read_lines
+from evals.files import as_lines, check_unique, find, need_text, read_lines
 from evals.hallucination_replies import parse_object_list, parse_object_list_loosely
-from evals.matching.noun_tools import join_nouns, lemmatise_words, tag_phrase
+from evals.matching.noun_tools import describe_missing_tools, join_nouns, lemmatise_words, tag_phrase
 from evals.matching.object_counts import count_named_objects, read_counts, share_of
 from evals.matching.object_words import ObjectVocabulary, split_words
 from evals.prompts_in_code import read_text_constant
@@ -90,7 +91,7 @@ class ObjectHalBench(Benchmark):
         if "{question}" not in prompt or "{answer}" not in prompt:
             raise DataError(f"{folder}: the authors' prompt lacks {{question}} or {{answer}}; obtain the script again.")
         rows = read_lines(path)
-        ids = [_image_id(row, path) for row in rows]
+        ids = [read_coco_id(row, "image_id", path) for row in rows]
         check_unique([str(one) for one in ids], path, "image_id")
         images = read_coco_images(folder, ("val2014",))
         if set(ids) - images.keys():
@@ -122,6 +123,10 @@ class ObjectHalBench(Benchmark):
             return FAILED
         counts = count_named_objects(vocabulary.name(dict.fromkeys(names)), there)
         return Grade(float(not counts.hallucinated), counts.to_json())
+
+    def lacks(self, profile: Profile) -> str | None:
+        """Return which of the authors' tools is missing."""
+        return None if profile == "robust" else describe_missing_tools("nltk", "spacy")
 
     def averaged(self, rows: Sequence[Graded], category: str | None = None) -> Sequence[Graded]:
         """Leave out answers that name no object of COCO."""
@@ -202,15 +207,6 @@ def _read_vocabulary(folder: Path) -> ObjectVocabulary:
         )
     pairs = [word for word in read_object_vocabulary(path, ()).objects if " " in word]
     return read_object_vocabulary(path, (*pairs, *_PAIRS))
-
-
-def _image_id(row: object, path: Path) -> int:
-    """Return COCO's id of a row's image. Raises DataError."""
-    value = need(row, "image_id", path)
-    try:
-        return int(value)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{path}: the image_id {value!r:.80} is no COCO id; obtain the file again.") from error
 
 
 def _picture(row: Mapping[str, object], folder: Path, image: CocoImage, path: Path) -> Path | bytes:

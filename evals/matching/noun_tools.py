@@ -4,6 +4,8 @@ They are no dependency of llava_ray: a rule that needs them says how to install 
 """
 
 import importlib
+import importlib.util
+import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -12,6 +14,14 @@ from llava_ray.errors import DataError
 
 _NLTK = "pip install nltk && python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng wordnet"
 _SIMILAR = 0.8
+
+
+def describe_missing_tools(*modules: str) -> str | None:
+    """Return that the first missing one of some packages is not installed, and what to do; None if all are."""
+    for name in modules:
+        if name not in sys.modules and importlib.util.find_spec(name) is None:
+            return str(_lacking(name, _NLTK if name == "nltk" else "pip install spacy"))
+    return None
 
 
 def tag_nouns(text: str) -> list[str]:

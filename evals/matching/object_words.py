@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-_CLITICS = re.compile(r"(?<=.)((?:'s|'re|'ve|'ll|'d|'m|n't|')+)$")
+_CLITICS = re.compile(r"(?<=.)((?:'s|'re|'ve|'ll|'d|'m|n't|'){1,3})$")
 _TOKENS = re.compile(r"[\w/-](?:[\w'./-]*[\w'/-])?|[^\w\s]")
 _INSIDE = re.compile(r"(?<=\w)[-/.](?=\w)")
 _STOPS = re.compile(r"\.{2,}|--+")

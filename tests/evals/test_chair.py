@@ -167,7 +167,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     ),
     "an id that is no number": (
         lambda f: change(f, CAPTIONS, lambda c: c["images"][0].update(id="nine")),
-        "the id 'nine' is no COCO image id",
+        "the id 'nine' is no COCO id",
     ),
     "other json": (lambda f: (f / CAPTIONS).write_text("[1]"), "is this the official file"),
     "a foreign image id": (lambda f: (f / "image_ids.json").write_text("[9, 77]"), "for 1 of 2 questions: 77"),

@@ -1,6 +1,7 @@
 """MMHal-Bench: ratings by the authors' rule and by ours, figures, the authors' prompt; damaged folders are named."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,12 @@ from benchmark_files import write_benchmark
 from evals.answers import Answer, RecordedJudge, read_answers
 from evals.benchmark import Graded
 from evals.benchmarks.mmhal_bench import MMHalBench, rating_request
-from evals.hallucination_replies import parse_rating, parse_rating_loosely
+from evals.hallucination_replies import (
+    parse_object_list,
+    parse_object_list_loosely,
+    parse_rating,
+    parse_rating_loosely,
+)
 from evals.scoring import score_answers, summarize_result
 from llava_ray.errors import DataError
 
@@ -126,3 +132,31 @@ def test_a_damaged_folder_is_named_with_a_remedy(tmp_path: Path, name: str) -> N
     damage(write_benchmark("mmhal_bench", tmp_path))
     with pytest.raises(DataError, match=told):
         MMHalBench().read(tmp_path)
+
+
+def test_any_reply_is_read_or_left_out_in_no_time() -> None:
+    draw = random.Random(0)
+    pieces = [
+        "Rating: ",
+        "rating",
+        "6",
+        "[",
+        '["dog"',
+        "]",
+        "</think>",
+        "<think>",
+        "\ud800",
+        "\n",
+        "*",
+        "9" * 5000,
+        "/6",
+    ]
+    for _ in range(500):
+        reply = "".join(draw.choices(pieces, k=draw.randint(0, 12)))
+        for rating in (parse_rating(reply), parse_rating_loosely(reply)):
+            assert rating is None or 0 <= rating <= 6
+        for listed in (parse_object_list(reply), parse_object_list_loosely(reply)):
+            assert listed is None or all(isinstance(one, str) for one in listed)
+    for reply in ("[" * 99_999, "rating: " * 12_000, "Rating: " + "1" * 90_000):
+        assert parse_object_list_loosely(reply) is None
+        assert parse_rating_loosely(reply) is None

@@ -15,6 +15,7 @@ from evals.benchmark import Benchmark, Question
 from evals.catalogue import BENCHMARKS, make_benchmark
 from llava_ray.errors import ConfigError, DataError
 from pipelines.evaluate import main
+from pipelines.evaluation_results import ScoreRequest, score_answers_file
 
 pytestmark = pytest.mark.slow
 
@@ -297,6 +298,15 @@ def test_a_headline_that_is_no_mean_is_compared_too(tmp_path: Path, capsys: pyte
     found = json.loads(capsys.readouterr().out)
     assert found["difference"] == pytest.approx((100 - 200 / 3) / 3, abs=1e-3)
     assert found["standard_error"] > 0
+
+
+@pytest.mark.parametrize("name", sorted(NEEDS_TOOLS))
+def test_a_run_without_the_authors_tools_ends_with_the_reason(name: str, tmp_path: Path) -> None:
+    folder = write_benchmark(name, tmp_path / name)
+    answers = write_answers(tmp_path / "answers.jsonl", truths(read(name, folder)[1]))
+    scored = score_answers_file(ScoreRequest(name, folder, answers, "official"), without_judge=True)
+    assert (scored.result, scored.summary["score"]) == (None, None)
+    assert "needs nltk, which is not installed here: pip install nltk" in scored.summary["withheld"]
 
 
 def test_scores_are_kept_in_mlflow(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
