@@ -39,7 +39,7 @@ def split_words(text: str, *, literally: bool = True) -> list[str]:
 
 
 def to_singular(word: str) -> str:
-    """Return a noun's singular as CHAIR's script finds it, which takes every other final s away ("bus" is "bu")."""
+    """Return a noun's singular as CHAIR's script finds it, which takes every other final s away, that of "bus" too."""
     if word in _UNCHANGED:
         return word
     if word in _IRREGULAR:

@@ -62,7 +62,7 @@ def test_words_of_the_authors_rule_and_of_ours(text: str, authors: str, robust: 
         *(
             ("dogs", "dog"),
             ("buses", "bus"),
-            ("bus", "bu"),
+            ("airbus", "airbu"),
             ("glass", "glas"),
             ("glasses", "glass"),
             ("ponies", "pony"),
