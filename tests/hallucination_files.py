@@ -16,7 +16,7 @@ elephant
 frisbee
 tennis racket, racket
 wine glass
-knife, pocketknife, knive
+knife, pocketknife
 hot dog
 chair, seat, stool
 couch, sofa, recliner
