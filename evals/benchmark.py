@@ -128,6 +128,10 @@ class Benchmark(ABC):
         """Compute 100 x the mean, of all and by category; missing answers score 0, failed judge calls are excluded."""
         return Total(percentage(rows).value, {}, by_category(rows))
 
+    def lacks(self, profile: Profile) -> str | None:
+        """Return why a profile's own rule cannot score on this machine, such as a package; None if it can."""
+        return None
+
     def averaged(self, rows: Sequence[Graded], category: str | None = None) -> Sequence[Graded] | None:
         """Return the rows whose mean x 100 is the headline or a category's metric; None if it is no mean."""
         return rows if self.is_mean else None

@@ -2,7 +2,9 @@
 
 from evals.benchmark import Benchmark
 from evals.benchmarks.ai2d import AI2D
+from evals.benchmarks.amber import AMBERDiscriminative, AMBERGenerative
 from evals.benchmarks.blink import Blink
+from evals.benchmarks.chair import CHAIR
 from evals.benchmarks.chartqa import ChartQA
 from evals.benchmarks.custom import Custom
 from evals.benchmarks.docvqa import DocVQA
@@ -14,9 +16,11 @@ from evals.benchmarks.mm_vet import MMVet
 from evals.benchmarks.mmbench import MMBench, MMBenchCN
 from evals.benchmarks.mmbench_v11 import MMBenchV11, MMBenchV11CN
 from evals.benchmarks.mme import MME
+from evals.benchmarks.mmhal_bench import MMHalBench
 from evals.benchmarks.mmmu import MMMU
 from evals.benchmarks.mmmu_pro import MMMUPro, MMMUPro4, MMMUProVision
 from evals.benchmarks.mmstar import MMStar
+from evals.benchmarks.object_halbench import ObjectHalBench
 from evals.benchmarks.ocrbench import OCRBench
 from evals.benchmarks.pope import POPE
 from evals.benchmarks.realworldqa import RealWorldQA
@@ -55,6 +59,11 @@ _KINDS: tuple[type[Benchmark], ...] = (
     MathVista,
     OCRBench,
     Blink,
+    CHAIR,
+    AMBERGenerative,
+    AMBERDiscriminative,
+    MMHalBench,
+    ObjectHalBench,
     Custom,
 )
 BENCHMARKS: dict[str, type[Benchmark]] = {kind.name: kind for kind in _KINDS}

@@ -50,6 +50,10 @@ WHOLE_SETS: Mapping[str, tuple[int, ...]] = {
     "mathvista": (1_000,),
     "ocrbench": (1_000,),
     "blink": (1_901,),
+    "amber_generative": (1_004,),
+    "amber_discriminative": (14_216,),
+    "mmhal_bench": (96,),
+    "object_halbench": (300,),
 }
 ELSEWHERE: Mapping[str, str] = {"vqav2": "test-dev2015", "vizwiz": "the test split"}
 """Benchmarks whose published scores only a server can compute, with their split."""

@@ -1,40 +1,14 @@
 """Tiny folders in each benchmark's official format: a few questions, drawn images, nothing downloaded."""
 
 import base64
-import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
-
-COLOURS = ("red", "green", "blue", "yellow")
-
-
-def encoded(number: int = 0, kind: str = "PNG") -> bytes:
-    """A drawn image."""
-    file = io.BytesIO()
-    Image.new("RGB", (32, 24), COLOURS[number % 4]).save(file, kind)
-    return file.getvalue()
-
-
-def put(folder: Path, name: str, content: Any) -> None:
-    """Write bytes, a list of JSON lines (.jsonl and POPE's), or JSON."""
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif isinstance(content, str):
-        path.write_text(content, encoding="utf-8")
-    else:
-        path.write_text(json.dumps(content), encoding="utf-8")
-
-
-def lines(rows: list[Any]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
+from drawn_files import COLOURS, encoded, lines, put
+from hallucination_files import amber_discriminative, amber_generative, chair, mmhal_bench, object_halbench
 
 
 def humans(answer: str) -> list[dict[str, Any]]:
@@ -597,6 +571,11 @@ WRITERS: dict[str, Callable[[Path], None]] = {
         mathvista,
         ocrbench,
         blink,
+        chair,
+        amber_generative,
+        amber_discriminative,
+        mmhal_bench,
+        object_halbench,
         custom,
     )
 }

@@ -15,10 +15,11 @@ from evals.benchmark import Benchmark, Question
 from evals.catalogue import BENCHMARKS, make_benchmark
 from llava_ray.errors import ConfigError, DataError
 from pipelines.evaluate import main
+from pipelines.evaluation_results import ScoreRequest, score_answers_file
 
 pytestmark = pytest.mark.slow
 
-PERFECT = {"mme": 600.0, "llava_bench": 100 * 9 / 8, "ocrbench": 4.0}
+PERFECT = {"mme": 600.0, "llava_bench": 100 * 9 / 8, "ocrbench": 4.0, "mmhal_bench": 6.0}
 SUBMISSIONS = {
     "vqav2": "vqav2_upload.json",
     "gqa": "testdev_balanced_predictions.json",
@@ -41,8 +42,16 @@ SUBMISSIONS = {
     "mathvista": "output_testmini.json",
     "ocrbench": "OCRBench_result.json",
     "blink": "blink_val_predictions.json",
+    "chair": "chair_captions.json",
+    "amber_generative": "amber_generative.json",
+    "amber_discriminative": "amber_discriminative.json",
+    "mmhal_bench": "mmhal_responses.json",
+    "object_halbench": "obj_halbench_answer.jsonl",
 }
 REVIEWS = {"hallusion_bench": "correct", "llava_bench": "8 9\nBoth are fine.", "mm_vet": "1.0", "mathvista": "(C)"}
+REVIEWS |= {"mmhal_bench": "Rating: 6", "object_halbench": '["dog"]'}
+NEEDS_TOOLS = {"amber_generative", "object_halbench"}
+"""Benchmarks whose authors' rule needs language tools that are not installed here."""
 
 
 def read(name: str, folder: Path) -> tuple[Benchmark, list[Question]]:
@@ -99,6 +108,10 @@ def test_every_official_format_goes_through(name: str, tmp_path: Path, capsys: p
     assert SUBMISSIONS.get(name) in (written or {None})
 
     for profile in ("llava", "official"):
+        if name in NEEDS_TOOLS:
+            with pytest.raises(DataError, match=r"authors' own rule needs .*pip install .*--profile robust"):
+                score(name, folder, answers, capsys, "--profile", profile)
+            continue
         other = score(name, folder, answers, capsys, "--profile", profile)
         assert (other["num_scored"], other["missing"], other["provenance"]["profile"]) == (len(questions), 0, profile)
 
@@ -297,6 +310,15 @@ def test_a_headline_that_is_no_mean_is_compared_too(tmp_path: Path, capsys: pyte
     found = json.loads(capsys.readouterr().out)
     assert found["difference"] == pytest.approx((100 - 200 / 3) / 3, abs=1e-3)
     assert found["standard_error"] > 0
+
+
+@pytest.mark.parametrize("name", sorted(NEEDS_TOOLS))
+def test_a_run_without_the_authors_tools_ends_with_the_reason(name: str, tmp_path: Path) -> None:
+    folder = write_benchmark(name, tmp_path / name)
+    answers = write_answers(tmp_path / "answers.jsonl", truths(read(name, folder)[1]))
+    scored = score_answers_file(ScoreRequest(name, folder, answers, "official"), without_judge=True)
+    assert (scored.result, scored.summary["score"]) == (None, None)
+    assert "needs nltk, which is not installed here: pip install nltk" in scored.summary["withheld"]
 
 
 def test_scores_are_kept_in_mlflow(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
