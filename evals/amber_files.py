@@ -56,7 +56,7 @@ def read_amber_queries(folder: Path, task: str) -> list[tuple[dict[str, Any], An
     return [(row, notes[row["id"]], notes_path) for row in wanted]
 
 
-def need_words(value: Any, note: Any, path: Path) -> tuple[str, ...]:
+def need_word_list(value: Any, note: Any, path: Path) -> tuple[str, ...]:
     """Return an annotation's list of words. Raises DataError."""
     if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
         raise DataError(f"{path}: question {note['id']} has {value!r:.80} where a list of words should be.")

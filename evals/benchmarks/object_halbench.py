@@ -113,7 +113,7 @@ class ObjectHalBench(Benchmark):
         facts = question.facts
         vocabulary: ObjectVocabulary = facts["vocabulary"]
         if profile == "robust":
-            listed = parse_object_list_loosely(judge(question.id, extraction_request(question, answer)) or "")
+            listed = parse_object_list_loosely(judge(question.id, object_request(question, answer)) or "")
             names = None if listed is None else [word for name in listed for word in _bare_names(name, vocabulary)]
             there = list_true_objects(facts["image"], vocabulary, literally=False)
         else:
@@ -152,7 +152,7 @@ class ObjectHalBench(Benchmark):
         return {"obj_halbench_answer.jsonl": as_lines(rows)}
 
 
-def extraction_request(question: Question, answer: str) -> str:
+def object_request(question: Question, answer: str) -> str:
     """Build the judge's request: the prompt with question and answer, which are filled in once."""
     filled = [part.replace("{answer}", answer) for part in question.facts["prompt"].split("{question}")]
     return question.prompt.join(filled)
@@ -162,7 +162,7 @@ def _list_officially(question: Question, answer: str, judge: Judge) -> list[str]
     """Return the nouns of the listed objects by the authors' rule; None without a list."""
     if len(answer.split()) < _SHORTEST:
         return []
-    listed = parse_object_list(judge(question.id, extraction_request(question, answer)) or "")
+    listed = parse_object_list(judge(question.id, object_request(question, answer)) or "")
     if listed is None:
         return None
     vocabulary: ObjectVocabulary = question.facts["vocabulary"]
