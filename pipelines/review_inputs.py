@@ -10,7 +10,7 @@ from evals.answers import read_content
 from evals.benchmark import Question
 from evals.benchmarks.mm_vet import grading_request
 from evals.benchmarks.mmhal_bench import rating_request
-from evals.benchmarks.object_halbench import extraction_request
+from evals.benchmarks.object_halbench import object_request
 from evals.catalogue import make_benchmark
 from evals.files import check_complete, check_unique, need, need_text
 from llava_ray.config.review import ReviewSection
@@ -24,7 +24,7 @@ _OWN_KINDS: Mapping[str, ReviewKind] = {"mmhal_bench": "rating", "object_halbenc
 _OWN_WORDS: Mapping[ReviewKind, Callable[[Question, str], str]] = {
     "grade": grading_request,
     "rating": rating_request,
-    "objects": extraction_request,
+    "objects": object_request,
 }
 """Requests in a benchmark's own words, of a question and an answer."""
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evals.amber_files import AMBER_SOURCE, find_amber_image, need_words, read_amber_queries, read_amber_words
+from evals.amber_files import AMBER_SOURCE, find_amber_image, need_word_list, read_amber_queries, read_amber_words
 from evals.benchmark import (
     SHORT,
     UNPARSED,
@@ -80,7 +80,7 @@ class AMBERGenerative(Benchmark):
         words = read_amber_words(folder)
         questions = []
         for row, note, path in read_amber_queries(folder, "generative"):
-            truth, imagined = (need_words(need(note, key, path), note, path) for key in ("truth", "hallu"))
+            truth, imagined = (need_word_list(need(note, key, path), note, path) for key in ("truth", "hallu"))
             unknown = [name for name in (*truth, *imagined) if name not in words.related]
             if unknown or not truth:
                 raise DataError(

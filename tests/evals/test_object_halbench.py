@@ -12,7 +12,7 @@ from benchmark_files import write_benchmark
 
 from evals.answers import Answer, RecordedJudge, read_answers
 from evals.benchmark import Grade, Profile, Question
-from evals.benchmarks.object_halbench import ObjectHalBench, extraction_request
+from evals.benchmarks.object_halbench import ObjectHalBench, object_request
 from evals.hallucination_replies import parse_object_list, parse_object_list_loosely
 from evals.matching import noun_tools
 from evals.scoring import score_answers, summarize_result
@@ -146,13 +146,13 @@ def test_short_answers_name_nothing_to_the_authors(questions: list[Question]) ->
 
 
 def test_the_request_has_question_and_answer_once(tmp_path: Path, questions: list[Question]) -> None:
-    asked = extraction_request(questions[0], "A {question} dog.")
+    asked = object_request(questions[0], "A {question} dog.")
     assert asked.count("Please describe the image.") == 1
     assert "A {question} dog." in asked
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval/eval_gpt_obj_halbench.py").write_text('prompt_template = """Q {question} A {answer}"""\n')
     theirs = ObjectHalBench().read(tmp_path)[0]
-    assert extraction_request(theirs, "A dog.") == "Q Please describe the image. A A dog."
+    assert object_request(theirs, "A dog.") == "Q Please describe the image. A A dog."
 
 
 def test_images_are_in_the_file_or_beside_it(tmp_path: Path, questions: list[Question]) -> None:
