@@ -18,8 +18,9 @@ from pydantic import BaseModel, ValidationError
 
 from llava_ray import invocation
 from llava_ray.config.booleans import parse_boolean, write_out_booleans
-from llava_ray.config.schema import ConfigSection, describe_all, describe_fault, dotted_keys
-from llava_ray.config.sections import EvaluateConfig, FinetuneConfig, PrepareConfig
+from llava_ray.config.mixtures import SourceConfig, read_sources_flag, write_sources_flag
+from llava_ray.config.schema import ConfigSection, describe_all, describe_fault, dotted_keys, merge_settings
+from llava_ray.config.sections import DataConfig, EvaluateConfig, FinetuneConfig, PrepareConfig
 from llava_ray.config.shipped_recipes import find_recipe
 from llava_ray.config.space import SweepConfig
 from llava_ray.config.toml_files import read_toml_file
@@ -31,6 +32,24 @@ Settings = TypeVar("Settings", bound=ConfigSection)
 
 # Settings of where and how a run executes, not of what it computes: they may change between start and resume.
 NOT_HASHED = ("run", "cluster", "tracking", "held_out", "score", "actors")
+
+# Shown by --help; the flag itself is taken before (``_split_sources``).
+_SOURCES_FLAG = tyro.constructors.ConstructorRegistry()
+
+
+@_SOURCES_FLAG.primitive_rule
+def _describe_sources(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """Let tyro take a mixture's sources for one value, not for tables with flags of their own."""
+    if info.type != tuple[SourceConfig, ...]:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="JSON",
+        instance_from_str=lambda texts: tuple(read_sources_flag(texts[0])),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda sources: [write_sources_flag(sources)],
+    )
+
 
 _SUBCOMMANDS = {"evaluate": ("run",)}  # the one that takes settings, where there are several
 
@@ -67,12 +86,30 @@ def load_settings(schema: type[Settings], arguments: Sequence[str], *, ignore: C
     named = _recipe_of(arguments)
     recipe = find_recipe(named, command_of(schema)) if named else None
     values = {key: value for key, value in read_toml(recipe).items() if key not in ignore} if recipe else {}
-    _check_known_keys(schema, values, recipe or "flags")
     flags = [_dotted_flag(schema, argument) for argument in arguments[1 if recipe else 0 :]]
+    _check_known_keys(schema, values, recipe or "flags")
+    flags, sources = _split_sources(flags)
+    if sources is not None:
+        values = merge_settings(values, {"data": {"sources": sources}})
+        _check_known_keys(schema, values, "flags")
     parsed = _read_flags(schema, write_out_booleans(schema, flags), _with_missing(schema, values))
     with wrap_errors(recipe or "flags", "Fix them.", ConfigError):
         given = parsed.model_dump()
     return schema.parsed(given)
+
+
+def _split_sources(flags: Sequence[str]) -> tuple[list[str], list[Any] | None]:
+    """Split ``--data.sources JSON`` off dotted flags: its tables are checked as those of a recipe are."""
+    others, sources, waiting = [], None, list(flags)
+    while waiting:
+        flag, equals, value = waiting.pop(0).partition("=")
+        if flag != "--data.sources":
+            others.append(f"{flag}{equals}{value}")
+        elif not equals and not waiting:
+            raise ConfigError("--data.sources needs a value: a JSON list of tables")
+        else:
+            sources = read_sources_flag(value if equals else waiting.pop(0))
+    return others, sources
 
 
 def _read_flags(schema: type[Settings], flags: Sequence[str], default: Any) -> Settings:
@@ -85,6 +122,7 @@ def _read_flags(schema: type[Settings], flags: Sequence[str], default: Any) -> S
                 args=flags,
                 default=default,
                 config=(tyro.conf.FlagConversionOff,),
+                registry=_SOURCES_FLAG,
                 use_underscores=True,
                 prog=invocation.command(command_of(schema), *_SUBCOMMANDS.get(command_of(schema), ()), "[RECIPE]"),
             )
@@ -165,9 +203,12 @@ def _with_missing(schema: type[BaseModel], values: dict[str, Any]) -> Any:
         annotation = field.annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             fields[name] = _with_missing(annotation, values.get(name, {}))
+        elif schema is DataConfig and name == "sources":
+            fields[name] = tuple(SourceConfig.model_validate(source) for source in values.get(name, ()))
         elif name in values:
             value = parse_boolean(values[name], annotation)
             fields[name] = tuple(value) if isinstance(value, list) else value  # the schema has tuples, TOML has lists
         else:
-            fields[name] = tyro.MISSING if field.is_required() else field.get_default()
+            needed = field.is_required() or (schema is DataConfig and name == "data_path" and not values.get("sources"))
+            fields[name] = tyro.MISSING if needed else field.get_default()
     return schema.model_construct(**fields)

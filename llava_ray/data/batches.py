@@ -1,7 +1,7 @@
 """The end of the stream inside a train worker: Arrow rows to tensors, grouped into steps."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -32,6 +32,8 @@ class MicroBatch:
     """(width, height) of each image before it was cut into views, in order; together they have n views."""
     pixels: UInt8[Tensor, "n 3 h w"] | None
     features: Float[Tensor, "n p v"] | None
+    sources: list[int] = field(default_factory=list)
+    """The number of each sample's source in a mixture; 0 without one."""
 
 
 def iterate_steps(
@@ -76,6 +78,7 @@ def micro_batch(row: dict[str, Any], settings: StreamSettings) -> MicroBatch:
         image_sizes=[(width, height) for width, height in row["image_sizes"]],
         pixels=pixels,
         features=features,
+        sources=row["sources"],
     )
 
 

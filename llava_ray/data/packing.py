@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from llava_ray.chat.conversation import IGNORE_INDEX, Turn
+from llava_ray.chat.conversation import IGNORE_INDEX
 from llava_ray.data.examples import Example
 from llava_ray.data.feature_cache import location_key
-from llava_ray.images.anyres import Size
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +34,7 @@ PACKED_SCHEMA = pa.schema(
         "num_supervised": pa.int32(),
         "num_micro_batches": pa.int32(),
         "ids": pa.list_(pa.string()),
+        "sources": pa.list_(pa.int32()),  # of a mixture: the number of each sample's source
         "num_tokens": pa.list_(pa.int32()),
         "input_ids": pa.list_(pa.int32()),
         "labels": pa.list_(pa.int32()),
@@ -61,25 +61,27 @@ def unpack_block(block: pa.Table) -> pa.Table:
 def pack_micro_batch(
     descriptor: Mapping[str, Any],
     records: Mapping[tuple[int, int], Mapping[str, Any]],
-    encode: Callable[[list[Turn], list[Size]], list[Example]],
+    encode: Callable[[Mapping[str, Any]], list[Example]],
 ) -> dict[str, Any]:
     """Pack the examples that a descriptor names into a row of PACKED_SCHEMA, one behind the other."""
-    examples, ids, images, shown, places = [], [], [], [], []
+    examples, ids, sources, images, shown, places = [], [], [], [], [], []
     named = (descriptor[key] for key in ("shard", "row", "part", "num_tokens"))
     for shard, number, part, num_tokens in zip(*named, strict=True):
         record = records[shard, number]
         sizes = list(zip(record["widths"], record["heights"], strict=True))
-        example = encode([Turn.from_row(turn) for turn in record["turns"]], sizes)[part]
+        example = encode(record)[part]
         if len(example.input_ids) != num_tokens:
             raise AssertionError(f"{record['id']}: {len(example.input_ids)} tokens, the plan says {num_tokens}")
         examples.append(example)
         ids.append(record["id"])
+        sources.append(record.get("source_number", 0))
         images += [record["images"][i] for i in example.images if "images" in record]
         shown += [sizes[i] for i in example.images]
         places += [location_key(shard, number, i) for i in example.images]
     common = {name: descriptor[name] for name in ("step", "rank", "num_supervised", "num_micro_batches", "num_tokens")}
     return common | {
         "ids": ids,
+        "sources": sources,
         "input_ids": np.concatenate([e.input_ids for e in examples]) if examples else [],
         "labels": np.concatenate([e.labels for e in examples]) if examples else [],
         "images": images,

@@ -74,6 +74,8 @@ class PreparedData:
     """Ignored keys of records, turns and parts, with the number of samples that have them."""
     reused: bool = field(default=False, compare=False)
     """Whether the folder existed already, rather than being written now."""
+    sources: tuple["PreparedData", ...] = ()
+    """Of a mixture: the folder of each source in order. ``path`` is then empty, all else is of them together."""
 
     @property
     def num_bytes(self) -> int:

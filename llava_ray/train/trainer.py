@@ -3,14 +3,17 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import ray
 from ray.train import UserCallback
 
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.mixtures import SourceConfig, source_data
+from llava_ray.config.sections import DataConfig, FinetuneConfig
 from llava_ray.data.encoder_settings import EncoderSettings
 from llava_ray.data.feature_writing import cache_features
 from llava_ray.data.lengths import measure_lengths
+from llava_ray.data.mixture import naming_source
 from llava_ray.data.plan import Plan
 from llava_ray.data.preparation import prepare_data
 from llava_ray.data.settings import StreamSettings
@@ -27,6 +30,7 @@ from llava_ray.train.planning.costs import estimate_cost
 from llava_ray.train.progress import closing_run, progress_bar
 from llava_ray.train.ray_trainer import build_trainer
 from llava_ray.train.run_recorder import start_recorder
+from llava_ray.train.mixture_plan import describe_shares, plan_sources, split_settings
 from llava_ray.train.runs import (
     absolute_paths,
     claim_run,
@@ -123,20 +127,25 @@ def train_until(
 
 def make_plan(config: FinetuneConfig, prepared: PreparedData, blueprint: Blueprint) -> tuple[TokenLengths, Plan]:
     """Measure the examples' lengths (or load them) and build the plan of every step."""
-    encoder = EncoderSettings.of(blueprint, config.data, config.train)
-    lengths = measure_lengths(prepared, encoder, config.data.max_rejected)
-    plan = Plan(
-        lengths.column("num_tokens"),
-        lengths.column("shard"),
-        global_batch_size=config.train.global_batch_size,
-        num_epochs=config.train.num_train_epochs,
-        seed=config.train.seed,
-        shuffle_window=config.data.shuffle_window,
-        max_steps=config.train.max_steps,
-    )
+    data, train = config.data, config.train
+    encoder = EncoderSettings.of(blueprint, data, train)
+    settings: dict[str, Any] = {
+        "global_batch_size": train.global_batch_size,
+        "num_epochs": train.num_train_epochs,
+        "seed": train.seed,
+        "shuffle_window": data.shuffle_window,
+        "max_steps": train.max_steps,
+    }
+    if prepared.sources:
+        lengths, plan = plan_sources(data, prepared, encoder, **settings)
+    else:
+        lengths = measure_lengths(prepared, encoder, data.max_rejected)
+        plan = Plan(lengths.column("num_tokens"), lengths.column("shard"), **settings)
     print(  # noqa: T201 - for the person who started the run
         f"Plan: {len(plan.num_tokens)} examples ({lengths.num_truncated} truncated, {lengths.num_rejected} rejected), "
         f"{plan.num_steps} steps of {plan.global_batch_size} samples; lengths in {lengths.path}",
+        *describe_shares(data, plan),
+        sep="\n",
         flush=True,
     )
     return lengths, plan
@@ -161,23 +170,50 @@ def stream_settings(
         vision_threads=max(1, resources.cores // config.data.num_vision_actors),
         cost=estimate_cost(config, blueprint),
     )
-    if config.data.vision_features != "cached":
+    if prepared.sources:
+        parts = split_settings(settings, prepared)
+        pairs = zip(parts, prepared.sources, strict=True)
+        return replace(settings, sources=tuple(_with_features(part, own, blueprint) for part, own in pairs))
+    return _with_features(settings, prepared, blueprint)
+
+
+def _with_features(settings: StreamSettings, prepared: PreparedData, blueprint: Blueprint) -> StreamSettings:
+    """Add the entry of cached features where there is to be one, computed if needed."""
+    if settings.data.vision_features != "cached":
         return settings
     return replace(settings, features=cache_features(prepared, blueprint, settings))
 
 
-def held_out_samples(config: FinetuneConfig, blueprint: Blueprint, resources: Resources) -> HeldOut | None:
-    """Prepare the held-out samples of a run, or return None."""
-    settings_held_out = config.held_out
-    if settings_held_out.path is None:
-        return None
-    folder = settings_held_out.images or config.data.image_folder
-    most = None if is_prepared(settings_held_out.path) else settings_held_out.num_samples
-    changes = {"data_path": settings_held_out.path, "image_folder": folder, "max_samples": most}
-    config = config.replaced({f"data.{key}": value for key, value in changes.items()} | {"data.shuffle_window": 0})
-    prepared = prepare_data(config.data, show_progress=False)
-    settings = stream_settings(config, prepared, blueprint, resources)
-    lengths = measure_lengths(prepared, settings.encoder, config.data.max_rejected)
+def held_out_samples(config: FinetuneConfig, blueprint: Blueprint, resources: Resources) -> tuple[HeldOut, ...]:
+    """Prepare the held-out samples of a run, and of each source that has some, in that order."""
+    asked, found = config.held_out, []
+    if asked.path is not None:
+        folder = asked.images or config.data.image_folder
+        changes = {"data_path": asked.path, "image_folder": folder, "max_samples": None, "epoch_samples": None}
+        data = config.data.replaced(changes | {"sources": ()})
+        found.append(_held_out_of(config, data, None, blueprint, resources))
+    for number, source in enumerate(config.data.sources):
+        if source.held_out is not None:
+            folder = source.held_out_images or source.image_folder or config.data.image_folder
+            with naming_source(config.data, number):
+                data = source_data(config.data, number, data_path=source.held_out, image_folder=folder)
+                found.append(_held_out_of(config, data, source, blueprint, resources))
+    return tuple(found)
+
+
+def _held_out_of(
+    config: FinetuneConfig, data: DataConfig, source: SourceConfig | None, blueprint: Blueprint, resources: Resources
+) -> HeldOut:
+    """Prepare one set of held-out samples, those of a source by its own template and length rule."""
+    asked = config.held_out
+    most = None if is_prepared(data.data_path) else asked.num_samples
+    data = data.replaced({"max_samples": most, "shuffle_window": 0})
+    prepared = prepare_data(data, show_progress=False)
+    # Only [data] is of these samples: the run's own sources have been checked with the run.
+    settings = stream_settings(config.model_copy(update={"data": data}), prepared, blueprint, resources)
+    if source is not None:
+        settings = replace(settings, encoder=settings.encoder.for_source(source))
+    lengths = measure_lengths(prepared, settings.encoder, data.max_rejected)
     plan = Plan(
         lengths.column("num_tokens"),
         lengths.column("shard"),
@@ -186,4 +222,5 @@ def held_out_samples(config: FinetuneConfig, blueprint: Blueprint, resources: Re
         seed=0,
         shuffle_window=0,
     )
-    return HeldOut(settings, plan, lengths, settings_held_out.num_answers, settings_held_out.max_new_tokens)
+    name = None if source is None else source.name
+    return HeldOut(settings, plan, lengths, asked.num_answers, asked.max_new_tokens, name)
