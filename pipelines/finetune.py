@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from llava_ray.config.mixtures import named_places
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import MODEL_PATHS, FinetuneConfig
 from llava_ray.errors import ConfigError
@@ -92,7 +93,7 @@ def _shared_places(config: FinetuneConfig) -> "Places":
 
     data = config.data
     parts = [getattr(config.model, key.removeprefix("model.")) for key in MODEL_PATHS]
-    return Places.of([config.run.storage_path, data.cache_dir], [data.data_path, data.image_folder, *parts])
+    return Places.of([config.run.storage_path, data.cache_dir], [*named_places(data).values(), *parts])
 
 
 def _print_run(finished: "FinishedRun") -> None:

@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,9 +18,10 @@ from pydantic import BaseModel, ValidationError
 
 from llava_ray import invocation
 from llava_ray.config.booleans import parse_boolean, write_out_booleans
-from llava_ray.config.mixtures import SourceConfig, read_sources_flag, write_sources_flag
+from llava_ray.config.mixtures import LOOKED_AT, SourceConfig, read_sources_flag, write_sources_flag
 from llava_ray.config.schema import ConfigSection, describe_all, describe_fault, dotted_keys, merge_settings
-from llava_ray.config.sections import DataConfig, EvaluateConfig, FinetuneConfig, PrepareConfig
+from llava_ray.config.sections import DataConfig, EvaluateConfig, FinetuneConfig, HeldOutConfig, PrepareConfig
+from llava_ray.config.selection import SELECTING
 from llava_ray.config.shipped_recipes import find_recipe
 from llava_ray.config.space import SweepConfig
 from llava_ray.config.toml_files import read_toml_file
@@ -38,7 +39,7 @@ _SOURCES_FLAG = tyro.constructors.ConstructorRegistry()
 
 
 @_SOURCES_FLAG.primitive_rule
-def _describe_sources(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+def _describe_sources(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
     """Let tyro take a mixture's sources for one value, not for tables with flags of their own."""
     if info.type != tuple[SourceConfig, ...]:
         return None
@@ -148,22 +149,48 @@ def settings_hash(config: ConfigSection) -> str:
     """Return 8 hex digits of all settings in ``config`` that decide what is computed and are not the default."""
     # Sorted keys and JSON values: the hash must not depend on the order of fields or the version of pydantic. Without
     # defaults: it stays when a later version adds a setting.
-    settings = config.model_dump(mode="json", exclude=set(NOT_HASHED), exclude_defaults=True)
+    settings = hashed_settings(config.model_dump(mode="json", exclude_defaults=True))
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+def hashed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a dump that decide what is computed: ``held_out`` only where a score decides it."""
+    hashed = {name: values for name, values in settings.items() if name not in NOT_HASHED}
+    held_out, defaults = settings.get("held_out") or {}, HeldOutConfig()
+    selecting = {
+        key: held_out[key] for key in SELECTING if held_out.get(key, getattr(defaults, key)) != getattr(defaults, key)
+    }
+    if selecting:
+        hashed["held_out"] = selecting
+    sources = (settings.get("data") or {}).get("sources")
+    if sources and not isinstance(sources, str):  # a text where a message is to name other data
+        kept = [{key: value for key, value in source.items() if key not in LOOKED_AT} for source in sources]
+        hashed["data"] = {**settings["data"], "sources": kept}
+    return hashed
+
+
+def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return ``key: old -> new`` for each hashed setting that differs between two resolved configs."""
+    return _list_differences(hashed_settings(old), hashed_settings(new), "")
+
+
+def _list_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str) -> list[str]:
     lines = []
     for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key), new.get(key)
-        if (not prefix and key in NOT_HASHED) or before == after:
+        before, after = (_by_key(settings.get(key)) for settings in (old, new))
+        if before == after:
             continue
         if isinstance(before, dict) and isinstance(after, dict):
-            lines += differing_keys(before, after, f"{prefix}{key}.")
+            lines += _list_differences(before, after, f"{prefix}{key}.")
         else:
             lines.append(f"{prefix}{key}: {before!r} -> {after!r}")
     return lines
+
+
+def _by_key(value: Any) -> Any:
+    """Return a list of tables as a table of tables, so that a difference names the one that has it."""
+    is_tables = isinstance(value, list | tuple) and value and all(isinstance(one, dict) for one in value)
+    return {str(number): one for number, one in enumerate(value)} if is_tables else value
 
 
 def read_toml(path: str) -> dict[str, Any]:

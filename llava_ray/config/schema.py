@@ -79,7 +79,8 @@ def _table_of(schema: type[BaseModel], path: Sequence[int | str]) -> type[BaseMo
     """Return the schema of the tables in a list of tables, None where the path leads to none."""
     annotation: Any = schema
     for part in path:
-        annotation = annotation.model_fields[part].annotation if isinstance(annotation, type) else None
+        fields = getattr(annotation, "model_fields", {})
+        annotation = fields[part].annotation if part in fields else None
     return next((one for one in get_args(annotation) if isinstance(one, type) and issubclass(one, BaseModel)), None)
 
 

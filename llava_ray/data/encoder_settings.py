@@ -59,7 +59,7 @@ def load_encoder(settings: EncoderSettings) -> Encoder:
 
 
 @lru_cache(maxsize=8)
-def _load_text(folder: str, version: str, start_end: bool, patch: bool) -> tuple[Any, Any]:  # noqa: FBT001
+def _load_text(folder: str, version: str, start_end: bool, patch: bool) -> tuple[Any, Any]:
     """Load a tokenizer, which is slow, and the template."""
     from llava_ray.model.formats.sources import find_source  # torch and transformers
     from llava_ray.model.formats.vocabulary import load_text_side

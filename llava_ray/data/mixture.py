@@ -65,20 +65,8 @@ def count_draws(sources: Sequence[SourceConfig], sizes: Sequence[int], epoch_sam
         if not size:
             raise ConfigError(f"{describe_source(number, source)} has no samples; check its data_path, or leave it out")
     draws = [_count_fixed(source, size) for source, size in zip(sources, sizes, strict=True)]
-    weights = {number: _exact(source.weight) for number, source in enumerate(sources) if source.weight is not None}
-    if weights:
-        total = sum(weights.values(), Fraction(0))
-        left = min(sizes[number] * total / weight for number, weight in weights.items())
-        if epoch_samples is not None:
-            left = Fraction(epoch_samples - sum(draws))
-        if left < 1:
-            raise ConfigError(
-                f"data.epoch_samples = {epoch_samples:,} leaves nothing for sources with a weight: those with epochs or "
-                f"samples draw {sum(draws):,}; raise it, or leave it out"
-            )
-        exact = {number: floor(left) * weight / total for number, weight in weights.items()}
-        for number, count in _round_shares(exact).items():
-            draws[number] = count
+    for number, count in _share_weights(sources, sizes, epoch_samples, sum(draws)).items():
+        draws[number] = count
     for number, (source, count) in enumerate(zip(sources, draws, strict=True)):
         if not count:
             raise ConfigError(
@@ -88,6 +76,34 @@ def count_draws(sources: Sequence[SourceConfig], sizes: Sequence[int], epoch_sam
     if sum(draws) > _MAX_DRAWS:
         raise ConfigError(f"an epoch of {sum(draws):,} samples is too large (at most {_MAX_DRAWS:,}); lower the shares")
     return draws
+
+
+def _share_weights(
+    sources: Sequence[SourceConfig], sizes: Sequence[int], epoch_samples: int | None, num_fixed: int
+) -> dict[int, int]:
+    """Return the draws of each source that has a weight, by its number; ``num_fixed`` are those of all others."""
+    weights = {number: _exact(source.weight) for number, source in enumerate(sources) if source.weight is not None}
+    if not weights:
+        return {}
+    total = sum(weights.values(), Fraction(0))
+    left = min(sizes[number] * total / weight for number, weight in weights.items())
+    if epoch_samples is not None:
+        left = Fraction(epoch_samples - num_fixed)
+        if left < 1:
+            raise ConfigError(
+                f"data.epoch_samples = {epoch_samples:,} leaves nothing for sources with a weight: those with epochs "
+                f"or samples draw {num_fixed:,}; raise it, or leave it out"
+            )
+    return _round_shares({number: floor(left) * weight / total for number, weight in weights.items()})
+
+
+def list_shares(data: DataConfig, draws: list[tuple[int, int]]) -> Iterator[str]:
+    """Yield a line for each source: its samples, those drawn in an epoch, their share and passes."""
+    total = sum(drawn for _, drawn in draws)
+    yield f"Epoch: {total:,} samples of {len(draws)} source(s)"
+    for number, (size, drawn) in enumerate(draws):
+        name = describe_source(number, data.sources[number])
+        yield f"  {name:<40}{drawn:>12,} of {size:>12,}  {drawn / total:>7.2%}  {drawn / size:.3g} passes"
 
 
 def _count_fixed(source: SourceConfig, size: int) -> int:

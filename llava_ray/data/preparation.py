@@ -118,6 +118,14 @@ def check_data(config: DataConfig) -> None:
             check_source(path)
 
 
+def check_held_out_sources(config: DataConfig) -> None:
+    """Raise DataError where a source's held-out samples are missing, or a prepared folder is incomplete."""
+    for number, source in enumerate(config.sources):
+        if source.held_out is not None:
+            with naming_source(config, number):
+                check_source(source.held_out)
+
+
 def check_source(data_path: str) -> None:
     """Raise DataError where there is no data to prepare, or a prepared folder is incomplete."""
     if is_prepared(data_path):

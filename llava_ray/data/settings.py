@@ -72,7 +72,7 @@ class StreamSettings:
 
 @dataclass(frozen=True)
 class ShardPlace:
-    """One shard: the number and settings of its source (0 and all settings where there is no mixture), its own number."""
+    """One shard: the number and settings of its source (0 and the whole ones without a mixture), and its number there."""
 
     source: int
     settings: StreamSettings

@@ -4,7 +4,7 @@ Each rank keeps its part in memory, images as features of the frozen tower (as p
 No gradient is computed and no random number is drawn: a run's own loss curve is the same with and without.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -66,8 +66,10 @@ class HeldOutEvaluator:
 
     def evaluate(self, engine: "DeepSpeedEngine", device: torch.device) -> dict[str, float]:
         """Return ``held_out_loss``, the objective's metrics and ``held_out_accuracy`` over all ranks; collective."""
-        if self.held_out is None:
-            return {}
+        return {} if self.held_out is None else self.name_sums(self.sum_up(engine, device))
+
+    def sum_up(self, engine: "DeepSpeedEngine", device: torch.device) -> list[float]:
+        """Return sums over all ranks: losses, metrics, their terms, right answers, questions; collective."""
         engine.eval()
         try:
             with torch.no_grad():
@@ -75,7 +77,12 @@ class HeldOutEvaluator:
         finally:
             engine.train()
         dist.all_reduce(sums)
-        loss, *totals, num_terms, right, asked = sums.tolist()
+        found: list[float] = sums.tolist()
+        return found
+
+    def name_sums(self, sums: Sequence[float]) -> dict[str, float]:
+        """Return means by name, from sums over samples as ``sum_up`` returns them."""
+        loss, *totals, num_terms, right, asked = sums
         metrics = zip(self.objective.metric_names, totals, strict=True)
         judged = {"held_out_loss": loss / num_terms} | {
             f"held_out_{name}": total / num_terms for name, total in metrics

@@ -1,15 +1,15 @@
-"""The plan and the stream of a mixture: its sources' lengths, shares and settings, joined in the order of the recipe."""
+"""The plan and the stream of a mixture: its sources' lengths, shares and settings, in the order of the recipe."""
 
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from llava_ray.config.mixtures import describe_source, source_data
+from llava_ray.config.mixtures import source_data
 from llava_ray.config.sections import DataConfig
 from llava_ray.data.encoder_settings import EncoderSettings
 from llava_ray.data.lengths import measure_lengths
 from llava_ray.data.mixed_lengths import MixedLengths
-from llava_ray.data.mixture import count_draws, naming_source
+from llava_ray.data.mixture import count_draws, list_shares, naming_source
 from llava_ray.data.plan import Plan, PlanSource
 from llava_ray.data.settings import StreamSettings
 from llava_ray.data.shards import PreparedData
@@ -59,12 +59,3 @@ def describe_shares(data: DataConfig, plan: Plan) -> Iterator[str]:
     if data.sources:
         sizes = [(size, drawn) for size, drawn in plan.draws or ((len(plan.shard), len(plan.shard)),)]
         yield from list_shares(data, sizes)
-
-
-def list_shares(data: DataConfig, draws: list[tuple[int, int]]) -> Iterator[str]:
-    """Yield a line for each source: its samples, those drawn in an epoch, their share and passes."""
-    total = sum(drawn for _, drawn in draws)
-    yield f"Epoch: {total:,} samples of {len(draws)} source(s)"
-    for number, (size, drawn) in enumerate(draws):
-        name = describe_source(number, data.sources[number])
-        yield f"  {name:<40}{drawn:>12,} of {size:>12,}  {drawn / total:>7.2%}  {drawn / size:.3g} passes"

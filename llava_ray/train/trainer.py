@@ -21,16 +21,17 @@ from llava_ray.data.shards import PreparedData, is_prepared
 from llava_ray.data.token_lengths import TokenLengths
 from llava_ray.errors import ConfigError
 from llava_ray.model.blueprint import Blueprint, read_blueprint
+from llava_ray.objectives.table import OBJECTIVES
 from llava_ray.runtime import Resources
 from llava_ray.tracking import default_tracking_uri
 from llava_ray.train.finished_run import FinishedRun, note_finished, reuse_finished
 from llava_ray.train.identity import identify_run, identity_hash
+from llava_ray.train.mixture_plan import describe_shares, plan_sources, split_settings
 from llava_ray.train.planning.automatic import Workers, decide_settings
 from llava_ray.train.planning.costs import estimate_cost
 from llava_ray.train.progress import closing_run, progress_bar
 from llava_ray.train.ray_trainer import build_trainer
 from llava_ray.train.run_recorder import start_recorder
-from llava_ray.train.mixture_plan import describe_shares, plan_sources, split_settings
 from llava_ray.train.runs import (
     absolute_paths,
     claim_run,
@@ -38,9 +39,11 @@ from llava_ray.train.runs import (
     find_run,
     repair_run,
 )
+from llava_ray.train.score_history import check_score
 from llava_ray.train.settings import HeldOut, LoopSettings
 from llava_ray.train.stopping import fit
 
+_OBJECTIVE = LoopSettings.objective
 _HELD_OUT_BATCH = 64  # held-out samples that are packed into one step
 
 
@@ -95,6 +98,7 @@ def train_until(
         raise ConfigError(f"--profile names the step {profile[1]}, the last of this run is {until - 1}; name others")
     stream = stream_settings(config, prepared, blueprint, resources)
     held_out = held_out_samples(config, blueprint, resources)
+    check_score(config.held_out, OBJECTIVES[_OBJECTIVE].metric_names)
     tracking_uri = config.tracking.tracking_uri or default_tracking_uri(config.run.storage_path)
     claim_run(run, config, identity)
     repair_run(run)
@@ -136,6 +140,7 @@ def make_plan(config: FinetuneConfig, prepared: PreparedData, blueprint: Bluepri
         "shuffle_window": data.shuffle_window,
         "max_steps": train.max_steps,
     }
+    lengths: TokenLengths
     if prepared.sources:
         lengths, plan = plan_sources(data, prepared, encoder, **settings)
     else:
