@@ -11,6 +11,7 @@ ray job submit --working-dir . -- python pipelines/finetune.py RECIPE --train.le
 import argparse
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_ray.config.mixtures import named_places
@@ -105,6 +106,8 @@ def _print_run(finished: "FinishedRun") -> None:
     print(f"  model    {finished.folder.bundle}")
     print(f"  ledger   {finished.folder.path}/ledger.jsonl")
     print(f"  metrics  {finished.folder.path}/metrics.jsonl")
+    if (report := Path(finished.folder.path, "report.html")).exists():
+        print(f"  report   {report}")
     page = describe_page(finished.tracking_uri, finished.mlflow_run_id, finished.mlflow_experiment_id)
     print(f"  mlflow   {page}")
 

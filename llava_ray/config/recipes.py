@@ -171,7 +171,8 @@ def hashed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return ``key: old -> new`` for each hashed setting that differs between two resolved configs."""
-    return _list_differences(hashed_settings(old), hashed_settings(new), "")
+    before, after = ({"held_out": {}} | hashed_settings(settings) for settings in (old, new))
+    return _list_differences(before, after, "")
 
 
 def _list_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str) -> list[str]:
@@ -218,9 +219,14 @@ def _check_known_keys(schema: type[BaseModel], values: dict[str, Any], source: s
     try:
         schema.model_validate(values)
     except ValidationError as error:
-        details = [detail for detail in error.errors() if detail["type"] != "missing"]
+        details = [one for one in error.errors() if one["type"] != "missing" or _is_in_list(one["loc"])]
         if details:
             raise ConfigError(f"{source}: {describe_all(schema, details)}") from error
+
+
+def _is_in_list(path: Sequence[int | str]) -> bool:
+    """Return whether a key is of a table in a list, which no flag supplies."""
+    return any(isinstance(part, int) for part in path)
 
 
 def _with_missing(schema: type[BaseModel], values: dict[str, Any]) -> Any:

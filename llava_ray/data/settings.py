@@ -72,7 +72,7 @@ class StreamSettings:
 
 @dataclass(frozen=True)
 class ShardPlace:
-    """One shard: the number and settings of its source (0 and the whole ones without a mixture), and its number there."""
+    """One shard: its source's number (0 without a mixture) and settings, and its own number in that source."""
 
     source: int
     settings: StreamSettings

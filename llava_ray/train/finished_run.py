@@ -13,6 +13,7 @@ from llava_ray.data.plan import Plan
 from llava_ray.data.shards import PreparedData
 from llava_ray.data.storage import write_stored
 from llava_ray.tracking import moved_tracking_uri
+from llava_ray.train.run_report import write_run_report
 from llava_ray.train.runs import RunFolder, committed_state
 from llava_ray.train.score_history import ScoreHistory
 from llava_ray.train.step_file import as_number, read_rows
@@ -38,7 +39,15 @@ class FinishedRun:
 
     def read_losses(self) -> list[float]:
         """Load the loss of every step; NaN where it was not finite and the step was skipped."""
-        return [as_number(row["loss"]) for row in read_rows(f"{self.folder.path}/metrics.jsonl")]
+        return [as_number(row["loss"]) for row in read_rows(self._metrics_path)]
+
+    def read_metrics(self) -> list[dict[str, float | None]]:
+        """Load the metrics of every step."""
+        return [{key: value for key, value in row.items() if key != "step"} for row in read_rows(self._metrics_path)]
+
+    @property
+    def _metrics_path(self) -> str:
+        return f"{self.folder.path}/metrics.jsonl"
 
 
 def reuse_finished(config: FinetuneConfig, run: RunFolder, prepared: PreparedData) -> FinishedRun | None:
@@ -73,6 +82,9 @@ def note_finished(
     local = "://" not in run.path  # MLflow copies from this node's own files
     artifacts = {"model": run.bundle} if config.tracking.log_model and local else {}
     files = [f"{run.path}/{name}" for name in ("resolved.json", "ledger.jsonl", "metrics.jsonl")] if local else []
+    ray.get(journal.flush.remote())
+    if report := write_run_report(config, run):
+        files.append(report)
     tags = {f"llava_ray.{key}": value for key, value in lineage.items()}
     run_id, experiment_id = ray.get(journal.close.remote("FINISHED", tags, artifacts, files))
     metrics = ray.get(journal.progress.remote()).metrics

@@ -98,7 +98,6 @@ def train_until(
         raise ConfigError(f"--profile names the step {profile[1]}, the last of this run is {until - 1}; name others")
     stream = stream_settings(config, prepared, blueprint, resources)
     held_out = held_out_samples(config, blueprint, resources)
-    check_score(config.held_out, OBJECTIVES[_OBJECTIVE].metric_names)
     tracking_uri = config.tracking.tracking_uri or default_tracking_uri(config.run.storage_path)
     claim_run(run, config, identity)
     repair_run(run)
@@ -190,8 +189,12 @@ def _with_features(settings: StreamSettings, prepared: PreparedData, blueprint: 
 
 
 def held_out_samples(config: FinetuneConfig, blueprint: Blueprint, resources: Resources) -> tuple[HeldOut, ...]:
-    """Prepare the held-out samples of a run, and of each source that has some, in that order."""
+    """Prepare the held-out samples of a run, and of each source that has some, in that order.
+
+    Raises ConfigError where they have no score by which the run is to end or keep its best checkpoint.
+    """
     asked, found = config.held_out, []
+    check_score(asked, OBJECTIVES[_OBJECTIVE].metric_names)
     if asked.path is not None:
         folder = asked.images or config.data.image_folder
         changes = {"data_path": asked.path, "image_folder": folder, "max_samples": None, "epoch_samples": None}
