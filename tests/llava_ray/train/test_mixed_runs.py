@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from commands import members
 from samples import small_run, write_samples
 from watched_runs import committed
@@ -16,7 +17,9 @@ from watched_runs import committed
 from llava_ray.config.schema import merge_settings, nest_keys
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.preparation import prepare_data
+from llava_ray.model.loading import load_pretrained_model
 from llava_ray.runtime import connected
+from llava_ray.train.consolidation import consolidate
 from llava_ray.train.finished_run import FinishedRun
 from llava_ray.train.trainer import finetune, train_until
 
@@ -132,3 +135,46 @@ def test_a_mixture_is_learnt_the_same_through_kills_and_by_any_number_of_workers
     assert [row["loss/texts"] for row in rows(other, "metrics.jsonl")] == pytest.approx(
         [row["loss/texts"] for row in metrics], rel=1e-4
     )
+
+
+@pytest.mark.timeout(900)
+def test_a_run_ends_where_its_held_out_curve_turns_and_its_model_is_the_best_one(ray_cluster, folder, tmp_path):
+    # What is held out contradicts what is learnt: its loss falls while the form is learnt, and then rises.
+    config = small_run(folder).replaced(
+        {
+            "data.data_path": str(folder / "texts.json"),
+            "held_out.path": str(folder / "opposite.json"),
+            "held_out.num_answers": 0,
+            "held_out.keep_best": True,
+            "held_out.early_stopping_patience": 2,
+            "run.name": "turning",
+            "tracking.log_model": False,
+            "train.num_train_epochs": 20,
+            "train.save_steps": 2,
+            "train.lr_scheduler_type": "constant",
+            "cluster.num_workers": 1,
+        }
+    )
+    with connected(config.cluster) as resources:
+        prepared = prepare_data(config.data, show_progress=False)
+        assert train_until(config, prepared, resources, until=4, show_progress=False) is None
+    killed: list[int] = []
+    config = config.replaced({"cluster.num_workers": 2})
+    kill_a_worker_after(6, config, killed)
+    finished = run(config)
+    metrics = rows(finished, "metrics.jsonl")
+    curve = {row["step"] + 1: row["held_out_loss"] for row in metrics if "held_out_loss" in row}
+    assert list(curve) == list(range(2, finished.num_steps + 1, 2))
+    best = min(curve, key=curve.__getitem__)
+    assert killed
+    assert finished.num_steps == best + 4 < 80
+    assert finished.best_step == best
+    assert len(rows(finished, "ledger.jsonl")) == len(metrics) == finished.num_steps
+    checkpoint = Path(finished.folder.path, f"step-{best:08d}")
+    consolidate(checkpoint, tmp_path / "best")
+    made = load_pretrained_model(finished.folder.bundle)
+    assert made.manifest.training["steps"] == best
+    for name, tensor in load_pretrained_model(tmp_path / "best").llava.state_dict().items():
+        assert torch.equal(made.llava.state_dict()[name], tensor), name
+    again = run(config)
+    assert (again.reused, again.num_steps, again.best_step) == (True, finished.num_steps, best)
