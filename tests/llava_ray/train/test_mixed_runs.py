@@ -1,16 +1,14 @@
 """Runs on a mixture: the same ledger whatever happens to them, losses by source, an end and a model by score."""
 
 import json
-import os
-import signal
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
-from commands import members
 from samples import small_run, write_samples
 from watched_runs import committed
 
@@ -91,9 +89,10 @@ def kill_a_worker_after(step: int, config: FinetuneConfig, killed: list[int]) ->
         folder = Path(config.run.storage_path).parent
         while committed(folder / "recipe", str(config.run.name)) < step:
             time.sleep(0.02)
-        pid = next(number for number, title in members(os.getsid(0)).items() if title.startswith(WORKER))
-        os.kill(pid, signal.SIGKILL)
-        killed.append(pid)
+        found = (one for one in psutil.Process().children(recursive=True) if one.cmdline()[:1] == [WORKER])
+        worker = next(found)
+        worker.kill()
+        killed.append(worker.pid)
 
     threading.Thread(target=wait, daemon=True).start()
 
