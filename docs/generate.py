@@ -152,7 +152,7 @@ def _describe_default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
-    if value is PydanticUndefined or value is None:
+    if value is PydanticUndefined or value is None or value == "":
         return ""
     if isinstance(value, BaseModel) or value in ((), [], {}):
         return "empty"

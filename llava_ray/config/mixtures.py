@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from llava_ray.config.sections import DataConfig, FinetuneConfig
 
 # No slash: it separates a source's name from a sample's id in the ledger, and from a metric's name.
-SourceName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+SourceName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,47}$")]
 RecordKind = Literal["auto", "instruction", "preferences"]
 # What a run's identity does not depend on: where a source is, and what is only looked at.
 SOURCE_PATHS = ("data_path", "image_folder")
@@ -22,7 +22,7 @@ LOOKED_AT = ("held_out", "held_out_images")
 _MEASURES = ("weight", "epochs", "samples")
 # Objectives that learn from pairs of answers.
 _OVER_PAIRS = frozenset({"dpo", "ipo", "hinge", "robust", "dpo_norm", "simpo", "orpo"})
-_MAX_SOURCES = 1000
+_MAX_SOURCES = 64  # their metrics of a step are one row of a file
 
 
 class SourceConfig(ConfigSection):

@@ -26,7 +26,12 @@ class ScoreHistory:
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
         """Note the evaluation after ``step`` steps."""
         if self.held_out.selects and metrics:
-            score = metrics[self.held_out.metric]
+            score = metrics.get(self.held_out.metric)
+            if score is None:  # no question, for one
+                raise ConfigError(
+                    f"held_out.metric = {self.held_out.metric!r}: the evaluation after step {step} has only "
+                    f"{', '.join(metrics)}; choose one of them"
+                )
             self.scores.append((step, score if math.isfinite(score) else None))
 
     @property
