@@ -6,6 +6,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from llava_ray.config.schema import ConfigSection
 
+RecordKind = Literal["auto", "instruction", "preferences"]
 PairObjectiveName = Literal["dpo", "ipo", "hinge", "robust", "dpo_norm", "simpo", "orpo"]
 PAIR_OBJECTIVES = frozenset({"dpo", "ipo", "hinge", "robust", "dpo_norm", "simpo", "orpo"})
 # Those that compare the policy with the model it starts from.
@@ -53,6 +54,8 @@ class WithPreferences(ConfigSection):
         """Reject preferences without an objective over pairs and the reverse, and settings without effect."""
         config: Any = self
         objective, kind = config.train.objective, config.data.kind
+        if config.data.sources:  # each has a kind of its own
+            kind = "auto"
         if objective not in PAIR_OBJECTIVES and kind == "preferences":
             raise ValueError(
                 f"data.kind = 'preferences' with train.objective = {objective!r}: pairs are learnt by "

@@ -1,7 +1,7 @@
 """The end of the stream inside a train worker: Arrow rows to tensors, grouped into steps."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -41,6 +41,8 @@ class MicroBatch:
     """The lengths of each sample that is a preference; None for a conversation."""
     reference: Float[Tensor, "m 2"] | None
     """The reference's log-probabilities of the row's m preferences, where the objective needs them."""
+    sources: list[int] = field(default_factory=list)
+    """The number of each sample's source in a mixture; 0 without one."""
 
 
 def iterate_steps(
@@ -87,6 +89,7 @@ def micro_batch(row: dict[str, Any], settings: StreamSettings) -> MicroBatch:
         features=features,
         pairs=[PairLengths(*lengths) if lengths else None for lengths in row["pairs"]],
         reference=_reference_of(row),
+        sources=row["sources"],
     )
 
 

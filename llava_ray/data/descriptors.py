@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 
 from llava_ray.data.packing import NO_STEP, ROWS_PER_BLOCK, STEP_TOTALS
 from llava_ray.data.plan import Plan
-from llava_ray.data.reference_file import take_reference
+from llava_ray.data.reference_file import ReferenceFiles
 from llava_ray.data.row_assignment import SampleCost, assign_to_ranks
 from llava_ray.data.token_lengths import TokenLengths
 
@@ -65,12 +65,9 @@ def describe_window(
     row_length: int,
     world_size: int,
     cost: SampleCost | None = None,
-    reference: str | None = None,
+    reference: ReferenceFiles | None = None,
 ) -> pa.Table:
-    """Return the micro-batches of a window, in blocks of ROWS_PER_BLOCK rows of rank 0, 1, …, 0, 1, … by turns.
-
-    ``reference`` is the folder of the reference's log-probabilities.
-    """
+    """Return the micro-batches of a window, in blocks of ROWS_PER_BLOCK rows of rank 0, 1, …, 0, 1, … by turns."""
     members = np.frombuffer(window["examples"], np.int32)
     examples = lengths.take(members, _COLUMNS)
     num_tokens, supervised, chosen, num_images = (
@@ -96,7 +93,7 @@ def describe_window(
         micro_batches += [filler] * (-len(micro_batches) % ROWS_PER_BLOCK)
     starts = range(0, len(by_rank[0]), ROWS_PER_BLOCK)
     ordered = [row for start in starts for rank_rows in by_rank for row in rank_rows[start : start + ROWS_PER_BLOCK]]
-    return _located(ordered, examples, None if reference is None else take_reference(reference, members))
+    return _located(ordered, examples, None if reference is None else reference.take(members))
 
 
 def _count_terms(supervised: Int[np.ndarray, " b"], chosen: Int[np.ndarray, " b"]) -> dict[str, int]:

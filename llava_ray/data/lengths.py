@@ -35,23 +35,26 @@ def measure_lengths(prepared: PreparedData, settings: EncoderSettings, max_rejec
 
     Raises DataError when more than ``max_rejected`` of the rows are rejected here and in preparation together.
     """
-    folder = f"{prepared.path}/tokens-{_lengths_key(prepared, settings)}"
+    key = _lengths_key(prepared, settings)
+    folder = f"{prepared.path}/tokens-{key}"
     files, root = fsspec.core.url_to_fs(folder)
     path = f"{root}/{LENGTHS_FILE}"
     if not files.exists(path):
         files.makedirs(root, exist_ok=True)
         # Renamed when complete: the existence of the file means that every length is in it.
         with files.open(f"{path}.part", "wb") as stream:
-            rejected = _write_lengths(stream, _measure_shards(prepared, settings))
+            rejected = _write_lengths(stream, _measure_shards(prepared, settings), key)
         with files.open(f"{root}/rejected.jsonl", "w") as stream:
             stream.writelines(json.dumps(row) + "\n" for row in rejected)
         _check_rejected_share(prepared, rejected, max_rejected, f"{folder}/rejected.jsonl")
         files.mv(f"{path}.part", path)
-    return TokenLengths.open(folder)
+    return TokenLengths.open(folder, key)
 
 
-def _write_lengths(stream: BinaryIO, shards: Iterable[tuple[pa.Table, list[dict[str, str]]]]) -> list[dict[str, str]]:
-    """Write the shards' rows as they come, in groups, and return the rejected ones."""
+def _write_lengths(
+    stream: BinaryIO, shards: Iterable[tuple[pa.Table, list[dict[str, str]]]], key: str
+) -> list[dict[str, str]]:
+    """Write the shards' rows as they come, in groups, and return the rejected ones; ``key`` is of the settings."""
     rejected: list[dict[str, str]] = []
     waiting: list[pa.Table] = []
     with pq.ParquetWriter(stream, SCHEMA) as writer:
@@ -63,7 +66,7 @@ def _write_lengths(stream: BinaryIO, shards: Iterable[tuple[pa.Table, list[dict[
                 waiting = []
         if waiting:
             writer.write_table(pa.concat_tables(waiting))
-        writer.add_key_value_metadata({"rejected": str(len(rejected))})
+        writer.add_key_value_metadata({"rejected": str(len(rejected)), "settings": key})
     return rejected
 
 

@@ -39,6 +39,7 @@ PACKED_SCHEMA = pa.schema(
         **{name: pa.int32() for name in STEP_TOTALS},
         "num_micro_batches": pa.int32(),
         "ids": pa.list_(pa.string()),
+        "sources": pa.list_(pa.int32()),  # of a mixture: the number of each sample's source
         "num_tokens": pa.list_(pa.int32()),
         "input_ids": pa.list_(pa.int32()),
         "labels": pa.list_(pa.int32()),
@@ -70,7 +71,7 @@ def pack_micro_batch(
     encode: Callable[[Mapping[str, Any]], list[Example]],
 ) -> dict[str, Any]:
     """Pack the examples that a descriptor names into a row of PACKED_SCHEMA, one behind the other."""
-    examples, ids, images, shown, places = [], [], [], [], []
+    examples, ids, sources, images, shown, places = [], [], [], [], [], []
     named = (descriptor[key] for key in ("shard", "row", "part", "num_tokens"))
     for shard, number, part, num_tokens in zip(*named, strict=True):
         record = records[shard, number]
@@ -80,6 +81,7 @@ def pack_micro_batch(
             raise AssertionError(f"{record['id']}: {len(example.input_ids)} tokens, the plan says {num_tokens}")
         examples.append(example)
         ids.append(record["id"])
+        sources.append(record.get("source_number", 0))
         images += [record["images"][i] for i in example.images if "images" in record]
         shown += [sizes[i] for i in example.images]
         places += [location_key(shard, number, i) for i in example.images]
@@ -87,6 +89,7 @@ def pack_micro_batch(
     common = {name: descriptor[name] for name in names}
     return common | {
         "ids": ids,
+        "sources": sources,
         "input_ids": np.concatenate([e.input_ids for e in examples]) if examples else [],
         "labels": np.concatenate([e.labels for e in examples]) if examples else [],
         "images": images,

@@ -12,13 +12,16 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 
 import pyarrow as pa
 import ray.data
 from tqdm import tqdm
 
+from llava_ray.config.mixtures import learnt_paths
 from llava_ray.config.sections import DataConfig
 from llava_ray.data.chunks import RecordChunk, fingerprint_data, make_chunks
+from llava_ray.data.mixture import naming_source, prepare_sources
 from llava_ray.data.record_keys import describe_ignored
 from llava_ray.data.records import RawRecord, Record, find_files
 from llava_ray.data.shards import (
@@ -96,6 +99,8 @@ def prepare_data(config: DataConfig, *, show_progress: bool = True) -> PreparedD
     Raises DataError when more than ``config.max_rejected`` of the records are rejected (the good shards stay and are
     reused), when none is left, or when data cannot be found or written.
     """
+    if config.sources:
+        return prepare_sources(config, partial(prepare_data, show_progress=show_progress))
     if is_prepared(config.data_path):
         prepared = open_prepared(config.data_path)
         if config.max_samples is not None and config.max_samples < prepared.num_samples:
@@ -112,6 +117,21 @@ def prepare_data(config: DataConfig, *, show_progress: bool = True) -> PreparedD
         prepared = _prepare_raw(config, show_progress)
     _check_lost_share(prepared.path, prepared.num_samples, prepared.rejected_reasons, config.max_rejected)
     return prepared
+
+
+def check_data(config: DataConfig) -> None:
+    """Raise DataError where there is no data to prepare, or a prepared folder is incomplete, of any source."""
+    for number, path in enumerate(learnt_paths(config).values()):
+        with naming_source(config, number):
+            check_source(path)
+
+
+def check_held_out_sources(config: DataConfig) -> None:
+    """Raise DataError where a source's held-out samples are missing, or a prepared folder is incomplete."""
+    for number, source in enumerate(config.sources):
+        if source.held_out is not None:
+            with naming_source(config, number):
+                check_source(source.held_out)
 
 
 def check_source(data_path: str) -> None:

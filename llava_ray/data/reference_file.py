@@ -4,6 +4,7 @@ Tasks of the stream read them, so nothing here imports Ray or torch.
 """
 
 import io
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,27 @@ from llava_ray.data.storage import file_size, write_stored
 
 _FILE = "reference.parquet"
 _SIDES = ("chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class ReferenceFiles:
+    """Where the log-probabilities are: the folder of each source, None for one of conversations.
+
+    ``first_examples`` are the numbers of each source's first example.
+    """
+
+    folders: tuple[str | None, ...]
+    first_examples: tuple[int, ...] = (0,)
+
+    def take(self, examples: Int[np.ndarray, " m"]) -> Float[np.ndarray, "m 2"]:
+        """Return the log-probabilities of some examples, in their order; zeros of conversations. Raises DataError."""
+        found = np.zeros((len(examples), 2))
+        owner = np.searchsorted(self.first_examples, examples, side="right") - 1
+        for number, folder in enumerate(self.folders):
+            mine = np.flatnonzero(owner == number)
+            if folder is not None and len(mine):
+                found[mine] = take_reference(folder, examples[mine] - self.first_examples[number])
+        return found
 
 
 def has_reference(folder: str) -> bool:

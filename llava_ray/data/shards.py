@@ -82,6 +82,8 @@ class PreparedData:
     """What the records are: instructions or preferences (``data.kind``)."""
     reused: bool = field(default=False, compare=False)
     """Whether the folder existed already, rather than being written now."""
+    sources: tuple["PreparedData", ...] = ()
+    """Of a mixture: the folder of each source in order. ``path`` is then empty, all else is of them together."""
 
     @property
     def num_bytes(self) -> int:

@@ -67,8 +67,10 @@ class HeldOutEvaluator:
 
     def evaluate(self, engine: "DeepSpeedEngine", device: torch.device) -> dict[str, float]:
         """Return ``held_out_loss``, the objective's metrics and ``held_out_accuracy`` over all ranks; collective."""
-        if self.held_out is None:
-            return {}
+        return {} if self.held_out is None else self.name_sums(self.sum_up(engine, device))
+
+    def sum_up(self, engine: "DeepSpeedEngine", device: torch.device) -> list[float]:
+        """Return sums over all ranks: losses, metrics, their terms, right answers, questions; collective."""
         engine.eval()
         try:
             with torch.no_grad():
@@ -76,16 +78,18 @@ class HeldOutEvaluator:
         finally:
             engine.train()
         dist.all_reduce(sums)
-        *totals, right, asked = sums.tolist()
-        return self._means(totals) | ({"held_out_accuracy": right / asked} if asked else {})
+        found: list[float] = sums.tolist()
+        return found
 
-    def _means(self, totals: Sequence[float]) -> dict[str, float]:
-        """Return the mean loss, as a step over all samples has it, and means of metrics, from what ``losses`` sums."""
+    def name_sums(self, sums: Sequence[float]) -> dict[str, float]:
+        """Return means by name, the loss as of a step over all samples, from sums as ``sum_up`` returns them."""
+        *totals, right, asked = sums
         kinds = self.objective.num_kinds
         losses, counts, metrics = totals[:kinds], totals[kinds : 2 * kinds], totals[2 * kinds :]
         loss = sum(total / max(count, 1) for total, count in zip(losses, counts, strict=True))
         named = zip(self.objective.metric_names, metrics, strict=True) if counts[0] else ()
-        return {"held_out_loss": loss} | {f"held_out_{name}": total / counts[0] for name, total in named}
+        judged = {"held_out_loss": loss} | {f"held_out_{name}": total / counts[0] for name, total in named}
+        return judged | ({"held_out_accuracy": right / asked} if asked else {})
 
     def losses(self, engine: "DeepSpeedEngine", device: torch.device) -> list[float]:
         """Return this rank's sums: of the losses of each kind, of the number of their terms, and of the metrics."""

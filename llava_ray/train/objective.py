@@ -16,6 +16,7 @@ from llava_ray.images.processing import normalize_pixels
 from llava_ray.model.assembly import LlavaParts
 from llava_ray.model.network.transfer import to_device
 from llava_ray.objectives.objective import Objective, ObjectiveOutput, PackedRow
+from llava_ray.train.source_losses import SourceLosses
 
 # In bf16 oneDNN compiles its matrix kernels for each length of a row: a tenth of the time of a row whose length is
 # new. Rows of a multiple of this many tokens find most of them compiled, for 2 % more tokens.
@@ -136,9 +137,10 @@ class RowsAhead:
 class StepLoss:
     """The loss and the objective's metrics of one step, summed over its micro-batches and then over ranks."""
 
-    def __init__(self, objective: Objective, device: torch.device) -> None:
-        """Start from zero."""
+    def __init__(self, objective: Objective, device: torch.device, sources: Sequence[str] = ()) -> None:
+        """Start from zero; ``sources`` are the names of a mixture's sources."""
         self.objective = objective
+        self.sources = SourceLosses(sources, device)
         self.loss = torch.zeros((), device=device)
         self.metrics = torch.zeros(len(objective.metric_names), device=device)
 
@@ -147,9 +149,11 @@ class StepLoss:
         num_terms = [max(1, number) for number in self.objective.num_step_terms(batch)]
         if output.kinds is None:
             micro_loss = output.loss_sum / num_terms[0]
+            self.sources.add(output, num_terms[0], batch)
         else:
-            sums = output.sums(len(num_terms))
-            micro_loss = (sums / torch.tensor(num_terms, device=sums.device)).sum()
+            divisors = torch.tensor(num_terms, device=output.losses.device)
+            micro_loss = (output.sums(len(num_terms)) / divisors).sum()
+            self.sources.add(output, divisors[output.kinds], batch)
         self.loss += micro_loss.detach()
         for index, name in enumerate(self.objective.metric_names):
             self.metrics[index] += output.metrics[name].detach() / num_terms[0]
@@ -160,7 +164,20 @@ class StepLoss:
         dist.all_reduce(self.loss)
         if len(self.metrics):  # on every rank or on none
             dist.all_reduce(self.metrics)
+        self.sources.reduce()
 
     def read(self) -> tuple[float, dict[str, float]]:
         """Return loss and metrics, once they are reduced; waits for the device."""
         return self.loss.item(), dict(zip(self.objective.metric_names, self.metrics.tolist(), strict=True))
+
+    @property
+    def values(self) -> Tensor:
+        """Return the loss and all metrics in a row, for one look at several steps."""
+        values = torch.cat([self.loss[None], self.metrics])
+        return torch.cat([values, self.sources.values]) if self.sources.names else values
+
+    def name_values(self, loss: float, values: Sequence[float]) -> dict[str, float]:
+        """Return the metrics by name from the ``values`` behind the loss."""
+        names = self.objective.metric_names
+        own = dict(zip(names, values[: len(names)], strict=True))
+        return own | self.sources.name_values(loss, values[len(names) :])

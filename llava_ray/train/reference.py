@@ -21,9 +21,11 @@ from llava_ray.config.preference import WITH_REFERENCE
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.batches import MicroBatch, micro_batch
 from llava_ray.data.descriptors import describe_window
+from llava_ray.data.mixed_lengths import MixedLengths
 from llava_ray.data.packing import NO_STEP
-from llava_ray.data.reference_file import has_reference, write_reference
+from llava_ray.data.reference_file import ReferenceFiles, has_reference, write_reference
 from llava_ray.data.settings import StreamSettings
+from llava_ray.data.shards import PREFERENCES
 from llava_ray.data.stages import add_images, read_micro_batches
 from llava_ray.data.storage import file_size, read_stored, write_stored
 from llava_ray.data.token_lengths import TokenLengths
@@ -62,13 +64,26 @@ class ReferenceJob:
 
 def cache_reference(
     config: FinetuneConfig, stream: StreamSettings, lengths: TokenLengths, identity: Identity, resources: Resources
-) -> str | None:
-    """Return the folder with the reference's log-probabilities, computing what is missing; None without a reference.
+) -> ReferenceFiles | None:
+    """Return the reference's log-probabilities, computing what is missing; None where nothing needs them.
 
     Needs a connected Ray. An interrupted computation resumes with the missing chunks. Raises DataError, ModelError.
     """
     if config.train.objective not in WITH_REFERENCE:
         return None
+    parts = lengths.parts if isinstance(lengths, MixedLengths) else (lengths,)
+    first_examples = lengths.first_examples[:-1] if isinstance(lengths, MixedLengths) else (0,)
+    folders = tuple(
+        _cache_source(config, source, part, identity, resources) if source.data.kind_of_records == PREFERENCES else None
+        for source, part in zip(stream.sources or (stream,), parts, strict=True)
+    )
+    return ReferenceFiles(folders, first_examples) if any(folders) else None
+
+
+def _cache_source(
+    config: FinetuneConfig, stream: StreamSettings, lengths: TokenLengths, identity: Identity, resources: Resources
+) -> str:
+    """Return the folder with the log-probabilities of one source's preferences, computing what is missing."""
     folder = f"{lengths.path}/reference-{_reference_key(config, identity)}"
     if has_reference(folder):
         print(f"Reference: log-probabilities reused from {folder}", flush=True)  # noqa: T201 - for the user

@@ -22,6 +22,8 @@ class HeldOut:
     lengths: TokenLengths
     num_answers: int
     max_new_tokens: int
+    name: str | None = None
+    """The source of a mixture that they are of; None for those of the whole run."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class LoopSettings:
     bundle_folder: str
     num_threads: int
     journal: ActorHandle
-    held_out: HeldOut | None = None
+    held_out: tuple[HeldOut, ...] = ()
+    """The run's own first, then those of its sources."""
     profile: tuple[int, int] | None = None
     """The first and the last step to profile."""

@@ -2,31 +2,22 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 
 import ray
 from ray.train import UserCallback
 
 from llava_ray.config.sections import FinetuneConfig
-from llava_ray.data.encoder_settings import EncoderSettings
-from llava_ray.data.feature_writing import cache_features
-from llava_ray.data.lengths import measure_lengths
-from llava_ray.data.plan import Plan
-from llava_ray.data.preparation import prepare_data
-from llava_ray.data.settings import StreamSettings
-from llava_ray.data.shards import PREFERENCES, PreparedData, is_prepared
-from llava_ray.data.token_lengths import TokenLengths
+from llava_ray.data.shards import PreparedData
 from llava_ray.errors import ConfigError
-from llava_ray.model.blueprint import Blueprint, read_blueprint
+from llava_ray.model.blueprint import read_blueprint
 from llava_ray.runtime import Resources
 from llava_ray.tracking import default_tracking_uri
 from llava_ray.train.finished_run import FinishedRun, note_finished, reuse_finished
-from llava_ray.train.identity import Identity, identify_run, identity_hash
+from llava_ray.train.identity import identify_run, identity_hash
 from llava_ray.train.planning.automatic import Workers, decide_settings
-from llava_ray.train.planning.costs import estimate_cost
 from llava_ray.train.progress import closing_run, progress_bar
 from llava_ray.train.ray_trainer import build_trainer
-from llava_ray.train.reference import cache_reference
+from llava_ray.train.run_data import held_out_samples, plan_stream
 from llava_ray.train.run_recorder import start_recorder
 from llava_ray.train.runs import (
     absolute_paths,
@@ -35,10 +26,8 @@ from llava_ray.train.runs import (
     find_run,
     repair_run,
 )
-from llava_ray.train.settings import HeldOut, LoopSettings
+from llava_ray.train.settings import LoopSettings
 from llava_ray.train.stopping import fit
-
-_HELD_OUT_BATCH = 64  # held-out samples that are packed into one step
 
 
 def finetune(
@@ -119,86 +108,3 @@ def train_until(
         ray.get(journal.flush.remote())
         return None
     return note_finished(config, run, plan, prepared, journal, tracking_uri)
-
-
-def plan_stream(
-    config: FinetuneConfig, prepared: PreparedData, blueprint: Blueprint, identity: Identity, resources: Resources
-) -> tuple[TokenLengths, Plan, StreamSettings]:
-    """Build the plan of every step and the settings of the stream, with all that is computed before the run."""
-    lengths, plan = make_plan(config, prepared, blueprint)
-    stream = stream_settings(config, prepared, blueprint, resources)
-    return lengths, plan, replace(stream, reference=cache_reference(config, stream, lengths, identity, resources))
-
-
-def make_plan(config: FinetuneConfig, prepared: PreparedData, blueprint: Blueprint) -> tuple[TokenLengths, Plan]:
-    """Measure the examples' lengths (or load them) and build the plan of every step."""
-    encoder = EncoderSettings.of(blueprint, config.data, config.train)
-    lengths = measure_lengths(prepared, encoder, config.data.max_rejected)
-    plan = Plan(
-        lengths.column("num_tokens"),
-        lengths.column("shard"),
-        global_batch_size=config.train.global_batch_size,
-        num_epochs=config.train.num_train_epochs,
-        seed=config.train.seed,
-        shuffle_window=config.data.shuffle_window,
-        max_steps=config.train.max_steps,
-    )
-    print(  # noqa: T201 - for the person who started the run
-        f"Plan: {len(plan.num_tokens)} examples ({lengths.num_truncated} truncated, {lengths.num_rejected} rejected), "
-        f"{plan.num_steps} steps of {plan.global_batch_size} samples; lengths in {lengths.path}",
-        flush=True,
-    )
-    return lengths, plan
-
-
-def stream_settings(
-    config: FinetuneConfig, prepared: PreparedData, blueprint: Blueprint, resources: Resources
-) -> StreamSettings:
-    """Build the settings of the stream's tasks; features that are to be cached are computed here."""
-    settings = StreamSettings(
-        prepared_path=prepared.path,
-        shard_names=tuple(shard.name for shard in prepared.shards),
-        encoder=EncoderSettings.of(blueprint, config.data, config.train),
-        model=config.model,
-        image_spec=blueprint.image_spec,
-        image_tokens=blueprint.image_tokens,
-        mm_hidden_size=blueprint.mm_hidden_size,
-        row_length=config.train.row_length,
-        data=config.data,
-        bf16=config.train.uses_bf16,
-        vision_gpus=1 if resources.use_gpu else 0,
-        vision_threads=max(1, resources.cores // config.data.num_vision_actors),
-        cost=estimate_cost(config, blueprint),
-    )
-    if config.data.vision_features != "cached":
-        return settings
-    return replace(settings, features=cache_features(prepared, blueprint, settings))
-
-
-def held_out_samples(
-    config: FinetuneConfig, blueprint: Blueprint, identity: Identity, resources: Resources
-) -> HeldOut | None:
-    """Prepare the held-out samples of a run, or return None."""
-    settings_held_out = config.held_out
-    if settings_held_out.path is None:
-        return None
-    folder = settings_held_out.images or config.data.image_folder
-    most = None if is_prepared(settings_held_out.path) else settings_held_out.num_samples
-    changes = {"data_path": settings_held_out.path, "image_folder": folder, "max_samples": most}
-    config = config.replaced({f"data.{key}": value for key, value in changes.items()} | {"data.shuffle_window": 0})
-    kind = config.data.kind if settings_held_out.kind == "auto" else settings_held_out.kind
-    data = config.data.replaced({"kind": kind})
-    prepared = prepare_data(data, show_progress=False)
-    settings = stream_settings(config, prepared, blueprint, resources)
-    lengths = measure_lengths(prepared, settings.encoder, config.data.max_rejected)
-    if data.kind_of_records == PREFERENCES:
-        settings = replace(settings, reference=cache_reference(config, settings, lengths, identity, resources))
-    plan = Plan(
-        lengths.column("num_tokens"),
-        lengths.column("shard"),
-        global_batch_size=_HELD_OUT_BATCH,
-        num_epochs=1,
-        seed=0,
-        shuffle_window=0,
-    )
-    return HeldOut(settings, plan, lengths, settings_held_out.num_answers, settings_held_out.max_new_tokens)

@@ -33,7 +33,7 @@ from llava_ray.train.allocation import keep_freed_memory
 from llava_ray.train.engine import assemble_for
 from llava_ray.train.flops import StepWork, UsefulFlops
 from llava_ray.train.objective import build_row
-from llava_ray.train.trainer import make_plan, stream_settings
+from llava_ray.train.run_data import make_plan, stream_settings
 
 CPU = torch.device("cpu")
 Loss = Callable[[Sequence[MicroBatch]], float]
