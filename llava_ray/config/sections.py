@@ -14,6 +14,7 @@ from pydantic import (
 )
 
 from llava_ray.config.geometry import GeometrySettings
+from llava_ray.config.grpo import GrpoConfig, check_grpo
 from llava_ray.config.lora import LoraConfig
 from llava_ray.config.schema import ConfigSection
 
@@ -131,6 +132,9 @@ class DataConfig(ConfigSection):
 class TrainConfig(ConfigSection):
     """Optimisation of the parameters."""
 
+    objective: Literal["cross_entropy", "grpo"] = "cross_entropy"
+    """What is minimised: the cross-entropy of the records' answers, or that of section [grpo], which samples answers
+    and learns from their rewards."""
     num_train_epochs: PositiveInt = 1
     """Passes over the data."""
     max_steps: PositiveInt | None = None
@@ -337,6 +341,7 @@ class FinetuneConfig(ConfigSection):
     data: DataConfig
     train: TrainConfig = TrainConfig()
     lora: LoraConfig = LoraConfig()
+    grpo: GrpoConfig = GrpoConfig()
     held_out: HeldOutConfig = HeldOutConfig()
     run: RunConfig = RunConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -350,6 +355,12 @@ class FinetuneConfig(ConfigSection):
                 "held_out.num_answers needs the whole model in each worker, which train.zero_stage = 3 takes apart: "
                 "set held_out.num_answers = 0 (the held-out loss stays), or train.zero_stage = 2"
             )
+        return self
+
+    @model_validator(mode="after")
+    def rollouts_fit(self) -> Self:
+        """Reject what does not fit an objective of sampled answers."""
+        check_grpo(self)
         return self
 
     @model_validator(mode="after")

@@ -69,7 +69,7 @@ def generate_batch(  # noqa: PLR0913 - LLaVA's own arguments, and callbacks
         for index, token in zip(rows.indices, tokens.tolist(), strict=True):
             if unfinished[index]:
                 answers[index].append(token)
-                unfinished[index] = not _has_ended(parts, answers[index], stops)
+                unfinished[index] = not has_ended(parts, answers[index], stops)
         if on_tokens is not None:
             on_tokens(answers)
         if step + 1 == max_new_tokens or not any(unfinished):
@@ -221,7 +221,7 @@ def _pick_tokens(logits: Float[Tensor, "b vocab"], temperature: float, generator
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(1)
 
 
-def _has_ended(parts: LlavaParts, answer: list[int], stops: Stops) -> bool:
+def has_ended(parts: LlavaParts, answer: list[int], stops: Stops) -> bool:
     """Return whether the newest token completes an answer."""
     if answer[-1] in stops.ids:
         return True

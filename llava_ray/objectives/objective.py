@@ -21,6 +21,18 @@ from llava_ray.model.network.transfer import to_device
 
 
 @dataclass(frozen=True)
+class RolloutTerms:
+    """What a row of sampled answers carries for each of its supervised tokens, in order."""
+
+    advantages: Float[Tensor, " s"]
+    old_log_probs: Float[Tensor, " s"]
+    """Under the weights, and at the temperature, with which the token was sampled."""
+    weights: Float[Tensor, " s"]
+    reference_log_probs: Float[Tensor, " s"] | None = None
+    """Under the weights that the run started with."""
+
+
+@dataclass(frozen=True)
 class PackedRow:
     """Samples packed into one row of t tokens, on the model's device; see ``Llava.forward`` for the images.
 
@@ -37,6 +49,7 @@ class PackedRow:
     """The positions that predict a supervised token, and those tokens."""
     borders: SampleBorders | None = None
     image_positions: Int[Tensor, " m"] | None = None
+    rollouts: RolloutTerms | None = None
 
     @classmethod
     def on_device(

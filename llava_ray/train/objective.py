@@ -16,6 +16,7 @@ from llava_ray.images.processing import normalize_pixels
 from llava_ray.model.assembly import LlavaParts
 from llava_ray.model.network.transfer import to_device
 from llava_ray.objectives.objective import Objective, ObjectiveOutput, PackedRow
+from llava_ray.train.rollouts.rows import move_terms
 
 # In bf16 oneDNN compiles its matrix kernels for each length of a row: a tenth of the time of a row whose length is
 # new. Rows of a multiple of this many tokens find most of them compiled, for 2 % more tokens.
@@ -37,6 +38,7 @@ class CopiedRow:
             if tensor is not None:
                 yield tensor
         yield from row.predicted or ()
+        yield from (one for one in vars(row.rollouts).values() if one is not None) if row.rollouts else ()
         if borders is not None:
             yield borders
 
@@ -52,6 +54,7 @@ def copy_row(batch: MicroBatch, stream: StreamSettings, device: torch.device) ->
         multiple=_REPEATED_LENGTH if stream.bf16 and device.type == "cpu" else 1,
         features=None if batch.features is None else to_device(batch.features, device),
         image_sizes=batch.image_sizes,
+        rollouts=move_terms(batch, device),
     )
     return CopiedRow(row, None if pixels is None else to_device(pixels, device))
 

@@ -1,5 +1,6 @@
 """Checks before Ray starts: the run's data and model can be read, and its name is free."""
 
+from llava_ray.config.grpo import GRPO
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.preparation import check_source
 from llava_ray.data.storage import absolute_path
@@ -7,6 +8,7 @@ from llava_ray.model.blueprint import read_blueprint
 from llava_ray.optional_trackers import check_trackers
 from llava_ray.tracking import check_store
 from llava_ray.train.identity import DATA, identify_run, recipe_of_name
+from llava_ray.train.rollouts.rewards import Rewards
 from llava_ray.train.runs import RunFolder, find_run
 
 
@@ -17,6 +19,8 @@ def check_run(config: FinetuneConfig) -> None:
     if config.held_out.path is not None:
         check_source(config.held_out.path)
     read_blueprint(config.model, config.data.image_aspect_ratio)
+    if config.train.objective == GRPO:
+        Rewards.of(config.grpo)
     check_store(config.tracking.tracking_uri)
     check_trackers(config.tracking.report_to, config.run.storage_path)
 

@@ -43,5 +43,5 @@ class LoopSettings:
     held_out: HeldOut | None = None
     profile: tuple[int, int] | None = None
     """The first and the last step to profile."""
-    objective: str = "cross_entropy"
-    """A key of ``OBJECTIVES``."""
+    rollouts: ActorHandle | None = None
+    """The coordinator that deals sampled answers to the ranks, in place of the stream."""
