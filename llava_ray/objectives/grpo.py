@@ -35,7 +35,8 @@ class Grpo:
     def metric_names(self) -> Sequence[str]:
         """Return the metrics, means over tokens.
 
-        ``entropy`` is the mean of -log p_old of what was sampled; ``policy_gap`` that of the distance from log p_old to log p.
+        ``entropy`` is the mean of -log p_old of what was sampled; ``policy_gap`` that of the
+        distance from log p_old to log p.
         """
         return ("ratio", "clipped_low_share", "clipped_high_share", "policy_gap", "entropy", *["kl"][: self.beta > 0])
 

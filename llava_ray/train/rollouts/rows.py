@@ -1,7 +1,7 @@
 """A step's sampled answers as packed rows: made by the coordinator, turned into micro-batches by the ranks."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
@@ -158,8 +158,14 @@ def move_terms(batch: MicroBatch, device: torch.device) -> RolloutTerms | None:
     """Return a batch's numbers for the objective on a device; None for one of records."""
     if not isinstance(batch, RolloutBatch):
         return None
-    moved = {name: None if one is None else to_device(one, device) for name, one in vars(batch.terms).items()}
-    return replace(batch.terms, **moved)
+    terms = batch.terms
+    reference = terms.reference_log_probs
+    return RolloutTerms(
+        to_device(terms.advantages, device),
+        to_device(terms.old_log_probs, device),
+        to_device(terms.weights, device),
+        None if reference is None else to_device(reference, device),
+    )
 
 
 def find_ledger_ids(batches: Sequence[MicroBatch]) -> list[str]:
