@@ -60,7 +60,8 @@ def compute_by_trl(step: dict[str, Any]) -> dict[str, Any]:
         beta=step["beta"], epsilon_low=step["epsilon"], epsilon_high=step["epsilon_high"], args=arguments,
         loss_type=step["loss_type"], use_vllm=False, vllm_importance_sampling_correction=False,
         model=SimpleNamespace(training=True), current_gradient_accumulation_steps=1, accelerator=same,
-        max_completion_length=LONGEST, _entropy_bonus_enabled=False, aux_loss_enabled=False, _metrics={"train": metrics},
+        max_completion_length=LONGEST, _entropy_bonus_enabled=False, aux_loss_enabled=False,
+        _metrics={"train": metrics},
     )  # fmt: skip
     inputs = {
         "prompt_ids": torch.zeros(len(targets), 1, dtype=torch.long),

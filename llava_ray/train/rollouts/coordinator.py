@@ -118,7 +118,9 @@ class RolloutCoordinator:
             metrics |= {"rollout_staleness": float(step - version), "rollout_seconds": time.monotonic() - started}
             samples = make_samples(groups, totals, self.settings.config.grpo)
             row_length, cost = self.settings.config.train.row_length, self.settings.stream.cost
-            outcome: list[RankRows] | LlavaRayError = deal_samples(samples, row_length, self.world_size, cost, metrics)
+            outcome: list[RankRows] | LlavaRayError = deal_samples(
+                samples, row_length, self.world_size, cost, [group.asked.id for group in groups], metrics
+            )
         except LlavaRayError as error:
             outcome = error
         except Exception as error:  # noqa: BLE001 - of Ray or of an actor: the ranks raise it, and start again

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -25,8 +26,6 @@ class RolloutSample:
     """One question with one of its answers, and what the objective needs of it."""
 
     asked: AskedQuestion
-    number: int
-    """In its group."""
     token_ids: list[int]
     old_log_probs: list[float]
     advantage: float
@@ -45,6 +44,8 @@ class RankRows:
 
     rows: list[list[RolloutSample]]
     num_supervised: int
+    ids: list[str]
+    """Of the step's questions, on one rank; none on others."""
     metrics: Mapping[str, float]
 
 
@@ -53,8 +54,8 @@ class RolloutBatch(MicroBatch):
     """A packed row of sampled answers. Its ``ids`` are the records'."""
 
     terms: RolloutTerms
-    numbers: list[int]
-    """Each sample's number in its group."""
+    ledger_ids: list[str]
+    """The ids of the step's questions, in one batch of one rank."""
     step_metrics: Mapping[str, float]
     """Of the whole step, on every rank."""
 
@@ -62,23 +63,23 @@ class RolloutBatch(MicroBatch):
 def make_samples(
     groups: Sequence[RolloutGroup], rewards: Float[np.ndarray, "n g"], grpo: GrpoConfig
 ) -> list[RolloutSample]:
-    """Return every answer of a step with its advantage and weight, in the order of the step's questions."""
-    advantages = compute_advantages(rewards, grpo.scale_rewards)
-    lengths = np.asarray([len(answer.token_ids) for group in groups for answer in group.answers])
-    weights = iter(weigh_answers(lengths, grpo).tolist())
-    return [
-        RolloutSample(
-            group.asked,
-            number,
-            answer.token_ids,
-            answer.log_probs,
-            float(advantage),
-            next(weights),
-            None if group.reference is None else group.reference[number],
-        )
-        for group, of_group in zip(groups, advantages, strict=True)
-        for number, (answer, advantage) in enumerate(zip(group.answers, of_group, strict=True))
-    ]
+    """Return the answers of a step that teach something, with advantages and weights, in the order of its questions.
+
+    Without a divergence from a reference, answers whose advantage is 0 have no gradient and are left out. They still
+    count in the mean: the others' weights are for a sum that is divided by the number of the others' tokens.
+    """
+    answers = [answer for group in groups for answer in group.answers]
+    lengths = np.asarray([len(answer.token_ids) for answer in answers])
+    advantages = compute_advantages(rewards, grpo.scale_rewards).flatten()
+    teaches = (advantages != 0) | (grpo.beta > 0)
+    weights = weigh_answers(lengths, grpo) * (lengths[teaches].sum() / lengths.sum())
+    samples = []
+    for place in np.flatnonzero(teaches).tolist():
+        group, number = groups[place // grpo.group_size], place % grpo.group_size
+        answer, reference = answers[place], group.reference[number] if group.reference else None
+        numbers = float(advantages[place]), float(weights[place])
+        samples.append(RolloutSample(group.asked, answer.token_ids, answer.log_probs, *numbers, reference))
+    return samples
 
 
 def deal_samples(
@@ -86,23 +87,32 @@ def deal_samples(
     row_length: int,
     world_size: int,
     cost: SampleCost,
-    metrics: Mapping[str, float],
+    ids: Sequence[str] = (),
+    metrics: Mapping[str, float] = MappingProxyType({}),
 ) -> list[RankRows]:
-    """Pack a step's samples into rows, and deal these to ranks, as the plan's examples are."""
+    """Pack a step's samples into rows, and deal these to ranks, as the plan's examples are.
+
+    ``ids`` are those of all its questions. A step without samples has rows without any, and one token to divide by.
+    """
     lengths = [sample.num_tokens for sample in samples]
     num_images = np.asarray([len(sample.asked.sizes) for sample in samples])
     costs = cost.estimate(np.asarray(lengths), num_images).tolist()
     dealt = assign_to_ranks(lengths, row_length, world_size, costs)
-    total = sum(len(sample.token_ids) for sample in samples)
-    return [RankRows([[samples[place] for place in row] for row in rows], total, metrics) for rows in dealt]
+    total = max(1, sum(len(sample.token_ids) for sample in samples))
+    return [
+        RankRows([[samples[place] for place in row] for row in rows] or [[]], total, [] if rank else list(ids), metrics)
+        for rank, rows in enumerate(dealt)
+    ]
 
 
 def make_batches(dealt: RankRows, step: int, rank: int) -> list[RolloutBatch]:
     """Return a rank's rows of a step as micro-batches on the CPU."""
-    return [_make_batch(row, dealt, step, rank) for row in dealt.rows]
+    return [_make_batch(row, dealt, step, rank, [] if place else dealt.ids) for place, row in enumerate(dealt.rows)]
 
 
-def _make_batch(row: Sequence[RolloutSample], dealt: RankRows, step: int, rank: int) -> RolloutBatch:
+def _make_batch(
+    row: Sequence[RolloutSample], dealt: RankRows, step: int, rank: int, ledger_ids: list[str]
+) -> RolloutBatch:
     lengths = [sample.num_tokens for sample in row]
     ids = list(chain.from_iterable((*sample.asked.prompt, *sample.token_ids) for sample in row))
     labels = list(
@@ -127,7 +137,7 @@ def _make_batch(row: Sequence[RolloutSample], dealt: RankRows, step: int, rank: 
         pixels=shown if is_pixels else None,
         features=None if is_pixels else shown,
         terms=_make_terms(row),
-        numbers=[sample.number for sample in row],
+        ledger_ids=ledger_ids,
         step_metrics=dealt.metrics,
     )
 
@@ -169,13 +179,8 @@ def move_terms(batch: MicroBatch, device: torch.device) -> RolloutTerms | None:
 
 
 def find_ledger_ids(batches: Sequence[MicroBatch]) -> list[str]:
-    """Return the ids that the ledger names: of sampled answers each question once."""
-    return [
-        name
-        for batch in batches
-        for place, name in enumerate(batch.ids)
-        if not isinstance(batch, RolloutBatch) or batch.numbers[place] == 0
-    ]
+    """Return the ids that the ledger names: the samples', or those of the questions that were asked."""
+    return [name for batch in batches for name in (batch.ledger_ids if isinstance(batch, RolloutBatch) else batch.ids)]
 
 
 def find_step_metrics(batches: Sequence[MicroBatch]) -> dict[str, float]:

@@ -91,7 +91,9 @@ def test_probabilities_are_those_of_training_whatever_the_temperature(parts: Lla
             ids = torch.tensor([[*prompt, *one.token_ids]])
             labels = torch.tensor([[*[-100] * len(prompt), *one.token_ids]])
             views = prompts.pixels[number]
-            terms = RolloutTerms(*(torch.tensor(row) for row in ([1.0] * len(known), one.log_probs, [1.0] * len(known))))
+            terms = RolloutTerms(
+                *(torch.tensor(row) for row in ([1.0] * len(known), one.log_probs, [1.0] * len(known)))
+            )
             row = PackedRow.on_device(
                 ids,
                 torch.arange(ids.shape[1])[None],

@@ -1,6 +1,7 @@
 """GRPO against TRL's loss, gradients and metrics of the same answers, packed and dealt to ranks as in a run."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,14 @@ from llava_ray.objectives.grpo import Grpo, compute_token_kl
 from llava_ray.objectives.objective import PackedRow
 from llava_ray.train.objective import StepLoss
 from llava_ray.train.rollouts.answered import AskedQuestion, RolloutGroup
-from llava_ray.train.rollouts.rows import deal_samples, make_batches, make_samples, move_terms
+from llava_ray.train.rollouts.rows import (
+    RolloutSample,
+    deal_samples,
+    find_ledger_ids,
+    make_batches,
+    make_samples,
+    move_terms,
+)
 
 CPU = torch.device("cpu")
 
@@ -57,10 +65,11 @@ def answers_of(step) -> list[RolloutGroup]:
     return groups
 
 
-def number_answers(samples):
-    """Give each answer a prompt of its own, by which the model knows it."""
-    for place, sample in enumerate(samples):
-        yield type(sample)(**vars(sample) | {"asked": type(sample.asked)(**vars(sample.asked) | {"prompt": [place]})})
+def make_numbered(groups: list[RolloutGroup], rewards: np.ndarray, grpo: GrpoConfig) -> list[RolloutSample]:
+    """Make a step's samples, and give each answer a prompt of its own: its number, by which the model knows it."""
+    numbers = {id(answer.token_ids): place for place, answer in enumerate(a for some in groups for a in some.answers)}
+    made = make_samples(groups, rewards, grpo)
+    return [replace(one, asked=replace(one.asked, prompt=[numbers[id(one.token_ids)]])) for one in made]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -73,8 +82,11 @@ def test_losses_gradients_and_metrics_equal_trl_however_answers_are_packed(world
         grpo = GrpoConfig(**settings, beta=step["beta"], temperature=step["temperature"], max_new_tokens=LONGEST)
         objective = Grpo(step["epsilon"], step["epsilon_high"], step["beta"], step["temperature"])
         model = KnownLogits(step["logits"], torch.float32)
-        samples = list(number_answers(make_samples(answers_of(step), step["rewards"], grpo)))
-        ranks = deal_samples(samples, 20, world_size, SampleCost(), {})
+        samples = make_numbered(answers_of(step), step["rewards"], grpo)
+        ranks = deal_samples(samples, 20, world_size, SampleCost())
+        # What has no gradient is left out of rows, and of the means that are metrics.
+        share = sum(len(sample.token_ids) for sample in samples) / step["lengths"].sum()
+        assert (share < 1) == (step["beta"] == 0)
         loss, total = StepLoss(objective, CPU), torch.zeros(())
         for rank, dealt in enumerate(ranks):
             for batch in make_batches(dealt, number, rank):
@@ -87,7 +99,7 @@ def test_losses_gradients_and_metrics_equal_trl_however_answers_are_packed(world
         value, metrics = loss.read()
         assert value == pytest.approx(expected["loss"], abs=1e-5)
         for name, mean in expected["metrics"].items():
-            assert metrics[name] == pytest.approx(mean, abs=1e-5), (number, name)
+            assert metrics[name] * share == pytest.approx(mean, abs=1e-5), (number, name)
         # d logits = (one-hot - probabilities) / temperature times d log-probability, which is TRL's.
         probabilities = torch.from_numpy(step["logits"] / step["temperature"]).softmax(-1)
         for answer, gradients in enumerate(expected["gradient"]):
@@ -105,14 +117,18 @@ def test_the_estimate_of_the_divergence_is_zero_for_equal_models_and_else_positi
     assert compute_token_kl(torch.tensor([0.0]), torch.tensor([np.log(2)])).item() == pytest.approx(2 - np.log(2) - 1)
 
 
-def test_a_row_without_answers_has_no_terms_and_a_gradient_of_zero() -> None:
-    empty = deal_samples([], 20, 1, SampleCost(), {})
+def test_a_step_without_anything_to_learn_has_a_loss_and_a_gradient_of_zero() -> None:
+    step = make_step(0)
+    grpo = GrpoConfig(group_size=step["group_size"])
+    assert make_samples(answers_of(step), np.ones_like(step["rewards"]), grpo) == [], "equal rewards teach nothing"
     model = KnownLogits(np.zeros((1, 1, VOCABULARY)), torch.float32)
-    batches = make_batches(type(empty[0])([[]], 5, {}), 0, 0)
-    row = PackedRow.on_device(
-        batches[0].input_ids, batches[0].position_ids, batches[0].labels, CPU, rollouts=move_terms(batches[0], CPU)
-    )
-    output = Grpo(beta=0.1).compute(model, row)
-    assert (output.num_terms, output.loss_sum.item()) == (0, 0.0)
-    output.loss_sum.backward()
-    assert not model.logits.grad.any()
+    for rank, dealt in enumerate(deal_samples([], 20, 2, SampleCost(), ["q0", "q1"])):
+        [batch] = make_batches(dealt, 0, rank)
+        assert find_ledger_ids([batch]) == ([] if rank else ["q0", "q1"])
+        row = PackedRow.on_device(
+            batch.input_ids, batch.position_ids, batch.labels, CPU, rollouts=move_terms(batch, CPU)
+        )
+        loss = StepLoss(Grpo(), CPU)
+        loss.add(Grpo().compute(model, row), batch).backward()
+        assert (loss.read()[0], set(loss.read()[1].values())) == (0.0, {0.0})
+        assert not model.logits.grad.any()
