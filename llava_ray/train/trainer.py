@@ -111,7 +111,7 @@ def train_until(
         bundle_folder=run.bundle,
         num_threads=resources.num_threads,
         journal=journal,
-        rollouts=rollouts.coordinator if rollouts else None,
+        rollouts=rollouts,
     )
     trainer = build_trainer(settings, run, plan, lengths, resources, callbacks)
     first_step = committed_step(run.storage_path, run.name)
@@ -122,7 +122,7 @@ def train_until(
             fit(trainer, run, journal, until)
         finally:
             if rollouts is not None:
-                rollouts.end()
+                ray.kill(rollouts)  # and its actors with it
     if until < plan.num_steps:
         ray.get(journal.flush.remote())
         return None

@@ -50,9 +50,8 @@ class RolloutSettings:
 class RolloutCoordinator:
     """Steps whose answers are being sampled, or wait for the ranks to take them; run as an asynchronous actor."""
 
-    def __init__(self, kept: Sequence[ray.ObjectRef], resources: Resources) -> None:
-        """Start the actors, which load the model while the workers do; ``kept`` has the settings."""
-        settings: RolloutSettings = ray.get(kept[0])
+    def __init__(self, settings: RolloutSettings, resources: Resources) -> None:
+        """Start the actors, which load the model while the workers do."""
         self.settings, grpo = settings, settings.config.grpo
         places = {name: settings.lengths.column(name) for name in ("shard", "row")}
         self.places = np.stack([places["shard"], places["row"]], axis=1)
@@ -160,28 +159,13 @@ class RolloutCoordinator:
             )
 
 
-@dataclass(frozen=True)
-class RunningRollouts:
-    """The coordinator of a run, and its settings in the object store, which it reads again if it is restarted."""
-
-    coordinator: ActorHandle
-    kept: ray.ObjectRef
-
-    def end(self) -> None:
-        """End the coordinator, and with it its actors."""
-        ray.kill(self.coordinator)
-
-
-def start_rollouts(settings: RolloutSettings, resources: Resources) -> RunningRollouts | None:
+def start_rollouts(settings: RolloutSettings, resources: Resources) -> ActorHandle | None:
     """Start the coordinator of a run that learns from its own answers on the driver's node; None for any other."""
     if settings.config.train.objective != GRPO:
         return None
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    restarts = settings.config.run.max_failures
-    # Its memory is of the steps under way alone: after a restart of its own, the ranks begin again.
-    actor = ray.remote(RolloutCoordinator).options(num_cpus=0, scheduling_strategy=here, max_restarts=restarts)
-    kept = ray.put(settings)
-    return RunningRollouts(actor.remote([kept], resources), kept)
+    actor = ray.remote(RolloutCoordinator).options(num_cpus=0, scheduling_strategy=here)
+    return actor.remote(settings, resources)
 
 
 def check_rollout_gpus(config: FinetuneConfig, resources: Resources) -> None:

@@ -7,9 +7,10 @@ import ray
 import torch
 import torch.distributed as dist
 from ray.actor import ActorHandle
+from ray.exceptions import ActorDiedError, RayTaskError
 from torch import Tensor
 
-from llava_ray.errors import LlavaRayError
+from llava_ray.errors import LlavaRayError, TrainingError
 from llava_ray.train.heartbeat import Heartbeat
 from llava_ray.train.rollouts.rows import RankRows, RolloutBatch, make_batches
 
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 _SECONDS_A_LOOK = 5.0
+_COORDINATOR_DIED = TrainingError(
+    "the process that deals sampled answers to the workers (RolloutCoordinator) died: somebody killed it, or its node "
+    "ran out of memory. Start the run again: it resumes from its last checkpoint"
+)
 _WAITING = "rollouts"  # a phase without steps: patience is that of loading
 
 
@@ -64,12 +69,17 @@ class RolloutSource:
         before = (self.heart.phase, self.heart.doing)
         asked = self.coordinator.take.remote(step, self.rank)
         num_answered = -1
-        while not ray.wait([asked], timeout=_SECONDS_A_LOOK)[0]:
-            now = ray.get(self.coordinator.count_answers.remote())
-            if now != num_answered:
-                num_answered = now
-                self.heart.mark(_WAITING, f"step {step}, waiting for rollouts ({now} answers so far)")
-        found: RankRows | LlavaRayError = ray.get(asked)
+        try:
+            while not ray.wait([asked], timeout=_SECONDS_A_LOOK)[0]:
+                now = ray.get(self.coordinator.count_answers.remote())
+                if now != num_answered:
+                    num_answered = now
+                    self.heart.mark(_WAITING, f"step {step}, waiting for rollouts ({now} answers so far)")
+            found: RankRows | LlavaRayError = ray.get(asked)
+        except ActorDiedError as error:
+            if isinstance(error, RayTaskError):  # it lives, and tells the death of an actor: workers start again
+                raise
+            raise RolloutsEndedError(_COORDINATOR_DIED) from error
         self.heart.mark(*before)
         if isinstance(found, LlavaRayError):
             raise RolloutsEndedError(found)

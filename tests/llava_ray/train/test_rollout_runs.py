@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from commands import members
 from samples import small_run, write_recipe, write_samples
-from test_kill_storm import WORKER, started, wait_until
+from test_kill_storm import WORKER, read_log, started, wait_until
 from test_training import held_out, run
 from watched_runs import committed, ledger
 
@@ -138,12 +138,18 @@ def test_kills_of_anything_leave_the_ledger_and_the_losses_of_a_run_that_was_nev
     with started(recipe, "calm") as process:
         assert process.wait(timeout=400) == 0
     with started(recipe, "storm") as process:
-        for number, title in enumerate((SAMPLER, WORKER, COORDINATOR)):
+        for number, title in enumerate((SAMPLER, WORKER)):
             wait_until(process, lambda least=3 * number + 3: committed(recipe, "storm") >= least, recipe, "storm")
             victims = [number for number, name in members(process.pid).items() if name.startswith(title)]
             os.kill(victims[0], signal.SIGKILL)
-        wait_until(process, lambda: committed(recipe, "storm") >= 12, recipe, "storm")
+        wait_until(process, lambda: committed(recipe, "storm") >= 9, recipe, "storm")
         process.kill()  # the driver; `started` ends what outlives it
+    with started(recipe, "storm") as process:
+        wait_until(process, lambda: committed(recipe, "storm") >= 12, recipe, "storm")
+        [coordinator] = [number for number, name in members(process.pid).items() if name.startswith(COORDINATOR)]
+        os.kill(coordinator, signal.SIGKILL)
+        assert process.wait(timeout=100) == 1
+    assert "RolloutCoordinator) died" in read_log(recipe, "storm")
     with started(recipe, "storm") as process:
         assert process.wait(timeout=400) == 0
     assert ledger(recipe, "storm") == ledger(recipe, "calm")
