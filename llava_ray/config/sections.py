@@ -15,6 +15,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from llava_ray.config.geometry import GeometrySettings
+from llava_ray.config.grpo import GrpoConfig, check_grpo
 from llava_ray.config.lora import LoraConfig
 from llava_ray.config.mixtures import SourceConfig, check_run_sources, check_sources, held_out_paths
 from llava_ray.config.preference import PairObjectiveName, RecordKind, WithPreferences
@@ -161,9 +162,10 @@ class DataConfig(ConfigSection):
 class TrainConfig(ConfigSection):
     """Optimisation of the parameters."""
 
-    objective: Literal["cross_entropy"] | PairObjectiveName = "cross_entropy"
-    """The loss: "cross_entropy" of the answers, or from pairs of answers (docs/preferences.md) "dpo", "ipo", "hinge",
-    "robust", "dpo_norm" (averages over tokens), "simpo", "orpo"."""
+    objective: Literal["cross_entropy", "grpo"] | PairObjectiveName = "cross_entropy"
+    """The loss: "cross_entropy" of the records' answers; from pairs of answers ([preference], docs/preferences.md)
+    "dpo", "ipo", "hinge", "robust", "dpo_norm" (averages over tokens), "simpo", "orpo"; or "grpo" ([grpo]), which
+    samples answers and learns from their rewards."""
     num_train_epochs: PositiveInt = 1
     """Passes over the data."""
     max_steps: PositiveInt | None = None
@@ -387,6 +389,7 @@ class FinetuneConfig(WithPreferences):
     data: DataConfig
     train: TrainConfig = TrainConfig()
     lora: LoraConfig = LoraConfig()
+    grpo: GrpoConfig = GrpoConfig()
     held_out: HeldOutConfig = HeldOutConfig()
     run: RunConfig = RunConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -412,6 +415,12 @@ class FinetuneConfig(WithPreferences):
                 "held_out.num_answers needs the whole model in each worker, which train.zero_stage = 3 takes apart: "
                 "set held_out.num_answers = 0 (the held-out loss stays), or train.zero_stage = 2"
             )
+        return self
+
+    @model_validator(mode="after")
+    def rollouts_fit(self) -> Self:
+        """Reject what does not fit an objective of sampled answers."""
+        check_grpo(self)
         return self
 
     @model_validator(mode="after")

@@ -23,10 +23,6 @@ class MicroBatch:
     rank: int
     num_supervised: int
     """Supervised tokens of the step's conversations, over all ranks: what the loss is divided by."""
-    num_pairs: int
-    """Preferences of the whole step, over all ranks."""
-    num_chosen: int
-    """Supervised tokens of their chosen answers."""
     num_micro_batches: int
     ids: list[str]
     num_tokens: list[int]
@@ -37,9 +33,13 @@ class MicroBatch:
     """(width, height) of each image before it was cut into views, in order; together they have n views."""
     pixels: UInt8[Tensor, "n 3 h w"] | None
     features: Float[Tensor, "n p v"] | None
-    pairs: list[PairLengths | None]
-    """The lengths of each sample that is a preference; None for a conversation."""
-    reference: Float[Tensor, "m 2"] | None
+    num_pairs: int = 0
+    """Preferences of the whole step, over all ranks."""
+    num_chosen: int = 0
+    """Supervised tokens of their chosen answers."""
+    pairs: list[PairLengths | None] = field(default_factory=list)
+    """The lengths of each sample that is a preference; None for a conversation. [] in a step without preferences."""
+    reference: Float[Tensor, "m 2"] | None = None
     """The reference's log-probabilities of the row's m preferences, where the objective needs them."""
     sources: list[int] = field(default_factory=list)
     """The number of each sample's source in a mixture; 0 without one."""

@@ -22,6 +22,18 @@ from llava_ray.objectives.row_pairs import RowPairs
 
 
 @dataclass(frozen=True)
+class RolloutTerms:
+    """What a row of sampled answers carries for each of its supervised tokens, in order."""
+
+    advantages: Float[Tensor, " s"]
+    old_log_probs: Float[Tensor, " s"]
+    """Under the weights, and at the temperature, with which the token was sampled."""
+    weights: Float[Tensor, " s"]
+    reference_log_probs: Float[Tensor, " s"] | None = None
+    """Under the weights that the run started with."""
+
+
+@dataclass(frozen=True)
 class PackedRow:
     """Samples packed into one row of t tokens, on the model's device; see ``Llava.forward`` for the images.
 
@@ -40,6 +52,8 @@ class PackedRow:
     image_positions: Int[Tensor, " m"] | None = None
     pairs: RowPairs | None = None
     """None in a row without preferences."""
+    rollouts: RolloutTerms | None = None
+    """None in a row of records."""
 
     @classmethod
     def on_device(

@@ -4,7 +4,7 @@ Each rank keeps its part in memory, images as features of the frozen tower (as p
 No gradient is computed and no random number is drawn: a run's own loss curve is the same with and without.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -158,10 +158,14 @@ def _read_questions(held_out: HeldOut, parts: LlavaParts, rank: int, world_size:
 
 
 def make_question(
-    settings: StreamSettings, parts: LlavaParts, place: tuple[int, int], record: Mapping[str, Any]
+    settings: StreamSettings,
+    parts: LlavaParts,
+    place: tuple[int, int],
+    record: Mapping[str, Any],
+    find: Callable[[Sequence[Turn]], tuple[str | None, Sequence[Turn], Turn] | None] = first_question,
 ) -> HeldOutQuestion:
-    """Return a record's turns up to its first supervised answer, with their images, and that answer."""
-    found = first_question([Turn.from_row(turn) for turn in record["turns"]])
+    """Return a record's turns up to its first supervised answer, or another to ``find``, with their images, and it."""
+    found = find([Turn.from_row(turn) for turn in record["turns"]])
     assert found is not None  # the plan has none without a learnt answer
     system, asked, answer = found
     num_images = sum(turn.value.count("<image>") for turn in asked)

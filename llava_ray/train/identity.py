@@ -22,7 +22,14 @@ SOURCES = "data.sources"
 DATA_PATHS = ("data.data_path", "data.image_folder", "data.cache_dir")
 # A run may be resumed with others: they decide how to go on after steps that were not finite, and how, not what, is
 # computed.
-CHANGEABLE = ("train.on_nonfinite", "train.fetch_loss_steps", "train.use_liger_kernel", "train.torch_compile")
+CHANGEABLE = (
+    "train.on_nonfinite",
+    "train.fetch_loss_steps",
+    "train.use_liger_kernel",
+    "train.torch_compile",
+    "grpo.num_rollout_actors",
+    "grpo.gpus_per_rollout_actor",
+)
 DATA = "data"  # the key of the data in an identity
 # Of a model's folder: weights, configs, tokenizer.
 _MODEL_SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".jinja", ".txt")

@@ -13,7 +13,7 @@ from ray.train.torch import get_device
 from llava_ray.config.sections import HeldOutConfig
 from llava_ray.data.batches import MicroBatch, describe_row, iterate_steps
 from llava_ray.model.assembly import LlavaParts
-from llava_ray.objectives.table import build_objective
+from llava_ray.objectives.table import build_held_out_objective, build_objective
 from llava_ray.train.allocation import keep_freed_memory
 from llava_ray.train.checkpoints import Checkpointer
 from llava_ray.train.engine import build_engine, load_parts
@@ -27,6 +27,8 @@ from llava_ray.train.out_of_memory import naming_memory
 from llava_ray.train.profiling import StepProfiler
 from llava_ray.train.randomness import seed_all
 from llava_ray.train.reference import check_reference
+from llava_ray.train.rollouts.rows import find_ledger_ids, find_step_metrics
+from llava_ray.train.rollouts.source import RolloutsEndedError, RolloutSource
 from llava_ray.train.score_history import ScoreHistory
 from llava_ray.train.settings import LoopSettings
 from llava_ray.train.speed import Meter
@@ -64,8 +66,8 @@ class _Loop:
         # By every rank before the first step: a late call would drop what others have recorded of it.
         ray.get(self.journal.rewind.remote(self.rank, self.first_step, self.world_size))
         heart.enter("first batch")
-        self.objective = build_objective(config.train.objective, config.preference)
-        self.examiner = HeldOutSets(settings.held_out, self.parts, self.objective, self.rank, self.world_size)
+        self.objective, judged = build_objective(config), build_held_out_objective(config)
+        self.examiner = HeldOutSets(settings.held_out, self.parts, judged, self.rank, self.world_size)
         self.meter = Meter(self.parts, self.device, self.world_size)
         self.guard = StepGuard(self.engine, self.parts, settings, self.device)
         self.profiler = StepProfiler(settings.profile, settings.run_folder, self.rank, self.journal.say.remote)
@@ -73,19 +75,31 @@ class _Loop:
         self.window = LossWindow(config.train, self.device)
         self.dtype = torch.bfloat16 if config.train.uses_bf16 else torch.float32
         self.told: ray.ObjectRef | None = None
+        self.rollouts = (
+            RolloutSource(settings.rollouts, self.engine, heart, settings.until) if settings.rollouts else None
+        )
 
     def run(self, blocks: Iterator[pa.Table]) -> bool:
         """Take the steps to the last, or until scores stall; return False where the run is to go on later."""
-        steps = iterate_steps(blocks, self.rank, self.first_step, self.settings.stream)
+        steps: Iterator[Sequence[MicroBatch]] = iterate_steps(blocks, self.rank, self.first_step, self.settings.stream)
+        if self.rollouts is not None:
+            self.rollouts.begin(self.first_step)
+            steps = self.rollouts.steps(self.first_step)
         for step in range(self.first_step, self.settings.until):
             if self.scores.has_stalled:
                 self.journal.say.remote(self.scores.describe_end(step))
                 break
             self.heart.mark(self.heart.phase_of(step, self.first_step), f"step {step}, waiting for data")
             self.profiler.start(step)
-            with self.meter.waiting():
-                batches = next(steps)
+            try:
+                with self.meter.waiting():
+                    batches = list(next(steps))
+            except RolloutsEndedError as failed:  # the same on every rank, and after every restart
+                ray.get(self.journal.fail.remote(failed.error))
+                return False
             step_loss, end = self._compute(step, batches)
+            if self.rollouts is not None:
+                self.rollouts.publish(step + 1)
             due, stopping = self.checkpointer.is_due(step + 1), False
             looking = due or self.window.is_full
             if looking:
@@ -134,11 +148,12 @@ class _Loop:
                 ray.get(self.journal.fail.remote(diverged))
                 return False
             metrics = self.meter.measure(loss, ended.notes, seconds) | objective_metrics
+            metrics |= find_step_metrics(ended.batches)
             if due and ended.step == step:
                 self.heart.mark("held-out evaluation", f"step {step}, held-out evaluation")
                 with self.meter.excluded_from_timing():
                     judged = self.examiner.evaluate(self.engine, self.device)
-            ids = [name for batch in ended.batches for name in batch.ids]
+            ids = find_ledger_ids(ended.batches)
             self.told = self.journal.record.remote(self.rank, ended.step, metrics | judged, ids)
         self.scores.add(step + 1, judged)
         if stopping or due:

@@ -16,6 +16,7 @@ from llava_ray.images.processing import normalize_pixels
 from llava_ray.model.assembly import LlavaParts
 from llava_ray.model.network.transfer import to_device
 from llava_ray.objectives.objective import Objective, ObjectiveOutput, PackedRow
+from llava_ray.train.rollouts.rows import move_terms
 from llava_ray.train.source_losses import SourceLosses
 
 # In bf16 oneDNN compiles its matrix kernels for each length of a row: a tenth of the time of a row whose length is
@@ -32,10 +33,11 @@ class CopiedRow:
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield what was copied."""
-        row, pairs = self.row, self.row.pairs
+        row, pairs, rollouts = self.row, self.row.pairs, self.row.rollouts
         copied = [row.input_ids, row.position_ids, row.labels, row.features, row.image_positions, self.pixels]
         copied += [*(row.predicted or ()), None if row.borders is None else row.borders.ends]
         copied += [] if pairs is None else [pairs.owners, pairs.num_tokens, pairs.positions, pairs.reference]
+        copied += [] if rollouts is None else vars(rollouts).values()
         yield from (tensor for tensor in copied if tensor is not None)
 
 
@@ -59,6 +61,7 @@ def move_row(batch: MicroBatch, device: torch.device, features: Tensor | None, *
         reference=batch.reference,
         features=None if features is None else to_device(features, device),
         image_sizes=batch.image_sizes,
+        rollouts=move_terms(batch, device),
     )
 
 

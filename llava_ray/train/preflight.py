@@ -1,5 +1,6 @@
 """Checks before Ray starts: the run's data and model can be read, and its name is free."""
 
+from llava_ray.config.grpo import GRPO
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.encoder_settings import EncoderSettings, load_encoder
 from llava_ray.data.mixture import naming_source
@@ -9,6 +10,7 @@ from llava_ray.model.blueprint import Blueprint, read_blueprint
 from llava_ray.optional_trackers import check_trackers
 from llava_ray.tracking import check_store
 from llava_ray.train.identity import DATA, identify_run, recipe_of_name
+from llava_ray.train.rollouts.rewards import Rewards
 from llava_ray.train.runs import RunFolder, find_run
 
 
@@ -21,6 +23,8 @@ def check_run(config: FinetuneConfig) -> None:
     check_held_out_sources(config.data)
     blueprint = read_blueprint(config.model, config.data.image_aspect_ratio)
     check_templates(config, blueprint)
+    if config.train.objective == GRPO:
+        Rewards.of(config.grpo)
     check_store(config.tracking.tracking_uri)
     check_trackers(config.tracking.report_to, config.run.storage_path)
 

@@ -77,6 +77,8 @@ def build_trainer(
             callbacks=[SnapshotKeeper(run), FailureTeller(settings.journal), *callbacks],
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
-        datasets={"train": TrainStream(partial(committed_step, run.storage_path, run.name), until)},
+        datasets=None
+        if settings.rollouts
+        else {"train": TrainStream(partial(committed_step, run.storage_path, run.name), until)},
         dataset_config=DealToRanks(plan, until, lengths, settings.stream),
     )

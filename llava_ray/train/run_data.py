@@ -16,7 +16,7 @@ from llava_ray.data.settings import StreamSettings
 from llava_ray.data.shards import PreparedData, is_prepared
 from llava_ray.data.token_lengths import TokenLengths
 from llava_ray.model.blueprint import Blueprint
-from llava_ray.objectives.table import build_objective
+from llava_ray.objectives.table import build_held_out_objective
 from llava_ray.runtime import Resources
 from llava_ray.train.identity import Identity
 from llava_ray.train.mixture_plan import describe_shares, plan_sources, split_settings
@@ -105,7 +105,7 @@ def held_out_samples(
     Raises ConfigError where they have no score by which the run is to end or keep its best checkpoint.
     """
     asked, found = config.held_out, []
-    check_score(asked, build_objective(config.train.objective, config.preference).metric_names)
+    check_score(asked, build_held_out_objective(config).metric_names)
     prepare = partial(_held_out_of, config, blueprint=blueprint, identity=identity, resources=resources)
     if asked.path is not None:
         folder = asked.images or config.data.image_folder

@@ -46,3 +46,5 @@ class LoopSettings:
     """The run's own first, then those of its sources."""
     profile: tuple[int, int] | None = None
     """The first and the last step to profile."""
+    rollouts: ActorHandle | None = None
+    """The coordinator that deals sampled answers to the ranks, in place of the stream."""

@@ -17,6 +17,7 @@ from llava_ray.train.identity import identify_run, identity_hash
 from llava_ray.train.planning.automatic import Workers, decide_settings
 from llava_ray.train.progress import closing_run, progress_bar
 from llava_ray.train.ray_trainer import build_trainer
+from llava_ray.train.rollouts.coordinator import RolloutSettings, check_rollout_gpus, start_rollouts
 from llava_ray.train.run_data import held_out_samples, plan_stream
 from llava_ray.train.run_recorder import start_recorder
 from llava_ray.train.runs import (
@@ -75,6 +76,7 @@ def train_until(
         print(*decided, sep="\n", flush=True)  # noqa: T201 - for the person who started the run
     config = config.replaced(absolute_paths(config) | {"run.name": run.name})
     blueprint = read_blueprint(config.model, config.data.image_aspect_ratio)
+    check_rollout_gpus(config, resources)
     lengths, plan, stream = plan_stream(config, prepared, blueprint, identity, resources)
     until = min(until or plan.num_steps, plan.num_steps)
     if profile is not None and profile[1] >= until:
@@ -84,6 +86,7 @@ def train_until(
     claim_run(run, config, identity)
     repair_run(run)
     journal = start_recorder(run, config, tracking_uri, identity_hash(config, identity))
+    rollouts = start_rollouts(RolloutSettings(config, stream, plan, lengths, until, journal), resources)
     settings = LoopSettings(
         config=config,
         stream=stream,
@@ -97,13 +100,18 @@ def train_until(
         bundle_folder=run.bundle,
         num_threads=resources.num_threads,
         journal=journal,
+        rollouts=rollouts,
     )
     trainer = build_trainer(settings, run, plan, lengths, resources, callbacks)
     first_step = committed_step(run.storage_path, run.name)
     if profile is not None and profile[1] < first_step:
         print(f"Nothing is profiled: the run resumes at step {first_step}", flush=True)  # noqa: T201
     with closing_run(journal), progress_bar(journal, plan.num_steps, first_step) if show_progress else nullcontext():
-        fit(trainer, run, journal, until)
+        try:
+            fit(trainer, run, journal, until)
+        finally:
+            if rollouts is not None:
+                ray.kill(rollouts)  # and its actors with it
     if until < plan.num_steps:
         ray.get(journal.flush.remote())
         return None

@@ -26,8 +26,8 @@ from llava_ray.data.stages import add_images, read_micro_batches
 from llava_ray.images.processing import normalize_pixels
 from llava_ray.model.assembly import LlavaParts
 from llava_ray.model.freezing import freeze
+from llava_ray.objectives.cross_entropy import CrossEntropy
 from llava_ray.objectives.objective import find_supervised
-from llava_ray.objectives.table import build_objective
 from llava_ray.runtime import Resources
 from llava_ray.train.allocation import keep_freed_memory
 from llava_ray.train.engine import assemble_for
@@ -92,7 +92,7 @@ def packed(parts: LlavaParts, settings: StreamSettings, features: dict[int, Tens
         for batch in batches:
             if features is not None and id(batch) in features:
                 batch = _with(batch, pixels=None, features=features[id(batch)])
-            output = build_objective("cross_entropy").compute(parts.llava, build_row(batch, parts, settings, CPU))
+            output = CrossEntropy().compute(parts.llava, build_row(batch, parts, settings, CPU))
             loss = output.loss_sum / batch.num_supervised
             loss.backward()
             total += float(loss.detach())

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from llava_ray.config.cluster_files import ClusterFile, find_misfits, read_cluster_file
+from llava_ray.config.grpo import GRPO
 from llava_ray.config.mixtures import describe_source, learnt_paths
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.first_look import count_samples
@@ -66,6 +67,9 @@ def describe_run(
     summary = summarize_model(config)
     yield from _describe_parts(summary)
     yield from tell_data(config)
+    if config.train.objective == GRPO:
+        grpo = config.grpo
+        yield f"Rollouts {grpo.group_size} answers to each, by {grpo.num_rollout_actors} actor(s) with the whole model"
     memory = estimate_memory(measure_sizes(summary), run_settings(config))
     if not device.is_gpu:
         memory = replace(memory, reserved=0.0)

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from llava_ray.objectives.cross_entropy import CrossEntropy
 from llava_ray.objectives.objective import ObjectiveOutput
-from llava_ray.objectives.table import build_objective
 from llava_ray.train.held_out import HeldOutEvaluator
 from llava_ray.train.objective import StepLoss
 
@@ -48,7 +48,7 @@ def reduced(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 def test_a_steps_loss_is_bit_equal_to_the_sum_of_its_parts(reduced: list[torch.Tensor]) -> None:
     rows = [torch.randn(size, generator=torch.Generator().manual_seed(size)).abs() for size in (7, 0, 501, 64)]
     batch = SimpleNamespace(num_supervised=sum(map(len, rows)), num_pairs=0, num_chosen=0)
-    step, expected = StepLoss(build_objective("cross_entropy"), torch.device("cpu")), torch.zeros(())
+    step, expected = StepLoss(CrossEntropy(), torch.device("cpu")), torch.zeros(())
     for losses in rows:
         part = step.add(ObjectiveOutput(losses, torch.arange(len(losses))), batch)
         micro_loss = losses.sum() / batch.num_supervised

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from llava_ray.objectives.cross_entropy import CrossEntropy
 from llava_ray.objectives.objective import ObjectiveOutput
-from llava_ray.objectives.table import build_objective
 from llava_ray.train.held_out_sets import HeldOutSets
 from llava_ray.train.objective import StepLoss
 from llava_ray.train.source_losses import SourceLosses
@@ -41,7 +41,7 @@ def test_shares_add_up_and_means_are_of_each_sources_own_terms():
             by_source[source].append(loss)
         outputs.append(ObjectiveOutput(losses, positions))
         total += len(positions)
-    step = StepLoss(build_objective("cross_entropy"), CPU, ["a", "b", "c"])
+    step = StepLoss(CrossEntropy(), CPU, ["a", "b", "c"])
     for output, (sources, lengths) in zip(outputs, rows, strict=True):
         step.add(output, make_batch(sources, lengths, total))
     step.reduce()
@@ -76,7 +76,7 @@ def test_a_loss_that_is_not_finite_is_named_beside_its_source():
 
 
 def test_without_a_mixture_there_is_nothing():
-    step = StepLoss(build_objective("cross_entropy"), CPU)
+    step = StepLoss(CrossEntropy(), CPU)
     step.add(
         ObjectiveOutput(torch.tensor([2.0]), torch.tensor([0])),
         SimpleNamespace(num_supervised=1, num_pairs=0, num_chosen=0),
