@@ -1,4 +1,4 @@
-"""What judges of hallucination reply: MMHal-Bench's rating from 0 to 6, Object HalBench's list of objects."""
+"""Replies of judges of hallucination: MMHal-Bench's rating from 0 to 6, Object HalBench's list of objects."""
 
 import json
 import re

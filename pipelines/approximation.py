@@ -160,7 +160,7 @@ def make_questions(
     parts: "LlavaParts", records: Iterable["Record | RecordError"]
 ) -> tuple[list[ApproximationQuestion], dict[str, int]]:
     """Return the usable questions, and the numbers of skipped records by reason."""
-    from llava_ray.chat.conversation import first_question
+    from llava_ray.chat.asked_turns import first_question
     from llava_ray.chat.tokens import tokenize_question
 
     questions: list[ApproximationQuestion] = []

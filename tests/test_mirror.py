@@ -11,6 +11,7 @@ PRODUCT = ("llava_ray", "evals", "pipelines")
 RUN_BY = {
     "llava_ray.model.network.transformers_tower": "llava_ray/model/test_vision_tower.py",
     "llava_ray.model.network.tower_protocol": "llava_ray/model/test_vision_tower.py",
+    "llava_ray.train.rollouts.actor": "llava_ray/train/test_rollout_runs.py",
     "llava_ray.__main__": "llava_ray/test_command_line.py",
     "evals.comparison": "pipelines/test_evaluate.py",
     "evals.matching.option_texts": "evals/test_letters.py",

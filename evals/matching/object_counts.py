@@ -1,4 +1,4 @@
-"""What one description says of objects: named ones, hallucinated ones, and what was there and is named."""
+"""The objects of one description: named ones, hallucinated ones, and what was there and is named."""
 
 import json
 from collections.abc import Iterable, Sequence

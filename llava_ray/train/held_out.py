@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llava_ray.chat.conversation import Turn, first_question
+from llava_ray.chat.asked_turns import first_question
+from llava_ray.chat.conversation import Turn
 from llava_ray.chat.tokens import tokenize_question
 from llava_ray.data.batches import MicroBatch, micro_batch
 from llava_ray.data.descriptors import describe_micro_batches

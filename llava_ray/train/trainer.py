@@ -1,7 +1,7 @@
 """One fine-tuning run on a Ray cluster, from resolved settings to a bundle."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import ray
 from ray.train import UserCallback
@@ -21,6 +21,7 @@ from llava_ray.train.rollouts.coordinator import RolloutSettings, check_rollout_
 from llava_ray.train.run_data import held_out_samples, plan_stream
 from llava_ray.train.run_recorder import start_recorder
 from llava_ray.train.runs import (
+    RunFolder,
     absolute_paths,
     claim_run,
     committed_step,
@@ -28,7 +29,7 @@ from llava_ray.train.runs import (
     repair_run,
 )
 from llava_ray.train.settings import LoopSettings
-from llava_ray.train.stopping import fit
+from llava_ray.train.stopping import StoppableTrainer, fit
 
 
 def finetune(
@@ -103,16 +104,34 @@ def train_until(
         rollouts=rollouts,
     )
     trainer = build_trainer(settings, run, plan, lengths, resources, callbacks)
-    first_step = committed_step(run.storage_path, run.name)
-    if profile is not None and profile[1] < first_step:
-        print(f"Nothing is profiled: the run resumes at step {first_step}", flush=True)  # noqa: T201
-    with closing_run(journal), progress_bar(journal, plan.num_steps, first_step) if show_progress else nullcontext():
-        try:
-            fit(trainer, run, journal, until)
-        finally:
-            if rollouts is not None:
-                ray.kill(rollouts)  # and its actors with it
+    first_step = _tell_first_step(run, profile)
+    progress = progress_bar(journal, plan.num_steps, first_step) if show_progress else nullcontext()
+    _fit_to(until, trainer, run, settings, progress)
     if until < plan.num_steps:
         ray.get(journal.flush.remote())
         return None
     return note_finished(config, run, plan, prepared, journal, tracking_uri)
+
+
+def _tell_first_step(run: RunFolder, profile: tuple[int, int] | None) -> int:
+    """Return the step at which a run goes on, and say where nothing will be profiled."""
+    first_step = committed_step(run.storage_path, run.name)
+    if profile is not None and profile[1] < first_step:
+        print(f"Nothing is profiled: the run resumes at step {first_step}", flush=True)  # noqa: T201
+    return first_step
+
+
+def _fit_to(
+    until: int,
+    trainer: StoppableTrainer,
+    run: RunFolder,
+    settings: LoopSettings,
+    progress: AbstractContextManager[None],
+) -> None:
+    """Train up to a step; at the end of it, or of an error, the actors that sample answers end too."""
+    with closing_run(settings.journal), progress:
+        try:
+            fit(trainer, run, settings.journal, until)
+        finally:
+            if settings.rollouts is not None:
+                ray.kill(settings.rollouts)  # and its actors with it

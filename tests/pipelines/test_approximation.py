@@ -9,7 +9,8 @@ import pytest
 from fakes import make_tokenizer
 from PIL import Image
 
-from llava_ray.chat.conversation import Turn, first_question
+from llava_ray.chat.asked_turns import first_question
+from llava_ray.chat.conversation import Turn
 from llava_ray.chat.templates import find_template
 from llava_ray.chat.tokenizer import load_tokenizer
 from llava_ray.chat.tokens import tokenize_prompt

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_ray.chat.conversation import Turn, last_question
+from llava_ray.chat.asked_turns import final_question
+from llava_ray.chat.conversation import Turn
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.settings import StreamSettings
 from llava_ray.data.stages import fetch_records
@@ -88,13 +89,13 @@ class RolloutActor:
         questions = []
         for place in places:
             record = records[place]
-            found = last_question([Turn.from_row(turn) for turn in record["turns"]])
+            found = final_question([Turn.from_row(turn) for turn in record["turns"]])
             if found is None or not found[2].value.strip():
                 raise DataError(
                     f"record {record['id']!r} has no supervised answer in words, with which rewards could compare; "
                     "remove it, or give it one"
                 )
-            one = make_question(self.stream, self.parts, place, record, last_question)
+            one = make_question(self.stream, self.parts, place, record, final_question)
             images = one.images
             if images is not None and images.dtype == torch.uint8 and not self.stream.model.unfreeze_mm_vision_tower:
                 images = self.extract(images).cpu()

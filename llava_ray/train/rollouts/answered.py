@@ -1,4 +1,4 @@
-"""What an actor returns of a question: its prompt and images, the sampled answers, and their rewards."""
+"""An answered question, as an actor returns it: its prompt and images, the sampled answers, and their rewards."""
 
 from dataclasses import dataclass
 

@@ -51,6 +51,7 @@ def run_steps(losses: list[float], size: int, monkeypatch: pytest.MonkeyPatch, *
     """Return what a loop does whose steps have these losses."""
     recorder = Recorder()
     loop = object.__new__(loops._Loop)
+    loop.rollouts = None
     objective = CrossEntropy()
 
     def compute(step: int, batches: list[Any]) -> tuple[StepLoss, StepEnd]:
