@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> Path | None:
 
     viewer, judge = model_viewer(settings) if settings.model else (token_viewer(settings), None)
     records = read_records(settings.data, settings.max_samples or (None if settings.json else _NUM_IN_REPORT))
-    seen = (viewer.view(record) for record in records)
+    seen = (view for record in records for view in viewer.view_sides(record))
     views = judge.add_losses(seen) if judge else seen
     if settings.json:
         counts, ignored = Counter[str](), Counter[str]()

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from llava_ray.data.chunks import TEXT_READERS
 from llava_ray.data.ordered_records import read_records
+from llava_ray.data.preference_records import is_preference
 from llava_ray.data.records import RawRecord
 from llava_ray.data.shards import is_prepared, open_prepared, read_shard_rows
-from llava_ray.data.validation import read_record
+from llava_ray.data.validation import parse_values, read_record
 from llava_ray.errors import DataError, RecordError
 
 _MAX_COUNTED_BYTES = 128 * 2**20  # of raw JSON that is read merely to count records
@@ -47,8 +48,9 @@ def measure_first_samples(data_path: str) -> list[tuple[int, int]]:
         for raw in read_records(data_path, _NUM_LOOKED_AT):
             assert isinstance(raw, RawRecord)
             with suppress(RecordError):
-                record = read_record(raw, "", unnamed_images=True)
-                found.append((sum(len(turn.value) for turn in record.turns), len(record.images)))
+                record = read_record(raw, "", unnamed_images=True, pairs=is_preference(parse_values(raw)))
+                texts = [*record.turns, *record.rejected]
+                found.append((sum(len(turn.value) for turn in texts), len(record.images)))
     return found
 
 

@@ -38,5 +38,7 @@ def _prepared_records(path: str) -> Iterator[Record]:
     prepared = open_prepared(path)
     for shard in prepared.shards:
         for row in read_shard_rows(prepared.path, shard.name, None).to_pylist():
-            turns = tuple(Turn.from_row(turn) for turn in row["turns"])
-            yield Record(row["id"], turns, tuple(row["images"]), row["source"])
+            turns, rejected = (
+                tuple(Turn.from_row(turn) for turn in row.get(name, ())) for name in ("turns", "rejected")
+            )
+            yield Record(row["id"], turns, tuple(row["images"]), row["source"], rejected=rejected)

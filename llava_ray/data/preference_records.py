@@ -23,6 +23,13 @@ _EXPECTED = (
 )
 
 
+def is_preference(values: Mapping[str, Any]) -> bool:
+    """Return whether a record seems to be a preference, of any form."""
+    text = values.get("text")
+    in_text = isinstance(text, str) and all(f'"{name}"' in text for name in _SIDES)
+    return in_text or any(all(name in values for name in names) for names in (_SIDES, _OUTPUTS))
+
+
 @dataclass(frozen=True)
 class PreferenceSides:
     """A preference record as two instruction records, and the messages at the end of each that are its answer."""

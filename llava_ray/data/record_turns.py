@@ -70,7 +70,9 @@ def read_record_turns(values: Mapping[str, Any]) -> ReadTurns:
 
 
 def _hint(values: Mapping[str, Any]) -> str:
-    """Return a hint at the key that seems to hold the records, if any."""
+    """Return a hint at what the record seems to be, or at the key that seems to hold the records, if any."""
+    if "chosen" in values and "rejected" in values:
+        return '. It is a preference: set data.kind = "preferences" (train.objective = "dpo" does so)'
     for name, value in list(values.items())[:20]:
         inner = value[0] if isinstance(value, list) and value else value
         if isinstance(inner, Mapping) and any(key in inner for key in CONVERSATION_KEYS):

@@ -4,7 +4,7 @@ A record that training would reject is shown with its reason instead.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import UInt8
@@ -17,6 +17,7 @@ from llava_ray.config.preview import PreviewSettings
 from llava_ray.config.sections import MAX_IMAGE_PIXELS
 from llava_ray.data.examples import Encoder, Example
 from llava_ray.data.json_files import clean_id
+from llava_ray.data.preference_records import is_preference
 from llava_ray.data.record_examples import encode_record
 from llava_ray.data.records import RawRecord, Record, find_files
 from llava_ray.data.shards import is_prepared
@@ -89,6 +90,24 @@ class Viewer:
         """Return whether long samples are truncated."""
         return self.encoder.model_max_length < sys.maxsize
 
+    def view_sides(self, raw: RawRecord | Record) -> list[SampleView | Rejection]:
+        """Return a record's view; of a preference two, of the chosen answer and of the rejected one."""
+        record = raw
+        if isinstance(raw, RawRecord):
+            try:
+                if not is_preference(parse_values(raw)):
+                    return [self.view(raw)]
+                record = self._read(raw, pairs=True)
+            except RecordError as error:
+                return [Rejection(_name_of(raw), raw.source, error.reason, str(error))]
+        assert isinstance(record, Record)
+        if not record.rejected:
+            return [self.view(record)]
+        asked = next(i for i, turn in enumerate(record.turns) if turn.role == "gpt" and turn.supervised)
+        sides = {"chosen": record.turns, "rejected": (*record.turns[:asked], *record.rejected)}
+        names = {side: f"{record.id} ({side})" for side in sides}
+        return [self.view(replace(record, id=names[side], turns=turns, rejected=())) for side, turns in sides.items()]
+
     def view(self, raw: RawRecord | Record) -> SampleView | Rejection:
         """Return a record as the model sees it, or the reason why training would reject it."""
         name = _name_of(raw)
@@ -145,9 +164,9 @@ class Viewer:
         encoder, turns = self.encoder.for_record(record.turns)
         return len(encoder.example(turns, range(len(counts)), counts).input_ids)
 
-    def _read(self, raw: RawRecord) -> Record:
+    def _read(self, raw: RawRecord, *, pairs: bool = False) -> Record:
         # Where no image is opened, images may also be unnamed.
-        return read_record(raw, self.image_folder, unnamed_images=self.image_spec is None)
+        return read_record(raw, self.image_folder, unnamed_images=self.image_spec is None, pairs=pairs)
 
     def _open(self, record: Record) -> list[Image.Image]:
         if self.image_spec is None:

@@ -61,7 +61,7 @@ def test_on_a_fresh_clone(recipe, tmp_path, monkeypatch, capsys):
             finetune.main([str(recipe), "--dry-run"])
         assert "\n" not in str(error.value)
         return
-    if "grpo" in recipe.stem:  # it starts from another recipe's model
+    if "grpo" in recipe.stem or "dpo" in recipe.stem:  # it starts from another recipe's model
         with pytest.raises(
             ConfigError, match=r"run python pipelines/finetune.py \S+/finetune/llava_v1_5_7b.toml first"
         ):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from fakes import make_language_model, make_vision_tower
-from samples import write_mixed_samples, write_samples
+from samples import write_mixed_samples, write_preferences, write_samples
 
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import FinetuneConfig
@@ -30,8 +30,8 @@ ROOT = Path(__file__).parents[2]
 OTHERS = ("evaluate", "review", "preferences", "sweep")  # stages whose recipes are not runs
 RECIPES = sorted(path for path in (ROOT / "pipelines/recipes").glob("*/*.toml") if path.parent.name not in OTHERS)
 SWEEPS = sorted((ROOT / "pipelines/recipes/sweep").glob("*.toml"))
-BIG = [path for path in RECIPES if path.name.startswith("llava") and "grpo" not in path.stem]
-BIG_GRPO = [path for path in RECIPES if path.name.startswith("llava") and "grpo" in path.stem]
+BIG_LATER = [path for path in RECIPES if path.name.startswith("llava") and ("grpo" in path.stem or "dpo" in path.stem)]
+BIG = [path for path in RECIPES if path.name.startswith("llava") and path not in BIG_LATER]
 # Between them and the quickstart's, these have all that the others have (ZeRO 2 and 3, a projector alone, a tower that
 # learns, tiles, an adapter, four bits); the others' runs are left to `make verify`.
 SHORT = ("finetune/llava_v1_6_vicuna_7b", "finetune/llava_v1_5_7b_qlora")
@@ -136,17 +136,18 @@ def test_a_big_recipe_is_planned_and_takes_two_steps(recipe, folder, ray_cluster
 
 @pytest.mark.ray
 @pytest.mark.verify
-@pytest.mark.parametrize("recipe", BIG_GRPO, ids=name)
-def test_a_big_recipe_of_rewards_is_planned_and_takes_two_steps(recipe, folder, ray_cluster):
+@pytest.mark.parametrize("recipe", BIG_LATER, ids=name)
+def test_a_big_recipe_of_rewards_or_preferences_is_planned_and_takes_two_steps(recipe, folder, ray_cluster):
+    over_pairs = "dpo" in recipe.stem
     changes = {
         "model.model_name_or_path": str(folder / "llama"),
         "model.vision_tower": str(folder / "clip"),
-        "data.data_path": str(folder / "data.json"),
+        "data.data_path": str(write_preferences(folder, 16) if over_pairs else folder / "data.json"),
         "data.image_folder": str(folder / "images"),
         "data.cache_dir": str(folder / "cache"),
         "train.global_batch_size": 8,
         "train.max_steps": 2,
-        "grpo.max_new_tokens": 6,
+        **({} if over_pairs else {"grpo.max_new_tokens": 6}),
         "run.storage_path": str(folder / "runs"),
         "tracking.log_model": False,
         "cluster.num_workers": 2,

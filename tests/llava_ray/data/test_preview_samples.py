@@ -225,3 +225,15 @@ def test_labels_are_masked_with_the_images(view_all):
     place = view.input_ids.index(IMAGE_TOKEN_INDEX)
     assert view.labels[place] == IGNORE_INDEX
     assert view.example.num_supervised == sum(label != IGNORE_INDEX for label in view.labels)
+
+
+def test_a_preference_is_shown_as_its_two_conversations(tmp_path, tokenizer_folder):
+    asked, images = "<image>\nWhat is it?", ["a.jpg"]
+    data = tmp_path / "pairs.json"
+    pair = {"id": "p", "images": images, "prompt": asked, "chosen": "A cat.", "rejected": "A dog."}
+    data.write_text(json.dumps([pair, pair | {"id": "q", "rejected": "A cat."}, {"id": "r", "conversations": CAT}]))
+    viewer = token_viewer(PreviewSettings(data=str(data), tokenizer=str(tokenizer_folder), version="v1"))
+    views = [view for record in read_records(str(data)) for view in viewer.view_sides(record)]
+    assert [view.id for view in views] == ["p (chosen)", "p (rejected)", "q", "r"]
+    assert [view.turns[-1].value for view in views if isinstance(view, SampleView)] == ["A cat.", "A dog.", "A cat."]
+    assert isinstance(views[2], Rejection) and views[2].reason == "equal_sides"
