@@ -1,6 +1,8 @@
 """Real runs over preferences: the reference once, resumed at another world size, ZeRO 2 and 3, adapters and not."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,10 @@ from llava_ray.errors import TrainingError
 from llava_ray.images.processing import normalize_pixels
 from llava_ray.model.blueprint import read_blueprint
 from llava_ray.runtime import connected
+from llava_ray.train import reference
 from llava_ray.train.engine import assemble_for
 from llava_ray.train.finished_run import FinishedRun
+from llava_ray.train.identity import identify_run
 from llava_ray.train.run_data import stream_settings
 from llava_ray.train.trainer import finetune, train_until
 
@@ -128,6 +132,31 @@ def test_the_reference_is_computed_once_and_is_that_of_the_live_model(first: Fin
         [row] = read_shard_rows(prepared.path, name, [int(rows[example])]).to_pylist()
         expected = [alone(parts, config, stream, row, side) for side in range(2)]
         assert take_reference(str(place), np.array([example]))[0].tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_interrupted_reference_goes_on_with_the_missing_chunks(
+    first: FinishedRun, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a kill between two chunks: four of them, one of which was written."""
+    monkeypatch.setattr(reference, "_CHUNK", 8)
+    [place] = {path.parent for path in reference_files(folder) if path.name == "reference.parquet"}
+    lengths = replace(TokenLengths.open(str(place.parent)), path=str(tmp_path / "tokens"))
+    shutil.copytree(place.parent, lengths.path, ignore=shutil.ignore_patterns("reference-*"))
+    config, prepared = make_config(folder, "first"), open_prepared(str(place.parent.parent))
+    blueprint = read_blueprint(config.model, config.data.image_aspect_ratio)
+    identity = identify_run(config, prepared.data_hash)
+    written = Path(lengths.path, place.name, "chunks", f"{8:09d}.json")
+    written.parent.mkdir(parents=True)
+    rows = take_reference(str(place), np.arange(8, 16)).tolist()
+    written.write_text(json.dumps(rows))
+    before = written.stat().st_mtime_ns
+    with connected(config.cluster) as resources:
+        stream = stream_settings(config, prepared, blueprint, resources)
+        found = reference.cache_reference(config, stream, lengths, identity, resources)
+    assert found is not None
+    assert written.stat().st_mtime_ns == before, "what was written is not computed again"
+    expected = take_reference(str(place), np.arange(32))
+    np.testing.assert_allclose(found.take(np.arange(32)), expected, rtol=1e-5)
 
 
 def test_a_run_resumed_by_another_number_of_workers_is_the_same(first: FinishedRun, folder: Path) -> None:
