@@ -22,6 +22,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from llava_ray.config.mixtures import SourceConfig
 from llava_ray.config.preferences import PreferencesConfig
 from llava_ray.config.review import ReviewConfig
 from llava_ray.config.sections import EvaluateConfig, FinetuneConfig, PrepareConfig
@@ -91,6 +92,14 @@ def make_settings_page() -> str:
     for name, (section, users) in sections.items():
         lines += [f"## `[{name}]`", "", _first_line(section), f"Used by {', '.join(users)}.", "", *_rows(section), ""]
     lines += [
+        "## `[[data.sources]]`",
+        "",
+        "Sources of a mixture, a table each ([Data](data.md#several-sources)), with one of weight, epochs and samples:",
+        "",
+        *_rows(SourceConfig),
+        "",
+    ]
+    lines += [
         "## `[space]`",
         "",
         "Each key is a dotted setting of a run; its value is a table of:",
@@ -136,6 +145,8 @@ def _describe_type(annotation: Any) -> str:
         return " or ".join(dict.fromkeys(kinds))
     if origin in (tuple, list):
         return "list of " + _describe_type(arguments[0])
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "tables"
     return _KINDS.get(origin or annotation, "value")
 
 
@@ -143,7 +154,7 @@ def _describe_default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
-    if value is PydanticUndefined or value is None:
+    if value is PydanticUndefined or value is None or value == "":
         return ""
     if isinstance(value, BaseModel) or value in ((), [], {}):
         return "empty"

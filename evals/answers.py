@@ -11,8 +11,8 @@ from evals.files import index_by_id, read_json_value, read_lines, read_utf8
 from llava_ray.errors import DataError
 from llava_ray.invocation import command
 
-_IDS = ("question_id", "questionId", "id", "image")
-_TEXTS = ("text", "answer", "prediction")
+_IDS = ("question_id", "questionId", "id", "image", "image_id")
+_TEXTS = ("text", "answer", "prediction", "response", "model_answer", "caption")
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,16 @@ class RecordedJudge:
 def read_answers(path: Path) -> list[Answer]:
     """Read JSON lines, a JSON list of such rows, or a JSON object of texts by id. Raises DataError.
 
-    A row's id is question_id (questionId, id, image), its answer text (answer, prediction).
+    A row's id is question_id (questionId, id, image, image_id), its answer text (answer, prediction, and what benchmark
+    authors' own scripts read: response, model_answer, caption; also CHAIR's object with "imgToEval").
     """
     if not path.exists():
         raise DataError(
             f"there is no answers file {path}; make one with {command('evaluate', 'run')}, or give LLaVA's."
         )
     content = read_content(path)
+    if isinstance(content, dict) and isinstance(content.get("imgToEval"), dict):
+        content = list(content["imgToEval"].values())
     if isinstance(content, dict):
         return [Answer(str(name), _text_of(text, name, path)) for name, text in content.items()]
     if not isinstance(content, list):

@@ -20,6 +20,7 @@ _State = Literal["scored", "unparsed", "missing", "failed"]
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 LETTER_CN = "\n请直接回答选项字母。"
+LETTER_PRO = "\nAnswer with the option letter from the given choices directly."
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -126,6 +127,10 @@ class Benchmark(ABC):
     def add_up(self, rows: Sequence[Graded], profile: Profile) -> Total:
         """Compute 100 x the mean, of all and by category; missing answers score 0, failed judge calls are excluded."""
         return Total(percentage(rows).value, {}, by_category(rows))
+
+    def lacks(self, profile: Profile) -> str | None:
+        """Return why a profile's own rule cannot score on this machine, such as a package; None if it can."""
+        return None
 
     def averaged(self, rows: Sequence[Graded], category: str | None = None) -> Sequence[Graded] | None:
         """Return the rows whose mean x 100 is the headline or a category's metric; None if it is no mean."""

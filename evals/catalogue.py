@@ -2,16 +2,26 @@
 
 from evals.benchmark import Benchmark
 from evals.benchmarks.ai2d import AI2D
+from evals.benchmarks.amber import AMBERDiscriminative, AMBERGenerative
+from evals.benchmarks.blink import Blink
+from evals.benchmarks.chair import CHAIR
 from evals.benchmarks.chartqa import ChartQA
 from evals.benchmarks.custom import Custom
 from evals.benchmarks.docvqa import DocVQA
 from evals.benchmarks.gqa import GQA
 from evals.benchmarks.hallusion_bench import HallusionBench
 from evals.benchmarks.llava_bench import LLaVABench
+from evals.benchmarks.mathvista import MathVista
 from evals.benchmarks.mm_vet import MMVet
 from evals.benchmarks.mmbench import MMBench, MMBenchCN
+from evals.benchmarks.mmbench_v11 import MMBenchV11, MMBenchV11CN
 from evals.benchmarks.mme import MME
+from evals.benchmarks.mmhal_bench import MMHalBench
 from evals.benchmarks.mmmu import MMMU
+from evals.benchmarks.mmmu_pro import MMMUPro, MMMUPro4, MMMUProVision
+from evals.benchmarks.mmstar import MMStar
+from evals.benchmarks.object_halbench import ObjectHalBench
+from evals.benchmarks.ocrbench import OCRBench
 from evals.benchmarks.pope import POPE
 from evals.benchmarks.realworldqa import RealWorldQA
 from evals.benchmarks.science_qa import ScienceQA
@@ -40,6 +50,20 @@ _KINDS: tuple[type[Benchmark], ...] = (
     AI2D,
     RealWorldQA,
     HallusionBench,
+    MMBenchV11,
+    MMBenchV11CN,
+    MMStar,
+    MMMUPro,
+    MMMUPro4,
+    MMMUProVision,
+    MathVista,
+    OCRBench,
+    Blink,
+    CHAIR,
+    AMBERGenerative,
+    AMBERDiscriminative,
+    MMHalBench,
+    ObjectHalBench,
     Custom,
 )
 BENCHMARKS: dict[str, type[Benchmark]] = {kind.name: kind for kind in _KINDS}
@@ -47,6 +71,7 @@ BENCHMARKS: dict[str, type[Benchmark]] = {kind.name: kind for kind in _KINDS}
 
 # Common aliases.
 _ALIASES = {"sqa": "science_qa", "seed": "seed_bench", "llavaw": "llava_bench", "llavabenchinthewild": "llava_bench"}
+_ALIASES |= {"mmbenchv1.1": "mmbench_v11", "mmbenchcnv1.1": "mmbench_v11_cn", "mmmupro10": "mmmu_pro"}
 
 
 def make_benchmark(name: str) -> Benchmark:

@@ -18,6 +18,7 @@ _OTHER_STARTS = {
     b"PK": "a zip archive",
     b"PAR1": "Parquet",
 }
+_ESCAPED = "backslashreplace"  # a lone surrogate of an answer becomes its JSON escape
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 
 
@@ -106,7 +107,7 @@ def read_parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
         with pq.ParquetFile(path) as file:
             for number in range(file.num_row_groups):
                 yield from file.read_row_group(number).to_pylist()
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:  # bytes that are no text are a ValueError
         raise DataError(f"{path} cannot be read as Parquet: {error}; obtain it again.") from error
 
 
@@ -146,6 +147,16 @@ def need_text(row: Any, key: str, path: Path) -> str:
     return value
 
 
+def need_words(row: Any, key: str, name: str, path: Path) -> str:
+    """Return a required text of the question ``name``, which is not blank. Raises DataError."""
+    value = need(row, key, path)
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(
+            f"{path}: {key!r} of question {name!r} is {value!r:.80}; expected a text. Obtain the file again."
+        )
+    return value
+
+
 def list_first(names: Sequence[str]) -> str:
     """Format the first ids of a list."""
     return ", ".join(map(repr, names[:_MAX_NAMED])) + (
@@ -181,9 +192,9 @@ def hash_files(folder: Path) -> str:
 
 def as_json(value: Any) -> bytes:
     """Format a value as the bytes of a JSON file."""
-    return json.dumps(value, ensure_ascii=False, indent=1).encode()
+    return json.dumps(value, ensure_ascii=False, indent=1).encode(errors=_ESCAPED)
 
 
 def as_lines(rows: list[Any]) -> bytes:
     """Format rows as the bytes of a file of JSON lines."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(errors=_ESCAPED)

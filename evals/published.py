@@ -43,6 +43,17 @@ WHOLE_SETS: Mapping[str, tuple[int, ...]] = {
     "docvqa": (5_349,),
     "ai2d": (3_088,),
     "realworldqa": (765,),
+    "mmstar": (1_500,),
+    "mmmu_pro": (1_730,),
+    "mmmu_pro_4": (1_730,),
+    "mmmu_pro_vision": (1_730,),
+    "mathvista": (1_000,),
+    "ocrbench": (1_000,),
+    "blink": (1_901,),
+    "amber_generative": (1_004,),
+    "amber_discriminative": (14_216,),
+    "mmhal_bench": (96,),
+    "object_halbench": (300,),
 }
 ELSEWHERE: Mapping[str, str] = {"vqav2": "test-dev2015", "vizwiz": "the test split"}
 """Benchmarks whose published scores only a server can compute, with their split."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from evals.benchmark import LETTER, LETTER_CN, LETTERS, Question
+from evals.benchmark import LETTER, LETTER_CN, LETTER_PRO, LETTERS, Question
 from llava_ray.errors import DataError
 
 Ranking = Literal["letter", "text"]
@@ -37,7 +37,11 @@ def list_candidates(question: Question, ranking: Ranking) -> tuple[str, ...]:
 
 def ranking_prompt(question: Question, ranking: Ranking) -> str:
     """Return the prompt, without the letter instruction if texts are ranked."""
-    return question.prompt if ranking == "letter" else question.prompt.removesuffix(LETTER).removesuffix(LETTER_CN)
+    prompt = question.prompt
+    if ranking == "text":
+        for instruction in (LETTER, LETTER_CN, LETTER_PRO):
+            prompt = prompt.removesuffix(instruction)
+    return prompt
 
 
 def find_best_letter(question: Question, likelihoods: Sequence[LogLikelihood]) -> str:

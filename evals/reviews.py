@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from evals.benchmarks.llava_bench import relative_score
+from evals.hallucination_replies import MAX_RATING
 from evals.scoring import interval, rounded
 from evals.statistics import Estimate, jackknife, wilson_interval
 
@@ -53,7 +54,17 @@ def mean_grade(reviews: Sequence[Review]) -> float | None:
     return None if mean is None else 100 * mean
 
 
-_MAXIMA: dict[MetricFunction, float] = {mean_score: 10.0, mean_grade: 100.0}
+def mean_rating(reviews: Sequence[Review]) -> float | None:
+    """Compute the mean of ratings from 0 to 6 (MMHal-Bench's score)."""
+    return mean_score(reviews)
+
+
+def mean_num_objects(reviews: Sequence[Review]) -> float | None:
+    """Compute the mean number of objects that an answer names (Object HalBench's first step)."""
+    return mean_score(reviews)
+
+
+_MAXIMA: dict[MetricFunction, float] = {mean_score: 10.0, mean_grade: 100.0, mean_rating: float(MAX_RATING)}
 """Maxima of metrics that have one; a relative score may exceed 100."""
 
 

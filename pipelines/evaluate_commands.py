@@ -31,7 +31,9 @@ def run_score(  # noqa: PLR0913 - flags
 
     Args:
         benchmark: Its name: vqav2, gqa, vizwiz, science_qa, textvqa, pope, mme, mmbench, mmbench_cn, seed_bench,
-            llava_bench, mm_vet, mmmu, chartqa, docvqa, ai2d, realworldqa, hallusion_bench, custom.
+            llava_bench, mm_vet, mmmu, chartqa, docvqa, ai2d, realworldqa, hallusion_bench,
+            mmbench_v11, mmbench_v11_cn, mmstar, mmmu_pro, mmmu_pro_4, mmmu_pro_vision, mathvista, ocrbench, blink,
+            chair, amber_generative, amber_discriminative, mmhal_bench, object_halbench, custom.
         data: Folder with the benchmark's official files; evals/README.md shows each.
         answers: JSON lines with question_id and text (or answer), or a JSON list or object of the same.
         profile: Whose rule: LLaVA's tables', the benchmark authors', or ours, which never guesses.

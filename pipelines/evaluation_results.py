@@ -59,7 +59,8 @@ def score_answers_file(
 ) -> ScoredAnswers:
     """Read and score all questions, or the first ``max_questions``. Raises ConfigError or DataError.
 
-    ``without_judge``: what needs a judge and has none comes back without a score, instead of as an error.
+    ``without_judge``: what needs a judge and has none, or lacks its authors' tools, comes back without a score, instead
+    of as an error.
     """
     benchmark = make_benchmark(request.benchmark)
     if not request.data.is_dir():
@@ -80,6 +81,8 @@ def _why_unscored(
     """Return the reason why answers cannot be scored here, or None."""
     if questions and not any(question.truths for question in questions):
         return "these questions come without answers: a server scores the submission file"
+    if without_judge and (lacking := benchmark.lacks(request.profile)):
+        return lacking
     if without_judge and request.profile in benchmark.needs_judge and request.reviews is None:
         return f"{benchmark.title} needs a judge: have the answers reviewed, then score them with its reviews"
     return None

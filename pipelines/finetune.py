@@ -11,8 +11,10 @@ ray job submit --working-dir . -- python pipelines/finetune.py RECIPE --train.le
 import argparse
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava_ray.config.mixtures import named_places
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import MODEL_PATHS, FinetuneConfig
 from llava_ray.errors import ConfigError
@@ -92,7 +94,7 @@ def _shared_places(config: FinetuneConfig) -> "Places":
 
     data = config.data
     parts = [getattr(config.model, key.removeprefix("model.")) for key in MODEL_PATHS]
-    return Places.of([config.run.storage_path, data.cache_dir], [data.data_path, data.image_folder, *parts])
+    return Places.of([config.run.storage_path, data.cache_dir], [*named_places(data).values(), *parts])
 
 
 def _print_run(finished: "FinishedRun") -> None:
@@ -104,6 +106,8 @@ def _print_run(finished: "FinishedRun") -> None:
     print(f"  model    {finished.folder.bundle}")
     print(f"  ledger   {finished.folder.path}/ledger.jsonl")
     print(f"  metrics  {finished.folder.path}/metrics.jsonl")
+    if (report := Path(finished.folder.path, "report.html")).exists():
+        print(f"  report   {report}")
     page = describe_page(finished.tracking_uri, finished.mlflow_run_id, finished.mlflow_experiment_id)
     print(f"  mlflow   {page}")
 

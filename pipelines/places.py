@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from llava_ray.config.mixtures import named_places
 from llava_ray.config.sections import MODEL_PATHS, DataConfig, FinetuneConfig
 from llava_ray.config.space import Space
 from llava_ray.errors import ConfigError
@@ -33,7 +34,7 @@ def check_run_models(config: FinetuneConfig, space: Space | None = None) -> None
 
 def check_data_places(data: DataConfig) -> None:
     """Check that the data of a run exist. Raises ConfigError."""
-    check_files({"data.data_path": data.data_path, "data.image_folder": data.image_folder})
+    check_files(named_places(data))
 
 
 def check_models(named: Mapping[str, str | None]) -> None:

@@ -8,6 +8,7 @@ python pipelines/prepare.py RECIPE --data.cache_dir s3://bucket/llava
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from llava_ray.config.mixtures import named_places
 from llava_ray.config.recipes import load_recipe
 from llava_ray.config.sections import PrepareConfig
 from llava_ray.invocation import command
@@ -25,15 +26,20 @@ def main(arguments: Sequence[str]) -> "PreparedData":
     """Prepare the data and print the results."""
     config = load_recipe(PrepareConfig, arguments, ignore=_OTHER_SECTIONS)
     check_data_places(config.data)
-    from llava_ray.data.preparation import check_source, prepare_data
+    from llava_ray.data.preparation import check_data, prepare_data
     from llava_ray.runtime import connected
     from llava_ray.shared_storage import Places
 
-    check_source(config.data.data_path)
-    shared = Places.of([config.data.cache_dir], [config.data.data_path, config.data.image_folder])
+    check_data(config.data)
+    shared = Places.of([config.data.cache_dir], list(named_places(config.data).values()))
     with connected(config.cluster, shared, storage_path=config.run.storage_path):
         prepared = prepare_data(config.data)
-    _print_prepared(prepared)
+    for source, own in zip(config.data.sources, prepared.sources, strict=True):
+        print(f"Source {source.name}")
+        _print_prepared(own)
+    if not prepared.sources:
+        _print_prepared(prepared)
+        print(f"Train on it: {command('finetune')} RECIPE --data.data_path {prepared.path}")
     return prepared
 
 
@@ -55,7 +61,6 @@ def _print_prepared(prepared: "PreparedData") -> None:
     print(f"  folder     {prepared.path}")
     if prepared.num_rejected:
         print(f"  why        {prepared.rejected_path}")
-    print(f"Train on it: {command('finetune')} RECIPE --data.data_path {prepared.path}")
 
 
 if __name__ == "__main__":

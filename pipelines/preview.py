@@ -13,7 +13,7 @@ from pathlib import Path
 import tyro
 
 from llava_ray.config.booleans import find_boolean_parameters, strip_boolean_values
-from llava_ray.config.preview import PreviewSettings
+from llava_ray.config.preview import PreviewSettings, open_recipe
 from llava_ray.invocation import command
 from pipelines.command import run_command
 from pipelines.places import check_files, check_models
@@ -30,6 +30,8 @@ def main(arguments: Sequence[str]) -> Path | None:
         use_underscores=True,
         prog=command("preview"),
     )
+    check_files({"data": settings.data})
+    settings = open_recipe(settings)
     check_models({key: getattr(settings, key) for key in ("model", "tokenizer", "model_base", "vision_tower")})
     check_files({key: getattr(settings, key) for key in ("data", "image_folder")})
     from llava_ray.data.ordered_records import read_records

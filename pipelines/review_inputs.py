@@ -1,7 +1,7 @@
 """The inputs of a review, from LLaVA-Bench's own files or a benchmark's folder, as items."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,8 @@ from typing import Any
 from evals.answers import read_content
 from evals.benchmark import Question
 from evals.benchmarks.mm_vet import grading_request
+from evals.benchmarks.mmhal_bench import rating_request
+from evals.benchmarks.object_halbench import object_request
 from evals.catalogue import make_benchmark
 from evals.files import check_complete, check_unique, need, need_text
 from llava_ray.config.review import ReviewSection
@@ -18,6 +20,13 @@ from llava_ray.review.rubric import ReviewKind, Rubric, build_default_rubric, re
 from pipelines.review_files import join_answers, read_contexts, read_question_rows
 
 REFERENCE = "reference"
+_OWN_KINDS: Mapping[str, ReviewKind] = {"mmhal_bench": "rating", "object_halbench": "objects"}
+_OWN_WORDS: Mapping[ReviewKind, Callable[[Question, str], str]] = {
+    "grade": grading_request,
+    "rating": rating_request,
+    "objects": object_request,
+}
+"""Requests in a benchmark's own words, of a question and an answer."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +52,18 @@ class Inputs:
 
 def choose_rubric(review: ReviewSection) -> Rubric:
     """Load the rubric of the settings. Raises ConfigError."""
-    kind: ReviewKind = "grade" if _is_graded(review) else "single" if review.mode == "single" else "pair"
+    kind = _kind_of(review)
     if review.rules:
         return read_rules(Path(review.rules))
     return read_rubric(Path(review.rubric), kind) if review.rubric else build_default_rubric(kind)
+
+
+def _kind_of(review: ReviewSection) -> ReviewKind:
+    """Return what is asked of the judge; benchmarks of single answers have a kind of their own."""
+    own = _OWN_KINDS.get(str(review.benchmark))
+    if own and review.mode not in ("pairwise", "single"):
+        return own
+    return "grade" if _is_graded(review) else "single" if review.mode == "single" else "pair"
 
 
 def _is_graded(review: ReviewSection) -> bool:
@@ -65,7 +82,7 @@ def read_inputs(review: ReviewSection) -> Inputs:
     matches: Sequence[tuple[Answered, ...]]
     if review.mode == "pairwise":
         matches = list(itertools.combinations(models, 2))
-    elif _is_graded(review) or review.mode == "single":
+    elif _kind_of(review) != "pair":
         matches = [(model,) for model in models]
     else:
         matches = [(_references(review, questions), model) for model in models]
@@ -147,7 +164,7 @@ def _named_apart(models: Sequence[Answered]) -> list[Answered]:
 
 def _item(question: Question, match: Sequence[Answered], review: ReviewSection) -> Item:
     texts = tuple(side.texts[question.id] for side in match)
-    own_words = _is_graded(review) and review.rubric is None
+    own_words = _OWN_WORDS.get(_kind_of(review)) if review.rubric is None else None
     return Item(
         id=question.id,
         question=question.prompt,
@@ -157,7 +174,7 @@ def _item(question: Question, match: Sequence[Answered], review: ReviewSection) 
         context=question.facts.get("row") or _told(question),
         image=_image(question),
         cluster=question.cluster,
-        request=grading_request(question, texts[0]) if own_words else None,
+        request=own_words(question, texts[0]) if own_words else None,
         answer_ids=tuple(side.ids.get(question.id, question.id) for side in match),
         categories=question.categories,
     )

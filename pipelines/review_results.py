@@ -24,6 +24,8 @@ from evals.reviews import (
     compute_sample_metrics,
     compute_win_rates,
     mean_grade,
+    mean_num_objects,
+    mean_rating,
     mean_score,
     pair_orders,
     review_relative_score,
@@ -42,6 +44,8 @@ _FIGURES: dict[ReviewKind, tuple[str, MetricFunction]] = {
     "pair": ("relative_score", review_relative_score),
     "single": ("mean_score", mean_score),
     "grade": ("score", mean_grade),
+    "rating": ("mean_rating", mean_rating),
+    "objects": ("objects_per_answer", mean_num_objects),
 }
 
 
@@ -246,7 +250,7 @@ def _file_name(text: str) -> str:
 def _llavas_content(row: Mapping[str, Any], kind: ReviewKind) -> str:
     """Return a reply unchanged if LLaVA's rule finds its scores, else with them on a line before it."""
     scores, said = tuple(row["scores"]), str(row["content"])
-    if _read_by_llava(said, kind) == scores:
+    if kind in ("rating", "objects") or _read_by_llava(said, kind) == scores:
         return said
     written = format_verdict(ReviewVerdict(scores, row["explanation"]))
     again = read_verdict(written, kind, as_json=False)

@@ -1,40 +1,14 @@
 """Tiny folders in each benchmark's official format: a few questions, drawn images, nothing downloaded."""
 
 import base64
-import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
-
-COLOURS = ("red", "green", "blue", "yellow")
-
-
-def encoded(number: int = 0, kind: str = "PNG") -> bytes:
-    """A drawn image."""
-    file = io.BytesIO()
-    Image.new("RGB", (32, 24), COLOURS[number % 4]).save(file, kind)
-    return file.getvalue()
-
-
-def put(folder: Path, name: str, content: Any) -> None:
-    """Write bytes, a list of JSON lines (.jsonl and POPE's), or JSON."""
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif isinstance(content, str):
-        path.write_text(content, encoding="utf-8")
-    else:
-        path.write_text(json.dumps(content), encoding="utf-8")
-
-
-def lines(rows: list[Any]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
+from drawn_files import COLOURS, encoded, lines, put
+from hallucination_files import amber_discriminative, amber_generative, chair, mmhal_bench, object_halbench
 
 
 def humans(answer: str) -> list[dict[str, Any]]:
@@ -387,6 +361,168 @@ def hallusion_bench(folder: Path) -> None:
     put(folder, "HallusionBench.json", rows)
 
 
+def mmbench_v11_table(extra: str = "") -> str:
+    """Version 1.1 as OpenCompass has it: a rotation's image is the index of the row that has it."""
+    options = ["teddy bear", "rabbit", "cat", "dog"]
+    columns = ["index", "question", "hint", *"ABCD", "answer", "category", "image", "source", "l2-category", "split"]
+    rows = [columns]
+    for index in (7, 8):
+        own = options if index == 7 else options[:3]
+        for k in range(len(own)):
+            shown = own[k:] + own[:k]
+            image = base64.b64encode(encoded(index)).decode() if k == 0 else str(index)
+            asked = [str(index + k * 10**6), f"Which animal{extra}?", "", *shown, *[""] * (4 - len(shown))]
+            told = ["ABCD"[shown.index("cat")], "object", image, "web", "perception", "dev"]
+            rows.append(asked + told)
+    return "".join("\t".join(row) + "\n" for row in rows)
+
+
+def mmbench_v11(folder: Path) -> None:
+    put(folder, "MMBench_DEV_EN_V11.tsv", mmbench_v11_table())
+
+
+def mmbench_v11_cn(folder: Path) -> None:
+    put(folder, "MMBench_DEV_CN_V11.tsv", mmbench_v11_table("哪个"))
+
+
+def mmstar(folder: Path) -> None:
+    rows = [
+        {
+            "index": i,
+            "question": "Which fruit?\nOptions: A: apple, B: pear, C: plum, D: fig",
+            "image": {"bytes": encoded(i), "path": None},
+            "answer": "ABC"[i],
+            "category": ("coarse perception", "math")[i // 2],
+            "l2_category": ("image emotion", "image emotion", "geometry")[i],
+            "meta_info": {"source": "MMBench", "split": "val", "image_path": f"images/{i}.jpg"},
+        }
+        for i in range(3)
+    ]
+    parquet(folder, "mmstar.parquet", rows)
+
+
+METALS = ["gold", "tin", "iron", "lead", "zinc", "silver", "copper", "nickel", "cobalt", "radium"]
+
+
+def mmmu_pro_rows(num_options: int) -> list[dict[str, Any]]:
+    cell = {"bytes": encoded(1), "path": "a.png"}
+    return [
+        {
+            "id": name,
+            "question": "<image 1> Which metal is like <image 2>?",
+            "options": str(METALS[:num_options]),
+            "explanation": "?",
+            "image_1": cell,
+            "image_2": {"bytes": encoded(2), "path": "b.png"},
+            **{f"image_{n}": None for n in range(3, 8)},
+            "img_type": "['Diagrams']",
+            "answer": answer,
+            "topic_difficulty": "Easy",
+            "subject": subject,
+        }
+        for name, answer, subject in (
+            ("test_Art_113", "B", "Art"),
+            ("validation_Energy_and_Power_2", "D", "Energy_and_Power"),
+        )
+    ]
+
+
+def mmmu_pro(folder: Path) -> None:
+    parquet(folder, "standard (10 options)/test-00000-of-00002.parquet", mmmu_pro_rows(10))
+
+
+def mmmu_pro_4(folder: Path) -> None:
+    parquet(folder, "standard (4 options)/test-00000-of-00002.parquet", mmmu_pro_rows(4))
+
+
+def mmmu_pro_vision(folder: Path) -> None:
+    rows = [
+        {key: row[key] for key in ("id", "options", "answer", "subject")}
+        | {"image": {"bytes": encoded(3), "path": None}}
+        for row in mmmu_pro_rows(10)
+    ]
+    parquet(folder, "vision/test-00000-of-00002.parquet", rows)
+
+
+def mathvista_row(pid: str, question: str, answer: str, kind: str, **more: Any) -> dict[str, Any]:
+    row = {
+        "question": question,
+        "image": f"images/{pid}.jpg",
+        "choices": None,
+        "unit": None,
+        "precision": None,
+        "answer": answer,
+        "question_type": "multi_choice" if kind == "text" else "free_form",
+        "answer_type": kind,
+        "pid": pid,
+        "metadata": {
+            "split": "testmini",
+            "language": "english",
+            "img_width": 32,
+            "img_height": 24,
+            "source": "Geometry3K",
+            "category": "math-targeted-vqa",
+            "task": "geometry problem solving",
+            "context": "geometry diagram",
+            "grade": "high school",
+            "skills": ["geometry reasoning", "algebraic reasoning"],
+        },
+    }
+    return row | more
+
+
+def mathvista(folder: Path) -> None:
+    rows = [
+        mathvista_row("1", "How far?", "1.2", "float", precision=1, unit="cm"),
+        mathvista_row("2", "How many?", "1000", "integer"),
+        mathvista_row("3", "Which angle?", "145°", "text", choices=["135°", "140°", "145°", "150°"]),
+        mathvista_row("4", "Which years?", "[2007, 2008]", "list"),
+    ]
+    put(folder, "testmini.json", {row["pid"]: row for row in rows})
+    for row in rows:
+        put(folder, row["image"], encoded(int(row["pid"]), "JPEG"))
+
+
+def ocrbench(folder: Path) -> None:
+    rows = [
+        ("IIIT5K", 2843, "IIIT5K/test/918_1.png", "CENTRE", "Regular Text Recognition"),
+        ("svt", 292, "svt/image/img_0293.jpg", "under", "Regular Text Recognition"),
+        ("docVQA", 292, "docVQA/d.png", ["12.50", "$12.50"], "Doc-oriented VQA"),
+        ("HME100k", 5, "HME100k/h.jpg", "\\frac { 1 } { x }", "Handwritten Mathematical Expression Recognition"),
+    ]
+    keys = ("dataset_name", "id", "image_path", "answers", "type")
+    put(
+        folder,
+        "OCRBench.json",
+        [dict(zip(keys, row, strict=True)) | {"question": "what is written in the image?"} for row in rows],
+    )
+    for number, row in enumerate(rows):
+        put(folder, f"OCRBench_Images/{row[2]}", encoded(number))
+
+
+def blink_row(name: str, answer: str, num_options: int, num_images: int) -> dict[str, Any]:
+    choices = [f"point {word}" for word in ("one", "two", "three", "four")][:num_options]
+    shown = "\n".join(f"({letter}) {text}" for letter, text in zip("ABCD", choices, strict=False))
+    images = {f"image_{n}": {"bytes": encoded(n), "path": None} if n <= num_images else None for n in range(1, 5)}
+    return {
+        "idx": name,
+        "sub_task": name.split("_", 1)[1].rsplit("_", 1)[0],
+        "question": "Which point?",
+        "choices": choices,
+        "answer": answer,
+        "prompt": f"Which point?\nSelect from the following choices.\n{shown}",
+        **images,
+    }
+
+
+def blink(folder: Path) -> None:
+    for split, right in (("val", ("(A)", "(B)", "(C)")), ("test", ("hidden",) * 3)):
+        depth = [blink_row(f"{split}_Relative_Depth_{n}", right[n - 1], 2, 1) for n in (1, 2)]
+        parquet(folder, f"Relative_Depth/{split}-00000-of-00001.parquet", depth)
+        views = [blink_row(f"{split}_Multi-view_Reasoning_1", right[2], 4, 4)]
+        parquet(folder, f"Multi-view_Reasoning/{split}-00000-of-00001.parquet", views)
+
+
 def custom(folder: Path) -> None:
     rows = [
         {"id": "a", "image": "a.png", "question": "Which colour?", "answer": "red", "category": "colour"},
@@ -426,6 +562,20 @@ WRITERS: dict[str, Callable[[Path], None]] = {
         ai2d,
         realworldqa,
         hallusion_bench,
+        mmbench_v11,
+        mmbench_v11_cn,
+        mmstar,
+        mmmu_pro,
+        mmmu_pro_4,
+        mmmu_pro_vision,
+        mathvista,
+        ocrbench,
+        blink,
+        chair,
+        amber_generative,
+        amber_discriminative,
+        mmhal_bench,
+        object_halbench,
         custom,
     )
 }

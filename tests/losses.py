@@ -4,13 +4,13 @@ from typing import Any
 
 from torch import Tensor
 
+from llava_ray.objectives.cross_entropy import CrossEntropy
 from llava_ray.objectives.objective import ObjectiveOutput, PackedRow, mean_by_sample
-from llava_ray.objectives.table import OBJECTIVES
 
 
 def cross_entropy_of(llava: Any, *row: Any, **named: Any) -> ObjectiveOutput:
     """Takes the fields of a PackedRow."""
-    return OBJECTIVES["cross_entropy"].compute(llava, PackedRow(*row, **named))
+    return CrossEntropy().compute(llava, PackedRow(*row, **named))
 
 
 def token_losses(llava: Any, *row: Any, **named: Any) -> Tensor:

@@ -110,6 +110,8 @@ def _write_answers(folder: Path) -> None:
     write_lines(folder / "answers.jsonl", [{"question_id": "random/1", "text": "Yes"}])
     write_lines(folder / "answers_llava_bench.jsonl", [{"question_id": 0, "text": "It is red.", "model_id": "ours"}])
     write_lines(folder / "answers_mm_vet.jsonl", [{"question_id": "v1_0", "text": "red", "model_id": "ours"}])
+    write_lines(folder / "answers_mmhal.jsonl", [{"question_id": 0, "text": "It is red.", "model_id": "ours"}])
+    write_lines(folder / "answers_objects.jsonl", [{"question_id": 9, "text": "A red dog.", "model_id": "ours"}])
     write_review_files(folder, 6, ("one", "two", "three"))
     (folder / "gpt4.jsonl").rename(folder / "answers_gpt4.jsonl")
     rule = {"role": "Assistant", "prompt": "Rate both answers with two numbers on one line."}

@@ -40,6 +40,33 @@ def write_samples(folder: Path, count: int, *, seed: int = 0) -> Path:
     return path
 
 
+def write_preferences(folder: Path, count: int, *, seed: int = 0) -> Path:
+    """Write preferences in our own form, one in five of them text-only, with JPEGs; return the JSONL's path."""
+    draw = random.Random(seed)
+    pixels = np.random.default_rng(seed)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    words = ["red", "blue", "circle", "square", "is", "there", "any"]
+    lines = []
+    for index in range(count):
+        marker = "<image>\n" if index % 5 else ""
+        asked = [{"role": "user", "content": f"{marker}{' '.join(draw.choices(words, k=draw.randint(2, 9)))}?"}]
+        if index % 3 == 0:  # a conversation before the question
+            asked = [*asked, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "are you sure?"}]
+        sides = [" ".join(draw.choices(words, k=draw.randint(1, 12))) for _ in range(2)]
+        answers = [
+            [{"role": "assistant", "content": f"{answer} {'yes' if good else 'no'}"}]
+            for answer, good in zip(sides, (1, 0), strict=True)
+        ]
+        record: dict[str, Any] = {"id": f"p{index:04d}", "prompt": asked, "chosen": answers[0], "rejected": answers[1]}
+        if index % 5:
+            record["images"] = [f"{index:04d}.jpg"]
+            write_image(folder / "images" / record["images"][0], pixels)
+        lines.append(json.dumps(record | {"provenance": {"question": index}}))
+    path = folder / "preferences.jsonl"
+    path.write_text("\n".join(lines))
+    return path
+
+
 # (width, height): landscape, portrait, a strip, square, smaller than a tower's view.
 SHAPES = [(64, 48), (40, 70), (96, 20), (64, 64), (24, 16)]
 

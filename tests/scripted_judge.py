@@ -257,7 +257,7 @@ class ScriptedJudge:
                 continue
             self.paid[name] += 1
             text = row["body"]["messages"][-1]["content"]
-            reply = {"role": "assistant", "content": self.verdict(text, row["body"])}
+            reply = {"role": "assistant", "content": self.script.get("content", self.verdict(text, row["body"]))}
             usage = {"prompt_tokens": len(text) // 4, "completion_tokens": 5}
             body = {
                 "model": row["body"]["model"],

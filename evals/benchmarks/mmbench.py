@@ -1,7 +1,5 @@
 """MMBench and MMBench-CN: options in circular order, so that a lucky guess does not count."""
 
-import base64
-import binascii
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,11 +25,12 @@ from evals.benchmark import (
 from evals.benchmarks.spreadsheet import SheetCell, write_xlsx
 from evals.files import find, need, read_table
 from evals.matching.letters import parse_letter, parse_mmbench
+from evals.pictured_table import read_pictured_rows
 from llava_ray.errors import DataError
 
 ROTATION = 10**6
 _NOTHING = ("", "nan", "none")
-_NUM_OPTIONS = 4
+_V11 = "V11"
 _NOT_UPLOADED = ("hint", "category", "source", "image", "comment", "l2-category")
 
 
@@ -72,13 +71,19 @@ class MMBench(Benchmark):
     max_new_tokens = 1024
     patterns: ClassVar[tuple[str, ...]] = ("mmbench_dev_2*.tsv", "mmbench_test_2*.tsv", "mmbench*en*.tsv", "*.tsv")
     instruction: ClassVar[str] = LETTER
+    version: ClassVar[str] = ""
+    """The mark of the version in the table's name; version 1.0 has none."""
 
     _table: Path | None = None
 
     def read(self, folder: Path) -> list[Question]:
         """Read the table, each row a question."""
         path = self._table = find(folder, *self.patterns)
-        return [self._question(row, path) for row in read_table(path)]
+        if self.version not in path.stem.upper() or (not self.version and _V11 in path.stem.upper()):
+            raise DataError(
+                f"{path} is a table of another version of MMBench, not of {self.title}: score it as that one."
+            )
+        return [self._question(row, image, path) for row, image in read_pictured_rows(path)]
 
     def grade(self, question: Question, answer: str, profile: Profile, judge: Judge | None = None) -> Grade:
         """Grade the letter of one rotation."""
@@ -118,10 +123,10 @@ class MMBench(Benchmark):
             table.append([*values[:6], answers.get(str(int(row["index"])), ""), *values[6:]])
         return {f"{self._table.stem}.xlsx": write_xlsx(table)}
 
-    def _question(self, row: Mapping[str, str], path: Path) -> Question:
+    def _question(self, row: Mapping[str, str], image: bytes | None, path: Path) -> Question:
         index = int(need(row, "index", path))
         options: list[str] = []
-        for letter in LETTERS[:_NUM_OPTIONS]:  # up to the first that is none
+        for letter in LETTERS:  # up to the first that is none
             if (row.get(letter) or "").strip().lower() in _NOTHING:
                 break
             options.append(row[letter])
@@ -133,7 +138,7 @@ class MMBench(Benchmark):
         return Question(
             str(index),
             text + list_options(options) + self.instruction,
-            (_image(row.get("image") or "", index, path),) if row.get("image") else (),
+            () if image is None else (image,),
             (answer,) if answer.lower() not in _NOTHING else (),
             tuple(options),
             tuple(dict.fromkeys(name for name in names if name)),
@@ -171,13 +176,6 @@ def _rotations(rows: Sequence[Graded]) -> dict[str, list[Graded]]:
 
 def _incomplete(rows: Sequence[Graded]) -> bool:
     return any(row.state in ("missing", "failed") for row in rows)
-
-
-def _image(text: str, index: int, path: Path) -> bytes:
-    try:
-        return base64.b64decode(text)
-    except binascii.Error as error:
-        raise DataError(f"{path}: the image of row {index} is not base64: {error}; obtain the table again.") from error
 
 
 def _cell(key: str, value: str | None) -> SheetCell:

@@ -95,7 +95,7 @@ class MME(Benchmark):
             answer = " ".join(answers.get(question.id, "").split())
             text, truth = question.facts["text"], question.truths[0].capitalize()
             lines[question.categories[0]] += f"{question.facts['image']}\t{text}\t{truth}\t{answer}\n"
-        return {f"mme/{ability}.txt": text.encode() for ability, text in lines.items()}
+        return {f"mme/{ability}.txt": text.encode(errors="replace") for ability, text in lines.items()}
 
 
 def _ability_score(rows: Sequence[Graded]) -> float:

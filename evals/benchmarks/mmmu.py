@@ -89,18 +89,14 @@ class MMMU(Benchmark):
 
 def _question(row: Mapping[str, Any], path: Path) -> Question:
     name, text = need(row, "id", path), need(row, "question", path)
-    options = tuple(map(str, _literal(row["options"], name, path)))
+    options = tuple(map(str, read_python_list(row["options"], name, path)))
     is_open = row.get("question_type") == _OPEN or not options
-    prompt = text + ("" if is_open else list_options(options)) + (SHORT if is_open else LETTER)
-    images = {n: row.get(f"image_{n}") for n in range(1, _MAX_IMAGES + 1)}
-    available = [number for number, cell in images.items() if cell is not None]
-    order = [int(number) for number in _MARKER.findall(prompt) if int(number) in available]
-    # Images are placed where the text refers to them; without references all come first.
-    content = tuple(picture(images[number], path) for number in order or available)
-    prompt = _MARKER.sub(lambda mark: "<image>" if int(mark[1]) in available else "", prompt)
+    prompt, content = place_numbered_images(
+        text + ("" if is_open else list_options(options)) + (SHORT if is_open else LETTER), row, path
+    )
     gold = row.get("answer")
     truths = (
-        tuple(map(str, _literal(gold, name, path) if str(gold).startswith("[") else [gold]))
+        tuple(map(str, read_python_list(gold, name, path) if str(gold).startswith("[") else [gold]))
         if gold not in (None, "?")
         else ()
     )
@@ -108,10 +104,23 @@ def _question(row: Mapping[str, Any], path: Path) -> Question:
     return Question(name, prompt, content, truths, () if is_open else options, (subject,), name)
 
 
-def _literal(text: Any, name: str, path: Path) -> list[Any]:
+def place_numbered_images(text: str, row: Mapping[str, Any], path: Path) -> tuple[str, tuple[bytes, ...]]:
+    """Return a prompt with its images where the text refers to them; without references all come first."""
+    images = {n: row.get(f"image_{n}") for n in range(1, _MAX_IMAGES + 1)}
+    available = [number for number, cell in images.items() if cell is not None]
+    order = [int(number) for number in _MARKER.findall(text) if int(number) in available]
+    content = tuple(picture(images[number], path) for number in order or available)
+    return _MARKER.sub(lambda mark: "<image>" if int(mark[1]) in available else "", text), content
+
+
+def read_python_list(text: Any, name: str, path: Path) -> list[Any]:
+    """Return a list that stands in a cell as Python writes it. Raises DataError."""
     if isinstance(text, list):
         return text
     try:
-        return list(ast.literal_eval(str(text)))
-    except (ValueError, SyntaxError, TypeError) as error:
-        raise DataError(f"{path}: question {name!r} has options {text!r}; expected a list.") from error
+        value = ast.literal_eval(str(text))
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        value = None
+    if not isinstance(value, list | tuple):
+        raise DataError(f"{path}: question {name!r} has options {text!r:.200}; expected a list.")
+    return list(value)

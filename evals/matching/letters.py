@@ -72,6 +72,13 @@ def parse_mmmu(answer: str, options: Sequence[str]) -> str | None:
     return None
 
 
+def parse_mmmu_pro(answer: str, options: Sequence[str]) -> str | None:
+    """Parse by MMMU-Pro's rule: the one option letter after the last "Answer:", else MMMU's rule."""
+    _, label, tail = answer.rpartition("Answer:")
+    found = [letter for letter in LETTERS[: len(options)] if letter in tail] if label else []
+    return found[0] if len(found) == 1 else parse_mmmu(answer, options)
+
+
 def parse_letter(answer: str, options: Sequence[str]) -> str | None:
     """Parse the option that an answer names unambiguously, by its letter or text; None in doubt.
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from llava_ray.config.grpo import GRPO
 from llava_ray.config.sections import ClusterConfig, FinetuneConfig
 from llava_ray.errors import ConfigError
 from llava_ray.reading import read_bounded, short_repr, wrap_errors
@@ -82,6 +83,12 @@ def find_misfits(cluster: ClusterFile, config: FinetuneConfig) -> list[str]:
         misfits.append(
             f"{wanted.num_workers} workers x {size}: there is room for {room} ({_listed(cluster.nodes('train'))}); "
             "lower cluster.num_workers, or raise max_workers"
+        )
+    samplers = config.grpo.num_rollout_actors if config.train.objective == GRPO and gpu else 0
+    if wanted.num_workers <= room < wanted.num_workers + samplers and wanted.gpus_per_worker == 1:
+        misfits.append(
+            f"{samplers} rollout actors beside {wanted.num_workers} workers, a GPU each: there is room for {room} "
+            f"({_listed(cluster.nodes('train'))}); lower grpo.num_rollout_actors or cluster.num_workers"
         )
     if _spare_cpus(cluster) - wanted.num_workers * cpus < 0:
         misfits.append(

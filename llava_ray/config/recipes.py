@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,8 +18,10 @@ from pydantic import BaseModel, ValidationError
 
 from llava_ray import invocation
 from llava_ray.config.booleans import parse_boolean, write_out_booleans
-from llava_ray.config.schema import ConfigSection, describe_all, describe_fault, dotted_keys
-from llava_ray.config.sections import EvaluateConfig, FinetuneConfig, PrepareConfig
+from llava_ray.config.mixtures import LOOKED_AT, SourceConfig, read_sources_flag, write_sources_flag
+from llava_ray.config.schema import ConfigSection, describe_all, describe_fault, dotted_keys, merge_settings
+from llava_ray.config.sections import DataConfig, EvaluateConfig, FinetuneConfig, HeldOutConfig, PrepareConfig
+from llava_ray.config.selection import SELECTING
 from llava_ray.config.shipped_recipes import find_recipe
 from llava_ray.config.space import SweepConfig
 from llava_ray.config.toml_files import read_toml_file
@@ -31,6 +33,24 @@ Settings = TypeVar("Settings", bound=ConfigSection)
 
 # Settings of where and how a run executes, not of what it computes: they may change between start and resume.
 NOT_HASHED = ("run", "cluster", "tracking", "held_out", "score", "actors")
+
+# Shown by --help; the flag itself is taken before (``_split_sources``).
+_SOURCES_FLAG = tyro.constructors.ConstructorRegistry()
+
+
+@_SOURCES_FLAG.primitive_rule
+def _describe_sources(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
+    """Let tyro take a mixture's sources for one value, not for tables with flags of their own."""
+    if info.type != tuple[SourceConfig, ...]:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="JSON",
+        instance_from_str=lambda texts: tuple(read_sources_flag(texts[0])),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda sources: [write_sources_flag(sources)],
+    )
+
 
 _SUBCOMMANDS = {"evaluate": ("run",)}  # the one that takes settings, where there are several
 
@@ -67,12 +87,30 @@ def load_settings(schema: type[Settings], arguments: Sequence[str], *, ignore: C
     named = _recipe_of(arguments)
     recipe = find_recipe(named, command_of(schema)) if named else None
     values = {key: value for key, value in read_toml(recipe).items() if key not in ignore} if recipe else {}
-    _check_known_keys(schema, values, recipe or "flags")
     flags = [_dotted_flag(schema, argument) for argument in arguments[1 if recipe else 0 :]]
+    _check_known_keys(schema, values, recipe or "flags")
+    flags, sources = _split_sources(flags)
+    if sources is not None:
+        values = merge_settings(values, {"data": {"sources": sources}})
+        _check_known_keys(schema, values, "flags")
     parsed = _read_flags(schema, write_out_booleans(schema, flags), _with_missing(schema, values))
     with wrap_errors(recipe or "flags", "Fix them.", ConfigError):
         given = parsed.model_dump()
     return schema.parsed(given)
+
+
+def _split_sources(flags: Sequence[str]) -> tuple[list[str], list[Any] | None]:
+    """Split ``--data.sources JSON`` off dotted flags: its tables are checked as those of a recipe are."""
+    others, sources, waiting = [], None, list(flags)
+    while waiting:
+        flag, equals, value = waiting.pop(0).partition("=")
+        if flag != "--data.sources":
+            others.append(f"{flag}{equals}{value}")
+        elif not equals and not waiting:
+            raise ConfigError("--data.sources needs a value: a JSON list of tables")
+        else:
+            sources = read_sources_flag(value if equals else waiting.pop(0))
+    return others, sources
 
 
 def _read_flags(schema: type[Settings], flags: Sequence[str], default: Any) -> Settings:
@@ -85,6 +123,7 @@ def _read_flags(schema: type[Settings], flags: Sequence[str], default: Any) -> S
                 args=flags,
                 default=default,
                 config=(tyro.conf.FlagConversionOff,),
+                registry=_SOURCES_FLAG,
                 use_underscores=True,
                 prog=invocation.command(command_of(schema), *_SUBCOMMANDS.get(command_of(schema), ()), "[RECIPE]"),
             )
@@ -110,22 +149,49 @@ def settings_hash(config: ConfigSection) -> str:
     """Return 8 hex digits of all settings in ``config`` that decide what is computed and are not the default."""
     # Sorted keys and JSON values: the hash must not depend on the order of fields or the version of pydantic. Without
     # defaults: it stays when a later version adds a setting.
-    settings = config.model_dump(mode="json", exclude=set(NOT_HASHED), exclude_defaults=True)
+    settings = hashed_settings(config.model_dump(mode="json", exclude_defaults=True))
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+def hashed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a dump that decide what is computed: ``held_out`` only where a score decides it."""
+    hashed = {name: values for name, values in settings.items() if name not in NOT_HASHED}
+    held_out, defaults = settings.get("held_out") or {}, HeldOutConfig()
+    selecting = {
+        key: held_out[key] for key in SELECTING if held_out.get(key, getattr(defaults, key)) != getattr(defaults, key)
+    }
+    if selecting:
+        hashed["held_out"] = selecting
+    sources = (settings.get("data") or {}).get("sources")
+    if sources and not isinstance(sources, str):  # a text where a message is to name other data
+        kept = [{key: value for key, value in source.items() if key not in LOOKED_AT} for source in sources]
+        hashed["data"] = {**settings["data"], "sources": kept}
+    return hashed
+
+
+def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return ``key: old -> new`` for each hashed setting that differs between two resolved configs."""
+    before, after = ({"held_out": {}} | hashed_settings(settings) for settings in (old, new))
+    return _list_differences(before, after, "")
+
+
+def _list_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str) -> list[str]:
     lines = []
     for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key), new.get(key)
-        if (not prefix and key in NOT_HASHED) or before == after:
+        before, after = (_by_key(settings.get(key)) for settings in (old, new))
+        if before == after:
             continue
         if isinstance(before, dict) and isinstance(after, dict):
-            lines += differing_keys(before, after, f"{prefix}{key}.")
+            lines += _list_differences(before, after, f"{prefix}{key}.")
         else:
             lines.append(f"{prefix}{key}: {before!r} -> {after!r}")
     return lines
+
+
+def _by_key(value: Any) -> Any:
+    """Return a list of tables as a table of tables, so that a difference names the one that has it."""
+    is_tables = isinstance(value, list | tuple) and value and all(isinstance(one, dict) for one in value)
+    return {str(number): one for number, one in enumerate(value)} if is_tables else value
 
 
 def read_toml(path: str) -> dict[str, Any]:
@@ -153,9 +219,14 @@ def _check_known_keys(schema: type[BaseModel], values: dict[str, Any], source: s
     try:
         schema.model_validate(values)
     except ValidationError as error:
-        details = [detail for detail in error.errors() if detail["type"] != "missing"]
+        details = [one for one in error.errors() if one["type"] != "missing" or _is_in_list(one["loc"])]
         if details:
             raise ConfigError(f"{source}: {describe_all(schema, details)}") from error
+
+
+def _is_in_list(path: Sequence[int | str]) -> bool:
+    """Return whether a key is of a table in a list, which no flag supplies."""
+    return any(isinstance(part, int) for part in path)
 
 
 def _with_missing(schema: type[BaseModel], values: dict[str, Any]) -> Any:
@@ -165,9 +236,12 @@ def _with_missing(schema: type[BaseModel], values: dict[str, Any]) -> Any:
         annotation = field.annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             fields[name] = _with_missing(annotation, values.get(name, {}))
+        elif schema is DataConfig and name == "sources":
+            fields[name] = tuple(SourceConfig.model_validate(source) for source in values.get(name, ()))
         elif name in values:
             value = parse_boolean(values[name], annotation)
             fields[name] = tuple(value) if isinstance(value, list) else value  # the schema has tuples, TOML has lists
         else:
-            fields[name] = tyro.MISSING if field.is_required() else field.get_default()
+            needed = field.is_required() or (schema is DataConfig and name == "data_path" and not values.get("sources"))
+            fields[name] = tyro.MISSING if needed else field.get_default()
     return schema.model_construct(**fields)

@@ -29,7 +29,7 @@ class ReviewSection(ConfigSection):
     """JSON lines with image and caption (and instances, with boxes) that describe the images to the judge."""
     image_folder: str | None = None
     """Folder of the questions' images, which are sent if judge.sees_images is set."""
-    benchmark: Literal["llava_bench", "mm_vet"] | None = None
+    benchmark: Literal["llava_bench", "mm_vet", "mmhal_bench", "object_halbench"] | None = None
     """Benchmark whose official files in review.data supply questions, references, context and images."""
     data: str | None = None
     """Folder of that benchmark (evals/README.md)."""
@@ -39,7 +39,8 @@ class ReviewSection(ConfigSection):
     """Your own rubric in TOML: version, system, and a prompt for each category or for "default"."""
     mode: Literal["reference", "pairwise", "single", "grade"] = "reference"
     """"reference": answer against reference. "pairwise": every two models against each other. "single": one answer,
-    1 to 10. "grade": right or wrong in tenths, as MM-Vet."""
+    1 to 10. "grade": right or wrong in tenths, as MM-Vet. MMHal-Bench and Object HalBench ask their own questions of
+    single answers, unless the mode is "pairwise" or "single"."""
     both_orders: bool = True
     """Review again with the two answers swapped. Published scores use the first order alone, at half the cost."""
     samples: PositiveInt = 1
@@ -185,6 +186,17 @@ class ReviewConfig(ConfigSection):
     budget: BudgetConfig = BudgetConfig()
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig(num_workers=1)
+
+    @model_validator(mode="after")
+    def replies_fit_the_benchmark(self) -> Self:
+        """Reject a schema where a benchmark's own prompt asks for another form."""
+        own = self.review.benchmark in ("mmhal_bench", "object_halbench")
+        if own and self.review.mode not in ("pairwise", "single") and self.judge.response_format == "json_schema":
+            raise ValueError(
+                f"judge.response_format = 'json_schema' does not fit review.benchmark = {self.review.benchmark!r}, "
+                "whose prompt asks for its own form: use 'text'"
+            )
+        return self
 
     @model_validator(mode="after")
     def results_go_to_mlflow(self) -> Self:

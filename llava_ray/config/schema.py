@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from pydantic_core import ErrorDetails
@@ -55,14 +55,33 @@ def describe_fault(schema: type[BaseModel], detail: ErrorDetails) -> str:
     """Format one pydantic error: the key, the value found, and the remedy."""
     path = ".".join(str(part) for part in detail["loc"])[:MAX_SHOWN]
     if detail["type"] == "extra_forbidden":
-        leaves = {key.rpartition(".")[2]: key for key in dotted_keys(schema)}
+        leaves = _keys_beside(schema, detail["loc"])
         near = difflib.get_close_matches(path.rpartition(".")[2], leaves, n=1)
         hint = f"did you mean {leaves[near[0]]!r}?" if near else "--help lists all keys"
         return f"unknown key {path!r}; {hint}"
     if detail["type"] == "missing":
+        path = ".".join(filter(None, [path, *detail.get("ctx", {}).values()]))
         return f"{path!r} is required and was not given; set it in the recipe or as --{path}"
     message = detail["msg"].removeprefix("Value error, ")
     return f"{path!r} = {short_repr(detail['input'])}: {message[:MAX_SHOWN]}" if path else message
+
+
+def _keys_beside(schema: type[BaseModel], path: Sequence[int | str]) -> dict[str, str]:
+    """Return what may stand in an unknown key's place: all settings by their last parts, or the keys of its table."""
+    for place, part in enumerate(path):
+        if isinstance(part, int):  # a table of a list
+            table = _table_of(schema, path[:place])
+            return {name: name for name in table.model_fields} if table else {}
+    return {key.rpartition(".")[2]: key for key in dotted_keys(schema)}
+
+
+def _table_of(schema: type[BaseModel], path: Sequence[int | str]) -> type[BaseModel] | None:
+    """Return the schema of the tables in a list of tables, None where the path leads to none."""
+    annotation: Any = schema
+    for part in path:
+        fields = getattr(annotation, "model_fields", {})
+        annotation = fields[part].annotation if part in fields else None
+    return next((one for one in get_args(annotation) if isinstance(one, type) and issubclass(one, BaseModel)), None)
 
 
 def dotted_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -12,10 +12,15 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from llava_ray.config.geometry import GeometrySettings
+from llava_ray.config.grpo import GrpoConfig, check_grpo
 from llava_ray.config.lora import LoraConfig
+from llava_ray.config.mixtures import SourceConfig, check_run_sources, check_sources, held_out_paths
+from llava_ray.config.preference import PairObjectiveName, RecordKind, WithPreferences
 from llava_ray.config.schema import ConfigSection
+from llava_ray.config.selection import check_selection
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 MAX_IMAGE_PIXELS = 178_956_970  # Pillow's own bomb limit
@@ -86,10 +91,20 @@ class ModelConfig(GeometrySettings, _ModelSources):
 class DataConfig(ConfigSection):
     """The samples, and how they reach the model."""
 
-    data_path: str
-    """LLaVA JSON or JSONL, Parquet, WebDataset tars, or a prepared folder; local or any fsspec URL."""
+    data_path: str = ""
+    """LLaVA JSON or JSONL, Parquet, WebDataset tars, or a prepared folder; local or any fsspec URL. Required without
+    data.sources."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Instead of data_path, several sources with their shares of an epoch: [[data.sources]] tables of a recipe (keys
+    below), or a JSON list of them."""
+    epoch_samples: PositiveInt | None = None
+    """Samples of an epoch of data.sources with weights; default: the most with which none of these is drawn more than
+    once."""
     image_folder: str | None = None
     """Folder of relative image paths; default: the folder of the data."""
+    kind: RecordKind = "auto"
+    """What the records are: conversations to learn, or preferences (a question with a chosen and a rejected answer).
+    "auto" follows train.objective."""
     cache_dir: str = "runs/cache"
     """Folder of prepared shards and token lengths, keyed by content: written once, shared by all runs."""
     image_aspect_ratio: Literal["square", "pad", "anyres"] = "square"
@@ -127,10 +142,30 @@ class DataConfig(ConfigSection):
     lazy_preprocess: bool | None = None
     """LLaVA's flag; not needed: nothing is preprocessed ahead."""
 
+    @property
+    def kind_of_records(self) -> Literal["instruction", "preferences"]:
+        """Return what the records are; "auto" has been decided where a run's objective is known."""
+        return "instruction" if self.kind == "auto" else self.kind
+
+    @model_validator(mode="after")
+    def data_are_named(self) -> Self:
+        """Reject no data, and sources that contradict each other."""
+        if not self.data_path and not self.sources:
+            raise PydanticCustomError("missing", "Field required", {"key": "data_path"})
+        if self.sources:
+            check_sources(self)
+        elif self.epoch_samples is not None:
+            raise ValueError("epoch_samples has no effect without data.sources: leave it out")
+        return self
+
 
 class TrainConfig(ConfigSection):
     """Optimisation of the parameters."""
 
+    objective: Literal["cross_entropy", "grpo"] | PairObjectiveName = "cross_entropy"
+    """The loss: "cross_entropy" of the records' answers; from pairs of answers ([preference], docs/preferences.md)
+    "dpo", "ipo", "hinge", "robust", "dpo_norm" (averages over tokens), "simpo", "orpo"; or "grpo" ([grpo]), which
+    samples answers and learns from their rewards."""
     num_train_epochs: PositiveInt = 1
     """Passes over the data."""
     max_steps: PositiveInt | None = None
@@ -238,6 +273,8 @@ class HeldOutConfig(ConfigSection):
 
     path: str | None = None
     """Held-out samples, in any form that data.data_path accepts; None evaluates nothing."""
+    kind: RecordKind = "auto"
+    """What they are (see data.kind); "auto": as data.kind. A run over pairs may be evaluated on conversations."""
     images: str | None = None
     """Folder of their relative image paths; default: data.image_folder."""
     num_samples: PositiveInt = 512
@@ -246,6 +283,21 @@ class HeldOutConfig(ConfigSection):
     """Generate answers to the first so many of them; one is correct if it equals the record's, ignoring case."""
     max_new_tokens: PositiveInt = 16
     """Maximum length of an answer in tokens."""
+    metric: str = "held_out_loss"
+    """Score of an evaluation for early_stopping_patience and keep_best: held_out_loss, held_out_accuracy, one of a
+    source (held_out_loss/NAME) or of the objective. Lower is better for a loss or kl, higher for an accuracy, margin or
+    reward."""
+    early_stopping_patience: PositiveInt | None = None
+    """End the run after so many evaluations in a row without a better score; None never does."""
+    early_stopping_min_delta: NonNegativeFloat = 0.0
+    """A score counts as better for early stopping only if it is by more than this."""
+    keep_best: bool = False
+    """Write the final model from the checkpoint with the best score, not from the last one."""
+
+    @property
+    def selects(self) -> bool:
+        """Return whether scores decide where the run ends, or which checkpoint becomes its model."""
+        return self.keep_best or self.early_stopping_patience is not None
 
 
 class RunConfig(ConfigSection):
@@ -330,26 +382,45 @@ class ClusterConfig(ConfigSection):
         return self
 
 
-class FinetuneConfig(ConfigSection):
+class FinetuneConfig(WithPreferences):
     """All settings of a fine-tuning run."""
 
     model: ModelConfig
     data: DataConfig
     train: TrainConfig = TrainConfig()
     lora: LoraConfig = LoraConfig()
+    grpo: GrpoConfig = GrpoConfig()
     held_out: HeldOutConfig = HeldOutConfig()
     run: RunConfig = RunConfig()
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
+    def sources_fit(self) -> Self:
+        """Reject sources that do not fit the run, and scores of held-out samples that nobody evaluates."""
+        check_run_sources(self)
+        check_selection(self)
+        return self
+
+    @property
+    def evaluates(self) -> bool:
+        """Return whether there are held-out samples, of the run or of a source."""
+        return bool(self.held_out.path or held_out_paths(self.data))
+
+    @model_validator(mode="after")
     def answers_need_whole_weights(self) -> Self:
         """Reject held-out answers where no worker has the whole model."""
-        if self.held_out.path and self.held_out.num_answers and self.train.zero_stage == 3:
+        if self.evaluates and self.held_out.num_answers and self.train.zero_stage == 3:
             raise ValueError(
                 "held_out.num_answers needs the whole model in each worker, which train.zero_stage = 3 takes apart: "
                 "set held_out.num_answers = 0 (the held-out loss stays), or train.zero_stage = 2"
             )
+        return self
+
+    @model_validator(mode="after")
+    def rollouts_fit(self) -> Self:
+        """Reject what does not fit an objective of sampled answers."""
+        check_grpo(self)
         return self
 
     @model_validator(mode="after")

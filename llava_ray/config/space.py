@@ -22,6 +22,8 @@ _FIXED_SECTIONS = ("run", "tracking", "cluster", "held_out")
 _FIXED_KEYS = (
     "data.data_path",
     "data.max_samples",
+    "data.sources",
+    "data.epoch_samples",
     "train.global_batch_size",
     "train.max_steps",
     "train.num_train_epochs",
@@ -150,8 +152,13 @@ class SweepConfig(FinetuneConfig):
     @model_validator(mode="after")
     def trials_are_judged(self) -> Self:
         """Reject a sweep without the held-out data or answers that its metrics need."""
-        if not self.held_out.path:
+        if not self.evaluates:
             raise ValueError("a sweep judges its trials by held-out data: set held_out.path")
+        if self.held_out.selects:
+            raise ValueError(
+                "a sweep compares trials by step, and its scheduler ends them: leave held_out.early_stopping_patience "
+                "and held_out.keep_best out"
+            )
         asked = {self.sweep.metric, self.sweep.stop_metric}
         if "held_out_accuracy" in asked and not self.held_out.num_answers:
             raise ValueError("held_out_accuracy needs answers: set held_out.num_answers, or judge by held_out_loss")

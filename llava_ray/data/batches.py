@@ -1,7 +1,7 @@
 """The end of the stream inside a train worker: Arrow rows to tensors, grouped into steps."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from llava_ray.data.packing import NO_STEP, unpack_block, unpack_features, unpack_pixels, unpack_tokens
+from llava_ray.data.packing import NO_STEP, STEP_TOTALS, unpack_block, unpack_features, unpack_pixels, unpack_tokens
+from llava_ray.data.pair_lengths import PairLengths
 from llava_ray.data.settings import StreamSettings
 from llava_ray.images.anyres import Size
 
@@ -21,7 +22,7 @@ class MicroBatch:
     step: int
     rank: int
     num_supervised: int
-    """Supervised tokens of the whole step, over all ranks: what the loss is divided by."""
+    """Supervised tokens of the step's conversations, over all ranks: what the loss is divided by."""
     num_micro_batches: int
     ids: list[str]
     num_tokens: list[int]
@@ -32,6 +33,16 @@ class MicroBatch:
     """(width, height) of each image before it was cut into views, in order; together they have n views."""
     pixels: UInt8[Tensor, "n 3 h w"] | None
     features: Float[Tensor, "n p v"] | None
+    num_pairs: int = 0
+    """Preferences of the whole step, over all ranks."""
+    num_chosen: int = 0
+    """Supervised tokens of their chosen answers."""
+    pairs: list[PairLengths | None] = field(default_factory=list)
+    """The lengths of each sample that is a preference; None for a conversation. [] in a step without preferences."""
+    reference: Float[Tensor, "m 2"] | None = None
+    """The reference's log-probabilities of the row's m preferences, where the objective needs them."""
+    sources: list[int] = field(default_factory=list)
+    """The number of each sample's source in a mixture; 0 without one."""
 
 
 def iterate_steps(
@@ -66,7 +77,7 @@ def micro_batch(row: dict[str, Any], settings: StreamSettings) -> MicroBatch:
     return MicroBatch(
         step=row["step"],
         rank=row["rank"],
-        num_supervised=row["num_supervised"],
+        **{name: row[name] for name in STEP_TOTALS},
         num_micro_batches=row["num_micro_batches"],
         ids=row["ids"],
         num_tokens=row["num_tokens"],
@@ -76,7 +87,18 @@ def micro_batch(row: dict[str, Any], settings: StreamSettings) -> MicroBatch:
         image_sizes=[(width, height) for width, height in row["image_sizes"]],
         pixels=pixels,
         features=features,
+        pairs=[PairLengths(*lengths) if lengths else None for lengths in row["pairs"]],
+        reference=_reference_of(row),
+        sources=row["sources"],
     )
+
+
+def _reference_of(row: dict[str, Any]) -> Float[Tensor, "m 2"] | None:
+    """Return the reference's log-probabilities of a row's preferences; None where they were not computed."""
+    if not row["reference"]:
+        return None
+    is_pair = torch.tensor([bool(lengths) for lengths in row["pairs"]])
+    return torch.tensor(row["reference"], dtype=torch.float64).view(-1, 2)[is_pair]
 
 
 def describe_row(batch: MicroBatch) -> str:

@@ -11,13 +11,15 @@ from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Float, Int
 
-from llava_ray.data.packing import NO_STEP, ROWS_PER_BLOCK
+from llava_ray.data.packing import NO_STEP, ROWS_PER_BLOCK, STEP_TOTALS
 from llava_ray.data.plan import Plan
+from llava_ray.data.reference_file import ReferenceFiles
 from llava_ray.data.row_assignment import SampleCost, assign_to_ranks
 from llava_ray.data.token_lengths import TokenLengths
 
-_COLUMNS = ("shard", "row", "part", "num_tokens", "num_supervised", "num_images")
+_COLUMNS = ("shard", "row", "part", "num_tokens", "num_supervised", "num_chosen", "num_images")
 _PLACES = ("shard", "row", "part", "num_tokens")
 
 # A window's last blocks may be part empty: with this many in each rank, a quarter at most.
@@ -58,12 +60,18 @@ def describe_micro_batches(
 
 
 def describe_window(
-    window: StepWindow, lengths: TokenLengths, row_length: int, world_size: int, cost: SampleCost | None = None
+    window: StepWindow,
+    lengths: TokenLengths,
+    row_length: int,
+    world_size: int,
+    cost: SampleCost | None = None,
+    reference: ReferenceFiles | None = None,
 ) -> pa.Table:
     """Return the micro-batches of a window, in blocks of ROWS_PER_BLOCK rows of rank 0, 1, …, 0, 1, … by turns."""
-    examples = lengths.take(np.frombuffer(window["examples"], np.int32), _COLUMNS)
-    num_tokens, supervised, num_images = (
-        examples.column(name).to_numpy() for name in ("num_tokens", "num_supervised", "num_images")
+    members = np.frombuffer(window["examples"], np.int32)
+    examples = lengths.take(members, _COLUMNS)
+    num_tokens, supervised, chosen, num_images = (
+        examples.column(name).to_numpy() for name in ("num_tokens", "num_supervised", "num_chosen", "num_images")
     )
     costs = (cost or SampleCost()).estimate(num_tokens, num_images)
     by_rank: list[list[dict[str, Any]]] = [[] for _ in range(world_size)]
@@ -71,23 +79,31 @@ def describe_window(
     for step, size in enumerate(window["sizes"], window["first_step"]):
         end = first + size
         dealt = assign_to_ranks(num_tokens[first:end].tolist(), row_length, world_size, costs[first:end].tolist())
-        # The loss is divided by the supervised tokens of the whole step, so every micro-batch carries that sum: no rank
-        # needs to ask the others for it.
-        num_supervised = int(supervised[first:end].sum())
-        common = {"step": step, "num_supervised": num_supervised, "num_micro_batches": len(dealt[0])}
+        # The loss is divided by the terms of the whole step, so every micro-batch carries their number: no rank needs
+        # to ask the others for it.
+        common = {"step": step, **_count_terms(supervised[first:end], chosen[first:end])}
+        common["num_micro_batches"] = len(dealt[0])
         for rank, rows in enumerate(dealt):
             by_rank[rank] += [common | {"rank": rank, "examples": [first + i for i in row]} for row in rows]
         first = end
     # Blocks are dealt to ranks in turn, which is exact only if every window gives all ranks the same number of them.
     for rank, micro_batches in enumerate(by_rank):
-        filler = {"step": NO_STEP, "num_supervised": 0, "num_micro_batches": 0, "rank": rank, "examples": []}
+        totals = dict.fromkeys((*STEP_TOTALS, "num_micro_batches"), 0)
+        filler = {"step": NO_STEP, **totals, "rank": rank, "examples": []}
         micro_batches += [filler] * (-len(micro_batches) % ROWS_PER_BLOCK)
     starts = range(0, len(by_rank[0]), ROWS_PER_BLOCK)
     ordered = [row for start in starts for rank_rows in by_rank for row in rank_rows[start : start + ROWS_PER_BLOCK]]
-    return _located(ordered, examples)
+    return _located(ordered, examples, None if reference is None else reference.take(members))
 
 
-def _located(rows: list[dict[str, Any]], examples: pa.Table) -> pa.Table:
+def _count_terms(supervised: Int[np.ndarray, " b"], chosen: Int[np.ndarray, " b"]) -> dict[str, int]:
+    """Return the totals of a step, by STEP_TOTALS."""
+    is_pair = chosen > 0
+    counts = (supervised[~is_pair].sum(), np.count_nonzero(is_pair), chosen.sum())
+    return {name: int(count) for name, count in zip(STEP_TOTALS, counts, strict=True)}
+
+
+def _located(rows: list[dict[str, Any]], examples: pa.Table, reference: Float[np.ndarray, "m 2"] | None) -> pa.Table:
     """Replace the numbers of a window's examples by the location of their records: (shard, row, part)."""
     flat = np.asarray([i for row in rows for i in row["examples"]], np.int64)
     ends = np.cumsum([0] + [len(row["examples"]) for row in rows])
@@ -96,5 +112,10 @@ def _located(rows: list[dict[str, Any]], examples: pa.Table) -> pa.Table:
         name: pa.ListArray.from_arrays(pa.array(ends, pa.int32()), places.column(name).combine_chunks())
         for name in places.column_names
     }
-    scalars = ("step", "rank", "num_supervised", "num_micro_batches")
+    if reference is None:
+        nested["reference"] = pa.array([[] for _ in rows], pa.list_(pa.float64()))
+    else:
+        of_rows = pa.array(reference[flat].ravel())
+        nested["reference"] = pa.ListArray.from_arrays(pa.array(2 * ends, pa.int32()), of_rows)
+    scalars = ("step", "rank", *STEP_TOTALS, "num_micro_batches")
     return pa.table({name: pa.array([row[name] for row in rows], pa.int32()) for name in scalars} | nested)

@@ -8,17 +8,16 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
-import jinja2
 import numpy as np
 from jaxtyping import Int32, Int64
 
 from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, Turn, split_system
 from llava_ray.chat.template import Template
 from llava_ray.chat.tokens import TokenizedConversation, expand_images, tokenize_conversation
+from llava_ray.data.pair_lengths import PairLengths
 from llava_ray.errors import RecordError, TemplateError
 from llava_ray.images.anyres import Size
 from llava_ray.images.tokens import ImageTokens
-from llava_ray.reading import describe_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,6 +34,14 @@ class Example:
     image_tokens: tuple[int, ...] = ()
     """The number of positions of each of them."""
     truncated: bool = False
+    pair: PairLengths | None = None
+    """Of a preference; its two sides are one sample, which no row or rank divides."""
+
+    @property
+    def num_chosen(self) -> int:
+        """Count the supervised tokens of a preference's chosen answer; 0 for a conversation."""
+        end = self.pair.shared + self.pair.chosen if self.pair else 0
+        return int(np.count_nonzero(self.labels[1:end] != IGNORE_INDEX))
 
     @property
     def num_supervised(self) -> int:
@@ -164,17 +171,6 @@ class Encoder:
             f"raise it, drop the sample, {remedy}",
             reason="too_long",
         )
-
-
-def encode_record(encoder: Encoder, turns: Sequence[Turn], sizes: Sequence[Size]) -> list[Example]:
-    """Return a record's examples. Raises RecordError, also for a record that the template cannot render."""
-    try:
-        return encoder.encode(turns, sizes)
-    except TemplateError as error:
-        raise RecordError(str(error), reason="template") from error
-    except jinja2.TemplateError as error:  # raised by the chat template itself
-        message = f"the model's chat template refuses the messages: {describe_error(error)}"
-        raise RecordError(message, reason="template") from error
 
 
 def unsupervised_error(turns: Sequence[Turn]) -> RecordError:

@@ -165,6 +165,11 @@ def location_key(shard: int, row: int, number: int) -> int:
     return shard << 48 | row << 16 | number
 
 
+def split_location(place: int) -> tuple[int, int, int]:
+    """Return the shard, row and number that ``location_key`` encoded."""
+    return place >> 48, place >> 16 & (1 << 32) - 1, place & (1 << 16) - 1
+
+
 def block_name(shard: int, first_row: int) -> str:
     """Return the name, without an ending, of the files of a block."""
     return f"{shard:05d}-{first_row:06d}"
@@ -198,7 +203,7 @@ class FeatureIndex:
     length: np.ndarray
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=32)  # of a mixture, one a source
 def read_index(entry: str) -> FeatureIndex:
     """Load an entry's index, once per process. Raises DataError where the entry has been deleted."""
     try:

@@ -16,16 +16,15 @@ import pyarrow.parquet as pq
 import ray
 from tqdm import tqdm
 
-from llava_ray.chat.conversation import Turn
 from llava_ray.data.encoder_settings import EncoderSettings, load_encoder
-from llava_ray.data.examples import encode_record
+from llava_ray.data.record_examples import encode_row
 from llava_ray.data.shards import PreparedData, read_shard_rows
 from llava_ray.data.token_lengths import LENGTHS_FILE, SCHEMA, TokenLengths
 from llava_ray.errors import DataError, RecordError
 from llava_ray.log_file import terminal
 from llava_ray.placement import in_pool
 
-_FORMAT_VERSION = 3  # 3: control tokens in messages are encoded as text
+_FORMAT_VERSION = 4  # 3: control tokens in messages are encoded as text; 4: tokens of a preference's chosen answer
 _SAMPLES_WITHOUT_RAY = 10_000
 _ROWS_PER_GROUP = 2**18  # in the file: a task of the stream reads the groups that hold its examples
 _SHARDS_AT_ONCE = 1_000  # whose lengths are counted or wait to be written
@@ -36,23 +35,26 @@ def measure_lengths(prepared: PreparedData, settings: EncoderSettings, max_rejec
 
     Raises DataError when more than ``max_rejected`` of the rows are rejected here and in preparation together.
     """
-    folder = f"{prepared.path}/tokens-{_lengths_key(prepared, settings)}"
+    key = _lengths_key(prepared, settings)
+    folder = f"{prepared.path}/tokens-{key}"
     files, root = fsspec.core.url_to_fs(folder)
     path = f"{root}/{LENGTHS_FILE}"
     if not files.exists(path):
         files.makedirs(root, exist_ok=True)
         # Renamed when complete: the existence of the file means that every length is in it.
         with files.open(f"{path}.part", "wb") as stream:
-            rejected = _write_lengths(stream, _measure_shards(prepared, settings))
+            rejected = _write_lengths(stream, _measure_shards(prepared, settings), key)
         with files.open(f"{root}/rejected.jsonl", "w") as stream:
             stream.writelines(json.dumps(row) + "\n" for row in rejected)
         _check_rejected_share(prepared, rejected, max_rejected, f"{folder}/rejected.jsonl")
         files.mv(f"{path}.part", path)
-    return TokenLengths.open(folder)
+    return TokenLengths.open(folder, key)
 
 
-def _write_lengths(stream: BinaryIO, shards: Iterable[tuple[pa.Table, list[dict[str, str]]]]) -> list[dict[str, str]]:
-    """Write the shards' rows as they come, in groups, and return the rejected ones."""
+def _write_lengths(
+    stream: BinaryIO, shards: Iterable[tuple[pa.Table, list[dict[str, str]]]], key: str
+) -> list[dict[str, str]]:
+    """Write the shards' rows as they come, in groups, and return the rejected ones; ``key`` is of the settings."""
     rejected: list[dict[str, str]] = []
     waiting: list[pa.Table] = []
     with pq.ParquetWriter(stream, SCHEMA) as writer:
@@ -64,7 +66,7 @@ def _write_lengths(stream: BinaryIO, shards: Iterable[tuple[pa.Table, list[dict[
                 waiting = []
         if waiting:
             writer.write_table(pa.concat_tables(waiting))
-        writer.add_key_value_metadata({"rejected": str(len(rejected))})
+        writer.add_key_value_metadata({"rejected": str(len(rejected)), "settings": key})
     return rejected
 
 
@@ -93,13 +95,14 @@ def _measure_shard(
 ) -> tuple[pa.Table, list[dict[str, str]]]:
     """Return the example rows of one shard, and the rejected rows with their reasons."""
     encoder = load_encoder(settings)
-    shard = read_shard_rows(path, name, None, columns=["id", "turns", "widths", "heights", "source"]).to_pylist()
+    shard = read_shard_rows(
+        path, name, None, columns=["id", "turns", "rejected", "widths", "heights", "source"]
+    ).to_pylist()
     rows: list[tuple[Any, ...]] = []
     rejected: list[dict[str, str]] = []
     for number, record in enumerate(shard):
-        sizes = list(zip(record["widths"], record["heights"], strict=True))
         try:
-            examples = encode_record(encoder, [Turn.from_row(turn) for turn in record["turns"]], sizes)
+            examples = encode_row(encoder, record)
         except RecordError as error:
             message = f"record {record['id']} ({record['source']}): {error}"
             rejected.append(
@@ -107,7 +110,17 @@ def _measure_shard(
             )
             continue
         rows += [
-            (index, number, part, record["id"], len(e.input_ids), e.num_supervised, len(e.images), e.truncated)
+            (
+                index,
+                number,
+                part,
+                record["id"],
+                len(e.input_ids),
+                e.num_supervised,
+                e.num_chosen,
+                len(e.images),
+                e.truncated,
+            )
             for part, e in enumerate(examples)
         ]
     columns = [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in SCHEMA]

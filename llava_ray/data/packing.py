@@ -8,15 +8,16 @@ Ray's own processes import this module: torch is imported by the two functions t
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import astuple
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from llava_ray.chat.conversation import IGNORE_INDEX, Turn
+from llava_ray.chat.conversation import IGNORE_INDEX
 from llava_ray.data.examples import Example
 from llava_ray.data.feature_cache import location_key
-from llava_ray.images.anyres import Size
+from llava_ray.data.pair_lengths import PairLengths
 
 if TYPE_CHECKING:
     import torch
@@ -28,19 +29,25 @@ ROWS_PER_BLOCK = 16
 # Marks the rows that fill a rank's last block.
 NO_STEP = -1
 
+# Of a whole step: supervised tokens of conversations, preferences, supervised tokens of their chosen answers.
+STEP_TOTALS = ("num_supervised", "num_pairs", "num_chosen")
+
 PACKED_SCHEMA = pa.schema(
     {
         "step": pa.int32(),
         "rank": pa.int32(),
-        "num_supervised": pa.int32(),
+        **{name: pa.int32() for name in STEP_TOTALS},
         "num_micro_batches": pa.int32(),
         "ids": pa.list_(pa.string()),
+        "sources": pa.list_(pa.int32()),  # of a mixture: the number of each sample's source
         "num_tokens": pa.list_(pa.int32()),
         "input_ids": pa.list_(pa.int32()),
         "labels": pa.list_(pa.int32()),
         "images": pa.list_(pa.large_binary()),
         "image_sizes": pa.list_(pa.list_(pa.int32(), 2)),  # (width, height) of each
         "places": pa.list_(pa.int64()),  # of each in the feature cache
+        "pairs": pa.list_(pa.list_(pa.int32())),  # of each sample: a preference's lengths, [] for a conversation
+        "reference": pa.list_(pa.float64()),  # the reference's log-probabilities, two of each preference
     }
 )
 
@@ -61,30 +68,34 @@ def unpack_block(block: pa.Table) -> pa.Table:
 def pack_micro_batch(
     descriptor: Mapping[str, Any],
     records: Mapping[tuple[int, int], Mapping[str, Any]],
-    encode: Callable[[list[Turn], list[Size]], list[Example]],
+    encode: Callable[[Mapping[str, Any]], list[Example]],
 ) -> dict[str, Any]:
     """Pack the examples that a descriptor names into a row of PACKED_SCHEMA, one behind the other."""
-    examples, ids, images, shown, places = [], [], [], [], []
+    examples, ids, sources, images, shown, places = [], [], [], [], [], []
     named = (descriptor[key] for key in ("shard", "row", "part", "num_tokens"))
     for shard, number, part, num_tokens in zip(*named, strict=True):
         record = records[shard, number]
         sizes = list(zip(record["widths"], record["heights"], strict=True))
-        example = encode([Turn.from_row(turn) for turn in record["turns"]], sizes)[part]
+        example = encode(record)[part]
         if len(example.input_ids) != num_tokens:
             raise AssertionError(f"{record['id']}: {len(example.input_ids)} tokens, the plan says {num_tokens}")
         examples.append(example)
         ids.append(record["id"])
+        sources.append(record.get("source_number", 0))
         images += [record["images"][i] for i in example.images if "images" in record]
         shown += [sizes[i] for i in example.images]
         places += [location_key(shard, number, i) for i in example.images]
-    common = {name: descriptor[name] for name in ("step", "rank", "num_supervised", "num_micro_batches", "num_tokens")}
+    names = ("step", "rank", *STEP_TOTALS, "num_micro_batches", "num_tokens", "reference")
+    common = {name: descriptor[name] for name in names}
     return common | {
         "ids": ids,
+        "sources": sources,
         "input_ids": np.concatenate([e.input_ids for e in examples]) if examples else [],
         "labels": np.concatenate([e.labels for e in examples]) if examples else [],
         "images": images,
         "image_sizes": shown,
         "places": places,
+        "pairs": [astuple(e.pair) if e.pair else () for e in examples],
     }
 
 
@@ -95,7 +106,12 @@ def unpack_tokens(row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.nd
     """
     input_ids = np.asarray(row["input_ids"] or [0], np.int64)
     labels = np.asarray(row["labels"] or [IGNORE_INDEX], np.int64)
-    return input_ids, np.concatenate([np.arange(count) for count in row["num_tokens"] or [1]]), labels
+    pairs = row["pairs"] or [()] * len(row["num_tokens"])
+    positions = [
+        PairLengths(*pair).position_ids if pair else np.arange(count)
+        for count, pair in zip(row["num_tokens"], pairs, strict=True)
+    ]
+    return input_ids, np.concatenate(positions or [np.arange(1)]), labels
 
 
 def replace_cells(table: pa.Table, column: str, name: str, cells: list[bytes]) -> pa.Table:

@@ -21,6 +21,8 @@ class PlanSource:
 
     num_tokens: Int32[np.ndarray, " n"]
     shard: Int32[np.ndarray, " n"]
+    num_shards: int | None = None
+    """Shards of the folder; default: up to the last one that has examples."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +51,7 @@ class Plan:
             if number and not len(source.shard):
                 raise ValueError(f"an epoch draws {number} examples from a source that has none")
             shards.append(source.shard + np.int32(first))
-            first += int(source.shard.max(initial=-1)) + 1
+            first += int(source.shard.max(initial=-1)) + 1 if source.num_shards is None else source.num_shards
         draws = tuple((len(source.shard), number) for source, number in sources)
         return cls(
             np.concatenate([source.num_tokens for source, _ in sources]),
@@ -95,20 +97,29 @@ class Plan:
         """Return the epoch's order: shards shuffled, then the examples of each window of shards.
 
         With windows, every shard is read once per epoch. A window of 0 disables shuffling, for a curriculum. Several
-        sources are drawn from evenly, each at its share of the epoch.
+        sources are drawn from evenly, each at its share of the epoch: whole passes and, of the last one, its beginning,
+        which is another part of the source in each epoch.
         """
         if not self.draws:
             return self._pass(0, len(self.shard), [self.seed, epoch])
-        orders, ranks, first = [], [], 0
+        if self.shuffle_window == 0:
+            return self._interleave([_go_on(size, draws, epoch) for size, draws in self.draws])
+        orders, first = [], 0
         for number, (size, draws) in enumerate(self.draws):
             # A source's first pass is drawn as it would be alone, the others by numbers of their own.
             repeats = range(-(-draws // size) if size else 0)
             seeds = [[self.seed, epoch, *([number, again] if number or again else [])] for again in repeats]
             passes = [self._pass(first, first + size, seed) for seed in seeds]
-            orders.append(np.concatenate([np.empty(0, np.int64), *passes])[:draws])
-            ranks.append((np.arange(draws) + 0.5) / max(draws, 1))
+            orders.append(np.concatenate([np.empty(0, np.int64), *passes])[:draws] - first)
             first += size
-        return np.concatenate(orders)[np.argsort(np.concatenate(ranks), kind="stable")]
+        return self._interleave(orders)
+
+    def _interleave(self, orders: Sequence[Int[np.ndarray, " d"]]) -> Int[np.ndarray, " n"]:
+        """Merge each source's draws, numbered within it, evenly into one order of all examples."""
+        firsts = np.cumsum([0, *(size for size, _ in self.draws)])
+        ranks = [(np.arange(len(order)) + 0.5) / max(len(order), 1) for order in orders]
+        merged = np.concatenate([order + first for order, first in zip(orders, firsts, strict=False)])
+        return merged[np.argsort(np.concatenate(ranks), kind="stable")]
 
     def _pass(self, first: int, end: int, seed: list[int]) -> Int[np.ndarray, " m"]:
         """Return one pass over the examples ``first`` to ``end``, in the order that ``seed`` draws."""
@@ -151,6 +162,11 @@ class _ShardMembers:
         ranges = [np.arange(self.starts[place], self.ends[place]) for place in places]
         found = np.concatenate(ranges)
         return found if self.positions is None else np.sort(self.positions[found])
+
+
+def _go_on(size: int, draws: int, epoch: int) -> Int[np.ndarray, " d"]:
+    """Return a source's draws in the order of its file: an epoch goes on where the one before it ended."""
+    return (np.arange(draws) + epoch * draws) % max(size, 1)
 
 
 @lru_cache(maxsize=1)  # steps come in order; at 100 million examples an epoch's order takes 0.8 GB

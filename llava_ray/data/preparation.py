@@ -12,16 +12,20 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 
 import pyarrow as pa
 import ray.data
 from tqdm import tqdm
 
+from llava_ray.config.mixtures import learnt_paths
 from llava_ray.config.sections import DataConfig
 from llava_ray.data.chunks import RecordChunk, fingerprint_data, make_chunks
+from llava_ray.data.mixture import naming_source, prepare_sources
 from llava_ray.data.record_keys import describe_ignored
 from llava_ray.data.records import RawRecord, Record, find_files
 from llava_ray.data.shards import (
+    PREFERENCES,
     REJECTED,
     SHARDS_VERSION,
     PreparedData,
@@ -61,6 +65,8 @@ class Rules:
     max_pixels: int
     samples_per_shard: int
     shard_bytes: int
+    pairs: bool = False
+    """Whether the records are preferences."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,8 @@ def prepare_data(config: DataConfig, *, show_progress: bool = True) -> PreparedD
     Raises DataError when more than ``config.max_rejected`` of the records are rejected (the good shards stay and are
     reused), when none is left, or when data cannot be found or written.
     """
+    if config.sources:
+        return prepare_sources(config, partial(prepare_data, show_progress=show_progress))
     if is_prepared(config.data_path):
         prepared = open_prepared(config.data_path)
         if config.max_samples is not None and config.max_samples < prepared.num_samples:
@@ -100,10 +108,30 @@ def prepare_data(config: DataConfig, *, show_progress: bool = True) -> PreparedD
                 f"data.max_samples = {config.max_samples} cuts raw records, but {prepared.path} is prepared already, "
                 f"with {prepared.num_samples}; point data.data_path at the raw records, or leave max_samples out"
             )
+        if prepared.kind != config.kind_of_records:
+            raise ConfigError(
+                f"{prepared.path} holds {prepared.kind} records, but {config.kind_of_records} records are wanted "
+                "(data.kind, which follows train.objective); point data.data_path at others"
+            )
     else:
         prepared = _prepare_raw(config, show_progress)
     _check_lost_share(prepared.path, prepared.num_samples, prepared.rejected_reasons, config.max_rejected)
     return prepared
+
+
+def check_data(config: DataConfig) -> None:
+    """Raise DataError where there is no data to prepare, or a prepared folder is incomplete, of any source."""
+    for number, path in enumerate(learnt_paths(config).values()):
+        with naming_source(config, number):
+            check_source(path)
+
+
+def check_held_out_sources(config: DataConfig) -> None:
+    """Raise DataError where a source's held-out samples are missing, or a prepared folder is incomplete."""
+    for number, source in enumerate(config.sources):
+        if source.held_out is not None:
+            with naming_source(config, number):
+                check_source(source.held_out)
 
 
 def check_source(data_path: str) -> None:
@@ -125,13 +153,18 @@ def _prepare_raw(config: DataConfig, show_progress: bool) -> PreparedData:
         "image_folder": relative_path(absolute_path(config.cache_dir), image_folder),
         **config.model_dump(include={"max_image_pixels", "max_samples", "samples_per_shard", "shard_size_mb"}),
     }
+    pairs = config.kind_of_records == PREFERENCES
+    if pairs:  # absent for instructions: folders prepared before there were preferences keep their names
+        settings["kind"] = PREFERENCES
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     folder = f"{absolute_path(config.cache_dir)}/prepared-{key}"
     if finished := _open_finished(folder):
         if show_progress:
             tqdm.write(f"Prepared data reused: {finished.num_samples:,} samples in {folder}")
         return finished
-    rules = Rules(folder, image_folder, config.max_image_pixels, config.samples_per_shard, config.shard_size_mb * 10**6)
+    rules = Rules(
+        folder, image_folder, config.max_image_pixels, config.samples_per_shard, config.shard_size_mb * 10**6, pairs
+    )
     chunks = make_chunks(kind, files, config.samples_per_shard, config.max_samples, mixed=config.shuffle_window > 0)
     results = _write_chunks(chunks, rules, show_progress)
     rejected = sorted((row for result in results for row in result.rejected), key=_place)
@@ -243,7 +276,7 @@ def _read_note(path: str, folder: str) -> ChunkResult | None:
 def _check_and_write(chunk: RecordChunk, prefix: str, rules: Rules) -> ChunkResult:
     writer = ShardWriter(rules.folder, prefix, max_rows=rules.samples_per_shard, max_bytes=rules.shard_bytes)
     rejected, ignored = [], Counter[str]()
-    for raw, pending in _fetch_ahead(chunk.read(), rules.image_folder):
+    for raw, pending in _fetch_ahead(chunk.read(), rules):
         try:
             sample = check_images(*pending.result(), max_pixels=rules.max_pixels)
             writer.append(sample)
@@ -256,17 +289,17 @@ def _check_and_write(chunk: RecordChunk, prefix: str, rules: Rules) -> ChunkResu
 _Fetched = Future[tuple[Record, tuple[bytes, ...]]]
 
 
-def _fetch_ahead(records: Iterator[RawRecord], image_folder: str) -> Iterator[tuple[RawRecord, _Fetched]]:
+def _fetch_ahead(records: Iterator[RawRecord], rules: Rules) -> Iterator[tuple[RawRecord, _Fetched]]:
     """Yield records in order while the images of the next ones are being fetched."""
     waiting: deque[tuple[RawRecord, _Fetched]] = deque()
     with ThreadPoolExecutor(_NUM_FETCHING) as pool:
         for raw in records:
-            waiting.append((raw, pool.submit(_fetch, raw, image_folder)))
+            waiting.append((raw, pool.submit(_fetch, raw, rules)))
             if len(waiting) == _NUM_AHEAD:
                 yield waiting.popleft()
         yield from waiting
 
 
-def _fetch(raw: RawRecord, image_folder: str) -> tuple[Record, tuple[bytes, ...]]:
-    record = read_record(raw, image_folder)
-    return record, fetch_images(record, image_folder)
+def _fetch(raw: RawRecord, rules: Rules) -> tuple[Record, tuple[bytes, ...]]:
+    record = read_record(raw, rules.image_folder, pairs=rules.pairs)
+    return record, fetch_images(record, rules.image_folder)

@@ -5,7 +5,7 @@ from typing import Any
 from llava_ray.data.record_words import ABOUT, words_of
 
 WEIGHTS_FAULT = "weights are supported per turn only, as 0 or 1 in `weight`"
-PREFERENCES_FAULT = "preferences are not supported yet"
+PREFERENCES_FAULT = 'preferences are learnt by an objective over pairs, such as train.objective = "dpo"'
 
 # Words that exclude something from training when false, and when true.
 _LEARNT = {

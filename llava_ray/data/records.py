@@ -42,6 +42,8 @@ class Record:
     """file:row, for messages. Rows count from 0, lines of a .jsonl file from 1."""
     ignored: tuple[str, ...] = ()
     """Ignored keys."""
+    rejected: tuple[Turn, ...] = ()
+    """Of a preference: the rejected answer, to the same question as the chosen one, which ``turns`` end with."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from llava_ray.images.reading import open_filesystem
 from llava_ray.invocation import command
 
 SHARDS_VERSION = 1
+INSTRUCTION, PREFERENCES = "instruction", "preferences"
 _MANIFEST = "prepared.json"
 REJECTED = "rejected.jsonl"
 ROWS_PER_GROUP = 128
@@ -37,6 +38,9 @@ _SCHEMA = pa.schema(
     }
 )
 
+# A preference's rejected answer stands beside the turns, which end with the chosen one.
+_PAIR_SCHEMA = _SCHEMA.append(pa.field("rejected", _SCHEMA.field("turns").type))
+
 # Images are compressed already; a dictionary or statistics over them would cost time and gain nothing.
 _COMPRESSION = {
     "id": "zstd",
@@ -46,6 +50,8 @@ _COMPRESSION = {
     "widths.list.element": "zstd",
     "heights.list.element": "zstd",
     "source": "zstd",
+    "rejected.list.element.role": "zstd",
+    "rejected.list.element.value": "zstd",
 }
 
 
@@ -72,8 +78,12 @@ class PreparedData:
     rejected_reasons: dict[str, int]
     ignored_keys: dict[str, int] = field(default_factory=dict)
     """Ignored keys of records, turns and parts, with the number of samples that have them."""
+    kind: str = INSTRUCTION
+    """What the records are: instructions or preferences (``data.kind``)."""
     reused: bool = field(default=False, compare=False)
     """Whether the folder existed already, rather than being written now."""
+    sources: tuple["PreparedData", ...] = ()
+    """Of a mixture: the folder of each source in order. ``path`` is then empty, all else is of them together."""
 
     @property
     def num_bytes(self) -> int:
@@ -119,11 +129,12 @@ class ShardWriter:
 def encode_shard(rows: Sequence[Mapping[str, Any]]) -> memoryview:
     """Encode rows as a Parquet file; equal rows give equal bytes, which the data hash relies on."""
     sink = pa.BufferOutputStream()
+    schema = _PAIR_SCHEMA if rows and "rejected" in rows[0] else _SCHEMA
     with pq.ParquetWriter(
-        sink, _SCHEMA, compression=_COMPRESSION, use_dictionary=False, write_statistics=False
+        sink, schema, compression=_COMPRESSION, use_dictionary=False, write_statistics=False
     ) as writer:
         for start in range(0, len(rows), ROWS_PER_GROUP):
-            group = pa.Table.from_pylist(list(rows[start : start + ROWS_PER_GROUP]), _SCHEMA)
+            group = pa.Table.from_pylist(list(rows[start : start + ROWS_PER_GROUP]), schema)
             writer.write_table(group, row_group_size=ROWS_PER_GROUP)
     return memoryview(sink.getvalue())
 
@@ -131,7 +142,8 @@ def encode_shard(rows: Sequence[Mapping[str, Any]]) -> memoryview:
 def to_row(sample: Sample) -> dict[str, Any]:
     """Convert a sample to a row of the shard schema."""
     record = sample.record
-    return {
+    rejected = {"rejected": [turn.to_row() for turn in record.rejected]} if record.rejected else {}
+    return rejected | {
         "id": record.id,
         "turns": [turn.to_row() for turn in record.turns],
         "images": list(record.images),
@@ -158,6 +170,7 @@ def write_shards_manifest(
         num_rejected=sum(rejected_reasons.values()),
         rejected_reasons=dict(sorted(rejected_reasons.items())),
         ignored_keys=dict(ignored_keys or {}),
+        kind=settings.get("kind", INSTRUCTION),
     )
     values = {
         "format_version": SHARDS_VERSION,
@@ -199,6 +212,7 @@ def open_prepared(path: str) -> PreparedData:
         num_rejected=values["num_rejected"],
         rejected_reasons=values["rejected_reasons"],
         ignored_keys=values.get("ignored_keys", {}),
+        kind=values["settings"].get("kind", INSTRUCTION),
         reused=True,
     )
     sizes = list_sizes(path)

@@ -3,14 +3,15 @@
 Several of Ray's own processes import this module to pass it on, so it imports neither torch nor transformers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from llava_ray.data.descriptors import describe_window
 from llava_ray.data.encoder_settings import load_encoder
-from llava_ray.data.feature_cache import fetch_features
+from llava_ray.data.examples import Example
+from llava_ray.data.feature_cache import fetch_features, location_key, split_location
 from llava_ray.data.packing import (
     PACKED_SCHEMA,
     ROWS_PER_BLOCK,
@@ -19,6 +20,7 @@ from llava_ray.data.packing import (
     replace_cells,
     unpack_block,
 )
+from llava_ray.data.record_examples import encode_row
 from llava_ray.data.settings import StreamSettings
 from llava_ray.data.shards import read_shard_rows
 from llava_ray.data.token_lengths import TokenLengths
@@ -26,7 +28,7 @@ from llava_ray.errors import DataError
 from llava_ray.images.geometry import crop_views
 from llava_ray.images.reading import open_image
 
-_RECORD_COLUMNS = ["id", "turns", "images", "widths", "heights"]
+_RECORD_COLUMNS = ["id", "turns", "rejected", "images", "widths", "heights"]
 
 
 def read_blocks(
@@ -34,7 +36,9 @@ def read_blocks(
 ) -> Iterator[pa.Table]:
     """Yield the micro-batches of windows (see ``descriptors.StepWindow``), a block at a time."""
     for window in windows.to_pylist():
-        descriptors = describe_window(window, lengths, settings.row_length, world_size, settings.cost)
+        descriptors = describe_window(
+            window, lengths, settings.row_length, world_size, settings.cost, settings.reference
+        )
         yield from map(pack_block, read_micro_batches(descriptors, settings))
 
 
@@ -52,39 +56,69 @@ class BlockImageDecoder:
 
 def read_micro_batches(descriptors: pa.Table, settings: StreamSettings) -> Iterator[pa.Table]:
     """Read the records of one window and yield its micro-batches, packed, images still encoded."""
-    encode = load_encoder(settings.encoder).encode
+    encode = _row_encoder(settings)
     records = fetch_records(descriptors, settings)
     for start in range(0, descriptors.num_rows, ROWS_PER_BLOCK):
         rows = descriptors.slice(start, ROWS_PER_BLOCK).to_pylist()
         yield pa.Table.from_pylist([pack_micro_batch(row, records, encode) for row in rows], schema=PACKED_SCHEMA)
 
 
+def _row_encoder(settings: StreamSettings) -> Callable[[Mapping[str, Any]], list[Example]]:
+    """Return what encodes a record by the tokenizer, template and length rule of its source."""
+    encoders = [load_encoder(source.encoder) for source in settings.sources or (settings,)]
+
+    return lambda record: encode_row(encoders[record.get("source_number", 0)], record)
+
+
 def fetch_records(descriptors: pa.Table, settings: StreamSettings) -> dict[tuple[int, int], dict[str, Any]]:
-    """Return the records that the descriptors name, each shard read once."""
+    """Return the records that the descriptors name, each shard read once.
+
+    Those of a mixture are named by their source and id, which is then unique, and have the number of the source.
+    """
     wanted: dict[int, set[int]] = {}
     for shards, rows in zip(descriptors["shard"].to_pylist(), descriptors["row"].to_pylist(), strict=True):
         for shard, row in zip(shards, rows, strict=True):
             wanted.setdefault(shard, set()).add(row)
-    records = {}
-    columns = [name for name in _RECORD_COLUMNS if name != "images" or not settings.features]
+    records: dict[tuple[int, int], dict[str, Any]] = {}
+    columns = [name for name in _RECORD_COLUMNS if name != "images" or not settings.is_cached]
     for shard, row_set in wanted.items():
         rows = sorted(row_set)
-        table = read_shard_rows(settings.prepared_path, settings.shard_names[shard], rows, columns=columns)
-        records.update({(shard, row): record for row, record in zip(rows, table.to_pylist(), strict=True)})
+        place = settings.find_shard(shard)
+        source = place.settings
+        table = read_shard_rows(source.prepared_path, source.shard_names[place.shard], rows, columns=columns)
+        for row, record in zip(rows, table.to_pylist(), strict=True):
+            if source.name is not None:
+                record |= {"id": f"{source.name}/{record['id']}", "source_number": place.source}
+            records[shard, row] = record
     return records
 
 
 def add_images(table: pa.Table, settings: StreamSettings) -> pa.Table:
     """Replace each row's images by the model's input: pixels, or features from a cache."""
-    return load_features(table, settings) if settings.features else decode_block_images(table, settings)
+    return load_features(table, settings) if settings.is_cached else decode_block_images(table, settings)
 
 
 def load_features(table: pa.Table, settings: StreamSettings) -> pa.Table:
     """Replace each row's images by their features from the cache: bytes of (n, p, v) in the tower's dtype."""
-    assert settings.features is not None
     places = table["places"].to_pylist()
-    parts = iter(fetch_features(settings.features, [place for row in places for place in row]))
+    parts = iter(_fetch_from_sources(settings, [place for row in places for place in row]))
     return replace_cells(table, "images", "features", [b"".join(next(parts) for _ in row) for row in places])
+
+
+def _fetch_from_sources(settings: StreamSettings, places: Sequence[int]) -> list[bytes]:
+    """Return the features of images anywhere in a mixture, in order, each from its source's entry of the cache."""
+    by_source: dict[int, list[tuple[int, int]]] = {}
+    for index, place in enumerate(places):
+        shard, row, number = split_location(place)
+        found = settings.find_shard(shard)
+        by_source.setdefault(found.source, []).append((index, location_key(found.shard, row, number)))
+    features: dict[int, bytes] = {}
+    for source, asked in by_source.items():
+        entry = (settings.sources or (settings,))[source].features
+        assert entry is not None
+        cells = fetch_features(entry, [place for _, place in asked])
+        features |= {index: cell for (index, _), cell in zip(asked, cells, strict=True)}
+    return [features[index] for index in range(len(places))]
 
 
 def decode_block_images(table: pa.Table, settings: StreamSettings) -> pa.Table:

@@ -25,6 +25,7 @@ SCHEMA = pa.schema(
         "id": pa.string(),
         "num_tokens": pa.int32(),
         "num_supervised": pa.int32(),
+        "num_chosen": pa.int32(),  # of them, in a preference's chosen answer; 0 for a conversation
         "num_images": pa.int32(),
         "truncated": pa.bool_(),
     }
@@ -40,18 +41,29 @@ class TokenLengths:
     num_truncated: int
 
     @classmethod
-    def open(cls, path: str) -> "TokenLengths":
-        """Open the lengths of a folder. Raises DataError where they cannot be read."""
+    def open(cls, path: str, settings: str | None = None) -> "TokenLengths":
+        """Open the lengths of a folder.
+
+        Raises DataError where they cannot be read, or were counted with other settings than those of the key
+        ``settings``: another tokenizer, template or length rule.
+        """
         files, place = open_filesystem(f"{path}/{LENGTHS_FILE}")
         try:
             with pq.ParquetFile(place, filesystem=files) as file:
-                rejected = int((file.metadata.metadata or {}).get(b"rejected", b"0"))
+                noted = file.metadata.metadata or {}
+                rejected, counted_with = int(noted.get(b"rejected", b"0")), noted.get(b"settings", b"").decode()
                 truncated = sum(batch.column(0).true_count for batch in file.iter_batches(columns=["truncated"]))
         except (pa.ArrowInvalid, OSError, ValueError, KeyError) as error:
             raise DataError(
                 f"token lengths {path}/{LENGTHS_FILE} cannot be read ({error}); delete the folder {path}, and they are "
                 "counted again"
             ) from error
+        if settings and counted_with and counted_with != settings:  # files of earlier versions do not say
+            raise DataError(
+                f"token lengths {path}/{LENGTHS_FILE} were counted with another tokenizer, template or length rule "
+                f"(settings {counted_with}, expected {settings}): a copied or renamed folder; delete {path}, and they "
+                "are counted again"
+            )
         return cls(path, rejected, truncated)
 
     def column(self, name: str) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 Reasons: ``malformed``, ``unreadable`` (damaged in its file), ``unsupported`` (a key or part that would be lost),
 ``no_turns``, ``roles``, ``alternation``, ``empty_answer``, ``image_count``, ``image_missing``, ``image_truncated``,
-``image_too_large``, ``image_too_costly``, ``image_unreadable``.
+``image_too_large``, ``image_too_costly``, ``image_unreadable``; of preferences also ``no_prompt``, ``equal_sides``,
+``image_mismatch``.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 from llava_ray.chat.conversation import IMAGE_TOKEN, Turn
 from llava_ray.data.json_text import parse_json
+from llava_ray.data.preference_records import join_sides, split_preference
 from llava_ray.data.record_images import find_record_images
 from llava_ray.data.record_keys import check_keys
 from llava_ray.data.record_turns import count_markers, read_record_turns
@@ -31,30 +33,47 @@ class Sample:
     sizes: tuple[tuple[int, int], ...]
 
 
-def validate(raw: RawRecord, image_folder: str, *, max_pixels: int) -> Sample:
+def validate(raw: RawRecord, image_folder: str, *, max_pixels: int, pairs: bool = False) -> Sample:
     """Read and check one record; relative image paths are below ``image_folder``.
 
     Raises RecordError whose message names the record, what was found, what was expected and what to do.
     """
-    record = read_record(raw, image_folder)
+    record = read_record(raw, image_folder, pairs=pairs)
     return check_images(record, fetch_images(record, image_folder), max_pixels=max_pixels)
 
 
-def read_record(raw: RawRecord, image_folder: str, *, unnamed_images: bool = False) -> Record:
+def read_record(raw: RawRecord, image_folder: str, *, unnamed_images: bool = False, pairs: bool = False) -> Record:
     """Parse the turns and find the images of a record, opening none of them.
 
-    With ``unnamed_images`` a record may have markers for images that it does not name; these are then empty.
+    With ``unnamed_images`` a record may have markers for images that it does not name; these are then empty. With
+    ``pairs`` it is a preference, whose two sides are read as two records.
     """
     with _naming(raw):
         values = parse_values(raw)
-        read = read_record_turns(values)
-        _check_text(read.turns)
-        images = raw.images or find_record_images(values, read.images, image_folder)
-        num_markers = count_markers(read.turns)
-        ignored = check_keys(values, read.images, len(images))
-        if unnamed_images and not images:
-            images = (b"",) * num_markers
-        _check_markers(num_markers, len(images))
+        if not pairs:
+            return _read_values(raw, values, image_folder, unnamed_images=unnamed_images)
+        sides = split_preference(values)
+        chosen = _read_values(raw, sides.chosen, image_folder, unnamed_images=unnamed_images)
+        rejected = _read_values(raw, sides.rejected, image_folder, unnamed_images=unnamed_images)
+        if chosen.images != rejected.images:
+            raise RecordError(
+                "chosen and rejected show different images; expected the same prompt and images on both sides",
+                reason="image_mismatch",
+            )
+        turns, worse = join_sides(chosen.turns, rejected.turns, sides)
+        return replace(chosen, turns=turns, rejected=worse)
+
+
+def _read_values(raw: RawRecord, values: Mapping[str, Any], image_folder: str, *, unnamed_images: bool) -> Record:
+    """Read one conversation of a record and its images."""
+    read = read_record_turns(values)
+    _check_text(read.turns)
+    images = raw.images or find_record_images(values, read.images, image_folder)
+    num_markers = count_markers(read.turns)
+    ignored = check_keys(values, read.images, len(images))
+    if unnamed_images and not images:
+        images = (b"",) * num_markers
+    _check_markers(num_markers, len(images))
     return Record(raw.id, read.turns, images, raw.source, tuple(dict.fromkeys([*raw.ignored, *ignored, *read.ignored])))
 
 

@@ -18,6 +18,19 @@ from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_ray.images.anyres import Size
 from llava_ray.model.network.sample_attention import SampleBorders
 from llava_ray.model.network.transfer import to_device
+from llava_ray.objectives.row_pairs import RowPairs
+
+
+@dataclass(frozen=True)
+class RolloutTerms:
+    """What a row of sampled answers carries for each of its supervised tokens, in order."""
+
+    advantages: Float[Tensor, " s"]
+    old_log_probs: Float[Tensor, " s"]
+    """Under the weights, and at the temperature, with which the token was sampled."""
+    weights: Float[Tensor, " s"]
+    reference_log_probs: Float[Tensor, " s"] | None = None
+    """Under the weights that the run started with."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,10 @@ class PackedRow:
     """The positions that predict a supervised token, and those tokens."""
     borders: SampleBorders | None = None
     image_positions: Int[Tensor, " m"] | None = None
+    pairs: RowPairs | None = None
+    """None in a row without preferences."""
+    rollouts: RolloutTerms | None = None
+    """None in a row of records."""
 
     @classmethod
     def on_device(
@@ -47,12 +64,16 @@ class PackedRow:
         device: torch.device,
         *,
         multiple: int = 1,
+        branches: Sequence[tuple[int, int] | None] = (),
+        reference: Float[Tensor, "m 2"] | None = None,
         **images: Any,
     ) -> "PackedRow":
         """Move a row to the device, from CPU tensors of its tokens, with all that needs counting.
 
         Counting on a GPU would make its host wait for all work that it has queued. Unsupervised tokens, a sample of
-        their own, fill the row to a ``multiple`` of tokens. ``images`` are the fields of images.
+        their own, fill the row to a ``multiple`` of tokens. ``branches`` say where each sample that is a preference
+        branches (see SampleBorders), ``reference`` what the reference makes of them. ``images`` are the fields of
+        images.
         """
         num_filler = -input_ids.shape[1] % multiple
         if num_filler:
@@ -63,13 +84,15 @@ class PackedRow:
         starts = (position_ids[0] == 0).nonzero().squeeze(1).tolist()
         lengths = [end - start for start, end in pairwise([*starts, position_ids.shape[1]])]
         image_positions = (input_ids[0] == IMAGE_TOKEN_INDEX).nonzero().squeeze(1)
+        branches = [*branches, *[None] * (len(lengths) - len(branches))] if any(branches) else ()
         return cls(
             to_device(input_ids, device),
             to_device(position_ids, device),
             to_device(labels, device),
             predicted=(to_device(supervised[0], device), to_device(supervised[1], device)),
-            borders=SampleBorders.of(lengths, device),
+            borders=SampleBorders.of(lengths, device, branches),
             image_positions=to_device(image_positions, device),
+            pairs=RowPairs.of(supervised[0], lengths, branches, reference, device) if branches else None,
             **images,
         )
 
@@ -102,7 +125,17 @@ class StepTotals(Protocol):
 
     @property
     def num_supervised(self) -> int:
-        """Return the number of supervised tokens."""
+        """Return the number of supervised tokens of conversations."""
+        ...
+
+    @property
+    def num_pairs(self) -> int:
+        """Return the number of preferences."""
+        ...
+
+    @property
+    def num_chosen(self) -> int:
+        """Return the number of supervised tokens of chosen answers."""
         ...
 
 
@@ -113,11 +146,13 @@ class ObjectiveOutput:
     losses: Float[Tensor, " n"]
     positions: Int[Tensor, " n"]
     metrics: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)
-    """Sums over the same terms; means of them are logged beside the loss."""
+    """Sums over the terms of the first kind; means of them are logged beside the loss."""
+    kinds: Int[Tensor, " n"] | None = None
+    """The kind of each term, from 0; None where all are of one. Each kind has a mean of its own in a step's loss."""
 
     @property
     def loss_sum(self) -> Float[Tensor, ""]:
-        """Return the sum of the losses. It can always be differentiated, also without any term."""
+        """Return the sum of all losses. It can always be differentiated, also without any term."""
         return self.losses.sum()
 
     @property
@@ -125,10 +160,25 @@ class ObjectiveOutput:
         """Return the number of terms."""
         return len(self.losses)
 
+    def sums(self, num_kinds: int) -> Float[Tensor, " k"]:
+        """Return the sum of the losses of each kind."""
+        if self.kinds is None:
+            return self.loss_sum.expand(1)
+        return self.losses.new_zeros(num_kinds).index_add(0, self.kinds, self.losses)
+
+    def counts(self, num_kinds: int) -> list[int]:
+        """Return the number of terms of each kind."""
+        return [self.num_terms] if self.kinds is None else torch.bincount(self.kinds, minlength=num_kinds).tolist()
+
 
 @runtime_checkable
 class Objective(Protocol):
-    """A loss to train with. A new one is a file beside this one and an entry in ``OBJECTIVES``."""
+    """A loss to train with. A new one is a file beside this one and an entry in ``build_objective``."""
+
+    @property
+    def num_kinds(self) -> int:
+        """Return the number of kinds of terms."""
+        ...
 
     @property
     def metric_names(self) -> Sequence[str]:
@@ -142,8 +192,11 @@ class Objective(Protocol):
         """
         ...
 
-    def num_step_terms(self, totals: StepTotals) -> int:
-        """Return the number of terms of the whole step, over all ranks, by which its sum of losses is divided."""
+    def num_step_terms(self, totals: StepTotals) -> Sequence[int]:
+        """Return the number of terms of each kind in the whole step, over all ranks.
+
+        The sum of a kind's losses is divided by it, and metrics by the first.
+        """
         ...
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -19,8 +19,8 @@ from llava_ray.model.assembly import LlavaParts
 from llava_ray.model.formats.layout import LayoutKind
 from llava_ray.model.image_geometry import read_image_geometry
 from llava_ray.model.loading import load_pretrained_model
+from llava_ray.objectives.cross_entropy import CrossEntropy
 from llava_ray.objectives.objective import Objective, PackedRow, mean_by_sample
-from llava_ray.objectives.table import OBJECTIVES
 from llava_ray.preview.samples import Rejection, SampleView, Viewer, find_image_folder
 
 
@@ -31,7 +31,7 @@ class LossScorer:
     parts: LlavaParts
     image_spec: ImageSpec
     row_length: int
-    objective: Objective = OBJECTIVES["cross_entropy"]
+    objective: Objective = field(default_factory=CrossEntropy)
 
     def add_losses(self, views: Iterable[SampleView | Rejection]) -> Iterator[SampleView | Rejection]:
         """Yield the views in order, each sample with its loss."""

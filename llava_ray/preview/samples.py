@@ -15,8 +15,9 @@ from llava_ray.chat.templates import find_template
 from llava_ray.chat.tokenizer import load_tokenizer
 from llava_ray.config.preview import PreviewSettings
 from llava_ray.config.sections import MAX_IMAGE_PIXELS
-from llava_ray.data.examples import Encoder, Example, encode_record
+from llava_ray.data.examples import Encoder, Example
 from llava_ray.data.json_files import clean_id
+from llava_ray.data.record_examples import encode_record
 from llava_ray.data.records import RawRecord, Record, find_files
 from llava_ray.data.shards import is_prepared
 from llava_ray.data.storage import absolute_path

@@ -13,8 +13,9 @@ from llava_ray.reading import MAX_SHOWN, read_bounded, wrap_errors
 
 _MAX_RULE_BYTES = 2**20
 
-ReviewKind = Literal["pair", "single", "grade"]
-"""Two answers with a score of 1 to 10 each; one answer with a score of 1 to 10; one with a grade of 0 to 1."""
+ReviewKind = Literal["pair", "single", "grade", "rating", "objects"]
+"""Two answers with a score of 1 to 10 each; one answer with a score of 1 to 10, a grade of 0 to 1, a rating of 0 to 6
+(MMHal-Bench), or a list of the objects it names (Object HalBench)."""
 
 _SYSTEM = (
     "You are a helpful and precise assistant for checking the quality of the answer."  # LLaVA's, also of our rubric
@@ -102,6 +103,8 @@ def build_default_rubric(kind: ReviewKind) -> Rubric:
         name: Rule(template.format(told=_CONTEXT_SENTENCES[told], wanted=wanted, role=_ROLE))
         for name, (told, wanted) in _OURS.items()
     }
+    if kind in ("rating", "objects"):  # their authors' judges have no role
+        return Rubric("llava_ray", kind, rules, system="")
     return Rubric("llava_ray", kind, rules)
 
 

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from evals.hallucination_replies import parse_object_list_loosely, parse_rating_loosely
 from llava_ray.replies import _MAX_SCORE, parse_grade, parse_pair, parse_pair_strictly, parse_score, remove_reasoning
 from llava_ray.review.rubric import ReviewKind
 
@@ -16,6 +17,8 @@ _SCORES: dict[ReviewKind, tuple[str, ...]] = {
 }
 _LOWEST: dict[ReviewKind, float] = {"pair": 1.0, "single": 1.0, "grade": 0.0}
 _HIGHEST: dict[ReviewKind, float] = {"pair": _MAX_SCORE, "single": _MAX_SCORE, "grade": 1.0}
+_OWN_FORM: tuple[ReviewKind, ...] = ("rating", "objects")
+"""Kinds whose replies have a benchmark's own form, never a schema's."""
 _FENCED = re.compile(r"```(?:json)?\s*(\{.*\})\s*```", re.DOTALL | re.IGNORECASE)
 NO_SCORES = "no scores in"
 _MAX_JSON = 100_000  # characters
@@ -43,6 +46,8 @@ def build_response_format(kind: ReviewKind, longest: int | None = None, *, with_
 
 def read_verdict(reply: str, kind: ReviewKind, *, as_json: bool, strictly: bool = False) -> ReviewVerdict | None:
     """Return a reply's verdict, or None if it holds none. ``strictly``: a pair by LLaVA's rule alone."""
+    if kind in _OWN_FORM:
+        return _read_own_form(reply, kind)
     text = (remove_reasoning(reply) or "") if not strictly else reply
     if as_json or (not strictly and text.startswith("{") and _read_json_verdict(text, kind)):
         return _read_json_verdict(text, kind)
@@ -52,6 +57,15 @@ def read_verdict(reply: str, kind: ReviewKind, *, as_json: bool, strictly: bool 
         return ReviewVerdict(pair, explanation) if pair else None
     number = parse_score(text) if kind == "single" else parse_grade(text)
     return None if number is None else ReviewVerdict((number,), explanation)
+
+
+def _read_own_form(reply: str, kind: ReviewKind) -> ReviewVerdict | None:
+    """Return the rating of a reply, or the number of the objects that it lists."""
+    if kind == "rating":
+        rating = parse_rating_loosely(reply)
+        return None if rating is None else ReviewVerdict((float(rating),), (remove_reasoning(reply) or "").strip())
+    listed = parse_object_list_loosely(reply)
+    return None if listed is None else ReviewVerdict((float(len(listed)),))
 
 
 def _read_json_verdict(reply: str, kind: ReviewKind) -> ReviewVerdict | None:

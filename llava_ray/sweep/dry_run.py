@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llava_ray.config.mixtures import learnt_paths, named_places
 from llava_ray.config.schema import flat_settings
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.config.space import Space, SweepConfig
@@ -63,8 +64,7 @@ def describe_sweep(config: SweepConfig, space: Space, gpu_memory_gib: float | No
 def _list_missing(config: SweepConfig) -> Iterator[str]:
     """Yield a warning for each file or folder of the recipe that does not exist yet."""
     named = {
-        "data.data_path": config.data.data_path,
-        "data.image_folder": config.data.image_folder,
+        **named_places(config.data),
         "held_out.path": config.held_out.path,
         "held_out.images": config.held_out.images,
     }
@@ -152,7 +152,8 @@ def _seconds_per_step(config: FinetuneConfig, summary: ModelSummary, tokens: flo
 
 def _tokens_per_sample(config: FinetuneConfig, summary: ModelSummary) -> float:
     """Return about how many tokens a sample has, by the first ones that can be looked at from here."""
-    samples = measure_first_samples(config.data.data_path) or [(_ASSUMED_TEXT * _CHARACTERS_PER_TOKEN, 1)]
+    first = next(iter(learnt_paths(config.data).values()))
+    samples = measure_first_samples(first) or [(_ASSUMED_TEXT * _CHARACTERS_PER_TOKEN, 1)]
     views = _VIEWS_OF_ANYRES if config.data.image_aspect_ratio == "anyres" else 1
     image = count_positions(summary.tower, summary.image_side) * views
     lengths = [

@@ -3,12 +3,14 @@
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from llava_ray.config.geometry import FEATURE_KEYS
-from llava_ray.config.sections import MODEL_PATHS, FinetuneConfig
+from llava_ray.config.mixtures import LOOKED_AT, SOURCE_PATHS
+from llava_ray.config.sections import MODEL_PATHS, DataConfig, FinetuneConfig
 from llava_ray.config.space import Space, SweepConfig
 from llava_ray.config.sweep_recipes import corners
-from llava_ray.data.preparation import check_source, prepare_data
+from llava_ray.data.preparation import check_data, check_held_out_sources, check_source, prepare_data
 from llava_ray.data.storage import absolute_path
 from llava_ray.model.blueprint import read_blueprint
 from llava_ray.optional_trackers import check_trackers
@@ -16,9 +18,10 @@ from llava_ray.runtime import Resources
 from llava_ray.sweep.sampling import TrialSettings
 from llava_ray.sweep.searching import check_optuna
 from llava_ray.tracking import check_store
+from llava_ray.train.identity import identify_run
 from llava_ray.train.planning.automatic import Workers, decide_settings
+from llava_ray.train.run_data import held_out_samples, make_plan, plan_stream
 from llava_ray.train.runs import absolute_paths
-from llava_ray.train.trainer import held_out_samples, make_plan, stream_settings
 
 # Settings of which the frozen tower's features depend.
 _FEATURE_KEYS = ("model.vision_tower", *FEATURE_KEYS, "train.bf16")
@@ -28,7 +31,7 @@ def common_config(config: SweepConfig, folder: str, tracking_uri: str, parent_ru
     """Return the config that every trial starts from, with absolute paths, the sweep's folder and MLflow run."""
     paths = {
         "data.cache_dir": absolute_path(config.data.cache_dir),
-        "data.data_path": absolute_path(config.data.data_path),
+        **_absolute_data(config.data),
     }
     if config.data.image_folder:
         paths["data.image_folder"] = absolute_path(config.data.image_folder)
@@ -45,6 +48,18 @@ def common_config(config: SweepConfig, folder: str, tracking_uri: str, parent_ru
         "tracking.log_model": False,  # the sweep keeps the best one
     }
     return config.replaced(paths | absolute_paths(config) | trials)
+
+
+def _absolute_data(data: DataConfig) -> dict[str, Any]:
+    """Return changes that make the paths of the data absolute, those of each source of a mixture too."""
+    if not data.sources:
+        return {"data.data_path": absolute_path(data.data_path)}
+    keys = (*SOURCE_PATHS, *LOOKED_AT)
+    sources = [
+        source.model_dump() | {key: absolute_path(path) for key in keys if (path := getattr(source, key))}
+        for source in data.sources
+    ]
+    return {"data.sources": sources}
 
 
 def absolute_space(space: Space) -> Space:
@@ -65,7 +80,8 @@ def check_sweep(config: SweepConfig, space: Space) -> None:
     """
     if config.sweep.method == "optuna":
         check_optuna()
-    check_source(config.data.data_path)
+    check_data(config.data)
+    check_held_out_sources(config.data)
     if config.held_out.path:
         check_source(config.held_out.path)
     base = config.base
@@ -77,13 +93,14 @@ def check_sweep(config: SweepConfig, space: Space) -> None:
 
 
 def share(config: FinetuneConfig, space: Space, resources: Resources) -> int:
-    """Prepare data, lengths and features for all trials; return the steps of a whole run."""
+    """Prepare data, lengths, features and the reference for all trials; return the steps of a whole run."""
     prepared = prepare_data(config.data)
     for settings in _feature_variants(space):
         variant, _ = decide_settings(config.replaced(settings), Workers.of(resources))
         blueprint = read_blueprint(variant.model, variant.data.image_aspect_ratio)
-        held_out_samples(variant, blueprint, resources)
-        stream_settings(variant, prepared, blueprint, resources)
+        identity = identify_run(variant, prepared.data_hash)
+        held_out_samples(variant, blueprint, identity, resources)
+        plan_stream(variant, prepared, blueprint, identity, resources)
     _, plan = make_plan(config, prepared, read_blueprint(config.model, config.data.image_aspect_ratio))
     return plan.num_steps
 

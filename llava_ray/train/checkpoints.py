@@ -17,6 +17,7 @@ import ray
 import ray.train
 import torch
 import torch.distributed as dist
+from ray.train import Checkpoint
 from torch import nn
 
 from llava_ray.errors import CheckpointError
@@ -27,6 +28,7 @@ from llava_ray.model.saving import save_bundle
 from llava_ray.train.disk_errors import naming_disk
 from llava_ray.train.final_model import describe_training, find_contents, gather_tensors
 from llava_ray.train.randomness import random_state, seed_all, set_random_state
+from llava_ray.train.score_history import KEPT_BY, ScoreHistory
 from llava_ray.train.settings import LoopSettings
 from llava_ray.train.staging import Write, stageable_bytes, staging
 from llava_ray.train.universal import load_for_other_world_size
@@ -40,6 +42,11 @@ ZERO_TAG, MODEL_FOLDER = "zero", "model"
 _MODEL_SETTINGS = {"model", "data", "train", "lora"}
 
 
+def folder_name(step: int) -> str:
+    """Return the name of the folder of the checkpoint after ``step`` steps."""
+    return f"step-{step:08d}"
+
+
 class Checkpointer:
     """Save and restore one rank's part of the training state."""
 
@@ -49,6 +56,7 @@ class Checkpointer:
         self.parts = parts
         slim_states(engine.module)
         self.settings = settings
+        self.scores = ScoreHistory(settings.config.held_out)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         name = settings.config.run.name
         self.local = Path(tempfile.gettempdir()) / f"llava_ray-{name}-{settings.plan_hash}-rank{self.rank}"
@@ -60,6 +68,20 @@ class Checkpointer:
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
             return 0
+        state = self.load(checkpoint)
+        self.scores = ScoreHistory(self.settings.config.held_out, state.get("scores", ()))
+        return int(state["step"])
+
+    def restore_step(self, step: int) -> None:
+        """Load the checkpoint after ``step`` steps of this run, once it is on storage; collective."""
+        self.uploads.wait()
+        dist.barrier()
+        storage = ray.train.get_context().get_storage()
+        place = f"{storage.experiment_fs_path}/{folder_name(step)}"
+        self.load(Checkpoint(place, filesystem=storage.storage_filesystem))
+
+    def load(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Load a checkpoint's training state and return its ``trainer_state.json``; collective."""
         with checkpoint.as_directory() as folder:
             state = json.loads(Path(folder, TRAINER_STATE).read_text())
             if state["plan_hash"] != self.settings.plan_hash:
@@ -79,7 +101,7 @@ class Checkpointer:
                 f"{checkpoint.path}: the engine is at step {self.engine.global_steps}, trainer_state.json says "
                 f"{state['step']}; delete this checkpoint to resume from the one before"
             )
-        return int(state["step"])
+        return dict(state)
 
     def save_dry_run(self) -> None:
         """Save a throw-away checkpoint before the first step, so that a full or read-only disk is found now."""
@@ -97,9 +119,11 @@ class Checkpointer:
         save is on its way at most: this waits for the one before, and raises its error.
         """
         self.uploads.wait()
-        folder = self.local / f"step-{step:08d}"
+        folder = self.local / folder_name(step)
         writes = self.stage(folder, step, stageable_bytes(ray.train.get_context().get_local_world_size()))
         metrics = {"step": step, "num_steps": self.settings.num_steps} | held_out_metrics
+        if self.settings.config.held_out.keep_best:
+            metrics[KEPT_BY] = self.scores.rank_of(step)
         self.uploads.start(folder, step, writes, metrics)
 
     def write(self, folder: Path, step: int) -> None:
@@ -146,6 +170,7 @@ class Checkpointer:
             "zero_stage": config.train.zero_stage,
             "training": describe_training(self.settings, step),
             "config": config.model_dump(mode="json", include=_MODEL_SETTINGS),
+            **({"scores": self.scores.scores} if config.held_out.selects else {}),
             "manifest": self.parts.manifest.model_dump(mode="json"),
         }
 

@@ -17,7 +17,7 @@ from llava_ray.config.sections import FinetuneConfig, TrainConfig
 from llava_ray.errors import ConfigError
 from llava_ray.model.adaptation import adapt
 from llava_ray.model.assembly import LlavaParts, assemble
-from llava_ray.model.freezing import freeze
+from llava_ray.model.freezing import TrainableCount, freeze
 from llava_ray.model.network.kernels import use_kernels
 from llava_ray.train.compiling import compile_blocks
 from llava_ray.train.deepspeed_import import import_deepspeed
@@ -66,6 +66,14 @@ def assemble_for(
     )
 
 
+def assemble_trainable(config: FinetuneConfig) -> tuple[LlavaParts, list[TrainableCount]]:
+    """Load the model with its adapters, freeze its parts as configured, and count what is trainable."""
+    parts = assemble_for(config, ShardedLoading(config.train), config.lora.quantization)
+    with ShardedLoading(config.train):  # PEFT checks for it as well
+        adapt(parts, config.lora, config.train.seed)
+    return parts, freeze(parts.llava, parts.tower, config.model, parts.new_token_ids)
+
+
 def load_parts(
     config: FinetuneConfig, device: torch.device, say: Callable[[str], object] = lambda line: None
 ) -> LlavaParts:
@@ -81,10 +89,7 @@ def load_parts(
     # Its shared-memory collectives need a compiler and half a minute at first use; gloo is always available.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
-    parts = assemble_for(config, ShardedLoading(config.train), config.lora.quantization)
-    with ShardedLoading(config.train):  # PEFT checks for it as well
-        adapt(parts, config.lora, config.train.seed)
-    trainable = freeze(parts.llava, parts.tower, config.model, parts.new_token_ids)
+    parts, trainable = assemble_trainable(config)
     say(f"Trainable: {'; '.join(map(str, trainable))}")
     kernels = use_kernels(parts.llava.language_model, config.train.use_liger_kernel, device)
     if kernels:

@@ -16,12 +16,17 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
-def save_final_model(engine: "DeepSpeedEngine", parts: LlavaParts, settings: LoopSettings) -> None:
-    """Save the run's model as a bundle; collective. Parts that cannot have changed are referenced, not copied."""
+def save_final_model(
+    engine: "DeepSpeedEngine", parts: LlavaParts, settings: LoopSettings, steps: int | None = None
+) -> None:
+    """Save the model after ``steps`` (default: all) as a bundle; collective.
+
+    Parts that cannot have changed are referenced, not copied.
+    """
     include = find_contents(settings.config)
     tensors = gather_tensors(engine, parts, include)
     if dist.get_rank() == 0:
-        training = describe_training(settings, settings.num_steps)
+        training = describe_training(settings, settings.num_steps if steps is None else steps)
         files, inner = fsspec.core.url_to_fs(settings.bundle_folder)
         if "file" in files.protocol:
             save_bundle(inner, parts, tensors, include=include, training=training)

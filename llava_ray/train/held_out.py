@@ -4,7 +4,7 @@ Each rank keeps its part in memory, images as features of the frozen tower (as p
 No gradient is computed and no random number is drawn: a run's own loss curve is the same with and without.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,8 @@ from llava_ray.generate.decoding import answer_text, generate_batch
 from llava_ray.images.anyres import Size
 from llava_ray.images.processing import normalize_pixels
 from llava_ray.model.assembly import LlavaParts
-from llava_ray.objectives.objective import Objective, PackedRow
+from llava_ray.objectives.objective import Objective
+from llava_ray.train.objective import move_row
 from llava_ray.train.settings import HeldOut
 
 if TYPE_CHECKING:
@@ -66,8 +67,10 @@ class HeldOutEvaluator:
 
     def evaluate(self, engine: "DeepSpeedEngine", device: torch.device) -> dict[str, float]:
         """Return ``held_out_loss``, the objective's metrics and ``held_out_accuracy`` over all ranks; collective."""
-        if self.held_out is None:
-            return {}
+        return {} if self.held_out is None else self.name_sums(self.sum_up(engine, device))
+
+    def sum_up(self, engine: "DeepSpeedEngine", device: torch.device) -> list[float]:
+        """Return sums over all ranks: losses, metrics, their terms, right answers, questions; collective."""
         engine.eval()
         try:
             with torch.no_grad():
@@ -75,31 +78,30 @@ class HeldOutEvaluator:
         finally:
             engine.train()
         dist.all_reduce(sums)
-        loss, *totals, num_terms, right, asked = sums.tolist()
-        metrics = zip(self.objective.metric_names, totals, strict=True)
-        judged = {"held_out_loss": loss / num_terms} | {
-            f"held_out_{name}": total / num_terms for name, total in metrics
-        }
+        found: list[float] = sums.tolist()
+        return found
+
+    def name_sums(self, sums: Sequence[float]) -> dict[str, float]:
+        """Return means by name, the loss as of a step over all samples, from sums as ``sum_up`` returns them."""
+        *totals, right, asked = sums
+        kinds = self.objective.num_kinds
+        losses, counts, metrics = totals[:kinds], totals[kinds : 2 * kinds], totals[2 * kinds :]
+        loss = sum(total / max(count, 1) for total, count in zip(losses, counts, strict=True))
+        named = zip(self.objective.metric_names, metrics, strict=True) if counts[0] else ()
+        judged = {"held_out_loss": loss} | {f"held_out_{name}": total / counts[0] for name, total in named}
         return judged | ({"held_out_accuracy": right / asked} if asked else {})
 
     def losses(self, engine: "DeepSpeedEngine", device: torch.device) -> list[float]:
-        """Return the sums of this rank's losses and of the objective's metrics, and the number of their terms."""
-        names = self.objective.metric_names
-        total, totals, num_terms = 0.0, [0.0] * len(names), 0
+        """Return this rank's sums: of the losses of each kind, of the number of their terms, and of the metrics."""
+        names, kinds = self.objective.metric_names, self.objective.num_kinds
+        totals = [0.0] * (2 * kinds + len(names))
         for batch, images in self.batches:
-            row = PackedRow.on_device(
-                batch.input_ids,
-                batch.position_ids,
-                batch.labels,
-                device,
-                features=None if images is None else self.features(images).to(device),
-                image_sizes=batch.image_sizes,
-            )
+            row = move_row(batch, device, None if images is None else self.features(images))
             output = self.objective.compute(engine, row)
-            total += float(output.loss_sum)
-            totals = [known + float(output.metrics[name]) for known, name in zip(totals, names, strict=True)]
-            num_terms += output.num_terms
-        return [total, *totals, num_terms]
+            counts, metrics = output.counts(kinds), [float(output.metrics[name]) for name in names]
+            found = [*output.sums(kinds).tolist(), *counts, *metrics]
+            totals = [known + new for known, new in zip(totals, found, strict=True)]
+        return totals
 
     def answers(self, device: torch.device) -> tuple[float, float]:
         """Return the number of this rank's correct answers, and of its questions."""
@@ -156,10 +158,14 @@ def _read_questions(held_out: HeldOut, parts: LlavaParts, rank: int, world_size:
 
 
 def make_question(
-    settings: StreamSettings, parts: LlavaParts, place: tuple[int, int], record: Mapping[str, Any]
+    settings: StreamSettings,
+    parts: LlavaParts,
+    place: tuple[int, int],
+    record: Mapping[str, Any],
+    find: Callable[[Sequence[Turn]], tuple[str | None, Sequence[Turn], Turn] | None] = first_question,
 ) -> HeldOutQuestion:
-    """Return a record's turns up to its first supervised answer, with their images, and that answer."""
-    found = first_question([Turn.from_row(turn) for turn in record["turns"]])
+    """Return a record's turns up to its first supervised answer, or another to ``find``, with their images, and it."""
+    found = find([Turn.from_row(turn) for turn in record["turns"]])
     assert found is not None  # the plan has none without a learnt answer
     system, asked, answer = found
     num_images = sum(turn.value.count("<image>") for turn in asked)

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_ray.config.recipes import NOT_HASHED, settings_hash
+from llava_ray.config.mixtures import SOURCE_PATHS, learnt_paths
+from llava_ray.config.recipes import hashed_settings, settings_hash
 from llava_ray.config.schema import merge_settings, nest_keys
 from llava_ray.config.sections import AUTOMATIC_SETTINGS, MODEL_PATHS, FinetuneConfig
 from llava_ray.errors import ConfigError
@@ -17,10 +18,18 @@ from llava_ray.model.formats.layout import PROJECTOR_FILE
 from llava_ray.model.formats.manifest import edges_of, is_bundle, read_manifest
 from llava_ray.reading import is_file, is_folder
 
+SOURCES = "data.sources"
 DATA_PATHS = ("data.data_path", "data.image_folder", "data.cache_dir")
 # A run may be resumed with others: they decide how to go on after steps that were not finite, and how, not what, is
 # computed.
-CHANGEABLE = ("train.on_nonfinite", "train.fetch_loss_steps", "train.use_liger_kernel", "train.torch_compile")
+CHANGEABLE = (
+    "train.on_nonfinite",
+    "train.fetch_loss_steps",
+    "train.use_liger_kernel",
+    "train.torch_compile",
+    "grpo.num_rollout_actors",
+    "grpo.gpus_per_rollout_actor",
+)
 DATA = "data"  # the key of the data in an identity
 # Of a model's folder: weights, configs, tokenizer.
 _MODEL_SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".jinja", ".txt")
@@ -68,7 +77,12 @@ def identify_model(name: str) -> str:
 
 def identity_hash(config: FinetuneConfig, identity: Identity) -> str:
     """Return 8 hex digits of everything that determines a run's result: non-default settings, and the identity."""
-    settings = config.model_dump(mode="json", exclude=set(NOT_HASHED), exclude_defaults=True)
+    settings = hashed_settings(config.model_dump(mode="json", exclude_defaults=True))
+    if config.data.sources:
+        sources = [
+            {key: value for key, value in one.items() if key not in SOURCE_PATHS} for one in settings["data"]["sources"]
+        ]
+        settings["data"] = {**settings["data"], "sources": sources}
     paths = {*MODEL_PATHS, *DATA_PATHS, *CHANGEABLE}
     hashed = {
         section: {key: value for key, value in values.items() if f"{section}.{key}" not in paths}
@@ -106,13 +120,23 @@ def comparable(
             other_now[key] = f"{_look_up(now, key)} with fingerprint {identity[key][:_SHORT_DIGITS]}"
     if known.get(DATA) == identity[DATA]:
         same |= {key: _look_up(now, key) for key in DATA_PATHS}
+        if sources := _with_places(_look_up(then, SOURCES), _look_up(now, SOURCES)):
+            same[SOURCES] = sources
     elif DATA in known and _look_up(then, DATA_PATHS[0]) == _look_up(now, DATA_PATHS[0]):
-        path = _look_up(now, DATA_PATHS[0])
-        other_then[DATA_PATHS[0]] = f"{path} with data {known[DATA][:_SHORT_DIGITS]}"
-        other_now[DATA_PATHS[0]] = f"{path} with data {identity[DATA][:_SHORT_DIGITS]}"
+        path = ", ".join(learnt_paths(config.data).values())
+        key = SOURCES if config.data.sources else DATA_PATHS[0]
+        other_then[key] = f"{path} with data {known[DATA][:_SHORT_DIGITS]}"
+        other_now[key] = f"{path} with data {identity[DATA][:_SHORT_DIGITS]}"
     # What a run decided for itself is kept; "auto" again is no other setting.
     same |= {key: "auto" for key in AUTOMATIC_SETTINGS if _look_up(now, key) == "auto"}
     return merge_settings(then, nest_keys(same | other_then)), merge_settings(now, nest_keys(other_now))
+
+
+def _with_places(then: Any, now: Any) -> list[dict[str, Any]] | None:
+    """Return the saved sources with the current paths; None where they are not the same sources."""
+    if not then or not now or [one.get("name") for one in then] != [one.get("name") for one in now]:
+        return None
+    return [one | {key: new.get(key) for key in SOURCE_PATHS} for one, new in zip(then, now, strict=True)]
 
 
 def _with_new_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -46,8 +46,8 @@ class LossWindow:
         self.steps.append(ended)
 
     def fetch(self) -> Iterator[tuple[EndedStep, float, dict[str, float]]]:
-        """Yield each step with its loss and its objective's metrics, and empty the window; waits once, for the last."""
+        """Yield each step with its loss and its metrics, of objective and sources, and empty the window; waits once."""
         steps, self.steps = self.steps, []
-        values = torch.stack([torch.cat([one.losses.loss[None], one.losses.metrics]) for one in steps]).tolist()
+        values = torch.stack([one.losses.values for one in steps]).tolist()
         for ended, (loss, *metrics) in zip(steps, values, strict=True):
-            yield ended, loss, dict(zip(ended.losses.objective.metric_names, metrics, strict=True))
+            yield ended, loss, ended.losses.name_values(loss, metrics)

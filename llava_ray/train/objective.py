@@ -16,6 +16,8 @@ from llava_ray.images.processing import normalize_pixels
 from llava_ray.model.assembly import LlavaParts
 from llava_ray.model.network.transfer import to_device
 from llava_ray.objectives.objective import Objective, ObjectiveOutput, PackedRow
+from llava_ray.train.rollouts.rows import move_terms
+from llava_ray.train.source_losses import SourceLosses
 
 # In bf16 oneDNN compiles its matrix kernels for each length of a row: a tenth of the time of a row whose length is
 # new. Rows of a multiple of this many tokens find most of them compiled, for 2 % more tokens.
@@ -31,29 +33,36 @@ class CopiedRow:
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield what was copied."""
-        row = self.row
-        borders = None if row.borders is None else row.borders.ends
-        for tensor in (row.input_ids, row.position_ids, row.labels, row.features, row.image_positions, self.pixels):
-            if tensor is not None:
-                yield tensor
-        yield from row.predicted or ()
-        if borders is not None:
-            yield borders
+        row, pairs, rollouts = self.row, self.row.pairs, self.row.rollouts
+        copied = [row.input_ids, row.position_ids, row.labels, row.features, row.image_positions, self.pixels]
+        copied += [*(row.predicted or ()), None if row.borders is None else row.borders.ends]
+        copied += [] if pairs is None else [pairs.owners, pairs.num_tokens, pairs.positions, pairs.reference]
+        copied += [] if rollouts is None else vars(rollouts).values()
+        yield from (tensor for tensor in copied if tensor is not None)
 
 
 def copy_row(batch: MicroBatch, stream: StreamSettings, device: torch.device) -> CopiedRow:
     """Copy a micro-batch to the device; a GPU's host does not wait for it."""
     pixels = batch.pixels
-    row = PackedRow.on_device(
+    multiple = _REPEATED_LENGTH if stream.bf16 and device.type == "cpu" else 1
+    row = move_row(batch, device, batch.features, multiple=multiple)
+    return CopiedRow(row, None if pixels is None else to_device(pixels, device))
+
+
+def move_row(batch: MicroBatch, device: torch.device, features: Tensor | None, *, multiple: int = 1) -> PackedRow:
+    """Return a micro-batch's row on the device, with the features of its images."""
+    return PackedRow.on_device(
         batch.input_ids,
         batch.position_ids,
         batch.labels,
         device,
-        multiple=_REPEATED_LENGTH if stream.bf16 and device.type == "cpu" else 1,
-        features=None if batch.features is None else to_device(batch.features, device),
+        multiple=multiple,
+        branches=[None if pair is None else (pair.shared, pair.shared + pair.chosen) for pair in batch.pairs],
+        reference=batch.reference,
+        features=None if features is None else to_device(features, device),
         image_sizes=batch.image_sizes,
+        rollouts=move_terms(batch, device),
     )
-    return CopiedRow(row, None if pixels is None else to_device(pixels, device))
 
 
 def finish_row(copied: CopiedRow, parts: LlavaParts, stream: StreamSettings) -> PackedRow:
@@ -131,19 +140,26 @@ class RowsAhead:
 class StepLoss:
     """The loss and the objective's metrics of one step, summed over its micro-batches and then over ranks."""
 
-    def __init__(self, objective: Objective, device: torch.device) -> None:
-        """Start from zero."""
+    def __init__(self, objective: Objective, device: torch.device, sources: Sequence[str] = ()) -> None:
+        """Start from zero; ``sources`` are the names of a mixture's sources."""
         self.objective = objective
+        self.sources = SourceLosses(sources, device)
         self.loss = torch.zeros((), device=device)
         self.metrics = torch.zeros(len(objective.metric_names), device=device)
 
     def add(self, output: ObjectiveOutput, batch: MicroBatch) -> Tensor:
         """Add a micro-batch's share and return its part of the step's loss, to be differentiated."""
-        num_terms = self.objective.num_step_terms(batch)
-        micro_loss = output.loss_sum / num_terms
+        num_terms = [max(1, number) for number in self.objective.num_step_terms(batch)]
+        if output.kinds is None:
+            micro_loss = output.loss_sum / num_terms[0]
+            self.sources.add(output, num_terms[0], batch)
+        else:
+            divisors = torch.tensor(num_terms, device=output.losses.device)
+            micro_loss = (output.sums(len(num_terms)) / divisors).sum()
+            self.sources.add(output, divisors[output.kinds], batch)
         self.loss += micro_loss.detach()
         for index, name in enumerate(self.objective.metric_names):
-            self.metrics[index] += output.metrics[name].detach() / num_terms
+            self.metrics[index] += output.metrics[name].detach() / num_terms[0]
         return micro_loss
 
     def reduce(self) -> None:
@@ -151,7 +167,20 @@ class StepLoss:
         dist.all_reduce(self.loss)
         if len(self.metrics):  # on every rank or on none
             dist.all_reduce(self.metrics)
+        self.sources.reduce()
 
     def read(self) -> tuple[float, dict[str, float]]:
         """Return loss and metrics, once they are reduced; waits for the device."""
         return self.loss.item(), dict(zip(self.objective.metric_names, self.metrics.tolist(), strict=True))
+
+    @property
+    def values(self) -> Tensor:
+        """Return the loss and all metrics in a row, for one look at several steps."""
+        values = torch.cat([self.loss[None], self.metrics])
+        return torch.cat([values, self.sources.values]) if self.sources.names else values
+
+    def name_values(self, loss: float, values: Sequence[float]) -> dict[str, float]:
+        """Return the metrics by name from the ``values`` behind the loss."""
+        names = self.objective.metric_names
+        own = dict(zip(names, values[: len(names)], strict=True))
+        return own | self.sources.name_values(loss, values[len(names) :])

@@ -15,6 +15,7 @@ from llava_ray.runtime import Resources
 from llava_ray.train.failures import FailureTeller
 from llava_ray.train.process_group import ProcessGroupConfig
 from llava_ray.train.runs import RunFolder, SnapshotKeeper, committed_step
+from llava_ray.train.score_history import KEPT_BY
 from llava_ray.train.settings import LoopSettings
 from llava_ray.train.stopping import StoppableTrainer
 from llava_ray.train.worker import run_worker
@@ -68,10 +69,16 @@ def build_trainer(
             name=run.name,
             storage_path=run.storage_path,
             failure_config=FailureConfig(max_failures=config.run.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=config.train.save_total_limit),
+            # The best beside the last, or the last.
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=config.train.save_total_limit,
+                checkpoint_score_attribute=KEPT_BY if config.held_out.keep_best else None,
+            ),
             callbacks=[SnapshotKeeper(run), FailureTeller(settings.journal), *callbacks],
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
-        datasets={"train": TrainStream(partial(committed_step, run.storage_path, run.name), until)},
+        datasets=None
+        if settings.rollouts
+        else {"train": TrainStream(partial(committed_step, run.storage_path, run.name), until)},
         dataset_config=DealToRanks(plan, until, lengths, settings.stream),
     )

@@ -136,14 +136,20 @@ def committed_step(storage_path: str, name: str) -> int:
 
     Reads the snapshot that Ray itself resumes from, not a file of ours, which could be one step off after a kill.
     """
+    state = committed_state(storage_path, name)
+    return 0 if state is None else int(state["step"])
+
+
+def committed_state(storage_path: str, name: str) -> dict[str, Any] | None:
+    """Return ``trainer_state.json`` of the checkpoint from which the next start resumes; None without one."""
     try:
         checkpoint = Result.from_path(f"{storage_path}/{name}").checkpoint
     except RuntimeError:  # no folder or no snapshot yet
-        return 0
+        return None
     if checkpoint is None:
-        return 0
+        return None
     with checkpoint.filesystem.open_input_stream(f"{checkpoint.path}/trainer_state.json") as stream:
-        return int(json.loads(stream.read())["step"])
+        return dict(json.loads(stream.read()))
 
 
 class SnapshotKeeper(UserCallback):

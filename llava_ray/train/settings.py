@@ -22,6 +22,8 @@ class HeldOut:
     lengths: TokenLengths
     num_answers: int
     max_new_tokens: int
+    name: str | None = None
+    """The source of a mixture that they are of; None for those of the whole run."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,9 @@ class LoopSettings:
     bundle_folder: str
     num_threads: int
     journal: ActorHandle
-    held_out: HeldOut | None = None
+    held_out: tuple[HeldOut, ...] = ()
+    """The run's own first, then those of its sources."""
     profile: tuple[int, int] | None = None
     """The first and the last step to profile."""
-    objective: str = "cross_entropy"
-    """A key of ``OBJECTIVES``."""
+    rollouts: ActorHandle | None = None
+    """The coordinator that deals sampled answers to the ranks, in place of the stream."""

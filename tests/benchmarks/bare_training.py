@@ -26,14 +26,14 @@ from llava_ray.data.stages import add_images, read_micro_batches
 from llava_ray.images.processing import normalize_pixels
 from llava_ray.model.assembly import LlavaParts
 from llava_ray.model.freezing import freeze
+from llava_ray.objectives.cross_entropy import CrossEntropy
 from llava_ray.objectives.objective import find_supervised
-from llava_ray.objectives.table import OBJECTIVES
 from llava_ray.runtime import Resources
 from llava_ray.train.allocation import keep_freed_memory
 from llava_ray.train.engine import assemble_for
 from llava_ray.train.flops import StepWork, UsefulFlops
 from llava_ray.train.objective import build_row
-from llava_ray.train.trainer import make_plan, stream_settings
+from llava_ray.train.run_data import make_plan, stream_settings
 
 CPU = torch.device("cpu")
 Loss = Callable[[Sequence[MicroBatch]], float]
@@ -92,7 +92,7 @@ def packed(parts: LlavaParts, settings: StreamSettings, features: dict[int, Tens
         for batch in batches:
             if features is not None and id(batch) in features:
                 batch = _with(batch, pixels=None, features=features[id(batch)])
-            output = OBJECTIVES["cross_entropy"].compute(parts.llava, build_row(batch, parts, settings, CPU))
+            output = CrossEntropy().compute(parts.llava, build_row(batch, parts, settings, CPU))
             loss = output.loss_sum / batch.num_supervised
             loss.backward()
             total += float(loss.detach())

@@ -29,8 +29,8 @@ from llava_ray.model.lora.adapters import add_adapter
 from llava_ray.model.network.kernels import use_kernels
 from llava_ray.model.network.llava import Llava
 from llava_ray.model.network.projector import build_projector
+from llava_ray.objectives.cross_entropy import CrossEntropy
 from llava_ray.objectives.objective import PackedRow
-from llava_ray.objectives.table import OBJECTIVES
 from llava_ray.train.flops import StepWork, UsefulFlops
 from llava_ray.train.planning.peaks import find_peak
 
@@ -94,7 +94,7 @@ def time_steps(kind: str, *, tiny: bool, device: torch.device, by_sample: bool, 
     seconds = []
     for _ in range(num_steps + 2):
         start = time.perf_counter()
-        OBJECTIVES["cross_entropy"].compute(llava, row).loss_sum.div(num_supervised).backward()
+        CrossEntropy().compute(llava, row).loss_sum.div(num_supervised).backward()
         torch.nn.utils.clip_grad_norm_(learns, 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -9,6 +9,7 @@ from evals.answers import JoinedAnswers
 from evals.benchmark import Benchmark, Graded
 from evals.benchmarks.mmbench import ROTATION
 from evals.catalogue import BENCHMARKS, make_benchmark
+from evals.matching.object_counts import ObjectCounts
 from evals.scoring import Result, compute_metric, summarize_result
 from evals.statistics import wilson_interval
 
@@ -35,6 +36,11 @@ def rows(name: str, num: int, rng: random.Random, share: float) -> list[Graded]:
                 Graded(str(i + k * ROTATION), float(r), "A", "scored", "A", categories, str(i), str(i))
                 for k, r in enumerate(rights)
             ]
+        elif name in ("chair", "amber_generative", "object_halbench"):
+            counts = ObjectCounts(2, () if right else ("cat",), 1, 2, 0, 3)
+            found.append(Graded(base, float(right), counts.to_json(), "scored", "", (), base))
+        elif name == "mmhal_bench":
+            found.append(Graded(base, 1.0 if right else 0.5, "6" if right else "3", "scored", "", categories, base))
         elif name == "llava_bench":
             scores = (8, 8) if right else (8, 2)
             found.append(Graded(base, scores[1] / 10, f"{scores[0]} {scores[1]}", "scored", "", categories, base))

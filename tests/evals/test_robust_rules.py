@@ -4,17 +4,24 @@ import ast
 import re
 
 import pytest
+from hallucination_files import RELATED, SYNONYMS
 
 from evals.answers import RecordedJudge
 from evals.benchmark import Benchmark, Grade, Question
 from evals.benchmarks.llava_bench import LLaVABench
 from evals.benchmarks.mm_vet import MMVet
+from evals.benchmarks.mmhal_bench import MMHalBench
+from evals.benchmarks.object_halbench import ObjectHalBench
 from evals.catalogue import BENCHMARKS, make_benchmark
+from evals.coco_objects import CocoImage, build_object_vocabulary
+from evals.matching.amber_objects import AmberWords
 from llava_ray.errors import ConfigError
 
 LINE = re.compile(r"""^ {8}('.*'|".*") \| (?:(.*?) \| )?(.+)$""", re.MULTILINE)
 OPTIONS = re.compile(r"\(options ([^)]*?)(?: where the truth is a letter|; a truth.*)?\)", re.DOTALL)
-OWN = [name for name in BENCHMARKS if name != "mmbench_cn"]
+OWN = [name for name, kind in BENCHMARKS.items() if kind.__base__ is Benchmark]  # others have the rule of their base
+PAIRS = ("hot dog", "tennis racket", "wine glass", "dining table", "coffee table")
+VOCABULARY = build_object_vocabulary(SYNONYMS.splitlines(), PAIRS)
 
 
 def vectors(kind: type[Benchmark]) -> list[tuple[str, str, str]]:
@@ -36,13 +43,22 @@ def question(kind: type[Benchmark], truth: str) -> Question:
         truths=tuple(humans) if "*" in truth else (truth,),
         options=tuple(options[1].split(", ")) if options and lettered else (),
         group="figure",
-        facts={"answer_ids": list(range(len(humans))), "rule": "exact", "context": ""},
+        facts={"answer_ids": list(range(len(humans))), "rule": "exact", "context": "", **object_facts(truth)},
     )
 
 
+def object_facts(truth: str) -> dict[str, object]:
+    """What the benchmarks of hallucinated objects know of an image, with the objects of a vector's truth in it."""
+    names = set(truth.split(", "))
+    words = AmberWords(RELATED, frozenset({"orange", "light"}))
+    amber = {"words": words, "objects": sorted(names & RELATED.keys()), "imagined": ()}
+    image = CocoImage("a.jpg", names & VOCABULARY.objects.keys())
+    return {"image": image, "vocabulary": VOCABULARY, "prompt": "{question}{answer}{}{}{}{}", "contents": "", **amber}
+
+
 def graded(kind: type[Benchmark], said: str, truth: str) -> Grade:
-    if kind in (LLaVABench, MMVet):
-        return kind().grade(question(kind, "right"), "an answer", "robust", RecordedJudge({"1": said}))
+    if kind in (LLaVABench, MMVet, MMHalBench, ObjectHalBench):
+        return kind().grade(question(kind, truth or "right"), "an answer", "robust", RecordedJudge({"1": said}))
     return kind().grade(question(kind, truth), said, "robust")
 
 
@@ -70,5 +86,6 @@ def test_every_docstring_says_how_to_obtain_the_data_and_has_ten_vectors(name: s
 def test_names_are_forgiving_and_unknown_ones_are_not() -> None:
     assert make_benchmark("MMBench-CN").name == "mmbench_cn"
     assert make_benchmark("ScienceQA").name == "science_qa"
+    assert make_benchmark("MMBench-v1.1").name == "mmbench_v11"
     with pytest.raises(ConfigError, match="no benchmark 'imagenet'; expected one of vqav2, gqa"):
         make_benchmark("imagenet")

@@ -15,10 +15,11 @@ from evals.benchmark import Benchmark, Question
 from evals.catalogue import BENCHMARKS, make_benchmark
 from llava_ray.errors import ConfigError, DataError
 from pipelines.evaluate import main
+from pipelines.evaluation_results import ScoreRequest, score_answers_file
 
 pytestmark = pytest.mark.slow
 
-PERFECT = {"mme": 600.0, "llava_bench": 100 * 9 / 8}
+PERFECT = {"mme": 600.0, "llava_bench": 100 * 9 / 8, "ocrbench": 4.0, "mmhal_bench": 6.0}
 SUBMISSIONS = {
     "vqav2": "vqav2_upload.json",
     "gqa": "testdev_balanced_predictions.json",
@@ -32,8 +33,25 @@ SUBMISSIONS = {
     "mmmu": "mmmu_upload.json",
     "docvqa": "docvqa_upload.json",
     "hallusion_bench": "HallusionBench_result.json",
+    "mmbench_v11": "MMBench_DEV_EN_V11.xlsx",
+    "mmbench_v11_cn": "MMBench_DEV_CN_V11.xlsx",
+    "mmstar": "MMStar.xlsx",
+    "mmmu_pro": "llava_ray_standard_direct.jsonl",
+    "mmmu_pro_4": "llava_ray_standard_direct.jsonl",
+    "mmmu_pro_vision": "llava_ray_vision_direct.jsonl",
+    "mathvista": "output_testmini.json",
+    "ocrbench": "OCRBench_result.json",
+    "blink": "blink_val_predictions.json",
+    "chair": "chair_captions.json",
+    "amber_generative": "amber_generative.json",
+    "amber_discriminative": "amber_discriminative.json",
+    "mmhal_bench": "mmhal_responses.json",
+    "object_halbench": "obj_halbench_answer.jsonl",
 }
-REVIEWS = {"hallusion_bench": "correct", "llava_bench": "8 9\nBoth are fine.", "mm_vet": "1.0"}
+REVIEWS = {"hallusion_bench": "correct", "llava_bench": "8 9\nBoth are fine.", "mm_vet": "1.0", "mathvista": "(C)"}
+REVIEWS |= {"mmhal_bench": "Rating: 6", "object_halbench": '["dog"]'}
+NEEDS_TOOLS = {"amber_generative", "object_halbench"}
+"""Benchmarks whose authors' rule needs language tools that are not installed here."""
 
 
 def read(name: str, folder: Path) -> tuple[Benchmark, list[Question]]:
@@ -72,6 +90,7 @@ def test_every_official_format_goes_through(name: str, tmp_path: Path, capsys: p
     benchmark, questions = read(name, folder)
     put_reviews(name, folder, questions)
     assert all(image.exists() for question in questions for image in question.images if isinstance(image, Path))
+    assert all(question.prompt.count("<image>") in (0, len(question.images)) for question in questions)
     right = truths(questions)
     answers = write_answers(tmp_path / "answers.jsonl", right)
     out = tmp_path / "out"
@@ -89,6 +108,10 @@ def test_every_official_format_goes_through(name: str, tmp_path: Path, capsys: p
     assert SUBMISSIONS.get(name) in (written or {None})
 
     for profile in ("llava", "official"):
+        if name in NEEDS_TOOLS:
+            with pytest.raises(DataError, match=r"authors' own rule needs .*pip install .*--profile robust"):
+                score(name, folder, answers, capsys, "--profile", profile)
+            continue
         other = score(name, folder, answers, capsys, "--profile", profile)
         assert (other["num_scored"], other["missing"], other["provenance"]["profile"]) == (len(questions), 0, profile)
 
@@ -107,7 +130,9 @@ def test_every_official_format_goes_through(name: str, tmp_path: Path, capsys: p
     assert "data:image/jpeg" in (out / "report.html").read_text() or not questions[0].images
 
 
-@pytest.mark.parametrize("name", ["pope", "mmbench", "textvqa", "mme", "science_qa"])
+@pytest.mark.parametrize(
+    "name", ["pope", "mmbench", "textvqa", "mme", "science_qa", "mmbench_v11", "mmstar", "mmmu_pro", "ocrbench"]
+)
 def test_shuffled_doubled_and_foreign_answers_change_nothing(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -287,6 +312,15 @@ def test_a_headline_that_is_no_mean_is_compared_too(tmp_path: Path, capsys: pyte
     assert found["standard_error"] > 0
 
 
+@pytest.mark.parametrize("name", sorted(NEEDS_TOOLS))
+def test_a_run_without_the_authors_tools_ends_with_the_reason(name: str, tmp_path: Path) -> None:
+    folder = write_benchmark(name, tmp_path / name)
+    answers = write_answers(tmp_path / "answers.jsonl", truths(read(name, folder)[1]))
+    scored = score_answers_file(ScoreRequest(name, folder, answers, "official"), without_judge=True)
+    assert (scored.result, scored.summary["score"]) == (None, None)
+    assert "needs nltk, which is not installed here: pip install nltk" in scored.summary["withheld"]
+
+
 def test_scores_are_kept_in_mlflow(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from mlflow import MlflowClient
 
@@ -351,6 +385,13 @@ def test_scoring_loads_neither_torch_nor_ray(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["score"] == 100
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_half_a_character_in_an_answer_stops_no_submission(name: str, tmp_path: Path) -> None:
+    benchmark, questions = read(name, write_benchmark(name, tmp_path))
+    files = benchmark.submit(questions, {question.id: "x\ud800" for question in questions})
+    assert all(content.decode() for file, content in files.items() if not file.endswith(".xlsx"))
 
 
 def test_every_benchmark_has_a_tiny_folder() -> None:

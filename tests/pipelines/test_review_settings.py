@@ -61,6 +61,18 @@ def test_inputs_that_do_not_fit_are_refused(settings: dict[str, object], told: s
         ReviewSection.parsed(fitting | settings)
 
 
+@pytest.mark.parametrize("name", ["mmhal_bench", "object_halbench"])
+def test_a_benchmark_with_its_own_form_takes_no_schema(name: str) -> None:
+    about = ["--benchmark", name, "--data", "d", "--answers", "a.jsonl", "--judge.model", "m"]
+    assert load_settings(ReviewConfig, about).review.mode == "reference"
+    schema = ["--judge.response_format", "json_schema"]
+    with pytest.raises(ConfigError, match="whose prompt asks for its own form: use 'text'"):
+        load_settings(ReviewConfig, [*about, *schema])
+    assert (
+        load_settings(ReviewConfig, [*about, *schema, "--review.mode", "single"]).judge.response_format == "json_schema"
+    )
+
+
 def test_what_travels_survives_it() -> None:
     spec = list_judges(JudgeConfig(model="gpt-4o"))[0]
     item = Item("q", "?", ("a", "b"), ("reference", "model"))

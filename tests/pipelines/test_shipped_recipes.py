@@ -30,7 +30,8 @@ ROOT = Path(__file__).parents[2]
 OTHERS = ("evaluate", "review", "preferences", "sweep")  # stages whose recipes are not runs
 RECIPES = sorted(path for path in (ROOT / "pipelines/recipes").glob("*/*.toml") if path.parent.name not in OTHERS)
 SWEEPS = sorted((ROOT / "pipelines/recipes/sweep").glob("*.toml"))
-BIG = [path for path in RECIPES if path.name.startswith("llava")]
+BIG = [path for path in RECIPES if path.name.startswith("llava") and "grpo" not in path.stem]
+BIG_GRPO = [path for path in RECIPES if path.name.startswith("llava") and "grpo" in path.stem]
 # Between them and the quickstart's, these have all that the others have (ZeRO 2 and 3, a projector alone, a tower that
 # learns, tiles, an adapter, four bits); the others' runs are left to `make verify`.
 SHORT = ("finetune/llava_v1_6_vicuna_7b", "finetune/llava_v1_5_7b_qlora")
@@ -131,6 +132,30 @@ def test_a_big_recipe_is_planned_and_takes_two_steps(recipe, folder, ray_cluster
     parts = load_pretrained_model(finished.folder.bundle)
     assert has_adapter(parts.llava.language_model) == config.lora.lora_enable
     assert find_quantization(parts.llava.language_model) == config.lora.quantization
+
+
+@pytest.mark.ray
+@pytest.mark.verify
+@pytest.mark.parametrize("recipe", BIG_GRPO, ids=name)
+def test_a_big_recipe_of_rewards_is_planned_and_takes_two_steps(recipe, folder, ray_cluster):
+    changes = {
+        "model.model_name_or_path": str(folder / "llama"),
+        "model.vision_tower": str(folder / "clip"),
+        "data.data_path": str(folder / "data.json"),
+        "data.image_folder": str(folder / "images"),
+        "data.cache_dir": str(folder / "cache"),
+        "train.global_batch_size": 8,
+        "train.max_steps": 2,
+        "grpo.max_new_tokens": 6,
+        "run.storage_path": str(folder / "runs"),
+        "tracking.log_model": False,
+        "cluster.num_workers": 2,
+        "cluster.use_gpu": False,
+    }
+    config = load_recipe(FinetuneConfig, [str(recipe)]).replaced(changes)
+    finished = run(config)
+    assert len(finished.read_losses()) == 2
+    assert has_adapter(load_pretrained_model(finished.folder.bundle).llava.language_model) == config.lora.lora_enable
 
 
 @pytest.mark.ray

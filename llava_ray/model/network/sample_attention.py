@@ -35,14 +35,20 @@ class SampleBorders:
 
     lengths: tuple[int, ...]
     ends: Int32[Tensor, " n"]
+    branches: tuple[tuple[int, int] | None, ...] = ()
+    """Of each sample that branches: the tokens of its trunk, and of trunk and first branch together. The second branch
+    is the rest, and sees the trunk but not the first. () where none does."""
     windows: list[int | None] = field(default_factory=list)
     """The sliding window of each call of attention so far."""
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device) -> "SampleBorders":
+    def of(
+        cls, lengths: Sequence[int], device: torch.device, branches: Sequence[tuple[int, int] | None] = ()
+    ) -> "SampleBorders":
         """Return the borders of samples of these lengths, one behind the other; no device is waited for."""
         kept = tuple(int(length) for length in lengths)
-        return cls(kept, to_device(torch.tensor([0, *accumulate(kept)], dtype=torch.int32), device))
+        ends = to_device(torch.tensor([0, *accumulate(kept)], dtype=torch.int32), device)
+        return cls(kept, ends, tuple(branches) if any(branches) else ())
 
 
 @dataclass(frozen=True)
@@ -54,13 +60,29 @@ class _Scores:
     window: int | None
     softcap: float | None
 
+    def attend_sample(
+        self, query: Tensor, key: Tensor, value: Tensor, branch: tuple[int, int] | None
+    ) -> Float[Tensor, "1 h t e"]:
+        """Compute causal attention within one sample; the second branch sees the trunk and itself."""
+        if branch is None:
+            return self.attend(query, key, value)
+        trunk, end = branch
+        first = self.attend(query[:, :, :end], key[:, :, :end], value[:, :, :end])
+        keys, values = (torch.cat([one[:, :, :trunk], one[:, :, end:]], dim=2) for one in (key, value))
+        return torch.cat([first, self.attend(query[:, :, end:], keys, values)], dim=2)
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Float[Tensor, "1 h t e"]:
-        """Compute causal attention within one sample; query heads may share keys."""
-        num_tokens, shared = query.shape[2], query.shape[1] != key.shape[1]
-        windowed = self.window is not None and num_tokens > self.window
+        """Compute causal attention of consecutive tokens; query heads may share keys.
+
+        The queries are those of the last tokens, where there are fewer of them than keys.
+        """
+        num_keys, shared = key.shape[2], query.shape[1] != key.shape[1]
+        masked = query.shape[2] < num_keys or (self.window is not None and num_keys > self.window)
+        hidden = self._hidden(num_keys, query.device)[-query.shape[2] :] if masked or self.softcap is not None else None
         if self.softcap is not None:
-            return self._attend_capped(query, key, value, self._hidden(num_tokens, query.device))
-        mask = ~self._hidden(num_tokens, query.device) if windowed else None
+            assert hidden is not None
+            return self._attend_capped(query, key, value, hidden)
+        mask = None if hidden is None else ~hidden
         return scaled_dot_product_attention(
             query,
             key,
@@ -112,12 +134,16 @@ def attend_samples(  # noqa: PLR0913 - transformers' signature
     checked.windows.append(sliding_window)
     # Half precision on recent GPUs: one kernel for all samples. Everywhere else, and for what it cannot do: a loop.
     scores = _Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, dropout, sliding_window, softcap)
-    if fits_kernel(query, value, dropout, softcap):
+    if not checked.branches and fits_kernel(query, value, dropout, softcap):
         return _attend_at_once(query, key, value, checked, scores).unsqueeze(0), None
     # In half precision the CPU's kernel took a quarter longer than in fp32, with AVX512-BF16 as with AMX.
     widened = [tensor.float() if tensor.device.type == "cpu" else tensor for tensor in (query, key, value)]
     parts = (tensor.split(list(checked.lengths), dim=2) for tensor in widened)
-    outputs = [scores.attend(*sample).transpose(1, 2) for sample in zip(*parts, strict=True)]
+    branches = checked.branches or (None,) * len(checked.lengths)
+    outputs = [
+        scores.attend_sample(queries, keys, values, branch).transpose(1, 2)
+        for (queries, keys, values), branch in zip(zip(*parts, strict=True), branches, strict=True)
+    ]
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)).to(query.dtype), None
 
 

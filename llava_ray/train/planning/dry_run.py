@@ -9,8 +9,11 @@ from pathlib import Path
 import torch
 
 from llava_ray.config.cluster_files import ClusterFile, find_misfits, read_cluster_file
+from llava_ray.config.grpo import GRPO
+from llava_ray.config.mixtures import describe_source, learnt_paths
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.first_look import count_samples
+from llava_ray.data.mixture import count_draws, list_shares, naming_source
 from llava_ray.errors import ConfigError, DataError
 from llava_ray.invocation import command
 from llava_ray.model.summary import ModelSummary, summarize_model
@@ -64,6 +67,9 @@ def describe_run(
     summary = summarize_model(config)
     yield from _describe_parts(summary)
     yield from tell_data(config)
+    if config.train.objective == GRPO:
+        grpo = config.grpo
+        yield f"Rollouts {grpo.group_size} answers to each, by {grpo.num_rollout_actors} actor(s) with the whole model"
     memory = estimate_memory(measure_sizes(summary), run_settings(config))
     if not device.is_gpu:
         memory = replace(memory, reserved=0.0)
@@ -140,10 +146,24 @@ def _describe_parts(summary: ModelSummary) -> Iterator[str]:
 
 
 def tell_data(config: FinetuneConfig) -> Iterator[str]:
-    """Yield where the data are, and the number of steps if known. Raises DataError if there are none."""
-    train = config.train
+    """Yield where the data are, shares of a mixture, and the number of steps if known.
+
+    Raises DataError or ConfigError if there are no data, or none of a source.
+    """
+    train, data = config.train, config.data
+    counts = count_sources(config)
     count = count_of_run(config)
-    yield f"Data  {config.data.data_path}" + ("" if count is None else f", {count:,} samples")
+    if not data.sources:
+        yield f"Data  {data.data_path}" + ("" if count is None else f", {count:,} samples")
+    elif count is None:
+        for number, source in enumerate(data.sources):
+            known = "" if counts[number] is None else f", {counts[number]:,} samples"
+            yield f"Data  {describe_source(number, source)}: {source.data_path}{known}"
+        yield f"Shares known when the data have been prepared ({command('prepare')})"
+    else:
+        sizes = [size or 0 for size in counts]
+        draws = count_draws(data.sources, sizes, data.epoch_samples)
+        yield from list_shares(data, list(zip(sizes, draws, strict=True)))
     steps = steps_of_run(config, count)
     if count is not None:
         yield f"Steps {steps:,} of {train.global_batch_size} samples, if none is rejected or split"
@@ -153,12 +173,30 @@ def tell_data(config: FinetuneConfig) -> Iterator[str]:
         yield f"Steps known when the data have been prepared ({command('prepare')})"
 
 
+def count_sources(config: FinetuneConfig) -> list[int | None]:
+    """Return the number of samples of each source if none is rejected, of one where there is no mixture.
+
+    None stands for a number that cannot be known from here. Raises DataError for a source without any.
+    """
+    data, counts = config.data, []
+    limits = [source.max_samples for source in data.sources] or [data.max_samples]
+    for number, (path, most) in enumerate(zip(learnt_paths(data).values(), limits, strict=True)):
+        count = count_samples(path)
+        if count == 0:
+            with naming_source(data, number):
+                raise DataError(f"{path} holds no record; check data.data_path")
+        counts.append(count if count is None else min(count, most or count))
+    return counts
+
+
 def count_of_run(config: FinetuneConfig) -> int | None:
-    """Return the number of training samples if none is rejected; None if it cannot be known from here."""
-    count = count_samples(config.data.data_path)
-    if count == 0:
-        raise DataError(f"{config.data.data_path} holds no record; check data.data_path")
-    return count if count is None else min(count, config.data.max_samples or count)
+    """Return the samples of an epoch if none is rejected; None if they cannot be known from here."""
+    counts = count_sources(config)
+    known = [count for count in counts if count is not None]
+    if len(known) < len(counts):
+        return None
+    data = config.data
+    return sum(count_draws(data.sources, known, data.epoch_samples)) if data.sources else known[0]
 
 
 def steps_of_run(config: FinetuneConfig, count: int | None) -> int | None:

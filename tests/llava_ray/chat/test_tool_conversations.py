@@ -12,7 +12,8 @@ from llava_ray.chat.conversation import Turn
 from llava_ray.chat.templates import find_template
 from llava_ray.chat.tokens import tokenize_conversation, tokenize_prompt
 from llava_ray.chat.tool_templates import find_tool_support, with_tool_frame
-from llava_ray.data.examples import Encoder, encode_record
+from llava_ray.data.examples import Encoder
+from llava_ray.data.record_examples import encode_record
 from llava_ray.data.record_turns import read_record_turns
 from llava_ray.errors import RecordError
 from llava_ray.images.tokens import ImageTokens

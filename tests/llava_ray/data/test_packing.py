@@ -62,8 +62,16 @@ def test_a_micro_batch_is_packed_and_read_again() -> None:
     examples = [THREE_TOKENS, ONE_TOKEN]
     record = {"id": "a", "turns": [], "widths": [4, 6], "heights": [3, 5], "images": [b"x", b"y"]}
     descriptor = {"shard": [2, 2], "row": [7, 7], "part": [0, 1], "num_tokens": [3, 1]}
-    descriptor |= {"step": 4, "rank": 1, "num_supervised": 9, "num_micro_batches": 2}
-    packed = pack_micro_batch(descriptor, {(2, 7): record}, lambda turns, sizes: examples)
+    descriptor |= {
+        "step": 4,
+        "rank": 1,
+        "num_supervised": 9,
+        "num_micro_batches": 2,
+        "num_pairs": 0,
+        "num_chosen": 0,
+        "reference": [],
+    }
+    packed = pack_micro_batch(descriptor, {(2, 7): record}, lambda row: examples)
     row = pa.Table.from_pylist([packed], schema=PACKED_SCHEMA).to_pylist()[0]
     assert (row["ids"], row["images"], row["image_sizes"]) == (["a", "a"], [b"y"], [[6, 5]])
     assert row["places"] == [location_key(2, 7, 1)]
@@ -75,7 +83,15 @@ def test_a_micro_batch_is_packed_and_read_again() -> None:
 
 def test_a_rank_without_work_gets_one_token_of_no_weight() -> None:
     descriptor = {name: [] for name in ("shard", "row", "part", "num_tokens")}
-    descriptor |= {"step": 0, "rank": 0, "num_supervised": 1, "num_micro_batches": 1}
-    packed = pack_micro_batch(descriptor, {}, lambda turns, sizes: [])
+    descriptor |= {
+        "step": 0,
+        "rank": 0,
+        "num_supervised": 1,
+        "num_micro_batches": 1,
+        "num_pairs": 0,
+        "num_chosen": 0,
+        "reference": [],
+    }
+    packed = pack_micro_batch(descriptor, {}, lambda row: [])
     row = pa.Table.from_pylist([packed], schema=PACKED_SCHEMA).to_pylist()[0]
     assert [values.tolist() for values in unpack_tokens(row)] == [[0], [0], [-100]]

@@ -16,7 +16,8 @@ from llava_ray.chat.conversation import Turn
 from llava_ray.chat.templates import find_template
 from llava_ray.chat.tokenizer import load_tokenizer
 from llava_ray.chat.tokens import tokenize_prompt
-from llava_ray.data.examples import Encoder, encode_record
+from llava_ray.data.examples import Encoder
+from llava_ray.data.record_examples import encode_record
 from llava_ray.data.record_keys import describe_ignored
 from llava_ray.data.records import RawRecord, Record
 from llava_ray.data.validation import read_record

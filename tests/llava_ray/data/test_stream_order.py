@@ -26,7 +26,7 @@ def planned(tmp_path: Path) -> tuple[Plan, TokenLengths]:
     shard = np.repeat(np.arange(10), num_samples // 10).astype(np.int32)
     row = np.tile(np.arange(num_samples // 10), 10)
     zero, one = np.zeros(num_samples, int), np.ones(num_samples, int)
-    columns = [shard, row, zero, [str(i) for i in range(num_samples)], tokens, one, one, zero.astype(bool)]
+    columns = [shard, row, zero, [str(i) for i in range(num_samples)], tokens, one, zero, one, zero.astype(bool)]
     table = pa.table([pa.array(c, field.type) for c, field in zip(columns, SCHEMA, strict=True)], schema=SCHEMA)
     pq.write_table(table.replace_schema_metadata({"rejected": "3"}), tmp_path / LENGTHS_FILE, row_group_size=37)
     return Plan(tokens, shard, 16, 2, seed=1, shuffle_window=3), TokenLengths.open(str(tmp_path))

@@ -8,8 +8,8 @@ from torch.nn.functional import cross_entropy
 
 from llava_ray.model.network import head_loss
 from llava_ray.model.network.head_loss import CHUNK, compute_head_losses, find_plain_head
+from llava_ray.objectives.cross_entropy import CrossEntropy
 from llava_ray.objectives.objective import PackedRow
-from llava_ray.objectives.table import OBJECTIVES
 
 WIDTH, VOCABULARY = 16, 37
 
@@ -94,7 +94,7 @@ def test_a_model_has_the_same_losses_with_and_without_its_logits(kind: str, fold
     assert head is not None
     ids = torch.arange(5, 45)[None]
     row = PackedRow.on_device(ids, torch.arange(40)[None], ids, torch.device("cpu"))
-    output = OBJECTIVES["cross_entropy"].compute(llava, row)
+    output = CrossEntropy().compute(llava, row)
     output.loss_sum.backward()
     gradients = {name: p.grad.clone() for name, p in llava.named_parameters() if p.grad is not None}
     llava.zero_grad()

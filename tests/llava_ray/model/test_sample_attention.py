@@ -19,8 +19,8 @@ from llava_ray.model.network import sample_attention
 from llava_ray.model.network.attention_switch import SampleAttention
 from llava_ray.model.network.sample_attention import SampleBorders, attend_samples, fits_kernel
 from llava_ray.model.saving import save_bundle
+from llava_ray.objectives.cross_entropy import CrossEntropy
 from llava_ray.objectives.objective import PackedRow
-from llava_ray.objectives.table import OBJECTIVES
 
 LENGTHS = (11, 7, 30, 1, 9)
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ def losses_and_gradients(llava, samples) -> tuple[torch.Tensor, dict[str, torch.
     ids = torch.cat(samples)[None]
     positions = torch.cat([torch.arange(len(sample)) for sample in samples])[None]
     llava.zero_grad()
-    output = OBJECTIVES["cross_entropy"].compute(llava, PackedRow.on_device(ids, positions, ids.clone(), CPU))
+    output = CrossEntropy().compute(llava, PackedRow.on_device(ids, positions, ids.clone(), CPU))
     output.loss_sum.backward()
     return output.losses.detach(), {
         name: parameter.grad.clone() for name, parameter in llava.named_parameters() if parameter.grad is not None
@@ -284,7 +284,7 @@ def test_filler_of_a_row_changes_nothing(folders) -> None:
     for multiple in (1, 64):
         row = PackedRow.on_device(ids, positions, ids.clone(), CPU, multiple=multiple)
         llava.zero_grad()
-        output = OBJECTIVES["cross_entropy"].compute(llava, row)
+        output = CrossEntropy().compute(llava, row)
         output.loss_sum.backward()
         found.append((output.losses.detach(), {name: p.grad.clone() for name, p in llava.named_parameters()}))
     assert row.input_ids.shape == (1, 64)

@@ -5,9 +5,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from llava_ray.chat.conversation import IGNORE_INDEX
-from llava_ray.objectives.cross_entropy import LOGITS_CHUNK, compute_token_losses
+from llava_ray.objectives.cross_entropy import LOGITS_CHUNK, CrossEntropy, compute_token_losses
 from llava_ray.objectives.objective import PackedRow
-from llava_ray.objectives.table import OBJECTIVES
 from llava_ray.train.planning import memory
 
 VOCABULARY = 23
@@ -46,7 +45,7 @@ def reference_losses(model: Bigrams, row: PackedRow) -> torch.Tensor:
 @pytest.mark.parametrize("num_tokens", [3, 60, 3 * LOGITS_CHUNK])
 def test_losses_and_gradients_are_bit_equal_to_the_plain_formula(dtype: torch.dtype, num_tokens: int) -> None:
     model, plain, row = Bigrams(dtype), Bigrams(dtype), make_row(num_tokens, seed=2)
-    objective = OBJECTIVES["cross_entropy"]
+    objective = CrossEntropy()
     output, expected = objective.compute(model, row), reference_losses(plain, row)
     assert torch.equal(output.losses, expected)
     assert output.num_terms == len(expected)
@@ -58,7 +57,7 @@ def test_losses_and_gradients_are_bit_equal_to_the_plain_formula(dtype: torch.dt
 def test_a_row_without_supervised_tokens_has_a_gradient_of_zero() -> None:
     model = Bigrams(torch.float32)
     row = PackedRow(torch.tensor([[0]]), torch.tensor([[0]]), torch.tensor([[IGNORE_INDEX]]))
-    output = OBJECTIVES["cross_entropy"].compute(model, row)
+    output = CrossEntropy().compute(model, row)
     assert (output.loss_sum.item(), output.num_terms) == (0.0, 0)
     output.loss_sum.backward()
     assert not model.table.grad.any()

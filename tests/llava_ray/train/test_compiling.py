@@ -10,8 +10,8 @@ from llava_ray.config.sections import TrainConfig
 from llava_ray.errors import ConfigError
 from llava_ray.model.network.llava import Llava
 from llava_ray.model.network.projector import build_projector
+from llava_ray.objectives.cross_entropy import CrossEntropy
 from llava_ray.objectives.objective import PackedRow
-from llava_ray.objectives.table import OBJECTIVES
 from llava_ray.train.compiling import compile_blocks
 
 ROWS = [(20, 30), (7,), (64, 10, 3), (33, 12), (90,), (5, 5, 5, 5), (101, 3)]
@@ -36,7 +36,7 @@ def train(llava: Llava) -> tuple[list[float], list[int]]:
         ids = torch.randint(3, 300, (1, sum(lengths)), generator=torch.Generator().manual_seed(sum(lengths)))
         positions = torch.cat([torch.arange(length) for length in lengths])[None]
         row = PackedRow.on_device(ids, positions, ids.clone(), torch.device("cpu"))
-        loss = OBJECTIVES["cross_entropy"].compute(llava, row).losses.mean()
+        loss = CrossEntropy().compute(llava, row).losses.mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

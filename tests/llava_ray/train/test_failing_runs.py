@@ -14,7 +14,7 @@ from llava_ray.data.preparation import prepare_data
 from llava_ray.errors import DivergedError
 from llava_ray.model.blueprint import read_blueprint
 from llava_ray.runtime import connected
-from llava_ray.train.trainer import stream_settings
+from llava_ray.train.run_data import stream_settings
 
 pytestmark = pytest.mark.ray
 

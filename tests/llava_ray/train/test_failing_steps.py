@@ -233,6 +233,7 @@ def make_batch(**changes: Any) -> MicroBatch:
         "num_tokens": [3, 4, 2], "input_ids": torch.tensor([[1, 2, 3, 4, -200, -200, 5, 6, 7]]),
         "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 1]]),
         "labels": torch.full((1, 9), -100), "image_sizes": [(8, 8)], "pixels": None, "features": None,
+        "num_pairs": 0, "num_chosen": 0, "pairs": [None] * 3, "reference": None,
     }  # fmt: skip
     return MicroBatch(**fields | changes)
 

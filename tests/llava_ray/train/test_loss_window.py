@@ -10,7 +10,7 @@ import torch
 
 from llava_ray.config.sections import TrainConfig
 from llava_ray.errors import DivergedError
-from llava_ray.objectives.table import OBJECTIVES
+from llava_ray.objectives.cross_entropy import CrossEntropy
 from llava_ray.train import loop as loops
 from llava_ray.train import objective as rows_module
 from llava_ray.train.loss_window import EndedStep, LossWindow
@@ -51,7 +51,7 @@ def run_steps(losses: list[float], size: int, monkeypatch: pytest.MonkeyPatch, *
     """Return what a loop does whose steps have these losses."""
     recorder = Recorder()
     loop = object.__new__(loops._Loop)
-    objective = OBJECTIVES["cross_entropy"]
+    objective = CrossEntropy()
 
     def compute(step: int, batches: list[Any]) -> tuple[StepLoss, StepEnd]:
         step_loss = StepLoss(objective, CPU)
@@ -116,7 +116,7 @@ def test_all_losses_are_fetched_at_once_and_exactly() -> None:
     window = make_window(fetch_loss_steps=3)
     values = torch.rand(3, generator=torch.Generator().manual_seed(0))
     for step, value in enumerate(values):
-        losses = StepLoss(OBJECTIVES["cross_entropy"], CPU)
+        losses = StepLoss(CrossEntropy(), CPU)
         losses.loss += value
         assert window.is_full == (step == 2)
         window.add(EndedStep(step, [], losses, StepEnd([], skipped=False), NOTES))

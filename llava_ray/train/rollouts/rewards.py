@@ -1,0 +1,190 @@
+"""Rewards of sampled answers: rules that compare with the record's answer, benchmarks' scorers, patterns, or your own.
+
+A reward takes attempts, all answers to some questions, and returns a number for each. The numbers of several rewards
+are added up with their weights.
+"""
+
+import importlib
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from evals.benchmark import LETTERS, Benchmark, Question
+from evals.benchmarks.custom import Custom, exact
+from evals.catalogue import make_benchmark
+from llava_ray.config.grpo import GrpoConfig
+from llava_ray.errors import ConfigError, LlavaRayError, TrainingError
+from llava_ray.reading import describe_error, short_repr
+
+_RULES = ("exact", "words", "vqa", "number", "anls", "letter", "yes_no")  # of the benchmark of one's own
+_CONTAINS, _FORMAT = "contains", "format:"
+_OPTION = re.compile(r"^\(?([A-Z])[.)] (.+)$", re.MULTILINE)
+_LONGEST_PATTERN = 1_000
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One sampled answer to a record's last question."""
+
+    id: str
+    """The record's."""
+    question: str
+    """The text of the last question."""
+    truth: str
+    """The record's own answer."""
+    answer: str
+
+
+Reward = Callable[[Sequence[Attempt]], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """The rewards of a run, by name, with their weights."""
+
+    by_name: Mapping[str, Reward]
+    weights: tuple[float, ...]
+
+    @classmethod
+    def of(cls, grpo: GrpoConfig) -> "Rewards":
+        """Find the rewards that the settings name. Raises ConfigError for one that does not exist or does not fit."""
+        by_name = {name: make_reward(name) for name in grpo.rewards}
+        return cls(by_name, grpo.reward_weights or (1.0,) * len(by_name))
+
+    def compute(self, attempts: Sequence[Attempt]) -> Float[np.ndarray, "n k"]:
+        """Compute each reward of each attempt. Raises TrainingError, which names reward and record."""
+        columns = [_compute(name, reward, attempts) for name, reward in self.by_name.items()]
+        return np.asarray(columns, np.float64).T
+
+    def add_up(self, values: Float[np.ndarray, "n k"]) -> Float[np.ndarray, " n"]:
+        """Return the weighted sum of each attempt's rewards."""
+        total: Float[np.ndarray, " n"] = values @ np.asarray(self.weights, np.float64)
+        return total
+
+
+def _compute(name: str, reward: Reward, attempts: Sequence[Attempt]) -> list[float]:
+    """Compute one reward of each attempt. Raises TrainingError unless it gives as many finite numbers."""
+    first, last = attempts[0].id, attempts[-1].id
+    try:
+        values = list(reward(attempts))
+    except LlavaRayError:
+        raise
+    except Exception as error:
+        raise TrainingError(
+            f"reward {name!r} failed for the answers to {first!r} to {last!r}: {describe_error(error)}; correct it"
+        ) from error
+    if len(values) != len(attempts):
+        raise TrainingError(
+            f"reward {name!r} returned {len(values)} numbers for {len(attempts)} answers; return one each"
+        )
+    for value, attempt in zip(values, attempts, strict=True):
+        if isinstance(value, bool | int | float | np.number) and math.isfinite(value):
+            continue
+        raise TrainingError(
+            f"reward {name!r} is {short_repr(value)} for the answer {short_repr(attempt.answer)} to record "
+            f"{attempt.id!r}; expected a finite number, such as 0 for an answer that cannot be judged"
+        )
+    return [float(value) for value in values]
+
+
+def make_reward(name: str) -> Reward:
+    """Return the reward of a name. Raises ConfigError."""
+    if name == _CONTAINS:
+        return lambda attempts: [contains(attempt.answer, attempt.truth) for attempt in attempts]
+    if name in _RULES:
+        return _by_benchmark(Custom(), name)
+    if name.startswith(_FORMAT):
+        return _by_pattern(name.removeprefix(_FORMAT))
+    if ":" in name:
+        return _find_function(name)
+    benchmark = make_benchmark_reward(name)
+    _check_benchmark(benchmark, name)
+    return _by_benchmark(benchmark, "")
+
+
+def make_benchmark_reward(name: str) -> Benchmark:
+    """Return the benchmark of a name. Raises ConfigError that lists the other rewards too."""
+    try:
+        return make_benchmark(name)
+    except ConfigError as error:
+        raise ConfigError(
+            f"grpo.rewards names {name!r}: {error}; or {', '.join(_RULES)}, {_CONTAINS}, {_FORMAT}PATTERN, "
+            "module:function"
+        ) from error
+
+
+def contains(answer: str, truth: str) -> float:
+    """Return 1 where the truth stands in the answer as whole words, ignoring case."""
+    words = rf"(?<!\w){re.escape(exact(truth))}(?!\w)"
+    return float(re.search(words, answer.lower()) is not None)
+
+
+def _by_pattern(pattern: str) -> Reward:
+    """Return a reward of 1 for an answer that a regular expression matches as a whole. Raises ConfigError."""
+    if len(pattern) > _LONGEST_PATTERN:
+        raise ConfigError(
+            f"grpo.rewards: a pattern of {len(pattern)} characters; at most {_LONGEST_PATTERN} are allowed"
+        )
+    try:
+        compiled = re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise ConfigError(f"grpo.rewards: {pattern!r} is no regular expression: {error}") from error
+    return lambda attempts: [float(compiled.fullmatch(attempt.answer.strip()) is not None) for attempt in attempts]
+
+
+def _find_function(name: str) -> Reward:
+    """Import a reward of one's own. Raises ConfigError."""
+    module, _, attribute = name.partition(":")
+    try:
+        found: Reward = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"grpo.rewards names {name!r}, which cannot be imported: {describe_error(error)}; expected module:function "
+            "of a module on the Python path of all nodes"
+        ) from error
+    if not callable(found):
+        raise ConfigError(f"grpo.rewards names {name!r}, which is {type(found).__name__}; expected a function")
+    return found
+
+
+def _by_benchmark(benchmark: Benchmark, rule: str) -> Reward:
+    """Return a benchmark's score of each answer, by its robust rule."""
+
+    def grade(attempts: Sequence[Attempt]) -> list[float]:
+        return [benchmark.grade(as_question(one, rule), one.answer, "robust").score for one in attempts]
+
+    return grade
+
+
+def as_question(attempt: Attempt, rule: str = "") -> Question:
+    """Return an attempt as a benchmark's question; its options are the lines that begin with A., B. and so on."""
+    found = _OPTION.findall(attempt.question)
+    options = [text.strip() for _, text in found]
+    if "".join(letter for letter, _ in found) != LETTERS[: len(found)]:
+        options = []
+    truth = attempt.truth.strip()
+    if options and truth in options:
+        truth = LETTERS[options.index(truth)]
+    facts = {"rule": rule} if rule else {}
+    return Question(attempt.id, attempt.question, (), (truth,), tuple(options), facts=facts)
+
+
+def _check_benchmark(benchmark: Benchmark, name: str) -> None:
+    """Check that a benchmark scores an answer by the record's own answer alone. Raises ConfigError."""
+    if "robust" in benchmark.needs_judge:
+        raise ConfigError(
+            f"grpo.rewards names {name!r}, whose scores are given by a judge; name a benchmark with a rule, or give a "
+            "function of your own that asks one: module:function"
+        )
+    tried = Attempt("tried", "Which?\nA. red\nB. blue", "A", "A")
+    try:
+        benchmark.grade(as_question(tried), tried.answer, "robust")
+    except Exception as error:
+        raise ConfigError(
+            f"grpo.rewards names {name!r}, whose rule needs more than a question and its answer "
+            f"({describe_error(error)}); name another, or a function of your own: module:function"
+        ) from error
