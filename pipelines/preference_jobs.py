@@ -1,4 +1,4 @@
-"""What is to be sampled: each model's answers to each question, and those to images that are noised or swapped."""
+"""Jobs of sampling: each model's answers to each question, and those to images that are noised or swapped."""
 
 import re
 from collections.abc import Mapping, Sequence
