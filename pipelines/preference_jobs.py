@@ -1,4 +1,4 @@
-"""The samples to be made: each model's answers to each question, and those to images that are noised or swapped."""
+"""Jobs of sampling: each model's answers to each question, and those to images that are noised or swapped."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -154,7 +154,7 @@ def list_samplings(config: PreferencesConfig, source: PromptSource, folder: Path
         for kind in kinds:
             images = other if kind == "swapped_image" else own
             prompts = [one for one in source.prompts if kinds[-1] == "sample" or other[one.id]]
-            file = AnswersFile(folder / "answers" / model.folder / f"{kind}.jsonl")
+            file = AnswersFile(folder / "answers" / model.folder / f"{kind}.jsonl", "--preferences.output")
             found.append(SamplingJob(model, kind, settings, source.max_new_tokens, prompts, images, file))
     return found
 

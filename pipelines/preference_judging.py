@@ -3,7 +3,7 @@
 import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from pipelines.preference_pairs import AnswerPair, DecidedPair, judge_pair
 from pipelines.preference_questions import ImageFolder, PromptToAnswer
 from pipelines.review_calls import CallJob, make_calls
 from pipelines.review_checks import check_disk_room, check_key, too_dear
-from pipelines.review_results import Judged, collect
+from pipelines.review_results import Judged, collect, top_reason
 
 _JUDGES_TAKE = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8")
 _TYPICAL_OUTPUT = 150  # tokens of a verdict
@@ -38,6 +38,8 @@ class Judgement:
     dollars: float | None
     stopped: str = ""
     signal: int = 0
+    failures: Mapping[str, Any] = field(default_factory=dict)
+    """The number of reviews without scores, and their most common reason."""
 
 
 def judge_pairs(
@@ -149,6 +151,7 @@ def _read_judgement(job: CallJob, pairs: Sequence[AnswerPair], progress: Progres
     if not decided and progress.stopped and not progress.signal:
         raise JudgeError(f"no pair was judged: {progress.stopped}; the same command goes on from what is done")
     stopped = progress.stopped or ("the next call might not fit into the budget" if progress.broke else "")
+    num_failed, _, reason = top_reason(judged, job.judge.max_tokens)
     keys = {one.call.key for one in judged}
     rows = [row for row in read_ledger_rows(job.ledger) if row.get("key") in keys]
     states = Counter(row.get("outcome", row["state"]) for row in rows)
@@ -160,6 +163,7 @@ def _read_judgement(job: CallJob, pairs: Sequence[AnswerPair], progress: Progres
         round(dollars, 6) if job.priced else None,
         stopped if counts["open_pairs"] else "",
         progress.signal,
+        {"reviews": num_failed, "most_common": reason} if num_failed else {},
     )
 
 

@@ -144,16 +144,16 @@ def _folder_of(path: str) -> str:
 
 
 def _to_prompt(record: Record) -> PromptToAnswer:
-    """Return the prompt of a record's last answer. Raises RecordError."""
+    """Return a record's turns up to its last question, and what answers that, if anything does. Raises RecordError."""
     system, spoken = split_system(record.turns)
-    last = max((place for place, turn in enumerate(spoken) if turn.role == "gpt"), default=0)
-    turns = tuple(spoken[:last])
+    answered = bool(spoken) and spoken[-1].role == "gpt"
+    turns, truth = (tuple(spoken[:-1]), spoken[-1].value.strip()) if answered else (tuple(spoken), "")
     where = f"record {record.id!r} ({record.source})"
-    if not turns or any(turn.needs_tools for turn in spoken[: last + 1]):
-        what = "calls tools" if turns else "has no question with an answer"
-        raise RecordError(f"{where} {what}; preferences are of plain answers", reason="unsupported")
+    if any(turn.needs_tools for turn in spoken):
+        raise RecordError(f"{where} calls tools; preferences are of plain answers", reason="unsupported")
     before = (Turn("system", system),) if system else ()
-    prompt = PromptToAnswer(record.id, (*before, *turns), record.images, (spoken[last].value,), record.source)
+    truths = (truth,) if truth else ()
+    prompt = PromptToAnswer(record.id, (*before, *turns), record.images, truths, record.source)
     if not _markers_fit(prompt):
         raise RecordError(f"{where}: its answer holds image markers; images belong to questions", reason="image_count")
     return prompt

@@ -75,6 +75,7 @@ def summarize_preferences(
         "lengths_before_balancing": measure_length_bias(decided) if settings.balance_lengths else None,
         "order": dict(judgement.order) if judgement else None,
         "calls": dict(judgement.calls) if judgement else None,
+        "judge_failures": dict(judgement.failures) if judgement else {},
         "dollars": judgement.dollars if judgement else 0.0,
         "models": models,
         "source": settings.benchmark or settings.data_path,

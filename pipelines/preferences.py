@@ -127,6 +127,8 @@ def _explain_no_pairs(config: PreferencesConfig, summary: Mapping[str, Any]) -> 
         "benchmark": "no question has a right and a wrong answer; sample more answers (preferences.num_samples)",
         "answer": "no question has a right and a wrong answer; sample more, or set preferences.chosen = 'truth'",
     }.get(settings.rule, "no perturbed answer differs; raise preferences.noise_steps, or give other words")
+    if failures := summary["judge_failures"]:
+        remedy += f"; {failures['reviews']:,} reviews have no scores, mostly because: {failures['most_common']}"
     if settings.balance_lengths and summary["decided"]:
         remedy = "balancing lengths dropped all pairs: set preferences.balance_lengths = false"
     return f"no preference is left of {summary['asked']:,} questions ({listed}): {remedy}"
@@ -171,6 +173,8 @@ def main(arguments: Sequence[str]) -> PreferencesMade | None:
     print(f"{made.num_pairs:,} preferences: {made.path}")
     for name, num in made.summary["counts"].items():
         print(f"  {name.replace('_', ' '):<30} {num:,}")
+    if failures := made.summary["judge_failures"]:
+        print(f"  {failures['reviews']:,} reviews have no scores, mostly because: {failures['most_common']}")
     print(f"  report   {made.path.parent}/report.html")
     if not made.complete:
         print(f"  partial: {made.summary['partial_because']}; the same command goes on")

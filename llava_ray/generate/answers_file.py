@@ -18,9 +18,10 @@ from llava_ray.errors import ConfigError
 class AnswersFile:
     """An answers file with a lock, so that one run writes it at a time."""
 
-    def __init__(self, path: Path) -> None:
-        """Store the path; ``with`` opens the file."""
+    def __init__(self, path: Path, setting: str = "--run.name") -> None:
+        """Store the path, and the setting that names another one; ``with`` opens the file."""
         self.path = path
+        self.setting = setting
 
     def __enter__(self) -> Self:
         """Open and lock the file, and truncate an incomplete last line. Raises ConfigError if it is locked."""
@@ -31,7 +32,7 @@ class AnswersFile:
         except OSError as error:
             self.file.close()
             raise ConfigError(
-                f"another run is writing {self.path}: wait for it, or choose another --run.name"
+                f"another run is writing {self.path}: wait for it, or choose another {self.setting}"
             ) from error
         self.file.seek(0)
         content = self.file.read()

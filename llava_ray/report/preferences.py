@@ -49,6 +49,9 @@ def _warnings(summary: Mapping[str, Any]) -> list[Piece]:
     notes: list[Piece] = []
     if not summary["complete"]:
         notes.append(Note(f"Partial: {summary['partial_because']}.", warning=True))
+    if failures := summary["judge_failures"]:
+        text = f"{failures['reviews']:,} reviews have no scores, mostly because: {failures['most_common']}"
+        notes.append(Note(text, warning=True))
     if summary["rejected"]:
         listed = ", ".join(f"{num:,} {reason}" for reason, num in summary["rejected"].items())
         notes.append(Note(f"Questions that could not be asked: {listed}.", warning=True))

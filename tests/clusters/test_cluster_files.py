@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from llava_ray.config.cluster_files import find_misfits, read_cluster_file
-from llava_ray.config.recipes import load_recipe
+from llava_ray.config.preferences import PreferencesConfig
+from llava_ray.config.recipes import load_recipe, load_settings
 from llava_ray.config.sections import EvaluateConfig, FinetuneConfig
 from llava_ray.config.sweep_recipes import load_sweep
 from llava_ray.errors import ConfigError
@@ -200,8 +201,12 @@ def test_the_image_installs_the_constraints_and_only_files_that_are_there() -> N
 @pytest.mark.parametrize("path", RECIPES, ids=stem)
 def test_a_recipe_fits_a_cluster_file(path: Path) -> None:
     offers = [read_cluster_file(file) for file in (*LAUNCHER, *KUBERAY)]
-    if path.parent.name == "evaluate":
-        asked = load_recipe(EvaluateConfig, [str(path), "--evaluate.model_path", "model"])
+    if path.parent.name in ("evaluate", "preferences"):
+        asked = (
+            load_recipe(EvaluateConfig, [str(path), "--evaluate.model_path", "model"])
+            if path.parent.name == "evaluate"
+            else load_settings(PreferencesConfig, [str(path), "--models", "model", "--data_path", "data.json"])
+        )
         assert asked.actors.cpus_per_actor == "auto"  # one on a GPU
         fitting = [offer for offer in offers if offer.places("train", 1.0, 1)]
     else:

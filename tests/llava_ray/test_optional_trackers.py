@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from llava_ray.config.preferences import PreferencesConfig
 from llava_ray.config.review import ReviewConfig
 from llava_ray.config.sections import EvaluateConfig, FinetuneConfig, TrackingConfig
 from llava_ray.errors import ConfigError
@@ -121,6 +122,7 @@ def test_report_to_is_a_list_as_elsewhere():
     [
         (EvaluateConfig, {"evaluate": {"model_path": "x", "benchmarks": ["gqa=x"]}}),
         (ReviewConfig, {"review": {"answers": ["x"], "questions": "q", "references": "r"}, "judge": {"model": "x"}}),
+        (PreferencesConfig, {"preferences": {"models": ["x"], "data_path": "d", "rule": "answer"}}),
     ],
 )
 def test_other_jobs_refuse_trackers_that_they_do_not_write_to(schema, rest):

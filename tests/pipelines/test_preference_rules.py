@@ -246,6 +246,7 @@ def test_failed_and_open_pairs_are_no_preferences(of_records: Settings) -> None:
     counts = made.summary["counts"]
     assert (counts["failed_pairs"], counts["open_pairs"], counts["decided_pairs"]) == (1, 1, NUM - 1)
     assert {name for name, *_ in contents(made)} == {f"r{number}" for number in range(2, NUM)} | {"text"}
+    assert made.summary["judge_failures"] == {"reviews": 1, "most_common": "HTTP 500"}
 
 
 def test_what_the_judge_is_shown(of_records: Settings, tmp_path: Path) -> None:
@@ -316,6 +317,13 @@ def test_questions_that_cannot_be_asked_are_named_and_counted(of_records: Settin
     made = make_preferences(config.replaced({"preferences.max_rejected": 0.5}))
     assert made.summary["rejected"] == {"image_count": 1, "image_missing": 1}
     assert (made.summary["questions"], made.summary["asked"]) == (7, 5)
+    # A question that nothing answers yet is one; a conversation with tools is none.
+    records[-1]["conversations"] = records[-1]["conversations"][:1]
+    called = [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": '[{"name": "f", "arguments": {}}]'}]
+    path.write_text(json.dumps([records[-1], {"id": "tools", "conversations": called}]))
+    source = read_prompts_to_answer(config.preferences.replaced({"max_rejected": 0.5}))
+    assert [(prompt.id, prompt.truths) for prompt in source.prompts] == [("text", ())]
+    assert source.reasons == {"unsupported": 1}
     path.write_text(json.dumps(records[-1:]))
     with pytest.raises(DataError, match="none of the 1 questions has an image"):
         make_preferences(of_records(preferences__rule="noised_image"))

@@ -37,6 +37,7 @@ FLAGS = [
 # What shipped recipes leave to flags.
 NEEDED = {
     "evaluate": ["--evaluate.model_path", "m"],
+    "preferences": ["--models", "m", "--data_path", "d"],
     "review": ["--questions", "q", "--references", "r", "--answers", "a", "b", "--data", "d"],
 }
 WORDS = ["1", "-1", "nan", "inf", "1e999", "x", "", "None", "True", "[1]", "9" * 5000, "é", "\ud800", "1.5", "(1, 2)"]
@@ -90,6 +91,7 @@ YAML_LINES = [
 def make_target() -> Callable[[int], str]:
     """Return what reads a damaged recipe of each stage, a cluster file, a key file or a rubric."""
     from llava_ray.config.cluster_files import find_misfits, read_cluster_file
+    from llava_ray.config.preferences import PreferencesConfig
     from llava_ray.config.recipes import load_recipe, load_settings
     from llava_ray.config.review import ReviewConfig
     from llava_ray.config.sections import EvaluateConfig, FinetuneConfig
@@ -101,6 +103,7 @@ def make_target() -> Callable[[int], str]:
     clusters = {file: file.read_text() for file in sorted((ROOT / "clusters").rglob("*.yaml"))}
     run = load_recipe(FinetuneConfig, [str(ROOT / "pipelines/recipes/quickstart/tune.toml")])
     others = {"sweep": load_sweep, "review": lambda told: load_settings(ReviewConfig, told)}
+    others["preferences"] = lambda told: load_settings(PreferencesConfig, told)
     others["evaluate"] = lambda told: load_recipe(EvaluateConfig, told)
     folder = Path(tempfile.mkdtemp())
 
