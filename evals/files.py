@@ -3,7 +3,7 @@
 import csv
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +181,15 @@ def picture(cell: Any, path: Path) -> bytes:
     if not isinstance(content, bytes):
         raise DataError(f"{path}: an image cell holds no bytes; obtain the Parquet file with embedded images.")
     return content
+
+
+def without_pictures(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row without its cells that hold bytes, for a JSON file."""
+    return {
+        key: value
+        for key, value in row.items()
+        if not any(isinstance(part, bytes) for part in (value.values() if isinstance(value, dict) else (value,)))
+    }
 
 
 def hash_files(folder: Path) -> str:

@@ -14,6 +14,7 @@ from evals.files import (
     picture,
     read_json_value,
     read_parquet_rows,
+    without_pictures,
 )
 from evals.matching.math_answers import normalise_extraction, parse_list
 from llava_ray.errors import DataError
@@ -92,7 +93,7 @@ def _question(row: Mapping[str, Any], queries: Mapping[str, str], folder: Path, 
         facts={
             "answer_type": kind,
             "precision": int(row["precision"]) if kind == "float" else 0,
-            "row": {key: value for key, value in row.items() if key != "decoded_image"},
+            "row": {key: value for key, value in without_pictures(row).items() if key != "decoded_image"},
         },
     )
 

@@ -16,7 +16,7 @@ from evals.benchmark import (
     list_options,
 )
 from evals.benchmarks.mmmu import place_numbered_images, read_python_list
-from evals.files import as_lines, check_unique, find_all, need, need_words, picture, read_parquet_rows
+from evals.files import as_lines, check_unique, find_all, need, need_words, picture, read_parquet_rows, without_pictures
 from evals.matching.letters import parse_letter, parse_mmmu_pro
 from llava_ray.errors import DataError
 
@@ -116,7 +116,7 @@ class MMMUPro(Benchmark):
         if not images:
             raise DataError(f"{path}: question {name!r} has no image; obtain the file again.")
         categories = (subject, _DISCIPLINE_OF.get(subject, "other"))
-        kept = {key: value for key, value in row.items() if not key.startswith("image")}
+        kept = {key: value for key, value in without_pictures(row).items() if not key.startswith("image")}
         return Question(name, prompt, images, (truth,), options, categories, name, facts={"row": kept})
 
 

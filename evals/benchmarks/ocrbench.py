@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from evals.benchmark import UNPARSED, Benchmark, Grade, Graded, Judge, Profile, Question, Total, by_category, percentage
-from evals.files import as_json, find, find_all, need, need_words, picture, read_json_value, read_parquet_rows
+from evals.files import (
+    as_json,
+    find,
+    find_all,
+    need,
+    need_words,
+    picture,
+    read_json_value,
+    read_parquet_rows,
+    without_pictures,
+)
 from evals.matching.plain_text import to_plain_text, without_label
 from evals.pictured_table import read_pictured_rows
 from llava_ray.errors import DataError
@@ -172,7 +182,7 @@ def _question(name: str, row: Mapping[str, Any], path: Path) -> Question:
     if image is None:
         raise DataError(f"{path}: row {name} has no image; obtain the file again.")
     source = str(row.get("dataset_name") or "")
-    kept = {key: value for key, value in row.items() if key != "image"}
+    kept = {key: value for key, value in without_pictures(row).items() if key != "image"}
     aliases = (f"{source}/{row['id']}",) if source and "id" in row else ()
     return Question(
         name,

@@ -123,6 +123,7 @@ def test_damaged_folders() -> None:
 
 
 @pytest.mark.verify
+@pytest.mark.timeout(7200)
 def test_damaged_folders_at_length() -> None:
     report = fuzz_at_length("benchmark_folders", make_target)
     assert not report.faults

@@ -104,3 +104,11 @@ def test_damaged_rows_are_named(tmp_path: Path, change: dict[str, object], fault
     parquet(tmp_path, "standard (10 options)/test-0.parquet", [mmmu_pro_rows(10)[0] | change])
     with pytest.raises(DataError, match=rf"test-0.parquet: {fault}"):
         MMMUPro().read(tmp_path)
+
+
+def test_an_image_in_a_column_of_another_name_is_not_submitted(tmp_path: Path) -> None:
+    row = mmmu_pro_rows(10)[0]
+    row["imagd_2"] = row.pop("image_2")
+    parquet(tmp_path, "standard (10 options)/test-0.parquet", [row])
+    questions = MMMUPro().read(tmp_path)
+    assert b"imagd" not in MMMUPro().submit(questions, {})["llava_ray_standard_direct.jsonl"]
