@@ -103,7 +103,8 @@ def _print_run(finished: "FinishedRun") -> None:
 
     loss = finished.metrics.get("loss", float("nan"))
     print(f"{'Finished before' if finished.reused else 'Finished'}: {finished.num_steps} steps, last loss {loss:.4f}")
-    print(f"  model    {finished.folder.bundle}")
+    best = "" if finished.best_step is None else f"  (the best, after step {finished.best_step})"
+    print(f"  model    {finished.folder.bundle}{best}")
     print(f"  ledger   {finished.folder.path}/ledger.jsonl")
     print(f"  metrics  {finished.folder.path}/metrics.jsonl")
     if (report := Path(finished.folder.path, "report.html")).exists():

@@ -154,3 +154,32 @@ def test_damaged_settings_of_a_run_are_named(copied):
     Path(run.path, "resolved.json").write_text("[")
     with pytest.raises(ConfigError, match=r"resolved.json holds no settings.*--run.restart True"):
         find_run(config, identify_run(config, DATA))
+
+
+def mixed_in(folder: Path, name: str | None = None, **changes: object) -> FinetuneConfig:
+    """The settings of a run on a mixture in that project."""
+    values = config_in(folder).model_dump()
+    source = {"name": "a", "data_path": str(folder / "data.json"), "image_folder": str(folder / "images"), "weight": 1}
+    values["data"] |= {"data_path": "", "image_folder": None, "sources": [source | changes]}
+    values["run"]["name"] = name
+    config = FinetuneConfig.parsed(values)
+    return config if name else config.replaced({"run.name": f"tune-{settings_hash(config)}"})
+
+
+def test_a_mixture_is_found_again_where_its_sources_have_moved(project: Path, copied: Path) -> None:
+    names = {folder: start(mixed_in(folder)).name for folder in (project, copied)}
+    assert len(set(names.values())) == 1
+    assert start(mixed_in(project, held_out="h")).name == names[project]  # only looked at
+    assert start(mixed_in(project, weight=2)).name != names[project]
+    assert start(mixed_in(project), "e" * 64).name != names[project]
+
+
+def test_a_mixture_under_a_used_name_says_what_differs(project: Path, copied: Path) -> None:
+    start(mixed_in(project, "mixed"))
+    moved = mixed_in(copied, "mixed").replaced({"run.storage_path": str(project / "runs")})
+    identity = identify_run(moved, DATA)
+    assert find_run(moved, identity).name == "mixed"
+    with pytest.raises(ConfigError, match=r"data.sources.0.weight: 1.0 -> 2.0"):
+        start(mixed_in(project, "mixed", weight=2))
+    with pytest.raises(ConfigError, match=r"data.sources: '.*data.json with data dddddddddddd' -> '.* eeeeeeeeeeee'"):
+        start(mixed_in(project, "mixed"), "e" * 64)
