@@ -138,18 +138,10 @@ def first_question(turns: Sequence[Turn]) -> tuple[str | None, Sequence[Turn], T
 
     Calls of tools are no answer.
     """
-    return _find_question(turns, 0)
-
-
-def last_question(turns: Sequence[Turn]) -> tuple[str | None, Sequence[Turn], Turn] | None:
-    """Return the same as `first_question` for the last supervised answer."""
-    return _find_question(turns, -1)
-
-
-def _find_question(turns: Sequence[Turn], which: int) -> tuple[str | None, Sequence[Turn], Turn] | None:
     system, spoken = split_system(turns)
-    answers = [index for index, turn in enumerate(spoken) if turn.role == "gpt" and turn.supervised and not turn.calls]
-    return (system, spoken[: answers[which]], spoken[answers[which]]) if answers else None
+    answers = (index for index, turn in enumerate(spoken) if turn.role == "gpt" and turn.supervised and not turn.calls)
+    place = next(answers, None)
+    return None if place is None else (system, spoken[:place], spoken[place])
 
 
 def check_turns(turns: Sequence[Turn], *, supervised: bool = True) -> None:

@@ -26,7 +26,7 @@ from llava_ray.train.planning.automatic import Workers, decide_settings
 from llava_ray.train.planning.costs import estimate_cost
 from llava_ray.train.progress import closing_run, progress_bar
 from llava_ray.train.ray_trainer import build_trainer
-from llava_ray.train.rollouts.coordinator import RolloutSettings, check_rollout_gpus, start_rollouts
+from llava_ray.train.rollouts.coordinator import RolloutSettings, check_rollout_gpus, ending_rollouts, start_rollouts
 from llava_ray.train.run_recorder import start_recorder
 from llava_ray.train.runs import (
     absolute_paths,
@@ -80,13 +80,13 @@ def train_until(
     run = find_run(config, identity)
     if (finished := reuse_finished(config, run, prepared)) is not None:
         return finished
+    check_rollout_gpus(config, resources)
     begun = run.noted_settings() if run.is_claimed and not config.run.restart else None
     config, decided = decide_settings(config, Workers.of(resources), begun)
     if show_progress and decided:
         print(*decided, sep="\n", flush=True)  # noqa: T201 - for the person who started the run
     config = config.replaced(absolute_paths(config) | {"run.name": run.name})
     blueprint = read_blueprint(config.model, config.data.image_aspect_ratio)
-    check_rollout_gpus(config, resources)
     lengths, plan = make_plan(config, prepared, blueprint)
     until = min(until or plan.num_steps, plan.num_steps)
     if profile is not None and profile[1] >= until:
@@ -97,10 +97,9 @@ def train_until(
     claim_run(run, config, identity)
     repair_run(run)
     journal = start_recorder(run, config, tracking_uri, identity_hash(config, identity))
-    rollouts = start_rollouts(RolloutSettings(config, stream, plan, lengths, until, journal), resources)
     settings = LoopSettings(
-        config=config,
-        stream=stream,
+        config,
+        stream,
         held_out=held_out,
         profile=profile,
         num_steps=plan.num_steps,
@@ -111,18 +110,15 @@ def train_until(
         bundle_folder=run.bundle,
         num_threads=resources.num_threads,
         journal=journal,
-        rollouts=rollouts,
+        rollouts=start_rollouts(RolloutSettings(config, stream, plan, lengths, until, journal), resources),
     )
     trainer = build_trainer(settings, run, plan, lengths, resources, callbacks)
     first_step = committed_step(run.storage_path, run.name)
     if profile is not None and profile[1] < first_step:
         print(f"Nothing is profiled: the run resumes at step {first_step}", flush=True)  # noqa: T201
-    with closing_run(journal), progress_bar(journal, plan.num_steps, first_step) if show_progress else nullcontext():
-        try:
-            fit(trainer, run, journal, until)
-        finally:
-            if rollouts is not None:
-                ray.kill(rollouts)  # and its actors with it
+    bar = progress_bar(journal, plan.num_steps, first_step) if show_progress else nullcontext()
+    with closing_run(journal), bar, ending_rollouts(settings.rollouts):
+        fit(trainer, run, journal, until)
     if until < plan.num_steps:
         ray.get(journal.flush.remote())
         return None

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llava_ray.chat.conversation import Turn, last_question
+from llava_ray.chat.conversation import Turn
 from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.settings import StreamSettings
 from llava_ray.data.stages import fetch_records
@@ -21,7 +21,7 @@ from llava_ray.images.processing import normalize_pixels
 from llava_ray.model.assembly import LlavaParts
 from llava_ray.train.engine import assemble_trainable, check_bf16
 from llava_ray.train.held_out import make_question
-from llava_ray.train.rollouts.answered import AskedQuestion, RolloutGroup
+from llava_ray.train.rollouts.answered import AskedQuestion, RolloutGroup, final_question
 from llava_ray.train.rollouts.rewards import Attempt, Rewards
 
 # What only training needs; an actor has a whole model.
@@ -88,13 +88,13 @@ class RolloutActor:
         questions = []
         for place in places:
             record = records[place]
-            found = last_question([Turn.from_row(turn) for turn in record["turns"]])
+            found = final_question([Turn.from_row(turn) for turn in record["turns"]])
             if found is None or not found[2].value.strip():
                 raise DataError(
                     f"record {record['id']!r} has no supervised answer in words, with which rewards could compare; "
                     "remove it, or give it one"
                 )
-            one = make_question(self.stream, self.parts, place, record, last_question)
+            one = make_question(self.stream, self.parts, place, record, final_question)
             images = one.images
             if images is not None and images.dtype == torch.uint8 and not self.stream.model.unfreeze_mm_vision_tower:
                 images = self.extract(images).cpu()

@@ -1,11 +1,13 @@
 """What an actor returns of a question: its prompt and images, the sampled answers, and their rewards."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from llava_ray.chat.conversation import Turn, split_system
 from llava_ray.generate.group_sampling import SampledAnswer
 from llava_ray.images.anyres import Size
 
@@ -34,3 +36,10 @@ class RolloutGroup:
     """Each reward of each answer."""
     reference: list[list[float]] | None = None
     """The log-probability of each token under the weights that the run started with."""
+
+
+def final_question(turns: Sequence[Turn]) -> tuple[str | None, Sequence[Turn], Turn] | None:
+    """Return what ``chat.conversation.first_question`` does, of the last supervised answer."""
+    system, spoken = split_system(turns)
+    places = [place for place, turn in enumerate(spoken) if turn.role == "gpt" and turn.supervised and not turn.calls]
+    return (system, spoken[: places[-1]], spoken[places[-1]]) if places else None
