@@ -29,6 +29,7 @@ from llava_ray.train.ray_trainer import build_trainer
 from llava_ray.train.rollouts.coordinator import RolloutSettings, check_rollout_gpus, ending_rollouts, start_rollouts
 from llava_ray.train.run_recorder import start_recorder
 from llava_ray.train.runs import (
+    RunFolder,
     absolute_paths,
     claim_run,
     committed_step,
@@ -72,9 +73,8 @@ def train_until(
 ) -> FinishedRun | None:
     """Fine-tune up to the step ``until`` (default: the last), with a checkpoint there; return None before the end.
 
-    Everything but the stopping point is as in the whole run, and the next call resumes there.
-    ``callbacks`` are Ray Train's, and receive every checkpoint with its held-out metrics. Raises as
-    ``finetune`` does.
+    Everything but the stopping point is as in the whole run; the next call resumes there. ``callbacks`` are Ray
+    Train's, and receive every checkpoint with its held-out metrics. Raises as ``finetune`` does.
     """
     identity = identify_run(config, prepared.data_hash)
     run = find_run(config, identity)
@@ -113,9 +113,7 @@ def train_until(
         rollouts=start_rollouts(RolloutSettings(config, stream, plan, lengths, until, journal), resources),
     )
     trainer = build_trainer(settings, run, plan, lengths, resources, callbacks)
-    first_step = committed_step(run.storage_path, run.name)
-    if profile is not None and profile[1] < first_step:
-        print(f"Nothing is profiled: the run resumes at step {first_step}", flush=True)  # noqa: T201
+    first_step = _find_first_step(run, profile)
     bar = progress_bar(journal, plan.num_steps, first_step) if show_progress else nullcontext()
     with closing_run(journal), bar, ending_rollouts(settings.rollouts):
         fit(trainer, run, journal, until)
@@ -123,6 +121,14 @@ def train_until(
         ray.get(journal.flush.remote())
         return None
     return note_finished(config, run, plan, prepared, journal, tracking_uri)
+
+
+def _find_first_step(run: RunFolder, profile: tuple[int, int] | None) -> int:
+    """Return the step at which a run starts; say so where the steps to profile are behind it."""
+    first_step = committed_step(run.storage_path, run.name)
+    if profile is not None and profile[1] < first_step:
+        print(f"Nothing is profiled: the run resumes at step {first_step}", flush=True)  # noqa: T201
+    return first_step
 
 
 def make_plan(config: FinetuneConfig, prepared: PreparedData, blueprint: Blueprint) -> tuple[TokenLengths, Plan]:

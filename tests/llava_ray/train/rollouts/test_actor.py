@@ -36,8 +36,8 @@ def test_the_last_supervised_answer_is_asked_for() -> None:
 
 
 @pytest.fixture(scope="module")
-def actor(tmp_path_factory: pytest.TempPathFactory) -> RolloutActor:
-    """An actor in this process, without Ray."""
+def actor(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> RolloutActor:
+    """An actor in this process; Ray prepares its data."""
     folder: Path = tmp_path_factory.mktemp("actor")
     config = small_run(folder, num_samples=12, **GRPO, **{"grpo.beta": 0.1, "grpo.rewards": ("exact", "format:.*e.*")})
     prepared = prepare_data(config.data, show_progress=False)
@@ -48,7 +48,7 @@ def actor(tmp_path_factory: pytest.TempPathFactory) -> RolloutActor:
         return RolloutActor(config, stream, 1)
 
 
-@pytest.mark.slow
+@pytest.mark.ray
 def test_a_batch_is_answered_rewarded_and_compared_with_the_first_weights(actor: RolloutActor) -> None:
     places = [(0, 1), (0, 0), (0, 4)]  # the first record has no image
     groups = actor.sample(5, places, 0, [])
@@ -70,7 +70,7 @@ def test_a_batch_is_answered_rewarded_and_compared_with_the_first_weights(actor:
     assert [one.token_ids for one in later.answers] != [one.token_ids for one in alone.answers]
 
 
-@pytest.mark.slow
+@pytest.mark.ray
 def test_weights_are_taken_over_and_the_first_ones_stay_the_reference(
     actor: RolloutActor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,7 +87,7 @@ def test_weights_are_taken_over_and_the_first_ones_stay_the_reference(
         actor.load(0, [actor.first])
 
 
-@pytest.mark.slow
+@pytest.mark.ray
 def test_a_record_without_an_answer_in_words_is_named(actor: RolloutActor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "final_question", lambda turns: None)
     failure = actor.sample(0, [(0, 3)], 0, [])
