@@ -1,7 +1,7 @@
 """One fine-tuning run on a Ray cluster, from resolved settings to a bundle."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import ray
 from ray.train import UserCallback
@@ -17,7 +17,7 @@ from llava_ray.train.identity import identify_run, identity_hash
 from llava_ray.train.planning.automatic import Workers, decide_settings
 from llava_ray.train.progress import closing_run, progress_bar
 from llava_ray.train.ray_trainer import build_trainer
-from llava_ray.train.rollouts.coordinator import RolloutSettings, check_rollout_gpus, start_rollouts
+from llava_ray.train.rollouts.coordinator import RolloutSettings, check_rollout_gpus, ending_rollouts, start_rollouts
 from llava_ray.train.run_data import held_out_samples, plan_stream
 from llava_ray.train.run_recorder import start_recorder
 from llava_ray.train.runs import (
@@ -29,7 +29,7 @@ from llava_ray.train.runs import (
     repair_run,
 )
 from llava_ray.train.settings import LoopSettings
-from llava_ray.train.stopping import StoppableTrainer, fit
+from llava_ray.train.stopping import fit
 
 
 def finetune(
@@ -63,21 +63,20 @@ def train_until(
 ) -> FinishedRun | None:
     """Fine-tune up to the step ``until`` (default: the last), with a checkpoint there; return None before the end.
 
-    Everything but the stopping point is as in the whole run, and the next call resumes there.
-    ``callbacks`` are Ray Train's, and receive every checkpoint with its held-out metrics. Raises as
-    ``finetune`` does.
+    Everything but the stopping point is as in the whole run; the next call resumes there. ``callbacks`` are Ray
+    Train's, and receive every checkpoint with its held-out metrics. Raises as ``finetune`` does.
     """
     identity = identify_run(config, prepared.data_hash)
     run = find_run(config, identity)
     if (finished := reuse_finished(config, run, prepared)) is not None:
         return finished
+    check_rollout_gpus(config, resources)
     begun = run.noted_settings() if run.is_claimed and not config.run.restart else None
     config, decided = decide_settings(config, Workers.of(resources), begun)
     if show_progress and decided:
         print(*decided, sep="\n", flush=True)  # noqa: T201 - for the person who started the run
     config = config.replaced(absolute_paths(config) | {"run.name": run.name})
     blueprint = read_blueprint(config.model, config.data.image_aspect_ratio)
-    check_rollout_gpus(config, resources)
     lengths, plan, stream = plan_stream(config, prepared, blueprint, identity, resources)
     until = min(until or plan.num_steps, plan.num_steps)
     if profile is not None and profile[1] >= until:
@@ -87,10 +86,9 @@ def train_until(
     claim_run(run, config, identity)
     repair_run(run)
     journal = start_recorder(run, config, tracking_uri, identity_hash(config, identity))
-    rollouts = start_rollouts(RolloutSettings(config, stream, plan, lengths, until, journal), resources)
     settings = LoopSettings(
-        config=config,
-        stream=stream,
+        config,
+        stream,
         held_out=held_out,
         profile=profile,
         num_steps=plan.num_steps,
@@ -101,37 +99,22 @@ def train_until(
         bundle_folder=run.bundle,
         num_threads=resources.num_threads,
         journal=journal,
-        rollouts=rollouts,
+        rollouts=start_rollouts(RolloutSettings(config, stream, plan, lengths, until, journal), resources),
     )
     trainer = build_trainer(settings, run, plan, lengths, resources, callbacks)
-    first_step = _tell_first_step(run, profile)
-    progress = progress_bar(journal, plan.num_steps, first_step) if show_progress else nullcontext()
-    _fit_to(until, trainer, run, settings, progress)
+    first_step = _find_first_step(run, profile)
+    bar = progress_bar(journal, plan.num_steps, first_step) if show_progress else nullcontext()
+    with closing_run(journal), bar, ending_rollouts(settings.rollouts):
+        fit(trainer, run, journal, until)
     if until < plan.num_steps:
         ray.get(journal.flush.remote())
         return None
     return note_finished(config, run, plan, prepared, journal, tracking_uri)
 
 
-def _tell_first_step(run: RunFolder, profile: tuple[int, int] | None) -> int:
-    """Return the step at which a run goes on, and say where nothing will be profiled."""
+def _find_first_step(run: RunFolder, profile: tuple[int, int] | None) -> int:
+    """Return the step at which a run starts; say so where the steps to profile are behind it."""
     first_step = committed_step(run.storage_path, run.name)
     if profile is not None and profile[1] < first_step:
         print(f"Nothing is profiled: the run resumes at step {first_step}", flush=True)  # noqa: T201
     return first_step
-
-
-def _fit_to(
-    until: int,
-    trainer: StoppableTrainer,
-    run: RunFolder,
-    settings: LoopSettings,
-    progress: AbstractContextManager[None],
-) -> None:
-    """Train up to a step; at the end of it, or of an error, the actors that sample answers end too."""
-    with closing_run(settings.journal), progress:
-        try:
-            fit(trainer, run, settings.journal, until)
-        finally:
-            if settings.rollouts is not None:
-                ray.kill(settings.rollouts)  # and its actors with it

@@ -7,7 +7,8 @@ any number of actors, so the answers do not depend on it.
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -166,6 +167,16 @@ def start_rollouts(settings: RolloutSettings, resources: Resources) -> ActorHand
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(RolloutCoordinator).options(num_cpus=0, scheduling_strategy=here)
     return actor.remote(settings, resources)
+
+
+@contextmanager
+def ending_rollouts(coordinator: ActorHandle | None) -> Iterator[None]:
+    """End a coordinator, and with it its actors, after the block."""
+    try:
+        yield
+    finally:
+        if coordinator is not None:
+            ray.kill(coordinator)
 
 
 def check_rollout_gpus(config: FinetuneConfig, resources: Resources) -> None:
