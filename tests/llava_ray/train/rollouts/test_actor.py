@@ -7,6 +7,7 @@ import pytest
 import torch
 from samples import small_run
 
+from llava_ray.chat.asked_turns import final_question
 from llava_ray.chat.conversation import Turn
 from llava_ray.data.preparation import prepare_data
 from llava_ray.errors import DataError
@@ -14,7 +15,6 @@ from llava_ray.model.blueprint import read_blueprint
 from llava_ray.runtime import Resources
 from llava_ray.train.rollouts import actor as module
 from llava_ray.train.rollouts.actor import RolloutActor, draw_numbers
-from llava_ray.train.rollouts.answered import final_question
 from llava_ray.train.trainer import stream_settings
 
 GRPO = {"train.objective": "grpo", "data.on_too_long": "reject", "grpo.group_size": 2, "grpo.max_new_tokens": 3}
