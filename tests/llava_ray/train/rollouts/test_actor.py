@@ -15,7 +15,7 @@ from llava_ray.model.blueprint import read_blueprint
 from llava_ray.runtime import Resources
 from llava_ray.train.rollouts import actor as module
 from llava_ray.train.rollouts.actor import RolloutActor, draw_numbers
-from llava_ray.train.trainer import stream_settings
+from llava_ray.train.run_data import stream_settings
 
 GRPO = {"train.objective": "grpo", "data.on_too_long": "reject", "grpo.group_size": 2, "grpo.max_new_tokens": 3}
 
