@@ -17,7 +17,13 @@ from llava_ray.train.rollouts import actor as module
 from llava_ray.train.rollouts.actor import RolloutActor, draw_numbers
 from llava_ray.train.run_data import stream_settings
 
-GRPO = {"train.objective": "grpo", "data.on_too_long": "reject", "grpo.group_size": 2, "grpo.max_new_tokens": 3}
+GRPO = {
+    "data.shuffle_window": 0,
+    "train.objective": "grpo",
+    "data.on_too_long": "reject",
+    "grpo.group_size": 2,
+    "grpo.max_new_tokens": 3,
+}
 
 
 def test_random_numbers_depend_on_seed_step_record_and_answer_alone() -> None:
