@@ -56,11 +56,13 @@ def actor(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Rollou
 
 @pytest.mark.ray
 def test_a_batch_is_answered_rewarded_and_compared_with_the_first_weights(actor: RolloutActor) -> None:
-    places = [(0, 1), (0, 0), (0, 4)]  # the first record has no image
+    places = [(0, row) for row in (1, 0, 2, 3, 4, 5)]
+    names = [one.id for one in actor.read(places)]
+    assert len(set(names)) == len(places)
     groups = actor.sample(5, places, 0, [])
     assert isinstance(groups, list), groups
-    assert [group.asked.id for group in groups] == ["s0001", "s0000", "s0004"]
-    assert [group.asked.images is None for group in groups] == [False, True, False]
+    assert [group.asked.id for group in groups] == names
+    assert [group.asked.images is None for group in groups] == [int(name[1:]) % 5 == 0 for name in names]
     for group in groups:
         assert group.rewards.shape == (2, 2)
         assert group.asked.truth in ("yes", "no")
@@ -95,7 +97,8 @@ def test_weights_are_taken_over_and_the_first_ones_stay_the_reference(
 
 @pytest.mark.ray
 def test_a_record_without_an_answer_in_words_is_named(actor: RolloutActor, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = actor.read([(0, 3)])[0].id
     monkeypatch.setattr(module, "final_question", lambda turns: None)
     failure = actor.sample(0, [(0, 3)], 0, [])
     assert isinstance(failure, DataError)
-    assert "record 's0003' has no supervised answer" in str(failure)
+    assert f"record '{name}' has no supervised answer" in str(failure)
