@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llava_ray.data.shards import PreparedData
 
 # Sections of a fine-tuning recipe that do not concern data.
-_OTHER_SECTIONS = ("model", "train", "lora", "held_out", "tracking")
+_OTHER_SECTIONS = ("model", "train", "lora", "held_out", "preference", "grpo", "tracking")
 
 
 def main(arguments: Sequence[str]) -> "PreparedData":

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from llava_ray import invocation
 from llava_ray.config.booleans import parse_boolean, write_out_booleans
 from llava_ray.config.mixtures import LOOKED_AT, SourceConfig, read_sources_flag, write_sources_flag
+from llava_ray.config.preference import follow_objective
 from llava_ray.config.schema import ConfigSection, describe_all, describe_fault, dotted_keys, merge_settings
 from llava_ray.config.sections import DataConfig, EvaluateConfig, FinetuneConfig, HeldOutConfig, PrepareConfig
 from llava_ray.config.selection import SELECTING
@@ -86,7 +87,11 @@ def load_settings(schema: type[Settings], arguments: Sequence[str], *, ignore: C
     """Read ``[RECIPE] --section.key value …`` into a validated ``schema``; as ``load_recipe``, without a run's name."""
     named = _recipe_of(arguments)
     recipe = find_recipe(named, command_of(schema)) if named else None
-    values = {key: value for key, value in read_toml(recipe).items() if key not in ignore} if recipe else {}
+    values = (
+        {key: value for key, value in follow_objective(read_toml(recipe)).items() if key not in ignore}
+        if recipe
+        else {}
+    )
     flags = [_dotted_flag(schema, argument) for argument in arguments[1 if recipe else 0 :]]
     _check_known_keys(schema, values, recipe or "flags")
     flags, sources = _split_sources(flags)

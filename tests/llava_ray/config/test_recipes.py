@@ -100,3 +100,12 @@ def test_differing_keys_leave_out_what_may_change(recipe):
     old = load_recipe(FinetuneConfig, [recipe, "--data_path", "x"])
     new = old.replaced({"train.seed": 3, "cluster.num_workers": 9})
     assert differing_keys(old.model_dump(), new.model_dump()) == ["train.seed: 42 -> 3"]
+
+
+def test_a_preparation_follows_the_objective_of_a_recipe_for_training(tmp_path: Path) -> None:
+    recipe = tmp_path / "dpo.toml"
+    recipe.write_text('[data]\ndata_path = "pairs.jsonl"\n[train]\nobjective = "dpo"\n[preference]\nbeta = 0.2\n')
+    ignored = ("train", "preference")
+    assert load_recipe(PrepareConfig, [str(recipe)], ignore=ignored).data.kind_of_records == "preferences"
+    other = [str(recipe), "--data.kind", "instruction"]
+    assert load_recipe(PrepareConfig, other, ignore=ignored).data.kind_of_records == "instruction"
