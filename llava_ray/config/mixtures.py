@@ -153,6 +153,23 @@ def held_out_paths(data: "DataConfig") -> dict[str, str]:
     return {key: path for key, path in named.items() if path is not None}
 
 
+def split_sources_flag(flags: Sequence[str]) -> tuple[list[str], list[Any] | None]:
+    """Split ``--data.sources JSON`` off dotted flags; its tables are to be checked as those of a recipe are.
+
+    Raises ConfigError.
+    """
+    others, sources, waiting = [], None, list(flags)
+    while waiting:
+        flag, equals, value = waiting.pop(0).partition("=")
+        if flag != "--data.sources":
+            others.append(f"{flag}{equals}{value}")
+        elif not equals and not waiting:
+            raise ConfigError("--data.sources needs a value: a JSON list of tables")
+        else:
+            sources = read_sources_flag(value if equals else waiting.pop(0))
+    return others, sources
+
+
 def read_sources_flag(text: str) -> list[Any]:
     """Parse the value of ``--data.sources``: a JSON list of tables. Raises ConfigError."""
     try:

@@ -87,14 +87,13 @@ def load_settings(schema: type[Settings], arguments: Sequence[str], *, ignore: C
     """Read ``[RECIPE] --section.key value …`` into a validated ``schema``; as ``load_recipe``, without a run's name."""
     named = _recipe_of(arguments)
     recipe = find_recipe(named, command_of(schema)) if named else None
-    values = (
-        {key: value for key, value in follow_objective(read_toml(recipe)).items() if key not in ignore}
-        if recipe
-        else {}
-    )
+    values = read_toml(recipe) if recipe else {}
+    if "train" in ignore:  # what it would decide of the data
+        values = follow_objective(values)
+    values = {key: value for key, value in values.items() if key not in ignore}
     flags = [_dotted_flag(schema, argument) for argument in arguments[1 if recipe else 0 :]]
     _check_known_keys(schema, values, recipe or "flags")
-    flags, sources = _split_sources(flags)
+    flags, sources = split_sources_flag(flags)
     if sources is not None:
         values = merge_settings(values, {"data": {"sources": sources}})
         _check_known_keys(schema, values, "flags")
@@ -102,20 +101,6 @@ def load_settings(schema: type[Settings], arguments: Sequence[str], *, ignore: C
     with wrap_errors(recipe or "flags", "Fix them.", ConfigError):
         given = parsed.model_dump()
     return schema.parsed(given)
-
-
-def _split_sources(flags: Sequence[str]) -> tuple[list[str], list[Any] | None]:
-    """Split ``--data.sources JSON`` off dotted flags: its tables are checked as those of a recipe are."""
-    others, sources, waiting = [], None, list(flags)
-    while waiting:
-        flag, equals, value = waiting.pop(0).partition("=")
-        if flag != "--data.sources":
-            others.append(f"{flag}{equals}{value}")
-        elif not equals and not waiting:
-            raise ConfigError("--data.sources needs a value: a JSON list of tables")
-        else:
-            sources = read_sources_flag(value if equals else waiting.pop(0))
-    return others, sources
 
 
 def _read_flags(schema: type[Settings], flags: Sequence[str], default: Any) -> Settings:
