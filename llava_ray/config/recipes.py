@@ -18,7 +18,13 @@ from pydantic import BaseModel, ValidationError
 
 from llava_ray import invocation
 from llava_ray.config.booleans import parse_boolean, write_out_booleans
-from llava_ray.config.mixtures import LOOKED_AT, SourceConfig, read_sources_flag, write_sources_flag
+from llava_ray.config.mixtures import (
+    LOOKED_AT,
+    SourceConfig,
+    read_sources_flag,
+    split_sources_flag,
+    write_sources_flag,
+)
 from llava_ray.config.preference import follow_objective
 from llava_ray.config.schema import ConfigSection, describe_all, describe_fault, dotted_keys, merge_settings
 from llava_ray.config.sections import DataConfig, EvaluateConfig, FinetuneConfig, HeldOutConfig, PrepareConfig
