@@ -90,6 +90,26 @@ def free_port() -> int:
             return port
 
 
+def descendants(ancestor: int) -> dict[int, str]:
+    """Return the command lines of all processes that live and were started by a process, or by one that it started."""
+    parents, words = {}, {}
+    for entry in Path("/proc").iterdir():
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            title = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except (OSError, ValueError):
+            continue
+        if entry.name.isdigit() and fields[0] != "Z":
+            parents[int(entry.name)], words[int(entry.name)] = int(fields[1]), title
+
+    def is_of(number: int) -> bool:
+        while number in parents and number != ancestor:
+            number = parents[number]
+        return number == ancestor
+
+    return {number: title for number, title in words.items() if number != ancestor and is_of(number)}
+
+
 def members(session: int) -> dict[int, str]:
     """Return the command lines of a session's processes that live, by their ids."""
     found = {}

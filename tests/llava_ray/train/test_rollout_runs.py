@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import members
+from commands import descendants, members
 from samples import small_run, write_recipe, write_samples
 from test_kill_storm import WORKER, read_log, started, wait_until
 from test_training import held_out, run
@@ -41,8 +41,8 @@ def dotted(**changes: Any) -> dict[str, Any]:
 
 
 def find_samplers() -> list[int]:
-    """Return the processes of this session that sample answers."""
-    return [number for number, title in members(os.getsid(0)).items() if title.startswith(SAMPLER)]
+    """Return the processes of this test's cluster that sample answers."""
+    return [number for number, title in descendants(os.getpid()).items() if title.startswith(SAMPLER)]
 
 
 def kill_a_sampler(folder: Path, killed: list[int]) -> None:
