@@ -42,8 +42,14 @@ class MadePairs:
 
 
 def hash_recipe(config: PreferencesConfig) -> str:
-    """Return 16 hex digits of all settings that decide which preferences come out."""
-    return hashlib.sha256(json.dumps(config.recipe_settings, sort_keys=True).encode()).hexdigest()[:16]
+    """Return 16 hex digits of all settings that decide which preferences come out.
+
+    Without the models' paths: each record has their fingerprints, which do not depend on where they lie.
+    """
+    settings: dict[str, Any] = config.recipe_settings
+    others = {key: value for key, value in settings["preferences"].items() if key != "models"}
+    text = json.dumps(settings | {"preferences": others}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def summarize_preferences(
