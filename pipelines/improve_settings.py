@@ -29,7 +29,7 @@ RESOLVED = "resolved.json"
 def claim_loop(config: ImproveConfig, folder: Path) -> None:
     """Save the settings in the loop's folder. Raises ConfigError if its rounds were made with others."""
     path = folder / RESOLVED
-    made = config.model_dump(mode="json")
+    made = ImproveConfig.parsed(config.model_dump()).model_dump(mode="json")  # as it is once it has been read back
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         kept = ImproveConfig.parsed(found).model_dump(mode="json")  # with the defaults of settings added since

@@ -94,7 +94,9 @@ def test_a_loop_that_is_killed_at_each_stage_does_and_pays_nothing_twice(
     # Again: nothing runs. Undisturbed, elsewhere: the same preferences, and the ledger's calls are known there too.
     assert improve_model(config).ran == ()
     monkeypatch.setattr(improve_stages, "_write_note", real)
-    calm = improve_model(loop_settings(folder, tmp_path / "calm", judge, preferences__ledger=str(output / "ledger.jsonl")))
+    calm = improve_model(
+        loop_settings(folder, tmp_path / "calm", judge, preferences__ledger=str(output / "ledger.jsonl"))
+    )
     place = "round-1/preferences/preferences.jsonl"
     assert (tmp_path / "calm" / place).read_bytes() == (output / place).read_bytes()
     assert calm.summary["rounds"][0]["tune"]["bundle_hash"] == done.summary["rounds"][0]["tune"]["bundle_hash"]
