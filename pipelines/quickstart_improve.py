@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llava_ray.quickstart.easy_vqa import ShapeQuestion
     from llava_ray.runtime import Resources
 
-_RECIPE = str(Path(__file__).parent / "recipes/improve/quickstart.toml")
+RECIPE = str(Path(__file__).parent / "recipes/improve/quickstart.toml")
 EARLY_STEPS = 8  # after which the model answers some four of five held-out questions
 _EARLY_BATCH = 16
 NUM_ASKED, NUM_HELD_OUT = 2400, 2000
@@ -30,7 +30,7 @@ NUM_ASKED, NUM_HELD_OUT = 2400, 2000
 
 def main(arguments: Sequence[str]) -> ImprovedModel:
     """Train the model that is stopped early, then improve it."""
-    load_settings(ImproveConfig, [_RECIPE, *arguments])
+    load_settings(ImproveConfig, [RECIPE, *arguments])
     words = load_recipe(FinetuneConfig, [f"{RECIPES}/words.toml"])
     prepare_forks(words)
     from llava_ray.runtime import connected, start_ahead
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> ImprovedModel:
     with connected(words.cluster, storage_path=words.run.storage_path) as resources:
         early = train_early(resources)
         write_splits(easy_vqa.train_questions(NUM_ASKED, seed=1), easy_vqa.test_questions(NUM_HELD_OUT, seed=1))
-        config = load_settings(ImproveConfig, [_RECIPE, "--model.model_name_or_path", early, *arguments])
+        config = load_settings(ImproveConfig, [RECIPE, "--model.model_name_or_path", early, *arguments])
         return print_improvement(improve_model(config), config)
 
 
