@@ -95,7 +95,7 @@ def preference_settings(
     changes = {
         "models": (model, *section.models),
         "version": section.version or config.model.version,
-        "skip_questions": section.skip_questions + first_question(section.max_questions, total, number),
+        "skip_questions": section.skip_questions + find_slice(section.max_questions, total, number),
         "seed": section.seed + number - 1,
         "output": str(folder / f"round-{number}" / "preferences"),
         "ledger": section.ledger or str(folder / "ledger.jsonl"),
@@ -110,7 +110,7 @@ def preference_settings(
     )
 
 
-def first_question(per_round: int | None, total: int, number: int) -> int:
+def find_slice(per_round: int | None, total: int, number: int) -> int:
     """Return the place of a round's first question: slices follow one another, and begin again after the last."""
     if per_round is None or total <= per_round:
         return 0

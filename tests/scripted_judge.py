@@ -10,8 +10,8 @@ drop, unparsed), ``retry_after`` (of refusals), ``storm`` ([from, to] in seconds
 until insufficient_quota), ``drift`` ([seconds, requests_per_minute]), ``status`` (say nothing but this), ``keep``
 (request texts kept), ``seed``, ``likes_first`` (points for the answer that is shown first), ``reliability`` (share of
 verdicts that prefer the answer that equals the context's reference; by chance where none or both do). Seconds count
-from the first request. ``raw`` (a body, its ``type`` and ``code``, instead of any reply), ``content`` (what every reply says,
-with its ``finish_reason``), ``hold_after`` (requests that are answered; the others wait for ``POST /release``).
+from the first request. ``raw`` (a body, its ``type`` and ``code``, instead of any reply), ``content`` (what every reply
+says, with its ``finish_reason``), ``hold_after`` (requests that are answered; the others wait for ``POST /release``).
 
 Batches: ``batch_s`` (until they are over), ``batch_faults`` (share of lines that fail), ``expire`` (share left undone).
 """

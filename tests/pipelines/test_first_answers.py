@@ -27,6 +27,7 @@ ANSWERED_AT_ONCE = {
         *[["--help"], ["nope.toml"], ["{quickstart}/tune.toml", "--train.learning_rat", "1"]],
         *[["{quickstart}/tune.toml", "--help"], ["{quickstart}/tune.toml", "--train.zero_stage", "9"], []],
     ],
+    "preferences": [["--help"], ["nope.toml"], ["--preferences.modles", "x"], []],
     "prepare": [["--help"], ["nope.toml"], ["--data.data_pat", "x"], []],
     "preview": [["--help"], ["--dat", "x"], ["--data", "x", "--max_samples", "0"]],
     "quickstart": [["--help"], ["--train.learning_rat", "1"]],

@@ -19,7 +19,7 @@ from llava_ray.errors import BudgetError, ConfigError, DataError, DivergedError,
 from pipelines.improve_loop import ImprovedRounds, measure_gain, run_rounds
 from pipelines.improve_overlap import AskedQuestions, check_apart
 from pipelines.improve_results import summarize_rounds, write_improvement
-from pipelines.improve_settings import claim_loop, first_question, preference_settings, tuning_settings
+from pipelines.improve_settings import claim_loop, find_slice, preference_settings, tuning_settings
 from pipelines.improve_stages import HeldOutResult, RoundPreferences
 from pipelines.preference_questions import read_prompts_to_answer
 
@@ -198,9 +198,9 @@ def test_the_level_is_that_of_the_interval(output: Path) -> None:
 
 
 def test_rounds_ask_the_next_questions_with_their_own_seed(tmp_path: Path) -> None:
-    assert [first_question(4, 10, number) for number in range(1, 6)] == [0, 4, 8, 0, 4]
-    assert [first_question(4, 4, number) for number in (1, 2)] == [0, 0]
-    assert first_question(None, 10, 3) == 0
+    assert [find_slice(4, 10, number) for number in range(1, 6)] == [0, 4, 8, 0, 4]
+    assert [find_slice(4, 4, number) for number in (1, 2)] == [0, 0]
+    assert find_slice(None, 10, 3) == 0
     config = loop_config(tmp_path, preferences__max_questions=4, preferences__models=["other"], preferences__seed=5)
     made = preference_settings(config, 2, 10, "model-1", {"parent_run_id": "p", "tracking_uri": "sqlite:///x"})
     section = made.preferences
