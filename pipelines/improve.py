@@ -19,15 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from llava_ray.config.improve import ImproveConfig
 from llava_ray.config.recipes import load_settings
-from llava_ray.errors import ConfigError, DataError, LlavaRayError
+from llava_ray.errors import LlavaRayError
 from llava_ray.worker_forks import prepare_forks, start_forks
 from pipelines.command import run_command, split_dry_run
-from pipelines.places import check_files, check_models
 
 if TYPE_CHECKING:
-    from evals.benchmark import Question
     from llava_ray.runtime import Resources
-    from pipelines.improve_overlap import AskedQuestions
 
 _PARTIAL = 3
 _OF_SIGNALS = 128
@@ -49,14 +46,6 @@ class ImprovedModel:
     signal: int = 0
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """What the rounds ask, and what is held out."""
-
-    held_out: "Sequence[Question]"
-    asked: "AskedQuestions"
-
-
 def improve_model(config: ImproveConfig) -> ImprovedModel:
     """Run the rounds in the folder ``config.improve.output``; stages that are finished there are skipped.
 
@@ -64,7 +53,9 @@ def improve_model(config: ImproveConfig) -> ImprovedModel:
     cannot be used or differ from those of the folder's rounds, DataError, ModelError, JudgeError and TrainingError as
     the stages do; what was finished stays, and is in summary.json and the report.
     """
-    inputs = _read_inputs(config)
+    from pipelines.improve_inputs import check_template, read_loop_inputs
+
+    inputs = read_loop_inputs(config)
     from llava_ray.report.charts import check_plotting
     from llava_ray.tracking import TrackedRun, default_tracking_uri, describe_page
     from pipelines.improve_loop import ImprovedRounds, place_of_best, run_rounds
@@ -73,7 +64,7 @@ def improve_model(config: ImproveConfig) -> ImprovedModel:
     from pipelines.improve_stages import RoundStages
 
     check_plotting()
-    _check_template(config)
+    check_template(config)
     folder, tracking = Path(config.improve.output), config.tracking
     claim_loop(config, folder)
     uri = tracking.tracking_uri or default_tracking_uri(str(folder.parent))
@@ -102,66 +93,6 @@ def improve_model(config: ImproveConfig) -> ImprovedModel:
     return ImprovedModel(str(model), summary["complete"], run.run_id, summary, tuple(stages.ran), found.signal)
 
 
-def _read_inputs(config: ImproveConfig) -> _Inputs:
-    """Read the questions of all rounds and the held-out ones. Raises ConfigError, DataError."""
-    _check_improve_places(config)
-    from evals.catalogue import make_benchmark
-    from evals.scoring import check_truths
-    from llava_ray.config.preferences import PreferencesSection
-    from pipelines.improve_overlap import check_apart
-    from pipelines.preference_questions import read_prompts_to_answer
-
-    improve, section = config.improve, config.preferences
-    name, _, folder = improve.benchmark.partition("=")
-    benchmark = make_benchmark(name)
-    held_out = benchmark.read(Path(folder))[: improve.max_held_out]
-    if improve.profile in benchmark.needs_judge:
-        raise ConfigError(
-            f"improve.benchmark: {benchmark.title} needs a judge under improve.profile = {improve.profile!r}; hold out "
-            "one that a rule scores"
-        )
-    check_truths(benchmark, held_out)
-    if not held_out or not held_out[0].truths:
-        raise DataError(f"improve.benchmark: {folder} holds no questions with answers, so that nothing is measured")
-    most = None if section.max_questions is None else section.max_questions * improve.rounds
-    values = section.model_dump() | {"models": ("all",), "max_questions": most, "num_samples": 2, "temperature": 1.0}
-    source = read_prompts_to_answer(PreferencesSection.parsed(values))
-    return _Inputs(held_out, check_apart(config, source, held_out))
-
-
-def _check_improve_places(config: ImproveConfig) -> None:
-    """Check that the models and the data exist. Raises ConfigError."""
-    if "://" in config.improve.output:
-        raise ConfigError("the rounds' results are in a local or mounted folder: set improve.output to one")
-    models = {
-        f"model.{key}": getattr(config.model, key) for key in ("model_name_or_path", "model_base", "vision_tower")
-    }
-    section = config.preferences
-    others = {f"preferences.models, {number}": path for number, path in enumerate(section.models, start=1)}
-    check_models(models | others)
-    check_files({"improve.benchmark": config.improve.benchmark.partition("=")[2]})
-    check_files({"preferences.benchmark": section.benchmark.partition("=")[2] if section.benchmark else None})
-    check_files(
-        {f"preferences.{key}": getattr(section, key) for key in ("data_path", "image_folder", "words", "rubric")}
-    )
-    check_files({"held_out.path": config.held_out.path, "held_out.images": config.held_out.images})
-
-
-def _check_template(config: ImproveConfig) -> None:
-    """Check that the rounds speak the template that the model was trained with. Raises ConfigError, ModelError."""
-    from llava_ray.model.loading import read_pretrained_blueprint
-
-    model = config.model
-    parts = {"model_base": model.model_base, "vision_tower": model.vision_tower, "version": model.version}
-    given = read_pretrained_blueprint(model.model_name_or_path, **parts)
-    stated = given.layout.settings.get("version")
-    if stated is not None and stated != model.version:
-        raise ConfigError(
-            f"model.version = {model.version!r}, but {model.model_name_or_path} was trained with the conversation "
-            f"template {stated!r}: set model.version to that"
-        )
-
-
 @contextmanager
 def _connecting(config: ImproveConfig) -> "Iterator[Callable[[], Resources]]":
     """Yield a function that connects to Ray at its first call, until the block ends."""
@@ -186,10 +117,11 @@ def _connecting(config: ImproveConfig) -> "Iterator[Callable[[], Resources]]":
 
 def describe_improvement(config: ImproveConfig) -> dict[str, Any]:
     """Print how much each round asks, judges and learns, without starting anything."""
-    inputs = _read_inputs(config)
+    from pipelines.improve_inputs import read_loop_inputs
     from pipelines.improve_settings import preference_settings
     from pipelines.preferences import describe_preferences
 
+    inputs = read_loop_inputs(config)
     steps = config.train.max_steps
     summary = {
         "held-out questions": len(inputs.held_out),

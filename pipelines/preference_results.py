@@ -170,6 +170,8 @@ def log_preferences(config: PreferencesConfig, folder: Path, summary: Mapping[st
         for name in (PREFERENCES_FILE, "summary.json", "report.html", "resolved.json"):
             if (folder / name).exists():
                 run.log_file(str(folder / name))
+        if (folder / "answers").is_dir():  # a preference's provenance names its answers in these files
+            run.log_folder(str(folder / "answers"), "answers")
         tags = {f"model_{number}": f"{path} {mark}" for number, (path, mark) in enumerate(summary["models"].items())}
         tags |= {"kind": "preferences", "recipe": recipe, "complete": str(summary["complete"])}
         tags |= {"data": str(summary["source"])}

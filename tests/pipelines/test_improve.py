@@ -133,4 +133,4 @@ def check_lineage(summary: Any, output: Path) -> None:
     assert one["preferences"]["hash"] in client.get_run(parent).data.tags["llava_ray.round_1"]
     assert {file.path for file in client.list_artifacts(parent)} >= {"summary.json", "report.html"}
     made = client.list_artifacts(one["preferences"]["mlflow_run_id"])
-    assert "preferences.jsonl" in {file.path for file in made}
+    assert {file.path for file in made} >= {"preferences.jsonl", "answers"}
