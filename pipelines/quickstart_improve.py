@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 RECIPE = str(Path(__file__).parent / "recipes/improve/quickstart.toml")
 EARLY_STEPS = 8  # after which the model answers some four of five held-out questions
 _EARLY_BATCH = 16
-NUM_ASKED, NUM_HELD_OUT = 2400, 2000
+NUM_ASKED, NUM_HELD_OUT = 2000, 1600
 
 
 def main(arguments: Sequence[str]) -> ImprovedModel:
