@@ -11,6 +11,7 @@ from llava_ray.config.improve import ImproveConfig
 from llava_ray.config.preferences import PreferencesSection
 from llava_ray.errors import ConfigError, DataError
 from pipelines.improve_overlap import AskedQuestions, check_apart
+from pipelines.improve_settings import preference_settings
 from pipelines.places import check_files, check_models
 from pipelines.preference_questions import read_prompts_to_answer
 
@@ -26,6 +27,7 @@ class LoopInputs:
 def read_loop_inputs(config: ImproveConfig) -> LoopInputs:
     """Read the questions of all rounds and the held-out ones. Raises ConfigError, DataError."""
     _check_improve_places(config)
+    preference_settings(config, 1, 0, config.model.model_name_or_path, {})  # raises what only the whole can
     improve, section = config.improve, config.preferences
     name, _, folder = improve.benchmark.partition("=")
     benchmark = make_benchmark(name)

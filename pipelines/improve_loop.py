@@ -121,15 +121,14 @@ def measure_gain(new: StoredResult, old: StoredResult, level: float) -> dict[str
     if error is None:
         return found | {"level": level, "confidence_interval": None, "p_value": None, "significant": False}
     half = NormalDist().inv_cdf(1 - level / 2) * error
-    ends = [rounded(difference - half), rounded(difference + half)]
+    low, high = difference - half, difference + half
     certain = 0.0 if difference else 1.0
     p_value = 2 * NormalDist().cdf(-abs(difference) / error) if error else certain
-    significant = ends[0] > 0 or ends[1] < 0  # type: ignore[operator] - finite
     return found | {
         "level": level,
-        "confidence_interval": ends,
+        "confidence_interval": [rounded(low), rounded(high)],
         "p_value": float(f"{p_value:.3g}"),
-        "significant": significant,
+        "significant": low > 0 or high < 0,
     }
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from llava_ray.runtime import Resources
 
 RECIPE = str(Path(__file__).parent / "recipes/improve/quickstart.toml")
-EARLY_STEPS = 8  # after which the model answers some four of five held-out questions
+EARLY_STEPS = 6  # after which the model answers some four of five held-out questions
 _EARLY_BATCH = 16
 NUM_ASKED, NUM_HELD_OUT = 2000, 1600
 

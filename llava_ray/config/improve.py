@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator, model_validator
 
 from llava_ray.config.preference import PAIR_OBJECTIVES, PairObjectiveName
-from llava_ray.config.preferences import PairJudgeConfig, PreferencesSection, check_pair_judge
+from llava_ray.config.preferences import PairJudgeConfig, PreferencesSection
 from llava_ray.config.review import BudgetConfig, LimitsConfig
 from llava_ray.config.schema import ConfigSection
 from llava_ray.config.sections import ActorsConfig, DataConfig, FinetuneConfig, RunConfig, TrainConfig
@@ -60,6 +60,11 @@ class RoundPreferencesSection(PreferencesSection):
         if len(set(value)) < len(value) or not all(value):
             raise ValueError("expected models, each once; the round's own is asked anyway")
         return value
+
+    @model_validator(mode="after")
+    def one_source(self) -> Self:
+        """Leave it to the start of the loop to miss a source: flags may give what a recipe does not."""
+        return self
 
     @property
     def num_models(self) -> int:
@@ -116,10 +121,4 @@ class ImproveConfig(FinetuneConfig):
             )
         if self.data.kind == "instruction" or self.train.objective not in PAIR_OBJECTIVES:
             raise ValueError("the rounds learn from preferences; leave out data.kind")
-        return self
-
-    @model_validator(mode="after")
-    def judge_of_the_rounds_is_named(self) -> Self:
-        """Reject a judge without a model, and one that cannot see what it is to judge."""
-        check_pair_judge(self.preferences, self.judge)
         return self

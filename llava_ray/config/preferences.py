@@ -148,19 +148,6 @@ class PairJudgeConfig(JudgeConfig):
     """Send the image with the text."""
 
 
-def check_pair_judge(preferences: PreferencesSection, judge: PairJudgeConfig) -> None:
-    """Check that a judge that is needed has a name, and sees what it is to judge. Raises ValueError."""
-    if preferences.rule != "judge":
-        return
-    if not judge.model:
-        raise ValueError("preferences.rule = 'judge' needs judge.model (and judge.base_url for one of your own)")
-    if not judge.sees_images and preferences.rubric is None and not preferences.show_truth:
-        raise ValueError(
-            "judge.sees_images = false: a judge of faithfulness sees the image; set it to true, or "
-            "preferences.show_truth = true, or give preferences.rubric"
-        )
-
-
 class PreferencesConfig(ConfigSection):
     """All settings of making preferences."""
 
@@ -189,7 +176,15 @@ class PreferencesConfig(ConfigSection):
     @model_validator(mode="after")
     def judge_is_named(self) -> Self:
         """Reject a judge without a model, and one that cannot see what it is to judge."""
-        check_pair_judge(self.preferences, self.judge)
+        if not self.uses_judge:
+            return self
+        if not self.judge.model:
+            raise ValueError("preferences.rule = 'judge' needs judge.model (and judge.base_url for one of your own)")
+        if not self.judge.sees_images and self.preferences.rubric is None and not self.preferences.show_truth:
+            raise ValueError(
+                "judge.sees_images = false: a judge of faithfulness sees the image; set it to true, or "
+                "preferences.show_truth = true, or give preferences.rubric"
+            )
         return self
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from preference_data import write_colours
+from scripted_judge import ScriptedJudge
 
 from evals.answers import Answer
 from evals.benchmarks.custom import Custom
@@ -15,6 +16,7 @@ from evals.comparison import write_result
 from evals.files import as_lines
 from evals.scoring import score_answers
 from llava_ray.config.improve import ImproveConfig
+from llava_ray.config.recipes import load_settings
 from llava_ray.errors import BudgetError, ConfigError, DataError, DivergedError, NoPairsError
 from pipelines.improve_loop import ImprovedRounds, measure_gain, run_rounds
 from pipelines.improve_overlap import AskedQuestions, check_apart
@@ -227,11 +229,13 @@ def test_rounds_ask_the_next_questions_with_their_own_seed(tmp_path: Path) -> No
         ({"preferences__num_samples": 1}, "num_samples = 1 with 1 model"),
         ({"preferences__temperature": 0.0}, "temperature = 0"),
         ({"judge__model": ""}, r"needs judge\.model"),
+        ({"preferences__data_path": None}, r"give preferences\.benchmark or preferences\.data_path"),
+        ({"preferences__rule": "benchmark"}, r"needs preferences\.benchmark"),
     ],
 )
 def test_settings_that_contradict_the_rounds_are_refused(tmp_path: Path, more: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        loop_config(tmp_path, **more)
+        preference_settings(loop_config(tmp_path, **more), 1, 10, "m", {})
 
 
 def test_a_folder_goes_on_with_the_same_settings_alone(tmp_path: Path) -> None:
@@ -263,3 +267,26 @@ def test_held_out_questions_are_not_asked(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     with pytest.raises(ConfigError, match="name the same folder"):
         check_apart(same, source, questions)
+
+
+def test_the_shipped_recipes_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = load_settings(ImproveConfig, ["quickstart"])
+    assert (small.train.objective, small.preference.rpo_alpha, small.improve.rounds) == ("dpo", 0.0, 1)
+    assert small.preferences.rule == "benchmark"
+    start = ["--model.model_name_or_path", "m", "--preferences.data_path", "d.json"]
+    large = load_settings(ImproveConfig, ["improve/faithfulness", *start])
+    assert (large.preferences.rule, large.improve.rounds, large.budget.dollars) == ("judge", 3, 100.0)
+    assert tuning_settings(large, 1, "m", {}).lora.lora_enable
+
+
+def test_a_judge_that_is_right_by_chance_has_no_favourite_answer() -> None:
+    judge = ScriptedJudge({"reliability": 0.8})
+    parts = [f"[Assistant {n}]\n{{}}\n\n[End of Assistant {n}]\n\n" for n in (1, 2)]
+    shown = f"{parts[0]}{parts[1]}Reference answer: red\n"
+    wins = dict.fromkeys((("red", "blue"), ("blue", "red"), ("blue", "green")), 0)
+    for number in range(1000):
+        for pair in wins:
+            text = shown.format(*pair)
+            wins[pair] += judge.verdict(text, {"number": number, "text": text}).startswith("9 2")
+    assert [round(num / 1000, 1) for num in wins.values()] == [0.8, 0.2, 0.5]
