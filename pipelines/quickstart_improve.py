@@ -3,7 +3,8 @@
 
 python pipelines/quickstart_improve.py
 
-The parts, the language model trained on words and the aligned projector are the quickstart's; missing ones are made.
+The parts and the language model trained on words are those of the quickstart; missing ones are made. The projector's
+alignment and the tuning end early.
 """
 
 from collections.abc import Sequence
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
     from llava_ray.runtime import Resources
 
 RECIPE = str(Path(__file__).parent / "recipes/improve/quickstart.toml")
-EARLY_STEPS = 6  # after which the model answers some four of five held-out questions
-_EARLY_BATCH = 16
+# Of the projector's alignment and of the tuning: then the model answers some four of five held-out questions.
+ALIGN_STEPS, TUNE_STEPS = 160, 8
+_BATCH = 16
 NUM_ASKED, NUM_HELD_OUT = 2000, 1600
 
 
@@ -51,7 +53,7 @@ def main(arguments: Sequence[str]) -> ImprovedModel:
 
 
 def train_early(resources: "Resources") -> str:
-    """Train the quickstart's model but for most steps of the last stage, or reuse it; return its folder."""
+    """Train the quickstart's model, but end its last two stages early, or reuse it; return its folder."""
     from llava_ray.quickstart import easy_vqa
     from llava_ray.quickstart.easy_vqa_records import write_conversations, write_open_questions, write_words
     from llava_ray.quickstart.registry_weights import make_language_model, make_vision_tower
@@ -64,11 +66,17 @@ def train_early(resources: "Resources") -> str:
     spoken = train(load_recipe(FinetuneConfig, [f"{RECIPES}/words.toml"]), resources)
     common = ["--model.model_name_or_path", spoken.folder.bundle]
     common += ["--data.image_folder", str(easy_vqa.image_folder("train"))]
-    aligned = train(load_recipe(FinetuneConfig, [f"{RECIPES}/align.toml", *common]), resources)
-    few = ["--train.max_steps", str(EARLY_STEPS), "--data.max_samples", str(EARLY_STEPS * _EARLY_BATCH)]
-    few += ["--model.pretrain_mm_mlp_adapter", aligned.folder.bundle]
+    aligned = train(
+        load_recipe(FinetuneConfig, [f"{RECIPES}/align.toml", *_stop_after(ALIGN_STEPS), *common]), resources
+    )
+    few = ["--model.pretrain_mm_mlp_adapter", aligned.folder.bundle, *_stop_after(TUNE_STEPS)]
     tuned = train(load_recipe(FinetuneConfig, [f"{RECIPES}/tune.toml", *few, *common]), resources)
     return str(tuned.folder.bundle)
+
+
+def _stop_after(steps: int) -> list[str]:
+    """Return the flags of a stage that ends after so many steps, with the data of these alone."""
+    return ["--train.max_steps", str(steps), "--data.max_samples", str(steps * _BATCH)]
 
 
 def write_splits(asked: "Sequence[ShapeQuestion]", held_out: "Sequence[ShapeQuestion]", folder: Path = CACHE) -> None:
