@@ -12,8 +12,9 @@ from llava_ray.config.preferences import PreferencesSection
 from llava_ray.errors import ConfigError, DataError
 from pipelines.improve_overlap import AskedQuestions, check_apart
 from pipelines.improve_settings import preference_settings
-from pipelines.places import check_files, check_models
+from pipelines.places import check_files, check_models, exists
 from pipelines.preference_questions import read_prompts_to_answer
+from pipelines.prerequisites import find_maker
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ def _check_improve_places(config: ImproveConfig) -> None:
     models = {
         f"model.{key}": getattr(config.model, key) for key in ("model_name_or_path", "model_base", "vision_tower")
     }
+    if not exists(config.model.model_name_or_path) and (maker := find_maker(config.model.model_name_or_path)):
+        missing = config.model.model_name_or_path
+        raise ConfigError(f"model.model_name_or_path = {missing!r} is not there yet: run {maker} first, which makes it")
     section = config.preferences
     others = {f"preferences.models, {number}": path for number, path in enumerate(section.models, start=1)}
     check_models(models | others)

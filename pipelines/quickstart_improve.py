@@ -17,13 +17,14 @@ from llava_ray.config.sections import FinetuneConfig
 from llava_ray.worker_forks import prepare_forks, start_forks
 from pipelines.command import run_command
 from pipelines.improve import ImprovedModel, improve_model, print_improvement
-from pipelines.quickstart import CACHE, RECIPES, train
+from pipelines.quickstart import CACHE, RECIPES, link_stage, train
 
 if TYPE_CHECKING:
     from llava_ray.quickstart.easy_vqa import ShapeQuestion
     from llava_ray.runtime import Resources
 
 RECIPE = str(Path(__file__).parent / "recipes/improve/quickstart.toml")
+EARLY_MODEL = "runs/quickstart/early/model"
 # Of the projector's alignment and of the tuning: then the model answers some four of five held-out questions.
 ALIGN_STEPS, TUNE_STEPS = 160, 8
 _BATCH = 16
@@ -46,9 +47,9 @@ def main(arguments: Sequence[str]) -> ImprovedModel:
 
     start_forks()
     with connected(words.cluster, storage_path=words.run.storage_path) as resources:
-        early = train_early(resources)
+        train_early(resources)
         write_splits(easy_vqa.train_questions(NUM_ASKED, seed=1), easy_vqa.test_questions(NUM_HELD_OUT, seed=1))
-        config = load_settings(ImproveConfig, [RECIPE, "--model.model_name_or_path", early, *arguments])
+        config = load_settings(ImproveConfig, [RECIPE, *arguments])
         return print_improvement(improve_model(config), config)
 
 
@@ -71,7 +72,8 @@ def train_early(resources: "Resources") -> str:
     )
     few = ["--model.pretrain_mm_mlp_adapter", aligned.folder.bundle, *_stop_after(TUNE_STEPS)]
     tuned = train(load_recipe(FinetuneConfig, [f"{RECIPES}/tune.toml", *few, *common]), resources)
-    return str(tuned.folder.bundle)
+    link_stage(tuned, "early")
+    return EARLY_MODEL
 
 
 def _stop_after(steps: int) -> list[str]:

@@ -56,7 +56,7 @@ def early() -> Iterator[str]:
     try:
         config = load_settings(ImproveConfig, [quickstart_improve.RECIPE])
         with connected(config.cluster) as resources:
-            yield train_early(resources)
+            yield str(Path(train_early(resources)).resolve())
     finally:
         os.chdir(before)
 
