@@ -16,7 +16,7 @@ TIMM := .venv-timm
 RAY_FILES = $(filter-out tests/llava_ray/deployments/%,$(shell grep -rl --include='test_*.py' 'mark\.ray' tests))
 PURE := "not ray and not slow and not browser and not verify and not gpu"
 
-.PHONY: help quickstart sweep serve check test test-timm test-vllm verify lint docs clean
+.PHONY: help quickstart sweep improve serve check test test-timm test-vllm verify lint docs clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,9 @@ quickstart: $(READY)  ## Train a small real LLaVA on this machine and show what 
 
 sweep: $(READY)  ## Search projector and learning rate for the quickstart's alignment
 	$(BIN)/python pipelines/quickstart_sweep.py
+
+improve: $(READY)  ## Improve a model that was stopped early, by preferences of its own answers
+	$(BIN)/python pipelines/quickstart_improve.py
 
 serve: $(READY)  ## Serve the quickstart's model: API and page on http://127.0.0.1:8000
 	$(BIN)/python pipelines/serve.py model=runs/quickstart/model page_examples=runs/quickstart/examples.json

@@ -22,6 +22,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from llava_ray.config.improve import ImproveConfig
 from llava_ray.config.mixtures import SourceConfig
 from llava_ray.config.preferences import PreferencesConfig
 from llava_ray.config.review import ReviewConfig
@@ -40,6 +41,7 @@ _BY_RECIPE: dict[str, tuple[str, type[BaseModel]]] = {
     "evaluate run": ("evaluate", EvaluateConfig),
     "review": ("review", ReviewConfig),
     "preferences": ("preferences", PreferencesConfig),
+    "improve": ("improve", ImproveConfig),
     "sweep": ("sweep", SweepConfig),
     "quickstart": ("quickstart", FinetuneConfig),
 }

@@ -15,7 +15,7 @@ from llava_ray.reading import short_repr
 
 # In the order in which a newcomer needs them. The words stand here so that --help imports no command.
 COMMANDS = {
-    "quickstart": "Train a small real LLaVA on this machine and show what it learnt; `quickstart sweep` sweeps it.",
+    "quickstart": "Train a small real LLaVA on this machine; `quickstart sweep` and `quickstart improve` go on.",
     "prepare": "Check raw records and write them as Parquet shards, once for every run that follows.",
     "preview": "Show what a model will see of your data, before any training.",
     "finetune": "Align or tune a LLaVA by recipe; --dry-run says beforehand whether it fits.",
@@ -24,10 +24,11 @@ COMMANDS = {
     "evaluate": "Evaluate on benchmarks, score answer files, compare two results.",
     "review": "Have answers reviewed by a judge behind an API, within a budget.",
     "preferences": "Sample answers, tell the better of two by a judge or a rule, and write preferences.",
+    "improve": "Improve a model in rounds: preferences of its own answers, tuning on them, a held-out test.",
     "sweep": "Search a space of settings with many runs.",
     "export": "Inspect a model folder or bring it into another layout.",
 }
-_SWEEP_OF_QUICKSTART = ["quickstart", "sweep"]
+_AFTER_QUICKSTART = ("sweep", "improve")  # pipelines of their own
 _USAGE_ERROR = 2
 
 
@@ -52,9 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _find_command(given: Sequence[str]) -> tuple[str, list[str]]:
     """Return the pipeline that a command line names, and its arguments. Raises ConfigError."""
-    if list(given[:2]) == _SWEEP_OF_QUICKSTART:
-        return "quickstart_sweep", list(given[2:])
     name, *rest = given
+    if name == "quickstart" and rest and rest[0] in _AFTER_QUICKSTART:
+        return f"quickstart_{rest[0]}", rest[1:]
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""

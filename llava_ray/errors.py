@@ -2,7 +2,9 @@
 
     LlavaRayError
     ├── ConfigError        a recipe, flag or run name that cannot be used
+    │   └── BudgetError    a budget that the next call does not fit into
     ├── DataError          something wrong with the data set as a whole
+    │   ├── NoPairsError   answers of which no pair is a preference
     │   └── RecordError    one record that cannot be trained on; names the record
     │       └── ImageError one image that cannot be read or is refused; names the image
     ├── TemplateError      a conversation that a template cannot render
@@ -30,8 +32,16 @@ class ConfigError(LlavaRayError, ValueError):
     """A recipe, flag or run name that cannot be used."""
 
 
+class BudgetError(ConfigError):
+    """A budget that the next call does not fit into."""
+
+
 class DataError(LlavaRayError, ValueError):
     """A fault of a data set as a whole."""
+
+
+class NoPairsError(DataError):
+    """Answers of which no pair is a preference."""
 
 
 class RecordError(DataError):

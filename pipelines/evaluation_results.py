@@ -173,11 +173,12 @@ def log_evaluation(
     summaries: Sequence[Mapping[str, Any]],
     folder: Path | None,
     experiment: str = _EXPERIMENT,
+    parent_run_id: str | None = None,
 ) -> str:
     """Log scores, settings and files to MLflow; the same key is the same run. Return the run's id."""
     from llava_ray.tracking import TrackedRun
 
-    run = TrackedRun(tracking_uri, experiment, Path(key).name, key)
+    run = TrackedRun(tracking_uri, experiment, Path(key).name, key, parent_run_id)
     for summary in summaries:
         run.log_params({summary["benchmark"]: summary["provenance"]})
         run.log_steps({0: flat_metrics(summary)})

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +28,29 @@ if TYPE_CHECKING:
     from pipelines.evaluation_asking import AskedBenchmark
 
 
+@dataclass(frozen=True)
+class EvaluatedBenchmarks:
+    """The result of an evaluation."""
+
+    folder: Path
+    summaries: list[dict[str, Any]]
+    mlflow_run_id: str
+
+
 def evaluate(arguments: Sequence[str]) -> list[dict[str, Any]]:
     """Answer open questions, score everything, write the report; return the summaries."""
     config = load_recipe(EvaluateConfig, arguments)
     _check_places(config)
     print(config.model_dump_json(indent=1, exclude_defaults=True), flush=True)
+    return run_evaluation(config).summaries
+
+
+def run_evaluation(config: EvaluateConfig) -> EvaluatedBenchmarks:
+    """Answer open questions, score everything, write the report, and log it.
+
+    A running Ray cluster is used, or one is started where anything is to be answered. Raises ConfigError, DataError,
+    ModelError.
+    """
     from llava_ray.generate.answers import locate_model
     from llava_ray.runtime import connected
     from pipelines.evaluation_asking import (
@@ -93,7 +112,7 @@ def _run_folder(config: EvaluateConfig) -> Path:
     return folder
 
 
-def _report(config: EvaluateConfig, folder: Path, asked: "Sequence[AskedBenchmark]") -> list[dict[str, Any]]:
+def _report(config: EvaluateConfig, folder: Path, asked: "Sequence[AskedBenchmark]") -> EvaluatedBenchmarks:
     """Score everything, write reports and submissions, log them to MLflow, and print their paths."""
     from llava_ray.tracking import default_tracking_uri, describe_page
 
@@ -108,7 +127,9 @@ def _report(config: EvaluateConfig, folder: Path, asked: "Sequence[AskedBenchmar
     write_results(folder, scored, own_folders=True)
     summaries = [one.summary for one in scored]
     uri = config.tracking.tracking_uri or default_tracking_uri(config.run.storage_path)
-    run_id = log_evaluation(uri, str(folder.resolve()), summaries, folder, config.tracking.experiment_name)
+    tracking = config.tracking
+    key, parent = str(folder.resolve()), tracking.parent_run_id
+    run_id = log_evaluation(uri, key, summaries, folder, tracking.experiment_name, parent)
     for summary in summaries:
         num = format_count(summary["benchmark"], summary["num_questions"], summary["num_questions"])
         figures = f"{format_headline(summary):>9}  {format_interval(summary)}  ({summary['metric']}, {num} questions)"
@@ -116,4 +137,4 @@ def _report(config: EvaluateConfig, folder: Path, asked: "Sequence[AskedBenchmar
         if "withheld" in summary:
             print(f"  {summary['withheld']}")
     print(f"  report   {folder}/report.html\n  mlflow   {describe_page(uri, run_id)}")
-    return summaries
+    return EvaluatedBenchmarks(folder, summaries, run_id)

@@ -10,7 +10,7 @@ from typing import Any
 from evals.reviews import compute_order_metrics
 from llava_ray.config.preferences import PreferencesConfig
 from llava_ray.config.sections import MAX_IMAGE_PIXELS
-from llava_ray.errors import ConfigError, JudgeError
+from llava_ray.errors import BudgetError, ConfigError, JudgeError
 from llava_ray.images.reading import open_image, read_bytes
 from llava_ray.review.calls import CallPlan, Item, list_judges
 from llava_ray.review.faithfulness import build_faithfulness_rubric
@@ -51,7 +51,7 @@ def judge_pairs(
 ) -> Judgement:
     """Have pairs judged, and return those of which every review has the same winner.
 
-    Raises ConfigError for a missing key or a budget that no call fits, JudgeError if no judge can be reached.
+    Raises ConfigError for a missing key, BudgetError where no call fits, JudgeError if no judge can be reached.
     """
     job = plan_calls(config, prompts, pairs, folder)
     done = {row["key"] for row in read_final_rows(job.ledger) if row["state"] == "done"}
@@ -68,8 +68,8 @@ def judge_pairs(
         calls = [job.plan[index] for index in waiting] if job.budget is not None else []
         if why := too_dear(job.budget, spent, calls):
             if not progress.cached:
-                raise ConfigError(why)
-            progress.stopped = why
+                raise BudgetError(why)
+            progress.broke, progress.stopped = len(waiting), why
         else:
             make_calls(job, waiting, progress)
     return _read_judgement(job, pairs, progress, counts)
@@ -148,7 +148,7 @@ def _read_judgement(job: CallJob, pairs: Sequence[AnswerPair], progress: Progres
         counts[f"{verdict}_pairs" if verdict not in ("first", "second") else "decided_pairs"] += 1
         if verdict in ("first", "second"):
             decided.append(DecidedPair(pair if verdict == "first" else pair.swapped, _evidence(some, job)))
-    if not decided and progress.stopped and not progress.signal:
+    if not decided and progress.stopped and not (progress.signal or progress.broke):
         raise JudgeError(f"no pair was judged: {progress.stopped}; the same command goes on from what is done")
     stopped = progress.stopped or ("the next call might not fit into the budget" if progress.broke else "")
     num_failed, _, reason = top_reason(judged, job.judge.max_tokens)

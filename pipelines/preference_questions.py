@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 from evals.benchmark import Benchmark, Question
@@ -85,7 +86,8 @@ def read_prompts_to_answer(settings: PreferencesSection) -> PromptSource:
     source.check_rejected(settings.max_rejected)
     prompts = [one for one in source.prompts if not any(map(_is_missing, one.images))]
     if not prompts:
-        raise DataError(f"{settings.benchmark or settings.data_path} holds no questions to ask.")
+        skipped = f" after preferences.skip_questions = {settings.skip_questions:,}" if settings.skip_questions else ""
+        raise DataError(f"{settings.benchmark or settings.data_path} holds no questions to ask{skipped}.")
     return replace(source, prompts=prompts)
 
 
@@ -98,7 +100,7 @@ def _read_benchmark(settings: PreferencesSection) -> PromptSource:
     benchmark = make_benchmark(name)
     if not Path(folder).is_dir():
         raise DataError(f"there is no folder {folder}; evals/README.md says what {benchmark.title} needs in it.")
-    questions = benchmark.read(Path(folder))[: settings.max_questions]
+    questions = benchmark.read(Path(folder))[settings.skip_questions :][: settings.max_questions]
     check_unique([question.id for question in questions], Path(folder), "question")
     prompts = []
     for question in questions:
@@ -124,7 +126,9 @@ def _read_records(settings: PreferencesSection) -> PromptSource:
     folder = settings.image_folder or _folder_of(path)
     prompts: list[PromptToAnswer] = []
     faults: list[RecordError] = []
-    for raw in read_records(path, settings.max_questions):
+    skip = settings.skip_questions
+    last = None if settings.max_questions is None else skip + settings.max_questions
+    for raw in islice(read_records(path, last), skip, None):
         try:
             record = raw if isinstance(raw, Record) else read_record(raw, absolute_path(folder))
             prompts.append(_to_prompt(record))

@@ -42,8 +42,14 @@ class MadePairs:
 
 
 def hash_recipe(config: PreferencesConfig) -> str:
-    """Return 16 hex digits of all settings that decide which preferences come out."""
-    return hashlib.sha256(json.dumps(config.recipe_settings, sort_keys=True).encode()).hexdigest()[:16]
+    """Return 16 hex digits of all settings that decide which preferences come out.
+
+    Without the models' paths: each record has their fingerprints, which do not depend on where they lie.
+    """
+    settings: dict[str, Any] = config.recipe_settings
+    others = {key: value for key, value in settings["preferences"].items() if key != "models"}
+    text = json.dumps(settings | {"preferences": others}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def summarize_preferences(
@@ -165,6 +171,8 @@ def log_preferences(config: PreferencesConfig, folder: Path, summary: Mapping[st
         for name in (PREFERENCES_FILE, "summary.json", "report.html", "resolved.json"):
             if (folder / name).exists():
                 run.log_file(str(folder / name))
+        if (folder / "answers").is_dir():  # a preference's provenance names its answers in these files
+            run.log_folder(str(folder / "answers"), "answers")
         tags = {f"model_{number}": f"{path} {mark}" for number, (path, mark) in enumerate(summary["models"].items())}
         tags |= {"kind": "preferences", "recipe": recipe, "complete": str(summary["complete"])}
         tags |= {"data": str(summary["source"])}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_ray.config.preferences import PreferencesConfig
 from llava_ray.config.recipes import load_settings
-from llava_ray.errors import ConfigError, DataError
+from llava_ray.errors import ConfigError, DataError, NoPairsError
 from pipelines.command import run_command, split_dry_run
 from pipelines.places import check_files, check_models
 
@@ -74,7 +74,7 @@ def make_preferences(config: PreferencesConfig) -> PreferencesMade:
     path = write_preferences(config, source, made, folder)
     signal = decisions.judgement.signal if decisions.judgement else 0
     if not made.pairs and made.summary["complete"]:
-        raise DataError(_explain_no_pairs(config, made.summary))
+        raise NoPairsError(_explain_no_pairs(config, made.summary))
     run_id = log_preferences(config, folder, made.summary)
     summary = made.summary
     return PreferencesMade(path, len(made.pairs), summary["complete"], summary["dollars"], run_id, summary, signal)

@@ -12,6 +12,9 @@ _RECIPES = Path(__file__).parent / "recipes"
 # What is made by a command that is no recipe: the beginning of the path, and the command.
 _MADE_BY = {
     "runs/cache/quickstart/words-language-model": "quickstart_sweep",
+    "runs/cache/quickstart/asked": "quickstart_improve",
+    "runs/cache/quickstart/held_out": "quickstart_improve",
+    "runs/quickstart/early": "quickstart_improve",
     "runs/cache/quickstart": "quickstart",
     "runs/quickstart": "quickstart",
 }

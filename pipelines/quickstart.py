@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> float:
             said = answer(tuned, asked, Actors(resources.num_workers, resources.cpus_per_worker))
     shutil.copytree(tuned.folder.bundle, _FOLDER / "model", dirs_exist_ok=True)
     write_manifest(_FOLDER / "model", read_manifest(Path(tuned.folder.bundle)), _FOLDER / "model")
-    _link_stage(spoken, "words")
+    link_stage(spoken, "words")
     if tuned.reused and (_FOLDER / "report.json").exists():  # the times of the run that did the work
         seconds = json.loads((_FOLDER / "report.json").read_text())["seconds"]
     report = easy_vqa.compute_accuracies(asked, said) | {"seconds": seconds}
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str]) -> float:
     return float(report["held_out_accuracy"])
 
 
-def _link_stage(finished: "FinishedRun", name: str) -> None:
+def link_stage(finished: "FinishedRun", name: str) -> None:
     """Link a stage's run under the name that recipes use, without the hash."""
     link = _FOLDER / name
     if link.is_symlink():

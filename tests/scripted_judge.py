@@ -8,9 +8,10 @@ A script's keys: ``requests_per_minute``, ``tokens_per_minute``, ``window_s`` (e
 ``announce`` (send x-ratelimit headers), ``latency_s``, ``faults`` (name to share: 429, 500, 502, hang, malformed, slow,
 drop, unparsed), ``retry_after`` (of refusals), ``storm`` ([from, to] in seconds, all 429), ``quota`` (paid requests
 until insufficient_quota), ``drift`` ([seconds, requests_per_minute]), ``status`` (say nothing but this), ``keep``
-(request texts kept), ``seed``, ``likes_first`` (points for the answer that is shown first). Seconds count from the
-first request. ``raw`` (a body, its ``type`` and ``code``, instead of any reply), ``content`` (what every reply says,
-with its ``finish_reason``), ``hold_after`` (requests that are answered; the others wait for ``POST /release``).
+(request texts kept), ``seed``, ``likes_first`` (points for the answer that is shown first), ``reliability`` (share of
+verdicts that prefer the answer that equals the context's reference; by chance where none or both do). Seconds count
+from the first request. ``raw`` (a body, its ``type`` and ``code``, instead of any reply), ``content`` (what every reply
+says, with its ``finish_reason``), ``hold_after`` (requests that are answered; the others wait for ``POST /release``).
 
 Batches: ``batch_s`` (until they are over), ``batch_faults`` (share of lines that fail), ``expire`` (share left undone).
 """
@@ -35,6 +36,7 @@ from aiohttp import web
 
 ANSWER = re.compile(r"\[(?:\w+) ([12])\]\n(.*?)\n\n\[End of", re.DOTALL)
 ALONE = re.compile(r"\[Assistant\]\n(.*?)\n\n\[End of", re.DOTALL)
+TRUTH = re.compile(r"Reference answer: ([^\n]*)")
 HANG_S = 3600.0
 SLOW_PIECES, SLOW_PIECE_S = 8, 0.15
 
@@ -197,9 +199,22 @@ class ScriptedJudge:
         error = {"message": f"scripted {fault}", "type": code, "code": code}
         return web.json_response({"error": error}, status=status, headers=headers)
 
+    def reliable(self, text: str, body: dict[str, Any]) -> list[int]:
+        """Scores that prefer the answer that is the reference one, with the script's reliability."""
+        truth = TRUTH.search(text)
+        assert truth is not None
+        right = [answer.strip().rstrip(".").lower() == truth[1].strip().lower() for _, answer in ANSWER.findall(text)]
+        digits = hashlib.sha256(f"{self.script.get('seed', 0)}{json.dumps(body, sort_keys=True)}".encode()).hexdigest()
+        draw = int(digits[:8], 16) / 16**8
+        share = 0.5 if right[0] == right[1] else self.script["reliability"]
+        first = (draw < share) == (right[0] or not right[1])
+        return [9, 2] if first else [2, 9]
+
     def verdict(self, text: str, body: dict[str, Any]) -> str:
         """Scores that hang on the answers' words alone, whatever their order."""
         scores = [score_of(answer) for _, answer in ANSWER.findall(text)] or [score_of(a) for a in ALONE.findall(text)]
+        if "reliability" in self.script:
+            scores = self.reliable(text, body)
         grade = not scores
         if grade:
             scores = [round((score_of(text) - 1) / 9, 1)]

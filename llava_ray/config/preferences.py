@@ -34,6 +34,8 @@ class PreferencesSection(ConfigSection):
     """Folder of relative image paths; default: the folder of the data."""
     max_questions: PositiveInt | None = None
     """Ask only the first so many questions."""
+    skip_questions: NonNegativeInt = 0
+    """Leave out so many questions at the beginning, before max_questions counts."""
     rule: PreferenceRule = "judge"
     """"judge" compares two samples in both orders; "benchmark" (its own scorer) and "answer" (equality with the
     record's) tell right from wrong; the others make the rejected answer: to a "noised_image", to a "swapped_image", or
@@ -80,6 +82,11 @@ class PreferencesSection(ConfigSection):
     num_reviewers: PositiveInt = 2
     """Number of actors that send requests, each many concurrently."""
 
+    @property
+    def num_models(self) -> int:
+        """Return the number of models that answer."""
+        return len(self.models)
+
     @field_validator("models")
     @classmethod
     def some_models(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -115,12 +122,12 @@ class PreferencesSection(ConfigSection):
             raise ValueError("preferences.chosen = 'truth' needs no judge: set preferences.rule = 'answer'")
         if self.rule in PERTURBATIONS or self.chosen == "truth":
             return self
-        if self.num_samples * len(self.models) < MIN_ANSWERS:
+        if self.num_samples * self.num_models < MIN_ANSWERS:
             raise ValueError(
-                f"preferences.num_samples = {self.num_samples} with {len(self.models)} model: a pair needs two answers "
+                f"preferences.num_samples = {self.num_samples} with {self.num_models} model: a pair needs two answers "
                 "to a question; set num_samples = 2 or more"
             )
-        if self.temperature == 0 and len(self.models) < MIN_ANSWERS:
+        if self.temperature == 0 and self.num_models < MIN_ANSWERS:
             raise ValueError(
                 "preferences.temperature = 0 samples the same answer every time: set it to 0.7 to 1.0, or give two "
                 "models"

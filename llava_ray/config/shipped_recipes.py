@@ -19,6 +19,7 @@ _STAGES = {
     "evaluate": ("evaluate",),
     "review": ("review",),
     "preferences": ("preferences",),
+    "improve": ("improve",),
     "sweep": ("sweep",),
 }
 

@@ -84,6 +84,21 @@ def test_questions(num: int, seed: int) -> list[ShapeQuestion]:
     return sorted(drawn, key=lambda question: question.id)
 
 
+def train_questions(num: int, seed: int) -> list[ShapeQuestion]:
+    """Draw ``num`` questions of the train split: half yes or no, a quarter each for a shape and a colour.
+
+    Raises DataError.
+    """
+    pool = read_questions("train")
+    rng, drawn = random.Random(seed), []
+    for kind, share in ((YES_NO, 2), (SHAPE, 1), (COLOUR, 1)):
+        group = [question for question in pool if question.kind == kind]
+        _check_number(num * share // 4, len(group), f"train questions of the kind {kind}")
+        drawn += rng.sample(group, num * share // 4)
+    rng.shuffle(drawn)
+    return drawn
+
+
 def test_conversations(num: int, seed: int) -> list[tuple[ShapeQuestion, ...]]:
     """Draw ``num`` conversations of the test split, each three questions about one image. Raises DataError."""
     by_image: dict[Path, list[ShapeQuestion]] = defaultdict(list)

@@ -20,6 +20,7 @@ WITH_RECIPE = {
     "sweep": ("sweep",),
     "review": ("review",),
     "preferences": ("preferences",),
+    "improve": ("improve",),
 }
 
 
@@ -64,7 +65,9 @@ def test_our_commands_run(command, name, arguments, project, monkeypatch, capsys
 
 
 def _has_dry_run(name: str, arguments: list[str]) -> bool:
-    return name in ("finetune", "sweep", "review", "preferences") or (name == "evaluate" and arguments[0] == "run")
+    return name in ("finetune", "sweep", "review", "preferences", "improve") or (
+        name == "evaluate" and arguments[0] == "run"
+    )
 
 
 def _with_recipe(name: str, arguments: list[str]) -> list[str]:
@@ -190,7 +193,7 @@ def test_other_commands_are_as_their_programs_take_them(command):
 
 def test_every_console_command_is_on_the_pages():
     command_line = pytest.importorskip("llava_ray.command_line")
-    assert {name for _, (name, _) in OURS} - {"quickstart_sweep"} == set(command_line.COMMANDS)
+    assert {name for _, (name, _) in OURS} - {"quickstart_sweep", "quickstart_improve"} == set(command_line.COMMANDS)
 
 
 def test_there_are_commands_on_the_pages():

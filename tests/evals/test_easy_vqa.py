@@ -72,6 +72,14 @@ def test_the_test_sample_keeps_the_shares_of_the_kinds(test: list[ShapeQuestion]
     assert Counter(question.kind for question in few) == {YES_NO: 2, COLOUR: 1}
 
 
+def test_train_questions_have_as_many_of_colours_as_of_shapes() -> None:
+    drawn = easy_vqa.train_questions(400, seed=1)
+    kinds = [question.kind for question in drawn]
+    assert [kinds.count(kind) for kind in ("yes/no", "shape", "colour")] == [200, 100, 100]
+    assert len({question.id for question in drawn}) == 400
+    assert drawn == easy_vqa.train_questions(400, seed=1) != easy_vqa.train_questions(400, seed=2)
+
+
 def test_answers_are_right_but_for_case_space_and_one_period() -> None:
     asked = [ask("what color is the shape?", "red", number=number) for number in range(6)]
     asked.append(ask("is there a circle?", "yes", number=6))

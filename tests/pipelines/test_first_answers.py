@@ -32,6 +32,8 @@ ANSWERED_AT_ONCE = {
     "preview": [["--help"], ["--dat", "x"], ["--data", "x", "--max_samples", "0"]],
     "quickstart": [["--help"], ["--train.learning_rat", "1"]],
     "quickstart_sweep": [["--help"], ["--sweep.num_trialz", "1"]],
+    "quickstart_improve": [["--help"], ["--improve.roundz", "1"]],
+    "improve": [["--help"], ["nope.toml"], ["--improve.benchmrk", "x=y"], []],
     "review": [["--help"], ["nope.toml"], ["--judge.modle", "x"], ["summarize", "--help"]],
     "serve": [["--help"], [], ["modle=x"], ["--modle", "x"], ["model=x", "max_num_seqs=many"], ["nope.yaml"]],
     "sweep": [["--help"], ["nope.toml"], ["{sweep}/quickstart.toml", "--sweep.num_trialz", "1"], []],

@@ -27,7 +27,7 @@ from llava_ray.train.finished_run import FinishedRun
 from llava_ray.train.trainer import finetune
 
 ROOT = Path(__file__).parents[2]
-OTHERS = ("evaluate", "review", "preferences", "sweep")  # stages whose recipes are not runs
+OTHERS = ("evaluate", "review", "preferences", "improve", "sweep")  # stages whose recipes are not runs
 RECIPES = sorted(path for path in (ROOT / "pipelines/recipes").glob("*/*.toml") if path.parent.name not in OTHERS)
 SWEEPS = sorted((ROOT / "pipelines/recipes/sweep").glob("*.toml"))
 BIG_LATER = [path for path in RECIPES if path.name.startswith("llava") and ("grpo" in path.stem or "dpo" in path.stem)]

@@ -13,7 +13,7 @@ from llava_ray.config.sweep_recipes import load_sweep
 from llava_ray.errors import ConfigError
 
 FOLDER = Path(__file__).parents[3] / "pipelines/recipes"
-COMMANDS = ("finetune", "prepare", "evaluate", "review", "preferences", "sweep")
+COMMANDS = ("finetune", "prepare", "evaluate", "review", "preferences", "improve", "sweep")
 
 
 @pytest.fixture(autouse=True)
