@@ -12,11 +12,12 @@ $(shell rm -rf $(VENV))
 endif
 VLLM := .venv-vllm
 TIMM := .venv-timm
+TRL := .venv-trl
 # Of the others, collecting alone takes long. Those whose tests share one cluster run in one process (tests/conftest.py).
 RAY_FILES = $(filter-out tests/llava_ray/deployments/%,$(shell grep -rl --include='test_*.py' 'mark\.ray' tests))
 PURE := "not ray and not slow and not browser and not verify and not gpu"
 
-.PHONY: help quickstart sweep improve serve check test test-timm test-vllm verify lint docs clean
+.PHONY: help quickstart sweep improve serve check test test-timm test-trl test-vllm verify lint docs clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,6 +46,11 @@ test: $(READY) lint  ## Everything CI runs; a quarter of an hour on two slow cor
 
 test-timm: $(TIMM)/.ready  ## timm's vision transformers as towers
 	PYTHONPATH=$(TIMM) $(BIN)/python -m pytest tests/llava_ray/model/test_timm_towers.py
+
+test-trl: $(TRL)/.ready  ## TRL's losses of pairs and of rewards computed anew, and ours beside them
+	$(TRL)/bin/python tests/preference_vectors.py
+	$(TRL)/bin/python tests/grpo_vectors.py
+	$(BIN)/python -m pytest tests/llava_ray/objectives
 
 test-vllm: $(VLLM)/.ready  ## The engine contract against vLLM's CPU build, in an environment of its own (3.5 GB)
 	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/python -m pytest tests/llava_ray/generate/test_engine_contract.py
@@ -79,7 +85,7 @@ lint: $(READY)  ## Style, types, layers and pages
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir $(VENV)/site
 
 clean:  ## Remove the environment and caches, never runs/
-	rm -rf $(VENV) $(VLLM) $(TIMM) .mypy_cache .ruff_cache .pytest_cache site
+	rm -rf $(VENV) $(VLLM) $(TIMM) $(TRL) .mypy_cache .ruff_cache .pytest_cache site
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -91,6 +97,12 @@ $(TIMM)/.ready: $(READY) tests/vllm_environment.py
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt --target $(TIMM) timm torchvision
 	$(BIN)/python tests/vllm_environment.py $(TIMM)
 	touch $(TIMM)/.ready
+
+# The versions that the golden files were computed with.
+$(TRL)/.ready: $(READY) constraints.txt
+	test -x $(TRL)/bin/python || $(PYTHON) -m venv $(TRL)
+	$(TRL)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt trl==1.16.0 torch numpy
+	touch $(TRL)/.ready
 
 # Exact versions of everything and no dependencies: vLLM's would bring torchaudio and torchcodec, for which no CPU build is found.
 $(VLLM)/.ready: pyproject.toml constraints-vllm.txt tests/vllm_environment.py

@@ -4,12 +4,11 @@ import json
 import math
 from collections.abc import Sequence
 from itertools import accumulate
-from pathlib import Path
 
 import numpy as np
+import preference_vectors
 import pytest
 import torch
-import trl_reference
 from torch import Tensor, nn
 
 from llava_ray.chat.conversation import IGNORE_INDEX
@@ -22,7 +21,7 @@ from llava_ray.objectives.preference import PAIR_LOSSES, PairObjective, PairScor
 from llava_ray.train.objective import StepLoss
 
 CPU = torch.device("cpu")
-TRL = json.loads((Path(__file__).parent / "trl_losses.json").read_text())
+TRL = json.loads(preference_vectors.GOLDEN.read_text())
 
 
 def sigmoid(value: float) -> float:
@@ -125,21 +124,21 @@ def step_loss(objective: PairObjective, output: ObjectiveOutput, totals: Totals)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", trl_reference.VARIANTS)
+@pytest.mark.parametrize("variant", preference_vectors.VARIANTS)
 def test_losses_gradients_and_metrics_are_those_of_trl(variant: str) -> None:
     """Fifty batches of three pairs; ours share the prompt's tokens, TRL's repeat it."""
-    name, _, settings = trl_reference.VARIANTS[variant]
+    name, _, settings = preference_vectors.VARIANTS[variant]
     objective = PairObjective(name, PreferenceConfig(**settings))
-    llava = make_llava(trl_reference.make_model())
-    for number, batch in enumerate(trl_reference.make_batches()):
+    llava = make_llava(preference_vectors.make_model())
+    for number, batch in enumerate(preference_vectors.make_batches()):
         llava.zero_grad()
-        reference = trl_reference.make_reference(number) if objective.needs_reference else None
+        reference = preference_vectors.make_reference(number) if objective.needs_reference else None
         output = objective.compute(llava, make_row(batch, reference))
         loss, metrics = step_loss(objective, output, Totals(batch))
         loss.backward()
         expected, norm, *others = TRL["losses"][variant][number]
         assert loss.item() == pytest.approx(expected, rel=1e-5, abs=1e-5)
-        own_norm, *projections = trl_reference.project_gradients(llava.language_model)
+        own_norm, *projections = preference_vectors.project_gradients(llava.language_model)
         assert own_norm == pytest.approx(norm, rel=1e-5)
         assert projections == pytest.approx(others[: len(projections)], abs=1e-5 * norm)
         theirs = dict(zip(objective.metric_names, others[len(projections) :], strict=False))
@@ -152,8 +151,8 @@ def test_losses_gradients_and_metrics_are_those_of_trl(variant: str) -> None:
 def test_a_packed_row_is_its_samples_one_by_one(name: str) -> None:
     """Pairs beside conversations, in one row or in rows of their own, add up to the same step."""
     objective = PairObjective(name, PreferenceConfig(beta=0.4, rpo_alpha=0.0 if name == "orpo" else 0.3))
-    llava = make_llava(trl_reference.make_model())
-    [first, second, *_] = trl_reference.make_batches()
+    llava = make_llava(preference_vectors.make_model())
+    [first, second, *_] = preference_vectors.make_batches()
     samples = [first[0], (*second[0][:2], []), first[1], (*second[1][:2], []), first[2]]
     reference = -10 * torch.rand(3, 2, generator=torch.Generator().manual_seed(5)).double()
     totals, found = Totals(samples), []
@@ -165,7 +164,7 @@ def test_a_packed_row_is_its_samples_one_by_one(name: str) -> None:
             of_row = reference[taken : taken + pairs] if pairs else None
             step.add(objective.compute(llava, make_row(row, of_row)), totals).backward()
             taken += pairs
-        found.append((*step.read(), trl_reference.project_gradients(llava.language_model)))
+        found.append((*step.read(), preference_vectors.project_gradients(llava.language_model)))
     for loss, metrics, gradients in found[1:]:
         assert loss == pytest.approx(found[0][0], rel=1e-5)
         assert metrics == pytest.approx(found[0][1], rel=1e-4, abs=1e-5)
@@ -174,7 +173,7 @@ def test_a_packed_row_is_its_samples_one_by_one(name: str) -> None:
 
 def test_a_row_without_pairs_has_the_same_metrics_and_can_be_differentiated() -> None:
     objective = PairObjective("dpo", PreferenceConfig())
-    llava = make_llava(trl_reference.make_model())
+    llava = make_llava(preference_vectors.make_model())
     output = objective.compute(llava, make_row([([1, 2], [3, 4], [])], None))
     assert output.counts(3) == [0, 2, 0]
     assert set(output.metrics) == set(objective.metric_names)
@@ -182,7 +181,7 @@ def test_a_row_without_pairs_has_the_same_metrics_and_can_be_differentiated() ->
 
 
 def test_pairs_without_a_reference_are_refused() -> None:
-    llava = make_llava(trl_reference.make_model())
+    llava = make_llava(preference_vectors.make_model())
     with pytest.raises(ModelError, match="needs the reference's log-probabilities"):
         PairObjective("dpo", PreferenceConfig()).compute(llava, make_row([([1, 2], [3], [4])], None))
 

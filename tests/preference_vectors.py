@@ -1,11 +1,10 @@
-"""What TRL computes of fifty random batches of pairs: losses, gradients and metrics, for ``make test-trl``.
+"""Fifty random batches of pairs, and TRL's losses, gradients and metrics of them, which the golden file holds.
 
-Run in an environment that has TRL, with the file to write. The model and the batches are made here from seeds, so that
-our own tests make the same ones; nothing of llava_ray is imported.
+Run in an environment with TRL to write the file again (``make test-trl``). The model and the batches are made here from
+seeds, so that our own tests make the same ones; nothing of llava_ray is imported.
 """
 
 import json
-import sys
 from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+GOLDEN = Path(__file__).parent / "golden/preference_trl.json"
 NUM_BATCHES, VOCABULARY, NUM_PROJECTIONS = 50, 64, 3
 
 # Name, TRL's loss types, and settings: beta, label smoothing, weight of the cross-entropy of chosen answers, gamma.
@@ -156,7 +156,7 @@ def compute_without_reference(model: LlamaForCausalLM, batch: Any, name: str, se
     return crossed - losses.mean(), []
 
 
-def main(path: str) -> None:
+def main() -> None:
     """Compute everything and write it."""
     import trl
     from trl.trainer.utils import add_fused_lm_head
@@ -180,8 +180,8 @@ def main(path: str) -> None:
     assert all(len(set(map(len, rows))) == 1 for rows in found.values())
     assert all(one != other for one, other in pairwise(map(str, found.values())))
     text = json.dumps({"trl": trl.__version__, "torch": torch.__version__, "losses": found})
-    Path(path).write_text(text, encoding="utf-8")
+    GOLDEN.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
