@@ -62,6 +62,7 @@ verify: $(READY)  ## The long proofs; writes tests/benchmarks/results/*.json
 	$(BIN)/python tests/benchmarks/bench_stream.py --output tests/benchmarks/results/stream.json
 	$(BIN)/python tests/benchmarks/bench_memory.py --output tests/benchmarks/results/memory.json
 	$(BIN)/python tests/benchmarks/bench_loading.py --output tests/benchmarks/results/loading.json
+	$(BIN)/python tests/benchmarks/bench_preference.py --output tests/benchmarks/results/preference.json
 	$(BIN)/python tests/benchmarks/bench_startup.py --output tests/benchmarks/results/startup.json
 	$(BIN)/python tests/benchmarks/bench_engine.py --output tests/benchmarks/results/engine.json
 	$(BIN)/python tests/benchmarks/bench_adapters.py --output tests/benchmarks/results/adapters.json
