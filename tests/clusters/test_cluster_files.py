@@ -201,7 +201,7 @@ def test_the_image_installs_the_constraints_and_only_files_that_are_there() -> N
 @pytest.mark.parametrize("path", RECIPES, ids=stem)
 def test_a_recipe_fits_a_cluster_file(path: Path) -> None:
     offers = [read_cluster_file(file) for file in (*LAUNCHER, *KUBERAY)]
-    if path.parent.name in ("evaluate", "preferences"):
+    if path.parent.name in ("evaluate", "preferences", "improve"):
         asked = (
             load_recipe(EvaluateConfig, [str(path), "--evaluate.model_path", "model"])
             if path.parent.name == "evaluate"
