@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from llava_ray.config.cluster_files import find_misfits, read_cluster_file
+from llava_ray.config.improve import ImproveConfig
 from llava_ray.config.preferences import PreferencesConfig
 from llava_ray.config.recipes import load_recipe, load_settings
 from llava_ray.config.sections import EvaluateConfig, FinetuneConfig
@@ -201,7 +202,7 @@ def test_the_image_installs_the_constraints_and_only_files_that_are_there() -> N
 @pytest.mark.parametrize("path", RECIPES, ids=stem)
 def test_a_recipe_fits_a_cluster_file(path: Path) -> None:
     offers = [read_cluster_file(file) for file in (*LAUNCHER, *KUBERAY)]
-    if path.parent.name in ("evaluate", "preferences", "improve"):
+    if path.parent.name in ("evaluate", "preferences"):
         asked = (
             load_recipe(EvaluateConfig, [str(path), "--evaluate.model_path", "model"])
             if path.parent.name == "evaluate"
@@ -209,6 +210,9 @@ def test_a_recipe_fits_a_cluster_file(path: Path) -> None:
         )
         assert asked.actors.cpus_per_actor == "auto"  # one on a GPU
         fitting = [offer for offer in offers if offer.places("train", 1.0, 1)]
+    elif path.parent.name == "improve":
+        rounds = load_settings(ImproveConfig, [str(path), "--model.model_name_or_path", "model"])
+        fitting = [offer for offer in offers if not find_misfits(offer, rounds)]
     else:
         sweep = path.parent.name == "sweep"
         config = load_sweep([str(path)])[0].base if sweep else load_recipe(FinetuneConfig, [str(path)])
