@@ -33,7 +33,8 @@ def follow_objective(values: Any) -> Any:
         return values
     train = values.get("train")
     objective = train.get("objective") if isinstance(train, dict) else getattr(train, "objective", None)
-    if objective in PAIR_OBJECTIVES and values["data"].get("kind", "auto") == "auto":
+    over_pairs = isinstance(objective, str) and objective in PAIR_OBJECTIVES  # what is no text is refused by its key
+    if over_pairs and values["data"].get("kind", "auto") == "auto":
         return {**values, "data": {**values["data"], "kind": "preferences"}}
     return values
 

@@ -73,9 +73,9 @@ def encode_pair(
 def _shared_length(better: Example, worse: Example) -> int:
     """Return the tokens with which both sides begin, at most all but the last of the prompt. Raises RecordError."""
     first = min(int(np.flatnonzero(side.labels != IGNORE_INDEX)[0]) for side in (better, worse))
-    ids, others = better.input_ids[: first - 1], worse.input_ids[: first - 1]
-    differing = np.flatnonzero(ids != others)
-    shared = int(differing[0]) if len(differing) else max(first - 1, 0)
+    most = max(first - 1, 0)
+    differing = np.flatnonzero(better.input_ids[:most] != worse.input_ids[:most])
+    shared = int(differing[0]) if len(differing) else most
     if not shared or any(np.any(side.input_ids[shared:] == IMAGE_TOKEN_INDEX) for side in (better, worse)):
         raise RecordError(
             "the two answers of a preference need a prompt whose text stands between its images and the answer; the "

@@ -109,3 +109,11 @@ def test_a_preparation_follows_the_objective_of_a_recipe_for_training(tmp_path: 
     assert load_recipe(PrepareConfig, [str(recipe)], ignore=ignored).data.kind_of_records == "preferences"
     other = [str(recipe), "--data.kind", "instruction"]
     assert load_recipe(PrepareConfig, other, ignore=ignored).data.kind_of_records == "instruction"
+
+
+@pytest.mark.parametrize("objective", ["[]", "{}", "3", '"dop"'])
+def test_an_objective_that_is_none_is_refused_by_its_key(tmp_path: Path, objective: str) -> None:
+    recipe = tmp_path / "bad.toml"
+    recipe.write_text(f'[model]\nmodel_name_or_path = "m"\n[data]\ndata_path = "d"\n[train]\nobjective = {objective}\n')
+    with pytest.raises(ConfigError, match=r"train\.objective"):
+        load_recipe(FinetuneConfig, [str(recipe)])
