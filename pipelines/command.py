@@ -18,6 +18,8 @@ from llava_ray.errors import ConfigError, LlavaRayError, Stopped
 
 SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 _INTERRUPTED = 130  # the shell's own code for Ctrl-C
+_PARTIAL = 3
+_OF_SIGNALS = 128  # plus the signal's number: the shell's convention
 RESUMABLE = "Stopped. The same command goes on from what is done."
 
 
@@ -42,6 +44,12 @@ def run_command(
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or when_stopped, file=sys.stderr)
         end(interrupt.exit_code if isinstance(interrupt, Stopped) else _INTERRUPTED)
+
+
+def exit_unless_complete(*, complete: bool, number: int) -> None:
+    """Exit for a partial result: with 128 and the ``number`` of the signal that stopped it, otherwise with 3."""
+    if not complete:
+        sys.exit(_OF_SIGNALS + number if number else _PARTIAL)
 
 
 def end(code: int) -> NoReturn:

@@ -10,7 +10,6 @@ partial, since the budget is used up or it was stopped; the same command goes on
 stage. 1: an error; what is finished stays. 130, 143: stopped by Ctrl-C or SIGTERM.
 """
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -21,13 +20,10 @@ from llava_ray.config.improve import ImproveConfig
 from llava_ray.config.recipes import load_settings
 from llava_ray.errors import LlavaRayError
 from llava_ray.worker_forks import prepare_forks, start_forks
-from pipelines.command import run_command, split_dry_run
+from pipelines.command import exit_unless_complete, run_command, split_dry_run
 
 if TYPE_CHECKING:
     from llava_ray.runtime import Resources
-
-_PARTIAL = 3
-_OF_SIGNALS = 128
 
 
 @dataclass(frozen=True)
@@ -173,9 +169,8 @@ def print_improvement(improved: ImprovedModel, config: ImproveConfig) -> Improve
 def main_with_exit_code(arguments: Sequence[str]) -> None:
     """Run, and exit with a code that says how far it came."""
     improved = main(arguments)
-    if improved is None or improved.complete:
-        return
-    sys.exit(_OF_SIGNALS + improved.signal if improved.signal else _PARTIAL)
+    if improved is not None:
+        exit_unless_complete(complete=improved.complete, number=improved.signal)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Exit code 0: every pair is decided. 3: partial, since the budget is used up or i
 and pays nothing twice. 1: no preference was made; the message says why. 130, 143: stopped by Ctrl-C or SIGTERM.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,14 +18,11 @@ from typing import TYPE_CHECKING, Any
 from llava_ray.config.preferences import PreferencesConfig
 from llava_ray.config.recipes import load_settings
 from llava_ray.errors import ConfigError, DataError, NoPairsError
-from pipelines.command import run_command, split_dry_run
+from pipelines.command import exit_unless_complete, run_command, split_dry_run
 from pipelines.places import check_files, check_models
 
 if TYPE_CHECKING:
     from pipelines.preference_questions import PromptSource
-
-_PARTIAL = 3
-_OF_SIGNALS = 128
 
 
 @dataclass(frozen=True)
@@ -184,9 +180,8 @@ def main(arguments: Sequence[str]) -> PreferencesMade | None:
 def main_with_exit_code(arguments: Sequence[str]) -> None:
     """Run, and exit with a code that says how far it came."""
     made = main(arguments)
-    if made is None or made.complete:
-        return
-    sys.exit(_OF_SIGNALS + made.signal if made.signal else _PARTIAL)
+    if made is not None:
+        exit_unless_complete(complete=made.complete, number=made.signal)
 
 
 if __name__ == "__main__":

@@ -15,14 +15,12 @@ from typing import TYPE_CHECKING
 
 from llava_ray.config.recipes import load_settings
 from llava_ray.config.review import ReviewConfig
-from pipelines.command import run_command, split_dry_run
+from pipelines.command import exit_unless_complete, run_command, split_dry_run
 
 if TYPE_CHECKING:
     from pipelines.review_run import Outcome
 
-_PARTIAL = 3
 _NOTHING = 1
-_OF_SIGNALS = 128  # plus the signal's number: the shell's convention
 
 
 def main(arguments: Sequence[str]) -> "Outcome | None":
@@ -47,12 +45,9 @@ def main_with_exit_code(arguments: Sequence[str]) -> None:
     outcome = main(arguments)
     if outcome is None:
         return
-    if outcome.signal and not outcome.complete:
-        sys.exit(_OF_SIGNALS + outcome.signal)
-    if not outcome.scored:
+    if not outcome.scored and (outcome.complete or not outcome.signal):
         sys.exit(_NOTHING)
-    if not outcome.complete:
-        sys.exit(_PARTIAL)
+    exit_unless_complete(complete=outcome.complete, number=outcome.signal)
 
 
 if __name__ == "__main__":
