@@ -158,10 +158,11 @@ def prometheus_of(service: str, folder: Path) -> Iterator[Prometheus]:
         prometheus = Prometheus(f"http://{address}")
 
         def scraped() -> bool:
-            try:
-                return prometheus.values("up") == [1]
+            try:  # its port is open, and answers 503 in plain text, before it can answer questions
+                ready = httpx.get(f"http://{address}/-/ready", timeout=20).status_code == httpx.codes.OK
             except httpx.TransportError:
                 return False
+            return ready and prometheus.values("up") == [1]
 
         until(scraped, folder / "log")
         yield prometheus
