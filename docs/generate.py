@@ -22,11 +22,12 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from llava_ray.config.evaluate import EvaluateConfig
+from llava_ray.config.finetune import FinetuneConfig, PrepareConfig
 from llava_ray.config.improve import ImproveConfig
-from llava_ray.config.mixtures import SourceConfig
 from llava_ray.config.preferences import PreferencesConfig
 from llava_ray.config.review import ReviewConfig
-from llava_ray.config.sections import EvaluateConfig, FinetuneConfig, PrepareConfig
+from llava_ray.config.sources import SourceConfig
 from llava_ray.config.space import Dimension, SweepConfig
 from llava_ray.deployments.settings import ServeSettings, spell_key
 

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 
 from llava_ray import invocation
-from llava_ray.config.sections import ClusterConfig
+from llava_ray.config.run import ClusterConfig
 from llava_ray.early_cluster import end_early, join_early, start_early
 from llava_ray.errors import ConfigError
 from llava_ray.local_ray import NO_DASHBOARD_VARIABLE, lean_start

@@ -19,7 +19,7 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.forked_worker import SERVER_VARIABLE
 
 WORKER_SCRIPT = Path(__file__).with_name("forked_worker.py")

@@ -140,7 +140,7 @@ def measure_loss(parts: "LlavaParts", approximated: "ModelFiles", records: Itera
 
 def read_samples(path: str, image_folder: str | None, most: int) -> Iterator["Record | RecordError"]:
     """Yield the first records of some data, or the reason why training would reject one. Raises DataError."""
-    from llava_ray.config.sections import MAX_IMAGE_PIXELS
+    from llava_ray.config.data import MAX_IMAGE_PIXELS
     from llava_ray.data.ordered_records import read_records
     from llava_ray.data.records import RawRecord
     from llava_ray.data.validation import check_images, fetch_images, read_record
@@ -222,7 +222,7 @@ def _open_first_images(
     """Return the normalised views of the images in a first question, and their sizes. Raises ImageError."""
     import numpy as np
 
-    from llava_ray.config.sections import MAX_IMAGE_PIXELS
+    from llava_ray.config.data import MAX_IMAGE_PIXELS
     from llava_ray.data.validation import fetch_images
     from llava_ray.images.geometry import crop_views
     from llava_ray.images.processing import normalize_pixels

@@ -15,7 +15,7 @@ from evals.benchmark import Question as BenchmarkQuestion
 from evals.catalogue import make_benchmark
 from evals.files import as_json
 from evals.ranking import LogLikelihood, Ranking, find_best_letter, list_candidates, ranking_prompt
-from llava_ray.config.sections import ActorsConfig, AskConfig, EvaluateConfig
+from llava_ray.config.evaluate import ActorsConfig, AskConfig, EvaluateConfig
 from llava_ray.errors import ConfigError
 from llava_ray.generate.answer_actor import ModelToLoad
 from llava_ray.generate.answers import Actors, Decoding, GeneratedAnswer, stream_answers

@@ -12,8 +12,11 @@ from evals.benchmark import LETTER, LETTER_CN, SHORT, Benchmark, Question
 from evals.catalogue import make_benchmark
 from evals.published import format_count, whole_set
 from evals.scoring import check_truths
+from llava_ray.config.data import DataConfig
+from llava_ray.config.evaluate import AskConfig, EvaluateConfig
+from llava_ray.config.finetune import FinetuneConfig
+from llava_ray.config.model import ModelConfig
 from llava_ray.config.recipes import load_recipe
-from llava_ray.config.sections import AskConfig, DataConfig, EvaluateConfig, FinetuneConfig, ModelConfig
 from llava_ray.errors import ConfigError, DataError
 from pipelines.places import exists
 

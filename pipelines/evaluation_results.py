@@ -19,7 +19,7 @@ from evals.published import comparison_note, published_scores
 from evals.scoring import Result, summarise_unscored, summarize_result
 from evals.scoring import score_answers as score_benchmark
 from evals.tables import flat_metrics, format_markdown
-from llava_ray.config.sections import MAX_IMAGE_PIXELS
+from llava_ray.config.data import MAX_IMAGE_PIXELS
 from llava_ray.errors import DataError, ImageError
 from llava_ray.images.reading import open_image
 from llava_ray.report.evaluation import Mistake, Scored, evaluation_report

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from evals.catalogue import make_benchmark
 from evals.published import format_count
 from evals.tables import format_headline, format_interval
+from llava_ray.config.evaluate import EvaluateConfig
 from llava_ray.config.recipes import load_recipe
-from llava_ray.config.sections import EvaluateConfig
 from llava_ray.errors import ConfigError
 from pipelines.evaluation_results import (
     PROVENANCE,

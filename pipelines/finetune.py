@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.mixtures import named_places
+from llava_ray.config.model import MODEL_PATHS
 from llava_ray.config.recipes import load_recipe
-from llava_ray.config.sections import MODEL_PATHS, FinetuneConfig
 from llava_ray.errors import ConfigError
 from llava_ray.worker_forks import prepare_forks, start_forks
 from pipelines.command import run_command, split_dry_run

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from llava_ray.config.evaluate import EvaluateConfig
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.improve import ImproveConfig
 from llava_ray.config.preferences import PreferencesConfig
 from llava_ray.config.recipes import differing_keys
-from llava_ray.config.sections import EvaluateConfig, FinetuneConfig
 from llava_ray.errors import ConfigError
 from pipelines.preference_results import PREFERENCES_FILE
 from pipelines.review_results import replaced

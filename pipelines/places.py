@@ -5,8 +5,10 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from llava_ray.config.data import DataConfig
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.mixtures import named_places
-from llava_ray.config.sections import MODEL_PATHS, DataConfig, FinetuneConfig
+from llava_ray.config.model import MODEL_PATHS
 from llava_ray.config.space import Space
 from llava_ray.errors import ConfigError
 from llava_ray.reading import short_repr

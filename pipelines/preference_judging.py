@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from evals.reviews import compute_order_metrics
+from llava_ray.config.data import MAX_IMAGE_PIXELS
 from llava_ray.config.preferences import PreferencesConfig
-from llava_ray.config.sections import MAX_IMAGE_PIXELS
 from llava_ray.errors import BudgetError, ConfigError, JudgeError
 from llava_ray.images.reading import open_image, read_bytes
 from llava_ray.review.calls import CallPlan, Item, list_judges

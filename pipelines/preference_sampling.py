@@ -7,8 +7,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from evals.files import as_json
+from llava_ray.config.data import MAX_IMAGE_PIXELS
 from llava_ray.config.preferences import PreferencesConfig
-from llava_ray.config.sections import MAX_IMAGE_PIXELS
 from llava_ray.errors import ConfigError, ImageError
 from llava_ray.generate.answers import Decoding, stream_answers
 from llava_ray.images.reading import check_image, read_bytes

@@ -8,9 +8,9 @@ python pipelines/prepare.py RECIPE --data.cache_dir s3://bucket/llava
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from llava_ray.config.finetune import PrepareConfig
 from llava_ray.config.mixtures import named_places
 from llava_ray.config.recipes import load_recipe
-from llava_ray.config.sections import PrepareConfig
 from llava_ray.invocation import command
 from pipelines.command import run_command
 from pipelines.places import check_data_places

@@ -4,7 +4,8 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
-from llava_ray.config.sections import MODEL_PATHS, FinetuneConfig
+from llava_ray.config.finetune import FinetuneConfig
+from llava_ray.config.model import MODEL_PATHS
 from llava_ray.errors import ConfigError
 from llava_ray.invocation import command, recipe_argument
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.recipes import load_recipe
-from llava_ray.config.sections import FinetuneConfig
 from llava_ray.config.sweep_recipes import load_sweep
 from llava_ray.worker_forks import prepare_forks, start_forks
 from pipelines.command import run_command

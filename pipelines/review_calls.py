@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava_ray.config.review import BudgetConfig, JudgeConfig, LimitsConfig
-from llava_ray.config.sections import ClusterConfig
+from llava_ray.config.run import ClusterConfig
 from llava_ray.log_file import terminal
 from llava_ray.review.batches import Batches, batch_client
 from llava_ray.review.calls import CallPlan

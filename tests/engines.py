@@ -14,7 +14,7 @@ from PIL import Image
 
 from llava_ray.chat.conversation import Turn
 from llava_ray.config.lora import LoraConfig
-from llava_ray.config.sections import ModelConfig
+from llava_ray.config.model import ModelConfig
 from llava_ray.errors import ImageError, RecordError
 from llava_ray.generate.builtin.builtin_engine import BuiltinEngine
 from llava_ray.generate.engine import Engine, GenerationChunk, GenerationRequest, Sampling

@@ -32,7 +32,8 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.state import list_actors, list_tasks
 from samples import small_run
 
-from llava_ray.config.sections import ClusterConfig, FinetuneConfig
+from llava_ray.config.finetune import FinetuneConfig
+from llava_ray.config.run import ClusterConfig
 from llava_ray.data.preparation import prepare_data
 from llava_ray.errors import ConfigError
 from llava_ray.placement import in_pool

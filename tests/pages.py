@@ -66,7 +66,7 @@ def _split(block: str) -> Iterator[tuple[str, ...]]:
 
 def write_project(folder: Path) -> Path:
     """Write all files that the pages name, with tiny models in place of real ones."""
-    from llava_ray.config.sections import ModelConfig
+    from llava_ray.config.model import ModelConfig
     from llava_ray.model.assembly import assemble
     from llava_ray.model.saving import save_bundle
     from pipelines import export

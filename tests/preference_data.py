@@ -8,8 +8,8 @@ from typing import Any
 import fakes
 from pictures import picture
 
+from llava_ray.config.model import ModelConfig
 from llava_ray.config.preferences import PreferencesConfig
-from llava_ray.config.sections import ModelConfig
 from llava_ray.model.assembly import assemble
 from llava_ray.model.saving import save_bundle
 

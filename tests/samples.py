@@ -10,7 +10,7 @@ import numpy as np
 from fakes import make_language_model, make_vision_tower
 from PIL import Image
 
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.finetune import FinetuneConfig
 
 
 def write_samples(folder: Path, count: int, *, seed: int = 0) -> Path:

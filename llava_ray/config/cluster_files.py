@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.grpo import GRPO
-from llava_ray.config.sections import ClusterConfig, FinetuneConfig
+from llava_ray.config.run import ClusterConfig
 from llava_ray.errors import ConfigError
 from llava_ray.reading import read_bounded, short_repr, wrap_errors
 

@@ -1,6 +1,6 @@
 """Settings of group-relative policy optimisation, and what the other sections must be for it."""
 
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     Field,
@@ -12,10 +12,9 @@ from pydantic import (
     model_validator,
 )
 
+from llava_ray.config.data import DataConfig
 from llava_ray.config.schema import ConfigSection
-
-if TYPE_CHECKING:
-    from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.train import TrainConfig
 
 GRPO = "grpo"
 _FEWEST = 2  # answers that have a spread
@@ -85,29 +84,29 @@ class GrpoConfig(ConfigSection):
         return self
 
 
-def check_grpo(config: "FinetuneConfig") -> None:
+def check_grpo(grpo: GrpoConfig, train: TrainConfig, data: DataConfig) -> None:
     """Reject settings of other sections that do not fit rollouts, and a section that has no effect."""
-    if config.train.objective != GRPO:
-        if config.grpo != GrpoConfig():
+    if train.objective != GRPO:
+        if grpo != GrpoConfig():
             raise ValueError('the section [grpo] has no effect without train.objective = "grpo"')
         return
-    if config.data.sources:
+    if data.sources:
         raise ValueError(
             'train.objective = "grpo" with data.sources: questions are asked by one template and length rule; give '
             "data.data_path"
         )
-    if config.data.on_too_long != "reject":
+    if data.on_too_long != "reject":
         raise ValueError(
-            f'train.objective = "grpo" with data.on_too_long = {config.data.on_too_long!r}: a question that was cut is '
+            f'train.objective = "grpo" with data.on_too_long = {data.on_too_long!r}: a question that was cut is '
             'another question; set "reject"'
         )
-    if config.data.vision_features == "streamed":
+    if data.vision_features == "streamed":
         raise ValueError(
             'train.objective = "grpo" with data.vision_features = "streamed": the actors that sample answers compute '
             'features themselves; set "inline" or "cached"'
         )
-    if config.grpo.max_new_tokens >= config.train.model_max_length:
+    if grpo.max_new_tokens >= train.model_max_length:
         raise ValueError(
-            f"grpo.max_new_tokens = {config.grpo.max_new_tokens} leaves no room for a question in train."
-            f"model_max_length = {config.train.model_max_length}; lower the first or raise the second"
+            f"grpo.max_new_tokens = {grpo.max_new_tokens} leaves no room for a question in train."
+            f"model_max_length = {train.model_max_length}; lower the first or raise the second"
         )

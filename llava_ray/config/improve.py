@@ -4,11 +4,15 @@ from typing import Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator, model_validator
 
+from llava_ray.config.data import DataConfig
+from llava_ray.config.evaluate import ActorsConfig
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.preference import PAIR_OBJECTIVES, PairObjectiveName
 from llava_ray.config.preferences import PairJudgeConfig, PreferencesSection
 from llava_ray.config.review import BudgetConfig, LimitsConfig
+from llava_ray.config.run import RunConfig
 from llava_ray.config.schema import ConfigSection
-from llava_ray.config.sections import ActorsConfig, DataConfig, FinetuneConfig, RunConfig, TrainConfig
+from llava_ray.config.train import TrainConfig
 
 
 class ImproveSection(ConfigSection):

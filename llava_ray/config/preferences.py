@@ -4,9 +4,10 @@ from typing import Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator, model_validator
 
+from llava_ray.config.evaluate import ActorsConfig
 from llava_ray.config.review import BudgetConfig, JudgeConfig, LimitsConfig
-from llava_ray.config.schema import ConfigSection
-from llava_ray.config.sections import ActorsConfig, ClusterConfig, Fraction, TrackingConfig, check_mlflow_alone
+from llava_ray.config.run import ClusterConfig, TrackingConfig, check_mlflow_alone
+from llava_ray.config.schema import ConfigSection, Fraction
 
 PreferenceRule = Literal["judge", "benchmark", "answer", "noised_image", "swapped_image", "replaced_words"]
 PERTURBATIONS: tuple[PreferenceRule, ...] = ("noised_image", "swapped_image", "replaced_words")

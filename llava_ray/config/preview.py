@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from llava_ray.config.data import DataConfig
 from llava_ray.config.mixtures import source_data
-from llava_ray.config.sections import DataConfig
 from llava_ray.config.toml_files import read_toml_file
 from llava_ray.errors import ConfigError
 

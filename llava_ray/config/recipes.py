@@ -18,18 +18,14 @@ from pydantic import BaseModel, ValidationError
 
 from llava_ray import invocation
 from llava_ray.config.booleans import parse_boolean, write_out_booleans
-from llava_ray.config.mixtures import (
-    LOOKED_AT,
-    SourceConfig,
-    read_sources_flag,
-    split_sources_flag,
-    write_sources_flag,
-)
+from llava_ray.config.data import DataConfig
+from llava_ray.config.evaluate import EvaluateConfig
+from llava_ray.config.finetune import FinetuneConfig, PrepareConfig
+from llava_ray.config.held_out import SELECTING, HeldOutConfig
 from llava_ray.config.preference import follow_objective
 from llava_ray.config.schema import ConfigSection, describe_all, describe_fault, dotted_keys, merge_settings
-from llava_ray.config.sections import DataConfig, EvaluateConfig, FinetuneConfig, HeldOutConfig, PrepareConfig
-from llava_ray.config.selection import SELECTING
 from llava_ray.config.shipped_recipes import find_recipe
+from llava_ray.config.sources import LOOKED_AT, SourceConfig, read_sources_flag, split_sources_flag, write_sources_flag
 from llava_ray.config.space import SweepConfig
 from llava_ray.config.toml_files import read_toml_file
 from llava_ray.errors import ConfigError

@@ -12,8 +12,8 @@ from pydantic import (
     model_validator,
 )
 
+from llava_ray.config.run import ClusterConfig, TrackingConfig, check_mlflow_alone
 from llava_ray.config.schema import ConfigSection
-from llava_ray.config.sections import ClusterConfig, TrackingConfig, check_mlflow_alone
 
 
 class ReviewSection(ConfigSection):

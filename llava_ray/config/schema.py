@@ -2,14 +2,15 @@
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Self, get_args
+from typing import Annotated, Any, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
 from llava_ray.errors import ConfigError
 from llava_ray.reading import INT_BITS, MAX_SHOWN, short_repr
 
+Fraction = Annotated[float, Field(ge=0, le=1)]
 _MAX_FAULTS = 10
 
 

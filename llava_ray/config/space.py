@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.schema import ConfigSection, dotted_keys
-from llava_ray.config.sections import FinetuneConfig
 from llava_ray.invocation import command
 
 # Trials may not change where they run, what they are evaluated on, or what a step is: they are compared by step.

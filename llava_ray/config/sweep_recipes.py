@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_ray import invocation
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.recipes import load_recipe, read_toml, settings_hash
-from llava_ray.config.sections import FinetuneConfig
 from llava_ray.config.shipped_recipes import find_recipe, list_recipes
 from llava_ray.config.space import Space, SweepConfig
 from llava_ray.errors import ConfigError

@@ -4,8 +4,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from llava_ray.config.mixtures import SourceConfig
-from llava_ray.config.sections import DataConfig, TrainConfig
+from llava_ray.config.data import DataConfig
+from llava_ray.config.sources import SourceConfig
+from llava_ray.config.train import TrainConfig
 from llava_ray.data.examples import Encoder
 from llava_ray.images.tokens import ImageTokens
 

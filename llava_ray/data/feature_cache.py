@@ -30,7 +30,7 @@ from llava_ray.images.reading import open_filesystem
 from llava_ray.images.tokens import ImageTokens
 
 if TYPE_CHECKING:
-    from llava_ray.config.sections import DataConfig
+    from llava_ray.config.data import DataConfig
     from llava_ray.model.blueprint import Blueprint
 
 _FORMAT_VERSION = 1

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from fractions import Fraction
 from math import floor
 
-from llava_ray.config.mixtures import SourceConfig, describe_source, source_data
-from llava_ray.config.sections import DataConfig
+from llava_ray.config.data import DataConfig
+from llava_ray.config.mixtures import source_data
+from llava_ray.config.sources import SourceConfig, describe_source
 from llava_ray.data.shards import PreparedData
 from llava_ray.errors import ConfigError, DataError
 

@@ -18,8 +18,8 @@ import pyarrow as pa
 import ray.data
 from tqdm import tqdm
 
+from llava_ray.config.data import DataConfig
 from llava_ray.config.mixtures import learnt_paths
-from llava_ray.config.sections import DataConfig
 from llava_ray.data.chunks import RecordChunk, fingerprint_data, make_chunks
 from llava_ray.data.mixture import naming_source, prepare_sources
 from llava_ray.data.record_keys import describe_ignored

@@ -6,7 +6,8 @@ from functools import cached_property
 from itertools import accumulate
 from typing import TypedDict
 
-from llava_ray.config.sections import DataConfig, ModelConfig
+from llava_ray.config.data import DataConfig
+from llava_ray.config.model import ModelConfig
 from llava_ray.data.encoder_settings import EncoderSettings
 from llava_ray.data.reference_file import ReferenceFiles
 from llava_ray.data.row_assignment import SampleCost

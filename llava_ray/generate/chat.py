@@ -13,7 +13,7 @@ from torch import Tensor
 from llava_ray.chat.conversation import Turn, break_markers, with_markers
 from llava_ray.chat.tokens import tokenize_prompt
 from llava_ray.config.chat import ChatSettings
-from llava_ray.config.sections import MAX_IMAGE_PIXELS
+from llava_ray.config.data import MAX_IMAGE_PIXELS
 from llava_ray.errors import RecordError
 from llava_ray.generate.answer_text import AnswerText
 from llava_ray.generate.decoding import decode, default_stops, expand_prompt, generate_batch

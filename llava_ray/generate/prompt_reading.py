@@ -7,7 +7,7 @@ from concurrent.futures import Executor
 
 from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava_ray.chat.tokens import expand_images
-from llava_ray.config.sections import MAX_IMAGE_PIXELS
+from llava_ray.config.data import MAX_IMAGE_PIXELS
 from llava_ray.generate.engine import GenerationRequest
 from llava_ray.generate.prompts import PromptText
 from llava_ray.generate.readings import PromptReading, check_token_ids

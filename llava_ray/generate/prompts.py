@@ -14,7 +14,7 @@ from llava_ray.chat.conversation import IGNORE_INDEX
 from llava_ray.chat.prompt_ends import CONTINUED
 from llava_ray.chat.template import Template
 from llava_ray.chat.tokens import expand_images, tokenize_prompt, tokenizer_image_token
-from llava_ray.config.sections import MAX_IMAGE_PIXELS
+from llava_ray.config.data import MAX_IMAGE_PIXELS
 from llava_ray.errors import RecordError, TemplateError
 from llava_ray.generate.answer_text import AnswerText
 from llava_ray.generate.constraints.answer_grammar import AnswerGrammar

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from llava_ray.chat.conversation import Turn
-from llava_ray.config.sections import MAX_IMAGE_PIXELS
+from llava_ray.config.data import MAX_IMAGE_PIXELS
 from llava_ray.errors import ImageError
 from llava_ray.images.anyres import Size
 from llava_ray.images.geometry import ImageSpec, crop_views

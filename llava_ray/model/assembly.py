@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from llava_ray.config.lora import Quantization
-from llava_ray.config.sections import ModelConfig
+from llava_ray.config.model import ModelConfig
 from llava_ray.errors import ModelError
 from llava_ray.model.blueprint import Blueprint, read_blueprint
 from llava_ray.model.formats.layout import EMBED_TOKENS

@@ -14,7 +14,7 @@ from transformers import (
 
 from llava_ray.chat.template import Template
 from llava_ray.config.geometry import ModelGeometry, compute_feature_width, is_addable
-from llava_ray.config.sections import ModelConfig
+from llava_ray.config.model import ModelConfig
 from llava_ray.errors import ModelError
 from llava_ray.images.geometry import ImageSpec
 from llava_ray.images.tokens import ImageTokens

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from llava_ray.config.sections import ModelConfig
+from llava_ray.config.model import ModelConfig
 from llava_ray.model.lora.adapters import adapted_parts, adapter_parameters, has_adapter
 from llava_ray.model.network.llava import Llava
 from llava_ray.model.network.quantization import count_elements

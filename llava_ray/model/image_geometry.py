@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedConfig
 
-from llava_ray.config.sections import ModelConfig
+from llava_ray.config.model import ModelConfig
 from llava_ray.errors import ModelError
 from llava_ray.images.geometry import ImageProcessor, ImageSpec
 from llava_ray.images.tokens import ImageTokens

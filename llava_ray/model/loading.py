@@ -8,7 +8,7 @@ import torch
 
 from llava_ray.chat.conversation import IMAGE_TOKEN
 from llava_ray.config.lora import Bits
-from llava_ray.config.sections import ModelConfig
+from llava_ray.config.model import ModelConfig
 from llava_ray.errors import ConfigError, ModelError
 from llava_ray.model.assembly import LlavaParts, assemble
 from llava_ray.model.blueprint import Blueprint, read_blueprint

@@ -13,9 +13,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.geometry import ModelGeometry
 from llava_ray.config.lora import LoraConfig
-from llava_ray.config.sections import FinetuneConfig
 from llava_ray.images.geometry import ImageSpec
 from llava_ray.model.blueprint import ResolvedParts, load_image_processor, resolve_parts
 from llava_ray.model.formats.hub.read import PROCESSOR_FILES

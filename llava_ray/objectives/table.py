@@ -3,9 +3,9 @@
 One with settings of its own is built of them.
 """
 
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.grpo import GRPO
 from llava_ray.config.preference import PAIR_OBJECTIVES
-from llava_ray.config.sections import FinetuneConfig
 from llava_ray.objectives.cross_entropy import CrossEntropy
 from llava_ray.objectives.grpo import Grpo
 from llava_ray.objectives.objective import Objective

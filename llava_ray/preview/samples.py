@@ -13,8 +13,8 @@ from PIL import Image
 from llava_ray.chat.conversation import IMAGE_TOKEN, Turn
 from llava_ray.chat.templates import find_template
 from llava_ray.chat.tokenizer import load_tokenizer
+from llava_ray.config.data import MAX_IMAGE_PIXELS
 from llava_ray.config.preview import PreviewSettings
-from llava_ray.config.sections import MAX_IMAGE_PIXELS
 from llava_ray.data.examples import Encoder, Example
 from llava_ray.data.json_files import clean_id
 from llava_ray.data.preference_records import is_preference

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.mixtures import learnt_paths, named_places
 from llava_ray.config.schema import flat_settings
-from llava_ray.config.sections import FinetuneConfig
 from llava_ray.config.space import Space, SweepConfig
 from llava_ray.config.sweep_recipes import corners
 from llava_ray.data.first_look import measure_first_samples

@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from llava_ray.config.model import MODEL_PATHS
 from llava_ray.config.recipes import differing_keys
 from llava_ray.config.schema import flat_settings
-from llava_ray.config.sections import MODEL_PATHS
 from llava_ray.config.space import Space, SweepConfig
 from llava_ray.data.storage import absolute_path, file_size, read_stored, relative_path, write_stored
 from llava_ray.errors import ConfigError

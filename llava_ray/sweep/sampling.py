@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.schema import flat_settings
-from llava_ray.config.sections import FinetuneConfig
 from llava_ray.config.space import Dimension, SearchConfig, Space
 from llava_ray.errors import ConfigError
 

@@ -10,7 +10,7 @@ import ray
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.space import Space, SweepConfig
 from llava_ray.data.storage import file_size
 from llava_ray.runtime import Resources, runs_at_once

@@ -7,7 +7,7 @@ from ray import tune
 from ray.tune.search import Repeater, Searcher
 from ray.tune.search.optuna import OptunaSearch  # imports without optuna
 
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.space import SearchConfig, Space
 from llava_ray.errors import ConfigError
 from llava_ray.sweep.sampling import Suggest, default_settings, is_inside, list_settings

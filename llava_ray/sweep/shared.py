@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llava_ray.config.data import DataConfig
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.geometry import FEATURE_KEYS
-from llava_ray.config.mixtures import LOOKED_AT, SOURCE_PATHS
-from llava_ray.config.sections import MODEL_PATHS, DataConfig, FinetuneConfig
+from llava_ray.config.model import MODEL_PATHS
+from llava_ray.config.sources import LOOKED_AT, SOURCE_PATHS
 from llava_ray.config.space import Space, SweepConfig
 from llava_ray.config.sweep_recipes import corners
 from llava_ray.data.preparation import check_data, check_held_out_sources, check_source, prepare_data

@@ -7,7 +7,7 @@ from typing import Any
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.errors import ConfigError, DataError, DivergedError, LlavaRayError, ModelError
 from llava_ray.runtime import Resources
 from llava_ray.sweep.sampling import TrialSettings

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.space import SweepConfig
 from llava_ray.config.sweep_recipes import as_toml
 from llava_ray.data.storage import write_stored

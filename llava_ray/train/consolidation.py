@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.errors import CheckpointError, ModelError
 from llava_ray.model.assembly import LlavaParts
 from llava_ray.model.formats.layout import COMPLETE, TRAINER_STATE, check_whole

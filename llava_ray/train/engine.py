@@ -12,8 +12,9 @@ import torch
 import transformers
 from torch.optim import AdamW
 
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.lora import Quantization
-from llava_ray.config.sections import FinetuneConfig, TrainConfig
+from llava_ray.config.train import TrainConfig
 from llava_ray.errors import ConfigError
 from llava_ray.model.adaptation import adapt
 from llava_ray.model.assembly import LlavaParts, assemble

@@ -7,7 +7,7 @@ import fsspec
 import torch
 import torch.distributed as dist
 
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.model.assembly import LlavaParts
 from llava_ray.model.saving import Contents, names_beside, save_bundle
 from llava_ray.train.settings import LoopSettings

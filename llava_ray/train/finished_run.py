@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import ray
 from ray.actor import ActorHandle
 
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.mixtures import learnt_paths
 from llava_ray.config.recipes import settings_hash
-from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.plan import Plan
 from llava_ray.data.shards import PreparedData
 from llava_ray.data.storage import write_stored

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from llava_ray.config.sections import TrainConfig
+from llava_ray.config.train import TrainConfig
 from llava_ray.errors import TrainingError
 from llava_ray.model.formats.names import IMAGE_NEWLINE
 from llava_ray.model.network.llava import Llava

@@ -9,10 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_ray.config.mixtures import SOURCE_PATHS, learnt_paths
+from llava_ray.config.finetune import FinetuneConfig
+from llava_ray.config.mixtures import learnt_paths
+from llava_ray.config.model import MODEL_PATHS
 from llava_ray.config.recipes import hashed_settings, settings_hash
 from llava_ray.config.schema import merge_settings, nest_keys
-from llava_ray.config.sections import AUTOMATIC_SETTINGS, MODEL_PATHS, FinetuneConfig
+from llava_ray.config.sources import SOURCE_PATHS
+from llava_ray.config.train import AUTOMATIC_SETTINGS
 from llava_ray.errors import ConfigError
 from llava_ray.model.formats.layout import PROJECTOR_FILE
 from llava_ray.model.formats.manifest import edges_of, is_bundle, read_manifest

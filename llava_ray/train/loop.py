@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from ray.train.torch import get_device
 
-from llava_ray.config.sections import HeldOutConfig
+from llava_ray.config.held_out import HeldOutConfig
 from llava_ray.data.batches import MicroBatch, describe_row, iterate_steps
 from llava_ray.model.assembly import LlavaParts
 from llava_ray.objectives.table import build_held_out_objective, build_objective

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llava_ray.config.sections import TrainConfig
+from llava_ray.config.train import TrainConfig
 from llava_ray.data.batches import MicroBatch
 from llava_ray.train.nonfinite import StepEnd
 from llava_ray.train.objective import StepLoss

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from llava_ray.config.data import DataConfig
 from llava_ray.config.mixtures import source_data
-from llava_ray.config.sections import DataConfig
 from llava_ray.data.encoder_settings import EncoderSettings
 from llava_ray.data.lengths import measure_lengths
 from llava_ray.data.mixed_lengths import MixedLengths

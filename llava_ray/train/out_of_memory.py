@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.errors import TrainingError
 
 # What torch says on a CPU, where it raises a bare RuntimeError.

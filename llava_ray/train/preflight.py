@@ -1,7 +1,7 @@
 """Checks before Ray starts: the run's data and model can be read, and its name is free."""
 
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.grpo import GRPO
-from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.encoder_settings import EncoderSettings, load_encoder
 from llava_ray.data.mixture import naming_source
 from llava_ray.data.preparation import check_data, check_held_out_sources, check_source

@@ -6,7 +6,7 @@ from functools import partial
 
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.data.plan import Plan
 from llava_ray.data.stream import DealToRanks, TrainStream
 from llava_ray.data.token_lengths import TokenLengths

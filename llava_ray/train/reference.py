@@ -17,8 +17,8 @@ from jaxtyping import Float
 from ray.util import ActorPool
 from tqdm import tqdm
 
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.preference import WITH_REFERENCE
-from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.batches import MicroBatch, micro_batch
 from llava_ray.data.descriptors import describe_window
 from llava_ray.data.mixed_lengths import MixedLengths

@@ -4,8 +4,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from llava_ray.config.mixtures import SourceConfig, source_data
-from llava_ray.config.sections import DataConfig, FinetuneConfig
+from llava_ray.config.data import DataConfig
+from llava_ray.config.finetune import FinetuneConfig
+from llava_ray.config.mixtures import source_data
+from llava_ray.config.sources import SourceConfig
 from llava_ray.data.encoder_settings import EncoderSettings
 from llava_ray.data.feature_writing import cache_features
 from llava_ray.data.lengths import measure_lengths

@@ -15,7 +15,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.errors import LlavaRayError
 from llava_ray.optional_trackers import Tracker, open_trackers, wandb_environment
 from llava_ray.reading import describe_error

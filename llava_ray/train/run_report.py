@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.errors import ConfigError
 from llava_ray.report.charts import check_plotting
 from llava_ray.report.mixture import mixture_report

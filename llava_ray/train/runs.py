@@ -10,8 +10,9 @@ from typing import Any
 import fsspec
 from ray.train import Checkpoint, Result, UserCallback
 
+from llava_ray.config.finetune import FinetuneConfig
+from llava_ray.config.model import MODEL_PATHS
 from llava_ray.config.recipes import differing_keys
-from llava_ray.config.sections import MODEL_PATHS, FinetuneConfig
 from llava_ray.data.storage import absolute_path, read_stored, write_stored
 from llava_ray.errors import CheckpointError, ConfigError
 from llava_ray.train.identity import NUM_DIGITS, Identity, comparable, identity_hash, recipe_of_name

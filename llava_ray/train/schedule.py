@@ -6,7 +6,7 @@ from collections.abc import Callable
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from llava_ray.config.sections import TrainConfig
+from llava_ray.config.train import TrainConfig
 
 _DECAY_SHARE = 0.3  # of the steps after the warm-up, in "warmup_stable_decay"
 

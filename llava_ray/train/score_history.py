@@ -7,8 +7,7 @@ what is committed: no kill can change it.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from llava_ray.config.sections import HeldOutConfig
-from llava_ray.config.selection import SCORE_PREFIX, is_higher_better
+from llava_ray.config.held_out import SCORE_PREFIX, HeldOutConfig, is_higher_better
 from llava_ray.errors import ConfigError
 
 KEPT_BY = "kept_by"  # a checkpoint's metric by which Ray keeps the best one

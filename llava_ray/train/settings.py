@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ray.actor import ActorHandle
 
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.data.plan import Plan
 from llava_ray.data.settings import StreamSettings
 from llava_ray.data.token_lengths import TokenLengths

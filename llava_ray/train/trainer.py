@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import ray
 from ray.train import UserCallback
 
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.data.shards import PreparedData
 from llava_ray.errors import ConfigError
 from llava_ray.model.blueprint import read_blueprint

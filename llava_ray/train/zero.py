@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from llava_ray.config.sections import TrainConfig
+from llava_ray.config.train import TrainConfig
 
 FUSED_ADAM = True
 """Whether AdamW updates in one kernel: it is faster, and on GPUs holds one copy of the weights less."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from llava_ray.chat.conversation import IGNORE_INDEX
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.data.batches import MicroBatch, micro_batch
 from llava_ray.data.descriptors import describe_micro_batches
 from llava_ray.data.packing import NO_STEP

@@ -31,7 +31,7 @@ from outcome import describe_processor, keep_result
 
 from llava_ray.chat.conversation import Turn
 from llava_ray.chat.tokens import tokenize_conversation
-from llava_ray.config.sections import MAX_IMAGE_PIXELS
+from llava_ray.config.data import MAX_IMAGE_PIXELS
 from llava_ray.generate.builtin.builtin_engine import BuiltinEngine
 from llava_ray.generate.engine import GenerationRequest, Sampling
 from llava_ray.generate.likelihoods import compute_log_likelihoods

@@ -89,7 +89,7 @@ def write_model(folder: Path, tower: Path, stored: str, layout: str, *, num_laye
     from fakes import make_tokenizer
     from originals import write_original
 
-    from llava_ray.config.sections import ModelConfig
+    from llava_ray.config.model import ModelConfig
     from llava_ray.model.assembly import assemble
     from llava_ray.model.saving import save_bundle
 

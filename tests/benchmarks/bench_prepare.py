@@ -21,7 +21,7 @@ import ray
 from outcome import keep_result
 from PIL import Image
 
-from llava_ray.config.sections import DataConfig
+from llava_ray.config.data import DataConfig
 from llava_ray.data.preparation import prepare_data
 
 NUM_CORES = 2

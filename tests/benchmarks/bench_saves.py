@@ -63,7 +63,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         plain += [take_step(engine, options.tokens) for _ in range(2)]
         staged.append(save_staged(engine, checkpointer, folder / f"staged-{number}", options.tokens))
     step = statistics.median(plain)
-    from llava_ray.config.sections import TrainConfig
+    from llava_ray.config.train import TrainConfig
 
     interval = step * TrainConfig().save_steps
     copy = statistics.median(row["copy"] for row in staged)

@@ -23,7 +23,7 @@ from fakes import make_language_model, make_vision_tower
 from outcome import keep_result
 from ray.data import DataIterator
 
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.data.batches import iterate_steps
 from llava_ray.data.blocks import start_blocks
 from llava_ray.data.encoder_settings import EncoderSettings

@@ -20,7 +20,7 @@ import ray
 from outcome import keep_result
 from ray import tune
 
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.space import Space, SweepConfig
 from llava_ray.report.pieces import LineChart, Report, Section, Series
 from llava_ray.report.rendering import write_report

@@ -12,7 +12,7 @@ import transformers
 from fakes import make_tokenizer
 from PIL import Image, ImageFilter
 
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.data.records import RawRecord
 from llava_ray.data.shards import ShardWriter, write_shards_manifest
 from llava_ray.data.validation import validate

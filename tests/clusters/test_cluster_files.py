@@ -10,10 +10,11 @@ import pytest
 import yaml
 
 from llava_ray.config.cluster_files import find_misfits, read_cluster_file
+from llava_ray.config.evaluate import EvaluateConfig
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.improve import ImproveConfig
 from llava_ray.config.preferences import PreferencesConfig
 from llava_ray.config.recipes import load_recipe, load_settings
-from llava_ray.config.sections import EvaluateConfig, FinetuneConfig
 from llava_ray.config.sweep_recipes import load_sweep
 from llava_ray.errors import ConfigError
 

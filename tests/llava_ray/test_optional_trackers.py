@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from llava_ray.config.evaluate import EvaluateConfig
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.preferences import PreferencesConfig
 from llava_ray.config.review import ReviewConfig
-from llava_ray.config.sections import EvaluateConfig, FinetuneConfig, TrackingConfig
+from llava_ray.config.run import TrackingConfig
 from llava_ray.errors import ConfigError
 from llava_ray.optional_trackers import check_trackers, open_trackers, wandb_environment
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_ray.config.sections import ClusterConfig
+from llava_ray.config.run import ClusterConfig
 from llava_ray.placement import can_grow, find_pools, in_pool, pool_options, pool_resources, pool_selector, pools_among
 from llava_ray.runtime import fit_resources
 from llava_ray.shared_storage import DRIVER, Places, check_from_node, mark_name, write_mark

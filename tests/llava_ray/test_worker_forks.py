@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from llava_ray import fork_server, forked_worker, worker_forks
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.recipes import load_recipe
-from llava_ray.config.sections import FinetuneConfig
 from llava_ray.worker_forks import can_fork, import_environment, starts_here
 
 RECIPE = Path(__file__).parents[2] / "pipelines/recipes/quickstart/words.toml"

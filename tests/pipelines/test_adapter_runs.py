@@ -13,8 +13,9 @@ from test_finetune import committed, finish, ledger, started, wait_for_step
 
 from llava_ray.chat.conversation import IMAGE_TOKEN, Turn
 from llava_ray.chat.tokens import tokenize_prompt
+from llava_ray.config.finetune import FinetuneConfig
+from llava_ray.config.model import ModelConfig
 from llava_ray.config.recipes import load_recipe
-from llava_ray.config.sections import FinetuneConfig, ModelConfig
 from llava_ray.generate.decoding import answer_text, generate_batch
 from llava_ray.images.geometry import crop_pixels
 from llava_ray.images.processing import normalize_pixels

@@ -6,7 +6,7 @@ import sys
 import pytest
 import ray
 
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.errors import ConfigError, DataError, ModelError
 from pipelines import chat, evaluate, export, finetune, prepare, preview, sweep
 

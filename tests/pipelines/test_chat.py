@@ -12,7 +12,7 @@ import pytest
 from engines import spoil
 from fakes import make_language_model, make_vision_tower
 
-from llava_ray.config.sections import ModelConfig
+from llava_ray.config.model import ModelConfig
 from llava_ray.errors import ConfigError, ImageError, ModelError, RecordError
 from llava_ray.generate import chat
 from llava_ray.generate.chat import ChatReply, ChatSession

@@ -18,7 +18,7 @@ from PIL import Image
 
 from llava_ray.chat.conversation import IMAGE_TOKEN, Turn
 from llava_ray.chat.tokens import tokenize_prompt
-from llava_ray.config.sections import ModelConfig
+from llava_ray.config.model import ModelConfig
 from llava_ray.generate.decoding import generate_batch
 from llava_ray.images.geometry import crop_views
 from llava_ray.images.processing import normalize_pixels

@@ -9,8 +9,9 @@ import pytest
 from benchmark_files import WRITERS, write_benchmark
 
 from evals.catalogue import make_benchmark
+from llava_ray.config.evaluate import AskConfig, EvaluateConfig
+from llava_ray.config.model import ModelConfig
 from llava_ray.config.recipes import load_recipe
-from llava_ray.config.sections import AskConfig, EvaluateConfig, ModelConfig
 from llava_ray.errors import ConfigError
 from llava_ray.generate.answers import GeneratedAnswer
 from llava_ray.model.assembly import assemble

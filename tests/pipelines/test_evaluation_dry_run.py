@@ -8,7 +8,7 @@ import fakes
 import pytest
 from benchmark_files import write_benchmark
 
-from llava_ray.config.sections import ModelConfig
+from llava_ray.config.model import ModelConfig
 from llava_ray.errors import ConfigError, DataError, ModelError
 from llava_ray.model.assembly import assemble
 from llava_ray.model.saving import save_bundle

@@ -75,7 +75,7 @@ def test_deltas(folder: Path, bundle: Path, tmp_path: Path, capsys) -> None:
 
 
 def test_a_dinov2_needs_a_word(folder: Path, tmp_path: Path, capsys) -> None:
-    from llava_ray.config.sections import ModelConfig
+    from llava_ray.config.model import ModelConfig
     from llava_ray.model.assembly import assemble
     from llava_ray.model.saving import save_bundle
 
@@ -93,7 +93,7 @@ def test_a_dinov2_needs_a_word(folder: Path, tmp_path: Path, capsys) -> None:
 
 
 def test_an_approximation_that_is_far_off_is_refused_with_its_cost(folder: Path, tmp_path: Path, capsys) -> None:
-    from llava_ray.config.sections import ModelConfig
+    from llava_ray.config.model import ModelConfig
     from llava_ray.model.assembly import assemble
     from llava_ray.model.saving import save_bundle
 
@@ -138,7 +138,7 @@ def test_what_an_approximation_may_cost(cosine: float, accepted: float | None, i
 
 
 def test_right_answers_are_counted_with_both_towers(folder: Path, tmp_path: Path, monkeypatch) -> None:
-    from llava_ray.config.sections import ModelConfig
+    from llava_ray.config.model import ModelConfig
     from llava_ray.model.assembly import assemble
     from llava_ray.model.saving import save_bundle
 

@@ -9,8 +9,9 @@ from fakes import make_language_model, make_vision_tower
 from samples import write_samples
 
 from llava_ray import invocation
+from llava_ray.config.finetune import FinetuneConfig
+from llava_ray.config.model import ModelConfig
 from llava_ray.config.recipes import load_recipe
-from llava_ray.config.sections import FinetuneConfig, ModelConfig
 from llava_ray.deployments.chat_page.examples import read_examples
 from llava_ray.errors import ConfigError, ModelError
 from llava_ray.model.assembly import assemble

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from evals.statistics import paired_difference
-from llava_ray.config.sections import ClusterConfig
+from llava_ray.config.run import ClusterConfig
 from llava_ray.generate.answers import Actors, answer_questions
 from llava_ray.generate.questions import ModelQuestion
 from llava_ray.quickstart import easy_vqa

@@ -21,9 +21,9 @@ import ray
 from preference_data import PRICE, make_bundle, rows, write_colours, write_records
 from scripted_judge import Remote, scripted_judge
 
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.improve import ImproveConfig
 from llava_ray.config.recipes import load_settings
-from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.preparation import prepare_data
 from llava_ray.quickstart import easy_vqa
 from llava_ray.runtime import connected

@@ -7,8 +7,8 @@ import pytest
 from fakes import make_tokenizer
 from samples import small_run
 
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.preview import PreviewSettings, open_recipe
-from llava_ray.config.sections import FinetuneConfig
 from llava_ray.errors import ConfigError, DataError
 from llava_ray.train.planning.dry_run import tell_data
 from llava_ray.train.preflight import check_run

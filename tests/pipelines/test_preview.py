@@ -21,7 +21,7 @@ from samples import write_mixed_samples, write_samples
 from llava_ray.chat.conversation import read_turns
 from llava_ray.chat.templates import find_template
 from llava_ray.chat.tokens import expand_images, tokenize_conversation
-from llava_ray.config.sections import ModelConfig
+from llava_ray.config.model import ModelConfig
 from llava_ray.errors import BundleError, ConfigError, ModelError
 from llava_ray.images.geometry import ImageSpec
 from llava_ray.images.processing import crop_pixels, process_images

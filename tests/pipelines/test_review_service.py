@@ -12,7 +12,7 @@ from pictures import picture
 from review_files import write_lines
 from serving import asking, data_uri
 
-from llava_ray.config.sections import ModelConfig
+from llava_ray.config.model import ModelConfig
 from llava_ray.model.assembly import assemble
 from llava_ray.model.saving import save_bundle
 from pipelines.review import main

@@ -6,8 +6,8 @@ import pytest
 from fakes import make_language_model, make_vision_tower
 from samples import write_mixed_samples, write_preferences, write_samples
 
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.recipes import load_recipe
-from llava_ray.config.sections import FinetuneConfig
 from llava_ray.config.sweep_recipes import load_sweep
 from llava_ray.data.preparation import prepare_data
 from llava_ray.model.loading import load_pretrained_model

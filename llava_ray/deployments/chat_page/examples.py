@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 
-from llava_ray.config.sections import MAX_IMAGE_PIXELS
+from llava_ray.config.data import MAX_IMAGE_PIXELS
 from llava_ray.errors import ConfigError, ImageError
 from llava_ray.images.reading import open_image
 from llava_ray.reading import is_file, read_bounded, short_repr, wrap_errors

@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 
 from llava_ray.chat.conversation import IMAGE_TOKEN_INDEX
-from llava_ray.config.sections import MAX_IMAGE_PIXELS
+from llava_ray.config.data import MAX_IMAGE_PIXELS
 from llava_ray.errors import RecordError
 from llava_ray.generate.constraints.answer_grammar import AnswerGrammar
 from llava_ray.generate.decoding import Stops, find_stops

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llava_ray.config.geometry import compute_feature_width
-from llava_ray.config.sections import ModelConfig
+from llava_ray.config.model import ModelConfig
 from llava_ray.errors import ModelError
 from llava_ray.invocation import command
 from llava_ray.model.formats.declared_sizes import read_config

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from llava_ray.config.sections import ModelConfig
+from llava_ray.config.model import ModelConfig
 from llava_ray.errors import ModelError
 from llava_ray.model.formats.layout import Layout, LayoutKind
 from llava_ray.model.formats.layouts import read_layout

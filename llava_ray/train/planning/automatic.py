@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.data.storage import absolute_path
 from llava_ray.placement import POOL_LABEL, alive_nodes, in_pool, pool_selector
 from llava_ray.runtime import Resources

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.data.row_assignment import SampleCost
 from llava_ray.model.blueprint import Blueprint
 from llava_ray.model.network.attention_shape import AttentionShape

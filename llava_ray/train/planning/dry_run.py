@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from llava_ray.config.cluster_files import ClusterFile, find_misfits, read_cluster_file
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.grpo import GRPO
-from llava_ray.config.mixtures import describe_source, learnt_paths
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.mixtures import learnt_paths
+from llava_ray.config.sources import describe_source
 from llava_ray.data.first_look import count_samples
 from llava_ray.data.mixture import count_draws, list_shares, naming_source
 from llava_ray.errors import ConfigError, DataError

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.lora import LoraConfig
-from llava_ray.config.sections import FinetuneConfig, ModelConfig
+from llava_ray.config.model import ModelConfig
 from llava_ray.model.summary import summarize_model
 from llava_ray.train.planning.memory import ModelSizes, estimate_memory
 from llava_ray.train.planning.sizing import measure_sizes, run_settings

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llava_ray.config.sections import ClusterConfig
+from llava_ray.config.run import ClusterConfig
 from llava_ray.train.planning.peaks import PEAKS
 
 _REACHED = 0.35

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.model.network.attention_shape import AttentionShape
 from llava_ray.model.network.head_loss import find_plain_head
 from llava_ray.model.network.tower import VisionTower

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llava_ray.chat.asked_turns import final_question
 from llava_ray.chat.conversation import Turn
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.data.settings import StreamSettings
 from llava_ray.data.stages import fetch_records
 from llava_ray.errors import DataError, LlavaRayError

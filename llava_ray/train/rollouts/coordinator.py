@@ -17,8 +17,8 @@ from jaxtyping import Float
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.grpo import GRPO
-from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.plan import Plan
 from llava_ray.data.settings import StreamSettings
 from llava_ray.data.token_lengths import TokenLengths

@@ -4,8 +4,8 @@ import pytest
 
 from llava_ray.config.booleans import find_boolean_parameters, strip_boolean_values, write_out_booleans
 from llava_ray.config.chat import ChatSettings
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.recipes import load_recipe
-from llava_ray.config.sections import FinetuneConfig
 from llava_ray.errors import ConfigError
 from pipelines.export import SUBCOMMANDS
 

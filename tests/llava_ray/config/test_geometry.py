@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.geometry import (
     FEATURE_KEYS,
     GEOMETRY_NAMES,
@@ -13,7 +14,7 @@ from llava_ray.config.geometry import (
     is_addable,
     read_addable,
 )
-from llava_ray.config.sections import FinetuneConfig, ModelConfig
+from llava_ray.config.model import ModelConfig
 from llava_ray.model.formats.manifest import Manifest
 
 RESOLVED: dict[str, Any] = {

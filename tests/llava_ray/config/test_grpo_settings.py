@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.errors import ConfigError
 from llava_ray.objectives.cross_entropy import CrossEntropy
 from llava_ray.objectives.grpo import Grpo

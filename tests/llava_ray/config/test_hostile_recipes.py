@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from llava_ray.config.cluster_files import read_cluster_file
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.recipes import load_recipe, read_toml
-from llava_ray.config.sections import FinetuneConfig
 from llava_ray.config.sweep_recipes import load_sweep
 from llava_ray.deployments.http.auth import read_api_keys
 from llava_ray.errors import ConfigError

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.lora import LoraConfig, Quantization
 from llava_ray.config.recipes import load_recipe
-from llava_ray.config.sections import FinetuneConfig
 from llava_ray.errors import ConfigError
 
 BASE = {"model": {"model_name_or_path": "lm"}, "data": {"data_path": "x"}}

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from llava_ray.config.data import DataConfig
+from llava_ray.config.finetune import FinetuneConfig, PrepareConfig
+from llava_ray.config.held_out import is_higher_better
 from llava_ray.config.mixtures import named_places, source_data
 from llava_ray.config.recipes import differing_keys, load_recipe, settings_hash
-from llava_ray.config.sections import DataConfig, FinetuneConfig, PrepareConfig
-from llava_ray.config.selection import is_higher_better
 from llava_ray.config.space import SweepConfig
 from llava_ray.errors import ConfigError
 

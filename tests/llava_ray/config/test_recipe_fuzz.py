@@ -91,10 +91,11 @@ YAML_LINES = [
 def make_target() -> Callable[[int], str]:
     """Return what reads a damaged recipe of each stage, a cluster file, a key file or a rubric."""
     from llava_ray.config.cluster_files import find_misfits, read_cluster_file
+    from llava_ray.config.evaluate import EvaluateConfig
+    from llava_ray.config.finetune import FinetuneConfig
     from llava_ray.config.preferences import PreferencesConfig
     from llava_ray.config.recipes import load_recipe, load_settings
     from llava_ray.config.review import ReviewConfig
-    from llava_ray.config.sections import EvaluateConfig, FinetuneConfig
     from llava_ray.config.sweep_recipes import load_sweep
     from llava_ray.deployments.http.auth import read_api_keys
     from llava_ray.review.rubric import read_rubric

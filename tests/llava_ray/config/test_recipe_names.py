@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from llava_ray import invocation
+from llava_ray.config.evaluate import EvaluateConfig
+from llava_ray.config.finetune import FinetuneConfig, PrepareConfig
 from llava_ray.config.recipes import load_recipe, load_settings
 from llava_ray.config.review import ReviewConfig
-from llava_ray.config.sections import EvaluateConfig, FinetuneConfig, PrepareConfig
 from llava_ray.config.shipped_recipes import find_recipe, list_recipes
 from llava_ray.config.sweep_recipes import load_sweep
 from llava_ray.errors import ConfigError

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from llava_ray.config.finetune import FinetuneConfig, PrepareConfig
 from llava_ray.config.recipes import differing_keys, load_recipe, settings_hash
-from llava_ray.config.sections import FinetuneConfig, PrepareConfig
 from llava_ray.errors import ConfigError
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.recipes import load_recipe, settings_hash
-from llava_ray.config.sections import FinetuneConfig
 from llava_ray.config.space import Dimension, Space
 from llava_ray.config.sweep_recipes import as_toml, corners, load_sweep
 from llava_ray.errors import ConfigError

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llava_ray.config.mixtures import SourceConfig
-from llava_ray.config.sections import DataConfig
+from llava_ray.config.data import DataConfig
+from llava_ray.config.sources import SourceConfig
 from llava_ray.data.mixed_lengths import MixedLengths
 from llava_ray.data.mixture import count_draws, join_sources, naming_source
 from llava_ray.data.plan import Plan, PlanSource

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from llava_ray.config.sections import DataConfig
+from llava_ray.config.data import DataConfig
 from llava_ray.data.preparation import prepare_data
 from llava_ray.data.shards import PreparedData, read_shard_rows
 from llava_ray.errors import ConfigError, DataError

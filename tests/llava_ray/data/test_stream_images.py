@@ -11,7 +11,7 @@ import torch
 from losses import sample_losses
 from samples import SHAPES, small_run, write_mixed_samples
 
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.data.batches import MicroBatch, micro_batch
 from llava_ray.data.descriptors import describe_micro_batches
 from llava_ray.data.encoder_settings import EncoderSettings

@@ -10,7 +10,7 @@ from PIL import Image
 
 from llava_ray.chat.conversation import Turn, break_markers, with_markers
 from llava_ray.chat.tokens import tokenize_prompt
-from llava_ray.config.sections import ModelConfig
+from llava_ray.config.model import ModelConfig
 from llava_ray.errors import DataError, ModelError
 from llava_ray.generate.answers import Actors, answer_questions
 from llava_ray.generate.decoding import answer_text, generate_batch

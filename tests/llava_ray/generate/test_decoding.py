@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llava_ray.chat.templates import find_template
-from llava_ray.config.sections import ModelConfig
+from llava_ray.config.model import ModelConfig
 from llava_ray.errors import ConfigError, ModelError, RecordError
 from llava_ray.generate.decoding import Stops, answer_text, default_stops, expand_prompt, find_sizes, generate_batch
 from llava_ray.generate.engine import GenerationRequest, Sampling

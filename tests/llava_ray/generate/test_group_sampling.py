@@ -9,7 +9,7 @@ import torch
 
 from llava_ray.chat.conversation import IMAGE_TOKEN, Turn
 from llava_ray.chat.tokens import tokenize_prompt
-from llava_ray.config.sections import ModelConfig
+from llava_ray.config.model import ModelConfig
 from llava_ray.errors import ModelError
 from llava_ray.generate.decoding import expand_prompt
 from llava_ray.generate.group_sampling import GroupPrompts, sample_groups, score_groups

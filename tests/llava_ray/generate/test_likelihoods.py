@@ -9,7 +9,7 @@ from engines import spoil
 
 from llava_ray.chat.conversation import IMAGE_TOKEN, Turn
 from llava_ray.chat.tokens import TokenizedConversation, tokenize_conversation
-from llava_ray.config.sections import ModelConfig
+from llava_ray.config.model import ModelConfig
 from llava_ray.errors import ModelError
 from llava_ray.generate.decoding import expand_prompt, find_sizes
 from llava_ray.generate.likelihoods import compute_log_likelihoods, shared_prompt

@@ -11,7 +11,7 @@ from losses import token_losses
 
 from llava_ray.chat.conversation import Turn, read_turns
 from llava_ray.chat.tokens import expand_images, tokenize_conversation, tokenize_prompt
-from llava_ray.config.sections import ModelConfig
+from llava_ray.config.model import ModelConfig
 from llava_ray.generate.decoding import Stops, generate_batch
 from llava_ray.images.geometry import crop_pixels
 from llava_ray.images.processing import normalize_pixels

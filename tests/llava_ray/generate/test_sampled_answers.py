@@ -9,7 +9,7 @@ from pictures import picture
 
 from llava_ray.chat.conversation import Turn, with_markers
 from llava_ray.chat.tokens import tokenize_prompt
-from llava_ray.config.sections import ModelConfig
+from llava_ray.config.model import ModelConfig
 from llava_ray.errors import DataError, ImageError, RecordError
 from llava_ray.generate.answers import check_seeds
 from llava_ray.generate.decoding import generate_batch

@@ -13,7 +13,7 @@ from engines import make_parts, request, write_adapter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from llava_ray.config.sections import ModelConfig
+from llava_ray.config.model import ModelConfig
 from llava_ray.deployments.settings import ServeSettings
 from llava_ray.deployments.vllm import make_engine
 from llava_ray.errors import BundleError, ModelError, RecordError

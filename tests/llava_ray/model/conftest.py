@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llava_ray.chat.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava_ray.config.sections import ModelConfig
+from llava_ray.config.model import ModelConfig
 from llava_ray.model.assembly import LlavaParts, assemble
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from llava_ray.config.lora import LoraConfig
-from llava_ray.config.sections import ModelConfig
+from llava_ray.config.model import ModelConfig
 from llava_ray.errors import BundleError, ModelError
 from llava_ray.model.adaptation import adapt
 from llava_ray.model.assembly import LlavaParts, assemble, merge

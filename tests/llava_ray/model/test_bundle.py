@@ -13,7 +13,7 @@ import transformers
 from losses import token_losses
 from safetensors import safe_open
 
-from llava_ray.config.sections import ModelConfig
+from llava_ray.config.model import ModelConfig
 from llava_ray.errors import BundleError, ModelError
 from llava_ray.model.assembly import assemble, load_tower
 from llava_ray.model.blueprint import read_blueprint

@@ -11,8 +11,8 @@ import transformers
 from published import make_original
 from samples import small_run
 
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.lora import LoraConfig
-from llava_ray.config.sections import FinetuneConfig
 from llava_ray.errors import ModelError
 from llava_ray.model.formats.bundle.write import export_bundle
 from llava_ray.model.formats.hub.write import export_hub

@@ -23,7 +23,7 @@ def make_folders(root: Path) -> dict[str, Path]:
     from originals import write_hub, write_lora, write_original, write_projector_only
 
     from llava_ray.config.lora import LoraConfig
-    from llava_ray.config.sections import ModelConfig
+    from llava_ray.config.model import ModelConfig
     from llava_ray.model.assembly import assemble
     from llava_ray.model.formats.deltas import make_delta
     from llava_ray.model.formats.hub.write import export_hub

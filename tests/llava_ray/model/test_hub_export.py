@@ -171,7 +171,7 @@ def test_a_table_with_room_is_kept_as_it_is(folders, tmp_path: Path) -> None:
     import fakes
 
     spacious = fakes.make_language_model(tmp_path / "spacious", vocab_size=310)
-    from llava_ray.config.sections import ModelConfig
+    from llava_ray.config.model import ModelConfig
     from llava_ray.model.assembly import assemble
 
     parts = assemble(ModelConfig(model_name_or_path=str(spacious), vision_tower=str(folders.tower())), "pad")

@@ -13,7 +13,7 @@ import transformers
 from losses import token_losses
 from safetensors.torch import load_file, save_file
 
-from llava_ray.config.sections import ModelConfig
+from llava_ray.config.model import ModelConfig
 from llava_ray.errors import ModelError
 from llava_ray.model.assembly import LlavaParts, assemble, load_tower, merge
 from llava_ray.model.blueprint import read_blueprint

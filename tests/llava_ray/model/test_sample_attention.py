@@ -11,7 +11,7 @@ from losses import cross_entropy_of
 from torch.nn.attention import varlen
 
 from llava_ray.config.lora import LoraConfig
-from llava_ray.config.sections import ModelConfig
+from llava_ray.config.model import ModelConfig
 from llava_ray.errors import ConfigError, ModelError
 from llava_ray.generate.decoding import generate_batch
 from llava_ray.model.lora.adapters import add_adapter

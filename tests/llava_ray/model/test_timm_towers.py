@@ -13,7 +13,7 @@ from losses import token_losses
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.errors import ModelError
 from llava_ray.generate.chat import ChatSession
 from llava_ray.images.geometry import crop_pixels

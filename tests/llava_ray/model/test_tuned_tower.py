@@ -8,7 +8,8 @@ import torch
 from losses import token_losses
 from transformers import AutoModel
 
-from llava_ray.config.sections import FinetuneConfig, TrainConfig
+from llava_ray.config.finetune import FinetuneConfig
+from llava_ray.config.train import TrainConfig
 from llava_ray.errors import ConfigError
 from llava_ray.model.assembly import LlavaParts
 from llava_ray.model.freezing import freeze

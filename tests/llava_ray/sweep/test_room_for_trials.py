@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from llava_ray import runtime
-from llava_ray.config.sections import ClusterConfig
+from llava_ray.config.run import ClusterConfig
 from llava_ray.errors import ConfigError
 from llava_ray.runtime import Resources, local_cpus, local_runs, local_threads, runs_at_once, share_cores, share_node
 from llava_ray.sweep.cluster_usage import Group, check_state_api, find_orphans

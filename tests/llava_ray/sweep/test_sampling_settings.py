@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.space import SearchConfig, Space
 from llava_ray.errors import ConfigError
 from llava_ray.sweep.sampling import (

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from samples import small_run, write_recipe, write_samples
 
-from llava_ray.config.sections import MODEL_PATHS
+from llava_ray.config.model import MODEL_PATHS
 from llava_ray.config.space import Space, SweepConfig
 from llava_ray.config.sweep_recipes import load_sweep
 from llava_ray.data.first_look import measure_first_samples

@@ -7,8 +7,8 @@ from pathlib import Path
 import fakes
 import pytest
 
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.recipes import load_recipe
-from llava_ray.config.sections import FinetuneConfig
 from llava_ray.config.space import Space, SweepConfig
 from llava_ray.errors import ConfigError
 from llava_ray.model.formats.manifest import read_manifest, write_manifest

@@ -12,7 +12,7 @@ from PIL import Image
 
 from llava_ray.chat.conversation import Turn
 from llava_ray.chat.tokens import tokenize_prompt
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.data.examples import Encoder
 from llava_ray.generate.decoding import Stops, generate_batch
 from llava_ray.images.geometry import crop_views

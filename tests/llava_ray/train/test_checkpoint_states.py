@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from llava_ray.config.lora import LoraConfig
-from llava_ray.config.sections import ModelConfig
+from llava_ray.config.model import ModelConfig
 from llava_ray.model.adaptation import adapt
 from llava_ray.model.assembly import LlavaParts, assemble
 from llava_ray.model.freezing import freeze

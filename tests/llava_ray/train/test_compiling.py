@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from llava_ray.config.sections import TrainConfig
+from llava_ray.config.train import TrainConfig
 from llava_ray.errors import ConfigError
 from llava_ray.model.network.llava import Llava
 from llava_ray.model.network.projector import build_projector

@@ -14,7 +14,7 @@ import torch.multiprocessing
 from safetensors.torch import load_file
 from samples import small_run
 
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.errors import CheckpointError
 from llava_ray.model.formats.manifest import read_manifest
 from llava_ray.model.loading import load_pretrained_model

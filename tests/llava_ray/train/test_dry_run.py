@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from samples import small_run, write_recipe
 
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.recipes import load_recipe
-from llava_ray.config.sections import FinetuneConfig
 from llava_ray.errors import ConfigError
 from llava_ray.train.planning.dry_run import describe_run
 from llava_ray.train.planning.fitting import suggest_memory_fixes

@@ -8,7 +8,7 @@ import pytest
 from samples import small_run
 from test_training import run
 
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.data.feature_cache import location_key, read_index
 from llava_ray.data.preparation import prepare_data
 from llava_ray.errors import DivergedError

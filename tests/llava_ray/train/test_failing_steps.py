@@ -11,7 +11,7 @@ import torch
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, WorkerGroupError
 
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.data.batches import MicroBatch
 from llava_ray.errors import (
     BundleError,

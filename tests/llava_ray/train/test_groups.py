@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from llava_ray.config.sections import TrainConfig
+from llava_ray.config.train import TrainConfig
 from llava_ray.errors import TrainingError
 from llava_ray.train.groups import parameter_groups
 

@@ -12,7 +12,7 @@ from llava_ray.chat.conversation import Turn
 from llava_ray.chat.templates import find_template
 from llava_ray.chat.tokenizer import load_tokenizer
 from llava_ray.chat.tokens import tokenize_prompt
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.data.preparation import prepare_data
 from llava_ray.runtime import connected
 from llava_ray.train.finished_run import FinishedRun

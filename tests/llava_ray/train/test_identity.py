@@ -8,8 +8,8 @@ import fakes
 import pytest
 from samples import small_run
 
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.recipes import settings_hash
-from llava_ray.config.sections import FinetuneConfig
 from llava_ray.errors import ConfigError
 from llava_ray.model.assembly import assemble
 from llava_ray.model.saving import save_bundle

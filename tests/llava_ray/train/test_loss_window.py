@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from llava_ray.config.sections import TrainConfig
+from llava_ray.config.train import TrainConfig
 from llava_ray.errors import DivergedError
 from llava_ray.objectives.cross_entropy import CrossEntropy
 from llava_ray.train import loop as loops

@@ -12,8 +12,8 @@ import torch
 from samples import small_run, write_samples
 from watched_runs import committed
 
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.config.schema import merge_settings, nest_keys
-from llava_ray.config.sections import FinetuneConfig
 from llava_ray.data.preparation import prepare_data
 from llava_ray.model.loading import load_pretrained_model
 from llava_ray.runtime import connected

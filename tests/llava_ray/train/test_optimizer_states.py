@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from llava_ray.config.sections import TrainConfig
+from llava_ray.config.train import TrainConfig
 from llava_ray.train.zero import zero_config
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llava_ray.config.sections import ClusterConfig
+from llava_ray.config.run import ClusterConfig
 from llava_ray.train.planning.memory import GPU_MEMORY_GIB
 from llava_ray.train.planning.pace import Pace, find_pace, format_duration, known_pace, measure_cpu
 from llava_ray.train.planning.peaks import PEAKS, find_peak

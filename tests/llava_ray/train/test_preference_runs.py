@@ -12,7 +12,7 @@ import torch
 from samples import small_run, write_preferences, write_samples
 
 from llava_ray.chat.conversation import IGNORE_INDEX
-from llava_ray.config.sections import FinetuneConfig
+from llava_ray.config.finetune import FinetuneConfig
 from llava_ray.data.encoder_settings import load_encoder
 from llava_ray.data.preparation import prepare_data
 from llava_ray.data.record_examples import encode_row

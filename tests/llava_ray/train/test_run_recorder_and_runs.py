@@ -9,7 +9,8 @@ import pytest
 from mlflow import MlflowClient
 from samples import small_run
 
-from llava_ray.config.sections import MODEL_PATHS, FinetuneConfig
+from llava_ray.config.finetune import FinetuneConfig
+from llava_ray.config.model import MODEL_PATHS
 from llava_ray.errors import CheckpointError, ConfigError, DataError
 from llava_ray.tracking import TrackedRun, describe_page, moved_tracking_uri
 from llava_ray.train.finished_run import FinishedRun

@@ -7,7 +7,7 @@ import torch
 from commands import imported
 from transformers import get_scheduler, get_wsd_schedule
 
-from llava_ray.config.sections import TrainConfig
+from llava_ray.config.train import TrainConfig
 from llava_ray.train.schedule import schedule
 
 LIKE = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}  # transformers' names

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from llava_ray.config.sections import HeldOutConfig
+from llava_ray.config.held_out import HeldOutConfig
 from llava_ray.errors import ConfigError
 from llava_ray.train.score_history import ScoreHistory, check_score
 
