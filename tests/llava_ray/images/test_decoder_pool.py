@@ -184,12 +184,9 @@ def test_eight_slow_images_do_not_hold_up_the_others() -> None:
         slow = slow_netpbm()
         hostile = [asyncio.create_task(refusal(pool, bytes(bytearray(slow)))) for _ in range(8)]
         await asyncio.sleep(0.2)
-        waits = []
         for _ in range(5):
-            start = time.monotonic()
             assert (await views(pool, picture())).size == (40, 30)
-            waits.append(time.monotonic() - start)
-        assert max(waits) < 2, waits
+        assert not any(task.done() for task in hostile)  # nothing waited for one of them to end
         assert len(children()) <= 12
         assert {error.reason for error in await asyncio.gather(*hostile)} == {"image_too_costly"}
         pool.close()
