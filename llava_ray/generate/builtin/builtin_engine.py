@@ -18,7 +18,8 @@ from llava_ray.generate.adapter_loading import AdapterLoader
 from llava_ray.generate.builtin.cores import use_one_core
 from llava_ray.generate.builtin.features import as_vector_chunk, pool_image
 from llava_ray.generate.builtin.prompt_scores import PromptScores
-from llava_ray.generate.builtin.running_batch import RunningBatch, RunningRequest
+from llava_ray.generate.builtin.running_batch import RunningBatch
+from llava_ray.generate.builtin.running_request import RunningRequest
 from llava_ray.generate.builtin.step_thread import StepThread
 from llava_ray.generate.engine import (
     EngineStats,

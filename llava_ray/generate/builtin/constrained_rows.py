@@ -7,16 +7,13 @@ batch, so that a costly grammar never delays the answers of others.
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from llava_ray.errors import RecordError
-
-if TYPE_CHECKING:
-    from llava_ray.generate.builtin.running_batch import RunningRequest
+from llava_ray.generate.builtin.running_request import RunningRequest
 
 _PATIENCE_S = 0.02  # of a step, for all masks together
 _IDLE_S = 0.05  # of a step that has nothing else to do, for the others
@@ -31,7 +28,7 @@ class ConstrainedRows:
         self._quick = ThreadPoolExecutor(1, thread_name_prefix="grammar-masks")
         self._slow = ThreadPoolExecutor(2, thread_name_prefix="slow-grammar-masks")
 
-    def begin(self, running: "RunningRequest") -> None:
+    def begin(self, running: RunningRequest) -> None:
         """Begin to compute the mask of a request's next token, if a grammar restricts it."""
         if running.prompt.grammar is not None:
             running.prompt.grammar.begin(self._quick, self._slow)
@@ -104,7 +101,7 @@ class ConstrainedRows:
         self._slow.shutdown(wait=False, cancel_futures=True)
 
 
-def _is_ready(running: "RunningRequest", until: float) -> bool:
+def _is_ready(running: RunningRequest, until: float) -> bool:
     grammar = running.prompt.grammar
     if grammar is None or grammar.wait(max(0.0, until - time.monotonic())):
         return True

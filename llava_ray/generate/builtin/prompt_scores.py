@@ -16,7 +16,7 @@ from llava_ray.generate.builtin.scheduling import PrefillChunk
 from llava_ray.generate.logprobs import PromptLogprobs, RankedLogprob
 
 if TYPE_CHECKING:
-    from llava_ray.generate.builtin.running_batch import RunningRequest
+    from llava_ray.generate.builtin.running_request import RunningRequest
 
 MOST_SCORED = 256  # tokens of a step, of all requests: each takes memory for the logits of the whole vocabulary
 

@@ -5,27 +5,26 @@ import random
 import time
 from asyncio import Queue
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from itertools import groupby
 
 from torch import Tensor
 
 from llava_ray.errors import LlavaRayError, ModelError, RecordError
-from llava_ray.generate.answer_text import AnswerText
 from llava_ray.generate.builtin.batching import RowModel, SequenceInput
 from llava_ray.generate.builtin.constrained_rows import ConstrainedRows
 from llava_ray.generate.builtin.drafts import DraftSource, count_accepted, may_draft
 from llava_ray.generate.builtin.features import as_vector_chunk
-from llava_ray.generate.builtin.kv_cache import CacheSlot, KvCache
+from llava_ray.generate.builtin.kv_cache import KvCache
 from llava_ray.generate.builtin.kv_memory import choose_kv_memory, find_device_memory
 from llava_ray.generate.builtin.packed_linear import pack_linears
 from llava_ray.generate.builtin.prefix_keys import BlockKeys, KeyRoots
 from llava_ray.generate.builtin.prefix_reuse import find_readers, forget_prefix, keep_prefix
 from llava_ray.generate.builtin.prompt_images import embed_images, find_overlapping, visible_part
 from llava_ray.generate.builtin.prompt_scores import PromptScores, bound_scored, score_prompts
+from llava_ray.generate.builtin.running_request import RunningRequest
 from llava_ray.generate.builtin.scheduling import PrefillChunk, WaitingQueue, split_prefill_chunk
 from llava_ray.generate.decoding import decode
-from llava_ray.generate.engine import EngineStats, FinishReason, GenerationChunk, GenerationRequest
+from llava_ray.generate.engine import EngineStats, GenerationChunk, GenerationRequest
 from llava_ray.generate.logit_edits import LogitEdits, edit_rows, edits_logits
 from llava_ray.generate.logprobs import TokenLogprob
 from llava_ray.generate.prompts import Prompt
@@ -46,58 +45,7 @@ _WAITING_SHARE = 32  # tokens that wait at most, over those that the cache holds
 _CPU_DRAFTS, _GPU_DRAFTS = 32, 256
 
 # The results of a step: the next chunk of an answer, or its error.
-StepResults = list[tuple["RunningRequest", GenerationChunk | LlavaRayError]]
-
-
-@dataclass(eq=False)
-class RunningRequest:
-    """A request from the moment its prompt is ready to its last token."""
-
-    request: GenerationRequest
-    prompt: Prompt
-    queue: "Queue[GenerationChunk | Exception | None]"
-    text: AnswerText
-    draws: random.Random
-    keys: BlockKeys
-    drafts: DraftSource | None = None
-    """Guesses of its next tokens, where its answer allows them."""
-    draft: list[int] = field(default_factory=list)
-    """The guess that the step checks."""
-    row: CacheSlot | None = None
-    num_read: int = 0
-    """Tokens of the prompt that are in its slot."""
-    num_written: int = 0
-    """Tokens of prompt and answer that are in its slot."""
-    num_reused: int = 0
-    """Of them, those copied from the cache of known text."""
-    new_ids: list[int] = field(default_factory=list)
-    joined: float = field(default_factory=time.monotonic)
-    """When it joined the waiting queue."""
-    queued_s: float = 0.0
-    """Seconds in the waiting queue, once it is admitted."""
-    ended: bool = False
-    """Whether its last chunk was delivered or its caller disconnected."""
-    held: Tensor | None = None
-    """Logits of its next token, until its grammar has decided which tokens may follow."""
-    edits: LogitEdits | None = None
-    """Changes of its logits that the request asks for."""
-    scores: PromptScores | None = None
-    """Log-probabilities of its prompt, where the request asks for them."""
-
-    @property
-    def num_unread(self) -> int:
-        """Return the number of prompt tokens that are not in the cache yet."""
-        return len(self.prompt.ids) - self.num_read
-
-    @property
-    def reads_known(self) -> bool:
-        """Return whether it copies what is known of its prompt: that has no logits."""
-        return self.scores is None
-
-    @property
-    def num_tokens(self) -> int:
-        """Return the most tokens of prompt and answer."""
-        return len(self.prompt.ids) + self.request.sampling.max_tokens
+StepResults = list[tuple[RunningRequest, GenerationChunk | LlavaRayError]]
 
 
 class RunningBatch:
@@ -327,7 +275,7 @@ class RunningBatch:
         """Write the next token of each answer; ``decoding`` has the request of each row, several times with a draft."""
         decoding, logits = self._check_drafts(decoding, logits)
         finite = find_finite_rows(logits)
-        finite = [good and not _is_spoilt(running) for running, good in zip(decoding, finite, strict=True)]
+        finite = [good and not running.is_spoilt for running, good in zip(decoding, finite, strict=True)]
         results: StepResults = []
         if not all(finite):
             bad = dict.fromkeys(running for running, good in zip(decoding, finite, strict=True) if not good)
@@ -429,29 +377,10 @@ class RunningBatch:
         return results
 
     def _append(self, running: RunningRequest, token: int, logprob: TokenLogprob | None) -> GenerationChunk:
-        """Append a token to an answer, or end the answer with it."""
-        ids: tuple[int, ...] = ()
-        reason: FinishReason | None = None
-        if token in running.prompt.stops.ids:
-            text, reason = running.text.finish(), "stop"
-        else:
-            text = running.text.push(token)
-            if running.text.stopped:
-                reason = "stop"
-            else:
-                ids = (token,)
-                running.new_ids.append(token)
-                if running.drafts is not None:
-                    running.drafts.extend(ids)
-                if running.edits is not None:
-                    running.edits.count(token)
-                self.num_new_tokens += 1
-                if running.prompt.grammar is not None and running.prompt.grammar.advance(token):
-                    text, reason = text + running.text.finish(), "stop"
-                elif len(running.new_ids) == running.request.sampling.max_tokens:
-                    text, reason = text + running.text.finish(), "length"
-                else:
-                    self.constrained.begin(running)
+        text, ids, reason = running.append(token)
+        self.num_new_tokens += len(ids)
+        if reason is None:
+            self.constrained.begin(running)
         return GenerationChunk(
             text,
             ids,
@@ -467,11 +396,6 @@ class RunningBatch:
         decode = self.parts.tokenizer.decode
         top = tuple((other, str(decode([other])), value) for other, value in best)
         return TokenLogprob(token, str(decode([token])), logprob, top)
-
-
-def _is_spoilt(running: RunningRequest) -> bool:
-    """Return whether the logits of a request's prompt were not finite."""
-    return running.scores is not None and not running.scores.is_finite
 
 
 def _find_wanted_len(parts: LlavaParts, settings: EngineSettings) -> int:

@@ -9,7 +9,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from llava_ray.errors import ModelError
-from llava_ray.generate.builtin.running_batch import RunningBatch, RunningRequest, StepResults
+from llava_ray.generate.builtin.running_batch import RunningBatch, StepResults
+from llava_ray.generate.builtin.running_request import RunningRequest
 
 
 class HasBatch(Protocol):
