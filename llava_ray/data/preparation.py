@@ -8,10 +8,9 @@ import hashlib
 import json
 import logging
 import pickle
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import pyarrow as pa
@@ -20,74 +19,33 @@ from tqdm import tqdm
 
 from llava_ray.config.data import DataConfig
 from llava_ray.config.mixtures import learnt_paths
+from llava_ray.data.chunk_writing import MAX_KEYS, ChunkResult, Rules, write_chunk
 from llava_ray.data.chunks import RecordChunk, fingerprint_data, make_chunks
 from llava_ray.data.mixture import naming_source, prepare_sources
 from llava_ray.data.record_keys import describe_ignored
-from llava_ray.data.records import RawRecord, Record, find_files
+from llava_ray.data.records import find_files
 from llava_ray.data.shards import (
     PREFERENCES,
     REJECTED,
     SHARDS_VERSION,
     PreparedData,
-    ShardInfo,
-    ShardWriter,
     is_prepared,
     open_prepared,
     write_shards_manifest,
 )
-from llava_ray.data.storage import absolute_path, file_size, read_stored, relative_path, write_stored
-from llava_ray.data.validation import check_images, fetch_images, read_record
-from llava_ray.errors import ConfigError, DataError, RecordError
+from llava_ray.data.storage import absolute_path, read_stored, relative_path, write_stored
+from llava_ray.errors import ConfigError, DataError
 from llava_ray.log_file import terminal
 from llava_ray.placement import in_pool
 
 # Incremented with each change of how a record is read, so that data prepared before is prepared again.
 # 2: media, tools, weights and system texts are obeyed or refused; 3: also flags that are false, second images, lists
 _READER_VERSION = 3
-_MAX_KEYS = 1000  # ignored keys that are counted by name
 
 logger = logging.getLogger(__name__)
 
-# Records whose images are fetched ahead of the one being checked: hides the latency of remote storage.
-_NUM_FETCHING = 16
-_NUM_AHEAD = 64
-
 # Messages quoted in the error about too many rejected records.
 _NUM_SHOWN = 3
-
-
-@dataclass(frozen=True)
-class Rules:
-    """The settings of a task besides its records."""
-
-    folder: str
-    image_folder: str
-    max_pixels: int
-    samples_per_shard: int
-    shard_bytes: int
-    pairs: bool = False
-    """Whether the records are preferences."""
-
-
-@dataclass(frozen=True)
-class ChunkResult:
-    """The result of one chunk: its shards and rejected records."""
-
-    shards: tuple[ShardInfo, ...]
-    rejected: tuple[dict[str, str], ...]
-    """id, source, reason and message of each rejected record."""
-    ignored_keys: dict[str, int] = field(default_factory=dict)
-
-    def to_json(self) -> str:
-        """Convert to text for `from_json`."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> "ChunkResult":
-        """Build a result from the text of `to_json`."""
-        values = json.loads(text)
-        shards = tuple(ShardInfo(**shard) for shard in values["shards"])
-        return cls(shards, tuple(values["rejected"]), values["ignored_keys"])
 
 
 def prepare_data(config: DataConfig, *, show_progress: bool = True) -> PreparedData:
@@ -180,7 +138,7 @@ def _prepare_raw(config: DataConfig, show_progress: bool) -> PreparedData:
         shards,
         reasons,
         {"data_path": relative_path(folder, absolute_path(config.data_path)), **settings},
-        dict(ignored.most_common(_MAX_KEYS)),
+        dict(ignored.most_common(MAX_KEYS)),
     )
     return replace(open_prepared(folder), reused=False)  # opening checks that all nodes wrote to the same storage
 
@@ -226,7 +184,7 @@ def _write_chunks(chunks: Iterator[RecordChunk], rules: Rules, show_progress: bo
     if not references:
         return []
     dataset = ray.data.from_arrow_refs(references).map_batches(
-        _write_chunk,
+        write_chunk,
         batch_size=None,
         batch_format="pyarrow",
         fn_kwargs={"rules": rules},
@@ -243,63 +201,3 @@ def _write_chunks(chunks: Iterator[RecordChunk], rules: Rules, show_progress: bo
             result = results[row["index"]] = ChunkResult.from_json(row["result"])
             bar.update(sum(shard.num_rows for shard in result.shards) + len(result.rejected))
     return [results[index] for index in sorted(results)]
-
-
-def _write_chunk(batch: pa.Table, rules: Rules) -> pa.Table:
-    """Check one chunk's records and write the good ones; runs in a Ray task.
-
-    A chunk that was written before without rejections is reused; one with rejections is read again, in case the data
-    was fixed. A storage failure is returned as text, because Ray would wrap the exception in its own.
-    """
-    index, packed = batch["index"][0].as_py(), batch["chunk"][0].as_py()
-    note = f"{rules.folder}/chunks/{index:05d}.json"
-    result, failure = None, None
-    try:
-        result = _read_note(note, rules.folder)
-        if result is None:
-            result = _check_and_write(pickle.loads(packed), f"shard-{index:05d}", rules)
-            write_stored(note, result.to_json().encode())
-    except DataError as error:
-        failure = str(error)
-    result_text = pa.array([result.to_json() if result else None], pa.large_string())
-    return pa.table({"index": [index], "result": result_text, "error": pa.array([failure], pa.string())})
-
-
-def _read_note(path: str, folder: str) -> ChunkResult | None:
-    if file_size(path) is None:
-        return None
-    result = ChunkResult.from_json(read_stored(path))
-    whole = all(file_size(f"{folder}/{shard.name}") == shard.num_bytes for shard in result.shards)
-    return result if whole and not result.rejected else None
-
-
-def _check_and_write(chunk: RecordChunk, prefix: str, rules: Rules) -> ChunkResult:
-    writer = ShardWriter(rules.folder, prefix, max_rows=rules.samples_per_shard, max_bytes=rules.shard_bytes)
-    rejected, ignored = [], Counter[str]()
-    for raw, pending in _fetch_ahead(chunk.read(), rules):
-        try:
-            sample = check_images(*pending.result(), max_pixels=rules.max_pixels)
-            writer.append(sample)
-            ignored.update(sample.record.ignored)
-        except RecordError as error:
-            rejected.append({"id": raw.id, "source": raw.source, "reason": error.reason, "message": str(error)})
-    return ChunkResult(tuple(writer.flush()), tuple(rejected), dict(ignored.most_common(_MAX_KEYS)))
-
-
-_Fetched = Future[tuple[Record, tuple[bytes, ...]]]
-
-
-def _fetch_ahead(records: Iterator[RawRecord], rules: Rules) -> Iterator[tuple[RawRecord, _Fetched]]:
-    """Yield records in order while the images of the next ones are being fetched."""
-    waiting: deque[tuple[RawRecord, _Fetched]] = deque()
-    with ThreadPoolExecutor(_NUM_FETCHING) as pool:
-        for raw in records:
-            waiting.append((raw, pool.submit(_fetch, raw, rules)))
-            if len(waiting) == _NUM_AHEAD:
-                yield waiting.popleft()
-        yield from waiting
-
-
-def _fetch(raw: RawRecord, rules: Rules) -> tuple[Record, tuple[bytes, ...]]:
-    record = read_record(raw, rules.image_folder, pairs=rules.pairs)
-    return record, fetch_images(record, rules.image_folder)
