@@ -39,8 +39,8 @@ def encode_pair(
 ) -> Example:
     """Return a preference as one example: ``turns`` end with the chosen answer, in whose place is the other.
 
-    Neither side is ever truncated or split. Raises RecordError as ``Encoder.encode`` does, and "too_long" where both
-    sides with the prompt they share exceed model_max_length.
+    Neither side is ever truncated or split. Raises RecordError as ``Encoder.encode`` does, "equal_sides" where both
+    have the same tokens, and "too_long" where they exceed model_max_length with the prompt they share.
     """
     encoder, spoken = encoder.for_record(turns)
     counts = [encoder.image_tokens.count(*size) for size in image_sizes]
@@ -55,6 +55,12 @@ def encode_pair(
         raise RecordError(
             "nothing to learn: an answer of the preference has no supervised token. Fix or remove the record",
             reason="nothing_to_learn",
+        )
+    if np.array_equal(better.input_ids, worse.input_ids):
+        raise RecordError(
+            "chosen and rejected have the same tokens once the template has rendered them (it drops what differs, such "
+            "as spaces at an end): there is nothing to prefer. Remove it",
+            reason="equal_sides",
         )
     shared = _shared_length(better, worse)
     lengths = PairLengths(shared, len(better.input_ids) - shared, len(worse.input_ids) - shared)

@@ -82,3 +82,14 @@ def test_a_template_without_text_before_the_answer_is_refused(tokenizer) -> None
     with pytest.raises(RecordError, match="a prompt whose text stands between its images and the answer") as caught:
         encode_pair(make(tokenizer, template="plain"), [QUESTION, Turn("gpt", "yes")], [Turn("gpt", "no")], [SIZE])
     assert caught.value.reason == "no_prompt"
+
+
+def test_sides_that_the_template_renders_alike_are_refused(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(make_tokenizer(tmp_path))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}{{ eos_token }}{% endfor %}"
+    encoder = Encoder(tokenizer, find_template("chat_template", tokenizer), ImageTokens(4, 4), 3000)
+    turns = [Turn("human", "<image>\nwhat is it?"), Turn("gpt", "yes")]
+    assert encode_pair(encoder, turns, [Turn("gpt", "no ")], [SIZE]).pair is not None
+    with pytest.raises(RecordError, match="the same tokens") as caught:
+        encode_pair(encoder, turns, [Turn("gpt", " yes\n")], [SIZE])
+    assert caught.value.reason == "equal_sides"
