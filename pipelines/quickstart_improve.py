@@ -28,7 +28,7 @@ EARLY_MODEL = "runs/quickstart/early/model"
 ALIGN_STEPS = 160
 # Of the tuning: the fewest of these with which the model answers three of four questions. So early a few more steps, or
 # only another processor's rounding, make ten points.
-TUNE_STEPS, ENOUGH, NUM_TRIED = range(8, 19, 2), 0.75, 400
+TUNE_STEPS, ENOUGH, NUM_TRIED = (8, 14, 20), 0.75, 400
 _BATCH = 16
 NUM_ASKED, NUM_HELD_OUT = 2000, 1600
 
