@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llava_ray.data.json_files import clean_id
-from llava_ray.data.record_keys import CONVERSATION_KEYS, is_read
+from llava_ray.data.record_keys import CONVERSATION_KEYS, PREFERENCE_COLUMNS, is_read
 from llava_ray.data.record_media import ORIGINS
 from llava_ray.data.records import Fault
 from llava_ray.errors import DataError
@@ -25,14 +25,15 @@ _DAMAGE = (pa.ArrowException, OSError, ValueError, LookupError, TypeError, Memor
 def parquet_layout(path: str) -> tuple[list[int], list[str | None]]:
     """Return the number of rows of each row group, and every row's own id (None where it cannot be read).
 
-    Raises DataError for a file that is not a Parquet table or has no conversations.
+    Raises DataError for a file that is not a Parquet table, or has neither conversations nor preferences.
     """
     with _open_parquet(path) as (file, num_bytes):
         names = file.schema_arrow.names
-        if not set(CONVERSATION_KEYS) & set(names):
+        if not set(CONVERSATION_KEYS) & set(names) and not any(found <= set(names) for found in PREFERENCE_COLUMNS):
             raise DataError(
                 f"{path}: no column {' or '.join(map(repr, CONVERSATION_KEYS))}; found {', '.join(names)[:500]}. "
-                'Write the turns into one of them, as a list of {"role": …, "content": …}'
+                'Write the turns into one of them, as a list of {"role": …, "content": …}; preferences have `prompt`, '
+                "`chosen` and `rejected`"
             )
         groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
         if min(groups, default=0) < 0 or sum(groups) > max(FREE_ROWS, ROWS_PER_BYTE * num_bytes):

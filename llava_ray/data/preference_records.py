@@ -47,9 +47,8 @@ def split_preference(values: Mapping[str, Any]) -> PreferenceSides:
         prompt, sides, used = *_read_outputs(values), {*CONVERSATION_KEYS, *_OUTPUTS, "preference"}
     else:
         text = values.get("text")
-        if isinstance(text, str) and not any(name in values for name in _SIDES):  # RLHF-V's column of JSON
-            values |= _parsed_text(text)
-            del values["text"]
+        if isinstance(text, str) and all(values.get(name) is None for name in _SIDES):  # RLHF-V's column of JSON
+            values = _with_parsed(values, text)
         prompt, sides, used = *_read_sides(values), {"prompt", "question", *_SIDES}
     rest = {key: value for key, value in values.items() if key not in used}
     has_images = any(not is_absent(values.get(name)) for name in IMAGE_KEYS)
@@ -76,10 +75,35 @@ def join_sides(
         )
     if any(not side or side[0].role != "gpt" for side in (better, worse)):
         raise RecordError("a side does not begin with an answer of the assistant; fix the record", reason="roles")
-    if [turn.to_row() for turn in better] == [turn.to_row() for turn in worse]:
-        raise RecordError("chosen and rejected are equal: there is nothing to prefer. Remove it", reason="equal_sides")
+    _check_answers(better, worse)
     quiet = tuple(replace(turn, supervised=False) if turn.role == "gpt" else turn for turn in prompt)
     return (*quiet, *better), tuple(worse)
+
+
+def _check_answers(better: Sequence[Turn], worse: Sequence[Turn]) -> None:
+    """Raise RecordError for sides that are equal, that part at a question, or that lack an answer to learn."""
+    if any(side[-1].role != "gpt" for side in (better, worse)):
+        raise RecordError("a side does not end with an answer of the assistant; fix the record", reason="roles")
+    if not (better[0].supervised and worse[0].supervised):
+        raise RecordError(
+            "a side begins with an answer that is not trained on (weight, loss or train is 0 or false); where both "
+            "sides have it, move it into the prompt, otherwise remove the record",
+            reason="nothing_to_learn",
+        )
+    # White space around an answer is nothing to prefer: templates drop it.
+    both = [[replace(turn, value=turn.value.strip()) for turn in side] for side in (better, worse)]
+    parted = next((pair for pair in zip(*both, strict=False) if pair[0] != pair[1]), None)
+    if parted is None:
+        what = "equal" if len(better) == len(worse) else "equal as far as the shorter one goes"
+        raise RecordError(
+            f"chosen and rejected are {what}; there is nothing to prefer: remove it", reason="equal_sides"
+        )
+    if any(turn.role != "gpt" for turn in parted):
+        raise RecordError(
+            "chosen and rejected do not answer the same prompt: the first difference between them is no answer but "
+            f"{short_repr(parted[0].value)} and {short_repr(parted[1].value)}",
+            reason="no_prompt",
+        )
 
 
 def _read_outputs(values: Mapping[str, Any]) -> tuple[list[Any], list[list[Any]]]:
@@ -101,6 +125,15 @@ def _text_of(value: Any) -> Any:
     return value["value"] if isinstance(value, Mapping) and isinstance(value.get("value"), str) else value
 
 
+def _with_parsed(values: Mapping[str, Any], text: str) -> dict[str, Any]:
+    """Return a record with what its ``text`` holds. Raises RecordError where that contradicts another column."""
+    parsed, others = _parsed_text(text), {key: value for key, value in values.items() if key != "text"}
+    for key in parsed.keys() & others.keys():
+        if not is_absent(others[key]) and others[key] != parsed[key]:
+            raise RecordError(f"`{key}` differs from that in `text`; expected one of them", reason="malformed")
+    return others | parsed
+
+
 def _parsed_text(text: str) -> dict[str, Any]:
     """Parse RLHF-V's column: an object with question, chosen and rejected."""
     try:
@@ -116,11 +149,11 @@ def _parsed_text(text: str) -> dict[str, Any]:
 
 def _read_sides(values: Mapping[str, Any]) -> tuple[list[Any], list[list[Any]]]:
     """Return the prompt and the sides of TRL's and RLAIF-V's forms; without a prompt, what both sides begin with."""
-    lacking = [name for name in _SIDES if is_absent(values.get(name))]
+    lacking = [name for name in _SIDES if _is_missing(values.get(name))]
     if lacking:
         raise RecordError(f"no preference: `{lacking[0]}` is missing or empty; {_EXPECTED}", reason="no_turns")
     sides = [_messages(values[name], name, "gpt") for name in _SIDES]
-    asked = [values[name] for name in ("prompt", "question") if not is_absent(values.get(name))]
+    asked = [values[name] for name in ("prompt", "question") if not _is_missing(values.get(name))]
     if len(asked) > 1 and asked[0] != asked[1]:
         raise RecordError("`prompt` and `question` differ; expected one of them", reason="malformed")
     listed = next((values[name] for name in CONVERSATION_KEYS if not is_absent(values.get(name))), None)
@@ -146,6 +179,11 @@ def _read_sides(values: Mapping[str, Any]) -> tuple[list[Any], list[list[Any]]]:
             reason="no_prompt",
         )
     return sides[0][:num_shared], [side[num_shared:] for side in sides]
+
+
+def _is_missing(value: Any) -> bool:
+    """Return whether a text or list is missing; "None" and "null" are answers that a model may give."""
+    return not value.strip() if isinstance(value, str) else is_absent(value)
 
 
 def _messages(value: Any, name: str, speaker: str) -> list[Any]:

@@ -15,6 +15,8 @@ from llava_ray.reading import short_repr
 
 CONVERSATION_KEYS = ("conversations", "messages")
 IMAGE_KEYS = ("images", "image")
+# Columns by which a table of preferences is known, of each form: TRL's and RLAIF-V's, LLaVA-RLHF's, RLHF-V's.
+PREFERENCE_COLUMNS = ({"chosen", "rejected"}, {"output_1", "output_2"}, {"text", "image"})
 SYSTEM_KEYS = ("system", "system_prompt")
 TOOLS_KEY = "tools"
 _OBEYED = {"id", *CONVERSATION_KEYS, *IMAGE_KEYS, *SYSTEM_KEYS, TOOLS_KEY}

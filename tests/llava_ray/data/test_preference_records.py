@@ -1,11 +1,15 @@
 """Preference records in the forms of TRL, LLaVA-RLHF, RLAIF-V, RLHF-V and our own."""
 
 import json
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from llava_ray.chat.conversation import Turn
+from llava_ray.data.chunks import make_chunks
 from llava_ray.data.records import RawRecord, Record
 from llava_ray.data.validation import read_record
 from llava_ray.errors import RecordError
@@ -47,6 +51,9 @@ FORMS: dict[str, dict[str, Any]] = {
                 "chosen": "A cat.", "rejected": "A dog.", "origin_dataset": "coco", "idx": 3},
     "RLHF-V": {"image": {"bytes": None, "path": "a.jpg"},
                "text": json.dumps({"question": "What is it?", "chosen": "A cat.", "rejected": "A dog."})},
+    "RLHF-V, empty columns": {"image": {"bytes": None, "path": "a.jpg"}, "chosen": None, "rejected": None,
+                              "question": None, "text": json.dumps({"question": "What is it?", "chosen": "A cat.",
+                                                                    "rejected": "A dog."})},
     "LLaVA-RLHF": {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\nWhat is it?"}],
                    "output_1": {"from": "llava", "value": "A dog."}, "output_2": {"from": "llava", "value": "A cat."},
                    "preference": 2, "hallucination": False},
@@ -75,6 +82,7 @@ def test_a_system_prompt_is_of_both_sides() -> None:
     assert record.rejected == (Turn("gpt", "Go away."),)
 
 
+AGAIN, OTHER = ({"role": "user", "content": text} for text in ("Sure?", "Why?"))
 PAIR = {"images": ["a.jpg"], "prompt": [ASKED], "chosen": [CAT], "rejected": [DOG]}
 
 
@@ -94,6 +102,15 @@ PAIR = {"images": ["a.jpg"], "prompt": [ASKED], "chosen": [CAT], "rejected": [DO
         (PAIR | {"rejected": 3}, "malformed", "`rejected` is 3"),
         (PAIR | {"messages": [ASKED, CAT]}, "malformed", "has `prompt` in place of"),
         (PAIR | {"video": "a.mp4"}, "unsupported", "video"),
+        (PAIR | {"rejected": [{"role": "assistant", "content": "A cat.\n "}]}, "equal_sides", "nothing to prefer"),
+        (PAIR | {"chosen": [CAT, AGAIN, DOG], "rejected": [CAT]}, "equal_sides", "as far as the shorter one goes"),
+        (PAIR | {"chosen": [CAT, AGAIN, DOG], "rejected": [CAT, OTHER, DOG]}, "no_prompt", "'Sure?' and 'Why?'"),
+        ({"images": ["a.jpg"], "chosen": [ASKED, CAT, AGAIN, DOG], "rejected": [ASKED, CAT, OTHER, CAT]},
+         "no_prompt", "the first difference between them is no answer"),
+        (PAIR | {"chosen": [CAT, AGAIN], "rejected": [DOG, AGAIN]}, "roles", "does not end with an answer"),
+        (PAIR | {"chosen": [CAT | {"weight": 0}, AGAIN, DOG], "rejected": [CAT, AGAIN, CAT]}, "nothing_to_learn",
+         "begins with an answer that is not trained on"),
+        (FORMS["RLHF-V"] | {"question": "Which?"}, "malformed", "`question` differs from that in `text`"),
         (PAIR | {"question": "Which?"}, "malformed", "`prompt` and `question` differ"),
         (FORMS["LLaVA-RLHF"] | {"preference": 0}, "malformed", "expected 1 or 2"),
         (FORMS["LLaVA-RLHF"] | {"preference": True}, "malformed", "expected 1 or 2"),
@@ -105,6 +122,22 @@ def test_what_is_no_preference_is_refused_by_name(values: dict[str, Any], reason
     error = refused(values)
     assert error.reason == reason
     assert said in str(error)
+
+
+@pytest.mark.parametrize("answer", ["None", "null", "[]", "{}"])
+def test_an_answer_that_reads_like_nothing_is_an_answer(answer: str) -> None:
+    record = read({"prompt": "How many?", "chosen": answer, "rejected": "Two."})
+    assert record.turns[-1] == Turn("gpt", answer)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_read_from_a_table(form: str, tmp_path: Path) -> None:
+    values = {key: value for key, value in FORMS[form].items() if key != "provenance"}
+    pq.write_table(pa.Table.from_pylist([values]), tmp_path / "pairs.parquet")
+    [chunk] = make_chunks("parquet", [str(tmp_path / "pairs.parquet")], 10, None)
+    [record] = [read_record(raw, "/images", pairs=True) for raw in chunk.read()]
+    assert (record.turns, record.rejected) == EXPECTED
+    assert record.images == ("/images/a.jpg",)
 
 
 def test_images_that_differ_between_the_sides_are_refused() -> None:
