@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from evals.benchmark import Graded, Profile
+from evals.benchmark import Benchmark, Graded, Profile
 from evals.catalogue import make_benchmark
 from evals.files import as_json, as_lines, read_json_value, read_lines
 from evals.scoring import Result, cluster_of, interval, rounded, summarize_result
@@ -87,8 +87,9 @@ def estimate_difference(name: str, profile: Profile, pairs: Sequence[tuple[Grade
     """Estimate the difference of headlines, exactly for means, else by the jackknife over clusters."""
     benchmark = make_benchmark(name)
     clusters = [cluster_of(one) for one, _ in pairs]
-    if benchmark.is_mean:
-        scores = [[100 * pair[side].score for pair in pairs] for side in (0, 1)]
+    both = [[pair[side] for pair in pairs] for side in (0, 1)]
+    if all(_averages_all(benchmark, rows) for rows in both):
+        scores = [[100 * row.score for row in rows] for rows in both]
         return paired_difference(scores[0], scores[1], clusters)
 
     def headlines(some: Sequence[tuple[Graded, Graded]]) -> float | None:
@@ -101,6 +102,11 @@ def estimate_difference(name: str, profile: Profile, pairs: Sequence[tuple[Grade
     if estimated is None:
         raise DataError("the questions that both results have a score for give no headline")
     return estimated
+
+
+def _averages_all(benchmark: Benchmark, rows: Sequence[Graded]) -> bool:
+    """Return whether the headline is the mean over all rows, none left out (Object HalBench leaves some out)."""
+    return benchmark.is_mean and len(benchmark.averaged(rows) or ()) == len(rows)
 
 
 def _has_score(row: Graded) -> bool:

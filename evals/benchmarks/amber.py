@@ -23,6 +23,7 @@ from evals.files import as_json, list_first, need
 from evals.matching.amber_objects import AmberWords, count_amber_objects, find_plain_nouns
 from evals.matching.noun_tools import are_similar, describe_missing_tools, tag_nouns
 from evals.matching.object_counts import read_counts, share_of
+from evals.matching.plain_text import to_plain_text
 from evals.matching.yes_no import parse_yes_no
 from llava_ray.errors import DataError
 
@@ -101,10 +102,10 @@ class AMBERGenerative(Benchmark):
         words: AmberWords = facts["words"]
         if profile != "robust":
             counts = count_amber_objects(tag_nouns(answer), facts["objects"], facts["imagined"], words, are_similar)
-        elif not answer.strip():
+        elif not (plain := to_plain_text(answer)):
             return UNPARSED
         else:
-            nouns = find_plain_nouns(answer, words.vocabulary)
+            nouns = find_plain_nouns(plain, words.vocabulary)
             counts = count_amber_objects(nouns, facts["objects"], facts["imagined"], words, lambda noun, word: False)
         return Grade(float(not counts.hallucinated), counts.to_json())
 

@@ -14,6 +14,7 @@ from evals.coco_objects import (
 )
 from evals.files import as_json, check_unique, find, read_json_value
 from evals.matching.object_counts import count_named_objects, read_counts, share_of
+from evals.matching.plain_text import to_plain_text
 from llava_ray.errors import DataError
 
 _PROMPT = "Please describe this image in detail."
@@ -110,8 +111,10 @@ class CHAIR(Benchmark):
     def grade(self, question: Question, answer: str, profile: Profile, judge: Judge | None = None) -> Grade:
         """Grade a description: 1 without hallucinated objects."""
         literally = profile != "robust"
-        if not literally and not answer.strip():
-            return UNPARSED
+        if not literally:
+            answer = to_plain_text(answer)
+            if not answer:
+                return UNPARSED
         vocabulary = question.facts["vocabulary"]
         there = list_true_objects(question.facts["image"], vocabulary, literally=literally)
         counts = count_named_objects(vocabulary.find(answer, literally=literally), there)

@@ -11,6 +11,7 @@ from hallucination_files import SYNONYMS
 from evals.answers import Answer, read_answers
 from evals.benchmark import Graded, Profile, Question, join_grade
 from evals.benchmarks.chair import CHAIR
+from evals.catalogue import make_benchmark
 from evals.coco_objects import CocoImage, build_object_vocabulary
 from evals.matching.object_words import split_words, to_singular
 from evals.scoring import score_answers, summarize_result
@@ -182,3 +183,14 @@ def test_a_damaged_folder_is_named_with_a_remedy(tmp_path: Path, name: str) -> N
     damage(write_benchmark("chair", tmp_path))
     with pytest.raises(DataError, match=f"(?s){told}"):
         CHAIR().read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["chair", "amber_generative"])
+def test_our_own_rule_reads_plain_text(name: str, tmp_path: Path) -> None:
+    """What a model thinks first is no description, and full-width letters are letters."""
+    benchmark = make_benchmark(name)
+    question = benchmark.read(write_benchmark(name, tmp_path))[0]  # a dog is there, a cat is not
+    plain = benchmark.grade(question, "A dog.", "robust")
+    for said in ("<think>A cat?</think>A dog.", "A ｄｏｇ.", "A d\u200bog."):
+        assert benchmark.grade(question, said, "robust") == plain
+    assert benchmark.grade(question, "<think>A cat", "robust").state == "unparsed"

@@ -13,6 +13,7 @@ from benchmark_files import write_benchmark
 from evals.answers import Answer, RecordedJudge, read_answers
 from evals.benchmark import Grade, Profile, Question
 from evals.benchmarks.object_halbench import ObjectHalBench, object_request
+from evals.comparison import StoredResult, compare_results
 from evals.hallucination_replies import parse_object_list, parse_object_list_loosely
 from evals.matching import noun_tools
 from evals.scoring import score_answers, summarize_result
@@ -89,6 +90,10 @@ def test_figures_leave_out_answers_that_name_no_object(questions: list[Question]
         "object_recall": 50,  # dog, frisbee of 2; none of dog, couch; person of dog, person
         "answers with objects": 2,
     }
+    others = RecordedJudge({name: '["dog"]' for name in listed})
+    both = [score_answers(ObjectHalBench(), questions, answers, "robust", one) for one in (judge, others)]
+    compared = compare_results(*(StoredResult(summarize_result(one), one.rows) for one in both))
+    assert compared["difference"] == compared["first"] - compared["second"] == -50  # as the headlines are
     failing = RecordedJudge({"9": '["dog"]', "25": "None.", "30": '["dog"]'})
     found = summarize_result(score_answers(ObjectHalBench(), questions, answers, "robust", failing))
     assert (found["score"], found["computed_score"], found["failed"]) == (None, 100, 1)
