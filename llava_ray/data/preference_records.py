@@ -95,9 +95,7 @@ def _check_answers(better: Sequence[Turn], worse: Sequence[Turn]) -> None:
     parted = next((pair for pair in zip(*both, strict=False) if pair[0] != pair[1]), None)
     if parted is None:
         what = "equal" if len(better) == len(worse) else "equal as far as the shorter one goes"
-        raise RecordError(
-            f"chosen and rejected are {what}; there is nothing to prefer: remove it", reason="equal_sides"
-        )
+        raise RecordError(f"chosen and rejected are {what}: there is nothing to prefer", reason="equal_sides")
     if any(turn.role != "gpt" for turn in parted):
         raise RecordError(
             "chosen and rejected do not answer the same prompt: the first difference between them is no answer but "
