@@ -1,6 +1,7 @@
 """Comparison of two results of the same benchmark, question by question."""
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,11 +11,13 @@ from evals.benchmark import Benchmark, Graded, Profile
 from evals.catalogue import make_benchmark
 from evals.files import as_json, as_lines, read_json_value, read_lines
 from evals.scoring import Result, cluster_of, interval, rounded, summarize_result
-from evals.statistics import Estimate, jackknife, paired_difference
+from evals.statistics import Estimate, jackknife, paired_difference, sign_test
 from llava_ray.errors import ConfigError, DataError
 from llava_ray.invocation import command
 
 _RESULT, _GRADES = "result.json", "grades.jsonl"
+_LEVEL = 0.05
+_ENOUGH = 30  # clusters that differ, from which a sum of differences is about normal
 _SETTINGS = ("prompt_hash", "template", "generation", "judge", "data_hash")
 
 
@@ -52,7 +55,9 @@ def read_result(folder: Path) -> StoredResult:
 def compare_results(first: StoredResult, second: StoredResult) -> dict[str, Any]:
     """Compute first - second over the common scored questions, with the 95 % interval.
 
-    Raises ConfigError for results of different benchmarks or profiles, DataError for results without a common question.
+    Where few of them differ, the interval is too narrow: a difference is then significant only if the exact sign test
+    says so too (``exact_p_value``, None where many differ). Raises ConfigError for results of different benchmarks or
+    profiles, DataError for results without a common question.
     """
     for key in ("benchmark", "profile"):
         if first.summary[key] != second.summary[key]:
@@ -65,6 +70,7 @@ def compare_results(first: StoredResult, second: StoredResult) -> dict[str, Any]
     if not pairs:
         raise DataError("the two results have no question in common")
     estimated = estimate_difference(str(first.summary["benchmark"]), first.summary["profile"], pairs)
+    exact = _exact_p_value(pairs)
     sure = math.isfinite(estimated.standard_error) and (estimated.low > 0 or estimated.high < 0)
     mine, other = (stored.summary.get("provenance", {}) for stored in (first, second))
     return {
@@ -74,7 +80,8 @@ def compare_results(first: StoredResult, second: StoredResult) -> dict[str, Any]
         "second": second.summary["score"],
         "difference": rounded(estimated.value),
         **interval(estimated),
-        "significant": sure,
+        "significant": sure and (exact is None or exact < _LEVEL),
+        "exact_p_value": exact,
         "num_compared": len(pairs),
         "num_only_one": len(first.rows) + len(second.rows) - 2 * len(pairs),
         "better": sum(one.score > two.score for one, two in pairs),
@@ -102,6 +109,15 @@ def estimate_difference(name: str, profile: Profile, pairs: Sequence[tuple[Grade
     if estimated is None:
         raise DataError("the questions that both results have a score for give no headline")
     return estimated
+
+
+def _exact_p_value(pairs: Sequence[tuple[Graded, Graded]]) -> float | None:
+    """Return the sign test's p-value over clusters of questions; None where enough of them differ for the interval."""
+    changes: dict[str, float] = defaultdict(float)
+    for one, two in pairs:
+        changes[cluster_of(one)] += one.score - two.score
+    num_better, num_worse = (sum(sign * change > 0 for change in changes.values()) for sign in (1, -1))
+    return sign_test(num_better, num_worse) if num_better + num_worse < _ENOUGH else None
 
 
 def _averages_all(benchmark: Benchmark, rows: Sequence[Graded]) -> bool:

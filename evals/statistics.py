@@ -104,3 +104,14 @@ def jackknife(
 def paired_difference(first: Sequence[float], second: Sequence[float], clusters: Sequence[Hashable]) -> Estimate:
     """Estimate the mean of first - second, question by question, with its error."""
     return estimate_mean([one - other for one, other in zip(first, second, strict=True)], clusters)
+
+
+def sign_test(num_better: int, num_worse: int) -> float:
+    """Compute the two-sided p-value of the exact sign test: that so few of either would occur by chance.
+
+    For single questions that are right or wrong this is McNemar's exact test. Without any change it is 1.
+    """
+    num = num_better + num_worse
+    tail = sum(math.comb(num, k) for k in range(min(num_better, num_worse) + 1))
+    p_value: float = 2 * tail / 2**num
+    return min(1.0, p_value)

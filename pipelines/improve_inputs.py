@@ -38,6 +38,8 @@ def read_loop_inputs(config: ImproveConfig) -> LoopInputs:
             f"improve.benchmark: {benchmark.title} needs a judge under improve.profile = {improve.profile!r}; hold out "
             "one that a rule scores"
         )
+    if lacking := benchmark.lacks(improve.profile):
+        raise ConfigError(f"improve.benchmark under improve.profile = {improve.profile!r}: {lacking}")
     check_truths(benchmark, held_out)
     if not held_out or not held_out[0].truths:
         raise DataError(f"improve.benchmark: {folder} holds no questions with answers, so that nothing is measured")

@@ -9,7 +9,7 @@ from typing import Any
 from evals.comparison import StoredResult, compare_results
 from evals.scoring import rounded
 from llava_ray.config.improve import ImproveSection
-from llava_ray.errors import BudgetError, NoPairsError
+from llava_ray.errors import BudgetError, DataError, NoPairsError
 from pipelines.improve_stages import HeldOutResult, RoundPreferences, RoundStages
 
 
@@ -114,9 +114,15 @@ def _why_last(done: FinishedRound, improve: ImproveSection) -> str:
 def measure_gain(new: StoredResult, old: StoredResult, level: float) -> dict[str, Any]:
     """Compute new - old on the same held-out questions, with the interval and the two-sided p-value of the pairs.
 
-    Raises ConfigError, DataError as ``compare_results``.
+    Where few of them differ, the p-value is at least that of the exact sign test. Raises ConfigError, DataError as
+    ``compare_results``, and DataError where the held-out questions themselves differ.
     """
     found = compare_results(new, old)
+    if others := [key for key in ("data_hash", "prompt_hash") if key in found["settings_that_differ"]]:
+        raise DataError(
+            f"the held-out questions were changed between two evaluations of this loop ({', '.join(others)} differ): "
+            "scores of different ones cannot be compared; restore them, or choose another improve.output"
+        )
     error, difference = found["standard_error"], found["difference"]
     if error is None:
         return found | {"level": level, "confidence_interval": None, "p_value": None, "significant": False}
@@ -124,11 +130,13 @@ def measure_gain(new: StoredResult, old: StoredResult, level: float) -> dict[str
     low, high = difference - half, difference + half
     certain = 0.0 if difference else 1.0
     p_value = 2 * NormalDist().cdf(-abs(difference) / error) if error else certain
+    if found["exact_p_value"] is not None:
+        p_value = max(p_value, found["exact_p_value"])
     return found | {
         "level": level,
         "confidence_interval": [rounded(low), rounded(high)],
         "p_value": float(f"{p_value:.3g}"),
-        "significant": low > 0 or high < 0,
+        "significant": (low > 0 or high < 0) and p_value < level,
     }
 
 

@@ -86,8 +86,10 @@ class RoundStages:
         place, identity = self.place(number), model_hash(model)
         folder = place / "evaluate" / make_benchmark(self.config.improve.benchmark.partition("=")[0]).name
         note = _read_note(place, "evaluate")
-        same = note.get("model") == identity
-        if not (same and note.get("answers") == _hash_file(folder / "answers.jsonl") and _is_scored(folder)):
+        made_of = {"model": identity, **_hash_files(folder)}
+        if not (
+            all(note.get(key) == value for key, value in made_of.items()) and "score" in note and _is_scored(folder)
+        ):
             self._begin(number, "evaluate", "held-out questions")
             started = time.monotonic()
             self.connect()
@@ -95,7 +97,7 @@ class RoundStages:
             (summary,) = done.summaries
             if summary["score"] is None:
                 raise DataError(f"{folder}: no held-out score: {summary.get('withheld', 'too few answers')}")
-            note = {"model": identity, "answers": _hash_file(folder / "answers.jsonl"), "score": summary["score"]}
+            note = {"model": identity, **_hash_files(folder), "score": summary["score"]}
             note |= {"mlflow_run_id": done.mlflow_run_id, "seconds": _since(started)}
             _write_note(place, "evaluate", note)
         return HeldOutResult(model, identity, folder, note)
@@ -104,7 +106,7 @@ class RoundStages:
         """Make a round's preferences of its model's answers; without a note they are not complete."""
         folder = self.place(number) / "preferences"
         path, note = folder / PREFERENCES_FILE, _read_note(self.place(number), "preferences")
-        if note and note["model"] == start.model_hash and note["hash"] == _hash_file(path):
+        if note and note.get("model") == start.model_hash and note.get("hash") == _hash_file(path):
             summary = _read_object(folder / "summary.json")
             if summary.get("complete"):
                 return RoundPreferences(path, summary, note)
@@ -125,8 +127,8 @@ class RoundStages:
         note = _read_note(self.place(number), "tune")
         made_of = {"model": start.model_hash, "preferences": preferences.note["hash"]}
         bundle = Path(note.get("bundle", ""))
-        same = note and all(note[key] == value for key, value in made_of.items()) and bundle.is_dir()
-        if same and model_hash(str(bundle)) == note["bundle_hash"]:
+        same = note and all(note.get(key) == value for key, value in made_of.items()) and bundle.is_dir()
+        if same and model_hash(str(bundle)) == note.get("bundle_hash"):
             return note
         self._begin(number, "tune", f"{self.config.train.objective}, {preferences.summary['written']:,} preferences")
         started = time.monotonic()
@@ -190,6 +192,11 @@ def _hash_file(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]
     except OSError:
         return ""
+
+
+def _hash_files(folder: Path) -> dict[str, str]:
+    """Return the hashes of an evaluation's answers and grades; a result of other files was changed by hand."""
+    return {name: _hash_file(folder / f"{name}.jsonl") for name in ("answers", "grades")}
 
 
 def _is_scored(folder: Path) -> bool:

@@ -78,10 +78,10 @@ def check_selection(held_out: HeldOutConfig, data: DataConfig) -> None:
             "held_out.early_stopping_patience and held_out.keep_best need held-out samples: set held_out.path, or "
             "held_out of a source"
         )
-    base, _, source = held_out.metric.partition("/")
+    base, slash, source = held_out.metric.partition("/")
     is_higher_better(held_out.metric)
     named = [one.name for one in data.sources if one.held_out is not None]
-    if not base.startswith(SCORE_PREFIX) or (source and source not in named):
+    if not base.startswith(SCORE_PREFIX) or (slash and source not in named):
         known = ", ".join(["held_out_loss", "held_out_accuracy", *(f"held_out_loss/{name}" for name in named)])
         raise ValueError(f"held_out.metric = {short_repr(held_out.metric)}: expected one such as {known}")
     if base == "held_out_accuracy" and not held_out.num_answers:

@@ -8,6 +8,7 @@ from evals.statistics import (
     jackknife,
     paired_difference,
     proportion_error,
+    sign_test,
     standard_error,
     wilson_interval,
 )
@@ -63,3 +64,12 @@ def test_the_jackknife_of_a_mean_is_its_plain_error_and_knows_no_order() -> None
     assert jackknife(rows[::-1], lambda row: str(row[0]), mean) == found
     assert jackknife(rows, lambda row: "one", mean).standard_error == math.inf
     assert jackknife(rows, lambda row: str(row[0]), lambda some: None) is None
+
+
+def test_the_sign_test_is_exact() -> None:
+    assert sign_test(0, 0) == 1
+    assert sign_test(1, 0) == sign_test(0, 1) == 1
+    assert sign_test(3, 0) == 0.25
+    assert sign_test(6, 0) == 0.03125
+    assert sign_test(8, 2) == pytest.approx(0.109375)
+    assert sign_test(5, 5) == 1

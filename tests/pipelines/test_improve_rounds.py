@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from scripted_judge import ScriptedJudge
 
 from evals.answers import Answer
 from evals.benchmarks.custom import Custom
-from evals.comparison import write_result
+from evals.comparison import StoredResult, write_result
 from evals.files import as_lines
 from evals.scoring import score_answers
 from llava_ray.config.improve import ImproveConfig
@@ -197,6 +197,28 @@ def test_the_level_is_that_of_the_interval(output: Path) -> None:
         assert one["significant"] == (one["p_value"] < level)
     same = measure_gain(old, old, 0.05)
     assert (same["significant"], same["p_value"], same["difference"]) == (False, 1.0, 0.0)
+
+
+@pytest.mark.parametrize(("right", "p_value", "kept"), [(102, 0.5, False), (105, 0.0625, False), (106, 0.03125, True)])
+def test_a_gain_of_few_answers_is_judged_by_the_exact_test(
+    output: Path, right: int, p_value: float, kept: bool
+) -> None:
+    stages = FakeStages(loop_config(output), [100, right])
+    old, new = stages.evaluate(0, "m").read(), stages.evaluate(1, "m").read()
+    texts = {row.id: row.score for row in old.rows}
+    wrong = [row.id for row in old.rows if not row.score][: right - 100]
+    rows = [replace(row, score=1.0 if row.id in wrong else texts[row.id]) for row in new.rows]
+    gain = measure_gain(StoredResult(new.summary, rows), old, 0.05)
+    assert (gain["better"], gain["worse"]) == (right - 100, 0)
+    assert (gain["p_value"], gain["significant"]) == (pytest.approx(p_value, rel=1e-2), kept)
+
+
+def test_held_out_questions_that_were_changed_are_no_gain(output: Path) -> None:
+    stages = FakeStages(loop_config(output), [100, 150])
+    old, new = stages.evaluate(0, "m").read(), stages.evaluate(1, "m").read()
+    other = StoredResult({**new.summary, "provenance": {"data_hash": "another"}}, new.rows)
+    with pytest.raises(DataError, match=r"held-out questions were changed .*\(data_hash differ\)"):
+        measure_gain(other, old, 0.05)
 
 
 def test_rounds_ask_the_next_questions_with_their_own_seed(tmp_path: Path) -> None:
