@@ -75,6 +75,8 @@ class WithPreferences(ConfigSection):
             )
         if objective == "orpo" and self.preference.rpo_alpha:
             raise ValueError("preference.rpo_alpha with train.objective = 'orpo', which has that term; leave it out")
+        if self.preference.simpo_gamma != PreferenceConfig().simpo_gamma and objective != "simpo":
+            raise ValueError(f"preference.simpo_gamma has no effect with train.objective = {objective!r}; leave it out")
         if self.preference.label_smoothing and objective in ("ipo", "hinge", "orpo"):
             raise ValueError(
                 f"preference.label_smoothing has no effect with train.objective = {objective!r}; leave it out"

@@ -5,10 +5,10 @@ are added up with their weights.
 """
 
 import importlib
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Float
@@ -16,14 +16,18 @@ from jaxtyping import Float
 from evals.benchmark import LETTERS, Benchmark, Question
 from evals.benchmarks.custom import Custom, exact
 from evals.catalogue import make_benchmark
+from evals.matching.letters import parse_letter
+from evals.matching.yes_no import parse_yes_no
 from llava_ray.config.grpo import GrpoConfig
-from llava_ray.errors import ConfigError, LlavaRayError, TrainingError
+from llava_ray.errors import ConfigError, DataError, LlavaRayError, TrainingError
 from llava_ray.reading import describe_error, short_repr
 
 _RULES = ("exact", "words", "vqa", "number", "anls", "letter", "yes_no")  # of the benchmark of one's own
 _CONTAINS, _FORMAT = "contains", "format:"
 _OPTION = re.compile(r"^\(?([A-Z])[.)] (.+)$", re.MULTILINE)
 _LONGEST_PATTERN = 1_000
+_LARGEST = 1_000_000
+_MAX_TRUTHS = 65_536  # whose form is remembered
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,8 @@ def _compute(name: str, reward: Reward, attempts: Sequence[Attempt]) -> list[flo
     """Compute one reward of each attempt. Raises TrainingError unless it gives as many finite numbers."""
     first, last = attempts[0].id, attempts[-1].id
     try:
-        values = list(reward(attempts))
+        found = reward(list(attempts))  # a copy: a function of one's own may sort or empty it
+        values = [] if isinstance(found, Mapping | Set | str) else list(found)
     except LlavaRayError:
         raise
     except Exception as error:
@@ -79,14 +84,15 @@ def _compute(name: str, reward: Reward, attempts: Sequence[Attempt]) -> list[flo
         ) from error
     if len(values) != len(attempts):
         raise TrainingError(
-            f"reward {name!r} returned {len(values)} numbers for {len(attempts)} answers; return one each"
+            f"reward {name!r} returned {len(values)} numbers for {len(attempts)} answers; return a list of one each"
         )
     for value, attempt in zip(values, attempts, strict=True):
-        if isinstance(value, bool | int | float | np.number) and math.isfinite(value):
+        if isinstance(value, bool | int | float | np.bool_ | np.integer | np.floating) and abs(value) <= _LARGEST:
             continue
         raise TrainingError(
             f"reward {name!r} is {short_repr(value)} for the answer {short_repr(attempt.answer)} to record "
-            f"{attempt.id!r}; expected a finite number, such as 0 for an answer that cannot be judged"
+            f"{attempt.id!r}; expected a finite number of at most {_LARGEST:,}, such as 0 for an answer that cannot be "
+            "judged"
         )
     return [float(value) for value in values]
 
@@ -119,6 +125,8 @@ def make_benchmark_reward(name: str) -> Benchmark:
 
 def contains(answer: str, truth: str) -> float:
     """Return 1 where the truth stands in the answer as whole words, ignoring case."""
+    if not exact(truth):
+        raise ValueError(f"the record's answer {truth!r} has no word that another could contain")
     words = rf"(?<!\w){re.escape(exact(truth))}(?!\w)"
     return float(re.search(words, answer.lower()) is not None)
 
@@ -154,23 +162,53 @@ def _find_function(name: str) -> Reward:
 def _by_benchmark(benchmark: Benchmark, rule: str) -> Reward:
     """Return a benchmark's score of each answer, by its robust rule."""
 
+    @lru_cache(_MAX_TRUTHS)
+    def find_question(text: str, truth: str) -> Question:
+        """Return the question with the record's answer in the form that the rule takes it in. Raises ValueError."""
+        own = Attempt("", text, truth, truth)
+        forms = [as_question(own, rule, form) for form in _forms_of(truth.strip(), find_options(text))]
+        scores = [_score(benchmark, form, truth) for form in forms]
+        if not max(scores) > 0:
+            raise ValueError(
+                f"the rule gives the record's own answer {short_repr(truth)} to {short_repr(text)} no reward, so that "
+                "no answer could be right: correct the record, or choose a reward for such answers"
+            )
+        return forms[scores.index(max(scores))]
+
     def grade(attempts: Sequence[Attempt]) -> list[float]:
-        return [benchmark.grade(as_question(one, rule), one.answer, "robust").score for one in attempts]
+        return [benchmark.grade(find_question(a.question, a.truth), a.answer, "robust").score for a in attempts]
 
     return grade
 
 
-def as_question(attempt: Attempt, rule: str = "") -> Question:
-    """Return an attempt as a benchmark's question; its options are the lines that begin with A., B. and so on."""
-    found = _OPTION.findall(attempt.question)
-    options = [text.strip() for _, text in found]
-    if "".join(letter for letter, _ in found) != LETTERS[: len(found)]:
-        options = []
-    truth = attempt.truth.strip()
-    if options and truth in options:
-        truth = LETTERS[options.index(truth)]
+def _score(benchmark: Benchmark, question: Question, answer: str) -> float:
+    """Return a rule's score; 0 where it cannot read the truth, such as a number in words."""
+    try:
+        return benchmark.grade(question, answer, "robust").score
+    except (ValueError, LookupError, DataError):
+        return 0.0
+
+
+def _forms_of(truth: str, options: Sequence[str]) -> list[str]:
+    """Return what a record's answer may stand for: an option's letter, its own text, a plain yes or no, a number."""
+    named = [LETTERS[options.index(truth)]] if truth in options else []
+    number = re.findall(r"-?\d[\d,]*(?:\.\d+)?", truth)
+    read = [parse_letter(truth, options) if options else None, parse_yes_no(truth)]
+    return list(dict.fromkeys([*named, truth, *filter(None, read), *(number if len(number) == 1 else ())]))
+
+
+def find_options(text: str) -> list[str]:
+    """Return the options that a question lists: its lines that begin with A., B. and so on."""
+    found = _OPTION.findall(text)
+    in_order = "".join(letter for letter, _ in found) == LETTERS[: len(found)]
+    return [option.strip() for _, option in found] if in_order else []
+
+
+def as_question(attempt: Attempt, rule: str = "", truth: str | None = None) -> Question:
+    """Return an attempt as a benchmark's question, with ``truth`` in place of the record's own answer."""
     facts = {"rule": rule} if rule else {}
-    return Question(attempt.id, attempt.question, (), (truth,), tuple(options), facts=facts)
+    truths = (attempt.truth.strip() if truth is None else truth,)
+    return Question(attempt.id, attempt.question, (), truths, tuple(find_options(attempt.question)), facts=facts)
 
 
 def _check_benchmark(benchmark: Benchmark, name: str) -> None:

@@ -34,6 +34,23 @@ def broken(attempts: list[Attempt]) -> list[float]:
     raise KeyError("nothing here")
 
 
+def by_number(attempts: list[Attempt]) -> dict[int, float]:
+    return {number: 1.0 for number, _ in enumerate(attempts)}
+
+
+def too_large(attempts: list[Attempt]) -> list[int]:
+    return [10**400 for _ in attempts]
+
+
+def complex_numbers(attempts: list[Attempt]) -> list[np.complex64]:
+    return [np.complex64(1) for _ in attempts]
+
+
+def emptied(attempts: list[Attempt]) -> list[float]:
+    attempts.clear()
+    return []
+
+
 NO_FUNCTION = 3
 
 
@@ -70,6 +87,46 @@ def test_options_are_read_from_the_question(name: str, truth: str) -> None:
     assert as_question(attempt("B", "B", "Is it\nB. blue\nA. red")).options == (), "not in order: they are no options"
 
 
+@pytest.mark.parametrize("name", ["yes_no", "pope", "mme", "hallusion_bench", "amber_discriminative"])
+@pytest.mark.parametrize("truth", ["no", "No.", "NO", "no dog", "No, there is none."])
+def test_a_record_that_answers_in_other_words_rewards_what_it_means(name: str, truth: str) -> None:
+    answers = [attempt(answer, truth, "Is there a dog?") for answer in ("No.", "Yes.", truth)]
+    assert list(make_reward(name)(answers)) == [1, 0, 1]
+
+
+@pytest.mark.parametrize("name", ["letter", "mmbench", "ai2d", "science_qa", "mmstar"])
+@pytest.mark.parametrize("truth", ["(B)", "B.", "B. dark blue", "dark blue", "The answer is B"])
+def test_a_record_may_name_its_option_in_any_way(name: str, truth: str) -> None:
+    answers = [attempt(answer, truth, CHOICE) for answer in ("B", "A", truth)]
+    assert list(make_reward(name)(answers)) == [1, 0, 1]
+
+
+@pytest.mark.parametrize("name", ["exact", "words", "vqa", "anls", "gqa", "vqav2", "textvqa"])
+def test_options_do_not_change_a_rule_for_texts(name: str) -> None:
+    good, letter, bad = make_reward(name)([attempt(answer, "red", CHOICE) for answer in ("red", "A", "dark blue")])
+    assert good > 0 and letter == bad == 0
+
+
+@pytest.mark.parametrize(("truth", "answer"), [("The answer is 5", "5"), ("5", "It is 5."), ("1,200", "1200")])
+def test_a_records_number_is_read(truth: str, answer: str) -> None:
+    assert list(make_reward("number")([attempt(answer, truth), attempt("7", truth)])) == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "truth", "said"),
+    [
+        ("yes_no", "a dog", "gives the record's own answer 'a dog' to .* no reward"),
+        ("letter", "red", "no reward"),  # without options in the question
+        ("mathvista", "twelve or so", "no reward"),
+        ("contains", ".", "has no word"),
+    ],
+)
+def test_a_record_that_no_answer_could_match_is_named(name: str, truth: str, said: str) -> None:
+    rewards = Rewards.of(GrpoConfig(rewards=(name,)))
+    with pytest.raises(TrainingError, match=f"reward '{name}' failed for the answers to 'r1' to 'r1': .*{said}"):
+        rewards.compute([attempt("x", truth)])
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
@@ -95,6 +152,10 @@ def test_a_reward_that_cannot_be_used_is_named(name: str, said: str) -> None:
         ("one_too_few", "returned 1 numbers for 2 answers"),
         ("not_finite", "is nan for the answer 'bad' to record 'r1'; expected a finite number"),
         ("words_for_numbers", "is 'good' for the answer 'red'"),
+        ("by_number", "returned 0 numbers for 2 answers; return a list"),
+        ("too_large", "is a number of 1,329 bits"),
+        ("complex_numbers", "is np.complex64"),
+        ("emptied", "returned 0 numbers for 2 answers"),
         ("broken", "failed for the answers to 'r1' to 'r1': .*nothing here"),
     ],
 )
