@@ -75,8 +75,6 @@ class WithPreferences(ConfigSection):
             )
         if objective == "orpo" and self.preference.rpo_alpha:
             raise ValueError("preference.rpo_alpha with train.objective = 'orpo', which has that term; leave it out")
-        if self.preference.simpo_gamma != PreferenceConfig().simpo_gamma and objective != "simpo":
-            raise ValueError(f"preference.simpo_gamma has no effect with train.objective = {objective!r}; leave it out")
         if self.preference.label_smoothing and objective in ("ipo", "hinge", "orpo"):
             raise ValueError(
                 f"preference.label_smoothing has no effect with train.objective = {objective!r}; leave it out"
@@ -86,4 +84,13 @@ class WithPreferences(ConfigSection):
                 f"train.objective = {objective!r} needs model.attn_implementation = 'sdpa': both answers of a pair "
                 "attend to one prompt, which a mask of the whole row cannot say"
             )
+        return self
+
+    @model_validator(mode="after")
+    def margin_is_used(self) -> Self:
+        """Reject a target margin without SimPO."""
+        config: Any = self
+        objective = config.train.objective
+        if self.preference.simpo_gamma != PreferenceConfig().simpo_gamma and objective != "simpo":
+            raise ValueError(f"preference.simpo_gamma has no effect with train.objective = {objective!r}; leave it out")
         return self
