@@ -16,7 +16,6 @@ from llava_ray.errors import ConfigError, DataError
 from llava_ray.invocation import command
 
 _RESULT, _GRADES = "result.json", "grades.jsonl"
-_LEVEL = 0.05
 _ENOUGH = 30  # clusters that differ, from which a sum of differences is about normal
 _SETTINGS = ("prompt_hash", "template", "generation", "judge", "data_hash")
 
@@ -55,8 +54,8 @@ def read_result(folder: Path) -> StoredResult:
 def compare_results(first: StoredResult, second: StoredResult) -> dict[str, Any]:
     """Compute first - second over the common scored questions, with the 95 % interval.
 
-    Where few of them differ, the interval is too narrow: a difference is then significant only if the exact sign test
-    says so too (``exact_p_value``, None where many differ). Raises ConfigError for results of different benchmarks or
+    Where few of them differ, the interval may be too narrow: ``exact_p_value`` is then that of the sign test, None where
+    many differ. Raises ConfigError for results of different benchmarks or
     profiles, DataError for results without a common question.
     """
     for key in ("benchmark", "profile"):
@@ -70,7 +69,6 @@ def compare_results(first: StoredResult, second: StoredResult) -> dict[str, Any]
     if not pairs:
         raise DataError("the two results have no question in common")
     estimated = estimate_difference(str(first.summary["benchmark"]), first.summary["profile"], pairs)
-    exact = _exact_p_value(pairs)
     sure = math.isfinite(estimated.standard_error) and (estimated.low > 0 or estimated.high < 0)
     mine, other = (stored.summary.get("provenance", {}) for stored in (first, second))
     return {
@@ -80,8 +78,8 @@ def compare_results(first: StoredResult, second: StoredResult) -> dict[str, Any]
         "second": second.summary["score"],
         "difference": rounded(estimated.value),
         **interval(estimated),
-        "significant": sure and (exact is None or exact < _LEVEL),
-        "exact_p_value": exact,
+        "significant": sure,
+        "exact_p_value": _exact_p_value(pairs),
         "num_compared": len(pairs),
         "num_only_one": len(first.rows) + len(second.rows) - 2 * len(pairs),
         "better": sum(one.score > two.score for one, two in pairs),
