@@ -54,9 +54,9 @@ def read_result(folder: Path) -> StoredResult:
 def compare_results(first: StoredResult, second: StoredResult) -> dict[str, Any]:
     """Compute first - second over the common scored questions, with the 95 % interval.
 
-    Where few of them differ, the interval may be too narrow: ``exact_p_value`` is then that of the sign test, None where
-    many differ. Raises ConfigError for results of different benchmarks or
-    profiles, DataError for results without a common question.
+    Where few of them differ, the interval may be too narrow: ``exact_p_value`` is then the sign test's (None where many
+    differ). Raises ConfigError for results of different benchmarks or profiles, DataError for results without a common
+    question.
     """
     for key in ("benchmark", "profile"):
         if first.summary[key] != second.summary[key]:
