@@ -136,7 +136,7 @@ def measure_gain(new: StoredResult, old: StoredResult, level: float) -> dict[str
         "level": level,
         "confidence_interval": [rounded(low), rounded(high)],
         "p_value": float(f"{p_value:.3g}"),
-        "significant": (low > 0 or high < 0) and p_value < level,
+        "significant": p_value < level,
     }
 
 

@@ -87,9 +87,7 @@ class RoundStages:
         folder = place / "evaluate" / make_benchmark(self.config.improve.benchmark.partition("=")[0]).name
         note = _read_note(place, "evaluate")
         made_of = {"model": identity, **_hash_files(folder)}
-        if not (
-            all(note.get(key) == value for key, value in made_of.items()) and "score" in note and _is_scored(folder)
-        ):
+        if not (made_of.items() <= note.items() and "score" in note and _is_scored(folder)):
             self._begin(number, "evaluate", "held-out questions")
             started = time.monotonic()
             self.connect()
@@ -106,7 +104,7 @@ class RoundStages:
         """Make a round's preferences of its model's answers; without a note they are not complete."""
         folder = self.place(number) / "preferences"
         path, note = folder / PREFERENCES_FILE, _read_note(self.place(number), "preferences")
-        if note and note.get("model") == start.model_hash and note.get("hash") == _hash_file(path):
+        if {"model": start.model_hash, "hash": _hash_file(path)}.items() <= note.items():
             summary = _read_object(folder / "summary.json")
             if summary.get("complete"):
                 return RoundPreferences(path, summary, note)
@@ -127,7 +125,7 @@ class RoundStages:
         note = _read_note(self.place(number), "tune")
         made_of = {"model": start.model_hash, "preferences": preferences.note["hash"]}
         bundle = Path(note.get("bundle", ""))
-        same = note and all(note.get(key) == value for key, value in made_of.items()) and bundle.is_dir()
+        same = made_of.items() <= note.items() and bundle.is_dir()
         if same and model_hash(str(bundle)) == note.get("bundle_hash"):
             return note
         self._begin(number, "tune", f"{self.config.train.objective}, {preferences.summary['written']:,} preferences")

@@ -57,9 +57,11 @@ def main(arguments: Sequence[str]) -> ImprovedModel:
 
 def train_early(resources: "Resources") -> str:
     """Train the quickstart's model, but end its last two stages early, or reuse it; return its folder."""
+    from llava_ray.generate.answers import Actors
     from llava_ray.quickstart import easy_vqa
     from llava_ray.quickstart.easy_vqa_records import write_conversations, write_open_questions, write_words
     from llava_ray.quickstart.registry_weights import make_language_model, make_vision_tower
+    from pipelines.quickstart_results import answer
 
     for weights in (make_vision_tower(CACHE), make_language_model(CACHE)):
         print(f"{'Reused' if weights.reused else 'Converted'}: {weights.path}")
@@ -72,27 +74,18 @@ def train_early(resources: "Resources") -> str:
     aligned = train(
         load_recipe(FinetuneConfig, [f"{RECIPES}/align.toml", *_stop_after(ALIGN_STEPS), *common]), resources
     )
+    tried = easy_vqa.test_questions(NUM_TRIED, seed=2)
+    actors = Actors(resources.num_workers, resources.cpus_per_worker)
     for steps in TUNE_STEPS:
         few = ["--model.pretrain_mm_mlp_adapter", aligned.folder.bundle, *_stop_after(steps)]
         tuned = train(load_recipe(FinetuneConfig, [f"{RECIPES}/tune.toml", *few, *common]), resources)
-        right = _measure_share(tuned.folder.bundle, easy_vqa.test_questions(NUM_TRIED, seed=2))
+        said = answer(tuned, [(question,) for question in tried], actors)
+        right = easy_vqa.score_shape_answers(said, tried).total.accuracy
         print(f"After {steps} steps of tuning it answers {right:.1%} of {NUM_TRIED} questions right", flush=True)
         if right >= ENOUGH:
             break
     link_stage(tuned, "early")
     return EARLY_MODEL
-
-
-def _measure_share(model: str, questions: "Sequence[ShapeQuestion]") -> float:
-    """Return the share of questions that a model answers right."""
-    from llava_ray.generate.answers import Actors, answer_questions
-    from llava_ray.generate.questions import ModelQuestion
-    from llava_ray.quickstart.easy_vqa import normalize_answer
-
-    asked = [ModelQuestion(one.id, one.question, str(one.image)) for one in questions]
-    given = answer_questions(model, asked, max_new_tokens=8, batch_size=50, actors=Actors(2, 1.0))
-    right = [normalize_answer(found.answer) == one.answer for found, one in zip(given, questions, strict=True)]
-    return sum(right) / len(right)
 
 
 def _stop_after(steps: int) -> list[str]:

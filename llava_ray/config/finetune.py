@@ -6,9 +6,9 @@ from pydantic import model_validator
 
 from llava_ray.config.data import DataConfig
 from llava_ray.config.grpo import GrpoConfig, check_grpo
-from llava_ray.config.held_out import HeldOutConfig, check_selection
+from llava_ray.config.held_out import HeldOutConfig, check_selection, has_held_out
 from llava_ray.config.lora import LoraConfig
-from llava_ray.config.mixtures import check_run_sources, held_out_paths
+from llava_ray.config.mixtures import check_run_sources
 from llava_ray.config.model import ModelConfig
 from llava_ray.config.preference import WithPreferences
 from llava_ray.config.run import ClusterConfig, RunConfig, TrackingConfig
@@ -39,7 +39,7 @@ class FinetuneConfig(WithPreferences):
     @property
     def evaluates(self) -> bool:
         """Return whether there are held-out samples, of the run or of a source."""
-        return bool(self.held_out.path or held_out_paths(self.data))
+        return has_held_out(self.held_out, self.data)
 
     @model_validator(mode="after")
     def answers_need_whole_weights(self) -> Self:

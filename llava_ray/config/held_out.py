@@ -64,6 +64,11 @@ def is_higher_better(metric: str) -> bool:
     return higher
 
 
+def has_held_out(held_out: HeldOutConfig, data: DataConfig) -> bool:
+    """Return whether there are held-out samples, of the run or of a source."""
+    return bool(held_out.path or held_out_paths(data))
+
+
 def check_selection(held_out: HeldOutConfig, data: DataConfig) -> None:
     """Reject a score that no evaluation has, and settings of it without effect. Raises ValueError."""
     if not held_out.selects:
@@ -73,7 +78,7 @@ def check_selection(held_out: HeldOutConfig, data: DataConfig) -> None:
                     f"held_out.{name} has no effect without held_out.early_stopping_patience or held_out.keep_best"
                 )
         return
-    if not (held_out.path or held_out_paths(data)):
+    if not has_held_out(held_out, data):
         raise ValueError(
             "held_out.early_stopping_patience and held_out.keep_best need held-out samples: set held_out.path, or "
             "held_out of a source"

@@ -29,7 +29,8 @@ def parquet_layout(path: str) -> tuple[list[int], list[str | None]]:
     """
     with _open_parquet(path) as (file, num_bytes):
         names = file.schema_arrow.names
-        if not set(CONVERSATION_KEYS) & set(names) and not any(found <= set(names) for found in PREFERENCE_COLUMNS):
+        forms = [*((key,) for key in CONVERSATION_KEYS), *PREFERENCE_COLUMNS]
+        if not any(set(form) <= set(names) for form in forms):
             raise DataError(
                 f"{path}: no column {' or '.join(map(repr, CONVERSATION_KEYS))}; found {', '.join(names)[:500]}. "
                 'Write the turns into one of them, as a list of {"role": …, "content": …}; preferences have `prompt`, '

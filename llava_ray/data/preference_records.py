@@ -10,13 +10,11 @@ from typing import Any
 
 from llava_ray.chat.conversation import IMAGE_TOKEN, Turn, find_role
 from llava_ray.data.json_text import parse_json
-from llava_ray.data.record_keys import CONVERSATION_KEYS, IMAGE_KEYS, is_absent
+from llava_ray.data.record_keys import CONVERSATION_KEYS, IMAGE_KEYS, OUTPUTS, SIDES, is_absent
 from llava_ray.errors import RecordError
 from llava_ray.reading import short_repr
 
 PROVENANCE_KEY = "provenance"  # where our own preferences come from; never read by training
-_SIDES = ("chosen", "rejected")
-_OUTPUTS = ("output_1", "output_2")  # LLaVA-RLHF's
 _EXPECTED = (
     'expected `prompt`, `chosen` and `rejected` (texts or lists of messages), or LLaVA-RLHF\'s "conversations", '
     '"output_1", "output_2" and "preference"'
@@ -26,8 +24,8 @@ _EXPECTED = (
 def is_preference(values: Mapping[str, Any]) -> bool:
     """Return whether a record seems to be a preference, of any form."""
     text = values.get("text")
-    in_text = isinstance(text, str) and all(f'"{name}"' in text for name in _SIDES)
-    return in_text or any(all(name in values for name in names) for names in (_SIDES, _OUTPUTS))
+    in_text = isinstance(text, str) and all(f'"{name}"' in text for name in SIDES)
+    return in_text or any(all(name in values for name in names) for names in (SIDES, OUTPUTS))
 
 
 @dataclass(frozen=True)
@@ -43,13 +41,13 @@ class PreferenceSides:
 def split_preference(values: Mapping[str, Any]) -> PreferenceSides:
     """Split a preference record into its sides. Raises RecordError for a record of no known form."""
     values = {key: value for key, value in values.items() if key != PROVENANCE_KEY}
-    if all(name in values for name in _OUTPUTS):
-        prompt, sides, used = *_read_outputs(values), {*CONVERSATION_KEYS, *_OUTPUTS, "preference"}
+    if all(name in values for name in OUTPUTS):
+        prompt, sides, used = *_read_outputs(values), {*CONVERSATION_KEYS, *OUTPUTS, "preference"}
     else:
         text = values.get("text")
-        if isinstance(text, str) and all(values.get(name) is None for name in _SIDES):  # RLHF-V's column of JSON
+        if isinstance(text, str) and all(values.get(name) is None for name in SIDES):  # RLHF-V's column of JSON
             values = _with_parsed(values, text)
-        prompt, sides, used = *_read_sides(values), {"prompt", "question", *_SIDES}
+        prompt, sides, used = *_read_sides(values), {"prompt", "question", *SIDES}
     rest = {key: value for key, value in values.items() if key not in used}
     has_images = any(not is_absent(values.get(name)) for name in IMAGE_KEYS)
     prompt = _with_markers(prompt, values) if has_images else prompt
@@ -108,7 +106,7 @@ def _read_outputs(values: Mapping[str, Any]) -> tuple[list[Any], list[list[Any]]
     """Return the prompt and the sides, the better one first, of LLaVA-RLHF's form."""
     found = [values[name] for name in CONVERSATION_KEYS if not is_absent(values.get(name))]
     prompt = _messages(found[0] if found else None, "conversations", "human")
-    sides = [_messages(_text_of(values[name]), name, "gpt") for name in _OUTPUTS]
+    sides = [_messages(_text_of(values[name]), name, "gpt") for name in OUTPUTS]
     preferred = values.get("preference")
     if isinstance(preferred, bool) or preferred not in (1, 2):
         raise RecordError(
@@ -138,7 +136,7 @@ def _parsed_text(text: str) -> dict[str, Any]:
         parsed = parse_json(text.encode("utf-8", "surrogatepass"))
     except RecordError:
         parsed = None
-    if not isinstance(parsed, dict) or not all(name in parsed for name in _SIDES):
+    if not isinstance(parsed, dict) or not all(name in parsed for name in SIDES):
         raise RecordError(
             f"`text` is no JSON object with question, chosen and rejected; {_EXPECTED}", reason="no_turns"
         )
@@ -147,10 +145,10 @@ def _parsed_text(text: str) -> dict[str, Any]:
 
 def _read_sides(values: Mapping[str, Any]) -> tuple[list[Any], list[list[Any]]]:
     """Return the prompt and the sides of TRL's and RLAIF-V's forms; without a prompt, what both sides begin with."""
-    lacking = [name for name in _SIDES if _is_missing(values.get(name))]
+    lacking = [name for name in SIDES if _is_missing(values.get(name))]
     if lacking:
         raise RecordError(f"no preference: `{lacking[0]}` is missing or empty; {_EXPECTED}", reason="no_turns")
-    sides = [_messages(values[name], name, "gpt") for name in _SIDES]
+    sides = [_messages(values[name], name, "gpt") for name in SIDES]
     asked = [values[name] for name in ("prompt", "question") if not _is_missing(values.get(name))]
     if len(asked) > 1 and asked[0] != asked[1]:
         raise RecordError("`prompt` and `question` differ; expected one of them", reason="malformed")

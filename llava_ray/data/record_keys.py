@@ -15,8 +15,10 @@ from llava_ray.reading import short_repr
 
 CONVERSATION_KEYS = ("conversations", "messages")
 IMAGE_KEYS = ("images", "image")
-# Columns by which a table of preferences is known, of each form: TRL's and RLAIF-V's, LLaVA-RLHF's, RLHF-V's.
-PREFERENCE_COLUMNS = ({"chosen", "rejected"}, {"output_1", "output_2"}, {"text", "image"})
+# The two answers of a preference: TRL's and RLAIF-V's, LLaVA-RLHF's.
+SIDES, OUTPUTS = ("chosen", "rejected"), ("output_1", "output_2")
+# Columns by which a table of preferences is known; RLHF-V's has both answers as JSON in its text.
+PREFERENCE_COLUMNS = (SIDES, OUTPUTS, ("text", "image"))
 SYSTEM_KEYS = ("system", "system_prompt")
 TOOLS_KEY = "tools"
 _OBEYED = {"id", *CONVERSATION_KEYS, *IMAGE_KEYS, *SYSTEM_KEYS, TOOLS_KEY}

@@ -165,8 +165,8 @@ def _by_benchmark(benchmark: Benchmark, rule: str) -> Reward:
     @lru_cache(_MAX_TRUTHS)
     def find_question(text: str, truth: str) -> Question:
         """Return the question with the record's answer in the form that the rule takes it in. Raises ValueError."""
-        own = Attempt("", text, truth, truth)
-        forms = [as_question(own, rule, form) for form in _forms_of(truth.strip(), find_options(text))]
+        truths = _forms_of(truth.strip(), find_options(text))
+        forms = [as_question(Attempt("", text, form, truth), rule) for form in truths]
         scores = [_score(benchmark, form, truth) for form in forms]
         if not max(scores) > 0:
             raise ValueError(
@@ -204,11 +204,10 @@ def find_options(text: str) -> list[str]:
     return [option.strip() for _, option in found] if in_order else []
 
 
-def as_question(attempt: Attempt, rule: str = "", truth: str | None = None) -> Question:
-    """Return an attempt as a benchmark's question, with ``truth`` in place of the record's own answer."""
-    facts = {"rule": rule} if rule else {}
-    truths = (attempt.truth.strip() if truth is None else truth,)
-    return Question(attempt.id, attempt.question, (), truths, tuple(find_options(attempt.question)), facts=facts)
+def as_question(attempt: Attempt, rule: str = "") -> Question:
+    """Return an attempt as a benchmark's question."""
+    facts, options = {"rule": rule} if rule else {}, tuple(find_options(attempt.question))
+    return Question(attempt.id, attempt.question, (), (attempt.truth.strip(),), options, facts=facts)
 
 
 def _check_benchmark(benchmark: Benchmark, name: str) -> None:
