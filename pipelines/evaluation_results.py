@@ -21,7 +21,7 @@ from evals.scoring import score_answers as score_benchmark
 from evals.tables import flat_metrics, format_markdown
 from llava_ray.config.data import MAX_IMAGE_PIXELS
 from llava_ray.errors import DataError, ImageError
-from llava_ray.images.reading import open_image
+from llava_ray.images.opening import open_image
 from llava_ray.report.evaluation import Mistake, Scored, evaluation_report
 from llava_ray.report.pieces import Picture
 from llava_ray.report.rendering import write_report
